@@ -1,0 +1,45 @@
+# `make demo` and `make test` work from a bare clone with Python >= 3.11, pip and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test lint format bench soak clean
+
+help:
+	@echo "make demo   trains both stages on handwritten digits and writes runs/digits/report.html"
+	@echo "make test   runs the whole suite"
+	@echo "make lint   ruff and the type checker"
+	@echo "make bench  throughput checks (pytest bench/)"
+	@echo "make soak   breaks small runs at random for up to half an hour and counts what was lost"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,vae,dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/torchrun --standalone -m st_fast.train recipes/digits.toml
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python -m pytest bench/
+
+soak: install
+	$(BIN)/python -m tests.soak
+
+clean:
+	rm -rf $(VENV) build *.egg-info
