@@ -1,0 +1,172 @@
+// LayerNorm + adaLN modulation and the gated residual, forward and backward (DiT, arXiv 2212.09748).
+#pragma once
+
+#include "rows.h"
+
+namespace ST_ISA {
+namespace {
+
+struct Task {
+  int64_t b, first, last;
+};
+
+ST_INLINE Task token_task(int64_t task, int64_t N) {
+  const int64_t per_sample = divide_up(N, kTokensPerTask);
+  const int64_t b = task / per_sample, first = (task % per_sample) * kTokensPerTask;
+  return {b, first, first + kTokensPerTask < N ? first + kTokensPerTask : N};
+}
+
+ST_INLINE void one_plus(const float* scale, float* to, int64_t D) {
+  sweep(D, [&](int64_t i, auto lanes, auto) ST_LAMBDA { store(to + i, load(scale + i, lanes) + 1.0f, lanes); });
+}
+
+// x_out = x + gate * a; in a 16-bit type `to` is rounded to what is stored, which the statistics are taken of.
+ST_INLINE const float* add_gated(const AdaLN& p, int64_t b, int64_t n, const float* gate, float* s0, float* s1,
+                                 float* s2) {
+  const float* x = read_row(p.x, b, n, p.D, s0);
+  const float* a = read_row(p.a, b, n, p.D, s1);
+  float* out = write_row(p.x_out, b, n, s2);
+  sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+    store(out + i, load(x + i, lanes) + load(gate + i, lanes) * load(a + i, lanes), lanes);
+  });
+  commit_row(p.x_out, b, n, p.D, out);
+  return out;
+}
+
+ST_INLINE void normalise(const AdaLN& p, int64_t b, int64_t n, const float* x, const float* w, const float* shift,
+                         float* scratch) {
+  Vec acc[4] = {};
+  sweep(p.D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA { acc[slot.value] += load(x + i, lanes); });
+  const float mean = total(acc) / static_cast<float>(p.D);
+  Vec squares[4] = {};
+  sweep(p.D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
+    const Vec centred = keep(load(x + i, lanes) - mean, lanes);
+    squares[slot.value] += centred * centred;
+  });
+  const float rstd = 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(p.D) + p.eps);
+  p.mean[b * p.N + n] = mean;
+  p.rstd[b * p.N + n] = rstd;
+  float* y = write_row(p.y, b, n, scratch);
+  sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+    const Vec hat = (load(x + i, lanes) - mean) * rstd;
+    store(y + i, hat * load(w + i, lanes) + load(shift + i, lanes), lanes);
+  });
+  commit_row(p.y, b, n, p.D, y);
+}
+
+template <bool GATED, bool NORM>
+void adaln_forward(const AdaLN& p, int64_t begin, int64_t end) {
+  const Scratch scratch(7, p.D);
+  float *s0 = scratch.row(0), *s1 = scratch.row(1), *s2 = scratch.row(2), *w = scratch.row(3);
+  const float *gate = nullptr, *shift = nullptr;
+  for (int64_t task = begin; task < end; ++task) {
+    const Task t = token_task(task, p.N);
+    if (task == begin || t.first == 0) {
+      if (GATED) gate = read_row(p.gate, t.b, 0, p.D, scratch.row(4));
+      if (NORM) shift = read_row(p.shift, t.b, 0, p.D, scratch.row(5));
+      if (NORM) one_plus(read_row(p.scale, t.b, 0, p.D, scratch.row(6)), w, p.D);
+    }
+    for (int64_t n = t.first; n < t.last; ++n) {
+      const float* x = GATED ? add_gated(p, t.b, n, gate, s0, s1, s2) : read_row(p.x, t.b, n, p.D, s0);
+      if (GATED && NORM) x = read_row(p.x_out, t.b, n, p.D, s2);
+      if (NORM) normalise(p, t.b, n, x, w, shift, s1);
+    }
+  }
+}
+
+// Sums over tokens of one task, and the row at hand.
+struct Sums {
+  float *gate, *shift, *scale;
+};
+
+// The two means that LayerNorm's backward needs, of g = dy * (1 + scale) and of g * x_hat; adds dshift and dscale.
+ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float* w, float mean, float rstd,
+                         const Sums& sums, float* mean_g, float* mean_gx) {
+  Vec acc_g[4] = {}, acc_gx[4] = {};
+  sweep(D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
+    const Vec d = load(dy + i, lanes);
+    const Vec hat = keep((load(x + i, lanes) - mean) * rstd, lanes);
+    const Vec g = d * load(w + i, lanes);
+    acc_g[slot.value] += g;
+    acc_gx[slot.value] += g * hat;
+    store(sums.shift + i, load(sums.shift + i, lanes) + d, lanes);
+    store(sums.scale + i, load(sums.scale + i, lanes) + d * hat, lanes);
+  });
+  *mean_g = total(acc_g) / static_cast<float>(D);
+  *mean_gx = total(acc_gx) / static_cast<float>(D);
+}
+
+template <bool GATED, bool NORM>
+void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
+  const Scratch scratch(9, p.D);
+  float* w = scratch.row(6);
+  const float* gate = nullptr;
+  for (int64_t task = begin; task < end; ++task) {
+    const Task t = token_task(task, p.N);
+    if (task == begin || t.first == 0) {
+      if (GATED) gate = read_row(p.gate, t.b, 0, p.D, scratch.row(7));
+      if (NORM) one_plus(read_row(p.scale, t.b, 0, p.D, scratch.row(8)), w, p.D);
+    }
+    float* partial = p.partial + task * p.sums * p.D;
+    std::memset(partial, 0, sizeof(float) * p.sums * p.D);
+    const Sums sums = {partial, partial + (GATED ? p.D : 0), partial + (GATED ? 2 : 1) * p.D};
+    for (int64_t n = t.first; n < t.last; ++n) {
+      const float *dy = nullptr, *x = nullptr, *dx_out = nullptr, *a = nullptr;
+      float *dx = nullptr, *da = nullptr, mean = 0, rstd = 0, mean_g = 0, mean_gx = 0;
+      if (NORM) {
+        dy = read_row(p.dy, t.b, n, p.D, scratch.row(0));
+        x = read_row(p.x_out, t.b, n, p.D, scratch.row(1));
+        mean = p.mean[t.b * p.N + n];
+        rstd = p.rstd[t.b * p.N + n];
+        dx = write_row(p.dx, t.b, n, scratch.row(2));
+        norm_sums(p.D, dy, x, w, mean, rstd, sums, &mean_g, &mean_gx);
+      }
+      if (GATED) {
+        dx_out = read_row(p.dx_out, t.b, n, p.D, scratch.row(3));
+        a = read_row(p.a, t.b, n, p.D, scratch.row(4));
+        da = write_row(p.da, t.b, n, scratch.row(5));
+      }
+      sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+        Vec d = {};
+        if (NORM) {
+          const Vec hat = (load(x + i, lanes) - mean) * rstd;
+          d = (load(dy + i, lanes) * load(w + i, lanes) - mean_g - hat * mean_gx) * rstd;
+        }
+        if (GATED) d += load(dx_out + i, lanes);
+        if (NORM) store(dx + i, d, lanes);
+        if (GATED) {
+          store(da + i, d * load(gate + i, lanes), lanes);
+          store(sums.gate + i, load(sums.gate + i, lanes) + d * load(a + i, lanes), lanes);
+        }
+      });
+      if (NORM) commit_row(p.dx, t.b, n, p.D, dx);
+      if (GATED) commit_row(p.da, t.b, n, p.D, da);
+    }
+  }
+}
+
+// dmod[b, sum] = the partial sums of sample b, added in the order of their tasks.
+void sum_partials(const AdaLN& p, int64_t begin, int64_t end) {
+  const Scratch scratch(1, p.D);
+  const int64_t per_sample = divide_up(p.N, kTokensPerTask), pitch = p.sums * p.D;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / p.sums, sum = task % p.sums;
+    const float* from = p.partial + b * per_sample * pitch + sum * p.D;
+    float* acc = scratch.row(0);
+    std::memset(acc, 0, sizeof(float) * p.D);
+    for (int64_t c = 0; c < per_sample; ++c) {
+      sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+        store(acc + i, load(acc + i, lanes) + load(from + c * pitch + i, lanes), lanes);
+      });
+    }
+    Rows out = p.dmod;  // one row of D in the slab
+    if (out.dtype == DType::kFloat32) std::memcpy(static_cast<float*>(out.data) + task * p.D, acc, 4 * p.D);
+    else {
+      out.data = static_cast<uint16_t*>(out.data) + task * p.D;
+      commit_row(out, 0, 0, p.D, acc);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ST_ISA

@@ -1,0 +1,104 @@
+// What the tensor side (op_*.cpp, compiled once) and the arithmetic (kernels_isa.cpp, compiled once per
+// instruction set) say to one another: plain structs of pointers, and one table of functions.
+// Every kernel works on a range of tasks. What a task is depends on sizes only, never on threads, and
+// sums are kept per task, so that a result is the same whatever the number of threads.
+#pragma once
+
+#include <cstdint>
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t kTokensPerTask = 32;
+constexpr int64_t kElementsPerTask = 16384;  // elementwise passes, norms and the optimiser
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A (B, N, D) tensor, or a (B, D) one with token = 0. Strides in elements.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, token = 0, channel = 1;
+};
+
+// Tasks: (sample, kTokensPerTask tokens). Absent tensors have data == nullptr and are not touched.
+struct AdaLN {
+  int64_t B, N, D;
+  float eps;
+  Rows x, a, gate, shift, scale, x_out, y;  // forward; x_out is also read by the backward pass
+  Rows dx_out, dy, dx, da;                  // backward
+  float *mean, *rstd;                       // (B, N)
+  float* partial;                           // (B, tasks per sample, sums, D), sums in the order gate, shift, scale
+  Rows dmod;                                // (B, sums · D)
+  int64_t sums;
+};
+
+enum class FeatureLoss : int { kMse, kCosine, kNormalizedMse };
+
+// Tasks: (row b of q, kTokensPerTask tokens).
+struct Feature {
+  int64_t B, N, D;
+  FeatureLoss loss;
+  float cfg_scale;
+  Rows q, cond, null, dq;    // null.data == nullptr: the target is cond itself
+  const int64_t* sample_of;  // (B,): which m supervises row b, or -1
+  const float* weight;       // (M,)
+  double* partial;           // one per task: its weighted share of the loss
+};
+
+struct Heads {  // (B, H, N, d)
+  Rows rows;    // batch and token strides
+  int64_t head = 0;
+};
+
+// Tasks: (sample, kTokensPerTask tokens), all heads.
+struct QKNorm {
+  int64_t B, N, H, d;
+  float eps;
+  Heads in[3], out[3];      // the parts of qkv (backward: of dqkv, written), and q, k, v (backward: their gradients)
+  Heads x[3];               // backward: the parts of qkv
+  Rows weight[2], bias[2];  // of q and k, (d,)
+  float* stats;             // (4, B, H, N): mean_q, rstd_q, mean_k, rstd_k
+  float* partial;           // (tasks, 4, d): dq_weight, dq_bias, dk_weight, dk_bias
+};
+
+// Tasks: kElementsPerTask elements of contiguous tensors of one shape.
+struct Elementwise {
+  int64_t count;
+  float scalar;
+  Rows in[2], out;
+};
+
+struct AdamW {
+  float one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, bias2_sqrt, clip, ema_weight;
+};
+
+struct ParamBlock {  // one task: up to kElementsPerTask elements of one parameter
+  int64_t count;
+  float *param, *exp_avg, *exp_avg_sq, *ema;  // ema may be nullptr
+  const void* grad;
+  void* copy;  // may be nullptr
+  DType grad_dtype, copy_dtype;
+};
+
+struct Kernels {
+  void (*norm_modulate)(const AdaLN&, int64_t, int64_t);
+  void (*gate_residual_norm_modulate)(const AdaLN&, int64_t, int64_t);
+  void (*gate_residual)(const AdaLN&, int64_t, int64_t);
+  void (*norm_modulate_backward)(const AdaLN&, int64_t, int64_t);
+  void (*gate_residual_norm_modulate_backward)(const AdaLN&, int64_t, int64_t);
+  void (*gate_residual_backward)(const AdaLN&, int64_t, int64_t);
+  void (*sum_partials)(const AdaLN&, int64_t, int64_t);  // tasks: (sample, sum)
+  void (*feature_loss)(const Feature&, int64_t, int64_t);
+  void (*cfg_extrapolate)(const Elementwise&, int64_t, int64_t);
+  void (*gelu_tanh)(const Elementwise&, int64_t, int64_t);
+  void (*gelu_tanh_backward)(const Elementwise&, int64_t, int64_t);
+  void (*qk_norm)(const QKNorm&, int64_t, int64_t);
+  void (*qk_norm_backward)(const QKNorm&, int64_t, int64_t);
+  double (*sum_of_squares)(const void*, DType, int64_t);
+  void (*adamw_ema)(const AdamW&, const ParamBlock&);
+};
+
+// The table for this machine, or for ST_FAST_ISA = avx512 | avx2 | baseline. Raises std::runtime_error for an
+// instruction set that the machine or the build lacks.
+const Kernels& kernels();
+const char* isa_name();

@@ -1,0 +1,29 @@
+// The arithmetic, compiled once per instruction set: -DST_ISA=<name> and that set's compiler flags.
+#include "adaln.h"
+#include "elementwise.h"
+#include "features.h"
+#include "optimizer.h"
+#include "qk_norm.h"
+
+namespace ST_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    adaln_forward<false, true>,
+    adaln_forward<true, true>,
+    adaln_forward<true, false>,
+    adaln_backward<false, true>,
+    adaln_backward<true, true>,
+    adaln_backward<true, false>,
+    sum_partials,
+    feature_loss,
+    cfg_extrapolate,
+    gelu_tanh,
+    gelu_tanh_backward,
+    qk_norm,
+    qk_norm_backward,
+    sum_of_squares,
+    adamw_ema,
+};
+
+}  // namespace ST_ISA

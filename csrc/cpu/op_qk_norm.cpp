@@ -1,0 +1,119 @@
+// st_fast::qk_norm and qk_norm_backward on the CPU.
+#include "tensors.h"
+
+namespace st_fast {
+namespace {
+
+QKNorm sizes_of(const Tensor& qkv) {
+  check(qkv.dim() == 5 && qkv.size(2) == 3, "qkv: expected (B, N, 3, H, d), got ", qkv.dim(),
+                  " dimensions");
+  QKNorm p = {};
+  p.B = qkv.size(0);
+  p.N = qkv.size(1);
+  p.H = qkv.size(3);
+  p.d = qkv.size(4);
+  return p;
+}
+
+// One of the three parts of a packed (B, N, 3, H, d) tensor.
+Heads packed(const Tensor& qkv, int part, const char* name) {
+  const auto strides = qkv.strides();
+  Heads heads;
+  heads.rows.dtype = dtype_of(qkv, name);
+  heads.rows.data = static_cast<char*>(qkv.data_ptr()) + part * strides[2] * static_cast<int64_t>(qkv.element_size());
+  heads.rows.batch = strides[0];
+  heads.rows.token = strides[1];
+  heads.rows.channel = qkv.size(4) == 1 ? 1 : strides[4];
+  heads.head = strides[3];
+  return heads;
+}
+
+Heads separate(const QKNorm& p, const Tensor& t, const char* name) {  // (B, H, N, d)
+  expect_shape(t, name, {p.B, p.H, p.N, p.d});
+  const auto strides = t.strides();
+  Heads heads;
+  heads.rows.dtype = dtype_of(t, name);
+  heads.rows.data = t.data_ptr();
+  heads.rows.batch = strides[0];
+  heads.rows.token = strides[2];
+  heads.rows.channel = p.d == 1 ? 1 : strides[3];
+  heads.head = strides[1];
+  return heads;
+}
+
+Rows affine(const QKNorm& p, const Tensor& t, const char* name) {
+  expect_shape(t, name, {p.d});
+  return rows(t, name);
+}
+
+using Kernel = void (*)(const QKNorm&, int64_t, int64_t);
+
+void run_tokens(Kernel kernel, const QKNorm& p) {
+  run(kernel, p, p.B * divide_up(p.N, kTokensPerTask), kTokensPerTask * 3 * p.H * p.d);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tensor& q_weight, const Tensor& q_bias,
+                                                   const Tensor& k_weight, const Tensor& k_bias, double eps) {
+  QKNorm p = sizes_of(qkv);
+  Tensor out[3];
+  const char* names[3] = {"q", "k", "v"};
+  for (int part = 0; part < 3; ++part) {
+    out[part] = empty_as({p.B, p.H, p.N, p.d}, qkv);
+    p.in[part] = packed(qkv, part, "qkv");
+    p.out[part] = separate(p, out[part], names[part]);
+  }
+  Tensor stats = empty({4, p.B, p.H, p.N}, aoti_torch_dtype_float32());
+  p.eps = static_cast<float>(eps);
+  p.weight[0] = affine(p, q_weight, "q_weight");
+  p.weight[1] = affine(p, k_weight, "k_weight");
+  p.bias[0] = affine(p, q_bias, "q_bias");
+  p.bias[1] = affine(p, k_bias, "k_bias");
+  p.stats = floats(stats);
+  run_tokens(kernels().qk_norm, p);
+  return {out[0], out[1], out[2], stats};
+}
+
+// One (d,) sum over all tasks, in order.
+Tensor sum_of(const float* partial, int64_t tasks, int which, int64_t d, const Tensor& dtype_from) {
+  Tensor sum = empty({d}, aoti_torch_dtype_float32());
+  std::vector<double> acc(d, 0.0);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t i = 0; i < d; ++i) acc[i] += partial[(task * 4 + which) * d + i];
+  for (int64_t i = 0; i < d; ++i) floats(sum)[i] = static_cast<float>(acc[i]);
+  return is_float32(dtype_from) ? sum : torch::stable::to(sum, dtype_from.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& dq, const Tensor& dk,
+                                                                    const Tensor& dv, const Tensor& qkv,
+                                                                    const Tensor& q_weight, const Tensor& k_weight,
+                                                                    const Tensor& stats) {
+  QKNorm p = sizes_of(qkv);
+  expect_shape(stats, "stats", {4, p.B, p.H, p.N});
+  check(is_float32(stats) && stats.is_contiguous(), "stats: must be contiguous float32");
+  Tensor dqkv = empty_as({p.B, p.N, 3, p.H, p.d}, qkv);
+  const Tensor* grads[3] = {&dq, &dk, &dv};
+  const char* names[3] = {"dq", "dk", "dv"};
+  for (int part = 0; part < 3; ++part) {
+    p.in[part] = packed(dqkv, part, "dqkv");
+    p.x[part] = packed(qkv, part, "qkv");
+    p.out[part] = separate(p, *grads[part], names[part]);
+  }
+  p.weight[0] = affine(p, q_weight, "q_weight");
+  p.weight[1] = affine(p, k_weight, "k_weight");
+  p.stats = floats(stats);
+  const int64_t tasks = p.B * divide_up(p.N, kTokensPerTask);
+  const std::unique_ptr<float[]> partial(new float[tasks * 4 * p.d]);
+  p.partial = partial.get();
+  run_tokens(kernels().qk_norm_backward, p);
+  return {dqkv, sum_of(p.partial, tasks, 0, p.d, q_weight), sum_of(p.partial, tasks, 1, p.d, q_weight),
+          sum_of(p.partial, tasks, 2, p.d, k_weight), sum_of(p.partial, tasks, 3, p.d, k_weight)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(st_fast, CPU, m) {
+  ST_IMPL(m, qk_norm);
+  ST_IMPL(m, qk_norm_backward);
+}
+
+}  // namespace st_fast

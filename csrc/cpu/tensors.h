@@ -1,0 +1,146 @@
+// Tensors of the LibTorch stable ABI as the kernels want them, checks that keep a wrong call from reading foreign
+// memory, and the way from an op's name to its function.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace st_fast {
+
+using torch::stable::Tensor;
+
+inline int32_t dtype_code(AtenTensorHandle tensor) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &code));
+  return code;
+}
+
+// Throws one clear line where `holds` is false.
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  const int32_t code = dtype_code(t.get());
+  if (code == aoti_torch_dtype_float32()) return DType::kFloat32;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  check(code == aoti_torch_dtype_float16(), name, ": dtype must be float32, bfloat16 or float16");
+  return DType::kFloat16;
+}
+
+inline bool is_float32(const Tensor& t) { return dtype_code(t.get()) == aoti_torch_dtype_float32(); }
+
+inline std::string shape_text(const int64_t* sizes, size_t n) {
+  std::string text = "(";
+  for (size_t i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + ")";
+}
+
+inline void expect_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> wanted) {
+  const auto sizes = t.sizes();
+  bool same = sizes.size() == wanted.size();
+  for (size_t i = 0; same && i < wanted.size(); ++i) same = sizes[i] == wanted.begin()[i];
+  check(same, name, ": shape ", shape_text(sizes.data(), sizes.size()), ", expected ",
+                  shape_text(wanted.begin(), wanted.size()));
+}
+
+// A contiguous, uninitialised CPU tensor. dtype is the shim's code, as `dtype_code` gives it.
+inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[8], step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
+  }
+  AtenTensorHandle handle;
+  const auto made = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle);
+  check(made == TORCH_SUCCESS, "can't allocate memory for a result of shape ",
+        shape_text(sizes.begin(), sizes.size()));
+  return Tensor(handle);
+}
+
+inline Tensor empty_as(std::initializer_list<int64_t> sizes, const Tensor& dtype_from) {
+  return empty(sizes, dtype_code(dtype_from.get()));
+}
+
+// (B, N, D), (B, D) or (D,) as rows; an axis that is not there has stride 0.
+inline Rows rows(const Tensor& t, const char* name) {
+  const int64_t dim = t.dim();
+  const auto strides = t.strides();
+  Rows r;
+  r.data = t.data_ptr();
+  r.dtype = dtype_of(t, name);
+  r.channel = strides[dim - 1];
+  r.batch = dim > 1 ? strides[0] : 0;
+  r.token = dim > 2 ? strides[1] : 0;
+  if (t.size(dim - 1) == 1) r.channel = 1;
+  return r;
+}
+
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+// True in a process made by fork: OpenMP's threads did not come along, and waiting for them would never end.
+bool in_forked_child();
+
+// Runs tasks 0..count of a kernel on torch's threads, or on this one where the work is small.
+template <class Args>
+void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_t count, int64_t elements_per_task) {
+  if (count == 0) return;
+  if (in_forked_child()) return kernel(args, 0, count);
+  const int64_t grain = elements_per_task < 32768 ? 32768 / (elements_per_task + 1) + 1 : 1;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+template <class T>
+bool is_float64(StableIValue value) {
+  if constexpr (std::is_same_v<std::remove_cv_t<std::remove_reference_t<T>>, Tensor>)
+    return dtype_code(torch::stable::detail::to<AtenTensorHandle>(value)) == aoti_torch_dtype_float64();
+  else
+    return false;
+}
+
+// The boxed form of an op. float64, which gradcheck wants, goes to the same op in st_fast_reference.
+template <class Name, class F, F* function, class Result, class... Args, size_t... I>
+void call(Result (*)(Args...), std::index_sequence<I...>, StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if ((is_float64<Args>(stack[I]) || ...)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(Name::text(), "", stack, TORCH_ABI_VERSION));
+    return;
+  }
+  torch::stable::detail::boxer<F, function>::boxed_fn(stack, inputs, outputs);
+}
+
+template <class Result, class... Args>
+constexpr size_t arity(Result (*)(Args...)) {
+  return sizeof...(Args);
+}
+
+template <class Name, class F, F* function>
+void boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  call<Name, F, function>(function, std::make_index_sequence<arity(function)>{}, stack, inputs, outputs);
+}
+
+#define ST_IMPL(library, op)                                          \
+  do {                                                                \
+    struct Name {                                                     \
+      static const char* text() { return "st_fast_reference::" #op; } \
+    };                                                                \
+    library.impl(#op, st_fast::boxed<Name, decltype(op), &op>);       \
+  } while (0)
+
+}  // namespace st_fast

@@ -1,0 +1,335 @@
+"""LayerNorm + adaLN modulation and the gated residual in Triton, forward and backward (DiT, arXiv 2212.09748).
+
+    x' = x + gate·a        y = LN(x')·(1 + scale) + shift        LN without affine, per token over D channels
+
+Self-contained: torch and Triton only. Copy this file and `reference.py` to use it elsewhere; the public functions
+take and return tensors and know nothing of dispatch or autograd.
+
+Shapes: x, a and their gradients (B, N, D), any strides; gate, shift, scale (B, D), any strides (views of one (B, 6D)
+tensor as a rule). float32, bfloat16 or float16, mixed freely; arithmetic and statistics are float32; mean and rstd are
+(B, N) float32. Outputs are contiguous. The modulation's gradients come back in one slab (B, k·D).
+
+How it works. A row is held in registers as two blocks, a power of two and the rest (1152 = 1024 + 128), instead of
+being padded to the next power of two. One program owns a chunk of one sample's tokens, so it reads the modulation
+once; in the backward it also adds up the sample's gate, shift and scale gradients in float32 registers, writes one
+partial sum per chunk, and a second kernel adds the partials in a fixed order: deterministic, no atomics. How tokens
+are cut into chunks depends on the shape alone, so results do not depend on the device's size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2048, 1024
+"""Programs a launch aims at: two waves on an H200 at the kernels' register counts. More rows a program mean fewer
+reads of the modulation (forward) and fewer partial sums (backward)."""
+
+
+@triton.jit
+def load_row(ptr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """The row at ptr in float32: channels [0, MAIN), and [MAIN, D) padded with zeros to TAIL lanes (0.0 if none)."""
+    main = tl.load(ptr + tl.arange(0, MAIN)).to(tl.float32)
+    if TAIL == 0:
+        return main, tl.full((), 0.0, tl.float32)
+    else:
+        at = MAIN + tl.arange(0, TAIL)
+        return main, tl.load(ptr + at, mask=at < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(ptr, main, tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Writes a row, in the pointer's dtype."""
+    tl.store(ptr + tl.arange(0, MAIN), main)
+    if TAIL != 0:
+        at = MAIN + tl.arange(0, TAIL)
+        tl.store(ptr + at, tail, mask=at < D)
+
+
+@triton.jit
+def zero_row(MAIN: tl.constexpr, TAIL: tl.constexpr):
+    if TAIL == 0:
+        return tl.zeros((MAIN,), tl.float32), tl.full((), 0.0, tl.float32)
+    else:
+        return tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
+
+
+@triton.jit
+def row_sum(main, tail, TAIL: tl.constexpr):
+    if TAIL == 0:
+        return tl.sum(main)
+    else:
+        return tl.sum(main) + tl.sum(tail)
+
+
+@triton.jit
+def _centred(main, tail, mean, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """x − mean, with the padding lanes left at zero."""
+    if TAIL == 0:
+        return main - mean, tail
+    else:
+        return main - mean, tl.where(MAIN + tl.arange(0, TAIL) < D, tail - mean, 0.0)
+
+
+@triton.jit
+def token_chunk(N, rows):
+    """This program's sample and tokens [first, last), in int64 as every offset is. The grid is B · cdiv(N, rows)."""
+    chunks = tl.cdiv(N, rows)
+    first = (tl.program_id(0) % chunks).to(tl.int64) * rows
+    return (tl.program_id(0) // chunks).to(tl.int64), first, tl.minimum(first + rows, N)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, a_ptr, gate_ptr, shift_ptr, scale_ptr, x_out_ptr, y_ptr, mean_ptr, rstd_ptr,
+    N, rows, x_b, x_n, a_b, a_n, gate_b, shift_b, scale_b,
+    EPS: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """x (B, N, D) → y, mean, rstd and, if GATED, x_out = x + gate·a."""
+    sample, first, last = token_chunk(N, rows)
+    shift, shift_t = load_row(shift_ptr + sample * shift_b, D, MAIN, TAIL)
+    scale, scale_t = load_row(scale_ptr + sample * scale_b, D, MAIN, TAIL)
+    if GATED:
+        gate, gate_t = load_row(gate_ptr + sample * gate_b, D, MAIN, TAIL)
+    for token in tl.range(first, last, num_stages=STAGES):
+        row = sample * N + token
+        x, x_t = load_row(x_ptr + sample * x_b + token * x_n, D, MAIN, TAIL)
+        if GATED:
+            a, a_t = load_row(a_ptr + sample * a_b + token * a_n, D, MAIN, TAIL)
+            # The statistics are those of x' as it is stored.
+            x = (x + gate * a).to(x_out_ptr.dtype.element_ty)
+            x_t = (x_t + gate_t * a_t).to(x_out_ptr.dtype.element_ty)
+            store_row(x_out_ptr + row * D, x, x_t, D, MAIN, TAIL)
+            x, x_t = x.to(tl.float32), x_t.to(tl.float32)
+        mean = row_sum(x, x_t, TAIL) / D
+        x, x_t = _centred(x, x_t, mean, D, MAIN, TAIL)
+        rstd = tl.rsqrt(row_sum(x * x, x_t * x_t, TAIL) / D + EPS)
+        y, y_t = x * rstd * (1 + scale) + shift, x_t * rstd * (1 + scale_t) + shift_t
+        store_row(y_ptr + row * D, y, y_t, D, MAIN, TAIL)
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _backward_kernel(
+    dx_out_ptr, dy_ptr, x_ptr, a_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, da_ptr, partial_ptr,
+    N, rows, dx_out_b, dx_out_n, dy_b, dy_n, x_b, x_n, a_b, a_n, gate_b, scale_b,
+    GATED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dy, if GATED dx_out → dx, da and the chunk's sums [dgate], dshift, dscale; x is what was normalised."""
+    sample, first, last = token_chunk(N, rows)
+    scale, scale_t = load_row(scale_ptr + sample * scale_b, D, MAIN, TAIL)
+    scale, scale_t = 1 + scale, 1 + scale_t
+    dshift, dshift_t = zero_row(MAIN, TAIL)
+    dscale, dscale_t = zero_row(MAIN, TAIL)
+    if GATED:
+        gate, gate_t = load_row(gate_ptr + sample * gate_b, D, MAIN, TAIL)
+        dgate, dgate_t = zero_row(MAIN, TAIL)
+    for token in tl.range(first, last, num_stages=STAGES):
+        row = sample * N + token
+        dy, dy_t = load_row(dy_ptr + sample * dy_b + token * dy_n, D, MAIN, TAIL)
+        x, x_t = load_row(x_ptr + sample * x_b + token * x_n, D, MAIN, TAIL)
+        if GATED:
+            dx_out, dx_out_t = load_row(dx_out_ptr + sample * dx_out_b + token * dx_out_n, D, MAIN, TAIL)
+            a, a_t = load_row(a_ptr + sample * a_b + token * a_n, D, MAIN, TAIL)
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
+        # Padding lanes hold x = 0 and dy = 0: whatever h is there, it only ever meets a zero factor.
+        h, h_t = (x - mean) * rstd, (x_t - mean) * rstd
+        dshift, dshift_t = dshift + dy, dshift_t + dy_t
+        dscale, dscale_t = dscale + dy * h, dscale_t + dy_t * h_t
+        dh, dh_t = dy * scale, dy_t * scale_t
+        along_one = row_sum(dh, dh_t, TAIL) / D
+        along_h = row_sum(dh * h, dh_t * h_t, TAIL) / D
+        dx, dx_t = (dh - along_one - h * along_h) * rstd, (dh_t - along_one - h_t * along_h) * rstd
+        if GATED:
+            dx, dx_t = dx + dx_out, dx_t + dx_out_t
+            dgate, dgate_t = dgate + dx * a, dgate_t + dx_t * a_t
+            store_row(da_ptr + row * D, dx * gate, dx_t * gate_t, D, MAIN, TAIL)
+        store_row(dx_ptr + row * D, dx, dx_t, D, MAIN, TAIL)
+    slab = partial_ptr + tl.program_id(0).to(tl.int64) * ((3 if GATED else 2) * D)
+    if GATED:
+        store_row(slab, dgate, dgate_t, D, MAIN, TAIL)
+        slab += D
+    store_row(slab, dshift, dshift_t, D, MAIN, TAIL)
+    store_row(slab + D, dscale, dscale_t, D, MAIN, TAIL)
+
+
+@triton.jit
+def _gate_forward_kernel(
+    x_ptr, a_ptr, gate_ptr, x_out_ptr, N, rows, x_b, x_n, a_b, a_n, gate_b,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x_out = x + gate·a."""
+    sample, first, last = token_chunk(N, rows)
+    gate, gate_t = load_row(gate_ptr + sample * gate_b, D, MAIN, TAIL)
+    for token in tl.range(first, last, num_stages=STAGES):
+        x, x_t = load_row(x_ptr + sample * x_b + token * x_n, D, MAIN, TAIL)
+        a, a_t = load_row(a_ptr + sample * a_b + token * a_n, D, MAIN, TAIL)
+        store_row(x_out_ptr + (sample * N + token) * D, x + gate * a, x_t + gate_t * a_t, D, MAIN, TAIL)
+
+
+@triton.jit
+def _gate_backward_kernel(
+    dx_out_ptr, a_ptr, gate_ptr, da_ptr, partial_ptr, N, rows, dx_out_b, dx_out_n, a_b, a_n, gate_b,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """da = gate·dx_out and the chunk's sum dgate = Σ dx_out·a."""
+    sample, first, last = token_chunk(N, rows)
+    gate, gate_t = load_row(gate_ptr + sample * gate_b, D, MAIN, TAIL)
+    dgate, dgate_t = zero_row(MAIN, TAIL)
+    for token in tl.range(first, last, num_stages=STAGES):
+        dx, dx_t = load_row(dx_out_ptr + sample * dx_out_b + token * dx_out_n, D, MAIN, TAIL)
+        a, a_t = load_row(a_ptr + sample * a_b + token * a_n, D, MAIN, TAIL)
+        dgate, dgate_t = dgate + dx * a, dgate_t + dx_t * a_t
+        store_row(da_ptr + (sample * N + token) * D, dx * gate, dx_t * gate_t, D, MAIN, TAIL)
+    store_row(partial_ptr + tl.program_id(0).to(tl.int64) * D, dgate, dgate_t, D, MAIN, TAIL)
+
+
+@triton.jit
+def _add_partials_kernel(partial_ptr, out_ptr, chunks, columns, BLOCK: tl.constexpr):
+    """partial (B, chunks, columns) float32 → out (B, columns): the sum over chunks, in their order."""
+    sample = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for chunk in range(chunks):
+        total += tl.load(partial_ptr + (sample * chunks + chunk) * columns + at, mask=at < columns, other=0.0)
+    tl.store(out_ptr + sample * columns + at, total, mask=at < columns)
+
+
+def by_row(x: Tensor) -> Tensor:
+    """x with a contiguous last axis; the other axes may keep any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def cut_tokens(samples: int, tokens: int, programs: int, least: int, most: int) -> int:
+    """Tokens a program handles: the largest power of two in least..most that leaves `programs` programs, else least."""
+    fit = max(samples * tokens // programs, 1)
+    return min(max(1 << (fit.bit_length() - 1), least), most)
+
+
+def row_config(width: int, streamed: int, dtype: torch.dtype) -> dict[str, int]:
+    """How a row of `width` channels is cut, its warps, and its loop's stages if it reads `streamed` rows at once.
+
+    Eight main channels a thread are one 16-byte load of bfloat16. The tail gets at least two lanes a thread: four
+    bytes are the least that can be copied to shared memory asynchronously. The pipeline stays within 48 KB.
+    """
+    main = 1 << (width.bit_length() - 1)
+    warps = min(max(main // 256, 1), 16)
+    tail = max(triton.next_power_of_2(width - main), 64 * warps) if width > main else 0
+    stage = streamed * (main + tail) * dtype.itemsize
+    return {"D": width, "MAIN": main, "TAIL": tail, "STAGES": 1 + min(2, 49152 // stage), "num_warps": warps}
+
+
+def _add_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, chunks, columns) float32 → (B, columns): the slab of the modulation's gradients."""
+    samples, chunks, columns = partial.shape
+    out = torch.empty((samples, columns), dtype=dtype, device=partial.device)
+    _add_partials_kernel[(samples, triton.cdiv(columns, 256))](partial, out, chunks, columns, BLOCK=256, num_warps=2)
+    return out
+
+
+def _forward(
+    x: Tensor, a: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Launches the forward with or without the gated residual: x_out or None, y, mean, rstd."""
+    samples, tokens, width = x.shape
+    x, shift, scale = by_row(x), by_row(shift), by_row(scale)
+    a, gate = (None, None) if a is None or gate is None else (by_row(a), by_row(gate))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_out = None if a is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean = torch.empty((samples, tokens), dtype=torch.float32, device=x.device)
+    rstd = torch.empty((samples, tokens), dtype=torch.float32, device=x.device)
+    rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
+    _forward_kernel[(samples * triton.cdiv(tokens, rows),)](
+        x, a, gate, shift, scale, x_out, y, mean, rstd, tokens, rows, *x.stride()[:2],
+        *((0, 0) if a is None else a.stride()[:2]), 0 if gate is None else gate.stride(0),
+        shift.stride(0), scale.stride(0),
+        EPS=eps, GATED=a is not None, **row_config(width, 1 if a is None else 2, x.dtype),
+    )  # fmt: skip
+    return x_out, y, mean, rstd
+
+
+def _backward(
+    dx_out: Tensor | None, dy: Tensor, x: Tensor, a: Tensor | None, gate: Tensor | None, scale: Tensor,
+    mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Launches the backward with or without the gated residual: dx, da or None, slab [dgate,] dshift, dscale."""
+    samples, tokens, width = x.shape
+    dy, x, scale, mean, rstd = by_row(dy), by_row(x), by_row(scale), mean.contiguous(), rstd.contiguous()
+    if dx_out is not None and a is not None and gate is not None:
+        dx_out, a, gate = by_row(dx_out), by_row(a), by_row(gate)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    da = None if a is None else torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
+    chunks = triton.cdiv(tokens, rows)
+    sums = 2 if a is None else 3
+    partial = torch.empty((samples, chunks, sums * width), dtype=torch.float32, device=x.device)
+    _backward_kernel[(samples * chunks,)](
+        dx_out, dy, x, a, gate, scale, mean, rstd, dx, da, partial, tokens, rows,
+        *((0, 0) if dx_out is None else dx_out.stride()[:2]), *dy.stride()[:2], *x.stride()[:2],
+        *((0, 0) if a is None else a.stride()[:2]), 0 if gate is None else gate.stride(0), scale.stride(0),
+        GATED=a is not None, **row_config(width, 2 if a is None else 4, x.dtype),
+    )  # fmt: skip
+    return dx, da, _add_partials(partial, scale.dtype)
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y = LN(x)·(1 + scale) + shift; returns y in x's dtype, mean and rstd."""
+    _, y, mean, rstd = _forward(x, None, None, shift, scale, eps)
+    return y, mean, rstd
+
+
+def norm_modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """dx in x's dtype, and the slab (B, 2D) = [dshift, dscale] in scale's dtype."""
+    dx, _, slab = _backward(None, dy, x, None, None, scale, mean, rstd)
+    return dx, slab
+
+
+def gate_residual_norm_modulate(
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift; returns x', y (both in x's dtype), mean and rstd of x'."""
+    x_out, y, mean, rstd = _forward(x, a, gate, shift, scale, eps)
+    assert x_out is not None
+    return x_out, y, mean, rstd
+
+
+def gate_residual_norm_modulate_backward(
+    dx_out: Tensor, dy: Tensor, x_out: Tensor, a: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in x's dtype, da in a's, and the slab (B, 3D) = [dgate, dshift, dscale] in scale's dtype."""
+    dx, da, slab = _backward(dx_out, dy, x_out, a, gate, scale, mean, rstd)
+    assert da is not None
+    return dx, da, slab
+
+
+def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
+    """x' = x + gate·a in x's dtype."""
+    samples, tokens, width = x.shape
+    x, a, gate = by_row(x), by_row(a), by_row(gate)
+    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
+    _gate_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
+        x, a, gate, x_out, tokens, rows, *x.stride()[:2], *a.stride()[:2], gate.stride(0),
+        **row_config(width, 2, x.dtype),
+    )  # fmt: skip
+    return x_out
+
+
+def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """da in a's dtype and dgate (B, D) in gate's; dx is dx_out itself."""
+    samples, tokens, width = a.shape
+    dx_out, a, gate = by_row(dx_out), by_row(a), by_row(gate)
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
+    chunks = triton.cdiv(tokens, rows)
+    partial = torch.empty((samples, chunks, width), dtype=torch.float32, device=a.device)
+    _gate_backward_kernel[(samples * chunks,)](
+        dx_out, a, gate, da, partial, tokens, rows, *dx_out.stride()[:2], *a.stride()[:2], gate.stride(0),
+        **row_config(width, 2, a.dtype),
+    )  # fmt: skip
+    return da, _add_partials(partial, gate.dtype)

@@ -1,0 +1,25 @@
+"""What "auto" means, by device class and op: what the whole step measured faster on that device.
+
+"fused" on a CPU holds only where csrc is built; without it the fused op would be the reference with detours.
+A device class that is not here uses the reference.
+"""
+
+from __future__ import annotations
+
+OPS = (
+    "norm_modulate",
+    "gate_residual_norm_modulate",
+    "gate_residual",
+    "align",
+    "guided_feature_loss",
+    "cfg_extrapolate",
+    "qk_norm",
+    "gelu_tanh",
+)
+"""The ops a recipe can switch."""
+
+DEFAULTS: dict[str, dict[str, str]] = {
+    "cuda": {op: "fused" for op in OPS} | {"gelu_tanh": "reference"},  # it has no kernel there: Inductor folds it
+    # On 2 AVX-512 cores qk_norm runs at 0.8 to 0.9 × eager's speed (bench/results): strided heads, little arithmetic.
+    "cpu": {op: "fused" for op in OPS} | {"qk_norm": "reference"},
+}

@@ -1,0 +1,82 @@
+"""Loads the compiled ops of csrc, which `build.py` finds or compiles; or the files that ST_FAST_CSRC names.
+
+csrc is built on the stable ABI, so one file serves torch ≥ 2.11. Without it the reference serves on the CPU and
+Triton on CUDA; one line says so, once. ST_FAST_CSRC= (empty) leaves it out on purpose, without the notice; several
+files are separated by a colon. ST_FAST_ISA = avx512 | avx2 | baseline forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from . import build
+
+log = logging.getLogger("st_fast")
+
+_loaded: dict[str, Path] = {}
+
+
+def _file(kind: str) -> Path | None:
+    """The named file of this kind if files are named, else the one that fits the sources. Raises build.BuildError."""
+    named = os.environ.get("ST_FAST_CSRC")
+    if named is None:
+        return build.ensure(kind)
+    return next((Path(name) for name in named.split(os.pathsep) if f"_csrc_{kind}" in name), None)
+
+
+def _load(kind: str) -> str | None:
+    """Load one kind, once; returns why it is not loaded."""
+    if kind in _loaded:
+        return None
+    try:
+        file = _file(kind)
+        if file is None:
+            return "left out by ST_FAST_CSRC"
+        torch.ops.load_library(str(file))
+    except (build.BuildError, OSError) as error:
+        return str(error.__cause__ or error).splitlines()[0]
+    _loaded[kind] = file
+    return None
+
+
+def load() -> bool:
+    """Load what there is, after the schemas are defined; says in one line why the CPU's part is missing."""
+    reason = _load("cpu")
+    if reason and os.environ.get("ST_FAST_CSRC") != "":
+        log.warning("st_fast: compiled CPU ops not in use, %s; the reference takes over.", reason)
+    if torch.version.cuda and torch.cuda.is_available():
+        missing = _load("cuda")
+        if missing:
+            log.info("st_fast: compiled CUDA optimiser not in use, %s; Triton takes over.", missing)
+    return available()
+
+
+def available(kind: str = "cpu") -> bool:
+    """Whether the compiled ops of this kind ("cpu", "cuda") are loaded."""
+    return kind in _loaded
+
+
+def path(kind: str = "cpu") -> Path | None:
+    """The file they were loaded from."""
+    return _loaded.get(kind)
+
+
+def isa() -> str | None:
+    """The instruction set that the CPU's part uses: avx512, avx2 or baseline; None where it is not loaded.
+
+    Raises ValueError where ST_FAST_ISA names one that this machine lacks.
+    """
+    file = path()
+    if file is None:
+        return None
+    name = ctypes.CDLL(str(file)).st_fast_isa
+    name.restype = ctypes.c_char_p
+    found: bytes | None = name()
+    if found is None:
+        raise ValueError(f"ST_FAST_ISA = {os.environ.get('ST_FAST_ISA')!r}: not an instruction set of this machine")
+    return found.decode()
