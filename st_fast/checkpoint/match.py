@@ -1,0 +1,41 @@
+"""Whether the tensors found are those expected, told completely in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from st_fast.errors import UserError
+from st_fast.safefile import shown
+
+SHOWN = 8
+"""How many of each kind of mismatch are written out; the rest are counted."""
+
+
+def match_strictly(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
+    """Raises a UserError listing every missing key, unexpected key and shape or dtype that differs; `what` names it."""
+    both = [key for key in expected if key in found]
+    problems = {
+        "missing": [shown(key) for key in expected if key not in found],
+        "unexpected": [shown(key) for key in found if key not in expected],
+        "different": [_difference(key, expected[key], found[key]) for key in both],
+    }
+    parts = [_listed(kind, keys) for kind, listed in problems.items() if (keys := [key for key in listed if key])]
+    if parts:
+        raise UserError(f"{what}: tensors do not match: {'; '.join(parts)}")
+
+
+def _difference(key: str, expected: Tensor, found: Tensor) -> str:
+    if expected.shape == found.shape and expected.dtype == found.dtype:
+        return ""
+    return f"{shown(key)} (expected {_kind(expected)}, found {_kind(found)})"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _listed(kind: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f"{len(keys)} {kind}: {', '.join(keys[:SHOWN])}{more}"

@@ -1,0 +1,1 @@
+"""From images to batches: sources → `prepare` (VAE encode) → shards → loaders. No loader has state."""

@@ -1,0 +1,142 @@
+"""Reads requests ahead on threads, in order, and outlives a disk that stalls or fails for a moment.
+
+Threads suffice: reading, CRC and copying all release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_fast.data.shards import RecordSet
+from st_fast.errors import RunFailed, UserError
+
+Answer = tuple[Tensor, Tensor]
+"""moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; on the host (pinned for CUDA) or on the device."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a read may take, how often it is tried, and the pause before the second try (doubled after each)."""
+
+    timeout: float = 60.0
+    attempts: int = 3
+    pause: float = 0.5
+
+
+_Task = tuple[np.ndarray, "Future[Answer]"]
+
+
+class ReadAhead:
+    """Answers requests in order from `workers` daemon threads, `depth` requests ahead; each answer is fresh memory.
+
+    A read that fails or exceeds `patience.timeout` is tried again on another thread; after `patience.attempts` the
+    error names the records. Daemon threads, so that one stuck in the kernel can't keep the process alive.
+    """
+
+    def __init__(
+        self,
+        records: RecordSet,
+        workers: int = 2,
+        depth: int = 4,
+        pinned: bool = False,
+        patience: Patience = Patience(),
+    ) -> None:
+        self._records, self._depth, self._pinned, self._patience = records, depth, pinned, patience
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._threads = 0
+        for _ in range(workers):
+            self._add_thread()
+
+    def stream(self, requests: Iterable[np.ndarray]) -> Generator[Answer, None, None]:
+        """One answer for each request (n,) of record indices, in order."""
+        pending: deque[_Task] = deque()
+        try:
+            for request in requests:
+                pending.append(self._submit(request))
+                if len(pending) > self._depth:
+                    yield self._result(*pending.popleft())
+            while pending:
+                yield self._result(*pending.popleft())
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+    def close(self) -> None:
+        """Lets the threads end once they are done with what they are reading."""
+        for _ in range(self._threads):
+            self._tasks.put(None)
+        self._threads = 0
+
+    def _add_thread(self) -> None:
+        self._threads += 1
+        threading.Thread(target=self._work, name="st_fast data", daemon=True).start()
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            request, future = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._read(request))
+            except BaseException as error:  # handed to the caller, who decides
+                future.set_exception(error)
+
+    def _read(self, request: np.ndarray) -> Answer:
+        manifest = self._records.manifest
+        shape, dtype = (len(request), *manifest.shape), getattr(torch, manifest.dtype)
+        moments = torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
+        self._records.read_into(request, moments.numpy())
+        labels = torch.from_numpy(self._records.labels[request])
+        return moments, labels.pin_memory() if self._pinned else labels
+
+    def _submit(self, request: np.ndarray) -> _Task:
+        task: _Task = (np.asarray(request, np.int64), Future())
+        self._tasks.put(task)
+        return task
+
+    def _result(self, request: np.ndarray, future: Future[Answer]) -> Answer:
+        patience, failure = self._patience, ""
+        for attempt in range(patience.attempts):
+            try:
+                return future.result(timeout=patience.timeout)
+            except TimeoutError:
+                failure = f"no answer within {patience.timeout:g} s"
+                self._add_thread()  # the one that reads this may be stuck for good
+            except (OSError, UserError) as error:
+                if isinstance(error, UserError) and attempt + 1 == patience.attempts:
+                    raise
+                failure = str(error)
+            if attempt + 1 < patience.attempts:
+                time.sleep(patience.pause * 2**attempt)
+                future = self._submit(request)[1]
+        raise RunFailed(
+            f"data: {len(request)} records from {int(request[0])} on could not be read in {patience.attempts} attempts "
+            f"({failure}); the storage stalls or fails"
+        )
+
+
+class TorchLoader:
+    """Reads with PyTorch and threads alone: what serves when DALI isn't there."""
+
+    def __init__(
+        self, records: RecordSet, device: torch.device, workers: int = 2, patience: Patience | None = None
+    ) -> None:
+        self._ahead = ReadAhead(records, workers, pinned=device.type == "cuda", patience=patience or Patience())
+
+    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Answer]:
+        """One answer for each request, on the host, pinned if the device is CUDA."""
+        return self._ahead.stream(requests)
+
+    def close(self) -> None:
+        """Lets the threads end."""
+        self._ahead.close()

@@ -1,0 +1,33 @@
+"""One kind of progress bar for all long work on data: with an ETA, quiet for short work, rare in log files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 3.0
+LOG_SECONDS = 30.0
+"""Between two lines where standard error is no terminal."""
+
+
+def bar(
+    items: Iterable[Any] | None, what: str, total: int, unit: str, done: int = 0, hidden: bool = False
+) -> tqdm[Any]:
+    """A bar over `items`, or (items = None) one that is moved by `update`."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        items,
+        what,
+        total,
+        leave=False,
+        initial=done,
+        unit=f" {unit}",
+        disable=hidden,
+        delay=QUIET_SECONDS,
+        mininterval=0.2 if terminal else LOG_SECONDS,
+        miniters=1,
+        dynamic_ncols=terminal,
+    )

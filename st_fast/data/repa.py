@@ -1,0 +1,203 @@
+"""REPA's folder of latents, read in place and written: `vae-sd/` with img-mean-std-*.npy and dataset.json.
+
+Every file holds one image's concat(mean, std), unscaled (arXiv 2410.06940, preprocessing/). There are no hashes in
+this layout: `prepare --from-repa` makes shards, which have them and are read faster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_fast.data.content import moments_problem
+from st_fast.data.images import SUFFIXES
+from st_fast.data.job import Produced
+from st_fast.data.manifest import DTYPES, Manifest, VaeInfo
+from st_fast.data.shards import RecordSet
+from st_fast.data.sources import LABELS_FILE, read_labels
+from st_fast.errors import UserError
+from st_fast.safefile import BadFile, make_folder, open_regular, read_exactly, shown, write_json_atomic
+
+LATENTS, IMAGES = "vae-sd", "images"
+SD_SCALE = 0.18215
+HEADER_LIMIT = 4_096
+"""Bytes of a .npy header that are believed; NumPy writes 128."""
+
+
+def is_repa(folder: Path) -> bool:
+    """Whether a folder has REPA's layout."""
+    return (Path(folder) / LATENTS / LABELS_FILE).is_file()
+
+
+class RepaSet:
+    """The records of a folder in REPA's layout, sorted by file name. The same interface as `ShardSet`."""
+
+    def __init__(self, folder: Path, threads: int = 4) -> None:
+        self.folder = Path(folder)
+        path = self.folder / LATENTS / LABELS_FILE
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read ({error.strerror})") from None
+        table = read_labels(data, str(path))
+        self._names = sorted(table)
+        self.labels = np.array([table[name] for name in self._names], np.int64)
+        escaping = next((n for n in self._names if n.startswith("/") or ".." in n.split("/")), None)
+        if escaping is not None:
+            raise BadFile(f"{path}: the path {shown(escaping)} in it must stay inside the folder")
+        _check_counts(self.folder, self._names)
+        shape, dtype = read_npy_header(self.folder / LATENTS / self._names[0])[:2] if table else ((2, 1, 1), "float32")
+        self.manifest = Manifest(
+            count=len(table),
+            shape=shape,
+            dtype=dtype,
+            scale=SD_SCALE,
+            vae=VaeInfo("sd-vae-ft-mse"),
+            source=f"REPA layout, {LABELS_FILE} with SHA-256 {hashlib.sha256(data).hexdigest()}",
+            num_classes=int(self.labels.max(initial=0)) + 1,
+        )
+        self._pool = ThreadPoolExecutor(threads, "st_fast repa")
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    @property
+    def digest(self) -> str:
+        """The manifest's digest: it covers names and labels, not the files' content."""
+        return self.manifest.digest
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Reads records `indices` (n,) into out (n, 2C, H, W) of the set's dtype. `BadFile` names a bad file."""
+        for _ in self._pool.map(self._read_one, np.asarray(indices).tolist(), out):
+            pass
+
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Records `indices` (n,) → moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; fresh host tensors."""
+        moments = np.empty((len(indices), *self.manifest.shape), self.manifest.dtype)
+        self.read_into(indices, moments)
+        return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
+
+    def verify(self) -> None:
+        """Reads every file: shape, dtype, NaN, Inf and absurd values."""
+        for start in range(0, len(self), 1024):
+            moments = self.gather(np.arange(start, min(start + 1024, len(self))))[0].numpy()
+            problem = moments_problem(moments)
+            if problem:
+                raise BadFile(f"{self.folder / LATENTS / self._names[start + problem[0]]}: {problem[1]}")
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read_one(self, index: int, row: np.ndarray) -> None:
+        path = self.folder / LATENTS / self._names[index]
+        shape, dtype, start, fortran = read_npy_header(path)
+        if (shape, dtype) != (self.manifest.shape, self.manifest.dtype) or fortran:
+            raise BadFile(
+                f"{path}: {dtype} {shape}{' in Fortran order' if fortran else ''}; the first file of the set has "
+                f"{self.manifest.dtype} {self.manifest.shape}"
+            )
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != start + row.nbytes:
+                raise BadFile(f"{path}: {size} bytes, {start + row.nbytes} expected: it was cut off or has a tail")
+            file.seek(start)
+            read_exactly(file, row.reshape(-1).view(np.uint8).data, path)
+
+
+_one_parser = threading.Lock()
+"""NumPy parses headers with `ast`, whose recursion count Python 3.11 keeps for all threads together: SystemError."""
+
+
+def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:
+    """(shape, dtype, first byte of the data, Fortran order) of a .npy file; `BadFile` for anything but float16/32 3-D.
+
+    Parsed by NumPy, of the header only: an object array is refused by its dtype and never unpickled.
+    """
+    with open_regular(path) as file:
+        try:
+            version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            with _one_parser:
+                shape, fortran, dtype = read(file, max_header_size=HEADER_LIMIT)  # type: ignore[no-untyped-call]
+        except BadFile:
+            raise
+        except Exception as error:  # NumPy's parser lets out whatever its tokenizer stumbles over
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadFile(f"{path}: not a sound .npy file ({reason[:120]})") from None
+        start = file.tell()
+    if dtype.hasobject:
+        raise BadFile(f"{path}: an array of Python objects, which would have to be unpickled; refused")
+    if dtype.name not in DTYPES or dtype.byteorder == ">" or len(shape) != 3 or shape[0] % 2:
+        raise BadFile(f"{path}: {dtype} {shown(shape)}; float16 or float32 (2C, H, W) is needed")
+    return shape, dtype.name, start, fortran
+
+
+def _check_counts(folder: Path, names: list[str]) -> None:
+    """Labels, latents and (where they are) images must be equally many."""
+    latents = _count(folder / LATENTS, (".npy",))
+    images = _count(folder / IMAGES, SUFFIXES) if (folder / IMAGES).is_dir() else None
+    if latents != len(names) or images not in (None, latents):
+        found = f"{latents} latents, {len(names)} labels" + ("" if images is None else f", {images} images")
+        raise BadFile(f"{folder}: {found}: these must be equally many")
+
+
+def _count(folder: Path, suffixes: tuple[str, ...]) -> int:
+    return sum(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
+
+
+class RepaProducer:
+    """Shards out of REPA's layout (see `job.Producer`)."""
+
+    def __init__(self, records: RepaSet, dtype: str, shard_size: int) -> None:
+        self.records, self.shard_size = records, shard_size
+        self.template = replace(records.manifest, count=0, dtype=dtype)
+        self.progress: Callable[[int], object] = lambda images: None
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the content depends on."""
+        return {"records": self.records.digest, "dtype": self.template.dtype, "shard_size": self.shard_size}
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return -(-len(self.records) // self.shard_size)
+
+    def produce(self, number: int) -> Produced:
+        """The records of shard `number`."""
+        first = number * self.shard_size
+        indices = np.arange(first, min(first + self.shard_size, len(self.records)))
+        moments, labels = self.records.gather(indices)
+        self.progress(len(indices))
+        return Produced(moments.numpy().astype(self.template.dtype), labels.numpy(), {})
+
+
+def write_repa(records: RecordSet, folder: Path, progress: Callable[[int], object]) -> None:
+    """Writes any set in REPA's layout, float32 as REPA has it; dataset.json comes last. No images: there are none.
+
+    UserError if the folder holds such a set already.
+    """
+    if is_repa(folder):
+        raise UserError(f"{folder}: holds {LATENTS}/{LABELS_FILE} already; name another folder")
+    latents = Path(folder) / LATENTS
+    labels = []
+    for start in range(0, records.manifest.count, 1_000):
+        make_folder(latents / f"{start // 1_000:05d}")
+        moments, more = records.gather(np.arange(start, min(start + 1_000, records.manifest.count)))
+        for number, (row, label) in enumerate(zip(moments.float().numpy(), more.tolist(), strict=True), start):
+            name = f"{start // 1_000:05d}/img-mean-std-{number:08d}.npy"
+            np.save(latents / name, row)
+            labels.append([name, label])
+        progress(len(moments))
+    write_json_atomic(latents / LABELS_FILE, {"labels": labels})

@@ -1,0 +1,263 @@
+"""Where images come from: a folder, a zip, a tar, webdataset tars, a Hugging Face dataset on disk, REPA's images/.
+
+A source knows its images by number; reading one gives the file's bytes. What is an image, its label and its order are
+decided from names alone, so the same input gives the same set on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from st_fast.data.images import SUFFIXES
+from st_fast.data.machine import allow_open_files
+from st_fast.errors import UserError
+from st_fast.safefile import BadFile, shown
+
+SPLITS = ("train", "training", "test", "val", "valid", "validation")
+LABELS_FILE = "dataset.json"
+"""Labels by file name as EDM and REPA write them: {"labels": [["00000/img00000000.png", 3], …]}."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Numbered images with labels. `read(i)` → the bytes of image i's file; may be called from many threads."""
+
+    description: str
+    names: Sequence[str]
+    labels: np.ndarray
+    """(n,) int64."""
+    num_classes: int
+    class_names: tuple[str, ...]
+    read: Callable[[int], bytes]
+
+    def digest(self) -> str:
+        """SHA-256 over names and labels: interrupted work continues only on the same images."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for name in self.names:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Files:
+    """Named blobs: the files of a folder or the members of an archive. Names use "/"; `read` is thread-safe."""
+
+    where: Path
+    names: list[str]
+    read: Callable[[str], bytes]
+
+
+def open_source(path: Path, subset: str = "") -> Source:
+    """The images at `path`; `subset` keeps what lies in that folder of it. UserError says what was expected."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"source {str(path)!r}: no such file or folder")
+    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        from st_fast.data.hub import open_hub_dataset
+
+        return open_hub_dataset(path, subset)
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else []
+    if path.is_dir() and not tars:
+        return _from_files(_folder(path), subset)
+    if path.is_dir() or tarfile_like(path):
+        return _from_tars(path, tars or [path], subset)
+    if zipfile.is_zipfile(path):
+        return _from_files(_zip(path), subset)
+    raise UserError(
+        f"source {str(path)!r}: a folder, .zip, .tar, a folder of webdataset .tar files or a Hugging Face "
+        "dataset folder is needed"
+    )
+
+
+def tarfile_like(path: Path) -> bool:
+    """Whether a file is a plain tar; UserError for a compressed one, which can't be read by number."""
+    if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise UserError(f"source {str(path)!r}: a compressed tar can't be read at random; decompress it first")
+    return tarfile.is_tarfile(path)
+
+
+def _folder(path: Path) -> Files:
+    """All files below `path`, found without following links that lead to folders."""
+    names: list[str] = []
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(path / prefix) as entries:
+            for entry in entries:
+                name = f"{prefix}{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{name}/")
+                else:
+                    names.append(name)
+    return Files(path, names, lambda name: (path / name).read_bytes())
+
+
+def _zip(path: Path) -> Files:
+    # A ZipFile may be read by several threads, but each thread waits for the others: one a thread instead.
+    local = threading.local()
+
+    def read(name: str) -> bytes:
+        if not hasattr(local, "archive"):
+            local.archive = zipfile.ZipFile(path)
+        try:
+            data: bytes = local.archive.read(name)
+        except Exception as error:  # zipfile's own, zlib's, and others for encryption and unknown compression
+            raise OSError(f"damaged in the zip: {error}") from error
+        return data
+
+    with zipfile.ZipFile(path) as archive:
+        return Files(path, [info.filename for info in archive.infolist() if not info.is_dir()], read)
+
+
+def _tar(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """Members of a plain tar by name as (first byte, bytes), and an open descriptor to read them from."""
+    members = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isreg():
+                    members[member.name.removeprefix("./")] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise BadFile(f"{path}: not a sound tar ({error})") from None
+    return members, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _from_tars(where: Path, tars: list[Path], subset: str) -> Source:
+    """One tar, or several; in several, a file that lies in no folder belongs to a folder named like its tar."""
+    allow_open_files(len(tars))
+    places: dict[str, tuple[int, int, int]] = {}
+    for path in tars:
+        members, file = _tar(path)
+        for name, (start, size) in members.items():
+            full = f"{path.stem}/{name}" if len(tars) > 1 and "/" not in name else name
+            if full in places:
+                raise UserError(f"{path}: it holds {shown(name)}, as does another tar beside it")
+            places[full] = (file, start, size)
+
+    def read(name: str) -> bytes:
+        file, start, size = places[name]
+        data = os.pread(file, size, start)
+        if len(data) != size:
+            raise OSError(f"{size} bytes expected, {len(data)} found: the tar is cut off")
+        return data
+
+    files = Files(where, list(places), read)
+    if any(name.endswith(".cls") for name in places):
+        return _webdataset(files)
+    return _from_files(files, subset)
+
+
+def _webdataset(files: Files) -> Source:
+    """key.jpg beside key.cls, which holds the label as a number."""
+    names = set(files.names)
+    images, labels = [], []
+    for name in _images(files.names):
+        key = name.rpartition("/")[0], name.rpartition("/")[2].partition(".")[0]
+        label_name = f"{key[0]}/{key[1]}.cls" if key[0] else f"{key[1]}.cls"
+        if label_name not in names:
+            raise UserError(f"{files.where}: {shown(name)} has no {shown(label_name)} with its label beside it")
+        images.append(name)
+        labels.append(_number(files.read(label_name), f"{files.where}: {label_name}"))
+    return _source(files, "webdataset tars", images, labels, ())
+
+
+def _number(data: bytes, where: str) -> int:
+    try:
+        return int(data)
+    except ValueError:
+        raise UserError(f"{where}: {shown(data)} is not a class number") from None
+
+
+def _from_files(files: Files, subset: str) -> Source:
+    """Class folders, or files with a dataset.json; a single folder around everything is stepped into."""
+    prefix = f"{subset.strip('/')}/" if subset else ""
+    names = [name for name in files.names if name.startswith(prefix)]
+    if not _images(names):
+        there = ", ".join(sorted({name.partition("/")[0] for name in files.names})[:8]) or "nothing"
+        raise UserError(
+            f"source {str(files.where)!r}{f', subset {subset!r}' if subset else ''}: no image in it "
+            f"({', '.join(SUFFIXES)}); it holds {there}"
+        )
+    while len(tops := {_top(name, prefix) for name in _images(names)}) == 1 and "" not in tops:
+        inner = f"{prefix}{next(iter(tops))}/"
+        if f"{prefix}{LABELS_FILE}" in names or not any("/" in n[len(inner) :] for n in _images(names)):
+            break  # labels by file, or one class only
+        prefix = inner
+    listed = [n for n in (f"{prefix}{LABELS_FILE}", f"{prefix}images/{LABELS_FILE}") if n in names]
+    if listed:
+        return _labelled(files, listed[0], [name for name in names if name.startswith(prefix)])
+    return _class_folders(files, prefix, _images(n for n in names if n.startswith(prefix)))
+
+
+def _labelled(files: Files, labels_file: str, names: list[str]) -> Source:
+    """Every image with its label out of a dataset.json beside or above it."""
+    folder = labels_file.removesuffix(LABELS_FILE)
+    table = read_labels(files.read(labels_file), f"{files.where}: {labels_file}")
+    images = [name for name in _images(names) if name.startswith(folder)]
+    missing = [name for name in images if name[len(folder) :] not in table]
+    if missing or len(images) != len(table):
+        first = f"; {shown(missing[0])} has no label" if missing else ""
+        raise UserError(f"{files.where}: {len(images)} images, but {len(table)} labels in {labels_file}{first}")
+    return _source(files, "files with dataset.json", images, [table[name[len(folder) :]] for name in images], ())
+
+
+def read_labels(data: bytes, where: str) -> dict[str, int]:
+    """A dataset.json's labels: file name → class number. UserError names what is wrong."""
+    try:
+        labels = json.loads(data)["labels"]
+        table = {str(name).replace("\\", "/"): label for name, label in labels}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed ({error})') from None
+    wrong = next((name for name, label in table.items() if type(label) is not int or label < 0), None)
+    if wrong is not None:
+        raise UserError(f"{where}: the label of {shown(wrong)} is {shown(table[wrong])}; a class number is needed")
+    if len(table) != len(labels):
+        raise UserError(f"{where}: {len(labels)} labels, but only {len(table)} different file names")
+    return table
+
+
+def _class_folders(files: Files, prefix: str, images: list[str]) -> Source:
+    tops = [_top(name, prefix) for name in images]
+    classes = sorted(set(tops))
+    if "" in classes:
+        loose = next(name for name, top in zip(images, tops, strict=True) if not top)
+        raise UserError(
+            f"source {str(files.where)!r}: {shown(loose)} lies in no class folder, and there is no {LABELS_FILE}"
+        )
+    if len(classes) > 1 and set(map(str.lower, classes)) <= set(SPLITS):
+        splits = ", ".join(classes)
+        raise UserError(f"source {str(files.where)!r}: it holds {splits}: choose one, --subset {classes[-1]}")
+    number = {name: i for i, name in enumerate(classes)}
+    return _source(files, "class folders", images, [number[top] for top in tops], tuple(classes))
+
+
+def _source(files: Files, kind: str, images: list[str], labels: list[int], classes: tuple[str, ...]) -> Source:
+    array = np.array(labels, np.int64)
+    count = len(classes) or int(array.max()) + 1
+    printable = tuple(name.encode("utf-8", "replace").decode() for name in classes)
+    return Source(f"{files.where.name} ({kind})", images, array, count, printable, lambda i: files.read(images[i]))
+
+
+def _top(name: str, prefix: str) -> str:
+    """The first folder of a name below `prefix`, or ""."""
+    return name[len(prefix) :].rpartition("/")[0].partition("/")[0]
+
+
+def _images(names: Iterable[str]) -> list[str]:
+    """The images among names, sorted; hidden files and macOS leftovers are none."""
+    return sorted(
+        name
+        for name in names
+        if name.lower().endswith(SUFFIXES)
+        and not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    )

@@ -1,0 +1,130 @@
+"""Arithmetic of a recipe, counted by formula: parameters, FLOPs (1 multiply-add = 2 FLOPs), memory. Imports no torch.
+
+What a stage costs is the method as defined: only supervised rows through the teacher where the mask allows it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from st_fast.recipe.methods import SelfTranscendence, VelocityHead
+from st_fast.recipe.schema import Model, Optim, Recipe, Stage
+
+TIME_FREQUENCIES = 256
+
+
+def tokens(model: Model) -> int:
+    """N, tokens of a latent."""
+    return (model.latent_size // model.patch) ** 2
+
+
+def trunk_parameters(model: Model) -> int:
+    """Parameters of SiT, fixed positions included, as the published counts have them."""
+    d, hidden, patch = model.width, int(model.width * model.mlp_ratio), model.patch**2 * model.channels
+    block = (4 * d * d + 4 * d) + (2 * d * hidden + hidden + d) + (6 * d * d + 6 * d)
+    if model.qk_norm:
+        block += 4 * (d // model.heads)
+    embedders = (patch * d + d) + (TIME_FREQUENCIES * d + d + d * d + d)
+    embedders += (model.num_classes + (model.class_dropout > 0)) * d + tokens(model) * d
+    final = (d * patch + patch) + (2 * d * d + 2 * d)
+    return model.depth * block + embedders + final
+
+
+def block_macs(model: Model) -> int:
+    """Multiply-adds of one block's forward for one image: linear layers, attention, its adaLN projection."""
+    n, d, hidden = tokens(model), model.width, int(model.width * model.mlp_ratio)
+    return n * (4 * d * d + 2 * d * hidden) + 2 * n * n * d + 6 * d * d
+
+
+def trunk_macs(model: Model, depth: int | None = None) -> int:
+    """Multiply-adds of one image's forward up to block `depth`; without it, all of it with the final layer."""
+    n, d, patch = tokens(model), model.width, model.patch**2 * model.channels
+    embed = n * patch * d + TIME_FREQUENCIES * d + d * d
+    if depth is not None:
+        return embed + depth * block_macs(model)
+    return embed + model.depth * block_macs(model) + n * d * patch + 2 * d * d
+
+
+def _projector_macs(model: Model, hidden: int, out: int) -> int:
+    return tokens(model) * (model.width * hidden + hidden * hidden + hidden * out)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """FLOPs an image of the global batch, while supervision is active."""
+
+    student: float
+    heads: float
+    teacher: float
+
+    @property
+    def total(self) -> float:
+        return self.student + self.heads + self.teacher
+
+
+def _in_range_share(recipe: Recipe, t_range: tuple[float, float], mask: str) -> float:
+    """The expected share of samples that are supervised; exact for uniform and stratified t."""
+    return 1.0 if mask == "released" else time_share(recipe.flow.time, recipe.flow.path, t_range)
+
+
+def time_share(time: str, path: str, t_range: tuple[float, float]) -> float:
+    """P(low ≤ t ≤ high) under a time sampling."""
+    if time != "lognormal":
+        return t_range[1] - t_range[0]
+
+    def below(t: float) -> float:
+        if t <= 0 or t >= 1:
+            return float(t >= 1)
+        sigma = t / (1 - t) if path == "linear" else math.tan(t * math.pi / 2)
+        return 0.5 * (1 + math.erf(math.log(sigma) / math.sqrt(2)))
+
+    return below(t_range[1]) - below(t_range[0])
+
+
+def stage_cost(recipe: Recipe, stage: Stage) -> StageCost:
+    """The method's training FLOPs per image: three times the student's and heads' forward, once the teacher's."""
+    model, method = recipe.model, stage.method
+    student = 6.0 * trunk_macs(model)
+    if isinstance(method, VelocityHead):
+        share = _in_range_share(recipe, method.t_range, method.mask)
+        out = model.patch**2 * model.channels
+        macs = _projector_macs(model, method.hidden, model.width) + tokens(model) * model.width * out
+        return StageCost(student, 6.0 * macs * share, 0.0)
+    if isinstance(method, SelfTranscendence):
+        share = _in_range_share(recipe, method.t_range, method.mask)
+        heads = 6.0 * _projector_macs(model, method.hidden, model.width) * share
+        return StageCost(student, heads, 2 * 2.0 * trunk_macs(model, method.teacher_depth) * share)
+    return StageCost(student, 0.0, 0.0)
+
+
+def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int) -> float:
+    """FLOPs of the steps first … last − 1 of a stage, over the whole global batch; supervision may end midway."""
+    cost = stage_cost(recipe, stage)
+    stop = stage.method.stop_step if isinstance(stage.method, SelfTranscendence) else 0
+    supervised = max(0, min(last, stop or last) - first)
+    return recipe.optim.batch_size * (cost.student * (last - first) + (cost.heads + cost.teacher) * supervised)
+
+
+STATE_BYTES = 20
+"""Bytes a trained parameter: float32 master, two moments and EMA, and a gradient and copy of 2 (or gradient of 4)."""
+
+
+def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
+    """An estimate for one rank: (weights with their state and the teacher's; activations of one micro-batch)."""
+    parameters = trunk_parameters(recipe.model)
+    with_teacher = any(stage.method.teacher_name for stage in recipe.stages)
+    fixed = parameters * (STATE_BYTES + with_teacher * (2 if bf16 else 4))
+    return fixed, micro_batch(recipe.optim, ranks) * activation_bytes(recipe.model, bf16)
+
+
+def micro_batch(optim: Optim, ranks: int) -> int:
+    """Samples of one forward pass on one rank."""
+    return optim.batch_size // (ranks * optim.accumulation)
+
+
+def activation_bytes(model: Model, bf16: bool) -> int:
+    """Kept for the backward per image: x', a and y at two sites, q, k, v twice, attention's output, MLP's hidden."""
+    n, d = tokens(model), model.width
+    per_token = 2 * 3 * d + (6 if model.qk_norm else 3) * d + d + 2 * int(d * model.mlp_ratio)
+    return model.depth * n * per_token * (2 if bf16 else 4)

@@ -1,0 +1,5 @@
+"""The network (SiT), its attention, and what it takes to build one."""
+
+from st_fast.model.sit import SiT, build
+
+__all__ = ["SiT", "build"]

@@ -1,0 +1,258 @@
+"""SiT: the diffusion transformer (arXiv 2401.08740; blocks of DiT, arXiv 2212.09748), with the published key names.
+
+Shapes: B samples, C latent channels, S latent side, p patch, N = (S/p)² tokens, D width, H heads, d = D/H.
+
+The residual stream x and the modulated input y of the next sub-layer travel together, so that each `x + gate·a`
+and the normalisation after it are one op: also across blocks, where the next block's shift and scale are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_fast.kernels import KernelTable
+from st_fast.model.attention import BACKENDS, Attend
+from st_fast.recipe.schema import Model
+
+FREQUENCIES = 256
+"""Sinusoids of the time embedding."""
+
+
+class PatchEmbed(nn.Module):
+    """Cuts a latent into p×p patches and projects each to a token: (B, C, S, S) → (B, N, D)."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is a matrix product of the unfolded patches.
+        batch, channels, size, _ = x.shape
+        side, patch = size // self.patch, self.patch
+        grid = x.view(batch, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = grid.reshape(batch, side * side, channels * patch * patch)  # (B, N, C·p·p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) in [0, 1] → (B, D): sinusoids, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    @property
+    def layers(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two linear layers."""
+        return cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half))
+        angles = t.float()[:, None] * frequencies  # (B, 128)
+        sinusoids = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return self.mlp(sinusoids.to(self.layers[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) → (B, D). The last row is the null label's, there if class dropout trains it."""
+
+    def __init__(self, num_classes: int, width: int, with_null: bool) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + with_null, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with LayerNorm on queries and keys if `qk_norm`: (B, N, D) → (B, N, D)."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, kernels: KernelTable, attend: Attend) -> None:
+        super().__init__()
+        self.heads, self.kernels, self.attend = heads, kernels, attend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
+
+    def forward(self, y: Tensor) -> Tensor:
+        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = self.kernels.qk_norm(
+                qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps
+            )
+        else:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d) each
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU (tanh form) between: (B, N, D) → (B, N, D)."""
+
+    def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fc2(self.kernels.gelu_tanh(self.fc1(y)))
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero: takes and returns the residual stream and the next modulated input."""
+
+    def __init__(self, config: Model, kernels: KernelTable, attend: Attend) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.attn = Attention(config.width, config.heads, config.qk_norm, kernels, attend)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), kernels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+
+    @property
+    def modulation_layer(self) -> nn.Linear:
+        """From SiLU(c) to the block's (B, 6D) modulation."""
+        return cast(nn.Linear, self.adaLN_modulation[1])
+
+    def forward(
+        self, x: Tensor, y: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x, y (B, N, D); modulation (B, 6D) → the block's output and y of the next block, both (B, N, D)."""
+        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, D) each
+        fused = self.kernels.gate_residual_norm_modulate
+        x, y = fused(x, self.attn(y), gate_attn, shift_mlp, scale_mlp)
+        return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale)
+
+
+class FinalLayer(nn.Module):
+    """The last modulated normalisation's parameters and the projection to patches: (B, N, D) → (B, N, p·p·C)."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    @property
+    def modulation_layer(self) -> nn.Linear:
+        """From SiLU(c) to the final (B, 2D) modulation."""
+        return cast(nn.Linear, self.adaLN_modulation[1])
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.linear(y)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """(1, side², width): fixed 2-D sin-cos positions of DiT: half of the channels for the column, half for the row."""
+    frequencies = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+
+    def embed(position: Tensor) -> Tensor:
+        angles = position.flatten().double()[:, None] * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+    return torch.cat((embed(columns), embed(rows)), dim=1).float()[None]
+
+
+class SiT(nn.Module):
+    """The velocity model v̂(x_t, t, y). `config` must be resolved (depth, width, heads, patch > 0)."""
+
+    def __init__(self, config: Model, kernels: KernelTable, attend: Attend = BACKENDS["sdpa"].attend) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.x_embedder = PatchEmbed(config.channels, config.patch, config.width)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.width, with_null=config.class_dropout > 0)
+        positions = sincos_positions(config.width, config.latent_size // config.patch)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config, kernels, attend) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
+        self.run_block: Callable[..., tuple[Tensor, Tensor]] = lambda block, *args: block(*args)
+        self._initialise()
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def _modulated(self, depth: int) -> list[Block | FinalLayer]:
+        """The first `depth` blocks and what comes after them."""
+        parts: list[Block | FinalLayer] = [*self._blocks, self.final_layer]
+        return parts[: depth + 1]
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in self.t_embedder.layers:
+            nn.init.normal_(layer.weight, std=0.02)
+        for part in self._modulated(self.config.depth):
+            nn.init.zeros_(part.modulation_layer.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def embed_tokens(self, x: Tensor) -> Tensor:
+        """(B, C, S, S) → (B, N, D): patches with positions, in the weights' dtype."""
+        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+
+    def _trunk(self, tokens: Tensor, t: Tensor, labels: Tensor, depth: int, tap: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs blocks 1..depth; returns the stream after block `tap`, after `depth`, and the next modulated input."""
+        c = F.silu(self.t_embedder(t) + self.y_embedder(labels))  # (B, D)
+        # (B, 6D) from each block, (B, 2D) from the final layer.
+        modulations = [part.modulation_layer(c) for part in self._modulated(depth)]
+        shifts_scales = [m.chunk(m.shape[1] // self.config.width, dim=1)[:2] for m in modulations]
+        x = tapped = tokens
+        y = self.kernels.norm_modulate(x, *shifts_scales[0])
+        for number, block in enumerate(self._blocks[:depth], start=1):
+            x, y = self.run_block(block, x, y, modulations[number - 1], *shifts_scales[number])
+            if number == tap:
+                tapped = x
+        return tapped, x, y
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, tap: int = 0) -> tuple[Tensor, Tensor]:
+        """x (B, C, S, S), t (B,), labels (B,) → velocity (B, C, S, S) and the stream after block `tap` (B, N, D).
+
+        Blocks count from 1; with tap = 0 the second result is the embedded input.
+        """
+        tapped, _, y = self._trunk(self.embed_tokens(x), t, labels, self.config.depth, tap)
+        return unpatchify(self.final_layer(y), self.config.patch, self.config.channels), tapped
+
+    def guided_features(self, x: Tensor, t: Tensor, labels: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """The streams after block `depth` with the labels and with the null label, each (B, N, D).
+
+        Both run as one batch of 2B and share the patch embedding; nothing after block `depth` is computed.
+        """
+        tokens = self.embed_tokens(x).repeat(2, 1, 1)
+        both = torch.cat((labels, torch.full_like(labels, self.null_label)))
+        _, features, _ = self._trunk(tokens, t.repeat(2), both, depth, tap=0)
+        conditional, null = features.chunk(2)
+        return conditional, null
+
+
+def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:
+    """(B, N, p·p·C), channels last within a patch, → (B, C, S, S)."""
+    batch, tokens, _ = patches.shape
+    side = math.isqrt(tokens)
+    grid = patches.view(batch, side, side, patch, patch, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, side * patch, side * patch)
+
+
+def build(config: Model, kernels: KernelTable, seed: int, attend: Attend = BACKENDS["sdpa"].attend) -> SiT:
+    """A SiT with published initialisation, drawn from `seed` without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SiT(config, kernels, attend)

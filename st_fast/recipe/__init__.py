@@ -1,0 +1,30 @@
+"""The recipe: one TOML file that describes a whole experiment. Imports no torch, so mistakes are told at once."""
+
+from st_fast.recipe.compare import changed_maths
+from st_fast.recipe.error import RecipeError
+from st_fast.recipe.load import load
+from st_fast.recipe.methods import METHODS, Method, Plain, SelfTranscendence, VelocityHead
+from st_fast.recipe.schema import Data, Evaluate, Flow, Kernels, Model, Optim, Recipe, Run, Sample, Stage
+from st_fast.recipe.write import to_toml
+
+__all__ = [
+    "METHODS",
+    "Data",
+    "Evaluate",
+    "Flow",
+    "Kernels",
+    "Method",
+    "Model",
+    "Optim",
+    "Plain",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "Sample",
+    "SelfTranscendence",
+    "Stage",
+    "VelocityHead",
+    "changed_maths",
+    "load",
+    "to_toml",
+]

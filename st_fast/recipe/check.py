@@ -1,0 +1,150 @@
+"""What must hold between a recipe's values, told before anything slow is imported."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from st_fast.recipe.error import RecipeError, did_you_mean, show, wrong_value
+from st_fast.recipe.limits import BlockNumber, StepOfStage
+from st_fast.recipe.methods import supervision_name
+from st_fast.recipe.schema import Evaluate, Model, Optim, Recipe, Run, Stage
+from st_fast.recipe.typed import field_types
+
+
+def check(recipe: Recipe, ranks: int = 1) -> None:
+    """Raises RecipeError for the first thing that doesn't fit; `ranks` is how many processes share a batch."""
+    check_shapes(recipe.model)
+    check_batch(recipe.optim, ranks)
+    check_data(recipe)
+    check_names(recipe.stages)
+    for position, stage in enumerate(recipe.stages):
+        check_numbers(stage, recipe.model.depth)
+        check_teacher(stage, recipe.stages, position)
+    check_guidance(recipe)
+    check_spikes(recipe.run)
+    check_judge(recipe.evaluate)
+
+
+def check_shapes(model: Model) -> None:
+    """Latents must divide into patches, width into heads and into the four quarters of a 2-D sin-cos position."""
+    sizes = (
+        f"latent_size {model.latent_size}, patch {model.patch}, channels {model.channels}, "
+        f"width {model.width}, heads {model.heads}"
+    )
+    if model.latent_size % model.patch:
+        why = f"not divisible by patch ({sizes})"
+        raise wrong_value("model.latent_size", model.latent_size, f"a multiple of {model.patch}", why)
+    if model.width % model.heads:
+        why = f"not divisible by heads ({sizes})"
+        raise wrong_value("model.width", model.width, f"a multiple of {model.heads}", why)
+    if model.width % 4:
+        why = f"not divisible by 4, which 2-D sin-cos positions need ({sizes})"
+        raise wrong_value("model.width", model.width, "a multiple of 4", why)
+
+
+def check_batch(optim: Optim, ranks: int) -> None:
+    """The global batch must split evenly over ranks and accumulation steps."""
+    parts = ranks * optim.accumulation
+    if optim.batch_size % parts == 0:
+        return
+    sizes, splits = splits_near(optim.batch_size, parts)
+    why = f"not divisible by ranks x accumulation = {ranks} x {optim.accumulation} = {parts}"
+    allowed = f"a batch size of {_either(sizes)}, or ranks x accumulation of {_either(splits)}"
+    raise wrong_value("optim.batch_size", optim.batch_size, allowed, why)
+
+
+def splits_near(batch_size: int, parts: int) -> tuple[list[int], list[int]]:
+    """Up to four batch sizes near `batch_size` that `parts` divides, and up to six numbers near `parts` that divide it.
+
+    Divisors are looked for up to 65536, more than ranks × accumulation ever is, so that a huge batch costs no time.
+    """
+    multiple = batch_size // parts
+    sizes = [parts * m for m in range(max(1, multiple - 1), multiple + 3)]
+    divisors = (d for d in range(1, min(batch_size, 65_536) + 1) if batch_size % d == 0)
+    return sizes, sorted(sorted(divisors, key=lambda d: abs(d - parts))[:6])
+
+
+def check_data(recipe: Recipe) -> None:
+    """Shards must have a folder to be read from."""
+    if recipe.data.source == "shards" and not recipe.data.path:
+        raise wrong_value("data.path", "", "the folder of shards that `python -m st_fast.prepare` wrote")
+
+
+def check_names(stages: tuple[Stage, ...]) -> None:
+    """At least one stage, and no two whose folders would be one on a file system that ignores case."""
+    if not stages:
+        raise RecipeError("the recipe has no stage", "one [[stage]] or more, with name, supervision and steps", "stage")
+    seen: dict[str, str] = {}
+    for stage in stages:
+        other = seen.setdefault(stage.name.casefold(), stage.name)
+        if other is not stage.name:
+            raise wrong_value(f"stage.{stage.name}.name", stage.name, "a different name for each stage", "taken")
+
+
+def check_numbers(stage: Stage, depth: int) -> None:
+    """Settings that are block numbers lie in 1..depth, those that are steps of the stage in 0..steps."""
+    for name, kind in field_types(type(stage.method)).items():
+        ends = _ends(kind, depth, stage.steps)
+        value = getattr(stage.method, name)
+        if ends and not ends[0] <= value <= ends[1]:
+            of = "the model's blocks" if ends[0] else "the stage's steps"
+            raise wrong_value(f"stage.{stage.name}.{name}", value, f"{ends[0]} to {ends[1]}, {of}")
+
+
+def _ends(kind: Any, depth: int, steps: int) -> tuple[int, int] | None:
+    limits = get_args(kind)[1:]
+    if any(isinstance(limit, BlockNumber) for limit in limits):
+        return 1, depth
+    return (0, steps) if any(isinstance(limit, StepOfStage) for limit in limits) else None
+
+
+def check_teacher(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
+    """A teacher is an earlier stage by name, or a path: anything with a slash, looked for only when it is needed."""
+    teacher = stage.method.teacher_name
+    earlier = [s.name for s in stages[:position]]
+    if teacher is None or teacher in earlier or "/" in teacher:
+        return
+    allowed = f"an earlier stage ({', '.join(earlier) or 'there is none'}) or a path with a slash, such as ./teacher"
+    if not teacher:
+        why = f"supervision = {show(supervision_name(stage.method))} learns from a teacher"
+    elif teacher == stage.name:
+        why = "a stage can't teach itself"
+    elif teacher in [s.name for s in stages]:
+        why = "that stage comes later"
+    else:
+        why = "no stage of that name" + did_you_mean(teacher, earlier)
+    raise wrong_value(f"stage.{stage.name}.teacher", teacher, allowed, why)
+
+
+def check_guidance(recipe: Recipe) -> None:
+    """Guidance reads the null class, which only class dropout trains."""
+    if recipe.model.class_dropout > 0:
+        return
+    wanted = [f"stage.{s.name} ({supervision_name(s.method)})" for s in recipe.stages if s.method.needs_null_class]
+    if recipe.sample.cfg_scale != 1.0:
+        wanted.append(f"sample.cfg_scale = {show(recipe.sample.cfg_scale)}")
+    if wanted:
+        why = f"no null class is trained, but guidance is wanted by {' and '.join(wanted)}"
+        allowed = "class_dropout above 0 and below 1 (0.1 is usual), or cfg_scale = 1 there"
+        raise wrong_value("model.class_dropout", recipe.model.class_dropout, allowed, why)
+
+
+def check_spikes(run: Run) -> None:
+    """A loss at or below its usual value is no spike."""
+    if 0 < run.spike_ratio <= 1:
+        raise wrong_value("run.spike_ratio", run.spike_ratio, "0 (off) or a number above 1; 2 or 3 are usual")
+
+
+JUDGE_FEATURES = 64
+"""The classifier's feature channels: a covariance, and so a Fréchet distance, needs more samples than that."""
+
+
+def check_judge(evaluate: Evaluate) -> None:
+    """A judged evaluation has enough samples."""
+    if evaluate.judge != "none" and evaluate.num <= JUDGE_FEATURES:
+        why = f"a Fréchet distance in {JUDGE_FEATURES} features needs more samples"
+        raise wrong_value("evaluate.num", evaluate.num, f"at least {JUDGE_FEATURES + 1}", why)
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))

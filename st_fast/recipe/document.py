@@ -1,0 +1,103 @@
+"""A recipe file as plain tables: sections and stages, not yet typed."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from st_fast.recipe.error import RecipeError, key_text, unknown_name, wrong_value
+from st_fast.recipe.schema import SECTIONS
+from st_fast.recipe.typed import field_types
+
+MAX_BYTES = 1 << 20
+"""A recipe is a page of text; anything larger is another file given by mistake."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """The tables of a recipe by section, and its stages in order; overrides change them in place."""
+
+    sections: dict[str, dict[str, Any]]
+    stages: list[dict[str, Any]]
+
+
+def read_document(path: Path) -> Document:
+    """The file's tables. RecipeError if it can't be read, isn't TOML, or holds something else than known tables."""
+    return as_document(parse_toml(read_text(path), str(path)))
+
+
+def read_text(path: Path) -> str:
+    """The file's text; RecipeError if it is missing, a folder, unreadable, too large or not UTF-8."""
+    place = str(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError("no such file", "the path of a recipe, such as recipes/digits.toml", place=place) from None
+    except IsADirectoryError:
+        raise RecipeError("is a folder", "the path of a recipe, such as recipes/digits.toml", place=place) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"can't be read: {reason}", "a readable file", place=place) from None
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"larger than {MAX_BYTES} bytes", "a recipe of at most 1 MiB", place=place)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        problem = f"byte 0x{content[error.start]:02x} is not UTF-8"
+        raise RecipeError(problem, "text in UTF-8", place=f"{place}:{line}:{column}") from None
+
+
+def parse_toml(text: str, place: str) -> dict[str, Any]:
+    """The text as TOML; RecipeError with line and column for a mistake in its syntax."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise RecipeError("nested too deeply", "tables of plain values", place=place) from None
+    except ValueError as error:
+        problem, line, column = _position(str(error), text)
+        where = f"{place}:{line}:{column}" if line else place
+        raise RecipeError(problem, 'TOML: [section], key = value, text in "quotes"', place=where) from None
+
+
+def _position(message: str, text: str) -> tuple[str, int, int]:
+    """tomllib's message without its position, and that position; line 0 where it gives none."""
+    at_end = re.fullmatch(r"(.*) \(at end of document\)", message, re.DOTALL)
+    if at_end:
+        lines = text.split("\n")
+        return at_end[1], len(lines), len(lines[-1]) + 1
+    at_line = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message, re.DOTALL)
+    return (at_line[1], int(at_line[2]), int(at_line[3])) if at_line else (message, 0, 0)
+
+
+def as_document(raw: dict[str, Any]) -> Document:
+    """Sorts top-level entries into sections and stages; RecipeError for a stranger or something that is no table."""
+    sections: dict[str, dict[str, Any]] = {}
+    stages = raw.get("stage", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise wrong_value("stage", stages, "tables, each under a line [[stage]] of its own")
+    for name, table in raw.items():
+        if name == "stage":
+            continue
+        check_section(name)
+        if not isinstance(table, dict):
+            raise wrong_value(name, table, f"a table, under a line [{name}]")
+        sections[name] = table
+    return Document(sections, stages)
+
+
+def check_section(name: str) -> None:
+    """RecipeError unless a section has that name; a key out of its section is told where it belongs."""
+    if name not in SECTIONS:
+        raise unknown_name(key_text(name), name, [*SECTIONS, "stage"], section_with(name))
+
+
+def section_with(key: str) -> str:
+    """A hint at the sections that have such a key; empty where none has."""
+    owners = [f"{section}.{key}" for section, kind in SECTIONS.items() if key in field_types(kind)]
+    return f"did you mean {' or '.join(owners)}?" if owners else ""

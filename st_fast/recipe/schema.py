@@ -1,0 +1,173 @@
+"""The sections of a recipe: one frozen dataclass a component, with its defaults. Imports no torch.
+
+The defaults are those of the published Self-Transcendence runs where these exist (arXiv 2601.07773).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_type_hints
+
+from st_fast.recipe.limits import BelowOne, Count, CountOrZero, FolderName, NonNegative, Positive, TimeRange
+from st_fast.recipe.methods import Method
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+"""SiT's published sizes: (depth, width, heads)."""
+
+Choice = Literal["auto", "fused", "reference"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network. `name` such as "SiT-XL/2" sets depth, width, heads and patch; or give these four."""
+
+    name: str = "custom"
+    depth: CountOrZero = 0
+    width: CountOrZero = 0
+    heads: CountOrZero = 0
+    patch: CountOrZero = 0
+    channels: Count = 4
+    latent_size: Count = 32
+    num_classes: Count = 1000
+    class_dropout: BelowOne = 0.1
+    mlp_ratio: Positive = 4.0
+    qk_norm: bool = True
+    attention: str = "auto"
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The path from data (t = 0) to noise (t = 1), and how t is drawn."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    time: Literal["uniform", "lognormal", "stratified"] = "uniform"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where latents come from. `source = "digits"` makes the folder at `path` on first use."""
+
+    path: str = ""
+    source: Literal["shards", "digits"] = "shards"
+    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with clipping and a weight average. `batch_size` is global: over all ranks and accumulation steps.
+
+    `grad_clip = 0` turns clipping off. `reduction` is the dtype in which ranks add gradients; "auto": the gradients'.
+    """
+
+    batch_size: Count = 256
+    accumulation: Count = 1
+    lr: Positive = 1e-4
+    warmup_steps: CountOrZero = 0
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    grad_clip: NonNegative = 1.0
+    reduction: Literal["auto", "fp32", "bf16"] = "auto"
+    ema_decay: BelowOne = 0.9999
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how the run happens; nothing here changes the mathematics except `seed` and `precision`.
+
+    A denoising loss above `spike_ratio` times its usual value (0: never looked at) rolls back to the last good
+    checkpoint, at most `spike_retries` times a stage. A rank that gets no further for `hang_timeout` seconds ends the
+    run (0: never).
+    """
+
+    out: str = ""
+    seed: CountOrZero = 0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    log_every: Count = 50
+    save_every: Count = 5_000
+    keep: Count = 2
+    keep_every: CountOrZero = 0
+    max_bad_steps: Count = 10
+    spike_ratio: NonNegative = 0.0
+    spike_retries: CountOrZero = 3
+    hang_timeout: CountOrZero = 1_800
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How samples are drawn, in training (`every` steps; 0: only at a stage's end) and by `st_fast.sample`."""
+
+    every: CountOrZero = 0
+    num: CountOrZero = 80
+    batch_size: Count = 100
+    sampler: Literal["euler", "heun", "sde"] = "sde"
+    steps: Count = 250
+    cfg_scale: NonNegative = 1.9
+    cfg_range: TimeRange = (0.0, 0.65)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Which metrics follow a stage's samples: "classifier" judges with a classifier trained on the real digits."""
+
+    judge: Literal["none", "classifier"] = "none"
+    every: CountOrZero = 0
+    num: Count = 1_000
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementation serves each op; "auto" takes what measured faster on this kind of device."""
+
+    norm_modulate: Choice = "auto"
+    gate_residual_norm_modulate: Choice = "auto"
+    gate_residual: Choice = "auto"
+    align: Choice = "auto"
+    guided_feature_loss: Choice = "auto"
+    cfg_extrapolate: Choice = "auto"
+    qk_norm: Choice = "auto"
+    gelu_tanh: Choice = "auto"
+    adamw_ema: Choice = "auto"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its name, the supervision method with that method's own settings, and how long it lasts."""
+
+    name: Annotated[str, FolderName()]
+    method: Method
+    steps: Count
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole experiment. Stages run in order and refer to one another by name."""
+
+    model: Model
+    stages: tuple[Stage, ...]
+    flow: Flow = field(default_factory=Flow)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    run: Run = field(default_factory=Run)
+    sample: Sample = field(default_factory=Sample)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    kernels: Kernels = field(default_factory=Kernels)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name; KeyError where there is none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(f"no stage named {name!r}; the recipe has {', '.join(s.name for s in self.stages)}")
+
+
+SECTIONS: dict[str, type[Any]] = {key: kind for key, kind in get_type_hints(Recipe).items() if key != "stages"}
+"""The recipe's tables other than its stages, by name, in the order they are written."""

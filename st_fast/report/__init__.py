@@ -1,0 +1,46 @@
+"""The report: run folders in, one self-contained HTML page out. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from st_fast.errors import UserError
+from st_fast.report.arms import make_arms
+from st_fast.report.collect import read_runs
+from st_fast.report.export import export as export_figures
+from st_fast.report.figures import all_figures
+from st_fast.report.html import render
+from st_fast.safefile import durable_file, make_folder, write_all
+
+__all__ = ["default_path", "write_report"]
+
+
+def default_path(runs: Sequence[Path]) -> Path:
+    """Where the page goes unless told otherwise: into a single run's folder, else into the working directory."""
+    return runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None, export: Path | None = None) -> Path:
+    """Writes the report of one or several run folders, aside first and then renamed, and returns its path.
+
+    With `export`, each figure also goes there as PNG and JSON. UserError names what can't be read or written.
+    """
+    logs = read_runs(runs)
+    page = render(logs)
+    path = out or default_path(runs)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        make_folder(path.parent)
+        with durable_file(partial) as descriptor:
+            write_all(descriptor, page.encode())
+        os.rename(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+    if export:
+        export_figures(all_figures(make_arms(logs)), export)
+    return path

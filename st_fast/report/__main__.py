@@ -1,0 +1,49 @@
+"""`python -m st_fast.report RUN [RUN…]`: one page on what runs reached and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from st_fast.errors import run_command
+from st_fast.report import default_path, write_report
+from st_fast.report.arms import make_arms
+from st_fast.report.collect import read_runs
+from st_fast.report.words import verdict
+
+EXAMPLES = """examples:
+  python -m st_fast.report runs/digits
+      one run → runs/digits/report.html
+  python -m st_fast.report runs/plain runs/digits --out compare.html
+      two runs side by side
+  python -m st_fast.report runs/digits --export figures
+      and every figure as figures/*.png and figures/*.json
+  python -m st_fast.report runs/digits --dry-run
+      read and check the logs, print the verdict, write nothing
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads run folders and writes their report; UserError names what is missing or broken."""
+    parser = argparse.ArgumentParser(
+        prog="python -m st_fast.report",
+        description="Write one self-contained HTML page on one run, or on several side by side.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder: recipe.toml and log.jsonl")
+    parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html; several: ./report.html)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="also write each figure as PNG and JSON into DIR")
+    parser.add_argument("--dry-run", action="store_true", help="read and check, print the verdict, write nothing")
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        for sentence in verdict(make_arms(read_runs(options.runs))):
+            print(sentence)
+        print(f"would write {options.out or default_path(options.runs)}")
+        return
+    print(write_report(options.runs, options.out, options.export))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,129 @@
+"""What is compared: one stage of one run, with everything that it cost, its teacher's training included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from st_fast.errors import UserError
+from st_fast.report.collect import RunLog, StageLog, number, read_run
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Training FLOPs and seconds; `known` is False where a part of them is recorded nowhere."""
+
+    flops: float = 0.0
+    seconds: float = 0.0
+    known: bool = True
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.seconds + other.seconds, self.known and other.known)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One stage of one run. `own` is what it cost itself, teacher forwards included; `teacher` what its teacher cost.
+
+    `colour` and `dash` are the same for an arm in every figure.
+    """
+
+    run: RunLog
+    stage: StageLog
+    label: str
+    colour: int
+    dash: int
+    own: Cost
+    teacher: Cost
+
+    @property
+    def total(self) -> Cost:
+        """Its own cost and its teacher's, and its teacher's teacher's."""
+        return self.own + self.teacher
+
+    @property
+    def teacher_forward_flops(self) -> float:
+        """What of `own` went into the frozen teacher's forward passes, which end at the stage's `stop_step`."""
+        start, stop = self.stage.start, self.stage.entry.get("stop_step")
+        steps = min(self.stage.step, stop) if isinstance(stop, int) and stop > 0 else self.stage.step
+        spent = steps * number(start, "batch_size") * number(start, "teacher_flops_per_image")
+        return min(max(0.0, spent), self.own.flops) if math.isfinite(spent) else 0.0
+
+    def quality(self, metric: str, axis: str) -> tuple[list[float], list[float]]:
+        """Points (x, metric) of its evaluations; x counts "step", or total "flops" or "seconds", teacher included."""
+        offset = {"step": 0.0, "flops": self.teacher.flops, "seconds": self.teacher.seconds}[axis]
+        points = [(number(record, axis) + offset, metric_of(record, metric)) for record in self.stage.evals]
+        kept = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def final(self, metric: str) -> float:
+        """The last evaluation's value of a metric; NaN where there is none."""
+        return metric_of(self.stage.evals[-1], metric) if self.stage.evals else math.nan
+
+
+def metric_of(record: dict[str, object], metric: str) -> float:
+    """A metric of an evaluation record, NaN where it has none."""
+    metrics = record.get("metrics", {})
+    return number(metrics, metric) if isinstance(metrics, dict) else math.nan
+
+
+def make_arms(runs: Sequence[RunLog]) -> list[Arm]:
+    """Every stage of every run, in order. One run: a colour a stage. Several: a colour a run, earlier stages dashed."""
+    arms = []
+    for r, run in enumerate(runs):
+        for s, stage in enumerate(run.stages):
+            if len(runs) == 1:
+                label, colour, dash = stage.name, s, 0
+            else:
+                label = run.name if len(run.stages) == 1 else f"{run.name} · {stage.name}"
+                colour, dash = r, len(run.stages) - 1 - s
+            own = Cost(stage.last("flops"), stage.last("seconds"))
+            arms.append(Arm(run, stage, label, colour, dash, own, teacher_cost(run, stage)))
+    return arms
+
+
+def teacher_cost(run: RunLog, stage: StageLog) -> Cost:
+    """What training this stage's teacher cost, and that one's teacher, and so on; zero where there is no teacher.
+
+    A teacher is an earlier stage of the same run, or a path into another run's folder, whose log is then read up to
+    the checkpoint's step. An outside teacher without a log has a cost that isn't known.
+    """
+    if stage.teacher is None:
+        return Cost()
+    earlier = run.stages[: run.stages.index(stage)]
+    teacher = next((other for other in earlier if other.name == stage.teacher), None)
+    if teacher is not None:
+        return Cost(teacher.last("flops"), teacher.last("seconds")) + teacher_cost(run, teacher)
+    return _outside_cost(run, stage.teacher)
+
+
+def _outside_cost(run: RunLog, teacher: str) -> Cost:
+    """Cost of a teacher given as a path such as runs/other/align/checkpoints/00200000, from that run's log."""
+    unknown = Cost(known=False)
+    for base in (Path.cwd(), run.path, run.path.parent):
+        path = base / teacher
+        folder = next((p for p in (path, *path.parents) if (p / "log.jsonl").is_file()), None)
+        if folder is None or folder == run.path:
+            continue
+        try:
+            other = read_run(folder)
+        except UserError:
+            return unknown
+        parts = path.relative_to(folder).parts
+        stage = other.stage(parts[0]) if parts else other.stages[-1]
+        if stage is None:
+            return unknown
+        limit = int(parts[-1]) if len(parts) > 1 and parts[-1].isdecimal() else stage.step
+        return _cost_until(stage, limit) + teacher_cost(other, stage)
+    return unknown
+
+
+def _cost_until(stage: StageLog, step: int) -> Cost:
+    """What a stage had cost when it reached a step, from the last record at or before it."""
+    records = [r for kind in stage.records.values() for r in kind if r["step"] <= step and "flops" in r]
+    if not records:
+        return Cost(known=False)
+    last = max(records, key=lambda r: number(r, "flops"))
+    return Cost(number(last, "flops"), number(last, "seconds"))

@@ -1,0 +1,236 @@
+"""Reads run folders: the resolved recipe and the log, checked record by record. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from st_fast.errors import UserError
+from st_fast.safefile import shown
+
+Record = dict[str, Any]
+
+KINDS = ("start", "train", "eval", "sample", "end")
+"""What the report uses; other kinds of record are skipped, so that logs may grow."""
+
+
+@dataclass(frozen=True)
+class StageLog:
+    """What one stage of one run logged, each kind in the order of its steps, and its entry in the recipe."""
+
+    name: str
+    entry: Record
+    records: dict[str, list[Record]]
+    starts: int
+
+    @property
+    def method(self) -> str:
+        """The name of its supervision method; "none" for plain training."""
+        return str(self.entry.get("supervision", "none"))
+
+    @property
+    def teacher(self) -> str | None:
+        """The stage or path whose model teaches this one, where there is any."""
+        teacher = self.entry.get("teacher")
+        return teacher if isinstance(teacher, str) and teacher else None
+
+    @property
+    def train(self) -> list[Record]:
+        """The training records."""
+        return self.records["train"]
+
+    @property
+    def evals(self) -> list[Record]:
+        """The evaluation records."""
+        return self.records["eval"]
+
+    @property
+    def start(self) -> Record:
+        """The last start record; empty where the log has none."""
+        return self.records["start"][-1] if self.records["start"] else {}
+
+    @property
+    def step(self) -> int:
+        """The last step that any record tells of."""
+        return max((int(records[-1]["step"]) for records in self.records.values() if records), default=0)
+
+    @property
+    def steps(self) -> int:
+        """Steps planned, as the recipe or the start record says; the last step where neither does."""
+        planned = self.entry.get("steps", self.start.get("steps"))
+        return planned if isinstance(planned, int) else self.step
+
+    def series(self, kind: str, key: str) -> tuple[list[float], list[float]]:
+        """Steps and finite values of `key` in the records of a kind."""
+        pairs = [(float(r["step"]), number(r, key)) for r in self.records[kind]]
+        kept = [(x, y) for x, y in pairs if math.isfinite(y)]
+        return [x for x, _ in kept], [y for _, y in kept]
+
+    def last(self, key: str) -> float:
+        """The largest value of a cumulative `key` ("seconds" or "flops") in any record; 0 where none has it."""
+        values = [number(record, key) for records in self.records.values() for record in records]
+        return max((value for value in values if math.isfinite(value)), default=0.0)
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """One run folder: its name, its recipe as a dictionary and as text, its stages, and what was odd about its log."""
+
+    name: str
+    path: Path
+    recipe: Record
+    recipe_text: str
+    stages: tuple[StageLog, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def stage(self, name: str) -> StageLog | None:
+        """The stage of that name, or None."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+def number(record: Record, key: str) -> float:
+    """A number of a record, NaN where the key is absent or null; the reader has refused everything else."""
+    value = record.get(key)
+    return math.nan if value is None else float(value)
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunLog]:
+    """All run folders, under names that differ; UserError where one can't be read or is named twice."""
+    resolved = [path.resolve() for path in paths]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError(f"{path}: named twice; each run is compared once")
+    names = [path.name for path in resolved]
+    return [
+        read_run(path, path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}")
+        for path in resolved
+    ]
+
+
+def read_run(path: Path, name: str = "") -> RunLog:
+    """One run folder; UserError names the file, line and key where something is missing or wrong."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run folder")
+    recipe, text = _read_recipe(path / "recipe.toml")
+    notes: list[str] = []
+    records = _read_log(path / "log.jsonl", notes)
+    entries = {str(entry.get("name")): entry for entry in _stage_entries(recipe, path)}
+    logged = dict.fromkeys(str(record["stage"]) for record in records)
+    names = [n for n in entries if n in logged] + [n for n in logged if n not in entries]
+    stages = tuple(_stage(stage, entries.get(stage, {}), records) for stage in names)
+    for stage in stages:
+        if stage.starts > 1:
+            times = "once" if stage.starts == 2 else f"{stage.starts - 1} times"
+            notes.append(f"Stage “{stage.name}” was interrupted and resumed {times}.")
+        if not stage.records["end"]:
+            progress = f"step {stage.step:,} of {stage.steps:,}"
+            notes.append(f"Stage “{stage.name}” has not ended: the log stops at {progress}.")
+    return RunLog(name or path.name, path, recipe, text, stages, tuple(notes))
+
+
+def _stage(name: str, entry: Record, records: list[Record]) -> StageLog:
+    """Keeps the last record per (kind, step): the steps that a resumed run did again count once."""
+    mine = [record for record in records if record["stage"] == name]
+    kept: dict[str, list[Record]] = {}
+    for kind in KINDS:
+        latest = {record["step"]: record for record in mine if record["kind"] == kind}
+        kept[kind] = [latest[step] for step in sorted(latest)]
+    return StageLog(name, entry, kept, sum(record["kind"] == "start" for record in mine))
+
+
+def _read_recipe(path: Path) -> tuple[Record, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; a run folder holds recipe.toml and log.jsonl") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+
+
+def _stage_entries(recipe: Record, path: Path) -> list[Record]:
+    entries = recipe.get("stage", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path / 'recipe.toml'}: stage = {shown(entries)}; [[stage]] tables are needed")
+    return entries
+
+
+def _read_log(path: Path, notes: list[str]) -> list[Record]:
+    """The log's known records; the half line that a killed run leaves is passed over with a note.
+
+    Such a line ends the file, or a resumed run's first record follows it, on the same line or the next.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; has this run begun?") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from None
+    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    records: list[Record] = []
+    for place, (n, line) in enumerate(numbered):
+        record = _parse(line)
+        if record is None:
+            record = _parse(line[max(0, line.rfind('{"kind"')) :])
+            following = numbered[place + 1][1] if place + 1 < len(numbered) else None
+            resumed = _parse(following) if following else None
+            if record is None and following is not None and not (resumed and resumed.get("kind") == "start"):
+                raise UserError(f"{path}: line {n} is not a JSON object: {shown(line, 60)}")
+            notes.append(f"Line {n} of the log was cut off, as by a kill or a full disk; it is left out.")
+        if record is not None:
+            _check(record, f"{path}: line {n}")
+            records.append(record)
+    records = [record for record in records if record["kind"] in KINDS]
+    if not records:
+        raise UserError(f"{path}: holds no record yet; has this run begun?")
+    return records
+
+
+def _parse(line: str) -> Record | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _check(record: Record, where: str) -> None:
+    """UserError unless the record has what every record needs and its numbers are numbers."""
+    for key, kind, words in (("kind", str, "text"), ("stage", str, "text"), ("step", int, "a whole number")):
+        if key not in record:
+            raise UserError(f"{where}: no {key!r}; every record needs kind, stage and step")
+        if not isinstance(record[key], kind) or isinstance(record[key], bool):
+            raise UserError(f"{where}: {key} = {shown(record[key])}; {words} is needed")
+    if not 0 <= record["step"] < 2**53:
+        raise UserError(f"{where}: step = {shown(record['step'])}; 0..2^53 are possible")
+    if record["kind"] not in KINDS:
+        return
+    metrics = record.get("metrics", {})
+    if not isinstance(metrics, dict):
+        raise UserError(f"{where}: metrics = {shown(metrics)}; an object is needed")
+    for key, value in _numbers(record, metrics):
+        if value is not None and (type(value) not in (int, float) or (type(value) is int and abs(value) > 1e300)):
+            raise UserError(f"{where}: {key} = {shown(value)}; a number is needed")
+    if record["kind"] == "sample" and not isinstance(record.get("file"), str):
+        raise UserError(f"{where}: file = {shown(record.get('file'))}; a path is needed")
+
+
+NUMBERS = (
+    "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "skipped",
+    "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size", "matmul_flops_per_s",
+)  # fmt: skip
+METRICS = (
+    "accuracy", "frechet", "floor_frechet", "judge_accuracy", "precision", "recall", "floor_precision", "floor_recall",
+    "num", "floor_num",
+)  # fmt: skip
+
+
+def _numbers(record: Record, metrics: Record) -> Iterator[tuple[str, Any]]:
+    """The keys of a record that must hold numbers or null, with their values."""
+    yield from ((key, record[key]) for key in NUMBERS if key in record)
+    yield from ((f"metrics.{key}", metrics[key]) for key in METRICS if key in metrics)

@@ -1,0 +1,105 @@
+"""A whole run: data, every stage in order, the report."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from st_fast import kernels, lock, memory, monitor, parallel, teacher
+from st_fast.data import digits
+from st_fast.data.manifest import Manifest
+from st_fast.data.opening import open_data
+from st_fast.errors import UserError
+from st_fast.examine import Examiner
+from st_fast.interrupt import Agreement, stop_on_signals
+from st_fast.kernels.heap import keep_freed_memory
+from st_fast.launch import local_rank
+from st_fast.recipe import Recipe, to_toml
+from st_fast.report import write_report
+from st_fast.stage import Setting, run_stage
+from st_fast.watchdog import watched
+
+NO_TIMEOUT = 7 * 24 * 3_600.0
+"""Seconds a rank waits for others where `run.hang_timeout` is 0."""
+
+
+def run(recipe: Recipe) -> None:
+    """Trains every stage of the recipe from where it stands and writes the report.
+
+    Raises Interrupted after a signal (saved), RunFailed when training can't go on, UserError for bad input.
+    """
+    out = Path(recipe.run.out)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((out / "compiled").absolute()))
+    keep_freed_memory()
+    patience = recipe.run.hang_timeout
+    with (
+        parallel.ranks(recipe.run.device, patience=2.0 * patience or NO_TIMEOUT) as ranks,
+        stop_on_signals() as stop,
+        watched(ranks, patience),
+    ):
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+        ranks.barrier()
+        with lock.RunLock(out, print) if ranks.first else nullcontext():
+            log = monitor.Log(out / "log.jsonl", ranks)
+            if ranks.first:
+                if recipe.data.source == "digits":
+                    digits.prepare_digits(Path(recipe.data.path), log.say)
+                _keep_recipe(out, recipe)
+            ranks.barrier()
+            verify = recipe.data.verify and local_rank() == 0
+            shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
+            check_fits(recipe, shards.manifest)
+            ranks.told(lambda: check_teachers(recipe))
+            agreement = Agreement(stop, ranks)
+            examiner = Examiner(recipe, shards.manifest, ranks, log)
+            dtype = precision(recipe, ranks.device)
+            setting = Setting(
+                recipe, ranks, shards, examiner, log, agreement, dtype, monitor.matmul_rate(ranks.device, dtype)
+            )
+            with memory.explained(recipe, ranks, dtype):
+                for stage in recipe.stages:
+                    run_stage(setting, stage)
+            agreement.close()
+            if ranks.first:
+                log.say(f"report: {write_report([out], out / 'report.html')}")
+
+
+def check_teachers(recipe: Recipe) -> None:
+    """UserError for a teacher from outside this run that is not there or does not fit, before days are spent."""
+    table = kernels.select({}, torch.device("cpu"))
+    for stage in recipe.stages:
+        name, group = stage.method.teacher_name, stage.method.teacher_group
+        if name is not None and all(name != other.name for other in recipe.stages):
+            root = teacher.checkpoint_root(recipe, name)
+            teacher.load_frozen(root, recipe.model, group, table, torch.device("cpu"), torch.float32)
+
+
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the weights in use: `run.precision`, where "auto" is bf16 on CUDA and float32 elsewhere."""
+    bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _keep_recipe(out: Path, recipe: Recipe) -> None:
+    aside = out / "recipe.toml.partial"
+    aside.write_text(to_toml(recipe), encoding="utf-8")
+    os.replace(aside, out / "recipe.toml")
+
+
+def check_fits(recipe: Recipe, manifest: Manifest) -> None:
+    """UserError if the data's channels, size or labels are not those of the recipe's model: states all of them."""
+    model = recipe.model
+    ours = (2 * model.channels, model.latent_size, model.latent_size)
+    if manifest.shape != ours:
+        raise UserError(
+            f"{recipe.data.path}: moments are {manifest.shape}, model.channels = {model.channels} and "
+            f"model.latent_size = {model.latent_size} (patch {model.patch}) need {ours}"
+        )
+    if manifest.num_classes > model.num_classes:
+        raise UserError(
+            f"{recipe.data.path}: labels of {manifest.num_classes} classes, model.num_classes = {model.num_classes}"
+        )

@@ -1,0 +1,295 @@
+"""One stage from top to bottom: build, resume, loop, log, sample, save."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from st_fast import __version__, checkpoint, flops, kernels, supervision, teacher
+from st_fast.data.loader import make_loader
+from st_fast.data.manifest import check_same_data
+from st_fast.data.shards import RecordSet
+from st_fast.errors import Interrupted, RunFailed
+from st_fast.examine import Examiner
+from st_fast.fallback import sound_ops
+from st_fast.feed import Feed
+from st_fast.guard import Readings, Skips, SpikeDetector
+from st_fast.interrupt import Agreement
+from st_fast.model import SiT, build
+from st_fast.model.attention import Attend, choose
+from st_fast.model.compiling import CompiledBlocks
+from st_fast.monitor import Clock, Log, Meter, progress_line
+from st_fast.optim import Optimizer
+from st_fast.parallel import Ranks
+from st_fast.recipe import to_toml
+from st_fast.recipe.schema import Recipe, Stage
+from st_fast.step import Step
+from st_fast.supervision.registry import Parts
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all stages of a run share."""
+
+    recipe: Recipe
+    ranks: Ranks
+    shards: RecordSet
+    examiner: Examiner
+    log: Log
+    stop: Agreement
+    dtype: torch.dtype
+    """Of the weights in use: what `run.precision` says, resolved for the device."""
+    rate: float
+    """Measured matmul FLOP/s of one device in that precision; MFU is a share of it."""
+
+
+class Trainer:
+    """A stage's model, method, optimiser and step, and how they are saved and found again."""
+
+    def __init__(self, setting: Setting, stage: Stage) -> None:
+        self.setting, self.stage = setting, stage
+        recipe, device = setting.recipe, setting.ranks.device
+        ops = sound_ops(recipe, setting.ranks, setting.dtype, setting.log.say)
+        table = ops.table
+        head_dim = recipe.model.width // recipe.model.heads
+        attend = choose(recipe.model.attention, device, setting.dtype, head_dim, setting.log.say)
+        self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
+        frozen = _teacher(setting, stage, table, attend)
+        if recipe.run.compile == "on" or (recipe.run.compile == "auto" and device.type == "cuda"):
+            self.model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
+            if frozen is not None:
+                frozen.run_block = CompiledBlocks(setting.log.say, dynamic=True)
+        self.method = supervision.create(stage, Parts(recipe.model, table, frozen), recipe.run.seed + 1)
+        self.method.heads.to(device)
+        self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, setting.dtype, ops.update, ops.norm)
+        self.step = Step(self.model, self.method, self.optimizer, recipe, setting.shards.manifest.scale, setting.ranks)
+        self.averaged = build(recipe.model, table, recipe.run.seed).to(device).eval().requires_grad_(False)
+        self.rollbacks = 0
+        self.saver: checkpoint.Saver | None = None
+        if setting.ranks.first:
+            self.saver = checkpoint.Saver(
+                self.folder / "checkpoints", setting.log.say, keep=recipe.run.keep, keep_every=recipe.run.keep_every
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The stage's folder in the run folder."""
+        return Path(self.setting.recipe.run.out) / self.stage.name
+
+    def resume(self, clock: Clock) -> int:
+        """Takes over the newest sound checkpoint, if there is one; returns the number of completed steps."""
+        found = self._restore(before=None)
+        clock.seconds, self.rollbacks = found["seconds"], found["rollbacks"]
+        return found["step"]
+
+    def roll_back(self, spike: int, done: int) -> None:
+        """Takes over the newest sound checkpoint from before step `spike`, which is where the loss began to spike.
+
+        The stream of samples does not go back, so what was seen from that checkpoint to step `done` is skipped.
+        """
+        stage, run, log = self.stage.name, self.setting.recipe.run, self.setting.log
+        if self.rollbacks >= run.spike_retries:
+            raise RunFailed(
+                f"{stage}: the loss spiked again at step {spike}, after {self.rollbacks} rollbacks "
+                f"(run.spike_ratio = {run.spike_ratio:g}, run.spike_retries = {run.spike_retries})"
+            )
+        if self.saver is not None:
+            self.saver.wait()
+        self.rollbacks += 1
+        step = self._restore(before=spike)["step"]
+        log.write("rollback", stage, done, spike=spike, to=step, rollbacks=self.rollbacks)
+        log.say(
+            f"{stage}: the loss spiked at step {spike}: back to the weights of step {step}, on with step {done + 1}"
+        )
+
+    def _restore(self, before: int | None) -> dict[str, Any]:
+        """The first rank's newest sound checkpoint (of fewer than `before` steps) on every rank; else the start."""
+        found = self.setting.ranks.told(lambda: self._load(before))
+        # Others never read it: on a network file system they might see an older one, and train on something else.
+        self.setting.ranks.broadcast(tensor for group in self.optimizer.state().values() for tensor in group.values())
+        self.optimizer.follow()
+        return found
+
+    def _load(self, before: int | None) -> dict[str, Any]:
+        found = checkpoint.latest(self.folder / "checkpoints", self.setting.log.say, before=before)
+        if found is None:
+            if before is not None:
+                raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")
+            return {"step": 0, "seconds": 0.0, "rollbacks": 0}
+        manifest, folder = self.setting.shards.manifest, Path(self.setting.recipe.data.path)
+        check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
+        for group, tensors in self.optimizer.state().items():
+            checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
+        self.optimizer.load(found.groups)
+        return {"step": found.step, "seconds": found.meta["seconds"], "rollbacks": found.meta.get("rollbacks", 0)}
+
+    def save(self, step: int, clock: Clock) -> None:
+        """Writes a checkpoint of `step` completed steps in the background, and tidies up older ones."""
+        recipe = self.setting.recipe
+        self.setting.ranks.place.mark("save")
+        if self.saver is None:
+            return
+        meta = {
+            "stage": self.stage.name,
+            "recipe": to_toml(recipe),
+            "architecture": teacher.architecture(recipe.model),
+            "dataset": self.setting.shards.manifest.digest,
+            "seconds": clock.read(),
+            "rollbacks": self.rollbacks,
+            "versions": {"st_fast": __version__, "torch": torch.__version__},
+        }
+        self.saver.save(step, self.optimizer.state(), meta)
+        self.setting.log.write("save", self.stage.name, step, seconds=clock.read())
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is on the disk, for all ranks."""
+        self.setting.ranks.place.mark("save")
+        if self.saver is not None and self.saver.wait() is None:
+            raise RunFailed(f"{self.folder}: the last checkpoint could not be written")
+        self.setting.ranks.barrier()
+
+    def ema_model(self) -> SiT:
+        """The averaged weights as a float32 model in eval mode."""
+        self.averaged.load_state_dict(self.optimizer.state()["ema"])
+        return self.averaged
+
+
+def run_stage(setting: Setting, stage: Stage) -> None:
+    """Trains a stage to its last step, from where it stands; Interrupted if a signal asked to stop."""
+    recipe, ranks, log = setting.recipe, setting.ranks, setting.log
+    ranks.place.stage, ranks.place.step = stage.name, 0
+    ranks.place.mark("build")
+    clock, trainer = Clock(), Trainer(setting, stage)
+    first = trainer.resume(clock)
+    if first >= stage.steps:
+        log.say(f"{stage.name}: complete at step {first}")
+        return
+    loader = make_loader(recipe.data.loader, setting.shards, ranks.device, log.say)
+    feed, meter = Feed(recipe, stage, loader, len(setting.shards), ranks), Meter(ranks.device, recipe.run.log_every)
+    _log_start(setting, stage, first)
+    report = Reporter(setting, stage, feed, clock, first)
+
+    gc.collect()
+    gc.freeze()
+    clock.start()
+    for done, batches in enumerate(feed.steps(first, stage.steps), start=first + 1):
+        losses, norm = trainer.step(done - 1, batches)
+        meter.add(losses.denoise, losses.aux, norm)
+        last, stopping = done == stage.steps, setting.stop()
+        spike = report(done, meter) if _due(done, recipe.run.log_every) or last else None
+        if spike is not None:
+            with clock.paused():
+                trainer.roll_back(spike, done)
+        if _due(done, recipe.sample.every) or last:
+            with clock.paused():
+                ranks.place.mark("sample")
+                setting.examiner.pictures(trainer.ema_model(), stage, done, report.cost(done))
+        if (_due(done, recipe.evaluate.every) or last) and not stopping:
+            with clock.paused():
+                ranks.place.mark("sample")
+                setting.examiner.metrics(trainer.ema_model(), stage, done, report.cost(done))
+        if _due(done, recipe.run.save_every) or last or stopping or spike is not None:
+            with clock.paused():
+                trainer.save(done, clock)
+        if stopping:
+            break
+    clock.stop()
+    loader.close()
+    trainer.finish()
+    gc.unfreeze()
+    if done < stage.steps:
+        setting.stop.close()
+        raise Interrupted(f"{setting.stop.signal}: saved {stage.name} at step {done}; the same command continues")
+    log.write("end", stage.name, done, **report.cost(done))
+
+
+class Reporter:
+    """Turns the meter's readings into a log record and a progress line, and looks whether the numbers go wrong."""
+
+    def __init__(self, setting: Setting, stage: Stage, feed: Feed, clock: Clock, first: int) -> None:
+        self.setting, self.stage, self.feed, self.clock = setting, stage, feed, clock
+        self._step, self._seconds, self._waited = first, clock.read(), feed.waited
+        self._skips = Skips(stage.name, setting.recipe.run.max_bad_steps)
+        self._spikes = SpikeDetector(setting.recipe.run.spike_ratio)
+
+    def cost(self, step: int) -> dict[str, float]:
+        """What the stage has taken so far: training seconds and FLOPs, the teacher's forwards included."""
+        return {
+            "seconds": round(self.clock.read(), 3),
+            "flops": flops.stage_flops(self.setting.recipe, self.stage, 0, step),
+        }
+
+    def __call__(self, step: int, meter: Meter) -> int | None:
+        """Logs the steps since the last call; returns the step that a spike began with, if one is seen.
+
+        RunFailed after too many steps in a row whose gradients were not finite.
+        """
+        setting, stage = self.setting, self.stage
+        setting.ranks.place.mark("log")
+        readings = meter.read(setting.ranks, step)
+        values = readings.means()
+        self._log_skipped(readings)
+        seconds, waited = self.clock.read(), self.feed.waited
+        elapsed = max(seconds - self._seconds, 1e-9)
+        spent = flops.stage_flops(setting.recipe, stage, self._step, step)
+        values["images_per_s"] = (step - self._step) * setting.recipe.optim.batch_size / elapsed
+        values["mfu"] = spent / elapsed / (setting.rate * setting.ranks.count)
+        values["data_wait"] = (waited - self._waited) / elapsed
+        eta = (stage.steps - step) * elapsed / max(step - self._step, 1)
+        self._step, self._seconds, self._waited = step, seconds, waited
+        setting.log.write("train", stage.name, step, **values, skipped=self._skips.total, **self.cost(step))
+        setting.log.say(progress_line(stage.name, step, stage.steps, values, eta))
+        self._skips.judge(step)
+        return self._spikes.add(readings)
+
+    def _log_skipped(self, readings: Readings) -> None:
+        """Names each skipped step's samples: those of the ranks whose loss was not finite, or all if none was."""
+        self._skips.add(readings)
+        for offset in readings.bad:
+            step, ranks = readings.first + offset, readings.bad_ranks[offset]
+            ordinals, records = self.feed.samples(step - 1, ranks)
+            self.setting.log.write("skip", self.stage.name, step, ranks=ranks, ordinals=ordinals, records=records)
+            self.setting.log.say(
+                f"{self.stage.name}: step {step} skipped, not finite on ranks {ranks or 'unknown'}: {len(records)} "
+                f"samples are named in {self.setting.log.path.name}"
+            )
+
+
+def _teacher(setting: Setting, stage: Stage, table: kernels.KernelTable, attend: Attend) -> SiT | None:
+    name = stage.method.teacher_name
+    if name is None:
+        return None
+    recipe, ranks, loaded = setting.recipe, setting.ranks, list[SiT]()
+
+    def load() -> None:
+        root, group = teacher.checkpoint_root(recipe, name), stage.method.teacher_group
+        loaded.append(teacher.load_frozen(root, recipe.model, group, table, ranks.device, setting.dtype))
+
+    ranks.told(load)
+    model = loaded[0] if loaded else build(recipe.model, table, 0, attend).to(ranks.device, setting.dtype)
+    model.eval().requires_grad_(False)
+    ranks.broadcast(model.state_dict().values())
+    return model
+
+
+def _log_start(setting: Setting, stage: Stage, first: int) -> None:
+    recipe = setting.recipe
+    cost = flops.stage_cost(recipe, stage)
+    setting.log.write(
+        "start", stage.name, first, trunk_params=flops.trunk_parameters(recipe.model), resumed_from=first,
+        flops_per_image=cost.total, teacher_flops_per_image=cost.teacher, steps=stage.steps,
+        batch_size=recipe.optim.batch_size, ranks=setting.ranks.count, device=_device_name(setting.ranks.device),
+        matmul_flops_per_s=setting.rate, versions={"st_fast": __version__, "torch": torch.__version__},
+    )  # fmt: skip
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,96 @@
+"""The protocol between the step and a supervision method.
+
+A method names the student block it reads (`tap`), makes a target without gradient (`target`, which needs nothing of
+the student's pass and so may run before, beside or after it), and turns hidden states into a loss (`loss`).
+Losses are sums over samples already weighted by 1 / global batch size, so micro-batches and ranks simply add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from st_fast.recipe.methods import Selection
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which samples of a micro-batch are supervised, and with what weight in the summed loss."""
+
+    index: Tensor
+    """(M,) int64: distinct rows, ascending."""
+    weight: Tensor
+    """(M,) float32."""
+
+    def take(self, values: Tensor) -> Tensor:
+        """The supervised rows of (B, …): (M, …)."""
+        return values if len(self.index) == len(values) else values.index_select(0, self.index)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A micro-batch on its way into the model."""
+
+    x: Tensor
+    """(B, C, S, S) clean latents, scaled."""
+    x_t: Tensor
+    """(B, C, S, S)."""
+    velocity: Tensor
+    """(B, C, S, S)."""
+    t: Tensor
+    """(B,) float32."""
+    labels: Tensor
+    """(B,) true labels."""
+    student_labels: Tensor
+    """(B,) labels with class dropout applied."""
+    rows: Rows
+
+
+class Supervision(Protocol):
+    """One supervision method for one stage."""
+
+    tap: int
+    heads: nn.Module
+    """The trainable parts, dropped after training."""
+
+    def active(self, step: int) -> bool:
+        """Whether the method supervises at this step; if not, neither target nor loss is asked for."""
+
+    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+        """What `loss` compares with, without gradient, for the supervised rows."""
+
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+        """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32."""
+
+
+def select_rows(t: Tensor, place: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:
+    """The supervised rows of a micro-batch and their weights, on the host, from all of the global batch's times.
+
+    t (G,) float32 holds the whole global batch; `place` is this micro-batch's part of it. With m_b = t_b inside the
+    closed range: "sample" is mean_b(m_b·ℓ_b); "sample_mean" is Σ m_b·ℓ_b / Σ m_b; "released" is mean(m)·mean(ℓ), as
+    the released code's broadcasting makes it. Returns index (M,) int64 into the micro-batch and weight (M,) float32.
+    """
+    if selection is None:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0)
+    low, high = selection.t_range
+    inside = (t >= low) & (t <= high)
+    total, count = len(t), int(inside.sum())
+    part = inside[place]
+    if selection.mask == "released":
+        index = torch.arange(len(part)) if count else torch.empty(0, dtype=torch.int64)
+        return index, torch.full((len(index),), selection.weight * count / total**2)
+    index = part.nonzero()[:, 0]
+    divisor = total if selection.mask == "sample" else max(count, 1)
+    return index, torch.full((len(index),), selection.weight / divisor)
+
+
+def projector(width: int, hidden: int, out: int) -> nn.Sequential:
+    """REPA's projector: a three-layer MLP with SiLU, keys 0, 2 and 4."""
+    first, second, third = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)
+    for layer in (first, second, third):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)

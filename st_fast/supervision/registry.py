@@ -1,0 +1,32 @@
+"""From a stage's settings to the method that implements them."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+from st_fast.kernels import KernelTable
+from st_fast.model import SiT
+from st_fast.recipe.schema import Model, Stage
+from st_fast.supervision.protocol import Supervision
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method may be built from."""
+
+    config: Model
+    kernels: KernelTable
+    teacher: SiT | None
+    """Frozen, in eval mode, on the device; there if the method names a teacher."""
+
+
+def create(stage: Stage, parts: Parts, seed: int) -> Supervision:
+    """The stage's method, its heads drawn from `seed` without touching the global generator."""
+    module, _, name = stage.method.implementation.partition(":")
+    implementation = getattr(importlib.import_module(module), name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return implementation(stage.method, parts)

@@ -1,0 +1,106 @@
+"""Runs a recipe: every stage in order, then the report. The same command again continues where it stopped.
+
+    torchrun -m st_fast.train recipes/digits.toml
+    torchrun --nproc-per-node 8 -m st_fast.train recipes/sit_xl.toml --data.path=/data/imagenet256
+    python -m st_fast.train recipes/sit_xl.toml --dry-run
+
+Options are `--section.key=value`, `--stage.NAME.key=value`, and
+
+    --dry-run          print the resolved recipe, parameters, FLOPs and memory, and stop
+    --accept-changes   resume although the recipe's mathematics changed since the run began
+    --debug            show the traceback of an error
+
+Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from st_fast.errors import UserError, run_command
+from st_fast.launch import rank_count
+from st_fast.recipe import Recipe, changed_maths, load, to_toml
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line of `st_fast.train`."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    dry_run: bool
+    accept_changes: bool
+
+
+def parse(arguments: Sequence[str]) -> Arguments | None:
+    """None if help was asked for. UserError for anything that is not a flag, an override or the one recipe."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return None
+    flags = {"--dry-run", "--accept-changes"}
+    overrides = tuple(a for a in arguments if a.startswith("--") and a not in flags)
+    recipes = [a for a in arguments if not a.startswith("--")]
+    if len(recipes) != 1:
+        raise UserError(f"expected one recipe, got {len(recipes)}: {' '.join(recipes) or 'none'}")
+    return Arguments(recipes[0], overrides, "--dry-run" in arguments, "--accept-changes" in arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command; see the module's text."""
+    parsed = parse(arguments)
+    if parsed is None:
+        print(__doc__)
+        return
+    recipe = load(parsed.recipe, parsed.overrides, rank_count())
+    if parsed.dry_run:
+        print(to_toml(recipe), end="")
+        print(summary(recipe, rank_count()))
+        return
+    check_unchanged(recipe, parsed.accept_changes)
+    from st_fast.run import run  # torch is imported only once the recipe is known to be right
+
+    run(recipe)
+
+
+def check_unchanged(recipe: Recipe, accept: bool) -> None:
+    """UserError if the output folder holds a run whose mathematics differ from the recipe's."""
+    kept = Path(recipe.run.out) / "recipe.toml"
+    if not kept.exists() or accept:
+        return
+    differences = changed_maths(load(kept), recipe)
+    if differences:
+        raise UserError(
+            f"{recipe.run.out} holds a run with other mathematics: {'; '.join(differences)}. "
+            "Choose another --run.out, or --accept-changes to resume all the same"
+        )
+
+
+def summary(recipe: Recipe, ranks: int) -> str:
+    """Parameters, FLOPs per step of each stage and memory, as comments under the recipe."""
+    from st_fast import flops
+
+    model = recipe.model
+    bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and recipe.run.device != "cpu")
+    fixed, activations = flops.memory_bytes(recipe, ranks, bf16)
+    lines = [
+        f"# {model.name}: {flops.trunk_parameters(model) / 1e6:.1f} M parameters, "
+        f"{flops.tokens(model)} tokens, {flops.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
+    ]
+    for stage in recipe.stages:
+        cost = flops.stage_cost(recipe, stage)
+        whole = flops.stage_flops(recipe, stage, 0, stage.steps)
+        lines.append(
+            f"# {stage.name}: {recipe.optim.batch_size * cost.total / 1e12:.3f} TFLOP a step "
+            f"(student {cost.student / 1e9:.2f}, heads {cost.heads / 1e9:.2f}, "
+            f"teacher {cost.teacher / 1e9:.2f} GFLOP an image), {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
+        )
+    lines.append(
+        f"# memory a rank, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
+        f"{activations / 2**30:.2f} GiB activations of {flops.micro_batch(recipe.optim, ranks)} images"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
