@@ -1,0 +1,113 @@
+"""The ops' cases: all ops are there, bytes are PERFORMANCE.md's, and no figure comes without the correctness gate."""
+
+import pytest
+import torch
+
+from bench import gate, op_times, optimiser
+from bench.cases import MAKERS, Case, Size
+from bench.timing import Effort
+from st_fast.kernels import defaults, reference
+
+CPU = torch.device("cpu")
+TINY = Size("S/2", 2, 4)
+
+
+def case(op: str, dtype: torch.dtype = torch.float32) -> Case:
+    return Case(op, TINY, dtype, CPU)
+
+
+def test_every_op_that_a_recipe_can_switch_is_measured():
+    assert set(MAKERS) == set(defaults.OPS)
+
+
+@pytest.mark.parametrize(
+    ("op", "phase", "bytes_an_element"),
+    [("gate_residual_norm_modulate", "forward", 8), ("gate_residual_norm_modulate", "backward", 12),
+     ("guided_feature_loss", "both", 8)],
+)  # fmt: skip
+def test_floors_are_those_of_performance_md(op, phase, bytes_an_element):
+    found = case(op, torch.bfloat16)
+    assert getattr(found.floor, phase) == bytes_an_element * found.elements
+    assert getattr(found.moved, phase) >= getattr(found.floor, phase)
+
+
+def test_the_optimiser_moves_forty_bytes_a_parameter_in_float32():
+    (setting,) = optimiser.cases(CPU, full=False)
+    assert setting.moved == 40 * setting.parameters
+    assert setting.parameters == pytest.approx(33.0e6, rel=0.01)
+
+
+@pytest.mark.parametrize("op", MAKERS)
+def test_the_gate_lets_the_fused_op_pass_and_stops_one_that_is_slightly_wrong(op):
+    right = case(op)
+    inputs = right.inputs(0)
+    gate.check(right, {"fused": right.fused}, inputs)
+
+    def wrong(*args):
+        outputs = right.eager(*args)
+        return tuple(o * (1 + 1e-4) for o in outputs) if isinstance(outputs, tuple) else outputs * (1 + 1e-4)
+
+    with pytest.raises(gate.WrongResult, match=rf"{op} .* fused, result 0: rms error"):
+        gate.check(right, {"fused": wrong}, inputs)
+
+
+def test_the_gate_sees_a_single_bad_element_of_a_gradient():
+    right = case("norm_modulate", torch.bfloat16)
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            dx = dx.clone()
+            dx[0, 0, 0] += 10.0
+            return dx
+
+    def wrong(x, shift, scale, eps):
+        return reference.norm_modulate(Spoilt.apply(x), shift, scale, eps)
+
+    with pytest.raises(gate.WrongResult, match=r"result 1: .* error"):
+        gate.check(right, {"fused": wrong}, right.inputs(0))
+
+
+def test_nan_does_not_pass_the_gate():
+    right = case("gate_residual")
+    with pytest.raises(gate.WrongResult):
+        gate.check(right, {"fused": lambda *args: right.eager(*args) * float("nan")}, right.inputs(0))
+
+
+def test_a_row_has_milliseconds_rates_and_shares_for_every_pass():
+    row, samples = op_times.measure(case("guided_feature_loss"), Effort(rounds=3, seconds=1), with_compile=False)
+    assert set(samples) == {"fused", "eager", "copy"}
+    for phase in op_times.PHASES:
+        figures = row[phase]
+        assert figures["ms"].keys() == {"fused", "eager"} and figures["speedup"].keys() == {"eager"}
+        assert figures["gb_per_s"] > 0 and figures["of_copy_rate"] > 0 and figures["noise"] >= 0
+    assert row["backward"]["of_floor"] is None
+    both = row["both"]
+    moved = case("guided_feature_loss").moved.both
+    assert both["gb_per_s"] == pytest.approx(moved / both["ms"]["fused"] / 1e6)
+    assert both["of_copy_rate"] == pytest.approx(both["gb_per_s"] * 1e9 / row["copy_rate"])
+
+
+def test_inputs_rotate_through_more_memory_than_the_cache_holds(monkeypatch):
+    monkeypatch.setattr(op_times, "cache_bytes", lambda device: 3 * case("align").inputs(0).bytes)
+    sets = op_times.input_sets(case("align"))
+    assert sum(s.bytes for s in sets) > 2 * 3 * sets[0].bytes
+    assert not torch.equal(sets[0].args[0], sets[1].args[0])
+
+
+def test_the_optimisers_gate_stops_a_step_that_differs(monkeypatch):
+    (setting,) = optimiser.cases(CPU, full=False)
+    optimiser.check(setting)
+    right = optimiser.fused_step
+
+    def wrong(state):
+        right(state)
+        state.params[3].mul_(1 + 1e-5)
+
+    monkeypatch.setattr(optimiser, "fused_step", wrong)
+    with pytest.raises(gate.WrongResult, match=r"params\[3\] differs"):
+        optimiser.check(setting)

@@ -1,0 +1,103 @@
+"""What is printed and written: figures with their machine, goals with their verdicts, and what was not measured."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bench import report, results
+from bench.goals import GOALS
+
+MACHINE = results.Machine(
+    device="CPU Test, 2 threads", kind="cpu", threads=2, load=0.1, copy_rate=2e10, matmul_rate=1.7e11,
+    matmul_dtype="float32", versions={"torch": "2.13.0"}, isa="avx512", commit="abc1234", code="c0de",
+    date="2026-01-01",
+)  # fmt: skip
+
+
+def op_row(op: str, eager: float) -> results.Row:
+    figures = {
+        "ms": {"fused": 1.0, "eager": eager}, "speedup": {"eager": eager}, "gb_per_s": 10.0, "of_copy_rate": 0.5,
+        "of_floor": 0.4, "noise": 0.02,
+    }  # fmt: skip
+    return {"op": op, "size": "S/2, batch 8", "dtype": "float32", "forward": figures, "both": figures}
+
+
+def test_without_figures_every_goal_is_listed_as_not_measured(tmp_path):
+    text = report.report(tmp_path, brief=True)
+    assert text.count("not measured") == len(GOALS)
+    assert "No GPU has been measured yet" in text and "No CPU has been measured yet" in text
+    assert "reached" not in text and "missed" not in text
+
+
+def test_a_goal_is_judged_by_its_worst_row(tmp_path):
+    store = results.Store(tmp_path, MACHINE)
+    store.put("kernels", "a", op_row("guided_feature_loss", 3.5))
+    assert _verdict(report.report(tmp_path, brief=True), "guided_feature_loss") == ("3.50×", "reached")
+    store.put("kernels", "b", op_row("guided_feature_loss", 2.5))
+    assert _verdict(report.report(tmp_path, brief=True), "guided_feature_loss") == ("2.50×", "**missed**")
+
+
+def _verdict(text: str, goal: str) -> tuple[str, str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {goal}") and "≥" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    return cells[2], cells[3]
+
+
+def test_figures_come_with_device_versions_rates_and_date_and_a_busy_machine_is_named(tmp_path):
+    results.Store(tmp_path, MACHINE).put("kernels", "a", op_row("align", 4.0))
+    text = report.report(tmp_path, brief=False)
+    for fact in ("CPU Test, 2 threads", "torch 2.13.0", "20.0 GB/s", "170 GFLOP/s", "abc1234", "2026-01-01", "4.00×"):
+        assert fact in text
+    assert "busy" not in text
+    busy = dataclasses.replace(MACHINE, load=1.5)
+    results.Store(tmp_path, busy).put("kernels", "a", op_row("align", 4.0))
+    assert "The machine was busy (load 1.5 a core): not results." in report.report(tmp_path, brief=False)
+
+
+def test_rows_are_kept_by_key_and_other_files_in_the_folder_are_left_alone(tmp_path):
+    store = results.Store(tmp_path, MACHINE)
+    store.put("kernels", "a", {"x": 1})
+    store.put("loader", "b", {"y": 2})
+    store.put("kernels", "a", {"x": 3})
+    assert store.rows("kernels") == {"a": {"x": 3}} and store.rows("loader") == {"b": {"y": 2}}
+    (tmp_path / "demo.json").write_text(json.dumps({"stages": [1, 2]}))
+    store.put("kernels", "a", op_row("align", 4.0))
+    assert "stages" not in report.report(tmp_path, brief=False)
+
+
+def test_a_failed_row_is_said_and_does_not_hide_the_others(tmp_path):
+    store = results.Store(tmp_path, MACHINE)
+    store.put("kernels", "a", op_row("align", 4.0))
+    store.put("kernels", "bad", {"ok": False, "error": "OutOfMemoryError: tried"})
+    text = report.report(tmp_path, brief=False)
+    assert "- bad: failed: OutOfMemoryError: tried" in text and "4.00×" in text
+
+
+def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
+    monkeypatch.setattr(report, "README", readme)
+    assert report.main(["--readme", "--results", str(tmp_path)]) == 0
+    text = readme.read_text()
+    assert text.startswith("above\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nbelow\n")
+    assert "old" not in text and "No GPU has been measured yet" in text
+    assert report.main(["--readme", "--results", str(tmp_path)]) == 0
+    assert readme.read_text() == text
+
+    readme.write_text("no markers\n")
+    assert report.main(["--readme", "--results", str(tmp_path)]) == 1
+    assert "0 blocks <!-- bench:begin -->" in capsys.readouterr().err
+    assert readme.read_text() == "no markers\n"
+
+
+def test_tables_are_aligned_markdown():
+    lines = report.table(["a", "b"], [["x", "10"], ["long", "1"]]).splitlines()
+    assert lines == ["| a    |  b |", "| ---- | -: |", "| x    | 10 |", "| long |  1 |"]
+
+
+@pytest.mark.parametrize("goal", GOALS, ids=lambda goal: goal.text)
+def test_every_goal_can_be_reached_and_missed(goal):
+    bound = goal.least if goal.least is not None else goal.most
+    better, worse = (bound * 1.01, bound * 0.99) if goal.least is not None else (bound * 0.99, bound * 1.01)
+    assert goal.met(better) and not goal.met(worse)

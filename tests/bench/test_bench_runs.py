@@ -1,0 +1,137 @@
+"""Runs that compare and runs that resume: --base fails beyond the noise only, gpu_day measures every row once."""
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import against, families, gpu_day, results, step_times
+from bench.sweeps import draw
+
+MACHINE = results.Machine(
+    device="CPU Test, 2 threads", kind="cpu", threads=2, load=0.1, copy_rate=2e10, matmul_rate=1.7e11,
+    matmul_dtype="float32", versions={}, isa=None, commit="abc1234", code="c0de", date="2026-01-01",
+)  # fmt: skip
+
+
+def test_base_fails_beyond_the_spread_of_its_own_runs_and_not_within():
+    base = [{"a": 1.00, "b": 1.00, "c": 1.0}, {"a": 1.01, "b": 1.20, "c": 1.0}, {"a": 1.02, "b": 1.10, "c": 1.0}]
+    ours = [{"a": 1.10, "b": 1.15, "c": 1.02}, {"a": 1.11, "b": 1.25, "c": 1.02}, {"a": 1.10, "b": 1.20, "c": 1.02}]
+    found = {verdict.key: verdict for verdict in against.verdicts(ours, base)}
+    assert found["a"].slower, "10 % slower where runs of the same code differ by 2 %"
+    assert not found["b"].slower, "15 % slower where runs of the same code differ by 18 %"
+    assert not found["c"].slower, "below the least noise that is ever assumed"
+    assert "same" in str(found["c"])
+
+
+def test_nothing_is_called_slower_before_it_was_measured_twice_as_often(monkeypatch):
+    spells = iter([1.0, 2.0] * against.RUNS + [1.0, 1.0] * against.RUNS)  # base and ours by turns
+    monkeypatch.setattr(against, "worktree", lambda revision: contextlib.nullcontext(against.ROOT))
+    monkeypatch.setattr(against, "times", lambda tree: {"a": next(spells)})
+    (verdict,) = against.compare("main")
+    assert not verdict.slower and next(spells, None) is None
+
+
+def test_ops_that_the_base_does_not_have_are_left_out():
+    assert [v.key for v in against.verdicts([{"a": 1.0, "new": 1.0}], [{"a": 1.0}])] == ["a"]
+
+
+def test_an_unknown_base_is_one_line_that_names_it():
+    with pytest.raises(ValueError, match="--base no-such-revision: "), against.worktree("no-such-revision"):
+        pass
+
+
+def day(tmp_path) -> gpu_day.Day:
+    return gpu_day.Day(torch.device("cpu"), True, results.Store(tmp_path, MACHINE))
+
+
+def test_gpu_day_goes_on_where_it_stopped_and_measures_nothing_twice(tmp_path, monkeypatch, capsys):
+    measured: list[str] = []
+
+    def tasks(day):
+        for key in ("one", "two"):
+            yield key, lambda key=key: measured.append(key) or {"ok": True}
+
+    monkeypatch.setitem(gpu_day.PARTS, "fake", (tasks, "fake"))
+    assert gpu_day.run(day(tmp_path), ["fake"], budget=1.0, again=False) == 3
+    assert measured == [] and "run the same command again" in capsys.readouterr().out
+    assert gpu_day.run(day(tmp_path), ["fake"], budget=60.0, again=False) == 0
+    assert gpu_day.run(day(tmp_path), ["fake"], budget=60.0, again=False) == 0
+    assert measured == ["one", "two"]
+    newer = dataclasses.replace(MACHINE, code="other")
+    later = gpu_day.Day(torch.device("cpu"), True, results.Store(tmp_path, newer))
+    assert gpu_day.run(later, ["fake"], budget=60.0, again=False) == 0
+    assert measured == ["one", "two", "one", "two"]
+
+
+def test_gpu_day_keeps_the_error_of_a_broken_row_and_does_the_next(tmp_path, monkeypatch):
+    def broken() -> results.Row:
+        raise RuntimeError("no such kernel\nmore")
+
+    monkeypatch.setitem(gpu_day.PARTS, "fake", (lambda d: iter([("a", broken), ("b", lambda: {"ok": True})]), "fake"))
+    today = day(tmp_path)
+    assert gpu_day.run(today, ["fake"], budget=60.0, again=False) == 1
+    rows = today.store.rows("fake")
+    assert rows["a"]["error"] == "RuntimeError: no such kernel" and rows["b"]["ok"]
+
+
+def test_a_row_that_takes_too_long_is_stopped():
+    start = time.monotonic()
+    row = gpu_day.attempt(lambda: time.sleep(30) or {}, seconds=1.0)
+    assert time.monotonic() - start < 10 and "TimeoutError" in row["error"]
+
+
+@pytest.mark.parametrize("part", ["build", "attention", "truth"])
+def test_gpu_days_checks_run_on_a_cpu_at_small_sizes(tmp_path, part):
+    today = day(tmp_path)
+    assert gpu_day.run(today, [part], budget=60.0, again=False) == 0
+    assert today.store.rows(gpu_day.PARTS[part][1])
+
+
+def test_gpu_day_refuses_an_unknown_part_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_day", "--parts", "nonsense"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("--parts nonsense: one of build")
+
+
+def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_error_itself():
+    def fits(limit):
+        def run(batch):
+            if batch > limit:
+                raise torch.OutOfMemoryError("no room")
+
+        return run
+
+    assert step_times.largest_batch(fits(100), 256, torch.device("cpu")) == 64
+    with pytest.raises(torch.OutOfMemoryError):
+        step_times.largest_batch(fits(0), 256, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [
+        ("aten::addmm", "matrix products"), ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("st_fast::gate_residual_norm_modulate_backward", "adaLN"), ("st_fast::qk_norm", "qk-norm"),
+        ("st_fast::adamw_ema_", "optimiser"), ("st_fast::grad_norm", "optimiser"),
+        ("triton_poi_fused_gelu_0", "GELU"), ("aten::copy_", "copies"), ("aten::mul", families.OTHER),
+        ("aten::add", families.OTHER),
+    ],
+)  # fmt: skip
+def test_kernels_belong_to_their_family(kernel, family):
+    assert families.family(kernel) == family
+
+
+def test_the_sweeps_picture_is_drawn_from_rows(tmp_path):
+    def row(batch, tokens=256, depth=12, stage="plain"):
+        return {"size": "S/2", "stage": stage, "batch": batch, "tokens": tokens, "depth": depth,
+                "images_per_s": {"ours": 4.0, "plain": 2.0}}  # fmt: skip
+
+    rows = [row(1), row(8), row(8, tokens=64), row(8, depth=3), row(8, stage="stage 2")]
+    draw({str(i): r for i, r in enumerate(rows)}, "CPU Test", tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

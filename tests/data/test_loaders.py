@@ -1,0 +1,289 @@
+"""Every loader gives the same batches for the same requests, needs no state to resume, and outlives bad storage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast.data import loader as loader_module
+from st_fast.data.ahead import Patience, ReadAhead, TorchLoader
+from st_fast.data.dali import DaliLoader, dali_missing
+from st_fast.data.loader import Loader, ResidentLoader, make_loader, trial_rate
+from st_fast.data.machine import container_limit
+from st_fast.data.shards import RecordSet, ShardSet, open_shards
+from st_fast.errors import RunFailed, UserError
+from st_fast.safefile import BadFile, read_header
+from st_fast.streams import RecordOrder
+
+from .conftest import MakeSet, random_moments
+
+CPU = torch.device("cpu")
+IMPATIENT = Patience(timeout=0.2, attempts=3, pause=0.01)
+
+needs_dali = pytest.mark.skipif(bool(dali_missing()), reason="DALI isn't installed")
+KINDS = ["resident", "torch", pytest.param("dali", marks=needs_dali)]
+
+
+@pytest.fixture
+def records(make_set: MakeSet) -> Iterator[ShardSet]:
+    shards = open_shards(make_set(), verify=False)
+    yield shards
+    shards.close()
+
+
+def quiet(text: str) -> None:
+    """Takes a notice and drops it."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_batches_are_the_requested_records_bit_for_bit(make_set: MakeSet, kind: str, dtype: str) -> None:
+    loader = make_loader(kind, open_shards(make_set(dtype=dtype)), CPU, quiet)
+    truth = random_moments(50, (4, 3, 5)).to(getattr(torch, dtype))
+    rng = np.random.default_rng(1)
+    requests = [rng.integers(0, 50, size) for size in (7, 7, 1, 30, 7, 64)]
+    answers = list(loader.stream(iter(requests)))
+    assert len(answers) == len(requests)
+    for request, (moments, labels) in zip(requests, answers, strict=True):
+        assert moments.dtype == truth.dtype and torch.equal(moments, truth[request])
+        assert labels.dtype == torch.int64 and labels.tolist() == (request % 7).tolist()
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_serves_one_stream_after_another(records: ShardSet, kind: str) -> None:
+    loader = make_loader(kind, records, CPU, quiet)
+    request = np.array([3, 1, 4])
+    first = next(iter(loader.stream(iter([request] * 9))))  # given up with batches still read ahead
+    again = list(loader.stream([request]))
+    assert len(again) == 1 and torch.equal(first[0], again[0][0])
+    assert list(loader.stream([])) == []
+    loader.close()
+
+
+def seen(kind: str, records: RecordSet, ranks: int, stops: list[int]) -> str:
+    """A hash of what all ranks see in 12 steps of 10 over 50 records, with a new loader after each stop."""
+    digest, batch, steps = hashlib.sha256(), 10, 12
+    per_step: list[list[torch.Tensor]] = [[] for _ in range(steps)]
+    for rank in range(ranks):
+        part = slice(rank * batch // ranks, (rank + 1) * batch // ranks)
+        for first, last in zip([0, *stops], [*stops, steps], strict=True):
+            order = RecordOrder(11, len(records))
+            requests = (order(np.arange(step * batch, (step + 1) * batch))[part] for step in range(first, last))
+            loader = make_loader(kind, records, CPU, quiet)
+            for step, (moments, labels) in enumerate(loader.stream(requests), first):
+                per_step[step] += [moments, labels]
+            loader.close()
+    for tensors in per_step:
+        for kind_of in (torch.float16, torch.int64):
+            digest.update(torch.cat([t for t in tensors if t.dtype == kind_of]).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_mid_epoch_twice_and_changing_ranks_keeps_the_sample_stream(records: ShardSet, kind: str) -> None:
+    truth = seen("resident", records, ranks=1, stops=[])
+    assert seen(kind, records, ranks=1, stops=[]) == truth
+    assert seen(kind, records, ranks=1, stops=[2, 3]) == truth
+    assert seen(kind, records, ranks=2, stops=[2, 7]) == truth
+
+
+class Troubled:
+    """A set whose reads go wrong as told; everything else is the set's own."""
+
+    def __init__(self, records: ShardSet, trouble: Callable[[np.ndarray], None]) -> None:
+        self._records, self._trouble = records, trouble
+        self.manifest, self.labels, self.digest = records.manifest, records.labels, records.digest
+        self.gather, self.verify, self.close = records.gather, records.verify, records.close
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
+        self._trouble(indices)
+        self._records.read_into(indices, out)
+
+
+class Fails:
+    """Raises the error the first `times` times that record 5 is asked for."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error, self.left = error, times
+
+    def __call__(self, indices: np.ndarray) -> None:
+        if 5 in indices and self.left > 0:
+            self.left -= 1
+            raise self.error
+
+
+STREAMING = [TorchLoader, pytest.param(DaliLoader, marks=needs_dali)]
+REQUESTS = [np.arange(i, i + 4) for i in range(0, 40, 4)]
+
+
+@pytest.mark.parametrize("kind", STREAMING)
+def test_a_read_that_fails_twice_is_repeated_and_nothing_is_lost(records: ShardSet, kind: type) -> None:
+    troubled = Troubled(records, Fails(OSError(5, "Input/output error"), 2))
+    loader = kind(troubled, CPU, patience=IMPATIENT)
+    answers = [moments for moments, _ in loader.stream(REQUESTS)]
+    assert torch.equal(torch.cat(answers), records.gather(np.arange(40))[0])
+
+
+@pytest.mark.parametrize("kind", STREAMING)
+def test_a_read_that_keeps_failing_ends_with_the_records_and_the_reason(records: ShardSet, kind: type) -> None:
+    loader = kind(Troubled(records, Fails(OSError(5, "Input/output error"), 99)), CPU, patience=IMPATIENT)
+    with pytest.raises(RunFailed, match=r"4 records from 4 on .* in 3 attempts .*Input/output error.*storage"):
+        list(loader.stream(REQUESTS))
+
+
+@pytest.mark.parametrize("kind", STREAMING)
+def test_damage_is_told_as_damage_after_a_second_look(records: ShardSet, kind: type) -> None:
+    loader = kind(Troubled(records, Fails(BadFile("shard 7: record 5: bits flipped"), 99)), CPU, patience=IMPATIENT)
+    with pytest.raises(BadFile, match="record 5: bits flipped"):
+        list(loader.stream(REQUESTS))
+
+
+@pytest.mark.parametrize("kind", STREAMING)
+def test_a_stalled_read_is_taken_over_by_another_thread(records: ShardSet, kind: type) -> None:
+    release, first = threading.Event(), threading.Event()
+
+    def stall(indices: np.ndarray) -> None:
+        if 5 in indices and not first.is_set():
+            first.set()
+            release.wait(30)
+
+    loader = kind(Troubled(records, stall), CPU, patience=IMPATIENT)
+    start = time.monotonic()
+    answers = [moments for moments, _ in loader.stream(REQUESTS)]
+    release.set()
+    assert time.monotonic() - start < 10
+    assert torch.equal(torch.cat(answers), records.gather(np.arange(40))[0])
+
+
+@pytest.mark.parametrize("kind", STREAMING)
+def test_more_stalled_reads_than_threads_are_taken_over_too(records: ShardSet, kind: type) -> None:
+    release, stalled = threading.Event(), []
+
+    def stall(indices: np.ndarray) -> None:
+        if len(stalled) < 4:
+            stalled.append(indices)
+            release.wait(30)
+
+    loader = kind(Troubled(records, stall), CPU, patience=Patience(timeout=0.3, attempts=6, pause=0.01))
+    answers = [moments for moments, _ in loader.stream(REQUESTS)]
+    release.set()
+    assert torch.equal(torch.cat(answers), records.gather(np.arange(40))[0])
+
+
+@pytest.mark.parametrize("kind", STREAMING)
+def test_a_read_that_stalls_for_good_is_an_error_in_bounded_time(records: ShardSet, kind: type) -> None:
+    release = threading.Event()
+    loader = kind(Troubled(records, lambda indices: release.wait(30)), CPU, patience=IMPATIENT)
+    start = time.monotonic()
+    with pytest.raises(RunFailed, match=r"no answer within 0.2 s.*storage stalls"):
+        list(loader.stream(REQUESTS))
+    assert time.monotonic() - start < 10
+    release.set()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", ["bit", "cut"])
+def test_a_damaged_shard_is_named_by_every_loader(make_set: MakeSet, kind: str, damage: str) -> None:
+    folder = make_set()
+    shard = folder / "latents-00001.safetensors"
+    shards = open_shards(folder, verify=False)
+    if damage == "bit":
+        with open(shard, "r+b") as file:
+            file.seek(read_header(shard)["moments"].start + 5 * 120)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 4]))
+    else:
+        os.truncate(shard, read_header(shard)["moments"].start + 5 * 120 + 7)
+    with pytest.raises(BadFile, match=r"latents-00001\.safetensors: record 5 \(number 21 of the set\): "):
+        list(make_loader(kind, shards, CPU, quiet).stream([np.array([1, 21, 3])]))
+
+
+def test_an_error_is_told_once_the_good_batches_before_it_were_given(records: ShardSet) -> None:
+    ahead = ReadAhead(Troubled(records, Fails(BadFile("bad"), 99)), patience=IMPATIENT)
+    stream = ahead.stream(REQUESTS)
+    assert torch.equal(next(stream)[0], records.gather(np.arange(4))[0])
+    with pytest.raises(BadFile):
+        next(stream)
+
+
+def test_requests_are_read_ahead_but_not_without_bound(records: ShardSet) -> None:
+    asked: list[int] = []
+
+    def requests() -> Iterator[np.ndarray]:
+        for i in range(100):
+            asked.append(i)
+            yield np.array([i % 50])
+
+    stream = ReadAhead(records, depth=4).stream(requests())
+    next(stream)
+    assert len(asked) == 5
+
+
+def test_without_dali_the_torch_loader_serves_with_one_line_of_notice(
+    records: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "dali_missing", lambda: "No module named 'nvidia'")
+    said: list[str] = []
+    loader = make_loader("dali", records, CPU, said.append)
+    assert isinstance(loader, TorchLoader)
+    assert len(said) == 1 and "pip install 'st_fast[data]'" in said[0] and "\n" not in said[0]
+
+
+def test_auto_keeps_a_set_that_fits_in_memory_and_says_so(records: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    assert isinstance(make_loader("auto", records, CPU, said.append), ResidentLoader)
+    assert "loader = resident" in said[0]
+    monkeypatch.setattr(loader_module, "free_memory", lambda device: 1_000)
+    monkeypatch.setattr(loader_module, "dali_missing", lambda: "not there")
+    assert isinstance(make_loader("auto", records, CPU, said.append), TorchLoader)
+    assert "loader = torch" in said[1]
+
+
+@pytest.mark.parametrize(("text", "limit"), [("1048576\n", 2**20), ("max\n", 2**63), (None, 2**63)])
+def test_a_containers_memory_limit_counts(tmp_path: Path, text: str | None, limit: int) -> None:
+    if text is not None:
+        (tmp_path / "memory.max").write_text(text)
+    assert container_limit(tmp_path / "memory.max") == limit
+
+
+def test_unknown_kind_is_refused_with_the_known_ones(records: ShardSet) -> None:
+    with pytest.raises(UserError, match=r"data\.loader = 'ffcv': one of auto, resident, dali, torch"):
+        make_loader("ffcv", records, CPU, quiet)
+
+
+def test_rates_are_measured_on_what_a_loader_delivers(records: ShardSet) -> None:
+    class Slow:
+        def stream(self, requests: Iterator[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for request in requests:
+                time.sleep(0.002)
+                yield torch.zeros(len(request)), torch.zeros(len(request))
+
+        def close(self) -> None:
+            pass
+
+    slow: Callable[[], Loader] = Slow
+    assert trial_rate(slow, 50, CPU) < 50 / 0.002
+    assert trial_rate(lambda: ResidentLoader(records, CPU), 50, CPU) > 50 / 0.002
+
+
+@needs_dali
+def test_dali_runs_on_the_cpu_without_a_gpu(make_set: MakeSet) -> None:
+    folder: Path = make_set(count=300, shape=(8, 32, 32), shard_size=100)
+    loader = DaliLoader(open_shards(folder), CPU)
+    requests = [np.random.default_rng(i).permutation(300)[:256] for i in range(5)]
+    truth = random_moments(300, (8, 32, 32)).half()
+    for request, (moments, _) in zip(requests, loader.stream(requests), strict=True):
+        assert torch.equal(moments, truth[request])

@@ -1,0 +1,184 @@
+"""REPA's layout is read in place and converted both ways; nothing in it is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast import prepare
+from st_fast.data.loader import make_loader
+from st_fast.data.manifest import read_manifest
+from st_fast.data.opening import open_data
+from st_fast.data.repa import RepaSet, read_npy_header
+from st_fast.data.shards import open_shards
+from st_fast.errors import UserError
+from st_fast.safefile import BadFile
+
+from .conftest import MakeSet, encoded, picture, random_moments
+
+SHAPE = (8, 4, 4)
+
+
+def write_layout(root: Path, count: int = 12, dtype: type = np.float32) -> np.ndarray:
+    """A folder as REPA's preprocessing leaves it; returns the moments."""
+    moments = random_moments(count, SHAPE).numpy().astype(dtype)
+    labels = []
+    for number, row in enumerate(moments):
+        part = f"{number // 5:05d}"
+        for folder in ("images", "vae-sd"):
+            (root / folder / part).mkdir(parents=True, exist_ok=True)
+        (root / "images" / part / f"img{number:08d}.png").write_bytes(encoded(picture(number, (8, 8))))
+        np.save(root / "vae-sd" / part / f"img-mean-std-{number:08d}.npy", row)
+        labels.append([f"{part}/img-mean-std-{number:08d}.npy", (number * 5) % 4])
+    (root / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
+    return moments
+
+
+def latent(root: Path, number: int) -> Path:
+    return root / "vae-sd" / f"{number // 5:05d}" / f"img-mean-std-{number:08d}.npy"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("kind", ["resident", "torch", "dali"])
+def test_the_layout_is_read_in_place_by_every_loader(tmp_path: Path, dtype: type, kind: str) -> None:
+    moments = write_layout(tmp_path, dtype=dtype)
+    records = open_data(tmp_path, at_least=12)
+    assert records.manifest.scale == 0.18215 and records.manifest.vae.name == "sd-vae-ft-mse"
+    loader = make_loader(kind, records, torch.device("cpu"), lambda text: None)
+    request = np.array([7, 0, 11, 7])
+    ((got, labels),) = loader.stream([request])
+    assert np.array_equal(got.numpy(), moments[request]) and got.numpy().dtype == dtype
+    assert labels.tolist() == (request * 5 % 4).tolist()
+    loader.close()
+    records.close()
+
+
+def test_from_repa_makes_shards_with_the_same_records(tmp_path: Path) -> None:
+    moments = write_layout(tmp_path / "repa")
+    out = tmp_path / "out"
+    prepare.main(["--from-repa", str(tmp_path / "repa"), str(out), "--dtype", "float32", "--shard-size", "5"])
+    shards = open_shards(out)
+    assert [entry.count for entry in shards.manifest.shards] == [5, 5, 2]
+    got, labels = shards.gather(np.arange(12))
+    assert np.array_equal(got.numpy(), moments) and labels.tolist() == [n * 5 % 4 for n in range(12)]
+
+
+def test_to_repa_and_back_keeps_every_bit(make_set: MakeSet, tmp_path: Path) -> None:
+    folder = make_set()
+    prepare.main(["--to-repa", str(folder), str(tmp_path / "repa")])
+    one = np.load(tmp_path / "repa" / "vae-sd" / "00000" / "img-mean-std-00000003.npy")
+    assert one.dtype == np.float32 and np.array_equal(one, open_shards(folder).gather(np.array([3]))[0][0].float())
+    prepare.main(["--from-repa", str(tmp_path / "repa"), str(tmp_path / "back"), "--shard-size", "16"])
+    original, back = read_manifest(folder), read_manifest(tmp_path / "back")
+    assert [entry.sha256 for entry in original.shards] == [entry.sha256 for entry in back.shards]
+    with pytest.raises(UserError, match=r"holds vae-sd/dataset\.json already"):
+        prepare.main(["--to-repa", str(folder), str(tmp_path / "repa")])
+
+
+class Bomb:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_object_arrays_are_refused_and_never_unpickled(tmp_path: Path) -> None:
+    write_layout(tmp_path)
+    array = np.empty((2, 1, 1), object)
+    array[...] = Bomb(tmp_path / "boom")
+    np.save(latent(tmp_path, 6), array, allow_pickle=True)
+    with pytest.raises(BadFile, match=r"img-mean-std-00000006\.npy: an array of Python objects"):
+        open_data(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("gone", ["latent", "image", "label"])
+def test_counts_of_images_latents_and_labels_must_agree(tmp_path: Path, gone: str) -> None:
+    write_layout(tmp_path)
+    if gone == "latent":
+        latent(tmp_path, 4).unlink()
+    elif gone == "image":
+        next((tmp_path / "images").rglob("*.png")).unlink()
+    else:
+        path = tmp_path / "vae-sd" / "dataset.json"
+        path.write_text(json.dumps({"labels": json.loads(path.read_text())["labels"][1:]}))
+    counts = {"latent": "11 latents, 12 labels, 12 images", "image": "12 latents, 12 labels, 11 images"}
+    with pytest.raises(BadFile, match=counts.get(gone, "12 latents, 11 labels, 12 images")):
+        open_data(tmp_path)
+
+
+def test_cut_off_file_tells_expected_and_actual_bytes(tmp_path: Path) -> None:
+    write_layout(tmp_path)
+    size = latent(tmp_path, 3).stat().st_size
+    os.truncate(latent(tmp_path, 3), size - 9)
+    with pytest.raises(BadFile, match=rf"img-mean-std-00000003\.npy: {size - 9} bytes, {size} expected"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((8, 4, 5), np.float32), r"float32 \(8, 4, 5\); the first file of the set has float32 \(8, 4, 4\)"),
+        (np.zeros(SHAPE, np.float16), r"float16 \(8, 4, 4\); the first file"),
+        (np.asfortranarray(np.zeros(SHAPE, np.float32)), "in Fortran order"),
+        (np.zeros(SHAPE, np.float64), "float64"),
+        (np.zeros(SHAPE, ">f4"), "float16 or float32"),
+        (np.full(SHAPE, np.nan, np.float32), "NaN or Inf"),
+        (np.full(SHAPE, -1, np.float32), "can't be negative"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, array: np.ndarray, words: str) -> None:
+    write_layout(tmp_path)
+    np.save(latent(tmp_path, 9), array)
+    with pytest.raises(BadFile, match=rf"img-mean-std-00000009\.npy: .*{words}"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"not numpy", b"\x93NUMPY\x01\x00\xff\xff{", b"\x93NUMPY\x01\x00\x04\x00{1:2"])
+def test_what_is_no_npy_file_is_named(tmp_path: Path, data: bytes) -> None:
+    write_layout(tmp_path)
+    latent(tmp_path, 0).write_bytes(data)
+    with pytest.raises(BadFile, match=r"img-mean-std-00000000\.npy: not a sound \.npy file"):
+        open_data(tmp_path)
+
+
+def test_labels_can_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    write_layout(tmp_path)
+    path = tmp_path / "vae-sd" / "dataset.json"
+    labels = json.loads(path.read_text())["labels"]
+    labels[0][0] = "../../../etc/passwd.npy"
+    path.write_text(json.dumps({"labels": labels}))
+    with pytest.raises(BadFile, match="must stay inside the folder"):
+        open_data(tmp_path)
+
+
+def test_the_digest_follows_the_labels(tmp_path: Path) -> None:
+    write_layout(tmp_path)
+    before = RepaSet(tmp_path).digest
+    path = tmp_path / "vae-sd" / "dataset.json"
+    path.write_text(path.read_text().replace(", 3]", ", 2]"))
+    assert RepaSet(tmp_path).digest != before
+
+
+def test_an_empty_set_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vae-sd").mkdir()
+    (tmp_path / "vae-sd" / "dataset.json").write_text('{"labels": []}')
+    with pytest.raises(BadFile, match="0 records, nothing to train on"):
+        open_data(tmp_path)
+
+
+def test_headers_are_parsed_by_many_threads_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "moments.npy"
+    np.save(path, np.zeros((8, 4, 4), np.float32))
+    with ThreadPoolExecutor(8) as pool:  # Python 3.11's ast raises SystemError when threads overlap in it
+        headers = set(pool.map(lambda _: read_npy_header(path), range(4000)))
+    assert headers == {((8, 4, 4), "float32", 128, False)}

@@ -1,0 +1,258 @@
+"""Shards: what is written is what is read, and every kind of damage is named before training."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from st_fast.data.content import moments_problem
+from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, read_manifest
+from st_fast.data.opening import open_data
+from st_fast.data.shards import open_shards
+from st_fast.data.writing import write_shard, write_shards
+from st_fast.errors import UserError
+from st_fast.safefile import BadFile, read_header, sha256_file
+
+from .conftest import MakeSet, random_moments
+
+SHAPE = (4, 3, 5)
+
+
+def shard(folder: Path, number: int = 1) -> Path:
+    return folder / f"latents-{number:05d}.safetensors"
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_records_come_back_bit_for_bit_in_any_order(make_set: MakeSet, dtype: str) -> None:
+    shards = open_shards(make_set(dtype=dtype))
+    indices = np.random.default_rng(0).permutation(50)[:31]
+    moments, labels = shards.gather(indices)
+    expected = random_moments(50, SHAPE).to(getattr(torch, dtype))[indices]
+    assert moments.dtype == expected.dtype and torch.equal(moments, expected)
+    assert labels.tolist() == (indices % 7).tolist()
+
+
+def test_batches_of_any_size_are_cut_into_shards_of_one_size(tmp_path: Path) -> None:
+    moments, labels = random_moments(23, SHAPE), torch.arange(23)
+    batches = zip(moments.split([1, 9, 13]), labels.split([1, 9, 13]), strict=True)
+    manifest = write_shards(tmp_path, batches, Manifest(0, SHAPE, "float32", 1.0, VaeInfo("v"), "s", 23), 5)
+    assert [entry.count for entry in manifest.shards] == [5, 5, 5, 5, 3]
+    assert manifest == read_manifest(tmp_path)
+    assert torch.equal(open_shards(tmp_path).gather(np.arange(23))[0], moments)
+    for entry in manifest.shards:
+        assert sha256_file(tmp_path / entry.file) == entry.sha256
+        assert (tmp_path / entry.file).stat().st_size == entry.bytes
+
+
+def test_missing_shard_is_named(make_set: MakeSet) -> None:
+    folder = make_set()
+    shard(folder).unlink()
+    with pytest.raises(BadFile, match=r"latents-00001\.safetensors: the shard is missing; .* 16 records"):
+        open_shards(folder, verify=False)
+
+
+def test_missing_manifest_and_missing_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadFile, match=r"empty': no manifest.json in it"):
+        open_data(tmp_path / "empty")
+    with pytest.raises(BadFile, match=r"nowhere': no such folder"):
+        open_data(tmp_path / "nowhere")
+
+
+def test_truncated_shard_tells_expected_and_actual_bytes(make_set: MakeSet) -> None:
+    folder = make_set()
+    size = shard(folder).stat().st_size
+    os.truncate(shard(folder), size - 7)
+    with pytest.raises(BadFile, match=rf"latents-00001\S+: {size - 7} bytes, the manifest says {size}"):
+        open_shards(folder, verify=False)
+
+
+def test_shard_cut_off_while_it_is_read_is_an_error_with_its_record(make_set: MakeSet) -> None:
+    folder = make_set()
+    shards = open_shards(folder)
+    os.truncate(shard(folder), shard(folder).stat().st_size - 200)
+    shards.gather(np.arange(16))
+    with pytest.raises(BadFile, match=r"latents-00001\S+: record 15 \(number 31 of the set\): 120 bytes expected"):
+        shards.gather(np.array([3, 31]))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_flipped_bit_in_moments_names_shard_and_record(make_set: MakeSet, verify: bool) -> None:
+    folder = make_set()
+    start = read_header(shard(folder))["moments"].start
+    flip_bit(shard(folder), start + 5 * 120 + 17)
+    with pytest.raises(BadFile, match=r"latents-00001\.safetensors: record 5 \(number 21 of the set\): its CRC-32"):
+        open_shards(folder, verify=verify).gather(np.arange(50))
+
+
+def test_flipped_bit_in_a_label_names_shard_and_record(make_set: MakeSet) -> None:
+    folder = make_set()
+    path = shard(folder)
+    position = read_header(path)["labels"].start + 3 * 8
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1  # label 5 of record 19 becomes 4, within the range
+    path.write_bytes(data)
+    with pytest.raises(BadFile, match=r"latents-00001\.safetensors: record 3 \(number 19 of the set\): its CRC-32"):
+        open_shards(folder)
+
+
+def test_edit_with_right_crcs_is_still_found_by_the_hash(make_set: MakeSet) -> None:
+    folder = make_set()
+    path = shard(folder)
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    names = list(header)
+    reordered = json.dumps({name: header[name] for name in reversed(names)}, separators=(",", ":")).encode()
+    path.write_bytes(data[:8] + reordered.ljust(length) + data[8 + length :])
+    with pytest.raises(BadFile, match=r"latents-00001\S+: SHA-256 differs"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize("label", [-1, 7])
+def test_label_out_of_range_names_record_and_range(make_set: MakeSet, label: int) -> None:
+    folder = make_set()
+    tensors = load_file(shard(folder))
+    tensors["labels"] = tensors["labels"].copy()
+    tensors["labels"][4] = label
+    save_file(tensors, shard(folder))
+    with pytest.raises(BadFile, match=rf"latents-00001\S+: record 4 .*: label {label}, allowed are 0 … 6"):
+        open_shards(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "channel", "words"),
+    [(np.nan, 0, "NaN or Inf"), (np.inf, 3, "NaN or Inf"), (-3e4, 1, r"up to 3e\+04"), (-0.5, 2, "std -0.5")],
+)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_nan_inf_absurd_and_negative_std_are_refused_by_the_writer(
+    tmp_path: Path, value: float, channel: int, words: str, dtype: type
+) -> None:
+    moments = random_moments(6, SHAPE).numpy().astype(dtype)
+    moments[4, channel, 2, 2] = value
+    with pytest.raises(UserError, match=f"record 4 of this shard: .*{words}"):
+        write_shard(tmp_path / "x.safetensors", moments, np.zeros(6, np.int64), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_written_by_someone_else_is_found_with_its_record(
+    make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("st_fast.data.writing.moments_problem", lambda moments: None)
+    good = random_moments(20, SHAPE)
+    good[13, 0, 0, 0] = torch.nan
+    folder = make_set().parent / "bad"
+    write_shards(folder, [(good, torch.zeros(20))], Manifest(0, SHAPE, "float16", 1.0, VaeInfo("v"), "s", 1), 8)
+    with pytest.raises(BadFile, match=r"latents-00001\S+: record 5 \(number 13 of the set\): NaN or Inf"):
+        open_shards(folder)
+
+
+def test_ordinary_extremes_are_accepted() -> None:
+    moments = np.zeros((2, 2, 1, 1), np.float16)
+    moments[0, :, 0, 0] = (-1e4, 1e4)
+    moments[1, 1] = -0.0
+    assert moments_problem(moments) is None
+
+
+def test_counts_that_differ_are_refused(make_set: MakeSet) -> None:
+    folder = make_set()
+    edit_manifest(folder, count=51)
+    with pytest.raises(BadFile, match=r"manifest.json: count = 51, but its 4 shards hold 50 records"):
+        open_shards(folder)
+
+
+def test_shard_with_another_count_than_the_manifest_says_is_refused(make_set: MakeSet) -> None:
+    folder = make_set()
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[0]["count"], shards[1]["count"] = 15, 17
+    edit_manifest(folder, shards=shards)
+    with pytest.raises(BadFile, match=r"latents-00000\S+: holds .* the manifest asks for .*15"):
+        open_shards(folder)
+
+
+def test_empty_set_and_one_smaller_than_a_batch_are_refused(make_set: MakeSet, tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match=r"50 records, the global batch needs 64"):
+        open_shards(make_set(), at_least=64)
+    write_shards(tmp_path / "none", [], Manifest(0, SHAPE, "float16", 1.0, VaeInfo("v"), "s", 1))
+    with pytest.raises(BadFile, match=r"0 records, nothing to train on"):
+        open_shards(tmp_path / "none")
+
+
+def test_edited_data_has_another_digest_and_is_refused_on_resume(make_set: MakeSet) -> None:
+    folder = make_set()
+    before = open_shards(folder).digest
+    check_same_data(before, "runs/x/00000100", read_manifest(folder), folder)
+    moments, labels = random_moments(50, SHAPE), torch.arange(50) % 7
+    moments[20] += 1
+    write_shards(folder, [(moments, labels)], Manifest(0, SHAPE, "float16", 0.5, VaeInfo("none"), "random", 7), 16)
+    with pytest.raises(UserError, match=rf"changed since runs/x/00000100 .*{before[:12]} then"):
+        check_same_data(before, "runs/x/00000100", read_manifest(folder), folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "link/shard"])
+def test_manifest_can_not_lead_out_of_its_folder(make_set: MakeSet, name: str) -> None:
+    folder = make_set()
+    (folder / "link").symlink_to("/etc")
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[0]["file"] = name
+    edit_manifest(folder, shards=shards)
+    with pytest.raises(BadFile, match="must be relative and stay inside"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 2}, "version = 2: at most 1"),
+        ({"format": "other"}, "format = 'other'"),
+        ({"shape": [3, 4, 4]}, r"shape = \(3, 4, 4\)"),
+        ({"dtype": "int8"}, "dtype = 'int8': one of float16, float32"),
+        ({"scale": 0}, "scale = 0: a positive number"),
+        ({"num_classes": "7"}, "num_classes = '7'"),
+        ({"class_names": ["a"]}, "class_names has 1 names, num_classes = 7"),
+        ({"colour": 1}, "unknown or of the wrong type .*colour"),
+        ({"shards": [1]}, "missing, unknown or of the wrong type"),
+        ({"shape": 7}, "missing, unknown or of the wrong type"),
+    ],
+)
+def test_wrong_manifest_is_told_in_one_line(make_set: MakeSet, changes: dict[str, object], words: str) -> None:
+    folder = make_set()
+    edit_manifest(folder, **changes)
+    with pytest.raises(BadFile, match=words) as caught:
+        open_shards(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_record_number_out_of_range_is_an_index_error(make_set: MakeSet) -> None:
+    shards = open_shards(make_set())
+    for wrong in (-1, 50):
+        with pytest.raises(IndexError, match=rf"record {wrong}: .* 0 … 49"):
+            shards.gather(np.array([0, wrong]))
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(tmp_path / "x.safetensors", random_moments(3, SHAPE).numpy(), np.zeros(3, np.int64), 1)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,102 @@
+"""`st_fast.train` with something broken in it: what, where and when the environment variable BREAK says, as JSON.
+
+{"at": "step" | "data" | "pictures" | "metrics" | "write", "do": an action below, "rank": which (absent: every one),
+"stage": …, "steps": [counted from 1; absent: all], "marker": a file to make when it happens}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from st_fast import stage, train
+from st_fast.checkpoint import saver
+from st_fast.data.loader import ResidentLoader
+from st_fast.errors import RunFailed, run_command
+from st_fast.examine import Examiner
+from st_fast.step import Step
+
+PLAN = json.loads(os.environ["BREAK"])
+MINE = PLAN.get("rank") in (None, int(os.environ.get("RANK", "0")))
+
+
+def fail(step: Step | None, batches: Any) -> None:
+    raise RunFailed("data: the storage stalls or fails")
+
+
+def not_finite(step: Step | None, batches: Any) -> None:
+    batches[0].moments.fill_(float("nan"))
+
+
+@torch.no_grad()
+def blow_up(step: Step | None, batches: Any) -> None:
+    for parameter in step.model.final_layer.parameters():
+        parameter.mul_(8).add_(1)
+
+
+def take_memory(step: Step | None, batches: Any) -> None:
+    torch.empty(2**50, dtype=torch.uint8)
+
+
+ACTIONS: dict[str, Callable[[Step | None, Any], None]] = {
+    "hang": lambda step, batches: time.sleep(3600),
+    "pause": lambda step, batches: time.sleep(PLAN["seconds"]),
+    "kill": lambda step, batches: os.kill(os.getpid(), signal.SIGKILL),
+    "freeze": lambda step, batches: os.kill(os.getpid(), signal.SIGSTOP),
+    "fail": fail,
+    "nan": not_finite,
+    "blow up": blow_up,
+    "take memory": take_memory,
+}
+
+
+def strike(name: str, number: int, step: Step | None = None, batches: Any = None) -> None:
+    """Does it, if this is the stage and the step for it."""
+    if PLAN.get("stage") in (None, name) and number in PLAN.get("steps", [number]):
+        if "marker" in PLAN:
+            Path(PLAN["marker"]).touch()
+        ACTIONS[PLAN["do"]](step, batches)
+
+
+def wrap(owner: Any, name: str, before: Callable[..., None]) -> None:
+    """Lets `before` run, with the same arguments, before each call."""
+    real = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        before(*arguments, **options)
+        return real(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def arm() -> None:
+    at, names = PLAN["at"], {}
+    wrap(stage.Trainer, "resume", lambda self, clock: names.update(now=self.stage.name))
+    if at == "step":
+        wrap(Step, "__call__", lambda self, step, batches: strike(names["now"], step + 1, self, batches))
+    elif at == "data":
+        real = ResidentLoader.stream
+
+        def stream(self: ResidentLoader, requests: Any) -> Iterator[Any]:
+            for number, answer in enumerate(real(self, requests), start=1):
+                strike(names["now"], number)
+                yield answer
+
+        setattr(ResidentLoader, "stream", stream)  # noqa: B010
+    elif at in ("pictures", "metrics"):
+        wrap(Examiner, at, lambda self, model, stage, step, cost: strike(stage.name, step))
+    else:
+        wrap(saver, "save", lambda root, step, groups, meta: strike(root.parent.name, step))
+
+
+if __name__ == "__main__":
+    if MINE:
+        arm()
+    run_command(train.main)

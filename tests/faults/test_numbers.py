@@ -1,0 +1,132 @@
+"""FAULT 31 and 32: steps that are not finite and losses that spike, on two real ranks."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from st_fast import checkpoint
+from st_fast.errors import EXIT_FAILED, RunFailed
+from st_fast.guard import SPIKE_STEPS, SPIKE_WARMUP, Readings, Skips, SpikeDetector
+from st_fast.recipe import load
+from tests import tiny
+from tests.faults.ranks import finish
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_nan_on_one_rank_makes_all_skip_together_and_names_its_samples(log_every, one_stage, nursery):
+    out = one_stage.parent / "out"
+    plan = {"at": "step", "do": "nan", "rank": 1, "steps": [4, 5, 8]}
+    options = ("--run.save_every=1", "--run.keep=20", f"--run.log_every={log_every}", "--optim.warmup_steps=100")
+    assert finish(nursery.start(2, one_stage, *options, breaks=plan)) == [0, 0]
+    found = [checkpoint.load(out / "align" / "checkpoints" / f"{step:08d}") for step in range(1, 11)]
+    for step in range(2, 11):
+        before, after = found[step - 2].groups, found[step - 1].groups
+        same = all(torch.equal(before[g][k], after[g][k]) for g in after for k in after[g])
+        assert same == (step in (4, 5, 8)), step  # weights, moments, EMA, update count (the schedule): all or nothing
+    assert found[-1].groups["optim"]["model.step"] == 7
+    skips = tiny.records(out, "skip")
+    assert [record["step"] for record in skips] == [4, 5, 8]
+    for record in skips:
+        first = (record["step"] - 1) * 8
+        assert record["ranks"] == [1] and record["ordinals"] == list(range(first + 4, first + 8))
+        assert len(record["records"]) == 4
+    assert tiny.records(out, "train")[-1]["skipped"] == 3
+    bad = {4, 5, 8} if log_every == 1 else set()  # a mean leaves skipped steps out, unless there are no others
+    for record in tiny.records(out, "train"):
+        assert math.isfinite(record["loss"]) == (record["step"] not in bad)
+
+
+def test_skipping_goes_on_only_as_long_as_the_recipe_allows(one_stage, nursery):
+    plan = {"at": "step", "do": "nan", "rank": 1, "steps": [3, 4, 5, 6, 7, 8]}
+    ranks = nursery.start(2, one_stage, "--run.max_bad_steps=4", breaks=plan)
+    assert finish(ranks) == [EXIT_FAILED] * 2
+    assert "align: the gradients of the last 4 steps up to 6 were not finite (run.max_bad_steps = 4)" in ranks[0].text
+    assert checkpoint.latest(one_stage.parent / "out" / "align" / "checkpoints", pytest.fail).step == 4
+
+
+def test_a_spike_rolls_back_to_the_last_good_checkpoint_and_skips_its_window(one_stage, nursery):
+    out = one_stage.parent / "out"
+    plan = {"at": "step", "do": "blow up", "steps": [33]}
+    options = ("--stage.align.steps=60", "--run.spike_ratio=3", "--run.log_every=6", "--run.save_every=5")
+    more = ("--run.keep=20", "--optim.lr=1e-3")
+    assert finish(nursery.start(2, one_stage, *options, *more, breaks=plan)) == [0, 0]
+    (back,) = tiny.records(out, "rollback")
+    assert back["spike"] == 33 and back["to"] == 30 and back["step"] == 42 and back["rollbacks"] == 1
+    root = out / "align" / "checkpoints"
+    good, bad, after = (checkpoint.load(root / f"{step:08d}") for step in (30, 40, 42))
+    for group, tensors in good.groups.items():
+        assert all(torch.equal(after.groups[group][key], tensor) for key, tensor in tensors.items())
+    bias = "final_layer.linear.bias"
+    assert not torch.equal(bad.groups["model"][bias], good.groups["model"][bias])
+    losses = {record["step"]: record["denoise"] for record in tiny.records(out, "train")}
+    assert losses[36] > 3 * losses[30] and losses[42] > 3 * losses[30]
+    assert losses[48] < 1.5 * losses[30] and losses[60] < 1.5 * losses[30]
+    assert after.meta["rollbacks"] == 1
+
+
+def test_rollbacks_are_bounded(one_stage, nursery):
+    plan = {"at": "step", "do": "blow up", "steps": [26, 50]}
+    options = ("--stage.align.steps=90", "--run.spike_ratio=3", "--run.spike_retries=1", "--run.save_every=5")
+    ranks = nursery.start(1, one_stage, *options, "--optim.lr=1e-3", "--run.log_every=3", breaks=plan)
+    assert finish(ranks) == [EXIT_FAILED]
+    assert "the loss spiked again at step 50, after 1 rollbacks" in ranks[0].text
+
+
+def test_a_spike_ratio_that_would_always_strike_is_refused(recipe):
+    from st_fast.recipe import RecipeError
+
+    with pytest.raises(RecipeError, match=r"run.spike_ratio.*above 1"):
+        load(recipe, ["--run.spike_ratio=0.9"])
+
+
+def readings(first: int, denoise: list[float], norms: list[float] | None = None) -> Readings:
+    return Readings(first, denoise, [0.0] * len(denoise), norms or [1.0] * len(denoise), [[]] * len(denoise))
+
+
+def noisy(count: int, mean: float, seed: int) -> list[float]:
+    rng = random.Random(seed)
+    return [mean * rng.uniform(0.6, 1.4) for _ in range(count)]
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_the_detector_finds_where_a_spike_began_however_often_it_looks(every):
+    losses = noisy(120, 1.0, 0) + noisy(20, 4.0, 1)
+    detector, found = SpikeDetector(2.5), []
+    for at in range(0, len(losses), every):
+        if (spike := detector.add(readings(at + 1, losses[at : at + every]))) is not None:
+            found.append(spike)
+            break
+    assert found == [121]
+
+
+def test_noise_single_outliers_a_falling_loss_and_steps_that_were_skipped_are_no_spike():
+    detector = SpikeDetector(2.0)
+    falling = [3.0 * 0.99**i for i in range(300)]
+    for i in range(40, 300, SPIKE_STEPS):
+        falling[i] *= 10
+    falling[50] = NAN
+    assert all(detector.add(readings(i + 1, [loss])) is None for i, loss in enumerate(falling))
+    early = SpikeDetector(2.0)
+    assert early.add(readings(1, [1.0] * (SPIKE_WARMUP - 1) + [9.0] * 3)) is None
+    assert SpikeDetector(0.0).add(readings(1, [1.0] * 100 + [99.0] * 100)) is None
+
+
+def test_only_steps_in_a_row_count_towards_the_end():
+    skips = Skips("align", allowed=3)
+    skips.add(readings(1, [1.0] * 6, [NAN, NAN, 1.0, NAN, 1.0, math.inf]))
+    skips.judge(6)
+    assert (skips.total, skips.in_row) == (4, 1)
+    skips.add(readings(7, [NAN] * 2, [NAN] * 2))
+    with pytest.raises(RunFailed, match="last 3 steps up to 8"):
+        skips.judge(8)
+
+
+def test_means_leave_skipped_steps_out():
+    means = readings(1, [1.0, NAN, 3.0], [1.0, NAN, 2.0]).means()
+    assert means == {"loss": 2.0, "denoise": 2.0, "aux": 0.0, "grad_norm": 1.5}

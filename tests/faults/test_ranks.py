@@ -1,0 +1,92 @@
+"""The number of ranks changes nothing but the speed: FAULT 27 and the proof of exactness."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast.data.shards import open_shards
+from st_fast.feed import Feed
+from st_fast.parallel import Ranks
+from st_fast.recipe import load
+from st_fast.recipe.schema import Recipe
+from tests import tiny
+from tests.faults.ranks import finish, torchrun
+
+TOLERANCE = 2e-5
+"""Relative, of losses and gradient norms over 20 steps: only the order of float32 sums differs between rank counts."""
+KEYS = ("denoise", "aux", "grad_norm")
+
+
+def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
+    """A digest of everything that is drawn for each sample, by ordinal, as all of `count` ranks see it."""
+    from st_fast import streams
+    from st_fast.data.loader import ResidentLoader
+    from st_fast.streams import Purpose
+
+    shards = open_shards(Path(recipe.data.path), verify=False)
+    found = {}
+    for rank in range(count):
+        ranks = Ranks(rank, count, torch.device("cpu"))
+        feed = Feed(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), len(shards), ranks)
+        for batches in feed.steps(0, 10):
+            for batch in batches:
+                noise = streams.normal(recipe.run.seed, Purpose.NOISE, batch.ordinals, (4, 4, 4))
+                posterior = streams.normal(recipe.run.seed, Purpose.POSTERIOR, batch.ordinals, (4, 4, 4))
+                weight = torch.zeros(len(batch.t)).index_copy(0, batch.rows.index, batch.rows.weight)
+                parts = (batch.moments, batch.labels, batch.student_labels, batch.t, weight, noise, posterior)
+                for place, ordinal in enumerate(batch.ordinals.tolist()):
+                    digest = hashlib.sha256(b"".join(part[place].numpy().tobytes() for part in parts))
+                    assert ordinal not in found
+                    found[ordinal] = digest.hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_sample_its_noise_time_and_dropped_label_are_bit_for_bit_those_of_one_rank(count, accumulation, recipe):
+    one = sample_stream(load(recipe), 1)
+    assert sorted(one) == list(range(80)) and len(set(one.values())) == 80
+    assert sample_stream(load(recipe, [f"--optim.accumulation={accumulation}"]), count) == one
+
+
+def test_the_samples_named_for_a_step_are_those_the_ranks_saw(recipe):
+    settings = load(recipe)
+    shards = open_shards(Path(settings.data.path), verify=False)
+    seen: dict[int, list[int]] = {}
+    for rank in range(4):
+        feed = Feed(settings, settings.stages[0], None, len(shards), Ranks(rank, 4, torch.device("cpu")))
+        seen[rank] = np.concatenate(list(feed._requests(5, 6))).tolist()
+    ordinals, records = feed.samples(5, [1, 3])
+    assert ordinals == [42, 43, 46, 47] and records == seen[1] + seen[3]
+    assert feed.samples(5, [])[1] == [record for rank in range(4) for record in seen[rank]]
+
+
+def close(ours: list[dict], theirs: list[dict]) -> None:
+    assert [(r["stage"], r["step"]) for r in ours] == [(r["stage"], r["step"]) for r in theirs]
+    for left, right in zip(ours, theirs, strict=True):
+        assert [left[key] for key in KEYS] == pytest.approx([right[key] for key in KEYS], rel=TOLERANCE, abs=1e-6)
+
+
+def test_four_ranks_under_torchrun_train_as_one_does(recipe, alone):
+    job = torchrun(4, recipe)
+    output = job.communicate(timeout=240)[0]
+    assert job.returncode == 0, output
+    close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone, "train"))
+
+
+def test_two_ranks_with_accumulation_train_as_one_does(recipe, alone, nursery):
+    assert finish(nursery.start(2, recipe, "--optim.accumulation=2")) == [0, 0]
+    close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone, "train"))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_stream(one_stage, alone, nursery):
+    """FAULT 27: 2 ranks, then 1, then 4."""
+    for count, steps in ((2, 4), (1, 7), (4, 10)):
+        assert finish(nursery.start(count, one_stage, f"--stage.align.steps={steps}")) == [0] * count
+    theirs = [r for r in tiny.records(alone, "train") if r["stage"] == "align"]
+    close(tiny.records(one_stage.parent / "out", "train"), theirs)

@@ -1,0 +1,180 @@
+"""FAULT 35 and 29: too little memory, kernels that fail, teachers that don't fit: one line, and nothing half made."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from st_fast import checkpoint, fallback, flops, kernels, memory
+from st_fast.errors import EXIT_FAILED, EXIT_USAGE
+from st_fast.parallel import Ranks
+from st_fast.recipe import load
+from tests import tiny
+from tests.faults.ranks import finish
+
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+def one_line(text: str) -> str:
+    """The only line that starts with the program's name; a traceback fails the test."""
+    assert "Traceback" not in text, text
+    (line,) = [line for line in text.splitlines() if line.startswith("st_fast:")]
+    return line
+
+
+# Out of memory
+
+
+def test_a_process_that_runs_out_of_memory_says_what_would_fit_and_that_fits(one_stage):
+    """For real: the address space is limited, so that the batch does not fit and its split does."""
+    data, out = tiny.write_data(one_stage.parent / "many", count=1024), one_stage.parent / "out"
+    command = [
+        sys.executable, "-m", "st_fast.train", str(one_stage), f"--data.path={data}", "--optim.batch_size=1024",
+        "--model.depth=3", "--model.mlp_ratio=512", "--stage.align.steps=1",
+    ]  # fmt: skip
+    limit = 5 * 2**29
+
+    def limited(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *more], capture_output=True, text=True, cwd=tiny.ROOT, timeout=300,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit,) * 2),
+        )  # fmt: skip
+
+    done = limited()
+    assert done.returncode == EXIT_FAILED, done.stderr
+    line = one_line(done.stderr)
+    assert "out of memory on cpu at align step 1 with 1024 images a pass in 2." in line
+    assert not (out / "align" / "checkpoints").exists()
+    option = re.search(r"--optim\.accumulation=\d+", line)
+    assert option, line
+    done = limited(option[0])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("gibibytes", [1.0, 4.0, 24.0, 80.0])
+def test_the_advice_is_the_largest_even_split_that_fits_by_the_formula(gibibytes):
+    recipe, room = load(tiny.ROOT / "recipes" / "sit_xl.toml", ranks=2), int(gibibytes * 2**30)
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    line = memory.advice(recipe, ranks, torch.bfloat16, room)
+    fixed, an_image = flops.memory_bytes(recipe, 2, True)[0], flops.activation_bytes(recipe.model, True)
+    possible = [256 // (2 * a) for a in range(2, 129) if 256 % (2 * a) == 0]
+    fitting = [micro for micro in possible if fixed + micro * an_image <= 0.9 * room]
+    assert "\n" not in line
+    if fitting:
+        assert f"--optim.accumulation={128 // max(fitting)} makes it {max(fitting)} a pass" in line
+    else:
+        assert "take more ranks or a smaller model" in line
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe):
+    with pytest.raises(RuntimeError, match="something else"), memory.explained(load(recipe), CPU, torch.float32):
+        raise RuntimeError("something else")
+
+
+# Kernels
+
+
+def broken_op(*arguments: object) -> None:
+    raise RuntimeError("ptxas fatal: out of registers\nand more")
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(kernels.KernelTable)])
+def test_a_kernel_that_fails_is_replaced_by_the_reference_and_said_so(name, recipe, monkeypatch):
+    table = kernels.KernelTable(**{f.name: getattr(kernels.ops, f.name) for f in fields(kernels.KernelTable)})
+    monkeypatch.setattr(kernels, "select", lambda choices, device: replace(table, **{name: broken_op}))
+    said: list[str] = []
+    ops = fallback.sound_ops(load(recipe), CPU, torch.float32, said.append)
+    assert vars(ops.table) == vars(replace(table, **{name: getattr(kernels.reference, name)}))
+    assert said == [
+        f"kernels: {name} does not work here (RuntimeError: ptxas fatal: out of registers); the reference takes over"
+    ]
+
+
+def test_an_optimiser_kernel_that_fails_is_replaced_before_it_touches_a_weight(recipe, monkeypatch):
+    monkeypatch.setattr(kernels, "adamw_ema_", broken_op)
+    ops = fallback.sound_ops(load(recipe), CPU, torch.float32, lambda text: None)
+    assert ops.update is kernels.reference.adamw_ema_ and ops.norm is kernels.reference.grad_norm
+
+
+def test_kernels_that_work_are_kept(recipe):
+    said: list[str] = []
+    ops = fallback.sound_ops(load(recipe), CPU, torch.float32, said.append)
+    assert not said and vars(ops.table) == vars(kernels.select({}, CPU.device))
+
+
+def test_a_run_whose_kernels_all_fail_trains_with_the_reference(one_stage, monkeypatch, capsys):
+    from st_fast.run import run
+
+    ops = [f.name for f in fields(kernels.KernelTable)]
+    run(load(one_stage, [*(f"--kernels.{op}=reference" for op in ops), f"--run.out={one_stage.parent / 'plain'}"]))
+    for op in ops:
+        monkeypatch.setattr(kernels.ops, op, broken_op)
+    run(load(one_stage, [f"--kernels.{op}=fused" for op in ops]))
+    assert capsys.readouterr().out.count("the reference takes over") == len(ops)
+    ours, theirs = (tiny.records(one_stage.parent / name, "train") for name in ("out", "plain"))
+    assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
+
+
+# Teachers
+
+
+def trained_teacher(alone: Path, folder: Path) -> Path:
+    """A copy of the align stage of a finished run."""
+    shutil.copytree(alone / "align", folder)
+    return folder
+
+
+def forge(stage: Path, drop: str) -> None:
+    """Saves the newest checkpoint again without one tensor of its trunk, as a damaged export would be."""
+    found = checkpoint.latest(stage / "checkpoints", pytest.fail)
+    groups = {name: {k: t for k, t in group.items() if k != drop} for name, group in found.groups.items()}
+    checkpoint.save(stage / "checkpoints", found.step + 1, groups, found.meta)
+
+
+def refused(recipe: Path, nursery, teacher: Path | str, *options: str) -> str:
+    ranks = nursery.start(1, recipe, f"--stage.transcend.teacher={teacher}", *options)
+    assert finish(ranks) == [EXIT_USAGE], ranks[0].text
+    assert not (recipe.parent / "out" / "align").exists(), "stage 1 was trained before its successor's teacher was seen"
+    return one_line(ranks[0].text)
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_is_trained(recipe, nursery):
+    line = refused(recipe, nursery, recipe.parent / "nowhere")
+    assert str(recipe.parent / "nowhere") in line and "neither a stage" in line
+
+
+def test_a_teacher_folder_without_a_checkpoint_is_refused(recipe, nursery):
+    (recipe.parent / "empty").mkdir()
+    assert "no sound checkpoint under" in refused(recipe, nursery, recipe.parent / "empty")
+
+
+def test_a_teacher_of_another_architecture_is_refused_with_every_difference(recipe, nursery, alone, tmp_path):
+    teacher = trained_teacher(alone, tmp_path / "teacher")
+    line = refused(recipe, nursery, teacher, "--model.depth=4", "--model.num_classes=6")
+    assert "another architecture: depth 3 (this recipe: 4), num_classes 5 (this recipe: 6)" in line
+
+
+def test_a_teacher_that_lacks_any_key_of_the_trunk_is_refused_by_name(recipe, nursery, alone, tmp_path):
+    teacher = trained_teacher(alone, tmp_path / "teacher")
+    forge(teacher, "blocks.1.attn.qkv.weight")
+    line = refused(recipe, nursery, teacher)
+    assert "1 missing: 'blocks.1.attn.qkv.weight'" in line
+
+
+def test_every_rank_gets_the_first_ranks_teacher(recipe, nursery, alone, tmp_path):
+    """Two ranks with a teacher from outside end like the stage that has it at home."""
+    teacher = trained_teacher(alone, tmp_path / "teacher")
+    assert finish(nursery.start(2, recipe, f"--stage.transcend.teacher={teacher}")) == [0, 0]
+    ours = [r["aux"] for r in tiny.records(recipe.parent / "out", "train") if r["stage"] == "transcend"]
+    theirs = [r["aux"] for r in tiny.records(alone, "train") if r["stage"] == "transcend"]
+    assert ours == pytest.approx(theirs, rel=1e-3)

@@ -1,0 +1,149 @@
+"""One call of every op, forward and backward, that runs on either implementation at any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Leaves = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`call(module, leaves)` gives outputs; gradients flow to all leaves but those in `frozen`."""
+
+    name: str
+    leaves: Leaves  # float64
+    call: Callable[[Any, Leaves], tuple[Tensor, ...]]
+    frozen: tuple[str, ...] = ()
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def modulated(batch: int, tokens: int, width: int) -> list[Case]:
+    """The adaLN ops: modulation cut from one (B, 6D) tensor, x a transposed view, a with a strided last axis."""
+    leaves = {
+        "x": 2 * random(batch, width, tokens) + 1, "a": random(batch, tokens, 2 * width),
+        "mod": random(batch, 6 * width),
+    }  # fmt: skip
+
+    def parts(t: Leaves) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return t["x"].transpose(1, 2), t["a"][..., ::2], t["mod"].chunk(6, 1)
+
+    def norm(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        x, _, mod = parts(t)
+        return (ops.norm_modulate(x, mod[1], mod[4], 1e-6),)
+
+    def gated(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        x, a, mod = parts(t)
+        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(x, a, mod[0], mod[2], mod[5], 1e-5)
+        return out
+
+    def residual(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        x, a, mod = parts(t)
+        return (ops.gate_residual(x, a, mod[3]),)
+
+    size = f"{batch}x{tokens}x{width}"
+    calls = {"norm_modulate": norm, "gate_residual_norm_modulate": gated, "gate_residual": residual}
+    return [Case(f"{name}-{size}", leaves, call) for name, call in calls.items()]
+
+
+def features(batch: int, tokens: int, width: int) -> list[Case]:
+    """align, and the guided loss in its three forms at three scales, with an index and without."""
+    named = max(batch - 1, 1)
+    q = random(batch, tokens, width)
+    leaves = {
+        "q": q, "f": random(batch, tokens, width) + 0.5 * q,  # alike, so that a loss is not the rest of a cancellation
+        "null": random(batch, width, tokens), "w": random(batch).abs(),
+    }  # fmt: skip
+    frozen = ("f", "null", "w")
+
+    def align(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        return (ops.align(t["q"], t["f"], t["w"]),)
+
+    def guided(loss: str, scale: float, index: Tensor | None) -> Callable[[Any, Leaves], tuple[Tensor, ...]]:
+        def call(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+            rows = slice(None) if index is None else slice(len(index))
+            null = t["null"].transpose(1, 2)
+            return (ops.guided_feature_loss(t["q"], t["f"][rows], null[rows], t["w"][rows], scale, loss, index),)
+
+        return call
+
+    size = f"{batch}x{tokens}x{width}"
+    cases = [Case(f"align-{size}", leaves, align, frozen)]
+    for loss, scale in (("mse", 0.0), ("mse", 30.0), ("cosine", 1.0), ("normalized_mse", 30.0)):
+        for index in (None, torch.randperm(batch)[:named]):
+            indexed = "-indexed" if index is not None else ""
+            cases.append(Case(f"guided-{loss}-{scale:g}{indexed}-{size}", leaves, guided(loss, scale, index), frozen))
+    return cases
+
+
+def others(batch: int, tokens: int, heads: int, dim: int) -> list[Case]:
+    """qk_norm from a strided packed tensor, cfg_extrapolate and gelu_tanh."""
+    leaves = {
+        "qkv": random(batch, tokens, 3, heads, dim + 3),
+        **{name: random(dim) for name in ("qw", "qb", "kw", "kb")},
+    }
+
+    def qk_norm(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = ops.qk_norm(t["qkv"][..., :dim], t["qw"], t["qb"], t["kw"], t["kb"], 1e-6)
+        return out
+
+    flat = {"a": 3 * random(tokens, batch, dim), "b": random(tokens, batch, dim)}
+    size = f"{batch}x{tokens}x{heads}x{dim}"
+    return [
+        Case(f"qk_norm-{size}", leaves, qk_norm),
+        Case(f"cfg_extrapolate-{size}", flat, lambda ops, t: (ops.cfg_extrapolate(t["a"], t["b"], 30.0),)),
+        Case(f"gelu_tanh-{size}", flat, lambda ops, t: (ops.gelu_tanh(t["a"].transpose(0, 1)),), ("b",)),
+    ]
+
+
+def cases() -> list[Case]:
+    torch.manual_seed(0)
+    made = []
+    for batch, tokens, width in ((2, 33, 100), (1, 1, 33), (3, 64, 384), (1, 70, 5)):
+        made += modulated(batch, tokens, width) + features(batch, tokens, width)
+    for batch, tokens, heads, dim in ((2, 33, 3, 64), (1, 1, 1, 72), (2, 40, 2, 7)):
+        made += others(batch, tokens, heads, dim)
+    return made
+
+
+def output_gradient(out: Tensor, strides: str) -> Tensor:
+    """The same numbers in one of three layouts, or one number for all."""
+    plain = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).reshape(out.shape).to(out.dtype)
+    if strides == "transposed" and out.dim() > 1:
+        return plain.transpose(0, -1).contiguous().transpose(0, -1)
+    if strides == "sliced" and out.dim() > 0:
+        return torch.stack([plain, torch.full_like(plain, torch.nan)], -1)[..., 0]
+    if strides == "expanded":
+        return torch.tensor(0.75, dtype=out.dtype).expand(out.shape)
+    return plain
+
+
+def evaluate(case: Case, ops: ModuleType, dtype: torch.dtype, strides: str = "plain") -> dict[str, Tensor]:
+    """Outputs and gradients of a case, computed at `dtype`."""
+    leaves = {}
+    for name, value in case.leaves.items():
+        keep = torch.float32 if name == "w" and dtype != torch.float64 else dtype
+        leaves[name] = value.to(keep, copy=True).requires_grad_(name not in case.frozen)
+    outs = case.call(ops, leaves)
+    torch.autograd.backward(outs, [output_gradient(out, strides) for out in outs])
+    grads = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {f"out{i}": out.detach() for i, out in enumerate(outs)} | grads
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Largest difference in units of the truth's largest magnitude. NaN counts as infinite."""
+    if value.shape != truth.shape:
+        return torch.inf
+    if not truth.numel():
+        return 0.0
+    difference = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)
+    return torch.inf if difference.isnan() else difference.item()

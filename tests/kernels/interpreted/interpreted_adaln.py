@@ -1,0 +1,68 @@
+"""kernels/adaln.py under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from csrc_cases import Case, modulated
+from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
+
+from st_fast.kernels import adaln
+
+torch.manual_seed(0)
+# Two blocks with and without padding, one block alone, odd and tiny widths, one token, one sample.
+CASES = [c for size in ((2, 3, 1152), (1, 1, 100), (1, 5, 64), (3, 2, 37), (2, 1, 1)) for c in modulated(*size)]
+LONG = modulated(2, 21, 12)  # backward chunks of 8, 8 and 5 tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
+    assert_as_exact_as_eager(case, dtype)
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
+def test_samples_cut_into_several_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaln, "FORWARD_PROGRAMS", 8)  # forward chunks of 4
+    assert adaln.cut_tokens(2, 21, adaln.FORWARD_PROGRAMS, 1, 16) == 4
+    assert adaln.cut_tokens(2, 21, adaln.BACKWARD_PROGRAMS, 8, 128) == 8
+    assert_as_exact_as_eager(case, torch.float32)
+
+
+@pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("case", modulated(2, 3, 20), ids=lambda case: case.name)
+def test_gradients_may_arrive_with_any_strides(case: Case, strides: str) -> None:
+    assert_as_exact_as_eager(case, torch.float32, strides)
+
+
+@pytest.mark.parametrize("case", modulated(2, 3, 20), ids=lambda case: case.name)
+def test_nan_in_gives_nan_out(case: Case) -> None:
+    assert_nan_comes_through(case)
+
+
+def test_no_sample_gives_empty_outputs() -> None:
+    x, v = torch.empty(0, 3, 8), torch.empty(0, 8)
+    x_out, y, mean, _ = adaln.gate_residual_norm_modulate(x, x, v, v, v, 1e-6)
+    assert x_out.shape == y.shape == (0, 3, 8) and mean.shape == (0, 3)
+
+
+def test_float32_stream_with_bfloat16_branch_and_modulation() -> None:
+    torch.manual_seed(0)
+    x, a, mod = torch.randn(1, 3, 40), torch.randn(1, 3, 40).bfloat16(), torch.randn(1, 120).bfloat16()
+    gate, shift, scale = mod.chunk(3, 1)
+    x_out, y, mean, rstd = torch.ops.st_fast.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
+    plain = torch.ops.st_fast_reference.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
+    for ours, theirs in zip((x_out, y, mean, rstd), plain, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    dx, da, dmod = torch.ops.st_fast.gate_residual_norm_modulate_backward(x, y, x_out, a, gate, scale, mean, rstd)
+    assert (dx.dtype, da.dtype, dmod.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(1152, (1024, 256)), (1024, (1024, 0)), (384, (256, 128)),
+                                               (1025, (1024, 256)), (3, (2, 64)), (1, (1, 0))])  # fmt: skip
+def test_rows_are_cut_into_a_power_of_two_and_a_tail_that_covers_the_rest(width: int, blocks: tuple[int, int]) -> None:
+    config = adaln.row_config(width, 4, torch.bfloat16)
+    assert (config["MAIN"], config["TAIL"]) == blocks
+    assert config["MAIN"] <= width <= config["MAIN"] + config["TAIL"]
+    assert 4 * (config["STAGES"] - 1) * sum(blocks) * 2 <= 49152

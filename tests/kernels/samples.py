@@ -1,0 +1,58 @@
+"""One call of every registered op, with views and odd strides: positional arguments of torch.ops.st_fast.<name>."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DIFFERENTIABLE = (
+    "norm_modulate", "gate_residual_norm_modulate", "gate_residual", "align", "guided_feature_loss",
+    "cfg_extrapolate", "qk_norm", "gelu_tanh",
+)  # fmt: skip
+B, N, D, H = 3, 4, 12, 2
+
+
+def _random(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
+    """Arguments by op name; inputs that have a gradient require it."""
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return _random(*shape, grad=True, dtype=dtype)
+
+    def plain(*shape: int) -> Tensor:
+        return _random(*shape, dtype=dtype)
+
+    gate, shift, scale = (v.detach().requires_grad_() for v in plain(B, 6 * D).chunk(6, 1)[:3])
+    x, a = leaf(B, N, D), plain(B, D, N).transpose(1, 2).requires_grad_()
+    dy, dx_out = plain(B, D, N).transpose(1, 2), plain(1, 1, 1).expand(B, N, D)
+    mean, rstd = _random(B, N), torch.rand(B, N)
+    frozen = scale.detach(), x.detach(), a.detach(), gate.detach()
+    qkv, affine = leaf(B, N, 3, H, 8), [leaf(8) for _ in range(4)]
+    dqkv = [plain(B, N, H, 8).transpose(1, 2) for _ in range(3)]
+    index, weight = torch.tensor([2, 0]), torch.rand(2)
+    lists = [[_random(5), _random(2, 3)] for _ in range(5)]
+    lists[3] = [v.square() for v in lists[3]]
+    return {
+        "norm_modulate": (x, shift, scale, 1e-6),
+        "norm_modulate_backward": (dy, frozen[1], frozen[0], mean, rstd),
+        "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6),
+        "gate_residual_norm_modulate_backward": (dx_out, dy, frozen[1], frozen[2], frozen[3], frozen[0], mean, rstd),
+        "gate_residual": (x, a, gate),
+        "gate_residual_backward": (dy, frozen[2], frozen[3]),
+        "align": (x, plain(B, N, D), torch.rand(B)),
+        "guided_feature_loss": (x, plain(2, N, D), plain(2, D, N).transpose(1, 2), weight, 30.0, "cosine", index),
+        "cfg_extrapolate": (x, a, 30.0),
+        "qk_norm": (qkv, *affine, 1e-6),
+        "qk_norm_backward": (*dqkv, qkv.detach(), affine[0].detach(), affine[2].detach(), torch.rand(4, B, H, N)),
+        "gelu_tanh": (a,),
+        "gelu_tanh_backward": (dy, frozen[2]),
+        "grad_norm": (lists[0],),
+        "adamw_ema_": (*lists, [v.bfloat16() for v in lists[0]], torch.zeros(()), torch.tensor(2.0), torch.tensor(1e-3),
+                       0.9, 0.999, 1e-8, 0.1, 0.99, 1.0),
+    }  # fmt: skip

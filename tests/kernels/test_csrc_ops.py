@@ -1,0 +1,204 @@
+"""The compiled CPU ops against the reference: values, gradients, strides, poison, threads, forks and bad input."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from csrc_cases import Case, cases, error, evaluate
+
+from st_fast import kernels
+from st_fast.kernels import native, reference
+
+CASES = cases()
+SLACK = 2 * torch.finfo(torch.float32).eps  # two roundings of float32: what is below is not told apart
+
+pytestmark = pytest.mark.skipif(
+    not native.available() and not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no compiler here"
+)
+
+
+def case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def test_compiled_ops_serve_the_cpu() -> None:
+    assert native.available()
+    assert native.isa() in ("avx512", "avx2", "baseline")
+    for op in ("norm_modulate", "guided_feature_loss", "qk_norm_backward", "gelu_tanh", "grad_norm", "adamw_ema_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"st_fast::{op}", "CPU"), op
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
+    truth = evaluate(case, reference, torch.float64)
+    eager, ours = evaluate(case, reference, dtype), evaluate(case, kernels, dtype)
+    assert ours.keys() == truth.keys() == eager.keys()
+    for name in truth:
+        assert ours[name].dtype == eager[name].dtype, name
+        assert error(ours[name], truth[name]) <= 2 * error(eager[name], truth[name]) + SLACK, name
+
+
+@pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("case", [c for c in CASES if "33x" in c.name], ids=lambda case: case.name)
+def test_gradients_may_arrive_with_any_strides(case: Case, strides: str) -> None:
+    truth = evaluate(case, reference, torch.float64, strides)
+    eager, ours = (evaluate(case, ops, torch.float32, strides) for ops in (reference, kernels))
+    for name in truth:
+        assert error(ours[name], truth[name]) <= 2 * error(eager[name], truth[name]) + SLACK, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_element_of_every_output_is_written(case: Case) -> None:
+    sizes = {value.numel() for value in evaluate(case, kernels, torch.float32).values()}
+    for size in sizes:
+        blocks = [torch.full((size,), torch.nan) for _ in range(12)]
+        del blocks
+    for name, value in evaluate(case, kernels, torch.float32).items():
+        assert not value.isnan().any(), name
+
+
+def test_freed_poison_comes_back_in_new_tensors() -> None:
+    blocks = [torch.full((6600,), torch.nan) for _ in range(12)]
+    del blocks
+    assert torch.empty(6600).isnan().any()  # otherwise the test above proves nothing
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(evaluate(case, kernels, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name]), name
+        assert torch.equal(found[0][name], found[2][name]), name
+
+
+def test_large_tensors_do_not_depend_on_the_number_of_threads() -> None:
+    """Big enough that torch really splits the work."""
+    torch.manual_seed(0)
+    x, mod = torch.randn(4, 256, 384), torch.randn(4, 6 * 384)
+    grads = [x * 0.5, x * 2]
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            leaf = mod.clone().requires_grad_()
+            gate, shift, scale = leaf.chunk(6, 1)[:3]
+            torch.autograd.backward(kernels.gate_residual_norm_modulate(x, x.sin(), gate, shift, scale), grads)
+            found.append(leaf.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
+
+
+def test_mixed_dtypes_float32_stream_with_bfloat16_branch_and_modulation() -> None:
+    torch.manual_seed(0)
+    x, a = torch.randn(2, 40, 96), torch.randn(2, 40, 96).bfloat16()
+    mod = torch.randn(2, 3 * 96).bfloat16()
+    x_out, y, mean, rstd = torch.ops.st_fast.gate_residual_norm_modulate(x, a, *mod.chunk(3, 1), 1e-6)
+    gate, shift, scale = mod.chunk(3, 1)
+    want_x, want_y = reference.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
+    assert (x_out.dtype, y.dtype, mean.dtype) == (torch.float32,) * 3
+    assert error(x_out, want_x) < 1e-6 and error(y, want_y) < 1e-6
+    dx, da, dmod = torch.ops.st_fast.gate_residual_norm_modulate_backward(x, y, x_out, a, gate, scale, mean, rstd)
+    assert (dx.dtype, da.dtype, dmod.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)
+def test_no_supervised_sample_gives_zero_loss_and_zero_gradient(loss: str) -> None:
+    q = torch.randn(3, 40, 16, requires_grad=True)
+    none = torch.empty(0, 40, 16)
+    value = kernels.guided_feature_loss(q, none, none, torch.empty(0), 3.0, loss, torch.empty(0, dtype=torch.int64))
+    value.backward()
+    assert value.item() == 0 and q.grad is not None and torch.equal(q.grad, torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-8])
+def test_vectors_shorter_than_the_bound_have_the_reference_gradient(tiny: float) -> None:
+    torch.manual_seed(0)
+    grads = []
+    for ops in (reference, kernels):
+        q = (torch.arange(2 * 3 * 8.0).sin().reshape(2, 3, 8) * tiny).requires_grad_()
+        ops.align(q, torch.arange(48.0).cos().reshape(2, 3, 8), torch.ones(2)).backward()
+        grads.append(q.grad)
+    assert grads[0] is not None and grads[1] is not None
+    assert not grads[1].isnan().any() and error(grads[1], grads[0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["norm_modulate-2x33x100", "gate_residual_norm_modulate-2x33x100", "align-2x33x100",
+                                  "guided-normalized_mse-30-2x33x100", "gelu_tanh-2x33x3x64"])  # fmt: skip
+def test_nan_in_gives_nan_out(name: str) -> None:
+    chosen = case(name)
+    first = next(iter(chosen.leaves))
+    poisoned = chosen.leaves | {first: chosen.leaves[first].clone().index_fill_(0, torch.tensor([0]), torch.nan)}
+    found = evaluate(Case(name, poisoned, chosen.call, chosen.frozen), kernels, torch.float32)
+    for key in ("out0", f"d{first}"):
+        assert found[key].isnan().any(), key
+
+
+def test_float64_goes_to_the_reference() -> None:
+    x, mod = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    y, mean, _ = torch.ops.st_fast.norm_modulate(x, mod, mod, 1e-6)
+    assert y.dtype == mean.dtype == torch.float64
+    assert error(y, reference.norm_modulate(x, mod, mod)) < 1e-15
+
+
+def test_wrong_shapes_are_refused_by_name_before_any_memory_is_read() -> None:
+    x, v = torch.randn(2, 3, 8), torch.randn(2, 8)
+    ops = torch.ops.st_fast
+    with pytest.raises(RuntimeError, match=r"shift: shape \(2, 4\), expected \(2, 8\)"):
+        ops.norm_modulate(x, v[:, :4], v, 1e-6)
+    with pytest.raises(RuntimeError, match=r"index\[1\] = 7: allowed are 0 to 1"):
+        ops.guided_feature_loss(x, x, x, torch.ones(2), 1.0, "mse", torch.tensor([0, 7]))
+    with pytest.raises(RuntimeError, match=r"index\[1\] = 0: named twice"):
+        ops.guided_feature_loss(x, x, x, torch.ones(2), 1.0, "mse", torch.tensor([0, 0]))
+    with pytest.raises(RuntimeError, match="loss = 'l1': one of mse, cosine, normalized_mse"):
+        ops.guided_feature_loss(x, x, x, torch.ones(2), 1.0, "l1", None)
+
+
+def test_lack_of_memory_is_told_in_one_line() -> None:
+    huge = torch.ones(()).expand(1 << 20, 1 << 20, 16)
+    with pytest.raises(RuntimeError, match=r"can't allocate memory for a result of shape \(1048576, 1048576, 16\)"):
+        torch.ops.st_fast.gate_residual(huge, huge, torch.ones(()).expand(1 << 20, 16))
+
+
+def wait(child: int, seconds: float) -> int:
+    """The child's status; a child that hangs is killed, and its status says so."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def test_a_forked_child_computes_the_same_and_does_not_hang() -> None:
+    """OpenMP's threads stay behind in the parent; waiting for them would hang for ever."""
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x, v = torch.randn(8, 256, 384), torch.randn(8, 384)
+        truth = torch.ops.st_fast.norm_modulate(x, v, v, 1e-6)[0]
+        child = os.fork()
+        if child == 0:
+            same = torch.ops.st_fast.norm_modulate(x, v, v, 1e-6)[0].numpy().tobytes() == truth.numpy().tobytes()
+            os._exit(0 if same else 1)
+        status = wait(child, seconds=30)
+    finally:
+        torch.set_num_threads(before)
+    assert os.waitstatus_to_exitcode(status) == 0

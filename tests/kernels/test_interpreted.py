@@ -1,0 +1,31 @@
+"""Runs interpreted/ in processes of their own: whether Triton interprets is settled when it is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+FILES = sorted((HERE / "interpreted").glob("interpreted_*.py"))
+
+
+def run_apart(file: Path, *options: str, **environment: str) -> None:
+    """One test file in a process of its own; its report is this test's message."""
+    paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "ST_FAST_CSRC": ""} | environment
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *options, str(file)]
+    done = subprocess.run(command, env=env, cwd=HERE.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_triton_kernels_agree_with_the_reference_under_the_interpreter(file: Path) -> None:
+    triton = pytest.importorskip("triton")
+    if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
+    run_apart(file, TRITON_INTERPRET="1")

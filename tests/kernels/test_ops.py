@@ -1,0 +1,236 @@
+"""The ops as PyTorch sees them: schemas, fakes, gradients, compilation, autocast. Run with csrc and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from csrc_cases import error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import DIFFERENTIABLE, samples
+from torch import Tensor
+
+from st_fast import kernels
+from st_fast.kernels import reference, registry
+
+OPS = torch.ops.st_fast
+
+
+def public(name: str, ops: Any) -> Callable[..., Any]:
+    return getattr(ops, name)  # type: ignore[no-any-return]
+
+
+def run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor | None]:
+    """Outputs, then the gradients of the inputs that require one."""
+    leaves = [v for v in arguments if isinstance(v, Tensor) and v.requires_grad]
+    outs = call(*arguments)
+    outs = list(outs) if isinstance(outs, tuple) else [outs]
+    grads = torch.autograd.grad(outs, leaves, [torch.sin(1 + out.detach()) for out in outs])
+    return [out.detach() for out in outs] + list(grads)
+
+
+def test_every_op_has_a_sample() -> None:
+    assert samples().keys() == registry.SCHEMAS.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", registry.SCHEMAS)
+def test_opcheck_finds_nothing(name: str, dtype: torch.dtype) -> None:
+    torch.library.opcheck(getattr(OPS, name).default, samples(dtype)[name])
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_the_public_op_agrees_with_the_reference_in_value_and_gradient(name: str) -> None:
+    ours, truth = (run(public(name, ops), samples()[name]) for ops in (kernels, reference))
+    for one, other in zip(ours, truth, strict=True):
+        assert one is not None and other is not None and one.dtype == other.dtype
+        assert error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_the_reference_are_those_of_finite_differences(name: str) -> None:
+    arguments = samples(torch.float64)[name]
+    assert torch.autograd.gradcheck(public(name, reference), arguments)
+
+
+@pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0, 30.0])
+def test_gradients_of_every_loss_are_those_of_finite_differences(loss: str, cfg_scale: float) -> None:
+    q, cond, null, weight, _, _, index = samples(torch.float64)["guided_feature_loss"]
+    weight = weight.double()
+    assert torch.autograd.gradcheck(
+        lambda q: reference.guided_feature_loss(q, cond, null, weight, cfg_scale, loss, index), (q,)
+    )
+
+
+PLAIN = torch.ops.st_fast_reference
+
+
+@pytest.mark.parametrize("name", ["norm_modulate", "gate_residual_norm_modulate", "qk_norm"])
+def test_closed_form_gradients_are_those_of_autograd(name: str) -> None:
+    """In float64, where no csrc or Triton takes part: the op in plain PyTorch against differentiating the reference."""
+    arguments = samples(torch.float64)[name]
+    truth = run(public(name, reference), arguments)
+    frozen = [v.detach() if isinstance(v, Tensor) else v for v in arguments]
+    outs = getattr(PLAIN, name)(*frozen)
+    if name == "qk_norm":
+        dq, dk, dv = (torch.sin(1 + out) for out in outs[:3])
+        qkv, q_weight, _, k_weight, _, _ = frozen
+        ours = [*outs[:3], *PLAIN.qk_norm_backward(dq, dk, dv, qkv, q_weight, k_weight, outs[3])]
+    elif name == "norm_modulate":
+        y, mean, rstd = outs
+        dx, slab = PLAIN.norm_modulate_backward(torch.sin(1 + y), frozen[0], frozen[2], mean, rstd)
+        ours = [y, dx, *slab.chunk(2, 1)]
+    else:
+        x_out, y, mean, rstd = outs
+        _, a, gate, _, scale, _ = frozen
+        dx, da, slab = PLAIN.gate_residual_norm_modulate_backward(
+            torch.sin(1 + x_out), torch.sin(1 + y), x_out, a, gate, scale, mean, rstd
+        )
+        ours = [x_out, y, dx, da, *slab.chunk(3, 1)]
+    for one, other in zip(ours, truth, strict=True):
+        assert other is not None and error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)
+@pytest.mark.parametrize("size", [1.0, 1e-9, 0.0])
+def test_closed_form_loss_gradients_are_those_of_autograd(loss: str, size: float) -> None:
+    """Also for vectors below the bound on lengths, where the length is a constant."""
+    q, cond, null, weight, _, _, index = samples(torch.float64)["guided_feature_loss"]
+    q = (q.detach() * size).requires_grad_()
+    truth = reference.guided_feature_loss(q, cond, null, weight, 3.0, loss, index)
+    truth.backward()
+    value, dq = PLAIN.guided_feature_loss(q.detach(), cond, null, weight, 3.0, loss, index)
+    assert q.grad is not None
+    assert error(value, truth.detach()) < 1e-12 and error(dq, q.grad) < 1e-12
+
+
+def everything(x: Tensor, mod: Tensor, qkv: Tensor, f: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+    """All ops of a block and its losses, modulation as views of one tensor."""
+    m = mod.chunk(6, 1)
+    y = kernels.norm_modulate(x, m[0], m[1], 1e-6)
+    x, y = kernels.gate_residual_norm_modulate(x, y, m[2], m[3], m[4])
+    x = kernels.gate_residual(x, kernels.gelu_tanh(y), m[5])
+    ones = torch.ones(qkv.shape[-1])
+    q, k, v = kernels.qk_norm(qkv, ones, 0 * ones, ones, 0 * ones)
+    losses = [kernels.guided_feature_loss(x, f[index], f[index] * 2, weight[index], 30.0, loss, index)
+              for loss in reference.FEATURE_LOSSES]  # fmt: skip
+    return x, q * k + v, sum(losses) + kernels.align(y, kernels.cfg_extrapolate(f, f * 3, 0.5), weight)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_in_one_graph_equals_eager(backend: str, dynamic: bool) -> None:
+    torch.manual_seed(0)
+    compiled = torch.compile(everything, backend=backend, fullgraph=True, dynamic=dynamic)
+    for batch in (3, 4) if dynamic else (3,):
+        leaves = [torch.randn(batch, 5, 16), torch.randn(batch, 96), torch.randn(batch, 5, 3, 2, 8)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        rest = (torch.randn(batch, 5, 16), torch.rand(batch), torch.tensor([2, 0]))
+        for one, other in zip(run(compiled, (*leaves, *rest)), run(everything, (*leaves, *rest)), strict=True):
+            assert one is not None and other is not None and other.abs().max() > 0
+            assert error(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_autocast_leaves_dtypes_and_values_as_they_are(name: str) -> None:
+    arguments = samples()[name]
+    plain = run(public(name, kernels), arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run(public(name, kernels), arguments)
+    for one, other in zip(cast, plain, strict=True):
+        assert one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name != "cfg_extrapolate"])  # which is linear
+def test_second_derivatives_are_refused(name: str) -> None:
+    arguments = samples()[name]
+    leaf = [v for v in arguments if isinstance(v, Tensor) and v.requires_grad][-1]
+    out = public(name, kernels)(*arguments)
+    out = out[0] if isinstance(out, tuple) else out
+    with pytest.raises(NotImplementedError, match=f"{name}: there is no second derivative"):
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        grad.sum().backward()
+
+
+def test_an_output_that_is_not_used_gets_no_gradient() -> None:
+    x, a, gate, shift, scale, eps = samples()["gate_residual_norm_modulate"]
+    for used in (0, 1):
+        grads = [
+            torch.autograd.grad(
+                ops.gate_residual_norm_modulate(x, a, gate, shift, scale, eps)[used].sin().sum(),
+                (x, a, gate), retain_graph=False,
+            )
+            for ops in (kernels, reference)
+        ]  # fmt: skip
+        for one, other in zip(*grads, strict=True):
+            assert error(one, other) < 3e-6
+
+
+def test_statistics_and_gradients_made_in_the_forward_pass_have_no_gradient() -> None:
+    _, mean, rstd = OPS.norm_modulate(*samples()["norm_modulate"])
+    loss, dq = OPS.align(*samples()["align"])
+    assert not mean.requires_grad and not rstd.requires_grad and not dq.requires_grad and loss.requires_grad
+
+
+def test_a_float16_loss_has_a_gradient_at_the_sizes_of_training() -> None:
+    """1/(B·N·D) is below float16's smallest number; the loss scale comes only in the backward pass."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 256, 1152).half().requires_grad_()
+    f, weight = torch.randn(1, 256, 1152).half(), torch.full((1,), 1 / 512)
+    found = []
+    for ops in (kernels, reference):
+        (ops.guided_feature_loss(q, f, f, weight, 1.0) * 65536).backward()
+        found.append(q.grad)
+        q.grad = None
+    assert found[0] is not None and found[1] is not None and found[0].dtype == torch.float16
+    assert (found[0] != 0).float().mean() > 0.99 and error(found[0], found[1]) < 2e-3
+
+
+LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda t: t,
+    lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
+    lambda t: torch.cat([torch.full_like(t, torch.nan), t], 1)[:, t.shape[1] :],
+    lambda t: t[:1].expand_as(t),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(2, 70)),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6),
+    loss=st.sampled_from(reference.FEATURE_LOSSES),
+    cfg_scale=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_in_any_layout_agrees_with_the_reference(
+    shape: tuple[int, int, int], layouts: list[Callable[[Tensor], Tensor]], loss: str, cfg_scale: float, seed: int
+) -> None:
+    batch, _, width = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    tensors = [random(*shape), random(*shape), *(random(batch, width) for _ in range(3)), random(*shape)]
+    chosen = torch.randperm(batch, generator=generator)[: 1 + seed % batch]
+
+    def evaluate(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        views = [layout(t.to(dtype)).requires_grad_() for layout, t in zip(layouts, tensors, strict=True)]
+        x, a, gate, shift, scale, f = views
+        x_out, y = ops.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-3)
+        x_out = ops.gate_residual(x_out, ops.norm_modulate(y, scale, shift, 1e-3), gate)
+        f = f.detach()[chosen]
+        value = ops.guided_feature_loss(x_out, f, 0.5 * f + 1, torch.ones(len(f)), cfg_scale, loss, chosen)
+        outs = [x_out, y, value]
+        grads = torch.autograd.grad(outs, views[:5], [out.detach().cos() for out in outs])
+        return [*(out.detach() for out in outs), *grads]
+
+    truth, eager, ours = evaluate(reference, torch.float64), evaluate(reference, torch.float32), evaluate(
+        kernels, torch.float32)  # fmt: skip
+    for one, plain, exact in zip(ours, eager, truth, strict=True):
+        assert error(one, exact) <= 4 * error(plain, exact) + 1e-5

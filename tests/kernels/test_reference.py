@@ -1,0 +1,122 @@
+"""The definitions themselves, against plain formulas and PyTorch's own optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from st_fast.kernels import reference
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_norm_modulate_is_layer_norm_times_one_plus_scale_plus_shift() -> None:
+    torch.manual_seed(0)
+    x, shift, scale = double(2, 3, 7), double(2, 7), double(2, 7)
+    y = reference.norm_modulate(x, shift, scale, 1e-3)
+    for b in range(2):
+        for n in range(3):
+            row = x[b, n]
+            h = (row - row.mean()) / (row.var(correction=0) + 1e-3).sqrt()
+            torch.testing.assert_close(y[b, n], h * (1 + scale[b]) + shift[b])
+
+
+def test_guidance_goes_from_the_null_features_past_the_conditional_ones() -> None:
+    cond, null = double(4), double(4)
+    torch.testing.assert_close(reference.cfg_extrapolate(cond, null, 0.0), null)
+    torch.testing.assert_close(reference.cfg_extrapolate(cond, null, 1.0), cond)
+    torch.testing.assert_close(reference.cfg_extrapolate(cond, null, 30.0), 30 * cond - 29 * null)
+
+
+@pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)
+def test_losses_are_what_their_formulas_say(loss: str) -> None:
+    torch.manual_seed(0)
+    q, cond, null, weight = double(4, 3, 5), double(2, 3, 5), double(2, 3, 5), torch.tensor([0.5, 2.0])
+    f = null + 3 * (cond - null)
+    expected = torch.zeros((), dtype=torch.float64)
+    for m, b in enumerate((3, 1)):
+        if loss == "cosine":
+            value = -torch.nn.functional.cosine_similarity(q[b], f[m], dim=-1).mean()
+        else:
+            target = f[m] / f[m].square().mean(-1, keepdim=True).sqrt() if loss == "normalized_mse" else f[m]
+            value = torch.nn.functional.mse_loss(q[b], target)
+        expected = expected + float(weight[m]) * value
+    found = reference.guided_feature_loss(q, cond, null, weight, 3.0, loss, torch.tensor([3, 1]))
+    torch.testing.assert_close(found, expected)
+
+
+def test_qk_norm_is_layer_norm_of_each_head_in_attention_order() -> None:
+    torch.manual_seed(0)
+    qkv, (qw, qb, kw, kb) = double(2, 3, 3, 2, 5), (double(5) for _ in range(4))
+    q, k, v = reference.qk_norm(qkv, qw, qb, kw, kb, 1e-5)
+    norm = torch.nn.functional.layer_norm
+    torch.testing.assert_close(q[1, 0, 2], norm(qkv[1, 2, 0, 0], (5,), qw, qb, 1e-5))
+    torch.testing.assert_close(k[0, 1, 1], norm(qkv[0, 1, 1, 1], (5,), kw, kb, 1e-5))
+    assert torch.equal(v[1, 1, 0], qkv[1, 0, 2, 1])
+
+
+def test_grad_norm_is_the_norm_of_everything_in_any_order_on_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(300, 301), torch.randn(7), torch.randn(64, 1000).bfloat16()]
+    norm = reference.grad_norm(grads)
+    assert norm.dtype == torch.float32 and norm.shape == ()
+    together = torch.cat([g.double().flatten() for g in grads])
+    torch.testing.assert_close(norm.double(), together.norm(), rtol=1e-7, atol=0)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(reference.grad_norm(grads[::-1]), norm)
+    finally:
+        torch.set_num_threads(before)
+    assert reference.grad_norm([]).item() == 0
+    assert reference.grad_norm([torch.tensor([1.0, torch.nan])]).isnan()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 0.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_thousand_steps_match_torch_adamw_with_clipping_and_lerp(max_norm: float, weight_decay: float) -> None:
+    torch.manual_seed(0)
+    plain = [torch.nn.Parameter(torch.randn(5, 7)), torch.nn.Parameter(torch.randn(3))]
+    optimiser = torch.optim.AdamW(plain, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=weight_decay)
+    emas = [p.detach().clone() for p in plain]
+    ours = [p.detach().clone() for p in plain]
+    m, v, our_emas = ([torch.zeros_like(p) for p in ours], [torch.zeros_like(p) for p in ours],
+                      [p.clone() for p in ours])  # fmt: skip
+    copies, step, lr = [p.bfloat16() for p in ours], torch.zeros((), dtype=torch.int64), torch.tensor(1e-3)
+    for _ in range(1000):
+        grads = [torch.randn_like(p) + p.detach() for p in plain]
+        for p, g in zip(plain, grads, strict=True):
+            p.grad = g.clone()
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(plain, max_norm)
+        optimiser.step()
+        torch._foreach_lerp_(emas, [p.detach() for p in plain], 0.01)
+        reference.adamw_ema_(ours, grads, m, v, our_emas, copies, step, reference.grad_norm(grads), lr,
+                             0.9, 0.99, 1e-8, weight_decay, 0.99, max_norm)  # fmt: skip
+    assert step.item() == 1000
+    for one, other in zip(ours + our_emas, [*plain, *emas], strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=1e-6)
+    assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours, strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_norm_that_is_not_finite_changes_nothing(bad: float) -> None:
+    lists: list[Any] = [[torch.ones(3)] for _ in range(5)] + [[torch.ones(3).bfloat16()]]
+    step = torch.zeros(())
+    scalars: tuple[Any, ...] = (step, torch.tensor(bad), torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.1, 0.9, 1.0)
+    reference.adamw_ema_(*lists, *scalars)
+    assert step.item() == 0 and all(torch.equal(tensors[0].float(), torch.ones(3)) for tensors in lists)
+
+
+def test_parameters_that_require_grad_are_stepped_in_place() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    lists: list[Any] = [[p], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], [], []]
+    scalars: tuple[Any, ...] = (torch.zeros(()), torch.ones(()), torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.0, 0.9, 0.0)
+    reference.adamw_ema_(*lists, *scalars)
+    assert p.requires_grad and p.is_leaf and torch.allclose(p, torch.full((3,), 0.9))

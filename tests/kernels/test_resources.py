@@ -1,0 +1,106 @@
+"""Every Triton kernel compiled for sm_80, sm_90 and sm_100: no spills, no float64, wide loads, few registers."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from st_fast.kernels import adaln, adamw, guidance, qknorm, resources
+
+USE = {"warps": 4, "registers": 64, "stack": 0, "local": 0, "shared": 0, "float64": 0, "widest_load": 16}
+
+
+def skip_without_tools() -> None:
+    import triton
+
+    if not Path(triton.knobs.nvidia.cuobjdump.path).exists():
+        pytest.skip("this Triton has no cuobjdump")
+
+
+@pytest.fixture(scope="module")
+def measured() -> resources.Table:
+    skip_without_tools()
+    return resources.measure_all()
+
+
+def test_kernels_use_what_the_table_says_and_no_more_than_allowed(measured: resources.Table) -> None:
+    assert resources.breaches(measured, resources.written_table()) == []
+
+
+def test_every_kernel_is_compiled_at_every_width(measured: resources.Table) -> None:
+    assert measured.keys() == resources.CEILINGS.keys()
+    for width in (384, 768, 1024, 1152):
+        names = [name for name, widths in measured.items() if f"D={width}" in widths]
+        assert len(names) == 10, names
+    kernels = {launch.kernel.__name__ for _, _, launch in resources.launches()}
+    written = {f"_{line.split('_', 1)[1].split('(')[0]}" for file in ("adaln", "guidance", "qknorm", "adamw")
+               for line in Path(adaln.__file__).with_name(f"{file}.py").read_text().splitlines()
+               if line.startswith("def _") and "_kernel(" in line}  # fmt: skip
+    assert kernels == written
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("stack", 8, "stack = 8; 0 is allowed"),
+        ("local", 16, "local = 16"),
+        ("float64", 1, "float64 = 1"),
+        ("registers", 255, "255 registers; at most 80"),
+        ("widest_load", 2, "widest load 2 bytes; 16 are needed"),
+        ("warps", 8, "but the table has"),
+    ],
+)
+def test_each_kind_of_breach_is_reported(field: str, value: int, message: str) -> None:
+    table = {"adaln.forward": {"D=1152": {"sm_90": dict(USE)}}}
+    worse = deepcopy(table)
+    worse["adaln.forward"]["D=1152"]["sm_90"][field] = value
+    assert resources.breaches(table, table) == []
+    assert any(message in line for line in resources.breaches(worse, table))
+
+
+def test_a_kernel_that_computes_in_float64_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same launch on float64 tensors: the recorder and the count see it."""
+    skip_without_tools()
+    monkeypatch.setitem(resources.POINTEES, torch.float64, "fp64")
+    x, v = (torch.empty(s, dtype=torch.float64, device="meta") for s in ((2, 3, 64), (2, 64)))
+    (launch,) = resources.record(lambda: adaln.norm_modulate(x, v, v, 1e-6))
+    assert resources.measure(launch, 90).float64 > 0
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(1, 1, 1, 1), (1, 1, 1, 7), (3, 40, 2, 100)])
+def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: int, width: int) -> None:
+    """Triton's launcher makes constants of sizes and strides of one, which the interpreter does not do."""
+    skip_without_tools()
+    x, v, weight = meta(batch, tokens, width), meta(batch, width), meta(batch, dtype=torch.float32)
+    s, stats = meta(batch, tokens, dtype=torch.float32), meta(4, batch, heads, tokens, dtype=torch.float32)
+    index, qkv = meta(batch, dtype=torch.int64), meta(batch, tokens, 3, heads, width)
+    head, affine, p = meta(batch, heads, tokens, width), meta(width), [meta(width, dtype=torch.float32)]
+    scalar = meta(dtype=torch.float32)
+    calls = [
+        lambda: adaln.gate_residual_norm_modulate(x, x, v, v, v, 1e-6),
+        lambda: adaln.norm_modulate(x, v, v, 1e-6),
+        lambda: adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, s, s),
+        lambda: adaln.norm_modulate_backward(x, x, v, s, s),
+        lambda: adaln.gate_residual(x, x, v),
+        lambda: adaln.gate_residual_backward(x, x, v),
+        lambda: guidance.align(x, x, weight),
+        lambda: guidance.guided_feature_loss(x, x, x, weight, 0.0, "cosine", index),
+        lambda: guidance.guided_feature_loss(x, x[:0], x[:0], weight[:0], 1.0, "mse", index[:0]),
+        lambda: guidance.cfg_extrapolate(x, x, 1.0),
+        lambda: qknorm.qk_norm(qkv, affine, affine, affine, affine, 1e-6),
+        lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, stats),
+        lambda: adamw.grad_norm(p),
+        lambda: adamw.adamw_ema_(p, p, p, p, [], [], scalar, scalar, scalar, 0.9, 0.99, 1e-8, 0.0, 0.9, 1.0),
+    ]
+    for call in calls:
+        for launch in resources.record(call):
+            use = resources.measure(launch, 90)
+            assert (use.stack, use.local, use.float64) == (0, 0, 0), launch.kernel.__name__

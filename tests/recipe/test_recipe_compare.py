@@ -1,0 +1,91 @@
+"""Which differences between two recipes stop a resume."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from st_fast.recipe import Plain, Recipe, Stage, changed_maths, load
+from st_fast.recipe.schema import SECTIONS
+
+MATHS = {
+    *(f"model.{key}" for key in ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes")),
+    *("model.class_dropout", "model.mlp_ratio", "model.qk_norm", "flow.path", "flow.time", "data.source"),
+    *(f"optim.{key}" for key in ("batch_size", "lr", "warmup_steps", "betas", "eps", "weight_decay", "grad_clip")),
+    *("optim.reduction", "optim.ema_decay", "run.seed", "run.precision"),
+}
+"""Written out by hand: a new key of the schema must be put on one side or the other."""
+
+HARMLESS = {
+    "data.path",  # the digest says whether it is the same data
+    *("model.name", "model.attention", "data.loader", "data.verify", "optim.accumulation", "run.out", "run.device"),
+    *("run.compile", "run.log_every", "run.save_every", "run.keep", "run.keep_every", "run.max_bad_steps"),
+    *("run.spike_ratio", "run.spike_retries", "run.hang_timeout"),
+}
+
+KEYS = [f"{section}.{f.name}" for section, kind in SECTIONS.items() for f in fields(kind)]
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return tuple(changed(item) for item in value)
+    return value + "x" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_each_key_is_shown_if_it_changes_the_maths_and_only_then(small: Path, key: str) -> None:
+    old = load(small)
+    section, name = key.split(".")
+    value = getattr(getattr(old, section), name)
+    new = replace(old, **{section: replace(getattr(old, section), **{name: changed(value)})})
+    assert key in MATHS | HARMLESS or section in ("sample", "evaluate", "kernels")
+    assert [line.split(":")[0] for line in changed_maths(old, new)] == ([key] if key in MATHS else [])
+    assert changed_maths(new, new) == []
+
+
+def test_a_change_is_shown_with_both_values(small: Path) -> None:
+    new = load(small, ["--optim.lr=0.01", "--stage.align.t_range=[0.2, 0.7]", "--run.out=elsewhere"])
+    assert changed_maths(load(small), new) == [
+        "optim.lr: 0.001 → 0.01",
+        "stage.align.t_range: [0.4, 0.7] → [0.2, 0.7]",
+    ]
+
+
+def with_stages(recipe: Recipe, *stages: Stage) -> Recipe:
+    return replace(recipe, stages=stages)
+
+
+def test_stages_may_change_their_length_and_be_added_at_the_end_only(small: Path) -> None:
+    recipe = load(small)
+    align, transcend = recipe.stages
+    extra = Stage("again", Plain(), 10)
+    assert changed_maths(recipe, with_stages(recipe, replace(align, steps=1), replace(transcend, steps=10**6))) == []
+    assert changed_maths(recipe, with_stages(recipe, align, transcend, extra)) == []
+    assert changed_maths(recipe, with_stages(recipe, align)) == ["stage.transcend: removed"]
+    assert len(changed_maths(recipe, with_stages(recipe, extra, align, transcend))) == 2
+    renamed = with_stages(recipe, replace(align, name="other"), transcend)
+    assert changed_maths(recipe, renamed) == ["stage.align: its place is taken by stage.other"]
+
+
+def test_every_setting_of_a_method_counts(small: Path) -> None:
+    recipe = load(small)
+    for position, stage in enumerate(recipe.stages):
+        for f in fields(stage.method):
+            method = replace(stage.method, **{f.name: changed(getattr(stage.method, f.name))})
+            stages = list(recipe.stages)
+            stages[position] = replace(stage, method=method)
+            lines = changed_maths(recipe, with_stages(recipe, *stages))
+            assert [line.split(":")[0] for line in lines] == [f"stage.{stage.name}.{f.name}"]
+
+
+def test_another_method_is_shown_by_its_name(small: Path) -> None:
+    recipe = load(small)
+    align, transcend = recipe.stages
+    lines = changed_maths(recipe, with_stages(recipe, replace(align, method=Plain()), transcend))
+    assert lines == ['stage.align.supervision: "velocity_head" → "none"']

@@ -1,0 +1,143 @@
+"""FAULTS rows 1 to 9, each made in a real process: exit code 2, one line, no torch imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from st_fast.recipe import RecipeError, load
+
+REPOSITORY = Path(__file__).parents[2]
+RANKS = 8
+
+COMMAND = f"""
+import sys
+from st_fast.errors import run_command
+from st_fast.recipe import load
+
+def main(arguments):
+    load(arguments[0], arguments[1:], ranks={RANKS})
+
+try:
+    run_command(main)
+finally:
+    print(sorted({{"torch", "numpy"}} & set(sys.modules)))
+"""
+
+RESUME = """
+from st_fast.errors import UserError, run_command
+from st_fast.recipe import changed_maths, load
+
+def main(arguments):
+    changes = changed_maths(load(arguments[0]), load(arguments[1]))
+    if changes:
+        raise UserError("; ".join(changes))
+
+run_command(main)
+"""
+
+
+def run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8", timeout=60)
+
+
+FAULTS = {
+    "1 misspelt key": ("lr = 1e-3", "lrr = 1e-3", ["optim.lrr is unknown", "did you mean lr?", "batch_size"]),
+    "1 unknown section": ("[optim]", "[optimiser]", ["optimiser is unknown", "did you mean optim?"]),
+    "1 key in the wrong section": ("lr = 1e-3", "seed = 1", ["optim.seed is unknown", "did you mean run.seed?"]),
+    "1 misspelt setting of a stage": (
+        "student_depth = 2",
+        "student_dept = 2",
+        ["stage.transcend.student_dept is unknown", "did you mean student_depth?"],
+    ),
+    "1 setting of another method": (
+        "\ndepth = 2",
+        "\nteacher_depth = 2",
+        ["stage.align.teacher_depth is unknown", "self_transcendence"],
+    ),
+    "1 misspelt choice": (
+        "[data]",
+        "[flow]\npath = 'liner'\n[data]",
+        ['flow.path = "liner"', '"linear", "cosine"', "did you mean linear?"],
+    ),
+    "1 misspelt method": (
+        '"velocity_head"',
+        '"velocityhead"',
+        ['stage.align.supervision = "velocityhead"', "did you mean velocity_head?"],
+    ),
+    "1 misspelt model": ('"custom"', '"SiT-XL2"', ['model.name = "SiT-XL2"', "did you mean SiT-XL/2?"]),
+    "2 syntax": ("lr = 1e-3", "lr 1e-3", ["small.toml:15:4: "]),
+    "3 word for a number": ("lr = 1e-3", "lr = 'fast'", ['optim.lr = "fast"', "number above 0"]),
+    "3 NaN": ("lr = 1e-3", "lr = nan", ["optim.lr = nan", "finite"]),
+    "3 negative learning rate": ("lr = 1e-3", "lr = -0.1", ["optim.lr = -0.1", "above 0"]),
+    "3 true for an integer": ("batch_size = 96", "batch_size = true", ["optim.batch_size = true", "an integer"]),
+    "4 batch": ("batch_size = 96", "batch_size = 100", ["optim.batch_size = 100", "8 x 1 = 8", " 96, 104"]),
+    "5 student too deep": ("student_depth = 2", "student_depth = 7", ["transcend.student_depth = 7", "1 to 6"]),
+    "5 teacher at block 0": ("teacher_depth = 4", "teacher_depth = 0", ["transcend.teacher_depth = 0", "1 to 6"]),
+    "6 reversed": ("\ndepth = 2", "\ndepth = 2\nt_range = [0.7, 0.4]", ["align.t_range = [0.7, 0.4]", "low < high"]),
+    "6 beyond 1": ("\ndepth = 2", "\ndepth = 2\nt_range = [0.4, 1.5]", ["align.t_range = [0.4, 1.5]", "<= 1"]),
+    "7 guidance": (
+        "num_classes = 10",
+        "num_classes = 10\nclass_dropout = 0.0",
+        ["model.class_dropout = 0.0", "null class", "stage.transcend", "sample.cfg_scale = 1.9"],
+    ),
+    "9 latent and patch": (
+        "latent_size = 8",
+        "latent_size = 9",
+        ["latent_size = 9", "patch 2", "channels 4", "width 64", "heads 4"],
+    ),
+    "9 width and heads": ("heads = 4", "heads = 5", ["model.width = 64", "latent_size 8", "patch 2", "heads 5"]),
+    "9 width and positions": ("width = 64\nheads = 4", "width = 66\nheads = 6", ["model.width = 66", "multiple of 4"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_recipe_is_told_in_one_line_with_exit_code_2_and_without_torch(
+    fault: str, spoil: Callable[[str, str], Path]
+) -> None:
+    old, new, told = FAULTS[fault]
+    path = spoil(old, new)
+    result = run(COMMAND, path)
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"st_fast: {path}")
+    assert [part for part in told if part not in lines[0]] == []
+    assert result.stdout.strip() == "[]", "torch or numpy was imported to read a recipe"
+
+
+def test_the_unspoilt_recipe_passes_the_same_command(small: Path) -> None:
+    result = run(COMMAND, small)
+    assert (result.returncode, result.stderr, result.stdout.strip()) == (0, "", "[]")
+
+
+def test_debug_shows_the_traceback(spoil: Callable[[str, str], Path]) -> None:
+    result = run(COMMAND, spoil("lr = 1e-3", "lr = 0"), "--debug")
+    assert "Traceback" in result.stderr and "optim.lr = 0" in result.stderr
+
+
+def test_row_8_resuming_with_changed_maths_shows_the_difference(small: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.toml"
+    changed.write_text(small.read_text().replace("lr = 1e-3", "lr = 1e-2"), encoding="utf-8")
+    result = run(RESUME, small, changed)
+    assert result.returncode == 2
+    assert result.stderr == "st_fast: optim.lr: 0.001 → 0.01\n"
+
+
+def test_a_judged_evaluation_with_too_few_samples_is_refused(small: Path) -> None:
+    options = ["--evaluate.judge=classifier", "--evaluate.num=64"]
+    with pytest.raises(RecipeError, match=r"evaluate\.num = 64.*at least 65"):
+        load(small, options)
+    load(small, [options[0], "--evaluate.num=65"])
+
+
+def test_the_judge_has_as_many_features_as_the_check_assumes() -> None:
+    from st_fast.judge import FEATURES
+    from st_fast.recipe.check import JUDGE_FEATURES
+
+    assert JUDGE_FEATURES == FEATURES

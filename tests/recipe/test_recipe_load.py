@@ -1,0 +1,281 @@
+"""Reading, overriding, resolving and checking a recipe."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from st_fast.recipe import Plain, RecipeError, SelfTranscendence, VelocityHead, load
+from st_fast.recipe.check import splits_near
+from st_fast.recipe.schema import SIZES
+
+Spoil = Callable[[str, str], Path]
+
+
+def refusal(path: Path | str, *overrides: str, ranks: int = 1) -> RecipeError:
+    """The error that loading raises; its text must be one line."""
+    with pytest.raises(RecipeError) as caught:
+        load(path, overrides, ranks)
+    assert len(str(caught.value).splitlines()) == 1
+    return caught.value
+
+
+def test_values_become_typed_and_the_rest_keeps_its_defaults(small: Path) -> None:
+    recipe = load(small)
+    assert (recipe.model.depth, recipe.model.width, recipe.model.channels) == (6, 64, 4)
+    assert recipe.optim.lr == 1e-3 and recipe.optim.betas == (0.9, 0.999)
+    assert recipe.stage("align").method == VelocityHead(depth=2)
+    assert recipe.stage("transcend").method == SelfTranscendence(teacher="align", student_depth=2, teacher_depth=4)
+    assert [stage.steps for stage in recipe.stages] == [100, 200]
+
+
+def test_an_integer_serves_where_a_number_is_wanted(small: Path) -> None:
+    weight_decay = load(small, ["--optim.weight_decay=1"]).optim.weight_decay
+    assert weight_decay == 1.0 and isinstance(weight_decay, float)
+
+
+def test_the_folder_of_the_run_follows_the_file(small: Path) -> None:
+    assert load(small).run.out == "runs/small"
+    assert load(small, ["--run.out=elsewhere/x"]).run.out == "elsewhere/x"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_a_published_name_fills_in_the_sizes(spoil: Spoil, size: str, patch: int) -> None:
+    path = spoil('name = "custom"\ndepth = 6\nwidth = 64\nheads = 4\npatch = 2', f'name = "SiT-{size}/{patch}"')
+    model = load(path).model
+    assert (model.depth, model.width, model.heads, model.patch) == (*SIZES[size], patch)
+
+
+def test_sizes_beside_a_published_name_must_agree_with_it(small: Path, spoil: Spoil) -> None:
+    path = spoil('name = "custom"\ndepth = 6\nwidth = 64\nheads = 4\npatch = 2', 'name = "SiT-B/2"\ndepth = 12')
+    assert load(path).model.depth == 12
+    error = refusal(path, "--model.depth=13")
+    assert error.key == "model.depth" and error.value == 13 and "12" in error.allowed
+
+
+@pytest.mark.parametrize("key", ["depth", "width", "heads", "patch"])
+def test_a_custom_model_needs_every_size(small: Path, key: str) -> None:
+    assert refusal(small, f"--model.{key}=0").key == f"model.{key}"
+
+
+def test_overrides_reach_sections_and_stages_and_the_last_one_wins(small: Path) -> None:
+    overrides = [
+        "--optim.lr=1e-5",
+        "--optim.lr=2e-4",
+        "--sample.num=1_000",
+        "--run.precision=bf16",
+        "--data.path=/data/a-b c",
+        "--run.out=2025-01-01",
+        "--data.verify=false",
+        "--stage.align.t_range=[0.1, 0.9]",
+        '--stage.align.target="latent"',
+        "--stage.transcend.steps=7",
+    ]
+    recipe = load(small, overrides)
+    assert recipe.optim.lr == 2e-4 and recipe.sample.num == 1000 and recipe.data.verify is False
+    assert (recipe.run.precision, recipe.data.path, recipe.run.out) == ("bf16", "/data/a-b c", "2025-01-01")
+    assert recipe.stage("align").method == VelocityHead(depth=2, t_range=(0.1, 0.9), target="latent")
+    assert recipe.stage("transcend").steps == 7
+
+
+def test_a_value_can_not_smuggle_in_other_keys(small: Path) -> None:
+    error = refusal(small, "--run.out=1\n[optim]\nlr = 5")
+    assert error.key == "run.out" and "line breaks" in error.allowed
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("--optim.lr=0", "--optim.lr=0: optim.lr = 0"),
+        ("--optim.lrr=1", "did you mean lr?"),
+        ("--optm.lr=1", "did you mean optim?"),
+        ("--stage.alig.steps=1", "did you mean align?"),
+        ("--stage.align.dept=1", "did you mean depth?"),
+        ("--optim.lr", "--section.key=value"),
+        ("optim.lr=1", "--section.key=value"),
+        ("--lr=1", "--section.key=value"),
+        ("--stage.steps=1", "--stage.<name>.<key>=value"),
+        ("--optim.betas=[0.9", "is not a TOML value"),
+        ("--data.path=\udcff", "broken Unicode"),
+        ("--optim.batch_size=1e400", "optim.batch_size = inf"),
+    ],
+)
+def test_a_wrong_override_is_named(small: Path, override: str, told: str) -> None:
+    assert told in str(refusal(small, override))
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("--optim.lr=true", "number above 0"),
+        ("--optim.lr=inf", "finite"),
+        ("--optim.lr=-inf", "finite"),
+        ("--optim.eps=0", "above 0"),
+        ("--optim.betas=[0.9]", "a list of 2"),
+        ("--optim.betas=0.9", "a list of 2"),
+        ("--optim.betas=[0.9, 1.0]", "in [0, 1)"),
+        ("--optim.betas=[-0.1, 0.9]", "in [0, 1)"),
+        ("--optim.ema_decay=1", "in [0, 1)"),
+        ("--optim.weight_decay=-1", "at least 0"),
+        ("--optim.batch_size=0", "at least 1"),
+        ("--optim.batch_size=2.0", "an integer"),
+        ("--optim.accumulation=0", "at least 1"),
+        ("--optim.batch_size=99999999999999999999", "64 bits"),
+        ("--model.class_dropout=1", "in [0, 1)"),
+        ("--model.class_dropout=-0.1", "in [0, 1)"),
+        ("--model.qk_norm=yes", "true or false"),
+        ("--model.qk_norm=1", "true or false"),
+        ("--run.seed=-1", "at least 0"),
+        ("--run.out=7", "a string in quotes"),
+        ("--data.path=['a']", "a string in quotes"),
+        ("--sample.cfg_range=[0.5, 0.5]", "low < high"),
+        ("--sample.cfg_range=[0.6, 0.5]", "low < high"),
+        ("--sample.cfg_range=[-0.1, 0.5]", "0 <= low"),
+        ("--sample.cfg_range=[0, nan]", "finite"),
+        ("--stage.align.t_range=[0.4, 1.01]", "<= 1"),
+        ("--stage.align.steps=0", "at least 1"),
+        ("--stage.align.depth=7", "1 to 6"),
+        ("--stage.transcend.stop_step=201", "0 to 200"),
+        ("--stage.transcend.stop_step=-1", "0 to 200"),
+        ("--stage.transcend.mask=samples", "did you mean sample?"),
+    ],
+)
+def test_a_value_out_of_type_or_range_is_told_with_what_is_allowed(small: Path, override: str, allowed: str) -> None:
+    error = refusal(small, override)
+    assert error.key == override[2:].partition("=")[0]
+    assert allowed in error.allowed
+
+
+def test_default_depths_are_checked_against_the_model_too(spoil: Spoil) -> None:
+    error = refusal(spoil("student_depth = 2\n", ""))
+    assert (error.key, error.value) == ("stage.transcend.student_depth", 8)
+
+
+def test_the_batch_must_divide_and_the_suggestions_do(small: Path) -> None:
+    assert load(small, ["--optim.accumulation=3"], ranks=8).optim.accumulation == 3
+    error = refusal(small, "--optim.batch_size=250", "--optim.accumulation=3", ranks=8)
+    assert "8 x 3 = 24" in str(error) and "240, 264" in error.allowed and "25" in error.allowed
+
+
+@pytest.mark.parametrize(("batch_size", "parts"), [(250, 24), (1, 2), (7, 1000), (2**62, 48), (2**61 - 1, 3)])
+def test_suggested_splits_are_near_and_even(batch_size: int, parts: int) -> None:
+    sizes, splits = splits_near(batch_size, parts)
+    assert sizes and splits and all(size > 0 and size % parts == 0 for size in sizes)
+    assert min(abs(size - batch_size) for size in sizes) <= max(parts - batch_size, parts // 2)
+    assert all(batch_size % split == 0 for split in splits)
+
+
+def test_fewer_than_one_rank_is_the_callers_mistake(small: Path) -> None:
+    with pytest.raises(ValueError, match="ranks = 0"):
+        load(small, ranks=0)
+
+
+def test_a_teacher_is_an_earlier_stage_or_a_path(small: Path) -> None:
+    assert load(small, ["--stage.transcend.teacher=runs/a/align"]).stage("transcend").method.teacher_name
+    assert "can't teach itself" in str(refusal(small, "--stage.transcend.teacher=transcend"))
+    near = refusal(small, "--stage.transcend.teacher=aling")
+    assert "did you mean align?" in str(near) and "(align)" in near.allowed
+    assert "learns from a teacher" in str(refusal(small, "--stage.transcend.teacher="))
+
+
+def test_a_teacher_can_not_be_a_later_stage(small: Path, recipe_text: str) -> None:
+    head, align, transcend = recipe_text.split("[[stage]]")
+    small.write_text("[[stage]]".join([head, transcend, align]))
+    error = refusal(small)
+    assert "comes later" in str(error) and "there is none" in error.allowed
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "..", ".", "", "a b", "-x", "x.y", "a\\\\b", "x" * 65, "é", "a\\n"])
+def test_a_stage_name_that_is_no_plain_folder_name_is_refused(spoil: Spoil, name: str) -> None:
+    assert refusal(spoil('name = "align"', f'name = "{name}"')).key == "stage[1].name"
+
+
+@pytest.mark.parametrize("name", ["transcend", "TRANSCEND"])
+def test_two_stages_can_not_share_a_folder(spoil: Spoil, name: str) -> None:
+    assert refusal(spoil('name = "align"', f'name = "{name}"')).problem.endswith("taken")
+
+
+@pytest.mark.parametrize("line", ['name = "align"', 'supervision = "velocity_head"', "steps = 100"])
+def test_a_stage_without_one_of_its_three_keys_is_refused(spoil: Spoil, line: str) -> None:
+    assert refusal(spoil(line + "\n", "")).key == f"stage[1].{line.split()[0]}"
+
+
+def test_a_recipe_needs_stages_as_an_array_of_tables(small: Path, recipe_text: str) -> None:
+    head = recipe_text.split("[[stage]]")[0]
+    for stages, told in [("", "no stage"), ("[stage]\nname = 'a'", "[[stage]]"), ("[[stage.a]]", "[[stage]]")]:
+        small.write_text(head + stages)
+        assert told in str(refusal(small))
+
+
+def test_a_section_must_be_a_table(spoil: Spoil) -> None:
+    assert "[optim]" in str(refusal(spoil("[optim]", "[[optim]]")))
+
+
+def test_guidance_without_a_null_class_is_refused_until_nothing_wants_it(small: Path) -> None:
+    plain = ["--model.class_dropout=0", "--sample.cfg_scale=1", "--stage.transcend.cfg_scale=1"]
+    assert load(small, plain).model.class_dropout == 0
+    for wanted in (1, 2):
+        assert refusal(small, *(p for i, p in enumerate(plain) if i != wanted)).key == "model.class_dropout"
+
+
+def test_a_stage_without_supervision_needs_nothing_else(spoil: Spoil) -> None:
+    path = spoil('supervision = "velocity_head"\ndepth = 2', 'supervision = "none"')
+    assert load(path).stage("align").method == Plain()
+
+
+def test_shards_need_a_path(spoil: Spoil) -> None:
+    assert refusal(spoil('path = "data/small"\n', "")).key == "data.path"
+
+
+def test_a_file_that_can_not_be_a_recipe_is_named(small: Path, tmp_path: Path) -> None:
+    assert "no such file" in str(refusal(tmp_path / "none.toml"))
+    assert "is a folder" in str(refusal(tmp_path))
+    assert "can't be read" in str(refusal("a\0b.toml"))
+    small.write_bytes(b"a = 1\nb = '\xff'\n")
+    assert f"{small}:2:6: byte 0xff is not UTF-8" in str(refusal(small))
+    small.write_bytes(b"#" * (1 << 20) + b"\n")
+    assert "larger than" in str(refusal(small))
+
+
+def test_a_device_without_end_is_not_read_to_its_end() -> None:
+    assert "larger than" in str(refusal("/dev/zero"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file names with line breaks")
+def test_even_a_hostile_file_name_is_told_in_one_line(tmp_path: Path) -> None:
+    assert "a\\nb.toml" in str(refusal(tmp_path / "a\nb.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [("a = ", "1:5"), ('[model]\nname = "x\n', "2:10"), ("x = 1\nx = 2", "2:"), ("\n\n  = 3", "3:3"), ("[[", "1:3")],
+)
+def test_a_syntax_error_has_line_and_column(small: Path, text: str, position: str) -> None:
+    small.write_text(text)
+    assert str(refusal(small)).startswith(f"{small}:{position}")
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 100_000, "a = " + "9" * 5_000, "a = 0x" + "f" * 100_000, '"a\\n\\u2028b" = 1', "a = 1e999"]
+)
+def test_hostile_values_are_refused_at_once(small: Path, text: str) -> None:
+    small.write_text(text)
+    start = time.perf_counter()
+    assert len(str(refusal(small))) < 1_000
+    assert time.perf_counter() - start < 1
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(small: Path, recipe_text: str) -> None:
+    expected = load(small)
+    small.write_bytes(b"\xef\xbb\xbf" + recipe_text.replace("\n", "\r\n").encode())
+    assert load(small) == expected
+
+
+def test_a_long_value_is_shown_short_with_both_its_ends(small: Path) -> None:
+    error = refusal(small, f"--flow.path=start{'x' * 10_000}end")
+    assert "start" in str(error) and 'xend"' in str(error) and len(str(error)) < 500

@@ -1,0 +1,50 @@
+"""The recipes of this repository say what METHOD and the papers say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from st_fast.recipe import SelfTranscendence, VelocityHead, load
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+# depth, width, heads | align depth, student depth, teacher depth | steps of both stages
+PUBLISHED = {
+    "sit_b": ((12, 768, 12), (2, 6, 8), (200_000, 400_000)),
+    "sit_xl": ((28, 1152, 16), (2, 8, 16), (200_000, 2_000_000)),
+}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    assert load(path).run.out == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("name", ["sit_s", "sit_b", "sit_l", "sit_xl"])
+def test_the_published_settings_hold_in_both_stages(name: str) -> None:
+    recipe = load(RECIPES / f"{name}.toml", ranks=8)
+    model, optim, sample = recipe.model, recipe.optim, recipe.sample
+    assert (model.patch, model.channels, model.latent_size, model.num_classes) == (2, 4, 32, 1000)
+    assert (model.class_dropout, model.qk_norm, model.mlp_ratio) == (0.1, True, 4.0)
+    assert (optim.batch_size, optim.lr, optim.betas, optim.eps) == (256, 1e-4, (0.9, 0.999), 1e-8)
+    assert (optim.weight_decay, optim.grad_clip, optim.ema_decay, optim.warmup_steps) == (0.0, 1.0, 0.9999, 0)
+    assert (sample.sampler, sample.steps, sample.cfg_scale, sample.cfg_range) == ("sde", 250, 1.9, (0.0, 0.65))
+    align, transcend = (stage.method for stage in recipe.stages)
+    assert isinstance(align, VelocityHead) and isinstance(transcend, SelfTranscendence)
+    assert (align.weight, align.t_range, align.hidden) == (0.5, (0.4, 0.7), 2048)
+    assert (transcend.weight, transcend.t_range, transcend.hidden) == (0.5, (0.4, 0.7), 2048)
+    assert (transcend.teacher, transcend.cfg_scale, transcend.loss) == ("align", 30.0, "mse")
+    assert align.depth < transcend.student_depth < transcend.teacher_depth < model.depth
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_depths_and_lengths(name: str) -> None:
+    recipe = load(RECIPES / f"{name}.toml")
+    align, transcend = (stage.method for stage in recipe.stages)
+    assert isinstance(align, VelocityHead) and isinstance(transcend, SelfTranscendence)
+    size, depths, steps = PUBLISHED[name]
+    assert (recipe.model.depth, recipe.model.width, recipe.model.heads) == size
+    assert (align.depth, transcend.student_depth, transcend.teacher_depth) == depths
+    assert tuple(stage.steps for stage in recipe.stages) == steps

@@ -1,0 +1,124 @@
+"""Logs are read as they are found: half lines after a kill, steps done twice, and mistakes told with their line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from st_fast.errors import UserError
+from st_fast.report.collect import read_run, read_runs
+
+
+def train(stage: str, step: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "train", "stage": stage, "step": step, "denoise": 1.0, **more}
+
+
+def test_stages_come_in_the_recipes_order_with_their_records(runs) -> None:
+    log = read_run(runs.two_stages())
+    assert [stage.name for stage in log.stages] == ["align", "transcend"]
+    align, transcend = log.stages
+    assert (align.method, transcend.method, transcend.teacher) == ("velocity_head", "self_transcendence", "align")
+    assert [len(align.train), len(align.evals), len(transcend.train), len(transcend.evals)] == [60, 3, 100, 5]
+    assert (align.step, align.steps) == (600, 600)
+    assert log.notes == ()
+
+
+def test_steps_done_twice_count_once_and_the_last_counts(runs) -> None:
+    records = [train("a", 10, denoise=5.0), train("a", 20, denoise=6.0), train("a", 10, denoise=1.0)]
+    stage = read_run(runs.custom("", records)).stages[0]
+    assert stage.series("train", "denoise") == ([10.0, 20.0], [1.0, 6.0])
+
+
+def test_a_half_last_line_after_kill_9_is_left_out_with_a_note(runs) -> None:
+    run = runs.two_stages()
+    log = run / "log.jsonl"
+    whole = log.read_bytes()
+    for size in (len(whole) - 1, len(whole) - 2, len(whole) - 40):
+        log.write_bytes(whole[:size])
+        read = read_run(run)
+        cut = size < len(whole) - 1  # without the newline alone the last record is whole
+        assert any("cut off" in note for note in read.notes) == cut
+        assert any("has not ended" in note for note in read.notes) == cut
+        assert len(read.stages[1].train) == 100
+
+
+@pytest.mark.parametrize("between", ["\n", ""])
+def test_a_half_line_that_a_resumed_run_appended_to_loses_nothing_else(runs, between: str) -> None:
+    run = runs.two_stages()
+    log = run / "log.jsonl"
+    lines = log.read_text().splitlines()
+    resumed = lines[0].replace('"resumed_from": 0', '"resumed_from": 50').replace('"step": 0', '"step": 50')
+    log.write_text("\n".join([*lines[:6], lines[6][:37]]) + between + "\n".join([resumed, *lines[6:]]) + "\n")
+    read = read_run(run)
+    assert len(read.stages[0].train) == 60
+    assert sum("cut off" in note for note in read.notes) == 1
+    assert any("resumed once" in note for note in read.notes)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("garbage", "line 3 is not a JSON object: 'garbage'"),
+        ("[1, 2]", "line 3 is not a JSON object"),
+        ('{"kind": "train", "stage": "align"}', "line 3: no 'step'"),
+        ('{"kind": "train", "stage": 5, "step": 1}', "line 3: stage = 5; text is needed"),
+        ('{"kind": "train", "stage": "align", "step": 1.5}', "line 3: step = 1.5; a whole number"),
+        ('{"kind": "train", "stage": "align", "step": -1}', "line 3: step = -1"),
+        ('{"kind": "train", "stage": "align", "step": 1, "mfu": "<b>"}', "line 3: mfu = '<b>'; a number"),
+        ('{"kind": "eval", "stage": "align", "step": 1, "metrics": {"frechet": []}}', "line 3: metrics.frechet = []"),
+        ('{"kind": "eval", "stage": "align", "step": 1, "metrics": 3}', "line 3: metrics = 3; an object"),
+        ('{"kind": "sample", "stage": "align", "step": 1}', "line 3: file = None; a path"),
+        ('{"kind": "train", "stage": "align", "step": 1, "loss": 1' + "0" * 400 + "}", "line 3: loss = 1000"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_number_and_value(runs, line: str, words: str) -> None:
+    run = runs.two_stages()
+    log = run / "log.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    with pytest.raises(UserError) as error:
+        read_run(run)
+    assert words in str(error.value)
+    assert "log.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_unknown_kinds_and_values_that_are_not_finite_are_passed_over(runs) -> None:
+    records = [train("a", 10), {"kind": "rollback", "stage": "a", "step": 12, "loss": "what"}]
+    records += [
+        train("a", 20, denoise=float("nan")),
+        train("a", 30, denoise=float("inf")),
+        train("a", 40, denoise=None),
+    ]
+    stage = read_run(runs.custom("", records)).stages[0]
+    assert stage.series("train", "denoise") == ([10.0], [1.0])
+    assert stage.step == 40
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda run: (run / "log.jsonl").unlink(), "log.jsonl: missing"),
+        (lambda run: (run / "recipe.toml").unlink(), "recipe.toml: missing"),
+        (lambda run: (run / "log.jsonl").write_text("\n"), "holds no record"),
+        (lambda run: (run / "recipe.toml").write_text("[model\n"), "recipe.toml: can't be read"),
+        (lambda run: (run / "recipe.toml").write_text("stage = 3\n"), "stage = 3"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_told_in_one_line(runs, spoil, words: str) -> None:
+    run = runs.two_stages()
+    spoil(run)
+    with pytest.raises(UserError) as error:
+        read_run(run)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value).strip()
+
+
+def test_runs_of_one_name_are_told_apart_and_a_run_named_twice_is_refused(runs) -> None:
+    first, second = runs.two_stages("a/digits"), runs.two_stages("b/digits")
+    assert [log.name for log in read_runs([first, second])] == ["a/digits", "b/digits"]
+    with pytest.raises(UserError, match="named twice"):
+        read_runs([first, first / ".." / "digits"])
+    with pytest.raises(UserError, match="no such run folder"):
+        read_runs([Path("nowhere")])

@@ -1,0 +1,285 @@
+"""The page is self-contained, says what the logs say, and can't be hurt by what stands in them."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from st_fast.errors import UserError
+from st_fast.report import write_report
+from st_fast.report.arms import make_arms
+from st_fast.report.collect import read_runs
+from st_fast.report.figures import quality
+from st_fast.report.svg import Axis, chart, smoothed, thinned
+from st_fast.report.words import verdict
+
+HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
+
+
+class Page(HTMLParser):
+    """What a browser would load from a page, its elements and its visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, key, value in self.attributes if key == name]
+
+
+def page_of(*paths: Path) -> Page:
+    return Page(write_report(list(paths), out=paths[0] / "report.html").read_text(encoding="utf-8"))
+
+
+def test_page_loads_nothing_from_outside_and_runs_no_script(runs) -> None:
+    page = page_of(runs.two_stages(), runs.plain())
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert all(source.startswith("data:image/") for source in page.values("src"))
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "srcset"]
+    style = page.words[page.words.index(next(w for w in page.words if ":root" in w))]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "prefers-color-scheme: dark" in style
+    assert "default-src 'none'" in " ".join(page.values("content"))
+    assert page.values("href") == ["https://arxiv.org/abs/2601.07773"]
+
+
+def test_hostile_names_in_log_and_recipe_are_shown_as_text(runs) -> None:
+    run = runs.two_stages(f"run {HOSTILE}".replace("/", "∕"))
+    runs.change(run, lambda r: r | {"stage": HOSTILE if r["stage"] == "transcend" else r["stage"], "device": HOSTILE})
+    recipe = run / "recipe.toml"
+    quoted = json.dumps(HOSTILE, ensure_ascii=False)
+    recipe.write_text(
+        recipe.read_text().replace('name = "transcend"', f"name = {quoted}").replace('"data/digits"', quoted)
+    )
+    page, harmless = page_of(run, runs.plain()), page_of(runs.two_stages(), runs.plain())
+    assert "script" not in page.tags
+    assert all(source.startswith("data:image/") for source in page.values("src"))
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert "<script>alert(1)</script>" in page.text, "shown, but as text"
+    assert "{{7*7}}" in page.text
+    for tag in ("img", "svg", "text", "polyline", "figure", "details", "a", "i"):
+        assert page.tags.count(tag) == harmless.tags.count(tag), "names add no element"
+
+
+def test_verdict_of_one_run_says_quality_limits_and_the_teachers_share(runs) -> None:
+    first, second = verdict(make_arms(read_runs([runs.two_stages()])))
+    assert "transcend" in first
+    assert "92.7\u00a0% are recognised" in first
+    assert "unseen real images: 99.4\u00a0%" in first
+    assert "0.374" in first
+    assert "0.152" in first
+    # (600·1.5 + 1000·0.4) / (600·1.5 + 1000·1.9) of the FLOPs
+    assert "46.4\u00a0%" in second
+    assert "358\u00a0TFLOP and 3\u00a0min" in second
+
+
+def test_verdict_of_several_runs_names_the_best_and_counts_its_teacher(runs) -> None:
+    arms = make_arms(read_runs([runs.plain(), runs.two_stages()]))
+    first, second = verdict(arms)
+    assert first.startswith("Of 2 runs, “digits · transcend” ends best")
+    assert "only after 1.17 times its training FLOPs (358\u00a0TFLOP against 307\u00a0TFLOP)" in second
+
+
+def test_verdict_turns_when_the_other_run_is_better(runs) -> None:
+    worse = runs.change(
+        runs.two_stages(), lambda r: r | {"metrics": r["metrics"] | {"frechet": 9.0}} if "metrics" in r else r
+    )
+    first, second = verdict(make_arms(read_runs([runs.plain(), worse])))
+    assert first.startswith("Of 2 runs, “plain” ends best")
+    assert "of its training FLOPs" in second
+
+
+def test_without_evaluations_nothing_is_claimed_of_quality(runs) -> None:
+    run = runs.change(runs.two_stages(), lambda r: None if r["kind"] in ("eval", "sample", "end") else r)
+    page = page_of(run)
+    assert "No samples were judged" in page.text
+    assert "No evaluation was logged" in page.text
+    assert "img" not in page.tags
+    assert "has not ended" in page.text
+
+
+def test_a_run_that_has_only_begun_still_has_a_page(runs) -> None:
+    run = runs.two_stages()
+    runs.change(run, lambda r: r if r["kind"] == "start" and r["stage"] == "align" else None)
+    assert "No training step was logged yet" in page_of(run).text
+
+
+def test_pictures_are_the_runs_first_and_last_and_decode(runs) -> None:
+    run = runs.plain()
+    page = page_of(run)
+    sources = [value for value in page.values("src") if value]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))) for source in sources]
+    assert {picture.size for picture in pictures} == {(320, 128)}
+    assert len(pictures) == 1 + 5, "one large, and a strip of five of the eight"
+    original = Image.open(run / "plain" / "samples" / "00001600.png").tobytes()
+    assert pictures[0].tobytes() == pictures[-1].tobytes() == original
+
+
+def test_pictures_outside_the_run_missing_or_broken_are_noted_and_left_out(runs, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    Image.new("L", (8, 8)).save(secret)
+    for bad in ("../secret.png", str(secret), "align/samples/none.png", "log.jsonl", "link.png"):
+        run = runs.two_stages()
+        (run / "link.png").unlink(missing_ok=True)
+        (run / "link.png").symlink_to(secret)
+        runs.change(run, lambda r, bad=bad: r | {"file": bad} if r["kind"] == "sample" and r["stage"] == "align" else r)
+        page = page_of(run)
+        assert "it is left out" in page.text
+        assert len([s for s in page.values("src") if s]) == 1 + 5, "the other stage's pictures are there"
+
+
+def test_very_large_pictures_become_small_ones(runs) -> None:
+    run = runs.plain()
+    noise = Image.effect_noise((2400, 1600), 90).convert("RGB")
+    noise.save(run / "plain" / "samples" / "00001600.png")
+    page_of(run)
+    assert (run / "report.html").stat().st_size < 2_000_000
+
+
+def test_runs_that_differ_in_more_than_their_stages_are_marked(runs) -> None:
+    alike = page_of(runs.two_stages("a"), runs.plain("b"))
+    assert "Compare with care" not in alike.text
+    differing = page_of(runs.two_stages("a"), runs.plain("b", seed=3))
+    assert "run.seed" in differing.text
+    assert "Compare with care" in differing.text
+    judge = runs.change(
+        runs.plain("b"), lambda r: r | {"metrics": r["metrics"] | {"judge_digest": "cd"}} if "metrics" in r else r
+    )
+    assert "Different judges" in page_of(runs.two_stages("a"), judge).text
+
+
+def test_svg_points_lie_where_their_values_say(runs) -> None:
+    figure = next(f for f in quality(make_arms(read_runs([runs.plain()]))) if f.key == "accuracy_step")
+    drawn = [
+        (float(x), float(y))
+        for x, y in re.findall(r'<circle class="dot c0" cx="([\d.]+)" cy="([\d.]+)"', chart(figure))
+    ]
+    curve = figure.curves[0]
+    assert len(drawn) == len(curve.x) == 8
+    (x0, y0), (x1, y1) = drawn[0], drawn[-1]
+    for (px, py), x, y in zip(drawn, curve.x, curve.y, strict=True):
+        assert px == pytest.approx(x0 + (x - curve.x[0]) / (curve.x[-1] - curve.x[0]) * (x1 - x0), abs=0.1)
+        assert py == pytest.approx(y0 + (y - curve.y[0]) / (curve.y[-1] - curve.y[0]) * (y1 - y0), abs=0.1)
+    assert y1 < y0, "better is higher"
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(0.13, 0.14), (1.0, 1.0), (0.02, 900.0), (3e14, 9e17), (1e-9, 1e9)])
+def test_ticks_lie_inside_their_axis_and_are_few(low: float, high: float, log: bool) -> None:
+    ticks = Axis(low, high, 0, 100, log).ticks()
+    assert 1 <= len(ticks) <= 7
+    assert all(low - 1e-9 * high <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+def test_long_series_are_thinned_to_means_and_smoothing_keeps_a_line_straight() -> None:
+    x, y = thinned([float(i) for i in range(3001)], [2.0 * i for i in range(3001)])
+    assert len(x) <= 300
+    assert x[-1] == 3000
+    assert sum(y[:-1]) / len(y[:-1]) == pytest.approx(x[-2], abs=1)
+    line = [3.0 * i for i in range(200)]
+    assert smoothed(line) == pytest.approx(line)
+    bumpy = [float(i % 2) for i in range(400)]
+    assert max(smoothed(bumpy)[20:-20]) < 0.6
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "st_fast.report", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_command_writes_the_page_and_every_figure_as_png_and_json(runs, tmp_path: Path) -> None:
+    out, folder = tmp_path / "new" / "page.html", tmp_path / "figures"
+    done = command(runs.two_stages(), runs.plain(), "--out", out, "--export", folder)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(out), "")
+    names = sorted(path.stem for path in folder.glob("*.png"))
+    assert names == sorted(path.stem for path in folder.glob("*.json"))
+    expected = {
+        "accuracy_flops",
+        "frechet_step",
+        "frechet_seconds",
+        "loss_denoise",
+        "cost_flops",
+        "mfu",
+        "images_per_s",
+    }
+    assert expected <= set(names)
+    data = json.loads((folder / "frechet_step.json").read_text())
+    assert [curve["label"] for curve in data["curves"]] == ["digits · align", "digits · transcend", "plain"]
+    assert data["curves"][2]["x"] == [200.0 * i for i in range(1, 9)]
+    assert Image.open(folder / "loss_denoise.png").width > 800
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+
+
+def test_command_tells_mistakes_in_one_line_and_leaves_the_old_page(runs) -> None:
+    run = runs.two_stages()
+    (run / "report.html").write_text("old")
+    (run / "log.jsonl").write_text("broken\nbroken\n")
+    done = command(run)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "line 1" in done.stderr
+    assert (run / "report.html").read_text() == "old"
+
+
+def test_dry_run_prints_the_verdict_and_writes_nothing(runs) -> None:
+    run = runs.two_stages()
+    before = sorted(run.rglob("*"))
+    done = command(run, "--dry-run")
+    assert done.returncode == 0
+    assert "92.7" in done.stdout
+    assert sorted(run.rglob("*")) == before
+
+
+def test_help_has_examples() -> None:
+    assert "examples:" in command("--help").stdout
+
+
+def test_a_page_that_cant_be_written_is_one_line(runs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"):
+        write_report([runs.plain()], out=tmp_path / "file" / "page.html")
+
+
+def test_the_report_needs_no_torch() -> None:
+    code = "import sys, st_fast.report; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_chromium_draws_the_page_and_nothing_is_wider_than_the_window(runs, tmp_path: Path, width: int) -> None:
+    out = write_report([runs.two_stages(), runs.plain()], out=tmp_path / "page.html")
+    probe = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg polyline').length"
+    html = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    out.write_text(html.replace("</body>", f"<script>document.title = {probe}</script></body>"))
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    command_line = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
+    command_line += [f"--window-size={width},2000", "--dump-dom", f"file://{out}"]
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=True)
+    shown = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
+    assert shown is not None
+    assert int(shown[1]) <= width
+    assert int(shown[2]) > 20

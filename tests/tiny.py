@@ -1,0 +1,87 @@
+"""A data set and a recipe so small that a whole run takes a second; shared by the tests of training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.data.writing import write_shards
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RECIPE = """
+[model]
+depth = 3
+width = 32
+heads = 2
+patch = 2
+latent_size = 4
+num_classes = 5
+[data]
+path = "{data}"
+loader = "resident"
+[optim]
+batch_size = 8
+lr = 1e-2
+ema_decay = 0.9
+[run]
+out = "{out}"
+seed = 3
+device = "cpu"
+log_every = 1
+save_every = 4
+keep = 2
+[sample]
+num = 0
+[[stage]]
+name = "align"
+supervision = "velocity_head"
+steps = 10
+depth = 1
+hidden = 16
+[[stage]]
+name = "transcend"
+supervision = "self_transcendence"
+steps = 10
+teacher = "align"
+student_depth = 1
+teacher_depth = 2
+cfg_scale = 3.0
+hidden = 16
+"""
+
+
+def write_data(folder: Path, count: int = 30) -> Path:
+    """Random latents of five classes."""
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.randn(count, 8, 4, 4, generator=generator)
+    moments[:, 4:] = moments[:, 4:].abs() * 0.1
+    manifest = Manifest(0, (8, 4, 4), "float16", 1.0, VaeInfo("none"), "random", 5)
+    write_shards(folder, [(moments.half(), torch.arange(count) % 5)], manifest, shard_size=16)
+    return folder
+
+
+def write_recipe(path: Path, data: Path, out: Path) -> Path:
+    """The recipe above for these folders."""
+    path.write_text(RECIPE.format(data=data, out=out))
+    return path
+
+
+def train(recipe: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m st_fast.train` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "st_fast.train", str(recipe), *options],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def records(out: Path, kind: str) -> list[dict]:
+    """The log's records of one kind."""
+    return [r for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if r["kind"] == kind]
