@@ -1,0 +1,89 @@
+"""Takes the demo's figures from its own log into bench/results/demo.json, README.md and docs/digits.png.
+
+make demo && python -m bench.demo runs/digits
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from st_fast.errors import UserError, run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "bench" / "results" / "demo.json"
+JUDGED = ("accuracy", "frechet", "floor_frechet", "judge_accuracy", "num", "cfg_scale")
+BLOCK = re.compile(r"(<!-- demo:begin -->\n).*?(<!-- demo:end -->)", re.DOTALL)
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """What the run's log says of each stage; UserError if the run is not finished."""
+    try:
+        lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{run}/log.jsonl: {error.strerror}; run `make demo` first") from None
+    records = [json.loads(line) for line in lines]
+    stages = []
+    for name in dict.fromkeys(r["stage"] for r in records if r["kind"] == "end"):
+        of_stage = [r for r in records if r["stage"] == name]
+        mine = {kind: [r for r in of_stage if r["kind"] == kind] for kind in ("end", "eval", "train")}
+        judged = mine["eval"][-1]["metrics"]
+        stages.append({
+            "stage": name,
+            "steps": mine["end"][-1]["step"],
+            "seconds": mine["end"][-1]["seconds"],
+            "tflop": mine["end"][-1]["flops"] / 1e12,
+            "waited": max(r["data_wait"] for r in mine["train"]),
+            **{key: judged[key] for key in JUDGED},
+        })  # fmt: skip
+    if not stages:
+        raise UserError(f"{run}: no stage has ended yet")
+    start = next(r for r in records if r["kind"] == "start")
+    return {"device": start["device"], "versions": start["versions"], "stages": stages}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The README's words and table."""
+    stages = found["stages"]
+    last, total = stages[-1], sum(s["seconds"] for s in stages)
+    rows = "\n".join(
+        f"| {s['stage']} | {s['steps']} | {s['seconds']:.0f} s | {s['tflop']:.1f} | {100 * s['accuracy']:.1f} % "
+        f"| {s['frechet']:.2f} |"
+        for s in stages
+    )
+    where, minutes, share = found["device"], total / 60, 100 * last["accuracy"]
+    return f"""`make demo` on {where}: {minutes:.1f} minutes of training. {share:.1f} % of \
+{last["num"]} guided samples (ω = {last["cfg_scale"]:g}) are recognised as their digit by a classifier that gets \
+{100 * last["judge_accuracy"]:.1f} % of real held-out digits right.
+
+| stage | steps | training | TFLOP | recognised | Fréchet distance* |
+|---|---|---|---|---|---|
+{rows}
+
+*In the classifier's features, so not FID; real held-out digits score {last["floor_frechet"]:.2f}. One seed.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    run = Path(arguments[0])
+    found = figures(run)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(BLOCK.sub(lambda m: m[1] + table(found) + m[2], text), encoding="utf-8")
+    pictures = sorted((run / found["stages"][-1]["stage"] / "samples").glob("0*.png"))
+    (ROOT / "docs").mkdir(exist_ok=True)
+    shutil.copyfile(pictures[-1], ROOT / "docs" / "digits.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    run_command(main)

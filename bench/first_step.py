@@ -1,0 +1,68 @@
+"""From starting Python to the end of the first step, with an empty and with a filled compile cache.
+
+    python -m bench.first_step --size S/2 --stage plain --batch 8     one start, its parts as a line of JSON
+
+`cold_and_warm` runs that twice in new processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cold_and_warm(size: str, stage: str, batch: int, device: str) -> dict[str, dict[str, float]]:
+    """Seconds of a start without and with the compiler's cache. RuntimeError with the last line if it fails."""
+    with tempfile.TemporaryDirectory(prefix="st_fast-cache-") as cache:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
+            "TRITON_CACHE_DIR": f"{cache}/triton",
+        }
+        return {name: _start(size, stage, batch, device, environment) for name in ("cold", "warm")}
+
+
+def _start(size: str, stage: str, batch: int, device: str, environment: dict[str, str]) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.first_step", "--size", size, "--stage", stage]
+    command += ["--batch", str(batch), "--device", device]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"bench.first_step: {done.stderr.strip().splitlines()[-1]}")
+    parts: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"total": time.perf_counter() - start, **parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", required=True)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--device", required=True)
+    settings = parser.parse_args()
+    start = time.perf_counter()
+    import torch
+
+    from bench.workload import Setup, ours
+
+    imported = time.perf_counter()
+    with ours(Setup(settings.size, settings.stage, settings.batch, torch.device(settings.device))) as loop:
+        built, ends = time.perf_counter(), []
+        for _ in range(2):
+            loop()
+            if settings.device == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+    parts = {"import": imported - start, "build": built - imported}
+    print(json.dumps(parts | {"first_step": ends[0] - built, "second_step": ends[1] - ends[0]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Where figures are kept: one JSON file a device, with what it was measured on beside every part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import timing
+from st_fast import monitor
+from st_fast.kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "bench" / "results"
+SOURCES = ("st_fast", "kernels", "csrc", "bench", "recipes")
+BUSY = 0.5
+"""Load a core above which figures are marked as taken on a busy machine."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the figures hold for."""
+
+    device: str
+    kind: str
+    threads: int
+    load: float
+    """Other work on the machine when measuring began: load average a core."""
+    copy_rate: float
+    """Bytes a second, read and written."""
+    matmul_rate: float
+    """FLOP a second at `matmul_dtype`."""
+    matmul_dtype: str
+    versions: dict[str, str]
+    isa: str | None
+    commit: str
+    code: str
+    """Digest of the sources: what was measured, also where git is not there."""
+    date: str
+
+    @property
+    def busy(self) -> bool:
+        return self.load > BUSY
+
+    @property
+    def slug(self) -> str:
+        """The results file's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's own name, or the CPU's with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc") else None
+    return f"CPU {found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str:
+    """The short revision, with a + where the sources differ from it; "unknown" outside of git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", *SOURCES, ":!bench/results") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def code_digest() -> str:
+    """Of everything that is measured or measures: it changes with any of these files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".toml"):
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def measure_machine(device: torch.device) -> Machine:
+    """Takes the device's copy and matmul rates, a few seconds."""
+    from triton import __version__ as triton
+
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Machine(
+        device=device_name(device),
+        kind=device.type,
+        threads=torch.get_num_threads(),
+        load=round(load, 2),
+        copy_rate=timing.copy_rate(device),
+        matmul_rate=monitor.matmul_rate(device, dtype),
+        matmul_dtype=str(dtype).removeprefix("torch."),
+        versions={"python": platform.python_version(), "torch": torch.__version__, "triton": triton},
+        isa=native.isa(),
+        commit=_commit(),
+        code=code_digest(),
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+    )
+
+
+class Store:
+    """Writes rows as they come, so that a run that is cut short leaves what it measured."""
+
+    def __init__(self, folder: Path, machine: Machine) -> None:
+        self.machine, self.path = machine, folder / f"{machine.slug}.json"
+
+    def put(self, part: str, key: str, row: Row) -> None:
+        """Replaces the row `key` of a part and the part's machine."""
+        content = load(self.path)
+        section = content.setdefault(part, {"machine": {}, "rows": {}})
+        section["machine"] = asdict(self.machine)
+        section["rows"][key] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(f".{os.getpid()}.partial")
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def rows(self, part: str) -> dict[str, Row]:
+        """What a part holds so far, of this device."""
+        return load(self.path).get(part, {}).get("rows", {})
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A results file's content by part; empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,213 @@
+"""The step under measurement: st_fast's own Trainer, fed by its own loader, and the plain loop beside it.
+
+Weights are random everywhere (published initialisation has zeros, which GPUs multiply faster), t is stratified, so
+that every step supervises the same number of samples to ±1, and the data are random latents in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from bench.plain import PlainLoop
+from bench.timing import Stopwatch, Variant
+from st_fast import flops
+from st_fast.data.loader import make_loader
+from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.data.shards import ShardSet, open_shards
+from st_fast.data.writing import write_shards
+from st_fast.examine import Examiner
+from st_fast.feed import Feed
+from st_fast.interrupt import Agreement, StopRequest
+from st_fast.monitor import Clock, Log
+from st_fast.parallel import Ranks
+from st_fast.recipe import Recipe, load
+from st_fast.recipe.methods import Plain, SelfTranscendence
+from st_fast.recipe.schema import Stage
+from st_fast.run import precision
+from st_fast.stage import Setting, Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("plain", "stage 1", "stage 2")
+MANY_STEPS = 10**6
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One step to measure. tokens a latent; depth 0 is the size's own; compile as `run.compile` takes it."""
+
+    size: str
+    stage: str
+    batch: int
+    device: torch.device
+    tokens: int = 256
+    depth: int = 0
+    compile: str = "auto"
+
+    @property
+    def label(self) -> str:
+        more = f", {self.tokens} tokens" * (self.tokens != 256) + f", depth {self.depth}" * (self.depth > 0)
+        return f"{self.size}, {self.stage}, batch {self.batch}{more}"
+
+
+def make_recipe(setup: Setup, folder: Path) -> Recipe:
+    """The shipped recipe of that size, with this batch, resolution, depth and folder."""
+    side = 2 * math.isqrt(setup.tokens)
+    recipe = load(
+        ROOT / "recipes" / f"sit_{setup.size.split('/')[0].lower()}.toml",
+        [
+            f"--data.path={folder / 'data'}", f"--run.out={folder / 'run'}", "--data.loader=resident",
+            f"--run.device={setup.device.type}", "--run.precision=auto", "--flow.time=stratified",
+            f"--run.compile={setup.compile}",
+            f"--optim.batch_size={setup.batch}", f"--model.latent_size={side}",
+        ],
+    )  # fmt: skip
+    if not setup.depth:
+        return recipe
+    model = replace(recipe.model, name="custom", depth=setup.depth)
+    shallow = [replace(s, method=_within(s.method, setup.depth)) for s in recipe.stages]
+    return replace(recipe, model=model, stages=tuple(shallow))
+
+
+def _within(method: Any, depth: int) -> Any:
+    """The method with its blocks moved into a network of this depth."""
+    if isinstance(method, SelfTranscendence):
+        student, teacher = min(method.student_depth, depth), min(method.teacher_depth, depth)
+        return replace(method, student_depth=student, teacher_depth=teacher)
+    return replace(method, depth=min(method.depth, depth))
+
+
+def make_stage(setup: Setup, recipe: Recipe) -> Stage:
+    """The stage that `setup.stage` names, without an end."""
+    if setup.stage == "plain":
+        return Stage("plain", Plain(), MANY_STEPS)
+    stage = recipe.stages[STAGES.index(setup.stage) - 1]
+    method = replace(stage.method, stop_step=0) if isinstance(stage.method, SelfTranscendence) else stage.method
+    return replace(stage, method=method, steps=MANY_STEPS)
+
+
+def write_data(recipe: Recipe) -> ShardSet:
+    """Random latents for the recipe, on the disk."""
+    model, folder = recipe.model, Path(recipe.data.path)
+    shape = (2 * model.channels, model.latent_size, model.latent_size)
+    count = max(64, 2 * recipe.optim.batch_size)
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.randn(count, *shape, generator=generator)
+    moments[:, model.channels :].abs_().mul_(0.1)
+    labels = torch.randint(model.num_classes, (count,), generator=generator)
+    manifest = Manifest(0, shape, "float16", 0.18215, VaeInfo("none"), "random", model.num_classes)
+    write_shards(folder, [(moments.half(), labels)], manifest)
+    return open_shards(folder, verify=False)
+
+
+def quiet_log(folder: Path, ranks: Ranks) -> Log:
+    """A log that keeps its lines to itself."""
+    log = Log(folder / "log.jsonl", ranks)
+    log.say = lambda text: None  # type: ignore[method-assign]
+    return log
+
+
+@torch.no_grad()
+def fill(trainer: Trainer) -> None:
+    """Adds noise to all trained weights, so that none is zero."""
+    groups = trainer.optimizer.state()
+    generator = torch.Generator().manual_seed(1)
+    for name in ("model", "heads"):
+        for tensor in groups.get(name, {}).values():
+            tensor.add_(0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.device))
+    for name, average in groups["ema"].items():
+        average.copy_(groups["model"][name])
+    trainer.optimizer.load(groups)
+
+
+class Ours:
+    """st_fast's loop over one stage: data and step, all but a few scalars of what happens between log lines."""
+
+    def __init__(self, setup: Setup, folder: Path) -> None:
+        self.recipe = make_recipe(setup, folder)
+        self.stage = make_stage(setup, self.recipe)
+        ranks = Ranks(0, 1, setup.device)
+        shards, log = write_data(self.recipe), quiet_log(folder, ranks)
+        self.scale = shards.manifest.scale
+        examiner = Examiner(self.recipe, shards.manifest, ranks, log)
+        dtype = precision(self.recipe, setup.device)
+        setting = Setting(self.recipe, ranks, shards, examiner, log, Agreement(StopRequest(), ranks), dtype, rate=1.0)
+        if self.stage.method.teacher_name is not None:
+            _save_teacher(setting, self.recipe.stage(self.stage.method.teacher_name))
+        self.trainer = Trainer(setting, self.stage)
+        fill(self.trainer)
+        loader = make_loader(self.recipe.data.loader, shards, setup.device, log.say)
+        self.feed = Feed(self.recipe, self.stage, loader, len(shards), ranks)
+        self._batches = self.feed.steps(0, MANY_STEPS)
+        self.done = self.supervised = 0
+
+    @property
+    def waited(self) -> float:
+        """Seconds waited for data so far."""
+        return self.feed.waited
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        """One step; its denoising and auxiliary losses and the gradients' norm, on the device."""
+        batches = next(self._batches)
+        losses, norm = self.trainer.step(self.done, batches)
+        self.done += 1
+        self.supervised += sum(len(batch.rows.index) for batch in batches)
+        return losses.denoise, losses.aux, norm
+
+    def plain(self) -> PlainLoop:
+        """The plain loop from the same weights."""
+        teacher = getattr(self.trainer.method, "teacher", None)
+        trainer, device = self.trainer, self.feed.ranks.device
+        return PlainLoop(self.recipe, self.stage, trainer.model, trainer.method.heads, teacher, self.scale, device)
+
+    @property
+    def flops(self) -> float:
+        """Of one step of the method as defined, at the expected number of supervised samples."""
+        return self.recipe.optim.batch_size * flops.stage_cost(self.recipe, self.stage).total
+
+
+def _save_teacher(setting: Setting, stage: Stage) -> None:
+    """A checkpoint of a stage-1 model with random weights, where stage 2 looks for it."""
+    trainer = Trainer(setting, stage)
+    fill(trainer)
+    trainer.save(1, Clock())
+    trainer.finish()
+
+
+@contextmanager
+def ours(setup: Setup) -> Iterator[Ours]:
+    """st_fast's loop in a folder that goes when it is done."""
+    with TemporaryDirectory(prefix="st_fast-bench-") as folder:
+        yield Ours(setup, Path(folder))
+
+
+def our_variant(loop: Ours, block: int) -> Variant:
+    """`block` steps a round."""
+
+    def run(number: int, watch: Stopwatch) -> None:
+        with watch("step"):
+            for _ in range(block):
+                loop()
+
+    return run
+
+
+def plain_variant(loop: PlainLoop, size: int, block: int) -> Variant:
+    """`block` steps of `size` samples a round; its data are in the device's memory already."""
+    model = loop.recipe.model
+    moments = torch.randn(size, 2 * model.channels, model.latent_size, model.latent_size, device=loop.device)
+    labels = torch.randint(model.num_classes, (size,), device=loop.device)
+
+    def run(number: int, watch: Stopwatch) -> None:
+        with watch("step"):
+            for _ in range(block):
+                loop.step(moments, labels)
+
+    return run
