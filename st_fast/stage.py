@@ -267,7 +267,7 @@ def _teacher(setting: Setting, stage: Stage, table: kernels.KernelTable, attend:
 
     def load() -> None:
         root, group = teacher.checkpoint_root(recipe, name), stage.method.teacher_group
-        loaded.append(teacher.load_frozen(root, recipe.model, group, table, ranks.device, setting.dtype))
+        loaded.append(teacher.load_frozen(root, recipe.model, group, table, ranks.device, setting.dtype, attend))
 
     ranks.told(load)
     model = loaded[0] if loaded else build(recipe.model, table, 0, attend).to(ranks.device, setting.dtype)

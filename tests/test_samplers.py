@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from st_fast import sample, streams
+from st_fast.recipe.schema import Sample
 from st_fast.streams import Purpose
 
 STD = 0.5
@@ -36,3 +37,34 @@ def test_the_score_of_gaussian_data_is_minus_x_over_its_variance():
     x, t = noise(2), 0.3
     expected = -x / ((1 - t) ** 2 * STD**2 + t**2)
     torch.testing.assert_close(sample.score(velocity(x, t), x, t, "linear"), expected, atol=1e-5, rtol=1e-5)
+
+
+class Labelled:
+    """A model whose velocity is its label, so that a guided velocity can be worked out by hand; counts its rows."""
+
+    null_label = 10
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.rows += len(x)
+        return torch.ones_like(x) * labels.view(-1, 1, 1, 1), None
+
+
+@pytest.mark.parametrize(
+    ("t", "scale", "expected", "rows"),
+    [
+        (0.2, 3.0, 10 + 3.0 * (4 - 10), 4),
+        (0.5, 3.0, 10 + 3.0 * (4 - 10), 4),  # the range is closed at both ends
+        (0.5001, 3.0, 4.0, 2),
+        (0.1999, 3.0, 4.0, 2),
+        (0.3, 1.0, 4.0, 2),  # ω = 1 is the conditional branch, and only that one is run
+        (0.3, 0.0, 10.0, 4),
+    ],
+)
+def test_guidance_acts_inside_its_interval_only(t, scale, expected, rows):
+    model, settings = Labelled(), Sample(cfg_scale=scale, cfg_range=(0.2, 0.5))
+    guided = sample.guided_velocity(model, torch.tensor([4, 4]), settings)(noise(2), t)
+    assert guided.eq(expected).all()
+    assert model.rows == rows
