@@ -17,18 +17,12 @@ from tests import tiny
 
 STAGES = ("align", "transcend")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return tiny.write_data(tmp_path_factory.mktemp("data") / "latents")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def final_states(out: Path) -> dict[str, torch.Tensor]:
@@ -43,10 +37,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)
-    run(load(tiny.write_recipe(folder / "tiny.toml", data, folder / "out")))
-    return folder / "out"
+    return tiny.run_whole(tmp_path_factory.mktemp("whole"), data)
 
 
 def stop_at(monkeypatch, step: int) -> None:

@@ -12,6 +12,8 @@ import torch
 
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.writing import write_shards
+from st_fast.recipe import load
+from st_fast.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +73,13 @@ def write_recipe(path: Path, data: Path, out: Path) -> Path:
     """The recipe above for these folders."""
     path.write_text(RECIPE.format(data=data, out=out))
     return path
+
+
+def run_whole(folder: Path, data: Path) -> Path:
+    """Trains the recipe in this process on one thread, without an interruption; returns the run folder."""
+    torch.set_num_threads(1)
+    run(load(write_recipe(folder / "tiny.toml", data, folder / "out")))
+    return folder / "out"
 
 
 def train(recipe: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -6,12 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from st_fast import checkpoint
-from st_fast.recipe import load
-from st_fast.run import run
 from tests import tiny
 
 pytest.register_assert_rewrite("tests.faults.ranks")
@@ -20,11 +17,8 @@ States = Callable[[Path], dict[str, Tensor]]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_one_thread(one_thread):
+    """Every fault test is."""
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +43,7 @@ def one_stage(recipe) -> Path:
 @pytest.fixture(scope="session")
 def alone(data, tmp_path_factory) -> Path:
     """The run folder of one uninterrupted rank."""
-    folder = tmp_path_factory.mktemp("alone")
-    torch.set_num_threads(1)
-    run(load(tiny.write_recipe(folder / "tiny.toml", data, folder / "out")))
-    return folder / "out"
+    return tiny.run_whole(tmp_path_factory.mktemp("alone"), data)
 
 
 @pytest.fixture

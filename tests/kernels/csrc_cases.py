@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from st_fast import kernels
+
 Leaves = dict[str, Tensor]
 
 
@@ -147,3 +149,12 @@ def error(value: Tensor, truth: Tensor) -> float:
         return 0.0
     difference = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp_min(1e-30)
     return torch.inf if difference.isnan() else difference.item()
+
+
+def assert_nothing_supervised_is_nothing(loss: str, *shape: int) -> None:
+    """guided_feature_loss over an empty index: zero, and a gradient that is there and zero."""
+    q = torch.randn(shape, requires_grad=True)
+    none = torch.empty(0, *shape[1:])
+    value = kernels.guided_feature_loss(q, none, none, torch.empty(0), 3.0, loss, torch.empty(0, dtype=torch.int64))
+    value.backward()
+    assert value.item() == 0 and q.grad is not None and torch.equal(q.grad, torch.zeros_like(q))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from csrc_cases import Case, error, features, others
+from csrc_cases import Case, assert_nothing_supervised_is_nothing, error, features, others
 from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
 
 from st_fast import kernels
@@ -57,11 +57,7 @@ def test_nan_in_gives_nan_out(case: Case) -> None:
 
 @pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)
 def test_no_supervised_sample_gives_zero_loss_and_zero_gradient(loss: str) -> None:
-    q = torch.randn(2, 3, 16, requires_grad=True)
-    none = torch.empty(0, 3, 16)
-    value = kernels.guided_feature_loss(q, none, none, torch.empty(0), 3.0, loss, torch.empty(0, dtype=torch.int64))
-    value.backward()
-    assert value.item() == 0 and q.grad is not None and torch.equal(q.grad, torch.zeros_like(q))
+    assert_nothing_supervised_is_nothing(loss, 2, 3, 16)
 
 
 def test_an_index_longer_than_one_block_is_searched_to_its_end() -> None:
