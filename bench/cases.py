@@ -108,6 +108,8 @@ class Case:
     def moved(self) -> Traffic:
         """Bytes that the fused op's interface moves."""
         forward, backward = ELEMENTS[self.op][1]
+        if self.device.type == "cpu" and self.op in ("align", "guided_feature_loss"):
+            backward = 0  # there a factor of one is seen, and dq handed on as it is
         unit = self.elements * self.dtype.itemsize
         rows = {"qk_norm": 4 * self.size.heads}.get(self.op, 2 if "norm" in self.op else 0)
         statistics = 4 * rows * self.size.batch * self.size.tokens

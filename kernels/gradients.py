@@ -80,14 +80,24 @@ def _save_loss(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.inputs = len(inputs)
 
 
+def _is_one(factor: Tensor) -> bool:
+    """Whether it is known to be 1 without waiting: only a real tensor of the host can be looked at, no traced one."""
+    return type(factor) is Tensor and factor.device.type == "cpu" and float(factor.detach().numpy()) == 1.0
+
+
 def _loss(name: str) -> Callable[..., tuple[Grad, ...]]:
-    """dq was made in the forward pass; a 0-dim factor leaves its dtype and costs one pass, or none when fused."""
+    """dq was made in the forward pass; a 0-dim factor leaves its dtype and costs one pass, or none when fused.
+
+    On the CPU a factor of one, as every training step has it, is seen for nothing and costs none either.
+    """
 
     def backward(ctx: Context, dloss: Grad, _dq: None) -> tuple[Grad, ...]:
         if torch.is_grad_enabled():  # create_graph: to it dq would be a constant
             raise _no_second_derivative(name)
         (dq,) = ctx.saved_tensors
-        return (None if dloss is None else dq * dloss, *[None] * (ctx.inputs - 1))
+        if dloss is not None:
+            dq = dq if _is_one(dloss) else dq * dloss
+        return (None if dloss is None else dq, *[None] * (ctx.inputs - 1))
 
     return backward
 

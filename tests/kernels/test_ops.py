@@ -176,6 +176,25 @@ def test_statistics_and_gradients_made_in_the_forward_pass_have_no_gradient() ->
     assert not mean.requires_grad and not rstd.requires_grad and not dq.requires_grad and loss.requires_grad
 
 
+@pytest.mark.parametrize("name", ["align", "guided_feature_loss"])
+def test_a_loss_used_again_has_the_same_gradient_whatever_was_done_with_the_first(name: str) -> None:
+    q, *rest = samples()[name]
+    leaf = q.detach().clone().requires_grad_()
+    doubled = leaf * 1.0  # so that the gradient passes through a tensor of its own, too
+    loss = getattr(kernels, name)(doubled, *rest)
+    (truth,) = torch.autograd.grad(getattr(reference, name)(leaf, *rest), leaf)
+    for factor in (1.0, 1.0, -2.0, 1.0):
+        leaf.grad = None
+        loss.backward(torch.tensor(factor), retain_graph=True)
+        torch.testing.assert_close(leaf.grad, factor * truth)
+        leaf.grad.zero_()
+    (at_q,) = torch.autograd.grad(loss, doubled, retain_graph=True)
+    torch.testing.assert_close(at_q, truth)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * truth)
+
+
 def test_a_float16_loss_has_a_gradient_at_the_sizes_of_training() -> None:
     """1/(B·N·D) is below float16's smallest number; the loss scale comes only in the backward pass."""
     torch.manual_seed(0)
