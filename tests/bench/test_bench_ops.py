@@ -84,7 +84,8 @@ def test_a_row_has_milliseconds_rates_and_shares_for_every_pass():
     for phase in op_times.PHASES:
         figures = row[phase]
         assert figures["ms"].keys() == {"fused", "eager"} and figures["speedup"].keys() == {"eager"}
-        assert figures["gb_per_s"] > 0 and figures["of_copy_rate"] > 0 and figures["noise"] >= 0
+        moves = phase != "backward"  # on the CPU it hands on what the forward pass made
+        assert (figures["gb_per_s"] > 0) == (figures["of_copy_rate"] > 0) == moves and figures["noise"] >= 0
     assert row["backward"]["of_floor"] is None
     both = row["both"]
     moved = case("guided_feature_loss").moved.both
