@@ -170,6 +170,7 @@ def bench_loaders(case: Case, store: Store, device: torch.device, report: Callab
         for kind, row in rows_of(samples).items():
             if warmth == "warm" and kind in loaders:
                 row["waited"] = round(waited(loaders[kind], records), 4)
+            row |= {"shape": name, "cache": warmth, "loader": kind}
             if kind == "resident":
                 row["load seconds"] = round(load_seconds, 2)
             store.put("loader", f"{name} {warmth} {kind}", row)

@@ -71,6 +71,13 @@ def _of(*path: str) -> Callable[[Row], float | None]:
     return value
 
 
+def _loader(shape: str, cache: str) -> Callable[[Row], bool]:
+    """The loaders that are offered as defaults; an empty shape means every one."""
+    return lambda row: (
+        row.get("loader") in ("dali", "resident") and shape in str(row.get("shape")) and row.get("cache") == cache
+    )
+
+
 ADALN = ("norm_modulate", "gate_residual_norm_modulate")
 
 GOALS = (
@@ -90,6 +97,10 @@ GOALS = (
          _of("speedup", "plain"), 1.4),
     Goal("cpu", "SiT-S/2, plain, share of the sgemm rate (stretch)", "step", _step("S/2", "plain"),
          _of("mfu", "ours"), 0.8, unit="%"),
+    Goal("cpu", "DALI and resident loader, 8×32×32, cached", "loader", _loader("8×32×32", "warm"),
+         _of("samples/s"), 20_000, unit="samples/s"),
+    Goal("cpu", "DALI and resident loader against the published per-file loader, cached", "loader",
+         _loader("", "warm"), _of("times per file"), 10.0),
     Goal("cuda", "adaLN ops at XL/2, forward, share of the copy rate", "kernels", _op(*ADALN, size="XL/2, batch 256"),
          _figure("forward", "of_copy_rate"), 0.9, unit="%"),
     Goal("cuda", "adaLN ops at XL/2, backward, share of the copy rate", "kernels", _op(*ADALN, size="XL/2, batch 256"),

@@ -24,6 +24,7 @@ BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL
 PARTS = {
     "kernels": "The ops",
     "step": "The step",
+    "loader": "The loaders, batch 256, fp16 moments",
     "first step": "From starting Python to the end of the first step",
     "sweep": "How the step grows",
 }
@@ -155,6 +156,19 @@ def first_steps(rows: Mapping[str, Row]) -> str:
     return table(head, lines)
 
 
+def loaders(rows: Sequence[Row]) -> str:
+    """Samples a second of each loader, and the share of a 50 ms step that its consumer stands waiting."""
+    head = ["moments, page cache", "loader", "samples/s", "× per file", "waited", "noise"]
+    lines = [
+        [
+            f"{row['shape']}, {row['cache']}", row["loader"], f"{row['samples/s']:,}", f"{row['times per file']:.1f}×",
+            f"{100 * row['waited']:.1f} %" if "waited" in row else "–", f"± {share(row['noise'])}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(head, lines)
+
+
 def anything(rows: Mapping[str, Row]) -> str:
     """A part without a table of its own: every scalar of its rows."""
     scalars = (k for row in rows.values() for k, v in row.items() if k != "code" and not isinstance(v, dict | list))
@@ -198,6 +212,8 @@ def _tables(name: str, rows: Mapping[str, Row], brief: bool) -> str:
         return steps(values)
     if name == "longest kernels":
         return longest_kernels(rows)
+    if name == "loader":
+        return loaders(values)
     return first_steps(rows) if name == "first step" else anything(rows)
 
 

@@ -38,6 +38,22 @@ def test_a_goal_is_judged_by_its_worst_row(tmp_path):
     assert _verdict(report.report(tmp_path, brief=True), "guided_feature_loss") == ("2.50×", "**missed**")
 
 
+def loader_row(kind: str, rate: int) -> results.Row:
+    figures = {"samples/s": rate, "noise": 0.03, "times per file": rate / 500, "waited": 0.004}
+    return {"shape": "8×32×32", "cache": "warm", "loader": kind, **figures}
+
+
+def test_loaders_stand_in_a_table_of_their_own_and_only_the_offered_ones_are_judged(tmp_path):
+    store = results.Store(tmp_path, MACHINE)
+    for kind, rate in (("resident", 90_000), ("dali", 40_000), ("per file", 500)):
+        store.put("loader", kind, loader_row(kind, rate))
+    text = report.report(tmp_path, brief=True)
+    assert _verdict(text, "DALI and resident loader, 8×32×32, cached") == ("40000 samples/s", "reached")
+    assert _verdict(text, "DALI and resident loader against the published") == ("80.00×", "reached")
+    (line,) = [line for line in text.splitlines() if "8×32×32, warm" in line and " resident " in line]
+    assert [cell.strip() for cell in line.strip("|").split("|")][2:] == ["90,000", "180.0×", "0.4 %", "± 3 %"]
+
+
 def _verdict(text: str, goal: str) -> tuple[str, str]:
     line = next(line for line in text.splitlines() if line.startswith(f"| {goal}") and "≥" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -58,9 +74,9 @@ def test_figures_come_with_device_versions_rates_and_date_and_a_busy_machine_is_
 def test_rows_are_kept_by_key_and_other_files_in_the_folder_are_left_alone(tmp_path):
     store = results.Store(tmp_path, MACHINE)
     store.put("kernels", "a", {"x": 1})
-    store.put("loader", "b", {"y": 2})
+    store.put("something else", "b", {"y": 2})
     store.put("kernels", "a", {"x": 3})
-    assert store.rows("kernels") == {"a": {"x": 3}} and store.rows("loader") == {"b": {"y": 2}}
+    assert store.rows("kernels") == {"a": {"x": 3}} and store.rows("something else") == {"b": {"y": 2}}
     (tmp_path / "demo.json").write_text(json.dumps({"stages": [1, 2]}))
     store.put("kernels", "a", op_row("align", 4.0))
     assert "stages" not in report.report(tmp_path, brief=False)
