@@ -11,7 +11,7 @@ import torch
 from bench import op_times, results
 from st_fast.kernels.heap import keep_freed_memory
 
-keep_freed_memory()  # as a run does; the rivals measured beside it gain as much
+keep_freed_memory()  # as a run does; ops measured beside ours gain as much, whole loops have processes of their own
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

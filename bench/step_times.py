@@ -7,18 +7,19 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 
-from bench import families, floor
+from bench import apart, families, floor
 from bench.results import Machine, Row
 from bench.timing import Effort, Samples, Stopwatch, Variant, interleave, noise
 from bench.workload import STAGES, Ours, Setup, our_variant, ours, plain_variant
 from st_fast.model.attention import choose
 
 log = logging.getLogger("bench")
+OUR_MEMORY = "plain, our memory"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Wanted:
     block: int = 1
     """Steps a round: several on CUDA, where work of one step overlaps with the next."""
     rivals: tuple[str, ...] = ("plain", "compile")
-    """"plain" is the loop in eager mode; "compile" has its blocks compiled, "compile whole" its networks."""
+    """"plain" is the loop in eager mode; "compile" has its blocks compiled, "compile whole" its networks.
+
+    On a CPU these have a process of their own (`bench.apart`); "plain, our memory" shares ours, with what is set there.
+    """
     breakdown: bool = True
 
 
@@ -44,7 +48,7 @@ def default_wanted(device: torch.device, full: bool) -> Wanted:
     rivals = ("plain", "compile", "compile whole") if full else ("plain", "compile")
     if device.type == "cuda":
         return Wanted(Effort(rounds=12, seconds=60, least=5, warmup=2), 5, rivals)
-    return Wanted(Effort(rounds=6, seconds=45, least=3, warmup=1), 1, rivals)
+    return Wanted(Effort(rounds=6, seconds=60, least=3, warmup=1), 1, (*rivals, OUR_MEMORY))
 
 
 @contextmanager
@@ -73,14 +77,14 @@ def largest_batch(run: Callable[[int], None], batch: int, device: torch.device) 
 
 def measure(setup: Setup, wanted: Wanted, machine: Machine) -> Row:
     """The row of one step. OutOfMemoryError if st_fast's own step does not fit; rivals get the batch that fits them."""
-    with ours(setup) as loop, tidy(setup.device):
+    with ours(setup) as loop, tidy(setup.device), ExitStack() as processes:
         peak = _peak_memory(loop, setup.device)
         variants: dict[str, Variant] = {"ours": our_variant(loop, wanted.block)}
         batches, first = {"ours": setup.batch}, {}
         for name in wanted.rivals:
             start = time.perf_counter()
             try:
-                variants[name], batches[name] = _rival(loop, setup, wanted.block, name)
+                variants[name], batches[name] = _rival(loop, setup, wanted.block, name, processes)
             except Exception as error:  # the compiler's failures have no common class
                 if name == "plain" or isinstance(error, torch.OutOfMemoryError | MemoryError):
                     raise
@@ -106,10 +110,12 @@ def _peak_memory(loop: Ours, device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30
 
 
-def _rival(loop: Ours, setup: Setup, block: int, name: str) -> tuple[Variant, int]:
+def _rival(loop: Ours, setup: Setup, block: int, name: str, processes: ExitStack) -> tuple[Variant, int]:
     """The plain loop, with the first step behind it, and its batch."""
+    if setup.device.type == "cpu" and name != OUR_MEMORY:
+        return processes.enter_context(apart.plain(setup, name)).variant(block), setup.batch
     plain = loop.plain()
-    if name != "plain":
+    if "compile" in name:
         plain.compile(whole="whole" in name)
 
     def first_step(batch: int) -> None:

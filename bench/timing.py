@@ -54,7 +54,7 @@ class Stopwatch:
         if not self._cuda:
             start = time.perf_counter()
             yield
-            self._seconds.setdefault(phase, []).append(time.perf_counter() - start)
+            self.add(phase, time.perf_counter() - start)
             return
         assert self._flush is not None
         for _ in range(self._fills):
@@ -64,6 +64,10 @@ class Stopwatch:
         yield
         after.record()
         self._events.append((phase, before, after))
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Takes one run of `phase` that another clock has timed."""
+        self._seconds.setdefault(phase, []).append(seconds)
 
     def read(self) -> Samples:
         """Waits for the device; all phases so far."""

@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 
-from bench import against, families, gpu_day, results, step_times
+from bench import against, apart, families, gpu_day, results, step_times
 from bench.sweeps import draw
+from bench.timing import Stopwatch
+from bench.workload import Setup
 
 MACHINE = results.Machine(
     device="CPU Test, 2 threads", kind="cpu", threads=2, load=0.1, copy_rate=2e10, matmul_rate=1.7e11,
@@ -135,3 +137,19 @@ def test_the_sweeps_picture_is_drawn_from_rows(tmp_path):
     rows = [row(1), row(8), row(8, tokens=64), row(8, depth=3), row(8, stage="stage 2")]
     draw({str(i): r for i, r in enumerate(rows)}, "CPU Test", tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plain_loop_in_a_process_of_its_own_steps_on_request_and_ends_with_its_user():
+    setup = Setup("S/2", "stage 1", 2, torch.device("cpu"), tokens=16, depth=2)
+    with apart.plain(setup, "plain") as loop:
+        watch = Stopwatch(setup.device)
+        loop.variant(block=2)(0, watch)
+        (seconds,) = watch.read()["step"]
+        assert 0 < seconds < 60
+        process = loop._process
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        with pytest.raises(RuntimeError, match="plain loop's process has ended"):
+            loop.step()
+    assert process.poll() is not None
