@@ -1,0 +1,71 @@
+"""In the root of the repository, `kernels` is what other packages mean by it: the Hugging Face package, or nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+OURS = """
+import torch
+from st_fast.kernels import reference, select
+table = select({}, torch.device("cpu"))
+x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
+torch.testing.assert_close(table.norm_modulate(x, shift, scale, 1e-6), reference.norm_modulate(x, shift, scale, 1e-6))
+"""
+
+THEIRS = """
+from diffusers.utils import import_utils as d
+from transformers.utils import import_utils as t
+import transformers.integrations.hub_kernels
+import diffusers.models.modeling_utils
+found = {d.is_kernels_available(), t.is_kernels_available()}
+"""
+
+NOT_THERE = "assert found == {False}, found\nimport kernels\nassert not hasattr(kernels, 'select')\n"
+
+THERE = """
+assert d.is_kernels_available() and d.is_kernels_version("==", "0.0.1")
+from kernels import get_kernel
+from kernels.layer import Mode
+assert get_kernel("a/b") == "the real one's a/b" and Mode == 3
+import kernels, sys
+assert "elsewhere" in kernels.__file__ and not any("namesake" in name for name in sys.modules if name[0] == "k")
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder with an installed distribution `kernels` 0.0.1."""
+    package = tmp_path / "elsewhere" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('def get_kernel(name):\n    return f"the real one\'s {name}"\n')
+    (package / "layer.py").write_text("from . import get_kernel\nMode = 3\n")
+    metadata = package.parent / "kernels-0.0.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.0.1\n")
+    return package.parent
+
+
+def run(program: str, path: Path | None = None) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"PYTHONPATH": str(path)} if path else {}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_without_the_hugging_face_package_nobody_believes_it_is_there(ours_first: bool) -> None:
+    run(OURS + THEIRS + NOT_THERE if ours_first else THEIRS + NOT_THERE + OURS)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_with_the_hugging_face_package_it_is_what_an_import_gives(ours_first: bool, elsewhere: Path) -> None:
+    run(OURS + THEIRS + THERE if ours_first else THEIRS + THERE + OURS, elsewhere)
