@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,10 @@ from st_fast.parallel import Ranks
 
 
 class Log:
-    """Appends records to log.jsonl on the first rank; other ranks say nothing."""
+    """Appends records to log.jsonl on the first rank and passes each on to `track`; other ranks say nothing."""
 
-    def __init__(self, path: Path, ranks: Ranks) -> None:
-        self.path, self.active = path, ranks.first
+    def __init__(self, path: Path, ranks: Ranks, track: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.path, self.active, self._track = path, ranks.first, track
         if self.active and path.exists():
             _drop_half_line(path)
 
@@ -36,6 +36,8 @@ class Log:
         record = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)} | values
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._track is not None:
+            self._track(record)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from st_fast import kernels, lock, memory, monitor, parallel, teacher
+from st_fast import kernels, lock, memory, monitor, parallel, teacher, trackers
 from st_fast.data import digits
 from st_fast.data.manifest import Manifest
 from st_fast.data.opening import open_data
@@ -43,8 +43,12 @@ def run(recipe: Recipe) -> None:
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
         ranks.barrier()
-        with lock.RunLock(out, print) if ranks.first else nullcontext():
-            log = monitor.Log(out / "log.jsonl", ranks)
+        ranks.told(lambda: trackers.check_installed(recipe.run.trackers))
+        with (
+            lock.RunLock(out, print) if ranks.first else nullcontext(),
+            trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
+        ):
+            log = monitor.Log(out / "log.jsonl", ranks, track)
             if ranks.first:
                 if recipe.data.source == "digits":
                     digits.prepare_digits(Path(recipe.data.path), log.say)

@@ -34,6 +34,7 @@ HARMLESS = frozenset(
         "run.spike_ratio",
         "run.spike_retries",
         "run.hang_timeout",
+        "run.trackers",
     }
 )
 """Single keys of the same kind."""

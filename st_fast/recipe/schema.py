@@ -99,6 +99,7 @@ class Run:
     spike_ratio: NonNegative = 0.0
     spike_retries: CountOrZero = 3
     hang_timeout: CountOrZero = 1_800
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
 @dataclass(frozen=True)

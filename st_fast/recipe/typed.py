@@ -52,6 +52,8 @@ def describe(kind: Any) -> str:
         return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
     if origin is Literal:
         return "one of " + ", ".join(f'"{choice}"' for choice in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list, each {describe(arguments[0])}"
     if origin is tuple:
         return f"a list of {len(arguments)}, each {describe(arguments[0])}"
     return {bool: "true or false", int: "an integer", float: "a finite number", str: "a string in quotes"}[kind]
@@ -69,7 +71,11 @@ def _convert(kind: Any, value: object) -> Any:
             raise _Mismatch
         return value
     if origin is tuple:
-        if not isinstance(value, list) or len(value) != len(arguments):
+        if not isinstance(value, list):
+            raise _Mismatch
+        if arguments[-1] is Ellipsis:
+            return tuple(_convert(arguments[0], item) for item in value)
+        if len(value) != len(arguments):
             raise _Mismatch
         return tuple(_convert(item_kind, item) for item_kind, item in zip(arguments, value, strict=True))
     return _CONVERTERS[kind](value)
