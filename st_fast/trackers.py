@@ -144,9 +144,8 @@ def check_installed(names: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # a package may break on import in any way
-            reason = (
-                "is not installed" if isinstance(error, ModuleNotFoundError) and error.name == name else told(error)
-            )
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            reason = "is not installed" if missing else f"can't be used ({told(error)})"
             raise UserError(
                 f'run.trackers = ["{name}"]: the package {name} {reason}; pip install "st_fast[track]", or leave it out'
             ) from error
