@@ -223,7 +223,7 @@ def _raiser(error: Exception) -> Any:
 
 def test_a_package_that_breaks_on_import_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers.importlib, "import_module", _raiser(TypeError("protobuf is too new")))
-    with pytest.raises(UserError, match="can't be used .TypeError: protobuf is too new.; pip install"):
+    with pytest.raises(UserError, match=r"can't be used .TypeError: protobuf is too new.; pip install"):
         trackers.check_installed(["wandb"])
 
 
