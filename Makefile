@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint format bench soak clean
+.PHONY: help install demo test lint format bench soak docs clean
 
 help:
 	@echo "make demo   trains both stages on handwritten digits and writes runs/digits/report.html"
 	@echo "make test   runs the whole suite"
 	@echo "make lint   ruff and the type checker"
 	@echo "make bench  throughput checks (pytest bench/)"
+	@echo "make docs   builds the guides and the API's pages into build/docs"
 	@echo "make soak   breaks small runs at random for up to half an hour and counts what was lost"
 
 install: $(VENV)/installed
@@ -40,6 +41,10 @@ bench: install
 
 soak: install
 	$(BIN)/python -m tests.soak
+
+docs: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/build.py build/docs
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,188 @@
+"""README, CONTRIBUTING and docs/*.md: links lead somewhere, commands are understood, recipes are there."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from st_fast import completion, train
+from st_fast.errors import UserError
+from st_fast.recipe import load
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
+
+
+def prose(text: str) -> str:
+    """A page without its code."""
+    return re.sub(r"`[^`]*`", "", FENCE.sub("", text))
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a page as GitHub turns them into anchors."""
+    found: dict[str, int] = {}
+    names = set()
+    for heading in re.findall(r"^#+ +(.*?) *$", FENCE.sub("", text), re.M):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        names.add(slug if slug not in found else f"{slug}-{found[slug]}")
+        found[slug] = found.get(slug, 0) + 1
+    return names
+
+
+def broken_links(page: Path) -> list[str]:
+    """The links of a page, other than to the web, that lead nowhere."""
+    text, broken = page.read_text(encoding="utf-8"), []
+    for target in LINK.findall(prose(text)):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            broken.append(target)
+    return broken
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """(module, the rest of the line) of every `-m st_fast.…` in a page's shell blocks and code spans."""
+    shell = [
+        body.replace("\\\n", " ") for language, body in FENCE.findall(text) if language in ("sh", "bash", "console")
+    ]
+    spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+    lines = [line for block in shell for line in block.splitlines()] + spans
+    return [pair for line in lines for pair in re.findall(r"-m (st_fast(?:\.\w+)+)([^|)&;]*)", line)]
+
+
+def misunderstood(module: str, rest: str) -> str:
+    """Why a command would be refused for how it is written, or ""."""
+    if importlib.util.find_spec(module) is None:
+        return "no such module"
+    arguments = shlex.split(re.sub(r"<[^<>]*>", "1", rest), comments=True)
+    if not arguments or "…" in rest or "--help" in arguments or module.count(".") > 1:
+        return ""
+    try:
+        check(module.removeprefix("st_fast."), [a for a in arguments if a != "--debug"])
+    except (UserError, argparse.ArgumentError) as error:
+        return str(error)
+    except SystemExit:
+        return "argparse refuses it"
+    return ""
+
+
+def check(name: str, arguments: list[str]) -> None:
+    """Reads the arguments as the command would, without doing anything."""
+    if name == "train":
+        parsed = train.parse(arguments)
+        assert parsed is not None
+        if Path(parsed.recipe).parts[0] == "recipes":
+            load(ROOT / parsed.recipe, parsed.overrides)
+    elif name == "doctor":
+        rest = [a for a in arguments if a != "--plan"]
+        if "--plan" not in arguments:
+            raise UserError(f"{rest[0]}: the doctor takes --plan and --help only")
+        completion._parsers("plan")[0].parse_args(rest)
+    else:
+        completion._parsers(name)[0].parse_args(arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_understood(page: Path) -> None:
+    problems = {f"{module}{rest}": misunderstood(module, rest) for module, rest in commands(page.read_text("utf-8"))}
+    assert {command: problem for command, problem in problems.items() if problem} == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_named_exists(page: Path) -> None:
+    named = re.findall(r"\brecipes/[\w./-]*\w", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_checks_see_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "b.md").write_text("# One two: `three`\n## One\n## One\n")
+    page = tmp_path / "a.md"
+    page.write_text(
+        "# A\n[x](b.md#one-two-three) [x](#a) [x](b.md#one-1) [y](c.md) [z](b.md#two) `[code](d.md)` [w](#b)"
+    )
+    assert broken_links(page) == ["c.md", "b.md#two", "#b"]
+    text = "```sh\npython -m st_fast.prepare a \\\n  b --size big\n```\n`-m st_fast.nowhere` `-m st_fast.train a.toml`"
+    (first, second, third) = commands(text)
+    assert "invalid int value" in misunderstood(*first) and misunderstood(*second) == "no such module"
+    assert misunderstood(*third) == "" and misunderstood("st_fast.report", " --ot x") == "argparse refuses it"
+    assert "batch_sise" in misunderstood("st_fast.train", " recipes/digits.toml --optim.batch_sise=3")
+    assert "no such file" in misunderstood("st_fast.train", " recipes/none.toml")
+    assert misunderstood("st_fast.doctor", " --plan recipes/digits.toml --per-node four") == "argparse refuses it"
+
+
+def python_blocks(page: str) -> list[str]:
+    return [body for language, body in FENCE.findall((ROOT / "docs" / page).read_text("utf-8")) if language == "python"]
+
+
+def test_the_kernels_page_uses_ops_as_they_are() -> None:
+    import torch
+
+    from st_fast.kernels import reference
+
+    names: dict = {}
+    exec(python_blocks("kernels.md")[0], names)
+    expected = reference.norm_modulate(names["x"], names["shift"], names["scale"])
+    torch.testing.assert_close(names["y"], expected)
+
+
+LIFTED = """
+import torch
+from lifted import reference
+inputs = [torch.randn(*shape, requires_grad=True) for shape in ((2, 3, 20), (2, 20), (2, 20))]
+doubles = [x.detach().double().requires_grad_() for x in inputs]
+weights = torch.randn(2, 3, 20)
+(NormModulate.apply(*inputs) * weights).sum().backward()
+(reference.norm_modulate(*doubles) * weights).sum().backward()
+for ours, theirs in zip(inputs, doubles, strict=True):
+    torch.testing.assert_close(ours.grad, theirs.grad.float(), atol=1e-5, rtol=1e-5)
+"""
+
+
+def test_the_kernels_page_lifts_a_file_that_then_has_the_right_gradients(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    package = tmp_path / "lifted"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("adaln.py", "reference.py"):
+        shutil.copy(ROOT / "kernels" / name, package)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TRITON_INTERPRET": "1"}
+    program = python_blocks("kernels.md")[1] + LIFTED
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_built_pages_have_no_broken_link(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc", reason="pdoc isn't installed: pip install 'st_fast[docs]'")
+    build = [sys.executable, str(ROOT / "docs" / "build.py"), str(tmp_path)]
+    done = subprocess.run(
+        build, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "api" / "st_fast" / "model.html").is_file()
+    for page in tmp_path.glob("*.html"):
+        html = page.read_text(encoding="utf-8")
+        for target in re.findall(r'(?:href|src)="([^"]+)"', html):
+            path, _, anchor = target.partition("#")
+            if not re.match(r"[a-z]+:", path):
+                other = (page.parent / path).resolve() if path else page
+                assert other.exists(), f"{page.name}: {target}"
+                assert not anchor or f'id="{anchor}"' in other.read_text(encoding="utf-8"), f"{page.name}: {target}"
