@@ -16,7 +16,10 @@ def open_hub_dataset(path: Path, subset: str = "") -> Source:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"source {str(path)!r}: a Hugging Face dataset: pip install datasets") from error
+        raise UserError(
+            f"source {str(path)!r}: a Hugging Face dataset, which the package datasets reads; it is not installed: "
+            'pip install "st_fast[hub]"'
+        ) from error
     data: Any = datasets.load_from_disk(str(path))
     if isinstance(data, datasets.DatasetDict):
         if subset not in data and len(data) > 1:

@@ -170,8 +170,9 @@ def test_hugging_face_dataset_without_the_package_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     (tmp_path / "dataset_dict.json").write_text("{}")
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match=r'datasets reads; it is not installed: pip install "st_fast\[hub\]"') as caught:
         open_source(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file.txt", "a.tar.gz", "empty", "loose"])
