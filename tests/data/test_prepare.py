@@ -304,6 +304,23 @@ def test_training_images_leave_out_the_bad(odd_folder: Path) -> None:
     assert images.shape == (10, 3, 8, 8) and images.dtype == torch.uint8
 
 
+def test_a_folder_with_nothing_in_it_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match=r"in': no image in it .*; it holds nothing"):
+        run(tmp_path / "in", tmp_path / "out", *PIXELS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_an_image_without_permission_is_skipped_by_name(
+    class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (class_folders / "b c" / "picture 1 ü.png").chmod(0)
+    run(class_folders, tmp_path / "out", *PIXELS)
+    said = capsys.readouterr().out
+    assert "picture 1 ü.png" in said and "Permission denied" in said and "5 records" in said
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_can_not_be_written_is_told(class_folders: Path, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
