@@ -34,7 +34,7 @@ def export(figures: Sequence[Figure], folder: Path) -> list[Path]:
         for figure in figures:
             canvas = Canvas(figsize=(6.4, 4.0), layout="constrained")
             axes = canvas.add_subplot()
-            axes.set_title(_literal(figure.title), loc="left", fontweight="bold")
+            axes.set_title(literal(figure.title), loc="left", fontweight="bold")
             axes.spines[["top", "right"]].set_visible(False)
             if isinstance(figure, Chart):
                 _chart(axes, figure)
@@ -59,9 +59,9 @@ def _chart(axes: Axes, figure: Chart) -> None:
             axes.plot(x, raw, color=colour, alpha=0.25, linewidth=0.8)
             y, marker = smoothed(raw), ""
         dash = DASHES[curve.dash % len(DASHES)]
-        axes.plot(x, y, dash, color=colour, marker=marker, markersize=4, linewidth=1.8, label=_literal(curve.label))
+        axes.plot(x, y, dash, color=colour, marker=marker, markersize=4, linewidth=1.8, label=literal(curve.label))
     for level in figure.levels:
-        axes.axhline(level.y, color="#888888", linestyle=(0, (2, 3)), linewidth=1, label=_literal(level.label))
+        axes.axhline(level.y, color="#888888", linestyle=(0, (2, 3)), linewidth=1, label=literal(level.label))
     if figure.log_y:
         axes.set_yscale("log")
     elif figure.y_unit == "percent":
@@ -85,13 +85,13 @@ def _bars(axes: Axes, figure: Bars) -> None:
     for n, name in enumerate(figure.segments):
         left = [math.fsum(row.sizes[:n]) for row in rows]
         colour = SEGMENTS[-1 if n == len(figure.segments) - 1 else n]
-        axes.barh(range(len(rows)), [row.sizes[n] for row in rows], left=left, color=colour, label=_literal(name))
-    axes.set_yticks(range(len(rows)), [_literal(row.label) for row in rows])
+        axes.barh(range(len(rows)), [row.sizes[n] for row in rows], left=left, color=colour, label=literal(name))
+    axes.set_yticks(range(len(rows)), [literal(row.label) for row in rows])
     axes.xaxis.set_major_formatter(lambda value, _: UNITS[figure.unit](value))
     axes.xaxis.set_major_locator(_few_ticks())
     axes.legend(frameon=False, fontsize="small")
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text that matplotlib doesn't read as mathematics."""
     return text.replace("$", r"\$")
