@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,9 @@ class Meter:
         return Readings(step - count + 1, denoise, aux, norms, bad_ranks)
 
 
+@cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this device's own matrix product, measured on random data: what MFU is a share of."""
+    """FLOP/s of this device's own matrix product, measured once a process on random data: what MFU is a share of."""
     side, repeats = (8192, 10) if device.type == "cuda" else (1536, 4)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

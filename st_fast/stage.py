@@ -283,7 +283,8 @@ def _log_start(setting: Setting, stage: Stage, first: int) -> None:
         "start", stage.name, first, trunk_params=flops.trunk_parameters(recipe.model), resumed_from=first,
         flops_per_image=cost.total, teacher_flops_per_image=cost.teacher, steps=stage.steps,
         batch_size=recipe.optim.batch_size, ranks=setting.ranks.count, device=_device_name(setting.ranks.device),
-        matmul_flops_per_s=setting.rate, versions={"st_fast": __version__, "torch": torch.__version__},
+        matmul_flops_per_s=setting.rate, dataset=setting.shards.manifest.digest,
+        versions={"st_fast": __version__, "torch": torch.__version__},
     )  # fmt: skip
 
 

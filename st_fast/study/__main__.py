@@ -1,0 +1,72 @@
+"""`python -m st_fast.study FILE --out FOLDER`: runs a study's list and tells what came out.
+
+examples:
+  python -m st_fast.study recipes/study/digits.toml --out runs/study/digits --write docs/study.md
+      every run that isn't done, then results.json and the page; the same command again continues
+  python -m st_fast.study recipes/study/cifar10.toml --out runs/study/cifar10 --minutes 480
+      stop after eight hours, saved; exit code 75 until all is done
+  python -m st_fast.study recipes/study/digits.toml --dry-run
+      the list of runs with their steps and FLOPs
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from st_fast.errors import UserError, run_command
+from st_fast.safefile import write_json_atomic
+from st_fast.study.plan import Study, jobs, read_study
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads, runs, collects, writes; Interrupted (75) when the time or a signal ended it first."""
+    parser = argparse.ArgumentParser(
+        prog="python -m st_fast.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, metavar="FILE", help="such as recipes/study/digits.toml")
+    parser.add_argument("--out", type=Path, help="where the runs go (runs/study/NAME)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, saved")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="also put the outcome into this Markdown page")
+    parser.add_argument("--dry-run", action="store_true", help="check and list the runs, and stop")
+    given = parser.parse_args(arguments)
+    if not given.minutes > 0:
+        raise UserError(f"--minutes {given.minutes:g}: above 0")
+    study = read_study(given.study)
+    out = given.out or Path("runs") / "study" / study.name
+    if given.dry_run:
+        print(listing(study, out))
+        return
+    from st_fast.study.carry_out import carry_out  # torch is imported only once the study is known to be right
+
+    carry_out(study, out, given.minutes)
+    from st_fast.study.page import table, write_page
+    from st_fast.study.results import as_json, collect
+
+    results = collect(study, out)
+    write_json_atomic(out / "results.json", as_json(results))
+    print(table(results.rows), end="")
+    print(out / "results.json")
+    if given.write is not None:
+        write_page(results, given.write)
+        print(given.write)
+
+
+def listing(study: Study, out: Path) -> str:
+    """Every run with its steps and its own FLOPs, and the sum."""
+    from st_fast import flops
+    from st_fast.report import words
+
+    lines, total = [], 0.0
+    for job in jobs(study, out):
+        stage = job.recipe.stages[0]
+        untrained = job.teacher is not None and not job.teacher.trained
+        spent = 0.0 if untrained else flops.stage_flops(job.recipe, stage, 0, stage.steps)
+        total += spent
+        lines.append(f"{job.folder}  {0 if untrained else stage.steps} steps, {words.flops(spent)}")
+    return "\n".join([*lines, f"{len(lines)} runs, {words.flops(total)} beside sampling and scoring"])
+
+
+if __name__ == "__main__":
+    run_command(main)

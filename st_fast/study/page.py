@@ -1,0 +1,149 @@
+"""Writes a study into a Markdown page between its own two markers, so that one page can hold several studies."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from st_fast.errors import UserError
+from st_fast.report import words
+from st_fast.report.repeats import Row, spread
+from st_fast.safefile import make_folder
+from st_fast.study.pictures import curves, samples
+from st_fast.study.results import Results
+
+HEADER = """# Does it pay?
+
+Written by `python -m st_fast.study FILE --write docs/study.md` from the runs' own logs; no figure is typed.
+"""
+
+
+def write_page(results: Results, page: Path) -> None:
+    """Puts the study's text in its place on the page, and its pictures into a folder beside it."""
+    name = results.study.name
+    folder = page.parent / page.stem
+    try:
+        make_folder(folder)
+        links = []
+        for kind, figure in (("quality", curves(results)), ("samples", samples(results))):
+            if figure is not None:
+                figure.savefig(folder / f"{name}-{kind}.png", dpi=110, metadata={"Software": None})
+                links.append(f"{page.stem}/{name}-{kind}.png")
+        text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
+        page.write_text(placed(text, name, body(results, links)), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{page}: can't be written: {error.strerror}") from None
+
+
+def placed(text: str, name: str, section: str) -> str:
+    """The page with the study's section between its markers, at the end where there was none."""
+    begin, end = f"<!-- study {name}: begin -->\n", f"<!-- study {name}: end -->\n"
+    block = f"{begin}{section}{end}"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: block, text) if pattern.search(text) else f"{text.rstrip()}\n\n{block}"
+
+
+def body(results: Results, links: Sequence[str]) -> str:
+    """The section: what was compared, what came out, the table, the pictures, what it took."""
+    study, protocol = results.study, results.protocol
+    arms, seeds = len(results.groups), len(study.seeds)
+    base = results.rows[0]
+    pictures = {link.rsplit("-", 1)[1].removesuffix(".png"): link for link in links}
+    parts = [
+        f"## {study.title}\n",
+        f"{arms} arms, {seeds} seed{'s' * (seeds != 1)} each ({', '.join(map(str, study.seeds))}), from "
+        f"`{study.path.as_posix()}`. Runs of one seed saw the same records, times and noise in the same order, and "
+        f"their samples start from the same noise. Each score is of {protocol.get('num')} samples "
+        f"({sampling(protocol)}) in the features of a classifier trained on the real images, so it is not FID; it "
+        f"recognises {words.percent(_number(protocol, 'judge_accuracy'))} of the held-out real ones, which themselves "
+        f"score a Fréchet distance of {words.plain(_number(protocol, 'floor_frechet'))}. All costs count the teacher's "
+        "training and its forward passes.\n",
+        "\n".join(f"- {sentence}" for sentence in findings(results.rows)) + "\n",
+        table(results.rows),
+        f"Mean ± standard deviation over the seeds. *At the same cost*: the last score within the FLOPs that "
+        f"“{base.label}” took in all. *Better*: in how many seeds that beats the final score of “{base.label}”. "
+        "*Reaches its final score after*: share of its FLOPs, mean of the seeds that do (lowest to highest); scores "
+        f"are taken at intervals and are noisy, which is why “{base.label}” itself may reach its own before its end.\n",
+    ]
+    if "quality" in pictures:
+        parts.append(f"![Quality against all training FLOPs; the range over seeds is shaded]({pictures['quality']})\n")
+    if "samples" in pictures:
+        parts.append(
+            f"Samples of seed {study.seeds[0]} at the same cost, from the same noise:\n\n"
+            f"![Samples of every arm]({pictures['samples']})\n"
+        )
+    parts.append(f"{took(results)}\n")
+    return "\n".join(parts)
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each arm on how it stands to the baseline at the same cost, best first."""
+    base, others = rows[0], rows[1:]
+    sentences = []
+    for row in sorted(others, key=lambda row: spread(row.at_cost)[0]):
+        mean, deviation = spread([a - b for a, b in zip(row.at_cost, base.final, strict=False)])
+        n = len(row.seeds)
+        sure = "the sign of the difference is the same in every seed" if row.better in (0, n) and n > 1 else (
+            "one seed: chance can't be told from effect" if n == 1 else "seeds disagree"
+        )  # fmt: skip
+        side = "below" if mean < 0 else "above"
+        about = f" ± {words.plain(deviation)}" if math.isfinite(deviation) else ""
+        sentences.append(
+            f"{row.label}: Fréchet distance {words.plain(abs(mean))}{about} {side} “{base.label}” at the same cost, "
+            f"better in {row.better} of {n} ({sure})."
+        )
+    return sentences
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The verdict as Markdown."""
+    base = rows[0].label
+    lines = [
+        f"| arm | Fréchet distance at the same cost | recognised | better | final Fréchet distance | all FLOPs, of "
+        f"“{base}” | reaches its final score after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        better = "" if row is rows[0] else f"{row.better} of {len(row.seeds)}"
+        scores = [told(row.at_cost, words.plain), told(row.accuracy_at_cost, words.percent), better]
+        costs = [told(row.final, words.plain), words.percent(spread(row.cost_share)[0]), reach(row)]
+        lines.append(f"| {' | '.join([row.label, *scores, *costs])} |")
+    return "\n".join(lines) + "\n"
+
+
+def told(values: Sequence[float], write: Callable[[float], str]) -> str:
+    """“4.2 ± 0.3”; the mean alone for one value."""
+    mean, deviation = spread(values)
+    return f"{write(mean)} ± {write(deviation)}" if math.isfinite(deviation) else write(mean)
+
+
+def reach(row: Row) -> str:
+    """“62.0 % (58.1 % to 66.4 %), 3 of 3”, or that it never does."""
+    shares = [share for share in row.reached if share is not None]
+    if not shares:
+        return f"never, 0 of {len(row.reached)}"
+    span = f" ({words.percent(min(shares))} to {words.percent(max(shares))})" if len(shares) > 1 else ""
+    return f"{words.percent(spread(shares)[0])}{span}, {len(shares)} of {len(row.reached)}"
+
+
+def sampling(protocol: dict[str, object]) -> str:
+    """How samples were drawn, in a few words."""
+    return f"{protocol.get('sampler')}, {protocol.get('steps')} steps, guidance {protocol.get('cfg_scale')}"
+
+
+def took(results: Results) -> str:
+    """What the runs took, teachers included; the only sentence that another machine writes otherwise."""
+    runs = [arm for group in results.groups for arm in group.by_seed.values()]
+    own = math.fsum(arm.own.seconds for arm in runs)
+    device = runs[0].stage.start.get("device", "an unknown device")
+    return (
+        f"{len(runs)} runs on {device}: {words.duration(own)} of training beside the shared teachers', pauses for "
+        "sampling and scoring left out."
+    )
+
+
+def _number(protocol: dict[str, object], key: str) -> float:
+    value = protocol.get(key)
+    return float(value) if isinstance(value, (int, float)) else math.nan

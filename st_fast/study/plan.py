@@ -1,0 +1,228 @@
+"""The study file: arms as changes of a base recipe → one checked recipe for each run. Imports no torch.
+
+recipe = "../digits.toml"     beside this file
+seeds = [0, 1, 2]
+baseline = "plain"            the arm whose final score the others have to reach
+[common.sample]               sections that every run shares, over the base recipe's
+[[teacher]]                   name, stage, steps; labels = "shuffled"; steps = 0: an untrained network
+[[arm]]                       name, title, steps, and `stage` of the base recipe or `supervision`; teacher; settings
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from st_fast.errors import UserError
+from st_fast.recipe import Recipe, RecipeError
+from st_fast.recipe.check import check
+from st_fast.recipe.document import Document, as_document, parse_toml, read_document, read_text
+from st_fast.recipe.limits import FolderName
+from st_fast.recipe.load import parse, resolve
+from st_fast.safefile import shown
+
+ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
+"""What an arm says beside its stage's own settings."""
+TEACHER_KEYS = ("name", "labels", "stage")
+STUDY_KEYS = ("recipe", "seeds", "baseline", "title", "common", "teacher", "arm")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A shared teacher: its stage's table, whether its labels are shuffled, and whether it is trained at all."""
+
+    name: str
+    stage: dict[str, Any]
+    labels: Literal["true", "shuffled"]
+
+    @property
+    def trained(self) -> bool:
+        """False for a network as it was drawn, with `steps = 0`."""
+        return self.stage["steps"] != 0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared: its stage's table, its teacher's name if it has one, and where it is drawn."""
+
+    name: str
+    title: str
+    panel: str
+    stage: dict[str, Any]
+    teacher: str | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study as its file says."""
+
+    name: str
+    title: str
+    path: Path
+    base: Document
+    recipe_path: Path
+    seeds: tuple[int, ...]
+    baseline: str
+    teachers: tuple[Teacher, ...]
+    arms: tuple[Arm, ...]
+
+    def teacher(self, name: str) -> Teacher:
+        """The teacher of that name."""
+        return next(t for t in self.teachers if t.name == name)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `teacher` is set where it makes a shared teacher, `arm` where it is what is compared."""
+
+    seed: int
+    folder: Path
+    recipe: Recipe
+    arm: Arm | None = None
+    teacher: Teacher | None = None
+
+
+def read_study(path: Path) -> Study:
+    """The study at `path`, every run's recipe checked; UserError names the file, the arm or teacher, and the key."""
+    raw = parse_toml(read_text(path), str(path))
+    _known(raw, STUDY_KEYS, str(path))
+    base_path = path.parent / _text(raw, "recipe", str(path))
+    seeds = raw.get("seeds")
+    if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
+        raise UserError(f"{path}: seeds = {shown(seeds)}; a list of whole numbers from 0 is needed")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: seeds = {seeds}; each can be used once")
+    base = read_document(base_path)
+    common = as_document(raw.get("common", {}))
+    for name, table in common.sections.items():
+        base.sections[name] = base.sections.get(name, {}) | table
+    teachers = tuple(_teacher(table, base, path) for table in _tables(raw, "teacher", path))
+    arms = tuple(_arm(table, base, path) for table in _tables(raw, "arm", path))
+    title = str(raw.get("title", path.stem))
+    baseline = _text(raw, "baseline", str(path))
+    study = Study(path.stem, title, path, base, base_path, tuple(seeds), baseline, teachers, arms)
+    _check_names(study)
+    for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained
+        pass
+    return study
+
+
+def jobs(study: Study, out: Path) -> Iterator[Job]:
+    """Every run, seed by seed, each seed's teachers before its arms."""
+    wanted = {arm.teacher for arm in study.arms}
+    for seed in study.seeds:
+        for teacher in study.teachers:
+            if teacher.name in wanted:
+                folder = out / f"seed{seed}" / f"teacher-{teacher.name}"
+                recipe = _recipe(study, folder, seed, _at_least_one_step(teacher.stage), f"teacher {teacher.name}")
+                yield Job(seed, folder, _teaching(recipe, teacher, out, seed), teacher=teacher)
+        for arm in study.arms:
+            folder, table = out / f"seed{seed}" / arm.name, dict(arm.stage)
+            if arm.teacher is not None:
+                stage = study.teacher(arm.teacher).stage["name"]
+                table["teacher"] = (out / f"seed{seed}" / f"teacher-{arm.teacher}" / stage).as_posix()
+            yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}"), arm=arm)
+
+
+def shuffled_data(out: Path, seed: int) -> Path:
+    """Where the data with shuffled labels lie."""
+    return out / "data" / f"shuffled-labels-{seed}"
+
+
+def _recipe(study: Study, folder: Path, seed: int, stage: dict[str, Any], what: str) -> Recipe:
+    """The base recipe with this one stage, checked."""
+    sections = copy.deepcopy(study.base.sections)
+    sections["run"] = sections.get("run", {}) | {"out": folder.as_posix(), "seed": seed}
+    try:
+        recipe = resolve(parse(Document(sections, [stage])), study.recipe_path)
+        check(recipe)
+    except RecipeError as error:
+        raise error.at(f"{study.path}, {what}") from None
+    return recipe
+
+
+def _teaching(recipe: Recipe, teacher: Teacher, out: Path, seed: int) -> Recipe:
+    """A teacher's run draws no samples: the arm that trains the same stage longer does."""
+    data = recipe.data
+    if teacher.labels == "shuffled":
+        data = replace(data, path=shuffled_data(out, seed).as_posix(), source="shards")
+    quiet = replace(recipe.sample, num=0), replace(recipe.evaluate, judge="none")
+    return replace(recipe, data=data, sample=quiet[0], evaluate=quiet[1])
+
+
+def _at_least_one_step(stage: dict[str, Any]) -> dict[str, Any]:
+    return stage | {"steps": stage["steps"] or 1}
+
+
+def _teacher(table: dict[str, Any], base: Document, path: Path) -> Teacher:
+    where = f"{path}, teacher {shown(table.get('name'))}"
+    labels = table.get("labels", "true")
+    if labels not in ("true", "shuffled"):
+        raise UserError(f'{where}: labels = {shown(labels)}; "true" or "shuffled"')
+    stage = _stage_of(table, base, where) | {k: v for k, v in table.items() if k not in TEACHER_KEYS}
+    if type(stage.get("steps")) is not int or stage["steps"] < 0:
+        raise UserError(f"{where}: steps = {shown(stage.get('steps'))}; a whole number, 0 for an untrained network")
+    return Teacher(_name(table, where), stage, labels)
+
+
+def _arm(table: dict[str, Any], base: Document, path: Path) -> Arm:
+    where = f"{path}, arm {shown(table.get('name'))}"
+    name = _name(table, where)
+    settings = {k: v for k, v in table.items() if k not in ARM_KEYS}
+    stage = (_stage_of(table, base, where) if "stage" in table else {}) | settings | {"name": name}
+    stage.pop("teacher", None)
+    teacher = table.get("teacher")
+    if teacher is not None and not isinstance(teacher, str):
+        raise UserError(f"{where}: teacher = {shown(teacher)}; the name of a [[teacher]]")
+    return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher)
+
+
+def _stage_of(table: dict[str, Any], base: Document, where: str) -> dict[str, Any]:
+    for stage in base.stages:
+        if stage.get("name") == table.get("stage"):
+            return dict(stage)
+    names = ", ".join(str(stage.get("name")) for stage in base.stages)
+    raise UserError(f"{where}: stage = {shown(table.get('stage'))}; the base recipe has {names}")
+
+
+def _check_names(study: Study) -> None:
+    """Names are each used once, the baseline is an arm, and every teacher that an arm names is there."""
+    for kind, names in (("arm", [a.name for a in study.arms]), ("teacher", [t.name for t in study.teachers])):
+        for name in names:
+            if [other.casefold() for other in names].count(name.casefold()) > 1:
+                raise UserError(f"{study.path}: two [[{kind}]] are called {name!r}; names must differ")
+    if study.baseline not in [arm.name for arm in study.arms]:
+        raise UserError(f"{study.path}: baseline = {study.baseline!r}; an arm's name is needed")
+    for arm in study.arms:
+        if arm.teacher is not None and arm.teacher not in [t.name for t in study.teachers]:
+            there = ", ".join(t.name for t in study.teachers) or "none"
+            raise UserError(f"{study.path}, arm {arm.name!r}: teacher = {arm.teacher!r}; the study has {there}")
+
+
+def _tables(raw: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
+    tables = raw.get(key, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{path}: {key} = {shown(tables)}; tables under [[{key}]] are needed")
+    return tables
+
+
+def _name(table: dict[str, Any], where: str) -> str:
+    name = table.get("name")
+    if not isinstance(name, str) or not FolderName().allows(name):
+        raise UserError(f"{where}: name = {shown(name)}; a word that can name a folder is needed")
+    return name
+
+
+def _text(table: dict[str, Any], key: str, where: str) -> str:
+    if not isinstance(table.get(key), str):
+        raise UserError(f"{where}: {key} = {shown(table.get(key))}; text is needed")
+    return str(table[key])
+
+
+def _known(table: dict[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {shown(key)}; {', '.join(known)} are known")

@@ -1,0 +1,207 @@
+"""A study runs its list once, whatever happens in between, and says the same from the same seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast import checkpoint, kernels, teacher
+from st_fast.data.shards import open_shards
+from st_fast.errors import EXIT_INTERRUPTED, UserError
+from st_fast.report.collect import read_run
+from st_fast.study.__main__ import listing
+from st_fast.study.page import placed
+from st_fast.study.plan import jobs, read_study
+from st_fast.study.teachers import random_model, write_random_teacher, write_shuffled
+from tests import pixels
+from tests.tiny import ROOT, records
+
+RUNS = 10
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    return pixels.write_study(folder / "recipes", pixels.write_data(folder / "data"))
+
+
+def start(study: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "st_fast.study", str(study), "--out", str(out), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finished(out: Path) -> dict[Path, bytes]:
+    """The logs of the runs that have ended."""
+    logs = {path: path.read_bytes() for path in out.glob("seed*/*/log.jsonl")}
+    return {path: log for path, log in logs.items() if b'"kind": "end"' in log}
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(study, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("killed") / "out"
+    first = start(study, out)
+    deadline = time.monotonic() + 120
+    while len(finished(out)) < 3 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = finished(out)
+    assert 3 <= len(before) < RUNS
+    page = out.parent / "docs" / "study.md"
+    again = start(study, out, "--write", str(page))
+    text, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, text
+    assert f"{RUNS} runs, {len(before)} done" in text
+    assert {path: path.read_bytes() for path in before} == before, "finished runs are not touched"
+    return out
+
+
+def test_each_seeds_arms_share_one_trained_teacher_whose_cost_counts(killed_and_resumed) -> None:
+    names = Counter(path.parent.name for path in killed_and_resumed.glob("seed*/*/log.jsonl"))
+    assert names == dict.fromkeys(("teacher-stage1", "teacher-random", "plain", "omega5", "random"), 2)
+    results = json.loads((killed_and_resumed / "results.json").read_text())
+    taught = next(arm for arm in results["arms"] if arm["name"] == "omega5")
+    for run in taught["runs"]:
+        teacher_end = records(killed_and_resumed / f"seed{run['seed']}" / "teacher-stage1", "end")[-1]
+        assert run["teacher_flops"] == teacher_end["flops"] > 0
+        assert run["total_flops"][-1] == pytest.approx(run["own_flops"] + run["teacher_flops"])
+    random = next(arm for arm in results["arms"] if arm["name"] == "random")
+    assert all(run["teacher_flops"] == 0 for run in random["runs"]), "an untrained teacher is free, and known to be"
+
+
+def test_the_page_has_table_pictures_and_its_own_place(killed_and_resumed) -> None:
+    page = killed_and_resumed.parent / "docs" / "study.md"
+    text = page.read_text()
+    assert "| ω = 5 |" in text and "## Tiny" in text
+    for link in ("study/tiny-quality.png", "study/tiny-samples.png"):
+        assert link in text and (page.parent / link).stat().st_size > 5_000
+    again = placed(placed(text, "other", "## Other\n"), "tiny", "## Tiny again\n")
+    assert again.count("<!-- study") == 4 and "## Other" in again and "| ω = 5 |" not in again
+
+
+@pytest.fixture(scope="module")
+def whole(study, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    process = start(study, out)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    return out
+
+
+def test_after_kill_9_a_study_goes_on_and_its_table_is_that_of_one_never_stopped(killed_and_resumed, whole) -> None:
+    ours, theirs = (json.loads((out / "results.json").read_text()) for out in (killed_and_resumed, whole))
+    ours.pop("wall_clock"), theirs.pop("wall_clock")
+    assert ours == theirs
+    assert [row["label"] for row in ours["verdict"]] == ["plain SiT", "ω = 5", "random"]
+
+
+def test_the_time_limit_saves_and_says_how_to_go_on(study, tmp_path) -> None:
+    process = start(study, tmp_path / "out", "--minutes", "0.0001")
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert text.splitlines()[-1].startswith("st_fast: SIGTERM: saved align at step ")
+    assert f"the same command continues (0 of {RUNS} runs are done)" in text
+
+
+def test_a_run_of_another_recipe_in_the_way_is_named_not_taken(study, killed_and_resumed) -> None:
+    from st_fast.study.carry_out import done
+
+    job = next(j for j in jobs(read_study(study), killed_and_resumed) if j.folder.name == "plain")
+    assert done(job)
+    kept = job.folder / "recipe.toml"
+    text = kept.read_text()
+    kept.write_text(text.replace("lr = 0.002", "lr = 0.003"))
+    with pytest.raises(UserError, match=r"lr = 0\.003, the study has lr = 0\.002"):
+        done(job)
+    kept.write_text(text)
+
+
+def test_shuffled_labels_keep_pixels_and_counts_and_follow_from_the_seed(study, tmp_path) -> None:
+    source = Path(study.parent.parent / "data")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_shuffled(source, tmp_path / name, seed)
+    true, *shuffled = (open_shards(path) for path in (source, *(tmp_path / n for n in "abc")))
+    a, b, c = (s.labels for s in shuffled)
+    rows = np.arange(len(true))
+    assert torch.equal(true.gather(rows)[0], shuffled[0].gather(rows)[0])
+    assert np.array_equal(np.bincount(a), np.bincount(true.labels))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    assert (a == true.labels).mean() < 0.3
+    before = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns
+    write_shuffled(source, tmp_path / "a", 1)
+    assert (tmp_path / "a" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path) -> None:
+    recipe = next(job.recipe for job in jobs(read_study(study), tmp_path) if job.folder.name == "teacher-random")
+    write_random_teacher(tmp_path / "run", recipe)
+    table = kernels.select({}, torch.device("cpu"))
+    root = tmp_path / "run" / "align" / "checkpoints"
+    model = teacher.load_frozen(root, recipe.model, "ema", table, torch.device("cpu"), torch.float32)
+    expected = random_model(recipe.model, recipe.run.seed).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0.5, 0.5])
+    conditional, null = model.guided_features(x, t, torch.tensor([1, 2]), 2)
+    assert (conditional - null).abs().max() > 0.1 * null.abs().max()
+    assert checkpoint.latest(root, print).step == 0
+    assert read_run(tmp_path / "run").stages[0].last("flops") == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = [0, 1]", "seeds = []", "seeds = []"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "each can be used once"),
+        ('baseline = "plain"', 'baseline = "plein"', "baseline = 'plein'"),
+        ('teacher = "random"', 'teacher = "randon"', "the study has stage1, random"),
+        ("cfg_scale = 5.0", "cfg_scail = 5.0", "arm omega5: stage.*cfg_scail"),
+        ('supervision = "none"', 'stage = "plain"', "the base recipe has align, transcend"),
+        ('name = "omega5"', 'name = "plain"', "two [[arm]] are called 'plain'"),
+        ('name = "omega5"', 'name = "a/b"', "can name a folder"),
+        ("steps = 12", "steps = 12\nsteps = 13", "tiny.toml"),
+        ('recipe = "base.toml"', 'recipe = "none.toml"', "no such file"),
+        ('title = "Tiny"', "budget = 3", "unknown key 'budget'"),
+    ],
+)
+def test_mistakes_in_a_study_are_told_in_one_line_before_anything_runs(study, tmp_path, old, new, words) -> None:
+    (tmp_path / "base.toml").write_text((study.parent / "base.toml").read_text())
+    path = tmp_path / "tiny.toml"
+    path.write_text(pixels.STUDY.replace(old, new, 1))
+    with pytest.raises(UserError) as error:
+        read_study(path)
+    if ".*" in words:
+        assert all(part in str(error.value) for part in words.split(".*")), error.value
+    else:
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "study").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_studies_hold_every_arm_that_was_promised_at_about_equal_cost(path: Path) -> None:
+    study = read_study(path)
+    todo = [job for job in jobs(study, Path("out")) if job.seed == study.seeds[0]]
+    methods = [job.recipe.stages[0].method for job in todo if job.arm is not None]
+    taught = [m for m in methods if m.teacher_name]
+    assert {m.cfg_scale for m in taught} >= {1.0, 5.0, 30.0}
+    assert {m.mask for m in taught} == {"sample", "sample_mean", "released"}
+    assert {m.loss for m in taught} == {"mse", "cosine", "normalized_mse"}
+    assert {m.teacher_weights for m in taught} == {"raw", "ema"}
+    assert {t.name: (t.trained, t.labels) for t in study.teachers} == {
+        "stage1": (True, "true"), "shuffled": (True, "shuffled"), "random": (False, "true"),
+    }  # fmt: skip
+    steps = {job.folder.name: job.recipe.stages[0].steps for job in todo}
+    assert steps["plain"] == steps["stage1"] == steps["teacher-stage1"] + steps["omega5"]
+    assert f"{len(todo) * len(study.seeds)} runs" in listing(study, Path("out"))
