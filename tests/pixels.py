@@ -59,6 +59,8 @@ recipe = "base.toml"
 title = "Tiny"
 seeds = [0, 1]
 baseline = "plain"
+teacher_steps = 4
+student_steps = 8
 [common.evaluate]
 judge = "classifier"
 every = 4
@@ -66,7 +68,6 @@ num = 70
 [[teacher]]
 name = "stage1"
 stage = "align"
-steps = 6
 [[teacher]]
 name = "random"
 stage = "align"
@@ -75,21 +76,18 @@ steps = 0
 name = "plain"
 title = "plain SiT"
 supervision = "none"
-steps = 12
 [[arm]]
 name = "omega5"
 title = "ω = 5"
 panel = "ω"
 stage = "transcend"
 teacher = "stage1"
-steps = 8
 cfg_scale = 5.0
 [[arm]]
 name = "random"
 panel = "teacher"
 stage = "transcend"
 teacher = "random"
-steps = 8
 """
 
 

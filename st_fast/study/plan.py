@@ -1,11 +1,13 @@
 """The study file: arms as changes of a base recipe → one checked recipe for each run. Imports no torch.
 
-recipe = "../digits.toml"     beside this file
+recipe = "../digits.toml"     relative to this file
+like = "digits.toml"          another study, whose teachers and arms these are too
 seeds = [0, 1, 2]
 baseline = "plain"            the arm whose final score the others have to reach
-[common.sample]               sections that every run shares, over the base recipe's
-[[teacher]]                   name, stage, steps; labels = "shuffled"; steps = 0: an untrained network
-[[arm]]                       name, title, steps, and `stage` of the base recipe or `supervision`; teacher; settings
+teacher_steps, student_steps  an arm without a teacher gets both together
+[common.sample]               sections, and [common.stage.NAME] settings, that every run has over the base recipe's
+[[teacher]]                   name, stage; labels = "shuffled"; steps = 0: an untrained network
+[[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from st_fast.safefile import shown
 ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
-STUDY_KEYS = ("recipe", "seeds", "baseline", "title", "common", "teacher", "arm")
+STUDY_KEYS = (
+    "recipe", "like", "seeds", "baseline", "title", "teacher_steps", "student_steps", "common", "teacher", "arm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,18 +93,23 @@ def read_study(path: Path) -> Study:
     """The study at `path`, every run's recipe checked; UserError names the file, the arm or teacher, and the key."""
     raw = parse_toml(read_text(path), str(path))
     _known(raw, STUDY_KEYS, str(path))
+    if "like" in raw:
+        other = path.parent / _text(raw, "like", str(path))
+        theirs = parse_toml(read_text(other), str(other))
+        raw = {key: theirs[key] for key in ("teacher", "arm", "baseline") if key in theirs} | raw
     base_path = path.parent / _text(raw, "recipe", str(path))
     seeds = raw.get("seeds")
     if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
         raise UserError(f"{path}: seeds = {shown(seeds)}; a list of whole numbers from 0 is needed")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{path}: seeds = {seeds}; each can be used once")
-    base = read_document(base_path)
-    common = as_document(raw.get("common", {}))
-    for name, table in common.sections.items():
-        base.sections[name] = base.sections.get(name, {}) | table
-    teachers = tuple(_teacher(table, base, path) for table in _tables(raw, "teacher", path))
-    arms = tuple(_arm(table, base, path) for table in _tables(raw, "arm", path))
+    base = _with_common(read_document(base_path), raw.get("common", {}), path)
+    taught, own = (_steps(raw, key, path) for key in ("student_steps", "teacher_steps"))
+    teachers = tuple(_teacher({"steps": own} | table, base, path) for table in _tables(raw, "teacher", path))
+    arms = tuple(
+        _arm({"steps": taught + ("teacher" not in table) * own} | table, base, path)
+        for table in _tables(raw, "arm", path)
+    )
     title = str(raw.get("title", path.stem))
     baseline = _text(raw, "baseline", str(path))
     study = Study(path.stem, title, path, base, base_path, tuple(seeds), baseline, teachers, arms)
@@ -125,6 +134,26 @@ def jobs(study: Study, out: Path) -> Iterator[Job]:
                 stage = study.teacher(arm.teacher).stage["name"]
                 table["teacher"] = (out / f"seed{seed}" / f"teacher-{arm.teacher}" / stage).as_posix()
             yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}"), arm=arm)
+
+
+def _with_common(base: Document, common: dict[str, Any], path: Path) -> Document:
+    """The base recipe with the study's own sections and stage settings over it."""
+    stages = common.get("stage", {})
+    names = [stage.get("name") for stage in base.stages]
+    if not isinstance(stages, dict) or any(name not in names for name in stages):
+        raise UserError(
+            f"{path}: common.stage = {shown(stages)}; tables named {', '.join(map(str, names))} are possible"
+        )
+    sections = as_document({key: table for key, table in common.items() if key != "stage"}).sections
+    merged = {name: base.sections.get(name, {}) | sections.get(name, {}) for name in base.sections | sections}
+    return Document(merged, [stage | stages.get(stage.get("name"), {}) for stage in base.stages])
+
+
+def _steps(raw: dict[str, Any], key: str, path: Path) -> int:
+    value = raw.get(key)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{path}: {key} = {shown(value)}; a whole number from 1 is needed")
+    return value
 
 
 def shuffled_data(out: Path, seed: int) -> Path:
