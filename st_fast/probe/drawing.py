@@ -100,7 +100,6 @@ def velocity_loss(drawn: Drawn) -> Figure:
         axes.plot(centres, found.loss, marker="o", markersize=4, color=_colour(number), label=literal(subject.label))
     axes.set_xlabel("t (0: data, 1: noise)")
     axes.set_ylabel("held-out denoising loss")
-    axes.set_yscale("log")
     axes.legend(frameon=False, fontsize="small")
     _tidy(axes)
     return figure
@@ -156,9 +155,9 @@ def _pictures(drawn: Drawn, rows: Sequence[tuple[str, list[int], Any]]) -> Figur
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for line, (name, blocks, tokens) in zip(grid, rows, strict=True):
+    for number, (line, (name, blocks, tokens)) in enumerate(zip(grid, rows, strict=True)):
         line[0].imshow(_tiled(drawn.clean))
-        line[0].set_title("images", fontsize="small")
+        line[0].set_title("" if number else "images", fontsize="small")
         line[0].text(-0.08, 0.5, literal(name), transform=line[0].transAxes, rotation=90, va="center", ha="right",
                      fontsize="small")  # fmt: skip
         for axes, block, stream in zip(line[1:], blocks, tokens, strict=False):
@@ -166,7 +165,8 @@ def _pictures(drawn: Drawn, rows: Sequence[tuple[str, list[int], Any]]) -> Figur
             axes.imshow(
                 _tiled(pca_colours(stream)[: len(drawn.clean)].reshape(-1, side, side, 3)), interpolation="nearest"
             )
-            axes.set_title("input" if block == 0 else f"block {block}", fontsize="small")
+            heading = f"block {block}" if block else "input"
+            axes.set_title("" if number and blocks == rows[0][1] else heading, fontsize="small")
     return figure
 
 

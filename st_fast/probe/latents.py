@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from st_fast import flow, streams
+from st_fast.data.manifest import Manifest
 from st_fast.data.opening import open_data
 from st_fast.errors import UserError
 from st_fast.judge import read_images
@@ -62,7 +63,7 @@ class Split:
     unseen: bool
     digest: str
     pictures: Tensor
-    """The first few held-out images, uint8 (n, 1 or 3, H, W)."""
+    """The first few held-out images, uint8 (n, 1 or 3, H, W); black where the folder's VAE can't be had."""
 
 
 def load_split(folder: Path, count: int) -> Split:
@@ -95,8 +96,16 @@ def load_split(folder: Path, count: int) -> Split:
         )
     train = Latents(_drawn(moments, manifest.scale, 0), labels, 0)
     held_out = Latents(_drawn(other, manifest.scale, count), other_labels, count)
-    pictures = decoder(folder, manifest, torch.device("cpu"))(held_out.x[:PICTURES])
-    return Split(train, held_out, unseen, manifest.digest, pictures)
+    return Split(train, held_out, unseen, manifest.digest, _pictures(folder, manifest, held_out.x[:PICTURES]))
+
+
+def _pictures(folder: Path, manifest: Manifest, x: Tensor) -> Tensor:
+    """The images of latents, for the eye alone: without a VAE the probe goes on and says so."""
+    try:
+        return decoder(folder, manifest, torch.device("cpu"))(x)
+    except UserError as error:
+        print(f"probe: the images themselves can't be shown: {error}")
+        return torch.zeros(len(x), 1, 1, 1, dtype=torch.uint8)
 
 
 def _drawn(moments: Tensor, scale: float, first: int) -> Tensor:

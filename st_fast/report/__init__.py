@@ -23,13 +23,17 @@ def default_path(runs: Sequence[Path]) -> Path:
     return runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None, export: Path | None = None) -> Path:
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, export: Path | None = None, seeds_declared: bool = False
+) -> Path:
     """Writes the report of one or several run folders, aside first and then renamed, and returns its path.
 
-    With `export`, each figure also goes there as PNG and JSON. UserError names what can't be read or written.
+    With `export`, each figure also goes there as PNG and JSON. With `seeds_declared`, runs that differ in their seed
+    alone are one arm's repetitions; without it, runs of several seeds are shown but not ranked. UserError names what
+    can't be read or written.
     """
     logs = read_runs(runs)
-    page = render(logs)
+    page = render(logs, seeds_declared)
     path = out or default_path(runs)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:

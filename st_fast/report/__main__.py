@@ -10,6 +10,7 @@ from st_fast.errors import run_command
 from st_fast.report import default_path, write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
+from st_fast.report.fairness import unfair
 from st_fast.report.words import verdict
 
 EXAMPLES = """examples:
@@ -17,6 +18,8 @@ EXAMPLES = """examples:
       one run → runs/digits/report.html
   python -m st_fast.report runs/plain runs/digits --out compare.html
       two runs side by side
+  python -m st_fast.report runs/study/digits/seed*/plain runs/study/digits/seed*/omega5 --seeds --out seeds.html
+      two arms over several seeds, with the spread
   python -m st_fast.report runs/digits --export figures
       and every figure as figures/*.png and figures/*.json
   python -m st_fast.report runs/digits --dry-run
@@ -35,14 +38,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder: recipe.toml and log.jsonl")
     parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html; several: ./report.html)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="also write each figure as PNG and JSON into DIR")
+    parser.add_argument("--seeds", action="store_true", help="runs that differ in run.seed are one arm's repetitions")
     parser.add_argument("--dry-run", action="store_true", help="read and check, print the verdict, write nothing")
     options = parser.parse_args(arguments)
     if options.dry_run:
-        for sentence in verdict(make_arms(read_runs(options.runs))):
+        runs = read_runs(options.runs)
+        for sentence in verdict(make_arms(runs), unfair(runs, options.seeds)):
             print(sentence)
         print(f"would write {options.out or default_path(options.runs)}")
         return
-    print(write_report(options.runs, options.out, options.export))
+    print(write_report(options.runs, options.out, options.export, options.seeds))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ def differences(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     return [(key, row) for key, row in values.items() if len(set(row)) > 1]
 
 
-def warnings(runs: Sequence[RunLog], arms: Sequence[Arm]) -> list[str]:
-    """Sentences on what makes comparing these runs doubtful; empty where nothing does."""
-    found = []
+def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], unfair: Sequence[str] = ()) -> list[str]:
+    """Sentences on what makes comparing these runs doubtful, or (`unfair`) forbids it; empty where nothing does."""
+    found = [f"Not a fair comparison, so no verdict is drawn: {'; '.join(unfair)}."] if unfair else []
     unfair = [key for key, _ in differences(runs) if key.startswith(UNFAIR)]
     if unfair:
         found.append(f"These runs differ in more than their stages: {', '.join(unfair)}. Compare with care.")

@@ -15,6 +15,9 @@ from st_fast.report import explain, figures, samples, svg, words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import RunLog, number
 from st_fast.report.compare import differences, warnings
+from st_fast.report.fairness import unfair
+from st_fast.report.probes import read_probes
+from st_fast.report.verdict_table import verdict_table
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,10 @@ class Strip:
     grids: list[samples.Grid]
 
 
-def render(runs: Sequence[RunLog]) -> str:
-    """The page as HTML text."""
+def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
+    """The page as HTML text; `seeds_declared`: runs that differ in their seed are repetitions."""
     arms = make_arms(runs)
+    reasons = unfair(runs, seeds_declared)
     notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
     unknown = [arm.label for arm in arms if not arm.total.known]
     notes += [f"What the teacher of “{label}” cost isn't recorded here; its totals lack it." for label in unknown]
@@ -54,9 +58,11 @@ def render(runs: Sequence[RunLog]) -> str:
     budget, grids = samples.at_budget(words.heads(arms), notes)
     context: dict[str, Any] = {
         "title": ", ".join(run.name for run in runs),
-        "verdict": words.verdict(arms),
+        "verdict": words.verdict(arms, reasons),
+        "table": None if reasons else verdict_table(arms),
+        "probes": read_probes(runs, notes),
         "hero": samples.last(words.headline(arms), notes),
-        "warnings": warnings(runs, arms),
+        "warnings": warnings(runs, arms, reasons),
         "notes": notes,
         "cards": explain.cards(arms),
         "quality": [draw(figure) for figure in figures.quality(arms)],

@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -66,26 +67,31 @@ def embed(arm: Arm, record: Record, notes: list[str], width: int) -> Grid | None
     """The picture of a sample record, at most `width` wide; None, and a note, where it can't be read as an image."""
     name = record["file"]
     try:
-        picture = _open(arm, name)
+        picture = narrowed(open_picture(arm.run.path, name), width)
     except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else "not a picture inside the run folder"
         note = f"The sample {shown(name)} of stage “{arm.stage.name}” is {reason}; it is left out."
         if note not in notes:
             notes.append(note)
         return None
-    if picture.width > width:
-        height = max(1, round(picture.height * width / picture.width))
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     flops = number(record, "flops") + arm.teacher.flops
-    return Grid(arm.label, int(record["step"]), flops, _uri(picture), picture.width, picture.height)
+    return Grid(arm.label, int(record["step"]), flops, data_uri(picture), picture.width, picture.height)
 
 
-def _open(arm: Arm, name: str) -> Image.Image:
-    """Decodes a picture of the run folder; never follows a path out of it, never opens an absurdly large one."""
+def narrowed(picture: Image.Image, width: int) -> Image.Image:
+    """The picture, at most `width` wide."""
+    if picture.width <= width:
+        return picture
+    height = max(1, round(picture.height * width / picture.width))
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def open_picture(folder: Path, name: str) -> Image.Image:
+    """Decodes a PNG inside the folder; never follows a path out of it, never opens an absurdly large one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(inside(arm.run.path, name), formats=("PNG",)) as image:
+            with Image.open(inside(folder, name), formats=("PNG",)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError("too large")
                 return image.convert("RGB" if image.mode not in ("L", "1") else "L")
@@ -93,7 +99,7 @@ def _open(arm: Arm, name: str) -> Image.Image:
             raise ValueError(str(warning)) from None
 
 
-def _uri(picture: Image.Image) -> str:
+def data_uri(picture: Image.Image) -> str:
     """PNG where that is small, else JPEG: photographs need no exact pixels at this size."""
     for format_, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
         buffer = io.BytesIO()

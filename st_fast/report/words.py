@@ -59,8 +59,13 @@ def cost(value: Cost) -> str:
     return f"{'at least ' if not value.known else ''}{flops(value.flops)} and {duration(value.seconds)}"
 
 
-def verdict(arms: Sequence[Arm]) -> tuple[str, str]:
-    """Two sentences on what came out, computed from the logs: what the samples are worth, and what they cost."""
+def verdict(arms: Sequence[Arm], unfair: Sequence[str] = ()) -> tuple[str, str]:
+    """Two sentences on what came out, computed from the logs: what the samples are worth, and what they cost.
+
+    Nothing is ranked where `unfair` gives reasons why these runs can't be.
+    """
+    if unfair:
+        return _unranked(heads(arms), unfair)
     metric, judged = _ranked(arms)
     if not judged:
         return _unjudged(heads(arms))
@@ -85,10 +90,17 @@ def heads(arms: Sequence[Arm]) -> list[Arm]:
     return list(last.values())
 
 
+def deciding_metric(arms: Sequence[Arm]) -> str:
+    """Fréchet distance if all evaluated ones have it, else the share recognised."""
+    evaluated = [arm for arm in arms if arm.stage.evals]
+    both = evaluated and all(math.isfinite(arm.final("frechet")) for arm in evaluated)
+    return "frechet" if both else "accuracy"
+
+
 def _ranked(arms: Sequence[Arm]) -> tuple[str, list[Arm]]:
-    """The metric that decides and the heads that have it, best first: Fréchet distance if all evaluated ones do."""
+    """The metric that decides and the heads that have it, best first."""
     evaluated = [arm for arm in heads(arms) if arm.stage.evals]
-    if evaluated and all(math.isfinite(arm.final("frechet")) for arm in evaluated):
+    if deciding_metric(evaluated) == "frechet":
         return "frechet", sorted(evaluated, key=lambda arm: arm.final("frechet"))
     accurate = [arm for arm in evaluated if math.isfinite(arm.final("accuracy"))]
     return "accuracy", sorted(accurate, key=lambda arm: -arm.final("accuracy"))
@@ -126,6 +138,11 @@ def _unjudged(unjudged: Sequence[Arm]) -> tuple[str, str]:
     spent = "; ".join(f"{cost(arm.total)} for “{arm.label}”" for arm in unjudged)
     nothing = "No samples were judged, so nothing can be said of their quality"
     return f"{'; '.join(states)}.", f"{nothing}; spent so far: {spent}."
+
+
+def _unranked(shown: Sequence[Arm], unfair: Sequence[str]) -> tuple[str, str]:
+    scores = "; ".join(f"“{arm.label}”: {_quality(arm) or 'not judged'}, for {cost(arm.total)}" for arm in shown)
+    return f"These runs can't be ranked: {'; '.join(unfair)}.", f"Each for itself: {scores}."
 
 
 def _one(arm: Arm, arms: Sequence[Arm]) -> tuple[str, str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from st_fast.errors import UserError
 from st_fast.report import words
 from st_fast.report.repeats import Row, spread
+from st_fast.report.verdict_table import in_words
 from st_fast.safefile import make_folder
 from st_fast.study.pictures import curves, samples
-from st_fast.study.results import Results
+from st_fast.study.results import METRIC, Results
 
 HEADER = """# Does it pay?
 
@@ -49,7 +50,6 @@ def body(results: Results, links: Sequence[str]) -> str:
     """The section: what was compared, what came out, the table, the pictures, what it took."""
     study, protocol = results.study, results.protocol
     arms, seeds = len(results.groups), len(study.seeds)
-    base = results.rows[0]
     pictures = {link.rsplit("-", 1)[1].removesuffix(".png"): link for link in links}
     parts = [
         f"## {study.title}\n",
@@ -62,10 +62,7 @@ def body(results: Results, links: Sequence[str]) -> str:
         "training and its forward passes.\n",
         "\n".join(f"- {sentence}" for sentence in findings(results.rows)) + "\n",
         table(results.rows),
-        f"Mean ± standard deviation over the seeds. *At the same cost*: the last score within the FLOPs that "
-        f"“{base.label}” took in all. *Better*: in how many seeds that beats the final score of “{base.label}”. "
-        "*Reaches its final score after*: share of its FLOPs, mean of the seeds that do (lowest to highest); scores "
-        f"are taken at intervals and are noisy, which is why “{base.label}” itself may reach its own before its end.\n",
+        f"{in_words(results.rows, METRIC).note}\n",
     ]
     if "quality" in pictures:
         parts.append(f"![Quality against all training FLOPs; the range over seeds is shaded]({pictures['quality']})\n")
@@ -99,33 +96,9 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """The verdict as Markdown."""
-    base = rows[0].label
-    lines = [
-        f"| arm | Fréchet distance at the same cost | recognised | better | final Fréchet distance | all FLOPs, of "
-        f"“{base}” | reaches its final score after |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        better = "" if row is rows[0] else f"{row.better} of {len(row.seeds)}"
-        scores = [told(row.at_cost, words.plain), told(row.accuracy_at_cost, words.percent), better]
-        costs = [told(row.final, words.plain), words.percent(spread(row.cost_share)[0]), reach(row)]
-        lines.append(f"| {' | '.join([row.label, *scores, *costs])} |")
-    return "\n".join(lines) + "\n"
-
-
-def told(values: Sequence[float], write: Callable[[float], str]) -> str:
-    """“4.2 ± 0.3”; the mean alone for one value."""
-    mean, deviation = spread(values)
-    return f"{write(mean)} ± {write(deviation)}" if math.isfinite(deviation) else write(mean)
-
-
-def reach(row: Row) -> str:
-    """“62.0 % (58.1 % to 66.4 %), 3 of 3”, or that it never does."""
-    shares = [share for share in row.reached if share is not None]
-    if not shares:
-        return f"never, 0 of {len(row.reached)}"
-    span = f" ({words.percent(min(shares))} to {words.percent(max(shares))})" if len(shares) > 1 else ""
-    return f"{words.percent(spread(shares)[0])}{span}, {len(shares)} of {len(row.reached)}"
+    verdict = in_words(rows, METRIC)
+    lines = [verdict.head, ["---"] * len(verdict.head), *verdict.lines]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def sampling(protocol: dict[str, object]) -> str:

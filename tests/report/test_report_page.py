@@ -269,16 +269,32 @@ def test_the_report_needs_no_torch() -> None:
     assert done.stdout.strip() == "set()"
 
 
+def add_probe(run: Path) -> Path:
+    """A probe with one very wide figure."""
+    (run / "probe").mkdir()
+    Image.new("RGB", (1900, 400), "white").save(run / "probe" / "wide.png")
+    figure = {"file": "wide.png", "title": "Wide", "caption": "A caption."}
+    (run / "probe" / "probe.json").write_text(json.dumps({"figures": [figure], "held_out_images": 9}))
+    return run
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
-@pytest.mark.parametrize("width", [1200, 500])
+@pytest.mark.parametrize("width", [1200, 500, 390])
 def test_chromium_draws_the_page_and_nothing_is_wider_than_the_window(runs, tmp_path: Path, width: int) -> None:
-    out = write_report([runs.two_stages(), runs.plain()], out=tmp_path / "page.html")
+    paths = [add_probe(runs.two_stages()), runs.plain(), runs.two_stages("seed1", 1), runs.plain("plain1", 1)]
+    out = write_report(paths, out=tmp_path / "page.html", seeds_declared=True)
     probe = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg polyline').length"
     html = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-    out.write_text(html.replace("</body>", f"<script>document.title = {probe}</script></body>"))
+    out.write_text(html.replace("</body>", f"<script>parent.postMessage({probe}, '*')</script></body>"))
+    # A window of Chromium is at least 500 pixels wide; a frame in it may be as narrow as a phone.
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        "<title></title><script>onmessage = message => document.title = message.data</script>"
+        f'<iframe src="page.html" width="{width}" height="900"></iframe>'
+    )
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     command_line = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command_line += [f"--window-size={width},2000", "--dump-dom", f"file://{out}"]
+    command_line += ["--window-size=1300,1000", "--virtual-time-budget=3000", "--dump-dom", f"file://{frame}"]
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=True)
     shown = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
     assert shown is not None

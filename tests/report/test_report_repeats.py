@@ -1,0 +1,120 @@
+"""A verdict over seeds pairs runs of one seed, counts the teacher, and isn't drawn from runs that can't be compared."""
+
+import math
+import re
+import statistics
+
+import pytest
+
+from st_fast.report import write_report
+from st_fast.report.arms import make_arms
+from st_fast.report.collect import read_runs
+from st_fast.report.fairness import unfair
+from st_fast.report.repeats import choose_baseline, group_by_seed, rows, spread
+from st_fast.report.verdict_table import in_words, verdict_table
+from st_fast.report.words import heads, verdict
+from tests.report.test_report_page import Page
+
+
+def scored(runs, path, scores):
+    """The run with these Fréchet distances at its last stage's evaluations."""
+    left = dict(scores)
+    last = runs.log(path)[-1]["stage"]
+
+    def edit(record):
+        if record["kind"] == "eval" and record["stage"] == last:
+            return record | {"metrics": record["metrics"] | {"frechet": left[record["step"]]}}
+        return record
+
+    return runs.change(path, edit)
+
+
+def two_arms_three_seeds(runs):
+    """Plain ends at 2, 3 and 4; the other arm gets there at step 400, 800 and never."""
+    paths = []
+    for seed, goal, when in ((0, 2.0, 400), (1, 3.0, 800), (2, 4.0, 9999)):
+        plain = {step: 9.0 - step * 1e-3 for step in range(200, 1600, 200)} | {1600: goal}
+        taught = {step: goal - 0.5 if step >= when else goal + 5.0 for step in range(200, 1001, 200)}
+        paths += [
+            scored(runs, runs.plain(f"seed{seed}/plain", seed), plain),
+            scored(runs, runs.two_stages(f"seed{seed}/taught", seed), taught),
+        ]
+    return paths
+
+
+def found_rows(runs):
+    groups = group_by_seed(heads(make_arms(read_runs(two_arms_three_seeds(runs)))))
+    return rows(groups, choose_baseline(groups), "frechet")
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_arm(runs) -> None:
+    groups = group_by_seed(heads(make_arms(read_runs(two_arms_three_seeds(runs)))))
+    assert [sorted(group.by_seed) for group in groups] == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_shares_and_scores_are_those_of_each_seeds_own_baseline(runs) -> None:
+    plain, taught = found_rows(runs)
+    whole = 1600 * runs.batch * runs.flops
+    per_step, teacher = runs.batch * (runs.flops + runs.teacher_flops), 600 * runs.batch * runs.flops
+    assert plain.final == plain.at_cost == [2.0, 3.0, 4.0]
+    assert plain.reached == [1.0, 1.0, 1.0] and plain.better == 0
+    assert taught.reached[0] == pytest.approx((teacher + 400 * per_step) / whole)
+    assert taught.reached[1] == pytest.approx((teacher + 800 * per_step) / whole)
+    assert taught.reached[2] is None
+    assert taught.cost_share == pytest.approx([(teacher + 1000 * per_step) / whole] * 3)
+    affordable = max(step for step in range(200, 1001, 200) if teacher + step * per_step <= whole)
+    assert affordable == 600
+    assert taught.at_cost == [1.5, 8.0, 9.0]
+    assert taught.final == [1.5, 2.5, 9.0]
+    assert taught.better == 1
+
+
+def test_spread_is_the_mean_and_the_sample_deviation() -> None:
+    assert spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(statistics.stdev([1, 2, 6])))
+    assert spread([5.0])[0] == 5.0 and math.isnan(spread([5.0])[1])
+    assert all(map(math.isnan, spread([math.nan])))
+
+
+def test_the_table_says_it_with_spread_and_counts(runs) -> None:
+    table = in_words(found_rows(runs), "frechet")
+    plain, taught = table.lines
+    assert plain[1] == "3 ± 1"
+    assert taught[3] == "1 of 3"
+    assert re.fullmatch(r"(.*) \((.*) to (.*)\), 2 of 3", taught[6])
+    first, second = (100 * (600 * 1.5 + step * 1.9) / (1600 * 1.5) for step in (400, 800))
+    assert f"{(first + second) / 2:.1f}" in taught[6] and f"{first:.1f}" in taught[6] and f"{second:.1f}" in taught[6]
+
+
+def test_one_run_an_arm_has_a_verdict_without_spread(runs) -> None:
+    table = verdict_table(make_arms(read_runs([runs.plain(), runs.two_stages()])))
+    assert [line[0] for line in table.lines] == ["plain", "digits · transcend"]
+    assert not any("±" in cell for line in table.lines for cell in line)
+    assert verdict_table(make_arms(read_runs([runs.two_stages()]))) is None, "nothing to compare with"
+
+
+def test_seeds_are_ranked_only_where_they_were_declared(runs) -> None:
+    paths = two_arms_three_seeds(runs)
+    logs = read_runs(paths)
+    assert unfair(logs, seeds_declared=True) == []
+    assert "run.seed" in unfair(logs)[0]
+    page = Page(write_report(paths, out=paths[0] / "page.html").read_text())
+    assert "Not a fair comparison" in page.text and "The verdict" not in page.text
+    assert verdict(make_arms(logs), unfair(logs))[0].startswith("These runs can't be ranked")
+    page = Page(write_report(paths, out=paths[0] / "page.html", seeds_declared=True).read_text())
+    assert "The verdict" in page.text and "3 ± 1" in page.text and "Not a fair comparison" not in page.text
+
+
+def test_runs_on_other_data_or_another_stream_are_marked_and_not_ranked(runs) -> None:
+    def on(path, digest):
+        return runs.change(path, lambda r: r | {"dataset": digest} if r["kind"] == "start" else r)
+
+    same = [on(runs.plain("a"), "d1"), on(runs.two_stages("b"), "d1")]
+    assert unfair(read_runs(same)) == []
+    other = read_runs([same[0], on(runs.two_stages("b"), "d2")])
+    assert len(unfair(other, seeds_declared=True)) == 1 and "different data" in unfair(other)[0]
+    older = read_runs([same[0], runs.two_stages("c")])
+    assert unfair(older) == [], "a log from before the digest was recorded says nothing against it"
+    recipe = same[0] / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("batch_size = 128", "batch_size = 64"))
+    reasons = unfair(read_runs([same[0], runs.two_stages("c")]))
+    assert len(reasons) == 1 and "optim.batch_size" in reasons[0] and "\n" not in reasons[0]
