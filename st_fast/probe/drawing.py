@@ -77,9 +77,9 @@ def knows(drawn: Drawn) -> Figure:
     panels = figure.subplots(1, len(drawn.times), sharey=True, squeeze=False)[0]
     for place, (axes, t) in enumerate(zip(panels, drawn.times, strict=True)):
         for number, (subject, found) in enumerate(zip(drawn.subjects, drawn.found, strict=True)):
-            y, colour, tap = found.accuracy[place], _colour(number), subject.stage.method.tap
+            y, colour = found.accuracy[place], _colour(number)
             axes.plot(found.blocks, y, marker="o", markersize=3.5, color=colour, label=literal(subject.label))
-            if tap:
+            for tap in subject.supervised:
                 axes.plot(tap, y[found.blocks.index(tap)], "o", markersize=11, mfc="none", mec=colour, mew=1.4)
         axes.set_title(f"t = {t:g}", fontsize="medium")
         axes.set_xlabel("block (0: input)")

@@ -40,10 +40,10 @@ class Findings:
     loss: list[float]
 
 
-def chosen_blocks(depth: int, tapped: int, most: int = MOST_BLOCKS) -> list[int]:
-    """0 … depth, thinned to about `most` in a deep model; the first, the last and the supervised one stay."""
+def chosen_blocks(depth: int, supervised: Sequence[int], most: int = MOST_BLOCKS) -> list[int]:
+    """0 … depth, thinned to about `most` in a deep model; the first, the last and the supervised ones stay."""
     even = np.linspace(0, depth, min(depth, most) + 1).round().astype(int).tolist()
-    return sorted({*even, tapped})
+    return sorted({*even, *supervised})
 
 
 def examine(model: SiT, split: Split, blocks: Sequence[int], times: Sequence[float], bins: int, path: str) -> Findings:

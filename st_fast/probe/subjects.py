@@ -25,6 +25,12 @@ class Subject:
     model: SiT
     teacher: str | None
 
+    @property
+    def supervised(self) -> tuple[int, ...]:
+        """The blocks that extra supervision reads; none in plain training."""
+        tap: int | tuple[int, ...] = self.stage.method.tap
+        return tuple(block for block in (tap if isinstance(tap, tuple) else (tap,)) if block)
+
 
 def load_recipes(runs: Sequence[Path]) -> list[Recipe]:
     """The runs' recipes; UserError for a folder without one, and where two can't be probed on the same latents."""

@@ -23,8 +23,7 @@ def probe(runs: Sequence[Path], weights: Literal["raw", "ema"], images: int, tim
     split = load_split(Path(recipes[0].data.path), images)
     path = recipes[0].flow.path
     found = [
-        examine(s.model, split, chosen_blocks(s.model.config.depth, s.stage.method.tap), times, bins, path)
-        for s in subjects
+        examine(s.model, split, chosen_blocks(s.model.config.depth, s.supervised), times, bins, path) for s in subjects
     ]
     middle = nearest(times, 0.5)
     alignments = [aligned(subject, subjects, found, middle) for subject in subjects]
@@ -88,7 +87,7 @@ def matrix(rows: Sequence[Any], columns: Sequence[Any], measure: Any) -> list[li
 def _numbers(subject: Subject, found: Findings, alignment: dict[str, Any]) -> dict[str, Any]:
     return {
         "label": subject.label,
-        "supervised_block": subject.stage.method.tap,
+        "supervised_blocks": list(subject.supervised),
         "teacher": subject.teacher,
         "blocks": found.blocks,
         "accuracy": found.accuracy,

@@ -15,7 +15,7 @@ from st_fast.report import explain, figures, samples, svg, words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import RunLog, number
 from st_fast.report.compare import differences, warnings
-from st_fast.report.fairness import unfair
+from st_fast.report.fairness import seed_of, unfair
 from st_fast.report.probes import read_probes
 from st_fast.report.verdict_table import verdict_table
 
@@ -55,7 +55,9 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
     unknown = [arm.label for arm in arms if not arm.total.known]
     notes += [f"What the teacher of “{label}” cost isn't recorded here; its totals lack it." for label in unknown]
     strips = [Strip(arm, samples.strip(arm, notes)) for arm in arms]
-    budget, grids = samples.at_budget(words.heads(arms), notes)
+    heads = words.heads(arms)
+    same_noise = [arm for arm in heads if seed_of(arm.run) == seed_of(heads[0].run)]
+    budget, grids = samples.at_budget(same_noise, notes)
     context: dict[str, Any] = {
         "title": ", ".join(run.name for run in runs),
         "verdict": words.verdict(arms, reasons),

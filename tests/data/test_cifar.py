@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from st_fast import prepare
+from st_fast.data import real_images
 from st_fast.data.images import load_image
 from st_fast.data.loader import make_loader
 from st_fast.data.shards import open_shards
 from st_fast.data.sources import open_source
+from st_fast.errors import UserError
+from st_fast.judge import read_images
 from st_fast.vae import decode, load_vae
 
 ARCHIVE = Path(
@@ -27,6 +30,24 @@ def test_the_archive_has_ten_balanced_classes() -> None:
     source = open_source(ARCHIVE, "train")
     assert np.bincount(source.labels).tolist() == [5_000] * 10
     assert source.class_names[:3] == ("airplane", "automobile", "bird")
+
+
+def test_a_judges_images_are_the_archives_own(tmp_path: Path) -> None:
+    with zipfile.ZipFile(ARCHIVE) as whole, zipfile.ZipFile(tmp_path / "part.zip", "w") as part:
+        for name in whole.namelist():
+            if name.startswith(("train/cat/00", "train/frog/00", "test/cat/00", "test/frog/00")):
+                part.writestr(name, whole.read(name))
+    options = ["--subset", "train", "--size", "32", "--vae", "pixels", "--device", "cpu"]
+    prepare.main([str(tmp_path / "part.zip"), str(tmp_path / "out"), *options])
+    command = [str(tmp_path / "part.zip"), str(tmp_path / "out"), "--size", "32", "--train", "90", "--test", "70"]
+    real_images.main(command)
+    real = read_images(tmp_path / "out")
+    assert (real.train.shape, real.test.shape) == ((90, 3, 32, 32), (70, 3, 32, 32))
+    source = open_source(tmp_path / "part.zip", "test")
+    known = {load_image(source.read(i), 32, 3).tobytes(): source.labels[i] for i in range(len(source.names))}
+    assert [known[one.numpy().tobytes()] for one in real.test] == real.test_labels.tolist()
+    with pytest.raises(UserError, match="there already"):
+        real_images.main(command)
 
 
 def test_true_pictures_survive_preparation_exactly(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def test_features_are_blind_to_the_labels_and_pooled_over_tokens(model, data) ->
 
 
 def test_a_deep_model_is_read_at_a_dozen_blocks_among_them_the_supervised_one() -> None:
-    assert chosen_blocks(6, 2) == [0, 1, 2, 3, 4, 5, 6]
-    blocks = chosen_blocks(28, 9)
+    assert chosen_blocks(6, [2]) == [0, 1, 2, 3, 4, 5, 6]
+    blocks = chosen_blocks(28, [9])
     assert len(blocks) <= 14 and {0, 9, 28} <= set(blocks)
 
 
