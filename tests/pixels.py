@@ -59,6 +59,7 @@ recipe = "base.toml"
 title = "Tiny"
 seeds = [0, 1]
 baseline = "plain"
+reference = "omega5"
 teacher_steps = 4
 student_steps = 8
 [common.evaluate]

@@ -67,14 +67,15 @@ def _chart(axes: Axes, figure: Chart) -> None:
     elif figure.y_unit == "percent":
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(lambda value, _: UNITS[figure.x_unit](value))
-    axes.xaxis.set_major_locator(_few_ticks())
+    axes.xaxis.set_major_locator(few_ticks())
     axes.yaxis.set_major_formatter(lambda value, _: UNITS[figure.y_unit](value))
     axes.set_xlabel(figure.x_label)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize="small")
 
 
-def _few_ticks() -> MaxNLocator:
+def few_ticks() -> MaxNLocator:
+    """At most five round ticks, so that values with units have room."""
     from matplotlib import ticker
 
     return ticker.MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
@@ -88,7 +89,7 @@ def _bars(axes: Axes, figure: Bars) -> None:
         axes.barh(range(len(rows)), [row.sizes[n] for row in rows], left=left, color=colour, label=literal(name))
     axes.set_yticks(range(len(rows)), [literal(row.label) for row in rows])
     axes.xaxis.set_major_formatter(lambda value, _: UNITS[figure.unit](value))
-    axes.xaxis.set_major_locator(_few_ticks())
+    axes.xaxis.set_major_locator(few_ticks())
     axes.legend(frameon=False, fontsize="small")
 
 

@@ -64,6 +64,11 @@ def body(results: Results, links: Sequence[str]) -> str:
         table(results.rows),
         f"{in_words(results.rows, METRIC).note}\n",
     ]
+    others = against_reference(results)
+    if others:
+        title = next(arm.title for arm in study.arms if arm.name == study.reference)
+        parts.append(f"Fréchet distance beside “{title}”, after as many steps of the student:\n")
+        parts.append("\n".join(f"- {sentence}" for sentence in others) + "\n")
     if "quality" in pictures:
         parts.append(f"![Quality against all training FLOPs; the range over seeds is shaded]({pictures['quality']})\n")
     if "samples" in pictures:
@@ -91,6 +96,24 @@ def findings(rows: Sequence[Row]) -> list[str]:
             f"{row.label}: Fréchet distance {words.plain(abs(mean))}{about} {side} “{base.label}” at the same cost, "
             f"better in {row.better} of {n} ({sure})."
         )
+    return sentences
+
+
+def against_reference(results: Results) -> list[str]:
+    """A sentence for each other arm with a teacher on how it ends beside the reference, after the same steps."""
+    titles = {arm.name: arm.title for arm in results.study.arms}
+    taught = [arm.title for arm in results.study.arms if arm.teacher and arm.name != results.study.reference]
+    rows = {row.label: row for row in results.rows}
+    reference = rows[titles[results.study.reference]]
+    sentences = []
+    for row in (rows[title] for title in taught):
+        differences = [a - b for a, b in zip(row.final, reference.final, strict=True)]
+        mean, deviation = spread(differences)
+        about = f" ± {words.plain(deviation)}" if math.isfinite(deviation) else ""
+        worse = sum(difference > 0 for difference in differences)
+        side = "above" if mean > 0 else "below"
+        seeds = f"worse in {worse} of {len(differences)} seeds"
+        sentences.append(f"{row.label}: ends {words.plain(abs(mean))}{about} {side} it, {seeds}.")
     return sentences
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,15 +11,16 @@ import numpy as np
 from st_fast.report import words
 from st_fast.report.arms import Arm
 from st_fast.report.collect import number
-from st_fast.report.export import COLOURS, literal
+from st_fast.report.export import COLOURS, few_ticks, literal
 from st_fast.report.repeats import Repeats
 from st_fast.safefile import inside
 from st_fast.study.results import Results
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = (("frechet", "Fréchet distance", True), ("accuracy", "recognised", False))
+METRICS = (("frechet", "Fréchet distance"), ("accuracy", "recognised"))
 
 
 def curves(results: Results) -> Figure:
@@ -34,7 +36,7 @@ def curves(results: Results) -> Figure:
     grid = figure.subplots(len(METRICS), len(panels), sharex=True, sharey="row", squeeze=False)
     for column, panel in enumerate(panels):
         shown = [g for g, arm in zip(results.groups, study.arms, strict=True) if arm.panel in ("", panel)]
-        for row, (metric, label, log) in enumerate(METRICS):
+        for row, (metric, label) in enumerate(METRICS):
             axes = grid[row][column]
             for place, group in enumerate(shown):
                 x, y = band(group, metric)
@@ -42,17 +44,32 @@ def curves(results: Results) -> Figure:
                 dash = "--" if place >= len(COLOURS) else "-"
                 axes.plot(x, y.mean(axis=0), dash, color=colour, marker="o", markersize=3, label=literal(group.label))
                 axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-            if log and all(line.get_ydata().min() > 0 for line in axes.lines):
-                axes.set_yscale("log")
+            axes.xaxis.set_major_locator(few_ticks())
             axes.xaxis.set_major_formatter(lambda value, _: words.flops(value))
             axes.tick_params(axis="x", labelsize="small")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", alpha=0.25)
             axes.set_ylabel(label if column == 0 else "")
+        grid[-1][column].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         grid[0][column].set_title(literal(panel), loc="left", fontweight="bold")
         grid[0][column].legend(frameon=False, fontsize="small")
         grid[-1][column].set_xlabel("all training FLOPs, teacher included")
+    _log_where_wide(grid[0], results)
     return figure
+
+
+def _log_where_wide(row: Sequence[Axes], results: Results) -> None:
+    """Distances that fall to a tenth and less are drawn on a logarithmic axis, with ticks at 1, 2 and 5."""
+    from matplotlib import ticker
+
+    values = np.concatenate([band(group, METRICS[0][0])[1].ravel() for group in results.groups])
+    if values.min() <= 0 or values.max() < 10 * values.min():
+        return
+    for axes in row:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: words.plain(value))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def band(group: Repeats, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ recipe = "../digits.toml"     relative to this file
 like = "digits.toml"          another study, whose teachers and arms these are too
 seeds = [0, 1, 2]
 baseline = "plain"            the arm whose final score the others have to reach
+reference = "omega5"          the arm with a teacher that the others with one are compared with, step for step
 teacher_steps, student_steps  an arm without a teacher gets both together
 [common.sample]               sections, and [common.stage.NAME] settings, that every run has over the base recipe's
 [[teacher]]                   name, stage; labels = "shuffled"; steps = 0: an untrained network
@@ -30,7 +31,8 @@ ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
 STUDY_KEYS = (
-    "recipe", "like", "seeds", "baseline", "title", "teacher_steps", "student_steps", "common", "teacher", "arm",
+    "recipe", "like", "seeds", "baseline", "reference", "title", "teacher_steps", "student_steps", "common",
+    "teacher", "arm",
 )  # fmt: skip
 
 
@@ -70,6 +72,7 @@ class Study:
     recipe_path: Path
     seeds: tuple[int, ...]
     baseline: str
+    reference: str
     teachers: tuple[Teacher, ...]
     arms: tuple[Arm, ...]
 
@@ -96,7 +99,7 @@ def read_study(path: Path) -> Study:
     if "like" in raw:
         other = path.parent / _text(raw, "like", str(path))
         theirs = parse_toml(read_text(other), str(other))
-        raw = {key: theirs[key] for key in ("teacher", "arm", "baseline") if key in theirs} | raw
+        raw = {key: theirs[key] for key in ("teacher", "arm", "baseline", "reference") if key in theirs} | raw
     base_path = path.parent / _text(raw, "recipe", str(path))
     seeds = raw.get("seeds")
     if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
@@ -111,8 +114,8 @@ def read_study(path: Path) -> Study:
         for table in _tables(raw, "arm", path)
     )
     title = str(raw.get("title", path.stem))
-    baseline = _text(raw, "baseline", str(path))
-    study = Study(path.stem, title, path, base, base_path, tuple(seeds), baseline, teachers, arms)
+    baseline, reference = (_text(raw, key, str(path)) for key in ("baseline", "reference"))
+    study = Study(path.stem, title, path, base, base_path, tuple(seeds), baseline, reference, teachers, arms)
     _check_names(study)
     for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained
         pass
@@ -223,8 +226,9 @@ def _check_names(study: Study) -> None:
         for name in names:
             if [other.casefold() for other in names].count(name.casefold()) > 1:
                 raise UserError(f"{study.path}: two [[{kind}]] are called {name!r}; names must differ")
-    if study.baseline not in [arm.name for arm in study.arms]:
-        raise UserError(f"{study.path}: baseline = {study.baseline!r}; an arm's name is needed")
+    for key in ("baseline", "reference"):
+        if getattr(study, key) not in [arm.name for arm in study.arms]:
+            raise UserError(f"{study.path}: {key} = {getattr(study, key)!r}; an arm's name is needed")
     for arm in study.arms:
         if arm.teacher is not None and arm.teacher not in [t.name for t in study.teachers]:
             there = ", ".join(t.name for t in study.teachers) or "none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def test_the_page_has_table_pictures_and_its_own_place(killed_and_resumed) -> No
     page = killed_and_resumed.parent / "docs" / "study.md"
     text = page.read_text()
     assert "| ω = 5 |" in text and "## Tiny" in text
+    last = {
+        (name, seed): records(killed_and_resumed / f"seed{seed}" / name, "eval")[-1]["metrics"]["frechet"]
+        for name in ("omega5", "random")
+        for seed in (0, 1)
+    }
+    worse = sum(last["random", seed] > last["omega5", seed] for seed in (0, 1))
+    assert re.search(rf"- random: ends .* it, worse in {worse} of 2 seeds\.", text)
     for link in ("study/tiny-quality.png", "study/tiny-samples.png"):
         assert link in text and (page.parent / link).stat().st_size > 5_000
     again = placed(placed(text, "other", "## Other\n"), "tiny", "## Tiny again\n")
@@ -166,6 +174,7 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
         ("seeds = [0, 1]", "seeds = []", "seeds = []"),
         ("seeds = [0, 1]", "seeds = [1, 1]", "each can be used once"),
         ('baseline = "plain"', 'baseline = "plein"', "baseline = 'plein'"),
+        ('reference = "omega5"', 'reference = "omega"', "reference = 'omega'"),
         ('teacher = "random"', 'teacher = "randon"', "the study has stage1, random"),
         ("cfg_scale = 5.0", "cfg_scail = 5.0", "arm omega5: stage.*cfg_scail"),
         ('supervision = "none"', 'stage = "plain"', "the base recipe has align, transcend"),
