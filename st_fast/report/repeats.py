@@ -34,7 +34,7 @@ class Row:
     seeds: list[int]
     final: list[float]
     at_cost: list[float]
-    """The metric at the last evaluation within the baseline's total FLOPs of that seed."""
+    """The metric at the baseline's total FLOPs of that seed; at its last evaluation where an arm took less in all."""
     accuracy_at_cost: list[float]
     cost_share: list[float]
     """Total FLOPs, as a share of the baseline's."""
@@ -92,22 +92,32 @@ def _row(group: Repeats, baseline: Repeats, metric: str) -> Row:
             continue
         sign = -1.0 if LOWER_IS_BETTER[metric] else 1.0
         first = next((x for x, y in zip(spent, scores, strict=True) if sign * (y - goal) >= 0), None)
-        at_cost = _within(arm, metric, whole)
+        at_cost = at_budget(arm, metric, whole)
         row.seeds.append(seed)
         row.final.append(scores[-1])
         row.at_cost.append(at_cost)
-        row.accuracy_at_cost.append(_within(arm, "accuracy", whole))
+        row.accuracy_at_cost.append(at_budget(arm, "accuracy", whole))
         row.cost_share.append(arm.total.flops / whole)
         row.reached.append(None if first is None else first / whole)
         better += bool(sign * (at_cost - goal) > 0)
     return Row(**{**vars(row), "better": better})
 
 
-def _within(arm: Arm, metric: str, budget: float) -> float:
-    """The metric at the last evaluation whose total cost lies within the budget; NaN before the first."""
+def at_budget(arm: Arm, metric: str, budget: float) -> float:
+    """The metric after that much total cost, on the straight line between the evaluations before and after it.
+
+    The last one's value if the arm spent less; NaN if it had not been evaluated by then.
+    """
     spent, values = arm.quality(metric, "flops")
-    within = [y for x, y in zip(spent, values, strict=True) if x <= budget * (1 + 1e-9)]
-    return within[-1] if within else math.nan
+    after = next((i for i, x in enumerate(spent) if x >= budget * (1 - 1e-9)), None)
+    if after is None:
+        return values[-1] if values else math.nan
+    if spent[after] <= budget * (1 + 1e-9):
+        return values[after]
+    if after == 0:
+        return math.nan
+    share = (budget - spent[after - 1]) / (spent[after] - spent[after - 1])
+    return values[after - 1] + share * (values[after] - values[after - 1])
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

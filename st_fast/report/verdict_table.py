@@ -54,10 +54,10 @@ def in_words(found: Sequence[Row], metric: str) -> VerdictTable:
         lines.append(cells)
     note = (
         "Mean ± standard deviation over the seeds; runs are compared with the one of their own seed. “At the same "
-        f"cost”: the last score within the FLOPs that “{base}” took in all, teachers included; an arm that took less "
-        f"ends earlier. “Better”: in how many seeds that beats the final score of “{base}”. “Reaches its final score "
-        "after”: share of its FLOPs, mean of the seeds that do (lowest to highest); scores are taken at intervals and "
-        f"are noisy, so “{base}” itself may reach its own before its end."
+        f"cost”: at the FLOPs that “{base}” took in all, teachers included, on the straight line between two scores; "
+        f"an arm that took less ends earlier. “Better”: in how many seeds that beats the final score of “{base}”. "
+        "“Reaches its final score after”: the first score that good, as a share of its FLOPs, mean of the seeds that "
+        f"have one (lowest to highest); scores are noisy, so “{base}” itself may reach its own before its end."
     )
     return VerdictTable(head, lines, note)
 

@@ -26,7 +26,7 @@ METRICS = (("frechet", "Fréchet distance"), ("accuracy", "recognised"))
 def curves(results: Results) -> Figure:
     """Mean over the seeds against total FLOPs, the range shaded: a row a metric, a column a panel.
 
-    An arm without a panel of its own, such as the baseline, is in every one.
+    An arm without a panel of its own, such as the baseline, is in every one, and so is the reference.
     """
     from matplotlib.figure import Figure as Canvas
 
@@ -35,7 +35,8 @@ def curves(results: Results) -> Figure:
     figure = Canvas(figsize=(4.2 * len(panels) + 0.4, 6.6), layout="constrained")
     grid = figure.subplots(len(METRICS), len(panels), sharex=True, sharey="row", squeeze=False)
     for column, panel in enumerate(panels):
-        shown = [g for g, arm in zip(results.groups, study.arms, strict=True) if arm.panel in ("", panel)]
+        pairs = zip(results.groups, study.arms, strict=True)
+        shown = [g for g, arm in pairs if arm.panel in ("", panel) or arm.name == study.reference]
         for row, (metric, label) in enumerate(METRICS):
             axes = grid[row][column]
             for place, group in enumerate(shown):
@@ -50,7 +51,7 @@ def curves(results: Results) -> Figure:
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", alpha=0.25)
             axes.set_ylabel(label if column == 0 else "")
-        grid[-1][column].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        grid[-1][column].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         grid[0][column].set_title(literal(panel), loc="left", fontweight="bold")
         grid[0][column].legend(frameon=False, fontsize="small")
         grid[-1][column].set_xlabel("all training FLOPs, teacher included")

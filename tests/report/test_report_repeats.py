@@ -4,13 +4,14 @@ import math
 import re
 import statistics
 
+import numpy as np
 import pytest
 
 from st_fast.report import write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.fairness import unfair
-from st_fast.report.repeats import choose_baseline, group_by_seed, rows, spread
+from st_fast.report.repeats import at_budget, choose_baseline, group_by_seed, rows, spread
 from st_fast.report.verdict_table import in_words, verdict_table
 from st_fast.report.words import heads, verdict
 from tests.report.test_report_page import Page
@@ -62,11 +63,21 @@ def test_shares_and_scores_are_those_of_each_seeds_own_baseline(runs) -> None:
     assert taught.reached[1] == pytest.approx((teacher + 800 * per_step) / whole)
     assert taught.reached[2] is None
     assert taught.cost_share == pytest.approx([(teacher + 1000 * per_step) / whole] * 3)
-    affordable = max(step for step in range(200, 1001, 200) if teacher + step * per_step <= whole)
-    assert affordable == 600
-    assert taught.at_cost == [1.5, 8.0, 9.0]
+    affordable = (whole - teacher) / per_step
+    assert 600 < affordable < 800
+    assert taught.at_cost == pytest.approx([1.5, np.interp(affordable, [600, 800], [8.0, 2.5]), 9.0])
     assert taught.final == [1.5, 2.5, 9.0]
-    assert taught.better == 1
+    assert taught.better == 2
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(1.0, math.nan), (2.0, 8.0), (3.0, 6.0), (4.0, 4.0), (99.0, 4.0)])
+def test_a_score_at_a_budget_lies_between_its_neighbours(runs, budget: float, expected: float) -> None:
+    records = [
+        {"kind": "eval", "stage": "a", "step": step, "flops": flops, "metrics": {"frechet": value}}
+        for step, flops, value in ((1, 2.0, 8.0), (2, 4.0, 4.0))
+    ]
+    arm = make_arms(read_runs([runs.custom("", records)]))[0]
+    assert at_budget(arm, "frechet", budget) == pytest.approx(expected, nan_ok=True)
 
 
 def test_spread_is_the_mean_and_the_sample_deviation() -> None:
@@ -79,7 +90,7 @@ def test_the_table_says_it_with_spread_and_counts(runs) -> None:
     table = in_words(found_rows(runs), "frechet")
     plain, taught = table.lines
     assert plain[1] == "3 ± 1"
-    assert taught[3] == "1 of 3"
+    assert taught[3] == "2 of 3"
     assert re.fullmatch(r"(.*) \((.*) to (.*)\), 2 of 3", taught[6])
     first, second = (100 * (600 * 1.5 + step * 1.9) / (1600 * 1.5) for step in (400, 800))
     assert f"{(first + second) / 2:.1f}" in taught[6] and f"{first:.1f}" in taught[6] and f"{second:.1f}" in taught[6]
