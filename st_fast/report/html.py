@@ -49,19 +49,24 @@ class Strip:
 
 def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
     """The page as HTML text; `seeds_declared`: runs that differ in their seed are repetitions."""
-    arms = make_arms(runs)
     reasons = unfair(runs, seeds_declared)
+    table = None if reasons else verdict_table(make_arms(runs))
+    verdict = table.sentences if table and seeds_declared else None
+    every, runs = runs, [run for run in runs if not seeds_declared or seed_of(run) == seed_of(runs[0])]
+    arms = make_arms(runs)
     notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
     unknown = [arm.label for arm in arms if not arm.total.known]
     notes += [f"What the teacher of “{label}” cost isn't recorded here; its totals lack it." for label in unknown]
+    if len(runs) < len(every):
+        notes.append(f"Curves and pictures are of seed {seed_of(runs[0])}; the verdict is over all {len(every)} runs.")
     strips = [Strip(arm, samples.strip(arm, notes)) for arm in arms]
     heads = words.heads(arms)
     same_noise = [arm for arm in heads if seed_of(arm.run) == seed_of(heads[0].run)]
     budget, grids = samples.at_budget(same_noise, notes)
     context: dict[str, Any] = {
         "title": ", ".join(run.name for run in runs),
-        "verdict": words.verdict(arms, reasons),
-        "table": None if reasons else verdict_table(arms),
+        "verdict": verdict or words.verdict(arms, reasons),
+        "table": table,
         "probes": read_probes(runs, notes),
         "hero": samples.last(words.headline(arms), notes),
         "warnings": warnings(runs, arms, reasons),

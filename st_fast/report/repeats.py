@@ -7,6 +7,7 @@ together. All costs count the teacher's training and its forward passes.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,20 +46,21 @@ class Row:
 
 
 def group_by_seed(arms: Sequence[Arm]) -> list[Repeats]:
-    """Arms whose runs differ in nothing but the seed, and in where they lie and where their teacher does, together."""
+    """Arms whose runs differ in nothing but the seed and in where they lie, together."""
     groups: dict[str, Repeats] = {}
     for arm in arms:
-        key = str(_without_seed(arm.run.recipe)) + arm.stage.name
+        key = str(_without_seed(arm.run.recipe, seed_of(arm.run))) + arm.stage.name
         group = groups.setdefault(key, Repeats(arm.label, {}))
         group.by_seed.setdefault(seed_of(arm.run), arm)
     return list(groups.values())
 
 
-def _without_seed(recipe: Record) -> Record:
-    """A recipe less its seed, its folder, and the path of an outside teacher."""
+def _without_seed(recipe: Record, seed: int) -> Record:
+    """A recipe less its seed, its folder, and the seed in an outside teacher's path: runs/seed0/teacher/align."""
+    its_seed = re.compile(rf"seed[-_]?{seed}(?!\d)")
     run = {k: v for k, v in recipe.get("run", {}).items() if k not in ("seed", "out")}
     stages = [
-        stage | ({"teacher": "outside"} if "/" in str(stage.get("teacher", "")) else {})
+        stage | ({"teacher": its_seed.sub("seed", str(stage["teacher"]))} if "teacher" in stage else {})
         for stage in recipe.get("stage", [])
     ]
     return {**recipe, "run": run, "stage": stages}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from st_fast.report import words
 from st_fast.report.arms import Arm
-from st_fast.report.repeats import Repeats, Row, choose_baseline, group_by_seed, rows, spread
+from st_fast.report.repeats import LOWER_IS_BETTER, Repeats, Row, choose_baseline, group_by_seed, rows, spread
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class VerdictTable:
     head: list[str]
     lines: list[list[str]]
     note: str
+    sentences: tuple[str, str]
+    """What came out over the seeds, and what it takes to get there."""
 
 
 def verdict_table(arms: Sequence[Arm]) -> VerdictTable | None:
@@ -59,7 +61,27 @@ def in_words(found: Sequence[Row], metric: str) -> VerdictTable:
         "“Reaches its final score after”: the first score that good, as a share of its FLOPs, mean of the seeds that "
         f"have one (lowest to highest); scores are noisy, so “{base}” itself may reach its own before its end."
     )
-    return VerdictTable(head, lines, note)
+    return VerdictTable(head, lines, note, sentences(found, metric))
+
+
+def sentences(found: Sequence[Row], metric: str) -> tuple[str, str]:
+    """The best arm beside the baseline, over all seeds."""
+    base, others = found[0], found[1:]
+    if not others:
+        return f"“{base.label}” stands alone.", ""
+    name, write = METRICS[metric]
+    sign = 1 if LOWER_IS_BETTER[metric] else -1
+    best = min(others, key=lambda row: sign * spread(row.at_cost)[0])
+    n, score, goal = len(best.seeds), told(best.at_cost, write), told(base.final, write)
+    over = f"Over {n} seed{'s' * (n != 1)}"
+    if sign * (spread(best.at_cost)[0] - spread(base.final)[0]) < 0:
+        first = f"{over}, “{best.label}” does best at the cost of “{base.label}”: {name} {score}, against {goal}."
+    else:
+        first = f"{over}, no arm beats “{base.label}” ({name} {goal}) at its cost; next is “{best.label}” with {score}."
+    return first, (
+        f"“{best.label}” is better in {best.better} of {n}. Teachers included, it reaches the final score of "
+        f"“{base.label}” after this share of its FLOPs: {reach(best)}."
+    )
 
 
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from st_fast.errors import UserError, run_command
+from st_fast.launch import rank_count
 from st_fast.safefile import write_json_atomic
 from st_fast.study.plan import Study, jobs, read_study
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     if not given.minutes > 0:
         raise UserError(f"--minutes {given.minutes:g}: above 0")
+    if rank_count() > 1:
+        raise UserError(f"{rank_count()} processes: a study runs in one; start it with python, not with torchrun")
     study = read_study(given.study)
     out = given.out or Path("runs") / "study" / study.name
     if given.dry_run:

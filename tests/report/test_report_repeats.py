@@ -113,6 +113,21 @@ def test_seeds_are_ranked_only_where_they_were_declared(runs) -> None:
     assert verdict(make_arms(logs), unfair(logs))[0].startswith("These runs can't be ranked")
     page = Page(write_report(paths, out=paths[0] / "page.html", seeds_declared=True).read_text())
     assert "The verdict" in page.text and "3 ± 1" in page.text and "Not a fair comparison" not in page.text
+    assert "Compare with care" not in page.text
+    assert "Over 3 seeds, no arm beats “plain” (Fréchet distance 3 ± 1) at its cost" in page.text
+    assert page.text.count("Stage 2: learning from oneself") == 1, "once, not once a seed"
+
+
+def test_arms_that_differ_in_their_outside_teacher_are_not_one_arm(runs) -> None:
+    recipe = '[run]\nseed = {0}\n[[stage]]\nname = "s"\nsteps = 1\nteacher = "x/seed{0}/teacher-{1}/align"\n'
+    record = {"kind": "end", "stage": "s", "step": 1, "flops": 1.0, "seconds": 1.0}
+    paths = [
+        runs.custom(recipe.format(seed, name), [record], f"seed{seed}/{name}")
+        for seed in (0, 1)
+        for name in ("stage1", "random")
+    ]
+    groups = group_by_seed(make_arms(read_runs(paths)))
+    assert [sorted(group.by_seed) for group in groups] == [[0, 1], [0, 1]]
 
 
 def test_runs_on_other_data_or_another_stream_are_marked_and_not_ranked(runs) -> None:

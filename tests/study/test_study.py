@@ -20,7 +20,7 @@ from st_fast import checkpoint, kernels, teacher
 from st_fast.data.shards import open_shards
 from st_fast.errors import EXIT_INTERRUPTED, UserError
 from st_fast.report.collect import read_run
-from st_fast.study.__main__ import listing
+from st_fast.study.__main__ import listing, main
 from st_fast.study.page import placed
 from st_fast.study.plan import jobs, read_study
 from st_fast.study.teachers import random_model, write_random_teacher, write_shuffled
@@ -122,6 +122,12 @@ def test_the_time_limit_saves_and_says_how_to_go_on(study, tmp_path) -> None:
     assert process.returncode == EXIT_INTERRUPTED
     assert text.splitlines()[-1].startswith("st_fast: SIGTERM: saved align at step ")
     assert f"the same command continues (0 of {RUNS} runs are done)" in text
+
+
+def test_several_processes_are_refused(study, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes: a study runs in one"):
+        main([str(study)])
 
 
 def test_a_run_of_another_recipe_in_the_way_is_named_not_taken(study, killed_and_resumed) -> None:
