@@ -23,6 +23,9 @@ from st_fast.safefile import FolderWrite
 
 SHUFFLE = 1 << 40
 """Added to a run's seed for the permutation of its labels, so that it is no epoch's order."""
+LABEL_STD = 0.1
+"""Of a random teacher's label embeddings: the label then moves its features by some hundredths of their size, as it does
+a trained teacher's, so that ω means about as much."""
 RECORDS = 4_096
 """Copied at a time."""
 
@@ -31,7 +34,7 @@ def random_model(config: Model, seed: int) -> SiT:
     """A network no layer of which is zero, drawn from `seed`.
 
     As published a SiT starts with every block the identity and blind to label and time, so guidance on it would be
-    zero whatever ω. Here every linear layer is drawn as the others are (Xavier) and label embeddings are unit normal.
+    zero whatever ω. Here every linear layer is drawn as the others are (Xavier), and label embeddings normal.
     """
     model = build(config, kernels.select({}, torch.device("cpu")), seed)
     with torch.random.fork_rng(devices=[]):
@@ -39,7 +42,7 @@ def random_model(config: Model, seed: int) -> SiT:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-        nn.init.normal_(model.y_embedder.embedding_table.weight)
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=LABEL_STD)
     return model
 
 

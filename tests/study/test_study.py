@@ -169,7 +169,9 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0.5, 0.5])
     conditional, null = model.guided_features(x, t, torch.tensor([1, 2]), 2)
-    assert (conditional - null).abs().max() > 0.1 * null.abs().max()
+    assert 0.002 < float((conditional - null).norm() / null.norm()) < 0.5
+    later, _ = model.guided_features(x, t + 0.4, torch.tensor([1, 2]), 2)
+    assert float((conditional - later).norm() / null.norm()) > 0.005
     assert checkpoint.latest(root, print).step == 0
     assert read_run(tmp_path / "run").stages[0].last("flops") == 0
 
