@@ -57,6 +57,7 @@ hidden = 16
 STUDY = """
 recipe = "base.toml"
 title = "Tiny"
+notes = "As small as it gets."
 seeds = [0, 1]
 baseline = "plain"
 reference = "omega5"

@@ -60,6 +60,7 @@ def body(results: Results, links: Sequence[str]) -> str:
         f"recognises {words.percent(_number(protocol, 'judge_accuracy'))} of the held-out real ones, which themselves "
         f"score a Fréchet distance of {words.plain(_number(protocol, 'floor_frechet'))}. All costs count the teacher's "
         "training and its forward passes.\n",
+        *([f"{study.notes}\n"] if study.notes else []),
         "\n".join(f"- {sentence}" for sentence in findings(results.rows)) + "\n",
         table(results.rows),
         f"{in_words(results.rows, METRIC).note}\n",

@@ -3,6 +3,7 @@
 recipe = "../digits.toml"     relative to this file
 like = "digits.toml"          another study, whose teachers and arms these are too
 seeds = [0, 1, 2]
+title, notes                  of its section on the page
 baseline = "plain"            the arm whose final score the others have to reach
 reference = "omega5"          the arm with a teacher that the others with one are compared with, step for step
 teacher_steps, student_steps  an arm without a teacher gets both together
@@ -31,7 +32,7 @@ ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
 STUDY_KEYS = (
-    "recipe", "like", "seeds", "baseline", "reference", "title", "teacher_steps", "student_steps", "common",
+    "recipe", "like", "seeds", "baseline", "reference", "title", "notes", "teacher_steps", "student_steps", "common",
     "teacher", "arm",
 )  # fmt: skip
 
@@ -67,6 +68,7 @@ class Study:
 
     name: str
     title: str
+    notes: str
     path: Path
     base: Document
     recipe_path: Path
@@ -99,7 +101,7 @@ def read_study(path: Path) -> Study:
     if "like" in raw:
         other = path.parent / _text(raw, "like", str(path))
         theirs = parse_toml(read_text(other), str(other))
-        raw = {key: theirs[key] for key in ("teacher", "arm", "baseline", "reference") if key in theirs} | raw
+        raw = {key: theirs[key] for key in ("teacher", "arm", "baseline", "reference", "notes") if key in theirs} | raw
     base_path = path.parent / _text(raw, "recipe", str(path))
     seeds = raw.get("seeds")
     if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
@@ -113,9 +115,9 @@ def read_study(path: Path) -> Study:
         _arm({"steps": taught + ("teacher" not in table) * own} | table, base, path)
         for table in _tables(raw, "arm", path)
     )
-    title = str(raw.get("title", path.stem))
+    title, notes = str(raw.get("title", path.stem)), str(raw.get("notes", "")).strip()
     baseline, reference = (_text(raw, key, str(path)) for key in ("baseline", "reference"))
-    study = Study(path.stem, title, path, base, base_path, tuple(seeds), baseline, reference, teachers, arms)
+    study = Study(path.stem, title, notes, path, base, base_path, tuple(seeds), baseline, reference, teachers, arms)
     _check_names(study)
     for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained
         pass

@@ -24,8 +24,8 @@ from st_fast.safefile import FolderWrite
 SHUFFLE = 1 << 40
 """Added to a run's seed for the permutation of its labels, so that it is no epoch's order."""
 LABEL_STD = 0.1
-"""Of a random teacher's label embeddings: the label then moves its features by some hundredths of their size, as it does
-a trained teacher's, so that ω means about as much."""
+"""Of a random teacher's label embeddings: the label then moves its features by some hundredths of their size, as
+it does a trained teacher's, so that ω means about as much."""
 RECORDS = 4_096
 """Copied at a time."""
 

@@ -86,7 +86,7 @@ def test_each_seeds_arms_share_one_trained_teacher_whose_cost_counts(killed_and_
 def test_the_page_has_table_pictures_and_its_own_place(killed_and_resumed) -> None:
     page = killed_and_resumed.parent / "docs" / "study.md"
     text = page.read_text()
-    assert "| ω = 5 |" in text and "## Tiny" in text
+    assert "| ω = 5 |" in text and "## Tiny" in text and "As small as it gets." in text
     last = {
         (name, seed): records(killed_and_resumed / f"seed{seed}" / name, "eval")[-1]["metrics"]["frechet"]
         for name in ("omega5", "random")
