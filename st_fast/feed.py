@@ -36,6 +36,8 @@ class Batch:
     t: Tensor
     """(B,) float32."""
     rows: Rows
+    features: tuple[Tensor, ...] = ()
+    """(B, h, w, D_j) of each image encoder that supervises at this step, in the stored dtype."""
 
 
 class Feed:
@@ -92,6 +94,8 @@ class Feed:
         ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
         dropped = streams.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0] < recipe.model.class_dropout
         index, weight = select_rows(t, part, self.stage.method.selection)
+        factor = self.stage.method.factor(step)
+        weight = weight if factor == 1.0 else weight * factor
 
         def send(tensor: Tensor) -> Tensor:
             return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from st_fast.recipe.methods import SelfTranscendence, VelocityHead
+from st_fast.recipe.methods import Repa, SelfRepresentation, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Optim, Recipe, Stage
 
 TIME_FREQUENCIES = 256
@@ -63,6 +63,14 @@ class StageCost:
         return self.student + self.heads + self.teacher
 
 
+DINOV2_WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
+
+
+def encoder_width(name: str, model: Model) -> int:
+    """Channels of an image encoder's features, where its name tells; else the model's width stands for it."""
+    return next((width for size, width in DINOV2_WIDTHS.items() if size in name), model.width)
+
+
 def _in_range_share(recipe: Recipe, t_range: tuple[float, float], mask: str) -> float:
     """The expected share of samples that are supervised; exact for uniform and stratified t."""
     return 1.0 if mask == "released" else time_share(recipe.flow.time, recipe.flow.path, t_range)
@@ -83,7 +91,11 @@ def time_share(time: str, path: str, t_range: tuple[float, float]) -> float:
 
 
 def stage_cost(recipe: Recipe, stage: Stage) -> StageCost:
-    """The method's training FLOPs per image: three times the student's and heads' forward, once the teacher's."""
+    """The method's training FLOPs per image: three times the student's and heads' forward, once the teacher's.
+
+    REPA's encoders run once over the data set, before training: what that took, the features' manifest says, and the
+    trainer adds it to the stage's total. LayerSync costs nothing beside the student.
+    """
     model, method = recipe.model, stage.method
     student = 6.0 * trunk_macs(model)
     if isinstance(method, VelocityHead):
@@ -95,13 +107,19 @@ def stage_cost(recipe: Recipe, stage: Stage) -> StageCost:
         share = _in_range_share(recipe, method.t_range, method.mask)
         heads = 6.0 * _projector_macs(model, method.hidden, model.width) * share
         return StageCost(student, heads, 2 * 2.0 * trunk_macs(model, method.teacher_depth) * share)
+    if isinstance(method, SelfRepresentation):
+        heads = 6.0 * tokens(model) * 4 * model.width**2
+        return StageCost(student, heads, 2.0 * trunk_macs(model, method.teacher_depth))
+    if isinstance(method, Repa):
+        widths = [encoder_width(name, model) for name in method.encoders]
+        return StageCost(student, 6.0 * sum(_projector_macs(model, method.hidden, width) for width in widths), 0.0)
     return StageCost(student, 0.0, 0.0)
 
 
 def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int) -> float:
     """FLOPs of the steps first … last − 1 of a stage, over the whole global batch; supervision may end midway."""
     cost = stage_cost(recipe, stage)
-    stop = stage.method.stop_step if isinstance(stage.method, SelfTranscendence) else 0
+    stop = stage.method.stop_step
     supervised = max(0, min(last, stop or last) - first)
     return recipe.optim.batch_size * (cost.student * (last - first) + (cost.heads + cost.teacher) * supervised)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from st_fast import __version__, checkpoint, flops, kernels, supervision, teacher
+from st_fast.average import Average
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import check_same_data
 from st_fast.data.shards import RecordSet
@@ -59,13 +60,17 @@ class Trainer:
         attend = choose(recipe.model.attention, device, setting.dtype, head_dim, setting.log.say)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         frozen = _teacher(setting, stage, table, attend)
-        if recipe.run.compile == "on" or (recipe.run.compile == "auto" and device.type == "cuda"):
+        if _compiles(setting):
             self.model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
             if frozen is not None:
                 frozen.run_block = CompiledBlocks(setting.log.say, dynamic=True)
-        self.method = supervision.create(stage, Parts(recipe.model, table, frozen), recipe.run.seed + 1)
+        average = _average(setting, stage, table, attend)
+        parts = Parts(recipe.model, table, frozen, average, path=recipe.flow.path, seed=recipe.run.seed)
+        self.method = supervision.create(stage, parts, recipe.run.seed + 1)
         self.method.heads.to(device)
         self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, setting.dtype, ops.update, ops.norm)
+        if average is not None:
+            average.follow(self.optimizer.state()["ema"])
         self.step = Step(self.model, self.method, self.optimizer, recipe, setting.shards.manifest.scale, setting.ranks)
         self.averaged = build(recipe.model, table, recipe.run.seed).to(device).eval().requires_grad_(False)
         self.rollbacks = 0
@@ -274,6 +279,20 @@ def _teacher(setting: Setting, stage: Stage, table: kernels.KernelTable, attend:
     model.eval().requires_grad_(False)
     ranks.broadcast(model.state_dict().values())
     return model
+
+
+def _average(setting: Setting, stage: Stage, table: kernels.KernelTable, attend: Attend) -> Average | None:
+    if not stage.method.learns_from_average:
+        return None
+    model = build(setting.recipe.model, table, 0, attend).to(setting.ranks.device, setting.dtype)
+    if _compiles(setting):
+        model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
+    return Average(model)
+
+
+def _compiles(setting: Setting) -> bool:
+    run, device = setting.recipe.run, setting.ranks.device
+    return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
 def _log_start(setting: Setting, stage: Stage, first: int) -> None:

@@ -60,7 +60,10 @@ class Step:
         x = self.scale * (mean + std * streams.normal(seed, Purpose.POSTERIOR, batch.ordinals, shape))
         noise = streams.normal(seed, Purpose.NOISE, batch.ordinals, shape)
         x_t, velocity = flow.interpolate(x, noise, batch.t, self.recipe.flow.path)
-        return Noised(x, x_t, velocity, batch.t, batch.labels, batch.student_labels, batch.rows)
+        return Noised(
+            x, x_t, velocity, batch.t, batch.labels, batch.student_labels, noise, batch.ordinals, batch.rows,
+            batch.features,
+        )  # fmt: skip
 
     def losses(self, step: int, noised: Noised) -> Losses:
         """The denoising loss and the supervision's, each a sum over samples weighted by 1 / global batch size."""

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     SAMPLE_NOISE = 8
     SAMPLE_LABELS = 9
     SAMPLE_PATH = 10
+    TEACHER_TIME = 11
 
 
 _MASK = 0xFFFFFFFF

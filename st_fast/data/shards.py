@@ -6,8 +6,6 @@ a SIGBUS, memory stays flat over an epoch, and several threads may read at once.
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +19,7 @@ from st_fast.data.content import labels_problem, moments_problem
 from st_fast.data.machine import allow_open_files, usable_cpus
 from st_fast.data.manifest import DTYPES, Manifest, ShardEntry, check_same_data, read_manifest
 from st_fast.data.progress import bar
+from st_fast.data.rows import CheckedRows
 from st_fast.data.writing import SHARD_SIZE, write_shards
 from st_fast.safefile import BadFile, Entry, inside, open_regular, read_exactly, read_header, sha256_file
 
@@ -36,8 +35,6 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
-HAS_ADVICE = hasattr(os, "posix_fadvise")
-"""Whether the system can be told what will be read; macOS can't."""
 
 
 class RecordSet(Protocol):
@@ -87,10 +84,15 @@ class ShardSet:
         self._starts = np.cumsum([0] + [shard.count for shard in manifest.shards])
         allow_open_files(len(manifest.shards))
         layouts = [_layout(self.folder, shard, manifest) for shard in manifest.shards]
-        self._offsets = np.array([layout["moments"].start for layout in layouts], np.int64)
         self.labels = self._column(layouts, "labels", np.dtype(np.int64))
-        self._crcs = self._column(layouts, "crc32", np.dtype(np.uint32))
-        self._files = [os.open(self.folder / shard.file, os.O_RDONLY | os.O_CLOEXEC) for shard in manifest.shards]
+        self._rows = CheckedRows(
+            [self.folder / shard.file for shard in manifest.shards],
+            [layout["moments"].start for layout in layouts],
+            [shard.count for shard in manifest.shards],
+            manifest.record_bytes,
+            self._column(layouts, "crc32", np.dtype(np.uint32)),
+            self.labels,
+        )
         problem = labels_problem(self.labels, manifest.num_classes)
         if problem:
             raise BadFile(f"{self.where(problem[0])}: {problem[1]}")
@@ -110,38 +112,14 @@ class ShardSet:
 
     def where(self, record: int) -> str:
         """A record's place in words: shard file and number in it."""
-        shard = int(np.searchsorted(self._starts, record, side="right")) - 1
-        name = self.folder / self.manifest.shards[shard].file
-        return f"{name}: record {record - self._starts[shard]} (number {record} of the set)"
+        return self._rows.where(record)
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Reads records `indices` (n,) into out (n, 2C, H, W), C-contiguous, of the set's dtype.
 
         `BadFile` names shard and record when the bytes differ from what was written. Safe to call from many threads.
         """
-        indices = np.asarray(indices, np.int64)
-        if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
-            wrong = indices[(indices < 0) | (indices >= len(self))][0]
-            raise IndexError(f"record {wrong}: {self.folder} has records 0 … {len(self) - 1}")
-        size = self.manifest.record_bytes
-        rows = out.reshape(-1).view(np.uint8).data
-        places = self._places(indices)
-        if HAS_ADVICE:  # the disk may fetch all of them at once: more than twice as fast out of a cold cache
-            for file, position in places:
-                os.posix_fadvise(file, position, size, os.POSIX_FADV_WILLNEED)
-        for number, (record, (file, position)) in enumerate(zip(indices.tolist(), places, strict=True)):
-            row = rows[number * size : (number + 1) * size]
-            found = os.preadv(file, [row], position)
-            if found != size:
-                raise BadFile(f"{self.where(record)}: {size} bytes expected, {found} read; the shard was cut off")
-            if zlib.crc32(row, int(self.labels[record]) & 0xFFFFFFFF) != self._crcs[record]:
-                raise BadFile(f"{self.where(record)}: its CRC-32 differs from the one written with it: bits flipped")
-
-    def _places(self, indices: np.ndarray) -> list[tuple[int, int]]:
-        """Each record's open file and first byte."""
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        positions = self._offsets[shards] + (indices - self._starts[shards]) * self.manifest.record_bytes
-        return [(self._files[shard], start) for shard, start in zip(shards.tolist(), positions.tolist(), strict=True)]
+        self._rows.read_into(indices, out)
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Records `indices` (n,) → moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; fresh host tensors."""
@@ -176,9 +154,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Closes the files; the set can't be read any more."""
-        for file in self._files:
-            os.close(file)
-        self._files = []
+        self._rows.close()
 
     def _column(self, layouts: list[dict[str, Entry]], name: str, dtype: np.dtype) -> np.ndarray:
         """One small tensor of all shards, concatenated."""

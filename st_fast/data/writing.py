@@ -44,7 +44,11 @@ def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray, num_classes
     for problem in (moments_problem(moments), labels_problem(labels, num_classes)):
         if problem:
             raise UserError(f"{path.name}: record {problem[0]} of this shard: {problem[1]}")
-    tensors = {"moments": moments, "labels": labels, "crc32": record_crcs(moments, labels)}
+    return write_tensors(path, {"moments": moments, "labels": labels, "crc32": record_crcs(moments, labels)})
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> ShardEntry:
+    """Writes tensors with one row a record as a safetensors file, complete or absent. OSError on a full disk."""
     data = to_safetensors({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
@@ -55,7 +59,7 @@ def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray, num_classes
         partial.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
-    return ShardEntry(path.name, len(labels), len(data), hashlib.sha256(data).hexdigest())
+    return ShardEntry(path.name, len(tensors["crc32"]), len(data), hashlib.sha256(data).hexdigest())
 
 
 def write_shards(

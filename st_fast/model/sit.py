@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -209,27 +209,36 @@ class SiT(nn.Module):
         """(B, C, S, S) → (B, N, D): patches with positions, in the weights' dtype."""
         return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
 
-    def _trunk(self, tokens: Tensor, t: Tensor, labels: Tensor, depth: int, tap: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs blocks 1..depth; returns the stream after block `tap`, after `depth`, and the next modulated input."""
+    def _trunk(
+        self, tokens: Tensor, t: Tensor, labels: Tensor, depth: int, taps: tuple[int, ...] = ()
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y."""
         c = F.silu(self.t_embedder(t) + self.y_embedder(labels))  # (B, D)
         # (B, 6D) from each block, (B, 2D) from the final layer.
         modulations = [part.modulation_layer(c) for part in self._modulated(depth)]
         shifts_scales = [m.chunk(m.shape[1] // self.config.width, dim=1)[:2] for m in modulations]
-        x = tapped = tokens
+        x, tapped = tokens, {0: tokens}
         y = self.kernels.norm_modulate(x, *shifts_scales[0])
         for number, block in enumerate(self._blocks[:depth], start=1):
             x, y = self.run_block(block, x, y, modulations[number - 1], *shifts_scales[number])
-            if number == tap:
-                tapped = x
+            if number in taps:
+                tapped[number] = x
         return tapped, x, y
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, tap: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, tap: int | tuple[int, ...] = 0) -> tuple[Tensor, Any]:
         """x (B, C, S, S), t (B,), labels (B,) → velocity (B, C, S, S) and the stream after block `tap` (B, N, D).
 
-        Blocks count from 1; with tap = 0 the second result is the embedded input.
+        Blocks count from 1; with tap = 0 the second result is the embedded input. A tuple of blocks gives a tuple of
+        their streams.
         """
-        tapped, _, y = self._trunk(self.embed_tokens(x), t, labels, self.config.depth, tap)
-        return unpatchify(self.final_layer(y), self.config.patch, self.config.channels), tapped
+        taps = tap if isinstance(tap, tuple) else (tap,)
+        tapped, _, y = self._trunk(self.embed_tokens(x), t, labels, self.config.depth, taps)
+        velocity = unpatchify(self.final_layer(y), self.config.patch, self.config.channels)
+        return velocity, tuple(tapped[number] for number in taps) if isinstance(tap, tuple) else tapped[tap]
+
+    def features(self, x: Tensor, t: Tensor, labels: Tensor, depth: int) -> Tensor:
+        """The stream after block `depth` (B, N, D); nothing after it is computed."""
+        return self._trunk(self.embed_tokens(x), t, labels, depth)[1]
 
     def guided_features(self, x: Tensor, t: Tensor, labels: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """The streams after block `depth` with the labels and with the null label, each (B, N, D).
@@ -238,7 +247,7 @@ class SiT(nn.Module):
         """
         tokens = self.embed_tokens(x).repeat(2, 1, 1)
         both = torch.cat((labels, torch.full_like(labels, self.null_label)))
-        _, features, _ = self._trunk(tokens, t.repeat(2), both, depth, tap=0)
+        _, features, _ = self._trunk(tokens, t.repeat(2), both, depth)
         conditional, null = features.chunk(2)
         return conditional, null
 

@@ -3,7 +3,16 @@
 from st_fast.recipe.compare import changed_maths
 from st_fast.recipe.error import RecipeError
 from st_fast.recipe.load import load
-from st_fast.recipe.methods import METHODS, Method, Plain, SelfTranscendence, VelocityHead
+from st_fast.recipe.methods import (
+    METHODS,
+    LayerSync,
+    Method,
+    Plain,
+    Repa,
+    SelfRepresentation,
+    SelfTranscendence,
+    VelocityHead,
+)
 from st_fast.recipe.schema import Data, Evaluate, Flow, Kernels, Model, Optim, Recipe, Run, Sample, Stage
 from st_fast.recipe.write import to_toml
 
@@ -13,14 +22,17 @@ __all__ = [
     "Evaluate",
     "Flow",
     "Kernels",
+    "LayerSync",
     "Method",
     "Model",
     "Optim",
     "Plain",
     "Recipe",
     "RecipeError",
+    "Repa",
     "Run",
     "Sample",
+    "SelfRepresentation",
     "SelfTranscendence",
     "Stage",
     "VelocityHead",

@@ -82,11 +82,24 @@ class StepOfStage:
         return "from 0 to the stage's steps"
 
 
+@dataclass(frozen=True)
+class SomeNames:
+    """At least one name, none empty and none twice."""
+
+    def allows(self, value: tuple[str, ...]) -> bool:
+        return 0 < len(value) == len(set(value)) and all(value)
+
+    def __str__(self) -> str:
+        return "with at least one, none empty and none twice"
+
+
 Count = Annotated[int, Within(1)]
 CountOrZero = Annotated[int, Within(0)]
 Positive = Annotated[float, Within(0, open_ends="low")]
 NonNegative = Annotated[float, Within(0)]
+Fraction = Annotated[float, Within(0, 1)]
 BelowOne = Annotated[float, Within(0, 1, open_ends="high")]
 TimeRange = Annotated[tuple[float, float], TimeWindow()]
+Names = Annotated[tuple[str, ...], SomeNames()]
 Block = Annotated[int, BlockNumber()]
 StageStep = Annotated[int, StepOfStage()]

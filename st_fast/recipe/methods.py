@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from st_fast.recipe.limits import Block, Count, NonNegative, StageStep, TimeRange
+from st_fast.recipe.limits import Block, Count, CountOrZero, Fraction, Names, NonNegative, StageStep, TimeRange
 
 Mask = Literal["sample", "sample_mean", "released"]
 
@@ -29,8 +29,8 @@ class Method:
     implementation: ClassVar[str]
 
     @property
-    def tap(self) -> int:
-        """The student block, counted from 1, whose output is supervised; 0 where none is."""
+    def tap(self) -> int | tuple[int, ...]:
+        """The student block, counted from 1, whose output the method reads, or several; 0 where it reads none."""
         return 0
 
     @property
@@ -52,6 +52,24 @@ class Method:
     def needs_null_class(self) -> bool:
         """Whether the method reads predictions or features for the null label, which class dropout trains."""
         return False
+
+    @property
+    def learns_from_average(self) -> bool:
+        """Whether the student's own weight average (EMA) is the teacher."""
+        return False
+
+    @property
+    def stop_step(self) -> int:
+        """Supervision ends after this many steps; 0 keeps it for the whole stage."""
+        return 0
+
+    def factor(self, step: int) -> float:
+        """What the weight λ is multiplied with at a step, counted from 0."""
+        return 1.0
+
+
+EVERYWHERE = (0.0, 1.0)
+"""The t-range of methods that supervise every sample."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +141,92 @@ class SelfTranscendence(Method):
         return self.cfg_scale != 1.0
 
 
+@dataclass(frozen=True)
+class LayerSync(Method):
+    """A shallow block of the student is pulled towards a deeper one of the same forward pass."""
+
+    implementation: ClassVar[str] = "st_fast.supervision.layer_sync:LayerSync"
+
+    student_depth: Block = 8
+    teacher_depth: Block = 16
+    weight: NonNegative = 0.2
+
+    @property
+    def tap(self) -> tuple[int, int]:
+        return self.student_depth, self.teacher_depth
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(EVERYWHERE, "sample", self.weight)
+
+
+@dataclass(frozen=True)
+class SelfRepresentation(Method):
+    """SRA: a deeper block of the student's weight average, which sees less noise, supervises a shallow block."""
+
+    implementation: ClassVar[str] = "st_fast.supervision.sra:SelfRepresentation"
+
+    student_depth: Block = 8
+    teacher_depth: Block = 20
+    time_offset: Fraction = 0.2
+    """The teacher's time is max(t − u, 0), u uniform between 0 and this."""
+    loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
+    weight: NonNegative = 0.2
+    decay_start: CountOrZero = 0
+    decay_steps: CountOrZero = 0
+    """From step decay_start on the weight falls by a factor of ten in this many steps; 0: never."""
+
+    @property
+    def tap(self) -> int:
+        return self.student_depth
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(EVERYWHERE, "sample", self.weight)
+
+    @property
+    def learns_from_average(self) -> bool:
+        return True
+
+    def factor(self, step: int) -> float:
+        if self.decay_steps == 0 or step <= self.decay_start:
+            return 1.0
+        return float(0.1 ** ((step - self.decay_start) / self.decay_steps))
+
+
+@dataclass(frozen=True)
+class Repa(Method):
+    """REPA: patch features of frozen image encoders supervise a shallow block."""
+
+    implementation: ClassVar[str] = "st_fast.supervision.repa:Repa"
+
+    encoders: Names = ("facebook/dinov2-base",)
+    """Each as it was given to `python -m st_fast.prepare --features`, which wrote its features beside the latents."""
+    depth: Block = 8
+    weight: NonNegative = 0.5
+    """λ of each encoder's term."""
+    hidden: Count = 2048
+    interpolate: bool = False
+    """Resize features whose grid differs from the tokens' (bilinear); otherwise that is an error."""
+    stop_step: StageStep = 0
+    """Supervision ends after this many steps (HASTE); 0 keeps it for the whole stage."""
+
+    @property
+    def tap(self) -> int:
+        return self.depth
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(EVERYWHERE, "sample", self.weight)
+
+
 METHODS: dict[str, type[Method]] = {
     "none": Plain,
     "velocity_head": VelocityHead,
     "self_transcendence": SelfTranscendence,
+    "layer_sync": LayerSync,
+    "sra": SelfRepresentation,
+    "repa": Repa,
 }
 
 

@@ -1,14 +1,14 @@
 """The protocol between the step and a supervision method.
 
-A method names the student block it reads (`tap`), makes a target without gradient (`target`, which needs nothing of
-the student's pass and so may run before, beside or after it), and turns hidden states into a loss (`loss`).
+A method names the student block or blocks it reads (`tap`), makes a target without gradient (`target`, which needs
+nothing of the student's pass and so may run before, beside or after it), and turns hidden states into a loss (`loss`).
 Losses are sums over samples already weighted by 1 / global batch size, so micro-batches and ranks simply add up.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +46,19 @@ class Noised:
     """(B,) true labels."""
     student_labels: Tensor
     """(B,) labels with class dropout applied."""
+    noise: Tensor
+    """(B, C, S, S) ε of x_t."""
+    ordinals: Tensor
+    """(B,) int64: places in the training stream, the counters of a method's own draws."""
     rows: Rows
+    features: tuple[Tensor, ...] = ()
+    """(B, h, w, D_j) of each image encoder j that the method names, while it supervises."""
 
 
 class Supervision(Protocol):
     """One supervision method for one stage."""
 
-    tap: int
+    tap: int | tuple[int, ...]
     heads: nn.Module
     """The trainable parts, dropped after training."""
 
@@ -62,8 +68,11 @@ class Supervision(Protocol):
     def target(self, noised: Noised) -> tuple[Tensor, ...]:
         """What `loss` compares with, without gradient, for the supervised rows."""
 
-    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
-        """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32."""
+    def loss(self, hidden: Any, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+        """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32.
+
+        A tuple of blocks gives a tuple of their streams.
+        """
 
 
 def select_rows(t: Tensor, place: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from st_fast.average import Average
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT
 from st_fast.recipe.schema import Model, Stage
@@ -21,6 +23,13 @@ class Parts:
     kernels: KernelTable
     teacher: SiT | None
     """Frozen, in eval mode, on the device; there if the method names a teacher."""
+    average: Average | None = None
+    """The student's own weight average; there if the method learns from it."""
+    feature_widths: tuple[int, ...] = ()
+    """D_j of each image encoder that the method names."""
+    path: Literal["linear", "cosine"] = "linear"
+    seed: int = 0
+    """The run's, of a method's own draws."""
 
 
 def create(stage: Stage, parts: Parts, seed: int) -> Supervision:

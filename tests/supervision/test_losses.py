@@ -35,7 +35,9 @@ def noised(selection: Selection | None, seed: int = 0) -> Noised:
     t = torch.rand(BATCH, generator=generator)
     x_t, velocity = flow.interpolate(x, noise, t, "linear")
     labels = torch.arange(BATCH) % 5
-    return Noised(x, x_t, velocity, t, labels, labels, Rows(*select_rows(t, slice(None), selection)))
+    return Noised(
+        x, x_t, velocity, t, labels, labels, noise, torch.arange(BATCH), Rows(*select_rows(t, slice(None), selection))
+    )
 
 
 def made(method: Method, with_teacher: bool = False):
