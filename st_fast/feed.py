@@ -43,8 +43,10 @@ class Batch:
 class Feed:
     """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, loader: Loader, records: int, ranks: Ranks) -> None:
-        self.recipe, self.stage, self.loader, self.ranks = recipe, stage, loader, ranks
+    def __init__(
+        self, recipe: Recipe, stage: Stage, loader: Loader, records: int, ranks: Ranks, features: Sequence[Loader] = ()
+    ) -> None:
+        self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
         self.order = streams.RecordOrder(recipe.run.seed, records)
         self.waited = 0.0
 
@@ -73,10 +75,15 @@ class Feed:
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps first … last − 1."""
         answers = self.loader.stream(self._requests(first, last))
+        stop = self.stage.method.stop_step or last  # from there on no features are read
+        features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
         for step in range(first, last):
             self.ranks.place.step = step + 1
-            t = self._times(step)
-            yield [self._batch(step, part, t, *self._wait(answers)) for part in self.micro_batches()]
+            t, asked = self._times(step), features if step < stop else []
+            yield [
+                self._batch(step, part, t, *self._wait(answers), tuple(self._wait(stream)[0] for stream in asked))
+                for part in self.micro_batches()
+            ]
 
     def _wait(self, answers: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         self.ranks.place.mark("data")
@@ -89,7 +96,9 @@ class Feed:
         recipe, size = self.recipe, self.recipe.optim.batch_size
         return flow.sample_times(recipe.run.seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
 
-    def _batch(self, step: int, part: slice, t: Tensor, moments: Tensor, labels: Tensor) -> Batch:
+    def _batch(
+        self, step: int, part: slice, t: Tensor, moments: Tensor, labels: Tensor, features: tuple[Tensor, ...]
+    ) -> Batch:
         recipe, device = self.recipe, self.ranks.device
         ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
         dropped = streams.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0] < recipe.model.class_dropout
@@ -103,4 +112,5 @@ class Feed:
         labels = send(labels)
         student_labels = torch.where(send(dropped), recipe.model.num_classes, labels)
         rows = Rows(send(index), send(weight))
-        return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows)
+        sent = tuple(send(one) for one in features)
+        return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows, sent)

@@ -129,10 +129,11 @@ STATE_BYTES = 20
 
 
 def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
-    """An estimate for one rank: (weights with their state and the teacher's; activations of one micro-batch)."""
+    """An estimate for one rank: (weights with their state and the teachers'; activations of one micro-batch)."""
     parameters = trunk_parameters(recipe.model)
     with_teacher = any(stage.method.teacher_name for stage in recipe.stages)
-    fixed = parameters * (STATE_BYTES + with_teacher * (2 if bf16 else 4))
+    with_copy = bf16 and any(stage.method.learns_from_average for stage in recipe.stages)
+    fixed = parameters * (STATE_BYTES + with_teacher * (2 if bf16 else 4) + with_copy * 2)
     return fixed, micro_batch(recipe.optim, ranks) * activation_bytes(recipe.model, bf16)
 
 

@@ -3,6 +3,7 @@
     python -m st_fast.prepare IMAGES OUT [options]      encode images
     python -m st_fast.prepare --verify OUT              re-read everything: hashes, CRCs, NaN, absurd values, labels
     python -m st_fast.prepare --stats OUT               per-channel statistics, class counts, OUT/stats.png
+    python -m st_fast.prepare --features ENCODER IMAGES OUT   features of IMAGES beside OUT's latents, for REPA
     python -m st_fast.prepare --from-repa DIR OUT       REPA's vae-sd/*.npy → shards
     python -m st_fast.prepare --to-repa OUT DIR         shards → REPA's vae-sd/*.npy
 
@@ -15,6 +16,7 @@ Examples:
     python -m st_fast.prepare cifar10.zip data/cifar10 --subset train --size 32 --vae small
     python -m st_fast.prepare cifar10.zip data/cifar10-pixels --subset train --size 32 --vae pixels
     python -m st_fast.prepare ~/imagenet/train data/imagenet256 --dry-run
+    torchrun --nproc-per-node 8 -m st_fast.prepare --features facebook/dinov2-base ~/imagenet/train data/imagenet256
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ VAE_HELP = (
     "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
     "images), pixels or pixels-gray (no VAE)"
 )
+FEATURES_HELP = "DINOv2 with or without registers, as a folder or hub name such as facebook/dinov2-base"
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,15 +55,21 @@ def parser() -> Parser:
     mode = parse.add_mutually_exclusive_group()
     for name in ("verify", "stats", "from-repa", "to-repa"):
         mode.add_argument(f"--{name}", action="store_true", help="as above")
+    mode.add_argument("--features", metavar="ENCODER", default="", help=FEATURES_HELP)
     add("--size", type=int, default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)")
     add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
     add("--flip", action="store_true", help="encode every image mirrored, too: twice the records")
     add("--vae", default="sd-vae-ft-mse", help=VAE_HELP)
     add("--vae-steps", type=int, default=2_000, help="training steps of --vae small (default 2000)")
     add("--dtype", choices=DTYPES, default="float16", help="of the stored moments (default float16)")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the VAE; auto: bf16 on CUDA")
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of the VAE or encoder; auto: bf16 on CUDA",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--batch-size", type=int, default=32, help="images the VAE encodes at once (default 32)")
+    add("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
     add("--shard-size", type=int, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
     add("--max-bad", type=int, default=10, help="fail when more images than this can't be used (default 10)")
     add("--dry-run", action="store_true", help="say what would be made, and stop")
@@ -78,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     from st_fast.data import commands  # torch is imported only once the arguments are known to be right
 
-    for mode in ("verify", "stats", "from_repa", "to_repa"):
+    for mode in ("verify", "stats", "features", "from_repa", "to_repa"):
         if getattr(args, mode):
             getattr(commands, mode)(args)
             return

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from st_fast import kernels, lock, memory, monitor, parallel, teacher, trackers
-from st_fast.data import digits
+from st_fast.data import digits, digits_encoder
+from st_fast.data.features import open_features_of
 from st_fast.data.manifest import Manifest
 from st_fast.data.opening import open_data
+from st_fast.data.shards import RecordSet
 from st_fast.errors import UserError
 from st_fast.examine import Examiner
 from st_fast.interrupt import Agreement, stop_on_signals
@@ -52,12 +54,14 @@ def run(recipe: Recipe) -> None:
             if ranks.first:
                 if recipe.data.source == "digits":
                     digits.prepare_digits(Path(recipe.data.path), log.say)
+                    digits_encoder.prepare_features(recipe, log.say)
                 _keep_recipe(out, recipe)
             ranks.barrier()
             verify = recipe.data.verify and local_rank() == 0
             shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
             check_fits(recipe, shards.manifest)
             ranks.told(lambda: check_teachers(recipe))
+            ranks.told(lambda: check_features(recipe, shards))
             agreement = Agreement(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             dtype = precision(recipe, ranks.device)
@@ -80,6 +84,13 @@ def check_teachers(recipe: Recipe) -> None:
         if name is not None and all(name != other.name for other in recipe.stages):
             root = teacher.checkpoint_root(recipe, name)
             teacher.load_frozen(root, recipe.model, group, table, torch.device("cpu"), torch.float32)
+
+
+def check_features(recipe: Recipe, records: RecordSet) -> None:
+    """UserError for an encoder's features that are not there or do not fit, before days are spent."""
+    for stage in recipe.stages:
+        for features in open_features_of(stage, recipe, records):
+            features.close()
 
 
 def precision(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -11,6 +11,8 @@ import torch
 
 from st_fast import __version__, checkpoint, flops, kernels, supervision, teacher
 from st_fast.average import Average
+from st_fast.data.ahead import TorchLoader
+from st_fast.data.features import check_same_features, open_features_of
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import check_same_data
 from st_fast.data.shards import RecordSet
@@ -65,7 +67,9 @@ class Trainer:
             if frozen is not None:
                 frozen.run_block = CompiledBlocks(setting.log.say, dynamic=True)
         average = _average(setting, stage, table, attend)
-        parts = Parts(recipe.model, table, frozen, average, path=recipe.flow.path, seed=recipe.run.seed)
+        self.features = open_features_of(stage, recipe, setting.shards)
+        widths = tuple(one.manifest.shape[-1] for one in self.features)
+        parts = Parts(recipe.model, table, frozen, average, widths, recipe.flow.path, recipe.run.seed)
         self.method = supervision.create(stage, parts, recipe.run.seed + 1)
         self.method.heads.to(device)
         self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, setting.dtype, ops.update, ops.norm)
@@ -127,6 +131,7 @@ class Trainer:
             return {"step": 0, "seconds": 0.0, "rollbacks": 0}
         manifest, folder = self.setting.shards.manifest, Path(self.setting.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
+        check_same_features(found.meta.get("features", []), str(found.path), self.features)
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
         self.optimizer.load(found.groups)
@@ -143,6 +148,7 @@ class Trainer:
             "recipe": to_toml(recipe),
             "architecture": teacher.architecture(recipe.model),
             "dataset": self.setting.shards.manifest.digest,
+            "features": [one.manifest.digest for one in self.features],
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
             "versions": {"st_fast": __version__, "torch": torch.__version__},
@@ -174,9 +180,11 @@ def run_stage(setting: Setting, stage: Stage) -> None:
         log.say(f"{stage.name}: complete at step {first}")
         return
     loader = make_loader(recipe.data.loader, setting.shards, ranks.device, log.say)
-    feed, meter = Feed(recipe, stage, loader, len(setting.shards), ranks), Meter(ranks.device, recipe.run.log_every)
+    features = [TorchLoader(one, ranks.device) for one in trainer.features]
+    feed = Feed(recipe, stage, loader, len(setting.shards), ranks, features)
+    meter = Meter(ranks.device, recipe.run.log_every)
     _log_start(setting, stage, first)
-    report = Reporter(setting, stage, feed, clock, first)
+    report = Reporter(setting, stage, feed, clock, first, sum(one.manifest.flops for one in trainer.features))
 
     gc.collect()
     gc.freeze()
@@ -203,7 +211,10 @@ def run_stage(setting: Setting, stage: Stage) -> None:
         if stopping:
             break
     clock.stop()
-    loader.close()
+    for reader in (loader, *features):
+        reader.close()
+    for one in trainer.features:
+        one.close()
     trainer.finish()
     gc.unfreeze()
     if done < stage.steps:
@@ -215,17 +226,18 @@ def run_stage(setting: Setting, stage: Stage) -> None:
 class Reporter:
     """Turns the meter's readings into a log record and a progress line, and looks whether the numbers go wrong."""
 
-    def __init__(self, setting: Setting, stage: Stage, feed: Feed, clock: Clock, first: int) -> None:
+    def __init__(self, setting: Setting, stage: Stage, feed: Feed, clock: Clock, first: int, beforehand: float) -> None:
+        self._beforehand = beforehand  # FLOPs that went into the features
         self.setting, self.stage, self.feed, self.clock = setting, stage, feed, clock
         self._step, self._seconds, self._waited = first, clock.read(), feed.waited
         self._skips = Skips(stage.name, setting.recipe.run.max_bad_steps)
         self._spikes = SpikeDetector(setting.recipe.run.spike_ratio)
 
     def cost(self, step: int) -> dict[str, float]:
-        """What the stage has taken so far: training seconds and FLOPs, the teacher's forwards included."""
+        """What the stage has taken so far: training seconds, and FLOPs, teachers' and encoders' forwards included."""
         return {
             "seconds": round(self.clock.read(), 3),
-            "flops": flops.stage_flops(self.setting.recipe, self.stage, 0, step),
+            "flops": self._beforehand + flops.stage_flops(self.setting.recipe, self.stage, 0, step),
         }
 
     def __call__(self, step: int, meter: Meter) -> int | None:

@@ -12,16 +12,36 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from st_fast.data.shards import RecordSet
 from st_fast.errors import RunFailed, UserError
 
+
+class Layout(Protocol):
+    """What one record is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class Readable(Protocol):
+    """What is read ahead: latents or features."""
+
+    @property
+    def manifest(self) -> Layout: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None: ...
+
+
 Answer = tuple[Tensor, Tensor]
-"""moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; on the host (pinned for CUDA) or on the device."""
+"""Moments (n, 2C, H, W) or features, in the set's dtype; labels (n,) int64. On the host (for CUDA pinned) or device."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,7 @@ class ReadAhead:
 
     def __init__(
         self,
-        records: RecordSet,
+        records: Readable,
         workers: int = 2,
         depth: int = 4,
         pinned: bool = False,
@@ -129,7 +149,7 @@ class TorchLoader:
     """Reads with PyTorch and threads alone: what serves when DALI isn't there."""
 
     def __init__(
-        self, records: RecordSet, device: torch.device, workers: int = 2, patience: Patience | None = None
+        self, records: Readable, device: torch.device, workers: int = 2, patience: Patience | None = None
     ) -> None:
         self._ahead = ReadAhead(records, workers, pinned=device.type == "cuda", patience=patience or Patience())
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from st_fast.data.encode import Encoder, Encoding
+from st_fast.data.feature_job import SourceImages, template, write_features
+from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import BadImage, load_image
 from st_fast.data.job import Worker, is_done, run_job
 from st_fast.data.manifest import FILE_NAME, VaeInfo
@@ -23,7 +25,9 @@ from st_fast.data.repa import RepaProducer, RepaSet, write_repa
 from st_fast.data.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.data.sources import Source, open_source
 from st_fast.data.stats import describe, statistics
+from st_fast.encoders import load_encoder
 from st_fast.errors import UserError
+from st_fast.judge import read_images
 from st_fast.pictures import decoder, grid, save_png
 from st_fast.safefile import FolderWrite
 from st_fast.vae import PIXELS, VAE, encode_moments, load_vae, vae_hash
@@ -35,7 +39,13 @@ TRAINING_BYTES = 2**30
 
 def verify(args: argparse.Namespace) -> None:
     """Re-reads everything."""
-    open_data(args.paths[0], verify=True, say=print).close()
+    records = open_data(args.paths[0], verify=True, say=print)
+    for folder in sorted((args.paths[0] / FOLDER).glob("*/")):
+        features = open_features(args.paths[0], folder.name, records)
+        features.verify()
+        print(f"features: {features.manifest.encoder} of {features.manifest.count:,} records verified")
+        features.close()
+    records.close()
 
 
 def stats(args: argparse.Namespace) -> None:
@@ -50,6 +60,26 @@ def stats(args: argparse.Namespace) -> None:
     decode = decoder(folder, manifest, compute(args)[0])
     save_png(grid(decode((mean + std * noise) * manifest.scale), 8), folder / "stats.png")
     print(f"picture: {folder / 'stats.png'}")
+
+
+def features(args: argparse.Namespace) -> None:
+    """Features of the images beside their latents."""
+    source_path, out = args.paths
+    records = open_data(out, verify=False)
+    encoder = load_encoder(args.features, *compute(args))
+    if (source_path / "images.safetensors").is_file():
+        real = read_images(source_path).train
+        images, size = (lambda numbers: real[torch.from_numpy(numbers)]), real.shape[-1]
+    else:
+        images, size = SourceImages(open_source(source_path, args.subset), records, args.size), args.size
+    planned = template(encoder, records, size)
+    print(
+        f"{features_folder(out, encoder.name)}: {planned.count:,} records of {planned.dtype} {planned.shape}, "
+        f"{planned.count * planned.record_bytes / 1e9:.2f} GB"
+    )
+    if not args.dry_run:
+        with progress("encoding", len(records), "records") as shown:
+            write_features(out, records, encoder, images, size, args.batch_size, worker(), shown.update)
 
 
 def from_repa(args: argparse.Namespace) -> None:

@@ -59,6 +59,16 @@ class Method:
         return False
 
     @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """The image encoders whose features, written beside the latents, are the target."""
+        return ()
+
+    @property
+    def resizes_features(self) -> bool:
+        """Whether features whose grid differs from the tokens' are resized."""
+        return False
+
+    @property
     def stop_step(self) -> int:
         """Supervision ends after this many steps; 0 keeps it for the whole stage."""
         return 0
@@ -214,6 +224,14 @@ class Repa(Method):
     @property
     def tap(self) -> int:
         return self.depth
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        return self.encoders
+
+    @property
+    def resizes_features(self) -> bool:
+        return self.interpolate
 
     @property
     def selection(self) -> Selection:

@@ -141,3 +141,20 @@ def test_the_judge_has_as_many_features_as_the_check_assumes() -> None:
     from st_fast.recipe.check import JUDGE_FEATURES
 
     assert JUDGE_FEATURES == FEATURES
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[]", "at least one"),
+        ('["a", "a"]', "none twice"),
+        ('["a", ""]', "none empty"),
+        ('"a"', "a list, each a string"),
+        ("[1]", "a list, each a string"),
+    ],
+)
+def test_encoders_are_a_list_of_distinct_names(value: str, words: str, spoil: Callable[[str, str], Path]) -> None:
+    path = spoil('"velocity_head"', f'"repa"\nencoders = {value}')
+    with pytest.raises(RecipeError) as refused:
+        load(path)
+    assert "stage.align.encoders" in str(refused.value) and words in str(refused.value)

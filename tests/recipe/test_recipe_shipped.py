@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.recipe import SelfTranscendence, VelocityHead, load
+from st_fast.recipe import LayerSync, Repa, SelfRepresentation, SelfTranscendence, VelocityHead, load
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -48,3 +48,33 @@ def test_published_sizes_depths_and_lengths(name: str) -> None:
     assert (recipe.model.depth, recipe.model.width, recipe.model.heads) == size
     assert (align.depth, transcend.student_depth, transcend.teacher_depth) == depths
     assert tuple(stage.steps for stage in recipe.stages) == steps
+
+
+@pytest.mark.parametrize(("name", "size", "depth"), [("sit_b_repa", "SiT-B/2", 4), ("sit_xl_repa", "SiT-XL/2", 8)])
+def test_repas_published_settings(name: str, size: str, depth: int) -> None:
+    recipe = load(RECIPES / f"{name}.toml", ranks=8)
+    (stage,) = recipe.stages
+    assert recipe.model.name == size and not recipe.model.qk_norm
+    assert stage.method == Repa(("facebook/dinov2-base",), depth, weight=0.5, hidden=2048)
+    sample = recipe.sample
+    assert (sample.sampler, sample.steps, sample.cfg_scale, sample.cfg_range) == ("sde", 250, 1.8, (0.0, 0.7))
+
+
+def test_sras_published_settings_decay_over_the_published_epochs() -> None:
+    method = load(RECIPES / "sit_xl_sra.toml", ranks=8).stages[0].method
+    assert isinstance(method, SelfRepresentation)
+    assert (method.student_depth, method.teacher_depth, method.time_offset) == (8, 20, 0.2)
+    assert (method.loss, method.weight) == ("smooth_l1", 0.2)
+    steps_an_epoch = 1_281_167 // 256
+    assert method.decay_start == 150 * steps_an_epoch and method.decay_steps == 1_000 * steps_an_epoch
+
+
+def test_layer_syncs_published_settings() -> None:
+    method = load(RECIPES / "sit_xl_layersync.toml", ranks=8).stages[0].method
+    assert method == LayerSync(student_depth=8, teacher_depth=16, weight=0.2)
+
+
+def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
+    recipe = load(RECIPES / "digits_methods.toml")
+    assert [stage.name for stage in recipe.stages] == ["plain", "layer_sync", "sra", "repa", "align", "transcend"]
+    assert len({stage.steps for stage in recipe.stages}) == 1

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from st_fast.recipe import METHODS, Plain, Recipe, SelfTranscendence, Stage, VelocityHead, load, to_toml
+from st_fast.recipe import (
+    METHODS,
+    LayerSync,
+    Plain,
+    Recipe,
+    Repa,
+    SelfRepresentation,
+    SelfTranscendence,
+    Stage,
+    VelocityHead,
+    load,
+    to_toml,
+)
 from st_fast.recipe.schema import SECTIONS, Data, Evaluate, Flow, Kernels, Model, Optim, Run, Sample
 
 INT = st.integers(1, 2**63 - 1)
@@ -66,7 +78,20 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
             MASK,
             st.integers(0, steps),
         )
-        done.append(Stage(name, draw(st.one_of(st.just(Plain()), align, transcend)), steps))
+        sync = st.builds(LayerSync, block, block, NOT_NEGATIVE)
+        names_of_encoders = st.lists(TEXT.filter(bool), min_size=1, max_size=3, unique=True).map(tuple)
+        repa = st.builds(Repa, names_of_encoders, block, NOT_NEGATIVE, INT, st.booleans(), st.integers(0, steps))
+        sra = st.builds(
+            SelfRepresentation,
+            block,
+            block,
+            st.floats(0, 1),
+            st.sampled_from(["smooth_l1", "cosine"]),
+            NOT_NEGATIVE,
+            ZERO_UP,
+            ZERO_UP,
+        )
+        done.append(Stage(name, draw(st.one_of(st.just(Plain()), align, transcend, sync, repa, sra)), steps))
     return tuple(done)
 
 

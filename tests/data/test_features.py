@@ -1,0 +1,195 @@
+"""Features of image encoders: the published preprocessing, whole rows in the records' order, and damage found out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast import prepare
+from st_fast.data import feature_job
+from st_fast.data.features import features_folder, open_features
+from st_fast.data.images import load_image
+from st_fast.data.shards import open_shards
+from st_fast.encoders import Dinov2, load_encoder, preprocess
+from st_fast.errors import UserError
+from tests.supervision.encoders import images, write_encoder, write_set
+
+CPU = torch.device("cpu")
+
+
+def cubic(distance: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = −0.75."""
+    x, a = np.abs(distance), -0.75
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resize_matrix(size: int, to: int) -> np.ndarray:
+    """(to, size): what bicubic resizing multiplies each axis with; pixels beyond the edge repeat it."""
+    matrix = np.zeros((to, size))
+    for row in range(to):
+        centre = (row + 0.5) * size / to - 0.5
+        for neighbour in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[row, np.clip(neighbour, 0, size - 1)] += cubic(np.array(centre - neighbour))
+    return matrix
+
+
+@pytest.mark.parametrize(("size", "side"), [(256, 224), (512, 448), (32, 28)])
+def test_preprocessing_is_imagenets_normalisation_and_bicubic_resizing(size: int, side: int) -> None:
+    pixels = images(1, size)
+    normal = (pixels.numpy() / 255 - np.array([0.485, 0.456, 0.406])[:, None, None]) / np.array([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+    matrix = resize_matrix(size, side)
+    expected = np.einsum("ih,bchw,jw->bcij", matrix, normal, matrix, optimize=True)
+    found = preprocess(pixels)
+    assert found.shape == (1, 3, side, side)
+    assert np.abs(found.numpy() - expected).max() < 1e-5
+
+
+def test_a_grey_image_becomes_three_equal_channels() -> None:
+    grey = images(2)[:, :1]
+    assert torch.equal(preprocess(grey), preprocess(grey.expand(-1, 3, -1, -1)))
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_features_are_the_patch_tokens_in_their_grid_without_cls_and_registers(registers: int, tmp_path: Path) -> None:
+    path = write_encoder(tmp_path / "dino", registers)
+    encoder = load_encoder(str(path), CPU, torch.float32)
+    found = encoder(images(2))
+    assert isinstance(encoder, Dinov2) and found.shape == (2, 2, 2, 24)
+    tokens = encoder.model(pixel_values=preprocess(images(2))).last_hidden_state
+    assert tokens.shape[1] == 1 + registers + 4
+    for row in (0, 1):
+        for column in (0, 1):
+            assert torch.equal(found[:, row, column], tokens[:, 1 + registers + 2 * row + column])
+    assert encoder.name == "dino" and str(tmp_path) not in encoder.name
+
+
+def test_an_encoder_that_cant_be_had_is_told_in_one_line(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "empty").mkdir()
+    transformers.ViTConfig().save_pretrained(tmp_path / "vit")
+    for name, words in (("empty", "neither a folder"), ("missing", "neither a folder"), ("vit", "'vit'")):
+        with pytest.raises(UserError) as refused:
+            load_encoder(str(tmp_path / name), CPU, torch.float32)
+        assert words in str(refused.value) and "\n" not in str(refused.value) and name in str(refused.value)
+    encoder = load_encoder(str(write_encoder(tmp_path / "dino", patch=4)), CPU, torch.float32)
+    with pytest.raises(UserError, match="become 14, no multiple of its patch 4"):
+        encoder.grid(16)
+    with pytest.raises(UserError, match="multiple of 8"):
+        encoder.grid(25)
+
+
+def prepared(class_folders: Path, out: Path, *options: object) -> None:
+    arguments = [class_folders, out, "--size", 16, "--vae", "pixels", "--device", "cpu", "--shard-size", 4, *options]
+    prepare.main([str(argument) for argument in arguments])
+
+
+def write(encoder: Path, class_folders: Path, out: Path, *options: object) -> None:
+    arguments = ["--features", encoder, class_folders, out, "--size", 16, "--device", "cpu", *options]
+    prepare.main([str(argument) for argument in arguments])
+
+
+def read(out: Path, name: str) -> np.ndarray:
+    records = open_shards(out)
+    features = open_features(out, name, records)
+    features.verify()
+    rows = np.empty((len(records), *features.manifest.shape), np.float16)
+    features.read_into(np.arange(len(records)), rows)
+    return rows
+
+
+def test_every_record_has_the_features_of_its_own_image_and_of_the_mirrored_one(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_job, "SHARD_BYTES", 5 * 2 * 2 * 24 * 2)  # five rows a shard
+    out, path = tmp_path / "out", write_encoder(tmp_path / "dino")
+    prepared(class_folders, out, "--flip")
+    before = (out / "manifest.json").read_bytes()
+    write(path, class_folders, out, "--batch-size", 3)
+    encoder = load_encoder(str(path), CPU, torch.float32)
+    files = sorted(class_folders.rglob("*.png"), key=lambda file: file.as_posix())
+    pixels = torch.stack([torch.from_numpy(load_image(file.read_bytes(), 16, 3)) for file in files])
+    rows, manifest = read(out, "dino"), open_features(out, "dino", open_shards(out)).manifest
+    assert np.allclose(rows[::2], encoder(pixels).numpy(), atol=2e-3)
+    assert np.allclose(rows[1::2], encoder(pixels.flip(-1)).numpy(), atol=2e-3)
+    assert (manifest.encoder, manifest.hash, manifest.shape) == ("dino", encoder.hash, (2, 2, 24))
+    assert len(manifest.shards) == 3 and (out / "manifest.json").read_bytes() == before
+
+
+def test_interrupted_writing_goes_on_and_ends_with_the_same_files(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_job, "SHARD_BYTES", 2 * 2 * 2 * 24 * 2)
+    path = write_encoder(tmp_path / "dino")
+    for out in (tmp_path / "a", tmp_path / "b"):
+        prepared(class_folders, out)
+    write(path, class_folders, tmp_path / "a")
+    kept = feature_job.write_tensors
+    calls = []
+
+    def failing(target: Path, tensors: dict[str, np.ndarray]) -> object:
+        calls.append(target.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return kept(target, tensors)
+
+    monkeypatch.setattr(feature_job, "write_tensors", failing)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, class_folders, tmp_path / "b")
+    with pytest.raises(UserError, match="no complete features"):
+        read(tmp_path / "b", "dino")
+    write(path, class_folders, tmp_path / "b")
+    assert sorted(calls) == [f"features-0000{k}.safetensors" for k in (0, 1, 1, 2)]
+    ours, theirs = (features_folder(tmp_path / name, "dino") for name in "ab")
+    assert {p.name: p.read_bytes() for p in ours.iterdir()} == {p.name: p.read_bytes() for p in theirs.iterdir()}
+    other = write_encoder(tmp_path / "elsewhere" / "dino", seed=1)
+    with pytest.raises(UserError, match="begun with other settings"):
+        write(other, class_folders, tmp_path / "b")
+
+
+def test_images_that_are_not_those_of_the_latents_are_refused(class_folders: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "out", write_encoder(tmp_path / "dino")
+    prepared(class_folders, out)
+    with pytest.raises(UserError, match="--size 24: the latents are of"):
+        write(path, class_folders, out, "--size", 24)
+    spare = sorted(class_folders.rglob("*.png"))
+    spare[0].rename(spare[-1].with_name("zz.png"))  # as many as before, one in the other class
+    with pytest.raises(UserError, match="label"):
+        write(path, class_folders, out)
+    spare[-1].unlink()
+    with pytest.raises(UserError, match="5 images"):
+        write(path, class_folders, out)
+
+
+def test_damage_and_swapped_rows_are_found_when_they_are_read(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", write_encoder(tmp_path / "dino"))
+    shard = features_folder(folder, "dino") / "features-00000.safetensors"
+    whole = bytearray(shard.read_bytes())
+    row = 2 * 2 * 24 * 2
+    rows = np.frombuffer(read(folder, "dino").tobytes(), np.uint8).reshape(30, row)
+    first = bytes(whole).index(rows[0].tobytes())
+    swapped = bytearray(whole)
+    swapped[first : first + 2 * row] = whole[first + row : first + 2 * row] + whole[first : first + row]
+    flipped = bytearray(whole)
+    flipped[first + 3] ^= 1
+    for damaged in (swapped, flipped):
+        shard.write_bytes(damaged)
+        features = open_features(folder, "dino", open_shards(folder, verify=False))
+        with pytest.raises(UserError, match="record 0"):
+            features.read_into(np.array([0]), np.empty((1, 2, 2, 24), np.float16))
+        with pytest.raises(UserError, match="SHA-256"):
+            features.verify()
+
+
+def test_features_of_other_latents_are_refused(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", write_encoder(tmp_path / "dino"))
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"random"', '"others"'))
+    with pytest.raises(UserError, match="other records"):
+        open_features(folder, "dino", open_shards(folder))
