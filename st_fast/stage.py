@@ -163,6 +163,11 @@ class Trainer:
             raise RunFailed(f"{self.folder}: the last checkpoint could not be written")
         self.setting.ranks.barrier()
 
+    def close(self) -> None:
+        """Closes the features' files."""
+        for features in self.features:
+            features.close()
+
     def ema_model(self) -> SiT:
         """The averaged weights as a float32 model in eval mode."""
         self.averaged.load_state_dict(self.optimizer.state()["ema"])
@@ -178,6 +183,7 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     first = trainer.resume(clock)
     if first >= stage.steps:
         log.say(f"{stage.name}: complete at step {first}")
+        trainer.close()
         return
     loader = make_loader(recipe.data.loader, setting.shards, ranks.device, log.say)
     features = [TorchLoader(one, ranks.device) for one in trainer.features]
@@ -213,9 +219,8 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     clock.stop()
     for reader in (loader, *features):
         reader.close()
-    for one in trainer.features:
-        one.close()
     trainer.finish()
+    trainer.close()
     gc.unfreeze()
     if done < stage.steps:
         setting.stop.close()
