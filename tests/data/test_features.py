@@ -193,3 +193,14 @@ def test_features_of_other_latents_are_refused(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"random"', '"others"'))
     with pytest.raises(UserError, match="other records"):
         open_features(folder, "dino", open_shards(folder))
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_the_encoders_flops_are_pytorchs_own_count(registers: int, tmp_path: Path) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = load_encoder(str(write_encoder(tmp_path / "dino", registers)), CPU, torch.float32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        encoder(images(1))
+    assert encoder.flops(16) == pytest.approx(counter.get_total_flops(), rel=1e-3)
