@@ -51,5 +51,5 @@ def on_grid(features: Tensor, side: int) -> Tensor:
     if features.shape[1:3] != (side, side):
         channels_first = features.permute(0, 3, 1, 2).float()
         resized = F.interpolate(channels_first, (side, side), mode="bilinear", align_corners=False)
-        features = resized.permute(0, 2, 3, 1)
+        features = resized.permute(0, 2, 3, 1).contiguous()
     return features.flatten(1, 2)
