@@ -12,6 +12,7 @@ from st_fast import prepare
 from st_fast.data import feature_job
 from st_fast.data.features import features_folder, open_features
 from st_fast.data.images import load_image
+from st_fast.data.job import Worker
 from st_fast.data.shards import open_shards
 from st_fast.encoders import Dinov2, load_encoder, preprocess
 from st_fast.errors import UserError
@@ -185,6 +186,10 @@ def test_damage_and_swapped_rows_are_found_when_they_are_read(tmp_path: Path) ->
             features.read_into(np.array([0]), np.empty((1, 2, 2, 24), np.float16))
         with pytest.raises(UserError, match="SHA-256"):
             features.verify()
+        with pytest.raises(UserError, match="SHA-256"):
+            prepare.main(["--verify", str(folder)])
+    shard.write_bytes(whole)
+    prepare.main(["--verify", str(folder)])
 
 
 def test_features_of_other_latents_are_refused(tmp_path: Path) -> None:
@@ -204,3 +209,34 @@ def test_the_encoders_flops_are_pytorchs_own_count(registers: int, tmp_path: Pat
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         encoder(images(1))
     assert encoder.flops(16) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_two_processes_share_the_shards_and_the_last_one_writes_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write_set(tmp_path / "whole", path := write_encoder(tmp_path / "dino"))
+    shared = write_set(tmp_path / "shared")
+    monkeypatch.setattr(feature_job, "SHARD_BYTES", 8 * 2 * 2 * 24 * 2)  # eight rows a shard
+    encoder, pixels = load_encoder(str(path), CPU, torch.float32), images()
+    for rank, last in ((1, False), (0, True)):
+        worker = Worker(rank, 2)
+        done = feature_job.write_features(
+            shared, open_shards(shared), encoder, lambda numbers: pixels[numbers], 16, worker=worker
+        )
+        assert (done is not None) == last
+    assert done is not None and [shard.count for shard in done.shards] == [8, 8, 8, 6]
+    assert np.allclose(read(shared, "dino"), read(whole, "dino"), atol=2e-3)
+
+
+def test_images_that_were_left_out_of_the_latents_are_left_out_of_the_features(
+    class_folders: Path, tmp_path: Path
+) -> None:
+    out, path = tmp_path / "out", write_encoder(tmp_path / "dino")
+    files = sorted(class_folders.rglob("*.png"), key=lambda file: file.as_posix())
+    files[1].write_bytes(b"no picture")
+    prepared(class_folders, out)
+    write(path, class_folders, out)
+    rows = read(out, "dino")
+    pixels = [torch.from_numpy(load_image(file.read_bytes(), 16, 3)) for file in (*files[:1], *files[2:])]
+    encoder = load_encoder(str(path), CPU, torch.float32)
+    assert len(rows) == 5 and np.allclose(rows, encoder(torch.stack(pixels)).numpy(), atol=2e-3)
