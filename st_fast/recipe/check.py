@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from st_fast.recipe.error import RecipeError, did_you_mean, show, wrong_value
 from st_fast.recipe.limits import BlockNumber, StepOfStage
-from st_fast.recipe.methods import supervision_name
+from st_fast.recipe.methods import LayerSync, supervision_name
 from st_fast.recipe.schema import Evaluate, Model, Optim, Recipe, Run, Stage
 from st_fast.recipe.typed import field_types
 
@@ -19,6 +19,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_names(recipe.stages)
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
+        check_order(stage)
         check_teacher(stage, recipe.stages, position)
     check_guidance(recipe)
     check_spikes(recipe.run)
@@ -89,6 +90,14 @@ def check_numbers(stage: Stage, depth: int) -> None:
         if ends and not ends[0] <= value <= ends[1]:
             of = "the model's blocks" if ends[0] else "the stage's steps"
             raise wrong_value(f"stage.{stage.name}.{name}", value, f"{ends[0]} to {ends[1]}, {of}")
+
+
+def check_order(stage: Stage) -> None:
+    """A block that follows another of the same pass lies below it: from itself it would learn nothing."""
+    method = stage.method
+    if isinstance(method, LayerSync) and method.teacher_depth <= method.student_depth:
+        allowed = f"a block above student_depth = {method.student_depth}"
+        raise wrong_value(f"stage.{stage.name}.teacher_depth", method.teacher_depth, allowed)
 
 
 def _ends(kind: Any, depth: int, steps: int) -> tuple[int, int] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from st_fast.data.job import Worker
 from st_fast.data.shards import open_shards
 from st_fast.encoders import Dinov2, load_encoder, preprocess
 from st_fast.errors import UserError
+from tests import tiny
 from tests.supervision.encoders import images, write_encoder, write_set
 
 CPU = torch.device("cpu")
@@ -240,3 +244,15 @@ def test_images_that_were_left_out_of_the_latents_are_left_out_of_the_features(
     pixels = [torch.from_numpy(load_image(file.read_bytes(), 16, 3)) for file in (*files[:1], *files[2:])]
     encoder = load_encoder(str(path), CPU, torch.float32)
     assert len(rows) == 5 and np.allclose(rows, encoder(torch.stack(pixels)).numpy(), atol=2e-3)
+
+
+def test_without_a_network_a_hub_name_is_refused_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = tiny.write_data(tmp_path / "set")
+    done = subprocess.run(
+        [sys.executable, "-m", "st_fast.prepare", "--features", "facebook/dinov2-base", str(folder), str(folder)],
+        capture_output=True, text=True, timeout=60, cwd=tiny.ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "facebook/dinov2-base" in done.stderr and "can be reached" in done.stderr

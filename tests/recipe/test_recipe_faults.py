@@ -158,3 +158,11 @@ def test_encoders_are_a_list_of_distinct_names(value: str, words: str, spoil: Ca
     with pytest.raises(RecipeError) as refused:
         load(path)
     assert "stage.align.encoders" in str(refused.value) and words in str(refused.value)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_block_cant_follow_itself_or_a_shallower_one(depth: int, spoil: Callable[[str, str], Path]) -> None:
+    old = 'supervision = "velocity_head"\ndepth = 2'
+    path = spoil(old, f'supervision = "layer_sync"\nstudent_depth = 2\nteacher_depth = {depth}')
+    with pytest.raises(RecipeError, match=f"teacher_depth = {depth}; allowed: a block above student_depth = 2"):
+        load(path)

@@ -78,7 +78,8 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
             MASK,
             st.integers(0, steps),
         )
-        sync = st.builds(LayerSync, block, block, NOT_NEGATIVE)
+        below = st.integers(1, max(depth - 1, 1))
+        sync = st.builds(LayerSync, below, st.just(depth), NOT_NEGATIVE) if depth > 1 else st.just(Plain())
         names_of_encoders = st.lists(TEXT.filter(bool), min_size=1, max_size=3, unique=True).map(tuple)
         repa = st.builds(Repa, names_of_encoders, block, NOT_NEGATIVE, INT, st.booleans(), st.integers(0, steps))
         sra = st.builds(
