@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from st_fast.data.manifest import Manifest
@@ -33,11 +35,16 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     return sheet.permute(1, 2, 0)
 
 
+def enlarged(picture: Tensor, smallest: int = 480) -> NDArray[np.uint8]:
+    """A picture (H, W, 1 or 3) as an array, larger by a whole factor so that it is ≥ `smallest` wide."""
+    factor = max(1, -(-smallest // picture.shape[1]))
+    array = picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
 def save_png(picture: Tensor, path: Path, smallest: int = 480) -> None:
     """Writes a picture (H, W, 1 or 3) as PNG, enlarged by a whole factor until its width reaches `smallest` pixels."""
     from PIL import Image
 
-    factor = max(1, -(-smallest // picture.shape[1]))
-    array = picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(path)
+    Image.fromarray(enlarged(picture, smallest)).save(path)

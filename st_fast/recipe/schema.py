@@ -109,7 +109,7 @@ class Sample:
     every: CountOrZero = 0
     num: CountOrZero = 80
     batch_size: Count = 100
-    sampler: Literal["euler", "heun", "sde"] = "sde"
+    sampler: Literal["euler", "heun", "dopri5", "sde"] = "sde"
     steps: Count = 250
     cfg_scale: NonNegative = 1.9
     cfg_range: TimeRange = (0.0, 0.65)
