@@ -2,7 +2,7 @@
 
     python -m st_fast.sample runs/digits
     python -m st_fast.sample runs/digits --stage transcend --num 100 --sampler heun --steps 50 --cfg-scale 2
-    torchrun --nproc-per-node 8 -m st_fast.sample runs/sit_xl --num 50000 --preset self-transcendence
+    torchrun --nproc-per-node 8 -m st_fast.sample runs/sit_xl -n 50000 --preset self-transcendence
     python -m st_fast.sample runs/digits --interpolate 3 8
     python -m st_fast.sample runs/digits --num 20 --gif
 
@@ -97,7 +97,7 @@ def parser_of(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="a run folder, such as runs/digits")
     parser.add_argument("--stage", help="the stage whose model draws (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("--num", type=int, help="how many samples")
+    parser.add_argument("-n", "--num", type=int, help="how many samples (torchrun takes --num for a flag of its own)")
     parser.add_argument("--labels", default="balanced", help="balanced (i mod classes), random, or such as 0,3,7")
     parser.add_argument("--seed", type=int, help="of the noise and of random labels (default: the run's)")
     parser.add_argument("--batch-size", type=int, help="of each rank; a dopri5 batch shares its steps")

@@ -1,9 +1,14 @@
 """The samplers against Gaussian data, whose velocity and whose flow are known in closed form."""
 
+import math
+import sys
+
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 
 from st_fast import sample, streams
+from st_fast.errors import UserError
 from st_fast.recipe.schema import Sample
 from st_fast.streams import Purpose
 
@@ -68,3 +73,45 @@ def test_guidance_acts_inside_its_interval_only(t, scale, expected, rows):
     guided = sample.guided_velocity(model, torch.tensor([4, 4]), settings)(noise(2), t)
     assert guided.eq(expected).all()
     assert model.rows == rows
+
+
+def uneven(x: torch.Tensor, t: float) -> torch.Tensor:
+    """A field with a stiff corner and a jump at t = 0.65, as guidance in an interval has."""
+    return torch.sin(5 * t * x) + (2 * x if t <= 0.65 else -x / (0.05 + t))
+
+
+def scipys(x: torch.Tensor, start: float, end: float, low: float) -> torch.Tensor:
+    """SciPy's solution of `uneven` from start to end, with t held at or above `low`."""
+
+    def field(t, y):
+        return uneven(torch.from_numpy(y), max(t, low)).numpy()
+
+    solved = solve_ivp(field, (start, end), x.reshape(-1).numpy(), rtol=1e-11, atol=1e-11)
+    return torch.from_numpy(solved.y[:, -1]).view_as(x)
+
+
+def test_dopri5_follows_scipys_solution_of_a_known_field_to_its_tolerance():
+    x, seen = noise(3).double(), []
+    found = sample.dopri5(uneven, x, 5, (0.0, 0.65), seen.append, atol=1e-9, rtol=1e-9)
+    above = math.nextafter(0.65, 1)
+    expected = scipys(scipys(x, 1.0, above, above), 0.65, 0.0, 0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert len(seen) == 5 and torch.equal(seen[-1], found)
+
+
+def test_dopri5_never_looks_beyond_the_data_and_needs_fewer_looks_than_fixed_steps():
+    times = []
+
+    def seen(x, t):
+        times.append(t)
+        return velocity(x, t)
+
+    z = noise(4)
+    torch.testing.assert_close(sample.dopri5(seen, z, 1), STD * z, atol=2e-3, rtol=2e-3)
+    assert 0 <= min(times) and max(times) <= 1 and len(times) < 150
+
+
+def test_dopri5_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(UserError, match=r"sampler = 'dopri5': .*pip install st_fast\[ode\]"):
+        sample.dopri5(velocity, noise(1), 1)
