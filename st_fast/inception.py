@@ -8,7 +8,6 @@ and there are 1,008 classes.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -260,8 +259,3 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _brief(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:160]
-
-
-def digest_of(values: NDArray[np.generic]) -> str:
-    """SHA-256 of an array's bytes, to name a reference by."""
-    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()

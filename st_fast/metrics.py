@@ -60,6 +60,13 @@ class GaussianStats:
         stats.update(features)
         return stats
 
+    @classmethod
+    def known(cls, mean: Array, covariance: Array) -> GaussianStats:
+        """Statistics of a published reference: mean (F,), unbiased covariance (F, F), of enough samples, as it says."""
+        stats = cls(len(mean), count=len(mean) + 1)
+        stats.mean, stats.scatter = mean.astype(np.float64), covariance.astype(np.float64) * len(mean)
+        return stats
+
     def update(self, features: NDArray[np.generic]) -> None:
         """Adds features (n, F); UserError where F differs or an entry isn't finite."""
         if _matrix("features", features).shape[1] != self.width:

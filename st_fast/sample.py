@@ -111,15 +111,15 @@ def parser_of(command: str, text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def wanted_of(given: argparse.Namespace, num: int | None = None) -> Wanted:
-    """The flags over the run's own recipe; `num` where none is given. UserError for a folder without a run."""
+def wanted_of(given: argparse.Namespace, num: Callable[[Recipe], int]) -> Wanted:
+    """The flags over the run's own recipe, which says `num` where no flag does; UserError without a run."""
     if not (given.run / "recipe.toml").is_file():
         raise UserError(f"{given.run}: no recipe.toml, so no run of st_fast.train")
     recipe = load(given.run / "recipe.toml")
     keys = ("num", "batch_size", "sampler", "steps", "cfg_scale")
     flags = {key: getattr(given, key) for key in keys} | {"cfg_range": given.cfg_range and tuple(given.cfg_range)}
     preset = PRESETS[given.preset] if given.preset else {}
-    chosen = {"num": num} | preset | {key: value for key, value in flags.items() if value is not None}
+    chosen = {"num": num(recipe)} | preset | {key: value for key, value in flags.items() if value is not None}
     return Wanted(
         given.run, recipe, newest_stage(given.run, recipe, given.stage), given.weights,
         with_sampling(recipe, chosen), read_labels(given.labels, recipe.model.num_classes),
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str]) -> tuple[Request, Recipe]:
     given = parser.parse_args(arguments)
     if (given.npz or given.png) and (given.gif or given.interpolate):
         raise UserError("--gif and --interpolate make one picture: without --npz and --png")
-    wanted = wanted_of(given)
+    wanted = wanted_of(given, lambda recipe: recipe.sample.num)
     ends = (given.interpolate[0], given.interpolate[1]) if given.interpolate else None
     return Request(wanted, given.out, given.npz, given.png, ends, given.gif), wanted.recipe
 

@@ -72,6 +72,6 @@ def command(module: str, *arguments: object, ranks: int = 1) -> subprocess.Compl
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc-per-node={ranks}"]
     start = [sys.executable] if ranks == 1 else torchrun
     return subprocess.run(
-        [*start, "-m", f"st_fast.{module}", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*start, "-m", f"st_fast.{module}", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
     )  # fmt: skip
