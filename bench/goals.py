@@ -101,6 +101,8 @@ GOALS = (
          _of("samples/s"), 20_000, unit="samples/s"),
     Goal("cpu", "DALI and resident loader against the published per-file loader, cached", "loader",
          _loader("", "warm"), _of("times per file"), 10.0),
+    Goal("cpu", "SiT-S/2, sampling (Heun, guided), against the plain sampler", "sampling",
+         lambda row: row.get("size") == "S/2", _of("speedup", "plain"), 1.5),
     Goal("cuda", "adaLN ops at XL/2, forward, share of the copy rate", "kernels", _op(*ADALN, size="XL/2, batch 256"),
          _figure("forward", "of_copy_rate"), 0.9, unit="%"),
     Goal("cuda", "adaLN ops at XL/2, backward, share of the copy rate", "kernels", _op(*ADALN, size="XL/2, batch 256"),

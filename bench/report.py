@@ -26,6 +26,7 @@ PARTS = {
     "step": "The step",
     "loader": "The loaders, batch 256, fp16 moments",
     "first step": "From starting Python to the end of the first step",
+    "sampling": "Drawing samples",
     "sweep": "How the step grows",
 }
 DETAILS = ("sweep", "longest kernels", "correctness", "csrc")
@@ -171,6 +172,20 @@ def loaders(rows: Sequence[Row]) -> str:
     return table(head, lines)
 
 
+def sampling(rows: Sequence[Row]) -> str:
+    """Samplers: images a second, and how many times faster than the same written plainly."""
+    head = ["sampler", "images/s", "in bf16", "× plain", "× plain, skipping", "bf16, × plain", "noise"]
+    lines = [
+        [
+            f"{row['size']}, {row['sampler']}, {row['steps']} steps, batch {row['batch']}",
+            f"{row['images_per_s']['ours']:.3g}", f"{row['images_per_s']['bf16']:.3g}", ratio(row["speedup"]["plain"]),
+            ratio(row["speedup"]["skipping"]), ratio(row["bf16_speedup"]), f"± {share(row['noise'])}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(head, lines)
+
+
 def anything(rows: Mapping[str, Row]) -> str:
     """A part without a table of its own: every scalar of its rows."""
     scalars = (k for row in rows.values() for k, v in row.items() if k != "code" and not isinstance(v, dict | list))
@@ -210,6 +225,8 @@ def _tables(name: str, rows: Mapping[str, Row], brief: bool) -> str:
         return kernels(values, ("both",) if brief else ("forward", "backward", "both"))
     if name == "step":
         return steps(values) + "\n\n" + where_time_goes(values)
+    if name == "sampling":
+        return sampling(values)
     if name == "sweep":
         return steps(values)
     if name == "longest kernels":

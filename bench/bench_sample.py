@@ -1,0 +1,131 @@
+"""Drawing samples: st_fast's sampler against the same sampler written plainly, images a second.
+
+    pytest bench/bench_sample.py
+
+The plain one takes Heun's steps as a paper writes them: an eager network in float32, and both branches of the guidance
+at every time as two forwards, their difference multiplied by ω inside the interval and by one outside of it; "skipping"
+is the same without the second forward outside of it. The same noise must come out as the same latents, or nothing is
+timed. "bf16" is st_fast's with --precision bf16, whose error is told beside it. Rows go to bench/results/<device>.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bench.gate import WrongResult, errors
+from bench.plain import PlainSiT
+from bench.results import Row, Store
+from bench.timing import Effort, Stopwatch, Variant, interleave, noise, paired_ratio
+from bench.workload import ROOT
+from st_fast import kernels
+from st_fast.model import SiT, build
+from st_fast.model.compiling import CompiledBlocks
+from st_fast.recipe import load
+from st_fast.recipe.schema import Model, Sample
+from st_fast.sampling.draw import balanced, starting_noise
+from st_fast.sampling.guided import sample
+
+Report = Callable[[Sequence[float]], None]
+
+TOLERANCE = 1e-3
+"""Largest error of the latents, relative to the largest latent: float32 over all steps."""
+PUBLISHED_RANGE = (0.0, 0.65)
+"""The published interval of guidance."""
+
+
+def filled(config: Model, device: torch.device) -> SiT:
+    """A model whose weights are all random."""
+    model = build(config, kernels.select({}, device), 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def plain_heun(model: PlainSiT, x: Tensor, labels: Tensor, settings: Sample, skipping: bool) -> Tensor:
+    """Latents (B, C, S, S) for noise x (B, C, S, S); `skipping` leaves out what the interval makes needless."""
+    null = torch.full_like(labels, model.config.num_classes)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        times = torch.full((len(x),), t, device=x.device)
+        conditional = model(x, times, labels)[0]
+        scale = settings.cfg_scale if settings.cfg_range[0] <= t <= settings.cfg_range[1] else 1.0
+        if skipping and scale == 1.0:
+            return conditional
+        unconditional = model(x, times, null)[0]
+        return unconditional + scale * (conditional - unconditional)
+
+    for t, following in itertools.pairwise(torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64).tolist()):
+        slope = velocity(x, t)
+        ahead = velocity(x + (following - t) * slope, following)
+        x = x + (following - t) / 2 * (slope + ahead)
+    return x
+
+
+def measure(device: torch.device, size: str, batch: int, steps: int, effort: Effort, depth: int = 0) -> Row:
+    """The row of one size (its depth where 0); WrongResult if they don't draw the same."""
+    config = load(ROOT / "recipes" / f"sit_{size}.toml", ["--data.path=none", "--run.out=none"]).model
+    config = replace(config, depth=depth or config.depth)
+    model, draw = filled(config, device), balanced(0, 0, batch, config.num_classes, device)
+    low, plain = copy.deepcopy(model).bfloat16(), PlainSiT(config).to(device).eval()
+    plain.load_state_dict(model.state_dict())
+    if device.type == "cuda":
+        model.run_block = low.run_block = CompiledBlocks(print, dynamic=False)
+    settings = Sample(sampler="heun", steps=steps, cfg_scale=1.9, cfg_range=PUBLISHED_RANGE)
+    noise_of = functools.partial(starting_noise, draw, config)
+    draws: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: sample(model, draw, settings, "linear"),
+        "bf16": lambda: sample(low, draw, settings, "linear"),
+        "plain": lambda: plain_heun(plain, noise_of(), draw.labels, settings, skipping=False),
+        "skipping": lambda: plain_heun(plain, noise_of(), draw.labels, settings, skipping=True),
+    }
+    truth = draws["plain"]().double()
+    worst = {name: errors(call(), truth)[1] for name, call in draws.items()}
+    for name in ("ours", "skipping"):
+        if not worst[name] <= TOLERANCE:
+            raise WrongResult(
+                f"{config.name}: {name}: off by {worst[name]:.1e} of the largest; {TOLERANCE:.0e} is allowed"
+            )
+    found = interleave({name: _variant(call) for name, call in draws.items()}, device, effort)
+    seconds = {name: samples["draw"] for name, samples in found.items()}
+    return {
+        "size": config.name.removeprefix("SiT-"), "sampler": "heun", "steps": steps, "batch": batch, "cfg_scale": 1.9,
+        "guided_share": _guided_share(settings),
+        "depth": config.depth,
+        "images_per_s": {name: batch / statistics.median(values) for name, values in seconds.items()},
+        "speedup": {name: paired_ratio(seconds[name], seconds["ours"]) for name in ("plain", "skipping")},
+        "bf16_speedup": paired_ratio(seconds["plain"], seconds["bf16"]), "worst_error": worst,
+        "rounds": len(seconds["ours"]), "noise": noise(seconds["ours"]),
+    }  # fmt: skip
+
+
+def _guided_share(settings: Sample) -> float:
+    """Share of the velocity's evaluations that need both branches."""
+    times = torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64).tolist()
+    looked = [*times[:-1], *times[1:]]
+    return sum(settings.cfg_range[0] <= t <= settings.cfg_range[1] for t in looked) / len(looked)
+
+
+def _variant(call: Callable[[], Tensor]) -> Variant:
+    def run(number: int, watch: Stopwatch) -> None:
+        with watch("draw"):
+            call()
+
+    return run
+
+
+def bench_sampler(store: Store, device: torch.device, report: Report) -> None:
+    size, batch, steps = ("xl", 64, 20) if device.type == "cuda" else ("s", 2, 5)
+    row = measure(device, size, batch, steps, Effort(rounds=5, seconds=20, least=3, warmup=0))
+    store.put("sampling", f"{row['size']}, heun, {steps} steps, batch {batch}", row)
+    report([batch / row["images_per_s"]["ours"]])
