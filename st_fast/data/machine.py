@@ -44,7 +44,8 @@ def container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
 def allow_open_files(count: int) -> None:
     """Raises this process's limit on open files if `count` more need it; one line where the system forbids that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = count + SPARE_FILES
+    mine = Path("/proc/self/fd")
+    need = count + SPARE_FILES + (len(os.listdir(mine)) if mine.is_dir() else 0)
     if soft != resource.RLIM_INFINITY and soft < need:
         if hard != resource.RLIM_INFINITY and hard < need:
             raise UserError(f"{count} files would be open at once, at most {hard} may be; make fewer, larger ones")
