@@ -1,0 +1,57 @@
+"""The neutral form between layouts: named tensors in our convention of time and sign, and what the file said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from st_fast.recipe.schema import Model
+
+Table = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One model with what belongs to it; every table is {key: float32 tensor}, trunk and heads by published names."""
+
+    config: Model
+    layout: str
+    """Where it comes from: a name of `LAYOUTS`, "st_fast" or "hf"."""
+    model: Table
+    """The raw weights; the averaged ones again where a file has no raw ones."""
+    ema: Table
+    """The averaged weights; the raw ones again where a file has no average. May lack the heads."""
+    exp_avg: Table = field(default_factory=dict)
+    exp_avg_sq: Table = field(default_factory=dict)
+    """AdamW's moments of the trained keys; both empty where the file has no optimiser state."""
+    updates: int = 0
+    """AdamW's count of updates."""
+    step: int = 0
+    path: str = "linear"
+    """Of the flow: "linear" or "cosine"."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a file of the same layout needs to be written back as it was, as plain JSON values."""
+    originals: Table = field(default_factory=dict)
+    """Tensors that importing changed, as they were: `<table>/<key>`."""
+
+    def __post_init__(self) -> None:
+        if set(self.exp_avg) != set(self.exp_avg_sq):
+            raise ValueError("exp_avg and exp_avg_sq must have the same keys")
+
+
+def is_head(key: str) -> bool:
+    """Whether a key belongs to a training head and not to the trunk."""
+    return key.startswith(("projectors.", "projectors_final.", "ap_head."))
+
+
+def trunk(table: Table) -> dict[str, Tensor]:
+    """The part of a table that a SiT has."""
+    return {key: tensor for key, tensor in table.items() if not is_head(key)}
+
+
+def heads(table: Table) -> dict[str, Tensor]:
+    """The part of a table that a supervision's heads have."""
+    return {key: tensor for key, tensor in table.items() if is_head(key)}
