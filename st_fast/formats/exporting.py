@@ -13,7 +13,7 @@ from torch import Tensor
 from st_fast.checkpoint.groups import write_group
 from st_fast.errors import UserError
 from st_fast.formats import adam, official
-from st_fast.formats.bundle import Bundle, Table, is_head
+from st_fast.formats.bundle import Bundle, Table, heads, is_head
 from st_fast.formats.layouts import check_table, published_order
 from st_fast.safefile import fsync_folder, make_folder
 
@@ -54,12 +54,18 @@ def export_file(bundle: Bundle, layout: str, path: Path, weights: str) -> None:
 def as_published(bundle: Bundle, layout: str) -> dict[str, Any]:
     """What the other project's `torch.save` would be given."""
     facts = bundle.facts if bundle.layout == layout else {}
-    tables = {"model": bundle.model, "ema": bundle.ema, "exp_avg": bundle.exp_avg, "exp_avg_sq": bundle.exp_avg_sq}
+    ema = heads(bundle.model) | dict(bundle.ema)  # ours averages no heads, the published code does
+    tables: dict[str, Table] = {
+        "model": bundle.model,
+        "ema": ema,
+        "exp_avg": bundle.exp_avg,
+        "exp_avg_sq": bundle.exp_avg_sq,
+    }
     keeps_heads = bundle.layout == layout or FIRST_KEY.get(layout, "") in bundle.model
     if not keeps_heads:
         tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
     if layout == "sit":
-        tables = _official(bundle, tables, facts.get("sigma", True))
+        tables = dict(_official(bundle, tables, facts.get("sigma", True)))
     ordered = {name: {key: table[key] for key in published_order(table)} for name, table in tables.items()}
     for name in ("model", "ema"):
         check_table(ordered[name], bundle.config, layout, name)

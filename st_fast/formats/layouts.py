@@ -54,7 +54,7 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         return "sit"
     raise UserError(
         f"{where}: neither heads nor args nor a learnt sigma tell official SiT (t = 1 is data) from REPA (t = 1 is "
-        "noise): say --from sit or --from repa"
+        "noise): layout must be given, as sit or repa"
     )
 
 
@@ -77,7 +77,9 @@ def infer(table: Table, args: Mapping[str, Any], number_of_heads: int | None, wh
     name, usual_heads = published.get((depth, width), ("custom", 0))
     count = number_of_heads or usual_heads
     if not count:
-        raise UserError(f"{where}: depth {depth} and width {width} are no published size, so say --heads NUMBER")
+        raise UserError(
+            f"{where}: depth {depth} and width {width} are no published size, so number_of_heads must be given"
+        )
     null = 0 if args.get("num_classes") == classes[0] else 1
     model = Model(
         name=name if count == usual_heads and patch in (2, 4, 8) else "custom",
