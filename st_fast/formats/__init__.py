@@ -1,7 +1,7 @@
 """Other projects' checkpoints: read strictly into one neutral form, and written back.
 
 `files` opens what may be hostile, `layouts` knows keys and shapes, `official` turns official SiT's time and sign round,
-`adam` names the optimiser's moments, `bundle` is the neutral form; `import_file` and `export_file` are the way in and out.
+`adam` names the optimiser's moments, `bundle` is the neutral form.
 """
 
 from st_fast.formats.bundle import Bundle
