@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from st_fast.recipe import Recipe, RecipeError, load, to_toml
+from tests.fuzz import blocks
 
 HOSTILE = [
     *("nan", "inf", "-1", "0", "true", '""', "[]", "{}", "[[1]]", "1e400", "-0.0", "9" * 30, "0x" + "f" * 90),
@@ -75,7 +76,7 @@ def kind_of(value: str) -> str:
     return by_first.get(value[:1], "float" if "." in value or "e" in value else "int")
 
 
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", blocks(10, 67))
 def test_a_mutated_recipe_loads_or_is_refused_in_one_line_at_once(block: int, small: Path) -> None:
     originals = [small.read_bytes(), to_toml(load(small)).encode()]
     for seed in range(30 * block, 30 * block + 30):
