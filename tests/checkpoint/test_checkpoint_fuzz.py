@@ -1,4 +1,4 @@
-"""750 damaged manifests and headers, 2,100 with ST_FAST_FUZZ=full: a clear error or a correct load, never anything else."""
+"""750 damaged manifests and headers, 2,100 with ST_FAST_FUZZ=full: a clear error or a correct load, nothing else."""
 
 from __future__ import annotations
 
