@@ -7,16 +7,14 @@ that was started on them. Every row is checked against its CRC whenever it is re
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from st_fast.data.manifest import DTYPES, FILE_NAME, ShardEntry
+from st_fast.data.manifest import DTYPES, FILE_NAME, ShardedSet, ShardEntry
 from st_fast.data.rows import CheckedRows
 from st_fast.data.shards import RecordSet
 from st_fast.errors import UserError
@@ -25,7 +23,6 @@ from st_fast.safefile import (
     BadFile,
     Entry,
     inside,
-    json_bytes,
     open_regular,
     read_exactly,
     read_header,
@@ -40,7 +37,7 @@ FOLDER = "features"
 
 
 @dataclass(frozen=True)
-class FeatureManifest:
+class FeatureManifest(ShardedSet):
     """What a folder of features holds."""
 
     encoder: str
@@ -59,16 +56,6 @@ class FeatureManifest:
     shards: tuple[ShardEntry, ...] = ()
     format: str = FORMAT
     version: int = VERSION
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one record's features."""
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the manifest's content: it changes with every change of any shard's hash."""
-        return hashlib.sha256(json_bytes(asdict(self))).hexdigest()
 
 
 def features_folder(data: Path, encoder: str) -> Path:

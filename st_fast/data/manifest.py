@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from st_fast.errors import UserError
 from st_fast.safefile import BadFile, json_bytes, read_json, shown, write_json_atomic
@@ -38,8 +38,26 @@ class VaeInfo:
     path: str = ""
 
 
+class ShardedSet:
+    """What every manifest of shards, a dataclass, has: records of one shape and dtype, and a digest of all it says."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    shape: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record."""
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest's content: it changes with every change of any shard's hash."""
+        return hashlib.sha256(json_bytes(asdict(self))).hexdigest()
+
+
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(ShardedSet):
     """What a folder of latents holds. `shape` is that of one record's moments, (2C, H, W) = concat(mean, std).
 
     `scale` leads from unscaled moments to the diffusion model's latents. With `flip` the set has every image twice:
@@ -68,16 +86,6 @@ class Manifest:
     def channels(self) -> int:
         """C of the latents: half of the moments' channels."""
         return self.shape[0] // 2
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one record's moments."""
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the manifest's content: it changes with every change of any shard's hash."""
-        return hashlib.sha256(json_bytes(asdict(self))).hexdigest()
 
 
 def _problem(manifest: Manifest) -> str:

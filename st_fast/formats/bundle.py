@@ -19,7 +19,7 @@ class Bundle:
 
     config: Model
     layout: str
-    """Where it comes from: a name of `LAYOUTS`, "st_fast" or "hf"."""
+    """Where it comes from: a name of `LAYOUTS`."""
     model: Table
     """The raw weights; the averaged ones again where a file has no raw ones."""
     ema: Table

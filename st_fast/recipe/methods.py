@@ -73,6 +73,10 @@ class Method:
         """Supervision ends after this many steps; 0 keeps it for the whole stage."""
         return 0
 
+    def supervises(self, step: int) -> bool:
+        """Whether supervision lasts to this step, counted from 0."""
+        return self.stop_step == 0 or step < self.stop_step
+
     def factor(self, step: int) -> float:
         """What the weight λ is multiplied with at a step, counted from 0."""
         return 1.0

@@ -33,7 +33,7 @@ class Repa:
         self.heads = Heads(parts.config.width, settings.hidden, parts.feature_widths)
 
     def active(self, step: int) -> bool:
-        return self.settings.stop_step == 0 or step < self.settings.stop_step
+        return self.settings.supervises(step)
 
     def target(self, noised: Noised) -> tuple[Tensor, ...]:
         return tuple(on_grid(features, self.side) for features in noised.features)

@@ -37,7 +37,7 @@ class SelfTranscendence:
         self.heads: nn.Module = Head(parts.config.width, settings.hidden)
 
     def active(self, step: int) -> bool:
-        return self.settings.stop_step == 0 or step < self.settings.stop_step
+        return self.settings.supervises(step)
 
     @torch.no_grad()
     def target(self, noised: Noised) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from st_fast.data.shards import open_shards
 from st_fast.errors import Interrupted, UserError
 from st_fast.feed import Feed
 from st_fast.parallel import Ranks
-from st_fast.recipe import load
+from st_fast.recipe import Recipe, load
 from st_fast.recipe.methods import Repa
 from st_fast.recipe.schema import Stage
 from st_fast.run import run
@@ -103,16 +103,21 @@ def states(out: Path) -> dict[str, torch.Tensor]:
     return {f"{group}/{name}": t for group, tensors in found.groups.items() for name, t in tensors.items()}
 
 
-def test_an_interrupted_run_resumes_bit_exactly(recipe, tmp_path, monkeypatch, signals):  # noqa: F811
-    torch.set_num_threads(1)
-    run(load(recipe))
-    again = load(recipe, [f"--run.out={tmp_path / 'again'}"])
+def interrupt(recipe: Recipe, monkeypatch) -> None:
+    """Runs to the third step, which a signal ends."""
     STOP.name = None
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(Interrupted):
-            run(again)
+            run(recipe)
     STOP.name = None
+
+
+def test_an_interrupted_run_resumes_bit_exactly(recipe, tmp_path, monkeypatch, signals):  # noqa: F811
+    torch.set_num_threads(1)
+    run(load(recipe))
+    again = load(recipe, [f"--run.out={tmp_path / 'again'}"])
+    interrupt(again, monkeypatch)
     run(again)
     whole, resumed = states(tmp_path / "out"), states(tmp_path / "again")
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[k], whole[k]) for k in whole)
@@ -195,12 +200,7 @@ def test_a_grid_that_does_not_match_is_refused_with_both_grids_and_taken_with_in
 def test_features_changed_between_two_starts_are_refused(recipe, data, tmp_path, monkeypatch, signals):  # noqa: F811
     folder = shutil.copytree(data, tmp_path / "copy")
     settings = load(recipe, [f"--data.path={folder}"])
-    STOP.name = None
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(Interrupted):
-            run(settings)
-    STOP.name = None
+    interrupt(settings, monkeypatch)
     path = folder / "features" / "one" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hash": "another"}))
     with pytest.raises(UserError, match="features changed"):
