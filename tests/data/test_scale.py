@@ -81,6 +81,18 @@ def test_a_low_limit_on_open_files_is_raised_for_157_shards(imagenet: Path, monk
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+def test_files_that_are_open_already_count_towards_the_limit(imagenet: Path) -> None:
+    before, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    try:
+        held = [os.open("/dev/null", os.O_RDONLY) for _ in range(500)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
+        open_shards(imagenet, verify=False).close()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_an_epochs_order_takes_a_second_and_32_megabytes() -> None:
     start = time.process_time()
     order = epoch_order(0, 3, COUNT)
