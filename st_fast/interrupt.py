@@ -17,7 +17,7 @@ from st_fast.parallel import Ranks
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal first."""
 
     name: str | None = None
 
@@ -74,7 +74,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.name = signal.Signals(number).name
+        request.name = request.name or signal.Signals(number).name
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
