@@ -23,7 +23,8 @@ from st_fast.data.opening import open_data
 from st_fast.data.progress import bar
 from st_fast.data.repa import RepaProducer, RepaSet, write_repa
 from st_fast.data.small_vae import SmallVae, latent_scale, train_vae
-from st_fast.data.sources import Source, open_source
+from st_fast.data.source import Source
+from st_fast.data.sources import open_source
 from st_fast.data.stats import describe, statistics
 from st_fast.encoders import load_encoder
 from st_fast.errors import UserError

@@ -17,7 +17,7 @@ from st_fast.data.images import BadImage, load_image
 from st_fast.data.job import Produced
 from st_fast.data.machine import usable_cpus
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.vae import VAE, encode_moments, latent_shape, vae_hash, vae_scale
 
 

@@ -20,7 +20,7 @@ from st_fast.data.job import Worker
 from st_fast.data.machine import usable_cpus
 from st_fast.data.manifest import FILE_NAME, ShardEntry
 from st_fast.data.shards import RecordSet
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.data.writing import record_crcs, write_tensors
 from st_fast.encoders import ImageEncoder
 from st_fast.errors import UserError

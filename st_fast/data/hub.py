@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.errors import UserError
 
 

@@ -6,46 +6,27 @@ decided from names alone, so the same input gives the same set on any machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from st_fast.data.hub import open_hub_dataset
 from st_fast.data.images import SUFFIXES
 from st_fast.data.machine import allow_open_files
+from st_fast.data.source import Source
 from st_fast.errors import UserError
 from st_fast.safefile import BadFile, shown
 
 SPLITS = ("train", "training", "test", "val", "valid", "validation")
 LABELS_FILE = "dataset.json"
 """Labels by file name as EDM and REPA write them: {"labels": [["00000/img00000000.png", 3], …]}."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Numbered images with labels. `read(i)` → the bytes of image i's file; may be called from many threads."""
-
-    description: str
-    names: Sequence[str]
-    labels: np.ndarray
-    """(n,) int64."""
-    num_classes: int
-    class_names: tuple[str, ...]
-    read: Callable[[int], bytes]
-
-    def digest(self) -> str:
-        """SHA-256 over names and labels: interrupted work continues only on the same images."""
-        digest = hashlib.sha256(self.labels.tobytes())
-        for name in self.names:
-            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -63,8 +44,6 @@ def open_source(path: Path, subset: str = "") -> Source:
     if not path.exists():
         raise UserError(f"source {str(path)!r}: no such file or folder")
     if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        from st_fast.data.hub import open_hub_dataset
-
         return open_hub_dataset(path, subset)
     tars = sorted(path.glob("*.tar")) if path.is_dir() else []
     if path.is_dir() and not tars:
