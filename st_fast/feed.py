@@ -17,6 +17,7 @@ from torch import Tensor
 from st_fast import flow, streams
 from st_fast.data.loader import Loader
 from st_fast.parallel import Ranks
+from st_fast.ranges import named
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.streams import Purpose
 from st_fast.supervision.protocol import Rows, select_rows
@@ -79,11 +80,13 @@ class Feed:
         features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
         for step in range(first, last):
             self.ranks.place.step = step + 1
-            t, asked = self._times(step), features if step < stop else []
-            yield [
-                self._batch(step, part, t, *self._wait(answers), tuple(self._wait(stream)[0] for stream in asked))
-                for part in self.micro_batches()
-            ]
+            with named("data"):
+                t, asked = self._times(step), features if step < stop else []
+                batches = [
+                    self._batch(step, part, t, *self._wait(answers), tuple(self._wait(stream)[0] for stream in asked))
+                    for part in self.micro_batches()
+                ]
+            yield batches
 
     def _wait(self, answers: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         self.ranks.place.mark("data")

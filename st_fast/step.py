@@ -13,6 +13,7 @@ from st_fast.feed import Batch
 from st_fast.model import SiT
 from st_fast.optim import Optimizer
 from st_fast.parallel import Ranks
+from st_fast.ranges import named
 from st_fast.recipe.schema import Recipe
 from st_fast.reduction import GradientSum
 from st_fast.streams import Purpose
@@ -44,13 +45,18 @@ class Step:
         parts = []
         for number, batch in enumerate(micro_batches, start=1):
             self.place.mark("step")
-            losses = self.losses(step, self.noised(batch))
+            with named("noise"):
+                noised = self.noised(batch)
+            losses = self.losses(step, noised)
             if number == len(micro_batches):
                 self.gradients.expect()
-            (losses.denoise + losses.aux).backward()
+            with named("backward"):
+                (losses.denoise + losses.aux).backward()
             parts.append(Losses(losses.denoise.detach(), losses.aux.detach()))
-        self.gradients.finish()
-        norm = self.optimizer.update()
+        with named("exchange"):
+            self.gradients.finish()
+        with named("optimiser"):
+            norm = self.optimizer.update()
         return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts])), norm
 
     def noised(self, batch: Batch) -> Noised:
@@ -68,10 +74,13 @@ class Step:
     def losses(self, step: int, noised: Noised) -> Losses:
         """The denoising loss and the supervision's, each a sum over samples weighted by 1 / global batch size."""
         supervised = self.supervision.active(step)
-        target = self.supervision.target(noised) if supervised else ()
-        prediction, hidden = self.model(noised.x_t, noised.t, noised.student_labels, self.supervision.tap)
-        denoise = flow.denoising_loss(prediction, noised.velocity).sum() / self.recipe.optim.batch_size
-        aux = self.supervision.loss(hidden, target, noised) if supervised else torch.zeros_like(denoise)
+        with named("teacher"):
+            target = self.supervision.target(noised) if supervised else ()
+        with named("student forward"):
+            prediction, hidden = self.model(noised.x_t, noised.t, noised.student_labels, self.supervision.tap)
+        with named("loss"):
+            denoise = flow.denoising_loss(prediction, noised.velocity).sum() / self.recipe.optim.batch_size
+            aux = self.supervision.loss(hidden, target, noised) if supervised else torch.zeros_like(denoise)
         return Losses(denoise, aux)
 
 
