@@ -26,7 +26,7 @@ from types import FrameType
 
 import torch
 
-from bench import families, first_step, gate, op_times, optimiser, results, step_times, sweeps
+from bench import first_step, gate, op_times, optimiser, profiles, results, step_times, sweeps
 from bench.cases import MAKERS, Case, Draw, Size
 from bench.results import Row, Store
 from bench.step_times import Wanted
@@ -208,7 +208,7 @@ def profile(day: Day) -> Iterator[Task]:
 def _longest(setup: Setup) -> Row:
     with ours(setup) as loop, step_times.tidy(setup.device):
         loop()
-        found = families.kernels(loop, setup.device, times=3)
+        found = profiles.kernels(loop, setup.device, times=3)
     return {"ok": True, "kernels_ms": {name[:120]: 1e3 * spent for name, spent in list(found.items())[:30]}}
 
 

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from bench import apart, families, floor
+from bench import apart, floor, profiles
 from bench.results import Machine, Row
 from bench.timing import Effort, Samples, Stopwatch, Variant, interleave, noise
 from bench.workload import STAGES, Ours, Setup, our_variant, ours, plain_variant
+from st_fast import families
 from st_fast.model.attention import choose
 
 log = logging.getLogger("bench")
@@ -154,5 +155,5 @@ def _parts(loop: Ours, setup: Setup, supervised: int, seconds: float) -> Row:
         "floor": asdict(least),
         "times_the_floor": seconds / least.seconds,
         "at_product_speed_s": least.products * (1 + least.attention_flops / least.product_flops),
-        "families": families.seconds(loop, setup.device, times=3 if setup.device.type == "cuda" else 1),
+        "families": families.by_family(profiles.kernels(loop, setup.device, 3 if setup.device.type == "cuda" else 1)),
     }

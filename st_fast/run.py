@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from st_fast import kernels, lock, memory, monitor, parallel, teacher, trackers
+from st_fast import kernels, lock, memory, monitor, parallel, profiling, teacher, trackers
 from st_fast.data import digits, digits_encoder
 from st_fast.data.features import open_features_of
 from st_fast.data.manifest import Manifest
@@ -46,6 +46,7 @@ def run(recipe: Recipe) -> None:
             out.mkdir(parents=True, exist_ok=True)
         ranks.barrier()
         ranks.told(lambda: trackers.check_installed(recipe.run.trackers))
+        profiling.choose_tool(recipe.profile, ranks.device)
         with (
             lock.RunLock(out, print) if ranks.first else nullcontext(),
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,

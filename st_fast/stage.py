@@ -28,6 +28,7 @@ from st_fast.model.compiling import CompiledBlocks
 from st_fast.monitor import Clock, Log, Meter, progress_line
 from st_fast.optim import Optimizer
 from st_fast.parallel import Ranks
+from st_fast.profiling import StageProfile
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.step import Step
@@ -189,15 +190,17 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     features = [TorchLoader(one, ranks.device) for one in trainer.features]
     feed = Feed(recipe, stage, loader, len(setting.shards), ranks, features)
     meter = Meter(ranks.device, recipe.run.log_every)
+    profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
     _log_start(setting, stage, first)
     report = Reporter(setting, stage, feed, clock, first, sum(one.manifest.flops for one in trainer.features))
 
     gc.collect()
     gc.freeze()
     clock.start()
-    for done, batches in enumerate(feed.steps(first, stage.steps), start=first + 1):
+    for done, batches in enumerate(profile.watch(feed.steps(first, stage.steps), first), start=first + 1):
         losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm)
+        profile.stepped(done)
         last, stopping = done == stage.steps, setting.stop()
         spike = report(done, meter) if _due(done, recipe.run.log_every) or last else None
         if spike is not None:

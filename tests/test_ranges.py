@@ -25,8 +25,8 @@ def test_every_stretch_of_every_step_is_named_and_closed_in_order(tmp_path):
     recipe = tiny.write_recipe(tmp_path / "tiny.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out")
     with ranges.showing(opener):
         run(load(recipe, ["--stage.align.steps=2", "--stage.transcend.steps=2"]))
-    one_step = [mark for name in ranges.NAMES for mark in (name, f"/{name}")]
-    assert opened == 4 * one_step
+    within = [mark for name in ranges.NAMES for mark in (name, f"/{name}")]
+    assert opened == 4 * [ranges.STEP, *within, f"/{ranges.STEP}"]
 
 
 def test_a_name_costs_nothing_while_nobody_looks():

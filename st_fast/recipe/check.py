@@ -24,6 +24,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_guidance(recipe)
     check_spikes(recipe.run)
     check_judge(recipe.evaluate)
+    check_profile(recipe)
 
 
 def check_shapes(model: Model) -> None:
@@ -153,6 +154,15 @@ def check_judge(evaluate: Evaluate) -> None:
     if evaluate.judge != "none" and evaluate.num <= JUDGE_FEATURES:
         why = f"a Fréchet distance in {JUDGE_FEATURES} features needs more samples"
         raise wrong_value("evaluate.num", evaluate.num, f"at least {JUDGE_FEATURES + 1}", why)
+
+
+def check_profile(recipe: Recipe) -> None:
+    """The steps to profile are steps of at least one stage."""
+    longest = max(stage.steps for stage in recipe.stages)
+    if recipe.profile.start > longest:
+        raise wrong_value(
+            "profile.start", recipe.profile.start, f"0 (none) or 1 to {longest}, the longest stage's steps"
+        )
 
 
 def _either(numbers: list[int]) -> str:

@@ -9,7 +9,7 @@ from st_fast.recipe.error import show
 from st_fast.recipe.methods import supervision_name
 from st_fast.recipe.schema import SECTIONS, Recipe, Stage
 
-HARMLESS_SECTIONS = frozenset({"sample", "evaluate", "kernels"})
+HARMLESS_SECTIONS = frozenset({"sample", "evaluate", "kernels", "profile"})
 """Sections that only look at a run, or choose how the same mathematics is computed."""
 
 HARMLESS = frozenset(

@@ -140,6 +140,19 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Which steps of each stage are profiled: `steps` of them from step `start` on (0: none).
+
+    "nsys" marks them for `nsys profile --capture-range=cudaProfilerApi`, "torch" writes a trace into the run folder and
+    prints where the time went; "auto" is "nsys" where nsys started this process.
+    """
+
+    start: CountOrZero = 0
+    steps: Count = 3
+    tool: Literal["auto", "nsys", "torch"] = "auto"
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage: its name, the supervision method with that method's own settings, and how long it lasts."""
 
@@ -161,6 +174,7 @@ class Recipe:
     sample: Sample = field(default_factory=Sample)
     evaluate: Evaluate = field(default_factory=Evaluate)
     kernels: Kernels = field(default_factory=Kernels)
+    profile: Profile = field(default_factory=Profile)
 
     def stage(self, name: str) -> Stage:
         """The stage of that name; KeyError where there is none."""

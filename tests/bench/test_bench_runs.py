@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
-from bench import against, apart, families, gpu_day, results, step_times
+from bench import against, apart, gpu_day, results, step_times
 from bench.sweeps import draw
 from bench.timing import Stopwatch
 from bench.workload import Setup
+from st_fast import families
 
 MACHINE = results.Machine(
     device="CPU Test, 2 threads", kind="cpu", threads=2, load=0.1, copy_rate=2e10, matmul_rate=1.7e11,
