@@ -1,6 +1,9 @@
 """Arithmetic of a recipe, counted by formula: parameters, FLOPs (1 multiply-add = 2 FLOPs), memory. Imports no torch.
 
-What a stage costs is the method as defined: only supervised rows through the teacher where the mask allows it.
+What a stage costs is the method as defined: only supervised rows through the teacher where the mask allows it. A
+counter that watches a step (torch.utils.flop_counter) sees the same but for three things, below 0.2 % at the published
+sizes: latents and times need no gradient, both branches of the teacher share a patch embedding, and it projects one
+modulation too many. A flash backward computes the scores once more, which counters charge and this does not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Out of memory: told in one line, with the split of the same global batch that should fit."""
+"""Memory: how much is in use, and what to do where it does not suffice, told in one line."""
 
 from __future__ import annotations
 
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,20 @@ def capacity(device: torch.device) -> int:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return whole if limit == resource.RLIM_INFINITY else min(limit - mapped_code(), whole)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of the GPU what tensors took since the stage began, of the host the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
+
+
+def forget_peak(device: torch.device) -> None:
+    """Starts `peak_bytes` of a GPU anew; the host's can't be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def mapped_code() -> int:

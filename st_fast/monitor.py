@@ -133,7 +133,7 @@ def _wait(device: torch.device) -> None:
 def progress_line(stage: str, step: int, steps: int, values: dict[str, float], eta: float) -> str:
     """One greppable line."""
     losses = f"loss {values['loss']:.4f} (denoise {values['denoise']:.4f} + aux {values['aux']:.4f})"
-    speed = f"{values['images_per_s']:.1f} images/s, MFU {100 * values['mfu']:.1f} %"
+    speed = f"{values['images_per_s']:.1f} images/s, MFU {100 * values['mfu']:.1f} %, {values['peak_gib']:.2f} GiB"
     place = f"{stage} {step:>{len(str(steps))}}/{steps}"
     return f"{place} | {losses} | norm {values['grad_norm']:.3f} | {speed} | ETA {duration(eta)}"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from st_fast import __version__, checkpoint, flops, kernels, supervision, teacher
+from st_fast import __version__, checkpoint, flops, kernels, memory, supervision, teacher
 from st_fast.average import Average
 from st_fast.data.ahead import TorchLoader
 from st_fast.data.features import check_same_features, open_features_of
@@ -180,6 +180,7 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     recipe, ranks, log = setting.recipe, setting.ranks, setting.log
     ranks.place.stage, ranks.place.step = stage.name, 0
     ranks.place.mark("build")
+    memory.forget_peak(ranks.device)
     clock, trainer = Clock(), Trainer(setting, stage)
     first = trainer.resume(clock)
     if first >= stage.steps:
@@ -264,6 +265,7 @@ class Reporter:
         values["images_per_s"] = (step - self._step) * setting.recipe.optim.batch_size / elapsed
         values["mfu"] = spent / elapsed / (setting.rate * setting.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed
+        values["peak_gib"] = round(memory.peak_bytes(setting.ranks.device) / 2**30, 3)
         eta = (stage.steps - step) * elapsed / max(step - self._step, 1)
         self._step, self._seconds, self._waited = step, seconds, waited
         setting.log.write("train", stage.name, step, **values, skipped=self._skips.total, **self.cost(step))

@@ -221,8 +221,9 @@ def _check(record: Record, where: str) -> None:
 
 
 NUMBERS = (
-    "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "skipped",
-    "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size", "matmul_flops_per_s",
+    "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "peak_gib",
+    "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
+    "matmul_flops_per_s",
 )  # fmt: skip
 METRICS = (
     "accuracy", "frechet", "floor_frechet", "judge_accuracy", "precision", "recall", "floor_precision", "floor_recall",
