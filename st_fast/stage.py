@@ -60,7 +60,8 @@ class Trainer:
         ops = sound_ops(recipe, setting.ranks, setting.dtype, setting.log.say)
         table = ops.table
         head_dim = recipe.model.width // recipe.model.heads
-        attend = choose(recipe.model.attention, device, setting.dtype, head_dim, setting.log.say)
+        tokens = flops.tokens(recipe.model)
+        attend = choose(recipe.model.attention, device, setting.dtype, head_dim, setting.log.say, tokens)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         frozen = _teacher(setting, stage, table, attend)
         if _compiles(setting):

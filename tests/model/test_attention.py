@@ -1,5 +1,8 @@
 """Backends: the right ones are right, the wrong ones are caught before they train anything."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,7 +38,7 @@ def test_a_backend_whose_gradient_is_wrong_is_refused_by_name():
     [
         ("fastest", 64, ("'fastest'", "auto", "cudnn")),
         ("cudnn", 64, ("cuda only", "available here: sdpa")),
-        ("flash", 12, ("multiples of 8", "12")),
+        ("flash", 12, ("multiples of 8", "12", "available here: sdpa, math")),
         ("flash_attn", 64, ("cuda only",)),
     ],
 )
@@ -45,8 +48,103 @@ def test_a_backend_that_cannot_serve_is_refused_with_those_that_can(name, head_d
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
+def crashing(q, k, v):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nand a long story")
+
+
+def right_only_where_heads_are_contiguous(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v) * (1.0 if q.is_contiguous() else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("attend", "words"),
+    [
+        (wrong_query_gradient, "dq is off by"),
+        (crashing, "fails with RuntimeError: CUDA error: an illegal memory access was encountered"),
+        (right_only_where_heads_are_contiguous, "output is off by"),
+    ],
+)
+def test_a_backend_that_is_named_and_is_wrong_or_crashes_is_refused_by_name(attend, words, monkeypatch):
+    backend = attention.Backend("broken", attend, ("cpu",), 1, 512, 1, lambda device, head_dim: None)
+    monkeypatch.setitem(attention.BACKENDS, "broken", backend)
+    with pytest.raises(UserError) as refusal:
+        attention.choose("broken", CPU, torch.float32, 64, print)
+    text = str(refusal.value)
+    assert text.startswith(f"model.attention = 'broken': {words}") and "\n" not in text
+    assert text.endswith("available here: sdpa, flash, math")
+
+
+def test_a_backend_that_is_wrong_at_the_models_number_of_tokens_only_is_refused(monkeypatch):
+    def wrong_beyond_256(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v) * (1.0 if q.shape[2] <= 256 else 0.5)
+
+    assert attention.verify(wrong_beyond_256, CPU, torch.float32, 64) is None
+    assert "output is off" in attention.verify(wrong_beyond_256, CPU, torch.float32, 64, tokens=300)
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "words"),
+    [
+        ("flash_attn", 264, "takes head sizes from 8 to 256 in multiples of 8, not 264"),
+        ("flash_attn_4", 56, "takes head sizes from 64 to 128 in multiples of 8, not 56"),
+        ("flash_attn_4", 136, "takes head sizes from 64 to 128 in multiples of 8, not 136"),
+        ("cudnn", 264, "takes head sizes from 8 to 256 in multiples of 8, not 264"),
+    ],
+)
+def test_head_sizes_are_refused_without_asking_the_device(name, head_dim, words):
+    assert attention.BACKENDS[name].refusal(CUDA, head_dim) == words
+
+
+class FakeFmha(types.ModuleType):
+    """xformers.ops.fmha as far as it is asked: `able` names the passes that it has kernels for."""
+
+    def __init__(self, able: set[str]) -> None:
+        super().__init__("xformers.ops.fmha")
+        self.able, self.Inputs = able, dict
+
+    def _dispatch(self, name: str) -> str:
+        if name not in self.able:
+            raise NotImplementedError(f"No operator found for {name}\nand why")
+        return name
+
+    def _dispatch_fw(self, inputs, needs_gradient):
+        return self._dispatch("forward")
+
+    def _dispatch_bw(self, inputs, varlen_lse_packed):
+        return self._dispatch("backward")
+
+
+@pytest.mark.parametrize(("able", "serves"), [({"forward", "backward"}, True), ({"forward"}, False), (set(), False)])
+def test_xformers_is_asked_for_its_kernels_and_not_only_imported(able, serves, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", types.ModuleType("xformers.ops"))
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha", FakeFmha(able))
+    missing = attention.BACKENDS["xformers"].missing(CPU, 72)
+    assert missing is None if serves else "has no kernel for head size 72" in missing
+
+
+def test_the_order_of_auto_is_pinned_and_holds_backends_of_that_device():
+    assert attention.AUTO_ORDER == {"cuda": ("cudnn", "flash", "efficient", "math"), "cpu": ("sdpa",)}
+    for device, names in attention.AUTO_ORDER.items():
+        assert all(device in attention.BACKENDS[name].devices for name in names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: every backend's gradients are checked there")
+@pytest.mark.parametrize("name", sorted(attention.BACKENDS))
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_every_backend_of_a_gpu_is_right_or_says_what_it_lacks(name, head_dim):
+    backend = attention.BACKENDS[name]
+    refusal = backend.refusal(CUDA, head_dim)
+    if refusal is not None:
+        pytest.skip(f"{name}: {refusal}")
+    assert attention.verify(backend.attend, CUDA, torch.bfloat16, head_dim) is None
+
+
 def test_auto_passes_over_a_wrong_backend_and_says_so(monkeypatch):
-    broken = attention.Backend("broken", wrong_query_gradient, ("cpu",), 512, 1, lambda: None)
+    broken = attention.Backend("broken", wrong_query_gradient, ("cpu",), 1, 512, 1, lambda device, head_dim: None)
     monkeypatch.setitem(attention.BACKENDS, "broken", broken)
     monkeypatch.setitem(attention.AUTO_ORDER, "cpu", ("broken", "sdpa"))
     said = []
