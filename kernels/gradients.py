@@ -52,9 +52,10 @@ def _save_gate_residual_norm_modulate(ctx: Context, inputs: tuple[Any, ...], out
 
 
 def _gate_residual_norm_modulate(ctx: Context, dx_out: Grad, dy: Grad, _mean: None, _rstd: None) -> tuple[Grad, ...]:
-    x_out = ctx.saved_tensors[0]
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is refused
+    x_out = saved[0]
     dx, da, dmod = OPS.gate_residual_norm_modulate_backward(
-        _zeros_if_none(dx_out, x_out), _zeros_if_none(dy, x_out), *ctx.saved_tensors
+        _zeros_if_none(dx_out, x_out), _zeros_if_none(dy, x_out), *saved
     )
     dgate, dshift, dscale = dmod.chunk(3, 1)
     return dx, da, dgate, dshift, dscale, None
@@ -124,10 +125,10 @@ def _save_qk_norm(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _qk_norm(ctx: Context, dq: Grad, dk: Grad, dv: Grad, _stats: None) -> tuple[Grad, ...]:
-    qkv = ctx.saved_tensors[0]
-    like = qkv[:, :, 0].transpose(1, 2)  # (B, H, N, d)
+    saved = ctx.saved_tensors
+    like = saved[0][:, :, 0].transpose(1, 2)  # (B, H, N, d)
     grads = [_zeros_if_none(grad, like) for grad in (dq, dk, dv)]
-    return *OPS.qk_norm_backward(*grads, *ctx.saved_tensors), None
+    return *OPS.qk_norm_backward(*grads, *saved), None
 
 
 def _save_gelu_tanh(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:

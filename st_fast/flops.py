@@ -49,6 +49,20 @@ def trunk_macs(model: Model, depth: int | None = None) -> int:
     return embed + model.depth * block_macs(model) + n * d * patch + 2 * d * d
 
 
+def recomputed_macs(model: Model, checkpointing: str) -> int:
+    """Multiply-adds that the backward pass does again for one image under `run.checkpointing`.
+
+    Of a block all but its adaLN projection, which lies outside; of an attention all but its last projection, whose
+    result nothing needs. They are work of the implementation, not of the method, so neither `stage_cost` nor MFU
+    counts them.
+    """
+    if checkpointing == "none":
+        return 0
+    n, d = tokens(model), model.width
+    attention = 3 * n * d * d + 2 * n * n * d
+    return model.depth * (attention if checkpointing == "attention" else block_macs(model) - 6 * d * d)
+
+
 def _projector_macs(model: Model, hidden: int, out: int) -> int:
     return tokens(model) * (model.width * hidden + hidden * hidden + hidden * out)
 
@@ -97,7 +111,8 @@ def stage_cost(recipe: Recipe, stage: Stage) -> StageCost:
     """The method's training FLOPs per image: three times the student's and heads' forward, once the teacher's.
 
     REPA's encoders run once over the data set, before training: what that took, the features' manifest says, and the
-    trainer adds it to the stage's total. LayerSync costs nothing beside the student.
+    trainer adds it to the stage's total. LayerSync costs nothing beside the student. What activation checkpointing
+    computes again is not counted: see `recomputed_macs`.
     """
     model, method = recipe.model, stage.method
     student = 6.0 * trunk_macs(model)
@@ -133,11 +148,12 @@ STATE_BYTES = 20
 
 def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
     """An estimate for one rank: (weights with their state and the teachers'; activations of one micro-batch)."""
+    an_image = activation_bytes(recipe.model, bf16, recipe.run.checkpointing)
     parameters = trunk_parameters(recipe.model)
     with_teacher = any(stage.method.teacher_name for stage in recipe.stages)
     with_copy = bf16 and any(stage.method.learns_from_average for stage in recipe.stages)
     fixed = parameters * (STATE_BYTES + with_teacher * (2 if bf16 else 4) + with_copy * 2)
-    return fixed, micro_batch(recipe.optim, ranks) * activation_bytes(recipe.model, bf16)
+    return fixed, micro_batch(recipe.optim, ranks) * an_image
 
 
 def micro_batch(optim: Optim, ranks: int) -> int:
@@ -145,8 +161,15 @@ def micro_batch(optim: Optim, ranks: int) -> int:
     return optim.batch_size // (ranks * optim.accumulation)
 
 
-def activation_bytes(model: Model, bf16: bool) -> int:
-    """Kept for the backward per image: x', a and y at two sites, q, k, v twice, attention's output, MLP's hidden."""
+def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> int:
+    """Kept for the backward per image: x', a and y at two sites, q, k, v twice, attention's output, MLP's hidden.
+
+    With checkpointing, in every block what `st_fast.model.checkpointing` says is kept, and in one block what its
+    backward pass has just computed again.
+    """
     n, d = tokens(model), model.width
-    per_token = 2 * 3 * d + (6 if model.qk_norm else 3) * d + d + 2 * int(d * model.mlp_ratio)
-    return model.depth * n * per_token * (2 if bf16 else 4)
+    inside_attention = (6 if model.qk_norm else 3) * d + d
+    whole = 2 * 3 * d + inside_attention + 2 * int(d * model.mlp_ratio)
+    again = {"none": 0, "attention": inside_attention, "block": whole - 2 * d}[checkpointing]
+    per_token = model.depth * (whole - again) + again
+    return n * per_token * (2 if bf16 else 4)

@@ -74,17 +74,19 @@ def mapped_code() -> int:
 def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int) -> str:
     """The line: where it happened, what was asked for, and the accumulation with which it should fit."""
     bf16, now = dtype == torch.bfloat16, flops.micro_batch(recipe.optim, ranks.count)
-    fixed, an_image = flops.memory_bytes(recipe, ranks.count, bf16)[0], flops.activation_bytes(recipe.model, bf16)
+    fixed, activations = flops.memory_bytes(recipe, ranks.count, bf16)
+    an_image = activations // now
     fits = min(now - 1, max(0, int((MARGIN * room - fixed) / an_image)))  # that `now` does not fit is known
     splits = range(recipe.optim.accumulation + 1, recipe.optim.batch_size // ranks.count + 1)
     even = [a for a in splits if recipe.optim.batch_size % (ranks.count * a) == 0]
     chosen = next((a for a in even if recipe.optim.batch_size // (ranks.count * a) <= fits), None)
+    less = "" if recipe.run.checkpointing == "block" else ", or --run.checkpointing=block, which keeps less an image"
     where = f"{ranks.place.stage} step {ranks.place.step}" if ranks.place.stage else "start"
     line = (
         f"out of memory on {ranks.device} at {where} with {now} images a pass in {room / 2**30:.2f} GiB; by estimate "
         f"{fits} fit (weights and state {fixed / 2**30:.2f} GiB + {an_image / 2**20:.1f} MiB an image)"
     )
     if chosen is None:
-        return f"{line}: take more ranks or a smaller model"
+        return f"{line}: take more ranks or a smaller model{less}"
     micro = recipe.optim.batch_size // (ranks.count * chosen)
-    return f"{line}: --optim.accumulation={chosen} makes it {micro} a pass, with the same mathematics"
+    return f"{line}: --optim.accumulation={chosen} makes it {micro} a pass, with the same mathematics{less}"

@@ -24,6 +24,7 @@ from st_fast.guard import Readings, Skips, SpikeDetector
 from st_fast.interrupt import Agreement
 from st_fast.model import SiT, build
 from st_fast.model.attention import Attend, choose
+from st_fast.model.checkpointing import checkpoint_activations
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.monitor import Clock, Log, Meter, progress_line
 from st_fast.optim import Optimizer
@@ -68,6 +69,7 @@ class Trainer:
             self.model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
             if frozen is not None:
                 frozen.run_block = CompiledBlocks(setting.log.say, dynamic=True)
+        checkpoint_activations(self.model, recipe.run.checkpointing)
         average = _average(setting, stage, table, attend)
         self.features = open_features_of(stage, recipe, setting.shards)
         widths = tuple(one.manifest.shape[-1] for one in self.features)

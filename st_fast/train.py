@@ -99,6 +99,12 @@ def summary(recipe: Recipe, ranks: int) -> str:
         f"# memory a rank, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
         f"{activations / 2**30:.2f} GiB activations of {flops.micro_batch(recipe.optim, ranks)} images"
     )
+    again = 2 * flops.recomputed_macs(model, recipe.run.checkpointing)
+    if again:
+        lines.append(
+            f"# run.checkpointing = {recipe.run.checkpointing!r}: {again / 1e9:.2f} GFLOP an image are computed twice; "
+            "neither FLOPs nor MFU count them"
+        )
     return "\n".join(lines)
 
 

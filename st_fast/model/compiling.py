@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Run = Callable[..., tuple[Tensor, Tensor]]
-
-
-def _run_block(block: nn.Module, *inputs: Tensor) -> Any:
-    return block(*inputs)
+from st_fast.model.sit import Run, run_module
 
 
 class CompiledBlocks:
@@ -23,7 +18,7 @@ class CompiledBlocks:
 
     def __init__(self, say: Callable[[str], None], dynamic: bool) -> None:
         self._say = say
-        self._run: Run = torch.compile(_run_block, fullgraph=True, dynamic=dynamic)
+        self._run: Run = torch.compile(run_module, fullgraph=True, dynamic=dynamic)
 
     def __call__(self, block: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         try:
@@ -32,8 +27,8 @@ class CompiledBlocks:
             raise
         except compiler_errors() as error:
             self._say(f"torch.compile failed ({type(error).__name__}), going on without it: {first_line(error)}")
-            self._run = _run_block
-            return _run_block(block, *inputs)
+            self._run = run_module
+            return self._run(block, *inputs)
 
 
 def compiler_errors() -> tuple[type[BaseException], ...]:

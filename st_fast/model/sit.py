@@ -23,6 +23,14 @@ from st_fast.recipe.schema import Model
 FREQUENCIES = 256
 """Sinusoids of the time embedding."""
 
+Run = Callable[..., Any]
+"""Calls a module, its first argument, with the others: as it is, compiled, or computed again in the backward pass."""
+
+
+def run_module(module: nn.Module, *inputs: Tensor) -> Any:
+    """The module as it is."""
+    return module(*inputs)
+
 
 class PatchEmbed(nn.Module):
     """Cuts a latent into p×p patches and projects each to a token: (B, C, S, S) → (B, N, D)."""
@@ -116,6 +124,7 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.heads, config.qk_norm, kernels, attend)
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), kernels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+        self.run_attention = run_module
 
     @property
     def modulation_layer(self) -> nn.Linear:
@@ -128,7 +137,7 @@ class Block(nn.Module):
         """x, y (B, N, D); modulation (B, 6D) → the block's output and y of the next block, both (B, N, D)."""
         _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, D) each
         fused = self.kernels.gate_residual_norm_modulate
-        x, y = fused(x, self.attn(y), gate_attn, shift_mlp, scale_mlp)
+        x, y = fused(x, self.run_attention(self.attn, y), gate_attn, shift_mlp, scale_mlp)
         return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale)
 
 
@@ -174,12 +183,17 @@ class SiT(nn.Module):
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, kernels, attend) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
-        self.run_block: Callable[..., tuple[Tensor, Tensor]] = lambda block, *args: block(*args)
+        self.run_block: Run = run_module
         self._initialise()
 
     @property
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
+
+    def set_run_attention(self, run: Run) -> None:
+        """How every block calls its attention: as `run(attention, y)`."""
+        for block in self._blocks:
+            block.run_attention = run
 
     def _modulated(self, depth: int) -> list[Block | FinalLayer]:
         """The first `depth` blocks and what comes after them."""

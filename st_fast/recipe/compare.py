@@ -26,6 +26,7 @@ HARMLESS = frozenset(
         "run.out",
         "run.device",
         "run.compile",
+        "run.checkpointing",
         "run.log_every",
         "run.save_every",
         "run.keep",

@@ -83,7 +83,8 @@ class Run:
 
     A denoising loss above `spike_ratio` times its usual value (0: never looked at) rolls back to the last good
     checkpoint, at most `spike_retries` times a stage. A rank that gets no further for `hang_timeout` seconds ends the
-    run (0: never).
+    run (0: never). `checkpointing` computes activations again in the backward pass instead of keeping them: those of
+    the attention, or of whole blocks.
     """
 
     out: str = ""
@@ -91,6 +92,7 @@ class Run:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    checkpointing: Literal["none", "attention", "block"] = "none"
     log_every: Count = 50
     save_every: Count = 5_000
     keep: Count = 2
