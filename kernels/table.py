@@ -36,7 +36,7 @@ def _check(what: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{what} {value!r} is unknown; allowed: {', '.join(allowed)}{hint}")
 
 
-def _auto(op: str, device: torch.device) -> str:
+def auto(op: str, device: torch.device) -> str:
     """What was measured faster on such a device; the reference where csrc is missing or nothing was measured."""
     if device.type == "cpu" and not native.available():
         return "reference"
@@ -54,6 +54,6 @@ def select(choices: Mapping[str, str], device: torch.device) -> KernelTable:
     table: dict[str, Callable[..., Any]] = {}
     for op in OPS:
         choice = choices.get(op, "auto")
-        choice = _auto(op, device) if choice == "auto" else choice
+        choice = auto(op, device) if choice == "auto" else choice
         table[op] = getattr(ops if choice == "fused" else reference, op)
     return KernelTable(**table)

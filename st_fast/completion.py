@@ -28,7 +28,7 @@ from st_fast.recipe.typed import field_types
 
 PROGRAMS = ("python", "python3", "torchrun")
 COMMON = ("--help", "--debug")
-PLAIN = {"train": ("--dry-run", "--accept-changes"), "doctor": ("--plan",)}
+PLAIN = {"train": ("--dry-run", "--accept-changes")}
 """Options of the commands that read their arguments without argparse."""
 
 

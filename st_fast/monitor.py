@@ -125,6 +125,20 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds; the best of a few."""
+    count = 2**28 if device.type == "cuda" else 2**25
+    source, target = (torch.ones(count, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        _wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -87,11 +87,8 @@ def check(name: str, arguments: list[str]) -> None:
         assert parsed is not None
         if Path(parsed.recipe).parts[0] == "recipes":
             load(ROOT / parsed.recipe, parsed.overrides)
-    elif name == "doctor":
-        rest = [a for a in arguments if a != "--plan"]
-        if "--plan" not in arguments:
-            raise UserError(f"{rest[0]}: the doctor takes --plan and --help only")
-        completion._parsers("plan")[0].parse_args(rest)
+    elif name == "doctor" and "--plan" in arguments:
+        completion._parsers("plan")[0].parse_args(arguments[arguments.index("--plan") + 1 :])
     else:
         completion._parsers(name)[0].parse_args(arguments)
 
