@@ -27,8 +27,10 @@ class Slots:
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     emas: list[Tensor]
+    untrained: dict[str, Tensor]
+    """Parameters that are not trained (the positions), as the module uses them."""
     frozen: dict[str, Tensor]
-    """Parameters that are not trained (the positions), kept in float32."""
+    """The same in float32."""
     step: Tensor
 
     @property
@@ -41,7 +43,8 @@ class Slots:
 
 def _slots(module: nn.Module, dtype: torch.dtype, with_ema: bool) -> Slots:
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+    untrained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    frozen = {name: p.detach().clone() for name, p in untrained.items()}
     parameters = list(trained.values())
     low = dtype != torch.float32
     masters: list[Tensor] = [p.detach().clone() if low else p for p in parameters]
@@ -56,6 +59,7 @@ def _slots(module: nn.Module, dtype: torch.dtype, with_ema: bool) -> Slots:
         exp_avgs=[torch.zeros_like(m, requires_grad=False) for m in masters],
         exp_avg_sqs=[torch.zeros_like(m, requires_grad=False) for m in masters],
         emas=[m.detach().clone() for m in masters] if with_ema else [],
+        untrained=untrained,
         frozen=frozen,
         step=torch.zeros((), dtype=torch.float32, device=device),
     )
@@ -136,10 +140,12 @@ class Optimizer:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Brings the low-precision copies up to the masters, after something else than `update` changed these."""
+        """Brings the parameters in use up to the masters, after something else than `update` changed these."""
         for slots in self._groups:
             for copy, master in zip(slots.copies, slots.masters, strict=False):
                 copy.copy_(master)
+            for name, value in slots.frozen.items():
+                slots.untrained[name].copy_(value)
 
 
 def _moments(prefix: str, slots: Slots) -> dict[str, Tensor]:

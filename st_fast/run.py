@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from st_fast import kernels, lock, memory, monitor, parallel, profiling, teacher, trackers
+from st_fast import kernels, lock, memory, monitor, parallel, profiling, start, teacher, trackers
+from st_fast.checkpoint.history import candidates
 from st_fast.data import digits, digits_encoder
 from st_fast.data.features import open_features_of
 from st_fast.data.manifest import Manifest
@@ -63,6 +64,7 @@ def run(recipe: Recipe) -> None:
             check_fits(recipe, shards.manifest)
             ranks.told(lambda: check_teachers(recipe))
             ranks.told(lambda: check_features(recipe, shards))
+            ranks.told(lambda: check_starts(recipe, shards))
             agreement = Agreement(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             dtype = precision(recipe, ranks.device)
@@ -92,6 +94,21 @@ def check_features(recipe: Recipe, records: RecordSet) -> None:
     for stage in recipe.stages:
         for features in open_features_of(stage, recipe, records):
             features.close()
+
+
+def check_starts(recipe: Recipe, records: RecordSet) -> None:
+    """UserError for a model from outside this run that a stage can't start from, before days are spent.
+
+    A stage that has begun never reads it again.
+    """
+    for stage in recipe.stages:
+        name, folder = stage.start.init, Path(recipe.run.out) / stage.name / "checkpoints"
+        if not name or any(name == other.name for other in recipe.stages) or candidates(folder):
+            continue
+        features = open_features_of(stage, recipe, records)
+        start.check(recipe, stage, tuple(one.manifest.shape[-1] for one in features), print)
+        for one in features:
+            one.close()
 
 
 def precision(recipe: Recipe, device: torch.device) -> torch.dtype:

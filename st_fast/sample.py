@@ -23,6 +23,7 @@ from pathlib import Path
 
 from st_fast import parallel
 from st_fast.errors import UserError, run_command
+from st_fast.formats.origin import newest_stage
 from st_fast.interrupt import StopRequest, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.parallel import Ranks
@@ -30,7 +31,7 @@ from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
 from st_fast.sampling.draw import Draw, balanced, read_labels
 from st_fast.sampling.guided import guided_velocity, sample, sample_batches
-from st_fast.sampling.job import DTYPES, Artist, Wanted, draw_set, load_artist, newest_stage, with_sampling
+from st_fast.sampling.job import DTYPES, Artist, Wanted, draw_set, load_artist, with_sampling
 from st_fast.sampling.presets import PRESETS
 from st_fast.sampling.shows import draw_grid, draw_interpolation, draw_trajectory
 from st_fast.sampling.solvers import dopri5, euler, euler_maruyama, heun, score

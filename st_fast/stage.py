@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from st_fast import __version__, checkpoint, flops, kernels, memory, supervision, teacher
+from st_fast import __version__, checkpoint, flops, kernels, memory, start, supervision, teacher
 from st_fast.average import Average
 from st_fast.data.ahead import TorchLoader
 from st_fast.data.features import check_same_features, open_features_of
@@ -82,6 +82,8 @@ class Trainer:
         self.step = Step(self.model, self.method, self.optimizer, recipe, setting.shards.manifest.scale, setting.ranks)
         self.averaged = build(recipe.model, table, recipe.run.seed).to(device).eval().requires_grad_(False)
         self.rollbacks = 0
+        self.origin: dict[str, Any] | None = None
+        """What the weights started from, where that is a model."""
         self.saver: checkpoint.Saver | None = None
         if setting.ranks.first:
             self.saver = checkpoint.Saver(
@@ -96,7 +98,7 @@ class Trainer:
     def resume(self, clock: Clock) -> int:
         """Takes over the newest sound checkpoint, if there is one; returns the number of completed steps."""
         found = self._restore(before=None)
-        clock.seconds, self.rollbacks = found["seconds"], found["rollbacks"]
+        clock.seconds, self.rollbacks, self.origin = found["seconds"], found["rollbacks"], found["init"]
         return found["step"]
 
     def roll_back(self, spike: int, done: int) -> None:
@@ -132,14 +134,25 @@ class Trainer:
         if found is None:
             if before is not None:
                 raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")
-            return {"step": 0, "seconds": 0.0, "rollbacks": 0}
+            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": self._begin()}
         manifest, folder = self.setting.shards.manifest, Path(self.setting.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
         check_same_features(found.meta.get("features", []), str(found.path), self.features)
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
         self.optimizer.load(found.groups)
-        return {"step": found.step, "seconds": found.meta["seconds"], "rollbacks": found.meta.get("rollbacks", 0)}
+        kept = {"rollbacks": found.meta.get("rollbacks", 0), "init": found.meta.get("init")}
+        return {"step": found.step, "seconds": found.meta["seconds"]} | kept
+
+    def _begin(self) -> dict[str, Any] | None:
+        """Takes over the model that the recipe starts from, if it names one; returns what to record of it."""
+        if not self.stage.start.init:
+            return None
+        log = self.setting.log
+        groups, record = start.taken_over(self.setting.recipe, self.stage, self.optimizer.state(), log.say)
+        self.optimizer.load(groups)
+        log.say(f"{self.stage.name}: starts from {record['path']} ({record['weights']}, its step {record['step']})")
+        return record
 
     def save(self, step: int, clock: Clock) -> None:
         """Writes a checkpoint of `step` completed steps in the background, and tidies up older ones."""
@@ -155,6 +168,7 @@ class Trainer:
             "features": [one.manifest.digest for one in self.features],
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
+            "init": self.origin,
             "versions": {"st_fast": __version__, "torch": torch.__version__},
         }
         self.saver.save(step, self.optimizer.state(), meta)
@@ -195,7 +209,7 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     feed = Feed(recipe, stage, loader, len(setting.shards), ranks, features)
     meter = Meter(ranks.device, recipe.run.log_every)
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
-    _log_start(setting, stage, first)
+    _log_start(setting, stage, first, trainer.origin)
     report = Reporter(setting, stage, feed, clock, first, sum(one.manifest.flops for one in trainer.features))
 
     gc.collect()
@@ -320,7 +334,7 @@ def _compiles(setting: Setting) -> bool:
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
-def _log_start(setting: Setting, stage: Stage, first: int) -> None:
+def _log_start(setting: Setting, stage: Stage, first: int, origin: dict[str, Any] | None) -> None:
     recipe = setting.recipe
     cost = flops.stage_cost(recipe, stage)
     setting.log.write(
@@ -328,7 +342,7 @@ def _log_start(setting: Setting, stage: Stage, first: int) -> None:
         flops_per_image=cost.total, teacher_flops_per_image=cost.teacher, steps=stage.steps,
         batch_size=recipe.optim.batch_size, ranks=setting.ranks.count, device=_device_name(setting.ranks.device),
         matmul_flops_per_s=setting.rate, dataset=setting.shards.manifest.digest,
-        versions={"st_fast": __version__, "torch": torch.__version__},
+        versions={"st_fast": __version__, "torch": torch.__version__}, **({"init": origin} if origin else {}),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ Flux) has it taken off the mean here and put back by `decode`, so that nobody el
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,8 +95,13 @@ def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dty
 
 def vae_hash(vae: VAE) -> str:
     """SHA-256 over names, shapes and float32 values of the weights: the same on any device and file layout."""
+    return tensors_hash(vae.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -29,6 +29,8 @@ class Bundle:
     """AdamW's moments of the trained keys; both empty where the file has no optimiser state."""
     updates: int = 0
     """AdamW's count of updates."""
+    head_updates: int = 0
+    """The same of the heads, which may be younger."""
     step: int = 0
     path: str = "linear"
     """Of the flow: "linear" or "cosine"."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 PREDICTIONS = ("v", "velocity")
 
 
-def import_file(path: Path, layout: str | None = None, number_of_heads: int | None = None) -> Bundle:
+def import_file(
+    path: Path, layout: str | None = None, number_of_heads: int | None = None, heads_otherwise: int | None = None
+) -> Bundle:
     """Reads a `.pt` or safetensors file; layout and model follow from keys and shapes where they are not given.
 
+    `heads_otherwise` is the number of heads where neither qk-norm nor a published size tells it.
     UserError in one line for whatever does not fit.
     """
     raw = read_file(path)
@@ -32,7 +36,7 @@ def import_file(path: Path, layout: str | None = None, number_of_heads: int | No
     model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
     ema = tables.get("ema", model)
     layout = layout or detect(model, raw.args, str(path))
-    config = infer(model, raw.args, number_of_heads, str(path))
+    config = infer(model, raw.args, number_of_heads, str(path), heads_otherwise)
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
     moments = adam.by_key(raw.opt, model, str(path)) if raw.opt is not None and "model" in tables else None
@@ -45,6 +49,7 @@ def import_file(path: Path, layout: str | None = None, number_of_heads: int | No
         exp_avg=moments.exp_avg if moments else {},
         exp_avg_sq=moments.exp_avg_sq if moments else {},
         updates=moments.updates if moments else 0,
+        head_updates=moments.updates if moments else 0,
         step=_steps(raw, moments),
         path=_path(raw.args, path),
         facts=facts,
@@ -60,8 +65,8 @@ def _from_official(bundle: Bundle) -> Bundle:
         f"{name}/{key}": table[key] for name, table in tables.items() for key in official.CHANGED if key in table
     }
     ours = {name: official.to_ours(table, config, name == "exp_avg_sq") for name, table in tables.items()}
-    return Bundle(
-        config, bundle.layout, **ours, updates=bundle.updates, step=bundle.step, path=bundle.path, facts=bundle.facts,
+    return replace(
+        bundle, model=ours["model"], ema=ours["ema"], exp_avg=ours["exp_avg"], exp_avg_sq=ours["exp_avg_sq"],
         originals=originals,
     )  # fmt: skip
 

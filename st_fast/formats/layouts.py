@@ -54,12 +54,17 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         return "sit"
     raise UserError(
         f"{where}: neither heads nor args nor a learnt sigma tell official SiT (t = 1 is data) from REPA (t = 1 is "
-        "noise): layout must be given, as sit or repa"
+        "noise): layout must be given, as sit or repa (python -m st_fast.convert … --from)"
     )
 
 
-def infer(table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str) -> Model:
-    """The model that the shapes describe. UserError naming the key that is missing or has an impossible shape."""
+def infer(
+    table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: int | None = None
+) -> Model:
+    """The model that the shapes describe, with `otherwise` as many heads where nothing tells how many.
+
+    UserError naming the key that is missing or has an impossible shape.
+    """
     depth = 1 + max((int(m[1]) for key in table if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     positions, patches = _shaped(table, "pos_embed", 3, where), _shaped(table, "x_embedder.proj.weight", 4, where)
     classes, hidden = (
@@ -75,10 +80,11 @@ def infer(table: Table, args: Mapping[str, Any], number_of_heads: int | None, wh
         number_of_heads = width // max(_shaped(table, "blocks.0.attn.q_norm.weight", 1, where)[0], 1)
     published = {shape[:2]: (f"SiT-{size}/{patch}", shape[2]) for size, shape in SIZES.items()}
     name, usual_heads = published.get((depth, width), ("custom", 0))
-    count = number_of_heads or usual_heads
+    count = number_of_heads or usual_heads or otherwise
     if not count:
         raise UserError(
-            f"{where}: depth {depth} and width {width} are no published size, so number_of_heads must be given"
+            f"{where}: depth {depth} and width {width} are no published size, so number_of_heads must be given "
+            "(python -m st_fast.convert … --heads)"
         )
     null = 0 if args.get("num_classes") == classes[0] else 1
     model = Model(

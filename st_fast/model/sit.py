@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.model.attention import BACKENDS, Attend
+from st_fast.model.pretrained import Pretrained
 from st_fast.recipe.schema import Model
 
 FREQUENCIES = 256
@@ -170,7 +171,7 @@ def sincos_positions(width: int, side: int) -> Tensor:
     return torch.cat((embed(columns), embed(rows)), dim=1).float()[None]
 
 
-class SiT(nn.Module):
+class SiT(Pretrained):
     """The velocity model v̂(x_t, t, y). `config` must be resolved (depth, width, heads, patch > 0)."""
 
     def __init__(self, config: Model, kernels: KernelTable, attend: Attend = BACKENDS["sdpa"].attend) -> None:

@@ -13,7 +13,7 @@ from st_fast.recipe.methods import (
     SelfTranscendence,
     VelocityHead,
 )
-from st_fast.recipe.schema import Data, Evaluate, Flow, Kernels, Model, Optim, Recipe, Run, Sample, Stage
+from st_fast.recipe.schema import Data, Evaluate, Flow, Kernels, Model, Optim, Recipe, Run, Sample, Stage, Start
 from st_fast.recipe.write import to_toml
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "SelfRepresentation",
     "SelfTranscendence",
     "Stage",
+    "Start",
     "VelocityHead",
     "changed_maths",
     "load",

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from st_fast.recipe.error import RecipeError, did_you_mean, show, wrong_value
 from st_fast.recipe.limits import BlockNumber, StepOfStage
 from st_fast.recipe.methods import LayerSync, supervision_name
-from st_fast.recipe.schema import Evaluate, Model, Optim, Recipe, Run, Stage
+from st_fast.recipe.schema import Evaluate, Model, Optim, Recipe, Run, Stage, Start
 from st_fast.recipe.typed import field_types
 
 
@@ -21,6 +21,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
         check_numbers(stage, recipe.model.depth)
         check_order(stage)
         check_teacher(stage, recipe.stages, position)
+        check_start(stage, recipe.stages, position)
     check_guidance(recipe)
     check_spikes(recipe.run)
     check_judge(recipe.evaluate)
@@ -111,19 +112,43 @@ def _ends(kind: Any, depth: int, steps: int) -> tuple[int, int] | None:
 def check_teacher(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
     """A teacher is an earlier stage by name, or a path: anything with a slash, looked for only when it is needed."""
     teacher = stage.method.teacher_name
-    earlier = [s.name for s in stages[:position]]
-    if teacher is None or teacher in earlier or "/" in teacher:
-        return
-    allowed = f"an earlier stage ({', '.join(earlier) or 'there is none'}) or a path with a slash, such as ./teacher"
-    if not teacher:
+    if teacher == "":
         why = f"supervision = {show(supervision_name(stage.method))} learns from a teacher"
-    elif teacher == stage.name:
-        why = "a stage can't teach itself"
-    elif teacher in [s.name for s in stages]:
+        raise wrong_value(f"stage.{stage.name}.teacher", teacher, _models(stages[:position], "teacher"), why)
+    if teacher is not None:
+        _check_model(stage, "teacher", teacher, "a stage can't teach itself", stages, position)
+
+
+def check_start(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
+    """What a stage starts from is named as a teacher is, and the other keys of the start belong to it."""
+    start = stage.start
+    if start.init:
+        _check_model(stage, "init", start.init, "a stage can't start from itself", stages, position)
+    elif start != Start():
+        key = next(name for name in field_types(Start) if getattr(start, name) != getattr(Start(), name))
+        why, allowed = "without init nothing is read", "left out, or with init = a stage or a path"
+        raise wrong_value(f"stage.{stage.name}.{key}", getattr(start, key), allowed, why)
+
+
+def _check_model(
+    stage: Stage, key: str, value: str, itself: str, stages: tuple[Stage, ...], position: int
+) -> None:  # fmt: skip
+    earlier = [s.name for s in stages[:position]]
+    if value in earlier or "/" in value:
+        return
+    if value == stage.name:
+        why = itself
+    elif value in [s.name for s in stages]:
         why = "that stage comes later"
     else:
-        why = "no stage of that name" + did_you_mean(teacher, earlier)
-    raise wrong_value(f"stage.{stage.name}.teacher", teacher, allowed, why)
+        why = "no stage of that name" + did_you_mean(value, earlier)
+    raise wrong_value(f"stage.{stage.name}.{key}", value, _models(stages[:position], key), why)
+
+
+def _models(earlier: tuple[Stage, ...], key: str) -> str:
+    names = ", ".join(stage.name for stage in earlier)
+    example = "teacher" if key == "teacher" else "model.pt"
+    return f"an earlier stage ({names or 'there is none'}) or a path with a slash, such as ./{example}"
 
 
 def check_guidance(recipe: Recipe) -> None:

@@ -63,7 +63,8 @@ def _stage_differences(old: Stage, new: Stage | None) -> list[str]:
     if type(old.method) is not type(new.method):
         before, after = supervision_name(old.method), supervision_name(new.method)
         return [f"stage.{old.name}.supervision: {show(before)} → {show(after)}"]
-    return _differences(f"stage.{old.name}", old.method, new.method)
+    label = f"stage.{old.name}"
+    return _differences(label, old.method, new.method) + _differences(label, old.start, new.start)
 
 
 def _differences(prefix: str, old: Any, new: Any) -> list[str]:

@@ -84,13 +84,15 @@ class StepOfStage:
 
 @dataclass(frozen=True)
 class SomeNames:
-    """At least one name, none empty and none twice."""
+    """At least so many names, none empty and none twice."""
+
+    least: int = 1
 
     def allows(self, value: tuple[str, ...]) -> bool:
-        return 0 < len(value) == len(set(value)) and all(value)
+        return self.least <= len(value) == len(set(value)) and all(value)
 
     def __str__(self) -> str:
-        return "with at least one, none empty and none twice"
+        return f"with {'at least one, ' * (self.least > 0)}none empty and none twice"
 
 
 Count = Annotated[int, Within(1)]
@@ -101,5 +103,6 @@ Fraction = Annotated[float, Within(0, 1)]
 BelowOne = Annotated[float, Within(0, 1, open_ends="high")]
 TimeRange = Annotated[tuple[float, float], TimeWindow()]
 Names = Annotated[tuple[str, ...], SomeNames()]
+NamesOrNone = Annotated[tuple[str, ...], SomeNames(0)]
 Block = Annotated[int, BlockNumber()]
 StageStep = Annotated[int, StepOfStage()]

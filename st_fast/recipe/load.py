@@ -12,14 +12,14 @@ from st_fast.recipe.document import Document, read_document, section_with
 from st_fast.recipe.error import RecipeError, cut, did_you_mean, key_text, unknown_name, wrong_value
 from st_fast.recipe.methods import METHODS
 from st_fast.recipe.overrides import apply_override
-from st_fast.recipe.schema import SECTIONS, SIZES, Model, Recipe, Stage
+from st_fast.recipe.schema import SECTIONS, SIZES, Model, Recipe, Stage, Start
 from st_fast.recipe.typed import build, field_types, typed_value
 
 PATCHES = (2, 4, 8)
 """The patch sizes that SiT's names take."""
 
 STAGE_KEYS = ("name", "supervision", "steps")
-"""What every stage has; all else belongs to its method."""
+"""What every stage has; all else belongs to its method or its start."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), ranks: int = 1) -> Recipe:
@@ -56,7 +56,7 @@ def parse(document: Document) -> Recipe:
 
 
 def parse_stage(table: dict[str, Any], position: int) -> Stage:
-    """One [[stage]]: its own three keys, and the rest as settings of the method that `supervision` names."""
+    """One [[stage]]: its own three keys, those of its start, and the rest as settings of its `supervision` method."""
     label = f"stage[{position}]"
     for key in STAGE_KEYS:
         if key not in table:
@@ -69,9 +69,10 @@ def parse_stage(table: dict[str, Any], position: int) -> Stage:
         allowed = ", ".join(METHODS) + did_you_mean(supervision, METHODS)
         raise wrong_value(f"{label}.supervision", supervision, allowed)
     steps = typed_value(f"{label}.steps", kinds["steps"], table["steps"])
-    settings = {key: value for key, value in table.items() if key not in STAGE_KEYS}
-    check_keys(table, [*STAGE_KEYS, *field_types(METHODS[supervision])], label, method_with)
-    return Stage(name, build(METHODS[supervision], settings, label), steps)
+    own, start = field_types(METHODS[supervision]), field_types(Start)
+    check_keys(table, [*STAGE_KEYS, *own, *start], label, method_with)
+    method, begin = ({key: table[key] for key in kinds if key in table} for kinds in (own, start))
+    return Stage(name, build(METHODS[supervision], method, label), steps, build(Start, begin, label))
 
 
 def check_keys(table: Iterable[str], known: Iterable[str], prefix: str, elsewhere: Callable[[str], str]) -> None:

@@ -8,7 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
-from st_fast.recipe.limits import BelowOne, Count, CountOrZero, FolderName, NonNegative, Positive, TimeRange
+from st_fast.recipe.limits import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    FolderName,
+    NamesOrNone,
+    NonNegative,
+    Positive,
+    TimeRange,
+)
 from st_fast.recipe.methods import Method
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -155,12 +164,27 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a stage's weights come from when it begins: drawn, where `init` is empty, else read from a model."""
+
+    init: str = ""
+    """An earlier stage, or a path: a run, stage or checkpoint of ours, or another project's file."""
+    init_weights: Literal["ema", "raw", "state"] = "ema"
+    """Averaged or raw weights, of which a new average begins; "state": raw ones, their average and AdamW's moments."""
+    init_heads: Literal["fresh", "match"] = "fresh"
+    """Whether the method's heads are drawn, or are those of the file."""
+    init_fresh: NamesOrNone = ()
+    """Parts of the trunk that are drawn all the same, by how their keys begin, such as "y_embedder."."""
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One stage: its name, the supervision method with that method's own settings, and how long it lasts."""
+    """One stage: its name, its supervision method with its own settings, how long it lasts, and what it starts from."""
 
     name: Annotated[str, FolderName()]
     method: Method
     steps: Count
+    start: Start = Start()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def to_toml(recipe: Recipe) -> str:
 
 def _stage_items(stage: Stage) -> dict[str, Any]:
     head = {"name": stage.name, "supervision": supervision_name(stage.method), "steps": stage.steps}
-    return head | _items(stage.method)
+    return head | _items(stage.method) | _items(stage.start)
 
 
 def _items(section: Any) -> dict[str, Any]:

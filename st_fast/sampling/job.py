@@ -80,17 +80,6 @@ class Artist:
         )  # fmt: skip
 
 
-def newest_stage(run: Path, recipe: Recipe, wanted: str | None) -> str:
-    """The stage asked for, or the last one that has checkpoints; UserError where there is none."""
-    names = [stage.name for stage in recipe.stages]
-    if wanted is not None and wanted not in names:
-        raise UserError(f"--stage {wanted}: the run has {', '.join(names)}")
-    trained = [name for name in names if (run / name / "checkpoints").is_dir()]
-    if not trained or (wanted is not None and wanted not in trained):
-        raise UserError(f"{run}: no checkpoints of {wanted or 'any stage'} yet")
-    return wanted or trained[-1]
-
-
 def load_artist(wanted: Wanted, ranks: Ranks, say: Callable[[str], None]) -> Artist:
     """The stage's newest weights on every rank, with kernels and attention that work here; UserError without any."""
     recipe, device, dtype = wanted.recipe, ranks.device, DTYPES[wanted.precision]

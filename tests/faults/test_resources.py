@@ -178,3 +178,21 @@ def test_every_rank_gets_the_first_ranks_teacher(recipe, nursery, alone, tmp_pat
     ours = [r["aux"] for r in tiny.records(recipe.parent / "out", "train") if r["stage"] == "transcend"]
     theirs = [r["aux"] for r in tiny.records(alone, "train") if r["stage"] == "transcend"]
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+# Starts
+
+
+def test_every_rank_starts_from_the_model_that_the_first_rank_read(one_stage, nursery, alone):
+    """Two ranks that start from a stage of another run train on as one rank does.
+
+    A rank that had drawn its own weights would give other gradients from the first step on.
+    """
+    started = [f"--stage.align.init={alone}/align", "--stage.align.init_weights=raw", "--stage.align.steps=3"]
+    single = one_stage.parent / "single"
+    assert finish(nursery.start(1, one_stage, *started, f"--run.out={single}")) == [0]
+    assert finish(nursery.start(2, one_stage, *started)) == [0, 0]
+    ours, theirs = (tiny.records(out, "train") for out in (one_stage.parent / "out", single))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+    drawn = tiny.records(alone, "train")[0]["loss"]
+    assert abs(theirs[0]["loss"] - drawn) > 0.01 * drawn
