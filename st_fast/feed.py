@@ -7,8 +7,11 @@ supervised, so that the device is never asked. The noise is drawn on the device 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +22,12 @@ from st_fast.data.loader import Loader
 from st_fast.parallel import Ranks
 from st_fast.ranges import named
 from st_fast.recipe.schema import Recipe, Stage
+from st_fast.side import side
 from st_fast.streams import Purpose
+from st_fast.supervision.capacity import capacity, padded
 from st_fast.supervision.protocol import Rows, select_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,25 @@ class Batch:
     """(B, h, w, D_j) of each image encoder that supervises at this step, in the stored dtype."""
 
 
+class Lookahead(Generic[T]):
+    """Items in order; `peek` has the next one before its turn."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items, self._next = iter(items), list[T]()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self._next.pop() if self._next else next(self._items)
+
+    def peek(self) -> T | None:
+        """The item that the next call of `next` gives, made now; None at the end."""
+        if not self._next:
+            self._next.extend(islice(self._items, 1))
+        return self._next[0] if self._next else None
+
+
 class Feed:
     """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data."""
 
@@ -50,6 +76,16 @@ class Feed:
         self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
         self.order = streams.RecordOrder(recipe.run.seed, records)
         self.waited = 0.0
+        self.pass_rows = self._pass_rows()
+        self._side = side(recipe.run, ranks.device, wanted=recipe.run.prefetch)
+
+    def _pass_rows(self) -> int:
+        """Supervised rows of one pass, if these are padded, else 0."""
+        recipe, selection = self.recipe, self.stage.method.selection
+        if recipe.run.supervised_rows == "exact" or selection is None:
+            return 0
+        part = recipe.optim.batch_size // (self.ranks.count * recipe.optim.accumulation)
+        return capacity(selection, recipe.flow, recipe.optim.batch_size, part).rows
 
     def micro_batches(self) -> list[slice]:
         """This rank's parts of the global batch, one for each accumulation step."""
@@ -74,19 +110,34 @@ class Feed:
                 yield records[part]
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
-        """The micro-batches of steps first … last − 1."""
+        """The micro-batches of steps first … last − 1.
+
+        With `run.prefetch` those of a step are on their way to the device before the ones before it are handed out.
+        """
+        make, ahead = self._maker(first, last), self.recipe.run.prefetch
+        self._side.follow()  # what the loader holds on the device was put there by the current stream
+        later = None
+        for step in range(first, last):
+            now = later or self._side.start(partial(make, step))
+            later = self._side.start(partial(make, step + 1)) if ahead and step + 1 < last else None
+            yield now()
+
+    def _maker(self, first: int, last: int) -> Callable[[int], list[Batch]]:
+        """What makes the micro-batches of each step, to be called in order."""
         answers = self.loader.stream(self._requests(first, last))
         stop = self.stage.method.stop_step or last  # from there on no features are read
         features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
-        for step in range(first, last):
+
+        def make(step: int) -> list[Batch]:
             self.ranks.place.step = step + 1
             with named("data"):
                 t, asked = self._times(step), features if step < stop else []
-                batches = [
+                return [
                     self._batch(step, part, t, *self._wait(answers), tuple(self._wait(stream)[0] for stream in asked))
                     for part in self.micro_batches()
                 ]
-            yield batches
+
+        return make
 
     def _wait(self, answers: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         self.ranks.place.mark("data")
@@ -106,6 +157,8 @@ class Feed:
         ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
         dropped = streams.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0] < recipe.model.class_dropout
         index, weight = select_rows(t, part, self.stage.method.selection)
+        if self.pass_rows:
+            index, weight = padded(index, weight, part.stop - part.start, self.pass_rows)
         factor = self.stage.method.factor(step)
         weight = weight if factor == 1.0 else weight * factor
 
@@ -114,6 +167,6 @@ class Feed:
 
         labels = send(labels)
         student_labels = torch.where(send(dropped), recipe.model.num_classes, labels)
-        rows = Rows(send(index), send(weight))
+        rows = Rows(send(index), send(weight), self.pass_rows)
         sent = tuple(send(one) for one in features)
         return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows, sent)

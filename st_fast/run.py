@@ -21,6 +21,7 @@ from st_fast.interrupt import Agreement, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.launch import local_rank
 from st_fast.recipe import Recipe, to_toml
+from st_fast.recipe.schedule import check_device
 from st_fast.report import write_report
 from st_fast.stage import Setting, run_stage
 from st_fast.watchdog import watched
@@ -43,6 +44,7 @@ def run(recipe: Recipe) -> None:
         stop_on_signals() as stop,
         watched(ranks, patience),
     ):
+        check_device(recipe.run, ranks.device.type)
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
         ranks.barrier()

@@ -19,11 +19,12 @@ from st_fast.data.shards import RecordSet
 from st_fast.errors import Interrupted, RunFailed
 from st_fast.examine import Examiner
 from st_fast.fallback import sound_ops
-from st_fast.feed import Feed
+from st_fast.feed import Feed, Lookahead
 from st_fast.guard import Readings, Skips, SpikeDetector
 from st_fast.interrupt import Agreement
 from st_fast.model import SiT, build
 from st_fast.model.attention import Attend, choose
+from st_fast.model.branches import Apart, Branches, batched
 from st_fast.model.checkpointing import checkpoint_activations
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.monitor import Clock, Log, Meter, progress_line
@@ -31,7 +32,8 @@ from st_fast.optim import Optimizer
 from st_fast.parallel import Ranks
 from st_fast.profiling import StageProfile
 from st_fast.recipe import to_toml
-from st_fast.recipe.schema import Recipe, Stage
+from st_fast.recipe.schema import Recipe, Run, Stage
+from st_fast.side import side
 from st_fast.step import Step
 from st_fast.supervision.registry import Parts
 
@@ -68,12 +70,14 @@ class Trainer:
         if _compiles(setting):
             self.model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
             if frozen is not None:
-                frozen.run_block = CompiledBlocks(setting.log.say, dynamic=True)
+                varying = recipe.run.supervised_rows == "exact"
+                frozen.run_block = CompiledBlocks(setting.log.say, dynamic=varying)
         checkpoint_activations(self.model, recipe.run.checkpointing)
         average = _average(setting, stage, table, attend)
         self.features = open_features_of(stage, recipe, setting.shards)
         widths = tuple(one.manifest.shape[-1] for one in self.features)
-        parts = Parts(recipe.model, table, frozen, average, widths, recipe.flow.path, recipe.run.seed)
+        branches = _branches(recipe.run, device)
+        parts = Parts(recipe.model, table, frozen, average, widths, recipe.flow.path, recipe.run.seed, branches)
         self.method = supervision.create(stage, parts, recipe.run.seed + 1)
         self.method.heads.to(device)
         self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, setting.dtype, ops.update, ops.norm)
@@ -215,7 +219,9 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     gc.collect()
     gc.freeze()
     clock.start()
-    for done, batches in enumerate(profile.watch(feed.steps(first, stage.steps), first), start=first + 1):
+    steps = Lookahead(feed.steps(first, stage.steps))
+    trainer.step.following = steps.peek
+    for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
         losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm)
         profile.stepped(done)
@@ -327,6 +333,11 @@ def _average(setting: Setting, stage: Stage, table: kernels.KernelTable, attend:
     if _compiles(setting):
         model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
     return Average(model)
+
+
+def _branches(run: Run, device: torch.device) -> Branches:
+    """How a guided teacher runs with the labels and with the null label, by `run.teacher_branches`."""
+    return batched if run.teacher_branches == "batched" else Apart(side(run, device, run.teacher_branches == "streams"))
 
 
 def _compiles(setting: Setting) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from st_fast import flow, streams
 from st_fast.feed import Batch
+from st_fast.graphs import Graphs
 from st_fast.model import SiT
 from st_fast.optim import Optimizer
 from st_fast.parallel import Ranks
@@ -18,7 +20,9 @@ from st_fast.recipe.schema import Recipe
 from st_fast.reduction import GradientSum
 from st_fast.streams import Purpose
 from st_fast.supervision import Noised, Supervision
+from st_fast.targets import Target, Targets
 
+Following = Callable[[], Sequence[Batch] | None]
 REDUCTION = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -38,26 +42,53 @@ class Step:
     ) -> None:
         self.model, self.supervision, self.optimizer = model, supervision, optimizer
         self.recipe, self.scale, self.place = recipe, scale, ranks.place
+        self.targets = Targets(self.noised, supervision, recipe.run, ranks.device)
+        self.following: Following = lambda: None
+        """Gives the next step's micro-batches, None after the last step; a schedule that looks ahead asks it."""
+        self._graphs: Graphs[Losses] | None = None
+        if recipe.run.cuda_graphs:
+            learn = partial(self._learn, last=False)
+            self._graphs = Graphs(learn, optimizer.parameters(), supervision.active, ranks.device)
         self.gradients = GradientSum(optimizer.parameters(), ranks, REDUCTION[recipe.optim.reduction])
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
         """Runs the step; returns the losses and the gradients' global norm, all left on the device."""
+        self.place.step = step + 1
         parts = []
         for number, batch in enumerate(micro_batches, start=1):
             self.place.mark("step")
-            with named("noise"):
-                noised = self.noised(batch)
-            losses = self.losses(step, noised)
-            if number == len(micro_batches):
+            if self._graphs is None:
+                parts.append(self._learn(step, batch, last=number == len(micro_batches)))
+            else:  # a graph calls no hooks, so that all gradients are exchanged after it
+                parts.append(self._graphs(step, batch))
                 self.gradients.expect()
-            with named("backward"):
-                (losses.denoise + losses.aux).backward()
-            parts.append(Losses(losses.denoise.detach(), losses.aux.detach()))
+            if self.targets.looks_ahead:
+                self._look_ahead(step, micro_batches[number:])
         with named("exchange"):
             self.gradients.finish()
         with named("optimiser"):
             norm = self.optimizer.update()
         return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts])), norm
+
+    def _learn(self, step: int, batch: Batch, last: bool) -> Losses:
+        """Adds a micro-batch's gradients to those there are; `last`: they are complete with it."""
+        lesson = self.targets.lesson(step, batch)
+        losses = self.losses(lesson.noised, lesson.target)
+        if last:
+            self.gradients.expect()
+        with named("backward"):
+            (losses.denoise + losses.aux).backward()
+        return Losses(losses.denoise.detach(), losses.aux.detach())
+
+    def _look_ahead(self, step: int, rest: Sequence[Batch]) -> None:
+        """Starts the lesson of the next micro-batch, of this step or the next one."""
+        if rest:
+            self.targets.start_ahead(step, rest[0])
+            return
+        upcoming = self.following()
+        self.place.step = step + 1  # whoever made the upcoming batches stood at their step
+        if upcoming:
+            self.targets.start_ahead(step + 1, upcoming[0])
 
     def noised(self, batch: Batch) -> Noised:
         """Draws latents from their moments and noises them: x = scale·(μ + σ·ξ), x_t on the recipe's path."""
@@ -71,16 +102,13 @@ class Step:
             batch.features,
         )  # fmt: skip
 
-    def losses(self, step: int, noised: Noised) -> Losses:
+    def losses(self, noised: Noised, target: Target | None) -> Losses:
         """The denoising loss and the supervision's, each a sum over samples weighted by 1 / global batch size."""
-        supervised = self.supervision.active(step)
-        with named("teacher"):
-            target = self.supervision.target(noised) if supervised else ()
         with named("student forward"):
             prediction, hidden = self.model(noised.x_t, noised.t, noised.student_labels, self.supervision.tap)
         with named("loss"):
             denoise = flow.denoising_loss(prediction, noised.velocity).sum() / self.recipe.optim.batch_size
-            aux = self.supervision.loss(hidden, target, noised) if supervised else torch.zeros_like(denoise)
+            aux = self.supervision.loss(hidden, target(), noised) if target else torch.zeros_like(denoise)
         return Losses(denoise, aux)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.model.attention import BACKENDS, Attend
+from st_fast.model.branches import Branches, batched
 from st_fast.model.pretrained import Pretrained
 from st_fast.recipe.schema import Model
 
@@ -255,16 +256,18 @@ class SiT(Pretrained):
         """The stream after block `depth` (B, N, D); nothing after it is computed."""
         return self._trunk(self.embed_tokens(x), t, labels, depth)[1]
 
-    def guided_features(self, x: Tensor, t: Tensor, labels: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    def guided_features(
+        self, x: Tensor, t: Tensor, labels: Tensor, depth: int, branches: Branches = batched
+    ) -> tuple[Tensor, Tensor]:
         """The streams after block `depth` with the labels and with the null label, each (B, N, D).
 
-        Both run as one batch of 2B and share the patch embedding; nothing after block `depth` is computed.
+        Both share the patch embedding and run as `branches` has it; nothing after block `depth` is computed.
         """
-        tokens = self.embed_tokens(x).repeat(2, 1, 1)
-        both = torch.cat((labels, torch.full_like(labels, self.null_label)))
-        _, features, _ = self._trunk(tokens, t.repeat(2), both, depth)
-        conditional, null = features.chunk(2)
-        return conditional, null
+
+        def features(tokens: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return self._trunk(tokens, t, labels, depth)[1]
+
+        return branches(features, self.embed_tokens(x), t, labels, torch.full_like(labels, self.null_label))
 
 
 def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:

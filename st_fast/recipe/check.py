@@ -7,6 +7,7 @@ from typing import Any, get_args
 from st_fast.recipe.error import RecipeError, did_you_mean, show, wrong_value
 from st_fast.recipe.limits import BlockNumber, StepOfStage
 from st_fast.recipe.methods import LayerSync, supervision_name
+from st_fast.recipe.schedule import check_schedule
 from st_fast.recipe.schema import Evaluate, Model, Optim, Recipe, Run, Stage, Start
 from st_fast.recipe.typed import field_types
 
@@ -26,6 +27,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_spikes(recipe.run)
     check_judge(recipe.evaluate)
     check_profile(recipe)
+    check_schedule(recipe)
 
 
 def check_shapes(model: Model) -> None:

@@ -27,6 +27,13 @@ HARMLESS = frozenset(
         "run.device",
         "run.compile",
         "run.checkpointing",
+        # When the same work is done, and on which stream.
+        "run.teacher_branches",
+        "run.teacher_placement",
+        "run.supervised_rows",
+        "run.prefetch",
+        "run.cuda_graphs",
+        "run.streams",
         "run.log_every",
         "run.save_every",
         "run.keep",

@@ -94,6 +94,11 @@ class Run:
     checkpoint, at most `spike_retries` times a stage. A rank that gets no further for `hang_timeout` seconds ends the
     run (0: never). `checkpointing` computes activations again in the backward pass instead of keeping them: those of
     the attention, or of whole blocks.
+
+    `teacher_branches`, `teacher_placement`, `supervised_rows`, `prefetch` and `cuda_graphs` schedule the same work in
+    another way: docs/schedules.md. Where one of them takes a second CUDA stream and there is none, `streams` says what
+    happens: "required" is an error, "auto" does the work in the same order on the one queue there is, and "off" does
+    so on CUDA, too.
     """
 
     out: str = ""
@@ -102,6 +107,12 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     checkpointing: Literal["none", "attention", "block"] = "none"
+    teacher_branches: Literal["batched", "sequential", "streams"] = "batched"
+    teacher_placement: Literal["before", "beside", "ahead"] = "before"
+    supervised_rows: Literal["exact", "padded"] = "exact"
+    prefetch: bool = False
+    cuda_graphs: bool = False
+    streams: Literal["required", "auto", "off"] = "required"
     log_every: Count = 50
     save_every: Count = 5_000
     keep: Count = 2

@@ -1,7 +1,8 @@
 """The protocol between the step and a supervision method.
 
 A method names the student block or blocks it reads (`tap`), makes a target without gradient (`target`, which needs
-nothing of the student's pass and so may run before, beside or after it), and turns hidden states into a loss (`loss`).
+nothing of the student's pass and so may run before or beside it, or a step ahead if nothing that it needs is trained:
+`run.teacher_placement`), and turns hidden states into a loss (`loss`).
 Losses are sums over samples already weighted by 1 / global batch size, so micro-batches and ranks simply add up.
 """
 
@@ -21,13 +22,19 @@ class Rows:
     """Which samples of a micro-batch are supervised, and with what weight in the summed loss."""
 
     index: Tensor
-    """(M,) int64: distinct rows, ascending."""
+    """(M,) int64: distinct rows, ascending; with `run.supervised_rows = "padded"` then others that weigh 0."""
     weight: Tensor
     """(M,) float32."""
+    pass_rows: int = 0
+    """Into so many rows each M divides, for networks that should see one shape; 0: M is what it is."""
 
     def take(self, values: Tensor) -> Tensor:
-        """The supervised rows of (B, …): (M, …)."""
+        """The supervised rows of (B, …): (M, …). If they are as many as the samples, they are the samples in order."""
         return values if len(self.index) == len(values) else values.index_select(0, self.index)
+
+    def passes(self, values: Tensor) -> tuple[Tensor, ...]:
+        """(M, …) cut into passes: (M,) or `pass_rows` rows each."""
+        return values.split(self.pass_rows) if self.pass_rows else (values,)
 
 
 @dataclass(frozen=True)

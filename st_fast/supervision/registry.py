@@ -11,6 +11,7 @@ import torch
 from st_fast.average import Average
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT
+from st_fast.model.branches import Branches, batched
 from st_fast.recipe.schema import Model, Stage
 from st_fast.supervision.protocol import Supervision
 
@@ -30,6 +31,8 @@ class Parts:
     path: Literal["linear", "cosine"] = "linear"
     seed: int = 0
     """The run's, of a method's own draws."""
+    branches: Branches = batched
+    """How a guided teacher runs with the labels and with the null label."""
 
 
 def create(stage: Stage, parts: Parts, seed: int) -> Supervision:

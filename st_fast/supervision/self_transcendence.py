@@ -33,7 +33,7 @@ class SelfTranscendence:
         if parts.teacher is None:
             raise ValueError("self_transcendence needs a teacher")
         self.settings, self.tap = settings, settings.tap
-        self.teacher, self.kernels = parts.teacher, parts.kernels
+        self.teacher, self.branches, self.kernels = parts.teacher, parts.branches, parts.kernels
         self.heads: nn.Module = Head(parts.config.width, settings.hidden)
 
     def active(self, step: int) -> bool:
@@ -41,10 +41,13 @@ class SelfTranscendence:
 
     @torch.no_grad()
     def target(self, noised: Noised) -> tuple[Tensor, ...]:
-        take = noised.rows.take
-        return self.teacher.guided_features(
-            take(noised.x_t), take(noised.t), take(noised.labels), self.settings.teacher_depth
-        )
+        rows, depth = noised.rows, self.settings.teacher_depth
+        inputs = (rows.passes(rows.take(values)) for values in (noised.x_t, noised.t, noised.labels))
+        passes = [
+            self.teacher.guided_features(x, t, labels, depth, self.branches)
+            for x, t, labels in zip(*inputs, strict=True)
+        ]
+        return passes[0] if len(passes) == 1 else tuple(torch.cat(parts) for parts in zip(*passes, strict=True))
 
     def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
         q = self.heads(noised.rows.take(hidden))

@@ -32,7 +32,10 @@ def test_losses_gradients_and_update_are_ours(stage, monkeypatch):
         noised = loop.trainer.step.noised(batch)
         draws = Draws(noised.x, noised.velocity + noised.x, noised.t, noised.labels, noised.student_labels)
 
-        mine, theirs = loop.trainer.step.losses(0, noised), plain.losses(draws)
+        mine, theirs = (
+            loop.trainer.step.losses(noised, loop.trainer.step.targets.target(0, noised)),
+            plain.losses(draws),
+        )
         torch.testing.assert_close(theirs[0], mine.denoise, rtol=1e-5, atol=0)
         torch.testing.assert_close(theirs[1], mine.aux, rtol=1e-4, atol=0)
         assert (mine.aux.item() > 0) == (stage != "plain")

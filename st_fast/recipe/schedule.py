@@ -1,0 +1,54 @@
+"""Which schedules of the same work a recipe and a device allow. Imports no torch."""
+
+from __future__ import annotations
+
+from st_fast.recipe.error import wrong_value
+from st_fast.recipe.methods import supervision_name
+from st_fast.recipe.schema import Recipe, Run
+
+
+def check_schedule(recipe: Recipe) -> None:
+    """RecipeError for schedules that exclude one another, that a method excludes, or that `run.device` lacks."""
+    run = recipe.run
+    for stage in recipe.stages:
+        if run.teacher_placement == "ahead" and stage.method.learns_from_average:
+            why = f"stage.{stage.name} ({supervision_name(stage.method)}) learns from what every update changes"
+            raise wrong_value("run.teacher_placement", "ahead", "before or beside", why)
+    if run.cuda_graphs:
+        _check_graphs(recipe)
+    if run.device == "cpu":
+        check_device(run, "cpu")
+
+
+def _check_graphs(recipe: Recipe) -> None:
+    """A graph replays one micro-batch of fixed shapes on one stream, and its gradients start from nothing."""
+    run = recipe.run
+    needs = {
+        "run.supervised_rows": (run.supervised_rows, ("padded",)),
+        "run.teacher_placement": (run.teacher_placement, ("before",)),
+        "run.teacher_branches": (run.teacher_branches, ("batched", "sequential")),
+        "optim.accumulation": (recipe.optim.accumulation, (1,)),
+    }
+    for key, (value, allowed) in needs.items():
+        if value not in allowed:
+            raise wrong_value(key, value, " or ".join(map(str, allowed)), "run.cuda_graphs = true needs it")
+
+
+def check_device(run: Run, device: str) -> None:
+    """RecipeError, saying what is available, if a schedule needs CUDA and the device ("cpu", "cuda") is another."""
+    if device == "cuda":
+        return
+    if run.cuda_graphs:
+        raise wrong_value("run.cuda_graphs", True, "false", f"the run is on {device}, CUDA graphs need a CUDA device")
+    if run.streams != "required":
+        return
+    wanted: dict[str, tuple[object, bool, str]] = {
+        "run.teacher_branches": (run.teacher_branches, run.teacher_branches == "streams", "batched or sequential"),
+        "run.teacher_placement": (run.teacher_placement, run.teacher_placement != "before", "before"),
+        "run.prefetch": (run.prefetch, run.prefetch, "false"),
+    }
+    for key, (value, asked, available) in wanted.items():
+        if asked:
+            why = f"the run is on {device}, CUDA streams need a CUDA device"
+            inline = 'run.streams = "auto" to have the same order without them'
+            raise wrong_value(key, value, f"{available}, or {inline}", why)
