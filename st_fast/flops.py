@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from st_fast.recipe.methods import Repa, SelfRepresentation, SelfTranscendence, VelocityHead
+from st_fast.recipe.methods import Method, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Optim, Recipe, Stage
 
 TIME_FREQUENCIES = 256
@@ -146,14 +146,47 @@ STATE_BYTES = 20
 """Bytes a trained parameter: float32 master, two moments and EMA, and a gradient and copy of 2 (or gradient of 4)."""
 
 
+HEAD_BYTES = 16
+"""The same of a head, which has no EMA."""
+SAMPLED_BYTES = 4
+"""Bytes a parameter of the float32 model that samples are drawn from."""
+
+
 def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
-    """An estimate for one rank: (weights with their state and the teachers'; activations of one micro-batch)."""
+    """An estimate for one rank, of the stage that holds most: (weights with their state; a micro-batch's activations).
+
+    Weights are those of the student, its heads, a teacher and the model for sampling. Left out, below 4 % at the
+    published sizes: what heads keep for the backward pass, and the one block that a teacher is in.
+    """
     an_image = activation_bytes(recipe.model, bf16, recipe.run.checkpointing)
-    parameters = trunk_parameters(recipe.model)
-    with_teacher = any(stage.method.teacher_name for stage in recipe.stages)
-    with_copy = bf16 and any(stage.method.learns_from_average for stage in recipe.stages)
-    fixed = parameters * (STATE_BYTES + with_teacher * (2 if bf16 else 4) + with_copy * 2)
+    fixed = max(weight_bytes(recipe.model, stage, bf16) for stage in recipe.stages)
     return fixed, micro_batch(recipe.optim, ranks) * an_image
+
+
+def weight_bytes(model: Model, stage: Stage, bf16: bool) -> int:
+    """Bytes of a stage's weights and their state on one rank, gradients included."""
+    method, each = stage.method, 2 if bf16 else 4
+    trunk = STATE_BYTES + SAMPLED_BYTES + (each if method.teacher_name else 0)
+    trunk += 2 if bf16 and method.learns_from_average else 0  # in float32 it is the EMA itself
+    return trunk_parameters(model) * trunk + head_parameters(model, method) * HEAD_BYTES
+
+
+def head_parameters(model: Model, method: Method) -> int:
+    """Parameters of a method's heads, which are dropped after training."""
+    d, patch = model.width, model.patch**2 * model.channels
+
+    def projector(hidden: int, out: int) -> int:
+        return (d * hidden + hidden) + (hidden * hidden + hidden) + (hidden * out + out)
+
+    if isinstance(method, VelocityHead):
+        return projector(method.hidden, d) + d * patch + patch
+    if isinstance(method, SelfTranscendence):
+        return projector(method.hidden, d)
+    if isinstance(method, SelfRepresentation):
+        return (d * 2 * d + 2 * d) + (2 * d * d + d)
+    if isinstance(method, Repa):
+        return sum(projector(method.hidden, encoder_width(name, model)) for name in method.encoders)
+    return 0
 
 
 def micro_batch(optim: Optim, ranks: int) -> int:
