@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st_fast import flops, kernels
+from st_fast import flops, kernels, updates
 from st_fast.memory import lacks_memory
 from st_fast.optim import NormOp, UpdateOp
 from st_fast.parallel import Ranks
@@ -37,15 +37,17 @@ def sound_ops(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callable[[s
     names = [f.name for f in fields(table)]
     trial = Trial(recipe.model, ranks.device, dtype)
     reasons = [trial.failure(name, getattr(table, name)) for name in names]
-    reasons.append(trial.optimiser_failure(kernels.adamw_ema_, kernels.grad_norm))
+    chosen = updates.choose(recipe.optim.implementation, ranks.device)
+    reasons.append(trial.optimiser_failure(chosen.update, chosen.norm))
     failed = ranks.any([reason is not None for reason in reasons])
     for name, bad, reason in zip([*names, "adamw_ema"], failed, reasons, strict=True):
         if bad:
             say(f"kernels: {name} does not work here ({reason or 'on another rank'}); the reference takes over")
     table = replace(table, **{n: getattr(kernels.reference, n) for n, bad in zip(names, failed, strict=False) if bad})
-    if failed[-1] or recipe.kernels.adamw_ema == "reference":
+    ours = recipe.optim.implementation in ("auto", "st_fast")
+    if failed[-1] or (ours and recipe.kernels.adamw_ema == "reference"):
         return SoundOps(table, kernels.reference.adamw_ema_, kernels.reference.grad_norm)
-    return SoundOps(table, kernels.adamw_ema_, kernels.grad_norm)
+    return SoundOps(table, chosen.update, chosen.norm)
 
 
 class Trial:

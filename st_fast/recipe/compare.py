@@ -23,6 +23,7 @@ HARMLESS = frozenset(
         "data.verify",
         # The global batch is what the update sees, however it is split.
         "optim.accumulation",
+        "optim.implementation",
         "run.out",
         "run.device",
         "run.compile",

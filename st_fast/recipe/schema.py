@@ -72,6 +72,8 @@ class Optim:
     """AdamW with clipping and a weight average. `batch_size` is global: over all ranks and accumulation steps.
 
     `grad_clip = 0` turns clipping off. `reduction` is the dtype in which ranks add gradients; "auto": the gradients'.
+    `implementation` says who makes the step: this project's op in one pass ("auto"), PyTorch's fused AdamW, or apex's;
+    the state is the same.
     """
 
     batch_size: Count = 256
@@ -82,6 +84,7 @@ class Optim:
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     grad_clip: NonNegative = 1.0
+    implementation: Literal["auto", "st_fast", "torch", "apex"] = "auto"
     reduction: Literal["auto", "fp32", "bf16"] = "auto"
     ema_decay: BelowOne = 0.9999
 
