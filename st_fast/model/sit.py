@@ -225,13 +225,25 @@ class SiT(Pretrained):
         """(B, C, S, S) → (B, N, D): patches with positions, in the weights' dtype."""
         return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
 
+    def _modulations(self, c: Tensor, depth: int) -> list[Tensor]:
+        """What the first `depth` blocks and the part after them are modulated by, from SiLU(c) (B, D).
+
+        As one product the weights are laid end to end for it, which costs a pass over them; names stay as published.
+        """
+        layers = [part.modulation_layer for part in self._modulated(depth)]
+        if self.config.modulation == "per_block":
+            return [layer(c) for layer in layers]
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        # One split, whose backward is one concatenation: slices would each fill a gradient of the whole width.
+        return list(F.linear(c, weight, bias).split([layer.out_features for layer in layers], dim=1))
+
     def _trunk(
         self, tokens: Tensor, t: Tensor, labels: Tensor, depth: int, taps: tuple[int, ...] = ()
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
         """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y."""
         c = F.silu(self.t_embedder(t) + self.y_embedder(labels))  # (B, D)
         # (B, 6D) from each block, (B, 2D) from the final layer.
-        modulations = [part.modulation_layer(c) for part in self._modulated(depth)]
+        modulations = self._modulations(c, depth)
         shifts_scales = [m.chunk(m.shape[1] // self.config.width, dim=1)[:2] for m in modulations]
         x, tapped = tokens, {0: tokens}
         y = self.kernels.norm_modulate(x, *shifts_scales[0])

@@ -17,6 +17,7 @@ HARMLESS = frozenset(
         # The sizes that the name stands for are compared themselves.
         "model.name",
         "model.attention",
+        "model.modulation",
         # Where the data lies; that it is the same data, its digest says.
         "data.path",
         "data.loader",

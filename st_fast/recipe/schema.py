@@ -33,7 +33,11 @@ Choice = Literal["auto", "fused", "reference"]
 
 @dataclass(frozen=True)
 class Model:
-    """The network. `name` such as "SiT-XL/2" sets depth, width, heads and patch; or give these four."""
+    """The network. `name` such as "SiT-XL/2" sets depth, width, heads and patch; or give these four.
+
+    `attention` and `modulation` choose how the same is computed: the backend, and whether every block projects its
+    own adaLN vectors or one matrix product makes all of them.
+    """
 
     name: str = "custom"
     depth: CountOrZero = 0
@@ -47,6 +51,7 @@ class Model:
     mlp_ratio: Positive = 4.0
     qk_norm: bool = True
     attention: str = "auto"
+    modulation: Literal["per_block", "one"] = "per_block"
 
 
 @dataclass(frozen=True)

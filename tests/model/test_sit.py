@@ -126,6 +126,40 @@ def test_the_forward_pass_equals_sit_written_out_plainly(config):
         torch.testing.assert_close(tapped, streams[tap - 1], atol=1e-6, rtol=1e-6)
 
 
+def test_one_product_for_all_modulations_is_the_same_network_under_the_same_names():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)
+    t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 9])
+    results = []
+    for modulation in ("per_block", "one"):
+        model = perturbed(replace(TINY, modulation=modulation))
+        velocity, tapped = model(x, t, y, 2)
+        (velocity.square().mean() + tapped.square().mean()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append(gradients | {"velocity": velocity, "tapped": tapped, "features": model.features(x, t, y, 1)})
+    each, one = results
+    assert each.keys() == one.keys() and "blocks.2.adaLN_modulation.1.weight" in one
+    for name in each:
+        torch.testing.assert_close(one[name], each[name], atol=1e-12, rtol=1e-10, msg=name)
+    assert one["blocks.2.adaLN_modulation.1.weight"].abs().max() > 0
+
+
+def test_one_product_is_one():
+    model = build(replace(TINY, modulation="one"), TABLE, 0)
+    calls: list[tuple[int, ...]] = []
+
+    class Counting(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is F.linear and args[0].dim() == 2 and args[0].shape[1] == TINY.width:
+                calls.append(tuple(args[1].shape))
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1]))
+    width, rows = TINY.width, (6 * TINY.depth + 2) * TINY.width
+    assert calls == [(width, width), (rows, width)]  # the time embedding's second layer, and all modulations
+
+
 def test_guided_features_are_the_streams_with_and_without_the_label():
     model = perturbed(TINY)
     x, t, y = torch.randn(2, 4, 8, 8).double(), torch.tensor([0.4, 0.6]), torch.tensor([3, 7])
