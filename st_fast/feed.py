@@ -46,6 +46,8 @@ class Batch:
     rows: Rows
     features: tuple[Tensor, ...] = ()
     """(B, h, w, D_j) of each image encoder that supervises at this step, in the stored dtype."""
+    images: Tensor | None = None
+    """uint8 (B, 1 or 3, P, P) of the same records, where encoders run live at this step."""
 
 
 class Lookahead(Generic[T]):
@@ -68,7 +70,11 @@ class Lookahead(Generic[T]):
 
 
 class Feed:
-    """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data."""
+    """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data.
+
+    `features` are loaders of what else is read of a record while supervision lasts: its features of each encoder, or
+    its image where encoders run live.
+    """
 
     def __init__(
         self, recipe: Recipe, stage: Stage, loader: Loader, records: int, ranks: Ranks, features: Sequence[Loader] = ()
@@ -169,4 +175,6 @@ class Feed:
         student_labels = torch.where(send(dropped), recipe.model.num_classes, labels)
         rows = Rows(send(index), send(weight), self.pass_rows)
         sent = tuple(send(one) for one in features)
-        return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows, sent)
+        live = self.stage.method.encodes_images
+        written, images = () if live else sent, sent[0] if live and sent else None
+        return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows, written, images)

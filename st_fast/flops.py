@@ -80,12 +80,39 @@ class StageCost:
         return self.student + self.heads + self.teacher
 
 
-DINOV2_WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
+DINOV2 = {"small": (12, 384), "base": (12, 768), "large": (24, 1024), "giant": (40, 1536)}
+"""(depth, width) of the published sizes."""
 
 
 def encoder_width(name: str, model: Model) -> int:
     """Channels of an image encoder's features, where its name tells; else the model's width stands for it."""
-    return next((width for size, width in DINOV2_WIDTHS.items() if size in name), model.width)
+    return next((width for size, (_, width) in DINOV2.items() if size in name), model.width)
+
+
+def vision_flops(width: int, depth: int, hidden: int, patch: int, patches: int, prefix: int) -> float:
+    """FLOPs of one image's forward through a vision transformer: linear layers, attention, patch embedding.
+
+    `prefix` tokens (class token, registers) come before the patches'. SwiGLU has three matrices of two thirds of the
+    hidden width: about what two of all of it cost.
+    """
+    n = patches + prefix
+    block = n * (4 * width**2 + 2 * width * hidden) + 2 * n * n * width
+    return 2.0 * (depth * block + patches * width * 3 * patch**2)
+
+
+def live_encoder_flops(name: str, model: Model) -> float:
+    """FLOPs of one image through a DINOv2, where the name tells which; 0 where it tells nothing.
+
+    Images are taken to be 8 times as large as the latents, and so to give as many patches as a patch of 2 gives tokens.
+    """
+    depth, width = _dinov2(name)
+    patches = (model.latent_size // 2) ** 2
+    return vision_flops(width, depth, 4 * width, 14, patches, 5 if "registers" in name else 1)
+
+
+def _dinov2(name: str) -> tuple[int, int]:
+    """(depth, width) of a DINOv2 by its name, such as facebook/dinov2-base; zeros where that tells nothing."""
+    return next((sizes for size, sizes in DINOV2.items() if "dinov2" in name and size in name), (0, 0))
 
 
 def _in_range_share(recipe: Recipe, t_range: tuple[float, float], mask: str) -> float:
@@ -107,12 +134,13 @@ def time_share(time: str, path: str, t_range: tuple[float, float]) -> float:
     return below(t_range[1]) - below(t_range[0])
 
 
-def stage_cost(recipe: Recipe, stage: Stage) -> StageCost:
+def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> StageCost:
     """The method's training FLOPs per image: three times the student's and heads' forward, once the teacher's.
 
-    REPA's encoders run once over the data set, before training: what that took, the features' manifest says, and the
-    trainer adds it to the stage's total. LayerSync costs nothing beside the student. What activation checkpointing
-    computes again is not counted: see `recomputed_macs`.
+    REPA's encoders may run once over the data set, before training: what that took, the features' manifest says, and
+    the trainer adds it to the stage's total. Where they run live they are the teacher, at `encoders` FLOPs an image, or
+    at what their names tell. LayerSync costs nothing beside the student. What activation checkpointing computes again
+    is not counted: see `recomputed_macs`.
     """
     model, method = recipe.model, stage.method
     student = 6.0 * trunk_macs(model)
@@ -130,13 +158,18 @@ def stage_cost(recipe: Recipe, stage: Stage) -> StageCost:
         return StageCost(student, heads, 2.0 * trunk_macs(model, method.teacher_depth))
     if isinstance(method, Repa):
         widths = [encoder_width(name, model) for name in method.encoders]
-        return StageCost(student, 6.0 * sum(_projector_macs(model, method.hidden, width) for width in widths), 0.0)
+        heads = 6.0 * sum(_projector_macs(model, method.hidden, width) for width in widths)
+        live = sum(live_encoder_flops(name, model) for name in method.encoders) if encoders is None else encoders
+        return StageCost(student, heads, live if method.encodes_images else 0.0)
     return StageCost(student, 0.0, 0.0)
 
 
-def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int) -> float:
-    """FLOPs of the steps first … last − 1 of a stage, over the whole global batch; supervision may end midway."""
-    cost = stage_cost(recipe, stage)
+def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, encoders: float | None = None) -> float:
+    """FLOPs of the steps first … last − 1 of a stage, over the whole global batch; supervision may end midway.
+
+    encoders: see `stage_cost`.
+    """
+    cost = stage_cost(recipe, stage, encoders)
     stop = stage.method.stop_step
     supervised = max(0, min(last, stop or last) - first)
     return recipe.optim.batch_size * (cost.student * (last - first) + (cost.heads + cost.teacher) * supervised)
@@ -155,8 +188,8 @@ SAMPLED_BYTES = 4
 def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
     """An estimate for one rank, of the stage that holds most: (weights with their state; a micro-batch's activations).
 
-    Weights are those of the student, its heads, a teacher and the model for sampling. Left out, below 4 % at the
-    published sizes: what heads keep for the backward pass, and the one block that a teacher is in.
+    Weights are those of the student, its heads, a teacher, live encoders and the model for sampling. Left out, below
+    4 % at the published sizes: what heads keep for the backward pass, and the one block that a teacher is in.
     """
     an_image = activation_bytes(recipe.model, bf16, recipe.run.checkpointing)
     fixed = max(weight_bytes(recipe.model, stage, bf16) for stage in recipe.stages)
@@ -168,7 +201,8 @@ def weight_bytes(model: Model, stage: Stage, bf16: bool) -> int:
     method, each = stage.method, 2 if bf16 else 4
     trunk = STATE_BYTES + SAMPLED_BYTES + (each if method.teacher_name else 0)
     trunk += 2 if bf16 and method.learns_from_average else 0  # in float32 it is the EMA itself
-    return trunk_parameters(model) * trunk + head_parameters(model, method) * HEAD_BYTES
+    live = sum(12 * depth * width**2 for depth, width in map(_dinov2, method.encoder_names)) * method.encodes_images
+    return trunk_parameters(model) * trunk + head_parameters(model, method) * HEAD_BYTES + live * each
 
 
 def head_parameters(model: Model, method: Method) -> int:

@@ -10,6 +10,11 @@ def rank_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_count() -> int:
+    """How many of the ranks are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
     """This process's number on its machine, which is its GPU's."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -11,12 +11,12 @@ import torch
 from st_fast import kernels, lock, memory, monitor, parallel, profiling, start, teacher, trackers
 from st_fast.checkpoint.history import candidates
 from st_fast.data import digits, digits_encoder
-from st_fast.data.features import open_features_of
 from st_fast.data.manifest import Manifest
 from st_fast.data.opening import open_data
 from st_fast.data.shards import RecordSet
 from st_fast.errors import UserError
 from st_fast.examine import Examiner
+from st_fast.image_features import open_image_features
 from st_fast.interrupt import Agreement, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.launch import local_rank
@@ -94,8 +94,7 @@ def check_teachers(recipe: Recipe) -> None:
 def check_features(recipe: Recipe, records: RecordSet) -> None:
     """UserError for an encoder's features that are not there or do not fit, before days are spent."""
     for stage in recipe.stages:
-        for features in open_features_of(stage, recipe, records):
-            features.close()
+        open_image_features(stage, recipe, records, torch.device("cpu"), torch.float32).close()
 
 
 def check_starts(recipe: Recipe, records: RecordSet) -> None:
@@ -107,10 +106,9 @@ def check_starts(recipe: Recipe, records: RecordSet) -> None:
         name, folder = stage.start.init, Path(recipe.run.out) / stage.name / "checkpoints"
         if not name or any(name == other.name for other in recipe.stages) or candidates(folder):
             continue
-        features = open_features_of(stage, recipe, records)
-        start.check(recipe, stage, tuple(one.manifest.shape[-1] for one in features), print)
-        for one in features:
-            one.close()
+        features = open_image_features(stage, recipe, records, torch.device("cpu"), torch.float32)
+        start.check(recipe, stage, features.widths, print)
+        features.close()
 
 
 def precision(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -11,8 +11,6 @@ import torch
 
 from st_fast import __version__, checkpoint, flops, kernels, memory, start, supervision, teacher
 from st_fast.average import Average
-from st_fast.data.ahead import TorchLoader
-from st_fast.data.features import check_same_features, open_features_of
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import check_same_data
 from st_fast.data.shards import RecordSet
@@ -21,6 +19,7 @@ from st_fast.examine import Examiner
 from st_fast.fallback import sound_ops
 from st_fast.feed import Feed, Lookahead
 from st_fast.guard import Readings, Skips, SpikeDetector
+from st_fast.image_features import ImageFeatures, compile_encoders, open_image_features
 from st_fast.interrupt import Agreement
 from st_fast.model import SiT, build
 from st_fast.model.attention import Attend, choose
@@ -74,10 +73,14 @@ class Trainer:
                 frozen.run_block = CompiledBlocks(setting.log.say, dynamic=varying)
         checkpoint_activations(self.model, recipe.run.checkpointing)
         average = _average(setting, stage, table, attend)
-        self.features = open_features_of(stage, recipe, setting.shards)
-        widths = tuple(one.manifest.shape[-1] for one in self.features)
-        branches = _branches(recipe.run, device)
-        parts = Parts(recipe.model, table, frozen, average, widths, recipe.flow.path, recipe.run.seed, branches)
+        self.features = open_image_features(stage, recipe, setting.shards, device, setting.dtype)
+        if _compiles(setting):
+            compile_encoders(self.features, setting.log.say)
+        branches, encoders = _branches(recipe.run, device), self.features.encoders
+        parts = Parts(
+            recipe.model, table, frozen, average, self.features.widths, recipe.flow.path, recipe.run.seed, branches,
+            encoders,
+        )  # fmt: skip
         self.method = supervision.create(stage, parts, recipe.run.seed + 1)
         self.method.heads.to(device)
         self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, setting.dtype, ops.update, ops.norm)
@@ -141,7 +144,7 @@ class Trainer:
             return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": self._begin()}
         manifest, folder = self.setting.shards.manifest, Path(self.setting.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
-        check_same_features(found.meta.get("features", []), str(found.path), self.features)
+        self.features.check_same(found.meta.get("features", []), str(found.path))
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
         self.optimizer.load(found.groups)
@@ -169,7 +172,7 @@ class Trainer:
             "recipe": to_toml(recipe),
             "architecture": teacher.architecture(recipe.model),
             "dataset": self.setting.shards.manifest.digest,
-            "features": [one.manifest.digest for one in self.features],
+            "features": self.features.digests,
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
             "init": self.origin,
@@ -187,8 +190,7 @@ class Trainer:
 
     def close(self) -> None:
         """Closes the features' files."""
-        for features in self.features:
-            features.close()
+        self.features.close()
 
     def ema_model(self) -> SiT:
         """The averaged weights as a float32 model in eval mode."""
@@ -209,12 +211,12 @@ def run_stage(setting: Setting, stage: Stage) -> None:
         trainer.close()
         return
     loader = make_loader(recipe.data.loader, setting.shards, ranks.device, log.say)
-    features = [TorchLoader(one, ranks.device) for one in trainer.features]
+    features = trainer.features.loaders(ranks.device)
     feed = Feed(recipe, stage, loader, len(setting.shards), ranks, features)
     meter = Meter(ranks.device, recipe.run.log_every)
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
-    _log_start(setting, stage, first, trainer.origin)
-    report = Reporter(setting, stage, feed, clock, first, sum(one.manifest.flops for one in trainer.features))
+    _log_start(setting, stage, first, trainer.features.flops_an_image, trainer.origin)
+    report = Reporter(setting, stage, feed, clock, first, trainer.features)
 
     gc.collect()
     gc.freeze()
@@ -258,8 +260,10 @@ def run_stage(setting: Setting, stage: Stage) -> None:
 class Reporter:
     """Turns the meter's readings into a log record and a progress line, and looks whether the numbers go wrong."""
 
-    def __init__(self, setting: Setting, stage: Stage, feed: Feed, clock: Clock, first: int, beforehand: float) -> None:
-        self._beforehand = beforehand  # FLOPs that went into the features
+    def __init__(
+        self, setting: Setting, stage: Stage, feed: Feed, clock: Clock, first: int, features: ImageFeatures
+    ) -> None:
+        self._beforehand, self._encoders = features.flops_beforehand, features.flops_an_image
         self.setting, self.stage, self.feed, self.clock = setting, stage, feed, clock
         self._step, self._seconds, self._waited = first, clock.read(), feed.waited
         self._skips = Skips(stage.name, setting.recipe.run.max_bad_steps)
@@ -269,7 +273,7 @@ class Reporter:
         """What the stage has taken so far: training seconds, and FLOPs, teachers' and encoders' forwards included."""
         return {
             "seconds": round(self.clock.read(), 3),
-            "flops": self._beforehand + flops.stage_flops(self.setting.recipe, self.stage, 0, step),
+            "flops": self._beforehand + flops.stage_flops(self.setting.recipe, self.stage, 0, step, self._encoders),
         }
 
     def __call__(self, step: int, meter: Meter) -> int | None:
@@ -284,7 +288,7 @@ class Reporter:
         self._log_skipped(readings)
         seconds, waited = self.clock.read(), self.feed.waited
         elapsed = max(seconds - self._seconds, 1e-9)
-        spent = flops.stage_flops(setting.recipe, stage, self._step, step)
+        spent = flops.stage_flops(setting.recipe, stage, self._step, step, self._encoders)
         values["images_per_s"] = (step - self._step) * setting.recipe.optim.batch_size / elapsed
         values["mfu"] = spent / elapsed / (setting.rate * setting.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed
@@ -345,9 +349,9 @@ def _compiles(setting: Setting) -> bool:
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
-def _log_start(setting: Setting, stage: Stage, first: int, origin: dict[str, Any] | None) -> None:
+def _log_start(setting: Setting, stage: Stage, first: int, encoders: float, origin: dict[str, Any] | None) -> None:
     recipe = setting.recipe
-    cost = flops.stage_cost(recipe, stage)
+    cost = flops.stage_cost(recipe, stage, encoders)
     setting.log.write(
         "start", stage.name, first, trunk_params=flops.trunk_parameters(recipe.model), resumed_from=first,
         flops_per_image=cost.total, teacher_flops_per_image=cost.teacher, steps=stage.steps,

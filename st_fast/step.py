@@ -99,7 +99,7 @@ class Step:
         x_t, velocity = flow.interpolate(x, noise, batch.t, self.recipe.flow.path)
         return Noised(
             x, x_t, velocity, batch.t, batch.labels, batch.student_labels, noise, batch.ordinals, batch.rows,
-            batch.features,
+            batch.features, batch.images,
         )  # fmt: skip
 
     def losses(self, noised: Noised, target: Target | None) -> Losses:

@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from st_fast.data.encode import Encoder, Encoding
-from st_fast.data.feature_job import SourceImages, template, write_features
+from st_fast.data.feature_job import template, write_features
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import BadImage, load_image
 from st_fast.data.job import Worker, is_done, run_job
 from st_fast.data.manifest import FILE_NAME, VaeInfo
 from st_fast.data.opening import open_data
 from st_fast.data.progress import bar
+from st_fast.data.record_images import open_record_images
 from st_fast.data.repa import RepaProducer, RepaSet, write_repa
 from st_fast.data.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.data.source import Source
@@ -28,7 +29,6 @@ from st_fast.data.sources import open_source
 from st_fast.data.stats import describe, statistics
 from st_fast.encoders import load_encoder
 from st_fast.errors import UserError
-from st_fast.judge import read_images
 from st_fast.pictures import decoder, grid, save_png
 from st_fast.safefile import FolderWrite
 from st_fast.vae import PIXELS, VAE, encode_moments, load_vae, vae_hash
@@ -68,11 +68,8 @@ def features(args: argparse.Namespace) -> None:
     source_path, out = args.paths
     records = open_data(out, verify=False)
     encoder = load_encoder(args.features, *compute(args))
-    if (source_path / "images.safetensors").is_file():
-        real = read_images(source_path).train
-        images, size = (lambda numbers: real[torch.from_numpy(numbers)]), real.shape[-1]
-    else:
-        images, size = SourceImages(open_source(source_path, args.subset), records, args.size), args.size
+    images = open_record_images(out, records, str(source_path), args.subset, args.size)
+    size = images.manifest.shape[-1]
     planned = template(encoder, records, size)
     print(
         f"{features_folder(out, encoder.name)}: {planned.count:,} records of {planned.dtype} {planned.shape}, "

@@ -20,29 +20,37 @@ from st_fast.data.feature_job import write_features
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME
 from st_fast.data.shards import open_shards
-from st_fast.encoders import input_side, load_encoder, preprocess, quiet_transformers
+from st_fast.encoders import input_side, load_encoder, preprocess
 from st_fast.judge import RealImages, read_images
 from st_fast.recipe.schema import Recipe
 from st_fast.safefile import FolderWrite
+from st_fast.vision import quiet_transformers
 
 NAME = "digits-encoder"
 """What a recipe names it; it lies in the digits' folder under this name."""
-EPOCHS, BATCH, SEED = 20, 64, 0
+EPOCHS, BATCH, SEED, PATCH = 20, 64, 0, 7
 
 Say = Callable[[str], None]
 
 
 def prepare_features(recipe: Recipe, say: Say) -> None:
-    """Trains the encoder and writes its features, if a stage names it and they are not there."""
+    """Trains the encoder and writes its features, if a stage names it and they are not there.
+
+    A stage that runs it live gets no features written.
+    """
     folder = Path(recipe.data.path)
-    asked = any(NAME in stage.method.encoder_names for stage in recipe.stages)
-    if not asked or (features_folder(folder, NAME) / FILE_NAME).is_file():
+    asking = [stage.method for stage in recipe.stages if NAME in stage.method.encoder_names]
+    if not asking:
         return
-    say("digits: training a small image encoder and writing its features (once, some seconds)")
     real = read_images(folder)
     if not (folder / NAME).is_dir():
+        say("digits: training a small image encoder (once, some seconds)")
         with FolderWrite(folder / NAME) as write:
             train_encoder(real).save_pretrained(write.path, safe_serialization=True)
+    written = (features_folder(folder, NAME) / FILE_NAME).is_file()
+    if written or all(method.encodes_images for method in asking):
+        return
+    say("digits: writing the encoder's features (once, some seconds)")
     encoder = load_encoder(str(folder / NAME), torch.device("cpu"), torch.float32)
     records = open_shards(folder, verify=False)
     write_features(folder, records, encoder, lambda numbers: real.train[torch.from_numpy(numbers)], SIZE, batch=256)
@@ -53,8 +61,8 @@ def new_encoder(seed: int = SEED) -> Any:
     """An untrained one: 4 × 4 patches of 7 pixels, as many as the digits recipe's model has tokens."""
     transformers = quiet_transformers(NAME)
     config = transformers.Dinov2Config(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=4, image_size=input_side(SIZE),
-        patch_size=7, layerscale_value=1.0,
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=4, image_size=input_side(SIZE, PATCH),
+        patch_size=PATCH, layerscale_value=1.0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -68,7 +76,7 @@ def train_encoder(real: RealImages) -> Any:
         torch.manual_seed(SEED)
         head = nn.Linear(encoder.config.hidden_size, real.num_classes)
     generator = torch.Generator().manual_seed(SEED)
-    pixels = preprocess(real.train)
+    pixels = preprocess(real.train, input_side(SIZE, PATCH))
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01)
     encoder.train()
     for _ in range(EPOCHS):

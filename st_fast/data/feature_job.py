@@ -6,21 +6,16 @@ Shard k is made by process k mod world alone; whoever finds all of them there wr
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from st_fast.data.features import FeatureManifest, features_folder
-from st_fast.data.images import BadImage, load_image
 from st_fast.data.job import Worker
-from st_fast.data.machine import usable_cpus
 from st_fast.data.manifest import FILE_NAME, ShardEntry
 from st_fast.data.shards import RecordSet
-from st_fast.data.source import Source
 from st_fast.data.writing import record_crcs, write_tensors
 from st_fast.encoders import ImageEncoder
 from st_fast.errors import UserError
@@ -31,57 +26,6 @@ JOB_FILE = "job.json"
 ALONE = Worker()
 Images = Callable[[np.ndarray], Tensor]
 """Record numbers (n,) → uint8 images (n, 1 or 3, S, S)."""
-
-
-class SourceImages:
-    """The images of a set's records, out of the source that the set was made from.
-
-    UserError where the source can't be that: another number of usable images, or other labels.
-    """
-
-    def __init__(self, source: Source, records: RecordSet, size: int) -> None:
-        self.source, self.size, self.views = source, size, 2 if records.manifest.flip else 1
-        self._check_crop(records)
-        self.numbers = np.arange(len(source.names))
-        if self.views * len(self.numbers) != len(records):  # some were left out when the latents were made
-            self.numbers = np.array([number for number in self.numbers if self._usable(int(number))], np.int64)
-        count = self.views * len(self.numbers)
-        if count != len(records):
-            raise UserError(f"{source.description}: {count} images with their mirrored ones, {len(records)} latents")
-        labels = np.repeat(source.labels[self.numbers], self.views)
-        wrong = np.flatnonzero(labels != records.labels)
-        if len(wrong):
-            at = wrong[0]
-            raise UserError(
-                f"{source.description}: not what the latents were made from: record {at} has label "
-                f"{records.labels[at]}, its image {labels[at]}"
-            )
-
-    def __call__(self, records: np.ndarray) -> Tensor:
-        """uint8 (n, 3, size, size); of a set with flips, every odd record is its image mirrored."""
-        with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
-            images = list(pool.map(self._load, records.tolist()))
-        return torch.stack(images)
-
-    def _load(self, record: int) -> Tensor:
-        number = int(self.numbers[record // self.views])
-        try:
-            image = torch.from_numpy(load_image(self.source.read(number), self.size, 3))
-        except (BadImage, OSError) as error:
-            raise UserError(f"{self.source.names[number]!a}: can't be used, but has a latent ({error})") from None
-        return image.flip(-1) if record % self.views else image
-
-    def _usable(self, number: int) -> bool:
-        try:
-            load_image(self.source.read(number), self.size, 3)
-        except (BadImage, OSError):
-            return False
-        return True
-
-    def _check_crop(self, records: RecordSet) -> None:
-        made = records.manifest.source
-        if "centre crop " in made and not made.endswith(f"centre crop {self.size}"):
-            raise UserError(f"--size {self.size}: the latents are of {made!r}; give the same size")
 
 
 def template(encoder: ImageEncoder, records: RecordSet, size: int) -> FeatureManifest:

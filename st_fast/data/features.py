@@ -7,7 +7,7 @@ that was started on them. Every row is checked against its CRC whenever it is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,11 @@ def open_features(data: Path, encoder: str, records: RecordSet) -> FeatureSet:
     return FeatureSet(folder, manifest)
 
 
-def check_grid(features: FeatureManifest, side: int, interpolate: bool, stage: str) -> None:
+def check_grid(encoder: str, grid: tuple[int, int], side: int, interpolate: bool, stage: str) -> None:
     """UserError, naming both, where the features' grid is not the model's side × side tokens."""
-    grid = features.shape[:2]
     if grid != (side, side) and not interpolate:
         raise UserError(
-            f"stage.{stage}: {features.encoder} has a grid of {grid[0]} x {grid[1]} patches, the model one of "
+            f"stage.{stage}: {encoder} has a grid of {grid[0]} x {grid[1]} patches, the model one of "
             f"{side} x {side} tokens; interpolate = true in this stage resizes the features"
         )
 
@@ -175,15 +174,5 @@ def open_features_of(stage: Stage, recipe: Recipe, records: RecordSet) -> list[F
     side, method = recipe.model.latent_size // recipe.model.patch, stage.method
     found = [open_features(Path(recipe.data.path), name, records) for name in method.encoder_names]
     for one in found:
-        check_grid(one.manifest, side, method.resizes_features, stage.name)
+        check_grid(one.manifest.encoder, one.manifest.shape[:2], side, method.resizes_features, stage.name)
     return found
-
-
-def check_same_features(saved: Sequence[str], saved_where: str, features: Sequence[FeatureSet]) -> None:
-    """UserError where a run was started on other features than there are now (the digests differ)."""
-    for old, now in zip(saved, features, strict=False):
-        if old != now.manifest.digest:
-            raise UserError(
-                f"{now.folder}: the features changed since {saved_where} was written (digest {old[:12]} then, "
-                f"{now.manifest.digest[:12]} now); restore them, or start a new run"
-            )

@@ -19,6 +19,8 @@ from st_fast.errors import RunFailed, UserError
 from st_fast.safefile import make_folder, read_json, write_json_atomic
 
 JOB_FILE = "job.json"
+SKIPPED_FILE = "skipped.json"
+"""The images that were left out, by name with the reason, beside the manifest; there only if there are any."""
 Say = Callable[[str], None]
 
 
@@ -149,15 +151,18 @@ def _finish(folder: Path, producer: Producer, max_bad: int, say: Say) -> Manifes
         return None
     _check_skipped(folder, producer.shards, max_bad)
     notes = _notes(folder, producer.shards)
-    skipped = sum(len(note.pop("skipped")) for note in notes)
+    skipped = {name: why for note in notes for name, why in note.pop("skipped").items()}
     entries = tuple(ShardEntry(**note) for note in notes if note["count"])
     count = sum(entry.count for entry in entries)
     if not count:
         raise UserError(f"{folder}: not one usable image")
     manifest = replace(producer.template, count=count, shards=entries)
+    if skipped:
+        write_json_atomic(folder / SKIPPED_FILE, skipped)
     write_manifest(folder, manifest)
     for number in range(producer.shards):
         _note(folder, number).unlink(missing_ok=True)
     (folder / JOB_FILE).unlink(missing_ok=True)
-    say(f"{folder}: {count:,} records in {len(entries)} shards" + (f"; {skipped} images skipped" if skipped else ""))
+    left_out = f"; {len(skipped)} images skipped" if skipped else ""
+    say(f"{folder}: {count:,} records in {len(entries)} shards{left_out}")
     return manifest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from st_fast.data.images import SUFFIXES
 from st_fast.data.job import Produced
 from st_fast.data.manifest import DTYPES, Manifest, VaeInfo
 from st_fast.data.shards import RecordSet
+from st_fast.data.source import Source
 from st_fast.data.sources import LABELS_FILE, read_labels
 from st_fast.errors import UserError
 from st_fast.safefile import BadFile, make_folder, open_regular, read_exactly, shown, write_json_atomic
@@ -50,13 +52,13 @@ class RepaSet:
         except OSError as error:
             raise BadFile(f"{path}: cannot be read ({error.strerror})") from None
         table = read_labels(data, str(path))
-        self._names = sorted(table)
-        self.labels = np.array([table[name] for name in self._names], np.int64)
-        escaping = next((n for n in self._names if n.startswith("/") or ".." in n.split("/")), None)
+        self.names = sorted(table)
+        self.labels = np.array([table[name] for name in self.names], np.int64)
+        escaping = next((n for n in self.names if n.startswith("/") or ".." in n.split("/")), None)
         if escaping is not None:
             raise BadFile(f"{path}: the path {shown(escaping)} in it must stay inside the folder")
-        _check_counts(self.folder, self._names)
-        shape, dtype = read_npy_header(self.folder / LATENTS / self._names[0])[:2] if table else ((2, 1, 1), "float32")
+        _check_counts(self.folder, self.names)
+        shape, dtype = read_npy_header(self.folder / LATENTS / self.names[0])[:2] if table else ((2, 1, 1), "float32")
         self.manifest = Manifest(
             count=len(table),
             shape=shape,
@@ -93,14 +95,14 @@ class RepaSet:
             moments = self.gather(np.arange(start, min(start + 1024, len(self))))[0].numpy()
             problem = moments_problem(moments)
             if problem:
-                raise BadFile(f"{self.folder / LATENTS / self._names[start + problem[0]]}: {problem[1]}")
+                raise BadFile(f"{self.folder / LATENTS / self.names[start + problem[0]]}: {problem[1]}")
 
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _read_one(self, index: int, row: np.ndarray) -> None:
-        path = self.folder / LATENTS / self._names[index]
+        path = self.folder / LATENTS / self.names[index]
         shape, dtype, start, fortran = read_npy_header(path)
         if (shape, dtype) != (self.manifest.shape, self.manifest.dtype) or fortran:
             raise BadFile(
@@ -154,6 +156,26 @@ def _check_counts(folder: Path, names: list[str]) -> None:
 
 def _count(folder: Path, suffixes: tuple[str, ...]) -> int:
     return sum(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
+
+
+def repa_images(records: RepaSet) -> Source:
+    """The images beside the latents, in the records' order. UserError where an image's number isn't its latent's."""
+    folder = records.folder / IMAGES
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; REPA's layout has the images there, each beside its latent")
+    files = [Path(parent, name).relative_to(folder) for parent, _, names in os.walk(folder) for name in names]
+    images = sorted(path.as_posix() for path in files if path.name.lower().endswith(SUFFIXES))
+    for image, latent in zip(images, records.names, strict=True):
+        if re.sub(r"\D", "", image) != re.sub(r"\D", "", latent):
+            raise UserError(f"{folder}: {shown(image)} stands where the image of {shown(latent)} should")
+    labels, table = records.labels, folder / LABELS_FILE
+    if table.is_file():
+        by_name = read_labels(table.read_bytes(), str(table))
+        labels = np.array([by_name.get(name, -1) for name in images], np.int64)
+    classes = records.manifest.num_classes
+    return Source(
+        f"{folder.parent.name}/{IMAGES}", images, labels, classes, (), lambda i: (folder / images[i]).read_bytes()
+    )
 
 
 class RepaProducer:

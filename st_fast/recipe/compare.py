@@ -20,6 +20,8 @@ HARMLESS = frozenset(
         "model.modulation",
         # Where the data lies; that it is the same data, its digest says.
         "data.path",
+        "data.images",
+        "data.images_subset",
         "data.loader",
         "data.verify",
         # The global batch is what the update sees, however it is split.

@@ -60,8 +60,13 @@ class Method:
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
-        """The image encoders whose features, written beside the latents, are the target."""
+        """The image encoders whose features are the target."""
         return ()
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether they run during training on the latents' images; otherwise their features were written before."""
+        return False
 
     @property
     def resizes_features(self) -> bool:
@@ -215,15 +220,17 @@ class Repa(Method):
     implementation: ClassVar[str] = "st_fast.supervision.repa:Repa"
 
     encoders: Names = ("facebook/dinov2-base",)
-    """Each as it was given to `python -m st_fast.prepare --features`, which wrote its features beside the latents."""
+    """Hub names or folders; with written features each as it was given to `python -m st_fast.prepare --features`."""
     depth: Block = 8
     weight: NonNegative = 0.5
-    """λ of each encoder's term."""
+    """λ of the mean over encoders."""
     hidden: Count = 2048
     interpolate: bool = False
     """Resize features whose grid differs from the tokens' (bilinear); otherwise that is an error."""
     stop_step: StageStep = 0
     """Supervision ends after this many steps (HASTE); 0 keeps it for the whole stage."""
+    features: Literal["written", "live"] = "written"
+    """Read as they were written beside the latents, or made while training of the latents' images (`data.images`)."""
 
     @property
     def tap(self) -> int:
@@ -232,6 +239,10 @@ class Repa(Method):
     @property
     def encoder_names(self) -> tuple[str, ...]:
         return self.encoders
+
+    @property
+    def encodes_images(self) -> bool:
+        return self.features == "live"
 
     @property
     def resizes_features(self) -> bool:

@@ -64,9 +64,15 @@ class Flow:
 
 @dataclass(frozen=True)
 class Data:
-    """Where latents come from. `source = "digits"` makes the folder at `path` on first use."""
+    """Where latents come from. `source = "digits"` makes the folder at `path` on first use.
+
+    `images` is what the latents were made from, for encoders that run while training (a folder, zip, tar, …, as given
+    to `st_fast.prepare`, and `images_subset` likewise); "" means images in the folder at `path` itself.
+    """
 
     path: str = ""
+    images: str = ""
+    images_subset: str = ""
     source: Literal["shards", "digits"] = "shards"
     loader: Literal["auto", "resident", "dali", "torch"] = "auto"
     verify: bool = True

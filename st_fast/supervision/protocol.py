@@ -59,7 +59,9 @@ class Noised:
     """(B,) int64: places in the training stream, the counters of a method's own draws."""
     rows: Rows
     features: tuple[Tensor, ...] = ()
-    """(B, h, w, D_j) of each image encoder j that the method names, while it supervises."""
+    """(B, h, w, D_j) of each image encoder j that the method names, while it supervises: written beforehand."""
+    images: Tensor | None = None
+    """uint8 (B, 1 or 3, P, P), the latents' images, while encoders supervise that run live."""
 
 
 class Supervision(Protocol):

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from st_fast.average import Average
+from st_fast.encoders import ImageEncoder
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT
 from st_fast.model.branches import Branches, batched
@@ -33,6 +34,8 @@ class Parts:
     """The run's, of a method's own draws."""
     branches: Branches = batched
     """How a guided teacher runs with the labels and with the null label."""
+    encoders: tuple[ImageEncoder, ...] = ()
+    """The image encoders themselves, where they run live."""
 
 
 def create(stage: Stage, parts: Parts, seed: int) -> Supervision:

@@ -19,16 +19,16 @@ class Heads(nn.Module):
 
 
 class Repa:
-    """Σ_j Σ_b weight_b · mean_n −cos(MLP_j(h), g_j), g_j (B, N, D_j) the features of encoder j.
+    """mean_j Σ_b weight_b · mean_n −cos(MLP_j(h), g_j), g_j (B, N, D_j) the features of encoder j.
 
-    Each encoder's term has the full weight; the released code takes the mean over encoders instead, which is the same
-    for one of them.
+    The mean over encoders is the released code's.
     """
 
     def __init__(self, settings: methods.Repa, parts: Parts) -> None:
         if len(parts.feature_widths) != len(settings.encoders):
             raise ValueError(f"repa needs features of {len(settings.encoders)} encoders")
         self.settings, self.tap, self.kernels = settings, settings.tap, parts.kernels
+        self.encoders = parts.encoders
         self.side = parts.config.latent_size // parts.config.patch
         self.heads = Heads(parts.config.width, settings.hidden, parts.feature_widths)
 
@@ -36,14 +36,17 @@ class Repa:
         return self.settings.supervises(step)
 
     def target(self, noised: Noised) -> tuple[Tensor, ...]:
-        return tuple(on_grid(features, self.side) for features in noised.features)
+        features = noised.features
+        if noised.images is not None:
+            features = tuple(encoder(noised.images) for encoder in self.encoders)
+        return tuple(on_grid(one, self.side) for one in features)
 
     def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
         loss = noised.rows.weight.new_zeros(())
         for head, features in zip(self.heads.projectors, target, strict=True):
             q = head(hidden)
             loss = loss + self.kernels.align(q, features.to(q.dtype), noised.rows.weight).float()
-        return loss
+        return loss / len(target)
 
 
 def on_grid(features: Tensor, side: int) -> Tensor:

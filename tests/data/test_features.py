@@ -17,8 +17,9 @@ from st_fast.data.features import features_folder, open_features
 from st_fast.data.images import load_image
 from st_fast.data.job import Worker
 from st_fast.data.shards import open_shards
-from st_fast.encoders import Dinov2, load_encoder, preprocess
+from st_fast.encoders import load_encoder, preprocess
 from st_fast.errors import UserError
+from st_fast.vision import VisionTransformer
 from tests import tiny
 from tests.supervision.encoders import images, write_encoder, write_set
 
@@ -51,14 +52,14 @@ def test_preprocessing_is_imagenets_normalisation_and_bicubic_resizing(size: int
     ]
     matrix = resize_matrix(size, side)
     expected = np.einsum("ih,bchw,jw->bcij", matrix, normal, matrix, optimize=True)
-    found = preprocess(pixels)
+    found = preprocess(pixels, side)
     assert found.shape == (1, 3, side, side)
     assert np.abs(found.numpy() - expected).max() < 1e-5
 
 
 def test_a_grey_image_becomes_three_equal_channels() -> None:
     grey = images(2)[:, :1]
-    assert torch.equal(preprocess(grey), preprocess(grey.expand(-1, 3, -1, -1)))
+    assert torch.equal(preprocess(grey, 14), preprocess(grey.expand(-1, 3, -1, -1), 14))
 
 
 @pytest.mark.parametrize("registers", [0, 3])
@@ -66,8 +67,8 @@ def test_features_are_the_patch_tokens_in_their_grid_without_cls_and_registers(r
     path = write_encoder(tmp_path / "dino", registers)
     encoder = load_encoder(str(path), CPU, torch.float32)
     found = encoder(images(2))
-    assert isinstance(encoder, Dinov2) and found.shape == (2, 2, 2, 24)
-    tokens = encoder.model(pixel_values=preprocess(images(2))).last_hidden_state
+    assert isinstance(encoder, VisionTransformer) and found.shape == (2, 2, 2, 24)
+    tokens = encoder.tokens.model(pixel_values=preprocess(images(2), 14)).last_hidden_state
     assert tokens.shape[1] == 1 + registers + 4
     for row in (0, 1):
         for column in (0, 1):
@@ -83,9 +84,12 @@ def test_an_encoder_that_cant_be_had_is_told_in_one_line(tmp_path: Path) -> None
         with pytest.raises(UserError) as refused:
             load_encoder(str(tmp_path / name), CPU, torch.float32)
         assert words in str(refused.value) and "\n" not in str(refused.value) and name in str(refused.value)
-    encoder = load_encoder(str(write_encoder(tmp_path / "dino", patch=4)), CPU, torch.float32)
-    with pytest.raises(UserError, match="become 14, no multiple of its patch 4"):
+    encoder = load_encoder(str(write_encoder(tmp_path / "dino", patch=5)), CPU, torch.float32)
+    with pytest.raises(UserError, match="images of 16 pixels are no multiple of its patch of 5"):
         encoder.grid(16)
+    encoder = load_encoder(str(write_encoder(tmp_path / "seven", patch=14)), CPU, torch.float32)
+    with pytest.raises(UserError, match="images of 24 pixels become 21, no multiple of its patch of 14"):
+        encoder.grid(24)
     with pytest.raises(UserError, match="multiple of 8"):
         encoder.grid(25)
 
