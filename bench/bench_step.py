@@ -45,4 +45,4 @@ def bench_first_step(store: Store, device: torch.device) -> None:
 
 def bench_sweep(point: Setup, store: Store, device: torch.device) -> None:
     store.put("sweep", point.label, sweeps.measure(point, store.machine))
-    sweeps.draw(store.rows("sweep"), store.machine.device, store.path.with_suffix(".png"))
+    sweeps.draw(store.path)

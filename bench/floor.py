@@ -30,6 +30,11 @@ class Product:
     trained: bool
 
     @property
+    def elements(self) -> int:
+        """Read and written, operands and results."""
+        return (self.rows * self.deep + self.deep * self.wide + self.rows * self.wide) * (3 if self.trained else 1)
+
+    @property
     def flops(self) -> int:
         return 2 * self.rows * self.deep * self.wide * (3 if self.trained else 1)
 

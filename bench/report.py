@@ -265,22 +265,24 @@ def device_report(content: Content, brief: bool) -> str:
     return "\n\n".join(texts)
 
 
+def pictures_of(path: Path) -> str:
+    """The pictures that lie beside a results file, as Markdown from the repository's root."""
+    titles = {"growth": "How the step grows", "roofline": "Kernels and steps under the device's ceilings"}
+    files = {title: path.with_name(f"{path.stem}-{name}.png") for name, title in titles.items()}
+    shown = [f"![{title}]({os.path.relpath(file, README.parent)})" for title, file in files.items() if file.exists()]
+    return "".join(f"\n\n{line}" for line in shown)
+
+
 def report(folder: Path, brief: bool) -> str:
     """The whole text. Kinds of devices without any figures are named, with their goals and the command for them."""
-    contents = [results.load(path) for path in sorted(folder.glob("*.json"))]
-    contents = [content for content in contents if content and all(_is_part(section) for section in content.values())]
-    texts = [device_report(content, brief) for content in contents]
-    kinds = {next(iter(content.values()))["machine"]["kind"] for content in contents}
+    contents = {path: results.load(path) for path in results.files(folder)}
+    texts = [device_report(content, brief) + pictures_of(path) for path, content in contents.items()]
+    kinds = {next(iter(content.values()))["machine"]["kind"] for content in contents.values()}
     for kind in NAMES:
         if kind not in kinds:
             text = f"No {NAMES[kind]} has been measured yet: none of these goals is confirmed or refuted."
             texts.append(f"### {NAMES[kind]}\n\n{text} `{COMMANDS[kind]}` measures them.\n\n{goals(kind, {})}")
     return "\n\n".join(texts) + "\n"
-
-
-def _is_part(section: Any) -> bool:
-    """Whether it is a part as `results.Store` writes them; the folder may hold other files."""
-    return isinstance(section, dict) and section.keys() >= {"machine", "rows"}
 
 
 def write_readme(path: Path, text: str) -> None:

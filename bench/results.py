@@ -134,6 +134,16 @@ class Store:
         return load(self.path).get(part, {}).get("rows", {})
 
 
+def files(folder: Path) -> list[Path]:
+    """The folder's results files; it may hold other JSON."""
+    found = ((path, load(path)) for path in sorted(folder.glob("*.json")))
+    return [path for path, content in found if content and all(_is_part(section) for section in content.values())]
+
+
+def _is_part(section: Any) -> bool:
+    return isinstance(section, dict) and section.keys() >= {"machine", "rows"}
+
+
 def load(path: Path) -> dict[str, Any]:
     """A results file's content by part; empty where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,15 +1,24 @@
-"""How the step's cost grows, and one picture of it: batch, tokens, depth, and images/s of every recipe."""
+"""How the step's cost grows with batch, tokens and depth, and images/s of every recipe; pictures are drawn of it.
+
+    python -m bench.sweeps                  for at most four minutes: S/2 and B/2 at small batches on a CPU
+    python -m bench.sweeps --seconds 900    longer; run again, it goes on where it stopped
+    python -m bench.sweeps --draw           only the pictures, from what was measured before
+
+`pytest bench/ --full` and `python -m bench.gpu_day` measure all points, batch 1 to 256, with the published loop beside.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench import step_times
-from bench.results import Machine, Row
+from bench import op_times, pictures, results, step_times
+from bench.results import Machine, Row, Store
 from bench.step_times import Wanted
 from bench.timing import Effort
 from bench.workload import STAGES, Setup
@@ -27,12 +36,34 @@ def points(device: torch.device) -> list[Setup]:
     """All steps of the sweeps that fit into memory by estimate, each once."""
     cuda = device.type == "cuda"
     size, batch = ("XL/2", 64) if cuda else ("S/2", 8)
-    wanted = [Setup(size, "plain", b, device) for b in BATCHES]
-    wanted += [Setup(size, "plain", batch, device, tokens=tokens) for tokens in TOKENS]
-    wanted += [Setup(size, "plain", batch, device, depth=depth) for depth in DEPTHS]
     recipes = ("S/2", "B/2", "L/2", "XL/2") if cuda else ("S/2", "B/2", "L/2")
-    wanted += [Setup(name, stage, batch, device) for name in recipes for stage in STAGES]
+    return _axes(device, size, batch, BATCHES, recipes)
+
+
+def few_points(device: torch.device) -> list[Setup]:
+    """Those that take minutes, the ones that say most first."""
+    if device.type == "cuda":
+        return points(device)
+    return sorted(_axes(device, "S/2", 4, BATCHES[:5], ("S/2", "B/2")), key=_work)
+
+
+def _axes(device: torch.device, size: str, batch: int, batches: Sequence[int], recipes: Sequence[str]) -> list[Setup]:
+    wanted = [Setup(name, stage, batch, device) for name in recipes for stage in STAGES]
+    wanted += [Setup(size, "plain", b, device) for b in batches]
+    wanted += [Setup(size, "plain", batch, device, tokens=tokens) for tokens in TOKENS if tokens != 256]
+    own = resolve_model(Model(f"SiT-{size}")).depth
+    wanted += [Setup(size, "plain", batch, device, depth=depth) for depth in DEPTHS if depth != own]
     return [setup for setup in dict.fromkeys(wanted) if fits(setup)]
+
+
+def _work(setup: Setup) -> float:
+    """Multiply-adds of a step's forward, roughly."""
+    model = _model(setup)
+    return setup.batch * flops.trunk_macs(model) * (setup.depth or model.depth) / model.depth
+
+
+def _model(setup: Setup) -> Model:
+    return resolve_model(Model(f"SiT-{setup.size}", latent_size=2 * int(setup.tokens**0.5)))
 
 
 def memory(device: torch.device) -> int:
@@ -45,7 +76,7 @@ def memory(device: torch.device) -> int:
 def fits(setup: Setup) -> bool:
     """Whether weights, their state (the plain loop's too) and activations stay within a share of the memory."""
     bf16 = setup.device.type == "cuda"
-    model = resolve_model(Model(f"SiT-{setup.size}", latent_size=2 * int(setup.tokens**0.5)))
+    model = _model(setup)
     depth_share = (setup.depth or model.depth) / model.depth
     state = 2 * flops.STATE_BYTES * flops.trunk_parameters(model) * depth_share
     # Eager PyTorch keeps about twice what the formula counts for st_fast's own step.
@@ -59,49 +90,55 @@ def measure(setup: Setup, machine: Machine) -> Row:
     return step_times.measure(setup, Wanted(effort, rivals=("plain",), breakdown=False), machine)
 
 
-def draw(rows: dict[str, Row], device: str, path: Path) -> None:
-    """Four panels as a PNG: images/s against batch, tokens and depth, and images/s by recipe and stage."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    (by_batch, by_tokens), (by_depth, by_recipe) = figure.subplots(2, 2)
-    plain = [row for row in rows.values() if row["stage"] == "plain"]
-    for axis, key in ((by_batch, "batch"), (by_tokens, "tokens"), (by_depth, "depth")):
-        chosen = _series(plain, key)
-        for name, label in (("ours", "st_fast"), ("plain", "published loop, plainly")):
-            values = [(row[key], row["images_per_s"][name]) for row in chosen if name in row["images_per_s"]]
-            if values:
-                axis.plot(*zip(*values, strict=True), marker="o", label=label)
-        axis.set(xlabel=key, ylabel="images/s", xscale="log", ylim=(0, None))
-        axis.set_xticks([row[key] for row in chosen], [str(row[key]) for row in chosen])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    by_batch.legend()
-    bars = [row for row in rows.values() if row["tokens"] == 256 and row["depth"] == _own_depth(row["size"])]
-    common = _common([row["batch"] for row in bars])
-    bars = [row for row in bars if row["batch"] == common]
-    names = [f"{row['size']}\n{row['stage']}" for row in bars]
-    by_recipe.bar(names, [row["images_per_s"]["ours"] for row in bars])
-    by_recipe.set(ylabel="images/s", yscale="log", title=f"batch {common}")
-    by_recipe.tick_params(axis="x", labelsize=7)
-    figure.suptitle(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def measure_alone(setup: Setup, machine: Machine) -> Row:
+    """st_fast's step by itself, in seconds."""
+    effort = Effort(rounds=5, seconds=4, least=2, warmup=1)
+    return step_times.measure(setup, Wanted(effort, rivals=(), breakdown=False), machine)
 
 
-def _own_depth(size: str) -> int:
-    return resolve_model(Model(f"SiT-{size}")).depth
+def draw(path: Path) -> list[Path]:
+    """The pictures that a results file has figures for, beside it."""
+    content = results.load(path)
+    files = {path.with_name(f"{path.stem}-{name}.png"): picture for name, picture in pictures.ALL.items()}
+    return [file for file, picture in files.items() if picture(content, file)]
 
 
-def _common(values: list[Any]) -> Any:
-    """The most frequent of them; None of none."""
-    return max(set(values), key=values.count, default=None)
+def run(
+    store: Store, setups: Sequence[Setup], seconds: float, measured: Callable[[Setup, Machine], Row] = measure_alone
+) -> int:
+    """Measures what this code has not measured yet until the time is up; returns how many points are left."""
+    start, left = time.monotonic(), 0
+    for setup in setups:
+        if store.rows("sweep").get(setup.label, {}).get("code") == store.machine.code:
+            continue
+        if time.monotonic() - start > seconds:
+            left += 1
+            continue
+        row = measured(setup, store.machine)
+        store.put("sweep", setup.label, row | {"code": store.machine.code})
+        print(f"{setup.label}: {row['images_per_s']['ours']:.3g} images/s", flush=True)
+    return left
 
 
-def _series(rows: list[Row], key: str) -> list[Row]:
-    """Rows that differ in `key` alone, ascending; what else they have is what most rows have."""
-    for other in ("size", "batch", "tokens", "depth"):
-        if other != key:
-            common = _common([row[other] for row in rows])
-            rows = [row for row in rows if row[other] == common]
-    return sorted(rows, key=lambda row: row[key])
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sweeps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=220.0, help="after so long no further point is begun")
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON files")
+    settings = parser.parse_args(arguments)
+    if not settings.draw:
+        device = op_times.default_device()
+        left = run(Store(settings.results, results.measure_machine(device)), few_points(device), settings.seconds)
+        if left:
+            print(f"{left} points are left; run the same command again")
+    for file in results.files(settings.results):
+        for picture in draw(file):
+            print(picture)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

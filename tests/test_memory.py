@@ -42,8 +42,8 @@ def test_weights_with_their_state_gradients_and_teacher_are_what_is_held(stage, 
     with ours(Setup("S/2", stage, 4, torch.device("cpu"), tokens=16, depth=2, compile="off")) as loop:
         step = loop.trainer.step
         (batch,) = next(loop.feed.steps(0, 1))
-        noised = step.noised(batch)
-        losses = step.losses(0, noised)
+        lesson = step.targets.lesson(0, batch)
+        noised, losses = lesson.noised, step.losses(lesson.noised, lesson.target)
         (losses.denoise + losses.aux).backward()
         others = storages(t for t in (*vars(batch).values(), *vars(noised).values()) if isinstance(t, Tensor))
         others |= storages((loop.feed.loader._moments, loop.feed.loader._labels))
@@ -61,7 +61,7 @@ def test_activations_of_an_image_are_the_estimate_but_for_the_heads():
     with ours(Setup("S/2", "stage 2", 4, torch.device("cpu"), tokens=64, depth=6, compile="off")) as loop:
         model, step = loop.trainer.model, loop.trainer.step
         (batch,) = next(loop.feed.steps(0, 1))
-        noised, kept = step.noised(batch), dict[int, int]()
+        lesson, kept = step.targets.lesson(0, batch), dict[int, int]()
         weights = storages((*model.parameters(), *loop.trainer.method.heads.parameters()))
 
         def keep(tensor: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def test_activations_of_an_image_are_the_estimate_but_for_the_heads():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = step.losses(0, noised)
+            losses = step.losses(lesson.noised, lesson.target)
         an_image = sum(size for place, size in kept.items() if place not in weights) / 4
         assert losses.denoise.isfinite()
         estimate = flops.activation_bytes(loop.recipe.model, bf16=False)

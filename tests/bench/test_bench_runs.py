@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from bench import against, apart, gpu_day, results, step_times
-from bench.sweeps import draw
 from bench.timing import Stopwatch
 from bench.workload import Setup
 from st_fast import families
@@ -128,16 +127,6 @@ def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_erro
 )  # fmt: skip
 def test_kernels_belong_to_their_family(kernel, family):
     assert families.family(kernel) == family
-
-
-def test_the_sweeps_picture_is_drawn_from_rows(tmp_path):
-    def row(batch, tokens=256, depth=12, stage="plain"):
-        return {"size": "S/2", "stage": stage, "batch": batch, "tokens": tokens, "depth": depth,
-                "images_per_s": {"ours": 4.0, "plain": 2.0}}  # fmt: skip
-
-    rows = [row(1), row(8), row(8, tokens=64), row(8, depth=3), row(8, stage="stage 2")]
-    draw({str(i): r for i, r in enumerate(rows)}, "CPU Test", tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plain_loop_in_a_process_of_its_own_steps_on_request_and_ends_with_its_user():
