@@ -69,7 +69,8 @@ def _enliven(trainer: Trainer) -> None:
 
 def with_teacher(folder: Path) -> Path:
     """The folder with data, the tiny recipe and a checkpoint of its first stage with random weights."""
-    tiny.write_recipe(folder / "tiny.toml", tiny.write_data(folder / "latents"), folder / "out")
+    recipe = tiny.write_recipe(folder / "tiny.toml", tiny.write_data(folder / "latents"), folder / "out")
+    recipe.write_text(recipe.read_text() + '[[stage]]\nname = "plain"\nsupervision = "none"\nsteps = 10\n')
     teacher = Loop(folder, "align").trainer
     teacher.save(1, Clock())
     teacher.finish()
