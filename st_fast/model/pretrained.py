@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -19,12 +20,17 @@ from st_fast.recipe import RecipeError
 from st_fast.recipe.check import check_shapes
 from st_fast.recipe.load import resolve_model
 from st_fast.recipe.schema import Model
-from st_fast.recipe.typed import build, field_types
+from st_fast.recipe.typed import build
 from st_fast.safefile import FolderWrite, read_header, read_json, shown, write_json_atomic
 
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"
 FORMAT, VERSION = "st_fast.sit", 1
 FLOWS = ("linear", "cosine")
+NETWORK = (
+    "name", "depth", "width", "heads", "patch", "channels", "latent_size", "num_classes", "class_dropout", "mlp_ratio",
+    "qk_norm",
+)  # fmt: skip
+"""What of a recipe's [model] describes the network, and not how it is computed."""
 EVERY_KEY = 10_000
 
 
@@ -42,7 +48,8 @@ class Published:
     def as_json(self) -> dict[str, Any]:
         """The content of config.json; the network's keys are those of a recipe's [model]."""
         own = {"flow": self.flow, "latent_scale": self.latent_scale, "step": self.step}
-        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | asdict(self.model) | own
+        network = {key: getattr(self.model, key) for key in NETWORK}
+        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | network | own
 
 
 def read_config(folder: Path) -> Published:
@@ -59,7 +66,7 @@ def read_config(folder: Path) -> Published:
         raise UserError(f"{path}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
     if not (scale is None or (isinstance(scale, (int, float)) and scale > 0)) or type(step) is not int:
         raise UserError(f"{path}: latent_scale = {shown(scale)}, step = {shown(step)}: a number above 0, a whole one")
-    if strangers := sorted(set(content) - set(field_types(Model))):
+    if strangers := sorted(set(content) - set(NETWORK)):
         raise UserError(f"{path}: unknown {', '.join(map(shown, strangers))}")
     try:
         model = resolve_model(build(Model, content, CONFIG))
@@ -69,10 +76,13 @@ def read_config(folder: Path) -> Published:
     return Published(model, cast(Any, flow), scale, step)
 
 
-def write_pretrained(folder: Path, weights: Mapping[str, Tensor], config: Published, name: str = WEIGHTS) -> None:
-    """Writes weights and config.json into a folder that is there."""
+def write_pretrained(
+    folder: Path, weights: Mapping[str, Tensor], config: Published, name: str = WEIGHTS,
+    also: Mapping[str, Any] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Writes weights and config.json, with what others want to find there `also`, into a folder that is there."""
     write_group(folder / name, weights)
-    write_json_atomic(folder / CONFIG, config.as_json())
+    write_json_atomic(folder / CONFIG, {**also, **config.as_json()})
 
 
 def fetch(name: str) -> Path:

@@ -25,7 +25,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Arm:
-    """One stage of one run. `own` is what it cost itself, teacher forwards included; `teacher` what its teacher cost.
+    """One stage of one run. `own` is what it cost itself, teacher forwards included; `teacher` what the models before
+    it cost: its teacher, and what its weights began from.
 
     `colour` and `dash` are the same for an arm in every figure.
     """
@@ -40,7 +41,7 @@ class Arm:
 
     @property
     def total(self) -> Cost:
-        """Its own cost and its teacher's, and its teacher's teacher's."""
+        """Its own cost and that of all models before it."""
         return self.own + self.teacher
 
     @property
@@ -80,30 +81,40 @@ def make_arms(runs: Sequence[RunLog]) -> list[Arm]:
                 label = run.name if len(run.stages) == 1 else f"{run.name} · {stage.name}"
                 colour, dash = r, len(run.stages) - 1 - s
             own = Cost(stage.last("flops"), stage.last("seconds"))
-            arms.append(Arm(run, stage, label, colour, dash, own, teacher_cost(run, stage)))
+            arms.append(Arm(run, stage, label, colour, dash, own, before_cost(run, stage)))
     return arms
 
 
-def teacher_cost(run: RunLog, stage: StageLog) -> Cost:
-    """What training this stage's teacher cost, and that one's teacher, and so on; zero where there is no teacher.
+def before_cost(run: RunLog, stage: StageLog) -> Cost:
+    """What training the models before this stage cost: its teacher, what its weights began from, and theirs, each once.
 
-    A teacher is an earlier stage of the same run, or a path into another run's folder, whose log is then read up to
-    the checkpoint's step. An outside teacher without a log has a cost that isn't known.
+    Such a model is an earlier stage of the same run, or a path into another run's folder, whose log is then read up to
+    the checkpoint's step. One from outside without a log has a cost that isn't known.
     """
-    if stage.teacher is None:
-        return Cost()
-    earlier = run.stages[: run.stages.index(stage)]
-    teacher = next((other for other in earlier if other.name == stage.teacher), None)
-    if teacher is not None:
-        return Cost(teacher.last("flops"), teacher.last("seconds")) + teacher_cost(run, teacher)
-    return _outside_cost(run, stage.teacher)
+    return sum(_before(run, stage).values(), Cost())
 
 
-def _outside_cost(run: RunLog, teacher: str) -> Cost:
-    """Cost of a teacher given as a path such as runs/other/align/checkpoints/00200000, from that run's log."""
-    unknown = Cost(known=False)
+def _before(run: RunLog, stage: StageLog) -> dict[tuple[Path | str, ...], Cost]:
+    """The cost of every model before a stage, by where it is."""
+    found: dict[tuple[Path | str, ...], Cost] = {}
+    for name in dict.fromkeys(filter(None, (stage.teacher, stage.init))):
+        earlier = run.stages[: run.stages.index(stage)]
+        other = next((other for other in earlier if other.name == name), None)
+        if other is not None:
+            own = Cost(other.last("flops"), other.last("seconds"))
+            models = {(run.path.resolve(), other.name): own} | _before(run, other)
+        else:
+            models = _outside(run, name)
+        for key, cost in models.items():  # of two checkpoints of one stage the later one's cost holds both
+            found[key] = max(cost, found.get(key, cost), key=lambda c: c.flops)
+    return found
+
+
+def _outside(run: RunLog, model: str) -> dict[tuple[Path | str, ...], Cost]:
+    """A model at a path such as runs/other/align/checkpoints/00200000 and those before it, from its run's log."""
+    unknown: dict[tuple[Path | str, ...], Cost] = {(model,): Cost(known=False)}
     for base in (Path.cwd(), run.path, run.path.parent):
-        path = base / teacher
+        path = base / model
         folder = next((p for p in (path, *path.parents) if (p / "log.jsonl").is_file()), None)
         if folder is None or folder == run.path:
             continue
@@ -116,7 +127,7 @@ def _outside_cost(run: RunLog, teacher: str) -> Cost:
         if stage is None:
             return unknown
         limit = int(parts[-1]) if len(parts) > 1 and parts[-1].isdecimal() else stage.step
-        return _cost_until(stage, limit) + teacher_cost(other, stage)
+        return {(folder.resolve(), stage.name): _cost_until(stage, limit)} | _before(other, stage)
     return unknown
 
 

@@ -40,6 +40,12 @@ class StageLog:
         return teacher if isinstance(teacher, str) and teacher else None
 
     @property
+    def init(self) -> str | None:
+        """The stage or path whose weights this one began with, where there is any."""
+        init = self.entry.get("init")
+        return init if isinstance(init, str) and init else None
+
+    @property
     def train(self) -> list[Record]:
         """The training records."""
         return self.records["train"]

@@ -197,13 +197,14 @@ def costs(arms: Sequence[Arm]) -> list[Bars]:
     return [
         Bars(
             "cost_flops", "Arithmetic",
-            "A teacher's training belongs to the price of what it teaches. Published curves usually leave it out.",
-            "flops", ("the model itself", "asking the teacher", "training the teacher"), by_flops,
+            "A teacher's training belongs to the price of what it teaches, and so does that of a model that the "
+            "weights began from. Published curves usually leave it out.",
+            "flops", ("the model itself", "asking the teacher", "training what came before"), by_flops,
         ),
         Bars(
             "cost_seconds", "Time",
             "Seconds of training on this machine; pauses for saving and sampling are left out.",
-            "seconds", ("this stage", "training the teacher"), by_time,
+            "seconds", ("this stage", "training what came before"), by_time,
         ),
     ]  # fmt: skip
 

@@ -55,8 +55,8 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
     every, runs = runs, [run for run in runs if not seeds_declared or seed_of(run) == seed_of(runs[0])]
     arms = make_arms(runs)
     notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
-    unknown = [arm.label for arm in arms if not arm.total.known]
-    notes += [f"What the teacher of “{label}” cost isn't recorded here; its totals lack it." for label in unknown]
+    unknown = [arm for arm in arms if not arm.total.known]
+    notes += [f"{_model_before(arm)} “{arm.label}” cost isn't recorded here; its totals lack it." for arm in unknown]
     if len(runs) < len(every):
         notes.append(f"Curves and pictures are of seed {seed_of(runs[0])}; the verdict is over all {len(every)} runs.")
     strips = [Strip(arm, samples.strip(arm, notes)) for arm in arms]
@@ -107,6 +107,12 @@ def draw(figure: figures.Figure) -> Drawn:
         segments = [(css[n], f"{100 * row.sizes[n] / most:.2f}", words_of[n]) for n in present]
         rows.append(DrawnBar(row.label, ("" if row.known else "at least ") + write(sum(row.sizes)), segments))
     return Drawn(figure, [(css[n], "", figure.segments[n]) for n in present], bars=tuple(rows))
+
+
+def _model_before(arm: Arm) -> str:
+    if arm.stage.init is None:
+        return "What the teacher of"
+    return "What the model before" if arm.stage.teacher in (None, arm.stage.init) else "What a model before"
 
 
 def _row(arm: Arm) -> dict[str, str]:

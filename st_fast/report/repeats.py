@@ -56,11 +56,11 @@ def group_by_seed(arms: Sequence[Arm]) -> list[Repeats]:
 
 
 def _without_seed(recipe: Record, seed: int) -> Record:
-    """A recipe less its seed, its folder, and the seed in an outside teacher's path: runs/seed0/teacher/align."""
+    """A recipe less its seed, its folder, and the seed in the paths of outside models: runs/seed0/teacher/align."""
     its_seed = re.compile(rf"seed[-_]?{seed}(?!\d)")
     run = {k: v for k, v in recipe.get("run", {}).items() if k not in ("seed", "out")}
     stages = [
-        stage | ({"teacher": its_seed.sub("seed", str(stage["teacher"]))} if "teacher" in stage else {})
+        stage | {key: its_seed.sub("seed", str(stage[key])) for key in ("teacher", "init") if key in stage}
         for stage in recipe.get("stage", [])
     ]
     return {**recipe, "run": run, "stage": stages}

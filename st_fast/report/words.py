@@ -150,11 +150,12 @@ def _one(arm: Arm, arms: Sequence[Arm]) -> tuple[str, str]:
     step = int(arm.stage.evals[-1]["step"])
     first = f"After {count(step)} steps, stage “{arm.stage.name}” {_drawing(arm)}."
     second = f"That took {cost(arm.total)} of training"
-    if arm.stage.teacher is None:
+    if arm.stage.teacher is None and arm.stage.init is None:
         return first, f"{second}; it has no teacher, so nothing else is to be counted."
     share = arm.teacher.flops + arm.teacher_forward_flops
     if arm.teacher.known and arm.total.flops > 0:
-        second += f", {percent(share / arm.total.flops)} of the FLOPs for its teacher (training it and asking it)"
+        models = "its teacher (training it and asking it)" if arm.stage.init is None else "the models before it"
+        second += f", {percent(share / arm.total.flops)} of the FLOPs for {models}"
     teacher = next((a for a in arms if a.run is arm.run and a.stage.name == arm.stage.teacher), None)
     if teacher is not None and _quality(teacher):
         second += f"; that teacher, stage “{teacher.stage.name}”, ended with {_quality(teacher)}"

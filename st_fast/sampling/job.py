@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from st_fast import checkpoint, pictures, teacher
-from st_fast.data.manifest import read_manifest
+from st_fast.data.opening import read_any_manifest
 from st_fast.data.progress import bar
 from st_fast.errors import Interrupted, UserError
 from st_fast.fallback import sound_ops
@@ -92,7 +92,7 @@ def load_artist(wanted: Wanted, ranks: Ranks, say: Callable[[str], None]) -> Art
     if compiled:
         model.run_block = CompiledBlocks(say, dynamic=False)
     data = Path(recipe.data.path)
-    manifest = read_manifest(data)
+    manifest = read_any_manifest(data)
     decode = pictures.decoder(data, manifest, device)
     vae = f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
     return Artist(wanted, model, newest.step if newest else 0, decode, vae, compiled)

@@ -7,6 +7,7 @@ import pytest
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.figures import costs, quality
+from st_fast.report.html import render
 
 
 def end(stage: str, step: int, flops: float, seconds: float) -> dict[str, Any]:
@@ -54,6 +55,25 @@ def test_a_teacher_of_another_run_costs_what_its_log_says_up_to_that_checkpoint(
     assert arm.teacher.flops == pytest.approx(share * runs.batch * runs.flops)
     assert arm.teacher.seconds == pytest.approx(share * 0.1)
     assert arm.total.known
+
+
+def test_a_model_that_is_teacher_and_start_is_counted_once_with_all_before_it(runs) -> None:
+    recipe = entry("a") + entry("b", "a") + entry("c", "b") + 'init = "b"\n' + entry("d", "a") + 'init = "b"\n'
+    records = [end(name, 10, flops, 1.0) for name, flops in (("a", 1e3), ("b", 1e4), ("c", 1e5), ("d", 1e6))]
+    arms = make_arms(read_runs([runs.custom(recipe, records)]))
+    assert [arm.total.flops for arm in arms] == [1e3, 1.1e4, 1.11e5, 1.011e6]
+    assert all(arm.total.known for arm in arms)
+
+
+def test_a_start_from_another_run_costs_what_its_log_says_and_one_without_a_log_is_unknown(runs) -> None:
+    other = runs.two_stages("other")
+    recipe = entry("plain") + f'init = "{other}/align/checkpoints/00000400"\n'
+    known = make_arms(read_runs([runs.custom(recipe, [end("plain", 10, 1e3, 7.0)])]))[0]
+    assert known.total.known and known.total.flops == pytest.approx(400 * runs.batch * runs.flops + 1e3)
+    recipe = entry("plain") + 'init = "/nowhere/repa.pt"\n'
+    unknown = read_runs([runs.custom(recipe, [end("plain", 10, 1e3, 7.0)])])
+    assert not make_arms(unknown)[0].total.known
+    assert "What the model before “plain” cost isn" in render(unknown)
 
 
 def test_a_teacher_without_a_log_makes_the_total_a_lower_bound(runs) -> None:

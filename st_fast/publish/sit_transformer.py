@@ -1,0 +1,142 @@
+"""SiT (arXiv 2401.08740) as a diffusers model, for inference: x_t, t and labels to the velocity. t = 1 is noise.
+
+Plain PyTorch with the published key names; written by st_fast, which trained the weights, and needs nothing of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+FREQUENCIES = 256
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then shift and scale: x (B, N, D), shift and scale (B, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, S, S) → (B, N, D)."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B,) → (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        steps = torch.arange(half, device=t.device, dtype=torch.float32)
+        angles = t.float()[:, None] * torch.exp(steps * (-math.log(10_000) / half))
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) → (B, D); the last row, if class dropout trained it, stands for no class."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Self-attention, with LayerNorm on queries and keys if `qk_norm`."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, y: Tensor) -> Tensor:
+        q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU (tanh form) between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(y), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero."""
+
+    def __init__(self, width: int, heads: int, hidden: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, qk_norm)
+        self.mlp = Mlp(width, hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate[:, None] * self.attn(modulated(x, shift, scale))
+        return x + mlp_gate[:, None] * self.mlp(modulated(x, mlp_shift, mlp_scale))
+
+
+class FinalLayer(nn.Module):
+    """(B, N, D) → (B, N, p·p·C)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return self.linear(modulated(x, *self.adaLN_modulation(c).chunk(2, dim=1)))
+
+
+class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
+    """The velocity model. `flow`, `latent_scale` and the last four are facts that travel with the weights."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int, num_classes: int,
+        class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True, flow: str = "linear",
+        latent_scale: float | None = None, name: str = "custom", step: int = 0, model_type: str = "sit",
+        format: str = "st_fast.sit", version: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.x_embedder = PatchEmbed(channels, patch, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes + (class_dropout > 0), width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, (latent_size // patch) ** 2, width), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio), qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch**2 * channels)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """x (B, C, S, S), t (B,) in [0, 1], labels (B,); `num_classes` is the null label → (B, C, S, S)."""
+        patch, side = self.config.patch, self.config.latent_size // self.config.patch
+        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(labels)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        out = self.final_layer(tokens, c).view(-1, side, side, patch, patch, self.config.channels)
+        return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
