@@ -4,11 +4,14 @@ The cells (# %%) run one by one in a notebook or an editor; `python docs/example
 """
 
 # %% A model. `select` picks for each op what is fastest on the device.
+import tempfile
+from pathlib import Path
+
 import torch
 
 from st_fast import flow
 from st_fast.kernels import guided_feature_loss, select
-from st_fast.model import build
+from st_fast.model import SiT, build
 from st_fast.recipe.schema import Model, Sample
 from st_fast.sample import balanced, sample
 
@@ -32,4 +35,9 @@ torch.optim.AdamW(student.parameters(), lr=1e-3).step()
 # %% Samples, one of each class, the same whatever the batch: noise follows from (seed, sample number).
 settings = Sample(sampler="heun", steps=8, cfg_scale=2.0)
 latents = sample(student.eval(), balanced(seed=0, first=0, count=10, num_classes=10, device=device), settings, "linear")
+
+# %% A folder for other programs and the hub, and back: config.json and model.safetensors.
+folder = Path(tempfile.mkdtemp()) / "student"
+student.save_pretrained(folder)
+again = SiT.from_pretrained(folder)
 print(f"denoise {denoise:.3f}, aux {aux:.3f}, latents {tuple(latents.shape)}")

@@ -49,3 +49,8 @@ def test_its_samples_do_not_depend_on_the_batch(names: dict) -> None:
     draw = names["balanced"](0, 3, 2, 10, names["device"])
     alone = names["sample"](names["student"], draw, names["settings"], "linear")
     torch.testing.assert_close(alone, latents[3:5], atol=1e-5, rtol=1e-5)
+
+
+def test_its_folder_holds_the_model(names: dict) -> None:
+    again, student = names["again"].state_dict(), names["student"].state_dict()
+    assert again.keys() == student.keys() and all(torch.equal(again[key], student[key]) for key in student)
