@@ -20,6 +20,7 @@ from st_fast.image_features import open_image_features
 from st_fast.interrupt import Agreement, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.launch import local_rank
+from st_fast.model.fp8 import check_fp8
 from st_fast.recipe import Recipe, to_toml
 from st_fast.recipe.schedule import check_device
 from st_fast.report import write_report
@@ -69,6 +70,7 @@ def run(recipe: Recipe) -> None:
             ranks.told(lambda: check_starts(recipe, shards))
             agreement = Agreement(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log)
+            check_fp8(recipe, ranks.device)
             dtype = precision(recipe, ranks.device)
             setting = Setting(
                 recipe, ranks, shards, examiner, log, agreement, dtype, monitor.matmul_rate(ranks.device, dtype)

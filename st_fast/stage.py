@@ -26,6 +26,7 @@ from st_fast.model.attention import Attend, choose
 from st_fast.model.branches import Apart, Branches, batched
 from st_fast.model.checkpointing import checkpoint_activations
 from st_fast.model.compiling import CompiledBlocks
+from st_fast.model.fp8 import use_fp8
 from st_fast.monitor import Clock, Log, Meter, progress_line
 from st_fast.optim import Optimizer
 from st_fast.parallel import Ranks
@@ -65,6 +66,8 @@ class Trainer:
         tokens = flops.tokens(recipe.model)
         attend = choose(recipe.model.attention, device, setting.dtype, head_dim, setting.log.say, tokens)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
+        if recipe.run.fp8 != "off":
+            use_fp8(self.model)
         frozen = _teacher(setting, stage, table, attend)
         if _compiles(setting):
             self.model.run_block = CompiledBlocks(setting.log.say, dynamic=False)

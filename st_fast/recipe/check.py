@@ -25,6 +25,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
         check_start(stage, recipe.stages, position)
     check_guidance(recipe)
     check_spikes(recipe.run)
+    check_fp8(recipe, ranks)
     check_judge(recipe.evaluate)
     check_profile(recipe)
     check_schedule(recipe)
@@ -170,6 +171,30 @@ def check_spikes(run: Run) -> None:
     """A loss at or below its usual value is no spike."""
     if 0 < run.spike_ratio <= 1:
         raise wrong_value("run.spike_ratio", run.spike_ratio, "0 (off) or a number above 1; 2 or 3 are usual")
+
+
+FP8_MULTIPLE = 16
+"""What the sides of an fp8 matrix product must be multiples of."""
+
+
+def check_fp8(recipe: Recipe, ranks: int) -> None:
+    """fp8 replaces bf16 products on a GPU, of sizes that its kernels take; also the tokens are one, in the backward."""
+    run, model = recipe.run, recipe.model
+    if run.fp8 == "off":
+        return
+    if run.precision == "fp32" or run.device == "cpu":
+        why = f"run.precision = {show(run.precision)}, run.device = {show(run.device)}"
+        raise wrong_value("run.fp8", run.fp8, '"off", or run.precision = "bf16" on a GPU', why)
+    micro = recipe.optim.batch_size // (ranks * recipe.optim.accumulation)
+    rows = micro * (model.latent_size // model.patch) ** 2
+    sizes = {
+        f"model.width {model.width}": model.width,
+        f"the MLP's {int(model.width * model.mlp_ratio)} channels": int(model.width * model.mlp_ratio),
+        f"a micro-batch of {rows} tokens": rows,
+    }
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise wrong_value("run.fp8", run.fp8, f'"off", or a multiple of {FP8_MULTIPLE}', f"{name} is none")
 
 
 JUDGE_FEATURES = 64

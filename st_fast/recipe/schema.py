@@ -102,12 +102,12 @@ class Optim:
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how the run happens; nothing here changes the mathematics except `seed` and `precision`.
+    """Where and how the run happens; nothing here changes the mathematics but `seed`, `precision` and `fp8`.
 
     A denoising loss above `spike_ratio` times its usual value (0: never looked at) rolls back to the last good
     checkpoint, at most `spike_retries` times a stage. A rank that gets no further for `hang_timeout` seconds ends the
     run (0: never). `checkpointing` computes activations again in the backward pass instead of keeping them: those of
-    the attention, or of whole blocks.
+    the attention, or of whole blocks. `fp8` casts the operands of the blocks' linear layers, with one scale a tensor.
 
     `teacher_branches`, `teacher_placement`, `supervised_rows`, `prefetch` and `cuda_graphs` schedule the same work in
     another way: docs/schedules.md. Where one of them takes a second CUDA stream and there is none, `streams` says what
@@ -118,6 +118,7 @@ class Run:
     out: str = ""
     seed: CountOrZero = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    fp8: Literal["off", "tensorwise"] = "off"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     checkpointing: Literal["none", "attention", "block"] = "none"

@@ -15,7 +15,7 @@ MATHS = {
     *(f"model.{key}" for key in ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes")),
     *("model.class_dropout", "model.mlp_ratio", "model.qk_norm", "flow.path", "flow.time", "data.source"),
     *(f"optim.{key}" for key in ("batch_size", "lr", "warmup_steps", "betas", "eps", "weight_decay", "grad_clip")),
-    *("optim.reduction", "optim.ema_decay", "run.seed", "run.precision"),
+    *("optim.reduction", "optim.ema_decay", "run.seed", "run.precision", "run.fp8"),
 }
 """Written out by hand: a new key of the schema must be put on one side or the other."""
 
