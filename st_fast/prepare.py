@@ -34,7 +34,7 @@ VAE_HELP = (
     "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
     "images), pixels or pixels-gray (no VAE)"
 )
-FEATURES_HELP = "DINOv2 with or without registers, as a folder or hub name such as facebook/dinov2-base"
+FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
 
 
 class Parser(argparse.ArgumentParser):
