@@ -107,7 +107,8 @@ class VisionTransformer:
         """uint8 (n, 1 or 3, S, S) → (n, h, w, width) float32 on the encoder's device."""
         height, width = self.grid(images.shape[-1])
         self._fit(height)
-        pixels = preprocess(images.to(self.device), height * self.patch, self.dtype, self.family.statistics)
+        here = images if images.device == self.device else images.to(self.device)
+        pixels = preprocess(here, height * self.patch, self.dtype, self.family.statistics)
         tokens: Tensor = self.run(self.tokens, pixels)
         return tokens.float().unflatten(1, (height, width))
 
