@@ -26,7 +26,7 @@ from types import FrameType
 
 import torch
 
-from bench import first_step, gate, op_times, optimiser, profiles, results, step_times, sweeps
+from bench import choices, first_step, gate, op_times, optimiser, profiles, results, step_times, sweeps
 from bench.cases import MAKERS, Case, Draw, Size
 from bench.results import Row, Store
 from bench.step_times import Wanted
@@ -220,6 +220,14 @@ def first(day: Day) -> Iterator[Task]:
     yield replace(setup, batch=batch).label, lambda: {"seconds": start()}
 
 
+def choice(day: Day) -> Iterator[Task]:
+    """What each choice that leaves the mathematics alone, or fp8, does to the plain step's time and memory."""
+    for setup in [s for s in day.setups if s.stage == "plain"]:
+        for name in choices.CHOICES:
+            block = 1 if day.small else 5
+            yield f"{setup.label} | {name}", partial(choices.measure, setup, name, day.effort, block)
+
+
 def sweep(day: Day) -> Iterator[Task]:
     """How the step's cost grows."""
     points = [replace(s, tokens=16, depth=2) for s in day.setups[:1]] if day.small else sweeps.points(day.device)
@@ -236,6 +244,7 @@ PARTS: dict[str, tuple[Callable[[Day], Iterator[Task]], str]] = {
     "step": (step, "step"),
     "first": (first, "first step"),
     "profile": (profile, "longest kernels"),
+    "choice": (choice, "choices"),
     "sweep": (sweep, "sweep"),
 }
 """Name on the command line → (what yields its tasks, its part in the results file)."""

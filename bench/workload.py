@@ -41,7 +41,10 @@ MANY_STEPS = 10**6
 
 @dataclass(frozen=True)
 class Setup:
-    """One step to measure. tokens a latent; depth 0 is the size's own; compile as `run.compile` takes it."""
+    """One step to measure. tokens a latent; depth 0 is the size's own; compile as `run.compile` takes it.
+
+    `options` go over the recipe; labels do not show them.
+    """
 
     size: str
     stage: str
@@ -50,6 +53,7 @@ class Setup:
     tokens: int = 256
     depth: int = 0
     compile: str = "auto"
+    options: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -66,7 +70,7 @@ def make_recipe(setup: Setup, folder: Path) -> Recipe:
             f"--data.path={folder / 'data'}", f"--run.out={folder / 'run'}", "--data.loader=resident",
             f"--run.device={setup.device.type}", "--run.precision=auto", "--flow.time=stratified",
             f"--run.compile={setup.compile}",
-            f"--optim.batch_size={setup.batch}", f"--model.latent_size={side}",
+            f"--optim.batch_size={setup.batch}", f"--model.latent_size={side}", *setup.options,
         ],
     )  # fmt: skip
     if not setup.depth:

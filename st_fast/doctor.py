@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -21,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from st_fast import __version__, kernels, memory, monitor, plan
+from st_fast import __version__, kernels, memory, monitor, plan, updates
 from st_fast.data.dali import dali_missing
 from st_fast.errors import run_command
 from st_fast.kernels.defaults import OPS
 from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS, verify
+from st_fast.model.fp8 import LEAST_CAPABILITY
 from st_fast.profiling import UNDER_NSYS
 
 Rows = dict[str, str]
@@ -41,8 +41,6 @@ PACKAGES = {
 """By the names that people use, those of the package index."""
 HEAD_SIZES = (64, 72)
 """Of S/2, B/2 and L/2; of XL/2."""
-FP8_CAPABILITY = (8, 9)
-"""The first compute capability whose tensor cores multiply fp8."""
 
 
 def versions() -> Rows:
@@ -50,9 +48,7 @@ def versions() -> Rows:
     rows = {"st_fast": __version__, "python": platform.python_version()}
     rows |= {name: _version(package) or "not installed" for name, package in PACKAGES.items()}
     rows["torch"] += f", CUDA {torch.version.cuda}" if torch.version.cuda else ", built without CUDA"
-    # The package index has another project of this name, so only what can be imported counts.
-    has_apex = _importable("apex.optimizers")
-    rows["apex"] = "importable" if has_apex else "not installed (from its repository, not from the package index)"
+    rows["apex"] = updates.IMPLEMENTATIONS["apex"].missing() or "its fused Adam is there"
     here = "" if _version("kernels") else "; in this repository's root `import kernels` gives an empty module"
     rows["kernels (Hugging Face)"] = (_version("kernels") or "not installed") + here
     return rows
@@ -65,14 +61,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _importable(module: str) -> bool:
-    """Whether it is there, by its files: importing it might take long or fail."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
-
-
 def devices() -> Rows:
     """The host, and every GPU with its memory and what it multiplies."""
     host = (
@@ -82,7 +70,7 @@ def devices() -> Rows:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         major, minor = properties.major, properties.minor
-        fp8 = "fp8" if (major, minor) >= FP8_CAPABILITY else "no fp8 (needs 8.9)"
+        fp8 = "fp8" if (major, minor) >= LEAST_CAPABILITY else "no fp8 (needs 8.9)"
         rows[f"cuda:{index}: {properties.name}"] = (
             f"{properties.total_memory / 2**30:.1f} GiB, compute capability {major}.{minor}, {fp8}"
         )

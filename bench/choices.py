@@ -1,0 +1,97 @@
+"""What a choice of the recipe costs or saves: the step with it beside the step as it is, in turns, and its memory.
+
+    python -m bench.choices --size S/2 --batch 8            here, all choices; prints milliseconds, ratio and noise
+
+The loss of the first step must be the default's before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import replace
+
+import torch
+
+from bench.op_times import default_device
+from bench.results import Row
+from bench.step_times import tidy
+from bench.timing import Effort, interleave, noise, paired_ratio
+from bench.workload import ROOT, STAGES, Ours, Setup, our_variant, ours
+from st_fast.errors import UserError
+from st_fast.model.fp8 import check_fp8
+
+CHOICES = {
+    "modulation one": ("--model.modulation=one",),
+    "checkpointing attention": ("--run.checkpointing=attention",),
+    "checkpointing block": ("--run.checkpointing=block",),
+    "optimiser torch": ("--optim.implementation=torch",),
+    "optimiser apex": ("--optim.implementation=apex",),
+    "fp8 tensorwise": ("--run.fp8=tensorwise",),
+}
+SAME_LOSS = {"cuda": 5e-3, "cpu": 1e-5}
+"""Relative difference of the first step's loss that a choice may make: bf16's rounding, float32's."""
+FP8_LOSS = 5e-2
+
+
+def measure(setup: Setup, name: str, effort: Effort, block: int) -> Row:
+    """The row of one choice; "left_out" where it can't be had here. `block` steps a round."""
+    chosen = replace(setup, options=(*setup.options, *CHOICES[name]))
+    try:
+        with ours(setup) as default, tidy(setup.device):
+            peaks = {"default": _peak(default, setup.device, beside=0)}
+            beside = torch.cuda.memory_allocated(setup.device) if setup.device.type == "cuda" else 0
+            with ours(chosen) as other:
+                check_fp8(other.recipe, setup.device)
+                peaks[name] = _peak(other, setup.device, beside)
+                return _row({"default": default, name: other}, setup, effort, block) | {"peak_gib": peaks}
+    except UserError as error:
+        return {"ok": True, "left_out": str(error).replace(f"{ROOT}/", "")}
+
+
+def _row(loops: dict[str, Ours], setup: Setup, effort: Effort, block: int) -> Row:
+    name = list(loops)[1]
+    allowed = FP8_LOSS if name.startswith("fp8") else SAME_LOSS[setup.device.type]
+    losses = [float(loop()[0]) for loop in loops.values()]
+    off = abs(losses[1] / losses[0] - 1)
+    if not off <= allowed:
+        return {"ok": False, "wrong": f"the loss is off by {off:.1e} (allowed: {allowed:.0e})"}
+    variants = {key: our_variant(loop, block) for key, loop in loops.items()}
+    steps = {key: s["step"] for key, s in interleave(variants, setup.device, effort).items()}
+    return {
+        "ok": True,
+        "ms": {key: 1e3 * statistics.median(values) / block for key, values in steps.items()},
+        "speedup": paired_ratio(steps["default"], steps[name]),
+        "noise": noise(steps["default"]),
+        "rounds": len(steps["default"]),
+        "loss_off": off,
+    }
+
+
+def _peak(loop: Ours, device: torch.device, beside: int) -> float | None:
+    """GiB at the peak of one step, without the bytes that lay `beside`; None on a CPU. It warms the step up, too."""
+    if device.type != "cuda":
+        loop()
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    loop()
+    return (torch.cuda.max_memory_allocated(device) - beside) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.choices")
+    parser.add_argument("--size", default="S/2")
+    parser.add_argument("--stage", default="plain", choices=STAGES)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--depth", type=int, default=0, help="blocks (0: the size's own)")
+    parser.add_argument("--only", default="", help=f"of {', '.join(CHOICES)}")
+    parser.add_argument("--rounds", type=int, default=12)
+    given = parser.parse_args()
+    setup = Setup(given.size, given.stage, given.batch, default_device(), depth=given.depth)
+    for name in [given.only] if given.only else CHOICES:
+        row = measure(setup, name, Effort(rounds=given.rounds, seconds=120, least=4, warmup=1), block=1)
+        print(f"{setup.label}: {name}: {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
