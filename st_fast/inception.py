@@ -236,14 +236,14 @@ def load_inception(path: Path, device: torch.device) -> Inception:
     The published files are pickles; only plain tensors are taken out of them (torch's restricted unpickler).
     """
     if not path.is_file():
-        raise UserError(f"--inception {path}: no such file; pass {FILES[0]} of torch-fidelity's releases")
+        raise UserError(f"Inception weights {path}: no such file; pass {FILES[0]} of torch-fidelity's releases")
     model = InceptionV3()
     try:
         model.load_state_dict(_tensors(path))
     except (RuntimeError, SafetensorError, TypeError, AttributeError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"--inception {path}: not the FID network's weights ({_brief(error)})") from None
+        raise UserError(f"Inception weights {path}: not the FID network's weights ({_brief(error)})") from None
     except Exception as error:  # the restricted unpickler's own error class is private
-        raise UserError(f"--inception {path}: can't be read ({type(error).__name__})") from None
+        raise UserError(f"Inception weights {path}: can't be read ({type(error).__name__})") from None
     return Inception(model.eval().requires_grad_(False).to(device), sha256_file(path))
 
 

@@ -71,6 +71,7 @@ def run(recipe: Recipe) -> None:
             agreement = Agreement(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
+            ranks.told(examiner.check)
             dtype = precision(recipe, ranks.device)
             setting = Setting(
                 recipe, ranks, shards, examiner, log, agreement, dtype, monitor.matmul_rate(ranks.device, dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from st_fast.inception import FEATURES, Inception
 from st_fast.judge import read_images
 from st_fast.metrics import Array, GaussianStats, frechet, kernel_distance, precision_recall
 from st_fast.safefile import sha256_file
-from st_fast.sampling.files import ImageFile, Images, open_npz, three_channels
+from st_fast.sampling.files import Images, open_npz, three_channels
 
 SPATIAL = 17 * 17 * 7
 SPLIT = 5_000
@@ -62,6 +63,37 @@ class SplitScore:
         m = self.sums / self.counts[:, None]
         scores = np.exp(self.entropies / self.counts - (m * np.log(np.where(m > 0, m, 1.0))).sum(axis=1))
         return float(scores.mean()), float(scores.std())
+
+
+class Blocks(Protocol):
+    """Images of one size that come a few at a time: a file's, or those in memory."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    def blocks(self) -> Iterator[Images]: ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Images (n, 1 or 3, H, W) uint8 that are there already."""
+
+    images: NDArray[np.uint8]
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+        return self.images.shape[2], self.images.shape[3], 3
+
+    def blocks(self) -> Iterator[Images]:
+        """A few (n, H, W, 3) at a time."""
+        return (three_channels(self.images[i : i + 256]) for i in range(0, self.count, 256))
 
 
 @dataclass(frozen=True)
@@ -113,36 +145,49 @@ def read_reference(path: Path, inception: Inception, shape: tuple[int, int, int]
 
     UserError in one line for a missing file, features of another size, or images of another resolution.
     """
+    found = open_reference(path, shape)
+    if found.images is None:
+        assert found.pooled is not None
+        return Reference(path.name, found.sha256, found.pooled, found.spatial, None, 0)
+    blocks, count = found.images
+    seen = look(inception, blocks, count, True, f"reference {path.name}")
+    pooled, spatial = found.pooled or seen.pooled, found.spatial or seen.spatial
+    return Reference(path.name, found.sha256, pooled, spatial, seen.features, count)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a reference holds, before its images are looked at: statistics, images and how many, or both."""
+
+    sha256: str
+    pooled: GaussianStats | None
+    spatial: GaussianStats | None
+    images: tuple[Iterator[Images], int] | None
+
+
+def open_reference(path: Path, shape: tuple[int, int, int]) -> Opened:
+    """Checks what `read_reference` will read as far as that takes no network; UserError as there."""
     if path.is_dir():
-        return _from_images(path.name, *_folder(path, shape), inception)
+        blocks, count, sha256 = _folder(path, shape)
+        return Opened(sha256, None, None, (blocks, count))
     if path.suffix != ".npz" or not path.is_file():
-        raise UserError(f"--reference {path}: an ADM .npz, a folder of images, or a data folder is needed")
+        raise UserError(f"reference {path}: an ADM .npz, a folder of images, or a data folder is needed")
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
             known = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in names}
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--reference {path}: can't be read ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"reference {path}: can't be read ({str(error).splitlines()[0][:120]})") from None
     pooled = _gaussian(path, known, "mu", "sigma", FEATURES)
     spatial = _gaussian(path, known, "mu_s", "sigma_s", SPATIAL)
-    if "arr_0" not in names:
-        if pooled is None:
-            raise UserError(
-                f"--reference {path}: neither mu and sigma nor arr_0 in it, only {', '.join(sorted(names))}"
-            )
-        return Reference(path.name, sha256_file(path), pooled, spatial, None, 0)
-    images = open_npz(path)
-    if images.shape != shape:
-        raise UserError(f"--reference {path}: images of {_size(images.shape)}, the samples have {_size(shape)}")
-    made = _from_images(path.name, images.blocks(), images.count, sha256_file(path), inception)
-    return Reference(
-        path.name, made.sha256, pooled or made.pooled, spatial or made.spatial, made.features, images.count
-    )
-
-
-def _from_images(name: str, blocks: Iterator[Images], count: int, sha256: str, inception: Inception) -> Reference:
-    seen = look(inception, blocks, count, True, f"reference {name}")
-    return Reference(name, sha256, seen.pooled, seen.spatial, seen.features, count)
+    if "arr_0" in names:
+        images = open_npz(path)
+        if images.shape != shape:
+            raise UserError(f"reference {path}: images of {_size(images.shape)}, the samples have {_size(shape)}")
+        return Opened(sha256_file(path), pooled, spatial, (images.blocks(), images.count))
+    if pooled is None:
+        raise UserError(f"reference {path}: neither mu and sigma nor arr_0 in it, only {', '.join(sorted(names))}")
+    return Opened(sha256_file(path), pooled, spatial, None)
 
 
 def _gaussian(path: Path, known: dict[str, Array], mean: str, covariance: str, width: int) -> GaussianStats | None:
@@ -151,7 +196,7 @@ def _gaussian(path: Path, known: dict[str, Array], mean: str, covariance: str, w
     mu, sigma = known[mean], known[covariance]
     if mu.shape != (width,) or sigma.shape != (width, width):
         raise UserError(
-            f"--reference {path}: {mean} {mu.shape} and {covariance} {sigma.shape}; these features need {(width,)} "
+            f"reference {path}: {mean} {mu.shape} and {covariance} {sigma.shape}; these features need {(width,)} "
             f"and {(width, width)}"
         )
     return GaussianStats.known(mu, sigma)
@@ -163,15 +208,14 @@ def _folder(folder: Path, shape: tuple[int, int, int]) -> tuple[Iterator[Images]
         real = read_images(folder)
         if tuple(real.train.shape[-2:]) != shape[:2]:
             raise UserError(
-                f"--reference {folder}: images of {_size(real.train.shape[-2:])}, the samples have {_size(shape)}"
+                f"reference {folder}: images of {_size(real.train.shape[-2:])}, the samples have {_size(shape)}"
             )
-        array = real.train.numpy()
-        return (three_channels(array[i : i + 256]) for i in range(0, len(array), 256)), len(array), real.digest
+        return InMemory(real.train.numpy()).blocks(), len(real.train), real.digest
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"--reference {folder}: neither images.safetensors nor pictures in it")
+        raise UserError(f"reference {folder}: neither images.safetensors nor pictures in it")
     if shape[0] != shape[1]:
-        raise UserError(f"--reference {folder}: pictures are cut square, the samples have {_size(shape)}")
+        raise UserError(f"reference {folder}: pictures are cut square, the samples have {_size(shape)}")
     return _pictures(files, shape[0]), len(files), f"{len(files)} files"
 
 
@@ -187,7 +231,7 @@ def _pictures(files: Sequence[Path], side: int) -> Iterator[Images]:
             with Image.open(path) as picture:
                 if min(picture.size) < side:
                     raise UserError(
-                        f"--reference {path}: {picture.width}×{picture.height}, the samples have {side}×{side}"
+                        f"reference {path}: {picture.width}×{picture.height}, the samples have {side}×{side}"
                     )
         yield np.stack(block)
 
@@ -216,7 +260,7 @@ def check_classes(labels: NDArray[np.int64] | None, num_classes: int) -> None:
         )
 
 
-def score(samples: ImageFile, inception: Inception, reference: Reference) -> dict[str, float]:
+def score(samples: Blocks, inception: Inception, reference: Reference) -> dict[str, float]:
     """Every number that the reference allows, of samples of its resolution."""
     enough(samples.count)
     with_images = reference.features is not None
@@ -232,7 +276,7 @@ def score(samples: ImageFile, inception: Inception, reference: Reference) -> dic
     return numbers
 
 
-def protocol(samples: ImageFile, inception: Inception, reference: Reference) -> dict[str, object]:
+def protocol(samples: Blocks, inception: Inception, reference: Reference) -> dict[str, object]:
     """Under what the numbers hold."""
     return {
         "num": samples.count,

@@ -26,7 +26,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_guidance(recipe)
     check_spikes(recipe.run)
     check_fp8(recipe, ranks)
-    check_judge(recipe.evaluate)
+    check_scores(recipe.evaluate)
     check_profile(recipe)
     check_schedule(recipe)
 
@@ -197,15 +197,19 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
             raise wrong_value("run.fp8", run.fp8, f'"off", or a multiple of {FP8_MULTIPLE}', f"{name} is none")
 
 
-JUDGE_FEATURES = 64
-"""The classifier's feature channels: a covariance, and so a Fréchet distance, needs more samples than that."""
+JUDGE_FEATURES, INCEPTION_FEATURES = 64, 2_048
+"""Feature channels: a covariance, and so a Fréchet distance, needs more samples than that."""
 
 
-def check_judge(evaluate: Evaluate) -> None:
-    """A judged evaluation has enough samples."""
-    if evaluate.judge != "none" and evaluate.num <= JUDGE_FEATURES:
-        why = f"a Fréchet distance in {JUDGE_FEATURES} features needs more samples"
-        raise wrong_value("evaluate.num", evaluate.num, f"at least {JUDGE_FEATURES + 1}", why)
+def check_scores(evaluate: Evaluate) -> None:
+    """Metrics have enough samples, and a reference somebody who is compared with it."""
+    features = INCEPTION_FEATURES if evaluate.inception else JUDGE_FEATURES if evaluate.judge != "none" else 0
+    if evaluate.num <= features:
+        why = f"a Fréchet distance in {features} features needs more samples"
+        raise wrong_value("evaluate.num", evaluate.num, f"at least {features + 1}", why)
+    if evaluate.reference and not evaluate.inception:
+        allowed = "empty, or evaluate.inception = the FID network's weights beside it"
+        raise wrong_value("evaluate.reference", evaluate.reference, allowed, "nothing is compared with it")
 
 
 def check_profile(recipe: Recipe) -> None:

@@ -154,11 +154,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Which metrics follow a stage's samples: "classifier" judges with a classifier trained on the real digits."""
+    """Which metrics are taken of `num` samples every `every` steps (0: only at a stage's end).
+
+    `judge = "classifier"`: in the features of a classifier trained on the data's real images. `inception`, a file of
+    the FID network's weights: FID and its like against `reference`, which is an ADM .npz, a folder of pictures or a
+    data folder (empty: the run's own).
+    """
 
     judge: Literal["none", "classifier"] = "none"
     every: CountOrZero = 0
     num: Count = 1_000
+    inception: str = ""
+    reference: str = ""
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ NUMBERS = (
 )  # fmt: skip
 METRICS = (
     "accuracy", "frechet", "floor_frechet", "judge_accuracy", "precision", "recall", "floor_precision", "floor_recall",
-    "num", "floor_num",
+    "num", "floor_num", "fid", "sfid", "kid", "inception_score", "inception_precision", "inception_recall",
 )  # fmt: skip
 
 

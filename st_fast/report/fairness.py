@@ -13,6 +13,12 @@ STREAM = (
     ("sample", "sampler"), ("sample", "steps"), ("sample", "cfg_scale"), ("sample", "cfg_range"), ("evaluate", "num"),
 )  # fmt: skip
 """What decides which samples, times and noise a run sees, and how its scores are taken."""
+YARDSTICKS = {
+    "judge_digest": "their judges are not the same classifier",
+    "inception_sha256": "their Inception weights differ",
+    "reference_sha256": "their FID references differ",
+}
+"""What scores are measured with, as each evaluation records it."""
 
 
 def unfair(runs: Sequence[RunLog], seeds_declared: bool = False) -> list[str]:
@@ -30,6 +36,10 @@ def unfair(runs: Sequence[RunLog], seeds_declared: bool = False) -> list[str]:
         values = _values(runs, partial(_setting, section=section, key=key))
         if len(values) > 1:
             reasons.append(f"their {section}.{key} differ ({_told(values)})")
+    for key, words in YARDSTICKS.items():
+        values = _values(runs, partial(_yardstick, key=key))
+        if len(values) > 1:
+            reasons.append(f"{words} ({_told(values)})")
     return reasons
 
 
@@ -38,6 +48,12 @@ def data_digest(run: RunLog) -> str | None:
     found = [stage.start.get("dataset") for stage in run.stages]
     known = [digest for digest in found if isinstance(digest, str)]
     return known[-1] if known else None
+
+
+def _yardstick(run: RunLog, key: str) -> object:
+    """From the run's last evaluation that says it."""
+    metrics = [record.get("metrics", {}) for stage in run.stages for record in stage.evals]
+    return next((found[key] for found in reversed(metrics) if isinstance(found.get(key), str)), None)
 
 
 def seed_of(run: RunLog) -> int:

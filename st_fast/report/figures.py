@@ -140,7 +140,7 @@ def _training(
 
 
 def quality(arms: Sequence[Arm]) -> list[Chart]:
-    """Accuracy and Fréchet distance, each against steps, total FLOPs and total time."""
+    """FID, accuracy and Fréchet distance as far as measured, each against steps, total FLOPs and total time."""
     charts = []
     for metric, title, unit, floor, floor_label, captions in QUALITY:
         levels = _levels(arms, floor, floor_label)
@@ -151,7 +151,7 @@ def quality(arms: Sequence[Arm]) -> list[Chart]:
                 if x:
                     curves.append(Curve(arm.label, x, y, arm.colour, arm.dash, marked=True))
             positive = all(value > 0 for curve in curves for value in curve.y)
-            log = metric == "frechet" and positive
+            log = metric != "accuracy" and positive
             if curves:
                 key, heading = f"{metric}_{axis}", f"{title}, by {against}"
                 charts.append(Chart(key, heading, caption, x_label, x_unit, unit, log, curves, levels))
@@ -159,6 +159,15 @@ def quality(arms: Sequence[Arm]) -> list[Chart]:
 
 
 QUALITY = (
+    (
+        "fid", "FID", "number", "", "",
+        (
+            "How far the drawn images are, as a crowd, from the reference's, in Inception's features. Lower is better. "
+            "Figures of fewer samples are higher: compare only those of as many, against the same reference.",
+            "The same against everything spent, teacher's training and teacher's forward passes included.",
+            "The same against the clock.",
+        ),
+    ),
     (
         "accuracy", "Recognised", "percent", "judge_accuracy", "real images",
         (

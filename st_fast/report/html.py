@@ -79,7 +79,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
         "strips": [strip for strip in strips if strip.grids],
         "budget": budget,
         "budget_grids": grids,
-        "rows": [_row(arm) for arm in arms],
+        "rows": _rows(arms),
         "differences": differences(runs),
         "runs": runs,
         "machines": [_machine(run) for run in runs],
@@ -115,6 +115,13 @@ def _model_before(arm: Arm) -> str:
     return "What the model before" if arm.stage.teacher in (None, arm.stage.init) else "What a model before"
 
 
+def _rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
+    """The table of results without the columns of metrics that nobody took."""
+    lines = [_row(arm) for arm in arms]
+    empty = [column for column in ("FID", "sFID", "Inception Score") if all(line[column] == "–" for line in lines)]
+    return [{column: cell for column, cell in line.items() if column not in empty} for line in lines]
+
+
 def _row(arm: Arm) -> dict[str, str]:
     """One line of the table of results: column → text; empty where nothing was measured."""
     speeds, used = (arm.stage.series("train", key)[1] for key in ("images_per_s", "mfu"))
@@ -122,6 +129,9 @@ def _row(arm: Arm) -> dict[str, str]:
     cells = {
         "Stage": arm.label,
         "Steps": words.count(arm.stage.step),
+        "FID": words.plain(arm.final("fid")),
+        "sFID": words.plain(arm.final("sfid")),
+        "Inception Score": words.plain(arm.final("inception_score")),
         "Recognised": words.percent(arm.final("accuracy")),
         "Fréchet distance": words.plain(arm.final("frechet")),
         "Precision": words.percent(arm.final("precision")),

@@ -16,7 +16,7 @@ from st_fast.report.arms import Arm
 from st_fast.report.collect import Record
 from st_fast.report.fairness import seed_of
 
-LOWER_IS_BETTER = {"frechet": True, "accuracy": False}
+LOWER_IS_BETTER = {"fid": True, "frechet": True, "accuracy": False}
 
 
 @dataclass(frozen=True)

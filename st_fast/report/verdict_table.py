@@ -85,6 +85,7 @@ def sentences(found: Sequence[Row], metric: str) -> tuple[str, str]:
 
 
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "fid": ("FID", words.plain),
     "frechet": ("Fréchet distance", words.plain),
     "accuracy": ("share recognised", words.percent),
 }

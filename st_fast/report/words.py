@@ -91,17 +91,17 @@ def heads(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def deciding_metric(arms: Sequence[Arm]) -> str:
-    """Fréchet distance if all evaluated ones have it, else the share recognised."""
+    """FID if all evaluated ones have it, else the judge's Fréchet distance, else the share recognised."""
     evaluated = [arm for arm in arms if arm.stage.evals]
-    both = evaluated and all(math.isfinite(arm.final("frechet")) for arm in evaluated)
-    return "frechet" if both else "accuracy"
+    distances = (m for m in ("fid", "frechet") if all(math.isfinite(arm.final(m)) for arm in evaluated))
+    return next(distances, "accuracy") if evaluated else "accuracy"
 
 
 def _ranked(arms: Sequence[Arm]) -> tuple[str, list[Arm]]:
     """The metric that decides and the heads that have it, best first."""
     evaluated = [arm for arm in heads(arms) if arm.stage.evals]
-    if deciding_metric(evaluated) == "frechet":
-        return "frechet", sorted(evaluated, key=lambda arm: arm.final("frechet"))
+    if (metric := deciding_metric(evaluated)) != "accuracy":
+        return metric, sorted(evaluated, key=lambda arm: arm.final(metric))
     accurate = [arm for arm in evaluated if math.isfinite(arm.final("accuracy"))]
     return "accuracy", sorted(accurate, key=lambda arm: -arm.final("accuracy"))
 
@@ -109,6 +109,8 @@ def _ranked(arms: Sequence[Arm]) -> tuple[str, list[Arm]]:
 def _quality(arm: Arm) -> str:
     """“94.1 % recognised, Fréchet distance 3.2”, as far as measured."""
     parts = []
+    if math.isfinite(arm.final("fid")):
+        parts.append(f"FID {plain(arm.final('fid'))}")
     if math.isfinite(arm.final("accuracy")):
         parts.append(f"{percent(arm.final('accuracy'))} recognised")
     if math.isfinite(arm.final("frechet")):
@@ -122,6 +124,7 @@ def _drawing(arm: Arm) -> str:
     for metric, limit, write, words in (
         ("accuracy", "judge_accuracy", percent, "of which {} are recognised as the class asked for"),
         ("frechet", "floor_frechet", plain, "at a Fréchet distance of {} from real ones"),
+        ("fid", "", plain, "at an FID of {}"),
     ):
         if math.isfinite(arm.final(metric)):
             real = f" (unseen real images: {write(arm.final(limit))})" if math.isfinite(arm.final(limit)) else ""
@@ -170,7 +173,7 @@ def _several(judged: Sequence[Arm], metric: str) -> tuple[str, str]:
     more = f"; and {len(others) - 3} more" if len(others) > 3 else ""
     first = f"Of {len(judged)} runs, “{best.label}” ends best with {_quality(best)}, against {behind}{more}."
     rival = next((arm for arm in others if arm.stage.method == "none"), others[0])
-    sign, goal = (-1 if metric == "frechet" else 1), rival.final(metric)
+    sign, goal = (1 if metric == "accuracy" else -1), rival.final(metric)
     spent, scores = best.quality(metric, "flops")
     reached = next((x for x, y in zip(spent, scores, strict=True) if sign * (y - goal) >= 0), math.nan)
     at_goal = rival.quality(metric, "flops")[0]
