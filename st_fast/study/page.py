@@ -14,8 +14,22 @@ from st_fast.report.verdict_table import in_words
 from st_fast.safefile import make_folder
 from st_fast.study.pictures import curves, samples
 from st_fast.study.results import METRIC, Results
+from st_fast.study.summary import in_short
 
 HEADER = """# Does it pay?
+
+A diffusion transformer learns to draw from one task: an image is mixed with noise, and it says which way the image
+lies. Self-Transcendence ([arXiv 2601.07773](https://arxiv.org/abs/2601.07773)) helps it to learn that sooner, with
+nothing but its own kind ([the method](method.md)):
+
+- **Plain training** is the yardstick: the task alone.
+- **Stage 1** asks an early block, too, for the answer. Its model can be used as it is, or teach stage 2.
+- **Stage 2** starts a new model. The frozen stage-1 model looks at the same noisy image once told the class and once
+  not; the difference, added ω-fold, is what an early block of the new model has to predict beside the task.
+
+The published curves count steps of the new model alone. But somebody trains the teacher, and asks it at every step: the
+questions here are what each stage buys **for the same arithmetic in all**, and whether the seed alone would explain it.
+Scores are Fréchet distances between drawn and real images: lower is better.
 
 Written by `python -m st_fast.study FILE --write docs/study.md` from the runs' own logs; no figure is typed.
 """
@@ -47,12 +61,14 @@ def placed(text: str, name: str, section: str) -> str:
 
 
 def body(results: Results, links: Sequence[str]) -> str:
-    """The section: what was compared, what came out, the table, the pictures, what it took."""
+    """The section: what came out in short, how, the table, each arm, the pictures, what it took."""
     study, protocol = results.study, results.protocol
     arms, seeds = len(results.groups), len(study.seeds)
     pictures = {link.rsplit("-", 1)[1].removesuffix(".png"): link for link in links}
     parts = [
         f"## {study.title}\n",
+        "\n".join(f"- {sentence}" for sentence in in_short(results)) + "\n",
+        "### How it was done\n",
         f"{arms} arms, {seeds} seed{'s' * (seeds != 1)} each ({', '.join(map(str, study.seeds))}), from "
         f"`{study.path.as_posix()}`. Runs of one seed saw the same records, times and noise in the same order, and "
         f"their samples start from the same noise. Each score is of {protocol.get('num')} samples "
@@ -61,9 +77,11 @@ def body(results: Results, links: Sequence[str]) -> str:
         f"score a Fréchet distance of {words.plain(_number(protocol, 'floor_frechet'))}. All costs count the teacher's "
         "training and its forward passes.\n",
         *([f"{study.notes}\n"] if study.notes else []),
-        "\n".join(f"- {sentence}" for sentence in findings(results.rows)) + "\n",
+        "### The verdict\n",
         table(results.rows),
         f"{in_words(results.rows, METRIC).note}\n",
+        "### Every arm\n",
+        "\n".join(f"- {sentence}" for sentence in findings(results.rows)) + "\n",
     ]
     others = against_reference(results)
     if others:
@@ -74,7 +92,8 @@ def body(results: Results, links: Sequence[str]) -> str:
         parts.append(f"![Quality against all training FLOPs; the range over seeds is shaded]({pictures['quality']})\n")
     if "samples" in pictures:
         parts.append(
-            f"Samples of seed {study.seeds[0]} at the same cost, from the same noise:\n\n"
+            f"The last samples of seed {study.seeds[0]} that each arm had drawn by the time that it had spent what "
+            f"“{results.rows[0].label}” took in all, from the same noise:\n\n"
             f"![Samples of every arm]({pictures['samples']})\n"
         )
     parts.append(f"{took(results)}\n")

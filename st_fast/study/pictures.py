@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from st_fast.report import words
 from st_fast.report.arms import Arm
-from st_fast.report.collect import number
+from st_fast.report.collect import Record, number
 from st_fast.report.export import COLOURS, few_ticks, literal
 from st_fast.report.repeats import Repeats
 from st_fast.safefile import inside
@@ -87,22 +86,27 @@ def samples(results: Results) -> Figure | None:
 
     seed = results.study.seeds[0]
     base = results.group(results.study.baseline).by_seed[seed]
-    drawn = [(group.label, _within(group.by_seed[seed], base.total.flops)) for group in results.groups]
-    found = [(label, path) for label, path in drawn if path is not None]
-    if not found:
+    pictures = []
+    for group in results.groups:
+        arm = group.by_seed[seed]
+        record = _within(arm, base.total.flops)
+        if record is not None:
+            spent = words.flops(number(record, "flops") + arm.teacher.flops)
+            label = f"{group.label}: step {words.count(record['step'])}, {spent} in all"
+            pictures.append((label, Image.open(inside(arm.run.path, record["file"]))))
+    if not pictures:
         return None
-    pictures = [(label, Image.open(path)) for label, path in found]
-    height = sum(5.6 * image.height / image.width + 0.08 for _, image in pictures)
-    figure = Canvas(figsize=(7.6, height + 0.2), layout="constrained")
+    height = sum(6.0 * image.height / image.width + 0.3 for _, image in pictures)
+    figure = Canvas(figsize=(6.2, height + 0.2), layout="constrained")
     column = figure.subplots(len(pictures), 1, squeeze=False)[:, 0]
     for axes, (label, image) in zip(column, pictures, strict=True):
         axes.imshow(image, cmap="gray" if image.mode == "L" else None, interpolation="nearest", aspect="equal")
         axes.set_axis_off()
-        axes.text(-0.02, 0.5, literal(label), transform=axes.transAxes, ha="right", va="center", fontsize=9)
+        axes.set_title(literal(label), loc="left", fontsize=9)
     return figure
 
 
-def _within(arm: Arm, budget: float) -> Path | None:
+def _within(arm: Arm, budget: float) -> Record | None:
     left = budget * (1 + 1e-9) - arm.teacher.flops
     within = [record for record in arm.stage.records["sample"] if number(record, "flops") <= left]
-    return inside(arm.run.path, within[-1]["file"]) if within else None
+    return within[-1] if within else None

@@ -51,6 +51,8 @@ def collect(study: Study, out: Path) -> Results:
         arm = make_arms([log])[-1]
         if not math.isfinite(arm.final(METRIC)) or arm.stage.step < job.recipe.stages[0].steps:
             raise UserError(f"{job.folder}: not finished and scored yet; run the study first")
+        if not arm.total.known:
+            raise UserError(f"{job.folder}: no log says what its teacher cost; start the study where it was started")
         groups[study.arms.index(job.arm)].by_seed[job.seed] = arm
     reasons = unfair(logs, seeds_declared=True)
     if reasons:
