@@ -280,8 +280,11 @@ def add_probe(run: Path) -> Path:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
 @pytest.mark.parametrize("width", [1200, 500, 390])
-def test_chromium_draws_the_page_and_nothing_is_wider_than_the_window(runs, tmp_path: Path, width: int) -> None:
-    paths = [add_probe(runs.two_stages()), runs.plain(), runs.two_stages("seed1", 1), runs.plain("plain1", 1)]
+def test_chromium_draws_the_page_without_a_complaint_and_nothing_is_wider_than_the_window(
+    runs, tmp_path: Path, width: int
+) -> None:
+    hostile = runs.plain("<img src=x onerror=boom()>")
+    paths = [add_probe(runs.two_stages()), hostile, runs.two_stages("seed1", 1), runs.plain("plain1", 1)]
     out = write_report(paths, out=tmp_path / "page.html", seeds_declared=True)
     probe = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg polyline').length"
     html = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
@@ -294,9 +297,17 @@ def test_chromium_draws_the_page_and_nothing_is_wider_than_the_window(runs, tmp_
     )
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     command_line = ["chromium", *flags.split(), "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command_line += ["--window-size=1300,1000", "--virtual-time-budget=3000", "--dump-dom", f"file://{frame}"]
+    command_line += [
+        "--enable-logging=stderr",
+        "--log-level=0",
+        "--window-size=1300,1000",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+        f"file://{frame}",
+    ]
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=True)
     shown = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
     assert shown is not None
     assert int(shown[1]) <= width
     assert int(shown[2]) > 20
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
