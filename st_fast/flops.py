@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from st_fast.recipe.methods import Method, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
-from st_fast.recipe.schema import Model, Optim, Recipe, Stage
+from st_fast.recipe.schema import Model, Optim, Recipe, Sample, Stage
 
 TIME_FREQUENCIES = 256
 
@@ -221,6 +221,30 @@ def head_parameters(model: Model, method: Method) -> int:
     if isinstance(method, Repa):
         return sum(projector(method.hidden, encoder_width(name, model)) for name in method.encoders)
     return 0
+
+
+def drawing_rows(settings: Sample) -> float:
+    """Rows that the model is given for one sample, two where there is guidance; NaN for dopri5, which decides itself.
+
+    The SDE's times are taken to be equally spaced to the end, which near the edges of `cfg_range` miscounts a row.
+    """
+    if settings.sampler == "dopri5":
+        return math.nan
+    ends = [i / settings.steps for i in range(settings.steps + 1)]
+    times = ends[1:] + (ends[:-1] if settings.sampler == "heun" else [])
+    low, high = settings.cfg_range
+    guided = sum(low <= t <= high for t in times) if settings.cfg_scale != 1.0 else 0
+    return float(len(times) + guided)
+
+
+def looking_flops(recipe: Recipe, stage: Stage) -> float:
+    """What drawing costs while a stage trains, for pictures and for scores; scoring itself is not counted."""
+    scored = recipe.evaluate.num if recipe.evaluate.judge != "none" or recipe.evaluate.inception else 0
+    drawn = sum(
+        count * (-(-stage.steps // every) if every else 1)
+        for count, every in ((recipe.sample.num, recipe.sample.every), (scored, recipe.evaluate.every))
+    )
+    return drawn * drawing_rows(recipe.sample) * 2.0 * trunk_macs(recipe.model)
 
 
 def micro_batch(optim: Optim, ranks: int) -> int:

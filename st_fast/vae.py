@@ -8,7 +8,9 @@ Flux) has it taken off the mean here and put back by `decode`, so that nobody el
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,15 +84,33 @@ def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dty
     source = name if Path(name).is_dir() else PRESETS.get(name, name)
     cls = autoencoder_class()
     try:
-        # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
-        vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+        with quiet_hub():
+            # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
+            vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers and the hub raise a dozen kinds; all mean that this VAE can't be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if name in PRESETS:
+            raise UserError(
+                f"vae = {name!r}: {source} can't be had from the hub; without a network name a folder that holds it, "
+                f"or small or pixels ({reason[:200]})"
+            ) from error
         raise UserError(
             f"vae = {name!r}: neither a folder with an AutoencoderKL in safetensors, nor one of "
             f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached ({reason[:200]})"
         ) from error
     return vae.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the hub's lines on every attempt that failed: what came of them is told once, at the end."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def vae_hash(vae: VAE) -> str:

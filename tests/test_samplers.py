@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from st_fast import sample, streams
+from st_fast import flops, sample, streams
 from st_fast.errors import UserError
 from st_fast.recipe.schema import Sample
+from st_fast.sampling.guided import sample_from
 from st_fast.streams import Purpose
 
 STD = 0.5
@@ -88,6 +89,15 @@ def scipys(x: torch.Tensor, start: float, end: float, low: float) -> torch.Tenso
 
     solved = solve_ivp(field, (start, end), x.reshape(-1).numpy(), rtol=1e-11, atol=1e-11)
     return torch.from_numpy(solved.y[:, -1]).view_as(x)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+@pytest.mark.parametrize(("scale", "window"), [(2.0, (0.0, 1.0)), (2.0, (0.26, 0.74)), (1.0, (0.0, 1.0))])
+def test_the_formula_counts_the_rows_that_a_sampler_gives_the_model(sampler, scale, window):
+    model, settings = Labelled(), Sample(sampler=sampler, steps=5, cfg_scale=scale, cfg_range=window)
+    draw = sample.balanced(0, 0, 3, 10, torch.device("cpu"))
+    sample_from(model, noise(3), draw, settings, "linear")
+    assert model.rows == 3 * flops.drawing_rows(settings)
 
 
 def test_dopri5_follows_scipys_solution_of_a_known_field_to_its_tolerance():

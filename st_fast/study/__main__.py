@@ -61,14 +61,18 @@ def listing(study: Study, out: Path) -> str:
     from st_fast import flops
     from st_fast.report import words
 
-    lines, total = [], 0.0
+    lines, total, looking = [], 0.0, 0.0
     for job in jobs(study, out):
         stage = job.recipe.stages[0]
         untrained = job.teacher is not None and not job.teacher.trained
         spent = 0.0 if untrained else flops.stage_flops(job.recipe, stage, 0, stage.steps)
         total += spent
+        looking += 0.0 if untrained else flops.looking_flops(job.recipe, stage)
         lines.append(f"{job.folder}  {0 if untrained else stage.steps} steps, {words.flops(spent)}")
-    return "\n".join([*lines, f"{len(lines)} runs, {words.flops(total)} beside sampling and scoring"])
+    drawn = (
+        f"and {words.flops(looking)} for samples to look at and to score" if looking == looking else "beside samples"
+    )
+    return "\n".join([*lines, f"{len(lines)} runs: {words.flops(total)} of training {drawn}"])
 
 
 if __name__ == "__main__":

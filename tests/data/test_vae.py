@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_a_folder_without_a_vae_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither a folder with an AutoencoderKL in safetensors") as caught:
         load_vae(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sd-vae-ft-mse", "sd-vae-ft-ema"])
+def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unreachable:
+        @staticmethod
+        def from_pretrained(source: str, **options: object) -> None:
+            logging.getLogger("huggingface_hub").warning("Retrying in 8s [Retry 5/5].")
+            raise OSError(f"{source} does not appear to have a file named config.json.\nmore")
+
+    monkeypatch.setattr("st_fast.vae.autoencoder_class", lambda: Unreachable)
+    words = f"'{name}': stabilityai/{name} can't be had from the hub; .* a folder .* small or pixels"
+    with pytest.raises(UserError, match=words) as caught:
+        load_vae(name)
+    assert "\n" not in str(caught.value) and not caplog.records
+    assert logging.getLogger("huggingface_hub").level != logging.ERROR, "quiet only meanwhile"
 
 
 def test_a_pickled_vae_is_never_opened(folder: Path) -> None:

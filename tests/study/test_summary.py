@@ -12,6 +12,7 @@ import pytest
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
+from st_fast.study.page import body
 from st_fast.study.plan import read_study
 from st_fast.study.results import METRIC, Results
 from st_fast.study.summary import at_step, certainty, difference, in_short
@@ -77,3 +78,15 @@ def test_a_score_at_a_step_lies_between_its_neighbours(results, step, share):
     first, second = arm.quality(METRIC, "step")[1][:2]
     assert at_step(arm, step) == pytest.approx(first + share * (second - first))
     assert at_step(arm, 100) != at_step(arm, 100), "nothing is known before the first evaluation"
+
+
+def test_the_page_begins_with_what_was_bought_and_ends_with_what_it_took(results):
+    for group in results.groups:
+        for arm in group.by_seed.values():
+            arm.stage.evals[-1]["metrics"] |= {"sampler": "heun", "steps": 10}
+    text = body(results, ["study/tiny-quality.png"])
+    places = [text.index(part) for part in (
+        "## Tiny", "- **Stage 1 bought:**", "- **How sure:**", "### How it was done", "(heun, 10 steps, guidance 1.9)",
+        "### The verdict", "| ω = 5 |", "### Every arm", "- random: ends", "study/tiny-quality.png", "12 runs on cpu",
+    )]  # fmt: skip
+    assert places == sorted(places)
