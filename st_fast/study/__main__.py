@@ -69,10 +69,8 @@ def listing(study: Study, out: Path) -> str:
         total += spent
         looking += 0.0 if untrained else flops.looking_flops(job.recipe, stage)
         lines.append(f"{job.folder}  {0 if untrained else stage.steps} steps, {words.flops(spent)}")
-    drawn = (
-        f"and {words.flops(looking)} for samples to look at and to score" if looking == looking else "beside samples"
-    )
-    return "\n".join([*lines, f"{len(lines)} runs: {words.flops(total)} of training {drawn}"])
+    drawing = f"{words.flops(looking)} to draw samples for pictures and scores"
+    return "\n".join([*lines, f"{len(lines)} runs: {words.flops(total)} of training, {drawing}"])
 
 
 if __name__ == "__main__":
