@@ -95,6 +95,8 @@ def summary(recipe: Recipe, ranks: int) -> str:
             f"(student {cost.student / 1e9:.2f}, heads {cost.heads / 1e9:.2f}, "
             f"teacher {cost.teacher / 1e9:.2f} GFLOP an image), {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
         )
+    begun = [(stage.name, stage.start) for stage in recipe.stages if stage.start.init]
+    lines += [f"# {name}: starts from {start.init} ({start.init_weights})" for name, start in begun]
     lines.append(
         f"# memory a rank, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
         f"{activations / 2**30:.2f} GiB activations of {flops.micro_batch(recipe.optim, ranks)} images"

@@ -161,11 +161,23 @@ def test_every_mismatch_is_told_in_one_line_before_training(recipe, tmp_path):
     foreign.repa_checkpoint(tmp_path / "repa.pt")
     assert "trained on the linear path, flow.path = 'cosine'" in refused(recipe, "--flow.path=cosine")
     assert "no key of the model begins with 'blok'" in refused(recipe, '--stage.plain.init_fresh=["blok"]')
-    assert "8 unexpected" not in refused(recipe, "--stage.plain.init_heads=match")
+    assert "6 unexpected: 'projectors.0.0." in refused(recipe, "--stage.plain.init_heads=match")
     (tmp_path / "repa.pt").unlink()
     assert "there is nothing" in refused(recipe)
     (tmp_path / "repa.pt").write_bytes(b"\x80\x02junk")
     assert "refused, nothing executed" in refused(recipe)
+
+
+def test_a_later_stages_start_is_checked_before_the_first_trains(data, tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    torch.save(foreign.repa_weights(replace(foreign.TINY, width=64), 1), tmp_path / "wide.pt")
+    start_there = f"--stage.transcend.init={tmp_path}/wide.pt"
+    with pytest.raises(UserError, match=r"width 64 \(this recipe: 32\)"):
+        run(load(recipe, [start_there]))
+    foreign.repa_checkpoint(tmp_path / "wide.pt")
+    with pytest.raises(UserError, match="init_heads = 'match'.*6 missing: 'projectors.0.weight'"):
+        run(load(recipe, [start_there, "--stage.transcend.init_heads=match"]))
+    assert not (tmp_path / "out" / "align").exists()
 
 
 def test_a_file_without_optimiser_state_cannot_be_continued(recipe, tmp_path):

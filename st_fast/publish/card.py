@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -80,7 +81,15 @@ def card(origin: Origin, weights: str, form: str, name: str, vae: str) -> str:
         USE[form].format(**told),
     ]  # fmt: skip
     parts += _of_run(origin, arm) if arm is not None else [_foreign(origin)]
-    return "\n".join(parts) + f"\nWritten by st_fast {__version__} from the run's own records.\n"
+    return _without_paths("\n".join(parts)) + f"\nWritten by st_fast {__version__} from the run's own records.\n"
+
+
+ABSOLUTE = re.compile(r'(?<=["`])/[^"`\n]*(?=["`])')
+
+
+def _without_paths(text: str) -> str:
+    """Absolute paths of this machine, which nobody else needs to know, cut down to their last part."""
+    return ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", text)
 
 
 def _arm(origin: Origin) -> Arm | None:

@@ -59,6 +59,14 @@ def test_a_change_is_shown_with_both_values(small: Path) -> None:
     ]
 
 
+def test_another_start_is_shown(small: Path) -> None:
+    new = load(small, ["--stage.align.init=./x.pt", "--stage.align.init_weights=state"])
+    assert changed_maths(load(small), new) == [
+        'stage.align.init: "" → "./x.pt"',
+        'stage.align.init_weights: "ema" → "state"',
+    ]
+
+
 def with_stages(recipe: Recipe, *stages: Stage) -> Recipe:
     return replace(recipe, stages=stages)
 
