@@ -175,7 +175,7 @@ def test_a_later_stages_start_is_checked_before_the_first_trains(data, tmp_path)
     with pytest.raises(UserError, match=r"width 64 \(this recipe: 32\)"):
         run(load(recipe, [start_there]))
     foreign.repa_checkpoint(tmp_path / "wide.pt")
-    with pytest.raises(UserError, match="init_heads = 'match'.*6 missing: 'projectors.0.weight'"):
+    with pytest.raises(UserError, match=r"init_heads = 'match'.*6 missing: 'projectors.0.weight'"):
         run(load(recipe, [start_there, "--stage.transcend.init_heads=match"]))
     assert not (tmp_path / "out" / "align").exists()
 
