@@ -6,7 +6,7 @@ element; a rival that is compared with gets ten times, since only a wrong one is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,3 +67,13 @@ def check(case: Case, variants: dict[str, Callable[..., Any]], inputs: Inputs) -
                         f"{case.key}: {name}, result {i}: {kind} error {ours:.2e}, eager's is {theirs:.2e}; "
                         f"at most {factor:g} times that + {slack:.1e} is allowed"
                     )
+
+
+SAME_LOSS = {"cuda": 5e-3, "cpu": 1e-4}
+"""Relative difference of losses and norms that compiling or scheduling may make: bf16's rounding, float32's."""
+
+
+def worst_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """The largest relative difference of two loops' scalars, step by step."""
+    pairs = (pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True))
+    return max(abs(a - b) / max(abs(a), 1e-6) for a, b in pairs)

@@ -26,7 +26,7 @@ from types import FrameType
 
 import torch
 
-from bench import choices, first_step, gate, op_times, optimiser, profiles, results, step_times, sweeps
+from bench import choices, first_step, gate, op_times, optimiser, profiles, results, schedules, step_times, sweeps
 from bench.cases import MAKERS, Case, Draw, Size
 from bench.results import Row, Store
 from bench.step_times import Wanted
@@ -39,8 +39,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 72)
 LEAST_SECONDS = 5.0
 """Left in the budget, or no further row is begun."""
-SAME_LOSS = {"cuda": 5e-3, "cpu": 1e-4}
-"""Relative difference of losses and norms that compiling may make: bf16's rounding, float32's."""
 
 Task = tuple[str, Callable[[], Row]]
 """A row's key and what measures it."""
@@ -119,11 +117,11 @@ def attention(day: Day) -> Iterator[Task]:
         for head in HEAD_SIZES:
             refusal = backend.refusal(day.device, head)
             label = f"{name}, head_dim {head}"
-            yield label, partial(_attention, day, backend.attend, head) if refusal is None else partial(_no, refusal)
+            yield label, partial(_attention, day, backend.attend, head) if refusal is None else _left_out(refusal)
 
 
-def _no(refusal: str) -> Row:
-    return {"ok": True, "left_out": refusal}
+def _left_out(refusal: str) -> Callable[[], Row]:
+    return lambda: {"ok": True, "left_out": refusal}
 
 
 def _attention(day: Day, attend: Attend, head: int) -> Row:
@@ -168,12 +166,9 @@ def _same_step(setup: Setup) -> Row:
     for choice in ("off", "on"):
         with ours(replace(setup, compile=choice)) as loop, step_times.tidy(setup.device):
             values[choice] = [[float(v) for v in loop()] for _ in range(3)]
-    worst = max(
-        abs(a - b) / max(abs(a), 1e-6)
-        for off, on in zip(values["off"], values["on"], strict=True)
-        for a, b in zip(off, on, strict=True)
-    )
-    return {"ok": worst <= SAME_LOSS[setup.device.type], "worst_difference": worst, "eager_loss": values["off"][-1][0]}
+    worst = gate.worst_difference(values["off"], values["on"])
+    ok = worst <= gate.SAME_LOSS[setup.device.type]
+    return {"ok": ok, "worst_difference": worst, "eager_loss": values["off"][-1][0]}
 
 
 def kernels(day: Day) -> Iterator[Task]:
@@ -197,6 +192,13 @@ def step(day: Day) -> Iterator[Task]:
         wanted = Wanted(day.effort, wanted.block)
     for setup in day.setups:
         yield setup.label, partial(step_times.measure, setup, wanted, day.store.machine)
+
+
+def schedule(day: Day) -> Iterator[Task]:
+    """What streams, fixed shapes, prefetching and graphs make of the step, each beside the default."""
+    small = replace(day.setups[-1], batch=4) if day.small else None
+    for point in schedules.points(day.device, small):
+        yield point.label, _left_out(point.refusal) if point.refusal else partial(schedules.measure, point, day.effort)
 
 
 def profile(day: Day) -> Iterator[Task]:
@@ -242,6 +244,7 @@ PARTS: dict[str, tuple[Callable[[Day], Iterator[Task]], str]] = {
     "compiled": (compiled, "compiled equals eager"),
     "kernels": (kernels, "kernels"),
     "step": (step, "step"),
+    "schedule": (schedule, "schedules"),
     "first": (first, "first step"),
     "profile": (profile, "longest kernels"),
     "choice": (choice, "choices"),

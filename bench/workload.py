@@ -24,7 +24,7 @@ from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import ShardSet, open_shards
 from st_fast.data.writing import write_shards
 from st_fast.examine import Examiner
-from st_fast.feed import Feed
+from st_fast.feed import Feed, Lookahead
 from st_fast.interrupt import Agreement, StopRequest
 from st_fast.monitor import Clock, Log
 from st_fast.parallel import Ranks
@@ -149,7 +149,8 @@ class Ours:
         fill(self.trainer)
         loader = make_loader(self.recipe.data.loader, shards, setup.device, log.say)
         self.feed = Feed(self.recipe, self.stage, loader, len(shards), ranks)
-        self._batches = self.feed.steps(0, MANY_STEPS)
+        self._batches = Lookahead(self.feed.steps(0, MANY_STEPS))
+        self.trainer.step.following = self._batches.peek
         self.done = self.supervised = 0
 
     @property

@@ -1,0 +1,107 @@
+"""What a schedule makes of the step: streams, fixed shapes, prefetching and graphs, each against the default.
+
+Both loops train the same steps, whose numbers must agree before any time is taken, and run in turn in the same rounds.
+A round ends when the device is idle, so that work started for the step to come is paid for by who started it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench import gate
+from bench.results import Row
+from bench.step_times import tidy
+from bench.timing import Effort, Stopwatch, Variant, interleave, noise, paired_ratio
+from bench.workload import Ours, Setup, ours
+
+AHEAD, PADDED = "--run.teacher_placement=ahead", "--run.supervised_rows=padded"
+TEACHER: dict[str, tuple[str, ...]] = {
+    "sequential branches": ("--run.teacher_branches=sequential",),
+    "branches on two streams": ("--run.teacher_branches=streams",),
+    "teacher beside the student": ("--run.teacher_placement=beside",),
+    "teacher a step ahead": (AHEAD,),
+    "teacher a step ahead on two streams": (AHEAD, "--run.teacher_branches=streams"),
+    "padded rows": (PADDED,),
+    "padded rows, teacher a step ahead": (PADDED, AHEAD),
+}
+UNIFORM = ("--flow.time=uniform",)
+STREAMED = ("--data.loader=torch",)
+GRAPHS = (PADDED, "--run.cuda_graphs=true")
+BLOCK = {"cuda": 5, "cpu": 1}
+"""Steps a round."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule to measure: its options over `setup`, whose own options the default gets, too."""
+
+    name: str
+    setup: Setup
+    options: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        more = "".join(f", {option.removeprefix('--')}" for option in self.setup.options)
+        return f"{self.setup.label}{more}: {self.name}"
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it can't be measured here, if it can't."""
+        cpu = self.setup.device.type == "cpu"
+        return "needs CUDA" if cpu and "--run.cuda_graphs=true" in self.options else None
+
+
+def points(device: torch.device, small: Setup | None) -> Iterator[Point]:
+    """Every schedule of the teacher at B/2 and XL/2, and graphs where launches cost most; or all of them at `small`.
+
+    XL/2 has a batch that two loops fit into one device's memory with.
+    """
+    large = [small] if small else [Setup("B/2", "stage 2", 256, device), Setup("XL/2", "stage 2", 64, device)]
+    little = [small] if small else [Setup("B/2", stage, 16, device) for stage in ("plain", "stage 1", "stage 2")]
+    for setup in large:
+        for name, options in TEACHER.items():
+            yield Point(name, setup, options)
+        yield Point("padded rows", replace(setup, options=UNIFORM), (PADDED,))
+        yield Point("prefetch", setup, ("--run.prefetch=true",))
+        yield Point("prefetch", replace(setup, options=STREAMED), ("--run.prefetch=true",))
+    for setup in little:
+        yield Point("CUDA graphs", setup, GRAPHS)
+
+
+def measure(point: Point, effort: Effort) -> Row:
+    """Milliseconds a step of both, how many times faster the schedule is, and by how much their numbers differ."""
+    setup = point.setup
+    # Without CUDA the order of things is rehearsed on the one queue there is.
+    other = replace(setup, options=(*setup.options, *point.options, "--run.streams=auto"))
+    with ours(setup) as default, ours(other) as scheduled, tidy(setup.device):
+        numbers = [[[float(v) for v in loop()] for _ in range(5)] for loop in (default, scheduled)]
+        worst = gate.worst_difference(*numbers)
+        if worst > gate.SAME_LOSS[setup.device.type]:
+            return {"ok": False, "wrong": f"numbers differ by {worst:.1e}", "worst_difference": worst}
+        block = BLOCK[setup.device.type]
+        variants = {"default": _variant(default, block), "schedule": _variant(scheduled, block)}
+        samples = {name: found["step"] for name, found in interleave(variants, setup.device, effort).items()}
+    return {
+        "ok": True,
+        "worst_difference": worst,
+        "ms": {name: 1e3 * statistics.median(found) / block for name, found in samples.items()},
+        "speedup": paired_ratio(samples["default"], samples["schedule"]),
+        "noise": noise(samples["default"]),
+    }
+
+
+def _variant(loop: Ours, block: int) -> Variant:
+    device = loop.feed.ranks.device
+
+    def run(number: int, watch: Stopwatch) -> None:
+        with watch("step"):
+            for _ in range(block):
+                loop()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+    return run
