@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from st_fast import checkpoint
 from st_fast.errors import UserError
+from st_fast.formats.bundle import trunk
+from st_fast.formats.origin import read_model
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, build
 from st_fast.model.attention import BACKENDS, Attend
+from st_fast.model.pretrained import CONFIG
 from st_fast.recipe.schema import Model, Recipe
 
 ARCHITECTURE = ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes", "mlp_ratio", "qk_norm")
@@ -24,12 +29,12 @@ def architecture(config: Model) -> dict[str, int | float | bool]:
 
 
 def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
-    """Where the teacher's checkpoints lie: a stage of this run, or a path to a stage folder of another."""
+    """Where the teacher lies: the checkpoints of a stage of this run or another, or what else `read_model` reads."""
     if any(stage.name == teacher for stage in recipe.stages):
         return Path(recipe.run.out) / teacher / "checkpoints"
     path = Path(teacher)
-    if not path.is_dir():
-        raise UserError(f"teacher = {teacher!r}: neither a stage of this recipe nor a folder")
+    if not path.exists():
+        raise UserError(f"teacher = {teacher!r}: neither a stage of this recipe nor a folder or file")
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
@@ -38,23 +43,37 @@ def load_frozen(
     dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend,
 ) -> SiT:  # fmt: skip
-    """The newest sound checkpoint under `root` as a frozen model in eval mode.
+    """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
 
     UserError, in one line, if there is none, if its architecture differs from `config`, or if any key of the trunk
     is missing, unknown or of another shape.
     """
-    found = checkpoint.latest(root, lambda text: print(text, flush=True), groups=(group(weights),))
-    if found is None:
-        raise UserError(f"teacher: no sound checkpoint under {root}")
-    theirs, ours = found.meta.get("architecture", {}), architecture(config)
+    theirs, tensors, path = _read(root, config, weights)
+    ours = architecture(config)
     differing = [f"{k} {theirs.get(k)} (this recipe: {v})" for k, v in ours.items() if theirs.get(k) != v]
     if differing:
-        raise UserError(f"teacher {found.path}: another architecture: {', '.join(differing)}")
+        raise UserError(f"teacher {path}: another architecture: {', '.join(differing)}")
     model = build(config, kernels, seed=0, attend=attend)
-    tensors = found.groups[group(weights)]
-    checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {found.path}")
-    model.load_state_dict(tensors)
+    checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {path}")
+    model.load_state_dict(dict(tensors))
     return model.to(place, dtype).eval().requires_grad_(False)
+
+
+def _read(
+    root: Path, config: Model, weights: Literal["raw", "ema"]
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Path]:
+    """Architecture, weights and where they were found; of a checkpoint only the group that is wanted is read."""
+    if root.is_file() or (root / CONFIG).is_file():
+        bundle = read_model(root, _say, heads_otherwise=config.heads).bundle
+        return architecture(bundle.config), trunk(bundle.model if weights == "raw" else bundle.ema), root
+    found = checkpoint.latest(root, _say, groups=(group(weights),))
+    if found is None:
+        raise UserError(f"teacher: no sound checkpoint under {root}")
+    return found.meta.get("architecture", {}), found.groups[group(weights)], found.path
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def group(weights: Literal["raw", "ema"]) -> str:

@@ -81,12 +81,18 @@ def test_prefixed_keys_of_a_bare_state_dict_are_read(tmp_path):
     assert same(dict(found.groups["model"]) | dict(found.groups["heads"]), weights) and "optim" not in found.groups
 
 
-def test_a_stage_that_was_written_is_a_teacher(tmp_path):
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_a_stage_that_was_written_and_the_file_itself_are_teachers(weights, tmp_path):
     content = foreign.repa_checkpoint(tmp_path / "last.pt")
     convert(tmp_path / "last.pt", tmp_path / "repa")
-    table = kernels.select({}, CPU)
-    model = teacher.load_frozen(tmp_path / "repa" / "checkpoints", foreign.TINY, "ema", table, CPU, torch.float32)
-    assert all(torch.equal(tensor, content["ema"][key]) for key, tensor in model.state_dict().items())
+    table, expected = kernels.select({}, CPU), content["model" if weights == "raw" else "ema"]
+    for root in (tmp_path / "repa" / "checkpoints", tmp_path / "last.pt"):
+        model = teacher.load_frozen(root, foreign.TINY, weights, table, CPU, torch.float32)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(UserError, match=r"another architecture: depth 3 \(this recipe: 4\)"):
+        other = replace(foreign.TINY, depth=4)
+        teacher.load_frozen(tmp_path / "last.pt", other, "raw", table, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
