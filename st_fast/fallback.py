@@ -40,11 +40,12 @@ def sound_ops(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callable[[s
     chosen = updates.choose(recipe.optim.implementation, ranks.device)
     reasons.append(trial.optimiser_failure(chosen.update, chosen.norm))
     failed = ranks.any([reason is not None for reason in reasons])
-    for name, bad, reason in zip([*names, "adamw_ema"], failed, reasons, strict=True):
+    ours = recipe.optim.implementation in ("auto", "st_fast")
+    step = "adamw_ema" if ours else f"optim.implementation {recipe.optim.implementation}"
+    for name, bad, reason in zip([*names, step], failed, reasons, strict=True):
         if bad:
             say(f"kernels: {name} does not work here ({reason or 'on another rank'}); the reference takes over")
     table = replace(table, **{n: getattr(kernels.reference, n) for n, bad in zip(names, failed, strict=False) if bad})
-    ours = recipe.optim.implementation in ("auto", "st_fast")
     if failed[-1] or (ours and recipe.kernels.adamw_ema == "reference"):
         return SoundOps(table, kernels.reference.adamw_ema_, kernels.reference.grad_norm)
     return SoundOps(table, chosen.update, chosen.norm)

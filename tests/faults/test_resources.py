@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast import checkpoint, fallback, flops, kernels, memory
+from st_fast import checkpoint, fallback, flops, kernels, memory, updates
 from st_fast.errors import EXIT_FAILED, EXIT_USAGE
 from st_fast.parallel import Ranks
 from st_fast.recipe import load
@@ -100,10 +100,15 @@ def test_a_kernel_that_fails_is_replaced_by_the_reference_and_said_so(name, reci
     ]
 
 
-def test_an_optimiser_kernel_that_fails_is_replaced_before_it_touches_a_weight(recipe, monkeypatch):
-    monkeypatch.setattr(kernels, "adamw_ema_", broken_op)
-    ops = fallback.sound_ops(load(recipe), CPU, torch.float32, lambda text: None)
+@pytest.mark.parametrize(("name", "told"), [("st_fast", "adamw_ema"), ("torch", "optim.implementation torch")])
+def test_an_optimiser_step_that_fails_is_replaced_before_it_touches_a_weight(name, told, recipe, monkeypatch):
+    broken = replace(updates.IMPLEMENTATIONS[name], update=broken_op)
+    monkeypatch.setitem(updates.IMPLEMENTATIONS, name, broken)
+    said: list[str] = []
+    options = [f"--optim.implementation={name}"]
+    ops = fallback.sound_ops(load(recipe, options), CPU, torch.float32, said.append)
     assert ops.update is kernels.reference.adamw_ema_ and ops.norm is kernels.reference.grad_norm
+    assert len(said) == 1 and said[0].startswith(f"kernels: {told} does not work here (RuntimeError: ptxas fatal")
 
 
 def test_kernels_that_work_are_kept(recipe):

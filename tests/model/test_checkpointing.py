@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("none", "attention", "block")
 SMALL = Model("custom", depth=4, width=64, heads=2, patch=2, channels=4, latent_size=16, num_classes=5)
 BATCH = 4
+TABLE = kernels.select({"qk_norm": "fused"}, torch.device("cpu"))  # every op that keeps something for its backward
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def fresh_compiler():
 
 def model_with_life(what: str, compiled: bool = False, attend: Attend = BACKENDS["sdpa"].attend) -> SiT:
     """The same trained-looking weights for every mode."""
-    model = build(SMALL, kernels.select({}, torch.device("cpu")), 0, attend)
+    model = build(SMALL, TABLE, 0, attend)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
