@@ -84,7 +84,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe):
 # Kernels
 
 
-def broken_op(*arguments: object) -> None:
+def broken_op(*arguments: object, **more: object) -> None:
     raise RuntimeError("ptxas fatal: out of registers\nand more")
 
 
