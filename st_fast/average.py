@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from st_fast.model import SiT
+from st_fast.sharding import is_sharded, local
 
 
 class Average:
@@ -15,8 +16,8 @@ class Average:
 
     In float32 its parameters are the optimiser's EMA tensors themselves: no memory, no copying. In a lower precision
     they are copies, brought up to date at each call by one pass over the EMA (6 bytes of traffic a parameter, little
-    beside a forward pass). Autocast would move as much for each use, and the fused ops, which want one dtype
-    throughout, would not run under it.
+    beside a forward pass), as they are in shards. Autocast would move as much for each use, and the fused ops, which
+    want one dtype throughout, would not run under it.
     """
 
     def __init__(self, model: SiT) -> None:
@@ -26,12 +27,13 @@ class Average:
 
     def follow(self, emas: Mapping[str, Tensor]) -> None:
         """Follows these tensors, all of the model's by name, from now on. They must be updated in place."""
+        sharded = is_sharded(self._model)
         for name, parameter in self._model.named_parameters():
-            if parameter.dtype == emas[name].dtype:
+            if parameter.dtype == emas[name].dtype and not sharded:
                 parameter.data = emas[name]
             else:
-                self._sources.append(emas[name])
-                self._copies.append(parameter.data)
+                self._sources.append(local(emas[name]))
+                self._copies.append(local(parameter.data))
 
     @torch.no_grad()
     def __call__(self) -> SiT:

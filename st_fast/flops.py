@@ -189,20 +189,26 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
     """An estimate for one rank, of the stage that holds most: (weights with their state; a micro-batch's activations).
 
     Weights are those of the student, its heads, a teacher, live encoders and the model for sampling. Left out, below
-    4 % at the published sizes: what heads keep for the backward pass, and the one block that a teacher is in.
+    4 % at the published sizes: what heads keep for the backward pass, the one block that a teacher is in, and of a
+    sharded run the one block that is gathered. The rank is the first: of a sharded run only it samples.
     """
-    an_image = activation_bytes(recipe.model, bf16, recipe.run.checkpointing)
-    fixed = max(weight_bytes(recipe.model, stage, bf16) for stage in recipe.stages)
+    an_image, run = activation_bytes(recipe.model, bf16, recipe.run.checkpointing), recipe.run
+    shards = ranks if run.sharding == "fsdp2" else 1
+    teacher_shards = shards if run.shard_teacher else 1
+    fixed = max(weight_bytes(recipe.model, stage, bf16, shards, teacher_shards) for stage in recipe.stages)
     return fixed, micro_batch(recipe.optim, ranks) * an_image
 
 
-def weight_bytes(model: Model, stage: Stage, bf16: bool) -> int:
-    """Bytes of a stage's weights and their state on one rank, gradients included."""
+def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teacher_shards: int = 1) -> int:
+    """Bytes of a stage's weights and their state on one rank, gradients included; over how many ranks each is split."""
     method, each = stage.method, 2 if bf16 else 4
-    trunk = STATE_BYTES + SAMPLED_BYTES + (each if method.teacher_name else 0)
-    trunk += 2 if bf16 and method.learns_from_average else 0  # in float32 it is the EMA itself
+    average = 0
+    if method.learns_from_average and (bf16 or shards > 1):
+        average = each  # else it is the EMA itself
+    trunk = SAMPLED_BYTES + (STATE_BYTES + average) / shards + (each / teacher_shards if method.teacher_name else 0)
     live = sum(12 * depth * width**2 for depth, width in map(_dinov2, method.encoder_names)) * method.encodes_images
-    return trunk_parameters(model) * trunk + head_parameters(model, method) * HEAD_BYTES + live * each
+    heads = head_parameters(model, method) * HEAD_BYTES / shards
+    return round(trunk_parameters(model) * trunk + heads + live * each)
 
 
 def head_parameters(model: Model, method: Method) -> int:

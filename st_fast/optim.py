@@ -1,6 +1,7 @@
 """AdamW with clipping and a weight average (EMA), on float32 master weights, as one op over all tensors.
 
 In float32 the masters are the model's own parameters. In bf16 the model holds bf16 copies that the same pass writes.
+Of a sharded module (`sharding.py`) all of it is sharded, and the op works on this rank's parts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from st_fast.recipe.schema import Optim
+from st_fast.sharding import local, locals_of, norm_of_all, put
 
 UpdateOp = Callable[..., None]
 NormOp = Callable[[list[Tensor]], Tensor]
@@ -36,21 +38,19 @@ class Slots:
     @property
     def copies(self) -> list[Tensor]:
         """The low-precision parameters that follow the masters; empty where the masters are the parameters."""
-        return (
-            [p.data for p in self.parameters] if self.parameters and self.masters[0] is not self.parameters[0] else []
-        )
+        low = bool(self.parameters) and self.masters[0] is not self.parameters[0]
+        return [local(p.data) for p in self.parameters] if low else []
 
 
 def _slots(module: nn.Module, dtype: torch.dtype, with_ema: bool) -> Slots:
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     untrained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     frozen = {name: p.detach().clone() for name, p in untrained.items()}
-    parameters = list(trained.values())
     low = dtype != torch.float32
-    masters: list[Tensor] = [p.detach().clone() if low else p for p in parameters]
+    masters: list[Tensor] = [p.detach().clone() if low else p for p in trained.values()]
     if low:
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)
+        module.to(dtype)  # which makes new parameters where they are sharded
+    parameters = [p for p in module.parameters() if p.requires_grad]
     device = parameters[0].device if parameters else torch.device("cpu")
     return Slots(
         names=list(trained),
@@ -78,13 +78,7 @@ class Optimizer:
 
     def gradients(self) -> list[Tensor]:
         """All gradients, in a fixed order; a parameter that got none has zeros."""
-        found = []
-        for slots in self._groups:
-            for parameter in slots.parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                found.append(parameter.grad)
-        return found
+        return [gradient for slots in self._groups for gradient in _gradients(slots)]
 
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters, in a fixed order: the model's, then the heads'."""
@@ -105,12 +99,13 @@ class Optimizer:
         A norm that is not finite leaves weights, moments, EMA and step counts untouched.
         """
         settings = self.settings
-        norm = self._norm(self.gradients())
+        norm = norm_of_all(self._norm(locals_of(self.gradients())), self.model.parameters[0])
         self._lr.copy_(self.learning_rate())
         for slots in self._groups:
             self._update(
-                [m.detach() for m in slots.masters], [p.grad for p in slots.parameters],
-                slots.exp_avgs, slots.exp_avg_sqs, slots.emas, slots.copies, slots.step, norm, self._lr,
+                [local(m.detach()) for m in slots.masters], [local(g) for g in _gradients(slots)],
+                locals_of(slots.exp_avgs), locals_of(slots.exp_avg_sqs), locals_of(slots.emas), slots.copies,
+                slots.step, norm, self._lr,
                 beta1=settings.betas[0], beta2=settings.betas[1], eps=settings.eps,
                 weight_decay=settings.weight_decay, ema_decay=settings.ema_decay, max_norm=settings.grad_clip,
             )  # fmt: skip
@@ -135,7 +130,7 @@ class Optimizer:
         """Takes over a state whose keys, shapes and dtypes are those of `state()` (checked by the caller)."""
         for group, tensors in self.state().items():
             for name, tensor in tensors.items():
-                tensor.copy_(groups[group][name])
+                put(groups[group][name], tensor)
         self.follow()
 
     @torch.no_grad()
@@ -143,9 +138,18 @@ class Optimizer:
         """Brings the parameters in use up to the masters, after something else than `update` changed these."""
         for slots in self._groups:
             for copy, master in zip(slots.copies, slots.masters, strict=False):
-                copy.copy_(master)
+                copy.copy_(local(master))
             for name, value in slots.frozen.items():
                 slots.untrained[name].copy_(value)
+
+
+def _gradients(slots: Slots) -> list[Tensor]:
+    found = []
+    for parameter in slots.parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad)
+    return found
 
 
 def _moments(prefix: str, slots: Slots) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from st_fast.errors import Interrupted, UserError
 from st_fast.launch import local_rank, rank_count
@@ -25,6 +27,8 @@ class Place:
     step: int = 0
     phase: str = "start"
     ticks: int = 0
+    over: bool = False
+    """The training has given up."""
 
     def mark(self, phase: str) -> None:
         """The main thread has just entered this phase, or got on within it."""
@@ -95,6 +99,32 @@ class Ranks:
             self.any([False])
 
 
+def rows(length: int, rank: int, count: int) -> tuple[int, int]:
+    """[start, stop) of a rank's part of a first dimension, as `torch.chunk` has it; later parts may be empty."""
+    size = -(-length // count)
+    return min(rank * size, length), min((rank + 1) * size, length)
+
+
+class Rendezvous:
+    """A client of its own to the store of torchrun's rendezvous; RuntimeError where that is gone. For one thread."""
+
+    def __init__(self, about: str) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.where = f"{host}:{port}"
+        self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.prefix = f"st_fast/{about}/{attempt}"
+
+    def write(self, key: str, letter: str) -> None:
+        """Leaves a letter for the other ranks."""
+        self.store.set(f"{self.prefix}/{key}", letter)
+
+    def read(self, key: str) -> str | None:
+        """The letter under a key, None if there is none yet; never waits for one."""
+        name = f"{self.prefix}/{key}"
+        return self.store.get(name).decode() if self.store.check([name]) else None
+
+
 @contextmanager
 def ranks(device: str, patience: float) -> Iterator[Ranks]:
     """Joins the other ranks that torchrun started and leaves them at the end.
@@ -116,10 +146,14 @@ def ranks(device: str, patience: float) -> Iterator[Ranks]:
         timeout=timedelta(seconds=patience),
         device_id=place if kind == "cuda" else None,
     )
+    found = Ranks(dist.get_rank(), count, place)
     try:
-        yield Ranks(dist.get_rank(), count, place)
+        yield found
     except Interrupted:
         dist.destroy_process_group()
+        raise
+    except BaseException:
+        found.place.over = True
         raise
     # After any other error peers may be gone, and taking leave of them would wait for them: the process just ends.
     dist.destroy_process_group()

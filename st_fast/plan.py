@@ -6,7 +6,7 @@
 The global batch is the recipe's, whatever the number of GPUs, so compute shrinks with them and traffic does not.
 DDP: the weights on every GPU; gradients summed over a ring, overlapped with the backward pass but for the last bucket.
 FSDP2: weights, optimiser and EMA in shards; weights gathered for forward and backward, gradients scattered.
-This trainer runs DDP. FSDP2 is there for comparison: it sends more, and saves memory and the time of the update.
+The trainer runs DDP, or FSDP2 with run.sharding = "fsdp2", which sends more and saves memory and the update's time.
 Optimistic: latencies are left out, and a GPU is as efficient with a few images as with the batch it was measured at.
 """
 

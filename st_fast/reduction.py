@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from st_fast.parallel import Ranks
 
+REDUCTION = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+"""`optim.reduction`: the dtype that gradients travel in; None: their own."""
+
 FIRST_BYTES, BUCKET_BYTES = 2**20, 32 * 2**20
 """Of a bucket: the first is small, so that the link is busy early."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from st_fast import __version__, checkpoint, flops, kernels, memory, start, supervision, teacher
 from st_fast.average import Average
@@ -29,10 +31,11 @@ from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.fp8 import use_fp8
 from st_fast.monitor import Clock, Log, Meter, progress_line
 from st_fast.optim import Optimizer
-from st_fast.parallel import Ranks
+from st_fast.parallel import Ranks, Rendezvous
 from st_fast.profiling import StageProfile
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Run, Stage
+from st_fast.sharding import Shards, gathered, hand_out, is_sharded, shards_of
 from st_fast.side import side
 from st_fast.step import Step
 from st_fast.supervision.registry import Parts
@@ -68,14 +71,17 @@ class Trainer:
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         if recipe.run.fp8 != "off":
             use_fp8(self.model)
+        self.shards = shards_of(recipe, setting.ranks)
+        if self.shards is not None:
+            self.shards.model(self.model)
+        _compile(setting, self.model, dynamic=False)
         frozen = _teacher(setting, stage, table, attend)
-        if _compiles(setting):
-            self.model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
-            if frozen is not None:
-                varying = recipe.run.supervised_rows == "exact"
-                frozen.run_block = CompiledBlocks(setting.log.say, dynamic=varying)
         checkpoint_activations(self.model, recipe.run.checkpointing)
-        average = _average(setting, stage, table, attend)
+        if frozen is not None:
+            if self.shards is not None and recipe.run.shard_teacher:
+                self.shards.model(frozen, stage.method.frozen_depth)
+            _compile(setting, frozen, dynamic=recipe.run.supervised_rows == "exact")
+        average = _average(setting, stage, table, attend, self.shards)
         self.features = open_image_features(stage, recipe, setting.shards, device, setting.dtype)
         if _compiles(setting):
             compile_encoders(self.features, setting.log.say)
@@ -86,19 +92,19 @@ class Trainer:
         )  # fmt: skip
         self.method = supervision.create(stage, parts, recipe.run.seed + 1)
         self.method.heads.to(device)
+        if self.shards is not None:
+            self.shards.heads(self.method.heads)
         self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, setting.dtype, ops.update, ops.norm)
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
         self.step = Step(self.model, self.method, self.optimizer, recipe, setting.shards.manifest.scale, setting.ranks)
-        self.averaged = build(recipe.model, table, recipe.run.seed).to(device).eval().requires_grad_(False)
+        self.averaged = build(recipe.model, table, recipe.run.seed).eval().requires_grad_(False)
+        # Only the first rank looks at it: with everything else in shards, the others do without its memory.
+        self.averaged.to(device if self.shards is None or setting.ranks.first else "meta")
         self.rollbacks = 0
         self.origin: dict[str, Any] | None = None
         """What the weights started from, where that is a model."""
-        self.saver: checkpoint.Saver | None = None
-        if setting.ranks.first:
-            self.saver = checkpoint.Saver(
-                self.folder / "checkpoints", setting.log.say, keep=recipe.run.keep, keep_every=recipe.run.keep_every
-            )
+        self.saver = _saver(setting, stage, self.folder / "checkpoints", self.shards is not None)
 
     @property
     def folder(self) -> Path:
@@ -133,34 +139,35 @@ class Trainer:
 
     def _restore(self, before: int | None) -> dict[str, Any]:
         """The first rank's newest sound checkpoint (of fewer than `before` steps) on every rank; else the start."""
-        found = self.setting.ranks.told(lambda: self._load(before))
+        whole: dict[str, Mapping[str, Tensor]] = {}
+        found = self.setting.ranks.told(lambda: self._load(before, whole))
         # Others never read it: on a network file system they might see an older one, and train on something else.
-        self.setting.ranks.broadcast(tensor for group in self.optimizer.state().values() for tensor in group.values())
+        hand_out(self.optimizer.state(), whole, self.setting.ranks)
         self.optimizer.follow()
         return found
 
-    def _load(self, before: int | None) -> dict[str, Any]:
+    def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any]:
         found = checkpoint.latest(self.folder / "checkpoints", self.setting.log.say, before=before)
         if found is None:
             if before is not None:
                 raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")
-            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": self._begin()}
+            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": self._begin(into)}
         manifest, folder = self.setting.shards.manifest, Path(self.setting.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
         self.features.check_same(found.meta.get("features", []), str(found.path))
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
-        self.optimizer.load(found.groups)
+        into.update(found.groups)
         kept = {"rollbacks": found.meta.get("rollbacks", 0), "init": found.meta.get("init")}
         return {"step": found.step, "seconds": found.meta["seconds"]} | kept
 
-    def _begin(self) -> dict[str, Any] | None:
-        """Takes over the model that the recipe starts from, if it names one; returns what to record of it."""
+    def _begin(self, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
+        """Finds the model that the recipe starts from, if it names one; returns what to record of it."""
         if not self.stage.start.init:
             return None
         log = self.setting.log
         groups, record = start.taken_over(self.setting.recipe, self.stage, self.optimizer.state(), log.say)
-        self.optimizer.load(groups)
+        into.update(groups)
         log.say(f"{self.stage.name}: starts from {record['path']} ({record['weights']}, its step {record['step']})")
         return record
 
@@ -181,8 +188,8 @@ class Trainer:
             "init": self.origin,
             "versions": {"st_fast": __version__, "torch": torch.__version__},
         }
-        self.saver.save(step, self.optimizer.state(), meta)
-        self.setting.log.write("save", self.stage.name, step, seconds=clock.read())
+        stall = self.saver.save(step, self.optimizer.state(), meta)
+        self.setting.log.write("save", self.stage.name, step, seconds=clock.read(), stall=round(stall, 6))
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on the disk, for all ranks."""
@@ -196,8 +203,11 @@ class Trainer:
         self.features.close()
 
     def ema_model(self) -> SiT:
-        """The averaged weights as a float32 model in eval mode."""
-        self.averaged.load_state_dict(self.optimizer.state()["ema"])
+        """The averaged weights as a float32 model in eval mode; all ranks ask, only the first may use it if sharded."""
+        for name, ema in self.optimizer.state()["ema"].items():
+            whole = gathered(ema)
+            if not self.averaged.pos_embed.is_meta:
+                self.averaged.get_parameter(name).copy_(whole)
         return self.averaged
 
 
@@ -333,12 +343,15 @@ def _teacher(setting: Setting, stage: Stage, table: kernels.KernelTable, attend:
     return model
 
 
-def _average(setting: Setting, stage: Stage, table: kernels.KernelTable, attend: Attend) -> Average | None:
+def _average(
+    setting: Setting, stage: Stage, table: kernels.KernelTable, attend: Attend, shards: Shards | None
+) -> Average | None:
     if not stage.method.learns_from_average:
         return None
     model = build(setting.recipe.model, table, 0, attend).to(setting.ranks.device, setting.dtype)
-    if _compiles(setting):
-        model.run_block = CompiledBlocks(setting.log.say, dynamic=False)
+    if shards is not None:
+        shards.model(model.requires_grad_(False), stage.method.frozen_depth)
+    _compile(setting, model, dynamic=False)
     return Average(model)
 
 
@@ -350,6 +363,26 @@ def _branches(run: Run, device: torch.device) -> Branches:
 def _compiles(setting: Setting) -> bool:
     run, device = setting.recipe.run, setting.ranks.device
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
+
+
+def _compile(setting: Setting, model: SiT, dynamic: bool) -> None:
+    if not _compiles(setting):
+        return
+    blocks = CompiledBlocks(setting.log.say, dynamic)
+    if is_sharded(model):
+        blocks.inside(model.blocks)
+    else:
+        model.run_block = blocks
+
+
+def _saver(setting: Setting, stage: Stage, root: Path, sharded: bool) -> checkpoint.Saver | None:
+    """The first rank's, or every rank's where each writes its own part."""
+    ranks, run, team = setting.ranks, setting.recipe.run, None
+    if sharded:
+        team = checkpoint.Team(ranks.rank, ranks.count, Rendezvous("save"), stage.name, lambda: ranks.place.over)
+    if not ranks.first and team is None:
+        return None
+    return checkpoint.Saver(root, setting.log.say, keep=run.keep, keep_every=run.keep_every, team=team)
 
 
 def _log_start(setting: Setting, stage: Stage, first: int, encoders: float, origin: dict[str, Any] | None) -> None:

@@ -17,13 +17,13 @@ from st_fast.optim import Optimizer
 from st_fast.parallel import Ranks
 from st_fast.ranges import named
 from st_fast.recipe.schema import Recipe
-from st_fast.reduction import GradientSum
+from st_fast.reduction import REDUCTION, GradientSum
+from st_fast.sharding import ShardedSum, is_sharded
 from st_fast.streams import Purpose
 from st_fast.supervision import Noised, Supervision
 from st_fast.targets import Target, Targets
 
 Following = Callable[[], Sequence[Batch] | None]
-REDUCTION = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class Step:
         if recipe.run.cuda_graphs:
             learn = partial(self._learn, last=False)
             self._graphs = Graphs(learn, optimizer.parameters(), supervision.active, ranks.device)
-        self.gradients = GradientSum(optimizer.parameters(), ranks, REDUCTION[recipe.optim.reduction])
+        self.gradients: GradientSum | ShardedSum
+        if is_sharded(model):
+            self.gradients = ShardedSum((model, supervision.heads))
+        else:
+            self.gradients = GradientSum(optimizer.parameters(), ranks, REDUCTION[recipe.optim.reduction])
 
     def __call__(self, step: int, micro_batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
         """Runs the step; returns the losses and the gradients' global norm, all left on the device."""

@@ -16,16 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
-
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from st_fast.checkpoint.saver import SAVING
 from st_fast.errors import EXIT_FAILED, Interrupted, RunFailed, UserError
 from st_fast.launch import local_rank
-from st_fast.parallel import Ranks
+from st_fast.parallel import Ranks, Rendezvous
 
 WAITING = ("exchange", "log", "agree")
 """Phases in which a rank may be waiting for others; whoever stands still elsewhere is whom they wait for."""
@@ -51,13 +48,9 @@ class StoreBoard:
     """A board on a client of its own to the store of torchrun's rendezvous; OSError-like errors where it is gone."""
 
     def __init__(self, count: int) -> None:
-        port, self.where = int(os.environ["MASTER_PORT"]), f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        client = TCPStore(
-            os.environ["MASTER_ADDR"], port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20)
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._keys = [f"st_fast/watch/{attempt}/{rank}" for rank in range(count)]
-        self._client = client
+        rendezvous = Rendezvous("watch")
+        self.where, self._client = rendezvous.where, rendezvous.store
+        self._keys = [f"{rendezvous.prefix}/{rank}" for rank in range(count)]
 
     def post(self, rank: int, word: str) -> None:
         self._client.set(self._keys[rank], word)

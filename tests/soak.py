@@ -1,11 +1,12 @@
 """Breaks small two-rank runs at random, again and again, and counts what was lost: `make soak`.
 
-    python -m tests.soak                      about a quarter of an hour on two cores
+    python -m tests.soak                      about half an hour on two idle cores
     python -m tests.soak --kills 10 --others 2 --out /tmp/soak.json
 
 Every row is one kind of fault. A run counts as survived if it ended as documented and, once the same command had
 continued it to its end, with every tensor of its last checkpoints bit-identical to those of a run nobody disturbed.
-Writes bench/results/soak.json, which the README's table is made from. Exit code 1 if anything was lost.
+Writes bench/results/soak.json after every run, which the README's table is made from; the same command goes on with
+what an interrupted or too short one left open. Exit code 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,11 +29,16 @@ from torch import Tensor
 
 from st_fast import __version__, checkpoint
 from st_fast.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from st_fast.safefile import write_json_atomic
 from tests import tiny
 from tests.faults.ranks import Nursery, Rank, finish
 
+WHAT = "random faults in a two-rank run of 2 × 10 steps; survived: ended as documented, then bit-identical"
 STAGES = ("align", "transcend")
-OPTIONS = ("--run.save_every=2", "--run.keep=2", "--run.hang_timeout=20")
+OPTIONS = ("--run.save_every=2", "--run.keep=2", "--run.hang_timeout=60")
+KILLS_A_RUN = 10
+LONG = 600.0
+"""Seconds that a run nobody disturbs may take on a machine that has much else to do."""
 
 
 @dataclass
@@ -53,35 +59,52 @@ class Soak:
         self.nursery = Nursery(folder)
         self.data = tiny.write_data(folder / "data")
         self.runs = 0
-        whole = self.new_run()
-        assert finish(self.start(whole)) == [0, 0], "the undisturbed run failed"
-        self.expected = states(whole.parent / "out")
+        self.expected: dict[bool, dict[str, Tensor]] = {}
 
-    def new_run(self) -> Path:
+    def new_run(self, sharded: bool = False) -> Path:
         """A recipe with a run folder of its own."""
         self.runs += 1
         home = self.folder / f"run{self.runs}"
         home.mkdir()
-        return tiny.write_recipe(home / "tiny.toml", self.data, home / "out")
+        recipe = tiny.write_recipe(home / "tiny.toml", self.data, home / "out")
+        if sharded:
+            recipe.write_text(recipe.read_text().replace("[run]", '[run]\nsharding = "fsdp2"'))
+        return recipe
+
+    def undisturbed(self, sharded: bool) -> dict[str, Tensor]:
+        """What a run that nobody disturbs ends with."""
+        if sharded not in self.expected:
+            recipe = self.new_run(sharded)
+            ranks = self.start(recipe)
+            assert finish(ranks, LONG) == [0, 0], f"the undisturbed run failed: {[rank.text[-2000:] for rank in ranks]}"
+            self.expected[sharded] = states(recipe.parent / "out")
+        return self.expected[sharded]
 
     def start(self, recipe: Path, breaks: dict[str, object] | None = None, count: int = 2) -> list[Rank]:
         return self.nursery.start(count, recipe, *OPTIONS, breaks=breaks)
 
-    def wait(self, ranks: list[Rank], seconds: float) -> bool:
-        """Lets time pass; whether all ranks ended within it."""
-        end = time.monotonic() + seconds
+    def wait(self, ranks: list[Rank], log: Path) -> bool:
+        """Lets the run write a random number of records, which may be none, and go on a little; whether it ended."""
+        wanted, end = size(log) + self.rng.randint(0, 6), float("inf")
         while time.monotonic() < end:
             if all(rank.poll() is not None for rank in ranks):
                 return True
+            if end == float("inf") and size(log) >= wanted:
+                end = time.monotonic() + self.rng.uniform(0.0, 0.5)
             time.sleep(0.01)
         return False
 
-    def ends_well(self, recipe: Path) -> bool:
+    def ends_well(self, recipe: Path, sharded: bool = False) -> bool:
         """Whether the same command, undisturbed now, brings the run to the expected bits."""
-        if finish(self.start(recipe)) != [0, 0]:
+        if finish(self.start(recipe), LONG) != [0, 0]:
             return False
-        found = states(recipe.parent / "out")
-        return found.keys() == self.expected.keys() and all(torch.equal(found[k], t) for k, t in self.expected.items())
+        found, expected = states(recipe.parent / "out"), self.undisturbed(sharded)
+        return found.keys() == expected.keys() and all(torch.equal(found[k], t) for k, t in expected.items())
+
+
+def size(log: Path) -> int:
+    """How many lines it has."""
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def states(out: Path) -> dict[str, Tensor]:
@@ -94,19 +117,24 @@ Outcome = tuple[int, bool]
 """How many faults were made to happen in a run, and whether it survived them all."""
 
 
-def kills(soak: Soak) -> Outcome:
-    """`kill -9` to both ranks at random moments, in random order, five times a run."""
-    recipe, tried = soak.new_run(), 0
-    while tried < 5:
+def kills(soak: Soak, sharded: bool = False) -> Outcome:
+    """`kill -9` to both ranks at random moments, in random order, several times a run."""
+    recipe, tried = soak.new_run(sharded), 0
+    while tried < KILLS_A_RUN:
         ranks = soak.start(recipe)
-        if soak.wait(ranks, soak.rng.uniform(0.0, 2.5)):
+        if soak.wait(ranks, recipe.parent / "out" / "log.jsonl"):
             break  # it was done before the blow
         for rank in soak.rng.sample(ranks, 2):
             rank.send(signal.SIGKILL)
             time.sleep(soak.rng.choice((0.0, 0.05)))
         finish(ranks)
         tried += 1
-    return tried, soak.ends_well(recipe)
+    return tried, soak.ends_well(recipe, sharded)
+
+
+def kills_of_shards(soak: Soak) -> Outcome:
+    """The same to a run whose ranks each write their part of a checkpoint."""
+    return kills(soak, sharded=True)
 
 
 def signals(soak: Soak) -> Outcome:
@@ -114,7 +142,7 @@ def signals(soak: Soak) -> Outcome:
     recipe = soak.new_run()
     log = recipe.parent / "out" / "log.jsonl"
     ranks = soak.start(recipe, {"at": "step", "do": "pause", "seconds": 0.1})
-    end = time.monotonic() + 60
+    end = time.monotonic() + LONG
     while time.monotonic() < end and not (log.exists() and '"start"' in log.read_text()):
         time.sleep(0.02)  # before the first step a signal just ends the process, with nothing to save
     time.sleep(soak.rng.uniform(0.0, 1.5))
@@ -122,7 +150,7 @@ def signals(soak: Soak) -> Outcome:
         for rank in soak.rng.choice((ranks, ranks[:1], ranks[1:])):
             rank.send(soak.rng.choice((signal.SIGTERM, signal.SIGINT)))
         time.sleep(0.05)
-    return 1, finish(ranks) == [EXIT_INTERRUPTED] * 2 and soak.ends_well(recipe)
+    return 1, finish(ranks, LONG) == [EXIT_INTERRUPTED] * 2 and soak.ends_well(recipe)
 
 
 def failures(soak: Soak) -> Outcome:
@@ -130,7 +158,7 @@ def failures(soak: Soak) -> Outcome:
     recipe, action = soak.new_run(), soak.rng.choice(("kill", "fail", "hang"))
     plan = {"at": soak.rng.choice(("step", "data")), "do": action, "rank": soak.rng.randrange(2)}
     place = {"stage": soak.rng.choice(STAGES), "steps": [soak.rng.randint(1, 10)]}
-    codes = finish(soak.start(recipe, plan | place), timeout=80)
+    codes = finish(soak.start(recipe, plan | place), LONG)
     return 1, set(codes) <= {EXIT_FAILED, -9} and EXIT_FAILED in codes and soak.ends_well(recipe)
 
 
@@ -163,6 +191,7 @@ def missing(soak: Soak) -> Outcome:
 
 FAULTS: dict[str, Callable[[Soak], Outcome]] = {
     "kill -9 of both ranks at a random moment": kills,
+    "kill -9 of both ranks of a sharded run": kills_of_shards,
     "SIGTERM or SIGINT to one rank or both, once or more": signals,
     "a rank hangs, dies or fails": failures,
     "the newest checkpoint is truncated or a bit of it flips": damage,
@@ -170,9 +199,8 @@ FAULTS: dict[str, Callable[[Soak], Outcome]] = {
 }
 
 
-def run(soak: Soak, wanted: dict[str, int], seconds: float) -> list[Row]:
-    """Breaks runs until every row has what is wanted of it or the time is over; kinds take turns."""
-    rows = [Row(fault) for fault in FAULTS]
+def run(soak: Soak, rows: list[Row], wanted: dict[str, int], seconds: float) -> Iterator[None]:
+    """Breaks runs until every row has what is wanted of it or the time is over; kinds take turns. Yields after each."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and (open_rows := [row for row in rows if row.tried < wanted[row.fault]]):
         row = min(open_rows, key=lambda row: row.tried / wanted[row.fault])
@@ -182,7 +210,8 @@ def run(soak: Soak, wanted: dict[str, int], seconds: float) -> list[Row]:
         row.lost += 0 if survived else tried
         if not survived:
             print(f"LOST: {row.fault}, {soak.folder}/run{soak.runs}", flush=True)
-    return rows
+        print(f"{row.fault}: {row.tried} of {wanted[row.fault]}, lost {row.lost}", flush=True)
+        yield
 
 
 def table(rows: list[Row]) -> str:
@@ -192,33 +221,46 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines + [f"| {r.fault} | {r.tried} | {r.survived} | {r.lost} |" for r in [*rows, total]])
 
 
+def left_open(out: Path, wanted: dict[str, int], seed: int) -> tuple[list[Row], float]:
+    """The rows of an earlier soak that ended before it had done the same, and how long it took; else new ones."""
+    if out.exists():
+        record = json.loads(out.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in record["rows"]]
+        same = record.get("wanted") == wanted and record["seed"] == seed
+        if same and any(row.tried < wanted[row.fault] for row in rows):
+            return rows, record["seconds"]
+    return [Row(fault) for fault in wanted], 0.0
+
+
 def main() -> int:
     """The command; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--others", type=int, default=20, help="of each other fault")
+    parser.add_argument("--others", type=int, default=20, help="of each other fault, a sharded run's kills included")
     parser.add_argument("--minutes", type=float, default=30.0, help="the budget; what is not done by then is left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=tiny.ROOT / "bench" / "results" / "soak.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    start = time.time()
-    with tempfile.TemporaryDirectory(prefix="st_fast-soak-") as folder:
-        soak = Soak(Path(folder), given.seed)
-        wanted = {name: given.kills if fault is kills else given.others for name, fault in FAULTS.items()}
-        rows = run(soak, wanted, 60 * given.minutes)
-        soak.nursery.close()
-    record = {
-        "what": "random faults in a two-rank run of 2 × 10 steps; survived: ended as documented, then bit-identical",
-        "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
-        "seconds": round(time.time() - start),
-        "seed": given.seed,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"st_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "rows": [asdict(row) for row in rows],
-    }
+    wanted = {name: given.kills if fault is kills else given.others for name, fault in FAULTS.items()}
+    rows, before = left_open(given.out, wanted, given.seed)
+    start = time.time() - before
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="st_fast-soak-") as folder:
+        soak = Soak(Path(folder), given.seed + sum(row.tried for row in rows))
+        for _ in run(soak, rows, wanted, 60 * given.minutes):
+            record = {
+                "what": WHAT,
+                "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
+                "seconds": round(time.time() - start),
+                "seed": given.seed,
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "versions": {"st_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                "wanted": wanted,
+                "rows": [asdict(row) for row in rows],
+            }
+            write_json_atomic(given.out, record)
+        soak.nursery.close()
     print(table(rows))
     return 1 if any(row.lost for row in rows) else 0
 

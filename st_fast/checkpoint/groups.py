@@ -47,12 +47,12 @@ def write_group(path: Path, tensors: Mapping[str, Tensor]) -> GroupFile:
     """
     # Widest items first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    described = {key: _described(key, tensors[key]) for key in order}
+    shapes = {key: described(key, tensors[key]) for key in order}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     stop = 0
     for key in order:
         start, stop = stop, stop + tensors[key].numel() * tensors[key].element_size()
-        header[key] = {**described[key], "data_offsets": [start, stop]}
+        header[key] = {**shapes[key], "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     prefix = len(text).to_bytes(8, "little") + text
@@ -64,7 +64,7 @@ def write_group(path: Path, tensors: Mapping[str, Tensor]) -> GroupFile:
             for at in range(0, len(data), CHUNK):  # a piece is hashed and written while it is in the cache
                 digest.update(data[at : at + CHUNK])
                 write_bytes(file, data[at : at + CHUNK])
-    return GroupFile(path.name, digest.hexdigest(), len(prefix) + stop, described)
+    return GroupFile(path.name, digest.hexdigest(), len(prefix) + stop, shapes)
 
 
 def read_group(path: Path, record: GroupFile, verify: bool) -> dict[str, Tensor]:
@@ -105,7 +105,8 @@ def check_group(path: Path, record: GroupFile, deep: bool) -> None:
             _same_hash(path, record, digest.hexdigest())
 
 
-def _described(key: str, tensor: Tensor) -> dict[str, object]:
+def described(key: str, tensor: Tensor) -> dict[str, object]:
+    """A tensor's shape and dtype as a header has them; ValueError for what safetensors can't hold."""
     if tensor.dtype not in DTYPE_NAMES:
         raise ValueError(f"tensor {key!r}: dtype {tensor.dtype} cannot be saved; {', '.join(DTYPES)} can")
     if key == "__metadata__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ from torch import Tensor
 from st_fast.checkpoint.groups import bytes_of
 from st_fast.checkpoint.history import prune, sweep
 from st_fast.checkpoint.store import SaveFailed, save
+from st_fast.checkpoint.together import Team, Whole, split
 from st_fast.safefile import json_bytes
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Around the copying of a snapshot from a CUDA device, which works on nothing else meanwhile."""
+
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
 
 SAVING = "st_fast-save"
 """The name of the thread that writes."""
@@ -28,7 +39,8 @@ class Saver:
 
     `report` gets one line if a save fails (training goes on, nothing already saved is touched), `on_saved` the path and
     the seconds the write took. Both are called from the writing thread. Whoever makes a Saver holds the run's lock:
-    leftovers of a killed process are swept away first. `background=False` writes within `save`.
+    leftovers of a killed process are swept away first. `background=False` writes within `save`. With a `team` every
+    rank has a Saver and they write together; the first rank's prunes and sweeps.
     The snapshot takes as much host memory as the state and is used again by every save; page-locked for CUDA.
     """
 
@@ -41,14 +53,18 @@ class Saver:
         keep_every: int = 0,
         background: bool = True,
         on_saved: Callable[[Path, float], None] | None = None,
+        team: Team | None = None,
     ) -> None:
         self._root, self._report, self._on_saved = Path(root), report, on_saved
         self._keep, self._keep_every, self._background = keep, keep_every, background
+        self._team, self._leads = team, team is None or team.first
+        self.stalled = 0.0  # seconds that all saves together have held up the training, the device's copying included
         self._host: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
         self._error: BaseException | None = None
-        sweep(self._root)
+        if self._leads:
+            sweep(self._root)
 
     def save(self, step: int, groups: Groups, meta: Mapping[str, Any]) -> float:
         """Takes the state as it is now and starts writing it; returns the seconds the caller was held up.
@@ -59,14 +75,19 @@ class Saver:
         self.wait()
         self._path = None
         meta = json.loads(json_bytes(dict(meta)))  # a snapshot of the metadata too, and its errors told here
+        whole: Whole = {}
+        if self._team is not None:
+            groups, whole = split(groups, self._team.rank)
         if self._background:
             snapshot, copied = self._snapshot(groups)
-            arguments = (step, snapshot, meta, copied)
+            arguments = (step, snapshot, whole, meta, copied)
             self._thread = threading.Thread(target=self._guarded_write, args=arguments, name=SAVING)
             self._thread.start()
         else:
-            self._write(step, groups, meta, [])
-        return time.perf_counter() - start
+            self._write(step, groups, whole, meta, [])
+        stall = time.perf_counter() - start
+        self.stalled += stall
+        return stall
 
     def wait(self) -> Path | None:
         """Waits for the write in flight; the path of the last save, or None if it failed or there was none.
@@ -81,24 +102,23 @@ class Saver:
             raise error
         return self._path
 
-    def _snapshot(self, groups: Groups) -> tuple[Groups, list[torch.cuda.Event]]:
-        """Copies of all tensors in host memory, and the events after which the copies from CUDA are complete."""
+    def _snapshot(self, groups: Groups) -> tuple[Groups, list[Copied]]:
+        """Copies of all tensors in host memory, and the events around the copying from each CUDA device."""
         host: dict[tuple[str, str], Tensor] = {}
-        devices: set[torch.device] = set()
+        devices = {tensor.device for tensors in groups.values() for tensor in tensors.values() if tensor.is_cuda}
+        before = [_mark(device) for device in devices]
         for name, tensors in groups.items():
             for key, tensor in tensors.items():
                 buffer = self._host.get((name, key))
                 if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                     buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 host[name, key] = buffer
-                if tensor.is_cuda:
-                    devices.add(tensor.device)
                 _copy(tensor.detach(), buffer)
         self._host = host
         # The copies are queued on the current stream, so later kernels on it can't overtake them: the thread waits
         # for them, the caller does not.
-        events = [torch.cuda.current_stream(device).record_event() for device in devices]
-        return {name: {key: host[name, key] for key in tensors} for name, tensors in groups.items()}, events
+        copied = [Copied(start, _mark(device)) for start, device in zip(before, devices, strict=True)]
+        return {name: {key: host[name, key] for key in tensors} for name, tensors in groups.items()}, copied
 
     def _guarded_write(self, *arguments: Any) -> None:
         try:
@@ -106,19 +126,30 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _write(self, step: int, groups: Groups, meta: Mapping[str, Any], copied: list[torch.cuda.Event]) -> None:
+    def _write(
+        self, step: int, groups: Groups, whole: Whole, meta: Mapping[str, Any], copied: Sequence[Copied]
+    ) -> None:
         start = time.perf_counter()
-        for event in copied:
-            event.synchronize()
+        for one in copied:
+            one.end.synchronize()
+            self.stalled += one.start.elapsed_time(one.end) / 1e3
         try:
-            self._path = save(self._root, step, groups, meta)
-            prune(self._root, self._keep, self._keep_every)
+            if self._team is not None:
+                self._path = self._team.save(self._root, step, groups, whole, meta)
+            else:
+                self._path = save(self._root, step, groups, meta)
+            if self._leads:
+                prune(self._root, self._keep, self._keep_every)
         except SaveFailed as error:
             self._report(str(error))
         except OSError as error:
             self._report(f"{self._root}: old checkpoints could not be deleted ({error.strerror or error})")
         if self._path and self._on_saved:
             self._on_saved(self._path, time.perf_counter() - start)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event:
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
 def _copy(source: Tensor, host: Tensor) -> None:

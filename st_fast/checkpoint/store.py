@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from st_fast.checkpoint.groups import GroupFile, check_group, read_group, write_group
+from st_fast.checkpoint.groups import GroupFile, write_group
+from st_fast.checkpoint.parts import Group, parse_group
 from st_fast.errors import RunFailed
 from st_fast.safefile import (
     JSON_LIMIT,
@@ -29,7 +30,8 @@ from st_fast.safefile import (
 )
 
 FORMAT = "st_fast.checkpoint"
-VERSION = 1
+VERSION = 2
+"""The newest that is read. 1: a file a group; 2: a file a group and rank (`parts.py`), written only where sharded."""
 MANIFEST = "manifest.json"
 
 
@@ -56,7 +58,7 @@ class Manifest:
     """A manifest whose digest and types were checked; the files it names were not."""
 
     step: int
-    groups: Mapping[str, GroupFile]
+    groups: Mapping[str, Group]
     meta: Mapping[str, Any]
 
 
@@ -69,22 +71,29 @@ def save(root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta
         SaveFailed: the file system refused; nothing has changed.
         ValueError: a group's name is no plain file name, a dtype can't be saved, or `meta` is not finite JSON.
     """
+    check_names(groups, step)
+    target = Path(root) / f"{step:08d}"
+    try:
+        with FolderWrite(target, replace=True) as folder:
+            files = {name: write_group(folder.path / f"{name}.safetensors", group) for name, group in groups.items()}
+            write_manifest(folder.path, 1, step, {name: asdict(file) for name, file in files.items()}, meta)
+    except OSError as error:
+        raise not_saved(target, error.strerror or str(error)) from error
+    return target
+
+
+def check_names(groups: Iterable[str], step: int) -> None:
+    """ValueError for a group that can't be a file's name, or a negative step."""
     for name in groups:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise ValueError(f"group {name!r}: only letters, digits, '_', '-' and '.' are allowed")
     if step < 0:
         raise ValueError(f"step is {step}, it must not be negative")
-    target = Path(root) / f"{step:08d}"
-    try:
-        with FolderWrite(target, replace=True) as folder:
-            files = {name: write_group(folder.path / f"{name}.safetensors", group) for name, group in groups.items()}
-            with durable_file(folder.path / MANIFEST) as file:
-                write_all(file, _manifest_bytes(step, files, meta))
-    except OSError as error:
-        raise SaveFailed(
-            f"{target}: not saved ({error.strerror or error}); earlier checkpoints are untouched"
-        ) from error
-    return target
+
+
+def not_saved(target: Path, why: str) -> SaveFailed:
+    """The error of a save that the file system refused."""
+    return SaveFailed(f"{target}: not saved ({why}); earlier checkpoints are untouched")
 
 
 def load(path: Path, groups: Sequence[str] | None = None, verify: bool = True) -> Checkpoint:
@@ -97,19 +106,18 @@ def load(path: Path, groups: Sequence[str] | None = None, verify: bool = True) -
     wanted = list(manifest.groups) if groups is None else list(groups)
     if lacking := [name for name in wanted if name not in manifest.groups]:
         raise BadFile(f"{path}: has no group {', '.join(lacking)}; it has {shown(list(manifest.groups))}")
-    for name, record in manifest.groups.items():
+    for name, group in manifest.groups.items():
         if name not in wanted:
-            check_group(inside(path, record.file), record, deep=False)
-    records = {name: manifest.groups[name] for name in wanted}
-    loaded = {name: read_group(inside(path, record.file), record, verify) for name, record in records.items()}
+            group.check(path, deep=False)
+    loaded = {name: manifest.groups[name].read(path, verify) for name in wanted}
     return Checkpoint(manifest.step, loaded, manifest.meta, path)
 
 
 def valid(path: Path, deep: bool = True) -> str | None:
     """None if the checkpoint is whole, otherwise what is wrong with it; reads every byte unless `deep` is False."""
     try:
-        for record in read_manifest(Path(path)).groups.values():
-            check_group(inside(path, record.file), record, deep)
+        for group in read_manifest(Path(path)).groups.values():
+            group.check(Path(path), deep)
     except BadFile as error:
         return str(error)
     return None
@@ -143,19 +151,17 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _manifest_bytes(step: int, files: Mapping[str, GroupFile], meta: Mapping[str, Any]) -> bytes:
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "groups": {name: asdict(file) for name, file in files.items()},
-        "meta": dict(meta),
-    }
+def write_manifest(
+    folder: Path, version: int, step: int, groups: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint's manifest durably; ValueError for what could not be read back, OSError on a full disk."""
+    content = {"format": FORMAT, "version": version, "step": step, "groups": groups, "meta": dict(meta)}
     content = json.loads(json_bytes(content))  # as it will be read: tuples are lists, every key is a string
     data = json_bytes({**content, "digest": digest_of(content)})
     if len(data) > JSON_LIMIT:
         raise ValueError(f"the manifest would have {len(data)} bytes, at most {JSON_LIMIT} can be read back")
-    return data
+    with durable_file(folder / MANIFEST) as file:
+        write_all(file, data)
 
 
 def _parsed(content: dict[str, Any], file: Path) -> Manifest:
@@ -173,10 +179,11 @@ def _parsed(content: dict[str, Any], file: Path) -> Manifest:
         raise BadFile(f"{file}: step is {shown(step)}, expected a whole number from 0")
     if not isinstance(groups, dict) or not isinstance(meta, dict):
         raise BadFile(f"{file}: groups and meta must be objects")
-    return Manifest(step, {name: _parsed_group(name, value, file) for name, value in groups.items()}, meta)
+    parse = parse_group if content["version"] > 1 else _parse_file
+    return Manifest(step, {name: parse(name, value, file) for name, value in groups.items()}, meta)
 
 
-def _parsed_group(name: str, value: object, file: Path) -> GroupFile:
+def _parse_file(name: str, value: object, file: Path) -> Group:
     types = {"file": str, "sha256": str, "bytes": int, "tensors": dict}
     if not isinstance(value, dict) or value.keys() != types.keys():
         expected = ", ".join(field.name for field in fields(GroupFile))
@@ -184,4 +191,4 @@ def _parsed_group(name: str, value: object, file: Path) -> GroupFile:
     for key, kind in types.items():
         if type(value[key]) is not kind:
             raise BadFile(f"{file}: group {shown(name)}: {key} is {shown(value[key])}, expected {kind.__name__}")
-    return GroupFile(**value)
+    return Group(value["tensors"], [GroupFile(**value)])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from st_fast.model.sit import Run, run_module
+
+
+def _run_inside(block: nn.Module, *inputs: Tensor) -> Any:
+    return type(block).forward(block, *inputs)
 
 
 class CompiledBlocks:
@@ -17,8 +23,12 @@ class CompiledBlocks:
     """
 
     def __init__(self, say: Callable[[str], None], dynamic: bool) -> None:
-        self._say = say
-        self._run: Run = torch.compile(run_module, fullgraph=True, dynamic=dynamic)
+        self._say, self._dynamic = say, dynamic
+        self._use(run_module)
+
+    def _use(self, plain: Run) -> None:
+        self._plain = plain
+        self._run: Run = torch.compile(plain, fullgraph=True, dynamic=self._dynamic)
 
     def __call__(self, block: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         try:
@@ -27,8 +37,17 @@ class CompiledBlocks:
             raise
         except compiler_errors() as error:
             self._say(f"torch.compile failed ({type(error).__name__}), going on without it: {first_line(error)}")
-            self._run = run_module
-            return self._run(block, *inputs)
+            self._run = self._plain
+            return self._plain(block, *inputs)
+
+    def inside(self, blocks: Iterable[nn.Module]) -> None:
+        """Compiles what these blocks do between their hooks, which gather and free a sharded block's weights.
+
+        Hooks themselves can't be compiled. The blocks are called as usual, not through this object.
+        """
+        self._use(_run_inside)
+        for block in blocks:
+            setattr(block, "forward", partial(self, block))  # noqa: B010
 
 
 def compiler_errors() -> tuple[type[BaseException], ...]:

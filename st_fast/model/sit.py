@@ -202,6 +202,10 @@ class SiT(Pretrained):
         parts: list[Block | FinalLayer] = [*self._blocks, self.final_layer]
         return parts[: depth + 1]
 
+    def modulation_layers(self, depth: int) -> list[nn.Linear]:
+        """Those that run, in this order and before any block, where the trunk runs `depth` blocks."""
+        return [part.modulation_layer for part in self._modulated(depth)]
+
     @property
     def null_label(self) -> int:
         """The label that stands for no class."""
@@ -230,7 +234,7 @@ class SiT(Pretrained):
 
         As one product the weights are laid end to end for it, which costs a pass over them; names stay as published.
         """
-        layers = [part.modulation_layer for part in self._modulated(depth)]
+        layers = self.modulation_layers(depth)
         if self.config.modulation == "per_block":
             return [layer(c) for layer in layers]
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])

@@ -27,6 +27,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_spikes(recipe.run)
     check_fp8(recipe, ranks)
     check_scores(recipe.evaluate)
+    check_sharding(recipe)
     check_profile(recipe)
     check_schedule(recipe)
 
@@ -195,6 +196,24 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
     for name, size in sizes.items():
         if size % FP8_MULTIPLE:
             raise wrong_value("run.fp8", run.fp8, f'"off", or a multiple of {FP8_MULTIPLE}', f"{name} is none")
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """What reads weights outside of the blocks, or works on another stream or without hooks, needs whole weights."""
+    run = recipe.run
+    if run.sharding != "none":
+        if recipe.model.modulation != "per_block":
+            raise wrong_value("model.modulation", recipe.model.modulation, '"per_block" in a sharded run')
+        if run.cuda_graphs:
+            raise wrong_value("run.cuda_graphs", True, "false in a sharded run")
+        if run.fp8 != "off":
+            raise wrong_value("run.fp8", run.fp8, '"off" in a sharded run')
+    if run.shard_teacher:
+        if run.sharding == "none":
+            raise wrong_value("run.shard_teacher", True, 'false, or run.sharding = "fsdp2" as well')
+        for key, value in (("teacher_branches", "batched"), ("teacher_placement", "before")):
+            if getattr(run, key) != value:
+                raise wrong_value(f"run.{key}", getattr(run, key), f'"{value}" with run.shard_teacher')
 
 
 JUDGE_FEATURES, INCEPTION_FEATURES = 64, 2_048

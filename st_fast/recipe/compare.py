@@ -38,6 +38,9 @@ HARMLESS = frozenset(
         "run.prefetch",
         "run.cuda_graphs",
         "run.streams",
+        # The same sums in another order, as with another number of ranks.
+        "run.sharding",
+        "run.shard_teacher",
         "run.log_every",
         "run.save_every",
         "run.keep",

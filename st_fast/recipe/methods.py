@@ -59,6 +59,11 @@ class Method:
         return False
 
     @property
+    def frozen_depth(self) -> int:
+        """How many blocks of the teacher, or of the average, run; 0 where there is none."""
+        return 0
+
+    @property
     def encoder_names(self) -> tuple[str, ...]:
         """The image encoders whose features are the target."""
         return ()
@@ -159,6 +164,10 @@ class SelfTranscendence(Method):
     def needs_null_class(self) -> bool:
         return self.cfg_scale != 1.0
 
+    @property
+    def frozen_depth(self) -> int:
+        return self.teacher_depth
+
 
 @dataclass(frozen=True)
 class LayerSync(Method):
@@ -206,6 +215,10 @@ class SelfRepresentation(Method):
     @property
     def learns_from_average(self) -> bool:
         return True
+
+    @property
+    def frozen_depth(self) -> int:
+        return self.teacher_depth
 
     def factor(self, step: int) -> float:
         if self.decay_steps == 0 or step <= self.decay_start:

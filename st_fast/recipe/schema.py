@@ -108,6 +108,7 @@ class Run:
     checkpoint, at most `spike_retries` times a stage. A rank that gets no further for `hang_timeout` seconds ends the
     run (0: never). `checkpointing` computes activations again in the backward pass instead of keeping them: those of
     the attention, or of whole blocks. `fp8` casts the operands of the blocks' linear layers, with one scale a tensor.
+    `sharding = "fsdp2"` keeps weights, moments and EMA in shards, one a rank; frozen teachers too with `shard_teacher`.
 
     `teacher_branches`, `teacher_placement`, `supervised_rows`, `prefetch` and `cuda_graphs` schedule the same work in
     another way: docs/schedules.md. Where one of them takes a second CUDA stream and there is none, `streams` says what
@@ -128,6 +129,8 @@ class Run:
     prefetch: bool = False
     cuda_graphs: bool = False
     streams: Literal["required", "auto", "off"] = "required"
+    sharding: Literal["none", "fsdp2"] = "none"
+    shard_teacher: bool = False
     log_every: Count = 50
     save_every: Count = 5_000
     keep: Count = 2

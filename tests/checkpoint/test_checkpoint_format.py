@@ -74,8 +74,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
 def test_a_newer_format_is_told_and_never_passed_over(tmp_path: Path, state: Any, forge: Any) -> None:
     save(tmp_path, 1, state(1), {})
     path = save(tmp_path, 2, state(2), {})
-    forge(path, lambda manifest: manifest.update(version=2, extra="field", groups=[]))
-    message = r"00000002/manifest\.json: written by a newer st_fast \(format 2; this one reads 1\)"
+    forge(path, lambda manifest: manifest.update(version=3, extra="field", groups=[]))
+    message = r"00000002/manifest\.json: written by a newer st_fast \(format 3; this one reads 2\)"
     with pytest.raises(NewerFormat, match=message):
         load(path)
     with pytest.raises(NewerFormat, match=message):
