@@ -101,7 +101,7 @@ class Trainer:
         self.averaged = build(recipe.model, table, recipe.run.seed).eval().requires_grad_(False)
         # Only the first rank looks at it: with everything else in shards, the others do without its memory.
         self.averaged.to(device if self.shards is None or setting.ranks.first else "meta")
-        self.rollbacks = 0
+        self.rollbacks, self.trained_before = 0, 0.0
         self.origin: dict[str, Any] | None = None
         """What the weights started from, where that is a model."""
         self.saver = _saver(setting, stage, self.folder / "checkpoints", self.shards is not None)
@@ -114,6 +114,7 @@ class Trainer:
     def resume(self, clock: Clock) -> int:
         """Takes over the newest sound checkpoint, if there is one; returns the number of completed steps."""
         found = self._restore(before=None)
+        self.trained_before = found["seconds"]
         clock.seconds, self.rollbacks, self.origin = found["seconds"], found["rollbacks"], found["init"]
         return found["step"]
 
@@ -198,6 +199,13 @@ class Trainer:
             raise RunFailed(f"{self.folder}: the last checkpoint could not be written")
         self.setting.ranks.barrier()
 
+    def stalls(self, clock: Clock) -> dict[str, float]:
+        """Seconds that saves held this start's training up on the first rank, and their share of its training time."""
+        if self.saver is None:
+            return {}
+        stalled, trained = self.saver.stalled, clock.read() - self.trained_before
+        return {"save_stall": round(stalled, 6), "save_stall_share": round(stalled / max(trained, 1e-9), 6)}
+
     def close(self) -> None:
         """Closes the features' files."""
         self.features.close()
@@ -262,12 +270,13 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     for reader in (loader, *features):
         reader.close()
     trainer.finish()
+    stalls = trainer.stalls(clock)
     trainer.close()
     gc.unfreeze()
     if done < stage.steps:
         setting.stop.close()
         raise Interrupted(f"{setting.stop.signal}: saved {stage.name} at step {done}; the same command continues")
-    log.write("end", stage.name, done, **report.cost(done))
+    log.write("end", stage.name, done, **report.cost(done), **stalls)
 
 
 class Reporter:
