@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +118,9 @@ def test_every_goal_can_be_reached_and_missed(goal):
     bound = goal.least if goal.least is not None else goal.most
     better, worse = (bound * 1.01, bound * 0.99) if goal.least is not None else (bound * 0.99, bound * 1.01)
     assert goal.met(better) and not goal.met(worse)
+
+
+def test_the_demo_as_measured_last_waited_for_data_less_than_a_hundredth_of_its_time():
+    stages = json.loads((Path(report.__file__).parent / "results" / "demo.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["align", "transcend"]
+    assert all(0 <= stage["waited"] < 0.01 for stage in stages)
