@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_fast.data.images import BadImage, decode_image, load_image
+from st_fast.data.images import BadImage, center_crop, decode_image
 from st_fast.data.job import SKIPPED_FILE
 from st_fast.data.machine import usable_cpus
 from st_fast.data.progress import bar
@@ -27,6 +27,7 @@ from st_fast.data.sources import open_source
 from st_fast.errors import UserError
 from st_fast.judge import read_images
 from st_fast.safefile import read_json
+from st_fast.vae import PRESETS
 
 KEPT_FILE = "images.safetensors"
 """Images as tensors, which a data folder may hold: those of the digits are the records' own."""
@@ -63,13 +64,14 @@ class SourceImages:
     UserError where the source can't be that: another number of usable images, or other labels.
     """
 
-    def __init__(self, source: Source, records: RecordSet, size: int) -> None:
+    def __init__(self, source: Source, records: RecordSet, size: int, exact: bool = False) -> None:
         self.source, self.size, self.views = source, size, 2 if records.manifest.flip else 1
+        self.exact = exact
+        """Whether images must have that size already: where it is nothing but the first one's."""
         self.manifest, self.labels, self.digest = ImageLayout((3, size, size)), records.labels, source.digest()
         made = crop_of(records)
         if made not in (None, size):
             raise UserError(f"--size {size}: the latents are of {records.manifest.source!r}; give the same size")
-        self.exact = made is None
         self.numbers = self._numbers(records)
         labels = np.repeat(source.labels[self.numbers], self.views)
         wrong = np.flatnonzero(labels != records.labels)
@@ -102,12 +104,10 @@ class SourceImages:
         row[:] = image[:, :, ::-1] if record % self.views else image
 
     def _pixels(self, number: int) -> np.ndarray:
-        data = self.source.read(number)
-        if self.exact:
-            found = decode_image(data, 3).size
-            if found != (self.size, self.size):
-                raise BadImage(f"{found[0]} x {found[1]} pixels, {self.size} x {self.size} needed")
-        return load_image(data, self.size, 3)
+        image = decode_image(self.source.read(number), 3)
+        if self.exact and image.size != (self.size, self.size):
+            raise BadImage(f"{image.width} x {image.height} pixels, {self.size} x {self.size} needed")
+        return center_crop(image, self.size).transpose(2, 0, 1)
 
     def _numbers(self, records: RecordSet) -> np.ndarray:
         """The source's numbers of the images that have latents."""
@@ -168,8 +168,8 @@ def open_record_images(
 ) -> SourceImages | KeptImages:
     """The images of the records in `folder`; `images` is what they were made from, or "" for images in the folder.
 
-    size: of the crop, where the caller knows it; else the manifest's, or the size that the images have. UserError where
-    they can't be found or are others.
+    size: of the crop, where the caller knows it; else the manifest's, else what the images and latents tell. UserError
+    where they can't be found or are others.
     """
     if not images and is_repa(folder):
         images = str(folder)
@@ -186,18 +186,24 @@ def open_record_images(
         source = repa_images(repa)
     else:
         source = open_source(where, subset)
-    return SourceImages(source, records, size or crop_of(records) or _side(source))
+    known = size or crop_of(records)
+    return SourceImages(source, records, known) if known else SourceImages(source, records, *_side(source, records))
 
 
-def _side(source: Source) -> int:
-    """The side of the source's first image; `SourceImages` asks for the same of the others."""
+def _side(source: Source, records: RecordSet) -> tuple[int, bool]:
+    """The side of the crop, and whether all images must have it: the first one's, where that is square.
+
+    Else that of the latents of a Stable Diffusion VAE, which are an eighth of it.
+    """
     try:
         width, height = decode_image(source.read(0), 3).size
     except (BadImage, OSError) as error:
         raise UserError(f"{source.names[0]!a}: can't be used ({error})") from None
-    if width != height:
-        raise UserError(
-            f"{source.names[0]!a}: {width} x {height} pixels, and the latents don't say how they were cropped: square "
-            "images are needed"
-        )
-    return width
+    if width == height:
+        return width, True
+    if records.manifest.vae.name in PRESETS:
+        return 8 * records.manifest.shape[-1], False
+    raise UserError(
+        f"{source.names[0]!a}: {width} x {height} pixels, and the latents don't say how they were cropped: square "
+        "images are needed"
+    )

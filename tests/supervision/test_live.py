@@ -292,6 +292,15 @@ def test_repas_layout_brings_its_own_images(tmp_path: Path) -> None:
     (tmp_path / "images" / "00000" / "img00000002.png").write_bytes(encoded(picture(2, (10, 8))))
     with pytest.raises(UserError, match=r"img00000002\.png.*10 x 8 pixels, 8 x 8 needed"):
         images.read_into(np.array([2]), out[:1])
+    raw = tmp_path / "raw"  # what REPA's images were cropped from, as 4 x 4 latents of a Stable Diffusion VAE
+    for number, label in enumerate(records.labels):
+        (raw / f"class {label}").mkdir(parents=True, exist_ok=True)
+        (raw / f"class {label}" / f"{number}.png").write_bytes(encoded(picture(number, (50, 40))))
+    order = np.argsort(records.labels, kind="stable")
+    records.labels = records.labels[order]
+    cropped = open_record_images(tmp_path, records, str(raw), "")
+    cropped.read_into(np.array([0]), big := np.empty((1, 3, 32, 32), np.uint8))
+    assert np.array_equal(big[0], load_image(encoded(picture(int(order[0]), (50, 40))), 32, 3))
     (tmp_path / "images" / "00000" / "img00000002.png").rename(tmp_path / "images" / "00000" / "img00000099.png")
     with pytest.raises(UserError, match=r"img00000003\.png.* stands where the image of .*00000002"):
         open_record_images(tmp_path, records, "", "")
