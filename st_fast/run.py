@@ -91,7 +91,9 @@ def check_teachers(recipe: Recipe) -> None:
         name, group = stage.method.teacher_name, stage.method.teacher_group
         if name is not None and all(name != other.name for other in recipe.stages):
             root = teacher.checkpoint_root(recipe, name)
-            teacher.load_frozen(root, recipe.model, group, table, torch.device("cpu"), torch.float32)
+            teacher.load_frozen(
+                root, recipe.model, group, table, torch.device("cpu"), torch.float32, flow=recipe.flow.path
+            )
 
 
 def check_features(recipe: Recipe, records: RecordSet) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from st_fast import checkpoint
 from st_fast.errors import UserError
 from st_fast.formats.bundle import trunk
-from st_fast.formats.origin import read_model
+from st_fast.formats.origin import flow_path, read_model
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, build
 from st_fast.model.attention import BACKENDS, Attend
@@ -41,14 +41,16 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
 def load_frozen(
     root: Path, config: Model, weights: Literal["raw", "ema"], kernels: KernelTable, place: torch.device,
     dtype: torch.dtype,
-    attend: Attend = BACKENDS["sdpa"].attend,
+    attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
 ) -> SiT:  # fmt: skip
     """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
 
-    UserError, in one line, if there is none, if its architecture differs from `config`, or if any key of the trunk
-    is missing, unknown or of another shape.
+    UserError, in one line, if there is none, if its architecture differs from `config`, if it was trained on another
+    path than `flow` (where given), or if any key of the trunk is missing, unknown or of another shape.
     """
-    theirs, tensors, path = _read(root, config, weights)
+    theirs, tensors, path, its_flow = _read(root, config, weights)
+    if flow is not None and its_flow != flow:
+        raise UserError(f"teacher {path}: trained on the {its_flow} path, flow.path = {flow!r}")
     ours = architecture(config)
     differing = [f"{k} {theirs.get(k)} (this recipe: {v})" for k, v in ours.items() if theirs.get(k) != v]
     if differing:
@@ -61,15 +63,16 @@ def load_frozen(
 
 def _read(
     root: Path, config: Model, weights: Literal["raw", "ema"]
-) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Path]:
-    """Architecture, weights and where they were found; of a checkpoint only the group that is wanted is read."""
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Path, str]:
+    """Architecture, weights, where they lie and the path of their flow; of a checkpoint only one group is read."""
     if root.is_file() or (root / CONFIG).is_file():
         bundle = read_model(root, _say, heads_otherwise=config.heads).bundle
-        return architecture(bundle.config), trunk(bundle.model if weights == "raw" else bundle.ema), root
+        tensors = trunk(bundle.model if weights == "raw" else bundle.ema)
+        return architecture(bundle.config), tensors, root, bundle.path
     found = checkpoint.latest(root, _say, groups=(group(weights),))
     if found is None:
         raise UserError(f"teacher: no sound checkpoint under {root}")
-    return found.meta.get("architecture", {}), found.groups[group(weights)], found.path
+    return found.meta.get("architecture", {}), found.groups[group(weights)], found.path, flow_path(found.meta)
 
 
 def _say(text: str) -> None:

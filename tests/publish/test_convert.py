@@ -93,6 +93,9 @@ def test_a_stage_that_was_written_and_the_file_itself_are_teachers(weights, tmp_
     with pytest.raises(UserError, match=r"another architecture: depth 3 \(this recipe: 4\)"):
         other = replace(foreign.TINY, depth=4)
         teacher.load_frozen(tmp_path / "last.pt", other, "raw", table, CPU, torch.float32)
+    for root in (tmp_path / "repa" / "checkpoints", tmp_path / "last.pt"):
+        with pytest.raises(UserError, match=r"trained on the linear path, flow.path = 'cosine'"):
+            teacher.load_frozen(root, foreign.TINY, "raw", table, CPU, torch.float32, flow="cosine")
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
