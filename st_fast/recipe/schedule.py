@@ -14,6 +14,9 @@ def check_schedule(recipe: Recipe) -> None:
         if run.teacher_placement == "ahead" and stage.method.learns_from_average:
             why = f"stage.{stage.name} ({supervision_name(stage.method)}) learns from what every update changes"
             raise wrong_value("run.teacher_placement", "ahead", "before or beside", why)
+        if run.teacher_placement == "beside" and stage.method.learns_from_average and run.sharding != "none":
+            why = f"stage.{stage.name} ({supervision_name(stage.method)}) learns from weights that lie in shards"
+            raise wrong_value("run.teacher_placement", "beside", "before in a sharded run", why)
     if run.cuda_graphs:
         _check_graphs(recipe)
     if run.device == "cpu":

@@ -204,3 +204,5 @@ def test_no_teacher_that_trains_is_asked_a_step_ahead(folder, tmp_path):
     with pytest.raises(RecipeError, match=r"run\.teacher_placement.*stage\.own \(sra\).*before or beside"):
         load(tmp_path / "sra.toml", [AUTO, "--run.teacher_placement=ahead"])
     load(tmp_path / "sra.toml", [AUTO, "--run.teacher_placement=beside"])
+    with pytest.raises(RecipeError, match=r"run\.teacher_placement.*stage\.own.*shards.*before in a sharded run"):
+        load(tmp_path / "sra.toml", [AUTO, "--run.teacher_placement=beside", "--run.sharding=fsdp2"])
