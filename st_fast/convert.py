@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -88,7 +88,7 @@ def _checked(request: Request) -> Request:
         form = request.form or ("" if is_file else "stage")
         if is_file != (form not in FOLDERS):
             raise UserError(f"{request.target}: --to {form} writes a {'folder' if is_file else '.pt or .safetensors'}")
-        request = Request(**{**vars(request), "form": form})
+        request = replace(request, form=form)
     if request.vae and request.form != "diffusers":
         raise UserError("--vae: only --to diffusers takes one")
     if request.push and request.form not in ("huggingface", "diffusers"):

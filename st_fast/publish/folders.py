@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -122,7 +122,7 @@ def write_diffusers(
                 f"{origin.bundle.config.channels}"
             )
         scale = scale or vae_scale(decoder)
-    config = Published(origin.bundle.config, cast(Any, origin.bundle.path), scale, origin.bundle.step)
+    config = published(origin, replace(latents, scale=scale))
     with FolderWrite(folder) as writing:
         write_json_atomic(writing.path / "model_index.json", index(_sampling(origin), decoder is not None))
         for name, text in code().items():
