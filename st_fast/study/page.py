@@ -11,9 +11,9 @@ from st_fast.errors import UserError
 from st_fast.report import words
 from st_fast.report.repeats import Row, spread
 from st_fast.report.verdict_table import in_words
-from st_fast.safefile import make_folder
+from st_fast.safefile import make_folder, write_json_atomic
 from st_fast.study.pictures import curves, samples
-from st_fast.study.results import METRIC, Results
+from st_fast.study.results import METRIC, Results, as_json
 from st_fast.study.summary import in_short
 
 HEADER = """# Does it pay?
@@ -36,7 +36,7 @@ Written by `python -m st_fast.study FILE --write docs/study.md` from the runs' o
 
 
 def write_page(results: Results, page: Path) -> None:
-    """Puts the study's text in its place on the page, and its pictures into a folder beside it."""
+    """Puts the study's text in its place on the page, and its pictures and all figures into a folder beside it."""
     name = results.study.name
     folder = page.parent / page.stem
     try:
@@ -46,8 +46,10 @@ def write_page(results: Results, page: Path) -> None:
             if figure is not None:
                 figure.savefig(folder / f"{name}-{kind}.png", dpi=110, metadata={"Software": None})
                 links.append(f"{page.stem}/{name}-{kind}.png")
+        write_json_atomic(folder / f"{name}.json", as_json(results))
         text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
-        page.write_text(placed(text, name, body(results, links)), encoding="utf-8")
+        section = f"{body(results, links)}\nEvery figure: [{name}.json]({page.stem}/{name}.json).\n"
+        page.write_text(placed(text, name, section), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{page}: can't be written: {error.strerror}") from None
 

@@ -98,6 +98,9 @@ def test_the_page_has_table_pictures_and_its_own_place(killed_and_resumed) -> No
     assert re.search(rf"- random: ends .* it, worse in {worse} of 2 seeds\.", text)
     for link in ("study/tiny-quality.png", "study/tiny-samples.png"):
         assert link in text and (page.parent / link).stat().st_size > 5_000
+    assert "study/tiny.json" in text
+    written, results = page.parent / "study" / "tiny.json", killed_and_resumed / "results.json"
+    assert json.loads(written.read_text()) == json.loads(results.read_text())
     again = placed(placed(text, "other", "## Other\n"), "tiny", "## Tiny again\n")
     assert again.count("<!-- study") == 4 and "## Other" in again and "| ω = 5 |" not in again
 
