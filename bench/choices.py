@@ -19,8 +19,11 @@ from bench.step_times import tidy
 from bench.timing import Effort, interleave, noise, paired_ratio
 from bench.workload import ROOT, STAGES, Ours, Setup, our_variant, ours
 from st_fast.errors import UserError
+from st_fast.model.attention import BACKENDS
 from st_fast.model.fp8 import check_fp8
 
+TRUNK_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_tanh")
+"""Ops of the plain step."""
 CHOICES = {
     "modulation one": ("--model.modulation=one",),
     "checkpointing attention": ("--run.checkpointing=attention",),
@@ -28,7 +31,12 @@ CHOICES = {
     "optimiser torch": ("--optim.implementation=torch",),
     "optimiser apex": ("--optim.implementation=apex",),
     "fp8 tensorwise": ("--run.fp8=tensorwise",),
+    "compile off": ("--run.compile=off",),
+    "compile on": ("--run.compile=on",),
+    **{f"{op} {how}": (f"--kernels.{op}={how}",) for op in TRUNK_OPS for how in ("reference", "fused")},
+    **{f"attention {name}": (f"--model.attention={name}",) for name in BACKENDS},
 }
+"""Those of a switch that are the default compare it with itself, which shows the noise."""
 SAME_LOSS = {"cuda": 5e-3, "cpu": 1e-5}
 """Relative difference of the first step's loss that a choice may make: bf16's rounding, float32's."""
 FP8_LOSS = 5e-2

@@ -65,9 +65,9 @@ def growth(content: Content, path: Path) -> bool:
                 textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7,
             )  # fmt: skip
         fixed = [f"{value} {name}" for name, value in _fixed(chosen, key).items()]
+        axis.margins(y=0.15)
         axis.set(xlabel=key, ylabel="images/s", xscale="log", ylim=(0, None), title=", ".join(fixed))
         axis.title.set_fontsize(8)
-        axis.margins(y=0.15)
         axis.set_xticks([row[key] for row in chosen], [str(row[key]) for row in chosen])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

@@ -12,12 +12,25 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import results
 from bench.goals import GOALS, Content, Row
+from bench.tables import (
+    anything,
+    choices,
+    convergence,
+    first_steps,
+    kernels,
+    loaders,
+    longest_kernels,
+    sampling,
+    steps,
+    table,
+    where_time_goes,
+)
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
@@ -27,40 +40,17 @@ PARTS = {
     "loader": "The loaders, batch 256, fp16 moments",
     "first step": "From starting Python to the end of the first step",
     "sampling": "Drawing samples",
+    "choices": "Every choice of the step",
+    "schedules": "Every schedule of the step",
     "sweep": "How the step grows",
+    "convergence": "Training",
 }
+GPU_ONLY = ("choices", "schedules", "convergence")
+"""Parts that only `python -m bench.gpu_day` measures."""
 DETAILS = ("sweep", "longest kernels", "correctness", "csrc")
 """Parts that the README leaves to the command line."""
 COMMANDS = {"cpu": "pytest bench/", "cuda": "python -m bench.gpu_day"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left, the others to the right, padded to be read as it is."""
-    cells = [list(head), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join(line(row) for row in (cells[0], rule, *cells[1:]))
-
-
-def ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×"
-
-
-def share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f} %"
-
-
-def milliseconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -75,137 +65,6 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     )
     busy = machine["load"] > results.BUSY
     return line + (f" **The machine was busy (load {machine['load']} a core): not results.**" if busy else "")
-
-
-def kernels(rows: Sequence[Row], phases: Sequence[str]) -> str:
-    """Ops at their sizes: ratios first."""
-    head = [
-        "op, size",
-        "pass",
-        "× eager",
-        "× compile",
-        "× torch",
-        "ms",
-        "GB/s",
-        "of copy rate",
-        "of byte floor",
-        "noise",
-    ]
-    lines = []
-    for row in rows:
-        for phase in phases:
-            if phase not in row:
-                continue
-            figures = row[phase]
-            speedup = figures["speedup"]
-            lines.append([
-                f"{row['op']}, {row['size']}, {row['dtype']}",
-                "forward + backward" if phase == "both" and row["op"] != "adamw_ema" else phase.replace("both", "step"),
-                ratio(speedup.get("eager")), ratio(speedup.get("compile")), ratio(speedup.get("torch")),
-                milliseconds(figures["ms"]["fused"]), f"{figures['gb_per_s']:.1f}", share(figures["of_copy_rate"]),
-                share(figures["of_floor"]), f"± {share(figures['noise'])}",
-            ])  # fmt: skip
-    return table(head, lines)
-
-
-def steps(rows: Sequence[Row]) -> str:
-    """Whole steps: images a second, MFU, and how many times faster than the published loop."""
-    head = ["step", "images/s", "MFU", "× published", "× published, compiled", "× published, our memory", "ms"]
-    head += ["× its floor", "GiB", "noise"]
-    lines = []
-    for row in rows:
-        speedup, peak = row["speedup"], row.get("peak_gib")
-        size = f"{row['size']}, {row['stage']}, batch {row['batch']}"
-        size += f", {row['tokens']} tokens" if row["tokens"] != 256 else ""
-        lines.append([
-            f"{size}, depth {row['depth']}", f"{row['images_per_s']['ours']:.3g}", share(row["mfu"]["ours"]),
-            ratio(speedup.get("plain")), ratio(speedup.get("compile")), ratio(speedup.get("plain, our memory")),
-            milliseconds(row["ms"]["ours"]),
-            ratio(row.get("parts", {}).get("times_the_floor")), f"{peak:.1f}" if peak else "–",
-            f"± {share(row['noise'])}",
-        ])  # fmt: skip
-    return table(head, lines)
-
-
-def where_time_goes(rows: Sequence[Row]) -> str:
-    """The floor and the families of each step that was taken apart."""
-    rows = [row for row in rows if "parts" in row]
-    families = list(dict.fromkeys(name for row in rows for name in row["parts"]["families"]))
-    head = ["ms a step", *(f"{row['size']}, {row['stage']}" for row in rows)]
-    lines = [
-        ["the step", *(milliseconds(row["ms"]["ours"]) for row in rows)],
-        ["its matrix products alone", *(milliseconds(1e3 * row["parts"]["floor"]["products"]) for row in rows)],
-        ["its attention alone", *(milliseconds(1e3 * row["parts"]["floor"]["attention"]) for row in rows)],
-    ]
-    for name in families:
-        lines.append([f"profiled: {name}", *(_profiled(row, name) for row in rows)])
-    return table(head, lines)
-
-
-def _profiled(row: Row, name: str) -> str:
-    found = row["parts"]["families"].get(name)
-    return milliseconds(1e3 * found) if found is not None else "–"
-
-
-def first_steps(rows: Mapping[str, Row]) -> str:
-    """Cold and warm starts."""
-    head = ["start", "total, s", "import", "build", "first step", "second step"]
-    keys = ("total", "import", "build", "first_step", "second_step")
-    lines = [
-        [f"{label}, {kind}", *(f"{seconds[key]:.1f}" for key in keys)]
-        for label, row in rows.items()
-        for kind, seconds in row["seconds"].items()
-    ]
-    return table(head, lines)
-
-
-def loaders(rows: Sequence[Row]) -> str:
-    """Samples a second of each loader, and the share of a 50 ms step that its consumer stands waiting."""
-    head = ["moments, page cache", "loader", "samples/s", "× per file", "waited", "noise"]
-    lines = [
-        [
-            f"{row['shape']}, {row['cache']}", row["loader"], f"{row['samples/s']:,}", f"{row['times per file']:.1f}×",
-            f"{100 * row['waited']:.1f} %" if "waited" in row else "–", f"± {share(row['noise'])}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return table(head, lines)
-
-
-def sampling(rows: Sequence[Row]) -> str:
-    """Samplers: images a second, and how many times faster than the same written plainly."""
-    head = ["sampler", "images/s", "in bf16", "× plain", "× plain, skipping", "bf16, × plain", "noise"]
-    lines = [
-        [
-            f"{row['size']}, {row['sampler']}, {row['steps']} steps, batch {row['batch']}",
-            f"{row['images_per_s']['ours']:.3g}", f"{row['images_per_s']['bf16']:.3g}", ratio(row["speedup"]["plain"]),
-            ratio(row["speedup"]["skipping"]), ratio(row["bf16_speedup"]), f"± {share(row['noise'])}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return table(head, lines)
-
-
-def anything(rows: Mapping[str, Row]) -> str:
-    """A part without a table of its own: every scalar of its rows."""
-    scalars = (k for row in rows.values() for k, v in row.items() if k != "code" and not isinstance(v, dict | list))
-    names = list(dict.fromkeys(scalars))
-    lines = [[key, *(_scalar(row.get(name)) for name in names)] for key, row in rows.items()]
-    return table(["", *names], lines)
-
-
-def _scalar(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
-
-
-def longest_kernels(rows: Mapping[str, Row]) -> str:
-    """The ten longest kernels of each step."""
-    lines = [
-        [f"{label}: {kernel[:80]}", milliseconds(spent)]
-        for label, row in rows.items()
-        for kernel, spent in list(row["kernels_ms"].items())[:10]
-    ]
-    return table(["kernel", "ms a step"], lines)
 
 
 def failures(rows: Mapping[str, Row]) -> str:
@@ -233,6 +92,10 @@ def _tables(name: str, rows: Mapping[str, Row], brief: bool) -> str:
         return longest_kernels(rows)
     if name == "loader":
         return loaders(values)
+    if name in ("choices", "schedules"):
+        return choices(rows)
+    if name == "convergence":
+        return convergence(rows)
     return first_steps(rows) if name == "first step" else anything(rows)
 
 
@@ -259,7 +122,8 @@ def device_report(content: Content, brief: bool) -> str:
             section = content[name]
             body = part(name, section["rows"], brief)
             texts.append(f"**{PARTS.get(name, name)}.** {machine_line(section['machine'])}\n\n{body}")
-    missing = [title for name, title in PARTS.items() if name not in content]
+    asked = [name for name in PARTS if not (kind == "cpu" and name in GPU_ONLY)]
+    missing = [PARTS[name] for name in asked if name not in content]
     if missing:
         texts.append(f"Not measured here: {', '.join(missing).lower()}.")
     return "\n\n".join(texts)

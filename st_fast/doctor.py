@@ -133,7 +133,9 @@ def step(device: torch.device) -> Rows:
     cuda = device.type == "cuda"
     nsys, ncu = shutil.which("nsys"), shutil.which("ncu")
     return {
-        "teacher on a side stream": "available" if cuda else "needs CUDA: it runs before the student",
+        "teacher on a side stream": "available"
+        if cuda
+        else 'needs CUDA (run.streams = "auto": the same order on one queue)',
         "CUDA graphs": "available" if cuda else "needs CUDA",
         "torch.compile": "on by default" if cuda else "off by default here (--run.compile=on)",
         "nsys": (nsys or "not found: --profile.tool=torch") + (", started us" if os.environ.get(UNDER_NSYS) else ""),

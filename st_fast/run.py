@@ -20,6 +20,7 @@ from st_fast.image_features import open_image_features
 from st_fast.interrupt import Agreement, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.launch import local_rank
+from st_fast.model.compiling import keep_compiled
 from st_fast.model.fp8 import check_fp8
 from st_fast.recipe import Recipe, to_toml
 from st_fast.recipe.schedule import check_device
@@ -37,7 +38,7 @@ def run(recipe: Recipe) -> None:
     Raises Interrupted after a signal (saved), RunFailed when training can't go on, UserError for bad input.
     """
     out = Path(recipe.run.out)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((out / "compiled").absolute()))
+    keep_compiled(out / "compiled")
     keep_freed_memory()
     patience = recipe.run.hang_timeout
     with (

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from st_fast.errors import UserError, run_command
 from st_fast.formats.origin import newest_stage
 from st_fast.interrupt import StopRequest, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
+from st_fast.model.compiling import keep_compiled
 from st_fast.parallel import Ranks
 from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
@@ -131,7 +131,7 @@ def wanted_of(given: argparse.Namespace, num: Callable[[Recipe], int]) -> Wanted
 @contextmanager
 def drawing(wanted: Wanted) -> Iterator[tuple[Ranks, StopRequest, Artist, Callable[[str], None]]]:
     """This process among its ranks, with the model loaded; the last of the four speaks on the first rank only."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((wanted.run / "compiled").absolute()))
+    keep_compiled(wanted.run / "compiled")
     keep_freed_memory()
     with parallel.ranks("auto", PATIENCE_S) as ranks, stop_on_signals() as stop:
         say: Callable[[str], None] = functools.partial(print, flush=True) if ranks.first else (lambda text: None)

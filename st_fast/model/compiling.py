@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from st_fast.model.sit import Run, run_module
+
+
+def keep_compiled(folder: Path) -> None:
+    """What Inductor and Triton compile is kept in `folder`, where the next start finds it.
+
+    Called before anything is compiled; folders that the environment names come first.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder.absolute() / "triton"))
 
 
 def _run_inside(block: nn.Module, *inputs: Tensor) -> Any:

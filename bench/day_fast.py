@@ -1,0 +1,81 @@
+"""A GPU day's second parts: how fast is it, what does each switch bring, and where does the time go?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+from bench import choices, first_step, op_times, optimiser, profiles, schedules, step_times, sweeps
+from bench.cases import MAKERS, Case
+from bench.day import Day, Task
+from bench.day_right import left_out
+from bench.results import Row
+from bench.step_times import Wanted
+from bench.workload import Setup, ours
+
+
+def kernels(day: Day) -> Iterator[Task]:
+    """Every op's figures, and the optimiser's."""
+    for size in day.sizes:
+        for op in MAKERS:
+            case = Case(op, size, day.dtype, day.device)
+            yield case.key, partial(_first, op_times.measure, case, day.effort)
+    for setting in optimiser.cases(day.device, full=False):
+        yield setting.key, partial(_first, optimiser.measure, setting, day.effort)
+
+
+def _first(measure: Callable[..., tuple[Row, object]], *args: object) -> Row:
+    return measure(*args)[0]
+
+
+def step(day: Day) -> Iterator[Task]:
+    """The whole step's figures."""
+    wanted = step_times.default_wanted(day.device, full=False)
+    if day.small:
+        wanted = Wanted(day.effort, wanted.block)
+    for setup in day.setups:
+        yield setup.label, partial(step_times.measure, setup, wanted, day.store.machine)
+
+
+def schedule(day: Day) -> Iterator[Task]:
+    """What streams, fixed shapes, prefetching and graphs make of the step, each beside the default."""
+    small = replace(day.setups[-1], batch=4) if day.small else None
+    for point in schedules.points(day.device, small):
+        yield point.label, left_out(point.refusal) if point.refusal else partial(schedules.measure, point, day.effort)
+
+
+def profile(day: Day) -> Iterator[Task]:
+    """The longest kernels of a step, by name."""
+    for setup in day.setups:
+        yield setup.label, partial(_longest, setup)
+
+
+def _longest(setup: Setup) -> Row:
+    with ours(setup) as loop, step_times.tidy(setup.device):
+        loop()
+        found = profiles.kernels(loop, setup.device, times=3)
+    return {"ok": True, "kernels_ms": {name[:120]: 1e3 * spent for name, spent in list(found.items())[:30]}}
+
+
+def first(day: Day) -> Iterator[Task]:
+    """Cold and warm start of the largest plain step."""
+    setup = [s for s in step_times.default_setups(day.device) if s.stage == "plain"][-1]
+    batch = 1 if day.small else setup.batch
+    start = partial(first_step.cold_and_warm, setup.size, setup.stage, batch, day.device.type)
+    yield replace(setup, batch=batch).label, lambda: {"seconds": start()}
+
+
+def choice(day: Day) -> Iterator[Task]:
+    """What each choice that leaves the mathematics alone, or fp8, does to the plain step's time and memory."""
+    for setup in [s for s in day.setups if s.stage == "plain"]:
+        for name in choices.CHOICES:
+            block = 1 if day.small else 5
+            yield f"{setup.label} | {name}", partial(choices.measure, setup, name, day.effort, block)
+
+
+def sweep(day: Day) -> Iterator[Task]:
+    """How the step's cost grows."""
+    points = [replace(s, tokens=16, depth=2) for s in day.setups[:1]] if day.small else sweeps.points(day.device)
+    for point in points:
+        yield point.label, partial(sweeps.measure, point, day.store.machine)
