@@ -84,6 +84,12 @@ def test_two_ranks_with_accumulation_train_as_one_does(recipe, alone, nursery):
     close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone, "train"))
 
 
+def test_two_ranks_that_look_a_step_ahead_train_as_one_that_does_not(recipe, alone, nursery):
+    schedule = ("--run.streams=auto", "--run.teacher_placement=ahead", "--run.prefetch=true")
+    assert finish(nursery.start(2, recipe, *schedule, "--run.supervised_rows=padded")) == [0, 0]
+    close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone, "train"))
+
+
 def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_stream(one_stage, alone, nursery):
     """FAULT 27: 2 ranks, then 1, then 4."""
     for count, steps in ((2, 4), (1, 7), (4, 10)):
