@@ -5,8 +5,8 @@
 
 Every row is one kind of fault. A run counts as survived if it ended as documented and, once the same command had
 continued it to its end, with every tensor of its last checkpoints bit-identical to those of a run nobody disturbed.
-Writes bench/results/soak.json after every run, which the README's table is made from; the same command goes on with
-what an interrupted or too short one left open. Exit code 1 if anything was lost.
+Writes bench/results/soak.json after every run; the same command goes on with what an interrupted or too short one left
+open, and `--readme` writes README.md's table from it. Exit code 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from tests import tiny
 from tests.faults.ranks import Nursery, Rank, finish
 
 WHAT = "random faults in a two-rank run of 2 × 10 steps; survived: ended as documented, then bit-identical"
+BLOCK = re.compile(r"(<!-- soak:begin -->\n).*?(<!-- soak:end -->)", re.DOTALL)
 STAGES = ("align", "transcend")
 OPTIONS = ("--run.save_every=2", "--run.keep=2", "--run.hang_timeout=60")
 KILLS_A_RUN = 10
@@ -221,6 +223,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines + [f"| {r.fault} | {r.tried} | {r.survived} | {r.lost} |" for r in [*rows, total]])
 
 
+def quoted(readme: str, out: Path) -> str:
+    """The text with the soak's table between its two markers. ValueError if they are not there once."""
+    record = json.loads(out.read_text(encoding="utf-8"))
+    rows = table([Row(**row) for row in record["rows"]])
+    text = f"{record['what']} ({record['date']}, {record['machine']}).\n\n{rows}\n"
+    new, count = BLOCK.subn(lambda found: found[1] + text[0].upper() + text[1:] + found[2], readme)
+    if count != 1:
+        raise ValueError(f"README.md: {count} blocks <!-- soak:begin --> … <!-- soak:end -->; exactly one is needed")
+    return new
+
+
 def left_open(out: Path, wanted: dict[str, int], seed: int) -> tuple[list[Row], float]:
     """The rows of an earlier soak that ended before it had done the same, and how long it took; else new ones."""
     if out.exists():
@@ -240,7 +253,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="the budget; what is not done by then is left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=tiny.ROOT / "bench" / "results" / "soak.json")
+    parser.add_argument("--readme", action="store_true", help="only rewrite README.md's table from what was written")
     given = parser.parse_args()
+    if given.readme:
+        readme = tiny.ROOT / "README.md"
+        readme.write_text(quoted(readme.read_text(encoding="utf-8"), given.out), encoding="utf-8")
+        return 0
     torch.set_num_threads(1)
     wanted = {name: given.kills if fault is kills else given.others for name, fault in FAULTS.items()}
     rows, before = left_open(given.out, wanted, given.seed)
