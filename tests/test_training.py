@@ -185,3 +185,12 @@ def test_two_writers_never_share_a_run_folder(data, tmp_path):
     recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"))
     with RunLock(tmp_path / "out", print), pytest.raises(UserError, match=str(os.getpid())):
         run(recipe)
+
+
+def test_what_saves_cost_is_logged_with_its_share_of_the_training(uninterrupted):
+    saves, ends = tiny.records(uninterrupted, "save"), tiny.records(uninterrupted, "end")
+    assert [(record["stage"], record["step"]) for record in saves] == [(s, n) for s in STAGES for n in (4, 8, 10)]
+    for end in ends:
+        stalls = [record["stall"] for record in saves if record["stage"] == end["stage"]]
+        assert min(stalls) > 0 and end["save_stall"] == pytest.approx(sum(stalls), abs=1e-5)
+        assert end["save_stall_share"] == pytest.approx(end["save_stall"] / end["seconds"], rel=0.02)
