@@ -20,6 +20,5 @@ OPS = (
 
 DEFAULTS: dict[str, dict[str, str]] = {
     "cuda": {op: "fused" for op in OPS} | {"gelu_tanh": "reference"},  # it has no kernel there: Inductor folds it
-    # On 2 AVX-512 cores qk_norm runs at 0.8 to 0.9 × eager's speed (bench/results): strided heads, little arithmetic.
-    "cpu": {op: "fused" for op in OPS} | {"qk_norm": "reference"},
+    "cpu": {op: "fused" for op in OPS},
 }

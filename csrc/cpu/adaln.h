@@ -20,17 +20,21 @@ ST_INLINE void one_plus(const float* scale, float* to, int64_t D) {
   sweep(D, [&](int64_t i, auto lanes, auto) ST_LAMBDA { store(to + i, load(scale + i, lanes) + 1.0f, lanes); });
 }
 
-// x_out = x + gate * a; in a 16-bit type `to` is rounded to what is stored, which the statistics are taken of.
+// x_out = x + gate * a, returned as it is stored (a 16-bit type rounds it), since the statistics are taken of that.
 ST_INLINE const float* add_gated(const AdaLN& p, int64_t b, int64_t n, const float* gate, float* s0, float* s1,
                                  float* s2) {
   const float* x = read_row(p.x, b, n, p.D, s0);
   const float* a = read_row(p.a, b, n, p.D, s1);
+  const bool past_cache = p.x_out.past_cache;
   float* out = write_row(p.x_out, b, n, s2);
+  float* kept = past_cache ? s2 : out;
   sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
-    store(out + i, load(x + i, lanes) + load(gate + i, lanes) * load(a + i, lanes), lanes);
+    const Vec sum = load(x + i, lanes) + load(gate + i, lanes) * load(a + i, lanes);
+    store(kept + i, sum, lanes);
+    if (past_cache) store(out + i, sum, lanes, true);
   });
   commit_row(p.x_out, b, n, p.D, out);
-  return out;
+  return p.x_out.dtype == DType::kFloat32 ? kept : read_row(p.x_out, b, n, p.D, s2);
 }
 
 ST_INLINE void normalise(const AdaLN& p, int64_t b, int64_t n, const float* x, const float* w, const float* shift,
@@ -46,10 +50,11 @@ ST_INLINE void normalise(const AdaLN& p, int64_t b, int64_t n, const float* x, c
   const float rstd = 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(p.D) + p.eps);
   p.mean[b * p.N + n] = mean;
   p.rstd[b * p.N + n] = rstd;
+  const bool past_cache = p.y.past_cache;
   float* y = write_row(p.y, b, n, scratch);
   sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
     const Vec hat = (load(x + i, lanes) - mean) * rstd;
-    store(y + i, hat * load(w + i, lanes) + load(shift + i, lanes), lanes);
+    store(y + i, hat * load(w + i, lanes) + load(shift + i, lanes), lanes, past_cache);
   });
   commit_row(p.y, b, n, p.D, y);
 }
@@ -68,10 +73,10 @@ void adaln_forward(const AdaLN& p, int64_t begin, int64_t end) {
     }
     for (int64_t n = t.first; n < t.last; ++n) {
       const float* x = GATED ? add_gated(p, t.b, n, gate, s0, s1, s2) : read_row(p.x, t.b, n, p.D, s0);
-      if (GATED && NORM) x = read_row(p.x_out, t.b, n, p.D, s2);
       if (NORM) normalise(p, t.b, n, x, w, shift, s1);
     }
   }
+  drain();
 }
 
 // Sums over tokens of one task, and the row at hand.
@@ -99,6 +104,7 @@ ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float
 template <bool GATED, bool NORM>
 void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
   const Scratch scratch(9, p.D);
+  const bool dx_past = p.dx.past_cache, da_past = p.da.past_cache;
   float* w = scratch.row(6);
   const float* gate = nullptr;
   for (int64_t task = begin; task < end; ++task) {
@@ -133,9 +139,9 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
           d = (load(dy + i, lanes) * load(w + i, lanes) - mean_g - hat * mean_gx) * rstd;
         }
         if (GATED) d += load(dx_out + i, lanes);
-        if (NORM) store(dx + i, d, lanes);
+        if (NORM) store(dx + i, d, lanes, dx_past);
         if (GATED) {
-          store(da + i, d * load(gate + i, lanes), lanes);
+          store(da + i, d * load(gate + i, lanes), lanes, da_past);
           store(sums.gate + i, load(sums.gate + i, lanes) + d * load(a + i, lanes), lanes);
         }
       });
@@ -143,6 +149,7 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
       if (GATED) commit_row(p.da, t.b, n, p.D, da);
     }
   }
+  drain();
 }
 
 // dmod[b, sum] = the partial sums of sample b, added in the order of their tasks.

@@ -21,13 +21,15 @@ ST_INLINE void blocks(const Elementwise& p, int64_t begin, int64_t end, F&& f) {
     f(first, second, out, count);
     commit_row(p.out, 0, at, count, out);
   }
+  drain();
 }
 
 void cfg_extrapolate(const Elementwise& p, int64_t begin, int64_t end) {
+  const bool past_cache = p.out.past_cache;
   blocks<2>(p, begin, end, [&](const float* cond, const float* null, float* out, int64_t count) ST_LAMBDA {
     sweep(count, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
       const Vec base = load(null + i, lanes);
-      store(out + i, base + p.scalar * (load(cond + i, lanes) - base), lanes);
+      store(out + i, base + p.scalar * (load(cond + i, lanes) - base), lanes, past_cache);
     });
   });
 }
@@ -41,11 +43,12 @@ ST_INLINE Vec gelu_exponent(Vec x) {
 }
 
 void gelu_tanh(const Elementwise& p, int64_t begin, int64_t end) {
+  const bool past_cache = p.out.past_cache;
   blocks<1>(p, begin, end, [&](const float* x, const float*, float* out, int64_t count) ST_LAMBDA {
     sweep(count, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
       const Vec v = load(x + i, lanes), exponent = gelu_exponent(v);
       const Vec gated = v / (1.0f + exponential(exponent));
-      store(out + i, exponent > 87.0f ? v * 0.0f : gated, lanes);
+      store(out + i, exponent > 87.0f ? v * 0.0f : gated, lanes, past_cache);
     });
   });
 }
@@ -57,11 +60,12 @@ ST_INLINE Vec within_thirty(Vec v) {
 }
 
 void gelu_tanh_backward(const Elementwise& p, int64_t begin, int64_t end) {
+  const bool past_cache = p.out.past_cache;
   blocks<2>(p, begin, end, [&](const float* dy, const float* x, float* out, int64_t count) ST_LAMBDA {
     sweep(count, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
       const Vec v = within_thirty(load(x + i, lanes)), e = exponential(gelu_exponent(v)), s = 1.0f / (1.0f + e);
       const Vec slope = v * (kTwoRootTwoOverPi + (3.0f * kTwoRootTwoOverPi * kCubic) * v * v);
-      store(out + i, load(dy + i, lanes) * (s + slope * (e * s * s)), lanes);  // e s = 1 - s
+      store(out + i, load(dy + i, lanes) * (s + slope * (e * s * s)), lanes, past_cache);  // e s = 1 - s
     });
   });
 }

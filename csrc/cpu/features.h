@@ -26,12 +26,13 @@ ST_INLINE Vec target(const Pair& r, float cfg_scale, int64_t i, Lanes lanes) {
 
 // Squared error of one row; dq = share * (q - f * f_scale).
 template <bool GUIDED>
-ST_INLINE double squared_row(const Pair& r, float cfg_scale, float f_scale, float share, float* dq, int64_t D) {
+ST_INLINE double squared_row(const Pair& r, float cfg_scale, float f_scale, float share, float* dq, int64_t D,
+                             bool past_cache) {
   Vec acc[4] = {};
   sweep(D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
     const Vec rest = load(r.q + i, lanes) - target<GUIDED>(r, cfg_scale, i, lanes) * f_scale;
     acc[slot.value] += rest * rest;
-    store(dq + i, rest * share, lanes);
+    store(dq + i, rest * share, lanes, past_cache);
   });
   return total(acc);
 }
@@ -48,7 +49,8 @@ ST_INLINE float inverse_rms(const Pair& r, float cfg_scale, int64_t D) {
 
 // -cos(q, f) of one row; dq = share times its gradient. A q shorter than the bound is divided by a constant.
 template <bool GUIDED>
-ST_INLINE double cosine_row(const Pair& r, float cfg_scale, float share, float* dq, int64_t D) {
+ST_INLINE double cosine_row(const Pair& r, float cfg_scale, float share, float* dq, int64_t D,
+                            bool past_cache) {
   Vec acc_qq[4] = {}, acc_ff[4] = {}, acc_qf[4] = {};
   sweep(D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
     const Vec q = load(r.q + i, lanes), f = target<GUIDED>(r, cfg_scale, i, lanes);
@@ -63,7 +65,8 @@ ST_INLINE double cosine_row(const Pair& r, float cfg_scale, float share, float* 
   const float along_f = -share * inverse_q * inverse_f;
   const float along_q = qq < kSmallestSquare ? 0.0f : share * cosine * inverse_q * inverse_q;
   sweep(D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
-    store(dq + i, load(r.q + i, lanes) * along_q + target<GUIDED>(r, cfg_scale, i, lanes) * along_f, lanes);
+    store(dq + i, load(r.q + i, lanes) * along_q + target<GUIDED>(r, cfg_scale, i, lanes) * along_f, lanes,
+          past_cache);
   });
   return -static_cast<double>(cosine);
 }
@@ -71,10 +74,11 @@ ST_INLINE double cosine_row(const Pair& r, float cfg_scale, float share, float* 
 template <bool GUIDED>
 ST_INLINE double feature_row(const Feature& p, const Pair& r, float weight, float* dq) {
   const float per_token = weight / static_cast<float>(p.N);
-  if (p.loss == FeatureLoss::kCosine) return cosine_row<GUIDED>(r, p.cfg_scale, per_token, dq, p.D);
+  const bool past_cache = p.dq.past_cache;
+  if (p.loss == FeatureLoss::kCosine) return cosine_row<GUIDED>(r, p.cfg_scale, per_token, dq, p.D, past_cache);
   const float share = 2.0f * (per_token / static_cast<float>(p.D));
   const float f_scale = p.loss == FeatureLoss::kMse ? 1.0f : inverse_rms<GUIDED>(r, p.cfg_scale, p.D);
-  return squared_row<GUIDED>(r, p.cfg_scale, f_scale, share, dq, p.D) / static_cast<double>(p.D);
+  return squared_row<GUIDED>(r, p.cfg_scale, f_scale, share, dq, p.D, past_cache) / static_cast<double>(p.D);
 }
 
 void feature_loss(const Feature& p, int64_t begin, int64_t end) {
@@ -96,6 +100,7 @@ void feature_loss(const Feature& p, int64_t begin, int64_t end) {
     }
     p.partial[task] = m < 0 ? 0.0 : p.weight[m] * sum / static_cast<double>(p.N);
   }
+  drain();
 }
 
 }  // namespace

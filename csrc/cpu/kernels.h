@@ -9,6 +9,8 @@
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t kTokensPerTask = 32;
+constexpr int64_t kLine = 64;                // bytes of a cache line, and of the widest vector
+constexpr int64_t kPastCacheBytes = 1 << 20;  // a result from here on is not kept in a core's own caches anyway
 constexpr int64_t kElementsPerTask = 16384;  // elementwise passes, norms and the optimiser
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -18,6 +20,7 @@ struct Rows {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t batch = 0, token = 0, channel = 1;
+  bool past_cache = false;  // an output that no cache holds: float32, every row a whole number of lines
 };
 
 // Tasks: (sample, kTokensPerTask tokens). Absent tensors have data == nullptr and are not touched.

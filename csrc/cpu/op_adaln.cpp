@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_modulate(const Tensor& x, const Tensor& 
   p.x = rows(x, "x");
   p.shift = modulation(p, shift, "shift");
   p.scale = modulation(p, scale, "scale");
-  p.y = rows(y, "y");
+  p.y = result_rows(y, "y");
   p.mean = floats(mean);
   p.rstd = floats(rstd);
   run_tokens(kernels().norm_modulate, p);
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> norm_modulate_backward(const Tensor& dy, const Tensor
   p.scale = modulation(p, scale, "scale");
   p.mean = statistic(p, mean, "mean");
   p.rstd = statistic(p, rstd, "rstd");
-  p.dx = rows(dx, "dx");
+  p.dx = result_rows(dx, "dx");
   return {dx, run_backward(kernels().norm_modulate_backward, p, 2, scale)};
 }
 
@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate(const Ten
   p.gate = modulation(p, gate, "gate");
   p.shift = modulation(p, shift, "shift");
   p.scale = modulation(p, scale, "scale");
-  p.x_out = rows(x_out, "x_out");
-  p.y = rows(y, "y");
+  p.x_out = result_rows(x_out, "x_out");
+  p.y = result_rows(y, "y");
   p.mean = floats(mean);
   p.rstd = floats(rstd);
   run_tokens(kernels().gate_residual_norm_modulate, p);
@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
   p.scale = modulation(p, scale, "scale");
   p.mean = statistic(p, mean, "mean");
   p.rstd = statistic(p, rstd, "rstd");
-  p.dx = rows(dx, "dx");
-  p.da = rows(da, "da");
+  p.dx = result_rows(dx, "dx");
+  p.da = result_rows(da, "da");
   return {dx, da, run_backward(kernels().gate_residual_norm_modulate_backward, p, 3, scale)};
 }
 
@@ -120,7 +120,7 @@ Tensor gate_residual(const Tensor& x, const Tensor& a, const Tensor& gate) {
   p.x = rows(x, "x");
   p.a = tokens(p, a, "a");
   p.gate = modulation(p, gate, "gate");
-  p.x_out = rows(x_out, "x_out");
+  p.x_out = result_rows(x_out, "x_out");
   run_tokens(kernels().gate_residual, p);
   return x_out;
 }
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> gate_residual_backward(const Tensor& dx_out, const Te
   p.dx_out = tokens(p, dx_out, "dx_out");
   p.a = rows(a, "a");
   p.gate = modulation(p, gate, "gate");
-  p.da = rows(da, "da");
+  p.da = result_rows(da, "da");
   return {da, run_backward(kernels().gate_residual_backward, p, 1, gate)};
 }
 

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> feature_loss(const Tensor& q, const Tensor& f_cond, c
   p.q = rows(q, "q");
   p.cond = rows(f_cond, "f_cond");
   if (f_null) p.null = rows(*f_null, "f_null");
-  p.dq = rows(dq, "dq");
+  p.dq = result_rows(dq, "dq");
   p.sample_of = sample_of.data();
   p.weight = weights.data();
   p.partial = partial.data();
@@ -105,6 +105,7 @@ Tensor elementwise(Kernel kernel, const Tensor& first, const Tensor* second, con
   const Tensor one = packed(first), two = second ? packed(*second) : one;
   Tensor out = torch::stable::empty_like(one);
   Elementwise p = {one.numel(), scalar, {flat(one, first_name), {}}, flat(out, "out")};
+  p.out.past_cache = past_cache(out, kLine);
   if (second) {
     const auto a = one.sizes(), b = two.sizes();
     check(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), second_name, ": shape ",

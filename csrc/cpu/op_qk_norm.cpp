@@ -61,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tens
     out[part] = empty_as({p.B, p.H, p.N, p.d}, qkv);
     p.in[part] = packed(qkv, part, "qkv");
     p.out[part] = separate(p, out[part], names[part]);
+    p.out[part].rows.past_cache = past_cache(out[part], p.d);
   }
   Tensor stats = empty({4, p.B, p.H, p.N}, aoti_torch_dtype_float32());
   p.eps = static_cast<float>(eps);
@@ -95,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor
   const char* names[3] = {"dq", "dk", "dv"};
   for (int part = 0; part < 3; ++part) {
     p.in[part] = packed(dqkv, part, "dqkv");
+    p.in[part].rows.past_cache = past_cache(dqkv, p.d);
     p.x[part] = packed(qkv, part, "qkv");
     p.out[part] = separate(p, *grads[part], names[part]);
   }

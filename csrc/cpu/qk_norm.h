@@ -14,9 +14,10 @@ ST_INLINE Rows at_head(const Heads& heads, int64_t h) {
 
 ST_INLINE void copy_head(const Rows& in, const Rows& out, int64_t b, int64_t n, int64_t d, float* scratch) {
   const float* from = read_row(in, b, n, d, scratch);
-  float* to = write_row(out, b, n, const_cast<float*>(from));
-  if (to != from) std::memcpy(to, from, sizeof(float) * d);
-  commit_row(out, b, n, d, from);
+  if (out.dtype != DType::kFloat32) return commit_row(out, b, n, d, from);
+  const bool past_cache = out.past_cache;
+  float* to = write_row(out, b, n, scratch);
+  sweep(d, [&](int64_t i, auto lanes, auto) ST_LAMBDA { store(to + i, load(from + i, lanes), lanes, past_cache); });
 }
 
 ST_INLINE void norm_head(const QKNorm& p, int part, int64_t b, int64_t h, int64_t n, const float* weight,
@@ -34,9 +35,11 @@ ST_INLINE void norm_head(const QKNorm& p, int part, int64_t b, int64_t h, int64_
   const int64_t heads = p.B * p.H * p.N, at = (b * p.H + h) * p.N + n;
   p.stats[2 * part * heads + at] = mean;
   p.stats[(2 * part + 1) * heads + at] = rstd;
+  const bool past_cache = out.past_cache;
   float* y = write_row(out, b, n, s1);
   sweep(p.d, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
-    store(y + i, (load(x + i, lanes) - mean) * rstd * load(weight + i, lanes) + load(bias + i, lanes), lanes);
+    store(y + i, (load(x + i, lanes) - mean) * rstd * load(weight + i, lanes) + load(bias + i, lanes), lanes,
+          past_cache);
   });
   commit_row(out, b, n, p.d, y);
 }
@@ -58,6 +61,7 @@ void qk_norm(const QKNorm& p, int64_t begin, int64_t end) {
         copy_head(at_head(p.in[2], h), at_head(p.out[2], h), t.b, n, p.d, scratch.row(0));
     }
   }
+  drain();
 }
 
 // Backward: in[] is dqkv's parts (written), out[] dq, dk, dv (read), x[] qkv's parts.
@@ -70,10 +74,12 @@ ST_INLINE void norm_head_backward(const QKNorm& p, int part, int64_t b, int64_t 
   const float mean = p.stats[2 * part * heads + at], rstd = p.stats[(2 * part + 1) * heads + at];
   float mean_g, mean_gx;
   norm_sums(p.d, dy, x, weight, mean, rstd, {nullptr, sums + p.d, sums}, &mean_g, &mean_gx);
+  const bool past_cache = to.past_cache;
   float* dx = write_row(to, b, n, scratch.row(2));
   sweep(p.d, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
     const Vec hat = (load(x + i, lanes) - mean) * rstd;
-    store(dx + i, (load(dy + i, lanes) * load(weight + i, lanes) - mean_g - hat * mean_gx) * rstd, lanes);
+    store(dx + i, (load(dy + i, lanes) * load(weight + i, lanes) - mean_g - hat * mean_gx) * rstd, lanes,
+          past_cache);
   });
   commit_row(to, b, n, p.d, dx);
 }
@@ -105,6 +111,7 @@ void qk_norm_backward(const QKNorm& p, int64_t begin, int64_t end) {
     }
     sum_heads(of_heads, p.H, 4 * p.d, p.partial + task * 4 * p.d);
   }
+  drain();
 }
 
 }  // namespace

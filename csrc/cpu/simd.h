@@ -75,6 +75,26 @@ ST_INLINE void store(float* p, Vec v, Part part) {
 ST_INLINE Vec keep(Vec v, Part part) { return (Vec)((VecInt)v & lanes_mask(part)); }
 #endif
 
+// Past the caches, which spares reading a line that is overwritten whole: for results larger than a cache, whose rows
+// lie on `kLine`. Other threads see them after `drain`.
+ST_INLINE void store(float* p, Vec v, Full, bool past_cache) {
+#if defined(__AVX512F__)
+  if (past_cache) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  if (past_cache) return _mm256_stream_ps(p, (__m256)v);
+#else
+  (void)past_cache;
+#endif
+  store(p, v, Full{});
+}
+ST_INLINE void store(float* p, Vec v, Part part, bool) { store(p, v, part); }
+
+inline void drain() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 ST_INLINE Vec splat(float x) { return x - Vec{}; }
 
 // a * b + c, rounded once where the machine can.
@@ -99,14 +119,25 @@ ST_INLINE Vec square_root(Vec v) {
 #endif
 }
 
-// The sum of four accumulators over all lanes, always in the same order.
+// The sum of four accumulators over all lanes, always in the same order: halves are added until one lane is left.
 ST_INLINE float total(const Vec* acc) {
-  Vec v = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+  const Vec v = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#else
+  const __m256 eight = v;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float lanes[kWidth];
   std::memcpy(lanes, &v, sizeof(v));
   for (int half = kWidth / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 // Calls f(offset, lanes, slot) over 0..n, four vectors at a time, then one, then the rest.

@@ -93,6 +93,18 @@ inline Rows rows(const Tensor& t, const char* name) {
   return r;
 }
 
+// Whether a result of this call, written whole in contiguous pieces of `row` elements, is written past the caches.
+inline bool past_cache(const Tensor& t, int64_t row) {
+  return is_float32(t) && t.numel() * 4 >= kPastCacheBytes && row * 4 % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(t.data_ptr()) % kLine == 0;
+}
+
+inline Rows result_rows(const Tensor& t, const char* name) {
+  Rows r = rows(t, name);
+  r.past_cache = past_cache(t, t.size(t.dim() - 1));
+  return r;
+}
+
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // True in a process made by fork: OpenMP's threads did not come along, and waiting for them would never end.

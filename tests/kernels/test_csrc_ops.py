@@ -103,6 +103,51 @@ def test_large_tensors_do_not_depend_on_the_number_of_threads() -> None:
     assert found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
 
 
+def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Inputs of the ops that write tensors of x's size: 256 KB a sample, past the caches from 4 samples on."""
+    torch.manual_seed(0)
+    x, a, dy, dx = (torch.randn(batch, 64, 1024) for _ in range(4))
+    gate, shift, scale, mean = (torch.randn(batch, n) for n in (1024, 1024, 1024, 64))
+    rstd, qkv = mean.exp(), torch.randn(batch, 64, 3, 16, 64)
+    vectors = torch.randn(4, 64).unbind()
+    heads = torch.randn(3, batch, 16, 64, 64).unbind()
+    return {
+        "norm_modulate": (x, shift, scale, 1e-6),
+        "norm_modulate_backward": (dy, x, scale, mean, rstd),
+        "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6),
+        "gate_residual_norm_modulate_backward": (dx, dy, x, a, gate, scale, mean, rstd),
+        "gate_residual": (x, a, gate),
+        "gate_residual_backward": (dx, a, gate),
+        "cfg_extrapolate": (x, a, 30.0),
+        "gelu_tanh": (x,),
+        "gelu_tanh_backward": (dy, x),
+        "qk_norm": (qkv, *vectors, 1e-6),
+        "qk_norm_backward": (*heads, qkv, vectors[0], vectors[1], torch.rand(4, batch, 16, 64) + 0.5),
+    }
+
+
+@pytest.mark.parametrize("op", large_calls(1))
+def test_a_large_batch_written_past_the_caches_is_its_samples_one_by_one(op: str) -> None:
+    batch, call = 5, getattr(torch.ops.st_fast, op)
+    inputs = large_calls(batch)[op]
+
+    def sample(value: object, b: int) -> object:
+        if not isinstance(value, torch.Tensor) or batch not in value.shape:
+            return value
+        return value.narrow(value.shape.index(batch), b, 1).contiguous()
+
+    def results(args: tuple[object, ...]) -> list[torch.Tensor]:
+        found = call(*args)
+        return [found] if isinstance(found, torch.Tensor) else list(found)
+
+    whole = results(inputs)
+    assert whole[0].nbytes > 2**20 > whole[0].nbytes // batch
+    for b in range(batch):
+        for of_all, alone in zip(whole, results(tuple(sample(value, b) for value in inputs)), strict=True):
+            if batch in of_all.shape:  # not the sums over the batch
+                assert torch.equal(sample(of_all, b), alone)
+
+
 def test_mixed_dtypes_float32_stream_with_bfloat16_branch_and_modulation() -> None:
     torch.manual_seed(0)
     x, a = torch.randn(2, 40, 96), torch.randn(2, 40, 96).bfloat16()
