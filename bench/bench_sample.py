@@ -10,7 +10,6 @@ timed. "bf16" is st_fast's with --precision bf16, whose error is told beside it.
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import statistics
@@ -27,6 +26,7 @@ from bench.timing import Effort, Stopwatch, Variant, interleave, noise, paired_r
 from bench.workload import ROOT
 from st_fast import kernels
 from st_fast.model import SiT, build
+from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.recipe import load
 from st_fast.recipe.schema import Model, Sample
@@ -41,14 +41,15 @@ PUBLISHED_RANGE = (0.0, 0.65)
 """The published interval of guidance."""
 
 
-def filled(config: Model, device: torch.device) -> SiT:
-    """A model whose weights are all random."""
-    model = build(config, kernels.select({}, device), 0)
+def filled(config: Model, device: torch.device, dtype: torch.dtype) -> SiT:
+    """A model whose weights are all random, with the ops and the attention that a run would choose."""
+    attend = choose("auto", device, dtype, config.width // config.heads, print)
+    model = build(config, kernels.select({}, device), 0, attend)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -76,8 +77,8 @@ def measure(device: torch.device, size: str, batch: int, steps: int, effort: Eff
     """The row of one size (its depth where 0); WrongResult if they don't draw the same."""
     config = load(ROOT / "recipes" / f"sit_{size}.toml", ["--data.path=none", "--run.out=none"]).model
     config = replace(config, depth=depth or config.depth)
-    model, draw = filled(config, device), balanced(0, 0, batch, config.num_classes, device)
-    low, plain = copy.deepcopy(model).bfloat16(), PlainSiT(config).to(device).eval()
+    model, low = (filled(config, device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    draw, plain = balanced(0, 0, batch, config.num_classes, device), PlainSiT(config).to(device).eval()
     plain.load_state_dict(model.state_dict())
     if device.type == "cuda":
         model.run_block = low.run_block = CompiledBlocks(print, dynamic=False)

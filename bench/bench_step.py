@@ -1,6 +1,7 @@
 """The whole step: plain, stage 1 and stage 2, against the published loop written plainly, eager and compiled.
 
     pytest bench/bench_step.py           S/2 at batch 8 on a CPU; B/2 and XL/2 at batch 256 on CUDA
+    pytest bench/bench_step.py -k demo   `make demo`'s step, with the ops that "auto" chooses and the reference's
     pytest bench/bench_step.py --full    also how cost grows with batch, tokens and depth, and a picture of it
 
 Rows go to bench/results/<device>.json as they are measured.
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from bench import first_step, op_times, step_times, sweeps
+from bench import demo_step, first_step, op_times, step_times, sweeps
 from bench.results import Store
 from bench.workload import Setup
 
@@ -41,6 +42,12 @@ def bench_first_step(store: Store, device: torch.device) -> None:
     setup = step_times.default_setups(device)[0]
     seconds = first_step.cold_and_warm(setup.size, setup.stage, setup.batch, device.type)
     store.put("first step", setup.label, {"seconds": seconds})
+
+
+def bench_demo(store: Store, device: torch.device, report: Report) -> None:
+    row = demo_step.measure(device)
+    store.put("demo", "digits, stage 2", row)
+    report([row["ms"]["auto"] / 1e3])
 
 
 def bench_sweep(point: Setup, store: Store, device: torch.device) -> None:

@@ -128,6 +128,7 @@ ELEMENTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "guided_feature_loss": ((4, 0), (4, 2)),  # read q, f_y, f_∅, write dq
     "cfg_extrapolate": ((3, 3), (3, 3)),  # read f_y, f_∅, write f; read df, write two
     "qk_norm": ((6, 8), (6, 8)),  # read qkv, write q, k, v; read dq, dk, dv, q, k, write dqkv
+    "linear": ((5, 10), (5, 10)),  # D → 4·D: read x, write y; read dy twice and x, write dx (weights beside them)
     "gelu_tanh": ((8, 12), (8, 12)),  # on 4·D channels: read x, write y; read dy, x, write dx
 }
 """op → ((floor forward, backward), (moved forward, backward)), in elements a value of x."""
@@ -206,6 +207,12 @@ def _qk_norm(draw: Draw, size: Size) -> Inputs:
     return Inputs((*leaves, 1e-6), leaves, grads)
 
 
+def _linear(draw: Draw, size: Size) -> Inputs:
+    shape = (size.batch, size.tokens, size.width)
+    x, weight, bias = draw.leaf(*shape), draw.leaf(4 * size.width, size.width), draw.leaf(4 * size.width)
+    return Inputs((x, weight, bias), (x, weight, bias), (draw(*shape[:2], 4 * size.width),))
+
+
 def _gelu_tanh(draw: Draw, size: Size) -> Inputs:
     shape = (size.batch, size.tokens, 4 * size.width)
     x = draw.leaf(*shape)
@@ -220,5 +227,6 @@ MAKERS: dict[str, Callable[[Draw, Size], Inputs]] = {
     "guided_feature_loss": _guided_feature_loss,
     "cfg_extrapolate": _cfg_extrapolate,
     "qk_norm": _qk_norm,
+    "linear": _linear,
     "gelu_tanh": _gelu_tanh,
 }

@@ -1,7 +1,8 @@
 """What a step can't be faster than with the libraries' own pieces: its matrix products alone, its attention alone.
 
-Every linear layer of the step is run at its own shape, forward and both gradients (the teacher's forward alone), and
-attention at its own shape through the backend that the model uses. Times are multiplied by how often each occurs.
+Every linear layer of the step is run at its own shape as the step runs it, forward and gradients (the teacher's forward
+alone), and attention at its own shape through the backend that the model uses. Times are multiplied by how often each
+occurs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 
 from bench.timing import Effort, Stopwatch, Variant, interleave
 from st_fast import flops
-from st_fast.model.attention import Attend
+from st_fast.model.attention import Attend, attend_packed
 from st_fast.recipe.methods import SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
+
+Linear = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,18 @@ def attended(recipe: Recipe, stage: Stage, supervised: int) -> Counter[Attended]
     return found
 
 
-def _product_variant(product: Product, device: torch.device, dtype: torch.dtype) -> Variant:
-    x = torch.randn(product.rows, product.deep, device=device, dtype=dtype)
-    w = torch.randn(product.wide, product.deep, device=device, dtype=dtype)
+def _product_variant(product: Product, linear: Linear, device: torch.device, dtype: torch.dtype) -> Variant:
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=product.trained)
+
+    x, w, bias = leaf(product.rows, product.deep), leaf(product.wide, product.deep), leaf(product.wide)
     dy = torch.randn(product.rows, product.wide, device=device, dtype=dtype)
 
     def run(number: int, watch: Stopwatch) -> None:
         with watch("product"):
-            torch.mm(x, w.t())
+            y = linear(x, w, bias)
             if product.trained:
-                torch.mm(dy, w)
-                torch.mm(dy.t(), x)
+                torch.autograd.grad(y, (x, w, bias), dy)
 
     return run
 
@@ -119,16 +123,16 @@ def _attention_variant(
     case: Attended, model: Model, attend: Attend, device: torch.device, dtype: torch.dtype
 ) -> Variant:
     n, head = flops.tokens(model), model.width // model.heads
-    shape = (case.batch, model.heads, n, head)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=case.trained) for _ in range(3))
+    shape = (case.batch, n, 3, model.heads, head)
+    qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=case.trained)
     # As the output projection's gradient comes: (B, N, H, d) in memory.
-    dout = torch.randn(case.batch, n, model.heads, head, device=device, dtype=dtype).transpose(1, 2)
+    dout = torch.randn(case.batch, n, model.heads, head, device=device, dtype=dtype)
 
     def run(number: int, watch: Stopwatch) -> None:
         with watch("attention"):
-            out = attend(q, k, v)
+            out = attend_packed(attend, qkv)
             if case.trained:
-                torch.autograd.grad(out, (q, k, v), dout)
+                torch.autograd.grad(out, qkv, dout)
 
     return run
 
@@ -138,6 +142,7 @@ def measure(
     stage: Stage,
     supervised: int,
     attend: Attend,
+    linear: Linear,
     device: torch.device,
     dtype: torch.dtype,
     effort: Effort,
@@ -152,7 +157,7 @@ def measure(
 
     return Floor(
         products=sum(
-            count * seconds(lambda p=product: _product_variant(p, device, dtype))  # type: ignore[misc]
+            count * seconds(lambda p=product: _product_variant(p, linear, device, dtype))  # type: ignore[misc]
             for product, count in linear.items()
         ),
         attention=sum(

@@ -97,6 +97,8 @@ GOALS = (
          _of("speedup", "plain"), 1.4),
     Goal("cpu", "SiT-S/2, plain, share of the sgemm rate (stretch)", "step", _step("S/2", "plain"),
          _of("mfu", "ours"), 0.8, unit="%"),
+    Goal("cpu", '`make demo`, its step, against all ops set to "reference"', "demo", lambda row: True,
+         _of("speedup", "reference"), 1.0),
     Goal("cpu", "DALI and resident loader, 8×32×32, cached", "loader", _loader("8×32×32", "warm"),
          _of("samples/s"), 20_000, unit="samples/s"),
     Goal("cpu", "DALI and resident loader against the published per-file loader, cached", "loader",

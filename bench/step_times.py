@@ -150,7 +150,8 @@ def _parts(loop: Ours, setup: Setup, supervised: int, seconds: float) -> Row:
     effort = Effort(rounds=5, seconds=2, least=2, warmup=1)
     model = loop.recipe.model
     attend = choose(model.attention, setup.device, dtype, model.width // model.heads, log.info)
-    least = floor.measure(loop.recipe, loop.stage, supervised, attend, setup.device, dtype, effort)
+    linear = loop.trainer.model.kernels.linear
+    least = floor.measure(loop.recipe, loop.stage, supervised, attend, linear, setup.device, dtype, effort)
     return {
         "floor": asdict(least),
         "times_the_floor": seconds / least.seconds,

@@ -41,7 +41,8 @@ MANY_STEPS = 10**6
 
 @dataclass(frozen=True)
 class Setup:
-    """One step to measure. tokens a latent; depth 0 is the size's own; compile as `run.compile` takes it.
+    """One step to measure. size: of a SiT, or "digits" for `make demo`'s own model with its tokens; tokens a latent;
+    depth 0 is the size's own; compile as `run.compile` takes it.
 
     `options` go over the recipe; labels do not show them.
     """
@@ -63,14 +64,16 @@ class Setup:
 
 def make_recipe(setup: Setup, folder: Path) -> Recipe:
     """The shipped recipe of that size, with this batch, resolution, depth and folder."""
-    side = 2 * math.isqrt(setup.tokens)
+    demo = setup.size == "digits"
+    name = "digits" if demo else f"sit_{setup.size.split('/')[0].lower()}"
+    own = ["--evaluate.judge=none"] if demo else [f"--model.latent_size={2 * math.isqrt(setup.tokens)}"]
     recipe = load(
-        ROOT / "recipes" / f"sit_{setup.size.split('/')[0].lower()}.toml",
+        ROOT / "recipes" / f"{name}.toml",
         [
             f"--data.path={folder / 'data'}", f"--run.out={folder / 'run'}", "--data.loader=resident",
             f"--run.device={setup.device.type}", "--run.precision=auto", "--flow.time=stratified",
             f"--run.compile={setup.compile}",
-            f"--optim.batch_size={setup.batch}", f"--model.latent_size={side}", *setup.options,
+            f"--optim.batch_size={setup.batch}", *own, *setup.options,
         ],
     )  # fmt: skip
     if not setup.depth:

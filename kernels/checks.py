@@ -117,18 +117,36 @@ def extrapolated(op: str, f_cond: Tensor, f_null: Tensor, cfg_scale: float) -> N
     _cfg_scale(op, cfg_scale)
 
 
-def packed(op: str, qkv: Tensor, eps: float, **vectors: Tensor) -> None:
-    """qkv (B, N, 3, H, d) and affine vectors (d,), all of one dtype."""
-    _floating(op, qkv=qkv, **vectors)
+def packed(op: str, qkv: Tensor) -> None:
+    """qkv (B, N, 3, H, d)."""
+    _floating(op, qkv=qkv)
     _rank(op, "qkv", qkv, "(B, N, 3, H, d)")
     if qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; (B, N, 3, H, d) is needed")
+
+
+def packed_affine(op: str, qkv: Tensor, eps: float, **vectors: Tensor) -> None:
+    """qkv (B, N, 3, H, d) and affine vectors (d,), all of one dtype."""
+    packed(op, qkv)
+    _floating(op, **vectors)
     first, dtype = next((name, vector.dtype) for name, vector in vectors.items())
     for name, vector in vectors.items():
         _shape(op, name, vector, qkv.shape[-1:], "qkv's (d,)")
         if vector.dtype != dtype:
             raise TypeError(f"{op}: {name} has dtype {vector.dtype}; {first}'s, {dtype}, is needed")
     _eps(op, eps)
+
+
+def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """x (…, K), weight (M, K), bias (M,), all of one dtype."""
+    _floating(op, x=x, weight=weight, bias=bias)
+    _rank(op, "weight", weight, "(M, K)")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; (…, {weight.shape[1]}), weight's K, is needed")
+    _shape(op, "bias", bias, weight.shape[:1], "weight's (M,)")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; x's, {x.dtype}, is needed")
 
 
 def elementwise(op: str, x: Tensor) -> None:

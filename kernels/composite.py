@@ -132,6 +132,40 @@ def qk_norm_backward(
     return dqkv, sums[0], sums[1], sums[2], sums[3]
 
 
+def attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """→ softmax(q·kᵀ/√d)·v as (B, N, H, d) in qkv's dtype, and the scores' log-sum-exp (B, H, N)."""
+    q, k, v = _up(qkv).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q @ k.transpose(-1, -2) / qkv.shape[-1] ** 0.5
+    out = (scores.softmax(-1) @ v).transpose(1, 2)
+    return out.to(qkv.dtype).contiguous(), scores.logsumexp(-1)
+
+
+def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """→ dqkv (B, N, 3, H, d) in qkv's dtype."""
+    q, k, v = _up(qkv).permute(2, 0, 3, 1, 4).unbind(0)
+    dy, y, scale = _up(dout).transpose(1, 2), _up(out).transpose(1, 2), qkv.shape[-1] ** -0.5
+    p = (q @ k.transpose(-1, -2) * scale - lse.unsqueeze(-1)).exp()
+    ds = p * (dy @ v.transpose(-1, -2) - (dy * y).sum(-1, keepdim=True)) * scale
+    parts = torch.stack((ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dy))
+    return parts.permute(1, 3, 0, 2, 4).to(qkv.dtype).contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """→ x·Wᵀ + bias (…, M), contiguous."""
+    return reference.linear(x, weight, bias).contiguous()
+
+
+def weight_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """→ dweight (M, K) and dbias (M,) of a linear layer."""
+    rows = dy.reshape(-1, dy.shape[-1])  # (R, M)
+    return rows.t() @ x.reshape(-1, x.shape[-1]), dy.sum(tuple(range(dy.dim() - 1)))
+
+
+def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """→ dx (…, K), dweight (M, K), dbias (M,), each in the layer's dtype."""
+    return (dy @ weight).contiguous(), *weight_gradients(dy, x, weight)
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """→ GELU's tanh form in x's dtype."""
     return torch.nn.functional.gelu(_up(x), approximate="tanh").to(x.dtype).contiguous()

@@ -131,6 +131,26 @@ def _qk_norm(ctx: Context, dq: Grad, dk: Grad, dv: Grad, _stats: None) -> tuple[
     return *OPS.qk_norm_backward(*grads, *saved), None
 
 
+def _save_attention(ctx: Context, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _attention(ctx: Context, dout: Grad, _lse: None) -> Grad:
+    return None if dout is None else OPS.attention_backward(dout, *ctx.saved_tensors)
+
+
+def _save_linear(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight)
+
+
+def _linear(ctx: Context, dy: Grad) -> tuple[Grad, ...]:
+    return (None, None, None) if dy is None else OPS.linear_backward(dy, *ctx.saved_tensors)
+
+
 def _save_gelu_tanh(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
@@ -158,6 +178,16 @@ _register("align", _loss("align"), _save_loss)
 _register("guided_feature_loss", _loss("guided_feature_loss"), _save_loss)
 _register("cfg_extrapolate", _cfg_extrapolate, _save_cfg_extrapolate)
 _register("qk_norm", _qk_norm, _save_qk_norm)
+_register("attention", _attention, _save_attention)
+_register("linear", _linear, _save_linear)
 _register("gelu_tanh", _gelu_tanh, _save_gelu_tanh)
-for _name in ("norm_modulate", "gate_residual_norm_modulate", "gate_residual", "qk_norm", "gelu_tanh"):
+for _name in (
+    "norm_modulate",
+    "gate_residual_norm_modulate",
+    "gate_residual",
+    "qk_norm",
+    "attention",
+    "linear",
+    "gelu_tanh",
+):
     _register(f"{_name}_backward", _refuse(_name), lambda ctx, inputs, output: None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, gradients, reference  # noqa: F401  gradients registers itself
+from . import checks, counted, gradients, onednn, reference  # noqa: F401  counted and gradients register themselves
 
 OPS = torch.ops.st_fast
 
@@ -90,11 +90,32 @@ def qk_norm(
     qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k normalised over head_dim, and v, contiguous (B, H, N, d), from qkv (B, N, 3, H, d); gradients to all."""
-    checks.packed("qk_norm", qkv, eps, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
+    checks.packed_affine("qk_norm", qkv, eps, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias)
     if qkv.dtype == torch.float64:
         return reference.qk_norm(qkv, q_weight, q_bias, k_weight, k_bias, eps)
     q, k, v, _ = OPS.qk_norm(qkv, q_weight, q_bias, k_weight, k_bias, eps)
     return q, k, v
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v (B, N, H, d) from the packed projection (B, N, 3, H, d); its gradient comes packed too.
+
+    csrc takes float32, and multiples of 32 for N and d; anything else is computed by plain PyTorch.
+    """
+    checks.packed("attention", qkv)
+    if qkv.dtype != torch.float32 or qkv.shape[1] % 32 or qkv.shape[-1] % 32:
+        return reference.attention(qkv)
+    out: Tensor = OPS.attention(qkv.contiguous())[0]
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x·Wᵀ + bias (…, M) in x's dtype; gradients to all. Small layers, and all on CUDA, are PyTorch's own."""
+    checks.linear("linear", x, weight, bias)
+    if not onednn.pays(x, weight):
+        return reference.linear(x, weight, bias)
+    y: Tensor = OPS.linear(x, weight, bias)
+    return y
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -123,6 +123,20 @@ def qk_norm(
     return q_hat.to(qkv.dtype), k_hat.to(qkv.dtype), v
 
 
+def attention(qkv: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v over all tokens (arXiv 1706.03762), from the packed projection.
+
+    qkv (B, N, 3, H, d). Returns (B, N, H, d) in qkv's dtype.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x·Wᵀ + bias over the last axis: x (…, K), weight (M, K), bias (M,), all of one dtype. Returns (…, M)."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """½x·(1 + tanh(√(2/π)·(x + 0.044715x³))), GELU's tanh form (arXiv 1606.08415), any shape; in x's dtype."""
     return torch.nn.functional.gelu(_up(x), approximate="tanh").to(x.dtype)

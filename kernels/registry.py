@@ -1,7 +1,7 @@
 """`torch.ops.st_fast.*`: schemas, dispatch, fakes and autocast. Gradients are in `gradients.py`.
 
-One op name for every device: CPU → csrc if it is built, CUDA → Triton (csrc for the optimiser if it is built), anything
-else → `composite.py`.
+One op name for every device: CPU → csrc if it is built (`linear`: oneDNN), CUDA → Triton (csrc for the optimiser if it
+is built), anything else → `composite.py`.
 
 Autocast: the ops are precise as they are, because they compute in float32 whatever comes in. So under autocast the
 inputs keep their dtypes, the outputs have the dtypes the schema promises, and nothing inside is cast.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composite, native, reference
+from . import composite, native, onednn, reference
 
 LIBRARY = torch.library.Library("st_fast", "DEF")
 IN_PLAIN_PYTORCH = torch.library.Library("st_fast_reference", "DEF")  # where float64 goes
@@ -39,6 +39,10 @@ SCHEMAS = {
     " -> (Tensor q, Tensor k, Tensor v, Tensor stats)",
     "qk_norm_backward": "(Tensor dq, Tensor dk, Tensor dv, Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor stats)"
     " -> (Tensor dqkv, Tensor dq_weight, Tensor dq_bias, Tensor dk_weight, Tensor dk_bias)",
+    "attention": "(Tensor qkv) -> (Tensor out, Tensor lse)",
+    "attention_backward": "(Tensor dout, Tensor qkv, Tensor out, Tensor lse) -> Tensor",
+    "linear": "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    "linear_backward": "(Tensor dy, Tensor x, Tensor weight) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     "gelu_tanh": "(Tensor x) -> Tensor",
     "gelu_tanh_backward": "(Tensor dy, Tensor x) -> Tensor",
     "grad_norm": "(Tensor[] grads) -> Tensor",
@@ -127,6 +131,23 @@ def _fake_qk_norm_backward(
     return _new(qkv), _new(q_weight), _new(q_weight), _new(k_weight), _new(k_weight)
 
 
+def _fake_attention(qkv: Tensor) -> tuple[Tensor, ...]:
+    b, n, _, h, d = qkv.shape
+    return qkv.new_empty((b, n, h, d)), _statistic(qkv, (b, h, n))
+
+
+def _fake_attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    return _new(qkv)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return _new(x), _new(weight), weight.new_empty(weight.shape[:1])
+
+
 def _fake_gelu_tanh(x: Tensor) -> Tensor:
     return _new(x)
 
@@ -173,6 +194,9 @@ def _define() -> None:
         IN_PLAIN_PYTORCH.define(name + schema)
         IN_PLAIN_PYTORCH.impl(name, plain, "CompositeExplicitAutograd")
     native.load()
+    if onednn.available():
+        LIBRARY.impl("linear", onednn.linear, "CPU")
+        LIBRARY.impl("linear_backward", onednn.linear_backward, "CPU")
     for file, names in TRITON_FILES.items():
         for name in names:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"st_fast::{name}", "CUDA"):

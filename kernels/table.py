@@ -26,6 +26,7 @@ class KernelTable:
     guided_feature_loss: Callable[..., Any]
     cfg_extrapolate: Callable[..., Any]
     qk_norm: Callable[..., Any]
+    linear: Callable[..., Any]
     gelu_tanh: Callable[..., Any]
 
 

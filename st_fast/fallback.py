@@ -77,6 +77,7 @@ class Trial:
             ),
             "cfg_extrapolate": lambda: (tensor(*x).detach(), tensor(*x).detach(), 3.0),
             "qk_norm": lambda: (tensor(*packed), *(tensor(head) for _ in range(4)), 1e-6),
+            "linear": lambda: (tensor(*x), tensor(model.width, model.width), tensor(model.width)),
             "gelu_tanh": lambda: (tensor(*x),),
         }[name]()  # fmt: skip
 

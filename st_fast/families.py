@@ -12,7 +12,8 @@ from torch.profiler import profile
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("optimiser", r"adamw|grad_norm|multi_tensor|st_fast::.*(adam|norm_sum)|foreach"),
     ("attention", r"scaled_dot_product|attention|flash|fmha|sdpa|st_fast::attention"),
-    ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|aten::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)\b"),
+    ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|st_fast::linear"
+                        r"|aten::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)\b"),
     ("adaLN", r"st_fast::(norm_modulate|gate_residual)|adaln|native_layer_norm|plain_(forward|backward)"
               r"|gate_(forward|backward)|add_partials"),
     ("qk-norm", r"qk_?norm|add_rows"),

@@ -64,6 +64,15 @@ struct QKNorm {
   float* partial;           // (tasks, 4, d): dq_weight, dq_bias, dk_weight, dk_bias
 };
 
+// Tasks: (sample, head). All contiguous float32; N and d are multiples of 32.
+struct Attention {
+  int64_t B, N, H, d;
+  float scale;
+  float *qkv, *dqkv;  // (B, N, 3, H, d)
+  float *out, *dout;  // (B, N, H, d)
+  float* lse;         // (B, H, N): the logarithm of the sum of e^(scale · score)
+};
+
 // Tasks: kElementsPerTask elements of contiguous tensors of one shape.
 struct Elementwise {
   int64_t count;
@@ -97,6 +106,8 @@ struct Kernels {
   void (*gelu_tanh_backward)(const Elementwise&, int64_t, int64_t);
   void (*qk_norm)(const QKNorm&, int64_t, int64_t);
   void (*qk_norm_backward)(const QKNorm&, int64_t, int64_t);
+  void (*attention)(const Attention&, int64_t, int64_t);
+  void (*attention_backward)(const Attention&, int64_t, int64_t);
   double (*sum_of_squares)(const void*, DType, int64_t);
   void (*adamw_ema)(const AdamW&, const ParamBlock&);
 };

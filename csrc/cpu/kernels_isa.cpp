@@ -1,5 +1,6 @@
 // The arithmetic, compiled once per instruction set: -DST_ISA=<name> and that set's compiler flags.
 #include "adaln.h"
+#include "attention.h"
 #include "elementwise.h"
 #include "features.h"
 #include "optimizer.h"
@@ -22,6 +23,8 @@ const Kernels table = {
     gelu_tanh_backward,
     qk_norm,
     qk_norm_backward,
+    attention,
+    attention_backward,
     sum_of_squares,
     adamw_ema,
 };

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from st_fast import kernels
 from st_fast.errors import UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -114,10 +115,35 @@ def _xformers_dispatches(device: torch.device, head_dim: int) -> str | None:
     return None
 
 
+class Packed:
+    """csrc's attention, which reads q, k and v where the projection wrote them and writes their gradients so."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As every backend; the three are packed first."""
+        return self.packed(torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)).transpose(1, 2)
+
+    def packed(self, qkv: Tensor) -> Tensor:
+        """qkv (B, N, 3, H, d) → (B, N, H, d)."""
+        return kernels.attention(qkv)
+
+
+def attend_packed(attend: Attend, qkv: Tensor) -> Tensor:
+    """Attention from the packed projection (B, N, 3, H, d) by any backend: (B, N, H, d)."""
+    if isinstance(attend, Packed):
+        return attend.packed(qkv)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d) each
+    return attend(q, k, v).transpose(1, 2)
+
+
+def _csrc(device: torch.device, head_dim: int) -> str | None:
+    return None if kernels.native.available() else "csrc is not built"
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("sdpa", _sdpa(None), ("cpu", "cuda"), 1, 2**16, 1, _nothing),
+        Backend("csrc", Packed(), ("cpu",), 32, 256, 32, _csrc),
         Backend("cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), ("cuda",), 8, 256, 8, _torch_can("cudnn")),
         Backend("flash", _sdpa(SDPBackend.FLASH_ATTENTION), ("cpu", "cuda"), 8, 256, 8, _torch_can("flash")),
         Backend("efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION), ("cuda",), 8, 2**16, 8, _torch_can("efficient")),
@@ -139,7 +165,7 @@ BACKENDS = {
 """flash_attn takes heads up to 256 (its README); flash_attn_4 is held to 64 … 128, the sizes it began with, and above
 that torch and xformers are asked for theirs."""
 
-AUTO_ORDER = {"cuda": ("cudnn", "flash", "efficient", "math"), "cpu": ("sdpa",)}
+AUTO_ORDER = {"cuda": ("cudnn", "flash", "efficient", "math"), "cpu": ("csrc", "sdpa")}
 """What "auto" tries. cuDNN takes head_dim 72 as it is, where FlashAttention 2 and 3 pad it to 96; so far unmeasured."""
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
-from st_fast.model.attention import BACKENDS, Attend
+from st_fast.model.attention import BACKENDS, Attend, attend_packed
 from st_fast.model.branches import Branches, batched
+from st_fast.model.linear import Linear
 from st_fast.model.pretrained import Pretrained
 from st_fast.recipe.schema import Model
 
@@ -88,19 +89,18 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool, kernels: KernelTable, attend: Attend) -> None:
         super().__init__()
         self.heads, self.kernels, self.attend = heads, kernels, attend
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, kernels)
+        self.proj = Linear(width, width, kernels)
         self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
 
     def forward(self, y: Tensor) -> Tensor:
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k, v = self.kernels.qk_norm(
-                qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps
-            )
-        else:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d) each
+        if self.q_norm is None or self.k_norm is None:
+            return self.proj(attend_packed(self.attend, qkv).flatten(2))
+        q, k, v = self.kernels.qk_norm(
+            qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps
+        )  # (B, H, N, d) each
         return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -110,8 +110,8 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
         super().__init__()
         self.kernels = kernels
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden, kernels)
+        self.fc2 = Linear(hidden, width, kernels)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.fc2(self.kernels.gelu_tanh(self.fc1(y)))

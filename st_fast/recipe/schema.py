@@ -182,6 +182,7 @@ class Kernels:
     guided_feature_loss: Choice = "auto"
     cfg_extrapolate: Choice = "auto"
     qk_norm: Choice = "auto"
+    linear: Choice = "auto"
     gelu_tanh: Choice = "auto"
     adamw_ema: Choice = "auto"
 

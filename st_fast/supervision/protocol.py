@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from st_fast.kernels import KernelTable
+from st_fast.model.linear import Linear
 from st_fast.recipe.methods import Selection
 
 
@@ -105,9 +107,10 @@ def select_rows(t: Tensor, place: slice, selection: Selection | None) -> tuple[T
     return index, torch.full((len(index),), selection.weight / divisor)
 
 
-def projector(width: int, hidden: int, out: int) -> nn.Sequential:
+def projector(width: int, hidden: int, out: int, kernels: KernelTable) -> nn.Sequential:
     """REPA's projector: a three-layer MLP with SiLU, keys 0, 2 and 4."""
-    first, second, third = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)
+    sizes = ((width, hidden), (hidden, hidden), (hidden, out))
+    first, second, third = (Linear(inputs, outputs, kernels) for inputs, outputs in sizes)
     for layer in (first, second, third):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)

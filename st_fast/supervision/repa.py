@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
 from st_fast.supervision.protocol import Noised, projector
 from st_fast.supervision.registry import Parts
@@ -13,9 +14,9 @@ from st_fast.supervision.registry import Parts
 class Heads(nn.Module):
     """One MLP for each encoder, D → hidden → hidden → D_j. Keys `projectors.{j}.{0,2,4}.*`, as published."""
 
-    def __init__(self, width: int, hidden: int, widths: tuple[int, ...]) -> None:
+    def __init__(self, width: int, hidden: int, widths: tuple[int, ...], kernels: KernelTable) -> None:
         super().__init__()
-        self.projectors = nn.ModuleList(projector(width, hidden, out) for out in widths)
+        self.projectors = nn.ModuleList(projector(width, hidden, out, kernels) for out in widths)
 
 
 class Repa:
@@ -30,7 +31,7 @@ class Repa:
         self.settings, self.tap, self.kernels = settings, settings.tap, parts.kernels
         self.encoders = parts.encoders
         self.side = parts.config.latent_size // parts.config.patch
-        self.heads = Heads(parts.config.width, settings.hidden, parts.feature_widths)
+        self.heads = Heads(parts.config.width, settings.hidden, parts.feature_widths, parts.kernels)
 
     def active(self, step: int) -> bool:
         return self.settings.supervises(step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
 from st_fast.supervision.protocol import Noised, projector
 from st_fast.supervision.registry import Parts
@@ -18,9 +19,9 @@ from st_fast.supervision.registry import Parts
 class Head(nn.Module):
     """The projection q of the student's tokens: (M, N, D) → (M, N, D). Keys `projectors.{0,2,4}.*`."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
         super().__init__()
-        self.projectors = projector(width, hidden, width)
+        self.projectors = projector(width, hidden, width, kernels)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.projectors(tokens)
@@ -34,7 +35,7 @@ class SelfTranscendence:
             raise ValueError("self_transcendence needs a teacher")
         self.settings, self.tap = settings, settings.tap
         self.teacher, self.branches, self.kernels = parts.teacher, parts.branches, parts.kernels
-        self.heads: nn.Module = Head(parts.config.width, settings.hidden)
+        self.heads: nn.Module = Head(parts.config.width, settings.hidden, parts.kernels)
 
     def active(self, step: int) -> bool:
         return self.settings.supervises(step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from st_fast.kernels import KernelTable
 from st_fast.model.sit import unpatchify
 from st_fast.recipe import methods
 from st_fast.recipe.schema import Model
@@ -21,10 +22,10 @@ class Head(nn.Module):
     Keys `projectors.{0,2,4}.*` and `projectors_final.linear.*`, as the released checkpoints have them.
     """
 
-    def __init__(self, config: Model, hidden: int) -> None:
+    def __init__(self, config: Model, hidden: int, kernels: KernelTable) -> None:
         super().__init__()
         self.patch, self.channels = config.patch, config.channels
-        self.projectors = projector(config.width, hidden, config.width)
+        self.projectors = projector(config.width, hidden, config.width, kernels)
         linear = nn.Linear(config.width, config.patch**2 * config.channels)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -41,7 +42,7 @@ class VelocityHead:
 
     def __init__(self, settings: methods.VelocityHead, parts: Parts) -> None:
         self.settings, self.tap = settings, settings.tap
-        self.heads = Head(parts.config, settings.hidden)
+        self.heads = Head(parts.config, settings.hidden, parts.kernels)
 
     def active(self, step: int) -> bool:
         return True

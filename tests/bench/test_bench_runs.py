@@ -118,6 +118,8 @@ def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_erro
     ("kernel", "family"),
     [
         ("aten::addmm", "matrix products"), ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
+        ("mkldnn::_linear_pointwise", "matrix products"), ("st_fast::linear_backward", "matrix products"),
+        ("st_fast::attention_backward", "attention"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("st_fast::gate_residual_norm_modulate_backward", "adaLN"), ("st_fast::qk_norm", "qk-norm"),
         ("st_fast::adamw_ema_", "optimiser"), ("st_fast::grad_norm", "optimiser"),

@@ -107,6 +107,19 @@ def others(batch: int, tokens: int, heads: int, dim: int) -> list[Case]:
     ]
 
 
+def layers() -> list[Case]:
+    """Linear layers from transposed inputs and with cut weights, large enough for oneDNN but for the last."""
+
+    def linear(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        return (ops.linear(t["x"].transpose(1, 2), t["weight"][:, 1:], t["bias"]),)
+
+    made = []
+    for batch, tokens, deep, wide in ((2, 133, 384, 352), (1, 300, 256, 513), (2, 33, 7, 5)):
+        leaves = {"x": random(batch, deep, tokens), "weight": random(wide, deep + 1), "bias": random(wide)}
+        made.append(Case(f"linear-{batch}x{tokens}x{deep}x{wide}", leaves, linear))
+    return made
+
+
 def cases() -> list[Case]:
     torch.manual_seed(0)
     made = []
@@ -114,6 +127,11 @@ def cases() -> list[Case]:
         made += modulated(batch, tokens, width) + features(batch, tokens, width)
     for batch, tokens, heads, dim in ((2, 33, 3, 64), (1, 1, 1, 72), (2, 40, 2, 7)):
         made += others(batch, tokens, heads, dim)
+    made += layers()
+    for batch, tokens, heads, dim in ((2, 96, 3, 64), (1, 32, 1, 32), (1, 288, 1, 96), (1, 40, 2, 64)):
+        leaves = {"qkv": 2 * random(batch, tokens, 3, heads, dim)}
+        size = f"{batch}x{tokens}x{heads}x{dim}"
+        made.append(Case(f"attention-{size}", leaves, lambda ops, t: (ops.attention(t["qkv"]),)))
     return made
 
 

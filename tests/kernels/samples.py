@@ -9,7 +9,7 @@ from torch import Tensor
 
 DIFFERENTIABLE = (
     "norm_modulate", "gate_residual_norm_modulate", "gate_residual", "align", "guided_feature_loss",
-    "cfg_extrapolate", "qk_norm", "gelu_tanh",
+    "cfg_extrapolate", "qk_norm", "attention", "linear", "gelu_tanh",
 )  # fmt: skip
 B, N, D, H = 3, 4, 12, 2
 
@@ -50,6 +50,11 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "cfg_extrapolate": (x, a, 30.0),
         "qk_norm": (qkv, *affine, 1e-6),
         "qk_norm_backward": (*dqkv, qkv.detach(), affine[0].detach(), affine[2].detach(), torch.rand(4, B, H, N)),
+        "attention": (_random(1, 32, 3, 2, 32, grad=True),),  # float32 only: the public op sees to that
+        "attention_backward": (_random(1, 2, 32, 32).transpose(1, 2), _random(1, 32, 3, 2, 32), _random(1, 32, 2, 32),
+                               _random(1, 2, 32)),
+        "linear": (a, leaf(8, D), leaf(8)),
+        "linear_backward": (plain(B, 8, N).transpose(1, 2), frozen[2], plain(8, D)),
         "gelu_tanh": (a,),
         "gelu_tanh_backward": (dy, frozen[2]),
         "grad_norm": (lists[0],),

@@ -45,7 +45,9 @@ def test_values_and_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dty
 
 
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
-@pytest.mark.parametrize("case", [c for c in CASES if "33x" in c.name], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if "33x" in c.name or c.name.startswith("attention")], ids=lambda case: case.name
+)
 def test_gradients_may_arrive_with_any_strides(case: Case, strides: str) -> None:
     truth = evaluate(case, reference, torch.float64, strides)
     eager, ours = (evaluate(case, ops, torch.float32, strides) for ops in (reference, kernels))
@@ -69,7 +71,10 @@ def test_freed_poison_comes_back_in_new_tensors() -> None:
     assert torch.empty(6600).isnan().any()  # otherwise the test above proves nothing
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+OURS = [c for c in CASES if not c.name.startswith("linear")]  # the BLAS splits a sum by its threads
+
+
+@pytest.mark.parametrize("case", OURS, ids=lambda case: case.name)
 def test_results_do_not_depend_on_the_number_of_threads(case: Case) -> None:
     found = []
     before = torch.get_num_threads()

@@ -13,10 +13,13 @@ from st_fast.model import attention
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash", "math"])
-@pytest.mark.parametrize("head_dim", [64, 72])
-def test_cpu_backends_agree_with_softmax_written_out(name, head_dim):
-    q, k, v = torch.randn(3, 2, 3, 50, head_dim).unbind(0)
+@pytest.mark.parametrize(
+    ("name", "head_dim", "tokens"),
+    [(name, head_dim, 50) for name in ("sdpa", "flash", "math") for head_dim in (64, 72)]
+    + [("csrc", 64, 50), ("csrc", 64, 160), ("csrc", 32, 64)],
+)
+def test_cpu_backends_agree_with_softmax_written_out(name, head_dim, tokens):
+    q, k, v = torch.randn(3, 2, 3, tokens, head_dim).unbind(0)
     expected = torch.softmax(q @ k.transpose(-1, -2) / head_dim**0.5, -1) @ v
     attend = attention.choose(name, CPU, torch.float32, head_dim, print)
     torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-4)
@@ -71,7 +74,7 @@ def test_a_backend_that_is_named_and_is_wrong_or_crashes_is_refused_by_name(atte
         attention.choose("broken", CPU, torch.float32, 64, print)
     text = str(refusal.value)
     assert text.startswith(f"model.attention = 'broken': {words}") and "\n" not in text
-    assert text.endswith("available here: sdpa, flash, math")
+    assert text.endswith("available here: sdpa, csrc, flash, math")
 
 
 def test_a_backend_that_is_wrong_at_the_models_number_of_tokens_only_is_refused(monkeypatch):
@@ -127,7 +130,7 @@ def test_xformers_is_asked_for_its_kernels_and_not_only_imported(able, serves, m
 
 
 def test_the_order_of_auto_is_pinned_and_holds_backends_of_that_device():
-    assert attention.AUTO_ORDER == {"cuda": ("cudnn", "flash", "efficient", "math"), "cpu": ("sdpa",)}
+    assert attention.AUTO_ORDER == {"cuda": ("cudnn", "flash", "efficient", "math"), "cpu": ("csrc", "sdpa")}
     for device, names in attention.AUTO_ORDER.items():
         assert all(device in attention.BACKENDS[name].devices for name in names)
 

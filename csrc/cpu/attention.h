@@ -1,0 +1,127 @@
+// Self-attention read from the packed projection and its gradient written as packed, one head of one sample at a time:
+// softmax over blocks of queries that stay in the caches, the probabilities recomputed in the backward pass
+// (FlashAttention, arXiv 2205.14135).
+#pragma once
+
+#include "product.h"
+#include "rows.h"
+
+#include <cmath>
+
+namespace ST_ISA {
+namespace {
+
+constexpr int64_t kQueries = 64;  // in a block: a multiple of kPanel
+
+// One head's q, k, v or their gradients, (N, d) each; tokens are `ld` floats apart.
+struct HeadParts {
+  float* part[3];
+  int64_t ld;
+};
+
+ST_INLINE HeadParts parts_of(const Attention& p, float* packed, int64_t b, int64_t h) {
+  HeadParts head = {{}, 3 * p.H * p.d};
+  for (int i = 0; i < 3; ++i) head.part[i] = packed + b * p.N * head.ld + (i * p.H + h) * p.d;
+  return head;
+}
+
+// Scores → e^(scale · (score − the row's largest)); returns the sum, and the row's largest scaled.
+ST_INLINE float softmax_row(float* row, int64_t n, float scale, float* largest) {
+  Vec most[4];
+  for (Vec& m : most) m = splat(-INFINITY);
+  sweep(n, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
+    const Vec v = load(row + i, lanes);
+    most[slot.value] = v > most[slot.value] ? v : most[slot.value];
+  });
+  float top = -INFINITY;
+  for (const Vec& m : most)
+    for (int i = 0; i < kWidth; ++i) top = m[i] > top ? m[i] : top;
+  *largest = top * scale;
+  Vec acc[4] = {};
+  sweep(n, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
+    const Vec e = exponential((load(row + i, lanes) - top) * scale);
+    store(row + i, e, lanes);
+    acc[slot.value] += e;
+  });
+  return total(acc);
+}
+
+void attention(const Attention& p, int64_t begin, int64_t end) {
+  const int64_t N = p.N, d = p.d, out_ld = p.H * d;
+  const Scratch scratch(2, N * d), scores(1, kQueries * N);
+  float *keys = scratch.row(0), *values = scratch.row(1), *s = scores.row(0);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / p.H, h = task % p.H;
+    const HeadParts in = parts_of(p, p.qkv, b, h);
+    float* out = p.out + b * N * out_ld + h * d;
+    into_panels_transposed(in.part[1], in.ld, N, d, keys);
+    into_panels(in.part[2], in.ld, N, d, values);
+    for (int64_t first = 0; first < N; first += kQueries) {
+      const int64_t rows = first + kQueries < N ? kQueries : N - first;
+      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld, in.ld, keys, d * kPanel, s, N, false);
+      float inverse[kQueries];
+      for (int64_t i = 0; i < rows; ++i) {
+        float largest;
+        const float sum = softmax_row(s + i * N, N, p.scale, &largest);
+        inverse[i] = 1.0f / sum;
+        p.lse[(b * p.H + h) * N + first + i] = largest + std::log(sum);
+      }
+      float* to = out + first * out_ld;
+      product<false>(rows, d / kPanel, N, s, N, values, N * kPanel, to, out_ld, false);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < d; c += kWidth)
+          store(to + i * out_ld + c, load(to + i * out_ld + c, Full{}) * inverse[i], Full{});
+    }
+  }
+}
+
+// P = e^(scale · score − lse) in place of the scores, and dS = scale · P ∘ (dP − dO·O) in place of dP.
+ST_INLINE void score_gradient_row(float* s, float* dp, int64_t n, float scale, float lse, float delta) {
+  sweep(n, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+    const Vec probability = exponential(load(s + i, lanes) * scale - lse);
+    store(s + i, probability, lanes);
+    store(dp + i, probability * (load(dp + i, lanes) - delta) * scale, lanes);
+  });
+}
+
+ST_INLINE float dot(const float* a, const float* b, int64_t n) {
+  Vec acc[4] = {};
+  sweep(n, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
+    acc[slot.value] += load(a + i, lanes) * load(b + i, lanes);
+  });
+  return total(acc);
+}
+
+void attention_backward(const Attention& p, int64_t begin, int64_t end) {
+  const int64_t N = p.N, d = p.d, out_ld = p.H * d, tall = N * kPanel, wide = d * kPanel;
+  const Scratch panels(5, N * d), blocks(2, kQueries * N);
+  float *keys_t = panels.row(0), *values_t = panels.row(1), *queries = panels.row(2), *keys = panels.row(3),
+        *dout = panels.row(4), *s = blocks.row(0), *ds = blocks.row(1);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / p.H, h = task % p.H;
+    const HeadParts in = parts_of(p, p.qkv, b, h), to = parts_of(p, p.dqkv, b, h);
+    const float *out = p.out + b * N * out_ld + h * d, *dy = p.dout + b * N * out_ld + h * d;
+    into_panels_transposed(in.part[1], in.ld, N, d, keys_t);
+    into_panels_transposed(in.part[2], in.ld, N, d, values_t);
+    into_panels(in.part[0], in.ld, N, d, queries);
+    into_panels(in.part[1], in.ld, N, d, keys);
+    into_panels(dy, out_ld, N, d, dout);
+    for (int64_t first = 0; first < N; first += kQueries) {
+      const int64_t rows = first + kQueries < N ? kQueries : N - first;
+      const bool add = first > 0;
+      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld, in.ld, keys_t, wide, s, N, false);
+      product<false>(rows, N / kPanel, d, dy + first * out_ld, out_ld, values_t, wide, ds, N, false);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = (first + i) * out_ld;
+        score_gradient_row(s + i * N, ds + i * N, N, p.scale, p.lse[(b * p.H + h) * N + first + i],
+                           dot(dy + at, out + at, d));
+      }
+      product<false>(rows, d / kPanel, N, ds, N, keys, tall, to.part[0] + first * to.ld, to.ld, false);
+      product<true>(N, d / kPanel, rows, ds, N, queries + first * kPanel, tall, to.part[1], to.ld, add);
+      product<true>(N, d / kPanel, rows, s, N, dout + first * kPanel, tall, to.part[2], to.ld, add);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ST_ISA

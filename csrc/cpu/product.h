@@ -1,0 +1,76 @@
+// Small matrix products, held in registers: C (+)= A·B with B cut into panels of kPanel columns, each contiguous.
+#pragma once
+
+#include "simd.h"
+
+namespace ST_ISA {
+namespace {
+
+constexpr int kPanel = 32;  // columns: a multiple of two vectors of every width
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8;  // 16 accumulators of the 32 registers, twice what the multipliers' latency needs
+#else
+constexpr int kTileRows = 4;  // 8 of 16
+#endif
+
+// Rows of A at `a`, `lda` apart; or its columns, if it is TRANSPOSED.
+template <bool TRANSPOSED>
+ST_INLINE float element(const float* a, int64_t lda, int row, int64_t k) {
+  return TRANSPOSED ? a[k * lda + row] : a[row * lda + k];
+}
+
+// kTileRows rows by two vectors of columns; b is that place in its panel.
+template <bool TRANSPOSED>
+ST_INLINE void tile(int64_t depth, const float* a, int64_t lda, const float* b, float* c, int64_t ldc, bool add) {
+  Vec acc[kTileRows][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+    acc[r][0] = add ? load(c + r * ldc, Full{}) : Vec{};
+    acc[r][1] = add ? load(c + r * ldc + kWidth, Full{}) : Vec{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec b0 = load(b + k * kPanel, Full{}), b1 = load(b + k * kPanel + kWidth, Full{});
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec value = splat(element<TRANSPOSED>(a, lda, r, k));
+      acc[r][0] = multiply_add(value, b0, acc[r][0]);
+      acc[r][1] = multiply_add(value, b1, acc[r][1]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+    store(c + r * ldc, acc[r][0], Full{});
+    store(c + r * ldc + kWidth, acc[r][1], Full{});
+  }
+}
+
+// C (rows, panels · kPanel) (+)= A (rows, depth)·B; panels lie `pitch` floats apart. rows: a multiple of kTileRows.
+template <bool TRANSPOSED>
+inline void product(int64_t rows, int64_t panels, int64_t depth, const float* a, int64_t lda, const float* b,
+                    int64_t pitch, float* c, int64_t ldc, bool add) {
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t j = 0; j < kPanel; j += 2 * kWidth)
+      for (int64_t i = 0; i < rows; i += kTileRows)
+        tile<TRANSPOSED>(depth, a + (TRANSPOSED ? i : i * lda), lda, b + p * pitch + j, c + i * ldc + p * kPanel + j,
+                         ldc, add);
+}
+
+// A (rows, columns) matrix as panels of its columns, `pitch` = rows · kPanel.
+inline void into_panels(const float* from, int64_t ld, int64_t rows, int64_t columns, float* to) {
+  for (int64_t p = 0; p < columns / kPanel; ++p)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < kPanel; j += kWidth)
+        store(to + (p * rows + i) * kPanel + j, load(from + i * ld + p * kPanel + j, Full{}), Full{});
+}
+
+// Its transpose as panels: columns of the transpose are its rows, `pitch` = columns · kPanel.
+inline void into_panels_transposed(const float* from, int64_t ld, int64_t rows, int64_t columns, float* to) {
+  for (int64_t p = 0; p < rows / kPanel; ++p)
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const float* row = from + (p * kPanel + j) * ld;
+      for (int64_t c = 0; c < columns; ++c) to[(p * columns + c) * kPanel + j] = row[c];
+    }
+}
+
+}  // namespace
+}  // namespace ST_ISA
