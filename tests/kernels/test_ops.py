@@ -69,6 +69,20 @@ def test_gradients_of_every_loss_are_those_of_finite_differences(loss: str, cfg_
 PLAIN = torch.ops.st_fast_reference
 
 
+def test_attention_and_linear_in_plain_pytorch_have_the_gradients_of_autograd() -> None:
+    for name in ("attention", "linear"):
+        arguments = samples(torch.float64)[name]
+        truth = run(public(name, reference), arguments)
+        frozen = [v.detach() for v in arguments]
+        outs = getattr(PLAIN, name)(*frozen)
+        out, *rest = outs if isinstance(outs, tuple) else (outs,)
+        saved = [*frozen, out, *rest] if name == "attention" else frozen[:2]
+        grads = getattr(PLAIN, f"{name}_backward")(torch.sin(1 + out), *saved)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        for one, other in zip([out, *grads], truth, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("name", ["norm_modulate", "gate_residual_norm_modulate", "qk_norm"])
 def test_closed_form_gradients_are_those_of_autograd(name: str) -> None:
     """In float64, where no csrc or Triton takes part: the op in plain PyTorch against differentiating the reference."""
