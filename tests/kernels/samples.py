@@ -35,7 +35,7 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     frozen = scale.detach(), x.detach(), a.detach(), gate.detach()
     qkv, affine = leaf(B, N, 3, H, 8), [leaf(8) for _ in range(4)]
     dqkv = [plain(B, N, H, 8).transpose(1, 2) for _ in range(3)]
-    # csrc's attention is for float32 and these sizes; the public op sees to that, and finite differences want few numbers.
+    # csrc's attention takes float32 and such sizes, as the public op sees to; finite differences want few numbers.
     kept, tokens, head = (dtype, 3, 4) if dtype == torch.float64 else (torch.float32, 32, 32)
     packed = _random(1, tokens, 3, H, head, grad=True, dtype=kept)
     heads = [*_random(2, 1, H, tokens, head, dtype=kept), _random(1, H, tokens, dtype=kept)]
@@ -55,7 +55,8 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "qk_norm": (qkv, *affine, 1e-6),
         "qk_norm_backward": (*dqkv, qkv.detach(), affine[0].detach(), affine[2].detach(), torch.rand(4, B, H, N)),
         "attention": (packed,),
-        "attention_backward": (heads[0].transpose(1, 2), packed.detach(), heads[1].transpose(1, 2).contiguous(), heads[2]),
+        "attention_backward": (heads[0].transpose(1, 2), packed.detach(), heads[1].transpose(1, 2).contiguous(),
+                               heads[2]),
         "linear": (a, leaf(8, D), leaf(8)),
         "linear_backward": (plain(B, 8, N).transpose(1, 2), frozen[2], plain(8, D)),
         "gelu_tanh": (a,),
