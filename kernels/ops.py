@@ -110,9 +110,10 @@ def attention(qkv: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x·Wᵀ + bias (…, M) in x's dtype; gradients to all. Small layers, and all on CUDA, are PyTorch's own."""
+    """x·Wᵀ + bias (…, M) in x's dtype; gradients to all. Small layers, and all on CUDA or under autocast, are
+    PyTorch's own."""
     checks.linear("linear", x, weight, bias)
-    if not onednn.pays(x, weight):
+    if torch.is_autocast_enabled(x.device.type) or not onednn.pays(x, weight):
         return reference.linear(x, weight, bias)
     y: Tensor = OPS.linear(x, weight, bias)
     return y

@@ -36,6 +36,7 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     qkv, affine = leaf(B, N, 3, H, 8), [leaf(8) for _ in range(4)]
     dqkv = [plain(B, N, H, 8).transpose(1, 2) for _ in range(3)]
     # csrc's attention takes float32 and such sizes, as the public op sees to; finite differences want few numbers.
+    rows, deep, wide = (4, 12, 8) if dtype == torch.float64 else (256, 384, 352)  # oneDNN's, but in float64
     kept, tokens, head = (dtype, 3, 4) if dtype == torch.float64 else (torch.float32, 32, 32)
     packed = _random(1, tokens, 3, H, head, grad=True, dtype=kept)
     heads = [*_random(2, 1, H, tokens, head, dtype=kept), _random(1, H, tokens, dtype=kept)]
@@ -57,8 +58,8 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "attention": (packed,),
         "attention_backward": (heads[0].transpose(1, 2), packed.detach(), heads[1].transpose(1, 2).contiguous(),
                                heads[2]),
-        "linear": (a, leaf(8, D), leaf(8)),
-        "linear_backward": (plain(B, 8, N).transpose(1, 2), frozen[2], plain(8, D)),
+        "linear": (leaf(1, rows, deep), leaf(wide, deep), leaf(wide)),
+        "linear_backward": (plain(1, wide, rows).transpose(1, 2), plain(1, rows, deep), plain(wide, deep)),
         "gelu_tanh": (a,),
         "gelu_tanh_backward": (dy, frozen[2]),
         "grad_norm": (lists[0],),
