@@ -1,7 +1,7 @@
 """Prints the tables of what was measured, and writes them into the README.
 
     python -m bench.report             all of it
-    python -m bench.report --readme    rewrites README.md between its bench and soak markers
+    python -m bench.report --readme    rewrites README.md between <!-- bench:begin --> and <!-- bench:end -->
 
 Everything comes from bench/results/*.json. What was not measured is said, not left out.
 """
@@ -9,8 +9,8 @@ Everything comes from bench/results/*.json. What was not measured is said, not l
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +33,7 @@ from bench.tables import (
 )
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 PARTS = {
     "kernels": "The ops",
     "step": "The step",
@@ -148,44 +149,28 @@ def report(folder: Path, brief: bool) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-def soak(folder: Path) -> str:
-    """What `make soak` broke, and what of it was lost, from the file that it writes."""
-    path = folder / "soak.json"
-    if not path.exists():
-        return "Not measured yet: `make soak`.\n"
-    told = json.loads(path.read_text(encoding="utf-8"))
-    rows = [[row["fault"], *(str(row[key]) for key in ("tried", "survived", "lost"))] for row in told["rows"]]
-    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
-    where = f"{told['machine']}, {versions}, {told['date']}, {told['seconds'] / 60:.0f} minutes"
-    return f"`make soak`, {told['what']}. {where}.\n\n{table(['fault', 'tried', 'survived', 'lost'], rows)}\n"
-
-
-def write_readme(path: Path, blocks: Mapping[str, str]) -> None:
-    """Replaces each named block between its markers. ValueError, with nothing written, if one is not there once."""
-    text = path.read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{path}: exactly one block {begin.strip()} … {end} is needed")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}{block}{end}{rest.split(end)[1]}"
+def write_readme(path: Path, text: str) -> None:
+    """Replaces the block between the markers. ValueError if they are not there."""
+    old = path.read_text(encoding="utf-8")
+    new, count = BLOCK.subn(lambda found: found[1] + text + found[2], old)
+    if count != 1:
+        raise ValueError(f"{path}: {count} blocks <!-- bench:begin --> … <!-- bench:end -->; exactly one is needed")
     aside = path.with_suffix(".md.partial")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(new, encoding="utf-8")
     os.replace(aside, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints, or writes the README; 1 with one line if that fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.report")
-    parser.add_argument("--readme", action="store_true", help="rewrite the blocks in README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the block in README.md")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON files")
     settings = parser.parse_args(arguments)
     if not settings.readme:
         print(report(settings.results, brief=False))
         return 0
     try:
-        blocks = {"bench": report(settings.results, brief=True), "soak": soak(settings.results)}
-        write_readme(README, blocks)
+        write_readme(README, report(settings.results, brief=True))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -92,31 +92,20 @@ def test_a_failed_row_is_said_and_does_not_hide_the_others(tmp_path):
 
 
 def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, monkeypatch, capsys):
-    readme, old = tmp_path / "README.md", "<!-- {0}:begin -->\nold\n<!-- {0}:end -->\n".format
-    readme.write_text(f"above\n{old('bench')}between\n{old('soak')}below\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nbelow\n")
     monkeypatch.setattr(report, "README", readme)
     assert report.main(["--readme", "--results", str(tmp_path)]) == 0
     text = readme.read_text()
-    assert text.startswith("above\n<!-- bench:begin -->\n") and text.endswith("<!-- soak:end -->\nbelow\n")
-    assert "<!-- bench:end -->\nbetween\n<!-- soak:begin -->\nNot measured yet: `make soak`" in text
+    assert text.startswith("above\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nbelow\n")
     assert "old" not in text and "No GPU has been measured yet" in text
     assert report.main(["--readme", "--results", str(tmp_path)]) == 0
     assert readme.read_text() == text
 
-    for broken in ("no markers\n", old("bench"), old("bench") + 2 * old("soak")):
-        readme.write_text(broken)
-        assert report.main(["--readme", "--results", str(tmp_path)]) == 1
-        assert "exactly one block <!-- " in capsys.readouterr().err
-        assert readme.read_text() == broken
-
-
-def test_the_soaks_table_is_what_its_file_says(tmp_path):
-    rows = [{"fault": "kill -9", "tried": 201, "survived": 200, "lost": 1}]
-    told = {"what": "random faults", "date": "2026-01-02", "seconds": 1800, "machine": "x86_64, 2 cores", "rows": rows}
-    (tmp_path / "soak.json").write_text(json.dumps(told | {"versions": {"torch": "2.13.0"}}))
-    text = report.soak(tmp_path)
-    assert "`make soak`, random faults. x86_64, 2 cores, torch 2.13.0, 2026-01-02, 30 minutes." in text
-    assert "| kill -9 |   201 |      200 |    1 |" in text
+    readme.write_text("no markers\n")
+    assert report.main(["--readme", "--results", str(tmp_path)]) == 1
+    assert "0 blocks <!-- bench:begin -->" in capsys.readouterr().err
+    assert readme.read_text() == "no markers\n"
 
 
 def test_tables_are_aligned_markdown():
