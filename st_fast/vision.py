@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from st_fast.encoders import CLIP, IMAGENET, Statistics, input_side, preprocess
 from st_fast.errors import UserError
 from st_fast.flops import vision_flops
+from st_fast.pixels import CLIP, IMAGENET, Statistics, input_side, preprocess
 from st_fast.vae import vae_hash
 
 

@@ -20,8 +20,9 @@ from st_fast.data.feature_job import write_features
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME
 from st_fast.data.shards import open_shards
-from st_fast.encoders import input_side, load_encoder, preprocess
+from st_fast.encoders import load_encoder
 from st_fast.judge import RealImages, read_images
+from st_fast.pixels import input_side, preprocess
 from st_fast.recipe.schema import Recipe
 from st_fast.safefile import FolderWrite
 from st_fast.vision import quiet_transformers

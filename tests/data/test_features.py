@@ -17,8 +17,9 @@ from st_fast.data.features import features_folder, open_features
 from st_fast.data.images import load_image
 from st_fast.data.job import Worker
 from st_fast.data.shards import open_shards
-from st_fast.encoders import load_encoder, preprocess
+from st_fast.encoders import load_encoder
 from st_fast.errors import UserError
+from st_fast.pixels import preprocess
 from st_fast.vision import VisionTransformer
 from tests import tiny
 from tests.supervision.encoders import images, write_encoder, write_set

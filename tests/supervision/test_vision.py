@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast import flops
-from st_fast.encoders import CLIP, IMAGENET, Statistics, load_encoder
+from st_fast.encoders import load_encoder
 from st_fast.errors import UserError
+from st_fast.pixels import CLIP, IMAGENET, Statistics
 from st_fast.recipe.schema import Model
 from st_fast.vision import VisionTransformer, resample
 from tests.supervision.encoders import images
