@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 from st_fast.model.sit import Run, run_module
 
+FORMS = 64
+"""Compiled forms that the one body may have: a few for each of a run's students, teachers, averages and encoders.
+
+Dynamo's own limit is 8, which two stages with a teacher and an average reach.
+"""
+
 
 def keep_compiled(folder: Path) -> None:
     """What Inductor and Triton compile is kept in `folder`, where the next start finds it.
@@ -39,6 +45,7 @@ class CompiledBlocks:
 
     def _use(self, plain: Run) -> None:
         self._plain = plain
+        torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
         self._run: Run = torch.compile(plain, fullgraph=True, dynamic=self._dynamic)
 
     def __call__(self, block: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,10 +70,10 @@ class CompiledBlocks:
 
 def compiler_errors() -> tuple[type[BaseException], ...]:
     """What Dynamo, AOTAutograd and Inductor raise when they can't compile; not what the compiled code raises."""
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    return (TorchDynamoException, InductorError)
+    return (TorchDynamoException, FailOnRecompileLimitHit, InductorError)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """Compiled blocks compute what eager ones do, compile once, and fall back when the compiler fails."""
 
+import functools
+
 import pytest
 import torch
 
@@ -59,6 +61,39 @@ def test_a_dynamic_batch_does_not_compile_again_for_every_size():
     for size in (5, 3, 9, 4, 7):
         model.guided_features(x[:size], torch.full((size,), 0.5), y[:size], 2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def run_kinds(count: int, say) -> list[float]:
+    """As many networks as a run of several stages may have, each compiled into a form of its own."""
+    return [CompiledBlocks(say, dynamic=False)(Scaled(factor), torch.ones(3)).sum().item() for factor in range(count)]
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8):  # as a process begins
+        yield
+
+
+def test_many_students_teachers_and_encoders_are_compiled_side_by_side(capturing):
+    assert run_kinds(12, pytest.fail) == [3.0 * factor for factor in range(12)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
+
+
+def test_more_forms_than_the_compiler_allows_cost_one_line_each_and_nothing_else(capturing, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("st_fast.model.compiling.FORMS", 8)
+    assert run_kinds(10, said.append) == [3.0 * factor for factor in range(10)]
+    assert len(said) == 2 and all(line.startswith("torch.compile failed (FailOnRecompileLimitHit)") for line in said)
 
 
 def test_a_failing_compiler_costs_one_line_and_nothing_else(monkeypatch):
