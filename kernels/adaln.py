@@ -82,7 +82,7 @@ def token_chunk(N, rows):
 
 
 @triton.jit
-def _forward_kernel(
+def _adaln_forward_kernel(
     x_ptr, a_ptr, gate_ptr, shift_ptr, scale_ptr, x_out_ptr, y_ptr, mean_ptr, rstd_ptr,
     N, rows, x_b, x_n, a_b, a_n, gate_b, shift_b, scale_b,
     EPS: tl.constexpr, GATED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -114,7 +114,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _adaln_backward_kernel(
     dx_out_ptr, dy_ptr, x_ptr, a_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, da_ptr, partial_ptr,
     N, rows, dx_out_b, dx_out_n, dy_b, dy_n, x_b, x_n, a_b, a_n, gate_b, scale_b,
     GATED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
@@ -159,7 +159,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _gate_forward_kernel(
+def _adaln_gate_forward_kernel(
     x_ptr, a_ptr, gate_ptr, x_out_ptr, N, rows, x_b, x_n, a_b, a_n, gate_b,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +173,7 @@ def _gate_forward_kernel(
 
 
 @triton.jit
-def _gate_backward_kernel(
+def _adaln_gate_backward_kernel(
     dx_out_ptr, a_ptr, gate_ptr, da_ptr, partial_ptr, N, rows, dx_out_b, dx_out_n, a_b, a_n, gate_b,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +244,7 @@ def _forward(
     mean = torch.empty((samples, tokens), dtype=torch.float32, device=x.device)
     rstd = torch.empty((samples, tokens), dtype=torch.float32, device=x.device)
     rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
-    _forward_kernel[(samples * triton.cdiv(tokens, rows),)](
+    _adaln_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
         x, a, gate, shift, scale, x_out, y, mean, rstd, tokens, rows, *x.stride()[:2],
         *((0, 0) if a is None else a.stride()[:2]), 0 if gate is None else gate.stride(0),
         shift.stride(0), scale.stride(0),
@@ -268,7 +268,7 @@ def _backward(
     chunks = triton.cdiv(tokens, rows)
     sums = 2 if a is None else 3
     partial = torch.empty((samples, chunks, sums * width), dtype=torch.float32, device=x.device)
-    _backward_kernel[(samples * chunks,)](
+    _adaln_backward_kernel[(samples * chunks,)](
         dx_out, dy, x, a, gate, scale, mean, rstd, dx, da, partial, tokens, rows,
         *((0, 0) if dx_out is None else dx_out.stride()[:2]), *dy.stride()[:2], *x.stride()[:2],
         *((0, 0) if a is None else a.stride()[:2]), 0 if gate is None else gate.stride(0), scale.stride(0),
@@ -313,7 +313,7 @@ def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
     x, a, gate = by_row(x), by_row(a), by_row(gate)
     x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
-    _gate_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
+    _adaln_gate_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
         x, a, gate, x_out, tokens, rows, *x.stride()[:2], *a.stride()[:2], gate.stride(0),
         **row_config(width, 2, x.dtype),
     )  # fmt: skip
@@ -328,7 +328,7 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor) -> tuple[Ten
     rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
     chunks = triton.cdiv(tokens, rows)
     partial = torch.empty((samples, chunks, width), dtype=torch.float32, device=a.device)
-    _gate_backward_kernel[(samples * chunks,)](
+    _adaln_gate_backward_kernel[(samples * chunks,)](
         dx_out, a, gate, da, partial, tokens, rows, *dx_out.stride()[:2], *a.stride()[:2], gate.stride(0),
         **row_config(width, 2, a.dtype),
     )  # fmt: skip

@@ -53,7 +53,7 @@ def _chunk(table_ptr, chunks_ptr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _square_kernel(
+def _grad_norm_kernel(
     table_ptr, chunks_ptr, out_ptr,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _step(
 
 
 @triton.jit
-def _step_kernel(
+def _adamw_kernel(
     table_ptr, chunks_ptr, scalars_ptr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
     GRAD: tl.constexpr, EMA: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -155,7 +155,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         group = [g.contiguous() for g in grads if g.dtype == dtype]
         table, chunks, aligned = _table([group])
         sums = torch.empty((len(chunks),), dtype=torch.float32, device=table.device)
-        _square_kernel[(len(chunks),)](
+        _grad_norm_kernel[(len(chunks),)](
             table, chunks, sums, GRAD=TRITON_DTYPES[dtype], ALIGNED=aligned, CHUNK=CHUNK, BLOCK=1024, num_warps=4
         )
         partial.append(sums)
@@ -191,7 +191,7 @@ def adamw_ema_(
             for tensors in (params, [g.contiguous() for g in grads], exp_avgs, exp_avg_sqs, emas, copies)
         ]
         table, chunks, aligned = _table(lists)
-        _step_kernel[(len(chunks),)](
+        _adamw_kernel[(len(chunks),)](
             table, chunks, scalars, BETA1=beta1, BETA2=beta2, EPS=eps, GRAD=TRITON_DTYPES[grad_dtype],
             EMA=bool(emas), COPY=None if copy_dtype is None else TRITON_DTYPES[copy_dtype], ALIGNED=aligned,
             CHUNK=CHUNK, BLOCK=1024, num_warps=4,

@@ -48,7 +48,7 @@ def _inverse_length(power, EPS: tl.constexpr):
 
 
 @triton.jit
-def _loss_kernel(
+def _feature_loss_kernel(
     q_ptr, cond_ptr, null_ptr, weight_ptr, index_ptr, dq_ptr, partial_ptr, named_ptr,
     M, N, rows, q_b, q_n, cond_b, cond_n, null_b, null_n,
     CFG: tl.constexpr, LOSS: tl.constexpr, EPS: tl.constexpr,
@@ -99,7 +99,7 @@ def _loss_kernel(
 
 
 @triton.jit
-def _total_kernel(partial_ptr, named_ptr, loss_ptr, M, count, BLOCK: tl.constexpr):
+def _feature_loss_total_kernel(partial_ptr, named_ptr, loss_ptr, M, count, BLOCK: tl.constexpr):
     """The loss from its parts, in their order; NaN if the index does not name M samples. One program."""
     total = tl.zeros((BLOCK,), tl.float32)
     named = tl.zeros((BLOCK,), tl.float32)
@@ -138,12 +138,12 @@ def _launch(
     partial = torch.empty((programs,), dtype=torch.float32, device=q.device)
     named = None if index is None else torch.empty((programs,), dtype=torch.float32, device=q.device)
     widest = max(q.dtype, f_cond.dtype, key=lambda dtype: dtype.itemsize)
-    _loss_kernel[(programs,)](
+    _feature_loss_kernel[(programs,)](
         q, f_cond, f_null, weight, index, dq, partial, named, weight.shape[0], tokens, rows,
         *q.stride()[:2], *f_cond.stride()[:2], *((0, 0) if f_null is None else f_null.stride()[:2]),
         CFG=cfg_scale, LOSS=loss, EPS=EPS_NORM, **row_config(width, 2 if f_null is None else 3, widest),
     )  # fmt: skip
-    _total_kernel[(1,)](partial, named, value, weight.shape[0], programs, BLOCK=1024, num_warps=4)
+    _feature_loss_total_kernel[(1,)](partial, named, value, weight.shape[0], programs, BLOCK=1024, num_warps=4)
     return value, dq
 
 

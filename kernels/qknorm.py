@@ -100,7 +100,7 @@ def _normalise(
 
 
 @triton.jit
-def _forward_kernel(
+def _qk_norm_forward_kernel(
     qkv_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr, q_ptr, k_ptr, v_ptr, stats_ptr,
     N, H, plane, qkv_b, qkv_n, qkv_part, qkv_h,
     UNIT: tl.constexpr, EPS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -158,7 +158,7 @@ def _denormalise(
 
 
 @triton.jit
-def _backward_kernel(
+def _qk_norm_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, stats_ptr, dqkv_ptr, partial_ptr,
     N, H, rows, plane, dq_b, dq_h, dq_n, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, qkv_b, qkv_n, qkv_part, qkv_h,
     UNIT: tl.constexpr, T: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
@@ -229,7 +229,7 @@ def qk_norm(
     stats = torch.empty((4, samples, heads, tokens), dtype=torch.float32, device=qkv.device)
     strides, unit = _strides(*qkv.stride()[:4])
     config = _config(width, 2048)
-    _forward_kernel[(samples * heads * triton.cdiv(tokens, config["T"]),)](
+    _qk_norm_forward_kernel[(samples * heads * triton.cdiv(tokens, config["T"]),)](
         qkv, q_weight.contiguous(), q_bias.contiguous(), k_weight.contiguous(), k_bias.contiguous(), q, k, v, stats,
         tokens, heads, samples * heads * tokens, *strides, UNIT=unit, EPS=eps, **config,
     )  # fmt: skip
@@ -251,7 +251,7 @@ def qk_norm_backward(
     sums = torch.empty((programs, 4 * width), dtype=torch.float32, device=qkv.device)
     if programs == 0:
         sums = torch.zeros((1, 4 * width), dtype=torch.float32, device=qkv.device)
-    _backward_kernel[(programs,)](
+    _qk_norm_backward_kernel[(programs,)](
         dq, dk, dv, qkv, q_weight.contiguous(), k_weight.contiguous(), stats.contiguous(), dqkv, sums,
         tokens, heads, rows, samples * heads * tokens, *strides, UNIT=unit, **config,
     )  # fmt: skip

@@ -10,16 +10,16 @@ from torch._C._autograd import DeviceType
 from torch.profiler import profile
 
 FAMILIES: tuple[tuple[str, str], ...] = (
-    ("optimiser", r"adamw|grad_norm|multi_tensor|st_fast::.*(adam|norm_sum)|foreach"),
+    ("exchange", r"nccl|c10d|gloo|all_?reduce|all_?gather|reduce_?scatter"),
+    ("compiled", r"^triton_(?!tem_)|inductor|compiled|cpp_fused"),  # named after all that was fused into them
+    ("optimiser", r"adamw|grad_norm|multi_tensor|st_fast::.*(adam|norm_sum|prepare|update|_of_sum|sum_of)|foreach"),
     ("attention", r"scaled_dot_product|attention|flash|fmha|sdpa|st_fast::attention"),
-    ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|st_fast::linear"
+    ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|triton_tem|st_fast::linear"
                         r"|aten::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)\b"),
-    ("adaLN", r"st_fast::(norm_modulate|gate_residual)|adaln|native_layer_norm|plain_(forward|backward)"
-              r"|gate_(forward|backward)|add_partials"),
+    ("adaLN", r"st_fast::(norm_modulate|gate_residual)|adaln|native_layer_norm|add_partials"),
     ("qk-norm", r"qk_?norm|add_rows"),
-    ("feature loss", r"guided_feature|st_fast::align|extrapolate|normalized_mse"),
+    ("feature loss", r"guided_feature|feature_loss|st_fast::align|extrapolate|normalized_mse"),
     ("GELU", r"gelu"),
-    ("compiled", r"triton_|inductor|compiled|cpp_fused|CompiledF"),
     ("copies", r"copy_|memcpy|memset|aten::(cat|clone|contiguous|zero_|fill_|index|to)\b|_to_copy"),
 )  # fmt: skip
 """Family → what its kernels' names contain, the first match counting; all else is "other elementwise"."""

@@ -89,4 +89,5 @@ def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int) -> str:
     if chosen is None:
         return f"{line}: take more ranks or a smaller model{less}"
     micro = recipe.optim.batch_size // (ranks.count * chosen)
-    return f"{line}: --optim.accumulation={chosen} makes it {micro} a pass, with the same mathematics{less}"
+    options = f"--optim.accumulation={chosen}" + " --run.cuda_graphs=false" * recipe.run.cuda_graphs
+    return f"{line}: {options} makes it {micro} a pass, with the same mathematics{less}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch._C._autograd import DeviceType
 
 from st_fast import families, profiling, ranges
 from st_fast.errors import UserError
+from st_fast.kernels import adaln, adamw, guidance, qknorm
 from st_fast.monitor import Clock, Log
 from st_fast.parallel import Ranks
 from st_fast.recipe import load
@@ -138,6 +140,33 @@ def test_time_of_kernels_beside_one_another_counts_once():
             return [Event(0, 10), Event(5, 8), Event(9, 12), Event(20, 21)]
 
     assert families.busy(Profiler(), CPU) == pytest.approx(13e-6)
+
+
+def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
+    """A GPU's profiler knows a Triton kernel by its function's name alone, a CUDA kernel by its qualified one."""
+    kinds = {adaln: "adaLN", qknorm: "qk-norm", guidance: "feature loss", adamw: "optimiser"}
+    ours = {name: kind for module, kind in kinds.items() for name in vars(module) if name.endswith("_kernel")}
+    written = "".join(path.read_text() for path in (tiny.ROOT / "csrc" / "cuda").iterdir())
+    functions = re.findall(r"__global__ void(?:\s+__launch_bounds__\(\w+\))?\s+(\w+)\(", written)
+    ours |= {f"st_fast::(anonymous namespace)::{name}(st_fast::Table)": "optimiser" for name in functions}
+    assert len(ours) == 17 and {name: families.family(name) for name in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "exchange"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "exchange"),
+        ("triton_poi_fused_addmm_gelu_0", "compiled"),
+        ("triton_red_fused__scaled_dot_product_cudnn_attention_native_layer_norm_3", "compiled"),
+        ("triton_tem_fused_addmm_t_5", "matrix products"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_128x128x64_4x1x1_kernel0_0", "attention"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+    ],
+)
+def test_other_kernels_of_a_gpu_go_where_their_time_belongs(name, kind):
+    assert families.family(name) == kind
 
 
 def test_the_script_starts_the_trainer_under_nsys_with_the_capture_range_it_drives(tmp_path):

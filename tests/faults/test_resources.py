@@ -76,6 +76,14 @@ def test_the_advice_is_the_largest_even_split_that_fits_by_the_formula(gibibytes
         assert "take more ranks or a smaller model" in line
 
 
+def test_the_advice_is_a_recipe_that_is_accepted_where_graphs_allow_no_accumulation():
+    graphs = ["--run.cuda_graphs=true", "--run.supervised_rows=padded"]
+    recipe = load(tiny.ROOT / "recipes" / "sit_xl.toml", graphs)
+    line = memory.advice(recipe, Ranks(0, 1, torch.device("cpu")), torch.bfloat16, 24 * 2**30)
+    options = re.findall(r"--[\w.]+=\w+", line.split(" makes it ")[0])
+    assert len(options) == 2 and load(tiny.ROOT / "recipes" / "sit_xl.toml", [*graphs, *options])
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe):
     with pytest.raises(RuntimeError, match="something else"), memory.explained(load(recipe), CPU, torch.float32):
         raise RuntimeError("something else")
