@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -12,6 +13,9 @@ EXIT_USAGE = 2
 """A recipe, argument or file is wrong; nothing was changed."""
 EXIT_INTERRUPTED = 75
 """Stopped by SIGTERM or SIGINT after saving; the same command continues (75 is EX_TEMPFAIL of sysexits.h)."""
+
+EXIT_SIGINT = 130
+"""Stopped by Ctrl-C where there is nothing to save: 128 + SIGINT, as shells have it."""
 
 
 class UserError(Exception):
@@ -44,4 +48,30 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
             raise
         print(f"st_fast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # of commands that are too short to save anything in between
+        if debug:
+            raise
+        print("st_fast: interrupted", file=sys.stderr)
+        sys.exit(EXIT_SIGINT)
     sys.exit(EXIT_OK)
+
+
+def need_run(folder: Path) -> None:
+    """UserError unless the folder holds a run."""
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder}: no recipe.toml, so no run of st_fast.train")
+
+
+def need_run_first(argv: Sequence[str] | None = None) -> None:
+    """Ends a command `RUN [options]` whose run is not there; imports no torch, and so never waits for csrc's compiler.
+
+    For modules that are a library as well and import it at their top. Whatever does not begin with the run is left to
+    the command's own parser.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        try:
+            need_run(Path(arguments[0]))
+        except UserError as error:
+            print(f"st_fast: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)

@@ -12,6 +12,11 @@ The judge is a small classifier trained on the data's real images; a distance in
 
 from __future__ import annotations
 
+from st_fast.errors import need_run_first
+
+if __name__ == "__main__":
+    need_run_first()  # the imports below take seconds, or a minute where csrc is compiled
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

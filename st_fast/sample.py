@@ -13,6 +13,11 @@ from (seed, sample number), and every batch from its number, so the number of ra
 
 from __future__ import annotations
 
+from st_fast.errors import need_run_first
+
+if __name__ == "__main__":
+    need_run_first()  # the imports below take seconds, or a minute where csrc is compiled
+
 import argparse
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from st_fast import parallel
-from st_fast.errors import UserError, run_command
+from st_fast.errors import UserError, need_run, run_command
 from st_fast.formats.origin import newest_stage
 from st_fast.interrupt import StopRequest, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
@@ -114,8 +119,7 @@ def parser_of(command: str, text: str | None) -> argparse.ArgumentParser:
 
 def wanted_of(given: argparse.Namespace, num: Callable[[Recipe], int]) -> Wanted:
     """The flags over the run's own recipe, which says `num` where no flag does; UserError without a run."""
-    if not (given.run / "recipe.toml").is_file():
-        raise UserError(f"{given.run}: no recipe.toml, so no run of st_fast.train")
+    need_run(given.run)
     recipe = load(given.run / "recipe.toml")
     keys = ("num", "batch_size", "sampler", "steps", "cfg_scale")
     flags = {key: getattr(given, key) for key in keys} | {"cfg_range": given.cfg_range and tuple(given.cfg_range)}

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from st_fast.errors import UserError, run_command
+from st_fast.errors import UserError, need_run, run_command
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 BINS = 10
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     for t in given.times:
         if not 0 <= t <= 1:
             raise UserError(f"--times {t}: 0 (data) to 1 (noise)")
+    for run in given.runs:
+        need_run(run)
     from st_fast.probe.together import probe  # torch is imported only once the arguments are right
 
     start = time.perf_counter()

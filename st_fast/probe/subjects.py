@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from st_fast import kernels, teacher
-from st_fast.errors import UserError
+from st_fast.errors import UserError, need_run
 from st_fast.model import SiT
 from st_fast.recipe import Recipe, load
 from st_fast.recipe.schema import Stage
@@ -36,8 +36,7 @@ def load_recipes(runs: Sequence[Path]) -> list[Recipe]:
     """The runs' recipes; UserError for a folder without one, and where two can't be probed on the same latents."""
     recipes = []
     for run in runs:
-        if not (run / "recipe.toml").is_file():
-            raise UserError(f"{run}: no recipe.toml, so no run of st_fast.train")
+        need_run(run)
         recipes.append(load(run / "recipe.toml"))
     first = recipes[0]
     for run, recipe in zip(runs, recipes, strict=True):
