@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from st_fast.errors import UserError
 from st_fast.flops import vision_flops
 from st_fast.pixels import CLIP, IMAGENET, Statistics, input_side, preprocess
-from st_fast.vae import vae_hash
+from st_fast.vae import quiet_hub, vae_hash
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype) -> VisionTransform
     """
     transformers = quiet_transformers(name)
     try:
-        kind = transformers.AutoConfig.from_pretrained(name).model_type
-        family = FAMILIES.get(kind)
-        model, missing = _from_pretrained(transformers, name, family) if family else (None, [])
+        with quiet_hub():
+            kind = transformers.AutoConfig.from_pretrained(name).model_type
+            family = FAMILIES.get(kind)
+            model, missing = _from_pretrained(transformers, name, family) if family else (None, [])
     except Exception as error:  # transformers and the hub raise a dozen kinds; all mean that it can't be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

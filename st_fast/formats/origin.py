@@ -15,7 +15,7 @@ from st_fast.checkpoint import Checkpoint
 from st_fast.errors import UserError
 from st_fast.formats.bundle import Bundle
 from st_fast.formats.importing import import_file
-from st_fast.formats.layouts import detect, infer
+from st_fast.formats.layouts import check_table, detect, infer
 from st_fast.model.pretrained import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
 from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
@@ -121,4 +121,5 @@ def _published(folder: Path) -> Bundle:
     config = read_config(folder)
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS
     bundle = import_file(file, "repa", config.model.heads)
+    check_table(bundle.model, config.model, "repa", f"{file}, of what {CONFIG} says,")
     return replace(bundle, config=config.model, path=config.flow, step=config.step)

@@ -22,6 +22,7 @@ from st_fast.recipe.load import resolve_model
 from st_fast.recipe.schema import Model
 from st_fast.recipe.typed import build
 from st_fast.safefile import FolderWrite, read_header, read_json, shown, write_json_atomic
+from st_fast.vae import quiet_hub
 
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"
 FORMAT, VERSION = "st_fast.sit", 1
@@ -96,7 +97,8 @@ def fetch(name: str) -> Path:
             f"model {name!r}: no folder, and huggingface_hub can't be imported ({error}): pip install st_fast[hub]"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        with quiet_hub():
+            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except Exception as error:  # the hub raises a dozen kinds; all mean that it can't be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model {name!r}: neither a folder nor a name on the hub in reach ({reason[:160]})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,19 @@ def test_a_file_that_lacks_a_weight_is_refused_by_name(tmp_path: Path) -> None:
     save_file({key: t for key, t in tensors.items() if key != name}, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights of a CLIPVisionModel are missing: .*fc1.weight"):
         load_encoder(str(folder), CPU, torch.float32)
+
+
+def test_an_encoder_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    class Unreachable:
+        @staticmethod
+        def from_pretrained(name: str) -> None:
+            logging.getLogger("huggingface_hub").warning("Retrying in 8s [Retry 5/5].")
+            raise OSError("We couldn't connect.\nmore")
+
+    monkeypatch.setattr("transformers.AutoConfig", Unreachable)
+    with pytest.raises(UserError, match=r"facebook/none.*couldn't connect") as caught:
+        load_encoder("facebook/none", CPU, torch.float32)
+    assert "\n" not in str(caught.value) and not caplog.records
 
 
 @pytest.mark.parametrize(("name", "millions"), [("small", 22), ("base", 87), ("large", 304), ("giant", 1136)])
