@@ -57,11 +57,9 @@ def run(recipe: Recipe) -> None:
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
         ):
             log = monitor.Log(out / "log.jsonl", ranks, track)
-            if ranks.first:
-                if recipe.data.source == "digits":
-                    digits.prepare_digits(Path(recipe.data.path), log.say)
-                    digits_encoder.prepare_features(recipe, log.say)
-                _keep_recipe(out, recipe)
+            if ranks.first and recipe.data.source == "digits":
+                digits.prepare_digits(Path(recipe.data.path), log.say)
+                digits_encoder.prepare_features(recipe, log.say)
             ranks.barrier()
             verify = recipe.data.verify and local_rank() == 0
             shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
@@ -73,6 +71,8 @@ def run(recipe: Recipe) -> None:
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
             ranks.told(examiner.check)
+            if ranks.first:
+                _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
             dtype = precision(recipe, ranks.device)
             setting = Setting(
                 recipe, ranks, shards, examiner, log, agreement, dtype, monitor.matmul_rate(ranks.device, dtype)

@@ -17,6 +17,7 @@ from st_fast.kernels import KernelTable
 from st_fast.model import SiT, build
 from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.pretrained import CONFIG
+from st_fast.recipe import load
 from st_fast.recipe.schema import Model, Recipe
 
 ARCHITECTURE = ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes", "mlp_ratio", "qk_norm")
@@ -35,6 +36,9 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
     path = Path(teacher)
     if not path.exists():
         raise UserError(f"teacher = {teacher!r}: neither a stage of this recipe nor a folder or file")
+    if (path / "recipe.toml").is_file():
+        names = ", ".join(str(path / stage.name) for stage in load(path / "recipe.toml").stages)
+        raise UserError(f"teacher = {teacher!r}: a run; name one of its stages: {names}")
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
@@ -65,7 +69,7 @@ def _read(
     root: Path, config: Model, weights: Literal["raw", "ema"]
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Path, str]:
     """Architecture, weights, where they lie and the path of their flow; of a checkpoint only one group is read."""
-    if root.is_file() or (root / CONFIG).is_file():
+    if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
         bundle = read_model(root, _say, heads_otherwise=config.heads).bundle
         tensors = trunk(bundle.model if weights == "raw" else bundle.ema)
         return architecture(bundle.config), tensors, root, bundle.path

@@ -20,6 +20,7 @@ from st_fast.optim import Optimizer
 from st_fast.recipe import RecipeError, load
 from st_fast.recipe.schema import Optim
 from st_fast.run import run
+from st_fast.train import check_unchanged
 from tests import foreign, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +62,7 @@ def refused(recipe: Path, *options: str) -> str:
         run(load(recipe, options))
     assert "\n" not in str(caught.value)
     assert not (recipe.parent / "out" / "plain" / "checkpoints").exists()
+    check_unchanged(load(recipe, ("--optim.lr=0.5",)), accept=False)  # nothing began: it may be put right
     return str(caught.value)
 
 
