@@ -16,17 +16,19 @@ nothing. Every key, shape and dtype is checked; what does not fit is listed. Not
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from st_fast import flops
-from st_fast.errors import UserError, run_command
+from st_fast.errors import RunFailed, UserError, run_command
 from st_fast.formats.bundle import Bundle, heads
 from st_fast.formats.exporting import export_file
 from st_fast.formats.layouts import LAYOUTS
 from st_fast.formats.origin import Origin, read_model
+from st_fast.model.pretrained import CONFIG, read_config
 from st_fast.publish import hub
 from st_fast.publish.card import card
 from st_fast.publish.folders import latents_of, write_diffusers, write_huggingface, write_stage
@@ -103,20 +105,32 @@ def main(arguments: Sequence[str]) -> None:
     print(described(origin))
     if request.target is None:
         return
-    uploads = request.push and any((request.target / name).is_file() for name in ("config.json", "model_index.json"))
-    if request.target.exists() and not uploads:
-        raise UserError(f"{request.target}: exists; name another")
     form = request.form or origin.bundle.layout
+    uploads = os.path.lexists(request.target)
+    if uploads and not _written_before(request.target, form, request.push):
+        raise UserError(f"{request.target}: exists; name another")
     if request.dry_run:
         print(f"{request.target}: would be written as {form}" + (f" and pushed to {request.push}" * bool(request.push)))
         return
     if not uploads:
-        write(request, form, origin, request.target)
+        try:
+            write(request, form, origin, request.target)
+        except OSError as error:  # nothing is left of what was begun
+            raise RunFailed(f"{request.target}: can't be written ({error})") from None
         print(f"{request.target}: written as {form}")
     if form == "stage":
         print(f"for a recipe: {' '.join(options(origin.bundle.config))}")
     if request.push:
         print(hub.push(request.target, request.push, request.private, hub.hub()))
+
+
+def _written_before(target: Path, form: str, push: str | None) -> bool:
+    """Whether the folder is there for a second try to upload it; UserError where it has a config that isn't ours."""
+    place = target / "transformer" if form == "diffusers" else target
+    if not push or not (place / CONFIG).is_file():
+        return False
+    read_config(place)
+    return True
 
 
 def write(request: Request, form: str, origin: Origin, target: Path) -> None:
@@ -128,7 +142,8 @@ def write(request: Request, form: str, origin: Origin, target: Path) -> None:
         text = card(origin, request.weights, form, name, latents.vae.name)
         write_huggingface(origin, request.weights, latents, text, target)
     elif form == "diffusers":
-        text = card(origin, request.weights, form, name, request.vae or latents.vae.name)
+        vae = Path(request.vae).name if request.vae and Path(request.vae).is_dir() else request.vae
+        text = card(origin, request.weights, form, name, vae or latents.vae.name)
         write_diffusers(origin, request.weights, latents, text, request.vae, target)
     else:
         export_file(origin.bundle, form, target, "model" if request.weights == "raw" else "ema")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,30 @@ def export_file(bundle: Bundle, layout: str, path: Path, weights: str) -> None:
     """
     if path.suffix not in (".pt", ".safetensors"):
         raise UserError(f"{path}: a file in a published layout ends in .pt or .safetensors")
-    if path.exists():
-        raise UserError(f"{path}: exists; name another file")
+    _refuse_existing(path)
     content = as_published(bundle, layout)
     make_folder(path.parent)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
             write_group(
                 partial, content.get(weights, content) if isinstance(content.get(weights), Mapping) else content
             )
         else:
-            torch.save(content, partial)
+            with partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        _refuse_existing(path)  # that another process wrote meanwhile
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
     fsync_folder(path.absolute().parent)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists; name another file")
 
 
 def as_published(bundle: Bundle, layout: str) -> dict[str, Any]:

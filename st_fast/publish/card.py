@@ -84,7 +84,8 @@ def card(origin: Origin, weights: str, form: str, name: str, vae: str) -> str:
     return _without_paths("\n".join(parts)) + f"\nWritten by st_fast {__version__} from the run's own records.\n"
 
 
-ABSOLUTE = re.compile(r'(?<=["`])/[^"`\n]*(?=["`])')
+ABSOLUTE = re.compile(r'(?<=["`])/[^"`\n]*(?=["`])|(?<![\w./:])/[\w.+~-]+(?:/[\w.+~-]+)+')
+"""In quotes whatever they hold; elsewhere two parts at least, of what needs no quotes."""
 
 
 def _without_paths(text: str) -> str:
@@ -156,12 +157,7 @@ def _scores(origin: Origin, arm: Arm) -> str:
     assert origin.run is not None
     found: list[tuple[int, Mapping[str, Any], str]] = []
     if arm.stage.evals:
-        record = arm.stage.evals[-1]
-        metrics = dict(record.get("metrics", {}))
-        keys = ("num", "sampler", "steps", "cfg_scale")
-        how = ", ".join(f"{key} {metrics.pop(key)}" for key in keys if key in metrics)
-        digest = str(metrics.pop("judge_digest", ""))[:12]
-        found.append((int(record["step"]), metrics, f"{how}; features of a small classifier {digest}, not FID"))
+        found += _in_training(arm.stage.evals[-1])
     for file in sorted((origin.run / origin.stage / "samples").glob("*/metrics.json")):
         record = read_json(file)
         drawn = record.get("samples", {})
@@ -177,6 +173,31 @@ def _scores(origin: Origin, arm: Arm) -> str:
         if isinstance(value, (int, float)) and math.isfinite(value)
     ]
     return "\n".join(["## Scores", "", "| score | value | step | protocol |", "|---|---|---|---|", *rows, ""])
+
+
+JUDGED = ("accuracy", "frechet", "precision", "recall", "floor_frechet", "floor_precision", "floor_recall")
+"""What `evaluate.judge_samples` measures in the judge's features, and the floors of real images in them."""
+
+
+def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any], str]]:
+    """An evaluation of the log: the judge's scores and Inception's apart, as each has a protocol of its own."""
+    metrics, step = dict(record.get("metrics", {})), int(record["step"])
+    how = ", ".join(f"{key} {metrics[key]}" for key in ("num", "sampler", "steps", "cfg_scale") if key in metrics)
+    found: list[tuple[int, Mapping[str, Any], str]] = []
+    if "judge_digest" in metrics:
+        judged = {key: metrics[key] for key in JUDGED if key in metrics}
+        found.append((step, judged, f"{how}; features of a small classifier {metrics['judge_digest'][:12]}, not FID"))
+    if "fid" in metrics:
+        seen = {key: metrics[key] for key in INCEPTION if key in metrics}
+        weights = f"InceptionV3 {str(metrics.get('inception_sha256'))[:12]}"
+        found.append((step, seen, f"{how}; features of {weights}, reference {metrics.get('reference')}"))
+    return found
+
+
+INCEPTION = (
+    "fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "inception_precision", "inception_recall"
+)  # fmt: skip
+"""What `scores.score` measures, by the names that the log has for it."""
 
 
 def _recipe(run: Path) -> str:

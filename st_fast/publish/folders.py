@@ -18,7 +18,7 @@ from st_fast.formats.origin import Origin
 from st_fast.model.pretrained import DIFFUSERS_WEIGHTS, Published, write_pretrained
 from st_fast.recipe import load
 from st_fast.recipe.schema import Sample
-from st_fast.safefile import FolderWrite, durable_file, write_all, write_json_atomic
+from st_fast.safefile import FolderWrite, durable_file, read_json, write_all, write_json_atomic
 from st_fast.vae import load_vae, tensors_hash, vae_scale
 
 Weights = Literal["ema", "raw"]
@@ -132,6 +132,7 @@ def write_diffusers(
         write_pretrained(part, weights_of(origin.bundle, weights), config, DIFFUSERS_WEIGHTS, _CLASS)
         if decoder is not None:
             decoder.save_pretrained(writing.path / "vae", safe_serialization=True)
+            _forget_place(writing.path / "vae" / "config.json")
         _write_text(writing.path / "README.md", card)
 
 
@@ -170,6 +171,12 @@ def index(sampling: Sample, with_vae: bool) -> dict[str, Any]:
 def _sampling(origin: Origin) -> Sample:
     null = origin.bundle.config.class_dropout > 0
     return load(origin.run / "recipe.toml").sample if origin.run else Sample(cfg_scale=1.8 if null else 1.0)
+
+
+def _forget_place(config: Path) -> None:
+    """diffusers writes down from where on this machine it read a model, which nobody else needs to know."""
+    content = {key: value for key, value in read_json(config).items() if key != "_name_or_path"}
+    write_json_atomic(config, content)
 
 
 def _write_text(path: Path, text: str) -> None:

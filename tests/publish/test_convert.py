@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +180,27 @@ def test_a_foreign_models_card_says_what_is_not_known(tmp_path):
     assert "Weights: raw" in text
 
 
+def test_the_cards_scores_taken_in_training_are_told_apart_by_their_features(run_folder, tmp_path):
+    metrics = {
+        "num": 50_000, "sampler": "heun", "steps": 20, "cfg_scale": 2.0, "accuracy": 0.9, "precision": 0.7,
+        "judge_digest": "a" * 64, "judge_accuracy": 0.99, "fid": 3.25, "inception_precision": 0.6,
+        "reference": "/home/somebody/imagenet/VIRTUAL.npz", "inception_sha256": "b" * 64,
+    }  # fmt: skip
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    line = {"kind": "eval", "stage": "transcend", "step": 10, "metrics": metrics, "flops": 1.0, "seconds": 1.0}
+    last = tiny.records(run, "end")[-1]
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps({key: last[key] for key in last if key not in line} | line) + "\n")
+    convert(run, tmp_path / "hf", "--to", "huggingface")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    how = "num 50000, sampler heun, steps 20, cfg_scale 2.0; features of"
+    judge = f"{how} a small classifier aaaaaaaaaaaa, not FID |"
+    inception = f"{how} InceptionV3 bbbbbbbbbbbb, reference ./VIRTUAL.npz |"
+    assert f"| accuracy | 0.9 | 10 | {judge}" in text and f"| precision | 0.7 | 10 | {judge}" in text
+    assert f"| fid | 3.25 | 10 | {inception}" in text and f"| inception_precision | 0.6 | 10 | {inception}" in text
+    assert "judge_accuracy" not in text and "somebody" not in text
+
+
 def broken(folder: Path, name: str, change) -> str:
     """The one line with which a spoilt folder is refused."""
     content = load_file(folder / name) if name.endswith("safetensors") else json.loads((folder / name).read_text())
@@ -203,9 +225,13 @@ def test_from_pretrained_is_strict(tmp_path):
         ("config.json", lambda c: c.update(colour="red"), "unknown 'colour'"),
         ("config.json", lambda c: c.update(version=9), "version = 9"),
         ("config.json", lambda c: c.update(format="other"), "no config of a SiT of ours"),
+        ("config.json", lambda c: c.update(depth=4), "missing: 'blocks.3."),
     )):  # fmt: skip
         model.save_pretrained(tmp_path / str(number))
         assert words_ in broken(tmp_path / str(number), name, change)
+        with pytest.raises(UserError):
+            convert(tmp_path / str(number), tmp_path / "stage")
+        assert not (tmp_path / "stage").exists()
     with pytest.raises(UserError, match="exists"):
         model.save_pretrained(tmp_path / "0")
     (tmp_path / "0" / "config.json").write_text((tmp_path / "1" / "config.json").read_text())
@@ -252,6 +278,36 @@ def test_what_cannot_be_is_told_in_one_line(arguments, words_, tmp_path, monkeyp
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_a_run_as_a_teacher_is_told_the_names_of_its_stages(run_folder):
+    recipe = load(run_folder / "recipe.toml")
+    with pytest.raises(UserError, match=re.escape(f"name one of its stages: {run_folder / 'align'}, ")):
+        teacher.checkpoint_root(recipe, str(run_folder))
+
+
+@pytest.mark.parametrize("target", ["last.pt/out", "last.pt/out.pt"])
+def test_a_place_that_cannot_be_written_is_told_in_one_line(target, tmp_path):
+    foreign.repa_checkpoint(tmp_path / "last.pt")
+    with pytest.raises(RunFailed, match="can't be written") as caught:
+        convert(tmp_path / "last.pt", tmp_path / target)
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_of_two_that_write_one_file_the_first_wins_whole(tmp_path, monkeypatch):
+    foreign.repa_checkpoint(tmp_path / "last.pt")
+    target, save = tmp_path / "out.pt", torch.save
+    (tmp_path / "out.pt.partial").write_text("somebody's")
+
+    def meanwhile(content, file):
+        save(content, file)
+        target.write_text("another's")
+
+    monkeypatch.setattr(torch, "save", meanwhile)
+    with pytest.raises(UserError, match="exists"):
+        convert(tmp_path / "last.pt", target, "--to", "repa")
+    assert target.read_text() == "another's" and (tmp_path / "out.pt.partial").read_text() == "somebody's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "out.pt", "out.pt.partial"]
+
+
 class FakeHub:
     """Remembers what would be uploaded, or fails as the network does."""
 
@@ -279,6 +335,11 @@ def test_push_uploads_the_folder_only_when_asked(tmp_path, monkeypatch, capsys):
     files = ["README.md", "config.json", "model.safetensors"]
     assert fake.calls == [("create", "me/x", True, True), ("upload", "me/x", files)]
     assert "https://huggingface.co/me/x" in capsys.readouterr().out
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text('{"password": "secret"}')
+    with pytest.raises(UserError, match="no config of a SiT of ours"):
+        convert(tmp_path / "last.pt", tmp_path / "project", "--to", "huggingface", "--push", "me/x")
+    assert len(fake.calls) == 2  # a folder that is not ours goes nowhere
 
 
 def test_without_network_push_ends_in_one_line_without_a_token_and_can_be_repeated(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from st_fast import kernels
+from st_fast import kernels, teacher
 from st_fast.convert import main
 from st_fast.data.small_vae import SmallVae, new_vae
 from st_fast.errors import UserError
@@ -100,6 +100,19 @@ def test_a_sample_does_not_depend_on_its_batch_and_noise_may_be_given(drawn):
     theirs = drawn[1]
     torch.testing.assert_close(theirs["second alone"], theirs["sde"][1:2], rtol=0, atol=1e-5)
     assert not torch.allclose(theirs["from noise"], theirs["sde"])
+
+
+def test_the_folder_does_not_say_where_the_vae_lay_on_this_machine(drawn, vae):
+    files = [path for path in (drawn[0] / "pipe").rglob("*") if path.suffix in (".json", ".md")]
+    assert len(files) >= 4 and "of the VAE vae." in (drawn[0] / "pipe" / "README.md").read_text()
+    assert [path.name for path in files if str(vae.parent) in path.read_text()] == []
+
+
+def test_it_is_a_teacher(drawn):
+    bundle, table = import_file(drawn[0] / "last.pt"), kernels.select({}, torch.device("cpu"))
+    root, cpu = drawn[0] / "pipe", torch.device("cpu")
+    found = teacher.load_frozen(root, bundle.config, "ema", table, cpu, torch.float32).state_dict()
+    assert all(torch.equal(found[key], bundle.ema[key]) for key in found)
 
 
 def test_a_vae_of_other_channels_is_refused(vae, tmp_path):
