@@ -32,7 +32,7 @@ def repa_weights(config: Model, seed: int, encoder_width: int = 24) -> dict[str,
     """Trunk and one projector, as REPA has them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = projector(config.width, 16, encoder_width).state_dict()
+        head = projector(config.width, 16, encoder_width, kernels.select({}, torch.device("cpu"))).state_dict()
     found = trunk(config, seed) | {f"projectors.0.{key}": tensor for key, tensor in head.items()}
     return {key: found[key] for key in published_order(found)}
 
