@@ -28,6 +28,7 @@ SIZE = 32
 TEST = 360
 VAE_CONFIG = SmallVae(widths=(8, 16, 32), steps=400)
 """f = 4, so 32×32 images have 4×8×8 latents; 0.16 M parameters."""
+PICTURE = "reconstructions.png"
 
 Say = Callable[[str], None]
 
@@ -53,11 +54,16 @@ def load_images() -> dict[str, np.ndarray]:
 def prepare_digits(folder: Path, say: Say) -> None:
     """Makes the digits folder unless a complete one is there; a damaged or half-made one is built anew.
 
-    Written aside and renamed, so no reader ever sees half of it.
+    Written aside and renamed, so no reader ever sees half of it. UserError for a place that holds anything else.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # what a link leads to is replaced, never the link
     if _complete(folder):
         return
+    if not _may_be_replaced(folder):
+        raise UserError(
+            f"data.path = {str(folder)!r}: holds something else than the digits, which data.source = 'digits' would "
+            "make there; name another folder, or data.source = 'shards' to train on what is there"
+        )
     say(f"digits: training a small VAE and encoding 1,437 digits into {folder} (once, about a minute)")
     images = load_images()
     train = torch.from_numpy(images["train"])[:, None]
@@ -78,7 +84,7 @@ def _write(folder: Path, images: dict[str, np.ndarray], vae: VAE) -> float:
     vae.save_pretrained(folder / "vae", safe_serialization=True)
     (folder / "images.safetensors").write_bytes(to_safetensors(images))
     again = decode(vae, encode_moments(vae, test).chunk(2, dim=1)[0] * scale, scale)
-    _picture(test[:40], again[:40]).save(folder / "reconstructions.png")
+    _picture(test[:40], again[:40]).save(folder / PICTURE)
     manifest = Manifest(
         count=0,
         shape=(8, SIZE // 4, SIZE // 4),
@@ -98,6 +104,18 @@ def _picture(images: Tensor, again: Tensor) -> Image.Image:
     rows = [row for pair in zip(images.split(10), again.split(10), strict=True) for row in pair]
     strips = [torch.cat(list(row[:, 0]), dim=1) for row in rows]
     return Image.fromarray(torch.cat(strips).numpy())
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether there is nothing, or a digits folder, damaged or not."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    try:
+        return read_manifest(folder).vae.name == "digits"
+    except UserError:  # a damaged one: pictures of this name are made here only
+        return (folder / PICTURE).is_file() or not any(folder.iterdir())
 
 
 def _complete(folder: Path) -> bool:

@@ -14,7 +14,9 @@ from st_fast.data import digits
 from st_fast.data.digits import load_images, prepare_digits
 from st_fast.data.shards import open_shards
 from st_fast.data.small_vae import SmallVae
+from st_fast.errors import UserError
 from st_fast.vae import encode_moments, load_vae, vae_hash
+from tests import tiny
 
 
 @pytest.fixture
@@ -76,6 +78,24 @@ def test_a_complete_folder_is_kept_and_a_damaged_one_made_anew(
         assert open_shards(folder).digest == first
     assert len(made) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_what_is_not_the_digits_is_never_replaced(quick: None, tmp_path: Path) -> None:
+    (tmp_path / "recipe.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    tiny.write_data(tmp_path / "latents")
+    (tmp_path / "latents" / "reconstructions.png").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("recipe.txt", "folder", "latents", "link"):
+        with pytest.raises(UserError, match="holds something else than the digits"):
+            prepare_digits(tmp_path / name, pytest.fail)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "empty")
+    prepare_digits(tmp_path / "elsewhere", lambda text: None)
+    assert (tmp_path / "elsewhere").is_symlink() and open_shards(tmp_path / "empty").manifest.count == 1437
 
 
 def test_an_interrupted_preparation_leaves_nothing(
