@@ -35,6 +35,10 @@ def _check_graphs(recipe: Recipe) -> None:
     for key, (value, allowed) in needs.items():
         if value not in allowed:
             raise wrong_value(key, value, " or ".join(map(str, allowed)), "run.cuda_graphs = true needs it")
+    if run.checkpointing == "attention" and run.compile != "off":
+        # PyTorch's compiler takes attention for an op that draws, and asks the generator's state to compute it again.
+        why = "run.cuda_graphs = true needs it: what is computed again inside a compiled block reads a random state"
+        raise wrong_value("run.checkpointing", "attention", 'none or block, or run.compile = "off"', why)
 
 
 def check_device(run: Run, device: str) -> None:

@@ -189,12 +189,21 @@ def test_a_device_found_at_the_start_is_refused_as_one_that_was_named(folder, tm
         (("--run.teacher_placement=beside",), "run.teacher_placement"),
         (("--run.teacher_branches=streams",), "run.teacher_branches"),
         (("--optim.accumulation=2",), "optim.accumulation"),
+        (("--run.checkpointing=attention",), "run.checkpointing"),
     ],
 )
 def test_graphs_name_what_they_need(options, key, folder):
     padded = () if key == "run.supervised_rows" else ("--run.supervised_rows=padded",)
     with pytest.raises(RecipeError, match=rf"{key} = .*run\.cuda_graphs = true needs it"):
         load(folder / "tiny.toml", ["--run.device=cuda", "--run.cuda_graphs=true", *padded, *options])
+
+
+@pytest.mark.parametrize(
+    "options", [("--run.checkpointing=block",), ("--run.checkpointing=attention", "--run.compile=off")]
+)
+def test_graphs_go_with_what_is_computed_again_outside_of_compiled_code(options, folder):
+    graphs = ("--run.device=cuda", "--run.cuda_graphs=true", "--run.supervised_rows=padded")
+    assert load(folder / "tiny.toml", [*graphs, *options]).run.cuda_graphs
 
 
 def test_no_teacher_that_trains_is_asked_a_step_ahead(folder, tmp_path):
