@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,12 @@ EXIT_INTERRUPTED = 75
 
 EXIT_SIGINT = 130
 """Stopped by Ctrl-C where there is nothing to save: 128 + SIGINT, as shells have it."""
+
+MENDABLE = (
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
+    errno.EDQUOT, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What is wrong with a named place, or the rights to it, which no traceback tells better."""
 
 
 class UserError(Exception):
@@ -48,6 +55,11 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
             raise
         print(f"st_fast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug or error.errno not in MENDABLE or error.filename is None:
+            raise
+        print(f"st_fast: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:  # of commands that are too short to save anything in between
         if debug:
             raise

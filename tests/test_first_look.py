@@ -36,3 +36,19 @@ def test_ctrl_c_ends_a_short_command_in_one_line(capsys: pytest.CaptureFixture[s
     assert ended.value.code == 130 and capsys.readouterr().err == "st_fast: interrupted\n"
     with pytest.raises(KeyboardInterrupt):
         run_command(stopped, ["--debug"])
+
+
+def test_a_place_that_cannot_be_is_one_line_and_what_nobody_can_mend_keeps_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda arguments: (tmp_path / "file" / "out").mkdir(), [])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"st_fast: {tmp_path / 'file' / 'out'}: Not a directory\n"
+
+    def broken(arguments: object) -> None:
+        raise OSError("the device fell over")
+
+    with pytest.raises(OSError, match="fell over"):
+        run_command(broken, [])
