@@ -40,7 +40,7 @@ CEILINGS = {
     "adaln.forward": 80, "adaln.plain_forward": 64, "adaln.backward": 168, "adaln.plain_backward": 128,
     "adaln.gate_forward": 64, "adaln.gate_backward": 64, "adaln.add_partials": 40,
     "guidance.mse": 64, "guidance.cosine": 64, "guidance.normalized_mse": 64, "guidance.align": 64,
-    "guidance.total": 40, "guidance.extrapolate": 32,
+    "guidance.feature_loss_total": 40, "guidance.extrapolate": 32,
     "qknorm.forward": 72, "qknorm.backward": 128, "qknorm.add_rows": 32,
     "adamw.grad_norm": 32, "adamw.step": 80,
 }  # fmt: skip
