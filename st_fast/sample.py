@@ -156,7 +156,11 @@ def parse(arguments: Sequence[str]) -> tuple[Request, Recipe]:
         raise UserError("--gif and --interpolate make one picture: without --npz and --png")
     wanted = wanted_of(given, lambda recipe: recipe.sample.num)
     ends = (given.interpolate[0], given.interpolate[1]) if given.interpolate else None
-    return Request(wanted, given.out, given.npz, given.png, ends, given.gif), wanted.recipe
+    request = Request(wanted, given.out, given.npz, given.png, ends, given.gif)
+    ending = ".gif" if given.gif else ".png"
+    if not request.is_set and request.target.suffix != ending:
+        raise UserError(f"--out {given.out}: a picture's name ends in {ending}; a folder is for --npz and --png")
+    return request, wanted.recipe
 
 
 def main(arguments: Sequence[str]) -> None:

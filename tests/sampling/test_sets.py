@@ -213,3 +213,9 @@ def test_bad_flags_are_told_in_one_line(run, flags, words):
 
 def test_the_recipe_may_name_dopri5(run, tmp_path):
     assert load(run / "recipe.toml", ["--sample.sampler=dopri5"]).sample.sampler == "dopri5"
+
+
+@pytest.mark.parametrize(("out", "flags"), [("folder", []), ("a.gif", []), ("a.png", ["--gif"])])
+def test_a_picture_of_another_ending_is_refused_before_anything_is_drawn(out, flags, run, tmp_path):
+    with pytest.raises(UserError, match=r"--out .*: a picture's name ends in \.(png|gif)"):
+        sample.parse([str(run), "--out", str(tmp_path / out), *flags])
