@@ -11,7 +11,8 @@ from torch.profiler import profile
 
 FAMILIES: tuple[tuple[str, str], ...] = (
     ("exchange", r"nccl|c10d|gloo|all_?reduce|all_?gather|reduce_?scatter"),
-    ("compiled", r"^triton_(?!tem_)|inductor|compiled|cpp_fused"),  # named after all that was fused into them
+    # Named after all that was fused into them; GELU has no other kernel on a GPU, so it is looked for below.
+    ("compiled", r"^triton_(?!tem_|.*gelu)|inductor|compiled|cpp_fused"),
     ("optimiser", r"adamw|grad_norm|multi_tensor|st_fast::.*(adam|norm_sum|prepare|update|_of_sum|sum_of)|foreach"),
     ("attention", r"scaled_dot_product|attention|flash|fmha|sdpa|st_fast::attention"),
     ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|triton_tem|st_fast::linear"

@@ -157,7 +157,7 @@ def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
     [
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "exchange"),
         ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "exchange"),
-        ("triton_poi_fused_addmm_gelu_0", "compiled"),
+        ("triton_poi_fused_addmm_gelu_0", "GELU"),
         ("triton_red_fused__scaled_dot_product_cudnn_attention_native_layer_norm_3", "compiled"),
         ("triton_tem_fused_addmm_t_5", "matrix products"),
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
