@@ -32,7 +32,7 @@ from st_fast.recipe import Recipe, load
 from st_fast.recipe.methods import Plain, SelfTranscendence
 from st_fast.recipe.schema import Stage
 from st_fast.run import precision
-from st_fast.stage import Setting, Trainer
+from st_fast.trainer import Setting, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("plain", "stage 1", "stage 2")

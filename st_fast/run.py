@@ -25,7 +25,8 @@ from st_fast.model.fp8 import check_fp8
 from st_fast.recipe import Recipe, to_toml
 from st_fast.recipe.schedule import check_device
 from st_fast.report import write_report
-from st_fast.stage import Setting, run_stage
+from st_fast.stage import run_stage
+from st_fast.trainer import Setting
 from st_fast.watchdog import watched
 
 NO_TIMEOUT = 7 * 24 * 3_600.0

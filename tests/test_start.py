@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast import checkpoint, kernels, stage, start
+from st_fast import checkpoint, kernels, start, trainer
 from st_fast.checkpoint import Checkpoint
 from st_fast.errors import Interrupted, UserError
 from st_fast.formats import import_file
@@ -132,7 +132,7 @@ def test_the_optimiser_goes_on_as_the_other_projects_would(tmp_path):
 def test_a_resumed_stage_ends_bit_by_bit_the_same_and_never_reads_the_file_again(recipe, tmp_path, monkeypatch):
     foreign.repa_checkpoint(tmp_path / "repa.pt")
     run(load(recipe, [f"--run.out={tmp_path}/whole"]))
-    stop, count, call = StopRequest(), [0], stage.Step.__call__
+    stop, count, call = StopRequest(), [0], trainer.Step.__call__
 
     def stepping(self, *arguments):
         count[0] += 1
@@ -142,7 +142,7 @@ def test_a_resumed_stage_ends_bit_by_bit_the_same_and_never_reads_the_file_again
 
     with monkeypatch.context() as patch:
         patch.setattr("st_fast.run.stop_on_signals", lambda: nullcontext(stop))
-        patch.setattr(stage.Step, "__call__", stepping)
+        patch.setattr(trainer.Step, "__call__", stepping)
         with pytest.raises(Interrupted):
             run(load(recipe))
     (tmp_path / "repa.pt").unlink()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast import checkpoint, stage
+from st_fast import checkpoint, trainer
 from st_fast.errors import Interrupted, RunFailed, UserError
 from st_fast.interrupt import StopRequest
 from st_fast.recipe import load
@@ -42,7 +42,7 @@ def uninterrupted(data, tmp_path_factory) -> Path:
 
 def stop_at(monkeypatch, step: int) -> None:
     """A signal arrives during the `step`-th step that this process makes, whichever stage that falls in."""
-    count, call = {"steps": 0}, stage.Step.__call__
+    count, call = {"steps": 0}, trainer.Step.__call__
 
     def stepping(self, *arguments):
         count["steps"] += 1
@@ -50,7 +50,7 @@ def stop_at(monkeypatch, step: int) -> None:
             STOP.name = "SIGTERM"
         return call(self, *arguments)
 
-    monkeypatch.setattr(stage.Step, "__call__", stepping)
+    monkeypatch.setattr(trainer.Step, "__call__", stepping)
 
 
 STOP = StopRequest()
@@ -128,7 +128,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_the_run_s
 ):
     recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"), ["--run.max_bad_steps=3"])
     states: list[dict[str, torch.Tensor]] = []
-    call = stage.Step.__call__
+    call = trainer.Step.__call__
 
     def poisoned(self, step, batches):
         if step >= 2:
@@ -136,7 +136,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_the_run_s
             batches[0].moments.fill_(float("nan"))
         return call(self, step, batches)
 
-    monkeypatch.setattr(stage.Step, "__call__", poisoned)
+    monkeypatch.setattr(trainer.Step, "__call__", poisoned)
     with pytest.raises(RunFailed, match="3 steps up to 5 were not finite"):
         run(recipe)
     assert len(states) == 3 and all(same(state, states[0]) for state in states)

@@ -17,7 +17,7 @@ from st_fast.monitor import Clock, Log
 from st_fast.parallel import Ranks
 from st_fast.recipe import load
 from st_fast.run import precision
-from st_fast.stage import Setting, Trainer
+from st_fast.trainer import Setting, Trainer
 from tests import tiny
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast import checkpoint, stage
+from st_fast import checkpoint, trainer
 from st_fast.errors import Interrupted, UserError
 from st_fast.feed import Lookahead
 from st_fast.interrupt import StopRequest
@@ -107,7 +107,7 @@ def test_interrupting_a_run_that_looks_ahead_at_every_step_is_bit_exact(ahead, t
     whole = load(tiny.write_recipe(tmp_path / "whole.toml", data, tmp_path / "whole"), options)
     run(whole)
     recipe = load(tiny.write_recipe(tmp_path / "cut.toml", data, tmp_path / "cut"), options)
-    call, stops = stage.Step.__call__, 0
+    call, stops = trainer.Step.__call__, 0
 
     def stopping(self, *arguments):
         stop.name = "SIGTERM"
@@ -116,7 +116,7 @@ def test_interrupting_a_run_that_looks_ahead_at_every_step_is_bit_exact(ahead, t
     from contextlib import nullcontext
 
     monkeypatch.setattr("st_fast.run.stop_on_signals", lambda: nullcontext(stop))
-    monkeypatch.setattr(stage.Step, "__call__", stopping)
+    monkeypatch.setattr(trainer.Step, "__call__", stopping)
     while True:
         stop.name = None
         try:

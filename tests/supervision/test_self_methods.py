@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast import stage, streams
+from st_fast import streams, trainer
 from st_fast.average import Average
 from st_fast.errors import Interrupted
 from st_fast.model import build
@@ -188,7 +188,7 @@ def test_an_interrupted_run_with_an_average_as_teacher_resumes_bit_exactly(recip
 
 
 def test_the_teacher_of_a_run_is_the_weight_average_before_and_after_a_resume(recipe, monkeypatch):
-    seen, call = [], stage.Step.__call__
+    seen, call = [], trainer.Step.__call__
 
     def checking(self, step, batches):
         if self.supervision.tap == 1:  # SRA's stage
@@ -199,7 +199,7 @@ def test_the_teacher_of_a_run_is_the_weight_average_before_and_after_a_resume(re
             seen.append(any(not torch.equal(weights[name], masters[name]) for name in masters))
         return call(self, step, batches)
 
-    monkeypatch.setattr(stage.Step, "__call__", checking)
+    monkeypatch.setattr(trainer.Step, "__call__", checking)
     run(load(recipe, ["--stage.sra.steps=3", "--stage.sync.steps=1"]))
     run(load(recipe, ["--stage.sra.steps=5", "--stage.sync.steps=1"]))
     assert seen == [False, True, True, True, True]  # at the start they are equal
