@@ -64,19 +64,29 @@ class Agreement:
         return flag.item() > 0
 
 
+class _Note:
+    """The handler: notes the first signal in its request."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.request.name = self.request.name or signal.Signals(number).name
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catches SIGTERM and SIGINT inside the block.
+    """Catches SIGTERM and SIGINT inside the block; what a block around this one has caught already counts in it, too.
 
     If one came, later ones are ignored to the process's end: all is saved, and a second one must not turn the
     documented exit code into a death by signal.
     """
     request = StopRequest()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        request.name = request.name or signal.Signals(number).name
-
+    note = _Note(request)
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    for handler in before.values():
+        if isinstance(handler, _Note):  # one came before this block was entered, and asks for the same
+            request.name = request.name or handler.request.name
     try:
         yield request
     finally:
