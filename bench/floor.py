@@ -148,7 +148,7 @@ def measure(
     effort: Effort,
 ) -> Floor:
     """Times every distinct shape once per round, and adds up by how often it occurs."""
-    linear, attentions = products(recipe, stage, supervised), attended(recipe, stage, supervised)
+    multiplied, attentions = products(recipe, stage, supervised), attended(recipe, stage, supervised)
     model, n = recipe.model, flops.tokens(recipe.model)
 
     def seconds(make: Callable[[], Variant]) -> float:
@@ -158,13 +158,13 @@ def measure(
     return Floor(
         products=sum(
             count * seconds(lambda p=product: _product_variant(p, linear, device, dtype))  # type: ignore[misc]
-            for product, count in linear.items()
+            for product, count in multiplied.items()
         ),
         attention=sum(
             count * seconds(lambda c=case: _attention_variant(c, model, attend, device, dtype))  # type: ignore[misc]
             for case, count in attentions.items()
         ),
-        product_flops=sum(count * product.flops for product, count in linear.items()),
+        product_flops=sum(count * product.flops for product, count in multiplied.items()),
         attention_flops=sum(
             count * case.batch * 2 * 2 * n * n * model.width * (3 if case.trained else 1)
             for case, count in attentions.items()

@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
-from bench import against, apart, gpu_day, results, step_times
-from bench.timing import Stopwatch
-from bench.workload import Setup
+from bench import against, apart, floor, gpu_day, results, step_times
+from bench.timing import Effort, Stopwatch
+from bench.workload import Setup, ours
 from st_fast import families
+from st_fast.model.attention import BACKENDS
 
 MACHINE = results.Machine(
     device="CPU Test, 2 threads", kind="cpu", threads=2, load=0.1, copy_rate=2e10, matmul_rate=1.7e11,
@@ -45,6 +46,15 @@ def test_ops_that_the_base_does_not_have_are_left_out():
 def test_an_unknown_base_is_one_line_that_names_it():
     with pytest.raises(ValueError, match="--base no-such-revision: "), against.worktree("no-such-revision"):
         pass
+
+
+def test_the_floor_times_every_product_and_attention_of_a_step():
+    effort, cpu = Effort(rounds=2, seconds=0.1, least=1, warmup=0), torch.device("cpu")
+    with ours(Setup("S/2", "stage 2", 2, cpu, tokens=16, depth=2)) as loop:
+        linear, attend = loop.trainer.model.kernels.linear, BACKENDS["sdpa"].attend
+        least = floor.measure(loop.recipe, loop.stage, 1, attend, linear, cpu, torch.float32, effort)
+    assert least.products > 0 and least.attention > 0
+    assert least.product_flops > least.attention_flops > 0
 
 
 def day(tmp_path) -> gpu_day.Day:
