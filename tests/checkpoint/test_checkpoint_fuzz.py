@@ -13,6 +13,7 @@ import safetensors.torch
 from st_fast.checkpoint import Checkpoint, load, save
 from st_fast.errors import UserError
 from st_fast.safefile import read_header, sha256_file
+from tests.checkpoint.conftest import State
 from tests.fuzz import blocks
 
 ODD_VALUES: list[Any] = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, 1e308, "", "..", "/", "\ud800", "a\0b",
@@ -66,6 +67,24 @@ def loaded(path: Path) -> Checkpoint | None:
         return None
 
 
+def assert_forged_manifests_are_true_or_refused(
+    path: Path, truth: State, draw: random.Random, same: Any, forge: Any
+) -> None:
+    """Fifty times another value in the manifest of the checkpoint at `path`, which holds `truth`."""
+    data = (path / "manifest.json").read_bytes()
+
+    def change(manifest: dict[str, Any]) -> None:
+        key = draw.choice(sorted(manifest))
+        manifest[key] = damaged_value(manifest[key], draw)
+
+    for _ in range(50):
+        (path / "manifest.json").write_bytes(data)
+        forge(path, change)
+        if found := loaded(path):
+            renamed = not found.groups.keys() <= truth.keys()
+            assert renamed or same(found.groups, {name: truth.get(name) for name in found.groups})
+
+
 @pytest.mark.parametrize("part", blocks(5, 14))
 def test_damaged_manifests(part: int, tmp_path: Path, state: Any, same: Any) -> None:
     draw = random.Random(1000 + part)
@@ -83,20 +102,7 @@ def test_damaged_manifests(part: int, tmp_path: Path, state: Any, same: Any) -> 
 def test_forged_manifests(part: int, tmp_path: Path, state: Any, same: Any, forge: Any) -> None:
     """With a digest that fits, so that the checks behind the digest are reached; tensors are true or refused."""
     draw = random.Random(2000 + part)
-    path = save(tmp_path, 5, state(0), {"seed": 3})
-    data = (path / "manifest.json").read_bytes()
-
-    def change(manifest: dict[str, Any]) -> None:
-        key = draw.choice(sorted(manifest))
-        manifest[key] = damaged_value(manifest[key], draw)
-
-    for _ in range(50):
-        (path / "manifest.json").write_bytes(data)
-        forge(path, change)
-        if found := loaded(path):
-            original = {name: state(0).get(name) for name in found.groups}
-            renamed = not found.groups.keys() <= state(0).keys()
-            assert renamed or same(found.groups, original)
+    assert_forged_manifests_are_true_or_refused(save(tmp_path, 5, state(0), {"seed": 3}), state(0), draw, same, forge)
 
 
 @pytest.mark.parametrize("part", blocks(5, 14))

@@ -15,7 +15,7 @@ import torch
 from st_fast.checkpoint import latest, load, save, valid
 from st_fast.safefile import BadFile
 from tests.checkpoint.sharded import save_sharded
-from tests.checkpoint.test_checkpoint_fuzz import damaged_value, loaded
+from tests.checkpoint.test_checkpoint_fuzz import assert_forged_manifests_are_true_or_refused
 from tests.fuzz import blocks
 
 
@@ -139,19 +139,7 @@ def test_mutated_manifests_of_shards_are_true_or_refused(
 ) -> None:
     draw = random.Random(5000 + part)
     save_sharded(tmp_path, 5, state(0), {"seed": 3})
-    path = tmp_path / "00000005"
-    data = (path / "manifest.json").read_bytes()
-
-    def change(manifest: dict[str, Any]) -> None:
-        key = draw.choice(sorted(manifest))
-        manifest[key] = damaged_value(manifest[key], draw)
-
-    for _ in range(50):
-        (path / "manifest.json").write_bytes(data)
-        forge(path, change)
-        if found := loaded(path):
-            renamed = not found.groups.keys() <= state(0).keys()
-            assert renamed or same(found.groups, {name: state(0)[name] for name in found.groups})
+    assert_forged_manifests_are_true_or_refused(tmp_path / "00000005", state(0), draw, same, forge)
 
 
 def test_a_replacing_save_sets_whole_files_of_the_same_step_aside(tmp_path: Path, state: Any, same: Any) -> None:

@@ -86,7 +86,9 @@ def test_files_that_are_open_already_count_towards_the_limit(imagenet: Path) -> 
     try:
         held = [os.open("/dev/null", os.O_RDONLY) for _ in range(500)]
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
-        open_shards(imagenet, verify=False).close()
+        shards = open_shards(imagenet, verify=False)
+        assert len(shards) == COUNT
+        shards.close()
     finally:
         for descriptor in held:
             os.close(descriptor)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast import checkpoint, flops, prepare
+from st_fast import flops, prepare
 from st_fast.data.ahead import Patience
 from st_fast.data.images import load_image
 from st_fast.data.loader import ResidentLoader
@@ -18,7 +18,7 @@ from st_fast.data.repa import RepaSet
 from st_fast.data.shards import open_shards
 from st_fast.data.sources import open_source
 from st_fast.encoders import load_encoder
-from st_fast.errors import Interrupted, UserError
+from st_fast.errors import UserError
 from st_fast.feed import Feed
 from st_fast.image_features import compile_encoders, open_image_features
 from st_fast.model.compiling import CompiledBlocks
@@ -33,9 +33,10 @@ from tests import tiny
 from tests.data.conftest import encoded, picture
 from tests.data.test_repa import write_layout
 from tests.supervision.encoders import write_encoder
+from tests.supervision.resuming import assert_it_resumes_bit_exactly_and_learns, interrupt
 from tests.supervision.test_losses import TABLE
 from tests.supervision.test_vision import clip, saved
-from tests.test_training import STOP, signals, stop_at  # noqa: F401
+from tests.test_training import signals  # noqa: F401
 
 CPU = torch.device("cpu")
 FLOAT16 = 2.0**-11
@@ -154,11 +155,6 @@ def test_images_left_out_before_they_were_written_down_are_found_by_looking(plac
     assert np.array_equal(told.numbers, looked.numbers) and len(looked.numbers) == 9
 
 
-def states(out: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(out / "repa" / "checkpoints", print)
-    return {f"{group}/{name}": t for group, tensors in found.groups.items() for name, t in tensors.items()}
-
-
 def test_a_run_supervises_until_the_stop_and_looks_at_no_image_after_it(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,24 +190,7 @@ def test_an_interrupted_run_resumes_bit_exactly_and_learns(
     signals: Any,  # noqa: F811
     one_thread: None,
 ) -> None:
-    run(load(recipe))
-    again = load(recipe, [f"--run.out={tmp_path / 'again'}"])
-    interrupted(again, monkeypatch)
-    run(again)
-    whole, resumed = states(tmp_path / "out"), states(tmp_path / "again")
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[k], whole[k]) for k in whole)
-    losses = [record["aux"] for record in tiny.records(tmp_path / "out", "train")]
-    assert losses[-1] < losses[0]
-
-
-def interrupted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs to the third step, which a signal ends."""
-    STOP.name = None
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(Interrupted):
-            run(recipe)
-    STOP.name = None
+    assert_it_resumes_bit_exactly_and_learns(recipe, tmp_path, monkeypatch)
 
 
 def test_a_run_goes_on_only_with_the_same_features(
@@ -221,7 +200,7 @@ def test_a_run_goes_on_only_with_the_same_features(
     monkeypatch: pytest.MonkeyPatch,
     signals: Any,  # noqa: F811
 ) -> None:
-    interrupted(load(recipe), monkeypatch)
+    interrupt(load(recipe), monkeypatch)
     other = saved(tmp_path / "clip", clip, 7, seed=1)[1]
     with pytest.raises(UserError, match="encoder clip: the features changed"):
         run(load(recipe, [f'--stage.repa.encoders=["{place / "dino"}", "{other}"]']))

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast import checkpoint, flops
+from st_fast import flops
 from st_fast.data.ahead import TorchLoader
 from st_fast.data.features import open_features
 from st_fast.data.loader import ResidentLoader
 from st_fast.data.shards import open_shards
-from st_fast.errors import Interrupted, UserError
+from st_fast.errors import UserError
 from st_fast.feed import Feed
 from st_fast.parallel import Ranks
-from st_fast.recipe import Recipe, load
+from st_fast.recipe import load
 from st_fast.recipe.methods import Repa
 from st_fast.recipe.schema import Stage
 from st_fast.run import run
@@ -28,9 +28,10 @@ from st_fast.supervision.registry import Parts
 from st_fast.supervision.repa import on_grid
 from tests import tiny
 from tests.supervision.encoders import write_encoder, write_set
+from tests.supervision.resuming import assert_it_resumes_bit_exactly_and_learns, interrupt
 from tests.supervision.test_losses import BATCH, MODEL, TABLE, fill, hidden, mlp, noised, weights_of
 from tests.supervision.test_self_methods import cosine_loss
-from tests.test_training import STOP, signals, stop_at  # noqa: F401
+from tests.test_training import signals  # noqa: F401
 
 STAGE = """
 [[stage]]
@@ -98,31 +99,9 @@ def recipe(data: Path, tmp_path: Path) -> Path:
     return path
 
 
-def states(out: Path) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(out / "repa" / "checkpoints", print)
-    return {f"{group}/{name}": t for group, tensors in found.groups.items() for name, t in tensors.items()}
-
-
-def interrupt(recipe: Recipe, monkeypatch) -> None:
-    """Runs to the third step, which a signal ends."""
-    STOP.name = None
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(Interrupted):
-            run(recipe)
-    STOP.name = None
-
-
 def test_an_interrupted_run_resumes_bit_exactly(recipe, tmp_path, monkeypatch, signals):  # noqa: F811
     torch.set_num_threads(1)
-    run(load(recipe))
-    again = load(recipe, [f"--run.out={tmp_path / 'again'}"])
-    interrupt(again, monkeypatch)
-    run(again)
-    whole, resumed = states(tmp_path / "out"), states(tmp_path / "again")
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[k], whole[k]) for k in whole)
-    losses = [record["aux"] for record in tiny.records(tmp_path / "out", "train")]
-    assert losses[-1] < losses[0]
+    assert_it_resumes_bit_exactly_and_learns(recipe, tmp_path, monkeypatch)
 
 
 def test_the_cost_counts_the_encoders_forwards_once_and_the_heads_until_the_stop(recipe, data, tmp_path):
