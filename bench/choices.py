@@ -8,16 +8,16 @@ The loss of the first step must be the default's before anything is timed.
 from __future__ import annotations
 
 import argparse
-import statistics
 from dataclasses import replace
 
 import torch
 
+from bench.beside import beside
 from bench.op_times import default_device
 from bench.results import Row
 from bench.step_times import tidy
-from bench.timing import Effort, interleave, noise, paired_ratio
-from bench.workload import ROOT, STAGES, Ours, Setup, our_variant, ours
+from bench.timing import Effort
+from bench.workload import ROOT, STAGES, Ours, Setup, ours
 from st_fast.errors import UserError
 from st_fast.model.attention import BACKENDS
 from st_fast.model.fp8 import check_fp8
@@ -64,16 +64,7 @@ def _row(loops: dict[str, Ours], setup: Setup, effort: Effort, block: int) -> Ro
     off = abs(losses[1] / losses[0] - 1)
     if not off <= allowed:
         return {"ok": False, "wrong": f"the loss is off by {off:.1e} (allowed: {allowed:.0e})"}
-    variants = {key: our_variant(loop, block) for key, loop in loops.items()}
-    steps = {key: s["step"] for key, s in interleave(variants, setup.device, effort).items()}
-    return {
-        "ok": True,
-        "ms": {key: 1e3 * statistics.median(values) / block for key, values in steps.items()},
-        "speedup": paired_ratio(steps["default"], steps[name]),
-        "noise": noise(steps["default"]),
-        "rounds": len(steps["default"]),
-        "loss_off": off,
-    }
+    return {"ok": True, "loss_off": off} | beside(loops["default"], loops[name], name, effort, block)
 
 
 def _peak(loop: Ours, device: torch.device, beside: int) -> float | None:

@@ -1,22 +1,21 @@
 """What a schedule makes of the step: streams, fixed shapes, prefetching and graphs, each against the default.
 
-Both loops train the same steps, whose numbers must agree before any time is taken, and run in turn in the same rounds.
-A round ends when the device is idle, so that work started for the step to come is paid for by who started it.
+Both loops train the same steps, whose numbers must agree before any time is taken.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from bench import gate
+from bench.beside import beside
 from bench.results import Row
 from bench.step_times import tidy
-from bench.timing import Effort, Stopwatch, Variant, interleave, noise, paired_ratio
-from bench.workload import Ours, Setup, ours
+from bench.timing import Effort
+from bench.workload import Setup, ours
 
 AHEAD, PADDED = "--run.teacher_placement=ahead", "--run.supervised_rows=padded"
 TEACHER: dict[str, tuple[str, ...]] = {
@@ -82,26 +81,5 @@ def measure(point: Point, effort: Effort) -> Row:
         worst = gate.worst_difference(*numbers)
         if worst > gate.SAME_LOSS[setup.device.type]:
             return {"ok": False, "wrong": f"numbers differ by {worst:.1e}", "worst_difference": worst}
-        block = BLOCK[setup.device.type]
-        variants = {"default": _variant(default, block), "schedule": _variant(scheduled, block)}
-        samples = {name: found["step"] for name, found in interleave(variants, setup.device, effort).items()}
-    return {
-        "ok": True,
-        "worst_difference": worst,
-        "ms": {name: 1e3 * statistics.median(found) / block for name, found in samples.items()},
-        "speedup": paired_ratio(samples["default"], samples["schedule"]),
-        "noise": noise(samples["default"]),
-    }
-
-
-def _variant(loop: Ours, block: int) -> Variant:
-    device = loop.feed.ranks.device
-
-    def run(number: int, watch: Stopwatch) -> None:
-        with watch("step"):
-            for _ in range(block):
-                loop()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-    return run
+        timed = beside(default, scheduled, "schedule", effort, BLOCK[setup.device.type])
+    return {"ok": True, "worst_difference": worst} | timed

@@ -21,6 +21,8 @@ class Statistics:
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Statistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+AT_ONCE = 32
+"""Images that are in float64 at the same time: a batch of 256 would take gigabytes."""
 
 
 def preprocess(
@@ -31,13 +33,17 @@ def preprocess(
     Bicubic (Keys' kernel, a = −0.75) without antialiasing, as the published code has it; whether pixels are normalised
     before or after makes no difference, since the kernel's weights add up to 1. Grey images become three channels.
     """
+    return torch.cat([_preprocess(part, side, statistics).to(dtype) for part in images.split(AT_ONCE)])
+
+
+def _preprocess(images: Tensor, side: int, statistics: Statistics) -> Tensor:
     # In float64: float32 would place the pixels of a large image by 1e-5 of a pixel wrongly.
     pixels = images.expand(-1, 3, -1, -1).double() / 255
     normal = [(pixels[:, c] - statistics.mean[c]) / statistics.std[c] for c in range(3)]  # numbers wait for no device
     pixels = torch.stack(normal, dim=1)
     if side != images.shape[-1]:
         pixels = F.interpolate(pixels, (side, side), mode="bicubic", align_corners=False)
-    return pixels.to(dtype)
+    return pixels
 
 
 def input_side(size: int, patch: int) -> int:
