@@ -240,7 +240,9 @@ class PlainLoop:
 
 def _loaded(config: Model, source: nn.Module, device: torch.device) -> PlainSiT:
     """A plain network with the weights of st_fast's, every key of it, in float32."""
-    plain = PlainSiT(config).to(device)
+    with torch.device("meta"):  # nothing is drawn that is overwritten
+        plain = PlainSiT(config)
+    plain.to_empty(device=device)
     plain.load_state_dict({name: tensor.float() for name, tensor in source.state_dict().items()})
     return plain
 

@@ -7,14 +7,16 @@ that every step supervises the same number of samples to ±1, and the data are r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from bench.plain import PlainLoop
 from bench.timing import Stopwatch, Variant
@@ -26,11 +28,15 @@ from st_fast.data.writing import write_shards
 from st_fast.examine import Examiner
 from st_fast.feed import Feed, Lookahead
 from st_fast.interrupt import Agreement, StopRequest
-from st_fast.monitor import Clock, Log
+from st_fast.kernels import KernelTable
+from st_fast.model import SiT, unfilled
+from st_fast.model.attention import Attend
+from st_fast.model.sit import sincos_positions
+from st_fast.monitor import Log
 from st_fast.parallel import Ranks
 from st_fast.recipe import Recipe, load
 from st_fast.recipe.methods import Plain, SelfTranscendence
-from st_fast.recipe.schema import Stage
+from st_fast.recipe.schema import Model, Stage
 from st_fast.run import precision
 from st_fast.trainer import Setting, Trainer
 
@@ -114,24 +120,66 @@ def write_data(recipe: Recipe) -> ShardSet:
     return open_shards(folder, verify=False)
 
 
-def quiet_log(folder: Path, ranks: Ranks) -> Log:
-    """A log that keeps its lines to itself."""
-    log = Log(folder / "log.jsonl", ranks)
-    log.say = lambda text: None  # type: ignore[method-assign]
-    return log
+class Notices(Log):
+    """A log that writes nothing and keeps what is said: a kernel, a compiler or a backend that was given up."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        super().__init__(folder / "log.jsonl", ranks)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+WEIGHT_STD = 0.03
+"""Of weights under measurement; about what Xavier's rule gives at XL/2."""
 
 
 @torch.no_grad()
-def fill(trainer: Trainer) -> None:
-    """Adds noise to all trained weights, so that none is zero."""
-    groups = trainer.optimizer.state()
-    generator = torch.Generator().manual_seed(1)
-    for name in ("model", "heads"):
-        for tensor in groups.get(name, {}).values():
-            tensor.add_(0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.device))
+def fill(tensors: Mapping[str, Tensor], config: Model, seed: int) -> None:
+    """Draws trained weights on their own device, none of them zero; positions and norms' scales are what they are."""
+    drawn = {device: torch.Generator(device).manual_seed(seed) for device in {t.device for t in tensors.values()}}
+    for name, tensor in tensors.items():
+        if name == "pos_embed":
+            tensor.copy_(sincos_positions(config.width, config.latent_size // config.patch))
+            continue
+        tensor.normal_(std=WEIGHT_STD, generator=drawn[tensor.device])
+        if name.endswith("norm.weight"):
+            tensor.add_(1.0)
+
+
+def fill_trainer(trainer: Trainer) -> None:
+    """The same for a trainer's model and heads; its average begins there."""
+    groups, config = trainer.optimizer.state(), trainer.setting.recipe.model
+    for seed, name in enumerate(("model", "heads"), start=1):
+        fill(groups.get(name, {}), config, seed)
     for name, average in groups["ema"].items():
         average.copy_(groups["model"][name])
-    trainer.optimizer.load(groups)
+    trainer.optimizer.follow()
+
+
+def _filled_teacher(
+    root: Path, config: Model, weights: str, table: KernelTable, place: torch.device, dtype: torch.dtype,
+    attend: Attend, **_: Any,
+) -> SiT:  # fmt: skip
+    """In place of `teacher.load_frozen`: a teacher of this size whose weights no checkpoint holds."""
+    model = unfilled(config, table, place, dtype, attend)
+    fill(model.state_dict(), config, seed=3)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def quickly_built(device: torch.device) -> Iterator[None]:
+    """Trainers made here draw no weights, which `fill_trainer` does on the device, and read no teacher from a disk.
+
+    For XL/2 that leaves a second of 14, and of 60 with a teacher.
+    """
+
+    def build(config: Model, table: KernelTable, seed: int, attend: Attend) -> SiT:
+        return unfilled(config, table, device, torch.float32, attend)
+
+    with patch("st_fast.trainer.build", build), patch("st_fast.teacher.load_frozen", _filled_teacher):
+        yield
 
 
 class Ours:
@@ -141,16 +189,16 @@ class Ours:
         self.recipe = make_recipe(setup, folder)
         self.stage = make_stage(setup, self.recipe)
         ranks = Ranks(0, 1, setup.device)
-        shards, log = write_data(self.recipe), quiet_log(folder, ranks)
+        shards, self.log = write_data(self.recipe), Notices(folder, ranks)
         self.scale = shards.manifest.scale
-        examiner = Examiner(self.recipe, shards.manifest, ranks, log)
+        examiner = Examiner(self.recipe, shards.manifest, ranks, self.log)
         dtype = precision(self.recipe, setup.device)
-        setting = Setting(self.recipe, ranks, shards, examiner, log, Agreement(StopRequest(), ranks), dtype, rate=1.0)
-        if self.stage.method.teacher_name is not None:
-            _save_teacher(setting, self.recipe.stage(self.stage.method.teacher_name))
-        self.trainer = Trainer(setting, self.stage)
-        fill(self.trainer)
-        loader = make_loader(self.recipe.data.loader, shards, setup.device, log.say)
+        stop = Agreement(StopRequest(), ranks)
+        setting = Setting(self.recipe, ranks, shards, examiner, self.log, stop, dtype, rate=1.0)
+        with quickly_built(setup.device):
+            self.trainer = Trainer(setting, self.stage)
+        fill_trainer(self.trainer)
+        loader = make_loader(self.recipe.data.loader, shards, setup.device, self.log.say)
         self.feed = Feed(self.recipe, self.stage, loader, len(shards), ranks)
         self._batches = Lookahead(self.feed.steps(0, MANY_STEPS))
         self.trainer.step.following = self._batches.peek
@@ -179,14 +227,6 @@ class Ours:
     def flops(self) -> float:
         """Of one step of the method as defined, at the expected number of supervised samples."""
         return self.recipe.optim.batch_size * flops.stage_cost(self.recipe, self.stage).total
-
-
-def _save_teacher(setting: Setting, stage: Stage) -> None:
-    """A checkpoint of a stage-1 model with random weights, where stage 2 looks for it."""
-    trainer = Trainer(setting, stage)
-    fill(trainer)
-    trainer.save(1, Clock())
-    trainer.finish()
 
 
 @contextmanager

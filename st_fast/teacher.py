@@ -14,7 +14,7 @@ from st_fast.errors import UserError
 from st_fast.formats.bundle import trunk
 from st_fast.formats.origin import flow_path, read_model
 from st_fast.kernels import KernelTable
-from st_fast.model import SiT, build
+from st_fast.model import SiT, unfilled
 from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.pretrained import CONFIG
 from st_fast.recipe import load
@@ -59,10 +59,10 @@ def load_frozen(
     differing = [f"{k} {theirs.get(k)} (this recipe: {v})" for k, v in ours.items() if theirs.get(k) != v]
     if differing:
         raise UserError(f"teacher {path}: another architecture: {', '.join(differing)}")
-    model = build(config, kernels, seed=0, attend=attend)
+    model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
     checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {path}")
-    model.load_state_dict(dict(tensors))
-    return model.to(place, dtype).eval().requires_grad_(False)
+    model.to(dtype).to_empty(device=place).load_state_dict(dict(tensors))
+    return model.eval().requires_grad_(False)
 
 
 def _read(

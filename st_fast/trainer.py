@@ -19,7 +19,7 @@ from st_fast.examine import Examiner
 from st_fast.fallback import sound_ops
 from st_fast.image_features import compile_encoders, open_image_features
 from st_fast.interrupt import Agreement
-from st_fast.model import SiT, build
+from st_fast.model import SiT, build, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.branches import Apart, Branches, batched
 from st_fast.model.checkpointing import checkpoint_activations
@@ -93,9 +93,9 @@ class Trainer:
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
         self.step = Step(self.model, self.method, self.optimizer, recipe, setting.shards.manifest.scale, setting.ranks)
-        self.averaged = build(recipe.model, table, recipe.run.seed).eval().requires_grad_(False)
         # Only the first rank looks at it: with everything else in shards, the others do without its memory.
-        self.averaged.to(device if self.shards is None or setting.ranks.first else "meta")
+        place = device if self.shards is None or setting.ranks.first else torch.device("meta")
+        self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)
         self.rollbacks, self.trained_before = 0, 0.0
         self.origin: dict[str, Any] | None = None
         """What the weights started from, where that is a model."""
@@ -225,7 +225,7 @@ def _teacher(setting: Setting, stage: Stage, table: kernels.KernelTable, attend:
         loaded.append(teacher.load_frozen(root, recipe.model, group, table, ranks.device, setting.dtype, attend))
 
     ranks.told(load)
-    model = loaded[0] if loaded else build(recipe.model, table, 0, attend).to(ranks.device, setting.dtype)
+    model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, setting.dtype, attend)
     model.eval().requires_grad_(False)
     ranks.broadcast(model.state_dict().values())
     return model
@@ -236,7 +236,7 @@ def _average(
 ) -> Average | None:
     if not stage.method.learns_from_average:
         return None
-    model = build(setting.recipe.model, table, 0, attend).to(setting.ranks.device, setting.dtype)
+    model = unfilled(setting.recipe.model, table, setting.ranks.device, setting.dtype, attend)
     if shards is not None:
         shards.model(model.requires_grad_(False), stage.method.frozen_depth)
     _compile(setting, model, dynamic=False)

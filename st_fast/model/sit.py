@@ -286,6 +286,19 @@ class SiT(Pretrained):
         return branches(features, self.embed_tokens(x), t, labels, torch.full_like(labels, self.null_label))
 
 
+def unfilled(
+    config: Model,
+    kernels: KernelTable,
+    device: torch.device,
+    dtype: torch.dtype,
+    attend: Attend = BACKENDS["sdpa"].attend,
+) -> SiT:
+    """A SiT on `device` whose weights are not drawn, for one that takes all of them over: it costs no time."""
+    with torch.device("meta"):
+        model = SiT(config, kernels, attend)
+    return model.to(dtype).to_empty(device=device)
+
+
 def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:
     """(B, N, p·p·C), channels last within a patch, → (B, C, S, S)."""
     batch, tokens, _ = patches.shape
