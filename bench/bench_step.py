@@ -40,7 +40,7 @@ def bench_stage(setup: Setup, store: Store, request: pytest.FixtureRequest, repo
 
 def bench_first_step(store: Store, device: torch.device) -> None:
     setup = step_times.default_setups(device)[0]
-    seconds = first_step.cold_and_warm(setup.size, setup.stage, setup.batch, device.type)
+    seconds = first_step.cold_and_warm(setup)
     store.put("first step", setup.label, {"seconds": seconds})
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from bench.beside import beside
 from bench.op_times import default_device
 from bench.results import Row
-from bench.step_times import tidy
+from bench.step_times import notices, tidy
 from bench.timing import Effort
-from bench.workload import ROOT, STAGES, Ours, Setup, ours
+from bench.workload import ROOT, STAGES, Ours, Setup, make_recipe, ours
 from st_fast.errors import UserError
 from st_fast.model.attention import BACKENDS
 from st_fast.model.fp8 import check_fp8
@@ -37,6 +39,8 @@ CHOICES = {
     **{f"attention {name}": (f"--model.attention={name}",) for name in BACKENDS},
 }
 """Those of a switch that are the default compare it with itself, which shows the noise."""
+SOME = ("modulation one", "checkpointing block", "optimiser torch", "fp8 tensorwise", "compile off", "attention math")
+"""One of each kind, for a rehearsal."""
 SAME_LOSS = {"cuda": 5e-3, "cpu": 1e-5}
 """Relative difference of the first step's loss that a choice may make: bf16's rounding, float32's."""
 FP8_LOSS = 5e-2
@@ -46,13 +50,15 @@ def measure(setup: Setup, name: str, effort: Effort, block: int) -> Row:
     """The row of one choice; "left_out" where it can't be had here. `block` steps a round."""
     chosen = replace(setup, options=(*setup.options, *CHOICES[name]))
     try:
+        with TemporaryDirectory(prefix="st_fast-bench-") as folder:
+            check_fp8(make_recipe(chosen, Path(folder)), setup.device)
         with ours(setup) as default, tidy(setup.device):
             peaks = {"default": _peak(default, setup.device, beside=0)}
             beside = torch.cuda.memory_allocated(setup.device) if setup.device.type == "cuda" else 0
             with ours(chosen) as other:
-                check_fp8(other.recipe, setup.device)
                 peaks[name] = _peak(other, setup.device, beside)
-                return _row({"default": default, name: other}, setup, effort, block) | {"peak_gib": peaks}
+                row = _row({"default": default, name: other}, setup, effort, block) | {"peak_gib": peaks}
+                return row | notices(default.log.said + other.log.said)
     except UserError as error:
         return {"ok": True, "left_out": str(error).replace(f"{ROOT}/", "")}
 

@@ -11,7 +11,7 @@ import torch
 
 from bench import step_times
 from bench.cases import Size
-from bench.results import Row, Store
+from bench.results import ROOT, Row, Store
 from bench.timing import Effort
 from bench.workload import Setup
 
@@ -28,28 +28,51 @@ class Day:
     store: Store
     until: float = float("inf")
     """By time.monotonic(): when the budget is spent. A task that can stop by itself, with all saved, does so before."""
-    cifar: Path = Path("cifar10.zip")
-    runs: Path = Path("runs/gpu_day")
+    budget: float = float("inf")
+    """Seconds in all."""
+    runs: Path = ROOT / "runs" / "gpu_day"
+    """Where the study's runs lie."""
+    only: str = ""
+    """What the names of the rows to measure contain."""
+    again: bool = False
+    """Rows that failed are measured once more."""
+    keep: bool = False
+    """Rows that other sources measured count."""
 
     @property
     def left(self) -> float:
         """Seconds."""
         return self.until - time.monotonic()
 
+    def wants(self, row: Row) -> bool:
+        """Whether a row has still to be measured: by this code, to its end, or once more because it failed."""
+        measured = bool(row) and (self.keep or row.get("code") == self.store.machine.code)
+        return not measured or bool(row.get("unfinished")) or (self.again and not row.get("ok", True))
+
+    @property
+    def data(self) -> Path:
+        """CIFAR-10's latents, as `bench/pack.sh` has brought them along."""
+        return ROOT / "data" / "cifar10"
+
     @property
     def effort(self) -> Effort:
-        return Effort(rounds=3, seconds=1, least=2, warmup=1) if self.small else Effort()
+        """Of a comparison."""
+        if self.small:
+            return Effort(rounds=3, seconds=1, least=2, warmup=1)
+        return Effort(rounds=20, seconds=1.5, least=5) if self.device.type == "cuda" else Effort()
 
     @property
     def sizes(self) -> list[Size]:
         """Of the ops."""
-        return [Size("S/2", 2, 16)] if self.small else [Size("B/2", 256), Size("XL/2", 256)]
+        return [Size("S/2", 2, 16)] if self.small else [Size("XL/2", 256), Size("B/2", 256)]
 
     @property
     def setups(self) -> list[Setup]:
         """Of the step."""
         setups = step_times.default_setups(self.device)
-        return [replace(s, batch=4, tokens=16, depth=2) for s in setups] if self.small else setups
+        if not self.small:
+            return setups
+        return [replace(s, batch=4, tokens=16, depth=2, options=()) for s in setups if s.size == setups[0].size]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -55,21 +55,25 @@ def _longest(setup: Setup) -> Row:
     with ours(setup) as loop, step_times.tidy(setup.device):
         loop()
         found = profiles.kernels(loop, setup.device, times=3)
-    return {"ok": True, "kernels_ms": {name[:120]: 1e3 * spent for name, spent in list(found.items())[:30]}}
+        longest = {name[:120]: 1e3 * spent for name, spent in list(found.items())[:30]}
+        return {"ok": True, "kernels_ms": longest} | step_times.notices(loop.log.said)
 
 
 def first(day: Day) -> Iterator[Task]:
     """Cold and warm start of the largest plain step."""
     setup = [s for s in step_times.default_setups(day.device) if s.stage == "plain"][-1]
-    batch = 1 if day.small else setup.batch
-    start = partial(first_step.cold_and_warm, setup.size, setup.stage, batch, day.device.type)
-    yield replace(setup, batch=batch).label, lambda: {"seconds": start()}
+    setup = replace(setup, batch=1, options=()) if day.small else setup
+    yield setup.label, lambda: {"seconds": first_step.cold_and_warm(setup)}
 
 
 def choice(day: Day) -> Iterator[Task]:
-    """What each choice that leaves the mathematics alone, or fp8, does to the plain step's time and memory."""
-    for setup in [s for s in day.setups if s.stage == "plain"]:
-        for name in choices.CHOICES:
+    """What each choice that leaves the mathematics alone, or fp8, does to the plain step's time and memory.
+
+    At XL/2 with a batch that two loops fit into one device's memory with.
+    """
+    large = Setup("XL/2", "plain", 64, day.device) if day.device.type == "cuda" else day.setups[0]
+    for setup in [day.setups[0] if day.small else large]:
+        for name in choices.SOME if day.small else choices.CHOICES:
             block = 1 if day.small else 5
             yield f"{setup.label} | {name}", partial(choices.measure, setup, name, day.effort, block)
 

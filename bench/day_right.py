@@ -112,10 +112,11 @@ def _same_op(case: Case) -> Row:
 
 
 def _same_step(setup: Setup) -> Row:
-    values = {}
+    values, said = {}, list[str]()
     for choice in ("off", "on"):
         with ours(replace(setup, compile=choice)) as loop, step_times.tidy(setup.device):
             values[choice] = [[float(v) for v in loop()] for _ in range(3)]
+            said += loop.log.said
     worst = gate.worst_difference(values["off"], values["on"])
     ok = worst <= gate.SAME_LOSS[setup.device.type]
-    return {"ok": ok, "worst_difference": worst, "eager_loss": values["off"][-1][0]}
+    return {"ok": ok, "worst_difference": worst, "eager_loss": values["off"][-1][0]} | step_times.notices(said)

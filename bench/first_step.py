@@ -15,23 +15,27 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.workload import Setup  # importing it is part of what is timed
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def cold_and_warm(size: str, stage: str, batch: int, device: str) -> dict[str, dict[str, float]]:
+def cold_and_warm(setup: Setup) -> dict[str, dict[str, float]]:
     """Seconds of a start without and with the compiler's cache. RuntimeError with the last line if it fails."""
     with tempfile.TemporaryDirectory(prefix="st_fast-cache-") as cache:
         environment = os.environ | {
             "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
             "TRITON_CACHE_DIR": f"{cache}/triton",
         }
-        return {name: _start(size, stage, batch, device, environment) for name in ("cold", "warm")}
+        return {name: _start(setup, environment) for name in ("cold", "warm")}
 
 
-def _start(size: str, stage: str, batch: int, device: str, environment: dict[str, str]) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.first_step", "--size", size, "--stage", stage]
-    command += ["--batch", str(batch), "--device", device]
+def _start(setup: Setup, environment: dict[str, str]) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.first_step", "--size", setup.size, "--stage", setup.stage]
+    command += ["--batch", str(setup.batch), "--device", str(setup.device), "--", *setup.options]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -45,7 +49,8 @@ def main() -> None:
     parser.add_argument("--size", required=True)
     parser.add_argument("--stage", required=True)
     parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--device", required=True)
+    parser.add_argument("--device", required=True, help="such as cpu or cuda:0")
+    parser.add_argument("options", nargs="*", help="over the recipe, such as --optim.micro_batch=auto, after a --")
     settings = parser.parse_args()
     start = time.perf_counter()
     import torch
@@ -53,12 +58,13 @@ def main() -> None:
     from bench.workload import Setup, ours
 
     imported = time.perf_counter()
-    with ours(Setup(settings.size, settings.stage, settings.batch, torch.device(settings.device))) as loop:
+    device = torch.device(settings.device)
+    with ours(Setup(settings.size, settings.stage, settings.batch, device, options=tuple(settings.options))) as loop:
         built, ends = time.perf_counter(), []
         for _ in range(2):
             loop()
-            if settings.device == "cuda":
-                torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             ends.append(time.perf_counter())
     parts = {"import": imported - start, "build": built - imported}
     print(json.dumps(parts | {"first_step": ends[0] - built, "second_step": ends[1] - ends[0]}))

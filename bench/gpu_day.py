@@ -2,141 +2,144 @@
 
     python -m bench.gpu_day                    all parts, one after another, for at most --budget seconds
     python -m bench.gpu_day --parts truth      some of them
-    python -m bench.gpu_day --small            the same at sizes that a CPU does in minutes: a rehearsal
+    python -m bench.gpu_day --small --jobs 6   the same at sizes that a CPU does in minutes: a rehearsal
 
-Rows are written as they are measured, to $OUT or bench/results, and not measured again while the sources stay; a row
-that fails or takes too long keeps its error and the next one goes on. Exit code: 0 done, 1 a check failed, 3 not done.
+Each part is a process of its own (`bench.part`), which is started again where the device or the process breaks. Rows
+are written as they are measured, to $OUT or bench/results, and not measured again while the sources stay (with --keep:
+at all). Exit code: 0 done, 1 a row is wrong or failed, 2 nothing could be started, 3 not done.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from bench import day_fast, day_right, day_works, op_times, results, sweeps
-from bench.day import Day, Task
-from bench.results import Row, Store
+from bench import results
+from bench.part import BROKEN, LEAST_SECONDS, PARTS, STOPPED, UNFINISHED
+from bench.results import Machine, Store
 
-LEAST_SECONDS = 5.0
-"""Left in the budget, or no further row is begun."""
-
-PARTS: dict[str, tuple[Callable[[Day], Iterator[Task]], str]] = {
-    "build": (day_right.build, "csrc"),
-    "truth": (day_right.truth, "correctness"),
-    "attention": (day_right.attention, "attention backends"),
-    "compiled": (day_right.compiled, "compiled equals eager"),
-    "kernels": (day_fast.kernels, "kernels"),
-    "step": (day_fast.step, "step"),
-    "schedule": (day_fast.schedule, "schedules"),
-    "first": (day_fast.first, "first step"),
-    "profile": (day_fast.profile, "longest kernels"),
-    "choice": (day_fast.choice, "choices"),
-    "sweep": (day_fast.sweep, "sweep"),
-    "convergence": (day_works.convergence, "convergence"),
-}
-"""Name on the command line → (what yields its tasks, its part in the results file)."""
+GRACE = 15.0
+"""Seconds over the budget that a part has to stop by itself before it is killed."""
+MOST_STARTS = 6
+"""Of one part: a device that breaks each time is given up."""
 
 
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside when the time is up."""
+@dataclass(frozen=True)
+class Call:
+    """One call of this command: what its parts are told, and until when (by time.monotonic())."""
 
-    def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"took more than {seconds:.0f} s")
+    options: tuple[str, ...]
+    results: Path
+    machine: Path
+    """Where the first part leaves what it found out about the machine, for the others."""
+    until: float
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1.0))
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.monotonic()
+
+
+def run_part(part: str, call: Call) -> int:
+    """Runs a part to its end, as often as it has to be started; its exit code."""
+    for _ in range(MOST_STARTS):
+        if call.left < LEAST_SECONDS:
+            print(f"stopped before {part}; run the same command again", flush=True)
+            return STOPPED
+        code, ended = _start(part, call)
+        if code in (0, 1, 2, STOPPED):
+            return code
+        _give_up_row(part, call, ended)
+        print(f"{part}: {ended}; goes on in a new process", flush=True)
+    print(f"{part}: given up after {MOST_STARTS} starts", flush=True)
+    return 1
+
+
+def _start(part: str, call: Call) -> tuple[int, str]:
+    """One process of a part, killed with all that it started when it outstays its time; its exit code, and in words."""
+    command = [sys.executable, "-m", "bench.part", part, "--machine", str(call.machine), "--budget", f"{call.left:.1f}"]
+    command += ["--results", str(call.results), *call.options]
+    process = subprocess.Popen(command, cwd=results.ROOT, process_group=0)
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        code = process.wait(max(call.left, 0.0) + GRACE)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        _give_up_row(part, call, "it did not stop in time and was killed")
+        return STOPPED, ""
+    if code == BROKEN:
+        return code, "the device is broken for this process"
+    return code, f"the process died of signal {-code}" if code < 0 else f"the process ended with code {code}"
 
 
-def attempt(task: Callable[[], Row], seconds: float) -> Row:
-    """The row, or a row that says what went wrong."""
+def _give_up_row(part: str, call: Call, why: str) -> None:
+    """Gives the row that the process was at, if it was at one, an error in place of its mark."""
+    if not call.machine.exists():
+        return
+    store = Store(call.results, Machine(**json.loads(call.machine.read_text())))
+    section = PARTS[part][1]
+    for key, row in store.rows(section).items():
+        if row.get("error") == UNFINISHED:
+            store.put(section, key, {"ok": False, "error": why, "code": store.machine.code})
+
+
+def problem(settings: argparse.Namespace) -> str:
+    """What is wrong with the command line, or with where rows are to go; "" if nothing is."""
+    for part in settings.parts.split(","):
+        if part not in PARTS:
+            return f"--parts {part}: one of {', '.join(PARTS)}"
+    if settings.budget < LEAST_SECONDS:
+        return f"--budget {settings.budget:g}: at least {LEAST_SECONDS:g} seconds, or no row can be measured"
+    if settings.jobs < 1:
+        return f"--jobs {settings.jobs}: at least 1"
+    if settings.jobs > 1 and not settings.small:
+        return f"--jobs {settings.jobs}: parts beside one another disturb each other's figures; only with --small"
     try:
-        with at_most(seconds):
-            return task()
-    except Exception as error:  # one broken row must not cost the others the device's time
-        lines = str(error).strip().splitlines()
-        return {"ok": False, "error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]}
+        settings.results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.results):
+            pass
+    except OSError as error:
+        return f"--results {settings.results}: can't be written: {error.strerror}"
+    return ""
 
 
-def run(day: Day, parts: list[str], budget: float, again: bool) -> int:
-    """Goes through the parts until the budget is spent; the exit code."""
-    start, failed = time.monotonic(), False
-    for part in parts:
-        tasks, section = PARTS[part]
-        for key, task in tasks(day):
-            row = day.store.rows(section).get(key, {})
-            if _wanted(row, day.store.machine.code, again):
-                left = budget - (time.monotonic() - start)
-                if left < LEAST_SECONDS:
-                    print(f"stopped before {part}: {key}; run the same command again")
-                    return 3
-                row = attempt(task, left) | {"code": day.store.machine.code}
-                if "TimeoutError" in row.get("error", "") and left < budget / 2:
-                    print(f"stopped within {part}: {key}; run the same command again")
-                    return 3
-                day.store.put(section, key, row)
-                if row.get("unfinished") and not day.small:
-                    print(f"stopped within {part}: {key}: {_said(row)}; run the same command again")
-                    return 3
-            failed |= not row.get("ok", True)
-            print(f"{part}: {key}: {_said(row)}", flush=True)
-    return 1 if failed else 0
-
-
-def _wanted(row: Row, code: str, again: bool) -> bool:
-    """Whether a row has still to be measured: by this code, to its end, or once more because it failed."""
-    return row.get("code") != code or bool(row.get("unfinished")) or (again and "error" in row)
-
-
-def _said(row: Row) -> str:
-    """A row in a few words."""
-    if "left_out" in row:
-        return f"left out: {row['left_out']}"
-    if "runs" in row:
-        return f"{row['done']} of {row['runs']} runs are done"
-    return row.get("error") or row.get("wrong") or ("ok" if row.get("ok", True) else "WRONG")
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_day")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, separated by commas")
+    parser.add_argument("--only", default="", help="only rows whose name contains this, such as 'XL/2, plain'")
     parser.add_argument("--small", action="store_true", help="small sizes, for a rehearsal on any machine")
+    parser.add_argument("--jobs", type=int, default=1, help="parts beside one another, with --small")
     parser.add_argument("--budget", type=float, default=530.0, help="seconds")
     parser.add_argument("--again", action="store_true", help="try rows that failed once more")
+    parser.add_argument("--keep", action="store_true", help="keep rows that other sources measured")
     parser.add_argument("--results", type=Path, default=Path(os.environ.get("OUT") or results.FOLDER))
-    parser.add_argument("--cifar", type=Path, default=Path("cifar10.zip"), help="CIFAR-10's images, for convergence")
-    parser.add_argument("--runs", type=Path, help="folder of its runs (runs/gpu_day; small: beside the results)")
-    settings = parser.parse_args()
-    parts = settings.parts.split(",")
-    for part in parts:
-        if part not in PARTS:
-            print(f"--parts {part}: one of {', '.join(PARTS)}", file=sys.stderr)
-            return 2
-    store = Store(settings.results, results.measure_machine(op_times.default_device()))
-    earlier = results.FOLDER / store.path.name
-    if earlier.exists() and not store.path.exists() and not settings.small:
-        store.path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(earlier, store.path)
-    runs = settings.runs or (settings.results / "runs" if settings.small else results.ROOT / "runs" / "gpu_day")
-    until = time.monotonic() + settings.budget
-    day = Day(op_times.default_device(), settings.small, store, until, settings.cifar.absolute(), runs.absolute())
-    code = run(day, parts, settings.budget, settings.again)
-    for picture in sweeps.draw(store.path):
-        print(picture)
-    return code
+    settings = parser.parse_args(arguments)
+    wrong = problem(settings)
+    if wrong:
+        print(wrong, file=sys.stderr)
+        return 2
+    options = [f"--{name}" for name in ("small", "again", "keep") if getattr(settings, name)]
+    with tempfile.TemporaryDirectory(prefix="st_fast-day-") as folder:
+        until = time.monotonic() + settings.budget
+        call = Call(
+            (*options, "--only", settings.only), settings.results.absolute(), Path(folder) / "machine.json", until
+        )
+        with ThreadPoolExecutor(settings.jobs) as pool:
+            codes = list(pool.map(lambda part: run_part(part, call), settings.parts.split(",")))
+    return next((code for code in (2, STOPPED, 1) if code in codes), 0)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ MOST_SETS = 16
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """CUDA where there is one: the current one by its number, as tensors name it."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def sizes(device: torch.device, full: bool) -> list[Size]:
@@ -73,15 +73,16 @@ def variant(call: Callable[..., Any], sets: Sequence[Inputs]) -> Variant:
     return run
 
 
-def compiled(case: Case, inputs: Inputs) -> Callable[..., Any] | None:
-    """The reference through torch.compile, compiled; None, with a line, where there is no working compiler."""
+def compiled(case: Case, inputs: Inputs) -> Callable[..., Any] | str:
+    """The reference through torch.compile, compiled; why not, in a line, where there is no working compiler."""
     torch._dynamo.reset()
     function = torch.compile(case.eager, dynamic=False, fullgraph=True)
     try:
         gate.results(function, inputs)
     except Exception as error:  # the compiler's failures have no common class
-        log.warning("%s: torch.compile failed: %s", case.key, str(error).splitlines()[0])
-        return None
+        failure = f"torch.compile of the reference failed: {str(error).splitlines()[0]}"
+        log.warning("%s: %s", case.key, failure)
+        return failure
     return function
 
 
@@ -89,14 +90,15 @@ def measure(case: Case, effort: Effort, with_compile: bool = True) -> tuple[Row,
     """The row of one case, and the samples behind it. Raises gate.WrongResult before anything is timed."""
     sets = input_sets(case)
     calls = {"fused": case.fused, "eager": case.eager}
-    rival = compiled(case, sets[0]) if with_compile else None
-    if rival is not None:
+    rival = compiled(case, sets[0]) if with_compile else ""
+    if not isinstance(rival, str):
         calls["compile"] = rival
     gate.check(case, {name: call for name, call in calls.items() if name != "eager"}, sets[0])
     copy = Copy(case.device)
     timed = {name: variant(call, sets) for name, call in calls.items()} | {"copy": copy}
     samples = interleave(timed, case.device, effort)
-    return row(case, samples, copy.moved), samples
+    found = row(case, samples, copy.moved)
+    return found | ({"notices": [rival]} if isinstance(rival, str) and rival else {}), samples
 
 
 def row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:

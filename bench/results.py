@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,6 +115,16 @@ def measure_machine(device: torch.device) -> Machine:
     )
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file to leave behind
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 class Store:
     """Writes rows as they come, so that a run that is cut short leaves what it measured."""
 
@@ -119,15 +132,16 @@ class Store:
         self.machine, self.path = machine, folder / f"{machine.slug}.json"
 
     def put(self, part: str, key: str, row: Row) -> None:
-        """Replaces the row `key` of a part and the part's machine."""
-        content = load(self.path)
-        section = content.setdefault(part, {"machine": {}, "rows": {}})
-        section["machine"] = asdict(self.machine)
-        section["rows"][key] = row
+        """Replaces the row `key` of a part and the part's machine. Processes may do so at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(f".{os.getpid()}.partial")
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self.path)
+        with _locked(self.path.parent):
+            content = load(self.path)
+            section = content.setdefault(part, {"machine": {}, "rows": {}})
+            section["machine"] = asdict(self.machine)
+            section["rows"][key] = row
+            aside = self.path.with_suffix(f".{os.getpid()}.partial")
+            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(aside, self.path)
 
     def rows(self, part: str) -> dict[str, Row]:
         """What a part holds so far, of this device."""

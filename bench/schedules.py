@@ -13,14 +13,14 @@ import torch
 from bench import gate
 from bench.beside import beside
 from bench.results import Row
-from bench.step_times import tidy
+from bench.step_times import notices, tidy
 from bench.timing import Effort
 from bench.workload import Setup, ours
 
 AHEAD, PADDED = "--run.teacher_placement=ahead", "--run.supervised_rows=padded"
 TEACHER: dict[str, tuple[str, ...]] = {
-    "sequential branches": ("--run.teacher_branches=sequential",),
     "branches on two streams": ("--run.teacher_branches=streams",),
+    "sequential branches": ("--run.teacher_branches=sequential",),
     "teacher beside the student": ("--run.teacher_placement=beside",),
     "teacher a step ahead": (AHEAD,),
     "teacher a step ahead on two streams": (AHEAD, "--run.teacher_branches=streams"),
@@ -55,20 +55,20 @@ class Point:
 
 
 def points(device: torch.device, small: Setup | None) -> Iterator[Point]:
-    """Every schedule of the teacher at B/2 and XL/2, and graphs where launches cost most; or all of them at `small`.
+    """Graphs where launches cost most, then every schedule of the teacher at XL/2 and B/2; or all of them at `small`.
 
     XL/2 has a batch that two loops fit into one device's memory with.
     """
-    large = [small] if small else [Setup("B/2", "stage 2", 256, device), Setup("XL/2", "stage 2", 64, device)]
+    large = [small] if small else [Setup("XL/2", "stage 2", 64, device), Setup("B/2", "stage 2", 256, device)]
     little = [small] if small else [Setup("B/2", stage, 16, device) for stage in ("plain", "stage 1", "stage 2")]
+    for setup in little:
+        yield Point("CUDA graphs", setup, GRAPHS)
     for setup in large:
         for name, options in TEACHER.items():
             yield Point(name, setup, options)
         yield Point("padded rows", replace(setup, options=UNIFORM), (PADDED,))
         yield Point("prefetch", setup, ("--run.prefetch=true",))
         yield Point("prefetch", replace(setup, options=STREAMED), ("--run.prefetch=true",))
-    for setup in little:
-        yield Point("CUDA graphs", setup, GRAPHS)
 
 
 def measure(point: Point, effort: Effort) -> Row:
@@ -82,4 +82,5 @@ def measure(point: Point, effort: Effort) -> Row:
         if worst > gate.SAME_LOSS[setup.device.type]:
             return {"ok": False, "wrong": f"numbers differ by {worst:.1e}", "worst_difference": worst}
         timed = beside(default, scheduled, "schedule", effort, BLOCK[setup.device.type])
-    return {"ok": True, "worst_difference": worst} | timed
+        said = default.log.said + scheduled.log.said
+    return {"ok": True, "worst_difference": worst} | timed | notices(said)

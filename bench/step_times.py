@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from bench import apart, floor, profiles
+from bench.plain import PlainLoop
 from bench.results import Machine, Row
 from bench.timing import Effort, Samples, Stopwatch, Variant, interleave, noise
 from bench.workload import STAGES, Ours, Setup, our_variant, ours, plain_variant
 from st_fast import families
 from st_fast.model.attention import choose
+from st_fast.recipe import Recipe
 
 log = logging.getLogger("bench")
 OUR_MEMORY = "plain, our memory"
@@ -34,6 +36,7 @@ class Wanted:
     """"plain" is the loop in eager mode; "compile" has its blocks compiled, "compile whole" its networks.
 
     On a CPU these have a process of their own (`bench.apart`); "plain, our memory" shares ours, with what is set there.
+    On CUDA, where two loops of XL/2 do not fit one device, each is alone there; "compile whole" is left to the CPU.
     """
     breakdown: bool = True
 
@@ -41,15 +44,27 @@ class Wanted:
 def default_setups(device: torch.device) -> list[Setup]:
     """S/2 at batch 8 on a CPU; B/2 and XL/2 at 256 on CUDA; all three stages."""
     sizes = [("B/2", 256), ("XL/2", 256)] if device.type == "cuda" else [("S/2", 8)]
-    return [Setup(size, stage, batch, device) for size, batch in sizes for stage in STAGES]
+    options = MICRO_BATCH if device.type == "cuda" else ()
+    return [Setup(size, stage, batch, device, options=options) for size, batch in sizes for stage in STAGES]
+
+
+MICRO_BATCH = ("--optim.micro_batch=auto",)
+"""On CUDA: as the shipped recipes have it."""
 
 
 def default_wanted(device: torch.device, full: bool) -> Wanted:
     """Enough rounds for a figure, within the ten minutes that the whole of `pytest bench/` may take on two cores."""
-    rivals = ("plain", "compile", "compile whole") if full else ("plain", "compile")
     if device.type == "cuda":
-        return Wanted(Effort(rounds=12, seconds=60, least=5, warmup=2), 5, rivals)
+        return Wanted(Effort(rounds=8, seconds=15, least=3, warmup=1), 5)
+    rivals = ("plain", "compile", "compile whole") if full else ("plain", "compile")
     return Wanted(Effort(rounds=6, seconds=60, least=3, warmup=1), 1, (*rivals, OUR_MEMORY))
+
+
+def give_memory_back(device: torch.device) -> None:
+    """What nothing holds any more, reference cycles included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -58,9 +73,7 @@ def tidy(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_memory_back(device)
 
 
 def largest_batch(run: Callable[[int], None], batch: int, device: torch.device) -> int:
@@ -78,63 +91,129 @@ def largest_batch(run: Callable[[int], None], batch: int, device: torch.device) 
 
 def measure(setup: Setup, wanted: Wanted, machine: Machine) -> Row:
     """The row of one step. OutOfMemoryError if st_fast's own step does not fit; rivals get the batch that fits them."""
-    with ours(setup) as loop, tidy(setup.device), ExitStack() as processes:
-        peak = _peak_memory(loop, setup.device)
-        variants: dict[str, Variant] = {"ours": our_variant(loop, wanted.block)}
-        batches, first = {"ours": setup.batch}, {}
-        for name in wanted.rivals:
-            start = time.perf_counter()
-            try:
-                variants[name], batches[name] = _rival(loop, setup, wanted.block, name, processes)
-            except Exception as error:  # the compiler's failures have no common class
-                if name == "plain" or isinstance(error, torch.OutOfMemoryError | MemoryError):
-                    raise
-                log.warning("%s: torch.compile failed: %s", setup.label, str(error).splitlines()[0])
-            first[name] = time.perf_counter() - start
-        done, supervised, waited = loop.done, loop.supervised, loop.waited
-        samples = interleave(variants, setup.device, wanted.effort)
-        count = loop.done - done
-        rows, wait = (loop.supervised - supervised) / count, (loop.waited - waited) / count
-        row = _row(setup, loop, samples, batches, wanted.block, machine)
-        row |= {"supervised": rows, "first_step_s": first, "peak_gib": peak, "waited": 1e3 * wait / row["ms"]["ours"]}
-        if wanted.breakdown:
-            row["parts"] = _parts(loop, setup, round(rows), row["ms"]["ours"] / 1e3)
-    return row
+    loops = _one_by_one if setup.device.type == "cuda" else _interleaved
+    with tidy(setup.device), ExitStack() as stack:
+        return loops(setup, wanted, machine, stack)
 
 
-def _peak_memory(loop: Ours, device: torch.device) -> float | None:
-    """GiB at the peak of one step; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def _interleaved(setup: Setup, wanted: Wanted, machine: Machine, stack: ExitStack) -> Row:
+    """All loops by turns, round after round."""
+    loop = stack.enter_context(ours(setup))
+    variants: dict[str, Variant] = {"ours": our_variant(loop, wanted.block)}
+    first, failed = {}, []
+    for name in wanted.rivals:
+        start = time.perf_counter()
+        try:
+            variants[name] = _rival(loop, setup, wanted.block, name, stack)
+        except Exception as error:  # the compiler's failures have no common class
+            if name == "plain" or isinstance(error, MemoryError):
+                raise
+            failed.append(_failed_to_compile(name, error))
+        first[name] = time.perf_counter() - start
+    watch = _Watch(loop)
+    samples = interleave(variants, setup.device, wanted.effort)
+    measured = _ours(loop, setup, wanted, watch, samples["ours"])
+    row = _row(setup, loop.recipe, loop.flops, samples, dict.fromkeys(variants, setup.batch), wanted.block, machine)
+    return row | measured | {"first_step_s": first} | notices([*loop.log.said, *failed])
+
+
+def _one_by_one(setup: Setup, wanted: Wanted, machine: Machine, stack: ExitStack) -> Row:
+    """Ours, then the plain loop, which is compiled afterwards: whichever is timed has the device to itself."""
+    samples, measured, recipe, cost, plain = _ours_alone(setup, wanted)
+    give_memory_back(setup.device)
+    said = measured.pop("notices", [])
+    batches, first = {"ours": setup.batch}, {}
+    for name in wanted.rivals if plain else ():
+        start = time.perf_counter()
+        try:
+            if name == "compile":
+                plain.compile(whole=False)
+            batches[name] = _largest_batch_of(plain, batches.get("plain", setup.batch))
+        except Exception as error:
+            if name == "plain" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            said = [*said, _failed_to_compile(name, error)]
+            continue
+        first[name] = time.perf_counter() - start
+        variant = plain_variant(plain, batches[name], wanted.block)
+        samples |= interleave({name: variant}, setup.device, wanted.effort)
+    row = _row(setup, recipe, cost, samples, batches, wanted.block, machine)
+    return row | measured | {"first_step_s": first} | notices(said)
+
+
+def _ours_alone(setup: Setup, wanted: Wanted) -> tuple[dict[str, Samples], Row, Recipe, float, PlainLoop | None]:
+    """Our loop's samples and figures, its recipe and FLOPs a step, and the plain loop from its weights."""
+    with ours(setup) as loop:
+        peak, watch = _peak_memory(loop, setup.device), _Watch(loop)
+        samples = interleave({"ours": our_variant(loop, wanted.block)}, setup.device, wanted.effort)
+        measured = _ours(loop, setup, wanted, watch, samples["ours"]) | {"peak_gib": peak} | notices(loop.log.said)
+        return samples, measured, loop.recipe, loop.flops, loop.plain() if wanted.rivals else None
+
+
+class _Watch:
+    """What a loop did since this was made."""
+
+    def __init__(self, loop: Ours) -> None:
+        self._loop, self._start = loop, (loop.done, loop.supervised, loop.waited)
+
+    def read(self) -> tuple[float, float]:
+        """Supervised samples and milliseconds waited for data, each a step."""
+        done, supervised, waited = self._start
+        steps = self._loop.done - done
+        return (self._loop.supervised - supervised) / steps, 1e3 * (self._loop.waited - waited) / steps
+
+
+def _ours(loop: Ours, setup: Setup, wanted: Wanted, watch: _Watch, samples: Samples) -> Row:
+    """Figures that only our loop has."""
+    seconds, (rows, waited) = statistics.median(samples["step"]) / wanted.block, watch.read()
+    found: Row = {"supervised": rows, "waited": waited / (1e3 * seconds), "micro_batch": loop.micro_batch}
+    return found | ({"parts": _parts(loop, setup, round(rows), seconds)} if wanted.breakdown else {})
+
+
+def _failed_to_compile(name: str, error: Exception) -> str:
+    return f"{name}: torch.compile failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
+def notices(said: list[str]) -> Row:
+    """What was given up without ending the step: a row with such is no result (`bench.part.attempt`)."""
+    return {"notices": said} if said else {}
+
+
+def _peak_memory(loop: Ours, device: torch.device) -> float:
+    """GiB at the peak of one step on CUDA."""
     torch.cuda.reset_peak_memory_stats(device)
     loop()
     return torch.cuda.max_memory_allocated(device) / 2**30
 
 
-def _rival(loop: Ours, setup: Setup, block: int, name: str, processes: ExitStack) -> tuple[Variant, int]:
-    """The plain loop, with the first step behind it, and its batch."""
-    if setup.device.type == "cpu" and name != OUR_MEMORY:
-        return processes.enter_context(apart.plain(setup, name)).variant(block), setup.batch
+def _rival(loop: Ours, setup: Setup, block: int, name: str, processes: ExitStack) -> Variant:
+    """The plain loop on a CPU, with the first step behind it."""
+    if name != OUR_MEMORY:
+        return processes.enter_context(apart.plain(setup, name)).variant(block)
     plain = loop.plain()
-    if "compile" in name:
-        plain.compile(whole="whole" in name)
+    plain_variant(plain, setup.batch, 1)(0, Stopwatch(setup.device))
+    return plain_variant(plain, setup.batch, block)
 
-    def first_step(batch: int) -> None:
-        plain_variant(plain, batch, 1)(0, Stopwatch(setup.device))
 
-    batch = largest_batch(first_step, setup.batch, setup.device)
-    return plain_variant(plain, batch, block), batch
+def _largest_batch_of(plain: PlainLoop, most: int) -> int:
+    """That the plain loop makes a step of, `most` or a half, a quarter, … of it."""
+
+    def step(batch: int) -> None:
+        plain_variant(plain, batch, 1)(0, Stopwatch(plain.device))
+
+    return largest_batch(step, most, plain.device)
 
 
 def _row(
-    setup: Setup, loop: Ours, samples: dict[str, Samples], batches: dict[str, int], block: int, machine: Machine
-) -> Row:
+    setup: Setup, recipe: Recipe, cost: float, samples: dict[str, Samples], batches: dict[str, int], block: int,
+    machine: Machine,
+) -> Row:  # fmt: skip
     step = {name: [s / block for s in series["step"]] for name, series in samples.items()}
     speed = {name: batches[name] / statistics.median(values) for name, values in step.items()}
-    per_image = loop.flops / setup.batch
+    per_image = cost / setup.batch
     return {
         "size": setup.size, "stage": setup.stage, "batch": setup.batch, "tokens": setup.tokens,
-        "depth": loop.recipe.model.depth, "batches": batches, "rounds": len(step["ours"]), "steps_a_round": block,
+        "depth": recipe.model.depth, "batches": batches, "rounds": len(step["ours"]), "steps_a_round": block,
         "ms": {name: 1e3 * statistics.median(values) for name, values in step.items()},
         "images_per_s": speed,
         "speedup": {name: speed["ours"] / value for name, value in speed.items() if name != "ours"},

@@ -205,6 +205,11 @@ class Ours:
         self.done = self.supervised = 0
 
     @property
+    def micro_batch(self) -> int:
+        """Images of one forward pass."""
+        return flops.micro_batch(self.recipe.optim, 1)
+
+    @property
     def waited(self) -> float:
         """Seconds waited for data so far."""
         return self.feed.waited

@@ -69,6 +69,13 @@ class Lookahead(Generic[T]):
         return self._next[0] if self._next else None
 
 
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on the device: from the host through pinned memory, without waiting; as it is where it is there."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Feed:
     """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data.
 
@@ -168,13 +175,11 @@ class Feed:
         factor = self.stage.method.factor(step)
         weight = weight if factor == 1.0 else weight * factor
 
-        def send(tensor: Tensor) -> Tensor:
-            return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
-
+        send = partial(sent_to, device)
         labels = send(labels)
         student_labels = torch.where(send(dropped), recipe.model.num_classes, labels)
         rows = Rows(send(index), send(weight), self.pass_rows)
-        sent = tuple(send(one) for one in features)
+        beside = tuple(send(one) for one in features)
         live = self.stage.method.encodes_images
-        written, images = () if live else sent, sent[0] if live and sent else None
+        written, images = () if live else beside, beside[0] if live and beside else None
         return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows, written, images)

@@ -60,6 +60,7 @@ def parser() -> Parser:
     add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
     add("--flip", action="store_true", help="encode every image mirrored, too: twice the records")
     add("--vae", default="sd-vae-ft-mse", help=VAE_HELP)
+    add("--vae-factor", type=int, choices=(2, 4, 8), help="how much smaller its latents are (default: by SIZE, 2 to 8)")
     add("--vae-steps", type=int, default=2_000, help="training steps of --vae small (default 2000)")
     add("--dtype", choices=DTYPES, default="float16", help="of the stored moments (default float16)")
     add(

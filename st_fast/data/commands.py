@@ -34,6 +34,8 @@ from st_fast.safefile import FolderWrite
 from st_fast.vae import PIXELS, VAE, encode_moments, load_vae, vae_hash
 
 VAE_FOLDER = "vae"
+WIDTHS = {2: (32, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}
+"""Channels of a small VAE's levels, by how much smaller its latents are."""
 TRAINING_BYTES = 2**30
 """Pixels at most that a small VAE is trained on."""
 
@@ -184,9 +186,9 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
 
 def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
     """Trains a small VAE on evenly spaced images of the source; f = 2 up to 32 pixels, 4 up to 64, else 8."""
-    widths = (32, 32) if args.size <= 32 else (16, 32, 64) if args.size <= 64 else (16, 32, 64, 64)
+    factor = args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
     images = training_images(source, args.size).to(device)
-    vae = train_vae(images, SmallVae(widths, args.vae_steps))
+    vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
     vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))
     return vae
 

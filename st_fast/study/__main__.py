@@ -44,6 +44,10 @@ def main(arguments: Sequence[str]) -> None:
     from st_fast.study.carry_out import carry_out  # torch is imported only once the study is known to be right
 
     carry_out(study, out, given.minutes)
+    wanted = study.base.sections.get("evaluate", {})
+    if wanted.get("judge", "none") == "none" and not wanted.get("inception"):
+        print(f"study {study.name}: all runs are done; without evaluate.judge or evaluate.inception none is scored")
+        return
     from st_fast.study.page import table, write_page
     from st_fast.study.results import as_json, collect
 

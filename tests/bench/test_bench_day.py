@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import choices, day_works, gpu_day, tables, workload
+from bench import choices, day_works, part, tables, workload
 from bench.day import Day
 from bench.results import ROOT, Store
+from bench.timing import Effort
 from bench.workload import Setup
-from st_fast.errors import EXIT_INTERRUPTED
+from st_fast.errors import EXIT_INTERRUPTED, UserError
 from st_fast.recipe import to_toml
-from st_fast.study.plan import jobs, read_study
+from st_fast.study.plan import Job, jobs, read_study
 from tests.bench.test_bench_report import MACHINE
 
 CPU = torch.device("cpu")
 
 
 def small(folder: Path) -> Day:
-    return Day(CPU, True, Store(folder, MACHINE), runs=folder / "runs")
+    return Day(CPU, True, Store(folder, MACHINE), time.monotonic() + 300, 300.0, folder / "runs")
 
 
 @pytest.mark.parametrize("name", choices.CHOICES)
@@ -56,56 +59,87 @@ def test_choices_and_schedules_are_told_with_what_could_not_be_had():
     assert lines[-1] == "- d: needs CUDA"
 
 
+def test_a_choice_that_can_not_be_had_is_refused_before_anything_is_built(monkeypatch):
+    monkeypatch.setattr(choices, "ours", lambda setup: pytest.fail("built"))
+
+    def missing(recipe, device):
+        if recipe.run.fp8 != "off":
+            raise UserError("run.fp8: torchao is not installed")
+
+    monkeypatch.setattr(choices, "check_fp8", missing)
+    setup = Setup("XL/2", "plain", 64, torch.device("cuda", 0))
+    row = choices.measure(setup, "fp8 tensorwise", Effort(), block=1)
+    assert row == {"ok": True, "left_out": "run.fp8: torchao is not installed"}
+
+
 def test_a_row_that_is_unfinished_is_asked_for_again_until_it_is_done(tmp_path, monkeypatch, capsys):
     left = [2, 1, 0]
 
     def tasks(day):
         yield "study", lambda: {"ok": True, "unfinished": left.pop(0) > 0, "done": 3 - len(left), "runs": 3}
 
-    monkeypatch.setitem(gpu_day.PARTS, "fake", (tasks, "fake"))
+    monkeypatch.setitem(part.PARTS, "fake", (tasks, "fake"))
     day = dataclasses.replace(small(tmp_path), small=False)
-    assert [gpu_day.run(day, ["fake"], budget=60.0, again=False) for _ in range(4)] == [3, 3, 0, 0]
+    assert [part.run(day, "fake") for _ in range(4)] == [3, 3, 0, 0]
     assert "2 of 3 runs are done; run the same command again" in capsys.readouterr().out and not left
 
 
-def test_the_studys_runs_are_told_one_by_one_as_far_as_they_are(tmp_path, monkeypatch):
-    study = ROOT / "recipes" / "study" / "digits.toml"
-    asked: list[tuple[str, ...]] = []
+def test_the_studys_runs_are_told_one_by_one_and_brought_home_with_samples_but_without_weights(tmp_path, monkeypatch):
+    study = ROOT / "bench" / "day_rehearsal.toml"
+    out, asked = tmp_path / "rows" / "runs" / study.stem, list[tuple[str, ...]]()
 
     def command(module: str, *arguments: str, allowed: tuple[int, ...] = (0,)) -> int:
         asked.append((module, *arguments))
-        job = next(iter(jobs(read_study(study), tmp_path / "runs" / "digits")))
-        job.folder.mkdir(parents=True)
-        (job.folder / "recipe.toml").write_text(to_toml(job.recipe))
-        stage = job.recipe.stages[0].name
-        records = [
-            {"kind": "start", "stage": stage, "step": 0, "time": 0.0, "trunk_params": 1, "flops_per_image": 1.0,
-             "teacher_flops_per_image": 0.0, "steps": 9, "batch_size": 8, "ranks": 1, "device": "cpu"},
-            {"kind": "train", "stage": stage, "step": 50, "time": 1.0, "loss": 2.5, "denoise": 2.0, "aux": 0.5,
-             "grad_norm": 1.0, "images_per_s": 30.0, "mfu": 0.4, "data_wait": 0.0, "seconds": 9.0, "flops": 1e9},
-        ]  # fmt: skip
-        (job.folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if module == "st_fast.sample":
+            drawn = Path(arguments[0]) / "omega5" / "samples" / "100-heun"
+            drawn.mkdir(parents=True)
+            (drawn / "samples.npz").write_bytes(b"drawn")
+            return 0
+        for job in jobs(read_study(study), out):
+            if job.folder.name != "plain":
+                a_run(job)
         return EXIT_INTERRUPTED
 
     monkeypatch.setattr(day_works, "_command", command)
-    day = small(tmp_path)
-    assert gpu_day.run(day, ["convergence"], budget=60.0, again=False) == 0
-    ((module, file, *rest),) = asked
-    assert module == "st_fast.study" and file == str(study)
-    assert rest[:2] == ["--out", str(tmp_path / "runs" / "digits")] and 0 < float(rest[3]) <= 0.34
+    day = small(tmp_path / "rows")
+    assert part.run(day, "convergence") == 0
+    trained, *drawn = asked
+    assert trained[:4] == ("st_fast.study", str(study), "--out", str(out)) and 0 < float(trained[5]) <= 4.0
+    assert drawn == [("st_fast.sample", str(out / "seed0" / "omega5"), "-n", str(day_works.FEW), "--npz")]
     rows = day.store.rows("convergence")
-    assert rows["digits"]["unfinished"] and rows["digits"]["done"] == 0 and rows["digits"]["runs"] > 1
-    (run,) = [row for row in rows.values() if "stage" in row]
-    assert run["step"] == 50 and run["loss"] == 2.5
-    assert "| 2.5 " in tables.convergence(rows) or " 2.5 |" in tables.convergence(rows)
+    assert rows[study.stem] | {"done": 2, "runs": 3, "unfinished": True} == rows[study.stem]
+    assert rows["seed0/omega5"]["loss"] == 2.5 and "seed0/plain" not in rows
+    assert rows["samples of plain"]["left_out"] == "its run is not done"
+    assert " 2.5 |" in tables.convergence(rows)
+    with tarfile.open(tmp_path / "rows" / "runs.tar.gz") as tar:
+        names = tar.getnames()
+    assert f"{study.stem}/seed0/omega5/log.jsonl" in names and not any("checkpoints" in name for name in names)
+    assert (tmp_path / "rows" / "samples-omega5.npz").read_bytes() == b"drawn"
 
 
-def test_without_the_data_the_row_names_the_file_that_is_missing(tmp_path):
-    day = dataclasses.replace(small(tmp_path), small=False, cifar=tmp_path / "nowhere.zip")
-    (name, prepare), *_ = day_works.convergence(day)
-    row = gpu_day.attempt(prepare, 30.0)
-    assert name == "data" and f"{tmp_path / 'nowhere.zip'}: CIFAR-10 as a zip, by --cifar" in row["error"]
+def a_run(job: Job) -> None:
+    """A finished run's folder, with weights that are not to be brought home."""
+    (job.folder / "checkpoints" / "10").mkdir(parents=True)
+    (job.folder / "recipe.toml").write_text(to_toml(job.recipe))
+    stage = job.recipe.stages[0]
+    records = [
+        {"kind": "start", "stage": stage.name, "step": 0, "time": 0.0, "trunk_params": 1, "flops_per_image": 1.0,
+         "teacher_flops_per_image": 0.0, "steps": 9, "batch_size": 8, "ranks": 1, "device": "cpu"},
+        {"kind": "train", "stage": stage.name, "step": 5, "time": 1.0, "loss": 2.5, "denoise": 2.0, "aux": 0.5,
+         "grad_norm": 1.0, "images_per_s": 30.0, "mfu": 0.4, "data_wait": 0.0, "seconds": 9.0, "flops": 1e9},
+        {"kind": "end", "stage": stage.name, "step": stage.steps, "time": 2.0, "seconds": 9.0, "flops": 1e9},
+    ]  # fmt: skip
+    (job.folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_the_gpus_study_is_a_study():
-    assert len(list(jobs(read_study(ROOT / "recipes" / "study" / "cifar10_gpu.toml"), Path("out")))) > 3
+def test_without_the_latents_the_row_names_the_folder_and_what_makes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(Day, "data", tmp_path / "nowhere")
+    day = dataclasses.replace(small(tmp_path), small=False)
+    (_, study), *_ = day_works.convergence(day)
+    row = part.attempt(study, 30.0)
+    assert f"{tmp_path / 'nowhere'}: no latents; bench/pack.sh makes them" in row["error"]
+
+
+def test_the_days_study_has_plain_training_both_stages_and_a_control():
+    study = read_study(ROOT / "bench" / "day_cifar10.toml")
+    assert {arm.name for arm in study.arms} == {"plain", "stage1", "omega5", "random_teacher"}

@@ -1,24 +1,15 @@
-"""Runs that compare and runs that resume: --base fails beyond the noise only, gpu_day measures every row once."""
+"""Runs that compare: --base fails beyond the noise only, and what a step is compared with."""
 
 import contextlib
-import dataclasses
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
-from bench import against, apart, floor, gpu_day, results, step_times
+from bench import against, apart, floor, step_times
 from bench.timing import Effort, Stopwatch
 from bench.workload import Setup, ours
 from st_fast import families
 from st_fast.model.attention import BACKENDS
-
-MACHINE = results.Machine(
-    device="CPU Test, 2 threads", kind="cpu", threads=2, load=0.1, copy_rate=2e10, matmul_rate=1.7e11,
-    matmul_dtype="float32", versions={}, isa=None, commit="abc1234", code="c0de", date="2026-01-01",
-)  # fmt: skip
 
 
 def test_base_fails_beyond_the_spread_of_its_own_runs_and_not_within():
@@ -55,60 +46,6 @@ def test_the_floor_times_every_product_and_attention_of_a_step():
         least = floor.measure(loop.recipe, loop.stage, 1, attend, linear, cpu, torch.float32, effort)
     assert least.products > 0 and least.attention > 0
     assert least.product_flops > least.attention_flops > 0
-
-
-def day(tmp_path) -> gpu_day.Day:
-    return gpu_day.Day(torch.device("cpu"), True, results.Store(tmp_path, MACHINE))
-
-
-def test_gpu_day_goes_on_where_it_stopped_and_measures_nothing_twice(tmp_path, monkeypatch, capsys):
-    measured: list[str] = []
-
-    def tasks(day):
-        for key in ("one", "two"):
-            yield key, lambda key=key: measured.append(key) or {"ok": True}
-
-    monkeypatch.setitem(gpu_day.PARTS, "fake", (tasks, "fake"))
-    assert gpu_day.run(day(tmp_path), ["fake"], budget=1.0, again=False) == 3
-    assert measured == [] and "run the same command again" in capsys.readouterr().out
-    assert gpu_day.run(day(tmp_path), ["fake"], budget=60.0, again=False) == 0
-    assert gpu_day.run(day(tmp_path), ["fake"], budget=60.0, again=False) == 0
-    assert measured == ["one", "two"]
-    newer = dataclasses.replace(MACHINE, code="other")
-    later = gpu_day.Day(torch.device("cpu"), True, results.Store(tmp_path, newer))
-    assert gpu_day.run(later, ["fake"], budget=60.0, again=False) == 0
-    assert measured == ["one", "two", "one", "two"]
-
-
-def test_gpu_day_keeps_the_error_of_a_broken_row_and_does_the_next(tmp_path, monkeypatch):
-    def broken() -> results.Row:
-        raise RuntimeError("no such kernel\nmore")
-
-    monkeypatch.setitem(gpu_day.PARTS, "fake", (lambda d: iter([("a", broken), ("b", lambda: {"ok": True})]), "fake"))
-    today = day(tmp_path)
-    assert gpu_day.run(today, ["fake"], budget=60.0, again=False) == 1
-    rows = today.store.rows("fake")
-    assert rows["a"]["error"] == "RuntimeError: no such kernel" and rows["b"]["ok"]
-
-
-def test_a_row_that_takes_too_long_is_stopped():
-    start = time.monotonic()
-    row = gpu_day.attempt(lambda: time.sleep(30) or {}, seconds=1.0)
-    assert time.monotonic() - start < 10 and "TimeoutError" in row["error"]
-
-
-@pytest.mark.parametrize("part", ["build", "attention", "truth"])
-def test_gpu_days_checks_run_on_a_cpu_at_small_sizes(tmp_path, part):
-    today = day(tmp_path)
-    assert gpu_day.run(today, [part], budget=60.0, again=False) == 0
-    assert today.store.rows(gpu_day.PARTS[part][1])
-
-
-def test_gpu_day_refuses_an_unknown_part_in_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu_day", "--parts", "nonsense"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("--parts nonsense: one of build")
 
 
 def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_error_itself():

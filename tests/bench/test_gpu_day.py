@@ -1,0 +1,231 @@
+"""A GPU day: every row once, nothing lost to a broken device, a killed process or the end of the time; bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_day, part, results
+from bench.day import Day
+from bench.part import BROKEN, PARTS, STOPPED, UNFINISHED, OutOfTime
+from bench.results import ROOT
+from tests.bench.test_bench_report import MACHINE
+
+CPU = torch.device("cpu")
+OK = {"ok": True}
+
+
+def day(folder: Path, seconds: float = 60.0, **options) -> Day:
+    """A small one that has so many seconds left."""
+    until = time.monotonic() + seconds
+    return dataclasses.replace(Day(CPU, True, results.Store(folder, MACHINE), until, seconds, folder), **options)
+
+
+@pytest.fixture
+def tasks(monkeypatch):
+    """Puts rows into a part of their own, "fake"."""
+
+    def put(**rows):
+        monkeypatch.setitem(PARTS, "fake", (lambda day: iter(rows.items()), "fake"))
+
+    return put
+
+
+def counted(found: list[str], key: str):
+    return lambda: found.append(key) or dict(OK)
+
+
+def test_it_goes_on_where_it_stopped_and_measures_nothing_twice(tmp_path, tasks, capsys):
+    found: list[str] = []
+    tasks(one=counted(found, "one"), two=counted(found, "two"))
+    assert part.run(day(tmp_path, seconds=1.0), "fake") == STOPPED
+    assert found == [] and "run the same command again" in capsys.readouterr().out
+    assert part.run(day(tmp_path), "fake") == part.run(day(tmp_path), "fake") == 0
+    assert found == ["one", "two"]
+
+
+def test_other_sources_measure_again_unless_their_rows_are_to_be_kept(tmp_path, tasks):
+    found: list[str] = []
+    tasks(one=counted(found, "one"))
+    part.run(day(tmp_path), "fake")
+    newer = results.Store(tmp_path, dataclasses.replace(MACHINE, code="other"))
+    part.run(day(tmp_path, store=newer, keep=True), "fake")
+    assert found == ["one"]
+    part.run(day(tmp_path, store=newer), "fake")
+    assert found == ["one", "one"]
+
+
+def test_only_rows_of_that_name_are_measured(tmp_path, tasks):
+    found: list[str] = []
+    tasks(**{"XL/2, plain": counted(found, "a"), "XL/2, stage 2": counted(found, "b")})
+    part.run(day(tmp_path, only="stage 2"), "fake")
+    assert found == ["b"]
+
+
+def test_the_error_of_a_broken_row_is_kept_and_the_next_row_measured_and_the_first_again_on_request(tmp_path, tasks):
+    def broken():
+        raise RuntimeError("no such kernel\nmore")
+
+    tasks(a=broken, b=lambda: dict(OK))
+    assert part.run(day(tmp_path), "fake") == 1
+    rows = day(tmp_path).store.rows("fake")
+    assert rows["a"]["error"] == "RuntimeError: no such kernel" and rows["b"]["ok"]
+    tasks(a=lambda: dict(OK), b=lambda: dict(OK))
+    assert part.run(day(tmp_path), "fake") == 1
+    assert part.run(day(tmp_path, again=True), "fake") == 0
+
+
+def test_a_row_that_tells_of_something_given_up_is_not_ok(tmp_path, tasks):
+    tasks(a=lambda: {"ms": 3.0, "notices": ["torch.compile failed (InductorError), going on without it: no ptxas"]})
+    assert part.run(day(tmp_path), "fake") == 1
+    row = day(tmp_path).store.rows("fake")["a"]
+    assert row["ok"] is False and row["ms"] == 3.0
+
+
+def test_the_end_of_the_time_is_no_failure_of_a_compiler(tmp_path, tasks):
+    """As `CompiledBlocks` has it: whatever the compiler raises is told, and the step goes on without it."""
+
+    def compiles():
+        try:
+            time.sleep(30)
+        except Exception:
+            return {"ok": True, "eager": True}
+
+    start = time.monotonic()
+    row = part.attempt(compiles, seconds=1.0)
+    assert time.monotonic() - start < 10 and row["error"] == "OutOfTime: took more than 1 s"
+    assert not issubclass(OutOfTime, Exception)
+
+
+def test_a_row_cut_short_by_the_end_of_the_budget_is_measured_by_the_next_call(tmp_path, tasks, monkeypatch):
+    monkeypatch.setattr(part, "LEAST_SECONDS", 0.5)
+    found: list[str] = []
+    tasks(a=lambda: time.sleep(2.5) or dict(OK), b=lambda: time.sleep(30) or dict(OK))  # b gets less than half of 4 s
+    assert part.run(day(tmp_path, seconds=4.0), "fake") == STOPPED
+    rows = day(tmp_path).store.rows("fake")
+    assert rows["b"]["error"] == UNFINISHED and rows["b"]["unfinished"]
+    tasks(a=counted(found, "a"), b=counted(found, "b"))
+    part.run(day(tmp_path), "fake")
+    assert found[-1] == "b"
+
+
+def test_after_an_error_that_breaks_the_device_the_part_asks_for_a_new_process(tmp_path, tasks, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    tasks(a=broken, b=lambda: dict(OK))
+    monkeypatch.setattr(part, "broken", lambda device: True)
+    assert part.run(day(tmp_path), "fake") == BROKEN
+    rows = day(tmp_path).store.rows("fake")
+    assert "illegal memory access" in rows["a"]["error"] and "b" not in rows
+    assert part.run(day(tmp_path), "fake") == 1, "a is not tried again, b is measured"
+    assert day(tmp_path).store.rows("fake")["b"]["ok"]
+
+
+def test_each_row_begins_with_the_memory_and_the_compiled_forms_of_the_last_given_back(tmp_path, tasks, monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(part, "tidy_up", lambda device: order.append("tidied"))
+    tasks(a=counted(order, "a"), b=counted(order, "b"))
+    part.run(day(tmp_path), "fake")
+    assert order == ["tidied", "a", "tidied", "b"]
+
+
+def call(folder: Path, seconds: float = 60.0) -> gpu_day.Call:
+    machine = folder / "machine.json"
+    part.the_machine(machine, CPU)
+    return gpu_day.Call(("--small", "--only", ""), folder, machine, time.monotonic() + seconds)
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """What the processes of a part do, in order, in place of `bench.part`."""
+
+    def run(*scripts: str):
+        left, popen = list(scripts), subprocess.Popen
+
+        def start(command, **options):
+            return popen([sys.executable, "-c", left.pop(0)], **options)
+
+        monkeypatch.setattr(gpu_day.subprocess, "Popen", start)
+
+    return run
+
+
+def test_a_part_whose_process_dies_goes_on_in_a_new_one_and_the_row_it_was_at_says_so(tmp_path, children, monkeypatch):
+    monkeypatch.setattr(part.results, "measure_machine", lambda device: MACHINE)
+    today = call(tmp_path)
+    store = results.Store(tmp_path, MACHINE)
+    store.put("csrc", "a", {"ok": False, "error": UNFINISHED, "unfinished": True})
+    children("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "raise SystemExit(4)", "pass")
+    assert gpu_day.run_part("build", today) == 0
+    row = store.rows("csrc")["a"]
+    assert row["error"] == "the process died of signal 11" and not row.get("unfinished")
+
+
+def test_a_part_that_never_gets_further_is_given_up(tmp_path, children, monkeypatch, capsys):
+    monkeypatch.setattr(part.results, "measure_machine", lambda device: MACHINE)
+    children(*["raise SystemExit(4)"] * gpu_day.MOST_STARTS)
+    assert gpu_day.run_part("build", call(tmp_path)) == 1
+    assert f"build: given up after {gpu_day.MOST_STARTS} starts" in capsys.readouterr().out
+
+
+def test_a_process_that_outstays_its_time_is_killed_with_its_row(tmp_path, children, monkeypatch):
+    monkeypatch.setattr(part.results, "measure_machine", lambda device: MACHINE)
+    monkeypatch.setattr(gpu_day, "GRACE", 0.5)
+    today = call(tmp_path, seconds=6.0)
+    results.Store(tmp_path, MACHINE).put("csrc", "a", {"ok": False, "error": UNFINISHED, "unfinished": True})
+    children("import time; time.sleep(60)")
+    assert gpu_day.run_part("build", today) == STOPPED
+    assert results.Store(tmp_path, MACHINE).rows("csrc")["a"]["error"] == "it did not stop in time and was killed"
+
+
+def test_a_killed_call_ends_its_parts_keeps_its_rows_and_is_taken_up_again(tmp_path):
+    """For real: `kill -9` of the command while a row is measured; the part's process must not live on."""
+    command = [sys.executable, "-m", "bench.gpu_day", "--small", "--parts", "attention", "--results", str(tmp_path)]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD)
+    assert "ok" in started.stdout.readline()
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    started.stdout.read()  # ends when the last process that could write to it has ended
+    (file,) = tmp_path.glob("*.json")
+    kept = {key for key, row in results.load(file)["attention backends"]["rows"].items() if row["ok"]}
+    assert kept
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ONE_THREAD)
+    assert again.returncode == 0, again.stderr
+    assert all(row["ok"] for row in results.load(file)["attention backends"]["rows"].values())
+
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("name", ["build", "attention", "truth"])
+def test_the_checks_run_on_a_cpu_at_small_sizes(tmp_path, name):
+    assert part.run(day(tmp_path), name) == 0
+    assert day(tmp_path).store.rows(PARTS[name][1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--parts", "nonsense"], "--parts nonsense: one of build"),
+        (["--budget", "0"], "--budget 0: at least 5 seconds"),
+        (["--jobs", "2"], "--jobs 2: parts beside one another disturb each other's figures; only with --small"),
+        (["--jobs", "0"], "--jobs 0: at least 1"),
+        (["--results", "{file}/rows"], "--results {file}/rows: can't be written: "),
+    ],
+)
+def test_bad_input_is_one_line_and_starts_nothing(tmp_path, arguments, line, capsys, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    monkeypatch.setattr(gpu_day, "run_part", lambda *_: pytest.fail("started"))
+    assert gpu_day.main([argument.format(file=file) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(line.format(file=file)) and len(said.err.splitlines()) == 1 and not said.out
