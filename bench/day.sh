@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# bench/day.sh 1|2|3: one of the three calls of a GPU day, each in less than ten minutes; bench/GPU-DAY.md says more.
+# The same call again goes on where it stopped. Rows go to $OUT, or bench/results.
+#
+#   PYTHON      the environment (python3)
+#   DAY_SHARE   of the minutes: 0.1 rehearses with a tenth of them
+set -uo pipefail
+call=${1:-}
+case $call in 1 | 2 | 3) ;; *) echo "usage: bench/day.sh 1|2|3" >&2; exit 2 ;; esac
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${OUT:-$PWD/bench/results}
+pack=build/pack
+start=$SECONDS
+
+last=575 # seconds after which a call is over: at 600 it may be killed
+code=0
+
+seconds() { # seconds MOST: so many, or what is left
+  local left=$((last - (SECONDS - start)))
+  awk "BEGIN {most = $1 < $left ? $1 : $left; printf \"%.0f\", most * ${DAY_SHARE:-1}}"
+}
+day() { # day SECONDS OPTIONS…: what is not ok is in its row, and the call goes on
+  local budget ended=0
+  budget=$(seconds "$1")
+  shift
+  "$python" -m bench.gpu_day --budget "$budget" --results "$out" --keep "$@" || ended=$?
+  [ $ended -eq 0 ] || code=$ended
+  echo "== $((SECONDS - start)) s: $*"
+}
+
+if compgen -G "$pack/wheels/*.whl" >/dev/null; then
+  site=${TMPDIR:-/tmp}/st_fast-site
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
+    $pack/wheels/*.whl || exit 2
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+if compgen -G "$pack/csrc/*.so" >/dev/null; then cp $pack/csrc/*.so st_fast/; fi
+"$python" -c "import st_fast.kernels" || exit 2  # compiles csrc where it was not brought along
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
+echo "== $((SECONDS - start)) s: ready"
+
+case $call in
+1) # right, and the headline
+  TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m bench.gpu_day --small --jobs 8 --budget "$(seconds 90)" \
+    --results "$out/rehearsal" || code=$?
+  echo "== $((SECONDS - start)) s: rehearsal"
+  timeout "$(seconds 150)" "$python" -m pytest -q -n 8 tests/kernels/test_gpu.py tests/schedule/test_gpu.py \
+    tests/model/test_attention.py tests/model/test_fp8.py tests/test_updates.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+  echo "== $((SECONDS - start)) s: tests"
+  day 80 --parts build,attention,truth
+  day 90 --parts step --only "XL/2, plain"
+  day 80 --parts step --only "B/2"
+  ;;
+2) # the rest of the throughput, and each switch
+  day 110 --parts step --only "XL/2"
+  day 40 --parts profile --only "XL/2"
+  day 90 --parts kernels
+  day 130 --parts schedule
+  day 150 --parts choice
+  day 40 --parts compiled
+  ;;
+3) # does it train?
+  if [ ! -f data/cifar10/manifest.json ]; then
+    mkdir -p data
+    "$python" -m tarfile -e $pack/cifar10.tar.xz data || exit 2
+  fi
+  day 480 --parts convergence
+  day $last --parts first,truth,sweep
+  ;;
+esac
+exit $code
