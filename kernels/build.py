@@ -27,6 +27,7 @@ from pathlib import Path
 KINDS = ("cpu", "cuda")
 OLDEST_TORCH = (2, 11)
 CUDA_ARCHS = (80, 90, 100)
+NVCC_PLACES = ("nvcc", "/usr/local/cuda/bin/nvcc")
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
 TORCH = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -76,6 +77,38 @@ def _tool(variable: str, *names: str) -> str:
     raise BuildError(f"no compiler: none of {', '.join(names)} is on the path, nor named by ${variable}")
 
 
+def _torch_cuda(torch: Path) -> str:
+    """The version of CUDA that torch is built for, as in "13.0". Raises BuildError where there is none."""
+    version = re.search(r"^cuda\b.*= '(\d+\.\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    if version is None:
+        raise BuildError("torch is built without CUDA")
+    return version[1]
+
+
+def _nvcc(torch: Path) -> str:
+    """$NVCC, or the one found, if it is not of an older CUDA than torch. Raises BuildError saying what to do.
+
+    Within a major version any toolkit serves any torch (CUDA's minor version compatibility).
+    """
+    wanted, named = _torch_cuda(torch), os.environ.get("NVCC")
+    remedy = f"install the toolkit of CUDA {wanted}, which torch is built for, or name its nvcc by $NVCC"
+    nvcc = next(filter(None, map(shutil.which, (named,) if named else NVCC_PLACES)), None)
+    if nvcc is None:
+        raise BuildError(f"$NVCC = {named!r} is not a program" if named else f"no CUDA toolkit (nvcc): {remedy}")
+    release = re.search(r"release (\d+\.\d+)", _run([nvcc, "--version"]))
+    if release is None:
+        raise BuildError(f"{nvcc} --version names no release: {remedy}")
+    if int(release[1].split(".")[0]) < int(wanted.split(".")[0]):
+        raise BuildError(f"CUDA toolkit {release[1]} ({nvcc}) is older than torch's CUDA {wanted}: {remedy}")
+    return nvcc
+
+
+def cxx_compile(compiler: str, source: Path, target: Path, torch: Path) -> list[str]:
+    """The command that compiles one .cpp file that includes torch's headers."""
+    flags = ["-O2", *TORCH, "-isystem", str(torch / "include")]
+    return [compiler, *COMMON, str(source), *flags, "-c", "-o", str(target)]
+
+
 def nvcc_compile(nvcc: str, source: Path, target: Path, archs: tuple[int, ...], torch: Path) -> list[str]:
     """The command that compiles one .cu file. -fmad=false: the same roundings as on the CPU."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
@@ -87,19 +120,18 @@ def _cpu_commands(csrc: Path, torch: Path, work: Path) -> tuple[list[list[str]],
     """The compilations, which may run at once, and the link without its output."""
     compiler = _tool("CXX", "g++", "c++", "clang++")
     isas = ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-    headers = ["-O2", *TORCH, "-isystem", str(torch / "include")]
-    jobs = {source.stem: [str(source), *headers] for source in sorted((csrc / "cpu").glob("*.cpp"))}
-    kernels = jobs.pop("kernels_isa")[0]
-    jobs = {isa: [kernels, *ARITHMETIC, f"-DST_ISA=st_{isa}", *flags] for isa, flags in isas.items()} | jobs
-    commands = [[compiler, *COMMON, *args, "-c", "-o", str(work / f"{name}.o")] for name, args in jobs.items()]
+    kernels = csrc / "cpu" / "kernels_isa.cpp"  # torch-free, once for each instruction set
+    sources = [source for source in sorted(kernels.parent.glob("*.cpp")) if source != kernels]
+    flags = [*COMMON, *ARITHMETIC, str(kernels), "-c"]
+    commands = [[compiler, *flags, f"-DST_ISA=st_{isa}", *isas[isa], "-o", str(work / f"{isa}.o")] for isa in isas] + [
+        cxx_compile(compiler, source, work / f"{source.stem}.o", torch) for source in sources
+    ]
     objects = [command[-1] for command in commands]
     return commands, [compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu"]
 
 
 def _cuda_commands(csrc: Path, torch: Path, work: Path) -> tuple[list[list[str]], list[str]]:
-    if not (torch / "lib" / "libtorch_cuda.so").is_file():
-        raise BuildError("torch is built without CUDA")
-    nvcc = _tool("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
+    nvcc = _nvcc(torch)
     compiler = _tool("CXX", "g++", "c++", "clang++")
     sources = sorted((csrc / "cuda").glob("*.cu"))
     commands = [nvcc_compile(nvcc, source, work / f"{source.stem}.o", CUDA_ARCHS, torch) for source in sources]
@@ -120,11 +152,16 @@ def file_name(kind: str) -> str:
     return f"_csrc_{kind}_{digest.hexdigest()[:12]}.so"
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str]) -> str:
+    """What it prints. Raises BuildError with its first error."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} can't be run: {error.strerror}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
         raise BuildError(f"{Path(command[0]).name} failed: {lines[0]}")
+    return done.stdout
 
 
 @contextmanager

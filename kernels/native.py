@@ -38,21 +38,26 @@ def _load(kind: str) -> str | None:
         if file is None:
             return "left out by ST_FAST_CSRC"
         torch.ops.load_library(str(file))
-    except (build.BuildError, OSError) as error:
+    except build.BuildError as error:
+        return str(error)
+    except OSError as error:  # torch only says that it could not, its cause says why
         return str(error.__cause__ or error).splitlines()[0]
     _loaded[kind] = file
     return None
 
 
 def load() -> bool:
-    """Load what there is, after the schemas are defined; says in one line why the CPU's part is missing."""
+    """Load what there is, after the schemas are defined; says in one line each why a part for this machine is missing.
+
+    The CUDA part is for machines with a CUDA device.
+    """
+    told = os.environ.get("ST_FAST_CSRC") != ""
     reason = _load("cpu")
-    if reason and os.environ.get("ST_FAST_CSRC") != "":
+    if reason and told:
         log.warning("st_fast: compiled CPU ops not in use, %s; the reference takes over.", reason)
-    if torch.version.cuda and torch.cuda.is_available():
-        missing = _load("cuda")
-        if missing:
-            log.info("st_fast: compiled CUDA optimiser not in use, %s; Triton takes over.", missing)
+    reason = _load("cuda") if torch.version.cuda and torch.cuda.is_available() else None
+    if reason and told:
+        log.warning("st_fast: compiled CUDA optimiser not in use, %s; Triton takes over.", reason)
     return available()
 
 

@@ -1,8 +1,10 @@
 // Tensors of the LibTorch stable ABI as the kernels want them, checks that keep a wrong call from reading foreign
-// memory, and the way from an op's name to its function.
+// memory, and the way from an op's name to its function. Only names that torch 2.11's headers have: its macros.h comes
+// with none of the others, and TORCH_ERROR_CODE_CHECK is what newer headers' STABLE_TORCH_ERROR_CODE_CHECK means there.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -23,7 +25,7 @@ using torch::stable::Tensor;
 
 inline int32_t dtype_code(AtenTensorHandle tensor) {
   int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &code));
   return code;
 }
 
@@ -131,7 +133,7 @@ bool is_float64(StableIValue value) {
 template <class Name, class F, F* function, class Result, class... Args, size_t... I>
 void call(Result (*)(Args...), std::index_sequence<I...>, StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if ((is_float64<Args>(stack[I]) || ...)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(Name::text(), "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(Name::text(), "", stack, TORCH_ABI_VERSION));
     return;
   }
   torch::stable::detail::boxer<F, function>::boxed_fn(stack, inputs, outputs);

@@ -68,9 +68,9 @@ void each_table(const std::vector<Tensor>& tensors, Fill&& fill, Launch&& launch
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : index_(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
   ~OnDevice() { aoti_torch_delete_cuda_guard(guard_); }
@@ -80,8 +80,8 @@ class OnDevice {
   Tensor empty(int64_t count, int32_t dtype, bool scalar = false) const {
     const int64_t stride = 1;
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(scalar ? 0 : 1, &count, &stride, dtype,
-                                                           aoti_torch_device_type_cuda(), index_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(scalar ? 0 : 1, &count, &stride, dtype,
+                                                    aoti_torch_device_type_cuda(), index_, &handle));
     return Tensor(handle);
   }
 

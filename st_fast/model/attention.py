@@ -49,14 +49,40 @@ class Backend:
         return self.missing(device, head_dim)
 
 
-def _sdpa(kind: SDPBackend | None) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if kind is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        with sdpa_kernel([kind]):
-            return F.scaled_dot_product_attention(q, k, v)
+def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
-    return attend
+
+# The next three call the one op that scaled_dot_product_attention would, with the same arguments, for head sizes in
+# multiples of 8: others it pads for flash. Chosen by sdpa_kernel instead, a compiled block changes global settings, and
+# AOTAutograd caches no such graph: every start would trace it anew.
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)):  # the op reads any as 16-bit
+        raise TypeError(f"cudnn attention takes bfloat16 or float16, one for all, not {q.dtype}, {k.dtype}, {v.dtype}")
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out: Tensor = attention(q, k, v, None, _needs_gradient(q, k, v))[0]  # None: no mask
+    return out
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    aten, on_cpu = torch.ops.aten, q.device.type == "cpu"
+    attention = aten._scaled_dot_product_flash_attention_for_cpu if on_cpu else aten._scaled_dot_product_flash_attention
+    out: Tensor = attention(q, k, v)[0]
+    return out
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    out: Tensor = attention(q, k, v, None, _needs_gradient(q, k, v))[0]  # None: no mask
+    return out
+
+
+def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """By sdpa_kernel, since scaled_dot_product_attention computes 16-bit inputs in float32 here and its op does not."""
+    with sdpa_kernel([SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def _tokens_first(module: str, function: str) -> Attend:
@@ -127,12 +153,17 @@ class Packed:
         return kernels.attention(qkv)
 
 
+def _unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q, k, v (B, H, N, d) of the packed projection (B, N, 3, H, d)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 def attend_packed(attend: Attend, qkv: Tensor) -> Tensor:
     """Attention from the packed projection (B, N, 3, H, d) by any backend: (B, N, H, d)."""
     if isinstance(attend, Packed):
         return attend.packed(qkv)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d) each
-    return attend(q, k, v).transpose(1, 2)
+    return attend(*_unpacked(qkv)).transpose(1, 2)
 
 
 def _csrc(device: torch.device, head_dim: int) -> str | None:
@@ -142,12 +173,12 @@ def _csrc(device: torch.device, head_dim: int) -> str | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("sdpa", _sdpa(None), ("cpu", "cuda"), 1, 2**16, 1, _nothing),
+        Backend("sdpa", F.scaled_dot_product_attention, ("cpu", "cuda"), 1, 2**16, 1, _nothing),
         Backend("csrc", Packed(), ("cpu",), 32, 256, 32, _csrc),
-        Backend("cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), ("cuda",), 8, 256, 8, _torch_can("cudnn")),
-        Backend("flash", _sdpa(SDPBackend.FLASH_ATTENTION), ("cpu", "cuda"), 8, 256, 8, _torch_can("flash")),
-        Backend("efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION), ("cuda",), 8, 2**16, 8, _torch_can("efficient")),
-        Backend("math", _sdpa(SDPBackend.MATH), ("cpu", "cuda"), 1, 2**16, 1, _nothing),
+        Backend("cudnn", _cudnn, ("cuda",), 8, 256, 8, _torch_can("cudnn")),
+        Backend("flash", _flash, ("cpu", "cuda"), 8, 256, 8, _torch_can("flash")),
+        Backend("efficient", _efficient, ("cuda",), 8, 2**16, 8, _torch_can("efficient")),
+        Backend("math", _math, ("cpu", "cuda"), 1, 2**16, 1, _nothing),
         Backend(
             "flash_attn", _tokens_first("flash_attn", "flash_attn_func"), ("cuda",), 8, 256, 8,
             _exports("flash_attn", "flash_attn_func"),
@@ -191,28 +222,52 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, s
     raise UserError(f"model.attention: no backend computes attention right on {device} in {dtype}")
 
 
+def _all_contiguous(attend: Attend, qkv: Tensor) -> Tensor:
+    q, k, v = _unpacked(qkv)
+    return attend(q.contiguous(), k.contiguous(), v.contiguous()).transpose(1, 2)
+
+
+def _v_in_place(attend: Attend, qkv: Tensor) -> Tensor:
+    q, k, v = _unpacked(qkv)
+    return attend(q.contiguous(), k.contiguous(), v).transpose(1, 2)
+
+
+LAYOUTS = {
+    "contiguous": _all_contiguous,
+    "contiguous but for v, a view of the packed projection": _v_in_place,
+    "views of the packed projection": attend_packed,
+}
+"""How q, k and v (B, H, N, d) lie in memory in training, each as a function from the packed projection (B, N, 3, H, d)
+to the output (B, N, H, d): after the fused qk_norm, after the reference's, and without qk_norm."""
+
+
 def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int = 256) -> str | None:
     """Compares output and gradients with float64-on-the-CPU truth on random data; None if all are within TOLERANCE.
 
-    Twice: with heads contiguous, as qk-norm leaves them, and as views of one packed projection, as without it.
+    In each of LAYOUTS. The output's gradient comes as the layer after attention sends it: (B, N, H, d) in memory.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, tokens, 2, head_dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(4)]
-    truth = _with_gradients(F.scaled_dot_product_attention, [x.double() for x in inputs])
-    for layout in (torch.preserve_format, torch.contiguous_format):
+    qkv = torch.randn(2, tokens, 3, 3, head_dim, generator=generator).to(dtype)  # B = 2, H = 3
+    dout = torch.randn(2, tokens, 3, head_dim, generator=generator).to(dtype)
+    truth = _with_gradients(attend_packed, F.scaled_dot_product_attention, qkv.double(), dout.double())
+    for layout, call in LAYOUTS.items():
         try:
-            ours = _with_gradients(attend, [x.to(device).clone(memory_format=layout) for x in inputs])
+            ours = _with_gradients(call, attend, qkv.to(device), dout.to(device))
         except Exception as error:  # whatever a backend throws here it would throw in training
             lines = str(error).splitlines() or [""]
             return f"fails with {type(error).__name__}: {lines[0][:120]}"
         for what, got, expected in zip(("output", "dq", "dk", "dv"), ours, truth, strict=True):
             off = ((got.cpu().double() - expected).abs().max() / expected.abs().max()).item()
             if not off <= TOLERANCE[dtype]:
-                return f"{what} is off by {off:.1e} of its largest entry (allowed: {TOLERANCE[dtype]:.0e})"
+                allowed = f"allowed: {TOLERANCE[dtype]:.0e}"
+                return f"{what} is off by {off:.1e} of its largest entry ({allowed}) where q, k, v are {layout}"
     return None
 
 
-def _with_gradients(attend: Attend, inputs: list[Tensor]) -> list[Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    out = attend(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+def _with_gradients(
+    call: Callable[[Attend, Tensor], Tensor], attend: Attend, qkv: Tensor, dout: Tensor
+) -> tuple[Tensor, ...]:
+    """The output (B, N, H, d) and the gradients of q, k, v, in the same shape."""
+    leaf = qkv.detach().requires_grad_()
+    out = call(attend, leaf)
+    return out.detach(), *torch.autograd.grad(out, leaf, dout)[0].unbind(2)

@@ -115,6 +115,95 @@ def test_read_only_package_is_built_in_the_cache(monkeypatch: pytest.MonkeyPatch
     assert folders == [checkout / "cache" / "st_fast"]
 
 
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def torch_for_cuda_13(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed torch as far as the build reads it before it compiles, and no CUDA toolkit."""
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    text = "from typing import Optional\n__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\n"
+    (folder / "version.py").write_text(text)
+    monkeypatch.setattr(build, "torch_dir", lambda: folder)
+    monkeypatch.setattr(build, "NVCC_PLACES", (str(tmp_path / "toolkit" / "nvcc"),))
+    monkeypatch.delenv("NVCC", raising=False)
+    return folder
+
+
+REMEDY = "install the toolkit of CUDA 13.0, which torch is built for, or name its nvcc by $NVCC"
+RELEASE = "#!/bin/sh\necho 'Cuda compilation tools, release {}, V{}.93'\n"
+
+
+def refusal(tmp_path: Path) -> str:
+    with pytest.raises(build.BuildError) as error:
+        build.build("cuda", tmp_path / "made")
+    assert not list((tmp_path / "made").iterdir())
+    return str(error.value)
+
+
+def test_no_cuda_toolkit_is_said_with_what_to_do(torch_for_cuda_13: Path, tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"no CUDA toolkit (nvcc): {REMEDY}"
+
+
+def test_an_nvcc_named_but_not_there_is_not_replaced_by_another(
+    torch_for_cuda_13: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "toolkit" / "nvcc", RELEASE.format("13.0", "13.0"))
+    monkeypatch.setenv("NVCC", str(tmp_path / "gone" / "nvcc"))
+    assert refusal(tmp_path) == f"$NVCC = '{tmp_path}/gone/nvcc' is not a program"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (RELEASE.format("12.8", "12.8"), f"CUDA toolkit 12.8 ({{nvcc}}) is older than torch's CUDA 13.0: {REMEDY}"),
+        (RELEASE.format("9.2", "9.2"), f"CUDA toolkit 9.2 ({{nvcc}}) is older than torch's CUDA 13.0: {REMEDY}"),
+        ("#!/bin/sh\necho hello\n", f"{{nvcc}} --version names no release: {REMEDY}"),
+        ("#!/bin/sh\necho broken >&2\nexit 3\n", "nvcc failed: broken"),
+        ("no program at all", "{nvcc} can't be run: Exec format error"),
+    ],
+)
+def test_a_cuda_toolkit_that_cannot_serve_this_torch_is_refused_before_it_compiles(
+    text: str, words: str, torch_for_cuda_13: Path, tmp_path: Path
+) -> None:
+    nvcc = program(tmp_path / "toolkit" / "nvcc", text)
+    assert refusal(tmp_path) == words.format(nvcc=nvcc)
+
+
+@pytest.mark.parametrize("release", ["13.0", "13.2", "14.1"])
+def test_a_cuda_toolkit_of_torchs_major_version_or_newer_compiles(
+    release: str, torch_for_cuda_13: Path, tmp_path: Path
+) -> None:
+    """With an nvcc that fails as soon as it is asked for more than its version."""
+    text = RELEASE.format(release, release) + '[ "$1" = --version ] || { echo "x.cu: error: asked" >&2; exit 1; }\n'
+    program(tmp_path / "toolkit" / "nvcc", text)
+    assert refusal(tmp_path) == "nvcc failed: x.cu: error: asked"
+
+
+def test_torch_without_cuda_needs_no_toolkit(torch_for_cuda_13: Path, tmp_path: Path) -> None:
+    (torch_for_cuda_13 / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
+    assert refusal(tmp_path) == "torch is built without CUDA"
+
+
+@pytest.mark.parametrize(("named", "lines"), [(None, 2), ("", 0)])
+def test_on_a_machine_with_a_cuda_device_one_line_says_why_triton_serves(
+    named: str | None, lines: int, checkout: Path
+) -> None:
+    pretend = "import torch; torch.version.cuda = '13.0'; torch.cuda.is_available = lambda: True; "
+    env = {"PATH": str(checkout), "CXX": "", "NVCC": "/gone"} | ({} if named is None else {"ST_FAST_CSRC": named})
+    out, err = start(checkout, "-c", pretend + IMPORT, env=env).communicate(timeout=120)
+    said = [line for line in err.splitlines() if "No CUDA runtime" not in line]  # torch's CUDA build says so itself
+    assert out == "False 8.0\n" and len(said) == lines, err
+    if said:
+        reasons = "(torch is built without CUDA|.NVCC = '/gone' is not a program)"
+        assert re.fullmatch(f"st_fast: compiled CUDA optimiser not in use, {reasons}; Triton takes over.", said[1])
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 @pytest.mark.parametrize("source", ["adamw_ema.cu", "grad_norm.cu"])
 def test_nvcc_compiles_for_every_architecture_without_spills(source: str, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from st_fast import kernels
 from st_fast.errors import UserError
 from st_fast.model import attention
+from st_fast.model.sit import Attention
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,57 @@ def test_a_backend_that_is_wrong_at_the_models_number_of_tokens_only_is_refused(
 
     assert attention.verify(wrong_beyond_256, CPU, torch.float32, 64) is None
     assert "output is off" in attention.verify(wrong_beyond_256, CPU, torch.float32, 64, tokens=300)
+
+
+def wrong_gradients_where(condition):
+    """Attention whose gradients are wrong where condition(q, k, v, gradient of the output) says so, and only there."""
+
+    def attend(q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v)
+        if out.requires_grad:
+            out.register_hook(lambda dout: dout * 1.5 if condition(q, k, v, dout) else dout)
+        return out
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("condition", "layout"),
+    [
+        (lambda q, k, v, dout: v.is_contiguous() and not dout.is_contiguous(), "contiguous"),
+        (lambda q, k, v, dout: q.is_contiguous() and not v.is_contiguous(), "contiguous but for v, a view"),
+        (lambda q, k, v, dout: q.stride(2) == 3 * q.shape[1] * q.shape[3], "views of the packed projection"),
+    ],
+)
+def test_gradients_that_are_wrong_in_one_layout_of_training_only_are_caught(condition, layout):
+    problem = attention.verify(wrong_gradients_where(condition), CPU, torch.float32, 64)
+    assert problem.startswith("dq is off by") and f"where q, k, v are {layout}" in problem
+
+
+def seen_by(attend_with):
+    """The strides of q, k, v and of the gradient in every call of the attention that `attend_with` is given."""
+    seen = set()
+
+    def record(q, k, v, dout):
+        seen.add((q.stride(), k.stride(), v.stride(), dout.stride()))
+        return False
+
+    attend_with(wrong_gradients_where(record))
+    return seen
+
+
+def test_the_layouts_checked_are_those_of_training():
+    tokens, heads, head_dim = 20, 3, 64
+
+    def train(attend):
+        table = {choice: kernels.select({"qk_norm": choice}, CPU) for choice in ("fused", "reference")}
+        for qk_norm, choice in ((True, "fused"), (True, "reference"), (False, "fused")):
+            layer = Attention(heads * head_dim, heads, qk_norm, table[choice], attend)
+            layer(torch.randn(2, tokens, heads * head_dim)).square().sum().backward()
+
+    trained = seen_by(train)
+    assert len(trained) == 3
+    assert seen_by(lambda attend: attention.verify(attend, CPU, torch.float32, head_dim, tokens)) == trained
 
 
 CUDA = torch.device("cuda")
