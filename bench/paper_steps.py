@@ -88,22 +88,28 @@ def _batches(recipe: Recipe, stage: Stage) -> list[Batch]:
     ]
 
 
+CASTS: dict[Any, torch.dtype] = {
+    F.linear: torch.bfloat16,
+    F.conv2d: torch.bfloat16,
+    F.scaled_dot_product_attention: torch.bfloat16,
+    F.layer_norm: torch.float32,
+}
+"""What CUDA's autocast casts the inputs of, of all that the published loop calls."""
+
+
 class CudaAutocast(TorchFunctionMode):
     """What autocast to bf16 does on CUDA, and the attention that PyTorch takes there, for tensors that are on "meta".
 
     Products and attention get bf16, layer norms float32; float32 attention goes to the memory-efficient kernel.
     """
 
-    CASTS = {F.linear: torch.bfloat16, F.conv2d: torch.bfloat16, F.scaled_dot_product_attention: torch.bfloat16,
-             F.layer_norm: torch.float32}  # fmt: skip
-
     def __init__(self, enabled: bool) -> None:
         super().__init__()
         self.enabled = enabled
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.enabled and func in self.CASTS:
-            args = [a.to(self.CASTS[func]) if isinstance(a, Tensor) else a for a in args]
+        if self.enabled and func in CASTS:
+            args = [a.to(CASTS[func]) if isinstance(a, Tensor) else a for a in args]
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         if args[0].dtype == torch.float32:

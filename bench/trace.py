@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +32,11 @@ LAUNCHES = {
 }  # fmt: skip
 """Kernels of an op that has several: the main one, sums of its partials, casts, scalars. All others have one."""
 
-UNREAD = {"copy_": 0, "zero_": 0, "fill_": 0, "_foreach_copy_": 0, "adamw_ema_": 5}
-"""Op → the place of the argument that it overwrites without reading it."""
+READS = {
+    "copy_": (0, 0.0), "zero_": (0, 0.0), "fill_": (0, 0.0), "_foreach_copy_": (0, 0.0), "adamw_ema_": (5, 0.0),
+    "qk_norm_backward": (3, 2 / 3),
+}  # fmt: skip
+"""Op → an argument of which it reads only a share: what it overwrites, and of the packed q, k and v all but v."""
 
 CONTIGUOUS = ("native_layer_norm", "native_layer_norm_backward")
 """PyTorch's kernels that first copy an input which is not contiguous."""
@@ -76,8 +79,10 @@ class Counter(TorchDispatchMode):
         written += [t for t in made if _storage(t) not in known]
         if not written or name in ALLOCATIONS:  # views, and what stays on the host
             return
-        unread = {_storage(t) for t in _tensors(args[UNREAD[name]])} if name in UNREAD else set()
-        reads, writes = _bytes([t for t in given if _storage(t) not in unread]), _bytes(written)
+        reads, writes = _bytes(given), _bytes(written)
+        place, share = READS.get(name, (0, 1.0))
+        for tensor in _tensors(args[place]) if share < 1 else ():
+            reads[_storage(tensor)] *= share
         moved = sum(reads.values()) + sum(writes.values())
         if name in CONTIGUOUS and self._ops is None:
             moved += sum(2 * _size(t) for t in given[:2] if not t.is_contiguous())
