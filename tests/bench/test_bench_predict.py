@@ -178,6 +178,17 @@ def test_a_sum_over_tokens_makes_again_what_nobody_else_stores():
     assert sorted(k.bytes for k in stored) == [1 + 10, 1 + 20, 10 + 10 + 20]
 
 
+def test_what_a_product_stands_between_is_not_fused():
+    graph = [
+        op("sin", {1: 4}, {2: 4}),
+        op("mm", {2: 4, 3: 9}, {4: 5}, flops=9.0),
+        op("add", {2: 4, 4: 5}, {5: 6}),
+    ]
+    assert [(k.name, k.bytes) for k in fused(graph, {5})] == [
+        ("triton_poi_fused_sin", 4 + 4), ("aten::mm", 18), ("triton_poi_fused_add", 4 + 5 + 6),
+    ]  # fmt: skip
+
+
 def test_a_cast_that_is_first_used_after_a_product_waits_for_it():
     graph = [
         op("_to_copy", {1: 4}, {2: 8}),
