@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -184,11 +185,15 @@ class PlainLoop:
         dropped = torch.rand(len(x), device=self.device) < self.recipe.model.class_dropout
         return Draws(x, torch.randn_like(x), t, labels, torch.where(dropped, self.recipe.model.num_classes, labels))
 
+    def autocast(self) -> AbstractContextManager[object]:
+        """What the student's pass runs under: bf16 on CUDA."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
     def losses(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """The denoising loss and the weighted auxiliary loss, means over the batch."""
         t = draws.t.view(-1, 1, 1, 1)
         x_t, velocity = (1 - t) * draws.x + t * draws.noise, draws.noise - draws.x
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with self.autocast():
             prediction, supervised = self.model(x_t, draws.t, draws.student_labels)
         denoise = (prediction.float() - velocity).square().mean((1, 2, 3)).mean()
         selection = self.method.selection

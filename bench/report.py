@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.goals import GOALS, Content, Row
+from bench.goals import GOALS, Content, Goal, Row
 from bench.tables import (
     anything,
     choices,
@@ -51,6 +51,11 @@ DETAILS = ("sweep", "longest kernels", "correctness", "csrc")
 """Parts that the README leaves to the command line."""
 COMMANDS = {"cpu": "pytest bench/", "cuda": "python -m bench.gpu_day"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
+PREDICTION = "prediction.json"
+PREDICTED = (
+    " What is predicted was computed without a GPU by `python -m bench.predict`, from counted FLOPs, bytes and launches"
+    " and from assumed rates."
+)
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -99,24 +104,53 @@ def _tables(name: str, rows: Mapping[str, Row], brief: bool) -> str:
     return first_steps(rows) if name == "first step" else anything(rows)
 
 
-def goals(kind: str, content: Content) -> str:
-    """Every goal for a kind of device with what was measured."""
+def predictions(folder: Path) -> dict[str, Content]:
+    """What `python -m bench.predict --write` left in the folder, by a part of the device's name."""
+    devices: dict[str, Content] = results.load(folder / PREDICTION).get("devices", {})
+    return devices
+
+
+def goals(kind: str, content: Content, device: str = "", predicted: Mapping[str, Content] | None = None) -> str:
+    """Every goal for such a device with what was measured, on GPUs beside what was predicted.
+
+    device: its name, "" where none was measured: then the goals for all devices of the kind, with all predictions.
+    """
     lines = []
     for goal in GOALS:
-        if goal.kind != kind:
+        if goal.kind != kind or not goal.applies(device):
             continue
-        value = goal.measured(content)
+        value, foreseen = goal.value_in(content), _foreseen(goal, device, predicted or {})
         bound = goal.least if goal.least is not None else goal.most
         wanted = ("≥ " if goal.least is not None else "≤ ") + goal.shown(bound or 0.0)
-        verdict = "not measured" if value is None else "reached" if goal.met(value) else "**missed**"
-        lines.append([goal.text, wanted, goal.shown(value) if value is not None else "–", verdict])
-    return table(["goal", "wanted", "measured", ""], lines)
+        cells = [goal.text, wanted, goal.shown(value) if value is not None else "–", _verdict(goal, value, foreseen)]
+        if kind == "cuda":
+            shown = {name: goal.shown(figure) for name, figure in foreseen.items()}
+            several = len(shown) > 1
+            texts = (f"{name} {text}" if several else text for name, text in shown.items())
+            cells.insert(2, ", ".join(texts) or "–")
+        lines.append(cells)
+    return table(["goal", "wanted", *(["predicted"] if kind == "cuda" else []), "measured", ""], lines)
 
 
-def device_report(content: Content, brief: bool) -> str:
+def _foreseen(goal: Goal, device: str, predicted: Mapping[str, Content]) -> dict[str, float]:
+    """What is predicted of a goal, by device: of this one, or of all that it is a goal for."""
+    chosen = {name: content for name, content in predicted.items() if goal.applies(name) and name in (device or name)}
+    return {name: value for name, content in chosen.items() if (value := goal.value_in(content)) is not None}
+
+
+def _verdict(goal: Goal, measured: float | None, foreseen: Mapping[str, float]) -> str:
+    if measured is not None:
+        return "reached" if goal.met(measured) else "**missed**"
+    if not foreseen:
+        return "not measured"
+    return "predicted" if all(map(goal.met, foreseen.values())) else "predicted: missed"
+
+
+def device_report(content: Content, brief: bool, predicted: Mapping[str, Content]) -> str:
     """All parts of one device, its goals first, and what was not measured on it."""
-    kind = next(iter(content.values()))["machine"]["kind"]
-    texts = [f"### {next(iter(content.values()))['machine']['device']}", goals(kind, content)]
+    machine = next(iter(content.values()))["machine"]
+    kind, device = machine["kind"], machine["device"]
+    texts = [f"### {device}", goals(kind, content, device, predicted)]
     for name in (*PARTS, *(n for n in content if n not in PARTS)):
         if content.get(name, {}).get("rows") and not (brief and name in DETAILS):
             section = content[name]
@@ -140,12 +174,14 @@ def pictures_of(path: Path) -> str:
 def report(folder: Path, brief: bool) -> str:
     """The whole text. Kinds of devices without any figures are named, with their goals and the command for them."""
     contents = {path: results.load(path) for path in results.files(folder)}
-    texts = [device_report(content, brief) + pictures_of(path) for path, content in contents.items()]
+    foreseen = predictions(folder)
+    texts = [device_report(content, brief, foreseen) + pictures_of(path) for path, content in contents.items()]
     kinds = {next(iter(content.values()))["machine"]["kind"] for content in contents.values()}
     for kind in NAMES:
         if kind not in kinds:
             text = f"No {NAMES[kind]} has been measured yet: none of these goals is confirmed or refuted."
-            texts.append(f"### {NAMES[kind]}\n\n{text} `{COMMANDS[kind]}` measures them.\n\n{goals(kind, {})}")
+            text += f" `{COMMANDS[kind]}` measures them." + (PREDICTED if kind == "cuda" and foreseen else "")
+            texts.append(f"### {NAMES[kind]}\n\n{text}\n\n{goals(kind, {}, '', foreseen)}")
     return "\n\n".join(texts) + "\n"
 
 

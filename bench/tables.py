@@ -108,6 +108,44 @@ def _profiled(row: Row, name: str) -> str:
     return milliseconds(1e3 * found) if found is not None else "–"
 
 
+def predicted_step(counted: Row, rows: Mapping[str, Row]) -> str:
+    """The parts of a step that was predicted, by device, its total, and the published loop's."""
+    names = list(next(iter(rows.values()))["parts"]["ms"])
+    lines = []
+    for name in names:
+        part = counted["parts"].get(name, {"tflop": 0.0, "gb": 0.0, "launches": counted["launches"]})
+        work = [f"{part['tflop']:.4g}" if part["tflop"] else "–", f"{part['gb']:.3g}" if part["gb"] else "–"]
+        times = [milliseconds(row["parts"]["ms"][name]) for row in rows.values()]
+        lines.append([name, *work, f"{part['launches']:.0f}", *times])
+    lines.append(["the step", "", "", "", *(f"**{milliseconds(row['ms']['ours'])}**" for row in rows.values())])
+    lines.append(["images/s", "", "", "", *(f"{row['images_per_s']['ours']:.0f}" for row in rows.values())])
+    lines.append(["MFU", "", "", "", *(share(row["mfu"]["ours"]) for row in rows.values())])
+    for title, key in (("the published loop", "plain"), ("the same, compiled", "compile")):
+        cells = [f"{milliseconds(row['ms'][key])} ({ratio(row['speedup'][key])})" for row in rows.values()]
+        lines.append([title, "", "", "", *cells])
+    return table(["part", "TFLOP", "GB", "launches", *(f"{name}, ms" for name in rows)], lines)
+
+
+def beside_prediction(predicted: Row, measured: Row, short: float, judged: float) -> str:
+    """Families of a step as predicted and as measured; `short` is the ratio from which on a family is named.
+
+    Families below the share `judged` of both steps are shown without a verdict.
+    """
+    ours, theirs = predicted["parts"]["families"], measured.get("parts", {}).get("families", {})
+    pairs = {name: (1e3 * ours.get(name, 0.0), 1e3 * theirs.get(name, 0.0)) for name in [*ours, *theirs] if theirs}
+    least = judged * min(predicted["ms"]["ours"], measured["ms"]["ours"])
+    pairs["the step"] = predicted["ms"]["ours"], measured["ms"]["ours"]
+    lines, named = [], []
+    for name, (foreseen, found) in pairs.items():
+        missed = max(foreseen, found) >= least and found > short * foreseen
+        times = ratio(found / foreseen) if foreseen else "–"
+        lines.append([name, milliseconds(foreseen), milliseconds(found), f"**{times}**" if missed else times])
+        if missed:
+            named.append(f"{name} ({f'+{100 * (found / foreseen - 1):.0f} %' if foreseen else 'not predicted'})")
+    verdict = f"Short by over {100 * (short - 1):.0f} %: {', '.join(named) or 'nothing'}."
+    return table(["family", "predicted, ms", "measured, ms", "measured / predicted"], lines) + f"\n\n{verdict}"
+
+
 def first_steps(rows: Mapping[str, Row]) -> str:
     """Cold and warm starts."""
     head = ["start", "total, s", "import", "build", "first step", "second step"]

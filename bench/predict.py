@@ -1,0 +1,269 @@
+"""Predicts a step's time on a GPU that is not here, part by part, and shows what was measured beside it.
+
+    python -m bench.predict                                  SiT-XL/2 and B/2, all stages, batch 256
+    python -m bench.predict --size XL/2 --stage "stage 2"    one step
+    python -m bench.predict --write                          also bench/results/prediction.json, for the README's goals
+
+FLOPs, bytes and launches are counted from the step's own code (`bench.paper_steps`). What a device does with them is
+assumed by the constants below, each with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import paper_steps, results, tables
+from bench.fusion import Kernel
+from bench.report import PREDICTION
+from bench.results import Row
+from bench.workload import STAGES, Setup
+from st_fast import flops
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does at best."""
+
+    name: str
+    """Part of the name that the device gives itself."""
+    copy: float
+    """Bytes a second, read and written, of a copy that is larger than the caches."""
+    matmul: float
+    """FLOP a second of an 8192³ product in bf16 on random data."""
+
+
+DEVICES = (Rates("H100", 3.0e12, 790e12), Rates("H200", 4.3e12, 790e12))
+"""Both rates were measured on such machines (H100 80 GB HBM3; H200), before any of this code ran on one."""
+
+PRODUCT_SHARE = 0.78
+"""Of the matmul rate. A step's products are 1,152 to 6,912 wide, so that tiles and waves do not come out even, and a
+third of them sum over all tokens: 8192³ has neither. Assumed."""
+FLOAT32_SHARE = 0.5
+"""Of what a product reaches in bf16: the tensor cores' peak in TF32 is half of that in bf16 (NVIDIA's data sheets)."""
+ATTENTION_SHARE = 0.32
+"""Of the matmul rate, about 250 TFLOP/s, its recomputed scores counted. At 256 tokens a head has two tiles, and 72
+channels fill a tile of 128 by half; published kernels reach two to three times that on long sequences. Assumed."""
+ATTENTION_FLOAT32_SHARE = 0.25
+"""Of what attention reaches in bf16: PyTorch's memory-efficient kernel is all that takes float32. Assumed."""
+MEMORY_SHARE = 0.88
+"""Of the copy rate, for kernels that only move data: a copy is the ceiling, several streams of rows come near it.
+Assumed from 85 to 90 % that fused norms reach in other projects."""
+MEMORY_SHARES = {"qk-norm": 0.8, "optimiser": 0.95}
+"""Where that is known to differ: qk-norm's backward holds 128 registers and does not pipeline its loads; the optimiser
+reads and writes long vectors alone."""
+GAP = 3e-6
+"""Seconds that a launch adds with a full queue: start, first loads, tail. Assumed: 2 to 4 µs on Hopper."""
+SHORT = 1.15
+"""Measured time over predicted time from which on a family is called short of its prediction."""
+JUDGED = 0.01
+"""Of the step: families below that are shown and not judged."""
+
+ASSUMPTIONS = {
+    "product share": PRODUCT_SHARE,
+    "float32 share": FLOAT32_SHARE,
+    "attention share": ATTENTION_SHARE,
+    "attention float32 share": ATTENTION_FLOAT32_SHARE,
+    "memory share": MEMORY_SHARE,
+    **{f"memory share of {family}": value for family, value in MEMORY_SHARES.items()},
+    "gap, µs": 1e6 * GAP,
+}
+
+RIVALS = {"plain": False, "compile": True}
+"""The published loop, eager and with its blocks compiled, as `bench.step_times` names them."""
+
+
+def seconds(kernel: Kernel, rates: Rates) -> float:
+    """Of a kernel alone: the longer of its arithmetic and its traffic, without the gap that a launch adds."""
+    moving = kernel.bytes / (rates.copy * MEMORY_SHARES.get(kernel.family, MEMORY_SHARE))
+    if not kernel.flops:
+        return moving
+    if kernel.family == "attention":
+        share = ATTENTION_SHARE * (1.0 if kernel.low else ATTENTION_FLOAT32_SHARE)
+    else:
+        share = PRODUCT_SHARE * (1.0 if kernel.low else FLOAT32_SHARE)
+    return max(moving, kernel.flops / (rates.matmul * share))
+
+
+def part(kernel: Kernel) -> str:
+    """The row of the table that a kernel belongs to."""
+    if kernel.phase in ("noise", "teacher", "heads", "optimiser"):
+        return kernel.phase
+    if kernel.family == "compiled":
+        return "bias gradients" if "sum" in kernel.name else "layout copies"
+    if kernel.family in ("matrix products", "attention", "adaLN", "GELU", "qk-norm", "feature loss"):
+        return kernel.family
+    return "embedding, modulation, loss"
+
+
+def added(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Sums by name, the largest first."""
+    found: dict[str, float] = {}
+    for name, value in pairs:
+        found[name] = found.get(name, 0.0) + value
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def total(kernels: Sequence[Kernel], rates: Rates, launches: int | None = None) -> float:
+    """Seconds of a step on the device; `launches` where they were counted better."""
+    gaps = sum(kernel.launches for kernel in kernels) if launches is None else launches
+    return sum(seconds(kernel, rates) for kernel in kernels) + GAP * gaps
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one step launches, and what the published loop does in its place, by `RIVALS`."""
+
+    setup: Setup
+    ours: list[Kernel]
+    rivals: Mapping[str, list[Kernel]]
+    launches: int
+    host_ms: float | None
+    """Milliseconds that the host takes to launch it, where that was measured (bench/results/launches.json)."""
+
+    def parts(self) -> dict[str, dict[str, float]]:
+        """TFLOP, GB and launches by part."""
+        columns = {
+            "tflop": added((part(k), k.flops / 1e12) for k in self.ours),
+            "gb": added((part(k), k.bytes / 1e9) for k in self.ours),
+            "launches": added((part(k), float(k.launches)) for k in self.ours),
+        }
+        return {name: {column: values[name] for column, values in columns.items()} for name in columns["gb"]}
+
+    def row(self, rates: Rates) -> Row:
+        """Shaped like a measured row of `bench.step_times`, so that goals read both alike."""
+        setup = self.setup
+        recipe, stage = paper_steps.recipe_of(setup)
+        device = total(self.ours, rates, self.launches)
+        ms = {"ours": max(1e3 * device, self.host_ms or 0.0)}
+        ms |= {name: 1e3 * total(kernels, rates) for name, kernels in self.rivals.items()}
+        per_image = flops.stage_cost(recipe, stage).total
+        speed = {name: setup.batch / value * 1e3 for name, value in ms.items()}
+        gaps = {"gaps between kernels": 1e3 * GAP * self.launches}
+        return {
+            "size": setup.size, "stage": setup.stage, "batch": setup.batch, "tokens": setup.tokens,
+            "depth": recipe.model.depth, "ms": ms, "images_per_s": speed,
+            "speedup": {name: speed["ours"] / value for name, value in speed.items() if name != "ours"},
+            "mfu": {name: value * per_image / rates.matmul for name, value in speed.items()},
+            "host_bound": self.host_ms is not None and self.host_ms > 1e3 * device,
+            "parts": {
+                "ms": added((part(k), 1e3 * seconds(k, rates)) for k in self.ours) | gaps,
+                "families": added((k.family, seconds(k, rates)) for k in self.ours),
+            },
+        }  # fmt: skip
+
+
+def count(setup: Setup, folder: Path = results.FOLDER) -> Counted:
+    """Traces the step and its rivals; launches and host time come from `folder`/launches.json where it has the step."""
+    ours = paper_steps.ours(setup)
+    rivals = {name: paper_steps.published(setup, compiled) for name, compiled in RIVALS.items()}
+    measured = results.load(folder / "launches.json").get("steps", {}).get(setup.label, {})
+    launches = measured.get("launches", sum(kernel.launches for kernel in ours))
+    return Counted(setup, ours, rivals, launches, measured.get("host_ms"))
+
+
+def prediction(steps: Sequence[Counted]) -> dict[str, Any]:
+    """All of it as JSON: what was counted, what was assumed, and for every device rows as measured ones are."""
+    content = {
+        "about": "Predicted by python -m bench.predict: nothing in this file was measured.",
+        "assumptions": ASSUMPTIONS,
+        "counted": {
+            step.setup.label: {"parts": step.parts(), "launches": step.launches, "host_ms": step.host_ms}
+            for step in steps
+        },
+        "devices": {
+            rates.name: {
+                "rates": asdict(rates), "step": {"rows": {step.setup.label: step.row(rates) for step in steps}},
+            }
+            for rates in DEVICES
+        },
+    }  # fmt: skip
+    return {name: _rounded(value) for name, value in content.items()}
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four digits, so that the file shows what is known and not how sums are ordered."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def measured_rows(folder: Path, device: str, predicted: Row) -> list[tuple[str, Row]]:
+    """(device's own name, row) of every results file of such a device that measured the same step."""
+    found = []
+    for path in results.files(folder):
+        section = results.load(path).get("step")
+        if section is None or device not in section["machine"]["device"]:
+            continue
+        same = ("size", "stage", "batch", "tokens", "depth")
+        rows = (row for row in section["rows"].values() if all(row.get(key) == predicted[key] for key in same))
+        found += [(section["machine"]["device"], row) for row in rows if "ms" in row]
+    return found
+
+
+def report(content: Mapping[str, Any], folder: Path) -> str:
+    """A prediction's tables, each step with what was measured of it."""
+    rates = ", ".join(
+        f"{name}: copies {device['rates']['copy'] / 1e12:g} TB/s, multiplies {device['rates']['matmul'] / 1e12:g} "
+        "TFLOP/s" for name, device in content["devices"].items()
+    )  # fmt: skip
+    assumed = ", ".join(f"{name} {value:g}" for name, value in content["assumptions"].items())
+    texts = [f"# Predicted, not measured\n\nRates: {rates}. Assumed, as bench/predict.py says why: {assumed}."]
+    for label, counted in content["counted"].items():
+        rows = {name: device["step"]["rows"][label] for name, device in content["devices"].items()}
+        texts += [f"## {label}", tables.predicted_step(counted, rows)]
+        for name, row in rows.items():
+            if row["host_bound"]:
+                texts.append(
+                    f"{name}: host-bound: launching takes {counted['host_ms']:.3g} ms, longer than the device."
+                )
+            for device, measured in measured_rows(folder, name, row):
+                texts += [f"Measured on {device}:", tables.beside_prediction(row, measured, SHORT, JUDGED)]
+    return "\n\n".join(texts) + "\n"
+
+
+def default_setups() -> list[Setup]:
+    """SiT-XL/2 and B/2 at batch 256, all stages."""
+    return [Setup(size, stage, 256, paper_steps.CUDA) for size in ("XL/2", "B/2") for stage in STAGES]
+
+
+def write(content: Mapping[str, Any], path: Path) -> None:
+    """Writes the prediction, whole or not at all."""
+    aside = path.with_suffix(f".{os.getpid()}.partial")
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables and, with --write, keeps the prediction."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=("S/2", "B/2", "L/2", "XL/2"), help="of the model; without it XL/2 and B/2")
+    parser.add_argument("--stage", choices=STAGES, help="without it all")
+    parser.add_argument("--batch", type=int, default=256, help="global batch on one GPU (256)")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of what was measured")
+    parser.add_argument("--write", action="store_true", help="write prediction.json there; takes no other choice")
+    given = parser.parse_args(arguments)
+    if given.batch < 1:
+        parser.error(f"--batch {given.batch}: at least 1")
+    if given.write and (given.size or given.stage or given.batch != 256):
+        parser.error("--write: the file holds the default steps; leave out --size, --stage and --batch")
+    sizes, stages = [given.size] if given.size else ["XL/2", "B/2"], [given.stage] if given.stage else STAGES
+    gc.disable()  # a trace makes millions of objects and no garbage: looking for it takes a third of the time
+    setups = [Setup(size, stage, given.batch, paper_steps.CUDA) for size in sizes for stage in stages]
+    content = prediction([count(setup, given.results) for setup in setups])
+    if given.write:
+        write(content, given.results / PREDICTION)
+    print(report(content, given.results), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
