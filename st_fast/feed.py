@@ -71,9 +71,9 @@ class Lookahead(Generic[T]):
 
 def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
     """The tensor on the device: from the host through pinned memory, without waiting; as it is where it is there."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if tensor.device.type == device.type and device.index in (None, tensor.device.index):
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Feed:

@@ -1,15 +1,22 @@
 """Runs that compare: --base fails beyond the noise only, and what a step is compared with."""
 
 import contextlib
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
-from bench import against, apart, floor, step_times
+from bench import against, apart, floor, op_times, part, step_times
+from bench.cases import Case, Size
+from bench.plain import PlainLoop
 from bench.timing import Effort, Stopwatch
-from bench.workload import Setup, ours
+from bench.workload import WEIGHT_STD, Setup, ours
 from st_fast import families
 from st_fast.model.attention import BACKENDS
+from st_fast.model.sit import sincos_positions
+from tests.bench.test_bench_report import MACHINE
 
 
 def test_base_fails_beyond_the_spread_of_its_own_runs_and_not_within():
@@ -92,3 +99,71 @@ def test_the_plain_loop_in_a_process_of_its_own_steps_on_request_and_ends_with_i
         with pytest.raises(RuntimeError, match="plain loop's process has ended"):
             loop.step()
     assert process.poll() is not None
+
+
+FEW = Effort(rounds=1, seconds=1.0, least=1, warmup=0)
+
+
+def test_on_cuda_each_loop_is_timed_alone_and_the_plain_one_is_compiled_after_it_was_timed(monkeypatch):
+    """Two loops of XL/2 do not fit one device. The order is that of a device's; a CPU stands in for it."""
+    loops, order = [], list[str]()
+    made, interleaved = step_times.ours, step_times.interleave
+
+    @contextlib.contextmanager
+    def ours(setup):
+        with made(setup) as loop:
+            loops.append(weakref.ref(loop.trainer))
+            yield loop
+
+    def timed(variants, device, effort):
+        (name,) = variants
+        order.append(name if loops[0]() is not None else f"{name} alone")
+        return interleaved(variants, device, effort)
+
+    monkeypatch.setattr(step_times, "ours", ours)
+    monkeypatch.setattr(step_times, "interleave", timed)
+    monkeypatch.setattr(step_times, "_peak_memory", lambda loop, device: 1.5)
+    monkeypatch.setattr(PlainLoop, "compile", lambda self, whole: order.append("compiled"))
+    setup = Setup("S/2", "stage 2", 4, torch.device("cpu"), tokens=16, depth=2)
+    wanted = step_times.Wanted(FEW, rivals=("plain", "compile"), breakdown=False)
+    with contextlib.ExitStack() as stack:
+        row = step_times._one_by_one(setup, wanted, MACHINE, stack)
+    assert order == ["ours", "plain alone", "compiled", "compile alone"]
+    assert row["peak_gib"] == 1.5 and row["micro_batch"] == 4 and row["supervised"] > 0 and "notices" not in row
+    assert set(row["speedup"]) == {"plain", "compile"} and set(row["first_step_s"]) == {"plain", "compile"}
+
+
+def test_a_compiler_that_was_given_up_is_in_the_row(monkeypatch):
+    def broken(function, **options):
+        def call(*inputs):
+            raise TorchDynamoException("no ptxas here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    setup = Setup("S/2", "plain", 4, torch.device("cpu"), tokens=16, depth=2, compile="on")
+    row = step_times.measure(setup, step_times.Wanted(FEW, rivals=(), breakdown=False), MACHINE)
+    assert row["notices"] == ["torch.compile failed (TorchDynamoException), going on without it: no ptxas here"]
+    assert part.attempt(lambda: row, 60.0)["ok"] is False
+
+
+def test_an_op_whose_rival_does_not_compile_says_so(monkeypatch):
+    monkeypatch.setattr(op_times, "compiled", lambda case, inputs: "torch.compile of the reference failed: no")
+    case = Case("align", Size("S/2", 2, 16), torch.float32, torch.device("cpu"))
+    row, _ = op_times.measure(case, FEW)
+    assert row["notices"] == ["torch.compile of the reference failed: no"] and "compile" not in row["both"]["speedup"]
+
+
+def test_a_measured_step_has_weights_none_of_which_is_zero_and_a_teacher_from_no_file(tmp_path):
+    cpu = torch.device("cpu")
+    with ours(Setup("S/2", "stage 2", 4, cpu, tokens=16, depth=2)) as loop:
+        state, teacher = loop.trainer.optimizer.state(), loop.trainer.method.teacher.state_dict()
+        assert not list(Path(loop.recipe.run.out).glob("**/*.safetensors"))
+    for tensors in (state["model"], state["heads"], teacher):
+        for name, tensor in tensors.items():
+            scale = (tensor - 1 if name.endswith("norm.weight") else tensor).std().item()
+            assert name == "pos_embed" or scale == pytest.approx(WEIGHT_STD, rel=0.5), name
+    assert torch.equal(state["model"]["pos_embed"], sincos_positions(384, 4))
+    assert all(torch.equal(average, state["model"][name]) for name, average in state["ema"].items())
+    used = dict(loop.trainer.model.named_parameters())
+    assert all(torch.equal(used[name], master) for name, master in state["model"].items())
