@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 from unittest import mock
 
 import st_fast
 from st_fast.errors import run_command
 from st_fast.recipe.schema import SECTIONS
+from st_fast.recipe.typed import choices as words_of
 from st_fast.recipe.typed import field_types
 
 PROGRAMS = ("python", "python3", "torchrun")
@@ -66,7 +67,7 @@ def train() -> Command:
 def _choices(kind: Any) -> tuple[str, ...]:
     if kind is bool:
         return ("true", "false")
-    return tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
+    return words_of(kind)
 
 
 def _described(name: str) -> Command:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from st_fast.recipe.methods import Method, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
-from st_fast.recipe.schema import Model, Optim, Recipe, Sample, Stage
+from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
+from st_fast.recipe.methods import LayerSync, Method, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
+from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
 
 TIME_FREQUENCIES = 256
 
@@ -185,18 +186,40 @@ SAMPLED_BYTES = 4
 """Bytes a parameter of the float32 model that samples are drawn from."""
 
 
-def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
-    """An estimate for one rank, of the stage that holds most: (weights with their state; a micro-batch's activations).
+MEMORY_SHARE = 0.9
+"""The share of the memory that an estimate may fill: fragments and libraries take the rest."""
 
-    Weights are those of the student, its heads, a teacher, live encoders and the model for sampling. Left out, below
-    4 % at the published sizes: what heads keep for the backward pass, the one block that a teacher is in, and of a
+
+def largest_micro_batch(recipe: Recipe, ranks: int, bf16: bool, room: int) -> int:
+    """The most images a pass, of those that divide a rank's share of the batch, whose estimate fits `room` bytes.
+
+    0 where not even one image does.
+    """
+    for images in possible_passes(recipe.optim, ranks):
+        if sum(memory_bytes(with_passes_of(images, recipe, ranks), ranks, bf16)) <= MEMORY_SHARE * room:
+            return images
+    return 0
+
+
+def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
+    """An estimate for one rank, of the stage that takes most: (weights with their state; a micro-batch's activations).
+
+    Weights are those of the student, its heads, a teacher, live encoders and the model for sampling. Left out: of a
     sharded run the one block that is gathered. The rank is the first: of a sharded run only it samples.
     """
-    an_image, run = activation_bytes(recipe.model, bf16, recipe.run.checkpointing), recipe.run
+    images, run = images_a_pass(recipe.optim, ranks), recipe.run
     shards = ranks if run.sharding == "fsdp2" else 1
     teacher_shards = shards if run.shard_teacher else 1
-    fixed = max(weight_bytes(recipe.model, stage, bf16, shards, teacher_shards) for stage in recipe.stages)
-    return fixed, micro_batch(recipe.optim, ranks) * an_image
+    stages = [
+        (
+            weight_bytes(recipe.model, stage, bf16, shards, teacher_shards),
+            images * activation_bytes(recipe.model, bf16, run.checkpointing)
+            + images * backward_bytes(recipe.model, bf16)
+            + supervised_rows(recipe, stage.method, images) * supervision_bytes(recipe.model, stage.method, bf16, run),
+        )
+        for stage in recipe.stages
+    ]
+    return max(stages, key=sum)
 
 
 def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teacher_shards: int = 1) -> int:
@@ -253,20 +276,57 @@ def looking_flops(recipe: Recipe, stage: Stage) -> float:
     return drawn * drawing_rows(recipe.sample) * 2.0 * trunk_macs(recipe.model)
 
 
-def micro_batch(optim: Optim, ranks: int) -> int:
-    """Samples of one forward pass on one rank."""
-    return optim.batch_size // (ranks * optim.accumulation)
-
-
 def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> int:
-    """Kept for the backward per image: x', a and y at two sites, q, k, v twice, attention's output, MLP's hidden.
+    """What the trunk keeps for the backward per image, compiled for CUDA with cuDNN's attention (tests/test_memory.py).
 
     With checkpointing, in every block what `st_fast.model.checkpointing` says is kept, and in one block what its
-    backward pass has just computed again.
+    backward pass has just computed again. The CPU keeps attention's output once: there it is 3 % too much.
     """
-    n, d = tokens(model), model.width
-    inside_attention = (6 if model.qk_norm else 3) * d + d
-    whole = 2 * 3 * d + inside_attention + 2 * int(d * model.mlp_ratio)
-    again = {"none": 0, "attention": inside_attention, "block": whole - 2 * d}[checkpointing]
-    per_token = model.depth * (whole - again) + again
-    return n * per_token * (2 if bf16 else 4)
+    n, d, each = tokens(model), model.width, 2 if bf16 else 4
+    qkv, attended = 3 * d, d
+    normed = qkv + d if model.qk_norm else 0  # q, k, v once more, and the output also as its projection reads it
+    statistics = 4 * model.heads * (5 if model.qk_norm else 1)  # of q and k: mean and 1/σ; of the softmax: its log-sum
+    inside_attention = each * (qkv + attended + normed) + statistics
+    adaln = 2 * (each * 3 * d + 4 * 2)  # at two sites: x', a and y; mean and 1/σ
+    block = inside_attention + adaln + each * 2 * int(d * model.mlp_ratio)  # the MLP's hidden before and after GELU
+    again = {"none": 0, "attention": inside_attention, "block": block - each * 2 * d}[checkpointing]
+    ends = each * 2 * d  # the embedded tokens and the first y; the last block's are its own
+    modulations = each * 6 * d * model.depth
+    return n * (model.depth * (block - again) + again + ends) + modulations
+
+
+def backward_bytes(model: Model, bf16: bool) -> int:
+    """Gradients of one block's activations per image, which are there while all else is kept: x', y, MLP's hidden."""
+    return tokens(model) * (2 * model.width + 2 * int(model.width * model.mlp_ratio)) * (2 if bf16 else 4)
+
+
+def supervised_rows(recipe: Recipe, method: Method, images: int) -> int:
+    """The most rows of a pass that are supervised: five deviations above the mean, which one step in a million tops."""
+    if method.selection is None:
+        return 0
+    share = _in_range_share(recipe, method.selection.t_range, method.selection.mask)
+    return min(images, math.ceil(images * share + 5 * math.sqrt(images * share * (1 - share))))
+
+
+def supervision_bytes(model: Model, method: Method, bf16: bool, run: Run) -> int:
+    """What a method holds per supervised row: its heads' hidden layers, before and after SiLU, and its rows and target.
+
+    A teacher that runs before the student's pass adds nothing, as no activations are there yet. Beside it, or ahead,
+    it adds the block that it is in, of both branches where it is guided.
+    """
+    d, channels = model.width, 0
+    if isinstance(method, VelocityHead):
+        channels = 4 * method.hidden + 3 * d  # rows, LayerNorm's input and output
+    elif isinstance(method, SelfTranscendence):
+        channels = 4 * method.hidden + 4 * d  # rows, both targets, the loss's gradient
+    elif isinstance(method, SelfRepresentation):
+        channels = 4 * d + 3 * d  # one hidden layer of 2 d; prediction, target, gradient
+    elif isinstance(method, Repa):
+        widths = [encoder_width(name, model) for name in method.encoders]
+        channels = sum(4 * method.hidden + 3 * width for width in widths)
+    elif isinstance(method, LayerSync):
+        channels = 2 * d
+    if method.frozen_depth and run.teacher_placement != "before":
+        branches = 1 if method.learns_from_average else 2
+        channels += branches * (2 * d + 2 * int(d * model.mlp_ratio))
+    return tokens(model) * channels * (2 if bf16 else 4)

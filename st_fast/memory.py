@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import clear_frames
 
 import torch
 
 from st_fast import flops
+from st_fast.data.machine import container_limit
 from st_fast.errors import RunFailed
+from st_fast.launch import local_count
 from st_fast.parallel import Ranks
+from st_fast.recipe.batch import images_a_pass, possible_passes
 from st_fast.recipe.schema import Recipe
 
-MARGIN = 0.9
-"""The share of the memory that an estimate may fill: fragments and libraries take the rest."""
+
+class PassTooLarge(RuntimeError):
+    """Memory lacked in a forward or backward pass: weights and their state are those of the last complete step."""
 
 
 @contextmanager
-def explained(recipe: Recipe, ranks: Ranks, dtype: torch.dtype) -> Iterator[None]:
-    """Turns a lack of memory inside the block into a RunFailed that says what would fit. Nothing half made is saved."""
+def explained(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, given: Recipe | None = None) -> Iterator[None]:
+    """Turns a lack of memory inside the block into a RunFailed that says what would fit. Nothing half made is saved.
+
+    `given`: see `advice`.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        raise RunFailed(advice(recipe, ranks, dtype, capacity(ranks.device))) from error
+        raise RunFailed(advice(recipe, ranks, dtype, capacity(ranks.device), given)) from error
+
+
+@contextmanager
+def of_a_pass() -> Iterator[None]:
+    """Turns a lack of memory inside the block into PassTooLarge, which keeps nothing of what the pass has allocated."""
+    lack = ""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        lack = str(error) or type(error).__name__
+        clear_frames(error.__traceback__)
+    if lack:
+        raise PassTooLarge(lack) from None
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -35,15 +59,16 @@ def lacks_memory(error: BaseException) -> bool:
     text = str(error)
     # The stable ABI that csrc is built on loses the cause; but making room for a result fails for no other reason.
     lost = "API call failed" in text and any(f"aten::{op}" in text for op in ("empty", "new_empty"))
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text or lost
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError, PassTooLarge))
+    return known or "can't allocate memory" in text or lost
 
 
 def capacity(device: torch.device) -> int:
-    """Bytes that this process may use: of the GPU, what other processes leave; of the host, its limit or the RAM."""
+    """Bytes that this process may use: of the GPU, what others leave; of the host, its limit or its part of the RAM."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), container_limit()) // local_count()
     return whole if limit == resource.RLIM_INFINITY else min(limit - mapped_code(), whole)
 
 
@@ -53,6 +78,13 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
+
+
+def release(device: torch.device) -> None:
+    """Gives up what nothing refers to any more: tensors in cycles, and a GPU's memory that is only kept for later."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def forget_peak(device: torch.device) -> None:
@@ -71,23 +103,29 @@ def mapped_code() -> int:
     return sum(sizes) * 1024
 
 
-def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int) -> str:
-    """The line: where it happened, what was asked for, and the accumulation with which it should fit."""
-    bf16, now = dtype == torch.bfloat16, flops.micro_batch(recipe.optim, ranks.count)
+def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int, given: Recipe | None = None) -> str:
+    """The line: where it happened, what was asked for, and the option with which it should fit.
+
+    `given` is the recipe as it was given, where a choice of this module has become `recipe`.
+    """
+    optim, bf16 = recipe.optim, dtype == torch.bfloat16
+    now = images_a_pass(optim, ranks.count)
     fixed, activations = flops.memory_bytes(recipe, ranks.count, bf16)
     an_image = activations // now
-    fits = min(now - 1, max(0, int((MARGIN * room - fixed) / an_image)))  # that `now` does not fit is known
-    splits = range(recipe.optim.accumulation + 1, recipe.optim.batch_size // ranks.count + 1)
-    even = [a for a in splits if recipe.optim.batch_size % (ranks.count * a) == 0]
-    chosen = next((a for a in even if recipe.optim.batch_size // (ranks.count * a) <= fits), None)
+    # That `now` does not fit is known.
+    fits = min(now - 1, max(0, int((flops.MEMORY_SHARE * room - fixed) / an_image)))
+    micro = next((images for images in possible_passes(optim, ranks.count) if images <= fits), None)
     less = "" if recipe.run.checkpointing == "block" else ", or --run.checkpointing=block, which keeps less an image"
     where = f"{ranks.place.stage} step {ranks.place.step}" if ranks.place.stage else "start"
     line = (
         f"out of memory on {ranks.device} at {where} with {now} images a pass in {room / 2**30:.2f} GiB; by estimate "
         f"{fits} fit (weights and state {fixed / 2**30:.2f} GiB + {an_image / 2**20:.1f} MiB an image)"
     )
-    if chosen is None:
+    if micro is None:
         return f"{line}: take more ranks or a smaller model{less}"
-    micro = recipe.optim.batch_size // (ranks.count * chosen)
-    options = f"--optim.accumulation={chosen}" + " --run.cuda_graphs=false" * recipe.run.cuda_graphs
+    if (given or recipe).optim.accumulation == 1:
+        option = f"--optim.micro_batch={micro}"
+    else:
+        option = f"--optim.accumulation={optim.batch_size // (ranks.count * micro)}"
+    options = option + " --run.cuda_graphs=false" * recipe.run.cuda_graphs
     return f"{line}: {options} makes it {micro} a pass, with the same mathematics{less}"

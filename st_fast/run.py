@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from st_fast import kernels, lock, memory, monitor, parallel, profiling, start, teacher, trackers
+from st_fast import kernels, lock, memory, micro_batch, monitor, parallel, profiling, start, teacher, trackers
 from st_fast.checkpoint.history import candidates
 from st_fast.data import digits, digits_encoder
 from st_fast.data.manifest import Manifest
@@ -22,7 +23,8 @@ from st_fast.kernels.heap import keep_freed_memory
 from st_fast.launch import local_rank
 from st_fast.model.compiling import keep_compiled
 from st_fast.model.fp8 import check_fp8
-from st_fast.recipe import Recipe, to_toml
+from st_fast.recipe import Recipe, Stage, to_toml
+from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schedule import check_device
 from st_fast.report import write_report
 from st_fast.stage import run_stage
@@ -72,18 +74,47 @@ def run(recipe: Recipe) -> None:
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
             ranks.told(examiner.check)
+            dtype, manifest = precision(recipe, ranks.device), shards.manifest
+            held = manifest.count * manifest.record_bytes if recipe.data.loader == "resident" else 0
+            split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, held, log.say)
             if ranks.first:
                 _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
-            dtype = precision(recipe, ranks.device)
-            setting = Setting(
-                recipe, ranks, shards, examiner, log, agreement, dtype, monitor.matmul_rate(ranks.device, dtype)
-            )
-            with memory.explained(recipe, ranks, dtype):
-                for stage in recipe.stages:
-                    run_stage(setting, stage)
+            rate = monitor.matmul_rate(ranks.device, dtype)
+            setting = Setting(split, ranks, shards, examiner, log, agreement, dtype, rate, choice)
+            for stage in recipe.stages:
+                setting = train_stage(setting, stage, recipe)
             agreement.close()
             if ranks.first:
                 log.say(f"report: {write_report([out], out / 'report.html')}")
+
+
+def train_stage(setting: Setting, stage: Stage, given: Recipe) -> Setting:
+    """Trains a stage, beginning again with smaller passes, once, if memory lacks and "auto" leaves their size to us.
+
+    Returns the setting that the stages after it go on with. RunFailed, which says what would fit, where memory lacks
+    all the same; `given` is the recipe before its passes were chosen.
+    """
+    smaller = None
+    with memory.explained(setting.recipe, setting.ranks, setting.dtype, given):
+        try:
+            run_stage(setting, stage)
+        except memory.PassTooLarge:
+            smaller = micro_batch.halved(setting.recipe, setting.choice)
+            if smaller is None:
+                raise
+    if smaller is None:
+        return setting
+    memory.release(setting.ranks.device)  # not before: until it is handled, the error refers to all of the stage
+    recipe, choice = smaller
+    before, step = images_a_pass(setting.recipe.optim, 1), setting.ranks.place.step
+    setting.log.say(
+        f"{stage.name}: out of memory at step {step} with {before} images a pass; going on after step {step - 1} "
+        f"with {choice.images}, {recipe.optim.accumulation} passes a step"
+    )
+    setting = replace(setting, recipe=recipe, choice=choice)
+    with memory.explained(setting.recipe, setting.ranks, setting.dtype, given):
+        run_stage(setting, stage)
+    return setting
 
 
 def check_teachers(recipe: Recipe) -> None:

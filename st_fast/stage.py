@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from st_fast import __version__, flops, memory
-from st_fast.data.loader import make_loader
+from st_fast.data.loader import Loader, make_loader
 from st_fast.errors import Interrupted
 from st_fast.feed import Feed, Lookahead
 from st_fast.guard import Readings, Skips, SpikeDetector
 from st_fast.image_features import ImageFeatures
+from st_fast.micro_batch import halved
 from st_fast.monitor import Clock, Meter, progress_line
 from st_fast.profiling import StageProfile
+from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Stage
 from st_fast.trainer import Setting, Trainer
 
@@ -38,6 +42,7 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
     _log_start(setting, stage, first, trainer.features.flops_an_image, trainer.origin)
     report = Reporter(setting, stage, feed, clock, first, trainer.features)
+    retreat = Retreat(setting, trainer, clock, (loader, *features), first)
 
     gc.collect()
     gc.freeze()
@@ -45,7 +50,8 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     steps = Lookahead(feed.steps(first, stage.steps))
     trainer.step.following = steps.peek
     for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
-        losses, norm = trainer.step(done - 1, batches)
+        with retreat.if_too_large(done - 1):
+            losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm)
         profile.stepped(done)
         last, stopping = done == stage.steps, setting.stop()
@@ -77,6 +83,33 @@ def run_stage(setting: Setting, stage: Stage) -> None:
         setting.stop.close()
         raise Interrupted(f"{setting.stop.signal}: saved {stage.name} at step {done}; the same command continues")
     log.write("end", stage.name, done, **report.cost(done), **stalls)
+
+
+class Retreat:
+    """What is done before a stage is begun again with smaller passes, where these are allowed (`halved`)."""
+
+    def __init__(self, setting: Setting, trainer: Trainer, clock: Clock, readers: Sequence[Loader], first: int) -> None:
+        self.setting, self.trainer, self.clock, self.readers, self.first = setting, trainer, clock, readers, first
+
+    @contextmanager
+    def if_too_large(self, done: int) -> Iterator[None]:
+        """Around a step: if memory lacks for its passes, saves the `done` steps before it and closes the stage."""
+        try:
+            yield
+        except memory.PassTooLarge:
+            if halved(self.setting.recipe, self.setting.choice) is None:
+                raise
+            self.clock.stop()
+            for parameter in self.trainer.optimizer.parameters():
+                parameter.grad = None
+            if done > self.first:
+                self.trainer.save(done, self.clock)
+            self.trainer.finish()
+            for reader in self.readers:
+                reader.close()
+            self.trainer.close()
+            gc.unfreeze()
+            raise
 
 
 class Reporter:
@@ -141,7 +174,8 @@ def _log_start(setting: Setting, stage: Stage, first: int, encoders: float, orig
     setting.log.write(
         "start", stage.name, first, trunk_params=flops.trunk_parameters(recipe.model), resumed_from=first,
         flops_per_image=cost.total, teacher_flops_per_image=cost.teacher, steps=stage.steps,
-        batch_size=recipe.optim.batch_size, ranks=setting.ranks.count, device=_device_name(setting.ranks.device),
+        batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, setting.ranks.count),
+        ranks=setting.ranks.count, device=_device_name(setting.ranks.device),
         matmul_flops_per_s=setting.rate, dataset=setting.shards.manifest.digest,
         versions={"st_fast": __version__, "torch": torch.__version__}, **({"init": origin} if origin else {}),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from st_fast import flow, streams
+from st_fast import flow, memory, streams
 from st_fast.feed import Batch
 from st_fast.graphs import Graphs
 from st_fast.model import SiT
@@ -74,6 +74,7 @@ class Step:
             norm = self.optimizer.update()
         return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts])), norm
 
+    @memory.of_a_pass()
     def _learn(self, step: int, batch: Batch, last: bool) -> Losses:
         """Adds a micro-batch's gradients to those there are; `last`: they are complete with it."""
         lesson = self.targets.lesson(step, batch)

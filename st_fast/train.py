@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from st_fast.errors import UserError, run_command
-from st_fast.launch import rank_count
+from st_fast.launch import local_rank, rank_count
 from st_fast.recipe import Recipe, changed_maths, load, to_toml
+from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
+
+CARD_BYTES = 78 * 2**30
+"""What an 80 GB card leaves to a process, about: for a plan where there is no GPU."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def summary(recipe: Recipe, ranks: int) -> str:
 
     model = recipe.model
     bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and recipe.run.device != "cpu")
-    fixed, activations = flops.memory_bytes(recipe, ranks, bf16)
+    chosen, how = planned_passes(recipe, ranks, bf16)
+    fixed, activations = flops.memory_bytes(chosen, ranks, bf16)
     lines = [
         f"# {model.name}: {flops.trunk_parameters(model) / 1e6:.1f} M parameters, "
         f"{flops.tokens(model)} tokens, {flops.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
@@ -99,8 +104,9 @@ def summary(recipe: Recipe, ranks: int) -> str:
     lines += [f"# {name}: starts from {start.init} ({start.init_weights})" for name, start in begun]
     lines.append(
         f"# memory a rank, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
-        f"{activations / 2**30:.2f} GiB activations of {flops.micro_batch(recipe.optim, ranks)} images"
+        f"{activations / 2**30:.2f} GiB activations of {images_a_pass(chosen.optim, ranks)} images"
     )
+    lines += [f'# optim.micro_batch = "auto": {how}'] if how else []
     again = 2 * flops.recomputed_macs(model, recipe.run.checkpointing)
     if again:
         lines.append(
@@ -108,6 +114,28 @@ def summary(recipe: Recipe, ranks: int) -> str:
             "neither FLOPs nor MFU count them"
         )
     return "\n".join(lines)
+
+
+def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]:
+    """The recipe with the passes that "auto" would choose on this machine's device, and how it came to them.
+
+    Where there is no such device, as a card of 80 GB would have it. An empty text where "auto" is not asked.
+    """
+    if recipe.optim.micro_batch != AUTO:
+        return recipe, ""
+    import torch
+
+    from st_fast import flops, memory
+
+    here = recipe.run.device == "cpu" or torch.cuda.is_available()
+    device = torch.device("cpu" if recipe.run.device == "cpu" else f"cuda:{local_rank()}")
+    room = memory.capacity(device) if here else CARD_BYTES
+    where = f"{device}, {room / 2**30:.1f} GiB" if here else f"no GPU here; a card with {room / 2**30:.1f} GiB"
+    images = flops.largest_micro_batch(recipe, ranks, bf16, room)
+    if not images:
+        return recipe, f"not one image a pass fits ({where})"
+    chosen = with_passes_of(images, recipe, ranks)
+    return chosen, f"{images} images a pass, {chosen.optim.accumulation} a step ({where})"
 
 
 if __name__ == "__main__":

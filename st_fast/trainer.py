@@ -19,6 +19,7 @@ from st_fast.examine import Examiner
 from st_fast.fallback import sound_ops
 from st_fast.image_features import compile_encoders, open_image_features
 from st_fast.interrupt import Agreement
+from st_fast.micro_batch import Choice, record
 from st_fast.model import SiT, build, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.branches import Apart, Branches, batched
@@ -50,6 +51,8 @@ class Setting:
     """Of the weights in use: what `run.precision` says, resolved for the device."""
     rate: float
     """Measured matmul FLOP/s of one device in that precision; MFU is a share of it."""
+    choice: Choice | None = None
+    """What `optim.micro_batch = "auto"` came to, and is in `recipe` as accumulation; None where it is not asked."""
 
 
 class Trainer:
@@ -182,6 +185,7 @@ class Trainer:
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
             "init": self.origin,
+            "micro_batch": record(self.setting.choice),
             "versions": {"st_fast": __version__, "torch": torch.__version__},
         }
         stall = self.saver.save(step, self.optimizer.state(), meta)

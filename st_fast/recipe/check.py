@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.error import RecipeError, did_you_mean, show, wrong_value
 from st_fast.recipe.limits import BlockNumber, StepOfStage
 from st_fast.recipe.methods import LayerSync, supervision_name
@@ -29,7 +30,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_scores(recipe.evaluate)
     check_sharding(recipe)
     check_profile(recipe)
-    check_schedule(recipe)
+    check_schedule(recipe, ranks)
 
 
 def check_shapes(model: Model) -> None:
@@ -50,14 +51,23 @@ def check_shapes(model: Model) -> None:
 
 
 def check_batch(optim: Optim, ranks: int) -> None:
-    """The global batch must split evenly over ranks and accumulation steps."""
+    """The global batch must split evenly over ranks and accumulation steps, or passes of the micro-batch's size."""
     parts = ranks * optim.accumulation
     if optim.batch_size % parts == 0:
+        _check_micro_batch(optim, ranks)
         return
     sizes, splits = splits_near(optim.batch_size, parts)
     why = f"not divisible by ranks x accumulation = {ranks} x {optim.accumulation} = {parts}"
     allowed = f"a batch size of {_either(sizes)}, or ranks x accumulation of {_either(splits)}"
     raise wrong_value("optim.batch_size", optim.batch_size, allowed, why)
+
+
+def _check_micro_batch(optim: Optim, ranks: int) -> None:
+    share, images = optim.batch_size // ranks, optim.micro_batch
+    if isinstance(images, int) and images and share % images:
+        why = f"does not divide a rank's share of the batch, {optim.batch_size} / {ranks} = {share}"
+        allowed = f'{_either(splits_near(share, images)[1])}, or "auto"'
+        raise wrong_value("optim.micro_batch", images, allowed, why)
 
 
 def splits_near(batch_size: int, parts: int) -> tuple[list[int], list[int]]:
@@ -186,8 +196,7 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
     if run.precision == "fp32" or run.device == "cpu":
         why = f"run.precision = {show(run.precision)}, run.device = {show(run.device)}"
         raise wrong_value("run.fp8", run.fp8, '"off", or run.precision = "bf16" on a GPU', why)
-    micro = recipe.optim.batch_size // (ranks * recipe.optim.accumulation)
-    rows = micro * (model.latent_size // model.patch) ** 2
+    rows = images_a_pass(recipe.optim, ranks) * (model.latent_size // model.patch) ** 2
     sizes = {
         f"model.width {model.width}": model.width,
         f"the MLP's {int(model.width * model.mlp_ratio)} channels": int(model.width * model.mlp_ratio),

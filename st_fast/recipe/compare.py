@@ -26,6 +26,7 @@ HARMLESS = frozenset(
         "data.verify",
         # The global batch is what the update sees, however it is split.
         "optim.accumulation",
+        "optim.micro_batch",
         "optim.implementation",
         "run.out",
         "run.device",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from st_fast.recipe.batch import agreed
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, read_document, section_with
 from st_fast.recipe.error import RecipeError, cut, did_you_mean, key_text, unknown_name, wrong_value
@@ -35,7 +36,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), ranks: int = 1) -> Rec
         document = read_document(Path(path))
         for override in overrides:
             flags[apply_override(document, override)] = override
-        recipe = resolve(parse(document), Path(path))
+        recipe = agreed(resolve(parse(document), Path(path)), ranks)
         check(recipe, ranks)
     except RecipeError as error:
         if error.place:

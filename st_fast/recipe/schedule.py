@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.error import wrong_value
 from st_fast.recipe.methods import supervision_name
 from st_fast.recipe.schema import Recipe, Run
 
 
-def check_schedule(recipe: Recipe) -> None:
+def check_schedule(recipe: Recipe, ranks: int) -> None:
     """RecipeError for schedules that exclude one another, that a method excludes, or that `run.device` lacks."""
     run = recipe.run
     for stage in recipe.stages:
@@ -18,19 +19,21 @@ def check_schedule(recipe: Recipe) -> None:
             why = f"stage.{stage.name} ({supervision_name(stage.method)}) learns from weights that lie in shards"
             raise wrong_value("run.teacher_placement", "beside", "before in a sharded run", why)
     if run.cuda_graphs:
-        _check_graphs(recipe)
+        _check_graphs(recipe, ranks)
     if run.device == "cpu":
         check_device(run, "cpu")
 
 
-def _check_graphs(recipe: Recipe) -> None:
+def _check_graphs(recipe: Recipe, ranks: int) -> None:
     """A graph replays one micro-batch of fixed shapes on one stream, and its gradients start from nothing."""
-    run = recipe.run
+    run, optim, share = recipe.run, recipe.optim, recipe.optim.batch_size // ranks
+    whole = images_a_pass(optim, ranks) == share
     needs = {
         "run.supervised_rows": (run.supervised_rows, ("padded",)),
         "run.teacher_placement": (run.teacher_placement, ("before",)),
         "run.teacher_branches": (run.teacher_branches, ("batched", "sequential")),
-        "optim.accumulation": (recipe.optim.accumulation, (1,)),
+        "optim.accumulation": (optim.accumulation, (1,)),
+        "optim.micro_batch": (optim.micro_batch, (optim.micro_batch,) if whole else (share, 0)),
     }
     for key, (value, allowed) in needs.items():
         if value not in allowed:

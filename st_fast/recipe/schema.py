@@ -82,6 +82,8 @@ class Data:
 class Optim:
     """AdamW with clipping and a weight average. `batch_size` is global: over all ranks and accumulation steps.
 
+    `micro_batch` gives the images of one forward pass on one rank instead of `accumulation` (0: that decides); "auto"
+    takes the most that fit the device by the memory estimate.
     `grad_clip = 0` turns clipping off. `reduction` is the dtype in which ranks add gradients; "auto": the gradients'.
     `implementation` says who makes the step: this project's op in one pass ("auto"), PyTorch's fused AdamW, or apex's;
     the state is the same.
@@ -89,6 +91,7 @@ class Optim:
 
     batch_size: Count = 256
     accumulation: Count = 1
+    micro_batch: CountOrZero | Literal["auto"] = 0
     lr: Positive = 1e-4
     warmup_steps: CountOrZero = 0
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

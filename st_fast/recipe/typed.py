@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from st_fast.recipe.error import RecipeError, did_you_mean, wrong_value
 
@@ -40,18 +42,31 @@ def typed_value(key: str, kind: Any, value: object) -> Any:
 
 
 def _refusal(key: str, kind: Any, value: object, allowed: str) -> RecipeError:
-    if isinstance(value, str) and get_origin(kind) is Literal:
-        return wrong_value(key, value, describe(kind) + did_you_mean(value, get_args(kind)))
+    if isinstance(value, str) and (words := choices(kind)):
+        return wrong_value(key, value, describe(kind) + did_you_mean(value, words))
     return wrong_value(key, value, allowed or describe(kind))
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that a field takes: of a choice between words, or between words and something else."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(word for member in get_args(kind) for word in choices(member)) if _is_union(kind) else ()
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
 
 
 def describe(kind: Any) -> str:
     """A field's type in words: "a number above 0"."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if _is_union(kind):
+        return ", or ".join(map(describe, arguments))
     if origin is Annotated:
         return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
     if origin is Literal:
-        return "one of " + ", ".join(f'"{choice}"' for choice in arguments)
+        return "one of " * (len(arguments) > 1) + ", ".join(f'"{choice}"' for choice in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list, each {describe(arguments[0])}"
     if origin is tuple:
@@ -61,6 +76,8 @@ def describe(kind: Any) -> str:
 
 def _convert(kind: Any, value: object) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
+    if _is_union(kind):
+        return _convert_to_one(arguments, value)
     if origin is Annotated:
         converted = _convert(arguments[0], value)
         if not all(limit.allows(converted) for limit in arguments[1:]):
@@ -79,6 +96,14 @@ def _convert(kind: Any, value: object) -> Any:
             raise _Mismatch
         return tuple(_convert(item_kind, item) for item_kind, item in zip(arguments, value, strict=True))
     return _CONVERTERS[kind](value)
+
+
+def _convert_to_one(kinds: tuple[Any, ...], value: object) -> Any:
+    """The value as the first of the types that takes it."""
+    for kind in kinds:
+        with suppress(_Mismatch):
+            return _convert(kind, value)
+    raise _Mismatch
 
 
 def _bool(value: object) -> bool:

@@ -55,7 +55,7 @@ def test_a_process_that_runs_out_of_memory_says_what_would_fit_and_that_fits(one
     line = one_line(done.stderr)
     assert "out of memory on cpu at align step 1 with 1024 images a pass in 2." in line
     assert not (out / "align" / "checkpoints").exists()
-    option = re.search(r"--optim\.accumulation=\d+", line)
+    option = re.search(r"--optim\.micro_batch=\d+", line)
     assert option, line
     done = limited(option[0])
     assert done.returncode == 0, done.stderr
@@ -66,12 +66,12 @@ def test_the_advice_is_the_largest_even_split_that_fits_by_the_formula(gibibytes
     recipe, room = load(tiny.ROOT / "recipes" / "sit_xl.toml", ranks=2), int(gibibytes * 2**30)
     ranks = Ranks(0, 2, torch.device("cpu"))
     line = memory.advice(recipe, ranks, torch.bfloat16, room)
-    fixed, an_image = flops.memory_bytes(recipe, 2, True)[0], flops.activation_bytes(recipe.model, True)
+    fixed, activations = flops.memory_bytes(recipe, 2, True)
     possible = [256 // (2 * a) for a in range(2, 129) if 256 % (2 * a) == 0]
-    fitting = [micro for micro in possible if fixed + micro * an_image <= 0.9 * room]
+    fitting = [micro for micro in possible if fixed + micro * (activations // 128) <= 0.9 * room]
     assert "\n" not in line
     if fitting:
-        assert f"--optim.accumulation={128 // max(fitting)} makes it {max(fitting)} a pass" in line
+        assert f"--optim.micro_batch={max(fitting)} makes it {max(fitting)} a pass" in line
     else:
         assert "take more ranks or a smaller model" in line
 
@@ -82,6 +82,12 @@ def test_the_advice_is_a_recipe_that_is_accepted_where_graphs_allow_no_accumulat
     line = memory.advice(recipe, Ranks(0, 1, torch.device("cpu")), torch.bfloat16, 24 * 2**30)
     options = re.findall(r"--[\w.]+=\w+", line.split(" makes it ")[0])
     assert len(options) == 2 and load(tiny.ROOT / "recipes" / "sit_xl.toml", [*graphs, *options])
+
+
+def test_where_the_recipe_has_an_accumulation_the_advice_is_a_larger_one():
+    recipe = load(tiny.ROOT / "recipes" / "sit_xl.toml", ["--optim.micro_batch=0", "--optim.accumulation=2"])
+    line = memory.advice(recipe, CPU, torch.bfloat16, 40 * 2**30)
+    assert "--optim.accumulation=8 makes it 32 a pass" in line
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe):

@@ -124,7 +124,7 @@ def test_what_a_gpu_lacks_is_one_line(capability, library, words, monkeypatch):
         (["--model.name=custom", "--model.width=72", "--model.heads=1", "--model.depth=16", "--model.patch=2"],
          ("run.fp8", "multiple of 16", "72")),
         (["--model.patch=16", "--model.name=custom", "--model.width=64", "--model.heads=1", "--model.depth=16",
-          "--optim.accumulation=128"], ("run.fp8", "multiple of 16", "8 tokens")),
+          "--optim.micro_batch=2"], ("run.fp8", "multiple of 16", "8 tokens")),
     ],
 )  # fmt: skip
 def test_fp8_where_it_cannot_be_is_refused_by_the_recipe(options, words):

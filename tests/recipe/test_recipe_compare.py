@@ -22,6 +22,7 @@ MATHS = {
 HARMLESS = {
     *("data.path", "data.images", "data.images_subset"),  # the digest says whether it is the same data
     *("model.name", "model.attention", "data.loader", "data.verify", "optim.accumulation", "optim.implementation"),
+    "optim.micro_batch",
     *("model.modulation", "run.out", "run.device", "run.sharding", "run.shard_teacher"),
     *(f"run.{key}" for key in ("compile", "checkpointing", "log_every", "save_every", "keep", "keep_every")),
     *(f"run.{key}" for key in ("teacher_branches", "teacher_placement", "supervised_rows", "prefetch", "cuda_graphs")),

@@ -1,0 +1,43 @@
+"""How the global batch is split: over ranks, over passes of a step, and so into images of a pass. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from st_fast.recipe.error import show, wrong_value
+from st_fast.recipe.schema import Optim, Recipe
+
+AUTO = "auto"
+"""The `optim.micro_batch` that the device's memory decides."""
+
+
+def images_a_pass(optim: Optim, ranks: int) -> int:
+    """Images of one forward pass on one rank; while "auto" is undecided, those of a rank's whole share."""
+    if isinstance(optim.micro_batch, int) and optim.micro_batch:
+        return optim.micro_batch
+    return optim.batch_size // (ranks * optim.accumulation)
+
+
+def possible_passes(optim: Optim, ranks: int) -> list[int]:
+    """The images that a pass may have, largest first: what divides a rank's share of the batch evenly."""
+    share = optim.batch_size // ranks
+    small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
+    return sorted({*small, *(share // n for n in small)}, reverse=True)
+
+
+def with_passes_of(images: int, recipe: Recipe, ranks: int) -> Recipe:
+    """The recipe with the accumulation that makes passes of so many images, and nothing left to decide."""
+    accumulation = recipe.optim.batch_size // (ranks * images)
+    return replace(recipe, optim=replace(recipe.optim, accumulation=accumulation, micro_batch=0))
+
+
+def agreed(recipe: Recipe, ranks: int) -> Recipe:
+    """The recipe with `micro_batch` alone to decide where `accumulation` says the same; RecipeError if it does not."""
+    optim = recipe.optim
+    if optim.micro_batch == 0 or optim.accumulation == 1:
+        return recipe
+    if optim.micro_batch != AUTO and ranks * optim.accumulation * images_a_pass(optim, ranks) == optim.batch_size:
+        return replace(recipe, optim=replace(optim, accumulation=1))
+    why = f"optim.micro_batch = {show(optim.micro_batch)} decides how many passes a step has"
+    raise wrong_value("optim.accumulation", optim.accumulation, "1, or optim.micro_batch = 0", why)
