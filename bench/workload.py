@@ -29,6 +29,7 @@ from st_fast.examine import Examiner
 from st_fast.feed import Feed, Lookahead
 from st_fast.interrupt import Agreement, StopRequest
 from st_fast.kernels import KernelTable
+from st_fast.micro_batch import choose_micro_batch
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import Attend
 from st_fast.model.sit import sincos_positions
@@ -79,7 +80,7 @@ def make_recipe(setup: Setup, folder: Path) -> Recipe:
             f"--data.path={folder / 'data'}", f"--run.out={folder / 'run'}", "--data.loader=resident",
             f"--run.device={setup.device.type}", "--run.precision=auto", "--flow.time=stratified",
             f"--run.compile={setup.compile}",
-            f"--optim.batch_size={setup.batch}", *own, *setup.options,
+            f"--optim.batch_size={setup.batch}", "--optim.micro_batch=0", *own, *setup.options,
         ],
     )  # fmt: skip
     if not setup.depth:
@@ -186,13 +187,13 @@ class Ours:
     """st_fast's loop over one stage: data and step, all but a few scalars of what happens between log lines."""
 
     def __init__(self, setup: Setup, folder: Path) -> None:
-        self.recipe = make_recipe(setup, folder)
+        ranks, given = Ranks(0, 1, setup.device), make_recipe(setup, folder)
+        dtype = precision(given, setup.device)
+        self.recipe, _ = choose_micro_batch(given, ranks, dtype, held=0, say=lambda text: None)
         self.stage = make_stage(setup, self.recipe)
-        ranks = Ranks(0, 1, setup.device)
         shards, self.log = write_data(self.recipe), Notices(folder, ranks)
         self.scale = shards.manifest.scale
         examiner = Examiner(self.recipe, shards.manifest, ranks, self.log)
-        dtype = precision(self.recipe, setup.device)
         stop = Agreement(StopRequest(), ranks)
         setting = Setting(self.recipe, ranks, shards, examiner, self.log, stop, dtype, rate=1.0)
         with quickly_built(setup.device):
