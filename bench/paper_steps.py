@@ -20,11 +20,12 @@ from bench.fusion import Kernel
 from bench.plain import PlainLoop
 from bench.trace import CompiledModule, Counter
 from bench.workload import Setup, make_recipe, make_stage
-from st_fast import flops, kernels, ranges, supervision, updates
+from st_fast import kernels, ranges, supervision, updates
 from st_fast.feed import Batch
 from st_fast.model import SiT
 from st_fast.optim import Optimizer
 from st_fast.parallel import Ranks
+from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.step import Step
 from st_fast.supervision.protocol import Rows, select_rows
@@ -76,7 +77,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _batches(recipe: Recipe, stage: Stage) -> list[Batch]:
     """A step's micro-batches, at stratified times."""
     model, total = recipe.model, recipe.optim.batch_size
-    size = flops.micro_batch(recipe.optim, ranks=1)
+    size = images_a_pass(recipe.optim, ranks=1)
     with torch.device("cpu"):
         t = (torch.arange(total) + 0.5) / total
         rows = [select_rows(t, slice(first, first + size), stage.method.selection) for first in range(0, total, size)]

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +79,12 @@ def attempt(task: Callable[[], Row], seconds: float) -> Row:
             row = task()
     except (Exception, OutOfTime) as error:  # one broken row must not cost the others the device's time
         lines = str(error).strip().splitlines()
-        return {"ok": False, "error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]}
+        frames = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)]
+        return {
+            "ok": False,
+            "error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:300],
+            "where": frames[-6:],
+        }
     return row | {"ok": False} if row.get("notices") else row
 
 

@@ -36,6 +36,7 @@ from st_fast.model.sit import sincos_positions
 from st_fast.monitor import Log
 from st_fast.parallel import Ranks
 from st_fast.recipe import Recipe, load
+from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.methods import Plain, SelfTranscendence
 from st_fast.recipe.schema import Model, Stage
 from st_fast.run import precision
@@ -208,7 +209,7 @@ class Ours:
     @property
     def micro_batch(self) -> int:
         """Images of one forward pass."""
-        return flops.micro_batch(self.recipe.optim, 1)
+        return images_a_pass(self.recipe.optim, ranks=1)
 
     @property
     def waited(self) -> float:
