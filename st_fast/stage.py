@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,14 +98,16 @@ class Retreat:
         try:
             yield
         except memory.PassTooLarge:
-            if halved(self.setting.recipe, self.setting.choice) is None:
+            smaller = halved(self.setting.recipe, self.setting.choice)
+            if smaller is None:
                 raise
             self.clock.stop()
             for parameter in self.trainer.optimizer.parameters():
                 parameter.grad = None
             if done > self.first:
+                self.trainer.setting = replace(self.setting, recipe=smaller[0], choice=smaller[1])
                 self.trainer.save(done, self.clock)
-            self.trainer.finish()
+                self.trainer.finish()
             for reader in self.readers:
                 reader.close()
             self.trainer.close()

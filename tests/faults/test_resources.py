@@ -61,6 +61,27 @@ def test_a_process_that_runs_out_of_memory_says_what_would_fit_and_that_fits(one
     assert done.returncode == 0, done.stderr
 
 
+def test_a_run_whose_memory_is_taken_away_goes_on_with_half_the_pass_where_that_is_left_to_it(one_stage):
+    """For real: the address space is limited, and most of what is free is taken between two steps."""
+    data, out = tiny.write_data(one_stage.parent / "many", count=1024), one_stage.parent / "out"
+    limit, left = 5 * 2**29, 750 * 2**20
+    command = [
+        sys.executable, "-m", "tests.faults.backing_off_child", "3", str(left), str(one_stage), f"--data.path={data}",
+        "--optim.batch_size=1024", "--optim.micro_batch=auto", "--model.depth=3", "--model.mlp_ratio=512",
+        "--stage.align.steps=4", "--kernels.linear=reference",  # oneDNN does not say that it is memory it lacks
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tiny.ROOT, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit,) * 2),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "micro-batch 512: 2 passes a step; by estimate" in done.stdout
+    told = "align: out of memory at step 3 with 512 images a pass; going on after step 2 with 256, 4 passes a step"
+    assert done.stdout.count("out of memory") == done.stdout.count(told) == 1
+    assert [r["micro_batch"] for r in tiny.records(out, "start")] == [512, 256]
+    assert [r["step"] for r in tiny.records(out, "train")] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("gibibytes", [1.0, 4.0, 24.0, 80.0])
 def test_the_advice_is_the_largest_even_split_that_fits_by_the_formula(gibibytes):
     recipe, room = load(tiny.ROOT / "recipes" / "sit_xl.toml", ranks=2), int(gibibytes * 2**30)
