@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -151,15 +153,49 @@ def _clean() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
+def csrc(found: Installation, folder: Path) -> str:
+    """The value of ST_FAST_CSRC on the stand-in: csrc's files in `folder`, made now unless they are there.
+
+    csrc has libcudart within itself, which no stand-in can get between; so it is linked with the shared one here, and
+    for one architecture. A kind that does not compile is left out, with a line that says why.
+    """
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "kernels" / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    files = []
+    for kind, commands in (("cpu", build._cpu_commands), ("cuda", build._cuda_commands)):
+        target = folder / build.file_name(kind)
+        failed = target.with_suffix(".failed")
+        if not target.is_file() and not failed.is_file():
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                try:
+                    compilations, link = commands(build.source_dir(), found.torch, Path(work))
+                    for command in compilations:
+                        build._run([part for part in command if not re.match("-gencode.*sm_(?!90)", part)])
+                    shared = ["-cudart=shared" if part == "-cudart=static" else part for part in link]
+                    build._run([*shared, "-o", f"{work}/{target.name}"])
+                    os.replace(Path(work) / target.name, target)
+                except build.BuildError as error:
+                    failed.write_text(str(error))
+        if target.is_file():
+            files.append(str(target))
+        else:
+            print(f"stand-in CUDA: csrc ({kind}) is left out: {failed.read_text()}", file=sys.stderr)
+    return os.pathsep.join(files)
+
+
 def environment(
-    folder: Path, gib: float | None = None, fail_after: int = 0, event_ms: float | None = None
+    found: Installation, gib: float | None = None, fail_after: int = 0, event_ms: float | None = None
 ) -> dict[str, str]:
-    """Variables for a process on the stand-in in `folder`, on top of this process's own.
+    """Variables for a process of `found` on the stand-in, on top of this process's own. Raises Unavailable.
 
     `gib` is the size of the device's memory, `fail_after` the number of launches after which every call fails as on a
     device that has met an illegal address (0: never), `event_ms` the time between any two events.
     """
+    folder = build(found)
     variables = {
+        "ST_FAST_CSRC": csrc(found, folder),
         "LD_PRELOAD": str(folder / LIBRARY),
         "TRITON_LIBCUDA_PATH": str(folder),
         # What is tuned on the stand-in says nothing about a GPU: it has caches of its own.
@@ -218,7 +254,7 @@ class Counters:
 
 def main() -> None:
     try:
-        variables = environment(build(installation()))
+        variables = environment(installation())
     except Unavailable as error:
         raise SystemExit(f"stand-in CUDA: {error}") from None
     print(*(f"{name}={value}" for name, value in variables.items()))

@@ -24,11 +24,11 @@ from tests.stand_in import driver, gates
 START = Path(__file__).resolve().parent / "start"
 
 
-def variables(folder: Path, **settings: float | None) -> dict[str, str]:
+def variables(found: driver.Installation, **settings: float | None) -> dict[str, str]:
     """The whole environment of a rehearsal: this process's own, the stand-in's, and what disarms the gates."""
     paths = (str(START), str(driver.ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
     more = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return os.environ | driver.environment(folder, **settings) | more
+    return os.environ | driver.environment(found, **settings) | more
 
 
 def run(module: str, arguments: list[str]) -> None:
@@ -52,11 +52,10 @@ def main() -> int:
         return 0
     try:
         found = driver.installation()
-        folder = driver.build(found)
+        environment = variables(found, gib=given.gib, fail_after=given.fail_after, event_ms=given.event_ms)
     except driver.Unavailable as error:
         print(f"stand-in CUDA: {error}", file=sys.stderr)
         return 2
-    environment = variables(folder, gib=given.gib, fail_after=given.fail_after, event_ms=given.event_ms)
     environment.setdefault("OUT", tempfile.mkdtemp(prefix="st_fast-rehearsal-"))
     print(f"rehearsal by {found.python}: rows go to {environment['OUT']}", file=sys.stderr)
     command = [found.python, "-m", "tests.stand_in.rehearse", given.module, *given.arguments]

@@ -22,7 +22,7 @@ EXPORT size_t cublasLtGetVersion(void) { return 130100; }
 EXPORT const char *cublasGetStatusName(int code) { return error_name(code); }
 EXPORT const char *cublasGetStatusString(int code) { return error_text(code); }
 
-/* One algorithm serves all; struct cublasLtMatmulHeuristicResult_t is 64 bytes of algorithm, 8 of workspace, state, … */
+/* One algorithm serves all; cublasLtMatmulHeuristicResult_t has 96 bytes, and zeros mean success without workspace. */
 EXPORT int cublasLtMatmulAlgoGetHeuristic(
     void *blas, void *what, void *a, void *b, void *c, void *d, void *preference, int wanted, void *results,
     int *found) {

@@ -46,7 +46,9 @@ __attribute__((constructor)) static void read_settings(void) {
   fail_at = (long long)setting("ST_FAST_STAND_IN_FAIL_AFTER", 0);
 }
 EXPORT void stand_in_set_bytes(size_t bytes) { total_bytes = bytes; }
-EXPORT void stand_in_fail_after(long long launches) { fail_at = launches ? (long long)counters[LAUNCHES] + launches : 0; }
+EXPORT void stand_in_fail_after(long long launches) {
+  fail_at = launches ? (long long)counters[LAUNCHES] + launches : 0;
+}
 EXPORT size_t stand_in_used_bytes(void) { return used_bytes; }
 EXPORT size_t stand_in_pinned_bytes(void) { return pinned_bytes; }
 float event_milliseconds(void) { return (float)milliseconds; }
@@ -69,6 +71,7 @@ static const struct { int code; const char *name, *text; } ERRORS[] = {
     {CAPTURE_UNSUPPORTED, "cudaErrorStreamCaptureUnsupported", "operation not permitted when stream is capturing"},
     {CAPTURE_INVALIDATED, "cudaErrorStreamCaptureInvalidated",
      "operation failed due to a previous error during capture"},
+    {999, "cudaErrorUnknown", "an error that the stand-in does not know"},
 };
 static size_t error_entry(int code) {
   size_t last = sizeof ERRORS / sizeof *ERRORS - 1, i = 0;
