@@ -167,3 +167,19 @@ def test_a_measured_step_has_weights_none_of_which_is_zero_and_a_teacher_from_no
     assert all(torch.equal(average, state["model"][name]) for name, average in state["ema"].items())
     used = dict(loop.trainer.model.named_parameters())
     assert all(torch.equal(used[name], master) for name, master in state["model"].items())
+
+
+def test_the_plain_loops_batch_fits_with_the_moments_that_its_first_step_leaves(monkeypatch):
+    cpu = torch.device("cpu")
+    with ours(Setup("S/2", "plain", 4, cpu, tokens=16, depth=2)) as loop:
+        plain = loop.plain()
+    step, held = PlainLoop.step, []
+
+    def full(self, moments, labels):
+        if self.optimizer.state and len(labels) > 2:
+            raise torch.OutOfMemoryError("no room beside the moments")
+        held.append(len(labels))
+        return step(self, moments, labels)
+
+    monkeypatch.setattr(PlainLoop, "step", full)
+    assert step_times._largest_batch_of(plain, 4) == 2 and held == [4, 2, 2]
