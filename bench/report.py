@@ -73,8 +73,10 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def failures(rows: Mapping[str, Row]) -> str:
-    """Rows that have an error in place of figures, one line each."""
-    return "\n".join(f"- {key}: failed: {row['error']}" for key, row in rows.items() if "error" in row)
+    """Rows that have an error in place of figures, and those measured with something given up, one line each."""
+    failed = [f"- {key}: failed: {row['error']}" for key, row in rows.items() if "error" in row]
+    given_up = [f"- {key}: no result: {'; '.join(row['notices'])}" for key, row in rows.items() if row.get("notices")]
+    return "\n".join(failed + given_up)
 
 
 def part(name: str, rows: Mapping[str, Row], brief: bool) -> str:

@@ -124,3 +124,11 @@ def test_the_demo_as_measured_last_waited_for_data_less_than_a_hundredth_of_its_
     stages = json.loads((Path(report.__file__).parent / "results" / "demo.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == ["align", "transcend"]
     assert all(0 <= stage["waited"] < 0.01 for stage in stages)
+
+
+def test_a_row_that_was_measured_with_something_given_up_says_so(tmp_path):
+    row = op_row("align", 4.0) | {"ok": False, "notices": ["torch.compile of the reference failed: no ptxas"]}
+    results.Store(tmp_path, MACHINE).put("kernels", "align | S/2", row)
+    text = report.report(tmp_path, brief=True)
+    assert "4.00×" in text
+    assert "- align | S/2: no result: torch.compile of the reference failed: no ptxas" in text
