@@ -31,8 +31,8 @@ class Goal:
         return not device or self.device in device
 
     def value_in(self, content: Content) -> float | None:
-        """The worst of the chosen rows, measured or predicted; None where there is none."""
-        rows = content.get(self.part, {}).get("rows", {}).values()
+        """The worst of the chosen rows that are sound, measured or predicted; None where there is none."""
+        rows = [row for row in content.get(self.part, {}).get("rows", {}).values() if row.get("ok", True)]
         values = [value for row in rows if self.chosen(row) and (value := self.value(row)) is not None]
         return (min(values) if self.least is not None else max(values)) if values else None
 

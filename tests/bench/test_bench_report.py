@@ -132,3 +132,12 @@ def test_a_row_that_was_measured_with_something_given_up_says_so(tmp_path):
     text = report.report(tmp_path, brief=True)
     assert "4.00×" in text
     assert "- align | S/2: no result: torch.compile of the reference failed: no ptxas" in text
+
+
+def test_such_a_row_reaches_no_goal(tmp_path):
+    row = op_row("guided_feature_loss", 3.5)
+    store = results.Store(tmp_path, MACHINE)
+    store.put("kernels", "a", row | {"ok": False, "notices": ["something was given up"]})
+    assert _verdict(report.report(tmp_path, brief=True), "guided_feature_loss") == ("–", "not measured")
+    store.put("kernels", "a", row)
+    assert _verdict(report.report(tmp_path, brief=True), "guided_feature_loss") == ("3.50×", "reached")
