@@ -16,8 +16,8 @@ import torch
 
 from bench.beside import beside
 from bench.op_times import default_device
-from bench.results import Row
-from bench.step_times import notices, tidy
+from bench.results import Row, notices
+from bench.step_times import tidy
 from bench.timing import Effort
 from bench.workload import ROOT, STAGES, Ours, Setup, make_recipe, ours
 from st_fast.errors import UserError

@@ -10,7 +10,7 @@ from bench import choices, first_step, op_times, optimiser, profiles, schedules,
 from bench.cases import MAKERS, Case
 from bench.day import Day, Task
 from bench.day_right import left_out
-from bench.results import Row
+from bench.results import Row, notices
 from bench.step_times import Wanted
 from bench.workload import Setup, ours
 
@@ -56,7 +56,7 @@ def _longest(setup: Setup) -> Row:
         loop()
         found = profiles.kernels(loop, setup.device, times=3)
         longest = {name[:120]: 1e3 * spent for name, spent in list(found.items())[:30]}
-        return {"ok": True, "kernels_ms": longest} | step_times.notices(loop.log.said)
+        return {"ok": True, "kernels_ms": longest} | notices(loop.log.said)
 
 
 def first(day: Day) -> Iterator[Task]:

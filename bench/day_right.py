@@ -12,7 +12,7 @@ import torch
 from bench import gate, optimiser, step_times
 from bench.cases import MAKERS, Case, Draw
 from bench.day import Day, Task
-from bench.results import Row
+from bench.results import Row, notices
 from bench.timing import Stopwatch, interleave
 from bench.workload import Setup, ours
 from st_fast.kernels import native
@@ -119,4 +119,4 @@ def _same_step(setup: Setup) -> Row:
             said += loop.log.said
     worst = gate.worst_difference(values["off"], values["on"])
     ok = worst <= gate.SAME_LOSS[setup.device.type]
-    return {"ok": ok, "worst_difference": worst, "eager_loss": values["off"][-1][0]} | step_times.notices(said)
+    return {"ok": ok, "worst_difference": worst, "eager_loss": values["off"][-1][0]} | notices(said)

@@ -21,7 +21,7 @@ import torch
 
 from bench import gate, optimiser
 from bench.cases import MAKERS, Case, Inputs, Size
-from bench.results import Row
+from bench.results import Row, notices
 from bench.timing import Copy, Effort, Samples, Stopwatch, Variant, cache_bytes, interleave, noise, paired_ratio, total
 from st_fast import kernels
 
@@ -98,7 +98,7 @@ def measure(case: Case, effort: Effort, with_compile: bool = True) -> tuple[Row,
     timed = {name: variant(call, sets) for name, call in calls.items()} | {"copy": copy}
     samples = interleave(timed, case.device, effort)
     found = row(case, samples, copy.moved)
-    return found | ({"notices": [rival]} if isinstance(rival, str) and rival else {}), samples
+    return found | notices([rival] if isinstance(rival, str) and rival else []), samples
 
 
 def row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:

@@ -31,6 +31,11 @@ BUSY = 0.5
 Row = dict[str, Any]
 
 
+def notices(said: list[str]) -> Row:
+    """For a row while which something was given up, a kernel, a compiler, a backend: it is no result."""
+    return {"ok": False, "notices": said} if said else {}
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the figures hold for."""

@@ -12,8 +12,8 @@ import torch
 
 from bench import gate
 from bench.beside import beside
-from bench.results import Row
-from bench.step_times import notices, tidy
+from bench.results import Row, notices
+from bench.step_times import tidy
 from bench.timing import Effort
 from bench.workload import Setup, ours
 

@@ -14,7 +14,7 @@ import torch
 
 from bench import apart, floor, profiles
 from bench.plain import PlainLoop
-from bench.results import Machine, Row
+from bench.results import Machine, Row, notices
 from bench.timing import Effort, Samples, Stopwatch, Variant, interleave, noise
 from bench.workload import STAGES, Ours, Setup, our_variant, ours, plain_variant
 from st_fast import families
@@ -172,11 +172,6 @@ def _ours(loop: Ours, setup: Setup, wanted: Wanted, watch: _Watch, samples: Samp
 
 def _failed_to_compile(name: str, error: Exception) -> str:
     return f"{name}: torch.compile failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
-
-
-def notices(said: list[str]) -> Row:
-    """What was given up without ending the step: a row with such is no result (`bench.part.attempt`)."""
-    return {"notices": said} if said else {}
 
 
 def _peak_memory(loop: Ours, device: torch.device) -> float:

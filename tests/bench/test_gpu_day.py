@@ -83,13 +83,6 @@ def test_the_error_of_a_broken_row_is_kept_and_the_next_row_measured_and_the_fir
     assert part.run(day(tmp_path, again=True), "fake") == 0
 
 
-def test_a_row_that_tells_of_something_given_up_is_not_ok(tmp_path, tasks):
-    tasks(a=lambda: {"ms": 3.0, "notices": ["torch.compile failed (InductorError), going on without it: no ptxas"]})
-    assert part.run(day(tmp_path), "fake") == 1
-    row = day(tmp_path).store.rows("fake")["a"]
-    assert row["ok"] is False and row["ms"] == 3.0
-
-
 def test_the_end_of_the_time_is_no_failure_of_a_compiler(tmp_path, tasks):
     """As `CompiledBlocks` has it: whatever the compiler raises is told, and the step goes on without it."""
 
