@@ -201,6 +201,8 @@ def environment(
         # What is tuned on the stand-in says nothing about a GPU: it has caches of its own.
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        # Inductor's pool of compilers now and then does not end when its process does, which then waits 300 s for it.
+        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"),
     }
     settings = {"GIB": gib, "FAIL_AFTER": fail_after or None, "EVENT_MS": event_ms}
     given = {f"ST_FAST_STAND_IN_{name}": str(value) for name, value in settings.items() if value is not None}

@@ -24,9 +24,12 @@ from tests.stand_in import driver, gates
 START = Path(__file__).resolve().parent / "start"
 
 
-def variables(found: driver.Installation, **settings: float | None) -> dict[str, str]:
-    """The whole environment of a rehearsal: this process's own, the stand-in's, and what disarms the gates."""
-    paths = (str(START), str(driver.ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
+def variables(found: driver.Installation, gates: bool = True, **settings: float | None) -> dict[str, str]:
+    """The whole environment of a rehearsal: this process's own, the stand-in's, and what disarms the gates.
+
+    With `gates` False they stay. Raises Unavailable.
+    """
+    paths = (*([str(START)] if gates else []), str(driver.ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
     more = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return os.environ | driver.environment(found, **settings) | more
 

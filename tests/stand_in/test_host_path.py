@@ -1,0 +1,81 @@
+"""The host's part of CUDA training, on a device that does nothing: what is called, how often, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from bench.part import BROKEN
+from tests import tiny
+from tests.bench.test_bench_report import MACHINE
+
+
+@pytest.mark.parametrize("stage", ["plain", "stage 1", "stage 2"])
+def test_a_step_waits_for_nothing_and_launches_the_same_each_time(check, stage):
+    found = check("steps", stage)
+    for name, variant in found.items():
+        if name == "stderr":
+            continue
+        for step in variant["steps"]:
+            assert step["syncs"] == step["pageable_copies"] == step["allocations"] == 0, (name, step)
+        launches = [step["launches"] for step in variant["steps"]]
+        assert len(set(launches)) == 1 and launches[0] > 0, (name, launches)
+        assert not [text for text in variant["said"] if "going on without" in text], variant["said"]
+    assert found["cuda"]["steps"] == found["cuda:0"]["steps"]  # whichever way the device is named
+    eager, compiled, graphs = (found[name]["steps"][-1] for name in ("cuda:0", "compiled", "graphs"))
+    assert compiled["launches"] < eager["launches"]
+    assert graphs["graph_launches"] == 1 and graphs["launches"] < compiled["launches"] / 2
+    assert eager["graph_launches"] == compiled["graph_launches"] == 0
+
+
+def test_csrc_is_loaded_and_its_optimiser_takes_no_wait(check):
+    found = check("csrc")
+    assert found["loaded"] == ["cpu", "cuda"], found["stderr"]
+    assert found["step"]["launches"] > 0 and found["step"]["syncs"] == found["step"]["pageable_copies"] == 0
+
+
+def test_rows_leave_no_memory_behind_whether_they_end_or_fail(check):
+    found = check("rows")
+    assert len(set(found["left"][1:])) == 1 and found["left"][1] < 100e6, found["left"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    data = tiny.write_data(tmp_path / "data", count=1100)
+    return tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+
+
+def test_a_run_trains_and_saves(on_stand_in, recipe):
+    done = on_stand_in("st_fast.train", str(recipe), "--run.device=cuda", gates=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert tiny.records(recipe.parent / "out", "train")[-1]["step"] == 10
+    assert "is not there" not in done.stderr
+
+
+def test_out_of_memory_is_one_line(on_stand_in, recipe):
+    large = ("--model.mlp_ratio=512", "--optim.batch_size=1024")
+    done = on_stand_in("st_fast.train", str(recipe), "--run.device=cuda", *large, gates=True, gib=1.2)
+    lines = [line for line in done.stderr.splitlines() if "out of memory" in line]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "out of memory on cuda:0 at align step 1 with 1024 images a pass in 0." in lines[0]
+
+
+def test_a_part_of_the_day_stops_at_a_broken_device_and_keeps_its_rows(on_stand_in, tmp_path):
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps(asdict(MACHINE)))
+    command = ("bench.part", "truth", "--small", "--results", str(tmp_path), "--budget", "100")
+    command += ("--machine", str(machine))
+    done = on_stand_in(*command, gates=True, fail_after=400)
+    assert done.returncode == BROKEN, done.stdout + done.stderr[-3000:]
+    (file,) = (path for path in tmp_path.glob("*.json") if path != machine)
+    rows = json.loads(file.read_text())["correctness"]["rows"]
+    *before, last = rows.values()
+    assert before and all(row["ok"] for row in before) and "illegal memory access" in last["error"], rows
+
+
+def test_launches_are_counted(check):
+    found = check("launches")
+    assert found["forward"][:2] == [1, 0] and found["backward"][:2] == [2, 0]
+    assert 0 < found["forward"][2] < 10_000
