@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.recipe import Plain, RecipeError, SelfTranscendence, VelocityHead, load
+from st_fast.recipe import Plain, RecipeError, SelfTranscendence, VelocityHead, load, to_toml
 from st_fast.recipe.check import splits_near
 from st_fast.recipe.schema import SIZES
 
@@ -125,6 +125,10 @@ def test_a_wrong_override_is_named(small: Path, override: str, told: str) -> Non
         ("--optim.batch_size=0", "at least 1"),
         ("--optim.batch_size=2.0", "an integer"),
         ("--optim.accumulation=0", "at least 1"),
+        ("--optim.micro_batch=-1", 'an integer at least 0, or "auto"'),
+        ("--optim.micro_batch=8.0", 'an integer at least 0, or "auto"'),
+        ("--optim.micro_batch=true", 'an integer at least 0, or "auto"'),
+        ("--optim.micro_batch=atuo", "did you mean auto?"),
         ("--optim.batch_size=99999999999999999999", "64 bits"),
         ("--model.class_dropout=1", "in [0, 1)"),
         ("--model.class_dropout=-0.1", "in [0, 1)"),
@@ -160,6 +164,35 @@ def test_the_batch_must_divide_and_the_suggestions_do(small: Path) -> None:
     assert load(small, ["--optim.accumulation=3"], ranks=8).optim.accumulation == 3
     error = refusal(small, "--optim.batch_size=250", "--optim.accumulation=3", ranks=8)
     assert "8 x 3 = 24" in str(error) and "240, 264" in error.allowed and "25" in error.allowed
+
+
+def test_a_micro_batch_divides_a_ranks_share_and_the_suggestions_do(small: Path) -> None:
+    options = ["--optim.batch_size=252", "--optim.micro_batch=28"]
+    assert load(small, options, ranks=3).optim.micro_batch == 28
+    error = refusal(small, *options, ranks=2)
+    assert error.key == "optim.micro_batch" and "252 / 2 = 126" in str(error)
+    assert "21" in error.allowed and "42" in error.allowed and "28" not in error.allowed
+    assert refusal(small, "--optim.batch_size=252", "--optim.micro_batch=126", ranks=4).key == "optim.micro_batch"
+    assert load(small, ["--optim.micro_batch=auto"], ranks=2).optim.micro_batch == "auto"
+
+
+def test_accumulation_and_micro_batch_are_one_or_agree(small: Path) -> None:
+    both = ["--optim.batch_size=96", "--optim.accumulation=4"]
+    agreed = load(small, [*both, "--optim.micro_batch=12"], ranks=2)
+    assert (agreed.optim.accumulation, agreed.optim.micro_batch) == (1, 12)
+    small.write_text(to_toml(agreed))
+    assert load(small) == agreed, "another number of ranks, as commands that look at a run have it, reads it too"
+    for images in ("8", "24", "auto"):
+        error = refusal(small, *both, f"--optim.micro_batch={images}", ranks=2)
+        assert error.key == "optim.accumulation" and "optim.micro_batch = " in str(error) and "4" in str(error)
+
+
+def test_what_needs_one_pass_a_step_is_told_of_a_micro_batch_too(small: Path) -> None:
+    graphs = ["--optim.batch_size=96", "--run.cuda_graphs=true", "--run.supervised_rows=padded"]
+    error = refusal(small, *graphs, "--optim.micro_batch=24", ranks=2)
+    assert (error.key, error.value) == ("optim.micro_batch", 24) and "48" in error.allowed
+    assert "run.cuda_graphs = true needs it" in str(error)
+    assert load(small, [*graphs, "--optim.micro_batch=48"], ranks=2).run.cuda_graphs
 
 
 @pytest.mark.parametrize(("batch_size", "parts"), [(250, 24), (1, 2), (7, 1000), (2**62, 48), (2**61 - 1, 3)])
