@@ -20,30 +20,39 @@ from bench.results import Row, notices
 from bench.step_times import tidy
 from bench.timing import Effort
 from bench.workload import ROOT, STAGES, Ours, Setup, make_recipe, ours
+from st_fast import kernels
 from st_fast.errors import UserError
-from st_fast.model.attention import BACKENDS
+from st_fast.model.attention import AUTO_ORDER, BACKENDS
 from st_fast.model.fp8 import check_fp8
 
 TRUNK_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_tanh")
 """Ops of the plain step."""
 CHOICES = {
-    "modulation one": ("--model.modulation=one",),
-    "checkpointing attention": ("--run.checkpointing=attention",),
-    "checkpointing block": ("--run.checkpointing=block",),
-    "optimiser torch": ("--optim.implementation=torch",),
-    "optimiser apex": ("--optim.implementation=apex",),
-    "fp8 tensorwise": ("--run.fp8=tensorwise",),
+    **{f"{op} {how}": (f"--kernels.{op}={how}",) for op in TRUNK_OPS for how in ("reference", "fused")},
     "compile off": ("--run.compile=off",),
     "compile on": ("--run.compile=on",),
-    **{f"{op} {how}": (f"--kernels.{op}={how}",) for op in TRUNK_OPS for how in ("reference", "fused")},
     **{f"attention {name}": (f"--model.attention={name}",) for name in BACKENDS},
+    "modulation one": ("--model.modulation=one",),
+    "checkpointing block": ("--run.checkpointing=block",),
+    "checkpointing attention": ("--run.checkpointing=attention",),
+    "fp8 tensorwise": ("--run.fp8=tensorwise",),
+    "optimiser torch": ("--optim.implementation=torch",),
+    "optimiser apex": ("--optim.implementation=apex",),
 }
-"""Those of a switch that are the default compare it with itself, which shows the noise."""
+"""What may decide a default first."""
 SOME = ("modulation one", "checkpointing block", "optimiser torch", "fp8 tensorwise", "compile off", "attention math")
 """One of each kind, for a rehearsal."""
 SAME_LOSS = {"cuda": 5e-3, "cpu": 1e-5}
 """Relative difference of the first step's loss that a choice may make: bf16's rounding, float32's."""
 FP8_LOSS = 5e-2
+
+
+def others(device: torch.device) -> list[str]:
+    """The choices that are not the default on such a device."""
+    kind = device.type
+    default = {f"{op} {kernels.defaults.DEFAULTS[kind][op]}" for op in TRUNK_OPS}
+    default |= {f"attention {AUTO_ORDER[kind][0]}", "compile on" if kind == "cuda" else "compile off"}
+    return [name for name in CHOICES if name not in default]
 
 
 def measure(setup: Setup, name: str, effort: Effort, block: int) -> Row:

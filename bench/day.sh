@@ -50,15 +50,14 @@ case $call in
   echo "== $((SECONDS - start)) s: tests"
   day 80 --parts build,attention,truth
   day 90 --parts step --only "XL/2, plain"
-  day 80 --parts step --only "B/2"
+  day 150 --parts step --only "B/2"
   ;;
 2) # the rest of the throughput, and each switch
   day 110 --parts step --only "XL/2"
   day 40 --parts profile --only "XL/2"
   day 90 --parts kernels
   day 130 --parts schedule
-  day 150 --parts choice
-  day 40 --parts compiled
+  day 190 --parts choice
   ;;
 3) # does it train?
   if [ ! -f data/cifar10/manifest.json ]; then
@@ -66,7 +65,7 @@ case $call in
     "$python" -m tarfile -e $pack/cifar10.tar.xz data || exit 2
   fi
   day 480 --parts convergence
-  day $last --parts first,truth,sweep
+  day $last --parts step,first,truth,choice,schedule,compiled,sweep
   ;;
 esac
 exit $code

@@ -73,8 +73,8 @@ def choice(day: Day) -> Iterator[Task]:
     """
     large = Setup("XL/2", "plain", 64, day.device) if day.device.type == "cuda" else day.setups[0]
     for setup in [day.setups[0] if day.small else large]:
-        for name in choices.SOME if day.small else choices.CHOICES:
-            block = 1 if day.small else 5
+        for name in choices.SOME if day.small else choices.others(day.device):
+            block = 1 if day.small else 3
             yield f"{setup.label} | {name}", partial(choices.measure, setup, name, day.effort, block)
 
 

@@ -20,10 +20,10 @@ from bench.workload import Setup, ours
 AHEAD, PADDED = "--run.teacher_placement=ahead", "--run.supervised_rows=padded"
 TEACHER: dict[str, tuple[str, ...]] = {
     "branches on two streams": ("--run.teacher_branches=streams",),
-    "sequential branches": ("--run.teacher_branches=sequential",),
-    "teacher beside the student": ("--run.teacher_placement=beside",),
     "teacher a step ahead": (AHEAD,),
     "teacher a step ahead on two streams": (AHEAD, "--run.teacher_branches=streams"),
+    "teacher beside the student": ("--run.teacher_placement=beside",),
+    "sequential branches": ("--run.teacher_branches=sequential",),
     "padded rows": (PADDED,),
     "padded rows, teacher a step ahead": (PADDED, AHEAD),
 }

@@ -38,6 +38,16 @@ def test_every_choice_is_one_that_a_recipe_has(name, tmp_path):
         assert getattr(getattr(recipe, section), key) == value
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_only_choices_that_are_not_the_default_are_measured_beside_it(kind):
+    found = choices.others(torch.device(kind))
+    assert "attention math" in found and "checkpointing block" in found
+    assert ("compile off" in found, "compile on" in found) == (kind == "cuda", kind == "cpu")
+    assert ("attention cudnn" in found, "attention csrc" in found) == (kind == "cpu", kind == "cuda")
+    assert "qk_norm reference" in found and "qk_norm fused" not in found
+    assert ("gelu_tanh fused" in found) == (kind == "cuda")
+
+
 def test_choices_and_schedules_are_told_with_what_could_not_be_had():
     done = {"ok": True, "ms": {"default": 20.0, "b": 10.0}, "speedup": 2.0, "noise": 0.01}
     rows = {

@@ -3,6 +3,7 @@
     python -m tests.stand_in.rehearse bench.gpu_day --small --results /tmp/day
     python -m tests.stand_in.rehearse --gib 40 --fail-after 100000 bench.gpu_day --small
     python -m tests.stand_in.rehearse pytest tests/schedule/test_gpu.py
+    python -m tests.stand_in.rehearse bench/day.sh 1                 a script, with that Python as its $PYTHON
 
 Every process that the command starts is part of the rehearsal. Rows go to a new folder unless the command or $OUT
 names one, so that none is taken for a measurement. The exit code is the command's.
@@ -61,7 +62,9 @@ def main() -> int:
         return 2
     environment.setdefault("OUT", tempfile.mkdtemp(prefix="st_fast-rehearsal-"))
     print(f"rehearsal by {found.python}: rows go to {environment['OUT']}", file=sys.stderr)
-    command = [found.python, "-m", "tests.stand_in.rehearse", given.module, *given.arguments]
+    script = given.module.endswith(".sh")
+    start = ["bash", given.module] if script else [found.python, "-m", "tests.stand_in.rehearse", given.module]
+    command, environment = [*start, *given.arguments], environment | {"PYTHON": found.python}
     return subprocess.run(command, cwd=driver.ROOT, env=environment).returncode
 
 
