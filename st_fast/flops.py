@@ -280,7 +280,7 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> i
     """What the trunk keeps for the backward per image, compiled for CUDA with cuDNN's attention (tests/test_memory.py).
 
     With checkpointing, in every block what `st_fast.model.checkpointing` says is kept, and in one block what its
-    backward pass has just computed again. The CPU keeps attention's output once: there it is 3 % too much.
+    backward pass has just computed again. The CPU keeps attention's output once: there this is 4 to 5 % too much.
     """
     n, d, each = tokens(model), model.width, 2 if bf16 else 4
     qkv, attended = 3 * d, d

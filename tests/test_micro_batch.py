@@ -21,6 +21,7 @@ from st_fast.recipe import Recipe, RecipeError, load, to_toml
 from st_fast.recipe.batch import possible_passes, with_passes_of
 from st_fast.run import run
 from st_fast.step import Losses, Step
+from st_fast.trainer import Trainer
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,6 +335,18 @@ def test_memory_that_lacks_outside_of_a_pass_is_no_reason_to_back_off(data, tmp_
     with pytest.raises(RunFailed, match="out of memory on cpu at align step 1 with 8 images a pass"):
         run(recipe_for(data, tmp_path))
     assert not (tmp_path / "out" / "align" / "checkpoints").exists()
+
+
+def test_what_the_failed_pass_has_allocated_is_free_before_anything_is_saved(data, tmp_path, monkeypatch):
+    shortage, alive, save = Shortage(monkeypatch, step=6, most=4), dict[int, list[object]](), Trainer.save
+
+    def seen(trainer: Trainer, step: int, clock) -> None:
+        alive.setdefault(step, [reference() for reference in shortage.held[:2]])
+        save(trainer, step, clock)
+
+    monkeypatch.setattr(Trainer, "save", seen)
+    run(recipe_for(data, tmp_path))
+    assert alive[5] == [None, None]
 
 
 def test_the_failed_pass_and_its_trainer_are_let_go_before_the_next_try(data, tmp_path, monkeypatch):

@@ -61,6 +61,14 @@ def test_a_process_that_runs_out_of_memory_says_what_would_fit_and_that_fits(one
     assert done.returncode == 0, done.stderr
 
 
+def test_two_ranks_choose_one_micro_batch_and_train_as_one_rank_does(recipe, alone, nursery):
+    ranks = nursery.start(2, recipe, "--optim.micro_batch=auto")
+    assert finish(ranks) == [0, 0]
+    assert "micro-batch 4: 1 pass a step; by estimate" in ranks[0].text and "micro-batch" not in ranks[1].text
+    ours, theirs = (tiny.records(out, "train") for out in (recipe.parent / "out", alone))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-3)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc how much the process has taken")
 def test_a_run_that_has_less_memory_than_it_seemed_goes_on_with_half_the_pass(one_stage):
     """For real: from the first step on the address space is limited, so that 1024 images do not fit and 512 do."""
