@@ -27,7 +27,7 @@ import torch
 from bench import results, schedules
 from bench.cases import MAKERS, Case, Size
 from bench.optimiser import OptimiserCase, fresh, fused_step, model_shapes
-from bench.step_times import MICRO_BATCH, tidy
+from bench.step_times import MICRO_BATCH, give_memory_back
 from bench.timing import noise
 from bench.workload import STAGES, Setup, ours
 from st_fast.graphs import WARM_UP
@@ -71,7 +71,7 @@ def by_profiler(call: Callable[[], object]) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize()
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in profiler.events() if str(e.device_type) == "DeviceType.CUDA"]
     return {"launches": sum(not event.name.startswith(("Mem", "Activity")) for event in kernels)}
 
 
@@ -135,17 +135,26 @@ def setups(device: torch.device) -> Iterator[tuple[str, Setup]]:
 
 
 def step_cost(setup: Setup, count: Any) -> dict[str, Any]:
-    """A step with its batch, without what happens between log lines. Host time in ms, memory in GiB."""
-    with ours(setup) as loop, tidy(setup.device):
+    """A step with its batch, without what happens between log lines. Host time in ms, memory in GiB.
+
+    A graph's own memory counts as reserved, not as in use.
+    """
+    give_memory_back(setup.device)  # what the step before has left in reference cycles
+    with ours(setup) as loop:
         for _ in range(WARM):
             loop()
         torch.cuda.reset_peak_memory_stats(setup.device)
         found = asdict(cost(loop, nothing, count, STEPS))
         peak = torch.cuda.max_memory_allocated(setup.device) / 2**30
+        reserved = torch.cuda.memory_reserved(setup.device) / 2**30
         passes = loop.recipe.optim.accumulation
         given_up = list(loop.log.said)
     row = {"launches": found["launches"], "host_ms": found["host_us"] / 1e3, "noise": found["noise"]}
-    row |= {key: found[key] for key in ("syncs", "graph_launches")} | {"passes": passes, "peak_gib": peak}
+    row |= {key: found[key] for key in ("syncs", "graph_launches")} | {
+        "passes": passes,
+        "peak_gib": peak,
+        "reserved_gib": reserved,
+    }
     return row | ({"notices": given_up} if given_up else {})
 
 
@@ -184,13 +193,13 @@ def table(found: dict[str, Any]) -> str:
         for part, one in costs.items():
             spread = f"± {one['noise']:.0%}"
             lines.append(f"| {name} | {part} | {one['launches']} | {one['host_us']:.0f} | {spread} |")
-    lines += ["", "| step | passes | launches | graph launches | host ms | noise | syncs | peak GiB |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines += ["", "| step | passes | launches | graph launches | host ms | noise | syncs | peak GiB | reserved |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for name, one in found["steps"].items():
         graphs, syncs = ("–" if one[key] is None else one[key] for key in ("graph_launches", "syncs"))
         lines.append(
             f"| {name} | {one['passes']} | {one['launches']} | {graphs} | {one['host_ms']:.1f} | ± {one['noise']:.0%} "
-            f"| {syncs} | {one['peak_gib']:.1f} |"
+            f"| {syncs} | {one['peak_gib']:.1f} | {one['reserved_gib']:.1f} |"
         )
     return "\n".join(lines)
 

@@ -186,7 +186,7 @@ def csrc(found: Installation, folder: Path) -> str:
 
 
 def environment(
-    found: Installation, gib: float | None = None, fail_after: int = 0, event_ms: float | None = None
+    found: Installation, gib: float | None = None, fail_after: float | None = None, event_ms: float | None = None
 ) -> dict[str, str]:
     """Variables for a process of `found` on the stand-in, on top of this process's own. Raises Unavailable.
 
@@ -239,11 +239,11 @@ class Counters:
     @property
     def used_bytes(self) -> int:
         """Device memory that is allocated, the allocator's reserve included."""
-        return self._library.stand_in_used_bytes()
+        return int(self._library.stand_in_used_bytes())
 
     @property
     def pinned_bytes(self) -> int:
-        return self._library.stand_in_pinned_bytes()
+        return int(self._library.stand_in_pinned_bytes())
 
     def resize(self, total: int) -> None:
         """Gives the device so many bytes of memory."""

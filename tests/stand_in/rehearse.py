@@ -32,7 +32,7 @@ def variables(found: driver.Installation, gates: bool = True, **settings: float 
     """
     paths = (*([str(START)] if gates else []), str(driver.ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))
     more = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return os.environ | driver.environment(found, **settings) | more
+    return {**os.environ, **driver.environment(found, **settings), **more}
 
 
 def run(module: str, arguments: list[str]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from bench.part import BROKEN
 from tests import tiny
 from tests.bench.test_bench_report import MACHINE
+from tests.stand_in import driver
 
 
 @pytest.mark.parametrize("stage", ["plain", "stage 1", "stage 2"])
@@ -73,6 +77,24 @@ def test_a_part_of_the_day_stops_at_a_broken_device_and_keeps_its_rows(on_stand_
     rows = json.loads(file.read_text())["correctness"]["rows"]
     *before, last = rows.values()
     assert before and all(row["ok"] for row in before) and "illegal memory access" in last["error"], rows
+
+
+REHEARSED = """
+import subprocess, sys, torch
+from bench import gate
+device = torch.cuda.get_device_properties(0)
+print(device.name, device.total_memory / 2**30, gate.worst_difference([[1.0]], [[2.0]]), flush=True)
+if sys.argv[1:] == ["parent"]:
+    sys.exit(7 + subprocess.run([sys.executable, "-m", "rehearsed"]).returncode)
+"""
+
+
+def test_a_rehearsal_is_of_all_processes_and_ends_with_the_commands_exit_code(found, tmp_path):
+    (tmp_path / "rehearsed.py").write_text(REHEARSED)
+    command = [sys.executable, "-m", "tests.stand_in.rehearse", "--gib", "40", "rehearsed", "parent"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=driver.ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines() == ["NVIDIA H100 80GB HBM3 40.0 0.0"] * 2 and done.returncode == 7, done.stderr
 
 
 def test_launches_are_counted(check):
