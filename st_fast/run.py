@@ -79,7 +79,8 @@ def run(recipe: Recipe) -> None:
             split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, held, log.say)
             if ranks.first:
                 _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
-            rate = monitor.matmul_rate(ranks.device, dtype)
+            with memory.explained(split, ranks, dtype, recipe):
+                rate = monitor.matmul_rate(ranks.device, dtype)
             setting = Setting(split, ranks, shards, examiner, log, agreement, dtype, rate, choice)
             for stage in recipe.stages:
                 setting = train_stage(setting, stage, recipe)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast import checkpoint, fallback, flops, kernels, memory, updates
-from st_fast.errors import EXIT_FAILED, EXIT_USAGE
+from st_fast import checkpoint, fallback, flops, kernels, memory, run, updates
+from st_fast.errors import EXIT_FAILED, EXIT_USAGE, RunFailed
 from st_fast.parallel import Ranks
 from st_fast.recipe import load
 from tests import tiny
@@ -117,6 +117,15 @@ def test_where_the_recipe_has_an_accumulation_the_advice_is_a_larger_one():
     recipe = load(tiny.ROOT / "recipes" / "sit_xl.toml", ["--optim.micro_batch=0", "--optim.accumulation=2"])
     line = memory.advice(recipe, CPU, torch.bfloat16, 40 * 2**30)
     assert "--optim.accumulation=8 makes it 32 a pass" in line
+
+
+def test_a_card_that_others_have_filled_is_one_line_at_the_start(one_stage, monkeypatch):
+    def full(device, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.")
+
+    monkeypatch.setattr(run.monitor, "matmul_rate", full)
+    with pytest.raises(RunFailed, match="^out of memory on cpu at start with "):
+        run.run(load(one_stage))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe):
