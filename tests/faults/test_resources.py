@@ -124,7 +124,7 @@ def test_a_card_that_others_have_filled_is_one_line_at_the_start(one_stage, monk
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.")
 
     monkeypatch.setattr(run.monitor, "matmul_rate", full)
-    with pytest.raises(RunFailed, match="^out of memory on cpu at start with "):
+    with pytest.raises(RunFailed, match=r"^out of memory on cpu at start with "):
         run.run(load(one_stage))
 
 
