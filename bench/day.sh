@@ -64,7 +64,7 @@ case $call in
     mkdir -p data
     "$python" -m tarfile -e $pack/cifar10.tar.xz data || exit 2
   fi
-  day 480 --parts convergence
+  day 520 --parts convergence
   day $last --parts step,first,truth,choice,schedule,compiled,sweep
   ;;
 esac

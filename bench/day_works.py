@@ -22,7 +22,7 @@ from st_fast.study.carry_out import done
 from st_fast.study.plan import Job, jobs, read_study
 
 REACHED = ("step", "loss", "denoise", "images_per_s", "mfu", "seconds", "flops")
-SAVING = 60.0
+SAVING = 90.0
 """Seconds kept for the study to save, for samples and for the records to be read."""
 SAMPLES, FEW = 4_000, 100
 """Samples of an arm: 12 MB; of a rehearsal."""
