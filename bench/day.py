@@ -28,8 +28,6 @@ class Day:
     store: Store
     until: float = float("inf")
     """By time.monotonic(): when the budget is spent. A task that can stop by itself, with all saved, does so before."""
-    budget: float = float("inf")
-    """Seconds in all."""
     runs: Path = ROOT / "runs" / "gpu_day"
     """Where the study's runs lie."""
     only: str = ""

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def small(folder: Path) -> Day:
-    return Day(CPU, True, Store(folder, MACHINE), time.monotonic() + 300, 300.0, folder / "runs")
+    return Day(CPU, True, Store(folder, MACHINE), time.monotonic() + 300, folder / "runs")
 
 
 @pytest.mark.parametrize("name", choices.CHOICES)

@@ -26,7 +26,7 @@ OK = {"ok": True}
 def day(folder: Path, seconds: float = 60.0, **options) -> Day:
     """A small one that has so many seconds left."""
     until = time.monotonic() + seconds
-    return dataclasses.replace(Day(CPU, True, results.Store(folder, MACHINE), until, seconds, folder), **options)
+    return dataclasses.replace(Day(CPU, True, results.Store(folder, MACHINE), until, folder), **options)
 
 
 @pytest.fixture
@@ -98,16 +98,21 @@ def test_the_end_of_the_time_is_no_failure_of_a_compiler(tmp_path, tasks):
     assert not issubclass(OutOfTime, Exception)
 
 
-def test_a_row_cut_short_by_the_end_of_the_budget_is_measured_by_the_next_call(tmp_path, tasks, monkeypatch):
+@pytest.mark.parametrize("patience", [1.0, 60.0], ids=["longer than any row may take", "by the end of the budget"])
+def test_a_row_that_is_cut_short_by_the_end_of_the_budget_is_measured_by_the_next_call(
+    patience, tmp_path, tasks, monkeypatch
+):
+    """Also one that began late; but one that had as long as any row may take keeps its error."""
     monkeypatch.setattr(part, "LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(part, "LONGEST_ROW", patience)
     found: list[str] = []
-    tasks(a=lambda: time.sleep(2.5) or dict(OK), b=lambda: time.sleep(30) or dict(OK))  # b gets less than half of 4 s
-    assert part.run(day(tmp_path, seconds=4.0), "fake") == STOPPED
-    rows = day(tmp_path).store.rows("fake")
-    assert rows["b"]["error"] == UNFINISHED and rows["b"]["unfinished"]
+    tasks(a=lambda: dict(OK), b=lambda: time.sleep(30) or dict(OK))
+    assert part.run(day(tmp_path, seconds=2.0), "fake") == STOPPED
+    row = day(tmp_path).store.rows("fake")["b"]
+    assert row["error"] == (UNFINISHED if patience > 2.0 else "OutOfTime: took more than 2 s")
     tasks(a=counted(found, "a"), b=counted(found, "b"))
     part.run(day(tmp_path), "fake")
-    assert found[-1] == "b"
+    assert found == (["b"] if patience > 2.0 else [])
 
 
 def test_after_an_error_that_breaks_the_device_the_part_asks_for_a_new_process(tmp_path, tasks, monkeypatch):
