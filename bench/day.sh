@@ -7,9 +7,10 @@
 set -uo pipefail
 call=${1:-}
 case $call in 1 | 2 | 3) ;; *) echo "usage: bench/day.sh 1|2|3" >&2; exit 2 ;; esac
+out=$(readlink -m "${OUT:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-out=${OUT:-$PWD/bench/results}
+mkdir -p "$out" || exit 2
 pack=build/pack
 start=$SECONDS
 

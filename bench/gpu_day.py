@@ -30,6 +30,7 @@ from bench.results import Machine, Store
 
 GRACE = 15.0
 """Seconds over the budget that a part has to stop by itself before it is killed."""
+MOST_SECONDS = 86_400.0
 MOST_STARTS = 6
 """Of one part: a device that breaks each time is given up."""
 
@@ -100,8 +101,8 @@ def problem(settings: argparse.Namespace) -> str:
     for part in settings.parts.split(","):
         if part not in PARTS:
             return f"--parts {part}: one of {', '.join(PARTS)}"
-    if settings.budget < LEAST_SECONDS:
-        return f"--budget {settings.budget:g}: at least {LEAST_SECONDS:g} seconds, or no row can be measured"
+    if not LEAST_SECONDS <= settings.budget <= MOST_SECONDS:  # NaN, too
+        return f"--budget {settings.budget:g}: {LEAST_SECONDS:g} to {MOST_SECONDS:g} seconds; less is no row's time"
     if settings.jobs < 1:
         return f"--jobs {settings.jobs}: at least 1"
     if settings.jobs > 1 and not settings.small:

@@ -110,10 +110,11 @@ def broken(device: torch.device) -> bool:
 def run(day: Day, part: str) -> int:
     """Goes through a part's rows until the budget is spent; the exit code."""
     tasks, section = PARTS[part]
-    failed = False
+    failed, found = False, False
     for key, task in tasks(day):
         if day.only not in key:
             continue
+        found = True
         row = day.store.rows(section).get(key, {})
         wanted = day.wants(row)
         if wanted and day.left < LEAST_SECONDS:
@@ -128,6 +129,9 @@ def run(day: Day, part: str) -> int:
         print(f"{part}: {key}: {said(row)}", flush=True)
         if wanted and "error" in row and broken(day.device):
             return BROKEN
+    if not found:
+        print(f"--only {day.only}: no row of {part} has that in its name", file=sys.stderr)
+        return 2
     return 1 if failed else 0
 
 
@@ -194,7 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = Path(folder) if given.small else Day.runs
         until = start + given.budget
         day = Day(device, given.small, store, until, runs, given.only, given.again, given.keep)
-        return run(day, given.part)
+        try:
+            return run(day, given.part)
+        except results.Damaged as error:
+            print(error, file=sys.stderr)
+            return 2
 
 
 if __name__ == "__main__":

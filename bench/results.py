@@ -163,6 +163,13 @@ def _is_part(section: Any) -> bool:
     return isinstance(section, dict) and section.keys() >= {"machine", "rows"}
 
 
+class Damaged(ValueError):
+    """A results file that can't be read, in one line."""
+
+
 def load(path: Path) -> dict[str, Any]:
-    """A results file's content by part; empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A results file's content by part; empty where there is none. Raises Damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: can't be read ({error}); move it away, and its rows are measured again") from None

@@ -214,7 +214,9 @@ def test_the_checks_run_on_a_cpu_at_small_sizes(tmp_path, name):
     ("arguments", "line"),
     [
         (["--parts", "nonsense"], "--parts nonsense: one of build"),
-        (["--budget", "0"], "--budget 0: at least 5 seconds"),
+        (["--budget", "0"], "--budget 0: 5 to 86400 seconds"),
+        (["--budget", "nan"], "--budget nan: 5 to 86400 seconds"),
+        (["--budget", "inf"], "--budget inf: 5 to 86400 seconds"),
         (["--jobs", "2"], "--jobs 2: parts beside one another disturb each other's figures; only with --small"),
         (["--jobs", "0"], "--jobs 0: at least 1"),
         (["--results", "{file}/rows"], "--results {file}/rows: can't be written: "),
@@ -227,3 +229,21 @@ def test_bad_input_is_one_line_and_starts_nothing(tmp_path, arguments, line, cap
     assert gpu_day.main([argument.format(file=file) for argument in arguments]) == 2
     said = capsys.readouterr()
     assert said.err.startswith(line.format(file=file)) and len(said.err.splitlines()) == 1 and not said.out
+
+
+def test_a_name_that_no_row_has_is_said(tmp_path, tasks, capsys):
+    tasks(a=lambda: dict(OK))
+    assert part.run(day(tmp_path, only="nothing"), "fake") == 2
+    assert capsys.readouterr().err == "--only nothing: no row of fake has that in its name\n"
+
+
+def test_a_damaged_results_file_is_one_line_and_stays_as_it_is(tmp_path, tasks, monkeypatch, capsys):
+    store = results.Store(tmp_path, MACHINE)
+    store.path.write_text('{"step": {"mach')
+    monkeypatch.setattr(part, "end_with_the_one_who_started_this", lambda: None)
+    monkeypatch.setattr(part, "the_machine", lambda file, device: MACHINE)
+    arguments = ["build", "--small", "--machine", "unused", "--results", str(tmp_path), "--budget", "60"]
+    assert part.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{store.path}: can't be read (") and len(said.splitlines()) == 1
+    assert store.path.read_text() == '{"step": {"mach'
