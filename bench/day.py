@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +17,18 @@ from bench.cases import Size
 from bench.results import ROOT, Row, Store
 from bench.timing import Effort
 from bench.workload import Setup
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
+
+def end_with_the_one_who_started_this() -> None:
+    """Asks the kernel to kill this process when its parent dies, as where a whole call is killed for its time.
+
+    A process that it starts has to ask for itself: `preexec_fn` of `subprocess`.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
 
 Task = tuple[str, Callable[[], Row]]
 """A row's key and what measures it."""

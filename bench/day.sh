@@ -21,12 +21,20 @@ seconds() { # seconds MOST: so many, or what is left
   local left=$((last - (SECONDS - start)))
   awk "BEGIN {most = $1 < $left ? $1 : $left; printf \"%.0f\", most * ${DAY_SHARE:-1}}"
 }
+worst() { # worst CODE: kept as bench.gpu_day keeps it, 2 before 3 before all others
+  case $1:$code in 0:* | *:2) ;; 2:* | *:0 | *:1) code=$1 ;; esac
+}
 day() { # day SECONDS OPTIONS…: what is not ok is in its row, and the call goes on
   local budget ended=0
   budget=$(seconds "$1")
   shift
+  if [ "$budget" -lt 5 ]; then
+    echo "no time is left for $*; run the same command again"
+    worst 3
+    return
+  fi
   "$python" -m bench.gpu_day --budget "$budget" --results "$out" --keep "$@" || ended=$?
-  [ $ended -eq 0 ] || code=$ended
+  worst $ended
   echo "== $((SECONDS - start)) s: $*"
 }
 
@@ -43,11 +51,13 @@ echo "== $((SECONDS - start)) s: ready"
 
 case $call in
 1) # right, and the headline
+  ended=0
   TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m bench.gpu_day --small --jobs 8 --budget "$(seconds 90)" \
-    --results "$out/rehearsal" || code=$?
+    --results "$out/rehearsal" || ended=$?
+  worst $ended
   echo "== $((SECONDS - start)) s: rehearsal"
   timeout "$(seconds 150)" "$python" -m pytest -q -n 8 tests/kernels/test_gpu.py tests/schedule/test_gpu.py \
-    tests/model/test_attention.py tests/model/test_fp8.py tests/test_updates.py 2>&1 | tee "$out/tests.txt" | tail -n 40
+    tests/model/test_attention.py tests/model/test_fp8.py tests/test_updates.py 2>&1 | tee "$out/tests.txt" | tail -n 40 || worst 1
   echo "== $((SECONDS - start)) s: tests"
   day 80 --parts build,attention,truth
   day 90 --parts step --only "XL/2, plain"
@@ -63,7 +73,7 @@ case $call in
 3) # does it train?
   if [ ! -f data/cifar10/manifest.json ]; then
     mkdir -p data
-    "$python" -m tarfile -e $pack/cifar10.tar.xz data || exit 2
+    if [ -f $pack/cifar10.tar.xz ]; then "$python" -m tarfile -e $pack/cifar10.tar.xz data; fi
   fi
   day 520 --parts convergence
   day $last --parts step,first,truth,choice,schedule,compiled,sweep

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from bench.day import Day, Task
+from bench.day import Day, Task, end_with_the_one_who_started_this
 from bench.results import ROOT, Row
 from st_fast.errors import EXIT_INTERRUPTED
 from st_fast.report.collect import read_run
@@ -89,7 +89,10 @@ def _samples(day: Day, job: Job) -> Row:
 def _command(module: str, *arguments: str, allowed: tuple[int, ...] = (0,)) -> int:
     """Runs a command of st_fast; RuntimeError with its last line if it ends with another code than is allowed."""
     command = [sys.executable, "-m", module, *arguments]
-    ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ended = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=end_with_the_one_who_started_this,
+    )  # fmt: skip
     if ended.returncode not in allowed:
         raise RuntimeError(f"{module}: {(ended.stdout.strip().splitlines() or ['no output'])[-1]}")
     return ended.returncode

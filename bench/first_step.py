@@ -37,7 +37,11 @@ def _start(setup: Setup, environment: dict[str, str]) -> dict[str, float]:
     command = [sys.executable, "-m", "bench.first_step", "--size", setup.size, "--stage", setup.stage]
     command += ["--batch", str(setup.batch), "--device", str(setup.device), "--", *setup.options]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    from bench.day import end_with_the_one_who_started_this  # not at the top: importing torch is part of what is timed
+
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=end_with_the_one_who_started_this
+    )
     if done.returncode:
         raise RuntimeError(f"bench.first_step: {done.stderr.strip().splitlines()[-1]}")
     parts: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

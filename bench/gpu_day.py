@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import results
-from bench.part import BROKEN, LEAST_SECONDS, PARTS, STOPPED, UNFINISHED
+from bench.part import BROKEN, LEAST_SECONDS, LONGEST_ROW, PARTS, STOPPED, UNFINISHED
 from bench.results import Machine, Store
 
 GRACE = 15.0
@@ -78,21 +78,21 @@ def _start(part: str, call: Call) -> tuple[int, str]:
         process.wait()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        _give_up_row(part, call, "it did not stop in time and was killed")
+        _give_up_row(part, call, "it did not stop in time and was killed", least=LONGEST_ROW)
         return STOPPED, ""
     if code == BROKEN:
         return code, "the device is broken for this process"
     return code, f"the process died of signal {-code}" if code < 0 else f"the process ended with code {code}"
 
 
-def _give_up_row(part: str, call: Call, why: str) -> None:
-    """Gives the row that the process was at, if it was at one, an error in place of its mark."""
+def _give_up_row(part: str, call: Call, why: str, least: float = 0.0) -> None:
+    """Gives the row that the process was at an error in place of its mark; one that had less time keeps the mark."""
     if not call.machine.exists():
         return
     store = Store(call.results, Machine(**json.loads(call.machine.read_text())))
     section = PARTS[part][1]
     for key, row in store.rows(section).items():
-        if row.get("error") == UNFINISHED:
+        if row.get("error") == UNFINISHED and row.get("had", 0.0) >= least:
             store.put(section, key, {"ok": False, "error": why, "code": store.machine.code})
 
 
@@ -138,10 +138,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         call = Call(
             (*options, "--only", settings.only), settings.results.absolute(), Path(folder) / "machine.json", until
         )
-        with ThreadPoolExecutor(settings.jobs) as pool:
-            codes = list(pool.map(lambda part: run_part(part, call), settings.parts.split(",")))
+        parts = settings.parts.split(",")
+        if settings.jobs == 1:  # in this thread, the one that Ctrl-C reaches
+            codes = [run_part(part, call) for part in parts]
+        else:
+            with ThreadPoolExecutor(settings.jobs) as pool:
+                codes = list(pool.map(lambda part: run_part(part, call), parts))
     return next((code for code in (2, STOPPED, 1) if code in codes), 0)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again", file=sys.stderr)
+        raise SystemExit(STOPPED) from None

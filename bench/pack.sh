@@ -8,7 +8,8 @@
 #   PACK_WHEELS        what that machine's Python lacks
 #   PACK_PYTHON        that machine's Python (3.12)
 set -euo pipefail
-zip=$(readlink -f "${1:?usage: bench/pack.sh CIFAR10.zip}")
+zip=$(readlink -m "${1:?usage: bench/pack.sh CIFAR10.zip}")
+[ -z "${CUDA_PYTHON:-}" ] || CUDA_PYTHON=$(command -v "$CUDA_PYTHON" | xargs realpath -s)
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 wheels=${PACK_WHEELS:-diffusers importlib_metadata zipp requests charset_normalizer torchao}

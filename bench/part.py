@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import os
@@ -21,7 +20,7 @@ from types import FrameType
 import torch
 
 from bench import day_fast, day_right, day_works, op_times, results, step_times
-from bench.day import Day, Task
+from bench.day import Day, Task, end_with_the_one_who_started_this
 from bench.results import Machine, Row, Store
 
 LEAST_SECONDS = 5.0
@@ -34,8 +33,6 @@ BROKEN = 4
 """Exit code: an error has left the device unusable for this process; its row has the error."""
 UNFINISHED = "begun, not finished"
 """The error that a row has while it is measured: what a killed process leaves. Such a row is measured again."""
-
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 PARTS: dict[str, tuple[Callable[[Day], Iterator[Task]], str]] = {
     "build": (day_right.build, "csrc"),
@@ -138,7 +135,7 @@ def run(day: Day, part: str) -> int:
 def _measured(day: Day, section: str, key: str, task: Callable[[], Row]) -> Row:
     """Measures a row and stores it; one that the end of the budget has cut short stays to be measured again."""
     left, code = day.left, {"code": day.store.machine.code}
-    day.store.put(section, key, {"ok": False, "error": UNFINISHED, "unfinished": True} | code)
+    day.store.put(section, key, {"ok": False, "error": UNFINISHED, "unfinished": True, "had": left} | code)
     tidy_up(day.device)
     row = attempt(task, left) | code
     if "OutOfTime" not in row.get("error", "") or left > LONGEST_ROW:
@@ -164,12 +161,6 @@ def the_machine(file: Path, device: torch.device) -> Machine:
         aside.write_text(json.dumps(dataclasses.asdict(machine)))
         os.replace(aside, file)
     return Machine(**json.loads(file.read_text()))
-
-
-def end_with_the_one_who_started_this() -> None:
-    """Asks the kernel to kill this process when its parent dies, as where a whole call is killed for its time."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -200,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         day = Day(device, given.small, store, until, runs, given.only, given.again, given.keep)
         try:
             return run(day, given.part)
-        except results.Damaged as error:
+        except (results.Damaged, OSError) as error:  # of the rows: what a row itself meets is its own
             print(error, file=sys.stderr)
             return 2
 

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -140,23 +141,41 @@ class Store:
         """Replaces the row `key` of a part and the part's machine. Processes may do so at once."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
-            content = load(self.path)
+            content = self._content()
             section = content.setdefault(part, {"machine": {}, "rows": {}})
             section["machine"] = asdict(self.machine)
             section["rows"][key] = row
             aside = self.path.with_suffix(f".{os.getpid()}.partial")
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.replace(aside, self.path)
+            try:
+                aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                os.replace(aside, self.path)
+            except OSError:
+                aside.unlink(missing_ok=True)
+                raise
 
     def rows(self, part: str) -> dict[str, Row]:
         """What a part holds so far, of this device."""
-        return load(self.path).get(part, {}).get("rows", {})
+        return self._content().get(part, {}).get("rows", {})
+
+    def _content(self) -> dict[str, Any]:
+        content = load(self.path)
+        if not isinstance(content, dict) or not all(map(_is_part, content.values())):
+            raise Damaged(f"{self.path}: not a file of results; move it away, and its rows are measured again")
+        return content
 
 
 def files(folder: Path) -> list[Path]:
     """The folder's results files; it may hold other JSON."""
-    found = ((path, load(path)) for path in sorted(folder.glob("*.json")))
-    return [path for path, content in found if content and all(_is_part(section) for section in content.values())]
+    return [path for path in sorted(folder.glob("*.json")) if _holds_parts(path)]
+
+
+def _holds_parts(path: Path) -> bool:
+    try:
+        content = load(path)
+    except Damaged as error:
+        print(error, file=sys.stderr)
+        return False
+    return bool(content) and isinstance(content, dict) and all(map(_is_part, content.values()))
 
 
 def _is_part(section: Any) -> bool:

@@ -86,6 +86,12 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("size", "batch_size", "shard_size", "vae_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.vae_factor and args.vae != "small":
+        raise UserError(f"--vae-factor {args.vae_factor}: is of --vae small; --vae {args.vae} has its own")
+    if args.vae_factor and (args.size % args.vae_factor or args.size < 2 * args.vae_factor):
+        raise UserError(
+            f"--size {args.size}: a multiple of --vae-factor {args.vae_factor}, at least twice it, is needed"
+        )
     from st_fast.data import commands  # torch is imported only once the arguments are known to be right
 
     for mode in ("verify", "stats", "features", "from_repa", "to_repa"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from st_fast.micro_batch import Choice, choose_micro_batch, halved
 from st_fast.parallel import Ranks
 from st_fast.recipe import Recipe, RecipeError, load, to_toml
 from st_fast.recipe.batch import possible_passes, with_passes_of
+from st_fast.recipe.schema import Optim
 from st_fast.run import run
 from st_fast.step import Losses, Step
 from st_fast.trainer import Trainer
@@ -397,3 +399,9 @@ def test_a_run_that_goes_on_keeps_its_choice_while_ranks_and_memory_allow(
     monkeypatch.setattr(micro_batch, "newest_record", lambda recipe: record)
     recipe, said = chosen(load(tiny.ROOT / "recipes" / "sit_xl.toml"), one_of(1, gibibytes))
     assert 256 // recipe.optim.accumulation == images and said[0].endswith("as before") == again
+
+
+def test_a_huge_batch_costs_no_time():
+    start = time.monotonic()
+    found = possible_passes(Optim(batch_size=10**18), 1)
+    assert time.monotonic() - start < 1.0 and found[0] == 10**18 and found[-1] == 1

@@ -22,7 +22,8 @@ def images_a_pass(optim: Optim, ranks: int) -> int:
 def possible_passes(optim: Optim, ranks: int) -> list[int]:
     """The images that a pass may have, largest first: what divides a rank's share of the batch evenly."""
     share = optim.batch_size // ranks
-    small = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
+    most = min(math.isqrt(share), 65_536)  # more than passes ever are, so that a huge batch costs no time
+    small = [n for n in range(1, most + 1) if share % n == 0]
     return sorted({*small, *(share // n for n in small)}, reverse=True)
 
 

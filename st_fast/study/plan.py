@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from st_fast.errors import UserError
 from st_fast.recipe import Recipe, RecipeError
+from st_fast.recipe.batch import agreed
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, as_document, parse_toml, read_document, read_text
 from st_fast.recipe.limits import FolderName
@@ -171,7 +172,7 @@ def _recipe(study: Study, folder: Path, seed: int, stage: dict[str, Any], what: 
     sections = copy.deepcopy(study.base.sections)
     sections["run"] = sections.get("run", {}) | {"out": folder.as_posix(), "seed": seed}
     try:
-        recipe = resolve(parse(Document(sections, [stage])), study.recipe_path)
+        recipe = agreed(resolve(parse(Document(sections, [stage])), study.recipe_path), ranks=1)
         check(recipe)
     except RecipeError as error:
         raise error.at(f"{study.path}, {what}") from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,14 +177,37 @@ def test_a_part_that_never_gets_further_is_given_up(tmp_path, children, monkeypa
     assert f"build: given up after {gpu_day.MOST_STARTS} starts" in capsys.readouterr().out
 
 
-def test_a_process_that_outstays_its_time_is_killed_with_its_row(tmp_path, children, monkeypatch):
+@pytest.mark.parametrize("had", [500.0, 2.0], ids=["had its time", "began late"])
+def test_a_process_that_outstays_its_time_is_killed_and_a_row_that_began_late_is_measured_again(
+    had, tmp_path, children, monkeypatch
+):
     monkeypatch.setattr(part.results, "measure_machine", lambda device: MACHINE)
     monkeypatch.setattr(gpu_day, "GRACE", 0.5)
-    today = call(tmp_path, seconds=6.0)
-    results.Store(tmp_path, MACHINE).put("csrc", "a", {"ok": False, "error": UNFINISHED, "unfinished": True})
+    today, store = call(tmp_path, seconds=6.0), results.Store(tmp_path, MACHINE)
+    store.put("csrc", "a", {"ok": False, "error": UNFINISHED, "unfinished": True, "had": had})
     children("import time; time.sleep(60)")
     assert gpu_day.run_part("build", today) == STOPPED
-    assert results.Store(tmp_path, MACHINE).rows("csrc")["a"]["error"] == "it did not stop in time and was killed"
+    row = store.rows("csrc")["a"]
+    assert row["error"] == ("it did not stop in time and was killed" if had > 200 else UNFINISHED)
+    assert bool(row.get("unfinished")) == (had < 200)
+
+
+def test_what_a_part_has_started_ends_with_it():
+    """A study would train on beside the next call."""
+    script = "from bench import day_works; day_works._command('http.server', '0', '--bind', '127.0.0.1')"
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | ONE_THREAD)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (found := children.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (child,) = found
+    time.sleep(0.5)
+    assert Path(f"/proc/{child}").exists()
+    parent.kill()
+    parent.wait()
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_a_killed_call_ends_its_parts_keeps_its_rows_and_is_taken_up_again(tmp_path):
@@ -237,13 +262,64 @@ def test_a_name_that_no_row_has_is_said(tmp_path, tasks, capsys):
     assert capsys.readouterr().err == "--only nothing: no row of fake has that in its name\n"
 
 
-def test_a_damaged_results_file_is_one_line_and_stays_as_it_is(tmp_path, tasks, monkeypatch, capsys):
+@pytest.mark.parametrize("content", ['{"step": {"mach', "[]", '{"csrc": 3}', "null"])
+def test_a_damaged_results_file_is_one_line_and_stays_as_it_is(content, tmp_path, monkeypatch, capsys):
     store = results.Store(tmp_path, MACHINE)
-    store.path.write_text('{"step": {"mach')
+    store.path.write_text(content)
     monkeypatch.setattr(part, "end_with_the_one_who_started_this", lambda: None)
     monkeypatch.setattr(part, "the_machine", lambda file, device: MACHINE)
     arguments = ["build", "--small", "--machine", "unused", "--results", str(tmp_path), "--budget", "60"]
     assert part.main(arguments) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"{store.path}: can't be read (") and len(said.splitlines()) == 1
-    assert store.path.read_text() == '{"step": {"mach'
+    assert said.startswith(f"{store.path}: ") and "move it away" in said and len(said.splitlines()) == 1
+    assert store.path.read_text() == content
+
+
+def test_a_full_disk_is_one_line_that_leaves_the_rows_as_they_were(tmp_path, monkeypatch, capsys):
+    store = results.Store(tmp_path, MACHINE)
+    store.put("csrc", "cuda", OK)
+
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(part, "end_with_the_one_who_started_this", lambda: None)
+    monkeypatch.setattr(part, "the_machine", lambda file, device: MACHINE)
+    monkeypatch.setattr(Path, "write_text", full)
+    arguments = ["build", "--small", "--machine", "unused", "--results", str(tmp_path), "--budget", "60"]
+    assert part.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and len(said.splitlines()) == 1
+    assert store.rows("csrc") == {"cuda": OK} and [path.name for path in tmp_path.iterdir()] == [store.path.name]
+
+
+@pytest.fixture
+def calls(tmp_path):
+    """Runs bench/day.sh in a checkout of nothing else, with a Python that notes its arguments and ends as told."""
+    (tmp_path / "bench").mkdir()
+    shutil.copy(ROOT / "bench" / "day.sh", tmp_path / "bench")
+    python, noted = tmp_path / "python", tmp_path / "noted"
+
+    def run(number, **codes):
+        cases = "".join(f"*{what}*) exit {code};; " for what, code in codes.items())
+        python.write_text(f'#!/bin/sh\necho "$*" >>{noted}\ncase "$*" in {cases} esac\n')
+        python.chmod(0o755)
+        environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+        done = subprocess.run(["bash", "bench/day.sh", number], cwd=tmp_path, env=environment, capture_output=True)
+        return done.returncode, noted.read_text()
+
+    return run
+
+
+def test_a_call_without_latents_measures_the_rest_and_ends_with_its_worst_code(calls):
+    code, asked = calls("3", convergence=1, sweep=3)
+    assert code == 3 and "tarfile" not in asked
+    assert "--parts convergence" in asked and "--parts step,first,truth,choice,schedule,compiled,sweep" in asked
+
+
+@pytest.mark.parametrize(
+    ("codes", "worst"), [({"pytest": 1}, 1), ({"truth": 3, "XL": 1}, 3), ({"small": 2, "XL": 3}, 2)]
+)
+def test_a_calls_code_is_that_of_the_worst_of_its_parts_the_tests_too(calls, codes, worst):
+    code, asked = calls("1", **codes)
+    assert code == worst and asked.count("bench.gpu_day") == 4

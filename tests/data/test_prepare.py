@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -326,3 +327,19 @@ def test_a_folder_that_can_not_be_written_is_told(class_folders: Path, tmp_path:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(RunFailed, match="Permission denied"):
         run(class_folders, tmp_path / "locked" / "out", *PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--vae", "pixels", "--vae-factor", "8"], "--vae-factor 8: is of --vae small; --vae pixels has its own"),
+        (["--vae", "small", "--vae-factor", "8", "--size", "20"], "--size 20: a multiple of --vae-factor 8"),
+        (
+            ["--vae", "small", "--vae-factor", "8", "--size", "8"],
+            "--size 8: a multiple of --vae-factor 8, at least twice",
+        ),
+    ],
+)
+def test_a_factor_that_the_vae_or_the_size_does_not_have_is_refused(options, line, tmp_path):
+    with pytest.raises(UserError, match=re.escape(line)):
+        prepare.main([str(tmp_path), str(tmp_path / "out"), *options])
