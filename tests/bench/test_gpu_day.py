@@ -301,7 +301,7 @@ def calls(tmp_path):
     python, noted = tmp_path / "python", tmp_path / "noted"
 
     def run(number, **codes):
-        cases = "".join(f"*{what}*) exit {code};; " for what, code in codes.items())
+        cases = "".join(f'*"{what}"*) exit {code};; ' for what, code in codes.items())
         python.write_text(f'#!/bin/sh\necho "$*" >>{noted}\ncase "$*" in {cases} esac\n')
         python.chmod(0o755)
         environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
@@ -318,7 +318,7 @@ def test_a_call_without_latents_measures_the_rest_and_ends_with_its_worst_code(c
 
 
 @pytest.mark.parametrize(
-    ("codes", "worst"), [({"pytest": 1}, 1), ({"truth": 3, "XL": 1}, 3), ({"small": 2, "XL": 3}, 2)]
+    ("codes", "worst"), [({"-m pytest": 1}, 1), ({"truth": 3, "XL": 1}, 3), ({"small": 2, "XL": 3}, 2)]
 )
 def test_a_calls_code_is_that_of_the_worst_of_its_parts_the_tests_too(calls, codes, worst):
     code, asked = calls("1", **codes)
