@@ -14,7 +14,7 @@ mkdir -p "$out" || exit 2
 pack=build/pack
 start=$SECONDS
 
-last=575 # seconds after which a call is over: at 600 it may be killed
+last=560 # seconds after which a call is over; a part has 15 more to end, and at 600 all may be killed
 code=0
 
 seconds() { # seconds MOST: so many, or what is left

@@ -107,7 +107,7 @@ def broken(device: torch.device) -> bool:
 def run(day: Day, part: str) -> int:
     """Goes through a part's rows until the budget is spent; the exit code."""
     tasks, section = PARTS[part]
-    failed, found = False, False
+    failed, found, unfinished = False, False, False
     for key, task in tasks(day):
         if day.only not in key:
             continue
@@ -119,9 +119,10 @@ def run(day: Day, part: str) -> int:
             return STOPPED
         if wanted:
             row = _measured(day, section, key, task)
-            if "OutOfTime" in row.get("error", "") or (row.get("unfinished") and not day.small):
+            if "OutOfTime" in row.get("error", ""):
                 print(f"stopped within {part}: {key}: {said(row)}; run the same command again", flush=True)
                 return STOPPED
+            unfinished |= bool(row.get("unfinished")) and not day.small
         failed |= not row.get("ok", True)
         print(f"{part}: {key}: {said(row)}", flush=True)
         if wanted and "error" in row and broken(day.device):
@@ -129,6 +130,9 @@ def run(day: Day, part: str) -> int:
     if not found:
         print(f"--only {day.only}: no row of {part} has that in its name", file=sys.stderr)
         return 2
+    if unfinished:
+        print(f"{part} is not finished; run the same command again", flush=True)
+        return STOPPED
     return 1 if failed else 0
 
 

@@ -131,7 +131,7 @@ def parse(arguments: Sequence[str]) -> Request:
     )
     parser.add_argument("--any-labels", action="store_true", help="compare although a class has no sample")
     given = parser.parse_args(arguments)
-    wanted = wanted_of(given, lambda recipe: recipe.evaluate.num)
+    wanted = wanted_of(given, lambda recipe: recipe.evaluate.num, needs_model=given.samples is None)
     data = Path(wanted.recipe.data.path)
     weights = None if given.features == "judge" else inception.find_weights(given.inception)
     reference = given.reference or (data if (data / "images.safetensors").is_file() else None)

@@ -117,16 +117,20 @@ def parser_of(command: str, text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def wanted_of(given: argparse.Namespace, num: Callable[[Recipe], int]) -> Wanted:
-    """The flags over the run's own recipe, which says `num` where no flag does; UserError without a run."""
+def wanted_of(given: argparse.Namespace, num: Callable[[Recipe], int], needs_model: bool = True) -> Wanted:
+    """The flags over the run's own recipe, which says `num` where no flag does; UserError without a run.
+
+    Its weights have to be there if `needs_model`.
+    """
     need_run(given.run)
     recipe = load(given.run / "recipe.toml")
     keys = ("num", "batch_size", "sampler", "steps", "cfg_scale")
     flags = {key: getattr(given, key) for key in keys} | {"cfg_range": given.cfg_range and tuple(given.cfg_range)}
     preset = PRESETS[given.preset] if given.preset else {}
     chosen = {"num": num(recipe)} | preset | {key: value for key, value in flags.items() if value is not None}
+    stage = newest_stage(given.run, recipe, given.stage) if needs_model else given.stage or recipe.stages[-1].name
     return Wanted(
-        given.run, recipe, newest_stage(given.run, recipe, given.stage), given.weights,
+        given.run, recipe, stage, given.weights,
         with_sampling(recipe, chosen), read_labels(given.labels, recipe.model.num_classes),
         recipe.run.seed if given.seed is None else given.seed, given.precision, given.compile,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """`python -m st_fast.evaluate`: numbers that agree with SciPy and scikit-learn, each with its protocol."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -201,3 +202,15 @@ def test_without_weights_the_judge_scores_and_nothing_is_called_fid(run, tmp_pat
     numbers = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())["metrics"]
     assert not any("fid" in name.lower() for name in numbers)
     assert {"judge_frechet", "floor_frechet", "judge_accuracy", "judge_digest"} <= numbers.keys()
+
+
+def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, tmp_path, capsys):
+    """As a run that was brought home from another machine."""
+    real_images(tmp_path / "data")
+    evaluate.main([str(run), "-n", "70"])
+    drawn = shutil.copy(run / "plain" / "samples" / "70-heun3-cfg2" / "samples.npz", tmp_path / "drawn.npz")
+    there = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())
+    shutil.rmtree(run / "plain")
+    evaluate.main([str(run), "--samples", str(drawn), "--features", "judge"])
+    here = json.loads((tmp_path / "drawn.metrics.json").read_text())
+    assert here["metrics"] == there["metrics"]

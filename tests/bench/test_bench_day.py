@@ -83,15 +83,18 @@ def test_a_choice_that_can_not_be_had_is_refused_before_anything_is_built(monkey
 
 
 def test_a_row_that_is_unfinished_is_asked_for_again_until_it_is_done(tmp_path, monkeypatch, capsys):
-    left = [2, 1, 0]
+    left, after = [2, 1, 0], []
 
     def tasks(day):
         yield "study", lambda: {"ok": True, "unfinished": left.pop(0) > 0, "done": 3 - len(left), "runs": 3}
+        yield "samples", lambda: after.append(1) or {"ok": True}
 
     monkeypatch.setitem(part.PARTS, "fake", (tasks, "fake"))
     day = dataclasses.replace(small(tmp_path), small=False)
     assert [part.run(day, "fake") for _ in range(4)] == [3, 3, 0, 0]
-    assert "2 of 3 runs are done; run the same command again" in capsys.readouterr().out and not left
+    said = capsys.readouterr().out
+    assert "2 of 3 runs are done" in said and "fake is not finished; run the same command again" in said
+    assert not left and after == [1]  # in the time that is left, in the first call
 
 
 def test_the_studys_runs_are_told_one_by_one_and_brought_home_with_samples_but_without_weights(tmp_path, monkeypatch):
