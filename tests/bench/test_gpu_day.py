@@ -185,7 +185,8 @@ def test_a_process_that_outstays_its_time_is_killed_and_a_row_that_began_late_is
 ):
     monkeypatch.setattr(part.results, "measure_machine", lambda device: MACHINE)
     monkeypatch.setattr(gpu_day, "GRACE", 0.5)
-    today, store = call(tmp_path, seconds=6.0), results.Store(tmp_path, MACHINE)
+    monkeypatch.setattr(gpu_day, "LEAST_SECONDS", 0.0)
+    today, store = call(tmp_path, seconds=2.0), results.Store(tmp_path, MACHINE)
     store.put("csrc", "a", {"ok": False, "error": UNFINISHED, "unfinished": True, "had": had})
     children("import time; time.sleep(60)")
     assert gpu_day.run_part("build", today) == STOPPED
