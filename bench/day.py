@@ -65,7 +65,7 @@ class Day:
     @property
     def data(self) -> Path:
         """CIFAR-10's latents, as `bench/pack.sh` has brought them along."""
-        return ROOT / "data" / "cifar10"
+        return ROOT / "data" / "cifar10-8x8"
 
     @property
     def effort(self) -> Effort:

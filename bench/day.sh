@@ -71,7 +71,7 @@ case $call in
   day 190 --parts choice
   ;;
 3) # does it train?
-  if [ ! -f data/cifar10/manifest.json ]; then
+  if [ ! -f data/cifar10-8x8/manifest.json ]; then
     mkdir -p data
     if [ -f $pack/cifar10.tar.xz ]; then "$python" -m tarfile -e $pack/cifar10.tar.xz data; fi
   fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bench/pack.sh CIFAR10.zip: makes in build/pack what a GPU machine without a network is brought, and what lies there
+# bench/pack.sh CIFAR10.zip (train/<class>/*.jpg and test/<class>/*.jpg): makes in build/pack what a GPU machine without a network is brought, and what lies there
 # already stays: csrc compiled, wheels of what that machine lacks, and CIFAR-10's latents. Takes ten minutes on two
 # cores. At the end it says how large everything is that travels, and fails where that is over 64 MiB.
 #
@@ -8,21 +8,26 @@
 #   PACK_WHEELS        what that machine's Python lacks
 #   PACK_PYTHON        that machine's Python (3.12)
 set -euo pipefail
-zip=$(readlink -m "${1:?usage: bench/pack.sh CIFAR10.zip}")
-[ -z "${CUDA_PYTHON:-}" ] || CUDA_PYTHON=$(command -v "$CUDA_PYTHON" | xargs realpath -s)
+[ $# -eq 1 ] || { echo "usage: bench/pack.sh CIFAR10.zip" >&2; exit 2; }
+zip=$(readlink -m "$1")
+if [ -n "${CUDA_PYTHON:-}" ]; then
+  found=$(command -v "$CUDA_PYTHON") || { echo "CUDA_PYTHON=$CUDA_PYTHON: no such program" >&2; exit 2; }
+  CUDA_PYTHON=$(realpath -s "$found")
+fi
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 wheels=${PACK_WHEELS:-diffusers importlib_metadata zipp requests charset_normalizer torchao}
 pack=build/pack
 most=$((64 * 1024 * 1024))
-[ -f "$zip" ] || { echo "$zip: no such file; a zip with train/<class>/*.jpg is needed" >&2; exit 2; }
+[ -f "$zip" ] || { echo "$zip: no such file; a zip with train/ and test/, a folder a class in each, is needed" >&2; exit 2; }
+command -v "$python" >/dev/null || { echo "$python: no such program: make install, or name another by PYTHON" >&2; exit 2; }
 mkdir -p $pack/wheels $pack/csrc
 
 if [ ! -f $pack/cifar10.tar.xz ]; then
-  "$python" -m st_fast.prepare "$zip" $pack/cifar10 --subset train --size 32 --vae small --vae-factor 4
-  tar -C $pack -cJf $pack/cifar10.tar.xz.partial cifar10
+  "$python" -m st_fast.prepare "$zip" $pack/cifar10-8x8 --subset train --size 32 --vae small --vae-factor 4
+  tar -C $pack -cJf $pack/cifar10.tar.xz.partial cifar10-8x8
   mv $pack/cifar10.tar.xz.partial $pack/cifar10.tar.xz
-  rm -r $pack/cifar10
+  rm -r $pack/cifar10-8x8
 fi
 
 platforms=()

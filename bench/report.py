@@ -49,7 +49,7 @@ GPU_ONLY = ("choices", "schedules", "convergence")
 """Parts that only `python -m bench.gpu_day` measures."""
 DETAILS = ("sweep", "longest kernels", "correctness", "csrc")
 """Parts that the README leaves to the command line."""
-COMMANDS = {"cpu": "pytest bench/", "cuda": "python -m bench.gpu_day"}
+COMMANDS = {"cpu": "pytest bench/", "cuda": "bash bench/day.sh"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 PREDICTION = "prediction.json"
 PREDICTED = (
