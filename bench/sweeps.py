@@ -23,6 +23,7 @@ from bench.step_times import Wanted
 from bench.timing import Effort
 from bench.workload import STAGES, Setup
 from st_fast import flops
+from st_fast.data.machine import free_memory
 from st_fast.recipe.load import resolve_model
 from st_fast.recipe.schema import Model
 
@@ -70,7 +71,7 @@ def memory(device: torch.device) -> int:
     """Bytes of the device, or free ones of the host."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory(device)
 
 
 def fits(setup: Setup) -> bool:

@@ -39,7 +39,8 @@ def test_a_sweep_measures_each_point_once_and_says_how_many_are_left(tmp_path):
     assert sweeps.run(newer, setups, 60.0, measured) == 0 and len(asked) == 6
 
 
-def test_the_points_cover_what_the_picture_shows_and_the_cheap_ones_come_first():
+def test_the_points_cover_what_the_picture_shows_and_the_cheap_ones_come_first(monkeypatch):
+    monkeypatch.setattr(sweeps, "free_memory", lambda device: 16 * 2**30)
     few = sweeps.few_points(CPU)
     work = [sweeps._work(setup) for setup in few]
     assert work == sorted(work) and len(set(few)) == len(few)
@@ -47,6 +48,14 @@ def test_the_points_cover_what_the_picture_shows_and_the_cheap_ones_come_first()
         plain = [p for p in points if p.stage == "plain" and p.size == "S/2"]
         assert {p.tokens for p in plain} >= {64, 256} and {p.depth for p in plain} >= {0, 3, 6}
         assert len({p.batch for p in plain}) >= 5 and {p.stage for p in points} == {"plain", "stage 1", "stage 2"}
+
+
+def test_points_that_do_not_fit_into_free_memory_are_left_out(monkeypatch):
+    sizes = list[int]()
+    for free in (0, 2**30, 4 * 2**30, 16 * 2**30):
+        monkeypatch.setattr(sweeps, "free_memory", lambda device, free=free: free)
+        sizes.append(len(sweeps.few_points(CPU)))
+    assert sizes[0] == 0 and sizes == sorted(set(sizes))
 
 
 def test_a_series_differs_in_one_thing_only():
