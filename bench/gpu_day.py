@@ -21,12 +21,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench import results
 from bench.part import BROKEN, LEAST_SECONDS, LONGEST_ROW, PARTS, STOPPED, UNFINISHED
 from bench.results import Machine, Store
+from st_fast.errors import UserError
+from st_fast.lock import RunLock
 
 GRACE = 15.0
 """Seconds over the budget that a part has to stop by itself before it is killed."""
@@ -118,20 +121,34 @@ def problem(settings: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_day")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, separated by commas")
-    parser.add_argument("--only", default="", help="only rows whose name contains this, such as 'XL/2, plain'")
-    parser.add_argument("--small", action="store_true", help="small sizes, for a rehearsal on any machine")
-    parser.add_argument("--jobs", type=int, default=1, help="parts beside one another, with --small")
-    parser.add_argument("--budget", type=float, default=530.0, help="seconds")
-    parser.add_argument("--again", action="store_true", help="try rows that failed once more")
-    parser.add_argument("--keep", action="store_true", help="keep rows that other sources measured")
-    parser.add_argument("--results", type=Path, default=Path(os.environ.get("OUT") or results.FOLDER))
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_day", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas, of " + ", ".join(PARTS))
+    parser.add_argument("--only", default="", help="measure only rows whose name contains this, such as 'XL/2, plain'")
+    parser.add_argument("--small", action="store_true", help="small sizes: a rehearsal that also a CPU can do")
+    parser.add_argument("--jobs", type=int, default=1, help="parts at once, with --small (default 1)")
+    parser.add_argument("--budget", type=float, default=530.0, help="seconds for all of it (default 530)")
+    parser.add_argument("--again", action="store_true", help="measure rows that failed once more")
+    parser.add_argument("--keep", action="store_true", help="keep rows that an earlier state of the code has measured")
+    parser.add_argument(
+        "--results", type=Path, default=Path(os.environ.get("OUT") or results.FOLDER),
+        help="where rows are written (default $OUT, or bench/results)",
+    )  # fmt: skip
     settings = parser.parse_args(arguments)
     wrong = problem(settings)
     if wrong:
         print(wrong, file=sys.stderr)
         return 2
+    with ExitStack() as held:
+        try:
+            held.enter_context(RunLock(settings.results, print, "--results"))
+        except (UserError, OSError) as error:  # another call writes there, or nobody can
+            print(error, file=sys.stderr)
+            return 2
+        return run_parts(settings)
+
+
+def run_parts(settings: argparse.Namespace) -> int:
+    """The parts that were asked for; the worst of their exit codes."""
     options = [f"--{name}" for name in ("small", "again", "keep") if getattr(settings, name)]
     with tempfile.TemporaryDirectory(prefix="st_fast-day-") as folder:
         until = time.monotonic() + settings.budget

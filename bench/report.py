@@ -68,8 +68,11 @@ def machine_line(machine: Mapping[str, Any]) -> str:
         f"{machine['device']}{isa}: copies {machine['copy_rate'] / 1e9:.1f} GB/s (read + written), multiplies "
         f"{machine['matmul_dtype']} at {multiplies}. {versions}. Revision {machine['commit']}, {machine['date']}."
     )
-    busy = machine["load"] > results.BUSY
-    return line + (f" **The machine was busy (load {machine['load']} a core): not results.**" if busy else "")
+    return line + (f" **The machine was busy (load {machine['load']} a core): not results.**" if _busy(machine) else "")
+
+
+def _busy(machine: Mapping[str, Any]) -> bool:
+    return bool(machine["load"] > results.BUSY)
 
 
 def failures(rows: Mapping[str, Row]) -> str:
@@ -125,6 +128,8 @@ def goals(kind: str, content: Content, device: str = "", predicted: Mapping[str,
         bound = goal.least if goal.least is not None else goal.most
         wanted = ("≥ " if goal.least is not None else "≤ ") + goal.shown(bound or 0.0)
         cells = [goal.text, wanted, goal.shown(value) if value is not None else "–", _verdict(goal, value, foreseen)]
+        if value is not None and _busy(content[goal.part]["machine"]):
+            cells[-1] += " on a busy machine: no result"
         if kind == "cuda":
             shown = {name: goal.shown(figure) for name, figure in foreseen.items()}
             several = len(shown) > 1

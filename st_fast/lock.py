@@ -37,12 +37,12 @@ class RunLock:
     `flock` decides, so a holder killed by `kill -9` or a power cut holds nothing; the file's text only says who it is
     or was. A text left by a holder that never released is told to `notice` and taken over. On a file system without
     `flock` the text decides: a live process, or any on another host, holds. The (empty) file stays; removing it would
-    race with a process that has just opened it.
+    race with a process that has just opened it. `option` is what names the folder on the command line.
     """
 
-    def __init__(self, folder: Path, notice: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, notice: Callable[[str], None], option: str = "run.out") -> None:
         self.path = Path(folder) / LOCK_NAME
-        self._notice = notice
+        self._notice, self._option = notice, option
         self._descriptor = -1
 
     def __enter__(self) -> RunLock:
@@ -79,9 +79,8 @@ class RunLock:
             held = _still_runs(_holder(descriptor))
         holder = _holder(descriptor)
         if held:
-            raise UserError(
-                f"{self.path.parent}: another run is writing here ({_named(holder)}); stop it or give another run.out"
-            )
+            who = f"another run is writing here ({_named(holder)})"
+            raise UserError(f"{self.path.parent}: {who}; stop it or give another {self._option}")
         if holder:
             self._notice(f"{self.path.parent}: taken over from a run that ended without cleaning up ({_named(holder)})")
         os.ftruncate(descriptor, 0)

@@ -24,6 +24,8 @@ from st_fast.recipe.batch import AUTO, images_a_pass, possible_passes, with_pass
 from st_fast.recipe.check import check
 from st_fast.safefile import BadFile
 
+WASTEFUL = 2
+"""How many times the chosen pass would fit before the line says that the batch does not split better."""
 Say = Callable[[str], None]
 
 
@@ -88,12 +90,17 @@ def estimate(recipe: Recipe, choice: Choice, bf16: bool) -> tuple[int, int]:
 
 def described(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
     """The choice in one line, with what it should take."""
-    passes = recipe.optim.batch_size // (choice.ranks * choice.images)
-    taken = sum(estimate(recipe, choice, bf16)) / 2**30
-    return (
+    share = recipe.optim.batch_size // choice.ranks
+    passes = share // choice.images
+    fixed, activations = estimate(recipe, choice, bf16)
+    line = (
         f"micro-batch {choice.images}: {passes} pass{'es' * (passes != 1)} a step; "
-        f"by estimate {taken:.1f} of {room / 2**30:.1f} GiB"
+        f"by estimate {(fixed + activations) / 2**30:.1f} of {room / 2**30:.1f} GiB"
     )
+    would_fit = min(share, int((flops.MEMORY_SHARE * room - fixed) * choice.images / activations))
+    if not choice.halved and would_fit > WASTEFUL * choice.images:
+        line += f"; {would_fit} would fit, but a pass must divide the {share} images of a rank"
+    return line
 
 
 def too_little(recipe: Recipe, ranks: Ranks, bf16: bool, room: int) -> str:

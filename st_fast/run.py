@@ -12,6 +12,7 @@ import torch
 from st_fast import kernels, lock, memory, micro_batch, monitor, parallel, profiling, start, teacher, trackers
 from st_fast.checkpoint.history import candidates
 from st_fast.data import digits, digits_encoder
+from st_fast.data.loader import kept_bytes
 from st_fast.data.manifest import Manifest
 from st_fast.data.opening import open_data
 from st_fast.data.shards import RecordSet
@@ -74,8 +75,7 @@ def run(recipe: Recipe) -> None:
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
             ranks.told(examiner.check)
-            dtype, manifest = precision(recipe, ranks.device), shards.manifest
-            held = manifest.count * manifest.record_bytes if recipe.data.loader == "resident" else 0
+            dtype, held = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
             split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, held, log.say)
             if ranks.first:
                 _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected

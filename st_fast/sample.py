@@ -32,7 +32,7 @@ from st_fast.interrupt import StopRequest, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model.compiling import keep_compiled
 from st_fast.parallel import Ranks
-from st_fast.recipe import load
+from st_fast.recipe import load_run
 from st_fast.recipe.schema import Recipe
 from st_fast.sampling.draw import Draw, balanced, read_labels
 from st_fast.sampling.guided import guided_velocity, sample, sample_batches
@@ -123,7 +123,7 @@ def wanted_of(given: argparse.Namespace, num: Callable[[Recipe], int], needs_mod
     Its weights have to be there if `needs_model`.
     """
     need_run(given.run)
-    recipe = load(given.run / "recipe.toml")
+    recipe = load_run(given.run)
     keys = ("num", "batch_size", "sampler", "steps", "cfg_scale")
     flags = {key: getattr(given, key) for key in keys} | {"cfg_range": given.cfg_range and tuple(given.cfg_range)}
     preset = PRESETS[given.preset] if given.preset else {}

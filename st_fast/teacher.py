@@ -17,7 +17,7 @@ from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.pretrained import CONFIG
-from st_fast.recipe import load
+from st_fast.recipe import load_run
 from st_fast.recipe.schema import Model, Recipe
 
 ARCHITECTURE = ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes", "mlp_ratio", "qk_norm")
@@ -37,7 +37,7 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
     if not path.exists():
         raise UserError(f"teacher = {teacher!r}: neither a stage of this recipe nor a folder or file")
     if (path / "recipe.toml").is_file():
-        names = ", ".join(str(path / stage.name) for stage in load(path / "recipe.toml").stages)
+        names = ", ".join(str(path / stage.name) for stage in load_run(path).stages)
         raise UserError(f"teacher = {teacher!r}: a run; name one of its stages: {names}")
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 

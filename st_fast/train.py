@@ -21,7 +21,7 @@ from pathlib import Path
 
 from st_fast.errors import UserError, run_command
 from st_fast.launch import local_rank, rank_count
-from st_fast.recipe import Recipe, changed_maths, load, to_toml
+from st_fast.recipe import Recipe, changed_maths, load, load_run, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
 
 CARD_BYTES = 78 * 2**30
@@ -72,7 +72,7 @@ def check_unchanged(recipe: Recipe, accept: bool) -> None:
     kept = Path(recipe.run.out) / "recipe.toml"
     if not kept.exists() or accept:
         return
-    differences = changed_maths(load(kept), recipe)
+    differences = changed_maths(load_run(recipe.run.out), recipe)
     if differences:
         raise UserError(
             f"{recipe.run.out} holds a run with other mathematics: {'; '.join(differences)}. "
@@ -130,7 +130,7 @@ def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]
     here = recipe.run.device == "cpu" or torch.cuda.is_available()
     device = torch.device("cpu" if recipe.run.device == "cpu" else f"cuda:{local_rank()}")
     room = memory.capacity(device) if here else CARD_BYTES
-    where = f"{device}, {room / 2**30:.1f} GiB" if here else f"no GPU here; a card with {room / 2**30:.1f} GiB"
+    where = f"{device}, {room / 2**30:.1f} GiB" if here else f"no GPU here; on a card with {room / 2**30:.1f} GiB"
     images = flops.largest_micro_batch(recipe, ranks, bf16, room)
     if not images:
         return recipe, f"not one image a pass fits ({where})"

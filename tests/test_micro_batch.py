@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -175,7 +176,7 @@ def test_a_dry_run_says_what_would_be_chosen_here_or_on_an_80_gb_card(monkeypatc
     recipe = load(tiny.ROOT / "recipes" / "sit_xl.toml")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = train.summary(recipe, 1)
-    assert "128 images a pass, 2 a step (no GPU here; a card with 78.0 GiB)" in text
+    assert "128 images a pass, 2 a step (no GPU here; on a card with 78.0 GiB)" in text
     fixed, activations = (
         f"{size / GIB:.2f} GiB" for size in flops.memory_bytes(with_passes_of(128, recipe, 1), 1, True)
     )
@@ -399,6 +400,20 @@ def test_a_run_that_goes_on_keeps_its_choice_while_ranks_and_memory_allow(
     monkeypatch.setattr(micro_batch, "newest_record", lambda recipe: record)
     recipe, said = chosen(load(tiny.ROOT / "recipes" / "sit_xl.toml"), one_of(1, gibibytes))
     assert 256 // recipe.optim.accumulation == images and said[0].endswith("as before") == again
+
+
+def test_a_batch_that_splits_badly_is_named(monkeypatch):
+    on_a_card(78, monkeypatch)
+    prime, good = (load(tiny.ROOT / "recipes" / "sit_xl.toml", [f"--optim.batch_size={n}"]) for n in (257, 256))
+    recipe, (line,) = chosen(prime, one_of(1, 78))
+    assert recipe.optim.accumulation == 257
+    fits = int(re.search(r"; (\d+) would fit, but a pass must divide the 257 images of a rank$", line)[1])
+    taken = [
+        sum(flops.memory_bytes(replace(prime, optim=replace(prime.optim, batch_size=n, micro_batch=0)), 1, True))
+        for n in (fits, fits + 1)
+    ]
+    assert taken[0] <= flops.MEMORY_SHARE * 78 * GIB < taken[1]
+    assert "would fit" not in chosen(good, one_of(1, 78))[1][0]
 
 
 def test_a_huge_batch_costs_no_time():

@@ -18,7 +18,7 @@ from st_fast.data.feature_job import template, write_features
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import BadImage, load_image
 from st_fast.data.job import Worker, is_done, run_job
-from st_fast.data.manifest import FILE_NAME, VaeInfo
+from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
 from st_fast.data.opening import open_data
 from st_fast.data.progress import bar
 from st_fast.data.record_images import open_record_images
@@ -31,7 +31,7 @@ from st_fast.encoders import load_encoder
 from st_fast.errors import UserError
 from st_fast.pictures import decoder, grid, save_png
 from st_fast.safefile import FolderWrite
-from st_fast.vae import PIXELS, VAE, encode_moments, load_vae, vae_hash
+from st_fast.vae import PIXELS, PRESETS, VAE, encode_moments, load_vae, vae_hash
 
 VAE_FOLDER = "vae"
 WIDTHS = {2: (32, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}
@@ -109,6 +109,7 @@ def encode(args: argparse.Namespace) -> None:
     """Images → shards."""
     source, out = open_source(args.paths[0], args.subset), args.paths[1]
     if (out / FILE_NAME).is_file():
+        check_same(args, read_manifest(out), out)
         print(f"{out}: complete already; --verify re-reads it")
         return
     if args.dry_run and args.vae == "small":
@@ -126,6 +127,35 @@ def encode(args: argparse.Namespace) -> None:
     with progress("encoding", _images(encoder, mine), "images", ready) as shown:
         encoder.progress = shown.update
         run_job(out, encoder, worker(), args.max_bad, tqdm.write)
+
+
+def check_same(args: argparse.Namespace, made: Manifest, out: Path) -> None:
+    """UserError if the finished set was made with other options, as far as its manifest says."""
+    wanted = {"--vae": vae_name(args.vae), "--flip": args.flip, "--dtype": args.dtype}
+    found = {"--vae": made.vae.name, "--flip": made.flip, "--dtype": made.dtype}
+    factor = vae_factor(args)
+    if factor:
+        wanted["latent size"], found["latent size"] = args.size // factor, made.shape[-1]
+    other = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if value != found[name]]
+    if other:
+        raise UserError(f"{out}: complete, but made with {'; '.join(other)}; name another folder to write")
+
+
+def vae_name(asked: str) -> str:
+    """What the manifest calls a VAE that was asked for: hub name or preset, or a local folder's own name."""
+    return Path(asked).resolve().name if asked not in PIXELS and Path(asked).is_dir() else asked
+
+
+def vae_factor(args: argparse.Namespace) -> int | None:
+    """How much smaller latents are than images of the options' size; None where only the VAE itself knows."""
+    if args.vae in PIXELS:
+        return 1
+    if args.vae in PRESETS:
+        return 8
+    if args.vae != "small":
+        return None
+    chosen: int | None = args.vae_factor
+    return chosen or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
 
 
 def plan(encoder: Encoder, out: Path, done: int) -> str:
@@ -174,7 +204,7 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
     if args.vae != "small":
         vae = load_vae(args.vae, device, dtype)
         local = Path(args.vae).is_dir() and args.vae not in PIXELS
-        return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
+        return vae, VaeInfo(vae_name(args.vae), vae_hash(vae), local * VAE_FOLDER)
     if not (out / VAE_FOLDER).is_dir():
         if worker().world > 1:
             raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
@@ -186,7 +216,8 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
 
 def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
     """Trains a small VAE on evenly spaced images of the source; f = 2 up to 32 pixels, 4 up to 64, else 8."""
-    factor = args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
+    factor = vae_factor(args)
+    assert factor is not None
     images = training_images(source, args.size).to(device)
     vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
     vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))

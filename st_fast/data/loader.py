@@ -69,6 +69,13 @@ class ResidentLoader:
         self._moments = self._labels = torch.empty(0)
 
 
+def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> int:
+    """Bytes on the device that the loader of that kind takes for the whole set; of "auto", those that it may take."""
+    size = records.manifest.count * records.manifest.record_bytes
+    may_stay = kind == "auto" and size <= RESIDENT_SHARE * free_memory(device)
+    return size if kind == "resident" or may_stay else 0
+
+
 def make_loader(kind: str, records: RecordSet, device: torch.device, say: Say) -> Loader:
     """The loader of that kind; UserError for an unknown one. "auto" says what it takes and why.
 

@@ -17,7 +17,7 @@ from st_fast.formats.bundle import Bundle
 from st_fast.formats.importing import import_file
 from st_fast.formats.layouts import check_table, detect, infer
 from st_fast.model.pretrained import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
-from st_fast.recipe import load
+from st_fast.recipe import load_run
 from st_fast.recipe.schema import Recipe
 from st_fast.safefile import shown
 
@@ -54,7 +54,7 @@ def read_model(
     if (path / "transformer" / CONFIG).is_file():
         return Origin(_published(path / "transformer"), path)
     if (path / "recipe.toml").is_file():
-        path = path / newest_stage(path, load(path / "recipe.toml"), stage)
+        path = path / newest_stage(path, load_run(path), stage)
     if (path / "manifest.json").is_file():
         found, root = checkpoint.load(path), path.parent
     else:

@@ -12,7 +12,7 @@ import torch
 from st_fast import kernels, teacher
 from st_fast.errors import UserError, need_run
 from st_fast.model import SiT
-from st_fast.recipe import Recipe, load
+from st_fast.recipe import Recipe, load_run
 from st_fast.recipe.schema import Stage
 
 
@@ -37,7 +37,7 @@ def load_recipes(runs: Sequence[Path]) -> list[Recipe]:
     recipes = []
     for run in runs:
         need_run(run)
-        recipes.append(load(run / "recipe.toml"))
+        recipes.append(load_run(run))
     first = recipes[0]
     for run, recipe in zip(runs, recipes, strict=True):
         for name, ours, theirs in (

@@ -14,7 +14,7 @@ from st_fast import __version__, flops
 from st_fast.data.opening import read_any_manifest
 from st_fast.errors import UserError
 from st_fast.formats.origin import Origin
-from st_fast.recipe import load, to_toml
+from st_fast.recipe import load_run, to_toml
 from st_fast.report import words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import read_run
@@ -68,7 +68,7 @@ def card(origin: Origin, weights: str, form: str, name: str, vae: str) -> str:
     """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty."""
     config = origin.bundle.config
     arm = _arm(origin)
-    cfg = load(origin.run / "recipe.toml").sample.cfg_scale if origin.run else 1.0
+    cfg = load_run(origin.run).sample.cfg_scale if origin.run else 1.0
     told = {"name": name, "classes": config.num_classes, "path": origin.bundle.path, "cfg": cfg}
     side = config.latent_size
     parts = [
@@ -107,7 +107,7 @@ def _of_run(origin: Origin, arm: Arm) -> list[str]:
 
 def _training(origin: Origin, arm: Arm) -> str:
     assert origin.run is not None
-    recipe, stage = load(origin.run / "recipe.toml"), arm.stage
+    recipe, stage = load_run(origin.run), arm.stage
     lines = [
         "## Training", "",
         f"- Stage “{stage.name}” of the recipe below, supervision `{stage.method}`, step {origin.bundle.step:,} of "
@@ -201,7 +201,7 @@ INCEPTION = (
 
 
 def _recipe(run: Path) -> str:
-    return f"## Recipe\n\n```toml\n{to_toml(load(run / 'recipe.toml'))}```\n"
+    return f"## Recipe\n\n```toml\n{to_toml(load_run(run))}```\n"
 
 
 def _foreign(origin: Origin) -> str:

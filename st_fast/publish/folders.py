@@ -16,7 +16,7 @@ from st_fast.errors import UserError
 from st_fast.formats.bundle import Bundle, heads, trunk
 from st_fast.formats.origin import Origin
 from st_fast.model.pretrained import DIFFUSERS_WEIGHTS, Published, write_pretrained
-from st_fast.recipe import load
+from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
 from st_fast.safefile import FolderWrite, durable_file, read_json, write_all, write_json_atomic
 from st_fast.vae import load_vae, tensors_hash, vae_scale
@@ -47,7 +47,7 @@ def weights_of(bundle: Bundle, weights: Weights) -> dict[str, Tensor]:
 def latents_of(origin: Origin) -> Latents:
     """From the data that a run was trained on, if it is still there; else what is usual for the channels."""
     if origin.run is not None:
-        data = Path(load(origin.run / "recipe.toml").data.path)
+        data = Path(load_run(origin.run).data.path)
         try:
             manifest = read_any_manifest(data)
         except UserError:
@@ -170,7 +170,7 @@ def index(sampling: Sample, with_vae: bool) -> dict[str, Any]:
 
 def _sampling(origin: Origin) -> Sample:
     null = origin.bundle.config.class_dropout > 0
-    return load(origin.run / "recipe.toml").sample if origin.run else Sample(cfg_scale=1.8 if null else 1.0)
+    return load_run(origin.run).sample if origin.run else Sample(cfg_scale=1.8 if null else 1.0)
 
 
 def _forget_place(config: Path) -> None:

@@ -2,7 +2,7 @@
 
 from st_fast.recipe.compare import changed_maths
 from st_fast.recipe.error import RecipeError
-from st_fast.recipe.load import load
+from st_fast.recipe.load import load, load_run
 from st_fast.recipe.methods import (
     METHODS,
     LayerSync,
@@ -39,5 +39,6 @@ __all__ = [
     "VelocityHead",
     "changed_maths",
     "load",
+    "load_run",
     "to_toml",
 ]

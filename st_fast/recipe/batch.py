@@ -33,6 +33,14 @@ def with_passes_of(images: int, recipe: Recipe, ranks: int) -> Recipe:
     return replace(recipe, optim=replace(recipe.optim, accumulation=accumulation, micro_batch=0))
 
 
+def made_for(recipe: Recipe) -> int:
+    """A number of ranks with which the batch splits as the recipe says: more than one only where it must be."""
+    optim = recipe.optim
+    if recipe.run.cuda_graphs and isinstance(optim.micro_batch, int) and optim.micro_batch:
+        return max(1, optim.batch_size // optim.micro_batch)  # a graph is of one pass: the pass is a rank's whole share
+    return 1
+
+
 def agreed(recipe: Recipe, ranks: int) -> Recipe:
     """The recipe with `micro_batch` alone to decide where `accumulation` says the same; RecipeError if it does not."""
     optim = recipe.optim

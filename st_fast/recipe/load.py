@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from st_fast.recipe.batch import agreed
+from st_fast.recipe.batch import agreed, made_for
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, read_document, section_with
 from st_fast.recipe.error import RecipeError, cut, did_you_mean, key_text, unknown_name, wrong_value
@@ -23,26 +23,33 @@ STAGE_KEYS = ("name", "supervision", "steps")
 """What every stage has; all else belongs to its method or its start."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), ranks: int = 1) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), ranks: int | None = 1) -> Recipe:
     """The recipe at `path` with `--section.key=value` and `--stage.<name>.<key>=value` applied, resolved and checked.
 
     RecipeError, in one line, for anything wrong in the file, the overrides or between them; `ranks` is the number of
-    processes that will share a batch (ValueError below 1).
+    processes that will share a batch (ValueError below 1), None whichever the recipe was made for.
     """
-    if ranks < 1:
+    if ranks is not None and ranks < 1:
         raise ValueError(f"ranks = {ranks}: at least 1")
     flags: dict[str, str] = {}
     try:
         document = read_document(Path(path))
         for override in overrides:
             flags[apply_override(document, override)] = override
-        recipe = agreed(resolve(parse(document), Path(path)), ranks)
+        recipe = resolve(parse(document), Path(path))
+        ranks = made_for(recipe) if ranks is None else ranks
+        recipe = agreed(recipe, ranks)
         check(recipe, ranks)
     except RecipeError as error:
         if error.place:
             raise
         raise error.at(" ".join(filter(None, [str(path), cut(flags.get(error.key, ""))]))) from None
     return recipe
+
+
+def load_run(run: str | Path) -> Recipe:
+    """The recipe that the folder of a run keeps, for reading what was trained by however many processes."""
+    return load(Path(run) / "recipe.toml", ranks=None)
 
 
 def parse(document: Document) -> Recipe:

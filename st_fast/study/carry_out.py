@@ -13,7 +13,7 @@ from pathlib import Path
 from st_fast.data.digits import prepare_digits
 from st_fast.errors import Interrupted, UserError
 from st_fast.interrupt import stop_on_signals
-from st_fast.recipe import Recipe, load, to_toml
+from st_fast.recipe import Recipe, load_run, to_toml
 from st_fast.report.collect import read_run
 from st_fast.run import run
 from st_fast.study.plan import Job, Study, jobs
@@ -47,7 +47,7 @@ def done(job: Job) -> bool:
     kept = job.folder / "recipe.toml"
     if not kept.is_file():
         return False
-    differing = difference(load(kept), job.recipe)
+    differing = difference(load_run(job.folder), job.recipe)
     if differing:
         raise UserError(f"{job.folder} holds a run of another recipe ({differing}); remove it or choose another --out")
     if not (job.folder / "log.jsonl").is_file():

@@ -69,7 +69,10 @@ def test_figures_come_with_device_versions_rates_and_date_and_a_busy_machine_is_
     assert "busy" not in text
     busy = dataclasses.replace(MACHINE, load=1.5)
     results.Store(tmp_path, busy).put("kernels", "a", op_row("align", 4.0))
-    assert "The machine was busy (load 1.5 a core): not results." in report.report(tmp_path, brief=False)
+    results.Store(tmp_path, busy).put("demo", "a", {"speedup": {"reference": 1.2}})
+    text = report.report(tmp_path, brief=False)
+    assert "The machine was busy (load 1.5 a core): not results." in text
+    assert _verdict(text, "`make demo`, its step") == ("1.20×", "reached on a busy machine: no result")
 
 
 def test_rows_are_kept_by_key_and_other_files_in_the_folder_are_left_alone(tmp_path):

@@ -19,6 +19,7 @@ from bench import gpu_day, part, results
 from bench.day import Day
 from bench.part import BROKEN, PARTS, STOPPED, UNFINISHED, OutOfTime
 from bench.results import ROOT
+from st_fast.lock import RunLock
 from tests.bench.test_bench_report import MACHINE
 
 CPU = torch.device("cpu")
@@ -227,6 +228,14 @@ def test_a_killed_call_ends_its_parts_keeps_its_rows_and_is_taken_up_again(tmp_p
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ONE_THREAD)
     assert again.returncode == 0, again.stderr
     assert all(row["ok"] for row in results.load(file)["attention backends"]["rows"].values())
+
+
+def test_a_second_call_on_the_same_folder_is_refused_while_the_first_lives(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_day, "run_part", lambda *_: 0)
+    with RunLock(tmp_path, print):
+        assert gpu_day.main(["--small", "--results", str(tmp_path)]) == 2
+    assert f"{tmp_path}: another run is writing here (" in capsys.readouterr().err
+    assert gpu_day.main(["--small", "--results", str(tmp_path)]) == 0
 
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ import torch
 from st_fast.data import loader as loader_module
 from st_fast.data.ahead import Patience, ReadAhead, TorchLoader
 from st_fast.data.dali import DaliLoader, dali_missing
-from st_fast.data.loader import Loader, ResidentLoader, make_loader, trial_rate
+from st_fast.data.loader import Loader, ResidentLoader, kept_bytes, make_loader, trial_rate
 from st_fast.data.machine import container_limit
 from st_fast.data.shards import RecordSet, ShardSet, open_shards
 from st_fast.errors import RunFailed, UserError
@@ -250,6 +250,16 @@ def test_auto_keeps_a_set_that_fits_in_memory_and_says_so(records: ShardSet, mon
     monkeypatch.setattr(loader_module, "dali_missing", lambda: "not there")
     assert isinstance(make_loader("auto", records, CPU, said.append), TorchLoader)
     assert "loader = torch" in said[1]
+
+
+def test_the_estimate_reckons_with_a_set_that_may_stay_on_the_device(
+    records: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sum(np.asarray(row).nbytes for row in records.gather(np.arange(len(records)))[0].numpy())
+    assert kept_bytes("resident", records, CPU) == kept_bytes("auto", records, CPU) == whole
+    assert kept_bytes("dali", records, CPU) == kept_bytes("torch", records, CPU) == 0
+    monkeypatch.setattr(loader_module, "free_memory", lambda device: 1_000)
+    assert kept_bytes("resident", records, CPU) == whole and kept_bytes("auto", records, CPU) == 0
 
 
 @pytest.mark.parametrize(("text", "limit"), [("1048576\n", 2**20), ("max\n", 2**63), (None, 2**63)])

@@ -107,6 +107,30 @@ def test_interrupted_work_continues_and_ends_with_the_same_files(
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--flip"], "--flip False, not True"),
+        (["--dtype", "float32"], "--dtype float16, not float32"),
+        (["--size", "8"], "latent size 16, not 8"),
+        (["--vae", "pixels-gray"], "--vae pixels, not pixels-gray"),
+        (["--vae", "small", "--vae-factor", "4"], "--vae pixels, not small; latent size 16, not 4"),
+    ],
+)
+def test_a_finished_set_is_not_taken_for_one_of_other_options(
+    class_folders: Path, tmp_path: Path, options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(class_folders, tmp_path / "out", *PIXELS)
+    before = content(tmp_path / "out")
+    capsys.readouterr()
+    run(class_folders, tmp_path / "out", *PIXELS)
+    assert "complete already" in capsys.readouterr().out
+    with pytest.raises(UserError) as refusal:
+        run(class_folders, tmp_path / "out", *PIXELS, *options)
+    assert f"complete, but made with {line}; name another folder to write" in str(refusal.value)
+    assert content(tmp_path / "out") == before
+
+
 def test_continuing_with_other_settings_is_refused(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

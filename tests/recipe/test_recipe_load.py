@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.recipe import Plain, RecipeError, SelfTranscendence, VelocityHead, load, to_toml
+from st_fast.recipe import Plain, RecipeError, SelfTranscendence, VelocityHead, load, load_run, to_toml
 from st_fast.recipe.check import splits_near
 from st_fast.recipe.schema import SIZES
 
@@ -193,6 +193,23 @@ def test_what_needs_one_pass_a_step_is_told_of_a_micro_batch_too(small: Path) ->
     assert (error.key, error.value) == ("optim.micro_batch", 24) and "48" in error.allowed
     assert "run.cuda_graphs = true needs it" in str(error)
     assert load(small, [*graphs, "--optim.micro_batch=48"], ranks=2).run.cuda_graphs
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, []),
+        (2, ["--optim.micro_batch=48", "--run.cuda_graphs=true", "--run.supervised_rows=padded"]),
+        (3, ["--optim.accumulation=2"]),
+        (3, ["--optim.micro_batch=8"]),
+        (4, ["--optim.micro_batch=auto"]),
+    ],
+)
+def test_the_recipe_of_a_run_is_read_back_however_many_ranks_it_was_for(ranks, options, small, tmp_path):
+    recipe = load(small, ["--optim.batch_size=96", "--run.device=cuda", *options], ranks=ranks)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(to_toml(recipe))
+    assert load_run(tmp_path / "run") == recipe
 
 
 @pytest.mark.parametrize(("batch_size", "parts"), [(250, 24), (1, 2), (7, 1000), (2**62, 48), (2**61 - 1, 3)])
