@@ -47,7 +47,7 @@ PARTS = {
 }
 GPU_ONLY = ("choices", "schedules", "convergence")
 """Parts that only `python -m bench.gpu_day` measures."""
-DETAILS = ("sweep", "longest kernels", "correctness", "csrc")
+DETAILS = ("demo", "sweep", "longest kernels", "correctness", "csrc")
 """Parts that the README leaves to the command line."""
 COMMANDS = {"cpu": "pytest bench/", "cuda": "bash bench/day.sh"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}

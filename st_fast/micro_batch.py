@@ -90,17 +90,22 @@ def estimate(recipe: Recipe, choice: Choice, bf16: bool) -> tuple[int, int]:
 
 def described(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
     """The choice in one line, with what it should take."""
-    share = recipe.optim.batch_size // choice.ranks
-    passes = share // choice.images
-    fixed, activations = estimate(recipe, choice, bf16)
-    line = (
+    passes = recipe.optim.batch_size // (choice.ranks * choice.images)
+    taken = sum(estimate(recipe, choice, bf16)) / 2**30
+    return (
         f"micro-batch {choice.images}: {passes} pass{'es' * (passes != 1)} a step; "
-        f"by estimate {(fixed + activations) / 2**30:.1f} of {room / 2**30:.1f} GiB"
+        f"by estimate {taken:.1f} of {room / 2**30:.1f} GiB{splits_badly(recipe, choice, bf16, room)}"
     )
-    would_fit = min(share, int((flops.MEMORY_SHARE * room - fixed) * choice.images / activations))
-    if not choice.halved and would_fit > WASTEFUL * choice.images:
-        line += f"; {would_fit} would fit, but a pass must divide the {share} images of a rank"
-    return line
+
+
+def splits_badly(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
+    """The end of such a line where far more images would fit than divide a rank's share; else ""."""
+    share = recipe.optim.batch_size // choice.ranks
+    fixed, activations = estimate(recipe, Choice(share, choice.ranks), bf16)
+    would_fit = min(share, int((flops.MEMORY_SHARE * room - fixed) * share / activations))
+    if choice.halved or would_fit <= WASTEFUL * choice.images:
+        return ""
+    return f"; {would_fit} would fit, but a pass must divide the {share} images of a rank"
 
 
 def too_little(recipe: Recipe, ranks: Ranks, bf16: bool, room: int) -> str:

@@ -126,6 +126,7 @@ def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]
     import torch
 
     from st_fast import flops, memory
+    from st_fast.micro_batch import Choice, splits_badly
 
     here = recipe.run.device == "cpu" or torch.cuda.is_available()
     device = torch.device("cpu" if recipe.run.device == "cpu" else f"cuda:{local_rank()}")
@@ -135,7 +136,8 @@ def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]
     if not images:
         return recipe, f"not one image a pass fits ({where})"
     chosen = with_passes_of(images, recipe, ranks)
-    return chosen, f"{images} images a pass, {chosen.optim.accumulation} a step ({where})"
+    badly = splits_badly(recipe, Choice(images, ranks), bf16, room)
+    return chosen, f"{images} images a pass, {chosen.optim.accumulation} a step ({where}){badly}"
 
 
 if __name__ == "__main__":
