@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -99,11 +100,34 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def others_load(seconds: float = 1.0) -> float:
+    """The share of all processors' time that is used while this process sleeps; without /proc, last minute's average.
+
+    That average would count what ended before, such as the tests that a GPU's day begins with.
+    """
+    try:
+        busy, whole = _processor_time()
+        time.sleep(seconds)
+        busy_after, whole_after = _processor_time()
+    except OSError:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    return (busy_after - busy) / max(whole_after - whole, 1)
+
+
+def _processor_time() -> tuple[int, int]:
+    """Ticks since the start, of all processors: (in use, in use or idle)."""
+    user, nice, system, idle, waiting, *interrupts = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+    )
+    used = user + nice + system + sum(interrupts)
+    return used, used + idle + waiting
+
+
 def measure_machine(device: torch.device) -> Machine:
     """Takes the device's copy and matmul rates, a few seconds."""
     from triton import __version__ as triton
 
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    load = others_load()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Machine(
         device=device_name(device),

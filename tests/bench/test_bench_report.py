@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -144,3 +148,31 @@ def test_such_a_row_reaches_no_goal(tmp_path):
     assert _verdict(report.report(tmp_path, brief=True), "guided_feature_loss") == ("–", "not measured")
     store.put("kernels", "a", row)
     assert _verdict(report.report(tmp_path, brief=True), "guided_feature_loss") == ("3.50×", "reached")
+
+
+def test_load_is_what_others_do_now():
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
+    try:
+        time.sleep(0.1)
+        load = results.others_load(0.5)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert results.BUSY < load <= 1.0
+
+
+def test_what_ended_before_is_no_load(monkeypatch):
+    times = iter([(9_000, 10_000), (9_003, 10_100)])  # 90 % were in use until now, 3 % are
+    monkeypatch.setattr(results, "_processor_time", lambda: next(times))
+    assert results.others_load(0.0) == 0.03
+
+
+def test_without_proc_last_minutes_average_is_taken(monkeypatch):
+    def gone() -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(results, "_processor_time", gone)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    assert results.others_load() == 1.5 / os.cpu_count()
