@@ -11,6 +11,10 @@ out=$(readlink -m "${OUT:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 mkdir -p "$out" || exit 2
+exec 9>"$out/day.lock" || exit 2
+busy=0
+flock -n 9 || busy=$?
+[ $busy -ne 1 ] || { echo "$out: another bench/day.sh is measuring here; wait for it, or set another OUT" >&2; exit 2; }
 pack=build/pack
 start=$SECONDS
 
@@ -73,7 +77,7 @@ case $call in
 3) # does it train?
   if [ ! -f data/cifar10-8x8/manifest.json ]; then
     mkdir -p data
-    if [ -f $pack/cifar10.tar.xz ]; then "$python" -m tarfile -e $pack/cifar10.tar.xz data; fi
+    if [ -f $pack/cifar10-8x8.tar.xz ]; then "$python" -m tarfile -e $pack/cifar10-8x8.tar.xz data; fi
   fi
   day 520 --parts convergence
   day $last --parts step,first,truth,choice,schedule,compiled,sweep

@@ -141,8 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as held:
         try:
             held.enter_context(RunLock(settings.results, print, "--results"))
-        except (UserError, OSError) as error:  # another call writes there, or nobody can
+        except UserError as error:  # another call writes there
             print(error, file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"--results {settings.results}: can't be written: {error.strerror}", file=sys.stderr)
             return 2
         return run_parts(settings)
 

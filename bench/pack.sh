@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# bench/pack.sh CIFAR10.zip (train/<class>/*.jpg and test/<class>/*.jpg): makes in build/pack what a GPU machine without a network is brought, and what lies there
-# already stays: csrc compiled, wheels of what that machine lacks, and CIFAR-10's latents. Takes ten minutes on two
-# cores. At the end it says how large everything is that travels, and fails where that is over 64 MiB.
+# bench/pack.sh CIFAR10.zip: makes in build/pack what a GPU machine without a network is brought: csrc compiled, wheels
+# of what that machine lacks, and CIFAR-10's latents (the zip holds train/<class>/*.jpg and test/<class>/*.jpg). What
+# lies there already stays. Takes five to ten minutes on two cores. At the end it says how large everything is that
+# travels, and fails where that is over 64 MiB.
 #
 #   PYTHON             the environment that prepares the latents (.venv/bin/python)
 #   CUDA_PYTHON        one with that machine's torch, a CUDA build: compiles csrc (without it, that machine does)
 #   PACK_WHEELS        what that machine's Python lacks
 #   PACK_PYTHON        that machine's Python (3.12)
 set -euo pipefail
-[ $# -eq 1 ] || { echo "usage: bench/pack.sh CIFAR10.zip" >&2; exit 2; }
+[ $# -eq 1 ] && [ -n "$1" ] || { echo "usage: bench/pack.sh CIFAR10.zip" >&2; exit 2; }
 zip=$(readlink -m "$1")
 if [ -n "${CUDA_PYTHON:-}" ]; then
   found=$(command -v "$CUDA_PYTHON") || { echo "CUDA_PYTHON=$CUDA_PYTHON: no such program" >&2; exit 2; }
@@ -23,10 +24,10 @@ most=$((64 * 1024 * 1024))
 command -v "$python" >/dev/null || { echo "$python: no such program: make install, or name another by PYTHON" >&2; exit 2; }
 mkdir -p $pack/wheels $pack/csrc
 
-if [ ! -f $pack/cifar10.tar.xz ]; then
+if [ ! -f $pack/cifar10-8x8.tar.xz ]; then
   "$python" -m st_fast.prepare "$zip" $pack/cifar10-8x8 --subset train --size 32 --vae small --vae-factor 4
-  tar -C $pack -cJf $pack/cifar10.tar.xz.partial cifar10-8x8
-  mv $pack/cifar10.tar.xz.partial $pack/cifar10.tar.xz
+  tar -C $pack -cJf $pack/cifar10-8x8.tar.xz.partial cifar10-8x8
+  mv $pack/cifar10-8x8.tar.xz.partial $pack/cifar10-8x8.tar.xz
   rm -r $pack/cifar10-8x8
 fi
 

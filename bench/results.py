@@ -46,7 +46,7 @@ class Machine:
     kind: str
     threads: int
     load: float
-    """Other work on the machine when measuring began: load average a core."""
+    """Other work on the machine when measuring began: the share of all processors' time it took."""
     copy_rate: float
     """Bytes a second, read and written."""
     matmul_rate: float
@@ -109,9 +109,11 @@ def others_load(seconds: float = 1.0) -> float:
         busy, whole = _processor_time()
         time.sleep(seconds)
         busy_after, whole_after = _processor_time()
-    except OSError:
+    except (OSError, ValueError):  # not there, or another system's
         return os.getloadavg()[0] / (os.cpu_count() or 1)
-    return (busy_after - busy) / max(whole_after - whole, 1)
+    if whole_after <= whole:  # a sandbox that does not count
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    return min(max((busy_after - busy) / (whole_after - whole), 0.0), 1.0)
 
 
 def _processor_time() -> tuple[int, int]:

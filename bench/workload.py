@@ -190,7 +190,7 @@ class Ours:
     def __init__(self, setup: Setup, folder: Path) -> None:
         ranks, given = Ranks(0, 1, setup.device), make_recipe(setup, folder)
         dtype = precision(given, setup.device)
-        self.recipe, _ = choose_micro_batch(given, ranks, dtype, held=0, say=lambda text: None)
+        self.recipe, _ = choose_micro_batch(given, ranks, dtype, kept=(0, 0), say=lambda text: None)
         self.stage = make_stage(setup, self.recipe)
         shards, self.log = write_data(self.recipe), Notices(folder, ranks)
         self.scale = shards.manifest.scale

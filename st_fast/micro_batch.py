@@ -6,6 +6,7 @@ the same order as one without interruption, whatever else is on the device by th
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,36 +40,39 @@ class Choice:
 
 
 def choose_micro_batch(
-    recipe: Recipe, ranks: Ranks, dtype: torch.dtype, held: int, say: Say
+    recipe: Recipe, ranks: Ranks, dtype: torch.dtype, kept: tuple[int, int], say: Say
 ) -> tuple[Recipe, Choice | None]:
     """The recipe with the accumulation that its `micro_batch` asks for, and the choice where it was left to us.
 
-    `held` are bytes on the device that the estimate does not know of. All ranks take what fits the one with the least
-    memory. RunFailed where no image fits; RecipeError where what fits is excluded by another key. One line says what
-    was chosen.
+    `kept` are the bytes of data on the device, at least and at most: the estimate does not know of them. All ranks take
+    what fits the one with the least memory. RunFailed where no image fits; RecipeError where what fits is excluded by
+    another key. One line says what was chosen.
     """
     asked = recipe.optim.micro_batch
     if asked != AUTO:
         return (
             with_passes_of(images_a_pass(recipe.optim, ranks.count), recipe, ranks.count) if asked else recipe
         ), None
-    bf16, room = dtype == torch.bfloat16, least_room(ranks, capacity(ranks.device) - held)
+    bf16, whole = dtype == torch.bfloat16, capacity(ranks.device)
+    room = least_room(ranks, whole - kept[0])
     choice = recorded(ranks.told(lambda: newest_record(recipe)), recipe, ranks.count)
     again = choice is not None
-    # With all of the memory, not the share: what others take is not the same at every start.
+    # With all of the memory, not the share, and the least data: what others take is not the same at every start.
     if choice is None or sum(estimate(recipe, choice, bf16)) > room:
+        room = least_room(ranks, whole - kept[1])
         again, choice = False, Choice(flops.largest_micro_batch(recipe, ranks.count, bf16, room), ranks.count)
     if not choice.images:
         raise RunFailed(too_little(recipe, ranks, bf16, room))
     chosen = checked(recipe, choice)
-    say(described(recipe, choice, bf16, room) + ", as before" * again)
+    why = ", as before" if again else splits_badly(recipe, choice, bf16, room)
+    say(described(recipe, choice, bf16, room) + why)
     return chosen, choice
 
 
 def least_room(ranks: Ranks, mine: int) -> int:
     """The smallest of all ranks' bytes."""
     rooms = torch.zeros(ranks.count, dtype=torch.float64)
-    rooms[ranks.rank] = mine
+    rooms[ranks.rank] = max(mine, 0)
     return int(ranks.sum(rooms).min())
 
 
@@ -94,18 +98,23 @@ def described(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
     taken = sum(estimate(recipe, choice, bf16)) / 2**30
     return (
         f"micro-batch {choice.images}: {passes} pass{'es' * (passes != 1)} a step; "
-        f"by estimate {taken:.1f} of {room / 2**30:.1f} GiB{splits_badly(recipe, choice, bf16, room)}"
+        f"by estimate {taken:.1f} of {room / 2**30:.1f} GiB"
     )
 
 
 def splits_badly(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
-    """The end of such a line where far more images would fit than divide a rank's share; else ""."""
+    """The end of that line where far more images would fit than a choice that divides a rank's share has; else ""."""
+
+    def taken(images: int) -> int:
+        whole = replace(recipe.optim, batch_size=images * choice.ranks, accumulation=1, micro_batch=0)
+        return sum(flops.memory_bytes(replace(recipe, optim=whole), choice.ranks, bf16))
+
     share = recipe.optim.batch_size // choice.ranks
-    fixed, activations = estimate(recipe, Choice(share, choice.ranks), bf16)
-    would_fit = min(share, int((flops.MEMORY_SHARE * room - fixed) * share / activations))
-    if choice.halved or would_fit <= WASTEFUL * choice.images:
+    sizes = range(choice.images + 1, share + 1)
+    fit = choice.images + bisect_right(sizes, flops.MEMORY_SHARE * room, key=taken)
+    if fit <= WASTEFUL * choice.images:
         return ""
-    return f"; {would_fit} would fit, but a pass must divide the {share} images of a rank"
+    return f"; {fit} would fit, but a pass must divide the {share} images of a rank"
 
 
 def too_little(recipe: Recipe, ranks: Ranks, bf16: bool, room: int) -> str:

@@ -170,7 +170,7 @@ def main(arguments: Sequence[str]) -> None:
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {value}: above 0")
-    recipe = load(given.recipe)
+    recipe = load(given.recipe, ranks=None)
     machine = Machine(given.per_node, given.nvlink * 1e9, given.network * 1e9, given.memory * 1e9)
     for stage in recipe.stages:
         if given.run is not None:

@@ -75,8 +75,8 @@ def run(recipe: Recipe) -> None:
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
             ranks.told(examiner.check)
-            dtype, held = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
-            split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, held, log.say)
+            dtype, kept = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
+            split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:
                 _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
             with memory.explained(split, ranks, dtype, recipe):

@@ -55,9 +55,11 @@ def on_a_card(gibibytes: float, monkeypatch) -> None:
     monkeypatch.setattr(micro_batch, "capacity", lambda device: int(gibibytes * GIB))
 
 
-def chosen(recipe: Recipe, ranks: Ranks, dtype: torch.dtype = torch.bfloat16) -> tuple[Recipe, list[str]]:
+def chosen(
+    recipe: Recipe, ranks: Ranks, dtype: torch.dtype = torch.bfloat16, kept: tuple[int, int] = (0, 0)
+) -> tuple[Recipe, list[str]]:
     said: list[str] = []
-    return choose_micro_batch(recipe, ranks, dtype, 0, said.append)[0], said
+    return choose_micro_batch(recipe, ranks, dtype, kept, said.append)[0], said
 
 
 def one_of(count: int, gibibytes: float) -> Ranks:
@@ -402,18 +404,34 @@ def test_a_run_that_goes_on_keeps_its_choice_while_ranks_and_memory_allow(
     assert 256 // recipe.optim.accumulation == images and said[0].endswith("as before") == again
 
 
-def test_a_batch_that_splits_badly_is_named(monkeypatch):
-    on_a_card(78, monkeypatch)
-    prime, good = (load(tiny.ROOT / "recipes" / "sit_xl.toml", [f"--optim.batch_size={n}"]) for n in (257, 256))
-    recipe, (line,) = chosen(prime, one_of(1, 78))
+@pytest.mark.parametrize(("name", "option"), [("sit_xl", ""), ("sit_b", "block"), ("digits_methods", "block")])
+def test_a_batch_that_splits_badly_is_named_with_what_would_fit(name, option, monkeypatch):
+    path = tiny.ROOT / "recipes" / f"{name}.toml"
+    options = [AUTO, "--optim.batch_size=257", f"--run.checkpointing={option or 'none'}"]
+
+    def taken(images: int) -> int:
+        alone = load(path, [*options, f"--optim.batch_size={images}", "--optim.micro_batch=0"])
+        return sum(flops.memory_bytes(alone, 1, True))
+
+    room = (taken(150) + 1) / flops.MEMORY_SHARE / GIB
+    on_a_card(room, monkeypatch)
+    recipe, (line,) = chosen(load(path, options), one_of(1, room))
     assert recipe.optim.accumulation == 257
     fits = int(re.search(r"; (\d+) would fit, but a pass must divide the 257 images of a rank$", line)[1])
-    taken = [
-        sum(flops.memory_bytes(replace(prime, optim=replace(prime.optim, batch_size=n, micro_batch=0)), 1, True))
-        for n in (fits, fits + 1)
-    ]
-    assert taken[0] <= flops.MEMORY_SHARE * 78 * GIB < taken[1]
-    assert "would fit" not in chosen(good, one_of(1, 78))[1][0]
+    assert taken(fits) <= taken(150) < taken(fits + 1)
+    assert "would fit" not in chosen(load(path, [*options, "--optim.batch_size=256"]), one_of(1, room))[1][0]
+
+
+def test_data_that_may_stay_on_the_device_change_a_new_choice_and_no_recorded_one(monkeypatch):
+    recipe, half = load(tiny.ROOT / "recipes" / "sit_xl.toml"), int(0.4 * 78 * GIB)
+    on_a_card(78, monkeypatch)
+    assert chosen(recipe, one_of(1, 78), kept=(0, half))[0].optim.accumulation == 4
+    monkeypatch.setattr(micro_batch, "newest_record", lambda recipe: {"images": 128, "ranks": 1})
+    for kept, again in (((0, half), True), ((half, half), False)):
+        found, (line,) = chosen(recipe, one_of(1, 78), kept=kept)
+        assert line.endswith("as before") == again and found.optim.accumulation == (2 if again else 4)
+    monkeypatch.setattr(micro_batch, "newest_record", lambda recipe: {"images": 8, "ranks": 1})
+    assert "would fit" not in chosen(recipe, one_of(1, 78))[1][0]  # smaller because it was so before
 
 
 def test_a_huge_batch_costs_no_time():

@@ -21,7 +21,7 @@ from st_fast.data.job import Worker, is_done, run_job
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
 from st_fast.data.opening import open_data
 from st_fast.data.progress import bar
-from st_fast.data.record_images import open_record_images
+from st_fast.data.record_images import crop_of, open_record_images
 from st_fast.data.repa import RepaProducer, RepaSet, write_repa
 from st_fast.data.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.data.source import Source
@@ -131,31 +131,36 @@ def encode(args: argparse.Namespace) -> None:
 
 def check_same(args: argparse.Namespace, made: Manifest, out: Path) -> None:
     """UserError if the finished set was made with other options, as far as its manifest says."""
-    wanted = {"--vae": vae_name(args.vae), "--flip": args.flip, "--dtype": args.dtype}
-    found = {"--vae": made.vae.name, "--flip": made.flip, "--dtype": made.dtype}
-    factor = vae_factor(args)
-    if factor:
-        wanted["latent size"], found["latent size"] = args.size // factor, made.shape[-1]
-    other = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if value != found[name]]
-    if other:
-        raise UserError(f"{out}: complete, but made with {'; '.join(other)}; name another folder to write")
+    crop = crop_of(made.source)
+    differing = [
+        (name, found, wanted)
+        for name, found, wanted in (
+            ("--size", crop, args.size),
+            ("--flip", made.flip, args.flip),
+            ("--dtype", made.dtype, args.dtype),
+            ("--vae-factor", (crop or args.size) // made.shape[-1], args.vae_factor),
+            ("--vae", *same_names(args.vae, made.vae, out)),
+        )
+        if found != wanted and found is not None and wanted is not None
+    ]
+    if differing:
+        text = "; ".join(f"{name} {found}, not {wanted}" for name, found, wanted in differing)
+        raise UserError(f"{out}: complete, but made with {text}; name another folder to write")
 
 
-def vae_name(asked: str) -> str:
-    """What the manifest calls a VAE that was asked for: hub name or preset, or a local folder's own name."""
-    return Path(asked).resolve().name if asked not in PIXELS and Path(asked).is_dir() else asked
+def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
+    """What made the set and what is asked for, the same where it is the same VAE by another of its names."""
+    if not made.name or Path(asked).resolve() == (out / VAE_FOLDER).resolve():
+        return asked, asked
+    if made.path == VAE_FOLDER:  # came from a local folder, which may be elsewhere by now
+        return made.name, Path(asked).resolve().name
+    return PRESETS.get(made.name, made.name), PRESETS.get(asked, asked)
 
 
-def vae_factor(args: argparse.Namespace) -> int | None:
-    """How much smaller latents are than images of the options' size; None where only the VAE itself knows."""
-    if args.vae in PIXELS:
-        return 1
-    if args.vae in PRESETS:
-        return 8
-    if args.vae != "small":
-        return None
-    chosen: int | None = args.vae_factor
-    return chosen or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
+def small_factor(args: argparse.Namespace) -> int:
+    """How much smaller a small VAE's latents are than its images: 2 up to 32 pixels, 4 up to 64, else 8."""
+    asked: int | None = args.vae_factor
+    return asked or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
 
 
 def plan(encoder: Encoder, out: Path, done: int) -> str:
@@ -204,7 +209,7 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
     if args.vae != "small":
         vae = load_vae(args.vae, device, dtype)
         local = Path(args.vae).is_dir() and args.vae not in PIXELS
-        return vae, VaeInfo(vae_name(args.vae), vae_hash(vae), local * VAE_FOLDER)
+        return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
     if not (out / VAE_FOLDER).is_dir():
         if worker().world > 1:
             raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
@@ -215,9 +220,8 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
 
 
 def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
-    """Trains a small VAE on evenly spaced images of the source; f = 2 up to 32 pixels, 4 up to 64, else 8."""
-    factor = vae_factor(args)
-    assert factor is not None
+    """Trains a small VAE on evenly spaced images of the source."""
+    factor = small_factor(args)
     images = training_images(source, args.size).to(device)
     vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
     vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))

@@ -69,11 +69,11 @@ class ResidentLoader:
         self._moments = self._labels = torch.empty(0)
 
 
-def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> int:
-    """Bytes on the device that the loader of that kind takes for the whole set; of "auto", those that it may take."""
+def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> tuple[int, int]:
+    """Bytes of the set that the loader of that kind keeps on the device, at least and at most: "auto" may keep it."""
     size = records.manifest.count * records.manifest.record_bytes
-    may_stay = kind == "auto" and size <= RESIDENT_SHARE * free_memory(device)
-    return size if kind == "resident" or may_stay else 0
+    may = kind == "auto" and size <= RESIDENT_SHARE * free_memory(device)
+    return size * (kind == "resident"), size * (kind == "resident" or may)
 
 
 def make_loader(kind: str, records: RecordSet, device: torch.device, say: Say) -> Loader:

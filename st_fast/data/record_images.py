@@ -69,7 +69,7 @@ class SourceImages:
         self.exact = exact
         """Whether images must have that size already: where it is nothing but the first one's."""
         self.manifest, self.labels, self.digest = ImageLayout((3, size, size)), records.labels, source.digest()
-        made = crop_of(records)
+        made = crop_of(records.manifest.source)
         if made not in (None, size):
             raise UserError(f"--size {size}: the latents are of {records.manifest.source!r}; give the same size")
         self.numbers = self._numbers(records)
@@ -157,9 +157,9 @@ class KeptImages:
         out[:] = self.pixels[indices]
 
 
-def crop_of(records: RecordSet) -> int | None:
-    """The side of the centre crop that the latents were made of, where their manifest tells."""
-    found = re.search(r"centre crop (\d+)$", records.manifest.source)
+def crop_of(source: str) -> int | None:
+    """The side of the centre crop that latents were made of, where the `source` of their manifest tells."""
+    found = re.search(r"centre crop (\d+)$", source)
     return int(found[1]) if found else None
 
 
@@ -186,7 +186,7 @@ def open_record_images(
         source = repa_images(repa)
     else:
         source = open_source(where, subset)
-    known = size or crop_of(records)
+    known = size or crop_of(records.manifest.source)
     return SourceImages(source, records, known) if known else SourceImages(source, records, *_side(source, records))
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -156,3 +160,32 @@ def test_without_the_latents_the_row_names_the_folder_and_what_makes_them(tmp_pa
 def test_the_days_study_has_plain_training_both_stages_and_a_control():
     study = read_study(ROOT / "bench" / "day_cifar10.toml")
     assert {arm.name for arm in study.arms} == {"plain", "stage1", "omega5", "random_teacher"}
+
+
+def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "bench" / name), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "line"),
+    [
+        ([], {}, "usage: bench/pack.sh CIFAR10.zip"),
+        ([""], {}, "usage: bench/pack.sh CIFAR10.zip"),
+        (["a.zip", "b.zip"], {}, "usage: bench/pack.sh CIFAR10.zip"),
+        (["nowhere.zip"], {"PYTHON": sys.executable}, "nowhere.zip: no such file; a zip with train/ and test/"),
+        (["nowhere.zip"], {"CUDA_PYTHON": "nowhere/python"}, "CUDA_PYTHON=nowhere/python: no such program"),
+        ([__file__], {"PYTHON": "nowhere/python"}, "nowhere/python: no such program: make install, or name"),
+    ],
+)
+def test_pack_sh_tells_a_mistake_in_one_line(arguments, environment, line):
+    done = script("pack.sh", *arguments, **environment)
+    assert done.returncode == 2 and line in done.stderr and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_a_second_call_of_day_sh_is_refused_while_the_first_lives(tmp_path):
+    with (tmp_path / "day.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = script("day.sh", "1", OUT=str(tmp_path), PYTHON="false")
+    assert done.returncode == 2 and "another bench/day.sh is measuring here" in done.stderr
+    assert "another" not in script("day.sh", "1", OUT=str(tmp_path), PYTHON="false").stderr

@@ -169,10 +169,13 @@ def test_what_ended_before_is_no_load(monkeypatch):
     assert results.others_load(0.0) == 0.03
 
 
-def test_without_proc_last_minutes_average_is_taken(monkeypatch):
-    def gone() -> None:
-        raise FileNotFoundError
+@pytest.mark.parametrize("stat", [None, "", "cpu  1 2\n", "cpu  0 0 0 0 0 0 0 0 0 0\n"])
+def test_without_proc_last_minutes_average_is_taken(monkeypatch, stat):
+    def read(path: Path) -> str:
+        if stat is None:
+            raise FileNotFoundError
+        return stat
 
-    monkeypatch.setattr(results, "_processor_time", gone)
+    monkeypatch.setattr(Path, "read_text", read)
     monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
-    assert results.others_load() == 1.5 / os.cpu_count()
+    assert results.others_load(0.0) == 1.5 / os.cpu_count()

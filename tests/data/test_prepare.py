@@ -20,7 +20,7 @@ from PIL import Image
 from st_fast import prepare
 from st_fast.data import commands, job
 from st_fast.data.images import load_image
-from st_fast.data.manifest import read_manifest
+from st_fast.data.manifest import VaeInfo, read_manifest
 from st_fast.data.shards import open_shards
 from st_fast.data.small_vae import SmallVae, new_vae
 from st_fast.errors import RunFailed, UserError
@@ -112,9 +112,9 @@ def test_interrupted_work_continues_and_ends_with_the_same_files(
     [
         (["--flip"], "--flip False, not True"),
         (["--dtype", "float32"], "--dtype float16, not float32"),
-        (["--size", "8"], "latent size 16, not 8"),
+        (["--size", "8"], "--size 16, not 8"),
         (["--vae", "pixels-gray"], "--vae pixels, not pixels-gray"),
-        (["--vae", "small", "--vae-factor", "4"], "--vae pixels, not small; latent size 16, not 4"),
+        (["--vae", "small", "--vae-factor", "4"], "--vae-factor 1, not 4; --vae pixels, not small"),
     ],
 )
 def test_a_finished_set_is_not_taken_for_one_of_other_options(
@@ -129,6 +129,25 @@ def test_a_finished_set_is_not_taken_for_one_of_other_options(
         run(class_folders, tmp_path / "out", *PIXELS, *options)
     assert f"complete, but made with {line}; name another folder to write" in str(refusal.value)
     assert content(tmp_path / "out") == before
+
+
+def test_a_vae_of_another_name_is_the_same_where_it_is_the_same(tmp_path: Path) -> None:
+    local, out = VaeInfo("mine", "hash", "vae"), tmp_path / "out"
+    hub = VaeInfo("sd-vae-ft-mse", "hash")
+    for asked, made in (
+        ("sd-vae-ft-mse", hub),
+        ("stabilityai/sd-vae-ft-mse", hub),
+        ("sd-vae-ft-mse", VaeInfo("stabilityai/sd-vae-ft-mse")),
+        (str(tmp_path / "moved" / "mine"), local),
+        (str(out / "vae"), local),
+        ("small", VaeInfo("small", "hash", "vae")),
+        ("anything", VaeInfo("")),
+    ):
+        found, wanted = commands.same_names(asked, made, out)
+        assert found == wanted, (asked, made)
+    for asked, made in (("sd-vae-ft-ema", hub), ("mine", hub), ("small", local), ("pixels", local)):
+        found, wanted = commands.same_names(asked, made, out)
+        assert found != wanted, (asked, made)
 
 
 def test_continuing_with_other_settings_is_refused(

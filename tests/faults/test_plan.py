@@ -10,6 +10,7 @@ import pytest
 
 from st_fast import plan
 from st_fast.errors import UserError
+from st_fast.recipe import load, to_toml
 from tests import tiny
 
 MACHINE = plan.Machine(per_node=8, within=400e9, between=25e9, memory=4e12)
@@ -40,6 +41,14 @@ def test_more_gpus_are_never_slower_within_a_node_nor_better_than_perfect(estima
     steps = [estimate(WORK, MACHINE, count).step for count in (1, 2, 4, 8)]
     assert steps == sorted(steps, reverse=True)
     assert all(steps[0] / step <= count * (1 + 1e-9) for step, count in zip(steps, (1, 2, 4, 8), strict=True))
+
+
+def test_a_recipe_for_several_ranks_is_planned_as_it_is(tmp_path, capsys):
+    graphs = ["--optim.micro_batch=32", "--run.cuda_graphs=true", "--run.supervised_rows=padded"]
+    recipe = load(tiny.ROOT / "recipes" / "sit_xl.toml", [*graphs, f"--run.out={tmp_path}"], ranks=8)
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    plan.main([str(tmp_path / "recipe.toml")])
+    assert "transcend" in capsys.readouterr().out
 
 
 def test_the_command_prints_each_stage_and_says_what_is_assumed(capsys):
