@@ -28,6 +28,9 @@ seconds() { # seconds MOST: so many, or what is left
 worst() { # worst CODE: kept as bench.gpu_day keeps it, 2 before 3 before all others
   case $1:$code in 0:* | *:2) ;; 2:* | *:0 | *:1) code=$1 ;; esac
 }
+dies_too=() # with this script, however that ends: an orphan would measure beside the next call
+if command -v setpriv >/dev/null; then dies_too=(setpriv --pdeathsig KILL --); fi
+gpu_day() { "${dies_too[@]}" "$python" -m bench.gpu_day "$@"; }
 day() { # day SECONDS OPTIONS…: what is not ok is in its row, and the call goes on
   local budget ended=0
   budget=$(seconds "$1")
@@ -37,7 +40,7 @@ day() { # day SECONDS OPTIONS…: what is not ok is in its row, and the call goe
     worst 3
     return
   fi
-  "$python" -m bench.gpu_day --budget "$budget" --results "$out" --keep "$@" || ended=$?
+  gpu_day --budget "$budget" --results "$out" --keep "$@" || ended=$?
   worst $ended
   echo "== $((SECONDS - start)) s: $*"
 }
@@ -56,7 +59,7 @@ echo "== $((SECONDS - start)) s: ready"
 case $call in
 1) # right, and the headline
   ended=0
-  TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m bench.gpu_day --small --jobs 8 --budget "$(seconds 90)" \
+  TORCHINDUCTOR_COMPILE_THREADS=2 gpu_day --small --jobs 8 --budget "$(seconds 90)" \
     --results "$out/rehearsal" || ended=$?
   worst $ended
   echo "== $((SECONDS - start)) s: rehearsal"

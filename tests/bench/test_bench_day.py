@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -189,3 +190,26 @@ def test_a_second_call_of_day_sh_is_refused_while_the_first_lives(tmp_path):
         done = script("day.sh", "1", OUT=str(tmp_path), PYTHON="false")
     assert done.returncode == 2 and "another bench/day.sh is measuring here" in done.stderr
     assert "another" not in script("day.sh", "1", OUT=str(tmp_path), PYTHON="false").stderr
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv on this machine")
+def test_what_day_sh_has_started_ends_with_it_also_after_kill_9(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\ncase "$*" in *bench.gpu_day*) echo $$ >{tmp_path}/pid; exec sleep 600 ;; esac\n')
+    stub.chmod(0o755)
+    command = ["bash", str(ROOT / "bench" / "day.sh"), "2"]
+    call = subprocess.Popen(command, env=os.environ | {"OUT": str(tmp_path), "PYTHON": str(stub)})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    call.kill()
+    call.wait()
+    with (tmp_path / "day.lock").open("w") as lock:  # free once the last who held it has ended
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.05)
+    pytest.fail("what day.sh has started lives on")
