@@ -130,10 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure rows that failed once more")
     parser.add_argument("--keep", action="store_true", help="keep rows that an earlier state of the code has measured")
     parser.add_argument(
-        "--results", type=Path, default=Path(os.environ.get("OUT") or results.FOLDER),
-        help="where rows are written (default $OUT, or bench/results)",
+        "--results", type=Path, default=os.environ.get("OUT"),
+        help="where rows are written (default $OUT, or bench/results; with --small its folder rehearsal)",
     )  # fmt: skip
     settings = parser.parse_args(arguments)
+    settings.results = settings.results or results.FOLDER / ("rehearsal" * settings.small)
     wrong = problem(settings)
     if wrong:
         print(wrong, file=sys.stderr)

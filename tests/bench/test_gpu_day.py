@@ -335,3 +335,13 @@ def test_a_call_without_latents_measures_the_rest_and_ends_with_its_worst_code(c
 def test_a_calls_code_is_that_of_the_worst_of_its_parts_the_tests_too(calls, codes, worst):
     code, asked = calls("1", **codes)
     assert code == worst and asked.count("bench.gpu_day") == 4
+
+
+def test_a_rehearsal_leaves_the_committed_rows_alone(monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    asked = list[Path]()
+    monkeypatch.setattr(gpu_day, "run_part", lambda part, call: asked.append(call.results) or 0)
+    for options in (["--small"], []):
+        assert gpu_day.main([*options, "--parts", "build"]) == 0
+    assert asked == [tmp_path / "rehearsal", tmp_path]
