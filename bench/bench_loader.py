@@ -29,7 +29,7 @@ from st_fast.data.dali import DaliLoader, dali_missing
 from st_fast.data.loader import Loader, ResidentLoader
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import ShardSet, open_shards
-from st_fast.data.writing import write_shards
+from st_fast.prepare.writing import write_shards
 
 BATCH, BATCHES = 256, 24
 FILES = 512

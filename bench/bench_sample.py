@@ -30,8 +30,8 @@ from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.recipe import load
 from st_fast.recipe.schema import Model, Sample
-from st_fast.sampling.draw import balanced, starting_noise
-from st_fast.sampling.guided import sample
+from st_fast.sample.draw import balanced, starting_noise
+from st_fast.sample.guided import sample
 
 Report = Callable[[Sequence[float]], None]
 

@@ -21,7 +21,7 @@ from bench.step_times import tidy
 from bench.timing import Effort
 from bench.workload import ROOT, STAGES, Ours, Setup, make_recipe, ours
 from st_fast import kernels
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.model.attention import AUTO_ORDER, BACKENDS
 from st_fast.model.fp8 import check_fp8
 

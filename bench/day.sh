@@ -63,8 +63,8 @@ case $call in
     --results "$out/rehearsal" || ended=$?
   worst $ended
   echo "== $((SECONDS - start)) s: rehearsal"
-  timeout "$(seconds 150)" "$python" -m pytest -q -n 8 tests/kernels/test_gpu.py tests/schedule/test_gpu.py \
-    tests/model/test_attention.py tests/model/test_fp8.py tests/test_updates.py 2>&1 | tee "$out/tests.txt" | tail -n 40 || worst 1
+  timeout "$(seconds 150)" "$python" -m pytest -q -n 8 tests/kernels/test_gpu.py tests/train/schedule/test_gpu.py \
+    tests/model/test_attention.py tests/model/test_fp8.py tests/train/test_updates.py 2>&1 | tee "$out/tests.txt" | tail -n 40 || worst 1
   echo "== $((SECONDS - start)) s: tests"
   day 80 --parts build,attention,truth
   day 90 --parts step --only "XL/2, plain"

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from st_fast.errors import UserError, run_command
+from st_fast.core.command import run_command
+from st_fast.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "demo.json"

@@ -28,8 +28,8 @@ from pathlib import Path
 from bench import results
 from bench.part import BROKEN, LEAST_SECONDS, LONGEST_ROW, PARTS, STOPPED, UNFINISHED
 from bench.results import Machine, Store
-from st_fast.errors import UserError
-from st_fast.lock import RunLock
+from st_fast.core.errors import UserError
+from st_fast.core.lock import RunLock
 
 GRACE = 15.0
 """Seconds over the budget that a part has to stop by itself before it is killed."""

@@ -99,7 +99,7 @@ def fresh(case: OptimiserCase, shapes: tuple[torch.Size, ...]) -> State:
 
 
 def fused_step(state: State) -> None:
-    """The norm and the one-pass op, as `st_fast.optim` calls them."""
+    """The norm and the one-pass op, as `st_fast.train.optim` calls them."""
     norm = kernels.grad_norm(state.grads)
     lists = (state.params, state.grads, state.exp_avgs, state.exp_avg_sqs, state.emas, state.copies)
     kernels.adamw_ema_(*lists, state.step, norm, state.lr, *BETAS, EPS, DECAY, EMA, CLIP)

@@ -20,16 +20,17 @@ from bench.fusion import Kernel
 from bench.plain import PlainLoop
 from bench.trace import CompiledModule, Counter
 from bench.workload import Setup, make_recipe, make_stage
-from st_fast import kernels, ranges, supervision, updates
-from st_fast.feed import Batch
+from st_fast import kernels
+from st_fast.core.ranks import Ranks
 from st_fast.model import SiT
-from st_fast.optim import Optimizer
-from st_fast.parallel import Ranks
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Recipe, Stage
-from st_fast.step import Step
-from st_fast.supervision.protocol import Rows, select_rows
-from st_fast.supervision.registry import Parts
+from st_fast.train import ranges, supervision, updates
+from st_fast.train.batches import Batch
+from st_fast.train.optim import Optimizer
+from st_fast.train.step import Step
+from st_fast.train.supervision.protocol import Rows, select_rows
+from st_fast.train.supervision.registry import Parts
 
 aten = torch.ops.aten
 META, CUDA = torch.device("meta"), torch.device("cuda")

@@ -24,7 +24,7 @@ from bench.fusion import Kernel
 from bench.report import PREDICTION
 from bench.results import Row
 from bench.workload import STAGES, Setup
-from st_fast import flops
+from st_fast.recipe import cost
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Counted:
         device = total(self.ours, rates, self.launches)
         ms = {"ours": max(1e3 * device, self.host_ms or 0.0)}
         ms |= {name: 1e3 * total(kernels, rates) for name, kernels in self.rivals.items()}
-        per_image = flops.stage_cost(recipe, stage).total
+        per_image = cost.stage_cost(recipe, stage).total
         speed = {name: setup.batch / value * 1e3 for name, value in ms.items()}
         gaps = {"gaps between kernels": 1e3 * GAP * self.launches}
         return {

@@ -1,4 +1,4 @@
-"""A call profiled: seconds by kernel, which `st_fast.families` sorts."""
+"""A call profiled: seconds by kernel, which `st_fast.train.families` sorts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from st_fast import families
+from st_fast.train import families
 
 
 def kernels(run: Callable[[], object], device: torch.device, times: int) -> dict[str, float]:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from bench import timing
-from st_fast import monitor
 from st_fast.kernels import native
+from st_fast.train import log
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
@@ -137,7 +137,7 @@ def measure_machine(device: torch.device) -> Machine:
         threads=torch.get_num_threads(),
         load=round(load, 2),
         copy_rate=timing.copy_rate(device),
-        matmul_rate=monitor.matmul_rate(device, dtype),
+        matmul_rate=log.matmul_rate(device, dtype),
         matmul_dtype=str(dtype).removeprefix("torch."),
         versions={"python": platform.python_version(), "torch": torch.__version__, "triton": triton},
         isa=native.isa(),

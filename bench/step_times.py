@@ -17,9 +17,9 @@ from bench.plain import PlainLoop
 from bench.results import Machine, Row, notices
 from bench.timing import Effort, Samples, Stopwatch, Variant, interleave, noise
 from bench.workload import STAGES, Ours, Setup, our_variant, ours, plain_variant
-from st_fast import families
 from st_fast.model.attention import choose
 from st_fast.recipe import Recipe
+from st_fast.train import families
 
 log = logging.getLogger("bench")
 OUR_MEMORY = "plain, our memory"

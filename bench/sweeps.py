@@ -21,8 +21,8 @@ from bench.results import Machine, Row, Store
 from bench.step_times import Wanted
 from bench.timing import Effort
 from bench.workload import STAGES, Setup
-from st_fast import flops
-from st_fast.data.machine import free_memory
+from st_fast.core.machine import free_memory
+from st_fast.recipe import cost
 from st_fast.recipe.load import resolve_model
 from st_fast.recipe.schema import Model
 
@@ -59,7 +59,7 @@ def _axes(device: torch.device, size: str, batch: int, batches: Sequence[int], r
 def _work(setup: Setup) -> float:
     """Multiply-adds of a step's forward, roughly."""
     model = _model(setup)
-    return setup.batch * flops.trunk_macs(model) * (setup.depth or model.depth) / model.depth
+    return setup.batch * cost.trunk_macs(model) * (setup.depth or model.depth) / model.depth
 
 
 def _model(setup: Setup) -> Model:
@@ -78,9 +78,9 @@ def fits(setup: Setup) -> bool:
     bf16 = setup.device.type == "cuda"
     model = _model(setup)
     depth_share = (setup.depth or model.depth) / model.depth
-    state = 2 * flops.STATE_BYTES * flops.trunk_parameters(model) * depth_share
+    state = 2 * cost.STATE_BYTES * cost.trunk_parameters(model) * depth_share
     # Eager PyTorch keeps about twice what the formula counts for st_fast's own step.
-    activations = 2 * setup.batch * flops.activation_bytes(model, bf16) * depth_share
+    activations = 2 * setup.batch * cost.activation_bytes(model, bf16) * depth_share
     return state + activations < SHARE_OF_MEMORY * memory(setup.device)
 
 

@@ -20,27 +20,26 @@ from torch import Tensor
 
 from bench.plain import PlainLoop
 from bench.timing import Stopwatch, Variant
-from st_fast import flops
+from st_fast.core.ranks import Ranks
+from st_fast.core.signals import Agreement, StopRequest
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import ShardSet, open_shards
-from st_fast.data.writing import write_shards
-from st_fast.examine import Examiner
-from st_fast.feed import Feed, Lookahead
-from st_fast.interrupt import Agreement, StopRequest
 from st_fast.kernels import KernelTable
-from st_fast.micro_batch import choose_micro_batch
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import Attend
 from st_fast.model.sit import sincos_positions
-from st_fast.monitor import Log
-from st_fast.parallel import Ranks
-from st_fast.recipe import Recipe, load
+from st_fast.prepare.writing import write_shards
+from st_fast.recipe import Recipe, cost, load
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.methods import Plain, SelfTranscendence
 from st_fast.recipe.schema import Model, Stage
-from st_fast.run import precision
-from st_fast.trainer import Setting, Trainer
+from st_fast.train.batches import Feed, Lookahead
+from st_fast.train.examiner import Examiner
+from st_fast.train.log import Log
+from st_fast.train.micro_batch import choose_micro_batch
+from st_fast.train.run import precision
+from st_fast.train.trainer import Setting, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("plain", "stage 1", "stage 2")
@@ -180,7 +179,7 @@ def quickly_built(device: torch.device) -> Iterator[None]:
     def build(config: Model, table: KernelTable, seed: int, attend: Attend) -> SiT:
         return unfilled(config, table, device, torch.float32, attend)
 
-    with patch("st_fast.trainer.build", build), patch("st_fast.teacher.load_frozen", _filled_teacher):
+    with patch("st_fast.train.trainer.build", build), patch("st_fast.model.teacher.load_frozen", _filled_teacher):
         yield
 
 
@@ -233,7 +232,7 @@ class Ours:
     @property
     def flops(self) -> float:
         """Of one step of the method as defined, at the expected number of supervised samples."""
-        return self.recipe.optim.batch_size * flops.stage_cost(self.recipe, self.stage).total
+        return self.recipe.optim.batch_size * cost.stage_cost(self.recipe, self.stage).total
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from st_fast import flow
 from st_fast.kernels import guided_feature_loss, select
-from st_fast.model import SiT, build
+from st_fast.model import SiT, build, flow
 from st_fast.recipe.schema import Model, Sample
-from st_fast.sample import balanced, sample
+from st_fast.sample.draw import balanced
+from st_fast.sample.guided import sample
 
 device = torch.device("cpu")
 config = Model(depth=4, width=64, heads=4, patch=2, channels=4, latent_size=8, num_classes=10)

@@ -10,8 +10,8 @@ from safetensors.numpy import save
 from sklearn.datasets import load_digits
 
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.writing import write_shards
-from st_fast.vae import encode_moments, load_vae
+from st_fast.model.vae import encode_moments, load_vae
+from st_fast.prepare.writing import write_shards
 
 RECIPE = """
 [model]

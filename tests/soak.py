@@ -28,9 +28,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from st_fast import __version__, checkpoint
-from st_fast.errors import EXIT_FAILED, EXIT_INTERRUPTED
-from st_fast.safefile import write_json_atomic
+from st_fast import __version__
+from st_fast.core import checkpoint
+from st_fast.core.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from st_fast.core.files import write_json_atomic
 from tests import tiny
 from tests.faults.ranks import Nursery, Rank, finish
 

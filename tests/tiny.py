@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.writing import write_shards
+from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load
-from st_fast.run import run
+from st_fast.train.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 

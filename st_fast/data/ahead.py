@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_fast.errors import RunFailed, UserError
+from st_fast.core.errors import RunFailed, UserError
 
 
 class Layout(Protocol):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from st_fast.core.errors import RunFailed, UserError
 from st_fast.data.ahead import Answer, Patience, ReadAhead
 from st_fast.data.shards import RecordSet
-from st_fast.errors import RunFailed, UserError
 
 PREFETCH = 2
 """Batches that DALI's pipeline holds beside the ones read ahead."""

@@ -14,12 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from st_fast.data.manifest import DTYPES, FILE_NAME, ShardedSet, ShardEntry
-from st_fast.data.rows import CheckedRows
-from st_fast.data.shards import RecordSet
-from st_fast.errors import UserError
-from st_fast.recipe.schema import Recipe, Stage
-from st_fast.safefile import (
+from st_fast.core.errors import UserError
+from st_fast.core.files import (
     BadFile,
     Entry,
     inside,
@@ -30,8 +26,12 @@ from st_fast.safefile import (
     sha256_file,
     shown,
 )  # fmt: skip
+from st_fast.data.manifest import DTYPES, FILE_NAME, ShardedSet, ShardEntry
+from st_fast.data.rows import CheckedRows
+from st_fast.data.shards import RecordSet
+from st_fast.recipe.schema import Recipe, Stage
 
-FORMAT = "st_fast.features"
+FORMAT = "st_fast.evaluate.probe.features"
 VERSION = 1
 FOLDER = "features"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from st_fast.core.errors import UserError
 from st_fast.data.source import Source
-from st_fast.errors import UserError
 
 
 def open_hub_dataset(path: Path, subset: str = "") -> Source:

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is opened. Others, such as EPS, would start foreign programs."""

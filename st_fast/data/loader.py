@@ -12,11 +12,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from st_fast.core.errors import UserError
+from st_fast.core.machine import free_memory
 from st_fast.data.ahead import Answer, ReadAhead, TorchLoader
 from st_fast.data.dali import DaliLoader, dali_missing
-from st_fast.data.machine import free_memory
 from st_fast.data.shards import RecordSet
-from st_fast.errors import UserError
 
 Say = Callable[[str], None]
 KINDS = ("auto", "resident", "dali", "torch")

@@ -9,8 +9,8 @@ from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from st_fast.errors import UserError
-from st_fast.safefile import BadFile, json_bytes, read_json, shown, write_json_atomic
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, json_bytes, read_json, shown, write_json_atomic
 
 FORMAT = "st_fast.latents"
 VERSION = 1

@@ -10,25 +10,20 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, open_regular, read_exactly, shown
 from st_fast.data.content import moments_problem
 from st_fast.data.images import SUFFIXES
-from st_fast.data.job import Produced
 from st_fast.data.manifest import DTYPES, Manifest, VaeInfo
-from st_fast.data.shards import RecordSet
 from st_fast.data.source import Source
 from st_fast.data.sources import LABELS_FILE, read_labels
-from st_fast.errors import UserError
-from st_fast.safefile import BadFile, make_folder, open_regular, read_exactly, shown, write_json_atomic
 
 LATENTS, IMAGES = "vae-sd", "images"
 SD_SCALE = 0.18215
@@ -176,50 +171,3 @@ def repa_images(records: RepaSet) -> Source:
     return Source(
         f"{folder.parent.name}/{IMAGES}", images, labels, classes, (), lambda i: (folder / images[i]).read_bytes()
     )
-
-
-class RepaProducer:
-    """Shards out of REPA's layout (see `job.Producer`)."""
-
-    def __init__(self, records: RepaSet, dtype: str, shard_size: int) -> None:
-        self.records, self.shard_size = records, shard_size
-        self.template = replace(records.manifest, count=0, dtype=dtype)
-        self.progress: Callable[[int], object] = lambda images: None
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What the content depends on."""
-        return {"records": self.records.digest, "dtype": self.template.dtype, "shard_size": self.shard_size}
-
-    @property
-    def shards(self) -> int:
-        """How many there are."""
-        return -(-len(self.records) // self.shard_size)
-
-    def produce(self, number: int) -> Produced:
-        """The records of shard `number`."""
-        first = number * self.shard_size
-        indices = np.arange(first, min(first + self.shard_size, len(self.records)))
-        moments, labels = self.records.gather(indices)
-        self.progress(len(indices))
-        return Produced(moments.numpy().astype(self.template.dtype), labels.numpy(), {})
-
-
-def write_repa(records: RecordSet, folder: Path, progress: Callable[[int], object]) -> None:
-    """Writes any set in REPA's layout, float32 as REPA has it; dataset.json comes last. No images: there are none.
-
-    UserError if the folder holds such a set already.
-    """
-    if is_repa(folder):
-        raise UserError(f"{folder}: holds {LATENTS}/{LABELS_FILE} already; name another folder")
-    latents = Path(folder) / LATENTS
-    labels = []
-    for start in range(0, records.manifest.count, 1_000):
-        make_folder(latents / f"{start // 1_000:05d}")
-        moments, more = records.gather(np.arange(start, min(start + 1_000, records.manifest.count)))
-        for number, (row, label) in enumerate(zip(moments.float().numpy(), more.tolist(), strict=True), start):
-            name = f"{start // 1_000:05d}/img-mean-std-{number:08d}.npy"
-            np.save(latents / name, row)
-            labels.append([name, label])
-        progress(len(moments))
-    write_json_atomic(latents / LABELS_FILE, {"labels": labels})

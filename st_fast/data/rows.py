@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from st_fast.safefile import BadFile
+from st_fast.core.files import BadFile
 
 HAS_ADVICE = hasattr(os, "posix_fadvise")
 """Whether the system can be told what will be read; macOS can't."""

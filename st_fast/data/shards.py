@@ -15,24 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactly, read_header, sha256_file
+from st_fast.core.machine import allow_open_files, usable_cpus
+from st_fast.core.progress import bar
 from st_fast.data.content import labels_problem, moments_problem
-from st_fast.data.machine import allow_open_files, usable_cpus
-from st_fast.data.manifest import DTYPES, Manifest, ShardEntry, check_same_data, read_manifest
-from st_fast.data.progress import bar
+from st_fast.data.manifest import DTYPES, Manifest, ShardEntry, read_manifest
 from st_fast.data.rows import CheckedRows
-from st_fast.data.writing import SHARD_SIZE, write_shards
-from st_fast.safefile import BadFile, Entry, inside, open_regular, read_exactly, read_header, sha256_file
-
-__all__ = [
-    "SHARD_SIZE",
-    "Manifest",
-    "RecordSet",
-    "ShardSet",
-    "check_same_data",
-    "open_shards",
-    "read_manifest",
-    "write_shards",
-]
 
 Say = Callable[[str], None]
 

@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, shown
+from st_fast.core.machine import allow_open_files
 from st_fast.data.hub import open_hub_dataset
 from st_fast.data.images import SUFFIXES
-from st_fast.data.machine import allow_open_files
 from st_fast.data.source import Source
-from st_fast.errors import UserError
-from st_fast.safefile import BadFile, shown
 
 SPLITS = ("train", "training", "test", "val", "valid", "validation")
 LABELS_FILE = "dataset.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from st_fast import kernels
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from st_fast.side import Side
+from st_fast.model.side_stream import Side
 
 Features = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Tokens (B, N, D), t (B,) and labels (B,) → the stream after the teacher's block (B, N, D)."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.model.sit import SiT
 from st_fast.recipe import Recipe
 

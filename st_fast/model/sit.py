@@ -20,7 +20,7 @@ from st_fast.kernels import KernelTable
 from st_fast.model.attention import BACKENDS, Attend, attend_packed
 from st_fast.model.branches import Branches, batched
 from st_fast.model.linear import Linear
-from st_fast.model.pretrained import Pretrained
+from st_fast.model.load import Pretrained
 from st_fast.recipe.schema import Model
 
 FREQUENCIES = 256

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 

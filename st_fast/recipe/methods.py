@@ -100,14 +100,14 @@ EVERYWHERE = (0.0, 1.0)
 class Plain(Method):
     """SiT as published: the denoising loss alone."""
 
-    implementation: ClassVar[str] = "st_fast.supervision.plain:Plain"
+    implementation: ClassVar[str] = "st_fast.train.supervision.plain:Plain"
 
 
 @dataclass(frozen=True)
 class VelocityHead(Method):
     """Stage 1: a head on a shallow block predicts the velocity, or the clean latent, from the tokens."""
 
-    implementation: ClassVar[str] = "st_fast.supervision.velocity_head:VelocityHead"
+    implementation: ClassVar[str] = "st_fast.train.supervision.velocity_head:VelocityHead"
 
     depth: Block = 2
     target: Literal["velocity", "latent"] = "velocity"
@@ -129,7 +129,7 @@ class VelocityHead(Method):
 class SelfTranscendence(Method):
     """Stage 2: guided features of a frozen stage-1 model supervise a shallow block of a new student."""
 
-    implementation: ClassVar[str] = "st_fast.supervision.self_transcendence:SelfTranscendence"
+    implementation: ClassVar[str] = "st_fast.train.supervision.self_transcendence:SelfTranscendence"
 
     teacher: str = ""
     teacher_weights: Literal["raw", "ema"] = "raw"
@@ -173,7 +173,7 @@ class SelfTranscendence(Method):
 class LayerSync(Method):
     """A shallow block of the student is pulled towards a deeper one of the same forward pass."""
 
-    implementation: ClassVar[str] = "st_fast.supervision.layer_sync:LayerSync"
+    implementation: ClassVar[str] = "st_fast.train.supervision.layer_sync:LayerSync"
 
     student_depth: Block = 8
     teacher_depth: Block = 16
@@ -192,7 +192,7 @@ class LayerSync(Method):
 class SelfRepresentation(Method):
     """SRA: a deeper block of the student's weight average, which sees less noise, supervises a shallow block."""
 
-    implementation: ClassVar[str] = "st_fast.supervision.sra:SelfRepresentation"
+    implementation: ClassVar[str] = "st_fast.train.supervision.sra:SelfRepresentation"
 
     student_depth: Block = 8
     teacher_depth: Block = 20
@@ -230,7 +230,7 @@ class SelfRepresentation(Method):
 class Repa(Method):
     """REPA: patch features of frozen image encoders supervise a shallow block."""
 
-    implementation: ClassVar[str] = "st_fast.supervision.repa:Repa"
+    implementation: ClassVar[str] = "st_fast.train.supervision.repa:Repa"
 
     encoders: Names = ("facebook/dinov2-base",)
     """Hub names or folders; with written features each as it was given to `python -m st_fast.prepare --features`."""

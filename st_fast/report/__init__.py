@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
+from st_fast.core.files import durable_file, make_folder, write_all
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.export import export as export_figures
 from st_fast.report.figures import all_figures
 from st_fast.report.html import render
-from st_fast.safefile import durable_file, make_folder, write_all
 
 __all__ = ["default_path", "write_report"]
 

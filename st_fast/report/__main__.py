@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from st_fast.errors import run_command
+from st_fast.core.command import command_parser, run_command
 from st_fast.report import default_path, write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
@@ -27,20 +27,22 @@ EXAMPLES = """examples:
 """
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Reads run folders and writes their report; UserError names what is missing or broken."""
-    parser = argparse.ArgumentParser(
-        prog="python -m st_fast.report",
-        description="Write one self-contained HTML page on one run, or on several side by side.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command_parser(
+        "report", "Write one self-contained HTML page on one run, or several side by side.", EXAMPLES
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder: recipe.toml and log.jsonl")
     parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html; several: ./report.html)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="also write each figure as PNG and JSON into DIR")
     parser.add_argument("--seeds", action="store_true", help="runs that differ in run.seed are one arm's repetitions")
     parser.add_argument("--dry-run", action="store_true", help="read and check, print the verdict, write nothing")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads run folders and writes their report; UserError names what is missing or broken."""
+    options = parser().parse_args(arguments)
     if options.dry_run:
         runs = read_runs(options.runs)
         for sentence in verdict(make_arms(runs), unfair(runs, options.seeds)):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.report.collect import RunLog, StageLog, number, read_run
 
 

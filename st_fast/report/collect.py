@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from st_fast.errors import UserError
-from st_fast.safefile import shown
+from st_fast.core.errors import UserError
+from st_fast.core.files import shown
 
 Record = dict[str, Any]
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
+from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.report.figures import UNITS, Bars, Chart, Figure
 from st_fast.report.svg import smoothed, thinned
-from st_fast.safefile import make_folder, write_json_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""The figures that `st_fast.probe` left in run folders, as data URIs for the page."""
+"""The figures that `st_fast.evaluate.probe` left in run folders, as data URIs for the page."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
+from st_fast.core.files import read_json
 from st_fast.report.collect import RunLog
 from st_fast.report.samples import data_uri, narrowed, open_picture
-from st_fast.safefile import read_json
 
 WIDTH = 1_400
 """Of an embedded figure, at most."""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
+from st_fast.core.files import inside, shown
 from st_fast.report.arms import Arm
 from st_fast.report.collect import Record, number
-from st_fast.safefile import inside, shown
 
 MAX_BYTES = 160_000
 MAX_PIXELS = 64_000_000

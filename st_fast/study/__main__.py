@@ -15,23 +15,27 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from st_fast.errors import UserError, run_command
-from st_fast.launch import rank_count
-from st_fast.safefile import write_json_atomic
+from st_fast.core.command import command_parser, run_command
+from st_fast.core.errors import UserError
+from st_fast.core.files import write_json_atomic
+from st_fast.core.launch import rank_count
 from st_fast.study.plan import Study, jobs, read_study
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Reads, runs, collects, writes; Interrupted (75) when the time or a signal ended it first."""
-    parser = argparse.ArgumentParser(
-        prog="python -m st_fast.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command_parser("study", __doc__)
     parser.add_argument("study", type=Path, metavar="FILE", help="such as recipes/study/digits.toml")
     parser.add_argument("--out", type=Path, help="where the runs go (runs/study/NAME)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, saved")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="also put the outcome into this Markdown page")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, and stop")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads, runs, collects, writes; Interrupted (75) when the time or a signal ended it first."""
+    given = parser().parse_args(arguments)
     if not given.minutes > 0:
         raise UserError(f"--minutes {given.minutes:g}: above 0")
     if rank_count() > 1:
@@ -62,16 +66,16 @@ def main(arguments: Sequence[str]) -> None:
 
 def listing(study: Study, out: Path) -> str:
     """Every run with its steps and its own FLOPs, and the sum."""
-    from st_fast import flops
+    from st_fast.recipe import cost
     from st_fast.report import words
 
     lines, total, looking = [], 0.0, 0.0
     for job in jobs(study, out):
         stage = job.recipe.stages[0]
         untrained = job.teacher is not None and not job.teacher.trained
-        spent = 0.0 if untrained else flops.stage_flops(job.recipe, stage, 0, stage.steps)
+        spent = 0.0 if untrained else cost.stage_flops(job.recipe, stage, 0, stage.steps)
         total += spent
-        looking += 0.0 if untrained else flops.looking_flops(job.recipe, stage)
+        looking += 0.0 if untrained else cost.looking_flops(job.recipe, stage)
         lines.append(f"{job.folder}  {0 if untrained else stage.steps} steps, {words.flops(spent)}")
     drawing = f"{words.flops(looking)} to draw samples for pictures and scores"
     return "\n".join([*lines, f"{len(lines)} runs: {words.flops(total)} of training, {drawing}"])

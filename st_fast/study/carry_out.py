@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from st_fast.data.digits import prepare_digits
-from st_fast.errors import Interrupted, UserError
-from st_fast.interrupt import stop_on_signals
+from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.signals import stop_on_signals
+from st_fast.prepare.digits import prepare_digits
 from st_fast.recipe import Recipe, load_run, to_toml
 from st_fast.report.collect import read_run
-from st_fast.run import run
 from st_fast.study.plan import Job, Study, jobs
 from st_fast.study.teachers import write_random_teacher, write_shuffled
+from st_fast.train.run import run
 
 
 def carry_out(study: Study, out: Path, minutes: float) -> None:

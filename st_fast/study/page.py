@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
+from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.report import words
 from st_fast.report.repeats import Row, spread
 from st_fast.report.verdict_table import in_words
-from st_fast.safefile import make_folder, write_json_atomic
 from st_fast.study.pictures import curves, samples
 from st_fast.study.results import METRIC, Results, as_json
 from st_fast.study.summary import in_short

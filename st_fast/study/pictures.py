@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from st_fast.core.files import inside
 from st_fast.report import words
 from st_fast.report.arms import Arm
 from st_fast.report.collect import Record, number
 from st_fast.report.export import COLOURS, few_ticks, literal
 from st_fast.report.repeats import Repeats
-from st_fast.safefile import inside
 from st_fast.study.results import Results
 
 if TYPE_CHECKING:

@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
+from st_fast.core.files import shown
 from st_fast.recipe import Recipe, RecipeError
 from st_fast.recipe.batch import agreed
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, as_document, parse_toml, read_document, read_text
 from st_fast.recipe.limits import FolderName
 from st_fast.recipe.load import parse, resolve
-from st_fast.safefile import shown
 
 ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
 """What an arm says beside its stage's own settings."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.fairness import data_digest, unfair

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from st_fast import __version__, checkpoint, kernels, streams, teacher
+from st_fast import __version__, kernels
+from st_fast.core import checkpoint, random
+from st_fast.core.files import FolderWrite
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.opening import open_data
-from st_fast.data.shards import write_shards
-from st_fast.model import SiT, build
+from st_fast.model import SiT, build, teacher
+from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, to_toml
 from st_fast.recipe.schema import Model
-from st_fast.safefile import FolderWrite
 
 SHUFFLE = 1 << 40
 """Added to a run's seed for the permutation of its labels, so that it is no epoch's order."""
@@ -70,7 +71,7 @@ def write_random_teacher(folder: Path, recipe: Recipe) -> None:
 
 def permuted(labels: np.ndarray, seed: int) -> np.ndarray:
     """The labels (n,) under a permutation that follows from the seed: as many of each class, but no sense."""
-    return labels[streams.epoch_order(SHUFFLE + seed, 0, len(labels))]
+    return labels[random.epoch_order(SHUFFLE + seed, 0, len(labels))]
 
 
 def write_shuffled(source: Path, folder: Path, seed: int) -> None:

@@ -21,7 +21,7 @@ from bench.day import Day
 from bench.results import ROOT, Store
 from bench.timing import Effort
 from bench.workload import Setup
-from st_fast.errors import EXIT_INTERRUPTED, UserError
+from st_fast.core.errors import EXIT_INTERRUPTED, UserError
 from st_fast.recipe import to_toml
 from st_fast.study.plan import Job, jobs, read_study
 from tests.bench.test_bench_report import MACHINE

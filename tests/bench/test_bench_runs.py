@@ -13,9 +13,9 @@ from bench.cases import Case, Size
 from bench.plain import PlainLoop
 from bench.timing import Effort, Stopwatch
 from bench.workload import WEIGHT_STD, Setup, ours
-from st_fast import families
 from st_fast.model.attention import BACKENDS
 from st_fast.model.sit import sincos_positions
+from st_fast.train import families
 from tests.bench.test_bench_report import MACHINE
 
 

@@ -19,7 +19,7 @@ from bench import gpu_day, part, results
 from bench.day import Day
 from bench.part import BROKEN, PARTS, STOPPED, UNFINISHED, OutOfTime
 from bench.results import ROOT
-from st_fast.lock import RunLock
+from st_fast.core.lock import RunLock
 from tests.bench.test_bench_report import MACHINE
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.writing import write_shards
+from st_fast.prepare.writing import write_shards
 
 torch.set_num_threads(1)
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, read_header
+from st_fast.core.random import epoch_order
+from st_fast.core.ranks import Ranks
 from st_fast.data.dali import dali_missing
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.opening import open_data
-from st_fast.data.repa import write_repa
 from st_fast.data.shards import open_shards
-from st_fast.data.writing import write_shards
-from st_fast.errors import UserError
-from st_fast.feed import Feed
-from st_fast.parallel import Ranks
+from st_fast.prepare.repa import write_repa
+from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, load
-from st_fast.safefile import BadFile, read_header
-from st_fast.streams import epoch_order
+from st_fast.train.batches import Feed
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -145,7 +145,9 @@ def test_no_loader_is_made_of_a_set_that_is_wrong(
     kind: str, fault: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found when the set is opened, before any loader exists."""
-    monkeypatch.setattr("st_fast.data.writing.moments_problem", lambda moments: None)  # as if another program wrote it
+    monkeypatch.setattr(
+        "st_fast.prepare.writing.moments_problem", lambda moments: None
+    )  # as if another program wrote it
     moments = torch.ones(8, 2, 2, 2)
     moments[6, 0, 0, 0] = {"nan": torch.nan, "absurd": 3e4}.get(fault, 1.0)
     manifest = Manifest(0, (2, 2, 2), "float32", 1.0, VaeInfo("none"), "ones", 5)

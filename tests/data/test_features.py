@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast import prepare
-from st_fast.data import feature_job
+from st_fast.core.errors import UserError
 from st_fast.data.features import features_folder, open_features
 from st_fast.data.images import load_image
-from st_fast.data.job import Worker
 from st_fast.data.shards import open_shards
-from st_fast.encoders import load_encoder
-from st_fast.errors import UserError
-from st_fast.pixels import preprocess
-from st_fast.vision import VisionTransformer
+from st_fast.model.encoders import load_encoder
+from st_fast.model.pixels import preprocess
+from st_fast.model.vision import VisionTransformer
+from st_fast.prepare import __main__ as prepare
+from st_fast.prepare import feature_job
+from st_fast.prepare.job import Worker
 from tests import tiny
-from tests.supervision.encoders import images, write_encoder, write_set
+from tests.train.supervision.encoders import images, write_encoder, write_set
 
 CPU = torch.device("cpu")
 

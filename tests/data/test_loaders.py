@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.files import BadFile, read_header
+from st_fast.core.machine import container_limit
+from st_fast.core.random import RecordOrder
 from st_fast.data import loader as loader_module
 from st_fast.data.ahead import Patience, ReadAhead, TorchLoader
 from st_fast.data.dali import DaliLoader, dali_missing
 from st_fast.data.loader import Loader, ResidentLoader, kept_bytes, make_loader, trial_rate
-from st_fast.data.machine import container_limit
 from st_fast.data.shards import RecordSet, ShardSet, open_shards
-from st_fast.errors import RunFailed, UserError
-from st_fast.safefile import BadFile, read_header
-from st_fast.streams import RecordOrder
 
 from .conftest import MakeSet, random_moments
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
+from st_fast.core.files import read_header
 from st_fast.recipe import load
-from st_fast.run import run
-from st_fast.safefile import read_header
+from st_fast.train.run import run
 from tests import tiny
 
 

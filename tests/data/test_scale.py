@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from st_fast.core.errors import UserError
+from st_fast.core.random import RecordOrder, epoch_order
 from st_fast.data.ahead import ReadAhead
 from st_fast.data.manifest import Manifest, ShardEntry, VaeInfo, read_manifest, write_manifest
 from st_fast.data.shards import open_shards
-from st_fast.data.writing import SHARD_SIZE, shard_name
-from st_fast.errors import UserError
-from st_fast.streams import RecordOrder, epoch_order
+from st_fast.prepare.writing import SHARD_SIZE, shard_name
 
 COUNT = 1_281_167
 SHAPE = (8, 32, 32)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from st_fast.core.errors import UserError
 from st_fast.data.shards import open_shards
-from st_fast.errors import UserError
-from tests.checkpoint.test_checkpoint_fuzz import damaged_bytes
+from tests.core.checkpoint.test_checkpoint_fuzz import damaged_bytes
 from tests.fuzz import blocks
 
 from .conftest import MakeSet

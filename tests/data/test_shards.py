@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, read_header, sha256_file
 from st_fast.data.content import moments_problem
 from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, read_manifest
 from st_fast.data.opening import open_data
 from st_fast.data.shards import open_shards
-from st_fast.data.writing import write_shard, write_shards
-from st_fast.errors import UserError
-from st_fast.safefile import BadFile, read_header, sha256_file
+from st_fast.prepare.writing import write_shard, write_shards
 
 from .conftest import MakeSet, random_moments
 
@@ -156,7 +156,7 @@ def test_nan_inf_absurd_and_negative_std_are_refused_by_the_writer(
 def test_nan_written_by_someone_else_is_found_with_its_record(
     make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("st_fast.data.writing.moments_problem", lambda moments: None)
+    monkeypatch.setattr("st_fast.prepare.writing.moments_problem", lambda moments: None)
     good = random_moments(20, SHAPE)
     good[13, 0, 0, 0] = torch.nan
     folder = make_set().parent / "bad"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from st_fast.core.errors import UserError
 from st_fast.data.sources import open_source
-from st_fast.errors import UserError
 
 from .conftest import encoded, picture
 

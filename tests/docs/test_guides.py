@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from st_fast import completion, train
-from st_fast.errors import UserError
+from st_fast.__main__ import COMMANDS, module_of
+from st_fast.core.errors import UserError
 from st_fast.recipe import load
+from st_fast.train import __main__ as train
+from st_fast.train import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,24 +57,26 @@ def broken_links(page: Path) -> list[str]:
 
 
 def commands(text: str) -> list[tuple[str, str]]:
-    """(module, the rest of the line) of every `-m st_fast.…` in a page's shell blocks and code spans."""
+    """(name, the rest of the line) of every `st-fast NAME …` and `-m st_fast.NAME …` in a page's code."""
     shell = [
         body.replace("\\\n", " ") for language, body in FENCE.findall(text) if language in ("sh", "bash", "console")
     ]
     spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
     lines = [line for block in shell for line in block.splitlines()] + spans
-    return [pair for line in lines for pair in re.findall(r"-m (st_fast(?:\.\w+)+)([^|)&;]*)", line)]
+    return [pair for line in lines for pair in re.findall(r"(?:-m st_fast[. ]|\bst-fast )([\w.-]+)([^|)&;]*)", line)]
 
 
-def misunderstood(module: str, rest: str) -> str:
+def misunderstood(name: str, rest: str) -> str:
     """Why a command would be refused for how it is written, or ""."""
-    if importlib.util.find_spec(module) is None:
-        return "no such module"
+    if name == "completion" or name == "NAME":
+        return ""
+    if name not in COMMANDS:
+        return "" if importlib.util.find_spec(f"st_fast.{name}") else "no such module"
     arguments = shlex.split(re.sub(r"<[^<>]*>", "1", rest), comments=True)
-    if not arguments or "…" in rest or "--help" in arguments or module.count(".") > 1:
+    if not arguments or "…" in rest or "--help" in arguments:
         return ""
     try:
-        check(module.removeprefix("st_fast."), [a for a in arguments if a != "--debug"])
+        check(name, [a for a in arguments if a != "--debug"])
     except (UserError, argparse.ArgumentError) as error:
         return str(error)
     except SystemExit:
@@ -88,9 +92,9 @@ def check(name: str, arguments: list[str]) -> None:
         if Path(parsed.recipe).parts[0] == "recipes":
             load(ROOT / parsed.recipe, parsed.overrides)
     elif name == "doctor" and "--plan" in arguments:
-        completion._parsers("plan")[0].parse_args(arguments[arguments.index("--plan") + 1 :])
+        plan.parser().parse_args(arguments[arguments.index("--plan") + 1 :])
     else:
-        completion._parsers(name)[0].parse_args(arguments)
+        module_of(name).parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -100,7 +104,7 @@ def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page: Path) -> None:
-    problems = {f"{module}{rest}": misunderstood(module, rest) for module, rest in commands(page.read_text("utf-8"))}
+    problems = {f"{name}{rest}": misunderstood(name, rest) for name, rest in commands(page.read_text("utf-8"))}
     assert {command: problem for command, problem in problems.items() if problem} == {}
 
 
@@ -120,10 +124,10 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path) -> None:
     text = "```sh\npython -m st_fast.prepare a \\\n  b --size big\n```\n`-m st_fast.nowhere` `-m st_fast.train a.toml`"
     (first, second, third) = commands(text)
     assert "invalid int value" in misunderstood(*first) and misunderstood(*second) == "no such module"
-    assert misunderstood(*third) == "" and misunderstood("st_fast.report", " --ot x") == "argparse refuses it"
-    assert "batch_sise" in misunderstood("st_fast.train", " recipes/digits.toml --optim.batch_sise=3")
-    assert "no such file" in misunderstood("st_fast.train", " recipes/none.toml")
-    assert misunderstood("st_fast.doctor", " --plan recipes/digits.toml --per-node four") == "argparse refuses it"
+    assert misunderstood(*third) == "" and misunderstood("report", " --ot x") == "argparse refuses it"
+    assert "batch_sise" in misunderstood("train", " recipes/digits.toml --optim.batch_sise=3")
+    assert "no such file" in misunderstood("train", " recipes/none.toml")
+    assert misunderstood("doctor", " --plan recipes/digits.toml --per-node four") == "argparse refuses it"
 
 
 def python_blocks(page: str) -> list[str]:

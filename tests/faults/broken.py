@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from st_fast import stage, train
-from st_fast.checkpoint import saver
+from st_fast.core.checkpoint import saver
+from st_fast.core.command import run_command
+from st_fast.core.errors import RunFailed
 from st_fast.data.loader import ResidentLoader
-from st_fast.errors import RunFailed, run_command
-from st_fast.examine import Examiner
-from st_fast.step import Step
+from st_fast.train import __main__ as train
+from st_fast.train import stage
+from st_fast.train.examiner import Examiner
+from st_fast.train.step import Step
 
 PLAN = json.loads(os.environ["BREAK"])
 MINE = PLAN.get("rank") in (None, int(os.environ.get("RANK", "0")))

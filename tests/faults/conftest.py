@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from st_fast import checkpoint
+from st_fast.core import checkpoint
 from tests import tiny
 
 pytest.register_assert_rewrite("tests.faults.ranks")

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from st_fast import parallel, reduction
-from st_fast.reduction import GradientSum
+from st_fast.core.ranks import process_group
+from st_fast.train import reduction
+from st_fast.train.reduction import GradientSum
 
 
 class Model(nn.Module):
@@ -42,7 +43,7 @@ def main(out: Path, dtype: torch.dtype | None) -> None:
         return real(tensor, *arguments, **options)
 
     dist.all_reduce = traced  # type: ignore[assignment]
-    with parallel.ranks("cpu", patience=60) as ranks:
+    with process_group("cpu", patience=60) as ranks:
         model = Model()
         model.layers[0].weight.register_hook(lambda gradient: events.append("first layer"))
         parameters = list(model.parameters())

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from st_fast import kernels, parallel
+from st_fast import kernels
+from st_fast.core.ranks import Ranks, process_group
 from st_fast.model import SiT, build
 from st_fast.model.compiling import CompiledBlocks
-from st_fast.optim import Optimizer
-from st_fast.parallel import Ranks
 from st_fast.recipe.schema import Model, Optim
-from st_fast.sharding import ShardedSum, Shards, gathered
+from st_fast.train.optim import Optimizer
+from st_fast.train.sharding import ShardedSum, Shards, gathered
 
 CONFIG = Model("custom", depth=3, width=24, heads=2, patch=2, channels=3, latent_size=4, num_classes=5)
 """Over 3 ranks; of the heads' sizes 7 does not divide, and 4 leaves the last rank nothing."""
@@ -121,7 +121,7 @@ def main(out: Path) -> None:
     torch.compile = functools.partial(torch.compile, backend="eager")  # what is captured, without a C++ compiler's time
     trace()
     found = {}
-    with parallel.ranks("cpu", patience=60) as ranks:
+    with process_group("cpu", patience=60) as ranks:
         for name, dtype, compiled in (
             ("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("compiled", torch.float32, True),
         ):  # fmt: skip

@@ -6,9 +6,9 @@ import resource
 import sys
 from pathlib import Path
 
-from st_fast import train
-from st_fast.errors import run_command
-from st_fast.step import Step
+from st_fast.core.command import run_command
+from st_fast.train import __main__ as train
+from st_fast.train.step import Step
 
 
 def main() -> None:

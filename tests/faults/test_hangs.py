@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from st_fast.errors import EXIT_FAILED
-from st_fast.parallel import Place, Ranks
-from st_fast.watchdog import Watchdog
+from st_fast.core.errors import EXIT_FAILED
+from st_fast.core.ranks import Place, Ranks
+from st_fast.train.watchdog import Watchdog
 from tests.faults.ranks import finish, wait_for
 
 DEADLINE = 6
@@ -79,7 +79,7 @@ class Job:
 
     def __init__(self, count: int, monkeypatch, deadline: float = 60.0) -> None:
         self.now, board = 0.0, Memory(count)
-        monkeypatch.setattr("st_fast.watchdog.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("st_fast.train.watchdog.time.monotonic", lambda: self.now)
         self.dogs = [Watchdog(Ranks(r, count, torch.device("cpu"), Place()), deadline, board) for r in range(count)]
 
     def stand(self, *places: tuple[int, str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from st_fast.errors import EXIT_INTERRUPTED
+from st_fast.core.errors import EXIT_INTERRUPTED
 from tests import tiny
 from tests.faults.ranks import finish, logged, torchrun, wait_for
 

@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 
-from st_fast import checkpoint
-from st_fast.errors import EXIT_FAILED, RunFailed
-from st_fast.guard import SPIKE_STEPS, SPIKE_WARMUP, Readings, Skips, SpikeDetector
+from st_fast.core import checkpoint
+from st_fast.core.errors import EXIT_FAILED, RunFailed
 from st_fast.recipe import load
+from st_fast.train.guard import SPIKE_STEPS, SPIKE_WARMUP, Readings, Skips, SpikeDetector
 from tests import tiny
 from tests.faults.ranks import finish
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from st_fast import plan
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.recipe import load, to_toml
+from st_fast.train import plan
 from tests import tiny
 
 MACHINE = plan.Machine(per_node=8, within=400e9, between=25e9, memory=4e12)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from st_fast.core.ranks import Ranks
 from st_fast.data.shards import open_shards
-from st_fast.feed import Feed
-from st_fast.parallel import Ranks
 from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
+from st_fast.train.batches import Feed
 from tests import tiny
 from tests.faults.ranks import finish, torchrun
 
@@ -24,9 +24,9 @@ KEYS = ("denoise", "aux", "grad_norm")
 
 def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
     """A digest of everything that is drawn for each sample, by ordinal, as all of `count` ranks see it."""
-    from st_fast import streams
+    from st_fast.core import random
+    from st_fast.core.random import Purpose
     from st_fast.data.loader import ResidentLoader
-    from st_fast.streams import Purpose
 
     shards = open_shards(Path(recipe.data.path), verify=False)
     found = {}
@@ -35,8 +35,8 @@ def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
         feed = Feed(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), len(shards), ranks)
         for batches in feed.steps(0, 10):
             for batch in batches:
-                noise = streams.normal(recipe.run.seed, Purpose.NOISE, batch.ordinals, (4, 4, 4))
-                posterior = streams.normal(recipe.run.seed, Purpose.POSTERIOR, batch.ordinals, (4, 4, 4))
+                noise = random.normal(recipe.run.seed, Purpose.NOISE, batch.ordinals, (4, 4, 4))
+                posterior = random.normal(recipe.run.seed, Purpose.POSTERIOR, batch.ordinals, (4, 4, 4))
                 weight = torch.zeros(len(batch.t)).index_copy(0, batch.rows.index, batch.rows.weight)
                 parts = (batch.moments, batch.labels, batch.student_labels, batch.t, weight, noise, posterior)
                 for place, ordinal in enumerate(batch.ordinals.tolist()):

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast import checkpoint, fallback, flops, kernels, memory, run, updates
-from st_fast.errors import EXIT_FAILED, EXIT_USAGE, RunFailed
-from st_fast.parallel import Ranks
-from st_fast.recipe import load
+from st_fast import kernels
+from st_fast.core import checkpoint
+from st_fast.core.errors import EXIT_FAILED, EXIT_USAGE, RunFailed
+from st_fast.core.ranks import Ranks
+from st_fast.model.smoke_test import validated_kernels
+from st_fast.recipe import cost, load
+from st_fast.train import memory, run, updates
 from tests import tiny
 from tests.faults.ranks import finish
 
@@ -95,7 +98,7 @@ def test_the_advice_is_the_largest_even_split_that_fits_by_the_formula(gibibytes
     recipe, room = load(tiny.ROOT / "recipes" / "sit_xl.toml", ranks=2), int(gibibytes * 2**30)
     ranks = Ranks(0, 2, torch.device("cpu"))
     line = memory.advice(recipe, ranks, torch.bfloat16, room)
-    fixed, activations = flops.memory_bytes(recipe, 2, True)
+    fixed, activations = cost.memory_bytes(recipe, 2, True)
     possible = [256 // (2 * a) for a in range(2, 129) if 256 % (2 * a) == 0]
     fitting = [micro for micro in possible if fixed + micro * (activations // 128) <= 0.9 * room]
     assert "\n" not in line
@@ -123,7 +126,7 @@ def test_a_card_that_others_have_filled_is_one_line_at_the_start(one_stage, monk
     def full(device, dtype):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.")
 
-    monkeypatch.setattr(run.monitor, "matmul_rate", full)
+    monkeypatch.setattr(run, "matmul_rate", full)
     with pytest.raises(RunFailed, match=r"^out of memory on cpu at start with "):
         run.run(load(one_stage))
 
@@ -136,6 +139,11 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe):
 # Kernels
 
 
+def tried(path, said):
+    recipe = load(path)
+    return validated_kernels(vars(recipe.kernels), recipe.model, CPU, torch.float32, said.append)
+
+
 def broken_op(*arguments: object, **more: object) -> None:
     raise RuntimeError("ptxas fatal: out of registers\nand more")
 
@@ -145,8 +153,8 @@ def test_a_kernel_that_fails_is_replaced_by_the_reference_and_said_so(name, reci
     table = kernels.KernelTable(**{f.name: getattr(kernels.ops, f.name) for f in fields(kernels.KernelTable)})
     monkeypatch.setattr(kernels, "select", lambda choices, device: replace(table, **{name: broken_op}))
     said: list[str] = []
-    ops = fallback.sound_ops(load(recipe), CPU, torch.float32, said.append)
-    assert vars(ops.table) == vars(replace(table, **{name: getattr(kernels.reference, name)}))
+    found = tried(recipe, said)
+    assert vars(found) == vars(replace(table, **{name: getattr(kernels.reference, name)}))
     assert said == [
         f"kernels: {name} does not work here (RuntimeError: ptxas fatal: out of registers); the reference takes over"
     ]
@@ -158,19 +166,19 @@ def test_an_optimiser_step_that_fails_is_replaced_before_it_touches_a_weight(nam
     monkeypatch.setitem(updates.IMPLEMENTATIONS, name, broken)
     said: list[str] = []
     options = [f"--optim.implementation={name}"]
-    ops = fallback.sound_ops(load(recipe, options), CPU, torch.float32, said.append)
-    assert ops.update is kernels.reference.adamw_ema_ and ops.norm is kernels.reference.grad_norm
+    update, norm = updates.validated(load(recipe, options), CPU, torch.float32, said.append)
+    assert update is kernels.reference.adamw_ema_ and norm is kernels.reference.grad_norm
     assert len(said) == 1 and said[0].startswith(f"kernels: {told} does not work here (RuntimeError: ptxas fatal")
 
 
 def test_kernels_that_work_are_kept(recipe):
     said: list[str] = []
-    ops = fallback.sound_ops(load(recipe), CPU, torch.float32, said.append)
-    assert not said and vars(ops.table) == vars(kernels.select({}, CPU.device))
+    found = tried(recipe, said)
+    assert not said and vars(found) == vars(kernels.select({}, CPU.device))
 
 
 def test_a_run_whose_kernels_all_fail_trains_with_the_reference(one_stage, monkeypatch, capsys):
-    from st_fast.run import run
+    from st_fast.train.run import run
 
     ops = [f.name for f in fields(kernels.KernelTable)]
     run(load(one_stage, [*(f"--kernels.{op}=reference" for op in ops), f"--run.out={one_stage.parent / 'plain'}"]))

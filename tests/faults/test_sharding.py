@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast import checkpoint, kernels, teacher
-from st_fast.errors import UserError
+from st_fast import kernels
+from st_fast.core import checkpoint
+from st_fast.core.errors import UserError
+from st_fast.model import teacher
 from st_fast.recipe import load
 from tests import tiny
 from tests.faults.ranks import Nursery, finish
 from tests.faults.test_ranks import close
-from tests.supervision.test_self_methods import SRA_STAGE
+from tests.train.supervision.test_self_methods import SRA_STAGE
 
 SHARDED = "--run.sharding=fsdp2"
 LONG = 300.0

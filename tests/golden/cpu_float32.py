@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from st_fast.recipe import load
-from st_fast.run import run
+from st_fast.train.run import run
 from tests import tiny
 
 FILE = Path(__file__).with_name("cpu_float32.json")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_fast.inception import InceptionV3
+from st_fast.evaluate.inception import InceptionV3
 
 FILE = Path(__file__).with_name("fidelity.json")
 CASES: dict[str, tuple[int, int, int]] = {"few": (300, 420, 16), "many": (1_000, 900, 96)}

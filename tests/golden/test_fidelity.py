@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast.inception import Inception, InceptionV3
-from st_fast.metrics import GaussianStats, frechet, inception_score, kernel_distance, precision_recall
-from st_fast.scores import SplitScore
+from st_fast.evaluate.inception import Inception, InceptionV3
+from st_fast.evaluate.metrics import GaussianStats, frechet, inception_score, kernel_distance, precision_recall
+from st_fast.evaluate.scores import SplitScore
 from tests.golden import fidelity
 
 KEPT = json.loads(fidelity.FILE.read_text())

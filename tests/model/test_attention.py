@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from st_fast import kernels
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.model import attention
 from st_fast.model.sit import Attention
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from st_fast import flops, kernels
+from st_fast import kernels
 from st_fast.model import SiT, build
 from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.checkpointing import checkpoint_activations
 from st_fast.model.compiling import CompiledBlocks
-from st_fast.recipe import load
+from st_fast.recipe import cost, load
 from st_fast.recipe.schema import Model
-from st_fast.run import run
+from st_fast.train.run import run
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,8 +102,8 @@ def test_what_is_kept_shrinks_as_the_estimate_says():
     measured = {what: saved_bytes(model_with_life(what)) for what in MODES}
     for what, found in measured.items():
         # Of what is computed again in one block, nothing is kept while the forward pass runs.
-        estimate = BATCH * flops.activation_bytes(SMALL, bf16=False, checkpointing=what)
-        one_block = BATCH * flops.tokens(SMALL) * 4 * 21 * SMALL.width
+        estimate = BATCH * cost.activation_bytes(SMALL, bf16=False, checkpointing=what)
+        one_block = BATCH * cost.tokens(SMALL) * 4 * 21 * SMALL.width
         assert estimate - one_block <= found <= 1.3 * estimate, (what, found, estimate)
     assert measured["block"] < 0.25 * measured["none"]
     assert measured["block"] < measured["attention"] < 0.8 * measured["none"]
@@ -119,7 +119,7 @@ def counted(call: Callable[[], object]) -> int:
 def test_what_is_computed_twice_is_what_the_formula_says(what):
     plain, again = (model_with_life(mode) for mode in ("none", what))
     extra = counted(lambda: loss_and_gradients(again)) - counted(lambda: loss_and_gradients(plain))
-    assert extra == pytest.approx(2 * BATCH * flops.recomputed_macs(SMALL, what), rel=0.01)
+    assert extra == pytest.approx(2 * BATCH * cost.recomputed_macs(SMALL, what), rel=0.01)
 
 
 def test_a_run_with_checkpointing_has_the_same_losses_to_the_last_bit(tmp_path):

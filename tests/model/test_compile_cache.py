@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from st_fast import run
 from st_fast.recipe import load
+from st_fast.train import run
 from tests import tiny
 
 PROGRAM = """

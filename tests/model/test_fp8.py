@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from st_fast import kernels
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.model import SiT, build
 from st_fast.model.fp8 import check_fp8, use_fp8
-from st_fast.optim import Optimizer
 from st_fast.recipe import RecipeError, load
 from st_fast.recipe.schema import Model, Optim
+from st_fast.train.optim import Optimizer
 from tests import tiny
 
 TABLE = kernels.select({}, torch.device("cpu"))

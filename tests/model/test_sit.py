@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from st_fast import flops, kernels
+from st_fast import kernels
 from st_fast.model import SiT, build
 from st_fast.model.sit import sincos_positions, unpatchify
+from st_fast.recipe import cost
 from st_fast.recipe.schema import SIZES, Model
 
 CPU = torch.device("cpu")
@@ -37,13 +38,13 @@ def test_parameter_counts_are_the_published_ones_and_the_formula_counts_them(siz
     for patch in (2, 4, 8):
         with torch.device("meta"):
             count = sum(p.numel() for p in SiT(named(size, patch), TABLE).parameters())
-        assert count == flops.trunk_parameters(named(size, patch))
+        assert count == cost.trunk_parameters(named(size, patch))
         if patch == 2:
             assert count / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
 def test_xl_2_has_the_published_118_6_g_multiply_adds():
-    assert flops.trunk_macs(named("XL", 2)) / 1e9 == pytest.approx(118.6, rel=0.01)
+    assert cost.trunk_macs(named("XL", 2)) / 1e9 == pytest.approx(118.6, rel=0.01)
 
 
 @pytest.mark.parametrize("depth", [None, 2])
@@ -54,7 +55,7 @@ def test_the_flop_formula_agrees_with_torchs_counter(depth):
         model(x, t, y) if depth is None else model.guided_features(x[:1], t[:1], y[:1], depth)
     # guided_features also projects the modulation of the block after `depth`, which the method does not define.
     slack = 0 if depth is None else 2 * 2 * 6 * TINY.width**2
-    expected = 2 * 2 * flops.trunk_macs(TINY, depth)
+    expected = 2 * 2 * cost.trunk_macs(TINY, depth)
     assert expected * 0.97 <= counter.get_total_flops() <= expected + slack
 
 

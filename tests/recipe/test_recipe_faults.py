@@ -16,7 +16,7 @@ RANKS = 8
 
 COMMAND = f"""
 import sys
-from st_fast.errors import run_command
+from st_fast.core.command import run_command
 from st_fast.recipe import load
 
 def main(arguments):
@@ -29,7 +29,8 @@ finally:
 """
 
 RESUME = """
-from st_fast.errors import UserError, run_command
+from st_fast.core.command import run_command
+from st_fast.core.errors import UserError
 from st_fast.recipe import changed_maths, load
 
 def main(arguments):
@@ -137,7 +138,7 @@ def test_a_judged_evaluation_with_too_few_samples_is_refused(small: Path) -> Non
 
 
 def test_the_judge_has_as_many_features_as_the_check_assumes() -> None:
-    from st_fast.judge import FEATURES
+    from st_fast.evaluate.classifier import FEATURES
     from st_fast.recipe.check import JUDGE_FEATURES
 
     assert JUDGE_FEATURES == FEATURES

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.report.collect import read_run, read_runs
 
 

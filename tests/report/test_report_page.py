@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from st_fast.errors import UserError
+from st_fast.core.errors import UserError
 from st_fast.report import write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs

@@ -2,7 +2,7 @@
 
     python -m tests.stand_in.rehearse bench.gpu_day --small --results /tmp/day
     python -m tests.stand_in.rehearse --gib 40 --fail-after 100000 bench.gpu_day --small
-    python -m tests.stand_in.rehearse pytest tests/schedule/test_gpu.py
+    python -m tests.stand_in.rehearse pytest tests/train/schedule/test_gpu.py
     python -m tests.stand_in.rehearse bench/day.sh 1                 a script, with that Python as its $PYTHON
 
 Every process that the command starts is part of the rehearsal. Rows go to a new folder unless the command or $OUT

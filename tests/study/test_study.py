@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast import checkpoint, kernels, teacher
+from st_fast import kernels
+from st_fast.core import checkpoint
+from st_fast.core.errors import EXIT_INTERRUPTED, UserError
 from st_fast.data.shards import open_shards
-from st_fast.errors import EXIT_INTERRUPTED, UserError
+from st_fast.model import teacher
 from st_fast.report.collect import read_run
 from st_fast.study.__main__ import listing, main
 from st_fast.study.page import placed

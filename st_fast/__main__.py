@@ -1,0 +1,78 @@
+"""Every command: `st-fast NAME ...`, which is `python -m st_fast NAME ...`. Without a name, the list of them.
+
+st-fast train recipes/digits.toml
+torchrun --nproc-per-node 8 -m st_fast train recipes/sit_xl.toml
+source <(st-fast completion bash)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from st_fast.core.command import run_command
+from st_fast.core.errors import UserError
+from st_fast.recipe.error import did_you_mean
+
+COMMANDS = {
+    "train": ("train.__main__", "train a recipe: every stage, then the report"),
+    "sample": ("sample.__main__", "draw samples of a run: a picture, or a set of many"),
+    "evaluate": ("evaluate.__main__", "FID and other metrics of a run's samples"),
+    "probe": ("evaluate.probe.__main__", "what each block has learnt: linear probe, CKA, spectra"),
+    "prepare": ("prepare.__main__", "images to a data folder of latents; features for REPA"),
+    "real-images": ("prepare.real_images", "real images beside a data folder, for the classifier's metrics"),
+    "convert": ("convert.__main__", "other projects' models to ours and back; publish on the Hugging Face hub"),
+    "report": ("report.__main__", "the HTML report of one run, or of several side by side"),
+    "study": ("study.__main__", "many arms over several seeds"),
+    "doctor": ("train.doctor", "what this machine has, and what a recipe would need"),
+}
+"""Name → (module within st_fast, with `parser` and `main`; what it does)."""
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def module_of(name: str) -> Any:
+    """The module of a command. UserError for a name that is none."""
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} is no command{did_you_mean(name, (*COMMANDS, 'completion'))}; `st-fast` lists them")
+    return import_module(f"st_fast.{COMMANDS[name][0]}")
+
+
+def completion(shell: str) -> str:
+    """The shell's completion script for `st-fast`. UserError where shtab is missing or does not know the shell."""
+    if shell not in SHELLS:
+        raise UserError(f"completion {shell}: one of {', '.join(SHELLS)}")
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("completion needs shtab: pip install shtab") from None
+    parser = argparse.ArgumentParser("st-fast")
+    commands = parser.add_subparsers()
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, parents=[module_of(name).parser()], add_help=False)
+    commands.add_parser("completion", help="a completion script").add_argument("shell", choices=SHELLS)
+    return str(shtab.complete(parser, shell))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command that is named first."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items())
+        print(f"{__doc__}\n{rows}\n  completion   a completion script for {', '.join(SHELLS)}\n\nst-fast NAME --help")
+        return
+    name, *rest = arguments
+    if name == "completion":
+        print(completion(rest[0] if rest else "without a shell"))
+        return
+    module_of(name).main(rest)
+
+
+def run() -> None:
+    """The console script."""
+    run_command(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,216 @@
+"""A model card (README.md) made from what a run logged: nothing in it is typed by hand, and what is unknown is said."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from st_fast import __version__
+from st_fast.core.errors import UserError
+from st_fast.core.files import read_json
+from st_fast.data.opening import read_any_manifest
+from st_fast.model.formats.origin import Origin
+from st_fast.recipe import cost, load_run, to_toml
+from st_fast.report import words
+from st_fast.report.arms import Arm, make_arms
+from st_fast.report.collect import read_run
+
+HEADER = """---
+library_name: {library}
+pipeline_tag: unconditional-image-generation
+tags:
+- st_fast
+- sit
+- diffusion
+---
+
+# {title}
+
+{name}, {parameters:.1f} M parameters, class-conditional over {classes} classes, latents {shape}. It predicts the
+velocity of a flow on the {path} path, where t = 1 is noise and t = 0 is data. Weights: {weights}, step {step:,}.
+"""
+
+USE = {
+    "huggingface": """## Use
+
+```python
+import torch
+from st_fast.model import SiT
+from st_fast.recipe.schema import Sample
+from st_fast.sample.draw import balanced
+from st_fast.sample.guided import sample
+
+model = SiT.from_pretrained("{name}")  # a folder or a name on the hub
+draw = balanced(seed=0, first=0, count=8, num_classes={classes}, device=torch.device("cpu"))
+latents = sample(model, draw, Sample(sampler="heun", steps=50, cfg_scale={cfg:g}), "{path}")
+```
+""",
+    "diffusers": """## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
+images = pipe([0, 1, 2], seed=0).images
+```
+
+`trust_remote_code` is needed because pipeline.py and transformer/sit_transformer.py are in this folder; read them
+first.
+""",
+}
+
+
+def card(origin: Origin, weights: str, form: str, name: str, vae: str) -> str:
+    """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty."""
+    config = origin.bundle.config
+    arm = _arm(origin)
+    cfg = load_run(origin.run).sample.cfg_scale if origin.run else 1.0
+    told = {"name": name, "classes": config.num_classes, "path": origin.bundle.path, "cfg": cfg}
+    side = config.latent_size
+    parts = [
+        HEADER.format(
+            library="diffusers" if form == "diffusers" else "st_fast", title=name, name=config.name,
+            parameters=cost.trunk_parameters(config) / 1e6, classes=config.num_classes,
+            shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {vae}" if vae else ""),
+            path=origin.bundle.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.bundle.step,
+        ),
+        USE[form].format(**told),
+    ]  # fmt: skip
+    parts += _of_run(origin, arm) if arm is not None else [_foreign(origin)]
+    return _without_paths("\n".join(parts)) + f"\nWritten by st_fast {__version__} from the run's own records.\n"
+
+
+ABSOLUTE = re.compile(r'(?<=["`])/[^"`\n]*(?=["`])|(?<![\w./:])/[\w.+~-]+(?:/[\w.+~-]+)+')
+"""In quotes whatever they hold; elsewhere two parts at least, of what needs no quotes."""
+
+
+def _without_paths(text: str) -> str:
+    """Absolute paths of this machine, which nobody else needs to know, cut down to their last part."""
+    return ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", text)
+
+
+def _arm(origin: Origin) -> Arm | None:
+    """The logged stage that the model comes from; None for a file, or where there is no log."""
+    if origin.run is None or not (origin.run / "log.jsonl").is_file():
+        return None
+    return next((arm for arm in make_arms([read_run(origin.run)]) if arm.stage.name == origin.stage), None)
+
+
+def _of_run(origin: Origin, arm: Arm) -> list[str]:
+    assert origin.run is not None
+    return [_training(origin, arm), _costs(arm), _scores(origin, arm), _recipe(origin.run)]
+
+
+def _training(origin: Origin, arm: Arm) -> str:
+    assert origin.run is not None
+    recipe, stage = load_run(origin.run), arm.stage
+    lines = [
+        "## Training", "",
+        f"- Stage “{stage.name}” of the recipe below, supervision `{stage.method}`, step {origin.bundle.step:,} of "
+        f"{stage.steps:,}, global batch {recipe.optim.batch_size}, seed {recipe.run.seed}.",
+        f"- Data: {_data(Path(recipe.data.path), str(stage.start.get('dataset', '')))}",
+        f"- Device: {stage.start.get('device', 'not recorded')}, {stage.start.get('ranks', 1)} rank(s), "
+        + ", ".join(f"{key} {value}" for key, value in dict(stage.start.get("versions", {})).items()) + ".",
+    ]  # fmt: skip
+    if stage.teacher:
+        lines.append(f"- Teacher: `{stage.teacher}`, frozen.")
+    init = stage.start.get("init")
+    if isinstance(init, dict):
+        lines.append(
+            f"- Began from `{init.get('path')}` ({init.get('layout')} layout, {init.get('weights')} weights, its step "
+            f"{init.get('step')}, SHA-256 {str(init.get('sha256'))[:16]}…)."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _data(folder: Path, digest: str) -> str:
+    try:
+        manifest = read_any_manifest(folder)
+    except UserError:
+        return f"not at hand any more; digest {digest[:16] or 'not recorded'}…."
+    return (
+        f"{manifest.source}, {manifest.count:,} records of {manifest.num_classes} classes, VAE {manifest.vae.name}, "
+        f"digest {digest[:16]}…."
+    )
+
+
+def _costs(arm: Arm) -> str:
+    unknown = "" if arm.total.known else " What a model before it cost isn't recorded, so the sums are lower bounds."
+    return "\n".join([
+        "## Cost", "",
+        "| | FLOPs | training time |", "|---|---|---|",
+        f"| this stage, teacher's forward passes included | {words.flops(arm.own.flops)} | "
+        f"{words.duration(arm.own.seconds) or '0 s'} |",
+        f"| training what it learnt or began from | {words.flops(arm.teacher.flops)} | "
+        f"{words.duration(arm.teacher.seconds) or '0 s'} |",
+        f"| in all | {words.cost(arm.total).replace(' and ', ' | ')} |", "",
+        f"One multiply-add is two FLOPs.{unknown}", "",
+    ])  # fmt: skip
+
+
+def _scores(origin: Origin, arm: Arm) -> str:
+    """Every score that was logged last or lies beside the stage's sample sets, each with its protocol."""
+    assert origin.run is not None
+    found: list[tuple[int, Mapping[str, Any], str]] = []
+    if arm.stage.evals:
+        found += _in_training(arm.stage.evals[-1])
+    for file in sorted((origin.run / origin.stage / "samples").glob("*/metrics.json")):
+        record = read_json(file)
+        drawn = record.get("samples", {})
+        told = [f"{key} {value}" for key, value in dict(record.get("protocol", {})).items()]
+        told += [f"{key} {drawn[key]}" for key in ("sampler", "steps", "cfg_scale", "cfg_range") if key in drawn]
+        found.append((int(record.get("step") or 0), dict(record.get("metrics", {})), ", ".join(told)))
+    if not found:
+        return "## Scores\n\nNone were taken.\n"
+    rows = [
+        f"| {name} | {value:.5g} | {step:,} | {how} |"
+        for step, metrics, how in found
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    ]
+    return "\n".join(["## Scores", "", "| score | value | step | protocol |", "|---|---|---|---|", *rows, ""])
+
+
+JUDGED = ("accuracy", "frechet", "precision", "recall", "floor_frechet", "floor_precision", "floor_recall")
+"""What `evaluate.judge_samples` measures in the judge's features, and the floors of real images in them."""
+
+
+def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any], str]]:
+    """An evaluation of the log: the judge's scores and Inception's apart, as each has a protocol of its own."""
+    metrics, step = dict(record.get("metrics", {})), int(record["step"])
+    how = ", ".join(f"{key} {metrics[key]}" for key in ("num", "sampler", "steps", "cfg_scale") if key in metrics)
+    found: list[tuple[int, Mapping[str, Any], str]] = []
+    if "judge_digest" in metrics:
+        judged = {key: metrics[key] for key in JUDGED if key in metrics}
+        found.append((step, judged, f"{how}; features of a small classifier {metrics['judge_digest'][:12]}, not FID"))
+    if "fid" in metrics:
+        seen = {key: metrics[key] for key in INCEPTION if key in metrics}
+        weights = f"InceptionV3 {str(metrics.get('inception_sha256'))[:12]}"
+        found.append((step, seen, f"{how}; features of {weights}, reference {metrics.get('reference')}"))
+    return found
+
+
+INCEPTION = (
+    "fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "inception_precision", "inception_recall"
+)  # fmt: skip
+"""What `scores.score` measures, by the names that the log has for it."""
+
+
+def _recipe(run: Path) -> str:
+    return f"## Recipe\n\n```toml\n{to_toml(load_run(run))}```\n"
+
+
+def _foreign(origin: Origin) -> str:
+    said = {key: value for key, value in dict(origin.bundle.facts.get("args", {})).items() if value is not None}
+    network = {key: value for key, value in asdict(origin.bundle.config).items() if key != "attention"}
+    text = (
+        "## Training\n\nNot trained by a run whose log is at hand, so its data, cost and scores are unknown here. Read "
+        f"from `{origin.path.name}` in the {origin.bundle.layout} layout.\n\n```json\n{json.dumps(network, indent=1)}\n"
+        "```\n"
+    )
+    return text + (f"\nIts file says of itself:\n\n```json\n{json.dumps(said, indent=1)}\n```\n" if said else "")

@@ -1,0 +1,118 @@
+"""The neutral form → a file in one of the published layouts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from st_fast.core.checkpoint.groups import write_group
+from st_fast.core.errors import UserError
+from st_fast.core.files import fsync_folder, make_folder
+from st_fast.model.formats import adam, official
+from st_fast.model.formats.bundle import Bundle, Table, heads, is_head
+from st_fast.model.formats.layouts import check_table, published_order
+
+FIRST_KEY = {
+    "repa": "projectors.0.0.weight",
+    "self-transcendence": "projectors.0.weight",
+    "sra": "ap_head.linear1.weight",
+}
+"""By which head a layout is known; official SiT has none."""
+
+
+def export_file(bundle: Bundle, layout: str, path: Path, weights: str) -> None:
+    """Writes `.pt` (model, ema, opt, args, steps) or `.safetensors` (the chosen weights alone) durably.
+
+    Heads of another layout are left out, for the other project could not load them; a file that came in this layout is
+    written back with its own prefixes, args and entries. UserError for another suffix or a file that is there.
+    """
+    if path.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"{path}: a file in a published layout ends in .pt or .safetensors")
+    _refuse_existing(path)
+    content = as_published(bundle, layout)
+    make_folder(path.parent)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        if path.suffix == ".safetensors":
+            write_group(
+                partial, content.get(weights, content) if isinstance(content.get(weights), Mapping) else content
+            )
+        else:
+            with partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        _refuse_existing(path)  # that another process wrote meanwhile
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_folder(path.absolute().parent)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists; name another file")
+
+
+def as_published(bundle: Bundle, layout: str) -> dict[str, Any]:
+    """What the other project's `torch.save` would be given."""
+    facts = bundle.facts if bundle.layout == layout else {}
+    ema = heads(bundle.model) | dict(bundle.ema)  # ours averages no heads, the published code does
+    tables: dict[str, Table] = {
+        "model": bundle.model,
+        "ema": ema,
+        "exp_avg": bundle.exp_avg,
+        "exp_avg_sq": bundle.exp_avg_sq,
+    }
+    keeps_heads = bundle.layout == layout or FIRST_KEY.get(layout, "") in bundle.model
+    if not keeps_heads:
+        tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
+    if layout == "sit":
+        tables = dict(_official(bundle, tables, facts.get("sigma", True)))
+    ordered = {name: {key: table[key] for key in published_order(table)} for name, table in tables.items()}
+    for name in ("model", "ema"):
+        check_table(ordered[name], bundle.config, layout, name)
+    prefixes, wanted = facts.get("prefixes", {}), facts.get("tables", ["model", "ema"])
+    source = {"": "model", "state_dict": "model"}
+    content: dict[str, Any] = {
+        name: {prefixes.get(name, "") + key: t for key, t in ordered[source.get(name, name)].items()} for name in wanted
+    }
+    if wanted == [""]:
+        return content[""]
+    if bundle.exp_avg:
+        content["opt"] = adam.state_dict(
+            list(ordered["model"]), ordered["exp_avg"], ordered["exp_avg_sq"], bundle.updates, facts.get("opt", {})
+        )
+    content["args"] = argparse.Namespace(**(facts.get("args") or _args(bundle, layout)))
+    entries = facts.get("entries", {} if layout == "sit" else {"steps": bundle.step})
+    return content | dict(entries)
+
+
+def _official(bundle: Bundle, tables: Mapping[str, Table], sigma: bool) -> dict[str, dict[str, Tensor]]:
+    """The tables in the official convention: bit by bit those that were read, as long as they are unchanged."""
+    result = {}
+    for name, table in tables.items():
+        squares = name == "exp_avg_sq"
+        result[name] = official.to_official(table, bundle.config, sigma, squares)
+        kept = {key: bundle.originals[f"{name}/{key}"] for key in table if f"{name}/{key}" in bundle.originals}
+        again = official.to_ours(kept, bundle.config, squares)
+        result[name] |= {key: tensor for key, tensor in kept.items() if torch.equal(again[key], table[key])}
+    return result
+
+
+def _args(bundle: Bundle, layout: str) -> dict[str, Any]:
+    """The args that the other project reads back, for a model that did not come from it."""
+    common = {"model": bundle.config.name, "num_classes": bundle.config.num_classes}
+    if layout == "sit":
+        path = {"linear": "Linear", "cosine": "GVP"}[bundle.path]
+        return common | {"path_type": path, "prediction": "velocity", "image_size": 8 * bundle.config.latent_size}
+    return common | {
+        "path_type": bundle.path, "prediction": "v", "qk_norm": bundle.config.qk_norm,
+        "resolution": 8 * bundle.config.latent_size,
+    }  # fmt: skip

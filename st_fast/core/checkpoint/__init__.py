@@ -1,0 +1,27 @@
+"""Checkpoints: a folder of safetensors files and a manifest, written aside and renamed, checked in full when loaded.
+
+`<root>/<step:08d>/` holds one `<group>.safetensors` a group ("model", "ema", "optim", …) and `manifest.json` with the
+shape and dtype of every tensor, the SHA-256 of every file, the metadata and its own digest. Nothing is ever pickled.
+A sharded run writes one file a group and rank, `<group>.rank-<r>-of-<n>.safetensors`; what is loaded is always whole.
+"""
+
+from st_fast.core.checkpoint.history import latest, prune, sweep
+from st_fast.core.checkpoint.match import match_strictly
+from st_fast.core.checkpoint.saver import Saver
+from st_fast.core.checkpoint.store import Checkpoint, NewerFormat, SaveFailed, load, save, valid
+from st_fast.core.checkpoint.together import Team
+
+__all__ = [
+    "Checkpoint",
+    "NewerFormat",
+    "SaveFailed",
+    "Saver",
+    "Team",
+    "latest",
+    "load",
+    "match_strictly",
+    "prune",
+    "save",
+    "sweep",
+    "valid",
+]

@@ -1,0 +1,135 @@
+"""One group of named tensors ↔ one safetensors file, hashed in the same pass that writes or reads it.
+
+The safetensors library writes and maps files on its own, out of sight of fsync and of the hash; here every byte passes
+through one loop, and what is loaded is what was hashed. Its files and ours are the same format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from st_fast.core.files import CHUNK, BadFile, Entry, durable_file, open_regular, parse_header, read_exactly, shown
+from st_fast.core.files import write_all as write_bytes
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class GroupFile:
+    """What a manifest records of a group: file name, SHA-256, size, and {tensor: {"shape": […], "dtype": "F32"}}."""
+
+    file: str
+    sha256: str
+    bytes: int
+    tensors: Mapping[str, Mapping[str, object]]
+
+
+def write_group(path: Path, tensors: Mapping[str, Tensor]) -> GroupFile:
+    """Writes tensors (any device, strides or aliasing: each by value) to a new file, durably; OSError on a full disk.
+
+    Raises:
+        ValueError: a dtype that safetensors has no name for, or the reserved key `__metadata__`.
+    """
+    # Widest items first, so that every tensor starts at a multiple of its item size.
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    shapes = {key: described(key, tensors[key]) for key in order}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for key in order:
+        start, stop = stop, stop + tensors[key].numel() * tensors[key].element_size()
+        header[key] = {**shapes[key], "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(prefix)
+    with durable_file(path) as file:
+        write_bytes(file, prefix)
+        for key in order:
+            data = bytes_of(tensors[key].detach().cpu().contiguous())
+            for at in range(0, len(data), CHUNK):  # a piece is hashed and written while it is in the cache
+                digest.update(data[at : at + CHUNK])
+                write_bytes(file, data[at : at + CHUNK])
+    return GroupFile(path.name, digest.hexdigest(), len(prefix) + stop, shapes)
+
+
+def read_group(path: Path, record: GroupFile, verify: bool) -> dict[str, Tensor]:
+    """The tensors of a group file, on the CPU, allocating no more than the file's size.
+
+    A `BadFile` unless size, tensors and (with `verify`) hash are as recorded.
+    """
+    digest = hashlib.sha256()
+    result = {}
+    with open_regular(path) as file:
+        entries, raw = _checked_header(file, path, record)
+        digest.update(raw)
+        for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            data = bytes_of(tensor)
+            for at in range(0, len(data), CHUNK):
+                read_exactly(file, data[at : at + CHUNK], path)
+                digest.update(data[at : at + CHUNK])
+            result[key] = tensor
+    if verify:
+        _same_hash(path, record, digest.hexdigest())
+    for key, tensor in result.items():
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            raise BadFile(f"{path}: tensor {shown(key)} is boolean, but holds bytes other than 0 and 1")
+    return result
+
+
+def check_group(path: Path, record: GroupFile, deep: bool) -> None:
+    """Raises `BadFile` unless the file has the recorded size and tensors and, with `deep`, the recorded hash."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    with open_regular(path) as file:
+        _, raw = _checked_header(file, path, record)
+        if deep:
+            digest.update(raw)
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]
+                digest.update(buffer[:count])
+            _same_hash(path, record, digest.hexdigest())
+
+
+def described(key: str, tensor: Tensor) -> dict[str, object]:
+    """A tensor's shape and dtype as a header has them; ValueError for what safetensors can't hold."""
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ValueError(f"tensor {key!r}: dtype {tensor.dtype} cannot be saved; {', '.join(DTYPES)} can")
+    if key == "__metadata__":
+        raise ValueError("a tensor may not be called '__metadata__'")
+    return {"shape": list(tensor.shape), "dtype": DTYPE_NAMES[tensor.dtype]}
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor without gradient, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checked_header(file: BinaryIO, path: Path, record: GroupFile) -> tuple[dict[str, Entry], bytes]:
+    entries, raw = parse_header(file, path)
+    found = {key: {"shape": list(entry.shape), "dtype": entry.dtype} for key, entry in entries.items()}
+    expected = record.tensors
+    if differ := sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)):
+        raise BadFile(f"{path}: {len(differ)} tensors are not as the manifest says, the first is {shown(differ[0])}")
+    if (size := os.fstat(file.fileno()).st_size) != record.bytes:
+        raise BadFile(f"{path}: expected {record.bytes} bytes, found {size}")
+    return entries, raw
+
+
+def _same_hash(path: Path, record: GroupFile, found: str) -> None:
+    if found != record.sha256:
+        raise BadFile(f"{path}: SHA-256 expected {record.sha256[:16]}…, found {found[:16]}… (its bytes were changed)")

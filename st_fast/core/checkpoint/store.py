@@ -1,0 +1,194 @@
+"""One checkpoint folder: save it whole or not at all, load it checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from st_fast.core.checkpoint.groups import GroupFile, write_group
+from st_fast.core.checkpoint.parts import Group, parse_group
+from st_fast.core.errors import RunFailed
+from st_fast.core.files import (
+    JSON_LIMIT,
+    BadFile,
+    FolderWrite,
+    durable_file,
+    inside,
+    is_pickle,
+    json_bytes,
+    read_json,
+    shown,
+    write_all,
+)
+
+FORMAT = "st_fast.core.checkpoint"
+VERSION = 2
+"""The newest that is read. 1: a file a group; 2: a file a group and rank (`parts.py`), written only where sharded."""
+MANIFEST = "manifest.json"
+
+
+class NewerFormat(BadFile):
+    """The checkpoint is fine, but only a newer st_fast can read it."""
+
+
+class SaveFailed(RunFailed):
+    """A checkpoint could not be written (disk full, say); nothing of it is left and earlier ones are untouched."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: groups of named tensors on the CPU, and the metadata given to `save`."""
+
+    step: int
+    groups: Mapping[str, Mapping[str, Tensor]]
+    meta: Mapping[str, Any]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest whose digest and types were checked; the files it names were not."""
+
+    step: int
+    groups: Mapping[str, Group]
+    meta: Mapping[str, Any]
+
+
+def save(root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
+    """Writes `root/<step:08d>` and returns it: after any crash the old state or the new is there, never half of one.
+
+    A checkpoint of the same step that is there already is set aside (`history.prune` deletes it once it may).
+
+    Raises:
+        SaveFailed: the file system refused; nothing has changed.
+        ValueError: a group's name is no plain file name, a dtype can't be saved, or `meta` is not finite JSON.
+    """
+    check_names(groups, step)
+    target = Path(root) / f"{step:08d}"
+    try:
+        with FolderWrite(target, replace=True) as folder:
+            files = {name: write_group(folder.path / f"{name}.safetensors", group) for name, group in groups.items()}
+            write_manifest(folder.path, 1, step, {name: asdict(file) for name, file in files.items()}, meta)
+    except OSError as error:
+        raise not_saved(target, error.strerror or str(error)) from error
+    return target
+
+
+def check_names(groups: Iterable[str], step: int) -> None:
+    """ValueError for a group that can't be a file's name, or a negative step."""
+    for name in groups:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"group {name!r}: only letters, digits, '_', '-' and '.' are allowed")
+    if step < 0:
+        raise ValueError(f"step is {step}, it must not be negative")
+
+
+def not_saved(target: Path, why: str) -> SaveFailed:
+    """The error of a save that the file system refused."""
+    return SaveFailed(f"{target}: not saved ({why}); earlier checkpoints are untouched")
+
+
+def load(path: Path, groups: Sequence[str] | None = None, verify: bool = True) -> Checkpoint:
+    """Loads all groups or those named, on the CPU; `BadFile` if anything is not as the manifest says.
+
+    The hashes of the loaded groups are checked with `verify`; of the others only existence, size and header.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    wanted = list(manifest.groups) if groups is None else list(groups)
+    if lacking := [name for name in wanted if name not in manifest.groups]:
+        raise BadFile(f"{path}: has no group {', '.join(lacking)}; it has {shown(list(manifest.groups))}")
+    for name, group in manifest.groups.items():
+        if name not in wanted:
+            group.check(path, deep=False)
+    loaded = {name: manifest.groups[name].read(path, verify) for name in wanted}
+    return Checkpoint(manifest.step, loaded, manifest.meta, path)
+
+
+def valid(path: Path, deep: bool = True) -> str | None:
+    """None if the checkpoint is whole, otherwise what is wrong with it; reads every byte unless `deep` is False."""
+    try:
+        for group in read_manifest(Path(path)).groups.values():
+            group.check(Path(path), deep)
+    except BadFile as error:
+        return str(error)
+    return None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint folder: format, version, digest and types checked."""
+    if not os.path.isdir(path):
+        if not os.path.lexists(path):
+            raise BadFile(f"{path}: there is no checkpoint here")
+        if is_pickle(path):
+            raise BadFile(f"{path}: a pickle or zip file (torch.save), which is never opened; a checkpoint is a folder")
+        raise BadFile(f"{path}: not a checkpoint; expected a folder with {MANIFEST}")
+    file = inside(path, MANIFEST)
+    if not os.path.exists(file):
+        raise BadFile(f"{path}: not a checkpoint, {MANIFEST} is missing")
+    content = read_json(file)
+    if content.get("format") != FORMAT:
+        raise BadFile(f"{file}: format is {shown(content.get('format'))}, expected {FORMAT!r}")
+    version = content.get("version")
+    if type(version) is not int or version < 1:
+        raise BadFile(f"{file}: version is {shown(version)}, expected a whole number from 1 to {VERSION}")
+    if version > VERSION:
+        raise NewerFormat(f"{file}: written by a newer st_fast (format {shown(version)}; this one reads {VERSION})")
+    return _parsed(content, file)
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content (without its own digest), independent of its layout."""
+    text = json.dumps({key: manifest[key] for key in manifest if key != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(
+    folder: Path, version: int, step: int, groups: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint's manifest durably; ValueError for what could not be read back, OSError on a full disk."""
+    content = {"format": FORMAT, "version": version, "step": step, "groups": groups, "meta": dict(meta)}
+    content = json.loads(json_bytes(content))  # as it will be read: tuples are lists, every key is a string
+    data = json_bytes({**content, "digest": digest_of(content)})
+    if len(data) > JSON_LIMIT:
+        raise ValueError(f"the manifest would have {len(data)} bytes, at most {JSON_LIMIT} can be read back")
+    with durable_file(folder / MANIFEST) as file:
+        write_all(file, data)
+
+
+def _parsed(content: dict[str, Any], file: Path) -> Manifest:
+    keys = {"format", "version", "step", "groups", "meta", "digest"}
+    if content.keys() != keys:
+        raise BadFile(f"{file}: keys are {shown(sorted(content))}, expected {', '.join(sorted(keys))}")
+    try:
+        digest = digest_of(content)
+    except RecursionError:
+        raise BadFile(f"{file}: nested too deeply") from None
+    if content["digest"] != digest:
+        raise BadFile(f"{file}: digest expected {shown(content['digest'])}, found {digest} (its content was changed)")
+    step, groups, meta = content["step"], content["groups"], content["meta"]
+    if type(step) is not int or step < 0:
+        raise BadFile(f"{file}: step is {shown(step)}, expected a whole number from 0")
+    if not isinstance(groups, dict) or not isinstance(meta, dict):
+        raise BadFile(f"{file}: groups and meta must be objects")
+    parse = parse_group if content["version"] > 1 else _parse_file
+    return Manifest(step, {name: parse(name, value, file) for name, value in groups.items()}, meta)
+
+
+def _parse_file(name: str, value: object, file: Path) -> Group:
+    types = {"file": str, "sha256": str, "bytes": int, "tensors": dict}
+    if not isinstance(value, dict) or value.keys() != types.keys():
+        expected = ", ".join(field.name for field in fields(GroupFile))
+        raise BadFile(f"{file}: group {shown(name)} is {shown(value)}, expected an object with {expected}")
+    for key, kind in types.items():
+        if type(value[key]) is not kind:
+            raise BadFile(f"{file}: group {shown(name)}: {key} is {shown(value[key])}, expected {kind.__name__}")
+    return Group(value["tensors"], [GroupFile(**value)])

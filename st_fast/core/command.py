@@ -1,0 +1,69 @@
+"""What every command shares: its parser, and how it ends. A UserError is one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, UserError
+
+MENDABLE = (
+    errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
+    errno.EDQUOT, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What is wrong with a named place, or the rights to it, which no traceback tells better."""
+
+
+def command_parser(name: str, text: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `python -m st_fast NAME`, which prints `text` as it is written."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"python -m st_fast {name}", description=text, epilog=epilog, formatter_class=form)
+
+
+def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs a command's `main(arguments)` and exits; UserErrors become one line on stderr and their exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        main(arguments)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"st_fast: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if debug or error.errno not in MENDABLE or error.filename is None:
+            raise
+        print(f"st_fast: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:  # of commands that are too short to save anything in between
+        if debug:
+            raise
+        print("st_fast: interrupted", file=sys.stderr)
+        sys.exit(EXIT_SIGINT)
+    sys.exit(EXIT_OK)
+
+
+def need_run(folder: Path) -> None:
+    """UserError unless the folder holds a run."""
+    if not (folder / "recipe.toml").is_file():
+        raise UserError(f"{folder}: no recipe.toml, so no run of st_fast.train")
+
+
+def need_run_first(argv: Sequence[str] | None = None) -> None:
+    """Ends a command `RUN [options]` whose run is not there; imports no torch, and so never waits for csrc's compiler.
+
+    For modules that are a library as well and import it at their top. Whatever does not begin with the run is left to
+    the command's own parser.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        try:
+            need_run(Path(arguments[0]))
+        except UserError as error:
+            print(f"st_fast: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)

@@ -1,0 +1,32 @@
+"""Mistakes that a person can mend: told in one line, exit code 2, no traceback unless `--debug` asks for it."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+"""The run gave up: too many bad steps, a dead rank, something unforeseen."""
+EXIT_USAGE = 2
+"""A recipe, argument or file is wrong; nothing was changed."""
+EXIT_INTERRUPTED = 75
+"""Stopped by SIGTERM or SIGINT after saving; the same command continues (75 is EX_TEMPFAIL of sysexits.h)."""
+
+EXIT_SIGINT = 130
+"""Stopped by Ctrl-C where there is nothing to save: 128 + SIGINT, as shells have it."""
+
+
+class UserError(Exception):
+    """Something given by the user is wrong: names the file, key or record, the value and what is allowed."""
+
+    exit_code = EXIT_USAGE
+
+
+class RunFailed(UserError):
+    """The run can't go on for a reason that is not a mistake in what was given."""
+
+    exit_code = EXIT_FAILED
+
+
+class Interrupted(UserError):
+    """The run was asked to stop, has saved, and can be continued."""
+
+    exit_code = EXIT_INTERRUPTED

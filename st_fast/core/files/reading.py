@@ -1,0 +1,233 @@
+"""Reading files that may be broken or hostile: nothing is believed, and nothing allocated, before it was checked.
+
+Never unpickles. The sizes a file claims are compared with its true size first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from st_fast.core.errors import UserError
+
+CHUNK = 4 * 2**20
+"""Bytes read or hashed at a time."""
+HEADER_LIMIT = 100 * 2**20
+"""Bytes a safetensors header may have (the format's own limit)."""
+JSON_LIMIT = 16 * 2**20
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+MAX_DIMS = 32
+PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(6)))
+
+
+class BadFile(UserError):
+    """A file is missing, truncated, malformed or not what it says it is: one line with the file, expected and found."""
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies in a safetensors file: dtype name ("F32"), shape, and its bytes [start, stop) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value out of a file as one short printable line, whatever it holds."""
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _printable(path: Path) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Opens a regular file unbuffered for reading; a missing file, folder, pipe or device is a `BadFile`."""
+    try:
+        # O_NONBLOCK: opening a pipe that nobody writes to must not hang; it means nothing to a regular file.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise BadFile(f"{_printable(path)}: missing") from None
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise BadFile(f"{_printable(path)}: cannot be opened ({problem})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadFile(f"{path}: not a regular file")
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        try:
+            yield file
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_exactly(file: BinaryIO, into: memoryview, path: Path) -> None:
+    """Fills `into` (bytes) from the file's position; a `BadFile` when the file ends before."""
+    done = 0
+    while done < len(into):
+        count = file.readinto(into[done : done + CHUNK])  # type: ignore[attr-defined]
+        if not count:
+            raise BadFile(f"{path}: ends {len(into) - done} bytes early (cut off while it was read?)")
+        done += count
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file as 64 hex digits, read in pieces."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    with open_regular(Path(path)) as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused if absolute, containing `..`, or leading out of the folder through a symlink."""
+    folder = Path(folder)
+    refusal = f"{folder}: the path {shown(name)} in it must be relative and stay inside the folder"
+    if not isinstance(name, str) or not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BadFile(refusal)
+    path = folder / name
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError):  # symlink loop, over-long or unencodable name
+        raise BadFile(refusal) from None
+    if target == root or not target.is_relative_to(root):
+        raise BadFile(refusal)
+    return path
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {shown(key)} occurs twice")
+        result[key] = value
+    return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(text)} is not finite")
+    return value
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """Strict JSON object: UTF-8, finite numbers, no key twice; anything else is a `BadFile` naming `path`."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        if b"\\u" in data:  # only an escape can smuggle in half a surrogate pair, which no UTF-8 text can hold
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise BadFile(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:  # includes JSONDecodeError, UnicodeDecodeError and over-long integers
+        raise BadFile(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadFile(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path, max_bytes: int = JSON_LIMIT) -> dict[str, Any]:
+    """A JSON object from a file of at most `max_bytes` bytes."""
+    path = Path(path)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise BadFile(f"{path}: {size} bytes, at most {max_bytes} are allowed")
+        data = bytearray(size)
+        read_exactly(file, memoryview(data), path)
+    return parse_json(bytes(data), path)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file starts like a pickle or like the zip that `torch.save` writes."""
+    with open_regular(Path(path)) as file:
+        return (file.read(4) or b"").startswith(PICKLE_STARTS)
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Checks the header of a safetensors file and returns {tensor name: Entry}; `BadFile` says what is wrong.
+
+    Afterwards it holds that the tensors' bytes fill the file's data part without gap or overlap and that each span
+    equals product(shape) · item size, so allocating every tensor takes no more than the file's own size.
+    """
+    path = Path(path)
+    with open_regular(path) as file:
+        return parse_header(file, path)[0]
+
+
+def parse_header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], bytes]:
+    """`read_header` on an open file at position 0; also returns the header's raw bytes, with the length in front."""
+    size = os.fstat(file.fileno()).st_size
+    start = bytearray(9)
+    if size < len(start):
+        raise BadFile(f"{path}: {size} bytes, too short for a safetensors file")
+    read_exactly(file, memoryview(start), path)
+    length = int.from_bytes(start[:8], "little")
+    limit = min(size - 8, HEADER_LIMIT)
+    if length > limit or start[8:] != b"{":
+        if start.startswith(PICKLE_STARTS):
+            raise BadFile(f"{path}: a pickle or zip file (torch.save), which is never opened; safetensors expected")
+        if length > limit:
+            raise BadFile(f"{path}: the header claims {length} bytes, at most {limit} are possible")
+        raise BadFile(f"{path}: not a safetensors file (the header does not start with '{{')")
+    raw = bytearray(8 + length)
+    raw[:9] = start
+    read_exactly(file, memoryview(raw)[9:], path)
+    header = parse_json(bytes(raw[8:]), path)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise BadFile(f"{path}: __metadata__ is {shown(notes)}, expected an object of strings")
+    entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
+    _check_layout(entries, path, 8 + length, size)
+    return entries, bytes(raw)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _entry(name: str, value: object, path: Path, base: int) -> Entry:
+    where = f"{path}: tensor {shown(name)}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise BadFile(f"{where}: expected dtype, shape and data_offsets, found {shown(value)}")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise BadFile(f"{where}: dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_count, shape)):
+        raise BadFile(f"{where}: shape {shown(shape)} is not a list of at most {MAX_DIMS} counts")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise BadFile(f"{where}: data_offsets {shown(offsets)} are not two counts")
+    # A zero among the sizes must not hide sizes whose product overflows: strides are computed from them.
+    if math.prod(size for size in shape if size) * ITEM_BYTES[dtype] >= 2**63:
+        raise BadFile(f"{where}: shape {shown(shape)} is too large")
+    expected, span = math.prod(shape) * ITEM_BYTES[dtype], offsets[1] - offsets[0]
+    if span != expected:
+        raise BadFile(f"{where}: {dtype} {shown(shape)} takes {expected} bytes, data_offsets span {span}")
+    return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _check_layout(entries: dict[str, Entry], path: Path, base: int, size: int) -> None:
+    """Raises unless the entries' spans follow one another from `base` to `size` exactly."""
+    position = base
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position:
+            problem = "overlaps the one before" if entry.start < position else "leaves a gap before it"
+            raise BadFile(f"{path}: tensor {shown(name)} starts at byte {entry.start} and {problem} ({position})")
+        position = entry.stop
+    if position != size:
+        raise BadFile(f"{path}: expected {position} bytes, found {size}")

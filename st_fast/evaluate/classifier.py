@@ -1,0 +1,264 @@
+"""A small classifier, trained on a data set's real images, that judges samples where no Inception weights can be had.
+
+Its verdicts are only as good as itself, so its accuracy on held-out real images travels with it. Reads
+`images.safetensors` of a data folder: "train" and "test" uint8 (n, H, W) or (n, 1|3, H, W), "train_labels" and
+"test_labels" integers (n,). Keeps itself in `judge/` there: weights, and a manifest with hashes and its accuracy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from st_fast.core.errors import UserError
+from st_fast.core.files import FolderWrite, read_json, write_json_atomic
+
+FORMAT = "st_fast.evaluate.classifier/1"
+SEED = 20260107
+EPOCHS = 16
+BATCH = 64
+FEATURES = 64
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images that a judge learns from and is tested on; uint8 (n, C, H, W), labels int64 (n,)."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    digest: str
+
+    @property
+    def num_classes(self) -> int:
+        """Classes 0..max of the training labels."""
+        return int(self.train_labels.max()) + 1
+
+
+def read_images(data_folder: Path) -> RealImages:
+    """Reads and checks `images.safetensors`; UserError names the file, tensor and shape where something is wrong."""
+    path = data_folder / "images.safetensors"
+    try:
+        raw = path.read_bytes()
+        tensors = load(raw)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a judge needs the real images") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    images, labels = {}, {}
+    for split in ("train", "test"):
+        missing = [name for name in (split, f"{split}_labels") if name not in tensors]
+        if missing:
+            raise UserError(f"{path}: no tensor {missing[0]!r}; it holds {', '.join(sorted(tensors)) or 'none'}")
+        images[split] = as_batch(tensors[split], f"{path}: {split!r}")
+        count, given = len(images[split]), tensors[f"{split}_labels"].long()
+        if given.shape != (count,) or count == 0 or int(given.min()) < 0:
+            raise UserError(
+                f"{path}: '{split}_labels' has shape {tuple(given.shape)} for {count} images; one label ≥ 0 an image, "
+                "and at least one, is needed"
+            )
+        labels[split] = given
+    return RealImages(images["train"], labels["train"], images["test"], labels["test"], _sha256(raw))
+
+
+def as_batch(images: Tensor | NDArray[np.uint8], name: str = "images") -> Tensor:
+    """uint8 images (n, H, W) or (n, 1|3, H, W) as a tensor (n, C, H, W); UserError for any other dtype or shape."""
+    batch = torch.as_tensor(images)
+    if batch.ndim == 3:
+        batch = batch[:, None]
+    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] not in (1, 3):
+        raise UserError(f"{name}: {batch.dtype} of shape {tuple(batch.shape)}; uint8 (n, 1 or 3, H, W) is needed")
+    return batch
+
+
+class Classifier(nn.Module):
+    """Three convolutions, each halving the image, an average over what is left (the features), one linear layer."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        widths = (channels, 16, 32, FEATURES)
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+                for a, b in itertools.pairwise(widths)
+            )
+        )
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Pixels in [−1, 1] (B, C, H, W) → features (B, FEATURES), the input of the last layer."""
+        blocks: Tensor = self.blocks(x)
+        return blocks.mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pixels in [−1, 1] (B, C, H, W) → logits (B, classes)."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+class Judge:
+    """A trained classifier with its own accuracy (share of held-out real images it recognises) and digest."""
+
+    def __init__(self, model: Classifier, size: tuple[int, int], accuracy: float, digest: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.size = size
+        self.accuracy = accuracy
+        self.digest = digest
+        self.num_classes = model.head.out_features
+        self.channels = next(model.parameters()).shape[1]
+
+    def features(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features (n, FEATURES) of uint8 images (n, 1|3, H, W), whatever their size."""
+        return self._in_batches(self.model.features, images)
+
+    def probabilities(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Class probabilities (n, classes) of uint8 images (n, 1|3, H, W)."""
+        return self._in_batches(lambda x: self.model(x).softmax(dim=1), images)
+
+    def predict(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.int64]:
+        """The most probable class (n,) of each uint8 image (n, 1|3, H, W)."""
+        predicted: NDArray[np.int64] = self.probabilities(images).argmax(axis=1)
+        return predicted
+
+    @torch.no_grad()
+    def _in_batches(
+        self, function: Callable[[Tensor], Tensor], images: Tensor | NDArray[np.uint8]
+    ) -> NDArray[np.float32]:
+        batch = as_batch(images)
+        if not len(batch):
+            raise UserError("images: none given; there is nothing to judge")
+        parts = [function(self._pixels(part)) for part in torch.split(batch, 512)]
+        return torch.cat(parts).numpy()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """uint8 (B, 1|3, H, W) → float in [−1, 1] with the judge's channels and size."""
+        pixels = to_pixels(images.cpu())
+        if pixels.shape[1] != self.channels:
+            grey = pixels.mean(dim=1, keepdim=True)
+            pixels = grey.expand(-1, self.channels, -1, -1)
+        if pixels.shape[-2:] != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
+        return pixels
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 0..255 → float32 −1..1."""
+    return images.float() / 127.5 - 1
+
+
+def load_or_train(data_folder: Path | str, say: Say) -> Judge:
+    """The judge kept in `data_folder`, or a new one, trained in well under a minute and kept there.
+
+    A kept judge whose hash is wrong, or that learnt from other images, is replaced; `say` is told why.
+    """
+    data_folder = Path(data_folder)
+    real = read_images(data_folder)
+    folder = data_folder / "judge"
+    if folder.exists():
+        try:
+            return _load(folder, real)
+        except UserError as error:
+            say(f"{error}; training it again")
+    return _keep(folder, train(real, say), real, say)
+
+
+def train(real: RealImages, say: Say) -> Classifier:
+    """Trains a classifier on `real.train`; the same images and thread count give the same weights."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = Classifier(real.train.shape[1], real.num_classes)
+    steps_per_epoch = -(-len(real.train) // BATCH)
+    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.01, total_steps=EPOCHS * steps_per_epoch)
+    pixels = to_pixels(real.train)
+    model.train()
+    for epoch in range(EPOCHS):
+        for index in torch.split(torch.randperm(len(pixels), generator=generator), BATCH):
+            loss = F.cross_entropy(
+                model(_moved(pixels[index], generator)), real.train_labels[index], label_smoothing=0.05
+            )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        if (epoch + 1) % 8 == 0:
+            say(f"judge: epoch {epoch + 1}/{EPOCHS}, loss {loss.item():.3f}")
+    return model.eval()
+
+
+def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Light augmentation: each image (B, C, H, W) turned by ≤ 8°, scaled by ≤ 8 % and shifted by ≤ 6 % of its size."""
+    turn, scale, x, y = (torch.rand(4, len(pixels), generator=generator) * 2 - 1).unbind()
+    cos, sin = (turn * 0.14).cos() * (1 + 0.08 * scale), (turn * 0.14).sin() * (1 + 0.08 * scale)
+    rows = [torch.stack([cos, -sin, 0.12 * x], dim=1), torch.stack([sin, cos, 0.12 * y], dim=1)]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def _keep(folder: Path, model: Classifier, real: RealImages, say: Say) -> Judge:
+    """Measures the new judge and writes it aside, then renames; a folder that can't be written is only mentioned."""
+    raw = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    judge = Judge(model, (real.train.shape[-2], real.train.shape[-1]), 0.0, _sha256(raw))
+    judge.accuracy = float((judge.predict(real.test) == real.test_labels.numpy()).mean())
+    say(f"judge: recognises {judge.accuracy:.1%} of {len(real.test)} held-out real images")
+    manifest = {
+        "format": FORMAT,
+        "images_sha256": real.digest,
+        "model_sha256": judge.digest,
+        "accuracy": judge.accuracy,
+        "test_images": len(real.test),
+        "num_classes": judge.num_classes,
+        "channels": judge.channels,
+        "size": list(judge.size),
+        "features": FEATURES,
+        "seed": SEED,
+        "epochs": EPOCHS,
+    }
+    try:
+        with FolderWrite(folder, replace=True) as writing:
+            (writing.path / "model.safetensors").write_bytes(raw)
+            write_json_atomic(writing.path / "manifest.json", manifest)
+        if writing.aside:
+            shutil.rmtree(writing.aside, ignore_errors=True)
+    except OSError as error:
+        say(f"judge: can't be kept in {folder}: {error.strerror}; it will be trained again next time")
+    return judge
+
+
+def _load(folder: Path, real: RealImages) -> Judge:
+    """The judge in `folder`; UserError where a part is missing, damaged, of another format or for other images."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+        raw = (folder / "model.safetensors").read_bytes()
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{folder}: judge of format {manifest['format']!r}; this program reads {FORMAT!r}")
+        if manifest["images_sha256"] != real.digest:
+            raise UserError(f"{folder}: judge of other images than those beside it")
+        if _sha256(raw) != manifest["model_sha256"]:
+            raise UserError(f"{folder}/model.safetensors: its SHA-256 isn't the manifest's")
+        model = Classifier(int(manifest["channels"]), int(manifest["num_classes"]))
+        model.load_state_dict(load(raw))
+        height, width = manifest["size"]
+        return Judge(model, (int(height), int(width)), float(manifest["accuracy"]), manifest["model_sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged judge ({type(error).__name__})") from None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,236 @@
+"""Distances between two sets of images, on features or probabilities that are given. Pure NumPy, float64.
+
+None of these functions knows where features come from: with Inception features the Fréchet distance is FID, with
+any other network's features it is not and must not be called so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from st_fast.core.errors import UserError
+
+Array = NDArray[np.float64]
+
+ROWS = 2_048
+"""Rows taken into float64 at once, so that a large float32 feature matrix is never copied whole."""
+
+
+def _matrix(name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Checks that `values` is (n, F) with n ≥ 1 and finite entries; UserError otherwise."""
+    if values.ndim != 2 or values.shape[0] == 0 or values.shape[1] == 0:
+        raise UserError(f"{name}: shape {tuple(values.shape)}; (samples, features) with at least one of each is needed")
+    for start, rows in _blocks(values):
+        if not np.isfinite(rows).all():
+            row = start + int(np.argwhere(~np.isfinite(rows))[0, 0])
+            raise UserError(f"{name}: row {row} holds NaN or Inf; features must be finite")
+    return values
+
+
+def _blocks(values: NDArray[np.generic], rows: int = ROWS) -> Iterator[tuple[int, Array]]:
+    """Yields (first row, float64 copy of up to `rows` rows)."""
+    for start in range(0, len(values), rows):
+        yield start, values[start : start + rows].astype(np.float64)
+
+
+@dataclass
+class GaussianStats:
+    """Mean and covariance of features that arrive in pieces (Chan, Golub and LeVeque's pairwise update, 1983).
+
+    Holds count, mean (F,) and scatter (F, F) = Σ (x − mean)(x − mean)ᵀ, all in float64: 34 MB at F = 2,048.
+    """
+
+    width: int
+    count: int = 0
+    mean: Array = field(init=False)
+    scatter: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mean = np.zeros(self.width)
+        self.scatter = np.zeros((self.width, self.width))
+
+    @classmethod
+    def of(cls, features: NDArray[np.generic]) -> GaussianStats:
+        """Statistics of features (n, F) of any real dtype."""
+        stats = cls(features.shape[-1])
+        stats.update(features)
+        return stats
+
+    @classmethod
+    def known(cls, mean: Array, covariance: Array) -> GaussianStats:
+        """Statistics of a published reference: mean (F,), unbiased covariance (F, F), of enough samples, as it says."""
+        stats = cls(len(mean), count=len(mean) + 1)
+        stats.mean, stats.scatter = mean.astype(np.float64), covariance.astype(np.float64) * len(mean)
+        return stats
+
+    def update(self, features: NDArray[np.generic]) -> None:
+        """Adds features (n, F); UserError where F differs or an entry isn't finite."""
+        if _matrix("features", features).shape[1] != self.width:
+            raise UserError(f"features: {features.shape[1]} a sample; these statistics have {self.width}")
+        for _, rows in _blocks(features):
+            mean = rows.mean(axis=0)
+            rows -= mean
+            self._combine(len(rows), mean, rows.T @ rows)
+
+    def merge(self, other: GaussianStats) -> None:
+        """Adds the samples that `other` has seen, as another rank would hand them over."""
+        if other.width != self.width:
+            raise UserError(f"statistics of {other.width} features can't be merged into those of {self.width}")
+        self._combine(other.count, other.mean, other.scatter)
+
+    def _combine(self, count: int, mean: Array, scatter: Array) -> None:
+        total = self.count + count
+        if total == 0:
+            return
+        delta = mean - self.mean
+        self.scatter += scatter
+        self.scatter += np.outer(delta, delta * (self.count * count / total))
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Array:
+        """The unbiased covariance (F, F); UserError below two samples."""
+        if self.count < 2:
+            raise UserError(f"statistics: {self.count} samples; a covariance needs at least 2")
+        return self.scatter / (self.count - 1)
+
+
+def frechet(a: GaussianStats, b: GaussianStats) -> float:
+    """Squared Fréchet distance of two Gaussians: |μa − μb|² + tr(A + B − 2(AB)^½) (Dowson and Landau, 1982).
+
+    tr (AB)^½ is the sum of the square roots of the eigenvalues of the symmetric A^½·B·A^½, so no complex root and no
+    added diagonal is needed, and singular covariances are fine numerically. A covariance of n ≤ F samples is singular
+    by construction and its distance mostly bias: UserError.
+    """
+    if a.width != b.width:
+        raise UserError(f"Fréchet distance: {a.width} features against {b.width}; both sets need the same features")
+    for stats in (a, b):
+        if stats.count <= stats.width:
+            needed = f"at least {stats.width + 1} are needed"
+            raise UserError(f"Fréchet distance: {stats.count} samples of {stats.width} features; {needed}")
+    delta = a.mean - b.mean
+    cov_a, cov_b = a.covariance, b.covariance
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(_without_noise(values))) @ vectors.T
+    product = root_a @ cov_b @ root_a
+    cross = np.sqrt(_without_noise(np.linalg.eigvalsh((product + product.T) / 2))).sum()
+    return max(0.0, float(delta @ delta + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
+
+
+def _without_noise(eigenvalues: Array) -> Array:
+    """Sets to 0 what eigh can't tell from 0, since the square root of rounding noise would be large."""
+    noise = len(eigenvalues) * np.finfo(np.float64).eps * np.abs(eigenvalues).max()
+    return np.where(eigenvalues > noise, eigenvalues, 0.0)
+
+
+def squared_mmd(x: Array, y: Array) -> float:
+    """Unbiased squared MMD of x (m, F) and y (n, F) under (x·y/F + 1)³ (Bińkowski et al., arXiv 1801.01401)."""
+    m, n = len(x), len(y)
+    if m < 2 or n < 2:
+        raise UserError(f"kernel distance: {min(m, n)} samples; at least 2 are needed")
+    k_xx, k_yy, k_xy = (_cubic_kernel(p, q) for p, q in ((x, x), (y, y), (x, y)))
+    within_x = (k_xx.sum() - np.trace(k_xx)) / (m * (m - 1))
+    within_y = (k_yy.sum() - np.trace(k_yy)) / (n * (n - 1))
+    return float(within_x + within_y - 2 * k_xy.mean())
+
+
+def _cubic_kernel(x: Array, y: Array) -> Array:
+    kernel: Array = (x @ y.T / x.shape[1] + 1) ** 3
+    return kernel
+
+
+def kernel_distance(
+    x: NDArray[np.generic], y: NDArray[np.generic], subsets: int = 100, subset_size: int = 1_000, seed: int = 0
+) -> tuple[float, float]:
+    """KID: mean and standard deviation of `squared_mmd` over random subsets of x (m, F) and y (n, F).
+
+    UserError where either set has fewer than `subset_size` samples.
+    """
+    _same_width("kernel distance", x, y)
+    fewer = min(len(x), len(y))
+    if fewer < subset_size:
+        raise UserError(f"kernel distance: {fewer} samples; subsets of {subset_size} need at least as many")
+    rng = np.random.default_rng(seed)
+    distances = []
+    for _ in range(subsets):
+        pick_x, pick_y = (rng.choice(len(s), subset_size, replace=False) for s in (x, y))
+        distances.append(squared_mmd(x[pick_x].astype(np.float64), y[pick_y].astype(np.float64)))
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def precision_recall(reference: NDArray[np.generic], samples: NDArray[np.generic], k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall as ADM's evaluator defines them (Kynkäänniemi et al., arXiv 1904.06991; k = 3).
+
+    Precision: share of `samples` (n, F) inside the ball of some reference point (m, F), whose radius reaches that
+    point's k-th nearest other reference point. Recall: the same with the two sets exchanged. Distances are in
+    float64, where ADM's own program takes half precision. UserError where a set has no more than k points.
+    """
+    _same_width("precision and recall", reference, samples)
+    fewer = min(len(reference), len(samples))
+    if fewer <= k:
+        raise UserError(f"precision and recall: {fewer} samples; more than k = {k} are needed")
+    centre = reference.mean(axis=0, dtype=np.float64)
+    ref_radii, sample_radii = _squared_radii(reference, centre, k), _squared_radii(samples, centre, k)
+    covered_by_samples = np.zeros(len(reference), dtype=bool)
+    hits = 0
+    for start, rows in _distance_rows(samples, reference, centre):
+        hits += int((rows <= ref_radii).any(axis=1).sum())
+        covered_by_samples |= (rows <= sample_radii[start : start + len(rows), None]).any(axis=0)
+    return hits / len(samples), float(covered_by_samples.mean())
+
+
+def _squared_radii(points: NDArray[np.generic], centre: Array, k: int) -> Array:
+    """Squared distance (n,) of each point to its k-th nearest other point."""
+    radii = np.empty(len(points))
+    for start, rows in _distance_rows(points, points, centre):
+        rows[np.arange(len(rows)), np.arange(start, start + len(rows))] = np.inf
+        radii[start : start + len(rows)] = np.partition(rows, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _distance_rows(a: NDArray[np.generic], b: NDArray[np.generic], centre: Array) -> Iterator[tuple[int, Array]]:
+    """Yields (first row of a, squared distances (rows, len(b))), at most about 128 MB at a time.
+
+    Distances that rounding can't tell from 0 are 0, so that equal points coincide.
+    """
+    b_sq = np.concatenate([np.square(rows - centre).sum(axis=1) for _, rows in _blocks(b)])
+    step = max(1, min(ROWS, 16_000_000 // len(b)))
+    for start, rows in _blocks(a, step):
+        rows -= centre
+        scale = np.square(rows).sum(axis=1)[:, None] + b_sq
+        distances = np.empty_like(scale)
+        for column, others in _blocks(b):
+            distances[:, column : column + len(others)] = rows @ (others - centre).T
+        distances = scale - 2 * distances
+        distances[distances < 1e-13 * scale] = 0.0
+        yield start, distances
+
+
+def _same_width(name: str, x: NDArray[np.generic], y: NDArray[np.generic]) -> None:
+    if _matrix(name, x).shape[1] != _matrix(name, y).shape[1]:
+        raise UserError(f"{name}: {x.shape[1]} features against {y.shape[1]}; both sets need the same features")
+
+
+def inception_score(probabilities: NDArray[np.generic], splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over `splits` parts of exp(E KL(p(y|x) ‖ p(y))) (Salimans et al., arXiv 1606.03498).
+
+    `probabilities` (n, classes), rows summing to 1; n ≥ splits. UserError otherwise.
+    """
+    _matrix("Inception Score", probabilities)
+    n = len(probabilities)
+    if not 1 <= splits <= n:
+        raise UserError(f"Inception Score: {splits} splits of {n} samples; 1..{n} are possible")
+    p = probabilities.astype(np.float64)
+    if p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
+        raise UserError("Inception Score: rows must be probabilities: not negative, summing to 1")
+    scores = []
+    for part in np.array_split(p, splits):
+        marginal = part.mean(axis=0)
+        ratio = np.divide(part, marginal, out=np.ones_like(part), where=part > 0)
+        scores.append(np.exp((part * np.log(ratio)).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))

@@ -1,0 +1,55 @@
+"""`python -m st_fast probe RUN`: what the blocks of a run's models know, in figures and numbers.
+
+examples:
+  python -m st_fast probe runs/digits
+      every stage of one run → runs/digits/probe/*.png and probe.json
+  python -m st_fast probe runs/digits runs/plain
+      with another run's stages beside them, still into runs/digits/probe
+
+Into RUN/probe go a linear probe's accuracy by block and time, PCA pictures of the patches, the alignment (CKA) between
+blocks and with the teacher's, and the held-out denoising loss by time. `st_fast.report` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from st_fast.core.command import command_parser, need_run, run_command
+from st_fast.core.errors import UserError
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+BINS = 10
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command_parser("probe", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first gets the figures")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--images", type=int, default=800, help="that the linear probe learns from (800)")
+    parser.add_argument("--times", type=float, nargs="+", default=list(TIMES), help="noise levels, 0 data to 1 noise")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Probes every trained stage of the runs named; UserError for what is missing or can't be compared."""
+    given = parser().parse_args(arguments)
+    if given.images < 1:
+        raise UserError(f"--images {given.images}: at least 1")
+    for t in given.times:
+        if not 0 <= t <= 1:
+            raise UserError(f"--times {t}: 0 (data) to 1 (noise)")
+    for run in given.runs:
+        need_run(run)
+    from st_fast.evaluate.probe.together import probe  # torch is imported only once the arguments are right
+
+    start = time.perf_counter()
+    written = probe(given.runs, given.weights, given.images, sorted(set(given.times)), BINS)
+    print(f"{written} ({time.perf_counter() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,106 @@
+"""Reads every block of a model on the same noisy latents and asks what is known there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from st_fast.evaluate.probe.features import read_blocks
+from st_fast.evaluate.probe.latents import Latents, Split
+from st_fast.evaluate.probe.measures import linear_probe
+from st_fast.model import SiT, flow
+
+BATCH, BATCH_TOKENS = 200, 8_192
+"""Images and tokens of one forward pass, at most."""
+MOST_TOKENS = 8_192
+"""Of a model's held-out tokens kept for pictures and alignment, at one time."""
+MOST_BLOCKS = 12
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one model's blocks know. Block 0 is the embedded input.
+
+    `accuracy` and `tokens` are by time, then by block; `loss` by time bin. Features are made with the null label, so
+    that no block is told the class.
+    """
+
+    blocks: list[int]
+    accuracy: list[list[float]]
+    tokens: list[list[Floats]]
+    """(n, N, D) each, less the mean of each position."""
+    loss: list[float]
+
+
+def chosen_blocks(depth: int, supervised: Sequence[int], most: int = MOST_BLOCKS) -> list[int]:
+    """0 … depth, thinned to about `most` in a deep model; the first, the last and the supervised ones stay."""
+    even = np.linspace(0, depth, min(depth, most) + 1).round().astype(int).tolist()
+    return sorted({*even, *supervised})
+
+
+def examine(model: SiT, split: Split, blocks: Sequence[int], times: Sequence[float], bins: int, path: str) -> Findings:
+    """All measures of one model; the same latents, noise and times for every model."""
+    accuracy, tokens = [], []
+    for t in times:
+        learn, _ = features(model, split.train, t, path, blocks, images=0)
+        test, patches = features(model, split.held_out, t, path, blocks, images=len(split.held_out.x))
+        labels = split.train.labels.numpy(), split.held_out.labels.numpy()
+        accuracy.append([linear_probe(a, labels[0], b, labels[1]) for a, b in zip(learn, test, strict=True)])
+        tokens.append([patch - patch.mean(axis=0) for patch in patches])
+    return Findings(list(blocks), accuracy, tokens, velocity_loss(model, split.held_out, bins, path))
+
+
+@torch.no_grad()
+def features(
+    model: SiT, latents: Latents, t: float, path: str, blocks: Sequence[int], images: int
+) -> tuple[list[Floats], list[Floats]]:
+    """Each block's features at time t: pooled (n, D), and tokens (≤ images, N, D)."""
+    x_t, _ = latents.at(torch.full((len(latents.x),), t), path)
+    pooled: list[list[Floats]] = [[] for _ in blocks]
+    tokens: list[list[Floats]] = [[] for _ in blocks]
+    left = min(images, max(1, MOST_TOKENS // model.pos_embed.shape[1]))
+    for part in _parts(len(x_t), model):
+        x = x_t[part].to(model.pos_embed.device)
+        null = torch.full((len(x),), model.null_label, device=x.device)
+        times = torch.full((len(x),), t, device=x.device)
+        kept = min(left, len(x))
+
+        def look(stream: Tensor, kept: int = kept) -> tuple[Floats, Floats]:
+            return stream.float().mean(1).cpu().numpy(), stream[:kept].float().cpu().numpy()
+
+        _, seen = read_blocks(model, x, times, null, look)
+        for place, block in enumerate(blocks):
+            pooled[place].append(seen[block][0])
+            tokens[place].append(seen[block][1])
+        left -= kept
+    return [np.concatenate(parts) for parts in pooled], [np.concatenate(parts) for parts in tokens]
+
+
+@torch.no_grad()
+def velocity_loss(model: SiT, latents: Latents, bins: int, path: str) -> list[float]:
+    """Mean denoising loss in each of `bins` equal bins of t, told the true labels."""
+    means = []
+    for number in range(bins):
+        t = latents.times(number / bins, (number + 1) / bins)
+        x_t, velocity = latents.at(t, path)
+        losses: list[Tensor] = []
+        for part in _parts(len(x_t), model):
+            x, times, labels, v = (
+                values[part].to(model.pos_embed.device) for values in (x_t, t, latents.labels, velocity)
+            )
+            losses.append(flow.denoising_loss(model(x, times, labels)[0], v).cpu())
+        means.append(float(torch.cat(losses).mean()))
+    return means
+
+
+def _parts(count: int, model: SiT) -> Iterator[slice]:
+    """Places of the images of each forward pass."""
+    size = max(1, min(BATCH, BATCH_TOKENS // model.pos_embed.shape[1]))
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

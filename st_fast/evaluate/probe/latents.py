@@ -1,0 +1,116 @@
+"""The real latents that probes look at: some of those trained on, and some that no training has seen, if there are any.
+
+Everything is drawn from its own seed, the same for every model, so that models are compared on the same pixels and
+the same noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_fast.core import random
+from st_fast.core.errors import UserError
+from st_fast.core.random import Purpose
+from st_fast.data.manifest import Manifest
+from st_fast.data.opening import open_data
+from st_fast.evaluate.classifier import read_images
+from st_fast.model import flow
+from st_fast.model.vae import encode_moments, load_vae
+from st_fast.sample.pictures import decoder
+
+SEED = 20260711
+"""Of everything drawn here; no run's own, so that no noise is that of a training step."""
+PICTURES = 4
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Scaled clean latents (n, C, S, S) float32 and labels (n,) int64; `first` numbers their draws."""
+
+    x: Tensor
+    labels: Tensor
+    first: int
+
+    def at(self, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
+        """x_t and the velocity target, both (n, C, S, S), at t (n,); the same noise whatever t is."""
+        noise = random.normal(SEED, Purpose.NOISE, self.ordinals, self.x.shape[1:])
+        return flow.interpolate(self.x, noise, t, path)
+
+    def times(self, low: float, high: float) -> Tensor:
+        """(n,) times, uniform between low and high."""
+        return low + (high - low) * random.uniform(SEED, Purpose.TIME, self.ordinals)[:, 0]
+
+    @property
+    def ordinals(self) -> Tensor:
+        """(n,) int64: the counters of their draws."""
+        return torch.arange(self.first, self.first + len(self.x))
+
+
+@dataclass(frozen=True)
+class Split:
+    """What linear probes learn from, and what they and the models are tested on.
+
+    `unseen` says whether the held-out latents are of images that no training had; else they are other records of the
+    training set, unseen by the linear probe alone.
+    """
+
+    train: Latents
+    held_out: Latents
+    unseen: bool
+    digest: str
+    pictures: Tensor
+    """The first few held-out images, uint8 (n, 1 or 3, H, W); black where the folder's VAE can't be had."""
+
+
+def load_split(folder: Path, count: int) -> Split:
+    """`count` records of a data folder to learn from and up to half as many held-out ones.
+
+    Held-out are the test images beside the shards (`images.safetensors`), encoded with the folder's own VAE; where
+    there are none, other records of the set. UserError where the set is too small.
+    """
+    records = open_data(folder, verify=False)
+    manifest, size = records.manifest, len(records)
+    unseen = (folder / "images.safetensors").is_file()
+    count = min(count, size if unseen else size * 2 // 3)
+    if count < 2 * manifest.num_classes:
+        raise UserError(f"{folder}: {size} records of {manifest.num_classes} classes; too few for a linear probe")
+    order = random.epoch_order(SEED, 0, size)
+    learn, rest = np.sort(order[:count]), np.sort(order[count : count + count // 2])
+    moments, labels = records.gather(learn)
+    if unseen:
+        real = read_images(folder)
+        chosen = torch.from_numpy(np.sort(random.epoch_order(SEED, 1, len(real.test))[: max(1, count // 2)]))
+        vae = load_vae(folder / manifest.vae.path if manifest.vae.path else manifest.vae.name)
+        other = encode_moments(vae, real.test[chosen])
+        other_labels = real.test_labels[chosen]
+    else:
+        other, other_labels = records.gather(rest)
+    records.close()
+    if other.shape[1:] != moments.shape[1:]:
+        raise UserError(
+            f"{folder}: its test images become moments {tuple(other.shape[1:])}, its records are {manifest.shape}"
+        )
+    train = Latents(_drawn(moments, manifest.scale, 0), labels, 0)
+    held_out = Latents(_drawn(other, manifest.scale, count), other_labels, count)
+    return Split(train, held_out, unseen, manifest.digest, _pictures(folder, manifest, held_out.x[:PICTURES]))
+
+
+def _pictures(folder: Path, manifest: Manifest, x: Tensor) -> Tensor:
+    """The images of latents, for the eye alone: without a VAE the probe goes on and says so."""
+    try:
+        return decoder(folder, manifest, torch.device("cpu"))(x)
+    except UserError as error:
+        print(f"probe: the images themselves can't be shown: {error}")
+        return torch.zeros(len(x), 1, 1, 1, dtype=torch.uint8)
+
+
+def _drawn(moments: Tensor, scale: float, first: int) -> Tensor:
+    """x = scale·(μ + σ·ξ), (n, 2C, S, S) → (n, C, S, S) float32, on the host."""
+    mean, std = moments.float().chunk(2, dim=1)
+    ordinals = torch.arange(first, first + len(moments))
+    return scale * (mean + std * random.normal(SEED, Purpose.POSTERIOR, ordinals, mean.shape[1:]))

@@ -1,0 +1,61 @@
+"""The path from data (t = 0) to noise (t = 1), its velocity, and how t is drawn. Pure functions.
+
+Flow matching as in SiT (arXiv 2401.08740) with METHOD's direction of time: x_t = α(t)·x + σ(t)·ε, v = dx_t/dt.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_fast.core import random
+from st_fast.core.random import Purpose
+
+PATHS = ("linear", "cosine")
+TIMES = ("uniform", "lognormal", "stratified")
+
+
+def coefficients(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """α, σ, dα/dt, dσ/dt at t, each of t's shape. ValueError for an unknown path."""
+    if path == "linear":
+        one = torch.ones_like(t)
+        return 1 - t, t, -one, one
+    if path == "cosine":
+        half_pi = math.pi / 2
+        cos, sin = torch.cos(half_pi * t), torch.sin(half_pi * t)
+        return cos, sin, -half_pi * sin, half_pi * cos
+    raise ValueError(f"path = {path!r}: one of {', '.join(PATHS)}")
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    """x, noise (B, C, H, W), t (B,) → x_t and the velocity target v, both (B, C, H, W)."""
+    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in coefficients(t, path))
+    return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+
+
+def denoising_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
+    """Mean over C, H, W of (v̂ − v)², per sample, in float32: (B, C, H, W) → (B,)."""
+    return (prediction.float() - velocity.float()).square().mean((1, 2, 3))
+
+
+def sample_times(seed: int, step: int, place: np.ndarray, batch_size: int, time: str, path: str) -> Tensor:
+    """t in (0, 1) for the given places (B,) of a global batch, on the host: a pure function of (seed, step, place).
+
+    uniform: t = u. lognormal: σ = exp(n), t = σ/(1+σ) on the linear path, (2/π)·atan σ on the cosine path (EDM's
+    noise levels). stratified: one uniform draw in each of batch_size equal bins, shuffled. Returns (B,) float32.
+    """
+    ordinals = torch.from_numpy(step * batch_size + place)
+    if time == "lognormal":
+        sigma = random.normal(seed, Purpose.TIME, ordinals, (1,))[:, 0].exp()
+        return sigma / (1 + sigma) if path == "linear" else torch.atan(sigma) * (2 / math.pi)
+    u = random.uniform(seed, Purpose.TIME, ordinals)[:, 0]
+    if time == "uniform":
+        return u
+    if time == "stratified":
+        bins = torch.from_numpy(random.strata(seed, step, batch_size)[place])
+        # In float64: (bin + u) / B rounded to float32 at once keeps every draw inside its bin.
+        return ((bins.double() + u.double()) / batch_size).float().clamp(2.0**-25, 1 - 2.0**-24)
+    raise ValueError(f"time = {time!r}: one of {', '.join(TIMES)}")

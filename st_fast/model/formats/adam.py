@@ -1,0 +1,83 @@
+"""torch.optim.AdamW's state dict, which numbers parameters, ↔ moments by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from st_fast.core.errors import UserError
+from st_fast.core.files import shown
+
+FIXED = ("pos_embed",)
+"""Parameters that are handed to the optimiser but never trained."""
+
+
+class Moments(NamedTuple):
+    """AdamW's moments by key, and its number of updates."""
+
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    updates: int
+    settings: dict[str, Any]
+    """The parameter group's plain settings: lr, betas and so on."""
+
+
+def by_key(opt: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> Moments | None:
+    """The state by key; parameters are numbered in the order of `weights`. None where no update was made yet.
+
+    UserError where number, shapes or update counts are not those of one AdamW over these weights.
+    """
+    state, groups = opt.get("state"), opt.get("param_groups")
+    sound = isinstance(state, Mapping) and isinstance(groups, Sequence) and len(groups) == 1
+    if not sound or not isinstance(groups[0], Mapping):  # type: ignore[index]
+        raise UserError(f"{where}: opt is no state of one AdamW with one parameter group")
+    group = groups[0]  # type: ignore[index]
+    numbers = list(group.get("params", ()))
+    if len(numbers) != len(weights):
+        raise UserError(f"{where}: opt has {len(numbers)} parameters, the model {len(weights)}")
+    if not state:
+        return None
+    exp_avg, exp_avg_sq, counts = {}, {}, set()
+    for number, (key, weight) in zip(numbers, weights.items(), strict=True):
+        if key in FIXED:
+            continue
+        entry = state.get(number)  # type: ignore[union-attr]
+        if not isinstance(entry, Mapping) or not all(_fits(entry.get(k), weight) for k in ("exp_avg", "exp_avg_sq")):
+            raise UserError(f"{where}: opt has no moments of shape {tuple(weight.shape)} for {shown(key)}")
+        exp_avg[key], exp_avg_sq[key] = entry["exp_avg"], entry["exp_avg_sq"]
+        counts.add(int(entry["step"]))
+    if len(counts) != 1:
+        raise UserError(f"{where}: opt counts {shown(sorted(counts))} updates for different parameters, one is needed")
+    settings = {key: value for key, value in group.items() if key != "params" and plain(value)}
+    return Moments(exp_avg, exp_avg_sq, counts.pop(), settings)
+
+
+def state_dict(
+    keys: Sequence[str], exp_avg: Mapping[str, Tensor], exp_avg_sq: Mapping[str, Tensor], updates: int,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What `AdamW(model.parameters()).state_dict()` is for parameters in the order of `keys`."""
+    fresh = torch.optim.AdamW([torch.nn.Parameter(torch.empty(0)) for _ in keys], weight_decay=0.0).state_dict()
+    group = fresh["param_groups"][0] | {k: tuple(v) if k == "betas" else v for k, v in settings.items()}
+    state = {
+        number: {"step": torch.tensor(float(updates)), "exp_avg": exp_avg[key], "exp_avg_sq": exp_avg_sq[key]}
+        for number, key in enumerate(keys)
+        if key in exp_avg
+    }
+    return {"state": state, "param_groups": [group]}
+
+
+def _fits(moment: object, weight: Tensor) -> bool:
+    return isinstance(moment, Tensor) and moment.shape == weight.shape and moment.dtype == torch.float32
+
+
+def plain(value: object) -> bool:
+    """Whether a value can stand in JSON: a number, text, None, or a list of numbers."""
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, (tuple, list)) and all(isinstance(item, (int, float)) for item in value))
+    )

@@ -1,0 +1,176 @@
+"""The published layouts: which keys they have, how they are told apart, and the model their shapes describe."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from st_fast import kernels
+from st_fast.core.checkpoint import match_strictly
+from st_fast.core.errors import UserError
+from st_fast.model import SiT
+from st_fast.model.formats.bundle import Table, heads, is_head
+from st_fast.recipe import RecipeError
+from st_fast.recipe.check import check_shapes
+from st_fast.recipe.schema import SIZES, Model
+
+LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
+"""Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""
+
+EVERY_KEY = 10_000
+"""How many keys of a kind a mismatch names."""
+
+
+def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
+    """The layout of a table of weights; UserError where nothing decides which way its time runs."""
+    if str(args.get("model", "")).startswith("DiT"):
+        raise UserError(
+            f"{where}: a DiT ({args['model']}): predicts noise on 1000 discrete steps, which is no velocity"
+        )
+    keys = [key for key in table if is_head(key)]
+    if any(key.startswith("ap_head.") for key in keys):
+        return "sra"
+    if any(re.match(r"projectors\.\d+\.\d+\.", key) for key in keys):
+        return "repa"
+    if keys:
+        return "self-transcendence"
+    if args.get("prediction") in ("v", "velocity"):
+        return "repa" if args["prediction"] == "v" else "sit"
+    if "blocks.0.attn.q_norm.weight" in table:
+        return "repa"
+    try:
+        rows, (_, channels, patch, _) = len(table["final_layer.linear.bias"]), table["x_embedder.proj.weight"].shape
+    except (KeyError, ValueError, TypeError):
+        raise UserError(
+            f"{where}: unknown layout: no x_embedder.proj and final_layer.linear of a SiT among its {len(table)} keys "
+            f"({', '.join(list(table)[:6])}, …); known: {', '.join(LAYOUTS)}"
+        ) from None
+    if rows == 2 * patch**2 * channels:
+        return "sit"
+    raise UserError(
+        f"{where}: neither heads nor args nor a learnt sigma tell official SiT (t = 1 is data) from REPA (t = 1 is "
+        "noise): layout must be given, as sit or repa (python -m st_fast.convert … --from)"
+    )
+
+
+def infer(
+    table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: int | None = None
+) -> Model:
+    """The model that the shapes describe, with `otherwise` as many heads where nothing tells how many.
+
+    UserError naming the key that is missing or has an impossible shape.
+    """
+    depth = 1 + max((int(m[1]) for key in table if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    positions, patches = _shaped(table, "pos_embed", 3, where), _shaped(table, "x_embedder.proj.weight", 4, where)
+    classes, hidden = (
+        _shaped(table, "y_embedder.embedding_table.weight", 2, where),
+        _shaped(table, "blocks.0.mlp.fc1.weight", 2, where),
+    )
+    width, (_, channels, patch, _) = positions[2], patches
+    side = math.isqrt(positions[1])
+    if side**2 != positions[1]:
+        raise UserError(f"{where}: pos_embed {positions} has {positions[1]} tokens, which is no square")
+    qk_norm = "blocks.0.attn.q_norm.weight" in table
+    if qk_norm and number_of_heads is None:
+        number_of_heads = width // max(_shaped(table, "blocks.0.attn.q_norm.weight", 1, where)[0], 1)
+    published = {shape[:2]: (f"SiT-{size}/{patch}", shape[2]) for size, shape in SIZES.items()}
+    name, usual_heads = published.get((depth, width), ("custom", 0))
+    count = number_of_heads or usual_heads or otherwise
+    if not count:
+        raise UserError(
+            f"{where}: depth {depth} and width {width} are no published size, so number_of_heads must be given "
+            "(python -m st_fast.convert … --heads)"
+        )
+    null = 0 if args.get("num_classes") == classes[0] else 1
+    model = Model(
+        name=name if count == usual_heads and patch in (2, 4, 8) else "custom",
+        depth=depth, width=width, heads=count, patch=patch, channels=channels, latent_size=side * patch,
+        num_classes=classes[0] - null, class_dropout=0.1 if null else 0.0, mlp_ratio=hidden[0] / width, qk_norm=qk_norm,
+    )  # fmt: skip
+    try:
+        check_shapes(model)
+    except RecipeError as error:
+        raise UserError(f"{where}: {error}") from None
+    return model
+
+
+def _shaped(table: Table, key: str, dims: int, where: str) -> tuple[int, ...]:
+    if key not in table:
+        raise UserError(f"{where}: unknown layout: {key} is missing; a SiT's keys are needed ({', '.join(LAYOUTS)})")
+    shape = tuple(table[key].shape)
+    if len(shape) != dims or 0 in shape:
+        raise UserError(f"{where}: {key} has shape {shape}, {dims} sizes above 0 are needed")
+    return shape
+
+
+def expected_trunk(config: Model, sigma: bool = False) -> dict[str, Tensor]:
+    """Every trunk key with a tensor on the meta device, in the order of the published code's parameters."""
+    with torch.device("meta"):
+        ours = SiT(config, kernels.select({}, torch.device("cpu"))).state_dict()
+        if sigma:
+            for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+                ours[key] = torch.empty(2 * len(ours[key]), *ours[key].shape[1:])
+    return {key: ours[key] for key in published_order(ours)}
+
+
+def published_order(keys: Iterable[str]) -> list[str]:
+    """Keys of trunk and heads in the order in which the published code registers its parameters.
+
+    That order numbers an optimiser's state. timm's attention has its projection after the norms; heads come before the
+    final layer.
+    """
+    keys = list(keys)
+    place = {key: number for number, key in enumerate(keys)}
+
+    def rank(key: str) -> tuple[int, int, int, int]:
+        block = re.match(r"blocks\.(\d+)\.(attn\.proj)?(attn\.|attn)?", key)
+        if block:
+            part = 1 if block[2] else 0 if ".attn." in key else 2
+            return 1, int(block[1]), part, place[key]
+        last = 3 if key.startswith("final_layer.") else 2 if is_head(key) else 0
+        return last, int(key.startswith("projectors_final")), 0, place[key]
+
+    return sorted(keys, key=rank)
+
+
+def check_table(table: Table, config: Model, layout: str, where: str) -> None:
+    """UserError listing every missing key, every unexpected one, and every shape or dtype that differs."""
+    sigma = layout == "sit" and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch**2 * config.channels
+    expected = expected_trunk(config, sigma) | _expected_heads(heads(table), config, layout)
+    match_strictly(expected, table, f"{where} as {layout}", shown_keys=EVERY_KEY)
+
+
+def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tensor]:
+    """The heads that the layout has, sized by the first layer of those found; none where a file has none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    width, latent = config.width, config.patch**2 * config.channels
+    if layout == "self-transcendence" and found:
+        shapes |= _mlp("projectors", found, width, width)
+        if any(key.startswith("projectors_final.") for key in found):
+            shapes |= _linear("projectors_final.linear", latent, width)
+    if layout == "repa":
+        for number in sorted({int(m[1]) for key in found if (m := re.match(r"projectors\.(\d+)\.", key))}):
+            out = found.get(f"projectors.{number}.4.bias")
+            shapes |= _mlp(f"projectors.{number}", found, width, width if out is None else len(out))
+    if layout == "sra" and found:
+        shapes |= _linear("ap_head.linear1", 2 * width, width) | _linear("ap_head.linear2", width, 2 * width)
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def _mlp(prefix: str, found: Table, width: int, out: int) -> dict[str, tuple[int, ...]]:
+    first = found.get(f"{prefix}.0.bias")
+    hidden = 2048 if first is None else len(first)
+    return (
+        _linear(f"{prefix}.0", hidden, width)
+        | _linear(f"{prefix}.2", hidden, hidden)
+        | _linear(f"{prefix}.4", out, hidden)
+    )
+
+
+def _linear(prefix: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.weight": (rows, columns), f"{prefix}.bias": (rows,)}

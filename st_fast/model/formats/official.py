@@ -1,0 +1,72 @@
+"""Official SiT's convention ↔ ours, inside the weights. There t = 1 is data and the velocity is x − ε.
+
+With u the official model, ours is v(x_t, t) = −u(x_t, 1 − t): the output rows change sign, and the first layer of the
+time embedding absorbs the reflection of time, since for a frequency f
+
+    cos((1−t)f) = cos f · cos tf + sin f · sin tf,    sin((1−t)f) = sin f · cos tf − cos f · sin tf.
+
+That map of (cos, sin) columns is its own inverse. `learn_sigma` doubles the outputs; only the first C are a velocity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from st_fast.model.formats.bundle import Table
+from st_fast.recipe.schema import Model
+
+TIME, OUTPUT = "t_embedder.mlp.0.weight", ("final_layer.linear.weight", "final_layer.linear.bias")
+CHANGED = (TIME, *OUTPUT)
+"""The keys that the conventions differ in."""
+
+
+def to_ours(table: Table, config: Model, squares: bool = False) -> dict[str, Tensor]:
+    """A table in the official convention → in ours. `squares`: of second moments, which have no sign.
+
+    Second moments of the time layer can't be mapped exactly, for the correlation of a column pair is not in them; they
+    are taken as uncorrelated.
+    """
+    result = dict(table)
+    for key in set(OUTPUT) & set(result):
+        kept = _without_sigma(result[key], config)
+        result[key] = kept if squares else -kept
+    if TIME in result:
+        result[TIME] = _reflected(result[TIME], squares)
+    return result
+
+
+def to_official(table: Table, config: Model, sigma: bool, squares: bool = False) -> dict[str, Tensor]:
+    """The inverse of `to_ours` up to rounding; with `sigma` the outputs that nobody reads are zeros."""
+    result = to_ours(table, config, squares)
+    if sigma:
+        for key in set(OUTPUT) & set(result):
+            groups = result[key].unflatten(0, (config.patch**2, config.channels))
+            result[key] = torch.cat((groups, torch.zeros_like(groups)), dim=1).flatten(0, 1)
+    return result
+
+
+def has_sigma(table: Table, config: Model) -> bool:
+    """Whether a table's output layer has the second half of rows."""
+    return len(table[OUTPUT[1]]) == 2 * config.patch**2 * config.channels
+
+
+def _without_sigma(rows: Tensor, config: Model) -> Tensor:
+    """(p·p·C or p·p·2C, …) → (p·p·C, …): channels come last within a patch position."""
+    return rows.unflatten(0, (config.patch**2, -1))[:, : config.channels].flatten(0, 1)
+
+
+def _reflected(weight: Tensor, squares: bool) -> Tensor:
+    half = weight.shape[1] // 2
+    # The frequencies as the model has them, in float32; the products in float64.
+    steps = torch.arange(half, dtype=torch.float32)
+    frequencies = torch.exp(steps * (-math.log(10_000) / half)).double()
+    cos, sin = frequencies.cos(), frequencies.sin()
+    of_cos, of_sin = weight.double().chunk(2, dim=1)
+    if squares:
+        mixed = cos**2 * of_cos + sin**2 * of_sin, sin**2 * of_cos + cos**2 * of_sin
+    else:
+        mixed = cos * of_cos + sin * of_sin, sin * of_cos - cos * of_sin
+    return torch.cat(mixed, dim=1).float()

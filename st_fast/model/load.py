@@ -1,0 +1,134 @@
+"""A model as a folder that other programs know: config.json and model.safetensors, read from a disk or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Self, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from st_fast.core.checkpoint import match_strictly
+from st_fast.core.checkpoint.groups import write_group
+from st_fast.core.errors import UserError
+from st_fast.core.files import FolderWrite, read_header, read_json, shown, write_json_atomic
+from st_fast.kernels import select
+from st_fast.model.vae import quiet_hub
+from st_fast.recipe import RecipeError
+from st_fast.recipe.check import check_shapes
+from st_fast.recipe.load import resolve_model
+from st_fast.recipe.schema import Model
+from st_fast.recipe.typed import build
+
+CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"
+FORMAT, VERSION = "st_fast.sit", 1
+FLOWS = ("linear", "cosine")
+NETWORK = (
+    "name", "depth", "width", "heads", "patch", "channels", "latent_size", "num_classes", "class_dropout", "mlp_ratio",
+    "qk_norm",
+)  # fmt: skip
+"""What of a recipe's [model] describes the network, and not how it is computed."""
+EVERY_KEY = 10_000
+
+
+@dataclass(frozen=True)
+class Published:
+    """What config.json says: the network, and what it takes to draw with it (t = 1 is noise, it gives the velocity)."""
+
+    model: Model
+    flow: Literal["linear", "cosine"] = "linear"
+    latent_scale: float | None = None
+    """From the VAE's latents to the model's; None where nobody knows."""
+    step: int = 0
+    """How many steps it was trained, where that is known."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of config.json; the network's keys are those of a recipe's [model]."""
+        own = {"flow": self.flow, "latent_scale": self.latent_scale, "step": self.step}
+        network = {key: getattr(self.model, key) for key in NETWORK}
+        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | network | own
+
+
+def read_config(folder: Path) -> Published:
+    """config.json of a folder, every key checked; UserError in one line."""
+    path = Path(folder) / CONFIG
+    content = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    if content.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: no config of a SiT of ours: format = {FORMAT!r} is needed")
+    if (version := content.pop("version", None)) != VERSION:
+        raise UserError(f"{path}: version = {shown(version)}; {VERSION} is known here")
+    content.pop("model_type", None)
+    flow, scale, step = content.pop("flow", "linear"), content.pop("latent_scale", None), content.pop("step", 0)
+    if flow not in FLOWS:
+        raise UserError(f"{path}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
+    if not (scale is None or (isinstance(scale, (int, float)) and scale > 0)) or type(step) is not int:
+        raise UserError(f"{path}: latent_scale = {shown(scale)}, step = {shown(step)}: a number above 0, a whole one")
+    if strangers := sorted(set(content) - set(NETWORK)):
+        raise UserError(f"{path}: unknown {', '.join(map(shown, strangers))}")
+    try:
+        model = resolve_model(build(Model, content, CONFIG))
+        check_shapes(model)
+    except RecipeError as error:
+        raise UserError(f"{path}: {error}") from None
+    return Published(model, cast(Any, flow), scale, step)
+
+
+def write_pretrained(
+    folder: Path, weights: Mapping[str, Tensor], config: Published, name: str = WEIGHTS,
+    also: Mapping[str, Any] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Writes weights and config.json, with what others want to find there `also`, into a folder that is there."""
+    write_group(folder / name, weights)
+    write_json_atomic(folder / CONFIG, {**also, **config.as_json()})
+
+
+def fetch(name: str) -> Path:
+    """A local folder, or a hub model's config and weights in the hub's cache; UserError where there is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(
+            f"model {name!r}: no folder, and huggingface_hub can't be imported ({error}): pip install st_fast[hub]"
+        ) from None
+    try:
+        with quiet_hub():
+            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the hub raises a dozen kinds; all mean that it can't be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model {name!r}: neither a folder nor a name on the hub in reach ({reason[:160]})") from None
+
+
+class Pretrained(nn.Module):
+    """Reading and writing of such folders, for SiT."""
+
+    config: Model
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """The model of a local folder or hub name, in eval mode; never unpickles.
+
+        UserError in one line where it can't be had, or any key is missing, unknown, or of another shape or dtype.
+        """
+        folder, place = fetch(str(name)), torch.device(device)
+        model = cls(read_config(folder).model, select({}, place))  # type: ignore[call-arg, arg-type]
+        read_header(folder / WEIGHTS)  # checked before the library maps it
+        weights = load_file(folder / WEIGHTS)
+        match_strictly(model.state_dict(), weights, str(folder / WEIGHTS), EVERY_KEY)
+        model.load_state_dict(weights)
+        return model.to(place, dtype).eval()
+
+    def save_pretrained(
+        self, folder: str | Path, flow: Literal["linear", "cosine"] = "linear", latent_scale: float | None = None
+    ) -> None:
+        """Writes the float32 weights and config.json to a new folder; UserError if it is there already."""
+        weights = {key: tensor.detach().float() for key, tensor in self.state_dict().items()}
+        with FolderWrite(Path(folder)) as writing:
+            write_pretrained(writing.path, weights, Published(self.config, flow, latent_scale))

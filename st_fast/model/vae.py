@@ -1,0 +1,164 @@
+"""Any diffusers AutoencoderKL as two functions: images → moments, latents → images.
+
+Moments are concat(mean, std) over the channels, unscaled, as REPA's preprocessing writes them (arXiv 2410.06940).
+A latent of the diffusion model is x = scale · (mean + std · ξ). A VAE whose configuration has a `shift_factor` (SD 3,
+Flux) has it taken off the mean here and put back by `decode`, so that nobody else needs to know about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from st_fast.core.errors import UserError
+
+PRESETS = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema"}
+"""Short names for the VAEs of the published runs; REPA's latents come from the first."""
+
+VAE = Any
+"""A diffusers AutoencoderKL, or `Pixels` in its place; diffusers is imported only when one is wanted."""
+
+
+class Pixels(nn.Module):
+    """Pixels as latents, behind the interface of an AutoencoderKL: mean = the image in [-1, 1], std = 0.
+
+    The scaling factor 2 brings natural images, whose std is about 0.5, to about unit variance.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            in_channels=channels, latent_channels=channels, block_out_channels=(channels,), scaling_factor=2.0
+        )
+        self._place: Tensor
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are brought to."""
+        return self._place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What images are turned into."""
+        return self._place.dtype
+
+    def encode(self, images: Tensor) -> SimpleNamespace:
+        """The images as their own mean."""
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=images, std=torch.zeros_like(images)))
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        """The latents as they are."""
+        return SimpleNamespace(sample=z)
+
+
+PIXELS = {"pixels": 3, "pixels-gray": 1}
+"""Names under which `load_vae` gives `Pixels`, and how many channels."""
+
+
+def autoencoder_class() -> Any:
+    """diffusers' AutoencoderKL; UserError in one line where the extra is missing."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise UserError(f"VAE: diffusers can't be imported ({error}): pip install st_fast[vae]") from error
+    return AutoencoderKL
+
+
+def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
+    """A frozen AutoencoderKL in eval mode, from a local folder, a preset or a hub name; or `Pixels`. Never unpickles.
+
+    Raises UserError naming what was asked for when it can't be had.
+    """
+    name = str(folder_or_name)
+    if name in PIXELS:
+        return Pixels(PIXELS[name]).to(device, dtype).eval()
+    source = name if Path(name).is_dir() else PRESETS.get(name, name)
+    cls = autoencoder_class()
+    try:
+        with quiet_hub():
+            # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
+            vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+    except Exception as error:  # diffusers and the hub raise a dozen kinds; all mean that this VAE can't be had
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if name in PRESETS:
+            raise UserError(
+                f"vae = {name!r}: {source} can't be had from the hub; without a network name a folder that holds it, "
+                f"or small or pixels ({reason[:200]})"
+            ) from error
+        raise UserError(
+            f"vae = {name!r}: neither a folder with an AutoencoderKL in safetensors, nor one of "
+            f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached ({reason[:200]})"
+        ) from error
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the hub's lines on every attempt that failed: what came of them is told once, at the end."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def vae_hash(vae: VAE) -> str:
+    """SHA-256 over names, shapes and float32 values of the weights: the same on any device and file layout."""
+    return tensors_hash(vae.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def vae_scale(vae: VAE) -> float:
+    """The factor between the VAE's latents and the diffusion model's: 0.18215 for the SD VAEs."""
+    return float(vae.config.scaling_factor)
+
+
+def _shift(vae: VAE) -> float:
+    return float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+
+def to_unit(images: Tensor, vae: VAE) -> Tensor:
+    """uint8 (n, 1 or 3, H, W) in 0..255 → the VAE's dtype and device in [-1, 1]."""
+    return images.to(vae.device).to(vae.dtype).div_(127.5).sub_(1.0)
+
+
+@torch.no_grad()
+def encode_moments(vae: VAE, images: Tensor) -> Tensor:
+    """uint8 images (n, 1 or 3, H, W) → float32 moments (n, 2C, h, w) = concat(mean, std) on the VAE's device."""
+    posterior = vae.encode(to_unit(images, vae)).latent_dist
+    return torch.cat((posterior.mean.float() - _shift(vae), posterior.std.float()), dim=1)
+
+
+@torch.no_grad()
+def decode(vae: VAE, latents: Tensor, scale: float) -> Tensor:
+    """The diffusion model's latents (n, C, h, w) = scale · z → uint8 images (n, 1 or 3, H, W) on the host."""
+    z = latents.to(vae.device).float() / scale + _shift(vae)
+    pixels: Tensor = vae.decode(z.to(vae.dtype)).sample.float()
+    return pixels.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
+
+
+def latent_shape(vae: VAE, size: int) -> tuple[int, int, int]:
+    """(C, h, w) of an image's latents, size × size pixels; UserError where the VAE's factor doesn't divide `size`."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if size % factor:
+        raise UserError(f"size = {size}: the VAE reduces by {factor}; a multiple of it is needed")
+    return int(vae.config.latent_channels), size // factor, size // factor

@@ -1,0 +1,106 @@
+"""Images → latents: makes the folder of shards that training reads. The same command again continues.
+
+    python -m st_fast.prepare IMAGES OUT [options]      encode images
+    python -m st_fast.prepare --verify OUT              re-read everything: hashes, CRCs, NaN, absurd values, labels
+    python -m st_fast.prepare --stats OUT               per-channel statistics, class counts, OUT/stats.png
+    python -m st_fast.prepare --features ENCODER IMAGES OUT   features of IMAGES beside OUT's latents, for REPA
+    python -m st_fast.prepare --from-repa DIR OUT       REPA's vae-sd/*.npy → shards
+    python -m st_fast.prepare --to-repa OUT DIR         shards → REPA's vae-sd/*.npy
+
+IMAGES: a folder, zip or tar with one folder a class; webdataset tars; a Hugging Face `save_to_disk` folder; or images
+with EDM's and REPA's dataset.json.
+
+Examples:
+    python -m st_fast.prepare ~/imagenet/train data/imagenet256 --size 256
+    torchrun --nproc-per-node 8 -m st_fast.prepare ~/imagenet/train data/imagenet512 --size 512 --flip
+    python -m st_fast.prepare cifar10.zip data/cifar10 --subset train --size 32 --vae small
+    python -m st_fast.prepare cifar10.zip data/cifar10-pixels --subset train --size 32 --vae pixels
+    python -m st_fast.prepare ~/imagenet/train data/imagenet256 --dry-run
+    torchrun --nproc-per-node 8 -m st_fast.prepare --features facebook/dinov2-base ~/imagenet/train data/imagenet256
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from st_fast.core.command import run_command
+from st_fast.core.errors import UserError
+
+DTYPES = ("float16", "float32")
+SHARD_SIZE = 8_192
+VAE_HELP = (
+    "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
+    "images), pixels or pixels-gray (no VAE)"
+)
+FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; python -m st_fast.prepare --help shows examples")
+
+
+def parser() -> Parser:
+    """The command line."""
+    parse = Parser(
+        prog="python -m st_fast.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parse.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH", help="as above")
+    mode = parse.add_mutually_exclusive_group()
+    for name in ("verify", "stats", "from-repa", "to-repa"):
+        mode.add_argument(f"--{name}", action="store_true", help="as above")
+    mode.add_argument("--features", metavar="ENCODER", default="", help=FEATURES_HELP)
+    add("--size", type=int, default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)")
+    add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
+    add("--flip", action="store_true", help="encode every image mirrored, too: twice the records")
+    add("--vae", default="sd-vae-ft-mse", help=VAE_HELP)
+    add("--vae-factor", type=int, choices=(2, 4, 8), help="how much smaller its latents are (default: by SIZE, 2 to 8)")
+    add("--vae-steps", type=int, default=2_000, help="training steps of --vae small (default 2000)")
+    add("--dtype", choices=DTYPES, default="float16", help="of the stored moments (default float16)")
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of the VAE or encoder; auto: bf16 on CUDA",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
+    add("--shard-size", type=int, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
+    add("--max-bad", type=int, default=10, help="fail when more images than this can't be used (default 10)")
+    add("--dry-run", action="store_true", help="say what would be made, and stop")
+    return parse
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command; see the module's text."""
+    args = parser().parse_args(arguments)
+    needed = 1 if args.verify or args.stats else 2
+    if len(args.paths) != needed:
+        raise UserError(f"{needed} path{'s' * (needed - 1)} needed, got {len(args.paths)}: see --help")
+    for name in ("size", "batch_size", "shard_size", "vae_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.vae_factor and args.vae != "small":
+        raise UserError(f"--vae-factor {args.vae_factor}: is of --vae small; --vae {args.vae} has its own")
+    if args.vae_factor and (args.size % args.vae_factor or args.size < 2 * args.vae_factor):
+        raise UserError(
+            f"--size {args.size}: a multiple of --vae-factor {args.vae_factor}, at least twice it, is needed"
+        )
+    from st_fast.prepare import commands
+
+    for mode in ("verify", "stats", "features", "from_repa", "to_repa"):
+        if getattr(args, mode):
+            getattr(commands, mode)(args)
+            return
+    commands.encode(args)
+
+
+if __name__ == "__main__":
+    run_command(main)

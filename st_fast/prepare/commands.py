@@ -1,0 +1,256 @@
+"""What `st_fast.prepare` does for each of its modes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from st_fast.core.errors import UserError
+from st_fast.core.files import FolderWrite
+from st_fast.core.progress import bar
+from st_fast.data.features import FOLDER, features_folder, open_features
+from st_fast.data.images import BadImage, load_image
+from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
+from st_fast.data.opening import open_data
+from st_fast.data.repa import RepaSet
+from st_fast.data.source import Source
+from st_fast.data.sources import open_source
+from st_fast.model.encoders import load_encoder
+from st_fast.model.vae import PIXELS, PRESETS, VAE, encode_moments, load_vae, vae_hash
+from st_fast.prepare.encode import Encoder, Encoding
+from st_fast.prepare.feature_job import template, write_features
+from st_fast.prepare.job import Worker, is_done, run_job
+from st_fast.prepare.record_images import crop_of, open_record_images
+from st_fast.prepare.repa import RepaProducer, write_repa
+from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
+from st_fast.prepare.stats import describe, statistics
+from st_fast.sample.pictures import decoder, grid, save_png
+
+VAE_FOLDER = "vae"
+WIDTHS = {2: (32, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}
+"""Channels of a small VAE's levels, by how much smaller its latents are."""
+TRAINING_BYTES = 2**30
+"""Pixels at most that a small VAE is trained on."""
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Re-reads everything."""
+    records = open_data(args.paths[0], verify=True, say=print)
+    for folder in sorted((args.paths[0] / FOLDER).glob("*/")):
+        features = open_features(args.paths[0], folder.name, records)
+        features.verify()
+        print(f"features: {features.manifest.encoder} of {features.manifest.count:,} records verified")
+        features.close()
+    records.close()
+
+
+def stats(args: argparse.Namespace) -> None:
+    """Prints statistics and writes a picture of 64 random records, decoded."""
+    folder = args.paths[0]
+    records = open_data(folder, verify=False)
+    manifest = records.manifest
+    print(describe(statistics(records), manifest.class_names))
+    chosen = np.random.default_rng(0).choice(manifest.count, min(64, manifest.count), replace=False)
+    mean, std = records.gather(np.sort(chosen))[0].float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    decode = decoder(folder, manifest, compute(args)[0])
+    save_png(grid(decode((mean + std * noise) * manifest.scale), 8), folder / "stats.png")
+    print(f"picture: {folder / 'stats.png'}")
+
+
+def features(args: argparse.Namespace) -> None:
+    """Features of the images beside their latents."""
+    source_path, out = args.paths
+    records = open_data(out, verify=False)
+    encoder = load_encoder(args.features, *compute(args))
+    images = open_record_images(out, records, str(source_path), args.subset, args.size)
+    size = images.manifest.shape[-1]
+    planned = template(encoder, records, size)
+    print(
+        f"{features_folder(out, encoder.name)}: {planned.count:,} records of {planned.dtype} {planned.shape}, "
+        f"{planned.count * planned.record_bytes / 1e9:.2f} GB"
+    )
+    if not args.dry_run:
+        with progress("encoding", len(records), "records") as shown:
+            write_features(out, records, encoder, images, size, args.batch_size, worker(), shown.update)
+
+
+def from_repa(args: argparse.Namespace) -> None:
+    """REPA's layout → shards."""
+    records, out = RepaSet(args.paths[0]), args.paths[1]
+    producer = RepaProducer(records, args.dtype, args.shard_size)
+    if args.dry_run:
+        print(f"{out}: {len(records):,} records of {args.dtype} in {producer.shards} shards")
+        return
+    with progress("converting", len(records), "records") as shown:
+        producer.progress = shown.update
+        run_job(out, producer, worker(), 0, tqdm.write)
+
+
+def to_repa(args: argparse.Namespace) -> None:
+    """Shards → REPA's layout."""
+    records, out = open_data(args.paths[0], verify=False), args.paths[1]
+    if args.dry_run:
+        print(f"{out}: {len(records):,} files in vae-sd/")
+        return
+    with progress("converting", len(records), "records") as shown:
+        write_repa(records, out, shown.update)
+    print(f"{out}: {len(records):,} files; REPA's own trainer also wants the images, as many in images/")
+
+
+def encode(args: argparse.Namespace) -> None:
+    """Images → shards."""
+    source, out = open_source(args.paths[0], args.subset), args.paths[1]
+    if (out / FILE_NAME).is_file():
+        check_same(args, read_manifest(out), out)
+        print(f"{out}: complete already; --verify re-reads it")
+        return
+    if args.dry_run and args.vae == "small":
+        print(f"{source.description}: {len(source.names):,} images; a small VAE would be trained on them first")
+        return
+    vae, info = the_vae(args, source, out)
+    encoder = Encoder(source, vae, info, Encoding(args.size, args.flip, args.dtype, args.batch_size, args.shard_size))
+    done = [number for number in range(encoder.shards) if is_done(out, number)]
+    if args.dry_run:
+        print(plan(encoder, out, len(done)))
+        return
+    keep_vae(vae, info, out)
+    mine = range(worker().rank, encoder.shards, worker().world)
+    ready = _images(encoder, set(mine) & set(done))
+    with progress("encoding", _images(encoder, mine), "images", ready) as shown:
+        encoder.progress = shown.update
+        run_job(out, encoder, worker(), args.max_bad, tqdm.write)
+
+
+def check_same(args: argparse.Namespace, made: Manifest, out: Path) -> None:
+    """UserError if the finished set was made with other options, as far as its manifest says."""
+    crop = crop_of(made.source)
+    differing = [
+        (name, found, wanted)
+        for name, found, wanted in (
+            ("--size", crop, args.size),
+            ("--flip", made.flip, args.flip),
+            ("--dtype", made.dtype, args.dtype),
+            ("--vae-factor", (crop or args.size) // made.shape[-1], args.vae_factor),
+            ("--vae", *same_names(args.vae, made.vae, out)),
+        )
+        if found != wanted and found is not None and wanted is not None
+    ]
+    if differing:
+        text = "; ".join(f"{name} {found}, not {wanted}" for name, found, wanted in differing)
+        raise UserError(f"{out}: complete, but made with {text}; name another folder to write")
+
+
+def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
+    """What made the set and what is asked for, the same where it is the same VAE by another of its names."""
+    if not made.name or Path(asked).resolve() == (out / VAE_FOLDER).resolve():
+        return asked, asked
+    if made.path == VAE_FOLDER:  # came from a local folder, which may be elsewhere by now
+        return made.name, Path(asked).resolve().name
+    return PRESETS.get(made.name, made.name), PRESETS.get(asked, asked)
+
+
+def small_factor(args: argparse.Namespace) -> int:
+    """How much smaller a small VAE's latents are than its images: 2 up to 32 pixels, 4 up to 64, else 8."""
+    asked: int | None = args.vae_factor
+    return asked or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
+
+
+def plan(encoder: Encoder, out: Path, done: int) -> str:
+    """What `encode` would do, in words."""
+    source, template = encoder.source, encoder.template
+    records = len(source.names) * (2 if template.flip else 1)
+    shape = "×".join(map(str, template.shape))
+    return (
+        f"{source.description}: {len(source.names):,} images of {source.num_classes} classes\n"
+        f"{out}: {records:,} records of {template.dtype} {shape}, {records * template.record_bytes / 1e9:.2f} GB "
+        f"in {encoder.shards} shards, {done} of them done\n"
+        f"VAE {encoder.info.name}, scale {template.scale:.5f}, SHA-256 {encoder.info.hash[:12]}…"
+    )
+
+
+def _images(encoder: Encoder, shards: Iterable[int]) -> int:
+    return sum(len(encoder.images_of(number)) for number in shards)
+
+
+def progress(what: str, total: int, unit: str, done: int = 0) -> tqdm[Any]:
+    """A progress bar with an ETA; other processes than the first show none."""
+    return bar(None, what, total, unit, done, hidden=worker().rank != 0)
+
+
+def worker() -> Worker:
+    """Our place among the processes that torchrun started."""
+    return Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def compute(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision of the VAE."""
+    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device that PyTorch can use; allowed: auto, cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and cuda)
+    return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, VaeInfo]:
+    """The VAE that was asked for and what the manifest says of it.
+
+    One that is not on the hub, trained here or from a local folder, is kept in OUT/vae, so that the set is complete.
+    """
+    device, dtype = compute(args)
+    if args.vae != "small":
+        vae = load_vae(args.vae, device, dtype)
+        local = Path(args.vae).is_dir() and args.vae not in PIXELS
+        return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
+    if not (out / VAE_FOLDER).is_dir():
+        if worker().world > 1:
+            raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
+        with FolderWrite(out / VAE_FOLDER) as write:
+            small_vae(args, source, device).save_pretrained(write.path, safe_serialization=True)
+    vae = load_vae(out / VAE_FOLDER, device, dtype)
+    return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER)
+
+
+def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
+    """Trains a small VAE on evenly spaced images of the source."""
+    factor = small_factor(args)
+    images = training_images(source, args.size).to(device)
+    vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
+    vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))
+    return vae
+
+
+def training_images(source: Source, size: int) -> Tensor:
+    """uint8 (n, 3, size, size): evenly spaced images, TRAINING_BYTES at most; those that can't be used are left out."""
+    step = -(-len(source.names) * 3 * size * size // TRAINING_BYTES)
+    images = []
+    numbers = range(0, len(source.names), step)
+    for number in bar(numbers, "reading images", len(numbers), "images"):
+        try:
+            images.append(torch.from_numpy(load_image(source.read(number), size, 3)))
+        except (BadImage, OSError):
+            continue  # encoding names and counts it
+    if not images:
+        raise UserError(f"{source.description}: not one usable image")
+    return torch.stack(images)
+
+
+def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:
+    """Puts a copy of a VAE from a local folder into OUT, once; UserError where OUT has another."""
+    folder = out / VAE_FOLDER
+    if not info.path or worker().rank != 0:
+        return
+    if not folder.is_dir():
+        with FolderWrite(folder) as write:
+            vae.save_pretrained(write.path, safe_serialization=True)
+    elif vae_hash(load_vae(folder, vae.device, vae.dtype)) != info.hash:
+        raise UserError(f"{folder}: it holds another VAE than {info.name}; name another folder to write")

@@ -1,0 +1,168 @@
+"""Work that makes a folder of shards piece by piece: interrupted it goes on, and any number of processes share it.
+
+Shard k is made by process k mod world alone, so nobody waits for anybody. Beside each finished shard lies a note of
+what is in it; whoever finds all notes there writes the manifest and removes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.files import make_folder, read_json, write_json_atomic
+from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from st_fast.prepare.writing import shard_name, write_shard
+
+JOB_FILE = "job.json"
+SKIPPED_FILE = "skipped.json"
+"""The images that were left out, by name with the reason, beside the manifest; there only if there are any."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Produced:
+    """What one shard is made of, and what had to be left out, by name with the reason."""
+
+    moments: np.ndarray
+    """(n, 2C, H, W) float16 or float32."""
+    labels: np.ndarray
+    """(n,) int64."""
+    skipped: Mapping[str, str]
+
+
+class Producer(Protocol):
+    """Makes the content of numbered shards, always the same for the same number."""
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the content depends on: work is continued only where it is the same."""
+        ...
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def template(self) -> Manifest:
+        """The manifest but for count and shards."""
+        ...
+
+    def produce(self, number: int) -> Produced:
+        """The content of shard `number`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process's place among those that share the work."""
+
+    rank: int = 0
+    world: int = 1
+
+
+def run_job(folder: Path, producer: Producer, worker: Worker, max_bad: int, say: Say) -> Manifest | None:
+    """Makes this worker's missing shards; returns the manifest if all of all workers are there, else None.
+
+    UserError when the folder was begun with other settings, or more than `max_bad` images had to be skipped;
+    RunFailed when writing fails, as on a full disk. Finished shards stay: the same command goes on from there.
+    """
+    if (folder / FILE_NAME).is_file():
+        return read_manifest(folder)
+    try:
+        make_folder(folder)
+        _check_job(folder, producer.fingerprint)
+        for number in range(worker.rank, producer.shards, worker.world):
+            if not is_done(folder, number):
+                _make(folder, number, producer)
+                _check_skipped(folder, producer.shards, max_bad)
+        return _finish(folder, producer, max_bad, say)
+    except OSError as error:
+        done = sum(is_done(folder, number) for number in range(producer.shards))
+        raise RunFailed(
+            f"{folder}: {error.strerror or error}; {done} of {producer.shards} shards are complete and stay, "
+            "and the same command goes on from there"
+        ) from error
+
+
+def _check_job(folder: Path, fingerprint: dict[str, Any]) -> None:
+    path = folder / JOB_FILE
+    if not path.is_file():
+        if any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder}: it holds shards of something else; name an empty or a new folder")
+        write_json_atomic(path, fingerprint)
+    begun = read_json(path)
+    differing = [key for key in fingerprint if begun.get(key) != fingerprint[key]]
+    if differing:
+        changes = ", ".join(f"{key} was {begun.get(key)!r} and is {fingerprint[key]!r}" for key in differing)
+        raise UserError(f"{folder}: begun with other settings ({changes}); use those, or another folder")
+
+
+def _note(folder: Path, number: int) -> Path:
+    return folder / f"{shard_name(number)}.json"
+
+
+def is_done(folder: Path, number: int) -> bool:
+    """Whether shard `number` of unfinished work is complete."""
+    note, shard = _note(folder, number), folder / shard_name(number)
+    if not note.is_file():
+        return False
+    size = read_json(note)["bytes"]
+    return size == 0 or (shard.is_file() and shard.stat().st_size == size)
+
+
+def _make(folder: Path, number: int, producer: Producer) -> None:
+    for partial in folder.glob(f"{shard_name(number)}.partial-*"):  # of this shard's killed maker
+        partial.unlink()
+    content = producer.produce(number)
+    entry = ShardEntry(shard_name(number), 0, 0, "")
+    if len(content.labels):
+        entry = write_shard(folder / entry.file, content.moments, content.labels, producer.template.num_classes)
+    write_json_atomic(_note(folder, number), {**asdict(entry), "skipped": dict(content.skipped)})
+
+
+def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
+    return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
+
+
+def _check_skipped(folder: Path, shards: int, max_bad: int) -> None:
+    skipped = {name: why for note in _notes(folder, shards) for name, why in note["skipped"].items()}
+    if len(skipped) > max_bad:
+        name, why = next(iter(skipped.items()))
+        raise UserError(
+            f"{folder}: {len(skipped)} images can't be used, --max-bad allows {max_bad}; the first is {name} ({why})"
+        )
+
+
+def _finish(folder: Path, producer: Producer, max_bad: int, say: Say) -> Manifest | None:
+    """Writes the manifest if every shard of every worker is there. Two workers that both do write the same."""
+    if (folder / FILE_NAME).is_file():
+        return read_manifest(folder)
+    missing = [number for number in range(producer.shards) if not is_done(folder, number)]
+    if missing:
+        if (folder / FILE_NAME).is_file():  # another worker finished just now and removed the notes
+            return read_manifest(folder)
+        say(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
+        return None
+    _check_skipped(folder, producer.shards, max_bad)
+    notes = _notes(folder, producer.shards)
+    skipped = {name: why for note in notes for name, why in note.pop("skipped").items()}
+    entries = tuple(ShardEntry(**note) for note in notes if note["count"])
+    count = sum(entry.count for entry in entries)
+    if not count:
+        raise UserError(f"{folder}: not one usable image")
+    manifest = replace(producer.template, count=count, shards=entries)
+    if skipped:
+        write_json_atomic(folder / SKIPPED_FILE, skipped)
+    write_manifest(folder, manifest)
+    for number in range(producer.shards):
+        _note(folder, number).unlink(missing_ok=True)
+    (folder / JOB_FILE).unlink(missing_ok=True)
+    left_out = f"; {len(skipped)} images skipped" if skipped else ""
+    say(f"{folder}: {count:,} records in {len(entries)} shards{left_out}")
+    return manifest

@@ -1,0 +1,64 @@
+"""Shards out of a folder in REPA's layout, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from st_fast.core.errors import UserError
+from st_fast.core.files import make_folder, write_json_atomic
+from st_fast.data.repa import LATENTS, RepaSet, is_repa
+from st_fast.data.shards import RecordSet
+from st_fast.data.sources import LABELS_FILE
+from st_fast.prepare.job import Produced
+
+
+class RepaProducer:
+    """Shards out of REPA's layout (see `job.Producer`)."""
+
+    def __init__(self, records: RepaSet, dtype: str, shard_size: int) -> None:
+        self.records, self.shard_size = records, shard_size
+        self.template = replace(records.manifest, count=0, dtype=dtype)
+        self.progress: Callable[[int], object] = lambda images: None
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the content depends on."""
+        return {"records": self.records.digest, "dtype": self.template.dtype, "shard_size": self.shard_size}
+
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return -(-len(self.records) // self.shard_size)
+
+    def produce(self, number: int) -> Produced:
+        """The records of shard `number`."""
+        first = number * self.shard_size
+        indices = np.arange(first, min(first + self.shard_size, len(self.records)))
+        moments, labels = self.records.gather(indices)
+        self.progress(len(indices))
+        return Produced(moments.numpy().astype(self.template.dtype), labels.numpy(), {})
+
+
+def write_repa(records: RecordSet, folder: Path, progress: Callable[[int], object]) -> None:
+    """Writes any set in REPA's layout, float32 as REPA has it; dataset.json comes last. No images: there are none.
+
+    UserError if the folder holds such a set already.
+    """
+    if is_repa(folder):
+        raise UserError(f"{folder}: holds {LATENTS}/{LABELS_FILE} already; name another folder")
+    latents = Path(folder) / LATENTS
+    labels = []
+    for start in range(0, records.manifest.count, 1_000):
+        make_folder(latents / f"{start // 1_000:05d}")
+        moments, more = records.gather(np.arange(start, min(start + 1_000, records.manifest.count)))
+        for number, (row, label) in enumerate(zip(moments.float().numpy(), more.tolist(), strict=True), start):
+            name = f"{start // 1_000:05d}/img-mean-std-{number:08d}.npy"
+            np.save(latents / name, row)
+            labels.append([name, label])
+        progress(len(moments))
+    write_json_atomic(latents / LABELS_FILE, {"labels": labels})

@@ -1,0 +1,85 @@
+"""Which samples: their numbers, labels and starting noise, all of which follow from (seed, sample number)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from st_fast.core.errors import UserError
+from st_fast.core.random import Purpose, normal, uniform
+from st_fast.recipe.schema import Model
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which samples to draw: the counters of their noise and their labels."""
+
+    ordinals: Tensor
+    """(B,) int64."""
+    labels: Tensor
+    """(B,) int64."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which label each sample has: sample i the i-th of `cycle`, over and over, or with no cycle a random one."""
+
+    text: str
+    num_classes: int
+    cycle: tuple[int, ...]
+
+    def of(self, seed: int, ordinals: Tensor) -> Tensor:
+        """Labels (B,) int64 of the samples `ordinals` (B,), on their device."""
+        if self.cycle:
+            return torch.tensor(self.cycle, device=ordinals.device)[ordinals % len(self.cycle)]
+        share = uniform(seed, Purpose.SAMPLE_LABELS, ordinals)[:, 0].double()
+        return (share * self.num_classes).long().clamp_max(self.num_classes - 1)  # a float32 uniform may be 1
+
+
+def read_labels(text: str, num_classes: int) -> Labels:
+    """ "balanced" (label i mod classes), "random", or class numbers such as "0,3,7"; UserError for anything else."""
+    if text == "random":
+        return Labels(text, num_classes, ())
+    if text == "balanced":
+        return Labels(text, num_classes, tuple(range(num_classes)))
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) < num_classes for part in parts):
+        allowed = f"balanced, random, or classes of 0..{num_classes - 1} with commas between"
+        raise UserError(f"--labels {text}: {allowed}")
+    return Labels(",".join(parts), num_classes, tuple(int(part) for part in parts))
+
+
+def draw_of(labels: Labels, seed: int, first: int, count: int, device: torch.device) -> Draw:
+    """Samples number first … first + count − 1."""
+    ordinals = torch.arange(first, first + count, device=device)
+    return Draw(ordinals, labels.of(seed, ordinals), seed)
+
+
+def balanced(seed: int, first: int, count: int, num_classes: int, device: torch.device) -> Draw:
+    """Samples number first … first + count − 1; sample i has label i mod num_classes."""
+    return draw_of(read_labels("balanced", num_classes), seed, first, count, device)
+
+
+def starting_noise(draw: Draw, config: Model) -> Tensor:
+    """(B, C, S, S) float32: where the draw's samples begin."""
+    shape = (config.channels, config.latent_size, config.latent_size)
+    return normal(draw.seed, Purpose.SAMPLE_NOISE, draw.ordinals, shape)
+
+
+def slerp(a: Tensor, b: Tensor, count: int) -> Tensor:
+    """(count, C, S, S): from noise a to noise b (C, S, S) along the sphere, both ends included (Shoemake, 1985).
+
+    Noise between two draws of a Gaussian keeps its length this way, which a straight line would shorten.
+    """
+    cosine = (a.flatten() @ b.flatten() / (a.norm() * b.norm())).double().clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    shares = torch.linspace(0, 1, count, dtype=torch.float64, device=a.device)
+    if angle.sin() < 1e-6:  # the same noise twice, or its negative, which no arc joins
+        from_a, from_b = 1 - shares, shares
+    else:
+        from_a, from_b = ((1 - shares) * angle).sin() / angle.sin(), (shares * angle).sin() / angle.sin()
+    weights = (w.float().view(-1, 1, 1, 1) for w in (from_a, from_b))
+    return next(weights) * a + next(weights) * b

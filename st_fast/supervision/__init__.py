@@ -1,6 +1,0 @@
-"""Supervision methods: what teaches the student's hidden states, besides the denoising loss."""
-
-from st_fast.supervision.protocol import Noised, Rows, Supervision, select_rows
-from st_fast.supervision.registry import create
-
-__all__ = ["Noised", "Rows", "Supervision", "create", "select_rows"]

@@ -1,0 +1,161 @@
+"""Runs a recipe: every stage in order, then the report. The same command again continues where it stopped.
+
+    torchrun -m st_fast.train recipes/digits.toml
+    torchrun --nproc-per-node 8 -m st_fast.train recipes/sit_xl.toml --data.path=/data/imagenet256
+    python -m st_fast.train recipes/sit_xl.toml --dry-run
+
+Options are `--section.key=value`, `--stage.NAME.key=value`, and
+
+    --dry-run          print the resolved recipe, parameters, FLOPs and memory, and stop
+    --accept-changes   resume although the recipe's mathematics changed since the run began
+    --debug            show the traceback of an error
+
+Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from st_fast.core.command import command_parser, run_command
+from st_fast.core.errors import UserError
+from st_fast.core.launch import local_rank, rank_count
+from st_fast.recipe import Recipe, changed_maths, cost, load, load_run, to_toml
+from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
+from st_fast.recipe.schema import SECTIONS
+from st_fast.recipe.typed import choices, describe, field_types
+
+CARD_BYTES = 78 * 2**30
+"""What an 80 GB card leaves to a process, about: for a plan where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line of `st_fast.train`."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    dry_run: bool
+    accept_changes: bool
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, with every key of a recipe, for --help and completion; `parse` reads it."""
+    parser = command_parser("train", __doc__)
+    parser.add_argument("recipe", help="a TOML file; the options below override it")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its costs, and stop")
+    parser.add_argument("--accept-changes", action="store_true", help="resume although the mathematics changed")
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(f"[{section}]")
+        for key, kind in field_types(cls).items():
+            words = ("true", "false") if kind is bool else choices(kind)
+            group.add_argument(f"--{section}.{key}", choices=words or None, metavar="VALUE", help=describe(kind))
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> Arguments | None:
+    """None if help was asked for. UserError for anything that is not a flag, an override or the one recipe."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return None
+    flags = {"--dry-run", "--accept-changes"}
+    overrides = tuple(a for a in arguments if a.startswith("--") and a not in flags)
+    recipes = [a for a in arguments if not a.startswith("--")]
+    if len(recipes) != 1:
+        raise UserError(f"expected one recipe, got {len(recipes)}: {' '.join(recipes) or 'none'}")
+    return Arguments(recipes[0], overrides, "--dry-run" in arguments, "--accept-changes" in arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command; see the module's text."""
+    parsed = parse(arguments)
+    if parsed is None:
+        print(parser().format_help())
+        return
+    recipe = load(parsed.recipe, parsed.overrides, rank_count())
+    if parsed.dry_run:
+        print(to_toml(recipe), end="")
+        print(summary(recipe, rank_count()))
+        return
+    check_unchanged(recipe, parsed.accept_changes)
+    from st_fast.train.run import run  # torch is imported only once the recipe is known to be right
+
+    run(recipe)
+
+
+def check_unchanged(recipe: Recipe, accept: bool) -> None:
+    """UserError if the output folder holds a run whose mathematics differ from the recipe's."""
+    kept = Path(recipe.run.out) / "recipe.toml"
+    if not kept.exists() or accept:
+        return
+    differences = changed_maths(load_run(recipe.run.out), recipe)
+    if differences:
+        raise UserError(
+            f"{recipe.run.out} holds a run with other mathematics: {'; '.join(differences)}. "
+            "Choose another --run.out, or --accept-changes to resume all the same"
+        )
+
+
+def summary(recipe: Recipe, ranks: int) -> str:
+    """Parameters, FLOPs per step of each stage and memory, as comments under the recipe."""
+
+    model = recipe.model
+    bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and recipe.run.device != "cpu")
+    chosen, how = planned_passes(recipe, ranks, bf16)
+    fixed, activations = cost.memory_bytes(chosen, ranks, bf16)
+    lines = [
+        f"# {model.name}: {cost.trunk_parameters(model) / 1e6:.1f} M parameters, "
+        f"{cost.tokens(model)} tokens, {cost.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
+    ]
+    for stage in recipe.stages:
+        each = cost.stage_cost(recipe, stage)
+        whole = cost.stage_flops(recipe, stage, 0, stage.steps)
+        lines.append(
+            f"# {stage.name}: {recipe.optim.batch_size * each.total / 1e12:.3f} TFLOP a step "
+            f"(student {each.student / 1e9:.2f}, heads {each.heads / 1e9:.2f}, "
+            f"teacher {each.teacher / 1e9:.2f} GFLOP an image), {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
+        )
+    begun = [(stage.name, stage.start) for stage in recipe.stages if stage.start.init]
+    lines += [f"# {name}: starts from {start.init} ({start.init_weights})" for name, start in begun]
+    lines.append(
+        f"# memory a rank, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
+        f"{activations / 2**30:.2f} GiB activations of {images_a_pass(chosen.optim, ranks)} images"
+    )
+    lines += [f'# optim.micro_batch = "auto": {how}'] if how else []
+    again = 2 * cost.recomputed_macs(model, recipe.run.checkpointing)
+    if again:
+        lines.append(
+            f"# run.checkpointing = {recipe.run.checkpointing!r}: {again / 1e9:.2f} GFLOP an image are computed twice; "
+            "neither FLOPs nor MFU count them"
+        )
+    return "\n".join(lines)
+
+
+def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]:
+    """The recipe with the passes that "auto" would choose on this machine's device, and how it came to them.
+
+    Where there is no such device, as a card of 80 GB would have it. An empty text where "auto" is not asked.
+    """
+    if recipe.optim.micro_batch != AUTO:
+        return recipe, ""
+    import torch
+
+    from st_fast.train import memory
+    from st_fast.train.micro_batch import Choice, splits_badly
+
+    here = recipe.run.device == "cpu" or torch.cuda.is_available()
+    device = torch.device("cpu" if recipe.run.device == "cpu" else f"cuda:{local_rank()}")
+    room = memory.capacity(device) if here else CARD_BYTES
+    where = f"{device}, {room / 2**30:.1f} GiB" if here else f"no GPU here; on a card with {room / 2**30:.1f} GiB"
+    images = cost.largest_micro_batch(recipe, ranks, bf16, room)
+    if not images:
+        return recipe, f"not one image a pass fits ({where})"
+    chosen = with_passes_of(images, recipe, ranks)
+    badly = splits_badly(recipe, Choice(images, ranks), bf16, room)
+    return chosen, f"{images} images a pass, {chosen.optim.accumulation} a step ({where}){badly}"
+
+
+if __name__ == "__main__":
+    run_command(main)

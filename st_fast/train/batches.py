@@ -1,0 +1,186 @@
+"""Brings a stage's batches to the device: which records, at which times, with which labels, for which rank.
+
+Everything but the noise is decided here on the host, as a pure function of (seed, step): also which samples are
+supervised, so that the device is never asked. The noise is drawn on the device from the ordinals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_fast.core import random
+from st_fast.core.random import Purpose
+from st_fast.core.ranks import Ranks
+from st_fast.data.loader import Loader
+from st_fast.model import flow
+from st_fast.model.side_stream import side
+from st_fast.recipe.schema import Recipe, Stage
+from st_fast.train.ranges import named
+from st_fast.train.supervision.capacity import capacity, padded
+from st_fast.train.supervision.protocol import Rows, select_rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank, on the device."""
+
+    moments: Tensor
+    """(B, 2C, S, S): concat(mean, std) as stored."""
+    labels: Tensor
+    student_labels: Tensor
+    """(B,) int64, with class dropout applied."""
+    ordinals: Tensor
+    """(B,) int64: places in the training stream, the counters of the noise."""
+    t: Tensor
+    """(B,) float32."""
+    rows: Rows
+    features: tuple[Tensor, ...] = ()
+    """(B, h, w, D_j) of each image encoder that supervises at this step, in the stored dtype."""
+    images: Tensor | None = None
+    """uint8 (B, 1 or 3, P, P) of the same records, where encoders run live at this step."""
+
+
+class Lookahead(Generic[T]):
+    """Items in order; `peek` has the next one before its turn."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items, self._next = iter(items), list[T]()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        return self._next.pop() if self._next else next(self._items)
+
+    def peek(self) -> T | None:
+        """The item that the next call of `next` gives, made now; None at the end."""
+        if not self._next:
+            self._next.extend(islice(self._items, 1))
+        return self._next[0] if self._next else None
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on the device: from the host through pinned memory, without waiting; as it is where it is there."""
+    if tensor.device.type == device.type and device.index in (None, tensor.device.index):
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Feed:
+    """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data.
+
+    `features` are loaders of what else is read of a record while supervision lasts: its features of each encoder, or
+    its image where encoders run live.
+    """
+
+    def __init__(
+        self, recipe: Recipe, stage: Stage, loader: Loader, records: int, ranks: Ranks, features: Sequence[Loader] = ()
+    ) -> None:
+        self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
+        self.order = random.RecordOrder(recipe.run.seed, records)
+        self.waited = 0.0
+        self.pass_rows = self._pass_rows()
+        self._side = side(recipe.run, ranks.device, wanted=recipe.run.prefetch)
+
+    def _pass_rows(self) -> int:
+        """Supervised rows of one pass, if these are padded, else 0."""
+        recipe, selection = self.recipe, self.stage.method.selection
+        if recipe.run.supervised_rows == "exact" or selection is None:
+            return 0
+        part = recipe.optim.batch_size // (self.ranks.count * recipe.optim.accumulation)
+        return capacity(selection, recipe.flow, recipe.optim.batch_size, part).rows
+
+    def micro_batches(self) -> list[slice]:
+        """This rank's parts of the global batch, one for each accumulation step."""
+        optim = self.recipe.optim
+        size = optim.batch_size // (self.ranks.count * optim.accumulation)
+        start = self.ranks.rank * size * optim.accumulation
+        return [slice(start + i * size, start + (i + 1) * size) for i in range(optim.accumulation)]
+
+    def samples(self, step: int, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Ordinals and record indices that these ranks (none: all of them) see at a step, counted from 0."""
+        size = self.recipe.optim.batch_size
+        share = size // self.ranks.count
+        ordinals = np.concatenate([np.arange(share) + rank * share for rank in ranks or range(self.ranks.count)])
+        ordinals += step * size
+        return ordinals.tolist(), self.order(ordinals).tolist()
+
+    def _requests(self, first: int, last: int) -> Iterator[np.ndarray]:
+        size = self.recipe.optim.batch_size
+        for step in range(first, last):
+            records = self.order(np.arange(step * size, (step + 1) * size))
+            for part in self.micro_batches():
+                yield records[part]
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """The micro-batches of steps first … last − 1.
+
+        With `run.prefetch` those of a step are on their way to the device before the ones before it are handed out.
+        """
+        make, ahead = self._maker(first, last), self.recipe.run.prefetch
+        self._side.follow()  # what the loader holds on the device was put there by the current stream
+        later = None
+        for step in range(first, last):
+            now = later or self._side.start(partial(make, step))
+            later = self._side.start(partial(make, step + 1)) if ahead and step + 1 < last else None
+            yield now()
+
+    def _maker(self, first: int, last: int) -> Callable[[int], list[Batch]]:
+        """What makes the micro-batches of each step, to be called in order."""
+        answers = self.loader.stream(self._requests(first, last))
+        stop = self.stage.method.stop_step or last  # from there on no features are read
+        features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
+
+        def make(step: int) -> list[Batch]:
+            self.ranks.place.step = step + 1
+            with named("data"):
+                t, asked = self._times(step), features if step < stop else []
+                return [
+                    self._batch(step, part, t, *self._wait(answers), tuple(self._wait(stream)[0] for stream in asked))
+                    for part in self.micro_batches()
+                ]
+
+        return make
+
+    def _wait(self, answers: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        self.ranks.place.mark("data")
+        start = time.perf_counter()
+        answer = next(answers)
+        self.waited += time.perf_counter() - start
+        return answer
+
+    def _times(self, step: int) -> Tensor:
+        recipe, size = self.recipe, self.recipe.optim.batch_size
+        return flow.sample_times(recipe.run.seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
+
+    def _batch(
+        self, step: int, part: slice, t: Tensor, moments: Tensor, labels: Tensor, features: tuple[Tensor, ...]
+    ) -> Batch:
+        recipe, device = self.recipe, self.ranks.device
+        ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
+        dropped = random.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0] < recipe.model.class_dropout
+        index, weight = select_rows(t, part, self.stage.method.selection)
+        if self.pass_rows:
+            index, weight = padded(index, weight, part.stop - part.start, self.pass_rows)
+        factor = self.stage.method.factor(step)
+        weight = weight if factor == 1.0 else weight * factor
+
+        send = partial(sent_to, device)
+        labels = send(labels)
+        student_labels = torch.where(send(dropped), recipe.model.num_classes, labels)
+        rows = Rows(send(index), send(weight), self.pass_rows)
+        beside = tuple(send(one) for one in features)
+        live = self.stage.method.encodes_images
+        written, images = () if live else beside, beside[0] if live and beside else None
+        return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows, written, images)

@@ -1,0 +1,119 @@
+"""Looks at a model while it trains: pictures from fixed noise and labels, and metrics of its samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from st_fast.core.ranks import Ranks
+from st_fast.data.manifest import Manifest
+from st_fast.evaluate import __main__ as evaluate
+from st_fast.evaluate import scores
+from st_fast.evaluate.classifier import Judge, read_images
+from st_fast.evaluate.inception import Inception, load_inception
+from st_fast.model import SiT
+from st_fast.recipe.schema import Recipe, Stage
+from st_fast.sample import pictures
+from st_fast.sample.guided import sample_batches
+from st_fast.train.log import Log
+
+GRID_COLUMNS = 10
+
+
+class Examiner:
+    """Draws and judges on the first rank; what it needs (decoder, judge, Inception) is loaded when first asked for."""
+
+    def __init__(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log) -> None:
+        self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
+        self._decoder: pictures.Decode | None = None
+        self._judge: tuple[Judge, evaluate.Reference] | None = None
+        self._inception: tuple[Inception, scores.Reference] | None = None
+
+    def check(self) -> None:
+        """UserError for images, weights or a reference that aren't there or don't fit, before days are spent."""
+        wanted = self.recipe.evaluate
+        if wanted.judge != "none":
+            read_images(Path(self.recipe.data.path))
+        if wanted.inception:
+            load_inception(Path(wanted.inception), torch.device("cpu"))
+            model = self.recipe.model
+            latents = torch.zeros(1, model.channels, model.latent_size, model.latent_size, device=self.ranks.device)
+            scores.open_reference(self._reference, scores.InMemory(self._decode(latents).cpu().numpy()).shape)
+
+    @property
+    def _reference(self) -> Path:
+        return Path(self.recipe.evaluate.reference or self.recipe.data.path)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self._decoder is None:
+            self._decoder = pictures.decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device)
+        return self._decoder(latents)
+
+    def images(self, model: SiT, count: int) -> tuple[Tensor, Tensor]:
+        """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU."""
+        settings, images, labels = self.recipe.sample, [], []
+        for latents, asked in sample_batches(model, self.recipe.run.seed, count, settings, self.recipe.flow.path):
+            self.ranks.place.mark("sample")
+            images.append(self._decode(latents).cpu())
+            labels.append(asked.cpu())
+        return torch.cat(images), torch.cat(labels)
+
+    def pictures(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
+        """A grid of samples into the stage's folder, of the same noise every time; none if `sample.num` is 0."""
+        if self.recipe.sample.num == 0 or not self.ranks.first:
+            return
+        images, _ = self.images(model, self.recipe.sample.num)
+        name = f"{stage.name}/samples/{step:08d}.png"
+        pictures.save_png(pictures.grid(images, GRID_COLUMNS), Path(self.recipe.run.out) / name)
+        self.log.write("sample", stage.name, step, file=name, **cost)
+
+    def metrics(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
+        """Metrics of fresh samples into the log: the judge's, Inception's, or both, as the recipe names them."""
+        wanted, settings = self.recipe.evaluate, self.recipe.sample
+        if not self.ranks.first or (wanted.judge == "none" and not wanted.inception):
+            return
+        images, labels = self.images(model, wanted.num)
+        found: dict[str, object] = {"num": len(images)}
+        if wanted.judge != "none":
+            found |= self._by_judge(images, labels)
+        if wanted.inception:
+            found |= self._by_inception(images)
+        protocol = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler, "steps": settings.steps}
+        self.log.write("eval", stage.name, step, metrics=found | protocol, **cost)
+        self.log.say(line(stage.name, step, found))
+
+    def _by_judge(self, images: Tensor, labels: Tensor) -> dict[str, object]:
+        if self._judge is None:
+            self._judge = evaluate.load_judge(Path(self.recipe.data.path), self.log.say)
+        return evaluate.judge_samples(self._judge[0], images, labels, self._judge[1])
+
+    def _by_inception(self, images: Tensor) -> dict[str, object]:
+        """FID and its like, beside which the judge's precision and recall keep their own names."""
+        samples = scores.InMemory(images.numpy())
+        if self._inception is None:
+            network = load_inception(Path(self.recipe.evaluate.inception), self.ranks.device)
+            # Each batch that it looks at is a sign of life for those who watch this rank.
+            network.model.register_forward_pre_hook(lambda *_: self.ranks.place.mark("sample"))
+            self._inception = network, scores.read_reference(self._reference, network, samples.shape)
+        network, reference = self._inception
+        numbers = scores.score(samples, network, reference)
+        return {
+            **{f"inception_{key}" if key in ("precision", "recall") else key: n for key, n in numbers.items()},
+            "reference": reference.name,
+            "reference_sha256": reference.sha256,
+            "inception_sha256": network.sha256,
+        }
+
+
+def line(stage: str, step: int, found: dict[str, object]) -> str:
+    """What the metrics say, in one line."""
+    parts = []
+    if "accuracy" in found:
+        accuracy, distance, floor = (float(str(found[key])) for key in ("accuracy", "frechet", "floor_frechet"))
+        parts.append(f"{100 * accuracy:.1f} % of {found['num']} samples recognised")
+        parts.append(f"Fréchet distance {distance:.2f} (real held-out images: {floor:.2f})")
+    if "fid" in found:
+        parts.append(f"FID {float(str(found['fid'])):.2f} of {found['num']} samples against {found['reference']}")
+    return f"{stage} {step}: {', '.join(parts)}"

@@ -1,0 +1,120 @@
+"""The image features that a stage learns from: read as they were written beside the latents, or made while it trains.
+
+Either way a stage has them as one object, with what the trainer must know: their widths, what they cost, which ones
+they are (so that a resumed run learns from the same), and where the feed gets its part from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from st_fast.core.errors import UserError
+from st_fast.core.launch import local_count
+from st_fast.core.machine import usable_cpus
+from st_fast.data.ahead import ReadAhead, TorchLoader
+from st_fast.data.features import FeatureSet, check_grid, open_features_of
+from st_fast.data.loader import Loader
+from st_fast.data.shards import RecordSet
+from st_fast.model.compiling import CompiledBlocks
+from st_fast.model.encoders import ImageEncoder, load_encoder
+from st_fast.model.vision import VisionTransformer
+from st_fast.prepare.record_images import RecordImages, open_record_images
+from st_fast.recipe.schema import Recipe, Stage
+
+LIVE = "live:"
+"""What the digests of live features begin with."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """A stage's image features; empty where its method learns from none."""
+
+    written: tuple[FeatureSet, ...] = ()
+    encoders: tuple[ImageEncoder, ...] = ()
+    images: RecordImages | None = None
+    """What live encoders see."""
+    latents: str = ""
+    """Digest of the latents that the features belong to."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """D_j of each encoder."""
+        return tuple(one.manifest.shape[-1] for one in self.written) + tuple(one.width for one in self.encoders)
+
+    @property
+    def flops_beforehand(self) -> float:
+        """What writing them took, before any step."""
+        return sum(one.manifest.flops for one in self.written)
+
+    @property
+    def flops_an_image(self) -> float:
+        """What the live encoders' forwards take for an image."""
+        return 0.0 if self.images is None else sum(one.flops(self.images.manifest.shape[-1]) for one in self.encoders)
+
+    @property
+    def digests(self) -> list[str]:
+        """One an encoder: it changes when the features do."""
+        if self.images is None:
+            return [one.manifest.digest for one in self.written]
+        seen = (self.images.digest, self.images.manifest.shape, self.latents)
+        return [f"{LIVE}{hashlib.sha256(repr((one.hash, seen)).encode()).hexdigest()}" for one in self.encoders]
+
+    def check_same(self, saved: Sequence[str], where: str) -> None:
+        """UserError where a run was started on other features than there are now.
+
+        Not between written and live ones, which differ in rounding at least: whoever resumed with the other kind has
+        been told so and has accepted it (`--accept-changes`).
+        """
+        places = [str(one.folder) for one in self.written] or [f"encoder {one.name}" for one in self.encoders]
+        for old, now, place in zip(saved, self.digests, places, strict=False):
+            if old != now and old.startswith(LIVE) == now.startswith(LIVE):
+                raise UserError(
+                    f"{place}: the features changed since {where} was written (digest {old[-64:][:12]} then, "
+                    f"{now[-64:][:12]} now); restore them, or start a new run"
+                )
+
+    def loaders(self, device: torch.device) -> list[Loader]:
+        """One for each set of written features; or one of the images, of as many batches at once as a rank has CPUs."""
+        if self.images is None:
+            return [TorchLoader(one, device) for one in self.written]
+        threads = max(2, usable_cpus() // local_count())
+        return [ReadAhead(self.images, threads, depth=threads, pinned=device.type == "cuda")]
+
+    def close(self) -> None:
+        """Closes the written features' files."""
+        for one in self.written:
+            one.close()
+
+
+def open_image_features(
+    stage: Stage, recipe: Recipe, records: RecordSet, device: torch.device, dtype: torch.dtype
+) -> ImageFeatures:
+    """What a stage learns from; UserError where something lacks or doesn't fit the model or the latents."""
+    method = stage.method
+    if not method.encodes_images:
+        return ImageFeatures(written=tuple(open_features_of(stage, recipe, records)))
+    data = recipe.data
+    images = open_record_images(Path(data.path), records, data.images, data.images_subset)
+    encoders = tuple(load_encoder(_place(name, data.path), device, dtype) for name in method.encoder_names)
+    for one in encoders:
+        grid = one.grid(images.manifest.shape[-1])
+        check_grid(one.name, grid, recipe.model.latent_size // recipe.model.patch, method.resizes_features, stage.name)
+    return ImageFeatures(encoders=encoders, images=images, latents=records.digest)
+
+
+def compile_encoders(features: ImageFeatures, say: Callable[[str], None]) -> None:
+    """Runs the vision transformers among the live encoders compiled from now on."""
+    for one in features.encoders:
+        if isinstance(one, VisionTransformer):
+            one.run = CompiledBlocks(say, dynamic=False)
+
+
+def _place(name: str, data: str) -> str:
+    """A folder of that name beside the latents comes first: the digits have their encoder there."""
+    beside = Path(data) / name
+    return str(beside) if (beside / "config.json").is_file() else name

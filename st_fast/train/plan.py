@@ -1,0 +1,189 @@
+"""On paper: a stage's step time and images/s on 1 to 64 GPUs, from measured compute, gradient bytes and link bandwidth.
+
+    python -m st_fast doctor --plan recipes/sit_xl.toml --images-per-s 700
+    python -m st_fast doctor --plan recipes/sit_xl.toml --run runs/sit_xl --network 22
+
+The global batch is the recipe's, whatever the number of GPUs, so compute shrinks with them and traffic does not.
+DDP: the weights on every GPU; gradients summed over a ring, overlapped with the backward pass but for the last bucket.
+FSDP2: weights, optimiser and EMA in shards; weights gathered for forward and backward, gradients scattered.
+The trainer runs DDP, or FSDP2 with run.sharding = "fsdp2", which sends more and saves memory and the update's time.
+Optimistic: latencies are left out, and a GPU is as efficient with a few images as with the batch it was measured at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from st_fast.core.command import command_parser
+from st_fast.core.errors import UserError
+from st_fast.recipe import Recipe, cost, load
+from st_fast.recipe.schema import Stage
+from st_fast.train.reduction import BUCKET_BYTES
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+UPDATE_BYTES = 42
+"""Bytes that clip, AdamW, EMA and the bf16 copy move a parameter, in one pass over memory."""
+ASSUMED_FLOPS = 0.6 * 790e12
+"""Where nothing was measured: this project's goal, as a share of what an H200's bf16 matrix product reaches."""
+BACKWARD_SHARE = 2 / 3
+"""Of a step's compute; the forward is the rest."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one GPU and its links, in bytes a second and one direction."""
+
+    per_node: int
+    within: float
+    """Between GPUs of one node."""
+    between: float
+    """Between nodes, for each GPU of a node."""
+    memory: float
+    """Copying, read and write counted."""
+
+    def link(self, count: int) -> float:
+        """The slowest link on a ring through `count` GPUs; a node's rings leave it through all its network cards."""
+        return self.within if count <= self.per_node else min(self.within, self.between * self.per_node)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step of a stage on one GPU: seconds for the whole global batch, and what is trained."""
+
+    compute: float
+    """Forward and backward, in seconds."""
+    images: int
+    parameters: int
+    weight_bytes: int
+    """Of one parameter in use, and so of its gradient."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one step on `count` GPUs, and what of them is communication that nothing hides."""
+
+    count: int
+    step: float
+    exposed: float
+    memory_gib: float
+
+    def images_per_s(self, work: Work) -> float:
+        return work.images / self.step
+
+
+def ddp(work: Work, machine: Machine, count: int) -> Estimate:
+    """Ring all-reduce sends 2·(n − 1)/n of the gradients (Patarasuk & Yuan 2009); the last bucket can't be hidden."""
+    share = 2 * (count - 1) / count / machine.link(count)
+    total = work.parameters * work.weight_bytes
+    compute = work.compute / count
+    hidden = min((total - min(BUCKET_BYTES, total)) * share, BACKWARD_SHARE * compute)
+    exposed = total * share - hidden
+    update = work.parameters * UPDATE_BYTES / machine.memory
+    return Estimate(count, compute + exposed + update, exposed, work.parameters * cost.STATE_BYTES / 2**30)
+
+
+def fsdp(work: Work, machine: Machine, count: int) -> Estimate:
+    """ZeRO-3's traffic, 3·(n − 1)/n of the weights (arXiv 1910.02054): two gathers and a scatter, hidden by compute."""
+    traffic = (count - 1) / count / machine.link(count) * work.parameters * work.weight_bytes
+    compute = work.compute / count
+    forward = max(0.0, traffic - (1 - BACKWARD_SHARE) * compute)
+    backward = max(0.0, 2 * traffic - BACKWARD_SHARE * compute)
+    update = work.parameters * UPDATE_BYTES / machine.memory / count
+    state = work.parameters * cost.STATE_BYTES / count / 2**30
+    return Estimate(count, compute + forward + backward + update, forward + backward, state)
+
+
+def work_of(recipe: Recipe, stage: Stage, images_per_s: float) -> Work:
+    """From what one GPU was measured to do in whole steps; the update's time is taken out of it elsewhere."""
+    bf16 = recipe.run.precision != "fp32"
+    compute = recipe.optim.batch_size / images_per_s
+    return Work(compute, recipe.optim.batch_size, cost.trunk_parameters(recipe.model), 2 if bf16 else 4)
+
+
+def without_update(work: Work, machine: Machine) -> Work:
+    """The same work with the optimiser's time, which does not shrink with the batch, taken out of the compute."""
+    update = work.parameters * UPDATE_BYTES / machine.memory
+    return Work(max(work.compute - update, 0.1 * work.compute), work.images, work.parameters, work.weight_bytes)
+
+
+def table(work: Work, machine: Machine) -> str:
+    """Markdown: one line a GPU count at which the global batch divides."""
+    lines = [
+        "| GPUs | images a GPU | DDP ms | exposed ms | images/s | efficiency | FSDP2 ms | exposed ms | images/s |"
+        " state a GPU, DDP / FSDP2 GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    single = ddp(work, machine, 1).images_per_s(work)
+    for count in (n for n in COUNTS if work.images % n == 0):
+        a, b = ddp(work, machine, count), fsdp(work, machine, count)
+        efficiency = 100 * a.images_per_s(work) / (count * single)
+        lines.append(
+            f"| {count} | {work.images // count} | {1e3 * a.step:.1f} | {1e3 * a.exposed:.1f} | "
+            f"{a.images_per_s(work):,.0f} | {efficiency:.0f} % | {1e3 * b.step:.1f} | {1e3 * b.exposed:.1f} | "
+            f"{b.images_per_s(work):,.0f} | {a.memory_gib:.1f} / {b.memory_gib:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def measured_rate(run: Path, stage: str) -> float:
+    """Images/s of one GPU: the median of a run's log for a stage. UserError where the log has none."""
+    rates = []
+    ranks = 1
+    if (run / "log.jsonl").is_file():
+        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record.get("stage") == stage and record["kind"] == "start":
+                ranks = record.get("ranks", 1)
+            if record.get("stage") == stage and record["kind"] == "train":
+                rates.append(record["images_per_s"] / ranks)
+    if not rates:
+        raise UserError(f"--run {run}: its log has no training step of stage {stage}")
+    return sorted(rates)[len(rates) // 2]
+
+
+def assumed_rate(recipe: Recipe, stage: Stage) -> float:
+    """Images/s of one GPU by the project's goal for an H200; for where nothing was measured."""
+    return ASSUMED_FLOPS / cost.stage_cost(recipe, stage).total
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = command_parser("doctor --plan", __doc__)
+    parser.add_argument("recipe")
+    measured = parser.add_mutually_exclusive_group()
+    measured.add_argument("--images-per-s", type=float, help="of one GPU, measured (python -m pytest bench/)")
+    measured.add_argument("--run", type=Path, help="a run folder whose log says how fast it was")
+    parser.add_argument("--per-node", type=int, default=8, help="GPUs in a node (8)")
+    parser.add_argument("--nvlink", type=float, default=360.0, help="GB/s a GPU within a node (360: NVLink 4, 80 %%)")
+    parser.add_argument("--network", type=float, default=45.0, help="GB/s a GPU between nodes (45: 400 Gbit/s, 90 %%)")
+    parser.add_argument("--memory", type=float, default=4300.0, help="GB/s of device memory (4300: H200, measured)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the estimate of every stage of a recipe. UserError for what is not there, SystemExit(2) for bad flags."""
+    given = parser().parse_args(list(arguments))
+    for name in ("images_per_s", "per_node", "nvlink", "network", "memory"):
+        value = getattr(given, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {value}: above 0")
+    recipe = load(given.recipe, ranks=None)
+    machine = Machine(given.per_node, given.nvlink * 1e9, given.network * 1e9, given.memory * 1e9)
+    for stage in recipe.stages:
+        if given.run is not None:
+            rate, source = measured_rate(given.run, stage.name), f"measured in {given.run}"
+        elif given.images_per_s is not None:
+            rate, source = given.images_per_s, "as given"
+        else:
+            rate, source = assumed_rate(recipe, stage), "ASSUMED: 60 % of an H200's 790 TFLOP/s"
+        work = without_update(work_of(recipe, stage, rate), machine)
+        gradient = work.parameters * work.weight_bytes / 2**30
+        links = f"{given.nvlink:g} GB/s within {given.per_node} GPUs, {given.network:g} GB/s a GPU beyond"
+        print(
+            f"{stage.name}: {recipe.model.name}, global batch {work.images}, {gradient:.2f} GiB of gradients a step; "
+            f"one GPU {rate:,.0f} images/s ({source}); {links}\n{table(work, machine)}\n"
+        )

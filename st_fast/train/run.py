@@ -1,0 +1,183 @@
+"""A whole run: data, every stage in order, the report."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from st_fast import kernels
+from st_fast.core import lock
+from st_fast.core.checkpoint.history import candidates
+from st_fast.core.errors import UserError
+from st_fast.core.launch import local_rank
+from st_fast.core.machine import PassTooLarge
+from st_fast.core.ranks import process_group
+from st_fast.core.signals import Agreement, stop_on_signals
+from st_fast.data.loader import kept_bytes
+from st_fast.data.manifest import Manifest
+from st_fast.data.opening import open_data
+from st_fast.data.shards import RecordSet
+from st_fast.kernels.heap import keep_freed_memory
+from st_fast.model import teacher
+from st_fast.model.compiling import keep_compiled
+from st_fast.model.fp8 import check_fp8
+from st_fast.prepare import digits, digits_encoder
+from st_fast.recipe import Recipe, Stage, to_toml
+from st_fast.recipe.batch import images_a_pass
+from st_fast.recipe.schedule import check_device
+from st_fast.report import write_report
+from st_fast.train import memory, micro_batch, profiling, start, trackers
+from st_fast.train.examiner import Examiner
+from st_fast.train.image_features import open_image_features
+from st_fast.train.log import Log, matmul_rate
+from st_fast.train.stage import run_stage
+from st_fast.train.trainer import Setting
+from st_fast.train.watchdog import watched
+
+NO_TIMEOUT = 7 * 24 * 3_600.0
+"""Seconds a rank waits for others where `run.hang_timeout` is 0."""
+
+
+def run(recipe: Recipe) -> None:
+    """Trains every stage of the recipe from where it stands and writes the report.
+
+    Raises Interrupted after a signal (saved), RunFailed when training can't go on, UserError for bad input.
+    """
+    out = Path(recipe.run.out)
+    keep_compiled(out / "compiled")
+    keep_freed_memory()
+    patience = recipe.run.hang_timeout
+    with (
+        process_group(recipe.run.device, patience=2.0 * patience or NO_TIMEOUT) as ranks,
+        stop_on_signals() as stop,
+        watched(ranks, patience),
+    ):
+        check_device(recipe.run, ranks.device.type)
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+        ranks.barrier()
+        ranks.told(lambda: trackers.check_installed(recipe.run.trackers))
+        profiling.choose_tool(recipe.profile, ranks.device)
+        with (
+            lock.RunLock(out, print) if ranks.first else nullcontext(),
+            trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
+        ):
+            log = Log(out / "log.jsonl", ranks, track)
+            if ranks.first and recipe.data.source == "digits":
+                digits.prepare_digits(Path(recipe.data.path), log.say)
+                digits_encoder.prepare_features(recipe, log.say)
+            ranks.barrier()
+            verify = recipe.data.verify and local_rank() == 0
+            shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
+            check_fits(recipe, shards.manifest)
+            ranks.told(lambda: check_teachers(recipe))
+            ranks.told(lambda: check_features(recipe, shards))
+            ranks.told(lambda: check_starts(recipe, shards))
+            agreement = Agreement(stop, ranks)
+            examiner = Examiner(recipe, shards.manifest, ranks, log)
+            check_fp8(recipe, ranks.device)
+            ranks.told(examiner.check)
+            dtype, kept = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
+            split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
+            if ranks.first:
+                _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
+            with memory.explained(split, ranks, dtype, recipe):
+                rate = matmul_rate(ranks.device, dtype)
+            setting = Setting(split, ranks, shards, examiner, log, agreement, dtype, rate, choice)
+            for stage in recipe.stages:
+                setting = train_stage(setting, stage, recipe)
+            agreement.close()
+            if ranks.first:
+                log.say(f"report: {write_report([out], out / 'report.html')}")
+
+
+def train_stage(setting: Setting, stage: Stage, given: Recipe) -> Setting:
+    """Trains a stage, beginning again with smaller passes, once, if memory lacks and "auto" leaves their size to us.
+
+    Returns the setting that the stages after it go on with. RunFailed, which says what would fit, where memory lacks
+    all the same; `given` is the recipe before its passes were chosen.
+    """
+    smaller = None
+    with memory.explained(setting.recipe, setting.ranks, setting.dtype, given):
+        try:
+            run_stage(setting, stage)
+        except PassTooLarge:
+            smaller = micro_batch.halved(setting.recipe, setting.choice)
+            if smaller is None:
+                raise
+    if smaller is None:
+        return setting
+    memory.release(setting.ranks.device)  # not before: until it is handled, the error refers to all of the stage
+    recipe, choice = smaller
+    before, step = images_a_pass(setting.recipe.optim, 1), setting.ranks.place.step
+    setting.log.say(
+        f"{stage.name}: out of memory at step {step} with {before} images a pass; going on after step {step - 1} "
+        f"with {choice.images}, {recipe.optim.accumulation} passes a step"
+    )
+    setting = replace(setting, recipe=recipe, choice=choice)
+    with memory.explained(setting.recipe, setting.ranks, setting.dtype, given):
+        run_stage(setting, stage)
+    return setting
+
+
+def check_teachers(recipe: Recipe) -> None:
+    """UserError for a teacher from outside this run that is not there or does not fit, before days are spent."""
+    table = kernels.select({}, torch.device("cpu"))
+    for stage in recipe.stages:
+        name, group = stage.method.teacher_name, stage.method.teacher_group
+        if name is not None and all(name != other.name for other in recipe.stages):
+            root = teacher.checkpoint_root(recipe, name)
+            teacher.load_frozen(
+                root, recipe.model, group, table, torch.device("cpu"), torch.float32, flow=recipe.flow.path
+            )
+
+
+def check_features(recipe: Recipe, records: RecordSet) -> None:
+    """UserError for an encoder's features that are not there or do not fit, before days are spent."""
+    for stage in recipe.stages:
+        open_image_features(stage, recipe, records, torch.device("cpu"), torch.float32).close()
+
+
+def check_starts(recipe: Recipe, records: RecordSet) -> None:
+    """UserError for a model from outside this run that a stage can't start from, before days are spent.
+
+    A stage that has begun never reads it again.
+    """
+    for stage in recipe.stages:
+        name, folder = stage.start.init, Path(recipe.run.out) / stage.name / "checkpoints"
+        if not name or any(name == other.name for other in recipe.stages) or candidates(folder):
+            continue
+        features = open_image_features(stage, recipe, records, torch.device("cpu"), torch.float32)
+        start.check(recipe, stage, features.widths, print)
+        features.close()
+
+
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The dtype of the weights in use: `run.precision`, where "auto" is bf16 on CUDA and float32 elsewhere."""
+    bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _keep_recipe(out: Path, recipe: Recipe) -> None:
+    aside = out / "recipe.toml.partial"
+    aside.write_text(to_toml(recipe), encoding="utf-8")
+    os.replace(aside, out / "recipe.toml")
+
+
+def check_fits(recipe: Recipe, manifest: Manifest) -> None:
+    """UserError if the data's channels, size or labels are not those of the recipe's model: states all of them."""
+    model = recipe.model
+    ours = (2 * model.channels, model.latent_size, model.latent_size)
+    if manifest.shape != ours:
+        raise UserError(
+            f"{recipe.data.path}: moments are {manifest.shape}, model.channels = {model.channels} and "
+            f"model.latent_size = {model.latent_size} (patch {model.patch}) need {ours}"
+        )
+    if manifest.num_classes > model.num_classes:
+        raise UserError(
+            f"{recipe.data.path}: labels of {manifest.num_classes} classes, model.num_classes = {model.num_classes}"
+        )

@@ -1,0 +1,175 @@
+"""FSDP2: weights, gradients, moments and EMA in shards, one a rank (ZeRO-3, arXiv 1910.02054), for larger models.
+
+A sharded tensor is a DTensor split along its first dimension, as `torch.chunk` splits it. Its local part is what the
+optimiser's ops read and write; whole weights exist only while a block runs. Gradients are summed over ranks, never
+averaged: the losses are already weighted by 1 / global batch size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from st_fast.core.ranks import Ranks, rows
+from st_fast.model import SiT
+from st_fast.recipe.schema import Recipe
+from st_fast.train.reduction import REDUCTION
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+class Shards:
+    """How the modules of a run are sharded: over all ranks, gradients reduced in `reduction` (None: as they are)."""
+
+    def __init__(self, ranks: Ranks, reduction: torch.dtype | None) -> None:
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
+        self._mesh: DeviceMesh = init_device_mesh(ranks.device.type, (ranks.count,))
+        # Modules hold the precision they compute in, and the update writes it, so that only the reduction may differ.
+        self._policy = MixedPrecisionPolicy(reduce_dtype=reduction, cast_forward_inputs=False)
+
+    def model(self, model: SiT, depth: int | None = None) -> None:
+        """Shards a model in place: every block by itself, all blocks' modulation layers together, the rest together.
+
+        depth: of a frozen model, how many blocks run; its methods `features` and `guided_features` stop there.
+        """
+        # Modulations are computed before the blocks, from all blocks' layers: these can't be parts of the blocks.
+        self._apply([*model.modulation_layers(model.config.depth if depth is None else depth)])
+        for block in model.blocks:
+            self._apply(block)
+        # After its last use FSDP2 would keep the rest gathered for a backward pass, and so at the weights of that time.
+        self._apply(model, ignored={model.pos_embed}, free=None if depth is None else True)
+        for name in ("features", "guided_features"):
+            register_fsdp_forward_method(model, name)
+
+    def heads(self, heads: nn.Module) -> None:
+        """Shards a method's heads in place: each module that is called as a whole."""
+        for module in _called(heads):
+            self._apply(module)
+
+    def _apply(
+        self, module: nn.Module | list[nn.Module], ignored: set[nn.Parameter] | None = None, free: bool | None = None
+    ) -> None:
+        fully_shard(  # type: ignore[call-overload]
+            module, mesh=self._mesh, mp_policy=self._policy, ignored_params=ignored, reshard_after_forward=free
+        )
+        sharded = cast(FSDPModule, module[0] if isinstance(module, list) else module)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction with a factor
+
+
+def shards_of(recipe: Recipe, ranks: Ranks) -> Shards | None:
+    """What `run.sharding` asks for; None for whole weights on every rank, as a single one always has them."""
+    if recipe.run.sharding == "none" or ranks.count == 1:
+        return None
+    return Shards(ranks, REDUCTION[recipe.optim.reduction])
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules with a forward of their own that have parameters."""
+    if type(module).forward is not nn.Module.forward:
+        if any(True for _ in module.parameters()):
+            yield module
+    else:
+        for child in module.children():
+            yield from _called(child)
+
+
+class ShardedSum:
+    """`reduction.GradientSum` for sharded modules: only the last micro-batch's backward reduces, block by block."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._roots = [part for module in modules for part in _outermost(module)]
+        self._sync(False)
+
+    def expect(self) -> None:
+        """The backward that follows completes the gradients."""
+        self._sync(True)
+
+    def finish(self) -> None:
+        """After it every sharded gradient is this rank's part of the sum over ranks."""
+        self._sync(False)
+
+    def _sync(self, on: bool) -> None:
+        for root in self._roots:
+            root.set_requires_gradient_sync(on)
+            root.set_is_last_backward(on)
+
+
+def _outermost(module: nn.Module) -> list[FSDPModule]:
+    if isinstance(module, FSDPModule):
+        return [module]
+    return [part for child in module.children() for part in _outermost(child)]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the module's parameters are sharded."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`local` of each."""
+    return [local(tensor) for tensor in tensors]
+
+
+@torch.no_grad()
+def put(whole: Tensor, into: Tensor) -> None:
+    """Copies a whole tensor into one of its shape, of which a sharded one takes this rank's rows."""
+    if isinstance(into, DTensor):
+        start, stop = rows(len(whole), into.device_mesh.get_local_rank(), into.device_mesh.size())
+        whole = whole[start:stop]
+    local(into).copy_(whole)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank, which must all ask; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
+    """√ Σ norm² over the ranks that share `like`, added in the order of ranks: the same bits everywhere.
+
+    norm is 0-dim float32, of this rank's parts; as it is where `like` is not sharded. NaN and Inf come through.
+    """
+    if not isinstance(like, DTensor):
+        return norm
+    squares = norm.new_empty(like.device_mesh.size(), dtype=torch.float64)
+    dist.all_gather(list(squares.split(1)), norm.double().square().reshape(1), group=like.device_mesh.get_group())
+    return squares.sum().sqrt().float()
+
+
+def hand_out(state: Groups, whole: Groups, ranks: Ranks) -> None:
+    """Sets every rank's state to the first rank's `whole` tensors, one at a time; {} on other ranks.
+
+    What the first rank has no whole tensor of: there, if it is not sharded, its own state counts; shards stay.
+    """
+
+    def names() -> list[list[str]]:
+        found = [(group, name, tensor) for group, tensors in whole.items() for name, tensor in tensors.items()]
+        return [[group, name] for group, name, tensor in found if not isinstance(tensor, DTensor)]
+
+    given = {(group, name) for group, name in ranks.told(names)}
+    for group, tensors in state.items():
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, DTensor):
+                if whole and (group, name) in given:
+                    tensor.copy_(whole[group][name])
+                ranks.broadcast([tensor])
+            elif (group, name) in given:
+                full = torch.empty(tensor.shape, dtype=tensor.dtype, device=local(tensor).device)
+                if whole:
+                    full.copy_(whole[group][name])
+                ranks.broadcast([full])
+                put(full, tensor)

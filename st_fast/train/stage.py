@@ -1,0 +1,198 @@
+"""One stage from top to bottom: build, resume, loop, log, sample, save."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from st_fast import __version__
+from st_fast.core.errors import Interrupted
+from st_fast.core.machine import PassTooLarge
+from st_fast.data.loader import Loader, make_loader
+from st_fast.recipe import cost
+from st_fast.recipe.batch import images_a_pass
+from st_fast.recipe.schema import Stage
+from st_fast.train import memory
+from st_fast.train.batches import Feed, Lookahead
+from st_fast.train.guard import Readings, Skips, SpikeDetector
+from st_fast.train.image_features import ImageFeatures
+from st_fast.train.log import Clock, Meter, progress_line
+from st_fast.train.micro_batch import halved
+from st_fast.train.profiling import StageProfile
+from st_fast.train.trainer import Setting, Trainer
+
+
+def run_stage(setting: Setting, stage: Stage) -> None:
+    """Trains a stage to its last step, from where it stands; Interrupted if a signal asked to stop."""
+    recipe, ranks, log = setting.recipe, setting.ranks, setting.log
+    ranks.place.stage, ranks.place.step = stage.name, 0
+    ranks.place.mark("build")
+    memory.forget_peak(ranks.device)
+    clock, trainer = Clock(), Trainer(setting, stage)
+    first = trainer.resume(clock)
+    if first >= stage.steps:
+        log.say(f"{stage.name}: complete at step {first}")
+        trainer.close()
+        return
+    loader = make_loader(recipe.data.loader, setting.shards, ranks.device, log.say)
+    features = trainer.features.loaders(ranks.device)
+    feed = Feed(recipe, stage, loader, len(setting.shards), ranks, features)
+    meter = Meter(ranks.device, recipe.run.log_every)
+    profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
+    _log_start(setting, stage, first, trainer.features.flops_an_image, trainer.origin)
+    report = Reporter(setting, stage, feed, clock, first, trainer.features)
+    retreat = Retreat(setting, trainer, clock, (loader, *features), first)
+
+    gc.collect()
+    gc.freeze()
+    clock.start()
+    steps = Lookahead(feed.steps(first, stage.steps))
+    trainer.step.following = steps.peek
+    for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
+        with retreat.if_too_large(done - 1):
+            losses, norm = trainer.step(done - 1, batches)
+        meter.add(losses.denoise, losses.aux, norm)
+        profile.stepped(done)
+        last, stopping = done == stage.steps, setting.stop()
+        spike = report(done, meter) if _due(done, recipe.run.log_every) or last else None
+        if spike is not None:
+            with clock.paused():
+                trainer.roll_back(spike, done)
+        if _due(done, recipe.sample.every) or last:
+            with clock.paused():
+                ranks.place.mark("sample")
+                setting.examiner.pictures(trainer.ema_model(), stage, done, report.cost(done))
+        if (_due(done, recipe.evaluate.every) or last) and not stopping:
+            with clock.paused():
+                ranks.place.mark("sample")
+                setting.examiner.metrics(trainer.ema_model(), stage, done, report.cost(done))
+        if _due(done, recipe.run.save_every) or last or stopping or spike is not None:
+            with clock.paused():
+                trainer.save(done, clock)
+        if stopping:
+            break
+    clock.stop()
+    for reader in (loader, *features):
+        reader.close()
+    trainer.finish()
+    stalls = trainer.stalls(clock)
+    trainer.close()
+    gc.unfreeze()
+    if done < stage.steps:
+        setting.stop.close()
+        raise Interrupted(f"{setting.stop.signal}: saved {stage.name} at step {done}; the same command continues")
+    log.write("end", stage.name, done, **report.cost(done), **stalls)
+
+
+class Retreat:
+    """What is done before a stage is begun again with smaller passes, where these are allowed (`halved`)."""
+
+    def __init__(self, setting: Setting, trainer: Trainer, clock: Clock, readers: Sequence[Loader], first: int) -> None:
+        self.setting, self.trainer, self.clock, self.readers, self.first = setting, trainer, clock, readers, first
+
+    @contextmanager
+    def if_too_large(self, done: int) -> Iterator[None]:
+        """Around a step: if memory lacks for its passes, saves the `done` steps before it and closes the stage."""
+        try:
+            yield
+        except PassTooLarge:
+            smaller = halved(self.setting.recipe, self.setting.choice)
+            if smaller is None:
+                raise
+            self.clock.stop()
+            for parameter in self.trainer.optimizer.parameters():
+                parameter.grad = None
+            if done > self.first:
+                self.trainer.setting = replace(self.setting, recipe=smaller[0], choice=smaller[1])
+                self.trainer.save(done, self.clock)
+                self.trainer.finish()
+            for reader in self.readers:
+                reader.close()
+            self.trainer.close()
+            gc.unfreeze()
+            raise
+
+
+class Reporter:
+    """Turns the meter's readings into a log record and a progress line, and looks whether the numbers go wrong."""
+
+    def __init__(
+        self, setting: Setting, stage: Stage, feed: Feed, clock: Clock, first: int, features: ImageFeatures
+    ) -> None:
+        self._beforehand, self._encoders = features.flops_beforehand, features.flops_an_image
+        self.setting, self.stage, self.feed, self.clock = setting, stage, feed, clock
+        self._step, self._seconds, self._waited = first, clock.read(), feed.waited
+        self._skips = Skips(stage.name, setting.recipe.run.max_bad_steps)
+        self._spikes = SpikeDetector(setting.recipe.run.spike_ratio)
+
+    def cost(self, step: int) -> dict[str, float]:
+        """What the stage has taken so far: training seconds, and FLOPs, teachers' and encoders' forwards included."""
+        return {
+            "seconds": round(self.clock.read(), 3),
+            "flops": self._beforehand + cost.stage_flops(self.setting.recipe, self.stage, 0, step, self._encoders),
+        }
+
+    def __call__(self, step: int, meter: Meter) -> int | None:
+        """Logs the steps since the last call; returns the step that a spike began with, if one is seen.
+
+        RunFailed after too many steps in a row whose gradients were not finite.
+        """
+        setting, stage = self.setting, self.stage
+        setting.ranks.place.mark("log")
+        readings = meter.read(setting.ranks, step)
+        values = readings.means()
+        self._log_skipped(readings)
+        seconds, waited = self.clock.read(), self.feed.waited
+        elapsed = max(seconds - self._seconds, 1e-9)
+        spent = cost.stage_flops(setting.recipe, stage, self._step, step, self._encoders)
+        values["images_per_s"] = (step - self._step) * setting.recipe.optim.batch_size / elapsed
+        values["mfu"] = spent / elapsed / (setting.rate * setting.ranks.count)
+        values["data_wait"] = (waited - self._waited) / elapsed
+        values["peak_gib"] = round(memory.peak_bytes(setting.ranks.device) / 2**30, 3)
+        eta = (stage.steps - step) * elapsed / max(step - self._step, 1)
+        self._step, self._seconds, self._waited = step, seconds, waited
+        setting.log.write("train", stage.name, step, **values, skipped=self._skips.total, **self.cost(step))
+        setting.log.say(progress_line(stage.name, step, stage.steps, values, eta))
+        self._skips.judge(step)
+        return self._spikes.add(readings)
+
+    def _log_skipped(self, readings: Readings) -> None:
+        """Names each skipped step's samples: those of the ranks whose loss was not finite, or all if none was."""
+        self._skips.add(readings)
+        for offset in readings.bad:
+            step, ranks = readings.first + offset, readings.bad_ranks[offset]
+            ordinals, records = self.feed.samples(step - 1, ranks)
+            self.setting.log.write("skip", self.stage.name, step, ranks=ranks, ordinals=ordinals, records=records)
+            self.setting.log.say(
+                f"{self.stage.name}: step {step} skipped, not finite on ranks {ranks or 'unknown'}: {len(records)} "
+                f"samples are named in {self.setting.log.path.name}"
+            )
+
+
+def _log_start(setting: Setting, stage: Stage, first: int, encoders: float, origin: dict[str, Any] | None) -> None:
+    recipe = setting.recipe
+    each = cost.stage_cost(recipe, stage, encoders)
+    setting.log.write(
+        "start", stage.name, first, trunk_params=cost.trunk_parameters(recipe.model), resumed_from=first,
+        flops_per_image=each.total, teacher_flops_per_image=each.teacher, steps=stage.steps,
+        batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, setting.ranks.count),
+        ranks=setting.ranks.count, device=_device_name(setting.ranks.device),
+        matmul_flops_per_s=setting.rate, dataset=setting.shards.manifest.digest,
+        versions={"st_fast": __version__, "torch": torch.__version__}, **({"init": origin} if origin else {}),
+    )  # fmt: skip
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads != 1)}"
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

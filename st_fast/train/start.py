@@ -1,0 +1,123 @@
+"""What a stage's weights start from where its recipe says `init`: read once, matched strictly, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from st_fast import kernels
+from st_fast.core.checkpoint import match_strictly
+from st_fast.core.errors import UserError
+from st_fast.model import SiT, teacher
+from st_fast.model.formats.bundle import Bundle, heads, trunk
+from st_fast.model.formats.origin import Origin, Say, read_model
+from st_fast.model.vae import tensors_hash
+from st_fast.recipe.schema import Recipe, Stage
+from st_fast.train import supervision
+from st_fast.train.average import Average
+from st_fast.train.supervision.registry import Parts
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+
+
+def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[Groups, dict[str, Any]]:
+    """The state that a stage begins with, from what `stage.start` names and, for what is fresh, from what was drawn.
+
+    `drawn` is the optimiser's state before the first step. Also returns what to record of the start: path, layout,
+    step, hash and what was taken. UserError, in one line, listing everything that does not match.
+    """
+    start = stage.start
+    origin = _read(recipe, stage, say)
+    bundle, where = origin.bundle, f"stage.{stage.name}.init = {start.init!r}"
+    fits(recipe, stage, drawn, bundle, where)
+    state = {group: dict(tensors) for group, tensors in drawn.items()}
+    raw, averaged = {"ema": (bundle.ema, bundle.ema), "raw": (bundle.model, bundle.model)}.get(
+        start.init_weights, (bundle.model, bundle.ema)
+    )
+    kept = _kept(drawn["model"], start.init_fresh)
+    state["model"] |= {key: raw[key] for key in kept}
+    state["ema"] |= {key: averaged[key] for key in kept}
+    with_heads = start.init_heads == "match"
+    if with_heads:
+        state["heads"] = heads(bundle.model)
+    if start.init_weights == "state":
+        state["optim"] |= _moments(bundle, drawn["optim"], kept, with_heads)
+    return state, _record(stage, origin)
+
+
+def fits(recipe: Recipe, stage: Stage, drawn: Groups, bundle: Bundle, where: str) -> None:
+    """UserError listing every way in which a model is not what the stage can start from."""
+    start, theirs, ours = stage.start, teacher.architecture(bundle.config), teacher.architecture(recipe.model)
+    for prefix in start.init_fresh:
+        if not any(key.startswith(prefix) for key in drawn["model"]):
+            raise UserError(f"stage.{stage.name}.init_fresh: no key of the model begins with {prefix!r}")
+    if bundle.path != recipe.flow.path:
+        raise UserError(f"{where}: trained on the {bundle.path} path, flow.path = {recipe.flow.path!r}")
+    kept = _kept(drawn["model"], start.init_fresh)
+    known = {key for key in drawn["model"] if key not in kept}
+    found = {key: tensor for key, tensor in trunk(bundle.model).items() if key not in known}
+    differing = [f"{name} {theirs[name]} (this recipe: {ours[name]})" for name in ours if theirs[name] != ours[name]]
+    named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
+    match_strictly(kept, found, named)
+    if theirs["heads"] != ours["heads"]:  # the only part of the architecture that no shape tells
+        raise UserError(named)
+    if start.init_heads == "match":
+        match_strictly(drawn.get("heads", {}), heads(bundle.model), f"{where}, init_heads = 'match'")
+    if start.init_weights == "state" and not bundle.exp_avg:
+        raise UserError(f"{where}: it has no optimiser state; allowed: init_weights = 'ema' or 'raw'")
+
+
+def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Say) -> None:
+    """UserError for a start that is not there or does not fit, before anything is built in earnest."""
+    drawn: dict[str, Mapping[str, Tensor]] = {}
+    with torch.device("meta"):
+        table = kernels.select({}, torch.device("cpu"))
+        model = SiT(recipe.model, table)
+        drawn["model"] = model.state_dict()
+        if stage.start.init_heads == "match":
+            parts = Parts(recipe.model, table, model, Average(model), feature_widths, recipe.flow.path)
+            drawn["heads"] = supervision.create(stage, parts, 0).heads.state_dict()
+    where = f"stage.{stage.name}.init = {stage.start.init!r}"
+    fits(recipe, stage, drawn, _read(recipe, stage, say).bundle, where)
+
+
+def _read(recipe: Recipe, stage: Stage, say: Say) -> Origin:
+    name = stage.start.init
+    of_this_run = any(other.name == name for other in recipe.stages)
+    path = Path(recipe.run.out) / name if of_this_run else Path(name)
+    return read_model(path, say, heads_otherwise=recipe.model.heads)
+
+
+def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tensor]:
+    """The trunk without the parts that stay as they were drawn."""
+    return {key: tensor for key, tensor in drawn.items() if not key.startswith(fresh)} if fresh else dict(drawn)
+
+
+def _moments(
+    bundle: Bundle, drawn: Mapping[str, Tensor], kept: Mapping[str, Tensor], with_heads: bool
+) -> dict[str, Tensor]:
+    taken = {"model": list(kept)} | ({"heads": list(heads(bundle.model))} if with_heads else {})
+    updates = {"model": bundle.updates, "heads": bundle.head_updates}
+    found: dict[str, Tensor] = {}
+    for part, keys in taken.items():
+        for kind, table in (("exp_avg", bundle.exp_avg), ("exp_avg_sq", bundle.exp_avg_sq)):
+            found |= {f"{part}.{kind}.{key}": table[key] for key in keys if key in table}
+        found[f"{part}.step"] = torch.full_like(drawn[f"{part}.step"], updates[part])
+    return found
+
+
+def _record(stage: Stage, origin: Origin) -> dict[str, Any]:
+    bundle, start = origin.bundle, stage.start
+    return {
+        "path": start.init,
+        "layout": bundle.layout,
+        "step": bundle.step,
+        "sha256": tensors_hash(bundle.ema if start.init_weights == "ema" else bundle.model),
+        "weights": start.init_weights,
+        "heads": start.init_heads,
+        "fresh": list(start.init_fresh),
+    }

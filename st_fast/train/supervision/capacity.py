@@ -1,0 +1,97 @@
+"""Fixed shapes for supervised rows: how many rows make a pass, and which others fill it up at weight 0.
+
+How many of a micro-batch's times fall into the t-range changes from step to step, but by how much is known before
+training: a pass takes that many rows, and a step with more of them takes another pass of the same shape.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_fast.recipe import cost
+from st_fast.recipe.methods import Selection
+from st_fast.recipe.schema import Flow
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Rows of one pass, how many are expected to be supervised, and how many are expected to be run, all passes'."""
+
+    rows: int
+    supervised: float
+    run: float
+
+
+def capacity(selection: Selection, flow: Flow, whole: int, part: int) -> Capacity:
+    """For micro-batches of `part` samples from global batches of `whole`: the rows that cost least on average.
+
+    Stratified t fixes the number in a global batch to ±1, so where that is one micro-batch nothing ever overflows.
+    Otherwise the number is hypergeometric (stratified) or binomial, and the capacity K weighs padding against further
+    passes: the least K·E[max(1, ⌈M/K⌉)] with K at or above the mean.
+    """
+    if selection.mask == "released":
+        return Capacity(part, part, part)
+    share = cost.time_share(flow.time, flow.path, selection.t_range)
+    if flow.time == "stratified":
+        inside = _bins(selection.t_range, whole)
+        if part == whole:
+            return Capacity(inside, share * whole, inside)
+        chances = _hypergeometric(whole, inside, part)
+    else:
+        chances = _binomial(part, share)
+    counts = np.arange(part + 1)
+    mean = float(counts @ chances)
+    candidates = range(max(1, math.ceil(mean)), min(part, math.ceil(mean + 6 * math.sqrt(mean))) + 1)
+    costs = {k: k * float(np.maximum(1, -(-counts // k)) @ chances) for k in candidates}
+    best = min(costs, key=lambda k: (costs[k], k))
+    return Capacity(best, mean, costs[best])
+
+
+def _bins(t_range: tuple[float, float], count: int) -> int:
+    """How many of `count` equal bins of (0, 1) a range touches: its ends may lie in bins that are partly inside."""
+    first, last = math.floor(t_range[0] * count), min(math.floor(t_range[1] * count), count - 1)
+    return last - first + 1
+
+
+def _binomial(count: int, share: float) -> np.ndarray:
+    """(count + 1,) chances of 0 … count successes."""
+    share = min(max(share, 1e-12), 1 - 1e-12)
+    logs = [_log_choose(count, m) + m * math.log(share) + (count - m) * math.log1p(-share) for m in range(count + 1)]
+    return np.exp(logs)
+
+
+def _hypergeometric(whole: int, inside: int, part: int) -> np.ndarray:
+    """(part + 1,) chances that 0 … part of `part` places drawn from `whole` are among the `inside` ones."""
+    total = _log_choose(whole, part)
+    possible = range(max(0, part - (whole - inside)), min(part, inside) + 1)
+    chances = np.zeros(part + 1)
+    for m in possible:
+        chances[m] = math.exp(_log_choose(inside, m) + _log_choose(whole - inside, part - m) - total)
+    return chances
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def padded(index: Tensor, weight: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Fills supervised rows (index, weight (M,)) of a micro-batch of `size` up to whole passes of `rows`.
+
+    The rows that fill it are others of the micro-batch, in turn again where there are too few, and weigh 0. If all of
+    the micro-batch's rows are needed once, they keep their order. At least one pass is made, so that also a step
+    without supervised rows has this shape. On the host.
+    """
+    total = rows * max(1, -(-len(index) // rows))
+    if total == size:
+        return torch.arange(size), torch.zeros(size).index_put((index,), weight)
+    supervised = torch.zeros(size, dtype=torch.bool).index_fill(0, index, True)
+    others = (~supervised).nonzero()[:, 0]
+    spare = others if len(others) else torch.arange(size)
+    missing = total - len(index)
+    filling = spare.repeat(-(-missing // len(spare)))[:missing]
+    return torch.cat((index, filling)), torch.cat((weight, torch.zeros(missing)))

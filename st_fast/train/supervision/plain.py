@@ -1,0 +1,27 @@
+"""No supervision besides the denoising loss: SiT as published (arXiv 2401.08740)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from st_fast.recipe import methods
+from st_fast.train.supervision.protocol import Noised
+from st_fast.train.supervision.registry import Parts
+
+
+class Plain:
+    """Never active."""
+
+    tap = 0
+
+    def __init__(self, settings: methods.Plain, parts: Parts) -> None:
+        self.heads: nn.Module = nn.Module()
+
+    def active(self, step: int) -> bool:
+        return False
+
+    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+        return ()
+
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+        return hidden.new_zeros(())

@@ -1,0 +1,59 @@
+"""REPA (arXiv 2410.06940): patch features of frozen image encoders supervise a shallow block of the student."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_fast.kernels import KernelTable
+from st_fast.recipe import methods
+from st_fast.train.supervision.protocol import Noised, projector
+from st_fast.train.supervision.registry import Parts
+
+
+class Heads(nn.Module):
+    """One MLP for each encoder, D → hidden → hidden → D_j. Keys `projectors.{j}.{0,2,4}.*`, as published."""
+
+    def __init__(self, width: int, hidden: int, widths: tuple[int, ...], kernels: KernelTable) -> None:
+        super().__init__()
+        self.projectors = nn.ModuleList(projector(width, hidden, out, kernels) for out in widths)
+
+
+class Repa:
+    """mean_j Σ_b weight_b · mean_n −cos(MLP_j(h), g_j), g_j (B, N, D_j) the features of encoder j.
+
+    The mean over encoders is the released code's.
+    """
+
+    def __init__(self, settings: methods.Repa, parts: Parts) -> None:
+        if len(parts.feature_widths) != len(settings.encoders):
+            raise ValueError(f"repa needs features of {len(settings.encoders)} encoders")
+        self.settings, self.tap, self.kernels = settings, settings.tap, parts.kernels
+        self.encoders = parts.encoders
+        self.side = parts.config.latent_size // parts.config.patch
+        self.heads = Heads(parts.config.width, settings.hidden, parts.feature_widths, parts.kernels)
+
+    def active(self, step: int) -> bool:
+        return self.settings.supervises(step)
+
+    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+        features = noised.features
+        if noised.images is not None:
+            features = tuple(encoder(noised.images) for encoder in self.encoders)
+        return tuple(on_grid(one, self.side) for one in features)
+
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+        loss = noised.rows.weight.new_zeros(())
+        for head, features in zip(self.heads.projectors, target, strict=True):
+            q = head(hidden)
+            loss = loss + self.kernels.align(q, features.to(q.dtype), noised.rows.weight).float()
+        return loss / len(target)
+
+
+def on_grid(features: Tensor, side: int) -> Tensor:
+    """(B, h, w, D) → (B, side², D), resized (bilinear) where the grids differ."""
+    if features.shape[1:3] != (side, side):
+        channels_first = features.permute(0, 3, 1, 2).float()
+        resized = F.interpolate(channels_first, (side, side), mode="bilinear", align_corners=False)
+        features = resized.permute(0, 2, 3, 1).contiguous()
+    return features.flatten(1, 2)

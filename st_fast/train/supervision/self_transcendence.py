@@ -1,0 +1,59 @@
+"""Stage 2 of Self-Transcendence (arXiv 2601.07773): guided features of a frozen teacher supervise a shallow block.
+
+The teacher sees the same x_t and t with the label and with the null label, and stops at block `teacher_depth`;
+f = f_∅ + ω·(f_y − f_∅) is compared with the student's projected block `student_depth`. Only supervised rows are run:
+by `mask = "sample"` and "sample_mean" those are the samples inside the t-range.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from st_fast.kernels import KernelTable
+from st_fast.recipe import methods
+from st_fast.train.supervision.protocol import Noised, projector
+from st_fast.train.supervision.registry import Parts
+
+
+class Head(nn.Module):
+    """The projection q of the student's tokens: (M, N, D) → (M, N, D). Keys `projectors.{0,2,4}.*`."""
+
+    def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
+        super().__init__()
+        self.projectors = projector(width, hidden, width, kernels)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.projectors(tokens)
+
+
+class SelfTranscendence:
+    """Σ over supervised rows of weight · ℓ(q, f), ℓ by `loss`: see `st_fast.kernels.guided_feature_loss`."""
+
+    def __init__(self, settings: methods.SelfTranscendence, parts: Parts) -> None:
+        if parts.teacher is None:
+            raise ValueError("self_transcendence needs a teacher")
+        self.settings, self.tap = settings, settings.tap
+        self.teacher, self.branches, self.kernels = parts.teacher, parts.branches, parts.kernels
+        self.heads: nn.Module = Head(parts.config.width, settings.hidden, parts.kernels)
+
+    def active(self, step: int) -> bool:
+        return self.settings.supervises(step)
+
+    @torch.no_grad()
+    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+        rows, depth = noised.rows, self.settings.teacher_depth
+        inputs = (rows.passes(rows.take(values)) for values in (noised.x_t, noised.t, noised.labels))
+        passes = [
+            self.teacher.guided_features(x, t, labels, depth, self.branches)
+            for x, t, labels in zip(*inputs, strict=True)
+        ]
+        return passes[0] if len(passes) == 1 else tuple(torch.cat(parts) for parts in zip(*passes, strict=True))
+
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+        q = self.heads(noised.rows.take(hidden))
+        f_cond, f_null = target
+        loss = self.kernels.guided_feature_loss(
+            q, f_cond, f_null, noised.rows.weight, self.settings.cfg_scale, self.settings.loss
+        )
+        return loss.float()

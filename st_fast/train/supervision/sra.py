@@ -1,0 +1,67 @@
+"""SRA (arXiv 2505.02831): the student's own weight average, deeper and at less noise, supervises a shallow block.
+
+The teacher sees the same latents, noise and dropped labels at the time max(t − u, 0), u uniform in (0, time_offset).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_fast.core import random
+from st_fast.core.random import Purpose
+from st_fast.model import flow
+from st_fast.recipe import methods
+from st_fast.train.supervision.protocol import Noised
+from st_fast.train.supervision.registry import Parts
+
+BETA = 0.05
+"""Where smooth-L1 passes from a parabola to a line, as published."""
+
+
+class Head(nn.Module):
+    """The projection q of the student's tokens, D → 2D → D with SiLU between. Keys `ap_head.linear{1,2}.*`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        for layer in layers:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.ap_head = nn.ModuleDict({"linear1": layers[0], "linear2": layers[1]})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.ap_head["linear2"](F.silu(self.ap_head["linear1"](tokens)))
+
+
+class SelfRepresentation:
+    """Σ_b weight_b · ℓ(q, f), f the teacher's stream; ℓ by `loss`: smooth-L1, its mean over N and D, or mean_n −cos."""
+
+    def __init__(self, settings: methods.SelfRepresentation, parts: Parts) -> None:
+        if parts.average is None:
+            raise ValueError("sra needs the student's weight average")
+        self.settings, self.tap, self.parts = settings, settings.tap, parts
+        self.average, self.kernels = parts.average, parts.kernels
+        self.heads: nn.Module = Head(parts.config.width)
+
+    def active(self, step: int) -> bool:
+        return True
+
+    def teacher_times(self, noised: Noised) -> Tensor:
+        """(B,) the times at which the teacher looks, drawn from the samples' ordinals."""
+        u = random.uniform(self.parts.seed, Purpose.TEACHER_TIME, noised.ordinals)[:, 0]
+        return (noised.t - self.settings.time_offset * u).clamp_min(0.0)
+
+    @torch.no_grad()
+    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+        t = self.teacher_times(noised)
+        x_t, _ = flow.interpolate(noised.x, noised.noise, t, self.parts.path)
+        return (self.average().features(x_t, t, noised.student_labels, self.settings.teacher_depth),)
+
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+        q, weight = self.heads(hidden), noised.rows.weight
+        if self.settings.loss == "cosine":
+            return self.kernels.align(q, target[0], weight).float()
+        losses = F.smooth_l1_loss(q.float(), target[0].float(), beta=BETA, reduction="none").mean((1, 2))  # (B,)
+        return (weight * losses).sum()

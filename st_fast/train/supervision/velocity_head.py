@@ -1,0 +1,56 @@
+"""Stage 1 of Self-Transcendence (arXiv 2601.07773): a head on a shallow block predicts the VAE's latents.
+
+The released code predicts the velocity (`target = "velocity"`); the paper's text says the clean latent ("latent").
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_fast.kernels import KernelTable
+from st_fast.model.sit import unpatchify
+from st_fast.recipe import methods
+from st_fast.recipe.schema import Model
+from st_fast.train.supervision.protocol import Noised, projector
+from st_fast.train.supervision.registry import Parts
+
+
+class Head(nn.Module):
+    """Tokens (M, N, D) → latents (M, C, S, S): MLP, LayerNorm without affine, linear, unpatchify.
+
+    Keys `projectors.{0,2,4}.*` and `projectors_final.linear.*`, as the released checkpoints have them.
+    """
+
+    def __init__(self, config: Model, hidden: int, kernels: KernelTable) -> None:
+        super().__init__()
+        self.patch, self.channels = config.patch, config.channels
+        self.projectors = projector(config.width, hidden, config.width, kernels)
+        linear = nn.Linear(config.width, config.patch**2 * config.channels)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.projectors_final = nn.ModuleDict({"linear": linear})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z = self.projectors(tokens)
+        z = F.layer_norm(z, z.shape[-1:], eps=1e-6)
+        return unpatchify(self.projectors_final["linear"](z), self.patch, self.channels)
+
+
+class VelocityHead:
+    """Σ over supervised rows of weight · mean_CHW (head(h_d) − target)²."""
+
+    def __init__(self, settings: methods.VelocityHead, parts: Parts) -> None:
+        self.settings, self.tap = settings, settings.tap
+        self.heads = Head(parts.config, settings.hidden, parts.kernels)
+
+    def active(self, step: int) -> bool:
+        return True
+
+    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+        return (noised.rows.take(noised.velocity if self.settings.target == "velocity" else noised.x),)
+
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+        prediction = self.heads(noised.rows.take(hidden))
+        losses = (prediction.float() - target[0]).square().mean((1, 2, 3))  # (M,)
+        return (noised.rows.weight * losses).sum()

@@ -1,0 +1,240 @@
+"""TensorBoard, Weights & Biases and Trackio, fed with the numbers that log.jsonl gets. Imports no torch.
+
+    [run]
+    trackers = ["tensorboard"]
+
+Each tracker lives in a thread of its own that takes finished records from a queue: training waits neither for it nor,
+because of it, for the device. Whatever goes wrong in it is said in one line and turns it off; log.jsonl has it all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import queue
+import re
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from st_fast.core.errors import UserError
+from st_fast.recipe.schema import Recipe
+
+Record = Mapping[str, Any]
+"""A line of log.jsonl: kind, stage, step, time and values."""
+
+Say = Callable[[str], None]
+QUEUE_ROOM = 10_000
+"""Records that wait for a tracker; one that falls further behind than that is turned off."""
+LAST_WORDS = 10.0
+"""Seconds that the end of a run waits for a tracker to finish."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a tracker knows of the run: its folder, recipe and a name that outlives interruptions."""
+
+    out: Path
+    recipe: Recipe
+    run_id: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.out.name}-{self.run_id[:6]}"
+
+    def overall(self, record: Record) -> int:
+        """The record's step counted from the start of the first stage."""
+        before = 0
+        for stage in self.recipe.stages:
+            if stage.name == record["stage"]:
+                break
+            before += stage.steps
+        return before + int(record["step"])
+
+
+class Tracker(Protocol):
+    """One service, opened, used and closed in one thread."""
+
+    def write(self, record: Record, values: Mapping[str, float]) -> None:
+        """Takes the numbers of a record; `values` is empty for one without."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard/STAGE: stages are TensorBoard's runs, drawn over one another by step."""
+
+    def __init__(self, target: Target) -> None:
+        self.folder, self._writers = target.out / "tensorboard", dict[str, Any]()
+
+    def write(self, record: Record, values: Mapping[str, float]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        stage, step = record["stage"], record["step"]
+        if record["kind"] == "start":  # what an interrupted process wrote beyond its last checkpoint is dropped
+            self._writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=step + 1)
+        for key, value in values.items():
+            self._writers[stage].add_scalar(key, value, step, walltime=record["time"])
+        if stage in self._writers:
+            self._writers[stage].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class Wandb:
+    """One run in the project WANDB_PROJECT (st_fast), continued after an interruption; a step axis for each stage.
+
+    Steps are a metric of their own because W&B drops values of a step that lies behind, as after a resume.
+    """
+
+    def __init__(self, target: Target) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "st_fast"), id=target.run_id, name=target.name,
+            dir=str(target.out), config=asdict(target.recipe), resume="allow",
+        )  # fmt: skip
+        for stage in target.recipe.stages:
+            self._run.define_metric(f"{stage.name}/step")
+            self._run.define_metric(f"{stage.name}/*", step_metric=f"{stage.name}/step")
+
+    def write(self, record: Record, values: Mapping[str, float]) -> None:
+        if values:
+            stage = record["stage"]
+            self._run.log({f"{stage}/step": record["step"]} | {f"{stage}/{key}": v for key, v in values.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """One run in the project st_fast, local unless TRACKIO_SPACE_ID names a Space; steps count through all stages."""
+
+    def __init__(self, target: Target) -> None:
+        import trackio
+
+        self._target = target
+        self._run = trackio.init(
+            project="st_fast", name=target.name, config=asdict(target.recipe), resume="allow", embed=False
+        )
+
+    def write(self, record: Record, values: Mapping[str, float]) -> None:
+        if values:
+            named = {f"{record['stage']}/{key}": value for key, value in values.items()}
+            self._run.log(named, step=self._target.overall(record))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[Target], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """UserError for a tracker whose package can't be imported."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a package may break on import in any way
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            reason = "is not installed" if missing else f"can't be used ({told(error)})"
+            raise UserError(
+                f'run.trackers = ["{name}"]: the package {name} {reason}; pip install "st_fast[track]", or leave it out'
+            ) from error
+
+
+@contextmanager
+def tracking(recipe: Recipe, out: Path, say: Say) -> Iterator[Callable[[Record], None]]:
+    """What takes a record for every tracker of the recipe; they finish, within LAST_WORDS, when the block ends."""
+    names = dict.fromkeys(recipe.run.trackers)
+    feeds = [_Feed(name, Target(out, recipe, run_id(out)), say) for name in names]
+
+    def write(record: Record) -> None:
+        for feed in feeds:
+            feed.put(record)
+
+    try:
+        yield write
+    finally:
+        for feed in feeds:
+            feed.close()
+
+
+def run_id(out: Path) -> str:
+    """The run's name for services that count runs: drawn once and kept in the run's folder."""
+    path = out / "tracker.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError):
+        drawn = uuid.uuid4().hex[:16]
+        path.write_text(json.dumps({"id": drawn}), encoding="utf-8")
+        return drawn
+
+
+def numbers(record: Record) -> dict[str, float]:
+    """The curves of a record: loss, … of training, eval/frechet, … of an evaluation; none of other kinds."""
+    if record["kind"] == "train":
+        return {key: value for key, value in record.items() if key != "step" and _is_number(value) and key != "time"}
+    if record["kind"] == "eval":
+        return {f"eval/{key}": value for key, value in record["metrics"].items() if _is_number(value)}
+    return {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def told(error: BaseException) -> str:
+    """An error in one line without anything in it that could be a key: services put them into addresses."""
+    text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    for name, value in os.environ.items():
+        if len(value) >= 4 and re.search("KEY|TOKEN|SECRET|PASS", name.upper()):
+            text = text.replace(value, "***")
+    return re.sub(r"[\w-]{24,}", "***", text)[:200]
+
+
+class _Feed:
+    """A tracker in its thread, which ends with the process whatever the tracker does."""
+
+    def __init__(self, name: str, target: Target, say: Say) -> None:
+        self.name, self._target, self._say = name, target, say
+        self._records: queue.Queue[Record | None] = queue.Queue(QUEUE_ROOM)
+        self._off = False
+        self._thread = threading.Thread(target=self._work, name=f"st_fast {name}", daemon=True)
+        self._thread.start()
+
+    def put(self, record: Record | None) -> None:
+        if self._off:
+            return
+        try:
+            self._records.put_nowait(record)
+        except queue.Full:
+            self._turn_off(f"{QUEUE_ROOM} records behind")
+
+    def close(self) -> None:
+        self.put(None)
+        self._thread.join(0 if self._off else LAST_WORDS)
+        if self._thread.is_alive() and not self._off:
+            self._turn_off(f"not finished within {LAST_WORDS:g} s")
+
+    def _work(self) -> None:
+        try:
+            tracker = TRACKERS[self.name](self._target)
+            while (record := self._records.get()) is not None:
+                tracker.write(record, numbers(record))
+            tracker.close()
+        except BaseException as error:  # SystemExit among them: nothing that a tracker does ends a run
+            self._turn_off(told(error))
+
+    def _turn_off(self, why: str) -> None:
+        if not self._off:
+            self._off = True
+            self._say(f"tracker {self.name} is off, the run goes on: {why}")

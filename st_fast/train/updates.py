@@ -1,0 +1,154 @@
+"""Other projects' AdamW behind the signature of `st_fast.kernels.adamw_ema_`, on the same state.
+
+Whichever makes a step, masters, moments, averages and the step count are the same tensors, so a checkpoint of one is a
+checkpoint of all. None asks the device: a gradient norm that is not finite leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from st_fast import kernels
+from st_fast.core.errors import UserError
+from st_fast.core.ranks import Ranks
+from st_fast.model.smoke_test import smoke_test
+from st_fast.recipe.schema import Recipe
+from st_fast.train.optim import NormOp, UpdateOp
+
+APEX_OPS = ("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master")
+APEX_CHUNK = 2048 * 32
+"""Elements a thread block takes, as apex's own optimiser has it."""
+ADAMW_MODE, BIAS_CORRECTION = 1, 1
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How the gradients' norm is measured and how a step is made of it."""
+
+    update: UpdateOp
+    norm: NormOp
+    devices: tuple[str, ...]
+    missing: Callable[[], str | None]
+    """What it lacks on this machine; None if nothing."""
+
+
+def choose(name: str, device: torch.device) -> Implementation:
+    """`optim.implementation` on a device; "auto" is st_fast's. UserError, in one line, where it can't be had."""
+    chosen = IMPLEMENTATIONS["st_fast" if name == "auto" else name]
+    problem = _refusal(chosen, device)
+    if problem is not None:
+        able = ", ".join(other for other, one in IMPLEMENTATIONS.items() if _refusal(one, device) is None)
+        raise UserError(f"optim.implementation = {name!r}: {problem}; available here: {able}")
+    return chosen
+
+
+def validated(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[UpdateOp, NormOp]:
+    """The recipe's optimiser step and gradient norm, or the reference where they fail a smoke test on any rank."""
+    chosen = choose(recipe.optim.implementation, ranks.device)
+    ours = recipe.optim.implementation in ("auto", "st_fast")
+    name = "adamw_ema" if ours else f"optim.implementation {recipe.optim.implementation}"
+
+    def one_step() -> None:
+        one, scalar = torch.ones(recipe.model.width, device=ranks.device), torch.ones((), device=ranks.device)
+        gradient = one.to(dtype)
+        copies = [] if dtype == torch.float32 else [gradient.clone()]
+        chosen.update(
+            [one.clone()], [gradient], [one.clone()], [one.clone()], [one], copies, scalar.clone(),
+            chosen.norm([gradient]), scalar,
+            beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, ema_decay=0.9, max_norm=1.0,
+        )  # fmt: skip
+
+    works = smoke_test({name: one_step}, ranks, say)[name]
+    if not works or (ours and recipe.kernels.adamw_ema == "reference"):
+        return kernels.reference.adamw_ema_, kernels.reference.grad_norm
+    return chosen.update, chosen.norm
+
+
+def _refusal(implementation: Implementation, device: torch.device) -> str | None:
+    if device.type not in implementation.devices:
+        return f"runs on {' and '.join(implementation.devices)} only"
+    return implementation.missing()
+
+
+def torch_norm(grads: list[Tensor]) -> Tensor:
+    """√ Σ g² over all tensors as `clip_grad_norm_` has it: a norm a tensor, then their norm; 0-dim float32."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+
+
+def torch_update(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
+) -> None:  # fmt: skip
+    """`torch.optim.AdamW(fused=True)` by its function; the clip goes in as the scale by which it divides gradients."""
+    steps = list(step.expand(len(params)).clone().unbind())  # it counts for every tensor by itself
+    skipped = (~torch.isfinite(grad_norm)).float()
+    adamw(
+        list(params), [g.to(p.dtype) for g, p in zip(grads, params, strict=True)], list(exp_avgs), list(exp_avg_sqs),
+        [], steps, fused=True, grad_scale=_clip(grad_norm, max_norm).reciprocal(), found_inf=skipped,
+        amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
+    )  # fmt: skip
+    step.copy_(steps[0])
+    _average(params, emas, grad_norm, ema_decay)
+    if copies:
+        torch._foreach_copy_(list(copies), list(params))
+
+
+def apex_update(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
+    beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
+) -> None:  # fmt: skip
+    """apex's FusedAdam by its op: the form whose scalars stay on the device, with masters where there are copies."""
+    finite = torch.isfinite(grad_norm)
+    lists = [list(tensors) for tensors in (grads, copies or params, exp_avgs, exp_avg_sqs)]
+    lists += [list(params)] if copies else []
+    op = getattr(importlib.import_module("amp_C"), APEX_OPS[1] if copies else APEX_OPS[0])
+    op(
+        APEX_CHUNK, (~finite).int().reshape(1), lists, lr, beta1, beta2, eps, (step + 1).int(), ADAMW_MODE,
+        BIAS_CORRECTION, weight_decay, _clip(grad_norm, max_norm).reshape(1),
+    )  # fmt: skip
+    step.add_(finite)
+    _average(params, emas, grad_norm, ema_decay)
+
+
+def _clip(grad_norm: Tensor, max_norm: float) -> Tensor:
+    """What the gradients are multiplied with: min(1, max_norm / (norm + 1e-6)), 1 where clipping is off."""
+    return (max_norm / (grad_norm + 1e-6)).clamp_max(1.0) if max_norm > 0 else torch.ones_like(grad_norm)
+
+
+def _average(params: Sequence[Tensor], emas: Sequence[Tensor], grad_norm: Tensor, ema_decay: float) -> None:
+    if emas:
+        weight = torch.isfinite(grad_norm).float() * (1 - ema_decay)
+        torch._foreach_lerp_(list(emas), list(params), [weight] * len(emas))
+
+
+def _apex_missing() -> str | None:
+    try:
+        library: Any = importlib.import_module("amp_C")
+        lacking = [op for op in APEX_OPS if not hasattr(library, op)]
+        problem = f"amp_C has no {' and no '.join(lacking)}" if lacking else None
+    except Exception as error:  # built for another torch it fails in many ways
+        problem = f"amp_C can't be imported ({type(error).__name__})"
+    if problem is None:
+        return None
+    return f"{problem}: NVIDIA's apex with its CUDA extensions is built from source, what PyPI calls apex is not it"
+
+
+def _nothing() -> str | None:
+    return None
+
+
+BOTH = ("cpu", "cuda")
+IMPLEMENTATIONS = {
+    "st_fast": Implementation(kernels.adamw_ema_, kernels.grad_norm, BOTH, _nothing),
+    "torch": Implementation(torch_update, torch_norm, BOTH, _nothing),
+    "apex": Implementation(apex_update, torch_norm, ("cuda",), _apex_missing),
+}

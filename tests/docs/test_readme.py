@@ -1,0 +1,70 @@
+"""The README tells the truth: its commands exist, its recipe is valid, its layout is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from st_fast.recipe import load
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+SHELL = [line.split(" #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+MODULES = sorted({m for line in SHELL for m in re.findall(r"-m (st_fast\.\w+)", line)})
+TRAINING = [line for line in SHELL if "st_fast.train" in line]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_command_the_readme_names_has_help_with_an_example(module):
+    done = run(sys.executable, "-m", module, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"-m {module}" in done.stdout
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_every_training_command_passes_a_dry_run(line):
+    arguments = shlex.split(line[line.index("st_fast.train") + len("st_fast.train") :])
+    done = run(sys.executable, "-m", "st_fast.train", *arguments, *([] if "--dry-run" in arguments else ["--dry-run"]))
+    assert done.returncode == 0, done.stderr
+    assert "multiply-adds forward" in done.stdout and "[[stage]]" in done.stdout
+
+
+def test_the_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {word for line in SHELL if line.startswith("make ") for word in line.split()[1:2]}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_the_recipe_shown_is_the_shipped_ones_method(tmp_path):
+    path = tmp_path / "shown.toml"
+    path.write_text(re.findall(r"```toml\n(.*?)```", README, re.S)[0] + '\n[data]\npath = "x"\n')
+    shown = load(path)
+    shipped = load(ROOT / "recipes" / "sit_xl.toml")
+    for ours, theirs in zip(shown.stages, shipped.stages, strict=True):
+        assert ours.name == theirs.name and ours.steps == theirs.steps
+        for key in ("depth", "student_depth", "teacher_depth", "cfg_scale", "teacher"):
+            assert getattr(ours.method, key, None) == getattr(theirs.method, key, None)
+
+
+def test_the_layout_is_the_folders_own():
+    block = re.search(r"## Layout\n\n```\n(.*?)```", README, re.S)[1]
+    for line in block.splitlines():
+        indent, names = ("st_fast/", line) if line.startswith("  ") else ("", line)
+        for name in re.split(r"\s{2,}", names.strip())[0].split():
+            assert (ROOT / indent / name).exists(), f"{indent}{name}"
+
+
+def test_pictures_and_links_are_there():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target

@@ -1,0 +1,207 @@
+"""The probe reads the very streams that the model computes, judges on images held out, and shows what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from st_fast import kernels
+from st_fast.core.errors import UserError
+from st_fast.evaluate.classifier import read_images
+from st_fast.evaluate.probe.__main__ import main
+from st_fast.evaluate.probe.examine import chosen_blocks, features, velocity_loss
+from st_fast.evaluate.probe.features import read_blocks
+from st_fast.evaluate.probe.latents import Latents, load_split
+from st_fast.model import build
+from st_fast.model.compiling import CompiledBlocks
+from st_fast.model.flow import coefficients
+from st_fast.recipe import load
+from st_fast.report import write_report
+from st_fast.study.teachers import random_model
+from st_fast.train.run import run
+from tests import pixels
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return pixels.write_data(tmp_path_factory.mktemp("data") / "pixels")
+
+
+@pytest.fixture(scope="module")
+def recipe(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "base.toml").write_text(pixels.RECIPE.format(data=data))
+    return load(folder / "base.toml", [f"--run.out={folder / 'digits'}"])
+
+
+@pytest.fixture(scope="module")
+def probed(recipe) -> Path:
+    run(recipe)
+    out = Path(recipe.run.out)
+    main([str(out), "--images", "160", "--times", "0.1", "0.5"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(recipe):
+    return random_model(recipe.model, 1).eval()
+
+
+def noisy(model, count: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    x = torch.randn(count, config.channels, config.latent_size, config.latent_size, generator=generator)
+    return x, torch.rand(count, generator=generator), torch.arange(count) % config.num_classes
+
+
+def test_every_block_read_at_once_is_the_stream_that_the_model_taps(model) -> None:
+    x, t, labels = noisy(model)
+    velocity, streams = read_blocks(model, x, t, labels, lambda stream: stream.clone())
+    assert len(streams) == model.config.depth + 1
+    with torch.no_grad():
+        for block, stream in enumerate(streams):
+            expected, tapped = model(x, t, labels, tap=block)
+            assert torch.equal(stream, tapped), f"block {block}"
+            assert torch.equal(velocity, expected)
+    assert not torch.equal(streams[0], streams[1])
+
+
+def test_reading_leaves_the_model_as_it_was_even_after_a_mistake(model) -> None:
+    before = model.run_block
+    with pytest.raises(ZeroDivisionError):
+        read_blocks(model, *noisy(model), lambda stream: 1 / 0)
+    with pytest.raises(RuntimeError):
+        read_blocks(model, torch.zeros(2, 1, 8, 8), torch.zeros(3), torch.zeros(2).long(), lambda stream: None)
+    assert model.run_block is before
+
+
+def test_it_wraps_whatever_runs_the_blocks(recipe) -> None:
+    model = build(recipe.model, kernels.select({}, torch.device("cpu")), 0)
+    calls = []
+    model.run_block = lambda block, *args: (calls.append(block), block(*args))[1]
+    read_blocks(model, *noisy(model), lambda stream: None)
+    assert len(calls) == model.config.depth
+    assert callable(CompiledBlocks.__call__), "what runs the blocks of a compiled model is such a callable too"
+
+
+def test_the_held_out_images_are_the_test_images_through_the_folders_own_encoder(data) -> None:
+    split = load_split(data, 120)
+    assert split.unseen and len(split.train.x) == 120 and len(split.held_out.x) == 60
+    real = read_images(data)
+    mine = (split.held_out.x / 2 + 1) * 127.5  # these latents are pixels in [−1, 1] times 2
+    distance = (mine.flatten(1)[:, None] - real.test.flatten(1).float()[None]).abs().amax(2)
+    found = distance.argmin(1)
+    assert distance.amin(1).max() < 0.2 and len(found.unique()) == 60
+    assert torch.equal(real.test_labels[found], split.held_out.labels)
+    again = load_split(data, 120)
+    assert torch.equal(again.train.x, split.train.x) and torch.equal(again.held_out.x, split.held_out.x)
+
+
+def test_without_test_images_other_records_are_held_out_and_that_is_said(tmp_path) -> None:
+    folder = pixels.write_data(tmp_path / "pixels", train=60)
+    (folder / "images.safetensors").unlink()
+    split = load_split(folder, 500)
+    assert not split.unseen
+    assert (len(split.train.x), len(split.held_out.x)) == (40, 20)
+    means = torch.cat((split.train.x, split.held_out.x)).flatten(1)
+    assert torch.cdist(means, means).fill_diagonal_(9).min() > 0.5, "no record is in both"
+    with pytest.raises(UserError, match="too few for a linear probe"):
+        load_split(pixels.write_data(tmp_path / "few", train=19), 500)
+
+
+def test_velocity_loss_by_bin_is_that_of_a_plain_loop(model, data) -> None:
+    held_out = load_split(data, 40).held_out
+    found = velocity_loss(model, held_out, 4, "cosine")
+    for number, value in enumerate(found):
+        t = held_out.times(number / 4, (number + 1) / 4)
+        assert number / 4 <= t.min() and t.max() <= (number + 1) / 4
+        noise = held_out.at(torch.ones(len(t)), "linear")[0]
+        losses = []
+        for one in range(len(t)):
+            a, s, da, ds = (float(c) for c in coefficients(t[one].double(), "cosine"))
+            x_t = a * held_out.x[one] + s * noise[one]
+            with torch.no_grad():
+                predicted = model(x_t[None], t[one : one + 1], held_out.labels[one : one + 1])[0][0].numpy()
+            target = (da * held_out.x[one] + ds * noise[one]).numpy()
+            losses.append(np.square(predicted.astype(np.float64) - target).mean())
+        assert value == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_features_are_blind_to_the_labels_and_pooled_over_tokens(model, data) -> None:
+    held_out = load_split(data, 40).held_out
+    other = Latents(held_out.x, (held_out.labels + 1) % 10, held_out.first)
+    ours, tokens = features(model, held_out, 0.5, "linear", [0, 2], images=7)
+    theirs, _ = features(model, other, 0.5, "linear", [0, 2], images=0)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert [part.shape for part in tokens] == [(7, 16, 32)] * 2
+    np.testing.assert_allclose(tokens[1].mean(axis=1), ours[1][:7], rtol=1e-5, atol=1e-6)
+    t = torch.full((7,), 0.5)
+    x_t = held_out.at(torch.full((len(held_out.x),), 0.5), "linear")[0][:7]
+    null = torch.full((7,), model.null_label)
+    with torch.no_grad():
+        np.testing.assert_allclose(tokens[1], model(x_t, t, null, tap=2)[1].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_deep_model_is_read_at_a_dozen_blocks_among_them_the_supervised_one() -> None:
+    assert chosen_blocks(6, [2]) == [0, 1, 2, 3, 4, 5, 6]
+    blocks = chosen_blocks(28, [9])
+    assert len(blocks) <= 14 and {0, 9, 28} <= set(blocks)
+
+
+def test_the_command_writes_numbers_and_figures_that_agree(probed) -> None:
+    found = json.loads((probed / "probe" / "probe.json").read_text())
+    assert [m["label"] for m in found["models"]] == ["align", "transcend"]
+    assert found["held_out_unseen"] and found["times"] == [0.1, 0.5]
+    for model in found["models"]:
+        assert np.shape(model["accuracy"]) == (2, 4) and len(model["velocity_loss"]) == 10
+        assert np.min(model["accuracy"]) >= 0 and np.max(model["accuracy"]) <= 1
+        assert np.allclose(np.diag(model["alignment"]["cka"]), 1)
+    assert np.mean(found["models"][0]["accuracy"][0]) > 0.15, "one in ten would be chance"
+    assert found["models"][0]["alignment"]["with_teacher"] is None
+    assert found["models"][1]["alignment"]["with_teacher"]["teacher"] == "align"
+    names = {figure["file"] for figure in found["figures"]}
+    assert {"knows.png", "patches.png", "alignment.png", "velocity_loss.png", "patches-1.png"} <= names
+    assert all(min(Image.open(probed / "probe" / name).size) > 200 for name in names)
+
+
+def test_the_same_probe_finds_the_same_numbers(probed) -> None:
+    before = (probed / "probe" / "probe.json").read_text()
+    main([str(probed), "--images", "160", "--times", "0.1", "0.5"])
+    assert (probed / "probe" / "probe.json").read_text() == before
+
+
+def test_the_report_shows_the_probe_and_leaves_out_what_is_broken(probed) -> None:
+    page = write_report([probed], probed / "page.html").read_text()
+    figures = json.loads((probed / "probe" / "probe.json").read_text())["figures"]
+    assert all(figure["title"] in page for figure in figures)
+    assert page.count('class="card probe"') == len(figures)
+    (probed / "probe" / "knows.png").write_bytes(b"no picture")
+    page = write_report([probed], probed / "page.html").read_text()
+    assert page.count('class="card probe"') == len(figures) - 1
+    assert "it is left out" in page
+    whole = (probed / "probe" / "probe.json").read_text()
+    (probed / "probe" / "probe.json").write_text("{")
+    page = write_report([probed], probed / "page.html").read_text()
+    (probed / "probe" / "probe.json").write_text(whole)
+    assert "What the blocks know" not in page and "probe.json is damaged" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere: no recipe.toml"),
+        (["RUN", "--times", "1.5"], "--times 1.5"),
+        (["RUN", "--images", "0"], "--images 0"),
+        (["RUN", "RUN/other"], "RUN/other: no recipe.toml"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(probed, arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        main([a.replace("RUN", str(probed)) for a in arguments])
+    assert words.replace("RUN", str(probed)) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,217 @@
+"""`python -m st_fast.evaluate`: numbers that agree with SciPy and scikit-learn, each with its protocol."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from scipy.linalg import sqrtm
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.neighbors import NearestNeighbors
+
+from st_fast.core.errors import UserError
+from st_fast.evaluate import __main__ as evaluate
+from st_fast.evaluate import inception, scores
+from st_fast.evaluate.metrics import inception_score
+from st_fast.sample.files import open_npz, write_npz
+from tests.sample.tiny_run import make_run
+
+SHAPE = (6, 6, 3)
+
+
+class Projection:
+    """Stands for Inception: random features of the pixels, 8 pooled and 5 spatial ones, and 4 classes."""
+
+    sha256 = "5" * 64
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.weights = [rng.normal(size=(108, width)).astype(np.float32) / 10 for width in (8, 5, 4)]
+
+    def __call__(self, images):
+        flat = images.reshape(len(images), -1).astype(np.float32) / 128 - 1
+        pooled, spatial, logits = (flat @ w for w in self.weights)
+        logits = np.exp(logits * 3)
+        return inception.Found(pooled, spatial, logits / logits.sum(axis=1, keepdims=True))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(scores, "FEATURES", 8)
+    monkeypatch.setattr(scores, "SPATIAL", 5)
+    monkeypatch.setattr(scores, "KID_SUBSETS", 4)
+
+
+def pictures(seed, count, dark=0.0):
+    values = np.random.default_rng(seed).random((count, *SHAPE)) ** (1 + dark)
+    return (values * 255).astype(np.uint8)
+
+
+def npz(path, images, labels=None):
+    write_npz(path, images.shape[1:], iter([images]), np.arange(len(images)) % 5 if labels is None else labels)
+    return path
+
+
+def frechet_by_scipy(a, b):
+    (mu_a, cov_a), (mu_b, cov_b) = ((x.mean(0), np.cov(x.T)) for x in (a.astype(np.float64), b.astype(np.float64)))
+    return np.square(mu_a - mu_b).sum() + np.trace(cov_a + cov_b - 2 * np.real(sqrtm(cov_a @ cov_b)))
+
+
+def covered(points, centres):
+    """Share of points inside some centre's ball to its third other neighbour, with scikit-learn."""
+    radii = NearestNeighbors(n_neighbors=4).fit(centres).kneighbors(centres)[0][:, 3]
+    distances = np.linalg.norm(points[:, None].astype(np.float64) - centres[None], axis=2)
+    return (distances <= radii).any(axis=1).mean()
+
+
+def test_every_number_agrees_with_its_definition_to_1e_4(tmp_path):
+    network, real, drawn = Projection(), pictures(1, 300), pictures(2, 400, dark=0.3)
+    samples = open_npz(npz(tmp_path / "s.npz", drawn))
+    reference = scores.read_reference(npz(tmp_path / "r.npz", real), network, SHAPE)
+    found = scores.score(samples, network, reference)
+    a, b = network(drawn), network(real)
+    assert found["fid"] == pytest.approx(frechet_by_scipy(a.pooled, b.pooled), rel=1e-4)
+    assert found["sfid"] == pytest.approx(frechet_by_scipy(a.spatial, b.spatial), rel=1e-4)
+    assert found["inception_score"] == pytest.approx(inception_score(a.probabilities, splits=1)[0], rel=1e-6)
+    assert found["precision"] == pytest.approx(covered(a.pooled, b.pooled), abs=1e-9)
+    assert found["recall"] == pytest.approx(covered(b.pooled, a.pooled), abs=1e-9)
+    assert 0.1 < found["precision"] < 1, "the case must be able to tell a wrong answer"
+    x, y = a.pooled.astype(np.float64), b.pooled.astype(np.float64)
+    kernel = [polynomial_kernel(p, q, degree=3, gamma=1 / 8, coef0=1) for p, q in ((x, x), (y, y), (x, y))]
+    m, n = len(x), len(y)
+    whole = (kernel[0].sum() - np.trace(kernel[0])) / (m * (m - 1))
+    whole += (kernel[1].sum() - np.trace(kernel[1])) / (n * (n - 1)) - 2 * kernel[2].mean()
+    assert found["kid"] == pytest.approx(whole, abs=4 * found["kid_std"] + 0.1 * abs(whole))
+
+
+def test_published_statistics_are_used_where_the_file_has_them(tmp_path):
+    network, real, drawn = Projection(), pictures(1, 300), pictures(2, 200, dark=0.3)
+    seen = network(real)
+    moments = {"mu": seen.pooled.mean(0), "sigma": np.cov(seen.pooled.astype(np.float64).T)}
+    spatial = {"mu_s": seen.spatial.mean(0), "sigma_s": np.cov(seen.spatial.astype(np.float64).T)}
+    np.savez(tmp_path / "adm.npz", **moments, **spatial)
+    samples = open_npz(npz(tmp_path / "s.npz", drawn))
+    found = scores.score(samples, network, scores.read_reference(tmp_path / "adm.npz", network, SHAPE))
+    assert found["fid"] == pytest.approx(frechet_by_scipy(network(drawn).pooled, seen.pooled), rel=1e-4)
+    assert found["sfid"] == pytest.approx(frechet_by_scipy(network(drawn).spatial, seen.spatial), rel=1e-4)
+    assert "precision" not in found and "kid" not in found, "these need the reference's images"
+
+
+def test_a_folder_of_pictures_is_a_reference_cut_as_adm_cuts(tmp_path):
+    network, real = Projection(), pictures(1, 12)
+    (tmp_path / "a").mkdir()
+    for number, image in enumerate(real):
+        Image.fromarray(image).save(tmp_path / "a" / f"{number:02d}.png")
+    found = scores.read_reference(tmp_path / "a", network, SHAPE)
+    np.testing.assert_allclose(found.features, network(real).pooled, rtol=1e-6)
+    with pytest.raises(UserError, match=r"00.png: 6×6, the samples have 8×8"):
+        scores.read_reference(tmp_path / "a", network, (8, 8, 3))
+
+
+def test_the_streamed_inception_score_is_that_of_all_rows_at_once():
+    p = np.random.default_rng(3).dirichlet(np.full(7, 0.3), size=60).astype(np.float32)
+    streamed = scores.SplitScore(7, 60, size=15)
+    for part in np.split(p, [1, 14, 33]):
+        streamed.update(part)
+    assert streamed.read() == pytest.approx(inception_score(p, splits=4), rel=1e-9)
+    with pytest.raises(ValueError, match="61 samples; 60"):
+        streamed.update(p[:1])
+
+
+def test_a_reference_that_does_not_fit_is_told_in_one_line(tmp_path):
+    network = Projection()
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(9), sigma=np.eye(9))
+    np.savez(tmp_path / "other.npz", x=np.zeros(9))
+    npz(tmp_path / "large.npz", np.zeros((9, 12, 12, 3), np.uint8))
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "wide.npz": "mu (9,) and sigma (9, 9); these features need (8,) and (8, 8)",
+        "other.npz": "neither mu and sigma nor arr_0",
+        "large.npz": "images of 12×12, the samples have 6×6",
+        "empty": "neither images.safetensors nor pictures",
+        "none.npz": "an ADM .npz, a folder of images, or a data folder is needed",
+    }
+    for name, words in cases.items():
+        with pytest.raises(UserError) as error:
+            scores.read_reference(tmp_path / name, network, SHAPE)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run whose weights of Inception are nowhere."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return make_run(tmp_path)
+
+
+def real_images(folder):
+    generator = torch.Generator().manual_seed(0)
+    images = {name: torch.randint(0, 256, (n, 3, 8, 8), generator=generator).byte() for name, n in SPLITS.items()}
+    labels = {f"{name}_labels": torch.arange(n) % 5 for name, n in SPLITS.items()}
+    save_file(images | labels, folder / "images.safetensors")
+
+
+SPLITS = {"train": 100, "test": 80}
+
+
+def test_missing_weights_say_what_to_pass(run):
+    with pytest.raises(UserError, match=r"no Inception weights, .* pass --inception FILE \(weights-inception"):
+        evaluate.main([str(run)])
+    with pytest.raises(UserError, match=r"--features inception: no weights: pass --inception FILE"):
+        evaluate.main([str(run), "--features", "inception"])
+    with pytest.raises(UserError, match=r"--reference: none given"):
+        evaluate.main([str(run), "--inception", "w.pth"])
+
+
+def test_too_few_samples_and_empty_classes_are_told_before_anything_slow(run, tmp_path):
+    real_images(tmp_path / "data")
+    with pytest.raises(UserError, match=r"--num 8: .* 8 features needs at least 9 samples"):
+        evaluate.main([str(run), "--inception", "w.pth", "-n", "8"])
+    with pytest.raises(UserError, match=r"none of 70 has class 1, 2, 4 \(3 of 5 are empty\)"):
+        evaluate.main([str(run), "-n", "70", "--labels", "0,3"])
+
+
+def test_with_weights_it_draws_scores_prints_the_protocol_and_keeps_a_record(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inception, "load_inception", lambda path, device: small_projection())
+    real_images(tmp_path / "data")
+    evaluate.main([str(run), "--inception", "w.pth", "-n", "20"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
+    assert {line.split()[0] for line in lines} >= {"fid", "sfid", "inception_score", "kid", "precision", "recall"}
+    for line in lines:
+        for part in ("N = 20", "reference data", "TensorFlow 1 to 299", "pool3", "weights 555555555555"):
+            assert part in line
+    record = json.loads((run / "plain" / "samples" / "20-heun3-cfg2" / "metrics.json").read_text())
+    assert (record["kind"], record["stage"], record["step"]) == ("metrics", "plain", 10)
+    assert record["protocol"]["num"] == 20 and record["samples"]["cfg_scale"] == 2.0
+    assert record["metrics"]["fid"] > 0
+
+
+def small_projection():
+    network = Projection()
+    network.weights = [np.tile(w, (2, 1))[:192] for w in network.weights]  # 8×8 pixels
+    return network
+
+
+def test_without_weights_the_judge_scores_and_nothing_is_called_fid(run, tmp_path, capsys):
+    real_images(tmp_path / "data")
+    evaluate.main([str(run), "-n", "70"])
+    out = capsys.readouterr().out
+    assert "judge_frechet" in out and "not FID" in out
+    numbers = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())["metrics"]
+    assert not any("fid" in name.lower() for name in numbers)
+    assert {"judge_frechet", "floor_frechet", "judge_accuracy", "judge_digest"} <= numbers.keys()
+
+
+def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, tmp_path, capsys):
+    """As a run that was brought home from another machine."""
+    real_images(tmp_path / "data")
+    evaluate.main([str(run), "-n", "70"])
+    drawn = shutil.copy(run / "plain" / "samples" / "70-heun3-cfg2" / "samples.npz", tmp_path / "drawn.npz")
+    there = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())
+    shutil.rmtree(run / "plain")
+    evaluate.main([str(run), "--samples", str(drawn), "--features", "judge"])
+    here = json.loads((tmp_path / "drawn.metrics.json").read_text())
+    assert here["metrics"] == there["metrics"]

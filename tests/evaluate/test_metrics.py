@@ -1,0 +1,168 @@
+"""The metrics agree with SciPy and with their definitions written out as loops."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from st_fast.core.errors import UserError
+from st_fast.evaluate.metrics import (
+    GaussianStats,
+    frechet,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    squared_mmd,
+)
+
+
+def features(seed: int, n: int, width: int, shift: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(width, width)) / np.sqrt(width)
+    return (rng.normal(size=(n, width)) @ mix + shift).astype(np.float32)
+
+
+def scipy_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = np.real(sqrtm(cov_a @ cov_b))
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * root))
+
+
+@pytest.mark.parametrize(("width", "n"), [(3, 50), (64, 400), (192, 1000)])
+def test_frechet_distance_is_scipys_to_1e_6(width: int, n: int) -> None:
+    a, b = features(1, n, width), features(2, 2 * n, width, shift=0.1)
+    assert frechet(GaussianStats.of(a), GaussianStats.of(b)) == pytest.approx(scipy_frechet(a, b), rel=1e-6)
+
+
+def test_frechet_distance_of_diagonal_gaussians_has_its_closed_form() -> None:
+    a, b = GaussianStats(2, count=11), GaussianStats(2, count=11)
+    a.scatter, b.scatter = 10 * np.diag([4.0, 9.0]), 10 * np.diag([1.0, 16.0])
+    b.mean = np.array([3.0, 4.0])
+    assert frechet(a, b) == pytest.approx(25 + (2 - 1) ** 2 + (3 - 4) ** 2, rel=1e-12)
+
+
+def test_frechet_distance_to_itself_is_zero_even_with_dead_features() -> None:
+    x = features(3, 500, 40)
+    x[:, 10:20] = 0.0
+    x[:, 20:25] = x[:, 25:30]
+    stats = GaussianStats.of(x)
+    assert frechet(stats, stats) <= 1e-9 * np.trace(stats.covariance)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_streamed_statistics_equal_numpys_in_any_partition(offset: float) -> None:
+    x = features(4, 5000, 12).astype(np.float64) + offset
+    streamed, other = GaussianStats(12), GaussianStats(12)
+    for part in np.split(x, [1, 2, 900, 3200]):
+        streamed.update(part)
+    other.merge(GaussianStats.of(x[:77]))
+    other.merge(GaussianStats.of(x[77:]))
+    for stats in (streamed, other):
+        assert stats.count == 5000
+        np.testing.assert_allclose(stats.mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(stats.covariance, np.cov(x.T), rtol=1e-8, atol=1e-10)
+
+
+def test_streaming_wide_features_stays_far_below_a_gigabyte() -> None:
+    """Memory doesn't depend on how many batches come, so four stand for the forty-nine of 50,000 samples."""
+    rng = np.random.default_rng(5)
+    batch = rng.random((1024, 2048), dtype=np.float32)
+    tracemalloc.start()
+    stats = GaussianStats(2048)
+    for _ in range(4):
+        stats.update(batch)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert stats.count == 4096
+    assert peak < 300e6
+
+
+def loop_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return float((a @ b / len(a) + 1) ** 3)
+
+    m, n = len(x), len(y)
+    xx = sum(k(x[i], x[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    yy = sum(k(y[i], y[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    return xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (m * n)
+
+
+def test_kernel_distance_is_its_definition() -> None:
+    x, y = features(6, 13, 5).astype(np.float64), features(7, 17, 5, shift=0.5).astype(np.float64)
+    assert squared_mmd(x, y) == pytest.approx(loop_mmd(x, y), rel=1e-10)
+    mean, spread = kernel_distance(x[:13], y[:13], subsets=5, subset_size=13)
+    assert mean == pytest.approx(loop_mmd(x[:13], y[:13]), rel=1e-10)
+    assert spread == pytest.approx(0.0, abs=1e-12)
+
+
+def test_kernel_distance_repeats_with_its_seed_and_separates_distributions() -> None:
+    x, y, z = features(8, 300, 6), features(8, 600, 6)[300:], features(8, 300, 6) + 1
+    assert kernel_distance(x, y, 10, 100, seed=3) == kernel_distance(x, y, 10, 100, seed=3)
+    assert kernel_distance(x, z, 10, 100)[0] > 10 * abs(kernel_distance(x, y, 10, 100)[0])
+
+
+def loop_precision_recall(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[float, float]:
+    def radii(points: np.ndarray) -> list[float]:
+        others = [np.delete(points, i, axis=0) for i in range(len(points))]
+        return [sorted(np.linalg.norm(p - q) for q in rest)[k - 1] for p, rest in zip(points, others, strict=True)]
+
+    def covered(points: np.ndarray, centres: np.ndarray) -> float:
+        balls = list(zip(centres, radii(centres), strict=True))
+        return float(np.mean([any(np.linalg.norm(p - c) <= r for c, r in balls) for p in points]))
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_precision_and_recall_are_adms_definition(seed: int) -> None:
+    reference, samples = features(10 + seed, 60, 3), features(20 + seed, 45, 3, shift=0.3)
+    expected = loop_precision_recall(reference.astype(np.float64), samples.astype(np.float64), 3)
+    assert precision_recall(reference, samples) == pytest.approx(expected, abs=0)
+    assert 0.05 < expected[0] < 0.98, "the case must be able to tell a wrong answer"
+
+
+def test_precision_and_recall_of_equal_sets_are_one_and_of_far_sets_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("st_fast.evaluate.metrics.ROWS", 16)
+    x = features(30, 90, 4) + 1e3
+    assert precision_recall(x, x) == (1.0, 1.0)
+    assert precision_recall(np.repeat(x[:20], 4, axis=0), np.repeat(x[:20], 4, axis=0)) == (1.0, 1.0)
+    assert precision_recall(x, x + 100) == (0.0, 0.0)
+
+
+def test_inception_score_is_its_definition() -> None:
+    rng = np.random.default_rng(9)
+    p = rng.dirichlet(np.full(7, 0.3), size=60)
+    p[0] = np.eye(7)[2]
+    scores = []
+    for part in np.split(p, 4):
+        marginal = part.mean(0)
+        kl = [sum(v * np.log(v / m) for v, m in zip(row, marginal, strict=True) if v > 0) for row in part]
+        scores.append(np.exp(np.mean(kl)))
+    assert inception_score(p, splits=4) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-10)
+    assert inception_score(np.eye(10), splits=1)[0] == pytest.approx(10.0)
+    assert inception_score(np.full((30, 10), 0.1), splits=3) == pytest.approx((1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: frechet(GaussianStats.of(features(1, 8, 8)), GaussianStats.of(features(1, 99, 8))), "8 samples of 8"),
+        (
+            lambda: frechet(GaussianStats.of(features(1, 9, 8)), GaussianStats.of(features(1, 9, 7))),
+            "8 features against 7",
+        ),
+        (lambda: GaussianStats(3).update(np.array([[1.0, 2.0, 3.0], [0.0, np.nan, 0.0]])), "row 1 holds NaN"),
+        (lambda: GaussianStats(3).update(np.zeros((0, 3))), "shape (0, 3)"),
+        (lambda: kernel_distance(features(1, 9, 8), features(1, 9, 8)), "9 samples; subsets of 1000"),
+        (lambda: precision_recall(features(1, 3, 8), features(1, 9, 8)), "more than k = 3"),
+        (lambda: inception_score(np.full((4, 2), 0.4), 1), "summing to 1"),
+        (lambda: inception_score(np.full((4, 2), 0.5), 9), "9 splits of 4"),
+    ],
+)
+def test_too_little_or_broken_input_is_told_in_one_line(call, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError) as error:
+        call()
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,61 @@
+"""The path, the velocity and the three ways to draw t."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from st_fast.model import flow
+
+
+@pytest.mark.parametrize("path", flow.PATHS)
+def test_the_path_runs_from_data_to_noise_and_velocity_is_its_derivative(path):
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(3, 4, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    ends = [flow.interpolate(x, noise, torch.full((3,), t, dtype=torch.float64), path)[0] for t in (0.0, 1.0)]
+    torch.testing.assert_close(ends[0], x, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ends[1], noise, atol=1e-12, rtol=0)
+    t, h = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), 1e-6
+    difference = (flow.interpolate(x, noise, t + h, path)[0] - flow.interpolate(x, noise, t - h, path)[0]) / (2 * h)
+    torch.testing.assert_close(flow.interpolate(x, noise, t, path)[1], difference, atol=1e-8, rtol=1e-8)
+
+
+def test_the_linear_velocity_is_noise_minus_data():
+    x, noise = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
+    assert torch.equal(flow.interpolate(x, noise, torch.tensor([0.3, 0.8]), "linear")[1], -x + noise)
+
+
+def draws(time, path="linear", steps=400, batch=64):
+    return torch.cat([flow.sample_times(1, s, np.arange(batch), batch, time, path) for s in range(steps)]).numpy()
+
+
+@pytest.mark.parametrize("time", ["uniform", "stratified"])
+def test_uniform_and_stratified_times_are_marginally_uniform(time):
+    assert stats.kstest(draws(time), "uniform").pvalue > 1e-3
+
+
+def test_lognormal_times_have_normal_log_noise_levels_on_both_paths():
+    t = draws("lognormal").astype(np.float64)
+    assert stats.kstest(np.log(t / (1 - t)), "norm").pvalue > 1e-3
+    t = draws("lognormal", "cosine").astype(np.float64)
+    assert stats.kstest(np.log(np.tan(t * np.pi / 2)), "norm").pvalue > 1e-3
+
+
+def test_stratified_times_put_one_draw_in_each_bin_so_a_range_holds_a_fixed_count_give_or_take_one():
+    for step in range(50):
+        t = flow.sample_times(9, step, np.arange(64), 64, "stratified", "linear").numpy()
+        assert sorted(np.floor(t.astype(np.float64) * 64).astype(int)) == list(range(64))
+        assert ((t >= 0.4) & (t <= 0.7)).sum() in (18, 19, 20)  # bins 26..43 lie inside, 25 and 44 in part
+
+
+@pytest.mark.parametrize("time", flow.TIMES)
+def test_a_part_of_the_batch_gets_the_same_times_as_the_whole(time):
+    whole = flow.sample_times(2, 11, np.arange(16), 16, time, "linear")
+    assert torch.equal(whole[4:8], flow.sample_times(2, 11, np.arange(4, 8), 16, time, "linear"))
+
+
+@pytest.mark.parametrize("call", [lambda: flow.coefficients(torch.ones(1), "curved"),
+                                  lambda: flow.sample_times(0, 0, np.arange(2), 2, "gamma", "linear")])  # fmt: skip
+def test_unknown_names_are_refused_with_what_is_allowed(call):
+    with pytest.raises(ValueError, match="one of "):
+        call()

@@ -1,0 +1,130 @@
+"""Moments and images go through any AutoencoderKL as diffusers defines it, and a missing one is told in one line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from st_fast.core.errors import UserError
+from st_fast.model.vae import decode, encode_moments, latent_shape, load_vae, vae_hash, vae_scale
+from st_fast.prepare.small_vae import SmallVae, latent_scale, new_vae, train_vae
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    vae = new_vae(SmallVae((4, 4, 8), 0, latent_channels=3), 1, 16)
+    vae.register_to_config(scaling_factor=0.5)
+    vae.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def images(count: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_moments_are_mean_and_std_of_the_posterior(folder: Path) -> None:
+    vae = load_vae(folder)
+    moments = encode_moments(vae, images())
+    raw_mean, log_variance = vae.quant_conv(vae.encoder(images() / 127.5 - 1)).chunk(2, dim=1)
+    assert moments.shape == (3, 6, 4, 4) == (3, 2 * latent_shape(vae, 16)[0], *latent_shape(vae, 16)[1:])
+    assert torch.allclose(moments, torch.cat((raw_mean, (0.5 * log_variance).exp()), 1), atol=1e-5)
+
+
+def test_images_are_left_as_they_were(folder: Path) -> None:
+    before = images()
+    given = before.clone()
+    encode_moments(load_vae(folder), given)
+    assert torch.equal(given, before)
+
+
+def test_decode_takes_scaled_latents_and_gives_bytes(folder: Path) -> None:
+    vae = load_vae(folder)
+    z = torch.randn(2, 3, 4, 4)
+    pixels = decode(vae, z * 0.5, 0.5)
+    expected = ((vae.decoder(vae.post_quant_conv(z)) + 1) * 127.5).round().clamp(0, 255)
+    assert pixels.dtype == torch.uint8 and torch.equal(pixels.float(), expected)
+
+
+def test_a_shift_factor_is_taken_off_and_put_back(folder: Path) -> None:
+    vae = load_vae(folder)
+    plain, picture = encode_moments(vae, images()), decode(vae, torch.ones(1, 3, 4, 4), 0.5)
+    vae.register_to_config(shift_factor=0.25)
+    assert torch.allclose(encode_moments(vae, images()), plain - torch.tensor([0.25] * 3 + [0] * 3).view(1, 6, 1, 1))
+    assert torch.equal(decode(vae, torch.ones(1, 3, 4, 4) - 0.125, 0.5), picture)
+
+
+def test_the_hash_follows_the_weights_not_the_file(folder: Path, tmp_path: Path) -> None:
+    vae = load_vae(folder)
+    before = vae_hash(vae)
+    vae.save_pretrained(tmp_path / "again")
+    assert vae_hash(load_vae(tmp_path / "again")) == before
+    next(vae.parameters()).data.view(-1)[0] += 1
+    assert vae_hash(vae) != before
+    assert vae_scale(vae) == 0.5
+
+
+def test_missing_diffusers_is_one_line_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"pip install st_fast\[vae\]") as caught:
+        load_vae("sd-vae-ft-mse")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_vae_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither a folder with an AutoencoderKL in safetensors") as caught:
+        load_vae(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sd-vae-ft-mse", "sd-vae-ft-ema"])
+def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unreachable:
+        @staticmethod
+        def from_pretrained(source: str, **options: object) -> None:
+            logging.getLogger("huggingface_hub").warning("Retrying in 8s [Retry 5/5].")
+            raise OSError(f"{source} does not appear to have a file named config.json.\nmore")
+
+    monkeypatch.setattr("st_fast.model.vae.autoencoder_class", lambda: Unreachable)
+    words = f"'{name}': stabilityai/{name} can't be had from the hub; .* a folder .* small or pixels"
+    with pytest.raises(UserError, match=words) as caught:
+        load_vae(name)
+    assert "\n" not in str(caught.value) and not caplog.records
+    assert logging.getLogger("huggingface_hub").level != logging.ERROR, "quiet only meanwhile"
+
+
+def test_a_pickled_vae_is_never_opened(folder: Path) -> None:
+    weights = next(folder.glob("*.safetensors"))
+    torch.save({}, folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="AutoencoderKL in safetensors"):
+        load_vae(folder)
+
+
+def test_training_is_repeatable_lowers_the_error_and_leaves_the_random_state() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    config = SmallVae((4, 4), 30, batch_size=4)
+    smooth = torch.nn.functional.interpolate(images(8).float(), (8, 8), mode="area").to(torch.uint8)
+    one, two = train_vae(smooth, config), train_vae(smooth, config)
+    assert torch.equal(torch.rand(3), expected)
+    assert vae_hash(one) == vae_hash(two)
+
+    def error(vae: object) -> float:
+        mean = encode_moments(vae, smooth).chunk(2, dim=1)[0]
+        return float((decode(vae, mean, 1.0).float() - smooth.float()).square().mean())
+
+    assert error(one) < 0.5 * error(new_vae(config, 1, 8))
+
+
+def test_latent_scale_brings_samples_to_unit_variance() -> None:
+    mean, std = torch.randn(64, 4, 8, 8) * 3 + 1, torch.rand(64, 4, 8, 8)
+    scale = latent_scale(torch.cat((mean, std), dim=1))
+    assert abs(float((scale * (mean + std * torch.randn_like(std))).std()) - 1) < 0.01

@@ -1,0 +1,388 @@
+"""`st_fast.prepare`: true content, odd input named and counted, interrupted work continued, nothing half-made."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from st_fast.core.errors import RunFailed, UserError
+from st_fast.data.images import load_image
+from st_fast.data.manifest import VaeInfo, read_manifest
+from st_fast.data.shards import open_shards
+from st_fast.model.vae import decode, encode_moments, load_vae, vae_hash
+from st_fast.prepare import __main__ as prepare
+from st_fast.prepare import commands, job
+from st_fast.prepare.small_vae import SmallVae, new_vae
+
+from .conftest import encoded, picture
+
+ROOT = Path(__file__).resolve().parents[2]
+PIXELS = ["--size", "16", "--vae", "pixels", "--shard-size", "2", "--device", "cpu"]
+
+
+def run(*arguments: object) -> None:
+    prepare.main([str(argument) for argument in arguments])
+
+
+def command(arguments: Sequence[object], **options: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "st_fast.prepare", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.fixture
+def tiny_vae(tmp_path: Path) -> Path:
+    """A folder with an untrained AutoencoderKL, f = 4, latents of 4 channels."""
+    torch.manual_seed(0)
+    vae = new_vae(SmallVae((4, 4, 4), 0), 3, 16)
+    vae.save_pretrained(tmp_path / "my vae")
+    return tmp_path / "my vae"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_moments_are_those_of_the_vae_on_the_cropped_images(
+    class_folders: Path, tiny_vae: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(class_folders, out, "--size", 16, "--vae", tiny_vae, "--batch-size", 4, "--dtype", "float32", "--flip")
+    shards = open_shards(out)
+    vae = load_vae(tiny_vae)
+    files = sorted(class_folders.rglob("*.png"), key=lambda path: path.as_posix())
+    images = torch.stack([torch.from_numpy(load_image(file.read_bytes(), 16, 3)) for file in files])
+    moments, labels = shards.gather(np.arange(12))
+    assert labels.tolist() == [0] * 6 + [1] * 6
+    for kept, expected in ((moments[::2], images), (moments[1::2], images.flip(-1))):
+        distribution = vae.encode(expected / 127.5 - 1).latent_dist
+        assert torch.allclose(kept, torch.cat((distribution.mean, distribution.std), 1), atol=1e-5)
+    manifest = shards.manifest
+    assert manifest.flip and manifest.class_names == ("b c", "été 中文") and manifest.shape == (8, 4, 4)
+    assert manifest.vae.path == "vae" and manifest.vae.hash == vae_hash(load_vae(out / "vae")) == vae_hash(vae)
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+
+
+def test_pixels_as_latents_are_lossless(class_folders: Path, tmp_path: Path) -> None:
+    run(class_folders, tmp_path / "out", *PIXELS)
+    shards = open_shards(tmp_path / "out")
+    moments, _ = shards.gather(np.arange(6))
+    mean, std = moments.float().chunk(2, dim=1)
+    assert std.abs().max() == 0
+    again = decode(load_vae("pixels"), mean * shards.manifest.scale, shards.manifest.scale)
+    files = sorted(class_folders.rglob("*.png"), key=lambda path: path.as_posix())
+    assert np.array_equal(again.numpy(), np.stack([load_image(file.read_bytes(), 16, 3) for file in files]))
+
+
+def test_interrupted_work_continues_and_ends_with_the_same_files(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(class_folders, tmp_path / "whole", *PIXELS)
+    original, made = job.write_shard, []
+
+    def killed_at_second(path: Path, *rest: object) -> object:
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        return original(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(job, "write_shard", killed_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(class_folders, tmp_path / "cut", *PIXELS)
+    assert not (tmp_path / "cut" / "manifest.json").exists()
+    monkeypatch.setattr(job, "write_shard", lambda path, *rest: made.append(path.name) or original(path, *rest))
+    run(class_folders, tmp_path / "cut", *PIXELS)
+    assert made == ["latents-00000.safetensors", "latents-00001.safetensors", "latents-00002.safetensors"]
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--flip"], "--flip False, not True"),
+        (["--dtype", "float32"], "--dtype float16, not float32"),
+        (["--size", "8"], "--size 16, not 8"),
+        (["--vae", "pixels-gray"], "--vae pixels, not pixels-gray"),
+        (["--vae", "small", "--vae-factor", "4"], "--vae-factor 1, not 4; --vae pixels, not small"),
+    ],
+)
+def test_a_finished_set_is_not_taken_for_one_of_other_options(
+    class_folders: Path, tmp_path: Path, options: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(class_folders, tmp_path / "out", *PIXELS)
+    before = content(tmp_path / "out")
+    capsys.readouterr()
+    run(class_folders, tmp_path / "out", *PIXELS)
+    assert "complete already" in capsys.readouterr().out
+    with pytest.raises(UserError) as refusal:
+        run(class_folders, tmp_path / "out", *PIXELS, *options)
+    assert f"complete, but made with {line}; name another folder to write" in str(refusal.value)
+    assert content(tmp_path / "out") == before
+
+
+def test_a_vae_of_another_name_is_the_same_where_it_is_the_same(tmp_path: Path) -> None:
+    local, out = VaeInfo("mine", "hash", "vae"), tmp_path / "out"
+    hub = VaeInfo("sd-vae-ft-mse", "hash")
+    for asked, made in (
+        ("sd-vae-ft-mse", hub),
+        ("stabilityai/sd-vae-ft-mse", hub),
+        ("sd-vae-ft-mse", VaeInfo("stabilityai/sd-vae-ft-mse")),
+        (str(tmp_path / "moved" / "mine"), local),
+        (str(out / "vae"), local),
+        ("small", VaeInfo("small", "hash", "vae")),
+        ("anything", VaeInfo("")),
+    ):
+        found, wanted = commands.same_names(asked, made, out)
+        assert found == wanted, (asked, made)
+    for asked, made in (("sd-vae-ft-ema", hub), ("mine", hub), ("small", local), ("pixels", local)):
+        found, wanted = commands.same_names(asked, made, out)
+        assert found != wanted, (asked, made)
+
+
+def test_continuing_with_other_settings_is_refused(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_finish", lambda *rest: None)
+    run(class_folders, tmp_path / "out", *PIXELS)
+    with pytest.raises(UserError, match=r"begun with other settings \(size was 16 and is 8\)"):
+        run(class_folders, tmp_path / "out", *PIXELS, "--size", 8)
+    (tmp_path / "out" / "job.json").unlink()
+    with pytest.raises(UserError, match="it holds shards of something else"):
+        run(class_folders, tmp_path / "out", *PIXELS)
+
+
+def test_several_processes_share_the_work_and_the_last_one_writes_the_manifest(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(class_folders, tmp_path / "one", *PIXELS)
+    for rank in (1, 0):
+        assert not (tmp_path / "two" / "manifest.json").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        run(class_folders, tmp_path / "two", *PIXELS)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+@pytest.fixture
+def odd_folder(class_folders: Path) -> Path:
+    """Six good pictures, four odd but usable ones, and four that are not."""
+    target = class_folders / "b c"
+    (target / "gray.jpg").write_bytes(encoded(picture(20, mode="L"), "JPEG"))
+    (target / "cmyk.jpg").write_bytes(encoded(picture(21, mode="CMYK"), "JPEG"))
+    (target / "alpha.png").write_bytes(encoded(picture(22, mode="RGBA")))
+    (target / "deep.png").write_bytes(encoded(Image.fromarray(np.full((20, 20), 40_000, np.uint16))))
+    (target / "corrupt.jpg").write_bytes(encoded(picture(23, (90, 90)), "JPEG")[:-400])
+    (target / "empty ü.png").write_bytes(b"")
+    (target / "text.png").write_text("no picture")
+    (target / "unreadable.png").symlink_to(target / "gone.png")
+    return class_folders
+
+
+def test_bad_images_are_skipped_by_name_and_counted(
+    odd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(odd_folder, tmp_path / "out", *PIXELS, "--max-bad", 4)
+    said = capsys.readouterr()
+    for name in ("corrupt.jpg", "text.png", "unreadable.png", "empty"):
+        assert f"{name}" in said.out
+    assert "No such file" in said.out and "truncated" in said.out
+    assert "10 records" in said.out and "4 images skipped" in said.out
+    shards = open_shards(tmp_path / "out")
+    assert len(shards) == 10 and np.bincount(shards.labels).tolist() == [7, 3]
+
+
+def test_more_bad_images_than_allowed_fail_with_the_first_name(odd_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"4 images can't be used, --max-bad allows 3; the first is b c/\w+"):
+        run(odd_folder, tmp_path / "out", *PIXELS, "--max-bad", 3, "--shard-size", 50)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_nothing_but_bad_images_is_no_set(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "x.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="not one usable image"):
+        run(tmp_path / "in", tmp_path / "out", *PIXELS)
+
+
+def test_a_full_disk_is_told_and_the_work_continues_once_there_is_room(class_folders: Path, tmp_path: Path) -> None:
+    """A file-size limit stops the shard's write half-way, as a full disk does."""
+    for number in range(40):
+        (class_folders / "b c" / f"{number}.png").write_bytes(encoded(picture(number)))
+    arguments = [class_folders, tmp_path / "out", *PIXELS, "--shard-size", "40"]
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    failed = command(arguments, preexec_fn=small_files)
+    assert failed.returncode == 1, failed.stderr
+    assert "0 of 2 shards are complete and stay, and the same command goes on" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["job.json"]
+    run(*arguments)
+    assert len(open_shards(tmp_path / "out")) == 46
+
+
+def test_a_disk_that_fails_to_write_is_told(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *rest: object) -> object:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job, "write_shard", full)
+    with pytest.raises(RunFailed, match=r"No space left on device; 0 of 3 shards"):
+        run(class_folders, tmp_path / "out", *PIXELS)
+
+
+def test_dry_run_says_what_would_be_made_and_writes_nothing(
+    class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(class_folders, tmp_path / "out", *PIXELS, "--flip", "--dry-run")
+    said = capsys.readouterr().out
+    assert "6 images of 2 classes" in said and "12 records of float16 6×16×16" in said and "6 shards" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_and_stats(class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run(class_folders, out, *PIXELS)
+    run("--verify", out)
+    run("--stats", out)
+    said = capsys.readouterr().out
+    assert "6 records in 3 shards verified" in said
+    moments = open_shards(out).gather(np.arange(6))[0].double()[:, :3]
+    for channel in range(3):
+        values = moments[:, channel]
+        assert f"{channel:7d}  {values.mean():8.4f}  {values.std(unbiased=False):8.4f}" in said
+    assert f"std {moments.std(unbiased=False):.4f}" in said
+    assert "classes: b c 3, été 中文 3" in said
+    assert Image.open(io.BytesIO((out / "stats.png").read_bytes())).width > 100
+
+
+def test_a_small_vae_is_trained_on_the_images_and_kept(class_folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = [class_folders, out, "--size", 8, "--vae", "small", "--vae-steps", 2, "--device", "cpu"]
+    run(*arguments)
+    manifest = read_manifest(out)
+    vae = load_vae(out / manifest.vae.path)
+    assert manifest.vae.name == "small" and manifest.vae.hash == vae_hash(vae)
+    assert manifest.scale == vae.config.scaling_factor != 0.18215
+    assert manifest.shape == (8, 4, 4)
+    files = sorted(class_folders.rglob("*.png"), key=lambda path: path.as_posix())
+    image = torch.from_numpy(load_image(files[0].read_bytes(), 8, 3))[None]
+    assert torch.allclose(open_shards(out).gather(np.arange(1))[0].float(), encode_moments(vae, image), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{in}"], "2 paths needed, got 1"),
+        (["--verify", "{in}", "{out}"], "1 path needed, got 2"),
+        (["--verify", "--stats", "{out}"], "not allowed with argument"),
+        (["{in}", "{out}", "--size", "0"], "--size 0: at least 1"),
+        (["{in}", "{out}", "--size", "big"], "invalid int value: 'big'"),
+        (["{in}", "{out}", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["{in}", "{out}", "--vae", "{in}", "--size", "16"], "neither a folder with an AutoencoderKL"),
+        (["{out}", "{in}"], "no such file or folder"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(
+    class_folders: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    places = {"in": str(class_folders), "out": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=words) as caught:
+        run(*(argument.format(**places) for argument in arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_size_that_the_vae_can_not_reduce_is_refused(class_folders: Path, tiny_vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"size = 18: the VAE reduces by 4"):
+        run(class_folders, tmp_path / "out", "--size", 18, "--vae", tiny_vae)
+
+
+def test_the_command_line_works_as_typed(class_folders: Path, tmp_path: Path) -> None:
+    made = command([class_folders, tmp_path / "out", *PIXELS])
+    assert made.returncode == 0, made.stderr
+    assert "6 records in 3 shards" in made.stdout
+    path = tmp_path / "out" / "latents-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    damaged = command(["--verify", tmp_path / "out"])
+    assert damaged.returncode == 2
+    assert damaged.stderr.startswith("st_fast: ") and len(damaged.stderr.splitlines()) == 1
+    assert "latents-00001.safetensors: record 1 (number 3 of the set)" in damaged.stderr
+
+
+def test_kill_9_leaves_whole_shards_or_none(class_folders: Path, tmp_path: Path) -> None:
+    """Killed between the second shard's write and its rename, then run again."""
+    script = (
+        "import os, sys; from st_fast.prepare import __main__ as prepare; rename, done = os.rename, []\n"
+        "def kill(a, b):\n"
+        "    done.append(b); str(b).endswith('00001.safetensors') and os.kill(os.getpid(), 9); rename(a, b)\n"
+        "os.rename = kill; prepare.main(sys.argv[1:])"
+    )
+    arguments = [str(argument) for argument in (class_folders, tmp_path / "out", *PIXELS)]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, timeout=120)
+    assert killed.returncode == -9, killed.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "latents-00000.safetensors" in names and "latents-00001.safetensors" not in names
+    run(*arguments)
+    run("--verify", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["count"] == 6
+    assert not [path for path in (tmp_path / "out").iterdir() if ".partial" in path.name]
+
+
+def test_training_images_leave_out_the_bad(odd_folder: Path) -> None:
+    images = commands.training_images(commands.open_source(odd_folder), 8)
+    assert images.shape == (10, 3, 8, 8) and images.dtype == torch.uint8
+
+
+def test_a_folder_with_nothing_in_it_is_told_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match=r"in': no image in it .*; it holds nothing"):
+        run(tmp_path / "in", tmp_path / "out", *PIXELS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_an_image_without_permission_is_skipped_by_name(
+    class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (class_folders / "b c" / "picture 1 ü.png").chmod(0)
+    run(class_folders, tmp_path / "out", *PIXELS)
+    said = capsys.readouterr().out
+    assert "picture 1 ü.png" in said and "Permission denied" in said and "5 records" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_can_not_be_written_is_told(class_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(RunFailed, match="Permission denied"):
+        run(class_folders, tmp_path / "locked" / "out", *PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--vae", "pixels", "--vae-factor", "8"], "--vae-factor 8: is of --vae small; --vae pixels has its own"),
+        (["--vae", "small", "--vae-factor", "8", "--size", "20"], "--size 20: a multiple of --vae-factor 8"),
+        (
+            ["--vae", "small", "--vae-factor", "8", "--size", "8"],
+            "--size 8: a multiple of --vae-factor 8, at least twice",
+        ),
+    ],
+)
+def test_a_factor_that_the_vae_or_the_size_does_not_have_is_refused(options, line, tmp_path):
+    with pytest.raises(UserError, match=re.escape(line)):
+        prepare.main([str(tmp_path), str(tmp_path / "out"), *options])

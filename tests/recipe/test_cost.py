@@ -1,0 +1,99 @@
+"""The FLOPs of a whole training step by formula, against torch.utils.flop_counter watching that step.
+
+Attention runs as two matrix products each way (`attention = "math"`): a flash backward computes the scores once more,
+which counters charge and the method as defined does not. What else differs is stated below, to the last FLOP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import workload
+from bench.workload import STAGES, Setup, ours
+from st_fast.recipe import Recipe, cost, load
+from st_fast.recipe.schema import Model
+from st_fast.train import memory
+from st_fast.train.run import run
+from tests import tiny
+
+BATCH = 10
+
+
+def no_input_gradient(model: Model) -> int:
+    """FLOPs an image of three times a forward that are never run: nothing needs the gradients of latents and times."""
+    return 2 * (cost.tokens(model) * model.patch**2 * model.channels + cost.TIME_FREQUENCIES) * model.width
+
+
+def shared_embedding(model: Model) -> int:
+    """FLOPs a supervised image: both branches of the teacher share one patch embedding; defined are two."""
+    return 2 * cost.tokens(model) * model.patch**2 * model.channels * model.width
+
+
+def next_modulation(model: Model) -> int:
+    """FLOPs a supervised image: each branch of the teacher also projects the modulation of the block after its last."""
+    return 2 * 2 * 6 * model.width**2
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by matrix products, and a teacher that stops before its last block."""
+    shipped = workload.make_recipe
+
+    def make(setup: Setup, folder: Path) -> Recipe:
+        recipe = shipped(setup, folder)
+        align, transcend = recipe.stages
+        transcend = replace(transcend, method=replace(transcend.method, student_depth=1, teacher_depth=2))
+        return replace(recipe, model=replace(recipe.model, attention="math"), stages=(align, transcend))
+
+    monkeypatch.setattr(workload, "make_recipe", make)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_formula_is_what_torchs_counter_sees_of_a_step_but_for_what_is_stated(stage, small):
+    setup = Setup("S/2", stage, BATCH, torch.device("cpu"), tokens=16, depth=3, compile="off")
+    with ours(setup) as loop:
+        loop()
+        before = loop.supervised
+        with FlopCounterMode(display=False) as counter:
+            loop()
+        supervised, model = loop.supervised - before, loop.recipe.model
+        each = cost.stage_cost(loop.recipe, loop.stage)
+        assert (supervised > 0) == (stage != "plain")
+        share = supervised / BATCH / 0.3  # of the supervised samples that the formula expects
+        formula = BATCH * (each.student + (each.heads + each.teacher) * share)
+        stated = -BATCH * no_input_gradient(model)
+        if stage == "stage 2":
+            stated += supervised * (next_modulation(model) - shared_embedding(model))
+        assert counter.get_total_flops() == pytest.approx(formula + stated, abs=1)
+        assert abs(stated) < 0.03 * formula, "small even at this size"
+
+
+def test_at_the_published_sizes_what_is_stated_is_below_a_fifth_of_a_per_cent():
+    recipe = load(workload.ROOT / "recipes" / "sit_xl.toml", ["--data.path=x"])
+    each, model = cost.stage_cost(recipe, recipe.stage("transcend")), recipe.model
+    off = no_input_gradient(model) + 0.3 * max(next_modulation(model), shared_embedding(model))
+    assert 0 < off / each.total < 0.002
+
+
+def test_a_runs_mfu_is_its_flops_over_time_and_measured_rate_and_its_peak_memory_is_the_processs(tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out")
+    run(load(recipe, ["--run.log_every=5"]))
+    starts = {record["stage"]: record for record in tiny.records(tmp_path / "out", "start")}
+    found = tiny.records(tmp_path / "out", "train")
+    for record in found:
+        start = starts[record["stage"]]
+        expected = record["images_per_s"] * start["flops_per_image"] / start["matmul_flops_per_s"]
+        assert record["mfu"] == pytest.approx(expected, rel=1e-6)
+        assert 0 < record["peak_gib"] <= memory.peak_bytes(torch.device("cpu")) / 2**30 + 1e-3
+    assert [r["stage"] for r in found] == ["align", "align", "transcend", "transcend"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's own account of it is needed")
+def test_peak_memory_of_the_host_is_what_the_kernel_says():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert memory.peak_bytes(torch.device("cpu")) == pytest.approx(int(lines["VmHWM"].split()[0]) * 1024, rel=0.01)

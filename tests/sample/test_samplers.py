@@ -1,0 +1,130 @@
+"""The samplers against Gaussian data, whose velocity and whose flow are known in closed form."""
+
+import math
+import sys
+
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+
+from st_fast.core import random
+from st_fast.core.errors import UserError
+from st_fast.core.random import Purpose
+from st_fast.recipe import cost
+from st_fast.recipe.schema import Sample
+from st_fast.sample.draw import balanced
+from st_fast.sample.guided import guided_velocity, sample_from
+from st_fast.sample.solvers import dopri5, euler, euler_maruyama, heun, score
+
+STD = 0.5
+"""Of the data; the probability flow then maps noise z to STD · z."""
+
+
+def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+    """E[ε − x₀ | x_t] on the linear path for x₀ ~ N(0, STD²)."""
+    return x * (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2)
+
+
+def noise(count: int) -> torch.Tensor:
+    return random.normal(0, Purpose.SAMPLE_NOISE, torch.arange(count), (4, 4, 4))
+
+
+@pytest.mark.parametrize(("solver", "steps", "tolerance"), [(euler, 1000, 5e-3), (heun, 100, 1e-3)])
+def test_the_ode_solvers_follow_the_known_flow(solver, steps, tolerance):
+    z = noise(8)
+    torch.testing.assert_close(solver(velocity, z, steps), STD * z, atol=tolerance * 4, rtol=tolerance)
+
+
+def test_the_sde_draws_from_the_data_distribution():
+    draw = balanced(0, 0, 256, 10, torch.device("cpu"))
+    x = euler_maruyama(velocity, noise(256), 250, "linear", draw)
+    assert x.std().item() == pytest.approx(STD, rel=0.03)
+    assert abs(x.mean().item()) < 0.02
+
+
+def test_the_score_of_gaussian_data_is_minus_x_over_its_variance():
+    x, t = noise(2), 0.3
+    expected = -x / ((1 - t) ** 2 * STD**2 + t**2)
+    torch.testing.assert_close(score(velocity(x, t), x, t, "linear"), expected, atol=1e-5, rtol=1e-5)
+
+
+class Labelled:
+    """A model whose velocity is its label, so that a guided velocity can be worked out by hand; counts its rows."""
+
+    null_label = 10
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.rows += len(x)
+        return torch.ones_like(x) * labels.view(-1, 1, 1, 1), None
+
+
+@pytest.mark.parametrize(
+    ("t", "scale", "expected", "rows"),
+    [
+        (0.2, 3.0, 10 + 3.0 * (4 - 10), 4),
+        (0.5, 3.0, 10 + 3.0 * (4 - 10), 4),  # the range is closed at both ends
+        (0.5001, 3.0, 4.0, 2),
+        (0.1999, 3.0, 4.0, 2),
+        (0.3, 1.0, 4.0, 2),  # ω = 1 is the conditional branch, and only that one is run
+        (0.3, 0.0, 10.0, 4),
+    ],
+)
+def test_guidance_acts_inside_its_interval_only(t, scale, expected, rows):
+    model, settings = Labelled(), Sample(cfg_scale=scale, cfg_range=(0.2, 0.5))
+    guided = guided_velocity(model, torch.tensor([4, 4]), settings)(noise(2), t)
+    assert guided.eq(expected).all()
+    assert model.rows == rows
+
+
+def uneven(x: torch.Tensor, t: float) -> torch.Tensor:
+    """A field with a stiff corner and a jump at t = 0.65, as guidance in an interval has."""
+    return torch.sin(5 * t * x) + (2 * x if t <= 0.65 else -x / (0.05 + t))
+
+
+def scipys(x: torch.Tensor, start: float, end: float, low: float) -> torch.Tensor:
+    """SciPy's solution of `uneven` from start to end, with t held at or above `low`."""
+
+    def field(t, y):
+        return uneven(torch.from_numpy(y), max(t, low)).numpy()
+
+    solved = solve_ivp(field, (start, end), x.reshape(-1).numpy(), rtol=1e-11, atol=1e-11)
+    return torch.from_numpy(solved.y[:, -1]).view_as(x)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+@pytest.mark.parametrize(("scale", "window"), [(2.0, (0.0, 1.0)), (2.0, (0.26, 0.74)), (1.0, (0.0, 1.0))])
+def test_the_formula_counts_the_rows_that_a_sampler_gives_the_model(sampler, scale, window):
+    model, settings = Labelled(), Sample(sampler=sampler, steps=5, cfg_scale=scale, cfg_range=window)
+    draw = balanced(0, 0, 3, 10, torch.device("cpu"))
+    sample_from(model, noise(3), draw, settings, "linear")
+    assert model.rows == 3 * cost.drawing_rows(settings)
+
+
+def test_dopri5_follows_scipys_solution_of_a_known_field_to_its_tolerance():
+    x, seen = noise(3).double(), []
+    found = dopri5(uneven, x, 5, (0.0, 0.65), seen.append, atol=1e-9, rtol=1e-9)
+    above = math.nextafter(0.65, 1)
+    expected = scipys(scipys(x, 1.0, above, above), 0.65, 0.0, 0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert len(seen) == 5 and torch.equal(seen[-1], found)
+
+
+def test_dopri5_never_looks_beyond_the_data_and_needs_fewer_looks_than_fixed_steps():
+    times = []
+
+    def seen(x, t):
+        times.append(t)
+        return velocity(x, t)
+
+    z = noise(4)
+    torch.testing.assert_close(dopri5(seen, z, 1), STD * z, atol=2e-3, rtol=2e-3)
+    assert min(times) >= 0 and max(times) <= 1 and len(times) < 150
+
+
+def test_dopri5_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(UserError, match=r"sampler = 'dopri5': .*pip install st_fast\[ode\]"):
+        dopri5(velocity, noise(1), 1)

@@ -1,0 +1,221 @@
+"""A set of samples is the same whoever draws it, however often it is interrupted, and readable by others."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from st_fast.core.errors import Interrupted, UserError
+from st_fast.recipe import load
+from st_fast.sample import __main__ as sample
+from st_fast.sample import job, parts
+from st_fast.sample.draw import draw_of, read_labels
+from st_fast.sample.files import open_npz, write_npz
+from tests.sample.tiny_run import command, make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("sampling"))
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    """The set of 10 samples by one uninterrupted process: three batches of four, two samples too many."""
+    sample.main([str(run), "--num", "10", "--npz", "--png", "--out", str(run / "whole")])
+    return run / "whole"
+
+
+def test_the_npz_is_adms_layout_and_holds_what_the_model_draws(run, whole):
+    with np.load(whole / "samples.npz") as found:
+        assert found.files == ["arr_0", "arr_1"]
+        images, labels = found["arr_0"], found["arr_1"]
+    assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [0, 1, 2, 3, 4] * 2
+    request, recipe = sample.parse([str(run), "--num", "10"])
+    with sample.drawing(request.wanted) as (_, _, artist, _):
+        draw = sample.balanced(3, 0, 4, 5, torch.device("cpu"))
+        latents = sample.sample(artist.model, draw, recipe.sample, "linear")
+    pixels = ((latents / 2 + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
+    assert np.array_equal(images[:4], pixels.byte().numpy())
+    assert images.std() > 20
+    assert not (whole / "parts").exists()
+
+
+def test_single_images_and_the_grid_are_those_of_the_npz(whole):
+    images = np.load(whole / "samples.npz")["arr_0"]
+    names = sorted(path.name for path in (whole / "png").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(10)]
+    for number, name in enumerate(names):
+        assert np.array_equal(np.asarray(Image.open(whole / "png" / name)), images[number])
+    grid = np.asarray(Image.open(whole / "grid.png"))
+    factor = grid.shape[1] // (10 * 10 + 2)
+    assert np.array_equal(grid[::factor, ::factor][2:10, 2:10], images[0])
+
+
+def test_two_ranks_draw_the_bytes_of_one(run, whole):
+    done = command("sample", run, "-n", 10, "--npz", "--out", run / "two", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert digest(run / "two" / "samples.npz") == digest(whole / "samples.npz")
+
+
+def test_a_set_that_was_interrupted_is_continued_to_the_same_bytes(run, whole, monkeypatch):
+    drawn, draw = [], job.Artist.draw
+
+    def killed_after_one(self, first, count):
+        drawn.append(first)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(self, first, count)
+
+    monkeypatch.setattr(job.Artist, "draw", killed_after_one)
+    arguments = [str(run), "--num", "10", "--npz", "--out", str(run / "again")]
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(arguments)
+    assert not (run / "again" / "samples.npz").exists()
+    sample.main(arguments)
+    assert drawn == [0, 4, 4, 8], "what was kept is not drawn again"
+    assert digest(run / "again" / "samples.npz") == digest(whole / "samples.npz")
+    sample.main(arguments)
+    assert len(drawn) == 4, "a complete set is left as it is"
+
+
+def test_a_signal_stops_after_a_batch_and_says_how_to_go_on(run, monkeypatch):
+    request, _ = sample.parse([str(run), "--num", "10", "--npz", "--out", str(run / "stopped")])
+    with pytest.raises(Interrupted) as told, sample.drawing(request.wanted) as (ranks, stop, artist, say):
+        stop.name = "SIGTERM"
+        job.draw_set(artist, request.target, False, ranks, stop, say)
+    assert "1 of 3 batches are kept" in str(told.value) and told.value.exit_code == 75
+
+
+def test_other_settings_are_refused_in_one_line_that_names_them(run, whole):
+    done = command("sample", run, "--num", 10, "--npz", "--out", whole, "--cfg-scale", 1.5, "--seed", 9)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cfg_scale 2.0 (now 1.5), seed 3 (now 9); choose another --out" in done.stderr
+
+
+def test_other_weights_are_refused(tmp_path):
+    run = make_run(tmp_path)
+    arguments = [str(run), "--num", "4", "--npz", "--out", str(tmp_path / "set")]
+    sample.main(arguments)
+    make_run(tmp_path, seed=1, step=20)
+    with pytest.raises(UserError, match=r"step 10 \(now 20\), model_sha256 \w+ \(now \w+\)"):
+        sample.main(arguments)
+
+
+def test_a_damaged_batch_is_named(run, whole):
+    settings = json.loads((whole / "sample.json").read_text())
+    settings.pop("format")
+    found = parts.Parts(run / "hurt", parts.Settings(**settings | {"cfg_range": tuple(settings["cfg_range"])}))
+    found.begin()
+    (run / "hurt" / "parts" / "000000.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"000000.safetensors: damaged .* remove it"):
+        found.get(0)
+
+
+def test_by_default_a_few_samples_are_one_picture_as_before(run, capsys):
+    sample.main([str(run)])
+    path = run / "plain" / "samples" / "manual.png"
+    assert capsys.readouterr().out.strip().endswith(str(path))
+    assert Image.open(path).width >= 480
+    request, _ = sample.parse([str(run), "--num", "1001"])
+    assert request.is_set and request.target.name == "1001-heun3-cfg2"
+
+
+def test_labels_are_balanced_random_or_those_named(run):
+    ordinals = torch.arange(2000)
+    assert read_labels("balanced", 5).of(3, ordinals).bincount().tolist() == [400] * 5
+    assert read_labels("0,3", 5).of(3, ordinals[:4]).tolist() == [0, 3, 0, 3]
+    drawn = read_labels("random", 5).of(3, ordinals)
+    assert all(320 < count < 480 for count in drawn.bincount().tolist())
+    later = draw_of(read_labels("random", 5), 3, 700, 10, torch.device("cpu"))
+    assert later.labels.tolist() == drawn[700:710].tolist(), "a label follows from the sample's number"
+    for wrong in ("0,5", "all", "", "-1"):
+        with pytest.raises(UserError, match="--labels"):
+            read_labels(wrong, 5)
+
+
+@pytest.mark.parametrize(("preset", "scale", "high"), [("repa", 1.8, 0.7), ("self-transcendence", 1.9, 0.65)])
+def test_presets_are_the_published_settings_and_flags_win(run, preset, scale, high):
+    found = sample.parse([str(run), "--preset", preset])[0].wanted.settings
+    assert (found.sampler, found.steps, found.cfg_scale, found.cfg_range) == ("sde", 250, scale, (0.0, high))
+    assert sample.parse([str(run), "--preset", preset, "--steps", "7"])[0].wanted.settings.steps == 7
+
+
+def test_the_trajectory_is_a_gif_from_the_noise_to_the_image(run):
+    sample.main([str(run), "--num", "10", "--gif", "--steps", "6"])
+    with Image.open(run / "plain" / "samples" / "trajectory.gif") as film:
+        assert film.format == "GIF" and film.n_frames == 7
+        film.seek(6)
+        last = np.asarray(film.convert("RGB")).astype(int)
+    sample.main([str(run), "--num", "10", "--steps", "6"])
+    still = np.asarray(Image.open(run / "plain" / "samples" / "manual.png").convert("RGB")).astype(int)
+    assert last.shape == still.shape and np.abs(last - still).mean() < 12, "a GIF has 256 colours"
+
+
+def test_an_interpolation_begins_and_ends_at_the_samples_themselves(run):
+    sample.main([str(run), "--interpolate", "2", "8", "--sampler", "euler"])
+    picture = np.asarray(Image.open(run / "plain" / "samples" / "interpolate-2-8.png"))
+    factor = picture.shape[1] // 102
+    picture = picture[::factor, ::factor].astype(int)
+    request, _ = sample.parse([str(run), "--sampler", "euler"])
+    with sample.drawing(request.wanted) as (_, _, artist, _):
+        a, b = (artist.draw(number, 1)[0][0].permute(1, 2, 0).numpy().astype(int) for number in (2, 8))
+    assert np.abs(picture[2:10, 2:10] - a).max() <= 1
+    assert np.abs(picture[12:20, 92:100] - b).max() <= 1
+
+
+def test_compiled_blocks_draw_the_same_images(run, whole, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: torch._dynamo.disable(function))
+    sample.main([str(run), "--num", "10", "--npz", "--compile", "on", "--out", str(run / "compiled")])
+    assert digest(run / "compiled" / "samples.npz") == digest(whole / "samples.npz")
+    assert json.loads((run / "compiled" / "sample.json").read_text())["compiled"] is True
+
+
+def test_a_file_larger_than_one_block_is_read_a_block_at_a_time(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (11, 2, 3, 3), dtype=np.uint8)
+    write_npz(tmp_path / "a.npz", (2, 3, 3), iter(np.split(images, [4, 8])), np.arange(11))
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], images)
+    found = list(open_npz(tmp_path / "a.npz").blocks(5))
+    assert [len(block) for block in found] == [5, 5, 1] and np.array_equal(np.concatenate(found), images)
+    with pytest.raises(ValueError, match="8 images for 11 labels"):
+        write_npz(tmp_path / "b.npz", (2, 3, 3), iter([images[:8]]), np.arange(11))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    np.savez(tmp_path / "c.npz", mu=np.zeros(3))
+    for name, words in (("c.npz", "no arr_0"), ("d.npz", "no such file")):
+        with pytest.raises(UserError, match=words):
+            open_npz(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num", "0"], "--num 0: at least 1"),
+        (["--cfg-range", "0.7", "0.2"], "0 ≤ LOW ≤ HIGH ≤ 1"),
+        (["--labels", "7"], "classes of 0..4"),
+        (["--gif", "--npz"], "one picture"),
+        (["--stage", "other"], "the run has plain"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(run, flags, words):
+    with pytest.raises(UserError) as error:
+        sample.parse([str(run), *flags])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_recipe_may_name_dopri5(run, tmp_path):
+    assert load(run / "recipe.toml", ["--sample.sampler=dopri5"]).sample.sampler == "dopri5"
+
+
+@pytest.mark.parametrize(("out", "flags"), [("folder", []), ("a.gif", []), ("a.png", ["--gif"])])
+def test_a_picture_of_another_ending_is_refused_before_anything_is_drawn(out, flags, run, tmp_path):
+    with pytest.raises(UserError, match=r"--out .*: a picture's name ends in \.(png|gif)"):
+        sample.parse([str(run), "--out", str(tmp_path / out), *flags])

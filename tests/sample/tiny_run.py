@@ -1,0 +1,78 @@
+"""A run folder with a random model of 8×8 pixels, made without training, in a fraction of a second."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from st_fast import kernels
+from st_fast.core import checkpoint
+from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.model import build, teacher
+from st_fast.prepare.writing import write_shards
+from st_fast.recipe import load, to_toml
+from tests.tiny import ROOT
+
+RECIPE = """
+[model]
+depth = 2
+width = 32
+heads = 2
+patch = 2
+channels = 3
+latent_size = 8
+num_classes = 5
+[data]
+path = "{data}"
+loader = "resident"
+[run]
+out = "{out}"
+seed = 3
+device = "cpu"
+[sample]
+num = 12
+batch_size = 4
+sampler = "heun"
+steps = 3
+cfg_scale = 2.0
+cfg_range = [0.0, 0.7]
+[[stage]]
+name = "plain"
+supervision = "none"
+steps = 10
+"""
+
+
+def make_run(folder: Path, seed: int = 0, step: int = 10) -> Path:
+    """The run folder; `seed` chooses the model's weights."""
+    data, out = folder / "data", folder / "run"
+    if not data.exists():
+        generator = torch.Generator().manual_seed(0)
+        moments = torch.randn(20, 6, 8, 8, generator=generator)
+        moments[:, 3:] = 0
+        manifest = Manifest(0, (6, 8, 8), "float16", 2.0, VaeInfo("pixels"), "random", 5)
+        write_shards(data, [(moments.half(), torch.arange(20) % 5)], manifest)
+    (folder / "recipe.toml").write_text(RECIPE.format(data=data, out=out))
+    recipe = load(folder / "recipe.toml")
+    out.mkdir(exist_ok=True)
+    (out / "recipe.toml").write_text(to_toml(recipe))
+    model = build(recipe.model, kernels.select({}, torch.device("cpu")), seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state_dict().items()}
+    meta = {"architecture": teacher.architecture(recipe.model)}
+    checkpoint.save(out / "plain" / "checkpoints", step, {"model": tensors, "ema": tensors}, meta)
+    return out
+
+
+def command(module: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """`python -m st_fast.MODULE` in a process of its own, or under torchrun."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc-per-node={ranks}"]
+    start = [sys.executable] if ranks == 1 else torchrun
+    return subprocess.run(
+        [*start, "-m", f"st_fast.{module}", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Supervised rows in one shape: how many make a pass, what fills it, and that it changes neither loss nor gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast.model import flow
+from st_fast.recipe.methods import Selection
+from st_fast.recipe.schema import Flow
+from st_fast.train.supervision import Rows, select_rows
+from st_fast.train.supervision.capacity import capacity, padded
+from tests.train.schedule.loop import Loop
+
+RANGE = Selection((0.4, 0.7), "sample", 0.5)
+
+
+def counts(time: str, whole: int, part: int, steps: int = 400) -> list[int]:
+    """Supervised rows of each micro-batch of these steps, as training draws them."""
+    found = []
+    for step in range(steps):
+        t = flow.sample_times(7, step, np.arange(whole), whole, time, "linear")
+        found += [len(select_rows(t, slice(start, start + part), RANGE)[0]) for start in range(0, whole, part)]
+    return found
+
+
+@pytest.mark.parametrize("batch", [8, 10, 256])
+def test_stratified_times_never_overflow_a_whole_batch_and_waste_at_most_two_rows(batch):
+    rows = capacity(RANGE, Flow(time="stratified"), batch, batch).rows
+    found = counts("stratified", batch, batch)
+    assert max(found) <= rows <= min(found) + 2
+
+
+@pytest.mark.parametrize(
+    ("time", "whole", "part"), [("uniform", 64, 64), ("stratified", 64, 16), ("lognormal", 64, 64)]
+)
+def test_the_rows_expected_to_be_run_are_those_that_are(time, whole, part):
+    found = capacity(RANGE, Flow(time=time), whole, part)
+    drawn = counts(time, whole, part)
+    ran = [found.rows * max(1, -(-count // found.rows)) for count in drawn]
+    assert np.mean(drawn) == pytest.approx(found.supervised, rel=0.06)
+    assert np.mean(ran) == pytest.approx(found.run, rel=0.04)
+
+
+def test_the_capacity_costs_least():
+    found, rng = capacity(RANGE, Flow(), 256, 256), np.random.default_rng(0)
+    drawn = rng.binomial(256, 0.3, 200_000)
+    cost = {k: k * np.mean(np.maximum(1, -(-drawn // k))) for k in range(77, 140)}
+    assert cost[found.rows] <= 1.002 * min(cost.values())
+    assert found.run == pytest.approx(cost[found.rows], rel=2e-3)
+
+
+def test_the_released_mask_fills_every_row_and_a_batch_of_one_works():
+    assert capacity(Selection((0.4, 0.7), "released", 0.5), Flow(), 64, 16).rows == 16
+    assert capacity(RANGE, Flow(), 1, 1).rows == 1
+    assert capacity(Selection((0.0, 1.0), "sample", 0.5), Flow(time="stratified"), 8, 8).rows == 8
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+@pytest.mark.parametrize("rows", [1, 4, 5, 12])
+def test_padding_keeps_every_supervised_row_once_with_its_weight_and_fills_whole_passes(size, rows):
+    generator = torch.Generator().manual_seed(size * 100 + rows)
+    for count in range(size + 1):
+        index = torch.randperm(size, generator=generator)[:count].sort().values
+        weight = torch.rand(count, generator=generator) + 0.1
+        filled, weights = padded(index, weight, size, rows)
+        assert len(filled) == len(weights) == rows * max(1, -(-count // rows))
+        total = torch.zeros(size).index_add(0, filled, weights)
+        assert torch.equal(total, torch.zeros(size).index_put((index,), weight))
+        assert int((weights > 0).sum()) == count and int(filled.min()) >= 0 and int(filled.max()) < size
+        if len(filled) == size:  # what `Rows.take` then hands out without looking
+            assert torch.equal(filled, torch.arange(size))
+        passes = Rows(filled, weights, rows).passes(filled)
+        assert all(len(one) == rows for one in passes) and torch.equal(torch.cat(passes), filled)
+
+
+@pytest.mark.parametrize("name", ["align", "transcend"])
+@pytest.mark.parametrize("options", [(), ("--flow.time=stratified",), ("--optim.accumulation=2",)], ids=str)
+def test_padded_rows_give_the_same_loss_and_every_gradient(name, options, folder):
+    def gradients(*more: str) -> tuple[list[torch.Tensor], list[int]]:
+        loop = Loop(folder, name, (*options, *more))
+        step, found, rows = loop.trainer.step, [], []
+        for number, batches in enumerate(loop.feed.steps(0, 6)):
+            for batch in batches:
+                step._learn(number, batch, last=True)
+                rows.append(len(batch.rows.index))
+            found += [gradient.clone() for gradient in step.optimizer.gradients()]
+            for parameter in step.optimizer.parameters():
+                parameter.grad = None
+        return found, rows
+
+    exact, counted = gradients()
+    filled, sizes = gradients("--run.supervised_rows=padded")
+    assert len(set(counted)) > 1 or "stratified" in str(options)
+    assert all(size % min(sizes) == 0 for size in sizes)
+    largest = max(float(gradient.abs().max()) for gradient in exact)
+    for ours, theirs in zip(filled, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_overflowing_steps_take_further_passes_of_the_same_shape(folder, monkeypatch):
+    loop = Loop(folder, "transcend", ("--run.supervised_rows=padded",))
+    loop.feed.pass_rows = 2  # of 8: most steps overflow
+    seen, teacher = [], loop.trainer.method.teacher
+    guided = teacher.guided_features
+    monkeypatch.setattr(teacher, "guided_features", lambda x, *rest: seen.append(len(x)) or guided(x, *rest))
+    numbers, _ = loop.run()
+    expected, _ = Loop(folder, "transcend").run()
+    assert set(seen) == {2} and len(seen) > 12
+    for ours, theirs in zip(numbers, expected, strict=True):
+        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=2e-4, atol=1e-7)

@@ -1,0 +1,67 @@
+"""What each method costs, against PyTorch's own count of the operations it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from st_fast.model import build
+from st_fast.recipe import cost
+from st_fast.recipe.methods import LayerSync, Plain, Repa, SelfRepresentation
+from st_fast.recipe.schema import Model, Recipe, Stage
+from st_fast.train.supervision import create
+from st_fast.train.supervision.registry import Parts
+from tests.train.supervision.test_losses import TABLE
+
+MODEL = Model("custom", depth=6, width=64, heads=2, patch=2, channels=4, latent_size=16, num_classes=5)
+TOKENS = torch.zeros(1, 64, 64)
+
+
+def cost_of(method) -> cost.StageCost:
+    stage = Stage("s", method, 10)
+    return cost.stage_cost(Recipe(MODEL, (stage,)), stage)
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def heads_of(method, **parts):
+    return create(Stage("s", method, 10), Parts(MODEL, TABLE, None, **parts), seed=1).heads
+
+
+def test_layer_sync_costs_the_student_alone():
+    assert cost_of(LayerSync(2, 4)) == cost_of(Plain())
+
+
+def test_sras_teacher_runs_one_forward_to_its_block_for_every_sample():
+    model = build(MODEL, TABLE, 0)
+    x, one = torch.zeros(1, 4, 16, 16), torch.zeros(1)
+    method = SelfRepresentation(2, 4)
+    forward = counted(lambda: model.features(x, one, one.long(), 4))
+    assert cost_of(method).teacher == pytest.approx(forward, rel=0.02)  # one more modulation is run than is defined
+    heads = heads_of(method, average=object())
+    assert cost_of(method).heads == 3 * counted(lambda: heads(TOKENS))
+    assert cost_of(method).student == cost_of(Plain()).student
+
+
+def test_repas_heads_cost_a_projection_to_each_encoders_width():
+    method = Repa(("facebook/dinov2-small", "somewhere/dinov2-with-registers-large"), 2, hidden=32)
+    heads = heads_of(method, feature_widths=(384, 1024))
+    assert cost_of(method).heads == 3 * counted(lambda: [head(TOKENS) for head in heads.projectors])
+    assert cost_of(method).teacher == 0
+
+
+def test_heads_cost_nothing_after_the_stop():
+    stage = Stage("s", Repa(("dinov2-base",), 2, stop_step=4), 10)
+    recipe = Recipe(MODEL, (stage,))
+    always = Recipe(MODEL, (Stage("s", replace(stage.method, stop_step=0), 10),))
+    whole, stopped = (cost.stage_flops(r, r.stages[0], 0, 10) for r in (always, recipe))
+    assert whole - stopped == pytest.approx(6 * 256 * cost.stage_cost(recipe, stage).heads)
+    assert cost.stage_flops(recipe, stage, 4, 6) == 2 * 256 * cost.stage_cost(recipe, stage).student

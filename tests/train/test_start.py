@@ -1,0 +1,233 @@
+"""`init`: a stage starts from another model, matched strictly, read once, and recorded."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from st_fast import kernels
+from st_fast.core import checkpoint
+from st_fast.core.checkpoint import Checkpoint
+from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.signals import StopRequest
+from st_fast.model import build
+from st_fast.model.formats import import_file
+from st_fast.recipe import RecipeError, load
+from st_fast.recipe.schema import Optim
+from st_fast.train import start, trainer
+from st_fast.train.__main__ import check_unchanged
+from st_fast.train.optim import Optimizer
+from st_fast.train.run import run
+from tests import foreign, tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STILL = ("--optim.lr=1e-30", "--stage.plain.steps=1")
+"""One step that changes no weight."""
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """Seconds of measuring the device for a figure that nothing here reads."""
+    monkeypatch.setattr("st_fast.train.log.matmul_rate", lambda device, dtype: 1e11)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "latents")
+
+
+@pytest.fixture
+def recipe(data, tmp_path) -> Path:
+    """The tiny recipe with one plain stage that starts from `tmp_path / "repa.pt"`."""
+    path = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    text = path.read_text()
+    plain = f'[[stage]]\nname = "plain"\nsupervision = "none"\nsteps = 10\ninit = "{tmp_path}/repa.pt"\n'
+    path.write_text(text[: text.index("[[stage]]")] + plain)
+    return path
+
+
+def newest(out: Path, name: str = "plain") -> Checkpoint:
+    found = checkpoint.latest(out / name / "checkpoints", pytest.fail)
+    assert found is not None
+    return found
+
+
+def refused(recipe: Path, *options: str) -> str:
+    """The one line with which a run ends before it trains."""
+    with pytest.raises(UserError) as caught:
+        run(load(recipe, options))
+    assert "\n" not in str(caught.value)
+    assert not (recipe.parent / "out" / "plain" / "checkpoints").exists()
+    check_unchanged(load(recipe, ("--optim.lr=0.5",)), accept=False)  # nothing began: it may be put right
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("taken", ["ema", "raw", "state"])
+def test_a_stage_starts_from_a_foreign_file_whose_heads_it_leaves(taken, recipe, tmp_path):
+    content = foreign.repa_checkpoint(tmp_path / "repa.pt")
+    run(load(recipe, [*STILL, f"--stage.plain.init_weights={taken}"]))
+    found = newest(tmp_path / "out")
+    raw, averaged = {"ema": ("ema", "ema"), "raw": ("model", "model"), "state": ("model", "ema")}[taken]
+    keys = [key for key in content["model"] if not key.startswith("projectors")]
+    assert set(found.groups["model"]) == set(keys) and "heads" not in found.groups
+    assert all(torch.equal(found.groups["model"][key], content[raw][key]) for key in keys)
+    decay = 0.9 if taken == "state" else 1.0  # of a step by nothing, the average moves towards the raw weights only
+    for key in keys[1:]:
+        expected = decay * content[averaged][key] + (1 - decay) * content[raw][key]
+        torch.testing.assert_close(found.groups["ema"][key], expected, rtol=1e-5, atol=1e-6)
+    assert found.groups["optim"]["model.step"] == (4 if taken == "state" else 1)
+    said = found.meta["init"]
+    assert (said["layout"], said["step"], said["weights"]) == ("repa", 3, taken) and len(said["sha256"]) == 64
+    assert tiny.records(tmp_path / "out", "start")[0]["init"] == said
+
+
+def test_official_sit_is_turned_round(recipe, tmp_path):
+    config = replace(foreign.TINY, qk_norm=False)
+    args = argparse.Namespace(model="SiT", num_classes=5, prediction="velocity")
+    torch.save({"model": foreign.trunk(config, 5), "args": args}, tmp_path / "sit.pt")
+    run(load(recipe, [*STILL, "--model.qk_norm=false", f"--stage.plain.init={tmp_path}/sit.pt"]))
+    expected = import_file(tmp_path / "sit.pt", number_of_heads=2).model
+    found = newest(tmp_path / "out").groups["model"]
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert not torch.equal(found["final_layer.linear.weight"], foreign.trunk(config, 5)["final_layer.linear.weight"])
+
+
+def test_the_optimiser_goes_on_as_the_other_projects_would(tmp_path):
+    """The fourth update, ours after the import and torch's AdamW after loading its own state, from one gradient."""
+    content = foreign.repa_checkpoint(tmp_path / "repa.pt", steps=3)
+    for table in (content["model"], content["ema"]):
+        table["pos_embed"] += 1e-3  # another project's positions need not be ours to the last bit
+    torch.save(content, tmp_path / "repa.pt")
+    path = tmp_path / "r.toml"
+    path.write_text(
+        f'[model]\ndepth = 3\nwidth = 32\nheads = 2\npatch = 2\nlatent_size = 4\nnum_classes = 5\n[data]\npath = "x"\n'
+        f'[[stage]]\nname = "a"\nsupervision = "none"\nsteps = 9\ninit = "{tmp_path}/repa.pt"\ninit_weights = "state"\n'
+    )
+    recipe, table = load(path), kernels.select({}, torch.device("cpu"))
+    model = build(recipe.model, table, 0)
+    settings = Optim(lr=1e-4, grad_clip=0.0, ema_decay=0.9)
+    ours = Optimizer(model, torch.nn.Module(), settings, torch.float32, kernels.adamw_ema_, kernels.grad_norm)
+    ours.load(start.taken_over(recipe, recipe.stages[0], ours.state(), pytest.fail)[0])
+    theirs = {key: torch.nn.Parameter(t.clone(), key != "pos_embed") for key, t in content["model"].items()}
+    assert torch.equal(model.pos_embed, content["model"]["pos_embed"])
+    adamw = torch.optim.AdamW(list(theirs.values()), lr=1e-4, weight_decay=0.0)
+    adamw.load_state_dict(content["opt"])
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            theirs[key].grad = parameter.grad.clone()
+    before = {key: t.clone() for key, t in ours.state()["model"].items()}
+    ours.update()
+    adamw.step()
+    for key, tensor in ours.state()["model"].items():
+        moved = theirs[key].detach() - content["model"][key]
+        torch.testing.assert_close(tensor - before[key], moved, rtol=1e-3, atol=2e-8)
+
+
+def test_a_resumed_stage_ends_bit_by_bit_the_same_and_never_reads_the_file_again(recipe, tmp_path, monkeypatch):
+    foreign.repa_checkpoint(tmp_path / "repa.pt")
+    run(load(recipe, [f"--run.out={tmp_path}/whole"]))
+    stop, count, call = StopRequest(), [0], trainer.Step.__call__
+
+    def stepping(self, *arguments):
+        count[0] += 1
+        if count[0] == 3:
+            stop.name = "SIGTERM"
+        return call(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("st_fast.train.run.stop_on_signals", lambda: nullcontext(stop))
+        patch.setattr(trainer.Step, "__call__", stepping)
+        with pytest.raises(Interrupted):
+            run(load(recipe))
+    (tmp_path / "repa.pt").unlink()
+    run(load(recipe))
+    ours, theirs = newest(tmp_path / "out"), newest(tmp_path / "whole")
+    for group, tensors in theirs.groups.items():
+        assert all(torch.equal(ours.groups[group][key], tensor) for key, tensor in tensors.items())
+    assert ours.meta["init"] == theirs.meta["init"] and ours.meta["init"]["step"] == 3
+
+
+def test_every_mismatch_is_told_in_one_line_before_training(recipe, tmp_path):
+    foreign.repa_checkpoint(tmp_path / "repa.pt", replace(foreign.TINY, depth=2, num_classes=7))
+    line = refused(recipe)
+    assert "depth 2 (this recipe: 3), num_classes 7 (this recipe: 5)" in line and "'y_embedder.embedding_table" in line
+    assert "blocks.2.attn.qkv.weight" in line
+    foreign.repa_checkpoint(tmp_path / "repa.pt", replace(foreign.TINY, heads=4))
+    assert "heads 4 (this recipe: 2)" in refused(recipe)  # qk-norm tells how many
+    foreign.repa_checkpoint(tmp_path / "repa.pt")
+    assert "trained on the linear path, flow.path = 'cosine'" in refused(recipe, "--flow.path=cosine")
+    assert "no key of the model begins with 'blok'" in refused(recipe, '--stage.plain.init_fresh=["blok"]')
+    assert "6 unexpected: 'projectors.0.0." in refused(recipe, "--stage.plain.init_heads=match")
+    (tmp_path / "repa.pt").unlink()
+    assert "there is nothing" in refused(recipe)
+    (tmp_path / "repa.pt").write_bytes(b"\x80\x02junk")
+    assert "refused, nothing executed" in refused(recipe)
+
+
+def test_a_later_stages_start_is_checked_before_the_first_trains(data, tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    torch.save(foreign.repa_weights(replace(foreign.TINY, width=64), 1), tmp_path / "wide.pt")
+    start_there = f"--stage.transcend.init={tmp_path}/wide.pt"
+    with pytest.raises(UserError, match=r"width 64 \(this recipe: 32\)"):
+        run(load(recipe, [start_there]))
+    foreign.repa_checkpoint(tmp_path / "wide.pt")
+    with pytest.raises(UserError, match=r"init_heads = 'match'.*6 missing: 'projectors.0.weight'"):
+        run(load(recipe, [start_there, "--stage.transcend.init_heads=match"]))
+    assert not (tmp_path / "out" / "align").exists()
+
+
+def test_a_file_without_optimiser_state_cannot_be_continued(recipe, tmp_path):
+    torch.save(foreign.repa_weights(foreign.TINY, 1), tmp_path / "repa.pt")
+    assert "no optimiser state" in refused(recipe, "--stage.plain.init_weights=state")
+
+
+def test_what_is_said_to_be_fresh_is_drawn_and_the_rest_is_taken(recipe, tmp_path):
+    content = foreign.repa_checkpoint(tmp_path / "repa.pt", replace(foreign.TINY, num_classes=7))
+    run(load(recipe, [*STILL, '--stage.plain.init_fresh=["y_embedder.", "final_layer."]']))
+    drawn = build(load(recipe).model, kernels.select({}, torch.device("cpu")), 3).state_dict()
+    for key, tensor in newest(tmp_path / "out").groups["model"].items():
+        fresh = key.startswith(("y_embedder.", "final_layer."))
+        assert torch.allclose(tensor, drawn[key] if fresh else content["ema"][key], rtol=0, atol=1e-20), key
+
+
+def test_a_stage_starts_from_an_earlier_one_and_takes_its_heads_on_request(data, tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    text = recipe.read_text()
+    again = text[text.index("[[stage]]") : text.rindex("[[stage]]")].replace('"align"', '"again"')
+    recipe.write_text(text[: text.rindex("[[stage]]")] + again + 'init = "align"\ninit_heads = "match"\n')
+    options = ["--stage.again.init_weights=state", "--stage.align.steps=4", "--stage.again.steps=1"]
+    run(load(recipe, options))
+    first, second = newest(tmp_path / "out", "align"), newest(tmp_path / "out", "again")
+    assert second.groups["optim"]["heads.step"] == 5 and second.groups["optim"]["model.step"] == 5
+    for group in ("model", "heads"):
+        moved = max((second.groups[group][k] - t).abs().max() for k, t in first.groups[group].items())
+        assert 0 < moved < 0.05  # one step from there, and not from what was drawn
+    assert second.meta["init"]["path"] == "align" and second.meta["init"]["layout"] == "self-transcendence"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("init", "nowhere", "no stage of that name"),
+        ("init", "plain", "can't start from itself"),
+        ("init_weights", "best", 'one of "ema", "raw", "state"'),
+        ("init_fresh", '["a", "a"]', "none empty and none twice"),
+    ],
+)
+def test_bad_keys_are_refused_by_the_recipe(key, value, words, recipe):
+    with pytest.raises(RecipeError, match=f"stage.plain.{key}") as caught:
+        load(recipe, [f"--stage.plain.{key}={value}"])
+    assert words in str(caught.value)
+
+
+def test_the_other_keys_need_an_init(recipe):
+    with pytest.raises(RecipeError, match="without init nothing is read"):
+        load(recipe, ["--stage.plain.init=", "--stage.plain.init_heads=match"])

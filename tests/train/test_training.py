@@ -1,0 +1,197 @@
+"""The loop: it learns, resumes bit-exactly wherever it was stopped, and refuses what would spoil a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from st_fast.core import checkpoint
+from st_fast.core.errors import Interrupted, RunFailed, UserError
+from st_fast.core.signals import StopRequest
+from st_fast.recipe import load
+from st_fast.train import trainer
+from st_fast.train.run import run
+from tests import tiny
+
+STAGES = ("align", "transcend")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "latents")
+
+
+def final_states(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of both stages' newest checkpoints."""
+    found = {name: checkpoint.latest(out / name / "checkpoints", print) for name in STAGES}
+    return {f"{s}/{g}/{k}": t for s, c in found.items() for g, ts in c.groups.items() for k, t in ts.items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> Path:
+    return tiny.run_whole(tmp_path_factory.mktemp("whole"), data)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """A signal arrives during the `step`-th step that this process makes, whichever stage that falls in."""
+    count, call = {"steps": 0}, trainer.Step.__call__
+
+    def stepping(self, *arguments):
+        count["steps"] += 1
+        if count["steps"] == step:
+            STOP.name = "SIGTERM"
+        return call(self, *arguments)
+
+    monkeypatch.setattr(trainer.Step, "__call__", stepping)
+
+
+STOP = StopRequest()
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    from contextlib import nullcontext
+
+    monkeypatch.setattr("st_fast.train.run.stop_on_signals", lambda: nullcontext(STOP))
+    STOP.name = None
+    yield
+    STOP.name = None
+
+
+def test_interrupting_and_resuming_at_every_step_of_both_stages_is_bit_exact(
+    data, uninterrupted, tmp_path, monkeypatch, signals
+):
+    recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out"))
+    stops = 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)  # every process stops at its first step: 20 interruptions, also at both stages' ends
+        while True:
+            try:
+                run(recipe)
+                break
+            except Interrupted:
+                stops += 1
+                STOP.name = None
+                stop_at(patch, 1)
+    assert stops == 18  # the last step of a stage ends the stage; the run then goes on with the next one
+    assert same(final_states(tmp_path / "out"), final_states(uninterrupted))
+
+
+@pytest.mark.parametrize("step", [3, 7, 10, 14])
+def test_one_interruption_and_one_resume_is_bit_exact(step, data, uninterrupted, tmp_path, monkeypatch, signals):
+    recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Interrupted, match="the same command continues"):
+            run(recipe)
+    STOP.name = None
+    run(recipe)
+    assert same(final_states(tmp_path / "out"), final_states(uninterrupted))
+    assert [r["step"] for r in tiny.records(tmp_path / "out", "end")] == [10, 10]
+
+
+def test_losses_fall_and_both_stages_are_supervised(uninterrupted):
+    for name in STAGES:
+        losses = [r for r in tiny.records(uninterrupted, "train") if r["stage"] == name]
+        assert len(losses) == 10
+        assert losses[-1]["denoise"] < losses[0]["denoise"]
+        assert any(r["aux"] > 0 for r in losses)
+        assert losses[-1]["flops"] > losses[0]["flops"] > 0
+
+
+def test_a_finished_run_does_nothing_when_started_again(data, uninterrupted):
+    before = final_states(uninterrupted)
+    lines = (uninterrupted / "log.jsonl").read_text().count('"kind": "train"')
+    run(load(uninterrupted / "recipe.toml"))
+    assert same(final_states(uninterrupted), before)
+    assert (uninterrupted / "log.jsonl").read_text().count('"kind": "train"') == lines
+
+
+def test_accumulating_gradients_gives_the_large_batchs_losses(data, uninterrupted, tmp_path):
+    run(load(tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out"), ["--optim.accumulation=4"]))
+    for ours, theirs in zip(tiny.records(tmp_path / "out", "train"), tiny.records(uninterrupted, "train"), strict=True):
+        # Adam turns rounding of the smallest gradients into whole steps, so the weights agree less than the losses.
+        for key in ("denoise", "aux", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-3)
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_the_run_stops_after_the_allowed_number(
+    data, tmp_path, monkeypatch
+):
+    recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"), ["--run.max_bad_steps=3"])
+    states: list[dict[str, torch.Tensor]] = []
+    call = trainer.Step.__call__
+
+    def poisoned(self, step, batches):
+        if step >= 2:
+            states.append({k: t.clone() for ts in self.optimizer.state().values() for k, t in ts.items()})
+            batches[0].moments.fill_(float("nan"))
+        return call(self, step, batches)
+
+    monkeypatch.setattr(trainer.Step, "__call__", poisoned)
+    with pytest.raises(RunFailed, match="3 steps up to 5 were not finite"):
+        run(recipe)
+    assert len(states) == 3 and all(same(state, states[0]) for state in states)
+
+
+def test_resuming_with_changed_mathematics_is_refused_with_the_difference(data, uninterrupted, tmp_path):
+    done = tiny.train(uninterrupted / "recipe.toml", "--optim.lr=0.5")
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr and "0.01" in done.stderr and "0.5" in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_editing_a_shard_between_runs_is_refused(tmp_path, monkeypatch, signals):
+    folder = tiny.write_data(tmp_path / "latents")
+    recipe = load(tiny.write_recipe(tmp_path / "t.toml", folder, tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Interrupted):
+            run(recipe)
+    STOP.name = None
+    for file in folder.iterdir():
+        file.unlink()
+    tiny.write_data(folder, count=31)
+    with pytest.raises(UserError, match="digest"):
+        run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--model.latent_size=8", ("latent_size = 8", "(8, 4, 4)", "patch")),
+        ("--model.num_classes=3", ("num_classes = 3", "5 classes")),
+        ("--optim.batch_size=64", ("30", "64")),
+    ],
+)
+def test_data_that_does_not_fit_the_recipe_is_refused_with_both_sides(option, words, data, tmp_path):
+    recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"), [option])
+    with pytest.raises(UserError) as refusal:
+        run(recipe)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_two_writers_never_share_a_run_folder(data, tmp_path):
+    from st_fast.core.lock import RunLock
+
+    recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"))
+    with RunLock(tmp_path / "out", print), pytest.raises(UserError, match=str(os.getpid())):
+        run(recipe)
+
+
+def test_what_saves_cost_is_logged_with_its_share_of_the_training(uninterrupted):
+    saves, ends = tiny.records(uninterrupted, "save"), tiny.records(uninterrupted, "end")
+    assert [(record["stage"], record["step"]) for record in saves] == [(s, n) for s in STAGES for n in (4, 8, 10)]
+    for end in ends:
+        stalls = [record["stall"] for record in saves if record["stage"] == end["stage"]]
+        assert min(stalls) > 0 and end["save_stall"] == pytest.approx(sum(stalls), abs=1e-5)
+        assert end["save_stall_share"] == pytest.approx(end["save_stall"] / end["seconds"], rel=0.02)

@@ -1,0 +1,204 @@
+"""Who makes the optimiser's step does not matter: same trajectory, same state, same refusal of what is not finite."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from st_fast.core.errors import UserError
+from st_fast.recipe import load
+from st_fast.recipe.schema import Optim
+from st_fast.train import updates
+from st_fast.train.optim import Optimizer
+from st_fast.train.run import run
+from tests import tiny
+
+CPU = torch.device("cpu")
+STEPS = 240
+SETTINGS = Optim(lr=3e-3, warmup_steps=20, weight_decay=0.05, grad_clip=2.0, ema_decay=0.99)
+TOLERANCE = 1e-5
+"""Of masters, averages and moments after all steps, relative to each tensor's largest entry: 240 float32 roundings."""
+NAMES = ("torch", "apex")
+
+
+def adam_in_place(
+    chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], lr: Tensor, beta1: float, beta2: float, eps: float,
+    step: Tensor, mode: int, bias_correction: int, weight_decay: float, inverse_scale: Tensor,
+) -> None:  # fmt: skip
+    """What apex's two capturable ops are documented to do, in float64; their argument list, checked."""
+    assert (chunk, mode, bias_correction) == (65536, 1, 1)
+    assert noop.dtype == torch.int32 and noop.shape == (1,) and step.dtype == torch.int32
+    assert lr.dtype == inverse_scale.dtype == torch.float32
+    if int(noop) == 1:
+        return
+    grads, weights, firsts, seconds = lists[:4]
+    masters = lists[4] if len(lists) == 5 else weights
+    for g, p, m, v, master in zip(grads, weights, firsts, seconds, masters, strict=True):
+        assert g.dtype == p.dtype and m.dtype == v.dtype == master.dtype == torch.float32
+        gradient = g.double() * float(inverse_scale)
+        m.copy_(beta1 * m.double() + (1 - beta1) * gradient)
+        v.copy_(beta2 * v.double() + (1 - beta2) * gradient**2)
+        corrected = (v.double() / (1 - beta2 ** int(step))).sqrt() + eps
+        change = m.double() / (1 - beta1 ** int(step)) / corrected + weight_decay * master.double()
+        master.copy_(master.double() - float(lr) * change)
+        if master is not p:
+            p.copy_(master)
+
+
+@pytest.fixture
+def apex(monkeypatch) -> Iterator[None]:
+    """A stand-in for apex's compiled ops, allowed on the CPU."""
+    library = types.ModuleType("amp_C")
+    for name in updates.APEX_OPS:
+        setattr(library, name, adam_in_place)
+    monkeypatch.setitem(sys.modules, "amp_C", library)
+    double = updates.Implementation(updates.apex_update, updates.torch_norm, ("cpu",), updates._apex_missing)
+    monkeypatch.setitem(updates.IMPLEMENTATIONS, "apex", double)
+    yield
+
+
+def optimiser(name: str, dtype: torch.dtype, settings: Optim = SETTINGS) -> Optimizer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 33), nn.LayerNorm(33), nn.Linear(33, 7))
+    chosen = updates.choose(name, CPU)
+    return Optimizer(model, nn.Linear(7, 3), settings, dtype, chosen.update, chosen.norm)
+
+
+def give_gradients(ours: Optimizer, step: int) -> None:
+    """The same ones to all, clipped at some steps and not at others; step 50's hold an infinity."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in ours.parameters():
+        scale = 0.3 if step % 3 else 0.01
+        gradient = scale * (torch.randn(parameter.shape, generator=generator) + 0.5)
+        parameter.grad = gradient.to(parameter.dtype)
+    if step == 50:
+        ours.parameters()[1].grad[3] = float("inf")
+
+
+def train(ours: Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        give_gradients(ours, step)
+        norm = ours.update()
+        assert bool(norm.isfinite()) == (step != 50)
+
+
+def differences(ours: Optimizer, theirs: Optimizer) -> dict[str, float]:
+    """Largest difference of each tensor, relative to its largest entry."""
+    a, b = ours.state(), theirs.state()
+    assert {g: list(t) for g, t in a.items()} == {g: list(t) for g, t in b.items()}
+    return {
+        f"{group}.{name}": float((tensor - b[group][name]).abs().max() / b[group][name].abs().max())
+        for group, tensors in a.items()
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_240_steps_of_every_implementation_are_the_same_trajectory(name, dtype, apex):
+    ours, theirs = optimiser("st_fast", dtype), optimiser(name, dtype)
+    train(ours, 0, STEPS)
+    train(theirs, 0, STEPS)
+    found = differences(theirs, ours)
+    assert max(found.values()) <= TOLERANCE, max(found.items(), key=lambda item: item[1])
+    assert float(theirs.state()["optim"]["model.step"]) == STEPS - 1  # one was not finite
+    for copy, master in zip(theirs.model.copies, theirs.model.masters, strict=False):
+        assert torch.equal(copy, master.to(dtype))
+
+
+@pytest.mark.parametrize("name", ["st_fast", *NAMES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_not_finite_changes_no_bit(name, dtype, apex):
+    ours = optimiser(name, dtype)
+    train(ours, 0, 3)
+    before = {f"{g}.{n}": t.clone() for g, ts in ours.state().items() for n, t in ts.items()}
+    give_gradients(ours, 50)
+    ours.update()
+    after = {f"{g}.{n}": t for g, ts in ours.state().items() for n, t in ts.items()}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("names", [("st_fast", "torch"), ("torch", "apex"), ("apex", "st_fast")])
+def test_a_state_saved_by_one_goes_on_with_another(names, apex):
+    whole = optimiser("st_fast", torch.bfloat16)
+    train(whole, 0, 200)
+    first, second = (optimiser(name, torch.bfloat16) for name in names)
+    train(first, 0, 100)
+    second.load({g: {n: t.clone() for n, t in ts.items()} for g, ts in first.state().items()})
+    train(second, 100, 200)
+    assert max(differences(second, whole).values()) <= TOLERANCE
+
+
+def test_clipping_can_be_off(apex):
+    settings = Optim(lr=1e-2, grad_clip=0.0, ema_decay=0.9)
+    runs = [optimiser(name, torch.float32, settings) for name in ("st_fast", *NAMES)]
+    for one in runs:
+        train(one, 0, 20)
+    for other in runs[1:]:
+        assert max(differences(other, runs[0]).values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        (None, "amp_C can't be imported (ModuleNotFoundError)"),
+        (types.ModuleType("amp_C"), "amp_C has no multi_tensor_adam_capturable and no"),
+    ],
+)
+def test_apex_that_is_not_there_is_one_line_that_names_what_is(library, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "amp_C", library)
+    with pytest.raises(UserError) as refusal:
+        updates.choose("apex", torch.device("cuda"))
+    text = str(refusal.value)
+    assert text.startswith(f"optim.implementation = 'apex': {words}") and "\n" not in text
+    assert "PyPI" in text and text.endswith("available here: st_fast, torch")
+
+
+def test_apex_on_the_cpu_is_refused():
+    with pytest.raises(UserError) as refusal:
+        updates.choose("apex", CPU)
+    assert str(refusal.value) == "optim.implementation = 'apex': runs on cuda only; available here: st_fast, torch"
+
+
+def test_a_run_goes_on_with_another_implementation_and_its_losses_are_those_of_one(tmp_path, one_thread):
+    data = tiny.write_data(tmp_path / "data")
+    losses = []
+    for name, parts in {"one": [("st_fast", 6)], "two": [("torch", 3), ("st_fast", 6)]}.items():
+        text = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / name).read_text()
+        (tmp_path / "tiny.toml").write_text(text[: text.rindex("[[stage]]")])
+        for implementation, steps in parts:
+            options = [f"--optim.implementation={implementation}", f"--stage.align.steps={steps}"]
+            run(load(tmp_path / "tiny.toml", options))
+        losses.append([[r[k] for k in ("denoise", "aux")] for r in tiny.records(tmp_path / name, "train")])
+    assert len(losses[0]) == len(losses[1]) == 6
+    for one, two in zip(*losses, strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the ops of torch and apex are run there")
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_gpu_the_trajectory_is_the_same(name):
+    device = torch.device("cuda")
+    states = []
+    for one in ("st_fast", name):
+        try:
+            chosen = updates.choose(one, device)
+        except UserError as refusal:
+            pytest.skip(str(refusal))
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(9, 33), nn.Linear(33, 7)).to(device)
+        ours = Optimizer(model, nn.Linear(7, 3).to(device), SETTINGS, torch.bfloat16, chosen.update, chosen.norm)
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in ours.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device, parameter.dtype)
+            ours.update()
+        states.append({f"{g}.{n}": t for g, ts in ours.state().items() for n, t in ts.items()})
+    for key, tensor in states[0].items():
+        torch.testing.assert_close(states[1][key], tensor, rtol=1e-5, atol=1e-6)
