@@ -17,7 +17,7 @@ def beside(default: Ours, other: Ours, name: str, effort: Effort, block: int) ->
     A round ends when the device is idle, so that work started for the step to come is paid for by who started it.
     """
     variants = {"default": _variant(default, block), name: _variant(other, block)}
-    device = default.feed.ranks.device
+    device = default.iterator.ranks.device
     steps = {key: samples["step"] for key, samples in interleave(variants, device, effort).items()}
     return {
         "ms": {key: 1e3 * statistics.median(values) / block for key, values in steps.items()},
@@ -28,7 +28,7 @@ def beside(default: Ours, other: Ours, name: str, effort: Effort, block: int) ->
 
 
 def _variant(loop: Ours, block: int) -> Variant:
-    device = loop.feed.ranks.device
+    device = loop.iterator.ranks.device
 
     def run(number: int, watch: Stopwatch) -> None:
         with watch("step"):

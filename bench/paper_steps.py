@@ -26,10 +26,10 @@ from st_fast.model import SiT
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import ranges, supervision, updates
-from st_fast.train.batches import Batch
+from st_fast.train.batches import noisy_latents
 from st_fast.train.optim import Optimizer
 from st_fast.train.step import Step
-from st_fast.train.supervision.protocol import Rows, select_rows
+from st_fast.train.supervision.protocol import NoisyBatch, Rows, select_rows
 from st_fast.train.supervision.registry import Parts
 
 aten = torch.ops.aten
@@ -54,12 +54,11 @@ def ours(setup: Setup) -> list[Kernel]:
         method = supervision.create(stage, Parts(recipe.model, table, teacher), 1)
         update = updates.choose(recipe.optim.implementation, CUDA)
         optimizer = Optimizer(model, method.heads, recipe.optim, torch.bfloat16, update.update, update.norm)
-        step = Step(model, method, optimizer, recipe, LATENT_SCALE, Ranks(0, 1, META))
+        step = Step(model, method, optimizer, recipe, Ranks(0, 1, META))
         if optimizer.heads.parameters:
             counter.hook(method.heads, "heads")
-        batches = _batches(recipe, stage)
         with ranges.showing(counter.within), counter:
-            step(0, batches)
+            step(0, _batches(recipe, stage))
     return counter.kernels
 
 
@@ -75,7 +74,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _batches(recipe: Recipe, stage: Stage) -> list[Batch]:
+def _batches(recipe: Recipe, stage: Stage) -> list[NoisyBatch]:
     """A step's micro-batches, at stratified times."""
     model, total = recipe.model, recipe.optim.batch_size
     size = images_a_pass(recipe.optim, ranks=1)
@@ -83,11 +82,14 @@ def _batches(recipe: Recipe, stage: Stage) -> list[Batch]:
         t = (torch.arange(total) + 0.5) / total
         rows = [select_rows(t, slice(first, first + size), stage.method.selection) for first in range(0, total, size)]
     moments = torch.empty(size, 2 * model.channels, model.latent_size, model.latent_size, dtype=torch.float16)
-    whole = torch.empty(size, dtype=torch.int64)
+    whole, times = torch.empty(size, dtype=torch.int64), torch.empty(size)
     return [
-        Batch(moments, whole, whole, whole, torch.empty(size), Rows(index.to(META), weight.to(META)))
+        NoisyBatch(
+            *noisy_latents(recipe, LATENT_SCALE, moments, whole, times), times, whole, whole, whole,
+            Rows(index.to(META), weight.to(META)),
+        )
         for index, weight in rows
-    ]
+    ]  # fmt: skip
 
 
 CASTS: dict[Any, torch.dtype] = {

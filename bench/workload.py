@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.plain import PlainLoop
 from bench.timing import Stopwatch, Variant
 from st_fast.core.ranks import Ranks
-from st_fast.core.signals import Agreement, StopRequest
+from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import ShardSet, open_shards
@@ -34,12 +34,12 @@ from st_fast.recipe import Recipe, cost, load
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.methods import Plain, SelfTranscendence
 from st_fast.recipe.schema import Model, Stage
-from st_fast.train.batches import Feed, Lookahead
+from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log
 from st_fast.train.micro_batch import choose_micro_batch
 from st_fast.train.run import precision
-from st_fast.train.trainer import Setting, Trainer
+from st_fast.train.trainer import RunContext, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("plain", "stage 1", "stage 2")
@@ -151,7 +151,7 @@ def fill(tensors: Mapping[str, Tensor], config: Model, seed: int) -> None:
 
 def fill_trainer(trainer: Trainer) -> None:
     """The same for a trainer's model and heads; its average begins there."""
-    groups, config = trainer.optimizer.state(), trainer.setting.recipe.model
+    groups, config = trainer.optimizer.state(), trainer.context.recipe.model
     for seed, name in enumerate(("model", "heads"), start=1):
         fill(groups.get(name, {}), config, seed)
     for name, average in groups["ema"].items():
@@ -194,14 +194,14 @@ class Ours:
         shards, self.log = write_data(self.recipe), Notices(folder, ranks)
         self.scale = shards.manifest.scale
         examiner = Examiner(self.recipe, shards.manifest, ranks, self.log)
-        stop = Agreement(StopRequest(), ranks)
-        setting = Setting(self.recipe, ranks, shards, examiner, self.log, stop, dtype, rate=1.0)
+        stop = StopConsensus(StopRequest(), ranks)
+        context = RunContext(self.recipe, ranks, shards, examiner, self.log, stop, dtype, rate=1.0)
         with quickly_built(setup.device):
-            self.trainer = Trainer(setting, self.stage)
+            self.trainer = Trainer(context, self.stage)
         fill_trainer(self.trainer)
         loader = make_loader(self.recipe.data.loader, shards, setup.device, self.log.say)
-        self.feed = Feed(self.recipe, self.stage, loader, len(shards), ranks)
-        self._batches = Lookahead(self.feed.steps(0, MANY_STEPS))
+        self.iterator = BatchIterator(self.recipe, self.stage, loader, shards, ranks)
+        self._batches = Lookahead(self.iterator.steps(0, MANY_STEPS))
         self.trainer.step.following = self._batches.peek
         self.done = self.supervised = 0
 
@@ -213,7 +213,7 @@ class Ours:
     @property
     def waited(self) -> float:
         """Seconds waited for data so far."""
-        return self.feed.waited
+        return self.iterator.waited
 
     def __call__(self) -> tuple[torch.Tensor, ...]:
         """One step; its denoising and auxiliary losses and the gradients' norm, on the device."""
@@ -226,7 +226,7 @@ class Ours:
     def plain(self) -> PlainLoop:
         """The plain loop from the same weights."""
         teacher = getattr(self.trainer.method, "teacher", None)
-        trainer, device = self.trainer, self.feed.ranks.device
+        trainer, device = self.trainer, self.iterator.ranks.device
         return PlainLoop(self.recipe, self.stage, trainer.model, trainer.method.heads, teacher, self.scale, device)
 
     @property

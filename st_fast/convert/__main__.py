@@ -28,9 +28,9 @@ from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import latents_of, write_diffusers, write_huggingface, write_stage
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.model.formats.bundle import Bundle, heads
 from st_fast.model.formats.layouts import LAYOUTS
-from st_fast.model.formats.origin import Origin, read_model
+from st_fast.model.formats.loaded_state import LoadedState, heads
+from st_fast.model.formats.model_source import ModelSource, read_model
 from st_fast.model.load import CONFIG, read_config
 from st_fast.recipe import cost
 from st_fast.recipe.schema import Model
@@ -137,7 +137,7 @@ def _written_before(target: Path, form: str, push: str | None) -> bool:
     return True
 
 
-def write(request: Request, form: str, origin: Origin, target: Path) -> None:
+def write(request: Request, form: str, origin: ModelSource, target: Path) -> None:
     """Writes `origin` as `form`."""
     latents, name = latents_of(origin), request.push or target.name
     if form == "stage":
@@ -153,7 +153,7 @@ def write(request: Request, form: str, origin: Origin, target: Path) -> None:
         export_file(origin.bundle, form, target, "model" if request.weights == "raw" else "ema")
 
 
-def described(origin: Origin) -> str:
+def described(origin: ModelSource) -> str:
     """What was read, in a few lines."""
     bundle, config = origin.bundle, origin.bundle.config
     extra = heads(bundle.model)
@@ -170,11 +170,11 @@ def described(origin: Origin) -> str:
     )
 
 
-def _null(bundle: Bundle) -> str:
+def _null(bundle: LoadedState) -> str:
     return "and a null class" if bundle.config.class_dropout > 0 else "without a null class"
 
 
-def _average(bundle: Bundle) -> str:
+def _average(bundle: LoadedState) -> str:
     return "one set of weights" if bundle.ema is bundle.model else "raw weights and their average"
 
 

@@ -14,7 +14,7 @@ from st_fast import __version__
 from st_fast.core.errors import UserError
 from st_fast.core.files import read_json
 from st_fast.data.opening import read_any_manifest
-from st_fast.model.formats.origin import Origin
+from st_fast.model.formats.model_source import ModelSource
 from st_fast.recipe import cost, load_run, to_toml
 from st_fast.report import words
 from st_fast.report.arms import Arm, make_arms
@@ -65,7 +65,7 @@ first.
 }
 
 
-def card(origin: Origin, weights: str, form: str, name: str, vae: str) -> str:
+def card(origin: ModelSource, weights: str, form: str, name: str, vae: str) -> str:
     """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty."""
     config = origin.bundle.config
     arm = _arm(origin)
@@ -94,19 +94,19 @@ def _without_paths(text: str) -> str:
     return ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", text)
 
 
-def _arm(origin: Origin) -> Arm | None:
+def _arm(origin: ModelSource) -> Arm | None:
     """The logged stage that the model comes from; None for a file, or where there is no log."""
     if origin.run is None or not (origin.run / "log.jsonl").is_file():
         return None
     return next((arm for arm in make_arms([read_run(origin.run)]) if arm.stage.name == origin.stage), None)
 
 
-def _of_run(origin: Origin, arm: Arm) -> list[str]:
+def _of_run(origin: ModelSource, arm: Arm) -> list[str]:
     assert origin.run is not None
     return [_training(origin, arm), _costs(arm), _scores(origin, arm), _recipe(origin.run)]
 
 
-def _training(origin: Origin, arm: Arm) -> str:
+def _training(origin: ModelSource, arm: Arm) -> str:
     assert origin.run is not None
     recipe, stage = load_run(origin.run), arm.stage
     lines = [
@@ -153,7 +153,7 @@ def _costs(arm: Arm) -> str:
     ])  # fmt: skip
 
 
-def _scores(origin: Origin, arm: Arm) -> str:
+def _scores(origin: ModelSource, arm: Arm) -> str:
     """Every score that was logged last or lies beside the stage's sample sets, each with its protocol."""
     assert origin.run is not None
     found: list[tuple[int, Mapping[str, Any], str]] = []
@@ -205,7 +205,7 @@ def _recipe(run: Path) -> str:
     return f"## Recipe\n\n```toml\n{to_toml(load_run(run))}```\n"
 
 
-def _foreign(origin: Origin) -> str:
+def _foreign(origin: ModelSource) -> str:
     said = {key: value for key, value in dict(origin.bundle.facts.get("args", {})).items() if value is not None}
     network = {key: value for key, value in asdict(origin.bundle.config).items() if key != "attention"}
     text = (

@@ -15,8 +15,8 @@ from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError
 from st_fast.core.files import fsync_folder, make_folder
 from st_fast.model.formats import adam, official
-from st_fast.model.formats.bundle import Bundle, Table, heads, is_head
 from st_fast.model.formats.layouts import check_table, published_order
+from st_fast.model.formats.loaded_state import LoadedState, Table, heads, is_head
 
 FIRST_KEY = {
     "repa": "projectors.0.0.weight",
@@ -26,7 +26,7 @@ FIRST_KEY = {
 """By which head a layout is known; official SiT has none."""
 
 
-def export_file(bundle: Bundle, layout: str, path: Path, weights: str) -> None:
+def export_file(bundle: LoadedState, layout: str, path: Path, weights: str) -> None:
     """Writes `.pt` (model, ema, opt, args, steps) or `.safetensors` (the chosen weights alone) durably.
 
     Heads of another layout are left out, for the other project could not load them; a file that came in this layout is
@@ -60,7 +60,7 @@ def _refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: exists; name another file")
 
 
-def as_published(bundle: Bundle, layout: str) -> dict[str, Any]:
+def as_published(bundle: LoadedState, layout: str) -> dict[str, Any]:
     """What the other project's `torch.save` would be given."""
     facts = bundle.facts if bundle.layout == layout else {}
     ema = heads(bundle.model) | dict(bundle.ema)  # ours averages no heads, the published code does
@@ -94,7 +94,7 @@ def as_published(bundle: Bundle, layout: str) -> dict[str, Any]:
     return content | dict(entries)
 
 
-def _official(bundle: Bundle, tables: Mapping[str, Table], sigma: bool) -> dict[str, dict[str, Tensor]]:
+def _official(bundle: LoadedState, tables: Mapping[str, Table], sigma: bool) -> dict[str, dict[str, Tensor]]:
     """The tables in the official convention: bit by bit those that were read, as long as they are unchanged."""
     result = {}
     for name, table in tables.items():
@@ -106,7 +106,7 @@ def _official(bundle: Bundle, tables: Mapping[str, Table], sigma: bool) -> dict[
     return result
 
 
-def _args(bundle: Bundle, layout: str) -> dict[str, Any]:
+def _args(bundle: LoadedState, layout: str) -> dict[str, Any]:
     """The args that the other project reads back, for a model that did not come from it."""
     common = {"model": bundle.config.name, "num_classes": bundle.config.num_classes}
     if layout == "sit":

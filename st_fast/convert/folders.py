@@ -16,8 +16,8 @@ from st_fast.core.files import FolderWrite, durable_file, read_json, write_all, 
 from st_fast.data.manifest import VaeInfo
 from st_fast.data.opening import read_any_manifest
 from st_fast.model import teacher
-from st_fast.model.formats.bundle import Bundle, heads, trunk
-from st_fast.model.formats.origin import Origin
+from st_fast.model.formats.loaded_state import LoadedState, heads, trunk
+from st_fast.model.formats.model_source import ModelSource
 from st_fast.model.load import DIFFUSERS_WEIGHTS, Published, write_pretrained
 from st_fast.model.vae import load_vae, tensors_hash, vae_scale
 from st_fast.recipe import load_run
@@ -41,12 +41,12 @@ class Latents:
     """Of the VAE's weights, where they lie on this disk."""
 
 
-def weights_of(bundle: Bundle, weights: Weights) -> dict[str, Tensor]:
+def weights_of(bundle: LoadedState, weights: Weights) -> dict[str, Tensor]:
     """The trunk's averaged or raw weights."""
     return trunk(bundle.ema if weights == "ema" else bundle.model)
 
 
-def latents_of(origin: Origin) -> Latents:
+def latents_of(origin: ModelSource) -> Latents:
     """From the data that a run was trained on, if it is still there; else what is usual for the channels."""
     if origin.run is not None:
         data = Path(load_run(origin.run).data.path)
@@ -60,7 +60,7 @@ def latents_of(origin: Origin) -> Latents:
     return Latents(SD_SCALE if usual else None, VaeInfo("sd-vae-ft-mse" if usual else ""))
 
 
-def write_stage(origin: Origin, folder: Path) -> Path:
+def write_stage(origin: ModelSource, folder: Path) -> Path:
     """A stage folder that can be a teacher or a start: all weights, heads and optimiser state; returns the checkpoint.
 
     UserError if the folder is there.
@@ -84,7 +84,7 @@ def write_stage(origin: Origin, folder: Path) -> Path:
     return folder / "checkpoints" / f"{bundle.step:08d}"
 
 
-def _moments(bundle: Bundle) -> dict[str, Tensor]:
+def _moments(bundle: LoadedState) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     parts = (("model", trunk, bundle.updates), ("heads", heads, bundle.head_updates))
     for part, of, updates in parts:
@@ -94,13 +94,13 @@ def _moments(bundle: Bundle) -> dict[str, Tensor]:
     return found
 
 
-def published(origin: Origin, latents: Latents) -> Published:
+def published(origin: ModelSource, latents: Latents) -> Published:
     """What config.json says."""
     bundle = origin.bundle
     return Published(bundle.config, cast(Any, bundle.path), latents.scale, bundle.step)
 
 
-def write_huggingface(origin: Origin, weights: Weights, latents: Latents, card: str, folder: Path) -> None:
+def write_huggingface(origin: ModelSource, weights: Weights, latents: Latents, card: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
     with FolderWrite(folder) as writing:
         write_pretrained(writing.path, weights_of(origin.bundle, weights), published(origin, latents))
@@ -108,7 +108,7 @@ def write_huggingface(origin: Origin, weights: Weights, latents: Latents, card: 
 
 
 def write_diffusers(
-    origin: Origin, weights: Weights, latents: Latents, card: str, vae: str | None, folder: Path
+    origin: ModelSource, weights: Weights, latents: Latents, card: str, vae: str | None, folder: Path
 ) -> None:  # fmt: skip
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the VAE.
 
@@ -170,7 +170,7 @@ def index(sampling: Sample, with_vae: bool) -> dict[str, Any]:
     }
 
 
-def _sampling(origin: Origin) -> Sample:
+def _sampling(origin: ModelSource) -> Sample:
     null = origin.bundle.config.class_dropout > 0
     return load_run(origin.run).sample if origin.run else Sample(cfg_scale=1.8 if null else 1.0)
 

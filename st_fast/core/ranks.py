@@ -20,7 +20,7 @@ from st_fast.core.launch import local_rank, rank_count
 
 
 @dataclass
-class Place:
+class Heartbeat:
     """Where a rank's main thread stands: written by it, read by the watchdog. `ticks` counts signs of progress."""
 
     stage: str = ""
@@ -30,7 +30,7 @@ class Place:
     over: bool = False
     """The training has given up."""
 
-    def mark(self, phase: str) -> None:
+    def beat(self, phase: str) -> None:
         """The main thread has just entered this phase, or got on within it."""
         self.phase = phase
         self.ticks += 1
@@ -43,7 +43,7 @@ class Ranks:
     rank: int
     count: int
     device: torch.device
-    place: Place = field(default_factory=Place)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def first(self) -> bool:
@@ -53,7 +53,7 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of a small tensor, in place; every rank gets the same bits."""
         if self.count > 1:
-            self.place.mark("agree")
+            self.heartbeat.beat("agree")
             dist.all_reduce(values)
         return values
 
@@ -65,11 +65,11 @@ class Ranks:
         """Overwrites the tensors of all ranks with the first rank's."""
         if self.count == 1:
             return
-        self.place.mark("agree")
+        self.heartbeat.beat("agree")
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
-    def told(self, say: Callable[[], Any]) -> Any:
+    def broadcast_from_rank0(self, say: Callable[[], Any]) -> Any:
         """What `say` returns on the first rank (JSON), on every rank; its UserError is raised on every rank."""
         if self.count == 1:
             return say()
@@ -79,7 +79,7 @@ class Ranks:
                 text = json.dumps({"value": say()}).encode()
             except UserError as error:
                 text = json.dumps({"error": str(error), "code": error.exit_code}).encode()
-        self.place.mark("agree")
+        self.heartbeat.beat("agree")
         size = torch.tensor(len(text))
         dist.broadcast(size, 0)
         letters = (
@@ -134,26 +134,26 @@ def process_group(device: str, patience: float) -> Iterator[Ranks]:
     waits in a collective; the watchdog should lose its own patience earlier, because it knows whom to name.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    place = torch.device(kind, local_rank()) if kind == "cuda" else torch.device("cpu")
+    device_here = torch.device(kind, local_rank()) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(device_here)
     count = rank_count()
     if count == 1:
-        yield Ranks(0, 1, place)
+        yield Ranks(0, 1, device_here)
         return
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         timeout=timedelta(seconds=patience),
-        device_id=place if kind == "cuda" else None,
+        device_id=device_here if kind == "cuda" else None,
     )
-    found = Ranks(dist.get_rank(), count, place)
+    found = Ranks(dist.get_rank(), count, device_here)
     try:
         yield found
     except Interrupted:
         dist.destroy_process_group()
         raise
     except BaseException:
-        found.place.over = True
+        found.heartbeat.over = True
         raise
     # After any other error peers may be gone, and taking leave of them would wait for them: the process just ends.
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ class StopRequest:
         return self.name is not None
 
 
-class Agreement:
+class StopConsensus:
     """Answers, once a step, whether any rank was asked to stop: the same on every rank at the same step.
 
     With several ranks the answer is that of the step before: the question travels between the hosts while the step
@@ -59,7 +59,7 @@ class Agreement:
         if self._asked is None:
             return False
         (work, flag), self._asked = self._asked, None
-        self._ranks.place.mark("agree")
+        self._ranks.heartbeat.beat("agree")
         work.wait()
         return flag.item() > 0
 

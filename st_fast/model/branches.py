@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from st_fast.model.side_stream import Side
+from st_fast.model.side_stream import SideStream
 
 Features = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Tokens (B, N, D), t (B,) and labels (B,) → the stream after the teacher's block (B, N, D)."""
@@ -31,7 +31,7 @@ def batched(
 class Apart:
     """As two batches of B: one after the other, or with a side stream at the same time. Half the activations."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: SideStream) -> None:
         self._side = side
 
     def __call__(

@@ -18,7 +18,7 @@ from st_fast.recipe.schema import Run
 T = TypeVar("T")
 
 
-class Later(Generic[T]):
+class Future(Generic[T]):
     """Work that was started; calling it gives what the work returned, fit for use on the current stream."""
 
     def __init__(self, value: T, done: torch.cuda.Event | None) -> None:
@@ -35,7 +35,7 @@ class Later(Generic[T]):
         return self.unjoined
 
 
-class Side:
+class SideStream:
     """Where work is started beside the current stream. Without a stream it is done at once, on the current one."""
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -46,26 +46,26 @@ class Side:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
-    def start(self, work: Callable[[], T], reads: Any = ()) -> Later[T]:
+    def start(self, work: Callable[[], T], reads: Any = ()) -> Future[T]:
         """Queues the work; `reads` are the current stream's tensors that it uses, or dataclasses and tuples of these.
 
         Whoever names any must have them written: see `follow`.
         """
         if self._stream is None:
-            return Later(work(), None)
+            return Future(work(), None)
         for tensor in tensors(reads):
             tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             value = work()
             done = torch.cuda.Event()
             done.record(self._stream)
-        return Later(value, done)
+        return Future(value, done)
 
 
-def side(run: Run, device: torch.device, wanted: bool) -> Side:
+def side_stream(run: Run, device: torch.device, wanted: bool) -> SideStream:
     """A side stream of the device if one is wanted, there is CUDA, and `run.streams` is not "off"."""
     there = wanted and device.type == "cuda" and run.streams != "off"
-    return Side(torch.cuda.Stream(device)) if there else Side()
+    return SideStream(torch.cuda.Stream(device)) if there else SideStream()
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

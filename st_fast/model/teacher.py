@@ -14,8 +14,8 @@ from st_fast.core.errors import UserError
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import BACKENDS, Attend
-from st_fast.model.formats.bundle import trunk
-from st_fast.model.formats.origin import flow_path, read_model
+from st_fast.model.formats.loaded_state import trunk
+from st_fast.model.formats.model_source import flow_path, read_model
 from st_fast.model.load import CONFIG
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Model, Recipe

@@ -108,10 +108,10 @@ def draw_set(
     if the folder holds samples drawn with other settings.
     """
     parts, whole = Parts(folder, artist.settings()), folder / "samples.npz"
-    if ranks.told(lambda: parts.settings.model_sha256) != parts.settings.model_sha256:
+    if ranks.broadcast_from_rank0(lambda: parts.settings.model_sha256) != parts.settings.model_sha256:
         raise UserError(f"{artist.wanted.run}: a new checkpoint was written while the ranks started; start them again")
-    ranks.told(parts.begin)
-    if not ranks.told(whole.exists):
+    ranks.broadcast_from_rank0(parts.begin)
+    if not ranks.broadcast_from_rank0(whole.exists):
         _draw_missing(artist, parts, ranks, stop)
         if pngs:
             for batch in range(ranks.rank, parts.settings.batches, ranks.count):
@@ -143,7 +143,7 @@ def save_grid(images: np.ndarray, path: Path) -> None:
 def _draw_missing(artist: Artist, parts: Parts, ranks: Ranks, stop: StopRequest) -> None:
     """Draws this rank's share of the batches that are not there yet."""
     settings = parts.settings
-    missing = ranks.told(parts.missing)
+    missing = ranks.broadcast_from_rank0(parts.missing)
     kept = (settings.batches - len(missing)) * settings.batch_size
     total = settings.batches * settings.batch_size
     with bar(None, "drawing", total, "image", done=kept, hidden=not ranks.first) as progress:

@@ -13,7 +13,7 @@ from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import StopRequest, stop_on_signals
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model.compiling import keep_compiled
-from st_fast.model.formats.origin import newest_stage
+from st_fast.model.formats.model_source import newest_stage
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Recipe
 from st_fast.sample.draw import read_labels

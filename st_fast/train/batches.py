@@ -1,6 +1,6 @@
-"""Brings a stage's batches to the device: which records, at which times, with which labels, for which rank.
+"""A stage's batches, in order: which records, at which times, with which labels, for which rank, and their noise.
 
-Everything but the noise is decided here on the host, as a pure function of (seed, step): also which samples are
+Everything but the noise is decided on the host, as a pure function of (seed, step): also which samples are
 supervised, so that the device is never asked. The noise is drawn on the device from the ordinals.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Generic, TypeVar
@@ -21,34 +20,15 @@ from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.core.ranks import Ranks
 from st_fast.data.loader import Loader
+from st_fast.data.shards import RecordSet
 from st_fast.model import flow
-from st_fast.model.side_stream import side
+from st_fast.model.side_stream import side_stream
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train.ranges import named
 from st_fast.train.supervision.capacity import capacity, padded
-from st_fast.train.supervision.protocol import Rows, select_rows
+from st_fast.train.supervision.protocol import NoisyBatch, Rows, select_rows
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of one rank, on the device."""
-
-    moments: Tensor
-    """(B, 2C, S, S): concat(mean, std) as stored."""
-    labels: Tensor
-    student_labels: Tensor
-    """(B,) int64, with class dropout applied."""
-    ordinals: Tensor
-    """(B,) int64: places in the training stream, the counters of the noise."""
-    t: Tensor
-    """(B,) float32."""
-    rows: Rows
-    features: tuple[Tensor, ...] = ()
-    """(B, h, w, D_j) of each image encoder that supervises at this step, in the stored dtype."""
-    images: Tensor | None = None
-    """uint8 (B, 1 or 3, P, P) of the same records, where encoders run live at this step."""
 
 
 class Lookahead(Generic[T]):
@@ -77,7 +57,7 @@ def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Feed:
+class BatchIterator:
     """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data.
 
     `features` are loaders of what else is read of a record while supervision lasts: its features of each encoder, or
@@ -85,13 +65,14 @@ class Feed:
     """
 
     def __init__(
-        self, recipe: Recipe, stage: Stage, loader: Loader, records: int, ranks: Ranks, features: Sequence[Loader] = ()
-    ) -> None:
+        self, recipe: Recipe, stage: Stage, loader: Loader, records: RecordSet, ranks: Ranks,
+        features: Sequence[Loader] = (),
+    ) -> None:  # fmt: skip
         self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
-        self.order = random.RecordOrder(recipe.run.seed, records)
+        self.records, self.order = records, random.RecordOrder(recipe.run.seed, len(records))
         self.waited = 0.0
         self.pass_rows = self._pass_rows()
-        self._side = side(recipe.run, ranks.device, wanted=recipe.run.prefetch)
+        self._side = side_stream(recipe.run, ranks.device, wanted=recipe.run.prefetch)
 
     def _pass_rows(self) -> int:
         """Supervised rows of one pass, if these are padded, else 0."""
@@ -123,7 +104,7 @@ class Feed:
             for part in self.micro_batches():
                 yield records[part]
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+    def steps(self, first: int, last: int) -> Iterator[list[NoisyBatch]]:
         """The micro-batches of steps first … last − 1.
 
         With `run.prefetch` those of a step are on their way to the device before the ones before it are handed out.
@@ -136,14 +117,14 @@ class Feed:
             later = self._side.start(partial(make, step + 1)) if ahead and step + 1 < last else None
             yield now()
 
-    def _maker(self, first: int, last: int) -> Callable[[int], list[Batch]]:
+    def _maker(self, first: int, last: int) -> Callable[[int], list[NoisyBatch]]:
         """What makes the micro-batches of each step, to be called in order."""
         answers = self.loader.stream(self._requests(first, last))
         stop = self.stage.method.stop_step or last  # from there on no features are read
         features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
 
-        def make(step: int) -> list[Batch]:
-            self.ranks.place.step = step + 1
+        def make(step: int) -> list[NoisyBatch]:
+            self.ranks.heartbeat.step = step + 1
             with named("data"):
                 t, asked = self._times(step), features if step < stop else []
                 return [
@@ -154,7 +135,7 @@ class Feed:
         return make
 
     def _wait(self, answers: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        self.ranks.place.mark("data")
+        self.ranks.heartbeat.beat("data")
         start = time.perf_counter()
         answer = next(answers)
         self.waited += time.perf_counter() - start
@@ -166,7 +147,7 @@ class Feed:
 
     def _batch(
         self, step: int, part: slice, t: Tensor, moments: Tensor, labels: Tensor, features: tuple[Tensor, ...]
-    ) -> Batch:
+    ) -> NoisyBatch:
         recipe, device = self.recipe, self.ranks.device
         ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
         dropped = random.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0] < recipe.model.class_dropout
@@ -183,4 +164,22 @@ class Feed:
         beside = tuple(send(one) for one in features)
         live = self.stage.method.encodes_images
         written, images = () if live else beside, beside[0] if live and beside else None
-        return Batch(send(moments), labels, student_labels, send(ordinals), send(t[part]), rows, written, images)
+        ordinals, t = send(ordinals), send(t[part])
+        latents = noisy_latents(recipe, self.records.manifest.scale, send(moments), ordinals, t)
+        return NoisyBatch(*latents, t, labels, student_labels, ordinals, rows, written, images)
+
+
+def noisy_latents(
+    recipe: Recipe, scale: float, moments: Tensor, ordinals: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x = scale · (μ + σ·ξ), x_t on the recipe's path, the velocity and the noise ε of x_t, each (B, C, S, S) float32.
+
+    moments (B, 2C, S, S) holds μ and σ as stored; ordinals (B,) int64 are the counters of ξ and ε; t (B,) float32.
+    """
+    with named("noise"):
+        seed, shape = recipe.run.seed, moments[0].chunk(2)[0].shape
+        mean, std = moments.float().chunk(2, dim=1)
+        x = scale * (mean + std * random.normal(seed, Purpose.POSTERIOR, ordinals, shape))
+        noise = random.normal(seed, Purpose.NOISE, ordinals, shape)
+        x_t, velocity = flow.interpolate(x, noise, t, recipe.flow.path)
+        return x, x_t, velocity, noise

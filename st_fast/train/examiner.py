@@ -55,7 +55,7 @@ class Examiner:
         """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU."""
         settings, images, labels = self.recipe.sample, [], []
         for latents, asked in sample_batches(model, self.recipe.run.seed, count, settings, self.recipe.flow.path):
-            self.ranks.place.mark("sample")
+            self.ranks.heartbeat.beat("sample")
             images.append(self._decode(latents).cpu())
             labels.append(asked.cpu())
         return torch.cat(images), torch.cat(labels)
@@ -95,7 +95,7 @@ class Examiner:
         if self._inception is None:
             network = load_inception(Path(self.recipe.evaluate.inception), self.ranks.device)
             # Each batch that it looks at is a sign of life for those who watch this rank.
-            network.model.register_forward_pre_hook(lambda *_: self.ranks.place.mark("sample"))
+            network.model.register_forward_pre_hook(lambda *_: self.ranks.heartbeat.beat("sample"))
             self._inception = network, scores.read_reference(self._reference, network, samples.shape)
         network, reference = self._inception
         numbers = scores.score(samples, network, reference)

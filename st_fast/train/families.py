@@ -10,7 +10,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import profile
 
 FAMILIES: tuple[tuple[str, str], ...] = (
-    ("exchange", r"nccl|c10d|gloo|all_?reduce|all_?gather|reduce_?scatter"),
+    ("all-reduce", r"nccl|c10d|gloo|all_?reduce|all_?gather|reduce_?scatter"),
     # Named after all that was fused into them; GELU has no other kernel on a GPU, so it is looked for below.
     ("compiled", r"^triton_(?!tem_|.*gelu)|inductor|compiled|cpp_fused"),
     ("optimiser", r"adamw|grad_norm|multi_tensor|st_fast::.*(adam|norm_sum|prepare|update|_of_sum|sum_of)|foreach"),

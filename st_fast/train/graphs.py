@@ -1,7 +1,7 @@
-"""CUDA graphs of a micro-batch's whole pass: noise, target, student, losses and backward replayed by one launch.
+"""CUDA graphs of a micro-batch's whole pass: target, student, losses and backward replayed by one launch.
 
 The whole pass rather than `torch.compile(mode="reduce-overhead")` of its blocks: at small batches every launch counts,
-also those of the noise, the heads and the loss, which no block holds; the blocks share one compiled function, whose
+also those of the heads and the loss, which no block holds; the blocks share one compiled function, whose
 graph would be recorded again for each block's weights; and a graph tree overwrites its outputs, among which are the
 tapped streams. The optimiser stays outside, so that skipped steps, rollbacks and checkpoints are as ever.
 """
@@ -16,8 +16,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from st_fast.model.side_stream import Side, tensors, with_tensors
-from st_fast.train.batches import Batch
+from st_fast.model.side_stream import SideStream, tensors, with_tensors
+from st_fast.train.supervision import NoisyBatch
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Captured(Generic[T]):
     """A graph with the memory that it reads and writes at every replay."""
 
     graph: torch.cuda.CUDAGraph
-    batch: Batch
+    batch: NoisyBatch
     result: T
     gradients: Sequence[Tensor | None]
 
@@ -44,18 +44,18 @@ class Graphs(Generic[T]):
 
     def __init__(
         self,
-        learn: Callable[[int, Batch], T],
+        learn: Callable[[int, NoisyBatch], T],
         parameters: Sequence[nn.Parameter],
         kind: Callable[[int], Hashable],
         device: torch.device,
     ) -> None:
         self._learn, self._parameters, self._kind = learn, parameters, kind
         self._stream = torch.cuda.Stream(device)
-        self._side = Side(self._stream)
+        self._side = SideStream(self._stream)
         self._seen: Counter[Hashable] = Counter()
         self._captured: dict[Hashable, Captured[T]] = {}
 
-    def __call__(self, step: int, batch: Batch) -> T:
+    def __call__(self, step: int, batch: NoisyBatch) -> T:
         key = (self._kind(step), tuple(tensor.shape for tensor in tensors(batch)))
         if key in self._captured:
             return self._replay(self._captured[key], batch)
@@ -65,14 +65,14 @@ class Graphs(Generic[T]):
         self._captured[key] = self._capture(step, batch)
         return self._replay(self._captured[key], batch)
 
-    def _plain(self, step: int, batch: Batch) -> T:
+    def _plain(self, step: int, batch: NoisyBatch) -> T:
         def work() -> tuple[T, list[Tensor | None]]:
             return self._learn(step, batch), [parameter.grad for parameter in self._parameters]
 
         self._side.follow()
         return self._side.start(work, batch)()[0]
 
-    def _capture(self, step: int, batch: Batch) -> Captured[T]:
+    def _capture(self, step: int, batch: NoisyBatch) -> Captured[T]:
         """Records the pass without running it. Graphs share one pool: they never run at the same time."""
         memory = next((one.graph.pool() for one in self._captured.values()), None)
         graph, static = torch.cuda.CUDAGraph(), with_tensors(batch, torch.clone)
@@ -81,7 +81,7 @@ class Graphs(Generic[T]):
             result = self._learn(step, static)
         return Captured(graph, static, result, [parameter.grad for parameter in self._parameters])
 
-    def _replay(self, captured: Captured[T], batch: Batch) -> T:
+    def _replay(self, captured: Captured[T], batch: NoisyBatch) -> T:
         for static, tensor in zip(tensors(captured.batch), tensors(batch), strict=True):
             static.copy_(tensor)
         captured.graph.replay()

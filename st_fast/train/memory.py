@@ -103,7 +103,7 @@ def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int, given: R
     fits = min(now - 1, max(0, int((cost.MEMORY_SHARE * room - fixed) / an_image)))
     micro = next((images for images in possible_passes(optim, ranks.count) if images <= fits), None)
     less = "" if recipe.run.checkpointing == "block" else ", or --run.checkpointing=block, which keeps less an image"
-    where = f"{ranks.place.stage} step {ranks.place.step}" if ranks.place.stage else "start"
+    where = f"{ranks.heartbeat.stage} step {ranks.heartbeat.step}" if ranks.heartbeat.stage else "start"
     line = (
         f"out of memory on {ranks.device} at {where} with {now} images a pass in {room / 2**30:.2f} GiB; by estimate "
         f"{fits} fit (weights and state {fixed / 2**30:.2f} GiB + {an_image / 2**20:.1f} MiB an image)"

@@ -54,7 +54,7 @@ def choose_micro_batch(
         ), None
     bf16, whole = dtype == torch.bfloat16, capacity(ranks.device)
     room = least_room(ranks, whole - kept[0])
-    choice = recorded(ranks.told(lambda: newest_record(recipe)), recipe, ranks.count)
+    choice = recorded(ranks.broadcast_from_rank0(lambda: newest_record(recipe)), recipe, ranks.count)
     again = choice is not None
     # With all of the memory, not the share, and the least data: what others take is not the same at every start.
     if choice is None or sum(estimate(recipe, choice, bf16)) > room:

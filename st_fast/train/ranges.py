@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 STEP = "step"
 """One whole step; the others lie within it."""
-NAMES = ("data", "noise", "teacher", "student forward", "loss", "backward", "exchange", "optimiser")
+NAMES = ("data", "noise", "teacher", "student forward", "loss", "backward", "all-reduce", "optimiser")
 """The stretches of a step, in the order of the plain schedule."""
 
 Opener = Callable[[str], AbstractContextManager[object]]

@@ -64,7 +64,7 @@ class GradientSum:
             return
         while self._next < len(self.buckets):  # those waiting for a gradient that this rank does not have
             self._send()
-        self.ranks.place.mark("exchange")
+        self.ranks.heartbeat.beat("all-reduce")
         for bucket in self.buckets:
             if bucket.work is not None:
                 bucket.work.wait()

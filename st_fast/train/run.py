@@ -16,7 +16,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.launch import local_rank
 from st_fast.core.machine import PassTooLarge
 from st_fast.core.ranks import process_group
-from st_fast.core.signals import Agreement, stop_on_signals
+from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.loader import kept_bytes
 from st_fast.data.manifest import Manifest
 from st_fast.data.opening import open_data
@@ -35,7 +35,7 @@ from st_fast.train.examiner import Examiner
 from st_fast.train.image_features import open_image_features
 from st_fast.train.log import Log, matmul_rate
 from st_fast.train.stage import run_stage
-from st_fast.train.trainer import Setting
+from st_fast.train.trainer import RunContext
 from st_fast.train.watchdog import watched
 
 NO_TIMEOUT = 7 * 24 * 3_600.0
@@ -60,7 +60,7 @@ def run(recipe: Recipe) -> None:
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
         ranks.barrier()
-        ranks.told(lambda: trackers.check_installed(recipe.run.trackers))
+        ranks.broadcast_from_rank0(lambda: trackers.check_installed(recipe.run.trackers))
         profiling.choose_tool(recipe.profile, ranks.device)
         with (
             lock.RunLock(out, print) if ranks.first else nullcontext(),
@@ -74,54 +74,54 @@ def run(recipe: Recipe) -> None:
             verify = recipe.data.verify and local_rank() == 0
             shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
             check_fits(recipe, shards.manifest)
-            ranks.told(lambda: check_teachers(recipe))
-            ranks.told(lambda: check_features(recipe, shards))
-            ranks.told(lambda: check_starts(recipe, shards))
-            agreement = Agreement(stop, ranks)
+            ranks.broadcast_from_rank0(lambda: check_teachers(recipe))
+            ranks.broadcast_from_rank0(lambda: check_features(recipe, shards))
+            ranks.broadcast_from_rank0(lambda: check_starts(recipe, shards))
+            consensus = StopConsensus(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
-            ranks.told(examiner.check)
+            ranks.broadcast_from_rank0(examiner.check)
             dtype, kept = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
             split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:
                 _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
             with memory.explained(split, ranks, dtype, recipe):
                 rate = matmul_rate(ranks.device, dtype)
-            setting = Setting(split, ranks, shards, examiner, log, agreement, dtype, rate, choice)
+            context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice)
             for stage in recipe.stages:
-                setting = train_stage(setting, stage, recipe)
-            agreement.close()
+                context = train_stage(context, stage, recipe)
+            consensus.close()
             if ranks.first:
                 log.say(f"report: {write_report([out], out / 'report.html')}")
 
 
-def train_stage(setting: Setting, stage: Stage, given: Recipe) -> Setting:
+def train_stage(context: RunContext, stage: Stage, given: Recipe) -> RunContext:
     """Trains a stage, beginning again with smaller passes, once, if memory lacks and "auto" leaves their size to us.
 
-    Returns the setting that the stages after it go on with. RunFailed, which says what would fit, where memory lacks
+    Returns the context that the stages after it go on with. RunFailed, which says what would fit, where memory lacks
     all the same; `given` is the recipe before its passes were chosen.
     """
     smaller = None
-    with memory.explained(setting.recipe, setting.ranks, setting.dtype, given):
+    with memory.explained(context.recipe, context.ranks, context.dtype, given):
         try:
-            run_stage(setting, stage)
+            run_stage(context, stage)
         except PassTooLarge:
-            smaller = micro_batch.halved(setting.recipe, setting.choice)
+            smaller = micro_batch.halved(context.recipe, context.choice)
             if smaller is None:
                 raise
     if smaller is None:
-        return setting
-    memory.release(setting.ranks.device)  # not before: until it is handled, the error refers to all of the stage
+        return context
+    memory.release(context.ranks.device)  # not before: until it is handled, the error refers to all of the stage
     recipe, choice = smaller
-    before, step = images_a_pass(setting.recipe.optim, 1), setting.ranks.place.step
-    setting.log.say(
+    before, step = images_a_pass(context.recipe.optim, 1), context.ranks.heartbeat.step
+    context.log.say(
         f"{stage.name}: out of memory at step {step} with {before} images a pass; going on after step {step - 1} "
         f"with {choice.images}, {recipe.optim.accumulation} passes a step"
     )
-    setting = replace(setting, recipe=recipe, choice=choice)
-    with memory.explained(setting.recipe, setting.ranks, setting.dtype, given):
-        run_stage(setting, stage)
-    return setting
+    context = replace(context, recipe=recipe, choice=choice)
+    with memory.explained(context.recipe, context.ranks, context.dtype, given):
+        run_stage(context, stage)
+    return context
 
 
 def check_teachers(recipe: Recipe) -> None:

@@ -160,7 +160,7 @@ def hand_out(state: Groups, whole: Groups, ranks: Ranks) -> None:
         found = [(group, name, tensor) for group, tensors in whole.items() for name, tensor in tensors.items()]
         return [[group, name] for group, name, tensor in found if not isinstance(tensor, DTensor)]
 
-    given = {(group, name) for group, name in ranks.told(names)}
+    given = {(group, name) for group, name in ranks.broadcast_from_rank0(names)}
     for group, tensors in state.items():
         for name, tensor in tensors.items():
             if not isinstance(tensor, DTensor):

@@ -18,59 +18,59 @@ from st_fast.recipe import cost
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Stage
 from st_fast.train import memory
-from st_fast.train.batches import Feed, Lookahead
+from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.guard import Readings, Skips, SpikeDetector
 from st_fast.train.image_features import ImageFeatures
 from st_fast.train.log import Clock, Meter, progress_line
 from st_fast.train.micro_batch import halved
 from st_fast.train.profiling import StageProfile
-from st_fast.train.trainer import Setting, Trainer
+from st_fast.train.trainer import RunContext, Trainer
 
 
-def run_stage(setting: Setting, stage: Stage) -> None:
+def run_stage(context: RunContext, stage: Stage) -> None:
     """Trains a stage to its last step, from where it stands; Interrupted if a signal asked to stop."""
-    recipe, ranks, log = setting.recipe, setting.ranks, setting.log
-    ranks.place.stage, ranks.place.step = stage.name, 0
-    ranks.place.mark("build")
+    recipe, ranks, log = context.recipe, context.ranks, context.log
+    ranks.heartbeat.stage, ranks.heartbeat.step = stage.name, 0
+    ranks.heartbeat.beat("build")
     memory.forget_peak(ranks.device)
-    clock, trainer = Clock(), Trainer(setting, stage)
+    clock, trainer = Clock(), Trainer(context, stage)
     first = trainer.resume(clock)
     if first >= stage.steps:
         log.say(f"{stage.name}: complete at step {first}")
         trainer.close()
         return
-    loader = make_loader(recipe.data.loader, setting.shards, ranks.device, log.say)
+    loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
     features = trainer.features.loaders(ranks.device)
-    feed = Feed(recipe, stage, loader, len(setting.shards), ranks, features)
+    iterator = BatchIterator(recipe, stage, loader, context.shards, ranks, features)
     meter = Meter(ranks.device, recipe.run.log_every)
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
-    _log_start(setting, stage, first, trainer.features.flops_an_image, trainer.origin)
-    report = Reporter(setting, stage, feed, clock, first, trainer.features)
-    retreat = Retreat(setting, trainer, clock, (loader, *features), first)
+    _log_start(context, stage, first, trainer.features.flops_an_image, trainer.origin)
+    report = Reporter(context, stage, iterator, clock, first, trainer.features)
+    retreat = Retreat(context, trainer, clock, (loader, *features), first)
 
     gc.collect()
     gc.freeze()
     clock.start()
-    steps = Lookahead(feed.steps(first, stage.steps))
+    steps = Lookahead(iterator.steps(first, stage.steps))
     trainer.step.following = steps.peek
     for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
         with retreat.if_too_large(done - 1):
             losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm)
         profile.stepped(done)
-        last, stopping = done == stage.steps, setting.stop()
+        last, stopping = done == stage.steps, context.stop()
         spike = report(done, meter) if _due(done, recipe.run.log_every) or last else None
         if spike is not None:
             with clock.paused():
                 trainer.roll_back(spike, done)
         if _due(done, recipe.sample.every) or last:
             with clock.paused():
-                ranks.place.mark("sample")
-                setting.examiner.pictures(trainer.ema_model(), stage, done, report.cost(done))
+                ranks.heartbeat.beat("sample")
+                context.examiner.pictures(trainer.ema_model(), stage, done, report.cost(done))
         if (_due(done, recipe.evaluate.every) or last) and not stopping:
             with clock.paused():
-                ranks.place.mark("sample")
-                setting.examiner.metrics(trainer.ema_model(), stage, done, report.cost(done))
+                ranks.heartbeat.beat("sample")
+                context.examiner.metrics(trainer.ema_model(), stage, done, report.cost(done))
         if _due(done, recipe.run.save_every) or last or stopping or spike is not None:
             with clock.paused():
                 trainer.save(done, clock)
@@ -84,16 +84,18 @@ def run_stage(setting: Setting, stage: Stage) -> None:
     trainer.close()
     gc.unfreeze()
     if done < stage.steps:
-        setting.stop.close()
-        raise Interrupted(f"{setting.stop.signal}: saved {stage.name} at step {done}; the same command continues")
+        context.stop.close()
+        raise Interrupted(f"{context.stop.signal}: saved {stage.name} at step {done}; the same command continues")
     log.write("end", stage.name, done, **report.cost(done), **stalls)
 
 
 class Retreat:
     """What is done before a stage is begun again with smaller passes, where these are allowed (`halved`)."""
 
-    def __init__(self, setting: Setting, trainer: Trainer, clock: Clock, readers: Sequence[Loader], first: int) -> None:
-        self.setting, self.trainer, self.clock, self.readers, self.first = setting, trainer, clock, readers, first
+    def __init__(
+        self, context: RunContext, trainer: Trainer, clock: Clock, readers: Sequence[Loader], first: int
+    ) -> None:
+        self.context, self.trainer, self.clock, self.readers, self.first = context, trainer, clock, readers, first
 
     @contextmanager
     def if_too_large(self, done: int) -> Iterator[None]:
@@ -101,14 +103,14 @@ class Retreat:
         try:
             yield
         except PassTooLarge:
-            smaller = halved(self.setting.recipe, self.setting.choice)
+            smaller = halved(self.context.recipe, self.context.choice)
             if smaller is None:
                 raise
             self.clock.stop()
             for parameter in self.trainer.optimizer.parameters():
                 parameter.grad = None
             if done > self.first:
-                self.trainer.setting = replace(self.setting, recipe=smaller[0], choice=smaller[1])
+                self.trainer.context = replace(self.context, recipe=smaller[0], choice=smaller[1])
                 self.trainer.save(done, self.clock)
                 self.trainer.finish()
             for reader in self.readers:
@@ -122,19 +124,25 @@ class Reporter:
     """Turns the meter's readings into a log record and a progress line, and looks whether the numbers go wrong."""
 
     def __init__(
-        self, setting: Setting, stage: Stage, feed: Feed, clock: Clock, first: int, features: ImageFeatures
+        self,
+        context: RunContext,
+        stage: Stage,
+        batches: BatchIterator,
+        clock: Clock,
+        first: int,
+        features: ImageFeatures,
     ) -> None:
         self._beforehand, self._encoders = features.flops_beforehand, features.flops_an_image
-        self.setting, self.stage, self.feed, self.clock = setting, stage, feed, clock
-        self._step, self._seconds, self._waited = first, clock.read(), feed.waited
-        self._skips = Skips(stage.name, setting.recipe.run.max_bad_steps)
-        self._spikes = SpikeDetector(setting.recipe.run.spike_ratio)
+        self.context, self.stage, self.batches, self.clock = context, stage, batches, clock
+        self._step, self._seconds, self._waited = first, clock.read(), batches.waited
+        self._skips = Skips(stage.name, context.recipe.run.max_bad_steps)
+        self._spikes = SpikeDetector(context.recipe.run.spike_ratio)
 
     def cost(self, step: int) -> dict[str, float]:
         """What the stage has taken so far: training seconds, and FLOPs, teachers' and encoders' forwards included."""
         return {
             "seconds": round(self.clock.read(), 3),
-            "flops": self._beforehand + cost.stage_flops(self.setting.recipe, self.stage, 0, step, self._encoders),
+            "flops": self._beforehand + cost.stage_flops(self.context.recipe, self.stage, 0, step, self._encoders),
         }
 
     def __call__(self, step: int, meter: Meter) -> int | None:
@@ -142,22 +150,22 @@ class Reporter:
 
         RunFailed after too many steps in a row whose gradients were not finite.
         """
-        setting, stage = self.setting, self.stage
-        setting.ranks.place.mark("log")
-        readings = meter.read(setting.ranks, step)
+        context, stage = self.context, self.stage
+        context.ranks.heartbeat.beat("log")
+        readings = meter.read(context.ranks, step)
         values = readings.means()
         self._log_skipped(readings)
-        seconds, waited = self.clock.read(), self.feed.waited
+        seconds, waited = self.clock.read(), self.batches.waited
         elapsed = max(seconds - self._seconds, 1e-9)
-        spent = cost.stage_flops(setting.recipe, stage, self._step, step, self._encoders)
-        values["images_per_s"] = (step - self._step) * setting.recipe.optim.batch_size / elapsed
-        values["mfu"] = spent / elapsed / (setting.rate * setting.ranks.count)
+        spent = cost.stage_flops(context.recipe, stage, self._step, step, self._encoders)
+        values["images_per_s"] = (step - self._step) * context.recipe.optim.batch_size / elapsed
+        values["mfu"] = spent / elapsed / (context.rate * context.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed
-        values["peak_gib"] = round(memory.peak_bytes(setting.ranks.device) / 2**30, 3)
+        values["peak_gib"] = round(memory.peak_bytes(context.ranks.device) / 2**30, 3)
         eta = (stage.steps - step) * elapsed / max(step - self._step, 1)
         self._step, self._seconds, self._waited = step, seconds, waited
-        setting.log.write("train", stage.name, step, **values, skipped=self._skips.total, **self.cost(step))
-        setting.log.say(progress_line(stage.name, step, stage.steps, values, eta))
+        context.log.write("train", stage.name, step, **values, skipped=self._skips.total, **self.cost(step))
+        context.log.say(progress_line(stage.name, step, stage.steps, values, eta))
         self._skips.judge(step)
         return self._spikes.add(readings)
 
@@ -166,23 +174,23 @@ class Reporter:
         self._skips.add(readings)
         for offset in readings.bad:
             step, ranks = readings.first + offset, readings.bad_ranks[offset]
-            ordinals, records = self.feed.samples(step - 1, ranks)
-            self.setting.log.write("skip", self.stage.name, step, ranks=ranks, ordinals=ordinals, records=records)
-            self.setting.log.say(
+            ordinals, records = self.batches.samples(step - 1, ranks)
+            self.context.log.write("skip", self.stage.name, step, ranks=ranks, ordinals=ordinals, records=records)
+            self.context.log.say(
                 f"{self.stage.name}: step {step} skipped, not finite on ranks {ranks or 'unknown'}: {len(records)} "
-                f"samples are named in {self.setting.log.path.name}"
+                f"samples are named in {self.context.log.path.name}"
             )
 
 
-def _log_start(setting: Setting, stage: Stage, first: int, encoders: float, origin: dict[str, Any] | None) -> None:
-    recipe = setting.recipe
+def _log_start(context: RunContext, stage: Stage, first: int, encoders: float, origin: dict[str, Any] | None) -> None:
+    recipe = context.recipe
     each = cost.stage_cost(recipe, stage, encoders)
-    setting.log.write(
+    context.log.write(
         "start", stage.name, first, trunk_params=cost.trunk_parameters(recipe.model), resumed_from=first,
         flops_per_image=each.total, teacher_flops_per_image=each.teacher, steps=stage.steps,
-        batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, setting.ranks.count),
-        ranks=setting.ranks.count, device=_device_name(setting.ranks.device),
-        matmul_flops_per_s=setting.rate, dataset=setting.shards.manifest.digest,
+        batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, context.ranks.count),
+        ranks=context.ranks.count, device=_device_name(context.ranks.device),
+        matmul_flops_per_s=context.rate, dataset=context.shards.manifest.digest,
         versions={"st_fast": __version__, "torch": torch.__version__}, **({"init": origin} if origin else {}),
     )  # fmt: skip
 

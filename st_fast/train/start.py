@@ -13,8 +13,8 @@ from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.model import SiT, teacher
-from st_fast.model.formats.bundle import Bundle, heads, trunk
-from st_fast.model.formats.origin import Origin, Say, read_model
+from st_fast.model.formats.loaded_state import LoadedState, heads, trunk
+from st_fast.model.formats.model_source import ModelSource, Say, read_model
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
@@ -49,7 +49,7 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     return state, _record(stage, origin)
 
 
-def fits(recipe: Recipe, stage: Stage, drawn: Groups, bundle: Bundle, where: str) -> None:
+def fits(recipe: Recipe, stage: Stage, drawn: Groups, bundle: LoadedState, where: str) -> None:
     """UserError listing every way in which a model is not what the stage can start from."""
     start, theirs, ours = stage.start, teacher.architecture(bundle.config), teacher.architecture(recipe.model)
     for prefix in start.init_fresh:
@@ -85,7 +85,7 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
     fits(recipe, stage, drawn, _read(recipe, stage, say).bundle, where)
 
 
-def _read(recipe: Recipe, stage: Stage, say: Say) -> Origin:
+def _read(recipe: Recipe, stage: Stage, say: Say) -> ModelSource:
     name = stage.start.init
     of_this_run = any(other.name == name for other in recipe.stages)
     path = Path(recipe.run.out) / name if of_this_run else Path(name)
@@ -98,7 +98,7 @@ def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tens
 
 
 def _moments(
-    bundle: Bundle, drawn: Mapping[str, Tensor], kept: Mapping[str, Tensor], with_heads: bool
+    bundle: LoadedState, drawn: Mapping[str, Tensor], kept: Mapping[str, Tensor], with_heads: bool
 ) -> dict[str, Tensor]:
     taken = {"model": list(kept)} | ({"heads": list(heads(bundle.model))} if with_heads else {})
     updates = {"model": bundle.updates, "heads": bundle.head_updates}
@@ -110,7 +110,7 @@ def _moments(
     return found
 
 
-def _record(stage: Stage, origin: Origin) -> dict[str, Any]:
+def _record(stage: Stage, origin: ModelSource) -> dict[str, Any]:
     bundle, start = origin.bundle, stage.start
     return {
         "path": start.init,

@@ -1,4 +1,10 @@
-"""One optimisation step: noise, teacher, student, losses, backward, update. No file, no log, no host sync."""
+"""One optimisation step: teacher, student, losses, backward, update. No file, no log, no host sync.
+
+Targets are made before the student's pass, beside it on a side stream, or a step ahead (`run.teacher_placement`).
+"ahead" starts the target of the micro-batch that comes next as soon as this one's backward pass is queued, so that it
+overlaps the all-reduce and the memory-bound optimiser. A frozen teacher does not see the update in between, so the
+target is the same.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +15,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from st_fast.core import random
-from st_fast.core.random import Purpose
 from st_fast.core.ranks import Ranks
 from st_fast.model import SiT, flow
-from st_fast.recipe.schema import Recipe
+from st_fast.model.side_stream import Future, side_stream
+from st_fast.recipe.schema import Recipe, Run
 from st_fast.train import memory
-from st_fast.train.batches import Batch
 from st_fast.train.graphs import Graphs
 from st_fast.train.optim import Optimizer
 from st_fast.train.ranges import named
 from st_fast.train.reduction import REDUCTION, GradientSum
 from st_fast.train.sharding import ShardedSum, is_sharded
-from st_fast.train.supervision import Noised, Supervision
-from st_fast.train.targets import Target, Targets
+from st_fast.train.supervision import NoisyBatch, Supervision
 
-Following = Callable[[], Sequence[Batch] | None]
+Target = Future[tuple[Tensor, ...]]
+Following = Callable[[], Sequence[NoisyBatch] | None]
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,40 @@ class Losses:
     aux: Tensor
 
 
+class Targets:
+    """Starts the method's targets, by `run.teacher_placement`."""
+
+    def __init__(self, supervision: Supervision, run: Run, device: torch.device) -> None:
+        self._supervision = supervision
+        self.looks_ahead = run.teacher_placement == "ahead"
+        self._side = side_stream(run, device, wanted=run.teacher_placement != "before")
+        self._ahead: tuple[NoisyBatch, Target | None] | None = None
+
+    def start(self, step: int, batch: NoisyBatch) -> Target | None:
+        """The target of this micro-batch, started now unless it was started ahead; None if nothing is supervised."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is batch:
+            return ahead[1]
+        with named("teacher"):
+            if not self._supervision.active(step):
+                return None
+            self._side.follow()
+            return self._side.start(lambda: self._supervision.target(batch), batch)
+
+    def start_ahead(self, step: int, batch: NoisyBatch) -> None:
+        """Starts the target of the micro-batch that comes next, after all that is queued so far."""
+        self._ahead = (batch, self.start(step, batch))
+
+
 class Step:
     """Holds what a step needs; call it with the step number and this rank's micro-batches."""
 
     def __init__(
-        self, model: SiT, supervision: Supervision, optimizer: Optimizer, recipe: Recipe, scale: float, ranks: Ranks
+        self, model: SiT, supervision: Supervision, optimizer: Optimizer, recipe: Recipe, ranks: Ranks
     ) -> None:
         self.model, self.supervision, self.optimizer = model, supervision, optimizer
-        self.recipe, self.scale, self.place = recipe, scale, ranks.place
-        self.targets = Targets(self.noised, supervision, recipe.run, ranks.device)
+        self.recipe, self.heartbeat = recipe, ranks.heartbeat
+        self.targets = Targets(supervision, recipe.run, ranks.device)
         self.following: Following = lambda: None
         """Gives the next step's micro-batches, None after the last step; a schedule that looks ahead asks it."""
         self._graphs: Graphs[Losses] | None = None
@@ -56,65 +85,52 @@ class Step:
         else:
             self.gradients = GradientSum(optimizer.parameters(), ranks, REDUCTION[recipe.optim.reduction])
 
-    def __call__(self, step: int, micro_batches: Sequence[Batch]) -> tuple[Losses, Tensor]:
+    def __call__(self, step: int, micro_batches: Sequence[NoisyBatch]) -> tuple[Losses, Tensor]:
         """Runs the step; returns the losses and the gradients' global norm, all left on the device."""
-        self.place.step = step + 1
+        self.heartbeat.step = step + 1
         parts = []
         for number, batch in enumerate(micro_batches, start=1):
-            self.place.mark("step")
+            self.heartbeat.beat("step")
             if self._graphs is None:
                 parts.append(self._learn(step, batch, last=number == len(micro_batches)))
-            else:  # a graph calls no hooks, so that all gradients are exchanged after it
+            else:  # a graph calls no hooks, so that all gradients are summed after it
                 parts.append(self._graphs(step, batch))
                 self.gradients.expect()
             if self.targets.looks_ahead:
                 self._look_ahead(step, micro_batches[number:])
-        with named("exchange"):
+        with named("all-reduce"):
             self.gradients.finish()
         with named("optimiser"):
             norm = self.optimizer.update()
         return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts])), norm
 
     @memory.of_a_pass()
-    def _learn(self, step: int, batch: Batch, last: bool) -> Losses:
+    def _learn(self, step: int, batch: NoisyBatch, last: bool) -> Losses:
         """Adds a micro-batch's gradients to those there are; `last`: they are complete with it."""
-        lesson = self.targets.lesson(step, batch)
-        losses = self.losses(lesson.noised, lesson.target)
+        losses = self.losses(batch, self.targets.start(step, batch))
         if last:
             self.gradients.expect()
         with named("backward"):
             (losses.denoise + losses.aux).backward()
         return Losses(losses.denoise.detach(), losses.aux.detach())
 
-    def _look_ahead(self, step: int, rest: Sequence[Batch]) -> None:
-        """Starts the lesson of the next micro-batch, of this step or the next one."""
+    def _look_ahead(self, step: int, rest: Sequence[NoisyBatch]) -> None:
+        """Starts the target of the next micro-batch, of this step or the next one."""
         if rest:
             self.targets.start_ahead(step, rest[0])
             return
         upcoming = self.following()
-        self.place.step = step + 1  # whoever made the upcoming batches stood at their step
+        self.heartbeat.step = step + 1  # whoever made the upcoming batches stood at their step
         if upcoming:
             self.targets.start_ahead(step + 1, upcoming[0])
 
-    def noised(self, batch: Batch) -> Noised:
-        """Draws latents from their moments and noises them: x = scale·(μ + σ·ξ), x_t on the recipe's path."""
-        seed, shape = self.recipe.run.seed, batch.moments[0].chunk(2)[0].shape
-        mean, std = batch.moments.float().chunk(2, dim=1)
-        x = self.scale * (mean + std * random.normal(seed, Purpose.POSTERIOR, batch.ordinals, shape))
-        noise = random.normal(seed, Purpose.NOISE, batch.ordinals, shape)
-        x_t, velocity = flow.interpolate(x, noise, batch.t, self.recipe.flow.path)
-        return Noised(
-            x, x_t, velocity, batch.t, batch.labels, batch.student_labels, noise, batch.ordinals, batch.rows,
-            batch.features, batch.images,
-        )  # fmt: skip
-
-    def losses(self, noised: Noised, target: Target | None) -> Losses:
+    def losses(self, batch: NoisyBatch, target: Target | None) -> Losses:
         """The denoising loss and the supervision's, each a sum over samples weighted by 1 / global batch size."""
         with named("student forward"):
-            prediction, hidden = self.model(noised.x_t, noised.t, noised.student_labels, self.supervision.tap)
+            prediction, hidden = self.model(batch.x_t, batch.t, batch.student_labels, self.supervision.tap)
         with named("loss"):
-            denoise = flow.denoising_loss(prediction, noised.velocity).sum() / self.recipe.optim.batch_size
-            aux = self.supervision.loss(hidden, target(), noised) if target else torch.zeros_like(denoise)
+            denoise = flow.denoising_loss(prediction, batch.velocity).sum() / self.recipe.optim.batch_size
+            aux = self.supervision.loss(hidden, target(), batch) if target else torch.zeros_like(denoise)
         return Losses(denoise, aux)
 
 

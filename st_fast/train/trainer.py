@@ -14,7 +14,7 @@ from st_fast import __version__, kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import RunFailed
 from st_fast.core.ranks import Ranks, Rendezvous
-from st_fast.core.signals import Agreement
+from st_fast.core.signals import StopConsensus
 from st_fast.data.manifest import check_same_data
 from st_fast.data.shards import RecordSet
 from st_fast.model import SiT, build, teacher, unfilled
@@ -23,7 +23,7 @@ from st_fast.model.branches import Apart, Branches, batched
 from st_fast.model.checkpointing import checkpoint_activations
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.fp8 import use_fp8
-from st_fast.model.side_stream import side
+from st_fast.model.side_stream import side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import cost, to_toml
 from st_fast.recipe.schema import Recipe, Run, Stage
@@ -40,7 +40,7 @@ from st_fast.train.supervision.registry import Parts
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What all stages of a run share."""
 
     recipe: Recipe
@@ -48,7 +48,7 @@ class Setting:
     shards: RecordSet
     examiner: Examiner
     log: Log
-    stop: Agreement
+    stop: StopConsensus
     dtype: torch.dtype
     """Of the weights in use: what `run.precision` says, resolved for the device."""
     rate: float
@@ -60,31 +60,31 @@ class Setting:
 class Trainer:
     """A stage's model, method, optimiser and step, and how they are saved and found again."""
 
-    def __init__(self, setting: Setting, stage: Stage) -> None:
-        self.setting, self.stage = setting, stage
-        recipe, device = setting.recipe, setting.ranks.device
-        table = validated_kernels(vars(recipe.kernels), recipe.model, setting.ranks, setting.dtype, setting.log.say)
-        update, norm = updates.validated(recipe, setting.ranks, setting.dtype, setting.log.say)
+    def __init__(self, context: RunContext, stage: Stage) -> None:
+        self.context, self.stage = context, stage
+        recipe, device = context.recipe, context.ranks.device
+        table = validated_kernels(vars(recipe.kernels), recipe.model, context.ranks, context.dtype, context.log.say)
+        update, norm = updates.validated(recipe, context.ranks, context.dtype, context.log.say)
         head_dim = recipe.model.width // recipe.model.heads
         tokens = cost.tokens(recipe.model)
-        attend = choose(recipe.model.attention, device, setting.dtype, head_dim, setting.log.say, tokens)
+        attend = choose(recipe.model.attention, device, context.dtype, head_dim, context.log.say, tokens)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         if recipe.run.fp8 != "off":
             use_fp8(self.model)
-        self.shards = shards_of(recipe, setting.ranks)
+        self.shards = shards_of(recipe, context.ranks)
         if self.shards is not None:
             self.shards.model(self.model)
-        _compile(setting, self.model, dynamic=False)
-        frozen = _teacher(setting, stage, table, attend)
+        _compile(context, self.model, dynamic=False)
+        frozen = _teacher(context, stage, table, attend)
         checkpoint_activations(self.model, recipe.run.checkpointing)
         if frozen is not None:
             if self.shards is not None and recipe.run.shard_teacher:
                 self.shards.model(frozen, stage.method.frozen_depth)
-            _compile(setting, frozen, dynamic=recipe.run.supervised_rows == "exact")
-        average = _average(setting, stage, table, attend, self.shards)
-        self.features = open_image_features(stage, recipe, setting.shards, device, setting.dtype)
-        if _compiles(setting):
-            compile_encoders(self.features, setting.log.say)
+            _compile(context, frozen, dynamic=recipe.run.supervised_rows == "exact")
+        average = _average(context, stage, table, attend, self.shards)
+        self.features = open_image_features(stage, recipe, context.shards, device, context.dtype)
+        if _compiles(context):
+            compile_encoders(self.features, context.log.say)
         branches, encoders = _branches(recipe.run, device), self.features.encoders
         parts = Parts(
             recipe.model, table, frozen, average, self.features.widths, recipe.flow.path, recipe.run.seed, branches,
@@ -94,22 +94,22 @@ class Trainer:
         self.method.heads.to(device)
         if self.shards is not None:
             self.shards.heads(self.method.heads)
-        self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, setting.dtype, update, norm)
+        self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, context.dtype, update, norm)
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
-        self.step = Step(self.model, self.method, self.optimizer, recipe, setting.shards.manifest.scale, setting.ranks)
+        self.step = Step(self.model, self.method, self.optimizer, recipe, context.ranks)
         # Only the first rank looks at it: with everything else in shards, the others do without its memory.
-        place = device if self.shards is None or setting.ranks.first else torch.device("meta")
+        place = device if self.shards is None or context.ranks.first else torch.device("meta")
         self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)
         self.rollbacks, self.trained_before = 0, 0.0
         self.origin: dict[str, Any] | None = None
         """What the weights started from, where that is a model."""
-        self.saver = _saver(setting, stage, self.folder / "checkpoints", self.shards is not None)
+        self.saver = _saver(context, stage, self.folder / "checkpoints", self.shards is not None)
 
     @property
     def folder(self) -> Path:
         """The stage's folder in the run folder."""
-        return Path(self.setting.recipe.run.out) / self.stage.name
+        return Path(self.context.recipe.run.out) / self.stage.name
 
     def resume(self, clock: Clock) -> int:
         """Takes over the newest sound checkpoint, if there is one; returns the number of completed steps."""
@@ -123,7 +123,7 @@ class Trainer:
 
         The stream of samples does not go back, so what was seen from that checkpoint to step `done` is skipped.
         """
-        stage, run, log = self.stage.name, self.setting.recipe.run, self.setting.log
+        stage, run, log = self.stage.name, self.context.recipe.run, self.context.log
         if self.rollbacks >= run.spike_retries:
             raise RunFailed(
                 f"{stage}: the loss spiked again at step {spike}, after {self.rollbacks} rollbacks "
@@ -141,19 +141,19 @@ class Trainer:
     def _restore(self, before: int | None) -> dict[str, Any]:
         """The first rank's newest sound checkpoint (of fewer than `before` steps) on every rank; else the start."""
         whole: dict[str, Mapping[str, Tensor]] = {}
-        found = self.setting.ranks.told(lambda: self._load(before, whole))
+        found = self.context.ranks.broadcast_from_rank0(lambda: self._load(before, whole))
         # Others never read it: on a network file system they might see an older one, and train on something else.
-        hand_out(self.optimizer.state(), whole, self.setting.ranks)
+        hand_out(self.optimizer.state(), whole, self.context.ranks)
         self.optimizer.follow()
         return found
 
     def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-        found = checkpoint.latest(self.folder / "checkpoints", self.setting.log.say, before=before)
+        found = checkpoint.latest(self.folder / "checkpoints", self.context.log.say, before=before)
         if found is None:
             if before is not None:
                 raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")
             return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": self._begin(into)}
-        manifest, folder = self.setting.shards.manifest, Path(self.setting.recipe.data.path)
+        manifest, folder = self.context.shards.manifest, Path(self.context.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
         self.features.check_same(found.meta.get("features", []), str(found.path))
         for group, tensors in self.optimizer.state().items():
@@ -166,39 +166,39 @@ class Trainer:
         """Finds the model that the recipe starts from, if it names one; returns what to record of it."""
         if not self.stage.start.init:
             return None
-        log = self.setting.log
-        groups, record = start.taken_over(self.setting.recipe, self.stage, self.optimizer.state(), log.say)
+        log = self.context.log
+        groups, record = start.taken_over(self.context.recipe, self.stage, self.optimizer.state(), log.say)
         into.update(groups)
         log.say(f"{self.stage.name}: starts from {record['path']} ({record['weights']}, its step {record['step']})")
         return record
 
     def save(self, step: int, clock: Clock) -> None:
         """Writes a checkpoint of `step` completed steps in the background, and tidies up older ones."""
-        recipe = self.setting.recipe
-        self.setting.ranks.place.mark("save")
+        recipe = self.context.recipe
+        self.context.ranks.heartbeat.beat("save")
         if self.saver is None:
             return
         meta = {
             "stage": self.stage.name,
             "recipe": to_toml(recipe),
             "architecture": teacher.architecture(recipe.model),
-            "dataset": self.setting.shards.manifest.digest,
+            "dataset": self.context.shards.manifest.digest,
             "features": self.features.digests,
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
             "init": self.origin,
-            "micro_batch": record(self.setting.choice),
+            "micro_batch": record(self.context.choice),
             "versions": {"st_fast": __version__, "torch": torch.__version__},
         }
         stall = self.saver.save(step, self.optimizer.state(), meta)
-        self.setting.log.write("save", self.stage.name, step, seconds=clock.read(), stall=round(stall, 6))
+        self.context.log.write("save", self.stage.name, step, seconds=clock.read(), stall=round(stall, 6))
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on the disk, for all ranks."""
-        self.setting.ranks.place.mark("save")
+        self.context.ranks.heartbeat.beat("save")
         if self.saver is not None and self.saver.wait() is None:
             raise RunFailed(f"{self.folder}: the last checkpoint could not be written")
-        self.setting.ranks.barrier()
+        self.context.ranks.barrier()
 
     def stalls(self, clock: Clock) -> dict[str, float]:
         """Seconds that saves held this start's training up on the first rank, and their share of its training time."""
@@ -220,60 +220,64 @@ class Trainer:
         return self.averaged
 
 
-def _teacher(setting: Setting, stage: Stage, table: kernels.KernelTable, attend: Attend) -> SiT | None:
+def _teacher(context: RunContext, stage: Stage, table: kernels.KernelTable, attend: Attend) -> SiT | None:
     name = stage.method.teacher_name
     if name is None:
         return None
-    recipe, ranks, loaded = setting.recipe, setting.ranks, list[SiT]()
+    recipe, ranks, loaded = context.recipe, context.ranks, list[SiT]()
 
     def load() -> None:
         root, group = teacher.checkpoint_root(recipe, name), stage.method.teacher_group
-        loaded.append(teacher.load_frozen(root, recipe.model, group, table, ranks.device, setting.dtype, attend))
+        loaded.append(teacher.load_frozen(root, recipe.model, group, table, ranks.device, context.dtype, attend))
 
-    ranks.told(load)
-    model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, setting.dtype, attend)
+    ranks.broadcast_from_rank0(load)
+    model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, context.dtype, attend)
     model.eval().requires_grad_(False)
     ranks.broadcast(model.state_dict().values())
     return model
 
 
 def _average(
-    setting: Setting, stage: Stage, table: kernels.KernelTable, attend: Attend, shards: Shards | None
+    context: RunContext, stage: Stage, table: kernels.KernelTable, attend: Attend, shards: Shards | None
 ) -> Average | None:
     if not stage.method.learns_from_average:
         return None
-    model = unfilled(setting.recipe.model, table, setting.ranks.device, setting.dtype, attend)
+    model = unfilled(context.recipe.model, table, context.ranks.device, context.dtype, attend)
     if shards is not None:
         shards.model(model.requires_grad_(False), stage.method.frozen_depth)
-    _compile(setting, model, dynamic=False)
+    _compile(context, model, dynamic=False)
     return Average(model)
 
 
 def _branches(run: Run, device: torch.device) -> Branches:
     """How a guided teacher runs with the labels and with the null label, by `run.teacher_branches`."""
-    return batched if run.teacher_branches == "batched" else Apart(side(run, device, run.teacher_branches == "streams"))
+    return (
+        batched
+        if run.teacher_branches == "batched"
+        else Apart(side_stream(run, device, run.teacher_branches == "streams"))
+    )
 
 
-def _compiles(setting: Setting) -> bool:
-    run, device = setting.recipe.run, setting.ranks.device
+def _compiles(context: RunContext) -> bool:
+    run, device = context.recipe.run, context.ranks.device
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
-def _compile(setting: Setting, model: SiT, dynamic: bool) -> None:
-    if not _compiles(setting):
+def _compile(context: RunContext, model: SiT, dynamic: bool) -> None:
+    if not _compiles(context):
         return
-    blocks = CompiledBlocks(setting.log.say, dynamic)
+    blocks = CompiledBlocks(context.log.say, dynamic)
     if is_sharded(model):
         blocks.inside(model.blocks)
     else:
         model.run_block = blocks
 
 
-def _saver(setting: Setting, stage: Stage, root: Path, sharded: bool) -> checkpoint.Saver | None:
+def _saver(context: RunContext, stage: Stage, root: Path, sharded: bool) -> checkpoint.Saver | None:
     """The first rank's, or every rank's where each writes its own part."""
-    ranks, run, team = setting.ranks, setting.recipe.run, None
+    ranks, run, team = context.ranks, context.recipe.run, None
     if sharded:
-        team = checkpoint.Team(ranks.rank, ranks.count, Rendezvous("save"), stage.name, lambda: ranks.place.over)
+        team = checkpoint.Team(ranks.rank, ranks.count, Rendezvous("save"), stage.name, lambda: ranks.heartbeat.over)
     if not ranks.first and team is None:
         return None
-    return checkpoint.Saver(root, setting.log.say, keep=run.keep, keep_every=run.keep_every, team=team)
+    return checkpoint.Saver(root, context.log.say, keep=run.keep, keep_every=run.keep_every, team=team)

@@ -24,7 +24,7 @@ from st_fast.core.errors import EXIT_FAILED, Interrupted, RunFailed, UserError
 from st_fast.core.launch import local_rank
 from st_fast.core.ranks import Ranks, Rendezvous
 
-WAITING = ("exchange", "log", "agree")
+WAITING = ("all-reduce", "log", "agree")
 """Phases in which a rank may be waiting for others; whoever stands still elsewhere is whom they wait for."""
 SILENCE = 25.0
 """Seconds without a word after which a rank counts as dead: less than torchrun gives ranks to end after one died."""
@@ -157,7 +157,7 @@ class Watchdog:
 
     def _word(self) -> dict[str, Any]:
         self._beats += 1
-        return asdict(self.ranks.place) | {
+        return asdict(self.ranks.heartbeat) | {
             "beat": self._beats,
             "left": self._left,
             "blames": self._blames,
@@ -166,7 +166,7 @@ class Watchdog:
             "where": innermost_line(self._thread_id),
         }
 
-    def _exchange(self) -> None:
+    def _share(self) -> None:
         """Says where this rank stands and reads where the others do."""
         mine = self._word()
         words: list[str | None] = [None] * self.ranks.count
@@ -188,10 +188,10 @@ class Watchdog:
             seen.word = word
 
     def _talk(self) -> None:
-        self._exchange()
+        self._share()
         while not self._over.wait(self.interval):
-            self._exchange()
-        self._exchange()  # its last words
+            self._share()
+        self._share()  # its last words
 
     def _watch(self) -> None:
         while not self._over.wait(self.interval):

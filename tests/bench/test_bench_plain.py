@@ -28,12 +28,11 @@ def test_losses_gradients_and_update_are_ours(stage, monkeypatch):
     monkeypatch.setattr(workload, "make_recipe", bold)
     with ours(setup(stage)) as loop:
         plain = loop.plain()
-        (batch,) = next(loop.feed.steps(0, 1))
-        noised = loop.trainer.step.noised(batch)
-        draws = Draws(noised.x, noised.velocity + noised.x, noised.t, noised.labels, noised.student_labels)
+        (batch,) = next(loop.iterator.steps(0, 1))
+        draws = Draws(batch.x, batch.velocity + batch.x, batch.t, batch.labels, batch.student_labels)
 
         mine, theirs = (
-            loop.trainer.step.losses(noised, loop.trainer.step.targets.target(0, noised)),
+            loop.trainer.step.losses(batch, loop.trainer.step.targets.start(0, batch)),
             plain.losses(draws),
         )
         torch.testing.assert_close(theirs[0], mine.denoise, rtol=1e-5, atol=0)

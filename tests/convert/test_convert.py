@@ -20,7 +20,7 @@ from st_fast.core import checkpoint
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.model import SiT, build, teacher
 from st_fast.model.formats import import_file
-from st_fast.model.formats.origin import read_model
+from st_fast.model.formats.model_source import read_model
 from st_fast.recipe import load
 from st_fast.recipe.document import as_document, parse_toml
 from st_fast.recipe.load import parse, resolve

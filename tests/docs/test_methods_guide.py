@@ -18,7 +18,7 @@ from st_fast.recipe.schema import Stage
 from st_fast.train.supervision import Supervision, create
 from st_fast.train.supervision.registry import Parts
 from tests import tiny
-from tests.train.supervision.test_losses import MODEL, TABLE, fill, hidden, noised, weights_of
+from tests.train.supervision.test_losses import MODEL, TABLE, fill, hidden, noisy, weights_of
 
 GUIDE = (tiny.ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
@@ -64,7 +64,7 @@ def test_the_examples_loss_is_the_formula_of_its_docstring(script: Path, monkeyp
         method = module.TimeHeadSettings(depth=1, weight=0.3)
         supervision = create(Stage("s", method, 10), Parts(MODEL, TABLE, None), seed=1)
         fill(supervision.heads, 4)
-        batch, h = noised(method.selection), hidden()
+        batch, h = noisy(method.selection), hidden()
         w = weights_of(supervision.heads)
         predicted = h.detach().numpy().mean(1) @ w["weight"][0] + w["bias"][0]
         expected = 0.3 * np.square(predicted - batch.t.numpy()).mean()

@@ -34,7 +34,8 @@ def fail(step: Step | None, batches: Any) -> None:
 
 
 def not_finite(step: Step | None, batches: Any) -> None:
-    batches[0].moments.fill_(float("nan"))
+    for latents in (batches[0].x, batches[0].x_t, batches[0].velocity):
+        latents.fill_(float("nan"))
 
 
 @torch.no_grad()

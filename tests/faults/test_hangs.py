@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from st_fast.core.errors import EXIT_FAILED
-from st_fast.core.ranks import Place, Ranks
+from st_fast.core.ranks import Heartbeat, Ranks
 from st_fast.train.watchdog import Watchdog
 from tests.faults.ranks import finish, wait_for
 
@@ -80,13 +80,13 @@ class Job:
     def __init__(self, count: int, monkeypatch, deadline: float = 60.0) -> None:
         self.now, board = 0.0, Memory(count)
         monkeypatch.setattr("st_fast.train.watchdog.time.monotonic", lambda: self.now)
-        self.dogs = [Watchdog(Ranks(r, count, torch.device("cpu"), Place()), deadline, board) for r in range(count)]
+        self.dogs = [Watchdog(Ranks(r, count, torch.device("cpu"), Heartbeat()), deadline, board) for r in range(count)]
 
     def stand(self, *places: tuple[int, str]) -> None:
         """Every rank gets to a place: (step, phase)."""
         for dog, (step, phase) in zip(self.dogs, places, strict=True):
-            dog.ranks.place.step = step
-            dog.ranks.place.mark(phase)
+            dog.ranks.heartbeat.step = step
+            dog.ranks.heartbeat.beat(phase)
         self.turn(0)
 
     def turn(self, seconds: float, silent: tuple[int, ...] = ()) -> list[str | None]:
@@ -96,22 +96,22 @@ class Job:
             for _ in range(2):
                 for rank, dog in enumerate(self.dogs):
                     if rank not in silent:
-                        dog._exchange()
+                        dog._share()
         return [dog.verdict() for rank, dog in enumerate(self.dogs) if rank not in silent]
 
 
 def test_nobody_is_blamed_while_all_get_on_or_wait_for_one_that_does(monkeypatch):
     job = Job(3, monkeypatch, deadline=20)
-    job.stand((5, "step"), (5, "exchange"), (5, "exchange"))
+    job.stand((5, "step"), (5, "all-reduce"), (5, "all-reduce"))
     for _ in range(5):  # rank 0 samples for long, but shows signs of life; the others only wait
-        job.dogs[0].ranks.place.mark("sample")
+        job.dogs[0].ranks.heartbeat.beat("sample")
         assert job.turn(15) == [None] * 3
 
 
 @pytest.mark.parametrize(
     ("places", "culprit"),
     [
-        (((7, "exchange"), (7, "data"), (7, "exchange")), "rank 1 of 3"),
+        (((7, "all-reduce"), (7, "data"), (7, "all-reduce")), "rank 1 of 3"),
         (((9, "log"), (9, "log"), (4, "step")), "rank 2 of 3"),  # on CUDA hosts run ahead of the one that hangs
         (((0, "save"), (0, "agree"), (0, "agree")), "rank 0 of 3"),
     ],
@@ -127,7 +127,7 @@ def test_who_stands_still_and_does_not_wait_is_named_by_every_rank(places, culpr
 
 def test_silence_and_last_words_are_told_apart(monkeypatch):
     job = Job(3, monkeypatch)
-    job.stand((7, "exchange"), (7, "step"), (7, "exchange"))
+    job.stand((7, "all-reduce"), (7, "step"), (7, "all-reduce"))
     assert job.turn(20, silent=(1,)) == [None, None]
     for verdict in job.turn(10, silent=(1,)):
         assert verdict is not None and verdict.startswith("rank 1 of 3") and "dead or frozen" in verdict

@@ -13,7 +13,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.data.shards import open_shards
 from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
-from st_fast.train.batches import Feed
+from st_fast.train.batches import BatchIterator
 from tests import tiny
 from tests.faults.ranks import finish, torchrun
 
@@ -24,21 +24,17 @@ KEYS = ("denoise", "aux", "grad_norm")
 
 def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
     """A digest of everything that is drawn for each sample, by ordinal, as all of `count` ranks see it."""
-    from st_fast.core import random
-    from st_fast.core.random import Purpose
     from st_fast.data.loader import ResidentLoader
 
     shards = open_shards(Path(recipe.data.path), verify=False)
     found = {}
     for rank in range(count):
         ranks = Ranks(rank, count, torch.device("cpu"))
-        feed = Feed(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), len(shards), ranks)
-        for batches in feed.steps(0, 10):
+        iterator = BatchIterator(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), shards, ranks)
+        for batches in iterator.steps(0, 10):
             for batch in batches:
-                noise = random.normal(recipe.run.seed, Purpose.NOISE, batch.ordinals, (4, 4, 4))
-                posterior = random.normal(recipe.run.seed, Purpose.POSTERIOR, batch.ordinals, (4, 4, 4))
                 weight = torch.zeros(len(batch.t)).index_copy(0, batch.rows.index, batch.rows.weight)
-                parts = (batch.moments, batch.labels, batch.student_labels, batch.t, weight, noise, posterior)
+                parts = (batch.x, batch.noise, batch.x_t, batch.labels, batch.student_labels, batch.t, weight)
                 for place, ordinal in enumerate(batch.ordinals.tolist()):
                     digest = hashlib.sha256(b"".join(part[place].numpy().tobytes() for part in parts))
                     assert ordinal not in found
@@ -59,11 +55,11 @@ def test_the_samples_named_for_a_step_are_those_the_ranks_saw(recipe):
     shards = open_shards(Path(settings.data.path), verify=False)
     seen: dict[int, list[int]] = {}
     for rank in range(4):
-        feed = Feed(settings, settings.stages[0], None, len(shards), Ranks(rank, 4, torch.device("cpu")))
-        seen[rank] = np.concatenate(list(feed._requests(5, 6))).tolist()
-    ordinals, records = feed.samples(5, [1, 3])
+        iterator = BatchIterator(settings, settings.stages[0], None, shards, Ranks(rank, 4, torch.device("cpu")))
+        seen[rank] = np.concatenate(list(iterator._requests(5, 6))).tolist()
+    ordinals, records = iterator.samples(5, [1, 3])
     assert ordinals == [42, 43, 46, 47] and records == seen[1] + seen[3]
-    assert feed.samples(5, [])[1] == [record for rank in range(4) for record in seen[rank]]
+    assert iterator.samples(5, [])[1] == [record for rank in range(4) for record in seen[rank]]
 
 
 def close(ours: list[dict], theirs: list[dict]) -> None:

@@ -18,7 +18,7 @@ from st_fast import kernels
 from st_fast.convert.exporting import export_file
 from st_fast.core.errors import UserError
 from st_fast.model import SiT
-from st_fast.model.formats import Bundle, import_file
+from st_fast.model.formats import LoadedState, import_file
 from st_fast.model.formats.layouts import published_order
 from st_fast.recipe.schema import Model
 
@@ -261,7 +261,7 @@ def test_what_nothing_decides_must_be_said(tmp_path):
         import_file(tmp_path / "in.pt", number_of_heads=HEADS)
     with pytest.raises(UserError, match="number_of_heads must be given"):
         import_file(tmp_path / "in.pt", layout="repa")
-    assert isinstance(import_file(tmp_path / "in.pt", layout="repa", number_of_heads=HEADS), Bundle)
+    assert isinstance(import_file(tmp_path / "in.pt", layout="repa", number_of_heads=HEADS), LoadedState)
 
 
 def test_a_dit_and_an_unknown_file_are_refused(tmp_path):

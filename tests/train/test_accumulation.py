@@ -23,9 +23,10 @@ from st_fast.model import SiT, build
 from st_fast.recipe import Plain, load
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
-from st_fast.train.batches import Batch, Feed
+from st_fast.train.batches import BatchIterator
 from st_fast.train.optim import Optimizer
 from st_fast.train.step import Step
+from st_fast.train.supervision.protocol import NoisyBatch
 from st_fast.train.supervision.registry import Parts
 from tests import tiny
 
@@ -64,16 +65,16 @@ class Run:
         model = filled(self.recipe, 3)
         optimizer = Optimizer(model, method.heads, self.recipe.optim, torch.float32, kernels.adamw_ema_, self.seen)
         self.names = [*optimizer.model.names, *optimizer.heads.names]
-        self.step = Step(model, method, optimizer, self.recipe, 1.0, ranks)
+        self.step = Step(model, method, optimizer, self.recipe, ranks)
         loader = make_loader("resident", shards, CPU, print)
-        self.batches: list[Batch] = next(Feed(self.recipe, stage, loader, len(shards), ranks).steps(0, 1))
+        self.batches: list[NoisyBatch] = next(BatchIterator(self.recipe, stage, loader, shards, ranks).steps(0, 1))
 
     def seen(self, gradients: list[Tensor]) -> Tensor:
         """The gradients' norm, as the optimiser asks for it; keeps them."""
         self.gradients = [gradient.clone() for gradient in gradients]
         return kernels.grad_norm(gradients)
 
-    def __call__(self, batches: list[Batch]) -> tuple[float, float, float]:
+    def __call__(self, batches: list[NoisyBatch]) -> tuple[float, float, float]:
         losses, norm = self.step(0, batches)
         return losses.denoise.item(), losses.aux.item(), norm.item()
 
@@ -107,8 +108,7 @@ def test_losses_and_every_gradient_are_the_large_batchs_to_a_millionth(name, mas
 @pytest.mark.parametrize(("name", "mask"), CASES)
 def test_what_every_sample_sees_is_the_same_to_the_bit(name, mask, accumulation, data, tmp_path):
     whole, split = (Run(tmp_path, data, name, mask, count) for count in (1, accumulation))
-    large = whole.step.noised(whole.batches[0])
-    small = [split.step.noised(batch) for batch in split.batches]
+    (large,), small = whole.batches, split.batches
     for field in ("x", "x_t", "velocity", "t", "labels", "student_labels", "noise", "ordinals"):
         assert torch.equal(torch.cat([getattr(one, field) for one in small]), getattr(large, field)), field
     size = len(large.t) // accumulation

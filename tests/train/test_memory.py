@@ -50,12 +50,11 @@ def test_weights_with_their_state_gradients_and_teacher_are_what_is_held(stage, 
     before = living()
     with ours(Setup("S/2", stage, 4, torch.device("cpu"), tokens=16, depth=2, compile="off")) as loop:
         step = loop.trainer.step
-        (batch,) = next(loop.feed.steps(0, 1))
-        lesson = step.targets.lesson(0, batch)
-        noised, losses = lesson.noised, step.losses(lesson.noised, lesson.target)
+        (batch,) = next(loop.iterator.steps(0, 1))
+        losses = step.losses(batch, step.targets.start(0, batch))
         (losses.denoise + losses.aux).backward()
-        others = storages(t for t in (*vars(batch).values(), *vars(noised).values()) if isinstance(t, Tensor))
-        others |= storages((loop.feed.loader._moments, loop.feed.loader._labels))
+        others = storages(t for t in vars(batch).values() if isinstance(t, Tensor))
+        others |= storages((loop.iterator.loader._moments, loop.iterator.loader._labels))
         now = living() | storages(p.grad for p in loop.trainer.optimizer.parameters() if p.grad is not None)
         held = sum(size for place, size in now.items() if place not in before and place not in others)
         recipe = replace(loop.recipe, stages=(loop.stage,))
@@ -71,8 +70,8 @@ def test_activations_on_a_cpu_are_at_most_a_tenth_below_the_estimate(stage):
     """Eagerly; the estimate is that of a compiled block on CUDA, which keeps attention's output twice."""
     with ours(Setup("S/2", stage, 6, torch.device("cpu"), tokens=64, depth=6, compile="off")) as loop:
         model, step = loop.trainer.model, loop.trainer.step
-        (batch,) = next(loop.feed.steps(0, 1))
-        lesson, kept = step.targets.lesson(0, batch), dict[int, int]()
+        (batch,) = next(loop.iterator.steps(0, 1))
+        target, kept = step.targets.start(0, batch), dict[int, int]()
         weights = storages((*model.parameters(), *loop.trainer.method.heads.parameters()))
 
         def keep(tensor: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def test_activations_on_a_cpu_are_at_most_a_tenth_below_the_estimate(stage):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = step.losses(lesson.noised, lesson.target)
+            losses = step.losses(batch, target)
         held = sum(size for place, size in kept.items() if place not in weights)
         assert losses.denoise.isfinite()
         config, method = loop.recipe.model, loop.stage.method

@@ -48,7 +48,7 @@ class Team(Ranks):
         values[[n for n in range(self.count) if n != self.rank]] += torch.tensor(self.others, dtype=values.dtype)
         return values
 
-    def told(self, say: Callable[[], object]) -> object:
+    def broadcast_from_rank0(self, say: Callable[[], object]) -> object:
         return say()
 
 
@@ -209,9 +209,9 @@ class Shortage:
         self.sizes: dict[tuple[str, int], set[int]] = {}
         losses = Step.losses
 
-        def scarce(this: Step, noised, target) -> Losses:
-            found = losses(this, noised, target)
-            place, size = (this.place.stage, this.place.step), len(noised.t)
+        def scarce(this: Step, batch, target) -> Losses:
+            found = losses(this, batch, target)
+            place, size = (this.heartbeat.stage, this.heartbeat.step), len(batch.t)
             if place == dies:
                 raise RuntimeError("the process is killed here")
             if place[0] == stage and place[1] >= step and size > most:

@@ -155,8 +155,8 @@ def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "exchange"),
-        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "exchange"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-reduce"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-reduce"),
         ("triton_poi_fused_addmm_gelu_0", "GELU"),
         ("triton_red_fused__scaled_dot_product_cudnn_attention_native_layer_norm_3", "compiled"),
         ("triton_tem_fused_addmm_t_5", "matrix products"),

@@ -4,8 +4,8 @@
 `adam` names the optimiser's moments, `bundle` is the neutral form.
 """
 
-from st_fast.model.formats.bundle import Bundle
 from st_fast.model.formats.importing import import_file
 from st_fast.model.formats.layouts import LAYOUTS
+from st_fast.model.formats.loaded_state import LoadedState
 
-__all__ = ["LAYOUTS", "Bundle", "import_file"]
+__all__ = ["LAYOUTS", "LoadedState", "import_file"]

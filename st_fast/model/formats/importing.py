@@ -13,9 +13,9 @@ from torch import Tensor
 from st_fast.core.errors import UserError
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.adam import Moments
-from st_fast.model.formats.bundle import Bundle
 from st_fast.model.formats.files import RawFile, read_file
 from st_fast.model.formats.layouts import check_table, detect, infer
+from st_fast.model.formats.loaded_state import LoadedState
 from st_fast.recipe.schema import Model
 
 PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
@@ -25,7 +25,7 @@ PREDICTIONS = ("v", "velocity")
 
 def import_file(
     path: Path, layout: str | None = None, number_of_heads: int | None = None, heads_otherwise: int | None = None
-) -> Bundle:
+) -> LoadedState:
     """Reads a `.pt` or safetensors file; layout and model follow from keys and shapes where they are not given.
 
     `heads_otherwise` is the number of heads where neither qk-norm nor a published size tells it.
@@ -41,7 +41,7 @@ def import_file(
         check_table(table, config, layout, f"{path} {name}".strip())
     moments = adam.by_key(raw.opt, model, str(path)) if raw.opt is not None and "model" in tables else None
     facts = _facts(raw, model, config, layout, moments)
-    bundle = Bundle(
+    bundle = LoadedState(
         config=config,
         layout=layout,
         model=model,
@@ -57,7 +57,7 @@ def import_file(
     return _from_official(bundle) if layout == "sit" else bundle
 
 
-def _from_official(bundle: Bundle) -> Bundle:
+def _from_official(bundle: LoadedState) -> LoadedState:
     """The bundle with its tables turned into our convention, and the tensors that this changes kept aside."""
     config = bundle.config
     tables = {"model": bundle.model, "ema": bundle.ema, "exp_avg": bundle.exp_avg, "exp_avg_sq": bundle.exp_avg_sq}

@@ -14,7 +14,7 @@ from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.model import SiT
-from st_fast.model.formats.bundle import Table, heads, is_head
+from st_fast.model.formats.loaded_state import Table, heads, is_head
 from st_fast.recipe import RecipeError
 from st_fast.recipe.check import check_shapes
 from st_fast.recipe.schema import SIZES, Model

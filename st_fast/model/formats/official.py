@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from st_fast.model.formats.bundle import Table
+from st_fast.model.formats.loaded_state import Table
 from st_fast.recipe.schema import Model
 
 TIME, OUTPUT = "t_embedder.mlp.0.weight", ("final_layer.linear.weight", "final_layer.linear.bias")

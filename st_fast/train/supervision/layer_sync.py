@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import Noised
+from st_fast.train.supervision.protocol import NoisyBatch
 from st_fast.train.supervision.registry import Parts
 
 
@@ -19,9 +19,9 @@ class LayerSync:
     def active(self, step: int) -> bool:
         return True
 
-    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         return ()
 
-    def loss(self, hidden: tuple[Tensor, Tensor], target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+    def loss(self, hidden: tuple[Tensor, Tensor], target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         shallow, deep = hidden
-        return self.kernels.align(shallow, deep.detach(), noised.rows.weight).float()
+        return self.kernels.align(shallow, deep.detach(), batch.rows.weight).float()

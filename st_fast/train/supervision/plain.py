@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import Noised
+from st_fast.train.supervision.protocol import NoisyBatch
 from st_fast.train.supervision.registry import Parts
 
 
@@ -20,8 +20,8 @@ class Plain:
     def active(self, step: int) -> bool:
         return False
 
-    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         return ()
 
-    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         return hidden.new_zeros(())

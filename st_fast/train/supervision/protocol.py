@@ -40,30 +40,30 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Noised:
-    """A micro-batch on its way into the model."""
+class NoisyBatch:
+    """One micro-batch of one rank, on the device: what the model and the method see of it."""
 
     x: Tensor
     """(B, C, S, S) clean latents, scaled."""
     x_t: Tensor
-    """(B, C, S, S)."""
+    """(B, C, S, S) latents on the path from data to noise."""
     velocity: Tensor
-    """(B, C, S, S)."""
+    """(B, C, S, S) dx_t/dt."""
+    noise: Tensor
+    """(B, C, S, S) ε of x_t."""
     t: Tensor
     """(B,) float32."""
     labels: Tensor
-    """(B,) true labels."""
+    """(B,) int64 true labels."""
     student_labels: Tensor
-    """(B,) labels with class dropout applied."""
-    noise: Tensor
-    """(B, C, S, S) ε of x_t."""
+    """(B,) int64 labels with class dropout applied."""
     ordinals: Tensor
-    """(B,) int64: places in the training stream, the counters of a method's own draws."""
+    """(B,) int64: places in the training stream, the counters of the noise and of a method's own draws."""
     rows: Rows
     features: tuple[Tensor, ...] = ()
-    """(B, h, w, D_j) of each image encoder j that the method names, while it supervises: written beforehand."""
+    """(B, h, w, D_j) of each image encoder j that supervises at this step, written beforehand, in the stored dtype."""
     images: Tensor | None = None
-    """uint8 (B, 1 or 3, P, P), the latents' images, while encoders supervise that run live."""
+    """uint8 (B, 1 or 3, P, P), the latents' images, where encoders run live at this step."""
 
 
 class Supervision(Protocol):
@@ -76,10 +76,10 @@ class Supervision(Protocol):
     def active(self, step: int) -> bool:
         """Whether the method supervises at this step; if not, neither target nor loss is asked for."""
 
-    def target(self, noised: Noised) -> tuple[Tensor, ...]:
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         """What `loss` compares with, without gradient, for the supervised rows."""
 
-    def loss(self, hidden: Any, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
+    def loss(self, hidden: Any, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32.
 
         A tuple of blocks gives a tuple of their streams.

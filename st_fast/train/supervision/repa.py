@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import Noised, projector
+from st_fast.train.supervision.protocol import NoisyBatch, projector
 from st_fast.train.supervision.registry import Parts
 
 
@@ -36,17 +36,17 @@ class Repa:
     def active(self, step: int) -> bool:
         return self.settings.supervises(step)
 
-    def target(self, noised: Noised) -> tuple[Tensor, ...]:
-        features = noised.features
-        if noised.images is not None:
-            features = tuple(encoder(noised.images) for encoder in self.encoders)
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
+        features = batch.features
+        if batch.images is not None:
+            features = tuple(encoder(batch.images) for encoder in self.encoders)
         return tuple(on_grid(one, self.side) for one in features)
 
-    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
-        loss = noised.rows.weight.new_zeros(())
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
+        loss = batch.rows.weight.new_zeros(())
         for head, features in zip(self.heads.projectors, target, strict=True):
             q = head(hidden)
-            loss = loss + self.kernels.align(q, features.to(q.dtype), noised.rows.weight).float()
+            loss = loss + self.kernels.align(q, features.to(q.dtype), batch.rows.weight).float()
         return loss / len(target)
 
 

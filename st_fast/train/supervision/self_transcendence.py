@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import Noised, projector
+from st_fast.train.supervision.protocol import NoisyBatch, projector
 from st_fast.train.supervision.registry import Parts
 
 
@@ -41,19 +41,19 @@ class SelfTranscendence:
         return self.settings.supervises(step)
 
     @torch.no_grad()
-    def target(self, noised: Noised) -> tuple[Tensor, ...]:
-        rows, depth = noised.rows, self.settings.teacher_depth
-        inputs = (rows.passes(rows.take(values)) for values in (noised.x_t, noised.t, noised.labels))
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
+        rows, depth = batch.rows, self.settings.teacher_depth
+        inputs = (rows.passes(rows.take(values)) for values in (batch.x_t, batch.t, batch.labels))
         passes = [
             self.teacher.guided_features(x, t, labels, depth, self.branches)
             for x, t, labels in zip(*inputs, strict=True)
         ]
         return passes[0] if len(passes) == 1 else tuple(torch.cat(parts) for parts in zip(*passes, strict=True))
 
-    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
-        q = self.heads(noised.rows.take(hidden))
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
+        q = self.heads(batch.rows.take(hidden))
         f_cond, f_null = target
         loss = self.kernels.guided_feature_loss(
-            q, f_cond, f_null, noised.rows.weight, self.settings.cfg_scale, self.settings.loss
+            q, f_cond, f_null, batch.rows.weight, self.settings.cfg_scale, self.settings.loss
         )
         return loss.float()

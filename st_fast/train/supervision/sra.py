@@ -13,7 +13,7 @@ from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.model import flow
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import Noised
+from st_fast.train.supervision.protocol import NoisyBatch
 from st_fast.train.supervision.registry import Parts
 
 BETA = 0.05
@@ -48,19 +48,19 @@ class SelfRepresentation:
     def active(self, step: int) -> bool:
         return True
 
-    def teacher_times(self, noised: Noised) -> Tensor:
+    def teacher_times(self, batch: NoisyBatch) -> Tensor:
         """(B,) the times at which the teacher looks, drawn from the samples' ordinals."""
-        u = random.uniform(self.parts.seed, Purpose.TEACHER_TIME, noised.ordinals)[:, 0]
-        return (noised.t - self.settings.time_offset * u).clamp_min(0.0)
+        u = random.uniform(self.parts.seed, Purpose.TEACHER_TIME, batch.ordinals)[:, 0]
+        return (batch.t - self.settings.time_offset * u).clamp_min(0.0)
 
     @torch.no_grad()
-    def target(self, noised: Noised) -> tuple[Tensor, ...]:
-        t = self.teacher_times(noised)
-        x_t, _ = flow.interpolate(noised.x, noised.noise, t, self.parts.path)
-        return (self.average().features(x_t, t, noised.student_labels, self.settings.teacher_depth),)
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
+        t = self.teacher_times(batch)
+        x_t, _ = flow.interpolate(batch.x, batch.noise, t, self.parts.path)
+        return (self.average().features(x_t, t, batch.student_labels, self.settings.teacher_depth),)
 
-    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
-        q, weight = self.heads(hidden), noised.rows.weight
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
+        q, weight = self.heads(hidden), batch.rows.weight
         if self.settings.loss == "cosine":
             return self.kernels.align(q, target[0], weight).float()
         losses = F.smooth_l1_loss(q.float(), target[0].float(), beta=BETA, reduction="none").mean((1, 2))  # (B,)

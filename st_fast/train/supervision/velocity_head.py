@@ -12,7 +12,7 @@ from st_fast.kernels import KernelTable
 from st_fast.model.sit import unpatchify
 from st_fast.recipe import methods
 from st_fast.recipe.schema import Model
-from st_fast.train.supervision.protocol import Noised, projector
+from st_fast.train.supervision.protocol import NoisyBatch, projector
 from st_fast.train.supervision.registry import Parts
 
 
@@ -47,10 +47,10 @@ class VelocityHead:
     def active(self, step: int) -> bool:
         return True
 
-    def target(self, noised: Noised) -> tuple[Tensor, ...]:
-        return (noised.rows.take(noised.velocity if self.settings.target == "velocity" else noised.x),)
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
+        return (batch.rows.take(batch.velocity if self.settings.target == "velocity" else batch.x),)
 
-    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], noised: Noised) -> Tensor:
-        prediction = self.heads(noised.rows.take(hidden))
+    def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
+        prediction = self.heads(batch.rows.take(hidden))
         losses = (prediction.float() - target[0]).square().mean((1, 2, 3))  # (M,)
-        return (noised.rows.weight * losses).sum()
+        return (batch.rows.weight * losses).sum()

@@ -1,4 +1,4 @@
-"""A stage's own trainer and feed, step by step, for the tests of its schedules."""
+"""A stage's own trainer and iterator, step by step, for the tests of its schedules."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from st_fast.core.ranks import Ranks
-from st_fast.core.signals import Agreement, StopRequest
+from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.loader import make_loader
 from st_fast.data.shards import open_shards
 from st_fast.recipe import load
-from st_fast.train.batches import Feed, Lookahead
+from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Clock, Log
 from st_fast.train.run import precision
-from st_fast.train.trainer import Setting, Trainer
+from st_fast.train.trainer import RunContext, Trainer
 from tests import tiny
 
 
@@ -30,21 +30,21 @@ class Loop:
         shards, log = open_shards(Path(recipe.data.path), verify=False), Log(folder / "log.jsonl", ranks)
         log.say = self._say  # type: ignore[method-assign]
         self.said: list[str] = []
-        examiner, agreement = Examiner(recipe, shards.manifest, ranks, log), Agreement(StopRequest(), ranks)
+        examiner, consensus = Examiner(recipe, shards.manifest, ranks, log), StopConsensus(StopRequest(), ranks)
         dtype = precision(recipe, ranks.device)
-        setting = Setting(recipe, ranks, shards, examiner, log, agreement, dtype, rate=1.0)
+        context = RunContext(recipe, ranks, shards, examiner, log, consensus, dtype, rate=1.0)
         self.stage = recipe.stage(name)
-        self.trainer = Trainer(setting, self.stage)
+        self.trainer = Trainer(context, self.stage)
         _enliven(self.trainer)
         loader = make_loader("resident", shards, ranks.device, log.say)
-        self.feed = Feed(recipe, self.stage, loader, len(shards), ranks)
+        self.iterator = BatchIterator(recipe, self.stage, loader, shards, ranks)
 
     def _say(self, text: str) -> None:
         self.said.append(text)
 
     def steps(self, first: int = 0, last: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Denoising loss, supervision's loss and gradient norm of each step."""
-        batches = Lookahead(self.feed.steps(first, self.stage.steps if last is None else last))
+        batches = Lookahead(self.iterator.steps(first, self.stage.steps if last is None else last))
         self.trainer.step.following = batches.peek
         for number, one in enumerate(batches, start=first):
             losses, norm = self.trainer.step(number, one)

@@ -27,11 +27,11 @@ def test_every_wait_for_data_is_counted_once(options, folder):
                 answers.append(1)
                 yield answer
 
-    loader, loop.feed.loader = loop.feed.loader, Slow()
+    loader, loop.iterator.loader = loop.iterator.loader, Slow()
     start = time.perf_counter()
     list(loop.steps(0, 5))
-    assert len(answers) == 5 * loop.feed.recipe.optim.accumulation
-    assert 0.02 * len(answers) <= loop.feed.waited <= time.perf_counter() - start
+    assert len(answers) == 5 * loop.iterator.recipe.optim.accumulation
+    assert 0.02 * len(answers) <= loop.iterator.waited <= time.perf_counter() - start
 
 
 @pytest.mark.parametrize("named", ["cuda", "cuda:0"], ids=["without a number", "with its number"])

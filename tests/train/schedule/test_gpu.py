@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from st_fast.model.side_stream import Side
+from st_fast.model.side_stream import SideStream
 from st_fast.train.graphs import WARM_UP, Graphs
 from tests.train.schedule.loop import Loop
 from tests.train.schedule.test_schedules import values
@@ -34,7 +34,7 @@ SCHEDULES = {
 @pytest.fixture
 def delayed(monkeypatch) -> Iterator[random.Random]:
     """Streams that dawdle at random, and freed memory that is NaN as soon as another may have it."""
-    dice, start = random.Random(0), Side.start
+    dice, start = random.Random(0), SideStream.start
 
     def poison() -> None:
         for size in (64, 512, 4_096, 65_536):
@@ -54,7 +54,7 @@ def delayed(monkeypatch) -> Iterator[random.Random]:
         poison()
         return later
 
-    monkeypatch.setattr(Side, "start", dawdling)
+    monkeypatch.setattr(SideStream, "start", dawdling)
     yield dice
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from st_fast.core.ranks import Ranks
-from st_fast.model.side_stream import Side
-from st_fast.train.batches import Feed
+from st_fast.model.side_stream import SideStream
+from st_fast.train.batches import BatchIterator
 from tests.model.test_vision import FAMILIES, load_encoder, saved
 from tests.train.schedule import fake_cuda
 from tests.train.schedule.fake_cuda import Races, Stream
@@ -28,12 +28,14 @@ SCHEDULES = {
 
 
 def looped(recipe: Path, *options: str) -> Loop:  # noqa: F811
-    """The live stage's own loop, whose feed brings the images."""
+    """The live stage's own loop, whose iterator brings the images."""
     recipe.rename(recipe.with_name("tiny.toml")) if recipe.exists() else None
     loop = Loop(recipe.parent, "repa", ("--run.streams=auto", *options))
     loaders = loop.trainer.features.loaders(CPU)
-    feed = loop.feed
-    loop.feed = Feed(feed.recipe, feed.stage, feed.loader, feed.order.size, Ranks(0, 1, CPU), loaders)
+    iterator = loop.iterator
+    loop.iterator = BatchIterator(
+        iterator.recipe, iterator.stage, iterator.loader, iterator.records, Ranks(0, 1, CPU), loaders
+    )
     return loop
 
 
@@ -57,8 +59,8 @@ def test_images_and_features_cross_streams_without_a_race(
     with monkeypatch.context() as patch:
         fake_cuda.install(patch.setattr, races)
         loop = looped(recipe, *SCHEDULES[schedule])
-        loop.trainer.step.targets._side = Side(Stream())
-        loop.feed._side = Side(Stream()) if "--run.prefetch=true" in SCHEDULES[schedule] else Side()
+        loop.trainer.step.targets._side = SideStream(Stream())
+        loop.iterator._side = SideStream(Stream()) if "--run.prefetch=true" in SCHEDULES[schedule] else SideStream()
         with races:
             list(loop.steps(0, 3))
     assert races.ops > 1000 and races.found == [] and races.unrecorded() == []

@@ -71,7 +71,7 @@ def test_the_guards_see_every_way_of_asking(asks):
 )  # fmt: skip
 def test_no_step_reads_a_value_on_the_host(name, options, folder):
     loop = Loop(folder, name, options)
-    batches = list(loop.feed.steps(0, 4))
+    batches = list(loop.iterator.steps(0, 4))
     loop.trainer.step.following = lambda: batches[number + 1] if number + 1 < len(batches) else None
     losses = []
     with NoOps(), NoCalls():
@@ -101,7 +101,7 @@ def test_nothing_is_compiled_once_the_step_is_warm(name, time, rows, folder, cou
     options = (f"--flow.time={time}", f"--run.supervised_rows={rows}", "--optim.batch_size=16", "--run.compile=on")
     loop = Loop(folder, name, (*options, f"--stage.{name}.steps=14"))
     graphs, sizes = [], set()
-    for number, batches in enumerate(loop.feed.steps(0, 14)):
+    for number, batches in enumerate(loop.iterator.steps(0, 14)):
         loop.trainer.step(number, batches)
         sizes.add(len(batches[0].rows.index))
         graphs.append(counters["stats"]["unique_graphs"])
@@ -115,8 +115,8 @@ def test_nothing_is_compiled_once_the_step_is_warm(name, time, rows, folder, cou
 def test_padded_rows_that_overflow_compile_nothing_either(folder, counters):
     options = ("--run.supervised_rows=padded", "--run.compile=on", "--run.teacher_branches=sequential")
     loop = Loop(folder, "transcend", options)
-    loop.feed.pass_rows, graphs, sizes = 2, [], set()
-    for number, batches in enumerate(loop.feed.steps(0, 10)):
+    loop.iterator.pass_rows, graphs, sizes = 2, [], set()
+    for number, batches in enumerate(loop.iterator.steps(0, 10)):
         loop.trainer.step(number, batches)
         sizes.add(len(batches[0].rows.index))
         graphs.append(counters["stats"]["unique_graphs"])

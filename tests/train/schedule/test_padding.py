@@ -81,7 +81,7 @@ def test_padded_rows_give_the_same_loss_and_every_gradient(name, options, folder
     def gradients(*more: str) -> tuple[list[torch.Tensor], list[int]]:
         loop = Loop(folder, name, (*options, *more))
         step, found, rows = loop.trainer.step, [], []
-        for number, batches in enumerate(loop.feed.steps(0, 6)):
+        for number, batches in enumerate(loop.iterator.steps(0, 6)):
             for batch in batches:
                 step._learn(number, batch, last=True)
                 rows.append(len(batch.rows.index))
@@ -101,7 +101,7 @@ def test_padded_rows_give_the_same_loss_and_every_gradient(name, options, folder
 
 def test_overflowing_steps_take_further_passes_of_the_same_shape(folder, monkeypatch):
     loop = Loop(folder, "transcend", ("--run.supervised_rows=padded",))
-    loop.feed.pass_rows = 2  # of 8: most steps overflow
+    loop.iterator.pass_rows = 2  # of 8: most steps overflow
     seen, teacher = [], loop.trainer.method.teacher
     guided = teacher.guided_features
     monkeypatch.setattr(teacher, "guided_features", lambda x, *rest: seen.append(len(x)) or guided(x, *rest))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from st_fast.model.branches import Apart
-from st_fast.model.side_stream import Later, Side
+from st_fast.model.side_stream import Future, SideStream
 from tests.train.schedule import fake_cuda
 from tests.train.schedule.fake_cuda import Races, Stream
 from tests.train.schedule.loop import Loop
@@ -30,9 +30,9 @@ def raced(monkeypatch, folder, branches: str, placement: str, prefetch: bool, *o
             folder, "transcend", ("--run.streams=auto", *named, f"--run.prefetch={str(prefetch).lower()}", *options)
         )
         sides = {"targets": placement != "before", "branches": branches == "streams", "feed": prefetch}
-        made = {name: Side(Stream()) for name, wanted in sides.items() if wanted}
-        loop.trainer.step.targets._side = made.get("targets", Side())
-        loop.feed._side = made.get("feed", Side())
+        made = {name: SideStream(Stream()) for name, wanted in sides.items() if wanted}
+        loop.trainer.step.targets._side = made.get("targets", SideStream())
+        loop.iterator._side = made.get("feed", SideStream())
         if "branches" in made:
             loop.trainer.method.branches = Apart(made["branches"])
         with races:
@@ -57,9 +57,9 @@ def test_sras_teacher_beside_the_student_copies_weights_that_no_update_is_changi
 
 def without(patch, broken: str) -> None:
     if broken == "a side stream that does not wait":
-        patch(Side, "follow", lambda self: None)
+        patch(SideStream, "follow", lambda self: None)
     elif broken == "a result that is not waited for":
-        patch(Later, "__call__", lambda self: self.unjoined)
+        patch(Future, "__call__", lambda self: self.unjoined)
     else:
         patch(torch.Tensor, "record_stream", lambda tensor, stream: None)
 

@@ -83,22 +83,24 @@ def test_ahead_makes_every_target_once_and_before_the_update_of_the_step_before(
     loop = Loop(folder, "transcend", (AUTO, "--run.teacher_placement=ahead", "--stage.transcend.stop_step=6"))
     step, order = loop.trainer.step, []
     target, update = step.supervision.target, step.optimizer.update
-    step.supervision.target = lambda noised: order.append(int(noised.ordinals[0]) // 8) or target(noised)
+    step.supervision.target = lambda batch: order.append(int(batch.ordinals[0]) // 8) or target(batch)
     step.optimizer.update = lambda: order.append("update") or update()
     list(loop.steps())
     assert order == [0, 1, "update", 2, "update", 3, "update", 4, "update", 5, *["update"] * 6]
 
 
-def test_a_lesson_made_ahead_is_of_the_very_batch_that_comes_and_of_no_other(folder):
+def test_a_target_made_ahead_is_of_the_very_batch_that_comes_and_of_no_other(folder):
     loop = Loop(folder, "transcend", (AUTO, "--run.teacher_placement=ahead"))
-    first, second, third = (batches for batches, _ in zip(loop.feed.steps(0, 10), range(3), strict=False))
+    first, second, third = (batches for batches, _ in zip(loop.iterator.steps(0, 10), range(3), strict=False))
     targets = loop.trainer.step.targets
+    made: list[int] = []
+    targets._supervision.target = lambda batch: made.append(int(batch.ordinals[0])) or ()
     targets.start_ahead(1, second[0])
-    lesson = targets.lesson(2, third[0])
-    assert torch.equal(lesson.noised.ordinals, third[0].ordinals)
-    again = targets.lesson(1, second[0])  # the one made ahead was for the call that came
-    assert torch.equal(again.noised.ordinals, second[0].ordinals)
-    assert first[0].ordinals[0] == 0
+    targets.start(2, third[0])
+    targets.start(1, second[0])  # the one made ahead was for the call that came
+    targets.start_ahead(1, first[0])
+    targets.start(1, first[0])
+    assert made == [int(batches[0].ordinals[0]) for batches in (second, third, second, first)]
 
 
 @pytest.mark.parametrize("ahead", [SAME_BITS["ahead, prefetch"]], ids=["ahead"])
@@ -133,7 +135,7 @@ def test_interrupting_a_run_that_looks_ahead_at_every_step_is_bit_exact(ahead, t
         assert all(torch.equal(ours[g][k], theirs[g][k]) for g in theirs for k in theirs[g])
 
 
-def test_a_rollback_with_a_lesson_made_ahead_goes_on_as_without(folder):
+def test_a_rollback_with_a_target_made_ahead_goes_on_as_without(folder):
     def run_with(*options: str) -> torch.Tensor:
         loop, kept, trained = Loop(folder, "transcend", options), {}, []
         for number, scalars in enumerate(loop.steps(), start=1):

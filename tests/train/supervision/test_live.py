@@ -24,7 +24,7 @@ from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.record_images import SourceImages, open_record_images
 from st_fast.recipe import Recipe, cost, load
 from st_fast.train.__main__ import check_unchanged
-from st_fast.train.batches import Feed
+from st_fast.train.batches import BatchIterator
 from st_fast.train.image_features import compile_encoders, open_image_features
 from st_fast.train.run import run
 from st_fast.train.supervision import create
@@ -108,11 +108,11 @@ def fed(recipe: Recipe, count: int = 1) -> dict[int, tuple[int, torch.Tensor, tu
         ranks = Ranks(rank, count, CPU)
         features = open_image_features(recipe.stages[0], recipe, records, CPU, torch.float32)
         loaders = features.loaders(CPU)
-        feed = Feed(recipe, recipe.stages[0], ResidentLoader(records, CPU), len(records), ranks, loaders)
-        for batch in (batch for batches in feed.steps(0, 8) for batch in batches):
+        iterator = BatchIterator(recipe, recipe.stages[0], ResidentLoader(records, CPU), records, ranks, loaders)
+        for batch in (batch for batches in iterator.steps(0, 8) for batch in batches):
             made = batch.features or tuple(encoder(batch.images) for encoder in features.encoders)
             ordinals = batch.ordinals.tolist()
-            for row, (ordinal, record) in enumerate(zip(ordinals, feed.order(np.array(ordinals)), strict=True)):
+            for row, (ordinal, record) in enumerate(zip(ordinals, iterator.order(np.array(ordinals)), strict=True)):
                 image = None if batch.images is None else batch.images[row]
                 found[ordinal] = (int(record), image, tuple(one[row] for one in made))
         for loader in loaders:

@@ -11,7 +11,7 @@ from st_fast import kernels
 from st_fast.model import build, flow
 from st_fast.recipe.methods import Method, Selection, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Stage
-from st_fast.train.supervision import Noised, Rows, create, select_rows
+from st_fast.train.supervision import NoisyBatch, Rows, create, select_rows
 from st_fast.train.supervision.registry import Parts
 
 MODEL = Model("custom", depth=3, width=16, heads=2, patch=2, channels=4, latent_size=4, num_classes=5)
@@ -29,14 +29,14 @@ def fill(module: nn.Module, seed: int) -> nn.Module:
     return module.double()
 
 
-def noised(selection: Selection | None, seed: int = 0) -> Noised:
+def noisy(selection: Selection | None, seed: int = 0) -> NoisyBatch:
     generator = torch.Generator().manual_seed(seed)
     x, noise = (torch.randn(BATCH, 4, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     t = torch.rand(BATCH, generator=generator)
     x_t, velocity = flow.interpolate(x, noise, t, "linear")
     labels = torch.arange(BATCH) % 5
-    return Noised(
-        x, x_t, velocity, t, labels, labels, noise, torch.arange(BATCH), Rows(*select_rows(t, slice(None), selection))
+    return NoisyBatch(
+        x, x_t, velocity, noise, t, labels, labels, torch.arange(BATCH), Rows(*select_rows(t, slice(None), selection))
     )
 
 
@@ -82,7 +82,7 @@ def masked_mean(losses: np.ndarray, t: torch.Tensor, selection: Selection) -> fl
 @pytest.mark.parametrize("target", ["velocity", "latent"])
 def test_stage_1_loss_equals_the_formula_in_numpy(mask, target):
     method = VelocityHead(depth=2, target=target, mask=mask, hidden=24)
-    supervision, batch, h = made(method), noised(method.selection), hidden()
+    supervision, batch, h = made(method), noisy(method.selection), hidden()
     z = mlp(weights_of(supervision.heads), h.detach().numpy())
     z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
     w = weights_of(supervision.heads)
@@ -100,7 +100,7 @@ def test_stage_2_loss_equals_the_formula_in_numpy(mask, loss, cfg_scale):
     method = SelfTranscendence(
         teacher="t", student_depth=1, teacher_depth=2, mask=mask, loss=loss, hidden=24, cfg_scale=cfg_scale
     )
-    supervision, batch, h = made(method, with_teacher=True), noised(method.selection), hidden()
+    supervision, batch, h = made(method, with_teacher=True), noisy(method.selection), hidden()
     teacher = supervision.teacher
     null = torch.full_like(batch.labels, 5)
     f_y, f_0 = (teacher(batch.x_t, batch.t, y, tap=2)[1].numpy() for y in (batch.labels, null))
@@ -117,13 +117,13 @@ def test_stage_2_loss_equals_the_formula_in_numpy(mask, loss, cfg_scale):
 @pytest.mark.parametrize("mask", ["sample", "sample_mean"])
 def test_running_the_teacher_in_range_only_changes_neither_loss_nor_gradients(mask):
     method = SelfTranscendence(teacher="t", student_depth=1, teacher_depth=2, mask=mask, hidden=24)
-    supervision, batch = made(method, with_teacher=True), noised(method.selection)
+    supervision, batch = made(method, with_teacher=True), noisy(method.selection)
     everything = torch.zeros(BATCH)
     everything[batch.rows.index] = batch.rows.weight
     all_rows = replace(batch, rows=Rows(torch.arange(BATCH), everything))
     assert 0 < len(batch.rows.index) < BATCH
 
-    def run(b: Noised):
+    def run(b: NoisyBatch):
         h = hidden()
         supervision.heads.zero_grad()
         loss = supervision.loss(h, supervision.target(b), b)
@@ -154,7 +154,7 @@ class Counting(nn.Module):
 
 def test_the_teacher_runs_in_range_samples_only_and_only_up_to_its_block():
     method = SelfTranscendence(teacher="t", student_depth=1, teacher_depth=2, hidden=24)
-    supervision, batch = made(method, with_teacher=True), noised(method.selection)
+    supervision, batch = made(method, with_teacher=True), noisy(method.selection)
     supervision.teacher = counting = Counting(supervision.teacher)
     supervision.target(batch)
     assert counting.blocks == 2
@@ -169,7 +169,7 @@ def test_supervision_ends_at_stop_step():
 
 def test_no_sample_in_range_gives_a_zero_loss_and_zero_gradients():
     method = SelfTranscendence(teacher="t", student_depth=1, teacher_depth=2, hidden=24, t_range=(0.4, 0.7))
-    supervision, batch = made(method, with_teacher=True), noised(method.selection)
+    supervision, batch = made(method, with_teacher=True), noisy(method.selection)
     empty = replace(batch, rows=Rows(torch.empty(0, dtype=torch.int64), torch.empty(0)))
     h = hidden()
     loss = supervision.loss(h, supervision.target(empty), empty)
@@ -179,7 +179,7 @@ def test_no_sample_in_range_gives_a_zero_loss_and_zero_gradients():
 
 def test_the_teacher_gets_no_gradient_and_is_not_trained():
     method = SelfTranscendence(teacher="t", student_depth=1, teacher_depth=2, hidden=24)
-    supervision, batch = made(method, with_teacher=True), noised(method.selection)
+    supervision, batch = made(method, with_teacher=True), noisy(method.selection)
     assert not any(f.requires_grad for f in supervision.target(batch))
     trained = {id(p) for p in supervision.heads.parameters()}
     assert not trained & {id(p) for p in supervision.teacher.parameters()}

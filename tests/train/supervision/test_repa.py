@@ -20,7 +20,7 @@ from st_fast.data.shards import open_shards
 from st_fast.recipe import cost, load
 from st_fast.recipe.methods import Repa
 from st_fast.recipe.schema import Stage
-from st_fast.train.batches import Feed
+from st_fast.train.batches import BatchIterator
 from st_fast.train.run import run
 from st_fast.train.supervision import create
 from st_fast.train.supervision.registry import Parts
@@ -28,7 +28,7 @@ from st_fast.train.supervision.repa import on_grid
 from tests import tiny
 from tests.train.supervision.encoders import write_encoder, write_set
 from tests.train.supervision.resuming import assert_it_resumes_bit_exactly_and_learns, interrupt
-from tests.train.supervision.test_losses import BATCH, MODEL, TABLE, fill, hidden, mlp, noised, weights_of
+from tests.train.supervision.test_losses import BATCH, MODEL, TABLE, fill, hidden, mlp, noisy, weights_of
 from tests.train.supervision.test_self_methods import cosine_loss
 from tests.train.test_training import signals  # noqa: F401
 
@@ -42,6 +42,8 @@ depth = 1
 hidden = 16
 """
 
+CPU = torch.device("cpu")
+
 
 def made(widths=(6, 10), **settings):
     method = Repa(encoders=tuple("ab"[: len(widths)]), depth=1, hidden=24, **settings)
@@ -49,7 +51,7 @@ def made(widths=(6, 10), **settings):
     fill(supervision.heads, 4)
     generator = torch.Generator().manual_seed(8)
     features = tuple(torch.randn(BATCH, 2, 2, width, generator=generator, dtype=torch.float64) for width in widths)
-    return supervision, replace(noised(method.selection), features=features)
+    return supervision, replace(noisy(method.selection), features=features)
 
 
 def test_the_loss_of_two_encoders_equals_the_formula_in_numpy():
@@ -125,8 +127,8 @@ def seen(recipe, count: int) -> dict[int, list[torch.Tensor]]:
         ranks = Ranks(rank, count, torch.device("cpu"))
         sets = [open_features(Path(recipe.data.path), name, shards) for name in ("one", "two")]
         loaders = [TorchLoader(one, ranks.device) for one in sets]
-        feed = Feed(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), len(shards), ranks, loaders)
-        for batches in feed.steps(0, 8):
+        iterator = BatchIterator(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), shards, ranks, loaders)
+        for batches in iterator.steps(0, 8):
             for batch in batches:
                 for place, ordinal in enumerate(batch.ordinals.tolist()):
                     found[ordinal] = [one[place] for one in batch.features]
@@ -142,10 +144,14 @@ def test_two_ranks_and_accumulation_see_the_features_of_their_own_records(recipe
     shards = open_shards(data)
     sets = [open_features(data, name, shards) for name in ("one", "two")]
     ordinals = np.arange(64)
-    feed = Feed(
-        settings, settings.stages[0], ResidentLoader(shards, torch.device("cpu")), 30, Ranks(0, 1, torch.device("cpu"))
+    iterator = BatchIterator(
+        settings,
+        settings.stages[0],
+        ResidentLoader(shards, torch.device("cpu")),
+        shards,
+        Ranks(0, 1, torch.device("cpu")),
     )
-    order = feed.order(ordinals)
+    order = iterator.order(ordinals)
     for ordinal, record in zip(ordinals.tolist(), order.tolist(), strict=True):
         for number, features in enumerate(sets):
             row = np.empty((1, *features.manifest.shape), np.float16)

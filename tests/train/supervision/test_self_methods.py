@@ -22,7 +22,7 @@ from st_fast.train.run import run
 from st_fast.train.supervision import create
 from st_fast.train.supervision.registry import Parts
 from tests import tiny
-from tests.train.supervision.test_losses import BATCH, MODEL, TABLE, fill, hidden, noised, silu, weights_of
+from tests.train.supervision.test_losses import BATCH, MODEL, TABLE, fill, hidden, noisy, silu, weights_of
 from tests.train.test_training import STOP, signals, stop_at  # noqa: F401
 
 SRA_STAGE = """
@@ -66,7 +66,7 @@ def made_sra(**settings):
 def test_layer_sync_equals_the_formula_in_numpy_and_pulls_only_the_shallow_block():
     method = LayerSync(student_depth=1, teacher_depth=3, weight=0.2)
     supervision = create(Stage("s", method, 10), Parts(MODEL, TABLE, None), seed=1)
-    batch, shallow, deep = noised(method.selection), hidden(1), hidden(2)
+    batch, shallow, deep = noisy(method.selection), hidden(1), hidden(2)
     assert len(batch.rows.index) == BATCH
     loss = supervision.loss((shallow, deep), supervision.target(batch), batch)
     expected = 0.2 * cosine_loss(shallow.detach().numpy(), deep.detach().numpy()).mean()
@@ -77,7 +77,7 @@ def test_layer_sync_equals_the_formula_in_numpy_and_pulls_only_the_shallow_block
 
 
 def test_a_tuple_of_taps_gives_the_streams_that_single_taps_give():
-    model, batch = fill(build(MODEL, TABLE, 3), 3), noised(None)
+    model, batch = fill(build(MODEL, TABLE, 3), 3), noisy(None)
     velocity, streams_of = model(batch.x_t, batch.t, batch.labels, (1, 3, 0))
     for tap, stream in zip((1, 3, 0), streams_of, strict=True):
         alone, expected = model(batch.x_t, batch.t, batch.labels, tap)
@@ -88,7 +88,7 @@ def test_a_tuple_of_taps_gives_the_streams_that_single_taps_give():
 @pytest.mark.parametrize("loss", ["smooth_l1", "cosine"])
 def test_sra_equals_the_formula_in_numpy(loss):
     supervision, method = made_sra(loss=loss, time_offset=0.3, weight=0.7)
-    batch, h = replace(noised(method.selection), student_labels=torch.full((BATCH,), 5)), hidden()
+    batch, h = replace(noisy(method.selection), student_labels=torch.full((BATCH,), 5)), hidden()
     u = random.uniform(11, Purpose.TEACHER_TIME, batch.ordinals)[:, 0].numpy()
     t = np.maximum(batch.t.numpy() - np.float32(0.3) * u, 0)
     assert (t == 0).any() or (t > 0).all()
@@ -109,7 +109,7 @@ def test_sra_equals_the_formula_in_numpy(loss):
 
 def test_sra_trains_the_head_and_the_student_but_not_the_teacher():
     supervision, method = made_sra()
-    batch, h = noised(method.selection), hidden()
+    batch, h = noisy(method.selection), hidden()
     supervision.loss(h, supervision.target(batch), batch).backward()
     assert h.grad.abs().sum() > 0
     assert all(p.grad.abs().sum() > 0 for p in supervision.heads.parameters())
@@ -118,7 +118,7 @@ def test_sra_trains_the_head_and_the_student_but_not_the_teacher():
 
 def test_the_teachers_times_lie_below_the_students_and_never_below_zero():
     supervision, method = made_sra(time_offset=0.9)
-    batch = noised(method.selection)
+    batch = noisy(method.selection)
     t = supervision.teacher_times(batch)
     assert (t <= batch.t).all() and (t >= 0).all() and (t < batch.t).any()
     moved = supervision.teacher_times(replace(batch, ordinals=batch.ordinals + 1))

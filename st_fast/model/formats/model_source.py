@@ -14,9 +14,9 @@ from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
-from st_fast.model.formats.bundle import Bundle
 from st_fast.model.formats.importing import import_file
 from st_fast.model.formats.layouts import check_table, detect, infer
+from st_fast.model.formats.loaded_state import LoadedState
 from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Recipe
@@ -27,10 +27,10 @@ KINDS = "a .pt or .safetensors file, a run, stage or checkpoint folder, or a fol
 
 
 @dataclass(frozen=True)
-class Origin:
+class ModelSource:
     """A model that was read, and where it lay."""
 
-    bundle: Bundle
+    bundle: LoadedState
     path: Path
     """The file or checkpoint folder in the end."""
     run: Path | None = None
@@ -41,18 +41,18 @@ class Origin:
 def read_model(
     path: Path, say: Say, stage: str | None = None, layout: str | None = None, number_of_heads: int | None = None,
     heads_otherwise: int | None = None,
-) -> Origin:  # fmt: skip
+) -> ModelSource:  # fmt: skip
     """Reads the model at `path`; layout and heads are for files that don't tell (see `import_file`).
 
     Of a run the last trained stage, or `stage`, and of a stage the newest sound checkpoint. UserError in one line
     for whatever is not there or does not fit.
     """
     if path.is_file():
-        return Origin(import_file(path, layout, number_of_heads, heads_otherwise), path)
+        return ModelSource(import_file(path, layout, number_of_heads, heads_otherwise), path)
     if (path / CONFIG).is_file():
-        return Origin(_published(path), path)
+        return ModelSource(_published(path), path)
     if (path / "transformer" / CONFIG).is_file():
-        return Origin(_published(path / "transformer"), path)
+        return ModelSource(_published(path / "transformer"), path)
     if (path / "recipe.toml").is_file():
         path = path / newest_stage(path, load_run(path), stage)
     if (path / "manifest.json").is_file():
@@ -65,7 +65,7 @@ def read_model(
             raise UserError(f"{path}: {what}; {KINDS} can be read")
         found = newest
     run = next((p for p in root.absolute().parents if (p / "recipe.toml").is_file()), None)
-    return Origin(from_checkpoint(found), found.path, run, root.absolute().parent.name if run else "")
+    return ModelSource(from_checkpoint(found), found.path, run, root.absolute().parent.name if run else "")
 
 
 def newest_stage(run: Path, recipe: Recipe, wanted: str | None) -> str:
@@ -79,7 +79,7 @@ def newest_stage(run: Path, recipe: Recipe, wanted: str | None) -> str:
     return wanted or trained[-1]
 
 
-def from_checkpoint(found: Checkpoint) -> Bundle:
+def from_checkpoint(found: Checkpoint) -> LoadedState:
     """A checkpoint of ours in the neutral form; UserError if its manifest does not describe its tensors."""
     where, said = str(found.path), found.meta.get("architecture")
     if not isinstance(said, dict) or type(said.get("heads")) is not int or "model" not in found.groups:
@@ -87,7 +87,7 @@ def from_checkpoint(found: Checkpoint) -> Bundle:
     model = dict(found.groups["model"]) | dict(found.groups.get("heads", {}))
     config = infer(model, {"num_classes": said.get("num_classes")}, said["heads"], where)
     optim = found.groups.get("optim", {})
-    return Bundle(
+    return LoadedState(
         config=config,
         layout=detect(model, {"prediction": "v"}, where),
         model=model,
@@ -116,7 +116,7 @@ def flow_path(meta: Mapping[str, Any]) -> str:
     return str(meta.get("flow", said))
 
 
-def _published(folder: Path) -> Bundle:
+def _published(folder: Path) -> LoadedState:
     """A folder that `save_pretrained` wrote."""
     config = read_config(folder)
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS

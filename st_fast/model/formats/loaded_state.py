@@ -14,7 +14,7 @@ Table = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Bundle:
+class LoadedState:
     """One model with what belongs to it; every table is {key: float32 tensor}, trunk and heads by published names."""
 
     config: Model
