@@ -1,0 +1,80 @@
+"""The house: eleven rooms over at most eight floors, nothing loose, every import downwards (see CONTRIBUTING)."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import st_fast
+
+HOUSE = Path(st_fast.__path__[0])
+ROOMS = {"core", "recipe", "model", "data", "report", "sample", "evaluate", "prepare", "convert", "train", "study"}
+OUTSIDE = {"kernels"}
+"""The kernels can be lifted out of the project: they import nothing of it."""
+FLOORS = 8
+LONGEST = 400
+"""Lines of a file."""
+
+
+def imported(file: Path) -> set[str]:
+    """The rooms that a file imports from, inside functions and for types as well."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:  # relative ones stay in their package
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("st_fast.")}
+
+
+def files(room: str) -> list[Path]:
+    return sorted((HOUSE / room).rglob("*.py"))
+
+
+@cache
+def needs(room: str) -> frozenset[str]:
+    """The rooms that a room imports from."""
+    return frozenset(set().union(*map(imported, files(room))) & ROOMS - {room})
+
+
+def floor(room: str, above: tuple[str, ...] = ()) -> int:
+    """1 for a room that needs no other."""
+    assert room not in above, f"a circle: {' > '.join((*above, room))}"
+    return 1 + max((floor(other, (*above, room)) for other in needs(room)), default=0)
+
+
+def test_there_are_eleven_rooms_and_nothing_loose():
+    entries = {entry.name for entry in HOUSE.iterdir() if not entry.name.startswith(("_csrc", "__pycache__"))}
+    assert entries == ROOMS | OUTSIDE | {"__init__.py", "__main__.py"}
+    assert all(files(room) for room in ROOMS)
+
+
+def test_imports_form_no_circle_and_at_most_eight_floors():
+    assert {room: floor(room) for room in ROOMS if floor(room) > FLOORS} == {}
+    assert floor("core") == 1 and floor("study") == max(map(floor, ROOMS))
+
+
+def test_no_room_knows_the_list_of_commands():
+    assert {str(file) for room in ROOMS for file in files(room) if "__main__" in imported(file)} == set()
+
+
+def test_the_report_reads_files_and_data_never_loads_a_network():
+    assert needs("report") == {"core"} and "model" not in needs("data") and needs("recipe") == {"core"}
+
+
+def test_kernels_can_be_lifted_out():
+    own = [file for file in (HOUSE / "kernels").rglob("*.py") if imported(file) - OUTSIDE]
+    assert own == []
+
+
+def test_every_file_fits_in_the_head():
+    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for room in ROOMS for file in files(room)}
+    assert {str(file): length for file, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_every_package_is_installed():
+    text = (HOUSE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    packages = {".".join(file.parent.relative_to(HOUSE.parent).parts) for file in HOUSE.rglob("__init__.py")}
+    missing = [name for name in packages if f'"{name}"' not in text]
+    assert missing == []
