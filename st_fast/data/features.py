@@ -31,7 +31,7 @@ from st_fast.data.rows import CheckedRows
 from st_fast.data.shards import RecordSet
 from st_fast.recipe.schema import Recipe, Stage
 
-FORMAT = "st_fast.evaluate.probe.features"
+FORMAT = "st_fast.features"
 VERSION = 1
 FOLDER = "features"
 

@@ -29,7 +29,7 @@ from st_fast.core.files import (
     write_all,
 )
 
-FORMAT = "st_fast.core.checkpoint"
+FORMAT = "st_fast.checkpoint"
 VERSION = 2
 """The newest that is read. 1: a file a group; 2: a file a group and rank (`parts.py`), written only where sharded."""
 MANIFEST = "manifest.json"

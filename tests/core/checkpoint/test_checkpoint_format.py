@@ -85,7 +85,7 @@ def test_a_newer_format_is_told_and_never_passed_over(tmp_path: Path, state: Any
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format="other"), "format is 'other', expected 'st_fast.core.checkpoint'"),
+        (lambda m: m.update(format="other"), "format is 'other', expected 'st_fast.checkpoint'"),
         (lambda m: m.update(version="1"), "version is '1', expected a whole number"),
         (lambda m: m.update(version=True), "version is True"),
         (lambda m: m.update(step=-1), "step is -1"),
