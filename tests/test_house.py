@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import st_fast
 
@@ -78,3 +81,15 @@ def test_every_package_is_installed():
     packages = {".".join(file.parent.relative_to(HOUSE.parent).parts) for file in HOUSE.rglob("__init__.py")}
     missing = [name for name in packages if f'"{name}"' not in text]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("core.checkpoint.store", "st_fast.checkpoint"), ("data.manifest", "st_fast.latents"),
+        ("data.features", "st_fast.features"), ("evaluate.classifier", "st_fast.judge/1"),
+        ("sample.parts", "st_fast.samples/1"), ("model.load", "st_fast.sit"),
+    ],
+)  # fmt: skip
+def test_formats_keep_the_names_that_stand_in_files_already_written(module: str, name: str):
+    assert name == import_module(f"st_fast.{module}").FORMAT

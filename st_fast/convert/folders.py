@@ -149,7 +149,7 @@ def code() -> dict[str, str]:
         raise ValueError(f"pipeline.py must have the line {OWN_STREAMS!r} once")
     return {
         "pipeline.py": pipeline.replace(OWN_STREAMS, OWN_STREAMS.replace("st_fast.core.random", ".sit_streams")),
-        "sit_streams.py": (here.parent / "streams.py").read_text(encoding="utf-8"),
+        "sit_streams.py": (here.parent / "core" / "random.py").read_text(encoding="utf-8"),
         "transformer/sit_transformer.py": (here / "sit_transformer.py").read_text(encoding="utf-8"),
     }
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from st_fast.core.errors import UserError
 from st_fast.core.files import FolderWrite, read_json, write_json_atomic
 
-FORMAT = "st_fast.evaluate.classifier/1"
+FORMAT = "st_fast.judge/1"
 SEED = 20260107
 EPOCHS = 16
 BATCH = 64

@@ -212,7 +212,7 @@ class Watchdog:
 
 def innermost_line(thread: int) -> str:
     """`file.py:line in function` of the innermost frame of a thread that is this package's code; "" if none is."""
-    package = str(Path(__file__).parent)
+    package = str(Path(__file__).parents[1])
     frame = sys._current_frames().get(thread)
     while frame is not None:
         code = frame.f_code
