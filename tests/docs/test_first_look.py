@@ -19,7 +19,7 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "probe"])
+@pytest.mark.parametrize("command", ["sample", "evaluate", "evaluate.probe"])
 def test_a_run_that_is_not_there_is_told_before_torch_is_imported_and_csrc_compiled(command: str, tmp_path: Path):
     program = [sys.executable, "-c", WITHOUT_TORCH, f"st_fast.{command}", str(tmp_path / "nothing")]
     done = subprocess.run(program, capture_output=True, text=True, cwd=tiny.ROOT, check=False)

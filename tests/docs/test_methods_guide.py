@@ -79,6 +79,6 @@ def test_the_guide_explains_every_member_of_the_protocol_and_names_files_that_ex
     assert members == {"tap", "heads", "active", "target", "loss"}
     assert members <= set(re.findall(r"^- `(\w+)", GUIDE, re.M))
     named = re.findall(r"`(\w+\.py)`", GUIDE)
-    assert len(named) == 4 and all((tiny.ROOT / "st_fast" / "supervision" / name).is_file() for name in named)
+    assert len(named) == 4 and all((tiny.ROOT / "st_fast" / "train" / "supervision" / name).is_file() for name in named)
     for path in re.findall(r"`(st_fast/[\w/]+\.py)`", GUIDE):
         assert (tiny.ROOT / path).is_file(), path

@@ -12,8 +12,9 @@ from st_fast.core.errors import Interrupted, UserError
 from st_fast.recipe import load
 from st_fast.sample import __main__ as sample
 from st_fast.sample import job, parts
-from st_fast.sample.draw import draw_of, read_labels
+from st_fast.sample.draw import balanced, draw_of, read_labels
 from st_fast.sample.files import open_npz, write_npz
+from st_fast.sample.guided import sample as draw_samples
 from tests.sample.tiny_run import command, make_run
 
 
@@ -41,8 +42,8 @@ def test_the_npz_is_adms_layout_and_holds_what_the_model_draws(run, whole):
     assert labels.tolist() == [0, 1, 2, 3, 4] * 2
     request, recipe = sample.parse([str(run), "--num", "10"])
     with sample.drawing(request.wanted) as (_, _, artist, _):
-        draw = sample.balanced(3, 0, 4, 5, torch.device("cpu"))
-        latents = sample.sample(artist.model, draw, recipe.sample, "linear")
+        draw = balanced(3, 0, 4, 5, torch.device("cpu"))
+        latents = draw_samples(artist.model, draw, recipe.sample, "linear")
     pixels = ((latents / 2 + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
     assert np.array_equal(images[:4], pixels.byte().numpy())
     assert images.std() > 20
