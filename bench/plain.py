@@ -1,6 +1,6 @@
 """The published training loop's mathematics, written plainly: what st_fast's step is compared with.
 
-It follows METHOD.md and, for what costs time, the loop released with arXiv 2601.07773 (and REPA's, which it grew from):
+It follows docs/method.md and, for what costs time, the loop released with arXiv 2601.07773 (and REPA's, which it grew from):
 eager blocks with PyTorch's own attention and qk-norm; the teacher on all samples, with both branches as one batch of
 2B, outside autocast in float32 (TF32 allowed on CUDA, as the published commands do), up to the block it needs and at
 every step; heads on all samples; `AdamW` and `clip_grad_norm_` as they are by default; the weight average parameter by

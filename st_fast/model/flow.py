@@ -1,6 +1,7 @@
 """The path from data (t = 0) to noise (t = 1), its velocity, and how t is drawn. Pure functions.
 
-Flow matching as in SiT (arXiv 2401.08740) with METHOD's direction of time: x_t = α(t)·x + σ(t)·ε, v = dx_t/dt.
+Flow matching as in SiT (arXiv 2401.08740), with time from data to noise (docs/method.md): x_t = α(t)·x + σ(t)·ε,
+v = dx_t/dt.
 """
 
 from __future__ import annotations

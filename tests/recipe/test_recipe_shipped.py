@@ -1,4 +1,4 @@
-"""The recipes of this repository say what METHOD and the papers say."""
+"""The recipes of this repository hold the numbers that the papers publish."""
 
 from __future__ import annotations
 

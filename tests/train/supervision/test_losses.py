@@ -1,4 +1,4 @@
-"""Stage 1 and stage 2 losses against METHOD's formulas written in NumPy float64, and the saving of the t-range."""
+"""Stage 1 and stage 2 losses against the formulas of docs/method.md in NumPy float64, and the saving of the t-range."""
 
 from dataclasses import replace
 
@@ -68,7 +68,7 @@ def weights_of(module: nn.Module) -> dict[str, np.ndarray]:
 
 
 def masked_mean(losses: np.ndarray, t: torch.Tensor, selection: Selection) -> float:
-    """METHOD's three meanings of the t-range, times λ."""
+    """The three masks of docs/method.md, times λ."""
     m = ((t.numpy() >= selection.t_range[0]) & (t.numpy() <= selection.t_range[1])).astype(np.float64)
     if selection.mask == "sample":
         return selection.weight * (m * losses).mean()
