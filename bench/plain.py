@@ -1,11 +1,11 @@
 """The published training loop's mathematics, written plainly: what st_fast's step is compared with.
 
-It follows docs/method.md and, for what costs time, the loop released with arXiv 2601.07773 (and REPA's, which it grew from):
-eager blocks with PyTorch's own attention and qk-norm; the teacher on all samples, with both branches as one batch of
-2B, outside autocast in float32 (TF32 allowed on CUDA, as the published commands do), up to the block it needs and at
-every step; heads on all samples; `AdamW` and `clip_grad_norm_` as they are by default; the weight average parameter by
-parameter; three values read back from the device every step. Two things are kinder than the original: bf16 on CUDA
-(fp16 with a loss scaler there), and no training image is decoded and thrown away.
+It follows docs/method.md and, for what costs time, the loop released with arXiv 2601.07773 (and REPA's, which it grew
+from): eager blocks with PyTorch's own attention and qk-norm; the teacher on all samples, with both branches as one
+batch of 2B, outside autocast in float32 (TF32 allowed on CUDA, as the published commands do), up to the block it needs
+and at every step; heads on all samples; `AdamW` and `clip_grad_norm_` as they are by default; the weight average
+parameter by parameter; three values read back from the device every step. Two things are kinder than the original: bf16
+on CUDA (fp16 with a loss scaler there), and no training image is decoded and thrown away.
 
 Names are the published keys, so a state of `st_fast.model.SiT` loads into it.
 """
