@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from st_fast.train.families import family
+from st_fast.train.profiling import family
 
 Bytes = dict[int, float]
 """By storage: views of one count once."""
@@ -17,9 +17,9 @@ class Kernel:
     """The work of one op, or of several that are fused."""
 
     name: str
-    """As a profiler would show it: `st_fast.train.families` sorts by it."""
+    """As a profiler would show it: `st_fast.train.profiling` sorts by it."""
     phase: str
-    """The stretch of the step that it belongs to (`st_fast.train.ranges`, or "heads")."""
+    """The range of the step that it belongs to (`st_fast.train.profiling`, or "heads")."""
     bytes: float
     """Read and written."""
     flops: float = 0.0
@@ -29,7 +29,7 @@ class Kernel:
 
     @property
     def family(self) -> str:
-        """Its family as `st_fast.train.families` has it."""
+        """Its family as `st_fast.train.profiling` has it."""
         found = family(self.name)
         return "matrix products" if self.flops and found != "attention" else found
 

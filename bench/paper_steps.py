@@ -25,7 +25,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.model import SiT
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Recipe, Stage
-from st_fast.train import ranges, supervision, updates
+from st_fast.train import profiling, supervision, updates
 from st_fast.train.batches import noisy_latents
 from st_fast.train.optim import Optimizer
 from st_fast.train.step import Step
@@ -57,7 +57,7 @@ def ours(setup: Setup) -> list[Kernel]:
         step = Step(model, method, optimizer, recipe, Ranks(0, 1, META))
         if optimizer.heads.parameters:
             counter.hook(method.heads, "heads")
-        with ranges.showing(counter.within), counter:
+        with profiling.recording_ranges(counter.within), counter:
             step(0, _batches(recipe, stage))
     return counter.kernels
 

@@ -1,4 +1,4 @@
-"""A call profiled: seconds by kernel, which `st_fast.train.families` sorts."""
+"""A call profiled: seconds by kernel, which `st_fast.train.profiling` sorts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from st_fast.train import families
+from st_fast.train import profiling
 
 
 def kernels(run: Callable[[], object], device: torch.device, times: int) -> dict[str, float]:
@@ -18,4 +18,4 @@ def kernels(run: Callable[[], object], device: torch.device, times: int) -> dict
             run()
         if cuda:
             torch.cuda.synchronize(device)
-    return {name: spent / times for name, spent in families.by_kernel(profiler, device).items()}
+    return {name: spent / times for name, spent in profiling.by_kernel(profiler, device).items()}

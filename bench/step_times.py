@@ -19,7 +19,7 @@ from bench.timing import Effort, Samples, Stopwatch, Variant, interleave, noise
 from bench.workload import STAGES, Ours, Setup, our_variant, ours, plain_variant
 from st_fast.model.attention import choose
 from st_fast.recipe import Recipe
-from st_fast.train import families
+from st_fast.train import profiling
 
 log = logging.getLogger("bench")
 OUR_MEMORY = "plain, our memory"
@@ -231,5 +231,5 @@ def _parts(loop: Ours, setup: Setup, supervised: int, seconds: float) -> Row:
         "floor": asdict(least),
         "times_the_floor": seconds / least.seconds,
         "at_product_speed_s": least.products * (1 + least.attention_flops / least.product_flops),
-        "families": families.by_family(profiles.kernels(loop, setup.device, 3 if setup.device.type == "cuda" else 1)),
+        "families": profiling.by_family(profiles.kernels(loop, setup.device, 3 if setup.device.type == "cuda" else 1)),
     }

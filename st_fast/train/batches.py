@@ -24,11 +24,12 @@ from st_fast.data.shards import RecordSet
 from st_fast.model import flow
 from st_fast.model.side_stream import side_stream
 from st_fast.recipe.schema import Recipe, Stage
-from st_fast.train.ranges import named
+from st_fast.train.profiling import named_range
 from st_fast.train.supervision.capacity import capacity, padded
 from st_fast.train.supervision.protocol import NoisyBatch, Rows, select_rows
 
 T = TypeVar("T")
+Answers = Iterator[tuple[Tensor, Tensor]]
 
 
 class Lookahead(Generic[T]):
@@ -125,16 +126,12 @@ class BatchIterator:
 
         def make(step: int) -> list[NoisyBatch]:
             self.ranks.heartbeat.step = step + 1
-            with named("data"):
-                t, asked = self._times(step), features if step < stop else []
-                return [
-                    self._batch(step, part, t, *self._wait(answers), tuple(self._wait(stream)[0] for stream in asked))
-                    for part in self.micro_batches()
-                ]
+            t, asked = self._times(step), features if step < stop else []
+            return [self._batch(step, part, t, answers, asked) for part in self.micro_batches()]
 
         return make
 
-    def _wait(self, answers: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _wait(self, answers: Answers) -> tuple[Tensor, Tensor]:
         self.ranks.heartbeat.beat("data")
         start = time.perf_counter()
         answer = next(answers)
@@ -145,27 +142,23 @@ class BatchIterator:
         recipe, size = self.recipe, self.recipe.optim.batch_size
         return flow.sample_times(recipe.run.seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
 
-    def _batch(
-        self, step: int, part: slice, t: Tensor, moments: Tensor, labels: Tensor, features: tuple[Tensor, ...]
-    ) -> NoisyBatch:
-        recipe, device = self.recipe, self.ranks.device
-        ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
-        dropped = random.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0] < recipe.model.class_dropout
-        index, weight = select_rows(t, part, self.stage.method.selection)
-        if self.pass_rows:
-            index, weight = padded(index, weight, part.stop - part.start, self.pass_rows)
-        factor = self.stage.method.factor(step)
-        weight = weight if factor == 1.0 else weight * factor
-
-        send = partial(sent_to, device)
-        labels = send(labels)
-        student_labels = torch.where(send(dropped), recipe.model.num_classes, labels)
-        rows = Rows(send(index), send(weight), self.pass_rows)
-        beside = tuple(send(one) for one in features)
-        live = self.stage.method.encodes_images
-        written, images = () if live else beside, beside[0] if live and beside else None
-        ordinals, t = send(ordinals), send(t[part])
-        latents = noisy_latents(recipe, self.records.manifest.scale, send(moments), ordinals, t)
+    def _batch(self, step: int, part: slice, t: Tensor, answers: Answers, features: Sequence[Answers]) -> NoisyBatch:
+        recipe, method, send = self.recipe, self.stage.method, partial(sent_to, self.ranks.device)
+        with named_range("data"):
+            (moments, labels), read = self._wait(answers), tuple(self._wait(stream)[0] for stream in features)
+            ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
+            chances = random.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0]
+            index, weight = select_rows(t, part, method.selection)
+            if self.pass_rows:
+                index, weight = padded(index, weight, part.stop - part.start, self.pass_rows)
+            factor = method.factor(step)
+            rows = Rows(send(index), send(weight if factor == 1.0 else weight * factor), self.pass_rows)
+            labels, dropped = send(labels), send(chances < recipe.model.class_dropout)
+            student_labels = torch.where(dropped, recipe.model.num_classes, labels)
+            read = tuple(send(one) for one in read)
+            written, images = ((), read[0]) if method.encodes_images and read else (read, None)
+            moments, ordinals, t = send(moments), send(ordinals), send(t[part])
+        latents = noisy_latents(recipe, self.records.manifest.scale, moments, ordinals, t)
         return NoisyBatch(*latents, t, labels, student_labels, ordinals, rows, written, images)
 
 
@@ -176,7 +169,7 @@ def noisy_latents(
 
     moments (B, 2C, S, S) holds μ and σ as stored; ordinals (B,) int64 are the counters of ξ and ε; t (B,) float32.
     """
-    with named("noise"):
+    with named_range("noise"):
         seed, shape = recipe.run.seed, moments[0].chunk(2)[0].shape
         mean, std = moments.float().chunk(2, dim=1)
         x = scale * (mean + std * random.normal(seed, Purpose.POSTERIOR, ordinals, shape))

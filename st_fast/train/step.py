@@ -22,7 +22,7 @@ from st_fast.recipe.schema import Recipe, Run
 from st_fast.train import memory
 from st_fast.train.graphs import Graphs
 from st_fast.train.optim import Optimizer
-from st_fast.train.ranges import named
+from st_fast.train.profiling import named_range
 from st_fast.train.reduction import REDUCTION, GradientSum
 from st_fast.train.sharding import ShardedSum, is_sharded
 from st_fast.train.supervision import NoisyBatch, Supervision
@@ -53,7 +53,7 @@ class Targets:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is batch:
             return ahead[1]
-        with named("teacher"):
+        with named_range("teacher"):
             if not self._supervision.active(step):
                 return None
             self._side.follow()
@@ -98,9 +98,9 @@ class Step:
                 self.gradients.expect()
             if self.targets.looks_ahead:
                 self._look_ahead(step, micro_batches[number:])
-        with named("all-reduce"):
+        with named_range("all-reduce"):
             self.gradients.finish()
-        with named("optimiser"):
+        with named_range("optimiser"):
             norm = self.optimizer.update()
         return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts])), norm
 
@@ -110,7 +110,7 @@ class Step:
         losses = self.losses(batch, self.targets.start(step, batch))
         if last:
             self.gradients.expect()
-        with named("backward"):
+        with named_range("backward"):
             (losses.denoise + losses.aux).backward()
         return Losses(losses.denoise.detach(), losses.aux.detach())
 
@@ -126,9 +126,9 @@ class Step:
 
     def losses(self, batch: NoisyBatch, target: Target | None) -> Losses:
         """The denoising loss and the supervision's, each a sum over samples weighted by 1 / global batch size."""
-        with named("student forward"):
+        with named_range("student forward"):
             prediction, hidden = self.model(batch.x_t, batch.t, batch.student_labels, self.supervision.tap)
-        with named("loss"):
+        with named_range("loss"):
             denoise = flow.denoising_loss(prediction, batch.velocity).sum() / self.recipe.optim.batch_size
             aux = self.supervision.loss(hidden, target(), batch) if target else torch.zeros_like(denoise)
         return Losses(denoise, aux)

@@ -15,7 +15,7 @@ from bench.timing import Effort, Stopwatch
 from bench.workload import WEIGHT_STD, Setup, ours
 from st_fast.model.attention import BACKENDS
 from st_fast.model.sit import sincos_positions
-from st_fast.train import families
+from st_fast.train import profiling
 from tests.bench.test_bench_report import MACHINE
 
 
@@ -77,12 +77,12 @@ def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_erro
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("st_fast::gate_residual_norm_modulate_backward", "adaLN"), ("st_fast::qk_norm", "qk-norm"),
         ("st_fast::adamw_ema_", "optimiser"), ("st_fast::grad_norm", "optimiser"),
-        ("triton_poi_fused_gelu_0", "GELU"), ("aten::copy_", "copies"), ("aten::mul", families.OTHER),
-        ("aten::add", families.OTHER),
+        ("triton_poi_fused_gelu_0", "GELU"), ("aten::copy_", "copies"), ("aten::mul", profiling.OTHER),
+        ("aten::add", profiling.OTHER),
     ],
 )  # fmt: skip
 def test_kernels_belong_to_their_family(kernel, family):
-    assert families.family(kernel) == family
+    assert profiling.family(kernel) == family
 
 
 def test_the_plain_loop_in_a_process_of_its_own_steps_on_request_and_ends_with_its_user():

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from st_fast.recipe import load
 from st_fast.recipe.error import RecipeError
 from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import Profile, Stage
-from st_fast.train import families, profiling, ranges
+from st_fast.train import profiling
 from st_fast.train.log import Clock, Log
 from st_fast.train.run import run
 from tests import tiny
@@ -53,7 +54,7 @@ def test_a_profiled_run_writes_traces_with_named_ranges_prints_tables_and_keeps_
     for stage in ("align", "transcend"):
         trace = json.loads((out / stage / "profile" / "steps-2-3.json").read_text())
         seen = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
-        assert seen.count("step") == 2 and all(seen.count(name) == 2 for name in ranges.NAMES)
+        assert seen.count("step") == 2 and all(seen.count(name) == 2 for name in profiling.RANGES)
         assert any(event["name"] == "aten::addmm" for event in trace["traceEvents"])
         assert f"{stage}: steps 2 to 3 profiled" in said
     tables = said.split("family of kernel")[1:]
@@ -62,7 +63,7 @@ def test_a_profiled_run_writes_traces_with_named_ranges_prints_tables_and_keeps_
         whole = sum(record["families"].values())
         assert record["first"] == 2 and record["families"]["matrix products"] > 0
         assert 0 < record["families"][profiling.OUTSIDE] < whole
-        assert record["stretches"].keys() == set(ranges.NAMES)
+        assert record["stretches"].keys() == set(profiling.RANGES)
     assert numbers(out) == numbers(plain), "profiling changes nothing"
     weights = [list(folder.glob("transcend/checkpoints/*/model*.safetensors")) for folder in (out, plain)]
     assert [p.read_bytes() for p in weights[0]] == [p.read_bytes() for p in weights[1]] != []
@@ -112,7 +113,7 @@ def test_nsys_is_told_to_begin_and_end_around_the_steps_and_their_ranges_are_nvt
     stage = Stage("s", Plain(), 5)
     profile = profiling.StageProfile(WINDOW, ranks, Log(tmp_path / "l", ranks), stage, tmp_path, clock)
     for step, _ in enumerate(profile.watch(iter("abcde"), 0), start=1):
-        with ranges.named("loss"):
+        with profiling.named_range("loss"):
             pass
         profile.stepped(step)
     one = ["step", "loss", "/loss", "/step"]
@@ -124,7 +125,7 @@ def test_a_run_that_resumes_behind_the_window_says_so(tmp_path, capsys):
     stage = Stage("s", Plain(), 9)
     profile = profiling.StageProfile(Profile(start=2), ranks, Log(tmp_path / "l", ranks), stage, tmp_path, Clock())
     assert list(profile.watch(iter("ab"), 7)) == ["a", "b"]
-    assert "s: profile.start = 2 lies behind: goes on at step 8" in capsys.readouterr().out
+    assert "s: profile.start = 2 is already past; continuing at step 8" in capsys.readouterr().out
 
 
 def test_time_of_kernels_beside_one_another_counts_once():
@@ -139,7 +140,7 @@ def test_time_of_kernels_beside_one_another_counts_once():
         def events() -> list[Event]:
             return [Event(0, 10), Event(5, 8), Event(9, 12), Event(20, 21)]
 
-    assert families.busy(Profiler(), CPU) == pytest.approx(13e-6)
+    assert profiling.busy(Profiler(), CPU) == pytest.approx(13e-6)
 
 
 def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
@@ -149,7 +150,7 @@ def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
     written = "".join(path.read_text() for path in (tiny.ROOT / "csrc" / "cuda").iterdir())
     functions = re.findall(r"__global__ void(?:\s+__launch_bounds__\(\w+\))?\s+(\w+)\(", written)
     ours |= {f"st_fast::(anonymous namespace)::{name}(st_fast::Table)": "optimiser" for name in functions}
-    assert len(ours) == 17 and {name: families.family(name) for name in ours} == ours
+    assert len(ours) == 17 and {name: profiling.family(name) for name in ours} == ours
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
     ],
 )
 def test_other_kernels_of_a_gpu_go_where_their_time_belongs(name, kind):
-    assert families.family(name) == kind
+    assert profiling.family(name) == kind
 
 
 def test_the_script_starts_the_trainer_under_nsys_with_the_capture_range_it_drives(tmp_path):
@@ -183,3 +184,30 @@ def test_the_script_starts_the_trainer_under_nsys_with_the_capture_range_it_driv
     ]  # fmt: skip
     done = subprocess.run(script, env=os.environ | {"NSYS": "no-such-nsys"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("bench/nsys.sh: no-such-nsys is not installed")
+
+
+def test_every_range_of_every_step_is_opened_and_closed_in_order(tmp_path):
+    opened: list[str] = []
+
+    @contextmanager
+    def opener(name: str) -> Iterator[None]:
+        opened.append(name)
+        yield
+        opened.append(f"/{name}")
+
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out")
+    with profiling.recording_ranges(opener):
+        run(load(recipe, ["--stage.align.steps=2", "--stage.transcend.steps=2"]))
+    within = [mark for name in profiling.RANGES for mark in (name, f"/{name}")]
+    assert opened == 4 * [profiling.STEP, *within, f"/{profiling.STEP}"]
+
+
+def test_a_range_costs_nothing_without_a_profile():
+    assert profiling.named_range("data") is profiling.named_range("teacher")
+
+
+def test_no_range_is_recorded_after_an_error():
+    with pytest.raises(ValueError, match="stop"), profiling.recording_ranges(lambda name: pytest.fail(name)):
+        raise ValueError("stop")
+    with profiling.named_range("data"):
+        pass
