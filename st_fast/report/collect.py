@@ -12,6 +12,7 @@ from typing import Any
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
+from st_fast.report.metrics import NUMBERS as METRIC_NUMBERS
 
 Record = dict[str, Any]
 
@@ -219,6 +220,8 @@ def _check(record: Record, where: str) -> None:
     metrics = record.get("metrics", {})
     if not isinstance(metrics, dict):
         raise UserError(f"{where}: metrics = {shown(metrics)}; an object is needed")
+    if metrics:
+        record["metrics"] = metrics = {OLD_KEYS.get(key, key): value for key, value in metrics.items()}
     for key, value in _numbers(record, metrics):
         if value is not None and (type(value) not in (int, float) or (type(value) is int and abs(value) > 1e300)):
             raise UserError(f"{where}: {key} = {shown(value)}; a number is needed")
@@ -231,13 +234,11 @@ NUMBERS = (
     "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
     "matmul_flops_per_s",
 )  # fmt: skip
-METRICS = (
-    "accuracy", "frechet", "floor_frechet", "judge_accuracy", "precision", "recall", "floor_precision", "floor_recall",
-    "num", "floor_num", "fid", "sfid", "kid", "inception_score", "inception_precision", "inception_recall",
-)  # fmt: skip
+OLD_KEYS = {"judge_accuracy": "classifier_accuracy", "judge_digest": "classifier_digest"}
+"""Keys of `metrics` in logs of earlier versions, and what they are called now."""
 
 
 def _numbers(record: Record, metrics: Record) -> Iterator[tuple[str, Any]]:
     """The keys of a record that must hold numbers or null, with their values."""
     yield from ((key, record[key]) for key in NUMBERS if key in record)
-    yield from ((f"metrics.{key}", metrics[key]) for key in METRICS if key in metrics)
+    yield from ((f"metrics.{key}", value) for key, value in metrics.items() if key in METRIC_NUMBERS)

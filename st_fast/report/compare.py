@@ -29,7 +29,7 @@ def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], unfair: Sequence[str] 
     if unfair:
         found.append(f"These runs differ in more than their stages: {', '.join(unfair)}. Compare with care.")
     evals = [record["metrics"] for arm in arms for record in arm.stage.evals if "metrics" in record]
-    if len({str(metrics["judge_digest"]) for metrics in evals if "judge_digest" in metrics}) > 1:
+    if len({str(metrics["classifier_digest"]) for metrics in evals if "classifier_digest" in metrics}) > 1:
         found.append("Different judges scored these samples, so their scores can't be compared.")
     if len({metrics["num"] for metrics in evals if "num" in metrics}) > 1:
         found.append("Scores come from different numbers of samples; fewer samples raise the Fréchet distance.")

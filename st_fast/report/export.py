@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
-from st_fast.report.figures import UNITS, Bars, Chart, Figure
+from st_fast.report.figures import Bars, Chart, Figure
 from st_fast.report.svg import smoothed, thinned
+from st_fast.report.words import UNITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

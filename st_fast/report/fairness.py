@@ -14,7 +14,7 @@ STREAM = (
 )  # fmt: skip
 """What decides which samples, times and noise a run sees, and how its scores are taken."""
 YARDSTICKS = {
-    "judge_digest": "their judges are not the same classifier",
+    "classifier_digest": "their judges are not the same classifier",
     "inception_sha256": "their Inception weights differ",
     "reference_sha256": "their FID references differ",
 }

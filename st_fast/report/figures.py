@@ -6,20 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from st_fast.report import words
 from st_fast.report.arms import Arm
-
-UNITS: dict[str, Callable[[float], str]] = {
-    "steps": words.count,
-    "flops": words.flops,
-    "seconds": words.duration,
-    "percent": words.percent,
-    "number": words.plain,
-}
-"""How a unit's values are written."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,7 @@ QUALITY = (
         ),
     ),
     (
-        "accuracy", "Recognised", "percent", "judge_accuracy", "real images",
+        "accuracy", "Recognised", "percent", "classifier_accuracy", "real images",
         (
             "Share of the drawn images that the judge recognises as the class asked for. Higher is better; the dotted "
             "line is the judge on real images.",

@@ -98,7 +98,7 @@ def draw(figure: figures.Figure) -> Drawn:
         return Drawn(figure, curves, svg=svg.chart(figure))
     # The last segment, a teacher's training, looks the same in every chart.
     css = [f"s{n}" for n in range(len(figure.segments) - 1)] + ["s2"]
-    write = figures.UNITS[figure.unit]
+    write = words.UNITS[figure.unit]
     most = max(sum(row.sizes) for row in figure.rows) or 1.0
     present = [n for n in range(len(css)) if any(row.sizes[n] > 0 for row in figure.rows)]
     rows = []

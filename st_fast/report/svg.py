@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from st_fast.report.figures import UNITS, Chart, Curve
+from st_fast.report.figures import Chart, Curve
+from st_fast.report.words import UNITS
 
 WIDTH, HEIGHT = 360, 236
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 12, 42

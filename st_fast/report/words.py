@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from st_fast.report.arms import Arm, Cost
+if TYPE_CHECKING:
+    from st_fast.report.arms import Arm, Cost
 
 SPACE = "\u00a0"
 
@@ -52,6 +54,16 @@ def duration(seconds: float) -> str:
             parts.append((left // size, unit))
             left %= size
     return SPACE.join(f"{n}{SPACE}{unit}" for n, unit in parts[:2] if n)
+
+
+UNITS: dict[str, Callable[[float], str]] = {
+    "steps": count,
+    "flops": flops,
+    "seconds": duration,
+    "percent": percent,
+    "number": plain,
+}
+"""How values of a unit are written."""
 
 
 def cost(value: Cost) -> str:
@@ -122,7 +134,7 @@ def _drawing(arm: Arm) -> str:
     """“draws images of which 94 % are recognised … (unseen real images: 99 %), at …”, as far as measured."""
     parts = []
     for metric, limit, write, words in (
-        ("accuracy", "judge_accuracy", percent, "of which {} are recognised as the class asked for"),
+        ("accuracy", "classifier_accuracy", percent, "of which {} are recognised as the class asked for"),
         ("frechet", "floor_frechet", plain, "at a Fréchet distance of {} from real ones"),
         ("fid", "", plain, "at an FID of {}"),
     ):

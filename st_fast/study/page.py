@@ -74,9 +74,9 @@ def body(results: Results, links: Sequence[str]) -> str:
         f"{arms} arms, {seeds} seed{'s' * (seeds != 1)} each ({', '.join(map(str, study.seeds))}), from "
         f"`{study.path.as_posix()}`. Runs of one seed saw the same records, times and noise in the same order, and "
         f"their samples start from the same noise. Each score is of {protocol.get('num')} samples "
-        f"({sampling(protocol)}) in the features of a classifier trained on the real images, so it is not FID; it "
-        f"recognises {words.percent(_number(protocol, 'judge_accuracy'))} of the held-out real ones, which themselves "
-        f"score a Fréchet distance of {words.plain(_number(protocol, 'floor_frechet'))}. All costs count the teacher's "
+        f"({sampling(protocol)}) in the features of a classifier trained on the real images, so it is not FID; its "
+        f"accuracy on held-out real ones is {words.percent(_number(protocol, 'classifier_accuracy'))}, and these score "
+        f"a Fréchet distance of {words.plain(_number(protocol, 'floor_frechet'))}. All costs count the teacher's "
         "training and its forward passes.\n",
         *([f"{study.notes}\n"] if study.notes else []),
         "### The verdict\n",

@@ -15,7 +15,16 @@ from st_fast.report.repeats import Repeats, Row, rows
 from st_fast.study.plan import Study, jobs
 
 METRIC = "frechet"
-PROTOCOL = ("num", "cfg_scale", "sampler", "steps", "judge_accuracy", "judge_digest", "floor_frechet", "floor_num")
+PROTOCOL = (
+    "num",
+    "cfg_scale",
+    "sampler",
+    "steps",
+    "classifier_accuracy",
+    "classifier_digest",
+    "floor_frechet",
+    "floor_num",
+)
 
 
 @dataclass(frozen=True)

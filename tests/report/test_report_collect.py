@@ -122,3 +122,10 @@ def test_runs_of_one_name_are_told_apart_and_a_run_named_twice_is_refused(runs) 
         read_runs([first, first / ".." / "digits"])
     with pytest.raises(UserError, match="no such run folder"):
         read_runs([Path("nowhere")])
+
+
+def test_logs_with_the_keys_of_earlier_versions_stay_readable(runs) -> None:
+    old = {"judge_accuracy": 0.99, "judge_digest": "ab", "accuracy": 0.9}
+    record = {"kind": "eval", "stage": "a", "step": 10, "metrics": old}
+    read = read_run(runs.custom("", [record])).stages[0].evals[0]["metrics"]
+    assert read == {"classifier_accuracy": 0.99, "classifier_digest": "ab", "accuracy": 0.9}

@@ -32,7 +32,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
         self.words: list[str] = []
-        self.iterator(html)
+        self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -166,7 +166,7 @@ def test_runs_that_differ_in_more_than_their_stages_are_marked(runs) -> None:
     assert "run.seed" in differing.text
     assert "Compare with care" in differing.text
     judge = runs.change(
-        runs.plain("b"), lambda r: r | {"metrics": r["metrics"] | {"judge_digest": "cd"}} if "metrics" in r else r
+        runs.plain("b"), lambda r: r | {"metrics": r["metrics"] | {"classifier_digest": "cd"}} if "metrics" in r else r
     )
     assert "Different judges" in page_of(runs.two_stages("a"), judge).text
 
