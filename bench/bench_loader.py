@@ -24,9 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.results import Row, Store
 from bench.timing import Effort, Samples, Stopwatch, interleave, noise
-from st_fast.data.ahead import TorchLoader
-from st_fast.data.dali import DaliLoader, dali_missing
-from st_fast.data.loader import Loader, ResidentLoader
+from st_fast.data.ahead import ReadAhead
+from st_fast.data.loader import DaliLoader, Loader, ResidentLoader, dali_missing
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import ShardSet, open_shards
 from st_fast.prepare.writing import write_shards
@@ -159,7 +158,7 @@ def rows_of(samples: dict[str, Samples]) -> dict[str, Row]:
 
 def bench_loaders(case: Case, store: Store, device: torch.device, report: Callable[[Sequence[float]], None]) -> None:
     name, records, _ = case
-    loaders: dict[str, Loader] = {"torch": TorchLoader(records, device)}
+    loaders: dict[str, Loader] = {"torch": ReadAhead(records, pinned=device.type == "cuda")}
     if not dali_missing():
         loaders["dali"] = DaliLoader(records, device)
     start = time.perf_counter()

@@ -14,7 +14,7 @@ from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.core.files import FolderWrite, durable_file, read_json, write_all, write_json_atomic
 from st_fast.data.manifest import VaeInfo
-from st_fast.data.opening import read_any_manifest
+from st_fast.data.shards import read_any_manifest
 from st_fast.model import teacher
 from st_fast.model.formats.loaded_state import LoadedState, heads, trunk
 from st_fast.model.formats.model_source import ModelSource

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -22,7 +22,7 @@ from st_fast.core.errors import RunFailed, UserError
 
 
 class Layout(Protocol):
-    """What one record is."""
+    """Shape and dtype of one record."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,13 +31,19 @@ class Layout(Protocol):
 
 
 class Readable(Protocol):
-    """What is read ahead: latents or features."""
+    """Records that can be read ahead: latents, features or images."""
 
     @property
     def manifest(self) -> Layout: ...
+
     @property
-    def labels(self) -> np.ndarray: ...
-    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None: ...
+    def labels(self) -> np.ndarray:
+        """(count,) int64."""
+        ...
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Reads records `indices` (n,) into out (n, *shape) of the set's dtype; `BadFile` names a bad record."""
+        ...
 
 
 Answer = tuple[Tensor, Tensor]
@@ -143,20 +149,3 @@ class ReadAhead:
             f"data: {len(request)} records from {int(request[0])} on could not be read in {patience.attempts} attempts "
             f"({failure}); the storage stalls or fails"
         )
-
-
-class TorchLoader:
-    """Reads with PyTorch and threads alone: what serves when DALI isn't there."""
-
-    def __init__(
-        self, records: Readable, device: torch.device, workers: int = 2, patience: Patience | None = None
-    ) -> None:
-        self._ahead = ReadAhead(records, workers, pinned=device.type == "cuda", patience=patience or Patience())
-
-    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Answer]:
-        """One answer for each request, on the host, pinned if the device is CUDA."""
-        return self._ahead.stream(requests)
-
-    def close(self) -> None:
-        """Lets the threads end."""
-        self._ahead.close()

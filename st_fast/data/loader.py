@@ -1,21 +1,23 @@
-"""Loaders: requests (arrays of record indices) in, batches out, in order. Which records, the caller decides.
+"""Loaders: requests (arrays of record indices) in, batches out, in order. The caller decides which records.
 
-So every loader gives the same batches for the same requests, bit for bit, and has no state to save.
+So every loader gives the same batches for the same requests, bit for bit, and has no state to save. The "torch" loader
+is `ReadAhead` alone.
 """
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.machine import free_memory
-from st_fast.data.ahead import Answer, ReadAhead, TorchLoader
-from st_fast.data.dali import DaliLoader, dali_missing
+from st_fast.data.ahead import Answer, Patience, ReadAhead
 from st_fast.data.shards import RecordSet
 
 Say = Callable[[str], None]
@@ -25,6 +27,8 @@ RESIDENT_SHARE = 0.25
 """The share of the free memory that a set may take to be held there: the step needs the rest."""
 TRIAL_RECORDS = 4_096
 TRIAL_BATCHES, TRIAL_BATCH = 32, 256
+PREFETCH = 2
+"""Batches that DALI's pipeline holds beside the ones read ahead."""
 
 
 class Loader(Protocol):
@@ -69,6 +73,75 @@ class ResidentLoader:
         self._moments = self._labels = torch.empty(0)
 
 
+def dali_missing() -> str:
+    """Why DALI can't be used here, or ""."""
+    try:
+        importlib.import_module("nvidia.dali.plugin.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+class DaliLoader:
+    """Batches through an NVIDIA DALI pipeline, copied to the device while the step before is computed.
+
+    DALI's own readers know one sample a file or shuffle within a window only, so the records of a batch come in from
+    outside (`external_source`), each batch as one DALI sample: no cost per record, and any batch size.
+    """
+
+    def __init__(self, records: RecordSet, device: torch.device, patience: Patience | None = None) -> None:
+        if missing := dali_missing():
+            raise UserError(f'data.loader = "dali": DALI can\'t be imported ({missing}): pip install st_fast[data]')
+        self._records, self._device = records, device
+        self._ahead = ReadAhead(records, patience=patience or Patience())
+
+    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Answer]:
+        """One answer for each request, on the loader's device."""
+        batches = self._ahead.stream(requests)
+        pipeline = self._pipeline(batches)
+        try:
+            while (answer := self._next(pipeline)) is not None:
+                yield answer
+        finally:
+            batches.close()
+
+    def close(self) -> None:
+        """Lets the threads end."""
+        self._ahead.close()
+
+    def _pipeline(self, batches: Iterator[Answer]) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        cuda = self._device.type == "cuda"
+        device_id = (self._device.index or 0) if cuda else None
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=PREFETCH)
+        moments_type = {"float16": types.FLOAT16, "float32": types.FLOAT}[self._records.manifest.dtype]
+        with pipeline:
+            source = ([[part.numpy()] for part in batch] for batch in batches)
+            outputs = fn.external_source(source, num_outputs=2, dtype=[moments_type, types.INT64], ndim=[4, 1])
+            pipeline.set_outputs(*(output.gpu() if cuda else output for output in outputs))
+        pipeline.build()
+        return pipeline
+
+    def _next(self, pipeline: Any) -> Answer | None:
+        """The next outputs, copied into tensors of our own so that DALI may use its memory again; None at the end."""
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        try:
+            outputs = pipeline.run(stream)
+        except StopIteration:
+            return None
+        except (RuntimeError, IndexError) as error:
+            raise RunFailed(f"data: DALI's pipeline failed ({str(error).strip().splitlines()[0]})") from error
+        dtypes = (getattr(torch, self._records.manifest.dtype), torch.int64)
+        moments, labels = (
+            feed_ndarray(output[0], torch.empty(output[0].shape(), dtype=dtype, device=self._device), stream)
+            for output, dtype in zip(outputs, dtypes, strict=True)
+        )
+        return moments, labels
+
+
 def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> tuple[int, int]:
     """Bytes of the set that the loader of that kind keeps on the device, at least and at most: "auto" may keep it."""
     size = records.manifest.count * records.manifest.record_bytes
@@ -77,41 +150,41 @@ def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> tuple[int
 
 
 def make_loader(kind: str, records: RecordSet, device: torch.device, say: Say) -> Loader:
-    """The loader of that kind; UserError for an unknown one. "auto" says what it takes and why.
+    """The loader of that kind; UserError for an unknown one. "auto" reports its choice and the reason.
 
     On the CPU that is the resident one where the set fits; on CUDA the faster of DALI and, where it fits, resident.
-    Without DALI, threads and PyTorch take its place, with a notice.
+    Without DALI the torch loader replaces it, with a notice.
     """
     if kind not in KINDS:
         raise UserError(f"data.loader = {kind!r}: one of {', '.join(KINDS)}")
     if kind == "auto":
         kind = _choose(records, device, say)
-    if kind == "resident":
-        return ResidentLoader(records, device)
     missing = dali_missing() if kind == "dali" else ""
     if missing:
         say(f"data: DALI isn't there ({missing}), the torch loader takes its place: pip install 'st_fast[data]'")
-    return TorchLoader(records, device) if kind == "torch" or missing else DaliLoader(records, device)
+    return _make("torch" if missing else kind, records, device)
+
+
+def _make(kind: str, records: RecordSet, device: torch.device, count: int | None = None) -> Loader:
+    if kind == "resident":
+        return ResidentLoader(records, device, count)
+    return DaliLoader(records, device) if kind == "dali" else ReadAhead(records, pinned=device.type == "cuda")
 
 
 def _choose(records: RecordSet, device: torch.device, say: Say) -> str:
-    size = records.manifest.count * records.manifest.record_bytes
-    free = free_memory(device)
+    size, free = kept_bytes("resident", records, device)[0], free_memory(device)
     fits = size <= RESIDENT_SHARE * free
     streaming = "torch" if dali_missing() else "dali"
-    room = f"the set's {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB free"
+    memory = f"the set's {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB free"
     if device.type == "cpu" or not fits:
         kind = "resident" if fits else streaming
-        say(f"data: loader = {kind} ({room})")
+        say(f"data: loader = {kind} ({memory})")
         return kind
-    loaders: dict[str, Callable[[], Loader]] = {
-        "resident": lambda: ResidentLoader(records, device, min(TRIAL_RECORDS, records.manifest.count)),
-        streaming: lambda: (TorchLoader if streaming == "torch" else DaliLoader)(records, device),
-    }
     count = min(TRIAL_RECORDS, records.manifest.count)
-    rates = {name: trial_rate(make, count, device) for name, make in loaders.items()}
+    rates = {k: trial_rate(partial(_make, k, records, device, count), count, device) for k in ("resident", streaming)}
     kind = max(rates, key=lambda name: rates[name])
-    say(f"data: loader = {kind} ({', '.join(f'{name} {rate:,.0f} samples/s' for name, rate in rates.items())}; {room})")
+    told = ", ".join(f"{name} {rate:,.0f} samples/s" for name, rate in rates.items())
+    say(f"data: loader = {kind} ({told}; {memory})")
     return kind
 
 

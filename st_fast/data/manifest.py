@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field
+from dataclasses import Field, asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, json_bytes, read_json, shown, write_json_atomic
 
 FORMAT = "st_fast.latents"
-VERSION = 1
 FILE_NAME = "manifest.json"
 DTYPES = {"float16": ("F16", 2), "float32": ("F32", 4)}
 """dtype → (its name in safetensors, bytes)."""
+LIMIT = 1e4
+"""Largest plausible |mean| and std of an unscaled latent; SD's are below 100."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: its file name in the folder, how many records, how many bytes, SHA-256 of the file."""
+    """One shard: its file name in the folder, number of records, bytes, SHA-256 of the file."""
 
     file: str
     count: int
@@ -31,7 +33,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class VaeInfo:
-    """Which VAE made the latents: hub name or preset, hash of its weights, its folder inside this one or ""."""
+    """The VAE that made the latents: hub name or preset, hash of its weights, its folder inside this one or ""."""
 
     name: str
     hash: str = ""
@@ -39,11 +41,19 @@ class VaeInfo:
 
 
 class ShardedSet:
-    """What every manifest of shards, a dataclass, has: records of one shape and dtype, and a digest of all it says."""
+    """Base of every manifest of shards, each a dataclass: records of one shape and dtype."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     shape: tuple[int, int, int]
     dtype: str
+    count: int
+    shards: tuple[ShardEntry, ...]
+    format: str
+    version: int
+
+    def __post_init__(self) -> None:
+        if problem := self.problem():
+            raise BadFile(problem)
 
     @property
     def record_bytes(self) -> int:
@@ -54,6 +64,17 @@ class ShardedSet:
     def digest(self) -> str:
         """SHA-256 of the manifest's content: it changes with every change of any shard's hash."""
         return hashlib.sha256(json_bytes(asdict(self))).hexdigest()
+
+    def problem(self) -> str:
+        """The first inconsistency, or ""."""
+        if len(self.shape) != 3 or any(type(n) is not int or n < 1 for n in self.shape):
+            return f"shape = {shown(self.shape)}: three positive whole numbers are needed"
+        if self.dtype not in DTYPES:
+            return f"dtype = {shown(self.dtype)}: one of {', '.join(DTYPES)}"
+        for shard in self.shards:
+            if any(type(n) is not int or n < 0 for n in (shard.count, shard.bytes)):
+                return f"shard {shown(shard.file)}: count and bytes must be whole numbers that are not negative"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -74,73 +95,68 @@ class Manifest(ShardedSet):
     flip: bool = False
     class_names: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
-    format: str = field(default=FORMAT)
-    version: int = VERSION
-
-    def __post_init__(self) -> None:
-        problem = _problem(self)
-        if problem:
-            raise BadFile(problem)
+    format: str = FORMAT
+    version: int = 1
 
     @property
     def channels(self) -> int:
         """C of the latents: half of the moments' channels."""
         return self.shape[0] // 2
 
+    def problem(self) -> str:
+        """The first inconsistency, or ""."""
+        if problem := super().problem():
+            return problem
+        if self.shape[0] % 2:
+            return f"shape = {shown(self.shape)}: (2C, H, W) is needed"
+        if not (isinstance(self.scale, float | int) and math.isfinite(self.scale) and self.scale > 0):
+            return f"scale = {shown(self.scale)}: a positive number is needed"
+        if type(self.num_classes) is not int or self.num_classes < 1:
+            return f"num_classes = {shown(self.num_classes)}: at least 1"
+        if self.class_names and len(self.class_names) != self.num_classes:
+            return f"class_names has {len(self.class_names)} names, num_classes = {self.num_classes}"
+        return ""
 
-def _problem(manifest: Manifest) -> str:
-    """What is wrong inside a manifest, or ""."""
-    shape = manifest.shape
-    if len(shape) != 3 or any(type(n) is not int or n < 1 for n in shape) or shape[0] % 2:
-        return f"shape = {shown(shape)}: (2C, H, W) with positive whole numbers is needed"
-    if manifest.dtype not in DTYPES:
-        return f"dtype = {shown(manifest.dtype)}: one of {', '.join(DTYPES)}"
-    if not (isinstance(manifest.scale, float | int) and math.isfinite(manifest.scale) and manifest.scale > 0):
-        return f"scale = {shown(manifest.scale)}: a positive number is needed"
-    if type(manifest.num_classes) is not int or manifest.num_classes < 1:
-        return f"num_classes = {shown(manifest.num_classes)}: at least 1"
-    if manifest.class_names and len(manifest.class_names) != manifest.num_classes:
-        return f"class_names has {len(manifest.class_names)} names, num_classes = {manifest.num_classes}"
+
+Set = TypeVar("Set", bound=ShardedSet)
+
+
+def parse_manifest(kind: type[Set], path: Path) -> Set:
+    """Reads a manifest.json as that kind of set; touches no shard. Raises `BadFile` in one line."""
+    raw = read_json(path)
+    if raw.get("format") != kind.format:
+        raise BadFile(f"{path}: format = {shown(raw.get('format'))}: {kind.format!r} is needed")
+    if type(raw.get("version")) is not int or raw["version"] > kind.version:
+        raise BadFile(f"{path}: version = {shown(raw.get('version'))}: at most {kind.version} is known here")
+    try:
+        raw["shape"], raw["shards"] = tuple(raw["shape"]), tuple(ShardEntry(**shard) for shard in raw["shards"])
+        if "vae" in raw:
+            raw["vae"], raw["class_names"] = VaeInfo(**raw["vae"]), tuple(map(str, raw["class_names"]))
+        manifest = kind(**raw)
+    except BadFile as error:
+        raise BadFile(f"{path}: {error}") from None
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise BadFile(f"{path}: a field is missing, unknown or of the wrong type ({error})") from None
     total = sum(shard.count for shard in manifest.shards)
-    if manifest.shards and total != manifest.count:
-        return f"count = {manifest.count}, but its {len(manifest.shards)} shards hold {total} records"
-    return ""
+    if total != manifest.count:
+        raise BadFile(
+            f"{path}: count = {shown(manifest.count)}, but its {len(manifest.shards)} shards hold {total} records"
+        )
+    return manifest
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: ShardedSet) -> None:
     """Writes folder/manifest.json, old or new after a crash."""
     write_json_atomic(Path(folder) / FILE_NAME, asdict(manifest))
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Reads and checks folder/manifest.json; touches no shard. Raises `BadFile` in one line."""
-    folder = Path(folder)
-    path = folder / FILE_NAME
+    path = Path(folder) / FILE_NAME
     if not path.is_file():
-        what = "no manifest.json in it" if folder.is_dir() else "no such folder"
-        raise BadFile(f"data.path = {str(folder)!r}: {what}; make the set with python -m st_fast.prepare")
-    raw = read_json(path)
-    if raw.get("format") != FORMAT:
-        raise BadFile(f"{path}: format = {shown(raw.get('format'))}: {FORMAT!r} is needed")
-    if type(raw.get("version")) is not int or raw["version"] > VERSION:
-        raise BadFile(f"{path}: version = {shown(raw.get('version'))}: at most {VERSION} is known here")
-    try:
-        manifest = _from_json(raw)
-    except BadFile as error:
-        raise BadFile(f"{path}: {error}") from None
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise BadFile(f"{path}: a field is missing, unknown or of the wrong type ({error})") from None
-    return manifest
-
-
-def _from_json(raw: Mapping[str, Any]) -> Manifest:
-    shards = tuple(ShardEntry(**shard) for shard in raw["shards"])
-    for shard in shards:
-        if type(shard.count) is not int or type(shard.bytes) is not int or shard.count < 0 or shard.bytes < 0:
-            raise BadFile(f"shard {shown(shard.file)}: count and bytes must be whole numbers that are not negative")
-    names = tuple(str(name) for name in raw["class_names"])
-    lists: dict[str, Any] = {"shape": tuple(raw["shape"]), "class_names": names, "shards": shards}
-    return Manifest(**{**raw, **lists, "vae": VaeInfo(**raw["vae"])})
+        what = "no manifest.json in it" if path.parent.is_dir() else "no such folder"
+        raise BadFile(f"data.path = {str(path.parent)!r}: {what}; make the set with python -m st_fast.prepare")
+    return parse_manifest(Manifest, path)
 
 
 def check_same_data(saved_digest: str, saved_where: str, manifest: Manifest, folder: Path) -> None:
@@ -150,3 +166,34 @@ def check_same_data(saved_digest: str, saved_where: str, manifest: Manifest, fol
             f"data.path = {str(folder)!r}: the data changed since {saved_where} was written "
             f"(digest {saved_digest[:12]} then, {manifest.digest[:12]} now); restore it, or start a new run"
         )
+
+
+def moments_problem(moments: np.ndarray) -> tuple[int, str] | None:
+    """The first bad record of (n, 2C, H, W) float16 or float32 moments as (its index, what is wrong), or None.
+
+    Bad are NaN, Inf, |mean| or std above LIMIT, and a negative std. The bits are compared, so that one comparison
+    catches all of it: IEEE floats of one sign sort like their bits, with Inf and NaN above every number.
+    """
+    bits: type[np.unsignedinteger] = np.uint16 if moments.itemsize == 2 else np.uint32
+    words = np.ascontiguousarray(moments).view(bits)
+    sign = bits(1 << (8 * moments.itemsize - 1))
+    bad = (words & ~sign) > moments.dtype.type(LIMIT).view(bits)
+    channels = moments.shape[1] // 2
+    negative = words[:, channels:] > sign  # -0 equals `sign` and does no harm
+    if not bad.any() and not negative.any():
+        return None
+    record = int(np.flatnonzero(bad.any((1, 2, 3)) | negative.any((1, 2, 3)))[0])
+    values = moments[record].astype(np.float64)
+    if not np.isfinite(values).all():
+        return record, "NaN or Inf"
+    if bad[record].any():
+        return record, f"|value| up to {np.abs(values).max():.3g}, at most {LIMIT:.0e} is plausible"
+    return record, f"std {values[channels:].min():.3g}, which can't be negative (log-variance in place of std?)"
+
+
+def labels_problem(labels: np.ndarray, num_classes: int) -> tuple[int, str] | None:
+    """The first label outside [0, num_classes) as (its index, what is wrong), or None."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if not len(wrong):
+        return None
+    return int(wrong[0]), f"label {labels[wrong[0]]}, allowed are 0 … {num_classes - 1}"

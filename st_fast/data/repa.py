@@ -19,11 +19,9 @@ from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, open_regular, read_exactly, shown
-from st_fast.data.content import moments_problem
 from st_fast.data.images import SUFFIXES
-from st_fast.data.manifest import DTYPES, Manifest, VaeInfo
-from st_fast.data.source import Source
-from st_fast.data.sources import LABELS_FILE, read_labels
+from st_fast.data.manifest import DTYPES, Manifest, VaeInfo, moments_problem
+from st_fast.data.sources import LABELS_FILE, Source, read_labels
 
 LATENTS, IMAGES = "vae-sd", "images"
 SD_SCALE = 0.18215
@@ -42,10 +40,8 @@ class RepaSet:
     def __init__(self, folder: Path, threads: int = 4) -> None:
         self.folder = Path(folder)
         path = self.folder / LATENTS / LABELS_FILE
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadFile(f"{path}: cannot be read ({error.strerror})") from None
+        with open_regular(path) as file:
+            data = file.read()
         table = read_labels(data, str(path))
         self.names = sorted(table)
         self.labels = np.array([table[name] for name in self.names], np.int64)
@@ -88,8 +84,7 @@ class RepaSet:
         """Reads every file: shape, dtype, NaN, Inf and absurd values."""
         for start in range(0, len(self), 1024):
             moments = self.gather(np.arange(start, min(start + 1024, len(self))))[0].numpy()
-            problem = moments_problem(moments)
-            if problem:
+            if problem := moments_problem(moments):
                 raise BadFile(f"{self.folder / LATENTS / self.names[start + problem[0]]}: {problem[1]}")
 
     def close(self) -> None:
@@ -141,16 +136,17 @@ def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:
 
 
 def _check_counts(folder: Path, names: list[str]) -> None:
-    """Labels, latents and (where they are) images must be equally many."""
-    latents = _count(folder / LATENTS, (".npy",))
-    images = _count(folder / IMAGES, SUFFIXES) if (folder / IMAGES).is_dir() else None
-    if latents != len(names) or images not in (None, latents):
-        found = f"{latents} latents, {len(names)} labels" + ("" if images is None else f", {images} images")
+    """`BadFile` unless there are as many labels as latents and (if their folder is there) images."""
+
+    def count(part: str, suffixes: tuple[str, ...]) -> int:
+        return sum(name.lower().endswith(suffixes) for *_, names in os.walk(folder / part) for name in names)
+
+    counts = {"latents": count(LATENTS, (".npy",)), "labels": len(names)}
+    if (folder / IMAGES).is_dir():
+        counts["images"] = count(IMAGES, SUFFIXES)
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{number} {kind}" for kind, number in counts.items())
         raise BadFile(f"{folder}: {found}: these must be equally many")
-
-
-def _count(folder: Path, suffixes: tuple[str, ...]) -> int:
-    return sum(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
 
 
 def repa_images(records: RepaSet) -> Source:

@@ -6,27 +6,47 @@ decided from names alone, so the same input gives the same set on any machine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, shown
 from st_fast.core.machine import allow_open_files
-from st_fast.data.hub import open_hub_dataset
 from st_fast.data.images import SUFFIXES
-from st_fast.data.source import Source
 
 SPLITS = ("train", "training", "test", "val", "valid", "validation")
 LABELS_FILE = "dataset.json"
 """Labels by file name as EDM and REPA write them: {"labels": [["00000/img00000000.png", 3], …]}."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Numbered images with labels. `read(i)` → the bytes of image i's file; may be called from many threads."""
+
+    description: str
+    names: Sequence[str]
+    labels: np.ndarray
+    """(n,) int64."""
+    num_classes: int
+    class_names: tuple[str, ...]
+    read: Callable[[int], bytes]
+
+    def digest(self) -> str:
+        """SHA-256 over names and labels: interrupted work continues only on the same images."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for name in self.names:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,9 @@ def open_source(path: Path, subset: str = "") -> Source:
     tars = sorted(path.glob("*.tar")) if path.is_dir() else []
     if path.is_dir() and not tars:
         return _from_files(_folder(path), subset)
-    if path.is_dir() or tarfile_like(path):
+    if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise UserError(f"source {str(path)!r}: a compressed tar can't be read at random; decompress it first")
+    if path.is_dir() or tarfile.is_tarfile(path):
         return _from_tars(path, tars or [path], subset)
     if zipfile.is_zipfile(path):
         return _from_files(_zip(path), subset)
@@ -58,26 +80,16 @@ def open_source(path: Path, subset: str = "") -> Source:
     )
 
 
-def tarfile_like(path: Path) -> bool:
-    """Whether a file is a plain tar; UserError for a compressed one, which can't be read by number."""
-    if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise UserError(f"source {str(path)!r}: a compressed tar can't be read at random; decompress it first")
-    return tarfile.is_tarfile(path)
-
-
 def _folder(path: Path) -> Files:
     """All files below `path`, found without following links that lead to folders."""
-    names: list[str] = []
-    pending = [""]
-    while pending:
-        prefix = pending.pop()
-        with os.scandir(path / prefix) as entries:
-            for entry in entries:
-                name = f"{prefix}{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(f"{name}/")
-                else:
-                    names.append(name)
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    names = []
+    for folder, _, files in os.walk(path, onerror=refuse):
+        prefix = "" if folder == str(path) else f"{Path(folder).relative_to(path).as_posix()}/"
+        names += [prefix + name for name in files]
     return Files(path, names, lambda name: (path / name).read_bytes())
 
 
@@ -98,30 +110,23 @@ def _zip(path: Path) -> Files:
         return Files(path, [info.filename for info in archive.infolist() if not info.is_dir()], read)
 
 
-def _tar(path: Path) -> tuple[dict[str, tuple[int, int]], int]:
-    """Members of a plain tar by name as (first byte, bytes), and an open descriptor to read them from."""
-    members = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.isreg():
-                    members[member.name.removeprefix("./")] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise BadFile(f"{path}: not a sound tar ({error})") from None
-    return members, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-
 def _from_tars(where: Path, tars: list[Path], subset: str) -> Source:
     """One tar, or several; in several, a file that lies in no folder belongs to a folder named like its tar."""
     allow_open_files(len(tars))
     places: dict[str, tuple[int, int, int]] = {}
+    """Member → its tar's open descriptor, first byte, bytes."""
     for path in tars:
-        members, file = _tar(path)
-        for name, (start, size) in members.items():
+        try:
+            with tarfile.open(path, "r:") as archive:
+                members = {member.name.removeprefix("./"): member for member in archive if member.isreg()}
+        except tarfile.TarError as error:
+            raise BadFile(f"{path}: not a sound tar ({error})") from None
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        for name, member in members.items():
             full = f"{path.stem}/{name}" if len(tars) > 1 and "/" not in name else name
             if full in places:
                 raise UserError(f"{path}: it holds {shown(name)}, as does another tar beside it")
-            places[full] = (file, start, size)
+            places[full] = (file, member.offset_data, member.size)
 
     def read(name: str) -> bytes:
         file, start, size = places[name]
@@ -138,23 +143,18 @@ def _from_tars(where: Path, tars: list[Path], subset: str) -> Source:
 
 def _webdataset(files: Files) -> Source:
     """key.jpg beside key.cls, which holds the label as a number."""
-    names = set(files.names)
-    images, labels = [], []
-    for name in _images(files.names):
-        key = name.rpartition("/")[0], name.rpartition("/")[2].partition(".")[0]
-        label_name = f"{key[0]}/{key[1]}.cls" if key[0] else f"{key[1]}.cls"
+    names, images, labels = set(files.names), _images(files.names), []
+    for name in images:
+        folder, slash, file = name.rpartition("/")
+        label_name = f"{folder}{slash}{file.partition('.')[0]}.cls"
         if label_name not in names:
             raise UserError(f"{files.where}: {shown(name)} has no {shown(label_name)} with its label beside it")
-        images.append(name)
-        labels.append(_number(files.read(label_name), f"{files.where}: {label_name}"))
+        data = files.read(label_name)
+        try:
+            labels.append(int(data))
+        except ValueError:
+            raise UserError(f"{files.where}: {label_name}: {shown(data)} is not a class number") from None
     return _source(files, "webdataset tars", images, labels, ())
-
-
-def _number(data: bytes, where: str) -> int:
-    try:
-        return int(data)
-    except ValueError:
-        raise UserError(f"{where}: {shown(data)} is not a class number") from None
 
 
 def _from_files(files: Files, subset: str) -> Source:
@@ -240,3 +240,40 @@ def _images(names: Iterable[str]) -> list[str]:
         if name.lower().endswith(SUFFIXES)
         and not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
     )
+
+
+def open_hub_dataset(path: Path, subset: str = "") -> Source:
+    """The image and label columns of a Hugging Face dataset on disk; `subset` names a split if there are several."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"source {str(path)!r}: a Hugging Face dataset, which the package datasets reads; it is not installed: "
+            'pip install "st_fast[hub]"'
+        ) from error
+    data: Any = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        if subset not in data and len(data) > 1:
+            splits = ", ".join(data)
+            raise UserError(f"source {str(path)!r}: it holds {splits}: choose one, --subset {next(iter(data))}")
+        data = data[subset or next(iter(data))]
+    image = _column(path, data.features, datasets.Image, "image")
+    label = _column(path, data.features, datasets.ClassLabel, "label")
+    data = data.cast_column(image, datasets.Image(decode=False))
+    labels = np.array(data[label], np.int64)
+    classes = tuple(getattr(data.features[label], "names", None) or ())
+    count, rows = len(classes) or int(labels.max(initial=0)) + 1, [f"row {number}" for number in range(len(data))]
+
+    def read(number: int) -> bytes:
+        cell = data[number][image]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    return Source(f"{path.name} (Hugging Face dataset)", rows, labels, count, classes, read)
+
+
+def _column(path: Path, features: Any, kind: type, usual: str) -> str:
+    """The only column of that kind, or the one with the usual name."""
+    found: list[str] = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(found) != 1 and usual not in features:
+        raise UserError(f"source {str(path)!r}: no {kind.__name__} column; it has {', '.join(features)}")
+    return found[0] if len(found) == 1 else usual

@@ -19,10 +19,9 @@ from st_fast.core.progress import bar
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import BadImage, load_image
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
-from st_fast.data.opening import open_data
 from st_fast.data.repa import RepaSet
-from st_fast.data.source import Source
-from st_fast.data.sources import open_source
+from st_fast.data.shards import open_data
+from st_fast.data.sources import Source, open_source
 from st_fast.model.encoders import load_encoder
 from st_fast.model.vae import PIXELS, PRESETS, VAE, encode_moments, load_vae, vae_hash
 from st_fast.prepare.encode import Encoder, Encoding

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from st_fast.core.machine import usable_cpus
 from st_fast.data.images import BadImage, load_image
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.source import Source
+from st_fast.data.sources import Source
 from st_fast.model.vae import VAE, encode_moments, latent_shape, vae_hash, vae_scale
 from st_fast.prepare.job import Produced
 

@@ -23,8 +23,7 @@ from st_fast.core.progress import bar
 from st_fast.data.images import BadImage, center_crop, decode_image
 from st_fast.data.repa import RepaSet, is_repa, repa_images
 from st_fast.data.shards import RecordSet
-from st_fast.data.source import Source
-from st_fast.data.sources import open_source
+from st_fast.data.sources import Source, open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.vae import PRESETS
 from st_fast.prepare.job import SKIPPED_FILE

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import durable_file, fsync_folder, make_folder, write_all
-from st_fast.data.content import labels_problem, moments_problem
-from st_fast.data.manifest import Manifest, ShardEntry, write_manifest
+from st_fast.data.manifest import Manifest, ShardEntry, labels_problem, moments_problem, write_manifest
 
 SHARD_SIZE = 8_192
 """Records a shard: 134 MB at 8×32×32 in fp16."""

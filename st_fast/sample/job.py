@@ -20,7 +20,7 @@ from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.progress import bar
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
-from st_fast.data.opening import read_any_manifest
+from st_fast.data.shards import read_any_manifest
 from st_fast.model import SiT, teacher
 from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks

@@ -16,7 +16,7 @@ from st_fast import __version__, kernels
 from st_fast.core import checkpoint, random
 from st_fast.core.files import FolderWrite
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
-from st_fast.data.opening import open_data
+from st_fast.data.shards import open_data
 from st_fast.model import SiT, build, teacher
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, to_toml

@@ -22,7 +22,7 @@ import torch
 
 from st_fast import __version__, kernels
 from st_fast.core.command import command_parser, run_command
-from st_fast.data.dali import dali_missing
+from st_fast.data.loader import dali_missing
 from st_fast.kernels.defaults import OPS
 from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS, verify

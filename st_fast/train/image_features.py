@@ -16,7 +16,7 @@ import torch
 from st_fast.core.errors import UserError
 from st_fast.core.launch import local_count
 from st_fast.core.machine import usable_cpus
-from st_fast.data.ahead import ReadAhead, TorchLoader
+from st_fast.data.ahead import ReadAhead
 from st_fast.data.features import FeatureSet, check_grid, open_features_of
 from st_fast.data.loader import Loader
 from st_fast.data.shards import RecordSet
@@ -81,7 +81,7 @@ class ImageFeatures:
     def loaders(self, device: torch.device) -> list[Loader]:
         """One for each set of written features; or one of the images, of as many batches at once as a rank has CPUs."""
         if self.images is None:
-            return [TorchLoader(one, device) for one in self.written]
+            return [ReadAhead(one, pinned=device.type == "cuda") for one in self.written]
         threads = max(2, usable_cpus() // local_count())
         return [ReadAhead(self.images, threads, depth=threads, pinned=device.type == "cuda")]
 

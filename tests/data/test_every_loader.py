@@ -15,11 +15,9 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_header
 from st_fast.core.random import epoch_order
 from st_fast.core.ranks import Ranks
-from st_fast.data.dali import dali_missing
-from st_fast.data.loader import make_loader
+from st_fast.data.loader import dali_missing, make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.opening import open_data
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data, open_shards
 from st_fast.prepare.repa import write_repa
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, load

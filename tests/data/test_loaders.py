@@ -18,9 +18,8 @@ from st_fast.core.files import BadFile, read_header
 from st_fast.core.machine import container_limit
 from st_fast.core.random import RecordOrder
 from st_fast.data import loader as loader_module
-from st_fast.data.ahead import Patience, ReadAhead, TorchLoader
-from st_fast.data.dali import DaliLoader, dali_missing
-from st_fast.data.loader import Loader, ResidentLoader, kept_bytes, make_loader, trial_rate
+from st_fast.data.ahead import Patience, ReadAhead
+from st_fast.data.loader import DaliLoader, Loader, ResidentLoader, dali_missing, kept_bytes, make_loader, trial_rate
 from st_fast.data.shards import RecordSet, ShardSet, open_shards
 
 from .conftest import MakeSet, random_moments
@@ -124,12 +123,17 @@ class Fails:
             raise self.error
 
 
-STREAMING = [TorchLoader, pytest.param(DaliLoader, marks=needs_dali)]
+def torch_loader(records: RecordSet, device: torch.device, patience: Patience) -> Loader:
+    return ReadAhead(records, patience=patience)
+
+
+Streaming = Callable[..., Loader]
+STREAMING = [torch_loader, pytest.param(DaliLoader, marks=needs_dali)]
 REQUESTS = [np.arange(i, i + 4) for i in range(0, 40, 4)]
 
 
 @pytest.mark.parametrize("kind", STREAMING)
-def test_a_read_that_fails_twice_is_repeated_and_nothing_is_lost(records: ShardSet, kind: type) -> None:
+def test_a_read_that_fails_twice_is_repeated_and_nothing_is_lost(records: ShardSet, kind: Streaming) -> None:
     troubled = Troubled(records, Fails(OSError(5, "Input/output error"), 2))
     loader = kind(troubled, CPU, patience=IMPATIENT)
     answers = [moments for moments, _ in loader.stream(REQUESTS)]
@@ -137,21 +141,21 @@ def test_a_read_that_fails_twice_is_repeated_and_nothing_is_lost(records: ShardS
 
 
 @pytest.mark.parametrize("kind", STREAMING)
-def test_a_read_that_keeps_failing_ends_with_the_records_and_the_reason(records: ShardSet, kind: type) -> None:
+def test_a_read_that_keeps_failing_ends_with_the_records_and_the_reason(records: ShardSet, kind: Streaming) -> None:
     loader = kind(Troubled(records, Fails(OSError(5, "Input/output error"), 99)), CPU, patience=IMPATIENT)
     with pytest.raises(RunFailed, match=r"4 records from 4 on .* in 3 attempts .*Input/output error.*storage"):
         list(loader.stream(REQUESTS))
 
 
 @pytest.mark.parametrize("kind", STREAMING)
-def test_damage_is_told_as_damage_after_a_second_look(records: ShardSet, kind: type) -> None:
+def test_damage_is_told_as_damage_after_a_second_look(records: ShardSet, kind: Streaming) -> None:
     loader = kind(Troubled(records, Fails(BadFile("shard 7: record 5: bits flipped"), 99)), CPU, patience=IMPATIENT)
     with pytest.raises(BadFile, match="record 5: bits flipped"):
         list(loader.stream(REQUESTS))
 
 
 @pytest.mark.parametrize("kind", STREAMING)
-def test_a_stalled_read_is_taken_over_by_another_thread(records: ShardSet, kind: type) -> None:
+def test_a_stalled_read_is_taken_over_by_another_thread(records: ShardSet, kind: Streaming) -> None:
     release, first = threading.Event(), threading.Event()
 
     def stall(indices: np.ndarray) -> None:
@@ -168,7 +172,7 @@ def test_a_stalled_read_is_taken_over_by_another_thread(records: ShardSet, kind:
 
 
 @pytest.mark.parametrize("kind", STREAMING)
-def test_more_stalled_reads_than_threads_are_taken_over_too(records: ShardSet, kind: type) -> None:
+def test_more_stalled_reads_than_threads_are_taken_over_too(records: ShardSet, kind: Streaming) -> None:
     release, stalled = threading.Event(), []
 
     def stall(indices: np.ndarray) -> None:
@@ -183,7 +187,7 @@ def test_more_stalled_reads_than_threads_are_taken_over_too(records: ShardSet, k
 
 
 @pytest.mark.parametrize("kind", STREAMING)
-def test_a_read_that_stalls_for_good_is_an_error_in_bounded_time(records: ShardSet, kind: type) -> None:
+def test_a_read_that_stalls_for_good_is_an_error_in_bounded_time(records: ShardSet, kind: Streaming) -> None:
     release = threading.Event()
     loader = kind(Troubled(records, lambda indices: release.wait(30)), CPU, patience=IMPATIENT)
     start = time.monotonic()
@@ -238,7 +242,7 @@ def test_without_dali_the_torch_loader_serves_with_one_line_of_notice(
     monkeypatch.setattr(loader_module, "dali_missing", lambda: "No module named 'nvidia'")
     said: list[str] = []
     loader = make_loader("dali", records, CPU, said.append)
-    assert isinstance(loader, TorchLoader)
+    assert isinstance(loader, ReadAhead)
     assert len(said) == 1 and "pip install 'st_fast[data]'" in said[0] and "\n" not in said[0]
 
 
@@ -248,7 +252,7 @@ def test_auto_keeps_a_set_that_fits_in_memory_and_says_so(records: ShardSet, mon
     assert "loader = resident" in said[0]
     monkeypatch.setattr(loader_module, "free_memory", lambda device: 1_000)
     monkeypatch.setattr(loader_module, "dali_missing", lambda: "not there")
-    assert isinstance(make_loader("auto", records, CPU, said.append), TorchLoader)
+    assert isinstance(make_loader("auto", records, CPU, said.append), ReadAhead)
     assert "loader = torch" in said[1]
 
 

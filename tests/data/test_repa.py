@@ -16,9 +16,8 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import read_manifest
-from st_fast.data.opening import open_data
 from st_fast.data.repa import RepaSet, read_npy_header
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data, open_shards
 from st_fast.prepare import __main__ as prepare
 
 from .conftest import MakeSet, encoded, picture, random_moments

@@ -14,10 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_header, sha256_file
-from st_fast.data.content import moments_problem
-from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, read_manifest
-from st_fast.data.opening import open_data
-from st_fast.data.shards import open_shards
+from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, moments_problem, read_manifest
+from st_fast.data.shards import open_data, open_shards
 from st_fast.prepare.writing import write_shard, write_shards
 
 from .conftest import MakeSet, random_moments

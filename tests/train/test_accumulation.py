@@ -18,7 +18,7 @@ from torch import Tensor
 from st_fast import kernels
 from st_fast.core.ranks import Ranks
 from st_fast.data.loader import make_loader
-from st_fast.data.opening import open_data
+from st_fast.data.shards import open_data
 from st_fast.model import SiT, build
 from st_fast.recipe import Plain, load
 from st_fast.recipe.schema import Recipe, Stage

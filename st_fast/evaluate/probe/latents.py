@@ -17,7 +17,7 @@ from st_fast.core import random
 from st_fast.core.errors import UserError
 from st_fast.core.random import Purpose
 from st_fast.data.manifest import Manifest
-from st_fast.data.opening import open_data
+from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import read_images
 from st_fast.model import flow
 from st_fast.model.vae import encode_moments, load_vae

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_fast.data.opening import open_data
+from st_fast.data.shards import open_data
 from st_fast.model.encoders import load_encoder
 from st_fast.prepare.feature_job import write_features
 from tests import tiny

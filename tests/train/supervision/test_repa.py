@@ -13,7 +13,7 @@ import torch
 
 from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks
-from st_fast.data.ahead import TorchLoader
+from st_fast.data.ahead import ReadAhead
 from st_fast.data.features import open_features
 from st_fast.data.loader import ResidentLoader
 from st_fast.data.shards import open_shards
@@ -126,7 +126,7 @@ def seen(recipe, count: int) -> dict[int, list[torch.Tensor]]:
     for rank in range(count):
         ranks = Ranks(rank, count, torch.device("cpu"))
         sets = [open_features(Path(recipe.data.path), name, shards) for name in ("one", "two")]
-        loaders = [TorchLoader(one, ranks.device) for one in sets]
+        loaders = [ReadAhead(one) for one in sets]
         iterator = BatchIterator(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), shards, ranks, loaders)
         for batches in iterator.steps(0, 8):
             for batch in batches:
