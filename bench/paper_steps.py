@@ -57,8 +57,11 @@ def ours(setup: Setup) -> list[Kernel]:
         step = Step(model, method, optimizer, recipe, Ranks(0, 1, META))
         if optimizer.heads.parameters:
             counter.hook(method.heads, "heads")
+        rows = _rows(recipe, stage)
+        moments, whole, times = _inputs(recipe)
         with profiling.recording_ranges(counter.within), counter:
-            step(0, _batches(recipe, stage))
+            latents = [noisy_latents(recipe, LATENT_SCALE, moments, whole, times) for _ in rows]
+            step(0, [NoisyBatch(*xs, times, whole, whole, whole, r) for xs, r in zip(latents, rows, strict=True)])
     return counter.kernels
 
 
@@ -74,22 +77,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _batches(recipe: Recipe, stage: Stage) -> list[NoisyBatch]:
-    """A step's micro-batches, at stratified times."""
-    model, total = recipe.model, recipe.optim.batch_size
-    size = images_a_pass(recipe.optim, ranks=1)
+def _rows(recipe: Recipe, stage: Stage) -> list[Rows]:
+    """The supervised rows of a step's micro-batches, at stratified times."""
+    total, size = recipe.optim.batch_size, images_a_pass(recipe.optim, ranks=1)
     with torch.device("cpu"):
         t = (torch.arange(total) + 0.5) / total
         rows = [select_rows(t, slice(first, first + size), stage.method.selection) for first in range(0, total, size)]
+    return [Rows(index.to(META), weight.to(META)) for index, weight in rows]
+
+
+def _inputs(recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments, integers (labels, ordinals) and times of one micro-batch."""
+    model, size = recipe.model, images_a_pass(recipe.optim, ranks=1)
     moments = torch.empty(size, 2 * model.channels, model.latent_size, model.latent_size, dtype=torch.float16)
-    whole, times = torch.empty(size, dtype=torch.int64), torch.empty(size)
-    return [
-        NoisyBatch(
-            *noisy_latents(recipe, LATENT_SCALE, moments, whole, times), times, whole, whole, whole,
-            Rows(index.to(META), weight.to(META)),
-        )
-        for index, weight in rows
-    ]  # fmt: skip
+    return moments, torch.empty(size, dtype=torch.int64), torch.empty(size)
 
 
 CASTS: dict[Any, torch.dtype] = {
