@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from st_fast import kernels
-from st_fast.recipe.schema import SIZES
+from st_fast.recipe.architecture import SIZES
 
 TOKENS = 256
 CFG_SCALE = 30.0

@@ -16,7 +16,7 @@ import torch
 
 from bench.timing import Effort, Stopwatch, Variant, interleave
 from st_fast.model.attention import Attend, attend_packed
-from st_fast.recipe import cost
+from st_fast.recipe import architecture
 from st_fast.recipe.methods import SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
 
@@ -68,7 +68,7 @@ def products(recipe: Recipe, stage: Stage, supervised: int) -> Counter[Product]:
     """All linear layers of one step, with `supervised` samples in the t-range."""
     model, batch = recipe.model, recipe.optim.batch_size
     found = _trunk(model, batch, model.depth, trained=True)
-    n, d, patch = cost.tokens(model), model.width, model.patch**2 * model.channels
+    n, d, patch = model.tokens, model.width, model.patch**2 * model.channels
     found[Product(batch * n, d, patch, True)] += 1
     found[Product(batch, d, 2 * d, True)] += 1
     method = stage.method
@@ -84,13 +84,13 @@ def products(recipe: Recipe, stage: Stage, supervised: int) -> Counter[Product]:
 
 
 def _trunk(model: Model, batch: int, depth: int, trained: bool) -> Counter[Product]:
-    n, d, hidden = cost.tokens(model), model.width, int(model.width * model.mlp_ratio)
+    n, d, hidden = model.tokens, model.width, int(model.width * model.mlp_ratio)
     found: Counter[Product] = Counter()
     for deep, wide in ((d, 3 * d), (d, d), (d, hidden), (hidden, d)):
         found[Product(batch * n, deep, wide, trained)] += depth
     found[Product(batch, d, 6 * d, trained)] += depth
     found[Product(batch * n, model.patch**2 * model.channels, d, trained)] += 1
-    found[Product(batch, cost.TIME_FREQUENCIES, d, trained)] += 1
+    found[Product(batch, architecture.TIME_FREQUENCIES, d, trained)] += 1
     found[Product(batch, d, d, trained)] += 1
     return found
 
@@ -122,7 +122,7 @@ def _product_variant(product: Product, linear: Linear, device: torch.device, dty
 def _attention_variant(
     case: Attended, model: Model, attend: Attend, device: torch.device, dtype: torch.dtype
 ) -> Variant:
-    n, head = cost.tokens(model), model.width // model.heads
+    n, head = model.tokens, model.width // model.heads
     shape = (case.batch, n, 3, model.heads, head)
     qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=case.trained)
     # As the output projection's gradient comes: (B, N, H, d) in memory.
@@ -149,7 +149,7 @@ def measure(
 ) -> Floor:
     """Times every distinct shape once per round, and adds up by how often it occurs."""
     multiplied, attentions = products(recipe, stage, supervised), attended(recipe, stage, supervised)
-    model, n = recipe.model, cost.tokens(recipe.model)
+    model, n = recipe.model, recipe.model.tokens
 
     def seconds(make: Callable[[], Variant]) -> float:
         samples = interleave({"alone": make()}, device, effort)["alone"]

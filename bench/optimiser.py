@@ -18,7 +18,7 @@ from bench.timing import Copy, Effort, Samples, Stopwatch, Variant, interleave, 
 from st_fast import kernels
 from st_fast.kernels import reference
 from st_fast.model import SiT
-from st_fast.recipe.load import resolve_model
+from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.schema import Model
 
 LR, BETAS, EPS, DECAY, EMA, CLIP = 1e-4, (0.9, 0.999), 1e-8, 0.0, 0.9999, 1.0

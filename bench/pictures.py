@@ -18,8 +18,7 @@ from bench.cases import TOKENS, Case, Size
 from bench.goals import Content, Row
 from bench.workload import Setup, make_recipe, make_stage
 from st_fast.kernels import reference
-from st_fast.recipe import cost
-from st_fast.recipe.load import resolve_model
+from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.schema import Model
 
 if TYPE_CHECKING:
@@ -190,7 +189,7 @@ def kernel_points(rows: Mapping[str, Row]) -> dict[str, Point]:
 
 def _operations(row: Row) -> float:
     if row["op"] == "adamw_ema":
-        return update_operations() * cost.trunk_parameters(resolve_model(Model(row["size"])))
+        return update_operations() * resolve_model(Model(row["size"])).parameters
     name, batch, tokens = SIZE.fullmatch(row["size"]).groups()  # type: ignore[union-attr]
     size = Size(name, int(batch), int(tokens or TOKENS))
     return operations_an_element(row["op"]) * size.batch * size.tokens * size.width

@@ -23,7 +23,7 @@ from bench.timing import Effort
 from bench.workload import STAGES, Setup
 from st_fast.core.machine import free_memory
 from st_fast.recipe import cost
-from st_fast.recipe.load import resolve_model
+from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.schema import Model
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -78,7 +78,7 @@ def fits(setup: Setup) -> bool:
     bf16 = setup.device.type == "cuda"
     model = _model(setup)
     depth_share = (setup.depth or model.depth) / model.depth
-    state = 2 * cost.STATE_BYTES * cost.trunk_parameters(model) * depth_share
+    state = 2 * cost.STATE_BYTES * model.parameters * depth_share
     # Eager PyTorch keeps about twice what the formula counts for st_fast's own step.
     activations = 2 * setup.batch * cost.activation_bytes(model, bf16) * depth_share
     return state + activations < SHARE_OF_MEMORY * memory(setup.device)

@@ -32,7 +32,6 @@ from st_fast.model.formats.layouts import LAYOUTS
 from st_fast.model.formats.loaded_state import LoadedState, heads
 from st_fast.model.formats.model_source import ModelSource, read_model
 from st_fast.model.load import CONFIG, read_config
-from st_fast.recipe import cost
 from st_fast.recipe.schema import Model
 
 FOLDERS = ("stage", "huggingface", "diffusers")
@@ -161,7 +160,7 @@ def described(origin: ModelSource) -> str:
     optimiser = f"AdamW's state after {bundle.updates:,} updates" if bundle.exp_avg else "no optimiser state"
     layout = "st_fast" if origin.path.is_dir() else bundle.layout
     return (
-        f"{origin.path}: {layout} layout, {config.name}, {cost.trunk_parameters(config) / 1e6:.1f} M "
+        f"{origin.path}: {layout} layout, {config.name}, {config.parameters / 1e6:.1f} M "
         f"parameters, step {bundle.step:,}, {bundle.path} path\n"
         f"  depth {config.depth}, width {config.width}, heads {config.heads}, patch {config.patch}, latents "
         f"{config.channels} × {config.latent_size} × {config.latent_size}, {config.num_classes} classes "

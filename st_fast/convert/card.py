@@ -15,7 +15,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import read_json
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.model_source import ModelSource
-from st_fast.recipe import cost, load_run, to_toml
+from st_fast.recipe import load_run, to_toml
 from st_fast.report import words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import read_run
@@ -75,7 +75,7 @@ def card(origin: ModelSource, weights: str, form: str, name: str, vae: str) -> s
     parts = [
         HEADER.format(
             library="diffusers" if form == "diffusers" else "st_fast", title=name, name=config.name,
-            parameters=cost.trunk_parameters(config) / 1e6, classes=config.num_classes,
+            parameters=config.parameters / 1e6, classes=config.num_classes,
             shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {vae}" if vae else ""),
             path=origin.bundle.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.bundle.step,
         ),

@@ -19,10 +19,9 @@ from st_fast.core.files import FolderWrite, read_header, read_json, shown, write
 from st_fast.kernels import select
 from st_fast.model.vae import quiet_hub
 from st_fast.recipe import RecipeError
-from st_fast.recipe.check import check_shapes
-from st_fast.recipe.load import resolve_model
+from st_fast.recipe.architecture import check_shapes, resolve_model
+from st_fast.recipe.keys import build
 from st_fast.recipe.schema import Model
-from st_fast.recipe.typed import build
 
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"
 FORMAT, VERSION = "st_fast.sit", 1

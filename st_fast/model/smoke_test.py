@@ -16,7 +16,6 @@ from torch import Tensor
 from st_fast import kernels
 from st_fast.core.machine import lacks_memory
 from st_fast.core.ranks import Ranks
-from st_fast.recipe import cost
 from st_fast.recipe.schema import Model
 
 
@@ -64,7 +63,7 @@ class Inputs:
         return torch.full(shape, 0.5, device=self.device, dtype=self.dtype, requires_grad=True)
 
     def of(self, name: str) -> tuple[Any, ...]:
-        model, tensor, tokens = self.model, self._tensor, cost.tokens(self.model)
+        model, tensor, tokens = self.model, self._tensor, self.model.tokens
         x, row = (2, tokens, model.width), (2, model.width)
         weight, head = torch.ones(2, device=self.device), model.width // model.heads
         packed = (2, tokens, 3, model.heads, head)

@@ -1,8 +1,8 @@
 """The recipe: one TOML file that describes a whole experiment. Imports no torch, so mistakes are told at once."""
 
-from st_fast.recipe.compare import changed_maths
+from st_fast.recipe.check import changed_maths
 from st_fast.recipe.error import RecipeError
-from st_fast.recipe.load import load, load_run
+from st_fast.recipe.load import load, load_run, to_toml
 from st_fast.recipe.methods import (
     METHODS,
     LayerSync,
@@ -14,7 +14,6 @@ from st_fast.recipe.methods import (
     VelocityHead,
 )
 from st_fast.recipe.schema import Data, Evaluate, Flow, Kernels, Model, Optim, Recipe, Run, Sample, Stage, Start
-from st_fast.recipe.write import to_toml
 
 __all__ = [
     "METHODS",

@@ -1,16 +1,15 @@
-"""What must hold between a recipe's values, told before anything slow is imported."""
+"""What must hold between a recipe's values, and what a resumed run may not change. Imports no torch."""
 
 from __future__ import annotations
 
 from typing import Any, get_args
 
+from st_fast.recipe.architecture import check_shapes
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.error import RecipeError, did_you_mean, show, wrong_value
-from st_fast.recipe.limits import BlockNumber, StepOfStage
-from st_fast.recipe.methods import LayerSync, supervision_name
-from st_fast.recipe.schedule import check_schedule
-from st_fast.recipe.schema import Evaluate, Model, Optim, Recipe, Run, Stage, Start
-from st_fast.recipe.typed import field_types
+from st_fast.recipe.keys import UpTo, keys
+from st_fast.recipe.methods import supervision_name
+from st_fast.recipe.schema import SECTIONS, Evaluate, Optim, Recipe, Run, Stage, Start
 
 
 def check(recipe: Recipe, ranks: int = 1) -> None:
@@ -21,7 +20,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_names(recipe.stages)
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
-        check_order(stage)
+        stage.method.check(stage.name)
         check_teacher(stage, recipe.stages, position)
         check_start(stage, recipe.stages, position)
     check_guidance(recipe)
@@ -31,23 +30,6 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_sharding(recipe)
     check_profile(recipe)
     check_schedule(recipe, ranks)
-
-
-def check_shapes(model: Model) -> None:
-    """Latents must divide into patches, width into heads and into the four quarters of a 2-D sin-cos position."""
-    sizes = (
-        f"latent_size {model.latent_size}, patch {model.patch}, channels {model.channels}, "
-        f"width {model.width}, heads {model.heads}"
-    )
-    if model.latent_size % model.patch:
-        why = f"not divisible by patch ({sizes})"
-        raise wrong_value("model.latent_size", model.latent_size, f"a multiple of {model.patch}", why)
-    if model.width % model.heads:
-        why = f"not divisible by heads ({sizes})"
-        raise wrong_value("model.width", model.width, f"a multiple of {model.heads}", why)
-    if model.width % 4:
-        why = f"not divisible by 4, which 2-D sin-cos positions need ({sizes})"
-        raise wrong_value("model.width", model.width, "a multiple of 4", why)
 
 
 def check_batch(optim: Optim, ranks: int) -> None:
@@ -100,27 +82,13 @@ def check_names(stages: tuple[Stage, ...]) -> None:
 
 def check_numbers(stage: Stage, depth: int) -> None:
     """Settings that are block numbers lie in 1..depth, those that are steps of the stage in 0..steps."""
-    for name, kind in field_types(type(stage.method)).items():
-        ends = _ends(kind, depth, stage.steps)
+    most = {"the model's depth": (depth, "the model's blocks"), "the stage's steps": (stage.steps, "the stage's steps")}
+    for name, key in keys(type(stage.method)).items():
         value = getattr(stage.method, name)
-        if ends and not ends[0] <= value <= ends[1]:
-            of = "the model's blocks" if ends[0] else "the stage's steps"
-            raise wrong_value(f"stage.{stage.name}.{name}", value, f"{ends[0]} to {ends[1]}, {of}")
-
-
-def check_order(stage: Stage) -> None:
-    """A block that follows another of the same pass lies below it: from itself it would learn nothing."""
-    method = stage.method
-    if isinstance(method, LayerSync) and method.teacher_depth <= method.student_depth:
-        allowed = f"a block above student_depth = {method.student_depth}"
-        raise wrong_value(f"stage.{stage.name}.teacher_depth", method.teacher_depth, allowed)
-
-
-def _ends(kind: Any, depth: int, steps: int) -> tuple[int, int] | None:
-    limits = get_args(kind)[1:]
-    if any(isinstance(limit, BlockNumber) for limit in limits):
-        return 1, depth
-    return (0, steps) if any(isinstance(limit, StepOfStage) for limit in limits) else None
+        for limit in get_args(key.kind)[1:]:
+            if isinstance(limit, UpTo) and not limit.low <= value <= most[limit.of][0]:
+                allowed = f"{limit.low} to {most[limit.of][0]}, {most[limit.of][1]}"
+                raise wrong_value(f"stage.{stage.name}.{name}", value, allowed)
 
 
 def check_teacher(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
@@ -139,7 +107,7 @@ def check_start(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
     if start.init:
         _check_model(stage, "init", start.init, "a stage can't start from itself", stages, position)
     elif start != Start():
-        key = next(name for name in field_types(Start) if getattr(start, name) != getattr(Start(), name))
+        key = next(name for name in keys(Start) if getattr(start, name) != getattr(Start(), name))
         why, allowed = "without init nothing is read", "left out, or with init = a stage or a path"
         raise wrong_value(f"stage.{stage.name}.{key}", getattr(start, key), allowed, why)
 
@@ -193,16 +161,12 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
     run, model = recipe.run, recipe.model
     if run.fp8 == "off":
         return
-    if run.precision == "fp32" or run.device == "cpu":
+    if run.device == "cpu" or not run.bf16(run.device):
         why = f"run.precision = {show(run.precision)}, run.device = {show(run.device)}"
         raise wrong_value("run.fp8", run.fp8, '"off", or run.precision = "bf16" on a GPU', why)
-    rows = images_a_pass(recipe.optim, ranks) * (model.latent_size // model.patch) ** 2
-    sizes = {
-        f"model.width {model.width}": model.width,
-        f"the MLP's {int(model.width * model.mlp_ratio)} channels": int(model.width * model.mlp_ratio),
-        f"a micro-batch of {rows} tokens": rows,
-    }
-    for name, size in sizes.items():
+    rows = images_a_pass(recipe.optim, ranks) * model.tokens
+    sizes = (f"model.width {model.width}", model.width), (f"the MLP's {model.hidden} channels", model.hidden)
+    for name, size in (*sizes, (f"a micro-batch of {rows} tokens", rows)):
         if size % FP8_MULTIPLE:
             raise wrong_value("run.fp8", run.fp8, f'"off", or a multiple of {FP8_MULTIPLE}', f"{name} is none")
 
@@ -244,10 +208,96 @@ def check_profile(recipe: Recipe) -> None:
     """The steps to profile are steps of at least one stage."""
     longest = max(stage.steps for stage in recipe.stages)
     if recipe.profile.start > longest:
-        raise wrong_value(
-            "profile.start", recipe.profile.start, f"0 (none) or 1 to {longest}, the longest stage's steps"
-        )
+        allowed = f"0 (none) or 1 to {longest}, the longest stage's steps"
+        raise wrong_value("profile.start", recipe.profile.start, allowed)
 
 
 def _either(numbers: list[int]) -> str:
     return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))
+
+
+def check_schedule(recipe: Recipe, ranks: int) -> None:
+    """RecipeError for schedules that exclude one another, that a method excludes, or that `run.device` lacks."""
+    run = recipe.run
+    for stage in recipe.stages:
+        if run.teacher_placement == "ahead" and stage.method.learns_from_average:
+            why = f"stage.{stage.name} ({supervision_name(stage.method)}) learns from what every update changes"
+            raise wrong_value("run.teacher_placement", "ahead", "before or beside", why)
+        if run.teacher_placement == "beside" and stage.method.learns_from_average and run.sharding != "none":
+            why = f"stage.{stage.name} ({supervision_name(stage.method)}) learns from weights that lie in shards"
+            raise wrong_value("run.teacher_placement", "beside", "before in a sharded run", why)
+    if run.cuda_graphs:
+        _check_graphs(recipe, ranks)
+    if run.device == "cpu":
+        check_device(run, "cpu")
+
+
+def _check_graphs(recipe: Recipe, ranks: int) -> None:
+    """A graph replays one micro-batch of fixed shapes on one stream, and its gradients start from nothing."""
+    run, optim, share = recipe.run, recipe.optim, recipe.optim.batch_size // ranks
+    whole = images_a_pass(optim, ranks) == share
+    needs = {
+        "run.supervised_rows": (run.supervised_rows, ("padded",)),
+        "run.teacher_placement": (run.teacher_placement, ("before",)),
+        "run.teacher_branches": (run.teacher_branches, ("batched", "sequential")),
+        "optim.accumulation": (optim.accumulation, (1,)),
+        "optim.micro_batch": (optim.micro_batch, (optim.micro_batch,) if whole else (share, 0)),
+    }
+    for key, (value, allowed) in needs.items():
+        if value not in allowed:
+            raise wrong_value(key, value, " or ".join(map(str, allowed)), "run.cuda_graphs = true needs it")
+    if run.checkpointing == "attention" and run.compile != "off":
+        # PyTorch's compiler takes attention for an op that draws, and asks the generator's state to compute it again.
+        why = "run.cuda_graphs = true needs it: what is computed again inside a compiled block reads a random state"
+        raise wrong_value("run.checkpointing", "attention", 'none or block, or run.compile = "off"', why)
+
+
+def check_device(run: Run, device: str) -> None:
+    """RecipeError, saying what is available, if a schedule needs CUDA and the device ("cpu", "cuda") is another."""
+    if device == "cuda":
+        return
+    if run.cuda_graphs:
+        raise wrong_value("run.cuda_graphs", True, "false", f"the run is on {device}, CUDA graphs need a CUDA device")
+    if run.streams != "required":
+        return
+    wanted: dict[str, tuple[object, bool, str]] = {
+        "run.teacher_branches": (run.teacher_branches, run.teacher_branches == "streams", "batched or sequential"),
+        "run.teacher_placement": (run.teacher_placement, run.teacher_placement != "before", "before"),
+        "run.prefetch": (run.prefetch, run.prefetch, "false"),
+    }
+    for key, (value, asked, available) in wanted.items():
+        if asked:
+            why = f"the run is on {device}, CUDA streams need a CUDA device"
+            inline = 'run.streams = "auto" to have the same order without them'
+            raise wrong_value(key, value, f"{available}, or {inline}", why)
+
+
+def changed_maths(old: Recipe, new: Recipe) -> list[str]:
+    """One line for each difference that changes the mathematics or the stream of samples; empty: safe to resume.
+
+    A stage may change its length and stages may be added at the end; no stage may be removed, renamed or moved.
+    """
+    lines: list[str] = []
+    for name in SECTIONS:
+        lines += _differences(name, getattr(old, name), getattr(new, name))
+    for position, stage in enumerate(old.stages):
+        lines += _stage_differences(stage, new.stages[position] if position < len(new.stages) else None)
+    return lines
+
+
+def _stage_differences(old: Stage, new: Stage | None) -> list[str]:
+    if new is None:
+        return [f"stage.{old.name}: removed"]
+    if old.name != new.name:
+        return [f"stage.{old.name}: its place is taken by stage.{new.name}"]
+    if type(old.method) is not type(new.method):
+        before, after = supervision_name(old.method), supervision_name(new.method)
+        return [f"stage.{old.name}.supervision: {show(before)} → {show(after)}"]
+    label = f"stage.{old.name}"
+    return _differences(label, old.method, new.method) + _differences(label, old.start, new.start)
+
+
+def _differences(prefix: str, old: Any, new: Any) -> list[str]:
+    fixed = [name for name, key in keys(type(old)).items() if not key.free]
+    pairs = [(name, getattr(old, name), getattr(new, name)) for name in fixed]
+    return [f"{prefix}.{name}: {show(before)} → {show(after)}" for name, before, after in pairs if before != after]

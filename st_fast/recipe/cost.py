@@ -12,42 +12,21 @@ import math
 from dataclasses import dataclass
 
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
-from st_fast.recipe.methods import LayerSync, Method, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
+from st_fast.recipe.methods import Method, dinov2_size
 from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
-
-TIME_FREQUENCIES = 256
-
-
-def tokens(model: Model) -> int:
-    """N, tokens of a latent."""
-    return (model.latent_size // model.patch) ** 2
-
-
-def trunk_parameters(model: Model) -> int:
-    """Parameters of SiT, fixed positions included, as the published counts have them."""
-    d, hidden, patch = model.width, int(model.width * model.mlp_ratio), model.patch**2 * model.channels
-    block = (4 * d * d + 4 * d) + (2 * d * hidden + hidden + d) + (6 * d * d + 6 * d)
-    if model.qk_norm:
-        block += 4 * (d // model.heads)
-    embedders = (patch * d + d) + (TIME_FREQUENCIES * d + d + d * d + d)
-    embedders += (model.num_classes + (model.class_dropout > 0)) * d + tokens(model) * d
-    final = (d * patch + patch) + (2 * d * d + 2 * d)
-    return model.depth * block + embedders + final
 
 
 def block_macs(model: Model) -> int:
     """Multiply-adds of one block's forward for one image: linear layers, attention, its adaLN projection."""
-    n, d, hidden = tokens(model), model.width, int(model.width * model.mlp_ratio)
-    return n * (4 * d * d + 2 * d * hidden) + 2 * n * n * d + 6 * d * d
+    return sum(layer.macs for layer in model.block_layers) + model.attention_macs
 
 
 def trunk_macs(model: Model, depth: int | None = None) -> int:
     """Multiply-adds of one image's forward up to block `depth`; without it, all of it with the final layer."""
-    n, d, patch = tokens(model), model.width, model.patch**2 * model.channels
-    embed = n * patch * d + TIME_FREQUENCIES * d + d * d
+    embedding = sum(layer.macs for layer in model.embedders)
     if depth is not None:
-        return embed + depth * block_macs(model)
-    return embed + model.depth * block_macs(model) + n * d * patch + 2 * d * d
+        return embedding + depth * block_macs(model)
+    return embedding + model.depth * block_macs(model) + sum(layer.macs for layer in model.final_layers)
 
 
 def recomputed_macs(model: Model, checkpointing: str) -> int:
@@ -57,15 +36,9 @@ def recomputed_macs(model: Model, checkpointing: str) -> int:
     result nothing needs. They are work of the implementation, not of the method, so neither `stage_cost` nor MFU
     counts them.
     """
-    if checkpointing == "none":
-        return 0
-    n, d = tokens(model), model.width
-    attention = 3 * n * d * d + 2 * n * n * d
-    return model.depth * (attention if checkpointing == "attention" else block_macs(model) - 6 * d * d)
-
-
-def _projector_macs(model: Model, hidden: int, out: int) -> int:
-    return tokens(model) * (model.width * hidden + hidden * hidden + hidden * out)
+    qkv, *_, modulation = model.block_layers
+    again = {"none": 0, "attention": qkv.macs + model.attention_macs, "block": block_macs(model) - modulation.macs}
+    return model.depth * again[checkpointing]
 
 
 @dataclass(frozen=True)
@@ -79,15 +52,6 @@ class StageCost:
     @property
     def total(self) -> float:
         return self.student + self.heads + self.teacher
-
-
-DINOV2 = {"small": (12, 384), "base": (12, 768), "large": (24, 1024), "giant": (40, 1536)}
-"""(depth, width) of the published sizes."""
-
-
-def encoder_width(name: str, model: Model) -> int:
-    """Channels of an image encoder's features, where its name tells; else the model's width stands for it."""
-    return next((width for size, (_, width) in DINOV2.items() if size in name), model.width)
 
 
 def vision_flops(width: int, depth: int, hidden: int, patch: int, patches: int, prefix: int) -> float:
@@ -106,19 +70,18 @@ def live_encoder_flops(name: str, model: Model) -> float:
 
     Images are taken to be 8 times as large as the latents, and so to give as many patches as a patch of 2 gives tokens.
     """
-    depth, width = _dinov2(name)
+    depth, width = dinov2_size(name)
     patches = (model.latent_size // 2) ** 2
     return vision_flops(width, depth, 4 * width, 14, patches, 5 if "registers" in name else 1)
 
 
-def _dinov2(name: str) -> tuple[int, int]:
-    """(depth, width) of a DINOv2 by its name, such as facebook/dinov2-base; zeros where that tells nothing."""
-    return next((sizes for size, sizes in DINOV2.items() if "dinov2" in name and size in name), (0, 0))
-
-
-def _in_range_share(recipe: Recipe, t_range: tuple[float, float], mask: str) -> float:
-    """The expected share of samples that are supervised; exact for uniform and stratified t."""
-    return 1.0 if mask == "released" else time_share(recipe.flow.time, recipe.flow.path, t_range)
+def supervised_share(recipe: Recipe, method: Method) -> float:
+    """The expected share of samples that a method supervises; exact for uniform and stratified t."""
+    selection = method.selection
+    if selection is None:
+        return 0.0
+    released = selection.mask == "released"
+    return 1.0 if released else time_share(recipe.flow.time, recipe.flow.path, selection.t_range)
 
 
 def time_share(time: str, path: str, t_range: tuple[float, float]) -> float:
@@ -144,25 +107,14 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
     is not counted: see `recomputed_macs`.
     """
     model, method = recipe.model, stage.method
-    student = 6.0 * trunk_macs(model)
-    if isinstance(method, VelocityHead):
-        share = _in_range_share(recipe, method.t_range, method.mask)
-        out = model.patch**2 * model.channels
-        macs = _projector_macs(model, method.hidden, model.width) + tokens(model) * model.width * out
-        return StageCost(student, 6.0 * macs * share, 0.0)
-    if isinstance(method, SelfTranscendence):
-        share = _in_range_share(recipe, method.t_range, method.mask)
-        heads = 6.0 * _projector_macs(model, method.hidden, model.width) * share
-        return StageCost(student, heads, 2 * 2.0 * trunk_macs(model, method.teacher_depth) * share)
-    if isinstance(method, SelfRepresentation):
-        heads = 6.0 * tokens(model) * 4 * model.width**2
-        return StageCost(student, heads, 2.0 * trunk_macs(model, method.teacher_depth))
-    if isinstance(method, Repa):
-        widths = [encoder_width(name, model) for name in method.encoders]
-        heads = 6.0 * sum(_projector_macs(model, method.hidden, width) for width in widths)
-        live = sum(live_encoder_flops(name, model) for name in method.encoders) if encoders is None else encoders
-        return StageCost(student, heads, live if method.encodes_images else 0.0)
-    return StageCost(student, 0.0, 0.0)
+    share = supervised_share(recipe, method)
+    heads = 6.0 * sum(layer.macs for layer in method.head_layers(model)) * share
+    if method.encodes_images:
+        live = sum(live_encoder_flops(name, model) for name in method.encoder_names)
+        teacher = live if encoders is None else encoders
+    else:
+        teacher = 2.0 * method.teacher_passes * trunk_macs(model, method.frozen_depth) * share
+    return StageCost(6.0 * trunk_macs(model), heads, teacher)
 
 
 def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, encoders: float | None = None) -> float:
@@ -229,27 +181,14 @@ def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teache
     if method.learns_from_average and (bf16 or shards > 1):
         average = each  # else it is the EMA itself
     trunk = SAMPLED_BYTES + (STATE_BYTES + average) / shards + (each / teacher_shards if method.teacher_name else 0)
-    live = sum(12 * depth * width**2 for depth, width in map(_dinov2, method.encoder_names)) * method.encodes_images
+    live = sum(12 * depth * width**2 for depth, width in map(dinov2_size, method.encoder_names)) * method.encodes_images
     heads = head_parameters(model, method) * HEAD_BYTES / shards
-    return round(trunk_parameters(model) * trunk + heads + live * each)
+    return round(model.parameters * trunk + heads + live * each)
 
 
 def head_parameters(model: Model, method: Method) -> int:
     """Parameters of a method's heads, which are dropped after training."""
-    d, patch = model.width, model.patch**2 * model.channels
-
-    def projector(hidden: int, out: int) -> int:
-        return (d * hidden + hidden) + (hidden * hidden + hidden) + (hidden * out + out)
-
-    if isinstance(method, VelocityHead):
-        return projector(method.hidden, d) + d * patch + patch
-    if isinstance(method, SelfTranscendence):
-        return projector(method.hidden, d)
-    if isinstance(method, SelfRepresentation):
-        return (d * 2 * d + 2 * d) + (2 * d * d + d)
-    if isinstance(method, Repa):
-        return sum(projector(method.hidden, encoder_width(name, model)) for name in method.encoders)
-    return 0
+    return sum(layer.parameters for layer in method.head_layers(model))
 
 
 def drawing_rows(settings: Sample) -> float:
@@ -282,13 +221,13 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> i
     With checkpointing, in every block what `st_fast.model.checkpointing` says is kept, and in one block what its
     backward pass has just computed again. The CPU keeps attention's output once: there this is 4 to 5 % too much.
     """
-    n, d, each = tokens(model), model.width, 2 if bf16 else 4
+    n, d, each = model.tokens, model.width, 2 if bf16 else 4
     qkv, attended = 3 * d, d
     normed = qkv + d if model.qk_norm else 0  # q, k, v once more, and the output also as its projection reads it
     statistics = 4 * model.heads * (5 if model.qk_norm else 1)  # of q and k: mean and 1/σ; of the softmax: its log-sum
     inside_attention = each * (qkv + attended + normed) + statistics
     adaln = 2 * (each * 3 * d + 4 * 2)  # at two sites: x', a and y; mean and 1/σ
-    block = inside_attention + adaln + each * 2 * int(d * model.mlp_ratio)  # the MLP's hidden before and after GELU
+    block = inside_attention + adaln + each * 2 * model.hidden  # the MLP's hidden before and after GELU
     again = {"none": 0, "attention": inside_attention, "block": block - each * 2 * d}[checkpointing]
     ends = each * 2 * d  # the embedded tokens and the first y; the last block's are its own
     modulations = each * 6 * d * model.depth
@@ -297,14 +236,14 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> i
 
 def backward_bytes(model: Model, bf16: bool) -> int:
     """Gradients of one block's activations per image, which are there while all else is kept: x', y, MLP's hidden."""
-    return tokens(model) * (2 * model.width + 2 * int(model.width * model.mlp_ratio)) * (2 if bf16 else 4)
+    return model.tokens * (2 * model.width + 2 * model.hidden) * (2 if bf16 else 4)
 
 
 def supervised_rows(recipe: Recipe, method: Method, images: int) -> int:
     """The most rows of a pass that are supervised: five deviations above the mean, which one step in a million tops."""
     if method.selection is None:
         return 0
-    share = _in_range_share(recipe, method.selection.t_range, method.selection.mask)
+    share = supervised_share(recipe, method)
     return min(images, math.ceil(images * share + 5 * math.sqrt(images * share * (1 - share))))
 
 
@@ -314,19 +253,7 @@ def supervision_bytes(model: Model, method: Method, bf16: bool, run: Run) -> int
     A teacher that runs before the student's pass adds nothing, as no activations are there yet. Beside it, or ahead,
     it adds the block that it is in, of both branches where it is guided.
     """
-    d, channels = model.width, 0
-    if isinstance(method, VelocityHead):
-        channels = 4 * method.hidden + 3 * d  # rows, LayerNorm's input and output
-    elif isinstance(method, SelfTranscendence):
-        channels = 4 * method.hidden + 4 * d  # rows, both targets, the loss's gradient
-    elif isinstance(method, SelfRepresentation):
-        channels = 4 * d + 3 * d  # one hidden layer of 2 d; prediction, target, gradient
-    elif isinstance(method, Repa):
-        widths = [encoder_width(name, model) for name in method.encoders]
-        channels = sum(4 * method.hidden + 3 * width for width in widths)
-    elif isinstance(method, LayerSync):
-        channels = 2 * d
+    channels = method.kept_channels(model)
     if method.frozen_depth and run.teacher_placement != "before":
-        branches = 1 if method.learns_from_average else 2
-        channels += branches * (2 * d + 2 * int(d * model.mlp_ratio))
-    return tokens(model) * channels * (2 if bf16 else 4)
+        channels += method.teacher_passes * (2 * model.width + 2 * model.hidden)
+    return model.tokens * channels * (2 if bf16 else 4)

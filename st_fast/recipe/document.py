@@ -1,17 +1,19 @@
-"""A recipe file as plain tables: sections and stages, not yet typed."""
+"""A recipe file, and the command line's changes to it, as plain tables: sections and stages, not yet typed."""
 
 from __future__ import annotations
 
+import datetime
 import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from st_fast.recipe.error import RecipeError, key_text, unknown_name, wrong_value
+from st_fast.recipe.error import RecipeError, cut, key_text, show, unknown_name, wrong_value
+from st_fast.recipe.keys import keys
 from st_fast.recipe.schema import SECTIONS
-from st_fast.recipe.typed import field_types
 
+FORM = "--section.key=value or --stage.<name>.<key>=value"
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is another file given by mistake."""
 
@@ -35,10 +37,9 @@ def read_text(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise RecipeError("no such file", "the path of a recipe, such as recipes/digits.toml", place=place) from None
-    except IsADirectoryError:
-        raise RecipeError("is a folder", "the path of a recipe, such as recipes/digits.toml", place=place) from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        problem = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"
+        raise RecipeError(problem, "the path of a recipe, such as recipes/digits.toml", place=place) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"can't be read: {reason}", "a readable file", place=place) from None
@@ -99,5 +100,44 @@ def check_section(name: str) -> None:
 
 def section_with(key: str) -> str:
     """A hint at the sections that have such a key; empty where none has."""
-    owners = [f"{section}.{key}" for section, kind in SECTIONS.items() if key in field_types(kind)]
+    owners = [f"{section}.{key}" for section, kind in SECTIONS.items() if key in keys(kind)]
     return f"did you mean {' or '.join(owners)}?" if owners else ""
+
+
+def apply_override(document: Document, override: str) -> str:
+    """Sets one value in the document and returns its key, such as "optim.lr".
+
+    RecipeError if the argument has another form or names a table that doesn't exist.
+    """
+    flag, equals, text = override.partition("=")
+    parts = flag.removeprefix("--").split(".")
+    is_stage = parts[0] == "stage"
+    if not flag.startswith("--") or not equals or len(parts) != (3 if is_stage else 2) or not all(parts):
+        raise RecipeError(f"can't read the argument {show(override)}", FORM)
+    if is_stage:
+        table = _stage_table(document, parts[1])
+    else:
+        check_section(parts[0])
+        table = document.sections.setdefault(parts[0], {})
+    table[parts[-1]] = _value(text, flag)
+    return ".".join(parts)
+
+
+def _value(text: str, flag: str) -> Any:
+    """The text as a TOML value; what is none, such as a bare word, a path or a date, is a string."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        if text.lstrip()[:1] in ('"', "'", "[", "{"):
+            raise RecipeError(f"{flag}={cut(text)} is not a TOML value", "a closed string or list", flag) from None
+        return text
+    is_date = isinstance(parsed["value"], (datetime.date, datetime.time))
+    return text if is_date or len(parsed) > 1 else parsed["value"]
+
+
+def _stage_table(document: Document, name: str) -> dict[str, Any]:
+    for stage in document.stages:
+        if stage.get("name") == name:
+            return stage
+    names = [stage["name"] for stage in document.stages if isinstance(stage.get("name"), str)]
+    raise unknown_name(f"stage.{key_text(name)}", name, names)

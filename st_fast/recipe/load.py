@@ -1,23 +1,21 @@
-"""Recipe file + overrides → a checked `Recipe`, or one line that says what is wrong. Imports no torch."""
+"""Recipe file + overrides → a checked `Recipe`, or one line that says what is wrong; and back to TOML. No torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from st_fast.recipe.architecture import Model, resolve_model
 from st_fast.recipe.batch import agreed, made_for
 from st_fast.recipe.check import check
-from st_fast.recipe.document import Document, read_document, section_with
+from st_fast.recipe.document import Document, apply_override, read_document, section_with
 from st_fast.recipe.error import RecipeError, cut, did_you_mean, key_text, unknown_name, wrong_value
-from st_fast.recipe.methods import METHODS
-from st_fast.recipe.overrides import apply_override
-from st_fast.recipe.schema import SECTIONS, SIZES, Model, Recipe, Stage, Start
-from st_fast.recipe.typed import build, field_types, typed_value
-
-PATCHES = (2, 4, 8)
-"""The patch sizes that SiT's names take."""
+from st_fast.recipe.keys import build, keys, typed_value
+from st_fast.recipe.methods import METHODS, supervision_name
+from st_fast.recipe.schema import SECTIONS, Recipe, Stage, Start
 
 STAGE_KEYS = ("name", "supervision", "steps")
 """What every stage has; all else belongs to its method or its start."""
@@ -56,7 +54,7 @@ def parse(document: Document) -> Recipe:
     """The document with every value of its field's type; nothing resolved yet."""
     sections: dict[str, Any] = {}
     for name, table in document.sections.items():
-        check_keys(table, field_types(SECTIONS[name]), name, section_with)
+        check_keys(table, keys(SECTIONS[name]), name, section_with)
         sections[name] = build(SECTIONS[name], table, name)
     sections.setdefault("model", Model())
     stages = tuple(parse_stage(table, position) for position, table in enumerate(document.stages, 1))
@@ -69,17 +67,17 @@ def parse_stage(table: dict[str, Any], position: int) -> Stage:
     for key in STAGE_KEYS:
         if key not in table:
             raise RecipeError(f"{label} has no {key}", "every [[stage]] has " + ", ".join(STAGE_KEYS), f"{label}.{key}")
-    kinds = field_types(Stage)
-    name = typed_value(f"{label}.name", kinds["name"], table["name"])
+    own = keys(Stage)
+    name = typed_value(f"{label}.name", own["name"].kind, table["name"])
     label = f"stage.{name}"
     supervision = typed_value(f"{label}.supervision", str, table["supervision"])
     if supervision not in METHODS:
         allowed = ", ".join(METHODS) + did_you_mean(supervision, METHODS)
         raise wrong_value(f"{label}.supervision", supervision, allowed)
-    steps = typed_value(f"{label}.steps", kinds["steps"], table["steps"])
-    own, start = field_types(METHODS[supervision]), field_types(Start)
-    check_keys(table, [*STAGE_KEYS, *own, *start], label, method_with)
-    method, begin = ({key: table[key] for key in kinds if key in table} for kinds in (own, start))
+    steps = typed_value(f"{label}.steps", own["steps"].kind, table["steps"])
+    parts = keys(METHODS[supervision]), keys(Start)
+    check_keys(table, [*STAGE_KEYS, *parts[0], *parts[1]], label, method_with)
+    method, begin = ({key: table[key] for key in part if key in table} for part in parts)
     return Stage(name, build(METHODS[supervision], method, label), steps, build(Start, begin, label))
 
 
@@ -93,7 +91,7 @@ def check_keys(table: Iterable[str], known: Iterable[str], prefix: str, elsewher
 
 def method_with(key: str) -> str:
     """A hint at the methods that have such a setting; empty where none has."""
-    owners = [name for name, method in METHODS.items() if key in field_types(method)]
+    owners = [name for name, method in METHODS.items() if key in keys(method)]
     return f"a setting of supervision {' and '.join(owners)}" if owners else ""
 
 
@@ -105,21 +103,35 @@ def resolve(recipe: Recipe, path: Path) -> Recipe:
     return replace(recipe, model=resolve_model(recipe.model), run=run)
 
 
-def resolve_model(model: Model) -> Model:
-    """The model with depth, width, heads and patch filled from a name such as "SiT-XL/2"; those given must agree."""
-    if model.name == "custom":
-        for key in ("depth", "width", "heads", "patch"):
-            if getattr(model, key) == 0:
-                why = 'model.name = "custom" leaves it to you'
-                raise wrong_value(f"model.{key}", 0, "an integer at least 1, or a model.name such as SiT-XL/2", why)
-        return model
-    named = {f"SiT-{size}/{patch}": (*shape, patch) for size, shape in SIZES.items() for patch in PATCHES}
-    if model.name not in named:
-        options = ["custom", *named]
-        raise wrong_value("model.name", model.name, ", ".join(options) + did_you_mean(model.name, options))
-    depth, width, heads, patch = named[model.name]
-    for key, size in (("depth", depth), ("width", width), ("heads", heads), ("patch", patch)):
-        if getattr(model, key) not in (0, size):
-            why = f'model.name = "{model.name}" has {key} {size}'
-            raise wrong_value(f"model.{key}", getattr(model, key), f'{size}, or model.name = "custom"', why)
-    return replace(model, depth=depth, width=width, heads=heads, patch=patch)
+def to_toml(recipe: Recipe) -> str:
+    """Every section and stage with every value, defaults included."""
+    tables = [_table(f"[{name}]", _items(getattr(recipe, name))) for name in SECTIONS]
+    tables += [_table("[[stage]]", _stage_items(stage)) for stage in recipe.stages]
+    return "\n".join(tables)
+
+
+def _stage_items(stage: Stage) -> dict[str, Any]:
+    head = {"name": stage.name, "supervision": supervision_name(stage.method), "steps": stage.steps}
+    return head | _items(stage.method) | _items(stage.start)
+
+
+def _items(section: Any) -> dict[str, Any]:
+    return {f.name: getattr(section, f.name) for f in fields(section)}
+
+
+def _table(header: str, items: dict[str, Any]) -> str:
+    return "".join([f"{header}\n", *(f"{key} = {to_literal(value)}\n" for key, value in items.items())])
+
+
+def to_literal(value: Any) -> str:
+    """A bool, int, float, string or tuple of these in TOML; TypeError for anything else."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but TOML also wants DEL escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return f"[{', '.join(to_literal(item) for item in value)}]"
+    raise TypeError(f"{value!r} is a {type(value).__name__}; a recipe holds bools, numbers, strings and tuples of them")

@@ -1,6 +1,7 @@
 """Settings of the supervision methods, by the name that a stage's `supervision` key takes. Imports no torch.
 
-A method's code is the class named in `implementation`; it is imported only when a stage starts.
+A method's code is the class named in `implementation`; it is imported only when a stage starts. What a method costs is
+declared here, too: its heads' linear layers, its teacher's passes and the activations that it keeps (see `cost`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from st_fast.recipe.limits import Block, Count, CountOrZero, Fraction, Names, NonNegative, StageStep, TimeRange
+from st_fast.recipe.architecture import Layer, Model
+from st_fast.recipe.error import wrong_value
+from st_fast.recipe.keys import (
+    Block,
+    Count,
+    CountOrZero,
+    Fraction,
+    Names,
+    NonNegative,
+    StageStep,
+    TimeRange,
+    fixed,
+)
 
 Mask = Literal["sample", "sample_mean", "released"]
 
@@ -22,11 +35,23 @@ class Selection:
     weight: float
 
 
+EVERYWHERE = (0.0, 1.0)
+"""The t-range of methods that supervise every sample."""
+
+DINOV2 = {"small": (12, 384), "base": (12, 768), "large": (24, 1024), "giant": (40, 1536)}
+"""(depth, width) of the published sizes."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """What every method's settings share: the class that implements it and the block it reads (0: none)."""
+    """What every method's settings share; a property that a method leaves out says that it has no such thing."""
 
     implementation: ClassVar[str]
+    """The class that implements it, as module:class."""
+    learns_from_average: ClassVar[bool] = False
+    """Whether the student's own weight average (EMA) is the teacher."""
+    teacher_passes: ClassVar[int] = 0
+    """How often the teacher, or the average, runs for a supervised sample."""
 
     @property
     def tap(self) -> int | tuple[int, ...]:
@@ -54,13 +79,8 @@ class Method:
         return False
 
     @property
-    def learns_from_average(self) -> bool:
-        """Whether the student's own weight average (EMA) is the teacher."""
-        return False
-
-    @property
     def frozen_depth(self) -> int:
-        """How many blocks of the teacher, or of the average, run; 0 where there is none."""
+        """How many of its blocks run."""
         return 0
 
     @property
@@ -91,9 +111,16 @@ class Method:
         """What the weight λ is multiplied with at a step, counted from 0."""
         return 1.0
 
+    def head_layers(self, model: Model) -> tuple[Layer, ...]:
+        """The linear layers of the trained heads, which are dropped after training."""
+        return ()
 
-EVERYWHERE = (0.0, 1.0)
-"""The t-range of methods that supervise every sample."""
+    def kept_channels(self, model: Model) -> int:
+        """Channels a token of a supervised sample that are kept for the backward pass: heads, rows and target."""
+        return 0
+
+    def check(self, stage: str) -> None:
+        """RecipeError where the settings of the stage of that name don't fit one another."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +136,14 @@ class VelocityHead(Method):
 
     implementation: ClassVar[str] = "st_fast.train.supervision.velocity_head:VelocityHead"
 
-    depth: Block = 2
-    target: Literal["velocity", "latent"] = "velocity"
-    weight: NonNegative = 0.5
-    hidden: Count = 2048
-    t_range: TimeRange = (0.4, 0.7)
-    mask: Mask = "sample"
+    depth: Block = fixed(2, "The student's block that the head reads.")
+    target: Literal["velocity", "latent"] = fixed(
+        "velocity", "What the head predicts: the velocity (released code) or the clean latent (paper)."
+    )
+    weight: NonNegative = fixed(0.5, "λ, the weight of the head's loss.")
+    hidden: Count = fixed(2048, "Hidden channels of the head's MLP.")
+    t_range: TimeRange = fixed((0.4, 0.7), "Times at which samples are supervised, both ends included.")
+    mask: Mask = fixed("sample", "Mean over all samples, over supervised ones, or as the released code multiplies it.")
 
     @property
     def tap(self) -> int:
@@ -124,25 +153,32 @@ class VelocityHead(Method):
     def selection(self) -> Selection:
         return Selection(self.t_range, self.mask, self.weight)
 
+    def head_layers(self, model: Model) -> tuple[Layer, ...]:
+        final = Layer("projectors_final.linear", model.width, model.patch_values, model.tokens)
+        return *projector("projectors", model, self.hidden, model.width), final
+
+    def kept_channels(self, model: Model) -> int:
+        return 4 * self.hidden + 3 * model.width  # rows, LayerNorm's input and output
+
 
 @dataclass(frozen=True)
 class SelfTranscendence(Method):
     """Stage 2: guided features of a frozen stage-1 model supervise a shallow block of a new student."""
 
     implementation: ClassVar[str] = "st_fast.train.supervision.self_transcendence:SelfTranscendence"
+    teacher_passes: ClassVar[int] = 2  # with the label and with the null label
 
-    teacher: str = ""
-    teacher_weights: Literal["raw", "ema"] = "raw"
-    student_depth: Block = 8
-    teacher_depth: Block = 16
-    cfg_scale: NonNegative = 30.0
-    loss: Literal["mse", "cosine", "normalized_mse"] = "mse"
-    weight: NonNegative = 0.5
-    hidden: Count = 2048
-    t_range: TimeRange = (0.4, 0.7)
-    mask: Mask = "sample"
-    stop_step: StageStep = 0
-    """Supervision ends after this many steps; 0 keeps it for the whole stage."""
+    teacher: str = fixed("", "The frozen teacher: an earlier stage, or the path of a model.")
+    teacher_weights: Literal["raw", "ema"] = fixed("raw", "The teacher's raw weights or their average.")
+    student_depth: Block = fixed(8, "The student's block that is supervised.")
+    teacher_depth: Block = fixed(16, "The teacher's block whose features are the target.")
+    cfg_scale: NonNegative = fixed(30.0, "ω, the guidance of the features: f_∅ + ω·(f_y − f_∅); 1 needs no null label.")
+    loss: Literal["mse", "cosine", "normalized_mse"] = fixed("mse", "How features are compared.")
+    weight: NonNegative = fixed(0.5, "λ, the weight of the feature loss.")
+    hidden: Count = fixed(2048, "Hidden channels of the student's projector.")
+    t_range: TimeRange = fixed((0.4, 0.7), "Times at which samples are supervised, both ends included.")
+    mask: Mask = fixed("sample", "Mean over all samples, over supervised ones, or as the released code multiplies it.")
+    stop_step: StageStep = fixed(0, "Supervision ends after this many steps; 0: with the stage.")
 
     @property
     def tap(self) -> int:
@@ -168,6 +204,12 @@ class SelfTranscendence(Method):
     def frozen_depth(self) -> int:
         return self.teacher_depth
 
+    def head_layers(self, model: Model) -> tuple[Layer, ...]:
+        return projector("projectors", model, self.hidden, model.width)
+
+    def kept_channels(self, model: Model) -> int:
+        return 4 * self.hidden + 4 * model.width  # rows, both targets, the loss's gradient
+
 
 @dataclass(frozen=True)
 class LayerSync(Method):
@@ -175,9 +217,9 @@ class LayerSync(Method):
 
     implementation: ClassVar[str] = "st_fast.train.supervision.layer_sync:LayerSync"
 
-    student_depth: Block = 8
-    teacher_depth: Block = 16
-    weight: NonNegative = 0.2
+    student_depth: Block = fixed(8, "The shallow block, which is supervised.")
+    teacher_depth: Block = fixed(16, "The deeper block, which is the target.")
+    weight: NonNegative = fixed(0.2, "λ, the weight of the feature loss.")
 
     @property
     def tap(self) -> tuple[int, int]:
@@ -187,22 +229,31 @@ class LayerSync(Method):
     def selection(self) -> Selection:
         return Selection(EVERYWHERE, "sample", self.weight)
 
+    def kept_channels(self, model: Model) -> int:
+        return 2 * model.width
+
+    def check(self, stage: str) -> None:
+        """A block that follows another of the same pass lies below it: from itself it would learn nothing."""
+        if self.teacher_depth <= self.student_depth:
+            allowed = f"a block above student_depth = {self.student_depth}"
+            raise wrong_value(f"stage.{stage}.teacher_depth", self.teacher_depth, allowed)
+
 
 @dataclass(frozen=True)
 class SelfRepresentation(Method):
     """SRA: a deeper block of the student's weight average, which sees less noise, supervises a shallow block."""
 
     implementation: ClassVar[str] = "st_fast.train.supervision.sra:SelfRepresentation"
+    learns_from_average: ClassVar[bool] = True
+    teacher_passes: ClassVar[int] = 1
 
-    student_depth: Block = 8
-    teacher_depth: Block = 20
-    time_offset: Fraction = 0.2
-    """The teacher's time is max(t − u, 0), u uniform between 0 and this."""
-    loss: Literal["smooth_l1", "cosine"] = "smooth_l1"
-    weight: NonNegative = 0.2
-    decay_start: CountOrZero = 0
-    decay_steps: CountOrZero = 0
-    """From step decay_start on the weight falls by a factor of ten in this many steps; 0: never."""
+    student_depth: Block = fixed(8, "The student's block that is supervised.")
+    teacher_depth: Block = fixed(20, "The average's block whose features are the target.")
+    time_offset: Fraction = fixed(0.2, "The average's time is max(t − u, 0), u uniform between 0 and this.")
+    loss: Literal["smooth_l1", "cosine"] = fixed("smooth_l1", "How features are compared.")
+    weight: NonNegative = fixed(0.2, "λ, the weight of the feature loss.")
+    decay_start: CountOrZero = fixed(0, "The step from which on the weight decays.")
+    decay_steps: CountOrZero = fixed(0, "Steps in which the weight falls by a factor of ten; 0: never.")
 
     @property
     def tap(self) -> int:
@@ -213,10 +264,6 @@ class SelfRepresentation(Method):
         return Selection(EVERYWHERE, "sample", self.weight)
 
     @property
-    def learns_from_average(self) -> bool:
-        return True
-
-    @property
     def frozen_depth(self) -> int:
         return self.teacher_depth
 
@@ -225,6 +272,13 @@ class SelfRepresentation(Method):
             return 1.0
         return float(0.1 ** ((step - self.decay_start) / self.decay_steps))
 
+    def head_layers(self, model: Model) -> tuple[Layer, ...]:
+        n, d = model.tokens, model.width
+        return Layer("ap_head.linear1", d, 2 * d, n), Layer("ap_head.linear2", 2 * d, d, n)
+
+    def kept_channels(self, model: Model) -> int:
+        return 7 * model.width  # the hidden layer before and after SiLU; prediction, target, gradient
+
 
 @dataclass(frozen=True)
 class Repa(Method):
@@ -232,18 +286,15 @@ class Repa(Method):
 
     implementation: ClassVar[str] = "st_fast.train.supervision.repa:Repa"
 
-    encoders: Names = ("facebook/dinov2-base",)
-    """Hub names or folders; with written features each as it was given to `python -m st_fast.prepare --features`."""
-    depth: Block = 8
-    weight: NonNegative = 0.5
-    """λ of the mean over encoders."""
-    hidden: Count = 2048
-    interpolate: bool = False
-    """Resize features whose grid differs from the tokens' (bilinear); otherwise that is an error."""
-    stop_step: StageStep = 0
-    """Supervision ends after this many steps (HASTE); 0 keeps it for the whole stage."""
-    features: Literal["written", "live"] = "written"
-    """Read as they were written beside the latents, or made while training of the latents' images (`data.images`)."""
+    encoders: Names = fixed(("facebook/dinov2-base",), "Image encoders: hub names or folders, as features name them.")
+    depth: Block = fixed(8, "The student's block that is supervised.")
+    weight: NonNegative = fixed(0.5, "λ, the weight of the mean over encoders of their losses.")
+    hidden: Count = fixed(2048, "Hidden channels of each encoder's projector.")
+    interpolate: bool = fixed(False, "Resize features whose grid differs from the tokens' (bilinear), else an error.")
+    stop_step: StageStep = fixed(0, "Supervision ends after this many steps (HASTE); 0: with the stage.")
+    features: Literal["written", "live"] = fixed(
+        "written", "Read features written by `st_fast.prepare --features`, or make them of `data.images` in training."
+    )
 
     @property
     def tap(self) -> int:
@@ -265,6 +316,13 @@ class Repa(Method):
     def selection(self) -> Selection:
         return Selection(EVERYWHERE, "sample", self.weight)
 
+    def head_layers(self, model: Model) -> tuple[Layer, ...]:
+        widths = enumerate(encoder_width(name, model) for name in self.encoders)
+        return sum((projector(f"projectors.{j}", model, self.hidden, width) for j, width in widths), ())
+
+    def kept_channels(self, model: Model) -> int:
+        return sum(4 * self.hidden + 3 * encoder_width(name, model) for name in self.encoders)
+
 
 METHODS: dict[str, type[Method]] = {
     "none": Plain,
@@ -282,3 +340,19 @@ def supervision_name(method: Method) -> str:
         if type(method) is cls:
             return name
     raise KeyError(f"{type(method).__name__} is not in METHODS; it has {', '.join(METHODS)}")
+
+
+def projector(name: str, model: Model, hidden: int, out: int) -> tuple[Layer, ...]:
+    """REPA's projector, a three-layer MLP on every token."""
+    sizes = ((model.width, hidden), (hidden, hidden), (hidden, out))
+    return tuple(Layer(f"{name}.{2 * i}", inputs, outputs, model.tokens) for i, (inputs, outputs) in enumerate(sizes))
+
+
+def encoder_width(name: str, model: Model) -> int:
+    """Channels of an image encoder's features, where its name tells; else the model's width stands for it."""
+    return next((width for size, (_, width) in DINOV2.items() if size in name), model.width)
+
+
+def dinov2_size(name: str) -> tuple[int, int]:
+    """(depth, width) of a DINOv2 by its name, such as facebook/dinov2-base; zeros where that tells nothing."""
+    return next((sizes for size, sizes in DINOV2.items() if "dinov2" in name and size in name), (0, 0))

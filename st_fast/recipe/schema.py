@@ -1,4 +1,4 @@
-"""The sections of a recipe: one frozen dataclass a component, with its defaults. Imports no torch.
+"""The sections of a recipe: one frozen dataclass a component, with its keys. Imports no torch.
 
 The defaults are those of the published Self-Transcendence runs where these exist (arXiv 2601.07773).
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
-from st_fast.recipe.limits import (
+from st_fast.recipe.architecture import Model as Model
+from st_fast.recipe.keys import (
     BelowOne,
     Count,
     CountOrZero,
@@ -17,213 +18,181 @@ from st_fast.recipe.limits import (
     NonNegative,
     Positive,
     TimeRange,
+    fixed,
+    free,
+    said,
 )
 from st_fast.recipe.methods import Method
-
-SIZES: dict[str, tuple[int, int, int]] = {
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
-"""SiT's published sizes: (depth, width, heads)."""
-
-Choice = Literal["auto", "fused", "reference"]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The network. `name` such as "SiT-XL/2" sets depth, width, heads and patch; or give these four.
-
-    `attention` and `modulation` choose how the same is computed: the backend, and whether every block projects its
-    own adaLN vectors or one matrix product makes all of them.
-    """
-
-    name: str = "custom"
-    depth: CountOrZero = 0
-    width: CountOrZero = 0
-    heads: CountOrZero = 0
-    patch: CountOrZero = 0
-    channels: Count = 4
-    latent_size: Count = 32
-    num_classes: Count = 1000
-    class_dropout: BelowOne = 0.1
-    mlp_ratio: Positive = 4.0
-    qk_norm: bool = True
-    attention: str = "auto"
-    modulation: Literal["per_block", "one"] = "per_block"
 
 
 @dataclass(frozen=True)
 class Flow:
     """The path from data (t = 0) to noise (t = 1), and how t is drawn."""
 
-    path: Literal["linear", "cosine"] = "linear"
-    time: Literal["uniform", "lognormal", "stratified"] = "uniform"
+    path: Literal["linear", "cosine"] = fixed("linear", "How data and noise are mixed along t.")
+    time: Literal["uniform", "lognormal", "stratified"] = fixed(
+        "uniform", "How t is drawn: uniform, log-normal noise levels (EDM), or one in each of batch_size equal bins."
+    )
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where latents come from. `source = "digits"` makes the folder at `path` on first use.
+    """Where latents come from. That it is the same data, its digest says."""
 
-    `images` is what the latents were made from, for encoders that run while training (a folder, zip, tar, …, as given
-    to `st_fast.prepare`, and `images_subset` likewise); "" means images in the folder at `path` itself.
-    """
-
-    path: str = ""
-    images: str = ""
-    images_subset: str = ""
-    source: Literal["shards", "digits"] = "shards"
-    loader: Literal["auto", "resident", "dali", "torch"] = "auto"
-    verify: bool = True
+    path: str = free("", "Folder of latents and labels, as `python -m st_fast.prepare` writes it.")
+    images: str = free("", 'The latents\' images, for live encoders: folder, zip, tar, …; "": the folder at `path`.')
+    images_subset: str = free("", "Which of these images, as given to `st_fast.prepare`.")
+    source: Literal["shards", "digits"] = fixed("shards", '"digits" makes the folder at `path` on first use.')
+    loader: Literal["auto", "resident", "dali", "torch"] = free("auto", "What reads the latents during training.")
+    verify: bool = free(True, "Check the data's digests before training.")
 
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with clipping and a weight average. `batch_size` is global: over all ranks and accumulation steps.
+    """AdamW with clipping and a weight average (EMA). The global batch is what an update sees, however it is split."""
 
-    `micro_batch` gives the images of one forward pass on one rank instead of `accumulation` (0: that decides); "auto"
-    takes the most that fit the device by the memory estimate.
-    `grad_clip = 0` turns clipping off. `reduction` is the dtype in which ranks add gradients; "auto": the gradients'.
-    `implementation` says who makes the step: this project's op in one pass ("auto"), PyTorch's fused AdamW, or apex's;
-    the state is the same.
-    """
-
-    batch_size: Count = 256
-    accumulation: Count = 1
-    micro_batch: CountOrZero | Literal["auto"] = 0
-    lr: Positive = 1e-4
-    warmup_steps: CountOrZero = 0
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-    grad_clip: NonNegative = 1.0
-    implementation: Literal["auto", "st_fast", "torch", "apex"] = "auto"
-    reduction: Literal["auto", "fp32", "bf16"] = "auto"
-    ema_decay: BelowOne = 0.9999
+    batch_size: Count = fixed(256, "Images of one update, over all ranks and passes.")
+    accumulation: Count = free(1, "Passes whose gradients add up to one update.")
+    micro_batch: CountOrZero | Literal["auto"] = free(
+        0, 'Images of a pass on one rank instead of `accumulation` (0: that decides); "auto": the most that fit.'
+    )
+    lr: Positive = fixed(1e-4, "Learning rate.")
+    warmup_steps: CountOrZero = fixed(0, "Steps over which the learning rate rises linearly.")
+    betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.999), "Decay of AdamW's two running means.")
+    eps: Positive = fixed(1e-8, "AdamW's ε.")
+    weight_decay: NonNegative = fixed(0.0, "Decoupled weight decay.")
+    grad_clip: NonNegative = fixed(1.0, "Largest norm of the gradient; 0: no clipping.")
+    implementation: Literal["auto", "st_fast", "torch", "apex"] = free(
+        "auto", "What makes the update: this project's op in one pass (auto), PyTorch's fused AdamW, or apex's."
+    )
+    reduction: Literal["auto", "fp32", "bf16"] = fixed("auto", "The dtype in which ranks add gradients; auto: theirs.")
+    ema_decay: BelowOne = fixed(0.9999, "Decay of the weight average a step.")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how the run happens; nothing here changes the mathematics but `seed`, `precision` and `fp8`.
-
-    A denoising loss above `spike_ratio` times its usual value (0: never looked at) rolls back to the last good
-    checkpoint, at most `spike_retries` times a stage. A rank that gets no further for `hang_timeout` seconds ends the
-    run (0: never). `checkpointing` computes activations again in the backward pass instead of keeping them: those of
-    the attention, or of whole blocks. `fp8` casts the operands of the blocks' linear layers, with one scale a tensor.
-    `sharding = "fsdp2"` keeps weights, moments and EMA in shards, one a rank; frozen teachers too with `shard_teacher`.
+    """Where and how the run happens; of the keys only `seed`, `precision` and `fp8` change the mathematics.
 
     `teacher_branches`, `teacher_placement`, `supervised_rows`, `prefetch` and `cuda_graphs` schedule the same work in
-    another way: docs/schedules.md. Where one of them takes a second CUDA stream and there is none, `streams` says what
-    happens: "required" is an error, "auto" does the work in the same order on the one queue there is, and "off" does
-    so on CUDA, too.
+    another way: docs/schedules.md.
     """
 
-    out: str = ""
-    seed: CountOrZero = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    fp8: Literal["off", "tensorwise"] = "off"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    checkpointing: Literal["none", "attention", "block"] = "none"
-    teacher_branches: Literal["batched", "sequential", "streams"] = "batched"
-    teacher_placement: Literal["before", "beside", "ahead"] = "before"
-    supervised_rows: Literal["exact", "padded"] = "exact"
-    prefetch: bool = False
-    cuda_graphs: bool = False
-    streams: Literal["required", "auto", "off"] = "required"
-    sharding: Literal["none", "fsdp2"] = "none"
-    shard_teacher: bool = False
-    log_every: Count = 50
-    save_every: Count = 5_000
-    keep: Count = 2
-    keep_every: CountOrZero = 0
-    max_bad_steps: Count = 10
-    spike_ratio: NonNegative = 0.0
-    spike_retries: CountOrZero = 3
-    hang_timeout: CountOrZero = 1_800
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    out: str = free("", 'Folder of the run; "": runs/<name of the recipe>.')
+    seed: CountOrZero = fixed(0, "Seed of every random draw.")
+    precision: Literal["auto", "bf16", "fp32"] = fixed(
+        "auto", "Weights and activations; auto: bf16 on CUDA, else fp32."
+    )
+    fp8: Literal["off", "tensorwise"] = fixed(
+        "off", "Cast the operands of the blocks' linear layers, one scale a tensor."
+    )
+    device: Literal["auto", "cpu", "cuda"] = free("auto", "Where to train; auto: CUDA where there is a GPU.")
+    compile: Literal["auto", "on", "off"] = free("auto", "Compile the blocks with torch.compile; auto: on CUDA.")
+    checkpointing: Literal["none", "attention", "block"] = free(
+        "none", "What the backward pass computes again instead of keeping it."
+    )
+    teacher_branches: Literal["batched", "sequential", "streams"] = free(
+        "batched", "How a guided teacher runs with the labels and with the null label."
+    )
+    teacher_placement: Literal["before", "beside", "ahead"] = free(
+        "before", "The teacher runs before the student's pass, beside it, or a step ahead."
+    )
+    supervised_rows: Literal["exact", "padded"] = free("exact", "Supervised samples as many as there are, or padded.")
+    prefetch: bool = free(False, "Copy the next batch to the device during the step.")
+    cuda_graphs: bool = free(False, "Replay each step as one CUDA graph.")
+    streams: Literal["required", "auto", "off"] = free(
+        "required", "Where a second CUDA stream is missing: an error, or (auto) one queue; off: one queue always."
+    )
+    sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, AdamW's state and EMA in shards, one a rank.")
+    shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")
+    log_every: Count = free(50, "Steps from one log line to the next.")
+    save_every: Count = free(5_000, "Steps from one checkpoint to the next.")
+    keep: Count = free(2, "Newest checkpoints that a stage keeps.")
+    keep_every: CountOrZero = free(0, "Checkpoints at multiples of this are kept for good; 0: none.")
+    max_bad_steps: Count = free(10, "Steps in a row without a finite loss that end the run.")
+    spike_ratio: NonNegative = free(0.0, "A loss above this times its usual value rolls back a checkpoint; 0: never.")
+    spike_retries: CountOrZero = free(3, "Rollbacks a stage at most.")
+    hang_timeout: CountOrZero = free(1_800, "Seconds without progress on a rank that end the run; 0: never.")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = free((), "Trackers that get the log, too.")
+
+    def bf16(self, device: str) -> bool:
+        """Whether weights in use are bf16 on "cpu" or "cuda"; `run.device` "auto" counts as a GPU."""
+        return self.precision == "bf16" or (self.precision == "auto" and device != "cpu")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How samples are drawn, in training (`every` steps; 0: only at a stage's end) and by `st_fast.sample`."""
+    """How samples are drawn, in training and by `st_fast.sample`."""
 
-    every: CountOrZero = 0
-    num: CountOrZero = 80
-    batch_size: Count = 100
-    sampler: Literal["euler", "heun", "dopri5", "sde"] = "sde"
-    steps: Count = 250
-    cfg_scale: NonNegative = 1.9
-    cfg_range: TimeRange = (0.0, 0.65)
+    every: CountOrZero = free(0, "Steps from one drawing to the next; 0: only at a stage's end.")
+    num: CountOrZero = free(80, "Samples of a drawing.")
+    batch_size: Count = free(100, "Samples drawn at a time.")
+    sampler: Literal["euler", "heun", "dopri5", "sde"] = free("sde", "The solver.")
+    steps: Count = free(250, "Steps of the solver; dopri5 chooses its own.")
+    cfg_scale: NonNegative = free(1.9, "Classifier-free guidance; 1: none.")
+    cfg_range: TimeRange = free((0.0, 0.65), "Times at which guidance acts.")
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Which metrics are taken of `num` samples every `every` steps (0: only at a stage's end).
+    """Which metrics are taken of samples."""
 
-    `judge = "classifier"`: in the features of a classifier trained on the data's real images. `inception`, a file of
-    the FID network's weights: FID and its like against `reference`, which is an ADM .npz, a folder of pictures or a
-    data folder (empty: the run's own).
-    """
+    judge: Literal["none", "classifier"] = free("none", "Score in the features of a classifier of the data's images.")
+    every: CountOrZero = free(0, "Steps from one evaluation to the next; 0: only at a stage's end.")
+    num: Count = free(1_000, "Samples of an evaluation.")
+    inception: str = free("", 'File of the FID network\'s weights, for FID and its like; "": none.')
+    reference: str = free("", "What FID compares with: ADM's .npz, pictures or a data folder; \"\": the run's data.")
 
-    judge: Literal["none", "classifier"] = "none"
-    every: CountOrZero = 0
-    num: Count = 1_000
-    inception: str = ""
-    reference: str = ""
+
+Choice = Literal["auto", "fused", "reference"]
 
 
 @dataclass(frozen=True)
 class Kernels:
     """Which implementation serves each op; "auto" takes what measured faster on this kind of device."""
 
-    norm_modulate: Choice = "auto"
-    gate_residual_norm_modulate: Choice = "auto"
-    gate_residual: Choice = "auto"
-    align: Choice = "auto"
-    guided_feature_loss: Choice = "auto"
-    cfg_extrapolate: Choice = "auto"
-    qk_norm: Choice = "auto"
-    linear: Choice = "auto"
-    gelu_tanh: Choice = "auto"
-    adamw_ema: Choice = "auto"
+    norm_modulate: Choice = free("auto", "LayerNorm with adaLN's shift and scale.")
+    gate_residual_norm_modulate: Choice = free("auto", "Gated residual, then LayerNorm with shift and scale.")
+    gate_residual: Choice = free("auto", "Gated residual.")
+    align: Choice = free("auto", "Negative cosine of two feature maps.")
+    guided_feature_loss: Choice = free("auto", "Guidance of the teacher's features and the loss to them.")
+    cfg_extrapolate: Choice = free("auto", "Guidance of a prediction.")
+    qk_norm: Choice = free("auto", "LayerNorm of queries and keys.")
+    linear: Choice = free("auto", "Linear layers.")
+    gelu_tanh: Choice = free("auto", "GELU of the MLP.")
+    adamw_ema: Choice = free("auto", "AdamW, clipping, EMA and the bf16 copy in one pass.")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Which steps of each stage are profiled: `steps` of them from step `start` on (0: none).
+    """Which steps of each stage are profiled."""
 
-    "nsys" marks them for `nsys profile --capture-range=cudaProfilerApi`, "torch" writes a trace into the run folder and
-    prints where the time went; "auto" is "nsys" where nsys started this process.
-    """
-
-    start: CountOrZero = 0
-    steps: Count = 3
-    tool: Literal["auto", "nsys", "torch"] = "auto"
+    start: CountOrZero = free(0, "First step that is profiled; 0: none.")
+    steps: Count = free(3, "How many steps.")
+    tool: Literal["auto", "nsys", "torch"] = free(
+        "auto", "Mark them for nsys, or write a trace with torch; auto: nsys where it started this process."
+    )
 
 
 @dataclass(frozen=True)
 class Start:
     """Where a stage's weights come from when it begins: drawn, where `init` is empty, else read from a model."""
 
-    init: str = ""
-    """An earlier stage, or a path: a run, stage or checkpoint of ours, or another project's file."""
-    init_weights: Literal["ema", "raw", "state"] = "ema"
-    """Averaged or raw weights, of which a new average begins; "state": raw ones, their average and AdamW's moments."""
-    init_heads: Literal["fresh", "match"] = "fresh"
-    """Whether the method's heads are drawn, or are those of the file."""
-    init_fresh: NamesOrNone = ()
-    """Parts of the trunk that are drawn all the same, by how their keys begin, such as "y_embedder."."""
+    init: str = fixed("", "An earlier stage, or a path: a run, stage or checkpoint, or another project's file.")
+    init_weights: Literal["ema", "raw", "state"] = fixed(
+        "ema", "Averaged or raw weights, of which a new average begins; state: raw, average and AdamW's state."
+    )
+    init_heads: Literal["fresh", "match"] = fixed("fresh", "Draw the method's heads, or take those of the model.")
+    init_fresh: NamesOrNone = fixed((), 'Parts that are drawn all the same, by how keys begin: ["y_embedder."].')
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage: its name, its supervision method with its own settings, how long it lasts, and what it starts from."""
 
-    name: Annotated[str, FolderName()]
+    name: Annotated[str, FolderName()] = field(metadata=said("Name of the stage, of its folder and for other stages."))
     method: Method
-    steps: Count
+    """The keys of the method that the key `supervision` names."""
+    steps: Count = field(metadata=said("Updates; a resumed run may make a stage longer.", free=True))
     start: Start = Start()
 
 

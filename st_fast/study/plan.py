@@ -26,7 +26,7 @@ from st_fast.recipe import Recipe, RecipeError
 from st_fast.recipe.batch import agreed
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, as_document, parse_toml, read_document, read_text
-from st_fast.recipe.limits import FolderName
+from st_fast.recipe.keys import FolderName
 from st_fast.recipe.load import parse, resolve
 
 ARM_KEYS = ("name", "title", "panel", "stage", "teacher")

@@ -25,8 +25,8 @@ from st_fast.core.errors import UserError
 from st_fast.core.launch import local_rank, rank_count
 from st_fast.recipe import Recipe, changed_maths, cost, load, load_run, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
+from st_fast.recipe.keys import choices, describe, keys
 from st_fast.recipe.schema import SECTIONS
-from st_fast.recipe.typed import choices, describe, field_types
 
 CARD_BYTES = 78 * 2**30
 """What an 80 GB card leaves to a process, about: for a plan where there is no GPU."""
@@ -45,14 +45,16 @@ class Arguments:
 def parser() -> argparse.ArgumentParser:
     """The command line, with every key of a recipe, for --help and completion; `parse` reads it."""
     parser = command_parser("train", __doc__)
-    parser.add_argument("recipe", help="a TOML file; the options below override it")
+    parser.usage = "python -m st_fast train RECIPE [--section.key=value ...] [--stage.NAME.key=value ...]"
+    parser.add_argument("recipe", help="a TOML file; the options below override it (docs/recipe.md has all keys)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its costs, and stop")
     parser.add_argument("--accept-changes", action="store_true", help="resume although the mathematics changed")
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(f"[{section}]")
-        for key, kind in field_types(cls).items():
-            words = ("true", "false") if kind is bool else choices(kind)
-            group.add_argument(f"--{section}.{key}", choices=words or None, metavar="VALUE", help=describe(kind))
+        for name, key in keys(cls).items():
+            words = ("true", "false") if key.kind is bool else choices(key.kind)
+            text = f"{key.help} ({describe(key.kind)})".replace("%", "%%")
+            group.add_argument(f"--{section}.{name}", choices=words or None, metavar="VALUE", help=text)
     return parser
 
 
@@ -102,12 +104,12 @@ def summary(recipe: Recipe, ranks: int) -> str:
     """Parameters, FLOPs per step of each stage and memory, as comments under the recipe."""
 
     model = recipe.model
-    bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and recipe.run.device != "cpu")
+    bf16 = recipe.run.bf16(recipe.run.device)
     chosen, how = planned_passes(recipe, ranks, bf16)
     fixed, activations = cost.memory_bytes(chosen, ranks, bf16)
     lines = [
-        f"# {model.name}: {cost.trunk_parameters(model) / 1e6:.1f} M parameters, "
-        f"{cost.tokens(model)} tokens, {cost.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
+        f"# {model.name}: {model.parameters / 1e6:.1f} M parameters, "
+        f"{model.tokens} tokens, {cost.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
     ]
     for stage in recipe.stages:
         each = cost.stage_cost(recipe, stage)

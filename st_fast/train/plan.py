@@ -99,9 +99,8 @@ def fsdp(work: Work, machine: Machine, count: int) -> Estimate:
 
 def work_of(recipe: Recipe, stage: Stage, images_per_s: float) -> Work:
     """From what one GPU was measured to do in whole steps; the update's time is taken out of it elsewhere."""
-    bf16 = recipe.run.precision != "fp32"
-    compute = recipe.optim.batch_size / images_per_s
-    return Work(compute, recipe.optim.batch_size, cost.trunk_parameters(recipe.model), 2 if bf16 else 4)
+    compute, weight_bytes = recipe.optim.batch_size / images_per_s, 2 if recipe.run.bf16("cuda") else 4
+    return Work(compute, recipe.optim.batch_size, recipe.model.parameters, weight_bytes)
 
 
 def without_update(work: Work, machine: Machine) -> Work:

@@ -27,7 +27,7 @@ from st_fast.model.fp8 import check_fp8
 from st_fast.prepare import digits, digits_encoder
 from st_fast.recipe import Recipe, Stage, to_toml
 from st_fast.recipe.batch import images_a_pass
-from st_fast.recipe.schedule import check_device
+from st_fast.recipe.check import check_device
 from st_fast.report import write_report
 from st_fast.train import memory, micro_batch, profiling, start, trackers
 from st_fast.train.examiner import Examiner
@@ -156,9 +156,8 @@ def check_starts(recipe: Recipe, records: RecordSet) -> None:
 
 
 def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype of the weights in use: `run.precision`, where "auto" is bf16 on CUDA and float32 elsewhere."""
-    bf16 = recipe.run.precision == "bf16" or (recipe.run.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
+    """The dtype of the weights in use."""
+    return torch.bfloat16 if recipe.run.bf16(device.type) else torch.float32
 
 
 def _keep_recipe(out: Path, recipe: Recipe) -> None:

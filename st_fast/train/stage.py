@@ -186,7 +186,7 @@ def _log_start(context: RunContext, stage: Stage, first: int, encoders: float, o
     recipe = context.recipe
     each = cost.stage_cost(recipe, stage, encoders)
     context.log.write(
-        "start", stage.name, first, trunk_params=cost.trunk_parameters(recipe.model), resumed_from=first,
+        "start", stage.name, first, trunk_params=recipe.model.parameters, resumed_from=first,
         flops_per_image=each.total, teacher_flops_per_image=each.teacher, steps=stage.steps,
         batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, context.ranks.count),
         ranks=context.ranks.count, device=_device_name(context.ranks.device),

@@ -25,7 +25,7 @@ from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.fp8 import use_fp8
 from st_fast.model.side_stream import side_stream
 from st_fast.model.smoke_test import validated_kernels
-from st_fast.recipe import cost, to_toml
+from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Run, Stage
 from st_fast.train import start, supervision, updates
 from st_fast.train.average import Average
@@ -66,7 +66,7 @@ class Trainer:
         table = validated_kernels(vars(recipe.kernels), recipe.model, context.ranks, context.dtype, context.log.say)
         update, norm = updates.validated(recipe, context.ranks, context.dtype, context.log.say)
         head_dim = recipe.model.width // recipe.model.heads
-        tokens = cost.tokens(recipe.model)
+        tokens = recipe.model.tokens
         attend = choose(recipe.model.attention, device, context.dtype, head_dim, context.log.say, tokens)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         if recipe.run.fp8 != "off":

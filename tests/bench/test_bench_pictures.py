@@ -10,7 +10,6 @@ import torch
 from bench import pictures, report, results, sweeps
 from bench.results import Row, Store
 from bench.workload import Setup
-from st_fast.recipe import cost
 from tests.bench.test_bench_report import MACHINE, op_row
 
 CPU = torch.device("cpu")
@@ -84,7 +83,7 @@ def test_a_steps_place_is_its_flops_over_its_products_bytes():
     step, alone = found.values()
     assert step.share == 0.7 and alone.share == pytest.approx(2.6e11 / 2.0 / MACHINE.matmul_rate)
     assert step.intensity / alone.intensity == pytest.approx(36e9 * 8 / 2.6e11)
-    parameters = cost.trunk_parameters(sweeps._model(Setup("S/2", "plain", 8, CPU)))
+    parameters = sweeps._model(Setup("S/2", "plain", 8, CPU)).parameters
     least = 3 * 4 * parameters  # every weight is read twice and its gradient written, at the very least
     assert 0 < 36e9 * 8 / step.intensity - least < 50 * least
 

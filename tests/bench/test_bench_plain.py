@@ -8,7 +8,6 @@ import torch
 from bench import floor, workload
 from bench.plain import Draws
 from bench.workload import STAGES, Setup, ours
-from st_fast.recipe import cost
 
 CPU = torch.device("cpu")
 
@@ -82,7 +81,7 @@ def test_the_floors_products_and_attention_are_all_of_the_methods_flops(stage):
         recipe, chosen = loop.recipe, loop.stage
         supervised = 3  # 0.3 of 10: what the formula expects
         products = floor.products(recipe, chosen, supervised)
-        n, width = cost.tokens(recipe.model), recipe.model.width
+        n, width = recipe.model.tokens, recipe.model.width
         attention = sum(
             count * case.batch * 4 * n * n * width * (3 if case.trained else 1)
             for case, count in floor.attended(recipe, chosen, supervised).items()

@@ -103,7 +103,7 @@ def test_what_is_kept_shrinks_as_the_estimate_says():
     for what, found in measured.items():
         # Of what is computed again in one block, nothing is kept while the forward pass runs.
         estimate = BATCH * cost.activation_bytes(SMALL, bf16=False, checkpointing=what)
-        one_block = BATCH * cost.tokens(SMALL) * 4 * 21 * SMALL.width
+        one_block = BATCH * SMALL.tokens * 4 * 21 * SMALL.width
         assert estimate - one_block <= found <= 1.3 * estimate, (what, found, estimate)
     assert measured["block"] < 0.25 * measured["none"]
     assert measured["block"] < measured["attention"] < 0.8 * measured["none"]

@@ -11,7 +11,7 @@ from st_fast import kernels
 from st_fast.model import SiT, build
 from st_fast.model.sit import sincos_positions, unpatchify
 from st_fast.recipe import cost
-from st_fast.recipe.schema import SIZES, Model
+from st_fast.recipe.architecture import SIZES, Model
 
 CPU = torch.device("cpu")
 TABLE = kernels.select(dict.fromkeys(("norm_modulate", "gate_residual_norm_modulate", "qk_norm"), "reference"), CPU)
@@ -38,7 +38,7 @@ def test_parameter_counts_are_the_published_ones_and_the_formula_counts_them(siz
     for patch in (2, 4, 8):
         with torch.device("meta"):
             count = sum(p.numel() for p in SiT(named(size, patch), TABLE).parameters())
-        assert count == cost.trunk_parameters(named(size, patch))
+        assert count == named(size, patch).parameters
         if patch == 2:
             assert count / 1e6 == pytest.approx(millions, rel=2e-3)
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import workload
 from bench.workload import STAGES, Setup, ours
-from st_fast.recipe import Recipe, cost, load
+from st_fast.recipe import Recipe, architecture, cost, load
 from st_fast.recipe.schema import Model
 from st_fast.train import memory
 from st_fast.train.run import run
@@ -26,12 +26,12 @@ BATCH = 10
 
 def no_input_gradient(model: Model) -> int:
     """FLOPs an image of three times a forward that are never run: nothing needs the gradients of latents and times."""
-    return 2 * (cost.tokens(model) * model.patch**2 * model.channels + cost.TIME_FREQUENCIES) * model.width
+    return 2 * (model.tokens * model.patch**2 * model.channels + architecture.TIME_FREQUENCIES) * model.width
 
 
 def shared_embedding(model: Model) -> int:
     """FLOPs a supervised image: both branches of the teacher share one patch embedding; defined are two."""
-    return 2 * cost.tokens(model) * model.patch**2 * model.channels * model.width
+    return 2 * model.tokens * model.patch**2 * model.channels * model.width
 
 
 def next_modulation(model: Model) -> int:

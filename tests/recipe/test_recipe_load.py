@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from st_fast.recipe import Plain, RecipeError, SelfTranscendence, VelocityHead, load, load_run, to_toml
+from st_fast.recipe.architecture import SIZES
 from st_fast.recipe.check import splits_near
-from st_fast.recipe.schema import SIZES
 
 Spoil = Callable[[str, str], Path]
 

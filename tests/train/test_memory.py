@@ -21,7 +21,7 @@ from st_fast import kernels
 from st_fast.model.checkpointing import recomputed
 from st_fast.model.sit import Block, run_module
 from st_fast.recipe import Model, Plain, Stage, cost, load
-from st_fast.recipe.load import resolve_model
+from st_fast.recipe.architecture import resolve_model
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -117,7 +117,7 @@ def traced_bytes(model: Model, checkpointing: str, batch: int) -> int:
     torch._dynamo.reset()
     run = recomputed(run_module) if checkpointing == "block" else run_module
     backend = aot_autograd(fw_compiler=as_it_is, bw_compiler=as_it_is, partition_fn=partition)
-    tokens, width = cost.tokens(model), model.width
+    tokens, width = model.tokens, model.width
     with FakeTensorMode():
         block = Block(model, kernels.select({}, torch.device("cuda")), cudnn)
         for module in block.modules():
@@ -146,7 +146,7 @@ def test_activations_are_what_the_compiled_blocks_for_cuda_save_or_little_more(c
     """
     model, batch = resolve_model(Model("SiT-XL/2", qk_norm=qk_norm)), 256
     block, whole = (traced_bytes(model, what, batch) for what in (checkpointing, "none"))
-    ends = 2 * batch * cost.tokens(model) * model.width * 2  # the embedded tokens and what the first block reads
+    ends = 2 * batch * model.tokens * model.width * 2  # the embedded tokens and what the first block reads
     saved = model.depth * block + (whole - block) + ends
     estimate = batch * cost.activation_bytes(model, bf16=True, checkpointing=checkpointing)
     assert saved <= estimate <= (1 + above) * saved

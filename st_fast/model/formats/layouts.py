@@ -16,8 +16,7 @@ from st_fast.core.errors import UserError
 from st_fast.model import SiT
 from st_fast.model.formats.loaded_state import Table, heads, is_head
 from st_fast.recipe import RecipeError
-from st_fast.recipe.check import check_shapes
-from st_fast.recipe.schema import SIZES, Model
+from st_fast.recipe.architecture import SIZES, Model, check_shapes
 
 LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
 """Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""

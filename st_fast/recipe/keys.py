@@ -1,0 +1,262 @@
+"""A key of the recipe is a dataclass field: its type with the allowed range, its default, and one sentence of help.
+
+    lr: Positive = fixed(1e-4, "Learning rate of AdamW.")
+    keep: Count = free(2, "Newest checkpoints that a stage keeps.")
+
+`fixed` keys change the numbers of training, so a resumed run may not change them without --accept-changes; `free` ones
+may always change. This module also converts TOML values to the fields' types. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
+from types import UnionType
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from st_fast.recipe.error import did_you_mean, wrong_value
+
+T = TypeVar("T")
+
+
+def said(help: str, free: bool = False) -> dict[str, Any]:
+    """The metadata of a key's field."""
+    return {"help": help, "free": free}
+
+
+def fixed(default: T, help: str) -> T:
+    """A key that changes the numbers of training."""
+    return field(default=default, metadata=said(help))
+
+
+def free(default: T, help: str) -> T:
+    """A key that a resume may change: it only looks at a run, or does the same work in another way."""
+    return field(default=default, metadata=said(help, free=True))
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a field says about its key."""
+
+    kind: Any
+    """The type, with its limits."""
+    default: Any
+    """`dataclasses.MISSING` where the key must be given."""
+    help: str
+    free: bool
+
+
+def keys(cls: type) -> dict[str, Key]:
+    """The keys of a section, a method or a stage's start, by name."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        f.name: Key(
+            hints[f.name],
+            f.default if f.default_factory is MISSING else f.default_factory(),
+            f.metadata.get("help", ""),
+            f.metadata.get("free", False),
+        )
+        for f in fields(cls)
+    }
+
+
+class Limit(Protocol):
+    """Which values of a type are allowed; its `str` continues the type's name: "a number" + "above 0"."""
+
+    def allows(self, value: Any) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Within:
+    """A number between two ends; an end in `open_ends` is itself not allowed."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_ends: str = ""
+
+    def allows(self, value: float) -> bool:
+        above = value > self.low if "low" in self.open_ends else value >= self.low
+        below = value < self.high if "high" in self.open_ends else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{'above' if 'low' in self.open_ends else 'at least'} {self.low:g}"
+        left = "(" if "low" in self.open_ends else "["
+        right = ")" if "high" in self.open_ends else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+@dataclass(frozen=True)
+class TimeWindow:
+    """A non-empty stretch of t in [0, 1], lower end first."""
+
+    def allows(self, value: tuple[float, float]) -> bool:
+        low, high = value
+        return 0.0 <= low < high <= 1.0
+
+    def __str__(self) -> str:
+        return "as [low, high] with 0 <= low < high <= 1"
+
+
+@dataclass(frozen=True)
+class FolderName:
+    """A name that is safe as a folder of its own: no separators, no dots, no spaces."""
+
+    pattern = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+
+    def allows(self, value: str) -> bool:
+        return self.pattern.fullmatch(value) is not None
+
+    def __str__(self) -> str:
+        return "of 1 to 64 letters, digits, _ and - that does not start with -"
+
+
+@dataclass(frozen=True)
+class UpTo:
+    """A number up to something that only `check` knows: the model's blocks, or the steps of the stage."""
+
+    low: int
+    of: Literal["the model's depth", "the stage's steps"]
+
+    def allows(self, value: int) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return f"from {self.low} to {self.of}"
+
+
+@dataclass(frozen=True)
+class SomeNames:
+    """At least so many names, none empty and none twice."""
+
+    least: int = 1
+
+    def allows(self, value: tuple[str, ...]) -> bool:
+        return self.least <= len(value) == len(set(value)) and all(value)
+
+    def __str__(self) -> str:
+        return f"with {'at least one, ' * (self.least > 0)}none empty and none twice"
+
+
+Count = Annotated[int, Within(1)]
+CountOrZero = Annotated[int, Within(0)]
+Positive = Annotated[float, Within(0, open_ends="low")]
+NonNegative = Annotated[float, Within(0)]
+Fraction = Annotated[float, Within(0, 1)]
+BelowOne = Annotated[float, Within(0, 1, open_ends="high")]
+TimeRange = Annotated[tuple[float, float], TimeWindow()]
+Names = Annotated[tuple[str, ...], SomeNames()]
+NamesOrNone = Annotated[tuple[str, ...], SomeNames(0)]
+Block = Annotated[int, UpTo(1, "the model's depth")]
+"""A transformer block, counted from 1."""
+StageStep = Annotated[int, UpTo(0, "the stage's steps")]
+
+
+class _Mismatch(Exception):
+    """A value is not of its field's type; the text, if any, says what is allowed better than the type does."""
+
+
+def build(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
+    """A table, its keys known to be fields, as the dataclass `cls`; RecipeError for a value of wrong type or range."""
+    known = keys(cls)
+    return cls(**{key: typed_value(f"{prefix}.{key}", known[key].kind, value) for key, value in table.items()})
+
+
+def typed_value(key: str, kind: Any, value: object) -> Any:
+    """The value as the field's type: a list becomes a tuple, an integer a float where one is wanted."""
+    try:
+        return _convert(kind, value)
+    except _Mismatch as mismatch:
+        if isinstance(value, str) and (words := choices(kind)):
+            raise wrong_value(key, value, describe(kind) + did_you_mean(value, words)) from None
+        raise wrong_value(key, value, str(mismatch) or describe(kind)) from None
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that a field takes: of a choice between words, or between words and something else."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(word for member in get_args(kind) for word in choices(member)) if _is_union(kind) else ()
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
+
+
+def describe(kind: Any) -> str:
+    """A field's type in words: "a number above 0"."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if _is_union(kind):
+        return ", or ".join(map(describe, arguments))
+    if origin is Annotated:
+        return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
+    if origin is Literal:
+        return "one of " * (len(arguments) > 1) + ", ".join(f'"{choice}"' for choice in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list, each {describe(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
+    return {bool: "true or false", int: "an integer", float: "a finite number", str: "a string in quotes"}[kind]
+
+
+def _convert(kind: Any, value: object) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if _is_union(kind):  # the first of the types that takes it
+        for member in arguments:
+            with suppress(_Mismatch):
+                return _convert(member, value)
+        raise _Mismatch
+    if origin is Annotated:
+        converted = _convert(arguments[0], value)
+        if not all(limit.allows(converted) for limit in arguments[1:]):
+            raise _Mismatch
+        return converted
+    if origin is Literal:
+        if value not in arguments:
+            raise _Mismatch
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _Mismatch
+        members = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(value) != len(members):
+            raise _Mismatch
+        return tuple(_convert(member, item) for member, item in zip(members, value, strict=True))
+    return _CONVERTERS[kind](value)
+
+
+def _bool(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _Mismatch
+    return value
+
+
+def _int(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _Mismatch
+    if not -(2**63) <= value < 2**63:
+        raise _Mismatch("an integer that fits 64 bits")
+    return value
+
+
+def _float(value: object) -> float:
+    number = float(_int(value)) if not isinstance(value, float) else value
+    if not math.isfinite(number):
+        raise _Mismatch
+    return number
+
+
+def _str(value: object) -> str:
+    if not isinstance(value, str):
+        raise _Mismatch
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
+        raise _Mismatch("a string without control characters, line breaks or broken Unicode")
+    return value
+
+
+_CONVERTERS = {bool: _bool, int: _int, float: _float, str: _str}
