@@ -17,7 +17,7 @@ from st_fast.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "bench" / "results" / "demo.json"
-JUDGED = ("accuracy", "frechet", "floor_frechet", "judge_accuracy", "num", "cfg_scale")
+SCORES = ("accuracy", "frechet", "floor_frechet", "classifier_accuracy", "num", "cfg_scale")
 BLOCK = re.compile(r"(<!-- demo:begin -->\n).*?(<!-- demo:end -->)", re.DOTALL)
 
 
@@ -32,14 +32,14 @@ def figures(run: Path) -> dict[str, Any]:
     for name in dict.fromkeys(r["stage"] for r in records if r["kind"] == "end"):
         of_stage = [r for r in records if r["stage"] == name]
         mine = {kind: [r for r in of_stage if r["kind"] == kind] for kind in ("end", "eval", "train")}
-        judged = mine["eval"][-1]["metrics"]
+        scores = mine["eval"][-1]["metrics"]
         stages.append({
             "stage": name,
             "steps": mine["end"][-1]["step"],
             "seconds": mine["end"][-1]["seconds"],
             "tflop": mine["end"][-1]["flops"] / 1e12,
             "waited": max(r["data_wait"] for r in mine["train"]),
-            **{key: judged[key] for key in JUDGED},
+            **{key: scores[key] for key in SCORES},
         })  # fmt: skip
     if not stages:
         raise UserError(f"{run}: no stage has ended yet")
@@ -56,12 +56,13 @@ def table(found: dict[str, Any]) -> str:
         f"| {s['frechet']:.2f} |"
         for s in stages
     )
+    own = last.get("classifier_accuracy", last.get("judge_accuracy"))  # the second in older results
     where, minutes, share = found["device"], total / 60, 100 * last["accuracy"]
     return f"""`make demo` on {where}: {minutes:.1f} minutes of training. {share:.1f} % of \
-{last["num"]} guided samples (ω = {last["cfg_scale"]:g}) are recognised as their digit by a classifier that gets \
-{100 * last["judge_accuracy"]:.1f} % of real held-out digits right.
+{last["num"]} guided samples (ω = {last["cfg_scale"]:g}) are classified as their digit by a classifier whose \
+accuracy on real held-out digits is {100 * own:.1f} %.
 
-| stage | steps | training | TFLOP | recognised | Fréchet distance* |
+| stage | steps | training | TFLOP | accuracy | Fréchet distance* |
 |---|---|---|---|---|---|
 {rows}
 

@@ -73,7 +73,7 @@ def make_recipe(setup: Setup, folder: Path) -> Recipe:
     """The shipped recipe of that size, with this batch, resolution, depth and folder."""
     demo = setup.size == "digits"
     name = "digits" if demo else f"sit_{setup.size.split('/')[0].lower()}"
-    own = ["--evaluate.judge=none"] if demo else [f"--model.latent_size={2 * math.isqrt(setup.tokens)}"]
+    own = ["--evaluate.classifier=false"] if demo else [f"--model.latent_size={2 * math.isqrt(setup.tokens)}"]
     recipe = load(
         ROOT / "recipes" / f"{name}.toml",
         [

@@ -1,4 +1,4 @@
-"""Small real digits as pixels, with held-out images for a judge, and a study of them that takes seconds."""
+"""Small real digits as pixels, with held-out images for the classifier, and a study of them that takes seconds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ reference = "omega5"
 teacher_steps = 4
 student_steps = 8
 [common.evaluate]
-judge = "classifier"
+classifier = true
 every = 4
 num = 70
 [[teacher]]

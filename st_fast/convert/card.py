@@ -176,18 +176,20 @@ def _scores(origin: ModelSource, arm: Arm) -> str:
     return "\n".join(["## Scores", "", "| score | value | step | protocol |", "|---|---|---|---|", *rows, ""])
 
 
-JUDGED = ("accuracy", "frechet", "precision", "recall", "floor_frechet", "floor_precision", "floor_recall")
-"""What `evaluate.judge_samples` measures in the judge's features, and the floors of real images in them."""
+CLASSIFIER_METRICS = ("accuracy", "frechet", "precision", "recall", "floor_frechet", "floor_precision", "floor_recall")
+"""What `evaluate.classifier_metrics` measures in the classifier's features, and the floors of real images in them."""
 
 
 def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any], str]]:
-    """An evaluation of the log: the judge's scores and Inception's apart, as each has a protocol of its own."""
+    """An evaluation of the log: the classifier's scores and Inception's apart, as each has a protocol of its own."""
     metrics, step = dict(record.get("metrics", {})), int(record["step"])
     how = ", ".join(f"{key} {metrics[key]}" for key in ("num", "sampler", "steps", "cfg_scale") if key in metrics)
     found: list[tuple[int, Mapping[str, Any], str]] = []
-    if "judge_digest" in metrics:
-        judged = {key: metrics[key] for key in JUDGED if key in metrics}
-        found.append((step, judged, f"{how}; features of a small classifier {metrics['judge_digest'][:12]}, not FID"))
+    if "classifier_digest" in metrics:
+        seen = {key: metrics[key] for key in CLASSIFIER_METRICS if key in metrics}
+        found.append(
+            (step, seen, f"{how}; features of a small classifier {metrics['classifier_digest'][:12]}, not FID")
+        )
     if "fid" in metrics:
         seen = {key: metrics[key] for key in INCEPTION if key in metrics}
         weights = f"InceptionV3 {str(metrics.get('inception_sha256'))[:12]}"

@@ -1,8 +1,8 @@
-"""A small classifier, trained on a data set's real images, that judges samples where no Inception weights can be had.
+"""A small classifier, trained on a data set's real images, that scores samples where no Inception weights can be had.
 
 Its verdicts are only as good as itself, so its accuracy on held-out real images travels with it. Reads
 `images.safetensors` of a data folder: "train" and "test" uint8 (n, H, W) or (n, 1|3, H, W), "train_labels" and
-"test_labels" integers (n,). Keeps itself in `judge/` there: weights, and a manifest with hashes and its accuracy.
+"test_labels" integers (n,). Keeps itself in `classifier/` there: weights, and a manifest with hashes and its accuracy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RealImages:
-    """The real images that a judge learns from and is tested on; uint8 (n, C, H, W), labels int64 (n,)."""
+    """The real images that the classifier is trained and tested on; uint8 (n, C, H, W), labels int64 (n,)."""
 
     train: Tensor
     train_labels: Tensor
@@ -57,7 +57,7 @@ def read_images(data_folder: Path) -> RealImages:
         raw = path.read_bytes()
         tensors = load(raw)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a judge needs the real images") from None
+        raise UserError(f"{path}: no such file; a classifier needs the real images") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     images, labels = {}, {}
@@ -86,7 +86,7 @@ def as_batch(images: Tensor | NDArray[np.uint8], name: str = "images") -> Tensor
     return batch
 
 
-class Classifier(nn.Module):
+class ConvNet(nn.Module):
     """Three convolutions, each halving the image, an average over what is left (the features), one linear layer."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
@@ -111,10 +111,10 @@ class Classifier(nn.Module):
         return logits
 
 
-class Judge:
-    """A trained classifier with its own accuracy (share of held-out real images it recognises) and digest."""
+class Classifier:
+    """A trained network with its accuracy on held-out real images and its SHA-256."""
 
-    def __init__(self, model: Classifier, size: tuple[int, int], accuracy: float, digest: str) -> None:
+    def __init__(self, model: ConvNet, size: tuple[int, int], accuracy: float, digest: str) -> None:
         self.model = model.eval().requires_grad_(False)
         self.size = size
         self.accuracy = accuracy
@@ -141,12 +141,12 @@ class Judge:
     ) -> NDArray[np.float32]:
         batch = as_batch(images)
         if not len(batch):
-            raise UserError("images: none given; there is nothing to judge")
+            raise UserError("images: none given; there is nothing to score")
         parts = [function(self._pixels(part)) for part in torch.split(batch, 512)]
         return torch.cat(parts).numpy()
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """uint8 (B, 1|3, H, W) → float in [−1, 1] with the judge's channels and size."""
+        """uint8 (B, 1|3, H, W) → float in [−1, 1] with the classifier's channels and size."""
         pixels = to_pixels(images.cpu())
         if pixels.shape[1] != self.channels:
             grey = pixels.mean(dim=1, keepdim=True)
@@ -161,28 +161,29 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def load_or_train(data_folder: Path | str, say: Say) -> Judge:
-    """The judge kept in `data_folder`, or a new one, trained in well under a minute and kept there.
+def load_or_train(data_folder: Path | str, say: Say) -> Classifier:
+    """The classifier kept in `data_folder`, or a new one, trained in well under a minute and kept there.
 
-    A kept judge whose hash is wrong, or that learnt from other images, is replaced; `say` is told why.
+    A kept classifier whose hash is wrong, or that learnt from other images, is replaced; `say` is told why.
     """
     data_folder = Path(data_folder)
     real = read_images(data_folder)
-    folder = data_folder / "judge"
-    if folder.exists():
-        try:
-            return _load(folder, real)
-        except UserError as error:
-            say(f"{error}; training it again")
+    folder = data_folder / "classifier"
+    for kept in (folder, data_folder / "judge"):  # the second is an older name
+        if kept.exists():
+            try:
+                return _load(kept, real)
+            except UserError as error:
+                say(f"{error}; training it again")
     return _keep(folder, train(real, say), real, say)
 
 
-def train(real: RealImages, say: Say) -> Classifier:
+def train(real: RealImages, say: Say) -> ConvNet:
     """Trains a classifier on `real.train`; the same images and thread count give the same weights."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = Classifier(real.train.shape[1], real.num_classes)
+        model = ConvNet(real.train.shape[1], real.num_classes)
     steps_per_epoch = -(-len(real.train) // BATCH)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.01, total_steps=EPOCHS * steps_per_epoch)
@@ -198,7 +199,7 @@ def train(real: RealImages, say: Say) -> Classifier:
             optimiser.step()
             schedule.step()
         if (epoch + 1) % 8 == 0:
-            say(f"judge: epoch {epoch + 1}/{EPOCHS}, loss {loss.item():.3f}")
+            say(f"classifier: epoch {epoch + 1}/{EPOCHS}, loss {loss.item():.3f}")
     return model.eval()
 
 
@@ -211,21 +212,21 @@ def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def _keep(folder: Path, model: Classifier, real: RealImages, say: Say) -> Judge:
-    """Measures the new judge and writes it aside, then renames; a folder that can't be written is only mentioned."""
+def _keep(folder: Path, model: ConvNet, real: RealImages, say: Say) -> Classifier:
+    """Tests the new classifier and writes it aside, then renames; says so where the folder can't be written."""
     raw = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
-    judge = Judge(model, (real.train.shape[-2], real.train.shape[-1]), 0.0, _sha256(raw))
-    judge.accuracy = float((judge.predict(real.test) == real.test_labels.numpy()).mean())
-    say(f"judge: recognises {judge.accuracy:.1%} of {len(real.test)} held-out real images")
+    classifier = Classifier(model, (real.train.shape[-2], real.train.shape[-1]), 0.0, _sha256(raw))
+    classifier.accuracy = float((classifier.predict(real.test) == real.test_labels.numpy()).mean())
+    say(f"classifier: accuracy {classifier.accuracy:.1%} on {len(real.test)} held-out real images")
     manifest = {
         "format": FORMAT,
         "images_sha256": real.digest,
-        "model_sha256": judge.digest,
-        "accuracy": judge.accuracy,
+        "model_sha256": classifier.digest,
+        "accuracy": classifier.accuracy,
         "test_images": len(real.test),
-        "num_classes": judge.num_classes,
-        "channels": judge.channels,
-        "size": list(judge.size),
+        "num_classes": classifier.num_classes,
+        "channels": classifier.channels,
+        "size": list(classifier.size),
         "features": FEATURES,
         "seed": SEED,
         "epochs": EPOCHS,
@@ -237,27 +238,27 @@ def _keep(folder: Path, model: Classifier, real: RealImages, say: Say) -> Judge:
         if writing.aside:
             shutil.rmtree(writing.aside, ignore_errors=True)
     except OSError as error:
-        say(f"judge: can't be kept in {folder}: {error.strerror}; it will be trained again next time")
-    return judge
+        say(f"classifier: can't be kept in {folder}: {error.strerror}; it will be trained again next time")
+    return classifier
 
 
-def _load(folder: Path, real: RealImages) -> Judge:
-    """The judge in `folder`; UserError where a part is missing, damaged, of another format or for other images."""
+def _load(folder: Path, real: RealImages) -> Classifier:
+    """The one in `folder`; UserError where a part is missing, damaged, of another format or for other images."""
     try:
         manifest = read_json(folder / "manifest.json")
         raw = (folder / "model.safetensors").read_bytes()
         if manifest["format"] != FORMAT:
-            raise UserError(f"{folder}: judge of format {manifest['format']!r}; this program reads {FORMAT!r}")
+            raise UserError(f"{folder}: classifier of format {manifest['format']!r}; this program reads {FORMAT!r}")
         if manifest["images_sha256"] != real.digest:
-            raise UserError(f"{folder}: judge of other images than those beside it")
+            raise UserError(f"{folder}: classifier of other images than those beside it")
         if _sha256(raw) != manifest["model_sha256"]:
             raise UserError(f"{folder}/model.safetensors: its SHA-256 isn't the manifest's")
-        model = Classifier(int(manifest["channels"]), int(manifest["num_classes"]))
+        model = ConvNet(int(manifest["channels"]), int(manifest["num_classes"]))
         model.load_state_dict(load(raw))
         height, width = manifest["size"]
-        return Judge(model, (int(height), int(width)), float(manifest["accuracy"]), manifest["model_sha256"])
+        return Classifier(model, (int(height), int(width)), float(manifest["accuracy"]), manifest["model_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged judge ({type(error).__name__})") from None
+        raise UserError(f"{folder}: damaged classifier ({type(error).__name__})") from None
 
 
 def _sha256(content: bytes) -> str:

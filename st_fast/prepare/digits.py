@@ -1,7 +1,7 @@
 """The digits set: scikit-learn's 1,797 real handwritten digits with a small true VAE, made once in about a minute.
 
 `prepare_digits` leaves a folder with latents of the training split as shards, the VAE (`vae/`, diffusers' layout),
-the images themselves (`images.safetensors`, for the judge) and a picture of reconstructions.
+the images themselves (`images.safetensors`, for the classifier) and a picture of reconstructions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A small image encoder for the digits, so that REPA runs on them without any download: a DINOv2 of 0.2 M parameters.
 
 It is trained in some seconds to tell the training digits' classes from the mean of its patch tokens: unlike a true
-DINOv2 it has seen labels, but neither the held-out digits nor the judge, which is another network. Its own training is
-not counted as cost, as nobody counts a published encoder's.
+DINOv2 it has seen labels, but no held-out digits, and it is another network than the classifier of `st_fast.evaluate`.
+Its own training is not counted as cost, as nobody counts a published encoder's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`python -m st_fast real-images SOURCE DATA --size 32`: real images beside a data folder's latents.
 
-A judge (`evaluate.judge = "classifier"`) learns from training images and is tested on held-out ones; both come from
+The classifier of `evaluate.classifier = true` is trained on training images and tested on held-out ones; both come from
 `images.safetensors` in the data folder. The digits bring theirs; for other data this writes it, from the folders
 `train` and `test` of the source:
 
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, help="a folder or archive with train/ and test/")
     parser.add_argument("data", type=Path, help="the folder of latents that `st_fast.prepare` wrote")
     parser.add_argument("--size", type=int, required=True, help="side in pixels, as given to st_fast.prepare")
-    parser.add_argument("--train", type=int, default=10_000, help="images that the judge learns from, at most (10000)")
+    parser.add_argument("--train", type=int, default=10_000, help="training images for the classifier, at most (10000)")
     parser.add_argument("--test", type=int, default=2_000, help="held-out images, at most (2000)")
     return parser
 

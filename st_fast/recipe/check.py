@@ -189,13 +189,13 @@ def check_sharding(recipe: Recipe) -> None:
                 raise wrong_value(f"run.{key}", getattr(run, key), f'"{value}" with run.shard_teacher')
 
 
-JUDGE_FEATURES, INCEPTION_FEATURES = 64, 2_048
+CLASSIFIER_FEATURES, INCEPTION_FEATURES = 64, 2_048
 """Feature channels: a covariance, and so a Fréchet distance, needs more samples than that."""
 
 
 def check_scores(evaluate: Evaluate) -> None:
     """Metrics have enough samples, and a reference somebody who is compared with it."""
-    features = INCEPTION_FEATURES if evaluate.inception else JUDGE_FEATURES if evaluate.judge != "none" else 0
+    features = INCEPTION_FEATURES if evaluate.inception else CLASSIFIER_FEATURES if evaluate.classifier else 0
     if evaluate.num <= features:
         why = f"a Fréchet distance in {features} features needs more samples"
         raise wrong_value("evaluate.num", evaluate.num, f"at least {features + 1}", why)

@@ -207,7 +207,7 @@ def drawing_rows(settings: Sample) -> float:
 
 def looking_flops(recipe: Recipe, stage: Stage) -> float:
     """What drawing costs while a stage trains, for pictures and for scores; scoring itself is not counted."""
-    scored = recipe.evaluate.num if recipe.evaluate.judge != "none" or recipe.evaluate.inception else 0
+    scored = recipe.evaluate.num if recipe.evaluate.classifier or recipe.evaluate.inception else 0
     drawn = sum(
         count * (-(-stage.steps // every) if every else 1)
         for count, every in ((recipe.sample.num, recipe.sample.every), (scored, recipe.evaluate.every))

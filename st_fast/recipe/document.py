@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from st_fast.recipe.schema import SECTIONS
 FORM = "--section.key=value or --stage.<name>.<key>=value"
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is another file given by mistake."""
+
+RENAMED: dict[tuple[str, str], tuple[str, Callable[[Any], Any]]] = {
+    ("evaluate", "judge"): (
+        "classifier",
+        lambda value: value == "classifier" if value in ("none", "classifier") else value,
+    ),
+}
+"""Keys of older recipes: (section, old key) → the key and value that mean the same today."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,17 @@ def as_document(raw: dict[str, Any]) -> Document:
         check_section(name)
         if not isinstance(table, dict):
             raise wrong_value(name, table, f"a table, under a line [{name}]")
-        sections[name] = table
+        sections[name] = renamed(name, table)
     return Document(sections, stages)
+
+
+def renamed(section: str, table: dict[str, Any]) -> dict[str, Any]:
+    """The table with keys of older recipes replaced (`RENAMED`)."""
+    today: dict[str, Any] = {}
+    for key, value in table.items():
+        new, convert = RENAMED.get((section, key), (key, None))
+        today[new] = convert(value) if convert else value
+    return today
 
 
 def check_section(name: str) -> None:
@@ -119,8 +137,10 @@ def apply_override(document: Document, override: str) -> str:
     else:
         check_section(parts[0])
         table = document.sections.setdefault(parts[0], {})
-    table[parts[-1]] = _value(text, flag)
-    return ".".join(parts)
+    given = {parts[-1]: _value(text, flag)}
+    given = given if is_stage else renamed(parts[0], given)
+    table.update(given)
+    return ".".join([*parts[:-1], *given])
 
 
 def _value(text: str, flag: str) -> Any:

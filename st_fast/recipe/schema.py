@@ -136,7 +136,7 @@ class Sample:
 class Evaluate:
     """Which metrics are taken of samples."""
 
-    judge: Literal["none", "classifier"] = free("none", "Score in the features of a classifier of the data's images.")
+    classifier: bool = free(False, "Score in the features of a classifier trained on the data's images.")
     every: CountOrZero = free(0, "Steps from one evaluation to the next; 0: only at a stage's end.")
     num: Count = free(1_000, "Samples of an evaluation.")
     inception: str = free("", 'File of the FID network\'s weights, for FID and its like; "": none.')

@@ -49,8 +49,10 @@ def main(arguments: Sequence[str]) -> None:
 
     carry_out(study, out, given.minutes)
     wanted = study.base.sections.get("evaluate", {})
-    if wanted.get("judge", "none") == "none" and not wanted.get("inception"):
-        print(f"study {study.name}: all runs are done; without evaluate.judge or evaluate.inception none is scored")
+    if not wanted.get("classifier") and not wanted.get("inception"):
+        print(
+            f"study {study.name}: all runs are done; none is scored without evaluate.classifier or evaluate.inception"
+        )
         return
     from st_fast.study.page import table, write_page
     from st_fast.study.results import as_json, collect

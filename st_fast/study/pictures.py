@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = (("frechet", "Fréchet distance"), ("accuracy", "recognised"))
+METRICS = (("frechet", "Fréchet distance"), ("accuracy", "accuracy"))
 
 
 def curves(results: Results) -> Figure:

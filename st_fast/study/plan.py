@@ -184,7 +184,7 @@ def _teaching(recipe: Recipe, teacher: Teacher, out: Path, seed: int) -> Recipe:
     data = recipe.data
     if teacher.labels == "shuffled":
         data = replace(data, path=shuffled_data(out, seed).as_posix(), source="shards")
-    quiet = replace(recipe.sample, num=0), replace(recipe.evaluate, judge="none", inception="", reference="")
+    quiet = replace(recipe.sample, num=0), replace(recipe.evaluate, classifier=False, inception="", reference="")
     return replace(recipe, data=data, sample=quiet[0], evaluate=quiet[1])
 
 

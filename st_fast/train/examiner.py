@@ -11,7 +11,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.data.manifest import Manifest
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate import scores
-from st_fast.evaluate.classifier import Judge, read_images
+from st_fast.evaluate.classifier import Classifier, read_images
 from st_fast.evaluate.inception import Inception, load_inception
 from st_fast.model import SiT
 from st_fast.recipe.schema import Recipe, Stage
@@ -23,18 +23,18 @@ GRID_COLUMNS = 10
 
 
 class Examiner:
-    """Draws and judges on the first rank; what it needs (decoder, judge, Inception) is loaded when first asked for."""
+    """Samples and scores on the first rank; decoder, classifier and Inception are loaded on first use."""
 
     def __init__(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log) -> None:
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
         self._decoder: pictures.Decode | None = None
-        self._judge: tuple[Judge, evaluate.Reference] | None = None
+        self._classifier: tuple[Classifier, evaluate.Reference] | None = None
         self._inception: tuple[Inception, scores.Reference] | None = None
 
     def check(self) -> None:
         """UserError for images, weights or a reference that aren't there or don't fit, before days are spent."""
         wanted = self.recipe.evaluate
-        if wanted.judge != "none":
+        if wanted.classifier:
             read_images(Path(self.recipe.data.path))
         if wanted.inception:
             load_inception(Path(wanted.inception), torch.device("cpu"))
@@ -70,27 +70,27 @@ class Examiner:
         self.log.write("sample", stage.name, step, file=name, **cost)
 
     def metrics(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
-        """Metrics of fresh samples into the log: the judge's, Inception's, or both, as the recipe names them."""
+        """Metrics of fresh samples into the log: the classifier's, Inception's, or both, as the recipe says."""
         wanted, settings = self.recipe.evaluate, self.recipe.sample
-        if not self.ranks.first or (wanted.judge == "none" and not wanted.inception):
+        if not self.ranks.first or (not wanted.classifier and not wanted.inception):
             return
         images, labels = self.images(model, wanted.num)
         found: dict[str, object] = {"num": len(images)}
-        if wanted.judge != "none":
-            found |= self._by_judge(images, labels)
+        if wanted.classifier:
+            found |= self._by_classifier(images, labels)
         if wanted.inception:
             found |= self._by_inception(images)
         protocol = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler, "steps": settings.steps}
         self.log.write("eval", stage.name, step, metrics=found | protocol, **cost)
         self.log.say(line(stage.name, step, found))
 
-    def _by_judge(self, images: Tensor, labels: Tensor) -> dict[str, object]:
-        if self._judge is None:
-            self._judge = evaluate.load_judge(Path(self.recipe.data.path), self.log.say)
-        return evaluate.judge_samples(self._judge[0], images, labels, self._judge[1])
+    def _by_classifier(self, images: Tensor, labels: Tensor) -> dict[str, object]:
+        if self._classifier is None:
+            self._classifier = evaluate.load_classifier(Path(self.recipe.data.path), self.log.say)
+        return evaluate.classifier_metrics(self._classifier[0], images, labels, self._classifier[1])
 
     def _by_inception(self, images: Tensor) -> dict[str, object]:
-        """FID and its like, beside which the judge's precision and recall keep their own names."""
+        """FID and its like, beside which the classifier's precision and recall keep their own names."""
         samples = scores.InMemory(images.numpy())
         if self._inception is None:
             network = load_inception(Path(self.recipe.evaluate.inception), self.ranks.device)
@@ -112,7 +112,7 @@ def line(stage: str, step: int, found: dict[str, object]) -> str:
     parts = []
     if "accuracy" in found:
         accuracy, distance, floor = (float(str(found[key])) for key in ("accuracy", "frechet", "floor_frechet"))
-        parts.append(f"{100 * accuracy:.1f} % of {found['num']} samples recognised")
+        parts.append(f"{100 * accuracy:.1f} % accuracy on {found['num']} samples")
         parts.append(f"Fréchet distance {distance:.2f} (real held-out images: {floor:.2f})")
     if "fid" in found:
         parts.append(f"FID {float(str(found['fid'])):.2f} of {found['num']} samples against {found['reference']}")

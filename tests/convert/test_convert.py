@@ -184,7 +184,7 @@ def test_a_foreign_models_card_says_what_is_not_known(tmp_path):
 def test_the_cards_scores_taken_in_training_are_told_apart_by_their_features(run_folder, tmp_path):
     metrics = {
         "num": 50_000, "sampler": "heun", "steps": 20, "cfg_scale": 2.0, "accuracy": 0.9, "precision": 0.7,
-        "judge_digest": "a" * 64, "judge_accuracy": 0.99, "fid": 3.25, "inception_precision": 0.6,
+        "classifier_digest": "a" * 64, "classifier_accuracy": 0.99, "fid": 3.25, "inception_precision": 0.6,
         "reference": "/home/somebody/imagenet/VIRTUAL.npz", "inception_sha256": "b" * 64,
     }  # fmt: skip
     run = shutil.copytree(run_folder, tmp_path / "run")
@@ -195,11 +195,11 @@ def test_the_cards_scores_taken_in_training_are_told_apart_by_their_features(run
     convert(run, tmp_path / "hf", "--to", "huggingface")
     text = (tmp_path / "hf" / "README.md").read_text()
     how = "num 50000, sampler heun, steps 20, cfg_scale 2.0; features of"
-    judge = f"{how} a small classifier aaaaaaaaaaaa, not FID |"
+    classifier = f"{how} a small classifier aaaaaaaaaaaa, not FID |"
     inception = f"{how} InceptionV3 bbbbbbbbbbbb, reference ./VIRTUAL.npz |"
-    assert f"| accuracy | 0.9 | 10 | {judge}" in text and f"| precision | 0.7 | 10 | {judge}" in text
+    assert f"| accuracy | 0.9 | 10 | {classifier}" in text and f"| precision | 0.7 | 10 | {classifier}" in text
     assert f"| fid | 3.25 | 10 | {inception}" in text and f"| inception_precision | 0.6 | 10 | {inception}" in text
-    assert "judge_accuracy" not in text and "somebody" not in text
+    assert "classifier_accuracy" not in text and "somebody" not in text
 
 
 def broken(folder: Path, name: str, change) -> str:

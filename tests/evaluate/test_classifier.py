@@ -1,4 +1,4 @@
-"""The judge is good at real digits, repeatable, kept with proof, and its verdicts on samples can be trusted."""
+"""The classifier is good at real digits, repeatable, kept with proof, and its verdicts on samples can be trusted."""
 
 import errno
 import json
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from st_fast.core.errors import UserError
-from st_fast.evaluate.__main__ import Reference, judge_samples, load_judge, make_reference
-from st_fast.evaluate.classifier import Judge, load_or_train, read_images
+from st_fast.evaluate.__main__ import Reference, classifier_metrics, load_classifier, make_reference
+from st_fast.evaluate.classifier import Classifier, load_or_train, read_images
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +35,32 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judged(digits: Path) -> tuple[Judge, Reference, float]:
+def trained(digits: Path) -> tuple[Classifier, Reference, float]:
     start = time.process_time()
-    judge, reference = load_judge(digits, lambda _: None)
-    return judge, reference, time.process_time() - start
+    classifier, reference = load_classifier(digits, lambda _: None)
+    return classifier, reference, time.process_time() - start
 
 
-def test_judge_recognises_97_percent_of_held_out_digits_within_its_time(
-    digits: Path, judged: tuple[Judge, Reference, float]
+def test_97_percent_accuracy_on_held_out_digits_within_the_time_allowed(
+    digits: Path, trained: tuple[Classifier, Reference, float]
 ) -> None:
-    judge, _, cpu_seconds = judged
+    classifier, _, cpu_seconds = trained
     real = read_images(digits)
-    assert (judge.predict(real.test) == real.test_labels.numpy()).mean() == judge.accuracy
-    assert judge.accuracy >= 0.97
+    assert (classifier.predict(real.test) == real.test_labels.numpy()).mean() == classifier.accuracy
+    assert classifier.accuracy >= 0.97
     assert cpu_seconds <= 60, "30 s on 2 cores"
 
 
-def test_a_kept_judge_is_loaded_not_trained_and_answers_the_same(
-    digits: Path, judged: tuple[Judge, Reference, float]
+def test_a_kept_classifier_is_loaded_not_trained_and_answers_the_same(
+    digits: Path, trained: tuple[Classifier, Reference, float]
 ) -> None:
     said: list[str] = []
     again = load_or_train(digits, said.append)
     images = read_images(digits).test[:40]
     assert said == []
-    assert (again.digest, again.accuracy) == (judged[0].digest, judged[0].accuracy)
-    np.testing.assert_array_equal(again.features(images), judged[0].features(images))
-    manifest = json.loads((digits / "judge" / "manifest.json").read_text())
+    assert (again.digest, again.accuracy) == (trained[0].digest, trained[0].accuracy)
+    np.testing.assert_array_equal(again.features(images), trained[0].features(images))
+    manifest = json.loads((digits / "classifier" / "manifest.json").read_text())
     assert manifest["accuracy"] == again.accuracy
     assert manifest["model_sha256"] == again.digest
 
@@ -84,11 +84,11 @@ def small_copy(digits: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated manifest", "weights gone", "other images"])
-def test_a_damaged_or_foreign_judge_is_named_and_replaced(
-    damage: str, tmp_path: Path, digits: Path, judged: tuple[Judge, Reference, float]
+def test_a_damaged_or_foreign_classifier_is_named_and_replaced(
+    damage: str, tmp_path: Path, digits: Path, trained: tuple[Classifier, Reference, float]
 ) -> None:
     folder = small_copy(digits, tmp_path / "data")
-    weights, manifest = folder / "judge" / "model.safetensors", folder / "judge" / "manifest.json"
+    weights, manifest = folder / "classifier" / "model.safetensors", folder / "classifier" / "manifest.json"
     if damage == "flipped bit":
         raw = bytearray(weights.read_bytes())
         raw[-5] ^= 1
@@ -102,16 +102,16 @@ def test_a_damaged_or_foreign_judge_is_named_and_replaced(
     if damage == "other images":
         save_file({name: t[:keep].contiguous() for name, t in tensors.items()}, folder / "images.safetensors")
     said: list[str] = []
-    judge = load_or_train(folder, said.append)
+    classifier = load_or_train(folder, said.append)
     assert "training it again" in said[0]
-    assert "judge" in said[0]
+    assert "classifier" in said[0]
     assert "\n" not in said[0]
-    assert sorted(p.name for p in folder.iterdir()) == ["images.safetensors", "judge"]
+    assert sorted(p.name for p in folder.iterdir()) == ["classifier", "images.safetensors"]
     kept = load_or_train(folder, said.append)
-    assert kept.digest == judge.digest
+    assert kept.digest == classifier.digest
 
 
-def test_on_a_full_disk_there_is_still_a_judge_and_no_half_of_one_is_left(
+def test_on_a_full_disk_there_is_still_a_classifier_and_no_half_of_one_is_left(
     tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = load_file(digits / "images.safetensors")
@@ -127,47 +127,49 @@ def test_on_a_full_disk_there_is_still_a_judge_and_no_half_of_one_is_left(
     assert [p.name for p in tmp_path.iterdir()] == ["images.safetensors"]
 
 
-def test_an_image_is_judged_alike_alone_and_in_company(digits: Path, judged: tuple[Judge, Reference, float]) -> None:
-    judge, images = judged[0], read_images(digits).test
-    np.testing.assert_allclose(judge.features(images[7:8]), judge.features(images)[7:8], rtol=1e-4, atol=1e-5)
-
-
-def test_colour_and_other_sizes_are_judged_like_the_grey_original(
-    digits: Path, judged: tuple[Judge, Reference, float]
+def test_an_image_is_scored_alike_alone_and_in_company(
+    digits: Path, trained: tuple[Classifier, Reference, float]
 ) -> None:
-    judge, images = judged[0], read_images(digits).test[:64]
-    coloured = judge.features(images.expand(-1, 3, -1, -1))
-    np.testing.assert_allclose(coloured, judge.features(images), rtol=1e-4, atol=1e-5)
+    classifier, images = trained[0], read_images(digits).test
+    np.testing.assert_allclose(classifier.features(images[7:8]), classifier.features(images)[7:8], rtol=1e-4, atol=1e-5)
+
+
+def test_colour_and_other_sizes_are_scored_like_the_grey_original(
+    digits: Path, trained: tuple[Classifier, Reference, float]
+) -> None:
+    classifier, images = trained[0], read_images(digits).test[:64]
+    coloured = classifier.features(images.expand(-1, 3, -1, -1))
+    np.testing.assert_allclose(coloured, classifier.features(images), rtol=1e-4, atol=1e-5)
     large = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert (judge.predict(large[:, 0]) == judge.predict(images)).mean() > 0.95
+    assert (classifier.predict(large[:, 0]) == classifier.predict(images)).mean() > 0.95
 
 
 def test_real_images_score_the_floor_and_shuffled_labels_and_noise_are_seen(
-    digits: Path, judged: tuple[Judge, Reference, float]
+    digits: Path, trained: tuple[Classifier, Reference, float]
 ) -> None:
-    judge, reference, _ = judged
+    classifier, reference, _ = trained
     real = read_images(digits)
-    good = judge_samples(judge, real.test, real.test_labels, reference)
-    assert good["accuracy"] == judge.accuracy
+    good = classifier_metrics(classifier, real.test, real.test_labels, reference)
+    assert good["accuracy"] == classifier.accuracy
     assert good["frechet"] == pytest.approx(reference.floor_frechet, rel=1e-6)
     assert good["floor_frechet"] == reference.floor_frechet
-    assert good["judge_digest"] == judge.digest
-    shifted = judge_samples(judge, real.test, (real.test_labels + 1) % 10, reference)
+    assert good["classifier_digest"] == classifier.digest
+    shifted = classifier_metrics(classifier, real.test, (real.test_labels + 1) % 10, reference)
     assert shifted["accuracy"] < 0.05
     assert shifted["frechet"] == good["frechet"]
     static = torch.randint(0, 256, (200, 32, 32), dtype=torch.uint8)
-    noise = judge_samples(judge, static, torch.zeros(200).long(), reference)
+    noise = classifier_metrics(classifier, static, torch.zeros(200).long(), reference)
     assert noise["frechet"] > 20 * reference.floor_frechet
     assert noise["precision"] < 0.1
     json.dumps(good, allow_nan=False)
 
 
-def test_accuracy_per_class_counts_each_class_alone(digits: Path, judged: tuple[Judge, Reference, float]) -> None:
-    judge, reference, _ = judged
+def test_accuracy_per_class_counts_each_class_alone(digits: Path, trained: tuple[Classifier, Reference, float]) -> None:
+    classifier, reference, _ = trained
     real = read_images(digits)
-    labels = judge.predict(real.test)
+    labels = classifier.predict(real.test)
     labels[labels == 3] = 4
-    per_class = judge_samples(judge, real.test, labels, reference)["accuracy_per_class"]
+    per_class = classifier_metrics(classifier, real.test, labels, reference)["accuracy_per_class"]
     assert isinstance(per_class, list)
     assert per_class[3] is None, "no sample was asked to be a 3"
     assert 0 < per_class[4] < 1
@@ -180,16 +182,16 @@ def test_accuracy_per_class_counts_each_class_alone(digits: Path, judged: tuple[
         (torch.zeros(100, 32, 32), torch.zeros(100).long(), "uint8"),
         (torch.zeros(100, 2, 32, 32, dtype=torch.uint8), torch.zeros(100).long(), "1 or 3"),
         (torch.zeros(100, 32, 32, dtype=torch.uint8), torch.zeros(99).long(), "for 100 images"),
-        (torch.zeros(100, 32, 32, dtype=torch.uint8), torch.full((100,), 10), "the judge knows 0..9"),
+        (torch.zeros(100, 32, 32, dtype=torch.uint8), torch.full((100,), 10), "the classifier knows 0..9"),
         (torch.zeros(64, 32, 32, dtype=torch.uint8), torch.zeros(64).long(), "64 samples of 64 features"),
         (torch.zeros(0, 32, 32, dtype=torch.uint8), torch.zeros(0).long(), "none given"),
     ],
 )
-def test_samples_that_cant_be_judged_are_refused_in_one_line(
-    images: torch.Tensor, labels: torch.Tensor, words: str, judged: tuple[Judge, Reference, float]
+def test_samples_that_cant_be_scored_are_refused_in_one_line(
+    images: torch.Tensor, labels: torch.Tensor, words: str, trained: tuple[Classifier, Reference, float]
 ) -> None:
     with pytest.raises(UserError) as error:
-        judge_samples(judged[0], images, labels, judged[1])
+        classifier_metrics(trained[0], images, labels, trained[1])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -221,8 +223,8 @@ def test_a_missing_or_broken_image_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_reference_needs_more_held_out_images_than_features(
-    digits: Path, judged: tuple[Judge, Reference, float]
+    digits: Path, trained: tuple[Classifier, Reference, float]
 ) -> None:
     real = read_images(digits)
     with pytest.raises(UserError, match="64 samples of 64 features"):
-        make_reference(judged[0], real.train, real.test[:64])
+        make_reference(trained[0], real.train, real.test[:64])

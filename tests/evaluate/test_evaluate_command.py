@@ -195,14 +195,14 @@ def small_projection():
     return network
 
 
-def test_without_weights_the_judge_scores_and_nothing_is_called_fid(run, tmp_path, capsys):
+def test_without_weights_the_classifier_scores_and_nothing_is_called_fid(run, tmp_path, capsys):
     real_images(tmp_path / "data")
     evaluate.main([str(run), "-n", "70"])
     out = capsys.readouterr().out
-    assert "judge_frechet" in out and "not FID" in out
+    assert "classifier_frechet" in out and "not FID" in out
     numbers = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())["metrics"]
     assert not any("fid" in name.lower() for name in numbers)
-    assert {"judge_frechet", "floor_frechet", "judge_accuracy", "judge_digest"} <= numbers.keys()
+    assert {"classifier_frechet", "floor_frechet", "classifier_accuracy", "classifier_digest"} <= numbers.keys()
 
 
 def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, tmp_path, capsys):
@@ -212,6 +212,6 @@ def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, t
     drawn = shutil.copy(run / "plain" / "samples" / "70-heun3-cfg2" / "samples.npz", tmp_path / "drawn.npz")
     there = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())
     shutil.rmtree(run / "plain")
-    evaluate.main([str(run), "--samples", str(drawn), "--features", "judge"])
+    evaluate.main([str(run), "--samples", str(drawn), "--features", "classifier"])
     here = json.loads((tmp_path / "drawn.metrics.json").read_text())
     assert here["metrics"] == there["metrics"]

@@ -32,7 +32,7 @@ def test_the_archive_has_ten_balanced_classes() -> None:
     assert source.class_names[:3] == ("airplane", "automobile", "bird")
 
 
-def test_a_judges_images_are_the_archives_own(tmp_path: Path) -> None:
+def test_the_classifiers_images_are_the_archives_own(tmp_path: Path) -> None:
     with zipfile.ZipFile(ARCHIVE) as whole, zipfile.ZipFile(tmp_path / "part.zip", "w") as part:
         for name in whole.namelist():
             if name.startswith(("train/cat/00", "train/frog/00", "test/cat/00", "test/frog/00")):

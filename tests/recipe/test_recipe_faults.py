@@ -130,18 +130,18 @@ def test_row_8_resuming_with_changed_maths_shows_the_difference(small: Path, tmp
     assert result.stderr == "st_fast: optim.lr: 0.001 → 0.01\n"
 
 
-def test_a_judged_evaluation_with_too_few_samples_is_refused(small: Path) -> None:
-    options = ["--evaluate.judge=classifier", "--evaluate.num=64"]
+def test_a_classifier_evaluation_with_too_few_samples_is_refused(small: Path) -> None:
+    options = ["--evaluate.classifier=true", "--evaluate.num=64"]
     with pytest.raises(RecipeError, match=r"evaluate\.num = 64.*at least 65"):
         load(small, options)
     load(small, [options[0], "--evaluate.num=65"])
 
 
-def test_the_judge_has_as_many_features_as_the_check_assumes() -> None:
+def test_the_classifier_has_as_many_features_as_the_check_assumes() -> None:
     from st_fast.evaluate.classifier import FEATURES
-    from st_fast.recipe.check import JUDGE_FEATURES
+    from st_fast.recipe.check import CLASSIFIER_FEATURES
 
-    assert JUDGE_FEATURES == FEATURES
+    assert CLASSIFIER_FEATURES == FEATURES
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,18 @@ def test_overrides_reach_sections_and_stages_and_the_last_one_wins(small: Path) 
     assert recipe.stage("transcend").steps == 7
 
 
+def test_keys_of_older_recipes_are_read_in_files_and_overrides(small: Path) -> None:
+    small.write_text(small.read_text() + '\n[evaluate]\njudge = "classifier"\n')
+    assert load(small).evaluate.classifier is True
+    assert load(small, ["--evaluate.judge=none"]).evaluate.classifier is False
+    assert load(small, ["--evaluate.classifier=false"]).evaluate.classifier is False
+    assert load(small, ["--evaluate.classifier=false", "--evaluate.judge=classifier"]).evaluate.classifier is True
+    error = refusal(small, "--evaluate.judge=cat")
+    assert (
+        error.key == "evaluate.classifier" and "true or false" in error.allowed and "--evaluate.judge=cat" in str(error)
+    )
+
+
 def test_a_value_can_not_smuggle_in_other_keys(small: Path) -> None:
     error = refusal(small, "--run.out=1\n[optim]\nlr = 5")
     assert error.key == "run.out" and "line breaks" in error.allowed

@@ -133,7 +133,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             cfg_scale=NOT_NEGATIVE,
             cfg_range=WINDOW,
         ),
-        evaluate=section(Evaluate, judge=st.sampled_from(["none", "classifier"]), every=ZERO_UP, num=INT),
+        evaluate=section(Evaluate, classifier=st.booleans(), every=ZERO_UP, num=st.integers(65, 2**63 - 1)),
         kernels=section(Kernels, norm_modulate=CHOICE, align=CHOICE, adamw_ema=CHOICE),
     )
 

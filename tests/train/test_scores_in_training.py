@@ -70,8 +70,8 @@ def test_training_logs_what_the_evaluate_command_finds(folder, capsys):
     assert last["inception_sha256"] == "5" * 64 and last["reference"] == "data" and last["num"] == 20
 
 
-def test_judge_and_inception_look_at_the_same_samples_and_keep_their_own_names(folder):
-    out = trained(folder, *STEPS, "--evaluate.judge=classifier", "--evaluate.num=70", "--evaluate.every=0")
+def test_classifier_and_inception_look_at_the_same_samples_and_keep_their_own_names(folder):
+    out = trained(folder, *STEPS, "--evaluate.classifier=true", "--evaluate.num=70", "--evaluate.every=0")
     (record,) = tiny.records(out, "eval")
     metrics = record["metrics"]
     assert {"accuracy", "frechet", "precision", "fid", "inception_precision"} <= metrics.keys()
@@ -107,7 +107,7 @@ def runs_with_fid(tmp_path):
     ("option", "words"),
     [
         ("--evaluate.reference=nowhere.npz", "reference nowhere.npz: an ADM .npz"),
-        ("--evaluate.judge=classifier", "images.safetensors"),
+        ("--evaluate.classifier=true", "images.safetensors"),
         ("--evaluate.reference={folder}/large", "images of 9×9, the samples have 8×8"),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_scores_need_is_looked_for_before_the_first_step(option, words, fol
         tensors = {n: torch.zeros(9, 1, 9, 9, dtype=torch.uint8) for n in ("train", "test")}
         labels = {f"{n}_labels": torch.arange(9) % 5 for n in ("train", "test")}
         save_file(tensors | labels, folder / "large" / "images.safetensors")
-    if "judge" in option:
+    if "classifier" in option:
         (folder / "data" / "images.safetensors").unlink()
     with pytest.raises(UserError, match=words) as error:
         trained(folder, *STEPS, "--evaluate.num=70", option.format(folder=folder))

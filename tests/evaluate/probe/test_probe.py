@@ -1,4 +1,4 @@
-"""The probe reads the very streams that the model computes, judges on images held out, and shows what it found."""
+"""The probe reads the very streams that the model computes, measures on held-out images, and shows what it found."""
 
 from __future__ import annotations
 
