@@ -13,7 +13,7 @@ from torch import Tensor
 
 from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError
-from st_fast.core.files import fsync_folder, make_folder
+from st_fast.core.files import fsync_path, make_folder
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.layouts import check_table, published_order
 from st_fast.model.formats.loaded_state import LoadedState, Table, heads, is_head
@@ -52,7 +52,7 @@ def export_file(bundle: LoadedState, layout: str, path: Path, weights: str) -> N
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-    fsync_folder(path.absolute().parent)
+    fsync_path(path.absolute().parent)
 
 
 def _refuse_existing(path: Path) -> None:

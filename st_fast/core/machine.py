@@ -1,21 +1,41 @@
-"""What this machine lets the process have: processors, memory, open files."""
+"""The process's limits on this machine (processors, memory, open files) and its rank there, as torchrun gives it.
+
+Importing it imports no torch: recipes are checked without.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from st_fast.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 SPARE_FILES = 256
 """File descriptors left to the rest of the process."""
 
 
+def rank_count() -> int:
+    """Number of ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_count() -> int:
+    """Number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def usable_cpus() -> int:
-    """How many processors this process may run on."""
+    """Number of processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -24,13 +44,15 @@ def usable_cpus() -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes free on the device; on the host, this rank's part of what is available."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
     except OSError:  # not Linux: all of it is the best that can be known
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(free, container_limit()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(free, container_limit()) // local_count()
 
 
 def container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
@@ -58,6 +80,8 @@ class PassTooLarge(RuntimeError):
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or, where PyTorch has no class for it, on the host."""
+    import torch
+
     text = str(error)
     # The stable ABI that csrc is built on loses the cause; but making room for a result fails for no other reason.
     lost = "API call failed" in text and any(f"aten::{op}" in text for op in ("empty", "new_empty"))

@@ -1,8 +1,7 @@
-"""Ranks: who we are under torchrun, where we stand, and the few things that all ranks do together."""
+"""Ranks: this process's rank and device under torchrun, its heartbeat, and the few collectives of all ranks."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,12 +15,12 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from st_fast.core.errors import Interrupted, UserError
-from st_fast.core.launch import local_rank, rank_count
+from st_fast.core.machine import local_rank, rank_count
 
 
 @dataclass
 class Heartbeat:
-    """Where a rank's main thread stands: written by it, read by the watchdog. `ticks` counts signs of progress."""
+    """The phase of a rank's main thread: written by it, read by the watchdog. `ticks` counts signs of progress."""
 
     stage: str = ""
     step: int = 0
@@ -31,7 +30,7 @@ class Heartbeat:
     """The training has given up."""
 
     def beat(self, phase: str) -> None:
-        """The main thread has just entered this phase, or got on within it."""
+        """The main thread has just entered this phase, or made progress within it."""
         self.phase = phase
         self.ticks += 1
 
@@ -70,28 +69,22 @@ class Ranks:
             dist.broadcast(tensor.detach(), 0)
 
     def broadcast_from_rank0(self, say: Callable[[], Any]) -> Any:
-        """What `say` returns on the first rank (JSON), on every rank; its UserError is raised on every rank."""
+        """The first rank's `say()`, on every rank; its UserError is raised on every rank."""
         if self.count == 1:
             return say()
-        text = b""
+        answer: list[Any] = [None, "", 0]  # the value, or an error's text and exit code
         if self.first:
             try:
-                text = json.dumps({"value": say()}).encode()
+                answer[0] = say()
             except UserError as error:
-                text = json.dumps({"error": str(error), "code": error.exit_code}).encode()
+                answer[1:] = str(error), error.exit_code
         self.heartbeat.beat("agree")
-        size = torch.tensor(len(text))
-        dist.broadcast(size, 0)
-        letters = (
-            torch.tensor(list(text), dtype=torch.uint8) if self.first else torch.empty(int(size), dtype=torch.uint8)
-        )
-        dist.broadcast(letters, 0)
-        answer = json.loads(bytes(letters.tolist()))
-        if "error" in answer:
-            failure = UserError(answer["error"])
-            failure.exit_code = answer["code"]
+        dist.broadcast_object_list(answer, 0, device=torch.device("cpu"))
+        if answer[2]:
+            failure = UserError(answer[1])
+            failure.exit_code = answer[2]
             raise failure
-        return answer["value"]
+        return answer[0]
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -115,12 +108,12 @@ class Rendezvous:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.prefix = f"st_fast/{about}/{attempt}"
 
-    def write(self, key: str, letter: str) -> None:
-        """Leaves a letter for the other ranks."""
-        self.store.set(f"{self.prefix}/{key}", letter)
+    def write(self, key: str, message: str) -> None:
+        """Leaves a message for the other ranks."""
+        self.store.set(f"{self.prefix}/{key}", message)
 
     def read(self, key: str) -> str | None:
-        """The letter under a key, None if there is none yet; never waits for one."""
+        """The message under a key, None if there is none yet; never waits for one."""
         name = f"{self.prefix}/{key}"
         return self.store.get(name).decode() if self.store.check([name]) else None
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save as to_safetensors
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.files import durable_file, fsync_folder, write_all
+from st_fast.core.files import durable_file, fsync_path, write_all
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
 from st_fast.data.images import load_image
@@ -48,7 +48,7 @@ def write_images(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
         with durable_file(partial) as descriptor:
             write_all(descriptor, to_safetensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
         os.rename(partial, path)
-        fsync_folder(folder)
+        fsync_path(folder)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written: {error.strerror}") from None

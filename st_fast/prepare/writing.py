@@ -15,7 +15,7 @@ from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import durable_file, fsync_folder, make_folder, write_all
+from st_fast.core.files import durable_file, fsync_path, make_folder, write_all
 from st_fast.data.manifest import Manifest, ShardEntry, labels_problem, moments_problem, write_manifest
 
 SHARD_SIZE = 8_192
@@ -57,7 +57,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> ShardEntry:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
     return ShardEntry(path.name, len(tensors["crc32"]), len(data), hashlib.sha256(data).hexdigest())
 
 

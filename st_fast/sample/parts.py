@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, durable_file, fsync_folder, make_folder, read_json, write_all, write_json_atomic
+from st_fast.core.files import BadFile, durable_file, fsync_path, make_folder, read_json, write_all, write_json_atomic
 from st_fast.sample.files import Images, three_channels
 
 FORMAT = "st_fast.samples/1"
@@ -88,7 +88,7 @@ class Parts:
         with durable_file(partial) as descriptor:
             write_all(descriptor, save({"images": images.contiguous(), "labels": labels.contiguous()}))
         os.rename(partial, path)
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
 
     def get(self, batch: int) -> tuple[Images, NDArray[np.int64]]:
         """Images (n, H, W, 3) and labels (n,) of a batch, without what is too many; `BadFile` if it is damaged."""

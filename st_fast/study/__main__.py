@@ -18,7 +18,7 @@ from pathlib import Path
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.files import write_json_atomic
-from st_fast.core.launch import rank_count
+from st_fast.core.machine import rank_count
 from st_fast.study.plan import Study, jobs, read_study
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.launch import local_rank, rank_count
+from st_fast.core.machine import local_rank, rank_count
 from st_fast.recipe import Recipe, changed_maths, cost, load, load_run, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
 from st_fast.recipe.keys import choices, describe, keys

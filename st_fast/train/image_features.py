@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from st_fast.core.errors import UserError
-from st_fast.core.launch import local_count
-from st_fast.core.machine import usable_cpus
+from st_fast.core.machine import local_count, usable_cpus
 from st_fast.data.ahead import ReadAhead
 from st_fast.data.features import FeatureSet, check_grid, open_features_of
 from st_fast.data.loader import Loader

@@ -13,8 +13,7 @@ from traceback import clear_frames
 import torch
 
 from st_fast.core.errors import RunFailed
-from st_fast.core.launch import local_count
-from st_fast.core.machine import PassTooLarge, container_limit, lacks_memory
+from st_fast.core.machine import PassTooLarge, container_limit, lacks_memory, local_count
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import cost
 from st_fast.recipe.batch import images_a_pass, possible_passes

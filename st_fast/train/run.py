@@ -13,8 +13,7 @@ from st_fast import kernels
 from st_fast.core import lock
 from st_fast.core.checkpoint.history import candidates
 from st_fast.core.errors import UserError
-from st_fast.core.launch import local_rank
-from st_fast.core.machine import PassTooLarge
+from st_fast.core.machine import PassTooLarge, local_rank
 from st_fast.core.ranks import process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.loader import kept_bytes

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from st_fast.core.checkpoint.saver import SAVING
 from st_fast.core.errors import EXIT_FAILED, Interrupted, RunFailed, UserError
-from st_fast.core.launch import local_rank
+from st_fast.core.machine import local_rank
 from st_fast.core.ranks import Ranks, Rendezvous
 
 WAITING = ("all-reduce", "log", "agree")

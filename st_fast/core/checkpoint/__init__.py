@@ -6,22 +6,11 @@ A sharded run writes one file a group and rank, `<group>.rank-<r>-of-<n>.safeten
 """
 
 from st_fast.core.checkpoint.history import latest, prune, sweep
-from st_fast.core.checkpoint.match import match_strictly
 from st_fast.core.checkpoint.saver import Saver
-from st_fast.core.checkpoint.store import Checkpoint, NewerFormat, SaveFailed, load, save, valid
+from st_fast.core.checkpoint.store import Checkpoint, NewerFormat, SaveFailed, load, match_strictly, save, valid
 from st_fast.core.checkpoint.together import Team
 
 __all__ = [
-    "Checkpoint",
-    "NewerFormat",
-    "SaveFailed",
-    "Saver",
-    "Team",
-    "latest",
-    "load",
-    "match_strictly",
-    "prune",
-    "save",
-    "sweep",
-    "valid",
-]
+    "Checkpoint", "NewerFormat", "SaveFailed", "Saver", "Team", "latest", "load", "match_strictly", "prune", "save",
+    "sweep", "valid",
+]  # fmt: skip

@@ -1,7 +1,11 @@
-"""One group of named tensors ↔ one safetensors file, hashed in the same pass that writes or reads it.
+"""A group of named tensors ↔ its safetensors files, hashed in the same pass that writes or reads them.
+
+A group has one file, or one file a rank. Of several, each tensor is either whole in the first file ("replicate") or
+split by rows over all of them ("shard(0)"): file r of n holds rows [r·c, (r + 1)·c) with c = ⌈rows / n⌉, cut off at the
+end, as `torch.chunk` has it.
 
 The safetensors library writes and maps files on its own, out of sight of fsync and of the hash; here every byte passes
-through one loop, and what is loaded is what was hashed. Its files and ours are the same format.
+through one loop, and the bytes that are loaded are the bytes that were hashed. Its files and ours are the same format.
 """
 
 from __future__ import annotations
@@ -9,16 +13,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from st_fast.core.files import CHUNK, BadFile, Entry, durable_file, open_regular, parse_header, read_exactly, shown
-from st_fast.core.files import write_all as write_bytes
+from st_fast.core.files import (
+    CHUNK,
+    BadFile,
+    Entry,
+    durable_file,
+    inside,
+    open_regular,
+    parse_header,
+    read_exactly,
+    shown,
+    write_all,
+)
+from st_fast.core.ranks import rows
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -27,6 +42,9 @@ DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+REPLICATE, BY_ROWS = "replicate", "shard(0)"
+Described = Mapping[str, Mapping[str, Any]]
+"""By tensor: shape, dtype and, where a group has several files, placement."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class GroupFile:
     file: str
     sha256: str
     bytes: int
-    tensors: Mapping[str, Mapping[str, object]]
+    tensors: Described
 
 
 def write_group(path: Path, tensors: Mapping[str, Tensor]) -> GroupFile:
@@ -58,12 +76,12 @@ def write_group(path: Path, tensors: Mapping[str, Tensor]) -> GroupFile:
     prefix = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(prefix)
     with durable_file(path) as file:
-        write_bytes(file, prefix)
+        write_all(file, prefix)
         for key in order:
             data = bytes_of(tensors[key].detach().cpu().contiguous())
             for at in range(0, len(data), CHUNK):  # a piece is hashed and written while it is in the cache
                 digest.update(data[at : at + CHUNK])
-                write_bytes(file, data[at : at + CHUNK])
+                write_all(file, data[at : at + CHUNK])
     return GroupFile(path.name, digest.hexdigest(), len(prefix) + stop, shapes)
 
 
@@ -133,3 +151,91 @@ def _checked_header(file: BinaryIO, path: Path, record: GroupFile) -> tuple[dict
 def _same_hash(path: Path, record: GroupFile, found: str) -> None:
     if found != record.sha256:
         raise BadFile(f"{path}: SHA-256 expected {record.sha256[:16]}…, found {found[:16]}… (its bytes were changed)")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group's tensors and its files, in the order of the ranks that wrote them."""
+
+    tensors: Described
+    parts: Sequence[GroupFile]
+
+    def read(self, folder: Path, verify: bool) -> dict[str, Tensor]:
+        """The whole tensors, on the CPU; allocates as much as the files' sizes, and once more for one tensor."""
+        pieces = [read_group(inside(folder, part.file), part, verify) for part in self.parts]
+        if len(pieces) == 1:
+            return pieces[0]
+        return {
+            key: pieces[0].pop(key)
+            if one["placement"] == REPLICATE
+            else torch.cat([piece.pop(key) for piece in pieces])
+            for key, one in self.tensors.items()
+        }
+
+    def check(self, folder: Path, deep: bool) -> None:
+        """BadFile unless every file has the recorded size and tensors and, with `deep`, the recorded hash."""
+        for part in self.parts:
+            check_group(inside(folder, part.file), part, deep)
+
+
+def file_name(group: str, part: int, count: int) -> str:
+    """The name of one part's file."""
+    return f"{group}.rank-{part}-of-{count}.safetensors"
+
+
+def of_part(tensors: Described, part: int, count: int) -> dict[str, dict[str, object]]:
+    """The tensors in one part's file: {tensor: {"shape": […], "dtype": "F32"}}."""
+    found: dict[str, dict[str, object]] = {}
+    for key, one in tensors.items():
+        shape = list(one["shape"])
+        if one["placement"] == BY_ROWS:
+            start, stop = rows(shape[0], part, count)
+            found[key] = {"shape": [stop - start, *shape[1:]], "dtype": one["dtype"]}
+        elif part == 0:
+            found[key] = {"shape": shape, "dtype": one["dtype"]}
+    return found
+
+
+def fields(where: str, value: object, types: Mapping[str, type]) -> dict[str, Any]:
+    """`value`, which must be a JSON object with exactly these keys of these types; BadFile otherwise."""
+    if not isinstance(value, dict) or value.keys() != types.keys():
+        raise BadFile(f"{where} is {shown(value)}, expected an object with {', '.join(types)}")
+    for key, kind in types.items():
+        if type(value[key]) is not kind:
+            raise BadFile(f"{where}: {key} is {shown(value[key])}, expected {kind.__name__}")
+    return value
+
+
+FILE_FIELDS = {"file": str, "sha256": str, "bytes": int}
+
+
+def parse_group(name: str, value: object, file: Path, version: int) -> Group:
+    """A group out of a manifest's JSON; BadFile for what is not of that form. Version 1 knows one file a group."""
+    where = f"{file}: group {shown(name)}"
+    if version == 1:
+        whole = GroupFile(**fields(where, value, FILE_FIELDS | {"tensors": dict}))
+        return Group(whole.tensors, [whole])
+    found = fields(where, value, {"tensors": dict, "parts": list})
+    tensors, count = found["tensors"], len(found["parts"])
+    if not count:
+        raise BadFile(f"{where}: parts is empty, expected one file a rank")
+    for key, one in tensors.items():
+        _check_tensor(f"{where}: tensor {shown(key)}", one)
+    parts = []
+    for number, one in enumerate(found["parts"]):
+        part, ending = fields(f"{where}: part {number}", one, FILE_FIELDS), file_name("", number, count)
+        if not part["file"].endswith(ending):
+            raise BadFile(f"{where}: part {number} is {shown(part['file'])}, expected …{ending}")
+        parts.append(GroupFile(**part, tensors=of_part(tensors, number, count)))
+    return Group(tensors, parts)
+
+
+def _check_tensor(where: str, value: object) -> None:
+    found = fields(where, value, {"shape": list, "dtype": str, "placement": str})
+    shape, dtype, placement = found["shape"], found["dtype"], found["placement"]
+    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise BadFile(f"{where}: shape {shown(shape)} is not a list of counts")
+    if dtype not in DTYPES:
+        raise BadFile(f"{where}: dtype {shown(dtype)} is none of {', '.join(DTYPES)}")
+    if placement not in (REPLICATE, BY_ROWS) or (placement == BY_ROWS and not shape):
+        raise BadFile(f"{where}: placement {shown(placement)} of shape {shown(shape)}, expected {REPLICATE}, {BY_ROWS}")

@@ -1,4 +1,4 @@
-"""Saving beside the training: a snapshot on the host, written by a thread while the next steps run."""
+"""Saving during training: a snapshot on the host, written by a thread while the next steps run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,8 @@ from st_fast.core.files import json_bytes
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Copied:
-    """Around the copying of a snapshot from a CUDA device, which works on nothing else meanwhile."""
-
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-
-
+Copied = tuple[torch.cuda.Event, torch.cuda.Event]
+"""Around the copying of a snapshot from a CUDA device, which works on nothing else meanwhile."""
 SAVING = "st_fast-save"
 """The name of the thread that writes."""
 
@@ -38,10 +31,10 @@ class Saver:
     """Writes checkpoints of one stage and prunes old ones; one write is in flight, a second `save` waits for it.
 
     `report` gets one line if a save fails (training goes on, nothing already saved is touched), `on_saved` the path and
-    the seconds the write took. Both are called from the writing thread. Whoever makes a Saver holds the run's lock:
-    leftovers of a killed process are swept away first. `background=False` writes within `save`. With a `team` every
-    rank has a Saver and they write together; the first rank's prunes and sweeps.
-    The snapshot takes as much host memory as the state and is used again by every save; page-locked for CUDA.
+    the seconds the write took. Both are called from the writing thread. Make a Saver only while holding the run's lock:
+    it first removes leftovers of a killed process. `background=False` writes within `save`. With a `team` every rank
+    has a Saver and they write together; the first rank prunes and sweeps. The snapshot takes as much host memory as
+    the state and is used again by every save; page-locked for CUDA.
     """
 
     def __init__(
@@ -117,7 +110,7 @@ class Saver:
         self._host = host
         # The copies are queued on the current stream, so later kernels on it can't overtake them: the thread waits
         # for them, the caller does not.
-        copied = [Copied(start, _mark(device)) for start, device in zip(before, devices, strict=True)]
+        copied = [(start, _mark(device)) for start, device in zip(before, devices, strict=True)]
         return {name: {key: host[name, key] for key in tensors} for name, tensors in groups.items()}, copied
 
     def _guarded_write(self, *arguments: Any) -> None:
@@ -130,9 +123,9 @@ class Saver:
         self, step: int, groups: Groups, whole: Whole, meta: Mapping[str, Any], copied: Sequence[Copied]
     ) -> None:
         start = time.perf_counter()
-        for one in copied:
-            one.end.synchronize()
-            self.stalled += one.start.elapsed_time(one.end) / 1e3
+        for begun, ended in copied:
+            ended.synchronize()
+            self.stalled += begun.elapsed_time(ended) / 1e3
         try:
             if self._team is not None:
                 self._path = self._team.save(self._root, step, groups, whole, meta)

@@ -7,15 +7,14 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from st_fast.core.checkpoint.groups import GroupFile, write_group
-from st_fast.core.checkpoint.parts import Group, parse_group
-from st_fast.core.errors import RunFailed
+from st_fast.core.checkpoint.groups import Group, fields, parse_group, write_group
+from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import (
     JSON_LIMIT,
     BadFile,
@@ -31,7 +30,7 @@ from st_fast.core.files import (
 
 FORMAT = "st_fast.checkpoint"
 VERSION = 2
-"""The newest that is read. 1: a file a group; 2: a file a group and rank (`parts.py`), written only where sharded."""
+"""The newest that is read. 1: a file a group; 2: a file a group and rank, written only where sharded."""
 MANIFEST = "manifest.json"
 
 
@@ -125,9 +124,9 @@ def valid(path: Path, deep: bool = True) -> str | None:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint folder: format, version, digest and types checked."""
+    if not os.path.lexists(path):
+        raise BadFile(f"{path}: there is no checkpoint here")
     if not os.path.isdir(path):
-        if not os.path.lexists(path):
-            raise BadFile(f"{path}: there is no checkpoint here")
         if is_pickle(path):
             raise BadFile(f"{path}: a pickle or zip file (torch.save), which is never opened; a checkpoint is a folder")
         raise BadFile(f"{path}: not a checkpoint; expected a folder with {MANIFEST}")
@@ -165,30 +164,39 @@ def write_manifest(
 
 
 def _parsed(content: dict[str, Any], file: Path) -> Manifest:
-    keys = {"format", "version", "step", "groups", "meta", "digest"}
-    if content.keys() != keys:
-        raise BadFile(f"{file}: keys are {shown(sorted(content))}, expected {', '.join(sorted(keys))}")
+    types = {"format": str, "version": int, "step": int, "groups": dict, "meta": dict, "digest": str}
+    found = fields(str(file), content, types)
     try:
         digest = digest_of(content)
     except RecursionError:
         raise BadFile(f"{file}: nested too deeply") from None
-    if content["digest"] != digest:
-        raise BadFile(f"{file}: digest expected {shown(content['digest'])}, found {digest} (its content was changed)")
-    step, groups, meta = content["step"], content["groups"], content["meta"]
-    if type(step) is not int or step < 0:
-        raise BadFile(f"{file}: step is {shown(step)}, expected a whole number from 0")
-    if not isinstance(groups, dict) or not isinstance(meta, dict):
-        raise BadFile(f"{file}: groups and meta must be objects")
-    parse = parse_group if content["version"] > 1 else _parse_file
-    return Manifest(step, {name: parse(name, value, file) for name, value in groups.items()}, meta)
+    if found["digest"] != digest:
+        raise BadFile(f"{file}: digest expected {shown(found['digest'])}, found {digest} (its content was changed)")
+    if found["step"] < 0:
+        raise BadFile(f"{file}: step is {found['step']}, expected a whole number from 0")
+    groups = {name: parse_group(name, value, file, found["version"]) for name, value in found["groups"].items()}
+    return Manifest(found["step"], groups, found["meta"])
 
 
-def _parse_file(name: str, value: object, file: Path) -> Group:
-    types = {"file": str, "sha256": str, "bytes": int, "tensors": dict}
-    if not isinstance(value, dict) or value.keys() != types.keys():
-        expected = ", ".join(field.name for field in fields(GroupFile))
-        raise BadFile(f"{file}: group {shown(name)} is {shown(value)}, expected an object with {expected}")
-    for key, kind in types.items():
-        if type(value[key]) is not kind:
-            raise BadFile(f"{file}: group {shown(name)}: {key} is {shown(value[key])}, expected {kind.__name__}")
-    return Group(value["tensors"], [GroupFile(**value)])
+def match_strictly(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str, limit: int = 8) -> None:
+    """Raises a UserError listing every missing key, unexpected key and shape or dtype that differs; `what` names it.
+
+    Of each kind, `limit` are written out and the rest counted.
+    """
+
+    def kind(tensor: Tensor) -> str:
+        return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+    both = [key for key in expected if key in found and kind(expected[key]) != kind(found[key])]
+    problems = {
+        "missing": [shown(key) for key in expected if key not in found],
+        "unexpected": [shown(key) for key in found if key not in expected],
+        "different": [f"{shown(k)} (expected {kind(expected[k])}, found {kind(found[k])})" for k in both],
+    }
+    parts = [
+        f"{len(keys)} {name}: {', '.join(keys[:limit])}" + f" and {len(keys) - limit} more" * (len(keys) > limit)
+        for name, keys in problems.items()
+        if keys
+    ]
+    if parts:
+        raise UserError(f"{what}: tensors do not match: {'; '.join(parts)}")

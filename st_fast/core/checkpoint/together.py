@@ -1,7 +1,7 @@
-"""All ranks write one checkpoint together, each its own part, from threads: so not in collectives, but by letters.
+"""All ranks write one checkpoint together, each its own part, from threads: so by messages, not by collectives.
 
 The first rank makes the folder, the others write their files into it and send their sizes and hashes; then the first
-writes the manifest and renames. Whoever can't write sends that instead, and nothing of the save is left.
+writes the manifest and renames. A rank that can't write sends the reason instead, and nothing of the save is left.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from st_fast.core.checkpoint.groups import described, write_group
-from st_fast.core.checkpoint.parts import BY_ROWS, REPLICATE, Described, file_name
+from st_fast.core.checkpoint.groups import BY_ROWS, REPLICATE, Described, described, file_name, write_group
 from st_fast.core.checkpoint.store import check_names, not_saved, write_manifest
 from st_fast.core.files import FolderWrite
 

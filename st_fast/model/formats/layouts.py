@@ -141,7 +141,7 @@ def check_table(table: Table, config: Model, layout: str, where: str) -> None:
     """UserError listing every missing key, every unexpected one, and every shape or dtype that differs."""
     sigma = layout == "sit" and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch**2 * config.channels
     expected = expected_trunk(config, sigma) | _expected_heads(heads(table), config, layout)
-    match_strictly(expected, table, f"{where} as {layout}", shown_keys=EVERY_KEY)
+    match_strictly(expected, table, f"{where} as {layout}", limit=EVERY_KEY)
 
 
 def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tensor]:

@@ -1,18 +1,23 @@
-"""Reading files that may be broken or hostile: nothing is believed, and nothing allocated, before it was checked.
+"""Files that may be broken or hostile are checked before they are believed, and written so that no crash shows half.
 
-Never unpickles. The sizes a file claims are compared with its true size first.
+Reading never unpickles, and allocates nothing before a file's claimed sizes were compared with its true size. All
+writes go through `os.write`, `os.fsync` and `os.rename`, so that a test can stop a process at each of them: files and
+folders are written aside, fsynced and renamed, and the folder that holds the name is fsynced too. Imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from st_fast.core.errors import UserError
@@ -49,29 +54,26 @@ def shown(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def _printable(path: Path) -> str:
-    return str(path) if str(path).isprintable() else ascii(str(path))
-
-
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file unbuffered for reading; a missing file, folder, pipe or device is a `BadFile`."""
+    name = str(path) if str(path).isprintable() else ascii(str(path))
     try:
         # O_NONBLOCK: opening a pipe that nobody writes to must not hang; it means nothing to a regular file.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise BadFile(f"{_printable(path)}: missing") from None
+        raise BadFile(f"{name}: missing") from None
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise BadFile(f"{_printable(path)}: cannot be opened ({problem})") from None
+        raise BadFile(f"{name}: cannot be opened ({problem})") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise BadFile(f"{path}: not a regular file")
+        raise BadFile(f"{name}: not a regular file")
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         try:
             yield file
         except OSError as error:
-            raise BadFile(f"{path}: cannot be read ({error.strerror or error})") from None
+            raise BadFile(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
 def read_exactly(file: BinaryIO, into: memoryview, path: Path) -> None:
@@ -231,3 +233,115 @@ def _check_layout(entries: dict[str, Entry], path: Path, base: int, size: int) -
         position = entry.stop
     if position != size:
         raise BadFile(f"{path}: expected {position} bytes, found {size}")
+
+
+def write_all(descriptor: int, data: memoryview | bytes) -> None:
+    """Writes all bytes, in pieces that the file system may split."""
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(descriptor, view[:CHUNK]) :]
+
+
+def fsync_path(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents, durably."""
+    path = Path(path).absolute()
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_path(path.parent)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[int]:
+    """A new file's descriptor for `write_all`; fsynced at the end."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def json_bytes(obj: object) -> bytes:
+    """Readable JSON in UTF-8; NaN, infinities and halves of surrogate pairs are a ValueError."""
+    return (json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that the old or the new one is there after a crash, never a mixture; OSError on a full disk."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with durable_file(partial) as descriptor:
+            write_all(descriptor, data)
+        os.rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_json_atomic(path: Path, obj: object) -> None:
+    """Writes JSON by `write_atomic`."""
+    write_atomic(path, json_bytes(obj))
+
+
+class FolderWrite:
+    """Context manager: fill `.path` with files; at the end the folder appears under its final name, whole and durable.
+
+    On an exception the partial folder is removed and nothing has changed. With `replace=True` a folder already there
+    is set aside as `<target>.aside-<n>` (`.aside`) just before the rename, for the caller to delete or keep;
+    otherwise a target that exists is a UserError.
+    """
+
+    def __init__(self, target: Path, replace: bool = False) -> None:
+        self.target = Path(target)
+        self.path = self.target.with_name(f"{self.target.name}.partial-{os.getpid()}")
+        self.aside: Path | None = None
+        self._replace = replace
+
+    def __enter__(self) -> FolderWrite:
+        self._refuse_existing()
+        make_folder(self.target.parent)
+        if self.path.exists():  # of a killed process that had our id
+            shutil.rmtree(self.path)
+        self.path.mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._publish()
+        finally:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _refuse_existing(self) -> None:
+        if not self._replace and os.path.lexists(self.target):
+            raise UserError(f"{self.target}: exists already; remove it or name another folder")
+
+    def _publish(self) -> None:
+        for folder, _, names in os.walk(self.path, topdown=False):
+            for name in names:
+                fsync_path(Path(folder, name))
+            fsync_path(Path(folder))
+        self._refuse_existing()
+        if os.path.lexists(self.target):
+            numbered = (self.target.with_name(f"{self.target.name}.aside-{n}") for n in itertools.count(1))
+            self.aside = next(path for path in numbered if not os.path.lexists(path))
+            os.rename(self.target, self.aside)
+        try:
+            os.rename(self.path, self.target)
+        except OSError:
+            if self.aside:
+                os.rename(self.aside, self.target)
+            raise
+        fsync_path(self.target.parent)
