@@ -25,7 +25,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.model import SiT
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Recipe, Stage
-from st_fast.train import profiling, supervision, updates
+from st_fast.train import adamw, profiling, supervision
 from st_fast.train.batches import noisy_latents
 from st_fast.train.optim import Optimizer
 from st_fast.train.step import Step
@@ -52,7 +52,7 @@ def ours(setup: Setup) -> list[Kernel]:
         model.run_block = CompiledModule(counter)
         teacher = _frozen(recipe, table, counter) if stage.method.teacher_name else None
         method = supervision.create(stage, Parts(recipe.model, table, teacher), 1)
-        update = updates.choose(recipe.optim.implementation, CUDA)
+        update = adamw.choose(recipe.optim.implementation, CUDA)
         optimizer = Optimizer(model, method.heads, recipe.optim, torch.bfloat16, update.update, update.norm)
         step = Step(model, method, optimizer, recipe, Ranks(0, 1, META))
         if optimizer.heads.parameters:

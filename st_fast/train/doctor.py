@@ -27,7 +27,7 @@ from st_fast.kernels.defaults import OPS
 from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS, verify
 from st_fast.model.fp8 import LEAST_CAPABILITY
-from st_fast.train import log, memory, plan, updates
+from st_fast.train import adamw, log, memory, plan
 from st_fast.train.profiling import UNDER_NSYS
 
 Rows = dict[str, str]
@@ -49,7 +49,7 @@ def versions() -> Rows:
     rows = {"st_fast": __version__, "python": platform.python_version()}
     rows |= {name: _version(package) or "not installed" for name, package in PACKAGES.items()}
     rows["torch"] += f", CUDA {torch.version.cuda}" if torch.version.cuda else ", built without CUDA"
-    rows["apex"] = updates.IMPLEMENTATIONS["apex"].missing() or "its fused Adam is there"
+    rows["apex"] = adamw.IMPLEMENTATIONS["apex"].missing() or "its fused Adam is there"
     here = "" if _version("kernels") else "; in this repository's root `import kernels` gives an empty module"
     rows["kernels (Hugging Face)"] = (_version("kernels") or "not installed") + here
     return rows

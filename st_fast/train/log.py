@@ -1,6 +1,8 @@
-"""What a run says while it goes: the log file, the progress line, throughput, MFU and ETA.
+"""What a run reports while it trains: the log file, progress line, throughput, and steps that went wrong.
 
 Pauses (saving, sampling, evaluation) are kept out of training time. Losses stay on the device between two lines.
+A step whose gradient norm is not finite has changed nothing: the optimiser skips it on the device, on all ranks, since
+the norm is that of the summed gradients. Skipped steps and spikes of the loss are found here, in what was read anyway.
 """
 
 from __future__ import annotations
@@ -8,18 +10,26 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from st_fast.core.errors import RunFailed
 from st_fast.core.ranks import Ranks
-from st_fast.train.guard import Readings
+
+SPIKE_STEPS = 5
+"""Steps in a row above the threshold that make a spike; a single hard batch does not."""
+SPIKE_HISTORY, SPIKE_WARMUP = 256, 20
+"""Steps that the usual loss is the median of, and how many of them are needed before anything is judged."""
 
 
 class Log:
@@ -82,30 +92,112 @@ class Clock:
             self.start()
 
 
+@dataclass(frozen=True)
+class Readings:
+    """The scalars of the steps since the last reading, in order; sums over ranks, the same on every rank."""
+
+    first: int
+    """Number of the first of these steps, counted from 1 as in the log."""
+    denoise: Sequence[float]
+    aux: Sequence[float]
+    norms: Sequence[float]
+    bad_ranks: Sequence[Sequence[int]]
+    """By step: the ranks whose own losses were not finite."""
+    updates: int
+    """How many updates the optimiser has made by the last of these steps; skipped steps do not count."""
+
+    @property
+    def bad(self) -> list[int]:
+        """Offsets of the steps that were skipped."""
+        return [i for i, norm in enumerate(self.norms) if not math.isfinite(norm)]
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps that were not skipped; NaN if all were."""
+        kept = np.isfinite(np.asarray(self.norms))
+        denoise, aux, norm = (_mean(np.asarray(values)[kept]) for values in (self.denoise, self.aux, self.norms))
+        return {"loss": denoise + aux, "denoise": denoise, "aux": aux, "grad_norm": norm}
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
 class Meter:
     """Keeps the scalars of up to `room` steps on the device and brings them to the host when asked."""
 
     def __init__(self, device: torch.device, room: int) -> None:
-        self.values = torch.zeros(room, 3, device=device)
+        self.values = torch.zeros(room, 4, device=device)
         self.steps = 0
 
     @torch.no_grad()
-    def add(self, denoise: Tensor, aux: Tensor, norm: Tensor) -> None:
-        """Takes in a step's scalars, without waiting for the device."""
-        self.values[self.steps].copy_(torch.stack((denoise, aux, norm)))
+    def add(self, denoise: Tensor, aux: Tensor, norm: Tensor, updates: Tensor) -> None:
+        """Stores a step's scalars, without waiting for the device; `updates`: how many were made, with this step."""
+        self.values[self.steps].copy_(torch.stack((denoise, aux, norm, updates)))
         self.steps += 1
 
     def read(self, ranks: Ranks, step: int) -> Readings:
         """The steps since the last reading, up to `step`, over all ranks; waits for the device."""
         mine, count = self.values[: self.steps], self.steps
         denoise, aux = ranks.sum(mine[:, :2].clone()).T.tolist()
-        norms, self.steps = mine[:, 2].tolist(), 0
+        (norms, updates), self.steps = mine[:, 2:].T.tolist(), 0
         bad_ranks: list[list[int]] = [[] for _ in range(count)]
         if not all(map(math.isfinite, norms)):  # the same on every rank, so all of them ask
             bad = torch.zeros(ranks.count, count)
             bad[ranks.rank] = (~torch.isfinite(mine[:, :2])).any(dim=1).float().cpu()
             bad_ranks = [column.nonzero()[:, 0].tolist() for column in ranks.sum(bad).T]
-        return Readings(step - count + 1, denoise, aux, norms, bad_ranks)
+        return Readings(step - count + 1, denoise, aux, norms, bad_ranks, int(updates[-1]))
+
+
+class Skips:
+    """Counts skipped steps of a stage, and ends the run after too many in a row."""
+
+    def __init__(self, stage: str, allowed: int) -> None:
+        self.stage, self.allowed = stage, allowed
+        self.total = self.in_row = 0
+
+    def add(self, readings: Readings) -> None:
+        """Takes in readings."""
+        for norm in readings.norms:
+            bad = not math.isfinite(norm)
+            self.in_row = self.in_row + 1 if bad else 0
+            self.total += bad
+
+    def judge(self, step: int) -> None:
+        """RunFailed if the last `allowed` steps or more up to `step` were all skipped."""
+        if self.in_row >= self.allowed:
+            raise RunFailed(
+                f"{self.stage}: the gradients of the last {self.in_row} steps up to {step} were not finite "
+                f"(run.max_bad_steps = {self.allowed}); weights are as before them"
+            )
+
+
+class SpikeDetector:
+    """A spike: the denoising loss is above `ratio` × its usual value for SPIKE_STEPS steps in a row; 0 finds none.
+
+    The usual value is the median of the last SPIKE_HISTORY steps below the threshold, so a spike does not raise it.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.usual: deque[float] = deque(maxlen=SPIKE_HISTORY)
+        self._high = 0
+
+    def add(self, readings: Readings) -> int | None:
+        """Takes in readings; the number of the step that a spike began with, if there is one."""
+        if self.ratio == 0:
+            return None
+        for number, loss in enumerate(readings.denoise, readings.first):
+            if not math.isfinite(loss):
+                continue
+            if len(self.usual) >= SPIKE_WARMUP and loss > self.ratio * median(self.usual):
+                self._high += 1
+                if self._high >= SPIKE_STEPS:
+                    self._high = 0
+                    return number - SPIKE_STEPS + 1
+            else:
+                self._high = 0
+                self.usual.append(loss)
+        return None
 
 
 @cache
@@ -113,35 +205,28 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of this device's own matrix product, measured once a process on random data: what MFU is a share of."""
     side, repeats = (8192, 10) if device.type == "cuda" else (1536, 4)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(3):
-        torch.mm(a, b)
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            torch.mm(a, b)
-        _wait(device)
-        best = min(best, (time.perf_counter() - start) / repeats)
-    return 2 * side**3 / best
+    return 2 * side**3 / _least_seconds(device, lambda: torch.mm(a, b), 3, repeats)
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds; the best of a few."""
+    """Bytes a second, read and written, of a copy larger than any cache; the best of a few."""
     count = 2**28 if device.type == "cuda" else 2**25
     source, target = (torch.ones(count, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
-        _wait(device)
+    return 2 * source.nbytes / _least_seconds(device, lambda: target.copy_(source), 4)
+
+
+def _least_seconds(device: torch.device, work: Callable[[], object], tries: int, repeats: int = 1) -> float:
+    """The best of some tries, after a warm-up each; the mean of `repeats` calls in a try."""
+    wait, best = torch.cuda.synchronize if device.type == "cuda" else (lambda device: None), math.inf
+    for _ in range(tries):
+        work()
+        wait(device)
         start = time.perf_counter()
-        target.copy_(source)
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        for _ in range(repeats):
+            work()
+        wait(device)
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return best
 
 
 def progress_line(stage: str, step: int, steps: int, values: dict[str, float], eta: float) -> str:

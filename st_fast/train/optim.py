@@ -1,7 +1,7 @@
-"""AdamW with clipping and a weight average (EMA), on float32 master weights, as one op over all tensors.
+"""The optimiser: AdamW with clipping and a weight average (EMA), on float32 master weights, in one op over all tensors.
 
-In float32 the masters are the model's own parameters. In bf16 the model holds bf16 copies that the same pass writes.
-Of a sharded module (`sharding.py`) all of it is sharded, and the op works on this rank's parts.
+In float32 the masters are the model's own parameters. In bf16 the model holds bf16 copies, written in the same pass.
+All state of a sharded module (`sharding.py`) is sharded, and the op works on this rank's parts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from st_fast.model import SiT
 from st_fast.recipe.schema import Optim
-from st_fast.train.sharding import local, locals_of, norm_of_all, put
+from st_fast.train.sharding import is_sharded, local, locals_of, norm_of_all, put
 
 UpdateOp = Callable[..., None]
 NormOp = Callable[[list[Tensor]], Tensor]
+
+
+def learning_rate(settings: Optim, update: Tensor) -> Tensor:
+    """The rate of update number `update`, counted from 1 (0-dim float64): linear warm-up, then constant."""
+    return settings.lr * (update.double() / max(settings.warmup_steps, 1)).clamp_max(1.0)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,23 @@ class Slots:
     frozen: dict[str, Tensor]
     """The same in float32."""
     step: Tensor
+    """0-dim float32: the number of updates made."""
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype, with_ema: bool) -> Slots:
+        """The module's tensors, its parameters cast to `dtype`."""
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        untrained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        frozen = {name: p.detach().clone() for name, p in untrained.items()}
+        low = dtype != torch.float32
+        masters: list[Tensor] = [p.detach().clone() if low else p for p in trained.values()]
+        if low:
+            module.to(dtype)  # this makes new parameters if they are sharded
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        exp_avgs, exp_avg_sqs = ([torch.zeros_like(m, requires_grad=False) for m in masters] for _ in range(2))
+        emas = [m.detach().clone() for m in masters] if with_ema else []
+        step = torch.zeros((), device=parameters[0].device if parameters else "cpu")
+        return cls(list(trained), parameters, masters, exp_avgs, exp_avg_sqs, emas, untrained, frozen, step)
 
     @property
     def copies(self) -> list[Tensor]:
@@ -41,28 +64,22 @@ class Slots:
         low = bool(self.parameters) and self.masters[0] is not self.parameters[0]
         return [local(p.data) for p in self.parameters] if low else []
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients; a parameter that got none has zeros."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
-def _slots(module: nn.Module, dtype: torch.dtype, with_ema: bool) -> Slots:
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    untrained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-    frozen = {name: p.detach().clone() for name, p in untrained.items()}
-    low = dtype != torch.float32
-    masters: list[Tensor] = [p.detach().clone() if low else p for p in trained.values()]
-    if low:
-        module.to(dtype)  # which makes new parameters where they are sharded
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    device = parameters[0].device if parameters else torch.device("cpu")
-    return Slots(
-        names=list(trained),
-        parameters=parameters,
-        masters=masters,
-        exp_avgs=[torch.zeros_like(m, requires_grad=False) for m in masters],
-        exp_avg_sqs=[torch.zeros_like(m, requires_grad=False) for m in masters],
-        emas=[m.detach().clone() for m in masters] if with_ema else [],
-        untrained=untrained,
-        frozen=frozen,
-        step=torch.zeros((), dtype=torch.float32, device=device),
-    )
+    def moments(self, prefix: str) -> dict[str, Tensor]:
+        """AdamW's state by the names that a checkpoint gives it."""
+        kinds = {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs}
+        named = {
+            f"{prefix}.{kind}.{name}": tensor
+            for kind, tensors in kinds.items()
+            for name, tensor in zip(self.names, tensors, strict=True)
+        }
+        return named | {f"{prefix}.step": self.step}
 
 
 class Optimizer:
@@ -72,38 +89,35 @@ class Optimizer:
         self, model: nn.Module, heads: nn.Module, settings: Optim, dtype: torch.dtype, update: UpdateOp, norm: NormOp
     ) -> None:
         self.settings, self._update, self._norm = settings, update, norm
-        self.model, self.heads = _slots(model, dtype, with_ema=True), _slots(heads, dtype, with_ema=False)
+        self.model, self.heads = Slots.of(model, dtype, with_ema=True), Slots.of(heads, dtype, with_ema=False)
         self._groups = [slots for slots in (self.model, self.heads) if slots.parameters]
         self._lr = torch.zeros((), dtype=torch.float32, device=self.model.step.device)
 
+    @property
+    def updates(self) -> Tensor:
+        """The number of updates made (0-dim float32, on the device). Skipped steps do not count."""
+        return self.model.step
+
     def gradients(self) -> list[Tensor]:
         """All gradients, in a fixed order; a parameter that got none has zeros."""
-        return [gradient for slots in self._groups for gradient in _gradients(slots)]
+        return [gradient for slots in self._groups for gradient in slots.gradients()]
 
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters, in a fixed order: the model's, then the heads'."""
         return [parameter for slots in self._groups for parameter in slots.parameters]
 
-    def learning_rate(self) -> Tensor:
-        """The next step's rate (0-dim float64, on the device): linear warm-up over updates made, then constant.
-
-        A step that was skipped does not count, so it leaves the schedule where it was.
-        """
-        warmup = max(self.settings.warmup_steps, 1)
-        return self.settings.lr * ((self.model.step.double() + 1) / warmup).clamp_max(1.0)
-
     @torch.no_grad()
     def update(self) -> Tensor:
         """One step from the gradients, which are then cleared; returns their global L2 norm (0-dim, on the device).
 
-        A norm that is not finite leaves weights, moments, EMA and step counts untouched.
+        A norm that is not finite leaves weights, moments, EMA and the number of updates as they were.
         """
         settings = self.settings
         norm = norm_of_all(self._norm(locals_of(self.gradients())), self.model.parameters[0])
-        self._lr.copy_(self.learning_rate())
+        self._lr.copy_(learning_rate(settings, self.updates + 1))
         for slots in self._groups:
             self._update(
-                [local(m.detach()) for m in slots.masters], [local(g) for g in _gradients(slots)],
+                [local(m.detach()) for m in slots.masters], locals_of(slots.gradients()),
                 locals_of(slots.exp_avgs), locals_of(slots.exp_avg_sqs), locals_of(slots.emas), slots.copies,
                 slots.step, norm, self._lr,
                 beta1=settings.betas[0], beta2=settings.betas[1], eps=settings.eps,
@@ -119,7 +133,7 @@ class Optimizer:
         groups = {
             "model": dict(zip(model.names, model.masters, strict=True)) | model.frozen,
             "ema": dict(zip(model.names, model.emas, strict=True)) | model.frozen,
-            "optim": _moments("model", model) | _moments("heads", heads),
+            "optim": model.moments("model") | heads.moments("heads"),
         }
         if heads.names:
             groups["heads"] = dict(zip(heads.names, heads.masters, strict=True))
@@ -135,7 +149,7 @@ class Optimizer:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Brings the parameters in use up to the masters, after something else than `update` changed these."""
+        """Copies the masters into the parameters in use, after something other than `update` changed the masters."""
         for slots in self._groups:
             for copy, master in zip(slots.copies, slots.masters, strict=False):
                 copy.copy_(local(master))
@@ -143,16 +157,33 @@ class Optimizer:
                 slots.untrained[name].copy_(value)
 
 
-def _gradients(slots: Slots) -> list[Tensor]:
-    found = []
-    for parameter in slots.parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        found.append(parameter.grad)
-    return found
+class EmaModel:
+    """The student's weight average as a frozen model, for methods in which the student teaches itself.
 
+    In float32 its parameters are the optimiser's EMA tensors themselves, without memory or copies of their own. In a
+    lower precision, or in shards, they are copies that each call updates in one pass over the EMA (6 bytes of traffic
+    a parameter, little compared with a forward pass). Autocast would move as much for each use, and the fused ops,
+    which need one dtype throughout, would not run under it.
+    """
 
-def _moments(prefix: str, slots: Slots) -> dict[str, Tensor]:
-    named = {f"{prefix}.exp_avg.{n}": t for n, t in zip(slots.names, slots.exp_avgs, strict=True)}
-    named |= {f"{prefix}.exp_avg_sq.{n}": t for n, t in zip(slots.names, slots.exp_avg_sqs, strict=True)}
-    return named | {f"{prefix}.step": slots.step}
+    def __init__(self, model: SiT) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._sources: list[Tensor] = []
+        self._copies: list[Tensor] = []
+
+    def follow(self, emas: Mapping[str, Tensor]) -> None:
+        """Follows these tensors, all of the model's by name, from now on. They must be updated in place."""
+        sharded = is_sharded(self._model)
+        for name, parameter in self._model.named_parameters():
+            if parameter.dtype == emas[name].dtype and not sharded:
+                parameter.data = emas[name]
+            else:
+                self._sources.append(local(emas[name]))
+                self._copies.append(local(parameter.data))
+
+    @torch.no_grad()
+    def __call__(self) -> SiT:
+        """The model, up to date. It keeps no state of its own, so there is nothing to save or to restore."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._sources)
+        return self._model

@@ -19,10 +19,10 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Stage
 from st_fast.train import memory
 from st_fast.train.batches import BatchIterator, Lookahead
-from st_fast.train.guard import Readings, Skips, SpikeDetector
 from st_fast.train.image_features import ImageFeatures
-from st_fast.train.log import Clock, Meter, progress_line
+from st_fast.train.log import Clock, Meter, Readings, Skips, SpikeDetector, progress_line
 from st_fast.train.micro_batch import halved
+from st_fast.train.optim import learning_rate
 from st_fast.train.profiling import StageProfile
 from st_fast.train.trainer import RunContext, Trainer
 
@@ -56,7 +56,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
         with retreat.if_too_large(done - 1):
             losses, norm = trainer.step(done - 1, batches)
-        meter.add(losses.denoise, losses.aux, norm)
+        meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates)
         profile.stepped(done)
         last, stopping = done == stage.steps, context.stop()
         spike = report(done, meter) if _due(done, recipe.run.log_every) or last else None
@@ -158,6 +158,7 @@ class Reporter:
         seconds, waited = self.clock.read(), self.batches.waited
         elapsed = max(seconds - self._seconds, 1e-9)
         spent = cost.stage_flops(context.recipe, stage, self._step, step, self._encoders)
+        values["lr"] = float(learning_rate(context.recipe.optim, torch.tensor(readings.updates)))
         values["images_per_s"] = (step - self._step) * context.recipe.optim.batch_size / elapsed
         values["mfu"] = spent / elapsed / (context.rate * context.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed

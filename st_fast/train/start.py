@@ -18,7 +18,7 @@ from st_fast.model.formats.model_source import ModelSource, Say, read_model
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
-from st_fast.train.average import Average
+from st_fast.train.optim import EmaModel
 from st_fast.train.supervision.registry import Parts
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -79,7 +79,7 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
         model = SiT(recipe.model, table)
         drawn["model"] = model.state_dict()
         if stage.start.init_heads == "match":
-            parts = Parts(recipe.model, table, model, Average(model), feature_widths, recipe.flow.path)
+            parts = Parts(recipe.model, table, model, EmaModel(model), feature_widths, recipe.flow.path)
             drawn["heads"] = supervision.create(stage, parts, 0).heads.state_dict()
     where = f"stage.{stage.name}.init = {stage.start.init!r}"
     fits(recipe, stage, drawn, _read(recipe, stage, say).bundle, where)

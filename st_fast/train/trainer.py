@@ -27,13 +27,12 @@ from st_fast.model.side_stream import side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Run, Stage
-from st_fast.train import start, supervision, updates
-from st_fast.train.average import Average
+from st_fast.train import adamw, start, supervision
 from st_fast.train.examiner import Examiner
 from st_fast.train.image_features import compile_encoders, open_image_features
 from st_fast.train.log import Clock, Log
 from st_fast.train.micro_batch import Choice, record
-from st_fast.train.optim import Optimizer
+from st_fast.train.optim import EmaModel, Optimizer
 from st_fast.train.sharding import Shards, gathered, hand_out, is_sharded, shards_of
 from st_fast.train.step import Step
 from st_fast.train.supervision.registry import Parts
@@ -64,7 +63,7 @@ class Trainer:
         self.context, self.stage = context, stage
         recipe, device = context.recipe, context.ranks.device
         table = validated_kernels(vars(recipe.kernels), recipe.model, context.ranks, context.dtype, context.log.say)
-        update, norm = updates.validated(recipe, context.ranks, context.dtype, context.log.say)
+        update, norm = adamw.validated(recipe, context.ranks, context.dtype, context.log.say)
         head_dim = recipe.model.width // recipe.model.heads
         tokens = recipe.model.tokens
         attend = choose(recipe.model.attention, device, context.dtype, head_dim, context.log.say, tokens)
@@ -239,14 +238,14 @@ def _teacher(context: RunContext, stage: Stage, table: kernels.KernelTable, atte
 
 def _average(
     context: RunContext, stage: Stage, table: kernels.KernelTable, attend: Attend, shards: Shards | None
-) -> Average | None:
+) -> EmaModel | None:
     if not stage.method.learns_from_average:
         return None
     model = unfilled(context.recipe.model, table, context.ranks.device, context.dtype, attend)
     if shards is not None:
         shards.model(model.requires_grad_(False), stage.method.frozen_depth)
     _compile(context, model, dynamic=False)
-    return Average(model)
+    return EmaModel(model)
 
 
 def _branches(run: Run, device: torch.device) -> Branches:

@@ -11,7 +11,7 @@ import torch
 from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_FAILED, RunFailed
 from st_fast.recipe import load
-from st_fast.train.guard import SPIKE_STEPS, SPIKE_WARMUP, Readings, Skips, SpikeDetector
+from st_fast.train.log import SPIKE_STEPS, SPIKE_WARMUP, Readings, Skips, SpikeDetector
 from tests import tiny
 from tests.faults.ranks import finish
 
@@ -86,7 +86,7 @@ def test_a_spike_ratio_that_would_always_strike_is_refused(recipe):
 
 
 def readings(first: int, denoise: list[float], norms: list[float] | None = None) -> Readings:
-    return Readings(first, denoise, [0.0] * len(denoise), norms or [1.0] * len(denoise), [[]] * len(denoise))
+    return Readings(first, denoise, [0.0] * len(denoise), norms or [1.0] * len(denoise), [[]] * len(denoise), 0)
 
 
 def noisy(count: int, mean: float, seed: int) -> list[float]:

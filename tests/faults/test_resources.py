@@ -20,7 +20,7 @@ from st_fast.core.errors import EXIT_FAILED, EXIT_USAGE, RunFailed
 from st_fast.core.ranks import Ranks
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import cost, load
-from st_fast.train import memory, run, updates
+from st_fast.train import adamw, memory, run
 from tests import tiny
 from tests.faults.ranks import finish
 
@@ -162,11 +162,11 @@ def test_a_kernel_that_fails_is_replaced_by_the_reference_and_said_so(name, reci
 
 @pytest.mark.parametrize(("name", "told"), [("st_fast", "adamw_ema"), ("torch", "optim.implementation torch")])
 def test_an_optimiser_step_that_fails_is_replaced_before_it_touches_a_weight(name, told, recipe, monkeypatch):
-    broken = replace(updates.IMPLEMENTATIONS[name], update=broken_op)
-    monkeypatch.setitem(updates.IMPLEMENTATIONS, name, broken)
+    broken = replace(adamw.IMPLEMENTATIONS[name], update=broken_op)
+    monkeypatch.setitem(adamw.IMPLEMENTATIONS, name, broken)
     said: list[str] = []
     options = [f"--optim.implementation={name}"]
-    update, norm = updates.validated(load(recipe, options), CPU, torch.float32, said.append)
+    update, norm = adamw.validated(load(recipe, options), CPU, torch.float32, said.append)
     assert update is kernels.reference.adamw_ema_ and norm is kernels.reference.grad_norm
     assert len(said) == 1 and said[0].startswith(f"kernels: {told} does not work here (RuntimeError: ptxas fatal")
 

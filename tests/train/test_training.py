@@ -134,13 +134,38 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_the_run_s
     def poisoned(self, step, batches):
         if step >= 2:
             states.append({k: t.clone() for ts in self.optimizer.state().values() for k, t in ts.items()})
-            batches[0].moments.fill_(float("nan"))
+            batches[0].x_t.fill_(float("nan"))
         return call(self, step, batches)
 
     monkeypatch.setattr(trainer.Step, "__call__", poisoned)
     with pytest.raises(RunFailed, match="3 steps up to 5 were not finite"):
         run(recipe)
     assert len(states) == 3 and all(same(state, states[0]) for state in states)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_log_has_the_rate_of_the_last_update_and_skipped_steps_are_none(every, data, tmp_path, monkeypatch):
+    applied: list[float] = []
+    call = trainer.Step.__call__
+
+    def stepping(self, step, batches):
+        if step in (1, 5):
+            batches[0].x_t.fill_(float("nan"))
+        results = call(self, step, batches)
+        if step not in (1, 5):
+            applied.append(float(self.optimizer._lr))
+        return results
+
+    monkeypatch.setattr(trainer.Step, "__call__", stepping)
+    options = ["--optim.lr=3e-3", "--optim.warmup_steps=5", f"--run.log_every={every}"]
+    run(load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"), options))
+    records = tiny.records(tmp_path / "out", "train")
+    made = [1, 1, 2, 3, 4, 4, 5, 6, 7, 8]  # updates of a stage by each of its steps
+    expected = [3e-3 * min(made[record["step"] - 1] / 5, 1.0) for record in records]
+    assert [record["lr"] for record in records] == expected and len(expected) == (20 if every == 1 else 8)
+    stages = [applied[:8], applied[8:]]
+    seen = [stages[STAGES.index(record["stage"])][made[record["step"] - 1] - 1] for record in records]
+    assert seen == pytest.approx(expected, rel=1e-6)
 
 
 def test_resuming_with_changed_mathematics_is_refused_with_the_difference(data, uninterrupted, tmp_path):

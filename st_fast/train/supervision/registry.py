@@ -13,7 +13,7 @@ from st_fast.model import SiT
 from st_fast.model.branches import Branches, batched
 from st_fast.model.encoders import ImageEncoder
 from st_fast.recipe.schema import Model, Stage
-from st_fast.train.average import Average
+from st_fast.train.optim import EmaModel
 from st_fast.train.supervision.protocol import Supervision
 
 
@@ -25,7 +25,7 @@ class Parts:
     kernels: KernelTable
     teacher: SiT | None
     """Frozen, in eval mode, on the device; there if the method names a teacher."""
-    average: Average | None = None
+    average: EmaModel | None = None
     """The student's own weight average; there if the method learns from it."""
     feature_widths: tuple[int, ...] = ()
     """D_j of each image encoder that the method names."""

@@ -17,7 +17,7 @@ from st_fast.recipe import load
 from st_fast.recipe.methods import LayerSync, SelfRepresentation
 from st_fast.recipe.schema import Optim, Stage
 from st_fast.train import trainer
-from st_fast.train.average import Average
+from st_fast.train.optim import EmaModel
 from st_fast.train.run import run
 from st_fast.train.supervision import create
 from st_fast.train.supervision.registry import Parts
@@ -56,7 +56,7 @@ def smooth_l1(difference: np.ndarray, beta: float) -> np.ndarray:
 
 def made_sra(**settings):
     method = SelfRepresentation(student_depth=1, teacher_depth=2, **settings)
-    average = Average(fill(build(MODEL, TABLE, 3), 3))
+    average = EmaModel(fill(build(MODEL, TABLE, 3), 3))
     parts = Parts(MODEL, TABLE, None, average, path="cosine", seed=11)
     supervision = create(Stage("s", method, 10), parts, seed=1)
     fill(supervision.heads, 4)
@@ -140,7 +140,7 @@ def test_the_average_follows_the_optimisers_ema_without_a_copy_in_float32(dtype)
     student = build(MODEL, TABLE, 3)
     settings = Optim(ema_decay=0.5, lr=0.1)
     optimizer = Optimizer(student, torch.nn.Module(), settings, dtype, reference.adamw_ema_, reference.grad_norm)
-    average = Average(build(MODEL, TABLE, 7).to(dtype))
+    average = EmaModel(build(MODEL, TABLE, 7).to(dtype))
     emas = optimizer.state()["ema"]
     average.follow(emas)
     for _ in range(2):

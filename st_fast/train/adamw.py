@@ -1,7 +1,7 @@
-"""Other projects' AdamW behind the signature of `st_fast.kernels.adamw_ema_`, on the same state.
+"""AdamW implementations: st_fast's, torch's and apex's, on the same state and with the same result.
 
-Whichever makes a step, masters, moments, averages and the step count are the same tensors, so a checkpoint of one is a
-checkpoint of all. None asks the device: a gradient norm that is not finite leaves everything as it was.
+Masters, moments, EMA and the number of updates are the same tensors for all of them, so a checkpoint of one can be
+resumed with another. None waits for the device: a gradient norm that is not finite leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -24,27 +24,35 @@ from st_fast.train.optim import NormOp, UpdateOp
 
 APEX_OPS = ("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master")
 APEX_CHUNK = 2048 * 32
-"""Elements a thread block takes, as apex's own optimiser has it."""
+"""Elements of a thread block, as in apex's own optimiser."""
 ADAMW_MODE, BIAS_CORRECTION = 1, 1
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """How the gradients' norm is measured and how a step is made of it."""
+    """An AdamW step and the gradient norm that goes with it. `missing` says what it lacks on this machine, if anything.
+
+    `update` has the signature of `st_fast.kernels.adamw_ema_`.
+    """
 
     update: UpdateOp
     norm: NormOp
-    devices: tuple[str, ...]
-    missing: Callable[[], str | None]
-    """What it lacks on this machine; None if nothing."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    missing: Callable[[], str | None] = lambda: None
+
+    def refusal(self, device: torch.device) -> str | None:
+        """Why it can't run on the device; None if it can."""
+        if device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        return self.missing()
 
 
 def choose(name: str, device: torch.device) -> Implementation:
-    """`optim.implementation` on a device; "auto" is st_fast's. UserError, in one line, where it can't be had."""
+    """`optim.implementation` on a device; "auto" is st_fast's. UserError, in one line, where it can't run."""
     chosen = IMPLEMENTATIONS["st_fast" if name == "auto" else name]
-    problem = _refusal(chosen, device)
+    problem = chosen.refusal(device)
     if problem is not None:
-        able = ", ".join(other for other, one in IMPLEMENTATIONS.items() if _refusal(one, device) is None)
+        able = ", ".join(other for other, one in IMPLEMENTATIONS.items() if one.refusal(device) is None)
         raise UserError(f"optim.implementation = {name!r}: {problem}; available here: {able}")
     return chosen
 
@@ -71,14 +79,8 @@ def validated(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callable[[s
     return chosen.update, chosen.norm
 
 
-def _refusal(implementation: Implementation, device: torch.device) -> str | None:
-    if device.type not in implementation.devices:
-        return f"runs on {' and '.join(implementation.devices)} only"
-    return implementation.missing()
-
-
 def torch_norm(grads: list[Tensor]) -> Tensor:
-    """√ Σ g² over all tensors as `clip_grad_norm_` has it: a norm a tensor, then their norm; 0-dim float32."""
+    """√ Σ g² over all tensors as `clip_grad_norm_` computes it: the norm of each tensor's norm; 0-dim float32."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
 
 
@@ -87,8 +89,8 @@ def torch_update(
     emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
 ) -> None:  # fmt: skip
-    """`torch.optim.AdamW(fused=True)` by its function; the clip goes in as the scale by which it divides gradients."""
-    steps = list(step.expand(len(params)).clone().unbind())  # it counts for every tensor by itself
+    """The function of `torch.optim.AdamW(fused=True)`. Clipping is passed as the scale that it divides gradients by."""
+    steps = list(step.expand(len(params)).clone().unbind())  # torch counts the steps of each tensor
     skipped = (~torch.isfinite(grad_norm)).float()
     adamw(
         list(params), [g.to(p.dtype) for g, p in zip(grads, params, strict=True)], list(exp_avgs), list(exp_avg_sqs),
@@ -96,7 +98,7 @@ def torch_update(
         amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
     )  # fmt: skip
     step.copy_(steps[0])
-    _average(params, emas, grad_norm, ema_decay)
+    _update_emas(params, emas, grad_norm, ema_decay)
     if copies:
         torch._foreach_copy_(list(copies), list(params))
 
@@ -106,7 +108,7 @@ def apex_update(
     emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
 ) -> None:  # fmt: skip
-    """apex's FusedAdam by its op: the form whose scalars stay on the device, with masters where there are copies."""
+    """The op of apex's FusedAdam that keeps its scalars on the device, with masters where there are copies."""
     finite = torch.isfinite(grad_norm)
     lists = [list(tensors) for tensors in (grads, copies or params, exp_avgs, exp_avg_sqs)]
     lists += [list(params)] if copies else []
@@ -116,15 +118,15 @@ def apex_update(
         BIAS_CORRECTION, weight_decay, _clip(grad_norm, max_norm).reshape(1),
     )  # fmt: skip
     step.add_(finite)
-    _average(params, emas, grad_norm, ema_decay)
+    _update_emas(params, emas, grad_norm, ema_decay)
 
 
 def _clip(grad_norm: Tensor, max_norm: float) -> Tensor:
-    """What the gradients are multiplied with: min(1, max_norm / (norm + 1e-6)), 1 where clipping is off."""
+    """The factor of the gradients: min(1, max_norm / (norm + 1e-6)), or 1 if clipping is off."""
     return (max_norm / (grad_norm + 1e-6)).clamp_max(1.0) if max_norm > 0 else torch.ones_like(grad_norm)
 
 
-def _average(params: Sequence[Tensor], emas: Sequence[Tensor], grad_norm: Tensor, ema_decay: float) -> None:
+def _update_emas(params: Sequence[Tensor], emas: Sequence[Tensor], grad_norm: Tensor, ema_decay: float) -> None:
     if emas:
         weight = torch.isfinite(grad_norm).float() * (1 - ema_decay)
         torch._foreach_lerp_(list(emas), list(params), [weight] * len(emas))
@@ -133,22 +135,18 @@ def _average(params: Sequence[Tensor], emas: Sequence[Tensor], grad_norm: Tensor
 def _apex_missing() -> str | None:
     try:
         library: Any = importlib.import_module("amp_C")
-        lacking = [op for op in APEX_OPS if not hasattr(library, op)]
-        problem = f"amp_C has no {' and no '.join(lacking)}" if lacking else None
     except Exception as error:  # built for another torch it fails in many ways
         problem = f"amp_C can't be imported ({type(error).__name__})"
-    if problem is None:
-        return None
-    return f"{problem}: NVIDIA's apex with its CUDA extensions is built from source, what PyPI calls apex is not it"
+    else:
+        lacking = [op for op in APEX_OPS if not hasattr(library, op)]
+        if not lacking:
+            return None
+        problem = f"amp_C has no {' and no '.join(lacking)}"
+    return f"{problem}: NVIDIA's apex with its CUDA extensions is built from source; apex on PyPI is another project"
 
 
-def _nothing() -> str | None:
-    return None
-
-
-BOTH = ("cpu", "cuda")
 IMPLEMENTATIONS = {
-    "st_fast": Implementation(kernels.adamw_ema_, kernels.grad_norm, BOTH, _nothing),
-    "torch": Implementation(torch_update, torch_norm, BOTH, _nothing),
+    "st_fast": Implementation(kernels.adamw_ema_, kernels.grad_norm),
+    "torch": Implementation(torch_update, torch_norm),
     "apex": Implementation(apex_update, torch_norm, ("cuda",), _apex_missing),
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from st_fast.core.errors import UserError
 from st_fast.recipe import load
 from st_fast.recipe.schema import Optim
-from st_fast.train import updates
+from st_fast.train import adamw
 from st_fast.train.optim import Optimizer
 from st_fast.train.run import run
 from tests import tiny
@@ -54,18 +54,18 @@ def adam_in_place(
 def apex(monkeypatch) -> Iterator[None]:
     """A stand-in for apex's compiled ops, allowed on the CPU."""
     library = types.ModuleType("amp_C")
-    for name in updates.APEX_OPS:
+    for name in adamw.APEX_OPS:
         setattr(library, name, adam_in_place)
     monkeypatch.setitem(sys.modules, "amp_C", library)
-    double = updates.Implementation(updates.apex_update, updates.torch_norm, ("cpu",), updates._apex_missing)
-    monkeypatch.setitem(updates.IMPLEMENTATIONS, "apex", double)
+    double = adamw.Implementation(adamw.apex_update, adamw.torch_norm, ("cpu",), adamw._apex_missing)
+    monkeypatch.setitem(adamw.IMPLEMENTATIONS, "apex", double)
     yield
 
 
 def optimiser(name: str, dtype: torch.dtype, settings: Optim = SETTINGS) -> Optimizer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 33), nn.LayerNorm(33), nn.Linear(33, 7))
-    chosen = updates.choose(name, CPU)
+    chosen = adamw.choose(name, CPU)
     return Optimizer(model, nn.Linear(7, 3), settings, dtype, chosen.update, chosen.norm)
 
 
@@ -154,7 +154,7 @@ def test_clipping_can_be_off(apex):
 def test_apex_that_is_not_there_is_one_line_that_names_what_is(library, words, monkeypatch):
     monkeypatch.setitem(sys.modules, "amp_C", library)
     with pytest.raises(UserError) as refusal:
-        updates.choose("apex", torch.device("cuda"))
+        adamw.choose("apex", torch.device("cuda"))
     text = str(refusal.value)
     assert text.startswith(f"optim.implementation = 'apex': {words}") and "\n" not in text
     assert "PyPI" in text and text.endswith("available here: st_fast, torch")
@@ -162,7 +162,7 @@ def test_apex_that_is_not_there_is_one_line_that_names_what_is(library, words, m
 
 def test_apex_on_the_cpu_is_refused():
     with pytest.raises(UserError) as refusal:
-        updates.choose("apex", CPU)
+        adamw.choose("apex", CPU)
     assert str(refusal.value) == "optim.implementation = 'apex': runs on cuda only; available here: st_fast, torch"
 
 
@@ -188,7 +188,7 @@ def test_on_a_gpu_the_trajectory_is_the_same(name):
     states = []
     for one in ("st_fast", name):
         try:
-            chosen = updates.choose(one, device)
+            chosen = adamw.choose(one, device)
         except UserError as refusal:
             pytest.skip(str(refusal))
         torch.manual_seed(0)
