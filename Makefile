@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: install
-	$(BIN)/torchrun --standalone -m st_fast.train recipes/digits.toml
+	$(BIN)/python -m st_fast.train recipes/digits.toml
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
