@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     print(described(origin))
     if request.target is None:
         return
-    form = request.form or origin.bundle.layout
+    form = request.form or origin.loaded.layout
     uploads = os.path.lexists(request.target)
     if uploads and not _written_before(request.target, form, request.push):
         raise UserError(f"{request.target}: exists; name another")
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
             raise RunFailed(f"{request.target}: can't be written ({error})") from None
         print(f"{request.target}: written as {form}")
     if form == "stage":
-        print(f"for a recipe: {' '.join(options(origin.bundle.config))}")
+        print(f"for a recipe: {' '.join(options(origin.loaded.config))}")
     if request.push:
         print(hub.push(request.target, request.push, request.private, hub.hub()))
 
@@ -149,12 +149,12 @@ def write(request: Request, form: str, origin: ModelSource, target: Path) -> Non
         text = card(origin, request.weights, form, name, vae or latents.vae.name)
         write_diffusers(origin, request.weights, latents, text, request.vae, target)
     else:
-        export_file(origin.bundle, form, target, "model" if request.weights == "raw" else "ema")
+        export_file(origin.loaded, form, target, "model" if request.weights == "raw" else "ema")
 
 
 def described(origin: ModelSource) -> str:
     """What was read, in a few lines."""
-    bundle, config = origin.bundle, origin.bundle.config
+    bundle, config = origin.loaded, origin.loaded.config
     extra = heads(bundle.model)
     kinds = sorted({key.split(".")[0] for key in extra})
     optimiser = f"AdamW's state after {bundle.updates:,} updates" if bundle.exp_avg else "no optimiser state"

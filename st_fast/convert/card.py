@@ -67,17 +67,17 @@ first.
 
 def card(origin: ModelSource, weights: str, form: str, name: str, vae: str) -> str:
     """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty."""
-    config = origin.bundle.config
+    config = origin.loaded.config
     arm = _arm(origin)
     cfg = load_run(origin.run).sample.cfg_scale if origin.run else 1.0
-    told = {"name": name, "classes": config.num_classes, "path": origin.bundle.path, "cfg": cfg}
+    told = {"name": name, "classes": config.num_classes, "path": origin.loaded.path, "cfg": cfg}
     side = config.latent_size
     parts = [
         HEADER.format(
             library="diffusers" if form == "diffusers" else "st_fast", title=name, name=config.name,
             parameters=config.parameters / 1e6, classes=config.num_classes,
             shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {vae}" if vae else ""),
-            path=origin.bundle.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.bundle.step,
+            path=origin.loaded.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.loaded.step,
         ),
         USE[form].format(**told),
     ]  # fmt: skip
@@ -111,7 +111,7 @@ def _training(origin: ModelSource, arm: Arm) -> str:
     recipe, stage = load_run(origin.run), arm.stage
     lines = [
         "## Training", "",
-        f"- Stage “{stage.name}” of the recipe below, supervision `{stage.method}`, step {origin.bundle.step:,} of "
+        f"- Stage “{stage.name}” of the recipe below, supervision `{stage.method}`, step {origin.loaded.step:,} of "
         f"{stage.steps:,}, global batch {recipe.optim.batch_size}, seed {recipe.run.seed}.",
         f"- Data: {_data(Path(recipe.data.path), str(stage.start.get('dataset', '')))}",
         f"- Device: {stage.start.get('device', 'not recorded')}, {stage.start.get('ranks', 1)} rank(s), "
@@ -208,11 +208,11 @@ def _recipe(run: Path) -> str:
 
 
 def _foreign(origin: ModelSource) -> str:
-    said = {key: value for key, value in dict(origin.bundle.facts.get("args", {})).items() if value is not None}
-    network = {key: value for key, value in asdict(origin.bundle.config).items() if key != "attention"}
+    said = {key: value for key, value in dict(origin.loaded.facts.get("args", {})).items() if value is not None}
+    network = {key: value for key, value in asdict(origin.loaded.config).items() if key != "attention"}
     text = (
         "## Training\n\nNot trained by a run whose log is at hand, so its data, cost and scores are unknown here. Read "
-        f"from `{origin.path.name}` in the {origin.bundle.layout} layout.\n\n```json\n{json.dumps(network, indent=1)}\n"
+        f"from `{origin.path.name}` in the {origin.loaded.layout} layout.\n\n```json\n{json.dumps(network, indent=1)}\n"
         "```\n"
     )
     return text + (f"\nIts file says of itself:\n\n```json\n{json.dumps(said, indent=1)}\n```\n" if said else "")

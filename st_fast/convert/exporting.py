@@ -70,8 +70,7 @@ def as_published(bundle: LoadedState, layout: str) -> dict[str, Any]:
         "exp_avg": bundle.exp_avg,
         "exp_avg_sq": bundle.exp_avg_sq,
     }
-    keeps_heads = bundle.layout == layout or FIRST_KEY.get(layout, "") in bundle.model
-    if not keeps_heads:
+    if FIRST_KEY.get(layout, "") not in bundle.model:
         tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
     if layout == "sit":
         tables = dict(_official(bundle, tables, facts.get("sigma", True)))

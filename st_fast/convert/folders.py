@@ -15,7 +15,6 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import FolderWrite, durable_file, read_json, write_all, write_json_atomic
 from st_fast.data.manifest import VaeInfo
 from st_fast.data.shards import read_any_manifest
-from st_fast.model import teacher
 from st_fast.model.formats.loaded_state import LoadedState, heads, trunk
 from st_fast.model.formats.model_source import ModelSource
 from st_fast.model.load import DIFFUSERS_WEIGHTS, Published, write_pretrained
@@ -56,7 +55,7 @@ def latents_of(origin: ModelSource) -> Latents:
             return Latents(None, VaeInfo(""))
         local = data / manifest.vae.path if manifest.vae.path else None
         return Latents(manifest.scale, manifest.vae, local)
-    usual = origin.bundle.config.channels == 4
+    usual = origin.loaded.config.channels == 4
     return Latents(SD_SCALE if usual else None, VaeInfo("sd-vae-ft-mse" if usual else ""))
 
 
@@ -65,7 +64,7 @@ def write_stage(origin: ModelSource, folder: Path) -> Path:
 
     UserError if the folder is there.
     """
-    bundle = origin.bundle
+    bundle = origin.loaded
     groups: dict[str, dict[str, Tensor]] = {"model": trunk(bundle.model), "ema": trunk(bundle.ema)}
     if found := heads(bundle.model):
         groups["heads"] = found
@@ -73,7 +72,7 @@ def write_stage(origin: ModelSource, folder: Path) -> Path:
         groups["optim"] = _moments(bundle)
     meta = {
         "stage": folder.name,
-        "architecture": teacher.architecture(bundle.config),
+        "architecture": bundle.config.architecture(),
         "flow": bundle.path,
         "dataset": "none",
         "source": {"file": origin.path.name, "layout": bundle.layout, "sha256": tensors_hash(bundle.model)},
@@ -96,14 +95,14 @@ def _moments(bundle: LoadedState) -> dict[str, Tensor]:
 
 def published(origin: ModelSource, latents: Latents) -> Published:
     """What config.json says."""
-    bundle = origin.bundle
+    bundle = origin.loaded
     return Published(bundle.config, cast(Any, bundle.path), latents.scale, bundle.step)
 
 
 def write_huggingface(origin: ModelSource, weights: Weights, latents: Latents, card: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
     with FolderWrite(folder) as writing:
-        write_pretrained(writing.path, weights_of(origin.bundle, weights), published(origin, latents))
+        write_pretrained(writing.path, weights_of(origin.loaded, weights), published(origin, latents))
         _write_text(writing.path / "README.md", card)
 
 
@@ -118,10 +117,10 @@ def write_diffusers(
     decoder = load_vae(source) if source else None
     scale = latents.scale
     if decoder is not None:
-        if decoder.config.latent_channels != origin.bundle.config.channels:
+        if decoder.config.latent_channels != origin.loaded.config.channels:
             raise UserError(
                 f"--vae {source}: {decoder.config.latent_channels} channels, the model has "
-                f"{origin.bundle.config.channels}"
+                f"{origin.loaded.config.channels}"
             )
         scale = scale or vae_scale(decoder)
     config = published(origin, replace(latents, scale=scale))
@@ -131,7 +130,7 @@ def write_diffusers(
             _write_text(writing.path / name, text)
         part = writing.path / "transformer"
         part.mkdir(exist_ok=True)
-        write_pretrained(part, weights_of(origin.bundle, weights), config, DIFFUSERS_WEIGHTS, _CLASS)
+        write_pretrained(part, weights_of(origin.loaded, weights), config, DIFFUSERS_WEIGHTS, _CLASS)
         if decoder is not None:
             decoder.save_pretrained(writing.path / "vae", safe_serialization=True)
             _forget_place(writing.path / "vae" / "config.json")
@@ -171,7 +170,7 @@ def index(sampling: Sample, with_vae: bool) -> dict[str, Any]:
 
 
 def _sampling(origin: ModelSource) -> Sample:
-    null = origin.bundle.config.class_dropout > 0
+    null = origin.loaded.config.class_dropout > 0
     return load_run(origin.run).sample if origin.run else Sample(cfg_scale=1.8 if null else 1.0)
 
 

@@ -26,11 +26,6 @@ from st_fast.recipe.schema import Model
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"
 FORMAT, VERSION = "st_fast.sit", 1
 FLOWS = ("linear", "cosine")
-NETWORK = (
-    "name", "depth", "width", "heads", "patch", "channels", "latent_size", "num_classes", "class_dropout", "mlp_ratio",
-    "qk_norm",
-)  # fmt: skip
-"""What of a recipe's [model] describes the network, and not how it is computed."""
 EVERY_KEY = 10_000
 
 
@@ -48,8 +43,7 @@ class Published:
     def as_json(self) -> dict[str, Any]:
         """The content of config.json; the network's keys are those of a recipe's [model]."""
         own = {"flow": self.flow, "latent_scale": self.latent_scale, "step": self.step}
-        network = {key: getattr(self.model, key) for key in NETWORK}
-        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | network | own
+        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | self.model.network() | own
 
 
 def read_config(folder: Path) -> Published:
@@ -66,7 +60,7 @@ def read_config(folder: Path) -> Published:
         raise UserError(f"{path}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
     if not (scale is None or (isinstance(scale, (int, float)) and scale > 0)) or type(step) is not int:
         raise UserError(f"{path}: latent_scale = {shown(scale)}, step = {shown(step)}: a number above 0, a whole one")
-    if strangers := sorted(set(content) - set(NETWORK)):
+    if strangers := sorted(set(content) - set(Model().network())):
         raise UserError(f"{path}: unknown {', '.join(map(shown, strangers))}")
     try:
         model = resolve_model(build(Model, content, CONFIG))

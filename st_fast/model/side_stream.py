@@ -2,6 +2,7 @@
 
 Tensors cross from one stream to the other with the two things that this takes: an event, so that nothing is read
 before it is written, and `record_stream`, so that the allocator gives memory away only when its last reader is done.
+Also the ways in which a guided teacher runs its two branches, with the labels and with the null label.
 """
 
 from __future__ import annotations
@@ -90,3 +91,37 @@ def with_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
     if isinstance(value, tuple | list):
         return cast(T, type(value)(with_tensors(item, change) for item in value))
     return value
+
+
+Features = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Tokens (B, N, D), t (B,) and labels (B,) → the stream after the teacher's block (B, N, D)."""
+Branches = Callable[[Features, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Runs both: features, tokens, t, labels, null labels → the streams with the labels and with the null label."""
+
+
+def batched(
+    features: Features, tokens: Tensor, t: Tensor, labels: Tensor, null_labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As one batch of 2B: the largest products."""
+    both = features(tokens.repeat(2, 1, 1), t.repeat(2), torch.cat((labels, null_labels)))
+    conditional, null = both.chunk(2)
+    return conditional, null
+
+
+class Apart:
+    """As two batches of B: one after the other, or with a side stream at the same time. Half the activations.
+
+    A product's rows do not depend on how many there are, but for the rounding of a library that sums in another order
+    for another size.
+    """
+
+    def __init__(self, side: SideStream) -> None:
+        self._side = side
+
+    def __call__(
+        self, features: Features, tokens: Tensor, t: Tensor, labels: Tensor, null_labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        self._side.follow()
+        null = self._side.start(lambda: features(tokens, t, null_labels), (tokens, t, null_labels))
+        conditional = features(tokens, t, labels)
+        return conditional, null()

@@ -18,13 +18,10 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.model.attention import BACKENDS, Attend, attend_packed
-from st_fast.model.branches import Branches, batched
-from st_fast.model.linear import Linear
 from st_fast.model.load import Pretrained
+from st_fast.model.side_stream import Branches, batched
+from st_fast.recipe.architecture import TIME_FREQUENCIES
 from st_fast.recipe.schema import Model
-
-FREQUENCIES = 256
-"""Sinusoids of the time embedding."""
 
 Run = Callable[..., Any]
 """Calls a module, its first argument, with the others: as it is, compiled, or computed again in the backward pass."""
@@ -33,6 +30,18 @@ Run = Callable[..., Any]
 def run_module(module: nn.Module, *inputs: Tensor) -> Any:
     """The module as it is."""
     return module(*inputs)
+
+
+class Linear(nn.Linear):
+    """y = x·Wᵀ + b by the table's `linear`: (…, in) → (…, out). Initialised and saved like nn.Linear."""
+
+    def __init__(self, in_features: int, out_features: int, kernels: KernelTable) -> None:
+        super().__init__(in_features, out_features)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.kernels.linear(x, self.weight, self.bias)
+        return y
 
 
 class PatchEmbed(nn.Module):
@@ -57,7 +66,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     @property
     def layers(self) -> tuple[nn.Linear, nn.Linear]:
@@ -65,7 +74,7 @@ class TimestepEmbedder(nn.Module):
         return cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
 
     def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
+        half = TIME_FREQUENCIES // 2
         frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half))
         angles = t.float()[:, None] * frequencies  # (B, 128)
         sinusoids = torch.cat((angles.cos(), angles.sin()), dim=-1)
@@ -124,7 +133,7 @@ class Block(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.attn = Attention(config.width, config.heads, config.qk_norm, kernels, attend)
-        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), kernels)
+        self.mlp = Mlp(config.width, config.hidden, kernels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
         self.run_attention = run_module
 
@@ -184,7 +193,7 @@ class SiT(Pretrained):
         positions = sincos_positions(config.width, config.latent_size // config.patch)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, kernels, attend) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config.width, config.patch**2 * config.channels)
+        self.final_layer = FinalLayer(config.width, config.patch_values)
         self.run_block: Run = run_module
         self._initialise()
 

@@ -20,14 +20,6 @@ from st_fast.model.load import CONFIG
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Model, Recipe
 
-ARCHITECTURE = ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes", "mlp_ratio", "qk_norm")
-"""What must agree between a teacher and the recipe's model."""
-
-
-def architecture(config: Model) -> dict[str, int | float | bool]:
-    """The fields that a checkpoint's weights depend on, for its manifest."""
-    return {name: getattr(config, name) for name in ARCHITECTURE}
-
 
 def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
     """Where the teacher lies: the checkpoints of a stage of this run or another, or what else `read_model` reads."""
@@ -55,9 +47,7 @@ def load_frozen(
     theirs, tensors, path, its_flow = _read(root, config, weights)
     if flow is not None and its_flow != flow:
         raise UserError(f"teacher {path}: trained on the {its_flow} path, flow.path = {flow!r}")
-    ours = architecture(config)
-    differing = [f"{k} {theirs.get(k)} (this recipe: {v})" for k, v in ours.items() if theirs.get(k) != v]
-    if differing:
+    if differing := config.differences(theirs):
         raise UserError(f"teacher {path}: another architecture: {', '.join(differing)}")
     model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
     checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {path}")
@@ -70,9 +60,9 @@ def _read(
 ) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Path, str]:
     """Architecture, weights, where they lie and the path of their flow; of a checkpoint only one group is read."""
     if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
-        bundle = read_model(root, _say, heads_otherwise=config.heads).bundle
-        tensors = trunk(bundle.model if weights == "raw" else bundle.ema)
-        return architecture(bundle.config), tensors, root, bundle.path
+        loaded = read_model(root, _say, heads_otherwise=config.heads).loaded
+        tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
+        return loaded.config.architecture(), tensors, root, loaded.path
     found = checkpoint.latest(root, _say, groups=(group(weights),))
     if found is None:
         raise UserError(f"teacher: no sound checkpoint under {root}")

@@ -20,9 +20,7 @@ from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME
 from st_fast.data.shards import open_shards
 from st_fast.evaluate.classifier import RealImages, read_images
-from st_fast.model.encoders import load_encoder
-from st_fast.model.pixels import input_side, preprocess
-from st_fast.model.vision import quiet_transformers
+from st_fast.model.encoders import input_side, load_encoder, preprocess, quiet_transformers
 from st_fast.prepare.digits import SIZE
 from st_fast.prepare.feature_job import write_features
 from st_fast.recipe.schema import Recipe

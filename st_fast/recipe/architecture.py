@@ -6,6 +6,7 @@ it from here; `st_fast.model.sit` builds it. Imports no torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ PATCHES = (2, 4, 8)
 """The patch sizes that SiT's names take."""
 TIME_FREQUENCIES = 256
 """Sinusoids of the time embedding."""
+
+UNTOLD = ("heads",)
+"""Keys that no weight's shape tells: of a model that is read, they are what its file says."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class Model:
         """The keys that a trained model's weights depend on, for a checkpoint's manifest: no dropout and no name."""
         return {name: value for name, value in self.network().items() if name not in ("name", "class_dropout")}
 
-    def differences(self, theirs: dict[str, Any]) -> list[str]:
+    def differences(self, theirs: Mapping[str, Any]) -> list[str]:
         """In what another architecture differs; a key that it lacks, since it is older, has its default."""
         pairs = {name: (theirs.get(name, keys(Model)[name].default), v) for name, v in self.architecture().items()}
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]

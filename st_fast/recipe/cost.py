@@ -218,7 +218,7 @@ def looking_flops(recipe: Recipe, stage: Stage) -> float:
 def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> int:
     """What the trunk keeps for the backward per image, compiled for CUDA with cuDNN's attention (test_memory.py).
 
-    With checkpointing, in every block what `st_fast.model.checkpointing` says is kept, and in one block what its
+    With checkpointing, in every block what `st_fast.model.compiling` says is kept, and in one block what its
     backward pass has just computed again. The CPU keeps attention's output once: there this is 4 to 5 % too much.
     """
     n, d, each = model.tokens, model.width, 2 if bf16 else 4

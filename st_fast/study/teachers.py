@@ -17,7 +17,7 @@ from st_fast.core import checkpoint, random
 from st_fast.core.files import FolderWrite
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
-from st_fast.model import SiT, build, teacher
+from st_fast.model import SiT, build
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, to_toml
 from st_fast.recipe.schema import Model
@@ -54,7 +54,7 @@ def write_random_teacher(folder: Path, recipe: Recipe) -> None:
     meta = {
         "stage": stage,
         "recipe": to_toml(recipe),
-        "architecture": teacher.architecture(recipe.model),
+        "architecture": recipe.model.architecture(),
         "dataset": "none",
         "seconds": 0.0,
         "rollbacks": 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
-from st_fast.model import SiT, teacher
-from st_fast.model.formats.loaded_state import LoadedState, heads, trunk
+from st_fast.model import SiT
+from st_fast.model.formats.loaded_state import LoadedState, head_name, heads, trunk
 from st_fast.model.formats.model_source import ModelSource, Say, read_model
 from st_fast.model.vae import tensors_hash
+from st_fast.recipe.architecture import UNTOLD
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
 from st_fast.train.optim import EmaModel
@@ -31,43 +32,44 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     step, hash and what was taken. UserError, in one line, listing everything that does not match.
     """
     start = stage.start
-    origin = _read(recipe, stage, say)
-    bundle, where = origin.bundle, f"stage.{stage.name}.init = {start.init!r}"
-    fits(recipe, stage, drawn, bundle, where)
+    source = _read(recipe, stage, say)
+    loaded, where = source.loaded, f"stage.{stage.name}.init = {start.init!r}"
+    fits(recipe, stage, drawn, loaded, where)
     state = {group: dict(tensors) for group, tensors in drawn.items()}
-    raw, averaged = {"ema": (bundle.ema, bundle.ema), "raw": (bundle.model, bundle.model)}.get(
-        start.init_weights, (bundle.model, bundle.ema)
+    raw, averaged = {"ema": (loaded.ema, loaded.ema), "raw": (loaded.model, loaded.model)}.get(
+        start.init_weights, (loaded.model, loaded.ema)
     )
     kept = _kept(drawn["model"], start.init_fresh)
     state["model"] |= {key: raw[key] for key in kept}
     state["ema"] |= {key: averaged[key] for key in kept}
     with_heads = start.init_heads == "match"
     if with_heads:
-        state["heads"] = heads(bundle.model)
+        state["heads"] = {key: loaded.model[head_name(key)] for key in drawn.get("heads", {})}
     if start.init_weights == "state":
-        state["optim"] |= _moments(bundle, drawn["optim"], kept, with_heads)
-    return state, _record(stage, origin)
+        state["optim"] |= _adam(loaded, drawn["optim"], kept, list(state["heads"]) if with_heads else None)
+    return state, _record(stage, source)
 
 
-def fits(recipe: Recipe, stage: Stage, drawn: Groups, bundle: LoadedState, where: str) -> None:
+def fits(recipe: Recipe, stage: Stage, drawn: Groups, loaded: LoadedState, where: str) -> None:
     """UserError listing every way in which a model is not what the stage can start from."""
-    start, theirs, ours = stage.start, teacher.architecture(bundle.config), teacher.architecture(recipe.model)
+    start, theirs, ours = stage.start, loaded.config.architecture(), recipe.model.architecture()
     for prefix in start.init_fresh:
         if not any(key.startswith(prefix) for key in drawn["model"]):
             raise UserError(f"stage.{stage.name}.init_fresh: no key of the model begins with {prefix!r}")
-    if bundle.path != recipe.flow.path:
-        raise UserError(f"{where}: trained on the {bundle.path} path, flow.path = {recipe.flow.path!r}")
+    if loaded.path != recipe.flow.path:
+        raise UserError(f"{where}: trained on the {loaded.path} path, flow.path = {recipe.flow.path!r}")
     kept = _kept(drawn["model"], start.init_fresh)
     known = {key for key in drawn["model"] if key not in kept}
-    found = {key: tensor for key, tensor in trunk(bundle.model).items() if key not in known}
-    differing = [f"{name} {theirs[name]} (this recipe: {ours[name]})" for name in ours if theirs[name] != ours[name]]
+    found = {key: tensor for key, tensor in trunk(loaded.model).items() if key not in known}
+    differing = recipe.model.differences(theirs)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named)
-    if theirs["heads"] != ours["heads"]:  # the only part of the architecture that no shape tells
+    if any(theirs[key] != ours[key] for key in UNTOLD):
         raise UserError(named)
     if start.init_heads == "match":
-        match_strictly(drawn.get("heads", {}), heads(bundle.model), f"{where}, init_heads = 'match'")
-    if start.init_weights == "state" and not bundle.exp_avg:
+        wanted = {head_name(key): tensor for key, tensor in drawn.get("heads", {}).items()}
+        match_strictly(wanted, heads(loaded.model), f"{where}, init_heads = 'match'")
+    if start.init_weights == "state" and not loaded.exp_avg:
         raise UserError(f"{where}: it has no optimiser state; allowed: init_weights = 'ema' or 'raw'")
 
 
@@ -82,7 +84,7 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
             parts = Parts(recipe.model, table, model, EmaModel(model), feature_widths, recipe.flow.path)
             drawn["heads"] = supervision.create(stage, parts, 0).heads.state_dict()
     where = f"stage.{stage.name}.init = {stage.start.init!r}"
-    fits(recipe, stage, drawn, _read(recipe, stage, say).bundle, where)
+    fits(recipe, stage, drawn, _read(recipe, stage, say).loaded, where)
 
 
 def _read(recipe: Recipe, stage: Stage, say: Say) -> ModelSource:
@@ -97,26 +99,29 @@ def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tens
     return {key: tensor for key, tensor in drawn.items() if not key.startswith(fresh)} if fresh else dict(drawn)
 
 
-def _moments(
-    bundle: LoadedState, drawn: Mapping[str, Tensor], kept: Mapping[str, Tensor], with_heads: bool
+def _adam(
+    loaded: LoadedState, drawn: Mapping[str, Tensor], kept: Iterable[str], trained_heads: Iterable[str] | None
 ) -> dict[str, Tensor]:
-    taken = {"model": list(kept)} | ({"heads": list(heads(bundle.model))} if with_heads else {})
-    updates = {"model": bundle.updates, "heads": bundle.head_updates}
+    """AdamW's state of the trunk that is kept and, where there are any, of the heads that are."""
+    taken = {"model": {key: key for key in kept}}
+    if trained_heads is not None:
+        taken["heads"] = {key: head_name(key) for key in trained_heads}
+    updates = {"model": loaded.updates, "heads": loaded.head_updates}
     found: dict[str, Tensor] = {}
-    for part, keys in taken.items():
-        for kind, table in (("exp_avg", bundle.exp_avg), ("exp_avg_sq", bundle.exp_avg_sq)):
-            found |= {f"{part}.{kind}.{key}": table[key] for key in keys if key in table}
+    for part, names in taken.items():
+        for kind, table in (("exp_avg", loaded.exp_avg), ("exp_avg_sq", loaded.exp_avg_sq)):
+            found |= {f"{part}.{kind}.{key}": table[name] for key, name in names.items() if name in table}
         found[f"{part}.step"] = torch.full_like(drawn[f"{part}.step"], updates[part])
     return found
 
 
-def _record(stage: Stage, origin: ModelSource) -> dict[str, Any]:
-    bundle, start = origin.bundle, stage.start
+def _record(stage: Stage, source: ModelSource) -> dict[str, Any]:
+    loaded, start = source.loaded, stage.start
     return {
         "path": start.init,
-        "layout": bundle.layout,
-        "step": bundle.step,
-        "sha256": tensors_hash(bundle.ema if start.init_weights == "ema" else bundle.model),
+        "layout": loaded.layout,
+        "step": loaded.step,
+        "sha256": tensors_hash(loaded.ema if start.init_weights == "ema" else loaded.model),
         "weights": start.init_weights,
         "heads": start.init_heads,
         "fresh": list(start.init_fresh),

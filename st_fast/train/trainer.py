@@ -19,11 +19,9 @@ from st_fast.data.manifest import check_same_data
 from st_fast.data.shards import RecordSet
 from st_fast.model import SiT, build, teacher, unfilled
 from st_fast.model.attention import Attend, choose
-from st_fast.model.branches import Apart, Branches, batched
-from st_fast.model.checkpointing import checkpoint_activations
-from st_fast.model.compiling import CompiledBlocks
+from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
 from st_fast.model.fp8 import use_fp8
-from st_fast.model.side_stream import side_stream
+from st_fast.model.side_stream import Apart, Branches, batched, side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Run, Stage
@@ -180,7 +178,7 @@ class Trainer:
         meta = {
             "stage": self.stage.name,
             "recipe": to_toml(recipe),
-            "architecture": teacher.architecture(recipe.model),
+            "architecture": recipe.model.architecture(),
             "dataset": self.context.shards.manifest.digest,
             "features": self.features.digests,
             "seconds": clock.read(),

@@ -107,7 +107,7 @@ def test_a_run_goes_out_in_every_layout_and_comes_back(layout, suffix, run_folde
     convert(run_folder, out, "--stage", "align", "--to", layout)
     found = checkpoint.latest(run_folder / "align" / "checkpoints", pytest.fail)
     tells = layout == "self-transcendence"  # by its heads; the others lost theirs, and a bare table says nothing
-    again = read_model(out, pytest.fail, layout=None if tells else layout.replace("sra", "repa")).bundle
+    again = read_model(out, pytest.fail, layout=None if tells else layout.replace("sra", "repa")).loaded
     averaged = {key: tensor for key, tensor in again.ema.items() if not key.startswith("projectors")}
     expected = dict(found.groups["ema"])
     assert averaged.keys() == expected.keys()
@@ -122,8 +122,8 @@ def test_a_run_a_stage_and_a_checkpoint_are_the_same_model(run_folder):
     found = [read_model(path, pytest.fail) for path in (run_folder, run_folder / "transcend", newest.path)]
     for origin in found:
         assert origin.run == run_folder and origin.stage == "transcend" and origin.path == newest.path
-        assert same(origin.bundle.ema, newest.groups["ema"])
-        assert origin.bundle.updates == 10 and origin.bundle.head_updates == 10
+        assert same(origin.loaded.ema, newest.groups["ema"])
+        assert origin.loaded.updates == 10 and origin.loaded.head_updates == 10
     with pytest.raises(UserError, match="--stage nowhere: the run has align, transcend"):
         read_model(run_folder, pytest.fail, stage="nowhere")
 
@@ -140,7 +140,7 @@ def test_a_hugging_face_folder_is_loaded_with_from_pretrained(run_folder, tmp_pa
     assert not model.training and same(dict(model.state_dict()), expected)
     assert same(dict(load_file(tmp_path / "hf" / "model.safetensors")), expected)  # as anybody else reads it
     origin = read_model(tmp_path / "hf", pytest.fail)
-    assert same(dict(origin.bundle.model), expected) and origin.bundle.step == 10
+    assert same(dict(origin.loaded.model), expected) and origin.loaded.step == 10
 
 
 def test_the_card_tells_the_logs_numbers(run_folder, tmp_path):
@@ -249,7 +249,7 @@ def test_a_name_on_the_hub_is_loaded_from_its_cache_and_else_told_in_one_line(tm
     (root / "refs" / "main").write_text("0" * 40)
     model.save_pretrained(root / "snapshots" / ("0" * 40), flow="cosine", latent_scale=0.5)
     assert same(dict(SiT.from_pretrained("me/tiny").state_dict()), dict(model.state_dict()))
-    assert read_model(root / "snapshots" / ("0" * 40), pytest.fail).bundle.path == "cosine"
+    assert read_model(root / "snapshots" / ("0" * 40), pytest.fail).loaded.path == "cosine"
     with pytest.raises(UserError, match="neither a folder nor a name on the hub in reach") as caught:
         SiT.from_pretrained("nobody/nothing-of-the-kind")
     assert "\n" not in str(caught.value)

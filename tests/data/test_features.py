@@ -15,9 +15,7 @@ from st_fast.core.errors import UserError
 from st_fast.data.features import features_folder, open_features
 from st_fast.data.images import load_image
 from st_fast.data.shards import open_shards
-from st_fast.model.encoders import load_encoder
-from st_fast.model.pixels import preprocess
-from st_fast.model.vision import VisionTransformer
+from st_fast.model.encoders import VisionTransformer, load_encoder, preprocess
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import feature_job
 from st_fast.prepare.job import Worker

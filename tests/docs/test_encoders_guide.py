@@ -14,7 +14,7 @@ import pytest
 import scipy.fft
 import torch
 
-from st_fast.model import vision
+from st_fast.model import encoders
 from st_fast.model.encoders import ENCODERS, ImageEncoder, load_encoder
 from st_fast.prepare import __main__ as prepare
 from tests import tiny
@@ -84,7 +84,7 @@ def test_the_examples_features_are_the_patches_low_frequencies(script: Path, mon
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = module.PatchDct(CPU, torch.float32)(images(1, 32))
-    pixels = pixels_of(images(1, 32), 32, vision.IMAGENET).numpy()
+    pixels = pixels_of(images(1, 32), 32, encoders.IMAGENET).numpy()
     for row, column in np.ndindex(2, 2):
         patch = pixels[0, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
         expected = scipy.fft.dctn(patch, axes=(1, 2))[:, :8, :8] / 4  # SciPy's DCT-II is twice the sum, on each axis
@@ -98,10 +98,10 @@ def test_the_guides_line_reads_a_plain_vit(tmp_path: Path, monkeypatch: pytest.M
         return transformers.ViTModel(transformers.ViTConfig(**MLP, **options), add_pooling_layer=False)
 
     model, folder = saved(tmp_path / "vit", vit, 8)
-    monkeypatch.setattr(vision, "FAMILIES", dict(vision.FAMILIES))
+    monkeypatch.setattr(encoders, "FAMILIES", dict(encoders.FAMILIES))
     exec(LINE, {})
     found = load_encoder(str(folder), CPU, torch.float32)(images(2))
-    tokens = model(pixel_values=pixels_of(images(2), 16, vision.IMAGENET)).last_hidden_state[:, 1:]
+    tokens = model(pixel_values=pixels_of(images(2), 16, encoders.IMAGENET)).last_hidden_state[:, 1:]
     torch.testing.assert_close(found.flatten(1, 2), tokens, rtol=1e-4, atol=1e-4)
 
 
@@ -109,5 +109,12 @@ def test_the_guide_explains_every_member_of_the_protocol_and_every_family() -> N
     members = {*ImageEncoder.__annotations__, "grid", "flops", "__call__"}
     explained = {name for line in re.findall(r"^- (.*?):", GUIDE, re.M) for name in re.findall(r"`(\w+)", line)}
     assert members == explained
-    assert set(vision.FAMILIES) == {"dinov2", "dinov2_with_registers", "clip", "clip_vision_model", "vit_mae", "ijepa"}
+    assert set(encoders.FAMILIES) == {
+        "dinov2",
+        "dinov2_with_registers",
+        "clip",
+        "clip_vision_model",
+        "vit_mae",
+        "ijepa",
+    }
     assert all(name in GUIDE for name in ("DINOv2", "registers", "CLIP", "MAE", "I-JEPA"))

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from st_fast import kernels
 from st_fast.model import SiT, build
 from st_fast.model.attention import BACKENDS, Attend
-from st_fast.model.checkpointing import checkpoint_activations
-from st_fast.model.compiling import CompiledBlocks
+from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
 from st_fast.recipe import cost, load
 from st_fast.recipe.schema import Model
 from st_fast.train.run import run

@@ -18,9 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast.core.errors import UserError
-from st_fast.model.encoders import load_encoder
-from st_fast.model.pixels import CLIP, IMAGENET, Statistics
-from st_fast.model.vision import VisionTransformer, resample
+from st_fast.model.encoders import CLIP, IMAGENET, Statistics, VisionTransformer, load_encoder, resample
 from st_fast.recipe import cost
 from st_fast.recipe.schema import Model
 from tests.train.supervision.encoders import images

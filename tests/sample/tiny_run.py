@@ -12,7 +12,7 @@ import torch
 from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.model import build, teacher
+from st_fast.model import build
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
 from tests.tiny import ROOT
@@ -63,7 +63,7 @@ def make_run(folder: Path, seed: int = 0, step: int = 10) -> Path:
     model = build(recipe.model, kernels.select({}, torch.device("cpu")), seed)
     generator = torch.Generator().manual_seed(seed)
     tensors = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state_dict().items()}
-    meta = {"architecture": teacher.architecture(recipe.model)}
+    meta = {"architecture": recipe.model.architecture()}
     checkpoint.save(out / "plain" / "checkpoints", step, {"model": tensors, "ema": tensors}, meta)
     return out
 

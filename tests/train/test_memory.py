@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import workload
 from bench.workload import Setup, ours
 from st_fast import kernels
-from st_fast.model.checkpointing import recomputed
+from st_fast.model.compiling import recomputed
 from st_fast.model.sit import Block, run_module
 from st_fast.recipe import Model, Plain, Stage, cost, load
 from st_fast.recipe.architecture import resolve_model

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from st_fast import kernels
+from st_fast.convert.exporting import export_file
 from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.signals import StopRequest
 from st_fast.model import build
 from st_fast.model.formats import import_file
+from st_fast.model.formats.model_source import read_model
 from st_fast.recipe import RecipeError, load
+from st_fast.recipe.methods import EVERYWHERE, METHODS, Method, Selection
 from st_fast.recipe.schema import Optim
 from st_fast.train import start, trainer
 from st_fast.train.__main__ import check_unchanged
 from st_fast.train.optim import Optimizer
 from st_fast.train.run import run
+from st_fast.train.supervision.registry import Parts
 from tests import foreign, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,6 +218,57 @@ def test_a_stage_starts_from_an_earlier_one_and_takes_its_heads_on_request(data,
         moved = max((second.groups[group][k] - t).abs().max() for k, t in first.groups[group].items())
         assert 0 < moved < 0.05  # one step from there, and not from what was drawn
     assert second.meta["init"]["path"] == "align" and second.meta["init"]["layout"] == "self-transcendence"
+
+
+@dataclass(frozen=True)
+class OwnSettings(Method):
+    """A method from outside whose heads have keys of their own."""
+
+    implementation: ClassVar[str] = f"{__name__}:Own"
+    tap: ClassVar[int] = 1
+    selection: ClassVar[Selection] = Selection(EVERYWHERE, "sample", 0.5)
+
+
+class Own:
+    """mean_n ‖head(h)‖², by layers that are named like nothing else and like a SiT's own."""
+
+    def __init__(self, settings: OwnSettings, parts: Parts) -> None:
+        self.tap, width = settings.tap, parts.config.width
+        self.heads = nn.ModuleDict({"decoder": nn.Linear(width, width), "blocks": nn.ModuleList([nn.Linear(width, 3)])})
+        self.heads["final_layer"] = nn.ModuleDict({"linear": nn.Linear(3, 5)})  # a key that the trunk has, too
+
+    def active(self, step):
+        return True
+
+    def target(self, batch):
+        return ()
+
+    def loss(self, hidden, target, batch):
+        out = self.heads["final_layer"]["linear"](self.heads["blocks"][0](self.heads["decoder"](hidden)))
+        return (batch.rows.weight * out.float().square().mean((1, 2))).sum()
+
+
+def test_a_method_brings_its_own_heads_whatever_their_keys(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "own", OwnSettings)
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    stage = '[[stage]]\nname = "{}"\nsupervision = "own"\nsteps = {}\n'
+    begun = 'init = "first"\ninit_heads = "match"\ninit_weights = "state"\n'
+    text = recipe.read_text()
+    recipe.write_text(
+        text[: text.index("[[stage]]")] + stage.format("first", 4) + stage.format("again", 1) + begun
+        + stage.format("plain", 1).replace("own", "none") + 'init = "first"\n'
+    )  # fmt: skip
+    run(load(recipe))
+    first, again, plain = (newest(tmp_path / "out", name).groups for name in ("first", "again", "plain"))
+    assert {"decoder.weight", "blocks.0.weight", "final_layer.linear.weight"} <= set(first["heads"])
+    assert again["optim"]["heads.step"] == 5 and "heads" not in plain and set(plain["model"]) == set(first["model"])
+    for group in ("model", "heads"):
+        moved = max((again[group][key] - tensor).abs().max() for key, tensor in first[group].items())
+        assert 0 < moved < 0.05  # one step from there, and not from what was drawn
+    for layout in ("repa", "sra"):
+        found = tmp_path / f"{layout}.safetensors"
+        export_file(read_model(tmp_path / "out", print, "first").loaded, layout, found, "model")
+        assert set(load_file(found)) == set(first["model"])  # another project could not load such heads
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         return "sra"
     if any(re.match(r"projectors\.\d+\.\d+\.", key) for key in keys):
         return "repa"
-    if keys:
+    if any(key.startswith(("projectors.", "projectors_final.")) for key in keys):
         return "self-transcendence"
     if args.get("prediction") in ("v", "velocity"):
         return "repa" if args["prediction"] == "v" else "sit"

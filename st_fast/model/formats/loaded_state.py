@@ -15,7 +15,10 @@ Table = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class LoadedState:
-    """One model with what belongs to it; every table is {key: float32 tensor}, trunk and heads by published names."""
+    """One model with what belongs to it; every table is {key: float32 tensor}.
+
+    The trunk's keys are the published ones; the heads' are as `head_name` has them, in the same table.
+    """
 
     config: Model
     layout: str
@@ -26,7 +29,7 @@ class LoadedState:
     """The averaged weights; the raw ones again where a file has no average. May lack the heads."""
     exp_avg: Table = field(default_factory=dict)
     exp_avg_sq: Table = field(default_factory=dict)
-    """AdamW's moments of the trained keys; both empty where the file has no optimiser state."""
+    """AdamW's running means for the trained keys; both empty where the file has no optimiser state."""
     updates: int = 0
     """AdamW's count of updates."""
     head_updates: int = 0
@@ -44,9 +47,18 @@ class LoadedState:
             raise ValueError("exp_avg and exp_avg_sq must have the same keys")
 
 
+TRUNK = ("x_embedder.", "t_embedder.", "y_embedder.", "pos_embed", "blocks.", "final_layer.")
+"""How the keys of a SiT begin."""
+
+
 def is_head(key: str) -> bool:
     """Whether a key belongs to a training head and not to the trunk."""
-    return key.startswith(("projectors.", "projectors_final.", "ap_head."))
+    return not key.startswith(TRUNK)
+
+
+def head_name(key: str) -> str:
+    """The name of a head's key in a table: its own, marked where the trunk could have the same one."""
+    return key if is_head(key) else f"head:{key}"
 
 
 def trunk(table: Table) -> dict[str, Tensor]:

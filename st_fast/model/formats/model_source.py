@@ -16,9 +16,11 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import shown
 from st_fast.model.formats.importing import import_file
 from st_fast.model.formats.layouts import check_table, detect, infer
-from st_fast.model.formats.loaded_state import LoadedState
+from st_fast.model.formats.loaded_state import LoadedState, head_name
 from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
 from st_fast.recipe import load_run
+from st_fast.recipe.architecture import UNTOLD, Model
+from st_fast.recipe.keys import build
 from st_fast.recipe.schema import Recipe
 
 Say = Callable[[str], None]
@@ -30,7 +32,7 @@ KINDS = "a .pt or .safetensors file, a run, stage or checkpoint folder, or a fol
 class ModelSource:
     """A model that was read, and where it lay."""
 
-    bundle: LoadedState
+    loaded: LoadedState
     path: Path
     """The file or checkpoint folder in the end."""
     run: Path | None = None
@@ -84,16 +86,18 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
     where, said = str(found.path), found.meta.get("architecture")
     if not isinstance(said, dict) or type(said.get("heads")) is not int or "model" not in found.groups:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")
-    model = dict(found.groups["model"]) | dict(found.groups.get("heads", {}))
+    trained = found.groups.get("heads", {})
+    model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
     config = infer(model, {"num_classes": said.get("num_classes")}, said["heads"], where)
+    told = build(Model, {key: said[key] for key in UNTOLD if key in said}, f"{where}: architecture")
     optim = found.groups.get("optim", {})
     return LoadedState(
-        config=config,
+        config=replace(config, **{key: getattr(told, key) for key in UNTOLD}),
         layout=detect(model, {"prediction": "v"}, where),
         model=model,
         ema=dict(found.groups.get("ema", found.groups["model"])),
-        exp_avg=_moments(optim, "exp_avg"),
-        exp_avg_sq=_moments(optim, "exp_avg_sq"),
+        exp_avg=_adam(optim, "exp_avg"),
+        exp_avg_sq=_adam(optim, "exp_avg_sq"),
         updates=_count(optim, "model"),
         head_updates=_count(optim, "heads"),
         step=found.step,
@@ -101,9 +105,15 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
     )
 
 
-def _moments(optim: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    parts = [(part, f"{part}.{kind}.") for part in ("model", "heads")]
-    return {key.removeprefix(start): t for _, start in parts for key, t in optim.items() if key.startswith(start)}
+def _adam(optim: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """One of AdamW's running means, of the trunk and the heads."""
+    names: dict[str, Callable[[str], str]] = {f"model.{kind}.": str, f"heads.{kind}.": head_name}
+    return {
+        name(key.removeprefix(start)): tensor
+        for start, name in names.items()
+        for key, tensor in optim.items()
+        if key.startswith(start)
+    }
 
 
 def _count(optim: Mapping[str, Tensor], part: str) -> int:
@@ -120,6 +130,6 @@ def _published(folder: Path) -> LoadedState:
     """A folder that `save_pretrained` wrote."""
     config = read_config(folder)
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS
-    bundle = import_file(file, "repa", config.model.heads)
-    check_table(bundle.model, config.model, "repa", f"{file}, of what {CONFIG} says,")
-    return replace(bundle, config=config.model, path=config.flow, step=config.step)
+    loaded = import_file(file, "repa", config.model.heads)
+    check_table(loaded.model, config.model, "repa", f"{file}, of what {CONFIG} says,")
+    return replace(loaded, config=config.model, path=config.flow, step=config.step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
-from st_fast.model.linear import Linear
+from st_fast.model.sit import Linear
 from st_fast.recipe.methods import Selection
 
 

@@ -10,8 +10,8 @@ import torch
 
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT
-from st_fast.model.branches import Branches, batched
 from st_fast.model.encoders import ImageEncoder
+from st_fast.model.side_stream import Branches, batched
 from st_fast.recipe.schema import Model, Stage
 from st_fast.train.optim import EmaModel
 from st_fast.train.supervision.protocol import Supervision

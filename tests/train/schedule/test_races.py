@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from st_fast.model.branches import Apart
-from st_fast.model.side_stream import Future, SideStream
+from st_fast.model.side_stream import Apart, Future, SideStream
 from tests.train.schedule import fake_cuda
 from tests.train.schedule.fake_cuda import Races, Stream
 from tests.train.schedule.loop import Loop

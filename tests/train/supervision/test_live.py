@@ -18,8 +18,7 @@ from st_fast.data.repa import RepaSet
 from st_fast.data.shards import open_shards
 from st_fast.data.sources import open_source
 from st_fast.model.compiling import CompiledBlocks
-from st_fast.model.encoders import load_encoder
-from st_fast.model.vision import VisionTransformer
+from st_fast.model.encoders import VisionTransformer, load_encoder
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.record_images import SourceImages, open_record_images
 from st_fast.recipe import Recipe, cost, load
