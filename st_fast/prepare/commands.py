@@ -25,9 +25,8 @@ from st_fast.data.sources import Source, open_source
 from st_fast.model.encoders import load_encoder
 from st_fast.model.vae import PIXELS, PRESETS, VAE, encode_moments, load_vae, vae_hash
 from st_fast.prepare.encode import Encoder, Encoding
-from st_fast.prepare.feature_job import template, write_features
+from st_fast.prepare.features import crop_of, open_record_images, template, write_features
 from st_fast.prepare.job import Worker, is_done, run_job
-from st_fast.prepare.record_images import crop_of, open_record_images
 from st_fast.prepare.repa import RepaProducer, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.stats import describe, statistics

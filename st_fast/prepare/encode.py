@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +44,7 @@ class Encoder:
 
     @cached_property
     def template(self) -> Manifest:
-        """The manifest but for count and shards."""
+        """The manifest without count and shards."""
         channels, height, width = latent_shape(self.vae, self.encoding.size)
         return Manifest(
             count=0,
@@ -60,18 +60,11 @@ class Encoder:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What the content depends on."""
-        encoding = self.encoding
-        return {
-            "images": self.source.digest(),
-            "count": len(self.source.names),
-            "vae": vae_hash(self.vae),
-            "size": encoding.size,
-            "flip": encoding.flip,
-            "dtype": encoding.dtype,
-            "precision": str(self.vae.dtype).removeprefix("torch."),
-            "shard_size": encoding.shard_size,
-        }
+        """Everything that the content depends on."""
+        settings = {key: value for key, value in asdict(self.encoding).items() if key != "batch_size"}
+        precision = str(self.vae.dtype).removeprefix("torch.")
+        images = {"images": self.source.digest(), "count": len(self.source.names)}
+        return {**images, "vae": vae_hash(self.vae), "precision": precision, **settings}
 
     @property
     def images_a_shard(self) -> int:

@@ -1,7 +1,7 @@
-"""Work that makes a folder of shards piece by piece: interrupted it goes on, and any number of processes share it.
+"""Jobs that make a folder of shards piece by piece: resumable, and shared by any number of processes.
 
-Shard k is made by process k mod world alone, so nobody waits for anybody. Beside each finished shard lies a note of
-what is in it; whoever finds all notes there writes the manifest and removes them.
+Shard k is made by process k mod world alone, so no process waits for another. Beside each finished shard lies a note of
+its content; the process that finds all notes complete writes the manifest and removes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Produced:
-    """What one shard is made of, and what had to be left out, by name with the reason."""
+    """The content of one shard, and the images that had to be left out, by name with the reason."""
 
     moments: np.ndarray
     """(n, 2C, H, W) float16 or float32."""
@@ -40,17 +40,17 @@ class Producer(Protocol):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the content depends on: work is continued only where it is the same."""
+        """Everything that the content depends on: work is continued only where it is the same."""
         ...
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """Number of shards."""
         ...
 
     @property
     def template(self) -> Manifest:
-        """The manifest but for count and shards."""
+        """The manifest without count and shards."""
         ...
 
     def produce(self, number: int) -> Produced:
@@ -60,7 +60,7 @@ class Producer(Protocol):
 
 @dataclass(frozen=True)
 class Worker:
-    """This process's place among those that share the work."""
+    """This process's rank among those that share the work."""
 
     rank: int = 0
     world: int = 1
@@ -76,7 +76,9 @@ def run_job(folder: Path, producer: Producer, worker: Worker, max_bad: int, say:
         return read_manifest(folder)
     try:
         make_folder(folder)
-        _check_job(folder, producer.fingerprint)
+        if not (folder / JOB_FILE).is_file() and any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder}: it holds shards of something else; name an empty or a new folder")
+        check_begun(folder, producer.fingerprint, "use those, or another folder")
         for number in range(worker.rank, producer.shards, worker.world):
             if not is_done(folder, number):
                 _make(folder, number, producer)
@@ -90,17 +92,14 @@ def run_job(folder: Path, producer: Producer, worker: Worker, max_bad: int, say:
         ) from error
 
 
-def _check_job(folder: Path, fingerprint: dict[str, Any]) -> None:
-    path = folder / JOB_FILE
-    if not path.is_file():
-        if any(folder.glob("*.safetensors")):
-            raise UserError(f"{folder}: it holds shards of something else; name an empty or a new folder")
-        write_json_atomic(path, fingerprint)
-    begun = read_json(path)
-    differing = [key for key in fingerprint if begun.get(key) != fingerprint[key]]
-    if differing:
-        changes = ", ".join(f"{key} was {begun.get(key)!r} and is {fingerprint[key]!r}" for key in differing)
-        raise UserError(f"{folder}: begun with other settings ({changes}); use those, or another folder")
+def check_begun(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
+    """Writes job.json, or compares it: UserError naming the settings that differ from those the work began with."""
+    if not (folder / JOB_FILE).is_file():
+        write_json_atomic(folder / JOB_FILE, wanted)
+    begun = read_json(folder / JOB_FILE)
+    changes = [f"{key} was {begun.get(key)!r} and is {now!r}" for key, now in wanted.items() if begun.get(key) != now]
+    if changes:
+        raise UserError(f"{folder}: begun with other settings ({', '.join(changes)}); {advice}")
 
 
 def _note(folder: Path, number: int) -> Path:
@@ -141,16 +140,14 @@ def _check_skipped(folder: Path, shards: int, max_bad: int) -> None:
 
 def _finish(folder: Path, producer: Producer, max_bad: int, say: Say) -> Manifest | None:
     """Writes the manifest if every shard of every worker is there. Two workers that both do write the same."""
-    if (folder / FILE_NAME).is_file():
-        return read_manifest(folder)
     missing = [number for number in range(producer.shards) if not is_done(folder, number)]
+    notes = _notes(folder, producer.shards)
+    if (folder / FILE_NAME).is_file():  # another worker finished meanwhile and removed notes
+        return read_manifest(folder)
     if missing:
-        if (folder / FILE_NAME).is_file():  # another worker finished just now and removed the notes
-            return read_manifest(folder)
         say(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
         return None
     _check_skipped(folder, producer.shards, max_bad)
-    notes = _notes(folder, producer.shards)
     skipped = {name: why for note in notes for name, why in note.pop("skipped").items()}
     entries = tuple(ShardEntry(**note) for note in notes if note["count"])
     count = sum(entry.count for entry in entries)

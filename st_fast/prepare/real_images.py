@@ -10,7 +10,6 @@ The classifier of `evaluate.classifier = true` is trained on training images and
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from safetensors.numpy import save as to_safetensors
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.files import durable_file, fsync_path, write_all
+from st_fast.core.files import write_atomic
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
 from st_fast.data.images import load_image
@@ -39,18 +38,13 @@ def chosen_images(source: Path, subset: str, count: int, size: int) -> tuple[np.
 
 
 def write_images(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
-    """Writes `images.safetensors` into the data folder, aside first; UserError where there is one or no space."""
+    """Writes `images.safetensors` into the data folder; UserError where there is one or no space."""
     path = folder / "images.safetensors"
     if path.exists():
         raise UserError(f"{path}: there already; remove it to choose other images")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        with durable_file(partial) as descriptor:
-            write_all(descriptor, to_safetensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
-        os.rename(partial, path)
-        fsync_path(folder)
+        write_atomic(path, to_safetensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
     return path
 

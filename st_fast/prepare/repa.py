@@ -27,12 +27,12 @@ class RepaProducer:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the content depends on."""
+        """Everything that the content depends on."""
         return {"records": self.records.digest, "dtype": self.template.dtype, "shard_size": self.shard_size}
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """Number of shards."""
         return -(-len(self.records) // self.shard_size)
 
     def produce(self, number: int) -> Produced:

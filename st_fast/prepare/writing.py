@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -15,7 +14,7 @@ from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import durable_file, fsync_path, make_folder, write_all
+from st_fast.core.files import make_folder, write_atomic
 from st_fast.data.manifest import Manifest, ShardEntry, labels_problem, moments_problem, write_manifest
 
 SHARD_SIZE = 8_192
@@ -26,8 +25,7 @@ def record_crcs(moments: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """(n,) uint32: CRC-32 of each record's bytes, started from its label so that this is covered too."""
     rows = np.ascontiguousarray(moments).reshape(len(moments), -1).view(np.uint8)
     starts = (labels & 0xFFFFFFFF).tolist()
-    crcs = [zlib.crc32(row.data, start) for row, start in zip(rows, starts, strict=True)]
-    return np.array(crcs, np.uint32)
+    return np.array([zlib.crc32(row.data, start) for row, start in zip(rows, starts, strict=True)], np.uint32)
 
 
 def shard_name(number: int) -> str:
@@ -49,15 +47,7 @@ def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray, num_classes
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> ShardEntry:
     """Writes tensors with one row a record as a safetensors file, complete or absent. OSError on a full disk."""
     data = to_safetensors({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with durable_file(partial) as descriptor:
-            write_all(descriptor, data)
-        os.rename(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
+    write_atomic(path, data)
     return ShardEntry(path.name, len(tensors["crc32"]), len(data), hashlib.sha256(data).hexdigest())
 
 

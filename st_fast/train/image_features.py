@@ -21,7 +21,7 @@ from st_fast.data.loader import Loader
 from st_fast.data.shards import RecordSet
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.encoders import ImageEncoder, VisionTransformer, load_encoder
-from st_fast.prepare.record_images import RecordImages, open_record_images
+from st_fast.prepare.features import RecordImages, open_record_images
 from st_fast.recipe.schema import Recipe, Stage
 
 LIVE = "live:"

@@ -23,7 +23,7 @@ from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import teacher
 from st_fast.model.compiling import keep_compiled
 from st_fast.model.fp8 import check_fp8
-from st_fast.prepare import digits, digits_encoder
+from st_fast.prepare import digits
 from st_fast.recipe import Recipe, Stage, to_toml
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.check import check_device
@@ -67,7 +67,7 @@ def run(recipe: Recipe) -> None:
             log = Log(out / "log.jsonl", ranks, track)
             if ranks.first and recipe.data.source == "digits":
                 digits.prepare_digits(Path(recipe.data.path), log.say)
-                digits_encoder.prepare_features(recipe, log.say)
+                digits.prepare_features(recipe, log.say)
             ranks.barrier()
             verify = recipe.data.verify and local_rank() == 0
             shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)

@@ -17,7 +17,7 @@ from st_fast.data.images import load_image
 from st_fast.data.shards import open_shards
 from st_fast.model.encoders import VisionTransformer, load_encoder, preprocess
 from st_fast.prepare import __main__ as prepare
-from st_fast.prepare import feature_job
+from st_fast.prepare import features as feature_module
 from st_fast.prepare.job import Worker
 from tests import tiny
 from tests.train.supervision.encoders import images, write_encoder, write_set
@@ -115,7 +115,7 @@ def read(out: Path, name: str) -> np.ndarray:
 def test_every_record_has_the_features_of_its_own_image_and_of_the_mirrored_one(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_job, "SHARD_BYTES", 5 * 2 * 2 * 24 * 2)  # five rows a shard
+    monkeypatch.setattr(feature_module, "SHARD_BYTES", 5 * 2 * 2 * 24 * 2)  # five rows a shard
     out, path = tmp_path / "out", write_encoder(tmp_path / "dino")
     prepared(class_folders, out, "--flip")
     before = (out / "manifest.json").read_bytes()
@@ -133,12 +133,12 @@ def test_every_record_has_the_features_of_its_own_image_and_of_the_mirrored_one(
 def test_interrupted_writing_goes_on_and_ends_with_the_same_files(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feature_job, "SHARD_BYTES", 2 * 2 * 2 * 24 * 2)
+    monkeypatch.setattr(feature_module, "SHARD_BYTES", 2 * 2 * 2 * 24 * 2)
     path = write_encoder(tmp_path / "dino")
     for out in (tmp_path / "a", tmp_path / "b"):
         prepared(class_folders, out)
     write(path, class_folders, tmp_path / "a")
-    kept = feature_job.write_tensors
+    kept = feature_module.write_tensors
     calls = []
 
     def failing(target: Path, tensors: dict[str, np.ndarray]) -> object:
@@ -147,7 +147,7 @@ def test_interrupted_writing_goes_on_and_ends_with_the_same_files(
             raise KeyboardInterrupt
         return kept(target, tensors)
 
-    monkeypatch.setattr(feature_job, "write_tensors", failing)
+    monkeypatch.setattr(feature_module, "write_tensors", failing)
     with pytest.raises(KeyboardInterrupt):
         write(path, class_folders, tmp_path / "b")
     with pytest.raises(UserError, match="no complete features"):
@@ -223,11 +223,11 @@ def test_two_processes_share_the_shards_and_the_last_one_writes_the_manifest(
 ) -> None:
     whole = write_set(tmp_path / "whole", path := write_encoder(tmp_path / "dino"))
     shared = write_set(tmp_path / "shared")
-    monkeypatch.setattr(feature_job, "SHARD_BYTES", 8 * 2 * 2 * 24 * 2)  # eight rows a shard
+    monkeypatch.setattr(feature_module, "SHARD_BYTES", 8 * 2 * 2 * 24 * 2)  # eight rows a shard
     encoder, pixels = load_encoder(str(path), CPU, torch.float32), images()
     for rank, last in ((1, False), (0, True)):
         worker = Worker(rank, 2)
-        done = feature_job.write_features(
+        done = feature_module.write_features(
             shared, open_shards(shared), encoder, lambda numbers: pixels[numbers], 16, worker=worker
         )
         assert (done is not None) == last

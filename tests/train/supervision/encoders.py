@@ -9,7 +9,7 @@ import torch
 
 from st_fast.data.shards import open_data
 from st_fast.model.encoders import load_encoder
-from st_fast.prepare.feature_job import write_features
+from st_fast.prepare.features import write_features
 from tests import tiny
 
 SIZE = 16

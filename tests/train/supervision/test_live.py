@@ -20,7 +20,7 @@ from st_fast.data.sources import open_source
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.encoders import VisionTransformer, load_encoder
 from st_fast.prepare import __main__ as prepare
-from st_fast.prepare.record_images import SourceImages, open_record_images
+from st_fast.prepare.features import SourceImages, open_record_images
 from st_fast.recipe import Recipe, cost, load
 from st_fast.train.__main__ import check_unchanged
 from st_fast.train.batches import BatchIterator

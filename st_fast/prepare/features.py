@@ -1,14 +1,17 @@
-"""The images that a set's latents were made from, by record number: what image encoders see, before or during training.
+"""The images that a set's latents were made from, by record number, and features of them in shards beside the latents.
 
 Record i of a set with flips is image i // 2, mirrored if i is odd; images that were left out when the latents were made
-are left out here. An image is the same crop that the VAE saw, and follows from the record's number alone.
+are left out here. An image is the same crop that the VAE saw, and follows from the record's number alone. Features are
+written a shard at a time, continued if interrupted: shard k is made by process k mod world alone, and the process that
+finds all shards complete writes the manifest.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,59 +20,59 @@ import torch
 from torch import Tensor
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import read_json
+from st_fast.core.files import make_folder, read_json, write_json_atomic
 from st_fast.core.machine import usable_cpus
 from st_fast.core.progress import bar
+from st_fast.data.ahead import Readable
+from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
+from st_fast.data.manifest import ShardEntry, write_manifest
 from st_fast.data.repa import RepaSet, is_repa, repa_images
 from st_fast.data.shards import RecordSet
 from st_fast.data.sources import Source, open_source
 from st_fast.evaluate.classifier import read_images
+from st_fast.model.encoders import ImageEncoder
 from st_fast.model.vae import PRESETS
-from st_fast.prepare.job import SKIPPED_FILE
+from st_fast.prepare.job import SKIPPED_FILE, Worker, check_begun
+from st_fast.prepare.writing import record_crcs, write_tensors
 
 KEPT_FILE = "images.safetensors"
 """Images as tensors, which a data folder may hold: those of the digits are the records' own."""
+SHARD_BYTES = 2**28
+ALONE = Worker()
+Images = Callable[[np.ndarray], Tensor]
+"""Record numbers (n,) → uint8 images (n, 1 or 3, S, S)."""
 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What one image is, as `ReadAhead` asks for it."""
+    """Shape and dtype of one image, for `ReadAhead`."""
 
     shape: tuple[int, int, int]
     """(C, S, S), C = 1 or 3."""
     dtype: str = "uint8"
 
 
-class RecordImages(Protocol):
-    """Images by record number; `ReadAhead` reads them as it reads latents."""
+class RecordImages(Readable, Protocol):
+    """Images by record number; `ReadAhead` reads them as it reads latents. UserError names an unusable image."""
 
-    manifest: ImageLayout
-    labels: np.ndarray
-    digest: str
-    """Changes when the images' names or labels do; their content is not read for it."""
-
-    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """Reads images of records `indices` (n,) into out, uint8 (n, C, S, S). May be called from many threads.
-
-        UserError names an image that can't be used though it has a latent.
-        """
+    @property
+    def digest(self) -> str:
+        """Changes when the images' names or labels do; their content is not read for it."""
         ...
 
 
 class SourceImages:
-    """The images of a set's records, out of the source that the set was made from (see `RecordImages`).
+    """The images of a set's records, from the source that the set was made from (see `RecordImages`).
 
-    UserError where the source can't be that: another number of usable images, or other labels.
+    UserError for another source: one with another number of usable images, or other labels.
     """
 
     def __init__(self, source: Source, records: RecordSet, size: int, exact: bool = False) -> None:
-        self.source, self.size, self.views = source, size, 2 if records.manifest.flip else 1
-        self.exact = exact
-        """Whether images must have that size already: where it is nothing but the first one's."""
+        """exact: images must have that size already, since it is only the first one's."""
+        self.source, self.size, self.exact, self.views = source, size, exact, 2 if records.manifest.flip else 1
         self.manifest, self.labels, self.digest = ImageLayout((3, size, size)), records.labels, source.digest()
-        made = crop_of(records.manifest.source)
-        if made not in (None, size):
+        if crop_of(records.manifest.source) not in (None, size):
             raise UserError(f"--size {size}: the latents are of {records.manifest.source!r}; give the same size")
         self.numbers = self._numbers(records)
         labels = np.repeat(source.labels[self.numbers], self.views)
@@ -85,12 +88,11 @@ class SourceImages:
         """uint8 (n, 3, size, size), read on as many threads as there are processors."""
         out = np.empty((len(records), *self.manifest.shape), np.uint8)
         with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
-            for _ in pool.map(self._load, records.tolist(), out):
-                pass
+            list(pool.map(self._load, records.tolist(), out))
         return torch.from_numpy(out)
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """See `RecordImages`."""
+        """Reads images of records `indices` (n,) into out, uint8 (n, 3, size, size)."""
         for record, row in zip(indices.tolist(), out, strict=True):
             self._load(record, row)
 
@@ -115,12 +117,12 @@ class SourceImages:
         if folder is not None and (folder / SKIPPED_FILE).is_file():
             skipped = read_json(folder / SKIPPED_FILE)
             every = every[[name not in skipped for name in self.source.names]]
-        if self.views * len(every) != len(records):  # made before the left-out ones were written down
+        if self.views * len(every) != len(records):  # the set is older than the list of skipped images
             with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
                 usable = list(bar(pool.map(self._usable, every.tolist()), "looking", len(every), "images"))
             every = every[usable]
-        if self.views * len(every) != len(records):
-            count = self.views * len(every)
+        count = self.views * len(every)
+        if count != len(records):
             raise UserError(
                 f"{self.source.description}: {count} images with their mirrored ones, {len(records)} latents"
             )
@@ -135,14 +137,14 @@ class SourceImages:
 
 
 class KeptImages:
-    """Images that lie in `images.safetensors` beside the latents, one a record in the records' order."""
+    """Images in `images.safetensors` beside the latents, one a record in the records' order (see `RecordImages`)."""
 
     def __init__(self, folder: Path, records: RecordSet) -> None:
         real = read_images(folder)
         if not np.array_equal(real.train_labels.numpy(), records.labels):
             raise UserError(
                 f"{folder / KEPT_FILE}: {len(real.train)} training images, not one for each of {len(records)} latents "
-                "with its label; name what the latents were made from instead"
+                "with its label; name the source that the latents were made from instead"
             )
         self.pixels, self.labels, self.digest = real.train.numpy(), records.labels, real.digest
         self.manifest = ImageLayout(tuple(self.pixels.shape[1:]))
@@ -152,12 +154,12 @@ class KeptImages:
         return torch.from_numpy(self.pixels[records])
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """See `RecordImages`."""
+        """Reads images of records `indices` (n,) into out, uint8 (n, C, S, S)."""
         out[:] = self.pixels[indices]
 
 
 def crop_of(source: str) -> int | None:
-    """The side of the centre crop that latents were made of, where the `source` of their manifest tells."""
+    """The side of the latents' centre crop, where the `source` of their manifest states it."""
     found = re.search(r"centre crop (\d+)$", source)
     return int(found[1]) if found else None
 
@@ -165,9 +167,9 @@ def crop_of(source: str) -> int | None:
 def open_record_images(
     folder: Path, records: RecordSet, images: str, subset: str, size: int | None = None
 ) -> SourceImages | KeptImages:
-    """The images of the records in `folder`; `images` is what they were made from, or "" for images in the folder.
+    """The images of the records in `folder`; `images` is their source, or "" for images in the folder.
 
-    size: of the crop, where the caller knows it; else the manifest's, else what the images and latents tell. UserError
+    size: of the crop, where the caller knows it; else the manifest's, else that of the images or latents. UserError
     where they can't be found or are others.
     """
     if not images and is_repa(folder):
@@ -181,8 +183,7 @@ def open_record_images(
     if (where / KEPT_FILE).is_file():
         return KeptImages(where, records)
     if is_repa(where):
-        repa = records if isinstance(records, RepaSet) else RepaSet(where)
-        source = repa_images(repa)
+        source = repa_images(records if isinstance(records, RepaSet) else RepaSet(where))
     else:
         source = open_source(where, subset)
     known = size or crop_of(records.manifest.source)
@@ -206,3 +207,51 @@ def _side(source: Source, records: RecordSet) -> tuple[int, bool]:
         f"{source.names[0]!a}: {width} x {height} pixels, and the latents don't say how they were cropped: square "
         "images are needed"
     )
+
+
+def template(encoder: ImageEncoder, records: RecordSet, size: int) -> FeatureManifest:
+    """The manifest without its shards."""
+    count, grid = len(records), encoder.grid(size)
+    return FeatureManifest(
+        encoder.name, encoder.hash, (*grid, encoder.width), size, records.digest, count, count * encoder.flops(size)
+    )
+
+
+def write_features(
+    data: Path, records: RecordSet, encoder: ImageEncoder, images: Images, size: int, batch: int = 32,
+    worker: Worker = ALONE, progress: Callable[[int], object] = lambda records: None,
+) -> FeatureManifest | None:  # fmt: skip
+    """Writes this worker's missing shards; returns the manifest once all shards of all workers are there, else None.
+
+    UserError where the folder was begun with another encoder or for other latents.
+    """
+    planned, folder = template(encoder, records, size), features_folder(data, encoder.name)
+    make_folder(folder)
+    job = asdict(planned) | {"shape": list(planned.shape), "shards": []}
+    check_begun(folder, job, "remove the folder to write them anew")
+    rows = max(1, SHARD_BYTES // planned.record_bytes)
+    parts = [np.arange(start, min(start + rows, len(records))) for start in range(0, len(records), rows)]
+    notes = [folder / f"features-{number:05d}.json" for number in range(len(parts))]
+    for part, note in list(zip(parts, notes, strict=True))[worker.rank :: worker.world]:
+        if note.is_file():
+            progress(len(part))
+            continue
+        features = np.empty((len(part), *planned.shape), planned.dtype)
+        for start in range(0, len(part), batch):
+            chosen = part[start : start + batch]
+            features[start : start + len(chosen)] = _features(encoder, images(chosen))
+            progress(len(chosen))
+        tensors = {"features": features, "crc32": record_crcs(features, part)}
+        write_json_atomic(note, asdict(write_tensors(note.with_suffix(".safetensors"), tensors)))
+    if not all(note.is_file() for note in notes):
+        return None
+    manifest = replace(planned, shards=tuple(ShardEntry(**read_json(note)) for note in notes))
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _features(encoder: ImageEncoder, images: Tensor) -> np.ndarray:
+    features = encoder(images).cpu().half()
+    if not features.isfinite().all():
+        raise UserError(f"encoder {encoder.name}: features that float16 can't hold (NaN, Inf or above 65504)")
+    return features.numpy()
