@@ -37,7 +37,7 @@ from st_fast.recipe.schema import Model, Stage
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log
-from st_fast.train.micro_batch import choose_micro_batch
+from st_fast.train.memory import choose_micro_batch
 from st_fast.train.run import precision
 from st_fast.train.trainer import RunContext, Trainer
 

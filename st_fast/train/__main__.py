@@ -145,7 +145,6 @@ def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]
     import torch
 
     from st_fast.train import memory
-    from st_fast.train.micro_batch import Choice, splits_badly
 
     here = recipe.run.device == "cpu" or torch.cuda.is_available()
     device = torch.device("cpu" if recipe.run.device == "cpu" else f"cuda:{local_rank()}")
@@ -155,7 +154,7 @@ def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]
     if not images:
         return recipe, f"not one image a pass fits ({where})"
     chosen = with_passes_of(images, recipe, ranks)
-    badly = splits_badly(recipe, Choice(images, ranks), bf16, room)
+    badly = memory.splits_badly(recipe, memory.Choice(images, ranks), bf16, room)
     return chosen, f"{images} images a pass, {chosen.optim.accumulation} a step ({where}){badly}"
 
 

@@ -162,7 +162,7 @@ class Skips:
             self.in_row = self.in_row + 1 if bad else 0
             self.total += bad
 
-    def judge(self, step: int) -> None:
+    def check(self, step: int) -> None:
         """RunFailed if the last `allowed` steps or more up to `step` were all skipped."""
         if self.in_row >= self.allowed:
             raise RunFailed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,7 +29,7 @@ from st_fast.recipe import Recipe, Stage, to_toml
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.check import check_device
 from st_fast.report import write_report
-from st_fast.train import memory, micro_batch, profiling, start, trackers
+from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.examiner import Examiner
 from st_fast.train.image_features import open_image_features
 from st_fast.train.log import Log, matmul_rate
@@ -80,7 +81,7 @@ def run(recipe: Recipe) -> None:
             check_fp8(recipe, ranks.device)
             ranks.broadcast_from_rank0(examiner.check)
             dtype, kept = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
-            split, choice = micro_batch.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
+            split, choice = memory.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:
                 _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
             with memory.explained(split, ranks, dtype, recipe):
@@ -94,32 +95,32 @@ def run(recipe: Recipe) -> None:
 
 
 def train_stage(context: RunContext, stage: Stage, given: Recipe) -> RunContext:
-    """Trains a stage, beginning again with smaller passes, once, if memory lacks and "auto" leaves their size to us.
+    """Trains a stage; with micro_batch = "auto", if memory runs out, once again with smaller passes.
 
-    Returns the context that the stages after it go on with. RunFailed, which says what would fit, where memory lacks
-    all the same; `given` is the recipe before its passes were chosen.
+    Returns the context for the stages after it. `given` is the recipe before its passes were chosen. RunFailed, which
+    says what would fit, where memory runs out all the same.
     """
-    smaller = None
-    with memory.explained(context.recipe, context.ranks, context.dtype, given):
-        try:
-            run_stage(context, stage)
-        except PassTooLarge:
-            smaller = micro_batch.halved(context.recipe, context.choice)
-            if smaller is None:
-                raise
-    if smaller is None:
-        return context
-    memory.release(context.ranks.device)  # not before: until it is handled, the error refers to all of the stage
-    recipe, choice = smaller
-    before, step = images_a_pass(context.recipe.optim, 1), context.ranks.heartbeat.step
-    context.log.say(
-        f"{stage.name}: out of memory at step {step} with {before} images a pass; going on after step {step - 1} "
-        f"with {choice.images}, {recipe.optim.accumulation} passes a step"
-    )
-    context = replace(context, recipe=recipe, choice=choice)
-    with memory.explained(context.recipe, context.ranks, context.dtype, given):
-        run_stage(context, stage)
-    return context
+    while True:
+        smaller = None
+        with memory.explained(context.recipe, context.ranks, context.dtype, given):
+            try:
+                run_stage(context, stage)
+            except PassTooLarge:
+                smaller = memory.halved(context.recipe, context.choice)
+                if smaller is None:
+                    raise
+        if smaller is None:
+            return context
+        gc.collect()  # not earlier: until it is handled, the error refers to all of the stage
+        if context.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        recipe, choice = smaller
+        before, step = images_a_pass(context.recipe.optim, 1), context.ranks.heartbeat.step
+        context.log.say(
+            f"{stage.name}: out of memory at step {step} with {before} images a pass; going on after step {step - 1} "
+            f"with {choice.images}, {recipe.optim.accumulation} passes a step"
+        )
+        context = replace(context, recipe=recipe, choice=choice)
 
 
 def check_teachers(recipe: Recipe) -> None:

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -19,9 +18,7 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Stage
 from st_fast.train import memory
 from st_fast.train.batches import BatchIterator, Lookahead
-from st_fast.train.image_features import ImageFeatures
 from st_fast.train.log import Clock, Meter, Readings, Skips, SpikeDetector, progress_line
-from st_fast.train.micro_batch import halved
 from st_fast.train.optim import learning_rate
 from st_fast.train.profiling import StageProfile
 from st_fast.train.trainer import RunContext, Trainer
@@ -32,7 +29,8 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     recipe, ranks, log = context.recipe, context.ranks, context.log
     ranks.heartbeat.stage, ranks.heartbeat.step = stage.name, 0
     ranks.heartbeat.beat("build")
-    memory.forget_peak(ranks.device)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
     clock, trainer = Clock(), Trainer(context, stage)
     first = trainer.resume(clock)
     if first >= stage.steps:
@@ -40,13 +38,12 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         trainer.close()
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
-    features = trainer.features.loaders(ranks.device)
-    iterator = BatchIterator(recipe, stage, loader, context.shards, ranks, features)
+    readers = (loader, *trainer.features.loaders(ranks.device))
+    iterator = BatchIterator(recipe, stage, loader, context.shards, ranks, readers[1:])
     meter = Meter(ranks.device, recipe.run.log_every)
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
-    _log_start(context, stage, first, trainer.features.flops_an_image, trainer.origin)
-    report = Reporter(context, stage, iterator, clock, first, trainer.features)
-    retreat = Retreat(context, trainer, clock, (loader, *features), first)
+    _log_start(trainer, first)
+    report = Reporter(trainer, iterator, clock, first)
 
     gc.collect()
     gc.freeze()
@@ -54,7 +51,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     steps = Lookahead(iterator.steps(first, stage.steps))
     trainer.step.following = steps.peek
     for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
-        with retreat.if_too_large(done - 1):
+        with retreat_if_too_large(trainer, clock, readers, first, done - 1):
             losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates)
         profile.stepped(done)
@@ -77,7 +74,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         if stopping:
             break
     clock.stop()
-    for reader in (loader, *features):
+    for reader in readers:
         reader.close()
     trainer.finish()
     stalls = trainer.stalls(clock)
@@ -89,57 +86,46 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     log.write("end", stage.name, done, **report.cost(done), **stalls)
 
 
-class Retreat:
-    """What is done before a stage is begun again with smaller passes, where these are allowed (`halved`)."""
+@contextmanager
+def retreat_if_too_large(
+    trainer: Trainer, clock: Clock, readers: Sequence[Loader], first: int, done: int
+) -> Iterator[None]:
+    """Around a step: if memory lacks for its passes, saves the `done` steps before it and closes the stage.
 
-    def __init__(
-        self, context: RunContext, trainer: Trainer, clock: Clock, readers: Sequence[Loader], first: int
-    ) -> None:
-        self.context, self.trainer, self.clock, self.readers, self.first = context, trainer, clock, readers, first
-
-    @contextmanager
-    def if_too_large(self, done: int) -> Iterator[None]:
-        """Around a step: if memory lacks for its passes, saves the `done` steps before it and closes the stage."""
-        try:
-            yield
-        except PassTooLarge:
-            smaller = halved(self.context.recipe, self.context.choice)
-            if smaller is None:
-                raise
-            self.clock.stop()
-            for parameter in self.trainer.optimizer.parameters():
-                parameter.grad = None
-            if done > self.first:
-                self.trainer.context = replace(self.context, recipe=smaller[0], choice=smaller[1])
-                self.trainer.save(done, self.clock)
-                self.trainer.finish()
-            for reader in self.readers:
-                reader.close()
-            self.trainer.close()
-            gc.unfreeze()
+    Only where `memory.halved` allows smaller passes, with which the stage can be started again.
+    """
+    try:
+        yield
+    except PassTooLarge:
+        smaller = memory.halved(trainer.context.recipe, trainer.context.choice)
+        if smaller is None:
             raise
+        clock.stop()
+        for parameter in trainer.optimizer.parameters():
+            parameter.grad = None
+        if done > first:
+            trainer.context = replace(trainer.context, recipe=smaller[0], choice=smaller[1])
+            trainer.save(done, clock)
+            trainer.finish()
+        for reader in readers:
+            reader.close()
+        trainer.close()
+        gc.unfreeze()
+        raise
 
 
 class Reporter:
-    """Turns the meter's readings into a log record and a progress line, and looks whether the numbers go wrong."""
+    """Logs the meter's readings, prints the progress line, and checks for skipped steps and spikes."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        stage: Stage,
-        batches: BatchIterator,
-        clock: Clock,
-        first: int,
-        features: ImageFeatures,
-    ) -> None:
-        self._beforehand, self._encoders = features.flops_beforehand, features.flops_an_image
-        self.context, self.stage, self.batches, self.clock = context, stage, batches, clock
+    def __init__(self, trainer: Trainer, batches: BatchIterator, clock: Clock, first: int) -> None:
+        self.context, self.stage, self.batches, self.clock = trainer.context, trainer.stage, batches, clock
+        self._beforehand, self._encoders = trainer.features.flops_beforehand, trainer.features.flops_an_image
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
-        self._skips = Skips(stage.name, context.recipe.run.max_bad_steps)
-        self._spikes = SpikeDetector(context.recipe.run.spike_ratio)
+        self._skips = Skips(self.stage.name, self.context.recipe.run.max_bad_steps)
+        self._spikes = SpikeDetector(self.context.recipe.run.spike_ratio)
 
     def cost(self, step: int) -> dict[str, float]:
-        """What the stage has taken so far: training seconds, and FLOPs, teachers' and encoders' forwards included."""
+        """The stage's cost so far: training seconds, and FLOPs including the forwards of teachers and encoders."""
         return {
             "seconds": round(self.clock.read(), 3),
             "flops": self._beforehand + cost.stage_flops(self.context.recipe, self.stage, 0, step, self._encoders),
@@ -167,7 +153,7 @@ class Reporter:
         self._step, self._seconds, self._waited = step, seconds, waited
         context.log.write("train", stage.name, step, **values, skipped=self._skips.total, **self.cost(step))
         context.log.say(progress_line(stage.name, step, stage.steps, values, eta))
-        self._skips.judge(step)
+        self._skips.check(step)
         return self._spikes.add(readings)
 
     def _log_skipped(self, readings: Readings) -> None:
@@ -183,16 +169,17 @@ class Reporter:
             )
 
 
-def _log_start(context: RunContext, stage: Stage, first: int, encoders: float, origin: dict[str, Any] | None) -> None:
-    recipe = context.recipe
-    each = cost.stage_cost(recipe, stage, encoders)
+def _log_start(trainer: Trainer, first: int) -> None:
+    context, stage, recipe = trainer.context, trainer.stage, trainer.context.recipe
+    each = cost.stage_cost(recipe, stage, trainer.features.flops_an_image)
     context.log.write(
         "start", stage.name, first, trunk_params=recipe.model.parameters, resumed_from=first,
         flops_per_image=each.total, teacher_flops_per_image=each.teacher, steps=stage.steps,
         batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, context.ranks.count),
         ranks=context.ranks.count, device=_device_name(context.ranks.device),
         matmul_flops_per_s=context.rate, dataset=context.shards.manifest.digest,
-        versions={"st_fast": __version__, "torch": torch.__version__}, **({"init": origin} if origin else {}),
+        versions={"st_fast": __version__, "torch": torch.__version__},
+        **({"init": trainer.origin} if trainer.origin else {}),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from st_fast.train import adamw, start, supervision
 from st_fast.train.examiner import Examiner
 from st_fast.train.image_features import compile_encoders, open_image_features
 from st_fast.train.log import Clock, Log
-from st_fast.train.micro_batch import Choice, record
+from st_fast.train.memory import Choice
 from st_fast.train.optim import EmaModel, Optimizer
 from st_fast.train.sharding import Shards, gathered, hand_out, is_sharded, shards_of
 from st_fast.train.step import Step
@@ -184,7 +184,7 @@ class Trainer:
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
             "init": self.origin,
-            "micro_batch": record(self.context.choice),
+            "micro_batch": asdict(self.context.choice) if self.context.choice else None,
             "versions": {"st_fast": __version__, "torch": torch.__version__},
         }
         stall = self.saver.save(step, self.optimizer.state(), meta)

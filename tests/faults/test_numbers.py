@@ -120,11 +120,11 @@ def test_noise_single_outliers_a_falling_loss_and_steps_that_were_skipped_are_no
 def test_only_steps_in_a_row_count_towards_the_end():
     skips = Skips("align", allowed=3)
     skips.add(readings(1, [1.0] * 6, [NAN, NAN, 1.0, NAN, 1.0, math.inf]))
-    skips.judge(6)
+    skips.check(6)
     assert (skips.total, skips.in_row) == (4, 1)
     skips.add(readings(7, [NAN] * 2, [NAN] * 2))
     with pytest.raises(RunFailed, match="last 3 steps up to 8"):
-        skips.judge(8)
+        skips.check(8)
 
 
 def test_means_leave_skipped_steps_out():

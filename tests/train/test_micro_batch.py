@@ -21,9 +21,9 @@ from st_fast.recipe import Recipe, RecipeError, cost, load, to_toml
 from st_fast.recipe.batch import possible_passes, with_passes_of
 from st_fast.recipe.schema import Optim
 from st_fast.train import __main__ as train
-from st_fast.train import micro_batch
+from st_fast.train import memory
 from st_fast.train import run as runs
-from st_fast.train.micro_batch import Choice, choose_micro_batch, halved
+from st_fast.train.memory import Choice, choose_micro_batch, halved
 from st_fast.train.run import run
 from st_fast.train.step import Losses, Step
 from st_fast.train.trainer import Trainer
@@ -54,7 +54,7 @@ class Team(Ranks):
 
 def on_a_card(gibibytes: float, monkeypatch) -> None:
     """Makes this process believe that so much memory is its own."""
-    monkeypatch.setattr(micro_batch, "capacity", lambda device: int(gibibytes * GIB))
+    monkeypatch.setattr(memory, "capacity", lambda device: int(gibibytes * GIB))
 
 
 def chosen(
@@ -401,7 +401,7 @@ def test_a_run_that_goes_on_keeps_its_choice_while_ranks_and_memory_allow(
     record, gibibytes, images, again, monkeypatch
 ):
     on_a_card(gibibytes, monkeypatch)
-    monkeypatch.setattr(micro_batch, "newest_record", lambda recipe: record)
+    monkeypatch.setattr(memory, "newest_record", lambda recipe: record)
     recipe, said = chosen(load(tiny.ROOT / "recipes" / "sit_xl.toml"), one_of(1, gibibytes))
     assert 256 // recipe.optim.accumulation == images and said[0].endswith("as before") == again
 
@@ -428,11 +428,11 @@ def test_data_that_may_stay_on_the_device_change_a_new_choice_and_no_recorded_on
     recipe, half = load(tiny.ROOT / "recipes" / "sit_xl.toml"), int(0.4 * 78 * GIB)
     on_a_card(78, monkeypatch)
     assert chosen(recipe, one_of(1, 78), kept=(0, half))[0].optim.accumulation == 4
-    monkeypatch.setattr(micro_batch, "newest_record", lambda recipe: {"images": 128, "ranks": 1})
+    monkeypatch.setattr(memory, "newest_record", lambda recipe: {"images": 128, "ranks": 1})
     for kept, again in (((0, half), True), ((half, half), False)):
         found, (line,) = chosen(recipe, one_of(1, 78), kept=kept)
         assert line.endswith("as before") == again and found.optim.accumulation == (2 if again else 4)
-    monkeypatch.setattr(micro_batch, "newest_record", lambda recipe: {"images": 8, "ranks": 1})
+    monkeypatch.setattr(memory, "newest_record", lambda recipe: {"images": 8, "ranks": 1})
     assert "would fit" not in chosen(recipe, one_of(1, 78))[1][0]  # smaller because it was so before
 
 
