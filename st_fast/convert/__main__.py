@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from st_fast.convert import hub
 from st_fast.convert.card import card
@@ -29,31 +27,12 @@ from st_fast.convert.folders import latents_of, write_diffusers, write_huggingfa
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.model.formats.layouts import LAYOUTS
-from st_fast.model.formats.loaded_state import LoadedState, heads
+from st_fast.model.formats.loaded_state import heads
 from st_fast.model.formats.model_source import ModelSource, read_model
 from st_fast.model.load import CONFIG, read_config
-from st_fast.recipe.schema import Model
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `python -m st_fast.convert` was asked for."""
-
-    source: Path
-    target: Path | None
-    form: str
-    """One of FOLDERS or LAYOUTS; "" for the file's own layout."""
-    weights: Literal["ema", "raw"]
-    layout: str | None
-    number_of_heads: int | None
-    stage: str | None
-    vae: str | None
-    push: str | None
-    private: bool
-    dry_run: bool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,56 +54,52 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str]) -> Request:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; UserError for what does not go together, SystemExit(2) for bad flags."""
     given = parser().parse_args(arguments)
-    request = Request(
-        given.source, given.target, given.to or "", given.weights, given.layout, given.heads, given.stage, given.vae,
-        given.push and hub.check_name(given.push), given.private, given.dry_run,
-    )  # fmt: skip
-    return _checked(request)
-
-
-def _checked(request: Request) -> Request:
-    if request.number_of_heads is not None and request.number_of_heads < 1:
-        raise UserError(f"--heads {request.number_of_heads}: at least 1")
-    if request.target is not None:
-        is_file = request.target.suffix in FILES
-        form = request.form or ("" if is_file else "stage")
-        if is_file != (form not in FOLDERS):
-            raise UserError(f"{request.target}: --to {form} writes a {'folder' if is_file else '.pt or .safetensors'}")
-        request = replace(request, form=form)
-    if request.vae and request.form != "diffusers":
+    if given.heads is not None and given.heads < 1:
+        raise UserError(f"--heads {given.heads}: at least 1")
+    if given.target is not None:
+        is_file = given.target.suffix in FILES
+        given.to = given.to or (None if is_file else "stage")
+        if is_file != (given.to not in FOLDERS):
+            raise UserError(
+                f"{given.target}: --to {given.to} writes a {'folder' if is_file else '.pt or .safetensors'}"
+            )
+    if given.vae and given.to != "diffusers":
         raise UserError("--vae: only --to diffusers takes one")
-    if request.push and request.form not in ("huggingface", "diffusers"):
+    if given.push and given.to not in ("huggingface", "diffusers"):
         raise UserError("--push: only --to huggingface and --to diffusers can be uploaded")
-    return request
+    if given.push:
+        hub.check_name(given.push)
+    return given
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
-    request = parse(arguments)
-    origin = read_model(request.source, print, request.stage, request.layout, request.number_of_heads)
+    given = parse(arguments)
+    origin = read_model(given.source, print, given.stage, given.layout, given.heads)
     print(described(origin))
-    if request.target is None:
+    if given.target is None:
         return
-    form = request.form or origin.loaded.layout
-    uploads = os.path.lexists(request.target)
-    if uploads and not _written_before(request.target, form, request.push):
-        raise UserError(f"{request.target}: exists; name another")
-    if request.dry_run:
-        print(f"{request.target}: would be written as {form}" + (f" and pushed to {request.push}" * bool(request.push)))
+    form = given.to or origin.loaded.layout
+    uploads = os.path.lexists(given.target)
+    if uploads and not _written_before(given.target, form, given.push):
+        raise UserError(f"{given.target}: exists; name another")
+    if given.dry_run:
+        print(f"{given.target}: would be written as {form}" + (f" and pushed to {given.push}" if given.push else ""))
         return
     if not uploads:
         try:
-            write(request, form, origin, request.target)
+            write(given, form, origin)
         except OSError as error:  # nothing is left of what was begun
-            raise RunFailed(f"{request.target}: can't be written ({error})") from None
-        print(f"{request.target}: written as {form}")
+            raise RunFailed(f"{given.target}: can't be written ({error})") from None
+        print(f"{given.target}: written as {form}")
     if form == "stage":
-        print(f"for a recipe: {' '.join(options(origin.loaded.config))}")
-    if request.push:
-        print(hub.push(request.target, request.push, request.private, hub.hub()))
+        sizes = origin.loaded.config.network() | {"qk_norm": str(origin.loaded.config.qk_norm).lower()}
+        print("for a recipe:", *(f"--model.{key}={value}" for key, value in sizes.items()))
+    if given.push:
+        print(hub.push(given.target, given.push, given.private, hub.hub()))
 
 
 def _written_before(target: Path, form: str, push: str | None) -> bool:
@@ -136,54 +111,38 @@ def _written_before(target: Path, form: str, push: str | None) -> bool:
     return True
 
 
-def write(request: Request, form: str, origin: ModelSource, target: Path) -> None:
-    """Writes `origin` as `form`."""
-    latents, name = latents_of(origin), request.push or target.name
+def write(given: argparse.Namespace, form: str, origin: ModelSource) -> None:
+    """Writes `origin` as `form` to the target."""
+    latents, target, name = latents_of(origin), given.target, given.push or given.target.name
     if form == "stage":
         write_stage(origin, target)
     elif form == "huggingface":
-        text = card(origin, request.weights, form, name, latents.vae.name)
-        write_huggingface(origin, request.weights, latents, text, target)
+        text = card(origin, given.weights, form, name, latents.vae.name)
+        write_huggingface(origin, given.weights, latents, text, target)
     elif form == "diffusers":
-        vae = Path(request.vae).name if request.vae and Path(request.vae).is_dir() else request.vae
-        text = card(origin, request.weights, form, name, vae or latents.vae.name)
-        write_diffusers(origin, request.weights, latents, text, request.vae, target)
+        vae = Path(given.vae).name if given.vae and Path(given.vae).is_dir() else given.vae
+        text = card(origin, given.weights, form, name, vae or latents.vae.name)
+        write_diffusers(origin, given.weights, latents, text, given.vae, target)
     else:
-        export_file(origin.loaded, form, target, "model" if request.weights == "raw" else "ema")
+        export_file(origin.loaded, form, target, "model" if given.weights == "raw" else "ema")
 
 
 def described(origin: ModelSource) -> str:
     """What was read, in a few lines."""
-    bundle, config = origin.loaded, origin.loaded.config
-    extra = heads(bundle.model)
-    kinds = sorted({key.split(".")[0] for key in extra})
-    optimiser = f"AdamW's state after {bundle.updates:,} updates" if bundle.exp_avg else "no optimiser state"
-    layout = "st_fast" if origin.path.is_dir() else bundle.layout
+    loaded, config = origin.loaded, origin.loaded.config
+    kinds = sorted({key.split(".")[0] for key in heads(loaded.model)})
+    layout = "st_fast" if origin.path.is_dir() else loaded.layout
+    null = "and a null class" if config.class_dropout > 0 else "without a null class"
+    average = "one set of weights" if loaded.ema is loaded.model else "raw weights and their average"
+    optimiser = f"AdamW's state after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
     return (
-        f"{origin.path}: {layout} layout, {config.name}, {config.parameters / 1e6:.1f} M "
-        f"parameters, step {bundle.step:,}, {bundle.path} path\n"
+        f"{origin.path}: {layout} layout, {config.name}, {config.parameters / 1e6:.1f} M parameters, step "
+        f"{loaded.step:,}, {loaded.path} path\n"
         f"  depth {config.depth}, width {config.width}, heads {config.heads}, patch {config.patch}, latents "
-        f"{config.channels} × {config.latent_size} × {config.latent_size}, {config.num_classes} classes "
-        f"{_null(bundle)}, qk-norm {'on' if config.qk_norm else 'off'}\n"
-        f"  training heads: {', '.join(kinds) or 'none'}; {_average(bundle)}; {optimiser}"
+        f"{config.channels} × {config.latent_size} × {config.latent_size}, {config.num_classes} classes {null}, "
+        f"qk-norm {'on' if config.qk_norm else 'off'}\n"
+        f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
     )
-
-
-def _null(bundle: LoadedState) -> str:
-    return "and a null class" if bundle.config.class_dropout > 0 else "without a null class"
-
-
-def _average(bundle: LoadedState) -> str:
-    return "one set of weights" if bundle.ema is bundle.model else "raw weights and their average"
-
-
-def options(config: Model) -> list[str]:
-    """The options that make a recipe's model this one."""
-    sizes = {"name": config.name, "depth": config.depth, "width": config.width, "heads": config.heads}
-    sizes |= {"patch": config.patch, "channels": config.channels, "latent_size": config.latent_size}
-    sizes |= {"num_classes": config.num_classes, "class_dropout": config.class_dropout, "mlp_ratio": config.mlp_ratio}
-    sizes |= {"qk_norm": str(config.qk_norm).lower()}
-    return [f"--model.{key}={value}" for key, value in sizes.items()]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model card (README.md) made from what a run logged: nothing in it is typed by hand, and what is unknown is said."""
+"""A model card (README.md), generated from a run's log; it states what is unknown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from st_fast.core.files import read_json
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.model_source import ModelSource
 from st_fast.recipe import load_run, to_toml
+from st_fast.recipe.schema import Recipe
 from st_fast.report import words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import read_run
+from st_fast.report.metrics import METRICS
 
 HEADER = """---
 library_name: {library}
@@ -67,11 +68,8 @@ first.
 
 def card(origin: ModelSource, weights: str, form: str, name: str, vae: str) -> str:
     """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty."""
-    config = origin.loaded.config
-    arm = _arm(origin)
-    cfg = load_run(origin.run).sample.cfg_scale if origin.run else 1.0
-    told = {"name": name, "classes": config.num_classes, "path": origin.loaded.path, "cfg": cfg}
-    side = config.latent_size
+    config, recipe = origin.loaded.config, load_run(origin.run) if origin.run else None
+    cfg, side = recipe.sample.cfg_scale if recipe else 1.0, config.latent_size
     parts = [
         HEADER.format(
             library="diffusers" if form == "diffusers" else "st_fast", title=name, name=config.name,
@@ -79,19 +77,20 @@ def card(origin: ModelSource, weights: str, form: str, name: str, vae: str) -> s
             shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {vae}" if vae else ""),
             path=origin.loaded.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.loaded.step,
         ),
-        USE[form].format(**told),
+        USE[form].format(name=name, classes=config.num_classes, path=origin.loaded.path, cfg=cfg),
     ]  # fmt: skip
-    parts += _of_run(origin, arm) if arm is not None else [_foreign(origin)]
-    return _without_paths("\n".join(parts)) + f"\nWritten by st_fast {__version__} from the run's own records.\n"
+    arm = _arm(origin)
+    if arm is None or recipe is None or origin.run is None:
+        parts.append(_foreign(origin))
+    else:
+        scores = _scores(origin.run / origin.stage / "samples", arm)
+        parts += [_training(origin, recipe, arm), _costs(arm), scores, f"## Recipe\n\n```toml\n{to_toml(recipe)}```\n"]
+    text = ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", "\n".join(parts))  # paths of this machine
+    return f"{text}\nWritten by st_fast {__version__} from the run's own records.\n"
 
 
 ABSOLUTE = re.compile(r'(?<=["`])/[^"`\n]*(?=["`])|(?<![\w./:])/[\w.+~-]+(?:/[\w.+~-]+)+')
-"""In quotes whatever they hold; elsewhere two parts at least, of what needs no quotes."""
-
-
-def _without_paths(text: str) -> str:
-    """Absolute paths of this machine, which nobody else needs to know, cut down to their last part."""
-    return ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", text)
+"""An absolute path: anything in quotes; elsewhere at least two parts, of characters that need no quotes."""
 
 
 def _arm(origin: ModelSource) -> Arm | None:
@@ -101,14 +100,8 @@ def _arm(origin: ModelSource) -> Arm | None:
     return next((arm for arm in make_arms([read_run(origin.run)]) if arm.stage.name == origin.stage), None)
 
 
-def _of_run(origin: ModelSource, arm: Arm) -> list[str]:
-    assert origin.run is not None
-    return [_training(origin, arm), _costs(arm), _scores(origin, arm), _recipe(origin.run)]
-
-
-def _training(origin: ModelSource, arm: Arm) -> str:
-    assert origin.run is not None
-    recipe, stage = load_run(origin.run), arm.stage
+def _training(origin: ModelSource, recipe: Recipe, arm: Arm) -> str:
+    stage = arm.stage
     lines = [
         "## Training", "",
         f"- Stage “{stage.name}” of the recipe below, supervision `{stage.method}`, step {origin.loaded.step:,} of "
@@ -153,13 +146,12 @@ def _costs(arm: Arm) -> str:
     ])  # fmt: skip
 
 
-def _scores(origin: ModelSource, arm: Arm) -> str:
+def _scores(samples: Path, arm: Arm) -> str:
     """Every score that was logged last or lies beside the stage's sample sets, each with its protocol."""
-    assert origin.run is not None
     found: list[tuple[int, Mapping[str, Any], str]] = []
     if arm.stage.evals:
         found += _in_training(arm.stage.evals[-1])
-    for file in sorted((origin.run / origin.stage / "samples").glob("*/metrics.json")):
+    for file in sorted(samples.glob("*/metrics.json")):
         record = read_json(file)
         drawn = record.get("samples", {})
         told = [f"{key} {value}" for key, value in dict(record.get("protocol", {})).items()]
@@ -176,43 +168,30 @@ def _scores(origin: ModelSource, arm: Arm) -> str:
     return "\n".join(["## Scores", "", "| score | value | step | protocol |", "|---|---|---|---|", *rows, ""])
 
 
-CLASSIFIER_METRICS = ("accuracy", "frechet", "precision", "recall", "floor_frechet", "floor_precision", "floor_recall")
-"""What `evaluate.classifier_metrics` measures in the classifier's features, and the floors of real images in them."""
-
-
 def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any], str]]:
     """An evaluation of the log: the classifier's scores and Inception's apart, as each has a protocol of its own."""
     metrics, step = dict(record.get("metrics", {})), int(record["step"])
     how = ", ".join(f"{key} {metrics[key]}" for key in ("num", "sampler", "steps", "cfg_scale") if key in metrics)
+
+    def among(features: str) -> dict[str, Any]:
+        keys = [metric.key for metric in METRICS.values() if metric.features == features]
+        names = [name for key in keys for name in (key, f"{key}_std", f"floor_{key}")]
+        return {name: metrics[name] for name in names if name in metrics}
+
     found: list[tuple[int, Mapping[str, Any], str]] = []
-    if "classifier_digest" in metrics:
-        seen = {key: metrics[key] for key in CLASSIFIER_METRICS if key in metrics}
-        found.append(
-            (step, seen, f"{how}; features of a small classifier {metrics['classifier_digest'][:12]}, not FID")
-        )
+    if digest := metrics.get("classifier_digest"):
+        found.append((step, among("classifier"), f"{how}; features of a small classifier {digest[:12]}, not FID"))
     if "fid" in metrics:
-        seen = {key: metrics[key] for key in INCEPTION if key in metrics}
         weights = f"InceptionV3 {str(metrics.get('inception_sha256'))[:12]}"
-        found.append((step, seen, f"{how}; features of {weights}, reference {metrics.get('reference')}"))
+        found.append((step, among("inception"), f"{how}; features of {weights}, reference {metrics.get('reference')}"))
     return found
 
 
-INCEPTION = (
-    "fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "inception_precision", "inception_recall"
-)  # fmt: skip
-"""What `scores.score` measures, by the names that the log has for it."""
-
-
-def _recipe(run: Path) -> str:
-    return f"## Recipe\n\n```toml\n{to_toml(load_run(run))}```\n"
-
-
 def _foreign(origin: ModelSource) -> str:
-    said = {key: value for key, value in dict(origin.loaded.facts.get("args", {})).items() if value is not None}
-    network = {key: value for key, value in asdict(origin.loaded.config).items() if key != "attention"}
+    args = {key: value for key, value in dict(origin.loaded.facts.get("args", {})).items() if value is not None}
     text = (
         "## Training\n\nNot trained by a run whose log is at hand, so its data, cost and scores are unknown here. Read "
-        f"from `{origin.path.name}` in the {origin.loaded.layout} layout.\n\n```json\n{json.dumps(network, indent=1)}\n"
-        "```\n"
+        f"from `{origin.path.name}` in the {origin.loaded.layout} layout.\n\n"
     )
-    return text + (f"\nIts file says of itself:\n\n```json\n{json.dumps(said, indent=1)}\n```\n" if said else "")
+    text += f"```json\n{json.dumps(origin.loaded.config.network(), indent=1)}\n```\n"
+    return text + (f"\nIts file says of itself:\n\n```json\n{json.dumps(args, indent=1)}\n```\n" if args else "")

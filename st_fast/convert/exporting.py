@@ -1,4 +1,4 @@
-"""The neutral form → a file in one of the published layouts."""
+"""A loaded state → a file in one of the published layouts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FIRST_KEY = {
     "self-transcendence": "projectors.0.weight",
     "sra": "ap_head.linear1.weight",
 }
-"""By which head a layout is known; official SiT has none."""
+"""The head that marks a layout; official SiT has none."""
 
 
-def export_file(bundle: LoadedState, layout: str, path: Path, weights: str) -> None:
+def export_file(loaded: LoadedState, layout: str, path: Path, weights: str) -> None:
     """Writes `.pt` (model, ema, opt, args, steps) or `.safetensors` (the chosen weights alone) durably.
 
     Heads of another layout are left out, for the other project could not load them; a file that came in this layout is
@@ -35,14 +35,13 @@ def export_file(bundle: LoadedState, layout: str, path: Path, weights: str) -> N
     if path.suffix not in (".pt", ".safetensors"):
         raise UserError(f"{path}: a file in a published layout ends in .pt or .safetensors")
     _refuse_existing(path)
-    content = as_published(bundle, layout)
+    content = as_published(loaded, layout)
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
-            write_group(
-                partial, content.get(weights, content) if isinstance(content.get(weights), Mapping) else content
-            )
+            chosen = content.get(weights)
+            write_group(partial, chosen if isinstance(chosen, Mapping) else content)
         else:
             with partial.open("wb") as file:
                 torch.save(content, file)
@@ -60,23 +59,19 @@ def _refuse_existing(path: Path) -> None:
         raise UserError(f"{path}: exists; name another file")
 
 
-def as_published(bundle: LoadedState, layout: str) -> dict[str, Any]:
+def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     """What the other project's `torch.save` would be given."""
-    facts = bundle.facts if bundle.layout == layout else {}
-    ema = heads(bundle.model) | dict(bundle.ema)  # ours averages no heads, the published code does
-    tables: dict[str, Table] = {
-        "model": bundle.model,
-        "ema": ema,
-        "exp_avg": bundle.exp_avg,
-        "exp_avg_sq": bundle.exp_avg_sq,
-    }
-    if FIRST_KEY.get(layout, "") not in bundle.model:
+    facts = loaded.facts if loaded.layout == layout else {}
+    ema = heads(loaded.model) | dict(loaded.ema)  # ours averages no heads, the published code does
+    tables: dict[str, Table] = {"model": loaded.model, "ema": ema}
+    tables |= {"exp_avg": loaded.exp_avg, "exp_avg_sq": loaded.exp_avg_sq}
+    if FIRST_KEY.get(layout, "") not in loaded.model:
         tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
     if layout == "sit":
-        tables = dict(_official(bundle, tables, facts.get("sigma", True)))
+        tables = dict(_official(loaded, tables, facts.get("sigma", True)))
     ordered = {name: {key: table[key] for key in published_order(table)} for name, table in tables.items()}
     for name in ("model", "ema"):
-        check_table(ordered[name], bundle.config, layout, name)
+        check_table(ordered[name], loaded.config, layout, name)
     prefixes, wanted = facts.get("prefixes", {}), facts.get("tables", ["model", "ema"])
     source = {"": "model", "state_dict": "model"}
     content: dict[str, Any] = {
@@ -84,34 +79,34 @@ def as_published(bundle: LoadedState, layout: str) -> dict[str, Any]:
     }
     if wanted == [""]:
         return content[""]
-    if bundle.exp_avg:
+    if loaded.exp_avg:
         content["opt"] = adam.state_dict(
-            list(ordered["model"]), ordered["exp_avg"], ordered["exp_avg_sq"], bundle.updates, facts.get("opt", {})
+            list(ordered["model"]), ordered["exp_avg"], ordered["exp_avg_sq"], loaded.updates, facts.get("opt", {})
         )
-    content["args"] = argparse.Namespace(**(facts.get("args") or _args(bundle, layout)))
-    entries = facts.get("entries", {} if layout == "sit" else {"steps": bundle.step})
+    content["args"] = argparse.Namespace(**(facts.get("args") or _args(loaded, layout)))
+    entries = facts.get("entries", {} if layout == "sit" else {"steps": loaded.step})
     return content | dict(entries)
 
 
-def _official(bundle: LoadedState, tables: Mapping[str, Table], sigma: bool) -> dict[str, dict[str, Tensor]]:
+def _official(loaded: LoadedState, tables: Mapping[str, Table], sigma: bool) -> dict[str, dict[str, Tensor]]:
     """The tables in the official convention: bit by bit those that were read, as long as they are unchanged."""
     result = {}
     for name, table in tables.items():
         squares = name == "exp_avg_sq"
-        result[name] = official.to_official(table, bundle.config, sigma, squares)
-        kept = {key: bundle.originals[f"{name}/{key}"] for key in table if f"{name}/{key}" in bundle.originals}
-        again = official.to_ours(kept, bundle.config, squares)
+        result[name] = official.to_official(table, loaded.config, sigma, squares)
+        kept = {key: loaded.originals[f"{name}/{key}"] for key in table if f"{name}/{key}" in loaded.originals}
+        again = official.to_ours(kept, loaded.config, squares)
         result[name] |= {key: tensor for key, tensor in kept.items() if torch.equal(again[key], table[key])}
     return result
 
 
-def _args(bundle: LoadedState, layout: str) -> dict[str, Any]:
+def _args(loaded: LoadedState, layout: str) -> dict[str, Any]:
     """The args that the other project reads back, for a model that did not come from it."""
-    common = {"model": bundle.config.name, "num_classes": bundle.config.num_classes}
+    common = {"model": loaded.config.name, "num_classes": loaded.config.num_classes}
     if layout == "sit":
-        path = {"linear": "Linear", "cosine": "GVP"}[bundle.path]
-        return common | {"path_type": path, "prediction": "velocity", "image_size": 8 * bundle.config.latent_size}
+        path = {"linear": "Linear", "cosine": "GVP"}[loaded.path]
+        return common | {"path_type": path, "prediction": "velocity", "image_size": 8 * loaded.config.latent_size}
     return common | {
-        "path_type": bundle.path, "prediction": "v", "qk_norm": bundle.config.qk_norm,
-        "resolution": 8 * bundle.config.latent_size,
+        "path_type": loaded.path, "prediction": "v", "qk_norm": loaded.config.qk_norm,
+        "resolution": 8 * loaded.config.latent_size,
     }  # fmt: skip

@@ -1,10 +1,10 @@
-"""Putting a folder on the hub, on explicit request only. Tokens are the hub library's business: none is read here."""
+"""Uploads a folder to the hub, on explicit request only. The hub library handles tokens: none is read here."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from st_fast.core.errors import RunFailed, UserError
 
@@ -13,32 +13,22 @@ TOKEN = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
 """What looks like one, should an error's text ever hold it."""
 
 
-class Hub(Protocol):
-    """What of huggingface_hub's HfApi is used."""
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any: ...
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> Any: ...
-
-
-def check_name(name: str) -> str:
-    """The name of a model on the hub; UserError unless it is OWNER/NAME."""
+def check_name(name: str) -> None:
+    """UserError unless a model's name on the hub is OWNER/NAME."""
     if not NAME.fullmatch(name) or ".." in name:
         raise UserError(f"--push {name}: OWNER/NAME is needed, of letters, digits, -, _ and .")
-    return name
 
 
-def hub() -> Hub:
+def hub() -> Any:
     """The hub with this machine's own login; UserError in one line where the package is missing."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise UserError(f"--push: huggingface_hub can't be imported ({error}): pip install st_fast[hub]") from None
-    api: Hub = HfApi()
-    return api
+    return HfApi()
 
 
-def push(folder: Path, name: str, private: bool, api: Hub) -> str:
+def push(folder: Path, name: str, private: bool, api: Any) -> str:
     """Uploads a folder as one commit and returns its address. RunFailed in one line if the hub refuses or is away."""
     try:
         api.create_repo(name, private=private, exist_ok=True)

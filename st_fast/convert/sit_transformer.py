@@ -6,6 +6,7 @@ Plain PyTorch with the published key names; written by st_fast, which trained th
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,40 +22,17 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
-class PatchEmbed(nn.Module):
-    """(B, C, S, S) → (B, N, D)."""
-
-    def __init__(self, channels: int, patch: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+def named(**modules: nn.Module) -> nn.Sequential:
+    """Modules one after the other, under the published names."""
+    return nn.Sequential(OrderedDict(modules))
 
 
-class TimestepEmbedder(nn.Module):
-    """t (B,) → (B, D)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
-        steps = torch.arange(half, device=t.device, dtype=torch.float32)
-        angles = t.float()[:, None] * torch.exp(steps * (-math.log(10_000) / half))
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Labels (B,) → (B, D); the last row, if class dropout trained it, stands for no class."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.embedding_table(labels)
+def frequencies(t: Tensor) -> Tensor:
+    """t (B,) → (B, FREQUENCIES) cosines and sines."""
+    half = FREQUENCIES // 2
+    steps = torch.arange(half, device=t.device, dtype=torch.float32)
+    angles = t.float()[:, None] * torch.exp(steps * (-math.log(10_000) / half))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class Attention(nn.Module):
@@ -74,25 +52,13 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU (tanh form) between."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(y), approximate="tanh"))
-
-
 class Block(nn.Module):
     """A transformer block with adaLN-Zero."""
 
     def __init__(self, width: int, heads: int, hidden: int, qk_norm: bool) -> None:
         super().__init__()
         self.attn = Attention(width, heads, qk_norm)
-        self.mlp = Mlp(width, hidden)
+        self.mlp = named(fc1=nn.Linear(width, hidden), act=nn.GELU("tanh"), fc2=nn.Linear(hidden, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -124,9 +90,11 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         format: str = "st_fast.sit", version: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.x_embedder = PatchEmbed(channels, patch, width)
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes + (class_dropout > 0), width)
+        time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.x_embedder = named(proj=nn.Conv2d(channels, width, patch, stride=patch))
+        self.t_embedder = named(mlp=time)
+        # The last row, if class dropout trained it, stands for no class.
+        self.y_embedder = named(embedding_table=nn.Embedding(num_classes + (class_dropout > 0), width))
         self.pos_embed = nn.Parameter(torch.zeros(1, (latent_size // patch) ** 2, width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio), qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * channels)
@@ -134,8 +102,9 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """x (B, C, S, S), t (B,) in [0, 1], labels (B,); `num_classes` is the null label → (B, C, S, S)."""
         patch, side = self.config.patch, self.config.latent_size // self.config.patch
-        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(labels)
+        dtype = self.pos_embed.dtype
+        tokens = self.x_embedder(x.to(dtype)).flatten(2).transpose(1, 2) + self.pos_embed
+        c = self.t_embedder(frequencies(t).to(dtype)) + self.y_embedder(labels)
         for block in self.blocks:
             tokens = block(tokens, c)
         out = self.final_layer(tokens, c).view(-1, side, side, patch, patch, self.config.channels)
