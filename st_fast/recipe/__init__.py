@@ -3,41 +3,6 @@
 from st_fast.recipe.check import changed_maths
 from st_fast.recipe.error import RecipeError
 from st_fast.recipe.load import load, load_run, to_toml
-from st_fast.recipe.methods import (
-    METHODS,
-    LayerSync,
-    Method,
-    Plain,
-    Repa,
-    SelfRepresentation,
-    SelfTranscendence,
-    VelocityHead,
-)
-from st_fast.recipe.schema import Data, Evaluate, Flow, Kernels, Model, Optim, Recipe, Run, Sample, Stage, Start
+from st_fast.recipe.schema import Recipe, Stage
 
-__all__ = [
-    "METHODS",
-    "Data",
-    "Evaluate",
-    "Flow",
-    "Kernels",
-    "LayerSync",
-    "Method",
-    "Model",
-    "Optim",
-    "Plain",
-    "Recipe",
-    "RecipeError",
-    "Repa",
-    "Run",
-    "Sample",
-    "SelfRepresentation",
-    "SelfTranscendence",
-    "Stage",
-    "Start",
-    "VelocityHead",
-    "changed_maths",
-    "load",
-    "load_run",
-    "to_toml",
-]
+__all__ = ["Recipe", "RecipeError", "Stage", "changed_maths", "load", "load_run", "to_toml"]

@@ -66,9 +66,7 @@ class Model:
     mlp_ratio: Positive = fixed(4.0, "Hidden channels of the MLP over width.")
     qk_norm: bool = fixed(True, "Normalise queries and keys (LayerNorm within each head).")
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')
-    modulation: Literal["per_block", "one"] = free(
-        "per_block", "Project the adaLN vectors in every block, or all of them by one matrix product."
-    )
+    modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
 
     @property
     def tokens(self) -> int:

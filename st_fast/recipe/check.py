@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from st_fast.recipe.architecture import check_shapes
@@ -16,7 +17,6 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     """Raises RecipeError for the first thing that doesn't fit; `ranks` is how many processes share a batch."""
     check_shapes(recipe.model)
     check_batch(recipe.optim, ranks)
-    check_data(recipe)
     check_names(recipe.stages)
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
@@ -24,32 +24,24 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
         check_teacher(stage, recipe.stages, position)
         check_start(stage, recipe.stages, position)
     check_guidance(recipe)
-    check_spikes(recipe.run)
-    check_fp8(recipe, ranks)
+    check_single_values(recipe)
     check_scores(recipe.evaluate)
+    check_fp8(recipe, ranks)
     check_sharding(recipe)
-    check_profile(recipe)
     check_schedule(recipe, ranks)
 
 
 def check_batch(optim: Optim, ranks: int) -> None:
     """The global batch must split evenly over ranks and accumulation steps, or passes of the micro-batch's size."""
-    parts = ranks * optim.accumulation
-    if optim.batch_size % parts == 0:
-        _check_micro_batch(optim, ranks)
-        return
-    sizes, splits = splits_near(optim.batch_size, parts)
-    why = f"not divisible by ranks x accumulation = {ranks} x {optim.accumulation} = {parts}"
-    allowed = f"a batch size of {_either(sizes)}, or ranks x accumulation of {_either(splits)}"
-    raise wrong_value("optim.batch_size", optim.batch_size, allowed, why)
-
-
-def _check_micro_batch(optim: Optim, ranks: int) -> None:
-    share, images = optim.batch_size // ranks, optim.micro_batch
+    parts, share, images = ranks * optim.accumulation, optim.batch_size // ranks, optim.micro_batch
+    if optim.batch_size % parts:
+        sizes, splits = splits_near(optim.batch_size, parts)
+        why = f"not divisible by ranks x accumulation = {ranks} x {optim.accumulation} = {parts}"
+        allowed = f"a batch size of {_either(sizes)}, or ranks x accumulation of {_either(splits)}"
+        raise wrong_value("optim.batch_size", optim.batch_size, allowed, why)
     if isinstance(images, int) and images and share % images:
         why = f"does not divide a rank's share of the batch, {optim.batch_size} / {ranks} = {share}"
-        allowed = f'{_either(splits_near(share, images)[1])}, or "auto"'
-        raise wrong_value("optim.micro_batch", images, allowed, why)
+        raise wrong_value("optim.micro_batch", images, f'{_either(splits_near(share, images)[1])}, or "auto"', why)
 
 
 def splits_near(batch_size: int, parts: int) -> tuple[list[int], list[int]]:
@@ -61,12 +53,6 @@ def splits_near(batch_size: int, parts: int) -> tuple[list[int], list[int]]:
     sizes = [parts * m for m in range(max(1, multiple - 1), multiple + 3)]
     divisors = (d for d in range(1, min(batch_size, 65_536) + 1) if batch_size % d == 0)
     return sizes, sorted(sorted(divisors, key=lambda d: abs(d - parts))[:6])
-
-
-def check_data(recipe: Recipe) -> None:
-    """Shards must have a folder to be read from."""
-    if recipe.data.source == "shards" and not recipe.data.path:
-        raise wrong_value("data.path", "", "the folder of shards that `python -m st_fast.prepare` wrote")
 
 
 def check_names(stages: tuple[Stage, ...]) -> None:
@@ -146,10 +132,16 @@ def check_guidance(recipe: Recipe) -> None:
         raise wrong_value("model.class_dropout", recipe.model.class_dropout, allowed, why)
 
 
-def check_spikes(run: Run) -> None:
-    """A loss at or below its usual value is no spike."""
-    if 0 < run.spike_ratio <= 1:
-        raise wrong_value("run.spike_ratio", run.spike_ratio, "0 (off) or a number above 1; 2 or 3 are usual")
+def check_single_values(recipe: Recipe) -> None:
+    """Shards lie in a folder, a loss at or below its usual value is no spike, and some stage has the profiled step."""
+    if recipe.data.source == "shards" and not recipe.data.path:
+        raise wrong_value("data.path", "", "the folder of shards that `python -m st_fast.prepare` wrote")
+    if 0 < recipe.run.spike_ratio <= 1:
+        raise wrong_value("run.spike_ratio", recipe.run.spike_ratio, "0 (off) or a number above 1; 2 or 3 are usual")
+    longest = max(stage.steps for stage in recipe.stages)
+    if recipe.profile.start > longest:
+        allowed = f"0 (none) or 1 to {longest}, the longest stage's steps"
+        raise wrong_value("profile.start", recipe.profile.start, allowed)
 
 
 FP8_MULTIPLE = 16
@@ -171,24 +163,6 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
             raise wrong_value("run.fp8", run.fp8, f'"off", or a multiple of {FP8_MULTIPLE}', f"{name} is none")
 
 
-def check_sharding(recipe: Recipe) -> None:
-    """What reads weights outside of the blocks, or works on another stream or without hooks, needs whole weights."""
-    run = recipe.run
-    if run.sharding != "none":
-        if recipe.model.modulation != "per_block":
-            raise wrong_value("model.modulation", recipe.model.modulation, '"per_block" in a sharded run')
-        if run.cuda_graphs:
-            raise wrong_value("run.cuda_graphs", True, "false in a sharded run")
-        if run.fp8 != "off":
-            raise wrong_value("run.fp8", run.fp8, '"off" in a sharded run')
-    if run.shard_teacher:
-        if run.sharding == "none":
-            raise wrong_value("run.shard_teacher", True, 'false, or run.sharding = "fsdp2" as well')
-        for key, value in (("teacher_branches", "batched"), ("teacher_placement", "before")):
-            if getattr(run, key) != value:
-                raise wrong_value(f"run.{key}", getattr(run, key), f'"{value}" with run.shard_teacher')
-
-
 CLASSIFIER_FEATURES, INCEPTION_FEATURES = 64, 2_048
 """Feature channels: a covariance, and so a Fréchet distance, needs more samples than that."""
 
@@ -204,16 +178,18 @@ def check_scores(evaluate: Evaluate) -> None:
         raise wrong_value("evaluate.reference", evaluate.reference, allowed, "nothing is compared with it")
 
 
-def check_profile(recipe: Recipe) -> None:
-    """The steps to profile are steps of at least one stage."""
-    longest = max(stage.steps for stage in recipe.stages)
-    if recipe.profile.start > longest:
-        allowed = f"0 (none) or 1 to {longest}, the longest stage's steps"
-        raise wrong_value("profile.start", recipe.profile.start, allowed)
-
-
 def _either(numbers: list[int]) -> str:
     return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """What reads weights outside of the blocks, or works on another stream or without hooks, needs whole weights."""
+    if recipe.run.sharding != "none":
+        needs = {"model.modulation": ("per_block",), "run.cuda_graphs": (False,), "run.fp8": ("off",)}
+        _require(recipe, needs, "the run is sharded")
+    if recipe.run.shard_teacher:
+        whole = {"run.teacher_branches": ("batched",), "run.teacher_placement": ("before",)}
+        _require(recipe, {"run.sharding": ("fsdp2",)} | whole, "run.shard_teacher = true needs it")
 
 
 def check_schedule(recipe: Recipe, ranks: int) -> None:
@@ -235,21 +211,27 @@ def check_schedule(recipe: Recipe, ranks: int) -> None:
 def _check_graphs(recipe: Recipe, ranks: int) -> None:
     """A graph replays one micro-batch of fixed shapes on one stream, and its gradients start from nothing."""
     run, optim, share = recipe.run, recipe.optim, recipe.optim.batch_size // ranks
-    whole = images_a_pass(optim, ranks) == share
-    needs = {
-        "run.supervised_rows": (run.supervised_rows, ("padded",)),
-        "run.teacher_placement": (run.teacher_placement, ("before",)),
-        "run.teacher_branches": (run.teacher_branches, ("batched", "sequential")),
-        "optim.accumulation": (optim.accumulation, (1,)),
-        "optim.micro_batch": (optim.micro_batch, (optim.micro_batch,) if whole else (share, 0)),
+    needs: dict[str, tuple[object, ...]] = {
+        "run.supervised_rows": ("padded",),
+        "run.teacher_placement": ("before",),
+        "run.teacher_branches": ("batched", "sequential"),
+        "optim.accumulation": (1,),
+        "optim.micro_batch": (optim.micro_batch,) if images_a_pass(optim, ranks) == share else (share, 0),
     }
-    for key, (value, allowed) in needs.items():
-        if value not in allowed:
-            raise wrong_value(key, value, " or ".join(map(str, allowed)), "run.cuda_graphs = true needs it")
+    _require(recipe, needs, "run.cuda_graphs = true needs it")
     if run.checkpointing == "attention" and run.compile != "off":
         # PyTorch's compiler takes attention for an op that draws, and asks the generator's state to compute it again.
         why = "run.cuda_graphs = true needs it: what is computed again inside a compiled block reads a random state"
         raise wrong_value("run.checkpointing", "attention", 'none or block, or run.compile = "off"', why)
+
+
+def _require(recipe: Recipe, needs: Mapping[str, tuple[object, ...]], why: str) -> None:
+    """RecipeError for the first key whose value is not among those that are needed."""
+    for key, values in needs.items():
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        if value not in values:
+            raise wrong_value(key, value, " or ".join(map(show, values)), why)
 
 
 def check_device(run: Run, device: str) -> None:
@@ -258,18 +240,12 @@ def check_device(run: Run, device: str) -> None:
         return
     if run.cuda_graphs:
         raise wrong_value("run.cuda_graphs", True, "false", f"the run is on {device}, CUDA graphs need a CUDA device")
-    if run.streams != "required":
-        return
-    wanted: dict[str, tuple[object, bool, str]] = {
-        "run.teacher_branches": (run.teacher_branches, run.teacher_branches == "streams", "batched or sequential"),
-        "run.teacher_placement": (run.teacher_placement, run.teacher_placement != "before", "before"),
-        "run.prefetch": (run.prefetch, run.prefetch, "false"),
-    }
-    for key, (value, asked, available) in wanted.items():
-        if asked:
+    inline = {"teacher_branches": ("batched", "sequential"), "teacher_placement": ("before",), "prefetch": (False,)}
+    for key, values in inline.items() if run.streams == "required" else ():
+        if (value := getattr(run, key)) not in values:
             why = f"the run is on {device}, CUDA streams need a CUDA device"
-            inline = 'run.streams = "auto" to have the same order without them'
-            raise wrong_value(key, value, f"{available}, or {inline}", why)
+            others = f'{" or ".join(map(show, values))}, or run.streams = "auto" to have the same order without them'
+            raise wrong_value(f"run.{key}", value, others, why)
 
 
 def changed_maths(old: Recipe, new: Recipe) -> list[str]:
@@ -277,9 +253,7 @@ def changed_maths(old: Recipe, new: Recipe) -> list[str]:
 
     A stage may change its length and stages may be added at the end; no stage may be removed, renamed or moved.
     """
-    lines: list[str] = []
-    for name in SECTIONS:
-        lines += _differences(name, getattr(old, name), getattr(new, name))
+    lines = [line for name in SECTIONS for line in _differences(name, getattr(old, name), getattr(new, name))]
     for position, stage in enumerate(old.stages):
         lines += _stage_differences(stage, new.stages[position] if position < len(new.stages) else None)
     return lines

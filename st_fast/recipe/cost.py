@@ -129,15 +129,11 @@ def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, encoders: f
 
 
 STATE_BYTES = 20
-"""Bytes a trained parameter: float32 master, two moments and EMA, and a gradient and copy of 2 (or gradient of 4)."""
-
-
+"""Bytes a trained parameter: float32 master, exp_avg, exp_avg_sq and EMA; gradient and copy of 2 (or gradient of 4)."""
 HEAD_BYTES = 16
 """The same of a head, which has no EMA."""
 SAMPLED_BYTES = 4
 """Bytes a parameter of the float32 model that samples are drawn from."""
-
-
 MEMORY_SHARE = 0.9
 """The share of the memory that an estimate may fill: fragments and libraries take the rest."""
 
@@ -162,24 +158,20 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
     images, run = images_a_pass(recipe.optim, ranks), recipe.run
     shards = ranks if run.sharding == "fsdp2" else 1
     teacher_shards = shards if run.shard_teacher else 1
-    stages = [
-        (
-            weight_bytes(recipe.model, stage, bf16, shards, teacher_shards),
-            images * activation_bytes(recipe.model, bf16, run.checkpointing)
-            + images * backward_bytes(recipe.model, bf16)
-            + supervised_rows(recipe, stage.method, images) * supervision_bytes(recipe.model, stage.method, bf16, run),
-        )
-        for stage in recipe.stages
-    ]
+    pass_bytes = images * (activation_bytes(recipe.model, bf16, run.checkpointing) + backward_bytes(recipe.model, bf16))
+    stages = []
+    for stage in recipe.stages:
+        rows = supervised_rows(recipe, stage.method, images)
+        supervision = rows * supervision_bytes(recipe.model, stage.method, bf16, run)
+        weights = weight_bytes(recipe.model, stage, bf16, shards, teacher_shards)
+        stages.append((weights, pass_bytes + supervision))
     return max(stages, key=sum)
 
 
 def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teacher_shards: int = 1) -> int:
     """Bytes of a stage's weights and their state on one rank, gradients included; over how many ranks each is split."""
     method, each = stage.method, 2 if bf16 else 4
-    average = 0
-    if method.learns_from_average and (bf16 or shards > 1):
-        average = each  # else it is the EMA itself
+    average = each if method.learns_from_average and (bf16 or shards > 1) else 0  # else it is the EMA itself
     trunk = SAMPLED_BYTES + (STATE_BYTES + average) / shards + (each / teacher_shards if method.teacher_name else 0)
     live = sum(12 * depth * width**2 for depth, width in map(dinov2_size, method.encoder_names)) * method.encodes_images
     heads = head_parameters(model, method) * HEAD_BYTES / shards

@@ -57,26 +57,18 @@ def key_text(name: str) -> str:
     return name if _BARE_KEY.fullmatch(name) else show(name)
 
 
-def show(value: object) -> str:
-    """A value about as TOML writes it, short enough for a message."""
-    if isinstance(value, (list, tuple)):
-        items = [show_scalar(item) for item in value[:4]] + (["..."] if len(value) > 4 else [])
-        return f"[{', '.join(items)}]"
-    return show_scalar(value)
-
-
-def show_scalar(value: Any) -> str:
+def show(value: Any, inside: bool = False) -> str:
+    """A value about as TOML writes it, short enough for a message; `inside` another one it is shorter still."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(cut(value), ensure_ascii=False)
     if isinstance(value, int):
         return str(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
-    if isinstance(value, dict):
-        return "{...}"
     if isinstance(value, (list, tuple)):
-        return "[...]"
-    return str(value)
+        items = [show(item, inside=True) for item in value[:4]] + (["..."] if len(value) > 4 else [])
+        return "[...]" if inside else f"[{', '.join(items)}]"
+    return "{...}" if isinstance(value, dict) else str(value)
 
 
 def cut(text: str) -> str:

@@ -227,36 +227,17 @@ def _convert(kind: Any, value: object) -> Any:
         if len(value) != len(members):
             raise _Mismatch
         return tuple(_convert(member, item) for member, item in zip(members, value, strict=True))
-    return _CONVERTERS[kind](value)
+    return _plain(kind, value)
 
 
-def _bool(value: object) -> bool:
-    if not isinstance(value, bool):
+def _plain(kind: type, value: object) -> object:
+    """A bool, an integer, a number or a string; an integer serves where a number is wanted."""
+    if type(value) is int and kind in (int, float):
+        if not -(2**63) <= value < 2**63:
+            raise _Mismatch("an integer that fits 64 bits")
+        return kind(value)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise _Mismatch
-    return value
-
-
-def _int(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _Mismatch
-    if not -(2**63) <= value < 2**63:
-        raise _Mismatch("an integer that fits 64 bits")
-    return value
-
-
-def _float(value: object) -> float:
-    number = float(_int(value)) if not isinstance(value, float) else value
-    if not math.isfinite(number):
-        raise _Mismatch
-    return number
-
-
-def _str(value: object) -> str:
-    if not isinstance(value, str):
-        raise _Mismatch
-    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
+    if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
         raise _Mismatch("a string without control characters, line breaks or broken Unicode")
     return value
-
-
-_CONVERTERS = {bool: _bool, int: _int, float: _float, str: _str}

@@ -137,9 +137,7 @@ class VelocityHead(Method):
     implementation: ClassVar[str] = "st_fast.train.supervision.velocity_head:VelocityHead"
 
     depth: Block = fixed(2, "The student's block that the head reads.")
-    target: Literal["velocity", "latent"] = fixed(
-        "velocity", "What the head predicts: the velocity (released code) or the clean latent (paper)."
-    )
+    target: Literal["velocity", "latent"] = fixed("velocity", "Velocity (released code) or clean latent (paper).")
     weight: NonNegative = fixed(0.5, "λ, the weight of the head's loss.")
     hidden: Count = fixed(2048, "Hidden channels of the head's MLP.")
     t_range: TimeRange = fixed((0.4, 0.7), "Times at which samples are supervised, both ends included.")

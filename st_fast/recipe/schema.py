@@ -30,9 +30,7 @@ class Flow:
     """The path from data (t = 0) to noise (t = 1), and how t is drawn."""
 
     path: Literal["linear", "cosine"] = fixed("linear", "How data and noise are mixed along t.")
-    time: Literal["uniform", "lognormal", "stratified"] = fixed(
-        "uniform", "How t is drawn: uniform, log-normal noise levels (EDM), or one in each of batch_size equal bins."
-    )
+    time: Literal["uniform", "lognormal", "stratified"] = fixed("uniform", "How t is drawn (lognormal: EDM's noise).")
 
 
 @dataclass(frozen=True)
@@ -79,12 +77,8 @@ class Run:
 
     out: str = free("", 'Folder of the run; "": runs/<name of the recipe>.')
     seed: CountOrZero = fixed(0, "Seed of every random draw.")
-    precision: Literal["auto", "bf16", "fp32"] = fixed(
-        "auto", "Weights and activations; auto: bf16 on CUDA, else fp32."
-    )
-    fp8: Literal["off", "tensorwise"] = fixed(
-        "off", "Cast the operands of the blocks' linear layers, one scale a tensor."
-    )
+    precision: Literal["auto", "bf16", "fp32"] = fixed("auto", "Weights in use; auto: bf16 on CUDA, else fp32.")
+    fp8: Literal["off", "tensorwise"] = fixed("off", "Multiply the blocks' linear layers in fp8, one scale a tensor.")
     device: Literal["auto", "cpu", "cuda"] = free("auto", "Where to train; auto: CUDA where there is a GPU.")
     compile: Literal["auto", "on", "off"] = free("auto", "Compile the blocks with torch.compile; auto: on CUDA.")
     checkpointing: Literal["none", "attention", "block"] = free(
@@ -100,7 +94,7 @@ class Run:
     prefetch: bool = free(False, "Copy the next batch to the device during the step.")
     cuda_graphs: bool = free(False, "Replay each step as one CUDA graph.")
     streams: Literal["required", "auto", "off"] = free(
-        "required", "Where a second CUDA stream is missing: an error, or (auto) one queue; off: one queue always."
+        "required", "A second CUDA stream that is missing is an error; auto: then one queue; off: always one queue."
     )
     sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, AdamW's state and EMA in shards, one a rank.")
     shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")

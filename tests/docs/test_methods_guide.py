@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from st_fast.recipe import METHODS
+from st_fast.recipe.methods import METHODS
 from st_fast.recipe.schema import Stage
 from st_fast.train.supervision import Supervision, create
 from st_fast.train.supervision.registry import Parts

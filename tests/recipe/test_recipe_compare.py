@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from st_fast.recipe import Plain, Recipe, Stage, changed_maths, load
+from st_fast.recipe import Recipe, Stage, changed_maths, load
+from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import SECTIONS
 
 MATHS = {

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.recipe import Plain, RecipeError, SelfTranscendence, VelocityHead, load, load_run, to_toml
+from st_fast.recipe import RecipeError, load, load_run, to_toml
 from st_fast.recipe.architecture import SIZES
 from st_fast.recipe.check import splits_near
+from st_fast.recipe.methods import Plain, SelfTranscendence, VelocityHead
 
 Spoil = Callable[[str, str], Path]
 

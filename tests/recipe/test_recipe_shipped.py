@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.recipe import LayerSync, Repa, SelfRepresentation, SelfTranscendence, VelocityHead, load
+from st_fast.recipe import load
+from st_fast.recipe.methods import LayerSync, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -11,19 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from st_fast.recipe import (
-    METHODS,
-    LayerSync,
-    Plain,
-    Recipe,
-    Repa,
-    SelfRepresentation,
-    SelfTranscendence,
-    Stage,
-    VelocityHead,
-    load,
-    to_toml,
-)
+from st_fast.recipe import Recipe, Stage, load, to_toml
+from st_fast.recipe.methods import METHODS, LayerSync, Plain, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import SECTIONS, Data, Evaluate, Flow, Kernels, Model, Optim, Run, Sample
 
 INT = st.integers(1, 2**63 - 1)

@@ -20,7 +20,8 @@ from st_fast.core.ranks import Ranks
 from st_fast.data.loader import make_loader
 from st_fast.data.shards import open_data
 from st_fast.model import SiT, build
-from st_fast.recipe import Plain, load
+from st_fast.recipe import load
+from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
 from st_fast.train.batches import BatchIterator

@@ -20,8 +20,10 @@ from bench.workload import Setup, ours
 from st_fast import kernels
 from st_fast.model.compiling import recomputed
 from st_fast.model.sit import Block, run_module
-from st_fast.recipe import Model, Plain, Stage, cost, load
+from st_fast.recipe import Stage, cost, load
 from st_fast.recipe.architecture import resolve_model
+from st_fast.recipe.methods import Plain
+from st_fast.recipe.schema import Model
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

@@ -161,7 +161,7 @@ def test_lookahead_gives_every_item_once_and_in_order_however_often_it_is_peeked
 @pytest.mark.parametrize(
     ("option", "available"),
     [
-        ("--run.teacher_branches=streams", "batched or sequential"),
+        ("--run.teacher_branches=streams", '"batched" or "sequential"'),
         ("--run.teacher_placement=beside", "before"),
         ("--run.teacher_placement=ahead", "before"),
         ("--run.prefetch=true", "false"),
