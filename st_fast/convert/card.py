@@ -141,7 +141,7 @@ def _costs(arm: Arm) -> str:
         f"{words.duration(arm.own.seconds) or '0 s'} |",
         f"| training what it learnt or began from | {words.flops(arm.teacher.flops)} | "
         f"{words.duration(arm.teacher.seconds) or '0 s'} |",
-        f"| in all | {words.cost(arm.total).replace(' and ', ' | ')} |", "",
+        f"| in all | {str(arm.total).replace(' and ', ' | ')} |", "",
         f"One multiply-add is two FLOPs.{unknown}", "",
     ])  # fmt: skip
 

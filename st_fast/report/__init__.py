@@ -11,11 +11,6 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import durable_file, make_folder, write_all
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
-from st_fast.report.export import export as export_figures
-from st_fast.report.figures import all_figures
-from st_fast.report.html import render
-
-__all__ = ["default_path", "write_report"]
 
 
 def default_path(runs: Sequence[Path]) -> Path:
@@ -32,8 +27,10 @@ def write_report(
     alone are one arm's repetitions; without it, runs of several seeds are shown but not ranked. UserError names what
     can't be read or written.
     """
+    from st_fast.report import figures, html, plot  # a second of imports that training need not wait for
+
     logs = read_runs(runs)
-    page = render(logs, seeds_declared)
+    page = html.render(logs, seeds_declared)
     path = out or default_path(runs)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
@@ -46,5 +43,5 @@ def write_report(
             partial.unlink()
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
     if export:
-        export_figures(all_figures(make_arms(logs)), export)
+        plot.export([figure for drawn in figures.all_figures(make_arms(logs)).values() for figure in drawn], export)
     return path

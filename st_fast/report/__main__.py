@@ -1,19 +1,6 @@
-"""`python -m st_fast.report RUN [RUN…]`: one page on what runs reached and what they cost."""
+"""`python -m st_fast.report RUN [RUN…]`: one self-contained HTML page on one run, or several side by side.
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from st_fast.core.command import command_parser, run_command
-from st_fast.report import default_path, write_report
-from st_fast.report.arms import make_arms
-from st_fast.report.collect import read_runs
-from st_fast.report.fairness import unfair
-from st_fast.report.words import verdict
-
-EXAMPLES = """examples:
+examples:
   python -m st_fast.report runs/digits
       one run → runs/digits/report.html
   python -m st_fast.report runs/plain runs/digits --out compare.html
@@ -26,12 +13,23 @@ EXAMPLES = """examples:
       read and check the logs, print the verdict, write nothing
 """
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from st_fast.core.command import command_parser, run_command
+from st_fast.report import default_path, write_report
+from st_fast.report.arms import make_arms
+from st_fast.report.collect import read_runs
+from st_fast.report.fairness import unfair
+from st_fast.report.repeats import verdict
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = command_parser(
-        "report", "Write one self-contained HTML page on one run, or several side by side.", EXAMPLES
-    )
+    parser = command_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder: recipe.toml and log.jsonl")
     parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html; several: ./report.html)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="also write each figure as PNG and JSON into DIR")
@@ -45,9 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments)
     if options.dry_run:
         runs = read_runs(options.runs)
-        for sentence in verdict(make_arms(runs), unfair(runs, options.seeds)):
-            print(sentence)
-        print(f"would write {options.out or default_path(options.runs)}")
+        found = verdict(make_arms(runs), unfair(runs, options.seeds))
+        print(f"{found.sentence}\n{found.markdown()}would write {options.out or default_path(options.runs)}")
         return
     print(write_report(options.runs, options.out, options.export, options.seeds))
 

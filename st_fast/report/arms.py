@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from st_fast.core.errors import UserError
-from st_fast.report.collect import RunLog, StageLog, number, read_run
+from st_fast.report import words
+from st_fast.report.collect import Record, RunLog, StageLog, number, read_run
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.seconds + other.seconds, self.known and other.known)
 
+    def __str__(self) -> str:
+        """“1.2 PFLOP and 3 min”, marked as a lower bound where a part isn't known."""
+        return f"{'at least ' * (not self.known)}{words.flops(self.flops)} and {words.duration(self.seconds)}"
+
 
 @dataclass(frozen=True)
 class Arm:
-    """One stage of one run. `own` is what it cost itself, teacher forwards included; `teacher` what the models before
-    it cost: its teacher, and what its weights began from.
+    """One stage of one run. `own` is what it cost itself, the teacher's forward passes included; `teacher` is what
+    training the models before it cost: its teacher, and what its weights began from.
 
     `colour` and `dash` are the same for an arm in every figure.
     """
@@ -46,7 +51,7 @@ class Arm:
 
     @property
     def teacher_forward_flops(self) -> float:
-        """What of `own` went into the frozen teacher's forward passes, which end at the stage's `stop_step`."""
+        """The part of `own` for the frozen teacher's forward passes, which end at the stage's `stop_step`."""
         start, stop = self.stage.start, self.stage.entry.get("stop_step")
         steps = min(self.stage.step, stop) if isinstance(stop, int) and stop > 0 else self.stage.step
         spent = steps * number(start, "batch_size") * number(start, "teacher_flops_per_image")
@@ -55,19 +60,29 @@ class Arm:
     def quality(self, metric: str, axis: str) -> tuple[list[float], list[float]]:
         """Points (x, metric) of its evaluations; x counts "step", or total "flops" or "seconds", teacher included."""
         offset = {"step": 0.0, "flops": self.teacher.flops, "seconds": self.teacher.seconds}[axis]
-        points = [(number(record, axis) + offset, metric_of(record, metric)) for record in self.stage.evals]
+        points = [(number(record, axis) + offset, number(metrics_of(record), metric)) for record in self.stage.evals]
         kept = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
         return [x for x, _ in kept], [y for _, y in kept]
 
+    def last_sample(self, budget: float) -> list[Record]:
+        """The record of the last sample drawn within a total of FLOPs; none where there is none."""
+        left = budget * (1 + 1e-9) - self.teacher.flops
+        return [record for record in self.stage.records["sample"] if number(record, "flops") <= left][-1:]
+
+    @property
+    def last_metrics(self) -> dict[str, object]:
+        """What its last evaluation measured; empty where there is none."""
+        return metrics_of(self.stage.evals[-1]) if self.stage.evals else {}
+
     def final(self, metric: str) -> float:
         """The last evaluation's value of a metric; NaN where there is none."""
-        return metric_of(self.stage.evals[-1], metric) if self.stage.evals else math.nan
+        return number(self.last_metrics, metric)
 
 
-def metric_of(record: dict[str, object], metric: str) -> float:
-    """A metric of an evaluation record, NaN where it has none."""
+def metrics_of(record: dict[str, object]) -> dict[str, object]:
+    """What an evaluation record measured."""
     metrics = record.get("metrics", {})
-    return number(metrics, metric) if isinstance(metrics, dict) else math.nan
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def make_arms(runs: Sequence[RunLog]) -> list[Arm]:

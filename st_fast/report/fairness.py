@@ -1,24 +1,35 @@
-"""Whether runs may be compared at all: the same data and the same stream of samples and noise. Imports no torch."""
+"""Whether runs may be compared: which settings differ, which of these make it doubtful, and which forbid a verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from st_fast.core.files import shown
-from st_fast.report.collect import RunLog
+from st_fast.report.arms import Arm, metrics_of
+from st_fast.report.collect import Record, RunLog
 
 STREAM = (
     ("optim", "batch_size"), ("flow", "path"), ("flow", "time"), ("run", "seed"),
     ("sample", "sampler"), ("sample", "steps"), ("sample", "cfg_scale"), ("sample", "cfg_range"), ("evaluate", "num"),
 )  # fmt: skip
-"""What decides which samples, times and noise a run sees, and how its scores are taken."""
+"""Settings that decide which samples, times and noise a run sees, and how its scores are taken."""
 YARDSTICKS = {
-    "classifier_digest": "their judges are not the same classifier",
+    "classifier_digest": "their classifiers differ",
     "inception_sha256": "their Inception weights differ",
     "reference_sha256": "their FID references differ",
 }
-"""What scores are measured with, as each evaluation records it."""
+"""The networks and references of scores, as each evaluation records them."""
+
+DOUBTFUL = ("model.", "data.", "flow.", "optim.", "sample.", "evaluate.", "run.seed", "run.precision")
+"""Settings outside the stages whose difference has to be known before two curves are compared."""
+IGNORED = ("run.out", "run.log_every", "run.save_every", "run.keep", "run.keep_every", "data.loader", "data.verify")
+"""Settings that change neither what is learnt nor what is measured."""
+PROTOCOL = {
+    "num": "Scores come from different numbers of samples; fewer samples raise Fréchet distances.",
+    "cfg_scale": "Samples were drawn with different guidance scales (cfg_scale).",
+}
+"""What evaluations record of how samples were drawn, and what to say where they disagree."""
 
 
 def unfair(runs: Sequence[RunLog], seeds_declared: bool = False) -> list[str]:
@@ -52,7 +63,7 @@ def data_digest(run: RunLog) -> str | None:
 
 def _yardstick(run: RunLog, key: str) -> object:
     """From the run's last evaluation that says it."""
-    metrics = [record.get("metrics", {}) for stage in run.stages for record in stage.evals]
+    metrics = [metrics_of(record) for stage in run.stages for record in stage.evals]
     return next((found[key] for found in reversed(metrics) if isinstance(found.get(key), str)), None)
 
 
@@ -80,3 +91,35 @@ def _values(runs: Sequence[RunLog], read: Callable[[RunLog], object]) -> dict[ob
 
 def _told(values: dict[object, str]) -> str:
     return ", ".join(f"{run}: {shown(value, 14)}" for value, run in list(values.items())[:3])
+
+
+def differences(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each run) for every setting outside the stages that isn't the same in all runs."""
+    flat = [dict(_flat({k: v for k, v in run.recipe.items() if k != "stage"})) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings if key not in IGNORED)
+    values = {key: [settings.get(key, "–") for settings in flat] for key in keys}
+    return [(key, row) for key, row in values.items() if len(set(row)) > 1]
+
+
+def _flat(settings: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
+def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], reasons: Sequence[str]) -> list[str]:
+    """Sentences on what makes comparing these runs doubtful, or (`reasons`) forbids it; empty where nothing does."""
+    found = [f"Not a fair comparison, so no verdict is drawn: {'; '.join(reasons)}."] if reasons else []
+    doubtful = [key for key, _ in differences(runs) if key.startswith(DOUBTFUL)]
+    if doubtful:
+        found.append(f"These runs differ in more than their stages: {', '.join(doubtful)}. Compare with care.")
+    evals = [metrics_of(record) for arm in arms for record in arm.stage.evals]
+    for key, sentence in PROTOCOL.items():
+        if len({metrics[key] for metrics in evals if key in metrics}) > 1:
+            found.append(sentence)
+    devices = {str(stage.start["device"]) for run in runs for stage in run.stages if "device" in stage.start}
+    if len(devices) > 1:
+        found.append(f"Times come from different devices ({', '.join(sorted(devices))}); compare FLOPs instead.")
+    return found

@@ -2,140 +2,113 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
-from st_fast.report import explain, figures, samples, svg, words
+from st_fast.core.errors import UserError
+from st_fast.core.files import inside, read_json, shown
+from st_fast.report import fairness, plot, words
 from st_fast.report.arms import Arm, make_arms
-from st_fast.report.collect import RunLog, number
-from st_fast.report.compare import differences, warnings
-from st_fast.report.fairness import seed_of, unfair
-from st_fast.report.probes import read_probes
-from st_fast.report.verdict_table import verdict_table
+from st_fast.report.collect import Record, RunLog, number
+from st_fast.report.figures import all_figures
+from st_fast.report.metrics import METRICS
+from st_fast.report.repeats import heads, ranked, verdict
+
+MAX_BYTES, MAX_PIXELS = 160_000, 64_000_000
+NARROW, WIDE, PROBE = 520, 960, 1_400
+"""Widths of embedded pictures, at most: one of several, a large one, and a probe's figure."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure as SVG or as bars, and its legend: (css class, dash, label)."""
+class Picture:
+    """An embedded picture with the text under it, and with a title where it is a figure."""
 
-    figure: figures.Figure
-    legend: list[tuple[str, str, str]]
-    svg: Markup | None = None
-    bars: tuple[DrawnBar, ...] = ()
-
-
-@dataclass(frozen=True)
-class DrawnBar:
-    """A row of a bar chart: its label, its sum, and for each segment (css class, width in percent, words)."""
-
-    label: str
-    total: str
-    segments: list[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class Strip:
-    """The sample grids of one stage."""
-
-    arm: Arm
-    grids: list[samples.Grid]
+    uri: str
+    width: int
+    height: int
+    caption: str
+    title: str = ""
 
 
 def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
     """The page as HTML text; `seeds_declared`: runs that differ in their seed are repetitions."""
-    reasons = unfair(runs, seeds_declared)
-    table = None if reasons else verdict_table(make_arms(runs))
-    verdict = table.sentences if table and seeds_declared else None
-    every, runs = runs, [run for run in runs if not seeds_declared or seed_of(run) == seed_of(runs[0])]
+    reasons = fairness.unfair(runs, seeds_declared)
+    found = verdict(make_arms(runs), reasons)
+    every, seed = len(runs), fairness.seed_of(runs[0])
+    runs = [run for run in runs if not seeds_declared or fairness.seed_of(run) == seed]
     arms = make_arms(runs)
     notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
-    unknown = [arm for arm in arms if not arm.total.known]
-    notes += [f"{_model_before(arm)} “{arm.label}” cost isn't recorded here; its totals lack it." for arm in unknown]
-    if len(runs) < len(every):
-        notes.append(f"Curves and pictures are of seed {seed_of(runs[0])}; the verdict is over all {len(every)} runs.")
-    strips = [Strip(arm, samples.strip(arm, notes)) for arm in arms]
-    heads = words.heads(arms)
-    same_noise = [arm for arm in heads if seed_of(arm.run) == seed_of(heads[0].run)]
-    budget, grids = samples.at_budget(same_noise, notes)
+    unknown = [arm.label for arm in arms if not arm.total.known]
+    notes += [f"The cost of a model before “{label}” isn't recorded; its totals lack it." for label in unknown]
+    if len(runs) < every:
+        notes.append(f"Curves and pictures are of seed {seed}; the verdict is over all {every} runs.")
+    best = [*ranked(arms)[1], *heads(arms)[::-1]][0]
+    strips = [(arm.label, f"c{arm.colour % len(plot.COLOURS)}", _strip(arm, notes)) for arm in arms]
+    columns, lines = _stages(arms)
     context: dict[str, Any] = {
         "title": ", ".join(run.name for run in runs),
-        "verdict": verdict or words.verdict(arms, reasons),
-        "table": table,
-        "probes": read_probes(runs, notes),
-        "hero": samples.last(words.headline(arms), notes),
-        "warnings": warnings(runs, arms, reasons),
-        "notes": notes,
-        "cards": explain.cards(arms),
-        "quality": [draw(figure) for figure in figures.quality(arms)],
-        "losses": [draw(figure) for figure in figures.losses(arms)],
-        "costs": [draw(figure) for figure in figures.costs(arms)],
-        "speed": [draw(figure) for figure in figures.speed(arms)],
-        "strips": [strip for strip in strips if strip.grids],
-        "budget": budget,
-        "budget_grids": grids,
-        "rows": _rows(arms),
-        "differences": differences(runs),
+        "verdict": found,
+        "warnings": fairness.warnings(runs, arms, reasons),
+        "hero": next(iter(_grids(best, best.stage.records["sample"][-1:], WIDE, notes)), None),
+        "methods": _methods(arms),
+        "columns": columns,
+        "lines": lines,
+        "figures": {key: [(one, plot.svg(one)) for one in drawn] for key, drawn in all_figures(arms).items()},
+        "strips": [strip for strip in strips if strip[2]],
+        "at_cost": _at_equal_cost(arms, notes),
+        "probes": [probe for run in runs if (probe := _probe(run, notes))],
+        "differences": [[key, *values] for key, values in fairness.differences(runs)],
         "runs": runs,
+        "notes": notes,
         "machines": [_machine(run) for run in runs],
         "style": Markup(_resource("style.css")),
-        "flops": words.flops,
-        "count": words.count,
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_resource("page.html")).render(context)
 
 
-def draw(figure: figures.Figure) -> Drawn:
-    """A figure's legend and its drawing; bars are plain boxes, so that their text keeps its size on a phone."""
-    if isinstance(figure, figures.Chart):
-        curves = [(f"c{c.colour % svg.COLOURS}", svg.DASHES[c.dash % len(svg.DASHES)], c.label) for c in figure.curves]
-        return Drawn(figure, curves, svg=svg.chart(figure))
-    # The last segment, a teacher's training, looks the same in every chart.
-    css = [f"s{n}" for n in range(len(figure.segments) - 1)] + ["s2"]
-    write = words.UNITS[figure.unit]
-    most = max(sum(row.sizes) for row in figure.rows) or 1.0
-    present = [n for n in range(len(css)) if any(row.sizes[n] > 0 for row in figure.rows)]
-    rows = []
-    for row in figure.rows:
-        words_of = [f"{name}: {write(size)}" for name, size in zip(figure.segments, row.sizes, strict=True)]
-        segments = [(css[n], f"{100 * row.sizes[n] / most:.2f}", words_of[n]) for n in present]
-        rows.append(DrawnBar(row.label, ("" if row.known else "at least ") + write(sum(row.sizes)), segments))
-    return Drawn(figure, [(css[n], "", figure.segments[n]) for n in present], bars=tuple(rows))
+def _methods(arms: Sequence[Arm]) -> list[list[str]]:
+    """(title, stages, settings, sentence) of each method and its settings, in the order of their first use."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for arm in arms:
+        entry, method = arm.stage.entry, arm.stage.method
+        title, sentence = words.METHODS.get(method, (method, "See the recipe below."))
+        keys = ("depth", "target", "teacher", "student_depth", "teacher_depth", "cfg_scale")
+        settings = ", ".join(f"{key} = {entry[key]}" for key in keys if key in entry)
+        groups.setdefault((title, settings, sentence), []).append(arm.stage.name)
+    return [
+        [title, ", ".join(dict.fromkeys(stages)), settings, sentence]
+        for (title, settings, sentence), stages in groups.items()
+    ]
 
 
-def _model_before(arm: Arm) -> str:
-    if arm.stage.init is None:
-        return "What the teacher of"
-    return "What the model before" if arm.stage.teacher in (None, arm.stage.init) else "What a model before"
+def _stages(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of the table of all stages, without the columns of metrics that nobody took."""
+    lines = [_stage(arm) for arm in arms]
+    titles = [metric.title for metric in METRICS.values()]
+    columns = [c for c in lines[0] if c not in titles or any(line[c] != "–" for line in lines)]
+    return columns, [[line[column] for column in columns] for line in lines]
 
 
-def _rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
-    """The table of results without the columns of metrics that nobody took."""
-    lines = [_row(arm) for arm in arms]
-    empty = [column for column in ("FID", "sFID", "Inception Score") if all(line[column] == "–" for line in lines)]
-    return [{column: cell for column, cell in line.items() if column not in empty} for line in lines]
-
-
-def _row(arm: Arm) -> dict[str, str]:
-    """One line of the table of results: column → text; empty where nothing was measured."""
+def _stage(arm: Arm) -> dict[str, str]:
+    """One line of the table of stages: column → text; "–" where nothing was measured."""
     speeds, used = (arm.stage.series("train", key)[1] for key in ("images_per_s", "mfu"))
     bound = "" if arm.total.known else "≥ "
-    cells = {
+    return {
         "Stage": arm.label,
         "Steps": words.count(arm.stage.step),
-        "FID": words.plain(arm.final("fid")),
-        "sFID": words.plain(arm.final("sfid")),
-        "Inception Score": words.plain(arm.final("inception_score")),
-        "Recognised": words.percent(arm.final("accuracy")),
-        "Fréchet distance": words.plain(arm.final("frechet")),
-        "Precision": words.percent(arm.final("precision")),
-        "Recall": words.percent(arm.final("recall")),
+        **{metric.title: metric.write(arm.final(metric.key)) for metric in METRICS.values()},
         "FLOPs, own": words.flops(arm.own.flops),
         "FLOPs, with teacher": bound + words.flops(arm.total.flops),
         "Time, own": words.duration(arm.own.seconds),
@@ -143,7 +116,6 @@ def _row(arm: Arm) -> dict[str, str]:
         "Images/s": words.plain(_median(speeds)),
         "MFU": words.percent(_median(used)),
     }
-    return cells
 
 
 def _median(values: Sequence[float]) -> float:
@@ -151,20 +123,112 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _machine(run: RunLog) -> str:
-    """One line on what a run ran on."""
+    """One line on the device, the size of the network and the versions of a run."""
     start = next((stage.start for stage in run.stages if stage.start), {})
     parts = [run.name]
     if isinstance(start.get("device"), str):
         parts.append(start["device"])
-    speed = number(start, "matmul_flops_per_s")
+    speed, parameters = number(start, "matmul_flops_per_s"), number(start, "trunk_params")
     if math.isfinite(speed):
         parts.append(f"{words.flops(speed)}/s in plain matrix products")
-    if math.isfinite(number(start, "trunk_params")):
-        parts.append(f"{words.count(number(start, 'trunk_params'))} parameters in the network that draws")
+    if math.isfinite(parameters):
+        parts.append(f"{words.count(parameters)} parameters used for sampling")
     versions = start.get("versions")
     if isinstance(versions, dict):
         parts.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     return " · ".join(parts)
+
+
+def _strip(arm: Arm, notes: list[str], most: int = 5) -> list[Picture]:
+    """At most `most` grids of a stage, the first and last among them."""
+    records = arm.stage.records["sample"]
+    if len(records) > most:
+        records = [records[round(i * (len(records) - 1) / (most - 1))] for i in range(most)]
+    return _grids(arm, records, NARROW, notes)
+
+
+def _at_equal_cost(arms: Sequence[Arm], notes: list[str]) -> tuple[str, list[Picture]]:
+    """(total FLOPs, each run's last grid within them): the most that all runs of the first one's seed spent."""
+    ranked_by = heads(arms)
+    alike = [a for a in ranked_by if fairness.seed_of(a.run) == fairness.seed_of(ranked_by[0].run) and a.total.known]
+    drawn = [arm for arm in alike if arm.stage.records["sample"]]
+    budget = min((arm.total.flops for arm in drawn), default=0.0)
+    grids = [grid for arm in drawn for grid in _grids(arm, arm.last_sample(budget), NARROW, notes, named=True)]
+    return words.flops(budget), grids if len(grids) > 1 else []
+
+
+def _grids(arm: Arm, records: Sequence[Record], width: int, notes: list[str], named: bool = False) -> list[Picture]:
+    """The pictures of sample records; a note for each that can't be read as an image inside the run folder."""
+    found = []
+    for record in records:
+        name = record["file"]
+        try:
+            uri, size = _embedded(arm.run.path, name, width)
+        except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = "missing" if isinstance(error, FileNotFoundError) else "not a picture inside the run folder"
+            note = f"The sample {shown(name)} of stage “{arm.stage.name}” is {reason}; it is left out."
+            if note not in notes:
+                notes.append(note)
+            continue
+        spent = words.flops(number(record, "flops") + arm.teacher.flops)
+        step = f"step {words.count(record['step'])}"
+        found.append(Picture(uri, *size, f"{arm.label}, {step}, {spent}" if named or width == WIDE else step))
+    return found
+
+
+def _embedded(folder: Path, name: str, width: int) -> tuple[str, tuple[int, int]]:
+    """A PNG of a folder as a data URI, at most `width` wide, and its size.
+
+    Never follows a path out of the folder, never opens an absurdly large picture.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(inside(folder, name), formats=("PNG",)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError("too large")
+                picture = image.convert("RGB" if image.mode not in ("L", "1") else "L")
+        except Image.DecompressionBombWarning as warning:
+            raise ValueError(str(warning)) from None
+    if picture.width > width:
+        height = max(1, round(picture.height * width / picture.width))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    # PNG where that is small, else JPEG: photographs need no exact pixels at this size.
+    for format_, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+        buffer = io.BytesIO()
+        picture.save(buffer, format_, **options)
+        if buffer.tell() <= MAX_BYTES:
+            break
+    return f"data:image/{format_};base64,{base64.b64encode(buffer.getvalue()).decode()}", picture.size
+
+
+def _probe(run: RunLog, notes: list[str]) -> tuple[str, str, list[Picture]] | None:
+    """(the run, what was probed, the figures) of a run's probe folder; a note on each part that can't be shown."""
+    path = run.path / "probe" / "probe.json"
+    if not path.is_file():
+        return None
+    try:
+        about = read_json(path)
+        entries = about["figures"]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("figures")
+    except (UserError, OSError, KeyError, ValueError):
+        notes.append(f"The probe of {run.name} can't be read: probe/probe.json is damaged; it is left out.")
+        return None
+    drawn = []
+    for entry in entries:
+        try:
+            uri, size = _embedded(path.parent, str(entry["file"]), PROBE)
+        except (UserError, OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError):
+            notes.append(f"A figure of the probe of {run.name} is missing or not a picture; it is left out.")
+            continue
+        drawn.append(Picture(uri, *size, str(entry.get("caption", "")), str(entry.get("title", ""))))
+    unseen = "unseen in training" if about.get("held_out_unseen") is True else "unseen by the probe alone"
+    told = (
+        f"On {about.get('held_out_images', '?')} images {unseen}; linear classifiers were trained on "
+        f"{about.get('train_images', '?')} others. Weights: {about.get('weights', '?')}."
+    )
+    return (run.name, told, drawn) if drawn else None
 
 
 def _resource(name: str) -> str:

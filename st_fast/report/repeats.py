@@ -1,7 +1,7 @@
-"""Arms over several seeds against a baseline: what each reaches, at what share of the baseline's FLOPs, how surely.
+"""The verdict: what each arm reaches over its seeds, at what share of a baseline's cost, as a table and a sentence.
 
-Every comparison is made between runs of one seed, which saw the same samples and noise; then the seeds are put
-together. All costs count the teacher's training and its forward passes.
+Every comparison is between runs of one seed, which saw the same samples and noise; then the seeds are put together.
+All costs count the teacher's training and its forward passes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from st_fast.report import words
 from st_fast.report.arms import Arm
 from st_fast.report.collect import Record
 from st_fast.report.fairness import seed_of
-
-LOWER_IS_BETTER = {"fid": True, "frechet": True, "accuracy": False}
+from st_fast.report.metrics import METRICS, RANKING, Metric, summary
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,35 @@ class Row:
     """One arm beside the baseline; every list has an entry a seed, in `seeds`' order."""
 
     label: str
-    seeds: list[int]
-    final: list[float]
-    at_cost: list[float]
+    seeds: list[int] = field(default_factory=list)
+    final: list[float] = field(default_factory=list)
+    at_cost: list[float] = field(default_factory=list)
     """The metric at the baseline's total FLOPs of that seed; at its last evaluation where an arm took less in all."""
-    accuracy_at_cost: list[float]
-    cost_share: list[float]
+    accuracy_at_cost: list[float] = field(default_factory=list)
+    cost_share: list[float] = field(default_factory=list)
     """Total FLOPs, as a share of the baseline's."""
-    reached: list[float | None]
+    reached: list[float | None] = field(default_factory=list)
     """The share of the baseline's FLOPs after which its final score was first reached; None: never."""
-    better: int
+    reached_steps: list[float | None] = field(default_factory=list)
+    """The same of its steps, counting the arm's own alone."""
+    reached_seconds: list[float | None] = field(default_factory=list)
+    better: int = 0
     """In how many seeds `at_cost` is better than the baseline's final score."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out in one sentence, and a table where there is something to compare; `note` says how to read it."""
+
+    sentence: str
+    head: list[str] = field(default_factory=list)
+    lines: list[list[str]] = field(default_factory=list)
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table as Markdown; "" without one."""
+        lines = [self.head, ["---"] * len(self.head), *self.lines] if self.lines else []
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def group_by_seed(arms: Sequence[Arm]) -> list[Repeats]:
@@ -66,43 +84,119 @@ def _without_seed(recipe: Record, seed: int) -> Record:
     return {**recipe, "run": run, "stage": stages}
 
 
-def choose_baseline(groups: Sequence[Repeats]) -> Repeats | None:
-    """The first arm without any extra supervision that was evaluated; None where there is none."""
-    for group in groups:
-        if all(arm.stage.method == "none" and arm.stage.evals for arm in group.by_seed.values()):
-            return group
-    return None
+def heads(arms: Sequence[Arm]) -> list[Arm]:
+    """What each run is ranked by: its last stage that was evaluated; its last stage where none was."""
+    last: dict[str, Arm] = {}
+    for arm in arms:
+        before = last.get(arm.run.name)
+        if before is None or arm.stage.evals or not before.stage.evals:
+            last[arm.run.name] = arm
+    return list(last.values())
+
+
+def ranked(arms: Sequence[Arm]) -> tuple[Metric, list[Arm]]:
+    """The metric that decides and the heads that have it, best first: the first of RANKING that all of them have."""
+    evaluated = [arm for arm in heads(arms) if arm.stage.evals]
+    shared = (m for m in RANKING if all(math.isfinite(arm.final(m.key)) for arm in evaluated))
+    metric = next(shared, RANKING[-1])
+    known = [arm for arm in evaluated if math.isfinite(arm.final(metric.key))]
+    return metric, sorted(known, key=lambda arm: -metric.sign * arm.final(metric.key))
+
+
+def verdict(arms: Sequence[Arm], unfair: Sequence[str] = ()) -> Verdict:
+    """What came out, computed from the logs. Nothing is ranked where `unfair` gives reasons why it can't be."""
+    metric, best = ranked(arms)
+    if unfair:
+        return Verdict(f"These runs can't be ranked: {'; '.join(unfair)}.")
+    if not best:
+        states = [f"“{a.label}” is at step {words.count(a.stage.step)} of {words.count(a.stage.steps)}, for {a.total}"
+                  for a in heads(arms)]  # fmt: skip
+        return Verdict(f"No samples were scored, so nothing can be said of quality: {'; '.join(states)}.")
+    if len(best) == 1:
+        return Verdict(_alone(best[0]))
+    groups = named(group_by_seed(heads(arms)))
+    baseline = choose_baseline(groups, best)
+    found = rows(groups, baseline, metric.key)
+    if len(found) < 2 or found[0].label != baseline.label:
+        others = "; ".join(f"“{arm.label}”: {summary(arm.last_metrics)}" for arm in best[1:4])
+        costs = "" if all(arm.total.known for arm in best) else (
+            "; as the cost of a model before one of them isn't recorded, they can't be compared at equal cost"
+        )  # fmt: skip
+        return Verdict(f"“{best[0].label}” ends best with {summary(best[0].last_metrics)}, against {others}{costs}.")
+    left_out = [group.label for group in groups if group.label not in [row.label for row in found]]
+    made = compared(found, metric.key)
+    if left_out:
+        names = ", ".join(f"“{label}”" for label in left_out)
+        return replace(made, note=f"{made.note} Left out, as their score or their cost isn't recorded: {names}.")
+    return made
+
+
+def _alone(arm: Arm) -> str:
+    """What a single scored run reached, at what cost."""
+    share = arm.teacher.flops + arm.teacher_forward_flops
+    teacher = ""
+    if arm.stage.teacher is None and arm.stage.init is None:
+        teacher = ", without a teacher"
+    elif arm.teacher.known and arm.total.flops > 0:
+        models = "training and forward passes of its teacher" if arm.stage.init is None else "the models before it"
+        teacher = f", {words.percent(share / arm.total.flops)} of the FLOPs for {models}"
+    return (
+        f"“{arm.label}” reaches {summary(arm.last_metrics)} after {words.count(arm.stage.evals[-1]['step'])} steps, "
+        f"for {arm.total}{teacher}; this is a single seed."
+    )
+
+
+def named(groups: Sequence[Repeats]) -> list[Repeats]:
+    """Groups of several runs under their stage's name, where no other group has it; else under their first run's."""
+    stages = [next(iter(group.by_seed.values())).stage.name for group in groups]
+    return [
+        Repeats(stage, group.by_seed) if len(group.by_seed) > 1 and stages.count(stage) == 1 else group
+        for stage, group in zip(stages, groups, strict=True)
+    ]
+
+
+def choose_baseline(groups: Sequence[Repeats], best: Sequence[Arm]) -> Repeats:
+    """The first evaluated arm without extra supervision; where there is none, the one that ends second best."""
+    plain = [g for g in groups if all(a.stage.method == "none" and a.stage.evals for a in g.by_seed.values())]
+    by_rank = [group for arm in best for group in groups if arm in group.by_seed.values()]
+    return [*plain, *(group for group in by_rank if group is not by_rank[0]), *by_rank][0]
 
 
 def rows(groups: Sequence[Repeats], baseline: Repeats, metric: str) -> list[Row]:
     """A row for each arm that was evaluated, the baseline first; seeds that the baseline lacks are left out."""
     ordered = [baseline, *(group for group in groups if group is not baseline)]
-    made = [_row(group, baseline, metric) for group in ordered]
+    made = [_row(group, baseline, METRICS[metric]) for group in ordered]
     return [row for row in made if row.seeds]
 
 
-def _row(group: Repeats, baseline: Repeats, metric: str) -> Row:
-    row = Row(group.label, [], [], [], [], [], [], 0)
-    better = 0
+def _row(group: Repeats, baseline: Repeats, metric: Metric) -> Row:
+    row, better = Row(group.label), 0
     for seed, arm in sorted(group.by_seed.items()):
         base = baseline.by_seed.get(seed)
         if base is None or not arm.stage.evals or not base.stage.evals or not arm.total.known:
             continue
-        spent, scores = arm.quality(metric, "flops")
-        whole, goal = base.total.flops, base.final(metric)
+        scores, whole, goal = arm.quality(metric.key, "flops")[1], base.total.flops, base.final(metric.key)
         if not scores or whole <= 0 or not math.isfinite(goal):
             continue
-        sign = -1.0 if LOWER_IS_BETTER[metric] else 1.0
-        first = next((x for x, y in zip(spent, scores, strict=True) if sign * (y - goal) >= 0), None)
-        at_cost = at_budget(arm, metric, whole)
+        at_cost = at_budget(arm, metric.key, whole)
         row.seeds.append(seed)
         row.final.append(scores[-1])
         row.at_cost.append(at_cost)
         row.accuracy_at_cost.append(at_budget(arm, "accuracy", whole))
         row.cost_share.append(arm.total.flops / whole)
-        row.reached.append(None if first is None else first / whole)
-        better += bool(sign * (at_cost - goal) > 0)
-    return Row(**{**vars(row), "better": better})
+        wholes = {"flops": whole, "step": float(base.stage.step), "seconds": base.total.seconds}
+        shares = [_first(arm, metric, goal, axis, value) for axis, value in wholes.items()]
+        for into, share in zip((row.reached, row.reached_steps, row.reached_seconds), shares, strict=True):
+            into.append(share)
+        better += bool(metric.sign * (at_cost - goal) > 0)
+    return replace(row, better=better)
+
+
+def _first(arm: Arm, metric: Metric, goal: float, axis: str, whole: float) -> float | None:
+    """Where on an axis the arm first scored as well as `goal`, as a share of `whole`; None: never."""
+    points = zip(*arm.quality(metric.key, axis), strict=True)
+    first = next((x for x, y in points if metric.sign * (y - goal) >= 0), None)
+    return None if first is None or whole <= 0 else first / whole
 
 
 def at_budget(arm: Arm, metric: str, budget: float) -> float:
@@ -127,3 +221,57 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     known = [value for value in values if math.isfinite(value)]
     mean = statistics.fmean(known) if known else math.nan
     return mean, statistics.stdev(known) if len(known) > 1 else math.nan
+
+
+def compared(found: Sequence[Row], key: str) -> Verdict:
+    """The rows, the baseline's first, in words: the best arm beside the baseline, and a table of all."""
+    base, others, metric = found[0], found[1:], METRICS[key]
+    accuracy = METRICS["accuracy"]
+    head = ["Arm", f"{metric.title} at equal cost", "Accuracy at equal cost", "Better", f"Final {metric.title}"]
+    head += [f"FLOPs / “{base.label}”", "Its final score after: of its FLOPs", "of its steps", "of its time"]
+    lines = []
+    for row in found:
+        better = "" if row is base else f"{row.better} of {len(row.seeds)}"
+        cells = [row.label, told(row.at_cost, metric), told(row.accuracy_at_cost, accuracy), better]
+        cells += [told(row.final, metric), words.percent(spread(row.cost_share)[0])]
+        lines.append([*cells, *map(reach, (row.reached, row.reached_steps, row.reached_seconds))])
+    note = (
+        "Mean ± standard deviation over the seeds; each run is compared with the baseline of its own seed. “At equal "
+        f"cost”: at the FLOPs that “{base.label}” took in all, teachers included, interpolated between evaluations; an "
+        f"arm that took less ends earlier. “Better”: in how many seeds that beats the final score of “{base.label}”. "
+        "“Its final score after”: the first score that good, as a share of the baseline's FLOPs, of its steps (the "
+        "arm's own alone) and of its time: mean of the seeds that have one (lowest to highest). Scores are noisy, so "
+        f"“{base.label}” itself may reach its own before its end."
+    )
+    if not others:
+        return Verdict(f"There is nothing to compare “{base.label}” with.", head, lines, note)
+    best = max(others, key=lambda row: metric.sign * spread(row.at_cost)[0])
+    n, score, goal = len(best.seeds), told(best.at_cost, metric), told(base.final, metric)
+    seeds = f"Over {n} seeds" if n > 1 else "With one seed, which can't tell chance from effect"
+    if metric.sign * (spread(best.at_cost)[0] - spread(base.final)[0]) > 0:
+        first = f"“{best.label}” is best at the cost of “{base.label}”: {metric.title} {score} against {goal}"
+    else:
+        first = f"no arm beats “{base.label}” ({metric.title} {goal}) at its cost; the next is “{best.label}” ({score}"
+        first += ")"
+    when = "never reaches that final score"
+    if any(share is not None for share in best.reached):
+        flops, steps, seconds = map(reach, (best.reached, best.reached_steps, best.reached_seconds))
+        when = f"reaches that final score after {flops} of its FLOPs, {steps} of its steps and {seconds} of its time"
+    sentence = f"{seeds}, {first}, better in {best.better} of {n}; teachers included, it {when}."
+    return Verdict(sentence, head, lines, note)
+
+
+def told(values: Sequence[float], metric: Metric) -> str:
+    """“4.2 ± 0.3”; the mean alone for one value."""
+    mean, deviation = spread(values)
+    return f"{metric.write(mean)} ± {metric.write(deviation)}" if math.isfinite(deviation) else metric.write(mean)
+
+
+def reach(values: Sequence[float | None]) -> str:
+    """“62.0 % (58.1 % to 66.4 %; 3 of 3)”, or that it never does; one seed's share alone."""
+    shares = [share for share in values if share is not None]
+    if not shares:
+        return f"never (0 of {len(values)})"
+    span = f"{words.percent(min(shares))} to {words.percent(max(shares))}; " if len(shares) > 1 else ""
+    counts = f" ({span}{len(shares)} of {len(values)})" if len(values) > 1 else ""
+    return f"{words.percent(spread(shares)[0])}{counts}"

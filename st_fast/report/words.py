@@ -1,13 +1,9 @@
-"""Numbers and findings in plain words."""
+"""Numbers as text, and a sentence on each supervision method."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from st_fast.report.arms import Arm, Cost
+from collections.abc import Callable
 
 SPACE = "\u00a0"
 
@@ -65,135 +61,19 @@ UNITS: dict[str, Callable[[float], str]] = {
 }
 """How values of a unit are written."""
 
-
-def cost(value: Cost) -> str:
-    """FLOPs and time, marked as a lower bound where a part isn't known."""
-    return f"{'at least ' if not value.known else ''}{flops(value.flops)} and {duration(value.seconds)}"
-
-
-def verdict(arms: Sequence[Arm], unfair: Sequence[str] = ()) -> tuple[str, str]:
-    """Two sentences on what came out, computed from the logs: what the samples are worth, and what they cost.
-
-    Nothing is ranked where `unfair` gives reasons why these runs can't be.
-    """
-    if unfair:
-        return _unranked(heads(arms), unfair)
-    metric, judged = _ranked(arms)
-    if not judged:
-        return _unjudged(heads(arms))
-    if len(judged) == 1:
-        return _one(judged[0], arms)
-    return _several(judged, metric)
-
-
-def headline(arms: Sequence[Arm]) -> Arm:
-    """The arm that the verdict is about: the best evaluated one, or where none is, the last."""
-    judged = _ranked(arms)[1]
-    return judged[0] if judged else heads(arms)[-1]
-
-
-def heads(arms: Sequence[Arm]) -> list[Arm]:
-    """What each run is judged by: its last stage that was evaluated; its last stage where none was."""
-    last: dict[str, Arm] = {}
-    for arm in arms:
-        before = last.get(arm.run.name)
-        if before is None or arm.stage.evals or not before.stage.evals:
-            last[arm.run.name] = arm
-    return list(last.values())
-
-
-def deciding_metric(arms: Sequence[Arm]) -> str:
-    """FID if all evaluated ones have it, else the judge's Fréchet distance, else the share recognised."""
-    evaluated = [arm for arm in arms if arm.stage.evals]
-    distances = (m for m in ("fid", "frechet") if all(math.isfinite(arm.final(m)) for arm in evaluated))
-    return next(distances, "accuracy") if evaluated else "accuracy"
-
-
-def _ranked(arms: Sequence[Arm]) -> tuple[str, list[Arm]]:
-    """The metric that decides and the heads that have it, best first."""
-    evaluated = [arm for arm in heads(arms) if arm.stage.evals]
-    if (metric := deciding_metric(evaluated)) != "accuracy":
-        return metric, sorted(evaluated, key=lambda arm: arm.final(metric))
-    accurate = [arm for arm in evaluated if math.isfinite(arm.final("accuracy"))]
-    return "accuracy", sorted(accurate, key=lambda arm: -arm.final("accuracy"))
-
-
-def _quality(arm: Arm) -> str:
-    """“94.1 % recognised, Fréchet distance 3.2”, as far as measured."""
-    parts = []
-    if math.isfinite(arm.final("fid")):
-        parts.append(f"FID {plain(arm.final('fid'))}")
-    if math.isfinite(arm.final("accuracy")):
-        parts.append(f"{percent(arm.final('accuracy'))} recognised")
-    if math.isfinite(arm.final("frechet")):
-        parts.append(f"Fréchet distance {plain(arm.final('frechet'))}")
-    return ", ".join(parts)
-
-
-def _drawing(arm: Arm) -> str:
-    """“draws images of which 94 % are recognised … (unseen real images: 99 %), at …”, as far as measured."""
-    parts = []
-    for metric, limit, write, words in (
-        ("accuracy", "classifier_accuracy", percent, "of which {} are recognised as the class asked for"),
-        ("frechet", "floor_frechet", plain, "at a Fréchet distance of {} from real ones"),
-        ("fid", "", plain, "at an FID of {}"),
-    ):
-        if math.isfinite(arm.final(metric)):
-            real = f" (unseen real images: {write(arm.final(limit))})" if math.isfinite(arm.final(limit)) else ""
-            parts.append(words.format(write(arm.final(metric))) + real)
-    return f"draws images {', '.join(parts)}"
-
-
-def _unjudged(unjudged: Sequence[Arm]) -> tuple[str, str]:
-    states = []
-    for arm in unjudged:
-        values = arm.stage.series("train", "denoise")[1]
-        loss = f" with a denoising loss of {plain(values[-1])}" if values else ""
-        states.append(f"“{arm.label}” stands at step {count(arm.stage.step)} of {count(arm.stage.steps)}{loss}")
-    spent = "; ".join(f"{cost(arm.total)} for “{arm.label}”" for arm in unjudged)
-    nothing = "No samples were judged, so nothing can be said of their quality"
-    return f"{'; '.join(states)}.", f"{nothing}; spent so far: {spent}."
-
-
-def _unranked(shown: Sequence[Arm], unfair: Sequence[str]) -> tuple[str, str]:
-    scores = "; ".join(f"“{arm.label}”: {_quality(arm) or 'not judged'}, for {cost(arm.total)}" for arm in shown)
-    return f"These runs can't be ranked: {'; '.join(unfair)}.", f"Each for itself: {scores}."
-
-
-def _one(arm: Arm, arms: Sequence[Arm]) -> tuple[str, str]:
-    """One run: what its last evaluated stage reached, and beside what its teacher reached at what cost."""
-    step = int(arm.stage.evals[-1]["step"])
-    first = f"After {count(step)} steps, stage “{arm.stage.name}” {_drawing(arm)}."
-    second = f"That took {cost(arm.total)} of training"
-    if arm.stage.teacher is None and arm.stage.init is None:
-        return first, f"{second}; it has no teacher, so nothing else is to be counted."
-    share = arm.teacher.flops + arm.teacher_forward_flops
-    if arm.teacher.known and arm.total.flops > 0:
-        models = "its teacher (training it and asking it)" if arm.stage.init is None else "the models before it"
-        second += f", {percent(share / arm.total.flops)} of the FLOPs for {models}"
-    teacher = next((a for a in arms if a.run is arm.run and a.stage.name == arm.stage.teacher), None)
-    if teacher is not None and _quality(teacher):
-        second += f"; that teacher, stage “{teacher.stage.name}”, ended with {_quality(teacher)}"
-        second += f", for {cost(teacher.total)}"
-    return first, f"{second}."
-
-
-def _several(judged: Sequence[Arm], metric: str) -> tuple[str, str]:
-    """Several runs, best first: the ranking, and what share of a plain (or the next) run's cost the best needed."""
-    best, others = judged[0], judged[1:]
-    behind = "; ".join(f"“{arm.label}”: {_quality(arm)}" for arm in others[:3])
-    more = f"; and {len(others) - 3} more" if len(others) > 3 else ""
-    first = f"Of {len(judged)} runs, “{best.label}” ends best with {_quality(best)}, against {behind}{more}."
-    rival = next((arm for arm in others if arm.stage.method == "none"), others[0])
-    sign, goal = (1 if metric == "accuracy" else -1), rival.final(metric)
-    spent, scores = best.quality(metric, "flops")
-    reached = next((x for x, y in zip(spent, scores, strict=True) if sign * (y - goal) >= 0), math.nan)
-    at_goal = rival.quality(metric, "flops")[0]
-    if not math.isfinite(reached) or not at_goal or at_goal[-1] <= 0 or not (best.total.known and rival.total.known):
-        return first, f"In all, “{best.label}” took {cost(best.total)}, and “{rival.label}” {cost(rival.total)}."
-    share = reached / at_goal[-1]
-    pace = f"after {percent(share)}" if share <= 1 else f"only after {plain(share)} times"
-    return first, (
-        f"Counting teachers' training and forward passes, it reaches the final score of “{rival.label}” {pace} "
-        f"{'of its' if share <= 1 else 'its'} training FLOPs ({flops(reached)} against {flops(at_goal[-1])})."
-    )
+METHODS = {
+    "none": ("Plain training", "The denoising task alone; the others are compared with it."),
+    "velocity_head": (
+        "Stage 1: early velocity head",
+        "A small head has to predict the target from the features of an early block; it is dropped after training.",
+    ),
+    "self_transcendence": (
+        "Stage 2: Self-Transcendence",
+        "An early block has to predict features of a frozen earlier model: unconditional + ω × (conditional − "
+        "unconditional). Training starts anew and sampling costs nothing extra.",
+    ),
+    "repa": ("REPA", "An early block has to match a frozen image encoder's features of the clean image."),
+    "sra": ("SRA", "An early block has to match a later block of the model's own EMA, which sees less noise."),
+    "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
+}
+"""A title and a sentence for each supervision method."""

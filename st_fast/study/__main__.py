@@ -54,12 +54,13 @@ def main(arguments: Sequence[str]) -> None:
             f"study {study.name}: all runs are done; none is scored without evaluate.classifier or evaluate.inception"
         )
         return
-    from st_fast.study.page import table, write_page
-    from st_fast.study.results import as_json, collect
+    from st_fast.report.repeats import compared
+    from st_fast.study.page import write_page
+    from st_fast.study.results import METRIC, as_json, collect
 
     results = collect(study, out)
     write_json_atomic(out / "results.json", as_json(results))
-    print(table(results.rows), end="")
+    print(compared(results.rows, METRIC).markdown(), end="")
     print(out / "results.json")
     if given.write is not None:
         write_page(results, given.write)

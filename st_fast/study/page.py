@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import make_folder, write_json_atomic
-from st_fast.report import words
-from st_fast.report.repeats import Row, spread
-from st_fast.report.verdict_table import in_words
-from st_fast.study.pictures import curves, samples
+from st_fast.core.files import inside, make_folder, write_json_atomic
+from st_fast.report import plot, words
+from st_fast.report.arms import Arm as Trained
+from st_fast.report.collect import number
+from st_fast.report.figures import Chart, Curve
+from st_fast.report.metrics import METRICS
+from st_fast.report.repeats import Repeats, Row, compared, spread
+from st_fast.study.plan import Arm
 from st_fast.study.results import METRIC, Results, as_json
-from st_fast.study.summary import in_short
 
 HEADER = """# Does it pay?
 
-A diffusion transformer learns to draw from one task: an image is mixed with noise, and it says which way the image
-lies. Self-Transcendence ([arXiv 2601.07773](https://arxiv.org/abs/2601.07773)) helps it to learn that sooner, with
-nothing but its own kind ([the method](method.md)):
+Self-Transcendence ([arXiv 2601.07773](https://arxiv.org/abs/2601.07773), [the method](method.md)) trains a diffusion
+transformer in two stages:
 
-- **Plain training** is the yardstick: the task alone.
-- **Stage 1** asks an early block, too, for the answer. Its model can be used as it is, or teach stage 2.
-- **Stage 2** starts a new model. The frozen stage-1 model looks at the same noisy image once told the class and once
-  not; the difference, added ω-fold, is what an early block of the new model has to predict beside the task.
+- **Plain training**, the baseline, has the denoising task alone.
+- **Stage 1** trains a small head on an early block as well. Its model can be used as it is, or as the teacher.
+- **Stage 2** trains a new model. An early block has to predict the frozen teacher's features, guided towards the class
+  with the scale ω.
 
-The published curves count steps of the new model alone. But somebody trains the teacher, and asks it at every step: the
-questions here are what each stage buys **for the same arithmetic in all**, and whether the seed alone would explain it.
-Scores are Fréchet distances between drawn and real images: lower is better.
+Published curves count the steps of the new model alone. Training the teacher and its forward passes cost FLOPs too, so
+the arms here are compared **at equal total FLOPs**, and over several seeds. Scores are Fréchet distances between
+generated and real images: lower is better.
 
-Written by `python -m st_fast.study FILE --write docs/study.md` from the runs' own logs; no figure is typed.
+Written by `python -m st_fast.study FILE --write docs/study.md` from the logs of the runs; no figure is typed.
 """
 
 
@@ -41,14 +46,13 @@ def write_page(results: Results, page: Path) -> None:
     folder = page.parent / page.stem
     try:
         make_folder(folder)
-        links = []
-        for kind, figure in (("quality", curves(results)), ("samples", samples(results))):
-            if figure is not None:
-                figure.savefig(folder / f"{name}-{kind}.png", dpi=110, metadata={"Software": None})
-                links.append(f"{page.stem}/{name}-{kind}.png")
+        plot.save(plot.sheet(charts(results), 4.2, 3.3), folder / f"{name}-quality.png", dpi=110)
+        drawn = samples(results)
+        if drawn:
+            plot.save(plot.pictures([("", [one]) for one in drawn], 6.0), folder / f"{name}-samples.png", dpi=110)
         write_json_atomic(folder / f"{name}.json", as_json(results))
         text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
-        section = f"{body(results, links)}\nEvery figure: [{name}.json]({page.stem}/{name}.json).\n"
+        section = f"{body(results, page.stem, bool(drawn))}\nEvery figure: [{name}.json]({page.stem}/{name}.json).\n"
         page.write_text(placed(text, name, section), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{page}: can't be written: {error.strerror}") from None
@@ -62,97 +66,120 @@ def placed(text: str, name: str, section: str) -> str:
     return pattern.sub(lambda _: block, text) if pattern.search(text) else f"{text.rstrip()}\n\n{block}"
 
 
-def body(results: Results, links: Sequence[str]) -> str:
-    """The section: what came out in short, how, the table, each arm, the pictures, what it took."""
-    study, protocol = results.study, results.protocol
-    arms, seeds = len(results.groups), len(study.seeds)
-    pictures = {link.rsplit("-", 1)[1].removesuffix(".png"): link for link in links}
+def body(results: Results, folder: str, with_samples: bool) -> str:
+    """The section: what came out, how it was done, the verdict, every comparison, the pictures, and what it took."""
+    study, protocol, base = results.study, results.protocol, results.rows[0]
+    verdict = compared(results.rows, METRIC)
+    seeds, floor = len(study.seeds), METRICS[METRIC].floor
+    lines = "".join(f"| {' | '.join(line)} |\n" for line in comparisons(results))
+    controls = [f"“{arm.title}”" for arm in study.arms if _is_control(results, arm)]
     parts = [
         f"## {study.title}\n",
-        "\n".join(f"- {sentence}" for sentence in in_short(results)) + "\n",
+        f"- {verdict.sentence}\n- **Cost:** {price(results)}\n- **Certainty:** {certainty(results)}\n",
         "### How it was done\n",
-        f"{arms} arms, {seeds} seed{'s' * (seeds != 1)} each ({', '.join(map(str, study.seeds))}), from "
+        f"{len(results.groups)} arms, {seeds} seed{'s' * (seeds != 1)} each ({', '.join(map(str, study.seeds))}), from "
         f"`{study.path.as_posix()}`. Runs of one seed saw the same records, times and noise in the same order, and "
         f"their samples start from the same noise. Each score is of {protocol.get('num')} samples "
-        f"({sampling(protocol)}) in the features of a classifier trained on the real images, so it is not FID; its "
-        f"accuracy on held-out real ones is {words.percent(_number(protocol, 'classifier_accuracy'))}, and these score "
-        f"a Fréchet distance of {words.plain(_number(protocol, 'floor_frechet'))}. All costs count the teacher's "
-        "training and its forward passes.\n",
+        f"({protocol.get('sampler')}, {protocol.get('steps')} steps, guidance {protocol.get('cfg_scale')}) in the "
+        "features of a classifier trained on the real images, so it is not FID; its accuracy on held-out real ones is "
+        f"{words.percent(number(protocol, METRICS['accuracy'].floor))}, and these score a Fréchet distance of "
+        f"{words.plain(number(protocol, floor))}. All costs count the teacher's training and its forward passes.\n",
         *([f"{study.notes}\n"] if study.notes else []),
         "### The verdict\n",
-        table(results.rows),
-        f"{in_words(results.rows, METRIC).note}\n",
-        "### Every arm\n",
-        "\n".join(f"- {sentence}" for sentence in findings(results.rows)) + "\n",
+        verdict.markdown(),
+        f"{verdict.note}\n",
+        "### Every comparison\n",
+        f"| Compared at | Arm | With | {METRICS[METRIC].title} | Seeds |\n| --- | --- | --- | --- | --- |\n{lines}",
+        "Mean ± standard deviation of the differences between runs of one seed; “seeds”: how many of them agree with "
+        "the sign of the mean."
+        + f" Controls, whose teachers know less or nothing: {', '.join(controls)}." * bool(controls)
+        + "\n",
+        f"![Quality over all training FLOPs; the range over seeds is shaded]({folder}/{study.name}-quality.png)\n",
     ]
-    others = against_reference(results)
-    if others:
-        title = next(arm.title for arm in study.arms if arm.name == study.reference)
-        parts.append(f"Fréchet distance beside “{title}”, after as many steps of the student:\n")
-        parts.append("\n".join(f"- {sentence}" for sentence in others) + "\n")
-    if "quality" in pictures:
-        parts.append(f"![Quality against all training FLOPs; the range over seeds is shaded]({pictures['quality']})\n")
-    if "samples" in pictures:
+    if with_samples:
         parts.append(
-            f"The last samples of seed {study.seeds[0]} that each arm had drawn by the time that it had spent what "
-            f"“{results.rows[0].label}” took in all, from the same noise:\n\n"
-            f"![Samples of every arm]({pictures['samples']})\n"
+            f"The last samples of seed {study.seeds[0]} within the total cost of “{base.label}”, from the same "
+            f"noise:\n\n![Samples of every arm]({folder}/{study.name}-samples.png)\n"
         )
-    parts.append(f"{took(results)}\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, f"{took(results)}\n"])
 
 
-def findings(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each arm on how it stands to the baseline at the same cost, best first."""
-    base, others = rows[0], rows[1:]
-    sentences = []
-    for row in sorted(others, key=lambda row: spread(row.at_cost)[0]):
-        mean, deviation = spread([a - b for a, b in zip(row.at_cost, base.final, strict=False)])
-        n = len(row.seeds)
-        sure = "the sign of the difference is the same in every seed" if row.better in (0, n) and n > 1 else (
-            "one seed: chance can't be told from effect" if n == 1 else "seeds disagree"
-        )  # fmt: skip
-        side = "below" if mean < 0 else "above"
-        about = f" ± {words.plain(deviation)}" if math.isfinite(deviation) else ""
-        sentences.append(
-            f"{row.label}: Fréchet distance {words.plain(abs(mean))}{about} {side} “{base.label}” at the same cost, "
-            f"better in {row.better} of {n} ({sure})."
+def comparisons(results: Results) -> Iterator[tuple[str, str, str, str, str]]:
+    """(compared at, arm, with, difference, seeds that agree) of every comparison, best first at equal cost."""
+    study, rows = results.study, {row.label: row for row in results.rows}
+    titles = {arm.name: arm.title for arm in study.arms}
+    base, taught = rows[titles[study.baseline]], rows[titles[study.reference]]
+    by_score = sorted((row for row in rows.values() if row is not base), key=lambda row: spread(row.at_cost)[0])
+    for row in by_score:
+        yield "equal FLOPs", row.label, base.label, *difference(row.at_cost, base.final)
+    for arm in study.arms:
+        if arm.teacher is None and arm.stage.get("supervision") == "velocity_head":
+            alone = rows[arm.title]
+            yield "equal FLOPs", taught.label, alone.label, *difference(taught.at_cost, alone.at_cost)
+    students, plain = (results.group(name).by_seed for name in (study.reference, study.baseline))
+    then = [at_step(plain[seed], students[seed].stage.step) for seed in taught.seeds]
+    yield "equal steps of the new model", taught.label, base.label, *difference(taught.final, then)
+    for arm in study.arms:
+        if arm.teacher and arm.name != study.reference:
+            row = rows[arm.title]
+            yield "equal steps of the new model", row.label, taught.label, *difference(row.final, taught.final)
+
+
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, str]:
+    """(“0.11 ± 0.02 lower (better)”, “3 of 3”) of two lists with an entry a seed, lower being better."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, deviation = spread(differences)
+    about = f" ± {words.plain(deviation)}" if math.isfinite(deviation) else ""
+    side = "lower (better)" if mean < 0 else "higher (worse)"
+    agreeing = sum(d < 0 if mean < 0 else d > 0 for d in differences)
+    return f"{words.plain(abs(mean))}{about} {side}", f"{agreeing} of {len(differences)}"
+
+
+def _is_control(results: Results, arm: Arm) -> bool:
+    """Whether its teacher can't know what a true one knows."""
+    if arm.teacher is None:
+        return False
+    teacher = results.study.teacher(arm.teacher)
+    return not teacher.trained or teacher.labels == "shuffled"
+
+
+def at_step(arm: Trained, step: int) -> float:
+    """The score after that many steps, interpolated between the evaluations around it; NaN outside them."""
+    steps, scores = arm.quality(METRIC, "step")
+    return float(np.interp(step, steps, scores, left=math.nan, right=math.nan))
+
+
+def price(results: Results) -> str:
+    """What of the reference arm's FLOPs its teacher took."""
+    group = results.group(results.study.reference)
+    total, training, asking = (
+        math.fsum(values)
+        for values in zip(
+            *((a.total.flops, a.teacher.flops, a.teacher_forward_flops) for a in group.by_seed.values()), strict=True
         )
-    return sentences
+    )
+    return (
+        f"{words.percent(training / total)} of the FLOPs of “{group.label}” trained its teacher, and "
+        f"{words.percent(asking / total)} were the teacher's forward passes."
+    )
 
 
-def against_reference(results: Results) -> list[str]:
-    """A sentence for each other arm with a teacher on how it ends beside the reference, after the same steps."""
-    titles = {arm.name: arm.title for arm in results.study.arms}
-    taught = [arm.title for arm in results.study.arms if arm.teacher and arm.name != results.study.reference]
-    rows = {row.label: row for row in results.rows}
-    reference = rows[titles[results.study.reference]]
-    sentences = []
-    for row in (rows[title] for title in taught):
-        differences = [a - b for a, b in zip(row.final, reference.final, strict=True)]
-        mean, deviation = spread(differences)
-        about = f" ± {words.plain(deviation)}" if math.isfinite(deviation) else ""
-        worse = sum(difference > 0 for difference in differences)
-        side = "above" if mean > 0 else "below"
-        seeds = f"worse in {worse} of {len(differences)} seeds"
-        sentences.append(f"{row.label}: ends {words.plain(abs(mean))}{about} {side} it, {seeds}.")
-    return sentences
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The verdict as Markdown."""
-    verdict = in_words(rows, METRIC)
-    lines = [verdict.head, ["---"] * len(verdict.head), *verdict.lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def sampling(protocol: dict[str, object]) -> str:
-    """How samples were drawn, in a few words."""
-    return f"{protocol.get('sampler')}, {protocol.get('steps')} steps, guidance {protocol.get('cfg_scale')}"
+def certainty(results: Results) -> str:
+    """How often chance alone would give such agreement, and how much the scores vary by themselves."""
+    base: Row = results.rows[0]
+    n, arms = len(base.seeds), len(results.rows) - 1
+    if n == 1:
+        return "none: with one seed, chance can't be told from effect."
+    return (
+        f"the seed alone moves the score of “{base.label}” by ± {words.plain(spread(base.final)[1])}. By chance all "
+        f"{n} seeds agree on a sign in {words.percent(2.0 ** (1 - n))} of comparisons, and {arms} arms are compared: "
+        "trust a difference that is several times its ±, not one that is only the best of many. Held-out real images "
+        f"score {words.plain(number(results.protocol, METRICS[METRIC].floor))}; no arm can be much better than that."
+    )
 
 
 def took(results: Results) -> str:
-    """What the runs took, teachers included; the only sentence that another machine writes otherwise."""
+    """The training time of all runs."""
     runs = [arm for group in results.groups for arm in group.by_seed.values()]
     own = math.fsum(arm.own.seconds for arm in runs)
     device = runs[0].stage.start.get("device", "an unknown device")
@@ -162,6 +189,51 @@ def took(results: Results) -> str:
     )
 
 
-def _number(protocol: dict[str, object], key: str) -> float:
-    value = protocol.get(key)
-    return float(value) if isinstance(value, (int, float)) else math.nan
+def charts(results: Results) -> list[list[Chart]]:
+    """Mean over the seeds against total FLOPs, the range shaded: a row a metric, a column a panel.
+
+    An arm without a panel of its own, such as the baseline, is in every one, and so is the reference.
+    """
+    study = results.study
+    panels = [p for p in dict.fromkeys(arm.panel for arm in study.arms) if p] or [""]
+    rows: list[list[Chart]] = []
+    for metric in (METRICS[METRIC], METRICS["accuracy"]):
+        values = np.concatenate([_points(group, metric.key)[1].ravel() for group in results.groups])
+        wide = metric.unit == "number" and 0 < 10 * values.min() < values.max()
+        line = []
+        for panel in panels:
+            pairs = zip(results.groups, study.arms, strict=True)
+            shown = [g for g, arm in pairs if arm.panel in ("", panel) or arm.name == study.reference]
+            curves = [_curve(group, metric.key, place) for place, group in enumerate(shown)]
+            title, x_label = (panel, "") if not rows else ("", "all training FLOPs, teacher included")
+            line.append(Chart("", title, "", x_label, "flops", metric.title, metric.unit, wide, curves))
+        rows.append(line)
+    return rows
+
+
+def _curve(group: Repeats, metric: str, place: int) -> Curve:
+    x, y = _points(group, metric)
+    colours = len(plot.COLOURS)
+    low, high = y.min(axis=0).tolist(), y.max(axis=0).tolist()
+    return Curve(group.label, x, y.mean(axis=0).tolist(), place, place // colours, low=low, high=high)
+
+
+def _points(group: Repeats, metric: str) -> tuple[list[float], np.ndarray]:
+    """Total FLOPs (n,) of an arm's evaluations and the metric (seeds, n); costs are the same for every seed."""
+    points = [arm.quality(metric, "flops") for arm in group.by_seed.values()]
+    count = min(len(x) for x, _ in points)
+    return points[0][0][:count], np.array([y[:count] for _, y in points])
+
+
+def samples(results: Results) -> list[tuple[str, Any]]:
+    """(label, image) of the first seed's last samples of every arm within the baseline's cost, from the same noise."""
+    seed = results.study.seeds[0]
+    budget = results.group(results.study.baseline).by_seed[seed].total.flops
+    found = []
+    for group in results.groups:
+        arm = group.by_seed[seed]
+        for record in arm.last_sample(budget):
+            spent = words.flops(number(record, "flops") + arm.teacher.flops)
+            with Image.open(inside(arm.run.path, record["file"])) as image:
+                found.append((f"{group.label}: step {words.count(record['step'])}, {spent} in all", np.array(image)))
+    return found

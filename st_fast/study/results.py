@@ -16,15 +16,8 @@ from st_fast.study.plan import Study, jobs
 
 METRIC = "frechet"
 PROTOCOL = (
-    "num",
-    "cfg_scale",
-    "sampler",
-    "steps",
-    "classifier_accuracy",
-    "classifier_digest",
-    "floor_frechet",
-    "floor_num",
-)
+    "num", "cfg_scale", "sampler", "steps", "classifier_accuracy", "classifier_digest", "floor_frechet", "floor_num"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,12 +75,13 @@ def as_json(results: Results) -> dict[str, Any]:
         "metric": METRIC,
         "dataset": data_digest(first.run),
         "protocol": results.protocol,
-        "verdict": [asdict(row) for row in results.rows],
+        "verdict": [{k: v for k, v in asdict(row).items() if k != "reached_seconds"} for row in results.rows],
         "arms": [
             {"name": named[g.label].name, "title": g.label, "runs": [_run(s, a) for s, a in g.by_seed.items()]}
             for g in results.groups
         ],
         "wall_clock": {
+            "reached": {row.label: row.reached_seconds for row in results.rows},
             "seconds": {g.label: [a.own.seconds for a in g.by_seed.values()] for g in results.groups},
             "device": str(first.stage.start.get("device", "")),
             "versions": first.stage.start.get("versions", {}),

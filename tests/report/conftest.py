@@ -120,7 +120,7 @@ def stage_records(
 
 
 def metrics(learnt: float) -> dict[str, Any]:
-    """What `judge_samples` would return for a model that has learnt this share of the task."""
+    """What the classifier would return for a model that has learnt this share of the task."""
     return {
         "accuracy": 0.1 + 0.87 * learnt, "frechet": 0.3 + 30 * (1 - learnt) ** 2, "floor_frechet": 0.152,
         "precision": 0.8 * learnt, "recall": 0.7 * learnt, "classifier_accuracy": 0.9944,

@@ -6,7 +6,7 @@ import pytest
 
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
-from st_fast.report.figures import costs, quality
+from st_fast.report.figures import all_figures, costs
 from st_fast.report.html import render
 
 
@@ -73,7 +73,7 @@ def test_a_start_from_another_run_costs_what_its_log_says_and_one_without_a_log_
     recipe = entry("plain") + 'init = "/nowhere/repa.pt"\n'
     unknown = read_runs([runs.custom(recipe, [end("plain", 10, 1e3, 7.0)])])
     assert not make_arms(unknown)[0].total.known
-    assert "What the model before “plain” cost isn" in render(unknown)
+    assert "The cost of a model before “plain” isn" in render(unknown)
 
 
 def test_a_teacher_without_a_log_makes_the_total_a_lower_bound(runs) -> None:
@@ -84,8 +84,8 @@ def test_a_teacher_without_a_log_makes_the_total_a_lower_bound(runs) -> None:
 
 
 def test_quality_over_total_cost_starts_where_the_teacher_ended(runs) -> None:
-    figures = {figure.key: figure for figure in quality(make_arms(read_runs([runs.two_stages()])))}
-    assert list(figures) == [f"{m}_{a}" for m in ("accuracy", "frechet") for a in ("step", "flops", "seconds")]
+    figures = {figure.key: figure for figure in all_figures(make_arms(read_runs([runs.two_stages()])))["quality"]}
+    assert list(figures) == [f"{m}_{a}" for m in ("frechet", "accuracy") for a in ("step", "flops", "seconds")]
     align, transcend = figures["frechet_flops"].curves
     per_step = runs.batch * (runs.flops + runs.teacher_flops)
     assert transcend.x == pytest.approx(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from st_fast.core.errors import UserError
 from st_fast.report import write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
-from st_fast.report.figures import quality
-from st_fast.report.svg import Axis, chart, smoothed, thinned
-from st_fast.report.words import verdict
+from st_fast.report.figures import Bars, Chart, Curve, Level, all_figures
+from st_fast.report.plot import draw, smoothed, svg, thinned
+from st_fast.report.repeats import verdict
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
 
@@ -80,42 +81,54 @@ def test_hostile_names_in_log_and_recipe_are_shown_as_text(runs) -> None:
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert "<script>alert(1)</script>" in page.text, "shown, but as text"
     assert "{{7*7}}" in page.text
-    for tag in ("img", "svg", "text", "polyline", "figure", "details", "a", "i"):
+    for tag in ("img", "svg", "text", "path", "figure", "details", "a", "i"):
         assert page.tags.count(tag) == harmless.tags.count(tag), "names add no element"
 
 
 def test_verdict_of_one_run_says_quality_limits_and_the_teachers_share(runs) -> None:
-    first, second = verdict(make_arms(read_runs([runs.two_stages()])))
-    assert "transcend" in first
-    assert "92.7\u00a0% are recognised" in first
-    assert "unseen real images: 99.4\u00a0%" in first
-    assert "0.374" in first
-    assert "0.152" in first
+    found = verdict(make_arms(read_runs([runs.two_stages()])))
+    assert found.sentence.startswith("“transcend” reaches Fréchet distance 0.374 (real images: 0.152), accuracy 92.7")
+    assert "(real images: 99.4\u00a0%)" in found.sentence
     # (600·1.5 + 1000·0.4) / (600·1.5 + 1000·1.9) of the FLOPs
-    assert "46.4\u00a0%" in second
-    assert "358\u00a0TFLOP and 3\u00a0min" in second
+    assert "358\u00a0TFLOP and 3\u00a0min, 46.4\u00a0% of the FLOPs" in found.sentence
+    assert "a single seed" in found.sentence and not found.lines
 
 
-def test_verdict_of_several_runs_names_the_best_and_counts_its_teacher(runs) -> None:
-    arms = make_arms(read_runs([runs.plain(), runs.two_stages()]))
-    first, second = verdict(arms)
-    assert first.startswith("Of 2 runs, “digits · transcend” ends best")
-    assert "only after 1.17 times its training FLOPs (358\u00a0TFLOP against 307\u00a0TFLOP)" in second
+def test_verdict_of_several_runs_compares_at_equal_cost_and_says_when_the_goal_was_reached(runs) -> None:
+    sentence = verdict(make_arms(read_runs([runs.plain(), runs.two_stages()]))).sentence
+    assert sentence.startswith("With one seed, which can't tell chance from effect, no arm beats “plain”")
+    assert "the next is “digits · transcend”" in sentence and "better in 0 of 1" in sentence
+    # 600·1.5 + 1000·1.9 of 1600·1.5 GFLOP; 1000 of 1600 steps; 60 + 120 of 160 s
+    assert "after 116.7\u00a0% of its FLOPs, 62.5\u00a0% of its steps and 112.5\u00a0% of its time" in sentence
 
 
-def test_verdict_turns_when_the_other_run_is_better(runs) -> None:
-    worse = runs.change(
-        runs.two_stages(), lambda r: r | {"metrics": r["metrics"] | {"frechet": 9.0}} if "metrics" in r else r
-    )
-    first, second = verdict(make_arms(read_runs([runs.plain(), worse])))
-    assert first.startswith("Of 2 runs, “plain” ends best")
-    assert "of its training FLOPs" in second
+def test_verdict_turns_when_the_other_run_is_better_or_never_gets_there(runs) -> None:
+    def scored(value: float) -> str:
+        run = runs.two_stages()
+        runs.change(run, lambda r: r | {"metrics": r["metrics"] | {"frechet": value}} if "metrics" in r else r)
+        return verdict(make_arms(read_runs([runs.plain(), run]))).sentence
+
+    assert "it never reaches that final score" in scored(9.0)
+    assert "“digits · transcend” is best at the cost of “plain”" in scored(0.1)
+    assert "better in 1 of 1" in scored(0.1)
+
+
+def test_without_a_plain_run_the_second_best_is_the_baseline_and_unknown_costs_are_not_compared(runs) -> None:
+    paths = [runs.two_stages("a"), runs.two_stages("b", seed=0)]
+    runs.change(paths[0], lambda r: r | {"metrics": r["metrics"] | {"frechet": 0.2}} if "metrics" in r else r)
+    recipe = paths[1] / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("cfg_scale = 3.0", "cfg_scale = 4.0"))
+    assert "“a · transcend” is best at the cost of “b · transcend”" in verdict(make_arms(read_runs(paths))).sentence
+    recipe.write_text(recipe.read_text().replace('teacher = "align"', 'teacher = "/nowhere"'))
+    found = verdict(make_arms(read_runs(paths)))
+    assert "“a · transcend” ends best" in found.sentence and "can't be compared at equal cost" in found.sentence
+    assert not found.lines
 
 
 def test_without_evaluations_nothing_is_claimed_of_quality(runs) -> None:
     run = runs.change(runs.two_stages(), lambda r: None if r["kind"] in ("eval", "sample", "end") else r)
     page = page_of(run)
-    assert "No samples were judged" in page.text
+    assert "No samples were scored" in page.text
     assert "No evaluation was logged" in page.text
     assert "img" not in page.tags
     assert "has not ended" in page.text
@@ -165,33 +178,56 @@ def test_runs_that_differ_in_more_than_their_stages_are_marked(runs) -> None:
     differing = page_of(runs.two_stages("a"), runs.plain("b", seed=3))
     assert "run.seed" in differing.text
     assert "Compare with care" in differing.text
-    judge = runs.change(
+    other = runs.change(
         runs.plain("b"), lambda r: r | {"metrics": r["metrics"] | {"classifier_digest": "cd"}} if "metrics" in r else r
     )
-    assert "Different judges" in page_of(runs.two_stages("a"), judge).text
+    assert "their classifiers differ" in page_of(runs.two_stages("a"), other).text
 
 
-def test_svg_points_lie_where_their_values_say(runs) -> None:
-    figure = next(f for f in quality(make_arms(read_runs([runs.plain()]))) if f.key == "accuracy_step")
-    drawn = [
-        (float(x), float(y))
-        for x, y in re.findall(r'<circle class="dot c0" cx="([\d.]+)" cy="([\d.]+)"', chart(figure))
-    ]
-    curve = figure.curves[0]
-    assert len(drawn) == len(curve.x) == 8
-    (x0, y0), (x1, y1) = drawn[0], drawn[-1]
-    for (px, py), x, y in zip(drawn, curve.x, curve.y, strict=True):
-        assert px == pytest.approx(x0 + (x - curve.x[0]) / (curve.x[-1] - curve.x[0]) * (x1 - x0), abs=0.1)
-        assert py == pytest.approx(y0 + (y - curve.y[0]) / (curve.y[-1] - curve.y[0]) * (y1 - y0), abs=0.1)
-    assert y1 < y0, "better is higher"
+def test_a_chart_draws_its_points_levels_rings_and_ranges() -> None:
+    curve = Curve("a $x$", [100.0, 300.0], [0.5, 0.25], 1, ringed=[1], low=[0.4, 0.2], high=[0.6, 0.3])
+    figure = Chart("k", "Title", "", "steps", "steps", "Distance", "number", True, [curve], [Level("real", 0.125)])
+    axes = draw(figure).axes[0]
+    line, ring, level = axes.lines
+    assert line.get_xydata().tolist() == [[100.0, 0.5], [300.0, 0.25]]
+    assert ring.get_xydata().tolist() == [[300.0, 0.25]] and set(level.get_ydata()) == {0.125}
+    assert axes.get_yscale() == "log" and (axes.get_xlabel(), axes.get_ylabel()) == ("steps", "Distance")
+    low, high = axes.collections[0].get_paths()[0].get_extents().intervaly
+    assert (low, high) == (0.2, 0.6)
+    assert "real: 0.125" in [text.get_text() for text in axes.texts]
+
+
+def test_bars_end_at_their_sums_and_say_them(runs) -> None:
+    figures = all_figures(make_arms(read_runs([runs.two_stages()])))["costs"]
+    for figure in figures:
+        assert isinstance(figure, Bars)
+        axes = draw(figure).axes[0]
+        ends = [bar.get_x() + bar.get_width() for bar in axes.patches[-len(figure.rows) :]]
+        assert ends == pytest.approx([sum(row.sizes) for row in figure.rows])
+    assert "358\u00a0TFLOP" in [text.get_text() for text in draw(figures[0]).axes[0].texts]
+
+
+def test_colours_of_the_page_follow_its_style_sheet_and_titles_are_escaped(runs) -> None:
+    figures = all_figures(make_arms(read_runs([runs.two_stages(), runs.plain()])))
+    style = page_of(runs.two_stages()).words
+    for figure in (one for drawn in figures.values() for one in drawn):
+        drawn = svg(figure)
+        assert not re.findall(r"(?:stroke|fill): #(?!f{6})[0-9a-f]{6}", drawn), "a colour that dark mode can't change"
+        for name in set(re.findall(r"var\((--\w+)\)", drawn)):
+            assert any(f"{name}: #" in text for text in style)
+    chart = figures["quality"][0]
+    assert "<b>" not in svg(replace(chart, title="<b>", curves=[replace(chart.curves[0], label="<b>")]))
 
 
 @pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("unit", ["number", "percent", "steps", "flops", "seconds"])
 @pytest.mark.parametrize(("low", "high"), [(0.13, 0.14), (1.0, 1.0), (0.02, 900.0), (3e14, 9e17), (1e-9, 1e9)])
-def test_ticks_lie_inside_their_axis_and_are_few(low: float, high: float, log: bool) -> None:
-    ticks = Axis(low, high, 0, 100, log).ticks()
-    assert 1 <= len(ticks) <= 7
-    assert all(low - 1e-9 * high <= tick <= high * (1 + 1e-9) for tick in ticks)
+def test_ticks_are_few_whatever_is_drawn(low: float, high: float, log: bool, unit: str) -> None:
+    figure = Chart("k", "t", "", "x", unit, "y", unit, log, [Curve("a", [low, high], [low, high], 0)])
+    axes = draw(figure).axes[0]
+    for axis, (start, end) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        inside = [tick for tick in axis.get_majorticklocs() if start <= tick <= end]
+        assert 1 <= len(inside) <= 8
 
 
 def test_long_series_are_thinned_to_means_and_smoothing_keeps_a_line_straight() -> None:
@@ -286,7 +322,7 @@ def test_chromium_draws_the_page_without_a_complaint_and_nothing_is_wider_than_t
     hostile = runs.plain("<img src=x onerror=boom()>")
     paths = [add_probe(runs.two_stages()), hostile, runs.two_stages("seed1", 1), runs.plain("plain1", 1)]
     out = write_report(paths, out=tmp_path / "page.html", seeds_declared=True)
-    probe = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg polyline').length"
+    probe = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg path').length"
     html = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
     out.write_text(html.replace("</body>", f"<script>parent.postMessage({probe}, '*')</script></body>"))
     # A window of Chromium is at least 500 pixels wide; a frame in it may be as narrow as a phone.

@@ -11,9 +11,7 @@ from st_fast.report import write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.fairness import unfair
-from st_fast.report.repeats import at_budget, choose_baseline, group_by_seed, rows, spread
-from st_fast.report.verdict_table import in_words, verdict_table
-from st_fast.report.words import heads, verdict
+from st_fast.report.repeats import at_budget, choose_baseline, compared, group_by_seed, heads, rows, spread, verdict
 from tests.report.test_report_page import Page
 
 
@@ -45,7 +43,7 @@ def two_arms_three_seeds(runs):
 
 def found_rows(runs):
     groups = group_by_seed(heads(make_arms(read_runs(two_arms_three_seeds(runs)))))
-    return rows(groups, choose_baseline(groups), "frechet")
+    return rows(groups, choose_baseline(groups, []), "frechet")
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_arm(runs) -> None:
@@ -87,20 +85,20 @@ def test_spread_is_the_mean_and_the_sample_deviation() -> None:
 
 
 def test_the_table_says_it_with_spread_and_counts(runs) -> None:
-    table = in_words(found_rows(runs), "frechet")
+    table = compared(found_rows(runs), "frechet")
     plain, taught = table.lines
     assert plain[1] == "3 ± 1"
     assert taught[3] == "2 of 3"
-    assert re.fullmatch(r"(.*) \((.*) to (.*)\), 2 of 3", taught[6])
+    assert re.fullmatch(r"(.*) \((.*) to (.*); 2 of 3\)", taught[6])
     first, second = (100 * (600 * 1.5 + step * 1.9) / (1600 * 1.5) for step in (400, 800))
     assert f"{(first + second) / 2:.1f}" in taught[6] and f"{first:.1f}" in taught[6] and f"{second:.1f}" in taught[6]
 
 
 def test_one_run_an_arm_has_a_verdict_without_spread(runs) -> None:
-    table = verdict_table(make_arms(read_runs([runs.plain(), runs.two_stages()])))
+    table = verdict(make_arms(read_runs([runs.plain(), runs.two_stages()])))
     assert [line[0] for line in table.lines] == ["plain", "digits · transcend"]
     assert not any("±" in cell for line in table.lines for cell in line)
-    assert verdict_table(make_arms(read_runs([runs.two_stages()]))) is None, "nothing to compare with"
+    assert verdict(make_arms(read_runs([runs.two_stages()]))).lines == [], "nothing to compare with"
 
 
 def test_seeds_are_ranked_only_where_they_were_declared(runs) -> None:
@@ -109,13 +107,13 @@ def test_seeds_are_ranked_only_where_they_were_declared(runs) -> None:
     assert unfair(logs, seeds_declared=True) == []
     assert "run.seed" in unfair(logs)[0]
     page = Page(write_report(paths, out=paths[0] / "page.html").read_text())
-    assert "Not a fair comparison" in page.text and "The verdict" not in page.text
-    assert verdict(make_arms(logs), unfair(logs))[0].startswith("These runs can't be ranked")
+    assert "Not a fair comparison" in page.text and "“At equal cost”" not in page.text
+    assert verdict(make_arms(logs), unfair(logs)).sentence.startswith("These runs can't be ranked")
     page = Page(write_report(paths, out=paths[0] / "page.html", seeds_declared=True).read_text())
-    assert "The verdict" in page.text and "3 ± 1" in page.text and "Not a fair comparison" not in page.text
+    assert "“At equal cost”" in page.text and "3 ± 1" in page.text and "Not a fair comparison" not in page.text
     assert "Compare with care" not in page.text
     assert "Over 3 seeds, no arm beats “plain” (Fréchet distance 3 ± 1) at its cost" in page.text
-    assert page.text.count("Stage 2: learning from oneself") == 1, "once, not once a seed"
+    assert page.text.count("Stage 2: Self-Transcendence") == 1, "once, not once a seed"
 
 
 def test_arms_that_differ_in_their_outside_teacher_are_not_one_arm(runs) -> None:

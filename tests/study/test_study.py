@@ -97,7 +97,8 @@ def test_the_page_has_table_pictures_and_its_own_place(killed_and_resumed) -> No
         for seed in (0, 1)
     }
     worse = sum(last["random", seed] > last["omega5", seed] for seed in (0, 1))
-    assert re.search(rf"- random: ends .* it, worse in {worse} of 2 seeds\.", text)
+    found = re.search(r"equal steps of the new model \| random \| ω = 5 \| .* (higher|lower) .* \| (\d) of 2 \|", text)
+    assert found is not None and int(found[2]) == (worse if found[1] == "higher" else 2 - worse)
     for link in ("study/tiny-quality.png", "study/tiny-samples.png"):
         assert link in text and (page.parent / link).stat().st_size > 5_000
     assert "study/tiny.json" in text

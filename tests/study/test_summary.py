@@ -1,4 +1,4 @@
-"""What a study's page says in short follows from its runs: which way, how much, in how many seeds, at what price."""
+"""A study's page follows from its runs: which way, how much, in how many seeds, at what cost."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
-from st_fast.study.page import body
+from st_fast.study.page import at_step, body, certainty, charts, comparisons, difference, price
 from st_fast.study.plan import read_study
 from st_fast.study.results import METRIC, Results
-from st_fast.study.summary import at_step, certainty, difference, in_short
 from tests import pixels
 from tests.report.conftest import ALIGN, BATCH, RECIPE, plain, stage_records, two_stages, write_run
 
@@ -44,32 +43,45 @@ def results(tmp_path_factory) -> Results:
     return Results(replace(read_study(path), seeds=SEEDS), groups, rows(groups, groups[0], METRIC))
 
 
-def test_each_paragraph_says_what_the_runs_say(results):
-    said = in_short(results)
-    assert [re.match(r"\*\*(.*?)[:,?]?\*\*", text)[1] for text in said] == [
-        "Stage 1 bought", "Stage 2 bought", "Counted in steps of the new model alone", "The price",
-        "Is it what the teacher knows", "How sure",
-    ]  # fmt: skip
+def test_each_comparison_says_what_the_runs_say(results):
+    told = {line[:3]: line[3:] for line in comparisons(results)}
+    assert list(told) == [
+        *[line for line in told if line[0] == "equal FLOPs" and line[2] == "plain SiT"],
+        ("equal FLOPs", "ω = 5", "stage 1 alone"),
+        ("equal steps of the new model", "ω = 5", "plain SiT"),
+        ("equal steps of the new model", "random", "ω = 5"),
+    ]
     rows_of = {row.label: row for row in results.rows}
     base, taught = rows_of["plain SiT"], rows_of["ω = 5"]
     gap = statistics.fmean(a - b for a, b in zip(taught.at_cost, base.final, strict=True))
     assert gap > 0, "the made-up stage 2 doesn't make up for its teacher"
-    assert re.search(rf": {gap:.3g} ± \S+ higher \(worse\) than “plain SiT”, in 3 of 3 seeds; ", said[1])
+    words, seeds = told["equal FLOPs", "ω = 5", "plain SiT"]
+    assert re.fullmatch(rf"{gap:.3g} ± \S+ higher \(worse\)", words) and seeds == "3 of 3"
     run = results.group("omega5").by_seed[0]
     share = f"{100 * run.teacher.flops / run.total.flops:.1f}\u00a0%"
-    assert f"{share} of the FLOPs of “ω = 5” trained its teacher" in said[3]
-    assert "Controls, whose teachers know less or nothing: “random” ends" in said[4]
-    assert "all 3 agree on a sign in 25.0\u00a0% of comparisons, and 3 arms" in said[5]
+    assert f"{share} of the FLOPs of “ω = 5” trained its teacher" in price(results)
+    assert "all 3 seeds agree on a sign in 25.0\u00a0% of comparisons, and 3 arms" in certainty(results)
 
 
-def test_a_stage_that_buys_nothing_is_said_to_be_worse():
-    assert difference([3.0, 4.0], [1.0, 1.0], "plain") == "2.5 ± 0.707 higher (worse) than “plain”, in 2 of 2 seeds"
-    assert difference([1.0, 4.0, 0.0], [2.0, 1.0, 9.0], "x").endswith("lower (better) than “x”, in 2 of 3 seeds")
+def test_a_difference_says_its_direction_and_the_seeds_that_agree():
+    assert difference([3.0, 4.0], [1.0, 1.0]) == ("2.5 ± 0.707 higher (worse)", "2 of 2")
+    words, seeds = difference([1.0, 4.0, 0.0], [2.0, 1.0, 9.0])
+    assert words.endswith("lower (better)") and seeds == "2 of 3"
 
 
 def test_one_seed_is_said_to_prove_nothing(results):
-    base = replace(results.rows[0], seeds=[0])
-    assert "not at all: one seed" in certainty(results, base)
+    one = replace(results, rows=[replace(results.rows[0], seeds=[0]), *results.rows[1:]])
+    assert certainty(one).startswith("none: with one seed")
+
+
+def test_curves_are_means_with_their_range_and_the_reference_is_in_every_panel(results):
+    (frechet, teachers), accuracy = charts(results)
+    assert [chart.title for chart in (frechet, teachers)] == ["ω", "teacher"] and len(accuracy) == 2
+    assert {"plain SiT", "ω = 5"} <= {curve.label for curve in teachers.curves}
+    curve, arms = frechet.curves[0], results.group("plain").by_seed.values()
+    scores = np.array([arm.quality(METRIC, "flops")[1] for arm in arms])
+    assert curve.y == pytest.approx(scores.mean(axis=0))
+    assert (curve.low, curve.high) == (scores.min(axis=0).tolist(), scores.max(axis=0).tolist())
 
 
 @pytest.mark.parametrize(("step", "share"), [(200, 0.0), (300, 0.5), (400, 1.0)])
@@ -84,9 +96,10 @@ def test_the_page_begins_with_what_was_bought_and_ends_with_what_it_took(results
     for group in results.groups:
         for arm in group.by_seed.values():
             arm.stage.evals[-1]["metrics"] |= {"sampler": "heun", "steps": 10}
-    text = body(results, ["study/tiny-quality.png"])
+    text = body(results, "study", with_samples=False)
     places = [text.index(part) for part in (
-        "## Tiny", "- **Stage 1 bought:**", "- **How sure:**", "### How it was done", "(heun, 10 steps, guidance 1.9)",
-        "### The verdict", "| ω = 5 |", "### Every arm", "- random: ends", "study/tiny-quality.png", "12 runs on cpu",
+        "## Tiny", "- Over 3 seeds, ", "- **Certainty:**", "### How it was done", "(heun, 10 steps, guidance 1.9)",
+        "### The verdict", "| ω = 5 |", "### Every comparison", "| equal FLOPs | random |",
+        "Controls, whose teachers know less or nothing: “random”", "study/tiny-quality.png", "12 runs on cpu",
     )]  # fmt: skip
     assert places == sorted(places)

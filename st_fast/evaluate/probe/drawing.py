@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from st_fast.evaluate.probe.examine import Findings
 from st_fast.evaluate.probe.measures import pca_colours
 from st_fast.evaluate.probe.subjects import Subject
-from st_fast.report.export import COLOURS, literal
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from st_fast.report import plot
+from st_fast.report.figures import Chart, Curve
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What is drawn: models, what was found in them, at which times, and the clean images (n, H, W, 3)."""
+    """Models, what was found in them at which times, and the clean images (n, H, W, 3)."""
 
     subjects: Sequence[Subject]
     found: Sequence[Findings]
@@ -33,141 +31,88 @@ class Drawn:
 
 
 def draw_all(folder: Path, drawn: Drawn) -> list[dict[str, str]]:
-    """Writes every figure; returns file, title and caption of each, in the order in which they tell their story."""
-    at = f"t = {drawn.times[drawn.middle]:g}"
+    """Writes every figure; returns file, title and caption of each."""
+    at, found = f"t = {drawn.times[drawn.middle]:g}", drawn.found
+    models = [(s.label, _pictures(f.blocks, f.tokens[drawn.middle], drawn.clean))
+              for s, f in zip(drawn.subjects, found, strict=True)]  # fmt: skip
     pages = [
         (
-            "knows.png", knows(drawn), "What each block knows of the class",
-            "Accuracy of a linear classifier on each block's mean-pooled features, on held-out images, the model not "
-            "told the class. From little noise (t near 0) to almost nothing but noise (t near 1). Rings mark the block "
-            "that extra supervision reads: higher there means that the shallow blocks know earlier.",
+            "knows.png", plot.sheet([_accuracy(drawn)], 2.6, 3.4), "Linear-probe accuracy by block",
+            "Accuracy of a linear classifier on each block's mean-pooled features of held-out images, without the "
+            "class label, from little noise (t near 0) to almost only noise (t near 1). Rings mark the block that "
+            "supervision reads: higher there means that shallow blocks carry the class earlier.",
         ),
         (
-            "patches.png", patches(drawn), f"What the patches look like to each block, {at}",
-            "Three principal components of each block's patch features as red, green and blue, for the same noisy "
-            "images, which stand left of them. Where strokes and background take different colours, the block "
-            "tells them apart through the noise.",
+            "patches.png", plot.pictures(models, 1.05), f"Principal components of the patch features, {at}",
+            "Three principal components of each block's patch features as red, green and blue, for the noisy versions "
+            "of the images on the left. Where strokes and background differ in colour, the block tells them apart.",
         ),
         (
-            "alignment.png", alignment(drawn), f"How alike blocks are, {at}",
-            "Linear CKA between the patch features of two blocks: 1 is the same up to rotation and scale. A shallow "
-            "block that resembles the deep ones, or its teacher's, has less left to do.",
+            "alignment.png", _alignment(drawn), f"Similarity of blocks (CKA), {at}",
+            "Linear CKA between the patch features of two blocks: 1 is equal up to rotation and scale. A shallow "
+            "block that resembles deep ones, or its teacher's, has less left to do.",
         ),
         (
-            "velocity_loss.png", velocity_loss(drawn), "Held-out denoising loss by time",
-            "Mean squared error of the velocity on held-out images with their labels, in bins of t; the same noise for "
-            "every model. Lower is better.",
+            "velocity_loss.png", plot.draw(_velocity_loss(drawn), title=False), "Held-out denoising loss by time",
+            "Mean squared error of the velocity on held-out images with their labels, in bins of t, with the same "
+            "noise for every model. Lower is better.",
         ),
     ]  # fmt: skip
-    for number, subject in enumerate(drawn.subjects):
-        pages.append(
-            (
-                f"patches-{number}.png", patches_by_time(drawn, number), f"Patches by block and time: {subject.label}",
-                "As above for one model: a row a time, a column a block.",
-            )
-        )  # fmt: skip
+    for number, (subject, one) in enumerate(zip(drawn.subjects, found, strict=True)):
+        by_time = [(f"t = {t:g}", _pictures(one.blocks, tokens, drawn.clean))
+                   for t, tokens in zip(drawn.times, one.tokens, strict=True)]  # fmt: skip
+        title = f"Principal components by block and time: {subject.label}"
+        pages.append((f"patches-{number}.png", plot.pictures(by_time, 1.05), title, "A row a time, a column a block."))
     for name, figure, _, _ in pages:
-        figure.savefig(folder / name, dpi=140)
+        plot.save(figure, folder / name)
     return [{"file": name, "title": title, "caption": caption} for name, _, title, caption in pages]
 
 
-def knows(drawn: Drawn) -> Figure:
-    """Linear-probe accuracy by block: a panel a time, a line a model."""
-    figure = _canvas(2.6 * len(drawn.times) + 0.6, 3.4)
-    panels = figure.subplots(1, len(drawn.times), sharey=True, squeeze=False)[0]
-    for place, (axes, t) in enumerate(zip(panels, drawn.times, strict=True)):
-        for number, (subject, found) in enumerate(zip(drawn.subjects, drawn.found, strict=True)):
-            y, colour = found.accuracy[place], _colour(number)
-            axes.plot(found.blocks, y, marker="o", markersize=3.5, color=colour, label=literal(subject.label))
-            for tap in subject.supervised:
-                axes.plot(tap, y[found.blocks.index(tap)], "o", markersize=11, mfc="none", mec=colour, mew=1.4)
-        axes.set_title(f"t = {t:g}", fontsize="medium")
-        axes.set_xlabel("block (0: input)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(axes)
-    panels[0].set_ylabel("linear-probe accuracy")
-    panels[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    panels[-1].legend(frameon=False, fontsize="small")
-    return figure
+def _accuracy(drawn: Drawn) -> list[Chart]:
+    """Linear-probe accuracy by block: a chart a time, a curve a model, the supervised blocks ringed."""
+    charts = []
+    for place, t in enumerate(drawn.times):
+        curves = [
+            Curve(s.label, [float(block) for block in f.blocks], f.accuracy[place], number,
+                  ringed=[f.blocks.index(tap) for tap in s.supervised])
+            for number, (s, f) in enumerate(zip(drawn.subjects, drawn.found, strict=True))
+        ]  # fmt: skip
+        charts.append(
+            Chart("", f"t = {t:g}", "", "block (0: input)", "number", "linear-probe accuracy", "percent", False, curves)
+        )
+    return charts
 
 
-def velocity_loss(drawn: Drawn) -> Figure:
-    """Held-out loss by bin of t, a line a model."""
-    figure = _canvas(6.4, 3.8)
-    axes = figure.subplots()
+def _velocity_loss(drawn: Drawn) -> Chart:
+    """Held-out loss by bin of t, a curve a model."""
+    curves = []
     for number, (subject, found) in enumerate(zip(drawn.subjects, drawn.found, strict=True)):
         centres = (np.arange(len(found.loss)) + 0.5) / len(found.loss)
-        axes.plot(centres, found.loss, marker="o", markersize=4, color=_colour(number), label=literal(subject.label))
-    axes.set_xlabel("t (0: data, 1: noise)")
-    axes.set_ylabel("held-out denoising loss")
-    axes.legend(frameon=False, fontsize="small")
-    _tidy(axes)
-    return figure
+        curves.append(Curve(subject.label, centres.tolist(), found.loss, number))
+    label = "t (0: data, 1: noise)"
+    return Chart("velocity_loss", "", "", label, "number", "held-out denoising loss", "number", False, curves)
 
 
-def alignment(drawn: Drawn) -> Figure:
+def _alignment(drawn: Drawn) -> Figure:
     """CKA between blocks: a panel a model, and one more for each model whose teacher is here too."""
     panels: list[tuple[str, str, str, list[int], list[int], Any]] = []
     for subject, found, values in zip(drawn.subjects, drawn.found, drawn.alignments, strict=True):
         panels.append((subject.label, "block", "block", found.blocks, found.blocks, values["cka"]))
         other = values["with_teacher"]
         if other:
-            title = f"{subject.label} and its teacher"
-            panels.append(
-                (title, "its block", f"block of {other['teacher']}", found.blocks, other["blocks"], other["cka"])
-            )
-    figure = _canvas(3.3 * len(panels) + 0.6, 3.6)
-    lowest = min(value for *_, values in panels for line in values for value in line if value is not None)
-    for axes, (title, y, x, rows, columns, values) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        image = axes.imshow(
-            np.array(values, float), vmin=np.floor(10 * lowest) / 10, vmax=1, cmap="viridis", origin="lower"
-        )
-        axes.set_title(literal(title), fontsize="medium")
-        axes.set_xlabel(literal(x))
-        axes.set_ylabel(y)
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_yticks(range(len(rows)), rows)
-    figure.colorbar(image, ax=figure.axes, shrink=0.8, label="CKA")
-    return figure
+            title, x = f"{subject.label} and its teacher", f"block of {other['teacher']}"
+            panels.append((title, "its block", x, found.blocks, other["blocks"], other["cka"]))
+    return plot.heat_maps(panels, "CKA")
 
 
-def patches(drawn: Drawn) -> Figure:
-    """PCA pictures: a row a model, a column a block, at the middle time."""
-    rows = [
-        (subject.label, found.blocks, found.tokens[drawn.middle])
-        for subject, found in zip(drawn.subjects, drawn.found, strict=True)
-    ]
-    return _pictures(drawn, rows)
-
-
-def patches_by_time(drawn: Drawn, number: int) -> Figure:
-    """PCA pictures of one model: a row a time, a column a block."""
-    found = drawn.found[number]
-    rows = [(f"t = {t:g}", found.blocks, tokens) for t, tokens in zip(drawn.times, found.tokens, strict=True)]
-    return _pictures(drawn, rows)
-
-
-def _pictures(drawn: Drawn, rows: Sequence[tuple[str, list[int], Any]]) -> Figure:
-    columns = max(len(blocks) for _, blocks, _ in rows) + 1
-    figure = _canvas(1.15 * columns + 0.9, 1.25 * len(rows) + 0.4)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, (line, (name, blocks, tokens)) in enumerate(zip(grid, rows, strict=True)):
-        line[0].imshow(_tiled(drawn.clean))
-        line[0].set_title("" if number else "images", fontsize="small")
-        line[0].text(-0.08, 0.5, literal(name), transform=line[0].transAxes, rotation=90, va="center", ha="right",
-                     fontsize="small")  # fmt: skip
-        for axes, block, stream in zip(line[1:], blocks, tokens, strict=False):
-            side = round(stream.shape[1] ** 0.5)
-            axes.imshow(
-                _tiled(pca_colours(stream)[: len(drawn.clean)].reshape(-1, side, side, 3)), interpolation="nearest"
-            )
-            heading = f"block {block}" if block else "input"
-            axes.set_title("" if number and blocks == rows[0][1] else heading, fontsize="small")
-    return figure
+def _pictures(blocks: Sequence[int], tokens: Sequence[NDArray[Any]], clean: NDArray[Any]) -> list[tuple[str, Any]]:
+    """A row of pictures: the clean images, then each block's patches (n, N, D) as colours."""
+    row = [("images", _tiled(clean))]
+    for block, stream in zip(blocks, tokens, strict=True):
+        side = round(stream.shape[1] ** 0.5)
+        colours = pca_colours(stream)[: len(clean)].reshape(-1, side, side, 3)
+        row.append((f"block {block}" if block else "input", _tiled(colours)))
+    return row
 
 
 def _tiled(pictures: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -180,18 +125,3 @@ def _tiled(pictures: NDArray[np.floating]) -> NDArray[np.floating]:
         top, left = number // 2 * (size + gap), number % 2 * (size + gap)
         sheet[top : top + size, left : left + size] = one
     return sheet
-
-
-def _canvas(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
