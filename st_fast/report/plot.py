@@ -98,7 +98,7 @@ def sheet(charts: Sequence[Sequence[Chart]], width: float, height: float) -> Can
         grid = canvas.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
         for line, drawn in zip(grid, charts, strict=True):
             for axes, one in zip(line, drawn, strict=True):
-                chart(axes, one)
+                chart(axes, one, drawn)
                 axes.label_outer()
                 axes.tick_params(axis="x", labelsize="small")
         canvas.align_ylabels()
@@ -110,22 +110,27 @@ def sheet(charts: Sequence[Sequence[Chart]], width: float, height: float) -> Can
         return canvas
 
 
-def chart(axes: Axes, figure: Chart) -> None:
-    """Curves with their axes, units and levels; no title and no legend."""
+def chart(axes: Axes, figure: Chart, row: Sequence[Chart] = ()) -> None:
+    """Curves with their axes, units and levels; no title and no legend. `row`: charts that share its y axis."""
     for curve in figure.curves:
         _curve(axes, curve)
-    values = [y for curve in figure.curves for y in (*curve.y, *curve.low, *curve.high)]
-    values += [level.y for level in figure.levels]
+    values = [
+        y
+        for one in row or [figure]
+        for ys in ([level.y for level in one.levels], *((*curve.y, *curve.low, *curve.high) for curve in one.curves))
+        for y in ys
+    ]
     low, high = min(values), max(values)
     if figure.log_y and low > 0:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_locator(_log_ticks(low, high))
+        air = max(0.05 * math.log10(high / low), 0.02)
+        axes.set_ylim(low / 10**air, high * 10**air)
     else:
-        axes.set_ylim(bottom=min(0.0, low))
+        bottom, top = min(0.0, low), 1.0 if figure.y_unit == "percent" and 0.5 < high <= 1 else high
         axes.yaxis.set_major_locator(_ticks())
-        if figure.y_unit == "percent":
-            axes.set_ylim(top=max(high, 1.02 if high > 0.5 else max(1.15 * high, 0.05)))
+        axes.set_ylim(bottom, top + 0.06 * (top - bottom) or 1.0)
     for level in figure.levels:
         axes.axhline(level.y, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
         below = axes.transLimits.transform(axes.transScale.transform((0, level.y)))[1] > 0.9
@@ -134,7 +139,8 @@ def chart(axes: Axes, figure: Chart) -> None:
             color=SOFT, xycoords=axes.get_yaxis_transform(), textcoords="offset points",
         )  # fmt: skip
     axes.yaxis.set_major_formatter(FuncFormatter(_tick_text(figure.y_unit)))
-    axes.set_xlim(left=min(0.0, *(x for curve in figure.curves for x in curve.x)))
+    if figure.x_unit != "number":
+        axes.set_xlim(left=0)
     _x_axis(axes.xaxis, figure.x_unit, max(x for curve in figure.curves for x in curve.x))
     axes.set(xlabel=figure.x_label, ylabel=figure.y_label)
 

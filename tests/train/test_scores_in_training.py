@@ -76,13 +76,13 @@ def test_classifier_and_inception_look_at_the_same_samples_and_keep_their_own_na
     metrics = record["metrics"]
     assert {"accuracy", "frechet", "precision", "fid", "inception_precision"} <= metrics.keys()
     page = write_report([out], out=out / "r.html").read_text()
-    assert ">FID<" in page and "FID, by total FLOPs" in page and "at an FID of" in page
+    assert ">FID<" in page and "FID over total FLOPs" in page and "“plain” reaches FID " in page
 
 
 def test_runs_with_fid_are_ranked_by_it_and_not_where_its_yardstick_differs(runs_with_fid):
     first, second, other = runs_with_fid
     page = write_report([first, second], out=first.parent / "r.html").read_text()
-    assert "“better · transcend” ends best with FID 5" in page and "Final FID" in page
+    assert "no arm beats “plain” (FID 6.25) at its cost" in page and "Final FID" in page
     page = write_report([first, other], out=first.parent / "r.html").read_text()
     assert "can&#39;t be ranked: their FID references differ" in page
 
