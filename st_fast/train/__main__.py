@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
@@ -30,16 +29,6 @@ from st_fast.recipe.schema import SECTIONS
 
 CARD_BYTES = 78 * 2**30
 """What an 80 GB card leaves to a process, about: for a plan where there is no GPU."""
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The command line of `st_fast.train`."""
-
-    recipe: str
-    overrides: tuple[str, ...]
-    dry_run: bool
-    accept_changes: bool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,30 +47,28 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str]) -> Arguments | None:
-    """None if help was asked for. UserError for anything that is not a flag, an override or the one recipe."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        return None
-    flags = {"--dry-run", "--accept-changes"}
-    overrides = tuple(a for a in arguments if a.startswith("--") and a not in flags)
+def parse(arguments: Sequence[str]) -> tuple[str, list[str], set[str]]:
+    """The recipe, the overrides and the flags. UserError for anything else."""
+    flags = {"--dry-run", "--accept-changes"} & set(arguments)
+    overrides = [a for a in arguments if a.startswith("--") and a not in flags]
     recipes = [a for a in arguments if not a.startswith("--")]
     if len(recipes) != 1:
         raise UserError(f"expected one recipe, got {len(recipes)}: {' '.join(recipes) or 'none'}")
-    return Arguments(recipes[0], overrides, "--dry-run" in arguments, "--accept-changes" in arguments)
+    return recipes[0], overrides, flags
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
-    parsed = parse(arguments)
-    if parsed is None:
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(parser().format_help())
         return
-    recipe = load(parsed.recipe, parsed.overrides, rank_count())
-    if parsed.dry_run:
+    path, overrides, flags = parse(arguments)
+    recipe = load(path, overrides, rank_count())
+    if "--dry-run" in flags:
         print(to_toml(recipe), end="")
         print(summary(recipe, rank_count()))
         return
-    check_unchanged(recipe, parsed.accept_changes)
+    check_unchanged(recipe, "--accept-changes" in flags)
     from st_fast.train.run import run  # torch is imported only once the recipe is known to be right
 
     run(recipe)

@@ -1,9 +1,9 @@
-"""What this machine can do for st_fast: versions, devices, kernels, attention, loaders, profilers; and why not.
+"""Lists what this machine offers: versions, devices, kernels, attention, loaders and profilers, or why it does not.
 
 python -m st_fast doctor
-python -m st_fast doctor --measure          also the rates that MFU and kernels are held against, some seconds
-python -m st_fast doctor --json             the same for programs
-python -m st_fast doctor --plan --help      step times from 1 to 64 GPUs, on paper
+python -m st_fast doctor --measure          also the rates that MFU and kernels are compared with; takes seconds
+python -m st_fast doctor --json             the same as JSON
+python -m st_fast doctor --plan --help      step times on 1 to 64 GPUs, estimated
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from st_fast.train import adamw, log, memory, plan
 from st_fast.train.profiling import UNDER_NSYS
 
 Rows = dict[str, str]
-"""What → how it stands."""
+"""Name → state."""
 
 PACKAGES = {
     "torch": "torch", "triton": "triton", "numpy": "numpy", "safetensors": "safetensors",
@@ -39,7 +39,7 @@ PACKAGES = {
     "torchao": "torchao", "diffusers": "diffusers", "transformers": "transformers", "torchdiffeq": "torchdiffeq",
     "datasets": "datasets", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
 }  # fmt: skip
-"""By the names that people use, those of the package index."""
+"""Common name → name on the package index."""
 HEAD_SIZES = (64, 72)
 """Of S/2, B/2 and L/2; of XL/2."""
 
@@ -64,27 +64,20 @@ def _version(package: str) -> str | None:
 
 def devices() -> Rows:
     """The host, and every GPU with its memory and what it multiplies."""
-    host = (
-        f"{torch.get_num_threads()} threads of {os.cpu_count()}, {memory.capacity(torch.device('cpu')) / 2**30:.1f} GiB"
-    )
-    rows = {f"cpu: {cpu_name()}": host}
+    gibibytes = memory.capacity(torch.device("cpu")) / 2**30
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    rows = {f"cpu: {name}": f"{torch.get_num_threads()} threads of {os.cpu_count()}, {gibibytes:.1f} GiB"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        major, minor = properties.major, properties.minor
-        fp8 = "fp8" if (major, minor) >= LEAST_CAPABILITY else "no fp8 (needs 8.9)"
-        rows[f"cuda:{index}: {properties.name}"] = (
-            f"{properties.total_memory / 2**30:.1f} GiB, compute capability {major}.{minor}, {fp8}"
-        )
+        capability = (properties.major, properties.minor)
+        fp8 = "fp8" if capability >= LEAST_CAPABILITY else "no fp8 (needs 8.9)"
+        size = f"{properties.total_memory / 2**30:.1f} GiB"
+        rows[f"cuda:{index}: {properties.name}"] = "{}, compute capability {}.{}, {}".format(size, *capability, fp8)
     if not torch.cuda.device_count():
         rows["cuda"] = "no GPU found: fp8, CUDA graphs and side streams need one"
     return rows
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def implementations(device: torch.device) -> Rows:
@@ -104,7 +97,7 @@ def implementations(device: torch.device) -> Rows:
 
 
 def attention(device: torch.device) -> Rows:
-    """Every backend at both head sizes, compared with float64 as before training, and which one "auto" takes."""
+    """Every backend at both head sizes, compared with float64 as before training, and the one that "auto" takes."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = {}
     for head in HEAD_SIZES:
@@ -119,7 +112,7 @@ def attention(device: torch.device) -> Rows:
 
 
 def loaders(device: torch.device) -> Rows:
-    """The loaders, and what the teacher and the step may use beside them."""
+    """Which loaders can be used."""
     missing = dali_missing()
     where = "the GPU's" if device.type == "cuda" else "the host's"
     return {
@@ -130,22 +123,20 @@ def loaders(device: torch.device) -> Rows:
 
 
 def step(device: torch.device) -> Rows:
-    """What overlaps, captures and profiles a step."""
+    """What may overlap, capture and profile a step."""
     cuda = device.type == "cuda"
-    nsys, ncu = shutil.which("nsys"), shutil.which("ncu")
+    nsys = shutil.which("nsys") or "not found: --profile.tool=torch"
     return {
-        "teacher on a side stream": "available"
-        if cuda
-        else 'needs CUDA (run.streams = "auto": the same order on one queue)',
+        "teacher on a side stream": "available" if cuda else "needs CUDA (the same order on one queue)",
         "CUDA graphs": "available" if cuda else "needs CUDA",
         "torch.compile": "on by default" if cuda else "off by default here (--run.compile=on)",
-        "nsys": (nsys or "not found: --profile.tool=torch") + (", started us" if os.environ.get(UNDER_NSYS) else ""),
-        "ncu": ncu or "not found",
+        "nsys": nsys + (", this process runs under it" if os.environ.get(UNDER_NSYS) else ""),
+        "ncu": shutil.which("ncu") or "not found",
     }
 
 
 def rates(device: torch.device) -> Rows:
-    """Measured: what MFU and the kernels' shares are of."""
+    """The measured rates that MFU and kernels are compared with."""
     dtypes = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32,)
     rows = {"copy, read + written": f"{log.copy_rate(device) / 1e9:,.1f} GB/s"}
     for dtype in dtypes:
@@ -157,17 +148,15 @@ def rates(device: torch.device) -> Rows:
 def findings(measure: bool) -> dict[str, Rows]:
     """Everything, by section."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sections: dict[str, Callable[[], Rows]] = {
-        "versions": versions,
-        "devices": devices,
-        f"kernels on {device.type}": lambda: implementations(device),
-        f"attention on {device.type}": lambda: attention(device),
-        "loaders": lambda: loaders(device),
-        "the step": lambda: step(device),
+    sections = {
+        "versions": versions(),
+        "devices": devices(),
+        f"kernels on {device.type}": implementations(device),
+        f"attention on {device.type}": attention(device),
+        "loaders": loaders(device),
+        "the step": step(device),
     }
-    if measure:
-        sections[f"measured on {device.type}"] = lambda: rates(device)
-    return {title: section() for title, section in sections.items()}
+    return sections | ({f"measured on {device.type}": rates(device)} if measure else {})
 
 
 def parser() -> argparse.ArgumentParser:

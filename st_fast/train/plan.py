@@ -1,12 +1,12 @@
-"""On paper: a stage's step time and images/s on 1 to 64 GPUs, from measured compute, gradient bytes and link bandwidth.
+"""Estimates a stage's step time and images/s on 1 to 64 GPUs from measured speed, gradient bytes and link bandwidth.
 
     python -m st_fast doctor --plan recipes/sit_xl.toml --images-per-s 700
     python -m st_fast doctor --plan recipes/sit_xl.toml --run runs/sit_xl --network 22
 
-The global batch is the recipe's, whatever the number of GPUs, so compute shrinks with them and traffic does not.
+The global batch is the recipe's, whatever the number of GPUs: compute shrinks with them and traffic does not.
 DDP: the weights on every GPU; gradients summed over a ring, overlapped with the backward pass but for the last bucket.
-FSDP2: weights, optimiser and EMA in shards; weights gathered for forward and backward, gradients scattered.
-The trainer runs DDP, or FSDP2 with run.sharding = "fsdp2", which sends more and saves memory and the update's time.
+FSDP2 (run.sharding = "fsdp2"): weights, optimiser and EMA in shards; weights gathered for forward and backward,
+gradients scattered. It sends more, and saves memory and the update's time.
 Optimistic: latencies are left out, and a GPU is as efficient with a few images as with the batch it was measured at.
 """
 
@@ -17,16 +17,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 
 from st_fast.core.command import command_parser
 from st_fast.core.errors import UserError
-from st_fast.recipe import Recipe, cost, load
-from st_fast.recipe.schema import Stage
+from st_fast.recipe import cost, load
 from st_fast.train.reduction import BUCKET_BYTES
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 UPDATE_BYTES = 42
-"""Bytes that clip, AdamW, EMA and the bf16 copy move a parameter, in one pass over memory."""
+"""Bytes that clipping, AdamW, EMA and the bf16 copy move a parameter, in one pass over memory."""
 ASSUMED_FLOPS = 0.6 * 790e12
 """Where nothing was measured: this project's goal, as a share of what an H200's bf16 matrix product reaches."""
 BACKWARD_SHARE = 2 / 3
@@ -49,13 +49,17 @@ class Machine:
         """The slowest link on a ring through `count` GPUs; a node's rings leave it through all its network cards."""
         return self.within if count <= self.per_node else min(self.within, self.between * self.per_node)
 
+    def update(self, parameters: int) -> float:
+        """Seconds of the optimiser's pass over all state."""
+        return parameters * UPDATE_BYTES / self.memory
+
 
 @dataclass(frozen=True)
 class Work:
-    """One step of a stage on one GPU: seconds for the whole global batch, and what is trained."""
+    """One step of a stage on one GPU."""
 
     compute: float
-    """Forward and backward, in seconds."""
+    """Seconds of forward and backward for the whole global batch."""
     images: int
     parameters: int
     weight_bytes: int
@@ -64,49 +68,29 @@ class Work:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one step on `count` GPUs, and what of them is communication that nothing hides."""
+    """Seconds of one step, the part of them that is communication not hidden by compute, and GiB of state a GPU."""
 
-    count: int
     step: float
     exposed: float
     memory_gib: float
-
-    def images_per_s(self, work: Work) -> float:
-        return work.images / self.step
 
 
 def ddp(work: Work, machine: Machine, count: int) -> Estimate:
     """Ring all-reduce sends 2·(n − 1)/n of the gradients (Patarasuk & Yuan 2009); the last bucket can't be hidden."""
     share = 2 * (count - 1) / count / machine.link(count)
-    total = work.parameters * work.weight_bytes
-    compute = work.compute / count
-    hidden = min((total - min(BUCKET_BYTES, total)) * share, BACKWARD_SHARE * compute)
-    exposed = total * share - hidden
-    update = work.parameters * UPDATE_BYTES / machine.memory
-    return Estimate(count, compute + exposed + update, exposed, work.parameters * cost.STATE_BYTES / 2**30)
+    total, compute = work.parameters * work.weight_bytes, work.compute / count
+    exposed = total * share - min((total - min(BUCKET_BYTES, total)) * share, BACKWARD_SHARE * compute)
+    state = work.parameters * cost.STATE_BYTES / 2**30
+    return Estimate(compute + exposed + machine.update(work.parameters), exposed, state)
 
 
 def fsdp(work: Work, machine: Machine, count: int) -> Estimate:
     """ZeRO-3's traffic, 3·(n − 1)/n of the weights (arXiv 1910.02054): two gathers and a scatter, hidden by compute."""
     traffic = (count - 1) / count / machine.link(count) * work.parameters * work.weight_bytes
     compute = work.compute / count
-    forward = max(0.0, traffic - (1 - BACKWARD_SHARE) * compute)
-    backward = max(0.0, 2 * traffic - BACKWARD_SHARE * compute)
-    update = work.parameters * UPDATE_BYTES / machine.memory / count
+    exposed = max(0.0, traffic - (1 - BACKWARD_SHARE) * compute) + max(0.0, 2 * traffic - BACKWARD_SHARE * compute)
     state = work.parameters * cost.STATE_BYTES / count / 2**30
-    return Estimate(count, compute + forward + backward + update, forward + backward, state)
-
-
-def work_of(recipe: Recipe, stage: Stage, images_per_s: float) -> Work:
-    """From what one GPU was measured to do in whole steps; the update's time is taken out of it elsewhere."""
-    compute, weight_bytes = recipe.optim.batch_size / images_per_s, 2 if recipe.run.bf16("cuda") else 4
-    return Work(compute, recipe.optim.batch_size, recipe.model.parameters, weight_bytes)
-
-
-def without_update(work: Work, machine: Machine) -> Work:
-    """The same work with the optimiser's time, which does not shrink with the batch, taken out of the compute."""
-    update = work.parameters * UPDATE_BYTES / machine.memory
-    return Work(max(work.compute - update, 0.1 * work.compute), work.images, work.parameters, work.weight_bytes)
+    return Estimate(compute + exposed + machine.update(work.parameters) / count, exposed, state)
 
 
 def table(work: Work, machine: Machine) -> str:
@@ -116,37 +100,29 @@ def table(work: Work, machine: Machine) -> str:
         " state a GPU, DDP / FSDP2 GiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    single = ddp(work, machine, 1).images_per_s(work)
+    single = ddp(work, machine, 1).step
     for count in (n for n in COUNTS if work.images % n == 0):
         a, b = ddp(work, machine, count), fsdp(work, machine, count)
-        efficiency = 100 * a.images_per_s(work) / (count * single)
         lines.append(
             f"| {count} | {work.images // count} | {1e3 * a.step:.1f} | {1e3 * a.exposed:.1f} | "
-            f"{a.images_per_s(work):,.0f} | {efficiency:.0f} % | {1e3 * b.step:.1f} | {1e3 * b.exposed:.1f} | "
-            f"{b.images_per_s(work):,.0f} | {a.memory_gib:.1f} / {b.memory_gib:.1f} |"
+            f"{work.images / a.step:,.0f} | {100 * single / (count * a.step):.0f} % | {1e3 * b.step:.1f} | "
+            f"{1e3 * b.exposed:.1f} | {work.images / b.step:,.0f} | {a.memory_gib:.1f} / {b.memory_gib:.1f} |"
         )
     return "\n".join(lines)
 
 
 def measured_rate(run: Path, stage: str) -> float:
     """Images/s of one GPU: the median of a run's log for a stage. UserError where the log has none."""
-    rates = []
-    ranks = 1
-    if (run / "log.jsonl").is_file():
-        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record.get("stage") == stage and record["kind"] == "start":
-                ranks = record.get("ranks", 1)
-            if record.get("stage") == stage and record["kind"] == "train":
-                rates.append(record["images_per_s"] / ranks)
+    rates, ranks, log = list[float](), 1, run / "log.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        record = json.loads(line)
+        if record.get("stage") == stage and record["kind"] == "start":
+            ranks = record.get("ranks", 1)
+        if record.get("stage") == stage and record["kind"] == "train":
+            rates.append(record["images_per_s"] / ranks)
     if not rates:
         raise UserError(f"--run {run}: its log has no training step of stage {stage}")
-    return sorted(rates)[len(rates) // 2]
-
-
-def assumed_rate(recipe: Recipe, stage: Stage) -> float:
-    """Images/s of one GPU by the project's goal for an H200; for where nothing was measured."""
-    return ASSUMED_FLOPS / cost.stage_cost(recipe, stage).total
+    return median_high(rates)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -172,17 +148,20 @@ def main(arguments: Sequence[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: above 0")
     recipe = load(given.recipe, ranks=None)
     machine = Machine(given.per_node, given.nvlink * 1e9, given.network * 1e9, given.memory * 1e9)
+    parameters, images = recipe.model.parameters, recipe.optim.batch_size
+    weight_bytes = 4 if recipe.run.precision == "fp32" else 2
     for stage in recipe.stages:
         if given.run is not None:
             rate, source = measured_rate(given.run, stage.name), f"measured in {given.run}"
         elif given.images_per_s is not None:
             rate, source = given.images_per_s, "as given"
         else:
-            rate, source = assumed_rate(recipe, stage), "ASSUMED: 60 % of an H200's 790 TFLOP/s"
-        work = without_update(work_of(recipe, stage, rate), machine)
-        gradient = work.parameters * work.weight_bytes / 2**30
+            rate = ASSUMED_FLOPS / cost.stage_cost(recipe, stage).total
+            source = "ASSUMED: 60 % of an H200's 790 TFLOP/s"
+        step = images / rate  # the update is part of it, and does not shrink with the batch
+        work = Work(max(step - machine.update(parameters), 0.1 * step), images, parameters, weight_bytes)
         links = f"{given.nvlink:g} GB/s within {given.per_node} GPUs, {given.network:g} GB/s a GPU beyond"
         print(
-            f"{stage.name}: {recipe.model.name}, global batch {work.images}, {gradient:.2f} GiB of gradients a step; "
-            f"one GPU {rate:,.0f} images/s ({source}); {links}\n{table(work, machine)}\n"
+            f"{stage.name}: {recipe.model.name}, global batch {images}, {parameters * weight_bytes / 2**30:.2f} GiB of "
+            f"gradients a step; one GPU {rate:,.0f} images/s ({source}); {links}\n{table(work, machine)}\n"
         )

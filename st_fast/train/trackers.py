@@ -1,10 +1,9 @@
-"""TensorBoard, Weights & Biases and Trackio, fed with the numbers that log.jsonl gets. Imports no torch.
+"""TensorBoard, Weights & Biases and Trackio (`run.trackers`): they get the numbers of log.jsonl. Imports no torch.
 
-    [run]
-    trackers = ["tensorboard"]
+Each tracker runs in its own thread, which takes finished records from a queue, so training never waits for it. An
+error in it is reported in one line and turns it off; log.jsonl has everything.
 
-Each tracker lives in a thread of its own that takes finished records from a queue: training waits neither for it nor,
-because of it, for the device. Whatever goes wrong in it is said in one line and turns it off; log.jsonl has it all.
+To add one: a class with `write` and `close`, an entry in TRACKERS, and its name in `recipe/schema.py` (`run.trackers`).
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ Record = Mapping[str, Any]
 
 Say = Callable[[str], None]
 QUEUE_ROOM = 10_000
-"""Records that wait for a tracker; one that falls further behind than that is turned off."""
-LAST_WORDS = 10.0
+"""Records that may wait for a tracker; one that falls further behind is turned off."""
+CLOSE_TIMEOUT = 10.0
 """Seconds that the end of a run waits for a tracker to finish."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a tracker knows of the run: its folder, recipe and a name that outlives interruptions."""
+    """The run, for a tracker: its folder, its recipe and an id that a resumed run keeps."""
 
     out: Path
     recipe: Recipe
@@ -49,26 +48,22 @@ class Target:
 
     def overall(self, record: Record) -> int:
         """The record's step counted from the start of the first stage."""
-        before = 0
-        for stage in self.recipe.stages:
-            if stage.name == record["stage"]:
-                break
-            before += stage.steps
-        return before + int(record["step"])
+        names = [stage.name for stage in self.recipe.stages]
+        earlier = self.recipe.stages[: names.index(record["stage"])]
+        return sum(stage.steps for stage in earlier) + int(record["step"])
 
 
 class Tracker(Protocol):
     """One service, opened, used and closed in one thread."""
 
     def write(self, record: Record, values: Mapping[str, float]) -> None:
-        """Takes the numbers of a record; `values` is empty for one without."""
-        ...
+        """Takes a record and its numbers, of which there may be none."""
 
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files in OUT/tensorboard/STAGE: stages are TensorBoard's runs, drawn over one another by step."""
+    """Event files in OUT/tensorboard/STAGE: each stage is one of TensorBoard's runs."""
 
     def __init__(self, target: Target) -> None:
         self.folder, self._writers = target.out / "tensorboard", dict[str, Any]()
@@ -77,7 +72,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         stage, step = record["stage"], record["step"]
-        if record["kind"] == "start":  # what an interrupted process wrote beyond its last checkpoint is dropped
+        if record["kind"] == "start":  # drops what an interrupted process wrote after its last checkpoint
             self._writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=step + 1)
         for key, value in values.items():
             self._writers[stage].add_scalar(key, value, step, walltime=record["time"])
@@ -92,7 +87,7 @@ class TensorBoard:
 class Wandb:
     """One run in the project WANDB_PROJECT (st_fast), continued after an interruption; a step axis for each stage.
 
-    Steps are a metric of their own because W&B drops values of a step that lies behind, as after a resume.
+    Steps are a metric of their own because W&B drops values of earlier steps, which a resumed run writes again.
     """
 
     def __init__(self, target: Target) -> None:
@@ -145,7 +140,7 @@ def check_installed(names: Sequence[str]) -> None:
             importlib.import_module(name)
         except Exception as error:  # a package may break on import in any way
             missing = isinstance(error, ModuleNotFoundError) and error.name == name
-            reason = "is not installed" if missing else f"can't be used ({told(error)})"
+            reason = "is not installed" if missing else f"can't be used ({without_keys(error)})"
             raise UserError(
                 f'run.trackers = ["{name}"]: the package {name} {reason}; pip install "st_fast[track]", or leave it out'
             ) from error
@@ -153,23 +148,22 @@ def check_installed(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(recipe: Recipe, out: Path, say: Say) -> Iterator[Callable[[Record], None]]:
-    """What takes a record for every tracker of the recipe; they finish, within LAST_WORDS, when the block ends."""
-    names = dict.fromkeys(recipe.run.trackers)
-    feeds = [_Feed(name, Target(out, recipe, run_id(out)), say) for name in names]
+    """A function that gives a record to every tracker of the recipe; the block's end closes them in CLOSE_TIMEOUT."""
+    threads = [_Thread(name, Target(out, recipe, run_id(out)), say) for name in dict.fromkeys(recipe.run.trackers)]
 
     def write(record: Record) -> None:
-        for feed in feeds:
-            feed.put(record)
+        for thread in threads:
+            thread.put(record)
 
     try:
         yield write
     finally:
-        for feed in feeds:
-            feed.close()
+        for thread in threads:
+            thread.close()
 
 
 def run_id(out: Path) -> str:
-    """The run's name for services that count runs: drawn once and kept in the run's folder."""
+    """The run's id for services that keep a list of runs: drawn once and kept in the run folder."""
     path = out / "tracker.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["id"])
@@ -180,20 +174,16 @@ def run_id(out: Path) -> str:
 
 
 def numbers(record: Record) -> dict[str, float]:
-    """The curves of a record: loss, … of training, eval/frechet, … of an evaluation; none of other kinds."""
+    """The curves of a record: loss, lr, … of a "train" record, eval/fid, … of an "eval" record; none of other kinds."""
     if record["kind"] == "train":
-        return {key: value for key, value in record.items() if key != "step" and _is_number(value) and key != "time"}
-    if record["kind"] == "eval":
-        return {f"eval/{key}": value for key, value in record["metrics"].items() if _is_number(value)}
-    return {}
+        found = {key: value for key, value in record.items() if key not in ("step", "time")}
+    else:
+        found = {f"eval/{key}": value for key, value in record.get("metrics", {}).items()}
+    return {key: value for key, value in found.items() if type(value) in (int, float)}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def told(error: BaseException) -> str:
-    """An error in one line without anything in it that could be a key: services put them into addresses."""
+def without_keys(error: BaseException) -> str:
+    """An error in one line without anything that could be an API key: services put them into addresses."""
     text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     for name, value in os.environ.items():
         if len(value) >= 4 and re.search("KEY|TOKEN|SECRET|PASS", name.upper()):
@@ -201,8 +191,8 @@ def told(error: BaseException) -> str:
     return re.sub(r"[\w-]{24,}", "***", text)[:200]
 
 
-class _Feed:
-    """A tracker in its thread, which ends with the process whatever the tracker does."""
+class _Thread:
+    """A tracker in a daemon thread, which never keeps the process alive."""
 
     def __init__(self, name: str, target: Target, say: Say) -> None:
         self.name, self._target, self._say = name, target, say
@@ -221,9 +211,9 @@ class _Feed:
 
     def close(self) -> None:
         self.put(None)
-        self._thread.join(0 if self._off else LAST_WORDS)
+        self._thread.join(0 if self._off else CLOSE_TIMEOUT)
         if self._thread.is_alive() and not self._off:
-            self._turn_off(f"not finished within {LAST_WORDS:g} s")
+            self._turn_off(f"not finished within {CLOSE_TIMEOUT:g} s")
 
     def _work(self) -> None:
         try:
@@ -231,8 +221,8 @@ class _Feed:
             while (record := self._records.get()) is not None:
                 tracker.write(record, numbers(record))
             tracker.close()
-        except BaseException as error:  # SystemExit among them: nothing that a tracker does ends a run
-            self._turn_off(told(error))
+        except BaseException as error:  # SystemExit too: no error of a tracker ends a run
+            self._turn_off(without_keys(error))
 
     def _turn_off(self, why: str) -> None:
         if not self._off:

@@ -87,10 +87,9 @@ def misunderstood(name: str, rest: str) -> str:
 def check(name: str, arguments: list[str]) -> None:
     """Reads the arguments as the command would, without doing anything."""
     if name == "train":
-        parsed = train.parse(arguments)
-        assert parsed is not None
-        if Path(parsed.recipe).parts[0] == "recipes":
-            load(ROOT / parsed.recipe, parsed.overrides)
+        recipe, overrides, _ = train.parse(arguments)
+        if Path(recipe).parts[0] == "recipes":
+            load(ROOT / recipe, overrides)
     elif name == "doctor" and "--plan" in arguments:
         plan.parser().parse_args(arguments[arguments.index("--plan") + 1 :])
     else:

@@ -181,7 +181,7 @@ def test_a_tracker_that_hangs_holds_nobody_up(
 ) -> None:  # fmt: skip
     release = threading.Event()
     monkeypatch.setattr(services["wandb"], "log", lambda *arguments, **options: release.wait(60))
-    monkeypatch.setattr(trackers, "LAST_WORDS", 0.2)
+    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT", 0.2)
     monkeypatch.setattr(trackers, "QUEUE_ROOM", 3)
     start = time.monotonic()
     run(recipe_with(data, tmp_path, "wandb"))
@@ -197,7 +197,7 @@ def test_one_that_never_finishes_is_left_behind(
 ) -> None:
     release, said = threading.Event(), list[str]()
     monkeypatch.setattr(services["wandb"], "finish", lambda: release.wait(60))
-    monkeypatch.setattr(trackers, "LAST_WORDS", 0.2)
+    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT", 0.2)
     with trackers.tracking(recipe_with(data, tmp_path, "wandb"), tmp_path, said.append):
         pass
     release.set()
