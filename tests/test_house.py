@@ -88,7 +88,7 @@ def test_every_package_is_installed():
     [
         ("core.checkpoint.store", "st_fast.checkpoint"), ("data.manifest", "st_fast.latents"),
         ("data.features", "st_fast.features"), ("evaluate.classifier", "st_fast.judge/1"),
-        ("sample.parts", "st_fast.samples/1"), ("model.load", "st_fast.sit"),
+        ("sample.set", "st_fast.samples/1"), ("model.load", "st_fast.sit"),
     ],
 )  # fmt: skip
 def test_formats_keep_the_names_that_stand_in_files_already_written(module: str, name: str):

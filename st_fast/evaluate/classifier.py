@@ -1,8 +1,8 @@
 """A small classifier, trained on a data set's real images, that scores samples where no Inception weights can be had.
 
-Its verdicts are only as good as itself, so its accuracy on held-out real images travels with it. Reads
+Its accuracy on held-out real images stands beside every score, which can be no better than the classifier. Reads
 `images.safetensors` of a data folder: "train" and "test" uint8 (n, H, W) or (n, 1|3, H, W), "train_labels" and
-"test_labels" integers (n,). Keeps itself in `classifier/` there: weights, and a manifest with hashes and its accuracy.
+"test_labels" integers (n,). Its weights are kept in `classifier/` there, with a manifest of hashes and its accuracy.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import FolderWrite, read_json, write_json_atomic
+from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
 FORMAT = "st_fast.judge/1"
 SEED = 20260107
@@ -87,7 +88,7 @@ def as_batch(images: Tensor | NDArray[np.uint8], name: str = "images") -> Tensor
 
 
 class ConvNet(nn.Module):
-    """Three convolutions, each halving the image, an average over what is left (the features), one linear layer."""
+    """Three convolutions of stride 2, global average pooling (the features), one linear layer."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -116,9 +117,7 @@ class Classifier:
 
     def __init__(self, model: ConvNet, size: tuple[int, int], accuracy: float, digest: str) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.size = size
-        self.accuracy = accuracy
-        self.digest = digest
+        self.size, self.accuracy, self.digest = size, accuracy, digest
         self.num_classes = model.head.out_features
         self.channels = next(model.parameters()).shape[1]
 
@@ -126,13 +125,9 @@ class Classifier:
         """Features (n, FEATURES) of uint8 images (n, 1|3, H, W), whatever their size."""
         return self._in_batches(self.model.features, images)
 
-    def probabilities(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Class probabilities (n, classes) of uint8 images (n, 1|3, H, W)."""
-        return self._in_batches(lambda x: self.model(x).softmax(dim=1), images)
-
     def predict(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.int64]:
         """The most probable class (n,) of each uint8 image (n, 1|3, H, W)."""
-        predicted: NDArray[np.int64] = self.probabilities(images).argmax(axis=1)
+        predicted: NDArray[np.int64] = self._in_batches(lambda x: self.model(x).softmax(1), images).argmax(axis=1)
         return predicted
 
     @torch.no_grad()
@@ -149,8 +144,7 @@ class Classifier:
         """uint8 (B, 1|3, H, W) → float in [−1, 1] with the classifier's channels and size."""
         pixels = to_pixels(images.cpu())
         if pixels.shape[1] != self.channels:
-            grey = pixels.mean(dim=1, keepdim=True)
-            pixels = grey.expand(-1, self.channels, -1, -1)
+            pixels = pixels.mean(dim=1, keepdim=True).expand(-1, self.channels, -1, -1)
         if pixels.shape[-2:] != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
         return pixels
@@ -161,14 +155,78 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def load_or_train(data_folder: Path | str, say: Say) -> Classifier:
+@dataclass(frozen=True)
+class Reference:
+    """The real training images in the classifier's features, and the scores of real held-out images against them.
+
+    These scores are the floors: samples of a perfect generator would have them.
+    """
+
+    features: NDArray[np.float32]
+    stats: GaussianStats
+    floor_frechet: float
+    floor_precision: float
+    floor_recall: float
+    floor_num: int
+
+
+def make_reference(classifier: Classifier, train: Tensor, test: Tensor) -> Reference:
+    """Reference from real uint8 images (n, 1|3, H, W); UserError with fewer held-out images than features."""
+    features, held_out = classifier.features(train), classifier.features(test)
+    stats = GaussianStats.of(features)
+    precision, recall = precision_recall(features, held_out)
+    floor = frechet(stats, GaussianStats.of(held_out))
+    return Reference(features, stats, floor, precision, recall, len(held_out))
+
+
+def classifier_metrics(
+    classifier: Classifier, images: Tensor | NDArray[np.uint8], labels: Tensor | NDArray[np.int64], reference: Reference
+) -> dict[str, object]:
+    """Scores conditional samples: uint8 images (n, 1|3, H, W) drawn for integer labels (n,).
+
+    Returns `accuracy` (share classified as their label), `accuracy_per_class` (None where no sample has that label),
+    `frechet`, `precision` and `recall` in the classifier's features with their floors, and the classifier's own
+    accuracy and digest. The distance is not FID: the features are not Inception's. UserError where labels don't fit
+    the images, or samples are too few for a covariance.
+    """
+    batch, asked = as_batch(images), np.asarray(labels)
+    if asked.shape != (len(batch),) or not np.issubdtype(asked.dtype, np.integer):
+        raise UserError(f"labels: {asked.dtype} of shape {asked.shape} for {len(batch)} images; one integer an image")
+    if len(asked) and not (asked.min() >= 0 and asked.max() < classifier.num_classes):
+        raise UserError(f"labels: {asked.min()}..{asked.max()}; the classifier knows 0..{classifier.num_classes - 1}")
+    features = classifier.features(batch)
+    distance = frechet(GaussianStats.of(features), reference.stats)
+    precision, recall = precision_recall(reference.features, features)
+    correct = classifier.predict(batch) == asked
+    per_class = [correct[asked == label] for label in range(classifier.num_classes)]
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_per_class": [float(share.mean()) if len(share) else None for share in per_class],
+        "frechet": distance,
+        "floor_frechet": reference.floor_frechet,
+        "precision": precision,
+        "floor_precision": reference.floor_precision,
+        "recall": recall,
+        "floor_recall": reference.floor_recall,
+        "classifier_accuracy": classifier.accuracy,
+        "classifier_digest": classifier.digest,
+        "num": len(batch),
+        "floor_num": reference.floor_num,
+    }
+
+
+def load_classifier(data_folder: Path, say: Say) -> tuple[Classifier, Reference]:
+    """The classifier of a data folder (trained on first use) and the reference it compares with."""
+    classifier, real = load_or_train(data_folder, say), read_images(data_folder)
+    return classifier, make_reference(classifier, real.train, real.test)
+
+
+def load_or_train(data_folder: Path, say: Say) -> Classifier:
     """The classifier kept in `data_folder`, or a new one, trained in well under a minute and kept there.
 
-    A kept classifier whose hash is wrong, or that learnt from other images, is replaced; `say` is told why.
+    A kept one whose hash is wrong, or that was trained on other images, is replaced; `say` is told why.
     """
-    data_folder = Path(data_folder)
-    real = read_images(data_folder)
-    folder = data_folder / "classifier"
+    real, folder = read_images(data_folder), data_folder / "classifier"
     for kept in (folder, data_folder / "judge"):  # the second is an older name
         if kept.exists():
             try:
@@ -191,9 +249,8 @@ def train(real: RealImages, say: Say) -> ConvNet:
     model.train()
     for epoch in range(EPOCHS):
         for index in torch.split(torch.randperm(len(pixels), generator=generator), BATCH):
-            loss = F.cross_entropy(
-                model(_moved(pixels[index], generator)), real.train_labels[index], label_smoothing=0.05
-            )
+            logits = model(_augmented(pixels[index], generator))
+            loss = F.cross_entropy(logits, real.train_labels[index], label_smoothing=0.05)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -203,8 +260,8 @@ def train(real: RealImages, say: Say) -> ConvNet:
     return model.eval()
 
 
-def _moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Light augmentation: each image (B, C, H, W) turned by ≤ 8°, scaled by ≤ 8 % and shifted by ≤ 6 % of its size."""
+def _augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (B, C, H, W) turned by ≤ 8°, scaled by ≤ 8 % and shifted by ≤ 6 % of its size."""
     turn, scale, x, y = (torch.rand(4, len(pixels), generator=generator) * 2 - 1).unbind()
     cos, sin = (turn * 0.14).cos() * (1 + 0.08 * scale), (turn * 0.14).sin() * (1 + 0.08 * scale)
     rows = [torch.stack([cos, -sin, 0.12 * x], dim=1), torch.stack([sin, cos, 0.12 * y], dim=1)]

@@ -8,6 +8,7 @@ and there are 1,008 classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,120 +31,84 @@ FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6
 BATCH = 64
 
 
+Layer = tuple[int, int | tuple[int, int]] | tuple[int, int | tuple[int, int], int]
+"""(channels, kernel) or (channels, kernel, stride)."""
+CROSS = (0, 0)
+"""The kernel of a layer that is a 1×3 and a 3×1 convolution side by side."""
+ROW, COLUMN = (1, 7), (7, 1)
+
+
 class Convolution(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU."""
+    """Convolution without bias, batch normalisation, ReLU; "same" padding where none is given and the stride is 1."""
 
     def __init__(
-        self, inside: int, out: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0
+        self, inside: int, out: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | None = None
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inside, out, kernel, stride, padding, bias=False)
+        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+        same = (sides[0] // 2, sides[1] // 2) if padding is None and stride == 1 else (padding or 0, padding or 0)
+        self.conv = nn.Conv2d(inside, out, sides, stride, same, bias=False)
         self.bn = nn.BatchNorm2d(out, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
 
 
-def _average(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+class Mixed(nn.Module):
+    """An Inception block: chains of convolutions over one input, concatenated.
 
+    The layers of a chain are named `<chain>_1`, `<chain>_2`, …, a single one `<chain>`. `pool` is "average" or
+    "maximum", which precedes the chain `branch_pool`, or "stride 2", a chain of its own.
+    """
 
-class BlockA(nn.Module):
-    """35×35."""
-
-    def __init__(self, inside: int, pooled: int) -> None:
+    def __init__(self, inside: int, pool: str, **chains: Sequence[Layer]) -> None:
         super().__init__()
-        self.branch1x1 = Convolution(inside, 64, 1)
-        self.branch5x5_1, self.branch5x5_2 = Convolution(inside, 48, 1), Convolution(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = Convolution(inside, 64, 1)
-        self.branch3x3dbl_2 = Convolution(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Convolution(96, 96, 3, padding=1)
-        self.branch_pool = Convolution(inside, pooled, 1)
+        self.pool = pool
+        self.chains: dict[str, list[tuple[str, ...]]] = {chain: [] for chain in chains}
+        for chain, layers in chains.items():
+            width = inside
+            for number, (out, kernel, *stride) in enumerate(layers, start=1):
+                name = f"{chain}_{number}" if len(layers) > 1 else chain
+                kernels = {f"{name}a": (1, 3), f"{name}b": (3, 1)} if kernel == CROSS else {name: kernel}
+                for key, own in kernels.items():
+                    self.add_module(key, Convolution(width, out, own, *stride))
+                self.chains[chain].append(tuple(kernels))
+                width = out
 
     def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        parts = (self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average(x)))
-        return torch.cat(parts, dim=1)
+        found = []
+        for chain, layers in self.chains.items():
+            parts = [self._pooled(x) if chain == "branch_pool" else x]
+            for names in layers:
+                parts = [self.get_submodule(name)(parts[0]) for name in names]
+            found += parts
+        return torch.cat([*found, F.max_pool2d(x, 3, stride=2)] if self.pool == "stride 2" else found, dim=1)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        if self.pool == "maximum":
+            return F.max_pool2d(x, 3, stride=1, padding=1)
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class BlockB(nn.Module):
-    """35×35 → 17×17."""
-
-    def __init__(self, inside: int) -> None:
-        super().__init__()
-        self.branch3x3 = Convolution(inside, 384, 3, stride=2)
-        self.branch3x3dbl_1 = Convolution(inside, 64, 1)
-        self.branch3x3dbl_2 = Convolution(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = Convolution(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat((self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)), dim=1)
+def _block_35(inside: int, pooled: int) -> Mixed:
+    return Mixed(
+        inside, "average", branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pooled, 1)],
+    )  # fmt: skip
 
 
-class BlockC(nn.Module):
-    """17×17, with 7×7 convolutions as rows and columns."""
-
-    def __init__(self, inside: int, mid: int) -> None:
-        super().__init__()
-        row, column = ((1, 7), (0, 3)), ((7, 1), (3, 0))
-        self.branch1x1 = Convolution(inside, 192, 1)
-        self.branch7x7_1 = Convolution(inside, mid, 1)
-        self.branch7x7_2 = Convolution(mid, mid, row[0], padding=row[1])
-        self.branch7x7_3 = Convolution(mid, 192, column[0], padding=column[1])
-        self.branch7x7dbl_1 = Convolution(inside, mid, 1)
-        self.branch7x7dbl_2 = Convolution(mid, mid, column[0], padding=column[1])
-        self.branch7x7dbl_3 = Convolution(mid, mid, row[0], padding=row[1])
-        self.branch7x7dbl_4 = Convolution(mid, mid, column[0], padding=column[1])
-        self.branch7x7dbl_5 = Convolution(mid, 192, row[0], padding=row[1])
-        self.branch_pool = Convolution(inside, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat((self.branch1x1(x), single, double, self.branch_pool(_average(x))), dim=1)
+def _block_17(mid: int) -> Mixed:
+    return Mixed(
+        768, "average", branch1x1=[(192, 1)], branch7x7=[(mid, 1), (mid, ROW), (192, COLUMN)],
+        branch7x7dbl=[(mid, 1), (mid, COLUMN), (mid, ROW), (mid, COLUMN), (192, ROW)], branch_pool=[(192, 1)],
+    )  # fmt: skip
 
 
-class BlockD(nn.Module):
-    """17×17 → 8×8."""
-
-    def __init__(self, inside: int) -> None:
-        super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = Convolution(inside, 192, 1), Convolution(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = Convolution(inside, 192, 1)
-        self.branch7x7x3_2 = Convolution(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = Convolution(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = Convolution(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        deep = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat((self.branch3x3_2(self.branch3x3_1(x)), deep, F.max_pool2d(x, 3, stride=2)), dim=1)
-
-
-class BlockE(nn.Module):
-    """8×8; the last of the two pools by maximum."""
-
-    def __init__(self, inside: int, by_maximum: bool) -> None:
-        super().__init__()
-        self.by_maximum = by_maximum
-        self.branch1x1 = Convolution(inside, 320, 1)
-        self.branch3x3_1 = Convolution(inside, 384, 1)
-        self.branch3x3_2a = Convolution(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = Convolution(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Convolution(inside, 448, 1), Convolution(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = Convolution(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = Convolution(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = Convolution(inside, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.by_maximum else _average(x)
-        parts = (
-            self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single), self.branch3x3dbl_3a(double),
-            self.branch3x3dbl_3b(double), self.branch_pool(pooled),
-        )  # fmt: skip
-        return torch.cat(parts, dim=1)
+def block_8(inside: int, pool: str) -> Mixed:
+    return Mixed(
+        inside, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, CROSS)],
+        branch3x3dbl=[(448, 1), (384, 3), (384, CROSS)], branch_pool=[(192, 1)],
+    )  # fmt: skip
 
 
 class InceptionV3(nn.Module):
@@ -152,16 +117,19 @@ class InceptionV3(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3, padding=1)
+        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Convolution(32, 64, 3)
         self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = BlockA(192, 32), BlockA(256, 64), BlockA(288, 64)
-        self.Mixed_6a = BlockB(288)
-        self.Mixed_6b, self.Mixed_6c = BlockC(768, 128), BlockC(768, 160)
-        self.Mixed_6d, self.Mixed_6e = BlockC(768, 160), BlockC(768, 192)
-        self.Mixed_7a = BlockD(768)
-        self.Mixed_7b, self.Mixed_7c = BlockE(1280, by_maximum=False), BlockE(FEATURES, by_maximum=True)
+        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, padding=0)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _block_35(192, 32), _block_35(256, 64), _block_35(288, 64)
+        self.Mixed_6a = Mixed(288, "stride 2", branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
+        self.Mixed_6b, self.Mixed_6c = _block_17(128), _block_17(160)
+        self.Mixed_6d, self.Mixed_6e = _block_17(160), _block_17(192)
+        self.Mixed_7a = Mixed(
+            768, "stride 2", branch3x3=[(192, 1), (320, 3, 2)],
+            branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)],
+        )  # fmt: skip
+        self.Mixed_7b, self.Mixed_7c = block_8(1280, "average"), block_8(FEATURES, "maximum")
         self.fc = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +141,7 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        spatial = self.Mixed_6d.get_submodule("branch1x1")(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))))
         pooled = x.mean(dim=(2, 3))
         return pooled, spatial, F.linear(pooled, self.fc.weight).softmax(dim=1)
@@ -196,8 +164,8 @@ def tensorflow_resize(images: Tensor, side: int = SIDE) -> Tensor:
     return images
 
 
-class Found(NamedTuple):
-    """What the network says about images: float32 (n, 2048), (n, 2023) and (n, 1008)."""
+class Output(NamedTuple):
+    """Of the network for n images: float32 (n, 2048), (n, 2023) and (n, 1008)."""
 
     pooled: NDArray[np.float32]
     spatial: NDArray[np.float32]
@@ -212,14 +180,14 @@ class Inception:
     sha256: str
 
     @torch.no_grad()
-    def __call__(self, images: NDArray[np.uint8]) -> Found:
+    def __call__(self, images: NDArray[np.uint8]) -> Output:
         """uint8 images (n, H, W, 3), n ≥ 1, of any size."""
         device, parts = self.model.fc.weight.device, []
         for part in torch.split(torch.from_numpy(images.copy()), BATCH):
             pixels = tensorflow_resize(part.to(device).permute(0, 3, 1, 2).float())
             parts.append([found.cpu() for found in self.model((pixels - 128) / 128)])
         pooled, spatial, probabilities = (torch.cat(found).numpy() for found in zip(*parts, strict=True))
-        return Found(pooled, spatial, probabilities)
+        return Output(pooled, spatial, probabilities)
 
 
 def find_weights(given: Path | None) -> Path | None:

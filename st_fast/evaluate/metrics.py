@@ -1,7 +1,6 @@
 """Distances between two sets of images, on features or probabilities that are given. Pure NumPy, float64.
 
-None of these functions knows where features come from: with Inception features the Fréchet distance is FID, with
-any other network's features it is not and must not be called so.
+With Inception's features the Fréchet distance is FID; with any other network's it is not and must not be called so.
 """
 
 from __future__ import annotations
@@ -72,25 +71,13 @@ class GaussianStats:
         if _matrix("features", features).shape[1] != self.width:
             raise UserError(f"features: {features.shape[1]} a sample; these statistics have {self.width}")
         for _, rows in _blocks(features):
-            mean = rows.mean(axis=0)
+            mean, total = rows.mean(axis=0), self.count + len(rows)
             rows -= mean
-            self._combine(len(rows), mean, rows.T @ rows)
-
-    def merge(self, other: GaussianStats) -> None:
-        """Adds the samples that `other` has seen, as another rank would hand them over."""
-        if other.width != self.width:
-            raise UserError(f"statistics of {other.width} features can't be merged into those of {self.width}")
-        self._combine(other.count, other.mean, other.scatter)
-
-    def _combine(self, count: int, mean: Array, scatter: Array) -> None:
-        total = self.count + count
-        if total == 0:
-            return
-        delta = mean - self.mean
-        self.scatter += scatter
-        self.scatter += np.outer(delta, delta * (self.count * count / total))
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+            delta = mean - self.mean
+            self.scatter += rows.T @ rows
+            self.scatter += np.outer(delta, delta * (self.count * len(rows) / total))
+            self.mean = self.mean + delta * (len(rows) / total)
+            self.count = total
 
     @property
     def covariance(self) -> Array:
@@ -133,15 +120,10 @@ def squared_mmd(x: Array, y: Array) -> float:
     m, n = len(x), len(y)
     if m < 2 or n < 2:
         raise UserError(f"kernel distance: {min(m, n)} samples; at least 2 are needed")
-    k_xx, k_yy, k_xy = (_cubic_kernel(p, q) for p, q in ((x, x), (y, y), (x, y)))
+    k_xx, k_yy, k_xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
     within_x = (k_xx.sum() - np.trace(k_xx)) / (m * (m - 1))
     within_y = (k_yy.sum() - np.trace(k_yy)) / (n * (n - 1))
     return float(within_x + within_y - 2 * k_xy.mean())
-
-
-def _cubic_kernel(x: Array, y: Array) -> Array:
-    kernel: Array = (x @ y.T / x.shape[1] + 1) ** 3
-    return kernel
 
 
 def kernel_distance(
@@ -216,21 +198,36 @@ def _same_width(name: str, x: NDArray[np.generic], y: NDArray[np.generic]) -> No
         raise UserError(f"{name}: {x.shape[1]} features against {y.shape[1]}; both sets need the same features")
 
 
-def inception_score(probabilities: NDArray[np.generic], splits: int = 10) -> tuple[float, float]:
-    """Mean and standard deviation over `splits` parts of exp(E KL(p(y|x) ‖ p(y))) (Salimans et al., arXiv 1606.03498).
+class InceptionScore:
+    """The Inception Score of probabilities (n, classes) that arrive in order, in splits of `size`; nothing is kept.
 
-    `probabilities` (n, classes), rows summing to 1; n ≥ splits. UserError otherwise.
+    exp(E KL(p(y|x) ‖ p(y))) = exp(E Σ p·log p − Σ m·log m) with m the split's mean (arXiv 1606.03498). A last split
+    shorter than half of `size` counts with the one before it.
     """
-    _matrix("Inception Score", probabilities)
-    n = len(probabilities)
-    if not 1 <= splits <= n:
-        raise UserError(f"Inception Score: {splits} splits of {n} samples; 1..{n} are possible")
-    p = probabilities.astype(np.float64)
-    if p.min() < 0 or np.abs(p.sum(axis=1) - 1).max() > 1e-3:
-        raise UserError("Inception Score: rows must be probabilities: not negative, summing to 1")
-    scores = []
-    for part in np.array_split(p, splits):
-        marginal = part.mean(axis=0)
-        ratio = np.divide(part, marginal, out=np.ones_like(part), where=part > 0)
-        scores.append(np.exp((part * np.log(ratio)).sum(axis=1).mean()))
-    return float(np.mean(scores)), float(np.std(scores))
+
+    def __init__(self, classes: int, count: int, size: int) -> None:
+        self.ends = [size * (i + 1) for i in range(max(1, round(count / size)))]
+        self.ends[-1] = count
+        self.sums = np.zeros((len(self.ends), classes))
+        self.entropies = np.zeros(len(self.ends))
+        self.counts = np.zeros(len(self.ends), np.int64)
+
+    def update(self, probabilities: NDArray[np.float32]) -> None:
+        """Takes in the next rows; ValueError beyond `count`."""
+        first = int(self.counts.sum())
+        if first + len(probabilities) > self.ends[-1]:
+            raise ValueError(f"{first + len(probabilities)} samples; {self.ends[-1]} were announced")
+        splits = np.searchsorted(self.ends, np.arange(first, first + len(probabilities)), side="right")
+        p = probabilities.astype(np.float64)
+        entropy = (p * np.log(np.where(p > 0, p, 1.0))).sum(axis=1)
+        for split in np.unique(splits):
+            mine = splits == split
+            self.sums[split] += p[mine].sum(axis=0)
+            self.entropies[split] += entropy[mine].sum()
+            self.counts[split] += mine.sum()
+
+    def read(self) -> tuple[float, float]:
+        """Mean and standard deviation over the splits."""
+        m = self.sums / self.counts[:, None]
+        scores = np.exp(self.entropies / self.counts - (m * np.log(np.where(m > 0, m, 1.0))).sum(axis=1))
+        return float(scores.mean()), float(scores.std())

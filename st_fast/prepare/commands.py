@@ -30,7 +30,8 @@ from st_fast.prepare.job import Worker, is_done, run_job
 from st_fast.prepare.repa import RepaProducer, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.stats import describe, statistics
-from st_fast.sample.pictures import decoder, grid, save_png
+from st_fast.sample.model import decoder
+from st_fast.sample.previews import grid, save_png
 
 VAE_FOLDER = "vae"
 WIDTHS = {2: (32, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}

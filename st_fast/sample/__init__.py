@@ -1,1 +1,1 @@
-"""Drawing samples: the solvers, what is drawn, sets of samples that any number of ranks draw together, their files."""
+"""Sampling: solvers, guidance, previews, and sets of samples that any number of ranks draw together."""

@@ -25,78 +25,64 @@ from pathlib import Path
 
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
-from st_fast.recipe.schema import Recipe
-from st_fast.sample.job import Wanted, draw_set
-from st_fast.sample.request import drawing, parser_of, set_folder, wanted_of
-from st_fast.sample.shows import draw_grid, draw_interpolation, draw_trajectory
+from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
+from st_fast.sample.previews import draw_grid, draw_interpolation, draw_trajectory
+from st_fast.sample.set import draw_set
 
 PICTURE_MOST = 1_000
-"""Samples above which a grid would be no picture, so that a set is drawn instead."""
+"""More samples than that are drawn as a set."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `python -m st_fast.sample` was asked for."""
+    """The command line. `target` is the file or folder to write, `is_set` whether it is a folder."""
 
-    wanted: Wanted
-    out: Path | None
-    npz: bool
+    samples: SampleRequest
+    target: Path
+    is_set: bool
     png: bool
     interpolate: tuple[int, int] | None
     gif: bool
 
-    @property
-    def is_set(self) -> bool:
-        """Whether a folder is asked for rather than one picture."""
-        return self.npz or self.png or (self.wanted.settings.num > PICTURE_MOST and not (self.gif or self.interpolate))
-
-    @property
-    def target(self) -> Path:
-        """The file or folder to write."""
-        if self.out is not None:
-            return self.out
-        folder = self.wanted.run / self.wanted.stage / "samples"
-        if self.interpolate:
-            return folder / f"interpolate-{self.interpolate[0]}-{self.interpolate[1]}.png"
-        return set_folder(self.wanted) if self.is_set else folder / ("trajectory.gif" if self.gif else "manual.png")
-
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = parser_of("sample", __doc__)
+    parser = sampling_parser("sample", __doc__)
     parser.add_argument("--out", type=Path, help="the picture, or the set's folder (default: in RUN/STAGE/samples)")
     parser.add_argument("--npz", action="store_true", help="a set, whatever its size")
     parser.add_argument("--png", action="store_true", help="a set with a folder of single images")
-    shows = parser.add_mutually_exclusive_group()
-    shows.add_argument("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="between the noise of two samples")
-    shows.add_argument("--gif", action="store_true", help="the way from noise to image")
+    previews = parser.add_mutually_exclusive_group()
+    previews.add_argument("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="from sample A's noise to B's")
+    previews.add_argument("--gif", action="store_true", help="from noise to image, step by step")
     return parser
 
 
-def parse(arguments: Sequence[str]) -> tuple[Request, Recipe]:
+def parse(arguments: Sequence[str]) -> Request:
     """The command line over the run's own recipe. UserError for a folder without a run, SystemExit(2) for bad flags."""
     given = parser().parse_args(arguments)
-    if (given.npz or given.png) and (given.gif or given.interpolate):
+    one, ending = given.gif or given.interpolate, ".gif" if given.gif else ".png"
+    if one and (given.npz or given.png):
         raise UserError("--gif and --interpolate make one picture: without --npz and --png")
-    wanted = wanted_of(given, lambda recipe: recipe.sample.num)
-    ends = (given.interpolate[0], given.interpolate[1]) if given.interpolate else None
-    request = Request(wanted, given.out, given.npz, given.png, ends, given.gif)
-    ending = ".gif" if given.gif else ".png"
-    if not request.is_set and request.target.suffix != ending:
+    samples = sample_request(given, "sample")
+    is_set = given.npz or given.png or (samples.settings.num > PICTURE_MOST and not one)
+    if not is_set and given.out is not None and given.out.suffix != ending:
         raise UserError(f"--out {given.out}: a picture's name ends in {ending}; a folder is for --npz and --png")
-    return request, wanted.recipe
+    ends = (given.interpolate[0], given.interpolate[1]) if given.interpolate else None
+    name = f"interpolate-{ends[0]}-{ends[1]}" if ends else "trajectory" if given.gif else "manual"
+    default = samples.set_folder if is_set else samples.set_folder.with_name(name + ending)
+    return Request(samples, given.out or default, is_set, given.png, ends, given.gif)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Writes a grid of samples of a run, or what else was asked for."""
-    request, _ = parse(arguments)
-    with drawing(request.wanted) as (ranks, stop, artist, say):
+    request = parse(arguments)
+    with sampling(request.samples) as (ranks, stop, sampler, say):
         if request.is_set:
-            draw_set(artist, request.target, request.png, ranks, stop, say)
+            draw_set(sampler, request.target, request.png, ranks, stop, say)
         elif ranks.first and request.interpolate:
-            draw_interpolation(artist, request.interpolate, request.target)
+            draw_interpolation(sampler, request.interpolate, request.target)
         elif ranks.first:
-            (draw_trajectory if request.gif else draw_grid)(artist, request.target)
+            (draw_trajectory if request.gif else draw_grid)(sampler, request.target)
         say(str(request.target))
 
 

@@ -1,4 +1,4 @@
-"""Which samples: their numbers, labels and starting noise, all of which follow from (seed, sample number)."""
+"""Sample numbers, labels and starting noise, all of which follow from (seed, sample number)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from st_fast.recipe.schema import Model
 
 @dataclass(frozen=True)
 class Draw:
-    """Which samples to draw: the counters of their noise and their labels."""
+    """Samples to draw: `ordinals` (B,) int64, the counters of their noise, and `labels` (B,) int64."""
 
     ordinals: Tensor
-    """(B,) int64."""
     labels: Tensor
-    """(B,) int64."""
     seed: int
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Which label each sample has: sample i the i-th of `cycle`, over and over, or with no cycle a random one."""
+    """The label of each sample: sample i has the i-th of `cycle`, over and over, or without a cycle a random one."""
 
     text: str
     num_classes: int
@@ -41,14 +39,11 @@ class Labels:
 
 def read_labels(text: str, num_classes: int) -> Labels:
     """ "balanced" (label i mod classes), "random", or class numbers such as "0,3,7"; UserError for anything else."""
-    if text == "random":
-        return Labels(text, num_classes, ())
-    if text == "balanced":
-        return Labels(text, num_classes, tuple(range(num_classes)))
+    if text in ("random", "balanced"):
+        return Labels(text, num_classes, tuple(range(num_classes)) if text == "balanced" else ())
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) < num_classes for part in parts):
-        allowed = f"balanced, random, or classes of 0..{num_classes - 1} with commas between"
-        raise UserError(f"--labels {text}: {allowed}")
+        raise UserError(f"--labels {text}: balanced, random, or classes of 0..{num_classes - 1} with commas between")
     return Labels(",".join(parts), num_classes, tuple(int(part) for part in parts))
 
 
@@ -64,7 +59,7 @@ def balanced(seed: int, first: int, count: int, num_classes: int, device: torch.
 
 
 def starting_noise(draw: Draw, config: Model) -> Tensor:
-    """(B, C, S, S) float32: where the draw's samples begin."""
+    """(B, C, S, S) float32 noise at t = 1."""
     shape = (config.channels, config.latent_size, config.latent_size)
     return normal(draw.seed, Purpose.SAMPLE_NOISE, draw.ordinals, shape)
 
@@ -81,5 +76,4 @@ def slerp(a: Tensor, b: Tensor, count: int) -> Tensor:
         from_a, from_b = 1 - shares, shares
     else:
         from_a, from_b = ((1 - shares) * angle).sin() / angle.sin(), (shares * angle).sin() / angle.sin()
-    weights = (w.float().view(-1, 1, 1, 1) for w in (from_a, from_b))
-    return next(weights) * a + next(weights) * b
+    return from_a.float().view(-1, 1, 1, 1) * a + from_b.float().view(-1, 1, 1, 1) * b

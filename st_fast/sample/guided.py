@@ -1,4 +1,4 @@
-"""Draws latents: the velocity with classifier-free guidance, and the solver that the settings name."""
+"""Latents from noise: the velocity with classifier-free guidance, and the solver that the settings name."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def guided_velocity(model: SiT, labels: Tensor, settings: Sample) -> Velocity:
 
 
 @torch.no_grad()
-def sample_from(
-    model: SiT, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched
-) -> Tensor:  # fmt: skip
+def sample_from(model: SiT, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched) -> Tensor:
     """(B, C, S, S) float32 scaled latents for noise x (B, C, S, S). The model must be in eval mode."""
     velocity = guided_velocity(model, draw.labels, settings)
     if settings.sampler == "euler":

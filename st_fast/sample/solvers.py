@@ -1,4 +1,4 @@
-"""The way from noise at t = 1 to data at t = 0: ODE (Euler, Heun, dopri5) and SDE (Euler–Maruyama)."""
+"""Solvers from noise at t = 1 to data at t = 0: ODE (Euler, Heun, dopri5) and SDE (Euler–Maruyama)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Velocity = Callable[[Tensor, float], Tensor]
 """(x (B, C, S, S), t) → dx/dt (B, C, S, S)."""
 
 Watch = Callable[[Tensor], None]
-"""Is shown x (B, C, S, S) after each step."""
+"""Called with x (B, C, S, S) after each step."""
 
 LAST_SDE_TIME = 0.04
-"""Where REPA's SDE sampler makes its last, noiseless step to t = 0."""
+"""From here REPA's SDE sampler makes its last, noiseless step to t = 0."""
 
 DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3
 """SiT's tolerances (arXiv 2401.08740)."""
 
 
 def unwatched(x: Tensor) -> None:
-    """Looks away."""
+    """Does nothing."""
 
 
 def euler(velocity: Velocity, x: Tensor, steps: int, watch: Watch = unwatched) -> Tensor:

@@ -1,4 +1,4 @@
-"""Looks at a model while it trains: pictures from fixed noise and labels, and metrics of its samples."""
+"""Previews and metrics of a model while it trains: samples from fixed noise and labels, as pictures and scores."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from torch import Tensor
 
 from st_fast.core.ranks import Ranks
 from st_fast.data.manifest import Manifest
-from st_fast.evaluate import __main__ as evaluate
-from st_fast.evaluate import scores
-from st_fast.evaluate.classifier import Classifier, read_images
+from st_fast.evaluate import classifier, scores
 from st_fast.evaluate.inception import Inception, load_inception
 from st_fast.model import SiT
 from st_fast.recipe.schema import Recipe, Stage
-from st_fast.sample import pictures
+from st_fast.report.metrics import summary
 from st_fast.sample.guided import sample_batches
+from st_fast.sample.model import Decode, decoder
+from st_fast.sample.previews import grid, save_png
 from st_fast.train.log import Log
-
-GRID_COLUMNS = 10
 
 
 class Examiner:
@@ -27,15 +25,15 @@ class Examiner:
 
     def __init__(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log) -> None:
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
-        self._decoder: pictures.Decode | None = None
-        self._classifier: tuple[Classifier, evaluate.Reference] | None = None
+        self._decoder: Decode | None = None
+        self._classifier: tuple[classifier.Classifier, classifier.Reference] | None = None
         self._inception: tuple[Inception, scores.Reference] | None = None
 
     def check(self) -> None:
         """UserError for images, weights or a reference that aren't there or don't fit, before days are spent."""
         wanted = self.recipe.evaluate
         if wanted.classifier:
-            read_images(Path(self.recipe.data.path))
+            classifier.read_images(Path(self.recipe.data.path))
         if wanted.inception:
             load_inception(Path(wanted.inception), torch.device("cpu"))
             model = self.recipe.model
@@ -48,7 +46,7 @@ class Examiner:
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self._decoder is None:
-            self._decoder = pictures.decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device)
+            self._decoder = decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device)
         return self._decoder(latents)
 
     def images(self, model: SiT, count: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +64,7 @@ class Examiner:
             return
         images, _ = self.images(model, self.recipe.sample.num)
         name = f"{stage.name}/samples/{step:08d}.png"
-        pictures.save_png(pictures.grid(images, GRID_COLUMNS), Path(self.recipe.run.out) / name)
+        save_png(grid(images), Path(self.recipe.run.out) / name)
         self.log.write("sample", stage.name, step, file=name, **cost)
 
     def metrics(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
@@ -82,19 +80,20 @@ class Examiner:
             found |= self._by_inception(images)
         protocol = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler, "steps": settings.steps}
         self.log.write("eval", stage.name, step, metrics=found | protocol, **cost)
-        self.log.say(line(stage.name, step, found))
+        against = f" against {found['reference']}" if "reference" in found else ""
+        self.log.say(f"{stage.name} {step}: {summary(found)}, of {len(images)} samples{against}")
 
     def _by_classifier(self, images: Tensor, labels: Tensor) -> dict[str, object]:
         if self._classifier is None:
-            self._classifier = evaluate.load_classifier(Path(self.recipe.data.path), self.log.say)
-        return evaluate.classifier_metrics(self._classifier[0], images, labels, self._classifier[1])
+            self._classifier = classifier.load_classifier(Path(self.recipe.data.path), self.log.say)
+        return classifier.classifier_metrics(self._classifier[0], images, labels, self._classifier[1])
 
     def _by_inception(self, images: Tensor) -> dict[str, object]:
-        """FID and its like, beside which the classifier's precision and recall keep their own names."""
+        """FID and its like; the classifier's precision and recall keep their names, Inception's get a prefix."""
         samples = scores.InMemory(images.numpy())
         if self._inception is None:
             network = load_inception(Path(self.recipe.evaluate.inception), self.ranks.device)
-            # Each batch that it looks at is a sign of life for those who watch this rank.
+            # Each batch of images is a sign of life for the watchdog.
             network.model.register_forward_pre_hook(lambda *_: self.ranks.heartbeat.beat("sample"))
             self._inception = network, scores.read_reference(self._reference, network, samples.shape)
         network, reference = self._inception
@@ -105,15 +104,3 @@ class Examiner:
             "reference_sha256": reference.sha256,
             "inception_sha256": network.sha256,
         }
-
-
-def line(stage: str, step: int, found: dict[str, object]) -> str:
-    """What the metrics say, in one line."""
-    parts = []
-    if "accuracy" in found:
-        accuracy, distance, floor = (float(str(found[key])) for key in ("accuracy", "frechet", "floor_frechet"))
-        parts.append(f"{100 * accuracy:.1f} % accuracy on {found['num']} samples")
-        parts.append(f"Fréchet distance {distance:.2f} (real held-out images: {floor:.2f})")
-    if "fid" in found:
-        parts.append(f"FID {float(str(found['fid'])):.2f} of {found['num']} samples against {found['reference']}")
-    return f"{stage} {step}: {', '.join(parts)}"

@@ -15,8 +15,15 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from st_fast.core.errors import UserError
-from st_fast.evaluate.__main__ import Reference, classifier_metrics, load_classifier, make_reference
-from st_fast.evaluate.classifier import Classifier, load_or_train, read_images
+from st_fast.evaluate.classifier import (
+    Classifier,
+    Reference,
+    classifier_metrics,
+    load_classifier,
+    load_or_train,
+    make_reference,
+    read_images,
+)
 
 
 @pytest.fixture(scope="module")

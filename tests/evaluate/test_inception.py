@@ -75,7 +75,7 @@ def test_spatial_features_are_seven_maps_of_mixed_6d_with_channels_last(weights)
 
 def test_averages_leave_the_padding_out_and_the_last_block_takes_the_maximum():
     pooled = []
-    for block in (inception.BlockE(8, by_maximum=False), inception.BlockE(8, by_maximum=True)):
+    for block in (inception.block_8(8, "average"), inception.block_8(8, "maximum")):
         block.branch_pool.register_forward_pre_hook(lambda module, args: pooled.append(args[0]))
         block.eval()(torch.arange(16.0).view(1, 1, 4, 4).expand(1, 8, 4, 4))
     corner = torch.tensor([0.0, 1.0, 4.0, 5.0])

@@ -11,10 +11,10 @@ from PIL import Image
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.recipe import load
 from st_fast.sample import __main__ as sample
-from st_fast.sample import job, parts
 from st_fast.sample.draw import balanced, draw_of, read_labels
-from st_fast.sample.files import open_npz, write_npz
 from st_fast.sample.guided import sample as draw_samples
+from st_fast.sample.model import Sampler, sampling
+from st_fast.sample.set import SampleSet, draw_set, open_npz, write_npz
 from tests.sample.tiny_run import command, make_run
 
 
@@ -40,10 +40,10 @@ def test_the_npz_is_adms_layout_and_holds_what_the_model_draws(run, whole):
         images, labels = found["arr_0"], found["arr_1"]
     assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [0, 1, 2, 3, 4] * 2
-    request, recipe = sample.parse([str(run), "--num", "10"])
-    with sample.drawing(request.wanted) as (_, _, artist, _):
+    request = sample.parse([str(run), "--num", "10"])
+    with sampling(request.samples) as (_, _, sampler, _):
         draw = balanced(3, 0, 4, 5, torch.device("cpu"))
-        latents = draw_samples(artist.model, draw, recipe.sample, "linear")
+        latents = draw_samples(sampler.model, draw, request.samples.settings, "linear")
     pixels = ((latents / 2 + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
     assert np.array_equal(images[:4], pixels.byte().numpy())
     assert images.std() > 20
@@ -68,7 +68,7 @@ def test_two_ranks_draw_the_bytes_of_one(run, whole):
 
 
 def test_a_set_that_was_interrupted_is_continued_to_the_same_bytes(run, whole, monkeypatch):
-    drawn, draw = [], job.Artist.draw
+    drawn, draw = [], Sampler.images
 
     def killed_after_one(self, first, count):
         drawn.append(first)
@@ -76,7 +76,7 @@ def test_a_set_that_was_interrupted_is_continued_to_the_same_bytes(run, whole, m
             raise KeyboardInterrupt
         return draw(self, first, count)
 
-    monkeypatch.setattr(job.Artist, "draw", killed_after_one)
+    monkeypatch.setattr(Sampler, "images", killed_after_one)
     arguments = [str(run), "--num", "10", "--npz", "--out", str(run / "again")]
     with pytest.raises(KeyboardInterrupt):
         sample.main(arguments)
@@ -89,10 +89,10 @@ def test_a_set_that_was_interrupted_is_continued_to_the_same_bytes(run, whole, m
 
 
 def test_a_signal_stops_after_a_batch_and_says_how_to_go_on(run, monkeypatch):
-    request, _ = sample.parse([str(run), "--num", "10", "--npz", "--out", str(run / "stopped")])
-    with pytest.raises(Interrupted) as told, sample.drawing(request.wanted) as (ranks, stop, artist, say):
+    request = sample.parse([str(run), "--num", "10", "--npz", "--out", str(run / "stopped")])
+    with pytest.raises(Interrupted) as told, sampling(request.samples) as (ranks, stop, sampler, say):
         stop.name = "SIGTERM"
-        job.draw_set(artist, request.target, False, ranks, stop, say)
+        draw_set(sampler, request.target, False, ranks, stop, say)
     assert "1 of 3 batches are kept" in str(told.value) and told.value.exit_code == 75
 
 
@@ -115,7 +115,7 @@ def test_other_weights_are_refused(tmp_path):
 def test_a_damaged_batch_is_named(run, whole):
     settings = json.loads((whole / "sample.json").read_text())
     settings.pop("format")
-    found = parts.Parts(run / "hurt", parts.Settings(**settings | {"cfg_range": tuple(settings["cfg_range"])}))
+    found = SampleSet(run / "hurt", settings)
     found.begin()
     (run / "hurt" / "parts" / "000000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"000000.safetensors: damaged .* remove it"):
@@ -127,7 +127,7 @@ def test_by_default_a_few_samples_are_one_picture_as_before(run, capsys):
     path = run / "plain" / "samples" / "manual.png"
     assert capsys.readouterr().out.strip().endswith(str(path))
     assert Image.open(path).width >= 480
-    request, _ = sample.parse([str(run), "--num", "1001"])
+    request = sample.parse([str(run), "--num", "1001"])
     assert request.is_set and request.target.name == "1001-heun3-cfg2"
 
 
@@ -146,9 +146,9 @@ def test_labels_are_balanced_random_or_those_named(run):
 
 @pytest.mark.parametrize(("preset", "scale", "high"), [("repa", 1.8, 0.7), ("self-transcendence", 1.9, 0.65)])
 def test_presets_are_the_published_settings_and_flags_win(run, preset, scale, high):
-    found = sample.parse([str(run), "--preset", preset])[0].wanted.settings
+    found = sample.parse([str(run), "--preset", preset]).samples.settings
     assert (found.sampler, found.steps, found.cfg_scale, found.cfg_range) == ("sde", 250, scale, (0.0, high))
-    assert sample.parse([str(run), "--preset", preset, "--steps", "7"])[0].wanted.settings.steps == 7
+    assert sample.parse([str(run), "--preset", preset, "--steps", "7"]).samples.settings.steps == 7
 
 
 def test_the_trajectory_is_a_gif_from_the_noise_to_the_image(run):
@@ -167,9 +167,9 @@ def test_an_interpolation_begins_and_ends_at_the_samples_themselves(run):
     picture = np.asarray(Image.open(run / "plain" / "samples" / "interpolate-2-8.png"))
     factor = picture.shape[1] // 102
     picture = picture[::factor, ::factor].astype(int)
-    request, _ = sample.parse([str(run), "--sampler", "euler"])
-    with sample.drawing(request.wanted) as (_, _, artist, _):
-        a, b = (artist.draw(number, 1)[0][0].permute(1, 2, 0).numpy().astype(int) for number in (2, 8))
+    request = sample.parse([str(run), "--sampler", "euler"])
+    with sampling(request.samples) as (_, _, sampler, _):
+        a, b = (sampler.images(number, 1)[0][0].permute(1, 2, 0).numpy().astype(int) for number in (2, 8))
     assert np.abs(picture[2:10, 2:10] - a).max() <= 1
     assert np.abs(picture[12:20, 92:100] - b).max() <= 1
 

@@ -13,9 +13,10 @@ from st_fast import recipe
 from st_fast.core.errors import UserError
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate import inception, scores
+from st_fast.evaluate.classifier import read_images
 from st_fast.recipe import RecipeError, load
 from st_fast.report import write_report
-from st_fast.sample.files import open_npz
+from st_fast.sample.set import open_npz
 from st_fast.train import examiner
 from st_fast.train.run import run
 from tests import tiny
@@ -35,7 +36,7 @@ def network():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Data with real images, and a stand-in for Inception with 8 features."""
-    for name, value in (("FEATURES", 8), ("SPATIAL", 5), ("KID_SUBSETS", 4)):
+    for name, value in (("FEATURES", 8), ("SPATIAL", 5), ("CLASSES", 4), ("KID_SUBSETS", 4)):
         monkeypatch.setattr(scores, name, value)
     monkeypatch.setattr(recipe.check, "INCEPTION_FEATURES", 8)
     for module in (examiner, inception):
@@ -63,7 +64,7 @@ def test_training_logs_what_the_evaluate_command_finds(folder, capsys):
     for key in ("fid", "sfid", "kid", "inception_score"):
         assert last[key] == pytest.approx(numbers[key], rel=1e-6), key
     assert last["inception_precision"] == numbers["precision"]
-    real = evaluate.read_images(folder / "data").train.permute(0, 2, 3, 1).numpy()
+    real = read_images(folder / "data").train.permute(0, 2, 3, 1).numpy()
     drawn = next(open_npz(told.with_name("samples.npz")).blocks())
     truth = frechet_by_scipy(network()(drawn).pooled, network()(real).pooled)
     assert last["fid"] == pytest.approx(truth, rel=1e-4)

@@ -21,7 +21,7 @@ from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import read_images
 from st_fast.model import flow
 from st_fast.model.vae import encode_moments, load_vae
-from st_fast.sample.pictures import decoder
+from st_fast.sample.model import decoder
 
 SEED = 20260711
 """Of everything drawn here; no run's own, so that no noise is that of a training step."""

@@ -1,0 +1,176 @@
+"""A trained model ready to sample: the flags that choose its weights and settings, and the model with its decoder."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from st_fast.core import checkpoint
+from st_fast.core.command import command_parser, need_run
+from st_fast.core.errors import UserError
+from st_fast.core.ranks import Ranks, process_group
+from st_fast.core.signals import StopRequest, stop_on_signals
+from st_fast.data.manifest import Manifest
+from st_fast.data.shards import read_any_manifest
+from st_fast.kernels.heap import keep_freed_memory
+from st_fast.model import SiT, teacher
+from st_fast.model.attention import choose
+from st_fast.model.compiling import CompiledBlocks, keep_compiled
+from st_fast.model.formats.model_source import newest_stage
+from st_fast.model.smoke_test import validated_kernels
+from st_fast.model.vae import decode, load_vae
+from st_fast.recipe import load_run
+from st_fast.recipe.schema import Recipe, Sample
+from st_fast.sample.draw import Draw, Labels, draw_of, read_labels
+from st_fast.sample.guided import sample, sample_from
+from st_fast.sample.solvers import Watch, unwatched
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PATIENCE_S = 7 * 24 * 3_600.0
+"""How long a rank waits for the others, whose batches may take longer (dopri5)."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "repa": {"sampler": "sde", "steps": 250, "cfg_scale": 1.8, "cfg_range": (0.0, 0.7)},
+    "self-transcendence": {"sampler": "sde", "steps": 250, "cfg_scale": 1.9, "cfg_range": (0.0, 0.65)},
+    "unguided": {"sampler": "sde", "steps": 250, "cfg_scale": 1.0, "cfg_range": (0.0, 1.0)},
+}
+"""REPA's headline numbers (arXiv 2410.06940), Self-Transcendence's (arXiv 2601.07773), and both without guidance."""
+
+Decode = Callable[[Tensor], Tensor]
+"""Scaled latents (B, C, S, S) → uint8 images (B, 1 or 3, H, W) on the CPU."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Which model samples, and how."""
+
+    run: Path
+    recipe: Recipe
+    stage: str
+    weights: Literal["raw", "ema"]
+    settings: Sample
+    labels: Labels
+    seed: int
+    precision: str = "fp32"
+    compile: str = "auto"
+
+    @property
+    def set_folder(self) -> Path:
+        """Where a set is written by default; the name says how it was sampled."""
+        drawn = self.settings
+        steps = "" if drawn.sampler == "dopri5" else f"{drawn.steps}"
+        return self.run / self.stage / "samples" / f"{drawn.num}-{drawn.sampler}{steps}-cfg{drawn.cfg_scale:g}"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A frozen model with its decoder and the settings of its samples."""
+
+    request: SampleRequest
+    model: SiT
+    step: int
+    decode: Decode
+    vae: str
+    compiled: bool
+
+    def draw_of(self, first: int, count: int) -> Draw:
+        """Samples number first … first + count − 1."""
+        return draw_of(self.request.labels, self.request.seed, first, count, self.model.pos_embed.device)
+
+    def latents(self, noise: Tensor, draw: Draw, watch: Watch = unwatched) -> Tensor:
+        """(B, C, S, S) float32 scaled latents for noise (B, C, S, S)."""
+        return sample_from(self.model, noise, draw, self.request.settings, self.request.recipe.flow.path, watch)
+
+    def images(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Samples number first … first + count − 1 as uint8 images (count, 1 or 3, H, W), and labels, on the CPU."""
+        draw = self.draw_of(first, count)
+        latents = sample(self.model, draw, self.request.settings, self.request.recipe.flow.path)
+        return self.decode(latents).cpu(), draw.labels.cpu()
+
+
+def decoder(folder: Path, manifest: Manifest, device: torch.device) -> Decode:
+    """The decoder of a data folder: its own VAE where it has one inside, else the one its manifest names."""
+    vae = load_vae(folder / manifest.vae.path if manifest.vae.path else manifest.vae.name, device)
+    return lambda latents: decode(vae, latents, manifest.scale)
+
+
+def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None]) -> Sampler:
+    """The stage's newest weights on every rank, with kernels and attention that work here; UserError without any."""
+    recipe, device, dtype = request.recipe, ranks.device, DTYPES[request.precision]
+    root = request.run / request.stage / "checkpoints"
+    table = validated_kernels(vars(recipe.kernels), recipe.model, ranks, dtype, say)
+    attend = choose(recipe.model.attention, device, dtype, recipe.model.width // recipe.model.heads, say)
+    model = teacher.load_frozen(root, recipe.model, request.weights, table, device, dtype, attend)
+    newest = checkpoint.latest(root, say, groups=())
+    compiled = request.compile == "on" or (request.compile == "auto" and device.type == "cuda")
+    if compiled:
+        model.run_block = CompiledBlocks(say, dynamic=False)
+    data = Path(recipe.data.path)
+    manifest = read_any_manifest(data)
+    vae = f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
+    return Sampler(request, model, newest.step if newest else 0, decoder(data, manifest, device), vae, compiled)
+
+
+@contextmanager
+def sampling(request: SampleRequest) -> Iterator[tuple[Ranks, StopRequest, Sampler, Callable[[str], None]]]:
+    """This process among its ranks, with the model loaded; the last of the four prints on the first rank only."""
+    keep_compiled(request.run / "compiled")
+    keep_freed_memory()
+    with process_group("auto", PATIENCE_S) as ranks, stop_on_signals() as stop:
+        say: Callable[[str], None] = functools.partial(print, flush=True) if ranks.first else (lambda text: None)
+        yield ranks, stop, load_sampler(request, ranks, say), say
+
+
+def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
+    """The flags of every command that samples; the commands add their own."""
+    parser = command_parser(command, text)
+    parser.add_argument("run", type=Path, help="a run folder, such as runs/digits")
+    parser.add_argument("--stage", help="the stage whose model samples (default: the last one that was trained)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("-n", "--num", type=int, help="how many samples (torchrun takes --num for a flag of its own)")
+    parser.add_argument("--labels", default="balanced", help="balanced (i mod classes), random, or such as 0,3,7")
+    parser.add_argument("--seed", type=int, help="of the noise and of random labels (default: the run's)")
+    parser.add_argument("--batch-size", type=int, help="of each rank; a dopri5 batch shares its steps")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="published settings; other flags override them")
+    parser.add_argument("--sampler", choices=("euler", "heun", "dopri5", "sde"))
+    parser.add_argument("--steps", type=int, help="of all samplers but dopri5, which chooses its own")
+    parser.add_argument("--cfg-scale", type=float, help="guidance ω; 1 is none")
+    parser.add_argument("--cfg-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the model; solvers use fp32")
+    return parser
+
+
+def sample_request(given: argparse.Namespace, section: str, needs_model: bool = True) -> SampleRequest:
+    """The flags over the run's own recipe, whose `section` says `num` by default.
+
+    UserError without a run, for values out of range, and, if `needs_model`, without a trained stage.
+    """
+    need_run(given.run)
+    recipe = load_run(given.run)
+    chosen = {"num": getattr(recipe, section).num} | (PRESETS[given.preset] if given.preset else {})
+    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "cfg_range"):
+        if (value := getattr(given, key)) is not None:
+            chosen[key] = tuple(value) if key == "cfg_range" else value
+    settings = replace(recipe.sample, **chosen)
+    for key in ("num", "batch_size", "steps"):
+        if getattr(settings, key) < 1:
+            raise UserError(f"--{key.replace('_', '-')} {getattr(settings, key)}: at least 1")
+    low, high = settings.cfg_range
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--cfg-range {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
+    if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
+        raise UserError(f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0)")
+    stage = newest_stage(given.run, recipe, given.stage) if needs_model else given.stage or recipe.stages[-1].name
+    labels = read_labels(given.labels, recipe.model.num_classes)
+    seed = recipe.run.seed if given.seed is None else given.seed
+    return SampleRequest(
+        given.run, recipe, stage, given.weights, settings, labels, seed, given.precision, given.compile
+    )

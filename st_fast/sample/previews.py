@@ -1,0 +1,89 @@
+"""Pictures of a few samples: a grid, the interpolation of two noises, and a GIF from noise to image."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from st_fast.core.errors import UserError
+from st_fast.core.progress import bar
+from st_fast.sample.draw import Draw, slerp, starting_noise
+from st_fast.sample.model import Sampler
+
+GRID_COLUMNS, GRID_IMAGES = 10, 100
+FRAMES = 40
+"""At most, of a GIF."""
+FRAME_MS, LAST_FRAME_MS = 80, 2_000
+
+
+def grid(images: Tensor, columns: int = GRID_COLUMNS, gap: int = 2) -> Tensor:
+    """uint8 (B, 1 or 3, H, W) → one uint8 picture (H', W', 1 or 3), row by row, on white."""
+    batch, channels, height, width = images.shape
+    rows = -(-batch // columns)
+    sheet = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 255, dtype=torch.uint8)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet.permute(1, 2, 0)
+
+
+def enlarged(picture: Tensor, smallest: int = 480) -> NDArray[np.uint8]:
+    """A picture (H, W, 1 or 3) as an array, larger by a whole factor so that it is ≥ `smallest` wide."""
+    factor = max(1, -(-smallest // picture.shape[1]))
+    array = picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def save_png(picture: Tensor, path: Path, smallest: int = 480) -> None:
+    """Writes a picture (H, W, 1 or 3) as PNG, enlarged by a whole factor until its width reaches `smallest` pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(enlarged(picture, smallest)).save(path)
+
+
+def draw_grid(sampler: Sampler, path: Path) -> None:
+    """The first `num` samples as one PNG."""
+    settings, images = sampler.request.settings, []
+    with bar(None, "drawing", settings.num, "image") as progress:
+        for first in range(0, settings.num, settings.batch_size):
+            images.append(sampler.images(first, min(settings.batch_size, settings.num - first))[0])
+            progress.update(len(images[-1]))
+    save_png(grid(torch.cat(images)), path)
+
+
+def draw_interpolation(sampler: Sampler, ends: tuple[int, int], path: Path) -> None:
+    """From the noise of sample A to that of sample B in ten images: one row with A's label, one with B's."""
+    if min(ends) < 0:
+        raise UserError(f"--interpolate {ends[0]} {ends[1]}: numbers of samples, from 0")
+    draws = [sampler.draw_of(number, 1) for number in ends]
+    a, b = (starting_noise(draw, sampler.model.config)[0] for draw in draws)
+    labels = torch.cat([draw.labels for draw in draws]).repeat_interleave(GRID_COLUMNS)
+    draw = Draw(torch.full_like(labels, ends[0]), labels, sampler.request.seed)
+    latents = sampler.latents(slerp(a, b, GRID_COLUMNS).repeat(2, 1, 1, 1), draw)
+    save_png(grid(sampler.decode(latents).cpu()), path)
+
+
+def draw_trajectory(sampler: Sampler, path: Path) -> None:
+    """x_t from t = 1 to 0 of the first samples (as many as a grid holds) as a GIF of evenly spread steps."""
+    settings = sampler.request.settings
+    draw = sampler.draw_of(0, min(settings.num, GRID_IMAGES))
+    noise, count = starting_noise(draw, sampler.model.config), min(FRAMES, settings.steps)
+    chosen = {round((i + 1) * settings.steps / count) for i in range(count)}
+    frames: list[Image.Image] = []
+    steps = itertools.count()
+
+    def watch(x: Tensor) -> None:
+        if (step := next(steps)) in chosen or step == 0:
+            frames.append(Image.fromarray(enlarged(grid(sampler.decode(x).cpu()))))
+
+    watch(noise)
+    sampler.latents(noise, draw, watch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = [*[FRAME_MS] * (len(frames) - 1), LAST_FRAME_MS]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -1,0 +1,268 @@
+"""A set of samples in a folder, drawn batch by batch by any number of ranks.
+
+`sample.json` holds the settings, `parts/<batch>.safetensors` the images and labels of each finished batch until
+`samples.npz` (ADM's layout) holds them all; beside it lie `grid.png` and, if asked for, `png/<number>.png`. Which
+samples share a batch follows from their numbers alone and one rank draws a whole batch, so the number of ranks changes
+no image (and no bit where each rank computes with as many threads).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.files import BadFile, make_folder, read_json, write_atomic, write_json_atomic
+from st_fast.core.progress import bar
+from st_fast.core.ranks import Ranks
+from st_fast.core.signals import StopRequest
+from st_fast.model.vae import vae_hash
+from st_fast.sample.model import Sampler
+from st_fast.sample.previews import GRID_IMAGES, grid, save_png
+
+FORMAT = "st_fast.samples/1"
+SETTINGS = "sample.json"
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The date of a zip's entries, so that the same samples make the same bytes."""
+
+Images = NDArray[np.uint8]
+"""(n, H, W, 3)."""
+
+
+def draw_set(
+    sampler: Sampler, folder: Path, pngs: bool, ranks: Ranks, stop: StopRequest, say: Callable[[str], None]
+) -> Path:
+    """Draws the set into `folder`, or what is missing of it, and returns its `samples.npz`.
+
+    With `pngs` also a folder of single images. Interrupted after a signal, with all finished batches kept; UserError
+    if the folder holds samples drawn with other settings.
+    """
+    found, whole = SampleSet(folder, settings_of(sampler)), folder / "samples.npz"
+    sha256 = found.settings["model_sha256"]
+    if ranks.broadcast_from_rank0(lambda: sha256) != sha256:
+        raise UserError(
+            f"{sampler.request.run}: a new checkpoint was written while the ranks started; start them again"
+        )
+    ranks.broadcast_from_rank0(found.begin)
+    if not ranks.broadcast_from_rank0(whole.exists):
+        _draw_missing(sampler, found, ranks, stop)
+        if ranks.first:
+            labels = np.concatenate([found.get(batch)[1] for batch in range(found.batches)])
+            blocks = (found.get(batch)[0] for batch in range(found.batches))
+            write_npz(whole, found.get(0)[0].shape[1:], blocks, labels)
+    else:
+        say(f"{whole}: complete already")
+    ranks.barrier()
+    if pngs:
+        for number, block in enumerate(open_npz(whole).blocks(GRID_IMAGES)):
+            if number % ranks.count == ranks.rank:
+                write_pngs(folder / "png", number * GRID_IMAGES, block)
+    if ranks.first:
+        images = next(open_npz(whole).blocks(GRID_IMAGES))
+        save_png(grid(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())), folder / "grid.png")
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    ranks.barrier()
+    return whole
+
+
+def _draw_missing(sampler: Sampler, found: SampleSet, ranks: Ranks, stop: StopRequest) -> None:
+    """Draws this rank's share of the batches that are not there yet."""
+    missing = ranks.broadcast_from_rank0(found.missing)
+    kept, total = (found.batches - len(missing)) * found.batch_size, found.batches * found.batch_size
+    with bar(None, "drawing", total, "image", done=kept, hidden=not ranks.first) as progress:
+        for batch in missing[ranks.rank :: ranks.count]:
+            found.put(batch, *sampler.images(batch * found.batch_size, found.batch_size))
+            left = len(found.missing())
+            progress.update(total - left * found.batch_size - progress.n)
+            if stop:
+                kept_batches = f"{found.batches - left} of {found.batches} batches are kept in {found.folder}"
+                raise Interrupted(f"{stop.name}: {kept_batches}; the same command continues")
+    ranks.barrier()
+
+
+def settings_of(sampler: Sampler) -> dict[str, Any]:
+    """All that a set's images follow from: two sets with equal settings have equal images, on equal machines."""
+    request, settings = sampler.request, asdict(sampler.request.settings)
+    del settings["every"]
+    return settings | {
+        "stage": request.stage, "step": sampler.step, "weights": request.weights,
+        "model_sha256": vae_hash(sampler.model), "vae": sampler.vae, "path": request.recipe.flow.path,
+        "labels": request.labels.text, "num_classes": request.labels.num_classes, "seed": request.seed,
+        "batch_size": min(settings["batch_size"], settings["num"]), "precision": request.precision,
+        "compiled": sampler.compiled,
+    }  # fmt: skip
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a folder's samples were drawn with; `BadFile` if it holds none."""
+    found = read_json(folder / SETTINGS)
+    if found.get("format") != FORMAT:
+        raise BadFile(f"{folder / SETTINGS}: format is {found.get('format')!r}; this program reads {FORMAT!r}")
+    return found
+
+
+class SampleSet:
+    """The batches of a set in its folder; the last is as large as the others, and samples above `num` are not used."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.num, self.batch_size = int(settings["num"]), int(settings["batch_size"])
+        self.batches = -(-self.num // self.batch_size)
+
+    def begin(self) -> None:
+        """Writes the settings, or UserError naming those in which the samples that are there differ."""
+        if (self.folder / SETTINGS).exists():
+            there, asked = read_settings(self.folder), json.loads(json.dumps(self.settings))
+            differing = [f"{key} {there.get(key)} (now {asked[key]})" for key in asked if there.get(key) != asked[key]]
+            if differing:
+                raise UserError(f"{self.folder}: holds samples drawn with {', '.join(differing)}; choose another --out")
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder}: holds other files and no {SETTINGS}; choose another --out")
+        make_folder(self.folder / "parts")
+        write_json_atomic(self.folder / SETTINGS, {"format": FORMAT} | self.settings)
+
+    def _file(self, batch: int) -> Path:
+        return self.folder / "parts" / f"{batch:06d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """The batches that are still to be drawn."""
+        return [batch for batch in range(self.batches) if not self._file(batch).exists()]
+
+    def put(self, batch: int, images: Tensor, labels: Tensor) -> None:
+        """Keeps a batch: uint8 images (B, 1 or 3, H, W) and labels (B,); after a crash it is there or not there."""
+        make_folder(self.folder / "parts")
+        write_atomic(self._file(batch), save({"images": images.contiguous(), "labels": labels.contiguous()}))
+
+    def get(self, batch: int) -> tuple[Images, NDArray[np.int64]]:
+        """Images (n, H, W, 3) and labels (n,) of a batch, none above `num`; `BadFile` if it is damaged."""
+        size, path = self.batch_size, self._file(batch)
+        try:
+            found = load(path.read_bytes())
+            images, labels = found["images"], found["labels"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise BadFile(f"{path}: damaged ({error}); remove it, and the same command draws it again") from None
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != size or labels.shape != (size,):
+            raise BadFile(f"{path}: not a batch of {size} images; remove it, and the same command draws it again")
+        count = min(size, self.num - batch * size)
+        return three_channels(images[:count].numpy()), labels[:count].numpy()
+
+
+def three_channels(images: NDArray[np.uint8]) -> Images:
+    """uint8 (n, 1 or 3, H, W) → (n, H, W, 3): grey three times."""
+    last = images.transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(last if last.shape[-1] == 3 else last.repeat(3, axis=-1))
+
+
+def write_npz(path: Path, shape: tuple[int, ...], blocks: Iterable[Images], labels: NDArray[np.int64]) -> None:
+    """ADM's sample file: arr_0 uint8 (N, H, W, 3) and arr_1 the labels (N,), N as many as labels.
+
+    `blocks` yields the images of shape (H, W, 3) a block at a time, so that memory stays flat. The file appears under
+    its name when it is whole. ValueError if the blocks hold more or fewer than N images.
+    """
+    partial, done = path.with_name(f"{path.name}.partial-{os.getpid()}"), 0
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in blocks:
+                    done += len(block)
+                    file.write(np.ascontiguousarray(block).data)
+            with archive.open(zipfile.ZipInfo("arr_1.npy", EPOCH), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, labels, allow_pickle=False)
+        if done != len(labels):
+            raise ValueError(f"{path}: {done} images for {len(labels)} labels")
+        with partial.open("rb+") as whole:
+            os.fsync(whole.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """The images of an ADM `.npz`, of which `blocks` holds a few at a time in memory."""
+
+    path: Path
+    count: int
+    shape: tuple[int, int, int]
+    labels: NDArray[np.int64] | None
+
+    def blocks(self, size: int = 256) -> Iterator[Images]:
+        """Up to `size` images (n, H, W, 3) at a time, in order; `BadFile` where the file ends early."""
+        row = int(np.prod(self.shape))
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                _header(file)
+                for first in range(0, self.count, size):
+                    count = min(size, self.count - first)
+                    data = file.read(count * row)
+                    if len(data) != count * row:
+                        read = first + len(data) // row
+                        raise BadFile(f"{self.path}: arr_0 ends after {read} of {self.count} images")
+                    yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
+        except (zipfile.BadZipFile, zlib.error, OSError) as error:
+            raise BadFile(f"{self.path}: damaged ({error})") from None
+
+
+def open_npz(path: Path) -> ImageFile:
+    """Checks a file as `write_npz` and ADM's programs write it; `BadFile` in one line if it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "arr_0.npy" not in names:
+                raise BadFile(f"{path}: no arr_0 (the images) in it, only {', '.join(sorted(names))[:80] or 'nothing'}")
+            with archive.open("arr_0.npy") as file:
+                shape, dtype = _header(file)
+            labels = None
+            if "arr_1.npy" in names:
+                with archive.open("arr_1.npy") as file:
+                    read = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[arg-type]
+                labels = read.astype(np.int64) if np.issubdtype(read.dtype, np.integer) else None
+    except FileNotFoundError:
+        raise BadFile(f"{path}: no such file") from None
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, struct.error) as error:
+        raise BadFile(f"{path}: not a readable .npz ({str(error).splitlines()[0]})") from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] == 0:
+        raise BadFile(f"{path}: arr_0 is {dtype} of shape {shape}; uint8 (N, H, W, 3) is needed")
+    if labels is not None and labels.shape != (shape[0],):
+        raise BadFile(f"{path}: arr_1 has shape {labels.shape} for {shape[0]} images; one label an image is needed")
+    return ImageFile(path, shape[0], (shape[1], shape[2], shape[3]), labels)
+
+
+def _header(file: object) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
+    version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)  # type: ignore[arg-type]
+    if fortran:
+        raise ValueError("arr_0 is in Fortran order")
+    return shape, dtype
+
+
+def write_pngs(folder: Path, first: int, images: Images) -> None:
+    """`folder/000123.png` for each image (n, H, W, 3) from number `first` on; those already there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images, start=first):
+        path = folder / f"{number:06d}.png"
+        if not path.exists():
+            partial = path.with_suffix(f".partial-{os.getpid()}")
+            Image.fromarray(image).save(partial, "png")
+            os.replace(partial, path)
