@@ -34,10 +34,10 @@ os.register_at_fork(after_in_child=_close_in_child)
 class RunLock:
     """Context manager: this process alone writes the folder; a UserError names the holder if there is another.
 
-    `flock` decides, so a holder killed by `kill -9` or a power cut holds nothing; the file's text only says who it is
-    or was. A text left by a holder that never released is told to `notice` and taken over. On a file system without
-    `flock` the text decides: a live process, or any on another host, holds. The (empty) file stays; removing it would
-    race with a process that has just opened it. `option` is what names the folder on the command line.
+    `flock` decides, so a holder killed by `kill -9` or a power cut holds nothing; the file's text only names it. Text
+    left by a holder that never released the lock is reported to `notice` and overwritten. On a file system without
+    `flock` the text decides: a live process, or any on another host, holds the lock. The (empty) file stays; removing
+    it would race with a process that has just opened it. `option` names the folder on the command line.
     """
 
     def __init__(self, folder: Path, notice: Callable[[str], None], option: str = "run.out") -> None:
@@ -83,8 +83,12 @@ class RunLock:
             raise UserError(f"{self.path.parent}: {who}; stop it or give another {self._option}")
         if holder:
             self._notice(f"{self.path.parent}: taken over from a run that ended without cleaning up ({_named(holder)})")
+        this = {
+            "pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": " ".join(sys.argv)[:200],
+        }  # fmt: skip
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
+        os.pwrite(descriptor, json.dumps(this).encode(), 0)
         os.fsync(descriptor)
 
 
@@ -97,18 +101,8 @@ def process_start(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[19])  # field 22; the command in parentheses may hold anything
 
 
-def _this_process() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "start": process_start(os.getpid()),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": " ".join(sys.argv)[:200],
-    }
-
-
 def _holder(descriptor: int) -> dict[str, Any]:
-    """What the lock file says of its holder; {} if nothing, and whatever can be read of a damaged one."""
+    """The lock file's text about its holder; {} if there is none, {"pid": "unknown"} if it is damaged."""
     text = os.pread(descriptor, 4096, 0)
     if not text.strip(b"\0 \n"):
         return {}
@@ -130,7 +124,6 @@ def _still_runs(holder: dict[str, Any]) -> bool:
 
 def _named(holder: dict[str, Any]) -> str:
     if not holder:
-        return "which has not yet said who it is"
-    parts = [f"process {holder.get('pid')}"]
-    parts += [f"{word} {holder[key]}" for key, word in (("host", "on"), ("since", "since")) if key in holder]
-    return ascii(" ".join(parts))[1:-1][:200]
+        return "which has not yet written its name"
+    parts = [f"{word} {holder[key]}" for key, word in (("host", "on"), ("since", "since")) if key in holder]
+    return ascii(" ".join([f"process {holder.get('pid')}", *parts]))[1:-1][:200]

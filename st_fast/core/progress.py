@@ -1,4 +1,4 @@
-"""One kind of progress bar for all long work on data: with an ETA, quiet for short work, rare in log files."""
+"""The progress bar of all long work on data: with an ETA, quiet for short work, rare in log files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,6 @@ def bar(
     """A bar over `items`, or (items = None) one that is moved by `update`."""
     terminal = sys.stderr.isatty()
     return tqdm(
-        items,
-        what,
-        total,
-        leave=False,
-        initial=done,
-        unit=f" {unit}",
-        disable=hidden,
-        delay=QUIET_SECONDS,
-        mininterval=0.2 if terminal else LOG_SECONDS,
-        miniters=1,
-        dynamic_ncols=terminal,
-    )
+        items, what, total, leave=False, initial=done, unit=f" {unit}", disable=hidden, delay=QUIET_SECONDS,
+        mininterval=0.2 if terminal else LOG_SECONDS, miniters=1, dynamic_ncols=terminal,
+    )  # fmt: skip

@@ -17,19 +17,22 @@ from st_fast.core.ranks import Ranks
 
 @dataclass
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal first."""
+    """Whether this process was asked to stop, and by which signal first. Called as a signal's handler."""
 
     name: str | None = None
 
     def __bool__(self) -> bool:
         return self.name is not None
 
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.name = self.name or signal.Signals(number).name
+
 
 class StopConsensus:
     """Answers, once a step, whether any rank was asked to stop: the same on every rank at the same step.
 
-    With several ranks the answer is that of the step before: the question travels between the hosts while the step
-    runs, so nobody waits for it and no device is asked.
+    With several ranks the answer is that of the step before: the all-reduce runs between the hosts during the step,
+    so no rank waits for it and no device takes part.
     """
 
     def __init__(self, stop: StopRequest, ranks: Ranks) -> None:
@@ -48,11 +51,11 @@ class StopConsensus:
 
     @property
     def signal(self) -> str:
-        """By which signal, as far as this rank knows."""
+        """The name of the signal, as far as this rank knows."""
         return self._stop.name or "a signal to another rank"
 
     def close(self) -> None:
-        """Waits for the question still under way, so that no rank leaves while another asks."""
+        """Waits for the all-reduce in flight, so that no rank leaves while another one needs it."""
         self._answer()
 
     def _answer(self) -> bool:
@@ -64,29 +67,18 @@ class StopConsensus:
         return flag.item() > 0
 
 
-class _Note:
-    """The handler: notes the first signal in its request."""
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.request.name = self.request.name or signal.Signals(number).name
-
-
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catches SIGTERM and SIGINT inside the block; what a block around this one has caught already counts in it, too.
+    """Catches SIGTERM and SIGINT inside the block; a signal that a block around this one has caught counts as well.
 
     If one came, later ones are ignored to the process's end: all is saved, and a second one must not turn the
     documented exit code into a death by signal.
     """
     request = StopRequest()
-    note = _Note(request)
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     for handler in before.values():
-        if isinstance(handler, _Note):  # one came before this block was entered, and asks for the same
-            request.name = request.name or handler.request.name
+        if isinstance(handler, StopRequest):  # of a block around this one, which may have caught a signal already
+            request.name = request.name or handler.name
     try:
         yield request
     finally:

@@ -64,12 +64,7 @@ def parser() -> Parser:
     add("--vae-factor", type=int, choices=(2, 4, 8), help="how much smaller its latents are (default: by SIZE, 2 to 8)")
     add("--vae-steps", type=int, default=2_000, help="training steps of --vae small (default 2000)")
     add("--dtype", choices=DTYPES, default="float16", help="of the stored moments (default float16)")
-    add(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="of the VAE or encoder; auto: bf16 on CUDA",
-    )
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the network; auto: bf16 on CUDA")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
     add("--shard-size", type=int, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")

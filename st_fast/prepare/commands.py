@@ -1,4 +1,4 @@
-"""What `st_fast.prepare` does for each of its modes."""
+"""The modes of `st_fast.prepare`, one function each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import FolderWrite
+from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import BadImage, load_image
@@ -132,24 +133,24 @@ def encode(args: argparse.Namespace) -> None:
 def check_same(args: argparse.Namespace, made: Manifest, out: Path) -> None:
     """UserError if the finished set was made with other options, as far as its manifest says."""
     crop = crop_of(made.source)
+    options = {
+        "--size": (crop, args.size),
+        "--flip": (made.flip, args.flip),
+        "--dtype": (made.dtype, args.dtype),
+        "--vae-factor": ((crop or args.size) // made.shape[-1], args.vae_factor),
+        "--vae": same_names(args.vae, made.vae, out),
+    }
     differing = [
-        (name, found, wanted)
-        for name, found, wanted in (
-            ("--size", crop, args.size),
-            ("--flip", made.flip, args.flip),
-            ("--dtype", made.dtype, args.dtype),
-            ("--vae-factor", (crop or args.size) // made.shape[-1], args.vae_factor),
-            ("--vae", *same_names(args.vae, made.vae, out)),
-        )
+        f"{name} {found}, not {wanted}"
+        for name, (found, wanted) in options.items()
         if found != wanted and found is not None and wanted is not None
     ]
     if differing:
-        text = "; ".join(f"{name} {found}, not {wanted}" for name, found, wanted in differing)
-        raise UserError(f"{out}: complete, but made with {text}; name another folder to write")
+        raise UserError(f"{out}: complete, but made with {'; '.join(differing)}; name another folder to write")
 
 
 def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
-    """What made the set and what is asked for, the same where it is the same VAE by another of its names."""
+    """The set's VAE and the wanted one, under one name where they are the same VAE."""
     if not made.name or Path(asked).resolve() == (out / VAE_FOLDER).resolve():
         return asked, asked
     if made.path == VAE_FOLDER:  # came from a local folder, which may be elsewhere by now
@@ -157,14 +158,8 @@ def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
     return PRESETS.get(made.name, made.name), PRESETS.get(asked, asked)
 
 
-def small_factor(args: argparse.Namespace) -> int:
-    """How much smaller a small VAE's latents are than its images: 2 up to 32 pixels, 4 up to 64, else 8."""
-    asked: int | None = args.vae_factor
-    return asked or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
-
-
 def plan(encoder: Encoder, out: Path, done: int) -> str:
-    """What `encode` would do, in words."""
+    """A description of what `encode` would do."""
     source, template = encoder.source, encoder.template
     records = len(source.names) * (2 if template.flip else 1)
     shape = "×".join(map(str, template.shape))
@@ -186,8 +181,8 @@ def progress(what: str, total: int, unit: str, done: int = 0) -> tqdm[Any]:
 
 
 def worker() -> Worker:
-    """Our place among the processes that torchrun started."""
-    return Worker(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    """This process's rank among the processes that torchrun started."""
+    return Worker(int(os.environ.get("RANK", "0")), rank_count())
 
 
 def compute(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -195,13 +190,13 @@ def compute(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device that PyTorch can use; allowed: auto, cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     bf16 = args.precision == "bf16" or (args.precision == "auto" and cuda)
     return device, torch.bfloat16 if bf16 else torch.float32
 
 
 def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, VaeInfo]:
-    """The VAE that was asked for and what the manifest says of it.
+    """The wanted VAE and its entry in the manifest.
 
     One that is not on the hub, trained here or from a local folder, is kept in OUT/vae, so that the set is complete.
     """
@@ -221,7 +216,7 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
 
 def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
     """Trains a small VAE on evenly spaced images of the source."""
-    factor = small_factor(args)
+    factor = args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
     images = training_images(source, args.size).to(device)
     vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
     vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))

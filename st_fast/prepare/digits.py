@@ -35,6 +35,7 @@ from st_fast.prepare.features import write_features
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe.schema import Recipe
+from st_fast.sample.pictures import grid, save_png
 
 SIZE = 32
 TEST = 360
@@ -82,8 +83,7 @@ def prepare_digits(folder: Path, say: Say) -> None:
         )
     say(f"digits: training a small VAE and encoding 1,437 digits into {folder} (once, about a minute)")
     images = load_images()
-    train = torch.from_numpy(images["train"])[:, None]
-    vae = train_vae(train, VAE_CONFIG)
+    vae = train_vae(torch.from_numpy(images["train"])[:, None], VAE_CONFIG)
     with FolderWrite(folder, replace=True) as write:
         error = _write(write.path, images, vae)
     if write.aside:
@@ -100,7 +100,8 @@ def _write(folder: Path, images: dict[str, np.ndarray], vae: VAE) -> float:
     vae.save_pretrained(folder / "vae", safe_serialization=True)
     (folder / "images.safetensors").write_bytes(to_safetensors(images))
     again = decode(vae, encode_moments(vae, test).chunk(2, dim=1)[0] * scale, scale)
-    _picture(test[:40], again[:40]).save(folder / PICTURE)
+    rows = zip(test[:40].split(10), again[:40].split(10), strict=True)  # images above their reconstructions
+    save_png(grid(torch.cat([torch.cat(pair) for pair in rows]), 10), folder / PICTURE)
     manifest = Manifest(
         count=0,
         shape=(8, SIZE // 4, SIZE // 4),
@@ -115,19 +116,10 @@ def _write(folder: Path, images: dict[str, np.ndarray], vae: VAE) -> float:
     return float((again.float() - test.float()).square().mean().sqrt())
 
 
-def _picture(images: Tensor, again: Tensor) -> Image.Image:
-    """Rows of ten: images (n, 1, H, W) above their reconstructions."""
-    rows = [row for pair in zip(images.split(10), again.split(10), strict=True) for row in pair]
-    strips = [torch.cat(list(row[:, 0]), dim=1) for row in rows]
-    return Image.fromarray(torch.cat(strips).numpy())
-
-
 def _may_be_replaced(folder: Path) -> bool:
     """Whether there is nothing, or a digits folder, damaged or not."""
-    if not folder.exists():
-        return True
     if not folder.is_dir():
-        return False
+        return not folder.exists()
     try:
         return read_manifest(folder).vae.name == "digits"
     except UserError:  # a damaged one: pictures of this name are made here only
@@ -136,13 +128,14 @@ def _may_be_replaced(folder: Path) -> bool:
 
 def _complete(folder: Path) -> bool:
     """Whether the folder holds everything and every byte of the latents is as written."""
-    if not (folder / "images.safetensors").is_file() or not (folder / "vae" / "config.json").is_file():
+    if not all((folder / name).is_file() for name in ("images.safetensors", "vae/config.json")):
         return False
     try:
-        open_shards(folder, verify=True).close()
-        return read_manifest(folder).vae.name == "digits"
+        records = open_shards(folder, verify=True)
     except UserError:
         return False
+    records.close()
+    return records.manifest.vae.name == "digits"
 
 
 def prepare_features(recipe: Recipe, say: Say) -> None:

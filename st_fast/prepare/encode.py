@@ -1,12 +1,10 @@
-"""Images → moments, a shard at a time: files are decoded on threads while the VAE encodes the batch before."""
+"""Images → moments, a shard at a time: threads decode one batch of files while the VAE encodes the batch before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,40 +39,24 @@ class Encoder:
         self.channels = int(vae.config.in_channels)
         self.progress: Callable[[int], object] = lambda images: None
         """Called with the number of images done since the last call."""
-
-    @cached_property
-    def template(self) -> Manifest:
-        """The manifest without count and shards."""
-        channels, height, width = latent_shape(self.vae, self.encoding.size)
-        return Manifest(
+        self.images_a_shard = max(1, encoding.shard_size // (2 if encoding.flip else 1))
+        self.shards = -(-len(source.names) // self.images_a_shard)
+        channels, height, width = latent_shape(vae, encoding.size)
+        self.template = Manifest(
             count=0,
             shape=(2 * channels, height, width),
-            dtype=self.encoding.dtype,
-            scale=vae_scale(self.vae),
-            vae=self.info,
-            source=f"{self.source.description}, centre crop {self.encoding.size}",
-            num_classes=self.source.num_classes,
-            flip=self.encoding.flip,
-            class_names=self.source.class_names,
+            dtype=encoding.dtype,
+            scale=vae_scale(vae),
+            vae=info,
+            source=f"{source.description}, centre crop {encoding.size}",
+            num_classes=source.num_classes,
+            flip=encoding.flip,
+            class_names=source.class_names,
         )
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the content depends on."""
-        settings = {key: value for key, value in asdict(self.encoding).items() if key != "batch_size"}
-        precision = str(self.vae.dtype).removeprefix("torch.")
-        images = {"images": self.source.digest(), "count": len(self.source.names)}
-        return {**images, "vae": vae_hash(self.vae), "precision": precision, **settings}
-
-    @property
-    def images_a_shard(self) -> int:
-        """Images whose records make one shard."""
-        return max(1, self.encoding.shard_size // (2 if self.encoding.flip else 1))
-
-    @property
-    def shards(self) -> int:
-        """How many shards the source makes."""
-        return -(-len(self.source.names) // self.images_a_shard)
+        settings = {key: value for key, value in asdict(encoding).items() if key != "batch_size"}
+        images = {"images": source.digest(), "count": len(source.names)}
+        precision = str(vae.dtype).removeprefix("torch.")
+        self.fingerprint = {**images, **settings, "vae": vae_hash(vae), "precision": precision}
 
     def images_of(self, number: int) -> range:
         """The numbers of the images that shard `number` is made of."""

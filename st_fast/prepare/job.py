@@ -38,20 +38,12 @@ class Produced:
 class Producer(Protocol):
     """Makes the content of numbered shards, always the same for the same number."""
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the content depends on: work is continued only where it is the same."""
-        ...
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        ...
-
-    @property
-    def template(self) -> Manifest:
-        """The manifest without count and shards."""
-        ...
+    shards: int
+    """Number of shards."""
+    template: Manifest
+    """The manifest without count and shards."""
+    fingerprint: dict[str, Any]
+    """Everything that the content depends on: work is continued only where it is the same."""
 
     def produce(self, number: int) -> Produced:
         """The content of shard `number`."""
@@ -82,7 +74,7 @@ def run_job(folder: Path, producer: Producer, worker: Worker, max_bad: int, say:
         for number in range(worker.rank, producer.shards, worker.world):
             if not is_done(folder, number):
                 _make(folder, number, producer)
-                _check_skipped(folder, producer.shards, max_bad)
+                _check_skipped(_notes(folder, producer.shards), folder, max_bad)
         return _finish(folder, producer, max_bad, say)
     except OSError as error:
         done = sum(is_done(folder, number) for number in range(producer.shards))
@@ -125,17 +117,19 @@ def _make(folder: Path, number: int, producer: Producer) -> None:
     write_json_atomic(_note(folder, number), {**asdict(entry), "skipped": dict(content.skipped)})
 
 
-def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
-    return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
-
-
-def _check_skipped(folder: Path, shards: int, max_bad: int) -> None:
-    skipped = {name: why for note in _notes(folder, shards) for name, why in note["skipped"].items()}
+def _check_skipped(notes: list[dict[str, Any]], folder: Path, max_bad: int) -> dict[str, str]:
+    """The images that were left out, by name with the reason; UserError where they are more than `max_bad`."""
+    skipped = {name: why for note in notes for name, why in note["skipped"].items()}
     if len(skipped) > max_bad:
         name, why = next(iter(skipped.items()))
         raise UserError(
             f"{folder}: {len(skipped)} images can't be used, --max-bad allows {max_bad}; the first is {name} ({why})"
         )
+    return skipped
+
+
+def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
+    return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
 
 
 def _finish(folder: Path, producer: Producer, max_bad: int, say: Say) -> Manifest | None:
@@ -147,9 +141,8 @@ def _finish(folder: Path, producer: Producer, max_bad: int, say: Say) -> Manifes
     if missing:
         say(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
         return None
-    _check_skipped(folder, producer.shards, max_bad)
-    skipped = {name: why for note in notes for name, why in note.pop("skipped").items()}
-    entries = tuple(ShardEntry(**note) for note in notes if note["count"])
+    skipped = _check_skipped(notes, folder, max_bad)
+    entries = tuple(ShardEntry(**{k: v for k, v in note.items() if k != "skipped"}) for note in notes if note["count"])
     count = sum(entry.count for entry in entries)
     if not count:
         raise UserError(f"{folder}: not one usable image")

@@ -21,19 +21,10 @@ class RepaProducer:
     """Shards out of REPA's layout (see `job.Producer`)."""
 
     def __init__(self, records: RepaSet, dtype: str, shard_size: int) -> None:
-        self.records, self.shard_size = records, shard_size
+        self.records, self.shard_size, self.shards = records, shard_size, -(-len(records) // shard_size)
         self.template = replace(records.manifest, count=0, dtype=dtype)
+        self.fingerprint: dict[str, Any] = {"records": records.digest, "dtype": dtype, "shard_size": shard_size}
         self.progress: Callable[[int], object] = lambda images: None
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the content depends on."""
-        return {"records": self.records.digest, "dtype": self.template.dtype, "shard_size": self.shard_size}
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-len(self.records) // self.shard_size)
 
     def produce(self, number: int) -> Produced:
         """The records of shard `number`."""

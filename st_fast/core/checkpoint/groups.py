@@ -30,6 +30,7 @@ from st_fast.core.files import (
     open_regular,
     parse_header,
     read_exactly,
+    sha256_file,
     shown,
     write_all,
 )
@@ -49,7 +50,7 @@ Described = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class GroupFile:
-    """What a manifest records of a group: file name, SHA-256, size, and {tensor: {"shape": […], "dtype": "F32"}}."""
+    """A manifest's record of a group's file: name, SHA-256, size, and {tensor: {"shape": […], "dtype": "F32"}}."""
 
     file: str
     sha256: str
@@ -112,15 +113,10 @@ def read_group(path: Path, record: GroupFile, verify: bool) -> dict[str, Tensor]
 
 def check_group(path: Path, record: GroupFile, deep: bool) -> None:
     """Raises `BadFile` unless the file has the recorded size and tensors and, with `deep`, the recorded hash."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
     with open_regular(path) as file:
-        _, raw = _checked_header(file, path, record)
-        if deep:
-            digest.update(raw)
-            while count := file.readinto(buffer):  # type: ignore[attr-defined]
-                digest.update(buffer[:count])
-            _same_hash(path, record, digest.hexdigest())
+        _checked_header(file, path, record)
+    if deep:
+        _same_hash(path, record, sha256_file(path))
 
 
 def described(key: str, tensor: Tensor) -> dict[str, object]:

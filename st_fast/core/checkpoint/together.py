@@ -27,10 +27,10 @@ PATIENCE = 20.0
 """Seconds that a save under way may still take after the training has given up."""
 
 
-class Letters(Protocol):
-    """Where ranks leave letters for one another: each key is written once and stays."""
+class Messages(Protocol):
+    """A store of messages between ranks: each key is written once and stays."""
 
-    def write(self, key: str, letter: str) -> None: ...
+    def write(self, key: str, message: str) -> None: ...
 
     def read(self, key: str) -> str | None:
         """None: nothing yet."""
@@ -43,14 +43,14 @@ class Gone(Exception):
 class Team:
     """This rank's part in the saves of one stage; all ranks save the same steps in the same order."""
 
-    def __init__(self, rank: int, count: int, letters: Letters, name: str, over: Callable[[], bool]) -> None:
+    def __init__(self, rank: int, count: int, messages: Messages, name: str, over: Callable[[], bool]) -> None:
         """over: whether this rank's training has given up, so that a save waits for others no longer than PATIENCE."""
         self.rank, self.count = rank, count
-        self._letters, self._name, self._over, self._number = letters, name, over, 0
+        self._messages, self._name, self._over, self._number = messages, name, over, 0
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes the manifest and tidies up."""
+        """Whether this rank writes the manifest, prunes and sweeps."""
         return self.rank == 0
 
     def save(self, root: Path, step: int, groups: Groups, whole: Whole, meta: Mapping[str, Any]) -> Path | None:
@@ -108,22 +108,22 @@ class Team:
             return {"error": error.strerror or str(error)}
         return found
 
-    def _send(self, key: str, letter: str) -> None:
-        self._letters.write(f"{self._name}/{self._number}/{key}", letter)
+    def _send(self, key: str, message: str) -> None:
+        self._messages.write(f"{self._name}/{self._number}/{key}", message)
 
     def _await(self, key: str) -> str:
         pause, waited_in_vain = 0.005, 0.0
-        while (letter := self._letters.read(f"{self._name}/{self._number}/{key}")) is None:
+        while (message := self._messages.read(f"{self._name}/{self._number}/{key}")) is None:
             if waited_in_vain > PATIENCE:
                 raise Gone
             time.sleep(pause)
             waited_in_vain += pause if self._over() else 0.0
             pause = min(2 * pause, 0.5)
-        return letter
+        return message
 
 
 def split(groups: Groups, rank: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, dict[str, object]]]]:
-    """What this rank writes (its rows of what is sharded; the first one the rest as well), and what all write."""
+    """The tensors that this rank writes (its rows of sharded ones; the first rank all others too), and those of all."""
     mine = {
         group: {
             key: tensor.to_local() if isinstance(tensor, DTensor) else tensor
