@@ -35,7 +35,7 @@ from st_fast.prepare.features import write_features
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe.schema import Recipe
-from st_fast.sample.pictures import grid, save_png
+from st_fast.sample.previews import grid, save_png
 
 SIZE = 32
 TEST = 360
