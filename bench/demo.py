@@ -1,4 +1,4 @@
-"""Takes the demo's figures from its own log into bench/results/demo.json, README.md and docs/digits.png.
+"""Takes the demo's figures from its log into bench/results/demo.json, README.md, bench/README.md and docs/digits.png.
 
 make demo && python -m bench.demo runs/digits
 """
@@ -47,27 +47,38 @@ def figures(run: Path) -> dict[str, Any]:
     return {"device": start["device"], "versions": start["versions"], "stages": stages}
 
 
-def table(found: dict[str, Any]) -> str:
-    """The README's words and table."""
+def sentence(found: dict[str, Any]) -> str:
+    """The README's words."""
     stages = found["stages"]
-    last, total = stages[-1], sum(s["seconds"] for s in stages)
+    last, minutes = stages[-1], sum(s["seconds"] for s in stages) / 60
+    held_out = last.get("classifier_accuracy", last.get("judge_accuracy"))  # the second in older results
+    return (
+        f"`make demo` on {found['device']}: {minutes:.1f} minutes of training. A classifier that names "
+        f"{100 * held_out:.1f} % of real held-out digits correctly\nnames {100 * last['accuracy']:.1f} % of {last['num']} guided samples "
+        f"(ω = {last['cfg_scale']:g}) as the digit that was asked for. One seed.\n"
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """The table of bench/README.md, by stage."""
+    stages = found["stages"]
     rows = "\n".join(
         f"| {s['stage']} | {s['steps']} | {s['seconds']:.0f} s | {s['tflop']:.1f} | {100 * s['accuracy']:.1f} % "
         f"| {s['frechet']:.2f} |"
         for s in stages
     )
-    own = last.get("classifier_accuracy", last.get("judge_accuracy"))  # the second in older results
-    where, minutes, share = found["device"], total / 60, 100 * last["accuracy"]
-    return f"""`make demo` on {where}: {minutes:.1f} minutes of training. {share:.1f} % of \
-{last["num"]} guided samples (ω = {last["cfg_scale"]:g}) are classified as their digit by a classifier whose \
-accuracy on real held-out digits is {100 * own:.1f} %.
-
-| stage | steps | training | TFLOP | accuracy | Fréchet distance* |
+    return f"""| stage | steps | training | TFLOP | accuracy | Fréchet distance* |
 |---|---|---|---|---|---|
 {rows}
 
-*In the classifier's features, so not FID; real held-out digits score {last["floor_frechet"]:.2f}. One seed.
+*In the classifier's features, so not FID; real held-out digits score {stages[-1]["floor_frechet"]:.2f}. One seed.
 """
+
+
+def write(page: Path, text: str) -> None:
+    """Replaces what stands between the page's two markers."""
+    old = page.read_text(encoding="utf-8")
+    page.write_text(BLOCK.sub(lambda found: found[1] + text + found[2], old), encoding="utf-8")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -78,9 +89,8 @@ def main(arguments: Sequence[str]) -> None:
     run = Path(arguments[0])
     found = figures(run)
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(BLOCK.sub(lambda m: m[1] + table(found) + m[2], text), encoding="utf-8")
+    write(ROOT / "README.md", sentence(found))
+    write(ROOT / "bench" / "README.md", table(found))
     pictures = sorted((run / found["stages"][-1]["stage"] / "samples").glob("0*.png"))
     (ROOT / "docs").mkdir(exist_ok=True)
     shutil.copyfile(pictures[-1], ROOT / "docs" / "digits.png")

@@ -1,7 +1,8 @@
-"""Prints the tables of what was measured, and writes them into the README.
+"""Prints the tables of what was measured, and writes them into README.md and bench/README.md.
 
     python -m bench.report             all of it
-    python -m bench.report --readme    rewrites README.md between <!-- bench:begin --> and <!-- bench:end -->
+    python -m bench.report --readme    the goals into README.md, every other table into bench/README.md, each between
+                                       <!-- bench:begin --> and <!-- bench:end -->
 
 Everything comes from bench/results/*.json. What was not measured is said, not left out.
 """
@@ -32,7 +33,8 @@ from bench.tables import (
     where_time_goes,
 )
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+HERE = Path(__file__).resolve().parent
+README, BENCH_README = HERE.parent / "README.md", HERE / "README.md"
 BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 PARTS = {
     "kernels": "The ops",
@@ -48,7 +50,7 @@ PARTS = {
 GPU_ONLY = ("choices", "schedules", "convergence")
 """Parts that only `python -m bench.gpu_day` measures."""
 DETAILS = ("demo", "sweep", "longest kernels", "correctness", "csrc")
-"""Parts that the README leaves to the command line."""
+"""Parts that only the command line shows."""
 COMMANDS = {"cpu": "pytest bench/", "cuda": "bash bench/day.sh"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 PREDICTION = "prediction.json"
@@ -153,17 +155,16 @@ def _verdict(goal: Goal, measured: float | None, foreseen: Mapping[str, float]) 
     return "predicted" if all(map(goal.met, foreseen.values())) else "predicted: missed"
 
 
-def device_report(content: Content, brief: bool, predicted: Mapping[str, Content]) -> str:
-    """All parts of one device, its goals first, and what was not measured on it."""
+def device_tables(content: Content, brief: bool) -> str:
+    """All parts of one device, and what was not measured on it."""
     machine = next(iter(content.values()))["machine"]
-    kind, device = machine["kind"], machine["device"]
-    texts = [f"### {device}", goals(kind, content, device, predicted)]
+    texts = [f"### {machine['device']}"]
     for name in (*PARTS, *(n for n in content if n not in PARTS)):
         if content.get(name, {}).get("rows") and not (brief and name in DETAILS):
             section = content[name]
             body = part(name, section["rows"], brief)
             texts.append(f"**{PARTS.get(name, name)}.** {machine_line(section['machine'])}\n\n{body}")
-    asked = [name for name in PARTS if not (kind == "cpu" and name in GPU_ONLY)]
+    asked = [name for name in PARTS if not (machine["kind"] == "cpu" and name in GPU_ONLY)]
     missing = [PARTS[name] for name in asked if name not in content]
     if missing:
         texts.append(f"Not measured here: {', '.join(missing).lower()}.")
@@ -171,19 +172,20 @@ def device_report(content: Content, brief: bool, predicted: Mapping[str, Content
 
 
 def pictures_of(path: Path) -> str:
-    """The pictures that lie beside a results file, as Markdown from the repository's root."""
+    """The pictures that lie beside a results file, as Markdown from bench/."""
     titles = {"growth": "How the step grows", "roofline": "Kernels and steps under the device's ceilings"}
     files = {title: path.with_name(f"{path.stem}-{name}.png") for name, title in titles.items()}
-    shown = [f"![{title}]({os.path.relpath(file, README.parent)})" for title, file in files.items() if file.exists()]
+    shown = [f"![{title}]({os.path.relpath(file, HERE)})" for title, file in files.items() if file.exists()]
     return "".join(f"\n\n{line}" for line in shown)
 
 
-def report(folder: Path, brief: bool) -> str:
-    """The whole text. Kinds of devices without any figures are named, with their goals and the command for them."""
-    contents = {path: results.load(path) for path in results.files(folder)}
-    foreseen = predictions(folder)
-    texts = [device_report(content, brief, foreseen) + pictures_of(path) for path, content in contents.items()]
-    kinds = {next(iter(content.values()))["machine"]["kind"] for content in contents.values()}
+def all_goals(folder: Path) -> str:
+    """The goals of every device. Kinds of devices without any figures are named, with the command for them."""
+    foreseen, texts, kinds = predictions(folder), [], set()
+    for content in map(results.load, results.files(folder)):
+        machine = next(iter(content.values()))["machine"]
+        kinds.add(machine["kind"])
+        texts.append(f"### {machine['device']}\n\n{goals(machine['kind'], content, machine['device'], foreseen)}")
     for kind in NAMES:
         if kind not in kinds:
             text = f"No {NAMES[kind]} has been measured yet: none of these goals is confirmed or refuted."
@@ -192,7 +194,14 @@ def report(folder: Path, brief: bool) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-def write_readme(path: Path, text: str) -> None:
+def all_tables(folder: Path, brief: bool) -> str:
+    """Every table of every device, with its pictures."""
+    contents = {path: results.load(path) for path in results.files(folder)}
+    texts = [device_tables(content, brief) + pictures_of(path) for path, content in contents.items()]
+    return "\n\n".join(texts or ["Nothing has been measured yet."]) + "\n"
+
+
+def write_block(path: Path, text: str) -> None:
     """Replaces the block between the markers. ValueError if they are not there."""
     old = path.read_text(encoding="utf-8")
     new, count = BLOCK.subn(lambda found: found[1] + text + found[2], old)
@@ -204,16 +213,17 @@ def write_readme(path: Path, text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints, or writes the README; 1 with one line if that fails."""
+    """Prints, or writes both pages; 1 with one line if that fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.report")
-    parser.add_argument("--readme", action="store_true", help="rewrite the block in README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the blocks in README.md and bench/README.md")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON files")
     settings = parser.parse_args(arguments)
     if not settings.readme:
-        print(report(settings.results, brief=False))
+        print(all_goals(settings.results), all_tables(settings.results, brief=False), sep="\n")
         return 0
     try:
-        write_readme(README, report(settings.results, brief=True))
+        write_block(README, all_goals(settings.results))
+        write_block(BENCH_README, all_tables(settings.results, brief=True))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@
 Every row is one kind of fault. A run counts as survived if it ended as documented and, once the same command had
 continued it to its end, with every tensor of its last checkpoints bit-identical to those of a run nobody disturbed.
 Writes bench/results/soak.json after every run; the same command goes on with what an interrupted or too short one left
-open, and `--readme` writes README.md's table from it. Exit code 1 if anything was lost.
+open, and `--readme` writes the table of bench/README.md from it. Exit code 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -231,7 +231,9 @@ def quoted(readme: str, out: Path) -> str:
     text = f"{record['what']} ({record['date']}, {record['machine']}).\n\n{rows}\n"
     new, count = BLOCK.subn(lambda found: found[1] + text[0].upper() + text[1:] + found[2], readme)
     if count != 1:
-        raise ValueError(f"README.md: {count} blocks <!-- soak:begin --> … <!-- soak:end -->; exactly one is needed")
+        raise ValueError(
+            f"bench/README.md: {count} blocks <!-- soak:begin --> … <!-- soak:end -->; exactly one is needed"
+        )
     return new
 
 
@@ -254,10 +256,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="the budget; what is not done by then is left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=tiny.ROOT / "bench" / "results" / "soak.json")
-    parser.add_argument("--readme", action="store_true", help="only rewrite README.md's table from what was written")
+    parser.add_argument(
+        "--readme", action="store_true", help="only rewrite bench/README.md's table from what was written"
+    )
     given = parser.parse_args()
     if given.readme:
-        readme = tiny.ROOT / "README.md"
+        readme = tiny.ROOT / "bench" / "README.md"
         readme.write_text(quoted(readme.read_text(encoding="utf-8"), given.out), encoding="utf-8")
         return 0
     torch.set_num_threads(1)

@@ -88,7 +88,7 @@ def test_a_steps_place_is_its_flops_over_its_products_bytes():
     assert 0 < 36e9 * 8 / step.intensity - least < 50 * least
 
 
-def test_both_pictures_are_drawn_beside_the_results_and_the_readme_shows_them(tmp_path):
+def test_both_pictures_are_drawn_beside_the_results_and_the_page_shows_them(tmp_path):
     store = Store(tmp_path, MACHINE)
     assert sweeps.main(["--draw", "--results", str(tmp_path)]) == 0 and not list(tmp_path.glob("*.png"))
     store.put("kernels", "a", op_row("align", 2.0))
@@ -97,7 +97,7 @@ def test_both_pictures_are_drawn_beside_the_results_and_the_readme_shows_them(tm
     assert sweeps.main(["--draw", "--results", str(tmp_path)]) == 0
     names = [f"{store.path.stem}-growth.png", f"{store.path.stem}-roofline.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
-    text = report.report(tmp_path, brief=True)
+    text = report.all_tables(tmp_path, brief=True)
     assert "![How the step grows](" in text and all(name in text for name in names)
     assert "Not measured here" in text and "how the step grows" not in text.split("Not measured here")[1]
 

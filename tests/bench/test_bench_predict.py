@@ -303,7 +303,7 @@ def predicted(images: float, mfu: float, plain: float) -> results.Row:
 def test_goals_show_what_is_predicted_until_it_is_measured(tmp_path):
     devices = {"H100": predicted(700, 0.55, 2.5), "H200": predicted(650, 0.61, 3.5)}
     (tmp_path / "prediction.json").write_text(json.dumps({"devices": devices}))
-    text = report.report(tmp_path, brief=True)
+    text = report.all_goals(tmp_path)
     assert "No GPU has been measured yet" in text and "computed without a GPU" in text
     lines = goal_lines(text)
     assert lines["SiT-XL/2, plain, on an H100"] == ["≥ 632 images/s", "700 images/s", "–", "predicted"]
@@ -318,7 +318,7 @@ def test_goals_show_what_is_predicted_until_it_is_measured(tmp_path):
     )
     plain |= {"images_per_s": {"ours": 640}, "stage": "plain", "depth": 28}
     results.Store(tmp_path, MACHINE).put("step", "XL/2, plain, batch 256", plain)
-    text = report.report(tmp_path, brief=True)
+    text = report.all_goals(tmp_path)
     assert "No GPU has been measured yet" not in text
     lines = goal_lines(text)
     assert lines["SiT-XL/2, plain, on an H100"][1:] == ["700 images/s", "640 images/s", "reached"]
@@ -364,14 +364,19 @@ def _close(fresh: object, stored: object) -> bool:
     return fresh == stored
 
 
-def test_the_stored_prediction_has_all_default_steps_and_the_readme_shows_it():
+def test_the_stored_prediction_has_all_default_steps_and_the_pages_show_what_is_stored():
     labels = [setup.label for setup in predict.default_setups()]
     assert list(STORED["counted"]) == labels
     assert {name: device["rates"] for name, device in STORED["devices"].items()} == {
         rates.name: asdict(rates) for rates in predict.DEVICES
     }
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.BLOCK.search(readme)[0].splitlines()[1:-1] == report.report(results.FOLDER, brief=True).splitlines()
+    written = {
+        report.README: report.all_goals(results.FOLDER),
+        report.BENCH_README: report.all_tables(results.FOLDER, brief=True),
+    }
+    for page, text in written.items():
+        block = report.BLOCK.search(page.read_text(encoding="utf-8"))[0]
+        assert block.splitlines()[1:-1] == text.splitlines()
 
 
 @pytest.mark.parametrize(("device", "ms", "within"), [("H100", 443, 0.05), ("H200", 408, 0.05)])

@@ -21,7 +21,9 @@ from st_fast.train import __main__ as train
 from st_fast.train import plan
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md", "bench/GPU-DAY.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+ROOMS = r"(?:st_fast|kernels|csrc|bench|tests|docs|recipes)"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 
@@ -84,6 +86,14 @@ def misunderstood(name: str, rest: str) -> str:
     return ""
 
 
+def has_module(path: str) -> bool:
+    """Whether a/b/c is a module, or a name in one."""
+    return any(
+        (ROOT / f"{part}.py").exists() or (ROOT / part / "__init__.py").exists()
+        for part in (path, path.rpartition("/")[0])
+    )
+
+
 def check(name: str, arguments: list[str]) -> None:
     """Reads the arguments as the command would, without doing anything."""
     if name == "train":
@@ -96,21 +106,25 @@ def check(name: str, arguments: list[str]) -> None:
         module_of(name).parser().parse_args(arguments)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: Path) -> None:
     assert broken_links(page) == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_command_is_understood(page: Path) -> None:
     problems = {f"{name}{rest}": misunderstood(name, rest) for name, rest in commands(page.read_text("utf-8"))}
     assert {command: problem for command, problem in problems.items() if problem} == {}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_recipe_named_exists(page: Path) -> None:
-    named = re.findall(r"\brecipes/[\w./-]*\w", page.read_text(encoding="utf-8"))
-    assert [name for name in named if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_path_named_exists(page: Path) -> None:
+    """Such as `st_fast/train/step.py`, `bench/day_*.py` or `python -m bench.report`; not kernels/<op>.py."""
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(rf"(?<![\w./-]){ROOMS}/(?:[\w.*/-]*[\w*])?(?![\w<>])", text)
+    modules = [name.replace(".", "/") for name in re.findall(r"(?:-m |\b)((?:bench|tests|st_fast)(?:\.\w+)+)", text)]
+    missing = [path for path in paths if not any(ROOT.glob(path.rstrip("/")))]
+    assert missing == [] and [name for name in modules if not has_module(name)] == []
 
 
 def test_the_checks_see_what_is_wrong(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import demo
 from st_fast.recipe import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,15 +58,25 @@ def test_the_recipe_shown_is_the_shipped_ones_method(tmp_path):
             assert getattr(ours.method, key, None) == getattr(theirs.method, key, None)
 
 
-def test_the_layout_is_the_folders_own():
+def test_the_layout_names_every_folder_with_its_packages():
     block = re.search(r"## Layout\n\n```\n(.*?)```", README, re.S)[1]
-    for line in block.splitlines():
-        indent, names = ("st_fast/", line) if line.startswith("  ") else ("", line)
-        for name in re.split(r"\s{2,}", names.strip())[0].split():
-            assert (ROOT / indent / name).exists(), f"{indent}{name}"
+    rooms = re.findall(r"^  (\w+)/ ", block, re.M)
+    assert sorted(rooms) == sorted(
+        path.parent.name for path in (ROOT / "st_fast").glob("*/__init__.py") if not path.parent.is_symlink()
+    )
+    for name in re.findall(r"^(\w+)/ ", block, re.M):
+        assert (ROOT / name).is_dir(), name
+
+
+def test_it_is_short_and_its_figures_are_those_stored():
+    typed = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", README, flags=re.S)
+    assert len(typed.splitlines()) <= 140
+    figures = json.loads(demo.RESULT.read_text(encoding="utf-8"))
+    assert demo.sentence(figures) in README
+    assert demo.table(figures) in (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
 
 
 def test_pictures_and_links_are_there():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        if not target.startswith("http"):
+        if not target.startswith(("http", "#")):
             assert (ROOT / target).exists(), target
