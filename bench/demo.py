@@ -54,8 +54,9 @@ def sentence(found: dict[str, Any]) -> str:
     held_out = last.get("classifier_accuracy", last.get("judge_accuracy"))  # the second in older results
     return (
         f"`make demo` on {found['device']}: {minutes:.1f} minutes of training. A classifier that names "
-        f"{100 * held_out:.1f} % of real held-out digits correctly\nnames {100 * last['accuracy']:.1f} % of {last['num']} guided samples "
-        f"(ω = {last['cfg_scale']:g}) as the digit that was asked for. One seed.\n"
+        f"{100 * held_out:.1f} % of real held-out digits correctly\n"
+        f"names {100 * last['accuracy']:.1f} % of {last['num']} guided samples (ω = {last['cfg_scale']:g}) "
+        "as the digit that was asked for. One seed.\n"
     )
 
 

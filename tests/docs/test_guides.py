@@ -22,7 +22,8 @@ from st_fast.train import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md", "bench/GPU-DAY.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+GUIDES = sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "README.md"})
+PAGES += [ROOT / "docs" / "README.md", *GUIDES]
 ROOMS = r"(?:st_fast|kernels|csrc|bench|tests|docs|recipes)"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
@@ -184,6 +185,11 @@ def test_the_kernels_page_lifts_a_file_that_then_has_the_right_gradients(tmp_pat
     assert done.returncode == 0, done.stderr
 
 
+def test_the_index_has_every_guide() -> None:
+    linked = LINK.findall((ROOT / "docs" / "README.md").read_text(encoding="utf-8"))
+    assert {page.name for page in GUIDES} <= set(linked) and len(linked) == len(set(linked))
+
+
 def test_the_built_pages_have_no_broken_link(tmp_path: Path) -> None:
     pytest.importorskip("pdoc", reason="pdoc isn't installed: pip install 'st_fast[docs]'")
     build = [sys.executable, str(ROOT / "docs" / "build.py"), str(tmp_path)]
@@ -192,11 +198,12 @@ def test_the_built_pages_have_no_broken_link(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     assert (tmp_path / "api" / "st_fast" / "model.html").is_file()
+    assert {"index.html", "docs.html", *(f"{page.stem}.html" for page in GUIDES)} <= set(os.listdir(tmp_path))
     for page in tmp_path.glob("*.html"):
         html = page.read_text(encoding="utf-8")
         for target in re.findall(r'(?:href|src)="([^"]+)"', html):
             path, _, anchor = target.partition("#")
             if not re.match(r"[a-z]+:", path):
                 other = (page.parent / path).resolve() if path else page
-                assert other.exists(), f"{page.name}: {target}"
+                assert other.exists() and other.is_relative_to(tmp_path), f"{page.name}: {target}"
                 assert not anchor or f'id="{anchor}"' in other.read_text(encoding="utf-8"), f"{page.name}: {target}"
