@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from st_fast.core.errors import UserError
 from st_fast.report import words
 from st_fast.report.collect import Record, RunLog, StageLog, number, read_run
@@ -68,6 +70,16 @@ class Arm:
         """The record of the last sample drawn within a total of FLOPs; none where there is none."""
         left = budget * (1 + 1e-9) - self.teacher.flops
         return [record for record in self.stage.records["sample"] if number(record, "flops") <= left][-1:]
+
+    def at(self, metric: str, axis: str, x: float) -> float:
+        """The metric where an axis reaches x, on the straight line between the evaluations around it.
+
+        The last one's value after it; NaN if nothing had been evaluated by then.
+        """
+        places, values = self.quality(metric, axis)
+        if not places or x < places[0] * (1 - 1e-9):
+            return math.nan
+        return float(np.interp(x, places, values))
 
     @property
     def last_metrics(self) -> dict[str, object]:

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
@@ -32,6 +32,7 @@ VARIABLES = {
     INK: "--ink", SOFT: "--soft", GRID: "--grid",
 }  # fmt: skip
 """The style sheet's name of each colour, which differs in dark mode."""
+NICE = [n * 10**power for power in range(-12, 20) for n in (1, 2, 5)]
 DASHES = ("-", "--", ":")
 MAX_POINTS = 300
 STYLE = {
@@ -114,12 +115,9 @@ def chart(axes: Axes, figure: Chart, row: Sequence[Chart] = ()) -> None:
     """Curves with their axes, units and levels; no title and no legend. `row`: charts that share its y axis."""
     for curve in figure.curves:
         _curve(axes, curve)
-    values = [
-        y
-        for one in row or [figure]
-        for ys in ([level.y for level in one.levels], *((*curve.y, *curve.low, *curve.high) for curve in one.curves))
-        for y in ys
-    ]
+    shown = row or [figure]
+    values = [y for one in shown for curve in one.curves for y in (*curve.y, *curve.low, *curve.high)]
+    values += [level.y for one in shown for level in one.levels]
     low, high = min(values), max(values)
     if figure.log_y and low > 0:
         axes.set_yscale("log")
@@ -171,25 +169,13 @@ def _x_axis(axis: Axis, unit: str, high: float) -> None:
         axis.set_major_locator(MaxNLocator(nbins=6, integer=high > 1.5))
     if unit == "seconds":  # round in the largest unit of which there are two
         size, name = next(((s, n) for s, n in ((86_400, "d"), (3_600, "h"), (60, "min")) if high >= 2 * s), (1, "s"))
-        axis.set_major_locator(_Scaled(size))
+        axis.set_major_locator(MultipleLocator(size * next(n for n in NICE if (high or 1) <= 5 * n * size)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / size:.4g} {name}"))
 
 
 def _ticks() -> MaxNLocator:
     """At most five round ticks, so that values with units have room."""
     return MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10])
-
-
-class _Scaled(MaxNLocator):
-    """Ticks that are round multiples of `size`."""
-
-    def __init__(self, size: float) -> None:
-        super().__init__(nbins=4, steps=[1, 2, 2.5, 5, 10])
-        self.size = size
-
-    def tick_values(self, vmin: float, vmax: float) -> Any:
-        """Places of ticks between two values."""
-        return self.size * np.asarray(super().tick_values(vmin / self.size, vmax / self.size))
 
 
 def _log_ticks(low: float, high: float) -> Locator:
@@ -230,15 +216,15 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
     """At most MAX_POINTS points: means of equal stretches of a longer series."""
     size = math.ceil(len(x) / MAX_POINTS)
     starts = range(0, len(x), size)
-    mean = [math.fsum(y[s : s + size]) / len(y[s : s + size]) for s in starts]
-    return [x[min(s + size, len(x)) - 1] for s in starts], mean
+    return [x[min(s + size, len(x)) - 1] for s in starts], [float(np.mean(y[s : s + size])) for s in starts]
 
 
 def smoothed(y: Sequence[float]) -> list[float]:
     """A centred moving mean over about a twentieth of the series, shrinking towards both ends."""
-    reach, end = len(y) // 40, len(y) - 1
-    windows = [y[i - min(reach, i, end - i) : i + min(reach, i, end - i) + 1] for i in range(len(y))]
-    return [math.fsum(window) / len(window) for window in windows]
+    place, sums = np.arange(len(y)), np.cumsum([0.0, *y])
+    reach = np.minimum(np.minimum(place, place[::-1]), len(y) // 40)
+    mean: list[float] = ((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)).tolist()
+    return mean
 
 
 def heat_maps(panels: Sequence[tuple[str, str, str, Sequence[int], Sequence[int], Any]], label: str) -> Canvas:

@@ -29,23 +29,24 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm beside the baseline; every list has an entry a seed, in `seeds`' order."""
+    """One arm beside the baseline; every list has an entry a seed, in `seeds`' order.
+
+    `at_cost` is the metric at the baseline's total FLOPs of that seed, or at the last evaluation of an arm that took
+    less; `cost_share` its total FLOPs as a share of the baseline's. `reached…` is the share of the baseline's FLOPs,
+    steps (counting the arm's own alone) and seconds after which its final score was first reached; None: never.
+    `better` counts the seeds in which `at_cost` is better than the baseline's final score.
+    """
 
     label: str
-    seeds: list[int] = field(default_factory=list)
-    final: list[float] = field(default_factory=list)
-    at_cost: list[float] = field(default_factory=list)
-    """The metric at the baseline's total FLOPs of that seed; at its last evaluation where an arm took less in all."""
-    accuracy_at_cost: list[float] = field(default_factory=list)
-    cost_share: list[float] = field(default_factory=list)
-    """Total FLOPs, as a share of the baseline's."""
-    reached: list[float | None] = field(default_factory=list)
-    """The share of the baseline's FLOPs after which its final score was first reached; None: never."""
-    reached_steps: list[float | None] = field(default_factory=list)
-    """The same of its steps, counting the arm's own alone."""
-    reached_seconds: list[float | None] = field(default_factory=list)
-    better: int = 0
-    """In how many seeds `at_cost` is better than the baseline's final score."""
+    seeds: list[int]
+    final: list[float]
+    at_cost: list[float]
+    accuracy_at_cost: list[float]
+    cost_share: list[float]
+    reached: list[float | None]
+    reached_steps: list[float | None]
+    reached_seconds: list[float | None]
+    better: int
 
 
 @dataclass(frozen=True)
@@ -170,50 +171,35 @@ def rows(groups: Sequence[Repeats], baseline: Repeats, metric: str) -> list[Row]
 
 
 def _row(group: Repeats, baseline: Repeats, metric: Metric) -> Row:
-    row, better = Row(group.label), 0
-    for seed, arm in sorted(group.by_seed.items()):
-        base = baseline.by_seed.get(seed)
-        if base is None or not arm.stage.evals or not base.stage.evals or not arm.total.known:
-            continue
-        scores, whole, goal = arm.quality(metric.key, "flops")[1], base.total.flops, base.final(metric.key)
-        if not scores or whole <= 0 or not math.isfinite(goal):
-            continue
-        at_cost = at_budget(arm, metric.key, whole)
-        row.seeds.append(seed)
-        row.final.append(scores[-1])
-        row.at_cost.append(at_cost)
-        row.accuracy_at_cost.append(at_budget(arm, "accuracy", whole))
-        row.cost_share.append(arm.total.flops / whole)
-        wholes = {"flops": whole, "step": float(base.stage.step), "seconds": base.total.seconds}
-        shares = [_first(arm, metric, goal, axis, value) for axis, value in wholes.items()]
-        for into, share in zip((row.reached, row.reached_steps, row.reached_seconds), shares, strict=True):
-            into.append(share)
-        better += bool(metric.sign * (at_cost - goal) > 0)
-    return replace(row, better=better)
+    pairs = {
+        seed: (arm, base)
+        for seed, arm in sorted(group.by_seed.items())
+        if (base := baseline.by_seed.get(seed)) and base.total.flops > 0 and math.isfinite(base.final(metric.key))
+        and arm.quality(metric.key, "flops")[0] and arm.total.known
+    }  # fmt: skip
+    both = pairs.values()
+    at_cost = [arm.at(metric.key, "flops", base.total.flops) for arm, base in both]
+    flops, steps, seconds = ([_first(*pair, metric, axis) for pair in both] for axis in ("flops", "step", "seconds"))
+    return Row(
+        group.label,
+        list(pairs),
+        [arm.quality(metric.key, "flops")[1][-1] for arm, _ in both],
+        at_cost,
+        [arm.at("accuracy", "flops", base.total.flops) for arm, base in both],
+        [arm.total.flops / base.total.flops for arm, base in both],
+        flops,
+        steps,
+        seconds,
+        sum(metric.sign * (ours - base.final(metric.key)) > 0 for ours, (_, base) in zip(at_cost, both, strict=True)),
+    )
 
 
-def _first(arm: Arm, metric: Metric, goal: float, axis: str, whole: float) -> float | None:
-    """Where on an axis the arm first scored as well as `goal`, as a share of `whole`; None: never."""
+def _first(arm: Arm, base: Arm, metric: Metric, axis: str) -> float | None:
+    """Where on an axis the arm first scored as well as the baseline at its end, as a share of the baseline's."""
+    whole = {"flops": base.total.flops, "step": base.stage.step, "seconds": base.total.seconds}[axis]
     points = zip(*arm.quality(metric.key, axis), strict=True)
-    first = next((x for x, y in points if metric.sign * (y - goal) >= 0), None)
+    first = next((x for x, y in points if metric.sign * (y - base.final(metric.key)) >= 0), None)
     return None if first is None or whole <= 0 else first / whole
-
-
-def at_budget(arm: Arm, metric: str, budget: float) -> float:
-    """The metric after that much total cost, on the straight line between the evaluations before and after it.
-
-    The last one's value if the arm spent less; NaN if it had not been evaluated by then.
-    """
-    spent, values = arm.quality(metric, "flops")
-    after = next((i for i, x in enumerate(spent) if x >= budget * (1 - 1e-9)), None)
-    if after is None:
-        return values[-1] if values else math.nan
-    if spent[after] <= budget * (1 + 1e-9):
-        return values[after]
-    if after == 0:
-        return math.nan
-    share = (budget - spent[after - 1]) / (spent[after] - spent[after - 1])
-    return values[after - 1] + share * (values[after] - values[after - 1])
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -243,8 +229,6 @@ def compared(found: Sequence[Row], key: str) -> Verdict:
         "arm's own alone) and of its time: mean of the seeds that have one (lowest to highest). Scores are noisy, so "
         f"“{base.label}” itself may reach its own before its end."
     )
-    if not others:
-        return Verdict(f"There is nothing to compare “{base.label}” with.", head, lines, note)
     best = max(others, key=lambda row: metric.sign * spread(row.at_cost)[0])
     n, score, goal = len(best.seeds), told(best.at_cost, metric), told(base.final, metric)
     seeds = f"Over {n} seeds" if n > 1 else "With one seed, which can't tell chance from effect"

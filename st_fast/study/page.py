@@ -14,7 +14,6 @@ from PIL import Image
 from st_fast.core.errors import UserError
 from st_fast.core.files import inside, make_folder, write_json_atomic
 from st_fast.report import plot, words
-from st_fast.report.arms import Arm as Trained
 from st_fast.report.collect import number
 from st_fast.report.figures import Chart, Curve
 from st_fast.report.metrics import METRICS
@@ -117,7 +116,7 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, str, str, str]]:
             alone = rows[arm.title]
             yield "equal FLOPs", taught.label, alone.label, *difference(taught.at_cost, alone.at_cost)
     students, plain = (results.group(name).by_seed for name in (study.reference, study.baseline))
-    then = [at_step(plain[seed], students[seed].stage.step) for seed in taught.seeds]
+    then = [plain[seed].at(METRIC, "step", students[seed].stage.step) for seed in taught.seeds]
     yield "equal steps of the new model", taught.label, base.label, *difference(taught.final, then)
     for arm in study.arms:
         if arm.teacher and arm.name != study.reference:
@@ -141,12 +140,6 @@ def _is_control(results: Results, arm: Arm) -> bool:
         return False
     teacher = results.study.teacher(arm.teacher)
     return not teacher.trained or teacher.labels == "shuffled"
-
-
-def at_step(arm: Trained, step: int) -> float:
-    """The score after that many steps, interpolated between the evaluations around it; NaN outside them."""
-    steps, scores = arm.quality(METRIC, "step")
-    return float(np.interp(step, steps, scores, left=math.nan, right=math.nan))
 
 
 def price(results: Results) -> str:

@@ -11,7 +11,7 @@ from st_fast.report import write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.fairness import unfair
-from st_fast.report.repeats import at_budget, choose_baseline, compared, group_by_seed, heads, rows, spread, verdict
+from st_fast.report.repeats import choose_baseline, compared, group_by_seed, heads, rows, spread, verdict
 from tests.report.test_report_page import Page
 
 
@@ -75,7 +75,7 @@ def test_a_score_at_a_budget_lies_between_its_neighbours(runs, budget: float, ex
         for step, flops, value in ((1, 2.0, 8.0), (2, 4.0, 4.0))
     ]
     arm = make_arms(read_runs([runs.custom("", records)]))[0]
-    assert at_budget(arm, "frechet", budget) == pytest.approx(expected, nan_ok=True)
+    assert arm.at("frechet", "flops", budget) == pytest.approx(expected, nan_ok=True)
 
 
 def test_spread_is_the_mean_and_the_sample_deviation() -> None:

@@ -12,7 +12,7 @@ import pytest
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
-from st_fast.study.page import at_step, body, certainty, charts, comparisons, difference, price
+from st_fast.study.page import body, certainty, charts, comparisons, difference, price
 from st_fast.study.plan import read_study
 from st_fast.study.results import METRIC, Results
 from tests import pixels
@@ -88,8 +88,8 @@ def test_curves_are_means_with_their_range_and_the_reference_is_in_every_panel(r
 def test_a_score_at_a_step_lies_between_its_neighbours(results, step, share):
     arm = results.group("plain").by_seed[0]
     first, second = arm.quality(METRIC, "step")[1][:2]
-    assert at_step(arm, step) == pytest.approx(first + share * (second - first))
-    assert at_step(arm, 100) != at_step(arm, 100), "nothing is known before the first evaluation"
+    assert arm.at(METRIC, "step", step) == pytest.approx(first + share * (second - first))
+    assert arm.at(METRIC, "step", 100) != arm.at(METRIC, "step", 100), "nothing is known before the first evaluation"
 
 
 def test_the_page_begins_with_what_was_bought_and_ends_with_what_it_took(results):
