@@ -21,8 +21,6 @@ from st_fast.core.errors import UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Say = Callable[[str], None]
-
-
 Missing = Callable[[torch.device, int], str | None]
 """(device, head size) → what a backend lacks there, in a few words; None if nothing."""
 
@@ -34,18 +32,16 @@ class Backend:
     name: str
     attend: Attend
     devices: tuple[str, ...]
-    least_head_dim: int
-    most_head_dim: int
-    multiple: int
-    missing: Missing
+    sizes: range = range(1, 2**16 + 1)
+    missing: Missing = lambda device, head_dim: None
 
     def refusal(self, device: torch.device, head_dim: int) -> str | None:
         """Why it can't serve, in a few words; None if it can."""
         if device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
-        if not self.least_head_dim <= head_dim <= self.most_head_dim or head_dim % self.multiple:
-            sizes = f"from {self.least_head_dim} to {self.most_head_dim}"
-            return f"takes head sizes {sizes} in multiples of {self.multiple}, not {head_dim}"
+        if head_dim not in self.sizes:
+            sizes = f"from {self.sizes.start} to {self.sizes[-1]}"
+            return f"takes head sizes {sizes} in multiples of {self.sizes.step}, not {head_dim}"
         return self.missing(device, head_dim)
 
 
@@ -107,10 +103,6 @@ def _exports(module: str, function: str) -> Missing:
     return missing
 
 
-def _nothing(device: torch.device, head_dim: int) -> str | None:
-    return None
-
-
 def _torch_can(name: str) -> Missing:
     """On CUDA torch knows, by its version, cuDNN's and the GPU's, whether the kernel takes such a head."""
 
@@ -166,33 +158,30 @@ def attend_packed(attend: Attend, qkv: Tensor) -> Tensor:
     return attend(*_unpacked(qkv)).transpose(1, 2)
 
 
+def _library(name: str, module: str, function: str, sizes: range, missing: Missing | None = None) -> Backend:
+    attend = _tokens_first(module, function)
+    return Backend(name, attend, ("cuda",), sizes, missing or _exports(module, function))
+
+
 def _csrc(device: torch.device, head_dim: int) -> str | None:
     return None if kernels.native.available() else "csrc is not built"
 
 
+UP_TO_256, ANY_8 = range(8, 257, 8), range(8, 2**16 + 1, 8)
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("sdpa", F.scaled_dot_product_attention, ("cpu", "cuda"), 1, 2**16, 1, _nothing),
-        Backend("csrc", Packed(), ("cpu",), 32, 256, 32, _csrc),
-        Backend("cudnn", _cudnn, ("cuda",), 8, 256, 8, _torch_can("cudnn")),
-        Backend("flash", _flash, ("cpu", "cuda"), 8, 256, 8, _torch_can("flash")),
-        Backend("efficient", _efficient, ("cuda",), 8, 2**16, 8, _torch_can("efficient")),
-        Backend("math", _math, ("cpu", "cuda"), 1, 2**16, 1, _nothing),
-        Backend(
-            "flash_attn", _tokens_first("flash_attn", "flash_attn_func"), ("cuda",), 8, 256, 8,
-            _exports("flash_attn", "flash_attn_func"),
-        ),
-        Backend(
-            "flash_attn_4", _tokens_first("flash_attn.cute", "flash_attn_func"), ("cuda",), 64, 128, 8,
-            _exports("flash_attn.cute", "flash_attn_func"),
-        ),
-        Backend(
-            "xformers", _tokens_first("xformers.ops", "memory_efficient_attention"), ("cuda",), 8, 2**16, 8,
-            _xformers_dispatches,
-        ),
+        Backend("sdpa", F.scaled_dot_product_attention, ("cpu", "cuda")),
+        Backend("csrc", Packed(), ("cpu",), range(32, 257, 32), _csrc),
+        Backend("cudnn", _cudnn, ("cuda",), UP_TO_256, _torch_can("cudnn")),
+        Backend("flash", _flash, ("cpu", "cuda"), UP_TO_256, _torch_can("flash")),
+        Backend("efficient", _efficient, ("cuda",), ANY_8, _torch_can("efficient")),
+        Backend("math", _math, ("cpu", "cuda")),
+        _library("flash_attn", "flash_attn", "flash_attn_func", UP_TO_256),
+        _library("flash_attn_4", "flash_attn.cute", "flash_attn_func", range(64, 129, 8)),
+        _library("xformers", "xformers.ops", "memory_efficient_attention", ANY_8, _xformers_dispatches),
     )
-}  # fmt: skip
+}
 """flash_attn takes heads up to 256 (its README); flash_attn_4 is held to 64 … 128, the sizes it began with, and above
 that torch and xformers are asked for theirs."""
 

@@ -24,10 +24,10 @@ def validated_kernels(
 ) -> kernels.KernelTable:
     """The chosen kernels for this device, less those that fail a smoke test here: each of these is told to `say`."""
     table = kernels.select({name: choice for name, choice in choices.items() if name != "adamw_ema"}, ranks.device)
+    inputs = trial_inputs(model, ranks.device, dtype)
     names = [f.name for f in fields(table)]
-    inputs = Inputs(model, ranks.device, dtype)
-    checks = [functools.partial(_forward_and_backward, getattr(table, name), inputs, name) for name in names]
-    works = smoke_test(dict(zip(names, checks, strict=True)), ranks, say)
+    checks = {name: functools.partial(_forward_and_backward, getattr(table, name), inputs[name]) for name in names}
+    works = smoke_test(checks, ranks, say)
     return replace(table, **{name: getattr(kernels.reference, name) for name in names if not works[name]})
 
 
@@ -53,39 +53,29 @@ def _failure(check: Callable[[], None], device: torch.device) -> str | None:
     return None
 
 
-class Inputs:
+def trial_inputs(model: Model, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Any, ...]]]:
     """Small inputs with the model's token count and widths, for one forward and backward of each op."""
 
-    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.device, self.dtype = model, device, dtype
+    def new(*shape: int) -> Tensor:
+        return torch.full(shape, 0.5, device=device, dtype=dtype, requires_grad=True)
 
-    def _tensor(self, *shape: int) -> Tensor:
-        return torch.full(shape, 0.5, device=self.device, dtype=self.dtype, requires_grad=True)
-
-    def of(self, name: str) -> tuple[Any, ...]:
-        model, tensor, tokens = self.model, self._tensor, self.model.tokens
-        x, row = (2, tokens, model.width), (2, model.width)
-        weight, head = torch.ones(2, device=self.device), model.width // model.heads
-        packed = (2, tokens, 3, model.heads, head)
-        return {
-            "norm_modulate": lambda: (tensor(*x), tensor(*row), tensor(*row), 1e-6),
-            "gate_residual_norm_modulate": lambda: (
-                tensor(*x), tensor(*x), tensor(*row), tensor(*row), tensor(*row), 1e-6,
-            ),
-            "gate_residual": lambda: (tensor(*x), tensor(*x), tensor(*row)),
-            "align": lambda: (tensor(*x), tensor(*x).detach(), weight),
-            "guided_feature_loss": lambda: (
-                tensor(*x), tensor(*x).detach(), tensor(*x).detach(), weight, 3.0, "mse",
-            ),
-            "cfg_extrapolate": lambda: (tensor(*x).detach(), tensor(*x).detach(), 3.0),
-            "qk_norm": lambda: (tensor(*packed), *(tensor(head) for _ in range(4)), 1e-6),
-            "linear": lambda: (tensor(*x), tensor(model.width, model.width), tensor(model.width)),
-            "gelu_tanh": lambda: (tensor(*x),),
-        }[name]()  # fmt: skip
+    x, row, head = (2, model.tokens, model.width), (2, model.width), model.width // model.heads
+    packed, weight = (2, model.tokens, 3, model.heads, head), torch.ones(2, device=device)
+    return {
+        "norm_modulate": lambda: (new(*x), new(*row), new(*row), 1e-6),
+        "gate_residual_norm_modulate": lambda: (new(*x), new(*x), new(*row), new(*row), new(*row), 1e-6),
+        "gate_residual": lambda: (new(*x), new(*x), new(*row)),
+        "align": lambda: (new(*x), new(*x).detach(), weight),
+        "guided_feature_loss": lambda: (new(*x), new(*x).detach(), new(*x).detach(), weight, 3.0, "mse"),
+        "cfg_extrapolate": lambda: (new(*x).detach(), new(*x).detach(), 3.0),
+        "qk_norm": lambda: (new(*packed), *(new(head) for _ in range(4)), 1e-6),
+        "linear": lambda: (new(*x), new(model.width, model.width), new(model.width)),
+        "gelu_tanh": lambda: (new(*x),),
+    }
 
 
-def _forward_and_backward(op: Callable[..., Any], inputs: Inputs, name: str) -> None:
-    result = op(*inputs.of(name))
+def _forward_and_backward(op: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]]) -> None:
+    result = op(*inputs())
     sums = [out.float().sum() for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
     if sums:
         torch.stack(sums).sum().backward()

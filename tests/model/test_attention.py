@@ -70,7 +70,7 @@ def right_only_where_heads_are_contiguous(q, k, v):
     ],
 )
 def test_a_backend_that_is_named_and_is_wrong_or_crashes_is_refused_by_name(attend, words, monkeypatch):
-    backend = attention.Backend("broken", attend, ("cpu",), 1, 512, 1, lambda device, head_dim: None)
+    backend = attention.Backend("broken", attend, ("cpu",))
     monkeypatch.setitem(attention.BACKENDS, "broken", backend)
     with pytest.raises(UserError) as refusal:
         attention.choose("broken", CPU, torch.float32, 64, print)
@@ -200,7 +200,7 @@ def test_every_backend_of_a_gpu_is_right_or_says_what_it_lacks(name, head_dim):
 
 
 def test_auto_passes_over_a_wrong_backend_and_says_so(monkeypatch):
-    broken = attention.Backend("broken", wrong_query_gradient, ("cpu",), 1, 512, 1, lambda device, head_dim: None)
+    broken = attention.Backend("broken", wrong_query_gradient, ("cpu",))
     monkeypatch.setitem(attention.BACKENDS, "broken", broken)
     monkeypatch.setitem(attention.AUTO_ORDER, "cpu", ("broken", "sdpa"))
     said = []

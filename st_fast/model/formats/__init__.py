@@ -1,7 +1,7 @@
 """Other projects' checkpoints: read strictly into one neutral form, and written back.
 
-`files` opens what may be hostile, `layouts` knows keys and shapes, `official` turns official SiT's time and sign round,
-`adam` names the optimiser's moments, `bundle` is the neutral form.
+`loaded_state` is that form; `layouts` knows keys and shapes; `official` maps official SiT's time and sign; `adam` names
+the optimiser's state by key; `model_source` reads what lies at a path, ours included.
 """
 
 from st_fast.model.formats.importing import import_file

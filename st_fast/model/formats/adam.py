@@ -1,4 +1,4 @@
-"""torch.optim.AdamW's state dict, which numbers parameters, ↔ moments by key."""
+"""torch.optim.AdamW's state dict, which numbers parameters, ↔ the same by key."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FIXED = ("pos_embed",)
 """Parameters that are handed to the optimiser but never trained."""
 
 
-class Moments(NamedTuple):
-    """AdamW's moments by key, and its number of updates."""
+class AdamState(NamedTuple):
+    """AdamW's running means by key, and its number of updates."""
 
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
@@ -25,34 +25,36 @@ class Moments(NamedTuple):
     """The parameter group's plain settings: lr, betas and so on."""
 
 
-def by_key(opt: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> Moments | None:
-    """The state by key; parameters are numbered in the order of `weights`. None where no update was made yet.
+NO_STATE = AdamState({}, {}, 0, {})
+
+
+def by_key(opt: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> AdamState:
+    """The state by key; parameters are numbered in the order of `weights`. `NO_STATE` where no update was made yet.
 
     UserError where number, shapes or update counts are not those of one AdamW over these weights.
     """
     state, groups = opt.get("state"), opt.get("param_groups")
-    sound = isinstance(state, Mapping) and isinstance(groups, Sequence) and len(groups) == 1
-    if not sound or not isinstance(groups[0], Mapping):  # type: ignore[index]
+    group = groups[0] if isinstance(groups, Sequence) and len(groups) == 1 else None
+    if not isinstance(state, Mapping) or not isinstance(group, Mapping):
         raise UserError(f"{where}: opt is no state of one AdamW with one parameter group")
-    group = groups[0]  # type: ignore[index]
     numbers = list(group.get("params", ()))
     if len(numbers) != len(weights):
         raise UserError(f"{where}: opt has {len(numbers)} parameters, the model {len(weights)}")
     if not state:
-        return None
+        return NO_STATE
     exp_avg, exp_avg_sq, counts = {}, {}, set()
     for number, (key, weight) in zip(numbers, weights.items(), strict=True):
         if key in FIXED:
             continue
-        entry = state.get(number)  # type: ignore[union-attr]
+        entry = state.get(number)
         if not isinstance(entry, Mapping) or not all(_fits(entry.get(k), weight) for k in ("exp_avg", "exp_avg_sq")):
-            raise UserError(f"{where}: opt has no moments of shape {tuple(weight.shape)} for {shown(key)}")
+            raise UserError(f"{where}: opt has no state of shape {tuple(weight.shape)} for {shown(key)}")
         exp_avg[key], exp_avg_sq[key] = entry["exp_avg"], entry["exp_avg_sq"]
         counts.add(int(entry["step"]))
     if len(counts) != 1:
         raise UserError(f"{where}: opt counts {shown(sorted(counts))} updates for different parameters, one is needed")
     settings = {key: value for key, value in group.items() if key != "params" and plain(value)}
-    return Moments(exp_avg, exp_avg_sq, counts.pop(), settings)
+    return AdamState(exp_avg, exp_avg_sq, counts.pop(), settings)
 
 
 def state_dict(
@@ -70,8 +72,8 @@ def state_dict(
     return {"state": state, "param_groups": [group]}
 
 
-def _fits(moment: object, weight: Tensor) -> bool:
-    return isinstance(moment, Tensor) and moment.shape == weight.shape and moment.dtype == torch.float32
+def _fits(mean: object, weight: Tensor) -> bool:
+    return isinstance(mean, Tensor) and mean.shape == weight.shape and mean.dtype == torch.float32
 
 
 def plain(value: object) -> bool:

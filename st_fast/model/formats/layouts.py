@@ -16,7 +16,8 @@ from st_fast.core.errors import UserError
 from st_fast.model import SiT
 from st_fast.model.formats.loaded_state import Table, heads, is_head
 from st_fast.recipe import RecipeError
-from st_fast.recipe.architecture import SIZES, Model, check_shapes
+from st_fast.recipe.architecture import PATCHES, SIZES, Layer, Model, check_shapes
+from st_fast.recipe.methods import SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
 """Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""
@@ -66,10 +67,8 @@ def infer(
     """
     depth = 1 + max((int(m[1]) for key in table if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
     positions, patches = _shaped(table, "pos_embed", 3, where), _shaped(table, "x_embedder.proj.weight", 4, where)
-    classes, hidden = (
-        _shaped(table, "y_embedder.embedding_table.weight", 2, where),
-        _shaped(table, "blocks.0.mlp.fc1.weight", 2, where),
-    )
+    classes = _shaped(table, "y_embedder.embedding_table.weight", 2, where)
+    hidden = _shaped(table, "blocks.0.mlp.fc1.weight", 2, where)
     width, (_, channels, patch, _) = positions[2], patches
     side = math.isqrt(positions[1])
     if side**2 != positions[1]:
@@ -87,7 +86,7 @@ def infer(
         )
     null = 0 if args.get("num_classes") == classes[0] else 1
     model = Model(
-        name=name if count == usual_heads and patch in (2, 4, 8) else "custom",
+        name=name if count == usual_heads and patch in PATCHES else "custom",
         depth=depth, width=width, heads=count, patch=patch, channels=channels, latent_size=side * patch,
         num_classes=classes[0] - null, class_dropout=0.1 if null else 0.0, mlp_ratio=hidden[0] / width, qk_norm=qk_norm,
     )  # fmt: skip
@@ -139,37 +138,28 @@ def published_order(keys: Iterable[str]) -> list[str]:
 
 def check_table(table: Table, config: Model, layout: str, where: str) -> None:
     """UserError listing every missing key, every unexpected one, and every shape or dtype that differs."""
-    sigma = layout == "sit" and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch**2 * config.channels
+    sigma = layout == "sit" and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch_values
     expected = expected_trunk(config, sigma) | _expected_heads(heads(table), config, layout)
     match_strictly(expected, table, f"{where} as {layout}", limit=EVERY_KEY)
 
 
 def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tensor]:
     """The heads that the layout has, sized by the first layer of those found; none where a file has none."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    width, latent = config.width, config.patch**2 * config.channels
+
+    def size(key: str, otherwise: int) -> int:
+        return len(found[key]) if key in found else otherwise
+
+    layers: tuple[Layer, ...] = ()
     if layout == "self-transcendence" and found:
-        shapes |= _mlp("projectors", found, width, width)
-        if any(key.startswith("projectors_final.") for key in found):
-            shapes |= _linear("projectors_final.linear", latent, width)
+        method = VelocityHead if any(key.startswith("projectors_final.") for key in found) else SelfTranscendence
+        layers = method(hidden=size("projectors.0.bias", 2048)).head_layers(config)
     if layout == "repa":
-        for number in sorted({int(m[1]) for key in found if (m := re.match(r"projectors\.(\d+)\.", key))}):
-            out = found.get(f"projectors.{number}.4.bias")
-            shapes |= _mlp(f"projectors.{number}", found, width, width if out is None else len(out))
+        for name in sorted({m[0] for key in found if (m := re.match(r"projectors\.\d+(?=\.)", key))}):
+            layers += projector(name, config, size(f"{name}.0.bias", 2048), size(f"{name}.4.bias", config.width))
     if layout == "sra" and found:
-        shapes |= _linear("ap_head.linear1", 2 * width, width) | _linear("ap_head.linear2", width, 2 * width)
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
-def _mlp(prefix: str, found: Table, width: int, out: int) -> dict[str, tuple[int, ...]]:
-    first = found.get(f"{prefix}.0.bias")
-    hidden = 2048 if first is None else len(first)
-    return (
-        _linear(f"{prefix}.0", hidden, width)
-        | _linear(f"{prefix}.2", hidden, hidden)
-        | _linear(f"{prefix}.4", out, hidden)
-    )
-
-
-def _linear(prefix: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}.weight": (rows, columns), f"{prefix}.bias": (rows,)}
+        layers = SelfRepresentation().head_layers(config)
+    expected: dict[str, Tensor] = {}
+    for layer in layers:
+        expected[f"{layer.name}.weight"] = torch.empty(layer.outputs, layer.inputs, device="meta")
+        expected[f"{layer.name}.bias"] = torch.empty(layer.outputs, device="meta")
+    return expected

@@ -24,10 +24,10 @@ CHANGED = (TIME, *OUTPUT)
 
 
 def to_ours(table: Table, config: Model, squares: bool = False) -> dict[str, Tensor]:
-    """A table in the official convention → in ours. `squares`: of second moments, which have no sign.
+    """A table in the official convention → in ours. `squares`: of AdamW's exp_avg_sq, which has no sign.
 
-    Second moments of the time layer can't be mapped exactly, for the correlation of a column pair is not in them; they
-    are taken as uncorrelated.
+    That of the time layer can't be mapped exactly, for the correlation of a column pair is not in it; the columns are
+    taken as uncorrelated.
     """
     result = dict(table)
     for key in set(OUTPUT) & set(result):
@@ -50,7 +50,7 @@ def to_official(table: Table, config: Model, sigma: bool, squares: bool = False)
 
 def has_sigma(table: Table, config: Model) -> bool:
     """Whether a table's output layer has the second half of rows."""
-    return len(table[OUTPUT[1]]) == 2 * config.patch**2 * config.channels
+    return len(table[OUTPUT[1]]) == 2 * config.patch_values
 
 
 def _without_sigma(rows: Tensor, config: Model) -> Tensor:
