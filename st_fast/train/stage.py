@@ -35,7 +35,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     first = trainer.resume(clock)
     if first >= stage.steps:
         log.say(f"{stage.name}: complete at step {first}")
-        trainer.close()
+        trainer.features.close()
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
     readers = (loader, *trainer.features.loaders(ranks.device))
@@ -78,7 +78,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         reader.close()
     trainer.finish()
     stalls = trainer.stalls(clock)
-    trainer.close()
+    trainer.features.close()
     gc.unfreeze()
     if done < stage.steps:
         context.stop.close()
@@ -109,7 +109,7 @@ def retreat_if_too_large(
             trainer.finish()
         for reader in readers:
             reader.close()
-        trainer.close()
+        trainer.features.close()
         gc.unfreeze()
         raise
 

@@ -20,7 +20,7 @@ from st_fast.recipe.architecture import UNTOLD
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
 from st_fast.train.optim import EmaModel
-from st_fast.train.supervision.registry import Parts
+from st_fast.train.supervision.protocol import Parts
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 

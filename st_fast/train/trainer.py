@@ -1,4 +1,4 @@
-"""A stage's model, method, optimiser and step: how they are built, saved and found again."""
+"""A stage's model, method, optimiser and step: how they are built, saved and restored."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ from st_fast.model import SiT, build, teacher, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
 from st_fast.model.fp8 import use_fp8
-from st_fast.model.side_stream import Apart, Branches, batched, side_stream
+from st_fast.model.side_stream import Apart, batched, side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
-from st_fast.recipe.schema import Recipe, Run, Stage
+from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import adamw, start, supervision
 from st_fast.train.examiner import Examiner
-from st_fast.train.image_features import compile_encoders, open_image_features
+from st_fast.train.image_features import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.log import Clock, Log
 from st_fast.train.memory import Choice
 from st_fast.train.optim import EmaModel, Optimizer
 from st_fast.train.sharding import Shards, gathered, hand_out, is_sharded, shards_of
 from st_fast.train.step import Step
-from st_fast.train.supervision.registry import Parts
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,18 @@ class RunContext:
     rate: float
     """Measured matmul FLOP/s of one device in that precision; MFU is a share of it."""
     choice: Choice | None = None
-    """What `optim.micro_batch = "auto"` came to, and is in `recipe` as accumulation; None where it is not asked."""
+    """The result of `optim.micro_batch = "auto"`, which is in `recipe` as accumulation; None without it."""
 
 
 class Trainer:
-    """A stage's model, method, optimiser and step, and how they are saved and found again."""
+    """A stage's model, method, optimiser and step, and how they are saved and restored."""
 
     def __init__(self, context: RunContext, stage: Stage) -> None:
         self.context, self.stage = context, stage
         recipe, device = context.recipe, context.ranks.device
         table = validated_kernels(vars(recipe.kernels), recipe.model, context.ranks, context.dtype, context.log.say)
         update, norm = adamw.validated(recipe, context.ranks, context.dtype, context.log.say)
-        head_dim = recipe.model.width // recipe.model.heads
-        tokens = recipe.model.tokens
+        head_dim, tokens = recipe.model.width // recipe.model.heads, recipe.model.tokens
         attend = choose(recipe.model.attention, device, context.dtype, head_dim, context.log.say, tokens)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         if recipe.run.fp8 != "off":
@@ -71,7 +69,7 @@ class Trainer:
         self.shards = shards_of(recipe, context.ranks)
         if self.shards is not None:
             self.shards.model(self.model)
-        _compile(context, self.model, dynamic=False)
+        _compile(context, self.model)
         frozen = _teacher(context, stage, table, attend)
         checkpoint_activations(self.model, recipe.run.checkpointing)
         if frozen is not None:
@@ -80,12 +78,12 @@ class Trainer:
             _compile(context, frozen, dynamic=recipe.run.supervised_rows == "exact")
         average = _average(context, stage, table, attend, self.shards)
         self.features = open_image_features(stage, recipe, context.shards, device, context.dtype)
-        if _compiles(context):
-            compile_encoders(self.features, context.log.say)
-        branches, encoders = _branches(recipe.run, device), self.features.encoders
-        parts = Parts(
+        _compile(context, self.features)
+        streams = side_stream(recipe.run, device, recipe.run.teacher_branches == "streams")
+        branches = batched if recipe.run.teacher_branches == "batched" else Apart(streams)
+        parts = supervision.Parts(
             recipe.model, table, frozen, average, self.features.widths, recipe.flow.path, recipe.run.seed, branches,
-            encoders,
+            self.features.encoders,
         )  # fmt: skip
         self.method = supervision.create(stage, parts, recipe.run.seed + 1)
         self.method.heads.to(device)
@@ -95,12 +93,12 @@ class Trainer:
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
         self.step = Step(self.model, self.method, self.optimizer, recipe, context.ranks)
-        # Only the first rank looks at it: with everything else in shards, the others do without its memory.
+        # Only the first rank uses it: with everything else in shards, the others save its memory.
         place = device if self.shards is None or context.ranks.first else torch.device("meta")
         self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)
         self.rollbacks, self.trained_before = 0, 0.0
         self.origin: dict[str, Any] | None = None
-        """What the weights started from, where that is a model."""
+        """The record of the model that the weights started from, if any."""
         self.saver = _saver(context, stage, self.folder / "checkpoints", self.shards is not None)
 
     @property
@@ -109,16 +107,16 @@ class Trainer:
         return Path(self.context.recipe.run.out) / self.stage.name
 
     def resume(self, clock: Clock) -> int:
-        """Takes over the newest sound checkpoint, if there is one; returns the number of completed steps."""
+        """Loads the newest intact checkpoint, if there is one; returns the number of completed steps."""
         found = self._restore(before=None)
         self.trained_before = found["seconds"]
         clock.seconds, self.rollbacks, self.origin = found["seconds"], found["rollbacks"], found["init"]
         return found["step"]
 
     def roll_back(self, spike: int, done: int) -> None:
-        """Takes over the newest sound checkpoint from before step `spike`, which is where the loss began to spike.
+        """Loads the newest intact checkpoint from before step `spike`, at which the loss began to spike.
 
-        The stream of samples does not go back, so what was seen from that checkpoint to step `done` is skipped.
+        The stream of samples does not go back, so the samples from that checkpoint to step `done` are skipped.
         """
         stage, run, log = self.stage.name, self.context.recipe.run, self.context.log
         if self.rollbacks >= run.spike_retries:
@@ -136,10 +134,10 @@ class Trainer:
         )
 
     def _restore(self, before: int | None) -> dict[str, Any]:
-        """The first rank's newest sound checkpoint (of fewer than `before` steps) on every rank; else the start."""
+        """The first rank's newest intact checkpoint (of fewer than `before` steps) on every rank, or the start."""
         whole: dict[str, Mapping[str, Tensor]] = {}
         found = self.context.ranks.broadcast_from_rank0(lambda: self._load(before, whole))
-        # Others never read it: on a network file system they might see an older one, and train on something else.
+        # Only the first rank reads it: on a network file system others might find an older one.
         hand_out(self.optimizer.state(), whole, self.context.ranks)
         self.optimizer.follow()
         return found
@@ -160,7 +158,7 @@ class Trainer:
         return {"step": found.step, "seconds": found.meta["seconds"]} | kept
 
     def _begin(self, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
-        """Finds the model that the recipe starts from, if it names one; returns what to record of it."""
+        """Loads the model that the recipe starts from, if it names one; returns the record of it for checkpoints."""
         if not self.stage.start.init:
             return None
         log = self.context.log
@@ -170,7 +168,7 @@ class Trainer:
         return record
 
     def save(self, step: int, clock: Clock) -> None:
-        """Writes a checkpoint of `step` completed steps in the background, and tidies up older ones."""
+        """Writes a checkpoint of `step` completed steps in the background, and deletes older ones."""
         recipe = self.context.recipe
         self.context.ranks.heartbeat.beat("save")
         if self.saver is None:
@@ -198,18 +196,14 @@ class Trainer:
         self.context.ranks.barrier()
 
     def stalls(self, clock: Clock) -> dict[str, float]:
-        """Seconds that saves held this start's training up on the first rank, and their share of its training time."""
+        """Seconds that saves delayed training on the first rank since the start, and their share of its time."""
         if self.saver is None:
             return {}
         stalled, trained = self.saver.stalled, clock.read() - self.trained_before
         return {"save_stall": round(stalled, 6), "save_stall_share": round(stalled / max(trained, 1e-9), 6)}
 
-    def close(self) -> None:
-        """Closes the features' files."""
-        self.features.close()
-
     def ema_model(self) -> SiT:
-        """The averaged weights as a float32 model in eval mode; all ranks ask, only the first may use it if sharded."""
+        """The averaged weights as a float32 model in eval mode. All ranks call it; if sharded, the first uses it."""
         for name, ema in self.optimizer.state()["ema"].items():
             whole = gathered(ema)
             if not self.averaged.pos_embed.is_meta:
@@ -242,32 +236,21 @@ def _average(
     model = unfilled(context.recipe.model, table, context.ranks.device, context.dtype, attend)
     if shards is not None:
         shards.model(model.requires_grad_(False), stage.method.frozen_depth)
-    _compile(context, model, dynamic=False)
+    _compile(context, model)
     return EmaModel(model)
 
 
-def _branches(run: Run, device: torch.device) -> Branches:
-    """How a guided teacher runs with the labels and with the null label, by `run.teacher_branches`."""
-    return (
-        batched
-        if run.teacher_branches == "batched"
-        else Apart(side_stream(run, device, run.teacher_branches == "streams"))
-    )
-
-
-def _compiles(context: RunContext) -> bool:
-    run, device = context.recipe.run, context.ranks.device
-    return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
-
-
-def _compile(context: RunContext, model: SiT, dynamic: bool) -> None:
-    if not _compiles(context):
+def _compile(context: RunContext, model: SiT | ImageFeatures, dynamic: bool = False) -> None:
+    """Runs the blocks of the model, or of live encoders, compiled from now on, if `run.compile` says so."""
+    wanted = context.recipe.run.compile
+    if wanted == "off" or (wanted == "auto" and context.ranks.device.type != "cuda"):
         return
-    blocks = CompiledBlocks(context.log.say, dynamic)
-    if is_sharded(model):
-        blocks.inside(model.blocks)
+    if isinstance(model, ImageFeatures):
+        compile_encoders(model, context.log.say)
+    elif is_sharded(model):
+        CompiledBlocks(context.log.say, dynamic).inside(model.blocks)
     else:
-        model.run_block = blocks
+        model.run_block = CompiledBlocks(context.log.say, dynamic)
 
 
 def _saver(context: RunContext, stage: Stage, root: Path, sharded: bool) -> checkpoint.Saver | None:

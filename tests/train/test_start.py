@@ -29,7 +29,7 @@ from st_fast.train import start, trainer
 from st_fast.train.__main__ import check_unchanged
 from st_fast.train.optim import Optimizer
 from st_fast.train.run import run
-from st_fast.train.supervision.registry import Parts
+from st_fast.train.supervision.protocol import Parts
 from tests import foreign, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,5 @@
-"""Supervision methods: what teaches the student's hidden states, besides the denoising loss."""
+"""Supervision methods: losses on the student's hidden states, besides the denoising loss."""
 
-from st_fast.train.supervision.protocol import NoisyBatch, Rows, Supervision, select_rows
-from st_fast.train.supervision.registry import create
+from st_fast.train.supervision.protocol import NoisyBatch, Parts, Rows, Supervision, create, select_rows
 
-__all__ = ["NoisyBatch", "Rows", "Supervision", "create", "select_rows"]
+__all__ = ["NoisyBatch", "Parts", "Rows", "Supervision", "create", "select_rows"]

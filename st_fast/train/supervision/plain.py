@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch
-from st_fast.train.supervision.registry import Parts
+from st_fast.train.supervision.protocol import NoisyBatch, Parts
 
 
 class Plain:

@@ -1,22 +1,30 @@
 """The protocol between the step and a supervision method.
 
-A method names the student block or blocks it reads (`tap`), makes a target without gradient (`target`, which needs
-nothing of the student's pass and so may run before or beside it, or a step ahead if nothing that it needs is trained:
-`run.teacher_placement`), and turns hidden states into a loss (`loss`).
-Losses are sums over samples already weighted by 1 / global batch size, so micro-batches and ranks simply add up.
+A batch comes from `BatchIterator` (train/batches.py), which also draws its noise. `Step` gives it to `Targets.start`,
+which calls the method's `target`, and then gives the student's hidden states to the method's `loss`.
+
+A method names the student block or blocks that it reads (`tap`). `target` uses nothing of the student's pass, so it may
+run before or beside it, or a step ahead if nothing that it needs is trained (`run.teacher_placement`). Losses are sums
+over samples already weighted by 1 / global batch size, so those of micro-batches and ranks simply add up.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
+from st_fast.model import SiT
+from st_fast.model.encoders import ImageEncoder
+from st_fast.model.side_stream import Branches, batched
 from st_fast.model.sit import Linear
 from st_fast.recipe.methods import Selection
+from st_fast.recipe.schema import Model, Stage
+from st_fast.train.optim import EmaModel
 
 
 @dataclass(frozen=True)
@@ -24,24 +32,24 @@ class Rows:
     """Which samples of a micro-batch are supervised, and with what weight in the summed loss."""
 
     index: Tensor
-    """(M,) int64: distinct rows, ascending; with `run.supervised_rows = "padded"` then others that weigh 0."""
+    """(M,) int64: distinct rows, ascending; with `run.supervised_rows = "padded"` followed by others of weight 0."""
     weight: Tensor
     """(M,) float32."""
     pass_rows: int = 0
-    """Into so many rows each M divides, for networks that should see one shape; 0: M is what it is."""
+    """M is a multiple of this, so that networks can run on one shape; 0: M varies."""
 
     def take(self, values: Tensor) -> Tensor:
-        """The supervised rows of (B, …): (M, …). If they are as many as the samples, they are the samples in order."""
+        """The supervised rows of (B, …): (M, …). With M = B they are the samples in order."""
         return values if len(self.index) == len(values) else values.index_select(0, self.index)
 
     def passes(self, values: Tensor) -> tuple[Tensor, ...]:
-        """(M, …) cut into passes: (M,) or `pass_rows` rows each."""
+        """(M, …) split into passes of `pass_rows` rows, or as one pass."""
         return values.split(self.pass_rows) if self.pass_rows else (values,)
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """One micro-batch of one rank, on the device: what the model and the method see of it."""
+    """One micro-batch of one rank, on the device, as the model and the method see it."""
 
     x: Tensor
     """(B, C, S, S) clean latents, scaled."""
@@ -74,10 +82,10 @@ class Supervision(Protocol):
     """The trainable parts, dropped after training."""
 
     def active(self, step: int) -> bool:
-        """Whether the method supervises at this step; if not, neither target nor loss is asked for."""
+        """Whether the method supervises at this step; if not, neither `target` nor `loss` is called."""
 
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
-        """What `loss` compares with, without gradient, for the supervised rows."""
+        """The tensors that `loss` compares with, without gradient, for the supervised rows."""
 
     def loss(self, hidden: Any, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32.
@@ -86,10 +94,10 @@ class Supervision(Protocol):
         """
 
 
-def select_rows(t: Tensor, place: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:
+def select_rows(t: Tensor, part: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:
     """The supervised rows of a micro-batch and their weights, on the host, from all of the global batch's times.
 
-    t (G,) float32 holds the whole global batch; `place` is this micro-batch's part of it. With m_b = t_b inside the
+    t (G,) float32 holds the whole global batch; `part` is this micro-batch's slice of it. With m_b = t_b inside the
     closed range: "sample" is mean_b(m_b·ℓ_b); "sample_mean" is Σ m_b·ℓ_b / Σ m_b; "released" is mean(m)·mean(ℓ), as
     the released code's broadcasting makes it. Returns index (M,) int64 into the micro-batch and weight (M,) float32.
     """
@@ -98,11 +106,11 @@ def select_rows(t: Tensor, place: slice, selection: Selection | None) -> tuple[T
     low, high = selection.t_range
     inside = (t >= low) & (t <= high)
     total, count = len(t), int(inside.sum())
-    part = inside[place]
+    mine = inside[part]
     if selection.mask == "released":
-        index = torch.arange(len(part)) if count else torch.empty(0, dtype=torch.int64)
+        index = torch.arange(len(mine)) if count else torch.empty(0, dtype=torch.int64)
         return index, torch.full((len(index),), selection.weight * count / total**2)
-    index = part.nonzero()[:, 0]
+    index = mine.nonzero()[:, 0]
     divisor = total if selection.mask == "sample" else max(count, 1)
     return index, torch.full((len(index),), selection.weight / divisor)
 
@@ -115,3 +123,33 @@ def projector(width: int, hidden: int, out: int, kernels: KernelTable) -> nn.Seq
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a method may be built from."""
+
+    config: Model
+    kernels: KernelTable
+    teacher: SiT | None
+    """Frozen, in eval mode, on the device; None if the method names no teacher."""
+    average: EmaModel | None = None
+    """The student's own weight average; None if the method does not learn from it."""
+    feature_widths: tuple[int, ...] = ()
+    """D_j of each image encoder that the method names."""
+    path: Literal["linear", "cosine"] = "linear"
+    seed: int = 0
+    """The run's seed, for a method's own draws."""
+    branches: Branches = batched
+    """How a guided teacher runs with the labels and with the null label."""
+    encoders: tuple[ImageEncoder, ...] = ()
+    """The image encoders themselves, where they run live."""
+
+
+def create(stage: Stage, parts: Parts, seed: int) -> Supervision:
+    """The stage's method, its heads drawn from `seed` without touching the global generator."""
+    module, _, name = stage.method.implementation.partition(":")
+    implementation = getattr(importlib.import_module(module), name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return implementation(stage.method, parts)

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch, projector
-from st_fast.train.supervision.registry import Parts
+from st_fast.train.supervision.protocol import NoisyBatch, Parts, projector
 
 
 class Heads(nn.Module):

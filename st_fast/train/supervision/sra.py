@@ -13,8 +13,7 @@ from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.model import flow
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch
-from st_fast.train.supervision.registry import Parts
+from st_fast.train.supervision.protocol import NoisyBatch, Parts
 
 BETA = 0.05
 """Where smooth-L1 passes from a parabola to a line, as published."""

@@ -27,7 +27,7 @@ from st_fast.train.batches import BatchIterator
 from st_fast.train.image_features import compile_encoders, open_image_features
 from st_fast.train.run import run
 from st_fast.train.supervision import create
-from st_fast.train.supervision.registry import Parts
+from st_fast.train.supervision.protocol import Parts
 from tests import tiny
 from tests.data.conftest import encoded, picture
 from tests.data.test_repa import write_layout
