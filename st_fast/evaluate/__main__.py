@@ -47,16 +47,12 @@ class Request:
     any_labels: bool
 
 
-def _feature_name(text: str) -> str:
-    return "classifier" if text == "judge" else text  # an older name
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = sampling_parser("evaluate", __doc__)
     parser.add_argument("--samples", type=Path, help="score this .npz (arr_0, arr_1) instead of drawing")
-    names = ("auto", "inception", "classifier")
-    parser.add_argument("--features", type=_feature_name, choices=names, default="auto")
+    names = ("auto", "inception", "classifier", "judge")  # the last is an older name of the classifier
+    parser.add_argument("--features", choices=names, metavar="{auto,inception,classifier}", default="auto")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights (default: what torch-fidelity left)")
     parser.add_argument(
         "--reference", type=Path, help="ADM's .npz, pictures or a data folder (default: the run's data)"
@@ -71,7 +67,7 @@ def parse(arguments: Sequence[str]) -> Request:
     samples = sample_request(given, "evaluate", needs_model=given.samples is None)
     data = Path(samples.recipe.data.path)
     images = (data / "images.safetensors").is_file()
-    weights = None if given.features == "classifier" else inception.find_weights(given.inception)
+    weights = None if given.features in ("classifier", "judge") else inception.find_weights(given.inception)
     if given.features == "inception" and weights is None:
         raise UserError(f"--features inception: no weights: pass --inception FILE ({inception.FILES[0]})")
     if weights is not None and given.reference is None and not images:
@@ -107,9 +103,11 @@ def score_file(request: Request, file: Path, device: torch.device, say: Say) -> 
         scores.check_classes(samples.labels, request.samples.recipe.model.num_classes)
     score = _by_classifier if request.weights is None else _by_inception
     numbers, protocol = score(request, samples, device, say)
+    keys = ("reference", "resize", "features")
+    brief = f"N = {protocol['num']}, " + ", ".join(f"{key} {protocol[key]}" for key in keys)
     for name, value in numbers.items():
         if isinstance(value, float):
-            say(f"{name} {value:.5g} | {brief(protocol)}")
+            say(f"{name} {value:.5g} | {brief}, weights {str(protocol['weights_sha256'])[:12]}")
     drawn = read_settings(file.parent) if request.file is None else {}
     record: dict[str, object] = {
         "kind": "metrics", "stage": drawn.get("stage"), "step": drawn.get("step"), "metrics": numbers,
@@ -146,13 +144,6 @@ def _by_classifier(
         "features": "a classifier trained on the data; not FID",
         "weights_sha256": classifier.digest,
     }
-
-
-def brief(protocol: Mapping[str, object]) -> str:
-    """The protocol in a part of a line."""
-    keys = ("reference", "resize", "features")
-    hashed = str(protocol["weights_sha256"])[:12]
-    return f"N = {protocol['num']}, " + ", ".join(f"{key} {protocol[key]}" for key in keys) + f", weights {hashed}"
 
 
 if __name__ == "__main__":

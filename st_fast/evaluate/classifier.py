@@ -7,12 +7,13 @@ Its accuracy on held-out real images stands beside every score, which can be no 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -27,10 +28,7 @@ from st_fast.core.files import FolderWrite, read_json, write_json_atomic
 from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
 FORMAT = "st_fast.judge/1"
-SEED = 20260107
-EPOCHS = 16
-BATCH = 64
-FEATURES = 64
+SEED, EPOCHS, BATCH, FEATURES = 20260107, 16, 64, 64
 
 Say = Callable[[str], None]
 
@@ -61,20 +59,18 @@ def read_images(data_folder: Path) -> RealImages:
         raise UserError(f"{path}: no such file; a classifier needs the real images") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
-    images, labels = {}, {}
-    for split in ("train", "test"):
-        missing = [name for name in (split, f"{split}_labels") if name not in tensors]
-        if missing:
-            raise UserError(f"{path}: no tensor {missing[0]!r}; it holds {', '.join(sorted(tensors)) or 'none'}")
-        images[split] = as_batch(tensors[split], f"{path}: {split!r}")
-        count, given = len(images[split]), tensors[f"{split}_labels"].long()
-        if given.shape != (count,) or count == 0 or int(given.min()) < 0:
-            raise UserError(
-                f"{path}: '{split}_labels' has shape {tuple(given.shape)} for {count} images; one label ≥ 0 an image, "
-                "and at least one, is needed"
-            )
-        labels[split] = given
-    return RealImages(images["train"], labels["train"], images["test"], labels["test"], _sha256(raw))
+    for name in ("train", "train_labels", "test", "test_labels"):
+        if name not in tensors:
+            raise UserError(f"{path}: no tensor {name!r}; it holds {', '.join(sorted(tensors)) or 'none'}")
+
+    def checked(split: str) -> tuple[Tensor, Tensor]:
+        images, labels = as_batch(tensors[split], f"{path}: {split!r}"), tensors[f"{split}_labels"].long()
+        if labels.shape != (len(images),) or len(images) == 0 or int(labels.min()) < 0:
+            given = f"'{split}_labels' has shape {tuple(labels.shape)} for {len(images)} images"
+            raise UserError(f"{path}: {given}; one label ≥ 0 an image, and at least one, is needed")
+        return images, labels
+
+    return RealImages(*checked("train"), *checked("test"), sha256(raw).hexdigest())
 
 
 def as_batch(images: Tensor | NDArray[np.uint8], name: str = "images") -> Tensor:
@@ -93,23 +89,20 @@ class ConvNet(nn.Module):
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
         widths = (channels, 16, 32, FEATURES)
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-                for a, b in itertools.pairwise(widths)
-            )
+        blocks = (
+            nn.Sequential(nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+            for a, b in itertools.pairwise(widths)
         )
+        self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(FEATURES, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1] (B, C, H, W) → features (B, FEATURES), the input of the last layer."""
-        blocks: Tensor = self.blocks(x)
-        return blocks.mean(dim=(2, 3))
+        return cast(Tensor, self.blocks(x)).mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels in [−1, 1] (B, C, H, W) → logits (B, classes)."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
+        return cast(Tensor, self.head(self.features(x)))
 
 
 class Classifier:
@@ -142,7 +135,7 @@ class Classifier:
 
     def _pixels(self, images: Tensor) -> Tensor:
         """uint8 (B, 1|3, H, W) → float in [−1, 1] with the classifier's channels and size."""
-        pixels = to_pixels(images.cpu())
+        pixels = images.cpu().float() / 127.5 - 1
         if pixels.shape[1] != self.channels:
             pixels = pixels.mean(dim=1, keepdim=True).expand(-1, self.channels, -1, -1)
         if pixels.shape[-2:] != self.size:
@@ -150,33 +143,30 @@ class Classifier:
         return pixels
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """uint8 0..255 → float32 −1..1."""
-    return images.float() / 127.5 - 1
-
-
 @dataclass(frozen=True)
 class Reference:
-    """The real training images in the classifier's features, and the scores of real held-out images against them.
+    """The real training images in the classifier's features.
 
-    These scores are the floors: samples of a perfect generator would have them.
+    `floors` are the scores of real held-out images against them, which samples of a perfect generator would have.
     """
 
     features: NDArray[np.float32]
     stats: GaussianStats
-    floor_frechet: float
-    floor_precision: float
-    floor_recall: float
-    floor_num: int
+    floors: dict[str, float]
+
+
+def distances(reference: NDArray[np.float32], stats: GaussianStats, features: NDArray[np.float32]) -> dict[str, float]:
+    """Every metric that compares features (n, F) with a reference's (m, F) and their statistics, by its key."""
+    precision, recall = precision_recall(reference, features)
+    return {"frechet": frechet(stats, GaussianStats.of(features)), "precision": precision, "recall": recall}
 
 
 def make_reference(classifier: Classifier, train: Tensor, test: Tensor) -> Reference:
     """Reference from real uint8 images (n, 1|3, H, W); UserError with fewer held-out images than features."""
-    features, held_out = classifier.features(train), classifier.features(test)
+    features = classifier.features(train)
     stats = GaussianStats.of(features)
-    precision, recall = precision_recall(features, held_out)
-    floor = frechet(stats, GaussianStats.of(held_out))
-    return Reference(features, stats, floor, precision, recall, len(held_out))
+    found = distances(features, stats, classifier.features(test)) | {"num": len(test)}
+    return Reference(features, stats, {f"floor_{key}": value for key, value in found.items()})
 
 
 def classifier_metrics(
@@ -185,33 +175,25 @@ def classifier_metrics(
     """Scores conditional samples: uint8 images (n, 1|3, H, W) drawn for integer labels (n,).
 
     Returns `accuracy` (share classified as their label), `accuracy_per_class` (None where no sample has that label),
-    `frechet`, `precision` and `recall` in the classifier's features with their floors, and the classifier's own
-    accuracy and digest. The distance is not FID: the features are not Inception's. UserError where labels don't fit
-    the images, or samples are too few for a covariance.
+    `distances` with their floors, and the classifier's own accuracy and digest. The Fréchet distance is not FID: the
+    features are not Inception's. UserError where labels don't fit the images, or samples are too few for a covariance.
     """
     batch, asked = as_batch(images), np.asarray(labels)
     if asked.shape != (len(batch),) or not np.issubdtype(asked.dtype, np.integer):
         raise UserError(f"labels: {asked.dtype} of shape {asked.shape} for {len(batch)} images; one integer an image")
     if len(asked) and not (asked.min() >= 0 and asked.max() < classifier.num_classes):
         raise UserError(f"labels: {asked.min()}..{asked.max()}; the classifier knows 0..{classifier.num_classes - 1}")
-    features = classifier.features(batch)
-    distance = frechet(GaussianStats.of(features), reference.stats)
-    precision, recall = precision_recall(reference.features, features)
+    found = distances(reference.features, reference.stats, classifier.features(batch))
     correct = classifier.predict(batch) == asked
     per_class = [correct[asked == label] for label in range(classifier.num_classes)]
     return {
+        "num": len(batch),
         "accuracy": float(correct.mean()),
         "accuracy_per_class": [float(share.mean()) if len(share) else None for share in per_class],
-        "frechet": distance,
-        "floor_frechet": reference.floor_frechet,
-        "precision": precision,
-        "floor_precision": reference.floor_precision,
-        "recall": recall,
-        "floor_recall": reference.floor_recall,
         "classifier_accuracy": classifier.accuracy,
         "classifier_digest": classifier.digest,
-        "num": len(batch),
-        "floor_num": reference.floor_num,
+        **found,
+        **reference.floors,
     }
 
 
@@ -245,7 +227,7 @@ def train(real: RealImages, say: Say) -> ConvNet:
     steps_per_epoch = -(-len(real.train) // BATCH)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.01, total_steps=EPOCHS * steps_per_epoch)
-    pixels = to_pixels(real.train)
+    pixels = real.train.float() / 127.5 - 1
     model.train()
     for epoch in range(EPOCHS):
         for index in torch.split(torch.randperm(len(pixels), generator=generator), BATCH):
@@ -272,22 +254,15 @@ def _augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def _keep(folder: Path, model: ConvNet, real: RealImages, say: Say) -> Classifier:
     """Tests the new classifier and writes it aside, then renames; says so where the folder can't be written."""
     raw = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
-    classifier = Classifier(model, (real.train.shape[-2], real.train.shape[-1]), 0.0, _sha256(raw))
+    classifier = Classifier(model, (real.train.shape[-2], real.train.shape[-1]), 0.0, sha256(raw).hexdigest())
     classifier.accuracy = float((classifier.predict(real.test) == real.test_labels.numpy()).mean())
     say(f"classifier: accuracy {classifier.accuracy:.1%} on {len(real.test)} held-out real images")
     manifest = {
-        "format": FORMAT,
-        "images_sha256": real.digest,
-        "model_sha256": classifier.digest,
-        "accuracy": classifier.accuracy,
-        "test_images": len(real.test),
-        "num_classes": classifier.num_classes,
-        "channels": classifier.channels,
-        "size": list(classifier.size),
-        "features": FEATURES,
-        "seed": SEED,
+        "format": FORMAT, "images_sha256": real.digest, "model_sha256": classifier.digest,
+        "accuracy": classifier.accuracy, "test_images": len(real.test), "num_classes": classifier.num_classes,
+        "channels": classifier.channels, "size": list(classifier.size), "features": FEATURES, "seed": SEED,
         "epochs": EPOCHS,
-    }
+    }  # fmt: skip
     try:
         with FolderWrite(folder, replace=True) as writing:
             (writing.path / "model.safetensors").write_bytes(raw)
@@ -308,7 +283,7 @@ def _load(folder: Path, real: RealImages) -> Classifier:
             raise UserError(f"{folder}: classifier of format {manifest['format']!r}; this program reads {FORMAT!r}")
         if manifest["images_sha256"] != real.digest:
             raise UserError(f"{folder}: classifier of other images than those beside it")
-        if _sha256(raw) != manifest["model_sha256"]:
+        if sha256(raw).hexdigest() != manifest["model_sha256"]:
             raise UserError(f"{folder}/model.safetensors: its SHA-256 isn't the manifest's")
         model = ConvNet(int(manifest["channels"]), int(manifest["num_classes"]))
         model.load_state_dict(load(raw))
@@ -316,7 +291,3 @@ def _load(folder: Path, real: RealImages) -> Classifier:
         return Classifier(model, (int(height), int(width)), float(manifest["accuracy"]), manifest["model_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged classifier ({type(error).__name__})") from None
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
@@ -165,7 +166,7 @@ def tensorflow_resize(images: Tensor, side: int = SIDE) -> Tensor:
 
 
 class Output(NamedTuple):
-    """Of the network for n images: float32 (n, 2048), (n, 2023) and (n, 1008)."""
+    """The network's outputs for n images: float32 (n, 2048), (n, 2023) and (n, 1008)."""
 
     pooled: NDArray[np.float32]
     spatial: NDArray[np.float32]
@@ -207,21 +208,13 @@ def load_inception(path: Path, device: torch.device) -> Inception:
         raise UserError(f"Inception weights {path}: no such file; pass {FILES[0]} of torch-fidelity's releases")
     model = InceptionV3()
     try:
-        model.load_state_dict(_tensors(path))
+        safe = path.suffix == ".safetensors"
+        model.load_state_dict(load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, SafetensorError, TypeError, AttributeError, ValueError, EOFError, KeyError) as error:
         raise UserError(f"Inception weights {path}: not the FID network's weights ({_brief(error)})") from None
     except Exception as error:  # the restricted unpickler's own error class is private
         raise UserError(f"Inception weights {path}: can't be read ({type(error).__name__})") from None
     return Inception(model.eval().requires_grad_(False).to(device), sha256_file(path))
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return found
 
 
 def _brief(error: BaseException) -> str:

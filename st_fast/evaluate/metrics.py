@@ -6,7 +6,6 @@ With Inception's features the Fréchet distance is FID; with any other network's
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ ROWS = 2_048
 
 
 def _matrix(name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
-    """Checks that `values` is (n, F) with n ≥ 1 and finite entries; UserError otherwise."""
+    """The values; UserError unless they are (n, F), not empty, and finite."""
     if values.ndim != 2 or values.shape[0] == 0 or values.shape[1] == 0:
         raise UserError(f"{name}: shape {tuple(values.shape)}; (samples, features) with at least one of each is needed")
     for start, rows in _blocks(values):
@@ -36,21 +35,15 @@ def _blocks(values: NDArray[np.generic], rows: int = ROWS) -> Iterator[tuple[int
         yield start, values[start : start + rows].astype(np.float64)
 
 
-@dataclass
 class GaussianStats:
     """Mean and covariance of features that arrive in pieces (Chan, Golub and LeVeque's pairwise update, 1983).
 
     Holds count, mean (F,) and scatter (F, F) = Σ (x − mean)(x − mean)ᵀ, all in float64: 34 MB at F = 2,048.
     """
 
-    width: int
-    count: int = 0
-    mean: Array = field(init=False)
-    scatter: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.mean = np.zeros(self.width)
-        self.scatter = np.zeros((self.width, self.width))
+    def __init__(self, width: int, count: int = 0) -> None:
+        self.width, self.count = width, count
+        self.mean, self.scatter = np.zeros(width), np.zeros((width, width))
 
     @classmethod
     def of(cls, features: NDArray[np.generic]) -> GaussianStats:
@@ -81,10 +74,9 @@ class GaussianStats:
 
     @property
     def covariance(self) -> Array:
-        """The unbiased covariance (F, F); UserError below two samples."""
-        if self.count < 2:
-            raise UserError(f"statistics: {self.count} samples; a covariance needs at least 2")
-        return self.scatter / (self.count - 1)
+        """The unbiased covariance (F, F) of at least two samples."""
+        covariance: Array = self.scatter / (self.count - 1)
+        return covariance
 
 
 def frechet(a: GaussianStats, b: GaussianStats) -> float:

@@ -21,14 +21,7 @@ from st_fast.core.progress import bar
 from st_fast.data.images import SUFFIXES, load_image
 from st_fast.evaluate.classifier import read_images
 from st_fast.evaluate.inception import CLASSES, FEATURES, Inception
-from st_fast.evaluate.metrics import (
-    Array,
-    GaussianStats,
-    InceptionScore,
-    frechet,
-    kernel_distance,
-    precision_recall,
-)
+from st_fast.evaluate.metrics import Array, GaussianStats, InceptionScore, frechet, kernel_distance, precision_recall
 from st_fast.sample.set import ImageFile, Images, open_npz, three_channels
 
 SPATIAL = 17 * 17 * 7
@@ -148,10 +141,8 @@ def _gaussian(path: Path, known: dict[str, Array], mean: str, covariance: str, w
         return None
     mu, sigma = known[mean], known[covariance]
     if mu.shape != (width,) or sigma.shape != (width, width):
-        raise UserError(
-            f"reference {path}: {mean} {mu.shape} and {covariance} {sigma.shape}; these features need {(width,)} "
-            f"and {(width, width)}"
-        )
+        given = f"{mean} {mu.shape} and {covariance} {sigma.shape}"
+        raise UserError(f"reference {path}: {given}; these features need {(width,)} and {(width, width)}")
     return GaussianStats.known(mu, sigma)
 
 
@@ -195,8 +186,8 @@ def _check_size(path: Path, found: Sequence[int], samples: Sequence[int]) -> Non
 def check_count(count: int) -> None:
     """UserError where a covariance of `count` samples would be singular, before anything slow is done."""
     if count <= FEATURES:
-        needed = f"needs at least {FEATURES + 1} samples"
-        raise UserError(f"--num {count}: a Fréchet distance of {FEATURES} features {needed}")
+        needs = f"a Fréchet distance of {FEATURES} features needs at least {FEATURES + 1} samples"
+        raise UserError(f"--num {count}: {needs}")
 
 
 def check_classes(labels: NDArray[np.int64] | None, num_classes: int) -> None:
@@ -230,15 +221,10 @@ def score(samples: ImageFile | InMemory, inception: Inception, reference: Refere
 def protocol(samples: ImageFile | InMemory, inception: Inception, reference: Reference) -> dict[str, object]:
     """The conditions under which the numbers were taken."""
     return {
-        "num": samples.count,
-        "size": _size(samples.shape),
-        "reference": reference.name,
-        "reference_sha256": reference.sha256,
-        "reference_images": reference.images,
-        "resize": "bilinear as TensorFlow 1 to 299",
+        "num": samples.count, "size": _size(samples.shape), "reference": reference.name,
+        "reference_sha256": reference.sha256, "reference_images": reference.images,
+        "resize": "bilinear as TensorFlow 1 to 299", "weights_sha256": inception.sha256,
         "features": f"InceptionV3 (2015), pool3 {FEATURES}; sFID: Mixed_6d.branch1x1, 17×17×7",
-        "weights_sha256": inception.sha256,
-        "inception_score_split": SPLIT,
-        "kid": f"{KID_SUBSETS} subsets of at most {KID_SUBSET}, cubic kernel",
+        "inception_score_split": SPLIT, "kid": f"{KID_SUBSETS} subsets of at most {KID_SUBSET}, cubic kernel",
         "precision_recall": "k = 3, float64",
-    }
+    }  # fmt: skip

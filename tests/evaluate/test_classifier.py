@@ -158,15 +158,15 @@ def test_real_images_score_the_floor_and_shuffled_labels_and_noise_are_seen(
     real = read_images(digits)
     good = classifier_metrics(classifier, real.test, real.test_labels, reference)
     assert good["accuracy"] == classifier.accuracy
-    assert good["frechet"] == pytest.approx(reference.floor_frechet, rel=1e-6)
-    assert good["floor_frechet"] == reference.floor_frechet
+    assert good["frechet"] == pytest.approx(reference.floors["floor_frechet"], rel=1e-6)
+    assert good["floor_frechet"] == reference.floors["floor_frechet"]
     assert good["classifier_digest"] == classifier.digest
     shifted = classifier_metrics(classifier, real.test, (real.test_labels + 1) % 10, reference)
     assert shifted["accuracy"] < 0.05
     assert shifted["frechet"] == good["frechet"]
     static = torch.randint(0, 256, (200, 32, 32), dtype=torch.uint8)
     noise = classifier_metrics(classifier, static, torch.zeros(200).long(), reference)
-    assert noise["frechet"] > 20 * reference.floor_frechet
+    assert noise["frechet"] > 20 * reference.floors["floor_frechet"]
     assert noise["precision"] < 0.1
     json.dumps(good, allow_nan=False)
 
