@@ -88,12 +88,8 @@ def read_exactly(file: BinaryIO, into: memoryview, path: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits, read in pieces."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
     with open_regular(Path(path)) as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -1,12 +1,14 @@
-"""Reads requests ahead on threads, in order, and outlives a disk that stalls or fails for a moment.
+"""Records that can be read by index, and reading them ahead on threads, in order.
 
-Threads suffice: reading, CRC and copying all release the interpreter's lock.
+Reading outlives a disk that stalls or fails for a moment. Threads suffice: reading, CRC and copying all release the
+interpreter's lock.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from st_fast.core.errors import RunFailed, UserError
+from st_fast.data.manifest import Manifest
 
 
 class Layout(Protocol):
@@ -48,6 +51,47 @@ class Readable(Protocol):
 
 Answer = tuple[Tensor, Tensor]
 """Moments (n, 2C, H, W) or features, in the set's dtype; labels (n,) int64. On the host (for CUDA pinned) or device."""
+
+
+class RecordSet(ABC):
+    """Records that can be read by index: shards, or REPA's layout in place."""
+
+    manifest: Manifest
+    labels: np.ndarray
+    """(count,) int64."""
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    @property
+    def digest(self) -> str:
+        """The manifest's digest: a resumed run compares it."""
+        return self.manifest.digest
+
+    @abstractmethod
+    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Reads records `indices` (n,) into out (n, 2C, H, W) of the set's dtype; `BadFile` names a bad record."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Reads everything once; `BadFile` names the first bad record."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes files and threads; the set can't be read any more."""
+
+    def gather(self, indices: np.ndarray) -> Answer:
+        """Records `indices` (n,) → moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; fresh host tensors."""
+        return read_records(self, indices)
+
+
+def read_records(records: Readable, indices: np.ndarray, pinned: bool = False) -> Answer:
+    """Records `indices` (n,) and their labels as fresh host tensors, page-locked if `pinned`."""
+    shape, dtype = (len(indices), *records.manifest.shape), getattr(torch, records.manifest.dtype)
+    rows = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    records.read_into(indices, rows.numpy())
+    labels = torch.from_numpy(records.labels[indices])
+    return rows, labels.pin_memory() if pinned else labels
 
 
 @dataclass(frozen=True)
@@ -113,17 +157,9 @@ class ReadAhead:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._read(request))
+                future.set_result(read_records(self._records, request, self._pinned))
             except BaseException as error:  # handed to the caller, who decides
                 future.set_exception(error)
-
-    def _read(self, request: np.ndarray) -> Answer:
-        manifest = self._records.manifest
-        shape, dtype = (len(request), *manifest.shape), getattr(torch, manifest.dtype)
-        moments = torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
-        self._records.read_into(request, moments.numpy())
-        labels = torch.from_numpy(self._records.labels[request])
-        return moments, labels.pin_memory() if self._pinned else labels
 
     def _submit(self, request: np.ndarray) -> _Task:
         task: _Task = (np.asarray(request, np.int64), Future())

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, sha256_file, shown
+from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import FILE_NAME, ShardedSet, ShardEntry, parse_manifest
-from st_fast.data.shards import CheckedRows, RecordSet
+from st_fast.data.shards import CheckedRows
 from st_fast.recipe.schema import Recipe, Stage
 
 FORMAT = "st_fast.features"

@@ -17,8 +17,7 @@ import torch
 
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.machine import free_memory
-from st_fast.data.ahead import Answer, Patience, ReadAhead
-from st_fast.data.shards import RecordSet
+from st_fast.data.ahead import Answer, Patience, ReadAhead, RecordSet
 
 Say = Callable[[str], None]
 KINDS = ("auto", "resident", "dali", "torch")

@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, open_regular, read_exactly, shown
+from st_fast.data.ahead import RecordSet
 from st_fast.data.images import SUFFIXES
 from st_fast.data.manifest import DTYPES, Manifest, VaeInfo, moments_problem
 from st_fast.data.sources import LABELS_FILE, Source, read_labels
@@ -34,8 +33,8 @@ def is_repa(folder: Path) -> bool:
     return (Path(folder) / LATENTS / LABELS_FILE).is_file()
 
 
-class RepaSet:
-    """The records of a folder in REPA's layout, sorted by file name. The same interface as `ShardSet`."""
+class RepaSet(RecordSet):
+    """The records of a folder in REPA's layout, sorted by file name. Its digest covers names and labels only."""
 
     def __init__(self, folder: Path, threads: int = 4) -> None:
         self.folder = Path(folder)
@@ -61,24 +60,10 @@ class RepaSet:
         )
         self._pool = ThreadPoolExecutor(threads, "st_fast repa")
 
-    def __len__(self) -> int:
-        return self.manifest.count
-
-    @property
-    def digest(self) -> str:
-        """The manifest's digest: it covers names and labels, not the files' content."""
-        return self.manifest.digest
-
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Reads records `indices` (n,) into out (n, 2C, H, W) of the set's dtype. `BadFile` names a bad file."""
         for _ in self._pool.map(self._read_one, np.asarray(indices).tolist(), out):
             pass
-
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Records `indices` (n,) → moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; fresh host tensors."""
-        moments = np.empty((len(indices), *self.manifest.shape), self.manifest.dtype)
-        self.read_into(indices, moments)
-        return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
 
     def verify(self) -> None:
         """Reads every file: shape, dtype, NaN, Inf and absurd values."""

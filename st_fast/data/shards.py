@@ -11,16 +11,13 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactly, read_header, sha256_file
 from st_fast.core.machine import allow_open_files, usable_cpus
 from st_fast.core.progress import bar
-from st_fast.data.ahead import Readable
+from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import (
     DTYPES,
     Manifest,
@@ -37,34 +34,6 @@ COLUMNS = {"labels": ("I64", np.int64), "crc32": ("U32", np.uint32)}
 """The small tensors of a shard, one value a record: dtype in safetensors and in NumPy."""
 HAS_ADVICE = hasattr(os, "posix_fadvise")
 """Whether the system can be told what will be read; macOS can't."""
-
-
-class RecordSet(Readable, Protocol):
-    """Records that can be read by index: shards, or REPA's layout in place."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the set holds."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """The manifest's digest: a resumed run compares it."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Records `indices` (n,) → moments (n, 2C, H, W) in the set's dtype, labels (n,) int64, on the host."""
-        ...
-
-    def verify(self) -> None:
-        """Reads everything once; `BadFile` names the first bad record."""
-        ...
-
-    def close(self) -> None:
-        """Closes files and threads; the set can't be read any more."""
-        ...
 
 
 class CheckedRows:
@@ -156,7 +125,7 @@ def _layout(
     return layout
 
 
-class ShardSet(CheckedRows):
+class ShardSet(CheckedRows, RecordSet):
     """The records of a folder of shards. Open with `open_shards`."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -164,17 +133,6 @@ class ShardSet(CheckedRows):
         self.manifest = manifest
         if problem := labels_problem(self.labels, manifest.num_classes):
             raise BadFile(f"{self.where(problem[0])}: {problem[1]}")
-
-    @property
-    def digest(self) -> str:
-        """The manifest's digest: a resumed run compares it."""
-        return self.manifest.digest
-
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Records `indices` (n,) → moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; fresh host tensors."""
-        moments = np.empty((len(indices), *self.manifest.shape), self.manifest.dtype)
-        self.read_into(indices, moments)
-        return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
 
     def verify(self) -> None:
         """Reads every shard whole, several at a time: SHA-256, the CRC of each record, and the values."""

@@ -23,12 +23,11 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, read_json, write_json_atomic
 from st_fast.core.machine import usable_cpus
 from st_fast.core.progress import bar
-from st_fast.data.ahead import Readable
+from st_fast.data.ahead import Readable, RecordSet
 from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
 from st_fast.data.manifest import ShardEntry, write_manifest
 from st_fast.data.repa import RepaSet, is_repa, repa_images
-from st_fast.data.shards import RecordSet
 from st_fast.data.sources import Source, open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder

@@ -11,8 +11,8 @@ import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
+from st_fast.data.ahead import RecordSet
 from st_fast.data.repa import LATENTS, RepaSet, is_repa
-from st_fast.data.shards import RecordSet
 from st_fast.data.sources import LABELS_FILE
 from st_fast.prepare.job import Produced
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from st_fast.core.progress import bar
-from st_fast.data.shards import RecordSet
+from st_fast.data.ahead import RecordSet
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.core.ranks import Ranks
+from st_fast.data.ahead import RecordSet
 from st_fast.data.loader import Loader
-from st_fast.data.shards import RecordSet
 from st_fast.model import flow
 from st_fast.model.side_stream import side_stream
 from st_fast.recipe.schema import Recipe, Stage

@@ -15,10 +15,9 @@ import torch
 
 from st_fast.core.errors import UserError
 from st_fast.core.machine import local_count, usable_cpus
-from st_fast.data.ahead import ReadAhead
+from st_fast.data.ahead import ReadAhead, RecordSet
 from st_fast.data.features import FeatureSet, check_grid, open_features_of
 from st_fast.data.loader import Loader
-from st_fast.data.shards import RecordSet
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.encoders import ImageEncoder, VisionTransformer, load_encoder
 from st_fast.prepare.features import RecordImages, open_record_images

@@ -17,9 +17,10 @@ from st_fast.core.errors import UserError
 from st_fast.core.machine import PassTooLarge, local_rank
 from st_fast.core.ranks import process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
+from st_fast.data.ahead import RecordSet
 from st_fast.data.loader import kept_bytes
 from st_fast.data.manifest import Manifest
-from st_fast.data.shards import RecordSet, open_data
+from st_fast.data.shards import open_data
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import teacher
 from st_fast.model.compiling import keep_compiled

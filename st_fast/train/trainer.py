@@ -15,8 +15,8 @@ from st_fast.core import checkpoint
 from st_fast.core.errors import RunFailed
 from st_fast.core.ranks import Ranks, Rendezvous
 from st_fast.core.signals import StopConsensus
+from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import check_same_data
-from st_fast.data.shards import RecordSet
 from st_fast.model import SiT, build, teacher, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations

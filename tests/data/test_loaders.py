@@ -18,9 +18,9 @@ from st_fast.core.files import BadFile, read_header
 from st_fast.core.machine import container_limit
 from st_fast.core.random import RecordOrder
 from st_fast.data import loader as loader_module
-from st_fast.data.ahead import Patience, ReadAhead
+from st_fast.data.ahead import Patience, ReadAhead, RecordSet
 from st_fast.data.loader import DaliLoader, Loader, ResidentLoader, dali_missing, kept_bytes, make_loader, trial_rate
-from st_fast.data.shards import RecordSet, ShardSet, open_shards
+from st_fast.data.shards import ShardSet, open_shards
 
 from .conftest import MakeSet, random_moments
 
