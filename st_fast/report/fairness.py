@@ -21,8 +21,13 @@ YARDSTICKS = {
 }
 """The networks and references of scores, as each evaluation records them."""
 
-DOUBTFUL = ("model.", "data.", "flow.", "optim.", "sample.", "evaluate.", "run.seed", "run.precision")
+DOUBTFUL = ("model.", "data.", "flow.", "optim.", "sample.", "evaluate.", "run.seed", "run.precision", "run.fp8")
 """Settings outside the stages whose difference has to be known before two curves are compared."""
+FREE = (
+    "model.name", "model.attention", "model.modulation", "data.path", "data.images", "data.images_subset",
+    "data.loader", "data.verify", "optim.accumulation", "optim.micro_batch", "optim.implementation",
+)  # fmt: skip
+"""But not these, which do the same work in another way: as the recipe's schema says, with which a test compares them."""
 IGNORED = ("run.out", "run.log_every", "run.save_every", "run.keep", "run.keep_every", "data.loader", "data.verify")
 """Settings that change neither what is learnt nor what is measured."""
 PROTOCOL = {
@@ -101,6 +106,11 @@ def differences(runs: Sequence[RunLog]) -> list[tuple[str, list[str]]]:
     return [(key, row) for key, row in values.items() if len(set(row)) > 1]
 
 
+def doubtful(key: str) -> bool:
+    """Whether runs with another value of this key, such as "optim.lr", learn or are measured differently."""
+    return key.startswith(DOUBTFUL) and key not in FREE
+
+
 def _flat(settings: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -112,9 +122,8 @@ def _flat(settings: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
 def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], reasons: Sequence[str]) -> list[str]:
     """Sentences on what makes comparing these runs doubtful, or (`reasons`) forbids it; empty where nothing does."""
     found = [f"Not a fair comparison, so no verdict is drawn: {'; '.join(reasons)}."] if reasons else []
-    doubtful = [key for key, _ in differences(runs) if key.startswith(DOUBTFUL)]
-    if doubtful:
-        found.append(f"These runs differ in more than their stages: {', '.join(doubtful)}. Compare with care.")
+    if keys := [key for key, _ in differences(runs) if doubtful(key)]:
+        found.append(f"These runs differ in more than their stages: {', '.join(keys)}. Compare with care.")
     evals = [metrics_of(record) for arm in arms for record in arm.stage.evals]
     for key, sentence in PROTOCOL.items():
         if len({metrics[key] for metrics in evals if key in metrics}) > 1:

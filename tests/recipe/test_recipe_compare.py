@@ -11,6 +11,7 @@ import pytest
 from st_fast.recipe import Recipe, Stage, changed_maths, load
 from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import SECTIONS
+from st_fast.report.fairness import doubtful
 
 MATHS = {
     *(f"model.{key}" for key in ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes")),
@@ -51,6 +52,11 @@ def test_each_key_is_shown_if_it_changes_the_maths_and_only_then(small: Path, ke
     assert key in MATHS | HARMLESS or section in ("sample", "evaluate", "kernels", "profile")
     assert [line.split(":")[0] for line in changed_maths(old, new)] == ([key] if key in MATHS else [])
     assert changed_maths(new, new) == []
+
+
+def test_the_report_warns_of_the_same_keys_and_of_how_samples_were_drawn() -> None:
+    warned = {key for key in KEYS if doubtful(key)}
+    assert warned == MATHS | {key for key in KEYS if key.startswith(("sample.", "evaluate."))}
 
 
 def test_a_change_is_shown_with_both_values(small: Path) -> None:
