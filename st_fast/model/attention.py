@@ -1,7 +1,7 @@
 """Attention behind one function: softmax(q·kᵀ/√d)·v over all tokens, by the backend that the device does best.
 
 Every backend takes q, k, v (B, H, N, d) of one dtype and returns (B, H, N, d). A backend is chosen once, before
-training, and only after its output and gradients were compared with float32 on the device: a fast wrong one has been
+training, and only after its output and gradients were compared with float64 on the CPU: a fast wrong one has been
 shipped before (flash-attention#2896).
 """
 
@@ -189,7 +189,7 @@ AUTO_ORDER = {"cuda": ("cudnn", "flash", "efficient", "math"), "cpu": ("csrc", "
 """What "auto" tries. cuDNN takes head_dim 72 as it is, where FlashAttention 2 and 3 pad it to 96; so far unmeasured."""
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest error, relative to the largest entry, that output and gradients may show against float32."""
+"""Largest error, relative to the largest entry, that output and gradients may show against float64."""
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, say: Say, tokens: int = 256) -> Attend:
