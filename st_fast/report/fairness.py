@@ -42,32 +42,25 @@ def unfair(runs: Sequence[RunLog], seeds_declared: bool = False) -> list[str]:
 
     With `seeds_declared` runs of other seeds are repetitions, and are compared with those of their own seed.
     """
-    reasons = []
-    digests = _values(runs, data_digest)
-    if len(digests) > 1:
-        reasons.append(f"they were trained on different data ({_told(digests)})")
-    for section, key in STREAM:
-        if (section, key) == ("run", "seed") and seeds_declared:
-            continue
-        values = _values(runs, partial(_setting, section=section, key=key))
-        if len(values) > 1:
-            reasons.append(f"their {section}.{key} differ ({_told(values)})")
-    for key, words in YARDSTICKS.items():
-        values = _values(runs, partial(_yardstick, key=key))
-        if len(values) > 1:
-            reasons.append(f"{words} ({_told(values)})")
-    return reasons
+    checks: list[tuple[Callable[[RunLog], object], str]] = [(data_digest, "they were trained on different data")]
+    checks += [
+        (partial(_setting, section=section, key=key), f"their {section}.{key} differ")
+        for section, key in STREAM
+        if (section, key) != ("run", "seed") or not seeds_declared
+    ]
+    checks += [(partial(_yardstick, key=key), words) for key, words in YARDSTICKS.items()]
+    values = [(_values(runs, read), words) for read, words in checks]
+    return [f"{words} ({_told(found)})" for found, words in values if len(found) > 1]
 
 
 def data_digest(run: RunLog) -> str | None:
-    """The digest of what the run's stages were trained on; None where its log is older than that record."""
+    """The digest of the data that the run's stages were trained on; None where an older log lacks it."""
     found = [stage.start.get("dataset") for stage in run.stages]
-    known = [digest for digest in found if isinstance(digest, str)]
-    return known[-1] if known else None
+    return next((digest for digest in reversed(found) if isinstance(digest, str)), None)
 
 
 def _yardstick(run: RunLog, key: str) -> object:
-    """From the run's last evaluation that says it."""
+    """What the run's last evaluation with that key says."""
     metrics = [metrics_of(record) for stage in run.stages for record in stage.evals]
     return next((found[key] for found in reversed(metrics) if isinstance(found.get(key), str)), None)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from st_fast.report.arms import Arm
 from st_fast.report.metrics import RANKING, Metric
@@ -113,29 +113,22 @@ SPEED = (
 
 def all_figures(arms: Sequence[Arm]) -> dict[str, list[Figure]]:
     """Every figure that the logs allow, by the section of the page it stands in."""
-    names = dict.fromkeys(arm.stage.name for arm in arms)
-    aux = [
-        _training(
-            [arm for arm in arms if arm.stage.name == name], "aux", f"Auxiliary loss of “{name}”", "loss", "number",
-            True, "The supervision loss of this stage: not comparable between stages.", f"loss_aux_{number}",
-        )
-        for number, name in enumerate(names, start=1)
-    ]  # fmt: skip
     denoise, lr = (_training(arms, *entry) for entry in LEARNING)
+    aux = []
+    for number, name in enumerate(dict.fromkeys(arm.stage.name for arm in arms), start=1):
+        mine, caption = [arm for arm in arms if arm.stage.name == name], "Not comparable between stages."
+        drawn = _training(mine, "aux", f"Supervision loss of “{name}”", "loss", "number", True, caption)
+        aux.append(replace(drawn, key=f"loss_aux_{number}"))
     charts = {
         "quality": [_quality(arms, metric, axis) for metric in RANKING for axis in AXES],
-        "losses": [denoise, *aux, lr],
+        "losses": [replace(denoise, key="loss_denoise"), *aux, lr],
         "speed": [_training(arms, *entry) for entry in SPEED],
     }
-    shown: dict[str, list[Figure]] = {
-        section: [chart for chart in drawn if chart.curves] for section, drawn in charts.items()
-    }
+    shown: dict[str, list[Figure]] = {name: [one for one in drawn if one.curves] for name, drawn in charts.items()}
     return shown | {"costs": costs(arms)}
 
 
-def _training(
-    arms: Sequence[Arm], field: str, title: str, label: str, unit: str, log: bool, caption: str, key: str = ""
-) -> Chart:
+def _training(arms: Sequence[Arm], field: str, title: str, label: str, unit: str, log: bool, caption: str) -> Chart:
     curves = []
     for arm in arms:
         x, y = arm.stage.series("train", field)
@@ -143,8 +136,7 @@ def _training(
             x, y = [a for a, b in zip(x, y, strict=True) if b != 0], [b for b in y if b != 0]
         if x:
             curves.append(Curve(arm.label, x, y, arm.colour, arm.dash, marked=False))
-    key = key or {"denoise": "loss_denoise"}.get(field, field)
-    return Chart(key, title, caption, STEPS, "steps", label, unit, log and _positive(curves), curves)
+    return Chart(field, title, caption, STEPS, "steps", label, unit, log and _positive(curves), curves)
 
 
 def _quality(arms: Sequence[Arm], metric: Metric, axis: tuple[str, str, str, str, str]) -> Chart:
@@ -174,21 +166,20 @@ def _positive(curves: Sequence[Curve]) -> bool:
 def costs(arms: Sequence[Arm]) -> list[Figure]:
     """What each arm cost in FLOPs and in seconds, split by what it was spent on."""
 
-    def bars(split: Callable[[Arm], list[float]]) -> list[Bar]:
-        return [Bar(arm.label, split(arm), arm.total.known) for arm in arms]
-
+    by_flops = [
+        Bar(a.label, [a.own.flops - a.teacher_forward_flops, a.teacher_forward_flops, a.teacher.flops], a.total.known)
+        for a in arms
+    ]
+    by_time = [Bar(arm.label, [arm.own.seconds, arm.teacher.seconds], arm.total.known) for arm in arms]
+    before = "training the models before it"
     return [
         Bars(
             "cost_flops", "Training FLOPs",
             "Training a teacher, or a model that the weights began from, is part of the cost. Published curves usually "
-            "leave it out.",
-            "flops", ("the model itself", "the teacher's forward passes", "training the models before it"),
-            bars(lambda a: [a.own.flops - a.teacher_forward_flops, a.teacher_forward_flops, a.teacher.flops]),
+            "leave it out.", "flops", ("the model itself", "the teacher's forward passes", before), by_flops,
         ),
         Bars(
-            "cost_seconds", "Training time",
-            "On this machine; pauses for checkpoints and samples are left out.",
-            "seconds", ("this stage", "training the models before it"),
-            bars(lambda a: [a.own.seconds, a.teacher.seconds]),
+            "cost_seconds", "Training time", "On this machine; pauses for checkpoints and samples are left out.",
+            "seconds", ("this stage", before), by_time,
         ),
     ]  # fmt: skip

@@ -116,6 +116,10 @@ def verdict(arms: Sequence[Arm], unfair: Sequence[str] = ()) -> Verdict:
     if len(best) == 1:
         return Verdict(_alone(best[0]))
     groups = named(group_by_seed(heads(arms)))
+    if len(groups) == 1:
+        score = told([arm.final(metric.key) for arm in best], metric)
+        reached = f"“{groups[0].label}” reaches {metric.title} {score} over {len(best)} seeds"
+        return Verdict(f"{reached}; there is nothing to compare it with.")
     baseline = choose_baseline(groups, best)
     found = rows(groups, baseline, metric.key)
     if len(found) < 2 or found[0].label != baseline.label:
@@ -124,12 +128,10 @@ def verdict(arms: Sequence[Arm], unfair: Sequence[str] = ()) -> Verdict:
             "; as the cost of a model before one of them isn't recorded, they can't be compared at equal cost"
         )  # fmt: skip
         return Verdict(f"“{best[0].label}” ends best with {summary(best[0].last_metrics)}, against {others}{costs}.")
-    left_out = [group.label for group in groups if group.label not in [row.label for row in found]]
-    made = compared(found, metric.key)
-    if left_out:
-        names = ", ".join(f"“{label}”" for label in left_out)
-        return replace(made, note=f"{made.note} Left out, as their score or their cost isn't recorded: {names}.")
-    return made
+    made, compared_with = compared(found, metric.key), [row.label for row in found]
+    left_out = ", ".join(f"“{group.label}”" for group in groups if group.label not in compared_with)
+    note = f" Left out, as their score or their cost isn't recorded: {left_out}." if left_out else ""
+    return replace(made, note=made.note + note)
 
 
 def _alone(arm: Arm) -> str:

@@ -15,7 +15,7 @@ teacher_steps, student_steps  an arm without a teacher gets both together
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -98,17 +98,18 @@ class Job:
 def read_study(path: Path) -> Study:
     """The study at `path`, every run's recipe checked; UserError names the file, the arm or teacher, and the key."""
     raw = parse_toml(read_text(path), str(path))
-    _known(raw, STUDY_KEYS, str(path))
+    for key in raw:
+        if key not in STUDY_KEYS:
+            raise UserError(f"{path}: unknown key {shown(key)}; {', '.join(STUDY_KEYS)} are known")
     if "like" in raw:
-        other = path.parent / _text(raw, "like", str(path))
+        other = path.parent / _text(raw, "like", path)
         theirs = parse_toml(read_text(other), str(other))
         raw = {key: theirs[key] for key in ("teacher", "arm", "baseline", "reference", "notes") if key in theirs} | raw
-    base_path = path.parent / _text(raw, "recipe", str(path))
-    seeds = raw.get("seeds")
-    if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
-        raise UserError(f"{path}: seeds = {shown(seeds)}; a list of whole numbers from 0 is needed")
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"{path}: seeds = {seeds}; each can be used once")
+    base_path = path.parent / _text(raw, "recipe", path)
+    seeds: Any = raw.get("seeds")
+    right = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)
+    _need(bool(right), path, "seeds", seeds, "a list of whole numbers from 0 is needed")
+    _need(len(set(seeds)) == len(seeds), path, "seeds", seeds, "each can be used once")
     base = _with_common(read_document(base_path), raw.get("common", {}), path)
     taught, own = (_steps(raw, key, path) for key in ("student_steps", "teacher_steps"))
     teachers = tuple(_teacher({"steps": own} | table, base, path) for table in _tables(raw, "teacher", path))
@@ -117,7 +118,7 @@ def read_study(path: Path) -> Study:
         for table in _tables(raw, "arm", path)
     )
     title, notes = str(raw.get("title", path.stem)), str(raw.get("notes", "")).strip()
-    baseline, reference = (_text(raw, key, str(path)) for key in ("baseline", "reference"))
+    baseline, reference = (_text(raw, key, path) for key in ("baseline", "reference"))
     study = Study(path.stem, title, notes, path, base, base_path, tuple(seeds), baseline, reference, teachers, arms)
     _check_names(study)
     for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained
@@ -132,7 +133,13 @@ def jobs(study: Study, out: Path) -> Iterator[Job]:
         for teacher in study.teachers:
             if teacher.name in wanted:
                 folder = out / f"seed{seed}" / f"teacher-{teacher.name}"
-                recipe = _recipe(study, folder, seed, _at_least_one_step(teacher.stage), f"teacher {teacher.name}")
+                recipe = _recipe(
+                    study,
+                    folder,
+                    seed,
+                    teacher.stage | {"steps": teacher.stage["steps"] or 1},
+                    f"teacher {teacher.name}",
+                )
                 yield Job(seed, folder, _teaching(recipe, teacher, out, seed), teacher=teacher)
         for arm in study.arms:
             folder, table = out / f"seed{seed}" / arm.name, dict(arm.stage)
@@ -146,20 +153,23 @@ def _with_common(base: Document, common: dict[str, Any], path: Path) -> Document
     """The base recipe with the study's own sections and stage settings over it."""
     stages = common.get("stage", {})
     names = [stage.get("name") for stage in base.stages]
-    if not isinstance(stages, dict) or any(name not in names for name in stages):
-        raise UserError(
-            f"{path}: common.stage = {shown(stages)}; tables named {', '.join(map(str, names))} are possible"
-        )
+    right = isinstance(stages, dict) and all(name in names for name in stages)
+    _need(right, path, "common.stage", stages, f"tables named {', '.join(map(str, names))} are possible")
     sections = as_document({key: table for key, table in common.items() if key != "stage"}).sections
     merged = {name: base.sections.get(name, {}) | sections.get(name, {}) for name in base.sections | sections}
     return Document(merged, [stage | stages.get(stage.get("name"), {}) for stage in base.stages])
 
 
+def _need(right: bool, where: object, key: str, value: object, what: str) -> None:
+    """UserError that names the place, the key, its value and what is needed, unless it is right."""
+    if not right:
+        raise UserError(f"{where}: {key} = {shown(value)}; {what}")
+
+
 def _steps(raw: dict[str, Any], key: str, path: Path) -> int:
     value = raw.get(key)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{path}: {key} = {shown(value)}; a whole number from 1 is needed")
-    return value
+    _need(type(value) is int and value >= 1, path, key, value, "a whole number from 1 is needed")
+    return int(raw[key])
 
 
 def shuffled_data(out: Path, seed: int) -> Path:
@@ -188,18 +198,13 @@ def _teaching(recipe: Recipe, teacher: Teacher, out: Path, seed: int) -> Recipe:
     return replace(recipe, data=data, sample=quiet[0], evaluate=quiet[1])
 
 
-def _at_least_one_step(stage: dict[str, Any]) -> dict[str, Any]:
-    return stage | {"steps": stage["steps"] or 1}
-
-
 def _teacher(table: dict[str, Any], base: Document, path: Path) -> Teacher:
     where = f"{path}, teacher {shown(table.get('name'))}"
     labels = table.get("labels", "true")
-    if labels not in ("true", "shuffled"):
-        raise UserError(f'{where}: labels = {shown(labels)}; "true" or "shuffled"')
+    _need(labels in ("true", "shuffled"), where, "labels", labels, '"true" or "shuffled"')
     stage = _stage_of(table, base, where) | {k: v for k, v in table.items() if k not in TEACHER_KEYS}
-    if type(stage.get("steps")) is not int or stage["steps"] < 0:
-        raise UserError(f"{where}: steps = {shown(stage.get('steps'))}; a whole number, 0 for an untrained network")
+    right = type(stage.get("steps")) is int and stage["steps"] >= 0
+    _need(right, where, "steps", stage.get("steps"), "a whole number, 0 for an untrained network")
     return Teacher(_name(table, where), stage, labels)
 
 
@@ -210,17 +215,15 @@ def _arm(table: dict[str, Any], base: Document, path: Path) -> Arm:
     stage = (_stage_of(table, base, where) if "stage" in table else {}) | settings | {"name": name}
     stage.pop("teacher", None)
     teacher = table.get("teacher")
-    if teacher is not None and not isinstance(teacher, str):
-        raise UserError(f"{where}: teacher = {shown(teacher)}; the name of a [[teacher]]")
+    _need(teacher is None or isinstance(teacher, str), where, "teacher", teacher, "the name of a [[teacher]]")
     return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher)
 
 
 def _stage_of(table: dict[str, Any], base: Document, where: str) -> dict[str, Any]:
-    for stage in base.stages:
-        if stage.get("name") == table.get("stage"):
-            return dict(stage)
-    names = ", ".join(str(stage.get("name")) for stage in base.stages)
-    raise UserError(f"{where}: stage = {shown(table.get('stage'))}; the base recipe has {names}")
+    stages = {str(stage.get("name")): dict(stage) for stage in base.stages}
+    name = table.get("stage")
+    _need(name in stages, where, "stage", name, f"the base recipe has {', '.join(stages)}")
+    return stages[str(name)]
 
 
 def _check_names(study: Study) -> None:
@@ -229,36 +232,31 @@ def _check_names(study: Study) -> None:
         for name in names:
             if [other.casefold() for other in names].count(name.casefold()) > 1:
                 raise UserError(f"{study.path}: two [[{kind}]] are called {name!r}; names must differ")
+    names = [arm.name for arm in study.arms]
     for key in ("baseline", "reference"):
-        if getattr(study, key) not in [arm.name for arm in study.arms]:
-            raise UserError(f"{study.path}: {key} = {getattr(study, key)!r}; an arm's name is needed")
+        name = getattr(study, key)
+        _need(name in names, study.path, key, name, "an arm's name is needed")
+    there = [teacher.name for teacher in study.teachers]
     for arm in study.arms:
-        if arm.teacher is not None and arm.teacher not in [t.name for t in study.teachers]:
-            there = ", ".join(t.name for t in study.teachers) or "none"
-            raise UserError(f"{study.path}, arm {arm.name!r}: teacher = {arm.teacher!r}; the study has {there}")
+        right = arm.teacher is None or arm.teacher in there
+        what = f"the study has {', '.join(there) or 'none'}"
+        _need(right, f"{study.path}, arm {arm.name!r}", "teacher", arm.teacher, what)
 
 
 def _tables(raw: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
     tables = raw.get(key, [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"{path}: {key} = {shown(tables)}; tables under [[{key}]] are needed")
-    return tables
+    right = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
+    _need(right, path, key, tables, f"tables under [[{key}]] are needed")
+    return list(tables)
 
 
 def _name(table: dict[str, Any], where: str) -> str:
     name = table.get("name")
-    if not isinstance(name, str) or not FolderName().allows(name):
-        raise UserError(f"{where}: name = {shown(name)}; a word that can name a folder is needed")
-    return name
+    right = isinstance(name, str) and FolderName().allows(name)
+    _need(right, where, "name", name, "a word that can name a folder is needed")
+    return str(name)
 
 
-def _text(table: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(table.get(key), str):
-        raise UserError(f"{where}: {key} = {shown(table.get(key))}; text is needed")
+def _text(table: dict[str, Any], key: str, where: object) -> str:
+    _need(isinstance(table.get(key), str), where, key, table.get(key), "text is needed")
     return str(table[key])
-
-
-def _known(table: dict[str, Any], known: Sequence[str], where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {shown(key)}; {', '.join(known)} are known")

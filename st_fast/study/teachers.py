@@ -1,4 +1,4 @@
-"""The two control teachers: a network that was only drawn, and data whose labels say nothing."""
+"""The two control teachers: an untrained network, and data with shuffled labels."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Probes: what the blocks of trained models know, by noise level, and the figures that show it."""
+"""Probes: linear-probe accuracy, similarity and loss of the blocks of trained models, by noise level."""

@@ -1,10 +1,10 @@
-"""`python -m st_fast probe RUN`: what the blocks of a run's models know, in figures and numbers.
+"""`python -m st_fast probe RUN`: measures the features of a run's blocks, in figures and numbers.
 
 examples:
   python -m st_fast probe runs/digits
       every stage of one run → runs/digits/probe/*.png and probe.json
   python -m st_fast probe runs/digits runs/plain
-      with another run's stages beside them, still into runs/digits/probe
+      and another run's stages beside them, also into runs/digits/probe
 
 Into RUN/probe go a linear probe's accuracy by block and time, PCA pictures of the patches, the alignment (CKA) between
 blocks and with the teacher's, and the held-out denoising loss by time. `st_fast.report` shows them.
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser("probe", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first gets the figures")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("--images", type=int, default=800, help="that the linear probe learns from (800)")
+    parser.add_argument("--images", type=int, default=800, help="training images of the linear probe (800)")
     parser.add_argument("--times", type=float, nargs="+", default=list(TIMES), help="noise levels, 0 data to 1 noise")
     return parser
 

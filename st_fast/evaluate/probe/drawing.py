@@ -13,9 +13,26 @@ from numpy.typing import NDArray
 
 from st_fast.evaluate.probe.examine import Findings
 from st_fast.evaluate.probe.measures import pca_colours
-from st_fast.evaluate.probe.subjects import Subject
+from st_fast.model import SiT
+from st_fast.recipe.schema import Stage
 from st_fast.report import plot
 from st_fast.report.figures import Chart, Curve
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One frozen model: its label in the figures, its stage, and its teacher's label where that one is probed too."""
+
+    label: str
+    stage: Stage
+    model: SiT
+    teacher: str | None
+
+    @property
+    def supervised(self) -> tuple[int, ...]:
+        """The blocks that extra supervision reads; none in plain training."""
+        tap: int | tuple[int, ...] = self.stage.method.tap
+        return tuple(block for block in (tap if isinstance(tap, tuple) else (tap,)) if block)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
-"""Reads every block of a model on the same noisy latents and asks what is known there."""
+"""Reads every block of a model on the same noisy latents: probe accuracy, tokens, and the loss by time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from st_fast.evaluate.probe.features import read_blocks
 from st_fast.evaluate.probe.latents import Latents, Split
 from st_fast.evaluate.probe.measures import linear_probe
 from st_fast.model import SiT, flow
@@ -22,11 +22,12 @@ MOST_TOKENS = 8_192
 MOST_BLOCKS = 12
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What one model's blocks know. Block 0 is the embedded input.
+    """Measures of one model's blocks. Block 0 is the embedded input.
 
     `accuracy` and `tokens` are by time, then by block; `loss` by time bin. Features are made with the null label, so
     that no block is told the class.
@@ -104,3 +105,28 @@ def _parts(count: int, model: SiT) -> Iterator[slice]:
     """Places of the images of each forward pass."""
     size = max(1, min(BATCH, BATCH_TOKENS // model.pos_embed.shape[1]))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+@torch.no_grad()
+def read_blocks(
+    model: SiT, x: Tensor, t: Tensor, labels: Tensor, look: Callable[[Tensor], T]
+) -> tuple[Tensor, list[T]]:
+    """x (B, C, S, S), t (B,), labels (B,) → velocity (B, C, S, S) and `look` of each stream (B, N, D).
+
+    The first is the embedded input's, then one a block, in order: depth + 1 in all. A stream is looked at as soon as
+    it is there, so that a deep model's streams need not be held together.
+    """
+    seen = [look(model.embed_tokens(x))]
+    run = model.run_block
+
+    def recording(block: nn.Module, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        stream, following = run(block, *arguments)
+        seen.append(look(stream))
+        return stream, following
+
+    model.run_block = recording
+    try:
+        velocity, _ = model(x, t, labels)
+    finally:
+        model.run_block = run
+    return velocity, seen

@@ -1,7 +1,7 @@
-"""The real latents that probes look at: some of those trained on, and some that no training has seen, if there are any.
+"""The real latents of a probe: training records, and held-out images where the data folder has them.
 
-Everything is drawn from its own seed, the same for every model, so that models are compared on the same pixels and
-the same noise.
+All random draws have their own seed, the same for every model, so that models are compared on the same pixels and
+noise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from st_fast.model.vae import encode_moments, load_vae
 from st_fast.sample.model import decoder
 
 SEED = 20260711
-"""Of everything drawn here; no run's own, so that no noise is that of a training step."""
+"""No run's own seed, so that no noise equals that of a training step."""
 PICTURES = 4
 
 
@@ -53,10 +53,10 @@ class Latents:
 
 @dataclass(frozen=True)
 class Split:
-    """What linear probes learn from, and what they and the models are tested on.
+    """Latents that linear probes learn from (`train`), and those for testing them and the models (`held_out`).
 
-    `unseen` says whether the held-out latents are of images that no training had; else they are other records of the
-    training set, unseen by the linear probe alone.
+    `unseen`: the held-out latents are of images that no training had; else they are other records of the training set,
+    unseen by the linear probe alone.
     """
 
     train: Latents
@@ -101,7 +101,7 @@ def load_split(folder: Path, count: int) -> Split:
 
 
 def _pictures(folder: Path, manifest: Manifest, x: Tensor) -> Tensor:
-    """The images of latents, for the eye alone: without a VAE the probe goes on and says so."""
+    """The decoded latents, for the figures only: without a VAE the probe says so and goes on."""
     try:
         return decoder(folder, manifest, torch.device("cpu"))(x)
     except UserError as error:

@@ -1,7 +1,4 @@
-"""What can be asked of features: is the class in them, what do their patches look like, are two sets of them alike?
-
-Pure NumPy and scikit-learn.
-"""
+"""Measures of features with NumPy and scikit-learn: linear probe, CKA, cosine, principal components as colours."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ def linear_probe(
     train: NDArray[np.floating], train_labels: NDArray[np.int64],
     test: NDArray[np.floating], test_labels: NDArray[np.int64],
 ) -> float:  # fmt: skip
-    """Share of `test` (m, F) whose class a logistic regression on standardised `train` (n, F) names rightly."""
+    """Share of `test` (m, F) classified correctly by a logistic regression on standardised `train` (n, F)."""
     from sklearn.linear_model import LogisticRegression
 
     mean, spread = train.mean(axis=0), train.std(axis=0)
@@ -46,8 +43,8 @@ def cosine(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
 def pca_colours(tokens: NDArray[np.floating]) -> NDArray[np.float64]:
     """Tokens (n, N, D) → their first three principal components as colours (n, N, 3) in 0..1.
 
-    The components are of all n·N tokens, which should come without each position's own mean: that would show where a
-    patch lies and not what is in it. Each is signed so that its largest loading is positive, and cut at the 2nd and
+    The components are of all n·N tokens. Subtract each position's own mean first, or they show where a patch lies
+    instead of its content. Each is signed so that its largest loading is positive, and cut at the 2nd and
     98th percentile.
     """
     flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)

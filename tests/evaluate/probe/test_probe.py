@@ -14,8 +14,7 @@ from st_fast import kernels
 from st_fast.core.errors import UserError
 from st_fast.evaluate.classifier import read_images
 from st_fast.evaluate.probe.__main__ import main
-from st_fast.evaluate.probe.examine import chosen_blocks, features, velocity_loss
-from st_fast.evaluate.probe.features import read_blocks
+from st_fast.evaluate.probe.examine import chosen_blocks, features, read_blocks, velocity_loss
 from st_fast.evaluate.probe.latents import Latents, load_split
 from st_fast.model import build
 from st_fast.model.compiling import CompiledBlocks
