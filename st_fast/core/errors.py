@@ -30,3 +30,9 @@ class Interrupted(UserError):
     """The run was asked to stop, has saved, and can be continued."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says anything, or the error's type."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next(filter(None, lines), type(error).__name__)[:200]

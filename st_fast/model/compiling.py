@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from st_fast.core.errors import first_line
 from st_fast.model.sit import Run, SiT, run_module
 
 FORMS = 64
@@ -81,11 +82,6 @@ def compiler_errors() -> tuple[type[BaseException], ...]:
     from torch._inductor.exc import InductorError
 
     return (TorchDynamoException, FailOnRecompileLimitHit, InductorError)
-
-
-def first_line(error: BaseException) -> str:
-    """The error's first line that says anything."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
 def recomputed(run: Run) -> Run:

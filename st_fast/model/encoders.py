@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
-from st_fast.model.vae import quiet_hub, vae_hash
+from st_fast.model.vae import from_hub, vae_hash
 from st_fast.recipe.cost import vision_flops
 
 
@@ -246,17 +246,11 @@ def load_transformer(name: str, device: torch.device, dtype: torch.dtype) -> Vis
     A file that lacks any weight of the model is refused: transformers would draw it at random.
     """
     transformers = quiet_transformers(name)
-    try:
-        with quiet_hub():
-            kind = transformers.AutoConfig.from_pretrained(name).model_type
-            family = FAMILIES.get(kind)
-            model, missing = _from_pretrained(transformers, name, family) if family else (None, [])
-    except Exception as error:  # transformers and the hub raise a dozen kinds; all mean that it can't be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"encoder {name!r}: neither a folder with a vision transformer in safetensors, nor a hub name that can be "
-            f"reached, such as facebook/dinov2-base ({reason[:200]})"
-        ) from None
+    kinds = "neither a folder with a vision transformer in safetensors, nor a hub name that can be reached"
+    with from_hub(f"encoder {name!r}: {kinds}, such as facebook/dinov2-base"):
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        family = FAMILIES.get(kind)
+        model, missing = _from_pretrained(transformers, name, family) if family else (None, [])
     if family is None or model is None:
         raise UserError(f"encoder {name!r}: its model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
     if missing:

@@ -17,7 +17,7 @@ from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError
 from st_fast.core.files import FolderWrite, read_header, read_json, shown, write_json_atomic
 from st_fast.kernels import select
-from st_fast.model.vae import quiet_hub
+from st_fast.model.vae import from_hub
 from st_fast.recipe import RecipeError
 from st_fast.recipe.architecture import check_shapes, resolve_model
 from st_fast.recipe.keys import build
@@ -89,12 +89,8 @@ def fetch(name: str) -> Path:
         raise UserError(
             f"model {name!r}: no folder, and huggingface_hub can't be imported ({error}): pip install st_fast[hub]"
         ) from None
-    try:
-        with quiet_hub():
-            return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:  # the hub raises a dozen kinds; all mean that it can't be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model {name!r}: neither a folder nor a name on the hub in reach ({reason[:160]})") from None
+    with from_hub(f"model {name!r}: neither a folder nor a name on the hub in reach"):
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
 
 
 class Pretrained(nn.Module):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, first_line
 
 PRESETS = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema"}
 """Short names for the VAEs of the published runs; REPA's latents come from the first."""
@@ -82,33 +82,32 @@ def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dty
     if name in PIXELS:
         return Pixels(PIXELS[name]).to(device, dtype).eval()
     source = name if Path(name).is_dir() else PRESETS.get(name, name)
+    refusal = (
+        f"{source} can't be had from the hub; without a network name a folder that holds it, or small or pixels"
+        if name in PRESETS
+        else "neither a folder with an AutoencoderKL in safetensors, nor one of "
+        f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached"
+    )
     cls = autoencoder_class()
-    try:
-        with quiet_hub():
-            # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
-            vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
-    except Exception as error:  # diffusers and the hub raise a dozen kinds; all mean that this VAE can't be had
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if name in PRESETS:
-            raise UserError(
-                f"vae = {name!r}: {source} can't be had from the hub; without a network name a folder that holds it, "
-                f"or small or pixels ({reason[:200]})"
-            ) from error
-        raise UserError(
-            f"vae = {name!r}: neither a folder with an AutoencoderKL in safetensors, nor one of "
-            f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached ({reason[:200]})"
-        ) from error
+    with from_hub(f"vae = {name!r}: {refusal}"):
+        # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
+        vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     return vae.to(device).eval().requires_grad_(False)
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without the hub's lines on every attempt that failed: what came of them is told once, at the end."""
+def from_hub(refusal: str) -> Iterator[None]:
+    """Reading from the hub or its cache without the hub's lines on every attempt that failed.
+
+    UserError, `refusal` with the reason, for whatever goes wrong.
+    """
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
+    except Exception as error:  # diffusers, transformers and the hub raise a dozen kinds; all mean that it can't be had
+        raise UserError(f"{refusal} ({first_line(error)})") from None
     finally:
         logger.setLevel(level)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import re
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,8 @@ FORM = "--section.key=value or --stage.<name>.<key>=value"
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is another file given by mistake."""
 
-RENAMED: dict[tuple[str, str], tuple[str, Callable[[Any], Any]]] = {
-    ("evaluate", "judge"): (
-        "classifier",
-        lambda value: value == "classifier" if value in ("none", "classifier") else value,
-    ),
-}
-"""Keys of older recipes: (section, old key) → the key and value that mean the same today."""
+RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {"evaluate.judge": ("classifier", {"none": False, "classifier": True})}
+"""Keys of older recipes → the key today, and today's value of each old one."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +71,11 @@ def parse_toml(text: str, place: str) -> dict[str, Any]:
 
 def _position(message: str, text: str) -> tuple[str, int, int]:
     """tomllib's message without its position, and that position; line 0 where it gives none."""
-    at_end = re.fullmatch(r"(.*) \(at end of document\)", message, re.DOTALL)
-    if at_end:
-        lines = text.split("\n")
-        return at_end[1], len(lines), len(lines[-1]) + 1
-    at_line = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message, re.DOTALL)
-    return (at_line[1], int(at_line[2]), int(at_line[3])) if at_line else (message, 0, 0)
+    found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", message, re.DOTALL)
+    if found is None:
+        return message, 0, 0
+    lines = text.split("\n")
+    return found[1], int(found[2] or len(lines)), int(found[3] or len(lines[-1]) + 1)
 
 
 def as_document(raw: dict[str, Any]) -> Document:
@@ -105,8 +98,8 @@ def renamed(section: str, table: dict[str, Any]) -> dict[str, Any]:
     """The table with keys of older recipes replaced (`RENAMED`)."""
     today: dict[str, Any] = {}
     for key, value in table.items():
-        new, convert = RENAMED.get((section, key), (key, None))
-        today[new] = convert(value) if convert else value
+        new, values = RENAMED.get(f"{section}.{key}", (key, {}))
+        today[new] = values.get(value, value) if isinstance(value, str) else value
     return today
 
 

@@ -27,7 +27,7 @@ FREE = (
     "model.name", "model.attention", "model.modulation", "data.path", "data.images", "data.images_subset",
     "data.loader", "data.verify", "optim.accumulation", "optim.micro_batch", "optim.implementation",
 )  # fmt: skip
-"""But not these, which do the same work in another way: as the recipe's schema says, with which a test compares them."""
+"""But not these, which do the same work in another way. The recipe's schema says so; a test compares them with it."""
 IGNORED = ("run.out", "run.log_every", "run.save_every", "run.keep", "run.keep_every", "data.loader", "data.verify")
 """Settings that change neither what is learnt nor what is measured."""
 PROTOCOL = {
