@@ -18,7 +18,7 @@ if __name__ == "__main__":
     need_run_first()  # the imports below take seconds, or a minute where csrc is compiled
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,12 @@ from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.evaluate import inception, scores
-from st_fast.evaluate.classifier import classifier_metrics, load_classifier
+from st_fast.evaluate.classifier import Say, classifier_metrics, load_classifier
 from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
 from st_fast.sample.set import ImageFile, draw_set, open_npz, read_settings
 
-Say = Callable[[str], None]
+Scores = tuple[dict[str, object], dict[str, object]]
+"""Numbers by their metric's key, and the protocol."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ def parser() -> argparse.ArgumentParser:
     names = ("auto", "inception", "classifier", "judge")  # the last is an older name of the classifier
     parser.add_argument("--features", choices=names, metavar="{auto,inception,classifier}", default="auto")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights (default: what torch-fidelity left)")
-    parser.add_argument(
-        "--reference", type=Path, help="ADM's .npz, pictures or a data folder (default: the run's data)"
-    )
+    parser.add_argument("--reference", type=Path, help="ADM's .npz, pictures or a data folder (default: the run's)")
     parser.add_argument("--any-labels", action="store_true", help="compare although a class has no sample")
     return parser
 
@@ -109,7 +108,7 @@ def score_file(request: Request, file: Path, device: torch.device, say: Say) -> 
         if isinstance(value, float):
             say(f"{name} {value:.5g} | {brief}, weights {str(protocol['weights_sha256'])[:12]}")
     drawn = read_settings(file.parent) if request.file is None else {}
-    record: dict[str, object] = {
+    record = {
         "kind": "metrics", "stage": drawn.get("stage"), "step": drawn.get("step"), "metrics": numbers,
         "protocol": protocol, "samples": drawn or file.name,
     }  # fmt: skip
@@ -118,19 +117,15 @@ def score_file(request: Request, file: Path, device: torch.device, say: Say) -> 
     say(str(target))
 
 
-def _by_inception(
-    request: Request, samples: ImageFile, device: torch.device, say: Say
-) -> tuple[Mapping[str, object], dict[str, object]]:
+def _by_inception(request: Request, samples: ImageFile, device: torch.device, say: Say) -> Scores:
     assert request.weights is not None
     scores.check_count(samples.count)
     network = inception.load_inception(request.weights, device)
     reference = scores.read_reference(request.reference, network, samples.shape)
-    return scores.score(samples, network, reference), scores.protocol(samples, network, reference)
+    return {**scores.score(samples, network, reference)}, scores.protocol(samples, network, reference)
 
 
-def _by_classifier(
-    request: Request, samples: ImageFile, device: torch.device, say: Say
-) -> tuple[Mapping[str, object], dict[str, object]]:
+def _by_classifier(request: Request, samples: ImageFile, device: torch.device, say: Say) -> Scores:
     if samples.labels is None:
         raise UserError(f"{samples.path}: no labels (arr_1); the classifier compares with the labels asked for")
     classifier, reference = load_classifier(Path(request.samples.recipe.data.path), say)
@@ -138,12 +133,10 @@ def _by_classifier(
     numbers = classifier_metrics(classifier, images, samples.labels, reference)
     numbers |= {f"classifier_{name}": numbers.pop(name) for name in ("frechet", "precision", "recall")}
     return numbers, {
-        "num": samples.count,
-        "reference": f"{len(reference.features)} training images",
+        "num": samples.count, "reference": f"{len(reference.features)} training images",
         "resize": "bilinear, antialiased" if samples.shape[:2] != classifier.size else "none",
-        "features": "a classifier trained on the data; not FID",
-        "weights_sha256": classifier.digest,
-    }
+        "features": "a classifier trained on the data; not FID", "weights_sha256": classifier.digest,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

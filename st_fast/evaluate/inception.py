@@ -211,12 +211,9 @@ def load_inception(path: Path, device: torch.device) -> Inception:
         safe = path.suffix == ".safetensors"
         model.load_state_dict(load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True))
     except (RuntimeError, SafetensorError, TypeError, AttributeError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"Inception weights {path}: not the FID network's weights ({_brief(error)})") from None
+        raise UserError(
+            f"Inception weights {path}: not the FID network's weights ({' '.join(str(error).split())[:160]})"
+        ) from None
     except Exception as error:  # the restricted unpickler's own error class is private
         raise UserError(f"Inception weights {path}: can't be read ({type(error).__name__})") from None
     return Inception(model.eval().requires_grad_(False).to(device), sha256_file(path))
-
-
-def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__)[:160]

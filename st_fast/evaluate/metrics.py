@@ -108,10 +108,8 @@ def _without_noise(eigenvalues: Array) -> Array:
 
 
 def squared_mmd(x: Array, y: Array) -> float:
-    """Unbiased squared MMD of x (m, F) and y (n, F) under (x·y/F + 1)³ (Bińkowski et al., arXiv 1801.01401)."""
+    """Unbiased squared MMD of x (m, F) and y (n, F), m, n ≥ 2, under (x·y/F + 1)³ (Bińkowski, arXiv 1801.01401)."""
     m, n = len(x), len(y)
-    if m < 2 or n < 2:
-        raise UserError(f"kernel distance: {min(m, n)} samples; at least 2 are needed")
     k_xx, k_yy, k_xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
     within_x = (k_xx.sum() - np.trace(k_xx)) / (m * (m - 1))
     within_y = (k_yy.sum() - np.trace(k_yy)) / (n * (n - 1))
@@ -126,8 +124,7 @@ def kernel_distance(
     UserError where either set has fewer than `subset_size` samples.
     """
     _same_width("kernel distance", x, y)
-    fewer = min(len(x), len(y))
-    if fewer < subset_size:
+    if (fewer := min(len(x), len(y))) < subset_size:
         raise UserError(f"kernel distance: {fewer} samples; subsets of {subset_size} need at least as many")
     rng = np.random.default_rng(seed)
     distances = []
@@ -145,13 +142,11 @@ def precision_recall(reference: NDArray[np.generic], samples: NDArray[np.generic
     float64, where ADM's own program takes half precision. UserError where a set has no more than k points.
     """
     _same_width("precision and recall", reference, samples)
-    fewer = min(len(reference), len(samples))
-    if fewer <= k:
+    if (fewer := min(len(reference), len(samples))) <= k:
         raise UserError(f"precision and recall: {fewer} samples; more than k = {k} are needed")
     centre = reference.mean(axis=0, dtype=np.float64)
     ref_radii, sample_radii = _squared_radii(reference, centre, k), _squared_radii(samples, centre, k)
-    covered_by_samples = np.zeros(len(reference), dtype=bool)
-    hits = 0
+    covered_by_samples, hits = np.zeros(len(reference), dtype=bool), 0
     for start, rows in _distance_rows(samples, reference, centre):
         hits += int((rows <= ref_radii).any(axis=1).sum())
         covered_by_samples |= (rows <= sample_radii[start : start + len(rows), None]).any(axis=0)

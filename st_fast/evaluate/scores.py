@@ -7,7 +7,6 @@ KID (410 MB for 50,000 samples), and only where the reference has images to comp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,43 +31,20 @@ BLOCK = 256
 """Images in memory at once."""
 
 
-@dataclass(frozen=True)
 class InMemory:
-    """Images (n, 1 or 3, H, W) uint8 with the interface of `ImageFile`."""
+    """Images (n, 1 or 3, H, W) uint8 with the interface of `ImageFile`; its `shape` is (H, W, 3)."""
 
-    images: NDArray[np.uint8]
-
-    @property
-    def count(self) -> int:
-        """Number of images."""
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, 3)."""
-        return self.images.shape[2], self.images.shape[3], 3
+    def __init__(self, images: NDArray[np.uint8]) -> None:
+        self.images, self.count = images, len(images)
+        self.shape = (images.shape[2], images.shape[3], 3)
 
     def blocks(self) -> Iterator[Images]:
         """A few (n, H, W, 3) at a time."""
         return (three_channels(self.images[i : i + BLOCK]) for i in range(0, self.count, BLOCK))
 
 
-class Extracted(NamedTuple):
-    """What is kept of a set of images: statistics of both kinds of features, pooled features (n, 2048), and IS."""
-
-    pooled: GaussianStats
-    spatial: GaussianStats
-    features: NDArray[np.float32] | None
-    inception_score: tuple[float, float]
-
-
-class Opened(NamedTuple):
-    """The content of a reference before its images are read: statistics, images and their number, or both."""
-
-    sha256: str
-    pooled: GaussianStats | None
-    spatial: GaussianStats | None
-    images: tuple[Iterator[Images], int] | None
+Opened = tuple[str, GaussianStats | None, GaussianStats | None, tuple[Iterator[Images], int] | None]
+"""A reference before its images are read: SHA-256, pooled and spatial statistics, and images with their number."""
 
 
 class Reference(NamedTuple):
@@ -82,8 +58,13 @@ class Reference(NamedTuple):
     images: int
 
 
-def extract(inception: Inception, blocks: Iterator[Images], count: int, keep: bool, what: str) -> Extracted:
-    """Streams images (n, H, W, 3) through the network; `keep` keeps the pooled features (count, 2048)."""
+def extract(
+    inception: Inception, blocks: Iterator[Images], count: int, keep: bool, what: str
+) -> tuple[GaussianStats, GaussianStats, NDArray[np.float32] | None, tuple[float, float]]:
+    """Streams images (n, H, W, 3) through the network.
+
+    Returns pooled and spatial statistics, if `keep` the pooled features (count, 2048), and the Inception Score.
+    """
     pooled, spatial = GaussianStats(FEATURES), GaussianStats(SPATIAL)
     features = np.empty((count, FEATURES), np.float32) if keep else None
     score = InceptionScore(CLASSES, count, SPLIT)
@@ -98,7 +79,7 @@ def extract(inception: Inception, blocks: Iterator[Images], count: int, keep: bo
             progress.update(len(block))
     if pooled.count != count:
         raise UserError(f"{what}: {pooled.count} images of {count}")
-    return Extracted(pooled, spatial, features, score.read())
+    return pooled, spatial, features, score.read()
 
 
 def read_reference(path: Path, inception: Inception, shape: tuple[int, int, int]) -> Reference:
@@ -110,8 +91,8 @@ def read_reference(path: Path, inception: Inception, shape: tuple[int, int, int]
     if images is None:
         assert pooled is not None
         return Reference(path.name, sha256, pooled, spatial, None, 0)
-    seen = extract(inception, *images, True, f"reference {path.name}")
-    return Reference(path.name, sha256, pooled or seen.pooled, spatial or seen.spatial, seen.features, images[1])
+    own_pooled, own_spatial, features, _ = extract(inception, *images, True, f"reference {path.name}")
+    return Reference(path.name, sha256, pooled or own_pooled, spatial or own_spatial, features, images[1])
 
 
 def open_reference(path: Path, shape: tuple[int, int, int]) -> Opened:
@@ -133,7 +114,7 @@ def open_reference(path: Path, shape: tuple[int, int, int]) -> Opened:
         raise UserError(f"reference {path}: neither mu and sigma nor arr_0 in it, only {', '.join(sorted(names))}")
     if images is not None:
         _check_size(path, images.shape, shape)
-    return Opened(sha256_file(path), pooled, spatial, (images.blocks(BLOCK), images.count) if images else None)
+    return sha256_file(path), pooled, spatial, (images.blocks(BLOCK), images.count) if images else None
 
 
 def _gaussian(path: Path, known: dict[str, Array], mean: str, covariance: str, width: int) -> GaussianStats | None:
@@ -152,13 +133,13 @@ def _open_folder(folder: Path, shape: tuple[int, int, int]) -> Opened:
         real = read_images(folder)
         images = InMemory(real.train.numpy())
         _check_size(folder, images.shape, shape)
-        return Opened(real.digest, None, None, (images.blocks(), images.count))
+        return real.digest, None, None, (images.blocks(), images.count)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"reference {folder}: neither images.safetensors nor pictures in it")
     if shape[0] != shape[1]:
         raise UserError(f"reference {folder}: pictures are cut square, the samples have {_size(shape)}")
-    return Opened(f"{len(files)} files", None, None, (_pictures(files, shape[0]), len(files)))
+    return f"{len(files)} files", None, None, (_pictures(files, shape[0]), len(files))
 
 
 def _pictures(files: Sequence[Path], side: int) -> Iterator[Images]:
@@ -206,15 +187,18 @@ def check_classes(labels: NDArray[np.int64] | None, num_classes: int) -> None:
 def score(samples: ImageFile | InMemory, inception: Inception, reference: Reference) -> dict[str, float]:
     """Every metric that the reference allows, by its key, of samples of its resolution."""
     check_count(samples.count)
-    seen = extract(inception, samples.blocks(), samples.count, reference.features is not None, "samples")
-    numbers = {"fid": frechet(seen.pooled, reference.pooled)}
+    real = reference.features
+    pooled, spatial, features, inception_score = extract(
+        inception, samples.blocks(), samples.count, real is not None, "samples"
+    )
+    numbers = {"fid": frechet(pooled, reference.pooled)}
     if reference.spatial is not None:
-        numbers["sfid"] = frechet(seen.spatial, reference.spatial)
-    numbers["inception_score"], numbers["inception_score_std"] = seen.inception_score
-    if reference.features is not None and seen.features is not None:
-        size = min(KID_SUBSET, samples.count, len(reference.features))
-        numbers["kid"], numbers["kid_std"] = kernel_distance(reference.features, seen.features, KID_SUBSETS, size)
-        numbers["precision"], numbers["recall"] = precision_recall(reference.features, seen.features)
+        numbers["sfid"] = frechet(spatial, reference.spatial)
+    numbers["inception_score"], numbers["inception_score_std"] = inception_score
+    if real is not None and features is not None:
+        size = min(KID_SUBSET, samples.count, len(real))
+        numbers["kid"], numbers["kid_std"] = kernel_distance(real, features, KID_SUBSETS, size)
+        numbers["precision"], numbers["recall"] = precision_recall(real, features)
     return numbers
 
 

@@ -72,6 +72,16 @@ def test_a_kept_classifier_is_loaded_not_trained_and_answers_the_same(
     assert manifest["model_sha256"] == again.digest
 
 
+def test_a_classifier_kept_under_its_older_name_is_loaded(
+    tmp_path: Path, digits: Path, trained: tuple[Classifier, Reference, float]
+) -> None:
+    (tmp_path / "images.safetensors").symlink_to(digits / "images.safetensors")
+    shutil.copytree(digits / "classifier", tmp_path / "judge")
+    said: list[str] = []
+    assert load_or_train(tmp_path, said.append).digest == trained[0].digest
+    assert said == [] and not (tmp_path / "classifier").exists()
+
+
 def test_training_repeats_bit_by_bit_and_leaves_the_global_generator_alone(tmp_path: Path, digits: Path) -> None:
     few = {name: tensor[:200].clone() for name, tensor in load_file(digits / "images.safetensors").items()}
     digests = []
