@@ -192,18 +192,13 @@ def trial_rate(make: Callable[[], Loader], count: int, device: torch.device) -> 
     loader = make()
     rng = np.random.default_rng(0)
     requests = [rng.integers(0, count, min(TRIAL_BATCH, count)) for _ in range(TRIAL_BATCHES + 2)]
-    start = 0.0
+    start, finish = 0.0, partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     for number, (moments, _) in enumerate(loader.stream(requests)):
         if moments.device != device:
             moments.to(device, non_blocking=True)
         if number == 1:
-            _finish(device)
+            finish()
             start = time.perf_counter()
-    _finish(device)
+    finish()
     loader.close()
     return TRIAL_BATCHES * len(requests[0]) / (time.perf_counter() - start)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

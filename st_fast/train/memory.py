@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from st_fast.core.checkpoint.history import candidates
-from st_fast.core.checkpoint.store import read_manifest
+from st_fast.core.checkpoint.store import candidates, read_manifest
 from st_fast.core.errors import RunFailed
 from st_fast.core.files import BadFile
 from st_fast.core.machine import PassTooLarge, container_limit, lacks_memory, local_count

@@ -12,7 +12,7 @@ import torch
 
 from st_fast import kernels
 from st_fast.core import lock
-from st_fast.core.checkpoint.history import candidates
+from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import UserError
 from st_fast.core.machine import PassTooLarge, local_rank
 from st_fast.core.ranks import process_group

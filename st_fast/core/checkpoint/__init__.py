@@ -5,9 +5,19 @@ shape and dtype of every tensor, the SHA-256 of every file, the metadata and its
 A sharded run writes one file a group and rank, `<group>.rank-<r>-of-<n>.safetensors`; what is loaded is always whole.
 """
 
-from st_fast.core.checkpoint.history import latest, prune, sweep
 from st_fast.core.checkpoint.saver import Saver
-from st_fast.core.checkpoint.store import Checkpoint, NewerFormat, SaveFailed, load, match_strictly, save, valid
+from st_fast.core.checkpoint.store import (
+    Checkpoint,
+    NewerFormat,
+    SaveFailed,
+    latest,
+    load,
+    match_strictly,
+    prune,
+    save,
+    sweep,
+    valid,
+)
 from st_fast.core.checkpoint.together import Team
 
 __all__ = [

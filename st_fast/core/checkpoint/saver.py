@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from st_fast.core.checkpoint.groups import bytes_of
-from st_fast.core.checkpoint.history import prune, sweep
-from st_fast.core.checkpoint.store import SaveFailed, save
+from st_fast.core.checkpoint.store import SaveFailed, prune, save, sweep
 from st_fast.core.checkpoint.together import Team, Whole, split
 from st_fast.core.files import json_bytes
 

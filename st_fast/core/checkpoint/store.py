@@ -1,4 +1,4 @@
-"""One checkpoint folder: save it whole or not at all, load it checked."""
+"""Checkpoint folders: saved whole or not at all, loaded with every check; the newest of a stage, and pruning."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ FORMAT = "st_fast.checkpoint"
 VERSION = 2
 """The newest that is read. 1: a file a group; 2: a file a group and rank, written only where sharded."""
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"(\d{8,})(?:\.aside-(\d+))?")
+_LEFTOVER = re.compile(r"\d{8,}(\.aside-\d+)?\.(partial|deleted)-\d+")
 
 
 class NewerFormat(BadFile):
@@ -64,7 +67,7 @@ class Manifest:
 def save(root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
     """Writes `root/<step:08d>` and returns it: after any crash the old state or the new is there, never half of one.
 
-    A checkpoint of the same step that is there already is set aside (`history.prune` deletes it once it may).
+    A checkpoint of the same step that is there already is set aside (`prune` deletes it once it may).
 
     Raises:
         SaveFailed: the file system refused; nothing has changed.
@@ -176,6 +179,87 @@ def _parsed(content: dict[str, Any], file: Path) -> Manifest:
         raise BadFile(f"{file}: step is {found['step']}, expected a whole number from 0")
     groups = {name: parse_group(name, value, file, found["version"]) for name, value in found["groups"].items()}
     return Manifest(found["step"], groups, found["meta"])
+
+
+class Candidate(NamedTuple):
+    """A folder named like a checkpoint; `aside` is 0, or counts folders that a save of the same step set aside."""
+
+    step: int
+    aside: int
+    path: Path
+
+
+def candidates(root: Path) -> list[Candidate]:
+    """Folders named like checkpoints, newest step first, unchecked; of one step the regular one comes first."""
+    folders = [path for path in _entries(root) if path.is_dir()]
+    named = [(match, path) for path in folders if (match := _NAME.fullmatch(path.name))]
+    found = [Candidate(int(match[1]), int(match[2] or 0), path) for match, path in named]
+    # Between the two renames of a replacing save only the folder set aside exists, so these count as well.
+    return sorted(found, key=lambda c: (-c.step, c.aside != 0, -c.aside))
+
+
+def _entries(root: Path) -> list[Path]:
+    return list(Path(root).iterdir()) if os.path.isdir(root) else []
+
+
+def latest(
+    root: Path, warn: Callable[[str], None], groups: Sequence[str] | None = None, before: int | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint that loads with every check; each broken one is named to `warn` and left where it is.
+
+    With `before`, the newest of fewer completed steps than that.
+
+    None if there is none. A checkpoint of a newer format is no broken one: falling back behind it would silently
+    throw work away, so `NewerFormat` is raised.
+    """
+    tried = [candidate for candidate in candidates(root) if before is None or candidate.step < before]
+    for candidate in tried:
+        try:
+            checkpoint = load(candidate.path, groups)
+            if checkpoint.step != candidate.step:
+                raise BadFile(f"{candidate.path}: its manifest says step {checkpoint.step}")
+            return checkpoint
+        except NewerFormat:
+            raise
+        except BadFile as error:
+            warn(f"checkpoint {candidate.path.name} is broken, kept as it is and passed over: {error}")
+    if tried:
+        warn(f"{root}: none of its {len(tried)} checkpoints can be read")
+    return None
+
+
+def prune(root: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Deletes old checkpoints, keeping the last `keep` and every step divisible by `keep_every`; returns the deleted.
+
+    Nothing is deleted before a newer one was read back in full and found whole. Broken ones are never deleted, nor do
+    they count. Call it only while holding the run's lock and with no save in flight.
+    """
+    if keep < 1 or keep_every < 0:
+        raise ValueError(f"keep is {keep} and keep_every {keep_every}; at least 1 and 0 are needed")
+    found = candidates(root)
+    newest = next((candidate for candidate in found if valid(candidate.path) is None), None)
+    if newest is None:
+        return []
+    kept = {newest.step}
+    deleted = []
+    for candidate in found[found.index(newest) + 1 :]:
+        due = len(kept) < keep or (keep_every > 0 and candidate.step % keep_every == 0)
+        if due and candidate.step not in kept and valid(candidate.path, deep=False) is None:
+            kept.add(candidate.step)
+        elif valid(candidate.path) is None:
+            # Renamed first: a kill half-way must not leave something that looks like a broken checkpoint.
+            doomed = candidate.path.with_name(f"{candidate.path.name}.deleted-{os.getpid()}")
+            os.rename(candidate.path, doomed)
+            shutil.rmtree(doomed)
+            deleted.append(candidate.path)
+    return deleted
+
+
+def sweep(root: Path) -> None:
+    """Removes what a killed process left half written or half deleted; call it only while holding the run's lock."""
+    for path in _entries(root):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def match_strictly(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str, limit: int = 8) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from st_fast.core.checkpoint import SaveFailed, latest, save, sweep, valid
-from st_fast.core.checkpoint.history import candidates
+from st_fast.core.checkpoint.store import candidates
 
 SCENARIOS = {
     "new": ([1], {1, 3}), "again": ([2], {2, 3}), "prune": ([1, 2], {2, 3}),
