@@ -1,13 +1,13 @@
 """Sums gradients over ranks in buckets, while the backward pass that makes them still runs.
 
-As DistributedDataParallel does it (Li et al., VLDB 2020): a bucket's all-reduce starts as soon as its last gradient
-is there, buckets go in one fixed order on every rank, and only the last micro-batch of a step sets them off.
+As in DistributedDataParallel (Li et al., VLDB 2020): a bucket's all-reduce starts as soon as its last gradient is
+there, in the same order of buckets on every rank, and only for the last micro-batch of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,10 @@ class Bucket:
     missing: int = 0
     """How many gradients the running backward has yet to make."""
     work: dist.Work | None = None
-    views: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        parts = self.flat.split([parameter.numel() for parameter in self.parameters])
+        self.views = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
 
 class GradientSum:
@@ -51,18 +54,18 @@ class GradientSum:
                 parameter.register_post_accumulate_grad_hook(self._hook(bucket))
 
     def expect(self) -> None:
-        """The backward that follows completes the gradients: buckets go off as they fill."""
+        """To be called before the backward pass that completes the gradients; buckets are sent as they fill."""
         self._expecting, self._next = True, 0
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After it every parameter's gradient is the sum over ranks; one that no rank has is zeros."""
+        """Makes every parameter's gradient the sum over ranks; one that no rank has is zeros."""
         self._expecting = False
         if not self.buckets:
             return
-        while self._next < len(self.buckets):  # those waiting for a gradient that this rank does not have
+        while self._next < len(self.buckets):  # buckets with a gradient that this rank does not have
             self._send()
         self.ranks.heartbeat.beat("all-reduce")
         for bucket in self.buckets:
@@ -103,11 +106,8 @@ def _buckets(parameters: Sequence[nn.Parameter], dtype: torch.dtype | None) -> l
             filled = 0
         groups[-1].append(parameter)
         filled += size
-    return [_bucket(group, dtype or group[0].dtype) for group in groups]
-
-
-def _bucket(parameters: list[nn.Parameter], dtype: torch.dtype) -> Bucket:
-    sizes = [parameter.numel() for parameter in parameters]
-    flat = torch.zeros(sum(sizes), dtype=dtype, device=parameters[0].device)
-    views = [part.view_as(p) for part, p in zip(flat.split(sizes), parameters, strict=True)]
-    return Bucket(parameters, flat, views=views)
+    sizes = [sum(parameter.numel() for parameter in group) for group in groups]
+    return [
+        Bucket(group, torch.zeros(size, dtype=dtype or group[0].dtype, device=group[0].device))
+        for group, size in zip(groups, sizes, strict=True)
+    ]

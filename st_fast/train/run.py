@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from st_fast import kernels
 from st_fast.core import lock
 from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import UserError
+from st_fast.core.files import write_atomic
 from st_fast.core.machine import PassTooLarge, local_rank
 from st_fast.core.ranks import process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
@@ -43,7 +43,7 @@ NO_TIMEOUT = 7 * 24 * 3_600.0
 
 
 def run(recipe: Recipe) -> None:
-    """Trains every stage of the recipe from where it stands and writes the report.
+    """Trains every stage of the recipe, resuming where it stopped, and writes the report.
 
     Raises Interrupted after a signal (saved), RunFailed when training can't go on, UserError for bad input.
     """
@@ -74,9 +74,7 @@ def run(recipe: Recipe) -> None:
             verify = recipe.data.verify and local_rank() == 0
             shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
             check_fits(recipe, shards.manifest)
-            ranks.broadcast_from_rank0(lambda: check_teachers(recipe))
-            ranks.broadcast_from_rank0(lambda: check_features(recipe, shards))
-            ranks.broadcast_from_rank0(lambda: check_starts(recipe, shards))
+            ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
             consensus = StopConsensus(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
@@ -84,7 +82,8 @@ def run(recipe: Recipe) -> None:
             dtype, kept = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
             split, choice = memory.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:
-                _keep_recipe(out, recipe)  # not before: what is refused has not begun, and may be corrected
+                # Not earlier: a recipe that is refused has not begun, and may be corrected.
+                write_atomic(out / "recipe.toml", to_toml(recipe).encode())
             with memory.explained(split, ranks, dtype, recipe):
                 rate = matmul_rate(ranks.device, dtype)
             context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice)
@@ -124,35 +123,20 @@ def train_stage(context: RunContext, stage: Stage, given: Recipe) -> RunContext:
         context = replace(context, recipe=recipe, choice=choice)
 
 
-def check_teachers(recipe: Recipe) -> None:
-    """UserError for a teacher from outside this run that is not there or does not fit, before days are spent."""
-    table = kernels.select({}, torch.device("cpu"))
-    for stage in recipe.stages:
-        name, group = stage.method.teacher_name, stage.method.teacher_group
-        if name is not None and all(name != other.name for other in recipe.stages):
-            root = teacher.checkpoint_root(recipe, name)
-            teacher.load_frozen(
-                root, recipe.model, group, table, torch.device("cpu"), torch.float32, flow=recipe.flow.path
-            )
+def check_stages(recipe: Recipe, records: RecordSet) -> None:
+    """UserError for a teacher, features or a model to start from that are missing or do not fit, before days are spent.
 
-
-def check_features(recipe: Recipe, records: RecordSet) -> None:
-    """UserError for an encoder's features that are not there or do not fit, before days are spent."""
-    for stage in recipe.stages:
-        open_image_features(stage, recipe, records, torch.device("cpu"), torch.float32).close()
-
-
-def check_starts(recipe: Recipe, records: RecordSet) -> None:
-    """UserError for a model from outside this run that a stage can't start from, before days are spent.
-
-    A stage that has begun never reads it again.
+    What comes from a stage of this run is not there yet. A stage that has begun never reads its start again.
     """
+    cpu, own = torch.device("cpu"), [stage.name for stage in recipe.stages]
     for stage in recipe.stages:
-        name, folder = stage.start.init, Path(recipe.run.out) / stage.name / "checkpoints"
-        if not name or any(name == other.name for other in recipe.stages) or candidates(folder):
-            continue
-        features = open_image_features(stage, recipe, records, torch.device("cpu"), torch.float32)
-        start.check(recipe, stage, features.widths, print)
+        name, group, init = stage.method.teacher_name, stage.method.teacher_group, stage.start.init
+        if name is not None and name not in own:
+            root, table = teacher.checkpoint_root(recipe, name), kernels.select({}, cpu)
+            teacher.load_frozen(root, recipe.model, group, table, cpu, torch.float32, flow=recipe.flow.path)
+        features = open_image_features(stage, recipe, records, cpu, torch.float32)
+        if init and init not in own and not candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
+            start.check(recipe, stage, features.widths, print)
         features.close()
 
 
@@ -161,14 +145,8 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if recipe.run.bf16(device.type) else torch.float32
 
 
-def _keep_recipe(out: Path, recipe: Recipe) -> None:
-    aside = out / "recipe.toml.partial"
-    aside.write_text(to_toml(recipe), encoding="utf-8")
-    os.replace(aside, out / "recipe.toml")
-
-
 def check_fits(recipe: Recipe, manifest: Manifest) -> None:
-    """UserError if the data's channels, size or labels are not those of the recipe's model: states all of them."""
+    """UserError if the data's channels, size or labels are not those of the recipe's model."""
     model = recipe.model
     ours = (2 * model.channels, model.latent_size, model.latent_size)
     if manifest.shape != ours:

@@ -8,7 +8,7 @@ averaged: the losses are already weighted by 1 / global batch size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -51,8 +51,11 @@ class Shards:
 
     def heads(self, heads: nn.Module) -> None:
         """Shards a method's heads in place: each module that is called as a whole."""
-        for module in _called(heads):
-            self._apply(module)
+        if type(heads).forward is nn.Module.forward:
+            for child in heads.children():
+                self.heads(child)
+        elif any(True for _ in heads.parameters()):
+            self._apply(heads)
 
     def _apply(
         self, module: nn.Module | list[nn.Module], ignored: set[nn.Parameter] | None = None, free: bool | None = None
@@ -66,35 +69,24 @@ class Shards:
 
 
 def shards_of(recipe: Recipe, ranks: Ranks) -> Shards | None:
-    """What `run.sharding` asks for; None for whole weights on every rank, as a single one always has them."""
-    if recipe.run.sharding == "none" or ranks.count == 1:
-        return None
-    return Shards(ranks, REDUCTION[recipe.optim.reduction])
-
-
-def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules with a forward of their own that have parameters."""
-    if type(module).forward is not nn.Module.forward:
-        if any(True for _ in module.parameters()):
-            yield module
-    else:
-        for child in module.children():
-            yield from _called(child)
+    """By `run.sharding`; None for whole weights on every rank, always so with a single rank."""
+    whole = recipe.run.sharding == "none" or ranks.count == 1
+    return None if whole else Shards(ranks, REDUCTION[recipe.optim.reduction])
 
 
 class ShardedSum:
-    """`reduction.GradientSum` for sharded modules: only the last micro-batch's backward reduces, block by block."""
+    """`reduction.GradientSum` of sharded modules: only the last micro-batch's backward reduces, block by block."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._roots = [part for module in modules for part in _outermost(module)]
+        self._roots = [root for module in modules for root in _outermost(module)]
         self._sync(False)
 
     def expect(self) -> None:
-        """The backward that follows completes the gradients."""
+        """To be called before the backward pass that completes the gradients."""
         self._sync(True)
 
     def finish(self) -> None:
-        """After it every sharded gradient is this rank's part of the sum over ranks."""
+        """Makes every sharded gradient this rank's part of the sum over ranks."""
         self._sync(False)
 
     def _sync(self, on: bool) -> None:
@@ -115,7 +107,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, the same memory; any other tensor as it is."""
+    """This rank's part of a sharded tensor, in the same memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -134,14 +126,14 @@ def put(whole: Tensor, into: Tensor) -> None:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every rank, which must all ask; any other tensor as it is."""
+    """The whole of a sharded tensor, on every rank; all must call it. Any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
     """√ Σ norm² over the ranks that share `like`, added in the order of ranks: the same bits everywhere.
 
-    norm is 0-dim float32, of this rank's parts; as it is where `like` is not sharded. NaN and Inf come through.
+    norm is 0-dim float32, of this rank's parts; returned unchanged if `like` is not sharded. NaN and Inf stay.
     """
     if not isinstance(like, DTensor):
         return norm
@@ -151,25 +143,21 @@ def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
 
 
 def hand_out(state: Groups, whole: Groups, ranks: Ranks) -> None:
-    """Sets every rank's state to the first rank's `whole` tensors, one at a time; {} on other ranks.
+    """Sets every rank's state to the first rank's `whole` tensors ({} on other ranks), one tensor at a time.
 
-    What the first rank has no whole tensor of: there, if it is not sharded, its own state counts; shards stay.
+    Where the first rank has no whole tensor, its own state counts if it is not sharded; shards stay.
     """
-
-    def names() -> list[list[str]]:
-        found = [(group, name, tensor) for group, tensors in whole.items() for name, tensor in tensors.items()]
-        return [[group, name] for group, name, tensor in found if not isinstance(tensor, DTensor)]
-
-    given = {(group, name) for group, name in ranks.broadcast_from_rank0(names)}
+    given = {(group, name): tensor for group, ts in whole.items() for name, tensor in ts.items()}
+    given = {place: tensor for place, tensor in given.items() if not isinstance(tensor, DTensor)}
+    known = {(group, name) for group, name in ranks.broadcast_from_rank0(lambda: [list(place) for place in given])}
     for group, tensors in state.items():
         for name, tensor in tensors.items():
-            if not isinstance(tensor, DTensor):
-                if whole and (group, name) in given:
-                    tensor.copy_(whole[group][name])
-                ranks.broadcast([tensor])
-            elif (group, name) in given:
-                full = torch.empty(tensor.shape, dtype=tensor.dtype, device=local(tensor).device)
-                if whole:
-                    full.copy_(whole[group][name])
-                ranks.broadcast([full])
+            sharded, place = isinstance(tensor, DTensor), (group, name)
+            if sharded and place not in known:
+                continue
+            full = torch.empty(tensor.shape, dtype=tensor.dtype, device=local(tensor).device) if sharded else tensor
+            if place in given:
+                full.copy_(given[place])
+            ranks.broadcast([full])
+            if sharded:
                 put(full, tensor)
