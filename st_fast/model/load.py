@@ -36,7 +36,7 @@ class Published:
     model: Model
     flow: Literal["linear", "cosine"] = "linear"
     latent_scale: float | None = None
-    """From the VAE's latents to the model's; None where nobody knows."""
+    """From the VAE's latents to the model's; None where it is unknown."""
     step: int = 0
     """How many steps it was trained, where that is known."""
 

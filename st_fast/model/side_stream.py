@@ -50,7 +50,7 @@ class SideStream:
     def start(self, work: Callable[[], T], reads: Any = ()) -> Future[T]:
         """Queues the work; `reads` are the current stream's tensors that it uses, or dataclasses and tuples of these.
 
-        Whoever names any must have them written: see `follow`.
+        These must be written already or be queued before: see `follow`.
         """
         if self._stream is None:
             return Future(work(), None)

@@ -2,7 +2,7 @@
 
 Moments are concat(mean, std) over the channels, unscaled, as REPA's preprocessing writes them (arXiv 2410.06940).
 A latent of the diffusion model is x = scale · (mean + std · ξ). A VAE whose configuration has a `shift_factor` (SD 3,
-Flux) has it taken off the mean here and put back by `decode`, so that nobody else needs to know about it.
+Flux) has it taken off the mean here and put back by `decode`, so that no caller needs to know about it.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ CLASSIFIER_FEATURES, INCEPTION_FEATURES = 64, 2_048
 
 
 def check_scores(evaluate: Evaluate) -> None:
-    """Metrics have enough samples, and a reference somebody who is compared with it."""
+    """Metrics have enough samples, and a reference is given only where FID is computed."""
     features = INCEPTION_FEATURES if evaluate.inception else CLASSIFIER_FEATURES if evaluate.classifier else 0
     if evaluate.num <= features:
         why = f"a Fréchet distance in {features} features needs more samples"

@@ -79,7 +79,7 @@ def _position(message: str, text: str) -> tuple[str, int, int]:
 
 
 def as_document(raw: dict[str, Any]) -> Document:
-    """Sorts top-level entries into sections and stages; RecipeError for a stranger or something that is no table."""
+    """Sorts top-level entries into sections and stages; RecipeError for an unknown section or one that is no table."""
     sections: dict[str, dict[str, Any]] = {}
     stages = raw.get("stage", [])
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):

@@ -43,6 +43,19 @@ def test_parameter_counts_are_the_published_ones_and_the_formula_counts_them(siz
             assert count / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
+def test_the_architectures_layers_are_the_networks():
+    config = replace(TINY, channels=3, mlp_ratio=3.5)
+    blocks = [(f"blocks.{i}.{layer.name}", layer) for i in range(3) for layer in config.block_layers]
+    declared = dict(blocks) | {layer.name: layer for layer in (*config.embedders, *config.final_layers)}
+    found = SiT(config, TABLE).state_dict()
+    assert {f"{name}.weight" for name in declared} == {
+        key for key in found if key.endswith("weight") and "_norm" not in key and "embedding_table" not in key
+    }
+    for name, layer in declared.items():
+        assert found[f"{name}.weight"].flatten(1).shape == (layer.outputs, layer.inputs)
+        assert len(found[f"{name}.bias"]) == layer.outputs
+
+
 def test_xl_2_has_the_published_118_6_g_multiply_adds():
     assert cost.trunk_macs(named("XL", 2)) / 1e9 == pytest.approx(118.6, rel=0.01)
 

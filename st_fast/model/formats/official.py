@@ -39,7 +39,7 @@ def to_ours(table: Table, config: Model, squares: bool = False) -> dict[str, Ten
 
 
 def to_official(table: Table, config: Model, sigma: bool, squares: bool = False) -> dict[str, Tensor]:
-    """The inverse of `to_ours` up to rounding; with `sigma` the outputs that nobody reads are zeros."""
+    """The inverse of `to_ours` up to rounding; with `sigma` the unread outputs are zeros."""
     result = to_ours(table, config, squares)
     if sigma:
         for key in set(OUTPUT) & set(result):

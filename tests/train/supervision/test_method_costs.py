@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast.model import build
 from st_fast.recipe import cost
-from st_fast.recipe.methods import LayerSync, Plain, Repa, SelfRepresentation
+from st_fast.recipe.methods import LayerSync, Plain, Repa, SelfRepresentation, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
 from st_fast.train.supervision import create
 from st_fast.train.supervision.protocol import Parts
@@ -56,6 +56,24 @@ def test_repas_heads_cost_a_projection_to_each_encoders_width():
     heads = heads_of(method, feature_widths=(384, 1024))
     assert cost_of(method).heads == 3 * counted(lambda: [head(TOKENS) for head in heads.projectors])
     assert cost_of(method).teacher == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        (VelocityHead(2, hidden=24), {}),
+        (SelfRepresentation(2, 4), {"average": object()}),
+        (Repa(("dinov2-small", "dinov2-large"), 2, hidden=24), {"feature_widths": (384, 1024)}),
+        (LayerSync(2, 4), {}),
+    ],
+)
+def test_the_declared_layers_are_those_of_the_heads(method, parts):
+    declared = {layer.name: (layer.outputs, layer.inputs) for layer in method.head_layers(MODEL)}
+    found = heads_of(method, **parts).state_dict()
+    assert {f"{name}.weight": shape for name, shape in declared.items()} == {
+        key: tuple(tensor.shape) for key, tensor in found.items() if key.endswith("weight")
+    }
+    assert cost.head_parameters(MODEL, method) == sum(tensor.numel() for tensor in found.values())
 
 
 def test_heads_cost_nothing_after_the_stop():
