@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.errors import RunFailed, UserError, first_line
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKEN = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
@@ -34,9 +34,8 @@ def push(folder: Path, name: str, private: bool, api: Any) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Written by st_fast")
     except Exception as error:  # the hub raises a dozen kinds; the folder is written, and a later push may succeed
-        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
         raise RunFailed(
-            f"--push {name}: not uploaded ({TOKEN.sub('…', reason)[:200]}); {folder} is written, the same command "
+            f"--push {name}: not uploaded ({TOKEN.sub('…', first_line(error))}); {folder} is written, the same command "
             "with --push again uploads it"
         ) from None
     return f"https://huggingface.co/{name}"

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What is opened. Others, such as EPS, would start foreign programs."""
@@ -31,7 +31,7 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-        raise BadImage(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}") from None
+        raise BadImage(f"{type(error).__name__}: {first_line(error)[:120]}") from None
 
 
 def _ordinary(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.errors import RunFailed, UserError, first_line
 from st_fast.core.machine import free_memory
 from st_fast.data.ahead import Answer, Patience, ReadAhead, RecordSet
 
@@ -77,7 +77,7 @@ def dali_missing() -> str:
     try:
         importlib.import_module("nvidia.dali.plugin.pytorch")
     except (ImportError, OSError, RuntimeError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return ""
 
 
@@ -132,7 +132,7 @@ class DaliLoader:
         except StopIteration:
             return None
         except (RuntimeError, IndexError) as error:
-            raise RunFailed(f"data: DALI's pipeline failed ({str(error).strip().splitlines()[0]})") from error
+            raise RunFailed(f"data: DALI's pipeline failed ({first_line(error)})") from error
         dtypes = (getattr(torch, self._records.manifest.dtype), torch.int64)
         moments, labels = (
             feed_ndarray(output[0], torch.empty(output[0].shape(), dtype=dtype, device=self._device), stream)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, first_line
 from st_fast.core.files import BadFile, open_regular, read_exactly, shown
 from st_fast.data.ahead import RecordSet
 from st_fast.data.images import SUFFIXES
@@ -110,8 +110,7 @@ def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:
         except BadFile:
             raise
         except Exception as error:  # NumPy's parser lets out whatever its tokenizer stumbles over
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadFile(f"{path}: not a sound .npy file ({reason[:120]})") from None
+            raise BadFile(f"{path}: not a sound .npy file ({first_line(error)[:120]})") from None
         start = file.tell()
     if dtype.hasobject:
         raise BadFile(f"{path}: an array of Python objects, which would have to be unpickled; refused")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import durable_file, make_folder, write_all
+from st_fast.core.files import make_folder, write_atomic
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 
@@ -32,15 +30,10 @@ def write_report(
     logs = read_runs(runs)
     page = html.render(logs, seeds_declared)
     path = out or default_path(runs)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         make_folder(path.parent)
-        with durable_file(partial) as descriptor:
-            write_all(descriptor, page.encode())
-        os.rename(partial, path)
+        write_atomic(path, page.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
     if export:
         plot.export([figure for drawn in figures.all_figures(make_arms(logs)).values() for figure in drawn], export)
