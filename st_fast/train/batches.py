@@ -33,7 +33,7 @@ Answers = Iterator[tuple[Tensor, Tensor]]
 
 
 class Lookahead(Generic[T]):
-    """Items in order; `peek` has the next one before its turn."""
+    """An iterator whose next item can be seen with `peek`."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items, self._next = iter(items), list[T]()
@@ -45,24 +45,24 @@ class Lookahead(Generic[T]):
         return self._next.pop() if self._next else next(self._items)
 
     def peek(self) -> T | None:
-        """The item that the next call of `next` gives, made now; None at the end."""
+        """The item that `next` will return, made now; None at the end."""
         if not self._next:
             self._next.extend(islice(self._items, 1))
         return self._next[0] if self._next else None
 
 
 def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on the device: from the host through pinned memory, without waiting; as it is where it is there."""
+    """The tensor on the device; one from the host is copied through pinned memory, without waiting."""
     if tensor.device.type == device.type and device.index in (None, tensor.device.index):
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class BatchIterator:
-    """The batches of a stage for one rank, in order. `waited` is the time in seconds that training waited for data.
+    """The batches of a stage for one rank, in order. `waited`: the seconds that training has waited for data.
 
-    `features` are loaders of what else is read of a record while supervision lasts: its features of each encoder, or
-    its image where encoders run live.
+    `features` are loaders of what else is read of a record while supervision lasts: the features of each encoder, or
+    the image if encoders run live.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class BatchIterator:
         self._side = side_stream(recipe.run, ranks.device, wanted=recipe.run.prefetch)
 
     def _pass_rows(self) -> int:
-        """Supervised rows of one pass, if these are padded, else 0."""
+        """The supervised rows of one pass if they are padded, else 0."""
         recipe, selection = self.recipe, self.stage.method.selection
         if recipe.run.supervised_rows == "exact" or selection is None:
             return 0
@@ -119,7 +119,7 @@ class BatchIterator:
             yield now()
 
     def _maker(self, first: int, last: int) -> Callable[[int], list[NoisyBatch]]:
-        """What makes the micro-batches of each step, to be called in order."""
+        """A function that makes the micro-batches of a step; to be called for each step in order."""
         answers = self.loader.stream(self._requests(first, last))
         stop = self.stage.method.stop_step or last  # from there on no features are read
         features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]

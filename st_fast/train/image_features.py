@@ -1,7 +1,7 @@
-"""The image features that a stage learns from: read as they were written beside the latents, or made while it trains.
+"""The image features that a stage learns from: read from files, or computed by encoders while it trains.
 
-Either way a stage has them as one object, with what the trainer must know: their widths, what they cost, which ones
-they are (so that a resumed run learns from the same), and where the feed gets its part from.
+Either way they are one object, with what the trainer needs: their widths, their cost, their digests (so that a resumed
+run learns from the same features) and the loaders that `BatchIterator` reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from st_fast.prepare.features import RecordImages, open_record_images
 from st_fast.recipe.schema import Recipe, Stage
 
 LIVE = "live:"
-"""What the digests of live features begin with."""
+"""Prefix of the digests of live features."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ImageFeatures:
     written: tuple[FeatureSet, ...] = ()
     encoders: tuple[ImageEncoder, ...] = ()
     images: RecordImages | None = None
-    """What live encoders see."""
+    """The input of live encoders."""
     latents: str = ""
     """Digest of the latents that the features belong to."""
 
@@ -45,38 +45,38 @@ class ImageFeatures:
 
     @property
     def flops_beforehand(self) -> float:
-        """What writing them took, before any step."""
+        """FLOPs of writing them, before any step."""
         return sum(one.manifest.flops for one in self.written)
 
     @property
     def flops_an_image(self) -> float:
-        """What the live encoders' forwards take for an image."""
+        """FLOPs of the live encoders for an image."""
         return 0.0 if self.images is None else sum(one.flops(self.images.manifest.shape[-1]) for one in self.encoders)
 
     @property
     def digests(self) -> list[str]:
-        """One an encoder: it changes when the features do."""
+        """One per encoder; it changes with the features."""
         if self.images is None:
             return [one.manifest.digest for one in self.written]
         seen = (self.images.digest, self.images.manifest.shape, self.latents)
         return [f"{LIVE}{hashlib.sha256(repr((one.hash, seen)).encode()).hexdigest()}" for one in self.encoders]
 
     def check_same(self, saved: Sequence[str], where: str) -> None:
-        """UserError where a run was started on other features than there are now.
+        """UserError if a run was started on other features than these.
 
-        Not between written and live ones, which differ in rounding at least: whoever resumed with the other kind has
-        been told so and has accepted it (`--accept-changes`).
+        Changing between written and live ones, which differ at least in rounding, is allowed: it needed
+        `--accept-changes`.
         """
-        places = [str(one.folder) for one in self.written] or [f"encoder {one.name}" for one in self.encoders]
-        for old, now, place in zip(saved, self.digests, places, strict=False):
+        names = [str(one.folder) for one in self.written] or [f"encoder {one.name}" for one in self.encoders]
+        for old, now, name in zip(saved, self.digests, names, strict=False):
             if old != now and old.startswith(LIVE) == now.startswith(LIVE):
                 raise UserError(
-                    f"{place}: the features changed since {where} was written (digest {old[-64:][:12]} then, "
+                    f"{name}: the features changed since {where} was written (digest {old[-64:][:12]} then, "
                     f"{now[-64:][:12]} now); restore them, or start a new run"
                 )
 
     def loaders(self, device: torch.device) -> list[Loader]:
-        """One for each set of written features; or one of the images, of as many batches at once as a rank has CPUs."""
+        """One for each set of written features, or one for the images, with as many threads as a rank has CPUs."""
         if self.images is None:
             return [ReadAhead(one, pinned=device.type == "cuda") for one in self.written]
         threads = max(2, usable_cpus() // local_count())
@@ -91,13 +91,16 @@ class ImageFeatures:
 def open_image_features(
     stage: Stage, recipe: Recipe, records: RecordSet, device: torch.device, dtype: torch.dtype
 ) -> ImageFeatures:
-    """What a stage learns from; UserError where something lacks or doesn't fit the model or the latents."""
+    """The features of a stage; UserError where something is missing or does not fit the model or the latents."""
     method = stage.method
     if not method.encodes_images:
         return ImageFeatures(written=tuple(open_features_of(stage, recipe, records)))
     data = recipe.data
     images = open_record_images(Path(data.path), records, data.images, data.images_subset)
-    encoders = tuple(load_encoder(_place(name, data.path), device, dtype) for name in method.encoder_names)
+    # A folder of that name in the data folder comes first: the digits have their encoder there.
+    own = {name: Path(data.path) / name for name in method.encoder_names}
+    folders = (str(path) if (path / "config.json").is_file() else name for name, path in own.items())
+    encoders = tuple(load_encoder(folder, device, dtype) for folder in folders)
     for one in encoders:
         grid = one.grid(images.manifest.shape[-1])
         check_grid(one.name, grid, recipe.model.latent_size // recipe.model.patch, method.resizes_features, stage.name)
@@ -109,9 +112,3 @@ def compile_encoders(features: ImageFeatures, say: Callable[[str], None]) -> Non
     for one in features.encoders:
         if isinstance(one, VisionTransformer):
             one.run = CompiledBlocks(say, dynamic=False)
-
-
-def _place(name: str, data: str) -> str:
-    """A folder of that name beside the latents comes first: the digits have their encoder there."""
-    beside = Path(data) / name
-    return str(beside) if (beside / "config.json").is_file() else name

@@ -1,6 +1,6 @@
 """One optimisation step: teacher, student, losses, backward, update. No file, no log, no host sync.
 
-Targets are made before the student's pass, beside it on a side stream, or a step ahead (`run.teacher_placement`).
+Targets are computed before the student's pass, during it on a side stream, or a step ahead (`run.teacher_placement`).
 "ahead" starts the target of the micro-batch that comes next as soon as this one's backward pass is queued, so that it
 overlaps the all-reduce and the memory-bound optimiser. A frozen teacher does not see the update in between, so the
 target is the same.
@@ -74,7 +74,7 @@ class Step:
         self.recipe, self.heartbeat = recipe, ranks.heartbeat
         self.targets = Targets(supervision, recipe.run, ranks.device)
         self.following: Following = lambda: None
-        """Gives the next step's micro-batches, None after the last step; a schedule that looks ahead asks it."""
+        """Returns the next step's micro-batches, None after the last step; called by a schedule that looks ahead."""
         self._graphs: Graphs[Losses] | None = None
         if recipe.run.cuda_graphs:
             learn = partial(self._learn, last=False)
@@ -120,7 +120,7 @@ class Step:
             self.targets.start_ahead(step, rest[0])
             return
         upcoming = self.following()
-        self.heartbeat.step = step + 1  # whoever made the upcoming batches stood at their step
+        self.heartbeat.step = step + 1  # making the upcoming batches has set it to theirs
         if upcoming:
             self.targets.start_ahead(step + 1, upcoming[0])
 

@@ -94,7 +94,7 @@ class Nursery:
 
 
 def finish(ranks: Sequence[Rank], timeout: float = 90) -> list[int]:
-    """The exit codes; whoever outlives the timeout is killed (and shows as -9)."""
+    """The exit codes; a process that outlives the timeout is killed (-9)."""
     end = time.monotonic() + timeout
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
         time.sleep(0.02)

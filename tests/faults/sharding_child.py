@@ -1,4 +1,4 @@
-"""Run by test_sharding.py on every rank: a sharded model's gradients and update beside a whole one's; prints JSON."""
+"""Run by test_sharding.py on every rank: gradients and update of a sharded and of a whole model; prints JSON."""
 
 from __future__ import annotations
 

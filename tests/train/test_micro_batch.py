@@ -359,9 +359,9 @@ def test_what_the_failed_pass_has_allocated_is_free_before_anything_is_saved(dat
 def test_the_failed_pass_and_its_trainer_are_let_go_before_the_next_try(data, tmp_path, monkeypatch):
     shortage, alive, begin = Shortage(monkeypatch, step=6, most=4), list[list[object]](), runs.run_stage
 
-    def seen(setting, stage) -> None:
+    def seen(context, stage) -> None:
         alive.append([reference() for reference in shortage.held])
-        begin(setting, stage)
+        begin(context, stage)
 
     monkeypatch.setattr(runs, "run_stage", seen)
     run(recipe_for(data, tmp_path))

@@ -1,7 +1,7 @@
-"""Fixed shapes for supervised rows: how many rows make a pass, and which others fill it up at weight 0.
+"""Fixed shapes for supervised rows: the number of rows of a pass, and the rows of weight 0 that fill it up.
 
-How many of a micro-batch's times fall into the t-range changes from step to step, but by how much is known before
-training: a pass takes that many rows, and a step with more of them takes another pass of the same shape.
+The number of a micro-batch's times inside the t-range changes from step to step, but its distribution is known: a pass
+has a fixed number of rows, and a step with more of them runs another pass of the same shape.
 """
 
 from __future__ import annotations

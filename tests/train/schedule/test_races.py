@@ -28,10 +28,10 @@ def raced(monkeypatch, folder, branches: str, placement: str, prefetch: bool, *o
         loop = Loop(
             folder, "transcend", ("--run.streams=auto", *named, f"--run.prefetch={str(prefetch).lower()}", *options)
         )
-        sides = {"targets": placement != "before", "branches": branches == "streams", "feed": prefetch}
+        sides = {"targets": placement != "before", "branches": branches == "streams", "batches": prefetch}
         made = {name: SideStream(Stream()) for name, wanted in sides.items() if wanted}
         loop.trainer.step.targets._side = made.get("targets", SideStream())
-        loop.iterator._side = made.get("feed", SideStream())
+        loop.iterator._side = made.get("batches", SideStream())
         if "branches" in made:
             loop.trainer.method.branches = Apart(made["branches"])
         with races:

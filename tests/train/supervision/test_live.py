@@ -100,7 +100,7 @@ def recipe(place: Path, tmp_path: Path) -> Path:
     return path
 
 
-def fed(recipe: Recipe, count: int = 1) -> dict[int, tuple[int, torch.Tensor, tuple[torch.Tensor, ...]]]:
+def batches_of(recipe: Recipe, count: int = 1) -> dict[int, tuple[int, torch.Tensor, tuple[torch.Tensor, ...]]]:
     """By ordinal: the record, its image and its features, as all of `count` ranks have them."""
     records, found = open_shards(Path(recipe.data.path), verify=False), {}
     for rank in range(count):
@@ -120,8 +120,8 @@ def fed(recipe: Recipe, count: int = 1) -> dict[int, tuple[int, torch.Tensor, tu
 
 
 def test_live_features_are_the_written_ones_up_to_their_rounding(recipe: Path, place: Path) -> None:
-    live = fed(load(recipe, ["--optim.accumulation=2"]), 2)
-    written = fed(load(recipe, ["--stage.repa.features=written"]))
+    live = batches_of(load(recipe, ["--optim.accumulation=2"]), 2)
+    written = batches_of(load(recipe, ["--stage.repa.features=written"]))
     assert live.keys() == written.keys() == set(range(64))
     for ordinal, (record, _, features) in written.items():
         assert live[ordinal][0] == record
@@ -135,7 +135,7 @@ def test_every_record_brings_the_picture_its_latents_were_made_from(recipe: Path
     pictures = [load_image(file.read_bytes(), 16, 3) for file in files if file.read_bytes() != b"no picture"]
     records = open_shards(place / "data")
     assert len(records) == 2 * len(pictures) == 18
-    for record, image, _ in fed(load(recipe)).values():
+    for record, image, _ in batches_of(load(recipe)).values():
         pixels = pictures[record // 2][:, :, :: -1 if record % 2 else 1]
         assert np.array_equal(image.numpy(), pixels)
         mean = records.gather(np.array([record]))[0][0, :3].float()  # the pixels VAE: latents are the picture
