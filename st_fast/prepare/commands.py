@@ -30,7 +30,7 @@ from st_fast.prepare.features import crop_of, open_record_images, template, writ
 from st_fast.prepare.job import Worker, is_done, run_job
 from st_fast.prepare.repa import RepaProducer, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
-from st_fast.prepare.stats import describe, statistics
+from st_fast.prepare.stats import describe
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
 
@@ -57,7 +57,7 @@ def stats(args: argparse.Namespace) -> None:
     folder = args.paths[0]
     records = open_data(folder, verify=False)
     manifest = records.manifest
-    print(describe(statistics(records), manifest.class_names))
+    print(describe(records))
     chosen = np.random.default_rng(0).choice(manifest.count, min(64, manifest.count), replace=False)
     mean, std = records.gather(np.sort(chosen))[0].float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
