@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ Record = dict[str, Any]
 
 KINDS = ("start", "train", "eval", "sample", "end")
 """What the report uses; other kinds of record are skipped, so that logs may grow."""
+NUMBERS = (
+    "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "peak_gib",
+    "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
+    "matmul_flops_per_s",
+)  # fmt: skip
+"""Keys of any record that must hold numbers or null."""
+OLD_KEYS = {"judge_accuracy": "classifier_accuracy", "judge_digest": "classifier_digest"}
+"""Keys of `metrics` in logs of earlier versions, and what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,16 @@ class StageLog:
     @property
     def teacher(self) -> str | None:
         """The stage or path whose model teaches this one, where there is any."""
-        teacher = self.entry.get("teacher")
-        return teacher if isinstance(teacher, str) and teacher else None
+        return self._model("teacher")
 
     @property
     def init(self) -> str | None:
         """The stage or path whose weights this one began with, where there is any."""
-        init = self.entry.get("init")
-        return init if isinstance(init, str) and init else None
+        return self._model("init")
 
-    @property
-    def train(self) -> list[Record]:
-        """The training records."""
-        return self.records["train"]
+    def _model(self, key: str) -> str | None:
+        value = self.entry.get(key)
+        return value if isinstance(value, str) and value else None
 
     @property
     def evals(self) -> list[Record]:
@@ -126,7 +131,7 @@ def read_run(path: Path, name: str = "") -> RunLog:
     recipe, text = _read_recipe(path / "recipe.toml")
     notes: list[str] = []
     records = _read_log(path / "log.jsonl", notes)
-    entries = {str(entry.get("name")): entry for entry in _stage_entries(recipe, path)}
+    entries = {str(entry.get("name")): entry for entry in recipe.get("stage", [])}
     logged = dict.fromkeys(str(record["stage"]) for record in records)
     names = [n for n in entries if n in logged] + [n for n in logged if n not in entries]
     stages = tuple(_stage(stage, entries.get(stage, {}), records) for stage in names)
@@ -153,18 +158,15 @@ def _stage(name: str, entry: Record, records: list[Record]) -> StageLog:
 def _read_recipe(path: Path) -> tuple[Record, str]:
     try:
         text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text), text
+        recipe = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; a run folder holds recipe.toml and log.jsonl") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
-
-
-def _stage_entries(recipe: Record, path: Path) -> list[Record]:
     entries = recipe.get("stage", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path / 'recipe.toml'}: stage = {shown(entries)}; [[stage]] tables are needed")
-    return entries
+        raise UserError(f"{path}: stage = {shown(entries)}; [[stage]] tables are needed")
+    return recipe, text
 
 
 def _read_log(path: Path, notes: list[str]) -> list[Record]:
@@ -222,23 +224,10 @@ def _check(record: Record, where: str) -> None:
         raise UserError(f"{where}: metrics = {shown(metrics)}; an object is needed")
     if metrics:
         record["metrics"] = metrics = {OLD_KEYS.get(key, key): value for key, value in metrics.items()}
-    for key, value in _numbers(record, metrics):
+    numbers = [(key, record[key]) for key in NUMBERS if key in record]
+    numbers += [(f"metrics.{key}", value) for key, value in metrics.items() if key in METRIC_NUMBERS]
+    for key, value in numbers:
         if value is not None and (type(value) not in (int, float) or (type(value) is int and abs(value) > 1e300)):
             raise UserError(f"{where}: {key} = {shown(value)}; a number is needed")
     if record["kind"] == "sample" and not isinstance(record.get("file"), str):
         raise UserError(f"{where}: file = {shown(record.get('file'))}; a path is needed")
-
-
-NUMBERS = (
-    "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "peak_gib",
-    "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
-    "matmul_flops_per_s",
-)  # fmt: skip
-OLD_KEYS = {"judge_accuracy": "classifier_accuracy", "judge_digest": "classifier_digest"}
-"""Keys of `metrics` in logs of earlier versions, and what they are called now."""
-
-
-def _numbers(record: Record, metrics: Record) -> Iterator[tuple[str, Any]]:
-    """The keys of a record that must hold numbers or null, with their values."""
-    yield from ((key, record[key]) for key in NUMBERS if key in record)
-    yield from ((f"metrics.{key}", value) for key, value in metrics.items() if key in METRIC_NUMBERS)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -113,13 +114,9 @@ def _stage(arm: Arm) -> dict[str, str]:
         "FLOPs, with teacher": bound + words.flops(arm.total.flops),
         "Time, own": words.duration(arm.own.seconds),
         "Time, with teacher": bound + words.duration(arm.total.seconds),
-        "Images/s": words.plain(_median(speeds)),
-        "MFU": words.percent(_median(used)),
+        "Images/s": words.plain(median_high(speeds or [math.nan])),
+        "MFU": words.percent(median_high(used or [math.nan])),
     }
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else math.nan
 
 
 def _machine(run: RunLog) -> str:

@@ -39,7 +39,7 @@ STYLE = {
     "text.parse_math": False, "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": SOFT, "xtick.color": SOFT,
     "ytick.color": SOFT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
     "axes.axisbelow": True, "grid.color": GRID, "font.size": 10, "legend.frameon": False, "legend.fontsize": 9,
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.labelsize": 10, "svg.fonttype": "none",
+    "legend.handlelength": 2.8, "axes.titlelocation": "left", "axes.titlesize": 11, "svg.fonttype": "none",
 }  # fmt: skip
 
 

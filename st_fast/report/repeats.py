@@ -241,8 +241,9 @@ def compared(found: Sequence[Row], key: str) -> Verdict:
         first += ")"
     when = "never reaches that final score"
     if any(share is not None for share in best.reached):
-        flops, steps, seconds = map(reach, (best.reached, best.reached_steps, best.reached_seconds))
-        when = f"reaches that final score after {flops} of its FLOPs, {steps} of its steps and {seconds} of its time"
+        steps, seconds = (reach(shares).split(" (")[0] for shares in (best.reached_steps, best.reached_seconds))
+        when = f"reaches that final score after {reach(best.reached)} of the baseline's FLOPs, {steps} of its steps "
+        when += f"and {seconds} of its time"
     sentence = f"{seeds}, {first}, better in {best.better} of {n}; teachers included, it {when}."
     return Verdict(sentence, head, lines, note)
 

@@ -18,7 +18,8 @@ def test_stages_come_in_the_recipes_order_with_their_records(runs) -> None:
     assert [stage.name for stage in log.stages] == ["align", "transcend"]
     align, transcend = log.stages
     assert (align.method, transcend.method, transcend.teacher) == ("velocity_head", "self_transcendence", "align")
-    assert [len(align.train), len(align.evals), len(transcend.train), len(transcend.evals)] == [60, 3, 100, 5]
+    counts = [len(stage.records[kind]) for stage in log.stages for kind in ("train", "eval")]
+    assert counts == [60, 3, 100, 5]
     assert (align.step, align.steps) == (600, 600)
     assert log.notes == ()
 
@@ -39,7 +40,7 @@ def test_a_half_last_line_after_kill_9_is_left_out_with_a_note(runs) -> None:
         cut = size < len(whole) - 1  # without the newline alone the last record is whole
         assert any("cut off" in note for note in read.notes) == cut
         assert any("has not ended" in note for note in read.notes) == cut
-        assert len(read.stages[1].train) == 100
+        assert len(read.stages[1].records["train"]) == 100
 
 
 @pytest.mark.parametrize("between", ["\n", ""])
@@ -50,7 +51,7 @@ def test_a_half_line_that_a_resumed_run_appended_to_loses_nothing_else(runs, bet
     resumed = lines[0].replace('"resumed_from": 0', '"resumed_from": 50').replace('"step": 0', '"step": 50')
     log.write_text("\n".join([*lines[:6], lines[6][:37]]) + between + "\n".join([resumed, *lines[6:]]) + "\n")
     read = read_run(run)
-    assert len(read.stages[0].train) == 60
+    assert len(read.stages[0].records["train"]) == 60
     assert sum("cut off" in note for note in read.notes) == 1
     assert any("resumed once" in note for note in read.notes)
 

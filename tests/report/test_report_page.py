@@ -99,7 +99,7 @@ def test_verdict_of_several_runs_compares_at_equal_cost_and_says_when_the_goal_w
     assert sentence.startswith("With one seed, which can't tell chance from effect, no arm beats “plain”")
     assert "the next is “digits · transcend”" in sentence and "better in 0 of 1" in sentence
     # 600·1.5 + 1000·1.9 of 1600·1.5 GFLOP; 1000 of 1600 steps; 60 + 120 of 160 s
-    assert "after 116.7\u00a0% of its FLOPs, 62.5\u00a0% of its steps and 112.5\u00a0% of its time" in sentence
+    assert "after 116.7\u00a0% of the baseline's FLOPs, 62.5\u00a0% of its steps and 112.5\u00a0% of" in sentence
 
 
 def test_verdict_turns_when_the_other_run_is_better_or_never_gets_there(runs) -> None:
