@@ -27,6 +27,7 @@ CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "config.json", "model.safetensors", "diffus
 FORMAT, VERSION = "st_fast.sit", 1
 FLOWS = ("linear", "cosine")
 EVERY_KEY = 10_000
+"""How many keys of a kind a mismatch names."""
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,13 @@ from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.model import SiT
 from st_fast.model.formats.loaded_state import Table, heads, is_head
+from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
 from st_fast.recipe.architecture import PATCHES, SIZES, Layer, Model, check_shapes
 from st_fast.recipe.methods import SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
 """Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""
-
-EVERY_KEY = 10_000
-"""How many keys of a kind a mismatch names."""
 
 
 def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
