@@ -54,7 +54,7 @@ def test_tensorboard_shows_the_logs_numbers_at_the_logs_steps(data: Path, tmp_pa
     for stage in ("align", "transcend"):
         logged = [r for r in tiny.records(tmp_path / "out", "train") if r["stage"] == stage]
         shown = event_scalars(tmp_path / "out" / "tensorboard" / stage)
-        assert set(shown) == set(logged[0]) - {"kind", "stage", "step", "time"} >= {"loss", "grad_norm", "mfu"}
+        assert set(shown) == set(logged[0]) - {"kind", "stage", "step", "time"} >= {"loss", "lr", "grad_norm", "mfu"}
         for tag, events in shown.items():
             assert events == [(r["step"], float(np.float32(r[tag])), r["time"]) for r in logged]
 
