@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from bench import demo
 from st_fast.recipe import load
+from tests.data.conftest import encoded, picture
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +41,36 @@ def test_every_training_command_passes_a_dry_run(line):
     done = run(sys.executable, "-m", "st_fast.train", *arguments, *([] if "--dry-run" in arguments else ["--dry-run"]))
     assert done.returncode == 0, done.stderr
     assert "multiply-adds forward" in done.stdout and "[[stage]]" in done.stdout
+
+
+SMALL = {
+    "prepare": "--vae-steps 20 --device cpu",
+    "train": "--model.depth=3 --model.width=64 --model.heads=1 --model.patch=4 --optim.batch_size=8 --run.device=cpu "
+    "--stage.align.steps=2 --stage.transcend.steps=2 --stage.transcend.stop_step=2 --stage.transcend.student_depth=1 "
+    "--stage.transcend.teacher_depth=2 --sample.num=4 --sample.steps=2",
+    "sample": "--num 4 --steps 2",
+}
+"""What makes the commands for own images small."""
+
+
+@pytest.mark.slow
+def test_own_images_train_and_draw_by_the_three_commands(tmp_path):
+    for number in range(12):
+        folder = tmp_path / "pictures" / f"class {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(encoded(picture(number, (40, 48))))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (block,) = [block for block in BLOCKS if "--vae small" in block]
+    commands = [shlex.split(line) for line in block.splitlines()]
+    assert [words[2] for words in commands] == [f"st_fast.{name}" for name in SMALL]
+    for words, small in zip(commands, SMALL.values(), strict=True):
+        done = subprocess.run(
+            [sys.executable, *words[1:], *small.split()], capture_output=True, text=True, cwd=tmp_path, timeout=300,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert (tmp_path / done.stdout.split()[-1]).suffix == ".png" and (tmp_path / done.stdout.split()[-1]).is_file()
 
 
 def test_the_make_targets_exist():
