@@ -126,6 +126,8 @@ def test_every_path_named_exists(page: Path) -> None:
     modules = [name.replace(".", "/") for name in re.findall(r"(?:-m |\b)((?:bench|tests|st_fast)(?:\.\w+)+)", text)]
     missing = [path for path in paths if not any(ROOT.glob(path.rstrip("/")))]
     assert missing == [] and [name for name in modules if not has_module(name)] == []
+    for name, path in re.findall(r"`(\w+)`(?: in | \()`([\w/]+/\w+\.py)`", text):
+        assert re.search(rf"^ *(?:def |class )?{name}\b", (ROOT / path).read_text(encoding="utf-8"), re.M), (name, path)
 
 
 def test_the_checks_see_what_is_wrong(tmp_path: Path) -> None:
