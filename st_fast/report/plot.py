@@ -78,8 +78,8 @@ def draw(figure: Figure, title: bool = True) -> Canvas:
         labels = [c.label for c in figure.curves] if isinstance(figure, Chart) else list(figure.segments)
         columns = max(1, min(len(labels), 60 // (6 + max(len(_short(label)) for label in labels))))
         legend = 0.2 * math.ceil(len(labels) / columns)
-        height = 3.1 if isinstance(figure, Chart) else 0.6 + 0.5 * len(figure.rows)
-        canvas = Canvas(figsize=(5.0, height + legend + 0.25 * title), layout="constrained")
+        height = 2.7 if isinstance(figure, Chart) else 0.6 + 0.5 * len(figure.rows)
+        canvas = Canvas(figsize=(4.0, height + legend + 0.25 * title), layout="constrained")
         axes = canvas.subplots()
         if isinstance(figure, Chart):
             chart(axes, figure)
