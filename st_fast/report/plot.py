@@ -61,7 +61,7 @@ def export(figures: Sequence[Figure], folder: Path) -> None:
     try:
         make_folder(folder)
         for figure in figures:
-            save(draw(figure), folder / f"{figure.key}.png", dpi=200)
+            save(draw(figure), folder / f"{figure.key}.png", dpi=250)
             write_json_atomic(folder / f"{figure.key}.json", {"kind": type(figure).__name__.lower(), **asdict(figure)})
     except OSError as error:
         raise UserError(f"{folder}: can't be written: {error.strerror}") from None
