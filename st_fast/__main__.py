@@ -5,8 +5,6 @@ torchrun --nproc-per-node 8 -m st_fast train recipes/sit_xl.toml
 source <(st-fast completion bash)
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -13,8 +13,6 @@ stage, checkpoint, Hugging Face or diffusers folder of ours. Pickles are read by
 nothing. Every key, shape and dtype is checked; what does not fit is listed. Nothing that exists is overwritten.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence

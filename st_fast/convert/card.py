@@ -1,7 +1,5 @@
 """A model card (README.md), generated from a run's log; it states what is unknown."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

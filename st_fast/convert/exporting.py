@@ -1,7 +1,5 @@
 """A loaded state → a file in one of the published layouts."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A model written as a stage of ours, as a Hugging Face folder, or as a diffusers pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

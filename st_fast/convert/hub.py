@@ -1,7 +1,5 @@
 """Uploads a folder to the hub, on explicit request only. The hub library handles tokens: none is read here."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

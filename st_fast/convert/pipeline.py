@@ -4,8 +4,6 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_r
 images = pipe([3, 8], seed=0).images
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Sequence

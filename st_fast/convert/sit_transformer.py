@@ -3,8 +3,6 @@
 Plain PyTorch with the published key names; written by st_fast, which trained the weights, and needs nothing of it.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 

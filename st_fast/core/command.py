@@ -1,7 +1,5 @@
 """What every command shares: its parser, and how it ends. A UserError is one line on stderr and an exit code."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import sys

@@ -1,7 +1,5 @@
 """Mistakes that a person can mend: told in one line, exit code 2, no traceback unless `--debug` asks for it."""
 
-from __future__ import annotations
-
 EXIT_OK = 0
 EXIT_FAILED = 1
 """The run gave up: too many bad steps, a dead rank, something unforeseen."""

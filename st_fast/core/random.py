@@ -5,8 +5,6 @@ record that is follows from `epoch_order`. There is no generator state, so resum
 Bits come from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from enum import IntEnum

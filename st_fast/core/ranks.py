@@ -1,7 +1,5 @@
 """Ranks: this process's rank and device under torchrun, its heartbeat, and the few collectives of all ranks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT become a flag that all ranks act on at the same step boundary; a second one changes nothing."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Reading outlives a disk that stalls or fails for a moment. Threads suffice: read
 interpreter's lock.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from abc import ABC, abstractmethod

@@ -5,8 +5,6 @@ the grid, and the digest of the latents they belong to. The latents' own manifes
 that was started on them. Every row is checked against its CRC whenever it is read.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Image files → uint8 arrays: odd pixel formats made ordinary, then ADM's centre crop."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

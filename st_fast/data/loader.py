@@ -4,8 +4,6 @@ So every loader gives the same batches for the same requests, bit for bit, and h
 is `ReadAhead` alone.
 """
 
-from __future__ import annotations
-
 import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator

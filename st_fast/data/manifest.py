@@ -1,7 +1,5 @@
 """manifest.json: what a folder of latents holds, how it was made, and the hash of every shard. Imports no torch."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import Field, asdict, dataclass

@@ -4,8 +4,6 @@ Every file holds one image's concat(mean, std), unscaled (arXiv 2410.06940, prep
 this layout: `prepare --from-repa` makes shards, which have them and are read faster.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -4,8 +4,6 @@ Reads are `pread`s, not memory maps: a file that is cut off while it is used is 
 a SIGBUS, memory stays flat over an epoch, and several threads may read at once.
 """
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A source knows its images by number; reading one gives the file's bytes. What is
 decided from names alone, so the same input gives the same set on any machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

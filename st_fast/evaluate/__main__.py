@@ -10,8 +10,6 @@ on as many ranks as torchrun starts), prints every number with its protocol and 
 The classifier is trained on the data's real images; a distance in its features is never called FID.
 """
 
-from __future__ import annotations
-
 from st_fast.core.command import need_run_first
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Its accuracy on held-out real images stands beside every score, which can be no 
 "test_labels" integers (n,). Its weights are kept in `classifier/` there, with a manifest of hashes and its accuracy.
 """
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from collections.abc import Callable

@@ -6,8 +6,6 @@ the 2015 graph has it: averages inside the blocks leave the border's padding out
 and there are 1,008 classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

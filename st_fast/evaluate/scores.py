@@ -4,8 +4,6 @@ Everything is streamed: besides statistics of fixed size, only the pooled featur
 KID (410 MB for 50,000 samples), and only where the reference has images to compare them with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ training, and only after its output and gradients were compared with float64 on 
 shipped before (flash-attention#2896).
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

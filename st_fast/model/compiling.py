@@ -6,8 +6,6 @@ attention: qkv, q, k, v and the output before its projection. Nothing is drawn a
 the same bits as keeping everything.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from functools import partial

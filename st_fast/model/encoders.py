@@ -5,8 +5,6 @@ vision transformers through transformers: DINOv2 with and without registers, CLI
 these is a line in `FAMILIES`, by the `model_type` that a model's configuration names.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

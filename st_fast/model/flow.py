@@ -4,8 +4,6 @@ Flow matching as in SiT (arXiv 2401.08740), with time from data to noise (docs/m
 v = dx_t/dt.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -6,8 +6,6 @@ make is sensitive or read by everything after them: the embedders, the adaLN pro
 and a frozen teacher stay in bf16 too.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from typing import Any

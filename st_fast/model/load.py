@@ -1,7 +1,5 @@
 """A model as a folder that other programs know: config.json and model.safetensors, read from a disk or from the hub."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

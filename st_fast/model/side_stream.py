@@ -5,8 +5,6 @@ before it is written, and `record_stream`, so that the allocator gives memory aw
 Also the ways in which a guided teacher runs its two branches, with the labels and with the null label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar, cast

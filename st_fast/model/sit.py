@@ -6,8 +6,6 @@ The residual stream x and the modulated input y of the next sub-layer travel tog
 and the normalisation after it are one op: also across blocks, where the next block's shift and scale are used.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, cast

@@ -3,8 +3,6 @@
 At this point no weight has changed, so nothing is half made; all ranks replace the same ops.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace

@@ -1,7 +1,5 @@
 """Frozen teachers: a finished stage's model, loaded strictly."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal

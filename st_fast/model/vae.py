@@ -5,8 +5,6 @@ A latent of the diffusion model is x = scale · (mean + std · ξ). A VAE whose 
 Flux) has it taken off the mean here and put back by `decode`, so that no caller needs to know about it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping

@@ -19,8 +19,6 @@ Examples:
     torchrun --nproc-per-node 8 -m st_fast.prepare --features facebook/dinov2-base ~/imagenet/train data/imagenet256
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

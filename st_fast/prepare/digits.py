@@ -9,8 +9,6 @@ published DINOv2 it has seen labels, but neither the held-out digits nor the cla
 training is not counted as cost, as a published encoder's never is.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

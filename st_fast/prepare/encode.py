@@ -1,7 +1,5 @@
 """Images → moments, a shard at a time: threads decode one batch of files while the VAE encodes the batch before."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass

@@ -6,8 +6,6 @@ written a shard at a time, continued if interrupted: shard k is made by process 
 finds all shards complete writes the manifest.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

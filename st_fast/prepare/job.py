@@ -4,8 +4,6 @@ Shard k is made by process k mod world alone, so no process waits for another. B
 its content; the process that finds all notes complete writes the manifest and removes them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -7,8 +7,6 @@ The classifier of `evaluate.classifier = true` is trained on training images and
   python -m st_fast.prepare.real_images cifar10.zip data/cifar10 --size 32
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

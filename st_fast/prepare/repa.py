@@ -1,7 +1,5 @@
 """Shards out of a folder in REPA's layout, and the other way round."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

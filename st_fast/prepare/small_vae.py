@@ -1,7 +1,5 @@
 """A small AutoencoderKL trained on the images at hand: true latents where no published VAE fits or can be had."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Statistics of a set of latents, as text."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from st_fast.core.progress import bar

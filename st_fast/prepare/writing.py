@@ -1,7 +1,5 @@
 """Writes latents as shards: each is complete or absent, and remembers a CRC of every record."""
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator

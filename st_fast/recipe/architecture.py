@@ -4,8 +4,6 @@ Parameters, FLOPs and memory (`cost`), config.json, a checkpoint's manifest and 
 it from here; `st_fast.model.sit` builds it. Imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """How the global batch is split: over ranks, over passes of a step, and so into images of a pass. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """What must hold between a recipe's values, and what a resumed run may not change. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, get_args
 

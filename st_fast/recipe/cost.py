@@ -6,8 +6,6 @@ sizes: latents and times need no gradient, both branches of the teacher share a 
 modulation too many. A flash backward computes the scores once more, which counters charge and this does not.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

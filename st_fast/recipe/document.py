@@ -1,7 +1,5 @@
 """A recipe file, and the command line's changes to it, as plain tables: sections and stages, not yet typed."""
 
-from __future__ import annotations
-
 import datetime
 import re
 import tomllib

@@ -7,8 +7,6 @@
 may always change. This module also converts TOML values to the fields' types. Imports no torch.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Recipe file + overrides → a checked `Recipe`, or one line that says what is wrong; and back to TOML. No torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace

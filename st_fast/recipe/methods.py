@@ -4,8 +4,6 @@ A method's code is the class named in `implementation`; it is imported only when
 declared here, too: its heads' linear layers, its teacher's passes and the activations that it keeps (see `cost`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """The page of all keys of a recipe: `python -m st_fast.recipe.reference > docs/recipe.md`. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import MISSING
 

@@ -3,8 +3,6 @@
 The defaults are those of the published Self-Transcendence runs where these exist (arXiv 2601.07773).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 

@@ -1,7 +1,5 @@
 """The report: run folders in, one self-contained HTML page out. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -13,8 +13,6 @@ examples:
       read and check the logs, print the verdict, write nothing
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reads run folders: the resolved recipe and the log, checked record by record. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 import math
 import tomllib

@@ -1,7 +1,5 @@
 """Whether runs may be compared: which settings differ, which of these make it doubtful, and which forbid a verdict."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The report's figures as data: which curves and bars, over what, and what a reader should see in them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

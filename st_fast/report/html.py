@@ -1,7 +1,5 @@
 """One self-contained page from run folders: no script, no external resource, everything from logs escaped."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

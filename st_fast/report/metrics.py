@@ -1,7 +1,5 @@
 """Every metric of generated images, declared once. Whoever computes one logs it under its key; the rest reads this."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

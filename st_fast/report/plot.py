@@ -1,7 +1,5 @@
 """Draws every figure with matplotlib: SVG whose colours follow the page's style sheet, and PNG files."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

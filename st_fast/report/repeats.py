@@ -4,8 +4,6 @@ Every comparison is between runs of one seed, which saw the same samples and noi
 All costs count the teacher's training and its forward passes.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import statistics

@@ -1,7 +1,5 @@
 """Numbers as text, and a sentence on each supervision method."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

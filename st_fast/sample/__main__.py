@@ -11,8 +11,6 @@ every setting, and grid.png. The same command again continues where it stopped. 
 from (seed, sample number), and every batch from its number, so the number of ranks changes no image.
 """
 
-from __future__ import annotations
-
 from st_fast.core.command import need_run_first
 
 if __name__ == "__main__":

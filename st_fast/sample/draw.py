@@ -1,7 +1,5 @@
 """Sample numbers, labels and starting noise, all of which follow from (seed, sample number)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Latents from noise: the velocity with classifier-free guidance, and the solver that the settings name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """A trained model ready to sample: the flags that choose its weights and settings, and the model with its decoder."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable, Iterator

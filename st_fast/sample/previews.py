@@ -1,7 +1,5 @@
 """Pictures of a few samples: a grid, the interpolation of two noises, and a GIF from noise to image."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Solvers from noise at t = 1 to data at t = 0: ODE (Euler, Heun, dopri5) and SDE (Euler–Maruyama)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 

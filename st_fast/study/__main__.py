@@ -9,8 +9,6 @@ examples:
       the list of runs with their steps and FLOPs
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs a study's list in one process: what is done is passed over, what was cut off goes on where it stood."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

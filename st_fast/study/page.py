@@ -1,7 +1,5 @@
 """Writes a study into a Markdown page between its own two markers, so that one page can hold several studies."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

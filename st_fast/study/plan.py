@@ -12,8 +12,6 @@ teacher_steps, student_steps  an arm without a teacher gets both together
 [[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

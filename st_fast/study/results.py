@@ -1,7 +1,5 @@
 """What came out of a study, from its runs' logs: curves, scores and the verdict, by arm and seed. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path

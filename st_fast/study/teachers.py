@@ -1,7 +1,5 @@
 """The two control teachers: an untrained network, and data with shuffled labels."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

@@ -13,8 +13,6 @@ Options are `--section.key=value`, `--stage.NAME.key=value`, and
 Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted after saving.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Masters, moments, EMA and the number of updates are the same tensors for all of 
 resumed with another. None waits for the device: a gradient norm that is not finite leaves everything as it was.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Everything but the noise is decided on the host, as a pure function of (seed, st
 supervised, so that the device is never asked. The noise is drawn on the device from the ordinals.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial

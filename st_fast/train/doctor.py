@@ -6,8 +6,6 @@ python -m st_fast doctor --json             the same as JSON
 python -m st_fast doctor --plan --help      step times on 1 to 64 GPUs, estimated
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json

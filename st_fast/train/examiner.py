@@ -1,7 +1,5 @@
 """Previews and metrics of a model while it trains: samples from fixed noise and labels, as pictures and scores."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

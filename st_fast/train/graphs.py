@@ -6,8 +6,6 @@ graph would be recorded again for each block's weights; and a graph tree overwri
 tapped streams. The optimiser stays outside, so that skipped steps, rollbacks and checkpoints are as ever.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass

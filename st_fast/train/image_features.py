@@ -4,8 +4,6 @@ Either way they are one object, with what the trainer needs: their widths, their
 run learns from the same features) and the loaders that `BatchIterator` reads.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ A step whose gradient norm is not finite has changed nothing: the optimiser skip
 the norm is that of the summed gradients. Skipped steps and spikes of the loss are found here, in what was read anyway.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -5,8 +5,6 @@ the checkpoints and kept by a resumed run, so that it adds its gradients up in t
 interrupted, whatever else is on the device by then.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import sys

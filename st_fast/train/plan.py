@@ -10,8 +10,6 @@ gradients scattered. It sends more, and saves memory and the update's time.
 Optimistic: latencies are left out, and a GPU is as efficient with a few images as with the batch it was measured at.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

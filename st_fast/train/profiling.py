@@ -4,8 +4,6 @@ The parts of a step are named ranges, which cost nothing without a profiler. A p
 more slowly.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time

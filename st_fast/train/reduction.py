@@ -4,8 +4,6 @@ As in DistributedDataParallel (Li et al., VLDB 2020): a bucket's all-reduce star
 there, in the same order of buckets on every rank, and only for the last micro-batch of a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

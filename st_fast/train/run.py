@@ -1,7 +1,5 @@
 """A whole run: data, every stage in order, the report."""
 
-from __future__ import annotations
-
 import gc
 from contextlib import nullcontext
 from dataclasses import replace

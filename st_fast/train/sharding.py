@@ -5,8 +5,6 @@ optimiser's ops read and write; whole weights exist only while a block runs. Gra
 averaged: the losses are already weighted by 1 / global batch size.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast

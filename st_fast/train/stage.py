@@ -1,7 +1,5 @@
 """One stage from top to bottom: build, resume, loop, log, sample, save."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

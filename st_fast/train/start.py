@@ -1,7 +1,5 @@
 """What a stage's weights start from where its recipe says `init`: read once, matched strictly, told in one line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ overlaps the all-reduce and the memory-bound optimiser. A frozen teacher does no
 target is the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -6,8 +6,6 @@ error in it is reported in one line and turns it off; log.jsonl has everything.
 To add one: a class with `write` and `close`, an entry in TRACKERS, and its name in `recipe/schema.py` (`run.trackers`).
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

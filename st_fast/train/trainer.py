@@ -1,7 +1,5 @@
 """A stage's model, method, optimiser and step: how they are built, saved and restored."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ A rank whose main thread makes no progress for `deadline` seconds hangs; one wit
 or frozen. A rank that notices this prints one line and exits with code 1.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -8,8 +8,6 @@ The safetensors library writes and maps files on its own, out of sight of fsync 
 through one loop, and the bytes that are loaded are the bytes that were hashed. Its files and ours are the same format.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Saving during training: a snapshot on the host, written by a thread while the next steps run."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

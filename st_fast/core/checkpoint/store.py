@@ -1,7 +1,5 @@
 """Checkpoint folders: saved whole or not at all, loaded with every check; the newest of a stage, and pruning."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

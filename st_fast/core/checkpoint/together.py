@@ -4,8 +4,6 @@ The first rank makes the folder, the others write their files into it and send t
 writes the manifest and renames. A rank that can't write sends the reason instead, and nothing of the save is left.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping

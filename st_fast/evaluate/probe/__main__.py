@@ -10,8 +10,6 @@ Into RUN/probe go a linear probe's accuracy by block and time, PCA pictures of t
 blocks and with the teacher's, and the held-out denoising loss by time. `st_fast.report` shows them.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Sequence

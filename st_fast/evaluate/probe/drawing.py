@@ -1,7 +1,5 @@
 """The figures of a probe as PNG, each with a title and a sentence that says what to see in it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

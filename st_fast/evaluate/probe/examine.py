@@ -1,7 +1,5 @@
 """Reads every block of a model on the same noisy latents: probe accuracy, tokens, and the loss by time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -4,8 +4,6 @@ All random draws have their own seed, the same for every model, so that models a
 noise.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

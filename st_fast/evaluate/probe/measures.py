@@ -1,7 +1,5 @@
 """Measures of features with NumPy and scikit-learn: linear probe, CKA, cosine, principal components as colours."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

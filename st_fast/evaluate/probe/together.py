@@ -1,7 +1,5 @@
 """Probes the stages of run folders, as they were saved last: checkpoints in, figures and `probe.json` out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal

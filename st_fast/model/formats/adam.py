@@ -1,7 +1,5 @@
 """torch.optim.AdamW's state dict, which numbers parameters, ↔ the same by key."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -3,8 +3,6 @@
 Files are not believed: nothing in a pickle is ever executed.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping

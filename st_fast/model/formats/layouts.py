@@ -1,7 +1,5 @@
 """The published layouts: which keys they have, how they are told apart, and the model their shapes describe."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """The neutral form between layouts: named tensors in our convention of time and sign, and what the file said."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

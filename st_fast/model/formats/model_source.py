@@ -1,7 +1,5 @@
 """A model by its path, whatever lies there: another project's file, or a run, stage or checkpoint of ours."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -8,8 +8,6 @@ time embedding absorbs the reflection of time, since for a frequency f
 That map of (cos, sin) columns is its own inverse. `learn_sigma` doubles the outputs; only the first C are a velocity.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

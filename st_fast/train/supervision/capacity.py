@@ -4,8 +4,6 @@ The number of a micro-batch's times inside the t-range changes from step to step
 has a fixed number of rows, and a step with more of them runs another pass of the same shape.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

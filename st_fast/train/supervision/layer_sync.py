@@ -1,7 +1,5 @@
 """LayerSync (arXiv 2510.12581): a shallow block follows a deeper one of the same forward pass, without a head."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from st_fast.recipe import methods

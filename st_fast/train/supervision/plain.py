@@ -1,7 +1,5 @@
 """No supervision besides the denoising loss: SiT as published (arXiv 2401.08740)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from st_fast.recipe import methods

@@ -8,8 +8,6 @@ run before or beside it, or a step ahead if nothing that it needs is trained (`r
 over samples already weighted by 1 / global batch size, so those of micro-batches and ranks simply add up.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol

@@ -1,7 +1,5 @@
 """REPA (arXiv 2410.06940): patch features of frozen image encoders supervise a shallow block of the student."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

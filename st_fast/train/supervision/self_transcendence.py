@@ -5,8 +5,6 @@ f = f_∅ + ω·(f_y − f_∅) is compared with the student's projected block `
 by `mask = "sample"` and "sample_mean" those are the samples inside the t-range.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 The teacher sees the same latents, noise and dropped labels at the time max(t − u, 0), u uniform in (0, time_offset).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

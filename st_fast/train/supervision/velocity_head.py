@@ -3,8 +3,6 @@
 The released code predicts the velocity (`target = "velocity"`); the paper's text says the clean latent ("latent").
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
