@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 import st_fast
+from st_fast.recipe import load
+from st_fast.recipe.schema import Recipe
+from st_fast.train.run import run
+from st_fast.train.supervision import NoisyBatch
+from tests import tiny
 
 HOUSE = Path(st_fast.__path__[0])
 ROOMS = {"core", "recipe", "model", "data", "report", "sample", "evaluate", "prepare", "convert", "train", "study"}
@@ -93,3 +100,24 @@ def test_every_package_is_installed():
 )  # fmt: skip
 def test_formats_keep_the_names_that_stand_in_files_already_written(module: str, name: str):
     assert name == import_module(f"st_fast.{module}").FORMAT
+
+
+def test_a_recipe_and_a_batch_are_handed_through_few_rooms(tmp_path: Path):
+    """Counts the files whose functions are given one, in a whole run of two stages."""
+    recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out"))
+    found: dict[type, set[Path]] = {Recipe: set(), NoisyBatch: set()}
+
+    def note(frame: FrameType, event: str, result: object) -> None:
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and HOUSE in file.parents:
+            for kind in {type(value) for value in frame.f_locals.values()} & found.keys():
+                found[kind].add(file.relative_to(HOUSE))
+
+    sys.setprofile(note)
+    try:
+        run(recipe)
+    finally:
+        sys.setprofile(None)
+    rooms = {kind: {file.parts[0] for file in files} - OUTSIDE for kind, files in found.items()}
+    assert len(rooms[Recipe]) <= 6 and len(found[Recipe]) <= 24, sorted(found[Recipe])
+    assert rooms[NoisyBatch] == {"train", "model"} and len(found[NoisyBatch]) <= 5, sorted(found[NoisyBatch])
