@@ -209,23 +209,13 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, s
     raise UserError(f"model.attention: no backend computes attention right on {device} in {dtype}")
 
 
-def _all_contiguous(attend: Attend, qkv: Tensor) -> Tensor:
-    q, k, v = _unpacked(qkv)
-    return attend(q.contiguous(), k.contiguous(), v.contiguous()).transpose(1, 2)
-
-
-def _v_in_place(attend: Attend, qkv: Tensor) -> Tensor:
-    q, k, v = _unpacked(qkv)
-    return attend(q.contiguous(), k.contiguous(), v).transpose(1, 2)
-
-
 LAYOUTS = {
-    "contiguous": _all_contiguous,
-    "contiguous but for v, a view of the packed projection": _v_in_place,
-    "views of the packed projection": attend_packed,
+    "contiguous": 3,
+    "contiguous but for v, a view of the packed projection": 2,
+    "views of the packed projection": 0,
 }
-"""How q, k and v (B, H, N, d) lie in memory in training, each as a function from the packed projection (B, N, 3, H, d)
-to the output (B, N, H, d): after the fused qk_norm, after the reference's, and without qk_norm."""
+"""How q, k and v (B, H, N, d) lie in memory in training: how many of them, in this order, are copies out of the packed
+projection (B, N, 3, H, d) after the fused qk_norm, after the reference's, and without qk_norm."""
 
 
 def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int = 256) -> str | None:
@@ -236,10 +226,10 @@ def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: i
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, tokens, 3, 3, head_dim, generator=generator).to(dtype)  # B = 2, H = 3
     dout = torch.randn(2, tokens, 3, head_dim, generator=generator).to(dtype)
-    truth = _with_gradients(attend_packed, F.scaled_dot_product_attention, qkv.double(), dout.double())
-    for layout, call in LAYOUTS.items():
+    truth = _with_gradients(F.scaled_dot_product_attention, qkv.double(), dout.double())
+    for layout, copies in LAYOUTS.items():
         try:
-            ours = _with_gradients(call, attend, qkv.to(device), dout.to(device))
+            ours = _with_gradients(attend, qkv.to(device), dout.to(device), copies)
         except Exception as error:  # whatever a backend throws here it would throw in training
             lines = str(error).splitlines() or [""]
             return f"fails with {type(error).__name__}: {lines[0][:120]}"
@@ -251,10 +241,12 @@ def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: i
     return None
 
 
-def _with_gradients(
-    call: Callable[[Attend, Tensor], Tensor], attend: Attend, qkv: Tensor, dout: Tensor
-) -> tuple[Tensor, ...]:
-    """The output (B, N, H, d) and the gradients of q, k, v, in the same shape."""
+def _with_gradients(attend: Attend, qkv: Tensor, dout: Tensor, copies: int = 0) -> tuple[Tensor, ...]:
+    """The output (B, N, H, d) and the gradients of q, k, v, in the same shape; the first `copies` are contiguous."""
     leaf = qkv.detach().requires_grad_()
-    out = call(attend, leaf)
+    if copies:
+        q, k, v = (x.contiguous() if place < copies else x for place, x in enumerate(_unpacked(leaf)))
+        out = attend(q, k, v).transpose(1, 2)
+    else:
+        out = attend_packed(attend, leaf)
     return out.detach(), *torch.autograd.grad(out, leaf, dout)[0].unbind(2)

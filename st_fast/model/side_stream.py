@@ -106,20 +106,14 @@ def batched(
     return conditional, null
 
 
-class Apart:
+def apart(
+    side: SideStream, features: Features, tokens: Tensor, t: Tensor, labels: Tensor, null_labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """As two batches of B: one after the other, or with a side stream at the same time. Half the activations.
 
     A product's rows do not depend on how many there are, but for the rounding of a library that sums in another order
     for another size.
     """
-
-    def __init__(self, side: SideStream) -> None:
-        self._side = side
-
-    def __call__(
-        self, features: Features, tokens: Tensor, t: Tensor, labels: Tensor, null_labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        self._side.follow()
-        null = self._side.start(lambda: features(tokens, t, null_labels), (tokens, t, null_labels))
-        conditional = features(tokens, t, labels)
-        return conditional, null()
+    side.follow()
+    null = side.start(lambda: features(tokens, t, null_labels), (tokens, t, null_labels))
+    return features(tokens, t, labels), null()

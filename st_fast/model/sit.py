@@ -135,11 +135,6 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
         self.run_attention = run_module
 
-    @property
-    def modulation_layer(self) -> nn.Linear:
-        """From SiLU(c) to the block's (B, 6D) modulation."""
-        return cast(nn.Linear, self.adaLN_modulation[1])
-
     def forward(
         self, x: Tensor, y: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -157,11 +152,6 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    @property
-    def modulation_layer(self) -> nn.Linear:
-        """From SiLU(c) to the final (B, 2D) modulation."""
-        return cast(nn.Linear, self.adaLN_modulation[1])
 
     def forward(self, y: Tensor) -> Tensor:
         return self.linear(y)
@@ -204,14 +194,10 @@ class SiT(Pretrained):
         for block in self._blocks:
             block.run_attention = run
 
-    def _modulated(self, depth: int) -> list[Block | FinalLayer]:
-        """The first `depth` blocks and what comes after them."""
-        parts: list[Block | FinalLayer] = [*self._blocks, self.final_layer]
-        return parts[: depth + 1]
-
     def modulation_layers(self, depth: int) -> list[nn.Linear]:
-        """Those that run, in this order and before any block, where the trunk runs `depth` blocks."""
-        return [part.modulation_layer for part in self._modulated(depth)]
+        """From SiLU(c) to what modulates the first `depth` blocks and the part after them; run before any block."""
+        parts: list[Block | FinalLayer] = [*self._blocks, self.final_layer]
+        return [cast(nn.Linear, part.adaLN_modulation[1]) for part in parts[: depth + 1]]
 
     @property
     def null_label(self) -> int:
@@ -228,8 +214,8 @@ class SiT(Pretrained):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in self.t_embedder.layers:
             nn.init.normal_(layer.weight, std=0.02)
-        for part in self._modulated(self.config.depth):
-            nn.init.zeros_(part.modulation_layer.weight)
+        for layer in self.modulation_layers(self.config.depth):
+            nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def embed_tokens(self, x: Tensor) -> Tensor:
@@ -294,12 +280,9 @@ class SiT(Pretrained):
 
 
 def unfilled(
-    config: Model,
-    kernels: KernelTable,
-    device: torch.device,
-    dtype: torch.dtype,
+    config: Model, kernels: KernelTable, device: torch.device, dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend,
-) -> SiT:
+) -> SiT:  # fmt: skip
     """A SiT on `device` whose weights are not drawn, for one that takes all of them over: it costs no time."""
     with torch.device("meta"):
         model = SiT(config, kernels, attend)

@@ -23,9 +23,6 @@ PATCHES = (2, 4, 8)
 TIME_FREQUENCIES = 256
 """Sinusoids of the time embedding."""
 
-UNTOLD = ("heads",)
-"""Keys that no weight's shape tells: of a model that is read, they are what its file says."""
-
 
 @dataclass(frozen=True)
 class Layer:

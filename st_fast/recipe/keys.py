@@ -10,11 +10,11 @@ may always change. This module also converts TOML values to the fields' types. I
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from st_fast.recipe.error import did_you_mean, wrong_value
 
@@ -62,56 +62,15 @@ def keys(cls: type) -> dict[str, Key]:
     }
 
 
-class Limit(Protocol):
-    """Which values of a type are allowed; its `str` continues the type's name: "a number" + "above 0"."""
-
-    def allows(self, value: Any) -> bool: ...
-
-
 @dataclass(frozen=True)
-class Within:
-    """A number between two ends; an end in `open_ends` is itself not allowed."""
+class Limit:
+    """Which values of a type are allowed; `words` continue the type's name: "a number" + "above 0"."""
 
-    low: float = -math.inf
-    high: float = math.inf
-    open_ends: str = ""
-
-    def allows(self, value: float) -> bool:
-        above = value > self.low if "low" in self.open_ends else value >= self.low
-        below = value < self.high if "high" in self.open_ends else value <= self.high
-        return above and below
+    words: str
+    allows: Callable[[Any], bool]
 
     def __str__(self) -> str:
-        if math.isinf(self.high):
-            return f"{'above' if 'low' in self.open_ends else 'at least'} {self.low:g}"
-        left = "(" if "low" in self.open_ends else "["
-        right = ")" if "high" in self.open_ends else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
-
-
-@dataclass(frozen=True)
-class TimeWindow:
-    """A non-empty stretch of t in [0, 1], lower end first."""
-
-    def allows(self, value: tuple[float, float]) -> bool:
-        low, high = value
-        return 0.0 <= low < high <= 1.0
-
-    def __str__(self) -> str:
-        return "as [low, high] with 0 <= low < high <= 1"
-
-
-@dataclass(frozen=True)
-class FolderName:
-    """A name that is safe as a folder of its own: no separators, no dots, no spaces."""
-
-    pattern = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
-
-    def allows(self, value: str) -> bool:
-        return self.pattern.fullmatch(value) is not None
-
-    def __str__(self) -> str:
-        return "of 1 to 64 letters, digits, _ and - that does not start with -"
+        return self.words
 
 
 @dataclass(frozen=True)
@@ -128,28 +87,29 @@ class UpTo:
         return f"from {self.low} to {self.of}"
 
 
-@dataclass(frozen=True)
-class SomeNames:
-    """At least so many names, none empty and none twice."""
-
-    least: int = 1
-
-    def allows(self, value: tuple[str, ...]) -> bool:
-        return self.least <= len(value) == len(set(value)) and all(value)
-
-    def __str__(self) -> str:
-        return f"with {'at least one, ' * (self.least > 0)}none empty and none twice"
+def _distinct(names: tuple[str, ...]) -> bool:
+    return len(names) == len(set(names)) and all(names)
 
 
-Count = Annotated[int, Within(1)]
-CountOrZero = Annotated[int, Within(0)]
-Positive = Annotated[float, Within(0, open_ends="low")]
-NonNegative = Annotated[float, Within(0)]
-Fraction = Annotated[float, Within(0, 1)]
-BelowOne = Annotated[float, Within(0, 1, open_ends="high")]
-TimeRange = Annotated[tuple[float, float], TimeWindow()]
-Names = Annotated[tuple[str, ...], SomeNames()]
-NamesOrNone = Annotated[tuple[str, ...], SomeNames(0)]
+Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
+CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
+Positive = Annotated[float, Limit("above 0", lambda value: value > 0)]
+NonNegative = Annotated[float, Limit("at least 0", lambda value: value >= 0)]
+Fraction = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
+BelowOne = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
+TimeRange = Annotated[
+    tuple[float, float], Limit("as [low, high] with 0 <= low < high <= 1", lambda ends: 0 <= ends[0] < ends[1] <= 1)
+]
+FOLDER_NAME = Limit(
+    "of 1 to 64 letters, digits, _ and - that does not start with -",
+    lambda name: re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", name) is not None,
+)
+"""A name that is safe as a folder of its own: no separators, no dots, no spaces."""
+Names = Annotated[
+    tuple[str, ...],
+    Limit("with at least one, none empty and none twice", lambda names: names != () and _distinct(names)),
+]
+NamesOrNone = Annotated[tuple[str, ...], Limit("with none empty and none twice", _distinct)]
 Block = Annotated[int, UpTo(1, "the model's depth")]
 """A transformer block, counted from 1."""
 StageStep = Annotated[int, UpTo(0, "the stage's steps")]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,22 +103,14 @@ def resolve(recipe: Recipe, path: Path) -> Recipe:
 
 def to_toml(recipe: Recipe) -> str:
     """Every section and stage with every value, defaults included."""
-    tables = [_table(f"[{name}]", _items(getattr(recipe, name))) for name in SECTIONS]
-    tables += [_table("[[stage]]", _stage_items(stage)) for stage in recipe.stages]
-    return "\n".join(tables)
-
-
-def _stage_items(stage: Stage) -> dict[str, Any]:
-    head = {"name": stage.name, "supervision": supervision_name(stage.method), "steps": stage.steps}
-    return head | _items(stage.method) | _items(stage.start)
-
-
-def _items(section: Any) -> dict[str, Any]:
-    return {f.name: getattr(section, f.name) for f in fields(section)}
-
-
-def _table(header: str, items: dict[str, Any]) -> str:
-    return "".join([f"{header}\n", *(f"{key} = {to_literal(value)}\n" for key, value in items.items())])
+    tables = [(f"[{name}]", vars(getattr(recipe, name))) for name in SECTIONS]
+    for stage in recipe.stages:
+        own = {"name": stage.name, "supervision": supervision_name(stage.method), "steps": stage.steps}
+        tables.append(("[[stage]]", own | vars(stage.method) | vars(stage.start)))
+    return "\n".join(
+        "".join([f"{header}\n", *(f"{key} = {to_literal(value)}\n" for key, value in table.items())])
+        for header, table in tables
+    )
 
 
 def to_literal(value: Any) -> str:

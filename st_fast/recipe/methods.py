@@ -9,17 +9,7 @@ from typing import ClassVar, Literal
 
 from st_fast.recipe.architecture import Layer, Model
 from st_fast.recipe.error import wrong_value
-from st_fast.recipe.keys import (
-    Block,
-    Count,
-    CountOrZero,
-    Fraction,
-    Names,
-    NonNegative,
-    StageStep,
-    TimeRange,
-    fixed,
-)
+from st_fast.recipe.keys import Block, Count, CountOrZero, Fraction, Names, NonNegative, StageStep, TimeRange, fixed
 
 Mask = Literal["sample", "sample_mean", "released"]
 
@@ -42,7 +32,7 @@ DINOV2 = {"small": (12, 384), "base": (12, 768), "large": (24, 1024), "giant": (
 
 @dataclass(frozen=True)
 class Method:
-    """What every method's settings share; a property that a method leaves out says that it has no such thing."""
+    """What every method's settings share; a method that has no such key or property has no such thing."""
 
     implementation: ClassVar[str]
     """The class that implements it, as module:class."""
@@ -58,18 +48,20 @@ class Method:
 
     @property
     def selection(self) -> Selection | None:
-        """Which samples are supervised; None where none is."""
-        return None
+        """Which samples are supervised, by the keys t_range, mask and weight; None for a method without a weight."""
+        if not hasattr(self, "weight"):
+            return None
+        return Selection(getattr(self, "t_range", EVERYWHERE), getattr(self, "mask", "sample"), self.weight)
 
     @property
     def teacher_name(self) -> str | None:
-        """The stage or path that the frozen teacher comes from; None where there is no teacher."""
-        return None
+        """The stage or path that the frozen teacher comes from, the key `teacher`; None where there is no teacher."""
+        return getattr(self, "teacher", None)
 
     @property
     def teacher_group(self) -> Literal["raw", "ema"]:
-        """Which of the teacher's weights are used."""
-        return "raw"
+        """Which of the teacher's weights are used, the key `teacher_weights`."""
+        return getattr(self, "teacher_weights", "raw")
 
     @property
     def needs_null_class(self) -> bool:
@@ -83,8 +75,8 @@ class Method:
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
-        """The image encoders whose features are the target."""
-        return ()
+        """The image encoders whose features are the target, the key `encoders`."""
+        return getattr(self, "encoders", ())
 
     @property
     def encodes_images(self) -> bool:
@@ -93,8 +85,8 @@ class Method:
 
     @property
     def resizes_features(self) -> bool:
-        """Whether features whose grid differs from the tokens' are resized."""
-        return False
+        """Whether features whose grid differs from the tokens' are resized, the key `interpolate`."""
+        return getattr(self, "interpolate", False)
 
     @property
     def stop_step(self) -> int:
@@ -145,10 +137,6 @@ class VelocityHead(Method):
     def tap(self) -> int:
         return self.depth
 
-    @property
-    def selection(self) -> Selection:
-        return Selection(self.t_range, self.mask, self.weight)
-
     def head_layers(self, model: Model) -> tuple[Layer, ...]:
         final = Layer("projectors_final.linear", model.width, model.patch_values, model.tokens)
         return *projector("projectors", model, self.hidden, model.width), final
@@ -181,18 +169,6 @@ class SelfTranscendence(Method):
         return self.student_depth
 
     @property
-    def selection(self) -> Selection:
-        return Selection(self.t_range, self.mask, self.weight)
-
-    @property
-    def teacher_name(self) -> str | None:
-        return self.teacher
-
-    @property
-    def teacher_group(self) -> Literal["raw", "ema"]:
-        return self.teacher_weights
-
-    @property
     def needs_null_class(self) -> bool:
         return self.cfg_scale != 1.0
 
@@ -220,10 +196,6 @@ class LayerSync(Method):
     @property
     def tap(self) -> tuple[int, int]:
         return self.student_depth, self.teacher_depth
-
-    @property
-    def selection(self) -> Selection:
-        return Selection(EVERYWHERE, "sample", self.weight)
 
     def kept_channels(self, model: Model) -> int:
         return 2 * model.width
@@ -254,10 +226,6 @@ class SelfRepresentation(Method):
     @property
     def tap(self) -> int:
         return self.student_depth
-
-    @property
-    def selection(self) -> Selection:
-        return Selection(EVERYWHERE, "sample", self.weight)
 
     @property
     def frozen_depth(self) -> int:
@@ -297,20 +265,8 @@ class Repa(Method):
         return self.depth
 
     @property
-    def encoder_names(self) -> tuple[str, ...]:
-        return self.encoders
-
-    @property
     def encodes_images(self) -> bool:
         return self.features == "live"
-
-    @property
-    def resizes_features(self) -> bool:
-        return self.interpolate
-
-    @property
-    def selection(self) -> Selection:
-        return Selection(EVERYWHERE, "sample", self.weight)
 
     def head_layers(self, model: Model) -> tuple[Layer, ...]:
         widths = enumerate(encoder_width(name, model) for name in self.encoders)

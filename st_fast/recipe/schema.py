@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from st_fast.recipe.architecture import Model as Model
 from st_fast.recipe.keys import (
+    FOLDER_NAME,
     BelowOne,
     Count,
     CountOrZero,
-    FolderName,
     NamesOrNone,
     NonNegative,
     Positive,
@@ -181,7 +181,7 @@ class Start:
 class Stage:
     """One stage: its name, its supervision method with its own settings, how long it lasts, and what it starts from."""
 
-    name: Annotated[str, FolderName()] = field(metadata=said("Name of the stage, of its folder and for other stages."))
+    name: Annotated[str, FOLDER_NAME] = field(metadata=said("Name of the stage, of its folder and for other stages."))
     method: Method
     """The keys of the method that the key `supervision` names."""
     steps: Count = field(metadata=said("Updates; a resumed run may make a stage longer.", free=True))

@@ -24,7 +24,7 @@ from st_fast.recipe import Recipe, RecipeError
 from st_fast.recipe.batch import agreed
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, as_document, parse_toml, read_document, read_text
-from st_fast.recipe.keys import FolderName
+from st_fast.recipe.keys import FOLDER_NAME
 from st_fast.recipe.load import parse, resolve
 
 ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
@@ -250,7 +250,7 @@ def _tables(raw: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:
 
 def _name(table: dict[str, Any], where: str) -> str:
     name = table.get("name")
-    right = isinstance(name, str) and FolderName().allows(name)
+    right = isinstance(name, str) and FOLDER_NAME.allows(name)
     _need(right, where, "name", name, "a word that can name a folder is needed")
     return str(name)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from st_fast.model import SiT, build, teacher, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
 from st_fast.model.fp8 import use_fp8
-from st_fast.model.side_stream import Apart, batched, side_stream
+from st_fast.model.side_stream import apart, batched, side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Stage
@@ -78,7 +79,7 @@ class Trainer:
         self.features = open_image_features(stage, recipe, context.shards, device, context.dtype)
         _compile(context, self.features)
         streams = side_stream(recipe.run, device, recipe.run.teacher_branches == "streams")
-        branches = batched if recipe.run.teacher_branches == "batched" else Apart(streams)
+        branches = batched if recipe.run.teacher_branches == "batched" else partial(apart, streams)
         parts = supervision.Parts(
             recipe.model, table, frozen, average, self.features.widths, recipe.flow.path, recipe.run.seed, branches,
             self.features.encoders,

@@ -6,11 +6,12 @@ Files are not believed: nothing in a pickle is ever executed.
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from st_fast.core.errors import UserError
@@ -34,22 +35,33 @@ def import_file(
     `heads_otherwise` is the number of heads where neither qk-norm nor a published size tells it.
     UserError in one line for whatever does not fit.
     """
-    raw, where = read_file(path), str(path)
-    tables = {name: _in_float32(table, f"{path} {name}".strip()) for name, table in raw.tables.items()}
+    content, where = read_file(path), str(path)
+    names = [name for name in ("", "model", "ema", "state_dict") if isinstance(content.get(name), Mapping)]
+    if not names:
+        raise UserError(f"{path}: has {shown(list(content))}, expected model or ema, or a bare state dict")
+    tables, prefixes = {}, {}
+    for name in names:
+        tables[name], prefixes[name] = _table(content[name], f"{path} {name}".strip())
+    args, opt = content.get("args"), content.get("opt")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    opt, args = (dict(value) if isinstance(value, Mapping) else {} for value in (opt, args))
     model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
-    layout = layout or detect(model, raw.args, where)
-    config = infer(model, raw.args, number_of_heads, where, heads_otherwise)
+    layout = layout or detect(model, args, where)
+    config = infer(model, args, number_of_heads, where, heads_otherwise)
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
-    state = adam.by_key(raw.opt, model, where) if raw.opt and "model" in tables else adam.NO_STATE
-    steps = raw.entries.get("steps")
-    facts = {
-        "tables": list(raw.tables),
-        "prefixes": dict(raw.prefixes),
-        "args": {key: value for key, value in raw.args.items() if adam.plain(value)},
-        "entries": dict(raw.entries),
+    state = adam.by_key(opt, model, where) if opt and "model" in tables else adam.NO_STATE
+    rest = {key: value for key, value in content.items() if key not in (*names, "opt", "args")}
+    facts: dict[str, Any] = {
+        "tables": names,
+        "prefixes": prefixes,
+        "args": {key: value for key, value in args.items() if adam.plain(value)},
+        "entries": {key: value for key, value in rest.items() if isinstance(value, (int, float, str))},
         "opt": state.settings,
     }
+    if layout == "sit":
+        facts["sigma"] = len(model[official.OUTPUT[1]]) == 2 * config.patch_values
+    steps = rest.get("steps")
     loaded = LoadedState(
         config=config,
         layout=layout,
@@ -60,8 +72,8 @@ def import_file(
         updates=state.updates,
         head_updates=state.updates,
         step=steps if isinstance(steps, int) and steps >= 0 else state.updates,
-        path=_path(raw.args, path),
-        facts=facts | ({"sigma": official.has_sigma(model, config)} if layout == "sit" else {}),
+        path=_path(args, path),
+        facts=facts,
     )
     return _from_official(loaded) if layout == "sit" else loaded
 
@@ -76,15 +88,6 @@ def _from_official(loaded: LoadedState) -> LoadedState:
     return replace(loaded, **ours, originals=originals)  # type: ignore[arg-type]
 
 
-def _in_float32(table: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Half precision widened, which loses nothing; anything else is left for the check to refuse."""
-    for key, tensor in table.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{where}: {key} holds NaN or infinity")
-    half = (torch.float16, torch.bfloat16)
-    return {key: (t.float() if t.dtype in half else t).contiguous() for key, t in table.items()}
-
-
 def _path(args: Mapping[str, Any], path: Path) -> str:
     if args.get("prediction", "v") not in PREDICTIONS:
         raise UserError(f"{path}: args.prediction = {args['prediction']!r}: only a velocity ({', '.join(PREDICTIONS)})")
@@ -94,38 +97,23 @@ def _path(args: Mapping[str, Any], path: Path) -> str:
     return PATHS[name.lower()]
 
 
-@dataclass(frozen=True)
-class RawFile:
-    """A checkpoint file as it is: tables by their names in it ("model", "ema"; "" for a bare state dict)."""
-
-    tables: Mapping[str, dict[str, Tensor]]
-    prefixes: Mapping[str, str]
-    """What was taken off the front of each table's keys."""
-    opt: Mapping[str, Any]
-    """The optimiser's state dict; empty where there is none, as `args`."""
-    args: Mapping[str, Any]
-    entries: Mapping[str, Any]
-    """Other plain entries, such as `steps` and `epoch`."""
-
-
-def read_file(path: Path) -> RawFile:
+def read_file(path: Path) -> dict[str, Any]:
     """Reads a `.pt` (by torch's restricted unpickler, `argparse.Namespace` allowed) or safetensors file.
 
-    UserError in one line for a file that is neither, is broken, or asks for anything else to be executed or built.
+    A bare state dict is the entry "". UserError in one line for a file that is neither, is broken, or asks for anything
+    else to be executed or built.
     """
     content: Any
     if is_pickle(path):
         content = _unpickled(path)
     else:
         read_header(path)  # checked before the library maps it
-        from safetensors.torch import load_file
-
         content = load_file(path)
     if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
         raise UserError(
             f"{path}: holds {type(content).__name__}, expected a dict of tensors or of model, ema, opt, args"
         )
-    return _sorted_out(dict(content), path)
+    return {"": content} if all(isinstance(value, Tensor) for value in content.values()) else dict(content)
 
 
 def _unpickled(path: Path) -> Any:
@@ -147,36 +135,23 @@ def _unpickled(path: Path) -> Any:
         raise UserError(f"{path}: refused, nothing executed: torch.load cannot read it ({text[-200:]})") from None
 
 
-def _sorted_out(content: dict[str, Any], path: Path) -> RawFile:
-    if all(isinstance(value, Tensor) for value in content.values()):
-        content = {"": content}
-    names = [name for name in ("", "model", "ema", "state_dict") if isinstance(content.get(name), Mapping)]
-    if not names:
-        raise UserError(f"{path}: has {shown(list(content))}, expected model or ema, or a bare state dict")
-    tables, prefixes = {}, {}
-    for name in names:
-        table = content[name]
-        strangers = [key for key, value in table.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
-        if strangers:
-            raise UserError(f"{path}: {name or 'state dict'} holds more than tensors: {shown(strangers)}")
-        tables[name], prefixes[name] = _without_prefix(table, f"{path} {name}".strip())
-    args, opt = content.get("args"), content.get("opt")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    rest = {key: value for key, value in content.items() if key not in (*names, "opt", "args")}
-    entries = {key: value for key, value in rest.items() if isinstance(value, (int, float, str))}
-    opt, args = (dict(value) if isinstance(value, Mapping) else {} for value in (opt, args))
-    return RawFile(tables, prefixes, opt, args, entries)
+def _table(raw: Mapping[Any, Any], where: str) -> tuple[dict[str, Tensor], str]:
+    """A table with leading `module.` and `_orig_mod.` taken off, and the prefix that all keys share ("" if mixed).
 
-
-def _without_prefix(table: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:
-    """The table with leading `module.` and `_orig_mod.` taken off, and the prefix that all keys share ("" if mixed)."""
+    Half precision is widened, which loses nothing; any other dtype is left for `check_table` to refuse.
+    """
+    if strangers := [key for key, t in raw.items() if not isinstance(key, str) or not isinstance(t, Tensor)]:
+        raise UserError(f"{where} holds more than tensors: {shown(strangers)}")
     found: dict[str, Tensor] = {}
     prefixes = set()
-    for key, tensor in table.items():
+    for key, tensor in raw.items():
         match = PREFIX.match(key)
         prefixes.add(match[0] if match else "")
         plain = key[match.end() :] if match else key
         if plain in found:
             raise UserError(f"{where}: {shown(plain)} occurs twice, with and without a prefix")
-        found[plain] = tensor
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{where}: {plain} holds NaN or infinity")
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        found[plain] = (tensor.float() if half else tensor).contiguous()
     return found, prefixes.pop() if len(prefixes) == 1 else ""

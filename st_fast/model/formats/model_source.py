@@ -17,8 +17,6 @@ from st_fast.model.formats.layouts import check_table, detect, infer
 from st_fast.model.formats.loaded_state import LoadedState, head_name
 from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
 from st_fast.recipe import load_run
-from st_fast.recipe.architecture import UNTOLD, Model
-from st_fast.recipe.keys import build
 from st_fast.recipe.schema import Recipe
 
 Say = Callable[[str], None]
@@ -82,15 +80,14 @@ def newest_stage(run: Path, recipe: Recipe, wanted: str | None) -> str:
 def from_checkpoint(found: Checkpoint) -> LoadedState:
     """A checkpoint of ours in the neutral form; UserError if its manifest does not describe its tensors."""
     where, said = str(found.path), found.meta.get("architecture")
-    if not isinstance(said, dict) or type(said.get("heads")) is not int or "model" not in found.groups:
+    count = said.get("heads") if isinstance(said, dict) else None
+    if said is None or type(count) is not int or count < 1 or "model" not in found.groups:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")
     trained = found.groups.get("heads", {})
     model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
-    config = infer(model, {"num_classes": said.get("num_classes")}, said["heads"], where)
-    told = build(Model, {key: said[key] for key in UNTOLD if key in said}, f"{where}: architecture")
     optim = found.groups.get("optim", {})
     return LoadedState(
-        config=replace(config, **{key: getattr(told, key) for key in UNTOLD}),
+        config=infer(model, {"num_classes": said.get("num_classes")}, count, where),
         layout=detect(model, {"prediction": "v"}, where),
         model=model,
         ema=dict(found.groups.get("ema", found.groups["model"])),

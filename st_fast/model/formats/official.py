@@ -29,7 +29,8 @@ def to_ours(table: Table, config: Model, squares: bool = False) -> dict[str, Ten
     """
     result = dict(table)
     for key in set(OUTPUT) & set(result):
-        kept = _without_sigma(result[key], config)
+        # (p·p·C or p·p·2C, …) → (p·p·C, …): channels come last within a patch position.
+        kept = result[key].unflatten(0, (config.patch**2, -1))[:, : config.channels].flatten(0, 1)
         result[key] = kept if squares else -kept
     if TIME in result:
         result[TIME] = _reflected(result[TIME], squares)
@@ -44,16 +45,6 @@ def to_official(table: Table, config: Model, sigma: bool, squares: bool = False)
             groups = result[key].unflatten(0, (config.patch**2, config.channels))
             result[key] = torch.cat((groups, torch.zeros_like(groups)), dim=1).flatten(0, 1)
     return result
-
-
-def has_sigma(table: Table, config: Model) -> bool:
-    """Whether a table's output layer has the second half of rows."""
-    return len(table[OUTPUT[1]]) == 2 * config.patch_values
-
-
-def _without_sigma(rows: Tensor, config: Model) -> Tensor:
-    """(p·p·C or p·p·2C, …) → (p·p·C, …): channels come last within a patch position."""
-    return rows.unflatten(0, (config.patch**2, -1))[:, : config.channels].flatten(0, 1)
 
 
 def _reflected(weight: Tensor, squares: bool) -> Tensor:

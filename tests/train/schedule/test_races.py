@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from st_fast.model.side_stream import Apart, Future, SideStream
+from st_fast.model.side_stream import Future, SideStream, apart
 from tests.train.schedule import fake_cuda
 from tests.train.schedule.fake_cuda import Races, Stream
 from tests.train.schedule.loop import Loop
@@ -33,7 +35,7 @@ def raced(monkeypatch, folder, branches: str, placement: str, prefetch: bool, *o
         loop.trainer.step.targets._side = made.get("targets", SideStream())
         loop.iterator._side = made.get("batches", SideStream())
         if "branches" in made:
-            loop.trainer.method.branches = Apart(made["branches"])
+            loop.trainer.method.branches = partial(apart, made["branches"])
         with races:
             list(loop.steps(0, 3))
         assert races.ops > 1000 and all(side._stream.known[side._stream] > 10 for side in made.values())
