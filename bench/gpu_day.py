@@ -29,7 +29,7 @@ from bench import results
 from bench.part import BROKEN, LEAST_SECONDS, LONGEST_ROW, PARTS, STOPPED, UNFINISHED
 from bench.results import Machine, Store
 from st_fast.core.errors import UserError
-from st_fast.core.lock import RunLock
+from st_fast.core.lock import run_lock
 
 GRACE = 15.0
 """Seconds over the budget that a part has to stop by itself before it is killed."""
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with ExitStack() as held:
         try:
-            held.enter_context(RunLock(settings.results, print, "--results"))
+            held.enter_context(run_lock(settings.results, print, "--results"))
         except UserError as error:  # another call writes there
             print(error, file=sys.stderr)
             return 2

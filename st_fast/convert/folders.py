@@ -12,7 +12,7 @@ from torch import Tensor
 from st_fast import __version__
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
-from st_fast.core.files import FolderWrite, read_json, write_json_atomic
+from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.data.manifest import VaeInfo
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
@@ -72,8 +72,8 @@ def write_stage(origin: ModelSource, folder: Path) -> None:
         "source": {"file": origin.path.name, "layout": loaded.layout, "sha256": tensors_hash(loaded.model)},
         "versions": {"st_fast": __version__, "torch": torch.__version__},
     }
-    with FolderWrite(folder) as writing:
-        checkpoint.save(writing.path / "checkpoints", loaded.step, groups, meta)
+    with write_folder(folder) as writing:
+        checkpoint.save(writing / "checkpoints", loaded.step, groups, meta)
 
 
 def _optimizer_state(loaded: LoadedState) -> dict[str, Tensor]:
@@ -98,9 +98,9 @@ def _write_model(
 
 def write_huggingface(origin: ModelSource, weights: Weights, latents: Latents, card: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
-    with FolderWrite(folder) as writing:
-        _write_model(writing.path, origin, weights, latents.scale)
-        (writing.path / "README.md").write_text(card, encoding="utf-8")
+    with write_folder(folder) as writing:
+        _write_model(writing, origin, weights, latents.scale)
+        (writing / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_diffusers(
@@ -116,18 +116,18 @@ def write_diffusers(
         if decoder.config.latent_channels != channels:
             raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
         scale = scale or vae_scale(decoder)
-    with FolderWrite(folder) as writing:
-        write_json_atomic(writing.path / "model_index.json", index(origin, decoder is not None))
-        (writing.path / "transformer").mkdir()
+    with write_folder(folder) as writing:
+        write_json_atomic(writing / "model_index.json", index(origin, decoder is not None))
+        (writing / "transformer").mkdir()
         for name, text in (code() | {"README.md": card}).items():
-            (writing.path / name).write_text(text, encoding="utf-8")
+            (writing / name).write_text(text, encoding="utf-8")
         kind = {"_class_name": "SiTTransformer", "_diffusers_version": DIFFUSERS_AT_LEAST}
-        _write_model(writing.path / "transformer", origin, weights, scale, DIFFUSERS_WEIGHTS, kind)
+        _write_model(writing / "transformer", origin, weights, scale, DIFFUSERS_WEIGHTS, kind)
         if decoder is not None:
-            decoder.save_pretrained(writing.path / "vae", safe_serialization=True)
-            config = read_json(writing.path / "vae" / "config.json")
+            decoder.save_pretrained(writing / "vae", safe_serialization=True)
+            config = read_json(writing / "vae" / "config.json")
             config.pop("_name_or_path", None)  # where on this machine the VAE was read from
-            write_json_atomic(writing.path / "vae" / "config.json", config)
+            write_json_atomic(writing / "vae" / "config.json", config)
 
 
 def code() -> dict[str, str]:

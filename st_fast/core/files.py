@@ -5,8 +5,6 @@ writes go through `os.write`, `os.fsync` and `os.rename`, so that a test can sto
 folders are written aside, fsynced and renamed, and the folder that holds the name is fsynced too. Imports no torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -17,7 +15,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 from st_fast.core.errors import UserError
@@ -191,7 +188,14 @@ def parse_header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], bytes]:
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise BadFile(f"{path}: __metadata__ is {shown(notes)}, expected an object of strings")
     entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
-    _check_layout(entries, path, 8 + length, size)
+    position = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != position:
+            problem = "overlaps the one before" if entry.start < position else "leaves a gap before it"
+            raise BadFile(f"{path}: tensor {shown(name)} starts at byte {entry.start} and {problem} ({position})")
+        position = entry.stop
+    if position != size:
+        raise BadFile(f"{path}: expected {position} bytes, found {size}")
     return entries, bytes(raw)
 
 
@@ -217,18 +221,6 @@ def _entry(name: str, value: object, path: Path, base: int) -> Entry:
     if span != expected:
         raise BadFile(f"{where}: {dtype} {shown(shape)} takes {expected} bytes, data_offsets span {span}")
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
-
-
-def _check_layout(entries: dict[str, Entry], path: Path, base: int, size: int) -> None:
-    """Raises unless the entries' spans follow one another from `base` to `size` exactly."""
-    position = base
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != position:
-            problem = "overlaps the one before" if entry.start < position else "leaves a gap before it"
-            raise BadFile(f"{path}: tensor {shown(name)} starts at byte {entry.start} and {problem} ({position})")
-        position = entry.stop
-    if position != size:
-        raise BadFile(f"{path}: expected {position} bytes, found {size}")
 
 
 def write_all(descriptor: int, data: memoryview | bytes) -> None:
@@ -291,53 +283,45 @@ def write_json_atomic(path: Path, obj: object) -> None:
     write_atomic(path, json_bytes(obj))
 
 
-class FolderWrite:
-    """Context manager: fill `.path` with files; at the end the folder appears under its final name, whole and durable.
+@contextmanager
+def write_folder(target: Path, replace: bool = False, keep_replaced: bool = False) -> Iterator[Path]:
+    """Fill the folder that it gives with files; at the end it appears as `target`, whole and durable.
 
-    On an exception the partial folder is removed and nothing has changed. With `replace=True` a folder already there
-    is set aside as `<target>.aside-<n>` (`.aside`) just before the rename, for the caller to delete or keep;
-    otherwise a target that exists is a UserError.
+    On an exception the partial folder is removed and nothing has changed. A target that exists is a UserError; with
+    `replace` it is set aside as `<target>.aside-<n>` just before the rename, and deleted unless `keep_replaced`.
     """
+    target = Path(target)
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
 
-    def __init__(self, target: Path, replace: bool = False) -> None:
-        self.target = Path(target)
-        self.path = self.target.with_name(f"{self.target.name}.partial-{os.getpid()}")
-        self.aside: Path | None = None
-        self._replace = replace
+    def refuse_existing() -> None:
+        if not replace and os.path.lexists(target):
+            raise UserError(f"{target}: exists already; remove it or name another folder")
 
-    def __enter__(self) -> FolderWrite:
-        self._refuse_existing()
-        make_folder(self.target.parent)
-        if self.path.exists():  # of a killed process that had our id
-            shutil.rmtree(self.path)
-        self.path.mkdir()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if error is None:
-                self._publish()
-        finally:
-            shutil.rmtree(self.path, ignore_errors=True)
-
-    def _refuse_existing(self) -> None:
-        if not self._replace and os.path.lexists(self.target):
-            raise UserError(f"{self.target}: exists already; remove it or name another folder")
-
-    def _publish(self) -> None:
-        for folder, _, names in os.walk(self.path, topdown=False):
+    refuse_existing()
+    make_folder(target.parent)
+    if partial.exists():  # of a killed process that had our id
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial, topdown=False):
             for name in names:
                 fsync_path(Path(folder, name))
             fsync_path(Path(folder))
-        self._refuse_existing()
-        if os.path.lexists(self.target):
-            numbered = (self.target.with_name(f"{self.target.name}.aside-{n}") for n in itertools.count(1))
-            self.aside = next(path for path in numbered if not os.path.lexists(path))
-            os.rename(self.target, self.aside)
+        refuse_existing()
+        aside: Path | None = None
+        if os.path.lexists(target):
+            numbered = (target.with_name(f"{target.name}.aside-{n}") for n in itertools.count(1))
+            aside = next(path for path in numbered if not os.path.lexists(path))
+            os.rename(target, aside)
         try:
-            os.rename(self.path, self.target)
+            os.rename(partial, target)
         except OSError:
-            if self.aside:
-                os.rename(self.aside, self.target)
+            if aside:
+                os.rename(aside, target)
             raise
-        fsync_path(self.target.parent)
+        fsync_path(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if aside and not keep_replaced:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,7 +1,5 @@
 """One writer a run folder: a lock that the kernel releases when its holder dies, however it dies."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -9,9 +7,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from st_fast.core.errors import UserError
@@ -31,65 +29,59 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-class RunLock:
-    """Context manager: this process alone writes the folder; a UserError names the holder if there is another.
+@contextmanager
+def run_lock(folder: Path, notice: Callable[[str], None], option: str = "run.out") -> Iterator[None]:
+    """This process alone writes the folder; a UserError names the holder if there is another.
 
     `flock` decides, so a holder killed by `kill -9` or a power cut holds nothing; the file's text only names it. Text
     left by a holder that never released the lock is reported to `notice` and overwritten. On a file system without
     `flock` the text decides: a live process, or any on another host, holds the lock. The (empty) file stays; removing
     it would race with a process that has just opened it. `option` names the folder on the command line.
     """
-
-    def __init__(self, folder: Path, notice: Callable[[str], None], option: str = "run.out") -> None:
-        self.path = Path(folder) / LOCK_NAME
-        self._notice, self._option = notice, option
-        self._descriptor = -1
-
-    def __enter__(self) -> RunLock:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be opened for writing ({error.strerror})") from error
-        try:
-            self._take(descriptor)
-        except BaseException:
+    path = Path(folder) / LOCK_NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened for writing ({error.strerror})") from error
+    try:
+        _take(descriptor, path, notice, option)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _held:  # not in a forked child, where it was closed
+            os.ftruncate(descriptor, 0)
+            _held.discard(descriptor)
             os.close(descriptor)
-            raise
-        _held.add(descriptor)
-        self._descriptor = descriptor
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._descriptor in _held:  # not in a forked child, where it was closed
-            os.ftruncate(self._descriptor, 0)
-            _held.discard(self._descriptor)
-            os.close(self._descriptor)
-        self._descriptor = -1
 
-    def _take(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = False
-        except BlockingIOError:
-            held = True
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise UserError(f"{self.path}: cannot be locked ({error.strerror})") from error
-            held = _still_runs(_holder(descriptor))
-        holder = _holder(descriptor)
-        if held:
-            who = f"another run is writing here ({_named(holder)})"
-            raise UserError(f"{self.path.parent}: {who}; stop it or give another {self._option}")
-        if holder:
-            self._notice(f"{self.path.parent}: taken over from a run that ended without cleaning up ({_named(holder)})")
-        this = {
-            "pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid()),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": " ".join(sys.argv)[:200],
-        }  # fmt: skip
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(this).encode(), 0)
-        os.fsync(descriptor)
+def _take(descriptor: int, path: Path, notice: Callable[[str], None], option: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = False
+    except BlockingIOError:
+        held = True
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise UserError(f"{path}: cannot be locked ({error.strerror})") from error
+        held = _still_runs(_holder(descriptor))
+    holder = _holder(descriptor)
+    if held:
+        who = f"another run is writing here ({_named(holder)})"
+        raise UserError(f"{path.parent}: {who}; stop it or give another {option}")
+    if holder:
+        notice(f"{path.parent}: taken over from a run that ended without cleaning up ({_named(holder)})")
+    this = {
+        "pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": " ".join(sys.argv)[:200],
+    }  # fmt: skip
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(this).encode(), 0)
+    os.fsync(descriptor)
 
 
 def process_start(pid: int) -> int | None:

@@ -6,7 +6,6 @@ Its accuracy on held-out real images stands beside every score, which can be no 
 """
 
 import itertools
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import FolderWrite, read_json, write_json_atomic
+from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
 FORMAT = "st_fast.judge/1"
@@ -262,11 +261,9 @@ def _keep(folder: Path, model: ConvNet, real: RealImages, say: Say) -> Classifie
         "epochs": EPOCHS,
     }  # fmt: skip
     try:
-        with FolderWrite(folder, replace=True) as writing:
-            (writing.path / "model.safetensors").write_bytes(raw)
-            write_json_atomic(writing.path / "manifest.json", manifest)
-        if writing.aside:
-            shutil.rmtree(writing.aside, ignore_errors=True)
+        with write_folder(folder, replace=True) as writing:
+            (writing / "model.safetensors").write_bytes(raw)
+            write_json_atomic(writing / "manifest.json", manifest)
     except OSError as error:
         say(f"classifier: can't be kept in {folder}: {error.strerror}; it will be trained again next time")
     return classifier

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError
-from st_fast.core.files import FolderWrite, read_header, read_json, shown, write_json_atomic
+from st_fast.core.files import read_header, read_json, shown, write_folder, write_json_atomic
 from st_fast.kernels import select
 from st_fast.model.vae import from_hub
 from st_fast.recipe import RecipeError
@@ -118,5 +118,5 @@ class Pretrained(nn.Module):
     ) -> None:
         """Writes the float32 weights and config.json to a new folder; UserError if it is there already."""
         weights = {key: tensor.detach().float() for key, tensor in self.state_dict().items()}
-        with FolderWrite(Path(folder)) as writing:
-            write_pretrained(writing.path, weights, Published(self.config, flow, latent_scale))
+        with write_folder(Path(folder)) as writing:
+            write_pretrained(writing, weights, Published(self.config, flow, latent_scale))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import FolderWrite
+from st_fast.core.files import write_folder
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
 from st_fast.data.features import FOLDER, features_folder, open_features
@@ -208,8 +208,8 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
     if not (out / VAE_FOLDER).is_dir():
         if worker().world > 1:
             raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
-        with FolderWrite(out / VAE_FOLDER) as write:
-            small_vae(args, source, device).save_pretrained(write.path, safe_serialization=True)
+        with write_folder(out / VAE_FOLDER) as writing:
+            small_vae(args, source, device).save_pretrained(writing, safe_serialization=True)
     vae = load_vae(out / VAE_FOLDER, device, dtype)
     return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER)
 
@@ -244,7 +244,7 @@ def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:
     if not info.path or worker().rank != 0:
         return
     if not folder.is_dir():
-        with FolderWrite(folder) as write:
-            vae.save_pretrained(write.path, safe_serialization=True)
+        with write_folder(folder) as writing:
+            vae.save_pretrained(writing, safe_serialization=True)
     elif vae_hash(load_vae(folder, vae.device, vae.dtype)) != info.hash:
         raise UserError(f"{folder}: it holds another VAE than {info.name}; name another folder to write")

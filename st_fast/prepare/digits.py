@@ -9,7 +9,6 @@ published DINOv2 it has seen labels, but neither the held-out digits nor the cla
 training is not counted as cost, as a published encoder's never is.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import FolderWrite
+from st_fast.core.files import write_folder
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_shards
@@ -82,10 +81,8 @@ def prepare_digits(folder: Path, say: Say) -> None:
     say(f"digits: training a small VAE and encoding 1,437 digits into {folder} (once, about a minute)")
     images = load_images()
     vae = train_vae(torch.from_numpy(images["train"])[:, None], VAE_CONFIG)
-    with FolderWrite(folder, replace=True) as write:
-        error = _write(write.path, images, vae)
-    if write.aside:
-        shutil.rmtree(write.aside)
+    with write_folder(folder, replace=True) as writing:
+        error = _write(writing, images, vae)
     say(f"digits: done; reconstruction error on held-out digits {error:.1f} of 255 (root mean square)")
 
 
@@ -148,8 +145,8 @@ def prepare_features(recipe: Recipe, say: Say) -> None:
     real = read_images(folder)
     if not (folder / ENCODER).is_dir():
         say("digits: training a small image encoder (once, some seconds)")
-        with FolderWrite(folder / ENCODER) as write:
-            train_encoder(real).save_pretrained(write.path, safe_serialization=True)
+        with write_folder(folder / ENCODER) as writing:
+            train_encoder(real).save_pretrained(writing, safe_serialization=True)
     written = (features_folder(folder, ENCODER) / FILE_NAME).is_file()
     if written or all(method.encodes_images for method in asking):
         return

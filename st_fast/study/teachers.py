@@ -1,7 +1,6 @@
 """The two control teachers: an untrained network, and data with shuffled labels."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from st_fast import __version__, kernels
 from st_fast.core import checkpoint, random
-from st_fast.core.files import FolderWrite
+from st_fast.core.files import write_folder
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
 from st_fast.model import SiT, build
@@ -59,12 +58,10 @@ def write_random_teacher(folder: Path, recipe: Recipe) -> None:
         "versions": {"st_fast": __version__, "torch": torch.__version__},
     }
     end = {"kind": "end", "stage": stage, "step": 0, "seconds": 0.0, "flops": 0.0}
-    with FolderWrite(folder, replace=True) as writing:
-        checkpoint.save(writing.path / stage / "checkpoints", 0, {"model": state, "ema": state}, meta)
-        (writing.path / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-        (writing.path / "log.jsonl").write_text(json.dumps(end) + "\n", encoding="utf-8")
-    if writing.aside:
-        shutil.rmtree(writing.aside)
+    with write_folder(folder, replace=True) as writing:
+        checkpoint.save(writing / stage / "checkpoints", 0, {"model": state, "ema": state}, meta)
+        (writing / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+        (writing / "log.jsonl").write_text(json.dumps(end) + "\n", encoding="utf-8")
 
 
 def permuted(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -88,8 +85,6 @@ def write_shuffled(source: Path, folder: Path, seed: int) -> None:
             yield records.gather(rows)[0], labels[start : start + len(rows)]
 
     ours = Manifest(0, theirs.shape, theirs.dtype, theirs.scale, VaeInfo("none"), said, theirs.num_classes)
-    with FolderWrite(folder, replace=True) as writing:
-        write_shards(writing.path, batches(), replace(ours, flip=theirs.flip))
-    if writing.aside:
-        shutil.rmtree(writing.aside)
+    with write_folder(folder, replace=True) as writing:
+        write_shards(writing, batches(), replace(ours, flip=theirs.flip))
     records.close()

@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> None:
         ranks.broadcast_from_rank0(lambda: trackers.check_installed(recipe.run.trackers))
         profiling.choose_tool(recipe.profile, ranks.device)
         with (
-            lock.RunLock(out, print) if ranks.first else nullcontext(),
+            lock.run_lock(out, print) if ranks.first else nullcontext(),
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
         ):
             log = Log(out / "log.jsonl", ranks, track)

@@ -19,7 +19,7 @@ from bench import gpu_day, part, results
 from bench.day import Day
 from bench.part import BROKEN, PARTS, STOPPED, UNFINISHED, OutOfTime
 from bench.results import ROOT
-from st_fast.core.lock import RunLock
+from st_fast.core.lock import run_lock
 from tests.bench.test_bench_report import MACHINE
 
 CPU = torch.device("cpu")
@@ -232,7 +232,7 @@ def test_a_killed_call_ends_its_parts_keeps_its_rows_and_is_taken_up_again(tmp_p
 
 def test_a_second_call_on_the_same_folder_is_refused_while_the_first_lives(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_day, "run_part", lambda *_: 0)
-    with RunLock(tmp_path, print):
+    with run_lock(tmp_path, print):
         assert gpu_day.main(["--small", "--results", str(tmp_path)]) == 2
     assert f"{tmp_path}: another run is writing here (" in capsys.readouterr().err
     assert gpu_day.main(["--small", "--results", str(tmp_path)]) == 0

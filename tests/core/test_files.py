@@ -17,11 +17,11 @@ import torch
 from st_fast.core.errors import UserError
 from st_fast.core.files import (
     BadFile,
-    FolderWrite,
     inside,
     read_header,
     read_json,
     sha256_file,
+    write_folder,
     write_json_atomic,
 )
 
@@ -185,23 +185,24 @@ def test_sha256_is_that_of_hashlib(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "new" / "folder"
-    with pytest.raises(RuntimeError), FolderWrite(target) as write:
-        (write.path / "x").write_text("half")
+    with pytest.raises(RuntimeError), write_folder(target) as folder:
+        (folder / "x").write_text("half")
         raise RuntimeError
     assert list(target.parent.iterdir()) == []
-    with FolderWrite(target) as write:
-        (write.path / "sub").mkdir()
-        (write.path / "sub" / "x").write_text("whole")
+    with write_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x").write_text("whole")
         assert not target.exists()
     assert (target / "sub" / "x").read_text() == "whole" and list(target.parent.iterdir()) == [target]
 
 
-def test_an_existing_folder_is_refused_or_set_aside_never_lost(tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused_set_aside_or_replaced(tmp_path: Path) -> None:
     target = tmp_path / "folder"
-    for text in ("first", "second"):
-        with FolderWrite(target, replace=True) as write:
-            (write.path / "x").write_text(text)
-    assert write.aside is not None and (write.aside / "x").read_text() == "first"
-    with pytest.raises(UserError, match="exists already"), FolderWrite(target):
+    for text, keep in (("first", False), ("second", True), ("third", False)):
+        with write_folder(target, replace=True, keep_replaced=keep) as folder:
+            (folder / "x").write_text(text)
+    assert sorted(tmp_path.iterdir()) == [target, tmp_path / "folder.aside-1"]
+    assert (tmp_path / "folder.aside-1" / "x").read_text() == "first"
+    with pytest.raises(UserError, match="exists already"), write_folder(target):
         pass
-    assert (target / "x").read_text() == "second"
+    assert (target / "x").read_text() == "third"

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from st_fast.core.errors import UserError
-from st_fast.core.lock import RunLock, process_start
+from st_fast.core.lock import process_start, run_lock
 
 HOLD = """
 import os, sys, time
-from st_fast.core.lock import RunLock
-with RunLock(sys.argv[1], print):
+from st_fast.core.lock import run_lock
+with run_lock(sys.argv[1], print):
     if sys.argv[2] == "fork" and os.fork() == 0:
         print(os.getpid(), flush=True)
         time.sleep(60)
@@ -53,7 +53,7 @@ def end(child: subprocess.Popen[str]) -> None:
 def test_a_second_writer_is_refused_and_the_first_named(tmp_path: Path, child_env: dict[str, str]) -> None:
     child, _ = holder(tmp_path, "stay", child_env)
     try:
-        with pytest.raises(UserError) as caught, RunLock(tmp_path, pytest.fail):
+        with pytest.raises(UserError) as caught, run_lock(tmp_path, pytest.fail):
             pass
         message = str(caught.value)
         assert f"process {child.pid} on {socket.gethostname()}" in message and str(tmp_path) in message
@@ -65,9 +65,9 @@ def test_kill_9_frees_the_lock_and_the_next_is_told(tmp_path: Path, child_env: d
     child, _ = holder(tmp_path, "stay", child_env)
     end(child)
     notices: list[str] = []
-    with RunLock(tmp_path, notices.append):
+    with run_lock(tmp_path, notices.append):
         assert len(notices) == 1 and f"process {child.pid} on" in notices[0]
-    with RunLock(tmp_path, pytest.fail):  # left properly: nothing to tell
+    with run_lock(tmp_path, pytest.fail):  # left properly: nothing to tell
         pass
 
 
@@ -78,7 +78,7 @@ def test_an_orphaned_worker_of_a_killed_run_holds_nothing(tmp_path: Path, child_
     worker = int(lines[0])
     try:
         assert process_start(worker) is not None
-        with RunLock(tmp_path, lambda line: None):
+        with run_lock(tmp_path, lambda line: None):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -89,19 +89,19 @@ def test_an_orphaned_worker_of_a_killed_run_holds_nothing(tmp_path: Path, child_
 def test_two_locks_in_one_process_exclude_each_other_too(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "made" / "yet"
     with (
-        RunLock(folder, pytest.fail),
+        run_lock(folder, pytest.fail),
         pytest.raises(UserError, match=f"process {os.getpid()} "),
-        RunLock(folder, print),
+        run_lock(folder, print),
     ):
         pass
-    with RunLock(folder, pytest.fail):
+    with run_lock(folder, pytest.fail):
         pass
 
 
 def test_the_lock_is_released_when_the_run_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), RunLock(tmp_path, pytest.fail):
+    with pytest.raises(RuntimeError), run_lock(tmp_path, pytest.fail):
         raise RuntimeError
-    with RunLock(tmp_path, pytest.fail):
+    with run_lock(tmp_path, pytest.fail):
         pass
 
 
@@ -109,13 +109,13 @@ def test_the_lock_is_released_when_the_run_fails(tmp_path: Path) -> None:
 def test_a_damaged_lock_file_is_taken_over(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "run.lock").write_bytes(text)
     notices: list[str] = []
-    with RunLock(tmp_path, notices.append):
+    with run_lock(tmp_path, notices.append):
         assert len(notices) == 1 and notices[0].isprintable()
 
 
 def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"run\.lock: cannot be opened for writing"), RunLock(tmp_path / "file", print):
+    with pytest.raises(UserError, match=r"run\.lock: cannot be opened for writing"), run_lock(tmp_path / "file", print):
         pass
 
 
@@ -134,10 +134,10 @@ def test_without_flock_the_recorded_process_decides(tmp_path: Path, monkeypatch:
     ):
         (tmp_path / "run.lock").write_text(json.dumps(record))
         if held:
-            with pytest.raises(UserError, match="another run is writing here"), RunLock(tmp_path, print):
+            with pytest.raises(UserError, match="another run is writing here"), run_lock(tmp_path, print):
                 pass
         else:
-            with RunLock(tmp_path, lambda line: None):
+            with run_lock(tmp_path, lambda line: None):
                 pass
 
 

@@ -206,10 +206,10 @@ def test_data_that_does_not_fit_the_recipe_is_refused_with_both_sides(option, wo
 
 
 def test_two_writers_never_share_a_run_folder(data, tmp_path):
-    from st_fast.core.lock import RunLock
+    from st_fast.core.lock import run_lock
 
     recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"))
-    with RunLock(tmp_path / "out", print), pytest.raises(UserError, match=str(os.getpid())):
+    with run_lock(tmp_path / "out", print), pytest.raises(UserError, match=str(os.getpid())):
         run(recipe)
 
 

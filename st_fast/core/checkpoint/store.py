@@ -17,7 +17,6 @@ from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import (
     JSON_LIMIT,
     BadFile,
-    FolderWrite,
     durable_file,
     inside,
     is_pickle,
@@ -25,6 +24,7 @@ from st_fast.core.files import (
     read_json,
     shown,
     write_all,
+    write_folder,
 )
 
 FORMAT = "st_fast.checkpoint"
@@ -74,9 +74,9 @@ def save(root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta
     check_names(groups, step)
     target = Path(root) / f"{step:08d}"
     try:
-        with FolderWrite(target, replace=True) as folder:
-            files = {name: write_group(folder.path / f"{name}.safetensors", group) for name, group in groups.items()}
-            write_manifest(folder.path, 1, step, {name: asdict(file) for name, file in files.items()}, meta)
+        with write_folder(target, replace=True, keep_replaced=True) as folder:
+            files = {name: write_group(folder / f"{name}.safetensors", group) for name, group in groups.items()}
+            write_manifest(folder, 1, step, {name: asdict(file) for name, file in files.items()}, meta)
     except OSError as error:
         raise not_saved(target, error.strerror or str(error)) from error
     return target

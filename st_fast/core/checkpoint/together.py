@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from st_fast.core.checkpoint.groups import BY_ROWS, REPLICATE, Described, described, file_name, write_group
 from st_fast.core.checkpoint.store import check_names, not_saved, write_manifest
-from st_fast.core.files import FolderWrite
+from st_fast.core.files import write_folder
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 Whole = Mapping[str, Described]
@@ -66,15 +66,15 @@ class Team:
         check_names(groups, step)
         called = saved = False
         try:
-            with FolderWrite(target, replace=True) as folder:
+            with write_folder(target, replace=True, keep_replaced=True) as folder:
                 called = True
-                self._send("folder", folder.path.name)
-                answers = [self._write(folder.path, groups)]
+                self._send("folder", folder.name)
+                answers = [self._write(folder, groups)]
                 answers += [json.loads(self._await(f"part/{rank}")) for rank in range(1, self.count)]
                 if wrong := [f"rank {rank}: {one['error']}" for rank, one in enumerate(answers) if "error" in one]:
                     raise not_saved(target, "; ".join(wrong))
                 content = {name: {"tensors": whole[name], "parts": [one[name] for one in answers]} for name in groups}
-                write_manifest(folder.path, 2, step, content, meta)
+                write_manifest(folder, 2, step, content, meta)
             saved = True
         except Gone:
             raise not_saved(target, "another rank is gone") from None
