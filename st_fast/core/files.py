@@ -199,7 +199,8 @@ def parse_header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], bytes]:
     return entries, bytes(raw)
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether a value out of JSON is a size or an offset."""
     return type(value) is int and 0 <= value < 2**63
 
 
@@ -210,9 +211,9 @@ def _entry(name: str, value: object, path: Path, base: int) -> Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise BadFile(f"{where}: dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(_is_count, shape)):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(is_count, shape)):
         raise BadFile(f"{where}: shape {shown(shape)} is not a list of at most {MAX_DIMS} counts")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
         raise BadFile(f"{where}: data_offsets {shown(offsets)} are not two counts")
     # A zero among the sizes must not hide sizes whose product overflows: strides are computed from them.
     if math.prod(size for size in shape if size) * ITEM_BYTES[dtype] >= 2**63:

@@ -6,21 +6,7 @@ A sharded run writes one file a group and rank, `<group>.rank-<r>-of-<n>.safeten
 """
 
 from st_fast.core.checkpoint.saver import Saver
-from st_fast.core.checkpoint.store import (
-    Checkpoint,
-    NewerFormat,
-    SaveFailed,
-    latest,
-    load,
-    match_strictly,
-    prune,
-    save,
-    sweep,
-    valid,
-)
+from st_fast.core.checkpoint.store import Checkpoint, latest, load, match_strictly, save, valid
 from st_fast.core.checkpoint.together import Team
 
-__all__ = [
-    "Checkpoint", "NewerFormat", "SaveFailed", "Saver", "Team", "latest", "load", "match_strictly", "prune", "save",
-    "sweep", "valid",
-]  # fmt: skip
+__all__ = ["Checkpoint", "Saver", "Team", "latest", "load", "match_strictly", "save", "valid"]

@@ -25,6 +25,7 @@ from st_fast.core.files import (
     Entry,
     durable_file,
     inside,
+    is_count,
     open_regular,
     parse_header,
     read_exactly,
@@ -109,14 +110,6 @@ def read_group(path: Path, record: GroupFile, verify: bool) -> dict[str, Tensor]
     return result
 
 
-def check_group(path: Path, record: GroupFile, deep: bool) -> None:
-    """Raises `BadFile` unless the file has the recorded size and tensors and, with `deep`, the recorded hash."""
-    with open_regular(path) as file:
-        _checked_header(file, path, record)
-    if deep:
-        _same_hash(path, record, sha256_file(path))
-
-
 def described(key: str, tensor: Tensor) -> dict[str, object]:
     """A tensor's shape and dtype as a header has them; ValueError for what safetensors can't hold."""
     if tensor.dtype not in DTYPE_NAMES:
@@ -169,7 +162,11 @@ class Group:
     def check(self, folder: Path, deep: bool) -> None:
         """BadFile unless every file has the recorded size and tensors and, with `deep`, the recorded hash."""
         for part in self.parts:
-            check_group(inside(folder, part.file), part, deep)
+            path = inside(folder, part.file)
+            with open_regular(path) as file:
+                _checked_header(file, path, part)
+            if deep:
+                _same_hash(path, part, sha256_file(path))
 
 
 def file_name(group: str, part: int, count: int) -> str:
@@ -214,7 +211,16 @@ def parse_group(name: str, value: object, file: Path, version: int) -> Group:
     if not count:
         raise BadFile(f"{where}: parts is empty, expected one file a rank")
     for key, one in tensors.items():
-        _check_tensor(f"{where}: tensor {shown(key)}", one)
+        here = f"{where}: tensor {shown(key)}"
+        fields(here, one, {"shape": list, "dtype": str, "placement": str})
+        shape, dtype, placement = one["shape"], one["dtype"], one["placement"]
+        if not all(map(is_count, shape)):
+            raise BadFile(f"{here}: shape {shown(shape)} is not a list of counts")
+        if dtype not in DTYPES:
+            raise BadFile(f"{here}: dtype {shown(dtype)} is none of {', '.join(DTYPES)}")
+        if placement not in (REPLICATE, BY_ROWS) or (placement == BY_ROWS and not shape):
+            expected = f"expected {REPLICATE}, {BY_ROWS}"
+            raise BadFile(f"{here}: placement {shown(placement)} of shape {shown(shape)}, {expected}")
     parts = []
     for number, one in enumerate(found["parts"]):
         part, ending = fields(f"{where}: part {number}", one, FILE_FIELDS), file_name("", number, count)
@@ -222,14 +228,3 @@ def parse_group(name: str, value: object, file: Path, version: int) -> Group:
             raise BadFile(f"{where}: part {number} is {shown(part['file'])}, expected …{ending}")
         parts.append(GroupFile(**part, tensors=of_part(tensors, number, count)))
     return Group(tensors, parts)
-
-
-def _check_tensor(where: str, value: object) -> None:
-    found = fields(where, value, {"shape": list, "dtype": str, "placement": str})
-    shape, dtype, placement = found["shape"], found["dtype"], found["placement"]
-    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-        raise BadFile(f"{where}: shape {shown(shape)} is not a list of counts")
-    if dtype not in DTYPES:
-        raise BadFile(f"{where}: dtype {shown(dtype)} is none of {', '.join(DTYPES)}")
-    if placement not in (REPLICATE, BY_ROWS) or (placement == BY_ROWS and not shape):
-        raise BadFile(f"{where}: placement {shown(placement)} of shape {shown(shape)}, expected {REPLICATE}, {BY_ROWS}")

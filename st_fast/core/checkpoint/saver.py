@@ -12,11 +12,8 @@ from torch import Tensor
 
 from st_fast.core.checkpoint.groups import bytes_of
 from st_fast.core.checkpoint.store import SaveFailed, prune, save, sweep
-from st_fast.core.checkpoint.together import Team, Whole, split
+from st_fast.core.checkpoint.together import Groups, Team, Whole, split
 from st_fast.core.files import json_bytes
-
-Groups = Mapping[str, Mapping[str, Tensor]]
-
 
 Copied = tuple[torch.cuda.Event, torch.cuda.Event]
 """Around the copying of a snapshot from a CUDA device, which works on nothing else meanwhile."""
@@ -27,11 +24,10 @@ SAVING = "st_fast-save"
 class Saver:
     """Writes checkpoints of one stage and prunes old ones; one write is in flight, a second `save` waits for it.
 
-    `report` gets one line if a save fails (training goes on, nothing already saved is touched), `on_saved` the path and
-    the seconds the write took. Both are called from the writing thread. Make a Saver only while holding the run's lock:
-    it first removes leftovers of a killed process. `background=False` writes within `save`. With a `team` every rank
-    has a Saver and they write together; the first rank prunes and sweeps. The snapshot takes as much host memory as
-    the state and is used again by every save; page-locked for CUDA.
+    `report` gets one line, from the writing thread, if a save fails (training goes on, nothing already saved is
+    touched). Make a Saver only while holding the run's lock: it first removes leftovers of a killed process. With a
+    `team` every rank has a Saver and they write together; the first rank prunes and sweeps. The snapshot takes as much
+    host memory as the state and is used again by every save; page-locked for CUDA.
     """
 
     def __init__(
@@ -41,12 +37,9 @@ class Saver:
         *,
         keep: int = 3,
         keep_every: int = 0,
-        background: bool = True,
-        on_saved: Callable[[Path, float], None] | None = None,
         team: Team | None = None,
     ) -> None:
-        self._root, self._report, self._on_saved = Path(root), report, on_saved
-        self._keep, self._keep_every, self._background = keep, keep_every, background
+        self._root, self._report, self._keep, self._keep_every = Path(root), report, keep, keep_every
         self._team, self._leads = team, team is None or team.first
         self.stalled = 0.0  # seconds that all saves together have held up the training, the device's copying included
         self._host: dict[tuple[str, str], Tensor] = {}
@@ -68,13 +61,10 @@ class Saver:
         whole: Whole = {}
         if self._team is not None:
             groups, whole = split(groups, self._team.rank)
-        if self._background:
-            snapshot, copied = self._snapshot(groups)
-            arguments = (step, snapshot, whole, meta, copied)
-            self._thread = threading.Thread(target=self._guarded_write, args=arguments, name=SAVING)
-            self._thread.start()
-        else:
-            self._write(step, groups, whole, meta, [])
+        snapshot, copied = self._snapshot(groups)
+        arguments = (step, snapshot, whole, meta, copied)
+        self._thread = threading.Thread(target=self._write, args=arguments, name=SAVING)
+        self._thread.start()
         stall = time.perf_counter() - start
         self.stalled += stall
         return stall
@@ -110,20 +100,13 @@ class Saver:
         copied = [(start, _mark(device)) for start, device in zip(before, devices, strict=True)]
         return {name: {key: host[name, key] for key in tensors} for name, tensors in groups.items()}, copied
 
-    def _guarded_write(self, *arguments: Any) -> None:
-        try:
-            self._write(*arguments)
-        except BaseException as error:
-            self._error = error
-
     def _write(
         self, step: int, groups: Groups, whole: Whole, meta: Mapping[str, Any], copied: Sequence[Copied]
     ) -> None:
-        start = time.perf_counter()
-        for begun, ended in copied:
-            ended.synchronize()
-            self.stalled += begun.elapsed_time(ended) / 1e3
         try:
+            for begun, ended in copied:
+                ended.synchronize()
+                self.stalled += begun.elapsed_time(ended) / 1e3
             if self._team is not None:
                 self._path = self._team.save(self._root, step, groups, whole, meta)
             else:
@@ -134,8 +117,8 @@ class Saver:
             self._report(str(error))
         except OSError as error:
             self._report(f"{self._root}: old checkpoints could not be deleted ({error.strerror or error})")
-        if self._path and self._on_saved:
-            self._on_saved(self._path, time.perf_counter() - start)
+        except BaseException as error:
+            self._error = error
 
 
 def _mark(device: torch.device) -> torch.cuda.Event:

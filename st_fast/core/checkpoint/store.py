@@ -42,6 +42,9 @@ class NewerFormat(BadFile):
 class SaveFailed(RunFailed):
     """A checkpoint could not be written (disk full, say); nothing of it is left and earlier ones are untouched."""
 
+    def __init__(self, target: Path, why: str) -> None:
+        super().__init__(f"{target}: not saved ({why}); earlier checkpoints are untouched")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -53,8 +56,7 @@ class Checkpoint:
     path: Path
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """A manifest whose digest and types were checked; the files it names were not."""
 
     step: int
@@ -78,7 +80,7 @@ def save(root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta
             files = {name: write_group(folder / f"{name}.safetensors", group) for name, group in groups.items()}
             write_manifest(folder, 1, step, {name: asdict(file) for name, file in files.items()}, meta)
     except OSError as error:
-        raise not_saved(target, error.strerror or str(error)) from error
+        raise SaveFailed(target, error.strerror or str(error)) from error
     return target
 
 
@@ -89,11 +91,6 @@ def check_names(groups: Iterable[str], step: int) -> None:
             raise ValueError(f"group {name!r}: only letters, digits, '_', '-' and '.' are allowed")
     if step < 0:
         raise ValueError(f"step is {step}, it must not be negative")
-
-
-def not_saved(target: Path, why: str) -> SaveFailed:
-    """The error of a save that the file system refused."""
-    return SaveFailed(f"{target}: not saved ({why}); earlier checkpoints are untouched")
 
 
 def load(path: Path, groups: Sequence[str] | None = None, verify: bool = True) -> Checkpoint:
@@ -142,7 +139,18 @@ def read_manifest(path: Path) -> Manifest:
         raise BadFile(f"{file}: version is {shown(version)}, expected a whole number from 1 to {VERSION}")
     if version > VERSION:
         raise NewerFormat(f"{file}: written by a newer st_fast (format {shown(version)}; this one reads {VERSION})")
-    return _parsed(content, file)
+    types = {"format": str, "version": int, "step": int, "groups": dict, "meta": dict, "digest": str}
+    fields(str(file), content, types)
+    try:
+        digest = digest_of(content)
+    except RecursionError:
+        raise BadFile(f"{file}: nested too deeply") from None
+    if content["digest"] != digest:
+        raise BadFile(f"{file}: digest expected {shown(content['digest'])}, found {digest} (its content was changed)")
+    if content["step"] < 0:
+        raise BadFile(f"{file}: step is {content['step']}, expected a whole number from 0")
+    groups = {name: parse_group(name, value, file, version) for name, value in content["groups"].items()}
+    return Manifest(content["step"], groups, content["meta"])
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:
@@ -164,21 +172,6 @@ def write_manifest(
         write_all(file, data)
 
 
-def _parsed(content: dict[str, Any], file: Path) -> Manifest:
-    types = {"format": str, "version": int, "step": int, "groups": dict, "meta": dict, "digest": str}
-    found = fields(str(file), content, types)
-    try:
-        digest = digest_of(content)
-    except RecursionError:
-        raise BadFile(f"{file}: nested too deeply") from None
-    if found["digest"] != digest:
-        raise BadFile(f"{file}: digest expected {shown(found['digest'])}, found {digest} (its content was changed)")
-    if found["step"] < 0:
-        raise BadFile(f"{file}: step is {found['step']}, expected a whole number from 0")
-    groups = {name: parse_group(name, value, file, found["version"]) for name, value in found["groups"].items()}
-    return Manifest(found["step"], groups, found["meta"])
-
-
 class Candidate(NamedTuple):
     """A folder named like a checkpoint; `aside` is 0, or counts folders that a save of the same step set aside."""
 
@@ -189,8 +182,7 @@ class Candidate(NamedTuple):
 
 def candidates(root: Path) -> list[Candidate]:
     """Folders named like checkpoints, newest step first, unchecked; of one step the regular one comes first."""
-    folders = [path for path in _entries(root) if path.is_dir()]
-    named = [(match, path) for path in folders if (match := _NAME.fullmatch(path.name))]
+    named = [(match, path) for path in _entries(root) if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
     found = [Candidate(int(match[1]), int(match[2] or 0), path) for match, path in named]
     # Between the two renames of a replacing save only the folder set aside exists, so these count as well.
     return sorted(found, key=lambda c: (-c.step, c.aside != 0, -c.aside))

@@ -8,14 +8,15 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from st_fast.core.checkpoint.groups import BY_ROWS, REPLICATE, Described, described, file_name, write_group
-from st_fast.core.checkpoint.store import check_names, not_saved, write_manifest
+from st_fast.core.checkpoint.store import SaveFailed, check_names, write_manifest
 from st_fast.core.files import write_folder
+from st_fast.core.ranks import Rendezvous
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 Whole = Mapping[str, Described]
@@ -25,15 +26,6 @@ PATIENCE = 20.0
 """Seconds that a save under way may still take after the training has given up."""
 
 
-class Messages(Protocol):
-    """A store of messages between ranks: each key is written once and stays."""
-
-    def write(self, key: str, message: str) -> None: ...
-
-    def read(self, key: str) -> str | None:
-        """None: nothing yet."""
-
-
 class Gone(Exception):
     """Another rank will not answer any more."""
 
@@ -41,15 +33,10 @@ class Gone(Exception):
 class Team:
     """This rank's part in the saves of one stage; all ranks save the same steps in the same order."""
 
-    def __init__(self, rank: int, count: int, messages: Messages, name: str, over: Callable[[], bool]) -> None:
+    def __init__(self, rank: int, count: int, messages: Rendezvous, name: str, over: Callable[[], bool]) -> None:
         """over: whether this rank's training has given up, so that a save waits for others no longer than PATIENCE."""
-        self.rank, self.count = rank, count
+        self.rank, self.count, self.first = rank, count, rank == 0  # the first writes the manifest, prunes and sweeps
         self._messages, self._name, self._over, self._number = messages, name, over, 0
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes the manifest, prunes and sweeps."""
-        return self.rank == 0
 
     def save(self, root: Path, step: int, groups: Groups, whole: Whole, meta: Mapping[str, Any]) -> Path | None:
         """Writes this rank's part of `root/<step:08d>`, as durably as `store.save`; None if other ranks failed.
@@ -72,14 +59,14 @@ class Team:
                 answers = [self._write(folder, groups)]
                 answers += [json.loads(self._await(f"part/{rank}")) for rank in range(1, self.count)]
                 if wrong := [f"rank {rank}: {one['error']}" for rank, one in enumerate(answers) if "error" in one]:
-                    raise not_saved(target, "; ".join(wrong))
+                    raise SaveFailed(target, "; ".join(wrong))
                 content = {name: {"tensors": whole[name], "parts": [one[name] for one in answers]} for name in groups}
                 write_manifest(folder, 2, step, content, meta)
             saved = True
         except Gone:
-            raise not_saved(target, "another rank is gone") from None
+            raise SaveFailed(target, "another rank is gone") from None
         except OSError as error:
-            raise not_saved(target, error.strerror or str(error)) from error
+            raise SaveFailed(target, error.strerror or str(error)) from error
         finally:
             if not called:
                 self._send("folder", "")
@@ -122,19 +109,12 @@ class Team:
 
 def split(groups: Groups, rank: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, dict[str, object]]]]:
     """The tensors that this rank writes (its rows of sharded ones; the first rank all others too), and those of all."""
-    mine = {
-        group: {
-            key: tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            for key, tensor in tensors.items()
-            if rank == 0 or isinstance(tensor, DTensor)
-        }
-        for group, tensors in groups.items()
-    }
-    whole = {
-        group: {
-            key: described(key, tensor) | {"placement": BY_ROWS if isinstance(tensor, DTensor) else REPLICATE}
-            for key, tensor in tensors.items()
-        }
-        for group, tensors in groups.items()
-    }
+    mine: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+    whole: dict[str, dict[str, dict[str, object]]] = {group: {} for group in groups}
+    for group, tensors in groups.items():
+        for key, tensor in tensors.items():
+            by_rows = isinstance(tensor, DTensor)
+            whole[group][key] = described(key, tensor) | {"placement": BY_ROWS if by_rows else REPLICATE}
+            if by_rows or rank == 0:
+                mine[group][key] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return mine, whole

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from st_fast.core.checkpoint import SaveFailed, Team, groups, prune, save, together
+from st_fast.core.checkpoint import Team, groups, save, together
+from st_fast.core.checkpoint.store import SaveFailed, prune
 from tests.core.checkpoint.sharded import pieces
 
 OPERATIONS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir")

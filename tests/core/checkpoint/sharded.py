@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from st_fast.core.checkpoint import SaveFailed, Team
+from st_fast.core.checkpoint import Team
 from st_fast.core.checkpoint.groups import described
+from st_fast.core.checkpoint.store import SaveFailed
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 

@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from st_fast.core.checkpoint import NewerFormat, latest, load, match_strictly, save, valid
+from st_fast.core.checkpoint import latest, load, match_strictly, save, valid
 from st_fast.core.checkpoint.groups import DTYPES
+from st_fast.core.checkpoint.store import NewerFormat
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from st_fast.core.checkpoint import latest, prune, save, sweep, valid
+from st_fast.core.checkpoint import latest, save, valid
+from st_fast.core.checkpoint.store import prune, sweep
 
 
 def cut(path: Path) -> None:
