@@ -27,7 +27,7 @@ from bench.timing import Effort, Samples, Stopwatch, interleave, noise
 from st_fast.data.ahead import ReadAhead
 from st_fast.data.loader import DaliLoader, Loader, ResidentLoader, dali_missing
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.shards import ShardSet, open_shards
+from st_fast.data.shards import ShardSet, open_data
 from st_fast.prepare.writing import write_shards
 
 BATCH, BATCHES = 256, 24
@@ -72,7 +72,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         picture.save(folder / "files" / f"{number:08d}.png")
         np.save(folder / "files" / f"{number:08d}.npy", batches[0][0][number % 512].numpy())
     os.sync()  # only clean pages can be dropped
-    return request.param, open_shards(folder / "shards", verify=False), folder
+    return request.param, open_data(folder / "shards", verify=False), folder
 
 
 def forget(folder: Path) -> None:

@@ -24,7 +24,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.shards import ShardSet, open_shards
+from st_fast.data.shards import ShardSet, open_data
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import Attend
@@ -118,7 +118,7 @@ def write_data(recipe: Recipe) -> ShardSet:
     labels = torch.randint(model.num_classes, (count,), generator=generator)
     manifest = Manifest(0, shape, "float16", 0.18215, VaeInfo("none"), "random", model.num_classes)
     write_shards(folder, [(moments.half(), labels)], manifest)
-    return open_shards(folder, verify=False)
+    return open_data(folder, verify=False)
 
 
 class Notices(Log):

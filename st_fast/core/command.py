@@ -24,23 +24,20 @@ def command_parser(name: str, text: str | None, epilog: str | None = None) -> ar
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command's `main(arguments)` and exits; UserErrors become one line on stderr and their exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    if "--debug" in arguments:
+        main([a for a in arguments if a != "--debug"])
+        sys.exit(EXIT_OK)
     try:
         main(arguments)
     except UserError as error:
-        if debug:
-            raise
         print(f"st_fast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if debug or error.errno not in MENDABLE or error.filename is None:
+        if error.errno not in MENDABLE or error.filename is None:
             raise
         print(f"st_fast: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:  # of commands that are too short to save anything in between
-        if debug:
-            raise
         print("st_fast: interrupted", file=sys.stderr)
         sys.exit(EXIT_SIGINT)
     sys.exit(EXIT_OK)

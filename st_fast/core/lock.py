@@ -106,10 +106,8 @@ def _holder(descriptor: int) -> dict[str, Any]:
 
 
 def _still_runs(holder: dict[str, Any]) -> bool:
-    if not holder:
-        return False
     if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int:
-        return True
+        return bool(holder)
     start = process_start(holder["pid"])
     return start is not None and start == holder.get("start")
 

@@ -1,7 +1,5 @@
 """The progress bar of all long work on data: with an ETA, quiet for short work, rare in log files."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +13,7 @@ LOG_SECONDS = 30.0
 
 def bar(
     items: Iterable[Any] | None, what: str, total: int, unit: str, done: int = 0, hidden: bool = False
-) -> tqdm[Any]:
+) -> "tqdm[Any]":
     """A bar over `items`, or (items = None) one that is moved by `update`."""
     terminal = sys.stderr.isatty()
     return tqdm(

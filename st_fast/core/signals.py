@@ -40,7 +40,7 @@ class StopConsensus:
     def __call__(self) -> bool:
         if self._ranks.count == 1:
             return bool(self._stop)
-        answer = self._answer()
+        answer = self.close()
         flag = torch.tensor([float(bool(self._stop))])
         work = dist.all_reduce(flag, async_op=True)
         assert work is not None
@@ -52,11 +52,8 @@ class StopConsensus:
         """The name of the signal, as far as this rank knows."""
         return self._stop.name or "a signal to another rank"
 
-    def close(self) -> None:
-        """Waits for the all-reduce in flight, so that no rank leaves while another one needs it."""
-        self._answer()
-
-    def _answer(self) -> bool:
+    def close(self) -> bool:
+        """Waits for the all-reduce in flight, so that no rank leaves while another one needs it; gives its answer."""
         if self._asked is None:
             return False
         (work, flag), self._asked = self._asked, None

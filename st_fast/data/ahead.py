@@ -6,13 +6,13 @@ interpreter's lock.
 
 import threading
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,41 +22,27 @@ from st_fast.core.errors import RunFailed, UserError
 from st_fast.data.manifest import Manifest
 
 
-class Layout(Protocol):
-    """Shape and dtype of one record."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-
-
 class Readable(Protocol):
     """Records that can be read ahead: latents, features or images."""
 
-    @property
-    def manifest(self) -> Layout: ...
+    manifest: Any
+    """Has `shape` and `dtype` of one record."""
+    labels: np.ndarray
+    """(count,) int64."""
 
-    @property
-    def labels(self) -> np.ndarray:
-        """(count,) int64."""
-        ...
-
+    @abstractmethod
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Reads records `indices` (n,) into out (n, *shape) of the set's dtype; `BadFile` names a bad record."""
-        ...
 
 
 Answer = tuple[Tensor, Tensor]
 """Moments (n, 2C, H, W) or features, in the set's dtype; labels (n,) int64. On the host (for CUDA pinned) or device."""
 
 
-class RecordSet(ABC):
-    """Records that can be read by index: shards, or REPA's layout in place."""
+class RecordSet(Readable):
+    """Latents that can be read by index: shards, or REPA's layout in place."""
 
     manifest: Manifest
-    labels: np.ndarray
-    """(count,) int64."""
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -65,10 +51,6 @@ class RecordSet(ABC):
     def digest(self) -> str:
         """The manifest's digest: a resumed run compares it."""
         return self.manifest.digest
-
-    @abstractmethod
-    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """Reads records `indices` (n,) into out (n, 2C, H, W) of the set's dtype; `BadFile` names a bad record."""
 
     @abstractmethod
     def verify(self) -> None:
@@ -112,12 +94,7 @@ class ReadAhead:
     """
 
     def __init__(
-        self,
-        records: Readable,
-        workers: int = 2,
-        depth: int = 4,
-        pinned: bool = False,
-        patience: Patience = Patience(),
+        self, records: Readable, workers: int = 2, depth: int = 4, pinned: bool = False, patience: Patience = Patience()
     ) -> None:
         self._records, self._depth, self._pinned, self._patience = records, depth, pinned, patience
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()

@@ -8,7 +8,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ from st_fast.core.machine import free_memory
 from st_fast.data.ahead import Answer, Patience, ReadAhead, RecordSet
 
 Say = Callable[[str], None]
-KINDS = ("auto", "resident", "dali", "torch")
-
 RESIDENT_SHARE = 0.25
 """The share of the free memory that a set may take to be held there: the step needs the rest."""
 TRIAL_RECORDS = 4_096
@@ -28,25 +26,12 @@ PREFETCH = 2
 """Batches that DALI's pipeline holds beside the ones read ahead."""
 
 
-class Loader(Protocol):
-    """Answers requests with batches."""
-
-    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Answer]:
-        """One answer for each request (n,) of record indices, in order; reads ahead."""
-        ...
-
-    def close(self) -> None:
-        """Gives back threads and memory."""
-        ...
-
-
 class ResidentLoader:
     """The whole set as one tensor on the host or the device, gathered by index: the ceiling for the other loaders."""
 
     def __init__(self, records: RecordSet, device: torch.device, count: int | None = None) -> None:
-        manifest = records.manifest
+        self._device, manifest = device, records.manifest
         count = manifest.count if count is None else count
-        self._device = device
         dtype = getattr(torch, manifest.dtype)
         self._moments = torch.empty((count, *manifest.shape), dtype=dtype, device=device)
         self._labels = torch.from_numpy(records.labels[:count]).to(device)
@@ -94,8 +79,17 @@ class DaliLoader:
 
     def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Answer]:
         """One answer for each request, on the loader's device."""
-        batches = self._ahead.stream(requests)
-        pipeline = self._pipeline(batches)
+        from nvidia.dali import Pipeline, fn, types
+
+        batches, cuda = self._ahead.stream(requests), self._device.type == "cuda"
+        device_id = (self._device.index or 0) if cuda else None
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=PREFETCH)
+        moments_type = {"float16": types.FLOAT16, "float32": types.FLOAT}[self._records.manifest.dtype]
+        with pipeline:
+            source = ([[part.numpy()] for part in batch] for batch in batches)
+            outputs = fn.external_source(source, num_outputs=2, dtype=[moments_type, types.INT64], ndim=[4, 1])
+            pipeline.set_outputs(*(output.gpu() if cuda else output for output in outputs))
+        pipeline.build()
         try:
             while (answer := self._next(pipeline)) is not None:
                 yield answer
@@ -105,20 +99,6 @@ class DaliLoader:
     def close(self) -> None:
         """Lets the threads end."""
         self._ahead.close()
-
-    def _pipeline(self, batches: Iterator[Answer]) -> Any:
-        from nvidia.dali import Pipeline, fn, types
-
-        cuda = self._device.type == "cuda"
-        device_id = (self._device.index or 0) if cuda else None
-        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=PREFETCH)
-        moments_type = {"float16": types.FLOAT16, "float32": types.FLOAT}[self._records.manifest.dtype]
-        with pipeline:
-            source = ([[part.numpy()] for part in batch] for batch in batches)
-            outputs = fn.external_source(source, num_outputs=2, dtype=[moments_type, types.INT64], ndim=[4, 1])
-            pipeline.set_outputs(*(output.gpu() if cuda else output for output in outputs))
-        pipeline.build()
-        return pipeline
 
     def _next(self, pipeline: Any) -> Answer | None:
         """The next outputs, copied into tensors of our own so that DALI may use its memory again; None at the end."""
@@ -139,6 +119,10 @@ class DaliLoader:
         return moments, labels
 
 
+Loader = ResidentLoader | DaliLoader | ReadAhead
+"""`stream` answers requests (n,) of record indices in order, `close` gives back threads and memory."""
+
+
 def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> tuple[int, int]:
     """Bytes of the set that the loader of that kind keeps on the device, at least and at most: "auto" may keep it."""
     size = records.manifest.count * records.manifest.record_bytes
@@ -147,13 +131,11 @@ def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> tuple[int
 
 
 def make_loader(kind: str, records: RecordSet, device: torch.device, say: Say) -> Loader:
-    """The loader of that kind; UserError for an unknown one. "auto" reports its choice and the reason.
+    """The loader of that kind. "auto" reports its choice and the reason.
 
     On the CPU that is the resident one where the set fits; on CUDA the faster of DALI and, where it fits, resident.
     Without DALI the torch loader replaces it, with a notice.
     """
-    if kind not in KINDS:
-        raise UserError(f"data.loader = {kind!r}: one of {', '.join(KINDS)}")
     if kind == "auto":
         kind = _choose(records, device, say)
     missing = dali_missing() if kind == "dali" else ""
@@ -178,16 +160,15 @@ def _choose(records: RecordSet, device: torch.device, say: Say) -> str:
         say(f"data: loader = {kind} ({memory})")
         return kind
     count = min(TRIAL_RECORDS, records.manifest.count)
-    rates = {k: trial_rate(partial(_make, k, records, device, count), count, device) for k in ("resident", streaming)}
+    rates = {k: trial_rate(_make(k, records, device, count), count, device) for k in ("resident", streaming)}
     kind = max(rates, key=lambda name: rates[name])
     told = ", ".join(f"{name} {rate:,.0f} samples/s" for name, rate in rates.items())
     say(f"data: loader = {kind} ({told}; {memory})")
     return kind
 
 
-def trial_rate(make: Callable[[], Loader], count: int, device: torch.device) -> float:
+def trial_rate(loader: Loader, count: int, device: torch.device) -> float:
     """Samples a second that a loader delivers to the device, over TRIAL_BATCHES random batches after two to warm up."""
-    loader = make()
     rng = np.random.default_rng(0)
     requests = [rng.integers(0, count, min(TRIAL_BATCH, count)) for _ in range(TRIAL_BATCHES + 2)]
     start, finish = 0.0, partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None

@@ -45,7 +45,12 @@ class RepaSet(RecordSet):
         escaping = next((n for n in self.names if n.startswith("/") or ".." in n.split("/")), None)
         if escaping is not None:
             raise BadFile(f"{path}: the path {shown(escaping)} in it must stay inside the folder")
-        _check_counts(self.folder, self.names)
+        counts = {"latents": _count(self.folder / LATENTS, (".npy",)), "labels": len(table)}
+        if (self.folder / IMAGES).is_dir():
+            counts["images"] = _count(self.folder / IMAGES, SUFFIXES)
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+            raise BadFile(f"{self.folder}: {found}: these must be equally many")
         shape, dtype = read_npy_header(self.folder / LATENTS / self.names[0])[:2] if table else ((2, 1, 1), "float32")
         self.manifest = Manifest(
             count=len(table),
@@ -117,18 +122,9 @@ def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:
     return shape, dtype.name, start, fortran
 
 
-def _check_counts(folder: Path, names: list[str]) -> None:
-    """`BadFile` unless there are as many labels as latents and (if their folder is there) images."""
-
-    def count(part: str, suffixes: tuple[str, ...]) -> int:
-        return sum(name.lower().endswith(suffixes) for *_, names in os.walk(folder / part) for name in names)
-
-    counts = {"latents": count(LATENTS, (".npy",)), "labels": len(names)}
-    if (folder / IMAGES).is_dir():
-        counts["images"] = count(IMAGES, SUFFIXES)
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"{number} {kind}" for kind, number in counts.items())
-        raise BadFile(f"{folder}: {found}: these must be equally many")
+def _count(folder: Path, suffixes: tuple[str, ...]) -> int:
+    """How many files below a folder have such a suffix."""
+    return sum(name.lower().endswith(suffixes) for *_, names in os.walk(folder) for name in names)
 
 
 def repa_images(records: RepaSet) -> Source:

@@ -30,8 +30,6 @@ from st_fast.data.repa import RepaSet, is_repa
 Say = Callable[[str], None]
 COLUMNS = {"labels": ("I64", np.int64), "crc32": ("U32", np.uint32)}
 """The small tensors of a shard, one value a record: dtype in safetensors and in NumPy."""
-HAS_ADVICE = hasattr(os, "posix_fadvise")
-"""Whether the system can be told what will be read; macOS can't."""
 
 
 class CheckedRows:
@@ -48,7 +46,7 @@ class CheckedRows:
         self.folder, self._shards, self.size = Path(folder), manifest.shards, manifest.record_bytes
         allow_open_files(len(self._shards))
         self._starts = np.cumsum([0] + [shard.count for shard in self._shards])
-        layouts = [_layout(self.folder, shard, manifest, rows, columns) for shard in self._shards]
+        layouts = [self._layout(shard, manifest, rows, columns) for shard in self._shards]
         found = {name: self._column(layouts, name) for name in columns}
         self.labels, self._crcs = found.get("labels", np.arange(manifest.count)), found["crc32"]
         self._offsets = np.array([layout[rows].start for layout in layouts], np.int64)
@@ -76,7 +74,7 @@ class CheckedRows:
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         files = [self._files[shard] for shard in shards.tolist()]
         positions = (self._offsets[shards] + (indices - self._starts[shards]) * self.size).tolist()
-        if HAS_ADVICE:  # the disk may fetch all of them at once: more than twice as fast out of a cold cache
+        if hasattr(os, "posix_fadvise"):  # not macOS; fetched all at once, a cold cache takes less than half as long
             for file, position in zip(files, positions, strict=True):
                 os.posix_fadvise(file, position, self.size, os.POSIX_FADV_WILLNEED)
         for number, (record, file, position) in enumerate(zip(indices.tolist(), files, positions, strict=True)):
@@ -93,6 +91,23 @@ class CheckedRows:
             os.close(file)
         self._files = []
 
+    def _layout(self, shard: ShardEntry, manifest: ShardedSet, rows: str, columns: tuple[str, ...]) -> dict[str, Entry]:
+        """The position of each tensor in a shard, checked against the manifest."""
+        path = inside(self.folder, shard.file)
+        if not path.is_file():
+            raise BadFile(f"{path}: the shard is missing; the manifest lists it with {shard.count} records")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise BadFile(f"{path}: {size} bytes, the manifest says {shard.bytes}: the shard was cut off or replaced")
+        layout = read_header(path)
+        shape = (shard.count, *manifest.shape)
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {rows: (DTYPES[manifest.dtype][0], shape)}
+        expected |= {name: (COLUMNS[name][0], (shard.count,)) for name in columns}
+        found = {name: (entry.dtype, entry.shape) for name, entry in layout.items()}
+        if found != expected:
+            raise BadFile(f"{path}: holds {found}; the manifest asks for {expected}")
+        return layout
+
     def _column(self, layouts: list[dict[str, Entry]], name: str) -> np.ndarray:
         """One small tensor of all shards, concatenated."""
         column = np.empty(len(self), COLUMNS[name][1])
@@ -104,27 +119,8 @@ class CheckedRows:
         return column
 
 
-def _layout(
-    folder: Path, shard: ShardEntry, manifest: ShardedSet, rows: str, columns: tuple[str, ...]
-) -> dict[str, Entry]:
-    """The position of each tensor in a shard, checked against the manifest."""
-    path = inside(folder, shard.file)
-    if not path.is_file():
-        raise BadFile(f"{path}: the shard is missing; the manifest lists it with {shard.count} records")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise BadFile(f"{path}: {size} bytes, the manifest says {shard.bytes}: the shard was cut off or replaced")
-    layout = read_header(path)
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {name: (COLUMNS[name][0], (shard.count,)) for name in columns}
-    expected = {rows: (DTYPES[manifest.dtype][0], (shard.count, *manifest.shape)), **expected}
-    found = {name: (entry.dtype, entry.shape) for name, entry in layout.items()}
-    if found != expected:
-        raise BadFile(f"{path}: holds {found}; the manifest asks for {expected}")
-    return layout
-
-
 class ShardSet(CheckedRows, RecordSet):
-    """The records of a folder of shards. Open with `open_shards`."""
+    """The records of a folder of shards. Open with `open_data`."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__(folder, manifest, "moments", ("labels", "crc32"))
@@ -154,46 +150,26 @@ class ShardSet(CheckedRows, RecordSet):
             )
 
 
-def open_shards(folder: Path, verify: bool = True, at_least: int = 1, say: Say | None = None) -> ShardSet:
-    """Opens a folder of shards after checking manifest, sizes, headers and labels; each mistake is one `BadFile` line.
-
-    verify: also reads everything once, checking SHA-256, NaN, Inf and absurd values. Without it each record is still
-    checked against its CRC whenever it is read. at_least: the records needed, one global batch.
-    """
-    manifest = read_manifest(folder)
-    _check_size(folder, manifest, at_least)
-    shards = ShardSet(folder, manifest)
-    if verify:
-        shards.verify()
-        if say:
-            say(f"data: {manifest.count:,} records in {len(manifest.shards)} shards verified")
-    return shards
-
-
 def open_data(folder: Path, verify: bool = True, at_least: int = 1, say: Say | None = None) -> RecordSet:
-    """The records of a folder of shards, or of a folder in REPA's layout, read in place. See `open_shards`."""
-    if not is_repa(folder):
-        return open_shards(folder, verify, at_least, say)
-    records = RepaSet(folder)
-    _check_size(folder, records.manifest, at_least)
+    """The records of a folder of shards, or of a folder in REPA's layout, read in place.
+
+    Manifest, sizes, headers and labels are checked; each mistake is one `BadFile` line. verify: also reads everything
+    once, checking SHA-256, NaN, Inf and absurd values. Without it each record of a shard is still checked against its
+    CRC whenever it is read. at_least: the records needed, one global batch.
+    """
+    records = RepaSet(folder) if is_repa(folder) else ShardSet(folder, read_manifest(folder))
+    if len(records) < max(1, at_least):
+        need = f"the global batch needs {at_least}" if len(records) else "nothing to train on"
+        raise BadFile(f"data.path = {str(folder)!r}: {len(records)} records, {need}")
     if verify:
         records.verify()
         if say:
-            say(f"data: {len(records):,} latents in REPA's layout verified")
+            shards = len(records.manifest.shards)
+            where = f"{shards} shards" if shards else "REPA's layout"
+            say(f"data: {len(records):,} records in {where} verified")
     return records
 
 
 def read_any_manifest(folder: Path) -> Manifest:
     """The manifest of a data folder of either layout; no latent is read."""
-    if not is_repa(folder):
-        return read_manifest(folder)
-    records = RepaSet(folder)
-    records.close()
-    return records.manifest
-
-
-def _check_size(folder: Path, manifest: Manifest, at_least: int) -> None:
-    """`BadFile` for an empty set or one smaller than a batch."""
-    if manifest.count < max(1, at_least):
-        need = f"the global batch needs {at_least}" if manifest.count else "nothing to train on"
-        raise BadFile(f"data.path = {str(folder)!r}: {manifest.count} records, {need}")
+    return RepaSet(folder).manifest if is_repa(folder) else read_manifest(folder)

@@ -99,10 +99,9 @@ def _zip(path: Path) -> Files:
         if not hasattr(local, "archive"):
             local.archive = zipfile.ZipFile(path)
         try:
-            data: bytes = local.archive.read(name)
+            return local.archive.read(name)
         except Exception as error:  # zipfile's own, zlib's, and others for encryption and unknown compression
             raise OSError(f"damaged in the zip: {error}") from error
-        return data
 
     with zipfile.ZipFile(path) as archive:
         return Files(path, [info.filename for info in archive.infolist() if not info.is_dir()], read)
@@ -171,16 +170,13 @@ def _from_files(files: Files, subset: str) -> Source:
             break  # labels by file, or one class only
         prefix = inner
     listed = [n for n in (f"{prefix}{LABELS_FILE}", f"{prefix}images/{LABELS_FILE}") if n in names]
-    if listed:
-        return _labelled(files, listed[0], [name for name in names if name.startswith(prefix)])
-    return _class_folders(files, prefix, _images(n for n in names if n.startswith(prefix)))
-
-
-def _labelled(files: Files, labels_file: str, names: list[str]) -> Source:
-    """Every image with its label out of a dataset.json beside or above it."""
-    folder = labels_file.removesuffix(LABELS_FILE)
+    images = _images(name for name in names if name.startswith(prefix))
+    if not listed:
+        return _class_folders(files, prefix, images)
+    # Every image has its label in a dataset.json beside or above it.
+    labels_file, folder = listed[0], listed[0].removesuffix(LABELS_FILE)
     table = read_labels(files.read(labels_file), f"{files.where}: {labels_file}")
-    images = [name for name in _images(names) if name.startswith(folder)]
+    images = [name for name in images if name.startswith(folder)]
     missing = [name for name in images if name[len(folder) :] not in table]
     if missing or len(images) != len(table):
         first = f"; {shown(missing[0])} has no label" if missing else ""

@@ -24,7 +24,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import write_folder
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import RealImages, read_images
 from st_fast.model.encoders import input_side, load_encoder, preprocess, quiet_transformers
 from st_fast.model.vae import VAE, decode, encode_moments, vae_hash
@@ -126,7 +126,7 @@ def _complete(folder: Path) -> bool:
     if not all((folder / name).is_file() for name in ("images.safetensors", "vae/config.json")):
         return False
     try:
-        records = open_shards(folder, verify=True)
+        records = open_data(folder, verify=True)
     except UserError:
         return False
     records.close()
@@ -152,7 +152,7 @@ def prepare_features(recipe: Recipe, say: Say) -> None:
         return
     say("digits: writing the encoder's features (once, some seconds)")
     encoder = load_encoder(str(folder / ENCODER), torch.device("cpu"), torch.float32)
-    records = open_shards(folder, verify=False)
+    records = open_data(folder, verify=False)
     write_features(folder, records, encoder, lambda numbers: real.train[torch.from_numpy(numbers)], SIZE, batch=256)
     records.close()
 

@@ -17,7 +17,7 @@ from st_fast.core.random import epoch_order
 from st_fast.core.ranks import Ranks
 from st_fast.data.loader import dali_missing, make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.shards import open_data, open_shards
+from st_fast.data.shards import open_data
 from st_fast.prepare.repa import write_repa
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, load
@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     moments[:, 1] = 0
     manifest = Manifest(0, (2, 2, 2), "float16", 1.0, VaeInfo("none"), "numbers", 5)
     write_shards(root / "shards", [(moments, numbers % 5)], manifest, 16)
-    write_repa(open_shards(root / "shards"), root / "repa", lambda done: None)
+    write_repa(open_data(root / "shards"), root / "repa", lambda done: None)
     return {"shards": root / "shards", "repa": root / "repa"}
 
 
@@ -108,7 +108,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_file_of_repas_layout_that_is_damaged_while_training_is_named_by_every_loader(
     damage: str, kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    write_repa(open_shards(folders["shards"]), tmp_path / "repa", lambda done: None)
+    write_repa(open_data(folders["shards"]), tmp_path / "repa", lambda done: None)
     records = open_data(tmp_path / "repa")
     harm, words = DAMAGE[damage]
     harm(number_21(tmp_path / "repa"))

@@ -14,7 +14,7 @@ import torch
 from st_fast.core.errors import UserError
 from st_fast.data.features import features_folder, open_features
 from st_fast.data.images import load_image
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.model.encoders import VisionTransformer, load_encoder, preprocess
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import features as feature_module
@@ -104,7 +104,7 @@ def write(encoder: Path, class_folders: Path, out: Path, *options: object) -> No
 
 
 def read(out: Path, name: str) -> np.ndarray:
-    records = open_shards(out)
+    records = open_data(out)
     features = open_features(out, name, records)
     features.verify()
     rows = np.empty((len(records), *features.manifest.shape), np.float16)
@@ -123,7 +123,7 @@ def test_every_record_has_the_features_of_its_own_image_and_of_the_mirrored_one(
     encoder = load_encoder(str(path), CPU, torch.float32)
     files = sorted(class_folders.rglob("*.png"), key=lambda file: file.as_posix())
     pixels = torch.stack([torch.from_numpy(load_image(file.read_bytes(), 16, 3)) for file in files])
-    rows, manifest = read(out, "dino"), open_features(out, "dino", open_shards(out)).manifest
+    rows, manifest = read(out, "dino"), open_features(out, "dino", open_data(out)).manifest
     assert np.allclose(rows[::2], encoder(pixels).numpy(), atol=2e-3)
     assert np.allclose(rows[1::2], encoder(pixels.flip(-1)).numpy(), atol=2e-3)
     assert (manifest.encoder, manifest.hash, manifest.shape) == ("dino", encoder.hash, (2, 2, 24))
@@ -188,7 +188,7 @@ def test_damage_and_swapped_rows_are_found_when_they_are_read(tmp_path: Path) ->
     flipped[first + 3] ^= 1
     for damaged in (swapped, flipped):
         shard.write_bytes(damaged)
-        features = open_features(folder, "dino", open_shards(folder, verify=False))
+        features = open_features(folder, "dino", open_data(folder, verify=False))
         with pytest.raises(UserError, match="record 0"):
             features.read_into(np.array([0]), np.empty((1, 2, 2, 24), np.float16))
         with pytest.raises(UserError, match="SHA-256"):
@@ -204,7 +204,7 @@ def test_features_of_other_latents_are_refused(tmp_path: Path) -> None:
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"random"', '"others"'))
     with pytest.raises(UserError, match="other records"):
-        open_features(folder, "dino", open_shards(folder))
+        open_features(folder, "dino", open_data(folder))
 
 
 @pytest.mark.parametrize("registers", [0, 3])
@@ -228,7 +228,7 @@ def test_two_processes_share_the_shards_and_the_last_one_writes_the_manifest(
     for rank, last in ((1, False), (0, True)):
         worker = Worker(rank, 2)
         done = feature_module.write_features(
-            shared, open_shards(shared), encoder, lambda numbers: pixels[numbers], 16, worker=worker
+            shared, open_data(shared), encoder, lambda numbers: pixels[numbers], 16, worker=worker
         )
         assert (done is not None) == last
     assert done is not None and [shard.count for shard in done.shards] == [8, 8, 8, 6]

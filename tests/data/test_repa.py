@@ -17,7 +17,7 @@ from st_fast.core.files import BadFile
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import read_manifest
 from st_fast.data.repa import RepaSet, read_npy_header
-from st_fast.data.shards import open_data, open_shards
+from st_fast.data.shards import open_data
 from st_fast.prepare import __main__ as prepare
 
 from .conftest import MakeSet, encoded, picture, random_moments
@@ -63,7 +63,7 @@ def test_from_repa_makes_shards_with_the_same_records(tmp_path: Path) -> None:
     moments = write_layout(tmp_path / "repa")
     out = tmp_path / "out"
     prepare.main(["--from-repa", str(tmp_path / "repa"), str(out), "--dtype", "float32", "--shard-size", "5"])
-    shards = open_shards(out)
+    shards = open_data(out)
     assert [entry.count for entry in shards.manifest.shards] == [5, 5, 2]
     got, labels = shards.gather(np.arange(12))
     assert np.array_equal(got.numpy(), moments) and labels.tolist() == [n * 5 % 4 for n in range(12)]
@@ -73,7 +73,7 @@ def test_to_repa_and_back_keeps_every_bit(make_set: MakeSet, tmp_path: Path) -> 
     folder = make_set()
     prepare.main(["--to-repa", str(folder), str(tmp_path / "repa")])
     one = np.load(tmp_path / "repa" / "vae-sd" / "00000" / "img-mean-std-00000003.npy")
-    assert one.dtype == np.float32 and np.array_equal(one, open_shards(folder).gather(np.array([3]))[0][0].float())
+    assert one.dtype == np.float32 and np.array_equal(one, open_data(folder).gather(np.array([3]))[0][0].float())
     prepare.main(["--from-repa", str(tmp_path / "repa"), str(tmp_path / "back"), "--shard-size", "16"])
     original, back = read_manifest(folder), read_manifest(tmp_path / "back")
     assert [entry.sha256 for entry in original.shards] == [entry.sha256 for entry in back.shards]

@@ -19,7 +19,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.random import RecordOrder, epoch_order
 from st_fast.data.ahead import ReadAhead
 from st_fast.data.manifest import Manifest, ShardEntry, VaeInfo, read_manifest, write_manifest
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.prepare.writing import SHARD_SIZE, shard_name
 
 COUNT = 1_281_167
@@ -60,7 +60,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_opening_takes_at_most_two_seconds(imagenet: Path) -> None:
     start = time.process_time()
     assert read_manifest(imagenet).count == COUNT
-    shards = open_shards(imagenet, verify=False)
+    shards = open_data(imagenet, verify=False)
     assert time.process_time() - start <= 2
     assert len(shards) == COUNT and len(shards.manifest.shards) == 157
     shards.close()
@@ -71,12 +71,12 @@ def test_a_low_limit_on_open_files_is_raised_for_157_shards(imagenet: Path, monk
     # A worker of a test run may hold hundreds already; the limit leaves fewer free than there are shards.
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
     try:
-        shards = open_shards(imagenet, verify=False)
+        shards = open_data(imagenet, verify=False)
         assert shards.gather(np.array([0, COUNT - 1]))[0].shape == (2, *SHAPE)
         shards.close()
         monkeypatch.setattr(resource, "getrlimit", lambda kind: (200, 300))
         with pytest.raises(UserError, match="157 files would be open at once, at most 300 may be"):
-            open_shards(imagenet, verify=False)
+            open_data(imagenet, verify=False)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -86,7 +86,7 @@ def test_files_that_are_open_already_count_towards_the_limit(imagenet: Path) -> 
     try:
         held = [os.open("/dev/null", os.O_RDONLY) for _ in range(500)]
         resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
-        shards = open_shards(imagenet, verify=False)
+        shards = open_data(imagenet, verify=False)
         assert len(shards) == COUNT
         shards.close()
     finally:
@@ -115,7 +115,7 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_stays_flat_while_an_epoch_is_read(imagenet: Path) -> None:
     """400 MB of records out of random places of the 21 GB; a memory map's pages would be counted here."""
-    shards = open_shards(imagenet, verify=False)
+    shards = open_data(imagenet, verify=False)
     ahead = ReadAhead(shards)
     order = epoch_order(0, 0, COUNT)
     requests = [order[start : start + 256] for start in range(0, 100 * 256, 256)]

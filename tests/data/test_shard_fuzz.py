@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from st_fast.core.errors import UserError
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from tests.core.checkpoint.test_checkpoint_fuzz import damaged_bytes
 from tests.fuzz import blocks
 
@@ -19,14 +19,14 @@ from .conftest import MakeSet
 @pytest.mark.parametrize("block", blocks(2, 10))
 def test_a_damaged_shard_is_refused_in_one_line_or_read_as_it_was(block: int, make_set: MakeSet) -> None:
     folder, draw = make_set(), random.Random(4000 + block)
-    expected = open_shards(folder).gather(np.arange(50))
+    expected = open_data(folder).gather(np.arange(50))
     paths = sorted(folder.glob("*.safetensors"))
     for number in range(50):
         path = draw.choice(paths)
         good = path.read_bytes()
         path.write_bytes(damaged_bytes(good, draw))
         try:
-            found = open_shards(folder, verify=bool(number % 2)).gather(np.arange(50))
+            found = open_data(folder, verify=bool(number % 2)).gather(np.arange(50))
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000

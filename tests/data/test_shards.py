@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_header, sha256_file
 from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, moments_problem, read_manifest
-from st_fast.data.shards import open_data, open_shards
+from st_fast.data.shards import open_data
 from st_fast.prepare.writing import write_shard, write_shards
 
 from .conftest import MakeSet, random_moments
@@ -40,7 +40,7 @@ def flip_bit(path: Path, position: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_records_come_back_bit_for_bit_in_any_order(make_set: MakeSet, dtype: str) -> None:
-    shards = open_shards(make_set(dtype=dtype))
+    shards = open_data(make_set(dtype=dtype))
     indices = np.random.default_rng(0).permutation(50)[:31]
     moments, labels = shards.gather(indices)
     expected = random_moments(50, SHAPE).to(getattr(torch, dtype))[indices]
@@ -54,7 +54,7 @@ def test_batches_of_any_size_are_cut_into_shards_of_one_size(tmp_path: Path) -> 
     manifest = write_shards(tmp_path, batches, Manifest(0, SHAPE, "float32", 1.0, VaeInfo("v"), "s", 23), 5)
     assert [entry.count for entry in manifest.shards] == [5, 5, 5, 5, 3]
     assert manifest == read_manifest(tmp_path)
-    assert torch.equal(open_shards(tmp_path).gather(np.arange(23))[0], moments)
+    assert torch.equal(open_data(tmp_path).gather(np.arange(23))[0], moments)
     for entry in manifest.shards:
         assert sha256_file(tmp_path / entry.file) == entry.sha256
         assert (tmp_path / entry.file).stat().st_size == entry.bytes
@@ -64,7 +64,7 @@ def test_missing_shard_is_named(make_set: MakeSet) -> None:
     folder = make_set()
     shard(folder).unlink()
     with pytest.raises(BadFile, match=r"latents-00001\.safetensors: the shard is missing; .* 16 records"):
-        open_shards(folder, verify=False)
+        open_data(folder, verify=False)
 
 
 def test_missing_manifest_and_missing_folder_are_named(tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_truncated_shard_tells_expected_and_actual_bytes(make_set: MakeSet) -> N
     size = shard(folder).stat().st_size
     os.truncate(shard(folder), size - 7)
     with pytest.raises(BadFile, match=rf"latents-00001\S+: {size - 7} bytes, the manifest says {size}"):
-        open_shards(folder, verify=False)
+        open_data(folder, verify=False)
 
 
 def test_shard_cut_off_while_it_is_read_is_an_error_with_its_record(make_set: MakeSet) -> None:
     folder = make_set()
-    shards = open_shards(folder)
+    shards = open_data(folder)
     os.truncate(shard(folder), shard(folder).stat().st_size - 200)
     shards.gather(np.arange(16))
     with pytest.raises(BadFile, match=r"latents-00001\S+: record 15 \(number 31 of the set\): 120 bytes expected"):
@@ -98,7 +98,7 @@ def test_flipped_bit_in_moments_names_shard_and_record(make_set: MakeSet, verify
     start = read_header(shard(folder))["moments"].start
     flip_bit(shard(folder), start + 5 * 120 + 17)
     with pytest.raises(BadFile, match=r"latents-00001\.safetensors: record 5 \(number 21 of the set\): its CRC-32"):
-        open_shards(folder, verify=verify).gather(np.arange(50))
+        open_data(folder, verify=verify).gather(np.arange(50))
 
 
 def test_flipped_bit_in_a_label_names_shard_and_record(make_set: MakeSet) -> None:
@@ -109,7 +109,7 @@ def test_flipped_bit_in_a_label_names_shard_and_record(make_set: MakeSet) -> Non
     data[position] ^= 1  # label 5 of record 19 becomes 4, within the range
     path.write_bytes(data)
     with pytest.raises(BadFile, match=r"latents-00001\.safetensors: record 3 \(number 19 of the set\): its CRC-32"):
-        open_shards(folder)
+        open_data(folder)
 
 
 def test_edit_with_right_crcs_is_still_found_by_the_hash(make_set: MakeSet) -> None:
@@ -122,7 +122,7 @@ def test_edit_with_right_crcs_is_still_found_by_the_hash(make_set: MakeSet) -> N
     reordered = json.dumps({name: header[name] for name in reversed(names)}, separators=(",", ":")).encode()
     path.write_bytes(data[:8] + reordered.ljust(length) + data[8 + length :])
     with pytest.raises(BadFile, match=r"latents-00001\S+: SHA-256 differs"):
-        open_shards(folder)
+        open_data(folder)
 
 
 @pytest.mark.parametrize("label", [-1, 7])
@@ -133,7 +133,7 @@ def test_label_out_of_range_names_record_and_range(make_set: MakeSet, label: int
     tensors["labels"][4] = label
     save_file(tensors, shard(folder))
     with pytest.raises(BadFile, match=rf"latents-00001\S+: record 4 .*: label {label}, allowed are 0 … 6"):
-        open_shards(folder, verify=False)
+        open_data(folder, verify=False)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_nan_written_by_someone_else_is_found_with_its_record(
     folder = make_set().parent / "bad"
     write_shards(folder, [(good, torch.zeros(20))], Manifest(0, SHAPE, "float16", 1.0, VaeInfo("v"), "s", 1), 8)
     with pytest.raises(BadFile, match=r"latents-00001\S+: record 5 \(number 13 of the set\): NaN or Inf"):
-        open_shards(folder)
+        open_data(folder)
 
 
 def test_ordinary_extremes_are_accepted() -> None:
@@ -174,7 +174,7 @@ def test_counts_that_differ_are_refused(make_set: MakeSet) -> None:
     folder = make_set()
     edit_manifest(folder, count=51)
     with pytest.raises(BadFile, match=r"manifest.json: count = 51, but its 4 shards hold 50 records"):
-        open_shards(folder)
+        open_data(folder)
 
 
 def test_shard_with_another_count_than_the_manifest_says_is_refused(make_set: MakeSet) -> None:
@@ -183,20 +183,20 @@ def test_shard_with_another_count_than_the_manifest_says_is_refused(make_set: Ma
     shards[0]["count"], shards[1]["count"] = 15, 17
     edit_manifest(folder, shards=shards)
     with pytest.raises(BadFile, match=r"latents-00000\S+: holds .* the manifest asks for .*15"):
-        open_shards(folder)
+        open_data(folder)
 
 
 def test_empty_set_and_one_smaller_than_a_batch_are_refused(make_set: MakeSet, tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=r"50 records, the global batch needs 64"):
-        open_shards(make_set(), at_least=64)
+        open_data(make_set(), at_least=64)
     write_shards(tmp_path / "none", [], Manifest(0, SHAPE, "float16", 1.0, VaeInfo("v"), "s", 1))
     with pytest.raises(BadFile, match=r"0 records, nothing to train on"):
-        open_shards(tmp_path / "none")
+        open_data(tmp_path / "none")
 
 
 def test_edited_data_has_another_digest_and_is_refused_on_resume(make_set: MakeSet) -> None:
     folder = make_set()
-    before = open_shards(folder).digest
+    before = open_data(folder).digest
     check_same_data(before, "runs/x/00000100", read_manifest(folder), folder)
     moments, labels = random_moments(50, SHAPE), torch.arange(50) % 7
     moments[20] += 1
@@ -213,7 +213,7 @@ def test_manifest_can_not_lead_out_of_its_folder(make_set: MakeSet, name: str) -
     shards[0]["file"] = name
     edit_manifest(folder, shards=shards)
     with pytest.raises(BadFile, match="must be relative and stay inside"):
-        open_shards(folder)
+        open_data(folder)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +235,12 @@ def test_wrong_manifest_is_told_in_one_line(make_set: MakeSet, changes: dict[str
     folder = make_set()
     edit_manifest(folder, **changes)
     with pytest.raises(BadFile, match=words) as caught:
-        open_shards(folder)
+        open_data(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_record_number_out_of_range_is_an_index_error(make_set: MakeSet) -> None:
-    shards = open_shards(make_set())
+    shards = open_data(make_set())
     for wrong in (-1, 50):
         with pytest.raises(IndexError, match=rf"record {wrong}: .* 0 … 49"):
             shards.gather(np.array([0, wrong]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from st_fast.core.ranks import Ranks
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
 from st_fast.train.batches import BatchIterator
@@ -26,7 +26,7 @@ def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
     """A digest of everything that is drawn for each sample, by ordinal, as all of `count` ranks see it."""
     from st_fast.data.loader import ResidentLoader
 
-    shards = open_shards(Path(recipe.data.path), verify=False)
+    shards = open_data(Path(recipe.data.path), verify=False)
     found = {}
     for rank in range(count):
         ranks = Ranks(rank, count, torch.device("cpu"))
@@ -52,7 +52,7 @@ def test_every_sample_its_noise_time_and_dropped_label_are_bit_for_bit_those_of_
 
 def test_the_samples_named_for_a_step_are_those_the_ranks_saw(recipe):
     settings = load(recipe)
-    shards = open_shards(Path(settings.data.path), verify=False)
+    shards = open_data(Path(settings.data.path), verify=False)
     seen: dict[int, list[int]] = {}
     for rank in range(4):
         iterator = BatchIterator(settings, settings.stages[0], None, shards, Ranks(rank, 4, torch.device("cpu")))

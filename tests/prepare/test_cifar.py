@@ -13,7 +13,7 @@ import torch
 from st_fast.core.errors import UserError
 from st_fast.data.images import load_image
 from st_fast.data.loader import make_loader
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.data.sources import open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.vae import decode, load_vae
@@ -58,7 +58,7 @@ def test_true_pictures_survive_preparation_exactly(tmp_path: Path) -> None:
                 part.writestr(name, whole.read(name))
     options = ["--subset", "test", "--size", "32", "--vae", "pixels", "--shard-size", "70", "--device", "cpu"]
     prepare.main([str(tmp_path / "part.zip"), str(tmp_path / "out"), *options])
-    shards = open_shards(tmp_path / "out")
+    shards = open_data(tmp_path / "out")
     assert [entry.count for entry in shards.manifest.shards] == [70, 70, 60]
     assert shards.manifest.class_names == ("cat", "frog")
     loader = make_loader("torch", shards, torch.device("cpu"), print)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from st_fast.core.errors import UserError
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.model.vae import encode_moments, load_vae, vae_hash
 from st_fast.prepare import digits
 from st_fast.prepare.digits import load_images, prepare_digits
@@ -45,7 +45,7 @@ def test_the_split_is_fixed_stratified_and_complete() -> None:
 def test_the_folder_holds_latents_vae_and_images_that_belong_together(quick: None, tmp_path: Path) -> None:
     said: list[str] = []
     prepare_digits(tmp_path / "digits", said.append)
-    shards = open_shards(tmp_path / "digits")
+    shards = open_data(tmp_path / "digits")
     manifest = shards.manifest
     assert (manifest.count, manifest.shape, manifest.num_classes) == (1437, (8, 8, 8), 10)
     images = load_file(tmp_path / "digits" / "images.safetensors")
@@ -71,11 +71,11 @@ def test_a_complete_folder_is_kept_and_a_damaged_one_made_anew(
     prepare_digits(folder, lambda text: None)
     prepare_digits(folder, lambda text: None)
     assert len(made) == 1
-    first = open_shards(folder).digest
+    first = open_data(folder).digest
     for name in ("images.safetensors", "latents-00000.safetensors", "manifest.json", "vae/config.json"):
         (folder / name).unlink()
         prepare_digits(folder, lambda text: None)
-        assert open_shards(folder).digest == first
+        assert open_data(folder).digest == first
     assert len(made) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
@@ -95,7 +95,7 @@ def test_what_is_not_the_digits_is_never_replaced(quick: None, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     (tmp_path / "elsewhere").symlink_to(tmp_path / "empty")
     prepare_digits(tmp_path / "elsewhere", lambda text: None)
-    assert (tmp_path / "elsewhere").is_symlink() and open_shards(tmp_path / "empty").manifest.count == 1437
+    assert (tmp_path / "elsewhere").is_symlink() and open_data(tmp_path / "empty").manifest.count == 1437
 
 
 def test_an_interrupted_preparation_leaves_nothing(

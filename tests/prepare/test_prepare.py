@@ -20,7 +20,7 @@ from PIL import Image
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.data.images import load_image
 from st_fast.data.manifest import VaeInfo, read_manifest
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.model.vae import decode, encode_moments, load_vae, vae_hash
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import commands, job
@@ -59,7 +59,7 @@ def test_moments_are_those_of_the_vae_on_the_cropped_images(
 ) -> None:
     out = tmp_path / "out"
     run(class_folders, out, "--size", 16, "--vae", tiny_vae, "--batch-size", 4, "--dtype", "float32", "--flip")
-    shards = open_shards(out)
+    shards = open_data(out)
     vae = load_vae(tiny_vae)
     files = sorted(class_folders.rglob("*.png"), key=lambda path: path.as_posix())
     images = torch.stack([torch.from_numpy(load_image(file.read_bytes(), 16, 3)) for file in files])
@@ -76,7 +76,7 @@ def test_moments_are_those_of_the_vae_on_the_cropped_images(
 
 def test_pixels_as_latents_are_lossless(class_folders: Path, tmp_path: Path) -> None:
     run(class_folders, tmp_path / "out", *PIXELS)
-    shards = open_shards(tmp_path / "out")
+    shards = open_data(tmp_path / "out")
     moments, _ = shards.gather(np.arange(6))
     mean, std = moments.float().chunk(2, dim=1)
     assert std.abs().max() == 0
@@ -198,7 +198,7 @@ def test_bad_images_are_skipped_by_name_and_counted(
         assert f"{name}" in said.out
     assert "No such file" in said.out and "truncated" in said.out
     assert "10 records" in said.out and "4 images skipped" in said.out
-    shards = open_shards(tmp_path / "out")
+    shards = open_data(tmp_path / "out")
     assert len(shards) == 10 and np.bincount(shards.labels).tolist() == [7, 3]
 
 
@@ -230,7 +230,7 @@ def test_a_full_disk_is_told_and_the_work_continues_once_there_is_room(class_fol
     assert "Traceback" not in failed.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["job.json"]
     run(*arguments)
-    assert len(open_shards(tmp_path / "out")) == 46
+    assert len(open_data(tmp_path / "out")) == 46
 
 
 def test_a_disk_that_fails_to_write_is_told(
@@ -260,7 +260,7 @@ def test_verify_and_stats(class_folders: Path, tmp_path: Path, capsys: pytest.Ca
     run("--stats", out)
     said = capsys.readouterr().out
     assert "6 records in 3 shards verified" in said
-    moments = open_shards(out).gather(np.arange(6))[0].double()[:, :3]
+    moments = open_data(out).gather(np.arange(6))[0].double()[:, :3]
     for channel in range(3):
         values = moments[:, channel]
         assert f"{channel:7d}  {values.mean():8.4f}  {values.std(unbiased=False):8.4f}" in said
@@ -280,7 +280,7 @@ def test_a_small_vae_is_trained_on_the_images_and_kept(class_folders: Path, tmp_
     assert manifest.shape == (8, 4, 4)
     files = sorted(class_folders.rglob("*.png"), key=lambda path: path.as_posix())
     image = torch.from_numpy(load_image(files[0].read_bytes(), 8, 3))[None]
-    assert torch.allclose(open_shards(out).gather(np.arange(1))[0].float(), encode_moments(vae, image), atol=2e-3)
+    assert torch.allclose(open_data(out).gather(np.arange(1))[0].float(), encode_moments(vae, image), atol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_INTERRUPTED, UserError
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.model import teacher
 from st_fast.report.collect import read_run
 from st_fast.study.__main__ import listing, main
@@ -155,7 +155,7 @@ def test_shuffled_labels_keep_pixels_and_counts_and_follow_from_the_seed(study, 
     source = Path(study.parent.parent / "data")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         write_shuffled(source, tmp_path / name, seed)
-    true, *shuffled = (open_shards(path) for path in (source, *(tmp_path / n for n in "abc")))
+    true, *shuffled = (open_data(path) for path in (source, *(tmp_path / n for n in "abc")))
     a, b, c = (s.labels for s in shuffled)
     rows = np.arange(len(true))
     assert torch.equal(true.gather(rows)[0], shuffled[0].gather(rows)[0])

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,7 @@ class Saver:
     """
 
     def __init__(
-        self,
-        root: Path,
-        report: Callable[[str], None],
-        *,
-        keep: int = 3,
-        keep_every: int = 0,
-        team: Team | None = None,
+        self, root: Path, report: Callable[[str], None], *, keep: int = 3, keep_every: int = 0, team: Team | None = None
     ) -> None:
         self._root, self._report, self._keep, self._keep_every = Path(root), report, keep, keep_every
         self._team, self._leads = team, team is None or team.first
@@ -100,9 +94,7 @@ class Saver:
         copied = [(start, _mark(device)) for start, device in zip(before, devices, strict=True)]
         return {name: {key: host[name, key] for key in tensors} for name, tensors in groups.items()}, copied
 
-    def _write(
-        self, step: int, groups: Groups, whole: Whole, meta: Mapping[str, Any], copied: Sequence[Copied]
-    ) -> None:
+    def _write(self, step: int, groups: Groups, whole: Whole, meta: Mapping[str, Any], copied: list[Copied]) -> None:
         try:
             for begun, ended in copied:
                 ended.synchronize()

@@ -11,7 +11,7 @@ from torch import Tensor
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.loader import make_loader
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.recipe import load
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.examiner import Examiner
@@ -27,7 +27,7 @@ class Loop:
     def __init__(self, folder: Path, name: str, options: tuple[str, ...] = (), device: str = "cpu") -> None:
         recipe = load(folder / "tiny.toml", [f"--run.device={device}", *options])
         ranks = Ranks(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
-        shards, log = open_shards(Path(recipe.data.path), verify=False), Log(folder / "log.jsonl", ranks)
+        shards, log = open_data(Path(recipe.data.path), verify=False), Log(folder / "log.jsonl", ranks)
         log.say = self._say  # type: ignore[method-assign]
         self.said: list[str] = []
         examiner, consensus = Examiner(recipe, shards.manifest, ranks, log), StopConsensus(StopRequest(), ranks)

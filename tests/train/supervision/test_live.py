@@ -15,7 +15,7 @@ from st_fast.data.ahead import Patience
 from st_fast.data.images import load_image
 from st_fast.data.loader import ResidentLoader
 from st_fast.data.repa import RepaSet
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.data.sources import open_source
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.encoders import VisionTransformer, load_encoder
@@ -102,7 +102,7 @@ def recipe(place: Path, tmp_path: Path) -> Path:
 
 def batches_of(recipe: Recipe, count: int = 1) -> dict[int, tuple[int, torch.Tensor, tuple[torch.Tensor, ...]]]:
     """By ordinal: the record, its image and its features, as all of `count` ranks have them."""
-    records, found = open_shards(Path(recipe.data.path), verify=False), {}
+    records, found = open_data(Path(recipe.data.path), verify=False), {}
     for rank in range(count):
         ranks = Ranks(rank, count, CPU)
         features = open_image_features(recipe.stages[0], recipe, records, CPU, torch.float32)
@@ -133,7 +133,7 @@ def test_live_features_are_the_written_ones_up_to_their_rounding(recipe: Path, p
 def test_every_record_brings_the_picture_its_latents_were_made_from(recipe: Path, place: Path) -> None:
     files = sorted((place / "images").rglob("*.png"), key=lambda file: file.as_posix())
     pictures = [load_image(file.read_bytes(), 16, 3) for file in files if file.read_bytes() != b"no picture"]
-    records = open_shards(place / "data")
+    records = open_data(place / "data")
     assert len(records) == 2 * len(pictures) == 18
     for record, image, _ in batches_of(load(recipe)).values():
         pixels = pictures[record // 2][:, :, :: -1 if record % 2 else 1]
@@ -143,7 +143,7 @@ def test_every_record_brings_the_picture_its_latents_were_made_from(recipe: Path
 
 
 def test_images_left_out_before_they_were_written_down_are_found_by_looking(place: Path, tmp_path: Path) -> None:
-    note, records = place / "data" / "skipped.json", open_shards(place / "data")
+    note, records = place / "data" / "skipped.json", open_data(place / "data")
     assert "3.png" in note.read_text()
     told = SourceImages(open_source(place / "images"), records, 16)
     note.rename(tmp_path / "note")
@@ -214,7 +214,7 @@ def test_a_read_that_fails_once_is_tried_again_and_a_broken_picture_is_named(
     recipe: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = load(recipe)
-    features = open_image_features(settings.stages[0], settings, open_shards(place / "data"), CPU, torch.float32)
+    features = open_image_features(settings.stages[0], settings, open_data(place / "data"), CPU, torch.float32)
     assert isinstance(features.images, SourceImages)
     source = features.images.source
     failures = [OSError("stale handle")]
@@ -289,7 +289,7 @@ def test_repas_layout_brings_its_own_images(tmp_path: Path) -> None:
 def test_the_target_is_made_of_the_images_without_gradient(recipe: Path, place: Path) -> None:
     settings = load(recipe)
     stage = settings.stages[0]
-    features = open_image_features(stage, settings, open_shards(place / "data"), CPU, torch.float32)
+    features = open_image_features(stage, settings, open_data(place / "data"), CPU, torch.float32)
     parts = Parts(settings.model, TABLE, None, feature_widths=features.widths, encoders=features.encoders)
     assert features.widths == (24, 24) and features.flops_beforehand == 0
     repa = create(stage, parts, 0)

@@ -16,7 +16,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.data.ahead import ReadAhead
 from st_fast.data.features import open_features
 from st_fast.data.loader import ResidentLoader
-from st_fast.data.shards import open_shards
+from st_fast.data.shards import open_data
 from st_fast.recipe import cost, load
 from st_fast.recipe.methods import Repa
 from st_fast.recipe.schema import Stage
@@ -108,7 +108,7 @@ def test_an_interrupted_run_resumes_bit_exactly(recipe, tmp_path, monkeypatch, s
 def test_the_cost_counts_the_encoders_forwards_once_and_the_heads_until_the_stop(recipe, data, tmp_path):
     settings = load(recipe, ["--stage.repa.stop_step=5"])
     run(settings)
-    records = open_shards(data)
+    records = open_data(data)
     spent = sum(open_features(data, name, records).manifest.flops for name in ("one", "two"))
     assert spent > 0
     logged = tiny.records(tmp_path / "out", "train")
@@ -121,7 +121,7 @@ def test_the_cost_counts_the_encoders_forwards_once_and_the_heads_until_the_stop
 
 def seen(recipe, count: int) -> dict[int, list[torch.Tensor]]:
     """The features that each record got, as all of `count` ranks see them."""
-    shards = open_shards(Path(recipe.data.path), verify=False)
+    shards = open_data(Path(recipe.data.path), verify=False)
     found = {}
     for rank in range(count):
         ranks = Ranks(rank, count, torch.device("cpu"))
@@ -141,7 +141,7 @@ def test_two_ranks_and_accumulation_see_the_features_of_their_own_records(recipe
     settings = load(recipe, ["--optim.accumulation=2"])
     one, two = seen(load(recipe), 1), seen(settings, 2)
     assert one.keys() == two.keys() == set(range(64))
-    shards = open_shards(data)
+    shards = open_data(data)
     sets = [open_features(data, name, shards) for name in ("one", "two")]
     ordinals = np.arange(64)
     iterator = BatchIterator(
