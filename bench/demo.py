@@ -53,10 +53,10 @@ def sentence(found: dict[str, Any]) -> str:
     last, minutes = stages[-1], sum(s["seconds"] for s in stages) / 60
     held_out = last.get("classifier_accuracy", last.get("judge_accuracy"))  # the second in older results
     return (
-        f"`make demo` on {found['device']}: {minutes:.1f} minutes of training. A classifier that names "
-        f"{100 * held_out:.1f} % of real held-out digits correctly\n"
-        f"names {100 * last['accuracy']:.1f} % of {last['num']} guided samples (ω = {last['cfg_scale']:g}) "
-        "as the digit that was asked for. One seed.\n"
+        f"`make demo` on {found['device']}: {minutes:.1f} minutes of training. A classifier with "
+        f"{100 * held_out:.1f} % accuracy on held-out real digits\n"
+        f"finds the digit asked for in {100 * last['accuracy']:.1f} % of {last['num']} guided samples "
+        f"(ω = {last['cfg_scale']:g}). One seed.\n"
     )
 
 

@@ -12,9 +12,9 @@ HEAD = """\
 # The keys of a recipe
 
 A recipe is a TOML file with the sections below and one `[[stage]]` or more. On the command line a key is
-`--section.key=value` or `--stage.NAME.key=value`. A wrong key or value is told in one line, before anything starts.
+`--section.key=value` or `--stage.NAME.key=value`. A wrong key or value is reported in one line, before anything starts.
 
-**Resume** says whether the same run may go on after the key has changed: "yes" for keys that only look at the run or do
+**Resume** says whether the same run may go on after the key has changed: "yes" for keys that only observe the run or do
 the same work in another way, "no" for keys that change the numbers of training, which need `--accept-changes`.
 
 <!-- Written by `python -m st_fast.recipe.reference > docs/recipe.md` from the fields of st_fast/recipe. -->

@@ -33,7 +33,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Data:
-    """Where latents come from. That it is the same data, its digest says."""
+    """Where latents come from. A resumed run checks by a digest that they are the same."""
 
     path: str = free("", "Folder of latents and labels, as `python -m st_fast.prepare` writes it.")
     images: str = free("", 'The latents\' images, for live encoders: folder, zip, tar, …; "": the folder at `path`.')
