@@ -85,6 +85,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     if request.weights is not None:
         scores.check_count(request.samples.settings.num)
+        inception.load_inception(request.weights, torch.device("cpu"))  # to refuse a bad file before hours of drawing
+        if not request.reference.exists():
+            raise UserError(f"--reference {request.reference}: no such file or folder")
     with sampling(request.samples) as (ranks, stop, sampler, say):
         file = draw_set(sampler, request.samples.set_folder, False, ranks, stop, say)
         del sampler

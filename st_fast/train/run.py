@@ -72,6 +72,10 @@ def run(recipe: Recipe) -> None:
             verify = recipe.data.verify and local_rank() == 0
             shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
             check_fits(recipe, shards.manifest)
+            if (classes := shards.manifest.num_classes) < recipe.model.num_classes:
+                log.say(
+                    f"data: {classes} classes; model.num_classes = {recipe.model.num_classes} has more than are trained"
+                )
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
             consensus = StopConsensus(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log)

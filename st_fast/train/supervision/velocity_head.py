@@ -1,4 +1,4 @@
-"""Stage 1 of Self-Transcendence (arXiv 2601.07773): a head on a shallow block predicts the velocity or the clean latents.
+"""Stage 1 of Self-Transcendence (arXiv 2601.07773): a head on a shallow block predicts velocity or latents.
 
 The released code predicts the velocity (`target = "velocity"`); the paper's text says the clean latent ("latent").
 """
