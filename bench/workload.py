@@ -163,7 +163,7 @@ def _filled_teacher(
     root: Path, config: Model, weights: str, table: KernelTable, place: torch.device, dtype: torch.dtype,
     attend: Attend, **_: Any,
 ) -> SiT:  # fmt: skip
-    """In place of `teacher.load_frozen`: a teacher of this size whose weights no checkpoint holds."""
+    """In place of `stored.load_frozen`: a teacher of this size whose weights no checkpoint holds."""
     model = unfilled(config, table, place, dtype, attend)
     fill(model.state_dict(), config, seed=3)
     return model.eval().requires_grad_(False)
@@ -179,7 +179,7 @@ def quickly_built(device: torch.device) -> Iterator[None]:
     def build(config: Model, table: KernelTable, seed: int, attend: Attend) -> SiT:
         return unfilled(config, table, device, torch.float32, attend)
 
-    with patch("st_fast.train.trainer.build", build), patch("st_fast.model.teacher.load_frozen", _filled_teacher):
+    with patch("st_fast.train.trainer.build", build), patch("st_fast.model.stored.load_frozen", _filled_teacher):
         yield
 
 

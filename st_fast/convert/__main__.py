@@ -26,8 +26,8 @@ from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.model.formats.layouts import LAYOUTS
 from st_fast.model.formats.loaded_state import heads
-from st_fast.model.formats.model_source import ModelSource, read_model
 from st_fast.model.load import CONFIG, read_config
+from st_fast.model.stored import ModelSource, read_model
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")

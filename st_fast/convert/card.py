@@ -11,7 +11,7 @@ from st_fast import __version__
 from st_fast.core.errors import UserError
 from st_fast.core.files import read_json
 from st_fast.data.shards import read_any_manifest
-from st_fast.model.formats.model_source import ModelSource
+from st_fast.model.stored import ModelSource
 from st_fast.recipe import load_run, to_toml
 from st_fast.recipe.schema import Recipe
 from st_fast.report import words

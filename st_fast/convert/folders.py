@@ -17,8 +17,8 @@ from st_fast.data.manifest import VaeInfo
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.loaded_state import LoadedState, heads, trunk
-from st_fast.model.formats.model_source import ModelSource
 from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, write_pretrained
+from st_fast.model.stored import ModelSource
 from st_fast.model.vae import load_vae, tensors_hash, vae_scale
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample

@@ -19,8 +19,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
         stage.method.check(stage.name)
-        check_teacher(stage, recipe.stages, position)
-        check_start(stage, recipe.stages, position)
+        check_models(stage, recipe.stages, position)
     check_guidance(recipe)
     check_single_values(recipe)
     check_scores(recipe.evaluate)
@@ -75,46 +74,33 @@ def check_numbers(stage: Stage, depth: int) -> None:
                 raise wrong_value(f"stage.{stage.name}.{name}", value, allowed)
 
 
-def check_teacher(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
-    """A teacher is an earlier stage by name, or a path: anything with a slash, looked for only when it is needed."""
-    teacher = stage.method.teacher_name
-    if teacher == "":
-        why = f"supervision = {show(supervision_name(stage.method))} learns from a teacher"
-        raise wrong_value(f"stage.{stage.name}.teacher", teacher, _models(stages[:position], "teacher"), why)
-    if teacher is not None:
-        _check_model(stage, "teacher", teacher, "a stage can't teach itself", stages, position)
+def check_models(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
+    """A teacher, or what a stage starts from, is an earlier stage by name, or a path: anything with a slash.
 
-
-def check_start(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
-    """What a stage starts from is named as a teacher is, and the other keys of the start belong to it."""
-    start = stage.start
-    if start.init:
-        _check_model(stage, "init", start.init, "a stage can't start from itself", stages, position)
-    elif start != Start():
+    A path is looked for only when it is needed. The other keys of the start belong to `init`.
+    """
+    start, earlier = stage.start, [s.name for s in stages[:position]]
+    for key, value, itself, example in (
+        ("teacher", stage.method.teacher_name, "a stage can't teach itself", "./teacher"),
+        ("init", start.init or None, "a stage can't start from itself", "./model.pt"),
+    ):
+        if value is None or value in earlier or "/" in value:
+            continue
+        if value == "":
+            why = f"supervision = {show(supervision_name(stage.method))} learns from a teacher"
+        elif value == stage.name:
+            why = itself
+        elif value in [s.name for s in stages]:
+            why = "that stage comes later"
+        else:
+            why = "no stage of that name" + did_you_mean(value, earlier)
+        names = ", ".join(earlier) or "there is none"
+        allowed = f"an earlier stage ({names}) or a path with a slash, such as {example}"
+        raise wrong_value(f"stage.{stage.name}.{key}", value, allowed, why)
+    if not start.init and start != Start():
         key = next(name for name in keys(Start) if getattr(start, name) != getattr(Start(), name))
         why, allowed = "without init nothing is read", "left out, or with init = a stage or a path"
         raise wrong_value(f"stage.{stage.name}.{key}", getattr(start, key), allowed, why)
-
-
-def _check_model(
-    stage: Stage, key: str, value: str, itself: str, stages: tuple[Stage, ...], position: int
-) -> None:  # fmt: skip
-    earlier = [s.name for s in stages[:position]]
-    if value in earlier or "/" in value:
-        return
-    if value == stage.name:
-        why = itself
-    elif value in [s.name for s in stages]:
-        why = "that stage comes later"
-    else:
-        why = "no stage of that name" + did_you_mean(value, earlier)
-    raise wrong_value(f"stage.{stage.name}.{key}", value, _models(stages[:position], key), why)
-
-
-def _models(earlier: tuple[Stage, ...], key: str) -> str:
-    names = ", ".join(stage.name for stage in earlier)
-    example = "teacher" if key == "teacher" else "model.pt"
-    return f"an earlier stage ({names or 'there is none'}) or a path with a slash, such as ./{example}"
 
 
 def check_guidance(recipe: Recipe) -> None:

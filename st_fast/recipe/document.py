@@ -124,7 +124,11 @@ def apply_override(document: Document, override: str) -> str:
     if not flag.startswith("--") or not equals or len(parts) != (3 if is_stage else 2) or not all(parts):
         raise RecipeError(f"can't read the argument {show(override)}", FORM)
     if is_stage:
-        table = _stage_table(document, parts[1])
+        found = [stage for stage in document.stages if stage.get("name") == parts[1]]
+        if not found:
+            names = [stage["name"] for stage in document.stages if isinstance(stage.get("name"), str)]
+            raise unknown_name(f"stage.{key_text(parts[1])}", parts[1], names)
+        table = found[0]
     else:
         check_section(parts[0])
         table = document.sections.setdefault(parts[0], {})
@@ -144,11 +148,3 @@ def _value(text: str, flag: str) -> Any:
         return text
     is_date = isinstance(parsed["value"], (datetime.date, datetime.time))
     return text if is_date or len(parsed) > 1 else parsed["value"]
-
-
-def _stage_table(document: Document, name: str) -> dict[str, Any]:
-    for stage in document.stages:
-        if stage.get("name") == name:
-            return stage
-    names = [stage["name"] for stage in document.stages if isinstance(stage.get("name"), str)]
-    raise unknown_name(f"stage.{key_text(name)}", name, names)

@@ -29,7 +29,9 @@ class RecipeError(UserError):
 
     def __str__(self) -> str:
         text = f"{self.place}: {self.problem}" if self.place else self.problem
-        return _one_line(f"{text}; allowed: {self.allowed}")
+        text = f"{text}; allowed: {self.allowed}"
+        # Escaped is what a terminal or a log would not keep in one line: control characters, separators, surrogates.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def wrong_value(key: str, value: object, allowed: str, why: str = "") -> RecipeError:
@@ -74,10 +76,3 @@ def show(value: Any, inside: bool = False) -> str:
 def cut(text: str) -> str:
     """The text, its middle left out where it is too long for a message."""
     return text if len(text) <= 80 else f"{text[:40]}...{text[-37:]}"
-
-
-def _one_line(text: str) -> str:
-    """Escapes what a terminal or a log would not keep in one line: control characters, separators, lone surrogates."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

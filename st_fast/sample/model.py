@@ -19,11 +19,11 @@ from st_fast.core.signals import StopRequest, stop_on_signals
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import read_any_manifest
 from st_fast.kernels.heap import keep_freed_memory
-from st_fast.model import SiT, teacher
+from st_fast.model import SiT, stored
 from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks, keep_compiled
-from st_fast.model.formats.model_source import newest_stage
 from st_fast.model.smoke_test import validated_kernels
+from st_fast.model.stored import newest_stage
 from st_fast.model.vae import decode, load_vae
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Recipe, Sample
@@ -105,7 +105,7 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     root = request.run / request.stage / "checkpoints"
     table = validated_kernels(vars(recipe.kernels), recipe.model, ranks, dtype, say)
     attend = choose(recipe.model.attention, device, dtype, recipe.model.width // recipe.model.heads, say)
-    model = teacher.load_frozen(root, recipe.model, request.weights, table, device, dtype, attend)
+    model = stored.load_frozen(root, recipe.model, request.weights, table, device, dtype, attend)
     newest = checkpoint.latest(root, say, groups=())
     compiled = request.compile == "on" or (request.compile == "auto" and device.type == "cuda")
     if compiled:

@@ -20,7 +20,7 @@ from st_fast.data.loader import kept_bytes
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import open_data
 from st_fast.kernels.heap import keep_freed_memory
-from st_fast.model import teacher
+from st_fast.model import stored
 from st_fast.model.compiling import keep_compiled
 from st_fast.model.fp8 import check_fp8
 from st_fast.prepare import digits
@@ -134,8 +134,8 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
     for stage in recipe.stages:
         name, group, init = stage.method.teacher_name, stage.method.teacher_group, stage.start.init
         if name is not None and name not in own:
-            root, table = teacher.checkpoint_root(recipe, name), kernels.select({}, cpu)
-            teacher.load_frozen(root, recipe.model, group, table, cpu, torch.float32, flow=recipe.flow.path)
+            root, table = stored.checkpoint_root(recipe, name), kernels.select({}, cpu)
+            stored.load_frozen(root, recipe.model, group, table, cpu, torch.float32, flow=recipe.flow.path)
         features = open_image_features(stage, recipe, records, cpu, torch.float32)
         if init and init not in own and not candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
             start.check(recipe, stage, features.widths, print)

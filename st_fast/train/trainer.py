@@ -16,7 +16,7 @@ from st_fast.core.ranks import Ranks, Rendezvous
 from st_fast.core.signals import StopConsensus
 from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import check_same_data
-from st_fast.model import SiT, build, teacher, unfilled
+from st_fast.model import SiT, build, stored, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
 from st_fast.model.fp8 import use_fp8
@@ -217,8 +217,8 @@ def _teacher(context: RunContext, stage: Stage, table: kernels.KernelTable, atte
     recipe, ranks, loaded = context.recipe, context.ranks, list[SiT]()
 
     def load() -> None:
-        root, group = teacher.checkpoint_root(recipe, name), stage.method.teacher_group
-        loaded.append(teacher.load_frozen(root, recipe.model, group, table, ranks.device, context.dtype, attend))
+        root, group = stored.checkpoint_root(recipe, name), stage.method.teacher_group
+        loaded.append(stored.load_frozen(root, recipe.model, group, table, ranks.device, context.dtype, attend))
 
     ranks.broadcast_from_rank0(load)
     model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, context.dtype, attend)

@@ -18,9 +18,9 @@ from st_fast.convert import hub
 from st_fast.convert.__main__ import main
 from st_fast.core import checkpoint
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.model import SiT, build, teacher
+from st_fast.model import SiT, build, stored
 from st_fast.model.formats import import_file
-from st_fast.model.formats.model_source import read_model
+from st_fast.model.stored import read_model
 from st_fast.recipe import load
 from st_fast.recipe.document import as_document, parse_toml
 from st_fast.recipe.load import parse, resolve
@@ -89,15 +89,15 @@ def test_a_stage_that_was_written_and_the_file_itself_are_teachers(weights, tmp_
     convert(tmp_path / "last.pt", tmp_path / "repa")
     table, expected = kernels.select({}, CPU), content["model" if weights == "raw" else "ema"]
     for root in (tmp_path / "repa" / "checkpoints", tmp_path / "last.pt"):
-        model = teacher.load_frozen(root, foreign.TINY, weights, table, CPU, torch.float32)
+        model = stored.load_frozen(root, foreign.TINY, weights, table, CPU, torch.float32)
         assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
         assert not model.training and not any(p.requires_grad for p in model.parameters())
     with pytest.raises(UserError, match=r"another architecture: depth 3 \(this recipe: 4\)"):
         other = replace(foreign.TINY, depth=4)
-        teacher.load_frozen(tmp_path / "last.pt", other, "raw", table, CPU, torch.float32)
+        stored.load_frozen(tmp_path / "last.pt", other, "raw", table, CPU, torch.float32)
     for root in (tmp_path / "repa" / "checkpoints", tmp_path / "last.pt"):
         with pytest.raises(UserError, match=r"trained on the linear path, flow.path = 'cosine'"):
-            teacher.load_frozen(root, foreign.TINY, "raw", table, CPU, torch.float32, flow="cosine")
+            stored.load_frozen(root, foreign.TINY, "raw", table, CPU, torch.float32, flow="cosine")
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -282,7 +282,7 @@ def test_what_cannot_be_is_told_in_one_line(arguments, words_, tmp_path, monkeyp
 def test_a_run_as_a_teacher_is_told_the_names_of_its_stages(run_folder):
     recipe = load(run_folder / "recipe.toml")
     with pytest.raises(UserError, match=re.escape(f"name one of its stages: {run_folder / 'align'}, ")):
-        teacher.checkpoint_root(recipe, str(run_folder))
+        stored.checkpoint_root(recipe, str(run_folder))
 
 
 @pytest.mark.parametrize("target", ["last.pt/out", "last.pt/out.pt"])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from st_fast import kernels
 from st_fast.convert.__main__ import main
 from st_fast.core.errors import UserError
-from st_fast.model import build, teacher
+from st_fast.model import build, stored
 from st_fast.model.formats import import_file
 from st_fast.model.vae import decode, load_vae
 from st_fast.prepare.small_vae import SmallVae, new_vae
@@ -111,7 +111,7 @@ def test_the_folder_does_not_say_where_the_vae_lay_on_this_machine(drawn, vae):
 def test_it_is_a_teacher(drawn):
     bundle, table = import_file(drawn[0] / "last.pt"), kernels.select({}, torch.device("cpu"))
     root, cpu = drawn[0] / "pipe", torch.device("cpu")
-    found = teacher.load_frozen(root, bundle.config, "ema", table, cpu, torch.float32).state_dict()
+    found = stored.load_frozen(root, bundle.config, "ema", table, cpu, torch.float32).state_dict()
     assert all(torch.equal(found[key], bundle.ema[key]) for key in found)
 
 

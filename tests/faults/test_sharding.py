@@ -15,7 +15,7 @@ import torch
 from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
-from st_fast.model import teacher
+from st_fast.model import stored
 from st_fast.recipe import load
 from tests import tiny
 from tests.faults.ranks import Nursery, finish
@@ -111,8 +111,8 @@ def test_an_average_that_teaches_is_sharded_with_its_student(data, tmp_path, nur
 
 def test_a_teacher_is_loaded_from_shards_as_from_whole_files(shards):
     settings, table = load(shards), kernels.select({}, torch.device("cpu"))
-    root = teacher.checkpoint_root(settings, "align")
-    frozen = teacher.load_frozen(root, settings.model, "ema", table, torch.device("cpu"), torch.float32)
+    root = stored.checkpoint_root(settings, "align")
+    frozen = stored.load_frozen(root, settings.model, "ema", table, torch.device("cpu"), torch.float32)
     ema = checkpoint.latest(root, pytest.fail).groups["ema"]
     assert all(torch.equal(tensor, ema[name]) for name, tensor in frozen.state_dict().items())
     assert frozen.blocks[0].attn.qkv.weight.shape == (96, 32)

@@ -20,7 +20,7 @@ from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_INTERRUPTED, UserError
 from st_fast.data.shards import open_data
-from st_fast.model import teacher
+from st_fast.model import stored
 from st_fast.report.collect import read_run
 from st_fast.study.__main__ import listing, main
 from st_fast.study.page import placed
@@ -172,7 +172,7 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
     write_random_teacher(tmp_path / "run", recipe)
     table = kernels.select({}, torch.device("cpu"))
     root = tmp_path / "run" / "align" / "checkpoints"
-    model = teacher.load_frozen(root, recipe.model, "ema", table, torch.device("cpu"), torch.float32)
+    model = stored.load_frozen(root, recipe.model, "ema", table, torch.device("cpu"), torch.float32)
     expected = random_model(recipe.model, recipe.run.seed).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0.5, 0.5])

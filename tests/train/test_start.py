@@ -21,7 +21,7 @@ from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.signals import StopRequest
 from st_fast.model import build
 from st_fast.model.formats import import_file
-from st_fast.model.formats.model_source import read_model
+from st_fast.model.stored import read_model
 from st_fast.recipe import RecipeError, load
 from st_fast.recipe.methods import EVERYWHERE, METHODS, Method, Selection
 from st_fast.recipe.schema import Optim

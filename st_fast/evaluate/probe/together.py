@@ -15,7 +15,7 @@ from st_fast.evaluate.probe.drawing import Drawn, Subject, draw_all
 from st_fast.evaluate.probe.examine import Findings, chosen_blocks, examine
 from st_fast.evaluate.probe.latents import SEED, load_split
 from st_fast.evaluate.probe.measures import cka, cosine
-from st_fast.model import teacher
+from st_fast.model import stored
 from st_fast.recipe import Recipe, load_run
 
 
@@ -99,6 +99,6 @@ def load_subjects(runs: Sequence[Path], recipes: Sequence[Recipe], weights: Lite
         labels = {s.name: s.name if alone or run.name == s.name else f"{run.name} · {s.name}" for s in trained}
         for stage in trained:
             root = run / stage.name / "checkpoints"
-            model = teacher.load_frozen(root, recipe.model, weights, table, device, torch.float32)
+            model = stored.load_frozen(root, recipe.model, weights, table, device, torch.float32)
             subjects.append(Subject(labels[stage.name], stage, model, labels.get(stage.method.teacher_name or "")))
     return subjects

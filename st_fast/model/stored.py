@@ -1,23 +1,28 @@
-"""A model by its path, whatever lies there: another project's file, or a run, stage or checkpoint of ours."""
+"""Models by their path: another project's file, a run, stage or checkpoint of ours, and frozen teachers from these."""
 
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
+from st_fast.kernels import KernelTable
+from st_fast.model import SiT, unfilled
+from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.formats.importing import import_file
 from st_fast.model.formats.layouts import check_table, detect, infer
-from st_fast.model.formats.loaded_state import LoadedState, head_name
+from st_fast.model.formats.loaded_state import LoadedState, head_name, trunk
 from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
 from st_fast.recipe import load_run
-from st_fast.recipe.schema import Recipe
+from st_fast.recipe.schema import Model, Recipe
 
 Say = Callable[[str], None]
 
@@ -93,8 +98,8 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         ema=dict(found.groups.get("ema", found.groups["model"])),
         exp_avg=_adam(optim, "exp_avg"),
         exp_avg_sq=_adam(optim, "exp_avg_sq"),
-        updates=_count(optim, "model"),
-        head_updates=_count(optim, "heads"),
+        updates=int(optim.get("model.step", 0)),
+        head_updates=int(optim.get("heads.step", 0)),
         step=found.step,
         path=flow_path(found.meta),
     )
@@ -111,10 +116,6 @@ def _adam(optim: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     }
 
 
-def _count(optim: Mapping[str, Tensor], part: str) -> int:
-    return int(optim[f"{part}.step"]) if f"{part}.step" in optim else 0
-
-
 def flow_path(meta: Mapping[str, Any]) -> str:
     """The path of the flow that a checkpoint's model was trained on."""
     said = tomllib.loads(str(meta.get("recipe", ""))).get("flow", {}).get("path", "linear")
@@ -128,3 +129,53 @@ def _published(folder: Path) -> LoadedState:
     loaded = import_file(file, "repa", config.model.heads)
     check_table(loaded.model, config.model, "repa", f"{file}, of what {CONFIG} says,")
     return replace(loaded, config=config.model, path=config.flow, step=config.step)
+
+
+def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
+    """Where the teacher lies: the checkpoints of a stage of this run or another, or what else `read_model` reads."""
+    if any(stage.name == teacher for stage in recipe.stages):
+        return Path(recipe.run.out) / teacher / "checkpoints"
+    path = Path(teacher)
+    if not path.exists():
+        raise UserError(f"teacher = {teacher!r}: neither a stage of this recipe nor a folder or file")
+    if (path / "recipe.toml").is_file():
+        names = ", ".join(str(path / stage.name) for stage in load_run(path).stages)
+        raise UserError(f"teacher = {teacher!r}: a run; name one of its stages: {names}")
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def load_frozen(
+    root: Path, config: Model, weights: Literal["raw", "ema"], kernels: KernelTable, place: torch.device,
+    dtype: torch.dtype,
+    attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
+) -> SiT:  # fmt: skip
+    """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
+
+    UserError, in one line, if there is none, if its architecture differs from `config`, if it was trained on another
+    path than `flow` (where given), or if any key of the trunk is missing, unknown or of another shape.
+    """
+    theirs, tensors, path, its_flow = _weights(root, config, weights)
+    if flow is not None and its_flow != flow:
+        raise UserError(f"teacher {path}: trained on the {its_flow} path, flow.path = {flow!r}")
+    if differing := config.differences(theirs):
+        raise UserError(f"teacher {path}: another architecture: {', '.join(differing)}")
+    model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
+    checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {path}")
+    model.to(dtype).to_empty(device=place).load_state_dict(dict(tensors))
+    return model.eval().requires_grad_(False)
+
+
+def _weights(
+    root: Path, config: Model, weights: Literal["raw", "ema"]
+) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Path, str]:
+    """Architecture, weights, where they lie and the path of their flow; of a checkpoint only one group is read."""
+    say = partial(print, flush=True)
+    if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
+        loaded = read_model(root, say, heads_otherwise=config.heads).loaded
+        tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
+        return loaded.config.architecture(), tensors, root, loaded.path
+    group = "model" if weights == "raw" else "ema"
+    found = checkpoint.latest(root, say, groups=(group,))
+    if found is None:
+        raise UserError(f"teacher: no sound checkpoint under {root}")
+    return found.meta.get("architecture", {}), found.groups[group], found.path, flow_path(found.meta)
