@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> None:
         return
     name, *rest = arguments
     if name == "completion":
-        print(completion(rest[0] if rest else "without a shell"))
+        shell = rest[0] if rest else "--help"
+        print(f"usage: st-fast completion {'|'.join(SHELLS)}" if shell in ("-h", "--help") else completion(shell))
         return
     module_of(name).main(rest)
 

@@ -155,7 +155,7 @@ class Reference:
 def distances(reference: NDArray[np.float32], stats: GaussianStats, features: NDArray[np.float32]) -> dict[str, float]:
     """Every metric that compares features (n, F) with a reference's (m, F) and their statistics, by its key."""
     precision, recall = precision_recall(reference, features)
-    return {"frechet": frechet(stats, GaussianStats.of(features)), "precision": precision, "recall": recall}
+    return {"frechet": frechet(GaussianStats.of(features), stats), "precision": precision, "recall": recall}
 
 
 def make_reference(classifier: Classifier, train: Tensor, test: Tensor) -> Reference:

@@ -97,6 +97,8 @@ def renamed(section: str, table: dict[str, Any]) -> dict[str, Any]:
     today: dict[str, Any] = {}
     for key, value in table.items():
         new, values = RENAMED.get(f"{section}.{key}", (key, {}))
+        if new != key and new in table:
+            raise RecipeError(f"{key}, the older name of {new}, is given as well", new, f"{section}.{new}")
         today[new] = values.get(value, value) if isinstance(value, str) else value
     return today
 

@@ -24,6 +24,8 @@ NUMBERS = (
 """Keys of any record that must hold numbers or null."""
 OLD_KEYS = {"judge_accuracy": "classifier_accuracy", "judge_digest": "classifier_digest"}
 """Keys of `metrics` in logs of earlier versions, and what they are called now."""
+OLD_CLASSIFIER = {"none": False, "classifier": True}
+"""What `evaluate.judge` in recipes of earlier versions means for `evaluate.classifier`."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,9 @@ def _read_recipe(path: Path) -> tuple[Record, str]:
     entries = recipe.get("stage", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: stage = {shown(entries)}; [[stage]] tables are needed")
+    evaluate = recipe.get("evaluate", {})
+    if isinstance(evaluate, dict) and evaluate.get("judge") in OLD_CLASSIFIER:
+        evaluate["classifier"] = OLD_CLASSIFIER[evaluate.pop("judge")]
     return recipe, text
 
 

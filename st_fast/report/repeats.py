@@ -63,12 +63,14 @@ class Verdict:
 
 
 def group_by_seed(arms: Sequence[Arm]) -> list[Repeats]:
-    """Arms whose runs differ in nothing but the seed and in where they lie, together."""
-    groups: dict[str, Repeats] = {}
+    """Arms whose runs differ in nothing but the seed and in where they lie, together; a seed's second run is apart."""
+    groups: dict[tuple[str, int], Repeats] = {}
     for arm in arms:
-        key = str(_without_seed(arm.run.recipe, seed_of(arm.run))) + arm.stage.name
-        group = groups.setdefault(key, Repeats(arm.label, {}))
-        group.by_seed.setdefault(seed_of(arm.run), arm)
+        seed = seed_of(arm.run)
+        key, copy = str(_without_seed(arm.run.recipe, seed)) + arm.stage.name, 0
+        while seed in groups.setdefault((key, copy), Repeats(arm.label, {})).by_seed:
+            copy += 1
+        groups[key, copy].by_seed[seed] = arm
     return list(groups.values())
 
 

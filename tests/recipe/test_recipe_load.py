@@ -90,6 +90,9 @@ def test_keys_of_older_recipes_are_read_in_files_and_overrides(small: Path) -> N
     assert load(small, ["--evaluate.judge=none"]).evaluate.classifier is False
     assert load(small, ["--evaluate.classifier=false"]).evaluate.classifier is False
     assert load(small, ["--evaluate.classifier=false", "--evaluate.judge=classifier"]).evaluate.classifier is True
+    twice = small.with_name("twice.toml")
+    twice.write_text(small.read_text() + "classifier = false\n")
+    assert "the older name of classifier, is given as well" in str(refusal(twice))
     error = refusal(small, "--evaluate.judge=cat")
     assert (
         error.key == "evaluate.classifier" and "true or false" in error.allowed and "--evaluate.judge=cat" in str(error)

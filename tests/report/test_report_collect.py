@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from st_fast.core.errors import UserError
+from st_fast.recipe.document import RENAMED
+from st_fast.report import collect
 from st_fast.report.collect import read_run, read_runs
 
 
@@ -130,3 +132,16 @@ def test_logs_with_the_keys_of_earlier_versions_stay_readable(runs) -> None:
     record = {"kind": "eval", "stage": "a", "step": 10, "metrics": old}
     read = read_run(runs.custom("", [record])).stages[0].evals[0]["metrics"]
     assert read == {"classifier_accuracy": 0.99, "classifier_digest": "ab", "accuracy": 0.9}
+
+
+def test_recipes_with_the_keys_of_earlier_versions_are_the_same_settings(runs) -> None:
+    path = runs.two_stages("old")
+    file = path / "recipe.toml"
+    new, old = (
+        file.read_text() + f"\n[evaluate]\n{key}\nnum = 7\n" for key in ("classifier = true", 'judge = "classifier"')
+    )
+    file.write_text(new)
+    settings = read_run(path).recipe["evaluate"]
+    file.write_text(old)
+    assert read_run(path).recipe["evaluate"] == settings == {"classifier": True, "num": 7}
+    assert RENAMED["evaluate.judge"] == ("classifier", collect.OLD_CLASSIFIER)

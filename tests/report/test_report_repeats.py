@@ -51,6 +51,14 @@ def test_runs_that_differ_in_their_seed_alone_are_one_arm(runs) -> None:
     assert [sorted(group.by_seed) for group in groups] == [[0, 1, 2], [0, 1, 2]]
 
 
+def test_a_copy_of_a_run_is_no_second_seed(runs) -> None:
+    paths = [runs.plain("one", 3), runs.plain("copy", 3), runs.plain("other", 4)]
+    groups = group_by_seed(heads(make_arms(read_runs(paths))))
+    assert [sorted(group.by_seed) for group in groups] == [[3, 4], [3]]
+    sentence = verdict(make_arms(read_runs(paths[:2]))).sentence
+    assert "seeds" not in sentence and "With one seed" in sentence
+
+
 def test_shares_and_scores_are_those_of_each_seeds_own_baseline(runs) -> None:
     plain, taught = found_rows(runs)
     whole = 1600 * runs.batch * runs.flops

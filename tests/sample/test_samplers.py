@@ -128,3 +128,11 @@ def test_dopri5_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"sampler = 'dopri5': .*pip install st_fast\[ode\]"):
         dopri5(velocity, noise(1), 1)
+
+
+def test_published_cards_find_what_they_import():
+    import st_fast.sample as package
+
+    assert package.balanced is balanced and package.sample.__module__ == "st_fast.sample.guided"
+    with pytest.raises(AttributeError):
+        _ = package.nothing
