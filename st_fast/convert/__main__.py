@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from st_fast.convert import hub
-from st_fast.convert.card import card
 from st_fast.convert.exporting import export_file
-from st_fast.convert.folders import latents_of, write_diffusers, write_huggingface, write_stage
+from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.model.formats.layouts import LAYOUTS
@@ -111,16 +110,13 @@ def _written_before(target: Path, form: str, push: str | None) -> bool:
 
 def write(given: argparse.Namespace, form: str, origin: ModelSource) -> None:
     """Writes `origin` as `form` to the target."""
-    latents, target, name = latents_of(origin), given.target, given.push or given.target.name
+    target, name = given.target, given.push or given.target.name
     if form == "stage":
         write_stage(origin, target)
     elif form == "huggingface":
-        text = card(origin, given.weights, form, name, latents.vae.name)
-        write_huggingface(origin, given.weights, latents, text, target)
+        write_huggingface(origin, given.weights, name, target)
     elif form == "diffusers":
-        vae = Path(given.vae).name if given.vae and Path(given.vae).is_dir() else given.vae
-        text = card(origin, given.weights, form, name, vae or latents.vae.name)
-        write_diffusers(origin, given.weights, latents, text, given.vae, target)
+        write_diffusers(origin, given.weights, name, given.vae, target)
     else:
         export_file(origin.loaded, form, target, "model" if given.weights == "raw" else "ema")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError
-from st_fast.core.files import fsync_path, make_folder
+from st_fast.core.files import durable_file, fsync_path, make_folder
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.layouts import check_table, published_order
 from st_fast.model.formats.loaded_state import LoadedState, Table, heads, is_head
@@ -28,11 +28,8 @@ def export_file(loaded: LoadedState, layout: str, path: Path, weights: str) -> N
     """Writes `.pt` (model, ema, opt, args, steps) or `.safetensors` (the chosen weights alone) durably.
 
     Heads of another layout are left out, for the other project could not load them; a file that came in this layout is
-    written back with its own prefixes, args and entries. UserError for another suffix or a file that is there.
+    written back with its own prefixes, args and entries. UserError for a file that is there.
     """
-    if path.suffix not in (".pt", ".safetensors"):
-        raise UserError(f"{path}: a file in a published layout ends in .pt or .safetensors")
-    _refuse_existing(path)
     content = as_published(loaded, layout)
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
@@ -41,20 +38,14 @@ def export_file(loaded: LoadedState, layout: str, path: Path, weights: str) -> N
             chosen = content.get(weights)
             write_group(partial, chosen if isinstance(chosen, Mapping) else content)
         else:
-            with partial.open("wb") as file:
+            with durable_file(partial) as descriptor, open(descriptor, "wb", closefd=False) as file:
                 torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-        _refuse_existing(path)  # that another process wrote meanwhile
+        if os.path.lexists(path):  # also what another process wrote meanwhile
+            raise UserError(f"{path}: exists; name another file")
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
     fsync_path(path.absolute().parent)
-
-
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise UserError(f"{path}: exists; name another file")
 
 
 def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:

@@ -1,22 +1,20 @@
 """A model written as a stage of ours, as a Hugging Face folder, or as a diffusers pipeline."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from st_fast import __version__
+from st_fast.convert.card import card
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
-from st_fast.core.files import read_json, write_folder, write_json_atomic
-from st_fast.data.manifest import VaeInfo
+from st_fast.core.files import FolderWrite, read_json, write_json_atomic
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
-from st_fast.model.formats.loaded_state import LoadedState, heads, trunk
+from st_fast.model.formats.loaded_state import heads, trunk
+from st_fast.model.formats.model_source import ModelSource
 from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, write_pretrained
 from st_fast.model.stored import ModelSource
 from st_fast.model.vae import load_vae, tensors_hash, vae_scale
@@ -25,32 +23,24 @@ from st_fast.recipe.schema import Sample
 
 Weights = Literal["ema", "raw"]
 DIFFUSERS_AT_LEAST = "0.35.0"
-OWN_STREAMS = "from st_fast.core.random import Purpose, normal"
-"""The one line of the pipeline that names st_fast; the file goes along under another name."""
+RANDOM = "st_fast.core.random"
+"""The one module of st_fast that the pipeline imports; its file goes along under another name."""
 
 
-@dataclass(frozen=True)
-class Latents:
-    """How a model's latents are decoded: the VAE, where there is one, and the scale between."""
+def latents_of(origin: ModelSource) -> tuple[float | None, str, Path | None]:
+    """How a model's latents are decoded: their scale and the VAE's name and folder, each where it is known.
 
-    scale: float | None
-    vae: VaeInfo
-    folder: Path | None = None
-    """Of the VAE's weights, where they lie on this disk."""
-
-
-def latents_of(origin: ModelSource) -> Latents:
-    """From the data that a run was trained on, if it is still there; else what is usual for the channels."""
+    From the data that a run was trained on, if it is still there; else what is usual for the channels.
+    """
     if origin.run is not None:
         data = Path(load_run(origin.run).data.path)
         try:
             manifest = read_any_manifest(data)
         except UserError:
-            return Latents(None, VaeInfo(""))
-        local = data / manifest.vae.path if manifest.vae.path else None
-        return Latents(manifest.scale, manifest.vae, local)
+            return None, "", None
+        return manifest.scale, manifest.vae.name, data / manifest.vae.path if manifest.vae.path else None
     usual = origin.loaded.config.channels == 4  # of SD's VAE, in other projects' checkpoints
-    return Latents(SD_SCALE if usual else None, VaeInfo("sd-vae-ft-mse" if usual else ""))
+    return (SD_SCALE, "sd-vae-ft-mse", None) if usual else (None, "", None)
 
 
 def write_stage(origin: ModelSource, folder: Path) -> None:
@@ -63,7 +53,11 @@ def write_stage(origin: ModelSource, folder: Path) -> None:
     if found := heads(loaded.model):
         groups["heads"] = found
     if loaded.exp_avg:
-        groups["optim"] = _optimizer_state(loaded)
+        optim = groups["optim"] = {}
+        for part, of, updates in (("model", trunk, loaded.updates), ("heads", heads, loaded.head_updates)):
+            for kind, table in (("exp_avg", loaded.exp_avg), ("exp_avg_sq", loaded.exp_avg_sq)):
+                optim |= {f"{part}.{kind}.{key}": tensor for key, tensor in of(table).items()}
+            optim[f"{part}.step"] = torch.tensor(float(updates))
     meta = {
         "stage": folder.name,
         "architecture": loaded.config.architecture(),
@@ -76,71 +70,58 @@ def write_stage(origin: ModelSource, folder: Path) -> None:
         checkpoint.save(writing / "checkpoints", loaded.step, groups, meta)
 
 
-def _optimizer_state(loaded: LoadedState) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for part, of, updates in (("model", trunk, loaded.updates), ("heads", heads, loaded.head_updates)):
-        for kind, table in (("exp_avg", loaded.exp_avg), ("exp_avg_sq", loaded.exp_avg_sq)):
-            found |= {f"{part}.{kind}.{key}": tensor for key, tensor in of(table).items()}
-        found[f"{part}.step"] = torch.tensor(float(updates))
-    return found
-
-
 def _write_model(
-    folder: Path, origin: ModelSource, weights: Weights, scale: float | None, name: str = WEIGHTS,
-    also: Mapping[str, Any] = MappingProxyType({}),
-) -> None:  # fmt: skip
+    folder: Path, origin: ModelSource, weights: Weights, scale: float | None, name: str = WEIGHTS, **also: Any
+) -> None:
     """config.json and the trunk's averaged or raw weights."""
     loaded = origin.loaded
     tensors = trunk(loaded.ema if weights == "ema" else loaded.model)
-    config = Published(loaded.config, cast(Any, loaded.path), scale, loaded.step)
-    write_pretrained(folder, tensors, config, name, also)
+    write_pretrained(folder, tensors, Published(loaded.config, cast(Any, loaded.path), scale, loaded.step), name, also)
 
 
-def write_huggingface(origin: ModelSource, weights: Weights, latents: Latents, card: str, folder: Path) -> None:
+def write_huggingface(origin: ModelSource, weights: Weights, name: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
-    with write_folder(folder) as writing:
-        _write_model(writing, origin, weights, latents.scale)
-        (writing / "README.md").write_text(card, encoding="utf-8")
+    scale, vae, _ = latents_of(origin)
+    with FolderWrite(folder) as writing:
+        _write_model(writing.path, origin, weights, scale)
+        text = card(origin, weights, "huggingface", name, vae)
+        (writing.path / "README.md").write_text(text, encoding="utf-8")
 
 
-def write_diffusers(
-    origin: ModelSource, weights: Weights, latents: Latents, card: str, vae: str | None, folder: Path
-) -> None:  # fmt: skip
+def write_diffusers(origin: ModelSource, weights: Weights, name: str, vae: str | None, folder: Path) -> None:
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the VAE.
 
     UserError if the folder is there, or the VAE can't be had or has other channels.
     """
-    source, scale, channels = vae or latents.folder, latents.scale, origin.loaded.config.channels
+    scale, vae_name, vae_folder = latents_of(origin)
+    if vae:
+        vae_name = Path(vae).name if Path(vae).is_dir() else vae
+    source, channels = vae or vae_folder, origin.loaded.config.channels
     decoder = load_vae(source) if source else None
     if decoder is not None:
         if decoder.config.latent_channels != channels:
             raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
         scale = scale or vae_scale(decoder)
-    with write_folder(folder) as writing:
-        write_json_atomic(writing / "model_index.json", index(origin, decoder is not None))
-        (writing / "transformer").mkdir()
-        for name, text in (code() | {"README.md": card}).items():
-            (writing / name).write_text(text, encoding="utf-8")
-        kind = {"_class_name": "SiTTransformer", "_diffusers_version": DIFFUSERS_AT_LEAST}
-        _write_model(writing / "transformer", origin, weights, scale, DIFFUSERS_WEIGHTS, kind)
+    here = Path(__file__).parent
+    with FolderWrite(folder) as writing:
+        write_json_atomic(writing.path / "model_index.json", index(origin, decoder is not None))
+        (writing.path / "transformer").mkdir()
+        for place, text in {
+            "README.md": card(origin, weights, "diffusers", name, vae_name),
+            "pipeline.py": (here / "pipeline.py").read_text(encoding="utf-8").replace(RANDOM, ".sit_streams"),
+            "sit_streams.py": (here.parent / "core" / "random.py").read_text(encoding="utf-8"),
+            "transformer/sit_transformer.py": (here / "sit_transformer.py").read_text(encoding="utf-8"),
+        }.items():
+            (writing.path / place).write_text(text, encoding="utf-8")
+        _write_model(
+            writing.path / "transformer", origin, weights, scale, DIFFUSERS_WEIGHTS,
+            _class_name="SiTTransformer", _diffusers_version=DIFFUSERS_AT_LEAST,
+        )  # fmt: skip
         if decoder is not None:
             decoder.save_pretrained(writing / "vae", safe_serialization=True)
             config = read_json(writing / "vae" / "config.json")
             config.pop("_name_or_path", None)  # where on this machine the VAE was read from
             write_json_atomic(writing / "vae" / "config.json", config)
-
-
-def code() -> dict[str, str]:
-    """The Python files of a diffusers folder, by their place in it."""
-    here = Path(__file__).parent
-    pipeline = (here / "pipeline.py").read_text(encoding="utf-8")
-    if pipeline.count(OWN_STREAMS) != 1:
-        raise ValueError(f"pipeline.py must have the line {OWN_STREAMS!r} once")
-    return {
-        "pipeline.py": pipeline.replace(OWN_STREAMS, OWN_STREAMS.replace("st_fast.core.random", ".sit_streams")),
-        "sit_streams.py": (here.parent / "core" / "random.py").read_text(encoding="utf-8"),
-        "transformer/sit_transformer.py": (here / "sit_transformer.py").read_text(encoding="utf-8"),
-    }
 
 
 def index(origin: ModelSource, with_vae: bool) -> dict[str, Any]:

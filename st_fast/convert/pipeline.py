@@ -6,7 +6,7 @@ images = pipe([3, 8], seed=0).images
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from st_fast.core.random import Purpose, normal
 
 LAST_SDE_TIME = 0.04
-"""Where the SDE sampler makes its last, noiseless step to t = 0."""
+"""Where the SDE sampler, with diffusion 2t (arXiv 2401.08740), makes its last, noiseless step to t = 0."""
 
 
 class SiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
@@ -57,45 +57,33 @@ class SiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
         numbers = torch.arange(first, first + len(class_labels), device=device)
         shape = (config.channels, config.latent_size, config.latent_size)
         x = normal(seed, Purpose.SAMPLE_NOISE, numbers, shape) if latents is None else latents.to(device).float()
-        velocity = self.velocity(torch.tensor(list(class_labels), device=device), scale)
-        with self.progress_bar(total=steps) as bar:
+        labels = torch.tensor(list(class_labels), device=device)
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        if sampler == "sde":
+            times = [*torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+        for number, (t, following) in enumerate(self.progress_bar(list(itertools.pairwise(times)))):
+            step, slope = following - t, self.velocity(x, t, labels, scale)
+            if sampler == "heun":
+                slope = 0.5 * (slope + self.velocity(x + step * slope, following, labels, scale))
             if sampler == "sde":
-                x = self.diffused(velocity, x, steps, seed, numbers, bar.update)
-            else:
-                x = integrated(velocity, x, steps, sampler == "heun", bar.update)
+                slope = slope - t * score(slope, x, t, config.flow)
+            x = x + step * slope
+            if sampler == "sde" and following > 0:
+                noise = normal(seed, Purpose.SAMPLE_PATH, numbers * steps + number, x.shape[1:])
+                x = x + (2 * t * -step) ** 0.5 * noise
         images = self.decoded(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def velocity(self, labels: Tensor, scale: float) -> Callable[[Tensor, float], Tensor]:
+    def velocity(self, x: Tensor, t: float, labels: Tensor, scale: float) -> Tensor:
         """v(x, t) in float32, guided where t lies in the range: v_null + scale * (v_label - v_null)."""
+        times = torch.full((len(x),), t, device=x.device)
+        if scale == 1.0 or not self.config.guidance_low <= t <= self.config.guidance_high:
+            return self.transformer(x, times, labels).float()
         null = torch.full_like(labels, self.transformer.config.num_classes)
-        low, high = self.config.guidance_low, self.config.guidance_high
-
-        def of(x: Tensor, t: float) -> Tensor:
-            times = torch.full((len(x),), t, device=x.device)
-            if scale == 1.0 or not low <= t <= high:
-                return self.transformer(x, times, labels).float()
-            both = self.transformer(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((labels, null))).float()
-            conditional, unconditional = both.chunk(2)
-            return unconditional + scale * (conditional - unconditional)
-
-        return of
-
-    def diffused(
-        self, velocity: Callable[[Tensor, float], Tensor], x: Tensor, steps: int, seed: int, numbers: Tensor,
-        tick: Callable[[], Any],
-    ) -> Tensor:  # fmt: skip
-        """The reverse SDE with diffusion 2t (arXiv 2401.08740): 1 to 0.04, then a noiseless step to 0."""
-        times = [*torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
-        for number, (t, following) in enumerate(itertools.pairwise(times)):
-            step, v = following - t, velocity(x, t)
-            x = x + step * (v - t * score(v, x, t, self.transformer.config.flow))
-            if following > 0:
-                noise = normal(seed, Purpose.SAMPLE_PATH, numbers * steps + number, x.shape[1:])
-                x = x + (2 * t * -step) ** 0.5 * noise
-            tick()
-        return x
+        both = self.transformer(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((labels, null))).float()
+        conditional, unconditional = both.chunk(2)
+        return unconditional + scale * (conditional - unconditional)
 
     def decoded(self, x: Tensor, output_type: str) -> Any:
         """Latents to what was asked for; without a VAE latents of 1 or 3 channels are pixels."""
@@ -107,25 +95,11 @@ class SiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
             z = self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float()
         elif z.shape[1] not in (1, 3):
             raise ValueError("this pipeline has no VAE: pass vae=AutoencoderKL…, or output_type='latent'")
-        bytes_ = (z + 1).mul(127.5).round().clamp(0, 255)
+        pixels = (z + 1).mul(127.5).round().clamp(0, 255) / 255
         if output_type == "pt":
-            return bytes_ / 255
-        array = bytes_.permute(0, 2, 3, 1).cpu().numpy()
-        return self.numpy_to_pil(array / 255) if output_type == "pil" else array / 255
-
-
-def integrated(
-    velocity: Callable[[Tensor, float], Tensor], x: Tensor, steps: int, second_order: bool, tick: Callable[[], Any]
-) -> Tensor:
-    """Euler's or Heun's method in equal steps from t = 1 to 0."""
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    for t, following in itertools.pairwise(times):
-        slope = velocity(x, t)
-        if second_order:
-            slope = 0.5 * (slope + velocity(x + (following - t) * slope, following))
-        x = x + (following - t) * slope
-        tick()
-    return x
+            return pixels
+        array = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
 def score(v: Tensor, x: Tensor, t: float, flow: str) -> Tensor:
