@@ -15,6 +15,7 @@ nothing. Every key, shape and dtype is checked; what does not fit is listed. Not
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from st_fast.model.stored import ModelSource, read_model
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,8 +69,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise UserError("--vae: only --to diffusers takes one")
     if given.push and given.to not in ("huggingface", "diffusers"):
         raise UserError("--push: only --to huggingface and --to diffusers can be uploaded")
-    if given.push:
-        hub.check_name(given.push)
+    if given.push and (not NAME.fullmatch(given.push) or ".." in given.push):
+        raise UserError(f"--push {given.push}: OWNER/NAME is needed, of letters, digits, -, _ and .")
     return given
 
 

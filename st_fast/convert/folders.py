@@ -1,7 +1,7 @@
 """A model written as a stage of ours, as a Hugging Face folder, or as a diffusers pipeline."""
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from st_fast.model.vae import load_vae, tensors_hash, vae_scale
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
 
-Weights = Literal["ema", "raw"]
 DIFFUSERS_AT_LEAST = "0.35.0"
 RANDOM = "st_fast.core.random"
 """The one module of st_fast that the pipeline imports; its file goes along under another name."""
@@ -71,7 +70,7 @@ def write_stage(origin: ModelSource, folder: Path) -> None:
 
 
 def _write_model(
-    folder: Path, origin: ModelSource, weights: Weights, scale: float | None, name: str = WEIGHTS, **also: Any
+    folder: Path, origin: ModelSource, weights: str, scale: float | None, name: str = WEIGHTS, **also: Any
 ) -> None:
     """config.json and the trunk's averaged or raw weights."""
     loaded = origin.loaded
@@ -79,7 +78,7 @@ def _write_model(
     write_pretrained(folder, tensors, Published(loaded.config, cast(Any, loaded.path), scale, loaded.step), name, also)
 
 
-def write_huggingface(origin: ModelSource, weights: Weights, name: str, folder: Path) -> None:
+def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
     scale, vae, _ = latents_of(origin)
     with FolderWrite(folder) as writing:
@@ -88,7 +87,7 @@ def write_huggingface(origin: ModelSource, weights: Weights, name: str, folder: 
         (writing.path / "README.md").write_text(text, encoding="utf-8")
 
 
-def write_diffusers(origin: ModelSource, weights: Weights, name: str, vae: str | None, folder: Path) -> None:
+def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | None, folder: Path) -> None:
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the VAE.
 
     UserError if the folder is there, or the VAE can't be had or has other channels.

@@ -6,15 +6,8 @@ from typing import Any
 
 from st_fast.core.errors import RunFailed, UserError, first_line
 
-NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKEN = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
 """What looks like one, should an error's text ever hold it."""
-
-
-def check_name(name: str) -> None:
-    """UserError unless a model's name on the hub is OWNER/NAME."""
-    if not NAME.fullmatch(name) or ".." in name:
-        raise UserError(f"--push {name}: OWNER/NAME is needed, of letters, digits, -, _ and .")
 
 
 def hub() -> Any:

@@ -27,8 +27,6 @@ from typing import NoReturn
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
 
-DTYPES = ("float16", "float32")
-SHARD_SIZE = 8_192
 VAE_HELP = (
     "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
     "images), pixels or pixels-gray (no VAE)"
@@ -61,11 +59,11 @@ def parser() -> Parser:
     add("--vae", default="sd-vae-ft-mse", help=VAE_HELP)
     add("--vae-factor", type=int, choices=(2, 4, 8), help="how much smaller its latents are (default: by SIZE, 2 to 8)")
     add("--vae-steps", type=int, default=2_000, help="training steps of --vae small (default 2000)")
-    add("--dtype", choices=DTYPES, default="float16", help="of the stored moments (default float16)")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored moments (default float16)")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the network; auto: bf16 on CUDA")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
-    add("--shard-size", type=int, default=SHARD_SIZE, help=f"records a shard (default {SHARD_SIZE})")
+    add("--shard-size", type=int, default=8_192, help="records a shard (default 8192)")
     add("--max-bad", type=int, default=10, help="fail when more images than this can't be used (default 10)")
     add("--dry-run", action="store_true", help="say what would be made, and stop")
     return parse
@@ -88,11 +86,8 @@ def main(arguments: Sequence[str]) -> None:
         )
     from st_fast.prepare import commands
 
-    for mode in ("verify", "stats", "features", "from_repa", "to_repa"):
-        if getattr(args, mode):
-            getattr(commands, mode)(args)
-            return
-    commands.encode(args)
+    modes = ("verify", "stats", "features", "from_repa", "to_repa")
+    getattr(commands, next((mode for mode in modes if getattr(args, mode)), "encode"))(args)
 
 
 if __name__ == "__main__":

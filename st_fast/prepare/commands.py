@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import write_folder
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
+from st_fast.data.ahead import RecordSet
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import BadImage, load_image
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
@@ -25,12 +24,11 @@ from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
 from st_fast.model.encoders import load_encoder
 from st_fast.model.vae import PIXELS, PRESETS, VAE, encode_moments, load_vae, vae_hash
-from st_fast.prepare.encode import Encoder, Encoding
+from st_fast.prepare.encode import Encoder
 from st_fast.prepare.features import crop_of, open_record_images, template, write_features
-from st_fast.prepare.job import Worker, is_done, run_job
+from st_fast.prepare.job import is_done, own_share, run_job
 from st_fast.prepare.repa import RepaProducer, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
-from st_fast.prepare.stats import describe
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
 
@@ -66,6 +64,40 @@ def stats(args: argparse.Namespace) -> None:
     print(f"picture: {folder / 'stats.png'}")
 
 
+def describe(records: RecordSet) -> str:
+    """Per-channel statistics of the sampled latents mean + std · ξ, unscaled, and the number of records a class.
+
+    Reads every record once; sums in float64. "std" is the total, the spread of the means plus the posterior's own; "of
+    which posterior" the root mean square of the posterior's std.
+    """
+    manifest, count = records.manifest, len(records)
+    total, square, own = np.zeros((3, manifest.channels))
+    with bar(None, "reading", count, "records") as progress:
+        for start in range(0, count, 1024):
+            moments = records.gather(np.arange(start, min(start + 1024, count)))[0].numpy().astype(np.float64)
+            mean, std = np.split(moments, 2, axis=1)
+            total += mean.mean((2, 3)).sum(0)
+            square += (mean**2).mean((2, 3)).sum(0)
+            own += (std**2).mean((2, 3)).sum(0)
+            progress.update(len(moments))
+    average = total / count
+    deviation = np.sqrt(square / count - average**2 + own / count)
+    overall = np.sqrt((deviation**2 + average**2).mean() - average.mean() ** 2)  # over all channels together
+    classes = np.bincount(records.labels, minlength=manifest.num_classes)
+    lines = [f"{count:,} records, {int((classes > 0).sum())} of {len(classes)} classes present"]
+    lines += ["channel      mean       std  of which posterior"]
+    for number, row in enumerate(zip(average, deviation, np.sqrt(own / count), strict=True)):
+        lines.append(f"{number:7d}  {row[0]:8.4f}  {row[1]:8.4f}  {row[2]:8.4f}")
+    lines.append(f"    all  std {overall:.4f}; 1/std = {1 / overall:.5f} would give unit variance")
+    if len(classes) <= 20:
+        labels = manifest.class_names or tuple(map(str, range(len(classes))))
+        lines.append("classes: " + ", ".join(f"{n} {c}" for n, c in zip(labels, classes.tolist(), strict=True)))
+    else:
+        low, middle, high = np.percentile(classes, (0, 50, 100))
+        lines.append(f"records a class: {low:.0f} at least, {middle:.0f} in the middle, {high:.0f} at most")
+    return "\n".join(lines)
+
+
 def features(args: argparse.Namespace) -> None:
     """Features of the images beside their latents."""
     source_path, out = args.paths
@@ -80,7 +112,7 @@ def features(args: argparse.Namespace) -> None:
     )
     if not args.dry_run:
         with progress("encoding", len(records), "records") as shown:
-            write_features(out, records, encoder, images, size, args.batch_size, worker(), shown.update)
+            write_features(out, records, encoder, images, args.batch_size, own_share(), shown.update)
 
 
 def from_repa(args: argparse.Namespace) -> None:
@@ -91,8 +123,7 @@ def from_repa(args: argparse.Namespace) -> None:
         print(f"{out}: {len(records):,} records of {args.dtype} in {producer.shards} shards")
         return
     with progress("converting", len(records), "records") as shown:
-        producer.progress = shown.update
-        run_job(out, producer, worker(), 0, tqdm.write)
+        run_job(out, producer, 0, shown.update)
 
 
 def to_repa(args: argparse.Namespace) -> None:
@@ -117,17 +148,21 @@ def encode(args: argparse.Namespace) -> None:
         print(f"{source.description}: {len(source.names):,} images; a small VAE would be trained on them first")
         return
     vae, info = the_vae(args, source, out)
-    encoder = Encoder(source, vae, info, Encoding(args.size, args.flip, args.dtype, args.batch_size, args.shard_size))
-    done = [number for number in range(encoder.shards) if is_done(out, number)]
+    encoder = Encoder(source, vae, info, args.size, args.flip, args.dtype, args.batch_size, args.shard_size)
+    done = [is_done(out, number) for number in range(encoder.shards)]
     if args.dry_run:
-        print(plan(encoder, out, len(done)))
+        template, records = encoder.template, len(source.names) * encoder.views
+        print(
+            f"{source.description}: {len(source.names):,} images of {source.num_classes} classes\n"
+            f"{out}: {records:,} records of {template.dtype} {'×'.join(map(str, template.shape))}, "
+            f"{records * template.record_bytes / 1e9:.2f} GB in {encoder.shards} shards, {sum(done)} of them done\n"
+            f"VAE {info.name}, scale {template.scale:.5f}, SHA-256 {info.hash[:12]}…"
+        )
         return
     keep_vae(vae, info, out)
-    mine = range(worker().rank, encoder.shards, worker().world)
-    ready = _images(encoder, set(mine) & set(done))
-    with progress("encoding", _images(encoder, mine), "images", ready) as shown:
-        encoder.progress = shown.update
-        run_job(out, encoder, worker(), args.max_bad, tqdm.write)
+    images = np.array([len(encoder.images_of(number)) for number in range(encoder.shards)])[own_share()]
+    with progress("encoding", int(images.sum()), "images", int(images[done[own_share()]].sum())) as shown:
+        run_job(out, encoder, args.max_bad, shown.update)
 
 
 def check_same(args: argparse.Namespace, made: Manifest, out: Path) -> None:
@@ -158,31 +193,9 @@ def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
     return PRESETS.get(made.name, made.name), PRESETS.get(asked, asked)
 
 
-def plan(encoder: Encoder, out: Path, done: int) -> str:
-    """A description of what `encode` would do."""
-    source, template = encoder.source, encoder.template
-    records = len(source.names) * (2 if template.flip else 1)
-    shape = "×".join(map(str, template.shape))
-    return (
-        f"{source.description}: {len(source.names):,} images of {source.num_classes} classes\n"
-        f"{out}: {records:,} records of {template.dtype} {shape}, {records * template.record_bytes / 1e9:.2f} GB "
-        f"in {encoder.shards} shards, {done} of them done\n"
-        f"VAE {encoder.info.name}, scale {template.scale:.5f}, SHA-256 {encoder.info.hash[:12]}…"
-    )
-
-
-def _images(encoder: Encoder, shards: Iterable[int]) -> int:
-    return sum(len(encoder.images_of(number)) for number in shards)
-
-
 def progress(what: str, total: int, unit: str, done: int = 0) -> tqdm[Any]:
     """A progress bar with an ETA; other processes than the first show none."""
-    return bar(None, what, total, unit, done, hidden=worker().rank != 0)
-
-
-def worker() -> Worker:
-    """This process's rank among the processes that torchrun started."""
-    return Worker(int(os.environ.get("RANK", "0")), rank_count())
+    return bar(None, what, total, unit, done, hidden=own_share().start != 0)
 
 
 def compute(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -206,7 +219,7 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
         local = Path(args.vae).is_dir() and args.vae not in PIXELS
         return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
     if not (out / VAE_FOLDER).is_dir():
-        if worker().world > 1:
+        if rank_count() > 1:
             raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
         with write_folder(out / VAE_FOLDER) as writing:
             small_vae(args, source, device).save_pretrained(writing, safe_serialization=True)
@@ -241,7 +254,7 @@ def training_images(source: Source, size: int) -> Tensor:
 def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:
     """Puts a copy of a VAE from a local folder into OUT, once; UserError where OUT has another."""
     folder = out / VAE_FOLDER
-    if not info.path or worker().rank != 0:
+    if not info.path or own_share().start != 0:
         return
     if not folder.is_dir():
         with write_folder(folder) as writing:

@@ -28,7 +28,7 @@ from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import RealImages, read_images
 from st_fast.model.encoders import input_side, load_encoder, preprocess, quiet_transformers
 from st_fast.model.vae import VAE, decode, encode_moments, vae_hash
-from st_fast.prepare.features import write_features
+from st_fast.prepare.features import KeptImages, write_features
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe.schema import Recipe
@@ -70,7 +70,7 @@ def prepare_digits(folder: Path, say: Say) -> None:
 
     Written aside and renamed, so no reader ever sees half of it. UserError for a place that holds anything else.
     """
-    folder = Path(folder).resolve()  # what a link leads to is replaced, never the link
+    folder = folder.resolve()  # what a link leads to is replaced, never the link
     if _complete(folder):
         return
     if not _may_be_replaced(folder):
@@ -142,37 +142,33 @@ def prepare_features(recipe: Recipe, say: Say) -> None:
     asking = [stage.method for stage in recipe.stages if ENCODER in stage.method.encoder_names]
     if not asking:
         return
-    real = read_images(folder)
     if not (folder / ENCODER).is_dir():
         say("digits: training a small image encoder (once, some seconds)")
-        with write_folder(folder / ENCODER) as writing:
-            train_encoder(real).save_pretrained(writing, safe_serialization=True)
+        with FolderWrite(folder / ENCODER) as write:
+            train_encoder(read_images(folder)).save_pretrained(write.path, safe_serialization=True)
     written = (features_folder(folder, ENCODER) / FILE_NAME).is_file()
     if written or all(method.encodes_images for method in asking):
         return
     say("digits: writing the encoder's features (once, some seconds)")
     encoder = load_encoder(str(folder / ENCODER), torch.device("cpu"), torch.float32)
-    records = open_data(folder, verify=False)
-    write_features(folder, records, encoder, lambda numbers: real.train[torch.from_numpy(numbers)], SIZE, batch=256)
+    records = open_shards(folder, verify=False)
+    write_features(folder, records, encoder, KeptImages(folder, records), batch=256)
     records.close()
 
 
-def new_encoder(seed: int = SEED) -> Any:
-    """An untrained one: 4 × 4 patches of 7 pixels, as many as the digits recipe's model has tokens."""
+def train_encoder(real: RealImages) -> Any:
+    """Trains one to name the digits; the same images and thread count give the same weights.
+
+    It sees 4 × 4 patches of 7 pixels, as many as the digits recipe's model has tokens.
+    """
     transformers = quiet_transformers(ENCODER)
     config = transformers.Dinov2Config(
         hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=4, image_size=input_side(SIZE, PATCH),
         patch_size=PATCH, layerscale_value=1.0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return transformers.Dinov2Model(config)
-
-
-def train_encoder(real: RealImages) -> Any:
-    """Trains one to name the digits; the same images and thread count give the same weights."""
-    encoder = new_encoder()
-    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        encoder = transformers.Dinov2Model(config)
         torch.manual_seed(SEED)
         head = nn.Linear(encoder.config.hidden_size, real.num_classes)
     generator = torch.Generator().manual_seed(SEED)

@@ -1,12 +1,9 @@
 """Images → moments, a shard at a time: threads decode one batch of files while the VAE encodes the batch before."""
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from st_fast.core.machine import usable_cpus
@@ -14,96 +11,80 @@ from st_fast.data.images import BadImage, load_image
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.sources import Source
 from st_fast.model.vae import VAE, encode_moments, latent_shape, vae_hash, vae_scale
-from st_fast.prepare.job import Produced
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How images become moments."""
-
-    size: int
-    flip: bool
-    dtype: str
-    batch_size: int
-    shard_size: int
-    """Records a shard; with `flip` half as many images."""
+from st_fast.prepare.job import Produced, Progress
 
 
 class Encoder:
-    """The producer of shards from a source of images (see `job.Producer`)."""
+    """The producer of shards from a source of images (see `job.Producer`).
 
-    def __init__(self, source: Source, vae: VAE, info: VaeInfo, encoding: Encoding) -> None:
-        self.source, self.vae, self.info, self.encoding = source, vae, info, encoding
-        self.channels = int(vae.config.in_channels)
-        self.progress: Callable[[int], object] = lambda images: None
-        """Called with the number of images done since the last call."""
-        self.images_a_shard = max(1, encoding.shard_size // (2 if encoding.flip else 1))
+    dtype: of the stored moments. shard_size: records a shard; with `flip` half as many images.
+    """
+
+    def __init__(
+        self, source: Source, vae: VAE, info: VaeInfo, size: int, flip: bool, dtype: str, batch_size: int,
+        shard_size: int,
+    ) -> None:  # fmt: skip
+        self.source, self.vae, self.size, self.batch_size = source, vae, size, batch_size
+        self.views = 2 if flip else 1
+        self.images_a_shard = max(1, shard_size // self.views)
         self.shards = -(-len(source.names) // self.images_a_shard)
-        channels, height, width = latent_shape(vae, encoding.size)
+        channels, height, width = latent_shape(vae, size)
         self.template = Manifest(
             count=0,
             shape=(2 * channels, height, width),
-            dtype=encoding.dtype,
+            dtype=dtype,
             scale=vae_scale(vae),
             vae=info,
-            source=f"{source.description}, centre crop {encoding.size}",
+            source=f"{source.description}, centre crop {size}",
             num_classes=source.num_classes,
-            flip=encoding.flip,
+            flip=flip,
             class_names=source.class_names,
         )
-        settings = {key: value for key, value in asdict(encoding).items() if key != "batch_size"}
-        images = {"images": source.digest(), "count": len(source.names)}
-        precision = str(vae.dtype).removeprefix("torch.")
-        self.fingerprint = {**images, **settings, "vae": vae_hash(vae), "precision": precision}
+        self.fingerprint = {
+            "images": source.digest(), "count": len(source.names), "size": size, "flip": flip, "dtype": dtype,
+            "shard_size": shard_size, "vae": vae_hash(vae), "precision": str(vae.dtype).removeprefix("torch."),
+        }  # fmt: skip
 
     def images_of(self, number: int) -> range:
         """The numbers of the images that shard `number` is made of."""
         first = number * self.images_a_shard
         return range(first, min(first + self.images_a_shard, len(self.source.names)))
 
-    def produce(self, number: int) -> Produced:
-        """Encodes the images of shard `number`; those that can't be used are named in `skipped`."""
+    def produce(self, number: int, progress: Progress) -> Produced:
+        """Encodes the images of shard `number`: a batch is decoded while the VAE encodes the one before.
+
+        With flips, image i of those that can be used gives records 2i and 2i + 1.
+        """
+        numbers, size, names = self.images_of(number), self.batch_size, self.source.names
+        moments, labels = [np.empty((0, *self.template.shape), self.template.dtype)], [np.empty(0, np.int64)]
         skipped: dict[str, str] = {}
-        moments, labels = [], []
-        for images, kept in self._batches(self.images_of(number), skipped):
-            moments.append(self._encode(images))
-            labels.append(np.repeat(self.source.labels[kept], 2 if self.encoding.flip else 1))
-        if not moments:
-            return Produced(np.empty((0, *self.template.shape), self.encoding.dtype), np.empty(0, np.int64), skipped)
-        return Produced(np.concatenate(moments), np.concatenate(labels), skipped)
-
-    def _encode(self, images: Tensor) -> np.ndarray:
-        """uint8 (n, C, S, S) → moments (n or 2n, 2C, h, w); with flips, image i gives records 2i and 2i + 1."""
-        if self.encoding.flip:
-            images = torch.stack((images, images.flip(-1)), dim=1).flatten(0, 1)
-        moments = encode_moments(self.vae, images).cpu()
-        return moments.to(getattr(torch, self.encoding.dtype)).numpy()
-
-    def _batches(self, numbers: range, skipped: dict[str, str]) -> Iterator[tuple[Tensor, list[int]]]:
-        """Decoded images with their numbers, one batch ahead of the VAE."""
-        size = self.encoding.batch_size
-        parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
-            ahead = [pool.submit(self._load, number) for number in parts[0]] if parts else []
-            for part, following in zip(parts, [*parts[1:], range(0)], strict=True):
-                now, ahead = ahead, [pool.submit(self._load, number) for number in following]
+            ahead = pool.map(self._load, numbers[:size])
+            for start in range(0, len(numbers), size):
+                part = numbers[start : start + size]
+                loaded, ahead = ahead, pool.map(self._load, numbers[start + size : start + 2 * size])
                 images, kept = [], []
-                for number, future in zip(part, now, strict=True):
-                    pixels = future.result()
+                for image, pixels in zip(part, loaded, strict=True):
                     if isinstance(pixels, str):
-                        skipped[self.source.names[number]] = pixels
-                        tqdm.write(f"skipped: {self.source.names[number]!a}: {pixels}")
+                        skipped[names[image]] = pixels
+                        tqdm.write(f"skipped: {names[image]!a}: {pixels}")
                     else:
                         images.append(torch.from_numpy(pixels))
-                        kept.append(number)
+                        kept.append(image)
                 if images:
-                    yield torch.stack(images), kept
-                self.progress(len(part))
+                    batch = torch.stack(images)  # (n, C, S, S), or 2n with flips
+                    if self.views == 2:
+                        batch = torch.stack((batch, batch.flip(-1)), dim=1).flatten(0, 1)
+                    found = encode_moments(self.vae, batch).cpu()
+                    moments.append(found.to(getattr(torch, self.template.dtype)).numpy())
+                    labels.append(np.repeat(self.source.labels[kept], self.views))
+                progress(len(part))
+        return np.concatenate(moments), np.concatenate(labels), skipped
 
     def _load(self, number: int) -> np.ndarray | str:
         """Image `number` as uint8 (C, S, S), or why it can't be used."""
         try:
-            return load_image(self.source.read(number), self.encoding.size, self.channels)
+            return load_image(self.source.read(number), self.size, int(self.vae.config.in_channels))
         except BadImage as error:
             return str(error)
         except OSError as error:

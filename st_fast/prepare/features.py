@@ -7,21 +7,18 @@ finds all shards complete writes the manifest.
 """
 
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, read_json, write_json_atomic
-from st_fast.core.machine import usable_cpus
+from st_fast.core.machine import local_count, usable_cpus
 from st_fast.core.progress import bar
-from st_fast.data.ahead import Readable, RecordSet
+from st_fast.data.ahead import Readable, ReadAhead, RecordSet
 from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
 from st_fast.data.manifest import ShardEntry, write_manifest
@@ -30,33 +27,19 @@ from st_fast.data.sources import Source, open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.vae import PRESETS
-from st_fast.prepare.job import SKIPPED_FILE, Worker, check_begun
+from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
 from st_fast.prepare.writing import record_crcs, write_tensors
 
 KEPT_FILE = "images.safetensors"
 """Images as tensors, which a data folder may hold: those of the digits are the records' own."""
 SHARD_BYTES = 2**28
-ALONE = Worker()
-Images = Callable[[np.ndarray], Tensor]
-"""Record numbers (n,) → uint8 images (n, 1 or 3, S, S)."""
 
 
-@dataclass(frozen=True)
-class ImageLayout:
-    """Shape and dtype of one image, for `ReadAhead`."""
+class ImageLayout(NamedTuple):
+    """Shape (C, S, S), C = 1 or 3, and dtype of one image, for `ReadAhead`."""
 
-    shape: tuple[int, int, int]
-    """(C, S, S), C = 1 or 3."""
+    shape: tuple[int, ...]
     dtype: str = "uint8"
-
-
-class RecordImages(Readable, Protocol):
-    """Images by record number; `ReadAhead` reads them as it reads latents. UserError names an unusable image."""
-
-    @property
-    def digest(self) -> str:
-        """Changes when the images' names or labels do; their content is not read for it."""
-        ...
 
 
 class SourceImages:
@@ -81,25 +64,15 @@ class SourceImages:
                 f"{records.labels[at]}, its image {labels[at]}"
             )
 
-    def __call__(self, records: np.ndarray) -> Tensor:
-        """uint8 (n, 3, size, size), read on as many threads as there are processors."""
-        out = np.empty((len(records), *self.manifest.shape), np.uint8)
-        with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
-            list(pool.map(self._load, records.tolist(), out))
-        return torch.from_numpy(out)
-
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Reads images of records `indices` (n,) into out, uint8 (n, 3, size, size)."""
         for record, row in zip(indices.tolist(), out, strict=True):
-            self._load(record, row)
-
-    def _load(self, record: int, row: np.ndarray) -> None:
-        number = int(self.numbers[record // self.views])
-        try:
-            image = self._pixels(number)
-        except (BadImage, OSError) as error:
-            raise UserError(f"{self.source.names[number]!a}: can't be used, but has a latent ({error})") from None
-        row[:] = image[:, :, ::-1] if record % self.views else image
+            number = int(self.numbers[record // self.views])
+            try:
+                image = self._pixels(number)
+            except (BadImage, OSError) as error:
+                raise UserError(f"{self.source.names[number]!a}: can't be used, but has a latent ({error})") from None
+            row[:] = image[:, :, ::-1] if record % self.views else image
 
     def _pixels(self, number: int) -> np.ndarray:
         image = decode_image(self.source.read(number), 3)
@@ -144,15 +117,18 @@ class KeptImages:
                 "with its label; name the source that the latents were made from instead"
             )
         self.pixels, self.labels, self.digest = real.train.numpy(), records.labels, real.digest
-        self.manifest = ImageLayout(tuple(self.pixels.shape[1:]))
-
-    def __call__(self, records: np.ndarray) -> Tensor:
-        """uint8 (n, C, S, S)."""
-        return torch.from_numpy(self.pixels[records])
+        self.manifest = ImageLayout(self.pixels.shape[1:])
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Reads images of records `indices` (n,) into out, uint8 (n, C, S, S)."""
         out[:] = self.pixels[indices]
+
+
+RecordImages = SourceImages | KeptImages
+"""Images by record number, which `ReadAhead` reads as it reads latents. UserError names an unusable image.
+
+Their digest changes when the images' names or labels do; the content of a source's images is not read for it.
+"""
 
 
 def crop_of(source: str) -> int | None:
@@ -163,7 +139,7 @@ def crop_of(source: str) -> int | None:
 
 def open_record_images(
     folder: Path, records: RecordSet, images: str, subset: str, size: int | None = None
-) -> SourceImages | KeptImages:
+) -> RecordImages:
     """The images of the records in `folder`; `images` is their source, or "" for images in the folder.
 
     size: of the crop, where the caller knows it; else the manifest's, else that of the images or latents. UserError
@@ -215,40 +191,35 @@ def template(encoder: ImageEncoder, records: RecordSet, size: int) -> FeatureMan
 
 
 def write_features(
-    data: Path, records: RecordSet, encoder: ImageEncoder, images: Images, size: int, batch: int = 32,
-    worker: Worker = ALONE, progress: Callable[[int], object] = lambda records: None,
-) -> FeatureManifest | None:  # fmt: skip
-    """Writes this worker's missing shards; returns the manifest once all shards of all workers are there, else None.
+    data: Path, records: RecordSet, encoder: ImageEncoder, images: Readable, batch: int = 32,
+    share: slice = slice(None), progress: Progress = lambda records: None,
+) -> None:  # fmt: skip
+    """Writes the missing ones of this process's shards, and the manifest if all shards of all processes are there.
 
     UserError where the folder was begun with another encoder or for other latents.
     """
-    planned, folder = template(encoder, records, size), features_folder(data, encoder.name)
+    planned, folder = template(encoder, records, images.manifest.shape[-1]), features_folder(data, encoder.name)
     make_folder(folder)
     job = asdict(planned) | {"shape": list(planned.shape), "shards": []}
     check_begun(folder, job, "remove the folder to write them anew")
     rows = max(1, SHARD_BYTES // planned.record_bytes)
     parts = [np.arange(start, min(start + rows, len(records))) for start in range(0, len(records), rows)]
     notes = [folder / f"features-{number:05d}.json" for number in range(len(parts))]
-    for part, note in list(zip(parts, notes, strict=True))[worker.rank :: worker.world]:
+    threads = max(2, usable_cpus() // local_count())
+    reader = ReadAhead(images, threads, depth=threads)
+    for part, note in list(zip(parts, notes, strict=True))[share]:
         if note.is_file():
             progress(len(part))
             continue
-        features = np.empty((len(part), *planned.shape), planned.dtype)
-        for start in range(0, len(part), batch):
-            chosen = part[start : start + batch]
-            features[start : start + len(chosen)] = _features(encoder, images(chosen))
-            progress(len(chosen))
+        found = []
+        for pixels, _ in reader.stream(part[start : start + batch] for start in range(0, len(part), batch)):
+            found.append(encoder(pixels).cpu().half().numpy())
+            if not np.isfinite(found[-1]).all():
+                raise UserError(f"encoder {encoder.name}: features that float16 can't hold (NaN, Inf or above 65504)")
+            progress(len(pixels))
+        features = np.concatenate(found)
         tensors = {"features": features, "crc32": record_crcs(features, part)}
         write_json_atomic(note, asdict(write_tensors(note.with_suffix(".safetensors"), tensors)))
-    if not all(note.is_file() for note in notes):
-        return None
-    manifest = replace(planned, shards=tuple(ShardEntry(**read_json(note)) for note in notes))
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def _features(encoder: ImageEncoder, images: Tensor) -> np.ndarray:
-    features = encoder(images).cpu().half()
-    if not features.isfinite().all():
-        raise UserError(f"encoder {encoder.name}: features that float16 can't hold (NaN, Inf or above 65504)")
-    return features.numpy()
+    reader.close()
+    if all(note.is_file() for note in notes):
+        write_manifest(folder, replace(planned, shards=tuple(ShardEntry(**read_json(note)) for note in notes)))

@@ -4,33 +4,28 @@ Shard k is made by process k mod world alone, so no process waits for another. B
 its content; the process that finds all notes complete writes the manifest and removes them.
 """
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import make_folder, read_json, write_json_atomic
-from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, read_manifest, write_manifest
+from st_fast.core.machine import rank_count
+from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, write_manifest
 from st_fast.prepare.writing import shard_name, write_shard
 
 JOB_FILE = "job.json"
 SKIPPED_FILE = "skipped.json"
 """The images that were left out, by name with the reason, beside the manifest; there only if there are any."""
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Produced:
-    """The content of one shard, and the images that had to be left out, by name with the reason."""
-
-    moments: np.ndarray
-    """(n, 2C, H, W) float16 or float32."""
-    labels: np.ndarray
-    """(n,) int64."""
-    skipped: Mapping[str, str]
+Progress = Callable[[int], object]
+"""Called with the number of images or records done since the last call."""
+Produced = tuple[np.ndarray, np.ndarray, dict[str, str]]
+"""Moments (n, 2C, H, W) float16 or float32, labels (n,) int64, and the images left out, by name with the reason."""
 
 
 class Producer(Protocol):
@@ -43,37 +38,41 @@ class Producer(Protocol):
     fingerprint: dict[str, Any]
     """Everything that the content depends on: work is continued only where it is the same."""
 
-    def produce(self, number: int) -> Produced:
+    def produce(self, number: int, progress: Progress) -> Produced:
         """The content of shard `number`."""
         ...
 
 
-@dataclass(frozen=True)
-class Worker:
-    """This process's rank among those that share the work."""
-
-    rank: int = 0
-    world: int = 1
+def own_share() -> slice:
+    """Those of all shards that this process makes, of the processes that torchrun started."""
+    return slice(int(os.environ.get("RANK", "0")), None, rank_count())
 
 
-def run_job(folder: Path, producer: Producer, worker: Worker, max_bad: int, say: Say) -> Manifest | None:
-    """Makes this worker's missing shards; returns the manifest if all of all workers are there, else None.
+def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) -> None:
+    """Makes this process's missing shards, and the manifest if those of all processes are there.
 
     UserError when the folder was begun with other settings, or more than `max_bad` images had to be skipped;
     RunFailed when writing fails, as on a full disk. Finished shards stay: the same command goes on from there.
     """
     if (folder / FILE_NAME).is_file():
-        return read_manifest(folder)
+        return
     try:
         make_folder(folder)
         if not (folder / JOB_FILE).is_file() and any(folder.glob("*.safetensors")):
             raise UserError(f"{folder}: it holds shards of something else; name an empty or a new folder")
         check_begun(folder, producer.fingerprint, "use those, or another folder")
-        for number in range(worker.rank, producer.shards, worker.world):
-            if not is_done(folder, number):
-                _make(folder, number, producer)
-                _check_skipped(_notes(folder, producer.shards), folder, max_bad)
-        return _finish(folder, producer, max_bad, say)
+        for number in range(producer.shards)[own_share()]:
+            if is_done(folder, number):
+                continue
+            for partial in folder.glob(f"{shard_name(number)}.partial-*"):  # of this shard's killed maker
+                partial.unlink()
+            moments, labels, skipped = producer.produce(number, progress)
+            entry = ShardEntry(shard_name(number), 0, 0, "")
+            if len(labels):
+                entry = write_shard(folder / entry.file, moments, labels, producer.template.num_classes)
+            write_json_atomic(_note(folder, number), asdict(entry) | {"skipped": skipped})
+            _check_skipped(_notes(folder, producer.shards), folder, max_bad)
+        _finish(folder, producer, max_bad)
     except OSError as error:
         done = sum(is_done(folder, number) for number in range(producer.shards))
         raise RunFailed(
@@ -105,16 +104,6 @@ def is_done(folder: Path, number: int) -> bool:
     return size == 0 or (shard.is_file() and shard.stat().st_size == size)
 
 
-def _make(folder: Path, number: int, producer: Producer) -> None:
-    for partial in folder.glob(f"{shard_name(number)}.partial-*"):  # of this shard's killed maker
-        partial.unlink()
-    content = producer.produce(number)
-    entry = ShardEntry(shard_name(number), 0, 0, "")
-    if len(content.labels):
-        entry = write_shard(folder / entry.file, content.moments, content.labels, producer.template.num_classes)
-    write_json_atomic(_note(folder, number), {**asdict(entry), "skipped": dict(content.skipped)})
-
-
 def _check_skipped(notes: list[dict[str, Any]], folder: Path, max_bad: int) -> dict[str, str]:
     """The images that were left out, by name with the reason; UserError where they are more than `max_bad`."""
     skipped = {name: why for note in notes for name, why in note["skipped"].items()}
@@ -130,27 +119,25 @@ def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
     return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
 
 
-def _finish(folder: Path, producer: Producer, max_bad: int, say: Say) -> Manifest | None:
-    """Writes the manifest if every shard of every worker is there. Two workers that both do write the same."""
+def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
+    """Writes the manifest if the shards of all processes are there. Two processes that both do write the same."""
     missing = [number for number in range(producer.shards) if not is_done(folder, number)]
     notes = _notes(folder, producer.shards)
-    if (folder / FILE_NAME).is_file():  # another worker finished meanwhile and removed notes
-        return read_manifest(folder)
+    if (folder / FILE_NAME).is_file():  # another process finished meanwhile and removed notes
+        return
     if missing:
-        say(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
-        return None
+        tqdm.write(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
+        return
     skipped = _check_skipped(notes, folder, max_bad)
     entries = tuple(ShardEntry(**{k: v for k, v in note.items() if k != "skipped"}) for note in notes if note["count"])
     count = sum(entry.count for entry in entries)
     if not count:
         raise UserError(f"{folder}: not one usable image")
-    manifest = replace(producer.template, count=count, shards=entries)
     if skipped:
         write_json_atomic(folder / SKIPPED_FILE, skipped)
-    write_manifest(folder, manifest)
+    write_manifest(folder, replace(producer.template, count=count, shards=entries))
     for number in range(producer.shards):
         _note(folder, number).unlink(missing_ok=True)
     (folder / JOB_FILE).unlink(missing_ok=True)
     left_out = f"; {len(skipped)} images skipped" if skipped else ""
-    say(f"{folder}: {count:,} records in {len(entries)} shards{left_out}")
-    return manifest
+    tqdm.write(f"{folder}: {count:,} records in {len(entries)} shards{left_out}")

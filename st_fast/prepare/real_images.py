@@ -35,18 +35,6 @@ def chosen_images(source: Path, subset: str, count: int, size: int) -> tuple[np.
     return np.stack(read), images.labels[chosen]
 
 
-def write_images(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
-    """Writes `images.safetensors` into the data folder; UserError where there is one or no space."""
-    path = folder / "images.safetensors"
-    if path.exists():
-        raise UserError(f"{path}: there already; remove it to choose other images")
-    try:
-        write_atomic(path, to_safetensors({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from None
-    return path
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("real-images", __doc__)
@@ -65,10 +53,16 @@ def main(arguments: Sequence[str]) -> None:
         if getattr(given, name) < 1:
             raise UserError(f"--{name} {getattr(given, name)}: at least 1")
     read_manifest(given.data)  # says so in one line where this is no data folder
-    tensors = {}
+    path, tensors = given.data / "images.safetensors", {}
+    if path.exists():
+        raise UserError(f"{path}: there already; remove it to choose other images")
     for subset, count in (("train", given.train), ("test", given.test)):
         tensors[subset], tensors[f"{subset}_labels"] = chosen_images(given.source, subset, count, given.size)
-    print(write_images(given.data, tensors))
+    try:
+        write_atomic(path, to_safetensors(tensors))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+    print(path)
 
 
 if __name__ == "__main__":

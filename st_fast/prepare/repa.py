@@ -1,6 +1,5 @@
 """Shards out of a folder in REPA's layout, and the other way round."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.data.ahead import RecordSet
 from st_fast.data.repa import LATENTS, RepaSet, is_repa
 from st_fast.data.sources import LABELS_FILE
-from st_fast.prepare.job import Produced
+from st_fast.prepare.job import Produced, Progress
 
 
 class RepaProducer:
@@ -22,18 +21,17 @@ class RepaProducer:
         self.records, self.shard_size, self.shards = records, shard_size, -(-len(records) // shard_size)
         self.template = replace(records.manifest, count=0, dtype=dtype)
         self.fingerprint: dict[str, Any] = {"records": records.digest, "dtype": dtype, "shard_size": shard_size}
-        self.progress: Callable[[int], object] = lambda images: None
 
-    def produce(self, number: int) -> Produced:
+    def produce(self, number: int, progress: Progress) -> Produced:
         """The records of shard `number`."""
         first = number * self.shard_size
         indices = np.arange(first, min(first + self.shard_size, len(self.records)))
         moments, labels = self.records.gather(indices)
-        self.progress(len(indices))
-        return Produced(moments.numpy().astype(self.template.dtype), labels.numpy(), {})
+        progress(len(indices))
+        return moments.numpy().astype(self.template.dtype), labels.numpy(), {}
 
 
-def write_repa(records: RecordSet, folder: Path, progress: Callable[[int], object]) -> None:
+def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:
     """Writes any set in REPA's layout, float32 as REPA has it; dataset.json comes last. No images: there are none.
 
     UserError if the folder holds such a set already.

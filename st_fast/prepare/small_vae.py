@@ -43,7 +43,8 @@ def new_vae(config: SmallVae, channels: int, size: int) -> VAE:
 def train_vae(images: Tensor, config: SmallVae) -> VAE:
     """Trains on uint8 images (n, C, S, S): squared error + weighted KL, one-cycle AdamW, fixed seed.
 
-    Leaves the global random state as it was. The result is frozen, in eval mode, on the images' device.
+    Error and KL(posterior ‖ N(0, 1)) are per element (Kingma and Welling, 1312.6114). Leaves the global
+    random state as it was. The result is frozen, in eval mode, on the images' device.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -54,22 +55,17 @@ def train_vae(images: Tensor, config: SmallVae) -> VAE:
         )
         for _ in bar(range(config.steps), "training a small VAE", config.steps, "steps"):
             rows = torch.randint(len(images), (config.batch_size,)).to(images.device)
-            loss = _loss(vae, images[rows].float() / 127.5 - 1, config.kl_weight)
+            x = images[rows].float() / 127.5 - 1
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
+            kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+            loss = (vae.decode(z).sample - x).square().mean() + config.kl_weight * kl
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             schedule.step()
     return vae.eval().requires_grad_(False)
-
-
-def _loss(vae: VAE, x: Tensor, kl_weight: float) -> Tensor:
-    """Reconstruction error plus weighted KL(posterior ‖ N(0, 1)), both per element (Kingma and Welling, 1312.6114)."""
-    posterior = vae.encode(x).latent_dist
-    z = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    loss: Tensor = (vae.decode(z).sample - x).square().mean() + kl_weight * kl
-    return loss
 
 
 def latent_scale(moments: Tensor) -> float:

@@ -73,11 +73,6 @@ def _regrouped(
     dtype = getattr(torch, manifest.dtype)
     moments, labels = torch.empty(0, *manifest.shape, dtype=dtype), torch.empty(0, dtype=torch.int64)
     for more_moments, more_labels in batches:
-        if tuple(more_moments.shape[1:]) != manifest.shape or len(more_moments) != len(more_labels):
-            raise UserError(
-                f"a batch of moments {tuple(more_moments.shape)} with {len(more_labels)} labels; the manifest says "
-                f"{manifest.shape} a record and one label each"
-            )
         moments = torch.cat((moments, more_moments.detach().cpu().to(dtype)))
         labels = torch.cat((labels, more_labels.cpu().to(torch.int64)))
         while len(moments) >= size:

@@ -18,9 +18,8 @@ from st_fast.data.shards import open_data
 from st_fast.model.encoders import VisionTransformer, load_encoder, preprocess
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import features as feature_module
-from st_fast.prepare.job import Worker
 from tests import tiny
-from tests.train.supervision.encoders import images, write_encoder, write_set
+from tests.train.supervision.encoders import Pictures, images, write_encoder, write_set
 
 CPU = torch.device("cpu")
 
@@ -226,12 +225,11 @@ def test_two_processes_share_the_shards_and_the_last_one_writes_the_manifest(
     monkeypatch.setattr(feature_module, "SHARD_BYTES", 8 * 2 * 2 * 24 * 2)  # eight rows a shard
     encoder, pixels = load_encoder(str(path), CPU, torch.float32), images()
     for rank, last in ((1, False), (0, True)):
-        worker = Worker(rank, 2)
-        done = feature_module.write_features(
-            shared, open_data(shared), encoder, lambda numbers: pixels[numbers], 16, worker=worker
-        )
-        assert (done is not None) == last
-    assert done is not None and [shard.count for shard in done.shards] == [8, 8, 8, 6]
+        records = open_shards(shared)
+        feature_module.write_features(shared, records, encoder, Pictures(pixels, records), share=slice(rank, None, 2))
+        assert (features_folder(shared, "dino") / "manifest.json").is_file() == last
+    manifest = open_features(shared, "dino", records).manifest
+    assert [shard.count for shard in manifest.shards] == [8, 8, 8, 6]
     assert np.allclose(read(shared, "dino"), read(whole, "dino"), atol=2e-3)
 
 

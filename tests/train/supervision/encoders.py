@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from st_fast.data.ahead import RecordSet
 from st_fast.data.shards import open_data
 from st_fast.model.encoders import load_encoder
-from st_fast.prepare.features import write_features
+from st_fast.prepare.features import ImageLayout, write_features
 from tests import tiny
 
 SIZE = 16
@@ -37,12 +39,22 @@ def images(count: int = COUNT, size: int = SIZE) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
+class Pictures:
+    """These images, one a record, for `ReadAhead`."""
+
+    def __init__(self, pixels: torch.Tensor, records: RecordSet) -> None:
+        self.pixels, self.labels, self.manifest = pixels.numpy(), records.labels, ImageLayout(pixels.shape[1:])
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
+        out[:] = self.pixels[indices]
+
+
 def write_set(folder: Path, *encoders: Path) -> Path:
     """The tiny set with features of these encoders."""
     tiny.write_data(folder, COUNT)
     for path in encoders:
         encoder = load_encoder(str(path), torch.device("cpu"), torch.float32)
-        records, all_images = open_data(folder, verify=False), images()
-        write_features(folder, records, encoder, lambda numbers, all_=all_images: all_[numbers], SIZE)
+        records = open_data(folder, verify=False)
+        write_features(folder, records, encoder, Pictures(images(), records))
         records.close()
     return folder
