@@ -43,10 +43,7 @@ def latents_of(origin: ModelSource) -> tuple[float | None, str, Path | None]:
 
 
 def write_stage(origin: ModelSource, folder: Path) -> None:
-    """A stage folder that can be a teacher or a start: all weights, heads and optimiser state.
-
-    UserError if the folder is there.
-    """
+    """A stage folder, for a teacher or a start: weights, heads and optimiser state; UserError if it is there."""
     loaded = origin.loaded
     groups: dict[str, dict[str, Tensor]] = {"model": trunk(loaded.model), "ema": trunk(loaded.ema)}
     if found := heads(loaded.model):

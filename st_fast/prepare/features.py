@@ -91,8 +91,7 @@ class SourceImages:
             with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
                 usable = list(bar(pool.map(self._usable, every.tolist()), "looking", len(every), "images"))
             every = every[usable]
-        count = self.views * len(every)
-        if count != len(records):
+        if (count := self.views * len(every)) != len(records):
             raise UserError(
                 f"{self.source.description}: {count} images with their mirrored ones, {len(records)} latents"
             )
@@ -145,9 +144,7 @@ def open_record_images(
     size: of the crop, where the caller knows it; else the manifest's, else that of the images or latents. UserError
     where they can't be found or are others.
     """
-    if not images and is_repa(folder):
-        images = str(folder)
-    if not images and not (folder / KEPT_FILE).is_file():
+    if not images and not is_repa(folder) and not (folder / KEPT_FILE).is_file():
         raise UserError(
             f"data.images is empty, and {folder} holds no images: give the folder or archive that was given to "
             "python -m st_fast.prepare"
