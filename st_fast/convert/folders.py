@@ -10,7 +10,7 @@ from st_fast import __version__
 from st_fast.convert.card import card
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
-from st_fast.core.files import FolderWrite, read_json, write_json_atomic
+from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.loaded_state import heads, trunk
@@ -78,10 +78,10 @@ def _write_model(
 def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
     scale, vae, _ = latents_of(origin)
-    with FolderWrite(folder) as writing:
-        _write_model(writing.path, origin, weights, scale)
+    with write_folder(folder) as writing:
+        _write_model(writing, origin, weights, scale)
         text = card(origin, weights, "huggingface", name, vae)
-        (writing.path / "README.md").write_text(text, encoding="utf-8")
+        (writing / "README.md").write_text(text, encoding="utf-8")
 
 
 def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | None, folder: Path) -> None:
@@ -99,18 +99,18 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
             raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
         scale = scale or vae_scale(decoder)
     here = Path(__file__).parent
-    with FolderWrite(folder) as writing:
-        write_json_atomic(writing.path / "model_index.json", index(origin, decoder is not None))
-        (writing.path / "transformer").mkdir()
+    with write_folder(folder) as writing:
+        write_json_atomic(writing / "model_index.json", index(origin, decoder is not None))
+        (writing / "transformer").mkdir()
         for place, text in {
             "README.md": card(origin, weights, "diffusers", name, vae_name),
             "pipeline.py": (here / "pipeline.py").read_text(encoding="utf-8").replace(RANDOM, ".sit_streams"),
             "sit_streams.py": (here.parent / "core" / "random.py").read_text(encoding="utf-8"),
             "transformer/sit_transformer.py": (here / "sit_transformer.py").read_text(encoding="utf-8"),
         }.items():
-            (writing.path / place).write_text(text, encoding="utf-8")
+            (writing / place).write_text(text, encoding="utf-8")
         _write_model(
-            writing.path / "transformer", origin, weights, scale, DIFFUSERS_WEIGHTS,
+            writing / "transformer", origin, weights, scale, DIFFUSERS_WEIGHTS,
             _class_name="SiTTransformer", _diffusers_version=DIFFUSERS_AT_LEAST,
         )  # fmt: skip
         if decoder is not None:

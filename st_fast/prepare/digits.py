@@ -144,14 +144,14 @@ def prepare_features(recipe: Recipe, say: Say) -> None:
         return
     if not (folder / ENCODER).is_dir():
         say("digits: training a small image encoder (once, some seconds)")
-        with FolderWrite(folder / ENCODER) as write:
-            train_encoder(read_images(folder)).save_pretrained(write.path, safe_serialization=True)
+        with write_folder(folder / ENCODER) as writing:
+            train_encoder(read_images(folder)).save_pretrained(writing, safe_serialization=True)
     written = (features_folder(folder, ENCODER) / FILE_NAME).is_file()
     if written or all(method.encodes_images for method in asking):
         return
     say("digits: writing the encoder's features (once, some seconds)")
     encoder = load_encoder(str(folder / ENCODER), torch.device("cpu"), torch.float32)
-    records = open_shards(folder, verify=False)
+    records = open_data(folder, verify=False)
     write_features(folder, records, encoder, KeptImages(folder, records), batch=256)
     records.close()
 

@@ -225,7 +225,7 @@ def test_two_processes_share_the_shards_and_the_last_one_writes_the_manifest(
     monkeypatch.setattr(feature_module, "SHARD_BYTES", 8 * 2 * 2 * 24 * 2)  # eight rows a shard
     encoder, pixels = load_encoder(str(path), CPU, torch.float32), images()
     for rank, last in ((1, False), (0, True)):
-        records = open_shards(shared)
+        records = open_data(shared)
         feature_module.write_features(shared, records, encoder, Pictures(pixels, records), share=slice(rank, None, 2))
         assert (features_folder(shared, "dino") / "manifest.json").is_file() == last
     manifest = open_features(shared, "dino", records).manifest
