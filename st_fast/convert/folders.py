@@ -14,7 +14,6 @@ from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.loaded_state import heads, trunk
-from st_fast.model.formats.model_source import ModelSource
 from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, write_pretrained
 from st_fast.model.stored import ModelSource
 from st_fast.model.vae import load_vae, tensors_hash, vae_scale
