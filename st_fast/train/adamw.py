@@ -28,21 +28,13 @@ ADAMW_MODE, BIAS_CORRECTION = 1, 1
 
 @dataclass(frozen=True)
 class Implementation:
-    """An AdamW step and the gradient norm that goes with it. `missing` says what it lacks on this machine, if anything.
-
-    `update` has the signature of `st_fast.kernels.adamw_ema_`.
-    """
+    """An AdamW step and the gradient norm that goes with it."""
 
     update: UpdateOp
+    """Has the signature of `st_fast.kernels.adamw_ema_`."""
     norm: NormOp
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    missing: Callable[[], str | None] = lambda: None
-
-    def refusal(self, device: torch.device) -> str | None:
-        """Why it can't run on the device; None if it can."""
-        if device.type not in self.devices:
-            return f"runs on {' and '.join(self.devices)} only"
-        return self.missing()
+    refusal: Callable[[torch.device], str | None] = lambda device: None
+    """Why it can't run on a device; None if it can."""
 
 
 def choose(name: str, device: torch.device) -> Implementation:
@@ -130,7 +122,10 @@ def _update_emas(params: Sequence[Tensor], emas: Sequence[Tensor], grad_norm: Te
         torch._foreach_lerp_(list(emas), list(params), [weight] * len(emas))
 
 
-def _apex_missing() -> str | None:
+def apex_refusal(device: torch.device) -> str | None:
+    """Why apex's step can't run on the device; None if it can."""
+    if device.type != "cuda":
+        return "runs on cuda only"
     try:
         library: Any = importlib.import_module("amp_C")
     except Exception as error:  # built for another torch it fails in many ways
@@ -146,5 +141,5 @@ def _apex_missing() -> str | None:
 IMPLEMENTATIONS = {
     "st_fast": Implementation(kernels.adamw_ema_, kernels.grad_norm),
     "torch": Implementation(torch_update, torch_norm),
-    "apex": Implementation(apex_update, torch_norm, ("cuda",), _apex_missing),
+    "apex": Implementation(apex_update, torch_norm, apex_refusal),
 }

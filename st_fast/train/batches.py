@@ -5,7 +5,7 @@ supervised, so that the device is never asked. The noise is drawn on the device 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Generic, TypeVar
@@ -70,16 +70,12 @@ class BatchIterator:
         self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
         self.records, self.order = records, random.RecordOrder(recipe.run.seed, len(records))
         self.waited = 0.0
-        self.pass_rows = self._pass_rows()
+        self.pass_rows = 0
+        """The supervised rows of one pass if they are padded."""
+        if recipe.run.supervised_rows != "exact" and stage.method.selection is not None:
+            part = recipe.optim.batch_size // (ranks.count * recipe.optim.accumulation)
+            self.pass_rows = capacity(stage.method.selection, recipe.flow, recipe.optim.batch_size, part).rows
         self._side = side_stream(recipe.run, ranks.device, wanted=recipe.run.prefetch)
-
-    def _pass_rows(self) -> int:
-        """The supervised rows of one pass if they are padded, else 0."""
-        recipe, selection = self.recipe, self.stage.method.selection
-        if recipe.run.supervised_rows == "exact" or selection is None:
-            return 0
-        part = recipe.optim.batch_size // (self.ranks.count * recipe.optim.accumulation)
-        return capacity(selection, recipe.flow, recipe.optim.batch_size, part).rows
 
     def micro_batches(self) -> list[slice]:
         """This rank's parts of the global batch, one for each accumulation step."""
@@ -108,26 +104,23 @@ class BatchIterator:
 
         With `run.prefetch` those of a step are on their way to the device before the ones before it are handed out.
         """
-        make, ahead = self._maker(first, last), self.recipe.run.prefetch
-        self._side.follow()  # what the loader holds on the device was put there by the current stream
-        later = None
-        for step in range(first, last):
-            now = later or self._side.start(partial(make, step))
-            later = self._side.start(partial(make, step + 1)) if ahead and step + 1 < last else None
-            yield now()
-
-    def _maker(self, first: int, last: int) -> Callable[[int], list[NoisyBatch]]:
-        """A function that makes the micro-batches of a step; to be called for each step in order."""
+        recipe, size = self.recipe, self.recipe.optim.batch_size
         answers = self.loader.stream(self._requests(first, last))
         stop = self.stage.method.stop_step or last  # from there on no features are read
         features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
 
         def make(step: int) -> list[NoisyBatch]:
             self.ranks.heartbeat.step = step + 1
-            t, asked = self._times(step), features if step < stop else []
+            t = flow.sample_times(recipe.run.seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
+            asked = features if step < stop else []
             return [self._batch(step, part, t, answers, asked) for part in self.micro_batches()]
 
-        return make
+        self._side.follow()  # what the loader holds on the device was put there by the current stream
+        later = None
+        for step in range(first, last):
+            now = later or self._side.start(partial(make, step))
+            later = self._side.start(partial(make, step + 1)) if recipe.run.prefetch and step + 1 < last else None
+            yield now()
 
     def _wait(self, answers: Answers) -> tuple[Tensor, Tensor]:
         self.ranks.heartbeat.beat("data")
@@ -135,10 +128,6 @@ class BatchIterator:
         answer = next(answers)
         self.waited += time.perf_counter() - start
         return answer
-
-    def _times(self, step: int) -> Tensor:
-        recipe, size = self.recipe, self.recipe.optim.batch_size
-        return flow.sample_times(recipe.run.seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
 
     def _batch(self, step: int, part: slice, t: Tensor, answers: Answers, features: Sequence[Answers]) -> NoisyBatch:
         recipe, method, send = self.recipe, self.stage.method, partial(sent_to, self.ranks.device)

@@ -47,7 +47,7 @@ def versions() -> Rows:
     rows = {"st_fast": __version__, "python": platform.python_version()}
     rows |= {name: _version(package) or "not installed" for name, package in PACKAGES.items()}
     rows["torch"] += f", CUDA {torch.version.cuda}" if torch.version.cuda else ", built without CUDA"
-    rows["apex"] = adamw.IMPLEMENTATIONS["apex"].missing() or "its fused Adam is there"
+    rows["apex"] = adamw.apex_refusal(torch.device("cuda")) or "its fused Adam is there"
     here = "" if _version("kernels") else "; in this repository's root `import kernels` gives an empty module"
     rows["kernels (Hugging Face)"] = (_version("kernels") or "not installed") + here
     return rows

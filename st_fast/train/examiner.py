@@ -1,5 +1,6 @@
 """Previews and metrics of a model while it trains: samples from fixed noise and labels, as pictures and scores."""
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,8 +24,6 @@ class Examiner:
 
     def __init__(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log) -> None:
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
-        self._decoder: Decode | None = None
-        self._classifier: tuple[classifier.Classifier, classifier.Reference] | None = None
         self._inception: tuple[Inception, scores.Reference] | None = None
 
     def check(self) -> None:
@@ -42,10 +41,13 @@ class Examiner:
     def _reference(self) -> Path:
         return Path(self.recipe.evaluate.reference or self.recipe.data.path)
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        if self._decoder is None:
-            self._decoder = decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device)
-        return self._decoder(latents)
+    @cached_property
+    def _decode(self) -> Decode:
+        return decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device)
+
+    @cached_property
+    def _classifier(self) -> tuple[classifier.Classifier, classifier.Reference]:
+        return classifier.load_classifier(Path(self.recipe.data.path), self.log.say)
 
     def images(self, model: SiT, count: int) -> tuple[Tensor, Tensor]:
         """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU."""
@@ -73,18 +75,14 @@ class Examiner:
         images, labels = self.images(model, wanted.num)
         found: dict[str, object] = {"num": len(images)}
         if wanted.classifier:
-            found |= self._by_classifier(images, labels)
+            network, reference = self._classifier
+            found |= classifier.classifier_metrics(network, images, labels, reference)
         if wanted.inception:
             found |= self._by_inception(images)
         protocol = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler, "steps": settings.steps}
         self.log.write("eval", stage.name, step, metrics=found | protocol, **cost)
         against = f" against {found['reference']}" if "reference" in found else ""
         self.log.say(f"{stage.name} {step}: {summary(found)}, of {len(images)} samples{against}")
-
-    def _by_classifier(self, images: Tensor, labels: Tensor) -> dict[str, object]:
-        if self._classifier is None:
-            self._classifier = classifier.load_classifier(Path(self.recipe.data.path), self.log.say)
-        return classifier.classifier_metrics(self._classifier[0], images, labels, self._classifier[1])
 
     def _by_inception(self, images: Tensor) -> dict[str, object]:
         """FID and its like; the classifier's precision and recall keep their names, Inception's get a prefix."""

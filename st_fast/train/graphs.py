@@ -8,8 +8,7 @@ tapped streams. The optimiser stays outside, so that skipped steps, rollbacks an
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +20,6 @@ T = TypeVar("T")
 
 WARM_UP = 3
 """Passes before one is captured: they compile, tune, and make the libraries' workspaces."""
-
-
-@dataclass(frozen=True)
-class Captured(Generic[T]):
-    """A graph with the memory that it reads and writes at every replay."""
-
-    graph: torch.cuda.CUDAGraph
-    batch: NoisyBatch
-    result: T
-    gradients: Sequence[Tensor | None]
 
 
 class Graphs(Generic[T]):
@@ -51,38 +40,39 @@ class Graphs(Generic[T]):
         self._stream = torch.cuda.Stream(device)
         self._side = SideStream(self._stream)
         self._seen: Counter[Hashable] = Counter()
-        self._captured: dict[Hashable, Captured[T]] = {}
+        self._replays: dict[Hashable, Callable[[NoisyBatch], T]] = {}
+        self._pool: Any = None
 
     def __call__(self, step: int, batch: NoisyBatch) -> T:
         key = (self._kind(step), tuple(tensor.shape for tensor in tensors(batch)))
-        if key in self._captured:
-            return self._replay(self._captured[key], batch)
-        self._seen[key] += 1
-        if self._seen[key] <= WARM_UP:
-            return self._plain(step, batch)
-        self._captured[key] = self._capture(step, batch)
-        return self._replay(self._captured[key], batch)
+        if key not in self._replays:
+            self._seen[key] += 1
+            if self._seen[key] <= WARM_UP:
+                self._side.follow()
+                return self._side.start(lambda: (self._learn(step, batch), self._gradients()), batch)()[0]
+            self._replays[key] = self._capture(step, batch)
+        return self._replays[key](batch)
 
-    def _plain(self, step: int, batch: NoisyBatch) -> T:
-        def work() -> tuple[T, list[Tensor | None]]:
-            return self._learn(step, batch), [parameter.grad for parameter in self._parameters]
+    def _gradients(self) -> list[Tensor | None]:
+        return [parameter.grad for parameter in self._parameters]
 
-        self._side.follow()
-        return self._side.start(work, batch)()[0]
+    def _capture(self, step: int, batch: NoisyBatch) -> Callable[[NoisyBatch], T]:
+        """Records the pass without running it; returns what runs it for another batch.
 
-    def _capture(self, step: int, batch: NoisyBatch) -> Captured[T]:
-        """Records the pass without running it. Graphs share one pool: they never run at the same time."""
-        memory = next((one.graph.pool() for one in self._captured.values()), None)
+        Graphs share one pool: they never run at the same time.
+        """
         graph, static = torch.cuda.CUDAGraph(), with_tensors(batch, torch.clone)
         # Other threads, which read data and save checkpoints, may go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=memory, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self._learn(step, static)
-        return Captured(graph, static, result, [parameter.grad for parameter in self._parameters])
+        self._pool, gradients = graph.pool(), self._gradients()
 
-    def _replay(self, captured: Captured[T], batch: NoisyBatch) -> T:
-        for static, tensor in zip(tensors(captured.batch), tensors(batch), strict=True):
-            static.copy_(tensor)
-        captured.graph.replay()
-        for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
-            parameter.grad = gradient
-        return with_tensors(captured.result, torch.clone)
+        def replay(batch: NoisyBatch) -> T:
+            for memory, tensor in zip(tensors(static), tensors(batch), strict=True):
+                memory.copy_(tensor)
+            graph.replay()
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+            return with_tensors(result, torch.clone)
+
+        return replay

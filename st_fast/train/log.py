@@ -7,6 +7,7 @@ the norm is that of the summed gradients. Skipped steps and spikes of the loss a
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +36,8 @@ class Log:
 
     def __init__(self, path: Path, ranks: Ranks, track: Callable[[Mapping[str, Any]], None] | None = None) -> None:
         self.path, self.active, self._track = path, ranks.first, track
-        if self.active and path.exists():
-            _drop_half_line(path)
+        if self.active and path.exists():  # a killed process may have left half a line
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, kind: str, stage: str, step: int, **values: Any) -> None:
         """One line: what happened, where and when."""
@@ -52,15 +53,6 @@ class Log:
         """A line for the person who watches."""
         if self.active:
             print(text, flush=True)
-
-
-def _drop_half_line(path: Path) -> None:
-    """Cuts off what a killed process left behind its last full line."""
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            file.truncate(whole)
 
 
 @dataclass
@@ -111,13 +103,12 @@ class Readings:
 
     def means(self) -> dict[str, float]:
         """Means over the steps that were not skipped; NaN if all were."""
-        kept = np.isfinite(np.asarray(self.norms))
-        denoise, aux, norm = (_mean(np.asarray(values)[kept]) for values in (self.denoise, self.aux, self.norms))
+        kept = np.isfinite(self.norms)
+        denoise, aux, norm = (
+            float(np.asarray(values)[kept].mean()) if kept.any() else math.nan
+            for values in (self.denoise, self.aux, self.norms)
+        )
         return {"loss": denoise + aux, "denoise": denoise, "aux": aux, "grad_norm": norm}
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
 
 
 class Meter:

@@ -6,6 +6,7 @@ interrupted, whatever else is on the device by then.
 """
 
 import os
+import re
 import resource
 import sys
 from bisect import bisect_right
@@ -63,7 +64,12 @@ def capacity(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     whole = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), container_limit()) // local_count()
-    return whole if limit == resource.RLIM_INFINITY else min(limit - mapped_code(), whole)
+    if limit == resource.RLIM_INFINITY:
+        return whole
+    # A limit on the address space also counts what programs and libraries take.
+    status = Path("/proc/self/status")
+    code = re.findall(r"^Vm(?:Lib|Exe):\s*(\d+)", status.read_text(), re.M) if status.exists() else ()  # else not Linux
+    return min(limit - 1024 * sum(map(int, code)), whole)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -72,16 +78,6 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kibibytes * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
-
-
-def mapped_code() -> int:
-    """Bytes of address space that programs and libraries take, which a limit on it counts too."""
-    try:
-        with open("/proc/self/status") as file:
-            sizes = [int(line.split()[1]) for line in file if line.startswith(("VmLib:", "VmExe:"))]
-    except OSError:  # not Linux
-        return 0
-    return sum(sizes) * 1024
 
 
 def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int, given: Recipe | None = None) -> str:
@@ -141,7 +137,14 @@ def choose_micro_batch(
         room = least_room(ranks, whole - kept[1])
         again, choice = False, Choice(cost.largest_micro_batch(recipe, ranks.count, bf16, room), ranks.count)
     if not choice.images:
-        raise RunFailed(too_little(recipe, ranks, bf16, room))
+        fixed, activations = estimate(recipe, Choice(1, ranks.count), bf16)
+        share = f"{100 * cost.MEMORY_SHARE:.0f} % of {room / 2**30:.2f} GiB"
+        raise RunFailed(
+            f'optim.micro_batch = "auto": {ranks.device} has too little memory for one image a pass: {share} may be '
+            f"planned with, weights and state take {fixed / 2**30:.2f} GiB and the image {activations / 2**20:.1f} MiB"
+            '; take a smaller model, or more ranks with run.sharding = "fsdp2"; '
+            "optim.micro_batch = 1 tries it all the same"
+        )
     chosen = checked(recipe, choice)
     passes, taken = chosen.optim.accumulation, sum(estimate(recipe, choice, bf16)) / 2**30
     say(
@@ -188,17 +191,6 @@ def splits_badly(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
     if fit <= WASTEFUL * choice.images:
         return ""
     return f"; {fit} would fit, but a pass must divide the {share} images of a rank"
-
-
-def too_little(recipe: Recipe, ranks: Ranks, bf16: bool, room: int) -> str:
-    """The message where not even one image fits."""
-    fixed, activations = estimate(recipe, Choice(1, ranks.count), bf16)
-    share = f"{100 * cost.MEMORY_SHARE:.0f} % of {room / 2**30:.2f} GiB"
-    return (
-        f'optim.micro_batch = "auto": {ranks.device} has too little memory for one image a pass: {share} may be '
-        f"planned with, weights and state take {fixed / 2**30:.2f} GiB and the image {activations / 2**20:.1f} MiB; "
-        'take a smaller model, or more ranks with run.sharding = "fsdp2"; optim.micro_batch = 1 tries it all the same'
-    )
 
 
 def halved(recipe: Recipe, choice: Choice | None) -> tuple[Recipe, Choice] | None:

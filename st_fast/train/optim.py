@@ -4,17 +4,14 @@ In float32 the masters are the model's own parameters. In bf16 the model holds b
 All state of a sharded module (`sharding.py`) is sharded, and the op works on this rank's parts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from st_fast.model import SiT
 from st_fast.recipe.schema import Optim
-from st_fast.train.sharding import is_sharded, local, locals_of, norm_of_all, put
+from st_fast.train.sharding import is_sharded, local, locals_of, norm_of_all
 
 UpdateOp = Callable[..., None]
 NormOp = Callable[[list[Tensor]], Tensor]
@@ -25,38 +22,26 @@ def learning_rate(settings: Optim, update: Tensor) -> Tensor:
     return settings.lr * (update.double() / max(settings.warmup_steps, 1)).clamp_max(1.0)
 
 
-@dataclass(frozen=True)
 class Slots:
-    """The tensors of one module, in the order of its trainable parameters."""
+    """The tensors of one module, in the order of its trainable parameters, which are cast to `dtype`."""
 
-    names: list[str]
-    parameters: list[nn.Parameter]
-    masters: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    emas: list[Tensor]
-    untrained: dict[str, Tensor]
-    """Parameters that are not trained (the positions), as the module uses them."""
-    frozen: dict[str, Tensor]
-    """The same in float32."""
-    step: Tensor
-    """0-dim float32: the number of updates made."""
-
-    @classmethod
-    def of(cls, module: nn.Module, dtype: torch.dtype, with_ema: bool) -> Slots:
-        """The module's tensors, its parameters cast to `dtype`."""
+    def __init__(self, module: nn.Module, dtype: torch.dtype, with_ema: bool) -> None:
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        untrained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        frozen = {name: p.detach().clone() for name, p in untrained.items()}
+        self.untrained = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        """Parameters that are not trained (the positions), as the module uses them."""
+        self.frozen = {name: p.detach().clone() for name, p in self.untrained.items()}
+        """The same in float32."""
         low = dtype != torch.float32
-        masters: list[Tensor] = [p.detach().clone() if low else p for p in trained.values()]
+        masters = self.masters = [p.detach().clone() if low else p for p in trained.values()]
         if low:
             module.to(dtype)  # this makes new parameters if they are sharded
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        exp_avgs, exp_avg_sqs = ([torch.zeros_like(m, requires_grad=False) for m in masters] for _ in range(2))
-        emas = [m.detach().clone() for m in masters] if with_ema else []
-        step = torch.zeros((), device=parameters[0].device if parameters else "cpu")
-        return cls(list(trained), parameters, masters, exp_avgs, exp_avg_sqs, emas, untrained, frozen, step)
+        self.names, self.parameters = list(trained), [p for p in module.parameters() if p.requires_grad]
+        self.exp_avgs, self.exp_avg_sqs = (
+            [torch.zeros_like(m, requires_grad=False) for m in masters] for _ in range(2)
+        )
+        self.emas = [m.detach().clone() for m in masters] if with_ema else []
+        self.step = torch.zeros((), device=self.parameters[0].device if self.parameters else "cpu")
+        """0-dim float32: the number of updates made."""
 
     @property
     def copies(self) -> list[Tensor]:
@@ -89,7 +74,7 @@ class Optimizer:
         self, model: nn.Module, heads: nn.Module, settings: Optim, dtype: torch.dtype, update: UpdateOp, norm: NormOp
     ) -> None:
         self.settings, self._update, self._norm = settings, update, norm
-        self.model, self.heads = Slots.of(model, dtype, with_ema=True), Slots.of(heads, dtype, with_ema=False)
+        self.model, self.heads = Slots(model, dtype, with_ema=True), Slots(heads, dtype, with_ema=False)
         self._groups = [slots for slots in (self.model, self.heads) if slots.parameters]
         self._lr = torch.zeros((), dtype=torch.float32, device=self.model.step.device)
 
@@ -138,14 +123,6 @@ class Optimizer:
         if heads.names:
             groups["heads"] = dict(zip(heads.names, heads.masters, strict=True))
         return {group: {name: t.detach() for name, t in tensors.items()} for group, tensors in groups.items()}
-
-    @torch.no_grad()
-    def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes over a state whose keys, shapes and dtypes are those of `state()` (checked by the caller)."""
-        for group, tensors in self.state().items():
-            for name, tensor in tensors.items():
-                put(groups[group][name], tensor)
-        self.follow()
 
     @torch.no_grad()
     def follow(self) -> None:

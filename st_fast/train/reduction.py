@@ -5,7 +5,6 @@ there, in the same order of buckets on every rank, and only for the last micro-b
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,20 +19,17 @@ FIRST_BYTES, BUCKET_BYTES = 2**20, 32 * 2**20
 """Of a bucket: the first is small, so that the link is busy early."""
 
 
-@dataclass
 class Bucket:
     """Parameters whose gradients travel together, in the order that the backward pass makes them."""
 
-    parameters: list[nn.Parameter]
-    flat: Tensor
-    """(numel,): the gradients end to end, in the dtype they travel in."""
-    missing: int = 0
-    """How many gradients the running backward has yet to make."""
-    work: dist.Work | None = None
-
-    def __post_init__(self) -> None:
-        parts = self.flat.split([parameter.numel() for parameter in self.parameters])
-        self.views = [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+    def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype | None) -> None:
+        self.parameters, sizes = parameters, [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes), dtype=dtype or parameters[0].dtype, device=parameters[0].device)
+        """(numel,): the gradients end to end, in the dtype they travel in."""
+        self.views = [part.view_as(p) for part, p in zip(self.flat.split(sizes), parameters, strict=True)]
+        self.missing = 0
+        """How many gradients the running backward has yet to make."""
+        self.work: dist.Work | None = None
 
 
 class GradientSum:
@@ -104,8 +100,4 @@ def _buckets(parameters: Sequence[nn.Parameter], dtype: torch.dtype | None) -> l
             filled = 0
         groups[-1].append(parameter)
         filled += size
-    sizes = [sum(parameter.numel() for parameter in group) for group in groups]
-    return [
-        Bucket(group, torch.zeros(size, dtype=dtype or group[0].dtype, device=group[0].device))
-        for group, size in zip(groups, sizes, strict=True)
-    ]
+    return [Bucket(group, dtype) for group in groups]

@@ -114,15 +114,6 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [local(tensor) for tensor in tensors]
 
 
-@torch.no_grad()
-def put(whole: Tensor, into: Tensor) -> None:
-    """Copies a whole tensor into one of its shape, of which a sharded one takes this rank's rows."""
-    if isinstance(into, DTensor):
-        start, stop = rows(len(whole), into.device_mesh.get_local_rank(), into.device_mesh.size())
-        whole = whole[start:stop]
-    local(into).copy_(whole)
-
-
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank; all must call it. Any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -140,14 +131,14 @@ def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
     return squares.sum().sqrt().float()
 
 
+@torch.no_grad()
 def hand_out(state: Groups, whole: Groups, ranks: Ranks) -> None:
     """Sets every rank's state to the first rank's `whole` tensors ({} on other ranks), one tensor at a time.
 
     Where the first rank has no whole tensor, its own state counts if it is not sharded; shards stay.
     """
-    given = {(group, name): tensor for group, ts in whole.items() for name, tensor in ts.items()}
-    given = {place: tensor for place, tensor in given.items() if not isinstance(tensor, DTensor)}
-    known = {(group, name) for group, name in ranks.broadcast_from_rank0(lambda: [list(place) for place in given])}
+    given = {(g, name): t for g, ts in whole.items() for name, t in ts.items() if not isinstance(t, DTensor)}
+    known = set(ranks.broadcast_from_rank0(lambda: list(given)))
     for group, tensors in state.items():
         for name, tensor in tensors.items():
             sharded, place = isinstance(tensor, DTensor), (group, name)
@@ -157,5 +148,6 @@ def hand_out(state: Groups, whole: Groups, ranks: Ranks) -> None:
             if place in given:
                 full.copy_(given[place])
             ranks.broadcast([full])
-            if sharded:
-                put(full, tensor)
+            if isinstance(tensor, DTensor):
+                start, stop = rows(len(full), tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+                local(tensor).copy_(full[start:stop])

@@ -169,23 +169,17 @@ class Reporter:
 
 def _log_start(trainer: Trainer, first: int) -> None:
     context, stage, recipe = trainer.context, trainer.stage, trainer.context.recipe
-    each = cost.stage_cost(recipe, stage, trainer.features.flops_an_image)
+    each, threads = cost.stage_cost(recipe, stage, trainer.features.flops_an_image), torch.get_num_threads()
+    cuda, name = context.ranks.device.type == "cuda", f"cpu, {threads} thread{'s' * (threads != 1)}"
     context.log.write(
         "start", stage.name, first, trunk_params=recipe.model.parameters, resumed_from=first,
         flops_per_image=each.total, teacher_flops_per_image=each.teacher, steps=stage.steps,
         batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, context.ranks.count),
-        ranks=context.ranks.count, device=_device_name(context.ranks.device),
+        ranks=context.ranks.count, device=torch.cuda.get_device_name(context.ranks.device) if cuda else name,
         matmul_flops_per_s=context.rate, dataset=context.shards.manifest.digest,
         versions={"st_fast": __version__, "torch": torch.__version__},
         **({"init": trainer.origin} if trainer.origin else {}),
     )  # fmt: skip
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"cpu, {threads} thread{'s' * (threads != 1)}"
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,7 +12,7 @@ from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.model import SiT
 from st_fast.model.formats.loaded_state import LoadedState, head_name, heads, trunk
-from st_fast.model.stored import ModelSource, Say, read_model
+from st_fast.model.stored import Say, read_model
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
@@ -29,8 +29,7 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     step, hash and what was taken. UserError, in one line, listing everything that does not match.
     """
     start = stage.start
-    source = _read(recipe, stage, say)
-    loaded, where = source.loaded, f"stage.{stage.name}.init = {start.init!r}"
+    loaded, where = _read(recipe, stage, say), f"stage.{stage.name}.init = {start.init!r}"
     fits(recipe, stage, drawn, loaded, where)
     state = {group: dict(tensors) for group, tensors in drawn.items()}
     raw, averaged = {"ema": (loaded.ema, loaded.ema), "raw": (loaded.model, loaded.model)}.get(
@@ -44,7 +43,15 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
         state["heads"] = {key: loaded.model[head_name(key)] for key in drawn.get("heads", {})}
     if start.init_weights == "state":
         state["optim"] |= _adam(loaded, drawn["optim"], kept, list(state["heads"]) if with_heads else None)
-    return state, _record(stage, source)
+    return state, {
+        "path": start.init,
+        "layout": loaded.layout,
+        "step": loaded.step,
+        "sha256": tensors_hash(loaded.ema if start.init_weights == "ema" else loaded.model),
+        "weights": start.init_weights,
+        "heads": start.init_heads,
+        "fresh": list(start.init_fresh),
+    }
 
 
 def fits(recipe: Recipe, stage: Stage, drawn: Groups, loaded: LoadedState, where: str) -> None:
@@ -81,14 +88,14 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
             parts = Parts(recipe.model, table, model, EmaModel(model), feature_widths, recipe.flow.path)
             drawn["heads"] = supervision.create(stage, parts, 0).heads.state_dict()
     where = f"stage.{stage.name}.init = {stage.start.init!r}"
-    fits(recipe, stage, drawn, _read(recipe, stage, say).loaded, where)
+    fits(recipe, stage, drawn, _read(recipe, stage, say), where)
 
 
-def _read(recipe: Recipe, stage: Stage, say: Say) -> ModelSource:
+def _read(recipe: Recipe, stage: Stage, say: Say) -> LoadedState:
     name = stage.start.init
     of_this_run = any(other.name == name for other in recipe.stages)
     path = Path(recipe.run.out) / name if of_this_run else Path(name)
-    return read_model(path, say, heads_otherwise=recipe.model.heads)
+    return read_model(path, say, heads_otherwise=recipe.model.heads).loaded
 
 
 def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tensor]:
@@ -110,16 +117,3 @@ def _adam(
             found |= {f"{part}.{kind}.{key}": table[name] for key, name in names.items() if name in table}
         found[f"{part}.step"] = torch.full_like(drawn[f"{part}.step"], updates[part])
     return found
-
-
-def _record(stage: Stage, source: ModelSource) -> dict[str, Any]:
-    loaded, start = source.loaded, stage.start
-    return {
-        "path": start.init,
-        "layout": loaded.layout,
-        "step": loaded.step,
-        "sha256": tensors_hash(loaded.ema if start.init_weights == "ema" else loaded.model),
-        "weights": start.init_weights,
-        "heads": start.init_heads,
-        "fresh": list(start.init_fresh),
-    }

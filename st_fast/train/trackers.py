@@ -3,7 +3,7 @@
 Each tracker runs in its own thread, which takes finished records from a queue, so training never waits for it. An
 error in it is reported in one line and turns it off; log.jsonl has everything.
 
-To add one: a class with `write` and `close`, an entry in TRACKERS, and its name in `recipe/schema.py` (`run.trackers`).
+To add one: a `Tracker` with an entry in TRACKERS, and its name in `recipe/schema.py` (`run.trackers`).
 """
 
 import importlib
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from st_fast.core.errors import UserError
 from st_fast.recipe.schema import Recipe
@@ -51,16 +51,21 @@ class Target:
         return sum(stage.steps for stage in earlier) + int(record["step"])
 
 
-class Tracker(Protocol):
+class Tracker:
     """One service, opened, used and closed in one thread."""
+
+    _run: Any
+    """The service's own object for the run."""
 
     def write(self, record: Record, values: Mapping[str, float]) -> None:
         """Takes a record and its numbers, of which there may be none."""
+        raise NotImplementedError
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._run.finish()
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in OUT/tensorboard/STAGE: each stage is one of TensorBoard's runs."""
 
     def __init__(self, target: Target) -> None:
@@ -82,7 +87,7 @@ class TensorBoard:
             writer.close()
 
 
-class Wandb:
+class Wandb(Tracker):
     """One run in the project WANDB_PROJECT (st_fast), continued after an interruption; a step axis for each stage.
 
     Steps are a metric of their own because W&B drops values of earlier steps, which a resumed run writes again.
@@ -104,11 +109,8 @@ class Wandb:
             stage = record["stage"]
             self._run.log({f"{stage}/step": record["step"]} | {f"{stage}/{key}": v for key, v in values.items()})
 
-    def close(self) -> None:
-        self._run.finish()
 
-
-class Trackio:
+class Trackio(Tracker):
     """One run in the project st_fast, local unless TRACKIO_SPACE_ID names a Space; steps count through all stages."""
 
     def __init__(self, target: Target) -> None:
@@ -123,9 +125,6 @@ class Trackio:
         if values:
             named = {f"{record['stage']}/{key}": value for key, value in values.items()}
             self._run.log(named, step=self._target.overall(record))
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[Target], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}

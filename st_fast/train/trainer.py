@@ -146,7 +146,13 @@ class Trainer:
         if found is None:
             if before is not None:
                 raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")
-            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": self._begin(into)}
+            record = None
+            if self.stage.start.init:
+                say = self.context.log.say
+                groups, record = start.taken_over(self.context.recipe, self.stage, self.optimizer.state(), say)
+                into.update(groups)
+                say(f"{self.stage.name}: starts from {record['path']} ({record['weights']}, its step {record['step']})")
+            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": record}
         manifest, folder = self.context.shards.manifest, Path(self.context.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
         self.features.check_same(found.meta.get("features", []), str(found.path))
@@ -155,16 +161,6 @@ class Trainer:
         into.update(found.groups)
         kept = {"rollbacks": found.meta.get("rollbacks", 0), "init": found.meta.get("init")}
         return {"step": found.step, "seconds": found.meta["seconds"]} | kept
-
-    def _begin(self, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
-        """Loads the model that the recipe starts from, if it names one; returns the record of it for checkpoints."""
-        if not self.stage.start.init:
-            return None
-        log = self.context.log
-        groups, record = start.taken_over(self.context.recipe, self.stage, self.optimizer.state(), log.say)
-        into.update(groups)
-        log.say(f"{self.stage.name}: starts from {record['path']} ({record['weights']}, its step {record['step']})")
-        return record
 
     def save(self, step: int, clock: Clock) -> None:
         """Writes a checkpoint of `step` completed steps in the background, and deletes older ones."""

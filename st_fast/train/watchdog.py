@@ -27,30 +27,23 @@ WAITING = ("all-reduce", "log", "agree")
 """Phases in which a rank may be waiting for others; a rank that hangs in another phase is the cause."""
 SILENCE = 25.0
 """Seconds without a message after which a rank counts as dead: less than torchrun waits before it kills the rest."""
+COLLECTIVE_ERROR = re.compile("gloo|nccl|connection|timed out|timeout", re.IGNORECASE)
 SAVE_PATIENCE = 20.0
 """Seconds that a checkpoint being written may take before the process ends; an incomplete one is ignored."""
 
 
-class Board:
-    """Where ranks leave messages: each posts its own and reads all. In the store of torchrun's rendezvous.
-
-    It has a client of its own. RuntimeError where the store is gone.
-    """
+class Board(Rendezvous):
+    """Where ranks leave messages: each writes its own, under its number, and reads all."""
 
     def __init__(self, count: int) -> None:
-        rendezvous = Rendezvous("watch")
-        self.where, self._client = rendezvous.where, rendezvous.store
-        self._keys = [f"{rendezvous.prefix}/{rank}" for rank in range(count)]
+        super().__init__("watch")
+        self._keys = [f"{self.prefix}/{rank}" for rank in range(count)]
 
-    def post(self, rank: int, word: str) -> None:
-        """Leaves a rank's message."""
-        self._client.set(self._keys[rank], word)
-
-    def read(self) -> list[str | None]:
+    def read_all(self) -> list[str | None]:
         """The newest message of every rank; None before its first."""
         # One request for all where possible; `multi_get` of a missing key would wait for it.
-        there = self._keys if self._client.check(self._keys) else [k for k in self._keys if self._client.check([k])]
-        words = dict(zip(there, self._client.multi_get(there), strict=True)) if there else {}
+        there = self._keys if self.store.check(self._keys) else [k for k in self._keys if self.store.check([k])]
+        words = dict(zip(there, self.store.multi_get(there), strict=True)) if there else {}
         return [words[key].decode() if key in words else None for key in self._keys]
 
 
@@ -113,14 +106,11 @@ class Watchdog:
         running = [rank for rank, seen in enumerate(self._seen) if seen.word.get("left") is None]
         if not stuck or (len(stuck) < len(running) and all(self._waits(rank) for rank in stuck)):
             return None  # ranks that only wait are not at fault, and the one they wait for makes progress
-        named = "; ".join(self._described(rank) for rank in self._culprits(stuck))
-        return f"no progress for {self.deadline:.0f} s: {named}"
-
-    def _culprits(self, stuck: list[int]) -> list[int]:
-        """Of the ranks without progress those furthest behind, without ranks that merely wait unless all of them do."""
+        # At fault are those furthest behind, without ranks that merely wait unless all of them do.
         behind = min(self._seen[rank].word.get("step", 0) for rank in stuck)
         last = [rank for rank in stuck if self._seen[rank].word.get("step", 0) == behind]
-        return ([rank for rank in last if not self._waits(rank)] or last)[:8]
+        culprits = [rank for rank in last if not self._waits(rank)] or last
+        return f"no progress for {self.deadline:.0f} s: {'; '.join(map(self._described, culprits[:8]))}"
 
     def _waits(self, rank: int) -> bool:
         return self._seen[rank].word.get("phase") in WAITING
@@ -156,8 +146,8 @@ class Watchdog:
         words: list[str | None] = [None] * self.ranks.count
         if self.board is not None:
             try:
-                self.board.post(self.ranks.rank, mine)
-                words = self.board.read()
+                self.board.write(str(self.ranks.rank), mine)
+                words = self.board.read_all()
                 self._board_answered = time.monotonic()
             except RuntimeError:  # the store is gone or slow; `verdict` keeps the time
                 pass
@@ -223,16 +213,12 @@ def watched(ranks: Ranks, deadline: float) -> Iterator[None]:
         dog.leave("")
         raise
     except BaseException as error:
-        culprit = dog.blame() if ranks.count > 1 and _of_a_collective(error) else None
+        # torch.distributed may have raised it because of another rank: gloo has no class for such errors.
+        collective = isinstance(error, RuntimeError) and COLLECTIVE_ERROR.search(str(error))
+        culprit = dog.blame() if ranks.count > 1 and collective else None
         own = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         dog.leave(culprit or own.splitlines()[0], blames=culprit is not None)
         if culprit is None:
             raise
         raise RunFailed(culprit) from error
     dog.leave("")
-
-
-def _of_a_collective(error: BaseException) -> bool:
-    """Whether torch.distributed may have raised it because of another rank: gloo has no class for such errors."""
-    words = "gloo|nccl|connection|timed out|timeout"
-    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None

@@ -67,10 +67,10 @@ class Memory:
     def __init__(self, count: int) -> None:
         self.words: list[str | None] = [None] * count
 
-    def post(self, rank: int, word: str) -> None:
-        self.words[rank] = word
+    def write(self, key: str, message: str) -> None:
+        self.words[int(key)] = message
 
-    def read(self) -> list[str | None]:
+    def read_all(self) -> list[str | None]:
         return list(self.words)
 
 

@@ -18,6 +18,7 @@ from st_fast.convert.exporting import export_file
 from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint
 from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
 from st_fast.model import build
 from st_fast.model.formats import import_file
@@ -29,6 +30,7 @@ from st_fast.train import start, trainer
 from st_fast.train.__main__ import check_unchanged
 from st_fast.train.optim import Optimizer
 from st_fast.train.run import run
+from st_fast.train.sharding import hand_out
 from st_fast.train.supervision.protocol import Parts
 from tests import foreign, tiny
 
@@ -120,7 +122,9 @@ def test_the_optimiser_goes_on_as_the_other_projects_would(tmp_path):
     model = build(recipe.model, table, 0)
     settings = Optim(lr=1e-4, grad_clip=0.0, ema_decay=0.9)
     ours = Optimizer(model, torch.nn.Module(), settings, torch.float32, kernels.adamw_ema_, kernels.grad_norm)
-    ours.load(start.taken_over(recipe, recipe.stages[0], ours.state(), pytest.fail)[0])
+    taken, _ = start.taken_over(recipe, recipe.stages[0], ours.state(), pytest.fail)
+    hand_out(ours.state(), taken, Ranks(0, 1, torch.device("cpu")))
+    ours.follow()
     theirs = {key: torch.nn.Parameter(t.clone(), key != "pos_embed") for key, t in content["model"].items()}
     assert torch.equal(model.pos_embed, content["model"]["pos_embed"])
     adamw = torch.optim.AdamW(list(theirs.values()), lr=1e-4, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""The protocol between the step and a supervision method.
+"""What the step and a supervision method know of each other.
 
 A batch comes from `BatchIterator` (train/batches.py), which also draws its noise. `Step` gives it to `Targets.start`,
 which calls the method's `target`, and then gives the student's hidden states to the method's `loss`.
@@ -10,7 +10,7 @@ over samples already weighted by 1 / global batch size, so those of micro-batche
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from st_fast.model import SiT
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.side_stream import Branches, batched
 from st_fast.model.sit import Linear
-from st_fast.recipe.methods import Selection
+from st_fast.recipe.methods import Method, Selection
 from st_fast.recipe.schema import Model, Stage
 from st_fast.train.optim import EmaModel
 
@@ -72,24 +72,52 @@ class NoisyBatch:
     """uint8 (B, 1 or 3, P, P), the latents' images, where encoders run live at this step."""
 
 
-class Supervision(Protocol):
-    """One supervision method for one stage."""
+@dataclass(frozen=True)
+class Parts:
+    """All that a method may be built from."""
+
+    config: Model
+    kernels: KernelTable
+    teacher: SiT | None
+    """Frozen, in eval mode, on the device; None if the method names no teacher."""
+    average: EmaModel | None = None
+    """The student's own weight average; None if the method does not learn from it."""
+    feature_widths: tuple[int, ...] = ()
+    """D_j of each image encoder that the method names."""
+    path: Literal["linear", "cosine"] = "linear"
+    seed: int = 0
+    """The run's seed, for a method's own draws."""
+    branches: Branches = batched
+    """How a guided teacher runs with the labels and with the null label."""
+    encoders: tuple[ImageEncoder, ...] = ()
+    """The image encoders themselves, where they run live."""
+
+
+class Supervision:
+    """One supervision method for one stage. As it stands it is none: SiT as published (arXiv 2401.08740)."""
 
     tap: int | tuple[int, ...]
     heads: nn.Module
     """The trainable parts, dropped after training."""
 
+    def __init__(self, settings: Method, parts: Parts) -> None:
+        self.settings, self.parts, self.kernels = settings, parts, parts.kernels
+        self.tap, self.heads = settings.tap, nn.Module()
+
     def active(self, step: int) -> bool:
         """Whether the method supervises at this step; if not, neither `target` nor `loss` is called."""
+        return self.settings.selection is not None and self.settings.supervises(step)
 
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         """The tensors that `loss` compares with, without gradient, for the supervised rows."""
+        return ()
 
     def loss(self, hidden: Any, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32.
 
         A tuple of blocks gives a tuple of their streams.
         """
+        raise NotImplementedError
 
 
 def select_rows(t: Tensor, part: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:
@@ -121,27 +149,6 @@ def projector(width: int, hidden: int, out: int, kernels: KernelTable) -> nn.Seq
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """All that a method may be built from."""
-
-    config: Model
-    kernels: KernelTable
-    teacher: SiT | None
-    """Frozen, in eval mode, on the device; None if the method names no teacher."""
-    average: EmaModel | None = None
-    """The student's own weight average; None if the method does not learn from it."""
-    feature_widths: tuple[int, ...] = ()
-    """D_j of each image encoder that the method names."""
-    path: Literal["linear", "cosine"] = "linear"
-    seed: int = 0
-    """The run's seed, for a method's own draws."""
-    branches: Branches = batched
-    """How a guided teacher runs with the labels and with the null label."""
-    encoders: tuple[ImageEncoder, ...] = ()
-    """The image encoders themselves, where they run live."""
 
 
 def create(stage: Stage, parts: Parts, seed: int) -> Supervision:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch, Parts, projector
+from st_fast.train.supervision.protocol import NoisyBatch, Parts, Supervision, projector
 
 
 class Heads(nn.Module):
@@ -16,27 +16,25 @@ class Heads(nn.Module):
         self.projectors = nn.ModuleList(projector(width, hidden, out, kernels) for out in widths)
 
 
-class Repa:
+class Repa(Supervision):
     """mean_j Σ_b weight_b · mean_n −cos(MLP_j(h), g_j), g_j (B, N, D_j) the features of encoder j.
 
     The mean over encoders is the released code's.
     """
 
+    heads: Heads
+
     def __init__(self, settings: methods.Repa, parts: Parts) -> None:
+        super().__init__(settings, parts)
         if len(parts.feature_widths) != len(settings.encoders):
             raise ValueError(f"repa needs features of {len(settings.encoders)} encoders")
-        self.settings, self.tap, self.kernels = settings, settings.tap, parts.kernels
-        self.encoders = parts.encoders
         self.side = parts.config.latent_size // parts.config.patch
         self.heads = Heads(parts.config.width, settings.hidden, parts.feature_widths, parts.kernels)
-
-    def active(self, step: int) -> bool:
-        return self.settings.supervises(step)
 
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         features = batch.features
         if batch.images is not None:
-            features = tuple(encoder(batch.images) for encoder in self.encoders)
+            features = tuple(encoder(batch.images) for encoder in self.parts.encoders)
         return tuple(on_grid(one, self.side) for one in features)
 
     def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch, Parts, projector
+from st_fast.train.supervision.protocol import NoisyBatch, Parts, Supervision, projector
 
 
 class Head(nn.Module):
@@ -24,25 +24,23 @@ class Head(nn.Module):
         return self.projectors(tokens)
 
 
-class SelfTranscendence:
+class SelfTranscendence(Supervision):
     """Σ over supervised rows of weight · ℓ(q, f), ℓ by `loss`: see `st_fast.kernels.guided_feature_loss`."""
 
+    settings: methods.SelfTranscendence
+
     def __init__(self, settings: methods.SelfTranscendence, parts: Parts) -> None:
+        super().__init__(settings, parts)
         if parts.teacher is None:
             raise ValueError("self_transcendence needs a teacher")
-        self.settings, self.tap = settings, settings.tap
-        self.teacher, self.branches, self.kernels = parts.teacher, parts.branches, parts.kernels
-        self.heads: nn.Module = Head(parts.config.width, settings.hidden, parts.kernels)
-
-    def active(self, step: int) -> bool:
-        return self.settings.supervises(step)
+        self.teacher, self.heads = parts.teacher, Head(parts.config.width, settings.hidden, parts.kernels)
 
     @torch.no_grad()
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         rows, depth = batch.rows, self.settings.teacher_depth
         inputs = (rows.passes(rows.take(values)) for values in (batch.x_t, batch.t, batch.labels))
         passes = [
-            self.teacher.guided_features(x, t, labels, depth, self.branches)
+            self.teacher.guided_features(x, t, labels, depth, self.parts.branches)
             for x, t, labels in zip(*inputs, strict=True)
         ]
         return passes[0] if len(passes) == 1 else tuple(torch.cat(parts) for parts in zip(*passes, strict=True))

@@ -11,7 +11,7 @@ from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.model import flow
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch, Parts
+from st_fast.train.supervision.protocol import NoisyBatch, Parts, Supervision
 
 BETA = 0.05
 """Where smooth-L1 passes from a parabola to a line, as published."""
@@ -32,18 +32,16 @@ class Head(nn.Module):
         return self.ap_head["linear2"](F.silu(self.ap_head["linear1"](tokens)))
 
 
-class SelfRepresentation:
+class SelfRepresentation(Supervision):
     """Σ_b weight_b · ℓ(q, f), f the teacher's stream; ℓ by `loss`: smooth-L1, its mean over N and D, or mean_n −cos."""
 
+    settings: methods.SelfRepresentation
+
     def __init__(self, settings: methods.SelfRepresentation, parts: Parts) -> None:
+        super().__init__(settings, parts)
         if parts.average is None:
             raise ValueError("sra needs the student's weight average")
-        self.settings, self.tap, self.parts = settings, settings.tap, parts
-        self.average, self.kernels = parts.average, parts.kernels
-        self.heads: nn.Module = Head(parts.config.width)
-
-    def active(self, step: int) -> bool:
-        return True
+        self.average, self.heads = parts.average, Head(parts.config.width)
 
     def teacher_times(self, batch: NoisyBatch) -> Tensor:
         """(B,) the times at which the teacher looks, drawn from the samples' ordinals."""

@@ -10,7 +10,7 @@ from st_fast.kernels import KernelTable
 from st_fast.model.sit import unpatchify
 from st_fast.recipe import methods
 from st_fast.recipe.schema import Model
-from st_fast.train.supervision.protocol import NoisyBatch, Parts, projector
+from st_fast.train.supervision.protocol import NoisyBatch, Parts, Supervision, projector
 
 
 class Head(nn.Module):
@@ -34,15 +34,14 @@ class Head(nn.Module):
         return unpatchify(self.projectors_final["linear"](z), self.patch, self.channels)
 
 
-class VelocityHead:
+class VelocityHead(Supervision):
     """Σ over supervised rows of weight · mean_CHW (head(h_d) − target)²."""
 
-    def __init__(self, settings: methods.VelocityHead, parts: Parts) -> None:
-        self.settings, self.tap = settings, settings.tap
-        self.heads = Head(parts.config, settings.hidden, parts.kernels)
+    settings: methods.VelocityHead
 
-    def active(self, step: int) -> bool:
-        return True
+    def __init__(self, settings: methods.VelocityHead, parts: Parts) -> None:
+        super().__init__(settings, parts)
+        self.heads = Head(parts.config, settings.hidden, parts.kernels)
 
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         return (batch.rows.take(batch.velocity if self.settings.target == "velocity" else batch.x),)

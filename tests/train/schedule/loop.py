@@ -64,7 +64,7 @@ def _enliven(trainer: Trainer) -> None:
     for name in ("model", "heads"):
         for tensor in groups.get(name, {}).values():
             tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.device))
-    trainer.optimizer.load(groups)
+    trainer.optimizer.follow()
 
 
 def with_teacher(folder: Path) -> Path:
