@@ -30,7 +30,7 @@ from bench.optimiser import OptimiserCase, fresh, fused_step, model_shapes
 from bench.step_times import MICRO_BATCH, give_memory_back
 from bench.timing import noise
 from bench.workload import STAGES, Setup, ours
-from st_fast.train.graphs import WARM_UP
+from st_fast.train.step import WARM_UP
 from tests.stand_in import driver, rehearse
 
 FILE = results.FOLDER / "launches.json"

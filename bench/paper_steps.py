@@ -29,7 +29,7 @@ from st_fast.train import adamw, profiling, supervision
 from st_fast.train.batches import noisy_latents
 from st_fast.train.optim import Optimizer
 from st_fast.train.step import Step
-from st_fast.train.supervision.protocol import NoisyBatch, Parts, Rows, select_rows
+from st_fast.train.supervision import NoisyBatch, Parts, Rows, select_rows
 
 aten = torch.ops.aten
 META, CUDA = torch.device("meta"), torch.device("cuda")

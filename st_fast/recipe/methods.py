@@ -117,7 +117,7 @@ class Method:
 class Plain(Method):
     """SiT as published: the denoising loss alone."""
 
-    implementation: ClassVar[str] = "st_fast.train.supervision.protocol:Supervision"
+    implementation: ClassVar[str] = "st_fast.train.supervision:Supervision"
 
 
 @dataclass(frozen=True)

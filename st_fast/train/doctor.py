@@ -31,13 +31,12 @@ from st_fast.train.profiling import UNDER_NSYS
 Rows = dict[str, str]
 """Name → state."""
 
-PACKAGES = {
-    "torch": "torch", "triton": "triton", "numpy": "numpy", "safetensors": "safetensors",
-    "DALI": "nvidia-dali-cuda130", "flash-attn": "flash-attn", "flash-attn-4": "flash-attn-4", "xformers": "xformers",
-    "torchao": "torchao", "diffusers": "diffusers", "transformers": "transformers", "torchdiffeq": "torchdiffeq",
-    "datasets": "datasets", "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio",
-}  # fmt: skip
-"""Common name → name on the package index."""
+PACKAGES = (
+    "torch", "triton", "numpy", "safetensors", "DALI", "flash-attn", "flash-attn-4", "xformers", "torchao", "diffusers",
+    "transformers", "torchdiffeq", "datasets", "tensorboard", "wandb", "trackio",
+)  # fmt: skip
+DALI = "nvidia-dali-cuda130"
+"""Its name on the package index; the others are called so there."""
 HEAD_SIZES = (64, 72)
 """Of S/2, B/2 and L/2; of XL/2."""
 
@@ -45,7 +44,7 @@ HEAD_SIZES = (64, 72)
 def versions() -> Rows:
     """What is installed."""
     rows = {"st_fast": __version__, "python": platform.python_version()}
-    rows |= {name: _version(package) or "not installed" for name, package in PACKAGES.items()}
+    rows |= {name: _version(DALI if name == "DALI" else name) or "not installed" for name in PACKAGES}
     rows["torch"] += f", CUDA {torch.version.cuda}" if torch.version.cuda else ", built without CUDA"
     rows["apex"] = adamw.apex_refusal(torch.device("cuda")) or "its fused Adam is there"
     here = "" if _version("kernels") else "; in this repository's root `import kernels` gives an empty module"

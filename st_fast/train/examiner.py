@@ -24,6 +24,7 @@ class Examiner:
 
     def __init__(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log) -> None:
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
+        self._reference = Path(recipe.evaluate.reference or recipe.data.path)
         self._inception: tuple[Inception, scores.Reference] | None = None
 
     def check(self) -> None:
@@ -36,10 +37,6 @@ class Examiner:
             model = self.recipe.model
             latents = torch.zeros(1, model.channels, model.latent_size, model.latent_size, device=self.ranks.device)
             scores.open_reference(self._reference, scores.InMemory(self._decode(latents).cpu().numpy()).shape)
-
-    @property
-    def _reference(self) -> Path:
-        return Path(self.recipe.evaluate.reference or self.recipe.data.path)
 
     @cached_property
     def _decode(self) -> Decode:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any
 
 import torch
 
@@ -130,7 +129,7 @@ def choose_micro_batch(
         return with_passes_of(images, recipe, ranks.count) if optim.micro_batch else recipe, None
     whole = capacity(ranks.device)
     room = least_room(ranks, whole - kept[0])
-    choice = recorded(ranks.broadcast_from_rank0(lambda: newest_record(recipe)), recipe, ranks.count)
+    choice: Choice | None = ranks.broadcast_from_rank0(lambda: recorded(recipe, ranks.count))
     again = choice is not None
     # With all of the memory, not the share, and the least data: what others take is not the same at every start.
     if choice is None or sum(estimate(recipe, choice, bf16)) > room:
@@ -210,23 +209,16 @@ def halved(recipe: Recipe, choice: Choice | None) -> tuple[Recipe, Choice] | Non
         return None
 
 
-def newest_record(recipe: Recipe) -> dict[str, Any] | None:
-    """The choice in the newest checkpoint of the run; None where there is no checkpoint, or no choice."""
+def recorded(recipe: Recipe, ranks: int) -> Choice | None:
+    """The choice in the newest checkpoint; None unless it was made for as many ranks and still divides their share."""
     for stage in reversed(recipe.stages):
         for candidate in candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
             try:
-                found = read_manifest(candidate.path).meta.get("micro_batch")
+                choice = Choice(**(read_manifest(candidate.path).meta.get("micro_batch") or {}))
             except BadFile:  # loading it reports it
                 continue
-            return found if isinstance(found, dict) else None
+            except TypeError:  # no choice, or one written by another version
+                return None
+            fits = choice.ranks == ranks and choice.images in possible_passes(recipe.optim, ranks)
+            return choice if fits else None
     return None
-
-
-def recorded(record: dict[str, Any] | None, recipe: Recipe, ranks: int) -> Choice | None:
-    """A record as a choice; None unless it was made for as many ranks and still divides their share."""
-    try:
-        choice = Choice(**record) if record else None
-    except TypeError:  # written by another version
-        return None
-    fits = choice is not None and choice.ranks == ranks and choice.images in possible_passes(recipe.optim, ranks)
-    return choice if fits else None

@@ -1,7 +1,7 @@
 """The optimiser: AdamW with clipping and a weight average (EMA), on float32 master weights, in one op over all tensors.
 
 In float32 the masters are the model's own parameters. In bf16 the model holds bf16 copies, written in the same pass.
-All state of a sharded module (`sharding.py`) is sharded, and the op works on this rank's parts.
+All state of a sharded module (`parallel.py`) is sharded, and the op works on this rank's parts.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from st_fast.model import SiT
 from st_fast.recipe.schema import Optim
-from st_fast.train.sharding import is_sharded, local, locals_of, norm_of_all
+from st_fast.train.parallel import is_sharded, local, locals_of, norm_of_all
 
 UpdateOp = Callable[..., None]
 NormOp = Callable[[list[Tensor]], Tensor]
@@ -36,9 +36,7 @@ class Slots:
         if low:
             module.to(dtype)  # this makes new parameters if they are sharded
         self.names, self.parameters = list(trained), [p for p in module.parameters() if p.requires_grad]
-        self.exp_avgs, self.exp_avg_sqs = (
-            [torch.zeros_like(m, requires_grad=False) for m in masters] for _ in range(2)
-        )
+        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(m.detach()) for m in masters] for _ in range(2))
         self.emas = [m.detach().clone() for m in masters] if with_ema else []
         self.step = torch.zeros((), device=self.parameters[0].device if self.parameters else "cpu")
         """0-dim float32: the number of updates made."""

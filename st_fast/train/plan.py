@@ -20,7 +20,7 @@ from statistics import median_high
 from st_fast.core.command import command_parser
 from st_fast.core.errors import UserError
 from st_fast.recipe import cost, load
-from st_fast.train.reduction import BUCKET_BYTES
+from st_fast.train.parallel import BUCKET_BYTES
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 UPDATE_BYTES = 42

@@ -33,13 +33,12 @@ STEP = "step"
 RANGES = ("data", "noise", "teacher", "student forward", "loss", "backward", "all-reduce", "optimiser")
 """The ranges within a step, in the order of the plain schedule."""
 
-_NO_RANGE: AbstractContextManager[None] = nullcontext()
 _opener: Opener | None = None
 
 
 def named_range(name: str) -> AbstractContextManager[object]:
     """A range of that name in the profile, if one is recorded. Not for use inside compiled code."""
-    return _NO_RANGE if _opener is None else _opener(name)
+    return nullcontext() if _opener is None else _opener(name)
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.check import check_device
 from st_fast.report import write_report
 from st_fast.train import memory, profiling, start, trackers
+from st_fast.train.batches import open_image_features
 from st_fast.train.examiner import Examiner
-from st_fast.train.image_features import open_image_features
 from st_fast.train.log import Log, matmul_rate
 from st_fast.train.stage import run_stage
 from st_fast.train.trainer import RunContext
@@ -103,16 +103,14 @@ def train_stage(context: RunContext, stage: Stage, given: Recipe) -> RunContext:
     says what would fit, where memory runs out all the same.
     """
     while True:
-        smaller = None
         with memory.explained(context.recipe, context.ranks, context.dtype, given):
             try:
                 run_stage(context, stage)
+                return context
             except PassTooLarge:
                 smaller = memory.halved(context.recipe, context.choice)
                 if smaller is None:
                     raise
-        if smaller is None:
-            return context
         gc.collect()  # not earlier: until it is handled, the error refers to all of the stage
         if context.ranks.device.type == "cuda":
             torch.cuda.empty_cache()

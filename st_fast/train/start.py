@@ -17,9 +17,8 @@ from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
 from st_fast.train.optim import EmaModel
-from st_fast.train.supervision.protocol import Parts
-
-Groups = Mapping[str, Mapping[str, Tensor]]
+from st_fast.train.parallel import Groups
+from st_fast.train.supervision import Parts
 
 
 def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[Groups, dict[str, Any]]:
@@ -29,8 +28,7 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     step, hash and what was taken. UserError, in one line, listing everything that does not match.
     """
     start = stage.start
-    loaded, where = _read(recipe, stage, say), f"stage.{stage.name}.init = {start.init!r}"
-    fits(recipe, stage, drawn, loaded, where)
+    loaded = _fitting(recipe, stage, drawn, say)
     state = {group: dict(tensors) for group, tensors in drawn.items()}
     raw, averaged = {"ema": (loaded.ema, loaded.ema), "raw": (loaded.model, loaded.model)}.get(
         start.init_weights, (loaded.model, loaded.ema)
@@ -54,9 +52,13 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     }
 
 
-def fits(recipe: Recipe, stage: Stage, drawn: Groups, loaded: LoadedState, where: str) -> None:
-    """UserError listing every way in which a model is not what the stage can start from."""
-    start, theirs, ours = stage.start, loaded.config.architecture(), recipe.model.architecture()
+def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedState:
+    """The model that the stage starts from; UserError listing every way in which it can't."""
+    start, name = stage.start, stage.start.init
+    of_this_run = any(other.name == name for other in recipe.stages)
+    path = Path(recipe.run.out) / name if of_this_run else Path(name)
+    loaded = read_model(path, say, heads_otherwise=recipe.model.heads).loaded
+    where, theirs = f"stage.{stage.name}.init = {name!r}", loaded.config.architecture()
     for prefix in start.init_fresh:
         if not any(key.startswith(prefix) for key in drawn["model"]):
             raise UserError(f"stage.{stage.name}.init_fresh: no key of the model begins with {prefix!r}")
@@ -68,13 +70,14 @@ def fits(recipe: Recipe, stage: Stage, drawn: Groups, loaded: LoadedState, where
     differing = recipe.model.differences(theirs)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named)
-    if theirs["heads"] != ours["heads"]:  # no weight's shape tells them
+    if theirs["heads"] != recipe.model.heads:  # no weight's shape tells them
         raise UserError(named)
     if start.init_heads == "match":
         wanted = {head_name(key): tensor for key, tensor in drawn.get("heads", {}).items()}
         match_strictly(wanted, heads(loaded.model), f"{where}, init_heads = 'match'")
     if start.init_weights == "state" and not loaded.exp_avg:
         raise UserError(f"{where}: it has no optimiser state; allowed: init_weights = 'ema' or 'raw'")
+    return loaded
 
 
 def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Say) -> None:
@@ -87,15 +90,7 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
         if stage.start.init_heads == "match":
             parts = Parts(recipe.model, table, model, EmaModel(model), feature_widths, recipe.flow.path)
             drawn["heads"] = supervision.create(stage, parts, 0).heads.state_dict()
-    where = f"stage.{stage.name}.init = {stage.start.init!r}"
-    fits(recipe, stage, drawn, _read(recipe, stage, say), where)
-
-
-def _read(recipe: Recipe, stage: Stage, say: Say) -> LoadedState:
-    name = stage.start.init
-    of_this_run = any(other.name == name for other in recipe.stages)
-    path = Path(recipe.run.out) / name if of_this_run else Path(name)
-    return read_model(path, say, heads_otherwise=recipe.model.heads).loaded
+    _fitting(recipe, stage, drawn, say)
 
 
 def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tensor]:

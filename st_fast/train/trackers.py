@@ -24,8 +24,6 @@ from st_fast.recipe.schema import Recipe
 
 Record = Mapping[str, Any]
 """A line of log.jsonl: kind, stage, step, time and values."""
-
-Say = Callable[[str], None]
 QUEUE_ROOM = 10_000
 """Records that may wait for a tracker; one that falls further behind is turned off."""
 CLOSE_TIMEOUT = 10.0
@@ -144,7 +142,7 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def tracking(recipe: Recipe, out: Path, say: Say) -> Iterator[Callable[[Record], None]]:
+def tracking(recipe: Recipe, out: Path, say: Callable[[str], None]) -> Iterator[Callable[[Record], None]]:
     """A function that gives a record to every tracker of the recipe; the block's end closes them in CLOSE_TIMEOUT."""
     threads = [_Thread(name, Target(out, recipe, run_id(out)), say) for name in dict.fromkeys(recipe.run.trackers)]
 
@@ -191,7 +189,7 @@ def without_keys(error: BaseException) -> str:
 class _Thread:
     """A tracker in a daemon thread, which never keeps the process alive."""
 
-    def __init__(self, name: str, target: Target, say: Say) -> None:
+    def __init__(self, name: str, target: Target, say: Callable[[str], None]) -> None:
         self.name, self._target, self._say = name, target, say
         self._records: queue.Queue[Record | None] = queue.Queue(QUEUE_ROOM)
         self._off = False

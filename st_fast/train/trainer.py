@@ -25,12 +25,12 @@ from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import adamw, start, supervision
+from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.examiner import Examiner
-from st_fast.train.image_features import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.log import Clock, Log
 from st_fast.train.memory import Choice
 from st_fast.train.optim import EmaModel, Optimizer
-from st_fast.train.sharding import Shards, gathered, hand_out, is_sharded, shards_of
+from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out, is_sharded
 from st_fast.train.step import Step
 
 
@@ -65,8 +65,9 @@ class Trainer:
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         if recipe.run.fp8 != "off":
             use_fp8(self.model)
-        self.shards = shards_of(recipe, context.ranks)
-        if self.shards is not None:
+        self.shards: Shards | None = None
+        if recipe.run.sharding != "none" and context.ranks.count > 1:
+            self.shards = Shards(context.ranks, REDUCTION[recipe.optim.reduction])
             self.shards.model(self.model)
         _compile(context, self.model)
         frozen = _teacher(context, stage, table, attend)
@@ -98,7 +99,15 @@ class Trainer:
         self.rollbacks, self.trained_before = 0, 0.0
         self.origin: dict[str, Any] | None = None
         """The record of the model that the weights started from, if any."""
-        self.saver = _saver(context, stage, self.folder / "checkpoints", self.shards is not None)
+        # The first rank's, or every rank's where each writes its own part.
+        ranks, run, team = context.ranks, recipe.run, None
+        if self.shards is not None:
+            rendezvous, over = Rendezvous("save"), lambda: ranks.heartbeat.over
+            team = checkpoint.Team(ranks.rank, ranks.count, rendezvous, stage.name, over)
+        self.saver: checkpoint.Saver | None = None
+        if ranks.first or team is not None:
+            root, say = self.folder / "checkpoints", context.log.say
+            self.saver = checkpoint.Saver(root, say, keep=run.keep, keep_every=run.keep_every, team=team)
 
     @property
     def folder(self) -> Path:
@@ -246,13 +255,3 @@ def _compile(context: RunContext, model: SiT | ImageFeatures, dynamic: bool = Fa
         CompiledBlocks(context.log.say, dynamic).inside(model.blocks)
     else:
         model.run_block = CompiledBlocks(context.log.say, dynamic)
-
-
-def _saver(context: RunContext, stage: Stage, root: Path, sharded: bool) -> checkpoint.Saver | None:
-    """The first rank's, or every rank's where each writes its own part."""
-    ranks, run, team = context.ranks, context.recipe.run, None
-    if sharded:
-        team = checkpoint.Team(ranks.rank, ranks.count, Rendezvous("save"), stage.name, lambda: ranks.heartbeat.over)
-    if not ranks.first and team is None:
-        return None
-    return checkpoint.Saver(root, context.log.say, keep=run.keep, keep_every=run.keep_every, team=team)

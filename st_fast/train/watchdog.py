@@ -169,12 +169,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(self.interval):
-            if text := self.verdict():
+            # The main thread may be ending by itself.
+            if (text := self.verdict()) and not self._over.wait(2 * self.interval):
                 self._end(text)
 
     def _end(self, text: str) -> None:
-        if self._over.wait(2 * self.interval):  # the main thread may be ending by itself
-            return
         heard = [r for r, seen in enumerate(self._seen) if time.monotonic() - seen.spoke <= 4 * self.interval]
         if local_rank() == 0 or self.ranks.rank == min([*heard, self.ranks.rank]):  # one line a machine, not hundreds
             print(f"st_fast: {text}; the run ends, its checkpoints are whole", file=sys.stderr, flush=True)

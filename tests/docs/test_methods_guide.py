@@ -15,8 +15,7 @@ import pytest
 
 from st_fast.recipe.methods import METHODS
 from st_fast.recipe.schema import Stage
-from st_fast.train.supervision import Supervision, create
-from st_fast.train.supervision.protocol import Parts
+from st_fast.train.supervision import Parts, Supervision, create
 from tests import tiny
 from tests.train.supervision.test_losses import MODEL, TABLE, fill, hidden, noisy, weights_of
 

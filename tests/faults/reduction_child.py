@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from st_fast.core.ranks import process_group
-from st_fast.train import reduction
-from st_fast.train.reduction import GradientSum
+from st_fast.train import parallel
+from st_fast.train.parallel import GradientSum
 
 
 class Model(nn.Module):
@@ -34,7 +34,7 @@ class Model(nn.Module):
 
 def main(out: Path, dtype: torch.dtype | None) -> None:
     torch.set_num_threads(1)
-    vars(reduction)["FIRST_BYTES"] = vars(reduction)["BUCKET_BYTES"] = 290  # a layer a bucket
+    vars(parallel)["FIRST_BYTES"] = vars(parallel)["BUCKET_BYTES"] = 290  # a layer a bucket
     events: list[str] = []
     real = dist.all_reduce
 

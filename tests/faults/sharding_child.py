@@ -19,7 +19,7 @@ from st_fast.model import SiT, build
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.recipe.schema import Model, Optim
 from st_fast.train.optim import Optimizer
-from st_fast.train.sharding import ShardedSum, Shards, gathered
+from st_fast.train.parallel import ShardedSum, Shards, gathered
 
 CONFIG = Model("custom", depth=3, width=24, heads=2, patch=2, channels=3, latent_size=4, num_classes=5)
 """Over 3 ranks; of the heads' sizes 7 does not divide, and 4 leaves the last rank nothing."""

@@ -27,7 +27,7 @@ from st_fast.train import supervision
 from st_fast.train.batches import BatchIterator
 from st_fast.train.optim import Optimizer
 from st_fast.train.step import Step
-from st_fast.train.supervision.protocol import NoisyBatch, Parts
+from st_fast.train.supervision import NoisyBatch, Parts
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,8 +16,8 @@ from st_fast.recipe import load
 from st_fast.recipe.schema import Optim
 from st_fast.train import adamw
 from st_fast.train.optim import Optimizer
+from st_fast.train.parallel import hand_out
 from st_fast.train.run import run
-from st_fast.train.sharding import hand_out
 from tests import tiny
 
 CPU = torch.device("cpu")

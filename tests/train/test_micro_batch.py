@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -378,6 +379,12 @@ def test_the_run_folder_keeps_the_recipe_as_it_was_given(data, tmp_path):
     assert load(tmp_path / "out" / "recipe.toml") == recipe and 'micro_batch = "auto"' in to_toml(recipe)
 
 
+def keep(record: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the newest checkpoint had this record of a choice."""
+    monkeypatch.setattr(memory, "candidates", lambda root: [SimpleNamespace(path=root)])
+    monkeypatch.setattr(memory, "read_manifest", lambda path: SimpleNamespace(meta={"micro_batch": record}))
+
+
 XL_ON_78 = {"images": 128, "ranks": 1, "halved": False}
 
 
@@ -401,7 +408,7 @@ def test_a_run_that_goes_on_keeps_its_choice_while_ranks_and_memory_allow(
     record, gibibytes, images, again, monkeypatch
 ):
     on_a_card(gibibytes, monkeypatch)
-    monkeypatch.setattr(memory, "newest_record", lambda recipe: record)
+    keep(record, monkeypatch)
     recipe, said = chosen(load(tiny.ROOT / "recipes" / "sit_xl.toml"), one_of(1, gibibytes))
     assert 256 // recipe.optim.accumulation == images and said[0].endswith("as before") == again
 
@@ -428,11 +435,11 @@ def test_data_that_may_stay_on_the_device_change_a_new_choice_and_no_recorded_on
     recipe, half = load(tiny.ROOT / "recipes" / "sit_xl.toml"), int(0.4 * 78 * GIB)
     on_a_card(78, monkeypatch)
     assert chosen(recipe, one_of(1, 78), kept=(0, half))[0].optim.accumulation == 4
-    monkeypatch.setattr(memory, "newest_record", lambda recipe: {"images": 128, "ranks": 1})
+    keep({"images": 128, "ranks": 1}, monkeypatch)
     for kept, again in (((0, half), True), ((half, half), False)):
         found, (line,) = chosen(recipe, one_of(1, 78), kept=kept)
         assert line.endswith("as before") == again and found.optim.accumulation == (2 if again else 4)
-    monkeypatch.setattr(memory, "newest_record", lambda recipe: {"images": 8, "ranks": 1})
+    keep({"images": 8, "ranks": 1}, monkeypatch)
     assert "would fit" not in chosen(recipe, one_of(1, 78))[1][0]  # smaller because it was so before
 
 

@@ -29,9 +29,9 @@ from st_fast.recipe.schema import Optim
 from st_fast.train import start, trainer
 from st_fast.train.__main__ import check_unchanged
 from st_fast.train.optim import Optimizer
+from st_fast.train.parallel import hand_out
 from st_fast.train.run import run
-from st_fast.train.sharding import hand_out
-from st_fast.train.supervision.protocol import Parts
+from st_fast.train.supervision import Parts
 from tests import foreign, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

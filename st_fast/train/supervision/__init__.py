@@ -1,5 +1,160 @@
-"""Supervision methods: losses on the student's hidden states, besides the denoising loss."""
+"""Supervision methods: losses on the student's hidden states, besides the denoising loss.
 
-from st_fast.train.supervision.protocol import NoisyBatch, Parts, Rows, Supervision, create, select_rows
+A batch comes from `BatchIterator` (train/batches.py), which also draws its noise. `Step` gives it to `Targets.start`,
+which calls the method's `target`, and then gives the student's hidden states to the method's `loss`.
 
-__all__ = ["NoisyBatch", "Parts", "Rows", "Supervision", "create", "select_rows"]
+A method names the student block or blocks that it reads (`tap`). `target` uses nothing of the student's pass, so it may
+run before or beside it, or a step ahead if nothing that it needs is trained (`run.teacher_placement`). Losses are sums
+over samples already weighted by 1 / global batch size, so those of micro-batches and ranks simply add up.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from st_fast.kernels import KernelTable
+from st_fast.model import SiT
+from st_fast.model.encoders import ImageEncoder
+from st_fast.model.side_stream import Branches, batched
+from st_fast.model.sit import Linear
+from st_fast.recipe.methods import Method, Selection
+from st_fast.recipe.schema import Model, Stage
+from st_fast.train.optim import EmaModel
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which samples of a micro-batch are supervised, and with what weight in the summed loss."""
+
+    index: Tensor
+    """(M,) int64: distinct rows, ascending; with `run.supervised_rows = "padded"` followed by others of weight 0."""
+    weight: Tensor
+    """(M,) float32."""
+    pass_rows: int = 0
+    """M is a multiple of this, so that networks can run on one shape; 0: M varies."""
+
+    def take(self, values: Tensor) -> Tensor:
+        """The supervised rows of (B, …): (M, …). With M = B they are the samples in order."""
+        return values if len(self.index) == len(values) else values.index_select(0, self.index)
+
+    def passes(self, values: Tensor) -> tuple[Tensor, ...]:
+        """(M, …) split into passes of `pass_rows` rows, or as one pass."""
+        return values.split(self.pass_rows) if self.pass_rows else (values,)
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """One micro-batch of one rank, on the device, as the model and the method see it."""
+
+    x: Tensor
+    """(B, C, S, S) clean latents, scaled."""
+    x_t: Tensor
+    """(B, C, S, S) latents on the path from data to noise."""
+    velocity: Tensor
+    """(B, C, S, S) dx_t/dt."""
+    noise: Tensor
+    """(B, C, S, S) ε of x_t."""
+    t: Tensor
+    """(B,) float32."""
+    labels: Tensor
+    """(B,) int64 true labels."""
+    student_labels: Tensor
+    """(B,) int64 labels with class dropout applied."""
+    ordinals: Tensor
+    """(B,) int64: places in the training stream, the counters of the noise and of a method's own draws."""
+    rows: Rows
+    features: tuple[Tensor, ...] = ()
+    """(B, h, w, D_j) of each image encoder j that supervises at this step, written beforehand, in the stored dtype."""
+    images: Tensor | None = None
+    """uint8 (B, 1 or 3, P, P), the latents' images, where encoders run live at this step."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that a method may be built from."""
+
+    config: Model
+    kernels: KernelTable
+    teacher: SiT | None
+    """Frozen, in eval mode, on the device; None if the method names no teacher."""
+    average: EmaModel | None = None
+    """The student's own weight average; None if the method does not learn from it."""
+    feature_widths: tuple[int, ...] = ()
+    """D_j of each image encoder that the method names."""
+    path: Literal["linear", "cosine"] = "linear"
+    seed: int = 0
+    """The run's seed, for a method's own draws."""
+    branches: Branches = batched
+    """How a guided teacher runs with the labels and with the null label."""
+    encoders: tuple[ImageEncoder, ...] = ()
+    """The image encoders themselves, where they run live."""
+
+
+class Supervision:
+    """One supervision method for one stage. As it stands it is none: SiT as published (arXiv 2401.08740)."""
+
+    tap: int | tuple[int, ...]
+    heads: nn.Module
+    """The trainable parts, dropped after training."""
+
+    def __init__(self, settings: Method, parts: Parts) -> None:
+        self.settings, self.parts, self.kernels = settings, parts, parts.kernels
+        self.tap, self.heads = settings.tap, nn.Module()
+
+    def active(self, step: int) -> bool:
+        """Whether the method supervises at this step; if not, neither `target` nor `loss` is called."""
+        return self.settings.selection is not None and self.settings.supervises(step)
+
+    def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
+        """The tensors that `loss` compares with, without gradient, for the supervised rows."""
+        return ()
+
+    def loss(self, hidden: Any, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
+        """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32.
+
+        A tuple of blocks gives a tuple of their streams.
+        """
+        raise NotImplementedError
+
+
+def select_rows(t: Tensor, part: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:
+    """The supervised rows of a micro-batch and their weights, on the host, from all of the global batch's times.
+
+    t (G,) float32 holds the whole global batch; `part` is this micro-batch's slice of it. With m_b = t_b inside the
+    closed range: "sample" is mean_b(m_b·ℓ_b); "sample_mean" is Σ m_b·ℓ_b / Σ m_b; "released" is mean(m)·mean(ℓ), as
+    the released code's broadcasting makes it. Returns index (M,) int64 into the micro-batch and weight (M,) float32.
+    """
+    if selection is None:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0)
+    low, high = selection.t_range
+    inside = (t >= low) & (t <= high)
+    total, count = len(t), int(inside.sum())
+    mine = inside[part]
+    if selection.mask == "released":
+        index = torch.arange(len(mine)) if count else torch.empty(0, dtype=torch.int64)
+        return index, torch.full((len(index),), selection.weight * count / total**2)
+    index = mine.nonzero()[:, 0]
+    divisor = total if selection.mask == "sample" else max(count, 1)
+    return index, torch.full((len(index),), selection.weight / divisor)
+
+
+def projector(width: int, hidden: int, out: int, kernels: KernelTable) -> nn.Sequential:
+    """REPA's projector: a three-layer MLP with SiLU, keys 0, 2 and 4."""
+    sizes = ((width, hidden), (hidden, hidden), (hidden, out))
+    first, second, third = (Linear(inputs, outputs, kernels) for inputs, outputs in sizes)
+    for layer in (first, second, third):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+
+def create(stage: Stage, parts: Parts, seed: int) -> Supervision:
+    """The stage's method, its heads drawn from `seed` without touching the global generator."""
+    module, _, name = stage.method.implementation.partition(":")
+    implementation = getattr(importlib.import_module(module), name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return implementation(stage.method, parts)

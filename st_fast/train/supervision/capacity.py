@@ -36,7 +36,9 @@ def capacity(selection: Selection, flow: Flow, whole: int, part: int) -> Capacit
         return Capacity(part, part, part)
     share = cost.time_share(flow.time, flow.path, selection.t_range)
     if flow.time == "stratified":
-        inside = _bins(selection.t_range, whole)
+        # The equal bins of (0, 1) that the range touches: its ends may lie in bins that are partly inside.
+        low, high = (math.floor(end * whole) for end in selection.t_range)
+        inside = min(high, whole - 1) - low + 1
         if part == whole:
             return Capacity(inside, share * whole, inside)
         chances = _hypergeometric(whole, inside, part)
@@ -48,12 +50,6 @@ def capacity(selection: Selection, flow: Flow, whole: int, part: int) -> Capacit
     costs = {k: k * float(np.maximum(1, -(-counts // k)) @ chances) for k in candidates}
     best = min(costs, key=lambda k: (costs[k], k))
     return Capacity(best, mean, costs[best])
-
-
-def _bins(t_range: tuple[float, float], count: int) -> int:
-    """How many of `count` equal bins of (0, 1) a range touches: its ends may lie in bins that are partly inside."""
-    first, last = math.floor(t_range[0] * count), min(math.floor(t_range[1] * count), count - 1)
-    return last - first + 1
 
 
 def _binomial(count: int, share: float) -> np.ndarray:
@@ -87,8 +83,7 @@ def padded(index: Tensor, weight: Tensor, size: int, rows: int) -> tuple[Tensor,
     total = rows * max(1, -(-len(index) // rows))
     if total == size:
         return torch.arange(size), torch.zeros(size).index_put((index,), weight)
-    supervised = torch.zeros(size, dtype=torch.bool).index_fill(0, index, True)
-    others = (~supervised).nonzero()[:, 0]
+    others = torch.ones(size, dtype=torch.bool).index_fill(0, index, False).nonzero()[:, 0]
     spare = others if len(others) else torch.arange(size)
     missing = total - len(index)
     filling = spare.repeat(-(-missing // len(spare)))[:missing]

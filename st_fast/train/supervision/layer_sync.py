@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from st_fast.train.supervision.protocol import NoisyBatch, Supervision
+from st_fast.train.supervision import NoisyBatch, Supervision
 
 
 class LayerSync(Supervision):

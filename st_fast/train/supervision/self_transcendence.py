@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch, Parts, Supervision, projector
+from st_fast.train.supervision import NoisyBatch, Parts, Supervision, projector
 
 
 class Head(nn.Module):

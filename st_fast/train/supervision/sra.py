@@ -11,7 +11,7 @@ from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.model import flow
 from st_fast.recipe import methods
-from st_fast.train.supervision.protocol import NoisyBatch, Parts, Supervision
+from st_fast.train.supervision import NoisyBatch, Parts, Supervision
 
 BETA = 0.05
 """Where smooth-L1 passes from a parabola to a line, as published."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from st_fast.model.side_stream import SideStream
-from st_fast.train.graphs import WARM_UP, Graphs
+from st_fast.train.step import WARM_UP, Graphs
 from tests.train.schedule.loop import Loop
 from tests.train.schedule.test_schedules import values
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from st_fast.train.graphs import WARM_UP
-from st_fast.train.step import Step
+from st_fast.train.step import WARM_UP, Step
 from tests.train.schedule import fake_cuda
 from tests.train.schedule.loop import Loop
 from tests.train.schedule.test_schedules import values

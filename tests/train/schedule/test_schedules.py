@@ -14,8 +14,8 @@ from st_fast.core.signals import StopRequest
 from st_fast.recipe import RecipeError, load
 from st_fast.train import trainer
 from st_fast.train.batches import Lookahead
+from st_fast.train.parallel import hand_out
 from st_fast.train.run import run
-from st_fast.train.sharding import hand_out
 from tests import tiny
 from tests.train.schedule.loop import Loop
 

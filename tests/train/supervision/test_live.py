@@ -23,11 +23,9 @@ from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.features import SourceImages, open_record_images
 from st_fast.recipe import Recipe, cost, load
 from st_fast.train.__main__ import check_unchanged
-from st_fast.train.batches import BatchIterator
-from st_fast.train.image_features import compile_encoders, open_image_features
+from st_fast.train.batches import BatchIterator, compile_encoders, open_image_features
 from st_fast.train.run import run
-from st_fast.train.supervision import create
-from st_fast.train.supervision.protocol import Parts
+from st_fast.train.supervision import Parts, create
 from tests import tiny
 from tests.data.conftest import encoded, picture
 from tests.data.test_repa import write_layout
@@ -224,9 +222,7 @@ def test_a_read_that_fails_once_is_tried_again_and_a_broken_picture_is_named(
             raise failures.pop()
         return source.read(number)
 
-    monkeypatch.setattr(
-        "st_fast.train.image_features.ReadAhead.__init__.__defaults__", (2, 4, False, Patience(60, 3, 0.01))
-    )
+    monkeypatch.setattr("st_fast.train.batches.ReadAhead.__init__.__defaults__", (2, 4, False, Patience(60, 3, 0.01)))
     features.images.source = type(source)(**{**vars(source), "read": flaky})
     (loader,) = features.loaders(CPU)
     ((images, labels),) = loader.stream([np.array([0, 5])])

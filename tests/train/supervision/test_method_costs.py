@@ -13,8 +13,7 @@ from st_fast.model import build
 from st_fast.recipe import cost
 from st_fast.recipe.methods import LayerSync, Plain, Repa, SelfRepresentation, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
-from st_fast.train.supervision import create
-from st_fast.train.supervision.protocol import Parts
+from st_fast.train.supervision import Parts, create
 from tests.train.supervision.test_losses import TABLE
 
 MODEL = Model("custom", depth=6, width=64, heads=2, patch=2, channels=4, latent_size=16, num_classes=5)

@@ -22,8 +22,7 @@ from st_fast.recipe.methods import Repa
 from st_fast.recipe.schema import Stage
 from st_fast.train.batches import BatchIterator
 from st_fast.train.run import run
-from st_fast.train.supervision import create
-from st_fast.train.supervision.protocol import Parts
+from st_fast.train.supervision import Parts, create
 from st_fast.train.supervision.repa import on_grid
 from tests import tiny
 from tests.train.supervision.encoders import write_encoder, write_set

@@ -19,8 +19,7 @@ from st_fast.recipe.schema import Optim, Stage
 from st_fast.train import trainer
 from st_fast.train.optim import EmaModel
 from st_fast.train.run import run
-from st_fast.train.supervision import create
-from st_fast.train.supervision.protocol import Parts
+from st_fast.train.supervision import Parts, create
 from tests import tiny
 from tests.train.supervision.test_losses import BATCH, MODEL, TABLE, fill, hidden, noisy, silu, weights_of
 from tests.train.test_training import STOP, signals, stop_at  # noqa: F401
