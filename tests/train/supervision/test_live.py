@@ -289,6 +289,6 @@ def test_the_target_is_made_of_the_images_without_gradient(recipe: Path, place: 
     parts = Parts(settings.model, TABLE, None, feature_widths=features.widths, encoders=features.encoders)
     assert features.widths == (24, 24) and features.flops_beforehand == 0
     repa = create(stage, parts, 0)
-    assert repa.encoders is features.encoders
+    assert repa.parts.encoders is features.encoders
     compile_encoders(features, print)
     assert all(isinstance(one.run, CompiledBlocks) for one in features.encoders if isinstance(one, VisionTransformer))
