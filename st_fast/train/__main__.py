@@ -87,7 +87,6 @@ def check_unchanged(recipe: Recipe, accept: bool) -> None:
 
 def summary(recipe: Recipe, ranks: int) -> str:
     """Parameters, FLOPs per step of each stage and memory, as comments under the recipe."""
-
     model = recipe.model
     bf16 = recipe.run.bf16(recipe.run.device)
     chosen, how = planned_passes(recipe, ranks, bf16)

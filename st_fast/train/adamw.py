@@ -100,8 +100,7 @@ def apex_update(
 ) -> None:  # fmt: skip
     """The op of apex's FusedAdam that keeps its scalars on the device, with masters where there are copies."""
     finite = torch.isfinite(grad_norm)
-    lists = [list(tensors) for tensors in (grads, copies or params, exp_avgs, exp_avg_sqs)]
-    lists += [list(params)] if copies else []
+    lists = [list(ts) for ts in (grads, copies or params, exp_avgs, exp_avg_sqs, *([params] if copies else ()))]
     op = getattr(importlib.import_module("amp_C"), APEX_OPS[1] if copies else APEX_OPS[0])
     op(
         APEX_CHUNK, (~finite).int().reshape(1), lists, lr, beta1, beta2, eps, (step + 1).int(), ADAMW_MODE,

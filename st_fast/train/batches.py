@@ -242,10 +242,9 @@ def open_image_features(
     stage: Stage, recipe: Recipe, records: RecordSet, device: torch.device, dtype: torch.dtype
 ) -> ImageFeatures:
     """The features of a stage; UserError where something is missing or does not fit the model or the latents."""
-    method = stage.method
+    method, data = stage.method, recipe.data
     if not method.encodes_images:
         return ImageFeatures(written=tuple(open_features_of(stage, recipe, records)))
-    data = recipe.data
     images = open_record_images(Path(data.path), records, data.images, data.images_subset)
     # A folder of that name in the data folder comes first: the digits have their encoder there.
     own = {name: Path(data.path) / name for name in method.encoder_names}

@@ -104,8 +104,7 @@ class GradientSum:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], dtype: torch.dtype | None) -> list[Bucket]:
-    groups: list[list[nn.Parameter]] = []
-    filled = 0
+    groups, filled = list[list[nn.Parameter]](), 0
     for parameter in reversed(list(parameters)):  # a backward pass makes the last layers' gradients first
         size = parameter.numel() * parameter.element_size()
         limit = FIRST_BYTES if len(groups) == 1 else BUCKET_BYTES
