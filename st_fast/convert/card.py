@@ -108,8 +108,8 @@ def _training(origin: ModelSource, recipe: Recipe, arm: Arm) -> str:
         f"- Device: {stage.start.get('device', 'not recorded')}, {stage.start.get('ranks', 1)} rank(s), "
         + ", ".join(f"{key} {value}" for key, value in dict(stage.start.get("versions", {})).items()) + ".",
     ]  # fmt: skip
-    if stage.teacher:
-        lines.append(f"- Teacher: `{stage.teacher}`, frozen.")
+    if teacher := stage.model("teacher"):
+        lines.append(f"- Teacher: `{teacher}`, frozen.")
     init = stage.start.get("init")
     if isinstance(init, dict):
         lines.append(

@@ -17,8 +17,8 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,22 +28,9 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.evaluate import inception, scores
 from st_fast.evaluate.classifier import Say, classifier_metrics, load_classifier
+from st_fast.recipe import Recipe
 from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
 from st_fast.sample.set import ImageFile, draw_set, open_npz, read_settings
-
-Scores = tuple[dict[str, object], dict[str, object]]
-"""Numbers by their metric's key, and the protocol."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The command line. `weights` are Inception's, or None for the classifier; `file` holds samples drawn before."""
-
-    samples: SampleRequest
-    file: Path | None
-    weights: Path | None
-    reference: Path
-    any_labels: bool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,11 +45,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str]) -> Request:
-    """The command line over the run's own recipe; UserError in one line for what is missing, and what to pass."""
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, SampleRequest]:
+    """The flags over the run's own recipe, with the `inception` weights (None: the classifier) and `reference` to use.
+
+    UserError in one line for what is missing, and what to pass.
+    """
     given = parser().parse_args(arguments)
-    samples = sample_request(given, "evaluate", needs_model=given.samples is None)
-    data = Path(samples.recipe.data.path)
+    request = sample_request(given, "evaluate", needs_model=given.samples is None)
+    data = Path(request.recipe.data.path)
     images = (data / "images.safetensors").is_file()
     weights = None if given.features in ("classifier", "judge") else inception.find_weights(given.inception)
     if given.features == "inception" and weights is None:
@@ -74,62 +64,63 @@ def parse(arguments: Sequence[str]) -> Request:
             f"no Inception weights, and no images.safetensors in {data} for a classifier: pass --inception FILE "
             f"({inception.FILES[0]}) and --reference FILE"
         )
-    return Request(samples, given.samples, weights, given.reference or data, given.any_labels)
+    given.inception, given.reference = weights, given.reference or data
+    return given, request
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
-    request = parse(arguments)
-    if request.file is not None:
-        score_file(request, request.file, torch.device("cuda" if torch.cuda.is_available() else "cpu"), print)
+    given, request = parse(arguments)
+    if given.samples is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        score_file(given, request.recipe, given.samples, device, print)
         return
-    if request.weights is not None:
-        scores.check_count(request.samples.settings.num)
-        inception.load_inception(request.weights, torch.device("cpu"))  # to refuse a bad file before hours of drawing
-        if not request.reference.exists():
-            raise UserError(f"--reference {request.reference}: no such file or folder")
-    with sampling(request.samples) as (ranks, stop, sampler, say):
-        file = draw_set(sampler, request.samples.set_folder, False, ranks, stop, say)
+    if given.inception is not None:
+        scores.check_count(request.settings.num)
+        inception.load_inception(given.inception, torch.device("cpu"))  # to refuse a bad file before hours of drawing
+        if not given.reference.exists():
+            raise UserError(f"--reference {given.reference}: no such file or folder")
+    with sampling(request) as (ranks, stop, sampler, say):
+        file = draw_set(sampler, request.set_folder, False, ranks, stop, say)
         del sampler
         if ranks.first:
-            score_file(request, file, ranks.device, say)
+            score_file(given, request.recipe, file, ranks.device, say)
         ranks.barrier()
 
 
-def score_file(request: Request, file: Path, device: torch.device, say: Say) -> None:
+def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: torch.device, say: Say) -> None:
     """Scores a file of samples, prints every number with its protocol, and writes the record beside the samples."""
     samples = open_npz(file)
-    if not request.any_labels:
-        scores.check_classes(samples.labels, request.samples.recipe.model.num_classes)
-    score = _by_classifier if request.weights is None else _by_inception
-    numbers, protocol = score(request, samples, device, say)
+    if not given.any_labels:
+        scores.check_classes(samples.labels, recipe.model.num_classes)
+    if given.inception is not None:
+        scores.check_count(samples.count)
+        network = inception.load_inception(given.inception, device)
+        reference = scores.read_reference(given.reference, network, samples.shape)
+        numbers: dict[str, Any] = {**scores.score(samples, network, reference)}
+        protocol = scores.protocol(samples, network, reference)
+    else:
+        numbers, protocol = _by_classifier(Path(recipe.data.path), samples, say)
     keys = ("reference", "resize", "features")
     brief = f"N = {protocol['num']}, " + ", ".join(f"{key} {protocol[key]}" for key in keys)
     for name, value in numbers.items():
         if isinstance(value, float):
             say(f"{name} {value:.5g} | {brief}, weights {str(protocol['weights_sha256'])[:12]}")
-    drawn = read_settings(file.parent) if request.file is None else {}
+    drawn = read_settings(file.parent) if given.samples is None else {}
     record = {
         "kind": "metrics", "stage": drawn.get("stage"), "step": drawn.get("step"), "metrics": numbers,
         "protocol": protocol, "samples": drawn or file.name,
     }  # fmt: skip
-    target = file.with_name("metrics.json" if request.file is None else f"{file.stem}.metrics.json")
+    target = file.with_name("metrics.json" if given.samples is None else f"{file.stem}.metrics.json")
     write_json_atomic(target, record)
     say(str(target))
 
 
-def _by_inception(request: Request, samples: ImageFile, device: torch.device, say: Say) -> Scores:
-    assert request.weights is not None
-    scores.check_count(samples.count)
-    network = inception.load_inception(request.weights, device)
-    reference = scores.read_reference(request.reference, network, samples.shape)
-    return {**scores.score(samples, network, reference)}, scores.protocol(samples, network, reference)
-
-
-def _by_classifier(request: Request, samples: ImageFile, device: torch.device, say: Say) -> Scores:
+def _by_classifier(data: Path, samples: ImageFile, say: Say) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Numbers by their metric's key, and the protocol."""
     if samples.labels is None:
         raise UserError(f"{samples.path}: no labels (arr_1); the classifier compares with the labels asked for")
-    classifier, reference = load_classifier(Path(request.samples.recipe.data.path), say)
+    classifier, reference = load_classifier(data, say)
     images = np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2)
     numbers = classifier_metrics(classifier, images, samples.labels, reference)
     numbers |= {f"classifier_{name}": numbers.pop(name) for name in ("frechet", "precision", "recall")}

@@ -111,24 +111,18 @@ class Classifier:
         self.num_classes = model.head.out_features
         self.channels = next(model.parameters()).shape[1]
 
-    def features(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Features (n, FEATURES) of uint8 images (n, 1|3, H, W), whatever their size."""
-        return self._in_batches(self.model.features, images)
-
-    def predict(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.int64]:
-        """The most probable class (n,) of each uint8 image (n, 1|3, H, W)."""
-        predicted: NDArray[np.int64] = self._in_batches(lambda x: self.model(x).softmax(1), images).argmax(axis=1)
-        return predicted
-
     @torch.no_grad()
-    def _in_batches(
-        self, function: Callable[[Tensor], Tensor], images: Tensor | NDArray[np.uint8]
-    ) -> NDArray[np.float32]:
+    def features(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features (n, FEATURES) of uint8 images (n, 1|3, H, W), whatever their size; UserError without any."""
         batch = as_batch(images)
         if not len(batch):
             raise UserError("images: none given; there is nothing to score")
-        parts = [function(self._pixels(part)) for part in torch.split(batch, 512)]
+        parts = [self.model.features(self._pixels(part)) for part in torch.split(batch, 512)]
         return torch.cat(parts).numpy()
+
+    def predict(self, images: Tensor | NDArray[np.uint8]) -> NDArray[np.int64]:
+        """The most probable class (n,) of each uint8 image (n, 1|3, H, W)."""
+        return cast(Tensor, self.model.head(torch.from_numpy(self.features(images)))).argmax(dim=1).numpy()
 
     def _pixels(self, images: Tensor) -> Tensor:
         """uint8 (B, 1|3, H, W) → float in [−1, 1] with the classifier's channels and size."""
@@ -184,14 +178,11 @@ def classifier_metrics(
     correct = classifier.predict(batch) == asked
     per_class = [correct[asked == label] for label in range(classifier.num_classes)]
     return {
-        "num": len(batch),
-        "accuracy": float(correct.mean()),
+        "num": len(batch), "accuracy": float(correct.mean()),
         "accuracy_per_class": [float(share.mean()) if len(share) else None for share in per_class],
-        "classifier_accuracy": classifier.accuracy,
-        "classifier_digest": classifier.digest,
-        **found,
-        **reference.floors,
-    }
+        "classifier_accuracy": classifier.accuracy, "classifier_digest": classifier.digest,
+        **found, **reference.floors,
+    }  # fmt: skip
 
 
 def load_classifier(data_folder: Path, say: Say) -> tuple[Classifier, Reference]:
@@ -225,7 +216,6 @@ def train(real: RealImages, say: Say) -> ConvNet:
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=0.01, total_steps=EPOCHS * steps_per_epoch)
     pixels = real.train.float() / 127.5 - 1
-    model.train()
     for epoch in range(EPOCHS):
         for index in torch.split(torch.randperm(len(pixels), generator=generator), BATCH):
             logits = model(_augmented(pixels[index], generator))

@@ -29,7 +29,6 @@ FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6
 """Under these names torch-fidelity and pytorch-fid keep the weights in torch.hub's folder."""
 BATCH = 64
 
-
 Layer = tuple[int, int | tuple[int, int]] | tuple[int, int | tuple[int, int], int]
 """(channels, kernel) or (channels, kernel, stride)."""
 CROSS = (0, 0)

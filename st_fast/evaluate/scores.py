@@ -171,10 +171,7 @@ def check_count(count: int) -> None:
 
 def check_classes(labels: NDArray[np.int64] | None, num_classes: int) -> None:
     """UserError naming the classes without a sample: another mixture of classes than the reference's is unfair."""
-    if labels is None:
-        return
-    empty = sorted(set(range(num_classes)) - set(labels.tolist()))
-    if empty:
+    if labels is not None and (empty := sorted(set(range(num_classes)) - set(labels.tolist()))):
         named = ", ".join(map(str, empty[:5])) + (", …" if len(empty) > 5 else "")
         raise UserError(
             f"samples: none of {len(labels)} has class {named} ({len(empty)} of {num_classes} are empty); draw more, "
@@ -186,9 +183,8 @@ def score(samples: ImageFile | InMemory, inception: Inception, reference: Refere
     """Every metric that the reference allows, by its key, of samples of its resolution."""
     check_count(samples.count)
     real = reference.features
-    pooled, spatial, features, inception_score = extract(
-        inception, samples.blocks(), samples.count, real is not None, "samples"
-    )
+    found = extract(inception, samples.blocks(), samples.count, real is not None, "samples")
+    pooled, spatial, features, inception_score = found
     numbers = {"fid": frechet(pooled, reference.pooled)}
     if reference.spatial is not None:
         numbers["sfid"] = frechet(spatial, reference.spatial)

@@ -11,7 +11,7 @@ import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.report import words
-from st_fast.report.collect import Record, RunLog, StageLog, number, read_run
+from st_fast.report.collect import Record, RunLog, StageLog, finite, number, read_run
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ class Arm:
     def quality(self, metric: str, axis: str) -> tuple[list[float], list[float]]:
         """Points (x, metric) of its evaluations; x counts "step", or total "flops" or "seconds", teacher included."""
         offset = {"step": 0.0, "flops": self.teacher.flops, "seconds": self.teacher.seconds}[axis]
-        points = [(number(record, axis) + offset, number(metrics_of(record), metric)) for record in self.stage.evals]
-        kept = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-        return [x for x, _ in kept], [y for _, y in kept]
+        records = self.stage.evals
+        return finite((number(record, axis) + offset, number(record["metrics"], metric)) for record in records)
 
     def last_sample(self, budget: float) -> list[Record]:
         """The record of the last sample drawn within a total of FLOPs; none where there is none."""
@@ -82,19 +81,13 @@ class Arm:
         return float(np.interp(x, places, values))
 
     @property
-    def last_metrics(self) -> dict[str, object]:
+    def last_metrics(self) -> Record:
         """What its last evaluation measured; empty where there is none."""
-        return metrics_of(self.stage.evals[-1]) if self.stage.evals else {}
+        return self.stage.evals[-1]["metrics"] if self.stage.evals else {}
 
     def final(self, metric: str) -> float:
         """The last evaluation's value of a metric; NaN where there is none."""
         return number(self.last_metrics, metric)
-
-
-def metrics_of(record: dict[str, object]) -> dict[str, object]:
-    """What an evaluation record measured."""
-    metrics = record.get("metrics", {})
-    return metrics if isinstance(metrics, dict) else {}
 
 
 def make_arms(runs: Sequence[RunLog]) -> list[Arm]:
@@ -108,24 +101,19 @@ def make_arms(runs: Sequence[RunLog]) -> list[Arm]:
                 label = run.name if len(run.stages) == 1 else f"{run.name} · {stage.name}"
                 colour, dash = r, len(run.stages) - 1 - s
             own = Cost(stage.last("flops"), stage.last("seconds"))
-            arms.append(Arm(run, stage, label, colour, dash, own, before_cost(run, stage)))
+            arms.append(Arm(run, stage, label, colour, dash, own, sum(_before(run, stage).values(), Cost())))
     return arms
 
 
-def before_cost(run: RunLog, stage: StageLog) -> Cost:
-    """What training the models before this stage cost: its teacher, what its weights began from, and theirs, each once.
+def _before(run: RunLog, stage: StageLog) -> dict[tuple[Path | str, ...], Cost]:
+    """What each model before this stage cost, by where it is: its teacher, what its weights began from, and theirs.
 
     Such a model is an earlier stage of the same run, or a path into another run's folder, whose log is then read up to
     the checkpoint's step. One from outside without a log has a cost that isn't known.
     """
-    return sum(_before(run, stage).values(), Cost())
-
-
-def _before(run: RunLog, stage: StageLog) -> dict[tuple[Path | str, ...], Cost]:
-    """The cost of every model before a stage, by where it is."""
     found: dict[tuple[Path | str, ...], Cost] = {}
-    for name in dict.fromkeys(filter(None, (stage.teacher, stage.init))):
-        earlier = run.stages[: run.stages.index(stage)]
+    earlier = run.stages[: run.stages.index(stage)]
+    for name in dict.fromkeys(filter(None, (stage.model("teacher"), stage.model("init")))):
         other = next((other for other in earlier if other.name == name), None)
         if other is not None:
             own = Cost(other.last("flops"), other.last("seconds"))
@@ -150,18 +138,12 @@ def _outside(run: RunLog, model: str) -> dict[tuple[Path | str, ...], Cost]:
         except UserError:
             return unknown
         parts = path.relative_to(folder).parts
-        stage = other.stage(parts[0]) if parts else other.stages[-1]
+        stage = next((s for s in other.stages if s.name == parts[0]), None) if parts else other.stages[-1]
         if stage is None:
             return unknown
         limit = int(parts[-1]) if len(parts) > 1 and parts[-1].isdecimal() else stage.step
-        return {(folder.resolve(), stage.name): _cost_until(stage, limit)} | _before(other, stage)
+        records = [r for kind in stage.records.values() for r in kind if r["step"] <= limit and "flops" in r]
+        last = max(records, key=lambda record: number(record, "flops"), default=None)
+        cost = Cost(number(last, "flops"), number(last, "seconds")) if last else Cost(known=False)
+        return {(folder.resolve(), stage.name): cost} | _before(other, stage)
     return unknown
-
-
-def _cost_until(stage: StageLog, step: int) -> Cost:
-    """What a stage had cost when it reached a step, from the last record at or before it."""
-    records = [r for kind in stage.records.values() for r in kind if r["step"] <= step and "flops" in r]
-    if not records:
-        return Cost(known=False)
-    last = max(records, key=lambda r: number(r, "flops"))
-    return Cost(number(last, "flops"), number(last, "seconds"))

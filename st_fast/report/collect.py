@@ -3,10 +3,10 @@
 import json
 import math
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
@@ -35,24 +35,14 @@ class StageLog:
     name: str
     entry: Record
     records: dict[str, list[Record]]
-    starts: int
 
     @property
     def method(self) -> str:
         """The name of its supervision method; "none" for plain training."""
         return str(self.entry.get("supervision", "none"))
 
-    @property
-    def teacher(self) -> str | None:
-        """The stage or path whose model teaches this one, where there is any."""
-        return self._model("teacher")
-
-    @property
-    def init(self) -> str | None:
-        """The stage or path whose weights this one began with, where there is any."""
-        return self._model("init")
-
-    def _model(self, key: str) -> str | None:
+    def model(self, key: Literal["teacher", "init"]) -> str | None:
+        """The stage or path whose model teaches this one, or whose weights it began with, where there is any."""
         value = self.entry.get(key)
         return value if isinstance(value, str) and value else None
 
@@ -79,9 +69,7 @@ class StageLog:
 
     def series(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of `key` in the records of a kind."""
-        pairs = [(float(r["step"]), number(r, key)) for r in self.records[kind]]
-        kept = [(x, y) for x, y in pairs if math.isfinite(y)]
-        return [x for x, _ in kept], [y for _, y in kept]
+        return finite((float(record["step"]), number(record, key)) for record in self.records[kind])
 
     def last(self, key: str) -> float:
         """The largest value of a cumulative `key` ("seconds" or "flops") in any record; 0 where none has it."""
@@ -98,17 +86,19 @@ class RunLog:
     recipe: Record
     recipe_text: str
     stages: tuple[StageLog, ...]
-    notes: tuple[str, ...] = field(default=())
-
-    def stage(self, name: str) -> StageLog | None:
-        """The stage of that name, or None."""
-        return next((stage for stage in self.stages if stage.name == name), None)
+    notes: tuple[str, ...]
 
 
 def number(record: Record, key: str) -> float:
     """A number of a record, NaN where the key is absent or null; the reader has refused everything else."""
     value = record.get(key)
     return math.nan if value is None else float(value)
+
+
+def finite(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """x and y of the points of which both are finite."""
+    kept = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunLog]:
@@ -134,25 +124,23 @@ def read_run(path: Path, name: str = "") -> RunLog:
     entries = {str(entry.get("name")): entry for entry in recipe.get("stage", [])}
     logged = dict.fromkeys(str(record["stage"]) for record in records)
     names = [n for n in entries if n in logged] + [n for n in logged if n not in entries]
-    stages = tuple(_stage(stage, entries.get(stage, {}), records) for stage in names)
-    for stage in stages:
-        if stage.starts > 1:
-            times = "once" if stage.starts == 2 else f"{stage.starts - 1} times"
-            notes.append(f"Stage “{stage.name}” was interrupted and resumed {times}.")
+    stages = []
+    for its_name in names:
+        mine = [record for record in records if record["stage"] == its_name]
+        kept: dict[str, list[Record]] = {}
+        for kind in KINDS:  # the last record of each step: the steps that a resumed run did again count once
+            latest = {record["step"]: record for record in mine if record["kind"] == kind}
+            kept[kind] = [latest[step] for step in sorted(latest)]
+        stage = StageLog(its_name, entries.get(its_name, {}), kept)
+        stages.append(stage)
+        starts = sum(record["kind"] == "start" for record in mine)
+        if starts > 1:
+            times = "once" if starts == 2 else f"{starts - 1} times"
+            notes.append(f"Stage “{its_name}” was interrupted and resumed {times}.")
         if not stage.records["end"]:
             progress = f"step {stage.step:,} of {stage.steps:,}"
-            notes.append(f"Stage “{stage.name}” has not ended: the log stops at {progress}.")
-    return RunLog(name or path.name, path, recipe, text, stages, tuple(notes))
-
-
-def _stage(name: str, entry: Record, records: list[Record]) -> StageLog:
-    """Keeps the last record per (kind, step): the steps that a resumed run did again count once."""
-    mine = [record for record in records if record["stage"] == name]
-    kept: dict[str, list[Record]] = {}
-    for kind in KINDS:
-        latest = {record["step"]: record for record in mine if record["kind"] == kind}
-        kept[kind] = [latest[step] for step in sorted(latest)]
-    return StageLog(name, entry, kept, sum(record["kind"] == "start" for record in mine))
+            notes.append(f"Stage “{its_name}” has not ended: the log stops at {progress}.")
+    return RunLog(name or path.name, path, recipe, text, tuple(stages), tuple(notes))
 
 
 def _read_recipe(path: Path) -> tuple[Record, str]:
@@ -225,7 +213,7 @@ def _check(record: Record, where: str) -> None:
     metrics = record.get("metrics", {})
     if not isinstance(metrics, dict):
         raise UserError(f"{where}: metrics = {shown(metrics)}; an object is needed")
-    if metrics:
+    if record["kind"] == "eval":
         record["metrics"] = metrics = {OLD_KEYS.get(key, key): value for key, value in metrics.items()}
     numbers = [(key, record[key]) for key in NUMBERS if key in record]
     numbers += [(f"metrics.{key}", value) for key, value in metrics.items() if key in METRIC_NUMBERS]

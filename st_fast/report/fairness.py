@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from st_fast.core.files import shown
-from st_fast.report.arms import Arm, metrics_of
+from st_fast.report.arms import Arm
 from st_fast.report.collect import Record, RunLog
 
 STREAM = (
@@ -59,7 +59,7 @@ def data_digest(run: RunLog) -> str | None:
 
 def _yardstick(run: RunLog, key: str) -> object:
     """What the run's last evaluation with that key says."""
-    metrics = [metrics_of(record) for stage in run.stages for record in stage.evals]
+    metrics = [record["metrics"] for stage in run.stages for record in stage.evals]
     return next((found[key] for found in reversed(metrics) if isinstance(found.get(key), str)), None)
 
 
@@ -115,7 +115,7 @@ def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], reasons: Sequence[str]
     found = [f"Not a fair comparison, so no verdict is drawn: {'; '.join(reasons)}."] if reasons else []
     if keys := [key for key, _ in differences(runs) if doubtful(key)]:
         found.append(f"These runs differ in more than their stages: {', '.join(keys)}. Compare with care.")
-    evals = [metrics_of(record) for arm in arms for record in arm.stage.evals]
+    evals = [record["metrics"] for arm in arms for record in arm.stage.evals]
     for key, sentence in PROTOCOL.items():
         if len({metrics[key] for metrics in evals if key in metrics}) > 1:
             found.append(sentence)

@@ -163,7 +163,6 @@ def _positive(curves: Sequence[Curve]) -> bool:
 
 def costs(arms: Sequence[Arm]) -> list[Figure]:
     """What each arm cost in FLOPs and in seconds, split by what it was spent on."""
-
     by_flops = [
         Bar(a.label, [a.own.flops - a.teacher_forward_flops, a.teacher_forward_flops, a.teacher.flops], a.total.known)
         for a in arms

@@ -54,7 +54,9 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
         notes.append(f"Curves and pictures are of seed {seed}; the verdict is over all {every} runs.")
     best = [*ranked(arms)[1], *heads(arms)[::-1]][0]
     strips = [(arm.label, f"c{arm.colour % len(plot.COLOURS)}", _strip(arm, notes)) for arm in arms]
-    columns, lines = _stages(arms)
+    stages = [_stage(arm) for arm in arms]
+    titles = [metric.title for metric in METRICS.values()]  # the columns of those that nobody took are left out
+    columns = [c for c in stages[0] if c not in titles or any(stage[c] != "–" for stage in stages)]
     context: dict[str, Any] = {
         "title": ", ".join(run.name for run in runs),
         "verdict": found,
@@ -62,7 +64,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
         "hero": next(iter(_grids(best, best.stage.records["sample"][-1:], WIDE, notes)), None),
         "methods": _methods(arms),
         "columns": columns,
-        "lines": lines,
+        "lines": [[stage[column] for column in columns] for stage in stages],
         "figures": {key: [(one, plot.svg(one)) for one in drawn] for key, drawn in all_figures(arms).items()},
         "strips": [strip for strip in strips if strip[2]],
         "at_cost": _at_equal_cost(arms, notes),
@@ -90,14 +92,6 @@ def _methods(arms: Sequence[Arm]) -> list[list[str]]:
         [title, ", ".join(dict.fromkeys(stages)), settings, sentence]
         for (title, settings, sentence), stages in groups.items()
     ]
-
-
-def _stages(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines of the table of all stages, without the columns of metrics that nobody took."""
-    lines = [_stage(arm) for arm in arms]
-    titles = [metric.title for metric in METRICS.values()]
-    columns = [c for c in lines[0] if c not in titles or any(line[c] != "–" for line in lines)]
-    return columns, [[line[column] for column in columns] for line in lines]
 
 
 def _stage(arm: Arm) -> dict[str, str]:
@@ -134,12 +128,11 @@ def _machine(run: RunLog) -> str:
     return " · ".join(parts)
 
 
-def _strip(arm: Arm, notes: list[str], most: int = 5) -> list[Picture]:
-    """At most `most` grids of a stage, the first and last among them."""
+def _strip(arm: Arm, notes: list[str]) -> list[Picture]:
+    """At most five grids of a stage, the first and last among them."""
     records = arm.stage.records["sample"]
-    if len(records) > most:
-        records = [records[round(i * (len(records) - 1) / (most - 1))] for i in range(most)]
-    return _grids(arm, records, NARROW, notes)
+    places = {round(i * (len(records) - 1) / 4) for i in range(5)} if records else set()
+    return _grids(arm, [records[place] for place in sorted(places)], NARROW, notes)
 
 
 def _at_equal_cost(arms: Sequence[Arm], notes: list[str]) -> tuple[str, list[Picture]]:
@@ -177,17 +170,12 @@ def _embedded(folder: Path, name: str, width: int) -> tuple[str, tuple[int, int]
     Never follows a path out of the folder, never opens an absurdly large picture.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            with Image.open(inside(folder, name), formats=("PNG",)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError("too large")
-                picture = image.convert("RGB" if image.mode not in ("L", "1") else "L")
-        except Image.DecompressionBombWarning as warning:
-            raise ValueError(str(warning)) from None
-    if picture.width > width:
-        height = max(1, round(picture.height * width / picture.width))
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a smaller one than its limit is refused here
+        with Image.open(inside(folder, name), formats=("PNG",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError("too large")
+            picture = image.convert("RGB" if image.mode not in ("L", "1") else "L")
+    picture.thumbnail((width, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
     # PNG where that is small, else JPEG: photographs need no exact pixels at this size.
     for format_, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
         buffer = io.BytesIO()
@@ -204,10 +192,8 @@ def _probe(run: RunLog, notes: list[str]) -> tuple[str, str, list[Picture]] | No
         return None
     try:
         about = read_json(path)
-        entries = about["figures"]
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError("figures")
-    except (UserError, OSError, KeyError, ValueError):
+        entries = [dict(entry) for entry in about["figures"]]
+    except (UserError, OSError, KeyError, ValueError, TypeError):
         notes.append(f"The probe of {run.name} can't be read: probe/probe.json is damaged; it is left out.")
         return None
     drawn = []

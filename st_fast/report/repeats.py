@@ -63,7 +63,10 @@ class Verdict:
 
 
 def group_by_seed(arms: Sequence[Arm]) -> list[Repeats]:
-    """Arms whose runs differ in nothing but the seed and in where they lie, together; a seed's second run is apart."""
+    """Arms whose runs differ in nothing but the seed and in where they lie, together; a seed's second run is apart.
+
+    Several runs go under their stage's name, where no other group has it; a single one under its own.
+    """
     groups: dict[tuple[str, int], Repeats] = {}
     for arm in arms:
         seed = seed_of(arm.run)
@@ -71,7 +74,11 @@ def group_by_seed(arms: Sequence[Arm]) -> list[Repeats]:
         while seed in groups.setdefault((key, copy), Repeats(arm.label, {})).by_seed:
             copy += 1
         groups[key, copy].by_seed[seed] = arm
-    return list(groups.values())
+    stages = [next(iter(group.by_seed.values())).stage.name for group in groups.values()]
+    return [
+        Repeats(stage, group.by_seed) if len(group.by_seed) > 1 and stages.count(stage) == 1 else group
+        for stage, group in zip(stages, groups.values(), strict=True)
+    ]
 
 
 def _without_seed(recipe: Record, seed: int) -> Record:
@@ -115,7 +122,7 @@ def verdict(arms: Sequence[Arm], unfair: Sequence[str] = ()) -> Verdict:
         return Verdict(f"No samples were scored, so nothing can be said of quality: {'; '.join(states)}.")
     if len(best) == 1:
         return Verdict(_alone(best[0]))
-    groups = named(group_by_seed(heads(arms)))
+    groups = group_by_seed(heads(arms))
     if len(groups) == 1:
         score = told([arm.final(metric.key) for arm in best], metric)
         reached = f"“{groups[0].label}” reaches {metric.title} {score} over {len(best)} seeds"
@@ -138,24 +145,17 @@ def _alone(arm: Arm) -> str:
     """What a single scored run reached, at what cost."""
     share = arm.teacher.flops + arm.teacher_forward_flops
     teacher = ""
-    if arm.stage.teacher is None and arm.stage.init is None:
+    if arm.stage.model("teacher") is None and arm.stage.model("init") is None:
         teacher = ", without a teacher"
     elif arm.teacher.known and arm.total.flops > 0:
-        models = "training and forward passes of its teacher" if arm.stage.init is None else "the models before it"
+        models = (
+            "training and forward passes of its teacher" if arm.stage.model("init") is None else "the models before it"
+        )
         teacher = f", {words.percent(share / arm.total.flops)} of the FLOPs for {models}"
     return (
         f"“{arm.label}” reaches {summary(arm.last_metrics)} after {words.count(arm.stage.evals[-1]['step'])} steps, "
         f"for {arm.total}{teacher}; this is a single seed."
     )
-
-
-def named(groups: Sequence[Repeats]) -> list[Repeats]:
-    """Groups of several runs under their stage's name, where no other group has it; else under their first run's."""
-    stages = [next(iter(group.by_seed.values())).stage.name for group in groups]
-    return [
-        Repeats(stage, group.by_seed) if len(group.by_seed) > 1 and stages.count(stage) == 1 else group
-        for stage, group in zip(stages, groups, strict=True)
-    ]
 
 
 def choose_baseline(groups: Sequence[Repeats], best: Sequence[Arm]) -> Repeats:
@@ -168,8 +168,7 @@ def choose_baseline(groups: Sequence[Repeats], best: Sequence[Arm]) -> Repeats:
 def rows(groups: Sequence[Repeats], baseline: Repeats, metric: str) -> list[Row]:
     """A row for each arm that was evaluated, the baseline first; seeds that the baseline lacks are left out."""
     ordered = [baseline, *(group for group in groups if group is not baseline)]
-    made = [_row(group, baseline, METRICS[metric]) for group in ordered]
-    return [row for row in made if row.seeds]
+    return [row for group in ordered if (row := _row(group, baseline, METRICS[metric])).seeds]
 
 
 def _row(group: Repeats, baseline: Repeats, metric: Metric) -> Row:
@@ -214,13 +213,12 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def compared(found: Sequence[Row], key: str) -> Verdict:
     """The rows, the baseline's first, in words: the best arm beside the baseline, and a table of all."""
     base, others, metric = found[0], found[1:], METRICS[key]
-    accuracy = METRICS["accuracy"]
     head = ["Arm", f"{metric.title} at equal cost", "Accuracy at equal cost", "Better", f"Final {metric.title}"]
     head += [f"FLOPs / “{base.label}”", "Its final score after: of its FLOPs", "of its steps", "of its time"]
     lines = []
     for row in found:
         better = "" if row is base else f"{row.better} of {len(row.seeds)}"
-        cells = [row.label, told(row.at_cost, metric), told(row.accuracy_at_cost, accuracy), better]
+        cells = [row.label, told(row.at_cost, metric), told(row.accuracy_at_cost, METRICS["accuracy"]), better]
         cells += [told(row.final, metric), words.percent(spread(row.cost_share)[0])]
         lines.append([*cells, *map(reach, (row.reached, row.reached_steps, row.reached_seconds))])
     note = (

@@ -51,12 +51,8 @@ def duration(seconds: float) -> str:
 
 
 UNITS: dict[str, Callable[[float], str]] = {
-    "steps": count,
-    "flops": flops,
-    "seconds": duration,
-    "percent": percent,
-    "number": plain,
-}
+    "steps": count, "flops": flops, "seconds": duration, "percent": percent, "number": plain,
+}  # fmt: skip
 """How values of a unit are written."""
 
 METHODS = {

@@ -18,29 +18,16 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
-from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
+from st_fast.sample.model import sample_request, sampling, sampling_parser
 from st_fast.sample.previews import draw_grid, draw_interpolation, draw_trajectory
 from st_fast.sample.set import draw_set
 
 PICTURE_MOST = 1_000
 """More samples than that are drawn as a set."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The command line. `target` is the file or folder to write, `is_set` whether it is a folder."""
-
-    samples: SampleRequest
-    target: Path
-    is_set: bool
-    png: bool
-    interpolate: tuple[int, int] | None
-    gif: bool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,20 +42,25 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str]) -> Request:
-    """The command line over the run's own recipe. UserError for a folder without a run, SystemExit(2) for bad flags."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags; and `samples`, a `SampleRequest`, the `target` to write, and whether that `is_set`, a folder.
+
+    UserError for a folder without a run, SystemExit(2) for bad flags.
+    """
     given = parser().parse_args(arguments)
     one, ending = given.gif or given.interpolate, ".gif" if given.gif else ".png"
     if one and (given.npz or given.png):
         raise UserError("--gif and --interpolate make one picture: without --npz and --png")
-    samples = sample_request(given, "sample")
-    is_set = given.npz or given.png or (samples.settings.num > PICTURE_MOST and not one)
-    if not is_set and given.out is not None and given.out.suffix != ending:
+    given.samples = sample_request(given, "sample")
+    given.is_set = given.npz or given.png or (given.samples.settings.num > PICTURE_MOST and not one)
+    if not given.is_set and given.out is not None and given.out.suffix != ending:
         raise UserError(f"--out {given.out}: a picture's name ends in {ending}; a folder is for --npz and --png")
-    ends = (given.interpolate[0], given.interpolate[1]) if given.interpolate else None
-    name = f"interpolate-{ends[0]}-{ends[1]}" if ends else "trajectory" if given.gif else "manual"
-    default = samples.set_folder if is_set else samples.set_folder.with_name(name + ending)
-    return Request(samples, given.out or default, is_set, given.png, ends, given.gif)
+    name = "trajectory" if given.gif else "manual"
+    if given.interpolate:
+        name = f"interpolate-{given.interpolate[0]}-{given.interpolate[1]}"
+    folder = given.samples.set_folder
+    given.target = given.out or (folder if given.is_set else folder.with_name(name + ending))
+    return given
 
 
 def main(arguments: Sequence[str]) -> None:

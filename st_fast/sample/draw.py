@@ -27,13 +27,6 @@ class Labels:
     num_classes: int
     cycle: tuple[int, ...]
 
-    def of(self, seed: int, ordinals: Tensor) -> Tensor:
-        """Labels (B,) int64 of the samples `ordinals` (B,), on their device."""
-        if self.cycle:
-            return torch.tensor(self.cycle, device=ordinals.device)[ordinals % len(self.cycle)]
-        share = uniform(seed, Purpose.SAMPLE_LABELS, ordinals)[:, 0].double()
-        return (share * self.num_classes).long().clamp_max(self.num_classes - 1)  # a float32 uniform may be 1
-
 
 def read_labels(text: str, num_classes: int) -> Labels:
     """ "balanced" (label i mod classes), "random", or class numbers such as "0,3,7"; UserError for anything else."""
@@ -48,7 +41,11 @@ def read_labels(text: str, num_classes: int) -> Labels:
 def draw_of(labels: Labels, seed: int, first: int, count: int, device: torch.device) -> Draw:
     """Samples number first … first + count − 1."""
     ordinals = torch.arange(first, first + count, device=device)
-    return Draw(ordinals, labels.of(seed, ordinals), seed)
+    if labels.cycle:
+        return Draw(ordinals, torch.tensor(labels.cycle, device=device)[ordinals % len(labels.cycle)], seed)
+    share = uniform(seed, Purpose.SAMPLE_LABELS, ordinals)[:, 0].double()
+    drawn = (share * labels.num_classes).long().clamp_max(labels.num_classes - 1)  # a float32 uniform may be 1
+    return Draw(ordinals, drawn, seed)
 
 
 def balanced(seed: int, first: int, count: int, num_classes: int, device: torch.device) -> Draw:

@@ -1,15 +1,108 @@
-"""Latents from noise: the velocity with classifier-free guidance, and the solver that the settings name."""
+"""Latents from noise: the velocity with classifier-free guidance, and solvers from t = 1 (noise) to t = 0 (data).
 
-from collections.abc import Iterator
+ODE solvers (Euler, Heun, dopri5) and an SDE solver (Euler–Maruyama); the settings say which one samples.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from st_fast.model import SiT
+from st_fast.core import random
+from st_fast.core.errors import UserError
+from st_fast.core.random import Purpose
+from st_fast.model import SiT, flow
 from st_fast.recipe.schema import Sample
-from st_fast.sample import solvers
 from st_fast.sample.draw import Draw, balanced, starting_noise
-from st_fast.sample.solvers import Velocity, Watch, unwatched
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""(x (B, C, S, S), t) → dx/dt (B, C, S, S)."""
+
+Watch = Callable[[Tensor], None]
+"""Called with x (B, C, S, S) after each step."""
+
+LAST_SDE_TIME = 0.04
+"""From here REPA's SDE sampler makes its last, noiseless step to t = 0."""
+
+DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3
+"""SiT's tolerances (arXiv 2401.08740)."""
+
+
+def unwatched(x: Tensor) -> None:
+    """Does nothing."""
+
+
+def euler(velocity: Velocity, x: Tensor, steps: int, watch: Watch = unwatched, heun: bool = False) -> Tensor:
+    """Euler's method in equal steps from t = 1 to 0, or Heun's second-order one, with two evaluations a step."""
+    for t, following in itertools.pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()):
+        slope = velocity(x, t)
+        if heun:
+            slope = 0.5 * (slope + velocity(x + (following - t) * slope, following))
+        x = x + (following - t) * slope
+        watch(x)
+    return x
+
+
+def dopri5(
+    velocity: Velocity, x: Tensor, steps: int, jumps: Sequence[float] = (), watch: Watch = unwatched,
+    atol: float = DOPRI5_ATOL, rtol: float = DOPRI5_RTOL,
+) -> Tensor:  # fmt: skip
+    """Dormand and Prince's method with steps of its own choosing (torchdiffeq); `watch` sees `steps` equal times.
+
+    A step is as long as the sample of the batch that is hardest to follow allows (the error's norm is the largest
+    over the samples), so the tolerances hold for each of them, and a sample's value depends, within the tolerances,
+    on the batch it is in. The velocity may jump at the times `jumps`. UserError where torchdiffeq is missing.
+    """
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise UserError(
+            f"sampler = 'dopri5': torchdiffeq can't be imported ({error}): pip install st_fast[ode]"
+        ) from error
+
+    def hardest(error: Tensor) -> Tensor:
+        return error.flatten(1).square().mean(dim=1).sqrt().amax()
+
+    times = [1.0, 0.0] if watch is unwatched else torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    inside = sorted({t for t in jumps if 0 < t < 1})
+    # A step ends at 0: the solver would otherwise look beyond it and interpolate, where the model knows nothing.
+    options = {"norm": hardest, "step_t": torch.tensor([0.0], dtype=torch.float64, device=x.device)} | (
+        {"jump_t": torch.tensor(inside, dtype=torch.float64, device=x.device)} if inside else {}
+    )
+    found: Tensor = odeint(
+        lambda t, state: velocity(state, float(t)), x, torch.tensor(times, dtype=torch.float64, device=x.device),
+        rtol=rtol, atol=atol, method="dopri5", options=options,
+    )  # fmt: skip
+    for state in found[1:]:
+        watch(state)
+    return found[-1]
+
+
+def euler_maruyama(
+    velocity: Velocity, x: Tensor, steps: int, path: str, draw: Draw, watch: Watch = unwatched
+) -> Tensor:
+    """The reverse SDE with diffusion 2t of SiT (arXiv 2401.08740), REPA's times: 1 → 0.04, then a noiseless step to 0.
+
+    With s the score, dx = (v − t·s)·dt + √(2t)·dW; s follows from v and the path.
+    """
+    times = [*torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+    for number, (t, following) in enumerate(itertools.pairwise(times)):
+        step = following - t
+        v = velocity(x, t)
+        x = x + step * (v - t * score(v, x, t, path))
+        if following > 0:
+            noise = random.normal(draw.seed, Purpose.SAMPLE_PATH, draw.ordinals * steps + number, x.shape[1:])
+            x = x + (2 * t * -step) ** 0.5 * noise
+        watch(x)
+    return x
+
+
+def score(v: Tensor, x: Tensor, t: float, path: str) -> Tensor:
+    """∇ log p_t(x) from the velocity: (α/α'·v − x) / (σ² − α/α'·σ'·σ); −ε̂/σ in other words."""
+    alpha, sigma, d_alpha, d_sigma = (float(c) for c in flow.coefficients(torch.tensor(t, dtype=torch.float64), path))
+    # α/α' diverges nowhere on (0, 1] but α' → 0 at t = 0 on the cosine path; both sides are multiplied by α'.
+    return (alpha * v - d_alpha * x) / (d_alpha * sigma**2 - alpha * d_sigma * sigma)
 
 
 def guided_velocity(model: SiT, labels: Tensor, settings: Sample) -> Velocity:
@@ -35,14 +128,12 @@ def guided_velocity(model: SiT, labels: Tensor, settings: Sample) -> Velocity:
 def sample_from(model: SiT, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched) -> Tensor:
     """(B, C, S, S) float32 scaled latents for noise x (B, C, S, S). The model must be in eval mode."""
     velocity = guided_velocity(model, draw.labels, settings)
-    if settings.sampler == "euler":
-        return solvers.euler(velocity, x, settings.steps, watch)
-    if settings.sampler == "heun":
-        return solvers.heun(velocity, x, settings.steps, watch)
+    if settings.sampler in ("euler", "heun"):
+        return euler(velocity, x, settings.steps, watch, heun=settings.sampler == "heun")
     if settings.sampler == "dopri5":
         jumps = () if settings.cfg_scale == 1.0 else settings.cfg_range
-        return solvers.dopri5(velocity, x, settings.steps, jumps, watch)
-    return solvers.euler_maruyama(velocity, x, settings.steps, path, draw, watch)
+        return dopri5(velocity, x, settings.steps, jumps, watch)
+    return euler_maruyama(velocity, x, settings.steps, path, draw, watch)
 
 
 def sample(model: SiT, draw: Draw, settings: Sample, path: str) -> Tensor:

@@ -28,8 +28,7 @@ from st_fast.model.vae import decode, load_vae
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Recipe, Sample
 from st_fast.sample.draw import Draw, Labels, draw_of, read_labels
-from st_fast.sample.guided import sample, sample_from
-from st_fast.sample.solvers import Watch, unwatched
+from st_fast.sample.guided import Watch, sample, sample_from, unwatched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE_S = 7 * 24 * 3_600.0

@@ -48,13 +48,11 @@ def main(arguments: Sequence[str]) -> None:
     carry_out(study, out, given.minutes)
     wanted = study.base.sections.get("evaluate", {})
     if not wanted.get("classifier") and not wanted.get("inception"):
-        print(
-            f"study {study.name}: all runs are done; none is scored without evaluate.classifier or evaluate.inception"
-        )
+        needed = "evaluate.classifier or evaluate.inception"
+        print(f"study {study.name}: all runs are done; none is scored without {needed}")
         return
     from st_fast.report.repeats import compared
-    from st_fast.study.page import write_page
-    from st_fast.study.results import METRIC, as_json, collect
+    from st_fast.study.results import METRIC, as_json, collect, write_page
 
     results = collect(study, out)
     write_json_atomic(out / "results.json", as_json(results))
@@ -72,12 +70,10 @@ def listing(study: Study, out: Path) -> str:
 
     lines, total, looking = [], 0.0, 0.0
     for job in jobs(study, out):
-        stage = job.recipe.stages[0]
-        untrained = job.teacher is not None and not job.teacher.trained
-        spent = 0.0 if untrained else cost.stage_flops(job.recipe, stage, 0, stage.steps)
+        spent = cost.stage_flops(job.recipe, job.recipe.stages[0], 0, job.steps)
         total += spent
-        looking += 0.0 if untrained else cost.looking_flops(job.recipe, stage)
-        lines.append(f"{job.folder}  {0 if untrained else stage.steps} steps, {words.flops(spent)}")
+        looking += cost.looking_flops(job.recipe, job.recipe.stages[0])
+        lines.append(f"{job.folder}  {job.steps} steps, {words.flops(spent)}")
     drawing = f"{words.flops(looking)} to draw samples for pictures and scores"
     return "\n".join([*lines, f"{len(lines)} runs: {words.flops(total)} of training, {drawing}"])
 

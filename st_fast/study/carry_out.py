@@ -1,21 +1,45 @@
-"""Runs a study's list in one process: what is done is passed over, what was cut off goes on where it stood."""
+"""Runs a study's list in one process: what is done is passed over, what was cut off goes on where it stood.
 
+Makes the two control teachers as well: an untrained network, and one that is trained on shuffled labels.
+"""
+
+import itertools
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from st_fast import __version__, kernels
+from st_fast.core import checkpoint, random
 from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.files import write_folder
 from st_fast.core.signals import stop_on_signals
+from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
+from st_fast.data.shards import open_data
+from st_fast.model import SiT, build
 from st_fast.prepare.digits import prepare_digits
+from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, load_run, to_toml
+from st_fast.recipe.schema import Model
 from st_fast.report.collect import read_run
 from st_fast.study.plan import Job, Study, jobs
-from st_fast.study.teachers import write_random_teacher, write_shuffled
 from st_fast.train.run import run
+
+SHUFFLE = 1 << 40
+"""Added to a run's seed for the permutation of its labels, so that it is no epoch's order."""
+LABEL_STD = 0.1
+"""Of a random teacher's label embeddings: the label then moves its features by some hundredths of their size, as
+it does a trained teacher's, so that ω means about as much."""
+RECORDS = 4_096
+"""Copied at a time."""
 
 
 def carry_out(study: Study, out: Path, minutes: float) -> None:
@@ -27,69 +51,107 @@ def carry_out(study: Study, out: Path, minutes: float) -> None:
     left = [job for job in todo if not done(job)]
     print(f"study {study.name}: {len(todo)} runs, {len(todo) - len(left)} done", flush=True)
     end = time.monotonic() + 60 * minutes
-    with stop_on_signals() as stop:
+    # When the time is over, this process asks itself to stop, as a person would: the trainer saves.
+    timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    with stop_on_signals() as stop, ExitStack() as at_end:
+        timer.start()
+        at_end.callback(timer.cancel)
         for number, job in enumerate(left, start=len(todo) - len(left) + 1):
             if stop or time.monotonic() >= end:
-                why = stop.name or f"{minutes:g} minutes are over"
+                why = f"{minutes:g} minutes are over" if time.monotonic() >= end else stop.name
                 raise Interrupted(f"{why}: {number - 1} of {len(todo)} runs are done; the same command continues")
             print(f"study {study.name}: run {number} of {len(todo)}: {job.folder}", flush=True)
             try:
-                with _stopped_at(end):
-                    _run(study, job, out)
+                _run(study, job)
             except Interrupted as error:
                 raise Interrupted(f"{error} ({number - 1} of {len(todo)} runs are done)") from None
 
 
 def done(job: Job) -> bool:
     """Whether the job's folder holds its finished run; UserError if it holds a run of another recipe."""
-    kept = job.folder / "recipe.toml"
-    if not kept.is_file():
+    if not (job.folder / "recipe.toml").is_file():
         return False
-    differing = difference(load_run(job.folder), job.recipe)
-    if differing:
-        raise UserError(f"{job.folder} holds a run of another recipe ({differing}); remove it or choose another --out")
-    if not (job.folder / "log.jsonl").is_file():
-        return False
+    theirs, ours = (to_toml(recipe).splitlines() for recipe in (load_run(job.folder), job.recipe))
+    for old, new in itertools.zip_longest(theirs, ours, fillvalue="nothing"):
+        if old != new:
+            which = f"{old}, the study has {new}"
+            raise UserError(f"{job.folder} holds a run of another recipe ({which}); remove it or choose another --out")
     try:
         stages = read_run(job.folder).stages
-    except UserError:  # a log that has only begun
+    except UserError:  # no log, or one that has only begun
         return False
-    ends = [end["step"] for stage in stages for end in stage.records["end"]]
-    untrained = job.teacher is not None and not job.teacher.trained
-    return bool(ends) and ends[-1] == (0 if untrained else job.recipe.stages[0].steps)
+    return [end["step"] for stage in stages for end in stage.records["end"]][-1:] == [job.steps]
 
 
-def difference(kept: Recipe, wanted: Recipe) -> str:
-    """The first line in which two resolved recipes differ, as “theirs, the study has ours”; "" where none does."""
-    theirs, ours = to_toml(kept).splitlines(), to_toml(wanted).splitlines()
-    for old, new in zip(theirs, ours, strict=False):
-        if old != new:
-            return f"{old}, the study has {new}"
-    return "" if len(theirs) == len(ours) else "another number of stages"
-
-
-def _run(study: Study, job: Job, out: Path) -> None:
-    data = Path(study.base.sections.get("data", {}).get("path", ""))
-    if job.teacher is not None and not job.teacher.trained:
+def _run(study: Study, job: Job) -> None:
+    if not job.steps:
         write_random_teacher(job.folder, job.recipe)
         return
     if job.teacher is not None and job.teacher.labels == "shuffled":
-        if study.base.sections["data"].get("source") == "digits":
+        section = study.base.sections["data"]
+        data = Path(section.get("path", ""))
+        if section.get("source") == "digits":
             prepare_digits(data, print)
         write_shuffled(data, Path(job.recipe.data.path), job.seed)
     run(job.recipe)
 
 
-@contextmanager
-def _stopped_at(end: float) -> Iterator[None]:
-    """Asks this process to stop, as a person would, when the time is over: the trainer saves and the study ends."""
-    if end == float("inf"):
-        yield
+def random_model(config: Model, seed: int) -> SiT:
+    """A network no layer of which is zero, drawn from `seed`.
+
+    As published a SiT starts with every block the identity and blind to label and time, so guidance on it would be
+    zero whatever ω. Here every linear layer is drawn as the others are (Xavier), and label embeddings normal.
+    """
+    model = build(config, kernels.select({}, torch.device("cpu")), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=LABEL_STD)
+    return model
+
+
+def write_random_teacher(folder: Path, recipe: Recipe) -> None:
+    """A run folder whose one stage is a random network at step 0 and cost nothing: recipe, log and checkpoint."""
+    stage = recipe.stages[0].name
+    state = random_model(recipe.model, recipe.run.seed).state_dict()
+    meta = {
+        "stage": stage,
+        "recipe": to_toml(recipe),
+        "architecture": recipe.model.architecture(),
+        "dataset": "none",
+        "seconds": 0.0,
+        "rollbacks": 0,
+        "versions": {"st_fast": __version__, "torch": torch.__version__},
+    }
+    end = {"kind": "end", "stage": stage, "step": 0, "seconds": 0.0, "flops": 0.0}
+    with write_folder(folder, replace=True) as writing:
+        checkpoint.save(writing / stage / "checkpoints", 0, {"model": state, "ema": state}, meta)
+        (writing / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
+        (writing / "log.jsonl").write_text(json.dumps(end) + "\n", encoding="utf-8")
+
+
+def write_shuffled(source: Path, folder: Path, seed: int) -> None:
+    """A copy of a data folder's latents with permuted labels, unless the one for this source is there already.
+
+    The permutation follows from the seed: as many labels of each class, but no sense.
+    """
+    records = open_data(source, verify=False)
+    theirs = records.manifest
+    said = f"labels shuffled by seed {seed}; {records.digest}"
+    if (folder / "manifest.json").is_file() and read_manifest(folder).source == said:
+        records.close()
         return
-    timer = threading.Timer(max(0.0, end - time.monotonic()), os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    labels = torch.from_numpy(records.labels[random.epoch_order(SHUFFLE + seed, 0, len(records))])
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(records), RECORDS):
+            rows = np.arange(start, min(start + RECORDS, len(records)))
+            yield records.gather(rows)[0], labels[start : start + len(rows)]
+
+    ours = Manifest(0, theirs.shape, theirs.dtype, theirs.scale, VaeInfo("none"), said, theirs.num_classes, theirs.flip)
+    with write_folder(folder, replace=True) as writing:
+        write_shards(writing, batches(), ours)
+    records.close()

@@ -13,7 +13,7 @@ teacher_steps, student_steps  an arm without a teacher gets both together
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,13 +52,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is compared: its stage's table, its teacher's name if it has one, and where it is drawn."""
+    """One thing that is compared: its stage's table, its teacher if it has one, and where it is drawn."""
 
     name: str
     title: str
     panel: str
     stage: dict[str, Any]
-    teacher: str | None
+    teacher: Teacher | None
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,6 @@ class Study:
     teachers: tuple[Teacher, ...]
     arms: tuple[Arm, ...]
 
-    def teacher(self, name: str) -> Teacher:
-        """The teacher of that name."""
-        return next(t for t in self.teachers if t.name == name)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -91,6 +87,11 @@ class Job:
     recipe: Recipe
     arm: Arm | None = None
     teacher: Teacher | None = None
+
+    @property
+    def steps(self) -> int:
+        """The steps that it trains for: 0 for a teacher that isn't trained."""
+        return self.recipe.stages[0].steps if self.teacher is None or self.teacher.trained else 0
 
 
 def read_study(path: Path) -> Study:
@@ -105,20 +106,28 @@ def read_study(path: Path) -> Study:
         raw = {key: theirs[key] for key in ("teacher", "arm", "baseline", "reference", "notes") if key in theirs} | raw
     base_path = path.parent / _text(raw, "recipe", path)
     seeds: Any = raw.get("seeds")
-    right = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 for s in seeds)
-    _need(bool(right), path, "seeds", seeds, "a list of whole numbers from 0 is needed")
-    _need(len(set(seeds)) == len(seeds), path, "seeds", seeds, "each can be used once")
+    right = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 and seeds.count(s) == 1 for s in seeds)
+    _need(bool(right), path, "seeds", seeds, "a list of whole numbers from 0 is needed; each can be used once")
     base = _with_common(read_document(base_path), raw.get("common", {}), path)
-    taught, own = (_steps(raw, key, path) for key in ("student_steps", "teacher_steps"))
+    for key in ("student_steps", "teacher_steps"):
+        value = raw.get(key)
+        _need(type(value) is int and value >= 1, path, key, value, "a whole number from 1 is needed")
+    taught, own = raw["student_steps"], raw["teacher_steps"]
     teachers = tuple(_teacher({"steps": own} | table, base, path) for table in _tables(raw, "teacher", path))
     arms = tuple(
-        _arm({"steps": taught + ("teacher" not in table) * own} | table, base, path)
+        _arm({"steps": taught + ("teacher" not in table) * own} | table, base, path, teachers)
         for table in _tables(raw, "arm", path)
     )
     title, notes = str(raw.get("title", path.stem)), str(raw.get("notes", "")).strip()
     baseline, reference = (_text(raw, key, path) for key in ("baseline", "reference"))
     study = Study(path.stem, title, notes, path, base, base_path, tuple(seeds), baseline, reference, teachers, arms)
-    _check_names(study)
+    names = [arm.name for arm in arms]
+    for kind, used in (("arm", names), ("teacher", [teacher.name for teacher in teachers])):
+        for name in used:
+            if [other.casefold() for other in used].count(name.casefold()) > 1:
+                raise UserError(f"{path}: two [[{kind}]] are called {name!r}; names must differ")
+    for key, name in (("baseline", baseline), ("reference", reference)):
+        _need(name in names, path, key, name, "an arm's name is needed")
     for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained
         pass
     return study
@@ -126,24 +135,26 @@ def read_study(path: Path) -> Study:
 
 def jobs(study: Study, out: Path) -> Iterator[Job]:
     """Every run, seed by seed, each seed's teachers before its arms."""
-    wanted = {arm.teacher for arm in study.arms}
+    needed = [arm.teacher for arm in study.arms]
     for seed in study.seeds:
-        for teacher in study.teachers:
-            if teacher.name in wanted:
-                folder = out / f"seed{seed}" / f"teacher-{teacher.name}"
-                recipe = _recipe(
-                    study,
-                    folder,
-                    seed,
-                    teacher.stage | {"steps": teacher.stage["steps"] or 1},
-                    f"teacher {teacher.name}",
-                )
-                yield Job(seed, folder, _teaching(recipe, teacher, out, seed), teacher=teacher)
+        for teacher in (teacher for teacher in study.teachers if teacher in needed):
+            folder = out / f"seed{seed}" / f"teacher-{teacher.name}"
+            table = teacher.stage | {"steps": teacher.stage["steps"] or 1}
+            recipe = _recipe(study, folder, seed, table, f"teacher {teacher.name}")
+            data = recipe.data
+            if teacher.labels == "shuffled":
+                data = replace(data, path=(out / "data" / f"shuffled-labels-{seed}").as_posix(), source="shards")
+            # No samples are drawn of it: the arm that trains the same stage longer shows them.
+            quiet = (
+                replace(recipe.sample, num=0),
+                replace(recipe.evaluate, classifier=False, inception="", reference=""),
+            )
+            yield Job(seed, folder, replace(recipe, data=data, sample=quiet[0], evaluate=quiet[1]), teacher=teacher)
         for arm in study.arms:
             folder, table = out / f"seed{seed}" / arm.name, dict(arm.stage)
             if arm.teacher is not None:
-                stage = study.teacher(arm.teacher).stage["name"]
-                table["teacher"] = (out / f"seed{seed}" / f"teacher-{arm.teacher}" / stage).as_posix()
+                stage = folder.with_name(f"teacher-{arm.teacher.name}") / arm.teacher.stage["name"]
+                table["teacher"] = stage.as_posix()
             yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}"), arm=arm)
 
 
@@ -164,17 +175,6 @@ def _need(right: bool, where: object, key: str, value: object, what: str) -> Non
         raise UserError(f"{where}: {key} = {shown(value)}; {what}")
 
 
-def _steps(raw: dict[str, Any], key: str, path: Path) -> int:
-    value = raw.get(key)
-    _need(type(value) is int and value >= 1, path, key, value, "a whole number from 1 is needed")
-    return int(raw[key])
-
-
-def shuffled_data(out: Path, seed: int) -> Path:
-    """Where the data with shuffled labels lie."""
-    return out / "data" / f"shuffled-labels-{seed}"
-
-
 def _recipe(study: Study, folder: Path, seed: int, stage: dict[str, Any], what: str) -> Recipe:
     """The base recipe with this one stage, checked."""
     sections = copy.deepcopy(study.base.sections)
@@ -187,15 +187,6 @@ def _recipe(study: Study, folder: Path, seed: int, stage: dict[str, Any], what: 
     return recipe
 
 
-def _teaching(recipe: Recipe, teacher: Teacher, out: Path, seed: int) -> Recipe:
-    """A teacher's run draws no samples: the arm that trains the same stage longer does."""
-    data = recipe.data
-    if teacher.labels == "shuffled":
-        data = replace(data, path=shuffled_data(out, seed).as_posix(), source="shards")
-    quiet = replace(recipe.sample, num=0), replace(recipe.evaluate, classifier=False, inception="", reference="")
-    return replace(recipe, data=data, sample=quiet[0], evaluate=quiet[1])
-
-
 def _teacher(table: dict[str, Any], base: Document, path: Path) -> Teacher:
     where = f"{path}, teacher {shown(table.get('name'))}"
     labels = table.get("labels", "true")
@@ -206,14 +197,15 @@ def _teacher(table: dict[str, Any], base: Document, path: Path) -> Teacher:
     return Teacher(_name(table, where), stage, labels)
 
 
-def _arm(table: dict[str, Any], base: Document, path: Path) -> Arm:
+def _arm(table: dict[str, Any], base: Document, path: Path, teachers: Sequence[Teacher]) -> Arm:
     where = f"{path}, arm {shown(table.get('name'))}"
     name = _name(table, where)
     settings = {k: v for k, v in table.items() if k not in ARM_KEYS}
     stage = (_stage_of(table, base, where) if "stage" in table else {}) | settings | {"name": name}
     stage.pop("teacher", None)
-    teacher = table.get("teacher")
-    _need(teacher is None or isinstance(teacher, str), where, "teacher", teacher, "the name of a [[teacher]]")
+    teacher = next((teacher for teacher in teachers if teacher.name == table.get("teacher")), None)
+    what = f"the study has {', '.join(teacher.name for teacher in teachers) or 'none'}"
+    _need(teacher is not None or "teacher" not in table, where, "teacher", table.get("teacher"), what)
     return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher)
 
 
@@ -222,23 +214,6 @@ def _stage_of(table: dict[str, Any], base: Document, where: str) -> dict[str, An
     name = table.get("stage")
     _need(name in stages, where, "stage", name, f"the base recipe has {', '.join(stages)}")
     return stages[str(name)]
-
-
-def _check_names(study: Study) -> None:
-    """Names are each used once, the baseline is an arm, and every teacher that an arm names is there."""
-    for kind, names in (("arm", [a.name for a in study.arms]), ("teacher", [t.name for t in study.teachers])):
-        for name in names:
-            if [other.casefold() for other in names].count(name.casefold()) > 1:
-                raise UserError(f"{study.path}: two [[{kind}]] are called {name!r}; names must differ")
-    names = [arm.name for arm in study.arms]
-    for key in ("baseline", "reference"):
-        name = getattr(study, key)
-        _need(name in names, study.path, key, name, "an arm's name is needed")
-    there = [teacher.name for teacher in study.teachers]
-    for arm in study.arms:
-        right = arm.teacher is None or arm.teacher in there
-        what = f"the study has {', '.join(there) or 'none'}"
-        _need(right, f"{study.path}, arm {arm.name!r}", "teacher", arm.teacher, what)
 
 
 def _tables(raw: dict[str, Any], key: str, path: Path) -> list[dict[str, Any]]:

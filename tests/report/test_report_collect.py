@@ -19,7 +19,11 @@ def test_stages_come_in_the_recipes_order_with_their_records(runs) -> None:
     log = read_run(runs.two_stages())
     assert [stage.name for stage in log.stages] == ["align", "transcend"]
     align, transcend = log.stages
-    assert (align.method, transcend.method, transcend.teacher) == ("velocity_head", "self_transcendence", "align")
+    assert (align.method, transcend.method, transcend.model("teacher")) == (
+        "velocity_head",
+        "self_transcendence",
+        "align",
+    )
     counts = [len(stage.records[kind]) for stage in log.stages for kind in ("train", "eval")]
     assert counts == [60, 3, 100, 5]
     assert (align.step, align.steps) == (600, 600)

@@ -132,12 +132,12 @@ def test_by_default_a_few_samples_are_one_picture_as_before(run, capsys):
 
 
 def test_labels_are_balanced_random_or_those_named(run):
-    ordinals = torch.arange(2000)
-    assert read_labels("balanced", 5).of(3, ordinals).bincount().tolist() == [400] * 5
-    assert read_labels("0,3", 5).of(3, ordinals[:4]).tolist() == [0, 3, 0, 3]
-    drawn = read_labels("random", 5).of(3, ordinals)
+    cpu = torch.device("cpu")
+    assert balanced(3, 0, 2000, 5, cpu).labels.bincount().tolist() == [400] * 5
+    assert draw_of(read_labels("0,3", 5), 3, 0, 4, cpu).labels.tolist() == [0, 3, 0, 3]
+    drawn = draw_of(read_labels("random", 5), 3, 0, 2000, cpu).labels
     assert all(320 < count < 480 for count in drawn.bincount().tolist())
-    later = draw_of(read_labels("random", 5), 3, 700, 10, torch.device("cpu"))
+    later = draw_of(read_labels("random", 5), 3, 700, 10, cpu)
     assert later.labels.tolist() == drawn[700:710].tolist(), "a label follows from the sample's number"
     for wrong in ("0,5", "all", "", "-1"):
         with pytest.raises(UserError, match="--labels"):

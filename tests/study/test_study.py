@@ -23,9 +23,9 @@ from st_fast.data.shards import open_data
 from st_fast.model import stored
 from st_fast.report.collect import read_run
 from st_fast.study.__main__ import listing, main
-from st_fast.study.page import placed
+from st_fast.study.carry_out import done, random_model, write_random_teacher, write_shuffled
 from st_fast.study.plan import jobs, read_study
-from st_fast.study.teachers import random_model, write_random_teacher, write_shuffled
+from st_fast.study.results import placed
 from tests import pixels
 from tests.tiny import ROOT, records
 
@@ -139,8 +139,6 @@ def test_several_processes_are_refused(study, monkeypatch) -> None:
 
 
 def test_a_run_of_another_recipe_in_the_way_is_named_not_taken(study, killed_and_resumed) -> None:
-    from st_fast.study.carry_out import done
-
     job = next(j for j in jobs(read_study(study), killed_and_resumed) if j.folder.name == "plain")
     assert done(job)
     kept = job.folder / "recipe.toml"

@@ -12,9 +12,8 @@ import pytest
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
-from st_fast.study.page import body, certainty, charts, comparisons, difference, price
 from st_fast.study.plan import read_study
-from st_fast.study.results import METRIC, Results
+from st_fast.study.results import METRIC, Results, body, certainty, charts, comparisons, difference, price
 from tests import pixels
 from tests.report.conftest import ALIGN, BATCH, RECIPE, plain, stage_records, two_stages, write_run
 

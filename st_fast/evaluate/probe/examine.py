@@ -1,4 +1,4 @@
-"""Reads every block of a model on the same noisy latents: probe accuracy, tokens, and the loss by time."""
+"""Reads every block of a model on the same noisy latents, and measures: probe accuracy, loss by time, similarity."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from st_fast.evaluate.probe.latents import Latents, Split
-from st_fast.evaluate.probe.measures import linear_probe
 from st_fast.model import SiT, flow
 
 BATCH, BATCH_TOKENS = 200, 8_192
@@ -19,6 +18,7 @@ MOST_TOKENS = 8_192
 """Of a model's held-out tokens kept for pictures and alignment, at one time."""
 MOST_BLOCKS = 12
 
+Array = NDArray[np.floating]
 Floats = NDArray[np.float32]
 T = TypeVar("T")
 
@@ -38,9 +38,9 @@ class Findings:
     loss: list[float]
 
 
-def chosen_blocks(depth: int, supervised: Sequence[int], most: int = MOST_BLOCKS) -> list[int]:
-    """0 … depth, thinned to about `most` in a deep model; the first, the last and the supervised ones stay."""
-    even = np.linspace(0, depth, min(depth, most) + 1).round().astype(int).tolist()
+def chosen_blocks(depth: int, supervised: Sequence[int]) -> list[int]:
+    """0 … depth, thinned to about MOST_BLOCKS in a deep model; the first, the last and the supervised ones stay."""
+    even = np.linspace(0, depth, min(depth, MOST_BLOCKS) + 1).round().astype(int).tolist()
     return sorted({*even, *supervised})
 
 
@@ -91,9 +91,8 @@ def velocity_loss(model: SiT, latents: Latents, bins: int, path: str) -> list[fl
         x_t, velocity = latents.at(t, path)
         losses: list[Tensor] = []
         for part in _parts(len(x_t), model):
-            x, times, labels, v = (
-                values[part].to(model.pos_embed.device) for values in (x_t, t, latents.labels, velocity)
-            )
+            given = (values[part].to(model.pos_embed.device) for values in (x_t, t, latents.labels, velocity))
+            x, times, labels, v = given
             losses.append(flow.denoising_loss(model(x, times, labels)[0], v).cpu())
         means.append(float(torch.cat(losses).mean()))
     return means
@@ -128,3 +127,50 @@ def read_blocks(
     finally:
         model.run_block = run
     return velocity, seen
+
+
+def linear_probe(train: Array, train_labels: NDArray[np.int64], test: Array, test_labels: NDArray[np.int64]) -> float:
+    """Share of `test` (m, F) classified correctly by a logistic regression on standardised `train` (n, F)."""
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = train.mean(axis=0), train.std(axis=0)
+    scale = np.where(spread > 1e-6, spread, 1.0)
+    model = LogisticRegression(max_iter=200, tol=1e-3)
+    model.fit((train - mean) / scale, train_labels)
+    return float(model.score((test - mean) / scale, test_labels))
+
+
+def cka(x: Array, y: Array) -> float:
+    """Linear centred kernel alignment of x (n, F) and y (n, G), 0 to 1 (Kornblith et al., arXiv 1905.00414).
+
+    ‖Yᵀ X‖² / (‖Xᵀ X‖·‖Yᵀ Y‖) of the centred matrices: 1 where they agree up to rotation and scale. NaN where either
+    is constant.
+    """
+    a, b = (m.astype(np.float64) - m.mean(axis=0, dtype=np.float64) for m in (x, y))
+    norms = np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)
+    return float(np.linalg.norm(b.T @ a) ** 2 / norms) if norms > 0 else float("nan")
+
+
+def cosine(x: Array, y: Array) -> float:
+    """Mean over rows of cos(x_n, y_n), both (n, F): what REPA and LayerSync align."""
+    a, b = x.astype(np.float64), y.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).mean())
+
+
+def pca_colours(tokens: Array) -> NDArray[np.float64]:
+    """Tokens (n, N, D) → their first three principal components as colours (n, N, 3) in 0..1.
+
+    The components are of all n·N tokens. Subtract each position's own mean first, or they show where a patch lies
+    instead of its content. Each is signed so that its largest loading is positive, and cut at the 2nd and
+    98th percentile.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1]).astype(np.float64)
+    flat -= flat.mean(axis=0)
+    _, vectors = np.linalg.eigh(flat.T @ flat)
+    top = vectors[:, ::-1][:, :3]
+    top = top * np.sign(top[np.abs(top).argmax(axis=0), np.arange(top.shape[1])])
+    scores = flat @ top
+    low, high = np.percentile(scores, (2, 98), axis=0)
+    colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return np.pad(colours, ((0, 0), (0, 3 - colours.shape[1]))).reshape(*tokens.shape[:2], 3)

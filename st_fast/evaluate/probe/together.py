@@ -1,22 +1,45 @@
 """Probes the stages of run folders, as they were saved last: checkpoints in, figures and `probe.json` out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from st_fast import kernels
-from st_fast.core.command import need_run
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
-from st_fast.evaluate.probe.drawing import Drawn, Subject, draw_all
-from st_fast.evaluate.probe.examine import Findings, chosen_blocks, examine
+from st_fast.evaluate.probe.examine import Findings, chosen_blocks, cka, cosine, examine, pca_colours
 from st_fast.evaluate.probe.latents import SEED, load_split
-from st_fast.evaluate.probe.measures import cka, cosine
-from st_fast.model import stored
+from st_fast.model import SiT, stored
 from st_fast.recipe import Recipe, load_run
+from st_fast.recipe.schema import Stage
+from st_fast.report import plot
+from st_fast.report.figures import Chart, Curve
+from st_fast.sample.previews import grid
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One frozen model: its label in the figures, its stage, and its teacher's label where that one is probed too."""
+
+    label: str
+    stage: Stage
+    model: SiT
+    teacher: str | None
+
+    @property
+    def supervised(self) -> tuple[int, ...]:
+        """The blocks that extra supervision reads; none in plain training."""
+        tap: int | tuple[int, ...] = self.stage.method.tap
+        return tuple(block for block in (tap if isinstance(tap, tuple) else (tap,)) if block)
+
+
+Models = Sequence[tuple[Subject, Findings]]
 
 
 def probe(runs: Sequence[Path], weights: Literal["raw", "ema"], images: int, times: Sequence[float], bins: int) -> Path:
@@ -29,7 +52,8 @@ def probe(runs: Sequence[Path], weights: Literal["raw", "ema"], images: int, tim
         examine(s.model, split, chosen_blocks(s.model.config.depth, s.supervised), times, bins, path) for s in subjects
     ]
     middle = int(np.abs(np.asarray(times) - 0.5).argmin())
-    alignments = [aligned(subject, subjects, found, middle) for subject in subjects]
+    models = list(zip(subjects, found, strict=True))
+    alignments = [aligned(subject, models, middle) for subject in subjects]
     folder = runs[0] / "probe"
     clean = split.pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy() / 255
     make_folder(folder)
@@ -43,20 +67,20 @@ def probe(runs: Sequence[Path], weights: Literal["raw", "ema"], images: int, tim
             }
             for subject, one, alignment in zip(subjects, found, alignments, strict=True)
         ],
-        "figures": draw_all(folder, Drawn(subjects, found, alignments, list(times), middle, clean)),
+        "figures": draw_all(folder, models, alignments, times, middle, clean),
     }  # fmt: skip
     write_json_atomic(folder / "probe.json", result)
     return folder
 
 
-def aligned(subject: Subject, subjects: Sequence[Subject], found: Sequence[Findings], at: int) -> dict[str, Any]:
+def aligned(subject: Subject, models: Models, at: int) -> dict[str, Any]:
     """CKA and mean cosine of the tokens of a model's blocks, with one another and with its teacher's blocks.
 
     Cosines with the teacher are left out: the channels of two networks do not correspond.
     """
-    own = found[subjects.index(subject)].tokens[at]
+    own = next(found.tokens[at] for one, found in models if one is subject)
     result: dict[str, Any] = {"cka": matrix(own, own, cka), "cosine": matrix(own, own, cosine), "with_teacher": None}
-    for other, theirs in zip(subjects, found, strict=True):
+    for other, theirs in models:
         if other.label == subject.teacher:
             shared = matrix(own, theirs.tokens[at], cka)
             result["with_teacher"] = {"teacher": other.label, "blocks": theirs.blocks, "cka": shared}
@@ -72,8 +96,6 @@ def matrix(rows: Sequence[Any], columns: Sequence[Any], measure: Any) -> list[li
 
 def load_recipes(runs: Sequence[Path]) -> list[Recipe]:
     """The runs' recipes; UserError for a folder without one, and where two can't be probed on the same latents."""
-    for run in runs:
-        need_run(run)
     recipes = [load_run(run) for run in runs]
     first = recipes[0]
     for run, recipe in zip(runs, recipes, strict=True):
@@ -102,3 +124,99 @@ def load_subjects(runs: Sequence[Path], recipes: Sequence[Recipe], weights: Lite
             model = stored.load_frozen(root, recipe.model, weights, table, device, torch.float32)
             subjects.append(Subject(labels[stage.name], stage, model, labels.get(stage.method.teacher_name or "")))
     return subjects
+
+
+def draw_all(
+    folder: Path, models: Models, alignments: Sequence[dict[str, Any]], times: Sequence[float], middle: int,
+    clean: NDArray[Any],
+) -> list[dict[str, str]]:  # fmt: skip
+    """Writes every figure, each with a sentence on what to see in it; returns file, title and caption of each.
+
+    `clean`: the images (n, H, W, 3); `middle`: the place of the time at which one alone is shown.
+    """
+    at = f"t = {times[middle]:g}"
+    rows = [(subject.label, _pictures(one.blocks, one.tokens[middle], clean)) for subject, one in models]
+    pages = [
+        (
+            "knows.png", plot.sheet([_accuracy(models, times)], 2.6, 3.4), "Linear-probe accuracy by block",
+            "Accuracy of a linear classifier on each block's mean-pooled features of held-out images, without the "
+            "class label, from little noise (t near 0) to almost only noise (t near 1). Rings mark the block that "
+            "supervision reads: higher there means that shallow blocks carry the class earlier.",
+        ),
+        (
+            "patches.png", plot.pictures(rows, 1.05), f"Principal components of the patch features, {at}",
+            "Three principal components of each block's patch features as red, green and blue, for the noisy versions "
+            "of the images on the left. Where strokes and background differ in colour, the block tells them apart.",
+        ),
+        (
+            "alignment.png", _alignment(models, alignments), f"Similarity of blocks (CKA), {at}",
+            "Linear CKA between the patch features of two blocks: 1 is equal up to rotation and scale. A shallow "
+            "block that resembles deep ones, or its teacher's, has less left to do.",
+        ),
+        (
+            "velocity_loss.png", plot.draw(_velocity_loss(models), title=False), "Held-out denoising loss by time",
+            "Mean squared error of the velocity on held-out images with their labels, in bins of t, with the same "
+            "noise for every model. Lower is better.",
+        ),
+    ]  # fmt: skip
+    for number, (subject, one) in enumerate(models):
+        by_time = [(f"t = {t:g}", _pictures(one.blocks, tokens, clean))
+                   for t, tokens in zip(times, one.tokens, strict=True)]  # fmt: skip
+        title = f"Principal components by block and time: {subject.label}"
+        pages.append((f"patches-{number}.png", plot.pictures(by_time, 1.05), title, "A row a time, a column a block."))
+    for name, figure, _, _ in pages:
+        plot.save(figure, folder / name)
+    return [{"file": name, "title": title, "caption": caption} for name, _, title, caption in pages]
+
+
+def _accuracy(models: Models, times: Sequence[float]) -> list[Chart]:
+    """Linear-probe accuracy by block: a chart a time, a curve a model, the supervised blocks ringed."""
+    charts = []
+    for place, t in enumerate(times):
+        curves = [
+            Curve(s.label, [float(block) for block in f.blocks], f.accuracy[place], number,
+                  ringed=[f.blocks.index(tap) for tap in s.supervised])
+            for number, (s, f) in enumerate(models)
+        ]  # fmt: skip
+        charts.append(
+            Chart("", f"t = {t:g}", "", "block (0: input)", "number", "linear-probe accuracy", "percent", False, curves)
+        )
+    return charts
+
+
+def _velocity_loss(models: Models) -> Chart:
+    """Held-out loss by bin of t, a curve a model."""
+    curves = []
+    for number, (subject, found) in enumerate(models):
+        centres = (np.arange(len(found.loss)) + 0.5) / len(found.loss)
+        curves.append(Curve(subject.label, centres.tolist(), found.loss, number))
+    label = "t (0: data, 1: noise)"
+    return Chart("velocity_loss", "", "", label, "number", "held-out denoising loss", "number", False, curves)
+
+
+def _alignment(models: Models, alignments: Sequence[dict[str, Any]]) -> Figure:
+    """CKA between blocks: a panel a model, and one more for each model whose teacher is here too."""
+    panels: list[tuple[str, str, str, list[int], list[int], Any]] = []
+    for (subject, found), values in zip(models, alignments, strict=True):
+        panels.append((subject.label, "block", "block", found.blocks, found.blocks, values["cka"]))
+        other = values["with_teacher"]
+        if other:
+            title, x = f"{subject.label} and its teacher", f"block of {other['teacher']}"
+            panels.append((title, "its block", x, found.blocks, other["blocks"], other["cka"]))
+    return plot.heat_maps(panels, "CKA")
+
+
+def _pictures(blocks: Sequence[int], tokens: Sequence[NDArray[Any]], clean: NDArray[Any]) -> list[tuple[str, Any]]:
+    """A row of pictures: the clean images, then each block's patches (n, N, D) as colours."""
+    row = [("images", _tiled(clean))]
+    for block, stream in zip(blocks, tokens, strict=True):
+        side = round(stream.shape[1] ** 0.5)
+        colours = pca_colours(stream)[: len(clean)].reshape(-1, side, side, 3)
+        row.append((f"block {block}" if block else "input", _tiled(colours)))
+    return row
+
+
+def _tiled(pictures: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """(n, S, S, 3) in 0..1 → one uint8 picture of two columns, white around and between them."""
+    images = torch.from_numpy((255 * pictures).round().astype(np.uint8)).permute(0, 3, 1, 2)
+    return grid(images, columns=2, gap=max(1, pictures.shape[1] // 8)).numpy()

@@ -6,7 +6,7 @@ from scipy.stats import ortho_group
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import KernelCenterer
 
-from st_fast.evaluate.probe.measures import cka, cosine, linear_probe, pca_colours
+from st_fast.evaluate.probe.examine import cka, cosine, linear_probe, pca_colours
 
 RNG = np.random.default_rng(0)
 

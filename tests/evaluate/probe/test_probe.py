@@ -21,7 +21,7 @@ from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.flow import coefficients
 from st_fast.recipe import load
 from st_fast.report import write_report
-from st_fast.study.teachers import random_model
+from st_fast.study.carry_out import random_model
 from st_fast.train.run import run
 from tests import pixels
 
