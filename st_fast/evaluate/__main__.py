@@ -101,11 +101,10 @@ def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: to
         protocol = scores.protocol(samples, network, reference)
     else:
         numbers, protocol = _by_classifier(Path(recipe.data.path), samples, say)
-    keys = ("reference", "resize", "features")
-    brief = f"N = {protocol['num']}, " + ", ".join(f"{key} {protocol[key]}" for key in keys)
+    brief = ", ".join(f"{key} {protocol[key]}" for key in ("reference", "resize", "features"))
     for name, value in numbers.items():
         if isinstance(value, float):
-            say(f"{name} {value:.5g} | {brief}, weights {str(protocol['weights_sha256'])[:12]}")
+            say(f"{name} {value:.5g} | N = {protocol['num']}, {brief}, weights {str(protocol['weights_sha256'])[:12]}")
     drawn = read_settings(file.parent) if given.samples is None else {}
     record = {
         "kind": "metrics", "stage": drawn.get("stage"), "step": drawn.get("step"), "metrics": numbers,
