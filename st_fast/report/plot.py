@@ -126,7 +126,7 @@ def chart(axes: Axes, figure: Chart, row: Sequence[Chart] = ()) -> None:
     else:
         bottom, top = min(0.0, low), 1.0 if figure.y_unit == "percent" and 0.5 < high <= 1 else high
         axes.yaxis.set_major_locator(_ticks())
-        axes.set_ylim(bottom, top + 0.06 * (top - bottom) or 1.0)
+        axes.set_ylim(bottom, top + 0.06 * (top - bottom) if top > bottom else bottom + 1.0)
     for level in figure.levels:
         axes.axhline(level.y, color=SOFT, linestyle=(0, (2, 3)), linewidth=1)
         below = axes.transLimits.transform(axes.transScale.transform((0, level.y)))[1] > 0.9

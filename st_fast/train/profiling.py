@@ -34,11 +34,12 @@ RANGES = ("data", "noise", "teacher", "student forward", "loss", "backward", "al
 """The ranges within a step, in the order of the plain schedule."""
 
 _opener: Opener | None = None
+_NOTHING = nullcontext()
 
 
 def named_range(name: str) -> AbstractContextManager[object]:
     """A range of that name in the profile, if one is recorded. Not for use inside compiled code."""
-    return nullcontext() if _opener is None else _opener(name)
+    return _NOTHING if _opener is None else _opener(name)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -35,7 +36,8 @@ def raced(monkeypatch, folder, branches: str, placement: str, prefetch: bool, *o
         loop.trainer.step.targets._side = made.get("targets", SideStream())
         loop.iterator._side = made.get("batches", SideStream())
         if "branches" in made:
-            loop.trainer.method.branches = partial(apart, made["branches"])
+            method = loop.trainer.method
+            method.parts = replace(method.parts, branches=partial(apart, made["branches"]))
         with races:
             list(loop.steps(0, 3))
         assert races.ops > 1000 and all(side._stream.known[side._stream] > 10 for side in made.values())
