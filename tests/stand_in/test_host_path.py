@@ -30,7 +30,8 @@ def test_a_step_waits_for_nothing_and_launches_the_same_each_time(check, stage):
     assert found["cuda"]["steps"] == found["cuda:0"]["steps"]  # whichever way the device is named
     eager, compiled, graphs = (found[name]["steps"][-1] for name in ("cuda:0", "compiled", "graphs"))
     assert compiled["launches"] < eager["launches"]
-    assert graphs["graph_launches"] == 1 and graphs["launches"] < compiled["launches"] / 2
+    # The noise is drawn before the graph, which replays the rest of the pass.
+    assert graphs["graph_launches"] == 1 and graphs["launches"] < 0.7 * compiled["launches"]
     assert eager["graph_launches"] == compiled["graph_launches"] == 0
 
 
