@@ -1,7 +1,7 @@
 """The ops as the dispatcher knows them, in plain PyTorch: forwards that keep statistics, and gradients in closed form.
 
 This serves every device without a kernel of its own (`CompositeExplicitAutograd`). The mathematics is that of
-`reference.py`; signatures are the schemas of `ops.py`. Like there, computing is in float32 (float64 for float64).
+`reference.py`; signatures are the schemas of `registry.py`. Like there, computing is in float32 (float64 for float64).
 Outputs are contiguous and never share memory with an input.
 """
 
