@@ -1,5 +1,10 @@
 """Mistakes that a person can mend: told in one line, exit code 2, no traceback unless `--debug` asks for it."""
 
+from collections.abc import Callable
+
+Say = Callable[[str], None]
+"""Where a line for the person at the terminal goes: `print`, or a log's `say`."""
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 """The run gave up: too many bad steps, a dead rank, something unforeseen."""

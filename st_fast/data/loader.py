@@ -6,18 +6,17 @@ is `ReadAhead` alone.
 
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from st_fast.core.errors import RunFailed, UserError, first_line
+from st_fast.core.errors import RunFailed, Say, UserError, first_line
 from st_fast.core.machine import free_memory
 from st_fast.data.ahead import Answer, Patience, ReadAhead, RecordSet
 
-Say = Callable[[str], None]
 RESIDENT_SHARE = 0.25
 """The share of the free memory that a set may take to be held there: the step needs the rest."""
 TRIAL_RECORDS = 4_096

@@ -6,12 +6,12 @@ a SIGBUS, memory stays flat over an epoch, and several threads may read at once.
 
 import os
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from st_fast.core.errors import Say
 from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactly, read_header, sha256_file
 from st_fast.core.machine import allow_open_files, usable_cpus
 from st_fast.core.progress import bar
@@ -27,7 +27,6 @@ from st_fast.data.manifest import (
 )
 from st_fast.data.repa import RepaSet, is_repa
 
-Say = Callable[[str], None]
 COLUMNS = {"labels": ("I64", np.int64), "crc32": ("U32", np.uint32)}
 """The small tensors of a shard, one value a record: dtype in safetensors and in NumPy."""
 

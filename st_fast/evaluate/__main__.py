@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from st_fast.core.command import run_command
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.evaluate import inception, scores
-from st_fast.evaluate.classifier import Say, classifier_metrics, load_classifier
+from st_fast.evaluate.classifier import classifier_metrics, load_classifier
 from st_fast.recipe import Recipe
 from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
 from st_fast.sample.set import ImageFile, draw_set, open_npz, read_settings

@@ -6,7 +6,6 @@ Its accuracy on held-out real images stands beside every score, which can be no 
 """
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,14 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Say, UserError
 from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
 FORMAT = "st_fast.judge/1"
 SEED, EPOCHS, BATCH, FEATURES = 20260107, 16, 64, 64
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

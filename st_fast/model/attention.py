@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from st_fast import kernels
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Say, UserError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Say = Callable[[str], None]
 Missing = Callable[[torch.device, int], str | None]
 """(device, head size) → what a backend lacks there, in a few words; None if nothing."""
 

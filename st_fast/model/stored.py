@@ -12,7 +12,7 @@ from torch import Tensor
 
 from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Say, UserError
 from st_fast.core.files import shown
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
@@ -23,8 +23,6 @@ from st_fast.model.formats.loaded_state import LoadedState, head_name, trunk
 from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Model, Recipe
-
-Say = Callable[[str], None]
 
 KINDS = "a .pt or .safetensors file, a run, stage or checkpoint folder, or a folder with config.json"
 

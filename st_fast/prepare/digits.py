@@ -9,7 +9,6 @@ published DINOv2 it has seen labels, but neither the held-out digits nor the cla
 training is not counted as cost, as a published encoder's never is.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_folder
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
@@ -43,8 +42,6 @@ ENCODER = "digits-encoder"
 """The encoder's name in recipes; it lies in the digits' folder under this name."""
 EPOCHS, BATCH, SEED, PATCH = 20, 64, 0, 7
 """Of the encoder's training; its patch side in pixels."""
-
-Say = Callable[[str], None]
 
 
 def load_images() -> dict[str, np.ndarray]:

@@ -50,7 +50,8 @@ class Optim:
     batch_size: Count = fixed(256, "Images of one update, over all ranks and passes.")
     accumulation: Count = free(1, "Passes whose gradients add up to one update.")
     micro_batch: CountOrZero | Literal["auto"] = free(
-        0, 'Images of a pass on one rank instead of `accumulation` (0: that decides); "auto": the most that fit.'
+        0,
+        'Images of a pass on one rank; 0: `accumulation` decides; "auto": the most that fit.',
     )
     lr: Positive = fixed(1e-4, "Learning rate.")
     warmup_steps: CountOrZero = fixed(0, "Steps over which the learning rate rises linearly.")
@@ -61,7 +62,9 @@ class Optim:
     implementation: Literal["auto", "st_fast", "torch", "apex"] = free(
         "auto", "What makes the update: this project's op in one pass (auto), PyTorch's fused AdamW, or apex's."
     )
-    reduction: Literal["auto", "fp32", "bf16"] = fixed("auto", "The dtype in which ranks add gradients; auto: theirs.")
+    reduction: Literal["auto", "fp32", "bf16"] = fixed(
+        "auto", "The dtype in which ranks add gradients; auto: the gradients'."
+    )
     ema_decay: BelowOne = fixed(0.9999, "Decay of the weight average a step.")
 
 
@@ -92,7 +95,8 @@ class Run:
     prefetch: bool = free(False, "Copy the next batch to the device during the step.")
     cuda_graphs: bool = free(False, "Replay each step as one CUDA graph.")
     streams: Literal["required", "auto", "off"] = free(
-        "required", "A second CUDA stream that is missing is an error; auto: then one queue; off: always one queue."
+        "required",
+        "Where a schedule's second CUDA stream is missing: an error; auto: one queue; off: always one queue.",
     )
     sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, AdamW's state and EMA in shards, one a rank.")
     shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")

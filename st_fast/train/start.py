@@ -9,10 +9,10 @@ from torch import Tensor
 
 from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Say, UserError
 from st_fast.model import SiT
 from st_fast.model.formats.loaded_state import LoadedState, head_name, heads, trunk
-from st_fast.model.stored import Say, read_model
+from st_fast.model.stored import read_model
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
