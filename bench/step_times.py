@@ -221,7 +221,7 @@ def _row(
 
 def _parts(loop: Ours, setup: Setup, supervised: int, seconds: float) -> Row:
     """The floor, the distance to it, and the families of st_fast's step."""
-    dtype = loop.trainer.setting.dtype
+    dtype = loop.trainer.context.dtype
     effort = Effort(rounds=5, seconds=2, least=2, warmup=1)
     model = loop.recipe.model
     attend = choose(model.attention, setup.device, dtype, model.width // model.heads, log.info)
