@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from bench import against, op_times, optimiser
+from bench import compare as against
+from bench import op_times, optimiser
 from bench.cases import Case
+from bench.machine import Store
+from bench.measure import Effort, total
 from bench.optimiser import OptimiserCase
-from bench.results import Store
-from bench.timing import Effort, total
 
 Report = Callable[[Sequence[float]], None]
 

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.results import Row, Store
-from bench.timing import Effort, Samples, Stopwatch, interleave, noise
+from bench.machine import Row, Store
+from bench.measure import Effort, Samples, Stopwatch, interleave, noise
 from st_fast.data.ahead import ReadAhead
 from st_fast.data.loader import DaliLoader, Loader, ResidentLoader, dali_missing
 from st_fast.data.manifest import Manifest, VaeInfo

@@ -19,10 +19,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.gate import WrongResult, errors
-from bench.plain import PlainSiT
-from bench.results import Row, Store
-from bench.timing import Effort, Stopwatch, Variant, interleave, noise, paired_ratio
+from bench.machine import Row, Store
+from bench.measure import Effort, Stopwatch, Variant, WrongResult, errors, interleave, noise, paired_ratio
+from bench.published import PlainSiT
 from bench.workload import ROOT
 from st_fast import kernels
 from st_fast.model import SiT, build

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from bench import demo_step, first_step, op_times, step_times, sweeps
-from bench.results import Store
+from bench import demo_step, first_step, op_times, sweeps
+from bench import step as step_times
+from bench.machine import Store
 from bench.workload import Setup
 
 Report = Callable[[Sequence[float]], None]

@@ -14,11 +14,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from bench.beside import beside
+from bench.machine import Row, notices
+from bench.measure import Effort, paired
 from bench.op_times import default_device
-from bench.results import Row, notices
-from bench.step_times import tidy
-from bench.timing import Effort
+from bench.step import tidy
 from bench.workload import ROOT, STAGES, Ours, Setup, make_recipe, ours
 from st_fast import kernels
 from st_fast.core.errors import UserError
@@ -79,7 +78,7 @@ def _row(loops: dict[str, Ours], setup: Setup, effort: Effort, block: int) -> Ro
     off = abs(losses[1] / losses[0] - 1)
     if not off <= allowed:
         return {"ok": False, "wrong": f"the loss is off by {off:.1e} (allowed: {allowed:.0e})"}
-    return {"ok": True, "loss_off": off} | beside(loops["default"], loops[name], name, effort, block)
+    return {"ok": True, "loss_off": off} | paired(loops["default"], loops[name], name, setup.device, effort, block)
 
 
 def _peak(loop: Ours, device: torch.device, beside: int) -> float | None:

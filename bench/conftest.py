@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import op_times, results
+from bench import machine as results
+from bench import op_times
 from st_fast.kernels.heap import keep_freed_memory
 
 keep_freed_memory()  # as a run does; ops measured beside ours gain as much, whole loops have processes of their own

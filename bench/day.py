@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from bench import step_times
+from bench import step as step_times
 from bench.cases import Size
-from bench.results import ROOT, Row, Store
-from bench.timing import Effort
+from bench.machine import ROOT, Row, Store
+from bench.measure import Effort
 from bench.workload import Setup
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>

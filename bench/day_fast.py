@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from bench import choices, first_step, op_times, optimiser, profiles, schedules, step_times, sweeps
+from bench import choices, first_step, op_times, optimiser, schedules, sweeps
+from bench import measure as profiles
+from bench import step as step_times
 from bench.cases import MAKERS, Case
 from bench.day import Day, Task
 from bench.day_right import left_out
-from bench.results import Row, notices
-from bench.step_times import Wanted
+from bench.machine import Row, notices
+from bench.step import Wanted
 from bench.workload import Setup, ours
 
 
@@ -54,7 +56,7 @@ def profile(day: Day) -> Iterator[Task]:
 def _longest(setup: Setup) -> Row:
     with ours(setup) as loop, step_times.tidy(setup.device):
         loop()
-        found = profiles.kernels(loop, setup.device, times=3)
+        found = profiles.by_kernel(loop, setup.device, times=3)
         longest = {name[:120]: 1e3 * spent for name, spent in list(found.items())[:30]}
         return {"ok": True, "kernels_ms": longest} | notices(loop.log.said)
 

@@ -9,11 +9,13 @@ from functools import partial
 
 import torch
 
-from bench import gate, optimiser, step_times
+from bench import measure as gate
+from bench import optimiser
+from bench import step as step_times
 from bench.cases import MAKERS, Case, Draw
 from bench.day import Day, Task
-from bench.results import Row, notices
-from bench.timing import Stopwatch, interleave
+from bench.machine import Row, notices
+from bench.measure import Stopwatch, interleave
 from bench.workload import Setup, ours
 from st_fast.kernels import native
 from st_fast.model.attention import BACKENDS, Attend, verify

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.day import Day, Task, end_with_the_one_who_started_this
-from bench.results import ROOT, Row
+from bench.machine import ROOT, Row
 from st_fast.core.errors import EXIT_INTERRUPTED
 from st_fast.report.collect import read_run
 from st_fast.study.carry_out import done

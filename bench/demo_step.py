@@ -8,8 +8,8 @@ from dataclasses import fields
 
 import torch
 
-from bench.results import Row
-from bench.timing import Effort, interleave, noise, paired_ratio
+from bench.machine import Row
+from bench.measure import Effort, interleave, noise, paired_ratio
 from bench.workload import Setup, our_variant, ours
 from st_fast.recipe.schema import Kernels
 

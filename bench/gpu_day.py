@@ -25,9 +25,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import results
+from bench import machine as results
+from bench.machine import Machine, Store
 from bench.part import BROKEN, LEAST_SECONDS, LONGEST_ROW, PARTS, STOPPED, UNFINISHED
-from bench.results import Machine, Store
 from st_fast.core.errors import UserError
 from st_fast.core.lock import run_lock
 

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from bench import results, schedules
+from bench import machine as results
+from bench import schedules
 from bench.cases import MAKERS, Case, Size
+from bench.measure import noise
 from bench.optimiser import OptimiserCase, fresh, fused_step, model_shapes
-from bench.step_times import MICRO_BATCH, give_memory_back
-from bench.timing import noise
+from bench.step import MICRO_BATCH, give_memory_back
 from bench.workload import STAGES, Setup, ours
 from st_fast.train.step import WARM_UP
 from tests.stand_in import driver, rehearse

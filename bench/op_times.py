@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from bench import gate, optimiser
+from bench import measure as gate
+from bench import optimiser
 from bench.cases import MAKERS, Case, Inputs, Size
-from bench.results import Row, notices
-from bench.timing import Copy, Effort, Samples, Stopwatch, Variant, cache_bytes, interleave, noise, paired_ratio, total
+from bench.machine import Row, notices
+from bench.measure import Copy, Effort, Samples, Stopwatch, Variant, cache_bytes, interleave, noise, paired_ratio, total
 from st_fast import kernels
 
 log = logging.getLogger("bench")

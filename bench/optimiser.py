@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import Draw
-from bench.gate import WrongResult
-from bench.results import Row
-from bench.timing import Copy, Effort, Samples, Stopwatch, Variant, interleave, noise, paired_ratio
+from bench.machine import Row
+from bench.measure import Copy, Effort, Samples, Stopwatch, Variant, WrongResult, interleave, noise, paired_ratio
 from st_fast import kernels
 from st_fast.kernels import reference
 from st_fast.model import SiT

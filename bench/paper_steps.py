@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bench.fusion import Kernel
-from bench.plain import PlainLoop
+from bench.published import PlainLoop
 from bench.trace import CompiledModule, Counter
 from bench.workload import Setup, make_recipe, make_stage
 from st_fast import kernels

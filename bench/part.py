@@ -19,9 +19,11 @@ from types import FrameType
 
 import torch
 
-from bench import day_fast, day_right, day_works, op_times, results, step_times
+from bench import day_fast, day_right, day_works, op_times
+from bench import machine as results
+from bench import step as step_times
 from bench.day import Day, Task, end_with_the_one_who_started_this
-from bench.results import Machine, Row, Store
+from bench.machine import Machine, Row, Store
 
 LEAST_SECONDS = 5.0
 """Left in the budget, or no further row is begun."""

@@ -13,7 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import floor, gate, results
+from bench import machine as results
+from bench import measure as gate
+from bench import step as floor
 from bench.cases import TOKENS, Case, Size
 from bench.goals import Content, Row
 from bench.workload import Setup, make_recipe, make_stage

@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import paper_steps, results, tables
+from bench import machine as results
+from bench import paper_steps, tables
 from bench.fusion import Kernel
+from bench.machine import Row
 from bench.report import PREDICTION
-from bench.results import Row
 from bench.workload import STAGES, Setup
 from st_fast.recipe import cost
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import machine as results
 from bench.goals import GOALS, Content, Goal, Row
 from bench.tables import (
     anything,

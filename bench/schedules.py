@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench import gate
-from bench.beside import beside
-from bench.results import Row, notices
-from bench.step_times import tidy
-from bench.timing import Effort
+from bench import measure as gate
+from bench.machine import Row, notices
+from bench.measure import Effort, paired
+from bench.step import tidy
 from bench.workload import Setup, ours
 
 AHEAD, PADDED = "--run.teacher_placement=ahead", "--run.supervised_rows=padded"
@@ -81,6 +80,6 @@ def measure(point: Point, effort: Effort) -> Row:
         worst = gate.worst_difference(*numbers)
         if worst > gate.SAME_LOSS[setup.device.type]:
             return {"ok": False, "wrong": f"numbers differ by {worst:.1e}", "worst_difference": worst}
-        timed = beside(default, scheduled, "schedule", effort, BLOCK[setup.device.type])
+        timed = paired(default, scheduled, "schedule", setup.device, effort, BLOCK[setup.device.type])
         said = default.log.said + scheduled.log.said
     return {"ok": True, "worst_difference": worst} | timed | notices(said)

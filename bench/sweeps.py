@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-from bench import op_times, pictures, results, step_times
-from bench.results import Machine, Row, Store
-from bench.step_times import Wanted
-from bench.timing import Effort
+from bench import machine as results
+from bench import op_times, pictures
+from bench import step as step_times
+from bench.machine import Machine, Row, Store
+from bench.measure import Effort
+from bench.step import Wanted
 from bench.workload import STAGES, Setup
 from st_fast.core.machine import free_memory
 from st_fast.recipe import cost

@@ -18,8 +18,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.plain import PlainLoop
-from bench.timing import Stopwatch, Variant
+from bench.measure import Stopwatch, Variant
+from bench.published import PlainLoop
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.loader import make_loader
@@ -249,19 +249,5 @@ def our_variant(loop: Ours, block: int) -> Variant:
         with watch("step"):
             for _ in range(block):
                 loop()
-
-    return run
-
-
-def plain_variant(loop: PlainLoop, size: int, block: int) -> Variant:
-    """`block` steps of `size` samples a round; its data are in the device's memory already."""
-    model = loop.recipe.model
-    moments = torch.randn(size, 2 * model.channels, model.latent_size, model.latent_size, device=loop.device)
-    labels = torch.randint(model.num_classes, (size,), device=loop.device)
-
-    def run(number: int, watch: Stopwatch) -> None:
-        with watch("step"):
-            for _ in range(block):
-                loop.step(moments, labels)
 
     return run

@@ -18,8 +18,8 @@ import torch
 
 from bench import choices, day_works, part, tables, workload
 from bench.day import Day
-from bench.results import ROOT, Store
-from bench.timing import Effort
+from bench.machine import ROOT, Store
+from bench.measure import Effort
 from bench.workload import Setup
 from st_fast.core.errors import EXIT_INTERRUPTED, UserError
 from st_fast.recipe import to_toml

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from bench import launches, results
+from bench import launches
+from bench import machine as results
 from bench.cases import MAKERS
 from bench.workload import STAGES
 from tests.stand_in import driver

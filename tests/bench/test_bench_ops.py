@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from bench import gate, op_times, optimiser
+from bench import measure as gate
+from bench import op_times, optimiser
 from bench.cases import MAKERS, Case, Size
-from bench.timing import Effort
+from bench.measure import Effort
 from st_fast.kernels import defaults, reference
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from bench import pictures, report, results, sweeps
-from bench.results import Row, Store
+from bench import machine as results
+from bench import pictures, report, sweeps
+from bench.machine import Row, Store
 from bench.workload import Setup
 from tests.bench.test_bench_report import MACHINE, op_row
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import floor, workload
-from bench.plain import Draws
+from bench import step as floor
+from bench import workload
+from bench.published import Draws
 from bench.workload import STAGES, Setup, ours
 
 CPU = torch.device("cpu")

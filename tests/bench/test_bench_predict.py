@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench import paper_steps, predict, report, results
+from bench import machine as results
+from bench import paper_steps, predict, report
 from bench.cases import Case, Size
 from bench.fusion import Kernel, Op, fused
 from bench.predict import Counted, Rates

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results
+from bench import machine as results
+from bench import report
 from bench.goals import GOALS
 
 MACHINE = results.Machine(

@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from bench import against, apart, floor, op_times, step_times
+from bench import compare as against
+from bench import op_times
+from bench import published as apart
+from bench import step as floor
+from bench import step as step_times
 from bench.cases import Case, Size
-from bench.plain import PlainLoop
-from bench.timing import Effort, Stopwatch
+from bench.measure import Effort, Stopwatch
+from bench.published import PlainLoop
 from bench.workload import WEIGHT_STD, Setup, ours
 from st_fast.model.attention import BACKENDS
 from st_fast.model.sit import sincos_positions
@@ -50,7 +54,7 @@ def test_the_floor_times_every_product_and_attention_of_a_step():
     effort, cpu = Effort(rounds=2, seconds=0.1, least=1, warmup=0), torch.device("cpu")
     with ours(Setup("S/2", "stage 2", 2, cpu, tokens=16, depth=2)) as loop:
         linear, attend = loop.trainer.model.kernels.linear, BACKENDS["sdpa"].attend
-        least = floor.measure(loop.recipe, loop.stage, 1, attend, linear, cpu, torch.float32, effort)
+        least = floor.measure_floor(loop.recipe, loop.stage, 1, attend, linear, cpu, torch.float32, effort)
     assert least.products > 0 and least.attention > 0
     assert least.product_flops > least.attention_flops > 0
 
@@ -87,7 +91,7 @@ def test_kernels_belong_to_their_family(kernel, family):
 
 def test_the_plain_loop_in_a_process_of_its_own_steps_on_request_and_ends_with_its_user():
     setup = Setup("S/2", "stage 1", 2, torch.device("cpu"), tokens=16, depth=2)
-    with apart.plain(setup, "plain") as loop:
+    with apart.in_subprocess(setup, "plain") as loop:
         watch = Stopwatch(setup.device)
         loop.variant(block=2)(0, watch)
         (seconds,) = watch.read()["step"]
@@ -96,7 +100,7 @@ def test_the_plain_loop_in_a_process_of_its_own_steps_on_request_and_ends_with_i
         assert process.poll() is None
         process.kill()
         process.wait()
-        with pytest.raises(RuntimeError, match="plain loop's process has ended"):
+        with pytest.raises(RuntimeError, match="published loop's process has ended"):
             loop.step()
     assert process.poll() is not None
 

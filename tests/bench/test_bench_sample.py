@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from bench import bench_sample
-from bench.gate import WrongResult
-from bench.timing import Effort
+from bench.measure import Effort, WrongResult
 
 CPU, ONCE = torch.device("cpu"), Effort(rounds=1, seconds=0, least=1, warmup=0)
 

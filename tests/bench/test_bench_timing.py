@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench import timing
-from bench.timing import Effort, Stopwatch
+from bench import measure as timing
+from bench.measure import Effort, Stopwatch
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_day, part, results
+from bench import gpu_day, part
+from bench import machine as results
 from bench.day import Day
+from bench.machine import ROOT
 from bench.part import BROKEN, PARTS, STOPPED, UNFINISHED, OutOfTime
-from bench.results import ROOT
 from st_fast.core.lock import run_lock
 from tests.bench.test_bench_report import MACHINE
 

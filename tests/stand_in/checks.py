@@ -109,7 +109,7 @@ def _setup(stage: str, device: str, *options: str, compile: str = "off", batch: 
 
 def steps(stage: str) -> dict[str, Any]:
     """What a step of a small model calls, by device's name, compilation and graphs; every step's counts."""
-    from bench.step_times import tidy
+    from bench.step import tidy
     from bench.workload import ours
 
     gates.disarm()
@@ -135,7 +135,7 @@ def steps(stage: str) -> dict[str, Any]:
 
 def rows() -> dict[str, Any]:
     """Device memory in use after each of four rows, of which the third fails; the first leaves what is kept for all."""
-    from bench.step_times import give_memory_back
+    from bench.step import give_memory_back
     from bench.workload import ours
 
     gates.disarm()

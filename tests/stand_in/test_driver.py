@@ -61,7 +61,9 @@ def test_a_function_that_is_missing_says_its_name(check):
 
 def test_every_gate_is_still_where_it_is_patched():
     code = "from tests.stand_in import gates; gates.disarm(); import importlib\n"
-    code += "for name in gates.GATES: importlib.import_module(name)\nfrom bench import gate; print(gate.errors(1, 2))"
+    code += (
+        "for name in gates.GATES: importlib.import_module(name)\nfrom bench import measure; print(measure.errors(1, 2))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=driver.ROOT, capture_output=True, text=True)
     assert done.stdout == "(0.0, 0.0)\n", done.stderr[-2000:]
 

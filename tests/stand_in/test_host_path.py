@@ -82,7 +82,7 @@ def test_a_part_of_the_day_stops_at_a_broken_device_and_keeps_its_rows(on_stand_
 
 REHEARSED = """
 import subprocess, sys, torch
-from bench import gate
+from bench import measure as gate
 device = torch.cuda.get_device_properties(0)
 print(device.name, device.total_memory / 2**30, gate.worst_difference([[1.0]], [[2.0]]), flush=True)
 if sys.argv[1:] == ["parent"]:

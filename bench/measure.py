@@ -1,7 +1,12 @@
-"""Time, measured so that it can be compared: interleaved runs, medians of paired ratios, and the noise between runs.
+"""Time, measured so that it can be compared, and the correctness gate that comes before any figure.
 
-On CUDA a phase is bracketed by events, and before each the L2 is flushed with enough work that the phase's launches
-are queued by the time the device reaches them: what is measured is the device's time, not Python's.
+Variants run interleaved; figures are medians of paired ratios with the noise between runs of the same code. On CUDA a
+phase is bracketed by events, and before each the L2 is flushed with enough work that the phase's launches are queued by
+the time the device reaches them: what is measured is the device's time, not Python's.
+
+The gate compares every variant's outputs and gradients with the reference in float64. The kernel may err at most twice
+as much as eager PyTorch does at that dtype, in the mean square and at the worst element; a rival may err ten times as
+much, since only a wrong one is to be kept out.
 """
 
 from __future__ import annotations
@@ -11,10 +16,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from st_fast.train import profiling
+
+if TYPE_CHECKING:
+    from bench.cases import Case, Inputs
+
+Row = dict[str, Any]
+"""One measurement, as it stands in the results file."""
 
 MIB = 2**20
 QUEUE_FILL_S = 1e-3
@@ -174,3 +190,111 @@ def copy_rate(device: torch.device, effort: Effort | None = None) -> float:
     copy = Copy(device)
     samples = interleave({"copy": copy}, device, effort or Effort(rounds=15, seconds=2))
     return copy.moved / statistics.median(samples["copy"]["copy"])
+
+
+def paired(
+    default: Callable[[], object],
+    other: Callable[[], object],
+    name: str,
+    device: torch.device,
+    effort: Effort,
+    block: int,
+) -> Row:
+    """Milliseconds a call of both, the ratio of medians in pairs and the default's noise; `block` calls a round.
+
+    A round ends when the device is idle, so that work started for the call to come is paid for by who started it.
+    """
+
+    def variant(call: Callable[[], object]) -> Variant:
+        def run(number: int, watch: Stopwatch) -> None:
+            with watch("step"):
+                for _ in range(block):
+                    call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+
+        return run
+
+    found = interleave({"default": variant(default), name: variant(other)}, device, effort)
+    steps = {key: samples["step"] for key, samples in found.items()}
+    return {
+        "ms": {key: 1e3 * statistics.median(values) / block for key, values in steps.items()},
+        "speedup": paired_ratio(steps["default"], steps[name]),
+        "noise": noise(steps["default"]),
+        "rounds": len(steps["default"]),
+    }
+
+
+def by_kernel(run: Callable[[], object], device: torch.device, times: int) -> dict[str, float]:
+    """Seconds a call of `run` by kernel (CUDA) or op (CPU, the calling thread's), the longest first."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True) as profiler:
+        for _ in range(times):
+            run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    return {name: spent / times for name, spent in profiling.by_kernel(profiler, device).items()}
+
+
+OURS, RIVALS = 2.0, 10.0
+SLACK_ULPS = 4.0
+"""Rounding steps of the dtype that are always allowed: eager may by chance be exact."""
+
+
+class WrongResult(AssertionError):
+    """A variant that must not be timed."""
+
+
+def results(call: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
+    """The outputs of a call and the gradients to its leaves, in order."""
+    outputs = call(*inputs.args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(outputs, inputs.leaves, inputs.grads[: len(outputs)])
+    return [t.detach() for t in (*outputs, *grads)]
+
+
+def in_float64(inputs: Inputs) -> Inputs:
+    """The same values, exactly, with leaves of their own."""
+    seen: dict[int, Tensor] = {}
+
+    def up(value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        return seen.setdefault(id(value), value.detach().double().requires_grad_(value.requires_grad))
+
+    args, leaves = tuple(map(up, inputs.args)), tuple(map(up, inputs.leaves))
+    return replace(inputs, args=args, leaves=leaves, grads=tuple(g.double() for g in inputs.grads))
+
+
+def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Root mean square and worst error, relative to the truth's own root mean square and largest value."""
+    difference, scale = found.double() - truth, truth.abs().max().clamp_min(1e-30)
+    rms = difference.square().mean().sqrt() / truth.square().mean().sqrt().clamp_min(1e-30)
+    return float(rms), float(difference.abs().max() / scale)
+
+
+def check(case: Case, variants: dict[str, Callable[..., Any]], inputs: Inputs) -> None:
+    """Raises WrongResult, naming case, variant, result and both errors; "fused" is held to OURS, others to RIVALS."""
+    truth = results(case.eager, in_float64(inputs))
+    eager = [errors(found, true) for found, true in zip(results(case.eager, inputs), truth, strict=True)]
+    slack = SLACK_ULPS * torch.finfo(case.dtype).eps
+    for name, call in variants.items():
+        factor = OURS if name == "fused" else RIVALS
+        for i, (found, true) in enumerate(zip(results(call, inputs), truth, strict=True)):
+            mine = errors(found, true)
+            for kind, ours, theirs in zip(("rms", "worst"), mine, eager[i], strict=True):
+                if not ours <= factor * theirs + slack:
+                    raise WrongResult(
+                        f"{case.key}: {name}, result {i}: {kind} error {ours:.2e}, eager's is {theirs:.2e}; "
+                        f"at most {factor:g} times that + {slack:.1e} is allowed"
+                    )
+
+
+SAME_LOSS = {"cuda": 5e-3, "cpu": 1e-4}
+"""Relative difference of losses and norms that compiling or scheduling may make: bf16's rounding, float32's."""
+
+
+def worst_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """The largest relative difference of two loops' scalars, step by step."""
+    pairs = (pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True))
+    return max(abs(a - b) / max(abs(a), 1e-6) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Where figures are kept: one JSON file a device, with what it was measured on beside every part."""
+"""The machine that figures hold for, and where they are kept: one JSON file a device, its machine beside every part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench import timing
+from bench.measure import Row, copy_rate
 from st_fast.kernels import native
 from st_fast.train import log
 
@@ -29,8 +29,6 @@ FOLDER = ROOT / "bench" / "results"
 SOURCES = ("st_fast", "kernels", "csrc", "bench", "recipes")
 BUSY = 0.5
 """Load a core above which figures are marked as taken on a busy machine."""
-
-Row = dict[str, Any]
 
 
 def notices(said: list[str]) -> Row:
@@ -136,7 +134,7 @@ def measure_machine(device: torch.device) -> Machine:
         kind=device.type,
         threads=torch.get_num_threads(),
         load=round(load, 2),
-        copy_rate=timing.copy_rate(device),
+        copy_rate=copy_rate(device),
         matmul_rate=log.matmul_rate(device, dtype),
         matmul_dtype=str(dtype).removeprefix("torch."),
         versions={"python": platform.python_version(), "torch": torch.__version__, "triton": triton},

@@ -1,4 +1,4 @@
-"""The published training loop's mathematics, written plainly: what st_fast's step is compared with.
+"""The published training loop, written plainly: what st_fast's step is compared with.
 
 It follows docs/method.md and, for what costs time, the loop released with arXiv 2601.07773 (and REPA's, which it grew
 from): eager blocks with PyTorch's own attention and qk-norm; the teacher on all samples, with both branches as one
@@ -8,21 +8,38 @@ parameter by parameter; three values read back from the device every step. Two t
 on CUDA (fp16 with a loss scaler there), and no training image is decoded and thrown away.
 
 Names are the published keys, so a state of `st_fast.model.SiT` loads into it.
+
+    python -m bench.published S/2 "stage 2" 8 256 0 2 plain     (size, stage, batch, tokens, depth, threads, which)
+
+is the loop in a process of its own, with the C library's memory settings as they are found: it answers every line on
+its standard input with one step's seconds. st_fast keeps freed memory with its process (`st_fast.kernels.heap`); a
+rival in that process would gain from it. The published loop sets nothing, so on a CPU it is measured in a subprocess.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.measure import Stopwatch, Variant
 from st_fast.recipe.methods import SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
+
+if TYPE_CHECKING:
+    from bench.workload import Setup
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -260,3 +277,81 @@ def _head(stage: Stage, heads: nn.Module) -> nn.Module | None:
         linear = heads.get_submodule("projectors_final.linear")
         return VelocityOutput(copy.deepcopy(heads.get_submodule("projectors")), copy.deepcopy(linear)).float()
     return None
+
+
+def plain_variant(loop: PlainLoop, size: int, block: int) -> Variant:
+    """`block` steps of `size` samples a round; its data are in the device's memory already."""
+    model = loop.recipe.model
+    moments = torch.randn(size, 2 * model.channels, model.latent_size, model.latent_size, device=loop.device)
+    labels = torch.randint(model.num_classes, (size,), device=loop.device)
+
+    def run(number: int, watch: Stopwatch) -> None:
+        with watch("step"):
+            for _ in range(block):
+                loop.step(moments, labels)
+
+    return run
+
+
+class Subprocess:
+    """The loop in another process: `step()` has it make one step and returns its seconds."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def variant(self, block: int) -> Variant:
+        """`block` steps a round, by the other process's own clock."""
+
+        def run(number: int, watch: Stopwatch) -> None:
+            watch.add("step", sum(self.step() for _ in range(block)))
+
+        return run
+
+    def step(self) -> float:
+        """RuntimeError, with what the process said last, if it has ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
+            return float(self._process.stdout.readline())
+        except (OSError, ValueError) as error:
+            raise RuntimeError("the published loop's process has ended; its own message is above") from error
+
+
+@contextmanager
+def in_subprocess(setup: Setup, which: str) -> Iterator[Subprocess]:
+    """Starts the process, its first step made, and ends it on leaving. which: "plain", "compile", "compile whole"."""
+    command = [sys.executable, "-m", "bench.published", setup.size, setup.stage, str(setup.batch), str(setup.tokens)]
+    process = subprocess.Popen(
+        [*command, str(setup.depth), str(torch.get_num_threads()), which],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        loop = Subprocess(process)
+        loop.step()
+        yield loop
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The process: one line of seconds for each line that comes."""
+    from bench.workload import Setup, ours
+
+    size, stage, batch, tokens, depth, threads, which = arguments
+    torch.set_num_threads(int(threads))
+    setup = Setup(size, stage, int(batch), torch.device("cpu"), int(tokens), int(depth))
+    with ours(setup) as loop:
+        rival = loop.plain()
+        if "compile" in which:
+            rival.compile(whole="whole" in which)
+        run = plain_variant(rival, setup.batch, 1)
+        for number, _ in enumerate(sys.stdin):
+            watch = Stopwatch(setup.device)
+            run(number, watch)
+            print(watch.read()["step"][0], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
