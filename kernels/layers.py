@@ -1,0 +1,255 @@
+"""The ops as `nn.Module`s, for blocks of one's own, and the fused forwards of DiT's and SiT's blocks.
+
+    norm = AdaLNModulate(eps=1e-6)
+    y = norm(x, shift, scale)  # LN(x)·(1 + scale) + shift
+
+Modules with a constructor are used like those of `torch.nn`. The others hold nothing and compute with the attributes of
+the module whose forward they stand in for. Such a class is a layer of Hugging Face's `kernels` package (what
+`kernelize` binds to a module), a mixin (`class Block(FusedDiTBlock, DiTBlock)`), and what `patch.py` binds.
+
+Shapes: x (B, N, D); a modulation (B, D) or (B, 1, D), where B may be 1. All compute in float32 (float64 for float64),
+under autocast too, and return x's dtype. Modulations must have one dtype.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .ops import align, gate_residual, gate_residual_norm_modulate, guided_feature_loss, norm_modulate, qk_norm
+from .reference import FEATURE_LOSSES
+
+
+class Layer(nn.Module):
+    """What Hugging Face's `kernels` asks of a layer: no constructor, and no member but these and `forward`."""
+
+    has_backward = True
+    can_torch_compile = True
+
+
+def _row(x: Tensor, vector: Tensor) -> Tensor | None:
+    """A modulation as the ops take it, (B, D), or None if it isn't one row a sample of x (B, N, D)."""
+    row = vector.squeeze(1) if vector.dim() == 3 and vector.shape[1] == 1 else vector
+    if x.dim() != 3 or row.dim() != 2 or row.shape[1] != x.shape[2] or row.shape[0] not in (1, x.shape[0]):
+        return None
+    return row if row.shape[0] == x.shape[0] else row.expand(x.shape[0], -1)
+
+
+def _checked(layer: nn.Module, name: str, x: Tensor, vector: Tensor) -> Tensor:
+    """A modulation as (B, D); raises ValueError for any other shape, such as one row a token."""
+    row = _row(x, vector)
+    if row is None:
+        raise ValueError(
+            f"{type(layer).__name__}: {name} has shape {tuple(vector.shape)} and x {tuple(x.shape)}; (B, D) or "
+            "(B, 1, D) is needed for x (B, N, D): one row a sample, not a token"
+        )
+    return row
+
+
+def _eps(layer: nn.Module) -> float:
+    """The layer's `eps`, or that of its `norm`, which must be a LayerNorm without weight and bias."""
+    norm = getattr(layer, "norm", None)
+    if norm is not None and getattr(norm, "weight", None) is not None:
+        raise ValueError(
+            f"{type(layer).__name__}: norm has a weight; a LayerNorm with elementwise_affine=False is needed"
+        )
+    return cast(float, layer.eps if norm is None else norm.eps)
+
+
+class NormModulate(Layer):
+    """LN(x)·(1 + scale) + shift; LN without affine, with the eps of `self.norm`, or else `self.eps`."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x (B, N, D); shift, scale (B, D). Returns (B, N, D)."""
+        return norm_modulate(x, _checked(self, "shift", x, shift), _checked(self, "scale", x, scale), _eps(self))
+
+
+class GateResidual(Layer):
+    """x + gate·a."""
+
+    def forward(self, x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
+        """x, a (B, N, D); gate (B, D). Returns (B, N, D)."""
+        return gate_residual(x, a, _checked(self, "gate", x, gate))
+
+
+class GateResidualNormModulate(Layer):
+    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift, in one pass; eps as in NormModulate."""
+
+    def forward(self, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x, a (B, N, D); gate, shift, scale (B, D). Returns (x', y), both (B, N, D)."""
+        gate, shift = _checked(self, "gate", x, gate), _checked(self, "shift", x, shift)
+        return gate_residual_norm_modulate(x, a, gate, shift, _checked(self, "scale", x, scale), _eps(self))
+
+
+class PackedQKNorm(Layer):
+    """LayerNorm over head_dim of q and k by `self.q_norm` and `self.k_norm`, read from the packed projection."""
+
+    q_norm: nn.Module
+    k_norm: nn.Module
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, N, 3, H, d). Returns q, k, v, each (B, H, N, d) and contiguous."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if not isinstance(q_norm, nn.LayerNorm) or not isinstance(k_norm, nn.LayerNorm) or q_norm.eps != k_norm.eps:
+            raise ValueError(
+                f"{type(self).__name__}: q_norm and k_norm must be LayerNorms of one eps; RMSNorm has no op"
+            )
+        return qk_norm(qkv, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)
+
+
+class AdaLNModulate(NormModulate):
+    """The modulated LayerNorm of DiT (arXiv 2212.09748): LN(x)·(1 + scale) + shift, without parameters."""
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+class GatedResidualAdaLN(GateResidualNormModulate):
+    """The end of a sub-layer and the start of the next: x' = x + gate·a and LN(x')·(1 + scale) + shift."""
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+class QKNorm(PackedQKNorm):
+    """LayerNorm with affine on queries and keys (arXiv 2302.05442); parameters are named as in timm's `Attention`."""
+
+    def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.q_norm = nn.LayerNorm(head_dim, eps=eps)
+        self.k_norm = nn.LayerNorm(head_dim, eps=eps)
+
+
+def _mean(weight: Tensor | None, like: Tensor) -> Tensor:
+    """Weights (M,) float32 of a mean over the samples of `like` (M, N, D), of which there may be none."""
+    count = max(like.shape[0], 1)
+    if weight is None:
+        return torch.full((like.shape[0],), 1 / count, dtype=torch.float32, device=like.device)
+    return weight / count
+
+
+class AlignLoss(Layer):
+    """REPA's alignment (arXiv 2410.06940): the mean over samples of weight · mean_n −cos(features_n, target_n)."""
+
+    def forward(self, features: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """features, target (B, N, D), target without gradient; weight (B,). Returns a float32 scalar."""
+        return align(features, target.detach(), _mean(weight, features))
+
+
+class GuidedFeatureLoss(nn.Module):
+    """Distance to the guided features f = f_∅ + ω·(f_y − f_∅) of a frozen teacher (arXiv 2601.07773).
+
+    `loss` is "mse", "cosine" or "normalized_mse": see `reference.guided_feature_loss`.
+    """
+
+    def __init__(self, cfg_scale: float, loss: str = "mse") -> None:
+        super().__init__()
+        if loss not in FEATURE_LOSSES:
+            raise ValueError(f"GuidedFeatureLoss: loss = {loss!r}; one of {', '.join(FEATURE_LOSSES)} is needed")
+        self.cfg_scale, self.loss = cfg_scale, loss
+
+    def forward(
+        self, q: Tensor, f_cond: Tensor, f_null: Tensor, weight: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """q (B, N, D); f_cond, f_null (M, N, D), without gradient; weight (M,); index (M,) int64: the rows of q that
+        are supervised, distinct, all if None. Returns the mean over the M samples, a float32 scalar; 0 if M = 0."""
+        mean = _mean(weight, f_cond)
+        return guided_feature_loss(q, f_cond.detach(), f_null.detach(), mean, self.cfg_scale, self.loss, index)
+
+    def extra_repr(self) -> str:
+        return f"cfg_scale={self.cfg_scale}, loss={self.loss!r}"
+
+
+# Forwards of blocks that others wrote. Where an op doesn't fit (a modulation a token, an affine or RMS norm, a result
+# that would be promoted to another dtype than x's) the site is computed in plain PyTorch, as the block itself does.
+
+
+def without_affine(norm: nn.Module) -> bool:
+    """Whether it is a LayerNorm over the last axis that the ops compute; by name, as diffusers isn't imported."""
+    if type(norm).forward is not nn.LayerNorm.forward and type(norm).__name__ != "FP32LayerNorm":
+        return False
+    return norm.weight is None and norm.bias is None and len(cast(nn.LayerNorm, norm).normalized_shape) == 1
+
+
+def _rows(x: Tensor, *vectors: Tensor, a: Tensor | None = None) -> list[Tensor]:
+    """The modulations as (B, D) where an op takes them and x (B, N, D) keeps its dtype in PyTorch too, or else []."""
+    rows = [row for row in (_row(x, vector) for vector in vectors) if row is not None]
+    others = [vectors[0], vectors[0] if a is None else a]
+    if (
+        len(rows) < len(vectors)
+        or any(row.dtype != rows[0].dtype for row in rows)
+        or any(torch.promote_types(x.dtype, other.dtype) != x.dtype for other in others)
+        or (a is not None and a.shape != x.shape)
+    ):
+        return []
+    return rows
+
+
+def _over_tokens(vector: Tensor) -> Tensor:
+    return vector.unsqueeze(1) if vector.dim() == 2 else vector
+
+
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x)·(1 + scale) + shift: x (B, N, D); shift, scale (B, D) or (B, 1 or N, D)."""
+    rows = _rows(x, shift, scale)
+    if rows and without_affine(norm):
+        return norm_modulate(x, rows[0], rows[1], cast(float, norm.eps))
+    return norm(x) * (1 + _over_tokens(scale)) + _over_tokens(shift)
+
+
+def gated(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
+    """x + gate·a: x, a (B, N, D); gate (B, D) or (B, 1 or N, D)."""
+    rows = _rows(x, gate, a=a)
+    return gate_residual(x, a, rows[0]) if rows else x + _over_tokens(gate) * a
+
+
+def gated_modulated(
+    norm: nn.Module, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate·a and norm(x')·(1 + scale) + shift; shapes as above."""
+    rows = _rows(x, gate, shift, scale, a=a)
+    if rows and without_affine(norm):
+        return gate_residual_norm_modulate(x, a, rows[0], rows[1], rows[2], cast(float, norm.eps))
+    x = gated(x, a, gate)
+    return x, modulated(norm, x, shift, scale)
+
+
+class FusedDiTBlock(Layer):
+    """The block of DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740), by its `norm1`, `attn`, `norm2`, `mlp` and
+    `adaLN_modulation`: three ops around attention and MLP."""
+
+    norm1: nn.Module
+    attn: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    adaLN_modulation: nn.Module
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D), c (B, D). Returns (B, N, D)."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        a = self.attn(modulated(self.norm1, x, shift_msa, scale_msa))
+        x, y = gated_modulated(self.norm2, x, a, gate_msa, shift_mlp, scale_mlp)
+        return gated(x, self.mlp(y), gate_mlp)
+
+
+class FusedFinalLayer(Layer):
+    """DiT's and SiT's last layer, by its `norm_final`, `linear` and `adaLN_modulation`."""
+
+    norm_final: nn.Module
+    linear: nn.Module
+    adaLN_modulation: nn.Module
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, N, D), c (B, D). Returns (B, N, p·p·C)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulated(self.norm_final, x, shift, scale))
