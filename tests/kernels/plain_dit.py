@@ -76,5 +76,6 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return module

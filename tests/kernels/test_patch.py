@@ -1,0 +1,405 @@
+"""Fused forwards in models of others: outputs and gradients stay, for every block that `patch` knows."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from plain_dit import DiT, DiTBlock, FinalLayer, SiTBlock, randomised
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from st_fast.kernels import for_diffusers, layers
+from st_fast.kernels.patch import TARGETS, Patched, patch, unpatch
+
+B, N, T, D, H = 3, 5, 4, 24, 2
+Inputs = dict[str, Any]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).requires_grad_()
+
+
+def run(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs, and the gradients of all inputs and parameters, by name; in what the inputs are."""
+    leaves = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
+    for leaf in (*leaves.values(), *module.parameters()):
+        leaf.grad = None
+    torch.manual_seed(0)  # diffusers drops labels at random
+    out = module(**inputs)
+    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
+    torch.autograd.backward(outs, [torch.cos(o.detach().float() * (i + 1)).to(o.dtype) for i, o in enumerate(outs)])
+    grads = {name: value.grad for name, value in [*leaves.items(), *module.named_parameters()]}
+    whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+    return {str(i): o.detach() for i, o in enumerate(outs)} | whole
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    largest = max(float(value.abs().max()) for value in theirs.values() if value is not None)
+    for name, value in ours.items():
+        if value is None:  # such as a layer whose output isn't used
+            assert theirs[name] is None, name
+            continue
+        assert value.dtype == theirs[name].dtype, name
+        scale = max(float(theirs[name].abs().max()), 1e-2 * largest)  # the gradient of a key's bias is rounding alone
+        assert float((value - theirs[name]).abs().max()) < tolerance * scale, name
+
+
+def text() -> Inputs:
+    return {"hidden_states": draw(B, N, D), "encoder_hidden_states": draw(B, T, D), "temb": draw(B, D)}
+
+
+def labels() -> Inputs:
+    return {"timestep": torch.tensor([3.0, 500.0, 900.0]), "class_labels": torch.tensor([1, 0, 7])}
+
+
+def basic(norm_type: str, **others: Any) -> nn.Module:
+    attention = pytest.importorskip("diffusers.models.attention")
+    more = {"num_embeds_ada_norm": 10} if norm_type == "ada_norm_zero" else {}
+    return attention.BasicTransformerBlock(
+        D, H, D // H, norm_type=norm_type, norm_elementwise_affine=False, norm_eps=1e-2, attention_bias=True,
+        activation_fn="gelu-approximate", **more, **others,
+    )  # fmt: skip
+
+
+def of(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        return getattr(pytest.importorskip(f"diffusers.models.{module}"), name)(*args, **kwargs)
+
+    return make
+
+
+FLUX, NORMS, ATTENTION = "transformers.transformer_flux", "normalization", "attention"
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs], str]] = {
+    "DiT": (DiT, lambda: {"x": draw(B, N, D), "c": draw(B, D)}, "2 DiTBlock, 1 FinalLayer"),
+    "SiT": (lambda: SiTBlock(D, H, eps=1e-2), lambda: {"x": draw(B, N, D), "c": draw(B, D)}, "1 SiTBlock"),
+    "AdaLayerNormZero": (
+        of(NORMS, "AdaLayerNormZero", D),
+        lambda: {"x": draw(B, N, D), "emb": draw(B, D)},
+        "1 AdaLayerNormZero",
+    ),
+    "AdaLayerNormZero with labels": (
+        of(NORMS, "AdaLayerNormZero", D, 10, norm_type="fp32_layer_norm"),
+        lambda: {"x": draw(B, N, D)} | labels(),
+        "1 AdaLayerNormZero",
+    ),
+    "AdaLayerNormZeroSingle": (
+        of(NORMS, "AdaLayerNormZeroSingle", D),
+        lambda: {"x": draw(B, N, D), "emb": draw(B, D)},
+        "1 AdaLayerNormZeroSingle",
+    ),
+    "AdaLayerNormContinuous": (
+        of(NORMS, "AdaLayerNormContinuous", D, 20, elementwise_affine=False, eps=1e-2),
+        lambda: {"x": draw(B, N, D), "conditioning_embedding": draw(B, 20)},
+        "1 AdaLayerNormContinuous",
+    ),
+    "DiT of diffusers": (
+        lambda: basic("ada_norm_zero"),
+        lambda: {"hidden_states": draw(B, N, D)} | labels(),
+        "1 BasicTransformerBlock, 1 AdaLayerNormZero",
+    ),
+    "PixArt": (
+        lambda: basic("ada_norm_single", cross_attention_dim=20),
+        lambda: {
+            "hidden_states": draw(B, N, D),
+            "encoder_hidden_states": draw(B, T, 20),
+            "timestep": draw(B, 6 * D),
+            "encoder_attention_mask": torch.tensor([[0.0, 0, -9, 0]]).expand(B, 1, T),
+        },
+        "1 BasicTransformerBlock",
+    ),
+    "Latte": (
+        lambda: basic("ada_norm_single"),
+        lambda: {"hidden_states": draw(B, N, D), "timestep": draw(B, 6 * D)},
+        "1 BasicTransformerBlock",
+    ),
+    "Flux": (of(FLUX, "FluxTransformerBlock", D, H, D // H), text, "1 FluxTransformerBlock, 2 AdaLayerNormZero"),
+    "Flux single": (
+        of(FLUX, "FluxSingleTransformerBlock", D, H, D // H),
+        text,
+        "1 FluxSingleTransformerBlock, 1 AdaLayerNormZeroSingle",
+    ),
+    "SD3": (
+        of(ATTENTION, "JointTransformerBlock", D, H, D // H),
+        text,
+        "1 JointTransformerBlock, 2 AdaLayerNormZero",
+    ),
+    "SD3's last": (
+        of(ATTENTION, "JointTransformerBlock", D, H, D // H, context_pre_only=True),
+        text,
+        "1 JointTransformerBlock, 1 AdaLayerNormZero, 1 AdaLayerNormContinuous",
+    ),
+    "SD3.5 with dual attention": (
+        of(ATTENTION, "JointTransformerBlock", D, H, D // H, use_dual_attention=True),
+        text,
+        "1 AdaLayerNormZero",
+    ),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Inputs, str]:
+    make, inputs, says = CASES[name]
+    return randomised(make()), inputs(), says
+
+
+def test_every_class_known_is_tried() -> None:
+    told = " ".join(says for _, _, says in CASES.values())
+    assert all(f" {name}" in f" {told}" for name in TARGETS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_patched_model_gives_what_it_gave_in_outputs_and_all_gradients(name: str) -> None:
+    module, inputs, says = made(name)
+    keys, theirs = list(module.state_dict()), run(module, inputs)
+    assert str(patch(module)) == says
+    close(run(module, inputs), theirs, 2e-5)
+    assert list(module.state_dict()) == keys
+    assert unpatch(module) == sum(int(word) for word in says.split() if word.isdigit()) and unpatch(module) == 0
+    assert all(torch.equal(value, theirs[key]) for key, value in run(module, inputs).items() if value is not None)
+
+
+def whole_dit() -> tuple[nn.Module, Inputs]:
+    model = pytest.importorskip("diffusers").DiTTransformer2DModel(
+        num_attention_heads=H,
+        attention_head_dim=D // H,
+        in_channels=4,
+        num_layers=2,
+        sample_size=4,
+        num_embeds_ada_norm=9,
+    )
+    return model, {"hidden_states": draw(B, 4, 4, 4)} | labels()
+
+
+def whole_pixart() -> tuple[nn.Module, Inputs]:
+    model = pytest.importorskip("diffusers").PixArtTransformer2DModel(
+        num_attention_heads=H, attention_head_dim=D // H, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+        cross_attention_dim=D, caption_channels=20, use_additional_conditions=False,
+    )  # fmt: skip
+    inputs = {"hidden_states": draw(B, 4, 4, 4), "encoder_hidden_states": draw(B, T, 20)}
+    return model, inputs | {"timestep": torch.tensor([3, 500, 900])}
+
+
+def whole_flux() -> tuple[nn.Module, Inputs]:
+    model = pytest.importorskip("diffusers").FluxTransformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=12, num_attention_heads=H,
+        joint_attention_dim=20, pooled_projection_dim=16, axes_dims_rope=(4, 4, 4),
+    )  # fmt: skip
+    ids = {"img_ids": torch.arange(3.0 * N).view(N, 3), "txt_ids": torch.zeros(T, 3)}
+    return model, ids | {
+        "hidden_states": draw(B, N, 8), "encoder_hidden_states": draw(B, T, 20), "pooled_projections": draw(B, 16),
+        "timestep": torch.tensor([0.1, 0.5, 0.9]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (whole_dit, "2 BasicTransformerBlock, 2 AdaLayerNormZero"),
+        (whole_pixart, "2 BasicTransformerBlock"),
+        (
+            whole_flux,
+            "1 FluxTransformerBlock, 2 AdaLayerNormZero, 2 FluxSingleTransformerBlock, 2 AdaLayerNormZeroSingle, "
+            "1 AdaLayerNormContinuous",
+        ),
+    ],
+)
+def test_whole_models_of_diffusers_train_as_before_also_with_gradient_checkpointing(
+    make: Callable[[], tuple[nn.Module, Inputs]], says: str
+) -> None:
+    model, inputs = make()
+    model, inputs = randomised(model), inputs | {"return_dict": False}
+    theirs = run(model, inputs)
+    assert str(patch(model)) == says
+    close(run(model, inputs), theirs, 2e-5)
+    model.enable_gradient_checkpointing()
+    close(run(model, inputs), theirs, 2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_under_autocast_it_is_no_farther_from_float32_than_before(name: str) -> None:
+    module, inputs, _ = made(name)
+    exact = run(module, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = run(module, inputs)
+        patch(module)
+        after = run(module, inputs)
+    largest = max(float(value.abs().max()) for value in exact.values() if value is not None)
+    for key, value in exact.items():
+        if value is not None:
+            assert after[key].dtype == before[key].dtype
+            error = [float((values[key].float() - value).abs().max()) for values in (before, after)]
+            assert error[1] <= 2 * error[0] + 2**-8 * largest, key
+
+
+@pytest.mark.parametrize("name", ["DiT", "DiT of diffusers", "PixArt", "Flux", "Flux single", "SD3"])
+def test_a_patched_block_compiles_into_one_graph(name: str) -> None:
+    module, inputs, _ = made(name)
+    theirs = run(module, inputs)
+    patch(module)
+    torch._dynamo.reset()
+    module.compile(fullgraph=True, backend="aot_eager")
+    close(run(module, inputs), theirs, 2e-5)
+
+
+def test_inductor_compiles_a_patched_block() -> None:
+    module, inputs, _ = made("SiT")
+    theirs = run(module, inputs)
+    patch(module)
+    torch._dynamo.reset()
+    module.compile(fullgraph=True)
+    close(run(module, inputs), theirs, 2e-5)
+
+
+def test_a_copy_and_a_pickle_of_a_patched_model_are_patched_and_on_their_own() -> None:
+    module, inputs, _ = made("DiT")
+    patch(module)
+    theirs = run(module, inputs)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        close(run(other, inputs), theirs, 1e-6)
+        with torch.no_grad():
+            module.blocks[0].mlp[0].weight.mul_(2)
+        close(run(other, inputs), theirs, 1e-6)
+        assert unpatch(other) == 3
+        with torch.no_grad():
+            module.blocks[0].mlp[0].weight.div_(2)
+
+
+@pytest.mark.parametrize("name", ["DiT", "Flux"])
+def test_fsdp2_shards_a_patched_model(name: str, one_rank: None) -> None:
+    module, inputs, _ = made(name)
+    theirs = run(module, inputs)
+    patch(module)
+    for block in getattr(module, "blocks", ()):
+        fully_shard(block)
+    fully_shard(module)
+    close(run(module, inputs), theirs, 2e-5)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+class MixedDiTBlock(layers.FusedDiTBlock, DiTBlock):
+    pass
+
+
+def test_a_forward_may_be_mixed_in_instead() -> None:
+    """Also diffusers' block, whose own forward is still there for what isn't fused."""
+    plain, mixed = randomised(DiTBlock(D, H)), randomised(MixedDiTBlock(D, H))
+    inputs = CASES["SiT"][1]()
+    close(run(mixed, inputs), run(plain, inputs), 2e-5)
+    block, inputs, _ = made("DiT of diffusers")
+    mixed = copy.deepcopy(block)
+    mixed.__class__ = type("Mixed", (for_diffusers.FusedBasicTransformerBlock, type(block)), {})
+    theirs = run(block, inputs)
+    close(run(mixed, inputs), theirs, 2e-5)
+    patch(block)
+    for module in (mixed, block):
+        calls: list[int] = []
+        module.ff.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        module.set_chunk_feed_forward(1, 1)
+        close(run(module, inputs), theirs, 2e-5)
+        assert len(calls) == N
+
+
+@pytest.mark.parametrize("shape", [(B, N, D), (1, D), (1, 1, D)], ids=str)
+def test_modulations_of_other_shapes_have_the_same_result(shape: tuple[int, ...]) -> None:
+    """One row a token, as some video models have it, in plain PyTorch; one for all samples by the ops."""
+    norm, x, a = nn.LayerNorm(D, elementwise_affine=False), draw(B, N, D), draw(B, N, D, seed=1)
+    gate, shift, scale = (draw(*shape, seed=i) for i in (2, 3, 4))
+    inputs = {"x": x, "a": a, "gate": gate, "shift": shift, "scale": scale}
+
+    class Site(nn.Module):
+        def forward(self, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Any:
+            x_out, y = layers.gated_modulated(norm, x, a, gate, shift, scale)
+            return x_out, y, layers.gated(x, a, gate), layers.modulated(norm, x, shift, scale)
+
+    class Plain(nn.Module):
+        def forward(self, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Any:
+            x_out = x + gate * a if gate.dim() == 3 else x + gate.unsqueeze(1) * a
+            shift, scale = (v if v.dim() == 3 else v.unsqueeze(1) for v in (shift, scale))
+            return x_out, norm(x_out) * (1 + scale) + shift, x_out, norm(x) * (1 + scale) + shift
+
+    close(run(Site(), inputs), run(Plain(), inputs), 1e-5)
+
+
+def test_a_result_that_pytorch_would_promote_is_promoted() -> None:
+    """A bfloat16 stream and a float32 gate: the sum is float32, from there on."""
+    x, a, gate = draw(B, N, D).bfloat16(), draw(B, N, D).bfloat16(), draw(B, D)
+    assert layers.gated(x, a, gate).dtype == torch.float32
+    norm = nn.LayerNorm(D, elementwise_affine=False)
+    x_out, y = layers.gated_modulated(norm, x, a, gate, gate, gate)
+    assert x_out.dtype == y.dtype == torch.float32
+
+
+class OtherForward(DiTBlock):
+    """A block of the same parts that computes the same only while adaLN-Zero's weights are zero."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return super().forward(x, c) + self.adaLN_modulation(c).unsqueeze(1)[..., -D:] * x
+
+
+class OtherArguments(DiTBlock):
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor) -> Tensor:
+        return super().forward(x, c) + rope
+
+
+OtherForward.__name__ = OtherArguments.__name__ = "DiTBlock"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (lambda: OtherForward(D, H), "its outputs differ by up to"),
+        (lambda: OtherArguments(D, H), "trying it gave TypeError: "),
+        (lambda: DiTBlock(D, H, affine=True), "norm1 is no LayerNorm without weight and bias"),
+        (lambda: DiTBlock(D, H).to("meta"), "its weights are sharded or on the meta device"),
+    ],
+)
+def test_a_block_that_computes_something_else_is_left_and_says_why(
+    module: Callable[[], nn.Module], reason: str
+) -> None:
+    """Even where adaLN-Zero's weights are zeros still, which hide all that a block does."""
+    model = module()
+    for name, parameter in model.named_parameters():
+        if "adaLN" in name:
+            nn.init.zeros_(parameter)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    told = patch(model)
+    assert told.fused == {} and "forward" not in model.__dict__ and model.training
+    assert f"nothing is fused; as before: 1 DiTBlock: {reason}" in str(told) and "\n" not in str(told)
+    assert all(value.is_meta or torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_meta_weights_may_be_patched_without_the_check_and_twice_is_once() -> None:
+    model = DiT().to("meta")
+    assert patch(model, check=False).fused == {"DiTBlock": 2, "FinalLayer": 1}
+    assert patch(model, check=False) == Patched(
+        left={"DiTBlock: its forward is already replaced": 2, "FinalLayer: its forward is already replaced": 1}
+    )
+    assert unpatch(model) == 3
+
+
+def test_what_is_not_known_is_left_alone() -> None:
+    class AdaLayerNormZero(FinalLayer):
+        """The name of a class of diffusers, in another package."""
+
+    assert patch(nn.Sequential(AdaLayerNormZero(D, 3), nn.LayerNorm(D))) == Patched()
+    assert str(patch(basic("layer_norm"))) == "nothing is fused"
+
+
+def test_the_check_changes_no_random_state() -> None:
+    module, _, _ = made("DiT")
+    before = torch.get_rng_state()
+    patch(module)
+    assert torch.equal(torch.get_rng_state(), before)
