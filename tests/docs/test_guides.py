@@ -161,6 +161,23 @@ def test_the_kernels_page_uses_ops_as_they_are() -> None:
     torch.testing.assert_close(names["y"], expected)
 
 
+def test_the_kernels_page_has_a_block_of_layers_and_patches_a_model() -> None:
+    pytest.importorskip("diffusers")
+    from torch import nn
+
+    blocks = python_blocks("kernels.md")
+    layers, patched = (next(block for block in blocks if word in block) for word in ("AdaLNModulate", "patch(model)"))
+    names: dict = {}
+    exec(layers.replace("fullgraph=True", 'fullgraph=True, backend="aot_eager"'), names)
+    block, x, c = names["block"], names["torch"].randn(2, 16, 64), names["torch"].randn(2, 64)
+    shift, scale, gate, shift_mlp, scale_mlp = block.modulation(c).unsqueeze(1).chunk(5, dim=-1)
+    h = x + gate * block.mix(nn.functional.layer_norm(x, (64,), eps=1e-6) * (1 + scale) + shift)
+    expected = h + block.mlp(nn.functional.layer_norm(h, (64,), eps=1e-6) * (1 + scale_mlp) + shift_mlp)
+    names["torch"].testing.assert_close(block(x, c), expected, atol=1e-5, rtol=1e-5)
+    exec(patched, names)
+    assert f"# {names['told']}\n" in patched and names["unpatch"](names["model"]) == 4
+
+
 LIFTED = """
 import torch
 from lifted import reference
