@@ -68,7 +68,7 @@ def torch_dir() -> Path:
     raise BuildError("torch is not installed yet")
 
 
-def _tool(variable: str, *names: str) -> str:
+def tool(variable: str, *names: str) -> str:
     """$variable, or the first of `names` on the path. Raises BuildError naming what was looked for."""
     for name in (os.environ.get(variable), *names):
         path = shutil.which(name) if name else None
@@ -95,7 +95,7 @@ def _nvcc(torch: Path) -> str:
     nvcc = next(filter(None, map(shutil.which, (named,) if named else NVCC_PLACES)), None)
     if nvcc is None:
         raise BuildError(f"$NVCC = {named!r} is not a program" if named else f"no CUDA toolkit (nvcc): {remedy}")
-    release = re.search(r"release (\d+\.\d+)", _run([nvcc, "--version"]))
+    release = re.search(r"release (\d+\.\d+)", run([nvcc, "--version"]))
     if release is None:
         raise BuildError(f"{nvcc} --version names no release: {remedy}")
     if int(release[1].split(".")[0]) < int(wanted.split(".")[0]):
@@ -118,7 +118,7 @@ def nvcc_compile(nvcc: str, source: Path, target: Path, archs: tuple[int, ...], 
 
 def _cpu_commands(csrc: Path, torch: Path, work: Path) -> tuple[list[list[str]], list[str]]:
     """The compilations, which may run at once, and the link without its output."""
-    compiler = _tool("CXX", "g++", "c++", "clang++")
+    compiler = tool("CXX", "g++", "c++", "clang++")
     isas = ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
     kernels = csrc / "cpu" / "kernels_isa.cpp"  # torch-free, once for each instruction set
     sources = [source for source in sorted(kernels.parent.glob("*.cpp")) if source != kernels]
@@ -132,7 +132,7 @@ def _cpu_commands(csrc: Path, torch: Path, work: Path) -> tuple[list[list[str]],
 
 def _cuda_commands(csrc: Path, torch: Path, work: Path) -> tuple[list[list[str]], list[str]]:
     nvcc = _nvcc(torch)
-    compiler = _tool("CXX", "g++", "c++", "clang++")
+    compiler = tool("CXX", "g++", "c++", "clang++")
     sources = sorted((csrc / "cuda").glob("*.cu"))
     commands = [nvcc_compile(nvcc, source, work / f"{source.stem}.o", CUDA_ARCHS, torch) for source in sources]
     objects = [command[-1] for command in commands]
@@ -152,7 +152,7 @@ def file_name(kind: str) -> str:
     return f"_csrc_{kind}_{digest.hexdigest()[:12]}.so"
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
     """What it prints. Raises BuildError with its first error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -193,8 +193,8 @@ def build(kind: str, folder: Path) -> Path:
             commands, link = (_cpu_commands if kind == "cpu" else _cuda_commands)(csrc, torch, work)
             print(f"st_fast: compiling csrc ({kind}) into {folder}, once", file=sys.stderr, flush=True)
             with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-                list(pool.map(_run, commands))
-            _run([*link, "-o", str(work / name)])
+                list(pool.map(run, commands))
+            run([*link, "-o", str(work / name)])
             os.replace(work / name, target)
         if folder != _cache_dir():  # which several versions may share
             for stale in folder.glob(f"_csrc_{kind}_*.so"):

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> gate_residual_backward(const Tensor& dx_out, const Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(st_fast, CPU, m) {
+ST_LIBRARY(CPU, m) {
   ST_IMPL(m, norm_modulate);
   ST_IMPL(m, norm_modulate_backward);
   ST_IMPL(m, gate_residual_norm_modulate);

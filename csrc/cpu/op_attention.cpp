@@ -55,7 +55,7 @@ Tensor attention_backward(const Tensor& dout, const Tensor& qkv, const Tensor& o
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(st_fast, CPU, m) {
+ST_LIBRARY(CPU, m) {
   ST_IMPL(m, attention);
   ST_IMPL(m, attention_backward);
 }

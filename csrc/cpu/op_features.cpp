@@ -128,7 +128,7 @@ Tensor gelu_tanh_backward(const Tensor& dy, const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(st_fast, CPU, m) {
+ST_LIBRARY(CPU, m) {
   ST_IMPL(m, align);
   ST_IMPL(m, guided_feature_loss);
   ST_IMPL(m, cfg_extrapolate);

@@ -152,7 +152,7 @@ void adamw_ema_(const Tensors& params, const Tensors& grads, const Tensors& exp_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(st_fast, CPU, m) {
+ST_LIBRARY(CPU, m) {
   ST_IMPL(m, grad_norm);
   ST_IMPL(m, adamw_ema_);
 }

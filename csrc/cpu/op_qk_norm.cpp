@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(st_fast, CPU, m) {
+ST_LIBRARY(CPU, m) {
   ST_IMPL(m, qk_norm);
   ST_IMPL(m, qk_norm_backward);
 }

@@ -19,6 +19,15 @@
 
 #include "kernels.h"
 
+// The ops' namespace. A build for the Hugging Face hub names one of its own, so that versions live side by side.
+#ifndef TORCH_EXTENSION_NAME
+#define TORCH_EXTENSION_NAME st_fast
+#endif
+#define ST_LIBRARY_IN(space, device, library) STABLE_TORCH_LIBRARY_IMPL(space, device, library)
+#define ST_LIBRARY(device, library) ST_LIBRARY_IN(TORCH_EXTENSION_NAME, device, library)
+#define ST_TEXT_OF(name) #name
+#define ST_TEXT(name) ST_TEXT_OF(name)
+
 namespace st_fast {
 
 using torch::stable::Tensor;
@@ -129,7 +138,7 @@ bool is_float64(StableIValue value) {
     return false;
 }
 
-// The boxed form of an op. float64, which gradcheck wants, goes to the same op in st_fast_reference.
+// The boxed form of an op. float64, which gradcheck wants, goes to the same op in <namespace>_reference.
 template <class Name, class F, F* function, class Result, class... Args, size_t... I>
 void call(Result (*)(Args...), std::index_sequence<I...>, StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   if ((is_float64<Args>(stack[I]) || ...)) {
@@ -149,12 +158,12 @@ void boxed(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
   call<Name, F, function>(function, std::make_index_sequence<arity(function)>{}, stack, inputs, outputs);
 }
 
-#define ST_IMPL(library, op)                                          \
-  do {                                                                \
-    struct Name {                                                     \
-      static const char* text() { return "st_fast_reference::" #op; } \
-    };                                                                \
-    library.impl(#op, st_fast::boxed<Name, decltype(op), &op>);       \
+#define ST_IMPL(library, op)                                                                 \
+  do {                                                                                       \
+    struct Name {                                                                            \
+      static const char* text() { return ST_TEXT(TORCH_EXTENSION_NAME) "_reference::" #op; } \
+    };                                                                                       \
+    library.impl(#op, st_fast::boxed<Name, decltype(op), &op>);                              \
   } while (0)
 
 }  // namespace st_fast

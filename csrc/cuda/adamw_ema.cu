@@ -134,6 +134,6 @@ void adamw_ema_(const Tensors& params, const Tensors& given_grads, const Tensors
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(st_fast, CUDA, m) { ST_IMPL(m, adamw_ema_); }
+ST_LIBRARY(CUDA, m) { ST_IMPL(m, adamw_ema_); }
 
 }  // namespace st_fast

@@ -63,6 +63,6 @@ Tensor grad_norm(const std::vector<Tensor>& given) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(st_fast, CUDA, m) { ST_IMPL(m, grad_norm); }
+ST_LIBRARY(CUDA, m) { ST_IMPL(m, grad_norm); }
 
 }  // namespace st_fast

@@ -172,9 +172,9 @@ def csrc(found: Installation, folder: Path) -> str:
                 try:
                     compilations, link = commands(build.source_dir(), found.torch, Path(work))
                     for command in compilations:
-                        build._run([part for part in command if not re.match("-gencode.*sm_(?!90)", part)])
+                        build.run([part for part in command if not re.match("-gencode.*sm_(?!90)", part)])
                     shared = ["-cudart=shared" if part == "-cudart=static" else part for part in link]
-                    build._run([*shared, "-o", f"{work}/{target.name}"])
+                    build.run([*shared, "-o", f"{work}/{target.name}"])
                     os.replace(Path(work) / target.name, target)
                 except build.BuildError as error:
                     failed.write_text(str(error))
