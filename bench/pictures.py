@@ -3,117 +3,114 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from bench import machine as results
-from bench import measure as gate
-from bench import step as floor
+from bench import machine as store
+from bench import measure
 from bench.cases import TOKENS, Case, Size
-from bench.goals import Content, Row
+from bench.goals import Content, Row, busy
+from bench.step import products
 from bench.workload import Setup, make_recipe, make_stage
 from st_fast.kernels import reference
 from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.schema import Model
+from st_fast.report import plot
+from st_fast.report.figures import Bar, Bars, Chart, Curve
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-NAMES = {"ours": "st_fast", "plain": "published loop, plainly"}
 SIZE = re.compile(r"(\w+/\d), batch (\d+)(?:, (\d+) tokens)?")
-COLORS = {"plain": "#4878a8", "stage 1": "#e08a3c", "stage 2": "#5a9a5a"}
+AXES = {"size": "plain", "batch": "a step", "tokens": "tokens", "depth": "blocks"}
+"""What tells one plain step of the sweep from another, and the word after its value."""
+Machine = Mapping[str, Any]
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Figure, machine: Mapping[str, Any], title: str, path: Path) -> None:
-    busy = "; MACHINE BUSY: not results" if machine["load"] > results.BUSY else ""
-    figure.suptitle(f"{title}: {machine['device']}, revision {machine['commit']}, {machine['date']}{busy}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def file(results: Path, name: str) -> Path:
+    """Where the picture of a results file is: beside it."""
+    return results.with_name(f"{results.stem}-{name}.png")
 
 
-def growth(content: Content, path: Path) -> bool:
-    """Images/s against batch, tokens and depth, and by recipe and stage; False where nothing was measured."""
+def draw(results: Path) -> list[Path]:
+    """Draws the pictures that a results file has figures for, beside it."""
+    content, drawn = store.load(results), []
+    for name, (title, picture) in ALL.items():
+        with rc_context(plot.STYLE):
+            canvas = Canvas(figsize=(9, 6), layout="constrained")
+            machine = picture(content, canvas)
+            if machine:
+                doubt = "; BUSY MACHINE: not judged" if busy({}, machine) else ""
+                canvas.suptitle(
+                    f"{title}: {machine['device']}, revision {machine['commit']}, {machine['date']}{doubt}", fontsize=10
+                )
+                plot.save(canvas, file(results, name))
+                drawn.append(file(results, name))
+    return drawn
+
+
+def growth(content: Content, canvas: Canvas) -> Machine | None:
+    """Images/s against batch, tokens and depth, and by recipe and stage; None where nothing was measured."""
     section = content.get("sweep", {"rows": {}})
     rows = [row for row in section["rows"].values() if "images_per_s" in row]
     if not rows:
-        return False
-    figure = _figure(11, 7)
-    (by_batch, by_tokens), (by_depth, by_recipe) = figure.subplots(2, 2)
-    plain = [row for row in rows if row["stage"] == "plain"]
-    for axis, key in ((by_batch, "batch"), (by_tokens, "tokens"), (by_depth, "depth")):
-        chosen = series(plain, key)
-        for name, label in NAMES.items():
-            values = [(row[key], row["images_per_s"][name]) for row in chosen if name in row["images_per_s"]]
-            if values:
-                axis.plot(*zip(*values, strict=True), marker="o", label=label)
+        return None
+    *grid, last = canvas.subplots(2, 2).flat
+    for axes, key in zip(grid, ("batch", "tokens", "depth"), strict=True):
+        chosen = series([row for row in rows if row["stage"] == "plain"], key)
+        if not chosen:
+            axes.set_axis_off()
+            continue
+        curves = []
+        for colour, (name, label) in enumerate((("ours", "st_fast"), ("plain", "published loop"))):
+            known = [row for row in chosen if name in row["images_per_s"]]
+            if known:
+                x, y = [float(row[key]) for row in known], [row["images_per_s"][name] for row in known]
+                curves.append(Curve(label, x, y, colour))
+        title = ", ".join(f"{chosen[0][other]} {word}" for other, word in AXES.items() if other != key)
+        plot.chart(axes, Chart(key, title, "", key, "number", "images/s (with MFU)", "number", False, curves))
+        axes.set(xscale="log", title=title, ylim=(0, 1.08 * axes.get_ylim()[1]))
+        axes.set_xticks([row[key] for row in chosen], [str(row[key]) for row in chosen])
+        axes.minorticks_off()
         for row in chosen:
-            axis.annotate(
-                f"{100 * row['mfu']['ours']:.0f} %", (row[key], row["images_per_s"]["ours"]),
-                textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7,
-            )  # fmt: skip
-        fixed = [f"{value} {name}" for name, value in _fixed(chosen, key).items()]
-        axis.margins(y=0.15)
-        axis.set(xlabel=key, ylabel="images/s", xscale="log", ylim=(0, None), title=", ".join(fixed))
-        axis.title.set_fontsize(8)
-        axis.set_xticks([row[key] for row in chosen], [str(row[key]) for row in chosen])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    if by_batch.lines:
-        by_batch.legend(title="% of the matrix product rate (MFU)", fontsize=7, title_fontsize=7)
-    _recipes(by_recipe, rows)
-    _save(figure, section["machine"], "How the step grows", path)
-    return True
+            place = row[key], row["images_per_s"]["ours"]
+            share = f"{100 * row['mfu']['ours']:.0f} %"
+            axes.annotate(share, place, (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        if len(curves) > 1:
+            axes.legend()
+    bars = recipes(rows)
+    plot.bars(last, bars)
+    last.set_title(bars.title)
+    return section["machine"]
 
 
-def _recipes(axis: Axes, rows: list[Row]) -> None:
-    """Images/s of every recipe at the batch that most of them have."""
-    own = [row for row in rows if row["tokens"] == 256 and row["depth"] == own_depth(row["size"])]
+def recipes(rows: Sequence[Row]) -> Bars:
+    """Images/s of every recipe at the batch that most of them have, the fastest size first."""
+    own = [row for row in rows if row["tokens"] == 256 and row["depth"] == _model(row["size"]).depth]
     batch = _common([row["batch"] for row in own])
-    bars = sorted((row for row in own if row["batch"] == batch), key=lambda row: (-_rate(row, own), row["stage"]))
-    places = range(len(bars))
-    axis.bar(places, [row["images_per_s"]["ours"] for row in bars], color=[COLORS[row["stage"]] for row in bars])
-    for place, row in zip(places, bars, strict=True):
-        rate = row["images_per_s"]["ours"]
-        axis.annotate(f"{rate:.2g}", (place, rate), ha="center", va="bottom", fontsize=7)
-    axis.set_xticks(list(places), [f"{row['size']}\n{row['stage']}" for row in bars], fontsize=7)
-    axis.set(ylabel="images/s", title=f"every recipe, batch {batch}, 256 tokens")
-    axis.title.set_fontsize(8)
-    axis.margins(y=0.12)
+    own = [row for row in own if row["batch"] == batch]
+    fastest = {row["size"]: max(o["images_per_s"]["ours"] for o in own if o["size"] == row["size"]) for row in own}
+    own.sort(key=lambda row: (-fastest[row["size"]], row["stage"]))
+    bars = [Bar(f"{row['size']}, {row['stage']}", [row["images_per_s"]["ours"]], True) for row in own]
+    return Bars("recipes", f"every recipe, batch {batch}, 256 tokens", "", "number", ("images/s",), bars)
 
 
-def _rate(row: Row, rows: list[Row]) -> float:
-    """The fastest of a size, by which sizes are ordered."""
-    return max(other["images_per_s"]["ours"] for other in rows if other["size"] == row["size"])
+def _model(size: str) -> Model:
+    return resolve_model(Model(f"SiT-{size.removeprefix('SiT-')}"))
 
 
-def own_depth(size: str) -> int:
-    """Blocks of the published size."""
-    return resolve_model(Model(f"SiT-{size}")).depth
-
-
-def _common(values: list[Any]) -> Any:
+def _common(values: Sequence[Any]) -> Any:
     """The most frequent of them; None of none."""
     return max(dict.fromkeys(values), key=values.count, default=None)
 
 
-AXES = ("size", "batch", "tokens", "depth")
-
-
-def series(rows: list[Row], key: str) -> list[Row]:
+def series(rows: Sequence[Row], key: str) -> list[Row]:
     """Rows that differ in `key` alone, ascending; what else they have is what most rows have."""
     for other in AXES:
         if other != key:
@@ -122,13 +119,8 @@ def series(rows: list[Row], key: str) -> list[Row]:
     return sorted(rows, key=lambda row: row[key])
 
 
-def _fixed(rows: list[Row], key: str) -> dict[str, Any]:
-    names = {"size": "plain", "batch": "a step", "tokens": "tokens", "depth": "blocks"}
-    return {names[other]: rows[0][other] for other in AXES if other != key} if rows else {}
-
-
 class Counter(TorchDispatchMode):
-    """Counts operations as eager PyTorch names them: one an element of each op's largest tensor; views and copies none.
+    """Counts operations: a product's own, else one an element of each op's largest tensor; views and copies none.
 
     How many there are moves a kernel along the copy ceiling, not towards it: its share of that is one of bytes.
     """
@@ -142,118 +134,115 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.FREE.search(func.__name__):
+        formula = flop_registry.get(func._overloadpacket)
+        if formula:
+            self.operations += formula(*args, **(kwargs or {}), out_val=result)
+        elif not self.FREE.search(func.__name__):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.operations += max((tensor.numel() for tensor in tensors), default=0)
         return result
 
 
 @cache
-def operations_an_element(op: str) -> float:
-    """Operations of an op's definition, forward and backward, an element of x."""
-    case = Case(op, Size("S/2", 2, 8), torch.float32, torch.device("cpu"))
-    inputs = case.inputs(0)
+def operations_an_element(op: str, size: str) -> float:
+    """Operations of an op's definition, forward and backward, an element of x ("S/2" wide); a parameter of AdamW's."""
     with Counter() as counter:
-        gate.results(case.eager, inputs)
-    return counter.operations / case.elements
+        if op == "adamw_ema":
+            tensors: Any = [[torch.ones(4096)] for _ in range(5)]
+            scalar = torch.ones(())
+            counter.operations = 0
+            norm = reference.grad_norm(tensors[1])
+            reference.adamw_ema_(*tensors, [], scalar, norm, scalar, 0.9, 0.999, 1e-8, 0.0, 0.9999, 1.0)
+            return counter.operations / 4096
+        case = Case(op, Size(size, 2, 8), torch.float32, torch.device("cpu"))
+        inputs = case.inputs(0)
+        counter.operations = 0
+        measure.results(case.eager, inputs)
+        return counter.operations / (2 * 8 * case.size.width)
 
 
-@cache
-def update_operations() -> float:
-    """Operations of the optimiser's definition for one parameter."""
-    count = 4096
-    tensors = [[torch.ones(count)] for _ in range(5)]
-    scalar = torch.ones(())
-    with Counter() as counter:
-        norm = reference.grad_norm(tensors[1])
-        reference.adamw_ema_(*tensors, [], scalar, norm, scalar, 0.9, 0.999, 1e-8, 0.0, 0.9999, 1.0)
-    return counter.operations / count
+FILLED: tuple[Literal["full", "left", "none"], ...] = ("full", "left", "none")
+"""How marks of one colour are told apart."""
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """Operations a byte moved, and the share of the ceiling there that was reached."""
 
     intensity: float
     share: float
 
 
-def kernel_points(rows: Mapping[str, Row]) -> dict[str, Point]:
-    """Each op at its largest size, forward and backward; its ceiling is the copy rate of the same rounds."""
+def kernel_points(rows: Mapping[str, Row], machine: Machine) -> dict[str, Point]:
+    """Each op at its largest size, forward and backward; the copy ceiling is that of the same rounds."""
     found: dict[str, Point] = {}
     for row in rows.values():
         both = row.get("both")
         if both and both["gb_per_s"]:
-            moved = both["gb_per_s"] * 1e9 * both["ms"]["fused"] / 1e3
-            found[row["op"]] = Point(_operations(row) / moved, both["of_copy_rate"])  # sizes ascend: the largest stays
+            seconds = both["ms"]["fused"] / 1e3
+            operations = operations_an_element(row["op"], row["size"].split(",")[0]) * _elements(row)
+            point = Point(operations / (both["gb_per_s"] * 1e9 * seconds), both["of_copy_rate"])
+            if point.intensity > machine["matmul_rate"] / machine["copy_rate"]:
+                point = point._replace(share=operations / seconds / machine["matmul_rate"])
+            found[row["op"]] = point  # sizes ascend: the largest stays
     return found
 
 
-def _operations(row: Row) -> float:
-    if row["op"] == "adamw_ema":
-        return update_operations() * resolve_model(Model(row["size"])).parameters
-    name, batch, tokens = SIZE.fullmatch(row["size"]).groups()  # type: ignore[union-attr]
-    size = Size(name, int(batch), int(tokens or TOKENS))
-    return operations_an_element(row["op"]) * size.batch * size.tokens * size.width
+def _elements(row: Row) -> float:
+    size = SIZE.fullmatch(row["size"])
+    if size is None:  # the optimiser's
+        return _model(row["size"]).parameters
+    return int(size[2]) * int(size[3] or TOKENS) * _model(size[1]).width
 
 
-def step_points(rows: Mapping[str, Row], machine: Mapping[str, Any]) -> dict[str, Point]:
+def step_points(rows: Mapping[str, Row], machine: Machine) -> dict[str, Point]:
     """Each step, and its matrix products alone; their ceiling is the matrix product rate.
 
     A step's bytes are what its products read and write, the least that it could move.
     """
     found = {}
-    for row in rows.values():
-        if "parts" not in row:
-            continue
+    for row in (row for row in rows.values() if "parts" in row):
         setup = Setup(row["size"], row["stage"], row["batch"], torch.device(machine["kind"]), row["tokens"])
         recipe = make_recipe(setup, Path())
-        products = floor.products(recipe, make_stage(setup, recipe), round(row["supervised"]))
-        moved = sum(count * product.elements for product, count in products.items())
-        moved *= 2 if machine["kind"] == "cuda" else 4
-        part, done = row["parts"]["floor"], row["gflop_per_image"] * 1e9 * row["batch"]
-        label = f"{row['size']}, {row['stage']}"
-        found[label] = Point(done / moved, row["mfu"]["ours"])
-        alone = part["product_flops"] / part["products"] / machine["matmul_rate"]
-        found[f"{label}: its products alone"] = Point(part["product_flops"] / moved, alone)
+        sizes = products(recipe, make_stage(setup, recipe), round(row["supervised"]))
+        moved = sum(count * size.elements for size, count in sizes.items()) * (2 if machine["kind"] == "cuda" else 4)
+        floor, label = row["parts"]["floor"], f"{row['size']}, {row['stage']}"
+        found[label] = Point(row["gflop_per_image"] * 1e9 * row["batch"] / moved, row["mfu"]["ours"])
+        alone = floor["product_flops"] / floor["products"] / machine["matmul_rate"]
+        found[f"{label}: its products alone"] = Point(floor["product_flops"] / moved, alone)
     return found
 
 
-def roofline(content: Content, path: Path) -> bool:
-    """Each op and each step under the copy and matrix product ceilings; False where neither was measured."""
-    machine = next((content[part]["machine"] for part in ("kernels", "step") if part in content), None)
+def roofline(content: Content, canvas: Canvas) -> Machine | None:
+    """Each op and each step under the copy and matrix product ceilings; None where neither was measured."""
+    machine: Machine | None = next((content[part]["machine"] for part in ("kernels", "step") if part in content), None)
     if machine is None:
-        return False
-    kernels = kernel_points(content.get("kernels", {}).get("rows", {}))
-    steps = step_points(content.get("step", {}).get("rows", {}), machine)
+        return None
+    kernels = kernel_points(content.get("kernels", {}).get("rows", {}), machine)
+    points = kernels | step_points(content.get("step", {}).get("rows", {}), machine)
     copy, matmul = machine["copy_rate"], machine["matmul_rate"]
     ridge = matmul / copy
-    places = [point.intensity for point in (*kernels.values(), *steps.values())]
-    low, high = min(*places, ridge) / 3, max(*places, ridge) * 5
-    figure = _figure(9, 6)
-    axis = figure.subplots()
-    axis.plot([low, ridge, high], [copy * low, matmul, matmul], "k-")
-    axis.annotate(f"copy rate: {copy / 1e9:,.1f} GB/s", (3 * low, 3 * copy * low), fontsize=8, ha="right",
-                  xytext=(-8, 4), textcoords="offset points")  # fmt: skip
-    axis.annotate(f"matrix product rate: {matmul / 1e9:,.0f} GFLOP/s", (ridge, matmul), fontsize=8, xytext=(4, 4),
-                  textcoords="offset points")  # fmt: skip
-    for number, (name, point) in enumerate(kernels.items()):
-        _mark(axis, name, point, copy * point.intensity, marker="o", color=f"C{number}")
-    for name, point in steps.items():
-        color = COLORS[name.split(", ")[1].split(":")[0]]
-        alone = {"markerfacecolor": "none"} if ":" in name else {}
-        _mark(axis, name, point, matmul, marker="s", color=color, **alone)
-    axis.set(xscale="log", yscale="log", xlabel="operations a byte moved", ylabel="operations a second")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7, loc="lower right", title="share of the ceiling", title_fontsize=7)
-    _save(figure, machine, "Under the ceilings", path)
-    return True
+    low, high = (f(ridge, *(point.intensity for point in points.values())) for f in (min, max))
+    axes = canvas.subplots()
+    axes.plot([low / 2, ridge, 2 * high], [copy * low / 2, matmul, matmul], color=plot.INK)
+    labels = (f"copies {copy / 1e9:,.1f} GB/s", low / 2, -4), (f"multiplies {matmul / 1e9:,.0f} GFLOP/s", ridge, 5)
+    for text, place, above in labels:
+        axes.annotate(text, (place, copy * place), (8, above), textcoords="offset points", color=plot.SOFT)
+    for number, (name, point) in enumerate(points.items()):
+        attained = point.share * min(copy * point.intensity, matmul)
+        axes.plot(
+            point.intensity, attained, "o" if name in kernels else "s", markersize=7, linestyle="none",
+            color=plot.COLOURS[number % len(plot.COLOURS)], label=f"{name}: {100 * point.share:.0f} %",
+            fillstyle=FILLED[number // len(plot.COLOURS) % len(FILLED)],
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte moved", ylabel="operations a second")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    canvas.legend(loc="outside right center", title="share of the ceiling")
+    return machine
 
 
-def _mark(axis: Axes, name: str, point: Point, ceiling: float, **style: Any) -> None:
-    label = f"{name}: {100 * point.share:.0f} %"
-    axis.plot(point.intensity, point.share * ceiling, linestyle="none", markersize=7, label=label, **style)
-
-
-ALL: dict[str, Callable[[Content, Path], bool]] = {"growth": growth, "roofline": roofline}
-"""By the end of the file's name."""
+ALL: dict[str, tuple[str, Callable[[Content, Canvas], Machine | None]]] = {
+    "growth": ("How the step grows", growth),
+    "roofline": ("Kernels and steps under the device's ceilings", roofline),
+}
+"""By the end of the file's name: the title, and what draws it on a canvas and returns what it was measured on."""

@@ -1,10 +1,9 @@
 """Predicts a step's time on a GPU that is not here, part by part, and shows what was measured beside it.
 
-    python -m bench.predict                                  SiT-XL/2 and B/2, all stages, batch 256
-    python -m bench.predict --size XL/2 --stage "stage 2"    one step
-    python -m bench.predict --write                          also bench/results/prediction.json, for the README's goals
+    python -m bench.predict            SiT-XL/2 and B/2, all stages, batch 256
+    python -m bench.predict --write    also bench/results/prediction.json, for the README's goals
 
-FLOPs, bytes and launches are counted from the step's own code (`bench.paper_steps`). What a device does with them is
+FLOPs, bytes and launches are counted from the step's own code (`bench.counting`). What a device does with them is
 assumed by the constants below, each with its reason.
 """
 
@@ -19,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import machine as results
-from bench import paper_steps, tables
-from bench.fusion import Kernel
-from bench.machine import Row
+from bench import counting, machine
+from bench.counting import Kernel
+from bench.goals import Figure, Row, busy
 from bench.report import PREDICTION
+from bench.tables import Columns, milliseconds, ratio, share, table
 from bench.workload import STAGES, Setup
 from st_fast.recipe import cost
 
@@ -63,7 +62,7 @@ GAP = 3e-6
 """Seconds that a launch adds with a full queue: start, first loads, tail. Assumed: 2 to 4 µs on Hopper."""
 SHORT = 1.15
 """Measured time over predicted time from which on a family is called short of its prediction."""
-JUDGED = 0.01
+LEAST = 0.01
 """Of the step: families below that are shown and not judged."""
 
 ASSUMPTIONS = {
@@ -77,7 +76,7 @@ ASSUMPTIONS = {
 }
 
 RIVALS = {"plain": False, "compile": True}
-"""The published loop, eager and with its blocks compiled, as `bench.step_times` names them."""
+"""The published loop, eager and with its blocks compiled, as `bench.step` names them."""
 
 
 def seconds(kernel: Kernel, rates: Rates) -> float:
@@ -86,10 +85,10 @@ def seconds(kernel: Kernel, rates: Rates) -> float:
     if not kernel.flops:
         return moving
     if kernel.family == "attention":
-        share = ATTENTION_SHARE * (1.0 if kernel.low else ATTENTION_FLOAT32_SHARE)
+        reached = ATTENTION_SHARE * (1.0 if kernel.low else ATTENTION_FLOAT32_SHARE)
     else:
-        share = PRODUCT_SHARE * (1.0 if kernel.low else FLOAT32_SHARE)
-    return max(moving, kernel.flops / (rates.matmul * share))
+        reached = PRODUCT_SHARE * (1.0 if kernel.low else FLOAT32_SHARE)
+    return max(moving, kernel.flops / (rates.matmul * reached))
 
 
 def part(kernel: Kernel) -> str:
@@ -137,10 +136,10 @@ class Counted:
         }
         return {name: {column: values[name] for column, values in columns.items()} for name in columns["gb"]}
 
-    def row(self, rates: Rates) -> Row:
-        """Shaped like a measured row of `bench.step_times`, so that goals read both alike."""
+    def row(self, rates: Rates) -> dict[str, Any]:
+        """Shaped like a measured row of `bench.step`, so that goals read both alike."""
         setup = self.setup
-        recipe, stage = paper_steps.recipe_of(setup)
+        recipe, stage = counting.recipe_of(setup)
         device = total(self.ours, rates, self.launches)
         ms = {"ours": max(1e3 * device, self.host_ms or 0.0)}
         ms |= {name: 1e3 * total(kernels, rates) for name, kernels in self.rivals.items()}
@@ -160,11 +159,11 @@ class Counted:
         }  # fmt: skip
 
 
-def count(setup: Setup, folder: Path = results.FOLDER) -> Counted:
+def count(setup: Setup, folder: Path = machine.FOLDER) -> Counted:
     """Traces the step and its rivals; launches and host time come from `folder`/launches.json where it has the step."""
-    ours = paper_steps.ours(setup)
-    rivals = {name: paper_steps.published(setup, compiled) for name, compiled in RIVALS.items()}
-    measured = results.load(folder / "launches.json").get("steps", {}).get(setup.label, {})
+    ours = counting.ours(setup)
+    rivals = {name: counting.published(setup, compiled) for name, compiled in RIVALS.items()}
+    measured = machine.load(folder / "launches.json").get("steps", {}).get(setup.label, {})
     launches = measured.get("launches", sum(kernel.launches for kernel in ours))
     return Counted(setup, ours, rivals, launches, measured.get("host_ms"))
 
@@ -195,16 +194,62 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def measured_rows(folder: Path, device: str, predicted: Row) -> list[tuple[str, Row]]:
-    """(device's own name, row) of every results file of such a device that measured the same step."""
+def predicted_step(counted: Row, rows: Mapping[str, Row]) -> str:
+    """The parts of a predicted step by device, its total, and the published loop's."""
+    rest = {"tflop": 0.0, "gb": 0.0, "launches": counted["launches"]}
+    lines = []
+    for name in next(iter(rows.values()))["parts"]["ms"]:
+        work = counted["parts"].get(name, rest)
+        cells = [f"{work['tflop']:.4g}" if work["tflop"] else "–", f"{work['gb']:.3g}" if work["gb"] else "–"]
+        times = (milliseconds(row["parts"]["ms"][name]) for row in rows.values())
+        lines.append([name, *cells, f"{work['launches']:.0f}", *times])
+    totals: Columns = {
+        "the step": lambda row: f"**{milliseconds(row['ms']['ours'])}**",
+        "images/s": lambda row: f"{row['images_per_s']['ours']:.0f}",
+        "MFU": lambda row: share(row["mfu"]["ours"]),
+        "the published loop": lambda row: f"{milliseconds(row['ms']['plain'])} ({ratio(row['speedup']['plain'])})",
+        "the same, compiled": lambda row: f"{milliseconds(row['ms']['compile'])} ({ratio(row['speedup']['compile'])})",
+    }
+    lines += [[name, "", "", "", *map(cell, rows.values())] for name, cell in totals.items()]
+    return table(["part", "TFLOP", "GB", "launches", *(f"{name}, ms" for name in rows)], lines)
+
+
+def beside(predicted: Row, measured: Row, doubted: bool) -> str:
+    """Families of a step as predicted and as measured, and which take over `SHORT` times as long.
+
+    A step whose machine was busy (`doubted`) is not judged, nor a family that is nearer to `SHORT` than the step's
+    noise, nor one that is below the share `LEAST` of both steps.
+    """
+    ours, theirs = predicted["parts"]["families"], measured.get("parts", {}).get("families", {})
+    pairs = {name: (1e3 * ours.get(name, 0.0), 1e3 * theirs.get(name, 0.0)) for name in [*ours, *theirs] if theirs}
+    least = LEAST * min(predicted["ms"]["ours"], measured["ms"]["ours"])
+    pairs["the step"] = predicted["ms"]["ours"], measured["ms"]["ours"]
+    lines, short, doubtful = [], [], []
+    for name, (foreseen, found) in pairs.items():
+        times = found / foreseen if foreseen else float("inf")
+        cell = ratio(times) if foreseen else "–"
+        if max(foreseen, found) >= least:
+            if not Figure(times, measured.get("noise", 0.0), doubted).judged(SHORT):
+                cell = f"{cell}, not judged"
+                doubtful.append(name)
+            elif times > SHORT:
+                cell = f"**{cell}**"
+                short.append(f"{name} ({f'+{100 * (times - 1):.0f} %' if foreseen else 'not predicted'})")
+        lines.append([name, milliseconds(foreseen), milliseconds(found), cell])
+    verdict = f"Short by over {100 * (SHORT - 1):.0f} %: {', '.join(short) or 'nothing'}."
+    verdict += f" Not judged: {', '.join(doubtful)}." if doubtful else ""
+    return table(["family", "predicted, ms", "measured, ms", "measured / predicted"], lines) + f"\n\n{verdict}"
+
+
+def measured_rows(folder: Path, device: str, predicted: Row) -> list[tuple[Row, Row]]:
+    """(machine, row) of every results file of such a device that measured the same step."""
     found = []
-    for path in results.files(folder):
-        section = results.load(path).get("step")
-        if section is None or device not in section["machine"]["device"]:
-            continue
-        same = ("size", "stage", "batch", "tokens", "depth")
-        rows = (row for row in section["rows"].values() if all(row.get(key) == predicted[key] for key in same))
-        found += [(section["machine"]["device"], row) for row in rows if "ms" in row]
+    for path in machine.files(folder):
+        section = machine.load(path).get("step")
+        if section is not None and device in section["machine"]["device"]:
+            same = ("size", "stage", "batch", "tokens", "depth")
+            rows = (row for row in section["rows"].values() if all(row.get(key) == predicted[key] for key in same))
+            found += [(section["machine"], row) for row in rows if "ms" in row]
     return found
 
 
@@ -218,50 +263,35 @@ def report(content: Mapping[str, Any], folder: Path) -> str:
     texts = [f"# Predicted, not measured\n\nRates: {rates}. Assumed, as bench/predict.py says why: {assumed}."]
     for label, counted in content["counted"].items():
         rows = {name: device["step"]["rows"][label] for name, device in content["devices"].items()}
-        texts += [f"## {label}", tables.predicted_step(counted, rows)]
+        texts += [f"## {label}", predicted_step(counted, rows)]
         for name, row in rows.items():
             if row["host_bound"]:
                 texts.append(
                     f"{name}: host-bound: launching takes {counted['host_ms']:.3g} ms, longer than the device."
                 )
-            for device, measured in measured_rows(folder, name, row):
-                texts += [f"Measured on {device}:", tables.beside_prediction(row, measured, SHORT, JUDGED)]
+            for place, measured in measured_rows(folder, name, row):
+                texts += [f"Measured on {place['device']}:", beside(row, measured, busy(measured, place))]
     return "\n\n".join(texts) + "\n"
 
 
 def default_setups() -> list[Setup]:
     """SiT-XL/2 and B/2 at batch 256, all stages."""
-    return [Setup(size, stage, 256, paper_steps.CUDA) for size in ("XL/2", "B/2") for stage in STAGES]
-
-
-def write(content: Mapping[str, Any], path: Path) -> None:
-    """Writes the prediction, whole or not at all."""
-    aside = path.with_suffix(f".{os.getpid()}.partial")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    return [Setup(size, stage, 256, counting.CUDA) for size in ("XL/2", "B/2") for stage in STAGES]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables and, with --write, keeps the prediction."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=("S/2", "B/2", "L/2", "XL/2"), help="of the model; without it XL/2 and B/2")
-    parser.add_argument("--stage", choices=STAGES, help="without it all")
-    parser.add_argument("--batch", type=int, default=256, help="global batch on one GPU (256)")
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of what was measured")
-    parser.add_argument("--write", action="store_true", help="write prediction.json there; takes no other choice")
+    """Prints the tables and, with --write, keeps the prediction, whole or not at all."""
+    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--results", type=Path, default=machine.FOLDER, help="folder of what was measured")
+    parser.add_argument("--write", action="store_true", help="write prediction.json there")
     given = parser.parse_args(arguments)
-    if given.batch < 1:
-        parser.error(f"--batch {given.batch}: at least 1")
-    if given.write and (given.size or given.stage or given.batch != 256):
-        parser.error("--write: the file holds the default steps; leave out --size, --stage and --batch")
-    sizes, stages = [given.size] if given.size else ["XL/2", "B/2"], [given.stage] if given.stage else STAGES
     gc.disable()  # a trace makes millions of objects and no garbage: looking for it takes a third of the time
-    setups = [Setup(size, stage, given.batch, paper_steps.CUDA) for size in sizes for stage in stages]
-    content = prediction([count(setup, given.results) for setup in setups])
+    content = prediction([count(setup, given.results) for setup in default_setups()])
     if given.write:
-        write(content, given.results / PREDICTION)
+        aside = given.results / f"prediction.{os.getpid()}.partial"
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, given.results / PREDICTION)
     print(report(content, given.results), end="")
     return 0
 

@@ -1,8 +1,10 @@
 """Prints the tables of what was measured, and writes them into README.md and bench/README.md.
 
-    python -m bench.report             all of it
-    python -m bench.report --readme    the goals into README.md, every other table into bench/README.md, each between
-                                       <!-- bench:begin --> and <!-- bench:end -->
+    python -m bench.report                       all of it
+    python -m bench.report --readme              the goals and the demo's sentence into README.md, every other table
+                                                 into bench/README.md, between markers such as <!-- bench:begin -->
+                                                 and <!-- bench:end -->; the pictures beside the results
+    python -m bench.report --demo runs/digits    the same, with the demo's figures and picture taken from its run first
 
 Everything comes from bench/results/*.json. What was not measured is said, not left out.
 """
@@ -10,54 +12,40 @@ Everything comes from bench/results/*.json. What was not measured is said, not l
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import machine as results
-from bench.goals import GOALS, Content, Goal, Row
-from bench.tables import (
-    anything,
-    choices,
-    convergence,
-    first_steps,
-    kernels,
-    loaders,
-    longest_kernels,
-    sampling,
-    steps,
-    table,
-    where_time_goes,
-)
+from bench import machine as store
+from bench import pictures
+from bench.goals import GOALS, Content, Figure, Goal, Row, busy, of
+from bench.tables import PARTS, SCORES, Part, anything, ratio, table
+from st_fast.core.errors import UserError
+from st_fast.report.collect import read_run
 
 HERE = Path(__file__).resolve().parent
-README, BENCH_README = HERE.parent / "README.md", HERE / "README.md"
-BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
-PARTS = {
-    "kernels": "The ops",
-    "step": "The step",
-    "loader": "The loaders, batch 256, fp16 moments",
-    "first step": "From starting Python to the end of the first step",
-    "sampling": "Drawing samples",
-    "choices": "Every choice of the step",
-    "schedules": "Every schedule of the step",
-    "sweep": "How the step grows",
-    "convergence": "Training",
-}
-GPU_ONLY = ("choices", "schedules", "convergence")
-"""Parts that only `python -m bench.gpu_day` measures."""
-DETAILS = ("demo", "sweep", "longest kernels", "correctness", "csrc")
-"""Parts that only the command line shows."""
+README, BENCH_README, DIGITS = HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "digits.png"
 COMMANDS = {"cpu": "pytest bench/", "cuda": "bash bench/day.sh"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
-PREDICTION = "prediction.json"
+PREDICTION, DEMO = "prediction.json", "demo.json"
 PREDICTED = (
     " What is predicted was computed without a GPU by `python -m bench.predict`, from counted FLOPs, bytes and launches"
     " and from assumed rates."
 )
+NOT_JUDGED = (
+    "Not judged: measured on a busy machine, or nearer to the goal than the noise of the measurement. The worst row of"
+    " each goal counts."
+)
+FLOOR = (
+    "A step's floor is the time of its matrix products and its attention alone, measured in the same run. It bounds"
+    " what can be gained over the published loop:"
+)
+Found = dict[str, Any]
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -66,55 +54,49 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     multiplies = f"{rate / 1e12:.0f} TFLOP/s" if rate > 1e13 else f"{rate / 1e9:.0f} GFLOP/s"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     isa = f", {machine['isa']}" if machine.get("isa") and machine["kind"] == "cpu" else ""
-    line = (
+    return (
         f"{machine['device']}{isa}: copies {machine['copy_rate'] / 1e9:.1f} GB/s (read + written), multiplies "
         f"{machine['matmul_dtype']} at {multiplies}. {versions}. Revision {machine['commit']}, {machine['date']}."
     )
-    return line + (f" **The machine was busy (load {machine['load']} a core): not results.**" if _busy(machine) else "")
 
 
-def _busy(machine: Mapping[str, Any]) -> bool:
-    return bool(machine["load"] > results.BUSY)
+def remarks(rows: Mapping[str, Row], machine: Mapping[str, Any]) -> str:
+    """A line for each row that has an error in place of figures, or figures that are no result."""
+    lines = []
+    for key, row in rows.items():
+        if "error" in row:
+            lines.append(f"- {key}: failed: {row['error']}")
+        elif row.get("notices"):
+            lines.append(f"- {key}: no result: {'; '.join(row['notices'])}")
+        elif busy(row, machine):
+            lines.append(
+                f"- {key}: not judged: other work took {100 * row.get('load', machine['load']):.0f} % of the machine"
+            )
+    return "\n".join(lines)
 
 
-def failures(rows: Mapping[str, Row]) -> str:
-    """Rows that have an error in place of figures, and those measured with something given up, one line each."""
-    failed = [f"- {key}: failed: {row['error']}" for key, row in rows.items() if "error" in row]
-    given_up = [f"- {key}: no result: {'; '.join(row['notices'])}" for key, row in rows.items() if row.get("notices")]
-    return "\n".join(failed + given_up)
+def section(name: str, content: Content, brief: bool) -> str:
+    """One part of a device: its machine, its tables, and what failed."""
+    part, rows, machine = _part(name), content[name]["rows"], content[name]["machine"]
+    shown = [{"key": key, **row} for key, row in rows.items() if "error" not in row]
+    body = [part.shown(shown, brief) if shown else "", remarks(rows, machine)]
+    return "\n\n".join([f"**{part.title}.** {machine_line(machine)}", *filter(None, body)])
 
 
-def part(name: str, rows: Mapping[str, Row], brief: bool) -> str:
-    """One part's tables, and what failed."""
-    failed, rows = failures(rows), {key: row for key, row in rows.items() if "error" not in row}
-    return "\n\n".join(filter(None, [_tables(name, rows, brief) if rows else "", failed]))
+def _part(name: str) -> Part:
+    return PARTS.get(name) or Part(name, anything, on_page=False)
 
 
-def _tables(name: str, rows: Mapping[str, Row], brief: bool) -> str:
-    values = list(rows.values())
-    if name == "kernels":
-        return kernels(values, ("both",) if brief else ("forward", "backward", "both"))
-    if name == "step":
-        return steps(values) + "\n\n" + where_time_goes(values)
-    if name == "sampling":
-        return sampling(values)
-    if name == "sweep":
-        return steps(values)
-    if name == "longest kernels":
-        return longest_kernels(rows)
-    if name == "loader":
-        return loaders(values)
-    if name in ("choices", "schedules"):
-        return choices(rows)
-    if name == "convergence":
-        return convergence(rows)
-    return first_steps(rows) if name == "first step" else anything(rows)
-
-
-def predictions(folder: Path) -> dict[str, Content]:
-    """What `python -m bench.predict --write` left in the folder, by a part of the device's name."""
-    devices: dict[str, Content] = results.load(folder / PREDICTION).get("devices", {})
-    return devices
+def device_tables(content: Content, brief: bool) -> str:
+    """All parts of one device, and what was not measured on it."""
+    machine = next(iter(content.values()))["machine"]
+    names = [name for name in (*PARTS, *(n for n in content if n not in PARTS)) if of(content, name, "rows")]
+    texts = [section(name, content, brief) for name in names if _part(name).on_page or not brief]
+    asked = {name: part.title for name, part in PARTS.items() if machine["kind"] in part.kinds}
+    missing = [title.lower() for name, title in asked.items() if name not in content]
+    if missing:
+        texts.append(f"Not measured here: {', '.join(missing)}.")
+    return "\n\n".join([f"### {machine['device']}", *texts])
 
 
 def goals(kind: str, content: Content, device: str = "", predicted: Mapping[str, Content] | None = None) -> str:
@@ -124,68 +106,50 @@ def goals(kind: str, content: Content, device: str = "", predicted: Mapping[str,
     """
     lines = []
     for goal in GOALS:
-        if goal.kind != kind or not goal.applies(device):
-            continue
-        value, foreseen = goal.value_in(content), _foreseen(goal, device, predicted or {})
-        bound = goal.least if goal.least is not None else goal.most
-        wanted = ("≥ " if goal.least is not None else "≤ ") + goal.shown(bound or 0.0)
-        cells = [goal.text, wanted, goal.shown(value) if value is not None else "–", _verdict(goal, value, foreseen)]
-        if value is not None and _busy(content[goal.part]["machine"]):
-            cells[-1] += " on a busy machine: no result"
-        if kind == "cuda":
-            shown = {name: goal.shown(figure) for name, figure in foreseen.items()}
-            several = len(shown) > 1
-            texts = (f"{name} {text}" if several else text for name, text in shown.items())
-            cells.insert(2, ", ".join(texts) or "–")
-        lines.append(cells)
+        if goal.kind == kind and goal.applies(device):
+            figures, foreseen = goal.figures(content), _foreseen(goal, device, predicted or {})
+            value = goal.worst(figures)
+            wanted = ("≥ " if goal.least is not None else "≤ ") + goal.shown(goal.bound)
+            several = len(foreseen) > 1
+            shown = (f"{name} {goal.shown(v)}" if several else goal.shown(v) for name, v in foreseen.items())
+            predictions = [", ".join(shown) or "–"] if kind == "cuda" else []
+            measured = goal.shown(value) if value is not None else "–"
+            lines.append([goal.text, wanted, *predictions, measured, _verdict(goal, figures, foreseen)])
     return table(["goal", "wanted", *(["predicted"] if kind == "cuda" else []), "measured", ""], lines)
 
 
 def _foreseen(goal: Goal, device: str, predicted: Mapping[str, Content]) -> dict[str, float]:
     """What is predicted of a goal, by device: of this one, or of all that it is a goal for."""
     chosen = {name: content for name, content in predicted.items() if goal.applies(name) and name in (device or name)}
-    return {name: value for name, content in chosen.items() if (value := goal.value_in(content)) is not None}
+    values = {name: goal.worst(goal.figures(content)) for name, content in chosen.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _verdict(goal: Goal, measured: float | None, foreseen: Mapping[str, float]) -> str:
-    if measured is not None:
-        return "reached" if goal.met(measured) else "**missed**"
-    if not foreseen:
-        return "not measured"
-    return "predicted" if all(map(goal.met, foreseen.values())) else "predicted: missed"
+def _verdict(goal: Goal, measured: Sequence[Figure], foreseen: Mapping[str, float]) -> str:
+    if measured or not foreseen:
+        return goal.verdict(measured)
+    return f"not measured, predicted to {'reach' if all(map(goal.met, foreseen.values())) else 'miss'}"
 
 
-def device_tables(content: Content, brief: bool) -> str:
-    """All parts of one device, and what was not measured on it."""
-    machine = next(iter(content.values()))["machine"]
-    texts = [f"### {machine['device']}"]
-    for name in (*PARTS, *(n for n in content if n not in PARTS)):
-        if content.get(name, {}).get("rows") and not (brief and name in DETAILS):
-            section = content[name]
-            body = part(name, section["rows"], brief)
-            texts.append(f"**{PARTS.get(name, name)}.** {machine_line(section['machine'])}\n\n{body}")
-    asked = [name for name in PARTS if not (machine["kind"] == "cpu" and name in GPU_ONLY)]
-    missing = [PARTS[name] for name in asked if name not in content]
-    if missing:
-        texts.append(f"Not measured here: {', '.join(missing).lower()}.")
-    return "\n\n".join(texts)
-
-
-def pictures_of(path: Path) -> str:
-    """The pictures that lie beside a results file, as Markdown from bench/."""
-    titles = {"growth": "How the step grows", "roofline": "Kernels and steps under the device's ceilings"}
-    files = {title: path.with_name(f"{path.stem}-{name}.png") for name, title in titles.items()}
-    shown = [f"![{title}]({os.path.relpath(file, HERE)})" for title, file in files.items() if file.exists()]
-    return "".join(f"\n\n{line}" for line in shown)
+def floors(content: Content) -> str:
+    """Why a step's goal is its own floor: what its matrix products and attention leave to win. "" without such rows."""
+    found = [
+        f"{row['size']}, {row['stage']}: {ratio(speedup)} of at most {ratio(speedup * row['parts']['times_the_floor'])}"
+        for row in (of(content, "step", "rows") or {}).values()
+        if "parts" in row and (speedup := of(row, "speedup", "plain"))
+    ]
+    return f"{FLOOR} {'; '.join(found)}." if found else ""
 
 
 def all_goals(folder: Path) -> str:
     """The goals of every device. Kinds of devices without any figures are named, with the command for them."""
-    foreseen, texts, kinds = predictions(folder), [], set()
-    for content in map(results.load, results.files(folder)):
+    foreseen, texts, kinds = store.load(folder / PREDICTION).get("devices", {}), [], set()
+    for content in map(store.load, store.files(folder)):
         machine = next(iter(content.values()))["machine"]
         kinds.add(machine["kind"])
-        texts.append(f"### {machine['device']}\n\n{goals(machine['kind'], content, machine['device'], foreseen)}")
+        shown = goals(machine["kind"], content, machine["device"], foreseen)
+        notes = " ".join(filter(None, [NOT_JUDGED if "not judged" in shown else "", floors(content)]))
+        texts.append("\n\n".join(filter(None, [f"### {machine['device']}", shown, notes])))
     for kind in NAMES:
         if kind not in kinds:
             text = f"No {NAMES[kind]} has been measured yet: none of these goals is confirmed or refuted."
@@ -195,36 +159,108 @@ def all_goals(folder: Path) -> str:
 
 
 def all_tables(folder: Path, brief: bool) -> str:
-    """Every table of every device, with its pictures."""
-    contents = {path: results.load(path) for path in results.files(folder)}
-    texts = [device_tables(content, brief) + pictures_of(path) for path, content in contents.items()]
+    """Every table of every device, with the pictures that lie beside its file, as Markdown from bench/."""
+    texts = []
+    for path in store.files(folder):
+        drawn = {title: pictures.file(path, name) for name, (title, _) in pictures.ALL.items()}
+        shown = [f"![{title}]({os.path.relpath(file, HERE)})" for title, file in drawn.items() if file.exists()]
+        texts.append("\n\n".join([device_tables(store.load(path), brief), *shown]))
     return "\n\n".join(texts or ["Nothing has been measured yet."]) + "\n"
 
 
-def write_block(path: Path, text: str) -> None:
-    """Replaces the block between the markers. ValueError if they are not there."""
-    old = path.read_text(encoding="utf-8")
-    new, count = BLOCK.subn(lambda found: found[1] + text + found[2], old)
-    if count != 1:
-        raise ValueError(f"{path}: {count} blocks <!-- bench:begin --> … <!-- bench:end -->; exactly one is needed")
+def demo_figures(run: Path) -> Found:
+    """What a finished run's log says of each stage; UserError if there is none."""
+    log, stages = read_run(run), []
+    for stage in log.stages:
+        if stage.records["end"] and stage.evals:
+            end, scores = stage.records["end"][-1], stage.evals[-1]["metrics"]
+            keys = [key for metric in SCORES for key in (metric.key, metric.floor)]
+            stages.append({
+                "stage": stage.name, "steps": end["step"], "seconds": end["seconds"], "tflop": end["flops"] / 1e12,
+                "waited": max(record["data_wait"] for record in stage.records["train"]),
+                **{key: scores[key] for key in (*keys, "num", "cfg_scale")},
+            })  # fmt: skip
+    if not stages:
+        raise UserError(f"{run}: no stage has ended yet; run `make demo` first")
+    start = log.stages[0].start
+    return {"device": start["device"], "versions": start["versions"], "stages": stages}
+
+
+def demo_sentence(found: Found) -> str:
+    """The README's words."""
+    last, minutes = found["stages"][-1], sum(stage["seconds"] for stage in found["stages"]) / 60
+    return (
+        f"`make demo` on {found['device']}: {minutes:.1f} minutes of training. A classifier with "
+        f"{100 * last['classifier_accuracy']:.1f} % accuracy on held-out real digits\n"
+        f"finds the digit asked for in {100 * last['accuracy']:.1f} % of {last['num']} guided samples "
+        f"(ω = {last['cfg_scale']:g}). One seed.\n"
+    )
+
+
+def demo_table(found: Found) -> str:
+    """The demo by stage."""
+    stages = found["stages"]
+    head = ["stage", "steps", "training", "TFLOP", *(metric.title for metric in SCORES)]
+    lines = (
+        [s["stage"], str(s["steps"]), f"{s['seconds']:.0f} s", f"{s['tflop']:.1f}",
+         *(metric.write(s[metric.key]) for metric in SCORES)]
+        for s in stages
+    )  # fmt: skip
+    return (
+        f"{table(head, lines)}\n\nThe Fréchet distance is taken in the classifier's features, so it is not FID; real "
+        f"held-out digits score {stages[-1]['floor_frechet']:.2f}. One seed.\n"
+    )
+
+
+def take_demo(run: Path, folder: Path) -> None:
+    """Keeps a demo run's figures and its last picture. UserError where it has none."""
+    found = demo_figures(run)
+    (folder / DEMO).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    drawn = sorted((run / found["stages"][-1]["stage"] / "samples").glob("0*.png"))
+    shutil.copyfile(drawn[-1], DIGITS)
+
+
+def write_blocks(path: Path, blocks: Mapping[str, str]) -> None:
+    """Replaces the blocks between a page's markers. ValueError if one is not there."""
+    text = path.read_text(encoding="utf-8")
+    for name, new in blocks.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        parts = re.split(f"{begin}.*?{end}", text, flags=re.DOTALL)
+        if len(parts) != 2:
+            raise ValueError(f"{path}: {len(parts) - 1} blocks {begin.strip()} … {end}; exactly one is needed")
+        text = f"{begin}{new}{end}".join(parts)
     aside = path.with_suffix(".md.partial")
-    aside.write_text(new, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
+
+
+def write_pages(folder: Path) -> None:
+    """Draws the pictures and rewrites what both pages say of a folder of results."""
+    for path in store.files(folder):
+        pictures.draw(path)
+    demo = store.load(folder / DEMO)
+    write_blocks(README, ({"demo": demo_sentence(demo)} if demo else {}) | {"bench": all_goals(folder)})
+    tables = {"bench": all_tables(folder, brief=True)}
+    write_blocks(BENCH_README, ({"demo": demo_table(demo)} if demo else {}) | tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints, or writes both pages; 1 with one line if that fails."""
-    parser = argparse.ArgumentParser(prog="python -m bench.report")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--readme", action="store_true", help="rewrite the blocks in README.md and bench/README.md")
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON files")
-    settings = parser.parse_args(arguments)
-    if not settings.readme:
-        print(all_goals(settings.results), all_tables(settings.results, brief=False), sep="\n")
-        return 0
+    parser.add_argument("--demo", type=Path, metavar="RUN", help="take the demo's figures from its run, then --readme")
+    parser.add_argument("--results", type=Path, default=store.FOLDER, help="folder of the JSON files")
+    given = parser.parse_args(arguments)
     try:
-        write_block(README, all_goals(settings.results))
-        write_block(BENCH_README, all_tables(settings.results, brief=True))
-    except (OSError, ValueError) as error:
+        if given.demo:
+            take_demo(given.demo, given.results)
+        if given.readme or given.demo:
+            write_pages(given.results)
+        else:
+            print(all_goals(given.results), all_tables(given.results, brief=False), sep="\n")
+    except (OSError, ValueError, UserError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -98,13 +98,6 @@ def measure_alone(setup: Setup, machine: Machine) -> Row:
     return step_times.measure(setup, Wanted(effort, rivals=(), breakdown=False), machine)
 
 
-def draw(path: Path) -> list[Path]:
-    """The pictures that a results file has figures for, beside it."""
-    content = results.load(path)
-    files = {path.with_name(f"{path.stem}-{name}.png"): picture for name, picture in pictures.ALL.items()}
-    return [file for file, picture in files.items() if picture(content, file)]
-
-
 def run(
     store: Store, setups: Sequence[Setup], seconds: float, measured: Callable[[Setup, Machine], Row] = measure_alone
 ) -> int:
@@ -137,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if left:
             print(f"{left} points are left; run the same command again")
     for file in results.files(settings.results):
-        for picture in draw(file):
+        for picture in pictures.draw(file):
             print(picture)
     return 0
 

@@ -1,236 +1,231 @@
-"""Rows of results as Markdown tables, one function a part."""
+"""Rows of results as Markdown tables: a part's columns, each with what its cells say of a row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from bench.goals import Row
+from bench.goals import Row, of
+from st_fast.report.metrics import RANKING, summary
 
-SCORES = ("accuracy", "frechet")
+Columns = Mapping[str, Callable[[Row], str]]
+NONE = "–"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its first column to the left, the others to the right, padded to be read as it is."""
     cells = [list(head), *map(list, rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
-    def line(row: Sequence[str]) -> str:
-        padded = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        return "| " + " | ".join(padded) + " |"
 
-    return "\n".join(line(row) for row in (cells[0], rule, *cells[1:]))
+def filled(columns: Columns, rows: Iterable[Row]) -> str:
+    """A line a row."""
+    return table(list(columns), [[shown(row) for shown in columns.values()] for row in rows])
 
 
 def ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×"
+    return NONE if value is None else f"{value:.2f}×"
 
 
 def share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f} %"
+    return NONE if value is None else f"{100 * value:.0f} %"
 
 
 def milliseconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return NONE if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def kernels(rows: Sequence[Row], phases: Sequence[str]) -> str:
-    """Ops at their sizes: ratios first."""
-    head = [
-        "op, size",
-        "pass",
-        "× eager",
-        "× compile",
-        "× torch",
-        "ms",
-        "GB/s",
-        "of copy rate",
-        "of byte floor",
-        "noise",
-    ]
-    lines = []
-    for row in rows:
-        for phase in phases:
-            if phase not in row:
-                continue
-            figures = row[phase]
-            speedup = figures["speedup"]
-            lines.append([
-                f"{row['op']}, {row['size']}, {row['dtype']}",
-                "forward + backward" if phase == "both" and row["op"] != "adamw_ema" else phase.replace("both", "step"),
-                ratio(speedup.get("eager")), ratio(speedup.get("compile")), ratio(speedup.get("torch")),
-                milliseconds(figures["ms"]["fused"]), f"{figures['gb_per_s']:.1f}", share(figures["of_copy_rate"]),
-                share(figures["of_floor"]), f"± {share(figures['noise'])}",
-            ])  # fmt: skip
-    return table(head, lines)
+def number(value: Any) -> str:
+    """As it is; fractions to four digits."""
+    return NONE if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def steps(rows: Sequence[Row]) -> str:
-    """Whole steps: images a second, MFU, and how many times faster than the published loop."""
-    head = ["step", "images/s", "MFU", "× published", "× published, compiled", "× published, our memory", "ms"]
-    head += ["× its floor", "GiB", "noise"]
-    lines = []
-    for row in rows:
-        speedup, peak = row["speedup"], row.get("peak_gib")
-        size = f"{row['size']}, {row['stage']}, batch {row['batch']}"
-        size += f", {row['tokens']} tokens" if row["tokens"] != 256 else ""
-        lines.append([
-            f"{size}, depth {row['depth']}", f"{row['images_per_s']['ours']:.3g}", share(row["mfu"]["ours"]),
-            ratio(speedup.get("plain")), ratio(speedup.get("compile")), ratio(speedup.get("plain, our memory")),
-            milliseconds(row["ms"]["ours"]),
-            ratio(row.get("parts", {}).get("times_the_floor")), f"{peak:.1f}" if peak else "–",
-            f"± {share(row['noise'])}",
-        ])  # fmt: skip
-    return table(head, lines)
+def cell(form: Callable[[Any], str], *path: str) -> Callable[[Row], str]:
+    """What `form` makes of what a row has under a path of keys."""
+    return lambda row: form(of(row, *path))
 
 
-def where_time_goes(rows: Sequence[Row]) -> str:
-    """The floor and the families of each step that was taken apart."""
-    rows = [row for row in rows if "parts" in row]
-    families = list(dict.fromkeys(name for row in rows for name in row["parts"]["families"]))
-    head = ["ms a step", *(f"{row['size']}, {row['stage']}" for row in rows)]
-    lines = [
-        ["the step", *(milliseconds(row["ms"]["ours"]) for row in rows)],
-        ["its matrix products alone", *(milliseconds(1e3 * row["parts"]["floor"]["products"]) for row in rows)],
-        ["its attention alone", *(milliseconds(1e3 * row["parts"]["floor"]["attention"]) for row in rows)],
-    ]
-    for name in families:
-        lines.append([f"profiled: {name}", *(_profiled(row, name) for row in rows)])
-    return table(head, lines)
+def _noise(row: Row) -> str:
+    return f"± {share(of(row, 'noise'))}"
 
 
-def _profiled(row: Row, name: str) -> str:
-    found = row["parts"]["families"].get(name)
-    return milliseconds(1e3 * found) if found is not None else "–"
+def _key(row: Row) -> str:
+    return str(row["key"])
 
 
-def predicted_step(counted: Row, rows: Mapping[str, Row]) -> str:
-    """The parts of a step that was predicted, by device, its total, and the published loop's."""
-    names = list(next(iter(rows.values()))["parts"]["ms"])
-    lines = []
-    for name in names:
-        part = counted["parts"].get(name, {"tflop": 0.0, "gb": 0.0, "launches": counted["launches"]})
-        work = [f"{part['tflop']:.4g}" if part["tflop"] else "–", f"{part['gb']:.3g}" if part["gb"] else "–"]
-        times = [milliseconds(row["parts"]["ms"][name]) for row in rows.values()]
-        lines.append([name, *work, f"{part['launches']:.0f}", *times])
-    lines.append(["the step", "", "", "", *(f"**{milliseconds(row['ms']['ours'])}**" for row in rows.values())])
-    lines.append(["images/s", "", "", "", *(f"{row['images_per_s']['ours']:.0f}" for row in rows.values())])
-    lines.append(["MFU", "", "", "", *(share(row["mfu"]["ours"]) for row in rows.values())])
-    for title, key in (("the published loop", "plain"), ("the same, compiled", "compile")):
-        cells = [f"{milliseconds(row['ms'][key])} ({ratio(row['speedup'][key])})" for row in rows.values()]
-        lines.append([title, "", "", "", *cells])
-    return table(["part", "TFLOP", "GB", "launches", *(f"{name}, ms" for name in rows)], lines)
+OP: Columns = {
+    "op, size": lambda row: f"{row['op']}, {row['size']}, {row['dtype']}",
+    "pass": cell(str, "pass"),
+    "× eager": cell(ratio, "speedup", "eager"),
+    "× compile": cell(ratio, "speedup", "compile"),
+    "× torch": cell(ratio, "speedup", "torch"),
+    "ms": cell(milliseconds, "ms", "fused"),
+    "GB/s": cell("{:.1f}".format, "gb_per_s"),
+    "of copy rate": cell(share, "of_copy_rate"),
+    "of byte floor": cell(share, "of_floor"),
+    "noise": _noise,
+}
+PASSES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
 
 
-def beside_prediction(predicted: Row, measured: Row, short: float, judged: float) -> str:
-    """Families of a step as predicted and as measured; `short` is the ratio from which on a family is named.
-
-    Families below the share `judged` of both steps are shown without a verdict.
-    """
-    ours, theirs = predicted["parts"]["families"], measured.get("parts", {}).get("families", {})
-    pairs = {name: (1e3 * ours.get(name, 0.0), 1e3 * theirs.get(name, 0.0)) for name in [*ours, *theirs] if theirs}
-    least = judged * min(predicted["ms"]["ours"], measured["ms"]["ours"])
-    pairs["the step"] = predicted["ms"]["ours"], measured["ms"]["ours"]
-    lines, named = [], []
-    for name, (foreseen, found) in pairs.items():
-        missed = max(foreseen, found) >= least and found > short * foreseen
-        times = ratio(found / foreseen) if foreseen else "–"
-        lines.append([name, milliseconds(foreseen), milliseconds(found), f"**{times}**" if missed else times])
-        if missed:
-            named.append(f"{name} ({f'+{100 * (found / foreseen - 1):.0f} %' if foreseen else 'not predicted'})")
-    verdict = f"Short by over {100 * (short - 1):.0f} %: {', '.join(named) or 'nothing'}."
-    return table(["family", "predicted, ms", "measured, ms", "measured / predicted"], lines) + f"\n\n{verdict}"
+def kernels(rows: Sequence[Row], brief: bool) -> str:
+    """The ops at their sizes: ratios first; `brief`: only both passes together."""
+    return filled(OP, (
+        {**row, "pass": "step" if row["op"] == "adamw_ema" else name, **row[key]}
+        for row in rows for key, name in PASSES.items() if key in row and (key == "both" or not brief)
+    ))  # fmt: skip
 
 
-def first_steps(rows: Mapping[str, Row]) -> str:
+def step_name(row: Row) -> str:
+    tokens = f", {row['tokens']} tokens" if row["tokens"] != 256 else ""
+    return f"{row['size']}, {row['stage']}, batch {row['batch']}{tokens}, depth {row['depth']}"
+
+
+STEP: Columns = {
+    "step": step_name,
+    "images/s": cell("{:.3g}".format, "images_per_s", "ours"),
+    "MFU": cell(share, "mfu", "ours"),
+    "× published": cell(ratio, "speedup", "plain"),
+    "× published, compiled": cell(ratio, "speedup", "compile"),
+    "× published, our memory": cell(ratio, "speedup", "plain, our memory"),
+    "ms": cell(milliseconds, "ms", "ours"),
+    "× its floor": cell(ratio, "parts", "times_the_floor"),
+    "GiB": lambda row: f"{row['peak_gib']:.1f}" if row.get("peak_gib") else NONE,
+    "noise": _noise,
+}
+
+
+def steps(rows: Sequence[Row], brief: bool) -> str:
+    """Whole steps, then the floor and the families of each that was taken apart."""
+    apart = [row for row in rows if "parts" in row]
+    families = dict.fromkeys(name for row in apart for name in row["parts"]["families"])
+    lines = {
+        "the step": [milliseconds(row["ms"]["ours"]) for row in apart],
+        **{f"its {title} alone": [milliseconds(1e3 * row["parts"]["floor"][key]) for row in apart]
+           for key, title in (("products", "matrix products"), ("attention", "attention"))},
+        **{f"profiled: {name}": [_in_ms(of(row, "parts", "families", name)) for row in apart] for name in families},
+    }  # fmt: skip
+    head = ["ms a step", *(f"{row['size']}, {row['stage']}" for row in apart)]
+    where = table(head, ([name, *cells] for name, cells in lines.items()))
+    return filled(STEP, rows) + (f"\n\n{where}" if apart else "")
+
+
+def _in_ms(seconds: float | None) -> str:
+    return NONE if seconds is None else milliseconds(1e3 * seconds)
+
+
+LOADER: Columns = {
+    "moments, page cache": lambda row: f"{row['shape']}, {row['cache']}",
+    "loader": cell(str, "loader"),
+    "samples/s": cell("{:,}".format, "samples/s"),
+    "× per file": cell("{:.1f}×".format, "times per file"),
+    "waited": lambda row: f"{100 * row['waited']:.1f} %" if "waited" in row else NONE,
+    "noise": _noise,
+}
+SAMPLER: Columns = {
+    "sampler": lambda row: f"{row['size']}, {row['sampler']}, {row['steps']} steps, batch {row['batch']}",
+    "images/s": cell("{:.3g}".format, "images_per_s", "ours"),
+    "in bf16": cell("{:.3g}".format, "images_per_s", "bf16"),
+    "× plain": cell(ratio, "speedup", "plain"),
+    "× plain, skipping": cell(ratio, "speedup", "skipping"),
+    "bf16, × plain": cell(ratio, "bf16_speedup"),
+    "noise": _noise,
+}
+FIRST: Columns = {
+    "start": _key,
+    "total, s": cell("{:.1f}".format, "total"),
+    "import": cell("{:.1f}".format, "import"),
+    "build": cell("{:.1f}".format, "build"),
+    "first step": cell("{:.1f}".format, "first_step"),
+    "second step": cell("{:.1f}".format, "second_step"),
+}
+CONVERGENCE: Columns = {
+    "run": _key,
+    "step": cell(number, "step"),
+    "loss": cell(number, "loss"),
+    "images/s": cell(number, "images_per_s"),
+    "MFU": cell(share, "mfu"),
+    "hours": lambda row: f"{row['seconds'] / 3600:.2f}" if row.get("seconds") else NONE,
+    "scores": lambda row: summary(row.get("metrics", {})) or NONE,
+}
+CHOICE: Columns = {
+    "step": _key,
+    "× default": cell(ratio, "speedup"),
+    "default, ms": cell(milliseconds, "ms", "default"),
+    "ms": lambda row: milliseconds(row["ms"][_other(row)]),
+    "default, GiB": lambda row: _gib(row, "default"),
+    "GiB": lambda row: _gib(row, _other(row)),
+    "noise": _noise,
+}
+
+
+def _other(row: Row) -> str:
+    return next(name for name in row["ms"] if name != "default")
+
+
+def _gib(row: Row, name: str) -> str:
+    peak = of(row, "peak_gib", name)
+    return f"{peak:.1f}" if peak else NONE
+
+
+def first_steps(rows: Sequence[Row], brief: bool) -> str:
     """Cold and warm starts."""
-    head = ["start", "total, s", "import", "build", "first step", "second step"]
-    keys = ("total", "import", "build", "first_step", "second_step")
-    lines = [
-        [f"{label}, {kind}", *(f"{seconds[key]:.1f}" for key in keys)]
-        for label, row in rows.items()
-        for kind, seconds in row["seconds"].items()
-    ]
-    return table(head, lines)
+    parts = ({"key": f"{row['key']}, {kind}", **found} for row in rows for kind, found in row["seconds"].items())
+    return filled(FIRST, parts)
 
 
-def loaders(rows: Sequence[Row]) -> str:
-    """Samples a second of each loader, and the share of a 50 ms step that its consumer stands waiting."""
-    head = ["moments, page cache", "loader", "samples/s", "× per file", "waited", "noise"]
-    lines = [
-        [
-            f"{row['shape']}, {row['cache']}", row["loader"], f"{row['samples/s']:,}", f"{row['times per file']:.1f}×",
-            f"{100 * row['waited']:.1f} %" if "waited" in row else "–", f"± {share(row['noise'])}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return table(head, lines)
+def choices(rows: Sequence[Row], brief: bool) -> str:
+    """Each choice or schedule of the step, beside the default in the same rounds; why others were left out."""
+    others = [f"- {row['key']}: {row.get('left_out') or row.get('wrong')}" for row in rows if "speedup" not in row]
+    return "\n".join([filled(CHOICE, (row for row in rows if "speedup" in row)), "", *others]).rstrip()
 
 
-def sampling(rows: Sequence[Row]) -> str:
-    """Samplers: images a second, and how many times faster than the same written plainly."""
-    head = ["sampler", "images/s", "in bf16", "× plain", "× plain, skipping", "bf16, × plain", "noise"]
-    lines = [
-        [
-            f"{row['size']}, {row['sampler']}, {row['steps']} steps, batch {row['batch']}",
-            f"{row['images_per_s']['ours']:.3g}", f"{row['images_per_s']['bf16']:.3g}", ratio(row["speedup"]["plain"]),
-            ratio(row["speedup"]["skipping"]), ratio(row["bf16_speedup"]), f"± {share(row['noise'])}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    return table(head, lines)
-
-
-def anything(rows: Mapping[str, Row]) -> str:
-    """A part without a table of its own: every scalar of its rows."""
-    scalars = (k for row in rows.values() for k, v in row.items() if k != "code" and not isinstance(v, dict | list))
-    names = list(dict.fromkeys(scalars))
-    lines = [[key, *(_scalar(row.get(name)) for name in names)] for key, row in rows.items()]
-    return table(["", *names], lines)
-
-
-def _scalar(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
-
-
-def longest_kernels(rows: Mapping[str, Row]) -> str:
+def longest_kernels(rows: Sequence[Row], brief: bool) -> str:
     """The ten longest kernels of each step."""
-    lines = [
-        [f"{label}: {kernel[:80]}", milliseconds(spent)]
-        for label, row in rows.items()
-        for kernel, spent in list(row["kernels_ms"].items())[:10]
-    ]
+    longest = ((row, name, spent) for row in rows for name, spent in list(row["kernels_ms"].items())[:10])
+    lines = ([f"{row['key']}: {name[:80]}", milliseconds(spent)] for row, name, spent in longest)
     return table(["kernel", "ms a step"], lines)
 
 
-def choices(rows: Mapping[str, Row]) -> str:
-    """Each choice or schedule of the step, beside the default in the same rounds."""
-    lines = []
-    for label, row in rows.items():
-        if "speedup" in row:
-            ms, peaks = row["ms"], row.get("peak_gib") or {}
-            other = next(name for name in ms if name != "default")
-            memory = [f"{peaks[name]:.1f}" if peaks.get(name) else "–" for name in ("default", other)]
-            times = [milliseconds(ms["default"]), milliseconds(ms[other])]
-            lines.append([label, ratio(row["speedup"]), *times, *memory, f"± {share(row['noise'])}"])
-    text = table(["step", "× default", "default, ms", "ms", "default, GiB", "GiB", "noise"], lines)
-    others = {label: row.get("left_out") or row.get("wrong") for label, row in rows.items() if "speedup" not in row}
-    return "\n".join([text, "", *(f"- {label}: {why}" for label, why in others.items())]).rstrip()
+def anything(rows: Sequence[Row], brief: bool) -> str:
+    """A part without a table of its own: every scalar of its rows."""
+    scalars = (name for row in rows for name, value in row.items() if not isinstance(value, dict | list))
+    names = [name for name in dict.fromkeys(scalars) if name not in ("key", "code", "load")]
+    return filled({"": _key, **{name: cell(number, name) for name in names}}, rows)
 
 
-def convergence(rows: Mapping[str, Row]) -> str:
-    """How far each run of the study is, and its last scores."""
-    head = ["run", "step", "loss", "images/s", "MFU", "hours", "scores"]
-    lines = [
-        [
-            label, *(_scalar(row.get(key)) for key in ("step", "loss", "images_per_s")), share(row.get("mfu")),
-            f"{row['seconds'] / 3600:.2f}" if row.get("seconds") else "–",
-            ", ".join(f"{k} {_scalar(v)}" for k, v in row.get("metrics", {}).items() if k in SCORES) or "–",
-        ]
-        for label, row in rows.items() if "stage" in row
-    ]  # fmt: skip
-    return table(head, lines)
+def lines_of(columns: Columns) -> Callable[[Sequence[Row], bool], str]:
+    """A table with a line a row."""
+    return lambda rows, brief: filled(columns, rows)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the measurements: `shown` makes its tables of its rows, each with its "key"; brief on the page."""
+
+    title: str
+    shown: Callable[[Sequence[Row], bool], str]
+    kinds: tuple[str, ...] = ("cpu", "cuda")
+    """Of devices that it is measured on."""
+    on_page: bool = True
+
+
+GPU = ("cuda",)
+PARTS = {
+    "kernels": Part("The ops", kernels),
+    "step": Part("The step", steps),
+    "loader": Part("The loaders, batch 256, fp16 moments", lines_of(LOADER)),
+    "first step": Part("From starting Python to the end of the first step", first_steps),
+    "sampling": Part("Drawing samples", lines_of(SAMPLER)),
+    "choices": Part("Every choice of the step", choices, GPU),
+    "schedules": Part("Every schedule of the step", choices, GPU),
+    "sweep": Part("How the step grows", lambda rows, brief: filled(STEP, rows), on_page=False),
+    "longest kernels": Part("The longest kernels", longest_kernels, GPU, on_page=False),
+    "convergence": Part("Training", lambda rows, brief: filled(CONVERGENCE, (r for r in rows if "stage" in r)), GPU),
+}
+"""By name; others have `anything` for a table, and only the command line shows them."""
+SCORES = [metric for metric in RANKING if metric.features == "classifier"]

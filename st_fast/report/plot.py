@@ -82,7 +82,7 @@ def draw(figure: Figure, title: bool = True) -> Canvas:
         if isinstance(figure, Chart):
             chart(axes, figure)
         else:
-            _bars(axes, figure)
+            bars(axes, figure)
         if title:
             axes.set_title(figure.title, fontweight="bold")
         canvas.legend(loc="outside lower left", ncols=columns)
@@ -193,7 +193,7 @@ def _tick_text(unit: str) -> Callable[[float, Any], str]:
     return lambda value, _: UNITS[unit](value) if value else "0"
 
 
-def _bars(axes: Axes, figure: Bars) -> None:
+def bars(axes: Axes, figure: Bars) -> None:
     """A row an arm: its label and its sum over its bar."""
     places, write = range(len(figure.rows)), UNITS[figure.unit]
     for n, name in enumerate(figure.segments):

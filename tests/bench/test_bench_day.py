@@ -60,7 +60,7 @@ def test_choices_and_schedules_are_told_with_what_could_not_be_had():
         "c": done,
         "d": {"ok": True, "left_out": "needs CUDA"},
     }
-    lines = tables.choices(rows).splitlines()
+    lines = tables.choices([{"key": key, **row} for key, row in rows.items()], True).splitlines()
     assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
         "a",
         "2.00×",
@@ -128,7 +128,7 @@ def test_the_studys_runs_are_told_one_by_one_and_brought_home_with_samples_but_w
     assert rows[study.stem] | {"done": 2, "runs": 3, "unfinished": True} == rows[study.stem]
     assert rows["seed0/omega5"]["loss"] == 2.5 and "seed0/plain" not in rows
     assert rows["samples of plain"]["left_out"] == "its run is not done"
-    assert " 2.5 |" in tables.convergence(rows)
+    assert " 2.5 |" in tables.PARTS["convergence"].shown([{"key": key, **row} for key, row in rows.items()], True)
     with tarfile.open(tmp_path / "rows" / "runs.tar.gz") as tar:
         names = tar.getnames()
     assert f"{study.stem}/seed0/omega5/log.jsonl" in names and not any("checkpoints" in name for name in names)

@@ -66,14 +66,21 @@ def test_a_series_differs_in_one_thing_only():
     ]  # fmt: skip
 
 
-def test_an_ops_place_under_the_ceiling_is_its_operations_a_byte_and_its_share_of_the_copy_rate():
-    row = op_row("gate_residual", 2.0)
-    (point,) = pictures.kernel_points({"a": row}).values()
-    elements = 8 * 256 * 384
+def test_an_ops_place_under_the_ceiling_is_its_operations_a_byte_and_its_share_of_what_bounds_it():
+    machine = dataclasses.asdict(MACHINE)
     # x' = x + gate·a: two operations; backward: dx'·gate, and dx'·a with its sum: three.
-    assert pictures.operations_an_element("gate_residual") == pytest.approx(5, abs=0.1)
+    assert pictures.operations_an_element("gate_residual", "S/2") == pytest.approx(5, abs=0.1)
+    # D → 4·D with a bias, and two gradients; the sum over rows for the bias.
+    for size, width in (("S/2", 384), ("B/2", 768)):
+        assert pictures.operations_an_element("linear", size) == pytest.approx(3 * 2 * 4 * width, rel=0.01)
     moved = 10.0e9 * 1e-3  # gb_per_s for ms
-    assert point == pictures.Point(pytest.approx(5 * elements / moved, rel=0.02), 0.5)
+    elements = 8 * 256 * 384
+    (copied,) = pictures.kernel_points({"a": op_row("gate_residual", 2.0)}, machine).values()
+    assert copied == pictures.Point(pytest.approx(5 * elements / moved, rel=0.02), 0.5)
+    (product,) = pictures.kernel_points({"a": op_row("linear", 2.0)}, machine).values()
+    operations = 24 * 384 * elements
+    assert product.intensity == pytest.approx(operations / moved, rel=0.01)
+    assert product.share == pytest.approx(operations / 1e-3 / MACHINE.matmul_rate, rel=0.01)
 
 
 def test_a_steps_place_is_its_flops_over_its_products_bytes():
@@ -104,4 +111,5 @@ def test_both_pictures_are_drawn_beside_the_results_and_the_page_shows_them(tmp_
 
 
 def test_a_part_with_nothing_in_it_draws_nothing(tmp_path):
-    assert not pictures.growth({}, tmp_path / "a.png") and not pictures.roofline({}, tmp_path / "b.png")
+    (tmp_path / "a.json").write_text("{}")
+    assert pictures.draw(tmp_path / "a.json") == [] and list(tmp_path.iterdir()) == [tmp_path / "a.json"]

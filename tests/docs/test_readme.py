@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import demo
+from bench import report
 from st_fast.recipe import load
 from tests.data.conftest import encoded, picture
 
@@ -103,9 +103,9 @@ def test_the_layout_names_every_folder_with_its_packages():
 def test_it_is_short_and_its_figures_are_those_stored():
     typed = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", README, flags=re.S)
     assert len(typed.splitlines()) <= 140
-    figures = json.loads(demo.RESULT.read_text(encoding="utf-8"))
-    assert demo.sentence(figures) in README
-    assert demo.table(figures) in (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((ROOT / "bench" / "results" / report.DEMO).read_text(encoding="utf-8"))
+    assert report.demo_sentence(figures) in README
+    assert report.demo_table(figures) in (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
 
 
 def test_pictures_and_links_are_there():

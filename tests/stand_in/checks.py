@@ -170,10 +170,11 @@ def csrc() -> dict[str, Any]:
 def launches() -> dict[str, Any]:
     """What `bench.launches` counts of an op whose launches are known."""
     from bench.cases import Case, Size
-    from bench.launches import StandIn, op_costs
+    from bench.launches import by_stand_in, op_costs
 
     case = Case("cfg_extrapolate", Size("S/2", 3, 16), torch.bfloat16, torch.device("cuda:0"))
-    return {part: [cost.launches, cost.syncs, cost.host_us] for part, cost in op_costs(case, StandIn()).items()}
+    costs = op_costs(case, by_stand_in)
+    return {part: [cost[key] for key in ("launches", "syncs", "host_us")] for part, cost in costs.items()}
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
