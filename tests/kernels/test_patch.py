@@ -10,143 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from plain_dit import DiT, DiTBlock, FinalLayer, SiTBlock, randomised
+from patched import CASES, B, D, H, Inputs, N, basic, close, draw, made, run, whole_dit, whole_flux, whole_pixart
+from plain_dit import DiT, DiTBlock, FinalLayer, randomised
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from st_fast.kernels import for_diffusers, layers
 from st_fast.kernels.patch import TARGETS, Patched, patch, unpatch
-
-B, N, T, D, H = 3, 5, 4, 24, 2
-Inputs = dict[str, Any]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).requires_grad_()
-
-
-def run(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """Outputs, and the gradients of all inputs and parameters, by name; in what the inputs are."""
-    leaves = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
-    for leaf in (*leaves.values(), *module.parameters()):
-        leaf.grad = None
-    torch.manual_seed(0)  # diffusers drops labels at random
-    out = module(**inputs)
-    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
-    torch.autograd.backward(outs, [torch.cos(o.detach().float() * (i + 1)).to(o.dtype) for i, o in enumerate(outs)])
-    grads = {name: value.grad for name, value in [*leaves.items(), *module.named_parameters()]}
-    whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
-    return {str(i): o.detach() for i, o in enumerate(outs)} | whole
-
-
-def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    assert ours.keys() == theirs.keys()
-    largest = max(float(value.abs().max()) for value in theirs.values() if value is not None)
-    for name, value in ours.items():
-        if value is None:  # such as a layer whose output isn't used
-            assert theirs[name] is None, name
-            continue
-        assert value.dtype == theirs[name].dtype, name
-        scale = max(float(theirs[name].abs().max()), 1e-2 * largest)  # the gradient of a key's bias is rounding alone
-        assert float((value - theirs[name]).abs().max()) < tolerance * scale, name
-
-
-def text() -> Inputs:
-    return {"hidden_states": draw(B, N, D), "encoder_hidden_states": draw(B, T, D), "temb": draw(B, D)}
-
-
-def labels() -> Inputs:
-    return {"timestep": torch.tensor([3.0, 500.0, 900.0]), "class_labels": torch.tensor([1, 0, 7])}
-
-
-def basic(norm_type: str, **others: Any) -> nn.Module:
-    attention = pytest.importorskip("diffusers.models.attention")
-    more = {"num_embeds_ada_norm": 10} if norm_type == "ada_norm_zero" else {}
-    return attention.BasicTransformerBlock(
-        D, H, D // H, norm_type=norm_type, norm_elementwise_affine=False, norm_eps=1e-2, attention_bias=True,
-        activation_fn="gelu-approximate", **more, **others,
-    )  # fmt: skip
-
-
-def of(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        return getattr(pytest.importorskip(f"diffusers.models.{module}"), name)(*args, **kwargs)
-
-    return make
-
-
-FLUX, NORMS, ATTENTION = "transformers.transformer_flux", "normalization", "attention"
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs], str]] = {
-    "DiT": (DiT, lambda: {"x": draw(B, N, D), "c": draw(B, D)}, "2 DiTBlock, 1 FinalLayer"),
-    "SiT": (lambda: SiTBlock(D, H, eps=1e-2), lambda: {"x": draw(B, N, D), "c": draw(B, D)}, "1 SiTBlock"),
-    "AdaLayerNormZero": (
-        of(NORMS, "AdaLayerNormZero", D),
-        lambda: {"x": draw(B, N, D), "emb": draw(B, D)},
-        "1 AdaLayerNormZero",
-    ),
-    "AdaLayerNormZero with labels": (
-        of(NORMS, "AdaLayerNormZero", D, 10, norm_type="fp32_layer_norm"),
-        lambda: {"x": draw(B, N, D)} | labels(),
-        "1 AdaLayerNormZero",
-    ),
-    "AdaLayerNormZeroSingle": (
-        of(NORMS, "AdaLayerNormZeroSingle", D),
-        lambda: {"x": draw(B, N, D), "emb": draw(B, D)},
-        "1 AdaLayerNormZeroSingle",
-    ),
-    "AdaLayerNormContinuous": (
-        of(NORMS, "AdaLayerNormContinuous", D, 20, elementwise_affine=False, eps=1e-2),
-        lambda: {"x": draw(B, N, D), "conditioning_embedding": draw(B, 20)},
-        "1 AdaLayerNormContinuous",
-    ),
-    "DiT of diffusers": (
-        lambda: basic("ada_norm_zero"),
-        lambda: {"hidden_states": draw(B, N, D)} | labels(),
-        "1 BasicTransformerBlock, 1 AdaLayerNormZero",
-    ),
-    "PixArt": (
-        lambda: basic("ada_norm_single", cross_attention_dim=20),
-        lambda: {
-            "hidden_states": draw(B, N, D),
-            "encoder_hidden_states": draw(B, T, 20),
-            "timestep": draw(B, 6 * D),
-            "encoder_attention_mask": torch.tensor([[0.0, 0, -9, 0]]).expand(B, 1, T),
-        },
-        "1 BasicTransformerBlock",
-    ),
-    "Latte": (
-        lambda: basic("ada_norm_single"),
-        lambda: {"hidden_states": draw(B, N, D), "timestep": draw(B, 6 * D)},
-        "1 BasicTransformerBlock",
-    ),
-    "Flux": (of(FLUX, "FluxTransformerBlock", D, H, D // H), text, "1 FluxTransformerBlock, 2 AdaLayerNormZero"),
-    "Flux single": (
-        of(FLUX, "FluxSingleTransformerBlock", D, H, D // H),
-        text,
-        "1 FluxSingleTransformerBlock, 1 AdaLayerNormZeroSingle",
-    ),
-    "SD3": (
-        of(ATTENTION, "JointTransformerBlock", D, H, D // H),
-        text,
-        "1 JointTransformerBlock, 2 AdaLayerNormZero",
-    ),
-    "SD3's last": (
-        of(ATTENTION, "JointTransformerBlock", D, H, D // H, context_pre_only=True),
-        text,
-        "1 JointTransformerBlock, 1 AdaLayerNormZero, 1 AdaLayerNormContinuous",
-    ),
-    "SD3.5 with dual attention": (
-        of(ATTENTION, "JointTransformerBlock", D, H, D // H, use_dual_attention=True),
-        text,
-        "1 AdaLayerNormZero",
-    ),
-}
-
-
-def made(name: str) -> tuple[nn.Module, Inputs, str]:
-    make, inputs, says = CASES[name]
-    return randomised(make()), inputs(), says
 
 
 def test_every_class_known_is_tried() -> None:
@@ -163,39 +34,6 @@ def test_a_patched_model_gives_what_it_gave_in_outputs_and_all_gradients(name: s
     assert list(module.state_dict()) == keys
     assert unpatch(module) == sum(int(word) for word in says.split() if word.isdigit()) and unpatch(module) == 0
     assert all(torch.equal(value, theirs[key]) for key, value in run(module, inputs).items() if value is not None)
-
-
-def whole_dit() -> tuple[nn.Module, Inputs]:
-    model = pytest.importorskip("diffusers").DiTTransformer2DModel(
-        num_attention_heads=H,
-        attention_head_dim=D // H,
-        in_channels=4,
-        num_layers=2,
-        sample_size=4,
-        num_embeds_ada_norm=9,
-    )
-    return model, {"hidden_states": draw(B, 4, 4, 4)} | labels()
-
-
-def whole_pixart() -> tuple[nn.Module, Inputs]:
-    model = pytest.importorskip("diffusers").PixArtTransformer2DModel(
-        num_attention_heads=H, attention_head_dim=D // H, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
-        cross_attention_dim=D, caption_channels=20, use_additional_conditions=False,
-    )  # fmt: skip
-    inputs = {"hidden_states": draw(B, 4, 4, 4), "encoder_hidden_states": draw(B, T, 20)}
-    return model, inputs | {"timestep": torch.tensor([3, 500, 900])}
-
-
-def whole_flux() -> tuple[nn.Module, Inputs]:
-    model = pytest.importorskip("diffusers").FluxTransformer2DModel(
-        patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=12, num_attention_heads=H,
-        joint_attention_dim=20, pooled_projection_dim=16, axes_dims_rope=(4, 4, 4),
-    )  # fmt: skip
-    ids = {"img_ids": torch.arange(3.0 * N).view(N, 3), "txt_ids": torch.zeros(T, 3)}
-    return model, ids | {
-        "hidden_states": draw(B, N, 8), "encoder_hidden_states": draw(B, T, 20), "pooled_projections": draw(B, 16),
-        "timestep": torch.tensor([0.1, 0.5, 0.9]),
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -222,13 +60,30 @@ def test_whole_models_of_diffusers_train_as_before_also_with_gradient_checkpoint
     close(run(model, inputs), theirs, 2e-5)
 
 
+def lowered(module: nn.Module, inputs: Inputs) -> Inputs:
+    """The module and its inputs with bfloat16 for float32, but for the number of a time step."""
+    module.bfloat16()
+    low: Inputs = {}
+    for key, value in inputs.items():
+        if value is torch.float32:
+            low[key] = torch.bfloat16
+        elif value.is_floating_point() and not (key == "timestep" and value.dim() == 1):
+            low[key] = value.detach().bfloat16().requires_grad_(value.requires_grad)
+        else:
+            low[key] = value
+    return low
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_under_autocast_it_is_no_farther_from_float32_than_before(name: str) -> None:
+def test_in_bfloat16_it_is_no_farther_from_float32_than_before(name: str, precision: str) -> None:
     module, inputs, _ = made(name)
     exact = run(module, inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    if precision == "bfloat16":
+        inputs = lowered(module, inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         before = run(module, inputs)
-        patch(module)
+        assert patch(module).fused
         after = run(module, inputs)
     largest = max(float(value.abs().max()) for value in exact.values() if value is not None)
     for key, value in exact.items():
@@ -236,6 +91,21 @@ def test_under_autocast_it_is_no_farther_from_float32_than_before(name: str) -> 
             assert after[key].dtype == before[key].dtype
             error = [float((values[key].float() - value).abs().max()) for values in (before, after)]
             assert error[1] <= 2 * error[0] + 2**-8 * largest, key
+
+
+def test_flux_keeps_what_an_image_prompt_adds() -> None:
+    """Its attention then has a third output."""
+    module, inputs, _ = made("Flux")
+    attention = module.attn.forward
+
+    def three(**kwargs: Any) -> tuple[Tensor, ...]:
+        outs = attention(**kwargs)
+        return (*outs, outs[0].sin())
+
+    module.attn.forward = three
+    theirs = run(module, inputs)
+    patch(module)
+    close(run(module, inputs), theirs, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["DiT", "DiT of diffusers", "PixArt", "Flux", "Flux single", "SD3"])
@@ -246,6 +116,20 @@ def test_a_patched_block_compiles_into_one_graph(name: str) -> None:
     torch._dynamo.reset()
     module.compile(fullgraph=True, backend="aot_eager")
     close(run(module, inputs), theirs, 2e-5)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_blocks_that_are_compiled_one_by_one_share_their_graphs(patched: bool) -> None:
+    """Two, patched or not: the first block's input has no gradient."""
+    model = randomised(DiT(depth=4))
+    if patched:
+        patch(model)
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    model(draw(B, N, D).detach(), draw(B, D).detach())
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_inductor_compiles_a_patched_block() -> None:
