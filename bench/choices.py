@@ -19,8 +19,8 @@ from bench.measure import Effort, paired
 from bench.op_times import default_device
 from bench.step import tidy
 from bench.workload import ROOT, STAGES, Ours, Setup, make_recipe, ours
-from st_fast import kernels
 from st_fast.core.errors import UserError
+from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS
 from st_fast.model.fp8 import check_fp8
 
@@ -49,7 +49,7 @@ FP8_LOSS = 5e-2
 def others(device: torch.device) -> list[str]:
     """The choices that are not the default on such a device."""
     kind = device.type
-    default = {f"{op} {kernels.defaults.DEFAULTS[kind][op]}" for op in TRUNK_OPS}
+    default = {f"{op} {auto(op, device)}" for op in TRUNK_OPS}
     default |= {f"attention {AUTO_ORDER[kind][0]}", "compile on" if kind == "cuda" else "compile off"}
     return [name for name in CHOICES if name not in default]
 

@@ -9,18 +9,19 @@ from functools import partial
 from bench import choices, first_step, op_times, optimiser, schedules, sweeps
 from bench import measure as profiles
 from bench import step as step_times
-from bench.cases import MAKERS, Case
+from bench.cases import Case
 from bench.day import Day, Task
 from bench.day_right import left_out
 from bench.machine import Row, notices
 from bench.step import Wanted
 from bench.workload import Setup, ours
+from st_fast.kernels import TABLE
 
 
 def kernels(day: Day) -> Iterator[Task]:
     """Every op's figures, and the optimiser's."""
     for size in day.sizes:
-        for op in MAKERS:
+        for op in TABLE:
             case = Case(op, size, day.dtype, day.device)
             yield case.key, partial(_first, op_times.measure, case, day.effort)
     for setting in optimiser.cases(day.device, full=False):

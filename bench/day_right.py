@@ -12,12 +12,12 @@ import torch
 from bench import measure as gate
 from bench import optimiser
 from bench import step as step_times
-from bench.cases import MAKERS, Case, Draw
+from bench.cases import Case, Draw
 from bench.day import Day, Task
 from bench.machine import Row, notices
 from bench.measure import Stopwatch, interleave
 from bench.workload import Setup, ours
-from st_fast.kernels import native
+from st_fast.kernels import TABLE, native
 from st_fast.model.attention import BACKENDS, Attend, verify
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +40,7 @@ def truth(day: Day) -> Iterator[Task]:
     """Every op against float64, outputs and gradients, at three dtypes; the optimiser against the reference."""
     for size in day.sizes:
         for dtype in DTYPES:
-            for op in MAKERS:
+            for op in TABLE:
                 case = Case(op, size, dtype, day.device)
                 yield case.key, partial(_true, case)
     for setting in optimiser.cases(day.device, full=False):
@@ -97,7 +97,7 @@ def _attention(day: Day, attend: Attend, head: int) -> Row:
 
 def compiled(day: Day) -> Iterator[Task]:
     """Compiled equals eager: every op, and three steps of every stage."""
-    for op in MAKERS:
+    for op in TABLE:
         case = Case(op, day.sizes[-1], day.dtype, day.device)
         yield case.key, partial(_same_op, case)
     for setup in day.setups:

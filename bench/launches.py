@@ -24,13 +24,14 @@ from typing import Any
 import torch
 
 from bench import machine, schedules
-from bench.cases import MAKERS, Case, Size
+from bench.cases import Case, Size
 from bench.goals import Row
 from bench.measure import noise
 from bench.optimiser import OptimiserCase, fresh, fused_step, model_shapes
 from bench.step import MICRO_BATCH, give_memory_back
 from bench.tables import Columns, cell, filled, number
 from bench.workload import STAGES, Setup, ours
+from st_fast.kernels import TABLE
 from st_fast.train.step import WARM_UP
 from tests.stand_in import driver, rehearse
 
@@ -144,7 +145,7 @@ def measured(device: torch.device) -> dict[str, Any]:
     """What is written: launches.json's content."""
     stand_in = driver.inside()
     count = by_stand_in if stand_in else by_profiler
-    ops = {name: op_costs(Case(name, OPS_SIZE, torch.bfloat16, device), count) for name in MAKERS}
+    ops = {name: op_costs(Case(name, OPS_SIZE, torch.bfloat16, device), count) for name in TABLE}
     ops["adamw_ema"] = optimiser_cost(device, count)
     steps = {}
     for name, setup in setups(device):

@@ -21,7 +21,7 @@ import torch
 
 from bench import measure as gate
 from bench import optimiser
-from bench.cases import MAKERS, Case, Inputs, Size
+from bench.cases import Case, Inputs, Size
 from bench.machine import Row, notices
 from bench.measure import Copy, Effort, Samples, Stopwatch, Variant, cache_bytes, interleave, noise, paired_ratio, total
 from st_fast import kernels
@@ -48,7 +48,7 @@ def sizes(device: torch.device, full: bool) -> list[Size]:
 def cases(device: torch.device, full: bool) -> list[Case]:
     """Every op at every size, in the dtype that training has there."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return [Case(op, size, dtype, device) for size in sizes(device, full) for op in MAKERS]
+    return [Case(op, size, dtype, device) for size in sizes(device, full) for op in kernels.TABLE]
 
 
 def input_sets(case: Case) -> list[Inputs]:

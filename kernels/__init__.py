@@ -1,56 +1,60 @@
-"""st_fast's kernels: ops that are one name on every device, and the choice, per op, between them and the reference.
+"""st_fast's kernels: ops that are one name on every device, and the choice, per op, between them and their definition.
 
     from st_fast import kernels
     table = kernels.select({"norm_modulate": "auto"}, torch.device("cuda"))
     y = table.norm_modulate(x, shift, scale, 1e-6)
 
-`reference.py` defines what every op computes; `ops.py` has the same functions over `torch.ops.st_fast.*`.
+Each op family is a folder: `definition.py` says in plain PyTorch what its ops compute, `triton.py` has the kernels for
+CUDA (csrc/ those for the CPU), and `op.py` everything else, from the schema to the inputs that it is tried with. A
+folder with an `op.py` is a family: nothing else lists them.
+
+Importing this package imports no torch: the public functions come from their family when they are asked for.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "CHOICES",
-    "KernelTable",
-    "adamw_ema_",
-    "align",
-    "attention",
-    "cfg_extrapolate",
-    "gate_residual",
-    "gate_residual_norm_modulate",
-    "gelu_tanh",
-    "grad_norm",
-    "guided_feature_loss",
-    "linear",
-    "native",
-    "norm_modulate",
-    "qk_norm",
-    "reference",
-    "select",
-]
+if TYPE_CHECKING:
+    from .common.registry import Op
+    from .table import KernelTable, select
 
-if __name__ == "kernels" and (Path(__file__).parent.parent / "st_fast").is_dir():
+_HERE = Path(__file__).parent
+
+if __name__ == "kernels" and (_HERE.parent / "st_fast").is_dir():
     # Found through the current folder by something that looks for the Hugging Face package of this name. Ops may be
     # registered once only, and that is done as st_fast.kernels.
     from .namesake import stand_aside
 
     stand_aside()
 else:
-    from . import native, reference
-    from .ops import (
-        adamw_ema_,
-        align,
-        attention,
-        cfg_extrapolate,
-        gate_residual,
-        gate_residual_norm_modulate,
-        gelu_tanh,
-        grad_norm,
-        guided_feature_loss,
-        linear,
-        norm_modulate,
-        qk_norm,
-    )
-    from .table import CHOICES, KernelTable, select
+    FAMILIES = tuple(sorted(file.parent.name for file in _HERE.glob("*/op.py")))
+    OPS: dict[str, str] = {}
+    """The family of each public function."""
+    SWITCHES: dict[str, str] = {}
+    """The ops that a recipe can switch, with the sentence that explains the key."""
+    for _family in FAMILIES:
+        _package = import_module(f".{_family}", __name__)
+        OPS.update(dict.fromkeys(_package.OPS, _family))
+        SWITCHES.update(_package.SWITCHES)
+    TABLE = tuple(op for op in OPS if op in SWITCHES)
+    """The ops of a `KernelTable`."""
+
+    __all__ = ["FAMILIES", "OPS", "SWITCHES", "TABLE", "KernelTable", "declared", "select", *OPS]
+
+    def declared(op: str) -> Op:
+        """What the family of an op says about it."""
+        found: Op = import_module(f".{OPS[op]}.op", __name__).DECLARED[op]
+        return found
+
+    def __getattr__(name: str) -> Any:
+        """A public function of a family, the table of kernels, or a module."""
+        if name in OPS:
+            return declared(name).call
+        if name in ("KernelTable", "select"):
+            return getattr(import_module(".table", __name__), name)
+        if name in ("layers", "native", "reference", "table"):
+            return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

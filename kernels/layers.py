@@ -18,8 +18,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .ops import align, gate_residual, gate_residual_norm_modulate, guided_feature_loss, norm_modulate, qk_norm
-from .reference import FEATURE_LOSSES
+from .adaln.op import gate_residual, gate_residual_norm_modulate, norm_modulate
+from .feature_loss.definition import FEATURE_LOSSES
+from .feature_loss.op import align, guided_feature_loss
+from .qknorm.op import qk_norm
 
 
 class Layer(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -46,8 +47,9 @@ def _load(kind: str) -> str | None:
     return None
 
 
-def load() -> bool:
-    """Load what there is, after the schemas are defined; says in one line each why a part for this machine is missing.
+@cache
+def load() -> None:
+    """Load what there is, once; says in one line each why a part for this machine is missing.
 
     The CUDA part is for machines with a CUDA device.
     """
@@ -58,16 +60,17 @@ def load() -> bool:
     reason = _load("cuda") if torch.version.cuda and torch.cuda.is_available() else None
     if reason and told:
         log.warning("st_fast: compiled CUDA optimiser not in use, %s; Triton takes over.", reason)
-    return available()
 
 
 def available(kind: str = "cpu") -> bool:
     """Whether the compiled ops of this kind ("cpu", "cuda") are loaded."""
+    load()
     return kind in _loaded
 
 
 def path(kind: str = "cpu") -> Path | None:
     """The file they were loaded from."""
+    load()
     return _loaded.get(kind)
 
 

@@ -177,7 +177,7 @@ def _difference(module: nn.Module, target: Target) -> str:
         module.__dict__.pop("forward", None)
         for part, was in training:
             part.training = was
-    for one, other in zip(own, fused):  # noqa: B905  the Hub's kernels run on Python 3.9
+    for one, other in zip(own, fused):
         if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
             if one is not other:
                 return "its outputs have other shapes"

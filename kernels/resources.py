@@ -18,7 +18,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -29,25 +31,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import adaln, adamw, guidance, qknorm
+from . import FAMILIES
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "resources.json"
 ARCHITECTURES = (80, 90, 100)
-WIDTHS = (384, 768, 1024, 1152)
-HEAD_WIDTHS = (64, 72)
-
-CEILINGS = {
-    "adaln.forward": 80, "adaln.plain_forward": 64, "adaln.backward": 168, "adaln.plain_backward": 128,
-    "adaln.gate_forward": 64, "adaln.gate_backward": 64, "adaln.add_partials": 40,
-    "guidance.mse": 64, "guidance.cosine": 64, "guidance.normalized_mse": 64, "guidance.align": 64,
-    "guidance.feature_loss_total": 40, "guidance.extrapolate": 32,
-    "qknorm.forward": 72, "qknorm.backward": 128, "qknorm.add_rows": 32,
-    "adamw.grad_norm": 32, "adamw.step": 80,
-}  # fmt: skip
-"""Registers a thread. 64 of them leave 32 warps on a multiprocessor, 128 leave 16, 168 leave 12."""
-
-NARROW = ("qknorm.add_rows",)
-"""Kernels without a 16-byte load: it adds 288 columns with 128 threads."""
 
 
 @dataclass(frozen=True)
@@ -136,65 +123,38 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _adaln_calls(width: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """At the shapes of training: 256 tokens, a batch of 256, modulation as views of one (B, 6D) tensor."""
-    x, statistic = _meta(256, 256, width), _meta(256, 256, dtype=torch.float32)
-    gate, shift, scale = _meta(256, 6 * width).chunk(6, 1)[2:5]
-    yield "forward", lambda: adaln.gate_residual_norm_modulate(x, x, gate, shift, scale, 1e-6)
-    yield "plain_forward", lambda: adaln.norm_modulate(x, shift, scale, 1e-6)
-    yield (
-        "backward",
-        lambda: adaln.gate_residual_norm_modulate_backward(x, x, x, x, gate, scale, statistic, statistic),
-    )
-    yield "plain_backward", lambda: adaln.norm_modulate_backward(x, x, scale, statistic, statistic)
-    yield "gate_forward", lambda: adaln.gate_residual(x, x, gate)
-    yield "gate_backward", lambda: adaln.gate_residual_backward(x, x, gate)
-
-
-def _guidance_calls(width: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """77 of 256 samples in range, as a t-range of 0.3 gives."""
-    q, f = _meta(256, 256, width), _meta(77, 256, width)
-    weight, index = _meta(77, dtype=torch.float32), _meta(77, dtype=torch.int64)
-    for loss in ("mse", "cosine", "normalized_mse"):
-        yield loss, lambda loss=loss: guidance.guided_feature_loss(q, f, f, weight, 30.0, loss, index)  # type: ignore[misc]
-    yield "align", lambda: guidance.align(q, q, _meta(256, dtype=torch.float32))
-
-
-def _qknorm_calls(width: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    qkv, weight = _meta(256, 256, 3, 16, width), _meta(width, dtype=torch.float32)
-    grad, stats = _meta(256, 16, 256, width), _meta(4, 256, 16, 256, dtype=torch.float32)
-    yield "forward", lambda: qknorm.qk_norm(qkv, weight, weight, weight, weight, 1e-6)
-    yield "backward", lambda: qknorm.qk_norm_backward(grad, grad, grad, qkv, weight, weight, stats)
-
-
-def _adamw_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    p, low = [_meta(1 << 20, dtype=torch.float32)], [_meta(1 << 20)]
-    scalar = _meta(dtype=torch.float32)
-    yield "grad_norm", lambda: adamw.grad_norm(low)
-    yield (
-        "step",
-        lambda: adamw.adamw_ema_(p, p, p, p, p, low, scalar, scalar, scalar, 0.9, 0.999, 1e-8, 0.0, 0.9999, 1.0),
-    )
+def kernels() -> dict[str, ModuleType]:
+    """The families with Triton kernels."""
+    found = {}
+    for family in FAMILIES:
+        if (Path(__file__).parent / family / "triton.py").is_file():
+            found[family] = import_module(f".{family}.triton", __package__)
+    return found
 
 
 def launches() -> Iterator[tuple[str, str, Launch]]:
     """Every kernel under its name and the width it is compiled for; kernels that do not depend on a width once."""
-    sources = [("adaln", _adaln_calls, WIDTHS), ("guidance", _guidance_calls, WIDTHS),
-               ("qknorm", _qknorm_calls, HEAD_WIDTHS)]  # fmt: skip
-    helpers = {}
-    for file, calls, widths in sources:
-        for width in widths:
-            for name, run in calls(width):
+    for family, module in kernels().items():
+        helpers = {}
+        for width in module.WIDTHS:
+            for name, run in module.resource_calls(_meta, width):
                 first, *others = record(run)
-                yield f"{file}.{name}", f"D={width}", first
+                yield f"{family}.{name}", f"D={width}" if width else "any", first
                 for other in others:
-                    helpers[f"{file}.{other.kernel.__name__[1:].removesuffix('_kernel')}"] = other
-    for name, launch in helpers.items():
-        yield name, "any", launch
-    for name, run in _adamw_calls():
-        yield f"adamw.{name}", "any", record(run)[0]
-    cond = _meta(256, 256, 1152)
-    yield "guidance.extrapolate", "any", record(lambda: guidance.cfg_extrapolate(cond, cond, 30.0))[0]
+                    helpers[f"{family}.{other.kernel.__name__[1:].removesuffix('_kernel')}"] = other
+        for name, launch in helpers.items():
+            yield name, "any", launch
+
+
+def ceilings() -> dict[str, int]:
+    """The most registers a thread may take in each kernel: 64 of them leave 32 warps on a multiprocessor, 128 leave 16,
+    168 leave 12."""
+    return {f"{family}.{name}": most for family, module in kernels().items() for name, most in module.CEILINGS.items()}
+
+
+def narrow() -> set[str]:
+    """Kernels that need no 16-byte load."""
+    return {f"{family}.{name}" for family, module in kernels().items() for name in getattr(module, "NARROW", ())}
 
 
 Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # kernel → width → architecture → the fields of Use
@@ -212,16 +172,16 @@ def measure_all(architectures: Sequence[int] = ARCHITECTURES) -> Table:
 def breaches(measured: Table, written: Table | None) -> list[str]:
     """One line for each kernel that spills, computes in float64, loads narrowly, takes too many registers, or has
     changed from what is written (None: another Triton wrote it, so figures may differ)."""
-    found = []
+    found, most, thin = [], ceilings(), narrow()
     for name, widths in measured.items():
         for width, architectures in widths.items():
             for arch, use in architectures.items():
                 where = f"{name} {width} {arch}"
                 found += [f"{where}: {field} = {use[field]}; 0 is allowed" for field in ("stack", "local", "float64")
                           if use[field]]  # fmt: skip
-                if use["registers"] > CEILINGS[name]:
-                    found.append(f"{where}: {use['registers']} registers; at most {CEILINGS[name]} are allowed")
-                if use["widest_load"] < 16 and name not in NARROW:
+                if use["registers"] > most[name]:
+                    found.append(f"{where}: {use['registers']} registers; at most {most[name]} are allowed")
+                if use["widest_load"] < 16 and name not in thin:
                     found.append(f"{where}: widest load {use['widest_load']} bytes; 16 are needed")
                 before = written and written.get(name, {}).get(width, {}).get(arch)
                 if written is not None and before != use:

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import make_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import native, ops, reference
-from .defaults import DEFAULTS, OPS
+from . import TABLE, declared, native
+from .common.registry import has_kernel
 
 CHOICES = ("auto", "fused", "reference")
 
+SLOWER: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ()}
+"""Ops whose kernel the whole step measured slower than plain PyTorch, by kind of device: "auto" takes the reference."""
 
-@dataclass(frozen=True)
-class KernelTable:
-    """One callable per op that the model and the losses use, with the signatures of `reference.py`."""
+if TYPE_CHECKING:
 
-    norm_modulate: Callable[..., Any]
-    gate_residual_norm_modulate: Callable[..., Any]
-    gate_residual: Callable[..., Any]
-    align: Callable[..., Any]
-    guided_feature_loss: Callable[..., Any]
-    cfg_extrapolate: Callable[..., Any]
-    qk_norm: Callable[..., Any]
-    linear: Callable[..., Any]
-    gelu_tanh: Callable[..., Any]
+    class KernelTable:
+        """One callable per op, with the signatures of `reference.py`."""
+
+        def __init__(self, **ops: Callable[..., Any]) -> None: ...
+
+        def __getattr__(self, op: str) -> Callable[..., Any]: ...
+
+else:
+    KernelTable = make_dataclass("KernelTable", [(op, Callable[..., Any]) for op in TABLE], frozen=True)
+    KernelTable.__module__ = __name__
+    KernelTable.__doc__ = (
+        "One callable per op that the model and the losses use, with the signatures of `reference.py`."
+    )
 
 
 def _check(what: str, value: str, allowed: Sequence[str]) -> None:
@@ -38,10 +42,15 @@ def _check(what: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def auto(op: str, device: torch.device) -> str:
-    """What was measured faster on such a device; the reference where csrc is missing or nothing was measured."""
+    """What is faster on such a device: the fused op where it has a kernel there, unless that was measured slower.
+
+    Without csrc a CPU takes the reference for all ops: only with it were they measured.
+    """
+    declared(op)  # registers it
     if device.type == "cpu" and not native.available():
         return "reference"
-    return DEFAULTS.get(device.type, {}).get(op, "reference")
+    slower = op in SLOWER.get(device.type, ())
+    return "fused" if has_kernel(op, device.type) and not slower else "reference"
 
 
 def select(choices: Mapping[str, str], device: torch.device) -> KernelTable:
@@ -50,11 +59,11 @@ def select(choices: Mapping[str, str], device: torch.device) -> KernelTable:
     Raises ValueError for an unknown op or choice, naming it, what is allowed, and the nearest name.
     """
     for op, choice in choices.items():
-        _check("kernels: op", op, OPS)
+        _check("kernels: op", op, TABLE)
         _check(f"kernels.{op}:", choice, CHOICES)
     table: dict[str, Callable[..., Any]] = {}
-    for op in OPS:
+    for op in TABLE:
         choice = choices.get(op, "auto")
         choice = auto(op, device) if choice == "auto" else choice
-        table[op] = getattr(ops if choice == "fused" else reference, op)
+        table[op] = declared(op).call if choice == "fused" else declared(op).definition
     return KernelTable(**table)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
+import tomllib
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
 import pytest
+from setuptools import find_packages
 
 import st_fast
 from st_fast.recipe import load
@@ -84,10 +87,12 @@ def test_every_file_fits_in_the_head():
 
 
 def test_every_package_is_installed():
-    text = (HOUSE.parent / "pyproject.toml").read_text(encoding="utf-8")
-    packages = {".".join(file.parent.relative_to(HOUSE.parent).parts) for file in HOUSE.rglob("__init__.py")}
-    missing = [name for name in packages if f'"{name}"' not in text]
-    assert missing == []
+    wanted = tomllib.loads((HOUSE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = find_packages(str(HOUSE.parent), include=wanted["packages"]["find"]["include"])
+    code = {
+        Path(folder) for folder, _, files in os.walk(HOUSE, followlinks=True) if any(f.endswith(".py") for f in files)
+    }
+    assert {".".join(folder.relative_to(HOUSE.parent).parts) for folder in code} == set(packages)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,14 @@ At this point no weight has changed, so nothing is half made; all ranks replace 
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from st_fast import kernels
 from st_fast.core.machine import lacks_memory
 from st_fast.core.ranks import Ranks
+from st_fast.kernels.common.trial import Draw, Inputs, Size
 from st_fast.recipe.schema import Model
 
 
@@ -22,11 +21,16 @@ def validated_kernels(
 ) -> kernels.KernelTable:
     """The chosen kernels for this device, less those that fail a smoke test here: each of these is told to `say`."""
     table = kernels.select({name: choice for name, choice in choices.items() if name != "adamw_ema"}, ranks.device)
-    inputs = trial_inputs(model, ranks.device, dtype)
-    names = [f.name for f in fields(table)]
-    checks = {name: functools.partial(_forward_and_backward, getattr(table, name), inputs[name]) for name in names}
-    works = smoke_test(checks, ranks, say)
-    return replace(table, **{name: getattr(kernels.reference, name) for name in names if not works[name]})
+    draw, size = Draw(ranks.device, dtype, seed=0), Size(2, model.tokens, model.width, model.heads)
+
+    def check(name: str) -> None:
+        op = kernels.declared(name)
+        assert op.trial is not None
+        _forward_and_backward(getattr(table, name), op.trial(draw, size))
+
+    works = smoke_test({name: functools.partial(check, name) for name in kernels.TABLE}, ranks, say)
+    used = {name: getattr(table, name) if works[name] else kernels.declared(name).definition for name in kernels.TABLE}
+    return kernels.KernelTable(**used)
 
 
 def smoke_test(checks: Mapping[str, Callable[[], None]], ranks: Ranks, say: Callable[[str], None]) -> dict[str, bool]:
@@ -51,29 +55,7 @@ def _failure(check: Callable[[], None], device: torch.device) -> str | None:
     return None
 
 
-def trial_inputs(model: Model, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], tuple[Any, ...]]]:
-    """Small inputs with the model's token count and widths, for one forward and backward of each op."""
-
-    def new(*shape: int) -> Tensor:
-        return torch.full(shape, 0.5, device=device, dtype=dtype, requires_grad=True)
-
-    x, row, head = (2, model.tokens, model.width), (2, model.width), model.width // model.heads
-    packed, weight = (2, model.tokens, 3, model.heads, head), torch.ones(2, device=device)
-    return {
-        "norm_modulate": lambda: (new(*x), new(*row), new(*row), 1e-6),
-        "gate_residual_norm_modulate": lambda: (new(*x), new(*x), new(*row), new(*row), new(*row), 1e-6),
-        "gate_residual": lambda: (new(*x), new(*x), new(*row)),
-        "align": lambda: (new(*x), new(*x).detach(), weight),
-        "guided_feature_loss": lambda: (new(*x), new(*x).detach(), new(*x).detach(), weight, 3.0, "mse"),
-        "cfg_extrapolate": lambda: (new(*x).detach(), new(*x).detach(), 3.0),
-        "qk_norm": lambda: (new(*packed), *(new(head) for _ in range(4)), 1e-6),
-        "linear": lambda: (new(*x), new(model.width, model.width), new(model.width)),
-        "gelu_tanh": lambda: (new(*x),),
-    }
-
-
-def _forward_and_backward(op: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]]) -> None:
-    result = op(*inputs())
-    sums = [out.float().sum() for out in (result if isinstance(result, tuple) else (result,)) if out.requires_grad]
-    if sums:
-        torch.stack(sums).sum().backward()
+def _forward_and_backward(op: Callable[..., Any], trial: Inputs) -> None:
+    outputs = op(*trial.args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, trial.leaves, trial.grads)

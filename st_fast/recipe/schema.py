@@ -3,9 +3,10 @@
 The defaults are those of the published Self-Transcendence runs where these exist (arXiv 2601.07773).
 """
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from dataclasses import dataclass, field, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+from st_fast.kernels import SWITCHES
 from st_fast.recipe.architecture import Model as Model
 from st_fast.recipe.keys import (
     FOLDER_NAME,
@@ -142,20 +143,18 @@ class Evaluate:
 Choice = Literal["auto", "fused", "reference"]
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Which implementation serves each op; "auto" takes what measured faster on this kind of device."""
+if TYPE_CHECKING:
 
-    norm_modulate: Choice = free("auto", "LayerNorm with adaLN's shift and scale.")
-    gate_residual_norm_modulate: Choice = free("auto", "Gated residual, then LayerNorm with shift and scale.")
-    gate_residual: Choice = free("auto", "Gated residual.")
-    align: Choice = free("auto", "Negative cosine of two feature maps.")
-    guided_feature_loss: Choice = free("auto", "Guidance of the teacher's features and the loss to them.")
-    cfg_extrapolate: Choice = free("auto", "Guidance of a prediction.")
-    qk_norm: Choice = free("auto", "LayerNorm of queries and keys.")
-    linear: Choice = free("auto", "Linear layers.")
-    gelu_tanh: Choice = free("auto", "GELU of the MLP.")
-    adamw_ema: Choice = free("auto", "AdamW, clipping, EMA and the bf16 copy in one pass.")
+    class Kernels:
+        """Which implementation serves each op; "auto" takes what measured faster on this kind of device."""
+
+        def __getattr__(self, op: str) -> str: ...
+
+else:
+    Kernels = make_dataclass(
+        "Kernels", [(op, Choice, free("auto", help)) for op, help in SWITCHES.items()], frozen=True
+    )
+    Kernels.__doc__ = 'Which implementation serves each op; "auto" takes what measured faster on this kind of device.'
 
 
 @dataclass(frozen=True)

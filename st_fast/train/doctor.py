@@ -21,7 +21,6 @@ import torch
 from st_fast import __version__, kernels
 from st_fast.core.command import command_parser, run_command
 from st_fast.data.loader import dali_missing
-from st_fast.kernels.defaults import OPS
 from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS, verify
 from st_fast.model.fp8 import LEAST_CAPABILITY
@@ -87,7 +86,7 @@ def implementations(device: torch.device) -> Rows:
         rows["csrc, cuda"] = "needs a GPU and nvcc"
     fused = "csrc" if device.type == "cpu" else "Triton"
     served = {"fused": f"fused ({fused})", "reference": "reference (PyTorch)"}
-    rows |= {op: served[auto(op, device)] for op in OPS}
+    rows |= {op: served[auto(op, device)] for op in kernels.TABLE}
     compiled = kernels.native.available(device.type)
     rows["adamw_ema"] = "fused (csrc)" if compiled else "fused (Triton)" if device.type == "cuda" else "PyTorch"
     return rows

@@ -12,7 +12,8 @@ from csrc_cases import Case, error, evaluate, features, modulated, others
 from torch import Tensor
 
 from st_fast import kernels
-from st_fast.kernels import adamw, reference
+from st_fast.kernels import reference
+from st_fast.kernels.optimiser import triton as optimiser
 
 DEVICE = "cuda"
 SLACK = 2 * torch.finfo(torch.float32).eps
@@ -94,7 +95,7 @@ class State:
         return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *self.emas, self.count]
 
 
-@pytest.mark.parametrize("ops", [kernels, adamw], ids=["dispatched", "triton"])
+@pytest.mark.parametrize("ops", [kernels, optimiser], ids=["dispatched", "triton"])
 def test_optimiser_steps_match_the_reference_and_never_wait_for_the_device(ops: Any) -> None:
     ours, truth = State(), State()
     ours.step(ops)
@@ -119,7 +120,7 @@ def test_forward_backward_and_step_can_be_captured_and_replayed() -> None:
         gate, shift, scale = mod.chunk(3, 1)
         x_out, y = kernels.gate_residual_norm_modulate(x, x, gate, shift, scale)
         (grad,) = torch.autograd.grad((x_out * y).sum(), mod)
-        state.step(adamw)
+        state.step(optimiser)
         return grad
 
     side = torch.cuda.Stream()

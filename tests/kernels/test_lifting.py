@@ -1,4 +1,4 @@
-"""The kernels in another project: one file and its reference, copied, without st_fast."""
+"""A family's folder in another project: copied as it is with what the families share, and a namespace of its own."""
 
 from __future__ import annotations
 
@@ -10,40 +10,79 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.kernels import reference
+from st_fast import kernels
 
-SOURCE = Path(reference.__file__).parent
+SOURCE = Path(str(kernels.__file__)).parent
+
+NAMESPACE = """
+import torch
+
+NAME = "lifted"
+ops = torch.ops.lifted
+
+
+def add_op_namespace_prefix(name):
+    return f"{NAME}::{name}"
+"""
 
 PROGRAM = """
 import sys, torch
-from lifted import adaln, reference
-x, a, gate, shift, scale = torch.randn(2, 3, 20), torch.randn(2, 3, 20), *torch.randn(3, 2, 20)
-x_out, y, mean, rstd = adaln.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
-for ours, theirs in zip((x_out, y), reference.gate_residual_norm_modulate(x, a, gate, shift, scale), strict=True):
-    torch.testing.assert_close(ours, theirs)
+from lifted.common.trial import Draw, Size
+from lifted.{family}.op import DECLARED
+
+for name, op in DECLARED.items():
+    if op.trial is None:
+        continue
+    found = []
+    for call in (op.call, op.definition):
+        inputs = op.trial(Draw(torch.device("cpu"), torch.float32, 0), Size(2, 3, 20, 2))
+        outs = call(*inputs.args)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        found.append([*outs, *torch.autograd.grad(outs, inputs.leaves, inputs.grads)])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
 assert not any(name.split(".")[0] == "st_fast" for name in sys.modules)
+if {triton}:
+    from lifted.{family} import triton as launchers
+    for name in {triton}:
+        assert callable(getattr(launchers, name))
+print(hasattr(torch.ops.lifted, next(iter(DECLARED))))
 """
 
 
-@pytest.mark.parametrize(
-    ("files", "program"),
-    [
-        (("adaln", "reference"), PROGRAM),
-        (("guidance", "adaln", "reference"), "from lifted import guidance, reference"),
-        (("qknorm", "reference"), "from lifted import qknorm, reference"),
-        (("adamw", "reference"), "from lifted import adamw, reference"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
-)
-def test_a_file_works_where_it_is_copied_to_with_its_reference(
-    files: tuple[str, ...], program: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("family", kernels.FAMILIES)
+def test_a_folder_works_where_it_is_copied_to(family: str, tmp_path: Path) -> None:
+    package = tmp_path / "lifted"
+    for folder in (family, "common"):
+        shutil.copytree(SOURCE / folder, package / folder)
+    (package / "__init__.py").touch()
+    (package / "_ops.py").write_text(NAMESPACE)
+    triton = (SOURCE / family / "triton.py").is_file()
+    if triton:
+        pytest.importorskip("triton")
+    launchers = [op for op, of in kernels.OPS.items() if of == family] if triton else []
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    program = PROGRAM.format(family=family, triton=launchers)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
+
+
+def test_adaln_s_kernels_run_where_they_are_copied_to(tmp_path: Path) -> None:
+    """Under Triton's interpreter, without the op that registers them."""
     pytest.importorskip("triton")
     package = tmp_path / "lifted"
-    package.mkdir()
+    for folder in ("adaln", "common"):
+        shutil.copytree(SOURCE / folder, package / folder)
     (package / "__init__.py").touch()
-    for file in files:
-        shutil.copy(SOURCE / f"{file}.py", package)
+    program = """
+import torch
+from lifted.adaln import definition, triton
+x, a, gate, shift, scale = torch.randn(2, 3, 20), torch.randn(2, 3, 20), *torch.randn(3, 2, 20)
+x_out, y, mean, rstd = triton.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
+for ours, theirs in zip((x_out, y), definition.gate_residual_norm_modulate(x, a, gate, shift, scale)):
+    torch.testing.assert_close(ours, theirs)
+"""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,9 @@ from samples import DIFFERENTIABLE, samples
 from torch import Tensor
 
 from st_fast import kernels
-from st_fast.kernels import reference, registry
+from st_fast.kernels import OPS as PUBLIC
+from st_fast.kernels import declared, reference
+from st_fast.kernels.common import registry
 
 OPS = torch.ops.st_fast
 
@@ -30,6 +32,10 @@ def run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor | N
     outs = list(outs) if isinstance(outs, tuple) else [outs]
     grads = torch.autograd.grad(outs, leaves, [torch.sin(1 + out.detach()) for out in outs])
     return [out.detach() for out in outs] + list(grads)
+
+
+for _op in PUBLIC:
+    declared(_op)  # registers it
 
 
 def test_every_op_has_a_sample() -> None:

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from st_fast.kernels import adaln, adamw, guidance, qknorm, resources
+from st_fast.kernels import resources
+from st_fast.kernels.adaln import triton as adaln
+from st_fast.kernels.feature_loss import triton as feature_loss
+from st_fast.kernels.optimiser import triton as optimiser
+from st_fast.kernels.qknorm import triton as qknorm
 
 USE = {"warps": 4, "registers": 64, "stack": 0, "local": 0, "shared": 0, "float64": 0, "widest_load": 16}
 
@@ -32,13 +36,13 @@ def test_kernels_use_what_the_table_says_and_no_more_than_allowed(measured: reso
 
 
 def test_every_kernel_is_compiled_at_every_width(measured: resources.Table) -> None:
-    assert measured.keys() == resources.CEILINGS.keys()
+    assert measured.keys() == resources.ceilings().keys()
     for width in (384, 768, 1024, 1152):
         names = [name for name, widths in measured.items() if f"D={width}" in widths]
         assert len(names) == 10, names
     kernels = {launch.kernel.__name__ for _, _, launch in resources.launches()}
-    written = {f"_{line.split('_', 1)[1].split('(')[0]}" for file in ("adaln", "guidance", "qknorm", "adamw")
-               for line in Path(adaln.__file__).with_name(f"{file}.py").read_text().splitlines()
+    written = {f"_{line.split('_', 1)[1].split('(')[0]}" for module in resources.kernels().values()
+               for line in Path(str(module.__file__)).read_text().splitlines()
                if line.startswith("def _") and "_kernel(" in line}  # fmt: skip
     assert kernels == written
 
@@ -91,14 +95,14 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
         lambda: adaln.norm_modulate_backward(x, x, v, s, s),
         lambda: adaln.gate_residual(x, x, v),
         lambda: adaln.gate_residual_backward(x, x, v),
-        lambda: guidance.align(x, x, weight),
-        lambda: guidance.guided_feature_loss(x, x, x, weight, 0.0, "cosine", index),
-        lambda: guidance.guided_feature_loss(x, x[:0], x[:0], weight[:0], 1.0, "mse", index[:0]),
-        lambda: guidance.cfg_extrapolate(x, x, 1.0),
+        lambda: feature_loss.align(x, x, weight),
+        lambda: feature_loss.guided_feature_loss(x, x, x, weight, 0.0, "cosine", index),
+        lambda: feature_loss.guided_feature_loss(x, x[:0], x[:0], weight[:0], 1.0, "mse", index[:0]),
+        lambda: feature_loss.cfg_extrapolate(x, x, 1.0),
         lambda: qknorm.qk_norm(qkv, affine, affine, affine, affine, 1e-6),
         lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, stats),
-        lambda: adamw.grad_norm(p),
-        lambda: adamw.adamw_ema_(p, p, p, p, [], [], scalar, scalar, scalar, 0.9, 0.99, 1e-8, 0.0, 0.9, 1.0),
+        lambda: optimiser.grad_norm(p),
+        lambda: optimiser.adamw_ema_(p, p, p, p, [], [], scalar, scalar, scalar, 0.9, 0.99, 1e-8, 0.0, 0.9, 1.0),
     ]
     for call in calls:
         for launch in resources.record(call):

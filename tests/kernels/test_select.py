@@ -8,38 +8,39 @@ import pytest
 import torch
 
 from st_fast import kernels
-from st_fast.kernels import defaults, native, ops, reference
+from st_fast.kernels import SWITCHES, TABLE, native, reference, table
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_the_table_has_the_ops_that_can_be_chosen() -> None:
-    assert tuple(field.name for field in fields(kernels.KernelTable)) == defaults.OPS
-    assert all(table.keys() <= set(defaults.OPS) for table in defaults.DEFAULTS.values())
-    assert all(set(table.values()) <= {"fused", "reference"} for table in defaults.DEFAULTS.values())
+def test_the_table_has_the_switches_but_the_optimiser() -> None:
+    assert tuple(field.name for field in fields(kernels.KernelTable)) == TABLE
+    assert {*TABLE, "adamw_ema"} == set(SWITCHES)
+    assert set().union(*table.SLOWER.values()) <= set(TABLE)
 
 
-@pytest.mark.parametrize("op", defaults.OPS)
+@pytest.mark.parametrize("op", TABLE)
 def test_each_op_is_chosen_on_its_own(op: str) -> None:
-    everything = dict.fromkeys(defaults.OPS, "reference")
-    table = kernels.select(everything | {op: "fused"}, CPU)
-    for other in defaults.OPS:
-        assert getattr(table, other) is getattr(ops if other == op else reference, other)
+    everything = dict.fromkeys(TABLE, "reference")
+    found = kernels.select(everything | {op: "fused"}, CPU)
+    for other in TABLE:
+        assert getattr(found, other) is getattr(kernels if other == op else reference, other)
 
 
-def test_auto_is_what_the_defaults_say_and_what_nothing_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(defaults.DEFAULTS, "cuda", {"align": "fused", "qk_norm": "reference"})
-    table = kernels.select({"align": "auto"}, CUDA)
-    assert table == kernels.select({}, CUDA)
-    assert (table.align, table.qk_norm, table.gate_residual) == (ops.align, reference.qk_norm, reference.gate_residual)
+def test_auto_is_the_op_that_has_a_kernel_there_and_was_not_measured_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(table.SLOWER, "cuda", ("qk_norm",))
+    found = kernels.select({"align": "auto"}, CUDA)
+    assert found == kernels.select({}, CUDA)
+    assert (found.align, found.gate_residual) == (kernels.align, kernels.gate_residual)
+    assert (found.qk_norm, found.gelu_tanh, found.linear) == (reference.qk_norm, reference.gelu_tanh, reference.linear)
     assert kernels.select({}, torch.device("meta")).align is reference.align
 
 
 def test_auto_on_a_cpu_without_compiled_ops_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(defaults.DEFAULTS, "cpu", {"align": "fused"})
     for there in (True, False):
         monkeypatch.setattr(native, "available", lambda kind="cpu", there=there: there)
-        assert kernels.select({}, CPU).align is (ops if there else reference).align
+        fused = there and torch._C._dispatch_has_kernel_for_dispatch_key("st_fast::align", "CPU")
+        assert kernels.select({}, CPU).align is (kernels if fused else reference).align
 
 
 def test_unknown_names_are_refused_with_the_nearest_one() -> None:

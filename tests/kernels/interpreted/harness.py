@@ -19,7 +19,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from st_fast import kernels
-from st_fast.kernels import native, reference, registry
+from st_fast.kernels import OPS, declared, native, reference
+from st_fast.kernels.common import registry
 
 assert os.environ.get("TRITON_INTERPRET") == "1" and not native.available()
 torch.set_num_threads(1)
@@ -59,10 +60,10 @@ def _poisoned(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-for _file, _names in registry.TRITON_FILES.items():
-    _module = import_module(f"st_fast.kernels.{_file}")
-    for _name in _names:
-        registry.LIBRARY.impl(_name, _poisoned(_name, getattr(_module, _name)), "CPU")
+for _op in OPS:
+    declared(_op)  # registers it
+for _name, _module in registry.LAUNCHERS.items():
+    registry.LIBRARY.impl(_name, _poisoned(_name, getattr(import_module(_module), _name)), "CPU")
 
 
 def assert_as_exact_as_eager(case: Case, dtype: torch.dtype, strides: str = "plain") -> None:

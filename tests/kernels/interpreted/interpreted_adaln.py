@@ -1,4 +1,4 @@
-"""kernels/adaln.py under Triton's interpreter."""
+"""kernels/adaln/triton.py under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from csrc_cases import Case, modulated
 from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
 
-from st_fast.kernels import adaln
+from st_fast.kernels.adaln import triton as adaln
 
 torch.manual_seed(0)
 # Two blocks with and without padding, one block alone, odd and tiny widths, one token, one sample.

@@ -1,4 +1,4 @@
-"""kernels/qknorm.py under Triton's interpreter."""
+"""kernels/qknorm/triton.py under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from csrc_cases import Case, others
 from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
 
-from st_fast.kernels import qknorm
+from st_fast.kernels.qknorm import triton as qknorm
 
 
 def qk_norm(*size: int) -> Case:

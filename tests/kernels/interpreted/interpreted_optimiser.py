@@ -1,4 +1,4 @@
-"""kernels/adamw.py under Triton's interpreter."""
+"""kernels/optimiser/triton.py under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from csrc_cases import error
 from torch import Tensor
 
 from st_fast import kernels
-from st_fast.kernels import adamw, reference
+from st_fast.kernels import reference
+from st_fast.kernels.optimiser import triton as optimiser
 
 SHAPES = ((3, 5), (16390,), (1,), (8, 16))  # a chunk and a bit, less than a vector, whole vectors
 
@@ -88,15 +89,15 @@ def test_grouping_does_not_change_a_bit() -> None:
 
 
 def test_tables_are_kept_while_addresses_stay_and_dropped_when_too_many() -> None:
-    adamw._tables.clear()
+    optimiser._tables.clear()
     state = State()
     state.grads[0] = state.grads[0].contiguous()
     norm = kernels.grad_norm(state.grads)
     state.step(kernels, norm)
-    kept = dict(adamw._tables)
+    kept = dict(optimiser._tables)
     state.step(kernels, norm)
-    assert adamw._tables == kept
-    held = [torch.ones(1) for _ in range(adamw.TABLES_KEPT + 3)]
+    assert optimiser._tables == kept
+    held = [torch.ones(1) for _ in range(optimiser.TABLES_KEPT + 3)]
     for g in held:
         kernels.grad_norm([g])
-    assert len(adamw._tables) == adamw.TABLES_KEPT
+    assert len(optimiser._tables) == optimiser.TABLES_KEPT

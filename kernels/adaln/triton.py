@@ -2,66 +2,32 @@
 
     x' = x + gate·a        y = LN(x')·(1 + scale) + shift        LN without affine, per token over D channels
 
-Self-contained: torch and Triton only. Copy this file and `reference.py` to use it elsewhere; the public functions
-take and return tensors and know nothing of dispatch or autograd.
+The public functions take and return tensors and know nothing of dispatch or autograd; `../common/rows.py` is all they
+need.
 
 Shapes: x, a and their gradients (B, N, D), any strides; gate, shift, scale (B, D), any strides (views of one (B, 6D)
 tensor as a rule). float32, bfloat16 or float16, mixed freely; arithmetic and statistics are float32; mean and rstd are
 (B, N) float32. Outputs are contiguous. The modulation's gradients come back in one slab (B, k·D).
 
-How it works. A row is held in registers as two blocks, a power of two and the rest (1152 = 1024 + 128), instead of
-being padded to the next power of two. One program owns a chunk of one sample's tokens, so it reads the modulation
-once; in the backward it also adds up the sample's gate, shift and scale gradients in float32 registers, writes one
-partial sum per chunk, and a second kernel adds the partials in a fixed order: deterministic, no atomics. How tokens
-are cut into chunks depends on the shape alone, so results do not depend on the device's size.
+How it works. One program owns a chunk of one sample's tokens, so it reads the modulation once; in the backward it also
+adds up the sample's gate, shift and scale gradients in float32 registers, writes one partial sum per chunk, and a
+second kernel adds the partials in a fixed order: deterministic, no atomics.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.rows import by_row, cut_tokens, load_row, row_config, row_sum, store_row, token_chunk, zero_row
+
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2048, 1024
 """Programs a launch aims at: two waves on an H200 at the kernels' register counts. More rows a program mean fewer
 reads of the modulation (forward) and fewer partial sums (backward)."""
-
-
-@triton.jit
-def load_row(ptr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """The row at ptr in float32: channels [0, MAIN), and [MAIN, D) padded with zeros to TAIL lanes (0.0 if none)."""
-    main = tl.load(ptr + tl.arange(0, MAIN)).to(tl.float32)
-    if TAIL == 0:
-        return main, tl.full((), 0.0, tl.float32)
-    else:
-        at = MAIN + tl.arange(0, TAIL)
-        return main, tl.load(ptr + at, mask=at < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_row(ptr, main, tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """Writes a row, in the pointer's dtype."""
-    tl.store(ptr + tl.arange(0, MAIN), main)
-    if TAIL != 0:
-        at = MAIN + tl.arange(0, TAIL)
-        tl.store(ptr + at, tail, mask=at < D)
-
-
-@triton.jit
-def zero_row(MAIN: tl.constexpr, TAIL: tl.constexpr):
-    if TAIL == 0:
-        return tl.zeros((MAIN,), tl.float32), tl.full((), 0.0, tl.float32)
-    else:
-        return tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
-
-
-@triton.jit
-def row_sum(main, tail, TAIL: tl.constexpr):
-    if TAIL == 0:
-        return tl.sum(main)
-    else:
-        return tl.sum(main) + tl.sum(tail)
 
 
 @triton.jit
@@ -71,14 +37,6 @@ def _centred(main, tail, mean, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.con
         return main - mean, tail
     else:
         return main - mean, tl.where(MAIN + tl.arange(0, TAIL) < D, tail - mean, 0.0)
-
-
-@triton.jit
-def token_chunk(N, rows):
-    """This program's sample and tokens [first, last), in int64 as every offset is. The grid is B · cdiv(N, rows)."""
-    chunks = tl.cdiv(N, rows)
-    first = (tl.program_id(0) % chunks).to(tl.int64) * rows
-    return (tl.program_id(0) // chunks).to(tl.int64), first, tl.minimum(first + rows, N)
 
 
 @triton.jit
@@ -200,30 +158,6 @@ def _add_partials_kernel(partial_ptr, out_ptr, chunks, columns, BLOCK: tl.conste
     tl.store(out_ptr + sample * columns + at, total, mask=at < columns)
 
 
-def by_row(x: Tensor) -> Tensor:
-    """x with a contiguous last axis; the other axes may keep any stride."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def cut_tokens(samples: int, tokens: int, programs: int, least: int, most: int) -> int:
-    """Tokens a program handles: the largest power of two in least..most that leaves `programs` programs, else least."""
-    fit = max(samples * tokens // programs, 1)
-    return min(max(1 << (fit.bit_length() - 1), least), most)
-
-
-def row_config(width: int, streamed: int, dtype: torch.dtype) -> dict[str, int]:
-    """How a row of `width` channels is cut, its warps, and its loop's stages if it reads `streamed` rows at once.
-
-    Eight main channels a thread are one 16-byte load of bfloat16. The tail gets at least two lanes a thread: four
-    bytes are the least that can be copied to shared memory asynchronously. The pipeline stays within 48 KB.
-    """
-    main = 1 << (width.bit_length() - 1)
-    warps = min(max(main // 256, 1), 16)
-    tail = max(triton.next_power_of_2(width - main), 64 * warps) if width > main else 0
-    stage = streamed * (main + tail) * dtype.itemsize
-    return {"D": width, "MAIN": main, "TAIL": tail, "STAGES": 1 + min(2, 49152 // stage), "num_warps": warps}
-
-
 def _add_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, chunks, columns) float32 → (B, columns): the slab of the modulation's gradients."""
     samples, chunks, columns = partial.shape
@@ -333,3 +267,23 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor) -> tuple[Ten
         **row_config(width, 2, a.dtype),
     )  # fmt: skip
     return da, _add_partials(partial, gate.dtype)
+
+
+WIDTHS = (384, 768, 1024, 1152)
+CEILINGS = {
+    "forward": 80, "plain_forward": 64, "backward": 168, "plain_backward": 128, "gate_forward": 64,
+    "gate_backward": 64, "add_partials": 40,
+}  # fmt: skip
+"""What `resources.py` compiles: widths, and the most registers a thread may take in each kernel."""
+
+
+def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """At the shapes of training: 256 tokens, a batch of 256, modulation as views of one (B, 6D) tensor."""
+    x, statistic = meta(256, 256, width), meta(256, 256, dtype=torch.float32)
+    gate, shift, scale = meta(256, 6 * width).chunk(6, 1)[2:5]
+    yield "forward", lambda: gate_residual_norm_modulate(x, x, gate, shift, scale, 1e-6)
+    yield "plain_forward", lambda: norm_modulate(x, shift, scale, 1e-6)
+    yield "backward", lambda: gate_residual_norm_modulate_backward(x, x, x, x, gate, scale, statistic, statistic)
+    yield "plain_backward", lambda: norm_modulate_backward(x, x, scale, statistic, statistic)
+    yield "gate_forward", lambda: gate_residual(x, x, gate)
+    yield "gate_backward", lambda: gate_residual_backward(x, x, gate)

@@ -3,7 +3,7 @@
     f = f_∅ + ω·(f_y − f_∅)      loss = Σ_m w_m·ℓ(q_m, f_m)      dq = ∂loss/∂q
 
 guided_feature_loss is the target of Self-Transcendence (arXiv 2601.07773), align the alignment of REPA (2410.06940),
-the same cosine without guidance. Needs `adaln.py` for the handling of rows, `reference.py` as its definition, no more.
+the same cosine without guidance. Needs `../common/rows.py`, and `definition.py` for its bound, no more.
 
 Each row of q, f_y and f_∅ is read once and each row of dq written once: 8 bytes an element in bfloat16. Extrapolation,
 lengths and losses are float32. A vector shorter than EPS_NORM is divided by EPS_NORM, and its length then is a constant
@@ -14,18 +14,18 @@ a kernel cannot raise. Losses are summed per program and then over programs in a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adaln import by_row, cut_tokens, load_row, row_config, row_sum, store_row, token_chunk, zero_row
-
-EPS_NORM = 1e-6
-"""Lower bound of a vector's length (cosine) or RMS (normalized_mse), as in `reference.py`."""
+from ..common.rows import by_row, cut_tokens, load_row, row_config, row_sum, store_row, token_chunk, zero_row
+from .definition import EPS_NORM
 
 PROGRAMS = 2048
-"""Programs a launch aims at, as in `adaln.py`."""
+"""Programs a launch aims at: two waves on an H200."""
 
 
 @triton.jit
@@ -170,3 +170,21 @@ def cfg_extrapolate(f_cond: Tensor, f_null: Tensor, cfg_scale: float) -> Tensor:
     grid = (triton.cdiv(out.numel(), 2048),)
     _extrapolate_kernel[grid](f_cond, f_null, out, out.numel(), CFG=cfg_scale, BLOCK=2048, num_warps=8)
     return out
+
+
+WIDTHS = (384, 768, 1024, 1152)
+CEILINGS = {
+    "mse": 64, "cosine": 64, "normalized_mse": 64, "align": 64, "feature_loss_total": 40, "extrapolate": 32,
+}  # fmt: skip
+"""What `resources.py` compiles: widths, and the most registers a thread may take in each kernel."""
+
+
+def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """77 of 256 samples in range, as a t-range of 0.3 gives."""
+    q, f = meta(256, 256, width), meta(77, 256, width)
+    weight, index = meta(77, dtype=torch.float32), meta(77, dtype=torch.int64)
+    for loss in ("mse", "cosine", "normalized_mse"):
+        yield loss, lambda loss=loss: guided_feature_loss(q, f, f, weight, 30.0, loss, index)  # type: ignore[misc]
+    yield "align", lambda: align(q, q, meta(256, dtype=torch.float32))
+    if width == WIDTHS[-1]:
+        yield "extrapolate", lambda: cfg_extrapolate(q, q, 30.0)

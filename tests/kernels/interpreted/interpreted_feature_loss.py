@@ -1,4 +1,4 @@
-"""kernels/guidance.py under Triton's interpreter."""
+"""kernels/feature_loss/triton.py under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from csrc_cases import Case, assert_nothing_supervised_is_nothing, error, featur
 from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
 
 from st_fast import kernels
-from st_fast.kernels import guidance, reference
+from st_fast.kernels import reference
+from st_fast.kernels.feature_loss import triton as feature_loss
 
 torch.manual_seed(0)
 CASES = [c for size in ((3, 2, 100), (1, 1, 7), (2, 3, 64)) for c in features(*size)]
@@ -38,7 +39,7 @@ def scaled_for_float16(case: Case) -> Case:
 def test_float16_in_gives_a_float16_gradient_to_who_launches_directly(loss: str) -> None:
     torch.manual_seed(0)
     q, c, n = (torch.randn(2, 3, 20).half() for _ in range(3))
-    value, dq = guidance.guided_feature_loss(q, c, n, torch.full((2,), 64.0), 3.0, loss, None)
+    value, dq = feature_loss.guided_feature_loss(q, c, n, torch.full((2,), 64.0), 3.0, loss, None)
     plain, plain_dq = torch.ops.st_fast_reference.guided_feature_loss(q, c, n, torch.full((2,), 64.0), 3.0, loss, None)
     assert (value.dtype, dq.dtype) == (torch.float32, torch.float16)
     assert error(value, plain) < 1e-6 and error(dq, plain_dq) < 1e-3
@@ -46,7 +47,7 @@ def test_float16_in_gives_a_float16_gradient_to_who_launches_directly(loss: str)
 
 @pytest.mark.parametrize("case", features(2, 21, 12), ids=lambda case: case.name)
 def test_samples_cut_into_several_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guidance, "PROGRAMS", 8)  # chunks of 4 tokens
+    monkeypatch.setattr(feature_loss, "PROGRAMS", 8)  # chunks of 4 tokens
     assert_as_exact_as_eager(case, torch.float32)
 
 
@@ -64,7 +65,7 @@ def test_an_index_longer_than_one_block_is_searched_to_its_end() -> None:
     torch.manual_seed(0)
     q, f, w = torch.randn(300, 1, 2), torch.randn(299, 1, 2), torch.rand(299)
     index = torch.randperm(300)[:299]
-    ours = guidance.guided_feature_loss(q, f, f, w, 1.0, "mse", index)
+    ours = feature_loss.guided_feature_loss(q, f, f, w, 1.0, "mse", index)
     truth = torch.ops.st_fast_reference.guided_feature_loss(q, f, f, w, 1.0, "mse", index)
     assert error(ours[0], truth[0]) < 1e-6 and error(ours[1], truth[1]) < 1e-6
 
@@ -72,7 +73,7 @@ def test_an_index_longer_than_one_block_is_searched_to_its_end() -> None:
 @pytest.mark.parametrize("index", [[0, 0], [0, 2], [-1, 0]], ids=["repeated", "too large", "negative"])
 def test_an_index_that_names_no_two_samples_makes_the_loss_nan(index: list[int]) -> None:
     q = torch.randn(2, 3, 8)
-    loss, _ = guidance.guided_feature_loss(q, q, q, torch.ones(2), 1.0, "mse", torch.tensor(index))
+    loss, _ = feature_loss.guided_feature_loss(q, q, q, torch.ones(2), 1.0, "mse", torch.tensor(index))
     assert loss.isnan()
 
 

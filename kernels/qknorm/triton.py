@@ -2,7 +2,7 @@
 
     q̂ = LN(q)·q_weight + q_bias, the same for k; v is copied
 
-Self-contained: torch and Triton only. qkv is (B, N, 3, H, d) with any strides; q, k, v come back as contiguous
+Needs torch and Triton only. qkv is (B, N, 3, H, d) with any strides; q, k, v come back as contiguous
 (B, H, N, d), which is what attention wants, so the norm costs no pass of its own over what the transposition moves
 anyway. Statistics (4, B, H, N) are float32: mean and rstd of q, mean and rstd of k.
 
@@ -12,6 +12,8 @@ gradients in float32 registers; the programs' sums are added in a fixed order, 6
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -263,5 +265,20 @@ def qk_norm_backward(
         )
         sums = added
     weights = (q_weight, q_weight, k_weight, k_weight)
-    parts = [part.to(w.dtype, copy=True) for part, w in zip(sums.view(4, width), weights, strict=True)]
+    parts = [part.to(w.dtype, copy=True) for part, w in zip(sums.view(4, width), weights)]
     return dqkv, parts[0], parts[1], parts[2], parts[3]
+
+
+WIDTHS = (64, 72)
+CEILINGS = {"forward": 72, "backward": 128, "add_rows": 32}
+NARROW = ("add_rows",)
+"""What `resources.py` compiles: head widths, the most registers a thread may take in each kernel, and kernels without a
+16-byte load: `add_rows` adds 288 columns with 128 threads."""
+
+
+def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """256 samples of 256 tokens in 16 heads."""
+    qkv, weight = meta(256, 256, 3, 16, width), meta(width, dtype=torch.float32)
+    grad, stats = meta(256, 16, 256, width), meta(4, 256, 16, 256, dtype=torch.float32)
+    yield "forward", lambda: qk_norm(qkv, weight, weight, weight, weight, 1e-6)
+    yield "backward", lambda: qk_norm_backward(grad, grad, grad, qkv, weight, weight, stats)

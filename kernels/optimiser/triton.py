@@ -1,7 +1,7 @@
 """AdamW, EMA, clipping and low-precision copies in one pass over memory, for whole lists of tensors, in Triton.
 
-The CUDA kernel of csrc comes first where it is built; this one serves CUDA machines without a compiler. Self-contained:
-torch and Triton only; the definition is in `reference.py`.
+The CUDA kernel of csrc comes first where it is built; this one serves CUDA machines without a compiler. Needs torch and
+Triton only.
 
 One launch serves all tensors of one (gradient dtype, copy dtype): the kernel reads their addresses from a table on the
 device. The table is kept while addresses stay as they are. Nothing waits for the device: the step's scalars are
@@ -12,7 +12,7 @@ Elementwise arithmetic and chunks of fixed size make the result independent of h
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -180,7 +180,7 @@ def adamw_ema_(
     emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
 ) -> None:  # fmt: skip
-    """One step in place, as `reference.adamw_ema_` defines it; written tensors contiguous, gradients any strides."""
+    """One step in place, as `definition.py` has it; written tensors contiguous, gradients any strides."""
     scalars = _scalars(step, grad_norm, lr, beta1, beta2, weight_decay, ema_decay, max_norm)
     groups: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = {}
     for i, g in enumerate(grads):
@@ -197,3 +197,15 @@ def adamw_ema_(
             CHUNK=CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     step.add_(scalars[0].to(step.dtype))
+
+
+WIDTHS = (0,)
+CEILINGS = {"grad_norm": 32, "step": 80}
+"""What `resources.py` compiles, which does not depend on a width, and the most registers a thread may take."""
+
+
+def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """float32 state with bfloat16 gradients and copies."""
+    p, low, scalar = [meta(1 << 20, dtype=torch.float32)], [meta(1 << 20)], meta(dtype=torch.float32)
+    yield "grad_norm", lambda: grad_norm(low)
+    yield "step", lambda: adamw_ema_(p, p, p, p, p, low, scalar, scalar, scalar, 0.9, 0.999, 1e-8, 0.0, 0.9999, 1.0)

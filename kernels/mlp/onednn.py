@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import composite
+from . import definition
 
 OP = "mkldnn::_linear_pointwise"
 """What Inductor calls for linear layers: x·Wᵀ + bias with an epilogue; takes W of any strides."""
@@ -39,12 +39,12 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """→ x·Wᵀ + bias (…, M)."""
     if not pays(x, weight) or weight.shape[1] > LONGEST:
-        return composite.linear(x, weight, bias)
+        return definition.linear_forward(x, weight, bias)
     return _product(x, weight, bias)
 
 
 def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """→ dx, dweight, dbias."""
     if not pays(x, weight) or weight.shape[0] > LONGEST:
-        return composite.linear_backward(dy, x, weight)
-    return _product(dy, weight.t(), None), *composite.weight_gradients(dy, x, weight)
+        return definition.linear_backward(dy, x, weight)
+    return _product(dy, weight.t(), None), *definition.weight_gradients(dy, x, weight)

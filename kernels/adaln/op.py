@@ -1,0 +1,195 @@
+"""The adaLN ops: public functions with their checks, registration, gradients, and inputs to try them with.
+
+For shapes and equations see `definition.py`; the modulation's gradients come back in one slab (B, k·D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops import ops
+from ..common import checks
+from ..common.registry import Context, Grad, Op, define, differentiate, new, statistic, zeros_if_none
+from ..common.trial import Draw, Inputs, Size
+from . import definition
+
+TRITON = __package__ + ".triton"
+
+
+def check(op: str, x: Tensor, a: Tensor | None, eps: float | None = None, **vectors: Tensor) -> None:
+    """x and a (B, N, D); every modulation vector (B, D), all of one dtype."""
+    checks.floating(op, x=x, **({} if a is None else {"a": a}), **vectors)
+    checks.rank(op, "x", x, "(B, N, D)")
+    if a is not None:
+        checks.shape(op, "a", a, x.shape, "x's (B, N, D)")
+    for name, vector in vectors.items():
+        checks.shape(op, name, vector, (x.shape[0], x.shape[2]), "x's (B, D)")
+    checks.one_dtype(op, **vectors)
+    if eps is not None:
+        checks.eps(op, eps)
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """LN(x)·(1 + scale) + shift (B, N, D) in x's dtype; gradients to x, shift and scale."""
+    check("norm_modulate", x, None, eps, shift=shift, scale=scale)
+    if x.dtype == torch.float64:
+        return definition.norm_modulate(x, shift, scale, eps)
+    y: Tensor = ops.norm_modulate(x, shift, scale, eps)[0]
+    return y
+
+
+def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
+    """x + gate·a (B, N, D) in x's dtype; gradients to all."""
+    check("gate_residual", x, a, gate=gate)
+    if x.dtype == torch.float64:
+        return definition.gate_residual(x, a, gate)
+    x_out: Tensor = ops.gate_residual(x, a, gate)
+    return x_out
+
+
+def gate_residual_norm_modulate(
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift, both in x's dtype; gradients to all."""
+    check("gate_residual_norm_modulate", x, a, eps, gate=gate, shift=shift, scale=scale)
+    if x.dtype == torch.float64:
+        return definition.gate_residual_norm_modulate(x, a, gate, shift, scale, eps)
+    x_out, y, _, _ = ops.gate_residual_norm_modulate(x, a, gate, shift, scale, eps)
+    return x_out, y
+
+
+define(
+    "norm_modulate",
+    "(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    definition.norm_modulate_forward,
+    lambda x, shift, scale, eps: (new(x), statistic(x, x.shape[:2]), statistic(x, x.shape[:2])),
+    TRITON,
+)
+define(
+    "norm_modulate_backward",
+    "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dmod)",
+    definition.norm_modulate_backward,
+    lambda dy, x, scale, mean, rstd: (new(x), scale.new_empty((x.shape[0], 2 * x.shape[2]))),
+    TRITON,
+)
+define(
+    "gate_residual_norm_modulate",
+    "(Tensor x, Tensor a, Tensor gate, Tensor shift, Tensor scale, float eps)"
+    " -> (Tensor x_out, Tensor y, Tensor mean, Tensor rstd)",
+    definition.gate_residual_norm_modulate_forward,
+    lambda x, a, gate, shift, scale, eps: (new(x), new(x), statistic(x, x.shape[:2]), statistic(x, x.shape[:2])),
+    TRITON,
+)
+define(
+    "gate_residual_norm_modulate_backward",
+    "(Tensor dx_out, Tensor dy, Tensor x_out, Tensor a, Tensor gate, Tensor scale, Tensor mean, Tensor rstd)"
+    " -> (Tensor dx, Tensor da, Tensor dmod)",
+    definition.gate_residual_norm_modulate_backward,
+    lambda dx_out, dy, x_out, a, gate, scale, mean, rstd: (
+        new(x_out), new(a), scale.new_empty((x_out.shape[0], 3 * x_out.shape[2]))
+    ),
+    TRITON,
+)  # fmt: skip
+define(
+    "gate_residual",
+    "(Tensor x, Tensor a, Tensor gate) -> Tensor",
+    definition.gate_residual_forward,
+    lambda x, a, gate: new(x),
+    TRITON,
+)
+define(
+    "gate_residual_backward",
+    "(Tensor dx_out, Tensor a, Tensor gate) -> (Tensor da, Tensor dgate)",
+    definition.gate_residual_backward,
+    lambda dx_out, a, gate: (new(a), new(gate)),
+    TRITON,
+)
+
+
+def _save_norm_modulate(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, scale, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, mean, rstd)
+
+
+def _norm_modulate(ctx: Context, dy: Grad, _mean: None, _rstd: None) -> tuple[Grad, ...]:
+    if dy is None:
+        return None, None, None, None
+    dx, dmod = ops.norm_modulate_backward(dy, *ctx.saved_tensors)
+    dshift, dscale = dmod.chunk(2, 1)
+    return dx, dshift, dscale, None
+
+
+def _save_gate_residual_norm_modulate(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, a, gate, _, scale, _ = inputs
+    x_out, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_out, a, gate, scale, mean, rstd)
+
+
+def _gate_residual_norm_modulate(ctx: Context, dx_out: Grad, dy: Grad, _mean: None, _rstd: None) -> tuple[Grad, ...]:
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is refused
+    x_out = saved[0]
+    dx, da, dmod = ops.gate_residual_norm_modulate_backward(
+        zeros_if_none(dx_out, x_out), zeros_if_none(dy, x_out), *saved
+    )
+    dgate, dshift, dscale = dmod.chunk(3, 1)
+    return dx, da, dgate, dshift, dscale, None
+
+
+def _save_gate_residual(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    _, a, gate = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(a, gate)
+
+
+def _gate_residual(ctx: Context, dx_out: Grad) -> tuple[Grad, ...]:
+    if dx_out is None:
+        return None, None, None
+    da, dgate = ops.gate_residual_backward(dx_out, *ctx.saved_tensors)
+    return dx_out, da, dgate
+
+
+differentiate("norm_modulate", _save_norm_modulate, _norm_modulate)
+differentiate("gate_residual_norm_modulate", _save_gate_residual_norm_modulate, _gate_residual_norm_modulate)
+differentiate("gate_residual", _save_gate_residual, _gate_residual)
+
+
+def _try_norm_modulate(draw: Draw, size: Size) -> Inputs:
+    x, (shift, scale, *_) = draw.leaf(*size.rows), draw.modulation(size)
+    return Inputs((x, shift, scale, 1e-6), (x, shift, scale), (draw(*size.rows),))
+
+
+def _try_gate_residual_norm_modulate(draw: Draw, size: Size) -> Inputs:
+    leaves = (draw.leaf(*size.rows), draw.leaf(*size.rows), *draw.modulation(size)[2:5])
+    return Inputs((*leaves, 1e-6), leaves, (draw(*size.rows), draw(*size.rows)))
+
+
+def _try_gate_residual(draw: Draw, size: Size) -> Inputs:
+    leaves = (draw.leaf(*size.rows), draw.leaf(*size.rows), draw.modulation(size)[2])
+    return Inputs(leaves, leaves, (draw(*size.rows),))
+
+
+DECLARED = {
+    "norm_modulate": Op(
+        norm_modulate, definition.norm_modulate, _try_norm_modulate,
+        floor=(2, 3),  # read x, write y; read dy, x, write dx
+        vectors=(2, 3), statistics=lambda size: 2,
+    ),
+    "gate_residual_norm_modulate": Op(
+        gate_residual_norm_modulate, definition.gate_residual_norm_modulate, _try_gate_residual_norm_modulate,
+        floor=(4, 6),  # read x, a, write x', y; read dy, dx', x', a, write dx, da
+        vectors=(3, 5), statistics=lambda size: 2,
+    ),
+    "gate_residual": Op(
+        gate_residual, definition.gate_residual, _try_gate_residual,
+        floor=(3, 3),  # read x, a, write x'; read dx', a, write da
+        vectors=(1, 2),
+    ),
+}  # fmt: skip

@@ -1,0 +1,7 @@
+"""Attention on the CPU, from the packed projection."""
+
+SWITCHES: dict[str, str] = {}
+"""None: `model.attention` chooses."""
+
+OPS = ("attention",)
+"""The public functions of `op.py`."""

@@ -1,0 +1,160 @@
+"""Registers ops with PyTorch: schema, kernels by device, fake, autocast and gradient; and what is to be known of each.
+
+One op name for every device: CPU → csrc if it is built (`linear`: oneDNN), CUDA → Triton (csrc for the optimiser if it
+is built), anything else → the family's `definition.py`.
+
+Autocast: the ops are precise as they are, because they compute in float32 whatever comes in. So under autocast the
+inputs keep their dtypes, the outputs have the dtypes the schema promises, and nothing inside is cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .._ops import add_op_namespace_prefix, ops
+from .trial import Draw, Inputs, Size
+
+LIBRARY = torch.library.Library(add_op_namespace_prefix("")[:-2], "DEF")
+IN_PLAIN_PYTORCH = torch.library.Library(LIBRARY.ns + "_reference", "DEF")
+"""The same ops by their definitions on every device: where csrc and CUDA send float64."""
+
+SCHEMAS: dict[str, str] = {}
+"""Every registered op's schema."""
+
+LAUNCHERS: dict[str, str] = {}
+"""The module whose function of the op's name launches it on CUDA; imported at the first call, so that a CPU run never
+imports Triton."""
+
+Context = Any
+"""autograd's context object: attributes are set and read freely."""
+
+Grad = Optional[Tensor]
+"""Gradients that never arrive are None, not zeros that someone has to write and read."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op as users call it, with what the choice between implementations, tests and measurements need to know."""
+
+    call: Callable[..., Any]
+    """The public function."""
+    definition: Callable[..., Any]
+    """The same in plain PyTorch, with the same signature."""
+    trial: Callable[[Draw, Size], Inputs] | None = None
+    """Inputs of one forward and backward pass, as training has them; None for ops that are tried by other means."""
+    floor: tuple[int, int] = (0, 0)
+    """What the mathematics must read and write, forward and backward, in elements a value of x (B·N·D)."""
+    moved: tuple[int, int] | None = None
+    """What the op's interface reads and writes of such elements, where that is more."""
+    vectors: tuple[int, int] = (0, 0)
+    """Modulation vectors (B, D) that are read forward; read and written backward."""
+    statistics: Callable[[Size], int] = lambda size: 0
+    """float32 numbers a token that the forward pass writes and the backward pass reads."""
+    free_backward_on_cpu: bool = False
+    """Whether the backward pass hands on a gradient as it is, which the CPU can see to be right."""
+
+    def bytes(self, size: Size, itemsize: int, device_type: str) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Bytes (forward, backward) that the mathematics must move, and those that the op's interface moves."""
+        unit = size.batch * size.tokens * size.width * itemsize
+        vector = size.batch * size.width * itemsize
+        kept = 4 * self.statistics(size) * size.batch * size.tokens
+        forward, backward = self.moved or self.floor
+        if device_type == "cpu" and self.free_backward_on_cpu:
+            backward = 0
+        return (self.floor[0] * unit, self.floor[1] * unit), (
+            forward * unit + kept + self.vectors[0] * vector,
+            backward * unit + kept + self.vectors[1] * vector,
+        )
+
+
+def new(like: Tensor) -> Tensor:
+    """A fake of an output: contiguous, whatever the strides of what it is like."""
+    return like.new_empty(like.shape)
+
+
+def statistic(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A fake of statistics or losses: in the computing dtype."""
+    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def define(
+    name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any], launcher: str | None = None
+) -> None:
+    """Register an op: its schema's arguments and results, its plain form for every device, its fake, and for CUDA the
+    module whose function `name` launches it. Kernels of a compiled library that is loaded already come first."""
+    full = add_op_namespace_prefix(name)
+    SCHEMAS[name] = schema
+    for library in (LIBRARY, IN_PLAIN_PYTORCH):
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+        library.impl(name, plain, "CompositeExplicitAutograd")
+    if launcher is not None:
+        LAUNCHERS[name] = launcher
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(full, "CUDA"):
+            LIBRARY.impl(name, _on_cuda(launcher, name), "CUDA")
+    op = getattr(ops, name).default
+    LIBRARY.impl(name, _without_autocast(op, "cpu"), "AutocastCPU")
+    LIBRARY.impl(name, _without_autocast(op, "cuda"), "AutocastCUDA")
+    torch.library.register_fake(full, fake, lib=LIBRARY)
+
+
+def differentiate(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register an op's gradient. `<name>_backward`, where there is such an op, refuses to be differentiated."""
+
+    def refuse(ctx: Context, *grads: Grad) -> None:
+        raise no_second_derivative(name)
+
+    torch.library.register_autograd(add_op_namespace_prefix(name), backward, setup_context=save, lib=LIBRARY)
+    if f"{name}_backward" in SCHEMAS:
+        torch.library.register_autograd(
+            add_op_namespace_prefix(f"{name}_backward"), refuse, setup_context=lambda ctx, inputs, output: None,
+            lib=LIBRARY,
+        )  # fmt: skip
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether the op has a kernel of its own for a kind of device ("cpu", "cuda")."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return bool(key and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(name), key))
+
+
+def no_second_derivative(name: str) -> NotImplementedError:
+    """What a second derivative is answered with."""
+    return NotImplementedError(f"{LIBRARY.ns}.{name}: there is no second derivative; use the reference ops for it")
+
+
+def zeros_if_none(grad: Grad, like: Tensor) -> Tensor:
+    """A gradient that the backward pass computes with even if it never arrived."""
+    return torch.zeros_like(like) if grad is None else grad
+
+
+@cache
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    return getattr(import_module(module), name)
+
+
+def _on_cuda(module: str, name: str) -> Callable[..., Any]:
+    """The Triton launcher of an op, run on the device of its first tensor; float64 stays with plain PyTorch."""
+
+    def launch(*args: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if first.dtype == torch.float64:
+            return getattr(getattr(torch.ops, IN_PLAIN_PYTORCH.ns), name)(*args)
+        with torch.cuda.device(first.device):
+            return _launcher(module, name)(*args)
+
+    return launch
+
+
+def _without_autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return op(*args)
+
+    return call

@@ -1,0 +1,81 @@
+"""Rows of channels in Triton: how the kernels that work on (B, N, D) load, store and sum them, and cut up the tokens.
+
+A row of D channels is held in registers as two blocks, a power of two and the rest (1152 = 1024 + 128), instead of
+being padded to the next power of two. One program owns a chunk of one sample's tokens. How tokens are cut into chunks
+depends on the shape alone, so results do not depend on the device's size. Needs torch and Triton only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_row(ptr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """The row at ptr in float32: channels [0, MAIN), and [MAIN, D) padded with zeros to TAIL lanes (0.0 if none)."""
+    main = tl.load(ptr + tl.arange(0, MAIN)).to(tl.float32)
+    if TAIL == 0:
+        return main, tl.full((), 0.0, tl.float32)
+    else:
+        at = MAIN + tl.arange(0, TAIL)
+        return main, tl.load(ptr + at, mask=at < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_row(ptr, main, tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Writes a row, in the pointer's dtype."""
+    tl.store(ptr + tl.arange(0, MAIN), main)
+    if TAIL != 0:
+        at = MAIN + tl.arange(0, TAIL)
+        tl.store(ptr + at, tail, mask=at < D)
+
+
+@triton.jit
+def zero_row(MAIN: tl.constexpr, TAIL: tl.constexpr):
+    if TAIL == 0:
+        return tl.zeros((MAIN,), tl.float32), tl.full((), 0.0, tl.float32)
+    else:
+        return tl.zeros((MAIN,), tl.float32), tl.zeros((TAIL,), tl.float32)
+
+
+@triton.jit
+def row_sum(main, tail, TAIL: tl.constexpr):
+    if TAIL == 0:
+        return tl.sum(main)
+    else:
+        return tl.sum(main) + tl.sum(tail)
+
+
+@triton.jit
+def token_chunk(N, rows):
+    """This program's sample and tokens [first, last), in int64 as every offset is. The grid is B · cdiv(N, rows)."""
+    chunks = tl.cdiv(N, rows)
+    first = (tl.program_id(0) % chunks).to(tl.int64) * rows
+    return (tl.program_id(0) // chunks).to(tl.int64), first, tl.minimum(first + rows, N)
+
+
+def by_row(x: Tensor) -> Tensor:
+    """x with a contiguous last axis; the other axes may keep any stride."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def cut_tokens(samples: int, tokens: int, programs: int, least: int, most: int) -> int:
+    """Tokens a program handles: the largest power of two in least..most that leaves `programs` programs, else least."""
+    fit = max(samples * tokens // programs, 1)
+    return min(max(1 << (fit.bit_length() - 1), least), most)
+
+
+def row_config(width: int, streamed: int, dtype: torch.dtype) -> dict[str, int]:
+    """How a row of `width` channels is cut, its warps, and its loop's stages if it reads `streamed` rows at once.
+
+    Eight main channels a thread are one 16-byte load of bfloat16. The tail gets at least two lanes a thread: four
+    bytes are the least that can be copied to shared memory asynchronously. The pipeline stays within 48 KB.
+    """
+    main = 1 << (width.bit_length() - 1)
+    warps = min(max(main // 256, 1), 16)
+    tail = max(triton.next_power_of_2(width - main), 64 * warps) if width > main else 0
+    stage = streamed * (main + tail) * dtype.itemsize
+    return {"D": width, "MAIN": main, "TAIL": tail, "STAGES": 1 + min(2, 49152 // stage), "num_warps": warps}

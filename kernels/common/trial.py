@@ -1,0 +1,74 @@
+"""Inputs of one forward and backward pass of an op, as training has them: for smoke tests, tests and measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CFG_SCALE = 30.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """B samples of N tokens with D channels in H heads."""
+
+    batch: int
+    tokens: int
+    width: int
+    heads: int
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """(B, N, D)."""
+        return self.batch, self.tokens, self.width
+
+    @property
+    def head(self) -> int:
+        """Channels of a head."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call, the leaves that get gradients, and the gradients that come in."""
+
+    args: tuple[Any, ...]
+    leaves: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        tensors = [a for a in self.args if isinstance(a, Tensor)] + list(self.grads)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class Draw:
+    """Draws normal tensors of one dtype on one device from one seed."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device).to(self.dtype)
+
+    def leaf(self, *shape: int) -> Tensor:
+        """One that wants a gradient."""
+        return self(*shape).requires_grad_()
+
+    def modulation(self, size: Size) -> tuple[Tensor, ...]:
+        """Six leaves (B, D) that are strided views of one (B, 6D) tensor, as a model has them."""
+        parts = self(size.batch, 6 * size.width).chunk(6, dim=1)
+        return tuple(part.detach().requires_grad_() for part in parts)
+
+    def weight(self, size: Size) -> Tensor:
+        """A weight of each sample in a loss (B,), float32."""
+        return torch.full((size.batch,), 0.5 / size.batch, device=self.device)
+
+    def one(self) -> Tensor:
+        """The gradient that comes to a loss."""
+        return torch.ones((), device=self.device)

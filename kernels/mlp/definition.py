@@ -1,0 +1,44 @@
+"""Linear layers and GELU in plain PyTorch: the definitions, and below them the forms that the ops register."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common.plain import up
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x·Wᵀ + bias over the last axis: x (…, K), weight (M, K), bias (M,), all of one dtype. Returns (…, M)."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """½x·(1 + tanh(√(2/π)·(x + 0.044715x³))), GELU's tanh form (arXiv 1606.08415), any shape; in x's dtype."""
+    return torch.nn.functional.gelu(up(x), approximate="tanh").to(x.dtype)
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """→ x·Wᵀ + bias (…, M), contiguous."""
+    return linear(x, weight, bias).contiguous()
+
+
+def weight_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """→ dweight (M, K) and dbias (M,) of a linear layer."""
+    rows = dy.reshape(-1, dy.shape[-1])  # (R, M)
+    return rows.t() @ x.reshape(-1, x.shape[-1]), dy.sum(tuple(range(dy.dim() - 1)))
+
+
+def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """→ dx (…, K), dweight (M, K), dbias (M,), each in the layer's dtype."""
+    return (dy @ weight).contiguous(), *weight_gradients(dy, x, weight)
+
+
+def gelu_tanh_forward(x: Tensor) -> Tensor:
+    """→ GELU's tanh form in x's dtype."""
+    return torch.nn.functional.gelu(up(x), approximate="tanh").to(x.dtype).contiguous()
+
+
+def gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """→ dx in x's dtype."""
+    return torch.ops.aten.gelu_backward(up(dy), up(x), approximate="tanh").to(x.dtype).contiguous()
