@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class Draw:
         self.device, self.dtype = device, dtype
         self._generator = torch.Generator(device).manual_seed(seed)
 
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, device=self.device).to(self.dtype)
+    def __call__(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype or self.dtype)
 
     def leaf(self, *shape: int) -> Tensor:
         """One that wants a gradient."""

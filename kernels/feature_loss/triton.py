@@ -172,7 +172,7 @@ def cfg_extrapolate(f_cond: Tensor, f_null: Tensor, cfg_scale: float) -> Tensor:
     return out
 
 
-WIDTHS = (384, 768, 1024, 1152)
+WIDTHS = (384, 768, 1024, 1152, 0)
 CEILINGS = {
     "mse": 64, "cosine": 64, "normalized_mse": 64, "align": 64, "feature_loss_total": 40, "extrapolate": 32,
 }  # fmt: skip
@@ -180,11 +180,12 @@ CEILINGS = {
 
 
 def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """77 of 256 samples in range, as a t-range of 0.3 gives."""
+    """77 of 256 samples in range, as a t-range of 0.3 gives; at width 0 what depends on no width."""
+    if not width:
+        yield "extrapolate", lambda: cfg_extrapolate(meta(256, 256, 1152), meta(256, 256, 1152), 30.0)
+        return
     q, f = meta(256, 256, width), meta(77, 256, width)
     weight, index = meta(77, dtype=torch.float32), meta(77, dtype=torch.int64)
     for loss in ("mse", "cosine", "normalized_mse"):
         yield loss, lambda loss=loss: guided_feature_loss(q, f, f, weight, 30.0, loss, index)  # type: ignore[misc]
     yield "align", lambda: align(q, q, meta(256, dtype=torch.float32))
-    if width == WIDTHS[-1]:
-        yield "extrapolate", lambda: cfg_extrapolate(q, q, 30.0)
