@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .adaln.op import gate_residual, gate_residual_norm_modulate, norm_modulate
+from .attn import definition as attn
+from .attn.op import attention
 from .feature_loss.definition import FEATURE_LOSSES
 from .feature_loss.op import align, guided_feature_loss
+from .mlp.op import gelu_tanh, linear
 from .qknorm.op import qk_norm
 
 
@@ -255,3 +258,47 @@ class FusedFinalLayer(Layer):
         """x (B, N, D), c (B, D). Returns (B, N, p·p·C)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulated(self.norm_final, x, shift, scale))
+
+
+class FusedAttention(Layer):
+    """Self-attention over all tokens, by the `qkv`, `proj` and `num_heads` of timm's `Attention`.
+
+    The op is the CPU's, for float32; elsewhere it is PyTorch's own, from the packed projection too.
+    """
+
+    qkv: nn.Module
+    proj: nn.Module
+    num_heads: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D). Returns (B, N, D). Raises ValueError where the module has a norm or a dropout in between."""
+        for name, child in self.named_children():
+            if name not in ("qkv", "proj") and not isinstance(child, nn.Identity) and getattr(child, "p", None) != 0:
+                raise ValueError(f"FusedAttention: {name} = {child} would be left out; only qkv and proj are computed")
+        b, n, d = x.shape
+        qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads)
+        out = attention(qkv) if x.device.type == "cpu" else attn.attention(qkv)
+        return self.proj(out.reshape(b, n, d))
+
+
+class FusedGELU(Layer):
+    """`nn.GELU`: the op where its `approximate` is "tanh"."""
+
+    approximate: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape; the same comes back."""
+        return gelu_tanh(input) if self.approximate == "tanh" else nn.functional.gelu(input)
+
+
+class FusedLinear(Layer):
+    """`nn.Linear`: oneDNN on the CPU where that is faster, PyTorch's own elsewhere."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input (…, K). Returns (…, M)."""
+        if self.bias is None or input.dtype != self.weight.dtype:  # as under autocast
+            return nn.functional.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)

@@ -126,7 +126,7 @@ def test_one_row_a_token_is_refused_in_one_line() -> None:
 
 WITHOUT_CONSTRUCTOR = [
     layers.NormModulate, layers.GateResidual, layers.GateResidualNormModulate, layers.PackedQKNorm, layers.AlignLoss,
-    layers.FusedDiTBlock, layers.FusedFinalLayer,
+    layers.FusedDiTBlock, layers.FusedFinalLayer, layers.FusedAttention, layers.FusedGELU, layers.FusedLinear,
 ]  # fmt: skip
 
 
@@ -161,6 +161,59 @@ def test_a_layer_bound_to_a_module_takes_its_eps_and_refuses_its_affine() -> Non
     packed.k_norm = nn.RMSNorm(4)
     with pytest.raises(ValueError, match="must be LayerNorms of one eps"):
         packed(draw(B, N, 3, H, 4))
+
+
+class Attention(nn.Module):
+    """As in timm, with whatever `between` puts there."""
+
+    def __init__(self, width: int, heads: int, **between: nn.Module) -> None:
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        for name, module in between.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+
+
+REST_OF_A_BLOCK = [
+    (layers.FusedAttention, lambda: Attention(64, 2, q_norm=nn.Identity(), proj_drop=nn.Dropout(0.0)), (2, 32, 64)),
+    (layers.FusedAttention, lambda: Attention(D, H), (B, N, D)),  # sizes that no kernel takes
+    (layers.FusedGELU, lambda: nn.GELU(approximate="tanh"), (B, N, D)),
+    (layers.FusedGELU, nn.GELU, (B, N, D)),
+    (layers.FusedLinear, lambda: nn.Linear(384, 400), (1, 260, 384)),  # large enough for oneDNN
+    (layers.FusedLinear, lambda: nn.Linear(D, 7), (B, N, D)),
+    (layers.FusedLinear, lambda: nn.Linear(D, 7, bias=False), (N, D)),
+]
+
+
+@pytest.mark.parametrize(("layer", "make", "shape"), REST_OF_A_BLOCK)
+def test_the_rest_of_a_block_computes_what_its_modules_do(
+    layer: type[nn.Module], make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    module, x = make(), draw(*shape)
+    leaves = (x, *module.parameters())
+
+    def gradients(compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = compute(x)
+        return [y, *torch.autograd.grad(y, leaves, torch.cos(torch.arange(y.numel()).float()).view_as(y))]
+
+    truth = gradients(module)
+    bound = layer.forward.__get__(module)
+    for compute in (bound, torch.compile(bound, fullgraph=True, backend="aot_eager")):
+        for ours, theirs in zip(gradients(compute), truth, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(bound(x), module(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("between", [nn.LayerNorm(12), nn.Dropout(0.1)])
+def test_attention_with_something_in_between_is_refused(between: nn.Module) -> None:
+    module = Attention(D, H, between=between)
+    with pytest.raises(ValueError, match=r"^FusedAttention: between = .* would be left out; only qkv and proj are"):
+        layers.FusedAttention.forward(module, draw(B, N, D))
 
 
 class Block(nn.Module):
