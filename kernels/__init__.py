@@ -55,6 +55,6 @@ else:
             return declared(name).call
         if name in ("KernelTable", "select"):
             return getattr(import_module(".table", __name__), name)
-        if name in ("layers", "native", "reference", "table"):
+        if name in ("layers", "native", "patch", "reference", "table"):
             return import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
