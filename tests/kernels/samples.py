@@ -1,4 +1,7 @@
-"""One call of every registered op, with views and odd strides: positional arguments of torch.ops.st_fast.<name>."""
+"""One call of every registered op: positional arguments of torch.ops.st_fast.<name>.
+
+Written out with views and odd strides, or else what the op's own trial calls it with, forward and backward.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-DIFFERENTIABLE = (
-    "norm_modulate", "gate_residual_norm_modulate", "gate_residual", "align", "guided_feature_loss",
-    "cfg_extrapolate", "qk_norm", "attention", "linear", "gelu_tanh",
-)  # fmt: skip
+from st_fast.kernels import TABLE, declared
+from st_fast.kernels.common.trial import Draw, Size
+
+DIFFERENTIABLE = (*TABLE, "attention")
 B, N, D, H = 3, 4, 12, 2
 
 
 def _random(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+class Calls(TorchDispatchMode):
+    """The last arguments of each op of ours that runs within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace == "st_fast":
+            self.seen[name] = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        return func(*args, **(kwargs or {}))
+
+
+def tried(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """What the trials of all ops call, in the dtype; the backward ops in float32 at the most."""
+    made = {}
+    for name in TABLE:
+        op = declared(name)
+        assert op.trial is not None
+        inputs = op.trial(Draw(torch.device("cpu"), dtype, 0), Size(B, N, D, H))
+        with Calls() as calls:
+            out = op.call(*inputs.args)
+            torch.autograd.grad(out if isinstance(out, tuple) else (out,), inputs.leaves, inputs.grads)
+        made |= {called: args for called, args in calls.seen.items() if called != name} | {name: inputs.args}
+    return made
 
 
 def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
@@ -43,7 +75,7 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     index, weight = torch.tensor([2, 0]), torch.rand(2)
     lists = [[_random(5), _random(2, 3)] for _ in range(5)]
     lists[3] = [v.square() for v in lists[3]]
-    return {
+    return tried(dtype) | {
         "norm_modulate": (x, shift, scale, 1e-6),
         "norm_modulate_backward": (dy, frozen[1], frozen[0], mean, rstd),
         "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6),

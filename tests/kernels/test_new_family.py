@@ -1,0 +1,73 @@
+"""A maintainer adds an op by copying one folder: everything that lists ops then has it, and no other file is touched."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRAM = """
+import torch
+from st_fast import kernels
+from st_fast.core.ranks import Ranks
+from st_fast.kernels import resources
+from st_fast.model.smoke_test import validated_kernels
+from st_fast.recipe import load
+from st_fast.recipe.architecture import Model
+
+NEW = ("new_norm_modulate", "new_gate_residual_norm_modulate", "new_gate_residual")
+cpu = torch.device("cpu")
+assert "copied" in kernels.FAMILIES and set(NEW) <= set(kernels.TABLE)
+recipe = load("recipes/digits.toml", ["--kernels.new_norm_modulate=fused"])
+table = kernels.select({op: "fused" for op in NEW}, cpu)
+assert table.new_norm_modulate is kernels.new_norm_modulate
+assert kernels.select({}, torch.device("cuda")).new_gate_residual is kernels.new_gate_residual
+assert kernels.select({}, cpu).new_gate_residual is kernels.reference.new_gate_residual  # csrc has no such kernel
+x, shift, scale = torch.randn(2, 3, 8), torch.randn(2, 8), torch.randn(2, 8)
+torch.testing.assert_close(kernels.new_norm_modulate(x, shift, scale), kernels.norm_modulate(x, shift, scale))
+said = []
+validated_kernels({op: "fused" for op in NEW}, recipe.model, Ranks(0, 1, cpu), torch.float32,
+                  said.append)
+assert said == [], said
+names = {name for name, _, _ in resources.launches()}
+assert "copied.forward" in names and "copied.forward" in resources.ceilings()
+print(recipe.kernels.new_norm_modulate)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """This repository with the folder adaln a second time, its ops under other names."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.lock")
+    for folder in ("kernels", "st_fast", "bench", "tests", "recipes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignore)
+    shutil.copytree(tmp_path / "kernels" / "adaln", tmp_path / "kernels" / "copied")
+    for file in (tmp_path / "kernels" / "copied").glob("*.py"):
+        file.write_text(re.sub(r"\b(?=(gate_residual|norm_modulate))", "new_", file.read_text()))
+    return tmp_path
+
+
+def run(checkout: Path, *command: str) -> str:
+    """What a program in the checkout prints."""
+    env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=checkout, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_copied_folder_is_in_the_table_the_recipe_the_smoke_test_and_the_resources(checkout: Path) -> None:
+    pytest.importorskip("triton")
+    assert run(checkout, "-c", PROGRAM).strip() == "fused"
+
+
+def test_a_copied_folder_is_checked_by_the_tests_that_every_op_passes(checkout: Path) -> None:
+    found = run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_ops.py", "-k",
+                "new_norm_modulate and not second_derivatives")  # fmt: skip
+    assert found.count(".") >= 5 and "[100%]" in found, found
