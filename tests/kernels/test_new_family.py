@@ -1,4 +1,4 @@
-"""A maintainer adds an op by copying one folder: everything that lists ops then has it, and no other file is touched."""
+"""A maintainer adds an op by copying one folder: everything that lists ops has it then, and no other file changes."""
 
 from __future__ import annotations
 
