@@ -1,34 +1,29 @@
 """The kernels of a training step on CUDA, counted without one: what each reads, writes and multiplies.
 
-st_fast's own step and the published loop's run as they are, so that a change of their code changes what is counted: on
-the "meta" device, where tensors have shapes and no memory, under a mode that sees every operation with its gradient.
-What is compiled on a GPU goes through AOTAutograd and its partitioner, as under torch.compile, and what Inductor would
-fuse is joined by a rule (`fused`). Needs no GPU, and seconds at any size.
+The step runs as it is, so that a change of its code changes what is counted: on the "meta" device, where tensors have
+shapes and no memory, under a mode that sees every operation with its gradient. What is compiled on a GPU goes through
+AOTAutograd and its partitioner, as under torch.compile, and what Inductor would fuse is joined by a rule (`fused`).
+Needs no GPU, and seconds at any size.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._decomp import get_decompositions
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bench import machine
-from bench.published import PlainLoop
 from bench.workload import Setup, make_recipe, make_stage
 from st_fast import kernels
 from st_fast.core.ranks import Ranks
@@ -100,30 +95,24 @@ def fused(ops: Sequence[Op], needed: set[int]) -> list[Kernel]:
     groups = list(range(len(ops)))
 
     def join(a: int, b: int) -> None:
-        old, new = groups[a], groups[b]
-        groups[:] = [new if g == old else g for g in groups]
+        groups[:] = [groups[b] if g == groups[a] else g for g in groups]
 
-    for number, op in enumerate(ops):
-        for storage in op.reads:
-            maker = made.get(storage, number)
-            if not op.alone and not ops[maker].alone and levels[maker] == levels[number]:
-                join(number, maker)
+    handed = [(number, made.get(storage, number), storage) for number, op in enumerate(ops) for storage in op.reads]
+    for number, maker, _ in handed:
+        if not ops[number].alone and not ops[maker].alone and levels[maker] == levels[number]:
+            join(number, maker)
     stored = set(needed)
-    for number, op in enumerate(ops):
-        for storage in op.reads:
-            maker = made.get(storage, number)
-            again = op.reduces == "columns" and not ops[maker].alone and not ops[maker].reduces
-            if groups[maker] != groups[number] and not again:
-                stored.add(storage)
+    for number, maker, storage in handed:
+        again = ops[number].reduces == "columns" and not ops[maker].alone and not ops[maker].reduces
+        if groups[maker] != groups[number] and not again:
+            stored.add(storage)
     reads = [_computed_again(op, ops, made, stored) if op.reduces == "columns" else op.reads for op in ops]
     first: dict[tuple[int, int], int] = {}
     for number, op in enumerate(ops):
         for storage in reads[number] if op.reduces == "columns" else ():
             join(number, first.setdefault((storage, levels[number]), number))
-    members = defaultdict(list)
-    for number in range(len(ops)):
-        members[groups[number]].append(number)
-    return [kernel for group in members.values() if (kernel := _kernel(ops, group, reads, stored)) is not None]
+    members = [[n for n, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)]
+    return [kernel for group in members if (kernel := _kernel(ops, group, reads, stored)) is not None]
 
 
 def _levels(ops: Sequence[Op], made: dict[int, int], needed: set[int]) -> list[int]:
@@ -357,120 +346,43 @@ def recipe_of(setup: Setup) -> tuple[Recipe, Stage]:
 def ours(setup: Setup) -> list[Kernel]:
     """The kernels of st_fast's step with the defaults for CUDA: bf16, blocks compiled, t stratified."""
     recipe, stage = recipe_of(setup)
-    counter, table = Counter(), kernels.select({}, CUDA)
+    counter, table, teacher = Counter(), kernels.select({}, CUDA), None
     with META:
-        model = SiT(recipe.model, table, _attend)
+        model = SiT(recipe.model, table, attend_as_cudnn)
         model.run_block = CompiledModule(counter)
-        teacher = _frozen(recipe, table, counter) if stage.method.teacher_name else None
+        if stage.method.teacher_name:
+            teacher = SiT(recipe.model, table, attend_as_cudnn).to(torch.bfloat16).eval().requires_grad_(False)
+            teacher.run_block = CompiledModule(counter)
         method = supervision.create(stage, Parts(recipe.model, table, teacher), 1)
         update = adamw.choose(recipe.optim.implementation, CUDA)
         optimizer = Optimizer(model, method.heads, recipe.optim, torch.bfloat16, update.update, update.norm)
         step = Step(model, method, optimizer, recipe, Ranks(0, 1, META))
         if optimizer.heads.parameters:
             counter.hook(method.heads, "heads")
-        rows = _rows(recipe, stage)
-        moments, whole, times = _inputs(recipe)
+        size = images_a_pass(recipe.optim, ranks=1)
+        moments = torch.empty(size, *moments_shape(recipe), dtype=torch.float16)
+        whole, times = torch.empty(size, dtype=torch.int64), torch.empty(size)  # labels and ordinals; t
+        rows = _rows(recipe.optim.batch_size, size, stage)
         with profiling.recording_ranges(counter.within), counter:
             latents = [noisy_latents(recipe, LATENT_SCALE, moments, whole, times) for _ in rows]
             step(0, [NoisyBatch(*xs, times, whole, whole, whole, r) for xs, r in zip(latents, rows, strict=True)])
     return counter.kernels
 
 
-def _frozen(recipe: Recipe, table: kernels.KernelTable, counter: Counter) -> SiT:
-    teacher = SiT(recipe.model, table, _attend).to(torch.bfloat16).eval().requires_grad_(False)
-    teacher.run_block = CompiledModule(counter)
-    return teacher
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_as_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention as cuDNN has it, the first of the pinned order; its output is laid out like q."""
     out: Tensor = aten._scaled_dot_product_cudnn_attention(q, k, v, None, q.requires_grad, 0.0, False, False)[0]
     return out
 
 
-def _rows(recipe: Recipe, stage: Stage) -> list[Rows]:
+def moments_shape(recipe: Recipe) -> tuple[int, int, int]:
+    """Of an image's moments."""
+    return 2 * recipe.model.channels, recipe.model.latent_size, recipe.model.latent_size
+
+
+def _rows(total: int, size: int, stage: Stage) -> list[Rows]:
     """The supervised rows of a step's micro-batches, at stratified times."""
-    total, size = recipe.optim.batch_size, images_a_pass(recipe.optim, ranks=1)
     with torch.device("cpu"):
         t = (torch.arange(total) + 0.5) / total
         rows = [select_rows(t, slice(first, first + size), stage.method.selection) for first in range(0, total, size)]
     return [Rows(index.to(META), weight.to(META)) for index, weight in rows]
-
-
-def _inputs(recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments, integers (labels, ordinals) and times of one micro-batch."""
-    model, size = recipe.model, images_a_pass(recipe.optim, ranks=1)
-    moments = torch.empty(size, 2 * model.channels, model.latent_size, model.latent_size, dtype=torch.float16)
-    return moments, torch.empty(size, dtype=torch.int64), torch.empty(size)
-
-
-CASTS: dict[Any, torch.dtype] = {
-    F.linear: torch.bfloat16,
-    F.conv2d: torch.bfloat16,
-    F.scaled_dot_product_attention: torch.bfloat16,
-    F.layer_norm: torch.float32,
-}
-"""What CUDA's autocast casts the inputs of, of all that the published loop calls."""
-
-
-class CudaAutocast(TorchFunctionMode):
-    """What autocast to bf16 does on CUDA, and the attention that PyTorch takes there, for tensors that are on "meta".
-
-    Products and attention get bf16, layer norms float32; float32 attention goes to the memory-efficient kernel.
-    """
-
-    def __init__(self, enabled: bool) -> None:
-        super().__init__()
-        self.enabled = enabled
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.enabled and func in CASTS:
-            args = [a.to(CASTS[func]) if isinstance(a, Tensor) else a for a in args]
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        if args[0].dtype == torch.float32:
-            return aten._scaled_dot_product_efficient_attention(*args, None, args[0].requires_grad)[0]
-        return _attend(*args)
-
-
-class CountedLoop(PlainLoop):
-    """The published loop as it runs on CUDA."""
-
-    def autocast(self) -> AbstractContextManager[object]:
-        return CudaAutocast(enabled=True)
-
-
-def published(setup: Setup, compiled: bool) -> list[Kernel]:
-    """The kernels of the published loop's step: eager, or with its blocks compiled. Its optimiser is eager in both."""
-    recipe, stage = recipe_of(setup)
-    counter, table = Counter(), kernels.select({}, CUDA)
-    with META, CudaAutocast(enabled=False), counter:
-        with counter.within(None):
-            model = SiT(recipe.model, table)
-            teacher = SiT(recipe.model, table) if stage.method.teacher_name else None
-            heads = supervision.create(stage, Parts(recipe.model, table, teacher), 1).heads
-            loop = CountedLoop(recipe, stage, model, heads, teacher, LATENT_SCALE, META)
-            loop.optimizer.param_groups[0]["foreach"] = True  # as on CUDA
-            _make_moments(loop)
-            if compiled:
-                for network in filter(None, (loop.model, loop.teacher)):
-                    _compile((network.blocks, [network.final_layer]), counter)
-            shape = (recipe.optim.batch_size, 2 * recipe.model.channels, *[recipe.model.latent_size] * 2)
-            moments, labels = torch.empty(shape), torch.empty(shape[0], dtype=torch.int64)
-        loop.step(moments, labels)
-    return counter.kernels
-
-
-def _make_moments(loop: PlainLoop) -> None:
-    """AdamW's state is made in its first step, which is not the one to count."""
-    for parameter in loop.model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    loop.optimizer.step()
-    loop.optimizer.zero_grad(set_to_none=True)
-
-
-def _compile(kinds: Iterable[Iterable[nn.Module]], counter: Counter) -> None:
-    for modules in kinds:
-        run = CompiledModule(counter)
-        for module in modules:
-            setattr(module, "forward", partial(run, module))  # noqa: B010

@@ -164,14 +164,14 @@ class Store:
     def put(self, part: str, key: str, row: Row) -> None:
         """Replaces the row `key` of a part and the part's machine. Processes may do so at once.
 
-        The row gets this run's load: a part's rows may come from several runs.
+        A row that does not tell its load gets this run's: a part's rows may come from several.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
             content = self._content()
             section = content.setdefault(part, {"machine": {}, "rows": {}})
             section["machine"] = asdict(self.machine)
-            section["rows"][key] = {**row, "load": self.machine.load}
+            section["rows"][key] = {"load": self.machine.load, **row}
             aside = self.path.with_suffix(f".{os.getpid()}.partial")
             try:
                 aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -15,16 +15,27 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
 from bench import counting, machine
-from bench.counting import Kernel
+from bench.counting import CUDA, LATENT_SCALE, META, CompiledModule, Counter, Kernel, attend_as_cudnn, moments_shape
 from bench.goals import Figure, Row, busy
+from bench.published import PlainLoop
 from bench.report import PREDICTION
 from bench.tables import Columns, milliseconds, ratio, share, table
 from bench.workload import STAGES, Setup
+from st_fast import kernels
+from st_fast.model import SiT
 from st_fast.recipe import cost
+from st_fast.train import supervision
+from st_fast.train.supervision import Parts
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,62 @@ ASSUMPTIONS = {
 
 RIVALS = {"plain": False, "compile": True}
 """The published loop, eager and with its blocks compiled, as `bench.step` names them."""
+
+
+CASTS: dict[Any, torch.dtype] = {
+    F.linear: torch.bfloat16,
+    F.conv2d: torch.bfloat16,
+    F.scaled_dot_product_attention: torch.bfloat16,
+    F.layer_norm: torch.float32,
+}
+"""What CUDA's autocast casts the inputs of, of all that the published loop calls."""
+
+
+class CudaAutocast(TorchFunctionMode):
+    """What autocast to bf16 does on CUDA, and the attention that PyTorch takes there, for tensors that are on "meta".
+
+    Products and attention get bf16, layer norms float32; float32 attention goes to the memory-efficient kernel.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.enabled = enabled
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.enabled and func in CASTS:
+            args = [a.to(CASTS[func]) if isinstance(a, Tensor) else a for a in args]
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        if args[0].dtype == torch.float32:
+            return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, args[0].requires_grad)[0]
+        return attend_as_cudnn(*args)
+
+
+def published(setup: Setup, compiled: bool) -> list[Kernel]:
+    """The kernels of the published loop's step: eager, or with its blocks compiled. Its optimiser is eager in both."""
+    recipe, stage = counting.recipe_of(setup)
+    counter, table = Counter(), kernels.select({}, CUDA)
+    with META, CudaAutocast(enabled=False), counter:
+        with counter.within(None):
+            model = SiT(recipe.model, table)
+            teacher = SiT(recipe.model, table) if stage.method.teacher_name else None
+            heads = supervision.create(stage, Parts(recipe.model, table, teacher), 1).heads
+            loop = PlainLoop(recipe, stage, model, heads, teacher, LATENT_SCALE, META)
+            setattr(loop, "autocast", lambda: CudaAutocast(enabled=True))  # noqa: B010
+            loop.optimizer.param_groups[0]["foreach"] = True  # as on CUDA
+            for parameter in loop.model.parameters():  # AdamW's state is made in its first step: not the one to count
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            loop.optimizer.step()
+            loop.optimizer.zero_grad(set_to_none=True)
+            networks = filter(None, (loop.model, loop.teacher)) if compiled else ()
+            for modules in (kind for network in networks for kind in (network.blocks, [network.final_layer])):
+                run = CompiledModule(counter)
+                for module in modules:
+                    setattr(module, "forward", partial(run, module))  # noqa: B010
+            moments = torch.empty(recipe.optim.batch_size, *moments_shape(recipe))
+            labels = torch.empty(recipe.optim.batch_size, dtype=torch.int64)
+        loop.step(moments, labels)
+    return counter.kernels
 
 
 def seconds(kernel: Kernel, rates: Rates) -> float:
@@ -162,7 +229,7 @@ class Counted:
 def count(setup: Setup, folder: Path = machine.FOLDER) -> Counted:
     """Traces the step and its rivals; launches and host time come from `folder`/launches.json where it has the step."""
     ours = counting.ours(setup)
-    rivals = {name: counting.published(setup, compiled) for name, compiled in RIVALS.items()}
+    rivals = {name: published(setup, compiled) for name, compiled in RIVALS.items()}
     measured = machine.load(folder / "launches.json").get("steps", {}).get(setup.label, {})
     launches = measured.get("launches", sum(kernel.launches for kernel in ours))
     return Counted(setup, ours, rivals, launches, measured.get("host_ms"))
@@ -276,7 +343,7 @@ def report(content: Mapping[str, Any], folder: Path) -> str:
 
 def default_setups() -> list[Setup]:
     """SiT-XL/2 and B/2 at batch 256, all stages."""
-    return [Setup(size, stage, 256, counting.CUDA) for size in ("XL/2", "B/2") for stage in STAGES]
+    return [Setup(size, stage, 256, CUDA) for size in ("XL/2", "B/2") for stage in STAGES]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

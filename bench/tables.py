@@ -184,6 +184,42 @@ def choices(rows: Sequence[Row], brief: bool) -> str:
     return "\n".join([filled(CHOICE, (row for row in rows if "speedup" in row)), "", *others]).rstrip()
 
 
+def overheads(rows: Sequence[Row], brief: bool) -> str:
+    """What a call costs where there is nothing to compute, beside layer_norm's; "graph": each op is a call there."""
+    usual = next((found for row in rows if row["op"] == "layer_norm" and (found := of(row, "us", "opaque", "both"))), 0)
+    columns: Columns = {
+        "op, forward + backward": cell(str, "op"),
+        "from Python, µs": cell("{:.1f}".format, "us", "eager", "both"),
+        "in a graph, µs": cell("{:.1f}".format, "us", "opaque", "both"),
+        "in Inductor's code, µs": cell("{:.1f}".format, "us", "compiled", "both"),
+        "in a graph, × layer_norm": lambda row: f"{row['us']['opaque']['both'] / usual:.1f}×" if usual else NONE,
+        "noise": _noise,
+    }
+    return filled(columns, rows)
+
+
+CONTENTION: Columns = {
+    "beside the step": cell(str, "condition"),
+    "fair part": cell(share, "fair"),
+    "images/s": cell("{:.0f}".format, "rates", "st_fast"),
+    "of its fair part": cell(share, "shares", "st_fast"),
+    "images/s with OpenMP's own settings": cell("{:.0f}".format, "rates", "as it comes"),
+    "of that one's": cell(share, "shares", "as it comes"),
+}
+
+
+def contention(rows: Sequence[Row], brief: bool) -> str:
+    """The step beside other work, a line a condition; on a quiet machine what the settings cost."""
+    texts = []
+    for row in rows:
+        lines = ({"condition": name, "fair": row["fair"][name], "rates": rates, "shares": row["share"].get(name)}
+                 for name, rates in row["images_per_s"].items())  # fmt: skip
+        kept = f"Quiet, in pairs: {row['quiet']['st_fast']:.3f} of the rate with OpenMP's own settings"
+        skipped = "".join(f" {name} was skipped: {why}." for name, why in row.get("skipped", {}).items())
+        texts += [filled(CONTENTION, lines), f"{kept} (± {share(row['noise'])}).{skipped}"]
+    return "\n\n".join(texts)
+
+
 def longest_kernels(rows: Sequence[Row], brief: bool) -> str:
     """The ten longest kernels of each step."""
     longest = ((row, name, spent) for row in rows for name, spent in list(row["kernels_ms"].items())[:10])
@@ -221,6 +257,8 @@ PARTS = {
     "loader": Part("The loaders, batch 256, fp16 moments", lines_of(LOADER)),
     "first step": Part("From starting Python to the end of the first step", first_steps),
     "sampling": Part("Drawing samples", lines_of(SAMPLER)),
+    "launch overhead": Part("The cost of a call", overheads),
+    "contention": Part("The demo's step beside other work", contention, ("cpu",)),
     "choices": Part("Every choice of the step", choices, GPU),
     "schedules": Part("Every schedule of the step", choices, GPU),
     "sweep": Part("How the step grows", lambda rows, brief: filled(STEP, rows), on_page=False),

@@ -111,11 +111,11 @@ def test_micro_batches_share_one_update(plain):
 
 
 def test_the_published_loop_multiplies_as_much_and_its_teacher_runs_on_all_samples_in_float32(plain):
-    eager = counting.published(small(), compiled=False)
+    eager = predict.published(small(), compiled=False)
     assert summed(eager, "flops") == pytest.approx(summed(plain, "flops"), rel=1e-6)
     assert all(k.low for k in eager if k.flops)
     stage = counting.recipe_of(small("stage 2"))[1]
-    compiled = counting.published(small("stage 2"), compiled=True)
+    compiled = predict.published(small("stage 2"), compiled=True)
     block = 2 * 2 * BATCH * (TOKENS * 12 + 6) * WIDTH**2 + 4 * 2 * BATCH * TOKENS**2 * WIDTH
     float32 = [k for k in compiled if k.flops and not k.low]
     assert summed(float32, "flops") == pytest.approx(stage.method.teacher_depth * block, rel=0.03)  # and the embeddings
@@ -123,7 +123,7 @@ def test_the_published_loop_multiplies_as_much_and_its_teacher_runs_on_all_sampl
 
 def test_compilation_saves_the_published_loop_traffic_and_launches_and_no_product():
     setup = replace(small(), batch=512)
-    eager, compiled = (counting.published(setup, compiled) for compiled in (False, True))
+    eager, compiled = (predict.published(setup, compiled) for compiled in (False, True))
     assert summed(compiled, "flops") == summed(eager, "flops")
     assert summed(compiled, "bytes") < 0.7 * summed(eager, "bytes")
     assert summed(compiled, "launches") < summed(eager, "launches")
@@ -238,7 +238,7 @@ def test_a_row_is_shaped_as_a_measured_one():
 
 def test_launches_that_were_measured_count_and_a_slow_host_sets_the_pace(tmp_path, monkeypatch):
     monkeypatch.setattr(counting, "ours", lambda setup: MADE_UP)
-    monkeypatch.setattr(counting, "published", lambda setup, compiled: MADE_UP)
+    monkeypatch.setattr(predict, "published", lambda setup, compiled: MADE_UP)
     setup = Setup("XL/2", "plain", 256, CUDA)
     assert predict.count(setup, tmp_path).launches == 8
     for host, bound in ((7.0, False), (777.0, True)):

@@ -39,8 +39,12 @@ def test_without_figures_every_goal_is_listed_as_not_measured(tmp_path):
 
 def goals_of(folder: Path) -> dict[str, list[str]]:
     """The cells after the goal's text, by that."""
-    rows = (line.strip("|").split("|") for line in report.all_goals(folder).splitlines() if line[:1] == "|")
-    return {goal.strip(): [cell.strip() for cell in cells] for goal, *cells in rows}
+    rows = (cells_of(line) for line in report.all_goals(folder).splitlines() if line[:1] == "|")
+    return {goal: cells for goal, *cells in rows}
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 GUIDED = "guided_feature_loss at S/2, forward + backward, against eager"
@@ -148,7 +152,7 @@ def test_loaders_stand_in_a_table_of_their_own_and_only_the_offered_ones_are_jud
     assert found["DALI and resident loader against the published per-file loader, cached"][1:] == ["80.00×", "reached"]
     text = report.all_tables(tmp_path, brief=True)
     (line,) = [line for line in text.splitlines() if "8×32×32, warm" in line and " resident " in line]
-    assert [cell.strip() for cell in line.strip("|").split("|")][2:] == ["90,000", "180.0×", "0.4 %", "± 3 %"]
+    assert cells_of(line)[2:] == ["90,000", "180.0×", "0.4 %", "± 3 %"]
 
 
 def test_figures_come_with_device_versions_rates_and_date(tmp_path):
@@ -261,3 +265,51 @@ def test_without_proc_last_minutes_average_is_taken(monkeypatch, stat):
     monkeypatch.setattr(Path, "read_text", read)
     monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
     assert results.others_load(0.0) == 1.5 / os.cpu_count()
+
+
+def test_contention_is_judged_by_its_worst_condition_and_by_its_cost_on_a_quiet_machine(tmp_path):
+    rates = {"quiet": {"as it comes": 900.0, "st_fast": 891.0}, "1 hog": {"as it comes": 50.0, "st_fast": 480.0},
+             "quota 1": {"as it comes": 60.0, "st_fast": 342.0}}  # fmt: skip
+    fair = {"quiet": 1.0, "1 hog": 2 / 3, "quota 1": 0.5}
+    share = {name: {key: rate / fair[name] / 900 for key, rate in rates[name].items()} for name in ("1 hog", "quota 1")}
+    row = {"images_per_s": rates, "fair": fair, "share": share, "quiet": {"as it comes": 1.0, "st_fast": 0.99},
+           "noise": 0.004, "skipped": {"quota 1.5": "no cgroup"}}  # fmt: skip
+    store = results.Store(tmp_path, MACHINE)
+    store.put("contention", "digits", row)
+    beside, quiet = (goal for goal in goals_of(tmp_path) if "beside other work" in goal or "quiet machine" in goal)
+    assert goals_of(tmp_path)[beside] == ["≥ 70 %", "76 %", "reached"]
+    assert goals_of(tmp_path)[quiet] == ["≥ 98 %", "99 %", "reached"]
+    text = report.all_tables(tmp_path, brief=True)
+    lines = {cells[0]: cells[1:] for line in text.splitlines() if line[:1] == "|" and (cells := cells_of(line))}
+    assert lines["quiet"] == ["100 %", "891", "–", "900", "–"]
+    assert lines["1 hog"] == [
+        "67 %",
+        "480",
+        "80 %",
+        "50",
+        "8 %",
+    ]
+    assert "quota 1.5 was skipped: no cgroup." in text
+    store.put("contention", "digits", row | {"noise": 0.02})
+    assert goals_of(tmp_path)[beside][1:] == ["76 %", "reached"]
+    assert goals_of(tmp_path)[quiet][1:] == ["99 %", "not judged"]
+
+
+def test_the_cost_of_a_call_is_shown_beside_layer_norms(tmp_path):
+    us = {"eager": {"forward": 4.0, "both": 31.26}, "opaque": {"forward": 3.0, "both": 24.0}}
+    row = {"op": "qk_norm", "us": us | {"compiled": {"forward": 1.0, "both": 9.0}}, "noise": 0.03}
+    store = results.Store(tmp_path, MACHINE)
+    store.put("launch overhead", "qk_norm", row)
+    expected = ["qk_norm", "31.3", "24.0", "9.0", "–", "± 3 %"]
+    assert expected in map(cells_of, report.all_tables(tmp_path, brief=True).splitlines())
+    usual = {"eager": {"both": 10.0}, "opaque": {"both": 16.0}, "compiled": {"both": 1.0}}
+    store.put("launch overhead", "layer_norm", {"op": "layer_norm", "us": usual, "noise": 0.01})
+    expected[4] = "1.5×"
+    assert expected in map(cells_of, report.all_tables(tmp_path, brief=True).splitlines())
+
+
+def test_what_a_kind_of_device_should_have_and_has_not_is_named(tmp_path):
+    results.Store(tmp_path, MACHINE).put("kernels", "a", op_row("align", 4.0))
+    (line,) = [line for line in report.all_tables(tmp_path, brief=True).splitlines() if "Not measured here" in line]
+    assert "the cost of a call" in line and "the demo's step beside other work" in line
+    assert "the ops" not in line and "every schedule" not in line
