@@ -27,6 +27,7 @@ from bench import machine
 from bench.workload import Setup, make_recipe, make_stage
 from st_fast import kernels
 from st_fast.core.ranks import Ranks
+from st_fast.kernels.common import registry
 from st_fast.model import SiT
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Recipe, Stage
@@ -170,11 +171,8 @@ def launches(folder: Path = machine.FOLDER) -> dict[str, int]:
     return found
 
 
-READS = {
-    "copy_": (0, 0.0), "zero_": (0, 0.0), "fill_": (0, 0.0), "_foreach_copy_": (0, 0.0), "adamw_ema_": (5, 0.0),
-    "qk_norm_backward": (3, 2 / 3),
-}  # fmt: skip
-"""Op → an argument of which it reads only a share: what it overwrites, and of the packed q, k and v all but v."""
+OVERWRITTEN = ("copy_", "zero_", "fill_", "_foreach_copy_")
+"""PyTorch's ops that write their first argument and do not read it; ours say so themselves (`registry.UNREAD`)."""
 
 CONTIGUOUS = ("native_layer_norm", "native_layer_norm_backward")
 """PyTorch's kernels that first copy an input which is not contiguous."""
@@ -219,9 +217,10 @@ class Counter(TorchDispatchMode):
         if not written or name in ALLOCATIONS:  # views, and what stays on the host
             return
         reads, writes = _bytes(given), _bytes(written)
-        place, share = READS.get(name, (0, 1.0))
-        for tensor in _tensors(args[place]) if share < 1 else ():
-            reads[_storage(tensor)] *= share
+        label, unread = registry.UNREAD.get(name, (schema[0].name, float(name in OVERWRITTEN)))
+        place = next(place for place, argument in enumerate(schema) if argument.name == label)
+        for tensor in _tensors(args[place]) if unread else ():
+            reads[_storage(tensor)] *= 1 - unread
         moved = sum(reads.values()) + sum(writes.values())
         if name in CONTIGUOUS and self._ops is None:
             moved += sum(2 * _size(t) for t in given[:2] if not t.is_contiguous())

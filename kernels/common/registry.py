@@ -28,6 +28,9 @@ IN_PLAIN_PYTORCH = torch.library.Library(LIBRARY.ns + "_reference", "DEF")
 SCHEMAS: dict[str, str] = {}
 """Every registered op's schema."""
 
+UNREAD: dict[str, tuple[str, float]] = {}
+"""An argument that an op does not read, or not all of: its name, and the share that stays unread."""
+
 LAUNCHERS: dict[str, str] = {}
 """The module whose function of the op's name launches it on CUDA; imported at the first call, so that a CPU run never
 imports Triton."""
@@ -85,12 +88,15 @@ def statistic(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def define(
-    name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any], launcher: str | None = None
-) -> None:
+    name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any], launcher: str | None = None,
+    unread: tuple[str, float] | None = None,
+) -> None:  # fmt: skip
     """Register an op: its schema's arguments and results, its plain form for every device, its fake, and for CUDA the
     module whose function `name` launches it. Kernels of a compiled library that is loaded already come first."""
     full = add_op_namespace_prefix(name)
     SCHEMAS[name] = schema
+    if unread is not None:
+        UNREAD[name] = unread
     for library in (LIBRARY, IN_PLAIN_PYTORCH):
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
         library.impl(name, plain, "CompositeExplicitAutograd")

@@ -114,6 +114,7 @@ define(
     definition.adamw_ema_,
     lambda *args: None,
     TRITON,
+    unread=("copies", 1.0),
 )
 
 DECLARED = {

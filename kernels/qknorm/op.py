@@ -65,6 +65,7 @@ define(
         new(qkv), new(q_weight), new(q_weight), new(k_weight), new(k_weight)
     ),
     TRITON,
+    unread=("qkv", 1 / 3),  # v
 )  # fmt: skip
 
 
