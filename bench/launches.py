@@ -29,7 +29,7 @@ from bench.goals import Row
 from bench.measure import noise
 from bench.optimiser import OptimiserCase, fresh, fused_step, model_shapes
 from bench.step import MICRO_BATCH, give_memory_back
-from bench.tables import Columns, cell, filled, number
+from bench.tables import anything
 from bench.workload import STAGES, Setup, ours
 from st_fast.kernels import TABLE
 from st_fast.train.step import WARM_UP
@@ -163,33 +163,13 @@ def measured(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-OP: Columns = {
-    "op": cell(str, "op"),
-    "pass": cell(str, "pass"),
-    "launches": cell(number, "launches"),
-    "host µs": cell("{:.0f}".format, "host_us"),
-    "noise": lambda row: f"± {row['noise']:.0%}",
-}
-STEP: Columns = {
-    "step": cell(str, "step"),
-    "passes": cell(number, "passes"),
-    "launches": cell(number, "launches"),
-    "graph launches": cell(number, "graph_launches"),
-    "syncs": cell(number, "syncs"),
-    "host ms": cell("{:.1f}".format, "host_ms"),
-    "noise": lambda row: f"± {row['noise']:.0%}",
-    "peak GiB": cell("{:.1f}".format, "peak_gib"),
-    "reserved": cell("{:.1f}".format, "reserved_gib"),
-}
-
-
 def report(found: dict[str, Any]) -> str:
     """The figures as Markdown."""
     about = f"Torch {found['torch']}, {found['device']} ({found['gib']} GiB), {found['cpu']}; revision "
     about += f"{found['commit']}, {found['date']}. Attention: {found['attention']}. Ops at {found['ops_size']}."
-    ops = ({"op": op, "pass": name, **row} for op, costs in found["ops"].items() for name, row in costs.items())
-    steps = ({"step": name, **row} for name, row in found["steps"].items())
-    return "\n\n".join([about, filled(OP, ops), filled(STEP, steps)])
+    ops = [{"key": f"{op}, {name}", **row} for op, costs in found["ops"].items() for name, row in costs.items()]
+    steps = [{"key": name, **row} for name, row in found["steps"].items()]
+    return "\n\n".join([about, anything(ops), anything(steps)])
 
 
 def on_the_stand_in(arguments: Sequence[str]) -> int:

@@ -4,7 +4,7 @@
     python -m bench.predict --write    also bench/results/prediction.json, for the README's goals
 
 FLOPs, bytes and launches are counted from the step's own code (`bench.counting`). What a device does with them is
-assumed by the constants below, each with its reason.
+assumed by `DEVICES` and `ASSUMPTIONS`, each with its reason.
 """
 
 from __future__ import annotations
@@ -53,38 +53,31 @@ class Rates:
 DEVICES = (Rates("H100", 3.0e12, 790e12), Rates("H200", 4.3e12, 790e12))
 """Both rates were measured on such machines (H100 80 GB HBM3; H200), before any of this code ran on one."""
 
-PRODUCT_SHARE = 0.78
-"""Of the matmul rate. A step's products are 1,152 to 6,912 wide, so that tiles and waves do not come out even, and a
-third of them sum over all tokens: 8192³ has neither. Assumed."""
-FLOAT32_SHARE = 0.5
-"""Of what a product reaches in bf16: the tensor cores' peak in TF32 is half of that in bf16 (NVIDIA's data sheets)."""
-ATTENTION_SHARE = 0.32
-"""Of the matmul rate, about 250 TFLOP/s, its recomputed scores counted. At 256 tokens a head has two tiles, and 72
-channels fill a tile of 128 by half; published kernels reach two to three times that on long sequences. Assumed."""
-ATTENTION_FLOAT32_SHARE = 0.25
-"""Of what attention reaches in bf16: PyTorch's memory-efficient kernel is all that takes float32. Assumed."""
-MEMORY_SHARE = 0.88
-"""Of the copy rate, for kernels that only move data: a copy is the ceiling, several streams of rows come near it.
-Assumed from 85 to 90 % that fused norms reach in other projects."""
-MEMORY_SHARES = {"qk-norm": 0.8, "optimiser": 0.95}
-"""Where that is known to differ: qk-norm's backward holds 128 registers and does not pipeline its loads; the optimiser
-reads and writes long vectors alone."""
-GAP = 3e-6
-"""Seconds that a launch adds with a full queue: start, first loads, tail. Assumed: 2 to 4 µs on Hopper."""
+ASSUMPTIONS = {
+    # Of the matmul rate. A step's products are 1,152 to 6,912 wide, so that tiles and waves do not come out even, and a
+    # third of them sum over all tokens: 8192³ has neither.
+    "product share": 0.78,
+    # Of what a product reaches in bf16: the tensor cores' peak in TF32 is half of that in bf16 (NVIDIA's data sheets).
+    "float32 share": 0.5,
+    # Of the matmul rate, about 250 TFLOP/s, its recomputed scores counted. At 256 tokens a head has two tiles, and 72
+    # channels fill a tile of 128 by half; published kernels reach two to three times that on long sequences.
+    "attention share": 0.32,
+    # Of what attention reaches in bf16: PyTorch's memory-efficient kernel is all that takes float32.
+    "attention float32 share": 0.25,
+    # Of the copy rate, for kernels that only move data: a copy is the ceiling, several streams of rows come near it. 85
+    # to 90 % is what fused norms reach in other projects.
+    "memory share": 0.88,
+    # qk-norm's backward holds 128 registers and does not pipeline its loads.
+    "memory share of qk-norm": 0.8,
+    # The optimiser reads and writes long vectors alone.
+    "memory share of optimiser": 0.95,
+    # That a launch adds with a full queue: start, first loads, tail. 2 to 4 µs on Hopper.
+    "gap, µs": 3.0,
+}
 SHORT = 1.15
 """Measured time over predicted time from which on a family is called short of its prediction."""
 LEAST = 0.01
 """Of the step: families below that are shown and not judged."""
-
-ASSUMPTIONS = {
-    "product share": PRODUCT_SHARE,
-    "float32 share": FLOAT32_SHARE,
-    "attention share": ATTENTION_SHARE,
-    "attention float32 share": ATTENTION_FLOAT32_SHARE,
-    "memory share": MEMORY_SHARE,
-    **{f"memory share of {family}": value for family, value in MEMORY_SHARES.items()},
-    "gap, µs": 1e6 * GAP,
-}
 
 RIVALS = {"plain": False, "compile": True}
 """The published loop, eager and with its blocks compiled, as `bench.step` names them."""
@@ -148,13 +141,10 @@ def published(setup: Setup, compiled: bool) -> list[Kernel]:
 
 def seconds(kernel: Kernel, rates: Rates) -> float:
     """Of a kernel alone: the longer of its arithmetic and its traffic, without the gap that a launch adds."""
-    moving = kernel.bytes / (rates.copy * MEMORY_SHARES.get(kernel.family, MEMORY_SHARE))
-    if not kernel.flops:
-        return moving
-    if kernel.family == "attention":
-        reached = ATTENTION_SHARE * (1.0 if kernel.low else ATTENTION_FLOAT32_SHARE)
-    else:
-        reached = PRODUCT_SHARE * (1.0 if kernel.low else FLOAT32_SHARE)
+    memory = ASSUMPTIONS.get(f"memory share of {kernel.family}", ASSUMPTIONS["memory share"])
+    moving = kernel.bytes / (rates.copy * memory)
+    kind = "attention " if kernel.family == "attention" else ""
+    reached = ASSUMPTIONS[f"{kind or 'product '}share"] * (1.0 if kernel.low else ASSUMPTIONS[f"{kind}float32 share"])
     return max(moving, kernel.flops / (rates.matmul * reached))
 
 
@@ -180,7 +170,7 @@ def added(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
 def total(kernels: Sequence[Kernel], rates: Rates, launches: int | None = None) -> float:
     """Seconds of a step on the device; `launches` where they were counted better."""
     gaps = sum(kernel.launches for kernel in kernels) if launches is None else launches
-    return sum(seconds(kernel, rates) for kernel in kernels) + GAP * gaps
+    return sum(seconds(kernel, rates) for kernel in kernels) + 1e-6 * ASSUMPTIONS["gap, µs"] * gaps
 
 
 @dataclass(frozen=True)
@@ -212,7 +202,7 @@ class Counted:
         ms |= {name: 1e3 * total(kernels, rates) for name, kernels in self.rivals.items()}
         per_image = cost.stage_cost(recipe, stage).total
         speed = {name: setup.batch / value * 1e3 for name, value in ms.items()}
-        gaps = {"gaps between kernels": 1e3 * GAP * self.launches}
+        gaps = {"gaps between kernels": 1e-3 * ASSUMPTIONS["gap, µs"] * self.launches}
         return {
             "size": setup.size, "stage": setup.stage, "batch": setup.batch, "tokens": setup.tokens,
             "depth": recipe.model.depth, "ms": ms, "images_per_s": speed,

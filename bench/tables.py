@@ -227,7 +227,7 @@ def longest_kernels(rows: Sequence[Row], brief: bool) -> str:
     return table(["kernel", "ms a step"], lines)
 
 
-def anything(rows: Sequence[Row], brief: bool) -> str:
+def anything(rows: Sequence[Row], brief: bool = False) -> str:
     """A part without a table of its own: every scalar of its rows."""
     scalars = (name for row in rows for name, value in row.items() if not isinstance(value, dict | list))
     names = [name for name in dict.fromkeys(scalars) if name not in ("key", "code", "load")]
