@@ -52,7 +52,8 @@ else:
     def __getattr__(name: str) -> Any:
         """A public function of a family, the table of kernels, or a module."""
         if name in OPS:
-            return declared(name).call
+            found = globals()[name] = declared(name).call  # so that it is found at once the next time
+            return found
         if name in ("KernelTable", "select"):
             return getattr(import_module(".table", __name__), name)
         if name in ("layers", "native", "patch", "reference", "table"):
