@@ -61,18 +61,14 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def remarks(rows: Mapping[str, Row], machine: Mapping[str, Any]) -> str:
-    """A line for each row that has an error in place of figures, or figures that are no result."""
-    lines = []
-    for key, row in rows.items():
-        if "error" in row:
-            lines.append(f"- {key}: failed: {row['error']}")
-        elif row.get("notices"):
-            lines.append(f"- {key}: no result: {'; '.join(row['notices'])}")
-        elif busy(row, machine):
-            lines.append(
-                f"- {key}: not judged: other work took {100 * row.get('load', machine['load']):.0f} % of the machine"
-            )
-    return "\n".join(lines)
+    """A line for each row that has an error in place of figures, or figures that are no result or can't be judged."""
+    failed = [f"- {key}: failed: {row['error']}" for key, row in rows.items() if "error" in row]
+    given_up = [f"- {key}: no result: {'; '.join(row['notices'])}" for key, row in rows.items() if row.get("notices")]
+    loads = {key: row.get("load", machine["load"]) for key, row in rows.items() if busy(row, machine)}
+    if loads and len(loads) == len(rows):
+        loads = {"all rows": max(loads.values())}
+    taken = [f"- {key}: not judged: other work took {100 * load:.0f} % of the machine" for key, load in loads.items()]
+    return "\n".join([*failed, *given_up, *taken])
 
 
 def section(name: str, content: Content, brief: bool) -> str:
