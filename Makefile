@@ -9,7 +9,7 @@ help:
 	@echo "make demo   trains both stages on handwritten digits and writes runs/digits/report.html"
 	@echo "make test   runs the whole suite"
 	@echo "make lint   ruff and the type checker"
-	@echo "make bench  throughput checks (pytest bench/)"
+	@echo "make bench  measures throughput (pytest bench/): nine minutes on two cores"
 	@echo "make docs   builds the guides and the API's pages into build/docs"
 	@echo "make soak   breaks small runs at random for up to half an hour and counts what was lost"
 

@@ -70,14 +70,14 @@ def worktree(revision: str) -> Iterator[Path]:
 
 
 def times(tree: Path) -> dict[str, float]:
-    """Runs `bench.op_times` in a tree; RuntimeError with its last line if it fails."""
+    """Runs `bench.ops` in a tree; RuntimeError with its last line if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "times.json"
-        command = [sys.executable, "-m", "bench.op_times", "--out", str(out)]
+        command = [sys.executable, "-m", "bench.ops", "--out", str(out)]
         environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": ""}
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"bench.op_times in {tree}: {done.stderr.strip().splitlines()[-1]}")
+            raise RuntimeError(f"bench.ops in {tree}: {done.stderr.strip().splitlines()[-1]}")
         return json.loads(out.read_text())
 
 
@@ -94,3 +94,14 @@ def compare(revision: str) -> list[Verdict]:
             if not any(verdict.slower for verdict in found):
                 break
     return found
+
+
+def report(revision: str) -> int:
+    """Prints every op's verdict; 1 if any is slower, 2 if one of the revisions can't be measured."""
+    try:
+        found = compare(revision)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("\n".join(map(str, found)))
+    return int(any(verdict.slower for verdict in found))

@@ -25,13 +25,13 @@ seconds() { # seconds MOST: so many, or what is left
   local left=$((last - (SECONDS - start)))
   awk "BEGIN {most = $1 < $left ? $1 : $left; printf \"%.0f\", most * ${DAY_SHARE:-1}}"
 }
-worst() { # worst CODE: kept as bench.gpu_day keeps it, 2 before 3 before all others
+worst() { # worst CODE: kept as python -m bench keeps it, 2 before 3 before all others
   case $1:$code in 0:* | *:2) ;; 2:* | *:0 | *:1) code=$1 ;; esac
 }
 dies_too=() # with this script, however that ends: an orphan would measure beside the next call
 if command -v setpriv >/dev/null; then dies_too=(setpriv --pdeathsig KILL --); fi
-gpu_day() { "${dies_too[@]}" "$python" -m bench.gpu_day "$@"; }
-day() { # day SECONDS OPTIONS…: what is not ok is in its row, and the call goes on
+bench() { "${dies_too[@]}" "$python" -m bench "$@"; }
+day() { # day SECONDS PARTS… OPTIONS…: what is not ok is in its row, and the call goes on
   local budget ended=0
   budget=$(seconds "$1")
   shift
@@ -40,7 +40,7 @@ day() { # day SECONDS OPTIONS…: what is not ok is in its row, and the call goe
     worst 3
     return
   fi
-  gpu_day --budget "$budget" --results "$out" --keep "$@" || ended=$?
+  bench --seconds "$budget" --results "$out" --keep "$@" || ended=$?
   worst $ended
   echo "== $((SECONDS - start)) s: $*"
 }
@@ -59,31 +59,32 @@ echo "== $((SECONDS - start)) s: ready"
 case $call in
 1) # right, and the headline
   ended=0
-  TORCHINDUCTOR_COMPILE_THREADS=2 gpu_day --small --jobs 8 --budget "$(seconds 90)" \
+  TORCHINDUCTOR_COMPILE_THREADS=2 bench build truth attention compiled ops optimiser launch-overhead step first-step \
+    schedules choices profile sweep convergence --small --jobs 8 --seconds "$(seconds 90)" \
     --results "$out/rehearsal" || ended=$?
   worst $ended
   echo "== $((SECONDS - start)) s: rehearsal"
   timeout "$(seconds 150)" "$python" -m pytest -q -n 8 tests/kernels/test_gpu.py tests/train/schedule/test_gpu.py \
     tests/model/test_attention.py tests/model/test_fp8.py tests/train/test_updates.py 2>&1 | tee "$out/tests.txt" | tail -n 40 || worst 1
   echo "== $((SECONDS - start)) s: tests"
-  day 80 --parts build,attention,truth
-  day 90 --parts step --only "XL/2, plain"
-  day 150 --parts step --only "B/2"
+  day 80 build attention truth
+  day 90 step --only "XL/2, plain"
+  day 150 step --only "B/2"
   ;;
 2) # the rest of the throughput, and each switch
-  day 110 --parts step --only "XL/2"
-  day 40 --parts profile --only "XL/2"
-  day 90 --parts kernels
-  day 130 --parts schedule
-  day 190 --parts choice
+  day 110 step --only "XL/2"
+  day 40 profile --only "XL/2"
+  day 90 ops optimiser
+  day 130 schedules
+  day 190 choices
   ;;
 3) # does it train?
   if [ ! -f data/cifar10-8x8/manifest.json ]; then
     mkdir -p data
     if [ -f $pack/cifar10-8x8.tar.xz ]; then "$python" -m tarfile -e $pack/cifar10-8x8.tar.xz data; fi
   fi
-  day 520 --parts convergence
-  day $last --parts step,first,truth,choice,schedule,compiled,sweep
+  day 520 convergence
+  day $last step first-step truth choices schedules compiled launch-overhead sweep
   ;;
 esac
 exit $code

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
-from bench import machine, schedules
-from bench.cases import Case, Size
+from bench import machine
+from bench.ablations import GRAPHS
 from bench.goals import Row
-from bench.measure import noise
+from bench.measure import give_memory_back, noise
+from bench.ops import Case, Size
 from bench.optimiser import OptimiserCase, fresh, fused_step, model_shapes
-from bench.step import MICRO_BATCH, give_memory_back
+from bench.step import MICRO_BATCH
 from bench.tables import anything
 from bench.workload import STAGES, Setup, ours
 from st_fast.kernels import TABLE
@@ -119,7 +120,7 @@ def setups(device: torch.device) -> Iterator[tuple[str, Setup]]:
             setup = Setup(size, stage, 256, device, compile="on", options=MICRO_BATCH)
             yield setup.label, setup
             if size == "B/2":
-                yield f"{setup.label}, CUDA graphs", replace(setup, options=(*MICRO_BATCH, *schedules.GRAPHS))
+                yield f"{setup.label}, CUDA graphs", replace(setup, options=(*MICRO_BATCH, *GRAPHS))
 
 
 def step_cost(setup: Setup, count: Count) -> dict[str, Any]:

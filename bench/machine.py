@@ -1,17 +1,19 @@
-"""The machine that figures hold for, and where they are kept: one JSON file a device, its machine beside every part."""
+"""The machine that figures hold for, what else it does meanwhile, and where rows are kept: one JSON file a device."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Row, copy_rate
+from bench.measure import Effort, Row, copy_rate
 from st_fast.kernels import native
 from st_fast.train import log
 
@@ -28,12 +30,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
 SOURCES = ("st_fast", "kernels", "csrc", "bench", "recipes")
 BUSY = 0.5
-"""Load a core above which figures are marked as taken on a busy machine."""
+"""Share of all processors' time that other work took, above which figures are marked as a busy machine's."""
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def notices(said: list[str]) -> Row:
     """For a row while which something was given up, a kernel, a compiler, a backend: it is no result."""
     return {"ok": False, "notices": said} if said else {}
+
+
+def left_out(refusal: str) -> Callable[[], Row]:
+    """The task of a row that can't be had here."""
+    return lambda: {"ok": True, "left_out": refusal}
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,20 @@ class Machine:
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
 
 
+def default_device() -> torch.device:
+    """CUDA where there is one: the current one by its number, as tensors name it."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def end_with_the_parent() -> None:
+    """Asks the kernel to kill this process when its parent dies, as where a whole call is killed for its time.
+
+    A process that it starts has to ask for itself: `preexec_fn` of `subprocess`.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's own name, or the CPU's with the threads in use."""
     if device.type == "cuda":
@@ -98,36 +120,38 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def others_load(seconds: float = 1.0) -> float:
-    """The share of all processors' time that is used while this process sleeps; without /proc, last minute's average.
+class OthersLoad:
+    """The share of all processors' time that other processes take from the making of this on."""
 
-    That average would count what ended before, such as the tests that a GPU's day begins with.
-    """
-    try:
-        busy, whole = _processor_time()
-        time.sleep(seconds)
-        busy_after, whole_after = _processor_time()
-    except (OSError, ValueError):  # not there, or another system's
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
-    if whole_after <= whole:  # a sandbox that does not count
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
-    return min(max((busy_after - busy) / (whole_after - whole), 0.0), 1.0)
+    def __init__(self) -> None:
+        self._start = self._now()
 
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds of all processors, in use and passed, and of this process and its ended children."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+            user, nice, system, idle, waiting, *interrupts = map(int, fields)
+        except (OSError, ValueError):  # not there, or another system's
+            return 0.0, 0.0, 0.0
+        used, tick = user + nice + system + sum(interrupts), os.sysconf("SC_CLK_TCK")
+        return used / tick, (used + idle + waiting) / tick, sum(os.times()[:4])
 
-def _processor_time() -> tuple[int, int]:
-    """Ticks since the start, of all processors: (in use, in use or idle)."""
-    user, nice, system, idle, waiting, *interrupts = map(
-        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
-    )
-    used = user + nice + system + sum(interrupts)
-    return used, used + idle + waiting
+    def read(self, otherwise: float | None = None) -> float:
+        """Since then; `otherwise`, or last minute's average, where no time has passed or the system does not count."""
+        used, passed, own = (after - before for before, after in zip(self._start, self._now(), strict=True))
+        if passed < 0.2:
+            return os.getloadavg()[0] / (os.cpu_count() or 1) if otherwise is None else otherwise
+        return min(max((used - own) / passed, 0.0), 1.0)
 
 
 def measure_machine(device: torch.device) -> Machine:
-    """Takes the device's copy and matmul rates, a few seconds."""
+    """Takes others' load, then the device's copy and matmul rates: a few seconds."""
     from triton import __version__ as triton
 
-    load = others_load()
+    others = OthersLoad()
+    time.sleep(1.0)
+    load = others.read()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Machine(
         device=device_name(device),
@@ -164,14 +188,14 @@ class Store:
     def put(self, part: str, key: str, row: Row) -> None:
         """Replaces the row `key` of a part and the part's machine. Processes may do so at once.
 
-        A row that does not tell its load gets this run's: a part's rows may come from several.
+        A row that does not say at what load it was measured gets this call's: rows of a part may come from several.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
             content = self._content()
             section = content.setdefault(part, {"machine": {}, "rows": {}})
             section["machine"] = asdict(self.machine)
-            section["rows"][key] = {"load": self.machine.load, **row}
+            section["rows"][key] = {"load": self.machine.load} | row
             aside = self.path.with_suffix(f".{os.getpid()}.partial")
             try:
                 aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -207,6 +231,59 @@ def _holds_parts(path: Path) -> bool:
 
 def _is_part(section: Any) -> bool:
     return isinstance(section, dict) and section.keys() >= {"machine", "rows"}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What all parts of a call share: the device, the sizes, where rows go, and until when."""
+
+    device: torch.device
+    store: Store
+    small: bool = False
+    """Sizes that a CPU does in minutes: a rehearsal."""
+    full: bool = False
+    """More sizes and rivals."""
+    until: float = float("inf")
+    """By time.monotonic(): when the time is spent. A task that can stop by itself, with all saved, does so before."""
+    runs: Path = ROOT / "runs" / "gpu_day"
+    """Where the study's runs lie."""
+    only: tuple[str, ...] = ()
+    """The names of the rows to measure contain one of these; none: all are measured."""
+    again: bool = False
+    """Rows that failed, or that were measured while others kept the machine busy, are measured once more."""
+    keep: bool = False
+    """Rows that other sources measured count."""
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.monotonic()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of training there."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def effort(self) -> Effort:
+        """Of a comparison."""
+        if self.small:
+            return Effort(rounds=3, seconds=1, least=2, warmup=1)
+        return Effort(rounds=20, seconds=1.5, least=5) if self.device.type == "cuda" else Effort(100, 2.5)
+
+    def names(self, key: str) -> bool:
+        """Whether a row of this name is to be measured."""
+        return not self.only or any(part in key for part in self.only)
+
+    def wants(self, row: Row) -> bool:
+        """Whether a row has still to be measured: by this code, to its end, or once more."""
+        measured = bool(row) and (self.keep or row.get("code") == self.store.machine.code)
+        poor = not row.get("ok", True) or row.get("load", 0.0) > BUSY
+        return not measured or bool(row.get("unfinished")) or (self.again and poor)
+
+
+Task = tuple[str, Callable[[], Row]]
+"""A row's name and what measures it."""
 
 
 class Damaged(ValueError):

@@ -11,6 +11,7 @@ much, since only a wrong one is to be kept out.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -27,7 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from st_fast.train import profiling
 
 if TYPE_CHECKING:
-    from bench.cases import Case, Inputs
+    from bench.ops import Case
+    from st_fast.kernels.common.trial import Inputs
 
 Row = dict[str, Any]
 """One measurement, as it stands in the results file."""
@@ -150,6 +152,12 @@ def noise(seconds: Sequence[float]) -> float:
     return max(halves, 2 * 1.2533 * deviation / math.sqrt(len(seconds))) / middle
 
 
+def spread(seconds: Sequence[float]) -> list[float]:
+    """Milliseconds: least, lower quartile, median, upper quartile, most."""
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * [*seconds]
+    return [1e3 * value for value in (min(seconds), *quartiles, max(seconds))]
+
+
 def cache_bytes(device: torch.device) -> int:
     """The last-level cache: L2 on CUDA, the largest of /sys on the CPU (32 MiB where it does not say)."""
     if device.type == "cuda":
@@ -234,6 +242,22 @@ def by_kernel(run: Callable[[], object], device: torch.device, times: int) -> di
         if cuda:
             torch.cuda.synchronize(device)
     return {name: spent / times for name, spent in profiling.by_kernel(profiler, device).items()}
+
+
+def give_memory_back(device: torch.device) -> None:
+    """What nothing holds any more, reference cycles included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def tidy(device: torch.device) -> Iterator[None]:
+    """Gives memory back on leaving."""
+    try:
+        yield
+    finally:
+        give_memory_back(device)
 
 
 OURS, RIVALS = 2.0, 10.0

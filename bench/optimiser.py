@@ -1,4 +1,4 @@
-"""The optimiser's step under measurement: clip, AdamW, weight average, and the low-precision copy on CUDA.
+"""The optimiser's step: clip, AdamW, weight average, and the low-precision copy on CUDA, against PyTorch's own.
 
 The rival is what PyTorch offers for it: `clip_grad_norm_`, `AdamW(fused=True)`, `_foreach_lerp_`, `_foreach_copy_`.
 """
@@ -6,16 +6,18 @@ The rival is what PyTorch offers for it: `clip_grad_norm_`, `AdamW(fused=True)`,
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench.cases import Draw
-from bench.machine import Row
-from bench.measure import Copy, Effort, Samples, Stopwatch, Variant, WrongResult, interleave, noise, paired_ratio
+from bench.machine import Suite, Task
+from bench.measure import Copy, Effort, Row, Stopwatch, Variant, WrongResult, interleave, noise, paired_ratio, spread
 from st_fast import kernels
 from st_fast.kernels import reference
+from st_fast.kernels.common.trial import Draw
 from st_fast.model import SiT
 from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.schema import Model
@@ -150,8 +152,8 @@ def check(case: OptimiserCase) -> None:
                 raise WrongResult(f"{case.key}: {what}[{i}] differs from the reference by {worst:.1e}, not {TOLERANCE}")
 
 
-def measure(case: OptimiserCase, effort: Effort) -> tuple[Row, dict[str, Samples]]:
-    """The row of one case, and the samples behind it. Raises gate.WrongResult before anything is timed."""
+def measure(case: OptimiserCase, effort: Effort) -> Row:
+    """The row of one case. Raises WrongResult before anything is timed."""
     check(case)
     copy = Copy(case.device)
     variants: dict[str, Variant] = {"fused": ours(case), "torch": torch_step(case), "copy": copy}
@@ -168,5 +170,15 @@ def measure(case: OptimiserCase, effort: Effort) -> tuple[Row, dict[str, Samples
         "noise": noise(steps["fused"]),
     }
     row: Row = {"op": "adamw_ema", "size": case.name, "dtype": str(case.low or torch.float32).removeprefix("torch.")}
-    row |= {"rounds": len(steps["fused"]), "copy_rate": rate, "both": figures}
-    return row, samples
+    return row | {
+        "rounds": len(steps["fused"]),
+        "copy_rate": rate,
+        "both": figures,
+        "spread_ms": spread(steps["fused"]),
+    }
+
+
+def optimisers(suite: Suite) -> Iterator[Task]:
+    """The optimiser's step of every model."""
+    for setting in cases(suite.device, suite.full):
+        yield setting.key, partial(measure, setting, suite.effort)

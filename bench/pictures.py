@@ -17,8 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from bench import machine as store
 from bench import measure
-from bench.cases import TOKENS, Case, Size
 from bench.goals import Content, Row, busy
+from bench.ops import TOKENS, Case, Size
 from bench.step import products
 from bench.workload import Setup, make_recipe, make_stage
 from st_fast.kernels import reference

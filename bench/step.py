@@ -7,20 +7,20 @@ that the model uses. Times are multiplied by how often each occurs.
 
 from __future__ import annotations
 
-import gc
 import logging
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
-from bench import measure as clock
-from bench.machine import Machine, notices
-from bench.measure import Effort, Row, Samples, Stopwatch, Variant, interleave, noise
+from bench import measure
+from bench.machine import Machine, Suite, Task, notices
+from bench.measure import Effort, Row, Samples, Stopwatch, Variant, give_memory_back, interleave, noise, spread, tidy
 from bench.published import PlainLoop, in_subprocess, plain_variant
 from bench.workload import STAGES, Ours, Setup, our_variant, ours
 from st_fast.model.attention import Attend, attend_packed, choose
@@ -43,7 +43,7 @@ class Wanted:
     rivals: tuple[str, ...] = ("plain", "compile")
     """"plain" is the loop in eager mode; "compile" has its blocks compiled, "compile whole" its networks.
 
-    On a CPU these have a process of their own (`bench.apart`); "plain, our memory" shares ours, with what is set there.
+    On a CPU these have a process of their own (`bench.published`); "plain, our memory" shares ours with its settings.
     On CUDA, where two loops of XL/2 do not fit one device, each is alone there; "compile whole" is left to the CPU.
     """
     breakdown: bool = True
@@ -60,28 +60,36 @@ MICRO_BATCH = ("--optim.micro_batch=auto",)
 """On CUDA: as the shipped recipes have it."""
 
 
-def default_wanted(device: torch.device, full: bool) -> Wanted:
-    """Enough rounds for a figure, within the ten minutes that the whole of `pytest bench/` may take on two cores."""
-    if device.type == "cuda":
+def default_wanted(setup: Setup, full: bool) -> Wanted:
+    """Enough rounds for a figure; on two cores all three stages take less than four minutes, or twelve with `full`."""
+    if setup.device.type == "cuda":
         return Wanted(Effort(rounds=8, seconds=15, least=3, warmup=1), 5)
-    rivals = ("plain", "compile", "compile whole") if full else ("plain", "compile")
-    return Wanted(Effort(rounds=6, seconds=60, least=3, warmup=1), 1, (*rivals, OUR_MEMORY))
+    if full:
+        rivals = ("plain", "compile", "compile whole", OUR_MEMORY)
+        return Wanted(Effort(rounds=6, seconds=90, least=3, warmup=1), 1, rivals)
+    rivals = ("plain",) if setup.stage == "stage 1" else ("plain", "compile")
+    return Wanted(Effort(rounds=4, seconds=60, least=3, warmup=1), 1, rivals)
 
 
-def give_memory_back(device: torch.device) -> None:
-    """What nothing holds any more, reference cycles included."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def setups(suite: Suite) -> list[Setup]:
+    """The steps that a suite measures."""
+    found = default_setups(suite.device)
+    if not suite.small:
+        return found
+    return [replace(s, batch=4, tokens=16, depth=2, options=()) for s in found if s.size == found[0].size]
 
 
-@contextmanager
-def tidy(device: torch.device) -> Iterator[None]:
-    """Gives memory back on leaving."""
-    try:
-        yield
-    finally:
-        give_memory_back(device)
+def steps(suite: Suite) -> Iterator[Task]:
+    """The whole step's figures."""
+    for setup in setups(suite):
+        wanted = default_wanted(setup, suite.full)
+        wanted = replace(wanted, effort=suite.effort) if suite.small else wanted
+        yield setup.label, partial(measure_in, suite, setup, wanted)
+
+
+def measure_in(suite: Suite, setup: Setup, wanted: Wanted) -> Row:
+    """The row of one step, its MFU by the suite's own matmul rate."""
+    return measure_step(setup, wanted, suite.store.machine)
 
 
 def largest_batch(run: Callable[[int], None], batch: int, device: torch.device) -> int:
@@ -97,7 +105,7 @@ def largest_batch(run: Callable[[int], None], batch: int, device: torch.device) 
             batch //= 2
 
 
-def measure(setup: Setup, wanted: Wanted, machine: Machine) -> Row:
+def measure_step(setup: Setup, wanted: Wanted, machine: Machine) -> Row:
     """The row of one step. OutOfMemoryError if st_fast's own step does not fit; rivals get the batch that fits them."""
     loops = _one_by_one if setup.device.type == "cuda" else _interleaved
     with tidy(setup.device), ExitStack() as stack:
@@ -223,7 +231,7 @@ def _row(
         "speedup": {name: speed["ours"] / value for name, value in speed.items() if name != "ours"},
         "gflop_per_image": per_image / 1e9,
         "mfu": {name: value * per_image / machine.matmul_rate for name, value in speed.items()},
-        "noise": noise(step["ours"]),
+        "noise": noise(step["ours"]), "spread_ms": spread(step["ours"]),
     }  # fmt: skip
 
 
@@ -239,7 +247,7 @@ def _parts(loop: Ours, setup: Setup, supervised: int, seconds: float) -> Row:
         "floor": asdict(least),
         "times_the_floor": seconds / least.seconds,
         "at_product_speed_s": least.products * (1 + least.attention_flops / least.product_flops),
-        "families": profiling.by_family(clock.by_kernel(loop, setup.device, 3 if setup.device.type == "cuda" else 1)),
+        "families": profiling.by_family(measure.by_kernel(loop, setup.device, 3 if setup.device.type == "cuda" else 1)),
     }
 
 

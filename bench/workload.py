@@ -6,8 +6,11 @@ that every step supervises the same number of samples to ±1, and the data are r
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,3 +254,22 @@ def our_variant(loop: Ours, block: int) -> Variant:
                 loop()
 
     return run
+
+
+def main(arguments: Sequence[str]) -> None:
+    """A start, timed: prints seconds from `began`, by time.monotonic(), to the end of each part as a line of JSON."""
+    size, stage, batch, device, began, *options = arguments
+    ends = [time.monotonic()]
+    with ours(Setup(size, stage, int(batch), torch.device(device), options=tuple(options))) as loop:
+        ends.append(time.monotonic())
+        for _ in range(2):
+            loop()
+            if loop.iterator.ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.monotonic())
+    parts = zip(("import", "build", "first_step", "second_step"), [float(began), *ends], ends, strict=False)
+    print(json.dumps({name: end - start for name, start, end in parts}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import choices, day_works, part, tables, workload
-from bench.day import Day
-from bench.machine import ROOT, Store
+from bench import ablations, checks, suite, tables, workload
+from bench.machine import ROOT, Store, Suite
 from bench.measure import Effort
 from bench.workload import Setup
 from st_fast.core.errors import EXIT_INTERRUPTED, UserError
@@ -29,15 +28,15 @@ from tests.bench.test_bench_report import MACHINE
 CPU = torch.device("cpu")
 
 
-def small(folder: Path) -> Day:
-    return Day(CPU, True, Store(folder, MACHINE), time.monotonic() + 300, folder / "runs")
+def small(folder: Path) -> Suite:
+    return Suite(CPU, Store(folder, MACHINE), True, until=time.monotonic() + 300, runs=folder / "runs")
 
 
-@pytest.mark.parametrize("name", choices.CHOICES)
+@pytest.mark.parametrize("name", ablations.CHOICES)
 def test_every_choice_is_one_that_a_recipe_has(name, tmp_path):
-    setup = Setup("XL/2", "plain", 256, torch.device("cuda"), options=choices.CHOICES[name])
+    setup = Setup("XL/2", "plain", 256, torch.device("cuda"), options=ablations.CHOICES[name])
     recipe = workload.make_recipe(setup, tmp_path)
-    for option in choices.CHOICES[name]:
+    for option in ablations.CHOICES[name]:
         key, _, value = option.removeprefix("--").partition("=")
         section, key = key.split(".")
         assert getattr(getattr(recipe, section), key) == value
@@ -45,7 +44,7 @@ def test_every_choice_is_one_that_a_recipe_has(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_only_choices_that_are_not_the_default_are_measured_beside_it(kind):
-    found = choices.others(torch.device(kind))
+    found = ablations.others(torch.device(kind))
     assert "attention math" in found and "checkpointing block" in found
     assert ("compile off" in found, "compile on" in found) == (kind == "cuda", kind == "cpu")
     assert ("attention cudnn" in found, "attention csrc" in found) == (kind == "cpu", kind == "cuda")
@@ -75,15 +74,15 @@ def test_choices_and_schedules_are_told_with_what_could_not_be_had():
 
 
 def test_a_choice_that_can_not_be_had_is_refused_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr(choices, "ours", lambda setup: pytest.fail("built"))
+    monkeypatch.setattr(ablations, "ours", lambda setup: pytest.fail("built"))
 
     def missing(recipe, device):
         if recipe.run.fp8 != "off":
             raise UserError("run.fp8: torchao is not installed")
 
-    monkeypatch.setattr(choices, "check_fp8", missing)
+    monkeypatch.setattr(ablations, "check_fp8", missing)
     setup = Setup("XL/2", "plain", 64, torch.device("cuda", 0))
-    row = choices.measure(setup, "fp8 tensorwise", Effort(), block=1)
+    row = ablations.measure_choice(setup, "fp8 tensorwise", Effort(), block=1)
     assert row == {"ok": True, "left_out": "run.fp8: torchao is not installed"}
 
 
@@ -94,9 +93,10 @@ def test_a_row_that_is_unfinished_is_asked_for_again_until_it_is_done(tmp_path, 
         yield "study", lambda: {"ok": True, "unfinished": left.pop(0) > 0, "done": 3 - len(left), "runs": 3}
         yield "samples", lambda: after.append(1) or {"ok": True}
 
-    monkeypatch.setitem(part.PARTS, "fake", (tasks, "fake"))
+    monkeypatch.setattr(suite.Part, "tasks", lambda part, suite: tasks(suite))
+    monkeypatch.setitem(suite.PARTS, "fake", suite.Part("fake", "", "", "of this test"))
     day = dataclasses.replace(small(tmp_path), small=False)
-    assert [part.run(day, "fake") for _ in range(4)] == [3, 3, 0, 0]
+    assert [suite.run(day, "fake") for _ in range(4)] == [3, 3, 0, 0]
     said = capsys.readouterr().out
     assert "2 of 3 runs are done" in said and "fake is not finished; run the same command again" in said
     assert not left and after == [1]  # in the time that is left, in the first call
@@ -118,12 +118,12 @@ def test_the_studys_runs_are_told_one_by_one_and_brought_home_with_samples_but_w
                 a_run(job)
         return EXIT_INTERRUPTED
 
-    monkeypatch.setattr(day_works, "_command", command)
+    monkeypatch.setattr(checks, "_command", command)
     day = small(tmp_path / "rows")
-    assert part.run(day, "convergence") == 0
+    assert suite.run(day, "convergence") == 0
     trained, *drawn = asked
     assert trained[:4] == ("st_fast.study", str(study), "--out", str(out)) and 0 < float(trained[5]) <= 4.0
-    assert drawn == [("st_fast.sample", str(out / "seed0" / "omega5"), "-n", str(day_works.FEW), "--npz")]
+    assert drawn == [("st_fast.sample", str(out / "seed0" / "omega5"), "-n", str(checks.FEW), "--npz")]
     rows = day.store.rows("convergence")
     assert rows[study.stem] | {"done": 2, "runs": 3, "unfinished": True} == rows[study.stem]
     assert rows["seed0/omega5"]["loss"] == 2.5 and "seed0/plain" not in rows
@@ -151,10 +151,10 @@ def a_run(job: Job) -> None:
 
 
 def test_without_the_latents_the_row_names_the_folder_and_what_makes_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(Day, "data", tmp_path / "nowhere")
+    monkeypatch.setattr(checks, "DATA", tmp_path / "nowhere")
     day = dataclasses.replace(small(tmp_path), small=False)
-    (_, study), *_ = day_works.convergence(day)
-    row = part.attempt(study, 30.0)
+    (_, study), *_ = checks.convergence(day)
+    row = suite.attempt(study, 30.0)
     assert f"{tmp_path / 'nowhere'}: no latents; bench/pack.sh makes them" in row["error"]
 
 
@@ -195,7 +195,7 @@ def test_a_second_call_of_day_sh_is_refused_while_the_first_lives(tmp_path):
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="no setpriv on this machine")
 def test_what_day_sh_has_started_ends_with_it_also_after_kill_9(tmp_path):
     stub = tmp_path / "python"
-    stub.write_text(f'#!/bin/sh\ncase "$*" in *bench.gpu_day*) echo $$ >{tmp_path}/pid; exec sleep 600 ;; esac\n')
+    stub.write_text(f'#!/bin/sh\ncase "$*" in *"-m bench "*) echo $$ >{tmp_path}/pid; exec sleep 600 ;; esac\n')
     stub.chmod(0o755)
     command = ["bash", str(ROOT / "bench" / "day.sh"), "2"]
     call = subprocess.Popen(command, env=os.environ | {"OUT": str(tmp_path), "PYTHON": str(stub)})

@@ -1,12 +1,14 @@
-"""The ops' cases: all ops are there, bytes are PERFORMANCE.md's, and no figure comes without the correctness gate."""
+"""The ops' cases: all ops are there, bytes are PERFORMANCE.md's, and no figure comes without the gate."""
+
+import time
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from bench import measure as gate
-from bench import op_times, optimiser
-from bench.cases import Case, Size
+from bench import measure, ops, optimiser
 from bench.measure import Effort
+from bench.ops import Case, Size
 from st_fast.kernels import TABLE, reference
 
 CPU = torch.device("cpu")
@@ -38,14 +40,14 @@ def test_the_optimiser_moves_forty_bytes_a_parameter_in_float32():
 def test_the_gate_lets_the_fused_op_pass_and_stops_one_that_is_slightly_wrong(op):
     right = case(op)
     inputs = right.inputs(0)
-    gate.check(right, {"fused": right.fused}, inputs)
+    measure.check(right, {"fused": right.fused}, inputs)
 
     def wrong(*args):
         outputs = right.eager(*args)
         return tuple(o * (1 + 1e-4) for o in outputs) if isinstance(outputs, tuple) else outputs * (1 + 1e-4)
 
-    with pytest.raises(gate.WrongResult, match=rf"{op} .* fused, result 0: rms error"):
-        gate.check(right, {"fused": wrong}, inputs)
+    with pytest.raises(measure.WrongResult, match=rf"{op} .* fused, result 0: rms error"):
+        measure.check(right, {"fused": wrong}, inputs)
 
 
 def test_the_gate_sees_a_single_bad_element_of_a_gradient():
@@ -65,20 +67,19 @@ def test_the_gate_sees_a_single_bad_element_of_a_gradient():
     def wrong(x, shift, scale, eps):
         return reference.norm_modulate(Spoilt.apply(x), shift, scale, eps)
 
-    with pytest.raises(gate.WrongResult, match=r"result 1: .* error"):
-        gate.check(right, {"fused": wrong}, right.inputs(0))
+    with pytest.raises(measure.WrongResult, match=r"result 1: .* error"):
+        measure.check(right, {"fused": wrong}, right.inputs(0))
 
 
 def test_nan_does_not_pass_the_gate():
     right = case("gate_residual")
-    with pytest.raises(gate.WrongResult):
-        gate.check(right, {"fused": lambda *args: right.eager(*args) * float("nan")}, right.inputs(0))
+    with pytest.raises(measure.WrongResult):
+        measure.check(right, {"fused": lambda *args: right.eager(*args) * float("nan")}, right.inputs(0))
 
 
 def test_a_row_has_milliseconds_rates_and_shares_for_every_pass():
-    row, samples = op_times.measure(case("guided_feature_loss"), Effort(rounds=3, seconds=1), with_compile=False)
-    assert set(samples) == {"fused", "eager", "copy"}
-    for phase in op_times.PHASES:
+    row = ops.measure_op(case("guided_feature_loss"), Effort(rounds=3, seconds=1), with_compile=False)
+    for phase in ops.PHASES:
         figures = row[phase]
         assert figures["ms"].keys() == {"fused", "eager"} and figures["speedup"].keys() == {"eager"}
         moves = phase != "backward"  # on the CPU it hands on what the forward pass made
@@ -91,8 +92,8 @@ def test_a_row_has_milliseconds_rates_and_shares_for_every_pass():
 
 
 def test_inputs_rotate_through_more_memory_than_the_cache_holds(monkeypatch):
-    monkeypatch.setattr(op_times, "cache_bytes", lambda device: 3 * case("align").inputs(0).bytes)
-    sets = op_times.input_sets(case("align"))
+    monkeypatch.setattr(ops, "cache_bytes", lambda device: 3 * case("align").inputs(0).bytes)
+    sets = ops.input_sets(case("align"))
     assert sum(s.bytes for s in sets) > 2 * 3 * sets[0].bytes
     assert not torch.equal(sets[0].args[0], sets[1].args[0])
 
@@ -107,5 +108,37 @@ def test_the_optimisers_gate_stops_a_step_that_differs(monkeypatch):
         state.params[3].mul_(1 + 1e-5)
 
     monkeypatch.setattr(optimiser, "fused_step", wrong)
-    with pytest.raises(gate.WrongResult, match=r"params\[3\] differs"):
+    with pytest.raises(measure.WrongResult, match=r"params\[3\] differs"):
         optimiser.check(setting)
+
+
+def test_a_calls_overhead_is_that_of_the_call_alone(monkeypatch):
+    """A call that waits for two milliseconds more costs two milliseconds more, whatever is around it."""
+    monkeypatch.setattr(ops, "HOW", {"eager": ops.HOW["eager"]})
+    few = Effort(rounds=3, seconds=1.0, least=3, warmup=1)
+    quick = ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"]
+    called, sets = ops._tiny("norm_modulate", CPU)
+
+    def slow(*arguments):
+        time.sleep(2e-3)
+        return called(*arguments)
+
+    monkeypatch.setattr(ops, "_tiny", lambda op, device: (slow, sets))
+    slowed = ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"]
+    assert 0 < quick["forward"] < quick["both"]
+    assert 1_900 < slowed["forward"] - quick["forward"] < 4_000
+
+
+@pytest.mark.parametrize("how", ops.HOW)
+def test_no_call_of_a_graph_is_taken_for_another(how):
+    """Equal calls would be made once, and their number would not show."""
+    call, sets = ops._tiny("qk_norm", CPU)
+    arguments = [inputs.args for inputs in sets], [inputs.leaves for inputs in sets]
+    function = ops._summed(call, sets, with_calls=True)
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        torch._dynamo.reset()
+        made = ops.HOW[how](function)
+        made(*arguments)
+    called = [event.count for event in profiler.key_averages() if event.key == "st_fast::qk_norm"]
+    assert sum(called) >= ops.CALLS
+    torch.testing.assert_close(made(*arguments), function(*arguments))

@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from bench import machine as results
-from bench import pictures, report, sweeps
+from bench import ablations, pictures, report
 from bench.machine import Row, Store
 from bench.workload import Setup
 from tests.bench.test_bench_report import MACHINE, op_row
@@ -24,27 +23,12 @@ def step_row(batch: int, tokens: int = 256, depth: int = 12, stage: str = "plain
     }  # fmt: skip
 
 
-def test_a_sweep_measures_each_point_once_and_says_how_many_are_left(tmp_path):
-    store, asked = Store(tmp_path, MACHINE), list[str]()
-
-    def measured(setup: Setup, machine: results.Machine) -> Row:
-        asked.append(setup.label)
-        return step_row(setup.batch)
-
-    setups = [Setup("S/2", "plain", batch, CPU) for batch in (1, 2, 4)]
-    assert sweeps.run(store, setups, -1.0, measured) == 3 and asked == []
-    assert sweeps.run(store, setups, 60.0, measured) == 0
-    assert sweeps.run(store, setups, 60.0, measured) == 0 and len(asked) == 3
-    newer = Store(tmp_path, dataclasses.replace(MACHINE, code="other"))
-    assert sweeps.run(newer, setups, 60.0, measured) == 0 and len(asked) == 6
-
-
 def test_the_points_cover_what_the_picture_shows_and_the_cheap_ones_come_first(monkeypatch):
-    monkeypatch.setattr(sweeps, "free_memory", lambda device: 16 * 2**30)
-    few = sweeps.few_points(CPU)
-    work = [sweeps._work(setup) for setup in few]
+    monkeypatch.setattr(ablations, "free_memory", lambda device: 16 * 2**30)
+    few = ablations.few_points(CPU)
+    work = [ablations._work(setup) for setup in few]
     assert work == sorted(work) and len(set(few)) == len(few)
-    for points in (few, sweeps.points(CPU)):
+    for points in (few, ablations.sweep_points(CPU)):
         plain = [p for p in points if p.stage == "plain" and p.size == "S/2"]
         assert {p.tokens for p in plain} >= {64, 256} and {p.depth for p in plain} >= {0, 3, 6}
         assert len({p.batch for p in plain}) >= 5 and {p.stage for p in points} == {"plain", "stage 1", "stage 2"}
@@ -53,8 +37,8 @@ def test_the_points_cover_what_the_picture_shows_and_the_cheap_ones_come_first(m
 def test_points_that_do_not_fit_into_free_memory_are_left_out(monkeypatch):
     sizes = list[int]()
     for free in (0, 2**30, 4 * 2**30, 16 * 2**30):
-        monkeypatch.setattr(sweeps, "free_memory", lambda device, free=free: free)
-        sizes.append(len(sweeps.few_points(CPU)))
+        monkeypatch.setattr(ablations, "free_memory", lambda device, free=free: free)
+        sizes.append(len(ablations.few_points(CPU)))
     assert sizes[0] == 0 and sizes == sorted(set(sizes))
 
 
@@ -91,18 +75,18 @@ def test_a_steps_place_is_its_flops_over_its_products_bytes():
     step, alone = found.values()
     assert step.share == 0.7 and alone.share == pytest.approx(2.6e11 / 2.0 / MACHINE.matmul_rate)
     assert step.intensity / alone.intensity == pytest.approx(36e9 * 8 / 2.6e11)
-    parameters = sweeps._model(Setup("S/2", "plain", 8, CPU)).parameters
+    parameters = ablations._model(Setup("S/2", "plain", 8, CPU)).parameters
     least = 3 * 4 * parameters  # every weight is read twice and its gradient written, at the very least
     assert 0 < 36e9 * 8 / step.intensity - least < 50 * least
 
 
 def test_both_pictures_are_drawn_beside_the_results_and_the_page_shows_them(tmp_path):
     store = Store(tmp_path, MACHINE)
-    assert sweeps.main(["--draw", "--results", str(tmp_path)]) == 0 and not list(tmp_path.glob("*.png"))
+    assert pictures.draw(store.path) == [] and not list(tmp_path.glob("*.png"))
     store.put("kernels", "a", op_row("align", 2.0))
     for number, row in enumerate([step_row(1), step_row(8), step_row(8, depth=3), step_row(8, stage="stage 2")]):
         store.put("sweep", str(number), row)
-    assert sweeps.main(["--draw", "--results", str(tmp_path)]) == 0
+    assert len(pictures.draw(store.path)) == 2
     names = [f"{store.path.stem}-growth.png", f"{store.path.stem}-roofline.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
     text = report.all_tables(tmp_path, brief=True)

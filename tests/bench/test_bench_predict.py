@@ -10,8 +10,8 @@ from torch import nn
 
 from bench import counting, predict, report
 from bench import machine as results
-from bench.cases import Case, Size
 from bench.counting import CompiledModule, Counter, Kernel, Op, fused
+from bench.ops import Case, Size
 from bench.predict import Counted, Rates
 from bench.workload import STAGES, Setup
 from st_fast.model import SiT

@@ -242,18 +242,14 @@ def test_load_is_what_others_do_now():
     others = [subprocess.Popen(spin) for _ in range(os.cpu_count() or 1)]
     try:
         time.sleep(0.1)
-        load = results.others_load(0.5)
+        others_load = results.OthersLoad()
+        time.sleep(0.5)
+        load = others_load.read()
     finally:
         for other in others:
             other.kill()
             other.wait()
     assert results.BUSY < load <= 1.0
-
-
-def test_what_ended_before_is_no_load(monkeypatch):
-    times = iter([(9_000, 10_000), (9_003, 10_100)])  # 90 % were in use until now, 3 % are
-    monkeypatch.setattr(results, "_processor_time", lambda: next(times))
-    assert results.others_load(0.0) == 0.03
 
 
 @pytest.mark.parametrize("stat", [None, "", "cpu  1 2\n", "cpu  0 0 0 0 0 0 0 0 0 0\n"])
@@ -265,7 +261,7 @@ def test_without_proc_last_minutes_average_is_taken(monkeypatch, stat):
 
     monkeypatch.setattr(Path, "read_text", read)
     monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
-    assert results.others_load(0.0) == 1.5 / os.cpu_count()
+    assert results.OthersLoad().read() == 1.5 / os.cpu_count()
 
 
 def test_contention_is_judged_by_its_worst_condition_and_by_its_cost_on_a_quiet_machine(tmp_path):

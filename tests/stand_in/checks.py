@@ -109,7 +109,7 @@ def _setup(stage: str, device: str, *options: str, compile: str = "off", batch: 
 
 def steps(stage: str) -> dict[str, Any]:
     """What a step of a small model calls, by device's name, compilation and graphs; every step's counts."""
-    from bench.step import tidy
+    from bench.measure import tidy
     from bench.workload import ours
 
     gates.disarm()
@@ -135,7 +135,7 @@ def steps(stage: str) -> dict[str, Any]:
 
 def rows() -> dict[str, Any]:
     """Device memory in use after each of four rows, of which the third fails; the first leaves what is kept for all."""
-    from bench.step import give_memory_back
+    from bench.measure import give_memory_back
     from bench.workload import ours
 
     gates.disarm()
@@ -169,8 +169,8 @@ def csrc() -> dict[str, Any]:
 
 def launches() -> dict[str, Any]:
     """What `bench.launches` counts of an op whose launches are known."""
-    from bench.cases import Case, Size
     from bench.launches import by_stand_in, op_costs
+    from bench.ops import Case, Size
 
     case = Case("cfg_extrapolate", Size("S/2", 3, 16), torch.bfloat16, torch.device("cuda:0"))
     costs = op_costs(case, by_stand_in)

@@ -27,7 +27,7 @@ def found() -> driver.Installation:
 
 @pytest.fixture(scope="session")
 def on_stand_in(found: driver.Installation) -> Run:
-    """Runs a Python module on the stand-in: `on_stand_in("bench.part", "step", gates=True, gib=4)`."""
+    """Runs a Python module on the stand-in: `on_stand_in("bench.suite", "step", gates=True, gib=4)`."""
 
     def run(*command: str, gates: bool = False, **settings: float) -> subprocess.CompletedProcess[str]:
         environment = rehearse.variables(found, gates=gates, **settings)

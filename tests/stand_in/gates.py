@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -45,13 +44,6 @@ def _optimiser(module: ModuleType) -> None:
     _put(module, "check", _nothing)
 
 
-def _choices(module: ModuleType) -> None:
-    """The first loss of two loops, as a ratio: with no loss at all there is none, so every scalar reads as one."""
-    _put(module, "SAME_LOSS", dict.fromkeys(("cuda", "cpu"), math.inf))
-    _put(module, "FP8_LOSS", math.inf)
-    setattr(module, "float", lambda value: 1.0)  # noqa: B010
-
-
 def _attention(module: ModuleType) -> None:
     """Backends against float64. cuDNN needs a device: attention by torch's own kernel stands for it."""
     _put(module, "verify", _nothing)
@@ -72,7 +64,6 @@ def _testing(module: ModuleType) -> None:
 
 
 GATES: dict[str, Callable[[Any], None]] = {
-    "bench.choices": _choices,
     "bench.measure": _gate,
     "bench.optimiser": _optimiser,
     "st_fast.model.attention": _attention,

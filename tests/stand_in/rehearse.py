@@ -1,7 +1,7 @@
 """Runs a command of the repository on the stand-in, without the checks that compare numbers.
 
-    python -m tests.stand_in.rehearse bench.gpu_day --small --results /tmp/day
-    python -m tests.stand_in.rehearse --gib 40 --fail-after 100000 bench.gpu_day --small
+    python -m tests.stand_in.rehearse bench --small --results /tmp/day
+    python -m tests.stand_in.rehearse --gib 40 --fail-after 100000 bench --small
     python -m tests.stand_in.rehearse pytest tests/train/schedule/test_gpu.py
     python -m tests.stand_in.rehearse bench/day.sh 1                 a script, with that Python as its $PYTHON
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import pytest
 
-from bench.part import BROKEN
+from bench.suite import BROKEN
 from tests import tiny
 from tests.bench.test_bench_report import MACHINE
 from tests.stand_in import driver
@@ -70,7 +70,7 @@ def test_out_of_memory_is_one_line(on_stand_in, recipe):
 def test_a_part_of_the_day_stops_at_a_broken_device_and_keeps_its_rows(on_stand_in, tmp_path):
     machine = tmp_path / "machine.json"
     machine.write_text(json.dumps(asdict(MACHINE)))
-    command = ("bench.part", "truth", "--small", "--results", str(tmp_path), "--budget", "100")
+    command = ("bench.suite", "truth", "--small", "--results", str(tmp_path), "--seconds", "100")
     command += ("--machine", str(machine))
     done = on_stand_in(*command, gates=True, fail_after=400)
     assert done.returncode == BROKEN, done.stdout + done.stderr[-3000:]

@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from bench import compare as against
-from bench import op_times
-from bench import published as apart
-from bench import step as floor
-from bench import step as step_times
-from bench.cases import Case, Size
+from bench import compare, ops, published, step
 from bench.measure import Effort, Stopwatch
+from bench.ops import Case, Size
 from bench.published import PlainLoop
 from bench.workload import WEIGHT_STD, Setup, ours
 from st_fast.model.attention import BACKENDS
@@ -26,7 +22,7 @@ from tests.bench.test_bench_report import MACHINE
 def test_base_fails_beyond_the_spread_of_its_own_runs_and_not_within():
     base = [{"a": 1.00, "b": 1.00, "c": 1.0}, {"a": 1.01, "b": 1.20, "c": 1.0}, {"a": 1.02, "b": 1.10, "c": 1.0}]
     ours = [{"a": 1.10, "b": 1.15, "c": 1.02}, {"a": 1.11, "b": 1.25, "c": 1.02}, {"a": 1.10, "b": 1.20, "c": 1.02}]
-    found = {verdict.key: verdict for verdict in against.verdicts(ours, base)}
+    found = {verdict.key: verdict for verdict in compare.verdicts(ours, base)}
     assert found["a"].slower, "10 % slower where runs of the same code differ by 2 %"
     assert not found["b"].slower, "15 % slower where runs of the same code differ by 18 %"
     assert not found["c"].slower, "below the least noise that is ever assumed"
@@ -34,19 +30,19 @@ def test_base_fails_beyond_the_spread_of_its_own_runs_and_not_within():
 
 
 def test_nothing_is_called_slower_before_it_was_measured_twice_as_often(monkeypatch):
-    spells = iter([1.0, 2.0] * against.RUNS + [1.0, 1.0] * against.RUNS)  # base and ours by turns
-    monkeypatch.setattr(against, "worktree", lambda revision: contextlib.nullcontext(against.ROOT))
-    monkeypatch.setattr(against, "times", lambda tree: {"a": next(spells)})
-    (verdict,) = against.compare("main")
+    spells = iter([1.0, 2.0] * compare.RUNS + [1.0, 1.0] * compare.RUNS)  # base and ours by turns
+    monkeypatch.setattr(compare, "worktree", lambda revision: contextlib.nullcontext(compare.ROOT))
+    monkeypatch.setattr(compare, "times", lambda tree: {"a": next(spells)})
+    (verdict,) = compare.compare("main")
     assert not verdict.slower and next(spells, None) is None
 
 
 def test_ops_that_the_base_does_not_have_are_left_out():
-    assert [v.key for v in against.verdicts([{"a": 1.0, "new": 1.0}], [{"a": 1.0}])] == ["a"]
+    assert [v.key for v in compare.verdicts([{"a": 1.0, "new": 1.0}], [{"a": 1.0}])] == ["a"]
 
 
 def test_an_unknown_base_is_one_line_that_names_it():
-    with pytest.raises(ValueError, match="--base no-such-revision: "), against.worktree("no-such-revision"):
+    with pytest.raises(ValueError, match="--base no-such-revision: "), compare.worktree("no-such-revision"):
         pass
 
 
@@ -54,7 +50,7 @@ def test_the_floor_times_every_product_and_attention_of_a_step():
     effort, cpu = Effort(rounds=2, seconds=0.1, least=1, warmup=0), torch.device("cpu")
     with ours(Setup("S/2", "stage 2", 2, cpu, tokens=16, depth=2)) as loop:
         linear, attend = loop.trainer.model.kernels.linear, BACKENDS["sdpa"].attend
-        least = floor.measure_floor(loop.recipe, loop.stage, 1, attend, linear, cpu, torch.float32, effort)
+        least = step.measure_floor(loop.recipe, loop.stage, 1, attend, linear, cpu, torch.float32, effort)
     assert least.products > 0 and least.attention > 0
     assert least.product_flops > least.attention_flops > 0
 
@@ -67,9 +63,9 @@ def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_erro
 
         return run
 
-    assert step_times.largest_batch(fits(100), 256, torch.device("cpu")) == 64
+    assert step.largest_batch(fits(100), 256, torch.device("cpu")) == 64
     with pytest.raises(torch.OutOfMemoryError):
-        step_times.largest_batch(fits(0), 256, torch.device("cpu"))
+        step.largest_batch(fits(0), 256, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +87,7 @@ def test_kernels_belong_to_their_family(kernel, family):
 
 def test_the_plain_loop_in_a_process_of_its_own_steps_on_request_and_ends_with_its_user():
     setup = Setup("S/2", "stage 1", 2, torch.device("cpu"), tokens=16, depth=2)
-    with apart.in_subprocess(setup, "plain") as loop:
+    with published.in_subprocess(setup, "plain") as loop:
         watch = Stopwatch(setup.device)
         loop.variant(block=2)(0, watch)
         (seconds,) = watch.read()["step"]
@@ -111,7 +107,7 @@ FEW = Effort(rounds=1, seconds=1.0, least=1, warmup=0)
 def test_on_cuda_each_loop_is_timed_alone_and_the_plain_one_is_compiled_after_it_was_timed(monkeypatch):
     """Two loops of XL/2 do not fit one device. The order is that of a device's; a CPU stands in for it."""
     loops, order = [], list[str]()
-    made, interleaved = step_times.ours, step_times.interleave
+    made, interleaved = step.ours, step.interleave
 
     @contextlib.contextmanager
     def ours(setup):
@@ -124,14 +120,14 @@ def test_on_cuda_each_loop_is_timed_alone_and_the_plain_one_is_compiled_after_it
         order.append(name if loops[0]() is not None else f"{name} alone")
         return interleaved(variants, device, effort)
 
-    monkeypatch.setattr(step_times, "ours", ours)
-    monkeypatch.setattr(step_times, "interleave", timed)
-    monkeypatch.setattr(step_times, "_peak_memory", lambda loop, device: 1.5)
+    monkeypatch.setattr(step, "ours", ours)
+    monkeypatch.setattr(step, "interleave", timed)
+    monkeypatch.setattr(step, "_peak_memory", lambda loop, device: 1.5)
     monkeypatch.setattr(PlainLoop, "compile", lambda self, whole: order.append("compiled"))
     setup = Setup("S/2", "stage 2", 4, torch.device("cpu"), tokens=16, depth=2)
-    wanted = step_times.Wanted(FEW, rivals=("plain", "compile"), breakdown=False)
+    wanted = step.Wanted(FEW, rivals=("plain", "compile"), breakdown=False)
     with contextlib.ExitStack() as stack:
-        row = step_times._one_by_one(setup, wanted, MACHINE, stack)
+        row = step._one_by_one(setup, wanted, MACHINE, stack)
     assert order == ["ours", "plain alone", "compiled", "compile alone"]
     assert row["peak_gib"] == 1.5 and row["micro_batch"] == 4 and row["supervised"] > 0 and "notices" not in row
     assert set(row["speedup"]) == {"plain", "compile"} and set(row["first_step_s"]) == {"plain", "compile"}
@@ -146,15 +142,15 @@ def test_a_compiler_that_was_given_up_is_in_the_row(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     setup = Setup("S/2", "plain", 4, torch.device("cpu"), tokens=16, depth=2, compile="on")
-    row = step_times.measure(setup, step_times.Wanted(FEW, rivals=(), breakdown=False), MACHINE)
+    row = step.measure_step(setup, step.Wanted(FEW, rivals=(), breakdown=False), MACHINE)
     assert row["notices"] == ["torch.compile failed (TorchDynamoException), going on without it: no ptxas here"]
     assert row["ok"] is False
 
 
 def test_an_op_whose_rival_does_not_compile_says_so(monkeypatch):
-    monkeypatch.setattr(op_times, "compiled", lambda case, inputs: "torch.compile of the reference failed: no")
+    monkeypatch.setattr(ops, "compiled", lambda case, inputs: "torch.compile of the reference failed: no")
     case = Case("align", Size("S/2", 2, 16), torch.float32, torch.device("cpu"))
-    row, _ = op_times.measure(case, FEW)
+    row = ops.measure_op(case, FEW)
     assert row["notices"] == ["torch.compile of the reference failed: no"] and "compile" not in row["both"]["speedup"]
 
 
@@ -177,13 +173,13 @@ def test_the_plain_loops_batch_fits_with_the_moments_that_its_first_step_leaves(
     cpu = torch.device("cpu")
     with ours(Setup("S/2", "plain", 4, cpu, tokens=16, depth=2)) as loop:
         plain = loop.plain()
-    step, held = PlainLoop.step, []
+    made, held = PlainLoop.step, []
 
     def full(self, moments, labels):
         if self.optimizer.state and len(labels) > 2:
             raise torch.OutOfMemoryError("no room beside the moments")
         held.append(len(labels))
-        return step(self, moments, labels)
+        return made(self, moments, labels)
 
     monkeypatch.setattr(PlainLoop, "step", full)
-    assert step_times._largest_batch_of(plain, 4) == 2 and held == [4, 2, 2]
+    assert step._largest_batch_of(plain, 4) == 2 and held == [4, 2, 2]

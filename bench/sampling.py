@@ -1,26 +1,35 @@
 """Drawing samples: st_fast's sampler against the same sampler written plainly, images a second.
 
-    pytest bench/bench_sample.py
-
 The plain one takes Heun's steps as a paper writes them: an eager network in float32, and both branches of the guidance
 at every time as two forwards, their difference multiplied by ω inside the interval and by one outside of it; "skipping"
 is the same without the second forward outside of it. The same noise must come out as the same latents, or nothing is
-timed. "bf16" is st_fast's with --precision bf16, whose error is told beside it. Rows go to bench/results/<device>.json.
+timed. "bf16" is st_fast's with --precision bf16, whose error is told beside it.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench.machine import Row, Store
-from bench.measure import Effort, Stopwatch, Variant, WrongResult, errors, interleave, noise, paired_ratio
+from bench.machine import Suite, Task
+from bench.measure import (
+    Effort,
+    Row,
+    Stopwatch,
+    Variant,
+    WrongResult,
+    errors,
+    interleave,
+    noise,
+    paired_ratio,
+    spread,
+)  # fmt: skip
 from bench.published import PlainSiT
 from bench.workload import ROOT
 from st_fast import kernels
@@ -31,8 +40,6 @@ from st_fast.recipe import load
 from st_fast.recipe.schema import Model, Sample
 from st_fast.sample.draw import balanced, starting_noise
 from st_fast.sample.guided import sample
-
-Report = Callable[[Sequence[float]], None]
 
 TOLERANCE = 1e-3
 """Largest error of the latents, relative to the largest latent: float32 over all steps."""
@@ -82,7 +89,7 @@ def measure(device: torch.device, size: str, batch: int, steps: int, effort: Eff
     if device.type == "cuda":
         model.run_block = low.run_block = CompiledBlocks(print, dynamic=False)
     settings = Sample(sampler="heun", steps=steps, cfg_scale=1.9, cfg_range=PUBLISHED_RANGE)
-    noise_of = functools.partial(starting_noise, draw, config)
+    noise_of = partial(starting_noise, draw, config)
     draws: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: sample(model, draw, settings, "linear"),
         "bf16": lambda: sample(low, draw, settings, "linear"),
@@ -105,7 +112,7 @@ def measure(device: torch.device, size: str, batch: int, steps: int, effort: Eff
         "images_per_s": {name: batch / statistics.median(values) for name, values in seconds.items()},
         "speedup": {name: paired_ratio(seconds[name], seconds["ours"]) for name in ("plain", "skipping")},
         "bf16_speedup": paired_ratio(seconds["plain"], seconds["bf16"]), "worst_error": worst,
-        "rounds": len(seconds["ours"]), "noise": noise(seconds["ours"]),
+        "rounds": len(seconds["ours"]), "noise": noise(seconds["ours"]), "spread_ms": spread(seconds["ours"]),
     }  # fmt: skip
 
 
@@ -124,8 +131,11 @@ def _variant(call: Callable[[], Tensor]) -> Variant:
     return run
 
 
-def bench_sampler(store: Store, device: torch.device, report: Report) -> None:
-    size, batch, steps = ("xl", 64, 20) if device.type == "cuda" else ("s", 2, 5)
-    row = measure(device, size, batch, steps, Effort(rounds=5, seconds=20, least=3, warmup=0))
-    store.put("sampling", f"{row['size']}, heun, {steps} steps, batch {batch}", row)
-    report([batch / row["images_per_s"]["ours"]])
+def samplers(suite: Suite) -> Iterator[Task]:
+    """One size, whose sampler says what all do."""
+    size, batch, steps = ("xl", 64, 20) if suite.device.type == "cuda" else ("s", 2, 5)
+    effort = Effort(rounds=5, seconds=20, least=3, warmup=0)
+    if suite.small:
+        size, batch, steps, effort = "s", 1, 2, suite.effort
+    task = partial(measure, suite.device, size, batch, steps, effort, depth=1 if suite.small else 0)
+    yield f"{size.upper()}/2, heun, {steps} steps, batch {batch}", task

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import step as floor
-from bench import workload
+from bench import step, workload
 from bench.published import Draws
 from bench.workload import STAGES, Setup, ours
 
@@ -81,11 +80,11 @@ def test_the_floors_products_and_attention_are_all_of_the_methods_flops(stage):
     with ours(setup(stage, batch=10)) as loop:
         recipe, chosen = loop.recipe, loop.stage
         supervised = 3  # 0.3 of 10: what the formula expects
-        products = floor.products(recipe, chosen, supervised)
+        products = step.products(recipe, chosen, supervised)
         n, width = recipe.model.tokens, recipe.model.width
         attention = sum(
             count * case.batch * 4 * n * n * width * (3 if case.trained else 1)
-            for case, count in floor.attended(recipe, chosen, supervised).items()
+            for case, count in step.attended(recipe, chosen, supervised).items()
         )
         counted = attention + sum(count * product.flops for product, count in products.items())
         assert counted == pytest.approx(loop.flops, rel=1e-6)

@@ -1,29 +1,30 @@
 """Samples a second of every loader, warm and cold, against the published per-file loader; and what a step waits.
 
-    pytest bench/bench_loader.py
-
 The published loader (REPA's, which Self-Transcendence shares) opens one PNG and one .npy an image in worker processes
 and never uses the PNG; it is written here plainly. Cold means that the page cache was told to forget the files.
-Rows go to bench/results/<device>.json under "loader".
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench.machine import Row, Store
-from bench.measure import Effort, Samples, Stopwatch, interleave, noise
+from bench.machine import OthersLoad, Suite, Task
+from bench.measure import Effort, Row, Samples, Stopwatch, interleave, noise, spread
 from st_fast.data.ahead import ReadAhead
 from st_fast.data.loader import DaliLoader, Loader, ResidentLoader, dali_missing
 from st_fast.data.manifest import Manifest, VaeInfo
@@ -37,9 +38,6 @@ STEP_SECONDS = 0.05
 """A step that takes 256 images in this time consumes 5,120 a second: seven times XL/2's goal on one H200."""
 SHAPES = {"8×32×32": ((8, 32, 32), 16_384, 256), "8×64×64": ((8, 64, 64), 4_096, 512)}
 """Moments → (shape, records, pixels of the image they stand for)."""
-
-Case = tuple[str, ShardSet, Path]
-"""Name, the set, and the folder that holds `shards/` and `files/`."""
 
 
 class PerFile(Dataset[tuple[Tensor, Tensor, int]]):
@@ -57,22 +55,20 @@ class PerFile(Dataset[tuple[Tensor, Tensor, int]]):
         return torch.from_numpy(image), torch.from_numpy(np.load(self.latents[index])), 0
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A set of shards and the same kind of records as files."""
-    shape, count, size = SHAPES[request.param]
-    folder = tmp_path_factory.mktemp("loader")
+def write(folder: Path, shape: tuple[int, ...], count: int, pixels: int) -> ShardSet:
+    """Random records as shards and the same kind of records as files, in `folder`; the set of shards."""
     draw = torch.Generator().manual_seed(0)
     batches = [(torch.rand(512, *shape, generator=draw), torch.zeros(512)) for _ in range(count // 512)]
     write_shards(folder / "shards", batches, Manifest(0, shape, "float16", 1.0, VaeInfo("none"), "random", 1), 4_096)
     (folder / "files").mkdir()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size // 8, size // 8, 3), np.uint8))
-    picture = picture.resize((size, size))
+    noisy = np.random.default_rng(0).integers(0, 256, (pixels // 8, pixels // 8, 3), np.uint8)
+    picture = folder / "picture.png"
+    Image.fromarray(noisy).resize((pixels, pixels)).save(picture)
     for number in range(FILES):
-        picture.save(folder / "files" / f"{number:08d}.png")
+        shutil.copyfile(picture, folder / "files" / f"{number:08d}.png")
         np.save(folder / "files" / f"{number:08d}.npy", batches[0][0][number % 512].numpy())
     os.sync()  # only clean pages can be dropped
-    return request.param, open_data(folder / "shards", verify=False), folder
+    return open_data(folder / "shards", verify=False)
 
 
 def forget(folder: Path) -> None:
@@ -132,47 +128,75 @@ def waited(loader: Loader, records: ShardSet) -> float:
     return lost / (time.perf_counter() - start)
 
 
-def measure(case: Case, loaders: dict[str, Loader], device: torch.device, cold: bool) -> dict[str, Samples]:
-    """Seconds of each round, all loaders in turn."""
-    _, records, folder = case
-    variants = {kind: streaming(loader, records, device, cold) for kind, loader in loaders.items()}
-    variants["per file"] = per_file(folder / "files", cold)
-    if cold:
-        del variants["resident"]  # it reads the disk once, before the first step
-    return interleave(variants, device, Effort(rounds=9, seconds=30, least=5, warmup=1))
+@dataclass(frozen=True)
+class Records:
+    """One shape's records, in a folder that has `shards/` and `files/`."""
+
+    name: str
+    shards: ShardSet
+    folder: Path
+    device: torch.device
+    effort: Effort
+
+    def rows(self, warmth: str) -> dict[str, Row]:
+        """Rates of all loaders, measured in turn, and how many times that of the published loader they are."""
+        others, device = OthersLoad(), self.device
+        with ExitStack() as opened:
+            loaders: dict[str, Loader] = {"torch": ReadAhead(self.shards, pinned=device.type == "cuda")}
+            if not dali_missing():
+                loaders["dali"] = DaliLoader(self.shards, device)
+            start = time.perf_counter()
+            if warmth == "warm":  # cold it reads the disk once, before the first step
+                loaders["resident"] = ResidentLoader(self.shards, device)
+            load_seconds = time.perf_counter() - start
+            for loader in loaders.values():
+                opened.callback(loader.close)
+            rows = rates(self._samples(loaders, warmth == "cold"))
+            for kind, row in rows.items():
+                if warmth == "warm" and kind in loaders:
+                    row["waited"] = round(waited(loaders[kind], self.shards), 4)
+                row |= {"shape": self.name, "cache": warmth, "loader": kind}
+                if kind == "resident":
+                    row["load seconds"] = round(load_seconds, 2)
+        return {kind: row | {"load": round(others.read(), 2)} for kind, row in rows.items()}
+
+    def _samples(self, loaders: dict[str, Loader], cold: bool) -> dict[str, Samples]:
+        """Seconds of each round."""
+        variants = {kind: streaming(loader, self.shards, self.device, cold) for kind, loader in loaders.items()}
+        variants["per file"] = per_file(self.folder / "files", cold)
+        return interleave(variants, self.device, self.effort)
 
 
-def rows_of(samples: dict[str, Samples]) -> dict[str, Row]:
-    """Rates, and how many times that of the published loader they are."""
+def rates(samples: dict[str, Samples]) -> dict[str, Row]:
+    """A row a loader, from the seconds of its rounds."""
     counts = {kind: FILES // BATCH * BATCH if kind == "per file" else BATCH * BATCHES for kind in samples}
-    rates = {kind: counts[kind] / statistics.median(seconds["read"]) for kind, seconds in samples.items()}
+    found = {kind: counts[kind] / statistics.median(seconds["read"]) for kind, seconds in samples.items()}
     return {
         kind: {
             "samples/s": round(rate),
             "noise": round(noise(samples[kind]["read"]), 3),
-            "times per file": round(rate / rates["per file"], 1),
+            "times per file": round(rate / found["per file"], 1),
+            "spread_ms": spread(samples[kind]["read"]),
         }
-        for kind, rate in rates.items()
+        for kind, rate in found.items()
     }
 
 
-def bench_loaders(case: Case, store: Store, device: torch.device, report: Callable[[Sequence[float]], None]) -> None:
-    name, records, _ = case
-    loaders: dict[str, Loader] = {"torch": ReadAhead(records, pinned=device.type == "cuda")}
-    if not dali_missing():
-        loaders["dali"] = DaliLoader(records, device)
-    start = time.perf_counter()
-    loaders["resident"] = ResidentLoader(records, device)
-    load_seconds = time.perf_counter() - start
-    for warmth in ("cold", "warm"):
-        samples = measure(case, loaders, device, warmth == "cold")
-        for kind, row in rows_of(samples).items():
-            if warmth == "warm" and kind in loaders:
-                row["waited"] = round(waited(loaders[kind], records), 4)
-            row |= {"shape": name, "cache": warmth, "loader": kind}
-            if kind == "resident":
-                row["load seconds"] = round(load_seconds, 2)
-            store.put("loader", f"{name} {warmth} {kind}", row)
-    for loader in loaders.values():
-        loader.close()
-    report(samples["torch"]["read"])
+def loaders(suite: Suite) -> Iterator[Task]:
+    """Every loader at every shape, cold and warm; those of a shape and warmth are measured together."""
+    effort = Effort(9, 30, least=5, warmup=1) if suite.full else Effort(5, 20, least=3, warmup=1)
+    kinds = ("torch", *([] if dali_missing() else ["dali"]), "resident", "per file")
+    for name, (shape, count, pixels) in [*SHAPES.items()][: 1 if suite.small else None]:
+        with tempfile.TemporaryDirectory(prefix="st_fast-bench-") as made:
+            folder = Path(made)
+
+            @functools.cache
+            def records(name=name, shape=shape, count=count, pixels=pixels, folder=folder) -> Records:
+                shards = write(folder, shape, 1_024 if suite.small else count, pixels)
+                return Records(name, shards, folder, suite.device, suite.effort if suite.small else effort)
+
+            for warmth in ("cold", "warm"):
+                rows = functools.cache(lambda warmth=warmth, records=records: records().rows(warmth))
+                for kind in kinds:
+                    if (warmth, kind) != ("cold", "resident"):
+                        yield f"{name} {warmth} {kind}", lambda kind=kind, rows=rows: rows()[kind]
