@@ -2,9 +2,9 @@
 
     python -m bench.launches    prints a table and writes bench/results/launches.json
 
-Without a GPU it runs itself on the stand-in driver (tests/stand_in), by a Python with a CUDA build of torch
-(ST_FAST_CUDA_PYTHON): kernels take no time there, so that host time is all there is, at the real batch and memory.
-On a GPU launches are the profiler's. Host time is the process's CPU time, all threads: medians, with the noise beside.
+It runs itself on the stand-in driver (tests/stand_in), by a Python with a CUDA build of torch (ST_FAST_CUDA_PYTHON):
+kernels take no time there, so that host time is all there is, at the real batch and memory. Host time is the process's
+CPU time, all threads: medians, with the noise beside.
 """
 
 from __future__ import annotations
@@ -43,32 +43,10 @@ WARM = WARM_UP + 2
 """Steps before any is looked at: all is compiled and, with graphs, captured."""
 
 Call = Callable[[], object]
-Count = Callable[[Call], dict[str, int]]
-"""Runs a call and counts what it launches, and by the stand-in also syncs and graph launches."""
 
 
-def by_stand_in(call: Call) -> dict[str, int]:
-    """What the stand-in driver was asked for."""
-    counters = driver.Counters()
-    before = counters.read()
-    call()
-    return counters.since(before)
-
-
-def by_profiler(call: Call) -> dict[str, int]:
-    """Kernels that a GPU ran, those of graphs included."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
-        call()
-        torch.cuda.synchronize()
-    kernels = [e for e in profiler.events() if str(e.device_type) == "DeviceType.CUDA"]
-    return {"launches": sum(not event.name.startswith(("Mem", "Activity")) for event in kernels)}
-
-
-def cost(call: Call, prepare: Call, count: Count, times: int) -> dict[str, Any]:
-    """Median host µs of `call` after an untimed `prepare`, and the counts of its last run; None: nothing counts it."""
+def cost(call: Call, prepare: Call, times: int) -> dict[str, Any]:
+    """Median host µs of `call` after an untimed `prepare`, and what its last run asked the driver for."""
     seconds = []
     for _ in range(times):
         prepare()
@@ -76,8 +54,11 @@ def cost(call: Call, prepare: Call, count: Count, times: int) -> dict[str, Any]:
         call()
         seconds.append(time.process_time() - start)
     prepare()
-    found = count(call)
-    counts = {key: found.get(key) for key in ("launches", "syncs", "graph_launches")}
+    counters = driver.Counters()
+    before = counters.read()
+    call()
+    found = counters.since(before)
+    counts = {key: found[key] for key in ("launches", "syncs", "graph_launches")}
     return counts | {"host_us": 1e6 * statistics.median(seconds), "noise": noise(seconds)}
 
 
@@ -85,7 +66,7 @@ def nothing() -> None:
     """For calls that need no preparation."""
 
 
-def op_costs(case: Case, count: Count) -> dict[str, Row]:
+def op_costs(case: Case) -> dict[str, Row]:
     """Forward and backward of a public op under autograd, as the model calls it."""
     inputs = case.inputs(0)
     outputs: list[Any] = []
@@ -100,17 +81,17 @@ def op_costs(case: Case, count: Count) -> dict[str, Row]:
     for _ in range(3):  # kernels are compiled
         forward()
         backward()
-    return {"forward": cost(forward, nothing, count, CALLS), "backward": cost(backward, forward, count, CALLS)}
+    return {"forward": cost(forward, nothing, CALLS), "backward": cost(backward, forward, CALLS)}
 
 
-def optimiser_cost(device: torch.device, count: Count) -> dict[str, Row]:
+def optimiser_cost(device: torch.device) -> dict[str, Row]:
     """The gradients' norm and the step of all of a model's tensors."""
     name = f"SiT-{OPS_SIZE.name}"
     case = OptimiserCase(name, device, model_shapes(name))
     state = fresh(case, case.shapes)
     for _ in range(3):
         fused_step(state)
-    return {"step": cost(lambda: fused_step(state), nothing, count, CALLS // 10)}
+    return {"step": cost(lambda: fused_step(state), nothing, CALLS // 10)}
 
 
 def setups(device: torch.device) -> Iterator[tuple[str, Setup]]:
@@ -123,7 +104,7 @@ def setups(device: torch.device) -> Iterator[tuple[str, Setup]]:
                 yield f"{setup.label}, CUDA graphs", replace(setup, options=(*MICRO_BATCH, *GRAPHS))
 
 
-def step_cost(setup: Setup, count: Count) -> dict[str, Any]:
+def step_cost(setup: Setup) -> dict[str, Any]:
     """A step with its batch, without what happens between log lines. Host time in ms, memory in GiB.
 
     A graph's own memory counts as reserved, not as in use.
@@ -133,7 +114,7 @@ def step_cost(setup: Setup, count: Count) -> dict[str, Any]:
         for _ in range(WARM):
             loop()
         torch.cuda.reset_peak_memory_stats(setup.device)
-        row = cost(loop, nothing, count, STEPS)
+        row = cost(loop, nothing, STEPS)
         host_us = row.pop("host_us")
         return {
             **row, "host_ms": host_us / 1e3, "passes": loop.recipe.optim.accumulation,
@@ -144,22 +125,20 @@ def step_cost(setup: Setup, count: Count) -> dict[str, Any]:
 
 def measured(device: torch.device) -> dict[str, Any]:
     """What is written: launches.json's content."""
-    stand_in = driver.inside()
-    count = by_stand_in if stand_in else by_profiler
-    ops = {name: op_costs(Case(name, OPS_SIZE, torch.bfloat16, device), count) for name in TABLE}
-    ops["adamw_ema"] = optimiser_cost(device, count)
+    ops = {name: op_costs(Case(name, OPS_SIZE, torch.bfloat16, device)) for name in TABLE}
+    ops["adamw_ema"] = optimiser_cost(device)
     steps = {}
     for name, setup in setups(device):
-        steps[name] = step_cost(setup, count)
+        steps[name] = step_cost(setup)
         torch._dynamo.reset()
         print(f"{name}: done", file=sys.stderr, flush=True)
     total = torch.cuda.get_device_properties(device).total_memory
     return {
         "torch": torch.__version__, "date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": machine._commit(),
         "cpu": machine.device_name(torch.device("cpu")),
-        "device": f"stand-in for {torch.cuda.get_device_name(device)}" if stand_in else machine.device_name(device),
+        "device": f"stand-in for {torch.cuda.get_device_name(device)}",
         "gib": round(total / 2**30, 1),
-        "attention": "torch's memory-efficient kernel in place of cuDNN's" if stand_in else "as chosen",
+        "attention": "torch's memory-efficient kernel in place of cuDNN's",
         "ops_size": OPS_SIZE.label, "ops": ops, "steps": steps,
     }  # fmt: skip
 
@@ -190,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.launches")
     parser.add_argument("--out", type=Path, default=FILE, help="where the JSON goes (bench/results/launches.json)")
     given = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if not driver.inside():
         return on_the_stand_in(["--out", str(given.out.absolute())])
     found = measured(torch.device("cuda", torch.cuda.current_device()))
     given.out.parent.mkdir(parents=True, exist_ok=True)

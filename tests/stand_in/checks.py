@@ -169,11 +169,11 @@ def csrc() -> dict[str, Any]:
 
 def launches() -> dict[str, Any]:
     """What `bench.launches` counts of an op whose launches are known."""
-    from bench.launches import by_stand_in, op_costs
+    from bench.launches import op_costs
     from bench.ops import Case, Size
 
     case = Case("cfg_extrapolate", Size("S/2", 3, 16), torch.bfloat16, torch.device("cuda:0"))
-    costs = op_costs(case, by_stand_in)
+    costs = op_costs(case)
     return {part: [cost[key] for key in ("launches", "syncs", "host_us")] for part, cost in costs.items()}
 
 
