@@ -1,12 +1,15 @@
 """The process's limits on this machine (processors, memory, open files) and its rank there, as torchrun gives it.
 
-Importing it imports no torch: recipes are checked without.
+Importing it imports no torch: recipes are checked without, and threads are chosen before torch loads OpenMP.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import resource
+import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,13 @@ if TYPE_CHECKING:
 
 SPARE_FILES = 256
 """File descriptors left to the rest of the process."""
+ROOT = Path("/")
+CGROUP_MOUNTS = (
+    "sys/fs/cgroup", "sys/fs/cgroup/unified", "sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct",
+)  # fmt: skip
+"""Of cgroup v2, alone and beside v1; of v1's cpu controller, under both of its usual names."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""By which a user says how many threads torch computes on."""
 
 
 def rank_count() -> int:
@@ -35,8 +45,75 @@ def local_rank() -> int:
 
 
 def usable_cpus() -> int:
-    """Number of processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Number of processors that this process may use: its affinity, or its cgroup's CPU quota, rounded up."""
+    return max(1, math.ceil(min(len(affinity()), cpu_quota())))
+
+
+def physical_cores(system: Path = ROOT) -> int:
+    """Number of cores that this process may run on; hardware threads of one core count once, as in torch's default."""
+    siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    return len({_read(system / siblings.format(number)) or number for number in affinity()})
+
+
+def usable_threads(system: Path = ROOT) -> int:
+    """Number of threads that a rank should compute on: its part of the cores, or of the quota where that is less."""
+    return max(1, math.ceil(min(physical_cores(system), cpu_quota(system))) // local_count())
+
+
+def affinity() -> set[int]:
+    """The processors that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def cpu_quota(system: Path = ROOT) -> float:
+    """Processors' time that this process's cgroup and those above it allow, in processors; infinite without a limit.
+
+    Reads cgroup v2's cpu.max and v1's cpu.cfs_quota_us. In a container the listed path may be the host's: then the
+    limit is found at the mount's root.
+    """
+    least = math.inf
+    for line in _read(system / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mount in CGROUP_MOUNTS:
+            group = system / mount / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if not folder.is_relative_to(system / mount):
+                    break
+                least = min(least, _quota(folder))
+    return least
+
+
+def _quota(folder: Path) -> float:
+    """One cgroup's own limit."""
+    text = _read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
+    try:
+        quota, period = map(int, text.split())
+    except ValueError:  # "max", or no such file
+        return math.inf
+    return quota / period if quota > 0 and period > 0 else math.inf
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def choose_threads(environ: MutableMapping[str, str] = os.environ, system: Path = ROOT) -> None:
+    """Sets OMP_NUM_THREADS where a quota or other ranks leave less than a core for each of torch's threads.
+
+    torch reads it when it loads; if it is loaded, nothing is done. The user's own number stays; torchrun's, which is 1
+    for each of several ranks, can't be told from it.
+    """
+    if "torch" in sys.modules or any(key in environ for key in THREADS):
+        return
+    if local_count() == 1 and cpu_quota(system) == math.inf:  # as everywhere: not worth looking for cores
+        return
+    if (threads := usable_threads(system)) < physical_cores(system):
+        environ[THREADS[0]] = str(threads)
 
 
 def free_memory(device: torch.device) -> int:

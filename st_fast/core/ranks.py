@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from st_fast.core.contention import watched
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.machine import local_rank, rank_count
 
@@ -130,7 +131,8 @@ def process_group(device: str, patience: float) -> Iterator[Ranks]:
         torch.cuda.set_device(device_here)
     count = rank_count()
     if count == 1:
-        yield Ranks(0, 1, device_here)
+        with watched(torch.get_num_threads() if kind == "cpu" else 1):
+            yield Ranks(0, 1, device_here)
         return
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
@@ -139,7 +141,8 @@ def process_group(device: str, patience: float) -> Iterator[Ranks]:
     )
     found = Ranks(dist.get_rank(), count, device_here)
     try:
-        yield found
+        with watched(torch.get_num_threads() if kind == "cpu" else 1):
+            yield found
     except Interrupted:
         dist.destroy_process_group()
         raise

@@ -9,6 +9,7 @@ python -m st_fast doctor --plan --help      step times on 1 to 64 GPUs, estimate
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ import torch
 
 from st_fast import __version__, kernels
 from st_fast.core.command import command_parser, run_command
+from st_fast.core.machine import cpu_quota
 from st_fast.data.loader import dali_missing
 from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS, verify
@@ -64,7 +66,8 @@ def devices() -> Rows:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     name = found[1] if found else platform.processor() or platform.machine()
-    rows = {f"cpu: {name}": f"{torch.get_num_threads()} threads of {os.cpu_count()}, {gibibytes:.1f} GiB"}
+    quota = f" (CPU quota {cpu_quota():g})" if cpu_quota() < math.inf else ""
+    rows = {f"cpu: {name}": f"{torch.get_num_threads()} threads of {os.cpu_count()}{quota}, {gibibytes:.1f} GiB"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)
