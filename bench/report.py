@@ -48,15 +48,17 @@ FLOOR = (
 Found = dict[str, Any]
 
 
-def machine_line(machine: Mapping[str, Any]) -> str:
-    """What a part was measured on."""
+def machine_line(machine: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
+    """What a part was measured on; its rows may be of several revisions."""
+    commits = dict.fromkeys(of(row, "taken", "commit") or machine["commit"] for row in rows.values())
     rate = machine["matmul_rate"]
     multiplies = f"{rate / 1e12:.0f} TFLOP/s" if rate > 1e13 else f"{rate / 1e9:.0f} GFLOP/s"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     isa = f", {machine['isa']}" if machine.get("isa") and machine["kind"] == "cpu" else ""
     return (
         f"{machine['device']}{isa}: copies {machine['copy_rate'] / 1e9:.1f} GB/s (read + written), multiplies "
-        f"{machine['matmul_dtype']} at {multiplies}. {versions}. Revision {machine['commit']}, {machine['date']}."
+        f"{machine['matmul_dtype']} at {multiplies}. {versions}. "
+        f"Revision {', '.join(commits)}, {machine['date']}."
     )
 
 
@@ -76,7 +78,7 @@ def section(name: str, content: Content, brief: bool) -> str:
     part, rows, machine = _part(name), content[name]["rows"], content[name]["machine"]
     shown = [{"key": key, **row} for key, row in rows.items() if "error" not in row]
     body = [part.shown(shown, brief) if shown else "", remarks(rows, machine)]
-    return "\n\n".join([f"**{part.title}.** {machine_line(machine)}", *filter(None, body)])
+    return "\n\n".join([f"**{part.title}.** {machine_line(machine, rows)}", *filter(None, body)])
 
 
 def _part(name: str) -> Part:
@@ -88,8 +90,7 @@ def device_tables(content: Content, brief: bool) -> str:
     machine = next(iter(content.values()))["machine"]
     names = [name for name in (*PARTS, *(n for n in content if n not in PARTS)) if of(content, name, "rows")]
     texts = [section(name, content, brief) for name in names if _part(name).on_page or not brief]
-    asked = {name: part.title for name, part in PARTS.items() if machine["kind"] in part.kinds}
-    missing = [title.lower() for name, title in asked.items() if name not in content]
+    missing = [f"“{p.title}”" for name, p in PARTS.items() if machine["kind"] in p.kinds and name not in content]
     if missing:
         texts.append(f"Not measured here: {', '.join(missing)}.")
     return "\n\n".join([f"### {machine['device']}", *texts])

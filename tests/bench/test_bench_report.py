@@ -162,6 +162,8 @@ def test_figures_come_with_device_versions_rates_and_date(tmp_path):
     for fact in ("CPU Test, 2 threads", "torch 2.13.0", "20.0 GB/s", "170 GFLOP/s", "abc1234", "2026-01-01", "4.00×"):
         assert fact in text
     assert "not judged" not in text
+    results.Store(tmp_path, MACHINE).put("kernels", "b", op_row("qk_norm", 3.0) | {"taken": {"commit": "def5678"}})
+    assert "Revision abc1234, def5678, 2026-01-01." in report.all_tables(tmp_path, brief=False)
 
 
 def test_rows_are_kept_by_key_and_other_files_in_the_folder_are_left_alone(tmp_path):
@@ -308,5 +310,5 @@ def test_the_cost_of_a_call_is_shown_beside_layer_norms(tmp_path):
 def test_what_a_kind_of_device_should_have_and_has_not_is_named(tmp_path):
     results.Store(tmp_path, MACHINE).put("kernels", "a", op_row("align", 4.0))
     (line,) = [line for line in report.all_tables(tmp_path, brief=True).splitlines() if "Not measured here" in line]
-    assert "the cost of a call" in line and "the demo's step beside other work" in line
-    assert "the ops" not in line and "every schedule" not in line
+    assert "“The cost of a call”" in line and "“The demo's step beside other work”" in line
+    assert "The ops" not in line and "Every schedule" not in line
