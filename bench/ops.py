@@ -137,12 +137,12 @@ MOST_SETS = 16
 
 def default_sizes(device: torch.device) -> list[Size]:
     """What is measured on such a device."""
-    return [Size("XL/2", 256), Size("B/2", 256)] if device.type == "cuda" else [Size("S/2", 8), Size("B/2", 8)]
+    return [Size("XL/2", 256), Size("B/2", 256)] if device.type == "cuda" else [Size("S/2", 8)]
 
 
 MORE_SIZES = {
     "cuda": (Size("XL/2", 32), Size("L/2", 256), Size("XL/2", 64, 1024)),
-    "cpu": (Size("S/2", 32), Size("B/2", 32), Size("XL/2", 8), Size("B/2", 2, 1024)),
+    "cpu": (Size("B/2", 8), Size("S/2", 32), Size("B/2", 32), Size("XL/2", 8), Size("B/2", 2, 1024)),
 }
 
 
@@ -234,7 +234,7 @@ def _row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:
 
 
 OVERHEAD_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "align", "guided_feature_loss")
-CALLS, REPEATS, WIDTH = 8, 5, 64
+CALLS, REPEATS, WIDTH = 4, 10, 64
 HOW: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "eager": lambda function: function,
     "opaque": partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False),

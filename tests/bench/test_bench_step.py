@@ -37,6 +37,19 @@ def test_nothing_is_called_slower_before_it_was_measured_twice_as_often(monkeypa
     assert not verdict.slower and next(spells, None) is None
 
 
+def test_a_base_that_can_not_be_measured_is_one_line_and_a_slower_op_is_code_1(monkeypatch, capsys):
+    found = [compare.Verdict("align", 0.2, 0.05), compare.Verdict("linear", 0.0, 0.05)]
+    monkeypatch.setattr(compare, "compare", lambda revision: found)
+    assert compare.report("main") == 1 and "align: +20.0 % (noise 5.0 %), slower" in capsys.readouterr().out
+    assert found.pop(0) and compare.report("main") == 0
+
+    def broken(revision):
+        raise RuntimeError("bench.ops in /tree: no module of that name")
+
+    monkeypatch.setattr(compare, "compare", broken)
+    assert compare.report("main") == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_ops_that_the_base_does_not_have_are_left_out():
     assert [v.key for v in compare.verdicts([{"a": 1.0, "new": 1.0}], [{"a": 1.0}])] == ["a"]
 
