@@ -137,7 +137,12 @@ def _save_loss(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _is_one(factor: Tensor) -> bool:
     """Whether it is known to be 1 without waiting: only a real tensor of the host can be looked at, no traced one."""
-    return type(factor) is Tensor and factor.device.type == "cpu" and float(factor.detach().numpy()) == 1.0
+    if type(factor) is not Tensor or factor.device.type != "cpu":
+        return False
+    try:
+        return float(factor.detach().numpy()) == 1.0
+    except RuntimeError:  # PyTorch works without NumPy, too
+        return False
 
 
 def _loss(name: str) -> Callable[..., tuple[Grad, ...]]:
