@@ -164,7 +164,7 @@ def settings_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     settings = settings_of(arguments)
-    unasked = defaults(machine.default_device().type, settings.small, settings.full)
+    unasked = defaults(machine.device_kind(), settings.small, settings.full)
     if settings.list:
         for name, part in PARTS.items():
             print(f"{'*' if name in unasked else ' '} {name:16} {part.about}")

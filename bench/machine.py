@@ -75,9 +75,14 @@ class Machine:
         return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
 
 
+def device_kind() -> str:
+    """The kind of device that is there, asked without taking any of its memory."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def default_device() -> torch.device:
-    """CUDA where there is one: the current one by its number, as tensors name it."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """The current device of that kind by its number, as tensors name it."""
+    return torch.device("cuda", torch.cuda.current_device()) if device_kind() == "cuda" else torch.device("cpu")
 
 
 def end_with_the_parent() -> None:

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from bench import __main__ as command
 from bench import compare, machine
@@ -31,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" not in metafunc.fixturenames:
         return
     given = _settings(metafunc.config)
-    suite = Suite(machine.default_device(), None, given.small, given.full)  # type: ignore[arg-type]
+    suite = Suite(torch.device(machine.device_kind()), None, given.small, given.full)  # type: ignore[arg-type]
     parts = [] if given.base else defaults(suite.device.type, given.small, given.full)
     rows = [(part, key) for part in parts for key, _ in PARTS[part].tasks(suite)]
     metafunc.parametrize("row", rows, indirect=True, ids=[f"{part}: {key}".replace(" ", "") for part, key in rows])

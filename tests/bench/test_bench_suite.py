@@ -409,3 +409,13 @@ def test_a_rehearsal_leaves_the_committed_rows_alone(monkeypatch, tmp_path):
     for options in (["--small"], []):
         assert command.main([*options, "build"]) == 0
     assert asked == [tmp_path / "rehearsal", tmp_path]
+
+
+def test_the_command_itself_takes_none_of_the_devices_memory(monkeypatch, tmp_path):
+    """Its parts need all of it: it only asks whether there is a device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("the device was initialised"))
+    asked = []
+    monkeypatch.setattr(command, "run_part", lambda part, call, only: asked.append(part) or 0)
+    assert command.main(["--results", str(tmp_path)]) == 0
+    assert asked == suite.defaults("cuda", small=False, full=False) and "contention" not in asked
