@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -195,26 +195,18 @@ DEPTHS = (3, 6, 12, 24)
 SHARE_OF_MEMORY = 0.7
 
 
-def sweep_points(device: torch.device) -> list[Setup]:
-    """All steps of the sweeps that fit into memory by estimate, each once."""
-    cuda = device.type == "cuda"
-    size, batch = ("XL/2", 64) if cuda else ("S/2", 8)
-    recipes = ("S/2", "B/2", "L/2", "XL/2") if cuda else ("S/2", "B/2", "L/2")
-    return _axes(device, size, batch, BATCHES, recipes)
-
-
-def few_points(device: torch.device) -> list[Setup]:
-    """Those that take minutes, the ones that say most first."""
-    return sorted(_axes(device, "S/2", 4, BATCHES[:5], ("S/2", "B/2")), key=_work)
-
-
-def _axes(device: torch.device, size: str, batch: int, batches: Sequence[int], recipes: Sequence[str]) -> list[Setup]:
+def sweep_points(device: torch.device, few: bool) -> list[Setup]:
+    """All steps of the sweeps that fit into memory by estimate, each once; a few take minutes, the quickest first."""
+    size, batch = ("XL/2", 64) if device.type == "cuda" else ("S/2", 4 if few else 8)
+    batches, sizes = BATCHES[: 5 if few else None], 2 if few else 4 if device.type == "cuda" else 3
+    recipes = ("S/2", "B/2", "L/2", "XL/2")[:sizes]
     wanted = [Setup(name, stage, batch, device) for name in recipes for stage in STAGES]
     wanted += [Setup(size, "plain", b, device) for b in batches]
     wanted += [Setup(size, "plain", batch, device, tokens=tokens) for tokens in TOKENS if tokens != 256]
     own = resolve_model(Model(f"SiT-{size}")).depth
     wanted += [Setup(size, "plain", batch, device, depth=depth) for depth in DEPTHS if depth != own]
-    return [setup for setup in dict.fromkeys(wanted) if fits(setup)]
+    found = [setup for setup in dict.fromkeys(wanted) if fits(setup)]
+    return sorted(found, key=_work) if few else found
 
 
 def _work(setup: Setup) -> float:
@@ -250,8 +242,7 @@ def sweep(suite: Suite) -> Iterator[Task]:
     whole = suite.device.type == "cuda" or suite.full
     alone = Wanted(Effort(rounds=5, seconds=4, least=2, warmup=1), rivals=(), breakdown=False)
     both = Wanted(Effort(rounds=5, seconds=30, least=2, warmup=1), rivals=("plain",), breakdown=False)
-    chosen = sweep_points(suite.device) if whole else few_points(suite.device)
-    for setup in step.setups(suite)[:1] if suite.small else chosen:
+    for setup in step.setups(suite)[:1] if suite.small else sweep_points(suite.device, few=not whole):
         yield setup.label, partial(step.measure_in, suite, setup, both if whole else alone)
 
 

@@ -25,10 +25,10 @@ def step_row(batch: int, tokens: int = 256, depth: int = 12, stage: str = "plain
 
 def test_the_points_cover_what_the_picture_shows_and_the_cheap_ones_come_first(monkeypatch):
     monkeypatch.setattr(ablations, "free_memory", lambda device: 16 * 2**30)
-    few = ablations.few_points(CPU)
+    few = ablations.sweep_points(CPU, few=True)
     work = [ablations._work(setup) for setup in few]
     assert work == sorted(work) and len(set(few)) == len(few)
-    for points in (few, ablations.sweep_points(CPU)):
+    for points in (few, ablations.sweep_points(CPU, few=False)):
         plain = [p for p in points if p.stage == "plain" and p.size == "S/2"]
         assert {p.tokens for p in plain} >= {64, 256} and {p.depth for p in plain} >= {0, 3, 6}
         assert len({p.batch for p in plain}) >= 5 and {p.stage for p in points} == {"plain", "stage 1", "stage 2"}
@@ -38,7 +38,7 @@ def test_points_that_do_not_fit_into_free_memory_are_left_out(monkeypatch):
     sizes = list[int]()
     for free in (0, 2**30, 4 * 2**30, 16 * 2**30):
         monkeypatch.setattr(ablations, "free_memory", lambda device, free=free: free)
-        sizes.append(len(ablations.few_points(CPU)))
+        sizes.append(len(ablations.sweep_points(CPU, few=True)))
     assert sizes[0] == 0 and sizes == sorted(set(sizes))
 
 
