@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -57,9 +56,11 @@ def elsewhere(tmp_path: Path) -> Path:
 def without(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed packages by links, but for the Hugging Face package, where that is installed."""
     packages = tmp_path_factory.mktemp("without")
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if entry.name != "kernels" and not entry.name.startswith("kernels-") and entry.suffix != ".pth":
-            (packages / entry.name).symlink_to(entry)
+    folders = [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    entries = {entry.name: entry for folder in reversed(folders) for entry in folder.iterdir()}
+    for name, entry in entries.items():
+        if name != "kernels" and not name.startswith("kernels-") and entry.suffix != ".pth":
+            (packages / name).symlink_to(entry)
     return packages
 
 
