@@ -73,6 +73,16 @@ def newer_than_3_9(module: ast.Module) -> list[str]:
     return found
 
 
+def not_there(path: Path, module: ast.Module) -> list[str]:
+    """Modules of the package that a file imports and the tree lacks; `_ops` comes with a build."""
+    wanted = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module.replace(".", "/")] if node.module else [alias.name for alias in node.names]
+            wanted += [path.parents[node.level - 1] / name for name in names if name not in ("_ops", "FAMILIES")]
+    return [str(place) for place in wanted if not place.is_dir() and not place.with_suffix(".py").is_file()]
+
+
 def test_every_file_is_of_python_3_9_and_the_package_imports_torch_and_itself_only(tree: Path) -> None:
     sources = [path for path in tree.rglob("*.py") if "build" not in path.relative_to(tree).parts]
     assert len(sources) > 50
@@ -92,6 +102,7 @@ def test_every_file_is_of_python_3_9_and_the_package_imports_torch_and_itself_on
         assert "st_fast" not in imported, path
         if "torch-ext" in path.parts:
             assert imported <= sys.stdlib_module_names | {"torch", "triton"}, path
+            assert not_there(path, module) == [], path
 
 
 def test_a_union_at_run_time_is_seen() -> None:
