@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from torch.profiler import ProfilerActivity, profile
 from st_fast.train import profiling
 
 if TYPE_CHECKING:
-    from bench.ops import Case
     from st_fast.kernels.common.trial import Inputs
 
 Row = dict[str, Any]
@@ -297,7 +296,18 @@ def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(rms), float(difference.abs().max() / scale)
 
 
-def check(case: Case, variants: dict[str, Callable[..., Any]], inputs: Inputs) -> None:
+class Checked(Protocol):
+    """What `check` needs to know of an op's case."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def eager(self) -> Callable[..., Any]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def check(case: Checked, variants: dict[str, Callable[..., Any]], inputs: Inputs) -> None:
     """Raises WrongResult, naming case, variant, result and both errors; "fused" is held to OURS, others to RIVALS."""
     truth = results(case.eager, in_float64(inputs))
     eager = [errors(found, true) for found, true in zip(results(case.eager, inputs), truth, strict=True)]

@@ -26,18 +26,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Stopwatch, Variant
+from bench.workload import Ours, Setup, ours
 from st_fast.recipe.methods import SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
-
-if TYPE_CHECKING:
-    from bench.workload import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -279,6 +276,13 @@ def _head(stage: Stage, heads: nn.Module) -> nn.Module | None:
     return None
 
 
+def plain_loop(loop: Ours) -> PlainLoop:
+    """The published loop from the same weights as st_fast's."""
+    trainer, device = loop.trainer, loop.iterator.ranks.device
+    teacher = getattr(trainer.method, "teacher", None)
+    return PlainLoop(loop.recipe, loop.stage, trainer.model, trainer.method.heads, teacher, loop.scale, device)
+
+
 def plain_variant(loop: PlainLoop, size: int, block: int) -> Variant:
     """`block` steps of `size` samples a round; its data are in the device's memory already."""
     model = loop.recipe.model
@@ -337,13 +341,11 @@ def in_subprocess(setup: Setup, which: str) -> Iterator[Subprocess]:
 
 def main(arguments: Sequence[str]) -> None:
     """The process: one line of seconds for each line that comes."""
-    from bench.workload import Setup, ours
-
     size, stage, batch, tokens, depth, threads, which = arguments
     torch.set_num_threads(int(threads))
     setup = Setup(size, stage, int(batch), torch.device("cpu"), int(tokens), int(depth))
     with ours(setup) as loop:
-        rival = loop.plain()
+        rival = plain_loop(loop)
         if "compile" in which:
             rival.compile(whole="whole" in which)
         run = plain_variant(rival, setup.batch, 1)

@@ -21,7 +21,7 @@ import torch
 from bench import measure
 from bench.machine import Machine, Suite, Task, notices
 from bench.measure import Effort, Row, Samples, Stopwatch, Variant, give_memory_back, interleave, noise, spread, tidy
-from bench.published import PlainLoop, in_subprocess, plain_variant
+from bench.published import PlainLoop, in_subprocess, plain_loop, plain_variant
 from bench.workload import STAGES, Ours, Setup, our_variant, ours
 from st_fast.model.attention import Attend, attend_packed, choose
 from st_fast.recipe import Recipe, architecture
@@ -163,7 +163,7 @@ def _ours_alone(setup: Setup, wanted: Wanted) -> tuple[dict[str, Samples], Row, 
         peak, watch = _peak_memory(loop, setup.device), _Watch(loop)
         samples = interleave({"ours": our_variant(loop, wanted.block)}, setup.device, wanted.effort)
         measured = _ours(loop, setup, wanted, watch, samples["ours"]) | {"peak_gib": peak} | notices(loop.log.said)
-        return samples, measured, loop.recipe, loop.flops, loop.plain() if wanted.rivals else None
+        return samples, measured, loop.recipe, loop.flops, plain_loop(loop) if wanted.rivals else None
 
 
 class _Watch:
@@ -201,7 +201,7 @@ def _rival(loop: Ours, setup: Setup, block: int, name: str, processes: ExitStack
     """The plain loop on a CPU, with the first step behind it."""
     if name != OUR_MEMORY:
         return processes.enter_context(in_subprocess(setup, name)).variant(block)
-    plain = loop.plain()
+    plain = plain_loop(loop)
     plain_variant(plain, setup.batch, 1)(0, Stopwatch(setup.device))
     return plain_variant(plain, setup.batch, block)
 

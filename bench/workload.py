@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from bench.measure import Stopwatch, Variant
-from bench.published import PlainLoop
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.loader import make_loader
@@ -225,12 +224,6 @@ class Ours:
         self.done += 1
         self.supervised += sum(len(batch.rows.index) for batch in batches)
         return losses.denoise, losses.aux, norm
-
-    def plain(self) -> PlainLoop:
-        """The plain loop from the same weights."""
-        teacher = getattr(self.trainer.method, "teacher", None)
-        trainer, device = self.trainer, self.iterator.ranks.device
-        return PlainLoop(self.recipe, self.stage, trainer.model, trainer.method.heads, teacher, self.scale, device)
 
     @property
     def flops(self) -> float:

@@ -11,7 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 from bench import compare, ops, published, step
 from bench.measure import Effort, Stopwatch
 from bench.ops import Case, Size
-from bench.published import PlainLoop
+from bench.published import PlainLoop, plain_loop
 from bench.workload import WEIGHT_STD, Setup, ours
 from st_fast.model.attention import BACKENDS
 from st_fast.model.sit import sincos_positions
@@ -185,7 +185,7 @@ def test_a_measured_step_has_weights_none_of_which_is_zero_and_a_teacher_from_no
 def test_the_plain_loops_batch_fits_with_the_moments_that_its_first_step_leaves(monkeypatch):
     cpu = torch.device("cpu")
     with ours(Setup("S/2", "plain", 4, cpu, tokens=16, depth=2)) as loop:
-        plain = loop.plain()
+        plain = plain_loop(loop)
     made, held = PlainLoop.step, []
 
     def full(self, moments, labels):
