@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import step, workload
-from bench.published import Draws
+from bench.published import Draws, plain_loop
 from bench.workload import STAGES, Setup, ours
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def test_losses_gradients_and_update_are_ours(stage, monkeypatch):
 
     monkeypatch.setattr(workload, "make_recipe", bold)
     with ours(setup(stage)) as loop:
-        plain = loop.plain()
+        plain = plain_loop(loop)
         (batch,) = next(loop.iterator.steps(0, 1))
         draws = Draws(batch.x, batch.velocity + batch.x, batch.t, batch.labels, batch.student_labels)
 
@@ -65,7 +65,7 @@ def test_losses_gradients_and_update_are_ours(stage, monkeypatch):
 
 def test_the_plain_teacher_runs_on_all_samples_and_ours_on_those_in_range():
     with ours(setup("stage 2")) as loop:
-        plain = loop.plain()
+        plain = plain_loop(loop)
         seen = {"plain": 0, "ours": 0}
         plain.teacher.blocks[0].register_forward_pre_hook(lambda m, a: seen.update(plain=len(a[0])))
         loop.trainer.method.teacher.blocks[0].register_forward_pre_hook(lambda m, a: seen.update(ours=len(a[0])))
