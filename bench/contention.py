@@ -39,7 +39,14 @@ STRIPPED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREA
 CPU_CGROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
 """Where groups with a CPU quota may be made: cgroup v1's controller, or v2."""
 PERIOD_US = 100_000
-HOG = "while True: pass"
+HOG = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
+"""Ends with the process that started it, whatever becomes of that."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -13,8 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +22,13 @@ import torch
 
 from bench.measure import Effort, Row, copy_rate
 from st_fast.kernels import native
+from st_fast.kernels.build import locked
 from st_fast.train import log
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
 SOURCES = ("st_fast", "kernels", "csrc", "bench", "recipes")
-BUSY = 0.5
+BUSY = 0.25
 """Share of all processors' time that other work took, above which figures are marked as a busy machine's."""
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
@@ -174,16 +173,6 @@ def measure_machine(device: torch.device) -> Machine:
     )
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file to leave behind
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 class Store:
     """Writes rows as they come, so that a run that is cut short leaves what it measured."""
 
@@ -196,7 +185,7 @@ class Store:
         A row that does not say at what load it was measured gets this call's: rows of a part may come from several.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.parent):
+        with locked(self.path.parent):
             content = self._content()
             section = content.setdefault(part, {"machine": {}, "rows": {}})
             section["machine"] = asdict(self.machine)

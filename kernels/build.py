@@ -165,8 +165,8 @@ def run(command: list[str]) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One builder a folder at a time; the others wait and find its result."""
+def locked(folder: Path) -> Iterator[None]:
+    """One process a folder at a time; the others wait, and find what it made."""
     lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file to leave behind
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -185,7 +185,7 @@ def build(kind: str, folder: Path) -> Path:
     assert csrc is not None
     torch = torch_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         if target.is_file():
             return target
         with tempfile.TemporaryDirectory(prefix=".csrc-", dir=folder) as made:

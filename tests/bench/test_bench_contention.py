@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,3 +62,22 @@ def test_a_quota_holds_its_processes_and_the_group_goes(capfd):
     except OSError as error:
         pytest.skip(str(error))
     assert float(capfd.readouterr().out) == 0.5 and not made[0].exists()
+
+
+def test_hogs_end_with_the_process_that_started_them_even_if_it_is_killed() -> None:
+    program = """
+import time
+from bench.contention import hogs
+with hogs(1):
+    print("running", flush=True)
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=contention.ROOT)
+    assert process.stdout is not None and process.stdout.readline() == "running\n"
+    (hog,) = (int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 60
+    while Path(f"/proc/{hog}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{hog}").exists()
