@@ -54,6 +54,10 @@ else:
         if name in OPS:
             found = globals()[name] = declared(name).call  # so that it is found at once the next time
             return found
+        if name == "ops":  # torch.ops.st_fast, with every op in it
+            for op in OPS:
+                declared(op)
+            return import_module("._ops", __name__).ops
         if name in ("KernelTable", "select"):
             return getattr(import_module(".table", __name__), name)
         if name in ("layers", "native", "patch", "reference", "table"):

@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_FAILED, EXIT_USAGE, RunFailed
 from st_fast.core.ranks import Ranks
+from st_fast.kernels import table
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import cost, load
 from st_fast.train import adamw, memory, run
@@ -148,13 +149,13 @@ def broken_op(*arguments: object, **more: object) -> None:
     raise RuntimeError("ptxas fatal: out of registers\nand more")
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(kernels.KernelTable)])
+@pytest.mark.parametrize("name", kernels.TABLE)
 def test_a_kernel_that_fails_is_replaced_by_the_reference_and_said_so(name, recipe, monkeypatch):
-    table = kernels.KernelTable(**{f.name: getattr(kernels.ops, f.name) for f in fields(kernels.KernelTable)})
-    monkeypatch.setattr(kernels, "select", lambda choices, device: replace(table, **{name: broken_op}))
+    working = kernels.KernelTable(**{op: getattr(kernels, op) for op in kernels.TABLE})
+    monkeypatch.setattr(kernels, "select", lambda choices, device: replace(working, **{name: broken_op}))
     said: list[str] = []
     found = tried(recipe, said)
-    assert vars(found) == vars(replace(table, **{name: getattr(kernels.reference, name)}))
+    assert vars(found) == vars(replace(working, **{name: getattr(kernels.reference, name)}))
     assert said == [
         f"kernels: {name} does not work here (RuntimeError: ptxas fatal: out of registers); the reference takes over"
     ]
@@ -180,10 +181,9 @@ def test_kernels_that_work_are_kept(recipe):
 def test_a_run_whose_kernels_all_fail_trains_with_the_reference(one_stage, monkeypatch, capsys):
     from st_fast.train.run import run
 
-    ops = [f.name for f in fields(kernels.KernelTable)]
+    ops = kernels.TABLE
     run(load(one_stage, [*(f"--kernels.{op}=reference" for op in ops), f"--run.out={one_stage.parent / 'plain'}"]))
-    for op in ops:
-        monkeypatch.setattr(kernels.ops, op, broken_op)
+    monkeypatch.setattr(table, "declared", lambda op: replace(kernels.declared(op), call=broken_op))
     run(load(one_stage, [f"--kernels.{op}=fused" for op in ops]))
     assert capsys.readouterr().out.count("the reference takes over") == len(ops)
     ours, theirs = (tiny.records(one_stage.parent / name, "train") for name in ("out", "plain"))

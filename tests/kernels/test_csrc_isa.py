@@ -30,9 +30,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             found[f"{dtype} {case.name} {name}"] = value.float().numpy()
 torch.manual_seed(0)
 lists = [[torch.rand(1003)] for _ in range(5)]
-norm = torch.ops.st_fast.grad_norm(lists[1])
+norm = kernels.ops.grad_norm(lists[1])
 lr = torch.tensor(1e-3)
-torch.ops.st_fast.adamw_ema_(*lists, [], torch.zeros(()), norm, lr, 0.9, 0.99, 1e-8, 0.1, 0.99, 0.5)
+kernels.ops.adamw_ema_(*lists, [], torch.zeros(()), norm, lr, 0.9, 0.99, 1e-8, 0.1, 0.99, 0.5)
 found |= {f"optimiser {i}": tensors[0].numpy() for i, tensors in enumerate(lists)}
 found["norm"] = norm.numpy()
 np.savez(sys.argv[1], **found)
