@@ -168,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.list:
         for name, part in PARTS.items():
             print(f"{'*' if name in unasked else ' '} {name:16} {part.about}")
+        print("* is measured unasked on this machine")
         return 0
     wrong = problem(settings)
     if wrong:

@@ -156,7 +156,7 @@ def convergence(suite: Suite) -> Iterator[Task]:
 def _study(suite: Suite, study: Path, out: Path) -> Row:
     """Trains until the time is nearly over; a study that is not done is asked for again by the next call."""
     if not suite.small and not (DATA / "manifest.json").is_file():
-        raise FileNotFoundError(f"{DATA}: no latents; bench/pack.sh makes them, bench/suite.sh puts them there")
+        raise FileNotFoundError(f"{DATA}: no latents; bench/pack.sh makes them, bench/day.sh puts them there")
     seconds = suite.left - SAVING
     if seconds <= 0:
         raise TimeoutError(f"{suite.left:.0f} s are left, and {SAVING:.0f} of them are for saving")

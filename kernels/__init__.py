@@ -37,7 +37,14 @@ else:
     """The ops that a recipe can switch, with the sentence that explains the key."""
     for _family in FAMILIES:
         _package = import_module(f".{_family}", __name__)
-        OPS.update(dict.fromkeys(_package.OPS, _family))
+        if not hasattr(_package, "OPS") or not hasattr(_package, "SWITCHES"):
+            raise ImportError(f"{_HERE / _family}: __init__.py must have OPS and SWITCHES, as in the other families")
+        for _op in _package.OPS:
+            if _op in FAMILIES:
+                raise ImportError(f"{_HERE / _op}: a folder can't have the name of an op, {_family}'s {_op}; rename it")
+            if _op in OPS:
+                raise ImportError(f"{_HERE}: {OPS[_op]} and {_family} both have an op {_op}; rename one of them")
+            OPS[_op] = _family
         SWITCHES.update(_package.SWITCHES)
     TABLE = tuple(op for op in OPS if op in SWITCHES)
     """The ops of a `KernelTable`."""
@@ -46,8 +53,13 @@ else:
 
     def declared(op: str) -> Op:
         """What the family of an op says about it."""
-        found: Op = import_module(f".{OPS[op]}.op", __name__).DECLARED[op]
-        return found
+        declarations: dict[str, Op] = import_module(f".{OPS[op]}.op", __name__).DECLARED
+        if op not in declarations:
+            raise ImportError(f"{_HERE / OPS[op]}: op.py has no {op} in DECLARED, but __init__.py in OPS")
+        return declarations[op]
+
+    def __dir__() -> list[str]:
+        return [*__all__, "layers", "native", "ops", "patch", "reference", "table"]
 
     def __getattr__(name: str) -> Any:
         """A public function of a family, the table of kernels, or a module."""

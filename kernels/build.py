@@ -70,8 +70,10 @@ def torch_dir() -> Path:
 
 def tool(variable: str, *names: str) -> str:
     """$variable, or the first of `names` on the path. Raises BuildError naming what was looked for."""
-    for name in (os.environ.get(variable), *names):
-        path = shutil.which(name) if name else None
+    named = os.environ.get(variable)
+    if named and not shutil.which(named):
+        raise BuildError(f"${variable} = {named!r} is not a program")
+    for path in map(shutil.which, [named] if named else names):
         if path:
             return path
     raise BuildError(f"no compiler: none of {', '.join(names)} is on the path, nor named by ${variable}")

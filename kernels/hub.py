@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -36,6 +37,9 @@ HERE = Path(__file__).resolve().parent
 TREE = HERE / "hub_tree"
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cu126", "cu130")}
 """For which backends it is built, and how a compiled variant of it is called: CUDA's minor versions are compatible."""
+
+WRITTEN = ".written"
+"""Names the files that an export has written: the next one into the same folder removes these first."""
 
 LEFT_OUT = {"__init__.py", "_ops.py", "build.py", "heap.py", "hub.py", "hub_tree", "namesake.py", "native.py",
             "resources.py", "table.py"}  # fmt: skip
@@ -237,11 +241,17 @@ def export(out: Path, repo_id: str) -> list[str]:
     csrc = build.source_dir()
     if csrc is None:
         raise HubError("the folder csrc is not here")
-    ours = out / "build.toml"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and f'"{NAME}"' not in _text(ours):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise HubError(f"--repo-id {repo_id!r}: owner/name is needed")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / WRITTEN).is_file():
         raise HubError(f"{out} is not empty and not a tree of {NAME}; name another folder")
-    for folder in ("build", "csrc", "torch-ext", "tests", "benchmarks", "noarch"):
-        shutil.rmtree(out / folder, ignore_errors=True)
+    for name in _text(out / WRITTEN).splitlines():  # and nothing else that may be there
+        (out / name).unlink(missing_ok=True)
+        for folder in (out / name).parents:
+            if folder == out or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+    kept = {path for path in out.rglob("*") if path.is_file()}
     python, cpp = python_files(), cpp_files(csrc)
     package = {f"torch-ext/{MODULE}/{name}": text for name, text in python.items()}
     copied = ("benchmarks/benchmark.py", "tests/conftest.py", "tests/test_kernels.py", "dit_block.py", "example.py")
@@ -250,7 +260,10 @@ def export(out: Path, repo_id: str) -> list[str]:
     write(out, {name: (TREE / name).read_text() for name in copied})
     write(out, {"tests/__init__.py": "", "build.toml": build_toml(repo_id, compiled_framework(cpp))})
     write(out / "noarch", {**package, **flake, "build.toml": build_toml(repo_id, "[torch-noarch]")})
-    return write_variants(out, python, cpp)
+    made = write_variants(out, python, cpp)
+    names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path not in kept)
+    write(out, {WRITTEN: "\n".join(names) + "\n"})
+    return made
 
 
 def _text(path: Path) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .adaln.op import gate_residual, gate_residual_norm_modulate, norm_modulate
 from .attn import definition as attn
 from .attn.op import attention
+from .common.registry import forward_mode
 from .feature_loss.definition import FEATURE_LOSSES
 from .feature_loss.op import align, guided_feature_loss
 from .mlp.op import gelu_tanh, linear
@@ -101,6 +102,8 @@ class PackedQKNorm(Layer):
             raise ValueError(
                 f"{type(self).__name__}: q_norm and k_norm must be LayerNorms of one eps; RMSNorm has no op"
             )
+        if any(part is None for norm in (q_norm, k_norm) for part in (norm.weight, norm.bias)):
+            raise ValueError(f"{type(self).__name__}: q_norm and k_norm must have a weight and a bias")
         return qk_norm(qkv, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)
 
 
@@ -176,7 +179,8 @@ class GuidedFeatureLoss(nn.Module):
 
 
 # Forwards of blocks that others wrote. Where an op doesn't fit (a modulation a token, an affine or RMS norm, a result
-# that would be promoted to another dtype than x's) the site is computed in plain PyTorch, as the block itself does.
+# that would be promoted to another dtype than x's, a forward-mode derivative) the site is computed in plain PyTorch, as
+# the block itself does.
 
 
 def without_affine(norm: nn.Module) -> bool:
@@ -191,7 +195,8 @@ def _rows(x: Tensor, *vectors: Tensor, a: Tensor | None = None) -> list[Tensor]:
     rows = [row for row in (_row(x, vector) for vector in vectors) if row is not None]
     others = [vectors[0], vectors[0] if a is None else a]
     if (
-        len(rows) < len(vectors)
+        forward_mode()
+        or len(rows) < len(vectors)
         or any(row.dtype != rows[0].dtype for row in rows)
         or any(torch.promote_types(x.dtype, other.dtype) != x.dtype for other in others)
         or (a is not None and a.shape != x.shape)
@@ -241,7 +246,7 @@ class FusedDiTBlock(Layer):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D). Returns (B, N, D)."""
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
         a = self.attn(modulated(self.norm1, x, shift_msa, scale_msa))
         x, y = gated_modulated(self.norm2, x, a, gate_msa, shift_mlp, scale_mlp)
         return gated(x, self.mlp(y), gate_mlp)
@@ -256,7 +261,7 @@ class FusedFinalLayer(Layer):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x (B, N, D), c (B, D). Returns (B, N, p·p·C)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulated(self.norm_final, x, shift, scale))
 
 

@@ -10,6 +10,7 @@ norm inside a block no longer run. Patch before `torch.compile` and `fully_shard
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,11 +136,43 @@ class Patched:
         return f"{fused}; as before: {left}" if left else fused
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _class(module: nn.Module) -> type[nn.Module]:
+    """Its class; if `fully_shard` has given it another one, that which it had."""
+    kind = type(module)
+    return kind.__mro__[2] if "FSDPModule" in {base.__name__ for base in kind.__bases__} else kind
+
+
 def _target(module: nn.Module) -> Target | None:
-    target = TARGETS.get(type(module).__name__)
-    if target is None or (target.package and type(module).__module__.partition(".")[0] != target.package):
+    kind = _class(module)
+    target = TARGETS.get(kind.__name__)
+    if target is None or (target.package and kind.__module__.partition(".")[0] != target.package):
         return None
     return target
+
+
+def _unfit(module: nn.Module, target: Target, norms: tuple[str, ...]) -> str:
+    """Why an instance can't run the fused forward, as far as it can be seen without running it, or ""."""
+    if "forward" in module.__dict__:
+        return "its forward is already replaced"
+    takes = set(inspect.signature(_class(module).forward).parameters)
+    if more := takes - set(inspect.signature(target.layer.forward).parameters):
+        return f"its forward takes {', '.join(sorted(more))}, too"
+    for name in norms:
+        norm = getattr(module, name, module)
+        if not without_affine(norm):
+            return f"{name} is no LayerNorm without weight and bias"
+        if any(getattr(norm, hooks) for hooks in HOOKS):
+            return f"{name} has a hook, which would no longer run"
+    return ""
+
+
+def _layout(module: nn.Module) -> tuple[type, str, str]:
+    """Equal for instances whose forwards do the same, so that one of them is tried for all."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)) and k != "training"}
+    return _class(module), repr(module), repr(sorted(plain.items()))
 
 
 def _stand_in(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -147,30 +180,40 @@ def _stand_in(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     random = torch.randn(tensor.shape, generator=generator).mul_(0.1).to(tensor.device)
-    return tensor.detach().float() if bool(tensor.any()) else random
+    return tensor.detach().float().clone() if bool(tensor.any()) else random
 
 
 def _outputs(module: nn.Module, state: dict[str, Tensor], arguments: Arguments) -> list[Tensor | None]:
-    out = torch.func.functional_call(module, state, (), arguments)
+    devices = {tensor.device for tensor in state.values() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(list(devices)):
+        torch.manual_seed(0)
+        out = torch.func.functional_call(module, dict(state), (), arguments)
     return list(out) if isinstance(out, tuple) else [out]
 
 
 def _difference(module: nn.Module, target: Target) -> str:
-    """Why the fused forward isn't that of the module, or "": both run on small inputs in float32, in eval mode."""
+    """Why the fused forward isn't that of the module, or "": both run on small inputs in float32, in eval mode and in
+    train mode with the same dropout."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if any(tensor.is_meta or hasattr(tensor, "placements") for tensor in tensors.values()):
         return "its weights are sharded or on the meta device, so that it can't be tried"
+    if not tensors:
+        return "it has no weights of its own"
     device = next(iter(tensors.values())).device
     generator = torch.Generator().manual_seed(0)
     training = [(part, part.training) for part in module.modules()]
-    module.eval()
+    own: list[Tensor | None] = []
+    fused: list[Tensor | None] = []
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             state = {name: _stand_in(tensor, generator) for name, tensor in tensors.items()}
             arguments = target.arguments(module, lambda *shape: torch.randn(shape, generator=generator).to(device))
-            own = _outputs(module, state, arguments)
-            _bind(module, target.layer)
-            fused = _outputs(module, state, arguments)
+            for mode in (False, True):
+                module.train(mode)
+                module.__dict__.pop("forward", None)
+                own += _outputs(module, state, arguments)
+                _bind(module, target.layer)
+                fused += _outputs(module, state, arguments)
     except Exception as error:
         return f"trying it gave {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
@@ -199,22 +242,18 @@ def patch(model: nn.Module, check: bool = True) -> Patched:
     """
     fused: dict[str, int] = {}
     left: dict[str, int] = {}
-    reasons: dict[tuple[type, str], str] = {}
+    reasons: dict[tuple[type, str, str], str] = {}
     for module in model.modules():
         target = _target(module)
         norms = None if target is None else target.norms(module)
         if target is None or norms is None:
             continue
-        key = type(module), repr(module)
-        if "forward" in module.__dict__:
-            reason = "its forward is already replaced"
-        elif unfit := [name for name in norms if not without_affine(getattr(module, name, module))]:
-            reason = f"{unfit[0]} is no LayerNorm without weight and bias"
-        elif check and key not in reasons:
-            reason = reasons[key] = _difference(module, target)
-        else:
-            reason = reasons.get(key, "")
-        name = type(module).__name__
+        key, reason = _layout(module), _unfit(module, target, norms)
+        if not reason and check:
+            if key not in reasons:
+                reasons[key] = _difference(module, target)
+            reason = reasons[key]
+        name = _class(module).__name__
         if reason:
             left[f"{name}: {reason}"] = left.get(f"{name}: {reason}", 0) + 1
         else:
@@ -225,11 +264,10 @@ def patch(model: nn.Module, check: bool = True) -> Patched:
 
 def unpatch(model: nn.Module) -> int:
     """Gives every block its own forward again; returns how many had another."""
-    count = 0
+    count, forwards = 0, {target.layer.forward for target in TARGETS.values()}
     for module in model.modules():
         bound = module.__dict__.get("forward")
-        target = _target(module)
-        if target is not None and isinstance(bound, functools.partial) and bound.func is target.layer.forward:
+        if isinstance(bound, functools.partial) and bound.func in forwards:
             del module.__dict__["forward"]
             count += 1
     return count

@@ -17,6 +17,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._ops import add_op_namespace_prefix, ops
 from .trial import Draw, Inputs, Size
@@ -152,6 +153,10 @@ def _register_autograd(name: str, save: Callable[..., None], backward: Callable[
             return (None, *found) if isinstance(found, tuple) else (None, found)
 
     def call(keyset: Any, *args: Any) -> Any:
+        if forward_mode():
+            raise NotImplementedError(
+                f"{LIBRARY.ns}.{name}: there is no forward-mode derivative; use the reference ops"
+            )
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Function.apply(keyset, *args)
         return below(keyset, args)
@@ -164,6 +169,11 @@ def has_kernel(name: str, device_type: str) -> bool:
     """Whether the op has a kernel of its own for a kind of device ("cpu", "cuda")."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return bool(key and torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(name), key))
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken (`torch.func.jvp`), which the ops do not have."""
+    return forward_ad._current_level >= 0
 
 
 def no_second_derivative(name: str) -> NotImplementedError:

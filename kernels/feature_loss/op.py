@@ -137,7 +137,7 @@ def _save_loss(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _is_one(factor: Tensor) -> bool:
     """Whether it is known to be 1 without waiting: only a real tensor of the host can be looked at, no traced one."""
-    if type(factor) is not Tensor or factor.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(factor) is not Tensor or factor.device.type != "cpu":
         return False
     try:
         return float(factor.detach().numpy()) == 1.0

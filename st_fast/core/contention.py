@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from st_fast.core.machine import affinity
-
 OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """By which a user says how threads wait."""
 INTERVAL = 0.25
@@ -71,11 +69,24 @@ class SleepingThreads:
         self._thread.join()
 
 
+def processors(library: ctypes.CDLL) -> int:
+    """How many processors a libgomp counts, which it did when it was loaded: binding a thread later changes nothing."""
+    return int(library.omp_get_num_procs())
+
+
+def extra_threads(processors: int, threads: int) -> int:
+    """Size of the team that brings libgomp's count above its processors' beside `threads` that compute.
+
+    Less than 2 where these are more than the processors by themselves: libgomp's threads sleep soon as it is.
+    """
+    return processors - threads + 2
+
+
 class Watch:
     """Looks at intervals whether threads are kept waiting. `asleep` while libgomp's threads sleep soon."""
 
-    def __init__(self, libraries: list[ctypes.CDLL], threads: int) -> None:
-        self._libraries, self._count = libraries, len(affinity()) - threads + 2
+    def __init__(self, libraries: list[ctypes.CDLL], count: int) -> None:
+        self._libraries, self._count = libraries, count
         self._seen, self._when = kept_waiting(), time.monotonic()
         self._until, self._rest = 0.0, SHORTEST
         self.asleep: SleepingThreads | None = None
@@ -108,15 +119,18 @@ def watched(threads: int) -> Iterator[None]:
     Does nothing for one thread, with another OpenMP, or where the user says how threads wait.
     """
     libraries = [] if threads < 2 or any(key in os.environ for key in OWN) else loaded_libgomps()
-    if not libraries:
+    count = extra_threads(min(map(processors, libraries), default=0), threads)
+    if count < 2:
         yield
         return
-    watch, over = Watch(libraries, threads), threading.Event()
+    watch, over = Watch(libraries, count), threading.Event()
 
     def run() -> None:
-        while not over.wait(INTERVAL):
-            watch.look()
-        watch.end()
+        try:
+            while not over.wait(INTERVAL):
+                watch.look()
+        finally:
+            watch.end()
 
     thread = threading.Thread(target=run, name="st_fast-contention", daemon=True)
     thread.start()

@@ -35,8 +35,9 @@ def rank_count() -> int:
 
 
 def local_count() -> int:
-    """Number of ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Number of ranks on this machine; 1 where what torchrun sets for it is no such number."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isascii() and text.isdecimal() else 1
 
 
 def local_rank() -> int:
@@ -73,7 +74,7 @@ def cpu_quota(system: Path = ROOT) -> float:
     """
     least = math.inf
     for line in _read(system / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = [*line.split(":", 2), "", "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         for mount in CGROUP_MOUNTS:
@@ -90,15 +91,15 @@ def _quota(folder: Path) -> float:
     text = _read(folder / "cpu.max") or f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
     try:
         quota, period = map(int, text.split())
-    except ValueError:  # "max", or no such file
+        return quota / period if quota > 0 and period > 0 else math.inf
+    except (ValueError, OverflowError):  # "max", or no such file
         return math.inf
-    return quota / period if quota > 0 and period > 0 else math.inf
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text().strip()
-    except OSError:
+        return file.read_text(errors="replace").strip()
+    except (OSError, ValueError):  # not there, or a path with a null byte
         return ""
 
 

@@ -76,7 +76,7 @@ class Clock:
 
 def test_sleeping_begins_at_once_and_is_given_up_for_a_look_ever_more_rarely(monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch)
-    watch = contention.Watch([], threads=2)
+    watch = contention.Watch([], count=2)
     assert not clock.look(watch, 0.2, 20)
     assert clock.look(watch, 0.7) and clock.look(watch, 0.4, 7), "for two seconds"
     assert not clock.look(watch, 0.4) and clock.look(watch, 0.7, 1), "still contended"
@@ -113,6 +113,9 @@ def test_every_copy_of_libgomp_is_found_once(tmp_path: Path):
     ("threads", "own", "watching"),
     [
         (2, {}, True),
+        (4, {}, True),
+        (5, {}, False),  # more threads than processors: libgomp's sleep soon as it is
+        (9, {}, False),
         (1, {}, False),
         (2, {"GOMP_SPINCOUNT": "300000"}, False),
         (2, {"OMP_WAIT_POLICY": "active"}, False),
@@ -125,7 +128,8 @@ def test_the_users_own_setting_and_a_single_thread_are_left_alone(
         monkeypatch.delenv(key, raising=False)
     for key, value in own.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(contention, "loaded_libgomps", lambda: [SimpleNamespace(GOMP_parallel=lambda *_: None)])
+    library = SimpleNamespace(GOMP_parallel=lambda *_: None, omp_get_num_procs=lambda: 4)
+    monkeypatch.setattr(contention, "loaded_libgomps", lambda: [library])
 
     def running() -> bool:
         return "st_fast-contention" in {thread.name for thread in threading.enumerate()}

@@ -26,6 +26,10 @@ V1 = "9:cpu,cpuacct:/job\n4:cpuset:/other\n0::/"
 QUOTAS = {
     "none": ({"proc/self/cgroup": "0::/job"}, math.inf),
     "no cgroups": ({}, math.inf),
+    "nonsense": ({"proc/self/cgroup": "nonsense\n0::/a\0b\n0::/job", "sys/fs/cgroup/job/cpu.max": "x" * 9}, math.inf),
+    "a quota beyond all numbers": (
+        {"proc/self/cgroup": "0::/job", "sys/fs/cgroup/job/cpu.max": f"{10**400} 1"}, math.inf,
+    ),
     "v2": ({"proc/self/cgroup": "0::/job", "sys/fs/cgroup/job/cpu.max": "150000 100000"}, 1.5),
     "v2, unlimited": ({"proc/self/cgroup": "0::/job", "sys/fs/cgroup/job/cpu.max": "max 100000"}, math.inf),
     "v2, of a parent": (
@@ -124,3 +128,9 @@ def test_importing_st_fast_first_sets_torchs_threads():
         for ranks, own in ((cores, {}), (cores, {"OMP_NUM_THREADS": str(cores)}))
     ]  # fmt: skip
     assert found == [1, cores]
+
+
+@pytest.mark.parametrize("text", ["", "abc", "0", "-2", "²"])
+def test_what_is_no_number_of_ranks_counts_as_one(text: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
+    assert machine.local_count() == 1

@@ -250,12 +250,20 @@ def test_without_a_compiler_there_are_builds_of_python_files_and_a_second_call_r
 
     monkeypatch.setattr(build, "tool", missing)
     assert hub.export(tmp_path, REPO) == ["torch-cpu", "torch-cuda"]
-    (tmp_path / "build" / "stale").mkdir()
-    (tmp_path / "notes.md").touch()
+    hub.write(tmp_path, {"build/stale/a.py": "", "tests/mine.py": "", "notes.md": ""})
+    with (tmp_path / ".written").open("a") as written:
+        written.write("build/stale/a.py\n")
     assert hub.main([str(tmp_path)]) == 0
     assert capsys.readouterr().err.splitlines() == ["st_fast.kernels.hub: Python files only, no compiler"] * 2
     assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["torch-cpu", "torch-cuda"]
-    assert (tmp_path / "notes.md").is_file()
+    assert (tmp_path / "notes.md").is_file() and (tmp_path / "tests" / "mine.py").is_file()
+    assert (tmp_path / "tests" / "test_kernels.py").is_file()
+
+
+@pytest.mark.parametrize("repo_id", ["", "name", 'a"b/c', "a/b/c"])
+def test_a_repository_has_an_owner_and_a_name(repo_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hub.main([str(tmp_path / "out"), "--repo-id", repo_id]) == 1
+    assert "owner/name is needed" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_namespace_changes_with_the_content() -> None:

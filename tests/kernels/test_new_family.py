@@ -54,6 +54,14 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_folder_with_an_ops_name_is_one_line(checkout: Path) -> None:
+    (checkout / "kernels" / "copied").rename(checkout / "kernels" / "new_gate_residual")
+    env = os.environ | {"PYTHONPATH": str(checkout)}
+    command = [sys.executable, "-c", "import st_fast.kernels"]
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    assert "new_gate_residual: a folder can't have the name of an op" in done.stderr.splitlines()[-1]
+
+
 def run(checkout: Path, *command: str) -> str:
     """What a program in the checkout prints."""
     env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
@@ -71,3 +79,23 @@ def test_a_copied_folder_is_checked_by_the_tests_that_every_op_passes(checkout: 
     found = run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_ops.py", "-k",
                 "new_norm_modulate and not second_derivatives")  # fmt: skip
     assert found.count(".") >= 5 and "[100%]" in found, found
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("__init__.py", '"new_gate_residual"', '"gate_residual"', "adaln and copied both have an op gate_residual"),
+        ("__init__.py", "OPS = ", "NAMES = ", "copied: __init__.py must have OPS and SWITCHES"),
+        ("op.py", '"new_gate_residual": Op(', '"other": Op(', "copied: op.py has no new_gate_residual in DECLARED"),
+    ],
+)
+def test_a_slip_in_a_copied_folder_is_one_line_that_names_it(
+    file: str, old: str, new: str, message: str, checkout: Path
+) -> None:
+    path = checkout / "kernels" / "copied" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    program = "from st_fast import kernels\nfor op in kernels.OPS: kernels.declared(op)"
+    env = os.environ | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=checkout, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr

@@ -176,6 +176,14 @@ def test_second_derivatives_are_refused(name: str) -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode_derivatives_are_refused(name: str) -> None:
+    """Without a word they would be zero."""
+    first, *rest = (v.detach() if isinstance(v, Tensor) else v for v in samples()[name])
+    with pytest.raises(NotImplementedError, match=f"{name}: there is no forward-mode derivative"):
+        torch.func.jvp(lambda x: public(name, kernels)(x, *rest), (first,), (torch.ones_like(first),))
+
+
 def test_an_output_that_is_not_used_gets_no_gradient() -> None:
     x, a, gate, shift, scale, eps = samples()["gate_residual_norm_modulate"]
     for used in (0, 1):

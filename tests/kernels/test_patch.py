@@ -238,14 +238,39 @@ class OtherArguments(DiTBlock):
         return super().forward(x, c) + rope
 
 
-OtherForward.__name__ = OtherArguments.__name__ = "DiTBlock"
+class DropPath(DiTBlock):
+    """Alike in eval mode only."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + nn.functional.dropout(super().forward(x, c) - x, 0.5, self.training)
+
+
+class Numbered(DiTBlock):
+    """The second of its kind computes something else, which its repr doesn't show."""
+
+    number = 0
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return super().forward(x, c) * (1 + self.number)
+
+
+def hooked() -> nn.Module:
+    block = DiTBlock(D, H)
+    block.norm2.register_forward_hook(lambda module, args, out: 2 * out)
+    return block
+
+
+for _class in (OtherForward, OtherArguments, DropPath, Numbered):
+    _class.__name__ = "DiTBlock"
 
 
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
         (lambda: OtherForward(D, H), "its outputs differ by up to"),
-        (lambda: OtherArguments(D, H), "trying it gave TypeError: "),
+        (lambda: OtherArguments(D, H), "its forward takes rope, too"),
+        (lambda: DropPath(D, H), "its outputs differ by up to"),
+        (hooked, "norm2 has a hook, which would no longer run"),
         (lambda: DiTBlock(D, H, affine=True), "norm1 is no LayerNorm without weight and bias"),
         (lambda: DiTBlock(D, H).to("meta"), "its weights are sharded or on the meta device"),
     ],
@@ -263,6 +288,34 @@ def test_a_block_that_computes_something_else_is_left_and_says_why(
     assert told.fused == {} and "forward" not in model.__dict__ and model.training
     assert f"nothing is fused; as before: 1 DiTBlock: {reason}" in str(told) and "\n" not in str(told)
     assert all(value.is_meta or torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_blocks_that_differ_in_a_number_of_theirs_are_tried_one_by_one() -> None:
+    model = randomised(nn.ModuleList([Numbered(D, H), Numbered(D, H)]))
+    model[1].number = 1
+    told = patch(model)
+    assert told.fused == {"DiTBlock": 1} and "forward" not in model[1].__dict__
+
+
+def test_a_derivative_in_forward_mode_is_that_of_the_models_own_forward() -> None:
+    block = DiTBlock(D, H)
+    block.attn = nn.Linear(D, D)  # PyTorch's attention has no such derivative on the CPU
+    randomised(block)
+    x, c, direction = draw(B, N, D), draw(B, D), draw(B, N, D)
+    _, truth = torch.func.jvp(lambda x: block(x, c), (x,), (direction,))
+    assert patch(block).fused == {"DiTBlock": 1}
+    _, found = torch.func.jvp(lambda x: block(x, c), (x,), (direction,))
+    assert truth.abs().max() > 0
+    torch.testing.assert_close(found, truth)
+
+
+def test_a_modulation_a_token_runs_where_the_model_makes_one() -> None:
+    block = randomised(DiTBlock(D, H))
+    x, c = draw(B, N, D), draw(B, N, D)
+    patch(block)
+    shift, scale, gate, *mlp = block.adaLN_modulation(c).chunk(6, dim=-1)
+    h = x + gate * block.attn(block.norm1(x) * (1 + scale) + shift)
+    torch.testing.assert_close(block(x, c), h + mlp[2] * block.mlp(block.norm2(h) * (1 + mlp[1]) + mlp[0]))
 
 
 def test_meta_weights_may_be_patched_without_the_check_and_twice_is_once() -> None:
