@@ -124,8 +124,20 @@ def test_after_kill_9_a_study_goes_on_and_its_table_is_that_of_one_never_stopped
     assert [row["label"] for row in ours["verdict"]] == ["plain SiT", "ω = 5", "random"]
 
 
-def test_the_time_limit_saves_and_says_how_to_go_on(study, tmp_path) -> None:
+def test_the_time_limit_stops_and_says_how_to_go_on(study, tmp_path) -> None:
     process = start(study, tmp_path / "out", "--minutes", "0.0001")
+    text, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == EXIT_INTERRUPTED
+    before_it_began = f"0.0001 minutes are over: 0 of {RUNS} runs are done; the same command continues"
+    within_it = rf"SIGTERM: saved align at step \d+; the same command continues \(0 of {RUNS} runs are done\)"
+    assert re.fullmatch(f"st_fast: ({before_it_began}|{within_it})", text.splitlines()[-1]), text
+
+
+def test_a_signal_within_a_run_saves_it_and_says_how_to_go_on(study, tmp_path) -> None:
+    process = start(study, tmp_path / "out")
+    assert process.stdout is not None
+    next(line for line in process.stdout if f"run 1 of {RUNS}" in line)  # from here on the study listens to signals
+    process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_INTERRUPTED
     assert text.splitlines()[-1].startswith("st_fast: SIGTERM: saved align at step ")
