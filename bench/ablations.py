@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +28,13 @@ from bench.step import Wanted
 from bench.workload import STAGES, Ours, Setup, make_recipe, our_variant, ours
 from st_fast.core.errors import UserError
 from st_fast.core.machine import free_memory
+from st_fast.kernels import SWITCHES
 from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS
 from st_fast.model.fp8 import check_fp8
 from st_fast.recipe import cost
 from st_fast.recipe.architecture import resolve_model
-from st_fast.recipe.schema import Kernels, Model
+from st_fast.recipe.schema import Model
 
 TRUNK_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_tanh")
 """Ops of the plain step."""
@@ -260,7 +261,7 @@ def _longest(setup: Setup) -> Row:
         return {"ok": True, "kernels_ms": longest} | notices(loop.log.said)
 
 
-REFERENCE = (*(f"--kernels.{field.name}=reference" for field in fields(Kernels)), "--model.attention=sdpa")
+REFERENCE = (*(f"--kernels.{op}=reference" for op in SWITCHES), "--model.attention=sdpa")
 DEMO: dict[str, tuple[str, ...]] = {"auto": (), "reference": REFERENCE}
 
 

@@ -221,7 +221,7 @@ def _take_turns(workers: Mapping[Condition, Mapping[str, Worker]], seconds: floa
     while number < 3 or time.perf_counter() - start < seconds:
         for condition, group in workers.items():
             with hogs(condition.hogs):
-                for name in group if number % 2 == 0 else reversed(group):
+                for name in list(group) if number % 2 == 0 else reversed(list(group)):
                     group[name].run(condition.name)
         number += 1
     return number

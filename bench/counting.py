@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import (  # type: ignore[import-untyped]
+    aot_function,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
 from torch import Tensor, nn
 from torch._decomp import get_decompositions
 from torch.utils._python_dispatch import TorchDispatchMode

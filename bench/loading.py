@@ -14,7 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ class PerFile(Dataset[tuple[Tensor, Tensor, int]]):
         return torch.from_numpy(image), torch.from_numpy(np.load(self.latents[index])), 0
 
 
-def write(folder: Path, shape: tuple[int, ...], count: int, pixels: int) -> ShardSet:
+def write(folder: Path, shape: tuple[int, int, int], count: int, pixels: int) -> ShardSet:
     """Random records as shards and the same kind of records as files, in `folder`; the set of shards."""
     draw = torch.Generator().manual_seed(0)
     batches = [(torch.rand(512, *shape, generator=draw), torch.zeros(512)) for _ in range(count // 512)]
@@ -68,7 +69,9 @@ def write(folder: Path, shape: tuple[int, ...], count: int, pixels: int) -> Shar
         shutil.copyfile(picture, folder / "files" / f"{number:08d}.png")
         np.save(folder / "files" / f"{number:08d}.npy", batches[0][0][number % 512].numpy())
     os.sync()  # only clean pages can be dropped
-    return open_data(folder / "shards", verify=False)
+    shards = open_data(folder / "shards", verify=False)
+    assert isinstance(shards, ShardSet)
+    return shards
 
 
 def forget(folder: Path) -> None:
@@ -130,13 +133,26 @@ def waited(loader: Loader, records: ShardSet) -> float:
 
 @dataclass(frozen=True)
 class Records:
-    """One shape's records, in a folder that has `shards/` and `files/`."""
+    """One shape's records, in a folder that gets `shards/` and `files/` when the first row is wanted."""
 
     name: str
-    shards: ShardSet
     folder: Path
     device: torch.device
     effort: Effort
+    shape: tuple[int, int, int]
+    count: int
+    pixels: int
+    _measured: dict[str, dict[str, Row]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def shards(self) -> ShardSet:
+        return write(self.folder, self.shape, self.count, self.pixels)
+
+    def row(self, warmth: str, kind: str) -> Row:
+        """One loader's row; all of that warmth are measured when the first one is asked for."""
+        if warmth not in self._measured:
+            self._measured[warmth] = self.rows(warmth)
+        return self._measured[warmth][kind]
 
     def rows(self, warmth: str) -> dict[str, Row]:
         """Rates of all loaders, measured in turn, and how many times that of the published loader they are."""
@@ -188,15 +204,10 @@ def loaders(suite: Suite) -> Iterator[Task]:
     kinds = ("torch", *([] if dali_missing() else ["dali"]), "resident", "per file")
     for name, (shape, count, pixels) in [*SHAPES.items()][: 1 if suite.small else None]:
         with tempfile.TemporaryDirectory(prefix="st_fast-bench-") as made:
-            folder = Path(made)
-
-            @functools.cache
-            def records(name=name, shape=shape, count=count, pixels=pixels, folder=folder) -> Records:
-                shards = write(folder, shape, 1_024 if suite.small else count, pixels)
-                return Records(name, shards, folder, suite.device, suite.effort if suite.small else effort)
-
+            records = Records(name, Path(made), suite.device, effort, shape, count, pixels)
+            if suite.small:
+                records = replace(records, count=1_024, effort=suite.effort)
             for warmth in ("cold", "warm"):
-                rows = functools.cache(lambda warmth=warmth, records=records: records().rows(warmth))
                 for kind in kinds:
                     if (warmth, kind) != ("cold", "resident"):
-                        yield f"{name} {warmth} {kind}", lambda kind=kind, rows=rows: rows()[kind]
+                        yield f"{name} {warmth} {kind}", partial(records.row, warmth, kind)

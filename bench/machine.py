@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,8 @@ class Suite:
     """Rows that failed, or that were measured while others kept the machine busy, are measured once more."""
     keep: bool = False
     """Rows that other sources measured count."""
+    found: set[str] = field(default_factory=set)
+    """Those of `only` that some row's name has contained so far."""
 
     @property
     def left(self) -> float:
@@ -267,7 +269,9 @@ class Suite:
 
     def names(self, key: str) -> bool:
         """Whether a row of this name is to be measured."""
-        return not self.only or any(part in key for part in self.only)
+        here = [part for part in self.only if part in key]
+        self.found.update(here)
+        return not self.only or bool(here)
 
     def wants(self, row: Row) -> bool:
         """Whether a row has still to be measured: by this code, to its end, or once more."""

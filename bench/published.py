@@ -173,7 +173,9 @@ class PlainLoop:
                  scale: float, device: torch.device) -> None:  # fmt: skip
         self.recipe, self.method, self.scale, self.device = recipe, stage.method, scale, device
         self.model = _loaded(recipe.model, model, device)
-        self.model.tap, self.model.head = stage.method.tap, _head(stage, heads)
+        tap = stage.method.tap
+        assert isinstance(tap, int)  # of the methods that `METHODS` of bench has
+        self.model.tap, self.model.head = tap, _head(stage, heads)
         self.teacher: PlainSiT | None = None
         if teacher is not None:
             self.teacher = _loaded(recipe.model, teacher, device).eval().requires_grad_(False)

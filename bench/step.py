@@ -13,8 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -67,8 +68,8 @@ def default_wanted(setup: Setup, full: bool) -> Wanted:
     if full:
         rivals = ("plain", "compile", "compile whole", OUR_MEMORY)
         return Wanted(Effort(rounds=6, seconds=90, least=3, warmup=1), 1, rivals)
-    rivals = ("plain",) if setup.stage == "stage 1" else ("plain", "compile")
-    return Wanted(Effort(rounds=4, seconds=60, least=3, warmup=1), 1, rivals)
+    few = ("plain",) if setup.stage == "stage 1" else ("plain", "compile")
+    return Wanted(Effort(rounds=4, seconds=60, least=3, warmup=1), 1, few)
 
 
 def setups(suite: Suite) -> list[Setup]:
@@ -139,7 +140,8 @@ def _one_by_one(setup: Setup, wanted: Wanted, machine: Machine, stack: ExitStack
     give_memory_back(setup.device)
     said = measured.pop("notices", [])
     batches, first = {"ours": setup.batch}, {}
-    for name in wanted.rivals if plain else ():
+    for name in wanted.rivals:
+        assert plain is not None
         start = time.perf_counter()
         try:
             if name == "compile":
@@ -183,7 +185,7 @@ def _ours(loop: Ours, setup: Setup, wanted: Wanted, watch: _Watch, samples: Samp
     """Figures that only our loop has."""
     seconds, (rows, waited) = statistics.median(samples["step"]) / wanted.block, watch.read()
     found: Row = {"supervised": rows, "waited": waited / (1e3 * seconds), "micro_batch": loop.micro_batch}
-    return found | ({"parts": _parts(loop, setup, round(rows), seconds)} if wanted.breakdown else {})
+    return found | ({"parts": _parts(loop, setup, wanted)} if wanted.breakdown else {})
 
 
 def _failed_to_compile(name: str, error: Exception) -> str:
@@ -235,22 +237,42 @@ def _row(
     }  # fmt: skip
 
 
-def _parts(loop: Ours, setup: Setup, supervised: int, seconds: float) -> Row:
-    """The floor, the distance to it, and the families of st_fast's step."""
-    dtype = loop.trainer.context.dtype
-    effort = Effort(rounds=5, seconds=2, least=2, warmup=1)
-    model = loop.recipe.model
-    attend = choose(model.attention, setup.device, dtype, model.width // model.heads, log.info)
-    linear = loop.trainer.model.kernels.linear
-    least = measure_floor(loop.recipe, loop.stage, supervised, attend, linear, setup.device, dtype, effort)
+def _parts(loop: Ours, setup: Setup, wanted: Wanted) -> Row:
+    """The floor, the distance to it, and the families of st_fast's step.
+
+    A machine's speed wanders by more than the distance, so every round measures the floor of the very step before it,
+    which depends on how many samples were supervised.
+    """
+    trainer, model = loop.trainer, loop.recipe.model
+    attend = choose(model.attention, setup.device, trainer.context.dtype, model.width // model.heads, log.info)
+    meter = FloorMeter(
+        loop.recipe, loop.stage, attend, trainer.model.kernels.linear, setup.device, trainer.context.dtype
+    )
+    step, watch = our_variant(loop, wanted.block), _Watch(loop)
+
+    def round_(number: int, time: Stopwatch) -> None:
+        before = loop.supervised
+        step(number, time)
+        for key, seconds in meter(round((loop.supervised - before) / wanted.block)).items():
+            time.add(key, seconds)
+
+    effort = replace(wanted.effort, rounds=FLOOR_ROUNDS * wanted.effort.rounds)
+    found = interleave({"ours": round_}, setup.device, effort)["ours"]
+    apart = [s / wanted.block / sum(parts) for s, *parts in zip(*(found[k] for k in ("step", *PARTS)), strict=True)]
+    floor = meter.flops(round(watch.read()[0])) | {key: statistics.median(found[key]) for key in PARTS}
     return {
-        "floor": asdict(least),
-        "times_the_floor": seconds / least.seconds,
-        "at_product_speed_s": least.products * (1 + least.attention_flops / least.product_flops),
+        "floor": floor,
+        "times_the_floor": statistics.median(apart),
+        "noise": noise(apart),
+        "rounds": len(apart),
+        "at_product_speed_s": floor["products"] * (1 + floor["attention_flops"] / floor["product_flops"]),
         "families": profiling.by_family(measure.by_kernel(loop, setup.device, 3 if setup.device.type == "cuda" else 1)),
     }
 
 
+PARTS = ("products", "attention")
+FLOOR_ROUNDS = 3
+"""Rounds with the floor for one with the rivals: the ratio is to be known to a few hundredths."""
 Linear = Callable[..., torch.Tensor]
 
 
@@ -279,20 +301,6 @@ class Attended:
 
     batch: int
     trained: bool
-
-
-@dataclass(frozen=True)
-class Floor:
-    """Seconds of a step's matrix products and of its attention, each alone, and their FLOPs."""
-
-    products: float
-    attention: float
-    product_flops: float
-    attention_flops: float
-
-    @property
-    def seconds(self) -> float:
-        return self.products + self.attention
 
 
 def products(recipe: Recipe, stage: Stage, supervised: int) -> Counter[Product]:
@@ -368,36 +376,53 @@ def _attention_variant(
     return run
 
 
-def measure_floor(
-    recipe: Recipe,
-    stage: Stage,
-    supervised: int,
-    attend: Attend,
-    linear: Linear,
-    device: torch.device,
-    dtype: torch.dtype,
-    effort: Effort,
-) -> Floor:
-    """Times every distinct shape once per round, and adds up by how often it occurs."""
-    multiplied, attentions = products(recipe, stage, supervised), attended(recipe, stage, supervised)
-    model, n = recipe.model, recipe.model.tokens
+class FloorMeter:
+    """Measures a step's matrix products and its attention, each alone: every distinct shape times how often it occurs.
 
-    def seconds(make: Callable[[], Variant]) -> float:
-        samples = interleave({"alone": make()}, device, effort)["alone"]
-        return statistics.median(next(iter(samples.values())))
+    `attend` and `linear` are those that the step runs; `dtype` is the step's.
+    """
 
-    return Floor(
-        products=sum(
-            count * seconds(lambda p=product: _product_variant(p, linear, device, dtype))  # type: ignore[misc]
-            for product, count in multiplied.items()
-        ),
-        attention=sum(
-            count * seconds(lambda c=case: _attention_variant(c, model, attend, device, dtype))  # type: ignore[misc]
-            for case, count in attentions.items()
-        ),
-        product_flops=sum(count * product.flops for product, count in multiplied.items()),
-        attention_flops=sum(
-            count * case.batch * 2 * 2 * n * n * model.width * (3 if case.trained else 1)
-            for case, count in attentions.items()
-        ),
-    )
+    def __init__(
+        self, recipe: Recipe, stage: Stage, attend: Attend, linear: Linear, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._recipe, self._stage, self._device = recipe, stage, device
+        self._make: dict[type, Callable[..., Variant]] = {
+            Product: lambda product: _product_variant(product, linear, device, dtype),
+            Attended: lambda case: _attention_variant(case, recipe.model, attend, device, dtype),
+        }
+        self._kept: dict[Product | Attended, Variant] = {}
+
+    def __call__(self, supervised: int) -> dict[str, float]:
+        """Seconds of "products" and "attention" of a step with so many samples in the t-range, at this moment."""
+        found = self._found(supervised)
+        return {key: sum(n * self._seconds(case) for case, n in cases.items()) for key, cases in found.items()}
+
+    def flops(self, supervised: int) -> dict[str, float]:
+        """Those of both: "product_flops" and "attention_flops"."""
+        model = self._recipe.model
+        each = 2 * 2 * model.tokens**2 * model.width
+        found = self._found(supervised)
+        return {
+            "product_flops": sum(n * product.flops for product, n in found["products"].items()),
+            "attention_flops": sum(
+                n * case.batch * each * (3 if case.trained else 1) for case, n in found["attention"].items()
+            ),
+        }
+
+    def _found(self, supervised: int) -> dict[str, Counter[Any]]:
+        return {
+            "products": products(self._recipe, self._stage, supervised),
+            "attention": attended(self._recipe, self._stage, supervised),
+        }
+
+    def _seconds(self, case: Product | Attended) -> float:
+        # Drawing the operands takes longest on a CPU, so they are kept; a GPU's memory is left to the step.
+        variant = self._kept.get(case) or self._make[type(case)](case)
+        if self._device.type == "cpu":
+            self._kept[case] = variant
+        (samples,) = interleave({"alone": variant}, self._device, ALONE)["alone"].values()
+        return statistics.fmean(samples)
+
+
+ALONE = Effort(rounds=6, seconds=60, warmup=1)
+"""Of one shape: the step does not run it cold either."""

@@ -38,8 +38,6 @@ STOPPED = 3
 """Exit code: the time is over, and rows are left."""
 BROKEN = 4
 """Exit code: an error has left the device unusable for this process; its row has the error."""
-EMPTY = 5
-"""Exit code: `--only` names none of its rows."""
 UNFINISHED = "begun, not finished"
 """The error that a row has while it is measured: what a killed process leaves. Such a row is measured again."""
 
@@ -146,9 +144,8 @@ def broken(device: torch.device) -> bool:
 def run(suite: Suite, name: str) -> int:
     """Goes through a part's rows until the time is spent; the exit code."""
     section = PARTS[name].section
-    failed, found, unfinished = False, False, False
+    failed, unfinished = False, False
     for key, task in PARTS[name].tasks(suite):
-        found = True
         row = suite.store.rows(section).get(key, {})
         wanted = suite.wants(row)
         if wanted and suite.left < LEAST_SECONDS:
@@ -164,9 +161,7 @@ def run(suite: Suite, name: str) -> int:
         print(f"{name}: {key}: {said(row)}{'' if wanted else ' (measured before)'}", flush=True)
         if wanted and "error" in row and broken(suite.device):
             return BROKEN
-    if not found:
-        return EMPTY
-    if unfinished:
+    if unfinished and not failed:
         print(f"{name} is not finished; run the same command again", flush=True)
         return STOPPED
     return 1 if failed else 0
@@ -208,6 +203,11 @@ def the_machine(file: Path, device: torch.device) -> Machine:
     return Machine(**json.loads(file.read_text()))
 
 
+def named_file(machine: Path) -> Path:
+    """Beside the file about the machine: a line for each name of `--only` that a part has found a row of."""
+    return machine.with_name("named")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process; its exit code."""
     start = time.monotonic()
@@ -237,7 +237,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(folder) if given.small else Suite.runs, tuple(given.only), given.again, given.keep,
         )  # fmt: skip
         try:
-            return run(suite, given.part)
+            code = run(suite, given.part)
+            with named_file(given.machine).open("a") as file:
+                file.writelines(f"{name}\n" for name in suite.found)
+            return code
         except (machine.Damaged, OSError) as error:  # of the rows: what a row itself meets is its own
             print(error, file=sys.stderr)
             return 2

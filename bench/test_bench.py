@@ -15,7 +15,8 @@ import torch
 
 from bench import __main__ as command
 from bench import compare, machine
-from bench.machine import Row, Suite
+from bench.machine import Suite
+from bench.measure import Row
 from bench.suite import PARTS, defaults, said
 
 pytestmark = pytest.mark.timeout(0)  # the first row of a part waits for all of them

@@ -24,9 +24,10 @@ from torch import Tensor
 from bench.measure import Stopwatch, Variant
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopConsensus, StopRequest
+from st_fast.data.ahead import RecordSet
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
-from st_fast.data.shards import ShardSet, open_data
+from st_fast.data.shards import open_data
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import Attend
@@ -109,7 +110,7 @@ def make_stage(setup: Setup, recipe: Recipe) -> Stage:
     return replace(stage, method=method, steps=MANY_STEPS)
 
 
-def write_data(recipe: Recipe) -> ShardSet:
+def write_data(recipe: Recipe) -> RecordSet:
     """Random latents for the recipe, on the disk."""
     model, folder = recipe.model, Path(recipe.data.path)
     shape = (2 * model.channels, model.latent_size, model.latent_size)

@@ -153,9 +153,9 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("compiled", r"^triton_(?!tem_|.*gelu)|inductor|compiled|cpp_fused"),
     ("optimiser", r"adamw|grad_norm|multi_tensor|st_fast::.*(adam|norm_sum|prepare|update|_of_sum|sum_of)|foreach"),
     ("attention", r"scaled_dot_product|attention|flash|fmha|sdpa|st_fast::attention"),
-    ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|triton_tem|st_fast::linear"
+    ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|triton_tem|st_fast::linear|linear_gradient"
                         r"|aten::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)\b"),
-    ("adaLN", r"st_fast::(norm_modulate|gate_residual)|adaln|native_layer_norm|add_partials"),
+    ("adaLN", r"norm_modulate|gate_residual|adaln|native_layer_norm|add_partials"),
     ("qk-norm", r"qk_?norm|add_rows"),
     ("feature loss", r"guided_feature|feature_loss|st_fast::align|extrapolate|normalized_mse"),
     ("GELU", r"gelu"),

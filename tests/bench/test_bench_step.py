@@ -60,12 +60,42 @@ def test_an_unknown_base_is_one_line_that_names_it():
 
 
 def test_the_floor_times_every_product_and_attention_of_a_step():
-    effort, cpu = Effort(rounds=2, seconds=0.1, least=1, warmup=0), torch.device("cpu")
+    cpu = torch.device("cpu")
     with ours(Setup("S/2", "stage 2", 2, cpu, tokens=16, depth=2)) as loop:
         linear, attend = loop.trainer.model.kernels.linear, BACKENDS["sdpa"].attend
-        least = step.measure_floor(loop.recipe, loop.stage, 1, attend, linear, cpu, torch.float32, effort)
-    assert least.products > 0 and least.attention > 0
-    assert least.product_flops > least.attention_flops > 0
+        meter = step.FloorMeter(loop.recipe, loop.stage, attend, linear, cpu, torch.float32)
+        seconds, flops = meter(1), meter.flops(1)
+    assert seconds["products"] > 0 and seconds["attention"] > 0
+    assert flops["product_flops"] > flops["attention_flops"] > 0
+    assert meter.flops(2)["product_flops"] > flops["product_flops"] > meter.flops(0)["product_flops"]
+
+
+def test_every_round_measures_the_floor_of_its_own_step(monkeypatch):
+    """A step of twice the samples takes twice the time, and is as far from its own floor."""
+    asked = []
+
+    class Meter(step.FloorMeter):
+        def __call__(self, supervised):
+            asked.append(supervised)
+            return {"products": 0.75 * supervised / 8, "attention": 0.25 * supervised / 8}
+
+    def stepping(loop, block):
+        def run(number, watch):
+            loop()
+            loop.supervised += number + 1
+            watch.add("step", 1.5 * (number + 1) / 8)
+
+        return run
+
+    monkeypatch.setattr(step, "FloorMeter", Meter)
+    monkeypatch.setattr(step, "our_variant", stepping)
+    setup = Setup("S/2", "plain", 2, torch.device("cpu"), tokens=16, depth=2)
+    with ours(setup) as loop:
+        wanted = step.Wanted(Effort(rounds=2, seconds=60, least=1, warmup=0))
+        parts = step._parts(loop, setup, wanted)
+    assert asked == [1, 2, 3, 4, 5, 6] and parts["rounds"] == 6
+    assert parts["times_the_floor"] == pytest.approx(1.5) and parts["noise"] == pytest.approx(0)
+    assert parts["floor"]["products"] == pytest.approx(3 * parts["floor"]["attention"])
 
 
 def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_error_itself():
@@ -86,7 +116,8 @@ def test_the_largest_batch_is_found_by_halving_and_an_impossible_one_is_the_erro
     [
         ("aten::addmm", "matrix products"), ("nvjet_tst_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
         ("mkldnn::_linear_pointwise", "matrix products"), ("st_fast::linear_backward", "matrix products"),
-        ("st_fast::attention_backward", "attention"),
+        ("st_fast::attention_backward", "attention"), ("linear_gradient", "matrix products"),
+        ("gate_residual_norm_modulate_gradient", "adaLN"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
         ("st_fast::gate_residual_norm_modulate_backward", "adaLN"), ("st_fast::qk_norm", "qk-norm"),
         ("st_fast::adamw_ema_", "optimiser"), ("st_fast::grad_norm", "optimiser"),

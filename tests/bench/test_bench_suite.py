@@ -18,7 +18,7 @@ import torch
 from bench import __main__ as command
 from bench import machine, suite
 from bench.machine import ROOT, Store, Suite
-from bench.suite import BROKEN, EMPTY, PARTS, STOPPED, UNFINISHED, OutOfTime, Part
+from bench.suite import BROKEN, PARTS, STOPPED, UNFINISHED, OutOfTime, Part, named_file
 from st_fast.core.lock import run_lock
 from tests.bench.test_bench_report import MACHINE
 
@@ -70,8 +70,9 @@ def test_other_sources_measure_again_unless_their_rows_are_to_be_kept(tmp_path, 
 def test_only_rows_of_that_name_are_measured(tmp_path, tasks):
     found: list[str] = []
     tasks(**{"XL/2, plain": counted(found, "a"), "XL/2, stage 2": counted(found, "b")})
-    suite.run(call_of(tmp_path, only=("stage 2",)), "fake")
-    assert found == ["b"]
+    call = call_of(tmp_path, only=("stage 2", "stage 3"))
+    suite.run(call, "fake")
+    assert found == ["b"] and call.found == {"stage 2"}
 
 
 def test_the_error_of_a_broken_row_is_kept_and_the_next_row_measured_and_the_first_again_on_request(tmp_path, tasks):
@@ -271,9 +272,12 @@ def test_bad_input_is_one_line_and_starts_nothing(tmp_path, arguments, line, cap
     assert said.err.startswith(line.format(file=file)) and len(said.err.splitlines()) == 1 and not said.out
 
 
-def test_a_name_that_no_row_has_is_said(tmp_path, tasks, capsys):
-    tasks(a=lambda: dict(OK))
-    assert suite.run(call_of(tmp_path, only=("nothing",)), "fake") == EMPTY
+def test_a_row_that_waits_for_one_that_has_failed_is_no_reason_to_call_again(tmp_path, tasks):
+    late = {"ok": True, "left_out": "its run is not done", "unfinished": True}
+    tasks(b=lambda: dict(late))
+    assert suite.run(call_of(tmp_path, small=False), "fake") == STOPPED
+    tasks(a=lambda: {"ok": False, "error": "no data"}, b=lambda: dict(late))
+    assert suite.run(call_of(tmp_path, small=False), "fake") == 1
 
 
 @pytest.mark.parametrize("content", ['{"step": {"mach', "[]", '{"csrc": 3}', "null"])
@@ -341,11 +345,17 @@ def test_every_part_names_its_rows_before_anything_is_measured(tmp_path):
 
 
 def test_a_name_that_only_some_parts_have_is_no_mistake_and_one_that_none_has_is_told(tmp_path, monkeypatch, capsys):
-    codes = {"ops": EMPTY, "step": 0, "demo": EMPTY}
-    monkeypatch.setattr(command, "run_part", lambda part, call, only: codes[part])
-    assert command.main(["ops", "step", "--only", "x", "--results", str(tmp_path)]) == 0
-    assert command.main(["ops", "demo", "--only", "x", "--results", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "--only x: no row of ops, demo has that in its name\n"
+    def run_part(part, call, only):
+        with named_file(call.machine).open("a") as file:
+            file.write({"ops": "", "step": "x\n", "demo": "y\n", "sweep": ""}[part])
+        return STOPPED if part == "sweep" else 0
+
+    monkeypatch.setattr(command, "run_part", run_part)
+    where = ["--results", str(tmp_path)]
+    assert command.main(["ops", "step", "demo", "--only", "x", "--only", "y", *where]) == 0
+    assert command.main(["ops", "step", "--only", "x", "--only", "y", *where]) == 2
+    assert capsys.readouterr().err == "--only y: no row of ops, step has that in its name\n"
+    assert command.main(["ops", "sweep", "--only", "x", *where]) == STOPPED, "it has not seen all its rows"
 
 
 def test_pytest_is_a_door_to_the_same_rows(tmp_path):

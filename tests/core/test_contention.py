@@ -84,7 +84,7 @@ def test_sleeping_begins_at_once_and_is_given_up_for_a_look_ever_more_rarely(mon
     assert not clock.look(watch, 0.1, 9)
     assert clock.look(watch, 0.7, 8) and not clock.look(watch, 0.7), "for two again"
     asleep = [clock.look(watch, 0.7) for _ in range(1000)]
-    assert asleep[-500:].count(False) <= 5, "every 32 seconds at last"
+    assert asleep[-500:].count(False) in (3, 4), "every 32 seconds at last"
     watch.end()
     assert watch.asleep is None
 

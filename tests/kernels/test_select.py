@@ -27,6 +27,24 @@ def test_each_op_is_chosen_on_its_own(op: str) -> None:
         assert getattr(found, other) is getattr(kernels if other == op else reference, other)
 
 
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    assert {"ops", "patch", "layers", "select", *kernels.OPS} <= {*dir(kernels)}
+    for name in dir(kernels):
+        assert getattr(kernels, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kernels.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_the_compiler_may_choose_the_strides_of_an_ops_inputs(op: str) -> None:
+    """Otherwise it copies each one to the strides that it had while tracing."""
+    names = [name for name in dir(kernels.ops) if name in (op, f"{op}_backward")]
+    assert names
+    for name in names:
+        tags = getattr(kernels.ops, name).default.tags
+        assert {torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag} <= {*tags}
+
+
 def test_auto_is_the_op_that_has_a_kernel_there_and_was_not_measured_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(table.SLOWER, "cuda", ("qk_norm",))
     found = kernels.select({"align": "auto"}, CUDA)
