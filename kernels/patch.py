@@ -193,7 +193,7 @@ def _outputs(module: nn.Module, state: dict[str, Tensor], arguments: Arguments) 
 
 def _difference(module: nn.Module, target: Target) -> str:
     """Why the fused forward isn't that of the module, or "": both run on small inputs in float32, in eval mode and in
-    train mode with the same dropout."""
+    train mode with the same dropout, and without hooks."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if any(tensor.is_meta or hasattr(tensor, "placements") for tensor in tensors.values()):
         return "its weights are sharded or on the meta device, so that it can't be tried"
@@ -201,12 +201,14 @@ def _difference(module: nn.Module, target: Target) -> str:
         return "it has no weights of its own"
     device = next(iter(tensors.values())).device
     generator = torch.Generator().manual_seed(0)
-    training = [(part, part.training) for part in module.modules()]
+    kept = [(part, {key: part.__dict__[key] for key in ("training", *HOOKS)}) for part in module.modules()]
     own: list[Tensor | None] = []
     fused: list[Tensor | None] = []
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             state = {name: _stand_in(tensor, generator) for name, tensor in tensors.items()}
+            for part, attributes in kept:  # hooks are not to see these inputs
+                part.__dict__.update({key: type(attributes[key])() for key in HOOKS})
             arguments = target.arguments(module, lambda *shape: torch.randn(shape, generator=generator).to(device))
             for mode in (False, True):
                 module.train(mode)
@@ -218,8 +220,8 @@ def _difference(module: nn.Module, target: Target) -> str:
         return f"trying it gave {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
         module.__dict__.pop("forward", None)
-        for part, was in training:
-            part.training = was
+        for part, attributes in kept:
+            part.__dict__.update(attributes)
     for one, other in zip(own, fused):
         if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
             if one is not other:

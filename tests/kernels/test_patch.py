@@ -196,6 +196,20 @@ def test_a_forward_may_be_mixed_in_instead() -> None:
         assert len(calls) == N
 
 
+def test_hooks_do_not_see_the_inputs_of_the_trial_and_run_afterwards() -> None:
+    block, inputs, _ = made("DiT of diffusers")
+    calls: list[str] = []
+    for name, part in block.named_modules():
+        if not isinstance(part, nn.LayerNorm):
+            part.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    block.register_forward_hook(lambda module, args, out: 2 * out)
+    hooked, ran = run(block, inputs), {*calls}
+    calls.clear()
+    assert patch(block).fused and not calls and block.training
+    close(run(block, inputs), hooked, 2e-5)
+    assert {"", "attn1", "ff"} <= {*calls} <= ran
+
+
 @pytest.mark.parametrize("shape", [(B, N, D), (1, D), (1, 1, D)], ids=str)
 def test_modulations_of_other_shapes_have_the_same_result(shape: tuple[int, ...]) -> None:
     """One row a token, as some video models have it, in plain PyTorch; one for all samples by the ops."""
