@@ -72,12 +72,16 @@ class Goal:
         return self.least if self.least is not None else self.most or 0.0
 
     def figures(self, content: Content) -> list[Figure]:
-        """What was measured or predicted of it by rows that are sound. An op's noise is that of the same pass."""
+        """What was measured or predicted of it by rows that are sound.
+
+        An op's noise is that of the same figure; a step's distance to its floor has its own, too.
+        """
         section = content.get(self.part, {})
         found = []
         for row in section.get("rows", {}).values():
             if row.get("ok", True) and self._chosen(row):
-                noise = of(row, self.value[0], "noise") or row.get("noise", 0.0)
+                part = of(row, self.value[0])
+                noise = of(part, "noise_of", self.value[-1]) or of(part, "noise") or row.get("noise", 0.0)
                 doubted = busy(row, section.get("machine", {}))
                 found += [Figure(value, noise, doubted) for value in every(row, *self.value)]
         return found

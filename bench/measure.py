@@ -134,7 +134,12 @@ def total(samples: Samples) -> list[float]:
 
 def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     """How many times faster `fast` is: the median of the ratios of runs of the same round."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+    return statistics.median(ratios(slow, fast))
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """Those of runs of the same round."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
 def noise(seconds: Sequence[float]) -> float:

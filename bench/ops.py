@@ -37,6 +37,7 @@ from bench.measure import (
     interleave,
     noise,
     paired_ratio,
+    ratios,
     spread,
     total,
 )  # fmt: skip
@@ -229,6 +230,10 @@ def _row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:
             "of_copy_rate": moved / seconds / rate,
             "of_floor": floor / rate / seconds if floor else None,
             "noise": noise(series["fused"]),
+            "noise_of": {
+                **{name: noise(ratios(values, series["fused"])) for name, values in series.items() if name != "fused"},
+                **dict.fromkeys(("of_copy_rate", "of_floor"), noise(ratios(samples["copy"]["copy"], series["fused"]))),
+            },
         }
     return figures | {"spread_ms": spread(total(samples["fused"]))}
 

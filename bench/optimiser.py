@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from bench.machine import Suite, Task
-from bench.measure import Copy, Effort, Row, Stopwatch, Variant, WrongResult, interleave, noise, paired_ratio, spread
+from bench.measure import (
+    Copy,
+    Effort,
+    Row,
+    Stopwatch,
+    Variant,
+    WrongResult,
+    interleave,
+    noise,
+    paired_ratio,
+    ratios,
+    spread,
+)
 from st_fast import kernels
 from st_fast.kernels import reference
 from st_fast.kernels.common.trial import Draw
@@ -168,6 +180,10 @@ def measure(case: OptimiserCase, effort: Effort) -> Row:
         "of_copy_rate": case.moved / seconds / rate,
         "of_floor": case.moved / seconds / rate,
         "noise": noise(steps["fused"]),
+        "noise_of": {
+            "torch": noise(ratios(steps["torch"], steps["fused"])),
+            **dict.fromkeys(("of_copy_rate", "of_floor"), noise(ratios(samples["copy"]["copy"], steps["fused"]))),
+        },
     }
     row: Row = {"op": "adamw_ema", "size": case.name, "dtype": str(case.low or torch.float32).removeprefix("torch.")}
     return row | {

@@ -271,7 +271,7 @@ def _parts(loop: Ours, setup: Setup, wanted: Wanted) -> Row:
 
 
 PARTS = ("products", "attention")
-FLOOR_ROUNDS = 3
+FLOOR_ROUNDS = 2
 """Rounds with the floor for one with the rivals: the ratio is to be known to a few hundredths."""
 Linear = Callable[..., torch.Tensor]
 

@@ -84,6 +84,7 @@ def test_a_row_has_milliseconds_rates_and_shares_for_every_pass():
         assert figures["ms"].keys() == {"fused", "eager"} and figures["speedup"].keys() == {"eager"}
         moves = phase != "backward"  # on the CPU it hands on what the forward pass made
         assert (figures["gb_per_s"] > 0) == (figures["of_copy_rate"] > 0) == moves and figures["noise"] >= 0
+        assert figures["noise_of"].keys() == {"eager", "of_copy_rate", "of_floor"}
     assert row["backward"]["of_floor"] is None
     both = row["both"]
     moved = case("guided_feature_loss").moved.both

@@ -103,6 +103,15 @@ def test_an_ops_noise_is_that_of_the_pass_that_the_goal_is_about(tmp_path):
     assert goals_of(tmp_path)[GUIDED][1:] == ["2.40×", "**missed**"]
 
 
+@pytest.mark.parametrize(("of", "verdict"), [("eager", "not judged"), ("of_floor", "**missed**")])
+def test_a_ratios_noise_is_its_own_where_it_was_measured(of, verdict, tmp_path):
+    """Not that of the time: a machine that slows both down changes no ratio."""
+    row = op_row("guided_feature_loss", 2.4)
+    both = row["both"] | {"noise": 0.21, "noise_of": {"eager": 0.02, "of_floor": 0.02} | {of: 0.22}}
+    results.Store(tmp_path, MACHINE).put("kernels", "a", row | {"both": both})
+    assert goals_of(tmp_path)[GUIDED][1:] == ["2.40×", verdict]
+
+
 def test_a_row_keeps_its_load_when_its_part_is_measured_on_and_older_rows_have_their_machines(tmp_path):
     busy = results.Store(tmp_path, dataclasses.replace(MACHINE, load=0.9))
     busy.put("demo", "a", {"speedup": {"reference": 1.2}})

@@ -91,7 +91,7 @@ def test_every_round_measures_the_floor_of_its_own_step(monkeypatch):
     monkeypatch.setattr(step, "our_variant", stepping)
     setup = Setup("S/2", "plain", 2, torch.device("cpu"), tokens=16, depth=2)
     with ours(setup) as loop:
-        wanted = step.Wanted(Effort(rounds=2, seconds=60, least=1, warmup=0))
+        wanted = step.Wanted(Effort(rounds=6 // step.FLOOR_ROUNDS, seconds=60, least=1, warmup=0))
         parts = step._parts(loop, setup, wanted)
     assert asked == [1, 2, 3, 4, 5, 6] and parts["rounds"] == 6
     assert parts["times_the_floor"] == pytest.approx(1.5) and parts["noise"] == pytest.approx(0)
