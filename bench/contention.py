@@ -228,7 +228,7 @@ def _take_turns(workers: Mapping[Condition, Mapping[str, Worker]], seconds: floa
 
 
 def _row(workers: Mapping[Condition, Mapping[str, Worker]], cores: int, rounds: int) -> dict[str, Any]:
-    from bench.measure import noise, paired_ratio
+    from bench.measure import noise, paired_ratio, ratios
 
     quiet = next(iter(workers.values()))
     alone, threads = quiet[AS_IT_COMES].rates(QUIET), quiet[AS_IT_COMES].threads
@@ -246,6 +246,11 @@ def _row(workers: Mapping[Condition, Mapping[str, Worker]], cores: int, rounds: 
         },
         "quiet": {name: paired_ratio(w.rates(QUIET), alone) for name, w in quiet.items()},
         "noise": noise(alone),
+        "noise_of": {
+            "share": max((noise(w.rates(c.name)) for c, group in workers.items() if c.name != QUIET
+                          for name, w in group.items() if name == OURS), default=0.0),
+            "quiet": max(noise(ratios(w.rates(QUIET), alone)) for w in quiet.values()),
+        },
         "others": statistics.median(max(0.0, w.others) for one in quiet.values() for w in one.windows[QUIET]),
     }  # fmt: skip
 

@@ -74,14 +74,15 @@ class Goal:
     def figures(self, content: Content) -> list[Figure]:
         """What was measured or predicted of it by rows that are sound.
 
-        An op's noise is that of the same figure; a step's distance to its floor has its own, too.
+        A figure's noise is its own where a row has that, or else the row's.
         """
         section = content.get(self.part, {})
         found = []
         for row in section.get("rows", {}).values():
             if row.get("ok", True) and self._chosen(row):
                 part = of(row, self.value[0])
-                noise = of(part, "noise_of", self.value[-1]) or of(part, "noise") or row.get("noise", 0.0)
+                own = of(part, "noise_of", self.value[-1]) or of(row, "noise_of", self.value[0])
+                noise = own or of(part, "noise") or row.get("noise", 0.0)
                 doubted = busy(row, section.get("machine", {}))
                 found += [Figure(value, noise, doubted) for value in every(row, *self.value)]
         return found

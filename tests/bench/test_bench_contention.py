@@ -46,6 +46,10 @@ def test_shares_are_of_what_openmp_as_it_comes_has_alone():
     assert row["share"]["one"] == pytest.approx({AS_IT_COMES: 0.15, OURS: 0.75}) and QUIET not in row["share"]
     assert row["quiet"] == pytest.approx({AS_IT_COMES: 1.0, OURS: 0.99}) and row["others"] == 0.1
     assert "(75 %)" in contention.table(row)
+    assert row["noise_of"]["quiet"] < 0.01, "both were slowed down alike"
+    group[AS_IT_COMES].windows["one"][0] = Window(900, 1.0, 2.0, 0.1)  # not the share that is judged
+    again = contention._row({Condition(QUIET): group, Condition("one", hogs=1): group}, cores=2, rounds=3)
+    assert again["noise_of"]["share"] == row["noise_of"]["share"] == pytest.approx(0.3)
 
 
 def test_a_quota_holds_its_processes_and_the_group_goes(capfd):

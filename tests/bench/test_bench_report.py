@@ -287,6 +287,8 @@ def test_contention_is_judged_by_its_worst_condition_and_by_its_cost_on_a_quiet_
     beside, quiet = (goal for goal in goals_of(tmp_path) if "beside other work" in goal or "quiet machine" in goal)
     assert goals_of(tmp_path)[beside] == ["≥ 70 %", "76 %", "reached"]
     assert goals_of(tmp_path)[quiet] == ["≥ 98 %", "99 %", "reached"]
+    store.put("contention", "digits", row | {"noise_of": {"share": 0.2, "quiet": 0.002}})
+    assert [goals_of(tmp_path)[goal][-1] for goal in (beside, quiet)] == ["not judged", "reached"]
     text = report.all_tables(tmp_path, brief=True)
     lines = {cells[0]: cells[1:] for line in text.splitlines() if line[:1] == "|" and (cells := cells_of(line))}
     assert lines["quiet"] == ["100 %", "891", "–", "900", "–"]
