@@ -216,7 +216,8 @@ def contention(rows: Sequence[Row], brief: bool) -> str:
                  for name, rates in row["images_per_s"].items())  # fmt: skip
         kept = f"Quiet, in pairs: {row['quiet']['st_fast']:.3f} of the rate with OpenMP's own settings"
         skipped = "".join(f" {name} was skipped: {why}." for name, why in row.get("skipped", {}).items())
-        texts += [filled(CONTENTION, lines), f"{kept} (± {share(row['noise'])}).{skipped}"]
+        noise = share(of(row, "noise_of", "quiet") or row["noise"])
+        texts += [filled(CONTENTION, lines), f"{kept} (± {noise}).{skipped}"]
     return "\n\n".join(texts)
 
 
