@@ -1,10 +1,15 @@
 """What every command shares: its parser, and how it ends. A UserError is one line on stderr and an exit code."""
 
 import argparse
+import atexit
 import errno
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, UserError
 
@@ -31,16 +36,35 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         main(arguments)
     except UserError as error:
         print(f"st_fast: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        end_process(error.exit_code)
     except OSError as error:
         if error.errno not in MENDABLE or error.filename is None:
             raise
         print(f"st_fast: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(EXIT_FAILED)
+        end_process(EXIT_FAILED)
     except KeyboardInterrupt:  # of commands that are too short to save anything in between
         print("st_fast: interrupted", file=sys.stderr)
-        sys.exit(EXIT_SIGINT)
-    sys.exit(EXIT_OK)
+        end_process(EXIT_SIGINT)
+    end_process(EXIT_OK)
+
+
+def end_process(code: int) -> NoReturn:
+    """sys.exit, but one of several ranks does not take its interpreter down.
+
+    A thread of gloo's may be letting go of the last collective's tensors, for which it waits for the interpreter.
+    Python before 3.14 ends such a thread as it shuts down, inside C++ that must not be left so: the rank would die of
+    SIGABRT after all its work is done (CPython issue 87135).
+    """
+    if not getattr(sys.modules.get("st_fast.core.ranks"), "joined", False):
+        sys.exit(code)
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more; it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def need_run(folder: Path) -> None:

@@ -16,6 +16,9 @@ from st_fast.core.contention import watched
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.machine import local_rank, rank_count
 
+joined = False
+"""Whether this process has been one of several ranks: `end_process` asks."""
+
 
 @dataclass
 class Heartbeat:
@@ -139,6 +142,8 @@ def process_group(device: str, patience: float) -> Iterator[Ranks]:
         timeout=timedelta(seconds=patience),
         device_id=device_here if kind == "cuda" else None,
     )
+    global joined
+    joined = True
     found = Ranks(dist.get_rank(), count, device_here)
     try:
         with watched(torch.get_num_threads() if kind == "cpu" else 1):
