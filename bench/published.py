@@ -174,7 +174,7 @@ class PlainLoop:
         self.recipe, self.method, self.scale, self.device = recipe, stage.method, scale, device
         self.model = _loaded(recipe.model, model, device)
         tap = stage.method.tap
-        assert isinstance(tap, int)  # of the methods that `METHODS` of bench has
+        assert isinstance(tap, int)  # of the methods in `STAGES`: one block is supervised
         self.model.tap, self.model.head = tap, _head(stage, heads)
         self.teacher: PlainSiT | None = None
         if teacher is not None:
