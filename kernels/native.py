@@ -59,7 +59,7 @@ def load() -> None:
         log.warning("st_fast: compiled CPU ops not in use, %s; the reference takes over.", reason)
     reason = _load("cuda") if torch.version.cuda and torch.cuda.is_available() else None
     if reason and told:
-        log.warning("st_fast: compiled CUDA optimiser not in use, %s; Triton takes over.", reason)
+        log.warning("st_fast: compiled CUDA ops not in use, %s; Triton and PyTorch take over.", reason)
 
 
 def available(kind: str = "cpu") -> bool:
@@ -72,6 +72,17 @@ def path(kind: str = "cpu") -> Path | None:
     """The file they were loaded from."""
     load()
     return _loaded.get(kind)
+
+
+def cublaslt_lacks() -> str | None:
+    """The first name of cuBLASLt that the CUDA part wants and this process does not have; None: it has all."""
+    found = path("cuda")
+    if found is None:
+        return "the caller"
+    lacks = ctypes.CDLL(str(found)).st_fast_cublaslt_lacks
+    lacks.restype = ctypes.c_char_p
+    name: bytes | None = lacks()
+    return None if name is None else name.decode()
 
 
 def isa() -> str | None:

@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 
         def __getattr__(self, op: str) -> Callable[..., Any]: ...
 
+        def fuses(self, op: str) -> bool: ...
+
 else:
-    KernelTable = make_dataclass("KernelTable", [(op, Callable[..., Any]) for op in TABLE], frozen=True)
+
+    def fuses(self: Any, op: str) -> bool:
+        """Whether the op is more than its definition."""
+        return getattr(self, op) is not declared(op).definition
+
+    fields = [(op, Callable[..., Any]) for op in TABLE]
+    KernelTable = make_dataclass("KernelTable", fields, frozen=True, namespace={"fuses": fuses})
     KernelTable.__module__ = __name__
     KernelTable.__doc__ = (
         "One callable per op that the model and the losses use, with the signatures of `reference.py`."
@@ -44,10 +52,10 @@ def _check(what: str, value: str, allowed: Sequence[str]) -> None:
 def auto(op: str, device: torch.device) -> str:
     """What is faster on such a device: the fused op where it has a kernel there, unless that was measured slower.
 
-    Without csrc a CPU takes the reference for all ops: only with it were they measured.
+    Without csrc a CPU takes the reference for all ops: only with it were they measured. An op that is `timed` is the
+    reference: which is faster depends on the shapes, and the caller's trial says so.
     """
-    declared(op)  # registers it
-    if device.type == "cpu" and not native.available():
+    if declared(op).timed or (device.type == "cpu" and not native.available()):
         return "reference"
     slower = op in SLOWER.get(device.type, ())
     return "fused" if has_kernel(op, device.type) and not slower else "reference"

@@ -25,6 +25,8 @@
 #endif
 #define ST_LIBRARY_IN(space, device, library) STABLE_TORCH_LIBRARY_IMPL(space, device, library)
 #define ST_LIBRARY(device, library) ST_LIBRARY_IN(TORCH_EXTENSION_NAME, device, library)
+#define ST_FRAGMENT_IN(space, library) STABLE_TORCH_LIBRARY_FRAGMENT(space, library)
+#define ST_FRAGMENT(library) ST_FRAGMENT_IN(TORCH_EXTENSION_NAME, library)
 #define ST_TEXT_OF(name) #name
 #define ST_TEXT(name) ST_TEXT_OF(name)
 

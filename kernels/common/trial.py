@@ -60,6 +60,10 @@ class Draw:
         """One that wants a gradient."""
         return self(*shape).requires_grad_()
 
+    def weights(self, wide: int, deep: int) -> Tensor:
+        """A layer's leaf (wide, deep) that keeps the size of what goes through it."""
+        return (self(wide, deep) * deep**-0.5).requires_grad_()
+
     def modulation(self, size: Size) -> tuple[Tensor, ...]:
         """Six leaves (B, D) that are strided views of one (B, 6D) tensor, as a model has them."""
         parts = self(size.batch, 6 * size.width).chunk(6, dim=1)

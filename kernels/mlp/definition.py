@@ -42,3 +42,24 @@ def gelu_tanh_forward(x: Tensor) -> Tensor:
 def gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
     """→ dx in x's dtype."""
     return torch.ops.aten.gelu_backward(up(dy), up(x), approximate="tanh").to(x.dtype).contiguous()
+
+
+def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """Two linear layers with GELU's tanh form between: x (…, D), fc1 (M, D) and (M,), fc2 (D', M) and (D',), all of one
+    dtype. Returns (…, D')."""
+    return linear(gelu_tanh(linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def gelu_mlp_forward(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ y (…, D'), gelu(h) and h (…, M), contiguous."""
+    h = linear_forward(x, fc1_weight, fc1_bias)
+    g = gelu_tanh_forward(h)
+    return linear_forward(g, fc2_weight, fc2_bias), g, h
+
+
+def gelu_mlp_backward(dy: Tensor, fc2_weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """→ dh (…, M) and fc1's dbias (M,)."""
+    dh = gelu_tanh_backward(dy @ fc2_weight, h)
+    return dh, dh.sum(tuple(range(dh.dim() - 1)))

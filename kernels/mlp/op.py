@@ -1,4 +1,7 @@
-"""linear and gelu_tanh: public functions with their checks, registration, gradients, FLOPs, and inputs to try them."""
+"""linear and gelu_tanh: public functions with their checks, registration, gradients, FLOPs, and inputs to try them.
+
+gelu_mlp, declared here with them, is in `whole.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from ..common import checks
 from ..common.registry import LIBRARY, Context, Grad, Op, define, differentiate, new
 from ..common.trial import Draw, Inputs, Size
 from . import definition, onednn
+from .whole import gelu_mlp, trial
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -122,5 +126,11 @@ DECLARED = {
     "gelu_tanh": Op(
         gelu_tanh, definition.gelu_tanh, _try_gelu_tanh,
         floor=(8, 12),  # on 4·D channels: read x, write y; read dy, x, write dx
+    ),
+    "gelu_mlp": Op(
+        gelu_mlp, definition.gelu_mlp, trial,
+        floor=(2, 3),  # read x, write y; read dy, x, write dx (weights beside them)
+        moved=(14, 24),  # forward h and gelu(h), 4·D channels, written, and gelu(h) read by fc2; four products backward
+        timed=True,
     ),
 }  # fmt: skip

@@ -69,7 +69,24 @@ QK: Wrong = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "message"), MODULATION + LOSSES + QK)
+MLP: Wrong = [
+    (
+        "gelu_mlp",
+        (X, ones(16, 4), ones(16), ones(D, 16), ones(D)),
+        r"x has shape \(2, 3, 8\); \(…, 4\), fc1_weight's D",
+    ),
+    ("gelu_mlp", (X, ones(16, D), ones(8), ones(D, 16), ones(D)), r"fc1_bias has shape \(8,\); fc1_weight's \(M,\)"),
+    (
+        "gelu_mlp",
+        (X, ones(16, D), ones(16), ones(D, 8), ones(D)),
+        r"fc2_weight has shape \(8, 8\); \(D', fc1_weight's M\)",
+    ),
+    ("gelu_mlp", (X, ones(16, D), ones(16), ones(4, 16), ones(D)), r"fc2_bias has shape \(8,\); fc2_weight's \(D',\)"),
+    ("gelu_mlp", (X, ones(16, D), ones(16), ones(D, 16).to(HALF), ones(D)), "fc2_weight has dtype torch.bfloat16; x's"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), MODULATION + LOSSES + QK + MLP)
 def test_a_wrong_argument_is_named(name: str, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: {message}") as caught:
         getattr(kernels, name)(*arguments)

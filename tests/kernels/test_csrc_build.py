@@ -201,7 +201,7 @@ def test_on_a_machine_with_a_cuda_device_one_line_says_why_triton_serves(
     assert out == "False 8.0\n" and len(said) == lines, err
     if said:
         reasons = "(torch is built without CUDA|.NVCC = '/gone' is not a program)"
-        assert re.fullmatch(f"st_fast: compiled CUDA optimiser not in use, {reasons}; Triton takes over.", said[1])
+        assert re.fullmatch(f"st_fast: compiled CUDA ops not in use, {reasons}; Triton and PyTorch take over.", said[1])
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")

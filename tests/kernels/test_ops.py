@@ -155,7 +155,9 @@ def test_compiled_in_one_graph_equals_eager(backend: str, dynamic: bool) -> None
             assert error(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name != "linear"])  # PyTorch's own there
+@pytest.mark.parametrize(
+    "name", [name for name in DIFFERENTIABLE if name not in ("linear", "gelu_mlp")]
+)  # PyTorch's own
 def test_autocast_leaves_dtypes_and_values_as_they_are(name: str) -> None:
     arguments = samples()[name]
     plain = run(public(name, kernels), arguments)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.stand_in import gates
+from tests.stand_in import gates, products
 from tests.stand_in.driver import Counters
 
 GRAPHS = ("--run.supervised_rows=padded", "--run.cuda_graphs=true")
@@ -177,9 +177,9 @@ def launches() -> dict[str, Any]:
     return {part: [cost[key] for key in ("launches", "syncs", "host_us")] for part, cost in costs.items()}
 
 
-CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
-    check.__name__: check for check in (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches)
-}
+HERE = (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches)
+OF_PRODUCTS = (products.emulated, products.asked, products.fallbacks)
+CHECKS: dict[str, Callable[..., dict[str, Any]]] = {check.__name__: check for check in (*HERE, *OF_PRODUCTS)}
 
 
 if __name__ == "__main__":
