@@ -36,7 +36,6 @@ from st_fast.model import SiT
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import adamw, profiling, supervision
-from st_fast.train.batches import noisy_latents
 from st_fast.train.optim import Optimizer
 from st_fast.train.step import Step
 from st_fast.train.supervision import NoisyBatch, Parts, Rows, select_rows
@@ -367,7 +366,9 @@ def ours(setup: Setup) -> list[Kernel]:
         whole, times = torch.empty(size, dtype=torch.int64), torch.empty(size)  # labels and ordinals; t
         rows = _rows(recipe.optim.batch_size, size, stage)
         with profiling.recording_ranges(counter.within), counter:
-            latents = [noisy_latents(recipe, LATENT_SCALE, moments, whole, times) for _ in rows]
+            with profiling.named_range("noise"):
+                made = (table.noisy_latents(moments, whole, times, 0, LATENT_SCALE, recipe.flow.path) for _ in rows)
+                latents: list[tuple[Tensor, Tensor, Tensor, Tensor]] = list(made)
             step(0, [NoisyBatch(*xs, times, whole, whole, whole, r) for xs, r in zip(latents, rows, strict=True)])
     return counter.kernels
 

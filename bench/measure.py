@@ -277,8 +277,7 @@ def results(call: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     """The outputs of a call and the gradients to its leaves, in order."""
     outputs = call(*inputs.args)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    grads = torch.autograd.grad(outputs, inputs.leaves, inputs.grads[: len(outputs)])
-    return [t.detach() for t in (*outputs, *grads)]
+    return [t.detach() for t in (*outputs, *inputs.backward(outputs))]
 
 
 def in_float64(inputs: Inputs) -> Inputs:

@@ -170,16 +170,20 @@ def input_sets(case: Case) -> list[Inputs]:
 
 
 def variant(call: Callable[..., Any], sets: Sequence[Inputs]) -> Variant:
-    """One forward and one backward pass a round. Results live as long as the inputs' turn, so their memory is cold."""
+    """One forward pass a round, and a backward one if there is any.
+
+    Results live as long as the inputs' turn, so their memory is cold.
+    """
     kept: deque[Any] = deque(maxlen=len(sets))
 
     def run(number: int, watch: Stopwatch) -> None:
         inputs = sets[number % len(sets)]
         with watch("forward"):
             outputs = call(*inputs.args)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        if not inputs.leaves:
+            return kept.append(outputs)
         with watch("backward"):
-            grads = torch.autograd.grad(outputs, inputs.leaves, inputs.grads[: len(outputs)])
+            grads = inputs.backward(outputs)
         kept.append((outputs, grads))
 
     return run
@@ -219,7 +223,7 @@ def _row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:
     figures: Row = {"op": case.op, "size": case.size.label, "dtype": str(case.dtype).removeprefix("torch.")}
     figures["rounds"] = len(samples["copy"]["copy"])
     figures["copy_rate"] = rate
-    for phase in PHASES:
+    for phase in (*samples["fused"], "both"):
         series = {n: total(s) if phase == "both" else s[phase] for n, s in samples.items() if n != "copy"}
         seconds = statistics.median(series["fused"])
         moved, floor = getattr(case.moved, phase), getattr(case.floor, phase)

@@ -203,7 +203,8 @@ class Ours:
             self.trainer = Trainer(context, self.stage)
         fill_trainer(self.trainer)
         loader = make_loader(self.recipe.data.loader, shards, setup.device, self.log.say)
-        self.iterator = BatchIterator(self.recipe, self.stage, loader, shards, ranks)
+        draw = self.trainer.noisy_latents
+        self.iterator = BatchIterator(self.recipe, self.stage, loader, shards, ranks, draw=draw)
         self._batches = Lookahead(self.iterator.steps(0, MANY_STEPS))
         self.trainer.step.following = self._batches.peek
         self.done = self.supervised = 0

@@ -35,6 +35,8 @@ from . import FAMILIES
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "resources.json"
 ARCHITECTURES = (80, 90, 100)
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""Of a launch, what the compiler gets."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def record(run: Callable[[], object]) -> list[Launch]:
     launches = []
 
     def recorder(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options: dict[str, int] = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
+        options: dict[str, int] = {k: kwargs.pop(k) for k in OPTIONS if k in kwargs}
         launches.append(Launch(self, {**dict(zip(self.arg_names, args, strict=False)), **kwargs}, options))
 
     with patch.object(JITFunction, "run", recorder):

@@ -12,6 +12,8 @@ constexpr int64_t kTokensPerTask = 32;
 constexpr int64_t kLine = 64;                // bytes of a cache line, and of the widest vector
 constexpr int64_t kPastCacheBytes = 1 << 20;  // a result from here on is not kept in a core's own caches anyway
 constexpr int64_t kElementsPerTask = 16384;  // elementwise passes, norms and the optimiser
+constexpr int64_t kNumbersPerTask = 1024;    // of a noisy latent
+constexpr uint32_t kNoise = 1, kPosterior = 2;  // what a draw is for: the last word of its counter
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,6 +82,19 @@ struct Elementwise {
   Rows in[2], out;
 };
 
+// Tasks: (sample, kNumbersPerTask of its `count` numbers).
+struct NoisyLatents {
+  int64_t count;
+  uint64_t key;
+  float scale;
+  bool cosine;
+  Rows moments;  // contiguous: count means, then as many standard deviations
+  const int64_t* ordinals;
+  const float* t;
+  int64_t ordinal_stride, t_stride;
+  float *x, *x_t, *velocity, *noise;  // contiguous
+};
+
 struct AdamW {
   float one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, bias2_sqrt, clip, ema_weight;
 };
@@ -108,6 +123,7 @@ struct Kernels {
   void (*qk_norm_backward)(const QKNorm&, int64_t, int64_t);
   void (*attention)(const Attention&, int64_t, int64_t);
   void (*attention_backward)(const Attention&, int64_t, int64_t);
+  void (*noisy_latents)(const NoisyLatents&, int64_t, int64_t);
   double (*sum_of_squares)(const void*, DType, int64_t);
   void (*adamw_ema)(const AdamW&, const ParamBlock&);
 };

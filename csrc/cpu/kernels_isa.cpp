@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "features.h"
+#include "noise.h"
 #include "optimizer.h"
 #include "qk_norm.h"
 
@@ -25,6 +26,7 @@ const Kernels table = {
     qk_norm_backward,
     attention,
     attention_backward,
+    noisy_latents,
     sum_of_squares,
     adamw_ema,
 };

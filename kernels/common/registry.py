@@ -65,9 +65,14 @@ class Op:
     """Whether a kernel's being there says too little: "auto" is the reference until a trial has timed both."""
     free_backward_on_cpu: bool = False
     """Whether the backward pass hands on a gradient as it is, which the CPU can see to be right."""
+    data: Callable[[Size, int], float] | None = None
+    """Bytes that an op moves which makes data, at an element's size: it has no backward pass."""
 
     def bytes(self, size: Size, itemsize: int, device_type: str) -> tuple[tuple[float, float], tuple[float, float]]:
         """Bytes (forward, backward) that the mathematics must move, and those that the op's interface moves."""
+        if self.data is not None:
+            moved = self.data(size, itemsize), 0.0
+            return moved, moved
         unit = size.batch * size.tokens * size.width * itemsize
         vector = size.batch * size.width * itemsize
         kept = 4 * self.statistics(size) * size.batch * size.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -33,11 +34,21 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one call, the leaves that get gradients, and the gradients that come in."""
+    """Arguments of one call, the leaves that get gradients, and the gradients that come in.
+
+    An op that makes data has no leaves, and its backward pass is nothing.
+    """
 
     args: tuple[Any, ...]
     leaves: tuple[Tensor, ...]
     grads: tuple[Tensor, ...]
+
+    def backward(self, outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The gradients of the leaves, from as many of the gradients that come in as there are outputs."""
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+        if not self.leaves:
+            return ()
+        return torch.autograd.grad(outputs, self.leaves, self.grads[: len(outputs)])
 
     @property
     def bytes(self) -> int:

@@ -2,23 +2,24 @@
 
 The ordinal of a sample is its position in the training stream, step · global batch + place in the batch; which
 record that is follows from `epoch_order`. There is no generator state, so resuming and re-sharding need none.
-Bits come from Philox4x32-10 (Salmon et al., SC 2011), a counter-based generator.
+How bits and numbers are made, the same ones on any device: `st_fast/kernels/noise/definition.py`.
 """
 
-import math
-from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from st_fast.kernels.noise import definition
+from st_fast.kernels.noise.definition import normal, uniform
+
+__all__ = ["Purpose", "RecordOrder", "epoch_order", "normal", "strata", "uniform"]
 
 
 class Purpose(IntEnum):
     """What a stream of draws is for; part of the key, so streams never overlap. Numbers are part of the format."""
 
-    NOISE = 1
-    POSTERIOR = 2
+    NOISE = definition.NOISE
+    POSTERIOR = definition.POSTERIOR
     TIME = 3
     CLASS_DROPOUT = 4
     FLIP = 5
@@ -28,50 +29,6 @@ class Purpose(IntEnum):
     SAMPLE_LABELS = 9
     SAMPLE_PATH = 10
     TEACHER_TIME = 11
-
-
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four 32-bit counter words (int64 tensors, broadcastable) → four 32-bit words (int64 tensors)."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, high1 = (product0 >> 32) & _MASK, (product1 >> 32) & _MASK
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _MASK, high0 ^ c3 ^ k1, product0 & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def _words(seed: int, purpose: Purpose, ordinals: Tensor, count: int) -> Tensor:
-    """(B,) → (B, count) 32-bit words as int64: row b depends on (seed, purpose, ordinals[b]) alone."""
-    blocks = torch.arange((count + 3) // 4, device=ordinals.device)[None, :]
-    ordinal = ordinals.to(torch.int64)[:, None]
-    purposes = torch.full_like(ordinal, int(purpose))
-    counter = (blocks, ordinal & _MASK, (ordinal >> 32) & _MASK, purposes)
-    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]
-
-
-def uniform(seed: int, purpose: Purpose, ordinals: Tensor, count: int = 1) -> Tensor:
-    """(B, count) float32 uniforms in (0, 1), one row an ordinal. `ordinals` (B,) int64 sets the device."""
-    words = _words(seed, purpose, ordinals, count)
-    return (words >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25
-
-
-def normal(seed: int, purpose: Purpose, ordinals: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, *shape) float32 standard normals by Box–Muller, one row an ordinal. `ordinals` (B,) int64 sets the device."""
-    count = math.prod(shape)
-    pairs = (count + 1) // 2
-    words = _words(seed, purpose, ordinals, 2 * pairs).view(-1, pairs, 2)
-    radius = ((words[..., 0].to(torch.float32) + 0.5) * 2.0**-32).log().mul(-2.0).clamp_min(0.0).sqrt()
-    angle = words[..., 1].to(torch.float32) * (2.0**-32 * 2.0 * math.pi)
-    values = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
-    return values[:, :count].reshape(-1, *shape)
 
 
 def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int) -> np.ndarray:

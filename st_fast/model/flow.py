@@ -12,21 +12,11 @@ from torch import Tensor
 
 from st_fast.core import random
 from st_fast.core.random import Purpose
+from st_fast.kernels.noise.definition import PATHS, coefficients
 
-PATHS = ("linear", "cosine")
+__all__ = ["PATHS", "TIMES", "coefficients", "denoising_loss", "interpolate", "sample_times"]
+
 TIMES = ("uniform", "lognormal", "stratified")
-
-
-def coefficients(t: Tensor, path: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """α, σ, dα/dt, dσ/dt at t, each of t's shape. ValueError for an unknown path."""
-    if path == "linear":
-        one = torch.ones_like(t)
-        return 1 - t, t, -one, one
-    if path == "cosine":
-        half_pi = math.pi / 2
-        cos, sin = torch.cos(half_pi * t), torch.sin(half_pi * t)
-        return cos, sin, -half_pi * sin, half_pi * cos
-    raise ValueError(f"path = {path!r}: one of {', '.join(PATHS)}")
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,13 @@ At this point no weight has changed, so nothing is half made; all ranks replace 
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
 from st_fast import kernels
 from st_fast.core.machine import lacks_memory
 from st_fast.core.ranks import Ranks
-from st_fast.kernels.common.trial import Draw, Inputs, Size
+from st_fast.kernels.common.trial import Draw, Size
 from st_fast.recipe.schema import Model
 
 
@@ -26,7 +25,8 @@ def validated_kernels(
     def check(name: str) -> None:
         op = kernels.declared(name)
         assert op.trial is not None
-        _forward_and_backward(getattr(table, name), op.trial(draw, size))
+        trial = op.trial(draw, size)
+        trial.backward(getattr(table, name)(*trial.args))
 
     works = smoke_test({name: functools.partial(check, name) for name in kernels.TABLE}, ranks, say)
     used = {name: getattr(table, name) if works[name] else kernels.declared(name).definition for name in kernels.TABLE}
@@ -53,9 +53,3 @@ def _failure(check: Callable[[], None], device: torch.device) -> str | None:
             raise
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return None
-
-
-def _forward_and_backward(op: Callable[..., Any], trial: Inputs) -> None:
-    outputs = op(*trial.args)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.autograd.grad(outputs, trial.leaves, trial.grads)

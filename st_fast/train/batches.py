@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from st_fast import kernels
 from st_fast.core import random
 from st_fast.core.errors import UserError
 from st_fast.core.machine import local_count, usable_cpus
@@ -37,6 +38,8 @@ from st_fast.train.supervision.capacity import capacity, padded
 
 T = TypeVar("T")
 Answers = Iterator[tuple[Tensor, Tensor]]
+NoisyLatents = Callable[[Tensor, Tensor, Tensor, int, float, str], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""The op `noisy_latents`, in any of its forms."""
 
 LIVE = "live:"
 """Prefix of the digests of live features."""
@@ -72,14 +75,15 @@ class BatchIterator:
     """The batches of a stage for one rank, in order. `waited`: the seconds that training has waited for data.
 
     `features` are loaders of what else is read of a record while supervision lasts: the features of each encoder, or
-    the image if encoders run live.
+    the image if encoders run live. `draw` makes the noisy latents.
     """
 
     def __init__(
         self, recipe: Recipe, stage: Stage, loader: Loader, records: RecordSet, ranks: Ranks,
-        features: Sequence[Loader] = (),
+        features: Sequence[Loader] = (), draw: NoisyLatents = kernels.noisy_latents,
     ) -> None:  # fmt: skip
         self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
+        self.draw = draw
         self.records, self.order = records, random.RecordOrder(recipe.run.seed, len(records))
         self.waited = 0.0
         self.pass_rows = 0
@@ -157,24 +161,10 @@ class BatchIterator:
             read = tuple(send(one) for one in read)
             written, images = ((), read[0]) if method.encodes_images and read else (read, None)
             moments, ordinals, t = send(moments), send(ordinals), send(t[part])
-        latents = noisy_latents(recipe, self.records.manifest.scale, moments, ordinals, t)
+        with named_range("noise"):
+            scale = self.records.manifest.scale
+            latents = self.draw(moments, ordinals, t, recipe.run.seed, scale, recipe.flow.path)
         return NoisyBatch(*latents, t, labels, student_labels, ordinals, rows, written, images)
-
-
-def noisy_latents(
-    recipe: Recipe, scale: float, moments: Tensor, ordinals: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x = scale · (μ + σ·ξ), x_t on the recipe's path, the velocity and the noise ε of x_t, each (B, C, S, S) float32.
-
-    moments (B, 2C, S, S) holds μ and σ as stored; ordinals (B,) int64 are the counters of ξ and ε; t (B,) float32.
-    """
-    with named_range("noise"):
-        seed, shape = recipe.run.seed, moments[0].chunk(2)[0].shape
-        mean, std = moments.float().chunk(2, dim=1)
-        x = scale * (mean + std * random.normal(seed, Purpose.POSTERIOR, ordinals, shape))
-        noise = random.normal(seed, Purpose.NOISE, ordinals, shape)
-        x_t, velocity = flow.interpolate(x, noise, t, recipe.flow.path)
-        return x, x_t, velocity, noise
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
     readers = (loader, *trainer.features.loaders(ranks.device))
-    iterator = BatchIterator(recipe, stage, loader, context.shards, ranks, readers[1:])
+    iterator = BatchIterator(recipe, stage, loader, context.shards, ranks, readers[1:], trainer.noisy_latents)
     meter = Meter(ranks.device, recipe.run.log_every)
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
     _log_start(trainer, first)

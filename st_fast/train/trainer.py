@@ -59,6 +59,7 @@ class Trainer:
         self.context, self.stage = context, stage
         recipe, device = context.recipe, context.ranks.device
         table = validated_kernels(vars(recipe.kernels), recipe.model, context.ranks, context.dtype, context.log.say)
+        self.noisy_latents = table.noisy_latents
         update, norm = adamw.validated(recipe, context.ranks, context.dtype, context.log.say)
         head_dim, tokens = recipe.model.width // recipe.model.heads, recipe.model.tokens
         attend = choose(recipe.model.attention, device, context.dtype, head_dim, context.log.say, tokens)

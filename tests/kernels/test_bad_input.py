@@ -67,8 +67,18 @@ QK: Wrong = [
     ("qk_norm", (QKV, E, E, E, E, -1.0), "eps = -1.0"),
     ("grad_norm", ([X, X.to(INT)],), r"grads\[1\] has dtype torch.int32"),
 ]
-
-
+M, AT = ones(B, 6, 4, 4), torch.arange(B)
+LATENTS: Wrong = [
+    ("noisy_latents", (M[0], AT, W, 0, 1.0, "linear"), r"moments has shape \(6, 4, 4\); \(B, 2C, H, W\) is needed"),
+    ("noisy_latents", (M[:, :5], AT, W, 0, 1.0, "linear"), r"moments has shape \(2, 5, 4, 4\); an even number"),
+    ("noisy_latents", (M, AT.int(), W, 0, 1.0, "linear"), "ordinals has dtype torch.int32; torch.int64 is needed"),
+    ("noisy_latents", (M, AT, W.double(), 0, 1.0, "linear"), "t has dtype torch.float64; torch.float32 is needed"),
+    ("noisy_latents", (M, AT[:1], W, 0, 1.0, "linear"), r"ordinals has shape \(1,\); moments' \(B,\) = \(2,\)"),
+    ("noisy_latents", (M, AT, ones(B, **META), 0, 1.0, "linear"), "t is on meta; it must be on moments' device, cpu"),
+    ("noisy_latents", (M, AT, W, 0, float("nan"), "linear"), "scale = nan; a finite number"),
+    ("noisy_latents", (M, AT, W, 0, 1.0, "curved"), "path = 'curved'; one of linear, cosine is needed"),
+    ("noisy_latents", (ones(B, 6, 4, 4, **GRAD), AT, W, 0, 1.0, "linear"), "moments requires grad"),
+]
 MLP: Wrong = [
     (
         "gelu_mlp",
@@ -86,7 +96,7 @@ MLP: Wrong = [
 ]
 
 
-@pytest.mark.parametrize(("name", "arguments", "message"), MODULATION + LOSSES + QK + MLP)
+@pytest.mark.parametrize(("name", "arguments", "message"), MODULATION + LOSSES + QK + MLP + LATENTS)
 def test_a_wrong_argument_is_named(name: str, arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: {message}") as caught:
         getattr(kernels, name)(*arguments)

@@ -35,6 +35,10 @@ lr = torch.tensor(1e-3)
 kernels.ops.adamw_ema_(*lists, [], torch.zeros(()), norm, lr, 0.9, 0.99, 1e-8, 0.1, 0.99, 0.5)
 found |= {f"optimiser {i}": tensors[0].numpy() for i, tensors in enumerate(lists)}
 found["norm"] = norm.numpy()
+for path in ("linear", "cosine"):
+    moments, ordinals, t = torch.randn(5, 8, 9, 33).half(), torch.arange(5) * 2**35, torch.rand(5)
+    made = kernels.noisy_latents(moments, ordinals, t, 2**63 + 9, 0.3, path)
+    found |= {f"latents {path} {i}": value.numpy() for i, value in enumerate(made)}
 np.savez(sys.argv[1], **found)
 """
 
@@ -77,12 +81,12 @@ def test_instruction_sets_agree(found: dict[str, np.ndarray], baseline: dict[str
         assert error(torch.from_numpy(found[name]), torch.from_numpy(truth)) <= allowed, name
 
 
-def test_optimiser_and_extrapolation_agree_bit_for_bit(
+def test_optimiser_latents_and_extrapolation_agree_bit_for_bit(
     found: dict[str, np.ndarray], baseline: dict[str, np.ndarray]
 ) -> None:
     """One rounding an operation: nothing may depend on the vector's width or on fused multiply-adds."""
     for name, truth in baseline.items():
-        if name.startswith("optimiser") or "cfg_extrapolate" in name:
+        if name.startswith(("optimiser", "latents")) or "cfg_extrapolate" in name:
             assert np.array_equal(found[name], truth), name
 
 

@@ -20,7 +20,7 @@ def tried(op: str, dtype: torch.dtype, definition: bool) -> list[Tensor]:
     inputs = found.trial(Draw(torch.device("cpu"), dtype, 0), Size(2, 5, 20, 2))
     outs = (found.definition if definition else found.call)(*inputs.args)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs.leaves, inputs.grads)]
+    return [*(out.detach() for out in outs), *inputs.backward(outs)]
 
 
 @pytest.mark.parametrize("op", [op for op in TABLE if op in LAUNCHERS])
