@@ -346,9 +346,10 @@ def recipe_of(setup: Setup) -> tuple[Recipe, Stage]:
 
 
 def ours(setup: Setup) -> list[Kernel]:
-    """The kernels of st_fast's step with the defaults for CUDA: bf16, blocks compiled, t stratified."""
+    """The kernels of st_fast's step on CUDA: bf16, blocks compiled, t stratified; the recipe chooses the ops."""
     recipe, stage = recipe_of(setup)
-    counter, table, teacher = Counter(), kernels.select({}, CUDA), None
+    choices = {name: choice for name, choice in vars(recipe.kernels).items() if name != "adamw_ema"}
+    counter, table, teacher = Counter(), kernels.select(choices, CUDA), None
     with META:
         model = SiT(recipe.model, table, attend_as_cudnn)
         model.run_block = CompiledModule(counter)

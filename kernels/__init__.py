@@ -34,7 +34,7 @@ else:
     OPS: dict[str, str] = {}
     """The family of each public function."""
     SWITCHES: dict[str, str] = {}
-    """The ops that a recipe can switch, with the sentence that explains the key."""
+    """What a recipe can switch, ops above all, with the sentence that explains the key."""
     for _family in FAMILIES:
         _package = import_module(f".{_family}", __name__)
         if not hasattr(_package, "OPS") or not hasattr(_package, "SWITCHES"):

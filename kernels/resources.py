@@ -35,7 +35,7 @@ from . import FAMILIES
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "resources.json"
 ARCHITECTURES = (80, 90, 100)
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 """Of a launch, what the compiler gets."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import make_dataclass
+from dataclasses import field, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,18 @@ CHOICES = ("auto", "fused", "reference")
 SLOWER: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ()}
 """Ops whose kernel the whole step measured slower than plain PyTorch, by kind of device: "auto" takes the reference."""
 
+BIASES = "bias_gradients"
+FOR_BIASES: dict[str, tuple[str, ...]] = {"cuda": ("gelu_tanh",), "cpu": ()}
+"""Ops that on such a device "auto" takes for the bias gradients that they sum, and for nothing else."""
+
 if TYPE_CHECKING:
 
     class KernelTable:
-        """One callable per op, with the signatures of `reference.py`."""
+        """One callable per op, with the signatures of `reference.py`; and whether ops sum the biases' gradients."""
 
-        def __init__(self, **ops: Callable[..., Any]) -> None: ...
+        bias_gradients: bool
+
+        def __init__(self, *, bias_gradients: bool = False, **ops: Callable[..., Any]) -> None: ...
 
         def __getattr__(self, op: str) -> Callable[..., Any]: ...
 
@@ -34,11 +40,12 @@ else:
         """Whether the op is more than its definition."""
         return getattr(self, op) is not declared(op).definition
 
-    fields = [(op, Callable[..., Any]) for op in TABLE]
-    KernelTable = make_dataclass("KernelTable", fields, frozen=True, namespace={"fuses": fuses})
+    FIELDS = [*((op, Callable[..., Any]) for op in TABLE), (BIASES, bool, field(default=False))]
+    KernelTable = make_dataclass("KernelTable", FIELDS, frozen=True, namespace={"fuses": fuses})
     KernelTable.__module__ = __name__
     KernelTable.__doc__ = (
-        "One callable per op that the model and the losses use, with the signatures of `reference.py`."
+        "One callable per op that the model and the losses use, with the signatures of `reference.py`; and whether the "
+        "ops after linear layers sum the gradients of their biases."
     )
 
 
@@ -49,29 +56,40 @@ def _check(what: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{what} {value!r} is unknown; allowed: {', '.join(allowed)}{hint}")
 
 
-def auto(op: str, device: torch.device) -> str:
-    """What is faster on such a device: the fused op where it has a kernel there, unless that was measured slower.
+def auto(switch: str, device: torch.device, choices: Mapping[str, str] | None = None) -> str:
+    """What is faster on such a device: the fused op where it has a kernel there, unless that was measured slower, or
+    serves the bias gradients alone and they are not among the other `choices`.
 
     Without csrc a CPU takes the reference for all ops: only with it were they measured. An op that is `timed` is the
     reference: which is faster depends on the shapes, and the caller's trial says so.
     """
-    if declared(op).timed or (device.type == "cpu" and not native.available()):
+    if switch == BIASES:
+        return "fused" if device.type == "cuda" else "reference"
+    if declared(switch).timed or (device.type == "cpu" and not native.available()):
         return "reference"
-    slower = op in SLOWER.get(device.type, ())
-    return "fused" if has_kernel(op, device.type) and not slower else "reference"
+    slower = switch in SLOWER.get(device.type, ())
+    if switch in FOR_BIASES.get(device.type, ()):
+        slower |= chosen(BIASES, device, choices or {}) == "reference"
+    return "fused" if has_kernel(switch, device.type) and not slower else "reference"
+
+
+def chosen(switch: str, device: torch.device, choices: Mapping[str, str]) -> str:
+    """ "fused" or "reference": what `choices` have for it, or what "auto" stands for."""
+    choice = choices.get(switch, "auto")
+    return auto(switch, device, choices) if choice == "auto" else choice
 
 
 def select(choices: Mapping[str, str], device: torch.device) -> KernelTable:
-    """The table for one device. `choices` maps an op to "fused", "reference" or "auto", which is also the default.
+    """The table for one device. `choices` maps an op, or "bias_gradients", to "fused", "reference" or "auto", which is
+    also the default.
 
     Raises ValueError for an unknown op or choice, naming it, what is allowed, and the nearest name.
     """
-    for op, choice in choices.items():
-        _check("kernels: op", op, TABLE)
-        _check(f"kernels.{op}:", choice, CHOICES)
+    for switch, choice in choices.items():
+        _check("kernels: op", switch, (*TABLE, BIASES))
+        _check(f"kernels.{switch}:", choice, CHOICES)
     table: dict[str, Callable[..., Any]] = {}
     for op in TABLE:
-        choice = choices.get(op, "auto")
-        choice = auto(op, device) if choice == "auto" else choice
-        table[op] = declared(op).call if choice == "fused" else declared(op).definition
-    return KernelTable(**table)
+        fused = chosen(op, device, choices) == "fused"
+        table[op] = declared(op).call if fused else declared(op).definition
+    return KernelTable(**table, bias_gradients=chosen(BIASES, device, choices) == "fused")

@@ -101,7 +101,7 @@ ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float
   *mean_gx = total(acc_gx) / static_cast<float>(D);
 }
 
-template <bool GATED, bool NORM>
+template <bool GATED, bool NORM, bool BIAS = false>
 void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
   const Scratch scratch(9, p.D);
   const bool dx_past = p.dx.past_cache, da_past = p.da.past_cache;
@@ -115,6 +115,8 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
     }
     float* partial = p.partial + task * p.sums * p.D;
     std::memset(partial, 0, sizeof(float) * p.sums * p.D);
+    float* bias = BIAS ? p.bias_partial + task * p.D : nullptr;
+    if (BIAS) std::memset(bias, 0, sizeof(float) * p.D);
     const Sums sums = {partial, partial + (GATED ? p.D : 0), partial + (GATED ? 2 : 1) * p.D};
     for (int64_t n = t.first; n < t.last; ++n) {
       const float *dy = nullptr, *x = nullptr, *dx_out = nullptr, *a = nullptr;
@@ -141,7 +143,9 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
         if (GATED) d += load(dx_out + i, lanes);
         if (NORM) store(dx + i, d, lanes, dx_past);
         if (GATED) {
-          store(da + i, d * load(gate + i, lanes), lanes, da_past);
+          const Vec gated = d * load(gate + i, lanes);
+          store(da + i, gated, lanes, da_past);
+          if (BIAS) store(bias + i, load(bias + i, lanes) + gated, lanes);
           store(sums.gate + i, load(sums.gate + i, lanes) + d * load(a + i, lanes), lanes);
         }
       });

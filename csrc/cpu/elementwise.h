@@ -59,15 +59,41 @@ ST_INLINE Vec within_thirty(Vec v) {
   return v < -30.0f ? splat(-30.0f) : v;
 }
 
+ST_INLINE Vec gelu_slope(Vec x) {
+  const Vec v = within_thirty(x), e = exponential(gelu_exponent(v)), s = 1.0f / (1.0f + e);
+  const Vec slope = v * (kTwoRootTwoOverPi + (3.0f * kTwoRootTwoOverPi * kCubic) * v * v);
+  return s + slope * (e * s * s);  // e s = 1 - s
+}
+
 void gelu_tanh_backward(const Elementwise& p, int64_t begin, int64_t end) {
   const bool past_cache = p.out.past_cache;
   blocks<2>(p, begin, end, [&](const float* dy, const float* x, float* out, int64_t count) ST_LAMBDA {
     sweep(count, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
-      const Vec v = within_thirty(load(x + i, lanes)), e = exponential(gelu_exponent(v)), s = 1.0f / (1.0f + e);
-      const Vec slope = v * (kTwoRootTwoOverPi + (3.0f * kTwoRootTwoOverPi * kCubic) * v * v);
-      store(out + i, load(dy + i, lanes) * (s + slope * (e * s * s)), lanes, past_cache);  // e s = 1 - s
+      store(out + i, load(dy + i, lanes) * gelu_slope(load(x + i, lanes)), lanes, past_cache);
     });
   });
+}
+
+void gelu_tanh_bias_backward(const Elementwise& p, int64_t begin, int64_t end) {
+  const Scratch scratch(3, p.D);
+  const bool past_cache = p.out.past_cache;
+  for (int64_t task = begin; task < end; ++task) {
+    float* sum = p.bias_partial + task * p.D;
+    std::memset(sum, 0, sizeof(float) * p.D);
+    const int64_t rows = p.count / p.D, past = (task + 1) * kTokensPerTask, last = past < rows ? past : rows;
+    for (int64_t row = task * kTokensPerTask; row < last; ++row) {
+      const float* dy = read_row(p.in[0], 0, row * p.D, p.D, scratch.row(0));
+      const float* x = read_row(p.in[1], 0, row * p.D, p.D, scratch.row(1));
+      float* out = write_row(p.out, 0, row * p.D, scratch.row(2));
+      sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+        const Vec dx = load(dy + i, lanes) * gelu_slope(load(x + i, lanes));
+        store(out + i, dx, lanes, past_cache);
+        store(sum + i, load(sum + i, lanes) + dx, lanes);
+      });
+      commit_row(p.out, 0, row * p.D, p.D, out);
+    }
+  }
+  drain();
 }
 
 }  // namespace

@@ -35,6 +35,7 @@ struct AdaLN {
   float* partial;                           // (B, tasks per sample, sums, D), sums in the order gate, shift, scale
   Rows dmod;                                // (B, sums · D)
   int64_t sums;
+  float* bias_partial;                      // (tasks, D): sums of da
 };
 
 enum class FeatureLoss : int { kMse, kCosine, kNormalizedMse };
@@ -75,11 +76,13 @@ struct Attention {
   float* lse;         // (B, H, N): the logarithm of the sum of e^(scale · score)
 };
 
-// Tasks: kElementsPerTask elements of contiguous tensors of one shape.
+// Tasks: kElementsPerTask elements of contiguous tensors of one shape; with sums, kTokensPerTask rows of D elements.
 struct Elementwise {
   int64_t count;
   float scalar;
   Rows in[2], out;
+  int64_t D = 0;
+  float* bias_partial = nullptr;  // (tasks, D): sums of out
 };
 
 // Tasks: (sample, kNumbersPerTask of its `count` numbers).
@@ -113,12 +116,14 @@ struct Kernels {
   void (*gate_residual)(const AdaLN&, int64_t, int64_t);
   void (*norm_modulate_backward)(const AdaLN&, int64_t, int64_t);
   void (*gate_residual_norm_modulate_backward)(const AdaLN&, int64_t, int64_t);
+  void (*gate_residual_norm_modulate_bias_backward)(const AdaLN&, int64_t, int64_t);
   void (*gate_residual_backward)(const AdaLN&, int64_t, int64_t);
   void (*sum_partials)(const AdaLN&, int64_t, int64_t);  // tasks: (sample, sum)
   void (*feature_loss)(const Feature&, int64_t, int64_t);
   void (*cfg_extrapolate)(const Elementwise&, int64_t, int64_t);
   void (*gelu_tanh)(const Elementwise&, int64_t, int64_t);
   void (*gelu_tanh_backward)(const Elementwise&, int64_t, int64_t);
+  void (*gelu_tanh_bias_backward)(const Elementwise&, int64_t, int64_t);
   void (*qk_norm)(const QKNorm&, int64_t, int64_t);
   void (*qk_norm_backward)(const QKNorm&, int64_t, int64_t);
   void (*attention)(const Attention&, int64_t, int64_t);

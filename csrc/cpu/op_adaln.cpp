@@ -1,6 +1,8 @@
 // st_fast::norm_modulate, gate_residual_norm_modulate, gate_residual and their backward ops on the CPU.
 #include "tensors.h"
 
+#include <optional>
+
 namespace st_fast {
 namespace {
 
@@ -78,7 +80,8 @@ std::tuple<Tensor, Tensor> norm_modulate_backward(const Tensor& dy, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate(const Tensor& x, const Tensor& a,
                                                                        const Tensor& gate, const Tensor& shift,
-                                                                       const Tensor& scale, double eps) {
+                                                                       const Tensor& scale, double eps,
+                                                                       std::optional<Tensor>) {
   AdaLN p = sizes_of(x, "x");
   Tensor x_out = empty_as({p.B, p.N, p.D}, x), y = empty_as({p.B, p.N, p.D}, x);
   Tensor mean = empty({p.B, p.N}, aoti_torch_dtype_float32()), rstd = empty({p.B, p.N}, aoti_torch_dtype_float32());
@@ -96,9 +99,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate(const Ten
   return {x_out, y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
     const Tensor& dx_out, const Tensor& dy, const Tensor& x_out, const Tensor& a, const Tensor& gate,
-    const Tensor& scale, const Tensor& mean, const Tensor& rstd) {
+    const Tensor& scale, const Tensor& mean, const Tensor& rstd, std::optional<Tensor> a_bias) {
   AdaLN p = sizes_of(x_out, "x_out");
   Tensor dx = empty_as({p.B, p.N, p.D}, x_out), da = empty_as({p.B, p.N, p.D}, a);
   p.dx_out = tokens(p, dx_out, "dx_out");
@@ -111,7 +114,14 @@ std::tuple<Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
   p.rstd = statistic(p, rstd, "rstd");
   p.dx = result_rows(dx, "dx");
   p.da = result_rows(da, "da");
-  return {dx, da, run_backward(kernels().gate_residual_norm_modulate_backward, p, 3, scale)};
+  if (!a_bias)
+    return {dx, da, run_backward(kernels().gate_residual_norm_modulate_backward, p, 3, scale),
+            empty({0}, aoti_torch_dtype_float32())};
+  const int64_t tasks = p.B * divide_up(p.N, kTokensPerTask);
+  const std::unique_ptr<float[]> partial(new float[tasks * p.D]);
+  p.bias_partial = partial.get();
+  Tensor dmod = run_backward(kernels().gate_residual_norm_modulate_bias_backward, p, 3, scale);
+  return {dx, da, dmod, add_bias_partials(partial.get(), tasks, p.D, *a_bias)};
 }
 
 Tensor gate_residual(const Tensor& x, const Tensor& a, const Tensor& gate) {

@@ -132,6 +132,21 @@ void run(void (*kernel)(const Args&, int64_t, int64_t), const Args& args, int64_
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
+// The gradient of a bias (D,): `count` partial sums (count, D), added in their order.
+inline Tensor add_bias_partials(float* partial, int64_t count, int64_t D, const Tensor& bias) {
+  expect_shape(bias, "bias", {D});
+  Tensor sum = empty_as({D}, bias);
+  AdaLN p = {};
+  p.B = 1;
+  p.N = count * kTokensPerTask;
+  p.D = D;
+  p.sums = 1;
+  p.partial = partial;
+  p.dmod = rows(sum, "bias");
+  kernels().sum_partials(p, 0, 1);
+  return sum;
+}
+
 template <class T>
 bool is_float64(StableIValue value) {
   if constexpr (std::is_same_v<std::remove_cv_t<std::remove_reference_t<T>>, Tensor>)

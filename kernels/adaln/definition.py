@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.plain import norm_backward, up
+from ..common.plain import bias_gradient, norm_backward, up, with_bias_gradient
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -28,13 +28,15 @@ def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
 
 
 def gate_residual_norm_modulate(
-    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6,
+    a_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x' = x + gate·a and y = LN(x')·(1 + scale) + shift; returns (x', y).
 
-    x, a (B, N, D); gate, shift, scale (B, D). The statistics are those of x' as it is stored, in x's dtype.
+    x, a (B, N, D); gate, shift, scale (B, D). The statistics are those of x' as it is stored, in x's dtype. a_bias (D,)
+    is read for its gradient only: that of the bias of the layer that made a, if it was called with a_bias.detach().
     """
-    x_out = gate_residual(x, a, gate)
+    x_out = gate_residual(x, with_bias_gradient(a, a_bias), gate)
     return x_out, norm_modulate(x_out, shift, scale, eps)
 
 
@@ -65,7 +67,7 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor) -> tuple[Ten
 
 
 def gate_residual_norm_modulate_forward(
-    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, a_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """→ x' = x + gate·a, y, and the mean and rstd of x'."""
     x_out = gate_residual_forward(x, a, gate)
@@ -74,11 +76,13 @@ def gate_residual_norm_modulate_forward(
 
 
 def gate_residual_norm_modulate_backward(
-    dx_out: Tensor, dy: Tensor, x_out: Tensor, a: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """→ dx, da and the slab (B, 3D) = [dgate, dshift, dscale] in scale's dtype."""
+    dx_out: Tensor, dy: Tensor, x_out: Tensor, a: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    a_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """→ dx, da, the slab (B, 3D) = [dgate, dshift, dscale] in scale's dtype, and da_bias (D,) or (0,)."""
     h = (up(x_out) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     dx = up(dx_out) + norm_backward(up(dy) * (1 + up(scale).unsqueeze(1)), h, rstd)
     slab = torch.cat([(dx * up(a)).sum(1), up(dy).sum(1), (up(dy) * h).sum(1)], 1)
-    da = (dx * up(gate).unsqueeze(1)).to(a.dtype)
-    return dx.to(x_out.dtype).contiguous(), da.contiguous(), slab.to(scale.dtype)
+    da = dx * up(gate).unsqueeze(1)
+    da_bias = bias_gradient(da, a_bias)
+    return dx.to(x_out.dtype).contiguous(), da.to(a.dtype).contiguous(), slab.to(scale.dtype), da_bias

@@ -12,8 +12,19 @@ from torch import Tensor
 
 from .._ops import ops
 from ..common import checks
-from ..common.registry import Context, Grad, Op, define, differentiate, new, statistic, zeros_if_none
-from ..common.trial import Draw, Inputs, Size
+from ..common.registry import (
+    Context,
+    Grad,
+    Op,
+    bias_gradient,
+    define,
+    differentiate,
+    new,
+    statistic,
+    wants_gradient,
+    zeros_if_none,
+)
+from ..common.trial import Draw, Inputs, Size, with_bias
 from . import definition
 
 TRITON = __package__ + ".triton"
@@ -51,13 +62,19 @@ def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
 
 
 def gate_residual_norm_modulate(
-    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift, both in x's dtype; gradients to all."""
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6,
+    a_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift, both in x's dtype; gradients to all.
+
+    a_bias (D,), the bias of the layer that made a, gets its gradient here if that layer is called with
+    `a_bias.detach()`: the backward pass has da at hand and sums it without reading it again.
+    """
     check("gate_residual_norm_modulate", x, a, eps, gate=gate, shift=shift, scale=scale)
+    checks.bias("gate_residual_norm_modulate", "a_bias", a_bias, "a", a)
     if x.dtype == torch.float64:
-        return definition.gate_residual_norm_modulate(x, a, gate, shift, scale, eps)
-    x_out, y, _, _ = ops.gate_residual_norm_modulate(x, a, gate, shift, scale, eps)
+        return definition.gate_residual_norm_modulate(x, a, gate, shift, scale, eps, a_bias)
+    x_out, y, _, _ = ops.gate_residual_norm_modulate(x, a, gate, shift, scale, eps, wants_gradient(a_bias))
     return x_out, y
 
 
@@ -77,19 +94,24 @@ define(
 )
 define(
     "gate_residual_norm_modulate",
-    "(Tensor x, Tensor a, Tensor gate, Tensor shift, Tensor scale, float eps)"
+    "(Tensor x, Tensor a, Tensor gate, Tensor shift, Tensor scale, float eps, Tensor? a_bias)"
     " -> (Tensor x_out, Tensor y, Tensor mean, Tensor rstd)",
     definition.gate_residual_norm_modulate_forward,
-    lambda x, a, gate, shift, scale, eps: (new(x), new(x), statistic(x, x.shape[:2]), statistic(x, x.shape[:2])),
+    lambda x, a, gate, shift, scale, eps, a_bias: (
+        new(x),
+        new(x),
+        statistic(x, x.shape[:2]),
+        statistic(x, x.shape[:2]),
+    ),
     TRITON,
 )
 define(
     "gate_residual_norm_modulate_backward",
-    "(Tensor dx_out, Tensor dy, Tensor x_out, Tensor a, Tensor gate, Tensor scale, Tensor mean, Tensor rstd)"
-    " -> (Tensor dx, Tensor da, Tensor dmod)",
+    "(Tensor dx_out, Tensor dy, Tensor x_out, Tensor a, Tensor gate, Tensor scale, Tensor mean, Tensor rstd, "
+    "Tensor? a_bias) -> (Tensor dx, Tensor da, Tensor dmod, Tensor da_bias)",
     definition.gate_residual_norm_modulate_backward,
-    lambda dx_out, dy, x_out, a, gate, scale, mean, rstd: (
-        new(x_out), new(a), scale.new_empty((x_out.shape[0], 3 * x_out.shape[2]))
+    lambda dx_out, dy, x_out, a, gate, scale, mean, rstd, a_bias: (
+        new(x_out), new(a), scale.new_empty((x_out.shape[0], 3 * x_out.shape[2])), bias_gradient(x_out, a_bias)
     ),
     TRITON,
 )  # fmt: skip
@@ -126,21 +148,21 @@ def _norm_modulate(ctx: Context, dy: Grad, _mean: None, _rstd: None) -> tuple[Gr
 
 
 def _save_gate_residual_norm_modulate(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, a, gate, _, scale, _ = inputs
+    _, a, gate, _, scale, _, a_bias = inputs
     x_out, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_out, a, gate, scale, mean, rstd)
+    ctx.save_for_backward(x_out, a, gate, scale, mean, rstd, a_bias)
 
 
 def _gate_residual_norm_modulate(ctx: Context, dx_out: Grad, dy: Grad, _mean: None, _rstd: None) -> tuple[Grad, ...]:
     saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is refused
     x_out = saved[0]
-    dx, da, dmod = ops.gate_residual_norm_modulate_backward(
+    dx, da, dmod, da_bias = ops.gate_residual_norm_modulate_backward(
         zeros_if_none(dx_out, x_out), zeros_if_none(dy, x_out), *saved
     )
     dgate, dshift, dscale = dmod.chunk(3, 1)
-    return dx, da, dgate, dshift, dscale, None
+    return dx, da, dgate, dshift, dscale, None, None if saved[-1] is None else da_bias
 
 
 def _save_gate_residual(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -168,7 +190,8 @@ def _try_norm_modulate(draw: Draw, size: Size) -> Inputs:
 
 def _try_gate_residual_norm_modulate(draw: Draw, size: Size) -> Inputs:
     leaves = (draw.leaf(*size.rows), draw.leaf(*size.rows), *draw.modulation(size)[2:5])
-    return Inputs((*leaves, 1e-6), leaves, (draw(*size.rows), draw(*size.rows)))
+    bias = draw.bias(size.width)
+    return Inputs((*leaves, 1e-6, bias), with_bias(leaves, bias), (draw(*size.rows), draw(*size.rows)))
 
 
 def _try_gate_residual(draw: Draw, size: Size) -> Inputs:

@@ -11,7 +11,8 @@ tensor as a rule). float32, bfloat16 or float16, mixed freely; arithmetic and st
 
 How it works. One program owns a chunk of one sample's tokens, so it reads the modulation once; in the backward it also
 adds up the sample's gate, shift and scale gradients in float32 registers, writes one partial sum per chunk, and a
-second kernel adds the partials in a fixed order: deterministic, no atomics.
+second kernel adds the partials in a fixed order: deterministic, no atomics. Where the bias of the layer that made a is
+given, its gradient, the sum of da over all samples, is one more partial sum.
 """
 
 from __future__ import annotations
@@ -23,11 +24,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.rows import by_row, cut_tokens, load_row, row_config, row_sum, store_row, token_chunk, zero_row
+from ..common.rows import (
+    by_row,
+    column_sums,
+    cut_tokens,
+    load_row,
+    row_config,
+    row_sum,
+    store_row,
+    token_chunk,
+    zero_row,
+)
 
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2048, 1024
 """Programs a launch aims at: two waves on an H200 at the kernels' register counts. More rows a program mean fewer
 reads of the modulation (forward) and fewer partial sums (backward)."""
+
+
+REGISTERS = 168
+"""The most that a thread of the backward takes: they leave twelve warps on a multiprocessor."""
 
 
 @triton.jit
@@ -75,9 +90,11 @@ def _adaln_forward_kernel(
 def _adaln_backward_kernel(
     dx_out_ptr, dy_ptr, x_ptr, a_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, da_ptr, partial_ptr,
     N, rows, dx_out_b, dx_out_n, dy_b, dy_n, x_b, x_n, a_b, a_n, gate_b, scale_b,
-    GATED: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dy, if GATED dx_out → dx, da and the chunk's sums [dgate], dshift, dscale; x is what was normalised."""
+    """dy, if GATED dx_out → dx, da and the chunk's sums [dgate], dshift, dscale and, if BIAS, Σ da; x is what was
+    normalised."""
     sample, first, last = token_chunk(N, rows)
     scale, scale_t = load_row(scale_ptr + sample * scale_b, D, MAIN, TAIL)
     scale, scale_t = 1 + scale, 1 + scale_t
@@ -86,6 +103,8 @@ def _adaln_backward_kernel(
     if GATED:
         gate, gate_t = load_row(gate_ptr + sample * gate_b, D, MAIN, TAIL)
         dgate, dgate_t = zero_row(MAIN, TAIL)
+    if BIAS:
+        ungated, ungated_t = zero_row(MAIN, TAIL)  # Σ dx: the gate is the same for all tokens
     for token in tl.range(first, last, num_stages=STAGES):
         row = sample * N + token
         dy, dy_t = load_row(dy_ptr + sample * dy_b + token * dy_n, D, MAIN, TAIL)
@@ -106,14 +125,18 @@ def _adaln_backward_kernel(
         if GATED:
             dx, dx_t = dx + dx_out, dx_t + dx_out_t
             dgate, dgate_t = dgate + dx * a, dgate_t + dx_t * a_t
+            if BIAS:
+                ungated, ungated_t = ungated + dx, ungated_t + dx_t
             store_row(da_ptr + row * D, dx * gate, dx_t * gate_t, D, MAIN, TAIL)
         store_row(dx_ptr + row * D, dx, dx_t, D, MAIN, TAIL)
-    slab = partial_ptr + tl.program_id(0).to(tl.int64) * ((3 if GATED else 2) * D)
+    slab = partial_ptr + tl.program_id(0).to(tl.int64) * (((3 if GATED else 2) + (1 if BIAS else 0)) * D)
     if GATED:
         store_row(slab, dgate, dgate_t, D, MAIN, TAIL)
         slab += D
     store_row(slab, dshift, dshift_t, D, MAIN, TAIL)
     store_row(slab + D, dscale, dscale_t, D, MAIN, TAIL)
+    if BIAS:
+        store_row(slab + 2 * D, ungated * gate, ungated_t * gate_t, D, MAIN, TAIL)
 
 
 @triton.jit
@@ -148,22 +171,41 @@ def _adaln_gate_backward_kernel(
 
 
 @triton.jit
-def _add_partials_kernel(partial_ptr, out_ptr, chunks, columns, BLOCK: tl.constexpr):
-    """partial (B, chunks, columns) float32 → out (B, columns): the sum over chunks, in their order."""
-    sample = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for chunk in range(chunks):
-        total += tl.load(partial_ptr + (sample * chunks + chunk) * columns + at, mask=at < columns, other=0.0)
-    tl.store(out_ptr + sample * columns + at, total, mask=at < columns)
+def _add_partials_kernel(
+    partial_ptr, out_ptr, bias_ptr, samples, chunks, columns, width,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """partial (B, chunks, columns [+ width]) float32 → out (B, columns): the sum over chunks, in their order; and, if
+    BIAS, the sum of the last `width` columns over chunks and samples."""
+    blocks = tl.cdiv(columns, BLOCK)
+    program = tl.program_id(0)
+    pitch = columns + width if BIAS else columns
+    if program < samples * blocks:
+        sample = (program // blocks).to(tl.int64)
+        at = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for chunk in range(chunks):
+            total += tl.load(partial_ptr + (sample * chunks + chunk) * pitch + at, mask=at < columns, other=0.0)
+        tl.store(out_ptr + sample * columns + at, total, mask=at < columns)
+    elif BIAS:
+        channel = (program - samples * blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        summed = column_sums(partial_ptr + columns, samples * chunks, pitch, channel, width, ROWS, COLUMNS)
+        tl.store(bias_ptr + channel, summed, mask=channel < width)
 
 
-def _add_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, chunks, columns) float32 → (B, columns): the slab of the modulation's gradients."""
-    samples, chunks, columns = partial.shape
+def _add_partials(
+    partial: Tensor, columns: int, dtype: torch.dtype, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(B, chunks, columns [+ D]) float32 → the slab (B, columns) of the modulation's gradients, and the bias's (D,)."""
+    samples, chunks, _ = partial.shape
     out = torch.empty((samples, columns), dtype=dtype, device=partial.device)
-    _add_partials_kernel[(samples, triton.cdiv(columns, 256))](partial, out, chunks, columns, BLOCK=256, num_warps=2)
-    return out
+    summed = torch.empty(0, device=partial.device) if bias is None else torch.empty_like(bias)
+    grid = samples * triton.cdiv(columns, 512) + triton.cdiv(summed.numel(), 16)
+    _add_partials_kernel[(grid,)](
+        partial, out, summed, samples, chunks, columns, summed.numel(),
+        BIAS=bias is not None, BLOCK=512, ROWS=128, COLUMNS=16, num_warps=4,
+    )  # fmt: skip
+    return out, summed
 
 
 def _forward(
@@ -189,9 +231,10 @@ def _forward(
 
 def _backward(
     dx_out: Tensor | None, dy: Tensor, x: Tensor, a: Tensor | None, gate: Tensor | None, scale: Tensor,
-    mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Launches the backward with or without the gated residual: dx, da or None, slab [dgate,] dshift, dscale."""
+    mean: Tensor, rstd: Tensor, a_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Launches the backward with or without the gated residual: dx, da or None, slab [dgate,] dshift, dscale, and
+    da_bias."""
     samples, tokens, width = x.shape
     dy, x, scale, mean, rstd = by_row(dy), by_row(x), by_row(scale), mean.contiguous(), rstd.contiguous()
     if dx_out is not None and a is not None and gate is not None:
@@ -200,15 +243,19 @@ def _backward(
     da = None if a is None else torch.empty(a.shape, dtype=a.dtype, device=a.device)
     rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
     chunks = triton.cdiv(tokens, rows)
+    config = row_config(width, 2 if a is None else 4, x.dtype)
+    if a_bias is not None and config["num_warps"] < 4:
+        config["maxnreg"] = REGISTERS  # unbounded, 768 channels take 211 on sm_80
     sums = 2 if a is None else 3
-    partial = torch.empty((samples, chunks, sums * width), dtype=torch.float32, device=x.device)
+    columns = (sums if a_bias is None else sums + 1) * width
+    partial = torch.empty((samples, chunks, columns), dtype=torch.float32, device=x.device)
     _adaln_backward_kernel[(samples * chunks,)](
         dx_out, dy, x, a, gate, scale, mean, rstd, dx, da, partial, tokens, rows,
         *((0, 0) if dx_out is None else dx_out.stride()[:2]), *dy.stride()[:2], *x.stride()[:2],
         *((0, 0) if a is None else a.stride()[:2]), 0 if gate is None else gate.stride(0), scale.stride(0),
-        GATED=a is not None, **row_config(width, 2 if a is None else 4, x.dtype),
+        GATED=a is not None, BIAS=a_bias is not None, **config,
     )  # fmt: skip
-    return dx, da, _add_partials(partial, scale.dtype)
+    return dx, da, *_add_partials(partial, sums * width, scale.dtype, a_bias)
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,13 +266,14 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[
 
 def norm_modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     """dx in x's dtype, and the slab (B, 2D) = [dshift, dscale] in scale's dtype."""
-    dx, _, slab = _backward(None, dy, x, None, None, scale, mean, rstd)
+    dx, _, slab, _ = _backward(None, dy, x, None, None, scale, mean, rstd)
     return dx, slab
 
 
 def gate_residual_norm_modulate(
-    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
+    a_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x' = x + gate·a and y = LN(x')·(1 + scale) + shift; returns x', y (both in x's dtype), mean and rstd of x'."""
     x_out, y, mean, rstd = _forward(x, a, gate, shift, scale, eps)
     assert x_out is not None
@@ -233,12 +281,14 @@ def gate_residual_norm_modulate(
 
 
 def gate_residual_norm_modulate_backward(
-    dx_out: Tensor, dy: Tensor, x_out: Tensor, a: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in x's dtype, da in a's, and the slab (B, 3D) = [dgate, dshift, dscale] in scale's dtype."""
-    dx, da, slab = _backward(dx_out, dy, x_out, a, gate, scale, mean, rstd)
+    dx_out: Tensor, dy: Tensor, x_out: Tensor, a: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
+    a_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx in x's dtype, da in a's, the slab (B, 3D) = [dgate, dshift, dscale] in scale's dtype, and da_bias (D,), which
+    is empty without a_bias."""
+    dx, da, slab, da_bias = _backward(dx_out, dy, x_out, a, gate, scale, mean, rstd, a_bias)
     assert da is not None
-    return dx, da, slab
+    return dx, da, slab, da_bias
 
 
 def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
@@ -266,13 +316,13 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor) -> tuple[Ten
         dx_out, a, gate, da, partial, tokens, rows, *dx_out.stride()[:2], *a.stride()[:2], gate.stride(0),
         **row_config(width, 2, a.dtype),
     )  # fmt: skip
-    return da, _add_partials(partial, gate.dtype)
+    return da, _add_partials(partial, width, gate.dtype)[0]
 
 
 WIDTHS = (384, 768, 1024, 1152)
 CEILINGS = {
-    "forward": 80, "plain_forward": 64, "backward": 168, "plain_backward": 128, "gate_forward": 64,
-    "gate_backward": 64, "add_partials": 40,
+    "forward": 80, "plain_forward": 64, "backward": REGISTERS, "bias_backward": REGISTERS, "plain_backward": 128,
+    "gate_forward": 64, "gate_backward": 64, "add_partials": 48,
 }  # fmt: skip
 """What `resources.py` compiles: widths, and the most registers a thread may take in each kernel."""
 
@@ -281,9 +331,12 @@ def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[st
     """At the shapes of training: 256 tokens, a batch of 256, modulation as views of one (B, 6D) tensor."""
     x, statistic = meta(256, 256, width), meta(256, 256, dtype=torch.float32)
     gate, shift, scale = meta(256, 6 * width).chunk(6, 1)[2:5]
+    bias = meta(width)
     yield "forward", lambda: gate_residual_norm_modulate(x, x, gate, shift, scale, 1e-6)
     yield "plain_forward", lambda: norm_modulate(x, shift, scale, 1e-6)
-    yield "backward", lambda: gate_residual_norm_modulate_backward(x, x, x, x, gate, scale, statistic, statistic)
+    backward = gate_residual_norm_modulate_backward
+    yield "backward", lambda: backward(x, x, x, x, gate, scale, statistic, statistic)
     yield "plain_backward", lambda: norm_modulate_backward(x, x, scale, statistic, statistic)
     yield "gate_forward", lambda: gate_residual(x, x, gate)
     yield "gate_backward", lambda: gate_residual_backward(x, x, gate)
+    yield "bias_backward", lambda: backward(x, x, x, x, gate, scale, statistic, statistic, bias)

@@ -48,6 +48,13 @@ def one_dtype(op: str, **tensors: Tensor) -> None:
             raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; {first}'s, {dtype}, is needed")
 
 
+def bias(op: str, name: str, bias: Tensor | None, of: str, y: Tensor) -> None:
+    """The bias of the layer that made y (…, D), the argument `of`: (D,), of any floating dtype; or None."""
+    if bias is not None:
+        floating(op, **{of: y, name: bias})
+        shape(op, name, bias, y.shape[-1:], f"{of}'s (D,)")
+
+
 def frozen(op: str, **tensors: Tensor) -> None:
     """None wants a gradient."""
     for name, tensor in tensors.items():

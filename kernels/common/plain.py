@@ -14,3 +14,14 @@ def up(x: Tensor) -> Tensor:
 def norm_backward(dh: Tensor, h: Tensor, rstd: Tensor) -> Tensor:
     """The gradient through h = (x − mean)·rstd over the last axis."""
     return (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
+
+
+def with_bias_gradient(y: Tensor, bias: Tensor | None) -> Tensor:
+    """y (…, D), the output of a layer that was called with `bias.detach()`: as it is, but the bias (D,) gets its
+    gradient here, the sum of y's over all axes but the last."""
+    return y if bias is None else y + (bias - bias.detach()).to(y.dtype)
+
+
+def bias_gradient(dy: Tensor, bias: Tensor | None) -> Tensor:
+    """→ the sum of dy (…, D) over all axes but the last, in the bias's dtype; an empty tensor without a bias."""
+    return dy.new_empty(0) if bias is None else dy.sum(tuple(range(dy.dim() - 1))).to(bias.dtype)

@@ -95,6 +95,16 @@ def statistic(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
+def bias_gradient(like: Tensor, bias: Grad) -> Tensor:
+    """A fake of a bias's gradient; without a bias it is empty, in the computing dtype."""
+    return statistic(like, (0,)) if bias is None else new(bias)
+
+
+def wants_gradient(bias: Grad) -> Grad:
+    """The bias of the layer before an op, if its gradient has to be summed."""
+    return bias if bias is not None and bias.requires_grad and torch.is_grad_enabled() else None
+
+
 def define(
     name: str, schema: str, plain: Callable[..., Any], fake: Callable[..., Any], launcher: str | None = None,
     unread: tuple[str, float] | None = None,

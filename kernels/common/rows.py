@@ -50,6 +50,21 @@ def row_sum(main, tail, TAIL: tl.constexpr):
 
 
 @triton.jit
+def column_sums(ptr, rows, pitch, at, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sums of the columns `at` (COLUMNS,) over `rows` rows of float32 at ptr, `pitch` apart; 0 beyond `columns`.
+
+    ROWS rows are read at a time, each place of the block is summed on its own, and these sums are added at the end:
+    the order depends on the sizes alone.
+    """
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS).to(tl.int64)
+        mask = (row < rows)[:, None] & (at < columns)[None, :]
+        total += tl.load(ptr + row[:, None] * pitch + at[None, :], mask=mask, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def token_chunk(N, rows):
     """This program's sample and tokens [first, last), in int64 as every offset is. The grid is B · cdiv(N, rows)."""
     chunks = tl.cdiv(N, rows)

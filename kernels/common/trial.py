@@ -80,6 +80,10 @@ class Draw:
         parts = self(size.batch, 6 * size.width).chunk(6, dim=1)
         return tuple(part.detach().requires_grad_() for part in parts)
 
+    def bias(self, channels: int) -> Optional[Tensor]:
+        """The bias of the layer before an op, a leaf, where the op sums its gradient by default: on CUDA."""
+        return self.leaf(channels) if self.device.type == "cuda" else None
+
     def weight(self, size: Size) -> Tensor:
         """A weight of each sample in a loss (B,), float32."""
         return torch.full((size.batch,), 0.5 / size.batch, device=self.device)
@@ -87,3 +91,8 @@ class Draw:
     def one(self) -> Tensor:
         """The gradient that comes to a loss."""
         return torch.ones((), device=self.device)
+
+
+def with_bias(leaves: tuple[Tensor, ...], bias: Optional[Tensor]) -> tuple[Tensor, ...]:
+    """The leaves, and the bias if there is one."""
+    return leaves if bias is None else (*leaves, bias)

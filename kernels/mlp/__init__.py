@@ -4,8 +4,9 @@ SWITCHES = {
     "linear": "Linear layers.",
     "gelu_tanh": "GELU of the MLP.",
     "gelu_mlp": "The whole MLP, with GELU inside its matrix products on CUDA; auto times it beside its parts.",
+    "bias_gradients": "Where a block's bias gradients are summed: by the op after the layer, or by the layer.",
 }
-"""The ops that a recipe can switch, with the sentence that explains the key."""
+"""What a recipe can switch, with the sentence that explains the key: the ops, and how they share out a task."""
 
-OPS = tuple(SWITCHES)
+OPS = ("linear", "gelu_tanh", "gelu_mlp")
 """The public functions of `op.py`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..common.plain import up
+from ..common.plain import bias_gradient, up, with_bias_gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -13,9 +13,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """½x·(1 + tanh(√(2/π)·(x + 0.044715x³))), GELU's tanh form (arXiv 1606.08415), any shape; in x's dtype."""
-    return torch.nn.functional.gelu(up(x), approximate="tanh").to(x.dtype)
+def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+    """½x·(1 + tanh(√(2/π)·(x + 0.044715x³))), GELU's tanh form (arXiv 1606.08415), any shape; in x's dtype.
+
+    x_bias, one number for each channel of x's last axis, is read for its gradient only: that of the bias of the layer
+    that made x, if it was called with x_bias.detach().
+    """
+    return torch.nn.functional.gelu(up(with_bias_gradient(x, x_bias)), approximate="tanh").to(x.dtype)
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -34,14 +38,15 @@ def linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     return (dy @ weight).contiguous(), *weight_gradients(dy, x, weight)
 
 
-def gelu_tanh_forward(x: Tensor) -> Tensor:
+def gelu_tanh_forward(x: Tensor, x_bias: Tensor | None) -> Tensor:
     """→ GELU's tanh form in x's dtype."""
     return torch.nn.functional.gelu(up(x), approximate="tanh").to(x.dtype).contiguous()
 
 
-def gelu_tanh_backward(dy: Tensor, x: Tensor) -> Tensor:
-    """→ dx in x's dtype."""
-    return torch.ops.aten.gelu_backward(up(dy), up(x), approximate="tanh").to(x.dtype).contiguous()
+def gelu_tanh_backward(dy: Tensor, x: Tensor, x_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """→ dx in x's dtype, and dx_bias, which is empty without x_bias."""
+    dx = torch.ops.aten.gelu_backward(up(dy), up(x), approximate="tanh")
+    return dx.to(x.dtype).contiguous(), bias_gradient(dx, x_bias)
 
 
 def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
@@ -55,11 +60,11 @@ def gelu_mlp_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ y (…, D'), gelu(h) and h (…, M), contiguous."""
     h = linear_forward(x, fc1_weight, fc1_bias)
-    g = gelu_tanh_forward(h)
+    g = gelu_tanh_forward(h, None)
     return linear_forward(g, fc2_weight, fc2_bias), g, h
 
 
 def gelu_mlp_backward(dy: Tensor, fc2_weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """→ dh (…, M) and fc1's dbias (M,)."""
-    dh = gelu_tanh_backward(dy @ fc2_weight, h)
+    dh, _ = gelu_tanh_backward(dy @ fc2_weight, h, None)
     return dh, dh.sum(tuple(range(dh.dim() - 1)))

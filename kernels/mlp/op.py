@@ -14,10 +14,22 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._ops import ops
 from ..common import checks
-from ..common.registry import LIBRARY, Context, Grad, Op, define, differentiate, new
-from ..common.trial import Draw, Inputs, Size
+from ..common.registry import (
+    LIBRARY,
+    Context,
+    Grad,
+    Op,
+    bias_gradient,
+    define,
+    differentiate,
+    new,
+    wants_gradient,
+)
+from ..common.trial import Draw, Inputs, Size, with_bias
 from . import definition, onednn
 from .whole import gelu_mlp, trial
+
+TRITON = __package__ + ".triton"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -30,12 +42,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU's tanh form in x's dtype, any shape; gradient to x."""
+def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+    """GELU's tanh form in x's dtype, any shape; gradient to x.
+
+    x_bias (D,), the bias of the layer that made x (…, D), gets its gradient here if that layer is called with
+    `x_bias.detach()`: the backward pass sums dx as it makes it.
+    """
     checks.floating("gelu_tanh", x=x)
+    checks.bias("gelu_tanh", "x_bias", x_bias, "x", x)
     if x.dtype == torch.float64:
-        return definition.gelu_tanh(x)
-    y: Tensor = ops.gelu_tanh(x)
+        return definition.gelu_tanh(x, x_bias)
+    y: Tensor = ops.gelu_tanh(x, wants_gradient(x_bias))
     return y
 
 
@@ -61,10 +78,20 @@ define(
     definition.linear_backward,
     lambda dy, x, weight: (new(x), new(weight), weight.new_empty(weight.shape[:1])),
 )
-define("gelu_tanh", "(Tensor x) -> Tensor", definition.gelu_tanh_forward, lambda x: new(x))
 define(
-    "gelu_tanh_backward", "(Tensor dy, Tensor x) -> Tensor", definition.gelu_tanh_backward, lambda dy, x: new(x)
-)  # fmt: skip
+    "gelu_tanh",
+    "(Tensor x, Tensor? x_bias) -> Tensor",
+    definition.gelu_tanh_forward,
+    lambda x, x_bias: new(x),
+    TRITON,
+)
+define(
+    "gelu_tanh_backward",
+    "(Tensor dy, Tensor x, Tensor? x_bias) -> (Tensor dx, Tensor dx_bias)",
+    definition.gelu_tanh_backward,
+    lambda dy, x, x_bias: (new(x), bias_gradient(x, x_bias)),
+    TRITON,
+)
 if onednn.available():
     LIBRARY.impl("linear", onednn.linear, "CPU")
     LIBRARY.impl("linear_backward", onednn.linear_backward, "CPU")
@@ -83,13 +110,17 @@ def _linear(ctx: Context, dy: Grad) -> tuple[Grad, ...]:
 differentiate("linear", _save_linear, _linear)
 
 
-def _save_gelu_tanh(ctx: Context, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save_gelu_tanh(ctx: Context, inputs: tuple[Grad, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
-def _gelu_tanh(ctx: Context, dy: Grad) -> Grad:
-    return None if dy is None else ops.gelu_tanh_backward(dy, *ctx.saved_tensors)
+def _gelu_tanh(ctx: Context, dy: Grad) -> tuple[Grad, Grad]:
+    if dy is None:
+        return None, None
+    x, x_bias = ctx.saved_tensors
+    dx, dx_bias = ops.gelu_tanh_backward(dy, x, x_bias)
+    return dx, None if x_bias is None else dx_bias
 
 
 differentiate("gelu_tanh", _save_gelu_tanh, _gelu_tanh)
@@ -114,8 +145,8 @@ def _try_linear(draw: Draw, size: Size) -> Inputs:
 
 def _try_gelu_tanh(draw: Draw, size: Size) -> Inputs:
     shape = (size.batch, size.tokens, 4 * size.width)
-    x = draw.leaf(*shape)
-    return Inputs((x,), (x,), (draw(*shape),))
+    x, bias = draw.leaf(*shape), draw.bias(shape[-1])
+    return Inputs((x, bias), with_bias((x,), bias), (draw(*shape),))
 
 
 DECLARED = {

@@ -42,6 +42,27 @@ class Linear(nn.Linear):
         return y
 
 
+class BlockLinear(Linear):
+    """A linear layer of a block. The table may leave the gradient of its bias to the op that reads its output next,
+    which is given `bias_left(layer)`: its backward pass has dy at hand."""
+
+    @property
+    def own_bias(self) -> Tensor:
+        """The bias as the layer itself is called with: detached, if its gradient is left to the next op."""
+        return self.bias if bias_left(self) is None else self.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.kernels.linear(x, self.weight, self.own_bias)
+        return y
+
+
+def bias_left(layer: nn.Module) -> Tensor | None:
+    """The bias, if its gradient is left to the next op; None: the layer sums it itself, or none is needed."""
+    if isinstance(layer, BlockLinear) and layer.kernels.bias_gradients and torch.is_grad_enabled():
+        return layer.bias if layer.bias.requires_grad else None
+    return None
+
+
 class PatchEmbed(nn.Module):
     """Cuts a latent into p×p patches and projects each to a token: (B, C, S, S) → (B, N, D)."""
 
@@ -97,7 +118,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kernels, self.attend = heads, kernels, attend
         self.qkv = Linear(width, 3 * width, kernels)
-        self.proj = Linear(width, width, kernels)
+        self.proj = BlockLinear(width, width, kernels)
         self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
 
@@ -117,16 +138,16 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
         super().__init__()
         self.kernels, self.whole = kernels, kernels.fuses("gelu_mlp")
-        self.fc1 = Linear(width, hidden, kernels)
-        self.fc2 = Linear(hidden, width, kernels)
+        self.fc1 = BlockLinear(width, hidden, kernels)
+        self.fc2 = BlockLinear(hidden, width, kernels)
 
     def forward(self, y: Tensor) -> Tensor:
         if self.whole and isinstance(self.fc1, Linear):  # which an fp8 layer is not: it multiplies for itself
             return cast(
                 Tensor,
-                self.kernels.gelu_mlp(y, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias),
+                self.kernels.gelu_mlp(y, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.own_bias),
             )
-        return self.fc2(self.kernels.gelu_tanh(self.fc1(y)))
+        return self.fc2(self.kernels.gelu_tanh(self.fc1(y), bias_left(self.fc1)))
 
 
 class Block(nn.Module):
@@ -146,8 +167,9 @@ class Block(nn.Module):
         """x, y (B, N, D); modulation (B, 6D) → the block's output and y of the next block, both (B, N, D)."""
         _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, D) each
         fused = self.kernels.gate_residual_norm_modulate
-        x, y = fused(x, self.run_attention(self.attn, y), gate_attn, shift_mlp, scale_mlp)
-        return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale)
+        attended = self.run_attention(self.attn, y)
+        x, y = fused(x, attended, gate_attn, shift_mlp, scale_mlp, a_bias=bias_left(self.attn.proj))
+        return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.fc2))
 
 
 class FinalLayer(nn.Module):

@@ -30,7 +30,7 @@ def validated_kernels(
 
     works = smoke_test({name: functools.partial(check, name) for name in kernels.TABLE}, ranks, say)
     used = {name: getattr(table, name) if works[name] else kernels.declared(name).definition for name in kernels.TABLE}
-    return kernels.KernelTable(**used)
+    return kernels.KernelTable(**used, bias_gradients=table.bias_gradients)
 
 
 def smoke_test(checks: Mapping[str, Callable[[], None]], ranks: Ranks, say: Callable[[str], None]) -> dict[str, bool]:

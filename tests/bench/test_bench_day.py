@@ -49,7 +49,8 @@ def test_only_choices_that_are_not_the_default_are_measured_beside_it(kind):
     assert ("compile off" in found, "compile on" in found) == (kind == "cuda", kind == "cpu")
     assert ("attention cudnn" in found, "attention csrc" in found) == (kind == "cpu", kind == "cuda")
     assert "qk_norm reference" in found and "qk_norm fused" not in found
-    assert ("gelu_tanh fused" in found) == (kind == "cuda")
+    assert "gelu_tanh reference" in found and "gelu_tanh fused" not in found
+    assert ("bias_gradients fused" in found, "bias_gradients reference" in found) == (kind == "cpu", kind == "cuda")
 
 
 def test_choices_and_schedules_are_told_with_what_could_not_be_had():

@@ -48,18 +48,23 @@ def test_bytes_of_the_ops_are_what_their_cases_say_at_every_site(plain):
     def moved(op: str) -> float:
         return Case(op, Size("S/2", BATCH, TOKENS), torch.bfloat16, CUDA).moved.both
 
-    sites = 2 * DEPTH * moved("gate_residual_norm_modulate") + moved("norm_modulate")
+    bias = (1 + 1 + 1) * WIDTH * 2  # read forward, read and written backward
+    sites = 2 * DEPTH * (moved("gate_residual_norm_modulate") + bias) + moved("norm_modulate")
     assert summed(plain, "bytes", family="adaLN") == sites
-    assert summed(plain, "bytes", family="GELU") == DEPTH * moved("gelu_tanh")
+    assert summed(plain, "bytes", family="GELU") == DEPTH * (moved("gelu_tanh") + 4 * bias)
     affine = (4 + 2 + 4) * (WIDTH // HEADS) * 2  # read forward, read and written backward
     assert summed(plain, "bytes", family="qk-norm") == DEPTH * (moved("qk_norm") + affine)
 
 
-def test_bias_gradients_read_what_each_layer_of_a_block_sends_back(plain):
+@pytest.mark.parametrize(("options", "sums", "channels"), [
+    ((), 1, 3),
+    (("--kernels.bias_gradients=reference",), 4, 3 + 1 + 4 + 1),
+])  # fmt: skip
+def test_bias_gradients_read_what_each_layer_of_a_block_sends_back_unless_the_next_op_sums_it(options, sums, channels):
     unit = BATCH * TOKENS * WIDTH * 2
-    sums = [k for k in plain if predict.part(k) == "bias gradients"]
-    assert len(sums) == 4 * DEPTH
-    assert sum(k.bytes for k in sums) == DEPTH * (3 + 1 + 4 + 1) * (unit + WIDTH * 2)
+    found = [k for k in counting.ours(small("plain", DEPTH, *options)) if predict.part(k) == "bias gradients"]
+    assert len(found) == sums * DEPTH
+    assert sum(k.bytes for k in found) == DEPTH * channels * (unit + WIDTH * 2)
 
 
 def test_attention_s_output_is_laid_out_anew_once_a_block(plain):

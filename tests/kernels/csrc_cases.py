@@ -33,7 +33,7 @@ def modulated(batch: int, tokens: int, width: int) -> list[Case]:
     """The adaLN ops: modulation cut from one (B, 6D) tensor, x a transposed view, a with a strided last axis."""
     leaves = {
         "x": 2 * random(batch, width, tokens) + 1, "a": random(batch, tokens, 2 * width),
-        "mod": random(batch, 6 * width),
+        "mod": random(batch, 6 * width), "bias": random(width),
     }  # fmt: skip
 
     def parts(t: Leaves) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -48,12 +48,18 @@ def modulated(batch: int, tokens: int, width: int) -> list[Case]:
         out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(x, a, mod[0], mod[2], mod[5], 1e-5)
         return out
 
+    def biased(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        x, a, mod = parts(t)
+        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(x, a, mod[0], mod[2], mod[5], 1e-5, t["bias"])
+        return out
+
     def residual(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, a, mod = parts(t)
         return (ops.gate_residual(x, a, mod[3]),)
 
     size = f"{batch}x{tokens}x{width}"
-    calls = {"norm_modulate": norm, "gate_residual_norm_modulate": gated, "gate_residual": residual}
+    calls = {"norm_modulate": norm, "gate_residual_norm_modulate": gated, "gate_residual": residual,
+             "gate_residual_norm_modulate-biased": biased}  # fmt: skip
     return [Case(f"{name}-{size}", leaves, call) for name, call in calls.items()]
 
 
@@ -98,12 +104,13 @@ def others(batch: int, tokens: int, heads: int, dim: int) -> list[Case]:
         out: tuple[Tensor, ...] = ops.qk_norm(t["qkv"][..., :dim], t["qw"], t["qb"], t["kw"], t["kb"], 1e-6)
         return out
 
-    flat = {"a": 3 * random(tokens, batch, dim), "b": random(tokens, batch, dim)}
+    flat = {"a": 3 * random(tokens, batch, dim), "b": random(tokens, batch, dim), "bias": random(dim)}
     size = f"{batch}x{tokens}x{heads}x{dim}"
     return [
         Case(f"qk_norm-{size}", leaves, qk_norm),
         Case(f"cfg_extrapolate-{size}", flat, lambda ops, t: (ops.cfg_extrapolate(t["a"], t["b"], 30.0),)),
         Case(f"gelu_tanh-{size}", flat, lambda ops, t: (ops.gelu_tanh(t["a"].transpose(0, 1)),), ("b",)),
+        Case(f"gelu_tanh-biased-{size}", flat, lambda ops, t: (ops.gelu_tanh(t["a"].transpose(0, 1), t["bias"]),)),
     ]
 
 

@@ -74,13 +74,16 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     packed = _random(1, tokens, 3, H, head, grad=True, dtype=kept)
     heads = [*_random(2, 1, H, tokens, head, dtype=kept), _random(1, H, tokens, dtype=kept)]
     index, weight = torch.tensor([2, 0]), torch.rand(2)
+    # Finite differences see no bias: it is added before, and only its gradient is taken here.
+    bias = None if dtype == torch.float64 else leaf(D)
     lists = [[_random(5), _random(2, 3)] for _ in range(5)]
     lists[3] = [v.square() for v in lists[3]]
     return tried(dtype) | {
         "norm_modulate": (x, shift, scale, 1e-6),
         "norm_modulate_backward": (dy, frozen[1], frozen[0], mean, rstd),
-        "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6),
-        "gate_residual_norm_modulate_backward": (dx_out, dy, frozen[1], frozen[2], frozen[3], frozen[0], mean, rstd),
+        "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6, bias),
+        "gate_residual_norm_modulate_backward": (dx_out, dy, frozen[1], frozen[2], frozen[3], frozen[0], mean, rstd,
+                                                 plain(D)),
         "gate_residual": (x, a, gate),
         "gate_residual_backward": (dy, frozen[2], frozen[3]),
         "align": (x, plain(B, N, D), torch.rand(B)),
@@ -93,8 +96,8 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
                                heads[2]),
         "linear": (leaf(1, rows, deep), leaf(wide, deep), leaf(wide)),
         "linear_backward": (plain(1, wide, rows).transpose(1, 2), plain(1, rows, deep), plain(wide, deep)),
-        "gelu_tanh": (a,),
-        "gelu_tanh_backward": (dy, frozen[2]),
+        "gelu_tanh": (a, bias),
+        "gelu_tanh_backward": (dy, frozen[2], plain(D)),
         "grad_norm": (lists[0],),
         "adamw_ema_": (*lists, [v.bfloat16() for v in lists[0]], torch.zeros(()), torch.tensor(2.0), torch.tensor(1e-3),
                        0.9, 0.999, 1e-8, 0.1, 0.99, 1.0),

@@ -41,6 +41,12 @@ MODULATION: Wrong = [
     ("gate_residual", (X, X, ones(B)), r"gate has shape \(2,\)"),
     ("gate_residual_norm_modulate", (X, X, V, V, ones(B, D + 1)), r"scale has shape \(2, 9\)"),
     ("gate_residual_norm_modulate", (X, X, V, V, V, float("inf")), "eps = inf"),
+    ("gate_residual_norm_modulate", (X, X, V, V, V, 1e-6, ones(N)), r"a_bias has shape \(3,\); a's \(D,\) = \(8,\)"),
+    ("gate_residual_norm_modulate", (X, X, V, V, V, 1e-6, ones(D).to(DOUBLE)), "a_bias has dtype torch.float64, but a"),
+    ("gelu_tanh", (X, V), r"x_bias has shape \(2, 8\); x's \(D,\) = \(8,\) is needed"),
+    ("gelu_tanh", (X, ones(D).to(INT)), "x_bias has dtype torch.int32; allowed are torch.float32"),
+    ("gelu_tanh", (X, 0.5), "x_bias is a float; a tensor is needed"),
+    ("gelu_tanh", (X, ones(D, **META)), "x_bias is on meta; it must be on x's device, cpu"),
 ]
 LOSSES: Wrong = [
     ("align", (X, ones(B, N, 4), W), r"f has shape \(2, 3, 4\)"),

@@ -119,13 +119,13 @@ def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
     return {
         "norm_modulate": (x, shift, scale, 1e-6),
         "norm_modulate_backward": (dy, x, scale, mean, rstd),
-        "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6),
-        "gate_residual_norm_modulate_backward": (dx, dy, x, a, gate, scale, mean, rstd),
+        "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6, None),
+        "gate_residual_norm_modulate_backward": (dx, dy, x, a, gate, scale, mean, rstd, torch.randn(1024)),
         "gate_residual": (x, a, gate),
         "gate_residual_backward": (dx, a, gate),
         "cfg_extrapolate": (x, a, 30.0),
-        "gelu_tanh": (x,),
-        "gelu_tanh_backward": (dy, x),
+        "gelu_tanh": (x, None),
+        "gelu_tanh_backward": (dy, x, torch.randn(1024)),
         "qk_norm": (qkv, *vectors, 1e-6),
         "qk_norm_backward": (*heads, qkv, vectors[0], vectors[1], torch.rand(4, batch, 16, 64) + 0.5),
     }
@@ -157,13 +157,39 @@ def test_mixed_dtypes_float32_stream_with_bfloat16_branch_and_modulation() -> No
     torch.manual_seed(0)
     x, a = torch.randn(2, 40, 96), torch.randn(2, 40, 96).bfloat16()
     mod = torch.randn(2, 3 * 96).bfloat16()
-    x_out, y, mean, rstd = torch.ops.st_fast.gate_residual_norm_modulate(x, a, *mod.chunk(3, 1), 1e-6)
+    x_out, y, mean, rstd = torch.ops.st_fast.gate_residual_norm_modulate(x, a, *mod.chunk(3, 1), 1e-6, None)
     gate, shift, scale = mod.chunk(3, 1)
     want_x, want_y = reference.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
     assert (x_out.dtype, y.dtype, mean.dtype) == (torch.float32,) * 3
     assert error(x_out, want_x) < 1e-6 and error(y, want_y) < 1e-6
-    dx, da, dmod = torch.ops.st_fast.gate_residual_norm_modulate_backward(x, y, x_out, a, gate, scale, mean, rstd)
+    backward = torch.ops.st_fast.gate_residual_norm_modulate_backward
+    dx, da, dmod, da_bias = backward(x, y, x_out, a, gate, scale, mean, rstd, gate[0])
     assert (dx.dtype, da.dtype, dmod.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert da_bias.dtype == torch.bfloat16 and error(da_bias, da.float().sum((0, 1))) < 1e-2
+
+
+@pytest.mark.parametrize("width", [384, 1001])
+def test_gelu_with_a_bias_past_the_caches_has_the_reference_gradients(width: int) -> None:
+    """Rows of whole cache lines, and rows that begin anywhere; more rows than a whole number of tasks."""
+    torch.manual_seed(0)
+    found = []
+    x, bias = torch.randn(3, 307, width), torch.randn(width)
+    assert x.nbytes > 2**20 and 3 * 307 % 32
+    for ops in (kernels, reference):
+        leaves = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        found.append(torch.autograd.grad(ops.gelu_tanh(*leaves), leaves, x.cos()))
+    for one, other in zip(*found, strict=True):
+        assert error(one, other) < 2e-6
+
+
+@pytest.mark.parametrize("count", [0, 5, 33])
+def test_a_bias_of_another_size_is_one_line(count: int) -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match="bias"):
+        torch.ops.st_fast.gelu_tanh_backward(x, x, torch.randn(count))
+    mean, gate = torch.randn(2, 3), torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match=rf"bias: shape \({count}\), expected \(4\)"):
+        torch.ops.st_fast.gate_residual_norm_modulate_backward(x, x, x, x, gate, gate, mean, mean, torch.randn(count))
 
 
 @pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)

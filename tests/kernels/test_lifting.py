@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from st_fast import kernels
+from st_fast.kernels.common.registry import LAUNCHERS
 
 SOURCE = Path(str(kernels.__file__)).parent
 
@@ -60,7 +61,8 @@ def test_a_folder_works_where_it_is_copied_to(family: str, tmp_path: Path) -> No
     triton = (SOURCE / family / "triton.py").is_file()
     if triton:
         pytest.importorskip("triton")
-    launchers = [op for op, of in kernels.OPS.items() if of == family] if triton else []
+    launchers = [op for op, of in kernels.OPS.items() if of == family and kernels.declared(op) and op in LAUNCHERS]
+    assert bool(launchers) == triton
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     program = PROGRAM.format(family=family, triton=launchers)
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)

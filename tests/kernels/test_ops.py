@@ -10,7 +10,7 @@ import torch
 from csrc_cases import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import DIFFERENTIABLE, samples
+from samples import DIFFERENTIABLE, Calls, samples
 from torch import Tensor
 
 from st_fast import kernels
@@ -106,10 +106,11 @@ def test_closed_form_gradients_are_those_of_autograd(name: str) -> None:
         ours = [y, dx, *slab.chunk(2, 1)]
     else:
         x_out, y, mean, rstd = outs
-        _, a, gate, _, scale, _ = frozen
-        dx, da, slab = PLAIN.gate_residual_norm_modulate_backward(
-            torch.sin(1 + x_out), torch.sin(1 + y), x_out, a, gate, scale, mean, rstd
+        _, a, gate, _, scale, _, _ = frozen
+        dx, da, slab, none = PLAIN.gate_residual_norm_modulate_backward(
+            torch.sin(1 + x_out), torch.sin(1 + y), x_out, a, gate, scale, mean, rstd, None
         )
+        assert none.shape == (0,)
         ours = [x_out, y, dx, da, *slab.chunk(3, 1)]
     for one, other in zip(ours, truth, strict=True):
         assert other is not None and error(one, other) < 1e-12
@@ -128,12 +129,14 @@ def test_closed_form_loss_gradients_are_those_of_autograd(loss: str, size: float
     assert error(value, truth.detach()) < 1e-12 and error(dq, q.grad) < 1e-12
 
 
-def everything(x: Tensor, mod: Tensor, qkv: Tensor, f: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+def everything(
+    x: Tensor, mod: Tensor, qkv: Tensor, bias: Tensor, f: Tensor, weight: Tensor, index: Tensor
+) -> tuple[Tensor, ...]:
     """All ops of a block and its losses, modulation as views of one tensor."""
     m = mod.chunk(6, 1)
     y = kernels.norm_modulate(x, m[0], m[1], 1e-6)
-    x, y = kernels.gate_residual_norm_modulate(x, y, m[2], m[3], m[4])
-    x = kernels.gate_residual(x, kernels.gelu_tanh(y), m[5])
+    x, y = kernels.gate_residual_norm_modulate(x, y, m[2], m[3], m[4], 1e-6, bias)
+    x = kernels.gate_residual(x, kernels.gelu_tanh(y, bias), m[5])
     ones = torch.ones(qkv.shape[-1])
     q, k, v = kernels.qk_norm(qkv, ones, 0 * ones, ones, 0 * ones)
     losses = [kernels.guided_feature_loss(x, f[index], f[index] * 2, weight[index], 30.0, loss, index)
@@ -147,7 +150,7 @@ def test_compiled_in_one_graph_equals_eager(backend: str, dynamic: bool) -> None
     torch.manual_seed(0)
     compiled = torch.compile(everything, backend=backend, fullgraph=True, dynamic=dynamic)
     for batch in (3, 4) if dynamic else (3,):
-        leaves = [torch.randn(batch, 5, 16), torch.randn(batch, 96), torch.randn(batch, 5, 3, 2, 8)]
+        leaves = [torch.randn(batch, 5, 16), torch.randn(batch, 96), torch.randn(batch, 5, 3, 2, 8), torch.randn(16)]
         leaves = [leaf.requires_grad_() for leaf in leaves]
         rest = (torch.randn(batch, 5, 16), torch.rand(batch), torch.tensor([2, 0]))
         for one, other in zip(run(compiled, (*leaves, *rest)), run(everything, (*leaves, *rest)), strict=True):
@@ -170,12 +173,48 @@ def test_autocast_leaves_dtypes_and_values_as_they_are(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name != "cfg_extrapolate"])  # which is linear
 def test_second_derivatives_are_refused(name: str) -> None:
     arguments = samples()[name]
+    if name in BIASED:  # no gradient depends on the bias
+        arguments = (*arguments[:-1], None)
     leaf = [v for v in arguments if isinstance(v, Tensor) and v.requires_grad][-1]
     out = public(name, kernels)(*arguments)
     out = out[0] if isinstance(out, tuple) else out
     with pytest.raises(NotImplementedError, match=f"{name}: there is no second derivative"):
         (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
         grad.sum().backward()
+
+
+BIASED = {"gate_residual_norm_modulate": 1, "gelu_tanh": 0}
+"""Ops that sum the gradient of the bias before them, and the place of the argument that it was added to."""
+
+
+@pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_gets_the_gradient_that_adding_it_would_give(name: str, bias_dtype: torch.dtype, ops: Any) -> None:
+    *arguments, _ = samples()[name]
+    bias, place = (torch.randn(12) - 3).to(bias_dtype).requires_grad_(), BIASED[name]
+    made = arguments[place].detach()
+    arguments[place] = made + bias
+    added = run(public(name, reference), (*arguments, bias))  # its own bias and the layer's: the same gradient twice
+    arguments[place] = (made + bias.detach()).requires_grad_()
+    ours = run(public(name, ops), (*arguments, bias))
+    for one, other in zip(ours[:-1], run(public(name, ops), (*arguments, None)), strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+    assert ours[-1] is not None and added[-1] is not None and ours[-1].dtype == bias_dtype
+    torch.testing.assert_close(ours[-1], added[-1] / 2)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_no_sum_is_taken_for_a_bias_that_needs_no_gradient(name: str) -> None:
+    *arguments, bias = samples()[name]
+    for without in (bias.detach(), None):
+        with Calls() as calls:
+            out = public(name, kernels)(*arguments, without)
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+        assert calls.seen[name][-1] is None and calls.seen[f"{name}_backward"][-1] is None
+    with torch.no_grad(), Calls() as calls:
+        public(name, kernels)(*arguments, bias)
+    assert calls.seen[name][-1] is None
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -187,7 +226,7 @@ def test_forward_mode_derivatives_are_refused(name: str) -> None:
 
 
 def test_an_output_that_is_not_used_gets_no_gradient() -> None:
-    x, a, gate, shift, scale, eps = samples()["gate_residual_norm_modulate"]
+    x, a, gate, shift, scale, eps, _ = samples()["gate_residual_norm_modulate"]
     for used in (0, 1):
         grads = [
             torch.autograd.grad(

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from st_fast.kernels import resources
 from st_fast.kernels.adaln import triton as adaln
 from st_fast.kernels.feature_loss import triton as feature_loss
+from st_fast.kernels.mlp import triton as mlp
 from st_fast.kernels.optimiser import triton as optimiser
 from st_fast.kernels.qknorm import triton as qknorm
 
@@ -93,6 +94,7 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
         lambda: adaln.gate_residual_norm_modulate(x, x, v, v, v, 1e-6),
         lambda: adaln.norm_modulate(x, v, v, 1e-6),
         lambda: adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, s, s),
+        lambda: adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, s, s, meta(width)),
         lambda: adaln.norm_modulate_backward(x, x, v, s, s),
         lambda: adaln.gate_residual(x, x, v),
         lambda: adaln.gate_residual_backward(x, x, v),
@@ -100,6 +102,9 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
         lambda: feature_loss.guided_feature_loss(x, x, x, weight, 0.0, "cosine", index),
         lambda: feature_loss.guided_feature_loss(x, x[:0], x[:0], weight[:0], 1.0, "mse", index[:0]),
         lambda: feature_loss.cfg_extrapolate(x, x, 1.0),
+        lambda: mlp.gelu_tanh(x),
+        lambda: mlp.gelu_tanh_backward(x, x),
+        lambda: mlp.gelu_tanh_backward(x, x, meta(width)),
         lambda: qknorm.qk_norm(qkv, affine, affine, affine, affine, 1e-6),
         lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, stats),
         lambda: optimiser.grad_norm(p),

@@ -14,9 +14,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_the_table_has_the_switches_but_the_optimiser() -> None:
-    assert tuple(field.name for field in fields(kernels.KernelTable)) == TABLE
-    assert {*TABLE, "adamw_ema"} == set(SWITCHES)
-    assert set().union(*table.SLOWER.values()) <= set(TABLE)
+    assert tuple(field.name for field in fields(kernels.KernelTable)) == (*TABLE, "bias_gradients")
+    assert {*TABLE, "adamw_ema", "bias_gradients"} == set(SWITCHES)
+    assert set().union(*table.SLOWER.values(), *table.FOR_BIASES.values()) <= set(TABLE)
 
 
 @pytest.mark.parametrize("op", TABLE)
@@ -50,8 +50,19 @@ def test_auto_is_the_op_that_has_a_kernel_there_and_was_not_measured_slower(monk
     found = kernels.select({"align": "auto"}, CUDA)
     assert found == kernels.select({}, CUDA)
     assert (found.align, found.gate_residual) == (kernels.align, kernels.gate_residual)
-    assert (found.qk_norm, found.gelu_tanh, found.linear) == (reference.qk_norm, reference.gelu_tanh, reference.linear)
+    assert (found.qk_norm, found.linear) == (reference.qk_norm, reference.linear)
     assert kernels.select({}, torch.device("meta")).align is reference.align
+
+
+def test_auto_sums_bias_gradients_in_the_ops_on_cuda_and_takes_gelu_for_that_alone() -> None:
+    summed = kernels.select({}, CUDA)
+    assert summed.bias_gradients and summed.gelu_tanh is kernels.gelu_tanh
+    for device, choices in ((CUDA, {"bias_gradients": "reference"}), (CPU, {}), (CPU, {"bias_gradients": "fused"})):
+        found = kernels.select(choices, device)
+        assert found.bias_gradients == ("fused" in choices.values())
+        assert found.gelu_tanh is (kernels if device == CPU and native.available() else reference).gelu_tanh
+    alone = kernels.select({"bias_gradients": "reference", "gelu_tanh": "fused"}, CUDA)
+    assert alone.gelu_tanh is kernels.gelu_tanh
 
 
 def test_auto_on_a_cpu_without_compiled_ops_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +75,10 @@ def test_auto_on_a_cpu_without_compiled_ops_is_the_reference(monkeypatch: pytest
 def test_unknown_names_are_refused_with_the_nearest_one() -> None:
     with pytest.raises(ValueError, match=r"'norm_modulat' is unknown; allowed: norm_modulate,.*mean 'norm_modulate'"):
         kernels.select({"norm_modulat": "fused"}, CPU)
+    with pytest.raises(ValueError, match=r"'bias_gradient' is unknown.*did you mean 'bias_gradients'"):
+        kernels.select({"bias_gradient": "fused"}, CPU)
+    with pytest.raises(ValueError, match=r"kernels.bias_gradients: 'on' is unknown; allowed: auto, fused, reference"):
+        kernels.select({"bias_gradients": "on"}, CPU)
     with pytest.raises(ValueError, match=r"kernels.align: 'fussed' is unknown; allowed: auto.*did you mean 'fused'"):
         kernels.select({"align": "fussed"}, CPU)
 

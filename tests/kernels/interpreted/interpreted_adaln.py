@@ -42,21 +42,30 @@ def test_nan_in_gives_nan_out(case: Case) -> None:
 
 def test_no_sample_gives_empty_outputs() -> None:
     x, v = torch.empty(0, 3, 8), torch.empty(0, 8)
-    x_out, y, mean, _ = adaln.gate_residual_norm_modulate(x, x, v, v, v, 1e-6)
+    x_out, y, mean, rstd = adaln.gate_residual_norm_modulate(x, x, v, v, v, 1e-6)
     assert x_out.shape == y.shape == (0, 3, 8) and mean.shape == (0, 3)
+    *_, bias = adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, mean, rstd, torch.ones(8))
+    assert torch.equal(bias, torch.zeros(8))
 
 
 def test_float32_stream_with_bfloat16_branch_and_modulation() -> None:
     torch.manual_seed(0)
     x, a, mod = torch.randn(1, 3, 40), torch.randn(1, 3, 40).bfloat16(), torch.randn(1, 120).bfloat16()
     gate, shift, scale = mod.chunk(3, 1)
-    x_out, y, mean, rstd = torch.ops.st_fast.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
-    plain = torch.ops.st_fast_reference.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6)
+    x_out, y, mean, rstd = torch.ops.st_fast.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6, None)
+    plain = torch.ops.st_fast_reference.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-6, None)
     for ours, theirs in zip((x_out, y, mean, rstd), plain, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    dx, da, dmod = torch.ops.st_fast.gate_residual_norm_modulate_backward(x, y, x_out, a, gate, scale, mean, rstd)
+    backward = torch.ops.st_fast.gate_residual_norm_modulate_backward
+    dx, da, dmod, da_bias = backward(x, y, x_out, a, gate, scale, mean, rstd, gate[0])
     assert (dx.dtype, da.dtype, dmod.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(da_bias, da.float().sum((0, 1)).bfloat16(), rtol=2e-2, atol=2e-2)
+
+
+def test_a_bias_is_summed_over_more_partial_sums_than_one_block_holds() -> None:
+    (case,) = (c for c in modulated(131, 1, 20) if c.name.endswith("biased-131x1x20"))  # 131 partial sums: 128 and 3
+    assert_as_exact_as_eager(case, torch.float32)
 
 
 @pytest.mark.parametrize(("width", "blocks"), [(1152, (1024, 256)), (1024, (1024, 0)), (384, (256, 128)),

@@ -1,0 +1,136 @@
+"""GELU's tanh form in Triton, forward and backward, with the gradient of the bias before it (arXiv 1606.08415).
+
+    y = x·σ(2u)        u = √(2/π)·(x + 0.044715x³)        σ(2u) = ½(1 + tanh u)
+
+The public functions take and return tensors and know nothing of dispatch or autograd; `../common/rows.py` is all they
+need. float32, bfloat16 or float16, mixed freely; arithmetic is float32.
+
+How it works. The backward pass walks down the rows of a block of columns, so that it can add up dx for each column in
+float32 registers; it writes one partial sum a chunk of rows, and a second kernel adds them in a fixed order. How rows
+are cut into chunks depends on the shape alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common.rows import column_sums, cut_tokens
+
+PROGRAMS = 1024
+"""Programs that a backward launch aims at: about two waves on an H200."""
+FORWARD_BLOCK, COLUMNS, ROWS = 4096, 512, 4
+"""Elements of a forward program; columns of a backward program, and rows that it reads at a time."""
+
+
+@triton.jit
+def _within_ten(x):
+    """x, cut to ±10: beyond, GELU is x or 0 to the last bit, and the exponential would leave float32."""
+    x = tl.where(x > 10.0, 10.0, x)  # keeps NaN, as tl.clamp does not
+    return tl.where(x < -10.0, -10.0, x)
+
+
+@triton.jit
+def _gelu(x):
+    """x·σ(2u), float32; −0 below −10."""
+    v = _within_ten(x)
+    y = x / (1.0 + tl.exp(-1.5957691216057308 * v * (1.0 + 0.044715 * v * v)))
+    return tl.where(x < -10.0, x * 0.0, y)
+
+
+@triton.jit
+def _slope(x):
+    """Its derivative σ(2u) + 2u'·x·σ(2u)·(1 − σ(2u)), float32."""
+    v = _within_ten(x)
+    exponential = tl.exp(-1.5957691216057308 * v * (1.0 + 0.044715 * v * v))
+    sigma = 1.0 / (1.0 + exponential)
+    return sigma + v * (1.5957691216057308 * (1.0 + 0.134145 * v * v)) * (exponential * sigma) * sigma  # e·σ = 1 − σ
+
+
+@triton.jit
+def _gelu_forward_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
+    """x → y, contiguous."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, _gelu(x), mask=at < count)
+
+
+@triton.jit
+def _gelu_backward_kernel(
+    dy_ptr, x_ptr, dx_ptr, partial_ptr, rows, columns, chunk,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dy, x → dx, all (rows, columns), and, if SUMS, each chunk's sums of its columns: partial (chunks, columns)."""
+    blocks = tl.cdiv(columns, COLUMNS)
+    number = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    first = number * chunk
+    last = tl.minimum(first + chunk, rows)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row in tl.range(first, last, ROWS, num_stages=3):
+        down = row + tl.arange(0, ROWS)
+        mask = (down < last)[:, None] & (at < columns)[None, :]
+        place = down[:, None] * columns + at[None, :]
+        dy = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dx = dy * _slope(x)
+        tl.store(dx_ptr + place, dx, mask=mask)
+        if SUMS:
+            total += dx
+    if SUMS:
+        tl.store(partial_ptr + number * columns + at, tl.sum(total, 0), mask=at < columns)
+
+
+@triton.jit
+def _add_bias_partials_kernel(partial_ptr, bias_ptr, chunks, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """partial (chunks, columns) float32 → the bias's gradient (columns,)."""
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = column_sums(partial_ptr, chunks, columns, at, columns, ROWS, COLUMNS)
+    tl.store(bias_ptr + at, total, mask=at < columns)
+
+
+def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+    """GELU in x's dtype, contiguous."""
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _gelu_forward_kernel[(triton.cdiv(x.numel(), FORWARD_BLOCK),)](x, y, x.numel(), BLOCK=FORWARD_BLOCK, num_warps=4)
+    return y
+
+
+def gelu_tanh_backward(dy: Tensor, x: Tensor, x_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """dx in x's dtype, and dx_bias, the sum of dx over all axes but the last; it is empty without x_bias."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    columns = x.shape[-1] if x.dim() else 1
+    rows = x.numel() // max(columns, 1)
+    blocks = triton.cdiv(columns, COLUMNS)
+    chunk = cut_tokens(1, rows, max(PROGRAMS // max(blocks, 1), 1), ROWS, 4096)
+    chunks = triton.cdiv(rows, chunk)
+    partial = None if x_bias is None else torch.empty((chunks, columns), dtype=torch.float32, device=x.device)
+    _gelu_backward_kernel[(chunks * blocks,)](
+        dy, x, dx, partial, rows, columns, chunk, SUMS=x_bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+    )
+    if x_bias is None or partial is None:
+        return dx, torch.empty(0, dtype=torch.float32, device=x.device)
+    dx_bias = torch.empty_like(x_bias)
+    _add_bias_partials_kernel[(triton.cdiv(columns, 16),)](
+        partial, dx_bias, chunks, columns, ROWS=128, COLUMNS=16, num_warps=4
+    )
+    return dx, dx_bias
+
+
+WIDTHS = (384, 768, 1024, 1152)
+CEILINGS = {"gelu_forward": 64, "gelu_backward": 64, "gelu_bias_backward": 64, "add_bias_partials": 48}
+"""What `resources.py` compiles: widths of a model, and the most registers a thread may take in each kernel."""
+
+
+def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """At the shapes of training: 256 tokens, a batch of 256, four times the model's channels."""
+    x, bias = meta(256, 256, 4 * width), meta(4 * width)
+    yield "gelu_forward", lambda: gelu_tanh(x)
+    yield "gelu_backward", lambda: gelu_tanh_backward(x, x)
+    yield "gelu_bias_backward", lambda: gelu_tanh_backward(x, x, bias)
