@@ -178,7 +178,24 @@ def launches() -> dict[str, Any]:
     return {part: [cost[key] for key in ("launches", "syncs", "host_us")] for part, cost in costs.items()}
 
 
-HERE = (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches)
+def draws() -> dict[str, Any]:
+    """A batch's noisy latents in one call, for other seeds, ordinals and scales of the moments; the kernel's forms."""
+    from st_fast import kernels
+    from st_fast.kernels.noise.triton import _noisy_latents_kernel
+
+    device, counters, calls = torch.device("cuda:0"), Counters(), []
+    forms = _noisy_latents_kernel.device_caches[0][0]
+    moments, t = torch.zeros(6, 8, 32, 32, dtype=torch.float16, device=device), torch.rand(6, device=device)
+    for op in (kernels.noisy_latents, kernels.reference.noisy_latents):
+        for seed, first in ((0, 0), (1, 2**40), (16, 7), (2**40, 0), (2**63 + 5, 1), (-1, 2**62)):
+            ordinals = torch.arange(6, device=device) + first
+            before = counters.read()
+            op(moments, ordinals, t, seed, 0.18215, "linear")
+            calls.append(counters.since(before))
+    return {"ours": calls[:6], "definition": calls[6:], "forms": len(forms)}
+
+
+HERE = (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches, draws)
 OF_PRODUCTS = (products.emulated, products.asked, products.fallbacks)
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {check.__name__: check for check in (*HERE, *OF_PRODUCTS)}
 

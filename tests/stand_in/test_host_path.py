@@ -98,6 +98,13 @@ def test_a_rehearsal_is_of_all_processes_and_ends_with_the_commands_exit_code(fo
     assert done.stdout.splitlines() == ["NVIDIA H100 80GB HBM3 40.0 0.0"] * 2 and done.returncode == 7, done.stderr
 
 
+def test_a_batchs_noise_is_one_launch_of_one_kernel_whatever_the_seed(check):
+    found = check("draws")
+    for call in found["ours"]:
+        assert call["launches"] == 1 and call["syncs"] == call["pageable_copies"] == 0, found["ours"]
+    assert found["forms"] == 1 and found["definition"][0]["launches"] > 200
+
+
 def test_launches_are_counted(check):
     found = check("launches")
     assert found["forward"][:2] == [1, 0] and found["backward"][:2] == [2, 0]
