@@ -190,6 +190,25 @@ def test_a_run_whose_kernels_all_fail_trains_with_the_reference(one_stage, monke
     assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
 
 
+def test_the_choice_of_noisy_latents_reaches_the_batches_and_changes_no_bit(one_stage, monkeypatch):
+    from st_fast.train.run import run
+
+    run(load(one_stage, ["--kernels.noisy_latents=fused", f"--run.out={one_stage.parent / 'fused'}"]))
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return kernels.reference.noisy_latents(*arguments)
+
+    def declared(op):
+        return replace(kernels.declared(op), definition=counted) if op == "noisy_latents" else kernels.declared(op)
+
+    monkeypatch.setattr(table, "declared", declared)
+    run(load(one_stage, ["--kernels.noisy_latents=reference"]))
+    ours, theirs = (tiny.records(one_stage.parent / name, "train") for name in ("out", "fused"))
+    assert len(calls) > ours[-1]["step"] and [r["loss"] for r in ours] == [r["loss"] for r in theirs]
+
+
 # Teachers
 
 

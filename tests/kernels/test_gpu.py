@@ -64,6 +64,20 @@ def test_values_and_gradients_are_as_exact_as_eager_and_the_same_twice(case: Cas
         assert error(ours[name], truth[name]) <= 2 * error(eager[name], truth[name]) + SLACK, name
 
 
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 8, 32, 32), (2, 6, 5, 7), (1, 2, 1, 1)], ids=str)
+def test_noisy_latents_are_the_bits_of_the_cpu(shape: tuple[int, ...], dtype: torch.dtype, path: str) -> None:
+    """By Triton and by PyTorch's own kernels."""
+    torch.manual_seed(0)
+    given = torch.randn(shape).to(dtype), torch.randint(0, 2**62, shape[:1]), torch.rand(shape[:1])
+    for seed in (7, -5, 2**63 + 2**32 + 1):
+        truth = reference.noisy_latents(*given, seed, 0.18215, path)
+        for ops in (kernels, reference):
+            found = ops.noisy_latents(*(value.to(DEVICE) for value in given), seed, 0.18215, path)
+            assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(found, truth, strict=True))
+
+
 @contextmanager
 def no_host_sync() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
