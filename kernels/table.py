@@ -60,12 +60,12 @@ def auto(switch: str, device: torch.device, choices: Mapping[str, str] | None = 
     """What is faster on such a device: the fused op where it has a kernel there, unless that was measured slower, or
     serves the bias gradients alone and they are not among the other `choices`.
 
-    Without csrc a CPU takes the reference for all ops: only with it were they measured. An op that is `timed` is the
-    reference: which is faster depends on the shapes, and the caller's trial says so.
+    Without csrc a CPU takes the reference for all ops: only with it were they measured. An op that stands
+    `instead` of others is the reference: which is faster depends on the shapes, and the caller's trial says so.
     """
     if switch == BIASES:
         return "fused" if device.type == "cuda" else "reference"
-    if declared(switch).timed or (device.type == "cpu" and not native.available()):
+    if declared(switch).instead is not None or (device.type == "cpu" and not native.available()):
         return "reference"
     slower = switch in SLOWER.get(device.type, ())
     if switch in FOR_BIASES.get(device.type, ()):

@@ -61,8 +61,9 @@ class Op:
     """Modulation vectors (B, D) that are read forward; read and written backward."""
     statistics: Callable[[Size], int] = lambda size: 0
     """float32 numbers a token that the forward pass writes and the backward pass reads."""
-    timed: bool = False
-    """Whether a kernel's being there says too little: "auto" is the reference until a trial has timed both."""
+    instead: Callable[[Any], Callable[..., Any]] | None = None
+    """What a model runs without the op, from its table's others, if which is faster takes a trial of both: a kernel's
+    being there says too little, and "auto" is the reference until then."""
     free_backward_on_cpu: bool = False
     """Whether the backward pass hands on a gradient as it is, which the CPU can see to be right."""
     data: Callable[[Size, int], float] | None = None

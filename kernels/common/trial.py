@@ -20,6 +20,8 @@ class Size:
     tokens: int
     width: int
     heads: int
+    hidden: int = 0
+    """Channels within the MLP; 0: 4·D."""
 
     @property
     def rows(self) -> tuple[int, int, int]:

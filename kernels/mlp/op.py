@@ -27,7 +27,7 @@ from ..common.registry import (
 )
 from ..common.trial import Draw, Inputs, Size, with_bias
 from . import definition, onednn
-from .whole import gelu_mlp, trial
+from .whole import gelu_mlp, parts, trial
 
 TRITON = __package__ + ".triton"
 
@@ -162,6 +162,6 @@ DECLARED = {
         gelu_mlp, definition.gelu_mlp, trial,
         floor=(2, 3),  # read x, write y; read dy, x, write dx (weights beside them)
         moved=(14, 24),  # forward h and gelu(h), 4·D channels, written, and gelu(h) read by fc2; four products backward
-        timed=True,
+        instead=parts,
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor
     if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
         return definition.gelu_mlp(*arguments)
     wanted = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
-    if x.is_cuda and x.dtype in cublaslt.DTYPES and not wanted:
+    if x.is_cuda and not wanted:
         return cublaslt.frozen(*arguments)
     y: Tensor = ops.gelu_mlp(*arguments)[0]
     return y
@@ -114,9 +115,19 @@ def _backward_flops(dy: Shape, w2: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(dy[:-1]) * math.prod(w2)  # the other three products are counted as PyTorch's
 
 
+def parts(table: Any) -> Callable[..., Tensor]:
+    """The same by a table's `linear` and `gelu_tanh`."""
+
+    def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+        y: Tensor = table.linear(table.gelu_tanh(table.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+        return y
+
+    return mlp
+
+
 def trial(draw: Draw, size: Size) -> Inputs:
-    """Inputs as a block has them, with weights of its hidden width."""
-    wide, deep = 4 * size.width, size.width
+    """Inputs as a block has them."""
+    wide, deep = size.hidden or 4 * size.width, size.width
     leaves = (
         draw.leaf(*size.rows), draw.weights(wide, deep), draw.leaf(wide), draw.weights(deep, wide), draw.leaf(deep)
     )  # fmt: skip

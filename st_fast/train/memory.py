@@ -18,14 +18,13 @@ from traceback import clear_frames
 
 import torch
 
-from st_fast.core.checkpoint.store import candidates, read_manifest
 from st_fast.core.errors import RunFailed
-from st_fast.core.files import BadFile
 from st_fast.core.machine import PassTooLarge, container_limit, lacks_memory, local_count
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, RecipeError, cost
 from st_fast.recipe.batch import AUTO, images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.check import check
+from st_fast.train.choices import newest_meta
 
 WASTEFUL = 2
 """How many times the chosen pass must fit before the log says that the batch does not split better."""
@@ -211,14 +210,9 @@ def halved(recipe: Recipe, choice: Choice | None) -> tuple[Recipe, Choice] | Non
 
 def recorded(recipe: Recipe, ranks: int) -> Choice | None:
     """The choice in the newest checkpoint; None unless it was made for as many ranks and still divides their share."""
-    for stage in reversed(recipe.stages):
-        for candidate in candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
-            try:
-                choice = Choice(**(read_manifest(candidate.path).meta.get("micro_batch") or {}))
-            except BadFile:  # loading it reports it
-                continue
-            except TypeError:  # no choice, or one written by another version
-                return None
-            fits = choice.ranks == ranks and choice.images in possible_passes(recipe.optim, ranks)
-            return choice if fits else None
-    return None
+    try:
+        choice = Choice(**((newest_meta(recipe) or {}).get("micro_batch") or {}))
+    except TypeError:  # no choice, or one written by another version
+        return None
+    fits = choice.ranks == ranks and choice.images in possible_passes(recipe.optim, ranks)
+    return choice if fits else None

@@ -30,6 +30,7 @@ from st_fast.recipe.check import check_device
 from st_fast.report import write_report
 from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.batches import open_image_features
+from st_fast.train.choices import choose_kernels
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
 from st_fast.train.stage import run_stage
@@ -88,7 +89,8 @@ def run(recipe: Recipe) -> None:
                 write_atomic(out / "recipe.toml", to_toml(recipe).encode())
             with memory.explained(split, ranks, dtype, recipe):
                 rate = matmul_rate(ranks.device, dtype)
-            context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice)
+                timed = choose_kernels(split, ranks, dtype, log.say)
+            context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed)
             for stage in recipe.stages:
                 context = train_stage(context, stage, recipe)
             consensus.close()

@@ -1,7 +1,7 @@
 """A stage's model, method, optimiser and step: how they are built, saved and restored."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class RunContext:
     """Measured matmul FLOP/s of one device in that precision; MFU is a share of it."""
     choice: Choice | None = None
     """The result of `optim.micro_batch = "auto"`, which is in `recipe` as accumulation; None without it."""
+    timed: Mapping[str, str] = field(default_factory=dict)
+    """The kernels that a trial has chosen, by op: "fused" or "reference"."""
 
 
 class Trainer:
@@ -58,7 +60,8 @@ class Trainer:
     def __init__(self, context: RunContext, stage: Stage) -> None:
         self.context, self.stage = context, stage
         recipe, device = context.recipe, context.ranks.device
-        table = validated_kernels(vars(recipe.kernels), recipe.model, context.ranks, context.dtype, context.log.say)
+        chosen = {**vars(recipe.kernels), **context.timed}
+        table = validated_kernels(chosen, recipe.model, context.ranks, context.dtype, context.log.say)
         self.noisy_latents = table.noisy_latents
         update, norm = adamw.validated(recipe, context.ranks, context.dtype, context.log.say)
         head_dim, tokens = recipe.model.width // recipe.model.heads, recipe.model.tokens
@@ -188,6 +191,7 @@ class Trainer:
             "rollbacks": self.rollbacks,
             "init": self.origin,
             "micro_batch": asdict(self.context.choice) if self.context.choice else None,
+            "kernels": dict(self.context.timed),
             "versions": {"st_fast": __version__, "torch": torch.__version__},
         }
         stall = self.saver.save(step, self.optimizer.state(), meta)

@@ -1,0 +1,43 @@
+"""What a run decides once, at its start, and keeps in its checkpoints, so that a resumed run computes the same bits."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from st_fast.core.checkpoint.store import candidates, read_manifest
+from st_fast.core.files import BadFile
+from st_fast.core.ranks import Ranks
+from st_fast.kernels.common.trial import Size
+from st_fast.model.timed import timed_choices
+from st_fast.recipe import Recipe
+from st_fast.recipe.batch import images_a_pass
+
+
+def newest_meta(recipe: Recipe) -> Mapping[str, Any] | None:
+    """What the newest readable checkpoint of the run says of it; None where there is none yet."""
+    for stage in reversed(recipe.stages):
+        for candidate in candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
+            try:
+                return read_manifest(candidate.path).meta
+            except BadFile:  # loading it reports it
+                continue
+    return None
+
+
+def choose_kernels(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, str]:
+    """What `kernels` says "auto" of and a trial decides: by op, "fused" or "reference", the same on all ranks."""
+
+    def recorded() -> dict[str, str] | None:
+        meta = newest_meta(recipe)
+        return None if meta is None else dict(meta.get("kernels") or {})
+
+    if recipe.run.fp8 != "off" and vars(recipe.kernels)["gelu_mlp"] == "auto":
+        say(f"kernels: gelu_mlp reference, run.fp8 = {recipe.run.fp8!r} has products of its own")
+        return {}
+    model, compile = recipe.model, recipe.run.compile
+    size = Size(images_a_pass(recipe.optim, ranks.count), model.tokens, model.width, model.heads, model.hidden)
+    before = ranks.broadcast_from_rank0(recorded)
+    compiled = compile == "on" or (compile == "auto" and ranks.device.type == "cuda")
+    return timed_choices(vars(recipe.kernels), size, ranks, dtype, compiled, before, say)
