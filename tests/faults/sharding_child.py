@@ -39,6 +39,8 @@ class Heads(nn.Module):
 
 def model(dtype: torch.dtype) -> SiT:
     choices = {"bias_gradients": "fused"}  # the default on CUDA: a bias is used outside of its layer, and in its block
+    if dtype == torch.bfloat16:  # as it may be there, too
+        choices["gelu_mlp"] = "fused"
     found = build(CONFIG, kernels.select(choices, torch.device("cpu")), 0)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

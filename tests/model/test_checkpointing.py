@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODES = ("none", "attention", "block")
 SMALL = Model("custom", depth=4, width=64, heads=2, patch=2, channels=4, latent_size=16, num_classes=5)
 BATCH = 4
-TABLE = kernels.select({"qk_norm": "fused"}, torch.device("cpu"))  # every op that keeps something for its backward
+FUSED = {"qk_norm": "fused", "gelu_mlp": "fused"}  # every op that keeps something for its backward
+TABLE = kernels.select(FUSED, torch.device("cpu"))
 
 
 @pytest.fixture

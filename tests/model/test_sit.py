@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast import kernels
 from st_fast.model import SiT, build
-from st_fast.model.sit import sincos_positions, unpatchify
+from st_fast.model.sit import Mlp, sincos_positions, unpatchify
 from st_fast.recipe import cost
 from st_fast.recipe.architecture import SIZES, Model
 
@@ -211,3 +211,43 @@ def test_building_is_reproducible_and_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert not torch.equal(one["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
+
+
+WHOLE = kernels.select({"gelu_mlp": "fused"}, CPU)
+
+
+def loss_and_gradients(model):
+    x, t, y = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)),
+        torch.tensor([0.3, 0.8]),
+        torch.tensor([1, 2]),
+    )
+    velocity, _ = model(x, t, y)
+    loss = velocity.float().square().mean()
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_mlp_as_one_op_is_the_mlp_of_its_layers(compiled):
+    parts = perturbed(TINY).float()
+    whole = SiT(TINY, WHOLE)
+    whole.load_state_dict(parts.state_dict())
+    if compiled:
+        for block in whole.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    for one, other in zip(loss_and_gradients(whole), loss_and_gradients(parts), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 + 1e-5 * float(other.abs().max()))
+
+
+def test_the_mlp_is_one_op_where_the_table_says_so_and_its_layers_are_our_own():
+    """A layer of another class, as fp8's, multiplies for itself."""
+    calls, table = [], replace(WHOLE, gelu_mlp=lambda *args: calls.append(1) or kernels.gelu_mlp(*args))
+    y = torch.randn(2, 5, 48)
+    for kernel_table, other, count in ((table, False, 1), (TABLE, False, 0), (table, True, 0)):
+        mlp = Mlp(48, 96, kernel_table)
+        if other:
+            mlp.fc1 = torch.nn.Linear(48, 96)
+        calls.clear()
+        assert mlp(y).shape == y.shape and len(calls) == count

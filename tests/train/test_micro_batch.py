@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,8 +380,7 @@ def test_the_run_folder_keeps_the_recipe_as_it_was_given(data, tmp_path):
 
 def keep(record: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the newest checkpoint had this record of a choice."""
-    monkeypatch.setattr(memory, "candidates", lambda root: [SimpleNamespace(path=root)])
-    monkeypatch.setattr(memory, "read_manifest", lambda path: SimpleNamespace(meta={"micro_batch": record}))
+    monkeypatch.setattr(memory, "newest_meta", lambda recipe: {"micro_batch": record})
 
 
 XL_ON_78 = {"images": 128, "ranks": 1, "halved": False}
