@@ -36,7 +36,7 @@ from st_fast.recipe import cost
 from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.schema import Model
 
-TRUNK_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_tanh", "bias_gradients")
+TRUNK_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_tanh", "gelu_mlp", "bias_gradients")
 """Switches of the plain step."""
 CHOICES = {
     **{f"{op} {how}": (f"--kernels.{op}={how}",) for op in TRUNK_OPS for how in ("reference", "fused")},

@@ -51,6 +51,11 @@ def _attention(module: ModuleType) -> None:
     module.BACKENDS["cudnn"] = replace(module.BACKENDS["cudnn"], attend=able.attend, missing=able.missing)
 
 
+def _timed(module: ModuleType) -> None:
+    """Two ways of an op against float32, and one of them against itself."""
+    _put(module, "wrong", _nothing)
+
+
 def _torch(module: ModuleType) -> None:
     """cuDNN; what tests ask of numbers; and the kernel that waits, which nothing would wait for."""
     module.backends.cudnn.enabled = False
@@ -67,6 +72,7 @@ GATES: dict[str, Callable[[Any], None]] = {
     "bench.measure": _gate,
     "bench.optimiser": _optimiser,
     "st_fast.model.attention": _attention,
+    "st_fast.model.timed": _timed,
     "torch": _torch,
     "torch.testing": _testing,
 }
