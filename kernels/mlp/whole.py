@@ -116,10 +116,12 @@ def _backward_flops(dy: Shape, w2: Shape, *_: Any, **__: Any) -> int:
 
 
 def parts(table: Any) -> Callable[..., Tensor]:
-    """The same by a table's `linear` and `gelu_tanh`."""
+    """The same by a table's `linear` and `gelu_tanh`, which sums fc1's bias gradient if the table says so."""
 
     def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
-        y: Tensor = table.linear(table.gelu_tanh(table.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+        bias, left = (fc1_bias.detach(), fc1_bias) if table.bias_gradients else (fc1_bias, None)
+        g = table.gelu_tanh(table.linear(x, fc1_weight, bias), left)
+        y: Tensor = table.linear(g, fc2_weight, fc2_bias)
         return y
 
     return mlp
