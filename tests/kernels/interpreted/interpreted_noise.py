@@ -5,10 +5,15 @@ from __future__ import annotations
 import harness
 import pytest
 import torch
+import triton
+import triton.language as tl
+from test_noise import EDGES
 from torch import Tensor
 
 from st_fast import kernels
 from st_fast.kernels import reference
+from st_fast.kernels.noise import definition
+from st_fast.kernels.noise.triton import _box_muller
 
 CASES = [
     ((3, 8, 16, 17), torch.float16, 7, "linear"),
@@ -40,3 +45,20 @@ def test_strided_inputs_give_the_same_bits() -> None:
     arguments = (strided(moments), strided(ordinals), strided(t), 11, 0.18, "linear")
     theirs = reference.noisy_latents(moments, ordinals, t, 11, 0.18, "linear")
     assert all(map(torch.equal, kernels.noisy_latents(*arguments), theirs))
+
+
+@triton.jit
+def _pairs_kernel(words_ptr, out_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    first, second = _box_muller(tl.load(words_ptr + at).to(tl.uint32), tl.load(words_ptr + N + at).to(tl.uint32))
+    tl.store(out_ptr + at, first)
+    tl.store(out_ptr + N + at, second)
+
+
+def test_the_words_at_every_edge_give_the_bits_of_the_definition() -> None:
+    """Words that no seed is known to draw."""
+    count = triton.next_power_of_2(len(EDGES))
+    edges = torch.tensor(EDGES + EDGES[: count - len(EDGES)])
+    words, out = torch.stack([edges, edges.flip(0)]), torch.empty(2, count)
+    _pairs_kernel[(1,)](words, out, count)
+    assert torch.equal(out, torch.stack(definition.box_muller(*words)))
