@@ -359,7 +359,7 @@ def ours(setup: Setup) -> list[Kernel]:
         method = supervision.create(stage, Parts(recipe.model, table, teacher), 1)
         update = adamw.choose(recipe.optim.implementation, CUDA)
         optimizer = Optimizer(model, method.heads, recipe.optim, torch.bfloat16, update.update, update.norm)
-        step = Step(model, method, optimizer, recipe, Ranks(0, 1, META))
+        step = Step(model, method, optimizer, recipe, Ranks(0, 1, META), print)
         if optimizer.heads.parameters:
             counter.hook(method.heads, "heads")
         size = images_a_pass(recipe.optim, ranks=1)

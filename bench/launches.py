@@ -33,7 +33,7 @@ from bench.step import MICRO_BATCH
 from bench.tables import anything
 from bench.workload import STAGES, Setup, ours
 from st_fast.kernels import TABLE
-from st_fast.train.step import WARM_UP
+from st_fast.train.graphs import WARM_UP
 from tests.stand_in import driver, rehearse
 
 FILE = machine.FOLDER / "launches.json"

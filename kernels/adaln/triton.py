@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import launched
 from ..common.rows import (
     by_row,
     column_sums,
@@ -54,6 +55,7 @@ def _centred(main, tail, mean, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.con
         return main - mean, tl.where(MAIN + tl.arange(0, TAIL) < D, tail - mean, 0.0)
 
 
+@launched
 @triton.jit
 def _adaln_forward_kernel(
     x_ptr, a_ptr, gate_ptr, shift_ptr, scale_ptr, x_out_ptr, y_ptr, mean_ptr, rstd_ptr,
@@ -86,6 +88,7 @@ def _adaln_forward_kernel(
         tl.store(rstd_ptr + row, rstd)
 
 
+@launched
 @triton.jit
 def _adaln_backward_kernel(
     dx_out_ptr, dy_ptr, x_ptr, a_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, da_ptr, partial_ptr,
@@ -139,6 +142,7 @@ def _adaln_backward_kernel(
         store_row(slab + 2 * D, ungated * gate, ungated_t * gate_t, D, MAIN, TAIL)
 
 
+@launched
 @triton.jit
 def _adaln_gate_forward_kernel(
     x_ptr, a_ptr, gate_ptr, x_out_ptr, N, rows, x_b, x_n, a_b, a_n, gate_b,
@@ -153,6 +157,7 @@ def _adaln_gate_forward_kernel(
         store_row(x_out_ptr + (sample * N + token) * D, x + gate * a, x_t + gate_t * a_t, D, MAIN, TAIL)
 
 
+@launched
 @triton.jit
 def _adaln_gate_backward_kernel(
     dx_out_ptr, a_ptr, gate_ptr, da_ptr, partial_ptr, N, rows, dx_out_b, dx_out_n, a_b, a_n, gate_b,
@@ -170,6 +175,7 @@ def _adaln_gate_backward_kernel(
     store_row(partial_ptr + tl.program_id(0).to(tl.int64) * D, dgate, dgate_t, D, MAIN, TAIL)
 
 
+@launched
 @triton.jit
 def _add_partials_kernel(
     partial_ptr, out_ptr, bias_ptr, samples, chunks, columns, width,

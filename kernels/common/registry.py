@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import Any, Optional
 
@@ -35,6 +34,9 @@ UNREAD: dict[str, tuple[str, float]] = {}
 LAUNCHERS: dict[str, str] = {}
 """The module whose function of the op's name launches it on CUDA; imported at the first call, so that a CPU run never
 imports Triton."""
+
+ON_CUDA: dict[str, Callable[..., Any]] = {}
+"""What is registered for CUDA, of ops that no compiled library serves there."""
 
 Context = Any
 """autograd's context object: attributes are set and read freely."""
@@ -122,7 +124,8 @@ def define(
     if launcher is not None:
         LAUNCHERS[name] = launcher
         if not torch._C._dispatch_has_kernel_for_dispatch_key(full, "CUDA"):
-            LIBRARY.impl(name, _on_cuda(launcher, name), "CUDA")
+            ON_CUDA[name] = _on_cuda(launcher, name)
+            LIBRARY.impl(name, ON_CUDA[name], "CUDA")
     op = getattr(ops, name).default
     LIBRARY.impl(name, _without_autocast(op, "cpu"), "AutocastCPU")
     LIBRARY.impl(name, _without_autocast(op, "cuda"), "AutocastCUDA")
@@ -140,23 +143,32 @@ def differentiate(name: str, save: Callable[..., None], backward: Callable[..., 
         _register_autograd(f"{name}_backward", lambda ctx, inputs, output: None, refuse)
 
 
-PRIVATE = ("_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_any_requires_grad")
+PRIVATE = (
+    "_AutoDispatchBelowAutograd", "_after_autograd_keyset", "_after_ADInplaceOrView_keyset", "_any_requires_grad",
+)  # fmt: skip
 """What `_register_autograd` takes from torch._C, as torch.library does."""
 
 
 def _register_autograd(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
     """What `torch.library.register_autograd` does for ops without keyword-only arguments, at half the cost of a call.
 
-    That one fills in the schema's defaults at every call; these ops have none.
+    That one fills in the schema's defaults at every call; these ops have none. Where nothing but the CUDA kernel is
+    left to be called (no dispatch mode, no fake or wrapped tensor) and that is in Python, too, it is called without
+    another way through the dispatcher.
     """
     op = getattr(ops, name).default
     if not all(hasattr(torch._C, part) for part in PRIVATE):
         torch.library.register_autograd(add_op_namespace_prefix(name), backward, setup_context=save, lib=LIBRARY)
         return
 
+    after, backends = torch._C._after_autograd_keyset, torch._C._after_ADInplaceOrView_keyset
+    cuda, on_cuda = torch._C.DispatchKey.CUDA, ON_CUDA.get(name)
+
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
+        if on_cuda is not None and (keyset & backends).highestPriorityTypeId() == cuda:
+            return on_cuda(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return op.redispatch(keyset & after, *args)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -204,20 +216,20 @@ def zeros_if_none(grad: Grad, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if grad is None else grad
 
 
-@cache
-def _launcher(module: str, name: str) -> Callable[..., Any]:
-    return getattr(import_module(module), name)
-
-
 def _on_cuda(module: str, name: str) -> Callable[..., Any]:
     """The Triton launcher of an op, run on the device of its first tensor; float64 stays with plain PyTorch."""
+    found: list[Callable[..., Any]] = []
 
     def launch(*args: Any) -> Any:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         if first.dtype == torch.float64:
             return getattr(getattr(torch.ops, IN_PLAIN_PYTORCH.ns), name)(*args)
+        if not found:
+            found.append(getattr(import_module(module), name))
+        if first.get_device() == torch.cuda.current_device():
+            return found[0](*args)
         with torch.cuda.device(first.device):
-            return _launcher(module, name)(*args)
+            return found[0](*args)
 
     return launch
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import launched
 from ..common.rows import by_row, cut_tokens, load_row, row_config, row_sum, store_row, token_chunk, zero_row
 from .definition import EPS_NORM
 
@@ -47,6 +48,7 @@ def _inverse_length(power, EPS: tl.constexpr):
     return tl.rsqrt(tl.where(power < EPS * EPS, EPS * EPS, power))
 
 
+@launched
 @triton.jit
 def _feature_loss_kernel(
     q_ptr, cond_ptr, null_ptr, weight_ptr, index_ptr, dq_ptr, partial_ptr, named_ptr,
@@ -98,6 +100,7 @@ def _feature_loss_kernel(
         tl.store(partial_ptr + tl.program_id(0), 0.0)
 
 
+@launched
 @triton.jit
 def _feature_loss_total_kernel(partial_ptr, named_ptr, loss_ptr, M, count, BLOCK: tl.constexpr):
     """The loss from its parts, in their order; NaN if the index does not name M samples. One program."""
@@ -114,6 +117,7 @@ def _feature_loss_total_kernel(partial_ptr, named_ptr, loss_ptr, M, count, BLOCK
     tl.store(loss_ptr, loss)
 
 
+@launched
 @triton.jit
 def _extrapolate_kernel(cond_ptr, null_ptr, out_ptr, count, CFG: tl.constexpr, BLOCK: tl.constexpr):
     """f_∅ + ω·(f_y − f_∅), elementwise."""

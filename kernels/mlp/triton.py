@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import launched
 from ..common.rows import column_sums, cut_tokens
 
 PROGRAMS = 1024
@@ -51,6 +52,7 @@ def _slope(x):
     return sigma + v * (1.5957691216057308 * (1.0 + 0.134145 * v * v)) * (exponential * sigma) * sigma  # e·σ = 1 − σ
 
 
+@launched
 @triton.jit
 def _gelu_forward_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     """x → y, contiguous."""
@@ -59,6 +61,7 @@ def _gelu_forward_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, _gelu(x), mask=at < count)
 
 
+@launched
 @triton.jit
 def _gelu_backward_kernel(
     dy_ptr, x_ptr, dx_ptr, partial_ptr, rows, columns, chunk,
@@ -85,6 +88,7 @@ def _gelu_backward_kernel(
         tl.store(partial_ptr + number * columns + at, tl.sum(total, 0), mask=at < columns)
 
 
+@launched
 @triton.jit
 def _add_bias_partials_kernel(partial_ptr, bias_ptr, chunks, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """partial (chunks, columns) float32 → the bias's gradient (columns,)."""

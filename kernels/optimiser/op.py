@@ -84,14 +84,21 @@ def _check(
     for name, tensors in {"params": params, **lists, **optional}.items():
         if len(tensors) != len(params) and not (name in optional and len(tensors) == 0):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors; {len(params)}, one a parameter, are needed")
+        allowed, written = ALLOWED[name], name != "grads"
         for i, tensor in enumerate(tensors):
+            if (
+                tensor.dtype in allowed
+                and tensor.shape == params[i].shape
+                and tensor.device == device
+                and (tensor.is_contiguous() or not written)
+            ):
+                continue
             label = f"{name}[{i}]"
-            _dtype(op, label, tensor, ALLOWED[name])
+            _dtype(op, label, tensor, allowed)
             if tensor.device != device:
                 raise ValueError(f"{op}: {label} is on {tensor.device}; it must be on params[0]'s device, {device}")
             checks.shape(op, label, tensor, params[i].shape, f"the shape of params[{i}]")
-            if name != "grads" and not tensor.is_contiguous():
-                raise ValueError(f"{op}: {label} has strides {tensor.stride()}; it is written, and must be contiguous")
+            raise ValueError(f"{op}: {label} has strides {tensor.stride()}; it is written, and must be contiguous")
     for name, scalar in scalars.items():
         checks.shape(op, name, scalar, (), "a 0-dim tensor, ()")
         _dtype(op, name, scalar, ALLOWED[name])

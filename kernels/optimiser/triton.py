@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import launched
+
 CHUNK = 16384
 """Elements a program handles, and the piece of a tensor whose squares are summed together."""
 
@@ -52,6 +54,7 @@ def _chunk(table_ptr, chunks_ptr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
     return row, first, last, last // 8 * 8
 
 
+@launched
 @triton.jit
 def _grad_norm_kernel(
     table_ptr, chunks_ptr, out_ptr,
@@ -97,6 +100,7 @@ def _step(
         tl.store(_address(row, 5, COPY, ALIGNED) + at, p, mask=inside)
 
 
+@launched
 @triton.jit
 def _adamw_kernel(
     table_ptr, chunks_ptr, scalars_ptr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,

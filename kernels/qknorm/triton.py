@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import launched
+
 PROGRAMS = 2048
 """Programs the backward aims at: two waves on an H200."""
 
@@ -101,6 +103,7 @@ def _normalise(
     tl.store(rstd_ptr + n[:, None], rstd, mask=n[:, None] < N)
 
 
+@launched
 @triton.jit
 def _qk_norm_forward_kernel(
     qkv_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, k_bias_ptr, q_ptr, k_ptr, v_ptr, stats_ptr,
@@ -159,6 +162,7 @@ def _denormalise(
         tl.store(sums_ptr + D + tail, tl.sum(dbias_t, 0), mask=tail < D)
 
 
+@launched
 @triton.jit
 def _qk_norm_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, stats_ptr, dqkv_ptr, partial_ptr,
@@ -191,6 +195,7 @@ def _qk_norm_backward_kernel(
         _store(out + 2 * H * D, dv, dv_t, n, out_n, last, D, MAIN, TAIL)
 
 
+@launched
 @triton.jit
 def _add_rows_kernel(partial_ptr, out_ptr, count, columns, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """(count, columns) → (cdiv(count, GROUP), columns): sums of GROUP rows, in their order."""

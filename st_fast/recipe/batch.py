@@ -34,7 +34,7 @@ def with_passes_of(images: int, recipe: Recipe, ranks: int) -> Recipe:
 def made_for(recipe: Recipe) -> int:
     """A number of ranks with which the batch splits as the recipe says: more than one only where it must be."""
     optim = recipe.optim
-    if recipe.run.cuda_graphs and isinstance(optim.micro_batch, int) and optim.micro_batch:
+    if recipe.run.graphs and isinstance(optim.micro_batch, int) and optim.micro_batch:
         return max(1, optim.batch_size // optim.micro_batch)  # a graph is of one pass: the pass is a rank's whole share
     return 1
 

@@ -169,7 +169,7 @@ def _either(numbers: list[int]) -> str:
 def check_sharding(recipe: Recipe) -> None:
     """What reads weights outside of the blocks, or works on another stream or without hooks, needs whole weights."""
     if recipe.run.sharding != "none":
-        needs = {"model.modulation": ("per_block",), "run.cuda_graphs": (False,), "run.fp8": ("off",)}
+        needs = {"model.modulation": ("per_block",), "run.cuda_graphs": (False, "auto"), "run.fp8": ("off",)}
         _require(recipe, needs, "the run is sharded")
     if recipe.run.shard_teacher:
         whole = {"run.teacher_branches": ("batched",), "run.teacher_placement": ("before",)}
@@ -186,44 +186,56 @@ def check_schedule(recipe: Recipe, ranks: int) -> None:
         if run.teacher_placement == "beside" and stage.method.learns_from_average and run.sharding != "none":
             why = f"stage.{stage.name} ({supervision_name(stage.method)}) learns from weights that lie in shards"
             raise wrong_value("run.teacher_placement", "beside", "before in a sharded run", why)
-    if run.cuda_graphs:
-        _check_graphs(recipe, ranks)
+    if run.graphs and (problem := graphs_problem(recipe, ranks)) is not None:
+        raise problem
     if run.device == "cpu":
         check_device(run, "cpu")
 
 
-def _check_graphs(recipe: Recipe, ranks: int) -> None:
-    """A graph replays one micro-batch of fixed shapes on one stream, and its gradients start from nothing."""
+def graphs_problem(recipe: Recipe, ranks: int) -> RecipeError | None:
+    """What excludes CUDA graphs: one replays one micro-batch of fixed shapes on one stream, and its gradients start
+    from nothing."""
     run, optim, share = recipe.run, recipe.optim, recipe.optim.batch_size // ranks
     needs: dict[str, tuple[object, ...]] = {
-        "run.supervised_rows": ("padded",),
+        "run.sharding": ("none",),
+        "run.supervised_rows": ("auto", "padded"),
         "run.teacher_placement": ("before",),
         "run.teacher_branches": ("batched", "sequential"),
         "optim.accumulation": (1,),
         "optim.micro_batch": (optim.micro_batch,) if images_a_pass(optim, ranks) == share else (share, 0),
     }
-    _require(recipe, needs, "run.cuda_graphs = true needs it")
     if run.checkpointing == "attention" and run.compile != "off":
         # PyTorch's compiler takes attention for an op that draws, and asks the generator's state to compute it again.
         why = "run.cuda_graphs = true needs it: what is computed again inside a compiled block reads a random state"
-        raise wrong_value("run.checkpointing", "attention", 'none or block, or run.compile = "off"', why)
+        attention = wrong_value("run.checkpointing", "attention", 'none or block, or run.compile = "off"', why)
+    else:
+        attention = None
+    return _missing(recipe, needs, "run.cuda_graphs = true needs it") or attention
 
 
 def _require(recipe: Recipe, needs: Mapping[str, tuple[object, ...]], why: str) -> None:
     """RecipeError for the first key whose value is not among those that are needed."""
+    if (problem := _missing(recipe, needs, why)) is not None:
+        raise problem
+
+
+def _missing(recipe: Recipe, needs: Mapping[str, tuple[object, ...]], why: str) -> RecipeError | None:
+    """What `_require` raises."""
     for key, values in needs.items():
         section, name = key.split(".")
         value = getattr(getattr(recipe, section), name)
         if value not in values:
-            raise wrong_value(key, value, " or ".join(map(show, values)), why)
+            return wrong_value(key, value, " or ".join(map(show, values)), why)
+    return None
 
 
 def check_device(run: Run, device: str) -> None:
     """RecipeError, saying what is available, if a schedule needs CUDA and the device ("cpu", "cuda") is another."""
     if device == "cuda":
         return
-    if run.cuda_graphs:
-        raise wrong_value("run.cuda_graphs", True, "false", f"the run is on {device}, CUDA graphs need a CUDA device")
+    if run.graphs:
+        why = f"the run is on {device}, CUDA graphs need a CUDA device"
+        raise wrong_value("run.cuda_graphs", True, '"auto" or false', why)
     inline = {"teacher_branches": ("batched", "sequential"), "teacher_placement": ("before",), "prefetch": (False,)}
     for key, values in inline.items() if run.streams == "required" else ():
         if (value := getattr(run, key)) not in values:

@@ -27,6 +27,11 @@ class RecipeError(UserError):
         """The same mistake with the place it was found in."""
         return RecipeError(self.problem, self.allowed, self.key, self.value, place)
 
+    @property
+    def short(self) -> str:
+        """`key = value` alone."""
+        return self.problem.partition(": ")[0]
+
     def __str__(self) -> str:
         text = f"{self.place}: {self.problem}" if self.place else self.problem
         text = f"{text}; allowed: {self.allowed}"

@@ -92,9 +92,13 @@ class Run:
     teacher_placement: Literal["before", "beside", "ahead"] = free(
         "before", "The teacher runs before the student's pass, beside it, or a step ahead."
     )
-    supervised_rows: Literal["exact", "padded"] = free("exact", "Supervised samples as many as there are, or padded.")
+    supervised_rows: Literal["auto", "exact", "padded"] = free(
+        "auto", "Supervised samples as many as there are, or padded; auto: padded with CUDA graphs."
+    )
     prefetch: bool = free(False, "Copy the next batch to the device during the step.")
-    cuda_graphs: bool = free(False, "Replay each step as one CUDA graph.")
+    cuda_graphs: bool | Literal["auto"] = free(
+        "auto", "Replay each step as one CUDA graph; auto: where a trial finds that the host holds the GPU up."
+    )
     streams: Literal["required", "auto", "off"] = free(
         "required",
         "Where a schedule's second CUDA stream is missing: an error; auto: one queue; off: always one queue.",
@@ -110,6 +114,16 @@ class Run:
     spike_retries: CountOrZero = free(3, "Rollbacks a stage at most.")
     hang_timeout: CountOrZero = free(1_800, "Seconds without progress on a rank that end the run; 0: never.")
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = free((), "Trackers that get the log, too.")
+
+    @property
+    def graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs; "auto" is no until a stage's trial has decided."""
+        return self.cuda_graphs is True
+
+    @property
+    def padded(self) -> bool:
+        """Whether supervised rows are padded."""
+        return self.supervised_rows == "padded" or (self.supervised_rows == "auto" and self.graphs)
 
     def bf16(self, device: str) -> bool:
         """Whether weights in use are bf16 on "cpu" or "cuda"; `run.device` "auto" counts as a GPU."""

@@ -16,12 +16,14 @@ Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.recipe import Recipe, changed_maths, cost, load, load_run, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
+from st_fast.recipe.check import graphs_problem
 from st_fast.recipe.keys import choices, describe, keys
 from st_fast.recipe.schema import SECTIONS
 
@@ -39,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(f"[{section}]")
         for name, key in keys(cls).items():
-            words = ("true", "false") if key.kind is bool else choices(key.kind)
+            words = choices(key.kind)
+            if key.kind is bool or bool in get_args(key.kind):
+                words = ("true", "false", *words)
             text = f"{key.help} ({describe(key.kind)})".replace("%", "%%")
             group.add_argument(f"--{section}.{name}", choices=words or None, metavar="VALUE", help=text)
     return parser
@@ -110,6 +114,10 @@ def summary(recipe: Recipe, ranks: int) -> str:
         f"{activations / 2**30:.2f} GiB activations of {images_a_pass(chosen.optim, ranks)} images"
     )
     lines += [f'# optim.micro_batch = "auto": {how}'] if how else []
+    if recipe.run.cuda_graphs == "auto" and recipe.run.device != "cpu":
+        problem = graphs_problem(chosen, ranks)
+        how = "tried on a GPU at each stage's start" if problem is None else f"left out: {problem.short}"
+        lines.append(f'# run.cuda_graphs = "auto": {how}')
     again = 2 * cost.recomputed_macs(model, recipe.run.checkpointing)
     if again:
         lines.append(

@@ -88,7 +88,7 @@ class BatchIterator:
         self.waited = 0.0
         self.pass_rows = 0
         """The supervised rows of one pass if they are padded."""
-        if recipe.run.supervised_rows != "exact" and stage.method.selection is not None:
+        if recipe.run.padded and stage.method.selection is not None:
             part = recipe.optim.batch_size // (ranks.count * recipe.optim.accumulation)
             self.pass_rows = capacity(stage.method.selection, recipe.flow, recipe.optim.batch_size, part).rows
         self._side = side_stream(recipe.run, ranks.device, wanted=recipe.run.prefetch)

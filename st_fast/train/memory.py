@@ -101,7 +101,7 @@ def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int, given: R
     option = f"--optim.micro_batch={micro}"
     if (given or recipe).optim.accumulation > 1:
         option = f"--optim.accumulation={optim.batch_size // (ranks.count * micro)}"
-    options = option + " --run.cuda_graphs=false" * recipe.run.cuda_graphs
+    options = option + " --run.cuda_graphs=false" * recipe.run.graphs
     return f"{line}: {options} makes it {micro} a pass, with the same mathematics{less}"
 
 

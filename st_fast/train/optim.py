@@ -5,6 +5,7 @@ All state of a sharded module (`parallel.py`) is sharded, and the op works on th
 """
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ NormOp = Callable[[list[Tensor]], Tensor]
 
 def learning_rate(settings: Optim, update: Tensor) -> Tensor:
     """The rate of update number `update`, counted from 1 (0-dim float64): linear warm-up, then constant."""
-    return settings.lr * (update.double() / max(settings.warmup_steps, 1)).clamp_max(1.0)
+    return (update.double() / max(settings.warmup_steps, 1)).clamp_max_(1.0).mul_(settings.lr)
 
 
 class Slots:
@@ -40,6 +41,8 @@ class Slots:
         self.emas = [m.detach().clone() for m in masters] if with_ema else []
         self.step = torch.zeros((), device=self.parameters[0].device if self.parameters else "cpu")
         """0-dim float32: the number of updates made."""
+        self.sharded = is_sharded(module)
+        self._state: tuple[list[Tensor], ...] | None = None
 
     @property
     def copies(self) -> list[Tensor]:
@@ -47,12 +50,24 @@ class Slots:
         low = bool(self.parameters) and self.masters[0] is not self.parameters[0]
         return [local(p.data) for p in self.parameters] if low else []
 
+    def state(self) -> tuple[list[Tensor], ...]:
+        """What an update changes, this rank's part of each: masters, moments, EMA and copies.
+
+        Unsharded tensors stay where they are, so that they are listed once.
+        """
+        if self._state is None or self.sharded:
+            kinds = self.masters, self.exp_avgs, self.exp_avg_sqs, self.emas
+            self._state = *([local(tensor.detach()) for tensor in kind] for kind in kinds), self.copies
+        return self._state
+
     def gradients(self) -> list[Tensor]:
         """The gradients; a parameter that got none has zeros."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        found = [parameter.grad for parameter in self.parameters]
+        for position, gradient in enumerate(found):
+            if gradient is None:
+                parameter = self.parameters[position]
+                found[position] = parameter.grad = torch.zeros_like(parameter)
+        return cast(list[Tensor], found)
 
     def moments(self, prefix: str) -> dict[str, Tensor]:
         """AdamW's state by the names that a checkpoint gives it."""
@@ -74,7 +89,10 @@ class Optimizer:
         self.settings, self._update, self._norm = settings, update, norm
         self.model, self.heads = Slots(model, dtype, with_ema=True), Slots(heads, dtype, with_ema=False)
         self._groups = [slots for slots in (self.model, self.heads) if slots.parameters]
-        self._lr = torch.zeros((), dtype=torch.float32, device=self.model.step.device)
+        self._warms_up = settings.warmup_steps > 1
+        first = learning_rate(settings, torch.ones(()))
+        self._lr = first.to(self.model.step.device, torch.float32)
+        """0-dim float32: the rate of the next update."""
 
     @property
     def updates(self) -> Tensor:
@@ -96,13 +114,14 @@ class Optimizer:
         A norm that is not finite leaves weights, moments, EMA and the number of updates as they were.
         """
         settings = self.settings
-        norm = norm_of_all(self._norm(locals_of(self.gradients())), self.model.parameters[0])
-        self._lr.copy_(learning_rate(settings, self.updates + 1))
-        for slots in self._groups:
+        gradients = [locals_of(slots.gradients()) for slots in self._groups]
+        norm = norm_of_all(self._norm([g for group in gradients for g in group]), self.model.parameters[0])
+        if self._warms_up:
+            self._lr.copy_(learning_rate(settings, self.updates + 1))
+        for slots, group in zip(self._groups, gradients, strict=True):
+            masters, *state = slots.state()
             self._update(
-                [local(m.detach()) for m in slots.masters], locals_of(slots.gradients()),
-                locals_of(slots.exp_avgs), locals_of(slots.exp_avg_sqs), locals_of(slots.emas), slots.copies,
-                slots.step, norm, self._lr,
+                masters, group, *state, slots.step, norm, self._lr,
                 beta1=settings.betas[0], beta2=settings.betas[1], eps=settings.eps,
                 weight_decay=settings.weight_decay, ema_decay=settings.ema_decay, max_norm=settings.grad_clip,
             )  # fmt: skip

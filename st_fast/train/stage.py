@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -11,10 +12,10 @@ from st_fast import __version__
 from st_fast.core.errors import Interrupted
 from st_fast.core.machine import PassTooLarge
 from st_fast.data.loader import Loader, make_loader
-from st_fast.recipe import cost
+from st_fast.recipe import Recipe, cost
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Stage
-from st_fast.train import memory
+from st_fast.train import graphs, memory
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.log import Clock, Meter, Readings, Skips, SpikeDetector, progress_line
 from st_fast.train.optim import learning_rate
@@ -24,12 +25,16 @@ from st_fast.train.trainer import RunContext, Trainer
 
 def run_stage(context: RunContext, stage: Stage) -> None:
     """Trains a stage to its last step, from where it stands; Interrupted if a signal asked to stop."""
-    recipe, ranks, log = context.recipe, context.ranks, context.log
+    ranks, log = context.ranks, context.log
     ranks.heartbeat.stage, ranks.heartbeat.step = stage.name, 0
     ranks.heartbeat.beat("build")
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
-    clock, trainer = Clock(), Trainer(context, stage)
+    choice, clock = graphs.settled(context.recipe, stage, ranks, log.say), Clock()
+    # A trial takes the way of graphs, which are taken more often than not where there is one.
+    recipe = graphs.with_graphs(context.recipe, choice is None or choice.used)
+    trainer = Trainer(replace(context, recipe=recipe), stage)
+    trainer.context = context  # what is decided for a stage is no part of the run's recipe
     first = trainer.resume(clock)
     if first >= stage.steps:
         log.say(f"{stage.name}: complete at step {first}")
@@ -37,7 +42,10 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
     readers = (loader, *trainer.features.loaders(ranks.device))
-    iterator = BatchIterator(recipe, stage, loader, context.shards, ranks, readers[1:], trainer.noisy_latents)
+    if choice is None:
+        recipe, choice = _try_graphs(trainer, recipe, readers, first)
+    trainer.graphs = choice if context.recipe.run.cuda_graphs == "auto" else None
+    iterator = _batches(trainer, recipe, readers)
     meter = Meter(ranks.device, recipe.run.log_every)
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
     _log_start(trainer, first)
@@ -82,6 +90,29 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         context.stop.close()
         raise Interrupted(f"{context.stop.signal}: saved {stage.name} at step {done}; the same command continues")
     log.write("end", stage.name, done, **report.cost(done), **stalls)
+
+
+def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:
+    context, (loader, *others) = trainer.context, readers
+    draw = trainer.noisy_latents
+    return BatchIterator(recipe, trainer.stage, loader, context.shards, context.ranks, others, draw)
+
+
+def _try_graphs(
+    trainer: Trainer, recipe: Recipe, readers: Sequence[Loader], first: int
+) -> tuple[Recipe, graphs.GraphChoice]:
+    """Whether the stage's steps become graphs, by a trial on the batch of its first step, which is made for it alone.
+
+    `recipe` is the trainer's, with graphs.
+    """
+    context, stage, parameters = trainer.context, trainer.stage, trainer.optimizer.parameters()
+    ((batch,),) = _batches(trainer, recipe, readers).steps(first, first + 1)
+    trial = graphs.try_out(partial(trainer.step.forward, first, batch), parameters, context.ranks)
+    choice = graphs.decide(trial, stage, context.ranks, context.log.say)
+    recipe = graphs.with_graphs(recipe, choice.used)
+    if not choice.used:
+        trainer.use_graphs(recipe)
+    return recipe, choice
 
 
 @contextmanager

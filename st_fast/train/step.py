@@ -6,37 +6,25 @@ overlaps the all-reduce and the memory-bound optimiser. A frozen teacher does no
 target is the same.
 """
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from st_fast.core.errors import Say
 from st_fast.core.ranks import Ranks
 from st_fast.model import SiT, flow
-from st_fast.model.side_stream import Future, SideStream, side_stream, tensors, with_tensors
+from st_fast.model.side_stream import Future, side_stream
 from st_fast.recipe.schema import Recipe, Run
 from st_fast.train import memory
+from st_fast.train.graphs import Graphs, Losses
 from st_fast.train.optim import Optimizer
 from st_fast.train.parallel import REDUCTION, GradientSum, ShardedSum, is_sharded
 from st_fast.train.profiling import named_range
 from st_fast.train.supervision import NoisyBatch, Supervision
 
 Target = Future[tuple[Tensor, ...]]
-
-WARM_UP = 3
-"""Passes before one is captured as a graph: they compile, tune, and make the libraries' workspaces."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Scalars on the device, over this rank's part of the global batch; sums over ranks are the global means."""
-
-    denoise: Tensor
-    aux: Tensor
 
 
 class Targets:
@@ -64,72 +52,11 @@ class Targets:
         self._ahead = (batch, self.start(step, batch))
 
 
-class Graphs:
-    """CUDA graphs of a micro-batch's whole pass: runs `learn(step, batch)`, which leaves gradients at the parameters.
-
-    The whole pass rather than `torch.compile(mode="reduce-overhead")` of its blocks: at small batches every launch
-    counts, also those of the heads and the loss, which no block holds; the blocks share one compiled function, whose
-    graph would be recorded again for each block's weights; and a graph tree overwrites its outputs, among which are the
-    tapped streams. The optimiser stays outside, so that skipped steps, rollbacks and checkpoints are as ever.
-
-    `kind` tells passes of a step number apart that run other work on the same shapes. Gradients must be None before
-    every call. The first passes of each kind and shape are ordinary ones, on the stream that capturing takes.
-    """
-
-    def __init__(
-        self,
-        learn: Callable[[int, NoisyBatch], Losses],
-        parameters: Sequence[nn.Parameter],
-        kind: Callable[[int], Hashable],
-        device: torch.device,
-    ) -> None:
-        self._learn, self._parameters, self._kind = learn, parameters, kind
-        self._stream = torch.cuda.Stream(device)
-        self._side = SideStream(self._stream)
-        self._seen: Counter[Hashable] = Counter()
-        self._replays: dict[Hashable, Callable[[NoisyBatch], Losses]] = {}
-        self._pool: Any = None
-
-    def __call__(self, step: int, batch: NoisyBatch) -> Losses:
-        key = (self._kind(step), tuple(tensor.shape for tensor in tensors(batch)))
-        if key not in self._replays:
-            self._seen[key] += 1
-            if self._seen[key] <= WARM_UP:
-                self._side.follow()
-                return self._side.start(lambda: (self._learn(step, batch), self._gradients()), batch)()[0]
-            self._replays[key] = self._capture(step, batch)
-        return self._replays[key](batch)
-
-    def _gradients(self) -> list[Tensor | None]:
-        return [parameter.grad for parameter in self._parameters]
-
-    def _capture(self, step: int, batch: NoisyBatch) -> Callable[[NoisyBatch], Losses]:
-        """Records the pass without running it; returns what runs it for another batch.
-
-        Graphs share one pool: they never run at the same time.
-        """
-        graph, static = torch.cuda.CUDAGraph(), with_tensors(batch, torch.clone)
-        # Other threads, which read data and save checkpoints, may go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = self._learn(step, static)
-        self._pool, gradients = graph.pool(), self._gradients()
-
-        def replay(batch: NoisyBatch) -> Losses:
-            for mine, tensor in zip(tensors(static), tensors(batch), strict=True):
-                mine.copy_(tensor)
-            graph.replay()
-            for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                parameter.grad = gradient
-            return with_tensors(result, torch.clone)
-
-        return replay
-
-
 class Step:
     """Holds what a step needs; call it with the step number and this rank's micro-batches."""
 
     def __init__(
-        self, model: SiT, supervision: Supervision, optimizer: Optimizer, recipe: Recipe, ranks: Ranks
+        self, model: SiT, supervision: Supervision, optimizer: Optimizer, recipe: Recipe, ranks: Ranks, say: Say
     ) -> None:
         self.model, self.supervision, self.optimizer = model, supervision, optimizer
         self.recipe, self.heartbeat = recipe, ranks.heartbeat
@@ -137,9 +64,8 @@ class Step:
         self.following: Callable[[], Sequence[NoisyBatch] | None] = lambda: None
         """Returns the next step's micro-batches, None after the last step; called by a schedule that looks ahead."""
         self._graphs: Graphs | None = None
-        if recipe.run.cuda_graphs:
-            learn = partial(self._learn, last=False)
-            self._graphs = Graphs(learn, optimizer.parameters(), supervision.active, ranks.device)
+        self._device, self._say = ranks.device, say
+        self.use_graphs(recipe.run.graphs)
         self.gradients: GradientSum | ShardedSum
         if is_sharded(model):
             self.gradients = ShardedSum((model, supervision.heads))
@@ -165,14 +91,24 @@ class Step:
             norm = self.optimizer.update()
         return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts])), norm
 
+    def use_graphs(self, used: bool) -> None:
+        """Replays passes as graphs from now on, or makes ordinary ones."""
+        learn, parameters = partial(self._learn, last=False), self.optimizer.parameters()
+        active, device = self.supervision.active, self._device
+        self._graphs = Graphs(learn, parameters, active, device, self._say) if used else None
+
+    def forward(self, step: int, batch: NoisyBatch) -> Losses:
+        """The losses of a micro-batch, with their graphs."""
+        return self.losses(batch, self.targets.start(step, batch))
+
     @memory.of_a_pass()
     def _learn(self, step: int, batch: NoisyBatch, last: bool) -> Losses:
         """Adds a micro-batch's gradients to those there are; `last`: they are complete with it."""
-        losses = self.losses(batch, self.targets.start(step, batch))
+        losses = self.forward(step, batch)
         if last:
             self.gradients.expect()
         with named_range("backward"):
-            (losses.denoise + losses.aux).backward()
+            losses.backward()
         return Losses(losses.denoise.detach(), losses.aux.detach())
 
     def _look_ahead(self, step: int, rest: Sequence[NoisyBatch]) -> None:

@@ -27,6 +27,7 @@ from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import adamw, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.examiner import Examiner
+from st_fast.train.graphs import GraphChoice
 from st_fast.train.log import Clock, Log
 from st_fast.train.memory import Choice
 from st_fast.train.optim import EmaModel, Optimizer
@@ -79,7 +80,10 @@ class Trainer:
         if frozen is not None:
             if self.shards is not None and recipe.run.shard_teacher:
                 self.shards.model(frozen, stage.method.frozen_depth)
-            _compile(context, frozen, dynamic=recipe.run.supervised_rows == "exact")
+            _compile(context, frozen, dynamic=not recipe.run.padded)
+        self._frozen = frozen
+        self.graphs: GraphChoice | None = None
+        """The result of `run.cuda_graphs = "auto"`; None before it is there, and without it."""
         average = _average(context, stage, table, attend, self.shards)
         self.features = open_image_features(stage, recipe, context.shards, device, context.dtype)
         _compile(context, self.features)
@@ -96,7 +100,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, context.dtype, update, norm)
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
-        self.step = Step(self.model, self.method, self.optimizer, recipe, context.ranks)
+        self.step = Step(self.model, self.method, self.optimizer, recipe, context.ranks, context.log.say)
         # Only the first rank uses it: with everything else in shards, the others save its memory.
         place = device if self.shards is None or context.ranks.first else torch.device("meta")
         self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)
@@ -117,6 +121,12 @@ class Trainer:
     def folder(self) -> Path:
         """The stage's folder in the run folder."""
         return Path(self.context.recipe.run.out) / self.stage.name
+
+    def use_graphs(self, recipe: Recipe) -> None:
+        """Replays passes as CUDA graphs, or does not, as this recipe says; the teacher then sees other rows."""
+        self.step.use_graphs(recipe.run.graphs)
+        if self._frozen is not None:
+            _compile(self.context, self._frozen, dynamic=not recipe.run.padded)
 
     def resume(self, clock: Clock) -> int:
         """Loads the newest intact checkpoint, if there is one; returns the number of completed steps."""
@@ -192,6 +202,7 @@ class Trainer:
             "init": self.origin,
             "micro_batch": asdict(self.context.choice) if self.context.choice else None,
             "kernels": dict(self.context.timed),
+            "cuda_graphs": asdict(self.graphs) if self.graphs else None,
             "versions": {"st_fast": __version__, "torch": torch.__version__},
         }
         stall = self.saver.save(step, self.optimizer.state(), meta)

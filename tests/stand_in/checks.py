@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.stand_in import gates, products
+from tests.stand_in import gates, host, products
 from tests.stand_in.driver import Counters
 
 GRAPHS = ("--run.supervised_rows=padded", "--run.cuda_graphs=true")
@@ -197,7 +197,10 @@ def draws() -> dict[str, Any]:
 
 HERE = (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches, draws)
 OF_PRODUCTS = (products.emulated, products.asked, products.fallbacks)
-CHECKS: dict[str, Callable[..., dict[str, Any]]] = {check.__name__: check for check in (*HERE, *OF_PRODUCTS)}
+OF_THE_HOST = (host.launcher, host.modes, host.capture_fails)
+CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
+    check.__name__: check for check in (*HERE, *OF_PRODUCTS, *OF_THE_HOST)
+}
 
 
 if __name__ == "__main__":

@@ -109,3 +109,52 @@ def test_launches_are_counted(check):
     found = check("launches")
     assert found["forward"][:2] == [1, 0] and found["backward"][:2] == [2, 0]
     assert 0 < found["forward"][2] < 10_000
+
+
+def test_a_kernel_is_launched_by_its_plan_only_where_all_it_was_compiled_for_is_the_same(check):
+    found = check("launcher")
+    through_triton = "first", "misaligned", "other dtype", "other constant", "other warps"
+    through_triton += "with a hook", "with a hook of its own"
+    assert {name: found[name] for name in through_triton} == dict.fromkeys(through_triton, "Triton")
+    by_plan = "again", "other memory", "misaligned again", "aligned again", "without it"
+    assert {name: found[name] for name in by_plan} == dict.fromkeys(by_plan, "plan")
+    assert found["launched"] == 1 and found["given"] == [0, 0, 0] and found["captured"] == ["plan", 1]
+    assert found["on the CPU"] == found["on the CPU again"] == "ValueError" and found["seen by it"] == 1
+
+
+def test_a_dispatch_mode_sees_every_op(check):
+    assert check("modes")["ops"] == ["st_fast::norm_modulate"] * 2 + ["st_fast::norm_modulate_backward"]
+
+
+def test_a_capture_that_fails_leaves_training_memory_and_generators_as_they_were(check):
+    found = check("capture_fails")
+    (said,) = found["said"]
+    assert said.startswith("CUDA graphs: a step can't be recorded, going on without: ")
+    assert found["own stream"] and len(set(found["used"][-12:])) == 1, found["used"]
+
+
+def trial(done) -> list[str]:
+    """What a run said of graphs."""
+    return [line for line in done.stdout.splitlines() if "CUDA graphs" in line]
+
+
+def test_a_stage_whose_host_is_slow_trains_by_graphs_and_goes_on_so(on_stand_in, recipe):
+    command = ("st_fast.train", str(recipe), "--run.device=cuda", "--stage.transcend.steps=6")
+    slow = on_stand_in(*command, "--stage.align.steps=6", gates=True, event_ms=0.01)
+    assert slow.returncode == 0, slow.stderr[-3000:]
+    assert [line.partition(": to queue")[0] for line in trial(slow)] == [
+        "align: CUDA graphs taken", "transcend: CUDA graphs taken"
+    ]  # fmt: skip
+    again = on_stand_in(*command, "--stage.align.steps=8", gates=True, event_ms=1e6)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert trial(again)[0] == "align: CUDA graphs taken, as before"
+
+
+def test_a_stage_whose_host_is_fast_has_none(on_stand_in, recipe):
+    command = ("st_fast.train", str(recipe), "--run.device=cuda", "--stage.align.steps=2", "--stage.transcend.steps=2")
+    done = on_stand_in(*command, gates=True, event_ms=1e6)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.partition(": to queue")[0] for line in trial(done)] == [
+        "align: CUDA graphs left out", "transcend: CUDA graphs left out"
+    ]  # fmt: skip
+    assert "the device 2000000.0 ms" in trial(done)[0]

@@ -65,7 +65,7 @@ class Run:
         model = filled(self.recipe, 3)
         optimizer = Optimizer(model, method.heads, self.recipe.optim, torch.float32, kernels.adamw_ema_, self.seen)
         self.names = [*optimizer.model.names, *optimizer.heads.names]
-        self.step = Step(model, method, optimizer, self.recipe, ranks)
+        self.step = Step(model, method, optimizer, self.recipe, ranks, print)
         loader = make_loader("resident", shards, CPU, print)
         self.batches: list[NoisyBatch] = next(BatchIterator(self.recipe, stage, loader, shards, ranks).steps(0, 1))
 

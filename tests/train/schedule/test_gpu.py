@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from st_fast.model.side_stream import SideStream
-from st_fast.train.step import WARM_UP, Graphs
+from st_fast.train.graphs import WARM_UP
 from tests.train.schedule.loop import Loop
 from tests.train.schedule.test_schedules import values
 
@@ -87,8 +87,8 @@ def test_neither_the_step_nor_its_batches_wait_for_the_device(name, schedule, fo
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize("name", ["plain", "align", "transcend"])
 def test_graphs_train_as_python_does(name, compile, folder, monkeypatch):
-    replays, replay = [], Graphs._replay
-    monkeypatch.setattr(Graphs, "_replay", lambda *args: replays.append(1) or replay(*args))
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
     options = ("--run.precision=fp32", "--optim.lr=1e-4", "--run.supervised_rows=padded", "--flow.time=stratified")
     options += (f"--run.compile={compile}", f"--stage.{name}.steps=12")
     expected = values(Loop(folder, name, options, "cuda").run()[0])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from st_fast.train.step import WARM_UP, Step
+from st_fast.train.graphs import WARM_UP
+from st_fast.train.step import Step
 from tests.train.schedule import fake_cuda
 from tests.train.schedule.loop import Loop
 from tests.train.schedule.test_schedules import values
@@ -59,3 +60,26 @@ def test_results_of_a_step_outlive_the_next_replay(folder, monkeypatch):
         loop = Loop(folder, "transcend", (*PADDED, "--run.cuda_graphs=true"))
         seen = [(float(denoise), denoise) for denoise, _, _ in loop.steps()]
     assert all(then == float(now) for then, now in seen) and len({then for then, _ in seen}) == 10
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted\nwhen capturing"), MemoryError("no room")])
+def test_a_pass_that_cannot_be_recorded_is_made_as_all_others_are(error, folder, monkeypatch):
+    expected, _ = Loop(folder, "transcend", PADDED).run()
+    with monkeypatch.context() as patch:
+        fake_cuda.install(patch.setattr)
+        patch.setattr("st_fast.recipe.check.check_device", lambda run, device: None)
+        loop = Loop(folder, "transcend", (*PADDED, "--run.cuda_graphs=true"))
+        losses = loop.trainer.step.losses
+
+        def fail(*args: object) -> object:
+            found = losses(*args)
+            if isinstance(torch.utils._python_dispatch._get_current_dispatch_mode(), fake_cuda._Recording):
+                (found.denoise + found.aux).backward()  # gradients of half a pass
+                raise error
+            return found
+
+        patch.setattr(loop.trainer.step, "losses", fail)
+        numbers, _ = loop.run()
+    assert torch.equal(values(numbers), values(expected))
+    (said,) = [text for text in loop.said if "CUDA graphs" in text]
+    assert said == f"CUDA graphs: a step can't be recorded, going on without: {str(error).splitlines()[0]}"
