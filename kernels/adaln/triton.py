@@ -204,7 +204,7 @@ def _add_partials(
 ) -> tuple[Tensor, Tensor]:
     """(B, chunks, columns [+ D]) float32 → the slab (B, columns) of the modulation's gradients, and the bias's (D,)."""
     samples, chunks, _ = partial.shape
-    out = torch.empty((samples, columns), dtype=dtype, device=partial.device)
+    out = partial.new_empty((samples, columns), dtype=dtype)
     summed = torch.empty(0, device=partial.device) if bias is None else torch.empty_like(bias)
     grid = samples * triton.cdiv(columns, 512) + triton.cdiv(summed.numel(), 16)
     _add_partials_kernel[(grid,)](
@@ -221,10 +221,10 @@ def _forward(
     samples, tokens, width = x.shape
     x, shift, scale = by_row(x), by_row(shift), by_row(scale)
     a, gate = (None, None) if a is None or gate is None else (by_row(a), by_row(gate))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x_out = None if a is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = torch.empty((samples, tokens), dtype=torch.float32, device=x.device)
-    rstd = torch.empty((samples, tokens), dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x_out = None if a is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean = x.new_empty((samples, tokens), dtype=torch.float32)
+    rstd = x.new_empty((samples, tokens), dtype=torch.float32)
     rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
     _adaln_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
         x, a, gate, shift, scale, x_out, y, mean, rstd, tokens, rows, *x.stride()[:2],
@@ -245,8 +245,8 @@ def _backward(
     dy, x, scale, mean, rstd = by_row(dy), by_row(x), by_row(scale), mean.contiguous(), rstd.contiguous()
     if dx_out is not None and a is not None and gate is not None:
         dx_out, a, gate = by_row(dx_out), by_row(a), by_row(gate)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    da = None if a is None else torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    da = None if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
     rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
     chunks = triton.cdiv(tokens, rows)
     config = row_config(width, 2 if a is None else 4, x.dtype)
@@ -254,7 +254,7 @@ def _backward(
         config["maxnreg"] = REGISTERS  # unbounded, 768 channels take 211 on sm_80
     sums = 2 if a is None else 3
     columns = (sums if a_bias is None else sums + 1) * width
-    partial = torch.empty((samples, chunks, columns), dtype=torch.float32, device=x.device)
+    partial = x.new_empty((samples, chunks, columns), dtype=torch.float32)
     _adaln_backward_kernel[(samples * chunks,)](
         dx_out, dy, x, a, gate, scale, mean, rstd, dx, da, partial, tokens, rows,
         *((0, 0) if dx_out is None else dx_out.stride()[:2]), *dy.stride()[:2], *x.stride()[:2],
@@ -301,7 +301,7 @@ def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
     """x' = x + gate·a in x's dtype."""
     samples, tokens, width = x.shape
     x, a, gate = by_row(x), by_row(a), by_row(gate)
-    x_out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
     _adaln_gate_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
         x, a, gate, x_out, tokens, rows, *x.stride()[:2], *a.stride()[:2], gate.stride(0),
@@ -314,10 +314,10 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor) -> tuple[Ten
     """da in a's dtype and dgate (B, D) in gate's; dx is dx_out itself."""
     samples, tokens, width = a.shape
     dx_out, a, gate = by_row(dx_out), by_row(a), by_row(gate)
-    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    da = torch.empty_like(a, memory_format=torch.contiguous_format)
     rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
     chunks = triton.cdiv(tokens, rows)
-    partial = torch.empty((samples, chunks, width), dtype=torch.float32, device=a.device)
+    partial = a.new_empty((samples, chunks, width), dtype=torch.float32)
     _adaln_gate_backward_kernel[(samples * chunks,)](
         dx_out, a, gate, da, partial, tokens, rows, *dx_out.stride()[:2], *a.stride()[:2], gate.stride(0),
         **row_config(width, 2, a.dtype),

@@ -100,7 +100,7 @@ def _add_bias_partials_kernel(partial_ptr, bias_ptr, chunks, columns, ROWS: tl.c
 def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     """GELU in x's dtype, contiguous."""
     x = x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _gelu_forward_kernel[(triton.cdiv(x.numel(), FORWARD_BLOCK),)](x, y, x.numel(), BLOCK=FORWARD_BLOCK, num_warps=4)
     return y
 
@@ -108,13 +108,13 @@ def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
 def gelu_tanh_backward(dy: Tensor, x: Tensor, x_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """dx in x's dtype, and dx_bias, the sum of dx over all axes but the last; it is empty without x_bias."""
     dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     columns = x.shape[-1] if x.dim() else 1
     rows = x.numel() // max(columns, 1)
     blocks = triton.cdiv(columns, COLUMNS)
     chunk = cut_tokens(1, rows, max(PROGRAMS // max(blocks, 1), 1), ROWS, 4096)
     chunks = triton.cdiv(rows, chunk)
-    partial = None if x_bias is None else torch.empty((chunks, columns), dtype=torch.float32, device=x.device)
+    partial = None if x_bias is None else x.new_empty((chunks, columns), dtype=torch.float32)
     _gelu_backward_kernel[(chunks * blocks,)](
         dy, x, dx, partial, rows, columns, chunk, SUMS=x_bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
     )

@@ -232,8 +232,8 @@ def qk_norm(
     """q, k, v (B, H, N, d) in qkv's dtype, and stats (4, B, H, N); qkv (B, N, 3, H, d), weights and biases (d,)."""
     qkv = _by_row(qkv)
     samples, tokens, _, heads, width = qkv.shape
-    q, k, v = (torch.empty((samples, heads, tokens, width), dtype=qkv.dtype, device=qkv.device) for _ in range(3))
-    stats = torch.empty((4, samples, heads, tokens), dtype=torch.float32, device=qkv.device)
+    q, k, v = (qkv.new_empty((samples, heads, tokens, width)) for _ in range(3))
+    stats = qkv.new_empty((4, samples, heads, tokens), dtype=torch.float32)
     strides, unit = _strides(*qkv.stride()[:4])
     config = _config(width, 2048)
     _qk_norm_forward_kernel[(samples * heads * triton.cdiv(tokens, config["T"]),)](
@@ -249,13 +249,13 @@ def qk_norm_backward(
     """dqkv (B, N, 3, H, d) in qkv's dtype; dq_weight, dq_bias, dk_weight, dk_bias (d,) in the weights' dtypes."""
     dq, dk, dv, qkv = (_by_row(t) for t in (dq, dk, dv, qkv))
     samples, tokens, _, heads, width = qkv.shape
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     strides, unit = _strides(*dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *qkv.stride()[:4])
     config = _config(width, 1024)
     fit = samples * heads * tokens // PROGRAMS
     rows = triton.cdiv(max(min(fit, 512), 1), config["T"]) * config["T"]
     programs = samples * heads * triton.cdiv(tokens, rows)
-    sums = torch.empty((programs, 4 * width), dtype=torch.float32, device=qkv.device)
+    sums = qkv.new_empty((programs, 4 * width), dtype=torch.float32)
     if programs == 0:
         sums = torch.zeros((1, 4 * width), dtype=torch.float32, device=qkv.device)
     _qk_norm_backward_kernel[(programs,)](
@@ -264,7 +264,7 @@ def qk_norm_backward(
     )  # fmt: skip
     while len(sums) > 1:
         groups = triton.cdiv(len(sums), 64)
-        added = torch.empty((groups, 4 * width), dtype=torch.float32, device=qkv.device)
+        added = qkv.new_empty((groups, 4 * width), dtype=torch.float32)
         _add_rows_kernel[(groups, triton.cdiv(4 * width, 128))](
             sums, added, len(sums), 4 * width, GROUP=64, BLOCK=128, num_warps=4
         )
