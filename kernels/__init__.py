@@ -35,6 +35,8 @@ else:
     """The family of each public function."""
     SWITCHES: dict[str, str] = {}
     """What a recipe can switch, ops above all, with the sentence that explains the key."""
+    FORMS: dict[str, tuple[str, ...]] = {}
+    """Values of a key beside "auto", "fused" and "reference"."""
     for _family in FAMILIES:
         _package = import_module(f".{_family}", __name__)
         if not hasattr(_package, "OPS") or not hasattr(_package, "SWITCHES"):
@@ -46,6 +48,7 @@ else:
                 raise ImportError(f"{_HERE}: {OPS[_op]} and {_family} both have an op {_op}; rename one of them")
             OPS[_op] = _family
         SWITCHES.update(_package.SWITCHES)
+        FORMS.update(getattr(_package, "FORMS", {}))
     TABLE = tuple(op for op in OPS if op in SWITCHES)
     """The ops of a `KernelTable`."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import TABLE, declared, native
+from . import FORMS, TABLE, declared, native
 from .common.registry import has_kernel
 
 CHOICES = ("auto", "fused", "reference")
@@ -80,16 +80,17 @@ def chosen(switch: str, device: torch.device, choices: Mapping[str, str]) -> str
 
 
 def select(choices: Mapping[str, str], device: torch.device) -> KernelTable:
-    """The table for one device. `choices` maps an op, or "bias_gradients", to "fused", "reference" or "auto", which is
-    also the default.
+    """The table for one device. `choices` maps an op, or "bias_gradients", to "fused", "reference", one of an op's FORMS,
+    or "auto", which is also the default.
 
     Raises ValueError for an unknown op or choice, naming it, what is allowed, and the nearest name.
     """
     for switch, choice in choices.items():
         _check("kernels: op", switch, (*TABLE, BIASES))
-        _check(f"kernels.{switch}:", choice, CHOICES)
+        _check(f"kernels.{switch}:", choice, (*CHOICES, *FORMS.get(switch, ())))
     table: dict[str, Callable[..., Any]] = {}
     for op in TABLE:
-        fused = chosen(op, device, choices) == "fused"
-        table[op] = declared(op).call if fused else declared(op).definition
+        found = declared(op)
+        forms = {"fused": found.call, "reference": found.definition, **found.forms}
+        table[op] = forms[chosen(op, device, choices)]
     return KernelTable(**table, bias_gradients=chosen(BIASES, device, choices) == "fused")

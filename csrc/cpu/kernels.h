@@ -63,8 +63,9 @@ struct QKNorm {
   Heads in[3], out[3];      // the parts of qkv (backward: of dqkv, written), and q, k, v (backward: their gradients)
   Heads x[3];               // backward: the parts of qkv
   Rows weight[2], bias[2];  // of q and k, (d,)
-  float* stats;             // (4, B, H, N): mean_q, rstd_q, mean_k, rstd_k
-  float* partial;           // (tasks, 4, d): dq_weight, dq_bias, dk_weight, dk_bias
+  float* stats;             // (4, B, N, H): mean_q, rstd_q, mean_k, rstd_k
+  float* partial;           // (tasks, sums, d): dq_weight, dq_bias, dk_weight, dk_bias; with 4 + 3·H sums dqkv's, too
+  int64_t sums;
 };
 
 // Tasks: (sample, head). All contiguous float32; N and d are multiples of 32.

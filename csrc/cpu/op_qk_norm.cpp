@@ -52,18 +52,20 @@ void run_tokens(Kernel kernel, const QKNorm& p) {
   run(kernel, p, p.B * divide_up(p.N, kTokensPerTask), kTokensPerTask * 3 * p.H * p.d);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tensor& q_weight, const Tensor& q_bias,
-                                                   const Tensor& k_weight, const Tensor& k_bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tensor& q_weight, const Tensor& q_bias,
+                                           const Tensor& k_weight, const Tensor& k_bias, double eps,
+                                           bool heads_first) {
   QKNorm p = sizes_of(qkv);
-  Tensor out[3];
-  const char* names[3] = {"q", "k", "v"};
-  for (int part = 0; part < 3; ++part) {
-    out[part] = empty_as({p.B, p.H, p.N, p.d}, qkv);
+  Tensor out[2];
+  const char* names[2] = {"q", "k"};
+  for (int part = 0; part < 2; ++part) {
+    out[part] = heads_first ? empty_as({p.B, p.H, p.N, p.d}, qkv)
+                            : empty_token_major(p.B, p.H, p.N, p.d, dtype_code(qkv.get()));
     p.in[part] = packed(qkv, part, "qkv");
     p.out[part] = separate(p, out[part], names[part]);
     p.out[part].rows.past_cache = past_cache(out[part], p.d);
   }
-  Tensor stats = empty({4, p.B, p.H, p.N}, aoti_torch_dtype_float32());
+  Tensor stats = empty({4, p.B, p.N, p.H}, aoti_torch_dtype_float32());
   p.eps = static_cast<float>(eps);
   p.weight[0] = affine(p, q_weight, "q_weight");
   p.weight[1] = affine(p, k_weight, "k_weight");
@@ -71,25 +73,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tens
   p.bias[1] = affine(p, k_bias, "k_bias");
   p.stats = floats(stats);
   run_tokens(kernels().qk_norm, p);
-  return {out[0], out[1], out[2], stats};
+  return {out[0], out[1], stats};
 }
 
-// One (d,) sum over all tasks, in order.
-Tensor sum_of(const float* partial, int64_t tasks, int which, int64_t d, const Tensor& dtype_from) {
-  Tensor sum = empty({d}, aoti_torch_dtype_float32());
-  std::vector<double> acc(d, 0.0);
+// `count` sums over all tasks, in order, as `like`'s dtype; a task's sums begin `step` apart.
+Tensor sum_of(const float* partial, int64_t tasks, int64_t step, std::initializer_list<int64_t> shape,
+              const Tensor& like) {
+  Tensor sum = empty(shape, aoti_torch_dtype_float32());
+  const int64_t count = sum.numel();
+  std::vector<double> acc(count, 0.0);
   for (int64_t task = 0; task < tasks; ++task)
-    for (int64_t i = 0; i < d; ++i) acc[i] += partial[(task * 4 + which) * d + i];
-  for (int64_t i = 0; i < d; ++i) floats(sum)[i] = static_cast<float>(acc[i]);
-  return is_float32(dtype_from) ? sum : torch::stable::to(sum, dtype_from.scalar_type());
+    for (int64_t i = 0; i < count; ++i) acc[i] += partial[task * step + i];
+  for (int64_t i = 0; i < count; ++i) floats(sum)[i] = static_cast<float>(acc[i]);
+  return is_float32(like) ? sum : torch::stable::to(sum, like.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& dq, const Tensor& dk,
-                                                                    const Tensor& dv, const Tensor& qkv,
-                                                                    const Tensor& q_weight, const Tensor& k_weight,
-                                                                    const Tensor& stats) {
+std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                                                    const Tensor& qkv, const Tensor& q_weight,
+                                                    const Tensor& k_weight, std::optional<Tensor> qkv_bias,
+                                                    const Tensor& stats) {
   QKNorm p = sizes_of(qkv);
-  expect_shape(stats, "stats", {4, p.B, p.H, p.N});
+  expect_shape(stats, "stats", {4, p.B, p.N, p.H});
   check(is_float32(stats) && stats.is_contiguous(), "stats: must be contiguous float32");
   Tensor dqkv = empty_as({p.B, p.N, 3, p.H, p.d}, qkv);
   const Tensor* grads[3] = {&dq, &dk, &dv};
@@ -103,12 +107,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor
   p.weight[0] = affine(p, q_weight, "q_weight");
   p.weight[1] = affine(p, k_weight, "k_weight");
   p.stats = floats(stats);
+  p.sums = qkv_bias ? 4 + 3 * p.H : 4;
   const int64_t tasks = p.B * divide_up(p.N, kTokensPerTask);
-  const std::unique_ptr<float[]> partial(new float[tasks * 4 * p.d]);
+  const std::unique_ptr<float[]> partial(new float[tasks * p.sums * p.d]);
   p.partial = partial.get();
   run_tokens(kernels().qk_norm_backward, p);
-  return {dqkv, sum_of(p.partial, tasks, 0, p.d, q_weight), sum_of(p.partial, tasks, 1, p.d, q_weight),
-          sum_of(p.partial, tasks, 2, p.d, k_weight), sum_of(p.partial, tasks, 3, p.d, k_weight)};
+  Tensor daffine = sum_of(p.partial, tasks, p.sums * p.d, {4, p.d}, q_weight);
+  if (!qkv_bias) return {dqkv, daffine, empty({0}, dtype_code(q_weight.get()))};
+  expect_shape(*qkv_bias, "qkv_bias", {3 * p.H * p.d});
+  return {dqkv, daffine, sum_of(p.partial + 4 * p.d, tasks, p.sums * p.d, {3 * p.H * p.d}, *qkv_bias)};
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -73,6 +74,15 @@ inline void expect_shape(const Tensor& t, const char* name, std::initializer_lis
                   shape_text(wanted.begin(), wanted.size()));
 }
 
+inline Tensor empty_strided(std::initializer_list<int64_t> sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  const auto made = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle);
+  check(made == TORCH_SUCCESS, "can't allocate memory for a result of shape ",
+        shape_text(sizes.begin(), sizes.size()));
+  return Tensor(handle);
+}
+
 // A contiguous, uninitialised CPU tensor. dtype is the shim's code, as `dtype_code` gives it.
 inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[8], step = 1;
@@ -80,12 +90,13 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
     strides[i] = step;
     step *= sizes.begin()[i] > 1 ? sizes.begin()[i] : 1;
   }
-  AtenTensorHandle handle;
-  const auto made = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype,
-                                             aoti_torch_device_type_cpu(), 0, &handle);
-  check(made == TORCH_SUCCESS, "can't allocate memory for a result of shape ",
-        shape_text(sizes.begin(), sizes.size()));
-  return Tensor(handle);
+  return empty_strided(sizes, strides, dtype);
+}
+
+// (B, H, N, d) that lies in memory in the order (B, N, H, d).
+inline Tensor empty_token_major(int64_t B, int64_t H, int64_t N, int64_t d, int32_t dtype) {
+  const int64_t strides[4] = {N * H * d, d, H * d, 1};
+  return empty_strided({B, H, N, d}, strides, dtype);
 }
 
 inline Tensor empty_as(std::initializer_list<int64_t> sizes, const Tensor& dtype_from) {

@@ -9,8 +9,8 @@ inputs keep their dtypes, the outputs have the dtypes the schema promises, and n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Optional
 
@@ -70,6 +70,8 @@ class Op:
     """Whether the backward pass hands on a gradient as it is, which the CPU can see to be right."""
     data: Callable[[Size, int], float] | None = None
     """Bytes that an op moves which makes data, at an element's size: it has no backward pass."""
+    forms: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Other fused forms that a recipe can choose by these names (the family's FORMS)."""
 
     def bytes(self, size: Size, itemsize: int, device_type: str) -> tuple[tuple[float, float], tuple[float, float]]:
         """Bytes (forward, backward) that the mathematics must move, and those that the op's interface moves."""
@@ -152,9 +154,9 @@ PRIVATE = (
 def _register_autograd(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
     """What `torch.library.register_autograd` does for ops without keyword-only arguments, at half the cost of a call.
 
-    That one fills in the schema's defaults at every call; these ops have none. Where nothing but the CUDA kernel is
-    left to be called (no dispatch mode, no fake or wrapped tensor) and that is in Python, too, it is called without
-    another way through the dispatcher.
+    That one fills in the schema's defaults at every call; ours are those of the functions, too. Where nothing but the
+    CUDA kernel is left to be called (no dispatch mode, no fake or wrapped tensor) and that is in Python, too, it is
+    called without another way through the dispatcher.
     """
     op = getattr(ops, name).default
     if not all(hasattr(torch._C, part) for part in PRIVATE):
@@ -184,9 +186,7 @@ def _register_autograd(name: str, save: Callable[..., None], backward: Callable[
 
     def call(keyset: Any, *args: Any) -> Any:
         if forward_mode():
-            raise NotImplementedError(
-                f"{LIBRARY.ns}.{name}: there is no forward-mode derivative; use the reference ops"
-            )
+            raise no_forward_mode(name)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return Function.apply(keyset, *args)
         return below(keyset, args)
@@ -204,6 +204,11 @@ def has_kernel(name: str, device_type: str) -> bool:
 def forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken (`torch.func.jvp`), which the ops do not have."""
     return forward_ad._current_level >= 0
+
+
+def no_forward_mode(name: str) -> NotImplementedError:
+    """What a forward-mode derivative is answered with."""
+    return NotImplementedError(f"{LIBRARY.ns}.{name}: there is no forward-mode derivative; use the reference ops")
 
 
 def no_second_derivative(name: str) -> NotImplementedError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -9,41 +11,62 @@ from ..common.plain import norm_backward, up
 
 
 def qk_norm(
-    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float = 1e-6,
+    qkv_bias: Optional[Tensor] = None, layout: str = "tokens",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """LayerNorm with affine over head_dim of q and k, read from the packed projection (arXiv 2302.05442).
 
-    qkv (B, N, 3, H, d); weights and biases (d,). Returns q, k, v, each (B, H, N, d) in qkv's dtype.
+    qkv (B, N, 3, H, d); weights and biases (d,). Returns q, k, v, each (B, H, N, d) in qkv's dtype: with the layout
+    "tokens" in the order (B, N, H, d) in memory, v being a view of qkv; with "heads" all three contiguous.
+
+    qkv_bias (3·H·d,), a bias that was added to qkv as a constant, only receives its gradient: the sum of qkv's over all
+    tokens.
     """
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if qkv_bias is not None and qkv_bias.requires_grad:
+        qkv = qkv + (qkv_bias - qkv_bias.detach()).view(qkv.shape[2:])
+    q, k, v = qkv.unbind(2)
     shape = qkv.shape[-1:]
-    q_hat = torch.nn.functional.layer_norm(up(q), shape, up(q_weight), up(q_bias), eps)
-    k_hat = torch.nn.functional.layer_norm(up(k), shape, up(k_weight), up(k_bias), eps)
-    return q_hat.to(qkv.dtype), k_hat.to(qkv.dtype), v
+    q_hat = torch.nn.functional.layer_norm(up(q), shape, up(q_weight), up(q_bias), eps).to(qkv.dtype)
+    k_hat = torch.nn.functional.layer_norm(up(k), shape, up(k_weight), up(k_bias), eps).to(qkv.dtype)
+    q_hat, k_hat, v = (part.transpose(1, 2) for part in (q_hat, k_hat, v))
+    return (q_hat, k_hat, v) if layout == "tokens" else (q_hat.contiguous(), k_hat.contiguous(), v.contiguous())
+
+
+def empty_heads(qkv: Tensor, heads_first: bool) -> Tensor:
+    """A new tensor (B, H, N, d) in qkv's dtype, contiguous if heads_first, otherwise (B, N, H, d) in memory."""
+    b, n, _, h, d = qkv.shape
+    if heads_first:
+        return torch.empty((b, h, n, d), dtype=qkv.dtype, device=qkv.device)
+    return torch.empty((b, n, h, d), dtype=qkv.dtype, device=qkv.device).transpose(1, 2)
 
 
 def qk_norm_forward(
-    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """→ q, k, v (B, H, N, d) in qkv's dtype; stats (4, B, H, N): mean and rstd of q, of k."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    shape = qkv.shape[-1:]
-    q_hat, q_mean, q_rstd = torch.native_layer_norm(up(q), shape, up(q_weight), up(q_bias), eps)
-    k_hat, k_mean, k_rstd = torch.native_layer_norm(up(k), shape, up(k_weight), up(k_bias), eps)
-    stats = torch.stack([s.squeeze(-1) for s in (q_mean, q_rstd, k_mean, k_rstd)])
-    v = v.clone(memory_format=torch.contiguous_format)
-    return q_hat.to(qkv.dtype).contiguous(), k_hat.to(qkv.dtype).contiguous(), v, stats
+    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float,
+    heads_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ q, k (B, H, N, d) in qkv's dtype, laid out as `empty_heads`; stats (4, B, N, H): mean and rstd of q, of k."""
+    shape, made, stats = qkv.shape[-1:], [], []
+    for x, weight, bias in ((qkv[:, :, 0], q_weight, q_bias), (qkv[:, :, 1], k_weight, k_bias)):
+        hat, mean, rstd = torch.native_layer_norm(up(x), shape, up(weight), up(bias), eps)  # (B, N, H, d)
+        made.append(empty_heads(qkv, heads_first).copy_(hat.transpose(1, 2)))
+        stats += [mean.squeeze(-1), rstd.squeeze(-1)]
+    return made[0], made[1], torch.stack(stats)
 
 
 def qk_norm_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dqkv (B, N, 3, H, d) in qkv's dtype, and dq_weight, dq_bias, dk_weight, dk_bias (d,) in the weights'."""
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, qkv_bias: Optional[Tensor],
+    stats: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """→ dqkv (B, N, 3, H, d) in qkv's dtype; daffine (4, d) in the weights': dq_weight, dq_bias, dk_weight, dk_bias;
+    and qkv_bias's gradient in its dtype, which is empty if qkv_bias is None."""
     parts, sums = [], []
-    for x, dy, weight, (mean, rstd) in ((q, dq, q_weight, stats[:2]), (k, dk, k_weight, stats[2:])):
-        h = (up(x) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-        parts.append(norm_backward(up(dy) * up(weight), h, rstd).to(qkv.dtype))
-        sums += [(up(dy) * h).sum((0, 1, 2)).to(weight.dtype), up(dy).sum((0, 1, 2)).to(weight.dtype)]
-    dqkv = torch.stack([*parts, dv.to(qkv.dtype)]).permute(1, 3, 0, 2, 4).contiguous()
-    return dqkv, sums[0], sums[1], sums[2], sums[3]
+    for part, (dy, weight, (mean, rstd)) in enumerate(((dq, q_weight, stats[:2]), (dk, k_weight, stats[2:]))):
+        dy = up(dy).transpose(1, 2)
+        h = (up(qkv[:, :, part]) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+        parts.append(norm_backward(dy * up(weight), h, rstd))
+        sums += [(dy * h).sum((0, 1, 2)), dy.sum((0, 1, 2))]
+    exact = torch.stack([*parts, up(dv).transpose(1, 2)], 2)
+    daffine = torch.stack(sums).to(q_weight.dtype)
+    if qkv_bias is None:
+        return exact.to(qkv.dtype), daffine, daffine.new_empty(0)
+    return exact.to(qkv.dtype), daffine, exact.sum((0, 1)).flatten().to(qkv_bias.dtype)

@@ -6,7 +6,7 @@ The defaults are those of the published Self-Transcendence runs where these exis
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from st_fast.kernels import SWITCHES
+from st_fast.kernels import FORMS, SWITCHES
 from st_fast.recipe.architecture import Model as Model
 from st_fast.recipe.keys import (
     FOLDER_NAME,
@@ -154,7 +154,7 @@ class Evaluate:
     reference: str = free("", "What FID compares with: ADM's .npz, pictures or a data folder; \"\": the run's data.")
 
 
-Choice = Literal["auto", "fused", "reference"]
+CHOICES = ("auto", "fused", "reference")
 
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ if TYPE_CHECKING:
 
 else:
     Kernels = make_dataclass(
-        "Kernels", [(op, Choice, free("auto", help)) for op, help in SWITCHES.items()], frozen=True
+        "Kernels",
+        [(op, Literal[*CHOICES, *FORMS.get(op, ())], free("auto", help)) for op, help in SWITCHES.items()],
+        frozen=True,
     )
     Kernels.__doc__ = 'Which implementation serves each op; "auto" takes what measured faster on this kind of device.'
 

@@ -94,7 +94,7 @@ def features(batch: int, tokens: int, width: int) -> list[Case]:
 
 
 def others(batch: int, tokens: int, heads: int, dim: int) -> list[Case]:
-    """qk_norm from a strided packed tensor, cfg_extrapolate and gelu_tanh."""
+    """qk_norm from a strided packed tensor in both layouts, cfg_extrapolate and gelu_tanh."""
     leaves = {
         "qkv": random(batch, tokens, 3, heads, dim + 3),
         **{name: random(dim) for name in ("qw", "qb", "kw", "kb")},
@@ -104,10 +104,17 @@ def others(batch: int, tokens: int, heads: int, dim: int) -> list[Case]:
         out: tuple[Tensor, ...] = ops.qk_norm(t["qkv"][..., :dim], t["qw"], t["qb"], t["kw"], t["kb"], 1e-6)
         return out
 
+    def with_bias(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+        qkv = t["qkv"][..., :dim] + t["bias"].detach().view(3, heads, dim)
+        vectors = (t["qw"], t["qb"], t["kw"], t["kb"])
+        out: tuple[Tensor, ...] = ops.qk_norm(qkv, *vectors, 1e-6, qkv_bias=t["bias"], layout="heads")
+        return out
+
     flat = {"a": 3 * random(tokens, batch, dim), "b": random(tokens, batch, dim), "bias": random(dim)}
     size = f"{batch}x{tokens}x{heads}x{dim}"
     return [
         Case(f"qk_norm-{size}", leaves, qk_norm),
+        Case(f"qk_norm-bias-heads-{size}", leaves | {"bias": leaves["qb"].repeat(3 * heads)}, with_bias),
         Case(f"cfg_extrapolate-{size}", flat, lambda ops, t: (ops.cfg_extrapolate(t["a"], t["b"], 30.0),)),
         Case(f"gelu_tanh-{size}", flat, lambda ops, t: (ops.gelu_tanh(t["a"].transpose(0, 1)),), ("b",)),
         Case(f"gelu_tanh-biased-{size}", flat, lambda ops, t: (ops.gelu_tanh(t["a"].transpose(0, 1), t["bias"]),)),

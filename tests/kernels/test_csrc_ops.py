@@ -127,7 +127,7 @@ def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
         "gelu_tanh": (x, None),
         "gelu_tanh_backward": (dy, x, torch.randn(1024)),
         "qk_norm": (qkv, *vectors, 1e-6),
-        "qk_norm_backward": (*heads, qkv, vectors[0], vectors[1], torch.rand(4, batch, 16, 64) + 0.5),
+        "qk_norm_backward": (*heads, qkv, vectors[0], vectors[1], None, torch.rand(4, batch, 64, 16) + 0.5),
     }
 
 

@@ -97,9 +97,13 @@ def test_closed_form_gradients_are_those_of_autograd(name: str) -> None:
     frozen = [v.detach() if isinstance(v, Tensor) else v for v in arguments]
     outs = getattr(PLAIN, name)(*frozen)
     if name == "qk_norm":
-        dq, dk, dv = (torch.sin(1 + out) for out in outs[:3])
+        q, k, stats = outs
         qkv, q_weight, _, k_weight, _, _ = frozen
-        ours = [*outs[:3], *PLAIN.qk_norm_backward(dq, dk, dv, qkv, q_weight, k_weight, outs[3])]
+        v, bias = qkv[:, :, 2].transpose(1, 2), qkv.new_zeros(qkv[0, 0].numel())
+        grads = [torch.sin(1 + out) for out in (q, k, v)]
+        dqkv, daffine, dbias = PLAIN.qk_norm_backward(*grads, qkv, q_weight, k_weight, bias, stats)
+        assert error(dbias, dqkv.sum((0, 1)).flatten()) < 1e-12
+        ours = [q, k, v, dqkv, *daffine]
     elif name == "norm_modulate":
         y, mean, rstd = outs
         dx, slab = PLAIN.norm_modulate_backward(torch.sin(1 + y), frozen[0], frozen[2], mean, rstd)

@@ -86,7 +86,7 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
     """Triton's launcher makes constants of sizes and strides of one, which the interpreter does not do."""
     skip_without_tools()
     x, v, weight = meta(batch, tokens, width), meta(batch, width), meta(batch, dtype=torch.float32)
-    s, stats = meta(batch, tokens, dtype=torch.float32), meta(4, batch, heads, tokens, dtype=torch.float32)
+    s, stats = meta(batch, tokens, dtype=torch.float32), meta(4, batch, tokens, heads, dtype=torch.float32)
     index, qkv = meta(batch, dtype=torch.int64), meta(batch, tokens, 3, heads, width)
     head, affine, p = meta(batch, heads, tokens, width), meta(width), [meta(width, dtype=torch.float32)]
     scalar = meta(dtype=torch.float32)
@@ -106,7 +106,8 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
         lambda: mlp.gelu_tanh_backward(x, x),
         lambda: mlp.gelu_tanh_backward(x, x, meta(width)),
         lambda: qknorm.qk_norm(qkv, affine, affine, affine, affine, 1e-6),
-        lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, stats),
+        lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, None, stats),
+        lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, qkv[0, 0].flatten(), stats),
         lambda: optimiser.grad_norm(p),
         lambda: optimiser.adamw_ema_(p, p, p, p, [], [], scalar, scalar, scalar, 0.9, 0.99, 1e-8, 0.0, 0.9, 1.0),
     ]

@@ -10,13 +10,14 @@ from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
 from st_fast.kernels.qknorm import triton as qknorm
 
 
-def qk_norm(*size: int) -> Case:
-    return next(c for c in others(*size) if c.name.startswith("qk_norm"))
+def qk_norm(*size: int, bias: bool = False) -> Case:
+    """With the layout "tokens", or that of heads and a gradient of qkv's bias."""
+    return next(c for c in others(*size) if c.name.startswith("qk_norm") and ("bias" in c.name) == bias)
 
 
 torch.manual_seed(0)
-# head_dim 72 = 64 + 8, a power of two, odd, 7 = 4 + 3 padded to 4, one; samples × tokens × heads
-CASES = [qk_norm(2, 5, 2, 72), qk_norm(1, 3, 2, 64), qk_norm(2, 1, 1, 33), qk_norm(1, 2, 2, 7), qk_norm(1, 1, 1, 1)]
+# samples × tokens × heads × head_dim: padded to a power of two or one already; heads in one group or several
+CASES = [qk_norm(2, 5, 2, 72), qk_norm(1, 3, 4, 64), qk_norm(2, 1, 3, 33), qk_norm(1, 2, 6, 7), qk_norm(1, 1, 1, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,14 +27,19 @@ def test_values_and_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dty
 
 
 def test_tokens_cut_into_several_tiles_and_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qknorm, "PROGRAMS", 1)  # chunks as long as they may be
-    assert_as_exact_as_eager(qk_norm(1, 61, 1, 72), torch.float32)
-    monkeypatch.setattr(qknorm, "PROGRAMS", 2048)  # chunks of one tile
-    assert_as_exact_as_eager(qk_norm(1, 61, 1, 72), torch.float32)
+    for programs in (1, 4, 2048):  # a chunk of all tokens, several of several tiles, one of each tile
+        monkeypatch.setattr(qknorm, "PROGRAMS", programs)
+        assert_as_exact_as_eager(qk_norm(1, 61, 1, 72), torch.float32)
 
 
-def test_more_programs_than_one_round_of_sums_takes() -> None:
-    assert_as_exact_as_eager(qk_norm(33, 1, 2, 2), torch.float32)  # 66 programs: rounds of 64 and 2
+def test_more_programs_than_are_added_up_at_once() -> None:
+    assert_as_exact_as_eager(qk_norm(33, 1, 6, 2), torch.float32)  # 99 programs: 64 rows of sums and 35
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(2, 5, 2, 72), (3, 2, 12, 5), (1, 9, 3, 33)])
+def test_the_gradient_of_qkvs_bias_and_contiguous_heads_are_as_exact(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_as_exact_as_eager(qk_norm(*size, bias=True), dtype)
 
 
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
@@ -47,7 +53,7 @@ def test_nan_in_gives_nan_out() -> None:
 
 def test_no_sample_gives_empty_outputs_and_zero_gradients_of_the_weights() -> None:
     qkv, weight = torch.empty(0, 3, 3, 2, 8), torch.ones(8)
-    q, k, v, stats = qknorm.qk_norm(qkv, weight, weight, weight, weight, 1e-6)
-    assert q.shape == k.shape == v.shape == (0, 2, 3, 8)
-    _, *grads = qknorm.qk_norm_backward(q, k, v, qkv, weight, weight, stats)
-    assert all(torch.equal(grad, torch.zeros(8)) for grad in grads)
+    q, k, stats = qknorm.qk_norm(qkv, weight, weight, weight, weight, 1e-6)
+    assert q.shape == k.shape == (0, 2, 3, 8)
+    _, *grads = qknorm.qk_norm_backward(q, k, q, qkv, weight, weight, torch.ones(48), stats)
+    assert all(torch.equal(grad, torch.zeros(size)) for grad, size in zip(grads, ((4, 8), (48,)), strict=True))
