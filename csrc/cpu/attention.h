@@ -1,5 +1,4 @@
-// Self-attention read from the packed projection and its gradient written as packed, one head of one sample at a time:
-// softmax over blocks of queries that stay in the caches, the probabilities recomputed in the backward pass
+// Self-attention on q, k and v where they lie, packed or each by itself, one head of one sample at a time: softmax over blocks of queries that stay in the caches, the probabilities recomputed in the backward pass
 // (FlashAttention, arXiv 2205.14135).
 #pragma once
 
@@ -16,13 +15,16 @@ constexpr int64_t kQueries = 64;  // in a block: a multiple of kPanel
 // One head's q, k, v or their gradients, (N, d) each; tokens are `ld` floats apart.
 struct HeadParts {
   float* part[3];
-  int64_t ld;
+  int64_t ld[3];
 };
 
-ST_INLINE HeadParts parts_of(const Attention& p, float* packed, int64_t b, int64_t h) {
-  HeadParts head = {{}, 3 * p.H * p.d};
-  for (int i = 0; i < 3; ++i) head.part[i] = packed + b * p.N * head.ld + (i * p.H + h) * p.d;
-  return head;
+ST_INLINE HeadParts parts_of(const Heads* heads, int64_t b, int64_t h) {
+  HeadParts of = {};
+  for (int i = 0; i < 3; ++i) {
+    of.part[i] = static_cast<float*>(heads[i].rows.data) + b * heads[i].rows.batch + h * heads[i].head;
+    of.ld[i] = heads[i].rows.token;
+  }
+  return of;
 }
 
 // Scores → e^(scale · (score − the row's largest)); returns the sum, and the row's largest scaled.
@@ -52,13 +54,13 @@ void attention(const Attention& p, int64_t begin, int64_t end) {
   float *keys = scratch.row(0), *values = scratch.row(1), *s = scores.row(0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.H, h = task % p.H;
-    const HeadParts in = parts_of(p, p.qkv, b, h);
+    const HeadParts in = parts_of(p.in, b, h);
     float* out = p.out + b * N * out_ld + h * d;
-    into_panels_transposed(in.part[1], in.ld, N, d, keys);
-    into_panels(in.part[2], in.ld, N, d, values);
+    into_panels_transposed(in.part[1], in.ld[1], N, d, keys);
+    into_panels(in.part[2], in.ld[2], N, d, values);
     for (int64_t first = 0; first < N; first += kQueries) {
       const int64_t rows = first + kQueries < N ? kQueries : N - first;
-      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld, in.ld, keys, d * kPanel, s, N, false);
+      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld[0], in.ld[0], keys, d * kPanel, s, N, false);
       float inverse[kQueries];
       for (int64_t i = 0; i < rows; ++i) {
         float largest;
@@ -99,26 +101,26 @@ void attention_backward(const Attention& p, int64_t begin, int64_t end) {
         *dout = panels.row(4), *s = blocks.row(0), *ds = blocks.row(1);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.H, h = task % p.H;
-    const HeadParts in = parts_of(p, p.qkv, b, h), to = parts_of(p, p.dqkv, b, h);
+    const HeadParts in = parts_of(p.in, b, h), to = parts_of(p.grads, b, h);
     const float *out = p.out + b * N * out_ld + h * d, *dy = p.dout + b * N * out_ld + h * d;
-    into_panels_transposed(in.part[1], in.ld, N, d, keys_t);
-    into_panels_transposed(in.part[2], in.ld, N, d, values_t);
-    into_panels(in.part[0], in.ld, N, d, queries);
-    into_panels(in.part[1], in.ld, N, d, keys);
+    into_panels_transposed(in.part[1], in.ld[1], N, d, keys_t);
+    into_panels_transposed(in.part[2], in.ld[2], N, d, values_t);
+    into_panels(in.part[0], in.ld[0], N, d, queries);
+    into_panels(in.part[1], in.ld[1], N, d, keys);
     into_panels(dy, out_ld, N, d, dout);
     for (int64_t first = 0; first < N; first += kQueries) {
       const int64_t rows = first + kQueries < N ? kQueries : N - first;
       const bool add = first > 0;
-      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld, in.ld, keys_t, wide, s, N, false);
+      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld[0], in.ld[0], keys_t, wide, s, N, false);
       product<false>(rows, N / kPanel, d, dy + first * out_ld, out_ld, values_t, wide, ds, N, false);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (first + i) * out_ld;
         score_gradient_row(s + i * N, ds + i * N, N, p.scale, p.lse[(b * p.H + h) * N + first + i],
                            dot(dy + at, out + at, d));
       }
-      product<false>(rows, d / kPanel, N, ds, N, keys, tall, to.part[0] + first * to.ld, to.ld, false);
-      product<true>(N, d / kPanel, rows, ds, N, queries + first * kPanel, tall, to.part[1], to.ld, add);
-      product<true>(N, d / kPanel, rows, s, N, dout + first * kPanel, tall, to.part[2], to.ld, add);
+      product<false>(rows, d / kPanel, N, ds, N, keys, tall, to.part[0] + first * to.ld[0], to.ld[0], false);
+      product<true>(N, d / kPanel, rows, ds, N, queries + first * kPanel, tall, to.part[1], to.ld[1], add);
+      product<true>(N, d / kPanel, rows, s, N, dout + first * kPanel, tall, to.part[2], to.ld[2], add);
     }
   }
 }

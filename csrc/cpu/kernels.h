@@ -68,12 +68,12 @@ struct QKNorm {
   int64_t sums;
 };
 
-// Tasks: (sample, head). All contiguous float32; N and d are multiples of 32.
+// Tasks: (sample, head). All float32 with contiguous channels; N and d are multiples of 32.
 struct Attention {
   int64_t B, N, H, d;
   float scale;
-  float *qkv, *dqkv;  // (B, N, 3, H, d)
-  float *out, *dout;  // (B, N, H, d)
+  Heads in[3], grads[3];  // q, k, v and their gradients
+  float *out, *dout;      // (B, N, H, d), contiguous
   float* lse;         // (B, H, N): the logarithm of the sum of e^(scale · score)
 };
 

@@ -15,32 +15,6 @@ QKNorm sizes_of(const Tensor& qkv) {
   return p;
 }
 
-// One of the three parts of a packed (B, N, 3, H, d) tensor.
-Heads packed(const Tensor& qkv, int part, const char* name) {
-  const auto strides = qkv.strides();
-  Heads heads;
-  heads.rows.dtype = dtype_of(qkv, name);
-  heads.rows.data = static_cast<char*>(qkv.data_ptr()) + part * strides[2] * static_cast<int64_t>(qkv.element_size());
-  heads.rows.batch = strides[0];
-  heads.rows.token = strides[1];
-  heads.rows.channel = qkv.size(4) == 1 ? 1 : strides[4];
-  heads.head = strides[3];
-  return heads;
-}
-
-Heads separate(const QKNorm& p, const Tensor& t, const char* name) {  // (B, H, N, d)
-  expect_shape(t, name, {p.B, p.H, p.N, p.d});
-  const auto strides = t.strides();
-  Heads heads;
-  heads.rows.dtype = dtype_of(t, name);
-  heads.rows.data = t.data_ptr();
-  heads.rows.batch = strides[0];
-  heads.rows.token = strides[2];
-  heads.rows.channel = p.d == 1 ? 1 : strides[3];
-  heads.head = strides[1];
-  return heads;
-}
-
 Rows affine(const QKNorm& p, const Tensor& t, const char* name) {
   expect_shape(t, name, {p.d});
   return rows(t, name);
@@ -61,8 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tensor& q_we
   for (int part = 0; part < 2; ++part) {
     out[part] = heads_first ? empty_as({p.B, p.H, p.N, p.d}, qkv)
                             : empty_token_major(p.B, p.H, p.N, p.d, dtype_code(qkv.get()));
-    p.in[part] = packed(qkv, part, "qkv");
-    p.out[part] = separate(p, out[part], names[part]);
+    p.in[part] = part_of(qkv, part, "qkv");
+    p.out[part] = heads_of(out[part], names[part], {p.B, p.H, p.N, p.d});
     p.out[part].rows.past_cache = past_cache(out[part], p.d);
   }
   Tensor stats = empty({4, p.B, p.N, p.H}, aoti_torch_dtype_float32());
@@ -99,10 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& dq, const Tens
   const Tensor* grads[3] = {&dq, &dk, &dv};
   const char* names[3] = {"dq", "dk", "dv"};
   for (int part = 0; part < 3; ++part) {
-    p.in[part] = packed(dqkv, part, "dqkv");
+    p.in[part] = part_of(dqkv, part, "dqkv");
     p.in[part].rows.past_cache = past_cache(dqkv, p.d);
-    p.x[part] = packed(qkv, part, "qkv");
-    p.out[part] = separate(p, *grads[part], names[part]);
+    p.x[part] = part_of(qkv, part, "qkv");
+    p.out[part] = heads_of(*grads[part], names[part], {p.B, p.H, p.N, p.d});
   }
   p.weight[0] = affine(p, q_weight, "q_weight");
   p.weight[1] = affine(p, k_weight, "k_weight");

@@ -129,6 +129,33 @@ inline Rows result_rows(const Tensor& t, const char* name) {
   return r;
 }
 
+// One of the three parts of a packed (B, N, 3, H, d) tensor.
+inline Heads part_of(const Tensor& qkv, int part, const char* name) {
+  const auto strides = qkv.strides();
+  Heads heads;
+  heads.rows.dtype = dtype_of(qkv, name);
+  heads.rows.data = static_cast<char*>(qkv.data_ptr()) + part * strides[2] * static_cast<int64_t>(qkv.element_size());
+  heads.rows.batch = strides[0];
+  heads.rows.token = strides[1];
+  heads.rows.channel = qkv.size(4) == 1 ? 1 : strides[4];
+  heads.head = strides[3];
+  return heads;
+}
+
+// A (B, H, N, d) tensor, of which these are the sizes.
+inline Heads heads_of(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+  expect_shape(t, name, sizes);
+  const auto strides = t.strides();
+  Heads heads;
+  heads.rows.dtype = dtype_of(t, name);
+  heads.rows.data = t.data_ptr();
+  heads.rows.batch = strides[0];
+  heads.rows.token = strides[2];
+  heads.rows.channel = t.size(3) == 1 ? 1 : strides[3];
+  heads.head = strides[1];
+  return heads;
+}
+
 inline float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 // True in a process made by fork: OpenMP's threads did not come along, and waiting for them would never end.

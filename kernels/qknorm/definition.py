@@ -41,7 +41,12 @@ def empty_heads(qkv: Tensor, heads_first: bool) -> Tensor:
 
 
 def qk_norm_forward(
-    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float,
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    eps: float,
     heads_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ q, k (B, H, N, d) in qkv's dtype, laid out as `empty_heads`; stats (4, B, N, H): mean and rstd of q, of k."""

@@ -178,7 +178,11 @@ def _qk_norm_backward_kernel(
         out += 2 * H * D
         column, there = _columns(D, WIDE)
         total = tl.zeros((T, WIDE), tl.float32)
-        dv_at, out_at, of_row = _rows(dv_n, dv_h, T, GROUP), _rows(out_n, D, T, GROUP), tl.arange(0, T)[:, None] // GROUP
+        dv_at, out_at, of_row = (
+            _rows(dv_n, dv_h, T, GROUP),
+            _rows(out_n, D, T, GROUP),
+            tl.arange(0, T)[:, None] // GROUP,
+        )
         for start in tl.range(0, count, T // GROUP, num_stages=STAGES):
             inside = (start + of_row < count) & there
             token = tl.cast(start, tl.int64)
@@ -231,7 +235,12 @@ def _config(heads: int, width: int, elements: int) -> dict[str, int]:
 
 
 def qk_norm(
-    qkv: Tensor, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float,
+    qkv: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    eps: float,
     heads_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k (B, H, N, d) in qkv's dtype, laid out as `empty_heads`, and stats (4, B, N, H); qkv (B, N, 3, H, d), weights

@@ -131,11 +131,11 @@ def _xformers_dispatches(device: torch.device, head_dim: int) -> str | None:
 
 
 class Packed:
-    """csrc's attention, which reads q, k and v where the projection wrote them and writes their gradients so."""
+    """csrc's attention, which reads q, k and v where they lie and also writes their gradients as one packed tensor."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As every backend; the three are packed first."""
-        return self.packed(torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)).transpose(1, 2)
+        """As every backend."""
+        return kernels.attention_heads(q, k, v)
 
     def packed(self, qkv: Tensor) -> Tensor:
         """qkv (B, N, 3, H, d) → (B, N, H, d)."""
@@ -208,13 +208,23 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, s
     raise UserError(f"model.attention: no backend computes attention right on {device} in {dtype}")
 
 
-LAYOUTS = {
-    "contiguous": 3,
-    "contiguous but for v, a view of the packed projection": 2,
-    "views of the packed projection": 0,
+def _token_major(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _unpacked(qkv)
+    return q.transpose(1, 2).contiguous().transpose(1, 2), k.transpose(1, 2).contiguous().transpose(1, 2), v
+
+
+def _contiguous(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (part.contiguous() for part in _unpacked(qkv))
+    return q, k, v
+
+
+LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None] = {
+    "in the order (B, N, H, d), v a view of the packed projection": _token_major,
+    "contiguous": _contiguous,
+    "views of the packed projection": None,
 }
-"""How q, k and v (B, H, N, d) lie in memory in training: how many of them, in this order, are copies out of the packed
-projection (B, N, 3, H, d) after the fused qk_norm, after the reference's, and without qk_norm."""
+"""How q, k and v (B, H, N, d) lie in memory in training: after qk_norm, after qk_norm with the layout "heads", and
+without qk_norm, where `attend_packed` takes the packed projection (B, N, 3, H, d)."""
 
 
 def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int = 256) -> str | None:
@@ -226,9 +236,9 @@ def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: i
     qkv = torch.randn(2, tokens, 3, 3, head_dim, generator=generator).to(dtype)  # B = 2, H = 3
     dout = torch.randn(2, tokens, 3, head_dim, generator=generator).to(dtype)
     truth = _with_gradients(F.scaled_dot_product_attention, qkv.double(), dout.double())
-    for layout, copies in LAYOUTS.items():
+    for layout, laid_out in LAYOUTS.items():
         try:
-            ours = _with_gradients(attend, qkv.to(device), dout.to(device), copies)
+            ours = _with_gradients(attend, qkv.to(device), dout.to(device), laid_out)
         except Exception as error:  # whatever a backend throws here it would throw in training
             lines = str(error).splitlines() or [""]
             return f"fails with {type(error).__name__}: {lines[0][:120]}"
@@ -240,12 +250,10 @@ def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: i
     return None
 
 
-def _with_gradients(attend: Attend, qkv: Tensor, dout: Tensor, copies: int = 0) -> tuple[Tensor, ...]:
-    """The output (B, N, H, d) and the gradients of q, k, v, in the same shape; the first `copies` are contiguous."""
+def _with_gradients(
+    attend: Attend, qkv: Tensor, dout: Tensor, laid_out: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+) -> tuple[Tensor, ...]:
+    """The output (B, N, H, d) and the gradients of q, k, v, in the same shape."""
     leaf = qkv.detach().requires_grad_()
-    if copies:
-        q, k, v = (x.contiguous() if place < copies else x for place, x in enumerate(_unpacked(leaf)))
-        out = attend(q, k, v).transpose(1, 2)
-    else:
-        out = attend_packed(attend, leaf)
+    out = attend_packed(attend, leaf) if laid_out is None else attend(*laid_out(leaf)).transpose(1, 2)
     return out.detach(), *torch.autograd.grad(out, leaf, dout)[0].unbind(2)

@@ -146,7 +146,14 @@ def cases() -> list[Case]:
         leaves = {"qkv": 2 * random(batch, tokens, 3, heads, dim)}
         size = f"{batch}x{tokens}x{heads}x{dim}"
         made.append(Case(f"attention-{size}", leaves, lambda ops, t: (ops.attention(t["qkv"]),)))
+        made.append(Case(f"attention_heads-{size}", leaves, _apart))
     return made
+
+
+def _apart(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+    """q, k and v by themselves: (B, N, H, d) in memory, contiguous, and with channels that are not side by side."""
+    q, k, v = (part.transpose(1, 2) for part in t["qkv"].unbind(2))
+    return (ops.attention_heads(q, k.contiguous(), v.transpose(2, 3).contiguous().transpose(2, 3)),)
 
 
 def output_gradient(out: Tensor, strides: str) -> Tensor:

@@ -16,7 +16,7 @@ from st_fast.kernels.common.trial import Draw, Size
 
 DATA = ("noisy_latents",)
 """Ops without a gradient, which make data."""
-DIFFERENTIABLE = (*(op for op in TABLE if op not in DATA), "attention")
+DIFFERENTIABLE = (*(op for op in TABLE if op not in DATA), "attention", "attention_heads")
 B, N, D, H = 3, 4, 12, 2
 
 
@@ -73,6 +73,7 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     kept, tokens, head = (dtype, 3, 4) if dtype == torch.float64 else (torch.float32, 32, 32)
     packed = _random(1, tokens, 3, H, head, grad=True, dtype=kept)
     heads = [*_random(2, 1, H, tokens, head, dtype=kept), _random(1, H, tokens, dtype=kept)]
+    apart = [packed.detach()[:, :, part].transpose(1, 2).requires_grad_() for part in range(3)]
     index, weight = torch.tensor([2, 0]), torch.rand(2)
     # Finite differences see no bias: it is added before, and only its gradient is taken here.
     bias = None if dtype == torch.float64 else leaf(D)
@@ -95,6 +96,9 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "attention": (packed,),
         "attention_backward": (heads[0].transpose(1, 2), packed.detach(), heads[1].transpose(1, 2).contiguous(),
                                heads[2]),
+        "attention_heads": tuple(apart),
+        "attention_heads_backward": (heads[0].transpose(1, 2), *(v.detach() for v in apart),
+                                     heads[1].transpose(1, 2).contiguous(), heads[2]),
         "linear": (leaf(1, rows, deep), leaf(wide, deep), leaf(wide)),
         "linear_backward": (plain(1, wide, rows).transpose(1, 2), plain(1, rows, deep), plain(wide, deep)),
         "gelu_tanh": (a, bias),

@@ -76,15 +76,16 @@ PLAIN = torch.ops.st_fast_reference
 
 
 def test_attention_and_linear_in_plain_pytorch_have_the_gradients_of_autograd() -> None:
-    for name in ("attention", "linear"):
+    for name in ("attention", "attention_heads", "linear"):
         arguments = samples(torch.float64)[name]
         truth = run(public(name, reference), arguments)
         frozen = [v.detach() for v in arguments]
         outs = getattr(PLAIN, name)(*frozen)
         out, *rest = outs if isinstance(outs, tuple) else (outs,)
-        saved = [*frozen, out, *rest] if name == "attention" else frozen[:2]
+        saved = frozen[:2] if name == "linear" else [*frozen, out, *rest]
         grads = getattr(PLAIN, f"{name}_backward")(torch.sin(1 + out), *saved)
         grads = grads if isinstance(grads, tuple) else (grads,)
+        out = out.transpose(1, 2) if name == "attention_heads" else out
         for one, other in zip([out, *grads], truth, strict=True):
             torch.testing.assert_close(one, other)
 

@@ -103,7 +103,7 @@ def wrong_gradients_where(condition):
     ("condition", "layout"),
     [
         (lambda q, k, v, dout: v.is_contiguous() and not dout.is_contiguous(), "contiguous"),
-        (lambda q, k, v, dout: q.is_contiguous() and not v.is_contiguous(), "contiguous but for v, a view"),
+        (lambda q, k, v, dout: q.stride(2) == q.shape[1] * q.shape[3], "in the order (B, N, H, d), v a view"),
         (lambda q, k, v, dout: q.stride(2) == 3 * q.shape[1] * q.shape[3], "views of the packed projection"),
     ],
 )
@@ -128,8 +128,8 @@ def test_the_layouts_checked_are_those_of_training():
     tokens, heads, head_dim = 20, 3, 64
 
     def train(attend):
-        table = {choice: kernels.select({"qk_norm": choice}, CPU) for choice in ("fused", "reference")}
-        for qk_norm, choice in ((True, "fused"), (True, "reference"), (False, "fused")):
+        table = {choice: kernels.select({"qk_norm": choice}, CPU) for choice in ("fused", "heads", "reference")}
+        for qk_norm, choice in ((True, "fused"), (True, "heads"), (True, "reference"), (False, "fused")):
             layer = Attention(heads * head_dim, heads, qk_norm, table[choice], attend)
             layer(torch.randn(2, tokens, heads * head_dim)).square().sum().backward()
 
