@@ -67,8 +67,6 @@ ASSUMPTIONS = {
     # Of the copy rate, for kernels that only move data: a copy is the ceiling, several streams of rows come near it. 85
     # to 90 % is what fused norms reach in other projects.
     "memory share": 0.88,
-    # qk-norm's backward holds 128 registers and does not pipeline its loads.
-    "memory share of qk-norm": 0.8,
     # The optimiser reads and writes long vectors alone.
     "memory share of optimiser": 0.95,
     # That a launch adds with a full queue: start, first loads, tail. 2 to 4 µs on Hopper.

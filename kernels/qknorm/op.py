@@ -149,8 +149,8 @@ class _WithV(torch.autograd.Function):
         return q, k, _v(qkv)
 
     @staticmethod
-    def backward(ctx: Context, *grads: Grad) -> tuple[Grad, ...]:
-        return (*_gradients(ctx, *grads, bias_wanted=ctx.needs_input_grad[5]), None, None)
+    def backward(ctx: Context, dq: Grad, dk: Grad, dv: Grad) -> tuple[Grad, ...]:
+        return (*_gradients(ctx, dq, dk, dv, bias_wanted=ctx.needs_input_grad[5]), None, None)
 
 
 def _with_v(

@@ -165,24 +165,21 @@ def _qk_norm_backward_kernel(
     of_q = None if bias_ptr is None else bias_ptr + number * out_n + head * D
     of_k = None if bias_ptr is None else of_q + H * D
     if tl.program_id(1) == 0:
-        _denormalise(dq_ptr + sample * dq_b + token * dq_n + head * dq_h, dq_n, dq_h, source, qkv_n, qkv_h, q_weight_ptr,
-                 stats, stats + plane, H, out, out_n, sums, of_q, count,
-                 T, GROUP, D, WIDE, STAGES)  # fmt: skip
+        dq_ptr += sample * dq_b + token * dq_n + head * dq_h
+        _denormalise(dq_ptr, dq_n, dq_h, source, qkv_n, qkv_h, q_weight_ptr, stats, stats + plane, H, out, out_n,
+                     sums, of_q, count, T, GROUP, D, WIDE, STAGES)  # fmt: skip
     elif tl.program_id(1) == 1:
         stats += 2 * plane
-        _denormalise(dk_ptr + sample * dk_b + token * dk_n + head * dk_h, dk_n, dk_h, source + qkv_part, qkv_n, qkv_h,
-                 k_weight_ptr, stats, stats + plane, H, out + H * D, out_n, sums + 2 * D, of_k, count,
-                 T, GROUP, D, WIDE, STAGES)  # fmt: skip
+        dk_ptr += sample * dk_b + token * dk_n + head * dk_h
+        _denormalise(dk_ptr, dk_n, dk_h, source + qkv_part, qkv_n, qkv_h, k_weight_ptr, stats, stats + plane, H,
+                     out + H * D, out_n, sums + 2 * D, of_k, count, T, GROUP, D, WIDE, STAGES)  # fmt: skip
     else:
         dv_ptr += sample * dv_b + token * dv_n + head * dv_h
         out += 2 * H * D
         column, there = _columns(D, WIDE)
         total = tl.zeros((T, WIDE), tl.float32)
-        dv_at, out_at, of_row = (
-            _rows(dv_n, dv_h, T, GROUP),
-            _rows(out_n, D, T, GROUP),
-            tl.arange(0, T)[:, None] // GROUP,
-        )
+        dv_at, out_at = _rows(dv_n, dv_h, T, GROUP), _rows(out_n, D, T, GROUP)
+        of_row = tl.arange(0, T)[:, None] // GROUP
         for start in tl.range(0, count, T // GROUP, num_stages=STAGES):
             inside = (start + of_row < count) & there
             token = tl.cast(start, tl.int64)

@@ -209,11 +209,11 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> i
     """What the trunk keeps for the backward per image, compiled for CUDA with cuDNN's attention (test_memory.py).
 
     With checkpointing, in every block what `st_fast.model.compiling` says is kept, and in one block what its
-    backward pass has just computed again. The CPU keeps attention's output once: there this is 4 to 5 % too much.
+    backward pass has just computed again.
     """
     n, d, each = model.tokens, model.width, 2 if bf16 else 4
     qkv, attended = 3 * d, d
-    normed = qkv + d if model.qk_norm else 0  # q, k, v once more, and the output also as its projection reads it
+    normed = 2 * d if model.qk_norm else 0  # q and k once more
     statistics = 4 * model.heads * (5 if model.qk_norm else 1)  # of q and k: mean and 1/σ; of the softmax: its log-sum
     inside_attention = each * (qkv + attended + normed) + statistics
     adaln = 2 * (each * 3 * d + 4 * 2)  # at two sites: x', a and y; mean and 1/σ

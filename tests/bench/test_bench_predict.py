@@ -67,9 +67,8 @@ def test_bias_gradients_read_what_each_layer_of_a_block_sends_back_unless_the_ne
     assert sum(k.bytes for k in found) == DEPTH * channels * (unit + WIDTH * 2)
 
 
-def test_attention_s_output_is_laid_out_anew_once_a_block(plain):
-    copies = [k.bytes for k in plain if k.name == "triton_poi_fused_clone"]
-    assert copies == [2 * BATCH * TOKENS * WIDTH * 2] * DEPTH
+def test_nothing_is_laid_out_anew_around_attention(plain):
+    assert not [k for k in plain if k.name.startswith("triton") and "clone" in k.name]
 
 
 def test_the_optimiser_moves_38_bytes_a_parameter(plain):
