@@ -212,7 +212,7 @@ MADE_UP = [
     Kernel("aten::addmm", "student forward", 8.8e9, 1e6),
     Kernel("aten::_scaled_dot_product_cudnn_attention", "student forward", 1e6, 1.6e12),
     Kernel("st_fast::norm_modulate_backward", "backward", 1.76e9, launches=2),
-    Kernel("st_fast::qk_norm", "student forward", 1.6e9),
+    Kernel("st_fast::qk_norm", "student forward", 1.76e9),
     Kernel("triton_poi_fused_gelu", "student forward", 3.52e9),
 ]
 
