@@ -80,8 +80,8 @@ def chosen(switch: str, device: torch.device, choices: Mapping[str, str]) -> str
 
 
 def select(choices: Mapping[str, str], device: torch.device) -> KernelTable:
-    """The table for one device. `choices` maps an op, or "bias_gradients", to "fused", "reference", one of an op's FORMS,
-    or "auto", which is also the default.
+    """The table for one device. `choices` maps an op, or "bias_gradients", to "fused", "reference", a form of the op's
+    (FORMS), or "auto", which is also the default.
 
     Raises ValueError for an unknown op or choice, naming it, what is allowed, and the nearest name.
     """

@@ -117,7 +117,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool, kernels: KernelTable, attend: Attend) -> None:
         super().__init__()
         self.heads, self.kernels, self.attend = heads, kernels, attend
-        self.qkv = Linear(width, 3 * width, kernels)
+        self.qkv = (BlockLinear if qk_norm else Linear)(width, 3 * width, kernels)
         self.proj = BlockLinear(width, width, kernels)
         self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
@@ -127,8 +127,9 @@ class Attention(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             return self.proj(attend_packed(self.attend, qkv).flatten(2))
         q, k, v = self.kernels.qk_norm(
-            qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps
-        )  # (B, H, N, d) each
+            qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps,
+            qkv_bias=bias_left(self.qkv),
+        )  # (B, H, N, d) each, laid out for the attention  # fmt: skip
         return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 

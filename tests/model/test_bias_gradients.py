@@ -19,7 +19,7 @@ from st_fast.recipe.schema import Model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-OPS = {"gate_residual_norm_modulate": "fused", "gelu_tanh": "fused"}
+OPS = {"gate_residual_norm_modulate": "fused", "gelu_tanh": "fused", "qk_norm": "fused"}
 """In csrc where it is built."""
 SMALL = Model("custom", depth=2, width=48, heads=3, patch=2, channels=4, latent_size=8, num_classes=5)
 
@@ -75,7 +75,7 @@ def test_the_layers_of_a_block_take_no_sum_of_their_own() -> None:
     with torch.profiler.profile() as profile:
         gradients(model("reference", dtype=torch.bfloat16))
     more = {event.key: event.count for event in profile.key_averages()}
-    assert more["aten::sum"] == sums["aten::sum"] + 3 * SMALL.depth  # proj, fc1, fc2
+    assert more["aten::sum"] == sums["aten::sum"] + 4 * SMALL.depth  # qkv, proj, fc1, fc2
 
 
 @pytest.mark.parametrize("what", ["attention", "block"])
@@ -113,7 +113,7 @@ def test_a_frozen_bias_gets_no_gradient_and_the_others_theirs() -> None:
 def test_without_gradients_no_bias_is_left_to_another_op() -> None:
     net = model("fused")
     layers = [layer for layer in net.modules() if isinstance(layer, BlockLinear)]
-    assert len(layers) == 3 * SMALL.depth
+    assert len(layers) == 4 * SMALL.depth
     assert all(bias_left(layer) is layer.bias for layer in layers)
     with torch.no_grad():
         assert all(bias_left(layer) is None for layer in layers)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -168,12 +169,12 @@ def csrc() -> dict[str, Any]:
     return {"loaded": [kind for kind in ("cpu", "cuda") if native.available(kind)], "step": counters.since(before)}
 
 
-def launches() -> dict[str, Any]:
+def launches(op: str) -> dict[str, Any]:
     """What `bench.launches` counts of an op whose launches are known."""
     from bench.launches import op_costs
     from bench.ops import Case, Size
 
-    case = Case("cfg_extrapolate", Size("S/2", 3, 16), torch.bfloat16, torch.device("cuda:0"))
+    case = Case(op, Size("S/2", 3, 16), torch.bfloat16, torch.device("cuda:0"))
     costs = op_costs(case)
     return {part: [cost[key] for key in ("launches", "syncs", "host_us")] for part, cost in costs.items()}
 
@@ -195,7 +196,29 @@ def draws() -> dict[str, Any]:
     return {"ours": calls[:6], "definition": calls[6:], "forms": len(forms)}
 
 
-HERE = (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches, draws)
+def attention(form: str) -> dict[str, Any]:
+    """Kernels of Inductor's own and ops of ours around attention in a compiled layer, and its caches' counts."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import run_and_get_code
+
+    from st_fast import kernels
+    from st_fast.model.attention import _efficient
+    from st_fast.model.sit import Attention
+
+    device = torch.device("cuda:0")
+    layer = Attention(144, 2, True, kernels.select({"qk_norm": form}, device), _efficient).to(device, torch.bfloat16)
+    y = torch.randn(3, 32, 144, device=device, dtype=torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True)
+    _, codes = run_and_get_code(lambda: compiled(y).backward(torch.ones_like(y)))
+    kernel, op = re.compile(r"(triton_\w+)\.run\("), re.compile(r"torch\.ops\.(\w+\.\w+)\.default\(")
+    return {
+        "kernels": [name for code in codes for name in kernel.findall(code)],
+        "ops": [name for code in codes for name in op.findall(code)],
+        "cache": {key: counters["aot_autograd"][f"autograd_cache_{key}"] for key in ("miss", "hit", "bypass")},
+    }
+
+
+HERE = (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches, draws, attention)
 OF_PRODUCTS = (products.emulated, products.asked, products.fallbacks)
 OF_THE_HOST = (host.launcher, host.modes, host.capture_fails)
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {

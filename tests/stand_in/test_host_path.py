@@ -106,7 +106,7 @@ def test_a_batchs_noise_is_one_launch_of_one_kernel_whatever_the_seed(check):
 
 
 def test_launches_are_counted(check):
-    found = check("launches")
+    found = check("launches", "cfg_extrapolate")
     assert found["forward"][:2] == [1, 0] and found["backward"][:2] == [2, 0]
     assert 0 < found["forward"][2] < 10_000
 
@@ -158,3 +158,25 @@ def test_a_stage_whose_host_is_fast_has_none(on_stand_in, recipe):
         "align: CUDA graphs left out", "transcend: CUDA graphs left out"
     ]  # fmt: skip
     assert "the device 2000000.0 ms" in trial(done)[0]
+
+
+def test_qk_norm_is_one_launch_and_its_backward_two(check):
+    found = check("launches", "qk_norm")
+    assert found["forward"][:2] == [1, 0] and found["backward"][:2] == [2, 0]
+
+
+def test_a_compiled_attention_copies_nothing_and_the_next_start_has_it_in_the_cache(check, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    first, second = check("attention", "fused"), check("attention", "fused")
+    attention = "aten._scaled_dot_product_efficient_attention"
+    ops = ["st_fast.qk_norm", attention, f"{attention}_backward", "st_fast.qk_norm_backward"]
+    assert first["ops"] == second["ops"] == ops
+    # No kernel but the sum of proj's bias gradient, which nothing after this layer takes over.
+    assert [name for name in first["kernels"] if "sum" not in name] == [], first["kernels"]
+    assert first["cache"] == {"miss": 1, "hit": 0, "bypass": 0}
+    assert second["cache"] == {"miss": 0, "hit": 1, "bypass": 0}
+
+
+def test_contiguous_heads_cost_a_copy_of_v_and_of_the_output(check):
+    found = check("attention", "heads")
+    assert [name for name in found["kernels"] if "clone" in name], found["kernels"]
