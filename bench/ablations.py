@@ -40,6 +40,7 @@ TRUNK_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_ta
 """Switches of the plain step."""
 CHOICES = {
     **{f"{op} {how}": (f"--kernels.{op}={how}",) for op in TRUNK_OPS for how in ("reference", "fused")},
+    "qk_norm heads": ("--kernels.qk_norm=heads",),
     "compile off": ("--run.compile=off",),
     "compile on": ("--run.compile=on",),
     **{f"attention {name}": (f"--model.attention={name}",) for name in BACKENDS},

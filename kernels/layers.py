@@ -96,7 +96,7 @@ class PackedQKNorm(Layer):
     k_norm: nn.Module
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (B, N, 3, H, d). Returns q, k, v, each (B, H, N, d) and contiguous."""
+        """qkv (B, N, 3, H, d). Returns q, k, v, each (B, H, N, d); (B, N, H, d) in memory, v a view of qkv."""
         q_norm, k_norm = self.q_norm, self.k_norm
         if not isinstance(q_norm, nn.LayerNorm) or not isinstance(k_norm, nn.LayerNorm) or q_norm.eps != k_norm.eps:
             raise ValueError(
