@@ -345,9 +345,13 @@ def recipe_of(setup: Setup) -> tuple[Recipe, Stage]:
     return recipe, make_stage(setup, recipe)
 
 
-def ours(setup: Setup) -> list[Kernel]:
-    """The kernels of st_fast's step on CUDA: bf16, blocks compiled, t stratified; the recipe chooses the ops."""
-    recipe, stage = recipe_of(setup)
+def ours(setup: Setup, passes: int = 1) -> list[Kernel]:
+    """The kernels of st_fast's step on CUDA: bf16, blocks compiled, t stratified; the recipe chooses the ops.
+
+    passes: into how many micro-batches the batch is split, where the setup's options don't say so.
+    """
+    split = (f"--optim.accumulation={passes}",) if passes > 1 else ()
+    recipe, stage = recipe_of(replace(setup, options=(*setup.options, *split)))
     choices = {name: choice for name, choice in vars(recipe.kernels).items() if name != "adamw_ema"}
     counter, table, teacher = Counter(), kernels.select(choices, CUDA), None
     with META:

@@ -1,7 +1,8 @@
 """Predicts a step's time on a GPU that is not here, part by part, and shows what was measured beside it.
 
     python -m bench.predict            SiT-XL/2 and B/2, all stages, batch 256
-    python -m bench.predict --write    also bench/results/prediction.json, for the README's goals
+    python -m bench.predict --write    also bench/results/prediction.json, for the README's goals, and the tables into
+                                       bench/GPU-DAY.md
 
 FLOPs, bytes and launches are counted from the step's own code (`bench.counting`). What a device does with them is
 assumed by `DEVICES` and `ASSUMPTIONS`, each with its reason.
@@ -14,8 +15,9 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from bench import counting, machine
 from bench.counting import CUDA, LATENT_SCALE, META, CompiledModule, Counter, Kernel, attend_as_cudnn, moments_shape
 from bench.goals import Figure, Row, busy
 from bench.published import PlainLoop
-from bench.report import PREDICTION
+from bench.report import PREDICTION, write_blocks
 from bench.tables import Columns, milliseconds, ratio, share, table
 from bench.workload import STAGES, Setup
 from st_fast import kernels
@@ -48,10 +50,12 @@ class Rates:
     """Bytes a second, read and written, of a copy that is larger than the caches."""
     matmul: float
     """FLOP a second of an 8192³ product in bf16 on random data."""
+    gib: float
+    """Memory that PyTorch sees."""
 
 
-DEVICES = (Rates("H100", 3.0e12, 790e12), Rates("H200", 4.3e12, 790e12))
-"""Both rates were measured on such machines (H100 80 GB HBM3; H200), before any of this code ran on one."""
+DEVICES = (Rates("H100", 3.0e12, 790e12, 79.1), Rates("H200", 4.3e12, 790e12, 139.8))
+"""Rates and memory were measured on such machines (H100 80 GB HBM3; H200), before any of this code ran on one."""
 
 ASSUMPTIONS = {
     # Of the matmul rate. A step's products are 1,152 to 6,912 wide, so that tiles and waves do not come out even, and a
@@ -72,6 +76,17 @@ ASSUMPTIONS = {
     # That a launch adds with a full queue: start, first loads, tail. 2 to 4 µs on Hopper.
     "gap, µs": 3.0,
 }
+
+
+REMEDIES = {
+    "q and k token-major, v left in place": ("--model.attention_layout=heads",),
+    "bias gradients in the kernels that make the gradients": ("--kernels.bias_gradients=reference",),
+    "GELU in the matrix products": ("--kernels.gelu_mlp=reference",),
+    "noise and latents in one kernel": ("--kernels.noisy_latents=reference",),
+}
+"""What takes a cost out of the step, and the options of a step without it."""
+ALL = "all of these"
+GAPS = "gaps between kernels"
 SHORT = 1.15
 """Measured time over predicted time from which on a family is called short of its prediction."""
 LEAST = 0.01
@@ -165,24 +180,31 @@ def added(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def total(kernels: Sequence[Kernel], rates: Rates, launches: int | None = None) -> float:
-    """Seconds of a step on the device; `launches` where they were counted better."""
-    gaps = sum(kernel.launches for kernel in kernels) if launches is None else launches
-    return sum(seconds(kernel, rates) for kernel in kernels) + 1e-6 * ASSUMPTIONS["gap, µs"] * gaps
+def total(kernels: Sequence[Kernel], rates: Rates) -> float:
+    """Seconds of a step on the device."""
+    gaps = 1e-6 * ASSUMPTIONS["gap, µs"] * sum(kernel.launches for kernel in kernels)
+    return sum(seconds(kernel, rates) for kernel in kernels) + gaps
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What one step launches, and what the published loop does in its place, by `RIVALS`."""
+    """What one step launches on a device, and what the published loop does in its place, by `RIVALS`."""
 
     setup: Setup
+    passes: int
     ours: list[Kernel]
     rivals: Mapping[str, list[Kernel]]
-    launches: int
-    host_ms: float | None
+    host_ms: float | None = None
     """Milliseconds that the host takes to launch it, where that was measured (bench/results/launches.json)."""
+    without: Mapping[str, list[Kernel]] = field(default_factory=dict)
+    """The step without each of `REMEDIES`, and without all of them (`ALL`)."""
 
-    def parts(self) -> dict[str, dict[str, float]]:
+    @property
+    def launches(self) -> int:
+        """Of all kernels."""
+        return sum(kernel.launches for kernel in self.ours)
+
+    def work(self) -> dict[str, dict[str, float]]:
         """TFLOP, GB and launches by part."""
         columns = {
             "tflop": added((part(k), k.flops / 1e12) for k in self.ours),
@@ -195,50 +217,68 @@ class Counted:
         """Shaped like a measured row of `bench.step`, so that goals read both alike."""
         setup = self.setup
         recipe, stage = counting.recipe_of(setup)
-        device = total(self.ours, rates, self.launches)
+        device = total(self.ours, rates)
         ms = {"ours": max(1e3 * device, self.host_ms or 0.0)}
         ms |= {name: 1e3 * total(kernels, rates) for name, kernels in self.rivals.items()}
         per_image = cost.stage_cost(recipe, stage).total
         speed = {name: setup.batch / value * 1e3 for name, value in ms.items()}
-        gaps = {"gaps between kernels": 1e-3 * ASSUMPTIONS["gap, µs"] * self.launches}
-        return {
+        gaps = {GAPS: 1e-3 * ASSUMPTIONS["gap, µs"] * self.launches}
+        teacher = [k for k in self.ours if k.phase == "teacher"]
+        row = {
             "size": setup.size, "stage": setup.stage, "batch": setup.batch, "tokens": setup.tokens,
-            "depth": recipe.model.depth, "ms": ms, "images_per_s": speed,
+            "depth": recipe.model.depth, "passes": self.passes, "launches": self.launches,
+            "host_ms": self.host_ms, "ms": ms, "images_per_s": speed,
             "speedup": {name: speed["ours"] / value for name, value in speed.items() if name != "ours"},
             "mfu": {name: value * per_image / rates.matmul for name, value in speed.items()},
             "host_bound": self.host_ms is not None and self.host_ms > 1e3 * device,
             "parts": {
+                "work": self.work(),
                 "ms": added((part(k), 1e3 * seconds(k, rates)) for k in self.ours) | gaps,
                 "families": added((k.family, seconds(k, rates)) for k in self.ours),
+                "teacher": added((k.family, 1e3 * seconds(k, rates)) for k in teacher),
             },
         }  # fmt: skip
+        if self.without:
+            row["remedies_ms"] = {name: 1e3 * (total(left, rates) - device) for name, left in self.without.items()}
+        return row
 
 
-def count(setup: Setup, folder: Path = machine.FOLDER) -> Counted:
-    """Traces the step and its rivals; launches and host time come from `folder`/launches.json where it has the step."""
-    ours = counting.ours(setup)
+def passes_on(setup: Setup, rates: Rates) -> int:
+    """How many passes `optim.micro_batch = "auto"` makes of the batch in a device's memory."""
+    recipe, stage = counting.recipe_of(setup)
+    room = int(rates.gib * 2**30)
+    return setup.batch // cost.largest_micro_batch(replace(recipe, stages=(stage,)), 1, bf16=True, room=room)
+
+
+def count(setup: Setup, folder: Path = machine.FOLDER, remedies: bool = False) -> dict[str, Counted]:
+    """By device: the step and its rivals, traced; host time comes from `folder`/launches.json where it has the step.
+
+    remedies: also the step without each of `REMEDIES`.
+    """
     rivals = {name: published(setup, compiled) for name, compiled in RIVALS.items()}
     measured = machine.load(folder / "launches.json").get("steps", {}).get(setup.label, {})
-    launches = measured.get("launches", sum(kernel.launches for kernel in ours))
-    return Counted(setup, ours, rivals, launches, measured.get("host_ms"))
+    ours = cache(lambda passes, options: counting.ours(replace(setup, options=setup.options + options), passes))
+    left_out = dict(REMEDIES) | {ALL: tuple(chain(*REMEDIES.values()))} if remedies else {}
+    found = {}
+    for rates in DEVICES:
+        passes = passes_on(setup, rates)
+        host_ms = measured["host_ms"] * passes / measured["passes"] if measured else None
+        without = {name: ours(passes, options) for name, options in left_out.items()}
+        found[rates.name] = Counted(setup, passes, ours(passes, ()), rivals, host_ms, without)
+    return found
 
 
-def prediction(steps: Sequence[Counted]) -> dict[str, Any]:
-    """All of it as JSON: what was counted, what was assumed, and for every device rows as measured ones are."""
+def prediction(steps: Sequence[Mapping[str, Counted]]) -> dict[str, Any]:
+    """All of it as JSON: what was assumed, and for every device rows as measured ones are."""
+    rows = {
+        rates.name: {counted.setup.label: counted.row(rates) for step in steps if (counted := step.get(rates.name))}
+        for rates in DEVICES
+    }
     content = {
         "about": "Predicted by python -m bench.predict: nothing in this file was measured.",
         "assumptions": ASSUMPTIONS,
-        "counted": {
-            step.setup.label: {"parts": step.parts(), "launches": step.launches, "host_ms": step.host_ms}
-            for step in steps
-        },
-        "devices": {
-            rates.name: {
-                "rates": asdict(rates), "step": {"rows": {step.setup.label: step.row(rates) for step in steps}},
-            }
-            for rates in DEVICES
-        },
-    }  # fmt: skip
+        "devices": {rates.name: {"rates": asdict(rates), "step": {"rows": rows[rates.name]}} for rates in DEVICES},
+    }
     return {name: _rounded(value) for name, value in content.items()}
 
 
@@ -249,24 +289,49 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def predicted_step(counted: Row, rows: Mapping[str, Row]) -> str:
+def predicted_step(rows: Mapping[str, Row]) -> str:
     """The parts of a predicted step by device, its total, and the published loop's."""
-    rest = {"tflop": 0.0, "gb": 0.0, "launches": counted["launches"]}
+    some = next(iter(rows.values()))
     lines = []
-    for name in next(iter(rows.values()))["parts"]["ms"]:
-        work = counted["parts"].get(name, rest)
+    for name in some["parts"]["ms"]:
+        work = some["parts"]["work"].get(name, {"tflop": 0.0, "gb": 0.0})
         cells = [f"{work['tflop']:.4g}" if work["tflop"] else "–", f"{work['gb']:.3g}" if work["gb"] else "–"]
-        times = (milliseconds(row["parts"]["ms"][name]) for row in rows.values())
-        lines.append([name, *cells, f"{work['launches']:.0f}", *times])
+        lines.append([name, *cells, *(milliseconds(row["parts"]["ms"][name]) for row in rows.values())])
     totals: Columns = {
         "the step": lambda row: f"**{milliseconds(row['ms']['ours'])}**",
+        "launches (passes)": lambda row: f"{row['launches']} ({row['passes']})",
         "images/s": lambda row: f"{row['images_per_s']['ours']:.0f}",
         "MFU": lambda row: share(row["mfu"]["ours"]),
         "the published loop": lambda row: f"{milliseconds(row['ms']['plain'])} ({ratio(row['speedup']['plain'])})",
         "the same, compiled": lambda row: f"{milliseconds(row['ms']['compile'])} ({ratio(row['speedup']['compile'])})",
     }
-    lines += [[name, "", "", "", *map(cell, rows.values())] for name, cell in totals.items()]
-    return table(["part", "TFLOP", "GB", "launches", *(f"{name}, ms" for name in rows)], lines)
+    lines += [[name, "", "", *map(cell, rows.values())] for name, cell in totals.items()]
+    return table(["part", "TFLOP", "GB", *(f"{name}, ms" for name in rows)], lines)
+
+
+def by_network(rows: Mapping[str, Row]) -> str:
+    """What the teacher's forward pass costs beside all else, by family; "" without a teacher."""
+    families = {name: {f: 1e3 * s for f, s in row["parts"]["families"].items()} for name, row in rows.items()}
+    heads = [f"{network}, {name}" for name in rows for network in ("student", "teacher")]
+    lines = []
+    for family in next(iter(families.values())):
+        teacher = {name: row["parts"]["teacher"].get(family, 0.0) for name, row in rows.items()}
+        pairs = [(families[name][family] - teacher[name], teacher[name]) for name in rows]
+        lines.append([family, *(milliseconds(value) if value else "–" for pair in pairs for value in pair)])
+    if all(row["parts"]["ms"].get("teacher", 0.0) < 1 for row in rows.values()):
+        return ""
+    return table(["ms", *heads], lines)
+
+
+def remedies(rows: Mapping[str, Row]) -> str:
+    """What the step would take more without each remedy; "" where that was not counted."""
+    if "remedies_ms" not in next(iter(rows.values())):
+        return ""
+    names = next(iter(rows.values()))["remedies_ms"]
+    lines = [[name, *(milliseconds(row["remedies_ms"][name]) for row in rows.values())] for name in names]
+    without = (f"**{milliseconds(row['ms']['ours'] + row['remedies_ms'][ALL])}**" for row in rows.values())
+    lines.append(["the step without them", *without])
+    return table(["taken out of the step", *(f"{name}, ms" for name in rows)], lines)
 
 
 def beside(predicted: Row, measured: Row, doubted: bool) -> str:
@@ -315,18 +380,22 @@ def report(content: Mapping[str, Any], folder: Path) -> str:
         "TFLOP/s" for name, device in content["devices"].items()
     )  # fmt: skip
     assumed = ", ".join(f"{name} {value:g}" for name, value in content["assumptions"].items())
-    texts = [f"# Predicted, not measured\n\nRates: {rates}. Assumed, as bench/predict.py says why: {assumed}."]
-    for label, counted in content["counted"].items():
-        rows = {name: device["step"]["rows"][label] for name, device in content["devices"].items()}
-        texts += [f"## {label}", predicted_step(counted, rows)]
+    texts = [f"Rates: {rates}. Assumed, as bench/predict.py says why: {assumed}."]
+    devices = content["devices"]
+    for label in next(iter(devices.values()))["step"]["rows"]:
+        rows = {name: device["step"]["rows"][label] for name, device in devices.items()}
+        texts += [f"### {label}", *filter(None, [predicted_step(rows), by_network(rows), remedies(rows)])]
         for name, row in rows.items():
             if row["host_bound"]:
-                texts.append(
-                    f"{name}: host-bound: launching takes {counted['host_ms']:.3g} ms, longer than the device."
-                )
+                texts.append(f"{name}: host-bound: launching takes {row['host_ms']:.3g} ms, longer than the device.")
             for place, measured in measured_rows(folder, name, row):
                 texts += [f"Measured on {place['device']}:", beside(row, measured, busy(measured, place))]
     return "\n\n".join(texts) + "\n"
+
+
+PAGE = Path(__file__).with_name("GPU-DAY.md")
+HEADLINE = "XL/2, plain, batch 256"
+"""The step whose remedies are counted."""
 
 
 def default_setups() -> list[Setup]:
@@ -339,15 +408,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--results", type=Path, default=machine.FOLDER, help="folder of what was measured")
-    parser.add_argument("--write", action="store_true", help="write prediction.json there")
+    parser.add_argument("--write", action="store_true", help="write prediction.json there, and the page")
     given = parser.parse_args(arguments)
     gc.disable()  # a trace makes millions of objects and no garbage: looking for it takes a third of the time
-    content = prediction([count(setup, given.results) for setup in default_setups()])
+    content = prediction([count(setup, given.results, setup.label == HEADLINE) for setup in default_setups()])
+    text = report(content, given.results)
     if given.write:
         aside = given.results / f"prediction.{os.getpid()}.partial"
         aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, given.results / PREDICTION)
-    print(report(content, given.results), end="")
+        write_blocks(PAGE, {"prediction": text})
+    print(text, end="")
     return 0
 
 
