@@ -52,6 +52,34 @@ class Targets:
         self._ahead = (batch, self.start(step, batch))
 
 
+class GradientsOfPasses:
+    """The sum of the gradients of a step's passes: in a few launches a pass, where autograd adds tensor by tensor.
+
+    Rounded as autograd does it, in the order of the passes. The second copy that this takes is there when activations
+    are not.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._sums: list[Tensor | None] = [None] * len(parameters)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Adds the parameters' gradients to the sum and leaves None."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        pairs = [(a, b) for a, b in zip(self._sums, gradients, strict=True) if a is not None and b is not None]
+        if pairs:
+            torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+        self._sums = [b if a is None else a for a, b in zip(self._sums, gradients, strict=True)]
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def put_back(self) -> None:
+        """Makes the sum the parameters' gradients."""
+        for parameter, gradient in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = gradient
+
+
 class Step:
     """Holds what a step needs; call it with the step number and this rank's micro-batches."""
 
@@ -66,6 +94,8 @@ class Step:
         self._graphs: Graphs | None = None
         self._device, self._say = ranks.device, say
         self.use_graphs(recipe.run.graphs)
+        self.alone = ranks.count == 1 and not is_sharded(model)
+        """Whether nothing waits for a gradient before the last pass has ended."""
         self.gradients: GradientSum | ShardedSum
         if is_sharded(model):
             self.gradients = ShardedSum((model, supervision.heads))
@@ -75,16 +105,21 @@ class Step:
     def __call__(self, step: int, micro_batches: Sequence[NoisyBatch]) -> tuple[Losses, Tensor]:
         """Runs the step; returns the losses and the gradients' global norm, all left on the device."""
         self.heartbeat.step = step + 1
-        parts = []
+        parts, sums = [], GradientsOfPasses(self.optimizer.parameters())
+        apart = self.alone and len(micro_batches) > 1
         for number, batch in enumerate(micro_batches, start=1):
             self.heartbeat.beat("step")
             if self._graphs is None:
                 parts.append(self._learn(step, batch, last=number == len(micro_batches)))
+                if apart:
+                    sums.take()
             else:  # a graph calls no hooks, so that all gradients are summed after it
                 parts.append(self._graphs(step, batch))
                 self.gradients.expect()
             if self.targets.looks_ahead:
                 self._look_ahead(step, micro_batches[number:])
+        if apart:
+            sums.put_back()
         with named_range("all-reduce"):
             self.gradients.finish()
         with named_range("optimiser"):

@@ -114,6 +114,8 @@ def test_micro_batches_share_one_update(plain):
     assert summed(halves, "flops") == summed(plain, "flops")
     assert summed(halves, "launches", phase="noise") == 2 * summed(plain, "launches", phase="noise")
     assert summed(halves, "launches", phase="optimiser") == summed(plain, "launches", phase="optimiser")
+    added = [k.name for k in halves if k.name in ("aten::add_", "aten::_foreach_add_")]
+    assert added == ["aten::_foreach_add_"]  # all gradients at once
 
 
 def test_the_published_loop_multiplies_as_much_and_its_teacher_runs_on_all_samples_in_float32(plain):
