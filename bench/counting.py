@@ -62,6 +62,8 @@ class Kernel:
     low: bool = True
     """Multiplies in 16 bits, else in float32."""
     launches: int = 1
+    aside: float = 0.0
+    """Of the bytes, those of a product's epilogue that are neither its factors nor its result."""
 
     @property
     def family(self) -> str:
@@ -180,6 +182,9 @@ OVERWRITTEN = ("copy_", "zero_", "fill_", "_foreach_copy_")
 CONTIGUOUS = ("native_layer_norm", "native_layer_norm_backward")
 """PyTorch's kernels that first copy an input which is not contiguous."""
 
+ASIDE = {"gelu_mlp": "h", "gelu_mlp_backward": "h"}
+"""The argument or result that the epilogue of a product reads or writes beside the product's own."""
+
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 DECOMPOSITIONS = get_decompositions(
@@ -230,7 +235,12 @@ class Counter(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         flops = float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
         low = given[0].dtype != torch.float32 if given else True
-        kernel = Kernel(func._schema.name, phase, moved, flops, low, self._launches.get(func._schema.name, 1))
+        aside = 0.0
+        if name in ASIDE:
+            passed = zip((*schema, *func._schema.returns), (*args, *(out if isinstance(out, tuple) else (out,))))
+            aside = sum(_size(tensor) for named, tensor in passed if named.name == ASIDE[name])
+        launches = self._launches.get(func._schema.name, 1)
+        kernel = Kernel(func._schema.name, phase, moved, flops, low, launches, aside)
         if self._ops is None:
             self.kernels.append(kernel)
         else:
