@@ -237,8 +237,8 @@ class Counter(TorchDispatchMode):
         low = given[0].dtype != torch.float32 if given else True
         aside = 0.0
         if name in ASIDE:
-            passed = zip((*schema, *func._schema.returns), (*args, *(out if isinstance(out, tuple) else (out,))))
-            aside = sum(_size(tensor) for named, tensor in passed if named.name == ASIDE[name])
+            names = [one.name for one in (*schema, *func._schema.returns)]
+            aside = _size((*args, *out)[names.index(ASIDE[name])])
         launches = self._launches.get(func._schema.name, 1)
         kernel = Kernel(func._schema.name, phase, moved, flops, low, launches, aside)
         if self._ops is None:

@@ -71,9 +71,9 @@ ASSUMPTIONS = {
     # Of the copy rate, for kernels that only move data: a copy is the ceiling, several streams of rows come near it. 85
     # to 90 % is what fused norms reach in other projects.
     "memory share": 0.88,
-    # Of the time that an epilogue's further tensor takes in memory, what the product does not hide: Hopper's persistent
-    # kernels write a tile while they multiply the next, but a sum of 1,152 terms is short. Without such a tensor nothing
-    # of GELU is left to see: 0.234 -> 0.189 ms on a B200 at 8192 x 2048 x 8192 (sgl-project/sglang#28168).
+    # Of the time that an epilogue's further tensor takes in memory, what the product does not hide: Hopper's
+    # persistent kernels write a tile while they multiply the next, but a sum of 1,152 terms is short. Without such a
+    # tensor nothing of GELU shows: 0.234 → 0.189 ms on a B200 at 8192×2048×8192 (sgl-project/sglang#28168).
     "shown of an epilogue": 0.5,
     # The optimiser reads and writes long vectors alone.
     "memory share of optimiser": 0.95,
