@@ -44,6 +44,11 @@ aten = torch.ops.aten
 META, CUDA = torch.device("meta"), torch.device("cuda")
 LATENT_SCALE = 0.18215
 
+flop_registry.setdefault(aten._addmm_activation, flop_registry[aten.addmm])
+TIMED = ("--kernels.gelu_mlp=fused",)
+"""What a trial at a run's start decides: taken to be found faster, as on H100 and H200 others found GELU in cuBLASLt's
+epilogues to be (karpathy/llm.c#653, sgl-project/sglang#34350)."""
+
 Bytes = dict[int, float]
 """By storage: views of one count once."""
 
@@ -173,6 +178,7 @@ def launches(folder: Path = machine.FOLDER) -> dict[str, int]:
     for op, costs in machine.load(folder / "launches.json").get("ops", {}).items():
         names = {"forward": op, "backward": f"{op}_backward", "step": f"{op}_"}
         found |= {f"st_fast::{names[part]}": cost["launches"] for part, cost in costs.items()}
+    found.pop("st_fast::gelu_mlp_backward", None)  # one; the others are PyTorch's own products, counted by themselves
     return found
 
 
@@ -293,16 +299,18 @@ class Counter(TorchDispatchMode):
 class CompiledModule:
     """Runs modules of one class and shape as torch.compile would: `compiled(module, *inputs)`.
 
-    The first call compiles; what runs for that is not counted. With gradients and without are two objects' work.
+    The first call with inputs of some shapes compiles; what runs for that is not counted. With gradients and without
+    are two objects' work.
     """
 
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
-        self._run: Callable[..., Any] | None = None
+        self._runs: dict[tuple[torch.Size, ...], Callable[..., Any]] = {}
 
     def __call__(self, module: nn.Module, *inputs: Tensor) -> Any:
         names, parameters = zip(*module.named_parameters(), strict=True)
-        if self._run is None:
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in self._runs:
             bare = copy.copy(module)
             bare.__dict__.pop("forward", None)  # which may be this object
 
@@ -312,13 +320,13 @@ class CompiledModule:
             def compiler(graph: Callable[..., Any], _: Any) -> Callable[..., Any]:
                 return make_boxed_func(lambda *args: self._counter.compiled(graph, *args))
 
-            self._run = aot_function(
+            run = self._runs[shapes] = aot_function(
                 call, fw_compiler=compiler, bw_compiler=compiler, decompositions=DECOMPOSITIONS,
                 partition_fn=min_cut_rematerialization_partition,
             )  # fmt: skip
             with self._counter.within(None):
-                self._run(parameters, *inputs)
-        return self._run(parameters, *inputs)
+                run(parameters, *inputs)
+        return self._runs[shapes](parameters, *inputs)
 
 
 def _reduces(name: str, args: Any) -> str:
@@ -361,7 +369,7 @@ def ours(setup: Setup, passes: int = 1) -> list[Kernel]:
     passes: into how many micro-batches the batch is split, where the setup's options don't say so.
     """
     split = (f"--optim.accumulation={passes}",) if passes > 1 else ()
-    recipe, stage = recipe_of(replace(setup, options=(*setup.options, *split)))
+    recipe, stage = recipe_of(replace(setup, options=(*TIMED, *setup.options, *split)))
     choices = {name: choice for name, choice in vars(recipe.kernels).items() if name != "adamw_ema"}
     counter, table, teacher = Counter(), kernels.select(choices, CUDA), None
     with META:

@@ -83,7 +83,7 @@ ASSUMPTIONS = {
 
 
 REMEDIES = {
-    "q and k token-major, v left in place": ("--model.attention_layout=heads",),
+    "q and k token-major, v left in place": ("--kernels.qk_norm=heads",),
     "bias gradients in the kernels that make the gradients": ("--kernels.bias_gradients=reference",),
     "GELU in the matrix products": ("--kernels.gelu_mlp=reference",),
     "noise and latents in one kernel": ("--kernels.noisy_latents=reference",),

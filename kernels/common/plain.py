@@ -25,3 +25,9 @@ def with_bias_gradient(y: Tensor, bias: Tensor | None) -> Tensor:
 def bias_gradient(dy: Tensor, bias: Tensor | None) -> Tensor:
     """→ the sum of dy (…, D) over all axes but the last, in the bias's dtype; an empty tensor without a bias."""
     return dy.new_empty(0) if bias is None else dy.sum(tuple(range(dy.dim() - 1))).to(bias.dtype)
+
+
+def autocast(x: Tensor) -> bool:
+    """Whether PyTorch's own layers would cast x now; never on devices without autocast."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

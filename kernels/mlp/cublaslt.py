@@ -19,6 +19,8 @@ from . import definition
 log = logging.getLogger("st_fast")
 
 DTYPES = (torch.bfloat16, torch.float16)
+DEVICES = ("cuda", "meta")
+"""Where a layer without gradients is one product: "meta" stands for CUDA, as its operations are counted there."""
 ANSWERS = {  # of csrc/cuda/gelu_gemm.cu; 0: done
     1: "sizes must be multiples of 8 and addresses of 16 bytes",
     2: "cuBLASLt has no algorithm for it here",

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._ops import ops
 from ..common import checks
+from ..common.plain import autocast
 from ..common.registry import (
     LIBRARY,
     Context,
@@ -36,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x·Wᵀ + bias (…, M) in x's dtype; gradients to all. Small layers, and all on CUDA or under autocast, are
     PyTorch's own."""
     _check(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type) or not onednn.pays(x, weight):
+    if autocast(x) or not onednn.pays(x, weight):
         return definition.linear(x, weight, bias)
     y: Tensor = ops.linear(x, weight, bias)
     return y

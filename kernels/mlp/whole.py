@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._ops import ops
 from ..common import checks
+from ..common.plain import autocast
 from ..common.registry import LIBRARY, Context, Grad, define, differentiate, new, no_second_derivative
 from ..common.trial import Draw, Inputs, Size
 from . import cublaslt, definition
@@ -25,10 +26,10 @@ def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor
     """
     arguments = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _check(*arguments)
-    if x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or autocast(x):
         return definition.gelu_mlp(*arguments)
     wanted = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
-    if x.is_cuda and not wanted:
+    if x.device.type in cublaslt.DEVICES and not wanted:
         return cublaslt.frozen(*arguments)
     y: Tensor = ops.gelu_mlp(*arguments)[0]
     return y

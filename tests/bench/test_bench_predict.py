@@ -29,9 +29,13 @@ def summed(kernels: list[Kernel], what: str, **wanted: str) -> float:
     return sum(getattr(k, what) for k in kernels if all(getattr(k, key) == value for key, value in wanted.items()))
 
 
+APART = "--kernels.gelu_mlp=reference"
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[Kernel]:
-    return counting.ours(small())
+    """GELU is an op of its own."""
+    return counting.ours(small("plain", DEPTH, APART))
 
 
 def test_products_and_attention_are_counted_as_by_hand(plain):
@@ -60,13 +64,33 @@ def test_bytes_of_the_ops_are_what_their_cases_say_at_every_site(plain):
 
 @pytest.mark.parametrize(("options", "sums", "channels"), [
     ((), 0, 0),
-    (("--kernels.bias_gradients=reference",), 4, 3 + 1 + 4 + 1),
+    ((APART,), 0, 0),
+    (("--kernels.bias_gradients=reference",), 3, 3 + 1 + 1),
+    (("--kernels.bias_gradients=reference", APART), 4, 3 + 1 + 4 + 1),
 ])  # fmt: skip
 def test_bias_gradients_read_what_each_layer_of_a_block_sends_back_unless_the_next_op_sums_it(options, sums, channels):
     unit = BATCH * TOKENS * WIDTH * 2
     found = [k for k in counting.ours(small("plain", DEPTH, *options)) if predict.part(k) == "bias gradients"]
     assert len(found) == sums * DEPTH
     assert sum(k.bytes for k in found) == DEPTH * channels * (unit + WIDTH * 2)
+
+
+def test_gelu_in_the_products_multiplies_as_much_and_moves_only_what_it_was_made_of(plain):
+    inside = counting.ours(small())
+    assert summed(inside, "flops") == summed(plain, "flops")
+    assert summed(inside, "bytes", family="GELU") == 0 < summed(plain, "bytes", family="GELU")
+    assert summed(inside, "aside") == DEPTH * 2 * BATCH * TOKENS * 4 * WIDTH * 2  # h, written and read
+    assert summed(plain, "aside") == 0
+    teacher = [k for k in counting.ours(small("stage 2")) if k.phase == "teacher"]
+    assert any(k.name == "aten::_addmm_activation" for k in teacher)
+    assert summed(teacher, "aside") == summed(teacher, "bytes", family="GELU") == 0
+
+
+def test_an_epilogue_shows_in_a_part_of_its_time():
+    product = Kernel("st_fast::gelu_mlp_backward", "backward", 1e9, 3.9e12, aside=8.8e8)
+    bare = dataclasses.replace(product, aside=0.0)
+    share = predict.ASSUMPTIONS["shown of an epilogue"]
+    assert predict.seconds(product, RATES) - predict.seconds(bare, RATES) == pytest.approx(share * 8.8e8 / 1.76e12)
 
 
 def test_nothing_is_laid_out_anew_around_attention(plain):
@@ -99,18 +123,18 @@ def test_the_teacher_runs_two_branches_of_the_supervised_samples_to_its_block():
 
 
 def test_another_block_and_another_op_are_counted(plain, monkeypatch):
-    deeper = counting.ours(small("plain", DEPTH + 1))
+    deeper = counting.ours(small("plain", DEPTH + 1, APART))
     for name in ("GELU", "qk-norm", "attention"):
         assert summed(deeper, "bytes", family=name) * DEPTH == summed(plain, "bytes", family=name) * (DEPTH + 1)
     embed = SiT.embed_tokens
     monkeypatch.setattr(SiT, "embed_tokens", lambda self, x: embed(self, x).clone())
-    more = counting.ours(small())
+    more = counting.ours(small("plain", DEPTH, APART))
     assert summed(more, "launches") == summed(plain, "launches") + 1
     assert summed(more, "bytes") == summed(plain, "bytes") + 2 * BATCH * TOKENS * WIDTH * 2
 
 
 def test_micro_batches_share_one_update(plain):
-    halves = counting.ours(small("plain", DEPTH, "--optim.accumulation=2"))
+    halves = counting.ours(small("plain", DEPTH, APART, "--optim.accumulation=2"))
     assert summed(halves, "flops") == summed(plain, "flops")
     assert summed(halves, "launches", phase="noise") == 2 * summed(plain, "launches", phase="noise")
     assert summed(halves, "launches", phase="optimiser") == summed(plain, "launches", phase="optimiser")
@@ -424,7 +448,7 @@ def test_the_stored_prediction_has_all_default_steps_and_the_pages_show_what_is_
         assert f"<!-- {block}:begin -->\n{text}<!-- {block}:end -->" in page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("device", "ms", "within"), [("H100", 443, 0.05), ("H200", 408, 0.05)])
-def test_the_headline_step_is_what_was_worked_out_by_hand_before(device, ms, within):
+@pytest.mark.parametrize(("device", "ms", "within"), [("H100", 443, 0.02), ("H200", 408, 0.02)])
+def test_the_headline_step_without_remedies_is_what_was_worked_out_by_hand_before(device, ms, within):
     row = STORED["devices"][device]["step"]["rows"]["XL/2, plain, batch 256"]
-    assert row["ms"]["ours"] == pytest.approx(ms, rel=within)
+    assert row["ms"]["ours"] + row["remedies_ms"][predict.ALL] == pytest.approx(ms, rel=within)
