@@ -1,7 +1,7 @@
 """The step varied: choices of the recipe, schedules, sizes, the demo's ops, cold and warm starts.
 
 A choice or schedule is measured beside the default, both training the same steps in the same rounds; their numbers must
-agree before any time is taken.
+agree before any time is taken. Neither makes a trial: the default is the step without CUDA graphs and `gelu_mlp`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench import measure, step
 from bench.machine import ROOT, Suite, Task, end_with_the_parent, left_out, notices
 from bench.measure import Effort, Row, interleave, noise, paired, paired_ratio, spread, tidy
 from bench.step import Wanted
-from bench.workload import STAGES, Ours, Setup, make_recipe, our_variant, ours
+from bench.workload import STAGES, Ours, Setup, decisions, make_recipe, our_variant, ours
 from st_fast.core.errors import UserError
 from st_fast.core.machine import free_memory
 from st_fast.kernels import SWITCHES
@@ -36,10 +36,15 @@ from st_fast.recipe import cost
 from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.schema import Model
 
-TRUNK_OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_tanh", "gelu_mlp", "bias_gradients")
+PLAIN_OPS = (
+    "norm_modulate", "gate_residual_norm_modulate", "qk_norm", "gelu_tanh", "gelu_mlp", "bias_gradients",
+    "noisy_latents",
+)  # fmt: skip
 """Switches of the plain step."""
+AHEAD, PADDED = "--run.teacher_placement=ahead", "--run.supervised_rows=padded"
+GRAPHS = (PADDED, "--run.cuda_graphs=true")
 CHOICES = {
-    **{f"{op} {how}": (f"--kernels.{op}={how}",) for op in TRUNK_OPS for how in ("reference", "fused")},
+    **{f"{op} {how}": (f"--kernels.{op}={how}",) for op in PLAIN_OPS for how in ("reference", "fused")},
     "qk_norm heads": ("--kernels.qk_norm=heads",),
     "compile off": ("--run.compile=off",),
     "compile on": ("--run.compile=on",),
@@ -48,6 +53,7 @@ CHOICES = {
     "checkpointing block": ("--run.checkpointing=block",),
     "checkpointing attention": ("--run.checkpointing=attention",),
     "fp8 tensorwise": ("--run.fp8=tensorwise",),
+    "CUDA graphs": GRAPHS,
     "optimiser torch": ("--optim.implementation=torch",),
     "optimiser apex": ("--optim.implementation=apex",),
 }
@@ -60,15 +66,20 @@ FP8_LOSS = 5e-2
 
 
 def others(device: torch.device) -> list[str]:
-    """The choices that are not the default on such a device."""
+    """The choices that can be had on such a device and are not the default there."""
     kind = device.type
-    default = {f"{op} {auto(op, device)}" for op in TRUNK_OPS}
+    default = {f"{op} {auto(op, device)}" for op in PLAIN_OPS}
+    default |= {"CUDA graphs"} if kind == "cpu" else set()
     default |= {f"attention {AUTO_ORDER[kind][0]}", "compile on" if kind == "cuda" else "compile off"}
     return [name for name in CHOICES if name not in default]
 
 
 def measure_choice(setup: Setup, name: str, effort: Effort, block: int) -> Row:
-    """The row of one choice; "left_out" where it can't be had here. `block` steps a round."""
+    """The row of one choice beside the step without trials; "left_out" where it can't be had here.
+
+    `block` steps a round.
+    """
+    setup = setup.untried
     chosen = replace(setup, options=(*setup.options, *CHOICES[name]))
     try:
         with tempfile.TemporaryDirectory(prefix="st_fast-bench-") as folder:
@@ -115,7 +126,6 @@ def choices(suite: Suite) -> Iterator[Task]:
         yield f"{setup.label} | {name}", partial(measure_choice, setup, name, suite.effort, block)
 
 
-AHEAD, PADDED = "--run.teacher_placement=ahead", "--run.supervised_rows=padded"
 TEACHER: dict[str, tuple[str, ...]] = {
     "branches on two streams": ("--run.teacher_branches=streams",),
     "teacher a step ahead": (AHEAD,),
@@ -127,7 +137,6 @@ TEACHER: dict[str, tuple[str, ...]] = {
 }
 UNIFORM = ("--flow.time=uniform",)
 STREAMED = ("--data.loader=torch",)
-GRAPHS = (PADDED, "--run.cuda_graphs=true")
 BLOCK = {"cuda": 5, "cpu": 1}
 """Steps a round."""
 
@@ -171,7 +180,7 @@ def points(device: torch.device, small: Setup | None) -> Iterator[Point]:
 
 def measure_schedule(point: Point, effort: Effort) -> Row:
     """Milliseconds a step of both, how many times faster the schedule is, and by how much their numbers differ."""
-    setup = point.setup
+    setup = point.setup.untried
     # Without CUDA the order of things is rehearsed on the one queue there is.
     other = replace(setup, options=(*setup.options, *point.options, "--run.streams=auto"))
     with ours(setup) as default, ours(other) as scheduled, tidy(setup.device):
@@ -259,7 +268,7 @@ def _longest(setup: Setup) -> Row:
         loop()
         found = measure.by_kernel(loop, setup.device, times=3)
         longest = {name[:120]: 1e3 * spent for name, spent in list(found.items())[:30]}
-        return {"ok": True, "kernels_ms": longest} | notices(loop.log.said)
+        return {"ok": True, "kernels_ms": longest} | decisions(loop) | notices(loop.log.said)
 
 
 REFERENCE = (*(f"--kernels.{op}=reference" for op in SWITCHES), "--model.attention=sdpa")
@@ -276,7 +285,7 @@ def measure_demo(device: torch.device, effort: Effort) -> Row:
     """Milliseconds a step with the ops that "auto" chooses and with the reference's, in turns."""
     with ExitStack() as loops:
         made = {name: Setup("digits", "stage 2", 64, device, options=options) for name, options in DEMO.items()}
-        variants = {name: our_variant(loops.enter_context(ours(setup)), 1) for name, setup in made.items()}
+        variants = {name: our_variant(loops.enter_context(ours(setup.untried)), 1) for name, setup in made.items()}
         samples = {name: found["step"] for name, found in interleave(variants, device, effort).items()}
     return {
         "recipe": "digits", "stage": "stage 2", "batch": 64, "rounds": len(samples["auto"]),

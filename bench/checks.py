@@ -27,7 +27,7 @@ from bench.ops import Case
 from bench.step import setups
 from bench.workload import Setup, ours
 from st_fast.core.errors import EXIT_INTERRUPTED
-from st_fast.kernels import TABLE, native
+from st_fast.kernels import native
 from st_fast.kernels.common.trial import Draw
 from st_fast.model.attention import BACKENDS, Attend, verify
 from st_fast.report.collect import read_run
@@ -54,8 +54,7 @@ def truth(suite: Suite) -> Iterator[Task]:
     """Every op against float64, outputs and gradients, at three dtypes; the optimiser against the reference."""
     for size in ops.sizes(suite):
         for dtype in DTYPES:
-            for op in TABLE:
-                case = Case(op, size, dtype, suite.device)
+            for case in ops.cases(size, dtype, suite.device):
                 yield case.key, partial(_true, case)
     for setting in optimiser.cases(suite.device, full=False):
         yield setting.key, partial(_true_optimiser, setting)
@@ -107,8 +106,7 @@ def _attention(suite: Suite, attend: Attend, head: int) -> Row:
 
 def compiled(suite: Suite) -> Iterator[Task]:
     """Compiled equals eager: every op, and three steps of every stage."""
-    for op in TABLE:
-        case = Case(op, ops.sizes(suite)[-1], suite.dtype, suite.device)
+    for case in ops.cases(ops.sizes(suite)[-1], suite.dtype, suite.device):
         yield case.key, partial(_same_op, case)
     for setup in setups(suite):
         yield f"step, {setup.label}", partial(_same_step, setup)
@@ -126,7 +124,7 @@ def _same_op(case: Case) -> Row:
 def _same_step(setup: Setup) -> Row:
     values, said = {}, list[str]()
     for choice in ("off", "on"):
-        with ours(replace(setup, compile=choice)) as loop, tidy(setup.device):
+        with ours(replace(setup.untried, compile=choice)) as loop, tidy(setup.device):
             values[choice] = [[float(v) for v in loop()] for _ in range(3)]
             said += loop.log.said
     worst = measure.worst_difference(values["off"], values["on"])

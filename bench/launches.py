@@ -101,10 +101,10 @@ def setups(device: torch.device) -> Iterator[tuple[str, Setup]]:
     """Steps by their names."""
     for size in ("B/2", "XL/2"):
         for stage in STAGES:
-            setup = Setup(size, stage, 256, device, compile="on", options=MICRO_BATCH)
+            setup = Setup(size, stage, 256, device, compile="on", options=MICRO_BATCH).untried
             yield setup.label, setup
             if size == "B/2":
-                yield f"{setup.label}, CUDA graphs", replace(setup, options=(*MICRO_BATCH, *GRAPHS))
+                yield f"{setup.label}, CUDA graphs", replace(setup, options=(*setup.options, *GRAPHS))
 
 
 def step_cost(setup: Setup) -> dict[str, Any]:

@@ -91,20 +91,23 @@ class Size:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size and dtype."""
+    """One op at one size and dtype; form: another fused form of it, by the name that a recipe has for it."""
 
     op: str
     size: Size
     dtype: torch.dtype
     device: torch.device
+    form: str = ""
 
     @property
     def key(self) -> str:
-        return f"{self.op} | {self.size.label} | {str(self.dtype).removeprefix('torch.')}"
+        name = f"{self.op} {self.form}".strip()
+        return f"{name} | {self.size.label} | {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def fused(self) -> Callable[..., Any]:
-        return kernels.declared(self.op).call
+        declared = kernels.declared(self.op)
+        return declared.forms[self.form] if self.form else declared.call
 
     @property
     def eager(self) -> Callable[..., Any]:
@@ -154,11 +157,15 @@ def sizes(suite: Suite) -> list[Size]:
     return [*default_sizes(suite.device), *(MORE_SIZES[suite.device.type] if suite.full else ())]
 
 
+def cases(size: Size, dtype: torch.dtype, device: torch.device) -> list[Case]:
+    """Every op at a size, followed by its other forms."""
+    return [Case(op, size, dtype, device, form) for op in TABLE for form in ("", *kernels.FORMS.get(op, ()))]
+
+
 def ops(suite: Suite) -> Iterator[Task]:
     """Every op at every size, in the dtype that training has there."""
     for size in sizes(suite):
-        for op in TABLE:
-            case = Case(op, size, suite.dtype, suite.device)
+        for case in cases(size, suite.dtype, suite.device):
             yield case.key, partial(measure_op, case, suite.effort)
 
 
@@ -221,6 +228,7 @@ def _row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:
     copy = statistics.median(samples["copy"]["copy"])
     rate = copy_moved / copy
     figures: Row = {"op": case.op, "size": case.size.label, "dtype": str(case.dtype).removeprefix("torch.")}
+    figures |= {"form": case.form} if case.form else {}
     figures["rounds"] = len(samples["copy"]["copy"])
     figures["copy_rate"] = rate
     for phase in (*samples["fused"], "both"):
@@ -337,7 +345,7 @@ def fused_times(device: torch.device, effort: Effort) -> dict[str, float]:
     """Median seconds of every fused op, forward plus backward, and of the optimiser's step: what is there, by key."""
     seconds = {}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for case in (Case(op, size, dtype, device) for size in default_sizes(device) for op in TABLE):
+    for case in (case for size in default_sizes(device) for case in cases(size, dtype, device)):
         sets = input_sets(case)
         measure.check(case, {"fused": case.fused}, sets[0])
         samples = interleave({"fused": variant(case.fused, sets)}, device, effort)

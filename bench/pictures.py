@@ -173,11 +173,11 @@ class Point(NamedTuple):
 
 
 def kernel_points(rows: Mapping[str, Row], machine: Machine) -> dict[str, Point]:
-    """Each op at its largest size, forward and backward; the copy ceiling is that of the same rounds."""
+    """Each op in its usual form at its largest size, both passes; the copy ceiling is that of the same rounds."""
     found: dict[str, Point] = {}
     for row in rows.values():
         both = row.get("both")
-        if both and both["gb_per_s"]:
+        if both and both["gb_per_s"] and "form" not in row:
             seconds = both["ms"]["fused"] / 1e3
             operations = operations_an_element(row["op"], row["size"].split(",")[0]) * _elements(row)
             point = Point(operations / (both["gb_per_s"] * 1e9 * seconds), both["of_copy_rate"])

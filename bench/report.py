@@ -63,14 +63,15 @@ def machine_line(machine: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
 
 
 def remarks(rows: Mapping[str, Row], machine: Mapping[str, Any]) -> str:
-    """A line for each row that has an error in place of figures, or figures that are no result or can't be judged."""
+    """A line for each row with an error, figures that are no result or can't be judged, or a trial's decision."""
     failed = [f"- {key}: failed: {row['error']}" for key, row in rows.items() if "error" in row]
     given_up = [f"- {key}: no result: {'; '.join(row['notices'])}" for key, row in rows.items() if row.get("notices")]
+    decided = [f"- {key}: {'; '.join(row['decided'])}" for key, row in rows.items() if row.get("decided")]
     loads = {key: row.get("load", machine["load"]) for key, row in rows.items() if busy(row, machine)}
     if loads and len(loads) == len(rows):
         loads = {"all rows": max(loads.values())}
     taken = [f"- {key}: not judged: other work took {100 * load:.0f} % of the machine" for key, load in loads.items()]
-    return "\n".join([*failed, *given_up, *taken])
+    return "\n".join([*failed, *given_up, *decided, *taken])
 
 
 def section(name: str, content: Content, brief: bool) -> str:

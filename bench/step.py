@@ -23,7 +23,7 @@ from bench import measure
 from bench.machine import Machine, Suite, Task, notices
 from bench.measure import Effort, Row, Samples, Stopwatch, Variant, give_memory_back, interleave, noise, spread, tidy
 from bench.published import PlainLoop, in_subprocess, plain_loop, plain_variant
-from bench.workload import STAGES, Ours, Setup, our_variant, ours
+from bench.workload import STAGES, Ours, Setup, decisions, our_variant, ours
 from st_fast.model.attention import Attend, attend_packed, choose
 from st_fast.recipe import Recipe, architecture
 from st_fast.recipe.methods import SelfTranscendence, VelocityHead
@@ -185,6 +185,7 @@ def _ours(loop: Ours, setup: Setup, wanted: Wanted, watch: _Watch, samples: Samp
     """Figures that only our loop has."""
     seconds, (rows, waited) = statistics.median(samples["step"]) / wanted.block, watch.read()
     found: Row = {"supervised": rows, "waited": waited / (1e3 * seconds), "micro_batch": loop.micro_batch}
+    found |= decisions(loop)
     return found | ({"parts": _parts(loop, setup, wanted)} if wanted.breakdown else {})
 
 

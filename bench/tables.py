@@ -57,8 +57,13 @@ def _key(row: Row) -> str:
     return str(row["key"])
 
 
+def _op(row: Row) -> str:
+    form = f" {row['form']}" if "form" in row else ""
+    return f"{row['op']}{form}, {row['size']}, {row['dtype']}"
+
+
 OP: Columns = {
-    "op, size": lambda row: f"{row['op']}, {row['size']}, {row['dtype']}",
+    "op, size": _op,
     "pass": cell(str, "pass"),
     "× eager": cell(ratio, "speedup", "eager"),
     "× compile": cell(ratio, "speedup", "compile"),

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.measure import Stopwatch, Variant
+from bench.measure import Row, Stopwatch, Variant
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.ahead import RecordSet
@@ -37,16 +37,21 @@ from st_fast.recipe import Recipe, cost, load
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.methods import Plain, SelfTranscendence
 from st_fast.recipe.schema import Model, Stage
+from st_fast.train import graphs
 from st_fast.train.batches import BatchIterator, Lookahead
+from st_fast.train.choices import choose_kernels
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log
 from st_fast.train.memory import choose_micro_batch
 from st_fast.train.run import precision
+from st_fast.train.stage import try_graphs
 from st_fast.train.trainer import RunContext, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("plain", "stage 1", "stage 2")
 MANY_STEPS = 10**6
+UNTRIED = ("--kernels.gelu_mlp=reference", "--run.cuda_graphs=false")
+"""What a training run on CUDA decides by trials at its start, set to what "auto" is without one."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class Setup:
     def label(self) -> str:
         more = f", {self.tokens} tokens" * (self.tokens != 256) + f", depth {self.depth}" * (self.depth > 0)
         return f"{self.size}, {self.stage}, batch {self.batch}{more}"
+
+    @property
+    def untried(self) -> Setup:
+        """The same without a trial, unless the options ask for one: for loops that are compared or counted."""
+        return replace(self, options=(*UNTRIED, *self.options))
 
 
 def make_recipe(setup: Setup, folder: Path) -> Recipe:
@@ -187,24 +197,33 @@ def quickly_built(device: torch.device) -> Iterator[None]:
 
 
 class Ours:
-    """st_fast's loop over one stage: data and step, all but a few scalars of what happens between log lines."""
+    """st_fast's loop over one stage, with what a run's trials decide at its start: data and step, all but a few
+    scalars of what happens between log lines."""
 
     def __init__(self, setup: Setup, folder: Path) -> None:
         ranks, given = Ranks(0, 1, setup.device), make_recipe(setup, folder)
         dtype = precision(given, setup.device)
-        self.recipe, _ = choose_micro_batch(given, ranks, dtype, kept=(0, 0), say=lambda text: None)
-        self.stage = make_stage(setup, self.recipe)
-        shards, self.log = write_data(self.recipe), Notices(folder, ranks)
+        recipe, _ = choose_micro_batch(given, ranks, dtype, kept=(0, 0), say=lambda text: None)
+        self.stage = make_stage(setup, recipe)
+        shards, self.log = write_data(recipe), Notices(folder, ranks)
         self.scale = shards.manifest.scale
-        examiner = Examiner(self.recipe, shards.manifest, ranks, self.log)
+        self.decided: list[str] = []
+        """What the trials said."""
+        timed = choose_kernels(recipe, ranks, dtype, self.decided.append)
+        choice = graphs.settled(recipe, self.stage, ranks, self.decided.append)
+        recipe = graphs.with_graphs(recipe, choice is None or choice.used)
+        examiner = Examiner(recipe, shards.manifest, ranks, self.log)
         stop = StopConsensus(StopRequest(), ranks)
-        context = RunContext(self.recipe, ranks, shards, examiner, self.log, stop, dtype, rate=1.0)
+        context = RunContext(recipe, ranks, shards, examiner, self.log, stop, dtype, rate=1.0, timed=timed)
         with quickly_built(setup.device):
             self.trainer = Trainer(context, self.stage)
         fill_trainer(self.trainer)
-        loader = make_loader(self.recipe.data.loader, shards, setup.device, self.log.say)
+        loader = make_loader(recipe.data.loader, shards, setup.device, self.log.say)
+        if choice is None:
+            recipe, _ = try_graphs(self.trainer, recipe, (loader,), first=0, say=self.decided.append)
+        self.recipe = recipe
         draw = self.trainer.noisy_latents
-        self.iterator = BatchIterator(self.recipe, self.stage, loader, shards, ranks, draw=draw)
+        self.iterator = BatchIterator(recipe, self.stage, loader, shards, ranks, draw=draw)
         self._batches = Lookahead(self.iterator.steps(0, MANY_STEPS))
         self.trainer.step.following = self._batches.peek
         self.done = self.supervised = 0
@@ -238,6 +257,11 @@ def ours(setup: Setup) -> Iterator[Ours]:
     """st_fast's loop in a folder that goes when it is done."""
     with TemporaryDirectory(prefix="st_fast-bench-") as folder:
         yield Ours(setup, Path(folder))
+
+
+def decisions(loop: Ours) -> Row:
+    """For a row: what the trials at the loop's start said."""
+    return {"decided": loop.decided} if loop.decided else {}
 
 
 def our_variant(loop: Ours, block: int) -> Variant:

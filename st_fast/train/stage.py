@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from st_fast import __version__
-from st_fast.core.errors import Interrupted
+from st_fast.core.errors import Interrupted, Say
 from st_fast.core.machine import PassTooLarge
 from st_fast.data.loader import Loader, make_loader
 from st_fast.recipe import Recipe, cost
@@ -43,7 +43,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
     readers = (loader, *trainer.features.loaders(ranks.device))
     if choice is None:
-        recipe, choice = _try_graphs(trainer, recipe, readers, first)
+        recipe, choice = try_graphs(trainer, recipe, readers, first, log.say)
     trainer.graphs = choice if context.recipe.run.cuda_graphs == "auto" else None
     iterator = _batches(trainer, recipe, readers)
     meter = Meter(ranks.device, recipe.run.log_every)
@@ -98,17 +98,17 @@ def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> Bat
     return BatchIterator(recipe, trainer.stage, loader, context.shards, context.ranks, others, draw)
 
 
-def _try_graphs(
-    trainer: Trainer, recipe: Recipe, readers: Sequence[Loader], first: int
+def try_graphs(
+    trainer: Trainer, recipe: Recipe, readers: Sequence[Loader], first: int, say: Say
 ) -> tuple[Recipe, graphs.GraphChoice]:
     """Whether the stage's steps become graphs, by a trial on the batch of its first step, which is made for it alone.
 
-    `recipe` is the trainer's, with graphs.
+    `recipe` is the trainer's, with graphs. `say` is told what was decided.
     """
     context, stage, parameters = trainer.context, trainer.stage, trainer.optimizer.parameters()
     ((batch,),) = _batches(trainer, recipe, readers).steps(first, first + 1)
     trial = graphs.try_out(partial(trainer.step.forward, first, batch), parameters, context.ranks)
-    choice = graphs.decide(trial, stage, context.ranks, context.log.say)
+    choice = graphs.decide(trial, stage, context.ranks, say)
     recipe = graphs.with_graphs(recipe, choice.used)
     if not choice.used:
         trainer.use_graphs(recipe)

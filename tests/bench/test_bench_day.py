@@ -39,7 +39,7 @@ def test_every_choice_is_one_that_a_recipe_has(name, tmp_path):
     for option in ablations.CHOICES[name]:
         key, _, value = option.removeprefix("--").partition("=")
         section, key = key.split(".")
-        assert getattr(getattr(recipe, section), key) == value
+        assert str(getattr(getattr(recipe, section), key)).lower() == value
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -50,6 +50,12 @@ def test_only_choices_that_are_not_the_default_are_measured_beside_it(kind):
     assert ("attention cudnn" in found, "attention csrc" in found) == (kind == "cpu", kind == "cuda")
     assert "qk_norm reference" in found and "qk_norm fused" not in found
     assert "gelu_tanh reference" in found and "gelu_tanh fused" not in found
+    assert ("CUDA graphs" in found, "gelu_mlp fused" in found, "gelu_mlp reference" in found) == (
+        kind == "cuda",
+        True,
+        False,
+    )
+    assert ("noisy_latents fused" in found, "noisy_latents reference" in found) == (False, True)
     assert ("bias_gradients fused" in found, "bias_gradients reference" in found) == (kind == "cpu", kind == "cuda")
 
 

@@ -36,9 +36,13 @@ def test_the_optimiser_moves_forty_bytes_a_parameter_in_float32():
     assert setting.parameters == pytest.approx(33.0e6, rel=0.01)
 
 
-@pytest.mark.parametrize("op", TABLE)
-def test_the_gate_lets_the_fused_op_pass_and_stops_one_that_is_slightly_wrong(op):
-    right = case(op)
+def test_every_op_has_a_row_and_so_has_each_other_form_of_it():
+    found = [c.key.partition(" | ")[0] for c in ops.cases(TINY, torch.float32, CPU)]
+    assert len(set(found)) == len(found) and set(found) == {*TABLE, "qk_norm heads"}
+
+
+@pytest.mark.parametrize("right", ops.cases(TINY, torch.float32, CPU), ids=lambda case: case.key)
+def test_the_gate_lets_the_fused_op_pass_and_stops_one_that_is_slightly_wrong(right):
     inputs = right.inputs(0)
     measure.check(right, {"fused": right.fused}, inputs)
 
@@ -46,7 +50,7 @@ def test_the_gate_lets_the_fused_op_pass_and_stops_one_that_is_slightly_wrong(op
         outputs = right.eager(*args)
         return tuple(o * (1 + 1e-4) for o in outputs) if isinstance(outputs, tuple) else outputs * (1 + 1e-4)
 
-    with pytest.raises(measure.WrongResult, match=rf"{op} .* fused, result 0: rms error"):
+    with pytest.raises(measure.WrongResult, match=rf"{right.op} .* fused, result 0: rms error"):
         measure.check(right, {"fused": wrong}, inputs)
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from bench import compare, ops, published, step
+from bench import ablations, compare, ops, published, step
 from bench.measure import Effort, Stopwatch
 from bench.ops import Case, Size
 from bench.published import PlainLoop, plain_loop
-from bench.workload import WEIGHT_STD, Setup, ours
+from bench.workload import WEIGHT_STD, Ours, Setup, ours
+from st_fast.model import timed
 from st_fast.model.attention import BACKENDS
 from st_fast.model.sit import sincos_positions
 from st_fast.train import profiling
@@ -227,3 +228,23 @@ def test_the_plain_loops_batch_fits_with_the_moments_that_its_first_step_leaves(
 
     monkeypatch.setattr(PlainLoop, "step", full)
     assert step._largest_batch_of(plain, 4) == 2 and held == [4, 2, 2]
+
+
+def test_a_measured_step_takes_what_its_trial_decides_and_rows_that_compare_loops_make_none(monkeypatch):
+    cpu, tried = torch.device("cpu"), []
+    verdict = timed.Verdict(speedup=1.5, sure=True)
+    monkeypatch.setattr(timed, "has_kernel", lambda op, kind: True)
+    monkeypatch.setattr(timed, "_tried", lambda op, plain, size, *rest: tried.append((op, size.batch)) or verdict)
+    setup = Setup("S/2", "plain", 4, cpu, tokens=16, depth=2)
+    wanted = step.Wanted(FEW, rivals=(), breakdown=False)
+    row = step.measure_step(setup, wanted, MACHINE)
+    assert row["decided"] == ["kernels: gelu_mlp fused, 1.50x of plain at 64 x 384"] and "notices" not in row
+    with ours(setup) as loop:
+        assert loop.trainer.model.kernels.fuses("gelu_mlp")
+    assert tried == [("gelu_mlp", 4)] * 2
+    monkeypatch.setattr(ablations, "paired", lambda *loops_and_more: seen.extend(loops_and_more[:2]) or {})
+    for name, fused in {"gelu_mlp fused": [False, True], "qk_norm heads": [False, False]}.items():
+        seen: list[Ours] = []
+        row = ablations.measure_choice(setup, name, FEW, block=1)
+        assert row["ok"] and [loop.trainer.model.kernels.fuses("gelu_mlp") for loop in seen] == fused, row
+    assert len(tried) == 2

@@ -106,7 +106,9 @@ def missing() -> dict[str, Any]:
 def _setup(stage: str, device: str, *options: str, compile: str = "off", batch: int = 12) -> Any:
     from bench.workload import Setup
 
-    return Setup("B/2", stage, batch, torch.device(device), tokens=16, depth=2, compile=compile, options=options)
+    return Setup(
+        "B/2", stage, batch, torch.device(device), tokens=16, depth=2, compile=compile, options=options
+    ).untried
 
 
 def steps(stage: str) -> dict[str, Any]:
@@ -133,6 +135,27 @@ def steps(stage: str) -> dict[str, Any]:
                 counts.append(counters.since(before))
             found[name] = {"steps": counts, "said": list(loop.log.said)}
     return found
+
+
+def tried() -> dict[str, Any]:
+    """What the trials before a measured step decide, what else is said, and the graphs that a step launches."""
+    from bench.workload import Setup, ours
+
+    gates.disarm()
+    setup = Setup("B/2", "stage 2", 12, torch.device("cuda:0"), tokens=16, depth=2, compile="off")
+    counters = Counters()
+    with ours(setup) as loop:
+        for _ in range(WARM):
+            loop()
+        before = counters.read()
+        loop()
+        graphs = counters.since(before)["graph_launches"]
+        return {
+            "decided": loop.decided,
+            "said": list(loop.log.said),
+            "graphs": graphs,
+            "padded": loop.recipe.run.padded,
+        }
 
 
 def rows() -> dict[str, Any]:
@@ -218,7 +241,7 @@ def attention(form: str) -> dict[str, Any]:
     }
 
 
-HERE = (memory, out_of_memory, captures, broken, missing, steps, rows, csrc, launches, draws, attention)
+HERE = (memory, out_of_memory, captures, broken, missing, steps, tried, rows, csrc, launches, draws, attention)
 OF_PRODUCTS = (products.emulated, products.asked, products.fallbacks)
 OF_THE_HOST = (host.launcher, host.modes, host.capture_fails)
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -35,6 +35,14 @@ def test_a_step_waits_for_nothing_and_launches_the_same_each_time(check, stage):
     assert eager["graph_launches"] == compiled["graph_launches"] == 0
 
 
+@pytest.mark.parametrize(("event_ms", "graphs"), [(0.01, 1), (1e6, 0)])
+def test_a_measured_step_makes_the_trials_of_training_and_does_what_they_say(check, event_ms, graphs):
+    found = check("tried", event_ms=event_ms)
+    kernels, passes = found["decided"]
+    assert kernels.startswith("kernels: gelu_mlp ") and passes.startswith("transcend: CUDA graphs ")
+    assert (found["graphs"], found["padded"]) == (graphs, graphs == 1) and found["said"] == []
+
+
 def test_csrc_is_loaded_and_its_optimiser_takes_no_wait(check):
     found = check("csrc")
     assert found["loaded"] == ["cpu", "cuda"], found["stderr"]
