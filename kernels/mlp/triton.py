@@ -90,7 +90,7 @@ def _gelu_backward_kernel(
 
 @launched
 @triton.jit
-def _add_bias_partials_kernel(partial_ptr, bias_ptr, chunks, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gelu_add_kernel(partial_ptr, bias_ptr, chunks, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """partial (chunks, columns) float32 → the bias's gradient (columns,)."""
     at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = column_sums(partial_ptr, chunks, columns, at, columns, ROWS, COLUMNS)
@@ -121,14 +121,12 @@ def gelu_tanh_backward(dy: Tensor, x: Tensor, x_bias: Tensor | None = None) -> t
     if x_bias is None or partial is None:
         return dx, torch.empty(0, dtype=torch.float32, device=x.device)
     dx_bias = torch.empty_like(x_bias)
-    _add_bias_partials_kernel[(triton.cdiv(columns, 16),)](
-        partial, dx_bias, chunks, columns, ROWS=128, COLUMNS=16, num_warps=4
-    )
+    _gelu_add_kernel[(triton.cdiv(columns, 16),)](partial, dx_bias, chunks, columns, ROWS=128, COLUMNS=16, num_warps=4)
     return dx, dx_bias
 
 
 WIDTHS = (384, 768, 1024, 1152)
-CEILINGS = {"gelu_forward": 64, "gelu_backward": 64, "gelu_bias_backward": 64, "add_bias_partials": 48}
+CEILINGS = {"gelu_forward": 64, "gelu_backward": 64, "gelu_bias_backward": 64, "gelu_add": 48}
 """What `resources.py` compiles: widths of a model, and the most registers a thread may take in each kernel."""
 
 

@@ -204,7 +204,7 @@ def _add_columns(partial_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr,
 
 @launched
 @triton.jit
-def _add_up_kernel(
+def _qk_norm_add_kernel(
     affine_ptr, daffine_ptr, affine_rows, affine_columns, bias_ptr, dbias_ptr, bias_rows, bias_columns,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -283,14 +283,14 @@ def qk_norm_backward(
             tokens, heads, chunk, samples * tokens * heads, *strides, UNIT=unit, **config,
         )  # fmt: skip
     blocks = triton.cdiv(4 * width, 32) + (0 if bias is None else triton.cdiv(3 * heads * width, 32))
-    _add_up_kernel[(blocks,)](
+    _qk_norm_add_kernel[(blocks,)](
         affine, daffine, len(affine), 4 * width, bias, dbias, chunks, 3 * heads * width, ROWS=64, BLOCK=32, num_warps=4
     )
     return dqkv, daffine, dbias
 
 
 WIDTHS = (64, 72)
-CEILINGS = {"forward": 72, "backward": 128, "add_up": 64}
+CEILINGS = {"forward": 72, "backward": 128, "qk_norm_add": 64}
 """What `resources.py` compiles: head widths, and the most registers a thread may take in each kernel."""
 
 

@@ -89,7 +89,7 @@ def implementations(device: torch.device) -> Rows:
         rows["csrc, cuda"] = "needs a GPU and nvcc"
     fused = "csrc" if device.type == "cpu" else "Triton"
     served = {"fused": f"fused ({fused})", "reference": "reference (PyTorch)"}
-    rows |= {op: served[auto(op, device)] for op in kernels.TABLE}
+    rows |= {switch: served[auto(switch, device)] for switch in kernels.SWITCHES if switch != "adamw_ema"}
     compiled = kernels.native.available(device.type)
     rows["adamw_ema"] = "fused (csrc)" if compiled else "fused (Triton)" if device.type == "cuda" else "PyTorch"
     return rows

@@ -49,6 +49,13 @@ class Log:
         if self._track is not None:
             self._track(record)
 
+    def has(self, kind: str, stage: str) -> bool:
+        """Whether there is such a record of the stage; True where nothing is written."""
+        if not self.active:
+            return True
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
+        return any((record["kind"], record["stage"]) == (kind, stage) for record in map(json.loads, lines))
+
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if self.active:

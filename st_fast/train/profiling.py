@@ -156,7 +156,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("matrix products", r"gemm|cutlass|nvjet|cublas|xmma|mkl|triton_tem|st_fast::linear|linear_gradient"
                         r"|aten::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)\b"),
     ("adaLN", r"norm_modulate|gate_residual|adaln|native_layer_norm|add_partials"),
-    ("qk-norm", r"qk_?norm|add_rows"),
+    ("qk-norm", r"qk_?norm"),
     ("feature loss", r"guided_feature|feature_loss|st_fast::align|extrapolate|normalized_mse"),
     ("GELU", r"gelu"),
     ("copies", r"copy_|memcpy|memset|aten::(cat|clone|contiguous|zero_|fill_|index|to)\b|_to_copy"),

@@ -38,6 +38,8 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     first = trainer.resume(clock)
     if first >= stage.steps:
         log.say(f"{stage.name}: complete at step {first}")
+        if not log.has("end", stage.name):  # killed between its last checkpoint and this line
+            log.write("end", stage.name, first, **cost_so_far(trainer, clock, first))
         trainer.features.close()
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
@@ -143,22 +145,26 @@ def retreat_if_too_large(
         raise
 
 
+def cost_so_far(trainer: Trainer, clock: Clock, step: int) -> dict[str, float]:
+    """A stage's cost: training seconds, and FLOPs including the forwards of teachers and encoders."""
+    recipe, stage, features = trainer.context.recipe, trainer.stage, trainer.features
+    flops = features.flops_beforehand + cost.stage_flops(recipe, stage, 0, step, features.flops_an_image)
+    return {"seconds": round(clock.read(), 3), "flops": flops}
+
+
 class Reporter:
     """Logs the meter's readings, prints the progress line, and checks for skipped steps and spikes."""
 
     def __init__(self, trainer: Trainer, batches: BatchIterator, clock: Clock, first: int) -> None:
         self.context, self.stage, self.batches, self.clock = trainer.context, trainer.stage, batches, clock
-        self._beforehand, self._encoders = trainer.features.flops_beforehand, trainer.features.flops_an_image
+        self._trainer, self._encoders = trainer, trainer.features.flops_an_image
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
         self._skips = Skips(self.stage.name, self.context.recipe.run.max_bad_steps)
         self._spikes = SpikeDetector(self.context.recipe.run.spike_ratio)
 
     def cost(self, step: int) -> dict[str, float]:
-        """The stage's cost so far: training seconds, and FLOPs including the forwards of teachers and encoders."""
-        return {
-            "seconds": round(self.clock.read(), 3),
-            "flops": self._beforehand + cost.stage_flops(self.context.recipe, self.stage, 0, step, self._encoders),
-        }
+        """The stage's cost up to a step."""
+        return cost_so_far(self._trainer, self.clock, step)
 
     def __call__(self, step: int, meter: Meter) -> int | None:
         """Logs the steps since the last call; returns the step that a spike began with, if one is seen.

@@ -11,6 +11,7 @@ from st_fast.recipe import load
 from st_fast.train.run import run
 from st_fast.train.step import Step
 from tests import tiny
+from tests.faults.ranks import wait_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +52,8 @@ def test_a_resumed_run_keeps_the_way_it_began_with_whatever_a_trial_would_say(tm
         with pytest.raises(RuntimeError, match="is killed here"):
             run(recipe("cut"))
     trial(False)
+    saved = tmp_path / "cut" / "out" / "align" / "checkpoints"
+    wait_for(lambda: any(saved.glob("*/manifest.json")))  # a thread writes it
     capsys.readouterr()
     run(recipe("cut"))
     assert "kernels: gelu_mlp fused, as before" in capsys.readouterr().out

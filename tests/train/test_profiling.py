@@ -18,6 +18,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks
 from st_fast.kernels.adaln import triton as adaln
 from st_fast.kernels.feature_loss import triton as feature_loss
+from st_fast.kernels.mlp import triton as mlp
 from st_fast.kernels.optimiser import triton as optimiser
 from st_fast.kernels.qknorm import triton as qknorm
 from st_fast.recipe import load
@@ -148,12 +149,12 @@ def test_time_of_kernels_beside_one_another_counts_once():
 
 def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
     """A GPU's profiler knows a Triton kernel by its function's name alone, a CUDA kernel by its qualified one."""
-    kinds = {adaln: "adaLN", qknorm: "qk-norm", feature_loss: "feature loss", optimiser: "optimiser"}
+    kinds = {adaln: "adaLN", qknorm: "qk-norm", feature_loss: "feature loss", optimiser: "optimiser", mlp: "GELU"}
     ours = {name: kind for module, kind in kinds.items() for name in vars(module) if name.endswith("_kernel")}
     written = "".join(path.read_text() for path in (tiny.ROOT / "csrc" / "cuda").iterdir())
     functions = re.findall(r"__global__ void(?:\s+__launch_bounds__\(\w+\))?\s+(\w+)\(", written)
     ours |= {f"st_fast::(anonymous namespace)::{name}(st_fast::Table)": "optimiser" for name in functions}
-    assert len(ours) == 17 and {name: profiling.family(name) for name in ours} == ours
+    assert len(ours) == 20 and {name: profiling.family(name) for name in ours} == ours
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -220,3 +221,18 @@ def test_what_saves_cost_is_logged_with_its_share_of_the_training(uninterrupted)
         stalls = [record["stall"] for record in saves if record["stage"] == end["stage"]]
         assert min(stalls) > 0 and end["save_stall"] == pytest.approx(sum(stalls), abs=1e-5)
         assert end["save_stall_share"] == pytest.approx(end["save_stall"] / end["seconds"], rel=0.02)
+
+
+def test_a_run_killed_between_a_stage_s_last_checkpoint_and_its_end_says_the_end_when_it_goes_on(tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out")
+    run(load(recipe))
+    log = tmp_path / "out" / "log.jsonl"
+    lines = log.read_text().splitlines()
+    (lost,) = [line for line in lines if (r := json.loads(line))["kind"] == "end" and r["stage"] == "align"]
+    log.write_text("".join(f"{line}\n" for line in lines if line != lost))
+    run(load(recipe))
+    ends = tiny.records(tmp_path / "out", "end")
+    assert sorted(end["stage"] for end in ends) == ["align", "transcend"]
+    (found,) = [end for end in ends if end["stage"] == "align"]
+    assert found["flops"] == json.loads(lost)["flops"] and found["step"] == 10
+    assert found["seconds"] == pytest.approx(json.loads(lost)["seconds"], abs=0.01)
