@@ -21,8 +21,14 @@ from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
 
 DIFFUSERS_AT_LEAST = "0.35.0"
-RANDOM = "st_fast.core.random"
-"""The one module of st_fast that the pipeline imports; its file goes along under another name."""
+STANDALONE = {
+    "pipeline.py": "convert/pipeline.py",
+    "sit_streams.py": "core/random.py",
+    "sit_draws.py": "kernels/noise/definition.py",
+    "transformer/sit_transformer.py": "convert/sit_transformer.py",
+}
+"""The pipeline's files: sources of st_fast that import nothing of it but one another. diffusers fetches those beside
+pipeline.py that this one imports itself."""
 
 
 def latents_of(origin: ModelSource) -> tuple[float | None, str, Path | None]:
@@ -83,6 +89,16 @@ def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path
         (writing / "README.md").write_text(text, encoding="utf-8")
 
 
+def standalone() -> dict[str, str]:
+    """The texts of `STANDALONE`, which find one another beside them and not in st_fast."""
+    package = Path(__file__).parent.parent
+    texts = {place: (package / source).read_text(encoding="utf-8") for place, source in STANDALONE.items()}
+    for place, source in STANDALONE.items():
+        module = f"st_fast.{source.removesuffix('.py').replace('/', '.')}"
+        texts = {name: text.replace(f"from {module} ", f"from .{Path(place).stem} ") for name, text in texts.items()}
+    return texts
+
+
 def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | None, folder: Path) -> None:
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the VAE.
 
@@ -97,15 +113,12 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
         if decoder.config.latent_channels != channels:
             raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
         scale = scale or vae_scale(decoder)
-    here = Path(__file__).parent
     with write_folder(folder) as writing:
         write_json_atomic(writing / "model_index.json", index(origin, decoder is not None))
         (writing / "transformer").mkdir()
         for place, text in {
             "README.md": card(origin, weights, "diffusers", name, vae_name),
-            "pipeline.py": (here / "pipeline.py").read_text(encoding="utf-8").replace(RANDOM, ".sit_streams"),
-            "sit_streams.py": (here.parent / "core" / "random.py").read_text(encoding="utf-8"),
-            "transformer/sit_transformer.py": (here / "sit_transformer.py").read_text(encoding="utf-8"),
+            **standalone(),
         }.items():
             (writing / place).write_text(text, encoding="utf-8")
         _write_model(

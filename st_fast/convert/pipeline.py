@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from st_fast.core.random import Purpose, normal
+from st_fast.core.random import Purpose
+from st_fast.kernels.noise.definition import normal
 
 LAST_SDE_TIME = 0.04
 """Where the SDE sampler, with diffusion 2t (arXiv 2401.08740), makes its last, noiseless step to t = 0."""

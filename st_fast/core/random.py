@@ -9,8 +9,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from st_fast.kernels.noise import definition
-from st_fast.kernels.noise.definition import normal, uniform
+from st_fast.kernels.noise.definition import NOISE, POSTERIOR, normal, uniform
 
 __all__ = ["Purpose", "RecordOrder", "epoch_order", "normal", "strata", "uniform"]
 
@@ -18,8 +17,8 @@ __all__ = ["Purpose", "RecordOrder", "epoch_order", "normal", "strata", "uniform
 class Purpose(IntEnum):
     """What a stream of draws is for; part of the key, so streams never overlap. Numbers are part of the format."""
 
-    NOISE = definition.NOISE
-    POSTERIOR = definition.POSTERIOR
+    NOISE = NOISE
+    POSTERIOR = POSTERIOR
     TIME = 3
     CLASS_DROPOUT = 4
     FLIP = 5
