@@ -125,6 +125,10 @@ class Run:
         """Whether supervised rows are padded."""
         return self.supervised_rows == "padded" or (self.supervised_rows == "auto" and self.graphs)
 
+    def compiled(self, device: str) -> bool:
+        """Whether blocks run compiled on "cpu" or "cuda"."""
+        return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
     def bf16(self, device: str) -> bool:
         """Whether weights in use are bf16 on "cpu" or "cuda"; `run.device` "auto" counts as a GPU."""
         return self.precision == "bf16" or (self.precision == "auto" and device != "cpu")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +13,8 @@ from st_fast.kernels.common.trial import Size
 from st_fast.model.timed import timed_choices
 from st_fast.recipe import Recipe
 from st_fast.recipe.batch import images_a_pass
+
+T = TypeVar("T")
 
 
 def newest_meta(recipe: Recipe) -> Mapping[str, Any] | None:
@@ -26,6 +28,14 @@ def newest_meta(recipe: Recipe) -> Mapping[str, Any] | None:
     return None
 
 
+def kept(recipe: Recipe, name: str, kind: Callable[..., T]) -> T | None:
+    """The choice under `name` in that checkpoint, made by `kind` of its fields; None if there is none that it knows."""
+    try:
+        return kind(**((newest_meta(recipe) or {}).get(name) or {}))
+    except TypeError:  # no choice, or one written by another version
+        return None
+
+
 def choose_kernels(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, str]:
     """What `kernels` says "auto" of and a trial decides: by op, "fused" or "reference", the same on all ranks."""
 
@@ -33,11 +43,11 @@ def choose_kernels(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callab
         meta = newest_meta(recipe)
         return None if meta is None else dict(meta.get("kernels") or {})
 
-    if recipe.run.fp8 != "off" and vars(recipe.kernels)["gelu_mlp"] == "auto":
+    if recipe.run.fp8 != "off" and recipe.kernels.gelu_mlp == "auto":
         say(f"kernels: gelu_mlp reference, run.fp8 = {recipe.run.fp8!r} has products of its own")
         return {}
-    model, compile = recipe.model, recipe.run.compile
+    model = recipe.model
     size = Size(images_a_pass(recipe.optim, ranks.count), model.tokens, model.width, model.heads, model.hidden)
     before = ranks.broadcast_from_rank0(recorded)
-    compiled = compile == "on" or (compile == "auto" and ranks.device.type == "cuda")
+    compiled = recipe.run.compiled(ranks.device.type)
     return timed_choices(vars(recipe.kernels), size, ranks, dtype, compiled, before, say)

@@ -23,8 +23,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.model.side_stream import SideStream, tensors, with_tensors
 from st_fast.recipe import Recipe, Stage
 from st_fast.recipe.check import graphs_problem
-from st_fast.train import memory
-from st_fast.train.choices import newest_meta
+from st_fast.train import choices, memory
 from st_fast.train.supervision import NoisyBatch
 
 WARM_UP = 3
@@ -180,20 +179,12 @@ def settled(recipe: Recipe, stage: Stage, ranks: Ranks, say: Say) -> GraphChoice
         if ranks.device.type == "cuda":
             say(f"{stage.name}: CUDA graphs left out: {reason}")
         return GraphChoice(False, ranks.count)
-    recorded: GraphChoice | None = ranks.broadcast_from_rank0(lambda: _recorded(recipe, stage))
+    alone = replace(recipe, stages=(stage,))
+    recorded: GraphChoice | None = ranks.broadcast_from_rank0(lambda: choices.kept(alone, "cuda_graphs", GraphChoice))
     if recorded is not None and recorded.ranks == ranks.count:
         say(f"{stage.name}: CUDA graphs {'taken' if recorded.used else 'left out'}, as before")
         return recorded
     return None
-
-
-def _recorded(recipe: Recipe, stage: Stage) -> GraphChoice | None:
-    """The choice in the stage's newest checkpoint."""
-    meta = newest_meta(replace(recipe, stages=(stage,))) or {}
-    try:
-        return GraphChoice(**(meta.get("cuda_graphs") or {}))
-    except TypeError:  # no choice, or one written by another version
-        return None
 
 
 def decide(trial: Trial, stage: Stage, ranks: Ranks, say: Say) -> GraphChoice:

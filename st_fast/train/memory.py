@@ -24,7 +24,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, RecipeError, cost
 from st_fast.recipe.batch import AUTO, images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.check import check
-from st_fast.train.choices import newest_meta
+from st_fast.train import choices
 
 WASTEFUL = 2
 """How many times the chosen pass must fit before the log says that the batch does not split better."""
@@ -210,9 +210,7 @@ def halved(recipe: Recipe, choice: Choice | None) -> tuple[Recipe, Choice] | Non
 
 def recorded(recipe: Recipe, ranks: int) -> Choice | None:
     """The choice in the newest checkpoint; None unless it was made for as many ranks and still divides their share."""
-    try:
-        choice = Choice(**((newest_meta(recipe) or {}).get("micro_batch") or {}))
-    except TypeError:  # no choice, or one written by another version
+    choice = choices.kept(recipe, "micro_batch", Choice)
+    if choice is None or choice.ranks != ranks or choice.images not in possible_passes(recipe.optim, ranks):
         return None
-    fits = choice.ranks == ranks and choice.images in possible_passes(recipe.optim, ranks)
-    return choice if fits else None
+    return choice

@@ -262,8 +262,7 @@ def _average(
 
 def _compile(context: RunContext, model: SiT | ImageFeatures, dynamic: bool = False) -> None:
     """Runs the blocks of the model, or of live encoders, compiled from now on, if `run.compile` says so."""
-    wanted = context.recipe.run.compile
-    if wanted == "off" or (wanted == "auto" and context.ranks.device.type != "cuda"):
+    if not context.recipe.run.compiled(context.ranks.device.type):
         return
     if isinstance(model, ImageFeatures):
         compile_encoders(model, context.log.say)

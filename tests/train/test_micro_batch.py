@@ -21,7 +21,7 @@ from st_fast.recipe import Recipe, RecipeError, cost, load, to_toml
 from st_fast.recipe.batch import possible_passes, with_passes_of
 from st_fast.recipe.schema import Optim
 from st_fast.train import __main__ as train
-from st_fast.train import memory
+from st_fast.train import choices, memory
 from st_fast.train import run as runs
 from st_fast.train.memory import Choice, choose_micro_batch, halved
 from st_fast.train.run import run
@@ -380,7 +380,7 @@ def test_the_run_folder_keeps_the_recipe_as_it_was_given(data, tmp_path):
 
 def keep(record: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the newest checkpoint had this record of a choice."""
-    monkeypatch.setattr(memory, "newest_meta", lambda recipe: {"micro_batch": record})
+    monkeypatch.setattr(choices, "newest_meta", lambda recipe: {"micro_batch": record})
 
 
 XL_ON_78 = {"images": 128, "ranks": 1, "halved": False}
