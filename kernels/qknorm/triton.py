@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import launched
-from ..common.rows import by_row
+from ..common.rows import by_row, column_sums
 from .definition import empty_heads
 
 PROGRAMS = 1024
@@ -193,13 +193,10 @@ def _qk_norm_backward_kernel(
 
 @triton.jit
 def _add_columns(partial_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of (rows, columns), each added up in the same order whatever the device."""
-    at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partial_ptr + row.to(tl.int64) * columns + at, mask=(row < rows) & (at < columns), other=0.0)
-    tl.store(out_ptr + at, tl.sum(total, 0)[None, :], mask=at < columns)
+    """A block of columns of partial (rows, columns), each added up, → out (columns,)."""
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    total = column_sums(partial_ptr, rows, columns, at, columns, ROWS, BLOCK)
+    tl.store(out_ptr + at, total, mask=at < columns)
 
 
 @launched
