@@ -27,6 +27,7 @@ from torch import Tensor
 from ..common.launch import launched
 from ..common.rows import (
     by_row,
+    cdiv,
     column_sums,
     cut_tokens,
     load_row,
@@ -206,7 +207,7 @@ def _add_partials(
     samples, chunks, _ = partial.shape
     out = partial.new_empty((samples, columns), dtype=dtype)
     summed = torch.empty(0, device=partial.device) if bias is None else torch.empty_like(bias)
-    grid = samples * triton.cdiv(columns, 512) + triton.cdiv(summed.numel(), 16)
+    grid = samples * cdiv(columns, 512) + cdiv(summed.numel(), 16)
     _add_partials_kernel[(grid,)](
         partial, out, summed, samples, chunks, columns, summed.numel(),
         BIAS=bias is not None, BLOCK=512, ROWS=128, COLUMNS=16, num_warps=4,
@@ -226,7 +227,7 @@ def _forward(
     mean = x.new_empty((samples, tokens), dtype=torch.float32)
     rstd = x.new_empty((samples, tokens), dtype=torch.float32)
     rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
-    _adaln_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
+    _adaln_forward_kernel[(samples * cdiv(tokens, rows),)](
         x, a, gate, shift, scale, x_out, y, mean, rstd, tokens, rows, *x.stride()[:2],
         *((0, 0) if a is None else a.stride()[:2]), 0 if gate is None else gate.stride(0),
         shift.stride(0), scale.stride(0),
@@ -248,10 +249,10 @@ def _backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     da = None if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
     rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
-    chunks = triton.cdiv(tokens, rows)
+    chunks = cdiv(tokens, rows)
     config = row_config(width, 2 if a is None else 4, x.dtype)
     if a_bias is not None and config["num_warps"] < 4:
-        config["maxnreg"] = REGISTERS  # unbounded, 768 channels take 211 on sm_80
+        config = {**config, "maxnreg": REGISTERS}  # unbounded, 768 channels take 211 on sm_80
     sums = 2 if a is None else 3
     columns = (sums if a_bias is None else sums + 1) * width
     partial = x.new_empty((samples, chunks, columns), dtype=torch.float32)
@@ -303,7 +304,7 @@ def gate_residual(x: Tensor, a: Tensor, gate: Tensor) -> Tensor:
     x, a, gate = by_row(x), by_row(a), by_row(gate)
     x_out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
-    _adaln_gate_forward_kernel[(samples * triton.cdiv(tokens, rows),)](
+    _adaln_gate_forward_kernel[(samples * cdiv(tokens, rows),)](
         x, a, gate, x_out, tokens, rows, *x.stride()[:2], *a.stride()[:2], gate.stride(0),
         **row_config(width, 2, x.dtype),
     )  # fmt: skip
@@ -316,7 +317,7 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor) -> tuple[Ten
     dx_out, a, gate = by_row(dx_out), by_row(a), by_row(gate)
     da = torch.empty_like(a, memory_format=torch.contiguous_format)
     rows = cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
-    chunks = triton.cdiv(tokens, rows)
+    chunks = cdiv(tokens, rows)
     partial = a.new_empty((samples, chunks, width), dtype=torch.float32)
     _adaln_gate_backward_kernel[(samples * chunks,)](
         dx_out, a, gate, da, partial, tokens, rows, *dx_out.stride()[:2], *a.stride()[:2], gate.stride(0),

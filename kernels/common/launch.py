@@ -12,6 +12,7 @@ profiler, arguments of other types, tensors on another device than the current o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,12 +47,9 @@ class _Launched:
         return getattr(self.kernel, name)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(*args: Any, **constants: Any) -> Any:
-            return self._launch(grid, args, constants)
+        return partial(self._launch, grid)
 
-        return launch
-
-    def _launch(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    def _launch(self, grid: tuple[int, ...], /, *args: Any, **constants: Any) -> Any:
         found = _key(args)
         if found is None or self._observed():
             return self.kernel[grid](*args, **constants)
@@ -97,7 +95,7 @@ def _key(args: tuple[Any, ...]) -> tuple[int, list[Any], list[Any]] | None:
     """
     parts: list[Any] = []
     values: list[Any] = []
-    here = -1
+    here, ends = -1, 0
     for argument in args:
         kind = type(argument)
         if kind is int or argument is None:
@@ -112,7 +110,9 @@ def _key(args: tuple[Any, ...]) -> tuple[int, list[Any], list[Any]] | None:
                 return None
             here = device
         address = argument.data_ptr()
+        ends |= address
         parts.append(argument.dtype)
-        parts.append(address % 16)
         values.append(address)
+    # All aligned, as a rule; else which of them are and how far the others are off.
+    parts.append(tuple(value and value % 16 for value in values) if ends % 16 else None)
     return None if here < 0 else (here, parts, values)

@@ -231,7 +231,7 @@ def _on_cuda(module: str, name: str) -> Callable[..., Any]:
             return getattr(getattr(torch.ops, IN_PLAIN_PYTORCH.ns), name)(*args)
         if not found:
             found.append(getattr(import_module(module), name))
-        if first.get_device() == torch.cuda.current_device():
+        if first.get_device() == torch._C._cuda_getDevice():
             return found[0](*args)
         with torch.cuda.device(first.device):
             return found[0](*args)

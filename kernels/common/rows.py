@@ -7,6 +7,8 @@ depends on the shape alone, so results do not depend on the device's size. Needs
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -77,17 +79,25 @@ def by_row(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def cdiv(n: int, by: int) -> int:
+    """n / by rounded up. Triton's own, which also takes constants of kernels, costs the host many times as much."""
+    return -(-n // by)
+
+
+@cache
 def cut_tokens(samples: int, tokens: int, programs: int, least: int, most: int) -> int:
     """Tokens a program handles: the largest power of two in least..most that leaves `programs` programs, else least."""
     fit = max(samples * tokens // programs, 1)
     return min(max(1 << (fit.bit_length() - 1), least), most)
 
 
+@cache
 def row_config(width: int, streamed: int, dtype: torch.dtype) -> dict[str, int]:
     """How a row of `width` channels is cut, its warps, and its loop's stages if it reads `streamed` rows at once.
 
     Eight main channels a thread are one 16-byte load of bfloat16. The tail gets at least two lanes a thread: four
-    bytes are the least that can be copied to shared memory asynchronously. The pipeline stays within 48 KB.
+    bytes are the least that can be copied to shared memory asynchronously. The pipeline stays within 48 KB. The
+    result is kept for the next call: not to be written to.
     """
     main = 1 << (width.bit_length() - 1)
     warps = min(max(main // 256, 1), 16)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import launched
-from ..common.rows import by_row, cut_tokens, load_row, row_config, row_sum, store_row, token_chunk, zero_row
+from ..common.rows import by_row, cdiv, cut_tokens, load_row, row_config, row_sum, store_row, token_chunk, zero_row
 from .definition import EPS_NORM
 
 PROGRAMS = 2048
@@ -138,7 +138,7 @@ def _launch(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     value = torch.empty((), dtype=torch.float32, device=q.device)
     rows = cut_tokens(samples, tokens, PROGRAMS, 1, 16)
-    programs = samples * triton.cdiv(tokens, rows)
+    programs = samples * cdiv(tokens, rows)
     partial = torch.empty((programs,), dtype=torch.float32, device=q.device)
     named = None if index is None else torch.empty((programs,), dtype=torch.float32, device=q.device)
     widest = max(q.dtype, f_cond.dtype, key=lambda dtype: dtype.itemsize)
@@ -171,7 +171,7 @@ def cfg_extrapolate(f_cond: Tensor, f_null: Tensor, cfg_scale: float) -> Tensor:
     """f_∅ + ω·(f_y − f_∅), any shape, in f_cond's dtype. Each cfg_scale is compiled on its own."""
     f_cond, f_null = f_cond.contiguous(), f_null.contiguous()
     out = torch.empty(f_cond.shape, dtype=f_cond.dtype, device=f_cond.device)
-    grid = (triton.cdiv(out.numel(), 2048),)
+    grid = (cdiv(out.numel(), 2048),)
     _extrapolate_kernel[grid](f_cond, f_null, out, out.numel(), CFG=cfg_scale, BLOCK=2048, num_warps=8)
     return out
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import launched
-from ..common.rows import column_sums, cut_tokens
+from ..common.rows import cdiv, column_sums, cut_tokens
 
 PROGRAMS = 1024
 """Programs that a backward launch aims at: about two waves on an H200."""
@@ -101,7 +101,7 @@ def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     """GELU in x's dtype, contiguous."""
     x = x.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _gelu_forward_kernel[(triton.cdiv(x.numel(), FORWARD_BLOCK),)](x, y, x.numel(), BLOCK=FORWARD_BLOCK, num_warps=4)
+    _gelu_forward_kernel[(cdiv(x.numel(), FORWARD_BLOCK),)](x, y, x.numel(), BLOCK=FORWARD_BLOCK, num_warps=4)
     return y
 
 
@@ -111,9 +111,9 @@ def gelu_tanh_backward(dy: Tensor, x: Tensor, x_bias: Tensor | None = None) -> t
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     columns = x.shape[-1] if x.dim() else 1
     rows = x.numel() // max(columns, 1)
-    blocks = triton.cdiv(columns, COLUMNS)
+    blocks = cdiv(columns, COLUMNS)
     chunk = cut_tokens(1, rows, max(PROGRAMS // max(blocks, 1), 1), ROWS, 4096)
-    chunks = triton.cdiv(rows, chunk)
+    chunks = cdiv(rows, chunk)
     partial = None if x_bias is None else x.new_empty((chunks, columns), dtype=torch.float32)
     _gelu_backward_kernel[(chunks * blocks,)](
         dy, x, dx, partial, rows, columns, chunk, SUMS=x_bias is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
@@ -121,7 +121,7 @@ def gelu_tanh_backward(dy: Tensor, x: Tensor, x_bias: Tensor | None = None) -> t
     if x_bias is None or partial is None:
         return dx, torch.empty(0, dtype=torch.float32, device=x.device)
     dx_bias = torch.empty_like(x_bias)
-    _gelu_add_kernel[(triton.cdiv(columns, 16),)](partial, dx_bias, chunks, columns, ROWS=128, COLUMNS=16, num_warps=4)
+    _gelu_add_kernel[(cdiv(columns, 16),)](partial, dx_bias, chunks, columns, ROWS=128, COLUMNS=16, num_warps=4)
     return dx, dx_bias
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.rows import cdiv
 from . import definition
 
 BLOCKS = 256
@@ -128,9 +129,9 @@ def noisy_latents(
     made = [torch.empty((batch, channels // 2, height, width), dtype=torch.float32, device=moments.device)
             for _ in range(4)]  # fmt: skip
     count = channels // 2 * height * width
-    blocks = min(max(triton.next_power_of_2(triton.cdiv(count, 4)), 32), BLOCKS)
+    blocks = min(max(triton.next_power_of_2(cdiv(count, 4)), 32), BLOCKS)
     if batch:
-        _noisy_latents_kernel[(batch * triton.cdiv(count, 4 * blocks),)](
+        _noisy_latents_kernel[(batch * cdiv(count, 4 * blocks),)](
             moments.contiguous(), ordinals.contiguous(), t.contiguous(), *made, _half(seed), _half(seed >> 32), count,
             SCALE=scale, PATH=path, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

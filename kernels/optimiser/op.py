@@ -80,25 +80,26 @@ def _check(
     """Lists of one length and shape for shape, optional ones maybe empty; scalars 0-dim on the same device."""
     if not params:
         raise ValueError(f"{op}: params is empty; at least one tensor is needed")
-    device = params[0].device
+    device, shapes = params[0].device, [tensor.shape for tensor in params]
     for name, tensors in {"params": params, **lists, **optional}.items():
         if len(tensors) != len(params) and not (name in optional and len(tensors) == 0):
             raise ValueError(f"{op}: {name} has {len(tensors)} tensors; {len(params)}, one a parameter, are needed")
         allowed, written = ALLOWED[name], name != "grads"
+        if (
+            {tensor.dtype for tensor in tensors}.issubset(allowed)
+            and [tensor.shape for tensor in tensors] == shapes[: len(tensors)]
+            and {tensor.device for tensor in tensors} <= {device}
+            and (not written or all(map(Tensor.is_contiguous, tensors)))
+        ):
+            continue
         for i, tensor in enumerate(tensors):
-            if (
-                tensor.dtype in allowed
-                and tensor.shape == params[i].shape
-                and tensor.device == device
-                and (tensor.is_contiguous() or not written)
-            ):
-                continue
             label = f"{name}[{i}]"
             _dtype(op, label, tensor, allowed)
             if tensor.device != device:
                 raise ValueError(f"{op}: {label} is on {tensor.device}; it must be on params[0]'s device, {device}")
             checks.shape(op, label, tensor, params[i].shape, f"the shape of params[{i}]")
-            raise ValueError(f"{op}: {label} has strides {tensor.stride()}; it is written, and must be contiguous")
+            if written and not tensor.is_contiguous():
+                raise ValueError(f"{op}: {label} has strides {tensor.stride()}; it is written, and must be contiguous")
     for name, scalar in scalars.items():
         checks.shape(op, name, scalar, (), "a 0-dim tensor, ()")
         _dtype(op, name, scalar, ALLOWED[name])

@@ -14,6 +14,7 @@ programs' sums up in a fixed order: deterministic.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Optional
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.launch import launched
-from ..common.rows import by_row, column_sums
+from ..common.rows import by_row, cdiv, column_sums
 from .definition import empty_heads
 
 PROGRAMS = 1024
@@ -220,6 +221,7 @@ def _strides(*strides: int) -> tuple[list[int], int]:
     return [stride // unit for stride in strides], unit
 
 
+@cache
 def _config(heads: int, width: int, elements: int) -> dict[str, int]:
     """A tile: rows of head_dim padded to a power of two, of about `elements` elements for 4 warps; how many heads of a
     token are in it: the largest power of two that divides them and fits."""
@@ -246,7 +248,7 @@ def qk_norm(
     y_b, y_h, y_n, _ = q.stride()
     strides, unit = _strides(*qkv.stride()[:4], y_b, y_n, y_h)
     config = _config(heads, width, 2048)
-    tiles = samples * triton.cdiv(tokens, config["T"] // config["GROUP"]) * (heads // config["GROUP"])
+    tiles = samples * cdiv(tokens, config["T"] // config["GROUP"]) * (heads // config["GROUP"])
     _qk_norm_forward_kernel[(tiles,)](
         qkv, q_weight.contiguous(), q_bias.contiguous(), k_weight.contiguous(), k_bias.contiguous(), q, k, stats,
         tokens, heads, samples * tokens * heads, *strides, UNIT=unit, EPS=eps, **config,
@@ -267,8 +269,8 @@ def qk_norm_backward(
     strides, unit = _strides(*dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *qkv.stride()[:4])
     config = _config(heads, width, 1024) | {"STAGES": 3}
     groups, step = heads // config["GROUP"], config["T"] // config["GROUP"]
-    chunk = triton.cdiv(max(min(samples * groups * tokens // PROGRAMS, tokens), 1), step) * step
-    chunks = samples * triton.cdiv(tokens, chunk)
+    chunk = cdiv(max(min(samples * groups * tokens // PROGRAMS, tokens), 1), step) * step
+    chunks = samples * cdiv(tokens, chunk)
     affine = torch.empty((chunks * groups, 4 * width), dtype=torch.float32, device=qkv.device)
     bias, dbias = None, torch.empty(0, dtype=q_weight.dtype, device=qkv.device)
     if qkv_bias is not None:
@@ -279,7 +281,7 @@ def qk_norm_backward(
             dq, dk, dv, qkv, q_weight.contiguous(), k_weight.contiguous(), stats.contiguous(), dqkv, affine, bias,
             tokens, heads, chunk, samples * tokens * heads, *strides, UNIT=unit, **config,
         )  # fmt: skip
-    blocks = triton.cdiv(4 * width, 32) + (0 if bias is None else triton.cdiv(3 * heads * width, 32))
+    blocks = cdiv(4 * width, 32) + (0 if bias is None else cdiv(3 * heads * width, 32))
     _qk_norm_add_kernel[(blocks,)](
         affine, daffine, len(affine), 4 * width, bias, dbias, chunks, 3 * heads * width, ROWS=64, BLOCK=32, num_warps=4
     )

@@ -19,7 +19,7 @@ NormOp = Callable[[list[Tensor]], Tensor]
 
 
 def learning_rate(settings: Optim, update: Tensor) -> Tensor:
-    """The rate of update number `update`, counted from 1 (0-dim float64): linear warm-up, then constant."""
+    """The rates of updates, counted from 1 (float64, the shape of `update`): linear warm-up, then constant."""
     return (update.double() / max(settings.warmup_steps, 1)).clamp_max_(1.0).mul_(settings.lr)
 
 
@@ -89,9 +89,11 @@ class Optimizer:
         self.settings, self._update, self._norm = settings, update, norm
         self.model, self.heads = Slots(model, dtype, with_ema=True), Slots(heads, dtype, with_ema=False)
         self._groups = [slots for slots in (self.model, self.heads) if slots.parameters]
-        self._warms_up = settings.warmup_steps > 1
-        first = learning_rate(settings, torch.ones(()))
-        self._lr = first.to(self.model.step.device, torch.float32)
+        numbers = torch.arange(1, max(settings.warmup_steps, 1) + 1, dtype=torch.float32)
+        self._rates = learning_rate(settings, numbers).to(self.model.step.device, torch.float32)
+        """(warmup_steps,) float32: the rates of the first updates; the last is that of all later ones."""
+        self._numbers = numbers[:-1].to(self._rates.device)
+        self._lr = self._rates[0].clone()
         """0-dim float32: the rate of the next update."""
 
     @property
@@ -116,8 +118,8 @@ class Optimizer:
         settings = self.settings
         gradients = [locals_of(slots.gradients()) for slots in self._groups]
         norm = norm_of_all(self._norm([g for group in gradients for g in group]), self.model.parameters[0])
-        if self._warms_up:
-            self._lr.copy_(learning_rate(settings, self.updates + 1))
+        if len(self._rates) > 1:  # two launches, as the number is on the device: how many of 1, 2, … it has reached
+            torch.take(self._rates, torch.bucketize(self.updates, self._numbers, right=True), out=self._lr)
         for slots, group in zip(self._groups, gradients, strict=True):
             masters, *state = slots.state()
             self._update(

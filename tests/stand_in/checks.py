@@ -243,7 +243,7 @@ def attention(form: str) -> dict[str, Any]:
 
 HERE = (memory, out_of_memory, captures, broken, missing, steps, tried, rows, csrc, launches, draws, attention)
 OF_PRODUCTS = (products.emulated, products.asked, products.fallbacks)
-OF_THE_HOST = (host.launcher, host.modes, host.capture_fails)
+OF_THE_HOST = (host.launcher, host.modes, host.capture_fails, host.full_step, host.warm_up)
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     check.__name__: check for check in (*HERE, *OF_PRODUCTS, *OF_THE_HOST)
 }

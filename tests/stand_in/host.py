@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,3 +120,55 @@ def capture_fails() -> dict[str, Any]:
         stream = torch.cuda.current_stream() == torch.cuda.default_stream()
         torch.randn(3, device="cuda")  # by the generator that a capture takes over
         return {"said": [text for text in loop.log.said if "CUDA graphs" in text], "used": used, "own stream": stream}
+
+
+def full_step() -> dict[str, Any]:
+    """A compiled step of B/2 at its full size: launches, and its CPU time in that of 500 small tensors made and changed.
+
+    The unit is taken between the steps, so that whatever slows one down slows the other, too.
+    """
+    from bench.step import MICRO_BATCH
+    from bench.workload import Setup, ours
+    from tests.stand_in.checks import WARM
+
+    gates.disarm()
+
+    def small_calls() -> None:
+        for _ in range(500):
+            torch.empty((8,), device="cuda").add_(1)
+
+    def spent(call: Callable[[], object]) -> float:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    device, counters = torch.device("cuda:0"), Counters()
+    with ours(Setup("B/2", "plain", 256, device, compile="on", options=MICRO_BATCH).untried) as loop:
+        for _ in range(WARM):
+            loop()
+            small_calls()
+        before = counters.read()
+        loop()
+        launches = counters.since(before)["launches"]
+        steps, units = zip(*((spent(loop), spent(small_calls)) for _ in range(25)), strict=True)
+    step, unit = statistics.median(steps), statistics.median(units)
+    return {"launches": launches, "units": step / unit, "ms": [1e3 * step, 1e3 * unit]}
+
+
+def warm_up() -> dict[str, Any]:
+    """What an update launches, with a learning rate that warms up and without."""
+    from st_fast import kernels
+    from st_fast.recipe.schema import Optim
+    from st_fast.train.optim import Optimizer
+
+    counters, found = Counters(), {}
+    for steps in (0, 9):
+        layer, none = torch.nn.Linear(8, 8, device="cuda"), torch.nn.Identity()
+        ops = kernels.adamw_ema_, kernels.grad_norm
+        optimizer = Optimizer(layer, none, Optim(warmup_steps=steps), torch.float32, *ops)
+        for _ in range(2):
+            layer(torch.ones(8, device="cuda")).sum().backward()
+            before = counters.read()
+            optimizer.update()
+            found[steps] = counters.since(before)
+    return {str(steps): [counts["launches"], counts["syncs"]] for steps, counts in found.items()}

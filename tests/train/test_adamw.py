@@ -15,7 +15,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.recipe import load
 from st_fast.recipe.schema import Optim
 from st_fast.train import adamw
-from st_fast.train.optim import Optimizer
+from st_fast.train.optim import Optimizer, learning_rate
 from st_fast.train.parallel import hand_out
 from st_fast.train.run import run
 from tests import tiny
@@ -207,3 +207,20 @@ def test_on_a_gpu_the_trajectory_is_the_same(name):
         states.append({f"{g}.{n}": t for g, ts in ours.state().items() for n, t in ts.items()})
     for key, tensor in states[0].items():
         torch.testing.assert_close(states[1][key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_each_update_has_the_bits_of_its_learning_rate():
+    rates: list[Tensor] = []
+    settings = Optim(lr=3.1e-4, warmup_steps=7)
+
+    def update(*lists: object, **numbers: float) -> None:
+        rates.append(lists[8].clone())  # type: ignore[attr-defined]
+        lists[6].add_(len(rates) != 3)  # type: ignore[attr-defined]  # the third is skipped
+
+    layer = torch.nn.Linear(3, 2)
+    optimizer = Optimizer(layer, torch.nn.Identity(), settings, torch.float32, update, lambda grads: torch.ones(()))
+    for _ in range(12):
+        optimizer.update()
+    expected = [learning_rate(settings, torch.tensor(n)).float() for n in (1, 2, 3, *range(3, 12))]
+    assert torch.equal(torch.stack(rates), torch.stack(expected))
+    assert len(set(torch.stack(rates).tolist())) == 7
