@@ -123,7 +123,7 @@ def capture_fails() -> dict[str, Any]:
 
 
 def full_step() -> dict[str, Any]:
-    """A compiled step of B/2 at its full size: launches, and its CPU time in that of 500 small tensors made and changed.
+    """B/2's compiled step at its full size: launches, and its CPU time in that of 500 small tensors made and changed.
 
     The unit is taken between the steps, so that whatever slows one down slows the other, too.
     """
