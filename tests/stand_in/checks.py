@@ -219,8 +219,12 @@ def draws() -> dict[str, Any]:
     return {"ours": calls[:6], "definition": calls[6:], "forms": len(forms)}
 
 
-def attention(form: str) -> dict[str, Any]:
-    """Kernels of Inductor's own and ops of ours around attention in a compiled layer, and its caches' counts."""
+def attention(form: str, caches: str) -> dict[str, Any]:
+    """Kernels of Inductor's own and ops of ours around attention in a compiled layer, and its caches' counts.
+
+    `caches` is their folder.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
     from torch._dynamo.utils import counters
     from torch._inductor.utils import run_and_get_code
 

@@ -173,9 +173,8 @@ def test_qk_norm_is_one_launch_and_its_backward_two(check):
     assert found["forward"][:2] == [1, 0] and found["backward"][:2] == [2, 0]
 
 
-def test_a_compiled_attention_copies_nothing_and_the_next_start_has_it_in_the_cache(check, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    first, second = check("attention", "fused"), check("attention", "fused")
+def test_a_compiled_attention_copies_nothing_and_the_next_start_has_it_in_the_cache(check, tmp_path):
+    first, second = (check("attention", "fused", str(tmp_path)) for _ in range(2))
     attention = "aten._scaled_dot_product_efficient_attention"
     ops = ["st_fast.qk_norm", attention, f"{attention}_backward", "st_fast.qk_norm_backward"]
     assert first["ops"] == second["ops"] == ops
@@ -185,8 +184,8 @@ def test_a_compiled_attention_copies_nothing_and_the_next_start_has_it_in_the_ca
     assert second["cache"] == {"miss": 0, "hit": 1, "bypass": 0}
 
 
-def test_contiguous_heads_cost_a_copy_of_v_and_of_the_output(check):
-    found = check("attention", "heads")
+def test_contiguous_heads_cost_a_copy_of_v_and_of_the_output(check, tmp_path):
+    found = check("attention", "heads", str(tmp_path))
     assert [name for name in found["kernels"] if "clone" in name], found["kernels"]
 
 
