@@ -191,8 +191,8 @@ def test_contiguous_heads_cost_a_copy_of_v_and_of_the_output(check, tmp_path):
 
 def test_a_full_step_launches_little_and_costs_the_host_little(check):
     found = check("full_step")
-    # With torch 2.11: 542 launches, and 8.0 to 9.0 units on a machine idle or under load.
-    assert found["launches"] <= 600 and found["units"] < 11.5, found
+    # With torch 2.11: 542 launches (566 without compilation), and 6.4 to 9 units, on a loaded machine too.
+    assert found["launches"] <= 560 and found["units"] < 11.5, found
 
 
 def test_a_learning_rate_that_warms_up_costs_two_launches(check):
