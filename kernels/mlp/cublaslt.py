@@ -70,7 +70,7 @@ def forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[
 
 def backward(dy: Tensor, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """→ dh (…, M), db1 (M,) on CUDA: `definition.gelu_mlp_backward`."""
-    if dy.dtype not in DTYPES:
+    if dy.dtype not in DTYPES or not dy.numel():
         return definition.gelu_mlp_backward(dy, w2, h)
     rows, inner = _rows(dy), _rows(h)
     dh, db1 = torch.empty_like(inner), h.new_empty(h.shape[-1:])

@@ -36,8 +36,9 @@ TRITON = __package__ + ".triton"
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x·Wᵀ + bias (…, M) in x's dtype; gradients to all. Small layers, and all on CUDA or under autocast, are
     PyTorch's own."""
-    _check(x, weight, bias)
-    if autocast(x) or not onednn.pays(x, weight):
+    cast = autocast(x)
+    _check(x, weight, bias, one_dtype=not cast)
+    if cast or not onednn.pays(x, weight):
         return definition.linear(x, weight, bias)
     y: Tensor = ops.linear(x, weight, bias)
     return y
@@ -57,14 +58,15 @@ def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """x (…, K), weight (M, K), bias (M,), all of one dtype."""
+def _check(x: Tensor, weight: Tensor, bias: Tensor, one_dtype: bool) -> None:
+    """x (…, K), weight (M, K), bias (M,), all of one dtype unless autocast makes it one."""
     checks.floating("linear", x=x, weight=weight, bias=bias)
     checks.rank("linear", "weight", weight, "(M, K)")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"linear: x has shape {tuple(x.shape)}; (…, {weight.shape[1]}), weight's K, is needed")
     checks.shape("linear", "bias", bias, weight.shape[:1], "weight's (M,)")
-    checks.one_dtype("linear", x=x, weight=weight, bias=bias)
+    if one_dtype:
+        checks.one_dtype("linear", x=x, weight=weight, bias=bias)
 
 
 define(

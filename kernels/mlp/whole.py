@@ -25,8 +25,9 @@ def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor
     is PyTorch's own layers.
     """
     arguments = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _check(*arguments)
-    if x.dtype == torch.float64 or autocast(x):
+    cast = autocast(x)
+    _check(*arguments, one_dtype=not cast)
+    if x.dtype == torch.float64 or cast:
         return definition.gelu_mlp(*arguments)
     wanted = torch.is_grad_enabled() and any(argument.requires_grad for argument in arguments)
     if x.device.type in cublaslt.DEVICES and not wanted:
@@ -35,8 +36,10 @@ def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor
     return y
 
 
-def _check(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> None:
-    """x (…, D), fc1 (M, D) and (M,), fc2 (D', M) and (D',), all of one dtype."""
+def _check(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, one_dtype: bool
+) -> None:
+    """x (…, D), fc1 (M, D) and (M,), fc2 (D', M) and (D',), all of one dtype unless autocast makes it one."""
     op, others = "gelu_mlp", {
         "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias
     }  # fmt: skip
@@ -48,7 +51,8 @@ def _check(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, 
     checks.shape(op, "fc1_bias", fc1_bias, fc1_weight.shape[:1], "fc1_weight's (M,)")
     checks.shape(op, "fc2_weight", fc2_weight, (fc2_weight.shape[0], fc1_weight.shape[0]), "(D', fc1_weight's M)")
     checks.shape(op, "fc2_bias", fc2_bias, fc2_weight.shape[:1], "fc2_weight's (D',)")
-    checks.one_dtype(op, x=x, **others)
+    if one_dtype:
+        checks.one_dtype(op, x=x, **others)
 
 
 def _fake(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

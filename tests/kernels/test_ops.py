@@ -17,6 +17,7 @@ from st_fast import kernels
 from st_fast.kernels import OPS as PUBLIC
 from st_fast.kernels import declared, reference
 from st_fast.kernels.common import registry
+from st_fast.kernels.mlp import cublaslt
 
 OPS = torch.ops.st_fast
 
@@ -175,6 +176,36 @@ def test_autocast_leaves_dtypes_and_values_as_they_are(name: str) -> None:
         assert one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
+@pytest.mark.parametrize("name", ["linear", "gelu_mlp"])
+def test_autocast_takes_what_another_layer_made_with_weights_in_float32(name: str) -> None:
+    x, *weights = samples()[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = public(name, kernels)(x.detach().bfloat16(), *weights)
+        expected = public(name, kernels)(x.detach(), *weights)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    y.float().sum().backward()
+    assert all(weight.grad is not None and weight.grad.dtype == weight.dtype for weight in weights)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+def test_qk_norms_layouts_are_as_promised(layout: str) -> None:
+    qkv, *vectors = (torch.randn(2, 5, 3, 4, 8), *(torch.randn(8) for _ in range(4)))
+    q, k, v = kernels.qk_norm(qkv, *vectors, layout=layout)
+    if layout == "heads":
+        assert all(tensor.is_contiguous() for tensor in (q, k, v))
+    else:
+        assert all(tensor.transpose(1, 2).is_contiguous() for tensor in (q, k)) and v._base is qkv
+
+
+def test_an_empty_batch_goes_through_the_products_on_cuda_without_a_call() -> None:
+    x, weights = torch.empty(0, 16, dtype=torch.bfloat16), [torch.ones(32, 16), torch.ones(32), torch.ones(8, 32)]
+    w1, b1, w2 = (weight.bfloat16() for weight in weights)
+    y, g, h = cublaslt.forward(x, w1, b1, w2, b1[:8])
+    assert y.shape == (0, 8) and g.shape == h.shape == (0, 32)
+    dh, db1 = cublaslt.backward(y, w2, h)
+    assert dh.shape == (0, 32) and torch.equal(db1, torch.zeros_like(b1))
+
+
 @pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name != "cfg_extrapolate"])  # which is linear
 def test_second_derivatives_are_refused(name: str) -> None:
     arguments = samples()[name]
@@ -190,6 +221,22 @@ def test_second_derivatives_are_refused(name: str) -> None:
 
 BIASED = {"gate_residual_norm_modulate": 1, "gelu_tanh": 0}
 """Ops that sum the gradient of the bias before them, and the place of the argument that it was added to."""
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name not in BIASED])
+def test_an_argument_whose_gradient_alone_is_wanted_gets_it(name: str) -> None:
+    arguments = samples()[name]
+    _, *expected = run(public(name, kernels), arguments)[-1 - len(wanting(arguments)) :]
+    for number, gradient in zip(wanting(arguments), expected, strict=True):
+        alone = [v.detach() if isinstance(v, Tensor) else v for v in arguments]
+        alone[number] = alone[number].requires_grad_()
+        found = run(public(name, kernels), tuple(alone))[-1]
+        assert found is not None and gradient is not None and error(found, gradient) < 1e-6, number
+
+
+def wanting(arguments: tuple[Any, ...]) -> list[int]:
+    """The places of the arguments that require a gradient."""
+    return [at for at, value in enumerate(arguments) if isinstance(value, Tensor) and value.requires_grad]
 
 
 @pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "reference"])
