@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, load
 from st_fast.recipe.schema import Stage
 from st_fast.train import __main__ as train
-from st_fast.train import choices, graphs, memory
+from st_fast.train import choices, graphs, memory, stage
 from st_fast.train.graphs import TIMED, WARM_UP, GraphChoice, Losses, Trial, decide, settled, try_out
 from tests.train.schedule.loop import Loop
 from tests.train.schedule.test_schedules import values
@@ -51,6 +52,21 @@ def test_graphs_are_taken_where_the_host_is_the_bottleneck(host, device, pays, f
     assert choice == GraphChoice(pays, 1)
     times = f"to queue a pass takes the host {host:.1f} ms, to carry it out the device {device:.1f} ms"
     assert said == [f"transcend: CUDA graphs {'taken' if pays else 'left out'}: {times}"]
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_what_a_trial_decides_is_what_the_trainer_does(pays, folder, monkeypatch):
+    recipe, of = stage_of(folder)
+    told: list[bool] = []
+    trainer: Any = SimpleNamespace(
+        context=SimpleNamespace(ranks=Ranks(0, 1, CUDA)), stage=of, step=SimpleNamespace(forward=print),
+        optimizer=SimpleNamespace(parameters=list), use_graphs=lambda recipe: told.append(recipe.run.graphs),
+    )  # fmt: skip
+    monkeypatch.setattr(stage, "_batches", lambda *_: SimpleNamespace(steps=lambda first, last: [["batch"]]))
+    monkeypatch.setattr(graphs, "try_out", lambda *_: Trial(1.0 if pays else 0.1, 1.0))
+    tried = graphs.with_graphs(recipe, True)  # as the trainer was made
+    decided, choice = stage.try_graphs(trainer, tried, (), 0, lambda text: None)
+    assert decided.run.graphs == choice.used == pays and told == ([] if pays else [False])
 
 
 def test_ranks_decide_together(folder):
