@@ -100,7 +100,7 @@ def statistic(like: Tensor, shape: Sequence[int]) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
-def bias_gradient(like: Tensor, bias: Grad) -> Tensor:
+def fake_bias_gradient(like: Tensor, bias: Grad) -> Tensor:
     """A fake of a bias's gradient; without a bias it is empty, in the computing dtype."""
     return statistic(like, (0,)) if bias is None else new(bias)
 

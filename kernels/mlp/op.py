@@ -20,9 +20,9 @@ from ..common.registry import (
     Context,
     Grad,
     Op,
-    bias_gradient,
     define,
     differentiate,
+    fake_bias_gradient,
     new,
     wants_gradient,
 )
@@ -92,7 +92,7 @@ define(
     "gelu_tanh_backward",
     "(Tensor dy, Tensor x, Tensor? x_bias) -> (Tensor dx, Tensor dx_bias)",
     definition.gelu_tanh_backward,
-    lambda dy, x, x_bias: (new(x), bias_gradient(x, x_bias)),
+    lambda dy, x, x_bias: (new(x), fake_bias_gradient(x, x_bias)),
     TRITON,
 )
 if onednn.available():
