@@ -24,6 +24,9 @@ CHUNK = 4 * 2**20
 HEADER_LIMIT = 100 * 2**20
 """Bytes a safetensors header may have (the format's own limit)."""
 JSON_LIMIT = 16 * 2**20
+JSON_DEPTH = 64
+FREE_BYTES = 256 * 2**20
+"""Bytes of memory that reading any file may take, however small it is."""
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -43,6 +46,11 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
+
+
+def allowance(size: int) -> int:
+    """Bytes of memory that reading a file of `size` bytes may take."""
+    return max(4 * size, FREE_BYTES)
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -121,10 +129,45 @@ def _finite(text: str) -> float:
     return value
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """Strict JSON object: UTF-8, finite numbers, no key twice; anything else is a `BadFile` naming `path`."""
+def _whole(text: str) -> int:
+    value = int(text) if len(text) <= 20 else 2**64
+    if abs(value) >= 2**64:
+        raise ValueError(f"the number {shown(text)} has more than 64 bits")
+    return value
+
+
+def _json_memory(data: bytes) -> int:
+    """Bytes that a JSON text takes as Python objects, at most: counted from its punctuation before it is parsed."""
+    text = 2 if data.isascii() else 5
+    return text * len(data) + sum(data.count(sign) * size for sign, size in JSON_MEMORY.items())
+
+
+JSON_MEMORY = {b"{": 96, b"[": 64, b",": 44, b":": 160}
+"""Bytes of an object, a list, an item and a key in CPython, with what parsing adds meanwhile."""
+
+
+def too_deep(value: object) -> bool:
+    """Whether lists and objects out of JSON are nested more than JSON_DEPTH levels deep."""
+    level: list[Any] = [value]
+    for _ in range(JSON_DEPTH):
+        inner = (item.values() if type(item) is dict else item for item in level)
+        level = [item for items in inner for item in items if type(item) in (dict, list)]
+        if not level:
+            return False
+    return True
+
+
+def parse_json(data: bytes, path: Path, memory: int = FREE_BYTES) -> dict[str, Any]:
+    """Strict JSON object: UTF-8, finite numbers of at most 64 bits, no key twice, nested at most JSON_DEPTH levels.
+
+    Anything else, and what could take more than `memory` bytes (or four times the text), is a `BadFile` naming `path`.
+    """
+    memory = max(memory, 4 * len(data))
+    if (needed := _json_memory(data)) > memory:
+        raise BadFile(f"{path}: {len(data)} bytes of JSON with {needed} bytes of items, at most {memory} are allowed")
+    hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite, "parse_int": _whole}
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, **hooks)
         if b"\\u" in data:  # only an escape can smuggle in half a surrogate pair, which no UTF-8 text can hold
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
@@ -133,6 +176,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
         raise BadFile(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadFile(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if too_deep(value):
+        raise BadFile(f"{path}: not valid JSON (nested more than {JSON_DEPTH} levels deep)")
     return value
 
 
@@ -183,7 +228,7 @@ def parse_header(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], bytes]:
     raw = bytearray(8 + length)
     raw[:9] = start
     read_exactly(file, memoryview(raw)[9:], path)
-    header = parse_json(bytes(raw[8:]), path)
+    header = parse_json(bytes(raw[8:]), path, allowance(size))
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
         raise BadFile(f"{path}: __metadata__ is {shown(notes)}, expected an object of strings")
