@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from st_fast.core.comparison import check_same
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import make_folder, read_json, write_json_atomic
 from st_fast.core.machine import rank_count
@@ -85,10 +86,7 @@ def check_begun(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
     """Writes job.json, or compares it: UserError naming the settings that differ from those the work began with."""
     if not (folder / JOB_FILE).is_file():
         write_json_atomic(folder / JOB_FILE, wanted)
-    begun = read_json(folder / JOB_FILE)
-    changes = [f"{key} was {begun.get(key)!r} and is {now!r}" for key, now in wanted.items() if begun.get(key) != now]
-    if changes:
-        raise UserError(f"{folder}: begun with other settings ({', '.join(changes)}); {advice}")
+    check_same(read_json(folder / JOB_FILE), wanted, f"{folder}: begun with", advice)
 
 
 def _note(folder: Path, number: int) -> Path:

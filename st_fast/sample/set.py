@@ -8,7 +8,6 @@ no image (and no bit where each rank computes with as many threads).
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import struct
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from st_fast.core.comparison import check_same
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.files import BadFile, make_folder, read_json, write_atomic, write_json_atomic
 from st_fast.core.progress import bar
@@ -128,10 +128,8 @@ class SampleSet:
     def begin(self) -> None:
         """Writes the settings, or UserError naming those in which the samples that are there differ."""
         if (self.folder / SETTINGS).exists():
-            there, asked = read_settings(self.folder), json.loads(json.dumps(self.settings))
-            differing = [f"{key} {there.get(key)} (now {asked[key]})" for key in asked if there.get(key) != asked[key]]
-            if differing:
-                raise UserError(f"{self.folder}: holds samples drawn with {', '.join(differing)}; choose another --out")
+            there, asked = read_settings(self.folder), {"format": FORMAT} | self.settings
+            check_same(there, asked, f"{self.folder}: holds samples drawn with", "choose another --out")
             return
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder}: holds other files and no {SETTINGS}; choose another --out")

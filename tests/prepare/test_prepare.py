@@ -155,7 +155,7 @@ def test_continuing_with_other_settings_is_refused(
 ) -> None:
     monkeypatch.setattr(job, "_finish", lambda *rest: None)
     run(class_folders, tmp_path / "out", *PIXELS)
-    with pytest.raises(UserError, match=r"begun with other settings \(size was 16 and is 8\)"):
+    with pytest.raises(UserError, match=r"begun with size 16 \(now 8\); use those, or"):
         run(class_folders, tmp_path / "out", *PIXELS, "--size", 8)
     (tmp_path / "out" / "job.json").unlink()
     with pytest.raises(UserError, match="it holds shards of something else"):
