@@ -31,6 +31,8 @@ from st_fast.model.stored import ModelSource, read_model
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
+TARGETS = ("to", "weights", "vae", "push", "private", "dry_run")
+"""Options that say how TARGET is written."""
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -44,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--from", dest="layout", choices=LAYOUTS, help="SOURCE's layout, where its keys don't tell")
     parser.add_argument("--heads", type=int, help="attention heads of SOURCE, where no published size tells")
+    parser.add_argument("--num-classes", type=int, help="classes of SOURCE, where its keys and args don't tell")
     parser.add_argument("--stage", help="of a run (default: the last one that was trained)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="for forms that hold one set")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="for forms that hold one set (default: ema)")
     parser.add_argument("--vae", help="a folder or hub name, put into a diffusers folder (default: the data's own)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the folder to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the hub's repository private")
@@ -56,8 +59,13 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; UserError for what does not go together, SystemExit(2) for bad flags."""
     given = parser().parse_args(arguments)
-    if given.heads is not None and given.heads < 1:
-        raise UserError(f"--heads {given.heads}: at least 1")
+    for name in ("heads", "num_classes"):
+        if (value := getattr(given, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+    if given.target is None and (unused := [name for name in TARGETS if getattr(given, name)]):
+        raise UserError(f"--{unused[0].replace('_', '-')}: without a target nothing is written")
+    if given.private and not given.push:
+        raise UserError("--private: only --push makes a repository")
     if given.target is not None:
         is_file = given.target.suffix in FILES
         given.to = given.to or (None if is_file else "stage")
@@ -65,6 +73,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(
                 f"{given.target}: --to {given.to} writes a {'folder' if is_file else '.pt or .safetensors'}"
             )
+    if given.weights and (given.to == "stage" or given.target.suffix == ".pt"):
+        raise UserError(f"--weights {given.weights}: {given.target} will hold both, the raw weights and their average")
+    given.weights = given.weights or "ema"
     if given.vae and given.to != "diffusers":
         raise UserError("--vae: only --to diffusers takes one")
     if given.push and given.to not in ("huggingface", "diffusers"):
@@ -74,10 +85,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return given
 
 
+def _check_used(given: argparse.Namespace, origin: ModelSource) -> None:
+    """UserError for an option that SOURCE leaves without meaning."""
+    if given.stage and not (given.source / "recipe.toml").is_file():
+        raise UserError(f"--stage {given.stage}: {given.source} is no run")
+    for name, option in (("layout", "from"), ("heads", "heads"), ("num_classes", "num-classes")):
+        if origin.path.is_dir() and getattr(given, name) is not None:
+            raise UserError(f"--{option} {getattr(given, name)}: {given.source} tells it itself; this is for files")
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     given = parse(arguments)
-    origin = read_model(given.source, print, given.stage, given.layout, given.heads)
+    origin = read_model(given.source, print, given.stage, given.layout, given.heads, given.num_classes)
+    _check_used(given, origin)
     print(described(origin))
     if given.target is None:
         return
@@ -129,7 +150,7 @@ def described(origin: ModelSource) -> str:
     kinds = sorted({key.split(".")[0] for key in heads(loaded.model)})
     layout = "st_fast" if origin.path.is_dir() else loaded.layout
     null = "and a null class" if config.class_dropout > 0 else "without a null class"
-    average = "one set of weights" if loaded.ema is loaded.model else "raw weights and their average"
+    average = "raw weights and their average" if loaded.averaged else "one set of weights"
     optimiser = f"AdamW's state after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
     return (
         f"{origin.path}: {layout} layout, {config.name}, {config.parameters / 1e6:.1f} M parameters, step "

@@ -53,10 +53,34 @@ def allowance(size: int) -> int:
     return max(4 * size, FREE_BYTES)
 
 
+BRACKETS: dict[Any, str] = {list: "[]", tuple: "()", dict: "{}"}
+
+
+def _pieces(value: Any, limit: int) -> Iterator[str]:
+    """The parts of a value's text, of which no more are made than are read: it may hold itself, or be gigabytes."""
+    if isinstance(value, (str, bytes)):
+        yield ascii(value[:limit])
+    elif brackets := BRACKETS.get(type(value)):
+        yield brackets[0]
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(item, limit)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _pieces(value[item], limit)
+        yield ",)" if isinstance(value, tuple) and len(value) == 1 else brackets[1]
+    else:
+        yield ascii(value)
+
+
 def shown(value: object, limit: int = 80) -> str:
     """A value out of a file as one short printable line, whatever it holds."""
-    text = ascii(value)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    text = ""
+    for piece in _pieces(value, limit + 1):
+        text += piece
+        if len(text) > limit:
+            return f"{text[:limit]}…"
+    return text
 
 
 @contextmanager

@@ -104,8 +104,8 @@ class Zip(zipfile.ZipFile):
         self._clipped.close()
 
     def check(self, info: zipfile.ZipInfo, most: int | None = None) -> None:
-        """BadFile unless the member can be unpacked, into at most `most` bytes (default: what the file may cost)."""
-        where, most = f"{self.path}: {shown(info.filename)}", allowance(self._clipped.size) if most is None else most
+        """BadFile unless the member can be unpacked, into at most `most` bytes (default: half its allowance)."""
+        where, most = f"{self.path}: {shown(info.filename)}", most or allowance(self._clipped.size) // 2
         if info.flag_bits & 1:
             raise BadFile(f"{where} is encrypted")
         if info.compress_type not in METHODS:
@@ -121,10 +121,18 @@ class Zip(zipfile.ZipFile):
     def member(self, info: zipfile.ZipInfo, most: int | None = None) -> bytes:
         """The bytes of a member that `check` allows; BadFile also where it is damaged."""
         self.check(info, most)
+        data = bytearray(info.file_size)
+        self.read_into(info, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, info: zipfile.ZipInfo, into: memoryview) -> None:
+        """Fills `into`, as long as the member of which `check` was asked; BadFile where it is damaged."""
         try:
             with super().open(info) as file:
-                return file.read(info.file_size)
-        except Exception as error:
+                for at in range(0, len(into), CHUNK):
+                    into[at : at + CHUNK] = _read(file, len(into[at : at + CHUNK]))
+                file.read(1)  # compares the CRC of an empty member, too
+        except Exception as error:  # zipfile, zlib and struct stumble over a damaged member in a dozen ways
             raise BadFile(f"{self.path}: {shown(info.filename)} is damaged ({first_line(error)[:120]})") from None
 
 

@@ -1,6 +1,5 @@
 """Models by their path: another project's file, a run, stage or checkpoint of ours, and frozen teachers from these."""
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,17 +10,19 @@ import torch
 from torch import Tensor
 
 from st_fast.core import checkpoint
-from st_fast.core.checkpoint import Checkpoint
+from st_fast.core.checkpoint import Checkpoint, match_strictly
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import shown
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import BACKENDS, Attend
+from st_fast.model.formats import adam
 from st_fast.model.formats.importing import import_file
-from st_fast.model.formats.layouts import check_table, detect, infer
+from st_fast.model.formats.layouts import check_table, detect, expected_trunk, infer
 from st_fast.model.formats.loaded_state import LoadedState, head_name, trunk
-from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, WEIGHTS, read_config
-from st_fast.recipe import load_run
+from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, FLOWS, WEIGHTS, read_config
+from st_fast.recipe import RecipeError, load_run
+from st_fast.recipe.document import parse_toml
 from st_fast.recipe.schema import Model, Recipe
 
 KINDS = "a .pt or .safetensors file, a run, stage or checkpoint folder, or a folder with config.json"
@@ -41,15 +42,15 @@ class ModelSource:
 
 def read_model(
     path: Path, say: Say, stage: str | None = None, layout: str | None = None, number_of_heads: int | None = None,
-    heads_otherwise: int | None = None,
+    num_classes: int | None = None, otherwise: Model | None = None,
 ) -> ModelSource:  # fmt: skip
-    """Reads the model at `path`; layout and heads are for files that don't tell (see `import_file`).
+    """Reads the model at `path`; layout, heads and classes are for files that don't tell (see `import_file`).
 
     Of a run the last trained stage, or `stage`, and of a stage the newest sound checkpoint. UserError in one line
     for whatever is not there or does not fit.
     """
     if path.is_file():
-        return ModelSource(import_file(path, layout, number_of_heads, heads_otherwise), path)
+        return ModelSource(import_file(path, layout, number_of_heads, num_classes, otherwise), path)
     if (path / CONFIG).is_file():
         return ModelSource(_published(path), path)
     if (path / "transformer" / CONFIG).is_file():
@@ -88,18 +89,23 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")
     trained = found.groups.get("heads", {})
     model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
-    optim = found.groups.get("optim", {})
+    config, optim = infer(model, {"num_classes": said.get("num_classes")}, count, where), found.groups.get("optim", {})
+    groups = [name for name in ("model", "ema") if name in found.groups]
+    for group in groups:
+        match_strictly(expected_trunk(config), found.groups[group], f"{where}: {group}")
+    means = {kind: _adam(optim, kind) for kind in ("exp_avg", "exp_avg_sq")}
+    for kind, table in means.items():
+        match_strictly({key: model[key] for key in means["exp_avg"] if key in model}, table, f"{where}: {kind}")
     return LoadedState(
-        config=infer(model, {"num_classes": said.get("num_classes")}, count, where),
+        config=config,
         layout=detect(model, {"prediction": "v"}, where),
         model=model,
-        ema=dict(found.groups.get("ema", found.groups["model"])),
-        exp_avg=_adam(optim, "exp_avg"),
-        exp_avg_sq=_adam(optim, "exp_avg_sq"),
-        updates=int(optim.get("model.step", 0)),
-        head_updates=int(optim.get("heads.step", 0)),
+        ema=dict(found.groups[groups[-1]]),
+        **means,
+        updates=adam.updates(optim.get("model.step", 0), f"{where}: optim"),
+        head_updates=adam.updates(optim.get("heads.step", 0), f"{where}: optim of the heads"),
         step=found.step,
-        path=flow_path(found.meta),
+        path=flow_path(found.meta, where),
     )
 
 
@@ -114,17 +120,25 @@ def _adam(optim: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     }
 
 
-def flow_path(meta: Mapping[str, Any]) -> str:
-    """The path of the flow that a checkpoint's model was trained on."""
-    said = tomllib.loads(str(meta.get("recipe", ""))).get("flow", {}).get("path", "linear")
-    return str(meta.get("flow", said))
+def flow_path(meta: Mapping[str, Any], where: str) -> str:
+    """The path of the flow that a checkpoint's model was trained on; UserError for none that is known."""
+    flow = meta.get("flow")
+    if flow is None:
+        try:
+            table = parse_toml(str(meta.get("recipe", "")), where).get("flow", {})
+        except RecipeError as error:
+            raise UserError(f"{where}: its recipe can't be read ({error})") from None
+        flow = table.get("path", "linear") if isinstance(table, dict) else table
+    if flow not in FLOWS:
+        raise UserError(f"{where}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
+    return str(flow)
 
 
 def _published(folder: Path) -> LoadedState:
     """A folder that `save_pretrained` wrote."""
     config = read_config(folder)
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS
-    loaded = import_file(file, "repa", config.model.heads)
+    loaded = import_file(file, "repa", config.model.heads, config.model.num_classes)
     check_table(loaded.model, config.model, "repa", f"{file}, of what {CONFIG} says,")
     return replace(loaded, config=config.model, path=config.flow, step=config.step)
 
@@ -169,11 +183,11 @@ def _weights(
     """Architecture, weights, where they lie and the path of their flow; of a checkpoint only one group is read."""
     say = partial(print, flush=True)
     if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
-        loaded = read_model(root, say, heads_otherwise=config.heads).loaded
+        loaded = read_model(root, say, otherwise=config).loaded
         tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
         return loaded.config.architecture(), tensors, root, loaded.path
     group = "model" if weights == "raw" else "ema"
     found = checkpoint.latest(root, say, groups=(group,))
     if found is None:
         raise UserError(f"teacher: no sound checkpoint under {root}")
-    return found.meta.get("architecture", {}), found.groups[group], found.path, flow_path(found.meta)
+    return found.meta.get("architecture", {}), found.groups[group], found.path, flow_path(found.meta, str(found.path))

@@ -1,5 +1,6 @@
 """What a stage's weights start from where its recipe says `init`: read once, matched strictly, told in one line."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     start, name = stage.start, stage.start.init
     of_this_run = any(other.name == name for other in recipe.stages)
     path = Path(recipe.run.out) / name if of_this_run else Path(name)
-    loaded = read_model(path, say, heads_otherwise=recipe.model.heads).loaded
+    loaded = read_model(path, say, otherwise=recipe.model).loaded
     where, theirs = f"stage.{stage.name}.init = {name!r}", loaded.config.architecture()
     for prefix in start.init_fresh:
         if not any(key.startswith(prefix) for key in drawn["model"]):
@@ -69,7 +70,7 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     found = {key: tensor for key, tensor in trunk(loaded.model).items() if key not in known}
     differing = recipe.model.differences(theirs)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
-    match_strictly(kept, found, named)
+    match_strictly(kept, found, named + _fresh_hint(kept, found))
     if theirs["heads"] != recipe.model.heads:  # no weight's shape tells them
         raise UserError(named)
     if start.init_heads == "match":
@@ -91,6 +92,15 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
             parts = Parts(recipe.model, table, model, EmaModel(model), feature_widths, recipe.flow.path)
             drawn["heads"] = supervision.create(stage, parts, 0).heads.state_dict()
     _fitting(recipe, stage, drawn, say)
+
+
+def _fresh_hint(kept: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How to start all the same where only parts outside the blocks have other shapes, such as the classes' table."""
+    differing = [key for key in kept if key in found and kept[key].shape != found[key].shape]
+    parts = sorted({f"{key.partition('.')[0]}." if "." in key else key for key in differing})
+    if not parts or any(part == "blocks." for part in parts):
+        return ""
+    return f" (init_fresh = {json.dumps(parts)} draws these parts anew)"
 
 
 def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tensor]:

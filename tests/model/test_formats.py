@@ -116,7 +116,7 @@ def read(path: Path) -> dict:
 def test_a_checkpoint_with_optimiser_and_args_round_trips_bit_exactly(case, tmp_path):
     content = checkpoint(case)
     torch.save(content, tmp_path / "in.pt")
-    bundle = import_file(tmp_path / "in.pt", number_of_heads=HEADS)
+    bundle = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
     assert bundle.layout == str(CASES[case]["layout"]).removesuffix("-1").removesuffix("-2")
     export_file(bundle, bundle.layout, tmp_path / "out.pt", "ema")
     again = read(tmp_path / "out.pt")
@@ -128,7 +128,9 @@ def test_a_checkpoint_with_optimiser_and_args_round_trips_bit_exactly(case, tmp_
 def test_a_prefixed_bare_state_dict_round_trips_bit_exactly(tmp_path):
     weights = {f"module._orig_mod.{k}": t for k, t in drawn(foreign_shapes("repa"), 1).items()}
     torch.save(weights, tmp_path / "in.pt")
-    export_file(import_file(tmp_path / "in.pt", number_of_heads=HEADS), "repa", tmp_path / "out.pt", "ema")
+    export_file(
+        import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES), "repa", tmp_path / "out.pt", "ema"
+    )
     assert_same(weights, read(tmp_path / "out.pt"))
 
 
@@ -144,7 +146,7 @@ def test_our_own_keys_go_out_in_the_order_that_numbers_an_optimisers_state():
 def test_safetensors_are_read_too(tmp_path):
     weights = drawn(foreign_shapes("sra"), 1)
     save_file(dict(weights), tmp_path / "in.safetensors")
-    bundle = import_file(tmp_path / "in.safetensors", number_of_heads=HEADS)
+    bundle = import_file(tmp_path / "in.safetensors", number_of_heads=HEADS, num_classes=CLASSES)
     assert bundle.layout == "sra" and all(torch.equal(bundle.model[k], t) for k, t in weights.items())
 
 
@@ -185,7 +187,7 @@ def official_velocity(w: dict[str, Tensor], x: Tensor, s: Tensor, y: Tensor) -> 
 def test_an_official_model_gives_the_same_velocity_field(sigma, tmp_path):
     weights = drawn(foreign_shapes("sit", sigma=sigma), 4)
     torch.save(weights, tmp_path / "in.pt")
-    bundle = import_file(tmp_path / "in.pt", layout="sit", number_of_heads=HEADS)
+    bundle = import_file(tmp_path / "in.pt", layout="sit", number_of_heads=HEADS, num_classes=CLASSES)
     model = SiT(bundle.config, kernels.select({}, torch.device("cpu"))).eval()
     model.load_state_dict(dict(bundle.model))
     x, t = torch.randn(6, CHANNELS, 6, 6, generator=torch.Generator().manual_seed(5)), torch.linspace(0, 1, 6)
@@ -199,8 +201,10 @@ def test_an_official_model_gives_the_same_velocity_field(sigma, tmp_path):
 def test_a_trained_model_goes_out_in_the_official_convention(tmp_path):
     weights = drawn(foreign_shapes("repa"), 6)
     torch.save(weights, tmp_path / "in.pt")
-    export_file(import_file(tmp_path / "in.pt", number_of_heads=HEADS), "sit", tmp_path / "sit.pt", "ema")
-    again = import_file(tmp_path / "sit.pt", number_of_heads=HEADS)
+    export_file(
+        import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES), "sit", tmp_path / "sit.pt", "ema"
+    )
+    again = import_file(tmp_path / "sit.pt", number_of_heads=HEADS, num_classes=CLASSES)
     assert again.layout == "sit" and set(read(tmp_path / "sit.pt")) == {"model", "ema", "args"}
     trunk = {k: t for k, t in weights.items() if not k.startswith("projectors")}
     assert set(again.model) == set(trunk)
@@ -231,7 +235,7 @@ def spoilt(tmp_path: Path, change) -> str:
     change(weights)
     torch.save(weights, tmp_path / "in.pt")
     with pytest.raises(UserError) as caught:
-        import_file(tmp_path / "in.pt", number_of_heads=HEADS)
+        import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -258,17 +262,19 @@ def test_a_wrong_size_dtype_or_value_is_named(tmp_path):
 def test_what_nothing_decides_must_be_said(tmp_path):
     torch.save(drawn(foreign_shapes("none"), 1), tmp_path / "in.pt")
     with pytest.raises(UserError, match="layout must be given, as sit or repa"):
-        import_file(tmp_path / "in.pt", number_of_heads=HEADS)
+        import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
     with pytest.raises(UserError, match="number_of_heads must be given"):
-        import_file(tmp_path / "in.pt", layout="repa")
-    assert isinstance(import_file(tmp_path / "in.pt", layout="repa", number_of_heads=HEADS), LoadedState)
+        import_file(tmp_path / "in.pt", layout="repa", num_classes=CLASSES)
+    assert isinstance(
+        import_file(tmp_path / "in.pt", layout="repa", number_of_heads=HEADS, num_classes=CLASSES), LoadedState
+    )
 
 
 def test_a_dit_and_an_unknown_file_are_refused(tmp_path):
     content = {"model": drawn(foreign_shapes("sit", sigma=True), 1), "args": argparse.Namespace(model="DiT-XL/2")}
     torch.save(content, tmp_path / "dit.pt")
     with pytest.raises(UserError, match="predicts noise"):
-        import_file(tmp_path / "dit.pt", number_of_heads=HEADS)
+        import_file(tmp_path / "dit.pt", number_of_heads=HEADS, num_classes=CLASSES)
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="unknown layout"):
         import_file(tmp_path / "other.pt")

@@ -35,7 +35,9 @@ def by_key(opt: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) ->
     group = groups[0] if isinstance(groups, Sequence) and len(groups) == 1 else None
     if not isinstance(state, Mapping) or not isinstance(group, Mapping):
         raise UserError(f"{where}: opt is no state of one AdamW with one parameter group")
-    numbers = list(group.get("params", ()))
+    numbers = group.get("params")
+    if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        raise UserError(f"{where}: opt names its parameters {shown(numbers)}, their numbers are needed")
     if len(numbers) != len(weights):
         raise UserError(f"{where}: opt has {len(numbers)} parameters, the model {len(weights)}")
     if not state:
@@ -48,7 +50,7 @@ def by_key(opt: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) ->
         if not isinstance(entry, Mapping) or not all(_fits(entry.get(k), weight) for k in ("exp_avg", "exp_avg_sq")):
             raise UserError(f"{where}: opt has no state of shape {tuple(weight.shape)} for {shown(key)}")
         exp_avg[key], exp_avg_sq[key] = entry["exp_avg"], entry["exp_avg_sq"]
-        counts.add(int(entry["step"]))
+        counts.add(updates(entry.get("step"), f"{where}: opt of {shown(key)}"))
     if len(counts) != 1:
         raise UserError(f"{where}: opt counts {shown(sorted(counts))} updates for different parameters, one is needed")
     settings = {key: value for key, value in group.items() if key != "params" and plain(value)}
@@ -68,6 +70,14 @@ def state_dict(
         if key in exp_avg
     }
     return {"state": state, "param_groups": [group]}
+
+
+def updates(step: object, where: str) -> int:
+    """AdamW's count of updates, a number or a tensor of one."""
+    value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not isinstance(value, (int, float)) or not 0 <= value < 2**53 or value != int(value):
+        raise UserError(f"{where} has step {shown(value)}, a count of updates is needed")
+    return int(value)
 
 
 def _fits(mean: object, weight: Tensor) -> bool:

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import is_pickle, read_header, shown
+from st_fast.core.files import allowance, is_pickle, read_header, shown
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.layouts import check_table, detect, infer
 from st_fast.model.formats.loaded_state import LoadedState
+from st_fast.model.formats.pickled import read_pickled
+from st_fast.recipe.schema import Model
 
 PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 """What args call the path of the flow, in lower case."""
@@ -28,11 +30,12 @@ PREFIX = re.compile(r"(?:module\.|_orig_mod\.)+")
 
 
 def import_file(
-    path: Path, layout: str | None = None, number_of_heads: int | None = None, heads_otherwise: int | None = None
-) -> LoadedState:
+    path: Path, layout: str | None = None, number_of_heads: int | None = None, num_classes: int | None = None,
+    otherwise: Model | None = None,
+) -> LoadedState:  # fmt: skip
     """Reads a `.pt` or safetensors file; layout and model follow from keys and shapes where they are not given.
 
-    `heads_otherwise` is the number of heads where neither qk-norm nor a published size tells it.
+    `otherwise` has the heads and classes where the file tells them neither by shapes nor by args.
     UserError in one line for whatever does not fit.
     """
     content, where = read_file(path), str(path)
@@ -40,14 +43,18 @@ def import_file(
     if not names:
         raise UserError(f"{path}: has {shown(list(content))}, expected model or ema, or a bare state dict")
     tables, prefixes = {}, {}
+    room = Room(path, allowance(path.stat().st_size))
     for name in names:
-        tables[name], prefixes[name] = _table(content[name], f"{path} {name}".strip())
+        tables[name], prefixes[name] = _table(content[name], f"{path} {name}".strip(), room)
     args, opt = content.get("args"), content.get("opt")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     opt, args = (dict(value) if isinstance(value, Mapping) else {} for value in (opt, args))
+    args = {key: value for key, value in args.items() if isinstance(key, str) and adam.plain(value)}
+    if num_classes is not None:
+        args["num_classes"] = num_classes
     model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
     layout = layout or detect(model, args, where)
-    config = infer(model, args, number_of_heads, where, heads_otherwise)
+    config = infer(model, args, number_of_heads, where, otherwise)
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
     state = adam.by_key(opt, model, where) if opt and "model" in tables else adam.NO_STATE
@@ -55,7 +62,7 @@ def import_file(
     facts: dict[str, Any] = {
         "tables": names,
         "prefixes": prefixes,
-        "args": {key: value for key, value in args.items() if adam.plain(value)},
+        "args": args,
         "entries": {key: value for key, value in rest.items() if isinstance(value, (int, float, str))},
         "opt": state.settings,
     }
@@ -85,27 +92,30 @@ def _from_official(loaded: LoadedState) -> LoadedState:
         f"{name}/{key}": table[key] for name, table in tables.items() for key in official.CHANGED if key in table
     }
     ours = {name: official.to_ours(table, loaded.config, name == "exp_avg_sq") for name, table in tables.items()}
+    if loaded.ema is loaded.model:
+        ours["ema"] = ours["model"]
     return replace(loaded, **ours, originals=originals)  # type: ignore[arg-type]
 
 
 def _path(args: Mapping[str, Any], path: Path) -> str:
     if args.get("prediction", "v") not in PREDICTIONS:
-        raise UserError(f"{path}: args.prediction = {args['prediction']!r}: only a velocity ({', '.join(PREDICTIONS)})")
+        said = shown(args["prediction"])
+        raise UserError(f"{path}: args.prediction = {said}: only a velocity ({', '.join(PREDICTIONS)})")
     name = str(args.get("path_type", "linear"))
     if name.lower() not in PATHS:
-        raise UserError(f"{path}: args.path_type = {name!r}: one of {', '.join(PATHS)} can be read")
+        raise UserError(f"{path}: args.path_type = {shown(name)}: one of {', '.join(PATHS)} can be read")
     return PATHS[name.lower()]
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Reads a `.pt` (by torch's restricted unpickler, `argparse.Namespace` allowed) or safetensors file.
+    """Reads a `.pt` (by `read_pickled`, which executes nothing) or safetensors file.
 
     A bare state dict is the entry "". UserError in one line for a file that is neither, is broken, or asks for anything
     else to be executed or built.
     """
     content: Any
     if is_pickle(path):
-        content = _unpickled(path)
+        content = read_pickled(path)
     else:
         read_header(path)  # checked before the library maps it
         content = load_file(path)
@@ -116,26 +126,24 @@ def read_file(path: Path) -> dict[str, Any]:
     return {"": content} if all(isinstance(value, Tensor) for value in content.values()) else dict(content)
 
 
-def _unpickled(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can make the unpickler raise anything
-        text = " ".join(str(error).split())
-        wanted = re.search(
-            r"Unsupported \w+: GLOBAL (\S+)|tried to use (\S+)|Trying to call reduce for unrecognized function (.+)",
-            text,
-        )
-        if wanted:
-            name = next(group for group in wanted.groups() if group)
-            raise UserError(
-                f"{path}: refused, nothing executed: its pickle asks for {shown(name)}; "
-                "only tensors, plain values and argparse.Namespace are read"
-            ) from None
-        raise UserError(f"{path}: refused, nothing executed: torch.load cannot read it ({text[-200:]})") from None
+class Room:
+    """What the tables of a file may still take: tensors may share a storage, or be one element seen a billion times."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.seen, self.copied = path, size, size // 2
+
+    def plain(self, tensor: Tensor) -> Tensor:
+        """The tensor contiguous, half precision as float32; UserError where all of them would take too much."""
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        self.seen -= tensor.nbytes
+        if half or not tensor.is_contiguous():
+            self.copied -= tensor.nbytes * (2 if half else 1)
+        if self.seen < 0 or self.copied < 0:
+            raise UserError(f"{self.path}: its tensors are views that take many times the file's bytes")
+        return (tensor.float() if half else tensor).contiguous()
 
 
-def _table(raw: Mapping[Any, Any], where: str) -> tuple[dict[str, Tensor], str]:
+def _table(raw: Mapping[Any, Any], where: str, room: Room) -> tuple[dict[str, Tensor], str]:
     """A table with leading `module.` and `_orig_mod.` taken off, and the prefix that all keys share ("" if mixed).
 
     Half precision is widened, which loses nothing; any other dtype is left for `check_table` to refuse.
@@ -150,8 +158,7 @@ def _table(raw: Mapping[Any, Any], where: str) -> tuple[dict[str, Tensor], str]:
         plain = key[match.end() :] if match else key
         if plain in found:
             raise UserError(f"{where}: {shown(plain)} occurs twice, with and without a prefix")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{where}: {plain} holds NaN or infinity")
-        half = tensor.dtype in (torch.float16, torch.bfloat16)
-        found[plain] = (tensor.float() if half else tensor).contiguous()
+        found[plain] = room.plain(tensor)
+        if tensor.is_floating_point() and not bool(torch.isfinite(found[plain]).all()):
+            raise UserError(f"{where}: {shown(plain)} holds NaN or infinity")
     return found, prefixes.pop() if len(prefixes) == 1 else ""

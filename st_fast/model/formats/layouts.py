@@ -11,6 +11,7 @@ from torch import Tensor
 from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
+from st_fast.core.files import shown
 from st_fast.model import SiT
 from st_fast.model.formats.loaded_state import Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
@@ -18,6 +19,9 @@ from st_fast.recipe import RecipeError
 from st_fast.recipe.architecture import PATCHES, SIZES, Layer, Model, check_shapes
 from st_fast.recipe.methods import SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
+IMAGENET = 1000
+"""Classes of the published models, whose tables of labels have one row more."""
+MOST_BLOCKS = 1_000
 LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
 """Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""
 
@@ -26,7 +30,7 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
     """The layout of a table of weights; UserError where nothing decides which way its time runs."""
     if str(args.get("model", "")).startswith("DiT"):
         raise UserError(
-            f"{where}: a DiT ({args['model']}): predicts noise on 1000 discrete steps, which is no velocity"
+            f"{where}: a DiT ({shown(args['model'])}): predicts noise on 1000 discrete steps, which is no velocity"
         )
     keys = [key for key in table if is_head(key)]
     if any(key.startswith("ap_head.") for key in keys):
@@ -44,7 +48,7 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
     except (KeyError, ValueError, TypeError):
         raise UserError(
             f"{where}: unknown layout: no x_embedder.proj and final_layer.linear of a SiT among its {len(table)} keys "
-            f"({', '.join(list(table)[:6])}, …); known: {', '.join(LAYOUTS)}"
+            f"({', '.join(map(shown, list(table)[:6]))}, …); known: {', '.join(LAYOUTS)}"
         ) from None
     if rows == 2 * patch**2 * channels:
         return "sit"
@@ -55,13 +59,13 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
 
 
 def infer(
-    table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: int | None = None
+    table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: Model | None = None
 ) -> Model:
-    """The model that the shapes describe, with `otherwise` as many heads where nothing tells how many.
+    """The model that the shapes describe, with the heads and classes of `otherwise` where nothing tells how many.
 
     UserError naming the key that is missing or has an impossible shape.
     """
-    depth = 1 + max((int(m[1]) for key in table if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
+    depth = _depth(table, where)
     positions, patches = _shaped(table, "pos_embed", 3, where), _shaped(table, "x_embedder.proj.weight", 4, where)
     classes = _shaped(table, "y_embedder.embedding_table.weight", 2, where)
     hidden = _shaped(table, "blocks.0.mlp.fc1.weight", 2, where)
@@ -74,13 +78,13 @@ def infer(
         number_of_heads = width // max(_shaped(table, "blocks.0.attn.q_norm.weight", 1, where)[0], 1)
     published = {shape[:2]: (f"SiT-{size}/{patch}", shape[2]) for size, shape in SIZES.items()}
     name, usual_heads = published.get((depth, width), ("custom", 0))
-    count = number_of_heads or usual_heads or otherwise
+    count = number_of_heads or usual_heads or (otherwise.heads if otherwise else 0)
     if not count:
         raise UserError(
             f"{where}: depth {depth} and width {width} are no published size, so number_of_heads must be given "
             "(python -m st_fast.convert … --heads)"
         )
-    null = 0 if args.get("num_classes") == classes[0] else 1
+    null = int(_classes(classes[0], args.get("num_classes"), otherwise, where) != classes[0])
     model = Model(
         name=name if count == usual_heads and patch in PATCHES else "custom",
         depth=depth, width=width, heads=count, patch=patch, channels=channels, latent_size=side * patch,
@@ -91,6 +95,30 @@ def infer(
     except RecipeError as error:
         raise UserError(f"{where}: {error}") from None
     return model
+
+
+def _classes(rows: int, told: Any, otherwise: Model | None, where: str) -> int:
+    """The classes of a table of labels with so many rows: as many, or one less where the last is the null class."""
+    if told is None and otherwise:
+        told = rows if otherwise.num_classes == rows else max(1, rows - 1)
+    if told is None and rows not in (1, IMAGENET + 1):
+        raise UserError(
+            f"{where}: y_embedder has {rows} rows: {rows} classes, or {rows - 1} and a null class; num_classes must be "
+            f"given (python -m st_fast.convert … --num-classes {rows} or {rows - 1})"
+        )
+    if told is not None and told not in (rows, max(1, rows - 1)):
+        raise UserError(f"{where}: num_classes = {shown(told)}, but y_embedder has {rows} rows")
+    return rows if rows in (1, told) else rows - 1
+
+
+def _depth(table: Table, where: str) -> int:
+    """How many blocks the keys name, which must be numbered through; their number is bounded by the keys'."""
+    numbers = {m[1] for key in table if (m := re.match(r"blocks\.([^.]+)\.", key))}
+    if (missing := next((n for n in range(len(numbers)) if str(n) not in numbers), None)) is not None:
+        raise UserError(f"{where}: unknown layout: no key of blocks.{missing}, but {len(numbers)} blocks are named")
+    if len(numbers) > MOST_BLOCKS:
+        raise UserError(f"{where}: {len(numbers)} blocks, at most {MOST_BLOCKS} are read")
+    return len(numbers)
 
 
 def _shaped(table: Table, key: str, dims: int, where: str) -> tuple[int, ...]:

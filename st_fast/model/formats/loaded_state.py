@@ -40,6 +40,11 @@ class LoadedState:
     originals: Table = field(default_factory=dict)
     """Tensors that importing changed, as they were: `<table>/<key>`."""
 
+    @property
+    def averaged(self) -> bool:
+        """Whether there is an average beside the raw weights."""
+        return any(tensor is not self.model.get(key) for key, tensor in self.ema.items())
+
     def __post_init__(self) -> None:
         if set(self.exp_avg) != set(self.exp_avg_sq):
             raise ValueError("exp_avg and exp_avg_sq must have the same keys")

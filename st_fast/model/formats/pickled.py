@@ -1,0 +1,307 @@
+"""What `torch.save` wrote, read without executing anything or believing any size: a small interpreter of its pickles.
+
+It knows tensors, plain values and argparse.Namespace, and refuses whatever else a pickle asks for by name. Storages are
+read once each, and only where the file holds as many bytes as are claimed; tensors are views of them that must lie
+inside. Zip files (torch 1.6 and later) and the older single stream are read.
+"""
+
+import argparse
+import math
+import os
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from st_fast.core.errors import UserError, first_line
+from st_fast.core.files import FREE_BYTES, BadFile, is_count, open_regular, read_exactly, shown
+from st_fast.core.limits import Zip
+
+PICKLE_BYTES = 16 * 2**20
+"""Of the pickle in a file, without the storages: XL's with the optimiser's state has one."""
+STEPS = 500_000
+"""Instructions of a pickle; XL's checkpoint with its optimiser's state has 60,000."""
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+STORAGES = {
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}  # fmt: skip
+DTYPES = {f"torch {str(t).removeprefix('torch.')}": t for t in vars(torch).values() if isinstance(t, torch.dtype)}
+REBUILT = "torch._utils _rebuild_"
+
+
+class Storage(NamedTuple):
+    """The bytes of a storage, and what its elements are."""
+
+    data: Tensor
+    dtype: torch.dtype
+
+
+class Name(NamedTuple):
+    """A global that a pickle names: "module name". It stands for itself until it is called."""
+
+    text: str
+
+
+class Asked(Exception):
+    """A pickle asks for something that is not read; the text says what."""
+
+
+Load = Callable[[str, int], Tensor]
+"""Key and bytes of a storage → its bytes as uint8."""
+MARK = object()
+
+
+def read_pickled(path: Path) -> Any:
+    """The content of a `torch.save` file; tensors on the CPU. UserError in one line for whatever can't be read."""
+    path = Path(path)
+    try:
+        with open_regular(path) as file:
+            zipped = file.read(2) == b"PK"
+        return _zipped(path) if zipped else _streamed(path)
+    except Asked as error:
+        raise UserError(
+            f"{path}: refused, nothing executed: its pickle asks for {shown(str(error))}; only tensors, plain values "
+            "and argparse.Namespace are read"
+        ) from None
+    except BadFile as error:
+        raise BadFile(f"{path}: refused, nothing executed: {str(error).removeprefix(f'{path}: ')}") from None
+    except Exception as error:  # a broken pickle can make pickletools and the interpreter stumble over anything
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path}: refused, nothing executed: not a sound torch.save file ({problem})") from None
+
+
+def _zipped(path: Path) -> Any:
+    with Zip(path) as archive:
+        names = archive.NameToInfo
+        found = [name for name in names if name.endswith("data.pkl")]
+        if len(found) != 1:
+            raise BadFile(f"{path}: {len(found)} data.pkl in it, 1 is needed")
+        root = found[0].removesuffix("data.pkl")
+        if f"{root}constants.pkl" in names:
+            raise BadFile(f"{path}: a TorchScript archive, whose code would have to be run")
+        order = archive.member(names[f"{root}byteorder"], 16) if f"{root}byteorder" in names else b"little"
+        if order != b"little":
+            raise BadFile(f"{path}: byteorder is {shown(order)}, little is needed")
+        left = max(path.stat().st_size, FREE_BYTES // 4)
+
+        def load(key: str, size: int) -> Tensor:
+            nonlocal left
+            info = names.get(f"{root}data/{key}")
+            if info is None or info.file_size != size:
+                there = "none" if info is None else str(info.file_size)
+                raise BadFile(f"{path}: storage {shown(key)} claims {size} bytes, {there} are there")
+            archive.check(info)
+            left -= size
+            if left < 0:
+                raise BadFile(f"{path}: its storages claim more bytes than the file has")
+            data = torch.empty(size, dtype=torch.uint8)
+            archive.read_into(info, data.numpy().data)
+            return data
+
+        pickle = archive.member(names[found[0]], PICKLE_BYTES)
+        return Interpreter(load).run(pickle)[0]
+
+
+def _streamed(path: Path) -> Any:
+    """The form before torch 1.6: five pickles, then each storage with its number of elements in front."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = bytearray(min(size, PICKLE_BYTES))
+        read_exactly(file, memoryview(head), path)
+        storages: dict[str, Tensor] = {}
+        left = size
+
+        def load(key: str, size: int) -> Tensor:
+            nonlocal left
+            left -= size
+            if left < 0:
+                raise BadFile(f"{path}: its storages claim more bytes than the file has")
+            storages[key] = torch.empty(size, dtype=torch.uint8)
+            return storages[key]
+
+        position, read = 0, []
+        for number in range(5):
+            interpreter = Interpreter(load if number == 3 else None)
+            value, used = interpreter.run(bytes(head[position:]))
+            if number == 3:
+                sizes = {key: storage.dtype.itemsize for key, storage in interpreter.storages.items()}
+            read.append(value)
+            position += used
+            if number == 1 and read != [MAGIC, PROTOCOL]:
+                raise BadFile(f"{path}: a pickle, and none of torch.save's")
+        content, keys = read[3:]
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+            raise BadFile(f"{path}: lists the storages {shown(keys)}, its tensors need {shown(sorted(storages))}")
+        file.seek(position)
+        for key in keys:
+            count = bytearray(8)
+            read_exactly(file, memoryview(count), path)
+            data = storages[key]
+            if int.from_bytes(count, "little") * sizes[key] != len(data):
+                raise BadFile(f"{path}: storage {shown(key)} has another size than its tensors need")
+            read_exactly(file, data.numpy().data, path)
+        return content
+
+
+class Interpreter:
+    """Runs a pickle's instructions on a stack; `load` gives storages (none are allowed without)."""
+
+    def __init__(self, load: Load | None) -> None:
+        self.load, self.storages = load, dict[str, Storage]()
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> tuple[Any, int]:
+        """The value, and how many bytes the pickle has. Raises `Asked`, or anything at all for a broken one."""
+        for number, (code, argument, position) in enumerate(pickletools.genops(data)):
+            if number > STEPS:
+                raise ValueError(f"more than {STEPS} instructions")
+            if code.name == "STOP":
+                return self.stack.pop(), (position or 0) + 1
+            self.step(code.name, argument)
+        raise ValueError("no end")
+
+    def step(self, code: str, argument: Any) -> None:
+        """Executes one instruction."""
+        push, pop = self.stack.append, self.stack.pop
+        if code in VALUES:
+            push(_plain(argument))
+        elif code in CONSTANTS:
+            push(CONSTANTS[code]())
+        elif code in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            self.memo[len(self.memo) if code == "MEMOIZE" else argument] = self.stack[-1]
+        elif code in ("BINGET", "LONG_BINGET", "GET"):
+            push(self.memo[argument])
+        elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            items = [pop() for _ in range(int(code[-1]))]
+            push(tuple(reversed(items)))
+        elif code in ("TUPLE", "LIST"):
+            push((tuple if code == "TUPLE" else list)(self.marked()))
+        elif code in ("APPEND", "APPENDS"):
+            items = [pop()] if code == "APPEND" else self.marked()
+            _of(list, self.stack[-1]).extend(items)
+        elif code in ("SETITEM", "SETITEMS", "DICT"):
+            items = [pop(), pop()][::-1] if code == "SETITEM" else self.marked()
+            if code == "DICT":
+                push({})
+            _of(dict, self.stack[-1]).update(_pairs(items))
+        elif code in ("GLOBAL", "STACK_GLOBAL"):
+            name = argument if code == "GLOBAL" else " ".join([_of(str, pop()), _of(str, pop())][::-1])
+            push(DTYPES.get(name) or Name(name))
+        elif code in ("REDUCE", "NEWOBJ"):
+            arguments, function = _of(tuple, pop()), pop()
+            push(_called(function, arguments))
+        elif code == "BUILD":
+            state = pop()
+            if isinstance(self.stack[-1], argparse.Namespace):
+                vars(self.stack[-1]).update((_of(str, key), value) for key, value in _of(dict, state).items())
+            elif not isinstance(self.stack[-1], OrderedDict):  # its _metadata are of no use here
+                raise Asked(f"a state of {type(self.stack[-1]).__name__}")
+        elif code == "BINPERSID":
+            push(self.storage(_of(tuple, pop())))
+        elif code not in ("PROTO", "FRAME"):
+            raise Asked(code)
+
+    def marked(self) -> list[Any]:
+        """The values above the last mark."""
+        at = next(i for i in reversed(range(len(self.stack))) if self.stack[i] is MARK)
+        values = self.stack[at + 1 :]
+        del self.stack[at:]
+        return values
+
+    def storage(self, said: tuple[Any, ...]) -> Storage:
+        """The storage that a persistent id ("storage", type, key, place, elements) stands for."""
+        kind, of, key, _, count, *view = said
+        if kind != "storage" or not isinstance(of, Name) or any(part is not None for part in view) or not self.load:
+            raise Asked(f"the persistent id {shown(said)}")
+        dtype = STORAGES.get(of.text.split(" ")[-1]) if of.text.startswith(("torch ", "torch.storage ")) else None
+        if dtype is None:
+            raise Asked(of.text)
+        if not isinstance(key, str) or not is_count(count) or count * dtype.itemsize >= 2**63:
+            raise ValueError(f"storage {shown(key)} has {shown(count)} elements")
+        if key not in self.storages:
+            self.storages[key] = Storage(self.load(key, count * dtype.itemsize), dtype)
+        if (found := self.storages[key]).dtype != dtype or len(found.data) != count * dtype.itemsize:
+            raise ValueError(f"storage {shown(key)} is claimed with two sizes")
+        return found
+
+
+VALUES = (
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+)  # fmt: skip
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple, "EMPTY_LIST": list,
+    "EMPTY_DICT": dict, "MARK": lambda: MARK,
+}  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        value.encode()  # half a surrogate pair could not be written anywhere
+    if isinstance(value, int) and value.bit_length() > 80:
+        raise ValueError(f"a number of {value.bit_length()} bits")
+    return value
+
+
+def _of(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{type(value).__name__} where {kind.__name__} is needed")
+    return value
+
+
+def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Keys with their values; a tuple as a key could take forever to hash."""
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, (str, int, float)) and key is not None:
+            raise Asked(f"a {type(key).__name__} as a key")
+        yield key, value
+
+
+def _called(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """What a pickle's call gives, of the few functions that are known."""
+    name = function.text if isinstance(function, Name) else str(function)
+    if name == "argparse Namespace" and not arguments:
+        return argparse.Namespace()
+    if name == "collections OrderedDict":
+        items = [part for pair in (_of(list, arguments[0]) if arguments else []) for part in pair]
+        return OrderedDict(_pairs(items))
+    if name == "torch Size":
+        return tuple(_of(tuple, arguments[0]))
+    if name == "torch device":
+        return ":".join(map(str, arguments))
+    if name == REBUILT + "parameter":
+        return _of(Tensor, arguments[0])
+    if name in (REBUILT + "tensor", REBUILT + "tensor_v2", REBUILT + "tensor_v3"):
+        storage, offset, size, stride, *rest = arguments
+        dtype = _of(Storage, storage).dtype
+        if name.endswith("3"):
+            dtype = _of(torch.dtype, rest[2])
+        if any(isinstance(part, Mapping) and part for part in rest):
+            raise Asked("a tensor with hooks or a conjugate or negative view")
+        return _view(storage.data, dtype, offset, size, stride)
+    raise Asked(name)
+
+
+def _view(data: Tensor, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor:
+    """The tensor of these sizes and strides in a storage; ValueError unless every element lies inside."""
+    sizes, strides = _of(tuple, size), _of(tuple, stride)
+    counts = (offset, *sizes, *strides)
+    if len(sizes) != len(strides) or len(sizes) > 32 or not all(map(is_count, counts)) or len(data) % dtype.itemsize:
+        raise ValueError(f"size {shown(size)}, stride {shown(stride)}, offset {shown(offset)} of a tensor")
+    flat = data.view(dtype)
+    # A zero among the sizes must not hide sizes whose product overflows: strides are computed from them.
+    if math.prod(n for n in sizes if n) * dtype.itemsize >= 2**63:
+        raise ValueError(f"size {shown(size)} of a tensor")
+    if 0 in sizes:
+        return flat.new_empty(sizes)
+    if (last := offset + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))) >= len(flat):
+        raise ValueError(f"a tensor of size {shown(size)} ends at element {last}, its storage at {len(flat)}")
+    return flat.as_strided(sizes, strides, offset)
