@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 
 ROWS = 2_048
 """Rows taken into float64 at once, so that a large float32 feature matrix is never copied whole."""
+DISTANCES = 16_000_000
+"""Distances held at once: 128 MB."""
 
 
 def _matrix(name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -29,8 +31,9 @@ def _matrix(name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
     return values
 
 
-def _blocks(values: NDArray[np.generic], rows: int = ROWS) -> Iterator[tuple[int, Array]]:
-    """Yields (first row, float64 copy of up to `rows` rows)."""
+def _blocks(values: NDArray[np.generic], rows: int | None = None) -> Iterator[tuple[int, Array]]:
+    """Yields (first row, float64 copy of up to `rows` rows; None: ROWS)."""
+    rows = ROWS if rows is None else rows
     for start in range(0, len(values), rows):
         yield start, values[start : start + rows].astype(np.float64)
 
@@ -163,12 +166,12 @@ def _squared_radii(points: NDArray[np.generic], centre: Array, k: int) -> Array:
 
 
 def _distance_rows(a: NDArray[np.generic], b: NDArray[np.generic], centre: Array) -> Iterator[tuple[int, Array]]:
-    """Yields (first row of a, squared distances (rows, len(b))), at most about 128 MB at a time.
+    """Yields (first row of a, squared distances (rows, len(b))), of up to ROWS rows and about DISTANCES entries.
 
     Distances that rounding can't tell from 0 are 0, so that equal points coincide.
     """
     b_sq = np.concatenate([np.square(rows - centre).sum(axis=1) for _, rows in _blocks(b)])
-    step = max(1, min(ROWS, 16_000_000 // len(b)))
+    step = max(1, min(ROWS, DISTANCES // len(b)))
     for start, rows in _blocks(a, step):
         rows -= centre
         scale = np.square(rows).sum(axis=1)[:, None] + b_sq

@@ -64,6 +64,20 @@ def test_the_epoch_order_is_frozen_across_versions():
     assert random.epoch_order(2**63 + 5, 3, 8).tolist() == [0, 2, 7, 1, 6, 5, 4, 3]
 
 
+def test_streams_keep_the_numbers_that_stand_in_the_format():
+    """Another number would silently change what a resumed run draws."""
+    numbers = {"NOISE": 1, "POSTERIOR": 2, "TIME": 3, "CLASS_DROPOUT": 4, "FLIP": 5, "STRATA": 6, "ORDER": 7,
+               "SAMPLE_NOISE": 8, "SAMPLE_LABELS": 9, "SAMPLE_PATH": 10, "TEACHER_TIME": 11}  # fmt: skip
+    assert {purpose.name: purpose.value for purpose in Purpose} == numbers
+
+
+@pytest.mark.parametrize("draw", [random.epoch_order, random.strata])
+def test_orders_follow_from_a_seeds_lowest_64_bits_and_differ_by_purpose(draw):
+    for seed in (5, -1, 2**63 + 1):
+        assert draw(seed, 3, 50).tolist() == draw(seed + 2**64, 3, 50).tolist() != draw(seed + 2**32, 3, 50).tolist()
+    assert draw(5, 3, 50).tolist() != draw(3, 5, 50).tolist() and draw(5, 3, 50).tolist() != draw(5, 4, 50).tolist()
+
+
 def test_batches_cross_epoch_edges_without_dropping_or_repeating():
     order = random.RecordOrder(3, 10)
     seen = np.concatenate([order(np.arange(start, start + 4)) for start in range(0, 40, 4)])

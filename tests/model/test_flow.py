@@ -5,6 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
+from st_fast.core import random
+from st_fast.core.random import Purpose
 from st_fast.model import flow
 
 
@@ -46,6 +48,30 @@ def test_stratified_times_put_one_draw_in_each_bin_so_a_range_holds_a_fixed_coun
         t = flow.sample_times(9, step, np.arange(64), 64, "stratified", "linear").numpy()
         assert sorted(np.floor(t.astype(np.float64) * 64).astype(int)) == list(range(64))
         assert ((t >= 0.4) & (t <= 0.7)).sum() in (18, 19, 20)  # bins 26..43 lie inside, 25 and 44 in part
+
+
+def test_stratified_times_lie_inside_0_and_1_at_the_ends_of_a_uniform_draw(monkeypatch):
+    """A float32 uniform lies between 2⁻²⁵ and 1, both of which it may be."""
+    for u, end, expected in ((2.0**-25, "min", 2.0**-25), (1.0, "max", 1 - 2.0**-24)):
+        monkeypatch.setattr(random, "uniform", lambda seed, purpose, ordinals, u=u: torch.full((len(ordinals), 1), u))
+        t = flow.sample_times(9, 5, np.arange(64), 64, "stratified", "linear")
+        assert getattr(t, end)().item() == expected
+
+
+def test_times_are_the_draws_of_the_samples_own_ordinals():
+    u = random.uniform(7, Purpose.TIME, torch.arange(3 * 6 + 1, 3 * 6 + 5))[:, 0]
+    assert torch.equal(flow.sample_times(7, 3, np.arange(1, 5), 6, "uniform", "linear"), u)
+    bins = torch.from_numpy(random.strata(7, 3, 6)[1:5])
+    assert torch.equal(
+        flow.sample_times(7, 3, np.arange(1, 5), 6, "stratified", "linear"), ((bins + u.double()) / 6).float()
+    )
+
+
+def test_the_denoising_loss_is_the_mean_square_of_each_sample():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 2, 4, 5, generator=generator).bfloat16() for _ in range(2))
+    expected = ((a.double().numpy() - b.double().numpy()) ** 2).reshape(3, -1).mean(1)
+    np.testing.assert_allclose(flow.denoising_loss(a, b).numpy(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("time", flow.TIMES)

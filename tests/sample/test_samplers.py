@@ -1,5 +1,6 @@
 """The samplers against Gaussian data, whose velocity and whose flow are known in closed form."""
 
+import itertools
 import math
 import sys
 
@@ -11,8 +12,8 @@ from st_fast.core import random
 from st_fast.core.errors import UserError
 from st_fast.core.random import Purpose
 from st_fast.recipe import cost
-from st_fast.recipe.schema import Sample
-from st_fast.sample.draw import balanced
+from st_fast.recipe.schema import Model, Sample
+from st_fast.sample.draw import balanced, draw_of, read_labels, slerp, starting_noise
 from st_fast.sample.guided import dopri5, euler, euler_maruyama, guided_velocity, sample_from, score
 
 STD = 0.5
@@ -127,6 +128,41 @@ def test_dopri5_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(UserError, match=r"sampler = 'dopri5': .*pip install st_fast\[ode\]"):
         dopri5(velocity, noise(1), 1)
+
+
+def test_noise_and_random_labels_follow_from_seed_and_number(monkeypatch):
+    draw = draw_of(read_labels("random", 7), 5, 20, 50, torch.device("cpu"))
+    assert draw.ordinals.tolist() == list(range(20, 70)) and draw.seed == 5
+    shares = random.uniform(5, Purpose.SAMPLE_LABELS, draw.ordinals)[:, 0]
+    assert draw.labels.tolist() == [math.floor(share * 7) for share in shares.double().tolist()]
+    noise_of = starting_noise(draw, Model("custom", channels=3, latent_size=6))
+    assert torch.equal(noise_of, random.normal(5, Purpose.SAMPLE_NOISE, draw.ordinals, (3, 6, 6)))
+    monkeypatch.setattr("st_fast.sample.draw.uniform", lambda seed, purpose, ordinals: torch.ones(len(ordinals), 1))
+    assert draw_of(read_labels("random", 7), 5, 0, 3, torch.device("cpu")).labels.tolist() == [6, 6, 6]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_slerp_turns_by_equal_angles_and_keeps_the_length(sign):
+    a, b = noise(2)
+    b = sign * (b + 0.7 * a)
+    b = b * (a.norm() / b.norm())
+    assert a.flatten() @ b.flatten() * sign > 0.1 * a.norm() ** 2
+    path = slerp(a, b, 5).double()
+    assert torch.equal(path[0].float(), a)
+    torch.testing.assert_close(path[-1].float(), b)
+    cosines = torch.stack([(one * other).sum() / a.norm() ** 2 for one, other in itertools.pairwise(path)])
+    torch.testing.assert_close(cosines, cosines[:1].expand(4).clone(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(path.flatten(1).norm(dim=1), a.norm().double().expand(5), rtol=1e-6, atol=0)
+
+
+def test_slerp_between_noises_of_other_lengths_and_where_no_arc_joins_them():
+    a, b = noise(2)[0].double(), 3 * noise(2)[1].double()
+    angle = math.acos((a * b).sum() / (a.norm() * b.norm()))
+    expected = (math.sin(0.75 * angle) * a + math.sin(0.25 * angle) * b) / math.sin(angle)
+    torch.testing.assert_close(slerp(a.float(), b.float(), 5)[1].double(), expected, rtol=1e-5, atol=1e-5)
+    for one in noise(60):  # rounding makes some cosines more than 1
+        torch.testing.assert_close(slerp(one, one, 3), one.expand(3, -1, -1, -1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slerp(one, -one, 3), torch.stack((one, 0 * one, -one)), rtol=1e-5, atol=1e-5)
 
 
 def test_published_cards_find_what_they_import():

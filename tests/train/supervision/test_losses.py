@@ -11,7 +11,8 @@ from st_fast import kernels
 from st_fast.model import build, flow
 from st_fast.recipe.methods import Method, Selection, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Stage
-from st_fast.train.supervision import NoisyBatch, Parts, Rows, create, select_rows
+from st_fast.train.supervision import NoisyBatch, Parts, Rows, create, projector, select_rows, sra
+from st_fast.train.supervision.velocity_head import Head
 
 MODEL = Model("custom", depth=3, width=16, heads=2, patch=2, channels=4, latent_size=4, num_classes=5)
 OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "guided_feature_loss")
@@ -111,6 +112,59 @@ def test_stage_2_loss_equals_the_formula_in_numpy(mask, loss, cfg_scale):
         losses = ((q - f) ** 2).mean((1, 2))
     expected = masked_mean(losses, batch.t, method.selection)
     assert supervision.loss(h, supervision.target(batch), batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_stage_1s_head_written_out_for_other_patches_and_flat_tokens():
+    """A layer norm's epsilon matters where the tokens hardly differ."""
+    config = replace(MODEL, patch=4, channels=3, width=10, latent_size=8)
+    head = fill(Head(config, 24, TABLE), 2)
+    for parameter in head.projectors[4].parameters():
+        parameter.data *= 1e-3
+    tokens = torch.randn(5, 4, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    w, z = weights_of(head), mlp(weights_of(head), tokens.numpy())
+    z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
+    patches = z @ w["projectors_final.linear.weight"].T + w["projectors_final.linear.bias"]
+    image = patches.reshape(5, 2, 2, 4, 4, 3).transpose(0, 5, 1, 3, 2, 4).reshape(5, 3, 8, 8)
+    np.testing.assert_allclose(head(tokens).detach().numpy(), image, rtol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["projector", "velocity", "sra"])
+def test_heads_begin_as_published_uniform_after_xavier_without_bias(head):
+    config = replace(MODEL, width=40, channels=3)
+    torch.manual_seed(0)
+    made_of = {"projector": lambda: projector(40, 70, 50, TABLE), "velocity": lambda: Head(config, 70, TABLE),
+               "sra": lambda: sra.Head(40)}[head]()  # fmt: skip
+    layers = [module for module in made_of.modules() if isinstance(module, nn.Linear)]
+    sizes = {"projector": [(40, 70), (70, 70), (70, 50)], "velocity": [(40, 70), (70, 70), (70, 40), (40, 12)],
+             "sra": [(40, 80), (80, 40)]}[head]  # fmt: skip
+    assert [(layer.in_features, layer.out_features) for layer in layers] == sizes
+    for layer in layers:
+        bound = (6 / sum(layer.weight.shape)) ** 0.5
+        assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_a_methods_heads_follow_from_the_seed_and_leave_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    one, again, other = (create(Stage("s", VelocityHead(depth=2), 10), Parts(MODEL, TABLE, None), s) for s in (1, 1, 2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    weights = [method.heads.projectors[0].weight for method in (one, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_t_range_holds_both_its_ends_and_a_mean_of_few_or_none_is_divided_by_as_many():
+    t = torch.tensor([0.25, 0.75, 0.7500001, 0.2499999, 0.5])
+
+    def selected(mask: str, t: torch.Tensor = t) -> tuple[list[int], list[float]]:
+        index, weight = select_rows(t, slice(None), Selection((0.25, 0.75), mask, 0.5))
+        return index.tolist(), weight.tolist()
+
+    assert selected("sample") == ([0, 1, 4], pytest.approx([0.5 / 5] * 3))
+    assert selected("sample_mean") == ([0, 1, 4], pytest.approx([0.5 / 3] * 3))
+    assert selected("sample_mean", t[3:]) == ([1], [0.5]) and selected("released", t[3:]) == ([0, 1], [0.125] * 2)
+    for mask in ("sample", "sample_mean", "released"):
+        assert selected(mask, t[2:4]) == ([], [])
+    assert [len(one) for one in select_rows(t, slice(None), None)] == [0, 0]
 
 
 @pytest.mark.parametrize("mask", ["sample", "sample_mean"])

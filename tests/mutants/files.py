@@ -1,0 +1,67 @@
+"""What is changed, and the tests that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRUTH = "truth"
+GOLDEN = "golden/test_golden.py"
+RANDOM, EVERY_LOADER = "core/test_random.py", "data/test_every_loader.py"
+STEPS = (
+    "train/test_accumulation.py",
+    GOLDEN,
+    TRUTH,
+    "train/schedule/test_schedules.py",
+    "train/schedule/test_graphs.py",
+)
+METHODS = ("train/supervision", "train/schedule/test_padding.py", GOLDEN, TRUTH)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the core."""
+
+    path: str
+    tests: tuple[str, ...]
+    """Files and folders below tests/; of these the tests that run a changed line."""
+    names: tuple[str, ...] = ()
+    """The functions and classes that are changed; none: all."""
+
+
+FILES = (
+    File("st_fast/model/flow.py", ("model/test_flow.py", TRUTH)),
+    File("st_fast/model/sit.py", ("model/test_sit.py", "model/test_bias_gradients.py", TRUTH)),
+    File("kernels/noise/definition.py", (RANDOM, "kernels/test_noise.py", "model/test_flow.py")),
+    File("kernels/optimiser/definition.py", ("train/test_adamw.py", "kernels/test_csrc_optimizer.py", TRUTH)),
+    File("st_fast/core/random.py", (RANDOM, EVERY_LOADER, "model/test_flow.py", TRUTH)),
+    File("st_fast/train/step.py", STEPS),
+    File(
+        "st_fast/train/batches.py",
+        (*STEPS, EVERY_LOADER, "train/schedule/test_batches.py", *METHODS),
+        ("Lookahead", "BatchIterator"),
+    ),
+    File("st_fast/train/optim.py", ("train/test_adamw.py", *METHODS, "train/test_training.py")),
+    File("st_fast/train/adamw.py", ("train/test_adamw.py", "train/test_start.py", TRUTH)),
+    File("st_fast/train/supervision/__init__.py", METHODS),
+    File("st_fast/train/supervision/layer_sync.py", METHODS),
+    File("st_fast/train/supervision/repa.py", METHODS),
+    File("st_fast/train/supervision/self_transcendence.py", METHODS),
+    File("st_fast/train/supervision/sra.py", METHODS),
+    File("st_fast/train/supervision/velocity_head.py", METHODS),
+    File("st_fast/train/supervision/capacity.py", ("train/schedule/test_padding.py",)),
+    File("st_fast/sample/guided.py", ("sample",)),
+    File("st_fast/sample/draw.py", ("sample",)),
+    File("st_fast/evaluate/metrics.py", ("evaluate/test_metrics.py",)),
+    File("st_fast/data/loader.py", ("data/test_loaders.py", EVERY_LOADER), ("ResidentLoader",)),
+    File("st_fast/data/ahead.py", ("data/test_loaders.py", EVERY_LOADER)),
+    File(
+        "st_fast/data/sources.py",
+        ("data/test_sources.py",),
+        ("digest", "_class_folders", "_source", "_top", "_images"),
+    ),
+    File(
+        "st_fast/train/log.py",
+        ("faults/test_numbers.py", "train/test_training.py"),
+        ("Readings", "Meter", "Skips", "SpikeDetector"),
+    ),
+)
