@@ -64,8 +64,6 @@ def _texts(there: Any, asked: Any) -> tuple[str, str]:
         return old, new
     pairs = enumerate(zip(old, new, strict=False))
     same = next((at for at, pair in pairs if pair[0] != pair[1]), min(len(old), len(new)))
-        (at for at, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
-    )
     start = max(0, same - 8) if same > VALUE // 2 else 0
     return _cut(old, start), _cut(new, start)
 
