@@ -96,9 +96,17 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     )
 
 
+def open_uniform(word: Tensor) -> Tensor:
+    """32-bit words as int64 → float32 in (0, 1): the middle of one of 2²⁴ bins, rounded; that of the last is 1 − 2⁻²⁴.
+
+    From ½ on a middle lies between two float32 numbers and rounds to the even one, which would be 1 for the last.
+    """
+    return ((word >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25).clamp(max=1 - 2.0**-24)
+
+
 def uniform(seed: int, purpose: int, ordinals: Tensor, count: int = 1) -> Tensor:
     """(B, count) float32 uniforms in (0, 1), one row an ordinal. `ordinals` (B,) int64 sets the device."""
-    return (words(seed, purpose, ordinals, count) >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25
+    return open_uniform(words(seed, purpose, ordinals, count))
 
 
 def normal(seed: int, purpose: int, ordinals: Tensor, shape: Sequence[int]) -> Tensor:

@@ -51,6 +51,38 @@ def test_uniforms_and_normals_have_their_distributions():
     assert abs(neighbours) < 4 / len(z) ** 0.5
 
 
+EDGES = sorted(
+    {
+        (at + step) % 2**32
+        for at in (0, 2**8, 2**23, 2**24, 2**29, 2**30, 2**31, 2**31 + 2**30, 2**32 - 2**8, 2**32 - 2**9)
+        for step in range(-300, 301)
+    }
+)
+"""Words around 0, 2³², every quarter of a turn, and where float32 stops holding a word or its bin's middle."""
+
+
+def test_a_uniform_lies_inside_the_open_interval_for_every_word():
+    words = torch.tensor(sorted({*EDGES, *range(0, 2**32, 65_521)}))
+    u = definition.open_uniform(words)
+    assert u.dtype == torch.float32
+    assert u[0] == 2.0**-25 and u[-1] == 1 - 2.0**-24
+    assert (u.diff() >= 0).all()  # so that what holds at both ends holds between them
+    assert random.uniform(0, Purpose.TIME, torch.tensor([4968444]), 4)[0, 0] == 1 - 2.0**-24
+    # Only where 1 came out before, a draw is another one than in older runs.
+    before = (words >> 8).float() * 2.0**-24 + 2.0**-25
+    assert torch.equal(before != u, words >> 8 == 2**24 - 1) and (before[before != u] == 1).all()
+
+
+def test_normals_are_finite_and_bounded_for_every_edge_word():
+    radius, angle = torch.meshgrid(torch.tensor(EDGES), torch.tensor(EDGES[::41]), indexing="ij")
+    for z in definition.box_muller(radius, angle):
+        assert z.isfinite().all() and z.abs().max() < 6.7
+    log = definition.minus_two_log(torch.tensor(EDGES))
+    truth = -2 * np.log((np.array(EDGES, dtype=np.uint64) | np.uint64(1)).astype(np.longdouble) / 2**32)
+    assert (log >= 0).all()
+    assert np.abs(log.numpy() - truth.astype(np.float64)).max() < 4e-6
+
+
 def test_every_epoch_visits_every_record_once_in_another_order():
     first, second = random.epoch_order(5, 0, 1000), random.epoch_order(5, 1, 1000)
     assert sorted(first) == sorted(second) == list(range(1000))
