@@ -31,8 +31,8 @@ STANDALONE = {
 pipeline.py that this one imports itself."""
 
 
-def latents_of(origin: ModelSource) -> tuple[float | None, str, Path | None]:
-    """How a model's latents are decoded: their scale and the VAE's name and folder, each where it is known.
+def latents_of(origin: ModelSource) -> tuple[float | None, str, str | None]:
+    """How a model's latents are decoded: their scale, the VAE's name and where it lies, each where it is known.
 
     From the data that a run was trained on, if it is still there; else what is usual for the channels.
     """
@@ -42,7 +42,7 @@ def latents_of(origin: ModelSource) -> tuple[float | None, str, Path | None]:
             manifest = read_any_manifest(data)
         except UserError:
             return None, "", None
-        return manifest.scale, manifest.vae.name, data / manifest.vae.path if manifest.vae.path else None
+        return manifest.scale, manifest.vae.name, manifest.vae.source(data) if manifest.vae.path else None
     usual = origin.loaded.config.channels == 4  # of SD's VAE, in other projects' checkpoints
     return (SD_SCALE, "sd-vae-ft-mse", None) if usual else (None, "", None)
 

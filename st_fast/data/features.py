@@ -42,7 +42,7 @@ class FeatureManifest(ShardedSet):
 
     def problem(self) -> str:
         """The first inconsistency, or ""."""
-        wrong = "" if isinstance(self.flops, int | float) else f"flops = {shown(self.flops)}: a number is needed"
+        wrong = "" if self.flops >= 0 and self.size >= 1 else f"flops = {self.flops}, size = {self.size}: too small"
         return super().problem() or wrong
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from dataclasses import Field, asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -9,10 +10,13 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, json_bytes, read_json, shown, write_json_atomic
+from st_fast.core.files import BadFile, inside, json_bytes, read_json, shown, write_json_atomic
+from st_fast.core.records import record_from
 
 FORMAT = "st_fast.latents"
 FILE_NAME = "manifest.json"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+MOST_CLASSES = 2**24
 DTYPES = {"float16": ("F16", 2), "float32": ("F32", 4)}
 """dtype → (its name in safetensors, bytes)."""
 LIMIT = 1e4
@@ -36,6 +40,17 @@ class VaeInfo:
     name: str
     hash: str = ""
     path: str = ""
+
+    def source(self, folder: Path) -> str:
+        """Where to load it from, for the set in `folder`: its folder inside, or its name on the hub.
+
+        `BadFile` for a path that leads out of the folder, also in place of a name: a manifest may be somebody else's.
+        """
+        if self.path:
+            return str(inside(folder, self.path))
+        if not HUB_NAME.fullmatch(self.name) or ".." in self.name:
+            raise BadFile(f"{folder / FILE_NAME}: vae.name = {shown(self.name)}: no name that the hub could have")
+        return self.name
 
 
 class ShardedSet:
@@ -65,13 +80,13 @@ class ShardedSet:
 
     def problem(self) -> str:
         """The first inconsistency, or ""."""
-        if len(self.shape) != 3 or any(type(n) is not int or n < 1 for n in self.shape):
+        if len(self.shape) != 3 or any(n < 1 for n in self.shape):
             return f"shape = {shown(self.shape)}: three positive whole numbers are needed"
         if self.dtype not in DTYPES:
             return f"dtype = {shown(self.dtype)}: one of {', '.join(DTYPES)}"
-        for shard in self.shards:
-            if any(type(n) is not int or n < 0 for n in (shard.count, shard.bytes)):
-                return f"shard {shown(shard.file)}: count and bytes must be whole numbers that are not negative"
+        files = [shard.file for shard in self.shards]
+        if len(set(files)) < len(files):
+            return f"shards: {shown(max(files, key=files.count))} is listed twice"
         return ""
 
 
@@ -107,10 +122,10 @@ class Manifest(ShardedSet):
             return problem
         if self.shape[0] % 2:
             return f"shape = {shown(self.shape)}: (2C, H, W) is needed"
-        if not (isinstance(self.scale, float | int) and math.isfinite(self.scale) and self.scale > 0):
+        if not (math.isfinite(self.scale) and self.scale > 0):
             return f"scale = {shown(self.scale)}: a positive number is needed"
-        if type(self.num_classes) is not int or self.num_classes < 1:
-            return f"num_classes = {shown(self.num_classes)}: at least 1"
+        if not 1 <= self.num_classes <= MOST_CLASSES:
+            return f"num_classes = {shown(self.num_classes)}: 1 to {MOST_CLASSES} are possible"
         if self.class_names and len(self.class_names) != self.num_classes:
             return f"class_names has {len(self.class_names)} names, num_classes = {self.num_classes}"
         return ""
@@ -126,15 +141,7 @@ def parse_manifest(kind: type[Set], path: Path) -> Set:
         raise BadFile(f"{path}: format = {shown(raw.get('format'))}: {kind.format!r} is needed")
     if type(raw.get("version")) is not int or raw["version"] > kind.version:
         raise BadFile(f"{path}: version = {shown(raw.get('version'))}: at most {kind.version} is known here")
-    try:
-        raw["shape"], raw["shards"] = tuple(raw["shape"]), tuple(ShardEntry(**shard) for shard in raw["shards"])
-        if "vae" in raw:
-            raw["vae"], raw["class_names"] = VaeInfo(**raw["vae"]), tuple(map(str, raw["class_names"]))
-        manifest = kind(**raw)
-    except BadFile as error:
-        raise BadFile(f"{path}: {error}") from None
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise BadFile(f"{path}: a field is missing, unknown or of the wrong type ({error})") from None
+    manifest = record_from(kind, raw, str(path))
     total = sum(shard.count for shard in manifest.shards)
     if total != manifest.count:
         raise BadFile(

@@ -94,7 +94,7 @@ class Sampler:
 
 def decoder(folder: Path, manifest: Manifest, device: torch.device) -> Decode:
     """The decoder of a data folder: its own VAE where it has one inside, else the one its manifest names."""
-    vae = load_vae(folder / manifest.vae.path if manifest.vae.path else manifest.vae.name, device)
+    vae = load_vae(manifest.vae.source(folder), device)
     return lambda latents: decode(vae, latents, manifest.scale)
 
 

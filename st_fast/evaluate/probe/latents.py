@@ -83,7 +83,7 @@ def load_split(folder: Path, count: int) -> Split:
     if unseen:
         real = read_images(folder)
         chosen = torch.from_numpy(np.sort(random.epoch_order(SEED, 1, len(real.test))[: max(1, count // 2)]))
-        vae = load_vae(folder / manifest.vae.path if manifest.vae.path else manifest.vae.name)
+        vae = load_vae(manifest.vae.source(folder))
         other = encode_moments(vae, real.test[chosen])
         other_labels = real.test_labels[chosen]
     else:
