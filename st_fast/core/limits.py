@@ -8,11 +8,14 @@ Every refusal is one `BadFile` line. Imports no torch.
 import io
 import math
 import os
+import struct
 import tarfile
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
@@ -29,6 +32,10 @@ NPY_HEADER = 4_096
 """Bytes of a .npy header that are believed; NumPy writes 128."""
 METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}
 """How a zip's members may be packed: other ways may take gigabytes to unpack a byte."""
+
+
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError)
+"""What reading a broken member raises; a password that is missing is a RuntimeError."""
 
 
 class Clipped:
@@ -87,7 +94,7 @@ class Zip(zipfile.ZipFile):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path, self.fp = Path(path), None
         with open_regular(self.path) as file:
             copy = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
         self._clipped = Clipped(copy, allowance(os.fstat(copy.fileno()).st_size) // ENTRY_MEMORY)
@@ -101,7 +108,8 @@ class Zip(zipfile.ZipFile):
     def close(self) -> None:
         """Closes the file, too."""
         super().close()
-        self._clipped.close()
+        if hasattr(self, "_clipped"):  # not where the file could not be opened
+            self._clipped.close()
 
     def check(self, info: zipfile.ZipInfo, most: int | None = None) -> None:
         """BadFile unless the member can be unpacked, into at most `most` bytes (default: half its allowance)."""
@@ -118,22 +126,33 @@ class Zip(zipfile.ZipFile):
         if info.file_size > most and not stored:
             raise BadFile(f"{where} would unpack to {info.file_size} bytes, at most {most} are allowed")
 
-    def member(self, info: zipfile.ZipInfo, most: int | None = None) -> bytes:
-        """The bytes of a member that `check` allows; BadFile also where it is damaged."""
+    @contextmanager
+    def reading(self, info: zipfile.ZipInfo, most: int | None = None) -> Iterator[IO[bytes]]:
+        """A member that `check` allows, open; BadFile where it turns out to be damaged while it is read."""
         self.check(info, most)
-        data = bytearray(info.file_size)
-        self.read_into(info, memoryview(data))
-        return bytes(data)
-
-    def read_into(self, info: zipfile.ZipInfo, into: memoryview) -> None:
-        """Fills `into`, as long as the member of which `check` was asked; BadFile where it is damaged."""
         try:
             with super().open(info) as file:
-                for at in range(0, len(into), CHUNK):
-                    into[at : at + CHUNK] = _read(file, len(into[at : at + CHUNK]))
-                file.read(1)  # compares the CRC of an empty member, too
-        except Exception as error:  # zipfile, zlib and struct stumble over a damaged member in a dozen ways
+                yield file
+        except DAMAGED as error:
             raise BadFile(f"{self.path}: {shown(info.filename)} is damaged ({first_line(error)[:120]})") from None
+
+    def member(self, info: zipfile.ZipInfo, most: int | None = None) -> bytes:
+        """The bytes of a member that `check` allows; BadFile also where it is damaged."""
+        with self.reading(info, most) as file:
+            return file.read(info.file_size)
+
+    def read_into(self, info: zipfile.ZipInfo, into: memoryview) -> None:
+        """Fills `into`, which is as long as the member; BadFile where it is damaged."""
+        with self.reading(info, len(into)) as file:
+            for at in range(0, len(into), CHUNK):
+                into[at : at + CHUNK] = _read(file, len(into[at : at + CHUNK]))
+            file.read(1)  # compares the CRC of an empty member, too
+
+    def array(self, name: str, most: int | None = None) -> "np.ndarray[Any, Any]":
+        """The array of a member `name`.npy; allocates no more than `most` bytes."""
+        info = self.NameToInfo[f"{name}.npy"]
+        with self.reading(info, most) as file:
+            return read_npy(file, info.file_size, f"{self.path}: {name}")
 
 
 def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -201,16 +220,16 @@ def npy_header(file: IO[bytes], where: object) -> Npy:
     version, field = tuple(start[6:8]), 2 if start[6:7] == b"\1" else 4
     length = _read(file, field)
     if not start.startswith(b"\x93NUMPY") or len(length) < field or version not in ((1, 0), (2, 0)):
-        raise BadFile(f"{where}: not a .npy of version 1 or 2")
+        raise BadFile(f"{where}: not a sound .npy file of version 1 or 2")
     if (claimed := int.from_bytes(length, "little")) > NPY_HEADER:
-        raise BadFile(f"{where}: its header claims {claimed} bytes, at most {NPY_HEADER} are allowed")
+        raise BadFile(f"{where}: not a sound .npy file: its header claims {claimed} bytes, at most {NPY_HEADER} are allowed")
     text = io.BytesIO(length + _read(file, claimed))
     parse = np.lib.format.read_array_header_1_0 if field == 2 else np.lib.format.read_array_header_2_0
     try:
         with _one_parser:
             shape, fortran, dtype = parse(text)  # type: ignore[no-untyped-call]
     except Exception as error:  # NumPy's parser lets out whatever its tokenizer stumbles over
-        raise BadFile(f"{where}: not a sound .npy ({first_line(error)[:120]})") from None
+        raise BadFile(f"{where}: not a sound .npy file ({first_line(error)[:120]})") from None
     if dtype.hasobject:
         raise BadFile(f"{where}: an array of Python objects, which would have to be unpickled; refused")
     # A zero among the sizes must not hide sizes whose product overflows: strides are computed from them.

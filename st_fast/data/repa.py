@@ -7,14 +7,14 @@ this layout: `prepare --from-repa` makes shards, which have them and are read fa
 import hashlib
 import os
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from st_fast.core.errors import UserError, first_line
+from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, open_regular, read_exactly, shown
+from st_fast.core.limits import npy_header
 from st_fast.data.ahead import RecordSet
 from st_fast.data.images import SUFFIXES
 from st_fast.data.manifest import DTYPES, Manifest, VaeInfo, moments_problem
@@ -22,8 +22,6 @@ from st_fast.data.sources import LABELS_FILE, Source, read_labels
 
 LATENTS, IMAGES = "vae-sd", "images"
 SD_SCALE = 0.18215
-HEADER_LIMIT = 4_096
-"""Bytes of a .npy header that are believed; NumPy writes 128."""
 
 
 def is_repa(folder: Path) -> bool:
@@ -95,31 +93,16 @@ class RepaSet(RecordSet):
             read_exactly(file, row.reshape(-1).view(np.uint8).data, path)
 
 
-_one_parser = threading.Lock()
-"""NumPy parses headers with `ast`, whose recursion count Python 3.11 keeps for all threads together: SystemError."""
-
-
 def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:
     """(shape, dtype, first byte of the data, Fortran order) of a .npy file; `BadFile` for anything but float16/32 3-D.
 
-    Parsed by NumPy, of the header only: an object array is refused by its dtype and never unpickled.
+    An array of Python objects is refused by its dtype and never unpickled.
     """
     with open_regular(path) as file:
-        try:
-            version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            with _one_parser:
-                shape, fortran, dtype = read(file, max_header_size=HEADER_LIMIT)  # type: ignore[no-untyped-call]
-        except BadFile:
-            raise
-        except Exception as error:  # NumPy's parser lets out whatever its tokenizer stumbles over
-            raise BadFile(f"{path}: not a sound .npy file ({first_line(error)[:120]})") from None
-        start = file.tell()
-    if dtype.hasobject:
-        raise BadFile(f"{path}: an array of Python objects, which would have to be unpickled; refused")
+        shape, dtype, start, fortran = npy_header(file, path)
     if dtype.name not in DTYPES or dtype.byteorder == ">" or len(shape) != 3 or shape[0] % 2:
         raise BadFile(f"{path}: {dtype} {shown(shape)}; float16 or float32 (2C, H, W) is needed")
-    return shape, dtype.name, start, fortran
+    return (shape[0], shape[1], shape[2]), dtype.name, start, fortran
 
 
 def _count(folder: Path, suffixes: tuple[str, ...]) -> int:

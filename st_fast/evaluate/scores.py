@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import sha256_file
+from st_fast.core.files import sha256_file, shown
+from st_fast.core.limits import Zip
 from st_fast.core.progress import bar
 from st_fast.data.images import SUFFIXES, load_image
 from st_fast.evaluate.classifier import read_images
@@ -99,17 +100,14 @@ def open_reference(path: Path, shape: tuple[int, int, int]) -> Opened:
         return _open_folder(path, shape)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"reference {path}: an ADM .npz, a folder of images, or a data folder is needed")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = set(file.files)
-            known = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s") if key in names}
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"reference {path}: can't be read ({str(error).splitlines()[0][:120]})") from None
+    with Zip(path) as file:
+        names = {name.removesuffix(".npy") for name in file.namelist()}
+        known = {key: file.array(key) for key in ("mu", "sigma", "mu_s", "sigma_s") if f"{key}.npy" in file.NameToInfo}
     pooled = _gaussian(path, known, "mu", "sigma", FEATURES)
     spatial = _gaussian(path, known, "mu_s", "sigma_s", SPATIAL)
     images = open_npz(path) if "arr_0" in names else None
     if images is None and pooled is None:
-        raise UserError(f"reference {path}: neither mu and sigma nor arr_0 in it, only {', '.join(sorted(names))}")
+        raise UserError(f"reference {path}: neither mu and sigma nor arr_0 in it, only {shown(sorted(names))}")
     if images is not None:
         _check_size(path, images.shape, shape)
     return sha256_file(path), pooled, spatial, (images.blocks(BLOCK), images.count) if images else None
@@ -119,8 +117,9 @@ def _gaussian(path: Path, known: dict[str, Array], mean: str, covariance: str, w
     if mean not in known or covariance not in known:
         return None
     mu, sigma = known[mean], known[covariance]
-    if mu.shape != (width,) or sigma.shape != (width, width):
-        given = f"{mean} {mu.shape} and {covariance} {sigma.shape}"
+    floats = all(np.issubdtype(found.dtype, np.floating) and np.isfinite(found).all() for found in (mu, sigma))
+    if mu.shape != (width,) or sigma.shape != (width, width) or not floats:
+        given = f"{mean} {mu.shape} and {covariance} {sigma.shape}" + " of finite numbers" * (not floats)
         raise UserError(f"reference {path}: {given}; these features need {(width,)} and {(width, width)}")
     return GaussianStats.known(mu, sigma)
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,8 @@ from torch import Tensor
 
 from st_fast.core.comparison import check_same
 from st_fast.core.errors import Interrupted, UserError
-from st_fast.core.files import BadFile, make_folder, read_json, write_atomic, write_json_atomic
+from st_fast.core.files import BadFile, make_folder, read_json, shown, write_atomic, write_json_atomic
+from st_fast.core.limits import Zip, npy_header
 from st_fast.core.progress import bar
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
@@ -207,52 +206,37 @@ class ImageFile:
     def blocks(self, size: int = 256) -> Iterator[Images]:
         """Up to `size` images (n, H, W, 3) at a time, in order; `BadFile` where the file ends early."""
         row = int(np.prod(self.shape))
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                _header(file)
-                for first in range(0, self.count, size):
-                    count = min(size, self.count - first)
-                    data = file.read(count * row)
-                    if len(data) != count * row:
-                        read = first + len(data) // row
-                        raise BadFile(f"{self.path}: arr_0 ends after {read} of {self.count} images")
-                    yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
-        except (zipfile.BadZipFile, zlib.error, OSError) as error:
-            raise BadFile(f"{self.path}: damaged ({error})") from None
+        with Zip(self.path) as archive, archive.reading(archive.getinfo("arr_0.npy")) as file:
+            npy_header(file, self.path)
+            for first in range(0, self.count, size):
+                count = min(size, self.count - first)
+                data = file.read(count * row)
+                if len(data) != count * row:
+                    raise BadFile(f"{self.path}: arr_0 ends after {first + len(data) // row} of {self.count} images")
+                yield np.frombuffer(data, np.uint8).reshape(count, *self.shape)
 
 
 def open_npz(path: Path) -> ImageFile:
     """Checks a file as `write_npz` and ADM's programs write it; `BadFile` in one line if it is none."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                raise BadFile(f"{path}: no arr_0 (the images) in it, only {', '.join(sorted(names))[:80] or 'nothing'}")
-            with archive.open("arr_0.npy") as file:
-                shape, dtype = _header(file)
-            labels = None
-            if "arr_1.npy" in names:
-                with archive.open("arr_1.npy") as file:
-                    read = np.lib.format.read_array(file, allow_pickle=False)  # type: ignore[arg-type]
-                labels = read.astype(np.int64) if np.issubdtype(read.dtype, np.integer) else None
-    except FileNotFoundError:
-        raise BadFile(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, struct.error) as error:
-        raise BadFile(f"{path}: not a readable .npz ({str(error).splitlines()[0]})") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or shape[0] == 0:
-        raise BadFile(f"{path}: arr_0 is {dtype} of shape {shape}; uint8 (N, H, W, 3) is needed")
+    with Zip(path) as archive:
+        if "arr_0.npy" not in archive.NameToInfo:
+            there = ", ".join(map(shown, sorted(archive.namelist())[:5])) or "nothing"
+            raise BadFile(f"{path}: no arr_0 (the images) in it, only {there}")
+        info = archive.getinfo("arr_0.npy")
+        with archive.reading(info) as file:
+            shape, dtype, start, fortran = header = npy_header(file, f"{path}: arr_0")
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran:
+            order = " in Fortran order" if fortran else ""
+            raise BadFile(f"{path}: arr_0 is {dtype} of shape {shown(shape)}{order}; uint8 (N, H, W, 3) is needed")
+        if info.file_size != start + header.size:
+            raise BadFile(f"{path}: arr_0 {shown(shape)} takes {header.size} bytes, {info.file_size - start} are there")
+        labels = archive.array("arr_1", 2**7 + 8 * shape[0]) if "arr_1.npy" in archive.NameToInfo else None
     if labels is not None and labels.shape != (shape[0],):
-        raise BadFile(f"{path}: arr_1 has shape {labels.shape} for {shape[0]} images; one label an image is needed")
+        found = shown(labels.shape)
+        raise BadFile(f"{path}: arr_1 has shape {found} for {shape[0]} images; one label an image is needed")
+    if labels is not None:
+        labels = labels.astype(np.int64) if np.issubdtype(labels.dtype, np.integer) else None
     return ImageFile(path, shape[0], (shape[1], shape[2], shape[3]), labels)
-
-
-def _header(file: object) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
-    version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)  # type: ignore[arg-type]
-    if fortran:
-        raise ValueError("arr_0 is in Fortran order")
-    return shape, dtype
 
 
 def write_pngs(folder: Path, first: int, images: Images) -> None:

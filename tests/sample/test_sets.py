@@ -191,7 +191,7 @@ def test_a_file_larger_than_one_block_is_read_a_block_at_a_time(tmp_path):
         write_npz(tmp_path / "b.npz", (2, 3, 3), iter([images[:8]]), np.arange(11))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     np.savez(tmp_path / "c.npz", mu=np.zeros(3))
-    for name, words in (("c.npz", "no arr_0"), ("d.npz", "no such file")):
+    for name, words in (("c.npz", "no arr_0"), ("d.npz", "missing")):
         with pytest.raises(UserError, match=words):
             open_npz(tmp_path / name)
 
