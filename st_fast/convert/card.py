@@ -9,7 +9,7 @@ from typing import Any
 
 from st_fast import __version__
 from st_fast.core.errors import UserError
-from st_fast.core.files import read_json
+from st_fast.core.files import printable, read_json
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.stored import ModelSource
 from st_fast.recipe import load_run, to_toml
@@ -44,7 +44,7 @@ from st_fast.recipe.schema import Sample
 from st_fast.sample.draw import balanced
 from st_fast.sample.guided import sample
 
-model = SiT.from_pretrained("{name}")  # a folder or a name on the hub
+model = SiT.from_pretrained({name!r})  # a folder or a name on the hub
 draw = balanced(seed=0, first=0, count=8, num_classes={classes}, device=torch.device("cpu"))
 latents = sample(model, draw, Sample(sampler="heun", steps=50, cfg_scale={cfg:g}), "{path}")
 ```
@@ -54,28 +54,56 @@ latents = sample(model, draw, Sample(sampler="heun", steps=50, cfg_scale={cfg:g}
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{name}", trust_remote_code=True)
-images = pipe([0, 1, 2], seed=0).images
+pipe = DiffusionPipeline.from_pretrained({name!r}, custom_pipeline={name!r}, trust_remote_code=True)
+{call}
 ```
-
+{without}
 `trust_remote_code` is needed because pipeline.py and transformer/sit_transformer.py are in this folder; read them
 first.
 """,
 }
 
 
-def card(origin: ModelSource, weights: str, form: str, name: str, vae: str) -> str:
-    """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty."""
+def plain(text: object) -> str:
+    """Somebody's text as it is, in Markdown or a table's cell: no markup, HTML, link or new line comes of it."""
+    escaped = re.sub(r"([\\`*\[\]<>|&~#$]|(?<!\w)_|_(?!\w))", r"\\\1", printable(text))
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def code(text: object) -> str:
+    """Somebody's text as a code span."""
+    shown = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence} {shown} {fence}" if len(fence) > 1 else f"`{shown}`"
+
+
+def card(
+    origin: ModelSource, weights: str, form: str, name: str, vae: str, decodes: bool = True, scale: float | None = None
+) -> str:
+    """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty.
+
+    `decodes`: whether the diffusers folder gives images, and not latents, which are `scale` times the VAE's.
+    """
     config, recipe = origin.loaded.config, load_run(origin.run) if origin.run else None
     cfg, side = recipe.sample.cfg_scale if recipe else 1.0, config.latent_size
+    call, without = "images = pipe({labels}, seed=0).images", ""
+    if not decodes:
+        call = 'latents = pipe({labels}, seed=0, output_type="latent").images  # (B, C, S, S), {scale} times a VAE\'s'
+        without = (
+            "\nNo VAE is in this folder: `vae=AutoencoderKL.from_pretrained(…)` as one more argument gives images.\n"
+        )
+    labels = list(range(min(3, config.num_classes)))
+    call = call.format(labels=labels, scale="some" if scale is None else f"{scale:g}")
     parts = [
         HEADER.format(
-            library="diffusers" if form == "diffusers" else "st_fast", title=name, name=config.name,
+            library="diffusers" if form == "diffusers" else "st_fast", title=plain(name), name=plain(config.name),
             parameters=config.parameters / 1e6, classes=config.num_classes,
-            shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {vae}" if vae else ""),
+            shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {plain(vae)}" if vae else ""),
             path=origin.loaded.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.loaded.step,
         ),
-        USE[form].format(name=name, classes=config.num_classes, path=origin.loaded.path, cfg=cfg),
+        USE[form].format(
+            name=name, classes=config.num_classes, path=origin.loaded.path, cfg=cfg, call=call, without=without
+        ),
     ]  # fmt: skip
     arm = _arm(origin)
     if arm is None or recipe is None or origin.run is None:
@@ -100,21 +128,22 @@ def _arm(origin: ModelSource) -> Arm | None:
 
 def _training(origin: ModelSource, recipe: Recipe, arm: Arm) -> str:
     stage = arm.stage
+    versions = dict(stage.start.get("versions", {})).items()
     lines = [
         "## Training", "",
-        f"- Stage “{stage.name}” of the recipe below, supervision `{stage.method}`, step {origin.loaded.step:,} of "
-        f"{stage.steps:,}, global batch {recipe.optim.batch_size}, seed {recipe.run.seed}.",
+        f"- Stage “{plain(stage.name)}” of the recipe below, supervision {code(stage.method)}, step "
+        f"{origin.loaded.step:,} of {stage.steps:,}, global batch {recipe.optim.batch_size}, seed {recipe.run.seed}.",
         f"- Data: {_data(Path(recipe.data.path), str(stage.start.get('dataset', '')))}",
-        f"- Device: {stage.start.get('device', 'not recorded')}, {stage.start.get('ranks', 1)} rank(s), "
-        + ", ".join(f"{key} {value}" for key, value in dict(stage.start.get("versions", {})).items()) + ".",
+        f"- Device: {plain(stage.start.get('device', 'not recorded'))}, {plain(stage.start.get('ranks', 1))} rank(s), "
+        + ", ".join(f"{plain(key)} {plain(value)}" for key, value in versions) + ".",
     ]  # fmt: skip
     if teacher := stage.model("teacher"):
-        lines.append(f"- Teacher: `{teacher}`, frozen.")
+        lines.append(f"- Teacher: {code(teacher)}, frozen.")
     init = stage.start.get("init")
     if isinstance(init, dict):
         lines.append(
-            f"- Began from `{init.get('path')}` ({init.get('layout')} layout, {init.get('weights')} weights, its step "
-            f"{init.get('step')}, SHA-256 {str(init.get('sha256'))[:16]}…)."
+            f"- Began from {code(init.get('path'))} ({plain(init.get('layout'))} layout, {plain(init.get('weights'))} "
+            f"weights, its step {plain(init.get('step'))}, SHA-256 {plain(str(init.get('sha256'))[:16])}…)."
         )
     return "\n".join(lines) + "\n"
 
@@ -123,10 +152,10 @@ def _data(folder: Path, digest: str) -> str:
     try:
         manifest = read_any_manifest(folder)
     except UserError:
-        return f"not at hand any more; digest {digest[:16] or 'not recorded'}…."
+        return f"not at hand any more; digest {plain(digest[:16]) or 'not recorded'}…."
     return (
-        f"{manifest.source}, {manifest.count:,} records of {manifest.num_classes} classes, VAE {manifest.vae.name}, "
-        f"digest {digest[:16]}…."
+        f"{plain(manifest.source)}, {manifest.count:,} records of {manifest.num_classes} classes, VAE "
+        f"{plain(manifest.vae.name)}, digest {plain(digest[:16])}…."
     )
 
 
@@ -158,7 +187,7 @@ def _scores(samples: Path, arm: Arm) -> str:
     if not found:
         return "## Scores\n\nNone were taken.\n"
     rows = [
-        f"| {name} | {value:.5g} | {step:,} | {how} |"
+        f"| {plain(name)} | {value:.5g} | {step:,} | {plain(how)} |"
         for step, metrics, how in found
         for name, value in metrics.items()
         if isinstance(value, (int, float)) and math.isfinite(value)
@@ -189,7 +218,7 @@ def _foreign(origin: ModelSource) -> str:
     args = {key: value for key, value in dict(origin.loaded.facts.get("args", {})).items() if value is not None}
     text = (
         "## Training\n\nNot trained by a run whose log is at hand, so its data, cost and scores are unknown here. Read "
-        f"from `{origin.path.name}` in the {origin.loaded.layout} layout.\n\n"
+        f"from {code(origin.path.name)} in the {origin.loaded.layout} layout.\n\n"
     )
     text += f"```json\n{json.dumps(origin.loaded.config.network(), indent=1)}\n```\n"
     return text + (f"\nIts file says of itself:\n\n```json\n{json.dumps(args, indent=1)}\n```\n" if args else "")

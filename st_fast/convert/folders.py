@@ -113,11 +113,12 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
         if decoder.config.latent_channels != channels:
             raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
         scale = scale or vae_scale(decoder)
+    decodes = decoder is not None or channels in (1, 3)
     with write_folder(folder) as writing:
         write_json_atomic(writing / "model_index.json", index(origin, decoder is not None))
         (writing / "transformer").mkdir()
         for place, text in {
-            "README.md": card(origin, weights, "diffusers", name, vae_name),
+            "README.md": card(origin, weights, "diffusers", name, vae_name, decodes, scale),
             **standalone(),
         }.items():
             (writing / place).write_text(text, encoding="utf-8")

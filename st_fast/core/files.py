@@ -73,6 +73,11 @@ def _pieces(value: Any, limit: int) -> Iterator[str]:
         yield ascii(value)
 
 
+def printable(text: object) -> str:
+    """Somebody's text as one line of a terminal or a page: what would not show, or do something, becomes an escape."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(text))
+
+
 def shown(value: object, limit: int = 80) -> str:
     """A value out of a file as one short printable line, whatever it holds."""
     text = ""

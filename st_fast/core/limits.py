@@ -222,7 +222,7 @@ def npy_header(file: IO[bytes], where: object) -> Npy:
     if not start.startswith(b"\x93NUMPY") or len(length) < field or version not in ((1, 0), (2, 0)):
         raise BadFile(f"{where}: not a sound .npy file of version 1 or 2")
     if (claimed := int.from_bytes(length, "little")) > NPY_HEADER:
-        raise BadFile(f"{where}: not a sound .npy file: its header claims {claimed} bytes, at most {NPY_HEADER} are allowed")
+        raise BadFile(f"{where}: not a sound .npy file: a header of {claimed} bytes, at most {NPY_HEADER} are read")
     text = io.BytesIO(length + _read(file, claimed))
     parse = np.lib.format.read_array_header_1_0 if field == 2 else np.lib.format.read_array_header_2_0
     try:

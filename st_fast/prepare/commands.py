@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import write_folder
+from st_fast.core.files import printable, write_folder
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet
@@ -45,7 +45,7 @@ def verify(args: argparse.Namespace) -> None:
     for folder in sorted((args.paths[0] / FOLDER).glob("*/")):
         features = open_features(args.paths[0], folder.name, records)
         features.verify()
-        print(f"features: {features.manifest.encoder} of {features.manifest.count:,} records verified")
+        print(f"features: {printable(features.manifest.encoder)} of {features.manifest.count:,} records verified")
         features.close()
     records.close()
 
@@ -90,7 +90,7 @@ def describe(records: RecordSet) -> str:
         lines.append(f"{number:7d}  {row[0]:8.4f}  {row[1]:8.4f}  {row[2]:8.4f}")
     lines.append(f"    all  std {overall:.4f}; 1/std = {1 / overall:.5f} would give unit variance")
     if len(classes) <= 20:
-        labels = manifest.class_names or tuple(map(str, range(len(classes))))
+        labels = tuple(map(printable, manifest.class_names)) or tuple(map(str, range(len(classes))))
         lines.append("classes: " + ", ".join(f"{n} {c}" for n, c in zip(labels, classes.tolist(), strict=True)))
     else:
         low, middle, high = np.percentile(classes, (0, 50, 100))

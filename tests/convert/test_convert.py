@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -367,3 +368,41 @@ def test_the_real_hub_client_out_of_reach_is_told_in_one_line(tmp_path):
     with pytest.raises(RunFailed, match="not uploaded") as caught:
         hub.push(tmp_path / "x", "me/x", False, api)
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["huggingface", "diffusers"])
+def test_foreign_text_stays_text_in_a_card_and_in_its_example(form, tmp_path):
+    content = foreign.repa_checkpoint(tmp_path / "last.pt")
+    vars(content["args"])["note"] = "\n```\n\n# Mine\n\x1b[2J<script>"
+    torch.save(content, tmp_path / "`odd` <b>.pt")
+    names = ['a"); import os; print("', "b\n```\n# Mine\n", "[c](evil) <script> | $x$ www.evil", "d\x1b[2J'\\"]
+    statements = set()
+    for name in names:
+        convert(tmp_path / "`odd` <b>.pt", tmp_path / name, "--to", form)
+        text = (tmp_path / name / "README.md").read_text()
+        assert "\x1b" not in text and "\n# Mine" not in text
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+        assert not re.search(r"(?<!\\)<(script|b>)", re.sub(r"`` .*? ``", "", prose))
+        assert "[c](evil)" not in prose and "www.evil" not in prose and len(re.findall("^```", text, re.M)) == 6
+        tree = ast.parse(re.search(r"^```python\n(.*?)^```$", text, re.S | re.M)[1])
+        statements.add(tuple(type(node).__name__ for node in ast.walk(tree)))
+        assert name in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    assert len(statements) == 1  # whatever the name, the example does the same
+
+
+def test_an_option_that_would_do_nothing_is_refused(run_folder, tmp_path):
+    foreign.repa_checkpoint(tmp_path / "last.pt")
+    for arguments, told in (
+        ([tmp_path / "last.pt", "--to", "repa"], "--to: without a target"),
+        ([tmp_path / "last.pt", "--weights", "raw"], "--weights: without a target"),
+        ([tmp_path / "last.pt", "--dry-run"], "--dry-run: without a target"),
+        ([tmp_path / "last.pt", tmp_path / "x", "--weights", "raw"], "will hold both"),
+        ([tmp_path / "last.pt", tmp_path / "x", "--to", "huggingface", "--private"], "--private: only --push"),
+        ([tmp_path / "last.pt", "--stage", "align"], "is no run"),
+        ([run_folder, "--heads", 2], "--heads 2: .* tells it itself"),
+        ([run_folder, "--num-classes", 5], "--num-classes 5: .* tells it itself"),
+        ([tmp_path / "last.pt", "--num-classes", 0], "--num-classes 0: at least 1"),
+        ([tmp_path / "last.pt", "--num-classes", 9], "num_classes = 9, but y_embedder has 6 rows"),
+    ):
+        with pytest.raises(UserError, match=told):
+            convert(*arguments)

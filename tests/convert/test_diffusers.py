@@ -28,6 +28,7 @@ pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROGRAM = """
+import re
 import sys
 import torch
 from diffusers import DiffusionPipeline
@@ -50,6 +51,10 @@ except ValueError as error:
     assert "0..4 are possible" in str(error)
 else:
     raise AssertionError("label 5 of 5 classes was taken")
+readme = open("no vae/README.md").read()
+snippet = re.search("```python\\n(.*?)```", readme, re.S)[1]
+exec(snippet, names := {})  # as somebody would type it, where the folder lies
+assert names["latents"].shape == (3, 4, 4, 4) and "No VAE is in this folder" in readme
 save_file({key: tensor.contiguous() for key, tensor in found.items()}, out)
 assert not any(name.partition(".")[0] == "st_fast" for name in sys.modules)
 """
@@ -71,6 +76,7 @@ def drawn(vae, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("diffusers")
     foreign.repa_checkpoint(folder / "last.pt")
     main([str(folder / "last.pt"), str(folder / "pipe"), "--to", "diffusers", "--vae", str(vae)])
+    main([str(folder / "last.pt"), str(folder / "no vae"), "--to", "diffusers"])
     (folder / "program.py").write_text(PROGRAM)
     done = subprocess.run(
         [sys.executable, "program.py", str(folder / "pipe"), "out.safetensors"], capture_output=True, text=True,
