@@ -16,7 +16,7 @@ from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.loaded_state import heads, trunk
 from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, write_pretrained
 from st_fast.model.stored import ModelSource
-from st_fast.model.vae import load_vae, tensors_hash, vae_scale
+from st_fast.model.vae import load_vae, refuse_normalised, tensors_hash, vae_scale
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
 
@@ -112,6 +112,7 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
     if decoder is not None:
         if decoder.config.latent_channels != channels:
             raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
+        refuse_normalised(decoder, f"VAE {vae_name}")
         scale = scale or vae_scale(decoder)
     decodes = decoder is not None or channels in (1, 3)
     with write_folder(folder) as writing:

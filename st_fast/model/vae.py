@@ -7,6 +7,7 @@ Flux) has it taken off the mean here and put back by `decode`, so that no caller
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError, first_line
+from st_fast.core.files import read_header, read_json, shown
 
 PRESETS = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema"}
 """Short names for the VAEs of the published runs; REPA's latents come from the first."""
@@ -87,10 +89,31 @@ def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dty
         f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached"
     )
     cls = autoencoder_class()
+    if Path(source).is_dir():
+        _check_folder(Path(source), cls)
     with from_hub(f"vae = {name!r}: {refusal}"):
         # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
         vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     return vae.to(device).eval().requires_grad_(False)
+
+
+def _check_folder(folder: Path, cls: Any) -> None:
+    """UserError unless the network that config.json describes is as large as the weights beside it, before it is built.
+
+    Where either is missing, loading says so.
+    """
+    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    if not (weights.is_file() and config.is_file()):
+        return
+    held, said = read_header(weights), read_json(config)
+    levels = said.get("block_out_channels", [])
+    counts = [len(levels) if isinstance(levels, list) else len(held) + 1, said.get("layers_per_block", 1)]
+    if not all(type(count) is int and 0 <= count <= len(held) for count in counts):
+        raise UserError(f"{config}: {counts[0]} levels of {shown(counts[1])} layers, for {len(held)} tensors beside it")
+    with from_hub(f"{config}: describes no AutoencoderKL"), torch.device("meta"):
+        described = sum(tensor.numel() for tensor in cls.from_config(said).state_dict().values())
+    if described > 2 * (there := sum(math.prod(entry.shape) for entry in held.values())):
+        raise UserError(f"{config}: describes {described} weights, {weights.name} holds {there}")
 
 
 @contextmanager
@@ -126,11 +149,31 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def vae_scale(vae: VAE) -> float:
     """The factor between the VAE's latents and the diffusion model's: 0.18215 for the SD VAEs."""
-    return float(vae.config.scaling_factor)
+    return _number(vae, "scaling_factor", positive=True)
 
 
-def _shift(vae: VAE) -> float:
-    return float(getattr(vae.config, "shift_factor", None) or 0.0)
+def vae_shift(vae: VAE) -> float:
+    """What is taken off the VAE's mean before it is scaled; 0 for most."""
+    return _number(vae, "shift_factor")
+
+
+def _number(vae: VAE, name: str, positive: bool = False) -> float:
+    value: Any = getattr(vae.config, name, None)
+    value = 0.0 if value is None and not positive else value
+    if type(value) not in (int, float) or not math.isfinite(value) or (positive and value <= 0):
+        raise UserError(f"VAE: {name} = {shown(value)} in its config; a number{' above 0' * positive} is needed")
+    return float(value)
+
+
+def refuse_normalised(vae: VAE, where: str) -> None:
+    """UserError for a VAE whose config normalises each channel of the latents: only scaling and shift are done here."""
+    for name, neutral in (("latents_mean", 0.0), ("latents_std", 1.0)):
+        values = getattr(vae.config, name, None)
+        if values is not None and any(value != neutral for value in (values if isinstance(values, list) else [values])):
+            raise UserError(
+                f"{where}: its config has {name} = {shown(values)}, by which each channel would have to be normalised; "
+                "only scaling_factor and shift_factor are supported"
+            )
 
 
 def to_unit(images: Tensor, vae: VAE) -> Tensor:
@@ -142,13 +185,13 @@ def to_unit(images: Tensor, vae: VAE) -> Tensor:
 def encode_moments(vae: VAE, images: Tensor) -> Tensor:
     """uint8 images (n, 1 or 3, H, W) → float32 moments (n, 2C, h, w) = concat(mean, std) on the VAE's device."""
     posterior = vae.encode(to_unit(images, vae)).latent_dist
-    return torch.cat((posterior.mean.float() - _shift(vae), posterior.std.float()), dim=1)
+    return torch.cat((posterior.mean.float() - vae_shift(vae), posterior.std.float()), dim=1)
 
 
 @torch.no_grad()
 def decode(vae: VAE, latents: Tensor, scale: float) -> Tensor:
     """The diffusion model's latents (n, C, h, w) = scale · z → uint8 images (n, 1 or 3, H, W) on the host."""
-    z = latents.to(vae.device).float() / scale + _shift(vae)
+    z = latents.to(vae.device).float() / scale + vae_shift(vae)
     pixels: Tensor = vae.decode(z.to(vae.dtype)).sample.float()
     return pixels.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
 

@@ -34,6 +34,17 @@ VAE_HELP = (
 FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
 
 
+COMPUTE = ("device", "precision")
+USES = {
+    "verify": (),
+    "stats": COMPUTE,
+    "features": (*COMPUTE, "subset", "size", "batch_size", "dry_run"),
+    "from_repa": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run"),
+    "to_repa": ("dry_run",),
+}
+"""The options that mean something in a mode; to encode images all of them do."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are UserErrors in one line."""
 
@@ -78,6 +89,12 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("size", "batch_size", "shard_size", "vae_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    mode = next((mode for mode in USES if getattr(args, mode)), "encode")
+    for option, value in vars(args).items():
+        unused = mode != "encode" and option not in (*USES[mode], *USES, "paths")
+        if (unused or (option == "vae_steps" and args.vae != "small")) and value != parser().get_default(option):
+            name, where = option.replace("_", "-"), f"--{mode.replace('_', '-')}" if unused else f"--vae {args.vae}"
+            raise UserError(f"--{name} {value}: means nothing with {where}; leave it out")
     if args.vae_factor and args.vae != "small":
         raise UserError(f"--vae-factor {args.vae_factor}: is of --vae small; --vae {args.vae} has its own")
     if args.vae_factor and (args.size % args.vae_factor or args.size < 2 * args.vae_factor):
@@ -86,8 +103,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     from st_fast.prepare import commands
 
-    modes = ("verify", "stats", "features", "from_repa", "to_repa")
-    getattr(commands, next((mode for mode in modes if getattr(args, mode)), "encode"))(args)
+    getattr(commands, mode)(args)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,17 @@ from st_fast.data.repa import RepaSet
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
 from st_fast.model.encoders import load_encoder
-from st_fast.model.vae import PIXELS, PRESETS, VAE, encode_moments, load_vae, vae_hash
+from st_fast.model.vae import (
+    PIXELS,
+    PRESETS,
+    VAE,
+    encode_moments,
+    load_vae,
+    refuse_normalised,
+    vae_hash,
+    vae_scale,
+    vae_shift,
+)
 from st_fast.prepare.encode import Encoder
 from st_fast.prepare.features import crop_of, open_record_images, template, write_features
 from st_fast.prepare.job import is_done, own_share, run_job
@@ -116,12 +126,25 @@ def features(args: argparse.Namespace) -> None:
 
 
 def from_repa(args: argparse.Namespace) -> None:
-    """REPA's layout → shards."""
+    """REPA's layout → shards. Another VAE than the published latents' is asked for its scale, and kept beside them."""
     records, out = RepaSet(args.paths[0]), args.paths[1]
-    producer = RepaProducer(records, args.dtype, args.shard_size)
+    vae, scale, info = None, records.manifest.scale, records.manifest.vae
+    if args.vae != info.name:
+        if args.vae in ("small", *PIXELS):
+            raise UserError(f"--vae {args.vae}: latents in REPA's layout were made by an AutoencoderKL; name it")
+        vae, info = given_vae(args)
+        if vae.config.latent_channels != records.manifest.channels:
+            found = f"{vae.config.latent_channels} channels, the latents have {records.manifest.channels}"
+            raise UserError(f"--vae {args.vae}: {found}")
+        if vae_shift(vae):  # REPA's files hold the mean as the VAE gives it, ours without the shift
+            raise UserError(f"--vae {args.vae}: has a shift_factor, which REPA's layout has no place for")
+        scale = vae_scale(vae)
+    producer = RepaProducer(records, args.dtype, args.shard_size, info, scale)
     if args.dry_run:
         print(f"{out}: {len(records):,} records of {args.dtype} in {producer.shards} shards")
         return
+    if vae is not None:
+        keep_vae(vae, info, out)
     with progress("converting", len(records), "records") as shown:
         run_job(out, producer, 0, shown.update)
 
@@ -213,11 +236,9 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
 
     One that is not on the hub, trained here or from a local folder, is kept in OUT/vae, so that the set is complete.
     """
-    device, dtype = compute(args)
     if args.vae != "small":
-        vae = load_vae(args.vae, device, dtype)
-        local = Path(args.vae).is_dir() and args.vae not in PIXELS
-        return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
+        return given_vae(args)
+    device, dtype = compute(args)
     if not (out / VAE_FOLDER).is_dir():
         if rank_count() > 1:
             raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
@@ -225,6 +246,14 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
             small_vae(args, source, device).save_pretrained(writing, safe_serialization=True)
     vae = load_vae(out / VAE_FOLDER, device, dtype)
     return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER)
+
+
+def given_vae(args: argparse.Namespace) -> tuple[VAE, VaeInfo]:
+    """The VAE that `--vae` names and its entry in the manifest; UserError for one that normalises its latents."""
+    vae = load_vae(args.vae, *compute(args))
+    refuse_normalised(vae, f"--vae {args.vae}")
+    local = Path(args.vae).is_dir() and args.vae not in PIXELS
+    return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
 
 
 def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:

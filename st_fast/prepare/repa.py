@@ -9,6 +9,7 @@ import numpy as np
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.data.ahead import RecordSet
+from st_fast.data.manifest import VaeInfo
 from st_fast.data.repa import LATENTS, RepaSet, is_repa
 from st_fast.data.sources import LABELS_FILE
 from st_fast.prepare.job import Produced, Progress
@@ -17,10 +18,12 @@ from st_fast.prepare.job import Produced, Progress
 class RepaProducer:
     """Shards out of REPA's layout (see `job.Producer`)."""
 
-    def __init__(self, records: RepaSet, dtype: str, shard_size: int) -> None:
+    def __init__(self, records: RepaSet, dtype: str, shard_size: int, vae: VaeInfo, scale: float) -> None:
         self.records, self.shard_size, self.shards = records, shard_size, -(-len(records) // shard_size)
-        self.template = replace(records.manifest, count=0, dtype=dtype)
+        self.template = replace(records.manifest, count=0, dtype=dtype, vae=vae, scale=scale)
         self.fingerprint: dict[str, Any] = {"records": records.digest, "dtype": dtype, "shard_size": shard_size}
+        if vae != records.manifest.vae:
+            self.fingerprint |= {"vae": vae.hash}
 
     def produce(self, number: int, progress: Progress) -> Produced:
         """The records of shard `number`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from st_fast.core.errors import UserError
-from st_fast.model.vae import decode, encode_moments, latent_shape, load_vae, vae_hash, vae_scale
+from st_fast.model.vae import decode, encode_moments, latent_shape, load_vae, refuse_normalised, vae_hash, vae_scale
 from st_fast.prepare.small_vae import SmallVae, latent_scale, new_vae, train_vae
 
 
@@ -128,3 +129,50 @@ def test_latent_scale_brings_samples_to_unit_variance() -> None:
     mean, std = torch.randn(64, 4, 8, 8) * 3 + 1, torch.rand(64, 4, 8, 8)
     scale = latent_scale(torch.cat((mean, std), dim=1))
     assert abs(float((scale * (mean + std * torch.randn_like(std))).std()) - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latents_mean": [0.1, 0.0, 0.0], "latents_std": [1.0, 1.0, 1.0]}, r"latents_mean = \[0.1, 0.0, 0.0\]"),
+        ({"latents_mean": [0.0, 0.0, 0.0], "latents_std": [2.0, 1.0, 1.0]}, r"latents_std = \[2.0, 1.0, 1.0\]"),
+    ],
+)
+def test_a_vae_that_normalises_its_latents_is_refused_and_one_that_only_says_so_is_not(
+    folder: Path, changes: dict[str, list[float]], words: str
+) -> None:
+    vae = load_vae(folder)
+    refuse_normalised(vae, "--vae x")
+    vae.register_to_config(latents_mean=[0.0] * 3, latents_std=[1.0] * 3)
+    refuse_normalised(vae, "--vae x")
+    vae.register_to_config(**changes)
+    with pytest.raises(UserError, match=words):
+        refuse_normalised(vae, "--vae x")
+
+
+@pytest.mark.parametrize("value", [None, "1", 0, -1.0, float("inf"), True])
+def test_a_scale_that_is_no_number_above_0_is_told(folder: Path, value: object) -> None:
+    vae = load_vae(folder)
+    vae.register_to_config(scaling_factor=value)
+    with pytest.raises(UserError, match="scaling_factor"):
+        vae_scale(vae)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers_per_block": 10**9}, "of 1000000000 layers, for"),
+        ({"block_out_channels": [2**20, 2**20, 2**20]}, "describes [0-9]{12,} weights"),
+        ({"block_out_channels": [4] * 10_000}, "10000 levels"),
+        ({"block_out_channels": "wide"}, "layers, for"),
+        ({"norm_num_groups": 0}, "describes no AutoencoderKL"),
+    ],
+)
+def test_a_config_larger_than_its_weights_is_refused_before_it_is_built(
+    folder: Path, changes: dict[str, object], words: str
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=words) as caught:
+        load_vae(folder)
+    assert "\n" not in str(caught.value)

@@ -25,6 +25,7 @@ from st_fast.model.vae import decode, encode_moments, load_vae, vae_hash
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import commands, job
 from st_fast.prepare.small_vae import SmallVae, new_vae
+from tests.data.test_repa import write_layout
 
 from .conftest import encoded, picture
 
@@ -386,3 +387,54 @@ def test_a_folder_that_can_not_be_written_is_told(class_folders: Path, tmp_path:
 def test_a_factor_that_the_vae_or_the_size_does_not_have_is_refused(options, line, tmp_path):
     with pytest.raises(UserError, match=re.escape(line)):
         prepare.main([str(tmp_path), str(tmp_path / "out"), *options])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--verify", "--flip", "x"], "--flip True: means nothing with --verify"),
+        (["--stats", "--vae", "pixels", "x"], "--vae pixels: means nothing with --stats"),
+        (["--to-repa", "--dtype", "float32", "x", "y"], "--dtype float32: means nothing with --to-repa"),
+        (["--from-repa", "--size", "512", "x", "y"], "--size 512: means nothing with --from-repa"),
+        (["--features", "dino", "--shard-size", "7", "x", "y"], "--shard-size 7: means nothing with --features"),
+        (["--vae", "pixels", "--vae-steps", "5", "x", "y"], "--vae-steps 5: means nothing with --vae pixels"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        run(*arguments)
+
+
+def test_latents_of_another_vae_in_repas_layout_carry_that_vae(tiny_vae: Path, tmp_path: Path) -> None:
+    write_layout(tmp_path / "repa")
+    run("--from-repa", tmp_path / "repa", tmp_path / "plain", "--device", "cpu")
+    assert read_manifest(tmp_path / "plain").vae == VaeInfo("sd-vae-ft-mse")
+    arguments = ("--from-repa", tmp_path / "repa", tmp_path / "out", "--vae", tiny_vae, "--device", "cpu")
+    channels = read_manifest(tmp_path / "plain").channels
+    with pytest.raises(UserError, match=f"4 channels, the latents have {channels}"):
+        run(*arguments)
+    new_vae(SmallVae((4, 4, 4), 0, latent_channels=channels), 3, 16).save_pretrained(tiny_vae)
+    config = json.loads((tiny_vae / "config.json").read_text())
+    (tiny_vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.75}))
+    run(*arguments)
+    made = read_manifest(tmp_path / "out")
+    assert (made.scale, made.vae.name, made.vae.path) == (0.75, "my vae", "vae")
+    assert made.vae.hash == vae_hash(load_vae(tiny_vae)) == vae_hash(load_vae(made.vae.source(tmp_path / "out")))
+    (tiny_vae / "config.json").write_text(json.dumps(config | {"shift_factor": 0.5}))
+    with pytest.raises(UserError, match="shift_factor"):
+        run("--from-repa", tmp_path / "repa", tmp_path / "x", "--vae", tiny_vae, "--device", "cpu")
+    with pytest.raises(UserError, match="were made by an AutoencoderKL"):
+        run("--from-repa", tmp_path / "repa", tmp_path / "x", "--vae", "pixels", "--device", "cpu")
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "link", "vae/../../elsewhere"])
+def test_a_manifests_vae_never_leads_out_of_its_folder(path: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="must be relative and stay inside"):
+        VaeInfo("small", "", path).source(tmp_path / "set")
+    for name in ("/etc", "../elsewhere", "a/b/c", "x y", ""):
+        with pytest.raises(UserError, match="no name that the hub could have"):
+            VaeInfo(name).source(tmp_path / "set")
+    assert VaeInfo("stabilityai/sd-vae-ft-mse").source(tmp_path) == "stabilityai/sd-vae-ft-mse"
