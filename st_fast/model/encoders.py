@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
+from st_fast.model.finite import check_finite
 from st_fast.model.vae import from_hub, vae_hash
 from st_fast.recipe.cost import vision_flops
 
@@ -253,6 +254,7 @@ def load_transformer(name: str, device: torch.device, dtype: torch.dtype) -> Vis
         raise UserError(f"encoder {name!r}: its model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
     if missing:
         raise UserError(f"encoder {name!r}: {len(missing)} weights of a {family.model} are missing: {missing[0]}, …")
+    check_finite(model.state_dict(), f"encoder {name!r}")
     known = Path(name).resolve().name if Path(name).is_dir() else name
     return VisionTransformer(known, model.float(), family, device, dtype)
 

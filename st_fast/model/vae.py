@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from st_fast.core.errors import UserError, first_line
 from st_fast.core.files import read_header, read_json, shown
+from st_fast.model.finite import check_finite
 
 PRESETS = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema"}
 """Short names for the VAEs of the published runs; REPA's latents come from the first."""
@@ -94,6 +95,7 @@ def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dty
     with from_hub(f"vae = {name!r}: {refusal}"):
         # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
         vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+    check_finite(vae.state_dict(), f"vae = {name!r}")
     return vae.to(device).eval().requires_grad_(False)
 
 
