@@ -29,20 +29,61 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """By which a user says how many threads torch computes on."""
 
 
+MOST_RANKS = 2**20
+"""More processes than any job has."""
+
+
 def rank_count() -> int:
-    """Number of ranks that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of ranks that torchrun started; 1 without torchrun. UserError, here and below, for what can't be that."""
+    return _given("WORLD_SIZE", 1, MOST_RANKS, 1)
+
+
+def rank() -> int:
+    """This process's number among them."""
+    count = rank_count()
+    return _given("RANK", 0, count - 1, 0 if count == 1 else None)
 
 
 def local_count() -> int:
-    """Number of ranks on this machine; 1 where what torchrun sets for it is no such number."""
+    """Number of ranks on this machine; 1 where what torchrun sets for it is no such number (`meeting_point` asks)."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(text)) if text.isascii() and text.isdecimal() else 1
+    return max(1, int(text)) if text.isascii() and text.isdecimal() and len(text) < 8 else 1
 
 
 def local_rank() -> int:
     """This process's number on its machine, which is its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    count = rank_count()
+    most = _given("LOCAL_WORLD_SIZE", 1, count, count) - 1
+    return _given("LOCAL_RANK", 0, most, 0 if count == 1 else None)
+
+
+def meeting_point() -> tuple[str, int]:
+    """Host and port at which the ranks of a job find one another; checks all that torchrun sets."""
+    count, _, _ = rank_count(), rank(), local_rank()
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host.strip() or not host.isprintable() or len(host) > 255 or not host.isascii():
+        raise _refused("MASTER_ADDR", "the host of rank 0", count)
+    return host, _given("MASTER_PORT", 1, 65_535, None)
+
+
+def _given(name: str, low: int, high: int, otherwise: int | None) -> int:
+    """A whole number of torchrun's environment; `otherwise` where it is not set, None: it must be."""
+    text = os.environ.get(name)
+    if text is None and otherwise is not None:
+        return otherwise
+    if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
+        raise _refused(name, f"a whole number from {low} to {high}", 1 if name == "WORLD_SIZE" else rank_count())
+    return int(text)
+
+
+def _refused(name: str, allowed: str, count: int) -> UserError:
+    text = os.environ.get(name)
+    found = "is not set" if text is None else f"= {text[:60]!a}"
+    beside = f" beside WORLD_SIZE = {count}" if count > 1 else ""
+    return UserError(
+        f"environment: {name} {found}{beside}; allowed: {allowed}. torchrun sets it; without torchrun, unset "
+        "WORLD_SIZE and RANK"
+    )
 
 
 def usable_cpus() -> int:

@@ -1,8 +1,10 @@
 """Ranks: this process's rank and device under torchrun, its heartbeat, and the few collectives of all ranks."""
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from st_fast.core.contention import watched
-from st_fast.core.errors import Interrupted, UserError
-from st_fast.core.machine import local_rank, rank_count
+from st_fast.core.errors import EXIT_FAILED, Interrupted, UserError
+from st_fast.core.joining import Attempt, client, join
+from st_fast.core.machine import local_rank, rank, rank_count
+
+JOINING = 300.0
+"""Seconds that a rank waits for others to come, where nothing else is said."""
 
 joined = False
 """Whether this process has been one of several ranks: `end_process` asks."""
@@ -45,6 +51,8 @@ class Ranks:
     count: int
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    attempt: Attempt | None = None
+    """Where the ranks met; None for one rank."""
 
     @property
     def first(self) -> bool:
@@ -76,6 +84,7 @@ class Ranks:
             return say()
         answer: list[Any] = [None, "", 0]  # the value, or an error's text and exit code
         if self.first:
+            self.heartbeat.beat("read")  # no phase in which it could wait for others
             try:
                 answer[0] = say()
             except UserError as error:
@@ -101,14 +110,12 @@ def rows(length: int, rank: int, count: int) -> tuple[int, int]:
 
 
 class Rendezvous:
-    """A client of its own to the store of torchrun's rendezvous; RuntimeError where that is gone. For one thread."""
+    """A client of its own to the store in which this start's ranks met; RuntimeError where it is gone. For a thread."""
 
-    def __init__(self, about: str) -> None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.where = f"{host}:{port}"
-        self.store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.prefix = f"st_fast/{about}/{attempt}"
+    def __init__(self, attempt: Attempt, about: str) -> None:
+        self.where = "{}:{}".format(*attempt.address)
+        self.store = client(attempt.address)
+        self.prefix = f"{attempt.name}/{about}"
 
     def write(self, key: str, message: str) -> None:
         """Leaves a message for the other ranks."""
@@ -120,39 +127,69 @@ class Rendezvous:
         return self.store.get(name).decode() if self.store.check([name]) else None
 
 
+Watching = Callable[[Ranks], AbstractContextManager[None]]
+"""What looks after all ranks from the moment they have met."""
+
+
 @contextmanager
-def process_group(device: str, patience: float) -> Iterator[Ranks]:
+def process_group(
+    device: str, patience: float, joining: float = JOINING, watching: Watching = lambda ranks: nullcontext()
+) -> Iterator[Ranks]:
     """Joins the other ranks that torchrun started and leaves them at the end.
 
     device: "auto", "cpu" or "cuda"; "auto" takes CUDA where there is one. CUDA tensors travel by NCCL, those of the
     host by gloo, so that agreements between hosts never wait for a device. patience, in seconds, is how long a rank
-    waits in a collective; the watchdog should lose its own patience earlier, because it knows whom to name.
+    waits in a collective; the watchdog should lose its own patience earlier, because it knows whom to name. joining,
+    in seconds, is how long it waits for others to come; then a line names them, and the process ends with code 1.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    count, number = rank_count(), rank()
     device_here = torch.device(kind, local_rank()) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device_here)
-    count = rank_count()
     if count == 1:
-        with watched(torch.get_num_threads() if kind == "cpu" else 1):
-            yield Ranks(0, 1, device_here)
+        alone = Ranks(0, 1, device_here)
+        with watching(alone), watched(torch.get_num_threads() if kind == "cpu" else 1):
+            yield alone
         return
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        timeout=timedelta(seconds=patience),
-        device_id=device_here if kind == "cuda" else None,
-    )
+    attempt = join(number, count, joining)
     global joined
     joined = True
-    found = Ranks(dist.get_rank(), count, device_here)
-    try:
-        with watched(torch.get_num_threads() if kind == "cpu" else 1):
-            yield found
-    except Interrupted:
+    found = Ranks(number, count, device_here, attempt=attempt)
+    with watching(found):
+        try:
+            found.heartbeat.beat("join")
+            with ends_process(joining, f"joining: the ranks that have met could not connect within {joining:.0f} s"):
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                    timeout=timedelta(seconds=patience), rank=number, world_size=count,
+                    store=PrefixStore(attempt.name, client(attempt.address)),
+                    device_id=device_here if kind == "cuda" else None,
+                )  # fmt: skip
+            with watched(torch.get_num_threads() if kind == "cpu" else 1):
+                yield found
+        except Interrupted:
+            dist.destroy_process_group()
+            raise
+        except BaseException:
+            found.heartbeat.over = True
+            raise
+        # After any other error peers may be gone, and taking leave of them would wait for them: the process just ends.
         dist.destroy_process_group()
-        raise
-    except BaseException:
-        found.heartbeat.over = True
-        raise
-    # After any other error peers may be gone, and taking leave of them would wait for them: the process just ends.
-    dist.destroy_process_group()
+
+
+@contextmanager
+def ends_process(seconds: float, why: str) -> Iterator[None]:
+    """Ends the process with a line and exit code 1 if what is inside, which nothing can interrupt, takes longer."""
+
+    def end() -> None:
+        print(f"st_fast: {why}", file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

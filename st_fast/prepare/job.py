@@ -4,7 +4,6 @@ Shard k is made by process k mod world alone, so no process waits for another. B
 its content; the process that finds all notes complete writes the manifest and removes them.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from st_fast.core.comparison import check_same
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import make_folder, read_json, write_json_atomic
-from st_fast.core.machine import rank_count
+from st_fast.core.machine import rank, rank_count
 from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, write_manifest
 from st_fast.prepare.writing import shard_name, write_shard
 
@@ -46,7 +45,7 @@ class Producer(Protocol):
 
 def own_share() -> slice:
     """Those of all shards that this process makes, of the processes that torchrun started."""
-    return slice(int(os.environ.get("RANK", "0")), None, rank_count())
+    return slice(rank(), None, rank_count())
 
 
 def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) -> None:

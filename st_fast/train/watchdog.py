@@ -20,6 +20,7 @@ from typing import Any
 
 from st_fast.core.checkpoint.saver import SAVING
 from st_fast.core.errors import EXIT_FAILED, Interrupted, RunFailed, UserError
+from st_fast.core.joining import Attempt
 from st_fast.core.machine import local_rank
 from st_fast.core.ranks import Ranks, Rendezvous
 
@@ -35,9 +36,9 @@ SAVE_PATIENCE = 20.0
 class Board(Rendezvous):
     """Where ranks leave messages: each writes its own, under its number, and reads all."""
 
-    def __init__(self, count: int) -> None:
-        super().__init__("watch")
-        self._keys = [f"{self.prefix}/{rank}" for rank in range(count)]
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__(attempt, "watch")
+        self._keys = [f"{self.prefix}/{rank}" for rank in range(attempt.count)]
 
     def read_all(self) -> list[str | None]:
         """The newest message of every rank; None before its first."""
@@ -204,7 +205,7 @@ def watched(ranks: Ranks, deadline: float) -> Iterator[None]:
     if deadline <= 0:
         yield
         return
-    dog = Watchdog(ranks, deadline, Board(ranks.count) if ranks.count > 1 else None)
+    dog = Watchdog(ranks, deadline, Board(ranks.attempt) if ranks.attempt else None)
     dog.start()
     try:
         yield

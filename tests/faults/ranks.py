@@ -70,8 +70,14 @@ class Nursery:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, count: int, recipe: Path, *options: str, breaks: dict[str, object] | None = None) -> list[Rank]:
-        """`count` ranks of one job (1: as without torchrun), with something broken in them (see `broken.py`)."""
+    def start(
+        self, count: int, recipe: Path, *options: str, breaks: dict[str, object] | None = None,
+        last: Sequence[str] = (),
+    ) -> list[Rank]:  # fmt: skip
+        """`count` ranks of one job (1: as without torchrun), with something broken in them (see `broken.py`).
+
+        `last` are options of the last rank alone.
+        """
         with socket.socket() as held:
             held.bind(("127.0.0.1", 0))
             port = str(held.getsockname()[1])
@@ -82,7 +88,8 @@ class Nursery:
             output = self.folder / f"output{self.started}.txt"
             env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
             env |= {"BREAK": json.dumps(breaks)} if breaks else {}
-            pid = self.ask({"start": [str(recipe), *options], "env": env, "output": str(output)})
+            own = last if rank == count - 1 else ()
+            pid = self.ask({"start": [str(recipe), *options, *own], "env": env, "output": str(output)})
             assert pid is not None
             found.append(Rank(pid, output, self))
         return found
