@@ -8,7 +8,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -39,10 +39,26 @@ Answer = tuple[Tensor, Tensor]
 """Moments (n, 2C, H, W) or features, in the set's dtype; labels (n,) int64. On the host (for CUDA pinned) or device."""
 
 
+@dataclass(frozen=True)
+class FilesIdentity:
+    """What tells whether files that have no hashes of their own were changed."""
+
+    stat: str
+    """SHA-256 of names, sizes and times of change; a copy has others."""
+    content: str = ""
+    """SHA-256 of what is in them; "" until it was read."""
+
+
+def nothing() -> None:
+    """Where nobody looks for signs of progress."""
+
+
 class RecordSet(Readable):
     """Latents that can be read by index: shards, or REPA's layout in place."""
 
     manifest: Manifest
+    files: FilesIdentity | None = None
+    """Of a layout whose manifest has no hashes."""
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -53,8 +69,8 @@ class RecordSet(Readable):
         return self.manifest.digest
 
     @abstractmethod
-    def verify(self) -> None:
-        """Reads everything once; `BadFile` names the first bad record."""
+    def verify(self, beat: Callable[[], None] = nothing) -> None:
+        """Reads everything once, with `beat` as a sign of progress; `BadFile` names the first bad record."""
 
     @abstractmethod
     def close(self) -> None:

@@ -7,6 +7,7 @@ this layout: `prepare --from-repa` makes shards, which have them and are read fa
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, open_regular, read_exactly, shown
 from st_fast.core.limits import npy_header
-from st_fast.data.ahead import RecordSet
+from st_fast.data.ahead import FilesIdentity, RecordSet, nothing
 from st_fast.data.images import SUFFIXES
 from st_fast.data.manifest import DTYPES, Manifest, VaeInfo, moments_problem
 from st_fast.data.sources import LABELS_FILE, Source, read_labels
@@ -30,7 +31,10 @@ def is_repa(folder: Path) -> bool:
 
 
 class RepaSet(RecordSet):
-    """The records of a folder in REPA's layout, sorted by file name. Its digest covers names and labels only."""
+    """The records of a folder in REPA's layout, sorted by file name. Its digest covers names and labels only.
+
+    `files` covers the rest: sizes and times of the files from the start, and their content once it was verified.
+    """
 
     def __init__(self, folder: Path, threads: int = 4) -> None:
         self.folder = Path(folder)
@@ -60,18 +64,38 @@ class RepaSet(RecordSet):
             num_classes=int(self.labels.max(initial=0)) + 1,
         )
         self._pool = ThreadPoolExecutor(threads, "st_fast repa")
+        self.files = FilesIdentity(self._stat())
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Reads records `indices` (n,) into out (n, 2C, H, W) of the set's dtype. `BadFile` names a bad file."""
         for _ in self._pool.map(self._read_one, np.asarray(indices).tolist(), out):
             pass
 
-    def verify(self) -> None:
-        """Reads every file: shape, dtype, NaN, Inf and absurd values."""
+    def verify(self, beat: Callable[[], None] = nothing) -> None:
+        """Reads every file: shape, dtype, NaN, Inf and absurd values; `files` then has the content's hash."""
+        content = hashlib.sha256()
         for start in range(0, len(self), 1024):
+            beat()
             moments = self.gather(np.arange(start, min(start + 1024, len(self))))[0].numpy()
             if problem := moments_problem(moments):
                 raise BadFile(f"{self.folder / LATENTS / self.names[start + problem[0]]}: {problem[1]}")
+            content.update(moments.tobytes())
+        self.files = FilesIdentity(self.files.stat if self.files else "", content.hexdigest())
+
+    def _stat(self) -> str:
+        """SHA-256 of the files' names, sizes and times."""
+        found = hashlib.sha256()
+
+        def look(name: str) -> tuple[int, int]:
+            try:
+                status = (self.folder / LATENTS / name).stat()
+            except OSError as error:
+                raise BadFile(f"{self.folder / LATENTS / name}: {error.strerror}") from None
+            return status.st_size, status.st_mtime_ns
+
+        for name, status in zip(self.names, self._pool.map(look, self.names), strict=True):
+            found.update(f"{name!r} {status}\n".encode())
+        return found.hexdigest()
 
     def close(self) -> None:
         """Ends the threads."""

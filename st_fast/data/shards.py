@@ -6,7 +6,9 @@ a SIGBUS, memory stays flat over an epoch, and several threads may read at once.
 
 import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from st_fast.core.errors import Say
 from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactly, read_header, sha256_file
 from st_fast.core.machine import allow_open_files, usable_cpus
 from st_fast.core.progress import bar
-from st_fast.data.ahead import RecordSet
+from st_fast.data.ahead import RecordSet, nothing
 from st_fast.data.manifest import (
     DTYPES,
     Manifest,
@@ -127,18 +129,19 @@ class ShardSet(CheckedRows, RecordSet):
         if problem := labels_problem(self.labels, manifest.num_classes):
             raise BadFile(f"{self.where(problem[0])}: {problem[1]}")
 
-    def verify(self) -> None:
+    def verify(self, beat: Callable[[], None] = nothing) -> None:
         """Reads every shard whole, several at a time: SHA-256, the CRC of each record, and the values."""
         shards = range(len(self._shards))
         with ThreadPoolExecutor(min(4, usable_cpus()), "st_fast verify") as pool:
-            for _ in bar(pool.map(self._verify_shard, shards), "verifying", len(shards), "shards"):
+            for _ in bar(pool.map(partial(self._verify_shard, beat), shards), "verifying", len(shards), "shards"):
                 pass
 
-    def _verify_shard(self, number: int) -> None:
+    def _verify_shard(self, beat: Callable[[], None], number: int) -> None:
         entry, first = self._shards[number], int(self._starts[number])
         right = sha256_file(self.folder / entry.file) == entry.sha256
         step = max(1, 2**24 // self.size)
         for start in range(first, first + entry.count, step):
+            beat()
             moments, _ = self.gather(np.arange(start, min(start + step, first + entry.count)))
             if problem := moments_problem(moments.numpy()):
                 raise BadFile(f"{self.where(start + problem[0])}: {problem[1]}")
@@ -149,19 +152,21 @@ class ShardSet(CheckedRows, RecordSet):
             )
 
 
-def open_data(folder: Path, verify: bool = True, at_least: int = 1, say: Say | None = None) -> RecordSet:
+def open_data(
+    folder: Path, verify: bool = True, at_least: int = 1, say: Say | None = None, beat: Callable[[], None] = nothing
+) -> RecordSet:
     """The records of a folder of shards, or of a folder in REPA's layout, read in place.
 
     Manifest, sizes, headers and labels are checked; each mistake is one `BadFile` line. verify: also reads everything
     once, checking SHA-256, NaN, Inf and absurd values. Without it each record of a shard is still checked against its
-    CRC whenever it is read. at_least: the records needed, one global batch.
+    CRC whenever it is read. at_least: the records needed, one global batch. beat: called as verifying makes progress.
     """
     records = RepaSet(folder) if is_repa(folder) else ShardSet(folder, read_manifest(folder))
     if len(records) < max(1, at_least):
         need = f"the global batch needs {at_least}" if len(records) else "nothing to train on"
         raise BadFile(f"data.path = {str(folder)!r}: {len(records)} records, {need}")
     if verify:
-        records.verify()
+        records.verify(beat)
         if say:
             shards = len(records.manifest.shards)
             where = f"{shards} shards" if shards else "REPA's layout"

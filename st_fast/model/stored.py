@@ -16,11 +16,13 @@ from st_fast.core.files import shown
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import BACKENDS, Attend
+from st_fast.model.finite import check_finite
 from st_fast.model.formats import adam
 from st_fast.model.formats.importing import import_file
 from st_fast.model.formats.layouts import check_table, detect, expected_trunk, infer
 from st_fast.model.formats.loaded_state import LoadedState, head_name, trunk
 from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, FLOWS, WEIGHTS, read_config
+from st_fast.model.vae import tensors_hash
 from st_fast.recipe import RecipeError, load_run
 from st_fast.recipe.document import parse_toml
 from st_fast.recipe.schema import Model, Recipe
@@ -156,38 +158,54 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """The trunk of a teacher, and what is known of it."""
+
+    architecture: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    path: Path
+    flow: str
+    step: int
+
+
 def load_frozen(
     root: Path, config: Model, weights: Literal["raw", "ema"], kernels: KernelTable, place: torch.device,
     dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
+    record: Callable[[dict[str, Any]], None] | None = None,
 ) -> SiT:  # fmt: skip
     """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
 
+    `record` is given what tells this model from others: path, step, weights and their SHA-256.
     UserError, in one line, if there is none, if its architecture differs from `config`, if it was trained on another
-    path than `flow` (where given), or if any key of the trunk is missing, unknown or of another shape.
+    path than `flow` (where given), if any key of the trunk is missing, unknown or of another shape, or not finite.
     """
-    theirs, tensors, path, its_flow = _weights(root, config, weights)
-    if flow is not None and its_flow != flow:
-        raise UserError(f"teacher {path}: trained on the {its_flow} path, flow.path = {flow!r}")
-    if differing := config.differences(theirs):
-        raise UserError(f"teacher {path}: another architecture: {', '.join(differing)}")
+    found = _weights(root, config, weights)
+    if flow is not None and found.flow != flow:
+        raise UserError(f"teacher {found.path}: trained on the {found.flow} path, flow.path = {flow!r}")
+    if differing := config.differences(found.architecture):
+        raise UserError(f"teacher {found.path}: another architecture: {', '.join(differing)}")
     model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
-    checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {path}")
-    model.to(dtype).to_empty(device=place).load_state_dict(dict(tensors))
+    checkpoint.match_strictly(model.state_dict(), found.tensors, f"teacher {found.path}")
+    check_finite(found.tensors, f"teacher {found.path}")
+    if record is not None:
+        digest = tensors_hash(found.tensors)
+        record({"path": str(found.path), "step": found.step, "weights": weights, "sha256": digest})
+    model.to(dtype).to_empty(device=place).load_state_dict(dict(found.tensors))
     return model.eval().requires_grad_(False)
 
 
-def _weights(
-    root: Path, config: Model, weights: Literal["raw", "ema"]
-) -> tuple[Mapping[str, Any], Mapping[str, Tensor], Path, str]:
-    """Architecture, weights, where they lie and the path of their flow; of a checkpoint only one group is read."""
+def _weights(root: Path, config: Model, weights: Literal["raw", "ema"]) -> _Weights:
+    """A teacher's weights; of a checkpoint only one group is read."""
     say = partial(print, flush=True)
     if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
         loaded = read_model(root, say, otherwise=config).loaded
         tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
-        return loaded.config.architecture(), tensors, root, loaded.path
+        return _Weights(loaded.config.architecture(), tensors, root, loaded.path, loaded.step)
     group = "model" if weights == "raw" else "ema"
     found = checkpoint.latest(root, say, groups=(group,))
     if found is None:
         raise UserError(f"teacher: no sound checkpoint under {root}")
-    return found.meta.get("architecture", {}), found.groups[group], found.path, flow_path(found.meta, str(found.path))
+    architecture, flow = found.meta.get("architecture", {}), flow_path(found.meta, str(found.path))
+    return _Weights(architecture, found.groups[group], found.path, flow, found.step)

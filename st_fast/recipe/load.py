@@ -9,7 +9,14 @@ from typing import Any
 from st_fast.recipe.architecture import Model, resolve_model
 from st_fast.recipe.batch import agreed, made_for
 from st_fast.recipe.check import check
-from st_fast.recipe.document import Document, apply_override, read_document, section_with
+from st_fast.recipe.document import (
+    Document,
+    apply_override,
+    as_document,
+    parse_toml,
+    read_document,
+    section_with,
+)
 from st_fast.recipe.error import RecipeError, cut, did_you_mean, key_text, unknown_name, wrong_value
 from st_fast.recipe.keys import build, keys, typed_value
 from st_fast.recipe.methods import METHODS, supervision_name
@@ -46,6 +53,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), ranks: int | None = 1)
 def load_run(run: str | Path) -> Recipe:
     """The recipe that the folder of a run keeps, for reading what was trained by however many processes."""
     return load(Path(run) / "recipe.toml", ranks=None)
+
+
+def from_text(text: str, where: str) -> Recipe:
+    """What `to_toml` wrote, resolved; RecipeError names `where` it stood."""
+    return resolve(parse(as_document(parse_toml(text, where))), Path(where))
 
 
 def parse(document: Document) -> Recipe:

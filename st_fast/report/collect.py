@@ -133,6 +133,10 @@ def read_run(path: Path, name: str = "") -> RunLog:
             kept[kind] = [latest[step] for step in sorted(latest)]
         stage = StageLog(its_name, entries.get(its_name, {}), kept)
         stages.append(stage)
+        for record in mine:
+            if record["kind"] == "accepted":
+                told = shown("; ".join(map(str, record.get("changes") or ())), 2_000)[1:-1]
+                notes.append(f"Stage “{its_name}” went on after step {record['step']:,} with accepted changes: {told}.")
         starts = sum(record["kind"] == "start" for record in mine)
         if starts > 1:
             times = "once" if starts == 2 else f"{starts - 1} times"
@@ -185,7 +189,7 @@ def _read_log(path: Path, notes: list[str]) -> list[Record]:
         if record is not None:
             _check(record, f"{path}: line {n}")
             records.append(record)
-    records = [record for record in records if record["kind"] in KINDS]
+    records = [record for record in records if record["kind"] in (*KINDS, "accepted")]
     if not records:
         raise UserError(f"{path}: holds no record yet; has this run begun?")
     return records

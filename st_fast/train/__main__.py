@@ -15,13 +15,12 @@ Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.machine import local_rank, rank_count
-from st_fast.recipe import Recipe, changed_maths, cost, load, load_run, to_toml
+from st_fast.recipe import Recipe, cost, load, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
 from st_fast.recipe.check import graphs_problem
 from st_fast.recipe.keys import choices, describe, keys
@@ -65,28 +64,22 @@ def main(arguments: Sequence[str]) -> None:
         print(parser().format_help())
         return
     path, overrides, flags = parse(arguments)
-    recipe = load(path, overrides, rank_count())
+    count = rank_count()
+    try:
+        recipe = load(path, overrides, count)
+    except UserError as error:
+        if count > 1 and "--dry-run" not in flags:
+            from st_fast.train.agreement import refuse
+
+            refuse(error)  # others, which may have been given another command, would wait for this rank
+        raise
     if "--dry-run" in flags:
         print(to_toml(recipe), end="")
-        print(summary(recipe, rank_count()))
+        print(summary(recipe, count))
         return
-    check_unchanged(recipe, "--accept-changes" in flags)
     from st_fast.train.run import run  # torch is imported only once the recipe is known to be right
 
-    run(recipe)
-
-
-def check_unchanged(recipe: Recipe, accept: bool) -> None:
-    """UserError if the output folder holds a run whose mathematics differ from the recipe's."""
-    kept = Path(recipe.run.out) / "recipe.toml"
-    if not kept.exists() or accept:
-        return
-    differences = changed_maths(load_run(recipe.run.out), recipe)
-    if differences:
-        raise UserError(
-            f"{recipe.run.out} holds a run with other mathematics: {'; '.join(differences)}. "
-            "Choose another --run.out, or --accept-changes to resume all the same"
-        )
+    run(recipe, "--accept-changes" in flags)
 
 
 def summary(recipe: Recipe, ranks: int) -> str:

@@ -1,31 +1,24 @@
 """What a run decides once, at its start, and keeps in its checkpoints, so that a resumed run computes the same bits."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from st_fast.core.checkpoint.store import candidates, read_manifest
-from st_fast.core.files import BadFile
 from st_fast.core.ranks import Ranks
 from st_fast.kernels.common.trial import Size
 from st_fast.model.timed import timed_choices
 from st_fast.recipe import Recipe
 from st_fast.recipe.batch import images_a_pass
+from st_fast.train.continuity import newest
 
 T = TypeVar("T")
 
 
 def newest_meta(recipe: Recipe) -> Mapping[str, Any] | None:
     """What the newest readable checkpoint of the run says of it; None where there is none yet."""
-    for stage in reversed(recipe.stages):
-        for candidate in candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
-            try:
-                return read_manifest(candidate.path).meta
-            except BadFile:  # loading it reports it
-                continue
-    return None
+    found = next(filter(None, (newest(recipe, stage) for stage in reversed(recipe.stages))), None)
+    return found[1].meta if found else None
 
 
 def kept(recipe: Recipe, name: str, kind: Callable[..., T]) -> T | None:

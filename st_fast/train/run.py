@@ -1,8 +1,10 @@
 """A whole run: data, every stage in order, the report."""
 
 import gc
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,10 +12,10 @@ import torch
 from st_fast import kernels
 from st_fast.core import lock
 from st_fast.core.checkpoint.store import candidates
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_atomic
 from st_fast.core.machine import PassTooLarge, local_rank
-from st_fast.core.ranks import process_group
+from st_fast.core.ranks import JOINING, Ranks, process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.ahead import RecordSet
 from st_fast.data.loader import kept_bytes
@@ -29,8 +31,10 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.check import check_device
 from st_fast.report import write_report
 from st_fast.train import memory, profiling, start, trackers
+from st_fast.train.agreement import RECIPE, agree, of_data, of_recipe
 from st_fast.train.batches import open_image_features
 from st_fast.train.choices import choose_kernels
+from st_fast.train.continuity import Changes, check_recipe
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
 from st_fast.train.stage import run_stage
@@ -39,10 +43,14 @@ from st_fast.train.watchdog import watched
 
 NO_TIMEOUT = 7 * 24 * 3_600.0
 """Seconds a rank waits for others where `run.hang_timeout` is 0."""
+LEAST_JOINING = 60.0
+"""Seconds by which one rank's imports may take longer than another's."""
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe, accept_changes: bool = False) -> None:
     """Trains every stage of the recipe, resuming where it stopped, and writes the report.
+
+    accept_changes: also where what it continues was begun with other mathematics.
 
     Raises Interrupted after a signal (saved), RunFailed when training can't go on, UserError for bad input.
     """
@@ -51,9 +59,13 @@ def run(recipe: Recipe) -> None:
     keep_freed_memory()
     patience = recipe.run.hang_timeout
     with (
-        process_group(recipe.run.device, patience=2.0 * patience or NO_TIMEOUT) as ranks,
+        process_group(
+            recipe.run.device,
+            2.0 * patience or NO_TIMEOUT,
+            joining_patience(patience),
+            partial(met, recipe, patience),
+        ) as ranks,
         stop_on_signals() as stop,
-        watched(ranks, patience),
     ):
         check_device(recipe.run, ranks.device.type)
         if ranks.first:
@@ -66,13 +78,13 @@ def run(recipe: Recipe) -> None:
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
         ):
             log = Log(out / "log.jsonl", ranks, track)
+            changes = Changes(accept_changes, log)
+            ranks.broadcast_from_rank0(lambda: check_recipe(recipe, changes))
             if ranks.first and recipe.data.source == "digits":
                 digits.prepare_digits(Path(recipe.data.path), log.say)
                 digits.prepare_features(recipe, log.say)
             ranks.barrier()
-            verify = recipe.data.verify and local_rank() == 0
-            shards = open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, log.say)
-            check_fits(recipe, shards.manifest)
+            shards = open_agreed_data(recipe, ranks, log.say)
             if (classes := shards.manifest.num_classes) < recipe.model.num_classes:
                 log.say(
                     f"data: {classes} classes; model.num_classes = {recipe.model.num_classes} has more than are trained"
@@ -90,12 +102,40 @@ def run(recipe: Recipe) -> None:
             with memory.explained(split, ranks, dtype, recipe):
                 rate = matmul_rate(ranks.device, dtype)
                 timed = choose_kernels(split, ranks, dtype, log.say)
-            context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed)
+            context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes)
             for stage in recipe.stages:
                 context = train_stage(context, stage, recipe)
             consensus.close()
             if ranks.first:
                 log.say(f"report: {write_report([out], out / 'report.html')}")
+
+
+@contextmanager
+def met(recipe: Recipe, hang_timeout: float, ranks: Ranks) -> Iterator[None]:
+    """Inside, the ranks that have just met are watched, and start only if they were given the same."""
+    with watched(ranks, hang_timeout):
+        agree(ranks, RECIPE, lambda: of_recipe(recipe), JOINING)
+        yield
+
+
+def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:
+    """The run's data, which fit the recipe and are the same on all ranks; one rank a machine verifies them."""
+    opened = list[RecordSet]()
+
+    def look() -> Mapping[str, str]:
+        verify, beat = recipe.data.verify and local_rank() == 0, partial(ranks.heartbeat.beat, "verify")
+        beat()
+        opened.append(open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, say, beat))
+        check_fits(recipe, opened[0].manifest)
+        return of_data(recipe, opened[0])
+
+    agree(ranks, "data", look, NO_TIMEOUT)
+    return opened[0]
+
+
+def joining_patience(hang_timeout: float) -> float:
+    """Seconds that a rank waits for the others: `run.hang_timeout`, but enough for imports and never for ever."""
+    return min(max(hang_timeout, LEAST_JOINING), JOINING) if hang_timeout else JOINING
 
 
 def train_stage(context: RunContext, stage: Stage, given: Recipe) -> RunContext:

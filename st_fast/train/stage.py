@@ -216,6 +216,7 @@ def _log_start(trainer: Trainer, first: int) -> None:
         matmul_flops_per_s=context.rate, dataset=context.shards.manifest.digest,
         versions={"st_fast": __version__, "torch": torch.__version__},
         **({"init": trainer.origin} if trainer.origin else {}),
+        **({"teacher": trainer.teacher} if trainer.teacher else {}),
     )  # fmt: skip
 
 

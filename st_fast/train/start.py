@@ -12,6 +12,7 @@ from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import Say, UserError
 from st_fast.model import SiT
+from st_fast.model.finite import check_finite
 from st_fast.model.formats.loaded_state import LoadedState, head_name, heads, trunk
 from st_fast.model.stored import read_model
 from st_fast.model.vae import tensors_hash
@@ -69,6 +70,8 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     known = {key for key in drawn["model"] if key not in kept}
     found = {key: tensor for key, tensor in trunk(loaded.model).items() if key not in known}
     differing = recipe.model.differences(theirs)
+    for tensors in (loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq):
+        check_finite(tensors, where)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named + _fresh_hint(kept, found))
     if theirs["heads"] != recipe.model.heads:  # no weight's shape tells them

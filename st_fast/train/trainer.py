@@ -24,7 +24,7 @@ from st_fast.model.side_stream import apart, batched, side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Stage
-from st_fast.train import adamw, start, supervision
+from st_fast.train import adamw, continuity, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.examiner import Examiner
 from st_fast.train.graphs import GraphChoice
@@ -53,6 +53,8 @@ class RunContext:
     """The result of `optim.micro_batch = "auto"`, which is in `recipe` as accumulation; None without it."""
     timed: Mapping[str, str] = field(default_factory=dict)
     """The kernels that a trial has chosen, by op: "fused" or "reference"."""
+    changes: continuity.Changes | None = None
+    """What is refused or accepted where the run continues; None: not compared."""
 
 
 class Trainer:
@@ -75,7 +77,9 @@ class Trainer:
             self.shards = Shards(context.ranks, REDUCTION[recipe.optim.reduction])
             self.shards.model(self.model)
         _compile(context, self.model)
-        frozen = _teacher(context, stage, table, attend)
+        self.teacher: dict[str, Any] | None = None
+        """What tells the teacher from others; only the first rank, which reads it, knows."""
+        frozen = self._read_teacher(table, attend)
         checkpoint_activations(self.model, recipe.run.checkpointing)
         if frozen is not None:
             if self.shards is not None and recipe.run.shard_teacher:
@@ -110,12 +114,31 @@ class Trainer:
         # The first rank's, or every rank's where each writes its own part.
         ranks, run, team = context.ranks, recipe.run, None
         if self.shards is not None:
-            rendezvous, over = Rendezvous("save"), lambda: ranks.heartbeat.over
+            assert ranks.attempt is not None
+            rendezvous, over = Rendezvous(ranks.attempt, "save"), lambda: ranks.heartbeat.over
             team = checkpoint.Team(ranks.rank, ranks.count, rendezvous, stage.name, over)
         self.saver: checkpoint.Saver | None = None
         if ranks.first or team is not None:
             root, say = self.folder / "checkpoints", context.log.say
             self.saver = checkpoint.Saver(root, say, keep=run.keep, keep_every=run.keep_every, team=team)
+
+    def _read_teacher(self, table: kernels.KernelTable, attend: Attend) -> SiT | None:
+        context, name = self.context, self.stage.method.teacher_name
+        if name is None:
+            return None
+        recipe, ranks, loaded = context.recipe, context.ranks, list[SiT]()
+
+        def load() -> None:
+            root, group = stored.checkpoint_root(recipe, name), self.stage.method.teacher_group
+            place, record = ranks.device, partial(setattr, self, "teacher")
+            model = recipe.model
+            loaded.append(stored.load_frozen(root, model, group, table, place, context.dtype, attend, record=record))
+
+        ranks.broadcast_from_rank0(load)
+        model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, context.dtype, attend)
+        model.eval().requires_grad_(False)
+        ranks.broadcast(model.state_dict().values())
+        return model
 
     @property
     def folder(self) -> Path:
@@ -179,6 +202,10 @@ class Trainer:
         manifest, folder = self.context.shards.manifest, Path(self.context.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
         self.features.check_same(found.meta.get("features", []), str(found.path))
+        if before is None and self.context.changes is not None and found.step < self.stage.steps:
+            differences = continuity.file_differences(found.meta.get("files"), self.context.shards)
+            differences += continuity.teacher_differences(self.stage, found.meta.get("teacher"), self.teacher)
+            self.context.changes.check(differences, self.stage.name, found.step)
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
         into.update(found.groups)
@@ -196,7 +223,9 @@ class Trainer:
             "recipe": to_toml(recipe),
             "architecture": recipe.model.architecture(),
             "dataset": self.context.shards.manifest.digest,
+            "files": continuity.of_files(self.context.shards),
             "features": self.features.digests,
+            "teacher": self.teacher,
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
             "init": self.origin,
@@ -229,23 +258,6 @@ class Trainer:
             if not self.averaged.pos_embed.is_meta:
                 self.averaged.get_parameter(name).copy_(whole)
         return self.averaged
-
-
-def _teacher(context: RunContext, stage: Stage, table: kernels.KernelTable, attend: Attend) -> SiT | None:
-    name = stage.method.teacher_name
-    if name is None:
-        return None
-    recipe, ranks, loaded = context.recipe, context.ranks, list[SiT]()
-
-    def load() -> None:
-        root, group = stored.checkpoint_root(recipe, name), stage.method.teacher_group
-        loaded.append(stored.load_frozen(root, recipe.model, group, table, ranks.device, context.dtype, attend))
-
-    ranks.broadcast_from_rank0(load)
-    model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, context.dtype, attend)
-    model.eval().requires_grad_(False)
-    ranks.broadcast(model.state_dict().values())
-    return model
 
 
 def _average(

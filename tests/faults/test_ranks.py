@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from st_fast.core.errors import EXIT_USAGE
 from st_fast.core.ranks import Ranks
 from st_fast.data.shards import open_data
 from st_fast.recipe import load
@@ -16,6 +18,7 @@ from st_fast.recipe.schema import Recipe
 from st_fast.train.batches import BatchIterator
 from tests import tiny
 from tests.faults.ranks import finish, torchrun
+from tests.faults.restarts import killed_again_and_again
 
 TOLERANCE = 2e-5
 """Relative, of losses and gradient norms over 20 steps: only the order of float32 sums differs between rank counts."""
@@ -60,6 +63,29 @@ def test_the_samples_named_for_a_step_are_those_the_ranks_saw(recipe):
     ordinals, records = iterator.samples(5, [1, 3])
     assert ordinals == [42, 43, 46, 47] and records == seen[1] + seen[3]
     assert iterator.samples(5, [])[1] == [record for rank in range(4) for record in seen[rank]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--optim.lr=0.5", "--run.out=elsewhere"], ["rank 1 has optim.lr = 0.5, rank 0 0.01", "run.out = elsewhere"]),
+        (["--optim.batch_size=7"], ["rank 1: ", "optim.batch_size = 7"]),
+        (["--data.path=/nowhere"], ["rank 1: data.path = '/nowhere'"]),
+    ],
+)
+def test_ranks_that_were_given_other_commands_end_with_the_same_line(options, words, one_stage, nursery):
+    ranks = nursery.start(2, one_stage, last=options)
+    assert finish(ranks) == [EXIT_USAGE] * 2
+    lines = [[line for line in rank.text.splitlines() if line.startswith("st_fast:")] for rank in ranks]
+    assert lines[0] == lines[1] and len(lines[0]) == 1 and all(word in lines[0][0] for word in words), lines
+    assert not (one_stage.parent / "out" / "align").exists()
+
+
+def test_a_rank_killed_under_torchrun_is_restarted_and_the_run_ends_with_the_same_bits(recipe, pair, states, tmp_path):
+    code, killed = killed_again_and_again(recipe, tmp_path / "log.txt", [5.0], random.Random(0), "--run.save_every=2")
+    assert (code, killed) == (0, 1), (tmp_path / "log.txt").read_text()
+    ours, theirs = states(recipe.parent / "out"), states(pair)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def close(ours: list[dict], theirs: list[dict]) -> None:

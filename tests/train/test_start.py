@@ -27,7 +27,8 @@ from st_fast.recipe import RecipeError, load
 from st_fast.recipe.methods import EVERYWHERE, METHODS, Method, Selection
 from st_fast.recipe.schema import Optim
 from st_fast.train import start, trainer
-from st_fast.train.__main__ import check_unchanged
+from st_fast.train.continuity import Changes, check_recipe
+from st_fast.train.log import Log
 from st_fast.train.optim import Optimizer
 from st_fast.train.parallel import hand_out
 from st_fast.train.run import run
@@ -73,7 +74,8 @@ def refused(recipe: Path, *options: str) -> str:
         run(load(recipe, options))
     assert "\n" not in str(caught.value)
     assert not (recipe.parent / "out" / "plain" / "checkpoints").exists()
-    check_unchanged(load(recipe, ("--optim.lr=0.5",)), accept=False)  # nothing began: it may be put right
+    corrected = load(recipe, ("--optim.lr=0.5",))  # nothing began: it may be put right
+    check_recipe(corrected, Changes(False, Log(recipe.parent / "out" / "log.jsonl", Ranks(0, 1, torch.device("cpu")))))
     return str(caught.value)
 
 

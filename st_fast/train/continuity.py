@@ -1,0 +1,133 @@
+"""What a resumed run must have in common with what it continues: recipe, data, teacher and other files it reads.
+
+Each checkpoint says with what it was made, so that nothing depends on the copy of the recipe in the run folder. What
+has changed is refused in one line; `--accept-changes` goes on all the same, and the log and the report say so.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from st_fast.core.checkpoint.store import Manifest, candidates, read_manifest
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, shown
+from st_fast.data.ahead import FilesIdentity, RecordSet
+from st_fast.recipe import Recipe, RecipeError, Stage, changed_maths, from_text, load_run
+from st_fast.train.log import Log
+
+KIND = "accepted"
+"""Of the log's records of accepted changes."""
+
+
+@dataclass
+class Changes:
+    """Refuses changes, or accepts them for good: what was accepted once is not asked again."""
+
+    accept: bool
+    log: Log
+    accepted: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Reads what was accepted before; only the first rank, which alone compares."""
+        if self.log.active and self.log.path.exists():
+            for line in self.log.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                if f'"{KIND}"' in line:
+                    self.accepted |= _changes(line)
+
+    def check(self, differences: Sequence[str], stage: str, step: int) -> None:
+        """UserError with all differences that are neither accepted now nor before; `stage` and `step` are continued."""
+        fresh = [line for line in dict.fromkeys(differences) if line not in self.accepted]
+        if not fresh:
+            return
+        text = "; ".join(fresh)
+        if not self.accept:
+            raise UserError(
+                f"{self.log.path.parent} holds a run with other mathematics: {text}. "
+                "Restore that, choose another --run.out, or --accept-changes to resume all the same"
+            )
+        self.accepted |= set(fresh)
+        self.log.write(KIND, stage, step, changes=fresh)
+        self.log.say(f"accepted: {text}")
+
+
+def _changes(line: str) -> set[str]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return set()
+    found = record.get("changes") if isinstance(record, dict) and record.get("kind") == KIND else None
+    return {change for change in found if isinstance(change, str)} if isinstance(found, list) else set()
+
+
+def newest(recipe: Recipe, stage: Stage) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint of a stage whose manifest can be read, and where it lies."""
+    for candidate in candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
+        try:
+            return candidate.path, read_manifest(candidate.path)
+        except BadFile:  # loading it reports it
+            continue
+    return None
+
+
+def check_recipe(recipe: Recipe, changes: Changes) -> None:
+    """Compares the recipe with the run folder's and with that of every stage's newest checkpoint."""
+    out, differences, at = Path(recipe.run.out), list[str](), (recipe.stages[0].name, 0)
+    if (out / "recipe.toml").exists():
+        differences += changed_maths(load_run(out), recipe)
+    for stage in recipe.stages:
+        if (found := newest(recipe, stage)) is None:
+            continue
+        path, manifest = found
+        at = stage.name, manifest.step
+        if (name := manifest.meta.get("stage", stage.name)) != stage.name:
+            differences.append(f"{path} is a checkpoint of stage {shown(name)}")
+        with suppress(KeyError, RecipeError):  # of another program's making, or of a version with other keys
+            differences += changed_maths(from_text(str(manifest.meta["recipe"]), str(path)), recipe)
+        if manifest.step < stage.steps:
+            differences += _longer_teacher(recipe, stage, manifest.meta)
+    changes.check(differences, *at)
+
+
+def _longer_teacher(recipe: Recipe, stage: Stage, meta: Mapping[str, Any]) -> list[str]:
+    """A stage of this run that teaches one which has begun, but is to be trained on before that goes on."""
+    name, before = stage.method.teacher_name, meta.get("teacher")
+    if name is None or not isinstance(before, dict) or all(other.name != name for other in recipe.stages):
+        return []
+    return teacher_differences(stage, before, before | {"step": recipe.stage(name).steps})
+
+
+def teacher_differences(stage: Stage, before: Any, now: Mapping[str, Any] | None) -> list[str]:
+    """How the teacher that a stage has differs from the one it had; nothing is known of it in older checkpoints."""
+    if not isinstance(before, dict) or now is None:
+        return []
+    label = f"stage.{stage.name}: its teacher {stage.method.teacher_name} was"
+    if before.get("step") != now["step"]:
+        return [f"{label} at step {shown(before.get('step'))} (now {now['step']})"]
+    if before.get("sha256") != now["sha256"]:
+        return [f"{label} {shown(before.get('sha256'))[1:13]} (now {now['sha256'][:12]}), at step {now['step']}"]
+    return []
+
+
+def file_differences(saved: Any, records: RecordSet) -> list[str]:
+    """Whether files without hashes of their own were changed; a copy, which has other times, is read to find out."""
+    if not isinstance(saved, dict) or records.files is None:
+        return []
+    before = FilesIdentity(str(saved.get("stat")), str(saved.get("content") or ""))
+    if before.stat == records.files.stat:
+        return []
+    if before.content and not records.files.content:
+        records.verify()
+    now = records.files
+    if before.content and before.content == now.content:
+        return []
+    known = "" if before.content else ", and data.verify was false, so that their content is not known"
+    ours, theirs = (before.content, now.content) if before.content else (before.stat, now.stat)
+    return [f"data.path: its files were {ours[:12]} (now {theirs[:12]}){known}"]
+
+
+def of_files(records: RecordSet) -> dict[str, str] | None:
+    """What a checkpoint records of files without hashes."""
+    return asdict(records.files) if records.files is not None else None

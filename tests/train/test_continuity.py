@@ -1,0 +1,164 @@
+"""What a run continues is what it was: its recipe, teacher and files are compared with what its checkpoints say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast.core import checkpoint
+from st_fast.core.checkpoint.store import read_manifest, save
+from st_fast.core.errors import EXIT_USAGE, UserError
+from st_fast.data.repa import LATENTS
+from st_fast.recipe import load, to_toml
+from st_fast.train.run import run
+from tests import tiny
+
+HALF = "--stage.transcend.steps=4"
+TEACHER = "stage.transcend: its teacher"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def not_measured():
+    """The machine's speed, which takes longer than such a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("st_fast.train.run.matmul_rate", lambda device, dtype: 1e11)
+        yield
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A run whose second stage has four of its ten steps."""
+    folder = tmp_path_factory.mktemp("begun")
+    torch.set_num_threads(1)
+    data = tiny.write_data(folder / "data")
+    run(load(tiny.write_recipe(folder / "tiny.toml", data, folder / "out"), [HALF]))
+    return folder
+
+
+@pytest.fixture
+def recipe(begun, tmp_path, one_thread) -> Path:
+    """A recipe for a copy of that run."""
+    shutil.copytree(begun / "out", tmp_path / "out")
+    found = tiny.write_recipe(tmp_path / "tiny.toml", begun / "data", tmp_path / "out")
+    (tmp_path / "out" / "recipe.toml").write_text(to_toml(load(found, [HALF])))
+    return found
+
+
+def refused(recipe: Path, *options: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run(load(recipe, options))
+    assert caught.value.exit_code == EXIT_USAGE and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def accepted(recipe: Path) -> list[str]:
+    return [change for record in tiny.records(recipe.parent / "out", "accepted") for change in record["changes"]]
+
+
+def test_without_the_runs_copy_of_the_recipe_its_checkpoints_say_what_it_was(recipe):
+    (recipe.parent / "out" / "recipe.toml").unlink()
+    assert "optim.lr: 0.01 → 0.5; run.seed: 3 → 4" in refused(recipe, "--optim.lr=0.5", "--run.seed=4")
+
+
+def test_an_edited_copy_of_the_recipe_hides_nothing(recipe):
+    other = load(recipe, ["--optim.lr=0.5"])
+    (recipe.parent / "out" / "recipe.toml").write_text(to_toml(other))
+    assert "optim.lr: 0.01 → 0.5" in refused(recipe, "--optim.lr=0.5")
+    assert "optim.lr: 0.5 → 0.01" in refused(recipe)
+
+
+def test_stages_of_another_run_or_place_are_told(recipe, begun):
+    out = recipe.parent / "out"
+    shutil.rmtree(out / "transcend")
+    shutil.copytree(out / "align", out / "transcend")
+    assert "is a checkpoint of stage 'align'" in refused(recipe)
+    newest = max((out / "align" / "checkpoints").iterdir())
+    found = checkpoint.load(newest)
+    meta = found.meta | {"recipe": to_toml(load(recipe, ["--run.seed=9"]))}
+    shutil.rmtree(newest)
+    save(newest.parent, found.step, found.groups, meta)
+    shutil.rmtree(out / "transcend")
+    assert "run.seed: 9 → 3" in refused(recipe)
+
+
+def test_a_teacher_that_was_trained_on_is_refused_unless_accepted_and_then_told_for_good(recipe):
+    longer = "--stage.align.steps=12"
+    assert f"{TEACHER} align was at step 10 (now 12)" in refused(recipe, longer)
+    run(load(recipe, [longer, "--stage.transcend.steps=6"]), accept_changes=True)
+    assert accepted(recipe) == [f"{TEACHER} align was at step 10 (now 12)"]
+    run(load(recipe, [longer, "--stage.transcend.steps=8"]))  # is not asked again
+    out = recipe.parent / "out"
+    assert "with accepted changes: stage.transcend: its teacher align" in (out / "report.html").read_text()
+    newest = max((out / "transcend" / "checkpoints").iterdir())
+    teacher = read_manifest(newest).meta["teacher"]
+    assert teacher["step"] == 12 and teacher["weights"] == "raw" and len(teacher["sha256"]) == 64
+    assert tiny.records(out, "start")[-1]["teacher"] == teacher
+
+
+def changed_teacher(out: Path, key: str, value: float) -> None:
+    """The first stage's last checkpoint again, with one value of its weights another."""
+    newest = max((out / "align" / "checkpoints").iterdir())
+    found = checkpoint.load(newest)
+    found.groups["model"][key].view(-1)[-1] = value
+    shutil.rmtree(newest)
+    save(newest.parent, found.step, found.groups, found.meta)
+
+
+def test_a_teacher_of_the_same_step_with_other_weights_is_refused(recipe):
+    changed_teacher(recipe.parent / "out", "final_layer.linear.weight", 0.25)
+    assert f"{TEACHER} align was " in (text := refused(recipe)) and "at step 10" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_teacher_that_is_not_finite_is_refused_by_its_tensors_name(value, recipe):
+    shutil.rmtree(recipe.parent / "out" / "transcend")
+    changed_teacher(recipe.parent / "out", "blocks.1.attn.qkv.weight", value)
+    assert "blocks.1.attn.qkv.weight (96, 32) has 1 values that are NaN or infinite" in refused(recipe)
+
+
+def test_checkpoints_that_say_nothing_of_a_teacher_go_on(recipe):
+    newest = max((recipe.parent / "out" / "transcend" / "checkpoints").iterdir())
+    found = checkpoint.load(newest)
+    meta = {key: value for key, value in found.meta.items() if key not in ("teacher", "files")}
+    shutil.rmtree(newest)
+    save(newest.parent, found.step, found.groups, meta)
+    run(load(recipe, ["--stage.transcend.steps=5"]))
+
+
+@pytest.fixture
+def arrays(tmp_path, one_thread) -> Path:
+    """A recipe for REPA's layout, begun."""
+    folder, rng = tmp_path / "repa" / LATENTS, np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    names = [f"img-mean-std-{number:08d}.npy" for number in range(16)]
+    for name in names:
+        moments = rng.standard_normal((8, 4, 4)).astype(np.float32)
+        np.save(folder / name, np.concatenate((moments[:4], np.abs(moments[4:]))))
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[name, i % 5] for i, name in enumerate(names)]}))
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", tmp_path / "repa", tmp_path / "out")
+    text = recipe.read_text()
+    recipe.write_text(text[: text.rindex("[[stage]]")])
+    return recipe
+
+
+@pytest.mark.parametrize("verify", ["true", "false"])
+def test_arrays_that_changed_between_starts_are_refused_and_copied_ones_are_not(verify, arrays):
+    folder, options = arrays.parent / "repa" / LATENTS, (f"--data.verify={verify}", "--stage.align.steps=6")
+    run(load(arrays, [f"--data.verify={verify}", "--stage.align.steps=4"]))
+    for file in folder.glob("*.npy"):  # as a copy has them
+        os.utime(file, ns=(10**18, 10**18))
+    if verify == "true":
+        run(load(arrays, [*options, "--stage.align.steps=5"]))
+    else:
+        assert "their content is not known" in refused(arrays, *options)
+    changed = folder / "img-mean-std-00000003.npy"
+    np.save(changed, np.load(changed) * np.float32(0.5))
+    assert "data.path: its files were" in refused(arrays, *options)
+    run(load(arrays, options), accept_changes=True)
+    assert len(accepted(arrays)) == 1
