@@ -73,17 +73,19 @@ def newest(recipe: Recipe, stage: Stage) -> tuple[Path, Manifest] | None:
 
 
 def check_recipe(recipe: Recipe, changes: Changes) -> None:
-    """Compares the recipe with the run folder's and with that of every stage's newest checkpoint."""
+    """Compares the recipe with the run folder's and with that of the newest checkpoint.
+
+    Stages before that one are done; where one of them teaches, the teacher itself is compared.
+    """
     out, differences, at = Path(recipe.run.out), list[str](), (recipe.stages[0].name, 0)
     if (out / "recipe.toml").exists():
         differences += changed_maths(load_run(out), recipe)
-    for stage in recipe.stages:
-        if (found := newest(recipe, stage)) is None:
-            continue
-        path, manifest = found
-        at = stage.name, manifest.step
+    begun = [(stage, *found) for stage in recipe.stages if (found := newest(recipe, stage)) is not None]
+    for stage, path, manifest in begun:
         if (name := manifest.meta.get("stage", stage.name)) != stage.name:
             differences.append(f"{path} is a checkpoint of stage {shown(name)}")
+    for stage, path, manifest in begun[-1:]:
+        at = stage.name, manifest.step
         with suppress(KeyError, RecipeError):  # of another program's making, or of a version with other keys
             differences += changed_maths(from_text(str(manifest.meta["recipe"]), str(path)), recipe)
         if manifest.step < stage.steps:

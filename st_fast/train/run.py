@@ -80,6 +80,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             log = Log(out / "log.jsonl", ranks, track)
             changes = Changes(accept_changes, log)
             ranks.broadcast_from_rank0(lambda: check_recipe(recipe, changes))
+            ranks.heartbeat.beat("prepare" if ranks.first else "agree")
             if ranks.first and recipe.data.source == "digits":
                 digits.prepare_digits(Path(recipe.data.path), log.say)
                 digits.prepare_features(recipe, log.say)

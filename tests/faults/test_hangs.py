@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
 import torch
 
 from st_fast.core.errors import EXIT_FAILED
-from st_fast.core.ranks import Heartbeat, Ranks
-from st_fast.train.watchdog import Watchdog
+from st_fast.core.ranks import Heartbeat, Ranks, ends_process
+from st_fast.data.shards import open_data
+from st_fast.train.run import joining_patience
+from st_fast.train.watchdog import WAITING, Watchdog
 from tests.faults.ranks import finish, wait_for
 
 DEADLINE = 6
@@ -57,6 +60,22 @@ def test_a_single_process_that_hangs_names_its_own_place(recipe, nursery):
     ranks = nursery.start(1, recipe, "--run.hang_timeout=5", breaks=plan)
     assert finish(ranks) == [EXIT_FAILED]
     assert "no progress for 5 s: rank 0 of 1" in ranks[0].text and "align step 4, phase data" in ranks[0].text
+
+
+def test_verifying_shows_signs_of_progress_and_no_phase_that_works_counts_as_waiting(data):
+    seen: list[int] = []
+    open_data(data, beat=lambda: seen.append(1)).close()
+    assert len(seen) == 2  # shards
+    assert not {"join", "prepare", "verify", "read", "build", "step", "data", "sample", "save"} & set(WAITING)
+
+
+def test_joining_longer_than_its_bound_ends_the_process_with_a_line(monkeypatch, capfd):
+    ended = threading.Event()
+    monkeypatch.setattr("st_fast.core.ranks.os._exit", lambda code: ended.set() if code == EXIT_FAILED else None)
+    with ends_process(0.02, "joining: too late"):
+        assert ended.wait(20)
+    assert capfd.readouterr().err == "st_fast: joining: too late\n"
+    assert [joining_patience(seconds) for seconds in (0, 5, 100, 1800)] == [300, 60, 100, 300]
 
 
 class Memory:
