@@ -29,13 +29,17 @@ class Changes:
     accept: bool
     log: Log
     accepted: set[str] = field(default_factory=set)
+    scored: dict[str, Any] = field(default_factory=dict)
+    """The metrics of the log's last evaluation."""
 
     def __post_init__(self) -> None:
-        """Reads what was accepted before; only the first rank, which alone compares."""
+        """Reads what was accepted and scored before; only the first rank, which alone compares."""
         if self.log.active and self.log.path.exists():
             for line in self.log.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 if f'"{KIND}"' in line:
-                    self.accepted |= _changes(line)
+                    self.accepted |= set(map(str, _field(line, KIND, "changes", list)))
+                if '"eval"' in line:
+                    self.scored = dict(_field(line, "eval", "metrics", dict)) or self.scored
 
     def check(self, differences: Sequence[str], stage: str, step: int) -> None:
         """UserError with all differences that are neither accepted now nor before; `stage` and `step` are continued."""
@@ -53,13 +57,23 @@ class Changes:
         self.log.say(f"accepted: {text}")
 
 
-def _changes(line: str) -> set[str]:
+def _field(line: str, kind: str, key: str, of: type[Any]) -> Any:
+    """A value of a log's record of a kind; an empty one where the line is no such record."""
     try:
         record = json.loads(line)
-    except ValueError:
-        return set()
-    found = record.get("changes") if isinstance(record, dict) and record.get("kind") == KIND else None
-    return {change for change in found if isinstance(change, str)} if isinstance(found, list) else set()
+    except (ValueError, RecursionError):
+        return of()
+    found = record.get(key) if isinstance(record, dict) and record.get("kind") == kind else None
+    return found if isinstance(found, of) else of()
+
+
+def score_differences(before: Mapping[str, Any], protocol: Mapping[str, str]) -> list[str]:
+    """Whether the log has scores by another network or against another reference than those to come."""
+    return [
+        f"evaluate: {key.removesuffix('_sha256')} was {str(before[key])[:12]} (now {now[:12]})"
+        for key, now in protocol.items()
+        if key in before and before[key] != now
+    ]
 
 
 def newest(recipe: Recipe, stage: Stage) -> tuple[Path, Manifest] | None:

@@ -25,6 +25,8 @@ class Examiner:
     def __init__(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log) -> None:
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
         self._reference = Path(recipe.evaluate.reference or recipe.data.path)
+        self.protocol: dict[str, str] = {}
+        """SHA-256 of what scores depend on beside the samples, once it was checked."""
         self._inception: tuple[Inception, scores.Reference] | None = None
 
     def check(self) -> None:
@@ -33,10 +35,12 @@ class Examiner:
         if wanted.classifier:
             classifier.read_images(Path(self.recipe.data.path))
         if wanted.inception:
-            load_inception(Path(wanted.inception), torch.device("cpu"))
+            self.protocol["inception_sha256"] = load_inception(Path(wanted.inception), torch.device("cpu")).sha256
             model = self.recipe.model
             latents = torch.zeros(1, model.channels, model.latent_size, model.latent_size, device=self.ranks.device)
-            scores.open_reference(self._reference, scores.InMemory(self._decode(latents).cpu().numpy()).shape)
+            self.protocol["reference_sha256"], *_ = scores.open_reference(
+                self._reference, scores.InMemory(self._decode(latents).cpu().numpy()).shape
+            )
 
     @cached_property
     def _decode(self) -> Decode:

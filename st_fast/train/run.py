@@ -34,7 +34,7 @@ from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.agreement import RECIPE, agree, of_data, of_recipe
 from st_fast.train.batches import open_image_features
 from st_fast.train.choices import choose_kernels
-from st_fast.train.continuity import Changes, check_recipe
+from st_fast.train.continuity import Changes, check_recipe, score_differences
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
 from st_fast.train.stage import run_stage
@@ -95,6 +95,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             examiner = Examiner(recipe, shards.manifest, ranks, log)
             check_fp8(recipe, ranks.device)
             ranks.broadcast_from_rank0(examiner.check)
+            differences = score_differences(changes.scored, examiner.protocol)
+            ranks.broadcast_from_rank0(lambda: changes.check(differences, recipe.stages[0].name, 0))
             dtype, kept = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
             split, choice = memory.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:

@@ -33,6 +33,17 @@ def network():
     return found
 
 
+def test_scores_by_another_network_do_not_join_those_of_a_log(folder, monkeypatch):
+    out = trained(folder, *STEPS, "--stage.plain.steps=4")
+    other = network()
+    other = network()
+    other.sha256 = "0" * 64
+    monkeypatch.setattr(examiner, "load_inception", lambda path, device: other)
+    with pytest.raises(UserError, match=r"evaluate: inception was \w{12} \(now 000000000000\)"):
+        trained(folder, *STEPS)
+    assert not any("accepted" in line for line in (out / "log.jsonl").read_text().splitlines())
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Data with real images, and a stand-in for Inception with 8 features."""
