@@ -1,35 +1,58 @@
 """Image files → uint8 arrays: odd pixel formats made ordinary, then ADM's centre crop."""
 
 import io
+import re
+import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from st_fast.core.errors import UserError, first_line
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is opened. Others, such as EPS, would start foreign programs."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "DIB", "TGA", "PCX", "SGI", "QOI")
+"""What is opened, where this Pillow can. Others, such as EPS, would start foreign programs."""
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jpe",
+    ".jfif", ".mpo", ".apng", ".avifs", ".jp2", ".j2k", ".jpf", ".jpx", ".dib", ".tga", ".pcx", ".sgi", ".qoi",
+)  # fmt: skip
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
+"""Of an image, and of one that is made larger to be cropped; Pillow's own limit."""
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half of that
 
 
 class BadImage(UserError):
     """An image that can't be used; says why."""
 
 
-def decode_image(data: bytes, channels: int) -> Image.Image:
+def decode_image(data: bytes, channels: int, upright: bool = True) -> Image.Image:
     """Bytes of an image file → an image of 3 (RGB) or 1 (L) channels of 8 bits. `BadImage` where that can't be.
 
-    Grayscale, palette and CMYK are converted, 16 bits become 8, alpha is laid over white, EXIF rotation is ignored as
-    in the published preprocessing.
+    Grayscale, palette and CMYK are converted, 16 bits become 8, alpha is laid over white. `upright` turns the image as
+    its EXIF orientation says, as people see it; ADM's, EDM's and REPA's programs ignore that.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        with Image.open(io.BytesIO(data), formats=_formats()) as file:
             file.load()
-            return _ordinary(file).convert("RGB" if channels == 3 else "L")
+            return _ordinary(_turned(file) if upright else file).convert("RGB" if channels == 3 else "L")
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-        raise BadImage(f"{type(error).__name__}: {first_line(error)[:120]}") from None
+        reason = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", first_line(error))[:120]
+        raise BadImage(f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in reason)}") from None
+
+
+def _formats() -> list[str]:
+    """Those of FORMATS that this Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says; as it is where the EXIF is broken."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever a broken EXIF makes Pillow stumble over: the pixels are sound
+        return image
 
 
 def _ordinary(image: Image.Image) -> Image.Image:
@@ -52,6 +75,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's centre crop (guided-diffusion, arXiv 2105.05233): halve by box filter while the shorter side is at least
     twice `size`, bicubic to `size` on the shorter side, cut the middle out. Returns uint8 (size, size[, 3]).
     """
+    if (larger := size**2 * max(image.size) / min(image.size)) > MAX_PIXELS:
+        raise BadImage(f"{image.width} × {image.height} pixels: at {size} for the shorter side {larger:.0f} pixels")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -60,7 +85,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def load_image(data: bytes, size: int, channels: int) -> np.ndarray:
+def load_image(data: bytes, size: int, channels: int, upright: bool = True) -> np.ndarray:
     """Bytes of an image file → uint8 (channels, size, size). `BadImage` where that can't be."""
-    pixels = center_crop(decode_image(data, channels), size)
+    pixels = center_crop(decode_image(data, channels, upright), size)
     return np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))

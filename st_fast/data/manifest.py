@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, inside, json_bytes, read_json, shown, write_json_atomic
+from st_fast.core.files import JSON_LIMIT, BadFile, inside, json_bytes, parse_json, read_json, shown, write_json_atomic
 from st_fast.core.records import record_from
 
 FORMAT = "st_fast.latents"
@@ -131,6 +131,21 @@ class Manifest(ShardedSet):
         return ""
 
 
+UPRIGHT = "upright, "
+"""Stands before the crop in `source` where images were turned as their EXIF says; older versions did not do that."""
+
+
+def crop_of(source: str) -> int | None:
+    """The side of the latents' centre crop, where the `source` of their manifest states it."""
+    found = re.search(r"centre crop (\d{1,9})$", source)
+    return int(found[1]) if found else None
+
+
+def is_upright(source: str) -> bool:
+    """Whether the latents are of images turned as their EXIF orientation says."""
+    return re.search(rf"{UPRIGHT}centre crop \d+$", source) is not None
+
+
 Set = TypeVar("Set", bound=ShardedSet)
 
 
@@ -151,8 +166,22 @@ def parse_manifest(kind: type[Set], path: Path) -> Set:
 
 
 def write_manifest(folder: Path, manifest: ShardedSet) -> None:
-    """Writes folder/manifest.json, old or new after a crash."""
+    """Writes folder/manifest.json, old or new after a crash; UserError for one that could not be read again."""
+    check_readable(manifest, Path(folder) / FILE_NAME)
     write_json_atomic(Path(folder) / FILE_NAME, asdict(manifest))
+
+
+def check_readable(manifest: ShardedSet, path: Path) -> None:
+    """UserError unless `read_manifest` would read it: the names of very many classes may be too long."""
+    data = json_bytes(asdict(manifest))
+    if len(data) > JSON_LIMIT:
+        names = sum(map(len, getattr(manifest, "class_names", ())))
+        raise UserError(
+            f"{path}: it would have {len(data):,} bytes, of which {names:,} are the names of classes and the rest the "
+            f"list of {len(manifest.shards):,} shards; at most {JSON_LIMIT:,} can be read: shorter names or larger "
+            "shards are needed"
+        )
+    parse_json(data, path)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,30 +1,37 @@
 """Where images come from: a folder, a zip, a tar, webdataset tars, a Hugging Face dataset on disk, REPA's images/.
 
 A source knows its images by number; reading one gives the file's bytes. What is an image, its label and its order are
-decided from names alone, so the same input gives the same set on any machine.
+decided from names (and from the files that hold labels) alone, so the same input gives the same set on any machine.
 """
 
 import hashlib
-import json
-import os
-import tarfile
-import threading
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, shown
-from st_fast.core.machine import allow_open_files
+from st_fast.core.files import FREE_BYTES, BadFile, open_regular, parse_json, printable, shown
+from st_fast.data.archives import Files, hidden, open_folder, open_tars, open_zip
 from st_fast.data.images import SUFFIXES
 
 SPLITS = ("train", "training", "test", "val", "valid", "validation")
 LABELS_FILE = "dataset.json"
 """Labels by file name as EDM and REPA write them: {"labels": [["00000/img00000000.png", 3], …]}."""
+LABEL_KEYS = ("label", "class", "cls", "class_id", "class_index", "label_id", "target", "class_name", "wnid")
+"""What a label is called in the .json beside an image."""
+MAX_CLASSES = 1_000_000
+JSON_FACTOR = 16
+"""Bytes of memory that a byte of dataset.json may take: a line "name, label" takes six."""
+STAMPED, PROBED = 20_000, 256
+"""Images, evenly spaced, of which the size and the content go into `Source.content`."""
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+IMAGENET = re.compile(r"(n\d{8})_")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class Source:
     num_classes: int
     class_names: tuple[str, ...]
     read: Callable[[int], bytes]
+    stamp: Callable[[int], str] = lambda number: ""
+    """A cheap trace of image i's content."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Files beside the images that are none or can't be read as such, by name with the reason."""
 
     def digest(self) -> str:
         """SHA-256 over names and labels: interrupted work continues only on the same images."""
@@ -46,179 +57,322 @@ class Source:
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
         return digest.hexdigest()
 
+    def content(self) -> str:
+        """SHA-256 over the sizes of STAMPED images and the bytes of PROBED ones: an edited source is another one."""
+        digest, count = hashlib.sha256(), len(self.names)
+        for number in np.unique(np.linspace(0, count - 1, min(count, STAMPED)).astype(np.int64)).tolist():
+            digest.update(f"{number} {_or_why(self.stamp, number)!r}\n".encode())
+        for number in np.unique(np.linspace(0, count - 1, min(count, PROBED)).astype(np.int64)).tolist():
+            data = _or_why(self.read, number)
+            digest.update(hashlib.sha256(data if isinstance(data, bytes) else str(data).encode()).digest())
+        return digest.hexdigest()
 
-@dataclass(frozen=True)
-class Files:
-    """Named blobs: the files of a folder or the members of an archive. Names use "/"; `read` is thread-safe."""
+    def summary(self) -> str:
+        """One line: what it is, how many images of how many classes, and the classes in their order."""
+        present = len(np.unique(self.labels))
+        some = f", {present} of which have images" if present < self.num_classes else ""
+        names = ", ".join(self.class_names[:10])
+        more = f", … {self.class_names[-1]}" if len(self.class_names) > 10 else ""
+        what = f"{names}{more}" if names else f"numbered 0 … {self.num_classes - 1}, without names"
+        classes = f"{self.num_classes} class{'es' * (self.num_classes != 1)}"
+        return f"{self.description}: {len(self.names):,} images of {classes}{some}: {what}"
 
-    where: Path
-    names: list[str]
-    read: Callable[[str], bytes]
+    def left_out_summary(self) -> str:
+        """One line on the files that are no images, or ""."""
+        if not self.left_out:
+            return ""
+        kinds = Counter(self.left_out.values()).most_common(5)
+        named = ", ".join(f"{count} {why}" for why, count in kinds)
+        first = ", ".join(shown(name) for name in list(self.left_out)[:3])
+        tops = {name.partition("/")[0] for name in self.left_out if "/" in name} - set(self.class_names)
+        folders = f"; no image at all in {', '.join(map(shown, sorted(tops)[:5]))}" if tops and self.class_names else ""
+        count = len(self.left_out)
+        were = "file was not an image" if count == 1 else "files were not images"
+        return f"{count:,} {were}: {named} ({first}{', …' * (count > 3)}){folders}"
+
+
+def _or_why(read: Callable[[int], Any], number: int) -> Any:
+    try:
+        return read(number)
+    except (OSError, UserError, KeyError) as error:
+        return type(error).__name__
+
+
+def numbered_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The different names in the order of their numbers: sorted, by value where all are whole numbers."""
+    different = set(names)
+    if all(name.isascii() and name.isdigit() and len(name) <= 20 for name in different):
+        return tuple(sorted(different, key=lambda name: (int(name), name)))
+    return tuple(sorted(different))
+
+
+def numbered_by(source: Source, class_names: Sequence[str], num_classes: int) -> Source:
+    """The same images with the class numbers of another set; UserError for a class that it does not know."""
+    theirs = class_names or [str(number) for number in range(num_classes)]
+    labels = source.labels
+    if source.class_names:
+        number = {name: i for i, name in enumerate(theirs)}
+        if unknown := [name for name in source.class_names if name not in number]:
+            raise UserError(
+                f"{source.description}: {len(unknown)} of its {source.num_classes} classes are not of the data's "
+                f"{num_classes} ({', '.join(theirs[:8])}{', …' * (num_classes > 8)}): {', '.join(unknown[:8])}"
+            )
+        labels = np.array([number[name] for name in source.class_names], np.int64)[labels]
+    if len(labels) and int(labels.max()) >= num_classes:
+        raise UserError(f"{source.description}: class {labels.max()}; the data's are 0 … {num_classes - 1}")
+    return replace(source, labels=labels, num_classes=num_classes, class_names=tuple(class_names))
 
 
 def open_source(path: Path, subset: str = "") -> Source:
     """The images at `path`; `subset` keeps what lies in that folder of it. UserError says what was expected."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"source {str(path)!r}: no such file or folder")
-    if path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return open_hub_dataset(path, subset)
-    tars = sorted(path.glob("*.tar")) if path.is_dir() else []
-    if path.is_dir() and not tars:
-        return _from_files(_folder(path), subset)
-    if path.name.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
-        raise UserError(f"source {str(path)!r}: a compressed tar can't be read at random; decompress it first")
-    if path.is_dir() or tarfile.is_tarfile(path):
-        return _from_tars(path, tars or [path], subset)
-    if zipfile.is_zipfile(path):
-        return _from_files(_zip(path), subset)
+    path, where = Path(path), f"source {str(path)!r}"
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{where}: no such file or folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: can't be opened ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISDIR(mode):
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            from st_fast.data.hub import open_hub_dataset
+
+            return open_hub_dataset(path, subset)
+        return _open_folder(path, subset)
+    with open_regular(path) as file:
+        start = file.read(264) or b""
+    if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), ""):
+        raise UserError(f"{where}: packed by {packed}; a compressed tar can't be read at random; decompress it first")
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) or path.suffix.lower() == ".zip":
+        return _from_files(open_zip(path), subset)
+    if start[257:262] == b"ustar" or path.suffix.lower() == ".tar":
+        return _from_files(open_tars(path, [path]), subset)
     raise UserError(
-        f"source {str(path)!r}: a folder, .zip, .tar, a folder of webdataset .tar files or a Hugging Face "
-        "dataset folder is needed"
+        f"{where}: a folder, .zip, .tar, a folder of webdataset .tar files or a Hugging Face dataset folder is needed"
     )
 
 
-def _folder(path: Path) -> Files:
-    """All files below `path`, found without following links that lead to folders."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    names = []
-    for folder, _, files in os.walk(path, onerror=refuse):
-        prefix = "" if folder == str(path) else f"{Path(folder).relative_to(path).as_posix()}/"
-        names += [prefix + name for name in files]
-    return Files(path, names, lambda name: (path / name).read_bytes())
-
-
-def _zip(path: Path) -> Files:
-    # A ZipFile may be read by several threads, but each thread waits for the others: one a thread instead.
-    local = threading.local()
-
-    def read(name: str) -> bytes:
-        if not hasattr(local, "archive"):
-            local.archive = zipfile.ZipFile(path)
-        try:
-            return local.archive.read(name)
-        except Exception as error:  # zipfile's own, zlib's, and others for encryption and unknown compression
-            raise OSError(f"damaged in the zip: {error}") from error
-
-    with zipfile.ZipFile(path) as archive:
-        return Files(path, [info.filename for info in archive.infolist() if not info.is_dir()], read)
-
-
-def _from_tars(where: Path, tars: list[Path], subset: str) -> Source:
-    """One tar, or several; in several, a file that lies in no folder belongs to a folder named like its tar."""
-    allow_open_files(len(tars))
-    places: dict[str, tuple[int, int, int]] = {}
-    """Member → its tar's open descriptor, first byte, bytes."""
-    for path in tars:
-        try:
-            with tarfile.open(path, "r:") as archive:
-                members = {member.name.removeprefix("./"): member for member in archive if member.isreg()}
-        except tarfile.TarError as error:
-            raise BadFile(f"{path}: not a sound tar ({error})") from None
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        for name, member in members.items():
-            full = f"{path.stem}/{name}" if len(tars) > 1 and "/" not in name else name
-            if full in places:
-                raise UserError(f"{path}: it holds {shown(name)}, as does another tar beside it")
-            places[full] = (file, member.offset_data, member.size)
-
-    def read(name: str) -> bytes:
-        file, start, size = places[name]
-        data = os.pread(file, size, start)
-        if len(data) != size:
-            raise OSError(f"{size} bytes expected, {len(data)} found: the tar is cut off")
-        return data
-
-    files = Files(where, list(places), read)
-    if any(name.endswith(".cls") for name in places):
-        return _webdataset(files)
-    return _from_files(files, subset)
-
-
-def _webdataset(files: Files) -> Source:
-    """key.jpg beside key.cls, which holds the label as a number."""
-    names, images, labels = set(files.names), _images(files.names), []
-    for name in images:
-        folder, slash, file = name.rpartition("/")
-        label_name = f"{folder}{slash}{file.partition('.')[0]}.cls"
-        if label_name not in names:
-            raise UserError(f"{files.where}: {shown(name)} has no {shown(label_name)} with its label beside it")
-        data = files.read(label_name)
-        try:
-            labels.append(int(data))
-        except ValueError:
-            raise UserError(f"{files.where}: {label_name}: {shown(data)} is not a class number") from None
-    return _source(files, "webdataset tars", images, labels, ())
+def _open_folder(path: Path, subset: str) -> Source:
+    """A folder of images or of tars; of tars, `subset` may be the folder that they lie in or a word of their names."""
+    inner = path / subset if subset and (path / subset).is_dir() else path
+    tars = sorted(tar for tar in inner.glob("*.tar") if tar.is_file() and not hidden(tar.name))
+    if not tars:
+        return _from_files(open_folder(path), subset)
+    loose = next((name for name in open_folder(inner).names if not hidden(name) and is_image(name)), None)
+    if loose is not None:
+        raise UserError(
+            f"source {str(inner)!r}: it holds tars ({shown(tars[0].name)}) and images ({shown(loose)}): name one of "
+            "them, or move them apart"
+        )
+    splits = {word: [tar for tar in tars if word in re.split(r"[^a-z]+", tar.stem.lower())] for word in SPLITS}
+    splits = {word: some for word, some in splits.items() if some}
+    if inner is path and subset in splits:
+        return _from_files(open_tars(path, splits[subset]), "")
+    if len(splits) > 1:
+        raise UserError(
+            f"source {str(inner)!r}: it holds tars of {', '.join(splits)}: choose one, --subset {next(iter(splits))}"
+        )
+    return _from_files(open_tars(inner, tars), subset if inner is path else "")
 
 
 def _from_files(files: Files, subset: str) -> Source:
-    """Class folders, or files with a dataset.json; a single folder around everything is stepped into."""
+    """Files with labels beside them, or class folders; a single folder around everything is stepped into."""
     prefix = f"{subset.strip('/')}/" if subset else ""
     names = [name for name in files.names if name.startswith(prefix)]
-    if not _images(names):
-        there = ", ".join(sorted({name.partition("/")[0] for name in files.names})[:8]) or "nothing"
+    images = images_of(names)
+    if not images:
+        tops = ", ".join(sorted({printable(name.partition("/")[0]) for name in files.names})[:8]) or "nothing"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(map(_suffix, names)).most_common(4))
         raise UserError(
             f"source {str(files.where)!r}{f', subset {subset!r}' if subset else ''}: no image in it "
-            f"({', '.join(SUFFIXES)}); it holds {there}"
+            f"({', '.join(SUFFIXES[:6])}, …); it holds {tops}{f' ({kinds})' * bool(kinds)}"
         )
-    while len(tops := {_top(name, prefix) for name in _images(names)}) == 1 and "" not in tops:
-        inner = f"{prefix}{next(iter(tops))}/"
-        if f"{prefix}{LABELS_FILE}" in names or not any("/" in n[len(inner) :] for n in _images(names)):
-            break  # labels by file, or one class only
+    known = set(names)
+    siblings = {kind: sum(_sibling(name, kind) in known for name in images) for kind in ("cls", "json")}
+    if siblings["cls"] or any(name.endswith(".cls") for name in names):
+        return _source(files, "webdataset tars", names, images, *_by_cls(files, known, images))
+    labels_file = _labels_file(known, images, prefix)
+    if labels_file:
+        images, labels = _by_table(files, labels_file, images)
+        return _source(files, "files with dataset.json", names, images, labels)
+    if siblings["json"] == len(images) and (found := _by_json(files, images, prefix)):
+        return _source(files, "webdataset tars with .json", names, images, *found)
+    return _class_folders(files, prefix, names, images)
+
+
+def _labels_file(known: set[str], images: list[str], prefix: str) -> str:
+    """The dataset.json beside or above the images, or ""."""
+    while True:
+        for name in (f"{prefix}{LABELS_FILE}", f"{prefix}images/{LABELS_FILE}"):
+            if name in known:
+                return name
+        if not (inner := _only_folder(images, prefix)):
+            return ""
         prefix = inner
-    listed = [n for n in (f"{prefix}{LABELS_FILE}", f"{prefix}images/{LABELS_FILE}") if n in names]
-    images = _images(name for name in names if name.startswith(prefix))
-    if not listed:
-        return _class_folders(files, prefix, images)
-    # Every image has its label in a dataset.json beside or above it.
-    labels_file, folder = listed[0], listed[0].removesuffix(LABELS_FILE)
-    table = read_labels(files.read(labels_file), f"{files.where}: {labels_file}")
+
+
+def _only_folder(images: list[str], prefix: str) -> str:
+    """The folder below `prefix` that holds all images, in folders of its own; "" if there is none."""
+    tops = {_top(name, prefix) for name in images}
+    inner = f"{prefix}{next(iter(tops))}/" if len(tops) == 1 and "" not in tops else ""
+    return inner if inner and any("/" in name[len(inner) :] for name in images) else ""
+
+
+def _sibling(name: str, kind: str) -> str:
+    """The file of that kind of the same sample: webdataset's keys end at the first dot."""
+    folder, slash, file = name.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}.{kind}"
+
+
+def _by_cls(files: Files, known: set[str], images: list[str]) -> tuple[list[int], tuple[str, ...]]:
+    """key.jpg beside key.cls, which holds the label as a number."""
+    labels = []
+    for name in images:
+        label_name = _sibling(name, "cls")
+        if label_name not in known:
+            raise UserError(f"{files.where}: {shown(name)} has no {shown(label_name)} with its label beside it")
+        data = _small(files, label_name).strip()
+        if not re.fullmatch(rb"\d{1,20}", data) or int(data) >= MAX_CLASSES:
+            raise UserError(
+                f"{files.where}: {shown(label_name)}: {shown(data)} is not a class number (0 … {MAX_CLASSES - 1})"
+            )
+        labels.append(int(data))
+    return labels, ()
+
+
+def _by_json(files: Files, images: list[str], prefix: str) -> tuple[list[int], tuple[str, ...]] | None:
+    """key.jpg beside key.json with its label, a number or a name; None where they have none and folders are classes."""
+    key, labels = "", list[Any]()
+    for name in images:
+        label_name = _sibling(name, "json")
+        table = parse_json(_small(files, label_name), Path(f"{files.where}: {shown(label_name)}"))
+        key = key or next((key for key in LABEL_KEYS if key in table), "")
+        if not key:
+            tops = {_top(name, prefix) for name in images}
+            if len(tops - files.shards) > 1 and not all(top.isdigit() for top in tops):
+                return None
+            raise UserError(
+                f"{files.where}: no label: {shown(label_name)} beside {shown(name)} holds "
+                f"{', '.join(map(printable, list(table)[:12])) or 'nothing'}; a .cls, or one of "
+                f"{', '.join(LABEL_KEYS)} in the .json, would be read"
+            )
+        label = table.get(key)
+        right = type(label) is int and 0 <= label < MAX_CLASSES if not isinstance(label, str) else label
+        if not right or (labels and type(label) is not type(labels[0])):
+            raise UserError(
+                f"{files.where}: {shown(label_name)}: {key} = {shown(label)}; a class number (0 … {MAX_CLASSES - 1}), "
+                "or a name for all images, is needed"
+            )
+        labels.append(label)
+    if isinstance(labels[0], int):
+        return labels, ()
+    return _numbered(labels)
+
+
+def _numbered(labels: list[str]) -> tuple[list[int], tuple[str, ...]]:
+    classes = numbered_names(labels)
+    number = {name: i for i, name in enumerate(classes)}
+    return [number[label] for label in labels], classes
+
+
+def _small(files: Files, name: str) -> bytes:
+    """The content of a file that holds a label; `BadFile` in one line where it can't be read."""
+    try:
+        return files.read(name)
+    except OSError as error:
+        raise BadFile(f"{files.where}: {shown(name)} can't be read ({error.strerror or error})") from None
+
+
+def _by_table(files: Files, labels_file: str, images: list[str]) -> tuple[list[str], list[int]]:
+    """Every image has its label in a dataset.json beside or above it."""
+    folder = labels_file.removesuffix(LABELS_FILE)
+    table = read_labels(_small(files, labels_file), f"{files.where}: {labels_file}")
     images = [name for name in images if name.startswith(folder)]
     missing = [name for name in images if name[len(folder) :] not in table]
     if missing or len(images) != len(table):
         first = f"; {shown(missing[0])} has no label" if missing else ""
         raise UserError(f"{files.where}: {len(images)} images, but {len(table)} labels in {labels_file}{first}")
-    return _source(files, "files with dataset.json", images, [table[name[len(folder) :]] for name in images], ())
+    return images, [table[name[len(folder) :]] for name in images]
 
 
 def read_labels(data: bytes, where: str) -> dict[str, int]:
     """A dataset.json's labels: file name → class number. UserError names what is wrong."""
+    labels = parse_json(data, Path(where), max(FREE_BYTES, JSON_FACTOR * len(data))).get("labels", "")
+    if labels is None:
+        raise UserError(f'{where}: "labels" is null, an unlabelled set; put its images into a folder, which is a class')
+    if not isinstance(labels, list):
+        raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed, not {shown(labels)}')
     try:
-        labels = json.loads(data)["labels"]
         table = {str(name).replace("\\", "/"): label for name, label in labels}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed ({error})') from None
-    wrong = next((name for name, label in table.items() if type(label) is not int or label < 0), None)
+    sound = (type(label) is int and 0 <= label < MAX_CLASSES for label in table.values())
+    wrong = next((name for name, right in zip(table, sound, strict=True) if not right), None)
     if wrong is not None:
-        raise UserError(f"{where}: the label of {shown(wrong)} is {shown(table[wrong])}; a class number is needed")
+        raise UserError(
+            f"{where}: the label of {shown(wrong)} is {shown(table[wrong])}; a class number (0 … {MAX_CLASSES - 1}) is "
+            "needed"
+        )
     if len(table) != len(labels):
         raise UserError(f"{where}: {len(labels)} labels, but only {len(table)} different file names")
     return table
 
 
-def _class_folders(files: Files, prefix: str, images: list[str]) -> Source:
+def _class_folders(files: Files, prefix: str, names: list[str], images: list[str]) -> Source:
+    """A folder a class, or ImageNet's file names, which begin with the class."""
+    while inner := _only_folder(images, prefix):
+        prefix = inner
     tops = [_top(name, prefix) for name in images]
-    classes = sorted(set(tops))
-    if "" in classes:
-        loose = next(name for name, top in zip(images, tops, strict=True) if not top)
+    loose = next((name for name, top in zip(images, tops, strict=True) if top in files.shards or not top), None)
+    if loose is not None:
+        found = [IMAGENET.match(name.rpartition("/")[2]) for name in images]
+        wnids = [match[1] for match in found if match]
+        if len(wnids) == len(images):
+            return _source(files, "ImageNet's file names", names, images, *_numbered(wnids))
         raise UserError(
-            f"source {str(files.where)!r}: {shown(loose)} lies in no class folder, and there is no {LABELS_FILE}"
+            f"source {str(files.where)!r}: {shown(loose)} lies in no class folder, and there is no {LABELS_FILE}, and "
+            "no .cls or .json with a label beside it; one of these is needed"
         )
-    if len(classes) > 1 and set(map(str.lower, classes)) <= set(SPLITS):
-        splits = ", ".join(classes)
-        raise UserError(f"source {str(files.where)!r}: it holds {splits}: choose one, --subset {classes[-1]}")
+    classes = numbered_names(tops)
+    nested = [t for name, t in zip(images, tops, strict=True) if "/" in name[len(prefix) + len(t) + 1 :]]
+    splits = {top for top in classes if top.lower() in SPLITS}
+    if len(classes) > 1 and splits and (splits == set(classes) or splits & set(nested)):
+        best = next((top for top in classes if top.lower().startswith("train")), sorted(splits)[-1])
+        raise UserError(
+            f"source {str(files.where)!r}: it holds {', '.join(map(printable, classes[:8]))}: choose one, --subset "
+            f"{prefix}{best}"
+        )
     number = {name: i for i, name in enumerate(classes)}
-    return _source(files, "class folders", images, [number[top] for top in tops], tuple(classes))
+    return _source(files, "class folders", names, images, [number[top] for top in tops], classes)
 
 
-def _source(files: Files, kind: str, images: list[str], labels: list[int], classes: tuple[str, ...]) -> Source:
+def _source(
+    files: Files, kind: str, names: list[str], images: list[str], labels: list[int], classes: tuple[str, ...] = ()
+) -> Source:
     array = np.array(labels, np.int64)
-    count = len(classes) or int(array.max()) + 1
-    printable = tuple(name.encode("utf-8", "replace").decode() for name in classes)
-    return Source(f"{files.where.name} ({kind})", images, array, count, printable, lambda i: files.read(images[i]))
+    used = set(images)
+    keys = {_sibling(name, "") for name in images} if kind.startswith("webdataset") else set()
+    left_out = {printable(name): why for name, why in files.left_out.items()}
+    for name in names:
+        if hidden(name):
+            left_out[printable(name)] = "hidden"
+        elif name not in used and not name.endswith(LABELS_FILE) and _sibling(name, "") not in keys:
+            left_out[printable(name)] = _suffix(name)
+    return Source(
+        f"{printable(files.where.name)} ({kind})",
+        [name.encode("utf-8", "backslashreplace").decode() for name in images],
+        array,
+        len(classes) or int(array.max()) + 1,
+        tuple(map(printable, classes)),
+        lambda i: files.read(images[i]),
+        lambda i: files.stamp(images[i]),
+        left_out,
+    )
+
+
+def _suffix(name: str) -> str:
+    """.txt of "a/b.txt"; without one, "no suffix"."""
+    file = name.rpartition("/")[2]
+    return f".{printable(file.rpartition('.')[2].lower())[:12]}" if "." in file.lstrip(".") else "without suffix"
 
 
 def _top(name: str, prefix: str) -> str:
@@ -226,48 +380,11 @@ def _top(name: str, prefix: str) -> str:
     return name[len(prefix) :].rpartition("/")[0].partition("/")[0]
 
 
-def _images(names: Iterable[str]) -> list[str]:
-    """The images among names, sorted; hidden files and macOS leftovers are none."""
-    return sorted(
-        name
-        for name in names
-        if name.lower().endswith(SUFFIXES)
-        and not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
-    )
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image that can be read."""
+    return name.lower().endswith(SUFFIXES)
 
 
-def open_hub_dataset(path: Path, subset: str = "") -> Source:
-    """The image and label columns of a Hugging Face dataset on disk; `subset` names a split if there are several."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"source {str(path)!r}: a Hugging Face dataset, which the package datasets reads; it is not installed: "
-            'pip install "st_fast[hub]"'
-        ) from error
-    data: Any = datasets.load_from_disk(str(path))
-    if isinstance(data, datasets.DatasetDict):
-        if subset not in data and len(data) > 1:
-            splits = ", ".join(data)
-            raise UserError(f"source {str(path)!r}: it holds {splits}: choose one, --subset {next(iter(data))}")
-        data = data[subset or next(iter(data))]
-    image = _column(path, data.features, datasets.Image, "image")
-    label = _column(path, data.features, datasets.ClassLabel, "label")
-    data = data.cast_column(image, datasets.Image(decode=False))
-    labels = np.array(data[label], np.int64)
-    classes = tuple(getattr(data.features[label], "names", None) or ())
-    count, rows = len(classes) or int(labels.max(initial=0)) + 1, [f"row {number}" for number in range(len(data))]
-
-    def read(number: int) -> bytes:
-        cell = data[number][image]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
-    return Source(f"{path.name} (Hugging Face dataset)", rows, labels, count, classes, read)
-
-
-def _column(path: Path, features: Any, kind: type, usual: str) -> str:
-    """The only column of that kind, or the one with the usual name."""
-    found: list[str] = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if len(found) != 1 and usual not in features:
-        raise UserError(f"source {str(path)!r}: no {kind.__name__} column; it has {', '.join(features)}")
-    return found[0] if len(found) == 1 else usual
+def images_of(names: Iterable[str]) -> list[str]:
+    """The images among names, sorted; hidden files and what macOS and Windows leave behind are none."""
+    return sorted(name for name in names if is_image(name) and not hidden(name))

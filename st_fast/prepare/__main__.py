@@ -95,6 +95,8 @@ def main(arguments: Sequence[str]) -> None:
         if (unused or (option == "vae_steps" and args.vae != "small")) and value != parser().get_default(option):
             name, where = option.replace("_", "-"), f"--{mode.replace('_', '-')}" if unused else f"--vae {args.vae}"
             raise UserError(f"--{name} {value}: means nothing with {where}; leave it out")
+    if args.max_bad < 0:
+        raise UserError(f"--max-bad {args.max_bad}: at least 0")
     if args.vae_factor and args.vae != "small":
         raise UserError(f"--vae-factor {args.vae_factor}: is of --vae small; --vae {args.vae} has its own")
     if args.vae_factor and (args.size % args.vae_factor or args.size < 2 * args.vae_factor):

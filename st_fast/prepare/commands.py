@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from st_fast.core.comparison import check_same
 from st_fast.core.errors import UserError
-from st_fast.core.files import printable, write_folder
+from st_fast.core.files import printable, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet
 from st_fast.data.features import FOLDER, features_folder, open_features
-from st_fast.data.images import BadImage, load_image
-from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
+from st_fast.data.images import load_image
+from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
 from st_fast.data.repa import RepaSet
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
@@ -34,15 +35,25 @@ from st_fast.model.vae import (
     vae_scale,
     vae_shift,
 )
-from st_fast.prepare.encode import Encoder
-from st_fast.prepare.features import crop_of, open_record_images, template, write_features
-from st_fast.prepare.job import is_done, own_share, run_job
+from st_fast.prepare.encode import Encoder, plan
+from st_fast.prepare.features import open_record_images, template, write_features
+from st_fast.prepare.job import (
+    JOB_FILE,
+    SKIPPED_FILE,
+    check_finished,
+    check_unfinished,
+    is_done,
+    own_share,
+    run_job,
+)
 from st_fast.prepare.repa import RepaProducer, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
 
 VAE_FOLDER = "vae"
+SMALL_FILE = "trained_with.json"
+"""In a small VAE's folder: the options that it was trained with."""
 WIDTHS = {2: (32, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}
 """Channels of a small VAE's levels, by how much smaller its latents are."""
 TRAINING_BYTES = 2**30
@@ -140,6 +151,10 @@ def from_repa(args: argparse.Namespace) -> None:
             raise UserError(f"--vae {args.vae}: has a shift_factor, which REPA's layout has no place for")
         scale = vae_scale(vae)
     producer = RepaProducer(records, args.dtype, args.shard_size, info, scale)
+    if (out / FILE_NAME).is_file():
+        check_finished(out, producer.fingerprint)
+        print(f"{out}: complete already; --verify re-reads it")
+        return
     if args.dry_run:
         print(f"{out}: {len(records):,} records of {args.dtype} in {producer.shards} shards")
         return
@@ -163,20 +178,33 @@ def to_repa(args: argparse.Namespace) -> None:
 def encode(args: argparse.Namespace) -> None:
     """Images → shards."""
     source, out = open_source(args.paths[0], args.subset), args.paths[1]
+    if own_share().start == 0:
+        print(source.summary())
+        if source.left_out:
+            print(f"{source.left_out_summary()}; {SKIPPED_FILE} lists them")
     if (out / FILE_NAME).is_file():
-        check_same(args, read_manifest(out), out)
+        check_finished(out, finished_plan(args, source, out))
         print(f"{out}: complete already; --verify re-reads it")
         return
-    if args.dry_run and args.vae == "small":
-        print(f"{source.description}: {len(source.names):,} images; a small VAE would be trained on them first")
+    begun = read_json(out / JOB_FILE) if (out / JOB_FILE).is_file() else {"upright": True}
+    asked = plan(source, args.size, args.flip, args.dtype, args.shard_size)
+    if (out / JOB_FILE).is_file():
+        check_unfinished(out, asked)  # before a VAE is trained
+    if args.dry_run and args.vae == "small" and not (out / VAE_FOLDER).is_dir():
+        print(f"{out}: a small VAE would be trained on them first, {args.vae_steps:,} steps")
         return
     vae, info = the_vae(args, source, out)
-    encoder = Encoder(source, vae, info, args.size, args.flip, args.dtype, args.batch_size, args.shard_size)
+    upright = bool(begun.get("upright", False))
+    encoder = Encoder(source, vae, info, args.size, args.flip, args.dtype, args.batch_size, args.shard_size, upright)
+    side = encoder.template.shape[-1]
+    if side % 2 and own_share().start == 0:
+        print(f"latents of {side}×{side}: a model's patch must divide {side}, so patch 2 can't be used")
+    if (out / JOB_FILE).is_file():
+        check_unfinished(out, encoder.fingerprint)
     done = [is_done(out, number) for number in range(encoder.shards)]
     if args.dry_run:
         template, records = encoder.template, len(source.names) * encoder.views
         print(
-            f"{source.description}: {len(source.names):,} images of {source.num_classes} classes\n"
             f"{out}: {records:,} records of {template.dtype} {'×'.join(map(str, template.shape))}, "
             f"{records * template.record_bytes / 1e9:.2f} GB in {encoder.shards} shards, {sum(done)} of them done\n"
             f"VAE {info.name}, scale {template.scale:.5f}, SHA-256 {info.hash[:12]}…"
@@ -188,23 +216,23 @@ def encode(args: argparse.Namespace) -> None:
         run_job(out, encoder, args.max_bad, shown.update)
 
 
-def check_same(args: argparse.Namespace, made: Manifest, out: Path) -> None:
-    """UserError if the finished set was made with other options, as far as its manifest says."""
-    crop = crop_of(made.source)
-    options = {
-        "--size": (crop, args.size),
-        "--flip": (made.flip, args.flip),
-        "--dtype": (made.dtype, args.dtype),
-        "--vae-factor": ((crop or args.size) // made.shape[-1], args.vae_factor),
-        "--vae": same_names(args.vae, made.vae, out),
-    }
-    differing = [
-        f"{name} {found}, not {wanted}"
-        for name, (found, wanted) in options.items()
-        if found != wanted and found is not None and wanted is not None
-    ]
-    if differing:
-        raise UserError(f"{out}: complete, but made with {'; '.join(differing)}; name another folder to write")
+def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[str, Any]:
+    """What is asked of a finished set, without loading a VAE from elsewhere than a local folder."""
+    made, asked = read_manifest(out), plan(source, args.size, args.flip, args.dtype, args.shard_size)
+    found, wanted = same_names(args.vae, made.vae, out)
+    if found != wanted:
+        raise UserError(
+            f"{out}: complete, but made with VAE {found} (now {wanted}); use that, or name another folder to write"
+        )
+    if args.vae == "small":
+        check_small(args, out)
+    elif Path(args.vae).is_dir() and args.vae not in PIXELS:
+        asked["vae"] = vae_hash(load_vae(args.vae, *compute(args)))
+        if made.vae.hash not in ("", asked["vae"]):
+            raise UserError(f"{out}: complete, but made with another VAE than {args.vae}: its weights changed")
+    if args.precision != "auto":
+        asked["precision"] = str(compute(args)[1]).removeprefix("torch.")
+    return asked
 
 
 def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
@@ -242,8 +270,15 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
     if not (out / VAE_FOLDER).is_dir():
         if rank_count() > 1:
             raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
+        if args.size // factor_of(args) % 2:
+            raise UserError(
+                f"--size {args.size}: latents of a small VAE would have an odd side, {args.size // factor_of(args)}, "
+                f"which patch 2 can't divide; give a multiple of {2 * factor_of(args)}"
+            )
         with write_folder(out / VAE_FOLDER) as writing:
             small_vae(args, source, device).save_pretrained(writing, safe_serialization=True)
+            write_json_atomic(writing / SMALL_FILE, small_settings(args))
+    check_small(args, out)
     vae = load_vae(out / VAE_FOLDER, device, dtype)
     return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER)
 
@@ -256,9 +291,27 @@ def given_vae(args: argparse.Namespace) -> tuple[VAE, VaeInfo]:
     return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
 
 
+def factor_of(args: argparse.Namespace) -> int:
+    """How much smaller a small VAE's latents are: given, or by the images' size."""
+    return int(args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8))
+
+
+def small_settings(args: argparse.Namespace) -> dict[str, int]:
+    """What a small VAE follows from, but for its images, by option."""
+    return {"--size": args.size, "--vae-factor": factor_of(args), "--vae-steps": args.vae_steps}
+
+
+def check_small(args: argparse.Namespace, out: Path) -> None:
+    """UserError where OUT's small VAE was trained with other options; folders of older versions do not tell."""
+    folder = out / VAE_FOLDER
+    if (folder / SMALL_FILE).is_file():
+        there, remedy = read_json(folder / SMALL_FILE), "use those, or name another folder to write"
+        check_same(there, small_settings(args), f"{folder}: a small VAE trained with", remedy)
+
+
 def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
     """Trains a small VAE on evenly spaced images of the source."""
-    factor = args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8)
+    factor = factor_of(args)
     images = training_images(source, args.size).to(device)
     vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
     vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))
@@ -273,7 +326,7 @@ def training_images(source: Source, size: int) -> Tensor:
     for number in bar(numbers, "reading images", len(numbers), "images"):
         try:
             images.append(torch.from_numpy(load_image(source.read(number), size, 3)))
-        except (BadImage, OSError):
+        except (UserError, OSError):
             continue  # encoding names and counts it
     if not images:
         raise UserError(f"{source.description}: not one usable image")

@@ -1,30 +1,47 @@
 """Images → moments, a shard at a time: threads decode one batch of files while the VAE encodes the batch before."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from st_fast.core.errors import UserError
 from st_fast.core.machine import usable_cpus
-from st_fast.data.images import BadImage, load_image
-from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.data.images import load_image
+from st_fast.data.manifest import FILE_NAME, UPRIGHT, Manifest, ShardEntry, VaeInfo, check_readable
 from st_fast.data.sources import Source
 from st_fast.model.vae import VAE, encode_moments, latent_shape, vae_hash, vae_scale
 from st_fast.prepare.job import Produced, Progress
+from st_fast.prepare.writing import shard_name
+
+
+def plan(source: Source, size: int, flip: bool, dtype: str, shard_size: int) -> dict[str, Any]:
+    """What a set is made from and how, but for the VAE."""
+    return {
+        "source": source.description, "images": source.digest(), "count": len(source.names),
+        "content": source.content(), "num_classes": source.num_classes, "class_names": list(source.class_names),
+        "size": size, "flip": flip, "dtype": dtype, "shard_size": shard_size,
+    }  # fmt: skip
 
 
 class Encoder:
     """The producer of shards from a source of images (see `job.Producer`).
 
-    dtype: of the stored moments. shard_size: records a shard; with `flip` half as many images.
+    dtype: of the stored moments. shard_size: records a shard; with `flip` half as many images. upright: images are
+    turned as their EXIF says, which work begun by an older version does not. UserError before any work where the
+    manifest would be too large to be read.
     """
 
     def __init__(
         self, source: Source, vae: VAE, info: VaeInfo, size: int, flip: bool, dtype: str, batch_size: int,
-        shard_size: int,
+        shard_size: int, upright: bool = True,
     ) -> None:  # fmt: skip
-        self.source, self.vae, self.size, self.batch_size = source, vae, size, batch_size
+        self.source, self.vae, self.size, self.batch_size, self.upright = source, vae, size, batch_size, upright
+        self.left_out = source.left_out
         self.views = 2 if flip else 1
         self.images_a_shard = max(1, shard_size // self.views)
         self.shards = -(-len(source.names) // self.images_a_shard)
@@ -35,14 +52,15 @@ class Encoder:
             dtype=dtype,
             scale=vae_scale(vae),
             vae=info,
-            source=f"{source.description}, centre crop {size}",
+            source=f"{source.description}, {UPRIGHT * upright}centre crop {size}",
             num_classes=source.num_classes,
             flip=flip,
             class_names=source.class_names,
         )
-        self.fingerprint = {
-            "images": source.digest(), "count": len(source.names), "size": size, "flip": flip, "dtype": dtype,
-            "shard_size": shard_size, "vae": vae_hash(vae), "precision": str(vae.dtype).removeprefix("torch."),
+        entries = (ShardEntry(shard_name(number), 0, 2**40, "0" * 64) for number in range(self.shards))
+        check_readable(replace(self.template, shards=tuple(entries)), Path(FILE_NAME))
+        self.fingerprint = plan(source, size, flip, dtype, shard_size) | {
+            "vae": vae_hash(vae), "precision": str(vae.dtype).removeprefix("torch."), "upright": upright,
         }  # fmt: skip
 
     def images_of(self, number: int) -> range:
@@ -84,8 +102,8 @@ class Encoder:
     def _load(self, number: int) -> np.ndarray | str:
         """Image `number` as uint8 (C, S, S), or why it can't be used."""
         try:
-            return load_image(self.source.read(number), self.size, int(self.vae.config.in_channels))
-        except BadImage as error:
+            return load_image(self.source.read(number), self.size, int(self.vae.config.in_channels), self.upright)
+        except UserError as error:  # BadImage, or a damaged member of an archive
             return str(error)
         except OSError as error:
             return error.strerror or str(error)

@@ -6,7 +6,6 @@ written a shard at a time, continued if interrupted: shard k is made by process 
 finds all shards complete writes the manifest.
 """
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,9 +20,9 @@ from st_fast.core.progress import bar
 from st_fast.data.ahead import Readable, ReadAhead, RecordSet
 from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
-from st_fast.data.manifest import ShardEntry, write_manifest
+from st_fast.data.manifest import ShardEntry, crop_of, is_upright, write_manifest
 from st_fast.data.repa import RepaSet, is_repa, repa_images
-from st_fast.data.sources import Source, open_source
+from st_fast.data.sources import Source, numbered_by, open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.vae import PRESETS
@@ -51,6 +50,7 @@ class SourceImages:
     def __init__(self, source: Source, records: RecordSet, size: int, exact: bool = False) -> None:
         """exact: images must have that size already, since it is only the first one's."""
         self.source, self.size, self.exact, self.views = source, size, exact, 2 if records.manifest.flip else 1
+        self.upright = is_upright(records.manifest.source)
         self.manifest, self.labels, self.digest = ImageLayout((3, size, size)), records.labels, source.digest()
         if crop_of(records.manifest.source) not in (None, size):
             raise UserError(f"--size {size}: the latents are of {records.manifest.source!r}; give the same size")
@@ -70,12 +70,12 @@ class SourceImages:
             number = int(self.numbers[record // self.views])
             try:
                 image = self._pixels(number)
-            except (BadImage, OSError) as error:
+            except (UserError, OSError) as error:
                 raise UserError(f"{self.source.names[number]!a}: can't be used, but has a latent ({error})") from None
             row[:] = image[:, :, ::-1] if record % self.views else image
 
     def _pixels(self, number: int) -> np.ndarray:
-        image = decode_image(self.source.read(number), 3)
+        image = decode_image(self.source.read(number), 3, self.upright)
         if self.exact and image.size != (self.size, self.size):
             raise BadImage(f"{image.width} x {image.height} pixels, {self.size} x {self.size} needed")
         return center_crop(image, self.size).transpose(2, 0, 1)
@@ -100,7 +100,7 @@ class SourceImages:
     def _usable(self, number: int) -> bool:
         try:
             self._pixels(number)
-        except (BadImage, OSError):
+        except (UserError, OSError):
             return False
         return True
 
@@ -130,12 +130,6 @@ Their digest changes when the images' names or labels do; the content of a sourc
 """
 
 
-def crop_of(source: str) -> int | None:
-    """The side of the latents' centre crop, where the `source` of their manifest states it."""
-    found = re.search(r"centre crop (\d+)$", source)
-    return int(found[1]) if found else None
-
-
 def open_record_images(
     folder: Path, records: RecordSet, images: str, subset: str, size: int | None = None
 ) -> RecordImages:
@@ -156,6 +150,8 @@ def open_record_images(
         source = repa_images(records if isinstance(records, RepaSet) else RepaSet(where))
     else:
         source = open_source(where, subset)
+    if not is_repa(where):
+        source = numbered_by(source, records.manifest.class_names, records.manifest.num_classes)
     known = size or crop_of(records.manifest.source)
     return SourceImages(source, records, known) if known else SourceImages(source, records, *_side(source, records))
 
@@ -167,7 +163,7 @@ def _side(source: Source, records: RecordSet) -> tuple[int, bool]:
     """
     try:
         width, height = decode_image(source.read(0), 3).size
-    except (BadImage, OSError) as error:
+    except (UserError, OSError) as error:
         raise UserError(f"{source.names[0]!a}: can't be used ({error})") from None
     if width == height:
         return width, True

@@ -1,9 +1,11 @@
 """Jobs that make a folder of shards piece by piece: resumable, and shared by any number of processes.
 
 Shard k is made by process k mod world alone, so no process waits for another. Beside each finished shard lies a note of
-its content; the process that finds all notes complete writes the manifest and removes them.
+its content; the process that finds all notes complete writes the manifest and removes them. What the work was begun
+with stays in job.json: the same command with anything else is refused, before the end and after it.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,12 +18,19 @@ from st_fast.core.comparison import check_same
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import make_folder, read_json, write_json_atomic
 from st_fast.core.machine import rank, rank_count
-from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, write_manifest
+from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, crop_of, read_manifest, write_manifest
 from st_fast.prepare.writing import shard_name, write_shard
 
 JOB_FILE = "job.json"
+"""Everything that the folder's content depends on, in unfinished and in finished work."""
 SKIPPED_FILE = "skipped.json"
-"""The images that were left out, by name with the reason, beside the manifest; there only if there are any."""
+"""The images that were left out, by name with the reason, beside the manifest; there only if there are any.
+
+Files that are no images stand there too, LISTED of them at most.
+"""
+LISTED = 1_000
+ONLY_THEN = ("images", "content", "count")
+"""Where none of these differs, the name of the source is none of its content: it may have moved."""
 Progress = Callable[[int], object]
 """Called with the number of images or records done since the last call."""
 Produced = tuple[np.ndarray, np.ndarray, dict[str, str]]
@@ -37,6 +46,8 @@ class Producer(Protocol):
     """The manifest without count and shards."""
     fingerprint: dict[str, Any]
     """Everything that the content depends on: work is continued only where it is the same."""
+    left_out: Mapping[str, str]
+    """Files of the source that are no images, by name with the reason."""
 
     def produce(self, number: int, progress: Progress) -> Produced:
         """The content of shard `number`."""
@@ -55,12 +66,13 @@ def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) 
     RunFailed when writing fails, as on a full disk. Finished shards stay: the same command goes on from there.
     """
     if (folder / FILE_NAME).is_file():
+        check_finished(folder, producer.fingerprint)
         return
     try:
         make_folder(folder)
         if not (folder / JOB_FILE).is_file() and any(folder.glob("*.safetensors")):
             raise UserError(f"{folder}: it holds shards of something else; name an empty or a new folder")
-        check_begun(folder, producer.fingerprint, "use those, or another folder")
+        check_unfinished(folder, producer.fingerprint)
         for number in range(producer.shards)[own_share()]:
             if is_done(folder, number):
                 continue
@@ -79,6 +91,43 @@ def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) 
             f"{folder}: {error.strerror or error}; {done} of {producer.shards} shards are complete and stay, "
             "and the same command goes on from there"
         ) from error
+
+
+def check_unfinished(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """`check_begun`, where the folder may be of an older version that wrote fewer settings, or not be there yet."""
+    there = read_json(folder / JOB_FILE) if (folder / JOB_FILE).is_file() else wanted
+    _compare(there, wanted, f"{folder}: begun with")
+    if folder.is_dir() and not (folder / JOB_FILE).is_file():
+        write_json_atomic(folder / JOB_FILE, wanted)
+
+
+def check_finished(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """UserError naming the settings that differ from those a finished folder was made with, as far as it tells them.
+
+    One of an older version, without job.json, tells what its manifest does.
+    """
+    if (folder / JOB_FILE).is_file():
+        there = read_json(folder / JOB_FILE)
+    else:
+        manifest = read_manifest(folder)
+        there = {
+            "dtype": manifest.dtype, "flip": manifest.flip, "num_classes": manifest.num_classes,
+            "class_names": list(manifest.class_names), "size": crop_of(manifest.source),
+        }  # fmt: skip
+        if there["size"] is None:
+            del there["size"]
+        skipped = len(read_json(folder / SKIPPED_FILE)) if (folder / SKIPPED_FILE).is_file() else 0
+        if "count" in wanted and not skipped:  # nor did the oldest versions list what they skipped
+            there["count"] = manifest.count // (1 + manifest.flip)
+    _compare(there, wanted, f"{folder}: complete, but made with")
+
+
+def _compare(there: Mapping[str, Any], wanted: Mapping[str, Any], found: str) -> None:
+    both = [key for key in wanted if key in there]
+    if all(there[key] == wanted[key] for key in ONLY_THEN if key in both):
+        both = [key for key in both if key != "source"]
+    remedy = "use those, or name another folder to write"
+    check_same({key: there[key] for key in both}, {key: wanted[key] for key in both}, found, remedy)
 
 
 def check_begun(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
@@ -130,11 +179,13 @@ def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
     count = sum(entry.count for entry in entries)
     if not count:
         raise UserError(f"{folder}: not one usable image")
-    if skipped:
-        write_json_atomic(folder / SKIPPED_FILE, skipped)
+    if skipped or producer.left_out:
+        listed = dict(itertools.islice(producer.left_out.items(), LISTED))
+        write_json_atomic(
+            folder / SKIPPED_FILE, {name: f"not an image: {why}" for name, why in listed.items()} | skipped
+        )
     write_manifest(folder, replace(producer.template, count=count, shards=entries))
     for number in range(producer.shards):
         _note(folder, number).unlink(missing_ok=True)
-    (folder / JOB_FILE).unlink(missing_ok=True)
     left_out = f"; {len(skipped)} images skipped" if skipped else ""
     tqdm.write(f"{folder}: {count:,} records in {len(entries)} shards{left_out}")

@@ -1,5 +1,6 @@
 """Shards out of a folder in REPA's layout, and the other way round."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ class RepaProducer:
     def __init__(self, records: RepaSet, dtype: str, shard_size: int, vae: VaeInfo, scale: float) -> None:
         self.records, self.shard_size, self.shards = records, shard_size, -(-len(records) // shard_size)
         self.template = replace(records.manifest, count=0, dtype=dtype, vae=vae, scale=scale)
+        self.left_out: Mapping[str, str] = {}
         self.fingerprint: dict[str, Any] = {"records": records.digest, "dtype": dtype, "shard_size": shard_size}
         if vae != records.manifest.vae:
             self.fingerprint |= {"vae": vae.hash}

@@ -95,12 +95,87 @@ def test_webdataset_picture_without_label_is_named(tmp_path: Path) -> None:
         open_source(tmp_path / "a.tar")
 
 
-def test_a_tar_for_each_class(tmp_path: Path) -> None:
-    for t, name in enumerate(("n01", "n02")):
+@pytest.mark.parametrize("tars", [("n00000001", "n00000002"), ("train-0", "train-1"), ("all",)])
+def test_imagenets_file_names_tell_the_class(tmp_path: Path, tars: tuple[str, ...]) -> None:
+    """Its own tars, of which each is a class, and the same pictures spread over shards."""
+    for t, name in enumerate(tars):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
-            add(archive, "same.jpg", encoded(picture(t), "JPEG"))
+            for wnid in (1, 2) if "n0" not in name else (t + 1,):
+                add(archive, f"n{wnid:08d}_{t}.JPEG", encoded(picture(t), "JPEG"))
     source = open_source(tmp_path)
-    assert source.class_names == ("n01", "n02") and source.labels.tolist() == [0, 1]
+    assert source.class_names == ("n00000001", "n00000002")
+    found = [source.class_names[label] for label in source.labels]
+    assert found == [name.rpartition("/")[2][:9] for name in source.names]
+
+
+@pytest.mark.parametrize("names", [("a.jpg",), ("n00000001_0.JPEG", "ILSVRC2012_val_1.JPEG")])
+def test_the_name_of_a_shard_is_no_class(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for shard in ("shard-0", "shard-1"):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for name in names:
+                add(archive, name, encoded(picture(0), "JPEG"))
+    with pytest.raises(UserError, match=r"lies in no class folder, and .* no \.cls or \.json"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["tars", "one tar", "folders"])
+@pytest.mark.parametrize(
+    ("labels", "names", "numbers"),
+    [
+        ([{"label": 3}, {"label": 1}, {"label": 1}, {"label": 0}], (), [3, 1, 1, 0]),
+        ([{"cls": "dog"}, {"cls": "cat"}, {"cls": "cat"}, {"cls": "emu"}], ("cat", "dog", "emu"), [1, 0, 0, 2]),
+        ([{"class": "10"}, {"class": "9"}, {"class": "9"}, {"class": "10"}], ("9", "10"), [1, 0, 0, 1]),
+    ],
+)
+def test_labels_from_the_json_beside_an_image(
+    tmp_path: Path, form: str, labels: list[dict[str, object]], names: tuple[str, ...], numbers: list[int]
+) -> None:
+    json_beside(tmp_path / "in", form, labels)
+    source = open_source(tmp_path / "in")
+    assert source.labels.tolist() == numbers and source.class_names == names and not source.left_out
+
+
+def json_beside(folder: Path, form: str, labels: list[dict[str, object]]) -> None:
+    """Four pictures with .json and .txt beside them: two shards of two, one tar, or folders named like shards."""
+    folder.mkdir()
+    for shard in range(2):
+        files = {}
+        for n in (2 * shard, 2 * shard + 1):
+            files |= {f"{n:05d}.jpg": encoded(picture(n), "JPEG"), f"{n:05d}.txt": b"a caption"}
+            files[f"{n:05d}.json"] = json.dumps(labels[n]).encode()
+        if form == "folders":
+            (folder / f"{shard:05d}").mkdir()
+            for name, data in files.items():
+                (folder / f"{shard:05d}" / name).write_bytes(data)
+        else:
+            with tarfile.open(folder / ("0.tar" if form == "one tar" else f"{shard:05d}.tar"), "a") as archive:
+                for name, data in files.items():
+                    add(archive, name, data)
+
+
+@pytest.mark.parametrize("form", ["tars", "one tar", "folders"])
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (
+            {"caption": "a cat", "url": "x\x1b"},
+            r"no label: '.*00000\.json' beside .* holds caption, url; a \.cls",
+        ),
+        ({"label": None}, "label = None; a class number"),
+        ({"label": 1.5}, "label = 1.5; a class number"),
+        ({"label": True}, "label = True; a class number"),
+        ({"label": -1}, "label = -1; a class number"),
+        ({"label": 10**18}, "label = 1000000000000000000; a class number"),
+        ({"label": 10**30}, "more than 64 bits"),
+        ({"label": ""}, "label = ''; a class number"),
+        ({"label": "cat"}, r"00001\.json': label = 1; a class number"),
+    ],
+)
+def test_json_without_a_label_is_refused(tmp_path: Path, form: str, label: dict[str, object], words: str) -> None:
+    json_beside(tmp_path / "in", form, [label, *[{"label": 1, "caption": "x"}] * 3])
+    with pytest.raises(UserError, match=words) as refusal:
+        open_source(tmp_path / "in")
+    assert "\n" not in str(refusal.value) and "\x1b" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("inner", ["", "images/"])
@@ -122,8 +197,13 @@ def test_labels_from_dataset_json(tmp_path: Path, inner: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ('{"labels": null}', "is needed"),
-        ("[]", "is needed"),
+        ('{"labels": null}', "is null, an unlabelled set"),
+        ('{"labels": 3}', "is needed, not 3"),
+        ("{}", "is needed, not ''"),
+        ("[]", "expected a JSON object"),
+        ('{"labels": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+        ('{"labels": [["a.png", 1' + "0" * 30 + "]]}", "more than 64 bits"),
+        ('{"labels": [["a.png", 1000000]]}', "'a.png' is 1000000; a class number"),
         ('{"labels": [["a.png", "cat"]]}', "'a.png' is 'cat'; a class number"),
         ('{"labels": [["a.png", -1]]}', "'a.png' is -1"),
         ('{"labels": [["a.png", 1], ["a.png", 2]]}', "2 labels, but only 1 different"),

@@ -9,7 +9,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,11 +111,13 @@ def test_interrupted_work_continues_and_ends_with_the_same_files(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--flip"], "--flip False, not True"),
-        (["--dtype", "float32"], "--dtype float16, not float32"),
-        (["--size", "8"], "--size 16, not 8"),
-        (["--vae", "pixels-gray"], "--vae pixels, not pixels-gray"),
-        (["--vae", "small", "--vae-factor", "4"], "--vae-factor 1, not 4; --vae pixels, not small"),
+        (["--flip"], "flip False (now True)"),
+        (["--dtype", "float32"], "dtype float16 (now float32)"),
+        (["--size", "8"], "size 16 (now 8)"),
+        (["--size", "8", "--shard-size", "4"], "size 16 (now 8), shard_size 2 (now 4)"),
+        (["--vae", "pixels-gray"], "VAE pixels (now pixels-gray)"),
+        (["--vae", "small", "--vae-factor", "4"], "VAE pixels (now small)"),
+        (["--dry-run", "--flip"], "flip False (now True)"),
     ],
 )
 def test_a_finished_set_is_not_taken_for_one_of_other_options(
@@ -128,8 +130,72 @@ def test_a_finished_set_is_not_taken_for_one_of_other_options(
     assert "complete already" in capsys.readouterr().out
     with pytest.raises(UserError) as refusal:
         run(class_folders, tmp_path / "out", *PIXELS, *options)
-    assert f"complete, but made with {line}; name another folder to write" in str(refusal.value)
+    assert f"complete, but made with {line}; use th" in str(refusal.value)
+    assert str(refusal.value).endswith("or name another folder to write")
     assert content(tmp_path / "out") == before
+
+
+def more_images(folder: Path) -> str:
+    (folder / "b c" / "new.png").write_bytes(encoded(picture(77)))
+    return r"images \w+ \(now \w+\), count 6 \(now 7\), content \w+ \(now \w+\)"
+
+
+def another_name(folder: Path) -> str:
+    (folder / "b c").rename(folder / "b d")
+    return r"images \w+ \(now \w+\), class_names .*b c.* \(now .*b d.*\)"
+
+
+def an_edited_image(folder: Path) -> str:
+    (folder / "b c" / "picture 0 ü.png").write_bytes(encoded(picture(99)))
+    return r"content \w+ \(now \w+\)"
+
+
+def a_class_less(folder: Path) -> str:
+    for path in (folder / "b c").iterdir():
+        path.unlink()
+    return r"count 6 \(now 3\), .*num_classes 2 \(now 1\)"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("change", [more_images, another_name, an_edited_image, a_class_less])
+def test_neither_finished_nor_unfinished_work_goes_on_with_other_images(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], str], finished: bool
+) -> None:
+    if not finished:
+        monkeypatch.setattr(job, "_finish", lambda *rest: None)
+    run(class_folders, tmp_path / "out", *PIXELS)
+    before, words = content(tmp_path / "out"), change(class_folders)
+    for options in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=words):
+            run(class_folders, tmp_path / "out", *PIXELS, *options)
+    assert content(tmp_path / "out") == before
+
+
+def test_a_moved_source_is_the_same_source(
+    class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(class_folders, tmp_path / "out", *PIXELS)
+    run(class_folders.rename(tmp_path / "moved"), tmp_path / "out", *PIXELS)
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_a_finished_folder_of_an_older_version_tells_what_its_manifest_does(
+    class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(class_folders, out, *PIXELS)
+    (out / "job.json").unlink()
+    table = json.loads((out / "manifest.json").read_text())
+    table["source"] = table["source"].replace("upright, ", "")
+    (out / "manifest.json").write_text(json.dumps(table))
+    run(class_folders, out, *PIXELS)
+    assert "complete already" in capsys.readouterr().out
+    for options, words in ((["--flip"], "flip False"), (["--size", "8"], "size 16"), (["--dtype", "float32"], "dtype")):
+        with pytest.raises(UserError, match=words):
+            run(class_folders, out, *PIXELS, *options)
+    more_images(class_folders)
+    with pytest.raises(UserError, match=r"count 6 \(now 7\)"):
+        run(class_folders, out, *PIXELS)
 
 
 def test_a_vae_of_another_name_is_the_same_where_it_is_the_same(tmp_path: Path) -> None:
