@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint format bench soak docs clean
+.PHONY: help install demo test lint format bench soak mutants docs clean
 
 help:
 	@echo "make demo   trains both stages on handwritten digits and writes runs/digits/report.html"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench  measures throughput (pytest bench/): nine minutes on two cores"
 	@echo "make docs   builds the guides and the API's pages into build/docs"
 	@echo "make soak   breaks small runs at random for up to half an hour and counts what was lost"
+	@echo "make mutants  puts small errors into the core, one at a time, and lists those that no test notices"
 
 install: $(VENV)/installed
 
@@ -41,6 +42,9 @@ bench: install
 
 soak: install
 	$(BIN)/python -m tests.soak
+
+mutants: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 docs: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

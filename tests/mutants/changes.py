@@ -165,7 +165,8 @@ def _larger(node: ast.AST, statement: ast.stmt) -> Iterator[Swap]:
         yield node, "ifs", [ast.UnaryOp(ast.Not(), node.ifs[0]), *node.ifs[1:]]
     if isinstance(node, ast.Call):
         for i, (a, b) in enumerate(zip(node.args, node.args[1:], strict=False)):
-            if type(a) is type(b) and isinstance(a, ast.Name | ast.Attribute) and ast.dump(a) != ast.dump(b):
+            same = type(a) is type(b) and isinstance(a, ast.Name | ast.Attribute) and ast.dump(a) != ast.dump(b)
+            if same and getattr(node.func, "id", "") not in ("min", "max"):
                 yield node, "args", [*node.args[:i], b, a, *node.args[i + 2 :]]
         if isinstance(node.func, ast.Attribute) and node.func.attr in DROPPED and not node.args:
             yield node, "func", ast.Lambda(_no_arguments(), node.func.value)

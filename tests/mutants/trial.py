@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,10 @@ from tests.mutants.changes import Mutant, changed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARGUMENTS = ("-q", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:timeout", "-p", "no:randomly")
-LONGEST, ENOUGH = 8.0, 30.0
+LONGEST, ENOUGH = 5.0, 15.0
 """Seconds: slower tests are left out; the tests of a mutant take no more than this together when nothing is wrong."""
 PATIENCE = 30.0
+KILLED = "killed by "
 MEMORY = 16 * 2**30
 
 
@@ -56,8 +58,11 @@ class Baseline:
     tests: dict[str, Ran] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
 
-    def chosen(self, mutant: Mutant) -> list[str]:
-        """The tests that run the changed statement, files of quick ones first; outside of a function all tests."""
+    def chosen(self, mutant: Mutant, killers: Sequence[str] = ()) -> list[str]:
+        """The tests that run the changed statement (outside of a function all), those that killed before first.
+
+        After them files of quick tests come first.
+        """
         near = range(mutant.first, mutant.last + 1)
         seen = [n for n, ran in self.tests.items() if not mutant.inside or any(line in near for line in ran.lines)]
         groups: dict[str, list[str]] = {}
@@ -69,7 +74,7 @@ class Baseline:
             total += self.tests[name].seconds
             if total <= ENOUGH:
                 chosen.append(name)
-        return chosen
+        return sorted(chosen, key=lambda name: name not in killers)
 
 
 def in_child(work: Callable[[int], None]) -> tuple[int, int]:
@@ -258,7 +263,7 @@ def verdict(pid: int, reading: int) -> str:
     said = "crashed"
     for message in messages(pid, reading, 120.0):
         if "killed" in message:
-            said = f"killed by {message['killed']}"
+            said = KILLED + message["killed"]
         elif "survived" in message:
             said = f"survived {message['survived']} tests"
         elif "silent" in message:
@@ -288,19 +293,23 @@ def tried(
             told(writing, tests={name: [ran.seconds, ran.lines] for name, ran in found.tests.items()})
             gc.collect()
             gc.freeze()
+            killers: deque[str] = deque(maxlen=3)
             for number, mutant in enumerate(mutants):
                 new = changed(
                     tree, mutant, lambda t: functions.replaceable(compile(t, str(file), "exec", dont_inherit=True))
                 )
                 if not mutant.inside or new is None:
                     continue
-                names = found.chosen(mutant)
+                names = found.chosen(mutant, killers)
 
                 def child(pipe: int, new: list[CodeType] = new, names: list[str] = names) -> None:
                     functions.replace(new)
                     run(items, names, found.tests, pipe)
 
-                told(writing, number=number, verdict=verdict(*in_child(child)), patience=3600.0)
+                said = verdict(*in_child(child))
+                told(writing, number=number, verdict=said, patience=3600.0)
+                if said.startswith(KILLED):
+                    killers.append(said.removeprefix(KILLED))
 
         collected(tests, work)
 

@@ -13,8 +13,8 @@ from st_fast.core.errors import UserError
 from st_fast.core.random import Purpose
 from st_fast.recipe import cost
 from st_fast.recipe.schema import Model, Sample
-from st_fast.sample.draw import balanced, draw_of, read_labels, slerp, starting_noise
-from st_fast.sample.guided import dopri5, euler, euler_maruyama, guided_velocity, sample_from, score
+from st_fast.sample.draw import Draw, balanced, draw_of, read_labels, slerp, starting_noise
+from st_fast.sample.guided import dopri5, euler, euler_maruyama, guided_velocity, sample_batches, sample_from, score
 
 STD = 0.5
 """Of the data; the probability flow then maps noise z to STD · z."""
@@ -40,6 +40,39 @@ def test_the_sde_draws_from_the_data_distribution():
     x = euler_maruyama(velocity, noise(256), 250, "linear", draw)
     assert x.std().item() == pytest.approx(STD, rel=0.03)
     assert abs(x.mean().item()) < 0.02
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_the_sde_sampler_written_out_in_float64(path):
+    def field(x, t):
+        return torch.sin((2 + t) * x) - 0.3 * x
+
+    x = start = noise(2).double()
+    draw, seen, steps = Draw(torch.tensor([3, 8]), torch.tensor([0, 0]), 5), [], 7
+    times = [1 - (1 - 0.04) * i / 6 for i in range(7)] + [0.0]
+    for number, (t, following) in enumerate(itertools.pairwise(times)):
+        v, dt = field(x, t), t - following
+        if path == "linear":
+            sigma, epsilon = t, x + (1 - t) * v
+        else:
+            sigma = math.sin(math.pi / 2 * t)
+            epsilon = sigma * x + math.cos(math.pi / 2 * t) * v / (math.pi / 2)
+        x = x - dt * (v + t * epsilon / sigma)
+        if number < 6:
+            w = random.normal(5, Purpose.SAMPLE_PATH, torch.tensor([3 * 7 + number, 8 * 7 + number]), (4, 4, 4))
+            x = x + (math.sqrt(2 * t * dt) * w).double()  # noise is float32
+        seen.append(x)
+    found: list[torch.Tensor] = []
+    last = euler_maruyama(field, start, steps, path, draw, found.append)
+    assert torch.equal(last, found[-1])
+    torch.testing.assert_close(torch.stack(found), torch.stack(seen), rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_of_euler_takes_one_look_and_one_of_heun_two():
+    z = noise(2).double()
+    end = z - velocity(z, 1.0)
+    torch.testing.assert_close(euler(velocity, z, 1), end)
+    torch.testing.assert_close(euler(velocity, z, 1, heun=True), z - (velocity(z, 1.0) + velocity(end, 0.0)) / 2)
 
 
 def test_the_score_of_gaussian_data_is_minus_x_over_its_variance():
@@ -122,6 +155,54 @@ def test_dopri5_never_looks_beyond_the_data_and_needs_fewer_looks_than_fixed_ste
     z = noise(4)
     torch.testing.assert_close(dopri5(seen, z, 1), STD * z, atol=2e-3, rtol=2e-3)
     assert min(times) >= 0 and max(times) <= 1 and len(times) < 150
+
+
+def test_dopri5_asks_for_sits_tolerances_of_each_sample_and_for_steps_that_end_at_the_jumps(monkeypatch):
+    asked = {}
+
+    def solved(field, x, times, **options):
+        asked.update(options, times=times.tolist())
+        return torch.stack([x] * len(times))
+
+    monkeypatch.setattr("torchdiffeq.odeint", solved)
+    z, seen = noise(3), []
+    dopri5(velocity, z, 4, (0.65, 0.0, 0.3, 1.0), seen.append)
+    assert (asked["rtol"], asked["atol"], asked["method"]) == (1e-3, 1e-6, "dopri5")
+    assert asked["times"] == [1.0, 0.75, 0.5, 0.25, 0.0] and len(seen) == 4
+    options = asked["options"]
+    assert options["step_t"].tolist() == [0.0] and options["jump_t"].tolist() == [0.3, 0.65]
+    error = noise(5)
+    expected = max(math.sqrt(sum(e * e for e in one) / 64) for one in error.flatten(1).tolist())
+    assert options["norm"](error).item() == pytest.approx(expected, rel=1e-5)
+    dopri5(velocity, z, 4)
+    assert asked["times"] == [1.0, 0.0] and "jump_t" not in asked["options"]
+
+
+@pytest.mark.parametrize(("scale", "jumps"), [(1.0, ()), (2.0, (0.1, 0.7))])
+def test_dopri5_is_told_where_guidance_begins_and_ends(scale, jumps, monkeypatch):
+    calls = []
+    monkeypatch.setattr("st_fast.sample.guided.dopri5", lambda *given: calls.append(given) or given[1])
+    settings = Sample(sampler="dopri5", steps=9, cfg_scale=scale, cfg_range=(0.1, 0.7))
+    z, draw = noise(3), balanced(0, 0, 3, 10, torch.device("cpu"))
+    assert sample_from(Labelled(), z, draw, settings, "linear", print) is z
+    assert calls[0][1:] == (z, 9, jumps, print)
+
+
+def test_batches_of_samples_hold_each_sample_once_without_a_gradient():
+    class Model_(Labelled):
+        config = Model("custom", channels=2, latent_size=4, num_classes=5)
+        pos_embed = torch.zeros(1, requires_grad=True)
+
+        def __call__(self, x, t, labels):
+            return super().__call__(x, t, labels)[0] + self.pos_embed, None
+
+    settings = Sample(sampler="euler", steps=2, batch_size=3, cfg_scale=1.0)
+    batches = list(sample_batches(Model_(), 6, 8, settings, "linear"))
+    assert [len(x) for x, _ in batches] == [3, 3, 2] and not any(x.requires_grad for x, _ in batches)
+    labels = torch.cat([y for _, y in batches])
+    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    expected = random.normal(6, Purpose.SAMPLE_NOISE, torch.arange(8), (2, 4, 4)) - labels.view(-1, 1, 1, 1)
+    torch.testing.assert_close(torch.cat([x for x, _ in batches]), expected)
 
 
 def test_dopri5_says_what_to_install(monkeypatch):

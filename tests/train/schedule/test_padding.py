@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from st_fast.model import flow
 from st_fast.recipe.methods import Selection
@@ -51,6 +52,39 @@ def test_the_capacity_costs_least():
     assert found.run == pytest.approx(cost[found.rows], rel=2e-3)
 
 
+def exact(rows: int, chances: np.ndarray) -> float:
+    """Rows that passes of `rows` run on average, at these chances of 0, 1, … supervised rows."""
+    return sum(chance * rows * max(1, -(-count // rows)) for count, chance in enumerate(chances))
+
+
+@pytest.mark.parametrize("t_range", [(0.4, 0.7), (0.0, 0.05), (0.1, 0.9), (0.0, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize(("time", "whole", "part"), [("uniform", 24, 24), ("stratified", 24, 6), ("stratified", 7, 6)])
+def test_the_capacity_is_the_least_of_all_by_scipys_chances(t_range, time, whole, part):
+    found = capacity(Selection(t_range, "sample", 0.5), Flow(time=time), whole, part)
+    counts, touched = np.arange(part + 1), bins(whole, t_range)
+    share = min(max(t_range[1] - t_range[0], 1e-12), 1 - 1e-12)
+    law = stats.binom(part, share) if time == "uniform" else stats.hypergeom(whole, touched, part)
+    chances = law.pmf(counts)
+    mean = float(counts @ chances)
+    assert found.supervised == pytest.approx(mean, abs=1e-9)
+    costs = {k: exact(k, chances) for k in range(max(1, int(np.ceil(mean - 1e-9))), part + 1)}
+    assert found.run == pytest.approx(min(costs.values()), rel=1e-9)
+    assert found.run == pytest.approx(costs[found.rows], rel=1e-9)
+
+
+def bins(count: int, t_range: tuple[float, float]) -> int:
+    """How many of so many equal bins of (0, 1) a range touches."""
+    return sum(i / count <= t_range[1] and (i + 1) / count > t_range[0] for i in range(count))
+
+
+@pytest.mark.parametrize("t_range", [(0.4, 0.7), (0.37, 0.71), (0.0, 1.0), (0.99, 1.0), (0.31, 0.32)])
+def test_a_whole_stratified_batch_has_room_for_every_bin_that_the_range_touches(t_range):
+    for batch in (8, 10, 37, 256):
+        found = capacity(Selection(t_range, "sample", 0.5), Flow(time="stratified"), batch, batch)
+        assert found.rows == found.run == bins(batch, t_range)
+        assert found.supervised == pytest.approx((t_range[1] - t_range[0]) * batch)
+
+
 def test_the_released_mask_fills_every_row_and_a_batch_of_one_works():
     assert capacity(Selection((0.4, 0.7), "released", 0.5), Flow(), 64, 16).rows == 16
     assert capacity(RANGE, Flow(), 1, 1).rows == 1
@@ -71,6 +105,8 @@ def test_padding_keeps_every_supervised_row_once_with_its_weight_and_fills_whole
         assert int((weights > 0).sum()) == count and int(filled.min()) >= 0 and int(filled.max()) < size
         if len(filled) == size:  # what `Rows.take` then hands out without looking
             assert torch.equal(filled, torch.arange(size))
+        spare = size - count >= len(filled) - count  # enough others to fill it without taking a row again
+        assert len(set(filled.tolist())) == len(filled) or not spare
         passes = Rows(filled, weights, rows).passes(filled)
         assert all(len(one) == rows for one in passes) and torch.equal(torch.cat(passes), filled)
 
