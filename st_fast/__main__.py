@@ -5,7 +5,6 @@ torchrun --nproc-per-node 8 -m st_fast train recipes/sit_xl.toml
 source <(st-fast completion bash)
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,7 +12,7 @@ from typing import Any
 
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
-from st_fast.recipe.error import did_you_mean
+from st_fast.core.options import Parser, did_you_mean
 
 COMMANDS = {
     "train": ("train.__main__", "train a recipe: every stage, then the report"),
@@ -46,7 +45,7 @@ def completion(shell: str) -> str:
         import shtab
     except ImportError:
         raise UserError("completion needs shtab: pip install shtab") from None
-    parser = argparse.ArgumentParser("st-fast")
+    parser = Parser("st-fast")
     commands = parser.add_subparsers()
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, parents=[module_of(name).parser()], add_help=False)

@@ -24,10 +24,12 @@ from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.options import integer
 from st_fast.model.formats.layouts import LAYOUTS
 from st_fast.model.formats.loaded_state import heads
 from st_fast.model.load import CONFIG, read_config
 from st_fast.model.stored import ModelSource, read_model
+from st_fast.recipe.architecture import CLASSES_MOST
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
@@ -45,8 +47,12 @@ def parser() -> argparse.ArgumentParser:
         "--to", choices=(*FOLDERS, *LAYOUTS), help="default: a stage folder, or for a file the layout SOURCE came in"
     )
     parser.add_argument("--from", dest="layout", choices=LAYOUTS, help="SOURCE's layout, where its keys don't tell")
-    parser.add_argument("--heads", type=int, help="attention heads of SOURCE, where no published size tells")
-    parser.add_argument("--num-classes", type=int, help="classes of SOURCE, where its keys and args don't tell")
+    parser.add_argument(
+        "--heads", type=integer(1, 65_536), help="attention heads of SOURCE, where no published size tells"
+    )
+    parser.add_argument(
+        "--num-classes", type=integer(1, CLASSES_MOST), help="classes of SOURCE, where its keys and args don't tell"
+    )
     parser.add_argument("--stage", help="of a run (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="for forms that hold one set (default: ema)")
     parser.add_argument("--vae", help="a folder or hub name, put into a diffusers folder (default: the data's own)")
@@ -59,9 +65,6 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; UserError for what does not go together, SystemExit(2) for bad flags."""
     given = parser().parse_args(arguments)
-    for name in ("heads", "num_classes"):
-        if (value := getattr(given, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
     if given.target is None and (unused := [name for name in TARGETS if getattr(given, name)]):
         raise UserError(f"--{unused[0].replace('_', '-')}: without a target nothing is written")
     if given.private and not given.push:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, UserError
+from st_fast.core.options import Parser
 
 MENDABLE = (
     errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
@@ -20,10 +21,10 @@ MENDABLE = (
 """What is wrong with a named place, or the rights to it, which no traceback tells better."""
 
 
-def command_parser(name: str, text: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+def command_parser(name: str, text: str | None, epilog: str | None = None) -> Parser:
     """The parser of `python -m st_fast NAME`, which prints `text` as it is written."""
     form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(f"python -m st_fast {name}", description=text, epilog=epilog, formatter_class=form)
+    return Parser(f"python -m st_fast {name}", description=text, epilog=epilog, formatter_class=form)
 
 
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:

@@ -19,13 +19,12 @@ Examples:
     torchrun --nproc-per-node 8 -m st_fast.prepare --features facebook/dinov2-base ~/imagenet/train data/imagenet256
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from st_fast.core.command import run_command
+from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SIDE_MOST, Parser, integer
 
 VAE_HELP = (
     "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
@@ -45,37 +44,39 @@ USES = {
 """The options that mean something in a mode; to encode images all of them do."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are UserErrors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises UserError."""
-        raise UserError(f"{message}; python -m st_fast.prepare --help shows examples")
-
-
 def parser() -> Parser:
     """The command line."""
-    parse = Parser(
-        prog="python -m st_fast.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parse = command_parser("prepare", __doc__)
     add = parse.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="as above")
     mode = parse.add_mutually_exclusive_group()
     for name in ("verify", "stats", "from-repa", "to-repa"):
         mode.add_argument(f"--{name}", action="store_true", help="as above")
     mode.add_argument("--features", metavar="ENCODER", default="", help=FEATURES_HELP)
-    add("--size", type=int, default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)")
+    add(
+        "--size", type=integer(1, SIDE_MOST), default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)"
+    )
     add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
     add("--flip", action="store_true", help="encode every image mirrored, too: twice the records")
     add("--vae", default="sd-vae-ft-mse", help=VAE_HELP)
-    add("--vae-factor", type=int, choices=(2, 4, 8), help="how much smaller its latents are (default: by SIZE, 2 to 8)")
-    add("--vae-steps", type=int, default=2_000, help="training steps of --vae small (default 2000)")
+    add(
+        "--vae-factor",
+        type=integer(2, 8),
+        choices=(2, 4, 8),
+        help="how much smaller its latents are (default: by SIZE, 2 to 8)",
+    )
+    add("--vae-steps", type=integer(1, COUNT_MOST), default=2_000, help="training steps of --vae small (default 2000)")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored moments (default float16)")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the network; auto: bf16 on CUDA")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--batch-size", type=int, default=32, help="images encoded at once (default 32)")
-    add("--shard-size", type=int, default=8_192, help="records a shard (default 8192)")
-    add("--max-bad", type=int, default=10, help="fail when more images than this can't be used (default 10)")
+    add("--batch-size", type=integer(1, BATCH_MOST), default=32, help="images encoded at once (default 32)")
+    add("--shard-size", type=integer(1, COUNT_MOST), default=8_192, help="records a shard (default 8192)")
+    add(
+        "--max-bad",
+        type=integer(0, 10**12),
+        default=10,
+        help="fail when more images than this can't be used (default 10)",
+    )
     add("--dry-run", action="store_true", help="say what would be made, and stop")
     return parse
 
@@ -86,9 +87,6 @@ def main(arguments: Sequence[str]) -> None:
     needed = 1 if args.verify or args.stats else 2
     if len(args.paths) != needed:
         raise UserError(f"{needed} path{'s' * (needed - 1)} needed, got {len(args.paths)}: see --help")
-    for name in ("size", "batch_size", "shard_size", "vae_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     mode = next((mode for mode in USES if getattr(args, mode)), "encode")
     for option, value in vars(args).items():
         unused = mode != "encode" and option not in (*USES[mode], *USES, "paths")

@@ -17,6 +17,7 @@ from safetensors.numpy import save as to_safetensors
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.files import write_atomic
+from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
 from st_fast.data.images import load_image
@@ -40,18 +41,22 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser("real-images", __doc__)
     parser.add_argument("source", type=Path, help="a folder or archive with train/ and test/")
     parser.add_argument("data", type=Path, help="the folder of latents that `st_fast.prepare` wrote")
-    parser.add_argument("--size", type=int, required=True, help="side in pixels, as given to st_fast.prepare")
-    parser.add_argument("--train", type=int, default=10_000, help="training images for the classifier, at most (10000)")
-    parser.add_argument("--test", type=int, default=2_000, help="held-out images, at most (2000)")
+    parser.add_argument(
+        "--size", type=integer(1, SIDE_MOST), required=True, help="side in pixels, as given to st_fast.prepare"
+    )
+    parser.add_argument(
+        "--train",
+        type=integer(1, COUNT_MOST),
+        default=10_000,
+        help="training images for the classifier, at most (10000)",
+    )
+    parser.add_argument("--test", type=integer(1, COUNT_MOST), default=2_000, help="held-out images, at most (2000)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command; UserError for a source, folder or number that can't be used."""
     given = parser().parse_args(list(arguments))
-    for name in ("size", "train", "test"):
-        if getattr(given, name) < 1:
-            raise UserError(f"--{name} {getattr(given, name)}: at least 1")
     read_manifest(given.data)  # says so in one line where this is no data folder
     path, tensors = given.data / "images.safetensors", {}
     if path.exists():

@@ -6,10 +6,11 @@ it from here; `st_fast.model.sit` builds it. Imports no torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from st_fast.recipe.error import did_you_mean, wrong_value
-from st_fast.recipe.keys import BelowOne, Count, CountOrZero, Positive, fixed, free, keys
+from st_fast.core.options import SIDE_MOST, did_you_mean
+from st_fast.recipe.error import wrong_value
+from st_fast.recipe.keys import BelowOne, Limit, between, fixed, free, keys
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "S": (12, 384, 6),
@@ -22,6 +23,9 @@ PATCHES = (2, 4, 8)
 """The patch sizes that SiT's names take."""
 TIME_FREQUENCIES = 256
 """Sinusoids of the time embedding."""
+CLASSES_MOST = 10_000_000
+PARAMETERS_MOST = 10**12
+"""Far above any model of this kind: more is a slip of the keyboard, and would be allocated for hours."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,17 @@ class Model:
 
     # A name's sizes are compared themselves.
     name: str = free("custom", 'A published size such as "SiT-XL/2", or "custom" with the next four keys.')
-    depth: CountOrZero = fixed(0, "Transformer blocks.")
-    width: CountOrZero = fixed(0, "Channels of a token.")
-    heads: CountOrZero = fixed(0, "Attention heads.")
-    patch: CountOrZero = fixed(0, "Side of the square of latent pixels that makes a token.")
-    channels: Count = fixed(4, "Channels of a latent.")
-    latent_size: Count = fixed(32, "Side of a latent.")
-    num_classes: Count = fixed(1000, "Classes of the labels.")
+    depth: Annotated[int, between(0, 10_000)] = fixed(0, "Transformer blocks.")
+    width: Annotated[int, between(0, 2**18)] = fixed(0, "Channels of a token.")
+    heads: Annotated[int, between(0, 2**16)] = fixed(0, "Attention heads.")
+    patch: Annotated[int, between(0, SIDE_MOST)] = fixed(0, "Side of the square of latent pixels that makes a token.")
+    channels: Annotated[int, between(1, 2**16)] = fixed(4, "Channels of a latent.")
+    latent_size: Annotated[int, between(1, SIDE_MOST)] = fixed(32, "Side of a latent.")
+    num_classes: Annotated[int, between(1, CLASSES_MOST)] = fixed(1000, "Classes of the labels.")
     class_dropout: BelowOne = fixed(0.1, "Share of labels that training replaces by the null label, for guidance.")
-    mlp_ratio: Positive = fixed(4.0, "Hidden channels of the MLP over width.")
+    mlp_ratio: Annotated[float, Limit("above 0 and at most 1000", lambda ratio: 0 < ratio <= 1000)] = fixed(
+        4.0, "Hidden channels of the MLP over width."
+    )
     qk_norm: bool = fixed(True, "Normalise queries and keys (LayerNorm within each head).")
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')
     modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
@@ -161,3 +167,9 @@ def check_shapes(model: Model) -> None:
     ):
         if (value := getattr(model, key)) % divisor:
             raise wrong_value(f"model.{key}", value, f"a multiple of {divisor}", f"not divisible by {of} ({named})")
+    if model.hidden < 1:
+        raise wrong_value("model.mlp_ratio", model.mlp_ratio, f"at least 1 / model.width = {1 / model.width:g}")
+    if model.parameters > PARAMETERS_MOST:
+        named = ", ".join(f"{key} {getattr(model, key)}" for key in ("depth", "width", "num_classes", "mlp_ratio"))
+        why = f"with {named} there are {model.parameters:.2g} parameters"
+        raise wrong_value("model.width", model.width, f"at most {PARAMETERS_MOST:.0e} parameters", why)

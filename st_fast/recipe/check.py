@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from st_fast.core.options import did_you_mean
 from st_fast.recipe.architecture import check_shapes
 from st_fast.recipe.batch import images_a_pass
-from st_fast.recipe.error import RecipeError, did_you_mean, show, wrong_value
+from st_fast.recipe.error import RecipeError, show, wrong_value
 from st_fast.recipe.keys import UpTo, keys
 from st_fast.recipe.methods import supervision_name
 from st_fast.recipe.schema import SECTIONS, Evaluate, Optim, Recipe, Run, Stage, Start
@@ -15,6 +16,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     """Raises RecipeError for the first thing that doesn't fit; `ranks` is how many processes share a batch."""
     check_shapes(recipe.model)
     check_batch(recipe.optim, ranks)
+    check_stream(recipe)
     check_names(recipe.stages)
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
@@ -39,6 +41,15 @@ def check_batch(optim: Optim, ranks: int) -> None:
     if isinstance(images, int) and images and share % images:
         why = f"does not divide a rank's share of the batch, {optim.batch_size} / {ranks} = {share}"
         raise wrong_value("optim.micro_batch", images, f'{_either(splits_near(share, images)[1])}, or "auto"', why)
+
+
+def check_stream(recipe: Recipe) -> None:
+    """Samples are numbered by 64-bit integers."""
+    for stage in recipe.stages:
+        if stage.steps * recipe.optim.batch_size >= 2**62:
+            why = f"with optim.batch_size = {recipe.optim.batch_size} more samples than 64-bit numbers count"
+            allowed = f"at most {2**62 // recipe.optim.batch_size}"
+            raise wrong_value(f"stage.{stage.name}.steps", stage.steps, allowed, why)
 
 
 def splits_near(batch_size: int, parts: int) -> tuple[list[int], list[int]]:

@@ -15,6 +15,10 @@ FORM = "--section.key=value or --stage.<name>.<key>=value"
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is another file given by mistake."""
 
+MAX_DOTS = 100
+"""In a line: reading a key takes time that grows with the square of its parts."""
+MAX_STAGES = 1_000
+
 RENAMED: dict[str, tuple[str, dict[Any, Any]]] = {"evaluate.judge": ("classifier", {"none": False, "classifier": True})}
 """Keys of older recipes → the key today, and today's value of each old one."""
 
@@ -57,6 +61,10 @@ def read_text(path: Path) -> str:
 
 def parse_toml(text: str, place: str) -> dict[str, Any]:
     """The text as TOML; RecipeError with line and column for a mistake in its syntax."""
+    for row, written in enumerate(text.split("\n"), 1):
+        if written.count(".") > MAX_DOTS and not written.lstrip().startswith("#"):
+            problem = f"a line with {written.count('.')} dots"
+            raise RecipeError(problem, "section.key, of two parts", place=f"{place}:{row}:1")
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -82,6 +90,8 @@ def as_document(raw: dict[str, Any]) -> Document:
     stages = raw.get("stage", [])
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise wrong_value("stage", stages, "tables, each under a line [[stage]] of its own")
+    if len(stages) > MAX_STAGES:
+        raise RecipeError(f"{len(stages)} stages", f"at most {MAX_STAGES}", "stage")
     for name, table in raw.items():
         if name == "stage":
             continue
@@ -143,10 +153,12 @@ def apply_override(document: Document, override: str) -> str:
 def _value(text: str, flag: str) -> Any:
     """The text as a TOML value; what is none, such as a bare word, a path or a date, is a string."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = tomllib.loads(f"value = {text}") if text.count(".") <= MAX_DOTS else {}
     except (ValueError, RecursionError):
+        parsed = {}
+    if not parsed:
         if text.lstrip()[:1] in ('"', "'", "[", "{"):
-            raise RecipeError(f"{flag}={cut(text)} is not a TOML value", "a closed string or list", flag) from None
+            raise RecipeError(f"{flag}={cut(text)} is not a TOML value", "a closed string or list", flag)
         return text
     is_date = isinstance(parsed["value"], (datetime.date, datetime.time))
     return text if is_date or len(parsed) > 1 else parsed["value"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
 from st_fast.core.errors import UserError
+from st_fast.core.options import did_you_mean
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
@@ -50,13 +50,6 @@ def unknown_name(key: str, name: str, options: Iterable[str], elsewhere: str = "
     options = list(options)
     hint = f" ({elsewhere})" if elsewhere else did_you_mean(name, options)
     return RecipeError(f"{key} is unknown{hint}", ", ".join(options) or "none, there are none", key)
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """A hint, " (did you mean x?)", at the option nearest to the name; empty where none is near."""
-    by_folded = {option.casefold(): option for option in options}
-    near = difflib.get_close_matches(name[:80].casefold(), by_folded, n=1, cutoff=0.65)
-    return f" (did you mean {by_folded[near[0]]}?)" if near else ""
 
 
 def key_text(name: str) -> str:

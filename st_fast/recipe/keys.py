@@ -16,7 +16,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from st_fast.recipe.error import did_you_mean, wrong_value
+from st_fast.core.options import did_you_mean
+from st_fast.recipe.error import wrong_value
 
 T = TypeVar("T")
 
@@ -91,8 +92,17 @@ def _distinct(names: tuple[str, ...]) -> bool:
     return len(names) == len(set(names)) and all(names)
 
 
+def between(least: float, most: float) -> Limit:
+    """From `least` to a largest value, of what takes memory or time by its size."""
+    return Limit(f"at least {least} and at most {most}", lambda value: least <= value <= most)
+
+
 Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
 CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
+CFG_MOST = 10**6
+"""Guidance beyond it overflows in lower precision and makes no picture."""
+Channels = Annotated[int, between(1, 2**18)]
+Guidance = Annotated[float, between(0, CFG_MOST)]
 Positive = Annotated[float, Limit("above 0", lambda value: value > 0)]
 NonNegative = Annotated[float, Limit("at least 0", lambda value: value >= 0)]
 Fraction = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
@@ -196,6 +206,8 @@ def _plain(kind: type, value: object) -> object:
         return kind(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise _Mismatch
+    if isinstance(value, float) and value and not 2.0**-126 <= abs(value) < 2.0**128:
+        raise _Mismatch("0 or a number of 1e-37 to 1e38 in size, which float32 holds")
     if isinstance(value, str) and any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value):
         raise _Mismatch("a string without control characters, line breaks or broken Unicode")
     return value

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from st_fast.core.options import did_you_mean
 from st_fast.recipe.architecture import Model, resolve_model
 from st_fast.recipe.batch import agreed, made_for
 from st_fast.recipe.check import check
@@ -17,7 +18,7 @@ from st_fast.recipe.document import (
     read_document,
     section_with,
 )
-from st_fast.recipe.error import RecipeError, cut, did_you_mean, key_text, unknown_name, wrong_value
+from st_fast.recipe.error import RecipeError, cut, key_text, unknown_name, wrong_value
 from st_fast.recipe.keys import build, keys, typed_value
 from st_fast.recipe.methods import METHODS, supervision_name
 from st_fast.recipe.schema import SECTIONS, Recipe, Stage, Start

@@ -9,7 +9,18 @@ from typing import ClassVar, Literal
 
 from st_fast.recipe.architecture import Layer, Model
 from st_fast.recipe.error import wrong_value
-from st_fast.recipe.keys import Block, Count, CountOrZero, Fraction, Names, NonNegative, StageStep, TimeRange, fixed
+from st_fast.recipe.keys import (
+    Block,
+    Channels,
+    CountOrZero,
+    Fraction,
+    Guidance,
+    Names,
+    NonNegative,
+    StageStep,
+    TimeRange,
+    fixed,
+)
 
 Mask = Literal["sample", "sample_mean", "released"]
 
@@ -129,7 +140,7 @@ class VelocityHead(Method):
     depth: Block = fixed(2, "The student's block that the head reads.")
     target: Literal["velocity", "latent"] = fixed("velocity", "Velocity (released code) or clean latent (paper).")
     weight: NonNegative = fixed(0.5, "λ, the weight of the head's loss.")
-    hidden: Count = fixed(2048, "Hidden channels of the head's MLP.")
+    hidden: Channels = fixed(2048, "Hidden channels of the head's MLP.")
     t_range: TimeRange = fixed((0.4, 0.7), "Times at which samples are supervised, both ends included.")
     mask: Mask = fixed("sample", "Mean over all samples, over supervised ones, or as the released code multiplies it.")
 
@@ -156,10 +167,10 @@ class SelfTranscendence(Method):
     teacher_weights: Literal["raw", "ema"] = fixed("raw", "The teacher's raw weights or their average.")
     student_depth: Block = fixed(8, "The student's block that is supervised.")
     teacher_depth: Block = fixed(16, "The teacher's block whose features are the target.")
-    cfg_scale: NonNegative = fixed(30.0, "ω, the guidance of the features: f_∅ + ω·(f_y − f_∅); 1 needs no null label.")
+    cfg_scale: Guidance = fixed(30.0, "ω, the guidance of the features: f_∅ + ω·(f_y − f_∅); 1 needs no null label.")
     loss: Literal["mse", "cosine", "normalized_mse"] = fixed("mse", "How features are compared.")
     weight: NonNegative = fixed(0.5, "λ, the weight of the feature loss.")
-    hidden: Count = fixed(2048, "Hidden channels of the student's projector.")
+    hidden: Channels = fixed(2048, "Hidden channels of the student's projector.")
     t_range: TimeRange = fixed((0.4, 0.7), "Times at which samples are supervised, both ends included.")
     mask: Mask = fixed("sample", "Mean over all samples, over supervised ones, or as the released code multiplies it.")
     stop_step: StageStep = fixed(0, "Supervision ends after this many steps; 0: with the stage.")
@@ -253,7 +264,7 @@ class Repa(Method):
     encoders: Names = fixed(("facebook/dinov2-base",), "Image encoders: hub names or folders, as features name them.")
     depth: Block = fixed(8, "The student's block that is supervised.")
     weight: NonNegative = fixed(0.5, "λ, the weight of the mean over encoders of their losses.")
-    hidden: Count = fixed(2048, "Hidden channels of each encoder's projector.")
+    hidden: Channels = fixed(2048, "Hidden channels of each encoder's projector.")
     interpolate: bool = fixed(False, "Resize features whose grid differs from the tokens' (bilinear), else an error.")
     stop_step: StageStep = fixed(0, "Supervision ends after this many steps (HASTE); 0: with the stage.")
     features: Literal["written", "live"] = fixed(

@@ -6,6 +6,7 @@ The defaults are those of the published Self-Transcendence runs where these exis
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+from st_fast.core.options import BATCH_MOST, COUNT_MOST
 from st_fast.kernels import FORMS, SWITCHES
 from st_fast.recipe.architecture import Model as Model
 from st_fast.recipe.keys import (
@@ -13,15 +14,20 @@ from st_fast.recipe.keys import (
     BelowOne,
     Count,
     CountOrZero,
+    Guidance,
     NamesOrNone,
     NonNegative,
     Positive,
     TimeRange,
+    between,
     fixed,
     free,
     said,
 )
 from st_fast.recipe.methods import Method
+
+STEPS_MOST = 100_000
+"""Of a solver."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,16 @@ class Data:
 class Optim:
     """AdamW with clipping and a weight average (EMA). The global batch is what an update sees, however it is split."""
 
-    batch_size: Count = fixed(256, "Images of one update, over all ranks and passes.")
+    batch_size: Annotated[int, between(1, 10_000_000)] = fixed(256, "Images of one update, over all ranks and passes.")
     accumulation: Count = free(1, "Passes whose gradients add up to one update.")
     micro_batch: CountOrZero | Literal["auto"] = free(
         0,
         'Images of a pass on one rank; 0: `accumulation` decides; "auto": the most that fit.',
     )
     lr: Positive = fixed(1e-4, "Learning rate.")
-    warmup_steps: CountOrZero = fixed(0, "Steps over which the learning rate rises linearly.")
+    warmup_steps: Annotated[int, between(0, 10_000_000)] = fixed(
+        0, "Steps over which the learning rate rises linearly."
+    )
     betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.999), "Decay of AdamW's two running means.")
     eps: Positive = fixed(1e-8, "AdamW's ε.")
     weight_decay: NonNegative = fixed(0.0, "Decoupled weight decay.")
@@ -105,14 +113,16 @@ class Run:
     )
     sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, AdamW's state and EMA in shards, one a rank.")
     shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")
-    log_every: Count = free(50, "Steps from one log line to the next.")
+    log_every: Annotated[int, between(1, 1_000_000)] = free(50, "Steps from one log line to the next.")
     save_every: Count = free(5_000, "Steps from one checkpoint to the next.")
     keep: Count = free(2, "Newest checkpoints that a stage keeps.")
     keep_every: CountOrZero = free(0, "Checkpoints at multiples of this are kept for good; 0: none.")
     max_bad_steps: Count = free(10, "Steps in a row without a finite loss that end the run.")
     spike_ratio: NonNegative = free(0.0, "A loss above this times its usual value rolls back a checkpoint; 0: never.")
     spike_retries: CountOrZero = free(3, "Rollbacks a stage at most.")
-    hang_timeout: CountOrZero = free(1_800, "Seconds without progress on a rank that end the run; 0: never.")
+    hang_timeout: Annotated[int, between(0, 100_000_000)] = free(
+        1_800, "Seconds without progress on a rank that end the run; 0: never."
+    )
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = free((), "Trackers that get the log, too.")
 
     @property
@@ -139,11 +149,11 @@ class Sample:
     """How samples are drawn, in training and by `st_fast.sample`."""
 
     every: CountOrZero = free(0, "Steps from one drawing to the next; 0: only at a stage's end.")
-    num: CountOrZero = free(80, "Samples of a drawing.")
-    batch_size: Count = free(100, "Samples drawn at a time.")
+    num: Annotated[int, between(0, COUNT_MOST)] = free(80, "Samples of a drawing.")
+    batch_size: Annotated[int, between(1, BATCH_MOST)] = free(100, "Samples drawn at a time.")
     sampler: Literal["euler", "heun", "dopri5", "sde"] = free("sde", "The solver.")
-    steps: Count = free(250, "Steps of the solver; dopri5 chooses its own.")
-    cfg_scale: NonNegative = free(1.9, "Classifier-free guidance; 1: none.")
+    steps: Annotated[int, between(1, STEPS_MOST)] = free(250, "Steps of the solver; dopri5 chooses its own.")
+    cfg_scale: Guidance = free(1.9, "Classifier-free guidance; 1: none.")
     cfg_range: TimeRange = free((0.0, 0.65), "Times at which guidance acts.")
 
 
@@ -153,7 +163,7 @@ class Evaluate:
 
     classifier: bool = free(False, "Score in the features of a classifier trained on the data's images.")
     every: CountOrZero = free(0, "Steps from one evaluation to the next; 0: only at a stage's end.")
-    num: Count = free(1_000, "Samples of an evaluation.")
+    num: Annotated[int, between(1, COUNT_MOST)] = free(1_000, "Samples of an evaluation.")
     inception: str = free("", 'File of the FID network\'s weights, for FID and its like; "": none.')
     reference: str = free("", "What FID compares with: ADM's .npz, pictures or a data folder; \"\": the run's data.")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
+from st_fast.core.options import SEED_MOST, integer
 from st_fast.sample.model import sample_request, sampling, sampling_parser
 from st_fast.sample.previews import draw_grid, draw_interpolation, draw_trajectory
 from st_fast.sample.set import draw_set
@@ -37,7 +38,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--npz", action="store_true", help="a set, whatever its size")
     parser.add_argument("--png", action="store_true", help="a set with a folder of single images")
     previews = parser.add_mutually_exclusive_group()
-    previews.add_argument("--interpolate", type=int, nargs=2, metavar=("A", "B"), help="from sample A's noise to B's")
+    previews.add_argument(
+        "--interpolate",
+        type=integer(0, SEED_MOST // 2),
+        nargs=2,
+        metavar=("A", "B"),
+        help="from sample A's noise to B's",
+    )
     previews.add_argument("--gif", action="store_true", help="from noise to image, step by step")
     return parser
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from st_fast.core import checkpoint
 from st_fast.core.command import command_parser, need_run
 from st_fast.core.errors import UserError
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, integer, number
 from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import StopRequest, stop_on_signals
 from st_fast.data.manifest import Manifest
@@ -26,7 +27,8 @@ from st_fast.model.smoke_test import validated_kernels
 from st_fast.model.stored import newest_stage
 from st_fast.model.vae import decode, load_vae
 from st_fast.recipe import load_run
-from st_fast.recipe.schema import Recipe, Sample
+from st_fast.recipe.keys import CFG_MOST
+from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
 from st_fast.sample.draw import Draw, Labels, draw_of, read_labels
 from st_fast.sample.guided import Watch, sample, sample_from, unwatched
 
@@ -131,15 +133,25 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="a run folder, such as runs/digits")
     parser.add_argument("--stage", help="the stage whose model samples (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("-n", "--num", type=int, help="how many samples (torchrun takes --num for a flag of its own)")
+    parser.add_argument(
+        "-n", "--num", type=integer(1, COUNT_MOST), help="how many samples (torchrun takes --num for a flag of its own)"
+    )
     parser.add_argument("--labels", default="balanced", help="balanced (i mod classes), random, or such as 0,3,7")
-    parser.add_argument("--seed", type=int, help="of the noise and of random labels (default: the run's)")
-    parser.add_argument("--batch-size", type=int, help="of each rank; a dopri5 batch shares its steps")
+    parser.add_argument(
+        "--seed", type=integer(0, SEED_MOST), help="of the noise and of random labels (default: the run's)"
+    )
+    parser.add_argument(
+        "--batch-size", type=integer(1, BATCH_MOST), help="of each rank; a dopri5 batch shares its steps"
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), help="published settings; other flags override them")
     parser.add_argument("--sampler", choices=("euler", "heun", "dopri5", "sde"))
-    parser.add_argument("--steps", type=int, help="of all samplers but dopri5, which chooses its own")
-    parser.add_argument("--cfg-scale", type=float, help="guidance ω; 1 is none")
-    parser.add_argument("--cfg-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance")
+    parser.add_argument(
+        "--steps", type=integer(1, STEPS_MOST), help="of all samplers but dopri5, which chooses its own"
+    )
+    parser.add_argument("--cfg-scale", type=number(0, CFG_MOST), help="guidance ω; 1 is none")
+    parser.add_argument(
+        "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
+    )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the model; solvers use fp32")
     return parser
@@ -157,11 +169,8 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
         if (value := getattr(given, key)) is not None:
             chosen[key] = tuple(value) if key == "cfg_range" else value
     settings = replace(recipe.sample, **chosen)
-    for key in ("num", "batch_size", "steps"):
-        if getattr(settings, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(settings, key)}: at least 1")
     low, high = settings.cfg_range
-    if not 0 <= low <= high <= 1:
+    if low > high:
         raise UserError(f"--cfg-range {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
         raise UserError(f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0)")

@@ -17,6 +17,7 @@ from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.core.machine import rank_count
+from st_fast.core.options import number
 from st_fast.study.plan import Study, jobs, read_study
 
 
@@ -25,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser("study", __doc__)
     parser.add_argument("study", type=Path, metavar="FILE", help="such as recipes/study/digits.toml")
     parser.add_argument("--out", type=Path, help="where the runs go (runs/study/NAME)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, saved")
+    parser.add_argument(
+        "--minutes", type=number(0, 1e8, above=True), default=float("inf"), help="stop after this time, saved"
+    )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="also put the outcome into this Markdown page")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, and stop")
     return parser
@@ -34,8 +37,6 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """Reads, runs, collects, writes; Interrupted (75) when the time or a signal ended it first."""
     given = parser().parse_args(arguments)
-    if not given.minutes > 0:
-        raise UserError(f"--minutes {given.minutes:g}: above 0")
     if rank_count() > 1:
         raise UserError(f"{rank_count()} processes: a study runs in one; start it with python, not with torchrun")
     study = read_study(given.study)

@@ -15,6 +15,7 @@ Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted
 
 import argparse
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import get_args
 
 from st_fast.core.command import command_parser, run_command
@@ -23,6 +24,7 @@ from st_fast.core.machine import local_rank, rank_count
 from st_fast.recipe import Recipe, cost, load, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
 from st_fast.recipe.check import graphs_problem
+from st_fast.recipe.error import cut
 from st_fast.recipe.keys import choices, describe, keys
 from st_fast.recipe.schema import SECTIONS
 
@@ -54,8 +56,18 @@ def parse(arguments: Sequence[str]) -> tuple[str, list[str], set[str]]:
     overrides = [a for a in arguments if a.startswith("--") and a not in flags]
     recipes = [a for a in arguments if not a.startswith("--")]
     if len(recipes) != 1:
-        raise UserError(f"expected one recipe, got {len(recipes)}: {' '.join(recipes) or 'none'}")
+        raise UserError(
+            f"expected one recipe, got {len(recipes)}: {' '.join(map(cut, recipes)) or 'none'}{hint(arguments)}"
+        )
     return recipes[0], overrides, flags
+
+
+def hint(arguments: Sequence[str]) -> str:
+    """How an override should have been written whose value stands beside it, without `=`; empty where none does."""
+    for option, value in pairwise(arguments):
+        if option.startswith("--") and "." in option and "=" not in option and not value.startswith("--"):
+            return f"; write {cut(option)}={cut(value)}, with = between key and value"
+    return ""
 
 
 def main(arguments: Sequence[str]) -> None:

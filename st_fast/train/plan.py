@@ -19,6 +19,7 @@ from statistics import median_high
 
 from st_fast.core.command import command_parser
 from st_fast.core.errors import UserError
+from st_fast.core.options import BATCH_MOST, integer, number
 from st_fast.recipe import cost, load
 from st_fast.train.parallel import BUCKET_BYTES
 
@@ -126,24 +127,25 @@ def measured_rate(run: Path, stage: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("doctor --plan", __doc__)
+    positive = number(0, 1e12, above=True)
     parser.add_argument("recipe")
     measured = parser.add_mutually_exclusive_group()
-    measured.add_argument("--images-per-s", type=float, help="of one GPU, measured (python -m pytest bench/)")
+    measured.add_argument("--images-per-s", type=positive, help="of one GPU, measured (python -m pytest bench/)")
     measured.add_argument("--run", type=Path, help="a run folder whose log says how fast it was")
-    parser.add_argument("--per-node", type=int, default=8, help="GPUs in a node (8)")
-    parser.add_argument("--nvlink", type=float, default=360.0, help="GB/s a GPU within a node (360: NVLink 4, 80 %%)")
-    parser.add_argument("--network", type=float, default=45.0, help="GB/s a GPU between nodes (45: 400 Gbit/s, 90 %%)")
-    parser.add_argument("--memory", type=float, default=4300.0, help="GB/s of device memory (4300: H200, measured)")
+    parser.add_argument("--per-node", type=integer(1, BATCH_MOST), default=8, help="GPUs in a node (8)")
+    parser.add_argument(
+        "--nvlink", type=positive, default=360.0, help="GB/s a GPU within a node (360: NVLink 4, 80 %%)"
+    )
+    parser.add_argument(
+        "--network", type=positive, default=45.0, help="GB/s a GPU between nodes (45: 400 Gbit/s, 90 %%)"
+    )
+    parser.add_argument("--memory", type=positive, default=4300.0, help="GB/s of device memory (4300: H200, measured)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the estimate of every stage of a recipe. UserError for what is not there, SystemExit(2) for bad flags."""
     given = parser().parse_args(list(arguments))
-    for name in ("images_per_s", "per_node", "nvlink", "network", "memory"):
-        value = getattr(given, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: above 0")
     recipe = load(given.recipe, ranks=None)
     machine = Machine(given.per_node, given.nvlink * 1e9, given.network * 1e9, given.memory * 1e9)
     parameters, images = recipe.model.parameters, recipe.optim.batch_size

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from st_fast.core.errors import UserError
 from st_fast.recipe import RecipeError, load
+from st_fast.train.__main__ import parse
 
 REPOSITORY = Path(__file__).parents[2]
 RANKS = 8
@@ -167,3 +169,19 @@ def test_a_block_cant_follow_itself_or_a_shallower_one(depth: int, spoil: Callab
     path = spoil(old, f'supervision = "layer_sync"\nstudent_depth = 2\nteacher_depth = {depth}')
     with pytest.raises(RecipeError, match=f"teacher_depth = {depth}; allowed: a block above student_depth = 2"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["r.toml", "--optim.lr", "1e-4"], "write --optim.lr=1e-4, with ="),
+        (["--stage.align.steps", "3", "r.toml", "--dry-run"], "write --stage.align.steps=3, with ="),
+        (["r.toml", "--optim.lr", "-1"], "write --optim.lr=-1, with ="),
+        (["r.toml", "s.toml"], "expected one recipe, got 2: r.toml s.toml"),
+        ([], "expected one recipe, got 0: none"),
+    ],
+)
+def test_an_override_without_an_equals_sign_is_told_how_to_write_it(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(arguments)
+    assert str(error.value).endswith(words) or words in str(error.value)

@@ -151,6 +151,29 @@ def test_a_wrong_override_is_named(small: Path, override: str, told: str) -> Non
         ("--model.qk_norm=yes", "true or false"),
         ("--model.qk_norm=1", "true or false"),
         ("--run.seed=-1", "at least 0"),
+        ("--model.depth=1099511627776", "at most 10000"),
+        ("--model.width=4294967296", "at most 262144"),
+        ("--model.heads=1000000", "at most 65536"),
+        ("--model.latent_size=1000000000", "at most 8192"),
+        ("--model.channels=1000000000", "at most 65536"),
+        ("--model.num_classes=1000000000000", "at most 10000000"),
+        ("--model.mlp_ratio=1e308", "float32"),
+        ("--model.mlp_ratio=1e30", "at most 1000"),
+        ("--model.mlp_ratio=0.01", "1 / model.width"),
+        ("--optim.lr=1e-300", "float32"),
+        ("--optim.eps=1e300", "float32"),
+        ("--optim.batch_size=1000000000000", "at most 10000000"),
+        ("--optim.warmup_steps=1000000000000", "at most 10000000"),
+        ("--run.log_every=1000000000", "at most 1000000"),
+        ("--run.hang_timeout=1000000000000", "at most 100000000"),
+        ("--sample.num=1000000000000", "at most 100000000"),
+        ("--sample.batch_size=1000000000", "at most 1000000"),
+        ("--sample.steps=1000000000", "at most 100000"),
+        ("--sample.cfg_scale=1e30", "at most 1000000"),
+        ("--evaluate.num=1000000000000", "at most 100000000"),
+        ("--stage.align.hidden=1000000000", "at most 262144"),
+        ("--stage.transcend.cfg_scale=1e30", "at most 1000000"),
+        ("--stage.align.steps=4611686018427387904", "at most 48038396025285290"),
         ("--run.out=7", "a string in quotes"),
         ("--data.path=['a']", "a string in quotes"),
         ("--sample.cfg_range=[0.5, 0.5]", "low < high"),
@@ -169,6 +192,38 @@ def test_a_value_out_of_type_or_range_is_told_with_what_is_allowed(small: Path, 
     error = refusal(small, override)
     assert error.key == override[2:].partition("=")[0]
     assert allowed in error.allowed
+
+
+def test_a_model_of_more_parameters_than_can_be_is_refused_before_it_is_built(small: Path) -> None:
+    error = refusal(small, "--model.depth=10000", "--model.width=65536")
+    assert error.key == "model.width" and "depth 10000" in str(error) and "1e+12 parameters" in error.allowed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (".".join(["a"] * 200_000) + " = 1", "a line with 199999 dots"),
+        ("[" + ".".join(["a"] * 200_000) + "]", "a line with 199999 dots"),
+        ("x = {" + ".".join(["a"] * 200_000) + " = 1}", "a line with 199999 dots"),
+        ('[[stage]]\nname="a"\n' * 1_001, "1001 stages; allowed: at most 1000"),
+        ("a = " + "[" * 100_000, "nested too deeply"),
+        ("a = " + "1" * 100_000, "digits"),
+        ("#" * 2**20 + "\n", "larger than 1048576 bytes"),
+    ],
+)
+def test_a_recipe_that_would_take_long_to_read_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    start = time.perf_counter()
+    assert words in str(refusal(tmp_path / "r.toml"))
+    assert time.perf_counter() - start < 10
+
+
+def test_an_option_that_would_take_long_to_read_is_refused(small: Path) -> None:
+    deep = "{" + ".".join(["a"] * 60_000) + "=1}"
+    assert "not a TOML value" in str(refusal(small, f"--optim.lr={deep}"))
+    assert load(small, ["--data.path=" + "a." * 200]).data.path == "a." * 200
+    small.write_text(f"# {'.' * 200}\n" + small.read_text())
+    assert load(small).optim.batch_size
 
 
 def test_default_depths_are_checked_against_the_model_too(spoil: Spoil) -> None:

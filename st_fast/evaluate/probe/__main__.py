@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from st_fast.core.command import command_parser, need_run, run_command
-from st_fast.core.errors import UserError
+from st_fast.core.options import COUNT_MOST, integer, number
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 BINS = 10
@@ -27,19 +27,18 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser("probe", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first gets the figures")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    parser.add_argument("--images", type=int, default=800, help="training images of the linear probe (800)")
-    parser.add_argument("--times", type=float, nargs="+", default=list(TIMES), help="noise levels, 0 data to 1 noise")
+    parser.add_argument(
+        "--images", type=integer(1, COUNT_MOST), default=800, help="training images of the linear probe (800)"
+    )
+    parser.add_argument(
+        "--times", type=number(0, 1), nargs="+", default=list(TIMES), help="noise levels, 0 data to 1 noise"
+    )
     return parser
 
 
 def main(arguments: Sequence[str]) -> None:
     """Probes every trained stage of the runs named; UserError for what is missing or can't be compared."""
     given = parser().parse_args(arguments)
-    if given.images < 1:
-        raise UserError(f"--images {given.images}: at least 1")
-    for t in given.times:
-        if not 0 <= t <= 1:
-            raise UserError(f"--times {t}: 0 (data) to 1 (noise)")
     for run in given.runs:
         need_run(run)
     from st_fast.evaluate.probe.together import probe  # torch is imported only once the arguments are right

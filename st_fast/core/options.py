@@ -1,0 +1,88 @@
+"""Options of a command line: numbers with their ranges, and mistakes in one line with the nearest name. No torch."""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from st_fast.core.errors import UserError
+
+BATCH_MOST = 1_000_000
+"""Images at a time; far more than fits a device, so that nothing is multiplied beyond 64 bits."""
+COUNT_MOST = 100_000_000
+"""Images of a set, records of a shard, training steps of a helper network."""
+SIDE_MOST = 8_192
+"""Pixels of an image's side."""
+SEED_MOST = 2**63 - 1
+
+OWN = re.compile(r"(invalid|expected|not allowed|ignored|ambiguous)\b")
+"""How argparse's own texts about an option begin; other texts are those of `integer` and `number`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError: the option, its value and what is allowed, or the option that may have been meant."""
+        unknown = re.match(r"unrecognized arguments: (\S*)", message)
+        names = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        if unknown is not None:
+            name = unknown[1].partition("=")[0]
+            message = f"{_shown(name)} is unknown" + (did_you_mean(name, names) if name.startswith("-") else "")
+        elif (about := re.match(r"argument (?:-\w/)?([^:]+): (.*)", message, re.DOTALL)) is not None:
+            message = f"{about[1]}{':' if OWN.match(about[2]) else ''} {about[2]}"
+            choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+            if choice is not None:
+                options = re.findall(r"[^', ]+", choice[2])
+                message = f"{about[1]} {_shown(choice[1])}: one of {', '.join(options)}"
+                message += did_you_mean(choice[1], options)
+        raise UserError(f"{_shown(message, 400)}; {self.prog} --help lists the options")
+
+
+def integer(low: int, high: int) -> Callable[[str], int]:
+    """The type of an option that takes an integer from `low` to `high`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: an integer is needed") from None
+        if not low <= value <= high:
+            wanted = f"at least {low}" if value < low else f"at most {high}"
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: {wanted}")
+        return value
+
+    return read
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that takes a finite number from `low` to `high`, or `above` the low end."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: a finite number is needed")
+        if value < low or value > high or (above and value == low):
+            wanted = f"at most {high:g}" if value > high else f"above {low:g}" if above else f"at least {low:g}"
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: {wanted}")
+        return value
+
+    return read
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """A hint, " (did you mean x?)", at the option nearest to the name; empty where none is near."""
+    by_folded = {option.casefold(): option for option in options}
+    near = difflib.get_close_matches(name[:80].casefold(), by_folded, n=1, cutoff=0.65)
+    return f" (did you mean {by_folded[near[0]]}?)" if near else ""
+
+
+def _shown(text: str, most: int = 80) -> str:
+    """The text in one printable line, its middle left out where it is long."""
+    text = text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
