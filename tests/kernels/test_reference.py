@@ -105,6 +105,23 @@ def test_a_thousand_steps_match_torch_adamw_with_clipping_and_lerp(max_norm: flo
     assert all(torch.equal(copy, p.bfloat16()) for copy, p in zip(copies, ours, strict=True))
 
 
+@pytest.mark.parametrize(("norm", "max_norm"), [(3.0, 0.5), (0.2, 0.5), (0.2, 0.0), (3e-6, 2e-6), (3.0, -1.0)])
+def test_a_fifth_step_by_its_equations(norm: float, max_norm: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, g, m, v, ema = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(5))
+    v = v.square()
+    lists: list[Any] = [[one.clone()] for one in (p, g, m, v, ema)] + [[]]
+    step, lr = torch.tensor(4.0), torch.tensor(0.02)
+    reference.adamw_ema_(*lists, step, torch.tensor(norm), lr, 0.8, 0.95, 1e-3, 0.1, 0.7, max_norm)
+    g = g * (min(1.0, max_norm / (float(torch.tensor(norm)) + 1e-6)) if max_norm > 0 else 1.0)
+    m, v, rate = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2, float(lr)
+    p = p * (1 - rate * 0.1) - rate * (m / (1 - 0.8**5)) / ((v / (1 - 0.95**5)).sqrt() + 1e-3)
+    for found, expected in zip(lists, (p, None, m, v, 0.7 * ema + 0.3 * p), strict=False):
+        if expected is not None:
+            torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=1e-14)
+    assert step == 5
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_norm_that_is_not_finite_changes_nothing(bad: float) -> None:
     lists: list[Any] = [[torch.ones(3)] for _ in range(5)] + [[torch.ones(3).bfloat16()]]

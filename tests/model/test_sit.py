@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast import kernels
 from st_fast.model import SiT, build
-from st_fast.model.sit import Mlp, sincos_positions, unpatchify
+from st_fast.model.sit import Mlp, sincos_positions, unfilled, unpatchify
 from st_fast.recipe import cost
 from st_fast.recipe.architecture import SIZES, Model
 
@@ -140,6 +140,54 @@ def test_the_forward_pass_equals_sit_written_out_plainly(config):
         torch.testing.assert_close(tapped, streams[tap - 1], atol=1e-6, rtol=1e-6)
 
 
+def test_epsilons_count_where_queries_and_keys_hardly_differ():
+    model = perturbed(TINY)
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 1e-4
+        block.attn.qkv.bias.data *= 1e-3
+    generator = torch.Generator().manual_seed(1)
+    x, t, y = (
+        torch.randn(3, 4, 8, 8, generator=generator).double(),
+        torch.tensor([0.1, 0.5, 0.9]),
+        torch.tensor([0, 4, 9]),
+    )
+    torch.testing.assert_close(model(x, t, y, 1)[1], plain_forward(model, x, t, y)[1][0], atol=1e-7, rtol=1e-7)
+
+
+def test_streams_by_features_by_a_tap_and_by_default():
+    model = perturbed(TINY)
+    x, t, y = torch.randn(2, 4, 8, 8).double(), torch.tensor([0.4, 0.6]), torch.tensor([3, 7])
+    torch.testing.assert_close(model.features(x, t, y, 2), plain_forward(model, x, t, y)[1][1], atol=1e-6, rtol=1e-6)
+    assert torch.equal(model(x, t, y)[1], model.embed_tokens(x))
+    parts = [model.blocks[0], model.blocks[1], model.blocks[2], model.final_layer]
+    for depth in (1, 2, 3):
+        assert model.modulation_layers(depth) == [part.adaLN_modulation[1] for part in parts[: depth + 1]]
+
+
+def test_an_unfilled_model_takes_all_weights_over():
+    drawn, empty = build(TINY, TABLE, 3).bfloat16(), unfilled(TINY, TABLE, CPU, torch.bfloat16)
+    assert {p.dtype for p in empty.parameters()} == {torch.bfloat16} and not empty.pos_embed.requires_grad
+    empty.load_state_dict(drawn.state_dict())
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.4, 0.6]), torch.tensor([3, 7])
+    assert torch.equal(empty(x, t, y, 2)[1], drawn(x, t, y, 2)[1])
+
+
+def test_a_fresh_model_is_drawn_as_published():
+    """Uniform after Xavier, a patch's weights as one matrix; embeddings of deviation 0.02; zeros where blocks begin."""
+    model = build(replace(TINY, channels=3, class_dropout=0.0), TABLE, 0)
+    assert model.y_embedder.embedding_table.weight.shape == (10, 48) and not model.pos_embed.requires_grad
+    zero = {"final_layer.linear.weight"} | {n for n, _ in model.named_parameters() if "adaLN_modulation" in n}
+    for name, parameter in model.named_parameters():
+        if name in zero or (name.endswith("bias")):
+            assert not parameter.any(), name
+        elif name.startswith("t_embedder") or "embedding_table" in name:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+        elif "norm" not in name and name != "pos_embed":
+            bound = (6 / sum(parameter.flatten(1).shape)) ** 0.5
+            assert 0.97 * bound < parameter.abs().max() <= bound, name
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
+
+
 def test_one_product_for_all_modulations_is_the_same_network_under_the_same_names():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)
@@ -196,6 +244,10 @@ def test_positions_are_the_sines_and_cosines_of_row_and_column():
     expected = [f(p / 10_000 ** (k / 2)) for p in (column, row) for f in (torch.sin, torch.cos) for k in (0, 1)
                 for p in [torch.tensor(float(p))]]  # fmt: skip
     torch.testing.assert_close(positions[row * 3 + column], torch.stack(expected))
+    positions = sincos_positions(12, 60)[0].double()
+    frequencies = 10_000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
+    expected = [f(p * frequencies) for p in (41, 59) for f in (torch.sin, torch.cos)]
+    torch.testing.assert_close(positions[59 * 60 + 41], torch.cat(expected), rtol=0, atol=2e-7)
 
 
 def test_unpatchify_puts_every_patch_where_it_was_cut():

@@ -61,7 +61,7 @@ FILES = (
     ),
     File(
         "st_fast/train/log.py",
-        ("faults/test_numbers.py", "train/test_training.py"),
+        ("faults/test_numbers.py",),
         ("Readings", "Meter", "Skips", "SpikeDetector"),
     ),
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from st_fast import kernels
 from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import load
@@ -52,12 +55,24 @@ def adam_in_place(
             p.copy_(master)
 
 
+def _taking(count: int) -> Callable[..., None]:
+    """The op that takes so many lists of tensors."""
+
+    def op(*given: Any) -> None:
+        assert len(given[2]) == count
+        adam_in_place(*given)
+
+    return op
+
+
 @pytest.fixture
 def apex(monkeypatch) -> Iterator[None]:
     """A stand-in for apex's compiled ops, allowed on the CPU."""
     library = types.ModuleType("amp_C")
-    for name in adamw.APEX_OPS:
-        setattr(library, name, adam_in_place)
+    for name, lists in zip(
+        ("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master"), (4, 5), strict=True
+    ):
+        setattr(library, name, _taking(lists))
     monkeypatch.setitem(sys.modules, "amp_C", library)
     double = adamw.Implementation(
         adamw.apex_update, adamw.torch_norm, lambda device: adamw.apex_refusal(torch.device("cuda"))
@@ -138,6 +153,77 @@ def test_a_state_saved_by_one_goes_on_with_another(names, apex):
     second.follow()
     train(second, 100, 200)
     assert max(differences(second, whole).values()) <= TOLERANCE
+
+
+def test_the_clipping_factor_of_tiny_norms_is_clip_grad_norms():
+    for norm, largest in ((3e-6, 2e-6), (4e-6, 0.5), (2.0, 0.5)):
+        expected = min(1.0, largest / (norm + 1e-6))
+        assert adamw._clip(torch.tensor(norm), largest).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["st_fast", *NAMES])
+def test_a_single_tensor_without_a_gradient_is_only_decayed_and_heads_have_no_average(name, apex):
+    model, heads = nn.Linear(3, 4, bias=False), nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    chosen = adamw.choose(name, CPU)
+    ours = Optimizer(model, heads, replace(SETTINGS, warmup_steps=1), torch.float32, chosen.update, chosen.norm)
+    heads.weight.grad = torch.full_like(heads.weight, 0.5)
+    assert [float(gradient.abs().max()) for gradient in ours.gradients()] == [0.0, 0.5]
+    assert ours.update().item() == pytest.approx(0.5 * 6**0.5)
+    torch.testing.assert_close(model.weight.detach(), before * (1 - 3e-3 * 0.05))
+    assert ours.heads.emas == [] and len(ours.model.emas) == 1 and ours.updates == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_chosen_is_tried_once_with_lists_as_training_has_them(dtype, tmp_path, monkeypatch):
+    tried: list[list[list[Tensor]]] = []
+
+    def update(*given: Any, **numbers: float) -> None:
+        tried.append([list(part) for part in given[:6]])
+        if tried[-1][0][0].numel() == 0 or broken:
+            raise RuntimeError("does not run here")
+
+    monkeypatch.setitem(adamw.IMPLEMENTATIONS, "st_fast", adamw.Implementation(update, kernels.grad_norm))
+    path, ranks = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out"), Ranks(0, 1, CPU)
+    slow = (kernels.reference.adamw_ema_, kernels.reference.grad_norm)
+
+    def found(*options: str) -> tuple[Any, Any]:
+        return adamw.validated(load(path, options), ranks, dtype, said.append)
+
+    said: list[str] = []
+    broken = False
+    assert found() == (update, kernels.grad_norm) and not said
+    params, grads, _, _, _, copies = tried[0]
+    assert [len(part) for part in tried[0]] == [1, 1, 1, 1, 1, dtype == torch.bfloat16]
+    assert {one.dtype for one in (*grads, *copies)} == {dtype} and params[0].shape == (32,)
+    written = [one.data_ptr() for place, part in enumerate(tried[0]) for one in part if place != 1]
+    assert len(set(written)) == len(written)
+    assert found("--kernels.adamw_ema=reference") == slow
+    assert found("--optim.implementation=torch", "--kernels.adamw_ema=reference")[0] is adamw.torch_update
+    broken = True
+    assert found() == slow and len(said) == 1 and "adamw_ema" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_changed_the_masters_is_followed_and_no_state_has_a_graph(dtype):
+    ours = optimiser("st_fast", dtype)
+    ours.model.untrained["fixed"] = fixed = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
+    ours.model.frozen["fixed"] = torch.ones(3)
+    train(ours, 0, 2)
+    state = ours.state()
+    assert list(state) == ["model", "ema", "optim", "heads"]
+    assert {"weight", "bias"} == set(state["heads"]) and "fixed" in state["ema"]
+    assert not any(tensor.requires_grad for tensors in state.values() for tensor in tensors.values())
+    kept = [*ours.model.emas, *ours.model.frozen.values(), *(t for part in ours.model.state() for t in part)]
+    assert not any(tensor.requires_grad for tensor in kept)
+    for tensor in state["model"].values():
+        tensor.add_(0.25)
+    ours.follow()
+    for parameter, name in zip(ours.model.parameters, ours.model.names, strict=True):
+        assert torch.equal(parameter.detach(), state["model"][name].to(dtype))
+    assert fixed.tolist() == [1.25] * 3
+    alone = Optimizer(nn.Linear(2, 2), nn.Identity(), SETTINGS, dtype, kernels.adamw_ema_, kernels.grad_norm)
+    assert list(alone.state()) == ["model", "ema", "optim"]
 
 
 def test_clipping_can_be_off(apex):

@@ -146,6 +146,9 @@ def test_the_average_follows_the_optimisers_ema_without_a_copy_in_float32(dtype)
         for parameter in student.parameters():
             parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
         optimizer.update()
+        expected = {name: tensor.clone() for name, tensor in emas.items()}
+        assert not average().training
+        assert all(torch.equal(emas[name], tensor) for name, tensor in expected.items())
         for name, parameter in average().named_parameters():
             assert torch.equal(parameter, emas[name].to(dtype))
             assert (parameter.data_ptr() == emas[name].data_ptr()) == (dtype == torch.float32)
