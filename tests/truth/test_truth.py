@@ -1,0 +1,335 @@
+"""Training from stored moments to updated weights, three steps of every method and mask, against `program.py`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from st_fast.core import random
+from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.data.shards import open_data
+from st_fast.prepare.features import write_features
+from st_fast.prepare.writing import write_shards
+from st_fast.recipe import load
+from st_fast.train.run import run
+from st_fast.train.step import Step
+from st_fast.train.trainer import Trainer
+from tests.train.supervision.encoders import Pictures
+from tests.truth import program
+from tests.truth.program import Method, Setting, State
+
+SCALE, RECORDS, CLASSES, BATCH, STEPS, SEED = 0.18215, 13, 7, 6, 3, 2**33 + 5
+"""13 records in batches of 6: the second epoch begins within the third step."""
+
+RECIPE = """
+[model]
+depth = 3
+width = 48
+heads = 3
+patch = 2
+channels = 4
+latent_size = 8
+num_classes = 7
+class_dropout = 0.3
+qk_norm = {qk_norm}
+modulation = "{modulation}"
+[flow]
+path = "{path}"
+time = "{time}"
+[data]
+path = "{data}"
+loader = "resident"
+[optim]
+batch_size = 6
+accumulation = {accumulation}
+lr = 3e-3
+warmup_steps = 2
+betas = [0.8, 0.9]
+eps = 1e-3
+weight_decay = 0.7
+grad_clip = {clip}
+ema_decay = 0.6
+[run]
+out = "{out}"
+seed = {seed}
+device = "cpu"
+supervised_rows = "{rows}"
+log_every = 1
+save_every = 10
+[sample]
+num = 0
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a recipe says, and the same for the program."""
+
+    stages: str
+    methods: tuple[Method, ...]
+    path: str = "linear"
+    time: str = "uniform"
+    qk_norm: bool = True
+    modulation: str = "per_block"
+    accumulation: int = 1
+    rows: str = "auto"
+    clip: float = 1.0
+    teacher_group: str = "model"
+
+
+def stage(name: str, supervision: str, **keys: Any) -> str:
+    """A stage's table."""
+    lines = [f"{key} = {list(v) if isinstance(v, tuple) else repr(v)}" for key, v in keys.items()]
+    return "\n".join(
+        ["[[stage]]", f'name = "{name}"', f'supervision = "{supervision}"', f"steps = {STEPS}", *lines, ""]
+    )
+
+
+def two_stages(one: dict[str, Any], two: dict[str, Any], weights: str = "raw", **settings: Any) -> Case:
+    """Stage 1 and stage 2 of Self-Transcendence, with these keys."""
+    first = {"depth": 1, "hidden": 20, "weight": 0.7} | one
+    second = {"student_depth": 1, "teacher_depth": 2, "cfg_scale": 3.5, "hidden": 20, "weight": 0.3} | two
+    text = stage("align", "velocity_head", **first)
+    text += stage("transcend", "self_transcendence", teacher="align", teacher_weights=weights, **second)
+    renamed = {("depth" if key == "student_depth" else key): value for key, value in second.items()}
+    methods = tuple(
+        Method(name, **{key: value for key, value in keys.items() if key != "hidden"})
+        for name, keys in (("velocity_head", first), ("self_transcendence", renamed))
+    )
+    return Case(text, methods, teacher_group="model" if weights == "raw" else "ema", **settings)
+
+
+RANGE = {"t_range": (0.2, 0.75)}
+CASES = {
+    "velocity, mse, sample": two_stages(
+        {"target": "velocity", "mask": "sample", **RANGE}, {"loss": "mse", "mask": "sample", **RANGE}, clip=1.4
+    ),
+    "latent, cosine, released, until step 2": two_stages(
+        {"target": "latent", "mask": "released", **RANGE},
+        {"loss": "cosine", "mask": "released", "stop_step": 2, **RANGE},
+        weights="ema", path="cosine", time="stratified", modulation="one", accumulation=3,
+    ),
+    "velocity, normalized_mse, sample_mean, padded": two_stages(
+        {"target": "velocity", "mask": "sample_mean", **RANGE},
+        {"loss": "normalized_mse", "mask": "sample_mean", "student_depth": 3, "teacher_depth": 3, **RANGE},
+        time="lognormal", qk_norm=False, accumulation=2, rows="padded", clip=0.0,
+    ),
+    "the others": Case(
+        stage("plain", "none")
+        + stage("sync", "layer_sync", student_depth=1, teacher_depth=3, weight=0.6)
+        + stage("sra", "sra", student_depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3)
+        + stage("repa", "repa", encoders=("one", "two"), depth=2, hidden=20, weight=0.8, stop_step=2)
+        + stage("sra-cosine", "sra", student_depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
+        (
+            Method("none"),
+            Method("layer_sync", depth=1, teacher_depth=3, weight=0.6),
+            Method("sra", depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3, loss="smooth_l1"),
+            Method("repa", depth=2, weight=0.8, stop_step=2),
+            Method("sra", depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
+        ),
+        path="cosine", time="lognormal",
+    ),
+}  # fmt: skip
+
+
+class Numbers:
+    """The draws of a run, from the program's own generator: purposes as the format numbers them."""
+
+    def __init__(self, time: str, path: str) -> None:
+        self._time, self._path = time, path
+
+    def _uniform(self, purpose: int, sample: int) -> float:
+        return ((program.words(SEED, purpose, sample, 1)[0] >> 8) + 0.5) / 2**24
+
+    def record(self, sample: int) -> int:
+        epoch, place = divmod(sample, RECORDS)
+        return int(program.permutation(SEED, 7, epoch, RECORDS)[place])
+
+    def time(self, step: int, sample: int) -> float:
+        if self._time == "lognormal":
+            sigma = math.exp(program.normals(SEED, 3, sample, (1,)).item())
+            return sigma / (1 + sigma) if self._path == "linear" else 2 / math.pi * math.atan(sigma)
+        u = self._uniform(3, sample)
+        if self._time == "stratified":
+            return (program.permutation(SEED, 6, step, BATCH)[sample - step * BATCH] + u) / BATCH
+        return u
+
+    def chance(self, sample: int) -> float:
+        return self._uniform(4, sample)
+
+    def posterior(self, sample: int, shape: tuple[int, ...]) -> Tensor:
+        return program.normals(SEED, 2, sample, shape)
+
+    def noise(self, sample: int, shape: tuple[int, ...]) -> Tensor:
+        return program.normals(SEED, 1, sample, shape)
+
+    def offset(self, sample: int) -> float:
+        return self._uniform(11, sample)
+
+
+class Patches:
+    """Stands for an image encoder: a fixed projection of each of 4 × 4 patches, in steps that float16 holds."""
+
+    def __init__(self, name: str, width: int) -> None:
+        self.name, self.hash, self.width = name, name, width
+        self.matrix = torch.randn(48, width, generator=torch.Generator().manual_seed(width)) / 200
+
+    def grid(self, size: int) -> tuple[int, int]:
+        return 4, 4
+
+    def flops(self, size: int) -> float:
+        return 0.0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (n, 3, 16, 16) → (n, 4, 4, width)."""
+        patches = images.float().view(-1, 3, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 4, 4, 48)
+        return (64 * (patches @ self.matrix)).round() / 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor, list[Tensor]]:
+    """A folder of random moments with features of two encoders, and what is in it in float64."""
+    generator = torch.Generator().manual_seed(1)
+    moments = 4 * torch.randn(RECORDS, 8, 8, 8, generator=generator)
+    moments[:, 4:] = moments[:, 4:].abs()
+    labels = torch.randint(0, CLASSES, (RECORDS,), generator=generator)
+    folder = tmp_path_factory.mktemp("truth") / "data"
+    manifest = Manifest(0, (8, 8, 8), "float32", SCALE, VaeInfo("none"), "random", CLASSES)
+    write_shards(folder, [(moments, labels)], manifest, shard_size=5)
+    pixels = torch.randint(0, 256, (RECORDS, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    encoders, records = (Patches("one", 10), Patches("two", 6)), open_data(folder, verify=False)
+    for encoder in encoders:
+        write_features(folder, records, encoder, Pictures(pixels, records))
+    records.close()
+    return folder, moments.double(), labels, [encoder(pixels).flatten(1, 2).double() for encoder in encoders]
+
+
+Snapshot = dict[str, dict[str, Tensor]]
+
+
+def copied(trainer: Trainer) -> Snapshot:
+    return {group: program.as_float64(tensors) for group, tensors in trainer.optimizer.state().items()}
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """By stage: the state that it begins with, of weights that are general everywhere; then each step's results."""
+    seen: dict[str, list[Any]] = {}
+    resume, call, owner = Trainer.resume, Step.__call__, {}
+
+    @torch.no_grad()
+    def general_start(trainer: Trainer, clock: Any) -> int:
+        first = resume(trainer, clock)
+        generator = torch.Generator().manual_seed(len(seen))
+        state = trainer.optimizer.state()
+        for group in ("model", "heads"):
+            for name, tensor in state.get(group, {}).items():
+                if name != "pos_embed":
+                    gain = 1.0 if name.endswith("_norm.weight") else 0.0
+                    spread = 0.6 / math.sqrt(tensor[0].numel()) if tensor.ndim > 1 else 0.2
+                    tensor.copy_(gain + spread * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in state["ema"].items():
+            tensor.copy_(state["model"][name])
+        owner[id(trainer.step)] = trainer
+        seen[trainer.stage.name] = [copied(trainer)]
+        return first
+
+    def recorded(step: Step, number: int, batches: Any) -> Any:
+        losses, norm = call(step, number, batches)
+        trainer = owner[id(step)]
+        found = float(losses.denoise), float(losses.aux), float(norm)
+        seen[trainer.stage.name].append((found, copied(trainer)))
+        return losses, norm
+
+    monkeypatch.setattr(Trainer, "resume", general_start)
+    monkeypatch.setattr(Step, "__call__", recorded)
+    return seen
+
+
+def close(found: Tensor, true: Tensor, before: Tensor) -> bool:
+    """Whether a tensor went the true way from where it began: to 2·10⁻⁵ of the way, and float32's rounding."""
+    allowed = 2e-5 * (true - before).norm() + 2e-7 * true.norm() + 1e-9
+    return bool((found - true).norm() < allowed)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_of_every_stage_equal_the_program(case, data, watched, tmp_path):
+    torch.set_num_threads(1)
+    wanted = CASES[case]
+    folder, moments, labels, features = data
+    text = RECIPE.format(
+        data=folder, out=tmp_path / "out", seed=SEED, path=wanted.path, time=wanted.time, clip=wanted.clip,
+        qk_norm=str(wanted.qk_norm).lower(), modulation=wanted.modulation, accumulation=wanted.accumulation,
+        rows=wanted.rows,
+    )  # fmt: skip
+    (tmp_path / "truth.toml").write_text(text + wanted.stages)
+    run(load(tmp_path / "truth.toml"))
+    setting = Setting(
+        depth=3, heads=3, patch=2, channels=4, classes=CLASSES, dropout=0.3, qk_norm=wanted.qk_norm, path=wanted.path,
+        batch=BATCH, scale=SCALE, lr=3e-3, warmup=2, betas=(0.8, 0.9), eps=1e-3, decay=0.7, clip=wanted.clip, ema=0.6,
+    )  # fmt: skip
+    draws, teacher = Numbers(wanted.time, wanted.path), {}
+    clipped = set()
+    for method, (name, (start, *steps)) in zip(wanted.methods, watched.items(), strict=True):
+        place = start["model"].pop("pos_embed")
+        start["ema"].pop("pos_embed")
+        assert torch.allclose(place[0], program.positions(48, 4), atol=1e-7, rtol=0)
+        state = State(dict(start["model"]), dict(start.get("heads", {})), dict(start["ema"]))
+        assert len(steps) == STEPS
+        for number, (found, after) in enumerate(steps):
+            true = program.train(setting, method, state, teacher, draws, moments, labels, features, number)
+            clipped.add(wanted.clip > 0 and true[2] > wanted.clip)
+            assert found == pytest.approx(true, rel=5e-6, abs=1e-7), (name, number)
+            groups = {"model": state.model, "heads": state.heads, "ema": state.ema}
+            for group, weights in groups.items():
+                for key, value in weights.items():
+                    assert close(after[group][key], value, start[group][key]), (name, number, group, key)
+            for kind, tensors in (("exp_avg", state.first), ("exp_avg_sq", state.second)):
+                for key, value in tensors.items():
+                    part, parameter = key.split(".", 1)
+                    ours, nothing = after["optim"][f"{part}.{kind}.{parameter}"], torch.zeros_like(value)
+                    assert close(ours, value, nothing), (name, number, kind, key)
+            assert float(after["optim"]["model.step"]) == number + 1
+        teacher = dict(state.model if wanted.teacher_group == "model" else state.ema)
+    assert True in clipped or not wanted.clip
+    assert False in clipped or wanted.clip != 1.4
+
+
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+"""Counter, key and words as Random123 publishes them for Philox4x32-10."""
+
+
+@pytest.mark.parametrize(("counter", "key", "found"), KNOWN)
+def test_the_programs_generator_gives_the_published_words(counter, key, found):
+    assert program.philox(counter, key) == found
+
+
+def test_every_draw_equals_the_programs():
+    numbers = torch.tensor([0, 1, 12, 2**32 - 1, 2**32, 2**40 + 3])
+    for seed in (0, 1, SEED, 2**63 + 11):
+        for purpose in random.Purpose:
+            chances = random.uniform(seed, purpose, numbers, 6)
+            ours = random.normal(seed, purpose, numbers, (3, 5))
+            for row, number in enumerate(numbers.tolist()):
+                words = program.words(seed, purpose, number, 6)
+                exact = torch.tensor([((word >> 8) + 0.5) / 2**24 for word in words])
+                assert torch.allclose(chances[row], exact, rtol=1e-7, atol=0)
+                assert torch.allclose(ours[row].double(), program.normals(seed, purpose, number, (3, 5)), atol=2e-6)
+        for number in (0, 1, 7):
+            assert np.array_equal(random.epoch_order(seed, number, 29), program.permutation(seed, 7, number, 29))
+            assert np.array_equal(random.strata(seed, number, 29), program.permutation(seed, 6, number, 29))
