@@ -45,6 +45,7 @@ def test_uniforms_and_normals_have_their_distributions():
     u = random.uniform(1, Purpose.TIME, torch.arange(2000), 50).flatten().numpy()
     z = random.normal(1, Purpose.NOISE, torch.arange(2000), (5, 10)).flatten().numpy()
     assert u.min() > 0 and u.max() < 1
+    assert random.uniform(1, Purpose.TIME, torch.arange(3)).shape == (3, 1)
     assert stats.kstest(u, "uniform").pvalue > 1e-3
     assert stats.kstest(z, "norm").pvalue > 1e-3
     neighbours = np.corrcoef(z[:-1], z[1:])[0, 1]

@@ -10,8 +10,9 @@ import torch
 
 from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_FAILED, RunFailed
+from st_fast.core.ranks import Ranks
 from st_fast.recipe import load
-from st_fast.train.log import SPIKE_STEPS, SPIKE_WARMUP, Readings, Skips, SpikeDetector
+from st_fast.train.log import SPIKE_STEPS, SPIKE_WARMUP, Meter, Readings, Skips, SpikeDetector
 from tests import tiny
 from tests.faults.ranks import finish
 
@@ -117,6 +118,16 @@ def test_noise_single_outliers_a_falling_loss_and_steps_that_were_skipped_are_no
     assert SpikeDetector(0.0).add(readings(1, [1.0] * 100 + [99.0] * 100)) is None
 
 
+def test_a_spike_is_above_the_ratio_for_so_many_steps_after_a_warm_up_and_counts_anew_after_it():
+    assert SpikeDetector(2.0).add(readings(1, [1.0] * SPIKE_WARMUP + [9.0] * SPIKE_STEPS)) == SPIKE_WARMUP + 1
+    detector = SpikeDetector(2.0)
+    assert detector.add(readings(1, [1.0] * SPIKE_WARMUP + [2.0] * SPIKE_STEPS)) is None  # the ratio itself is none
+    assert detector.add(readings(26, [NAN] + [2.1] * SPIKE_STEPS)) == 27
+    assert detector.add(readings(32, [2.1] * (SPIKE_STEPS - 1))) is None
+    assert detector.add(readings(36, [2.1])) == 32
+    assert detector.add(readings(37, [2.1, 1.0, *[2.1] * (SPIKE_STEPS - 1)])) is None
+
+
 def test_only_steps_in_a_row_count_towards_the_end():
     skips = Skips("align", allowed=3)
     skips.add(readings(1, [1.0] * 6, [NAN, NAN, 1.0, NAN, 1.0, math.inf]))
@@ -125,6 +136,26 @@ def test_only_steps_in_a_row_count_towards_the_end():
     skips.add(readings(7, [NAN] * 2, [NAN] * 2))
     with pytest.raises(RunFailed, match="last 3 steps up to 8"):
         skips.check(8)
+
+
+def test_a_meter_gives_back_each_steps_numbers_since_the_last_reading():
+    meter, ranks = Meter(torch.device("cpu"), 4), Ranks(0, 1, torch.device("cpu"))
+    rows = [(0.5, 0.25, 2.0, 1.0), (NAN, 0.5, NAN, 1.0), (0.75, 0.125, math.inf, 1.0), (1.5, 2.0, 3.0, 2.0)]
+    for first, part in ((7, rows), (11, rows[3:])):
+        for row in part:
+            meter.add(*map(torch.tensor, row))
+        found = meter.read(ranks, first + len(part) - 1)
+        assert found.first == first and found.updates == 2
+        for values, column in zip((found.denoise, found.aux, found.norms), range(3), strict=True):
+            assert values == pytest.approx([row[column] for row in part], nan_ok=True)
+        assert found.bad == ([1, 2] if len(part) == 4 else [])
+        assert found.bad_ranks == ([[], [0], [], []] if len(part) == 4 else [[]])
+
+
+def test_means_are_over_each_number_and_the_loss_is_the_sum():
+    found = Readings(1, [1.0, 3.0], [0.5, 0.25], [2.0, 4.0], [[], []], 2).means()
+    assert found == {"loss": 2.375, "denoise": 2.0, "aux": 0.375, "grad_norm": 3.0}
+    assert all(map(math.isnan, Readings(1, [1.0], [0.5], [NAN], [[]], 0).means().values()))
 
 
 def test_means_leave_skipped_steps_out():

@@ -80,6 +80,12 @@ def test_draws_are_frozen_across_versions() -> None:
     assert (definition.NOISE, definition.POSTERIOR) == (1, 2)
 
 
+def test_words_where_the_reduction_changes_keep_their_bits() -> None:
+    """Just above and below √½ either reduction is right to rounding, in other bits."""
+    found = definition.minus_two_log(torch.tensor([0xB504F34D, 0xB504F24D])).double().tolist()
+    assert [value.hex() for value in found] == ["0x1.62e42e0000000p-1", "0x1.62e4360000000p-1"]
+
+
 FROZEN = [
     ["-0x1.7945360000000p+1", "-0x1.6cd8cc0000000p-1", "0x1.62e6f60000000p-2"],
     ["-0x1.894e9e0000000p-1", "0x1.64ae360000000p-1", "0x1.fc6aa80000000p-2"],

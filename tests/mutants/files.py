@@ -57,7 +57,7 @@ FILES = (
     File(
         "st_fast/data/sources.py",
         ("data/test_sources.py",),
-        ("digest", "_class_folders", "_source", "_top", "_images"),
+        ("digest", "_source", "_top", "_images"),
     ),
     File(
         "st_fast/train/log.py",

@@ -26,6 +26,7 @@ from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
 from st_fast.train.batches import BatchIterator
 from st_fast.train.optim import Optimizer
+from st_fast.train.parallel import GradientSum
 from st_fast.train.step import Step
 from st_fast.train.supervision import NoisyBatch, Parts
 from tests import tiny
@@ -130,6 +131,34 @@ def test_the_accumulated_gradient_is_the_sum_of_the_micro_batches_own_to_the_bit
     for key, whole, parts in zip(split.names, together, zip(*alone, strict=True), strict=True):
         by_hand = ((parts[0] + parts[1]) + parts[2]) + parts[3]
         assert torch.equal(whole, by_hand), key
+
+
+class Noted:
+    """Stands for the sum over ranks and for the heartbeat; notes what is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.step = 0
+
+    def expect(self) -> None:
+        self.calls.append("expect")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def beat(self, where: str) -> None:
+        self.calls.append(where)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_sum_over_ranks_hears_of_the_last_pass_and_ends_before_the_update(count, data, tmp_path):
+    run, noted = Run(tmp_path, data, "align", "sample", count), Noted()
+    assert run.step.alone and isinstance(run.step.gradients, GradientSum)
+    run.step.gradients = run.step.heartbeat = noted
+    norm = run.step.optimizer._norm
+    run.step.optimizer._norm = lambda gradients: noted.calls.append("norm") or norm(gradients)
+    run.step(6, run.batches)
+    assert noted.calls == ["step"] * count + ["expect", "finish", "norm"] and noted.step == 7
 
 
 def test_a_split_that_forgets_the_global_batch_would_be_seen(data, tmp_path):
