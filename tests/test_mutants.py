@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.changes import changed, mutants
-from tests.mutants.files import FILES, TRUTH
+from tests.mutants.files import FILES
 from tests.mutants.trial import ROOT
 
 SOURCE = '''
@@ -61,7 +61,7 @@ def test_every_mutant_of_a_file_is_other_code_with_a_name_of_its_own(file):
         assert changed(tree, mutant, ast.dump) != before, mutant.key
         changed(tree, mutant, lambda changed_tree: compile(changed_tree, "x", "exec"))
     assert ast.dump(tree) == before
-    assert all((ROOT / "tests" / name).exists() for name in file.tests if name != TRUTH)
+    assert all((ROOT / "tests" / name).exists() for name in file.tests)
 
 
 def test_planted_errors_are_noticed(tmp_path: Path):
