@@ -252,6 +252,8 @@ def test_apex_that_is_not_there_is_one_line_that_names_what_is(library, words, m
 
 
 def test_apex_on_the_cpu_is_refused():
+    expected = adamw.Implementation(adamw.apex_update, adamw.torch_norm, adamw.apex_refusal)
+    assert adamw.IMPLEMENTATIONS["apex"] == expected
     with pytest.raises(UserError) as refusal:
         adamw.choose("apex", CPU)
     assert str(refusal.value) == "optim.implementation = 'apex': runs on cuda only; available here: st_fast, torch"
