@@ -1,5 +1,6 @@
 """A model as a folder that other programs know: config.json and model.safetensors, read from a disk or from the hub."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,13 @@ def read_config(folder: Path) -> Published:
     return Published(model, cast(Any, flow), scale, step)
 
 
+def check_size(config: Model, file: Path) -> None:
+    """UserError unless the weights in a file are about as many as a network has, before one of any size is built."""
+    there = sum(math.prod(entry.shape) for entry in read_header(file).values())
+    if config.parameters > 2 * there:
+        raise UserError(f"{file}: holds {there} weights, {CONFIG} beside it describes {config.parameters}")
+
+
 def write_pretrained(
     folder: Path, weights: Mapping[str, Tensor], config: Published, name: str = WEIGHTS,
     also: Mapping[str, Any] = MappingProxyType({}),
@@ -106,8 +114,9 @@ class Pretrained(nn.Module):
         UserError in one line where it can't be had, or any key is missing, unknown, or of another shape or dtype.
         """
         folder, place = fetch(str(name)), torch.device(device)
-        model = cls(read_config(folder).model, select({}, place))  # type: ignore[call-arg, arg-type]
-        read_header(folder / WEIGHTS)  # checked before the library maps it
+        config = read_config(folder).model
+        check_size(config, folder / WEIGHTS)  # and the header, before the library maps it
+        model = cls(config, select({}, place))  # type: ignore[call-arg, arg-type]
         weights = load_file(folder / WEIGHTS)
         match_strictly(model.state_dict(), weights, str(folder / WEIGHTS), EVERY_KEY)
         model.load_state_dict(weights)

@@ -21,7 +21,7 @@ from st_fast.model.formats import adam
 from st_fast.model.formats.importing import import_file
 from st_fast.model.formats.layouts import check_table, detect, expected_trunk, infer
 from st_fast.model.formats.loaded_state import LoadedState, head_name, trunk
-from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, FLOWS, WEIGHTS, read_config
+from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, FLOWS, WEIGHTS, check_size, read_config
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe import RecipeError, load_run
 from st_fast.recipe.document import parse_toml
@@ -140,6 +140,7 @@ def _published(folder: Path) -> LoadedState:
     """A folder that `save_pretrained` wrote."""
     config = read_config(folder)
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS
+    check_size(config.model, file)
     loaded = import_file(file, "repa", config.model.heads, config.model.num_classes)
     check_table(loaded.model, config.model, "repa", f"{file}, of what {CONFIG} says,")
     return replace(loaded, config=config.model, path=config.flow, step=config.step)
