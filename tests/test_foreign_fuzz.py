@@ -67,9 +67,9 @@ def spoil_pickle(path: Path, draw: random.Random) -> None:
 def odd_tensors() -> list[Any]:
     one = torch.zeros(1)
     return [
-        one, one.expand(10**12), torch.zeros(0), torch.zeros(3, dtype=torch.int8), one.to(torch.complex64), "text", None,
-        torch.full((2, 2), float("nan")), one.expand(1, 4, 8), torch.zeros(2, 2).t(), torch.zeros(1, 4, 8).half(), [], {},
-        torch.zeros(2**16).expand(64, -1), torch.tensor(1), 3, {"x": one},
+        one, one.expand(10**12), torch.zeros(0), torch.zeros(3, dtype=torch.int8), one.to(torch.complex64), "text",
+        torch.full((2, 2), float("nan")), one.expand(1, 4, 8), torch.zeros(2, 2).t(), torch.zeros(1, 4, 8).half(), [],
+        torch.zeros(2**16).expand(64, -1), torch.tensor(1), 3, {"x": one}, None, {},
     ]  # fmt: skip
 
 
