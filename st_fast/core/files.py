@@ -165,12 +165,6 @@ def _whole(text: str) -> int:
     return value
 
 
-def _json_memory(data: bytes) -> int:
-    """Bytes that a JSON text takes as Python objects, at most: counted from its punctuation before it is parsed."""
-    text = 2 if data.isascii() else 5
-    return text * len(data) + sum(data.count(sign) * size for sign, size in JSON_MEMORY.items())
-
-
 JSON_MEMORY = {b"{": 96, b"[": 64, b",": 44, b":": 160}
 """Bytes of an object, a list, an item and a key in CPython, with what parsing adds meanwhile."""
 
@@ -192,7 +186,8 @@ def parse_json(data: bytes, path: Path, memory: int = FREE_BYTES) -> dict[str, A
     Anything else, and what could take more than `memory` bytes (or four times the text), is a `BadFile` naming `path`.
     """
     memory = max(memory, 4 * len(data))
-    if (needed := _json_memory(data)) > memory:
+    needed = len(data) * (2 if data.isascii() else 5) + sum(data.count(sign) * n for sign, n in JSON_MEMORY.items())
+    if needed > memory:  # counted from its punctuation, before anything is parsed
         raise BadFile(f"{path}: {len(data)} bytes of JSON with {needed} bytes of items, at most {memory} are allowed")
     hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite, "parse_int": _whole}
     try:
