@@ -15,6 +15,7 @@ from torch import Tensor
 from st_fast.core import random
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import open_data
+from st_fast.kernels import SWITCHES
 from st_fast.prepare.features import write_features
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load
@@ -65,6 +66,8 @@ log_every = 1
 save_every = 10
 [sample]
 num = 0
+[kernels]
+{kernels}
 """
 
 
@@ -81,6 +84,8 @@ class Case:
     accumulation: int = 1
     rows: str = "auto"
     clip: float = 1.0
+    kernels: str = "auto"
+    """Or "reference": the plain definitions, where "auto" on a CPU takes csrc."""
     teacher_group: str = "model"
 
 
@@ -109,7 +114,8 @@ def two_stages(one: dict[str, Any], two: dict[str, Any], weights: str = "raw", *
 RANGE = {"t_range": (0.2, 0.75)}
 CASES = {
     "velocity, mse, sample": two_stages(
-        {"target": "velocity", "mask": "sample", **RANGE}, {"loss": "mse", "mask": "sample", **RANGE}, clip=1.4
+        {"target": "velocity", "mask": "sample", **RANGE}, {"loss": "mse", "mask": "sample", **RANGE},
+        clip=1.4, kernels="reference",
     ),
     "latent, cosine, released, until step 2": two_stages(
         {"target": "latent", "mask": "released", **RANGE},
@@ -134,7 +140,7 @@ CASES = {
             Method("repa", depth=2, weight=0.8, stop_step=2),
             Method("sra", depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
         ),
-        path="cosine", time="lognormal",
+        path="cosine", time="lognormal", kernels="reference",
     ),
 }  # fmt: skip
 
@@ -268,6 +274,7 @@ def test_three_steps_of_every_stage_equal_the_program(case, data, watched, tmp_p
         data=folder, out=tmp_path / "out", seed=SEED, path=wanted.path, time=wanted.time, clip=wanted.clip,
         qk_norm=str(wanted.qk_norm).lower(), modulation=wanted.modulation, accumulation=wanted.accumulation,
         rows=wanted.rows,
+        kernels="\n".join(f'{op} = "{wanted.kernels}"' for op in SWITCHES),
     )  # fmt: skip
     (tmp_path / "truth.toml").write_text(text + wanted.stages)
     run(load(tmp_path / "truth.toml"))
