@@ -44,7 +44,7 @@ class RepaSet(RecordSet):
         table = read_labels(data, str(path))
         self.names = sorted(table)
         self.labels = np.array([table[name] for name in self.names], np.int64)
-        escaping = next((n for n in self.names if n.startswith("/") or ".." in n.split("/")), None)
+        escaping = next((n for n in self.names if n.startswith("/") or ".." in n.split("/") or "\0" in n), None)
         if escaping is not None:
             raise BadFile(f"{path}: the path {shown(escaping)} in it must stay inside the folder")
         counts = {"latents": _count(self.folder / LATENTS, (".npy",)), "labels": len(table)}
