@@ -13,6 +13,8 @@ from typing import Any
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
 from st_fast.core.options import Parser, did_you_mean
+from st_fast.core.signals import catch_signals
+from st_fast.core.streams import show
 
 COMMANDS = {
     "train": ("train.__main__", "train a recipe: every stage, then the report"),
@@ -27,6 +29,8 @@ COMMANDS = {
     "doctor": ("train.doctor", "what this machine has, and what a recipe would need"),
 }
 """Name → (module within st_fast, with `parser` and `main`; what it does)."""
+CONTINUED = ("train", "sample", "evaluate", "probe", "prepare", "study")
+"""Commands that take long and that the same command continues: a signal ends them with exit code 75."""
 SHELLS = ("bash", "zsh", "tcsh")
 
 
@@ -57,18 +61,20 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the command that is named first."""
     if not arguments or arguments[0] in ("-h", "--help"):
         rows = "\n".join(f"  {name:<13}{text}" for name, (_, text) in COMMANDS.items())
-        print(f"{__doc__}\n{rows}\n  completion   a completion script for {', '.join(SHELLS)}\n\nst-fast NAME --help")
+        show(f"{__doc__}\n{rows}\n  completion   a completion script for {', '.join(SHELLS)}\n\nst-fast NAME --help")
         return
     name, *rest = arguments
     if name == "completion":
         shell = rest[0] if rest else "--help"
-        print(f"usage: st-fast completion {'|'.join(SHELLS)}" if shell in ("-h", "--help") else completion(shell))
+        show(f"usage: st-fast completion {'|'.join(SHELLS)}" if shell in ("-h", "--help") else completion(shell))
         return
     module_of(name).main(rest)
 
 
 def run() -> None:
     """The console script."""
+    if sys.argv[1:2] and sys.argv[1] in CONTINUED:
+        catch_signals()
     run_command(main, sys.argv[1:])
 
 

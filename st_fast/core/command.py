@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import NoReturn
 
 from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, UserError
 from st_fast.core.options import Parser
+from st_fast.core.signals import pay_no_heed
+from st_fast.core.streams import one_line, use_safe_streams
 
 MENDABLE = (
     errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
@@ -29,24 +32,33 @@ def command_parser(name: str, text: str | None, epilog: str | None = None) -> Pa
 
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command's `main(arguments)` and exits; UserErrors become one line on stderr and their exit code."""
+    use_safe_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--debug" in arguments:
-        main([a for a in arguments if a != "--debug"])
-        sys.exit(EXIT_OK)
+    debug = "--debug" in arguments
     try:
-        main(arguments)
+        main([a for a in arguments if a != "--debug"])
     except UserError as error:
-        print(f"st_fast: {error}", file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        _tell(str(error))
         end_process(error.exit_code)
     except OSError as error:
-        if error.errno not in MENDABLE or error.filename is None:
+        if debug or error.errno not in MENDABLE or error.filename is None:
             raise
-        print(f"st_fast: {error.filename}: {error.strerror}", file=sys.stderr)
+        _tell(f"{error.filename}: {error.strerror}")
         end_process(EXIT_FAILED)
     except KeyboardInterrupt:  # of commands that are too short to save anything in between
-        print("st_fast: interrupted", file=sys.stderr)
+        if debug:
+            raise
+        _tell("interrupted")
         end_process(EXIT_SIGINT)
     end_process(EXIT_OK)
+
+
+def _tell(text: str) -> None:
+    """The one line on what has ended a command."""
+    pay_no_heed()
+    print(f"st_fast: {one_line(text)}", file=sys.stderr)
 
 
 def end_process(code: int) -> NoReturn:
@@ -56,6 +68,7 @@ def end_process(code: int) -> NoReturn:
     Python before 3.14 ends such a thread as it shuts down, inside C++ that must not be left so: the rank would die of
     SIGABRT after all its work is done (CPython issue 87135).
     """
+    pay_no_heed()
     if not getattr(sys.modules.get("st_fast.core.ranks"), "joined", False):
         sys.exit(code)
     for thread in threading.enumerate():
@@ -85,5 +98,5 @@ def need_run_first(argv: Sequence[str] | None = None) -> None:
         try:
             need_run(Path(arguments[0]))
         except UserError as error:
-            print(f"st_fast: {error}", file=sys.stderr)
+            _tell(str(error))
             sys.exit(error.exit_code)

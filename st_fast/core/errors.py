@@ -11,7 +11,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 """A recipe, argument or file is wrong; nothing was changed."""
 EXIT_INTERRUPTED = 75
-"""Stopped by SIGTERM or SIGINT after saving; the same command continues (75 is EX_TEMPFAIL of sysexits.h)."""
+"""Stopped by a signal, all saved; the same command continues (75 is EX_TEMPFAIL of sysexits.h)."""
 
 EXIT_SIGINT = 130
 """Stopped by Ctrl-C where there is nothing to save: 128 + SIGINT, as shells have it."""
@@ -33,6 +33,10 @@ class Interrupted(UserError):
     """The run was asked to stop, has saved, and can be continued."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class Stopped(BaseException):
+    """A signal, named by the text, ends work at once that has nothing to save. No Exception: no library takes it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -11,8 +11,10 @@ The classifier is trained on the data's real images; a distance in its features 
 """
 
 from st_fast.core.command import need_run_first
+from st_fast.core.signals import catch_signals
 
 if __name__ == "__main__":
+    catch_signals()
     need_run_first()  # the imports below take seconds, or a minute where csrc is compiled
 
 import argparse
@@ -80,8 +82,8 @@ def main(arguments: Sequence[str]) -> None:
         inception.load_inception(given.inception, torch.device("cpu"))  # to refuse a bad file before hours of drawing
         if not given.reference.exists():
             raise UserError(f"--reference {given.reference}: no such file or folder")
-    with sampling(request) as (ranks, stop, sampler, say):
-        file = draw_set(sampler, request.set_folder, False, ranks, stop, say)
+    with sampling(request) as (ranks, sampler, say):
+        file = draw_set(sampler, request.set_folder, False, ranks, say)
         del sampler
         if ranks.first:
             score_file(given, request.recipe, file, ranks.device, say)

@@ -25,6 +25,7 @@ from pathlib import Path
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.options import BATCH_MOST, COUNT_MOST, SIDE_MOST, Parser, integer
+from st_fast.core.signals import catch_signals
 
 VAE_HELP = (
     "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
@@ -107,4 +108,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    catch_signals()
     run_command(main)

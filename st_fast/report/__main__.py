@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
+from st_fast.core.streams import show
 from st_fast.report import default_path, write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     if options.dry_run:
         runs = read_runs(options.runs)
         found = verdict(make_arms(runs), unfair(runs, options.seeds))
-        print(f"{found.sentence}\n{found.markdown()}would write {options.out or default_path(options.runs)}")
+        show(f"{found.sentence}\n{found.markdown()}would write {options.out or default_path(options.runs)}")
         return
     print(write_report(options.runs, options.out, options.export, options.seeds))
 

@@ -12,8 +12,10 @@ from (seed, sample number), and every batch from its number, so the number of ra
 """
 
 from st_fast.core.command import need_run_first
+from st_fast.core.signals import catch_signals
 
 if __name__ == "__main__":
+    catch_signals()
     need_run_first()  # the imports below take seconds, or a minute where csrc is compiled
 
 import argparse
@@ -73,9 +75,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Writes a grid of samples of a run, or what else was asked for."""
     request = parse(arguments)
-    with sampling(request.samples) as (ranks, stop, sampler, say):
+    with sampling(request.samples) as (ranks, sampler, say):
         if request.is_set:
-            draw_set(sampler, request.target, request.png, ranks, stop, say)
+            draw_set(sampler, request.target, request.png, ranks, say)
         elif ranks.first and request.interpolate:
             draw_interpolation(sampler, request.interpolate, request.target)
         elif ranks.first:

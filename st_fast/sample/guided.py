@@ -5,6 +5,7 @@ ODE solvers (Euler, Heun, dopri5) and an SDE solver (Euler–Maruyama); the sett
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,7 @@ def dopri5(
     over the samples), so the tolerances hold for each of them, and a sample's value depends, within the tolerances,
     on the batch it is in. The velocity may jump at the times `jumps`. UserError where torchdiffeq is missing.
     """
-    try:
-        from torchdiffeq import odeint
-    except ImportError as error:
-        raise UserError(
-            f"sampler = 'dopri5': torchdiffeq can't be imported ({error}): pip install st_fast[ode]"
-        ) from error
+    odeint = torchdiffeq_odeint()
 
     def hardest(error: Tensor) -> Tensor:
         return error.flatten(1).square().mean(dim=1).sqrt().amax()
@@ -77,6 +73,17 @@ def dopri5(
     for state in found[1:]:
         watch(state)
     return found[-1]
+
+
+def torchdiffeq_odeint() -> Any:
+    """torchdiffeq's solver; UserError where it is missing."""
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise UserError(
+            f"sampler = 'dopri5': torchdiffeq can't be imported ({error}): pip install st_fast[ode]"
+        ) from error
+    return odeint
 
 
 def euler_maruyama(

@@ -16,7 +16,7 @@ from st_fast.core.command import command_parser, need_run
 from st_fast.core.errors import UserError
 from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, integer, number
 from st_fast.core.ranks import Ranks, process_group
-from st_fast.core.signals import StopRequest, stop_on_signals
+from st_fast.core.signals import stop_on_signals
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import read_any_manifest
 from st_fast.kernels.heap import keep_freed_memory
@@ -25,7 +25,7 @@ from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks, keep_compiled
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.model.stored import newest_stage
-from st_fast.model.vae import decode, load_vae
+from st_fast.model.vae import decode, load_vae, vae_hash
 from st_fast.recipe import load_run
 from st_fast.recipe.keys import CFG_MOST
 from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
@@ -94,10 +94,17 @@ class Sampler:
         return self.decode(latents).cpu(), draw.labels.cpu()
 
 
-def decoder(folder: Path, manifest: Manifest, device: torch.device) -> Decode:
-    """The decoder of a data folder: its own VAE where it has one inside, else the one its manifest names."""
-    vae = load_vae(manifest.vae.source(folder), device)
-    return lambda latents: decode(vae, latents, manifest.scale)
+def decoder(
+    folder: Path, manifest: Manifest, device: torch.device, vae: str = "", say: Callable[[str], None] = print
+) -> Decode:
+    """The decoder of a data folder: `vae`, a folder or name, else its own VAE, else the one its manifest names.
+
+    `say` is told where `vae` has other weights than the one that the data was encoded with.
+    """
+    loaded = load_vae(vae or manifest.vae.source(folder), device)
+    if vae and manifest.vae.hash and vae_hash(loaded) != manifest.vae.hash:
+        say(f"sample.vae = {vae!r}: other weights than those of {manifest.vae.name}, which encoded {folder}")
+    return lambda latents: decode(loaded, latents, manifest.scale)
 
 
 def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None]) -> Sampler:
@@ -113,18 +120,20 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
         model.run_block = CompiledBlocks(say, dynamic=False)
     data = Path(recipe.data.path)
     manifest = read_any_manifest(data)
-    vae = f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
-    return Sampler(request, model, newest.step if newest else 0, decoder(data, manifest, device), vae, compiled)
+    own = request.settings.vae
+    vae = own or f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
+    decode = decoder(data, manifest, device, own, say)
+    return Sampler(request, model, newest.step if newest else 0, decode, vae, compiled)
 
 
 @contextmanager
-def sampling(request: SampleRequest) -> Iterator[tuple[Ranks, StopRequest, Sampler, Callable[[str], None]]]:
-    """This process among its ranks, with the model loaded; the last of the four prints on the first rank only."""
+def sampling(request: SampleRequest) -> Iterator[tuple[Ranks, Sampler, Callable[[str], None]]]:
+    """This process among its ranks, with the model loaded; the last of the three prints on the first rank only."""
     keep_compiled(request.run / "compiled")
     keep_freed_memory()
-    with process_group("auto", PATIENCE_S) as ranks, stop_on_signals() as stop:
+    with stop_on_signals(), process_group("auto", PATIENCE_S) as ranks:
         say: Callable[[str], None] = functools.partial(print, flush=True) if ranks.first else (lambda text: None)
-        yield ranks, stop, load_sampler(request, ranks, say), say
+        yield ranks, load_sampler(request, ranks, say), say
 
 
 def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
@@ -152,6 +161,7 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
     )
+    parser.add_argument("--vae", metavar="FOLDER", help="what decodes (default: the VAE that the data names)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the model; solvers use fp32")
     return parser
@@ -165,7 +175,7 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     need_run(given.run)
     recipe = load_run(given.run)
     chosen = {"num": getattr(recipe, section).num} | (PRESETS[given.preset] if given.preset else {})
-    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "cfg_range"):
+    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "cfg_range", "vae"):
         if (value := getattr(given, key)) is not None:
             chosen[key] = tuple(value) if key == "cfg_range" else value
     settings = replace(recipe.sample, **chosen)

@@ -25,12 +25,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from st_fast.core.comparison import check_same
-from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.errors import Interrupted, Stopped, UserError
 from st_fast.core.files import BadFile, make_folder, read_json, shown, write_atomic, write_json_atomic
 from st_fast.core.limits import Zip, npy_header
 from st_fast.core.progress import bar
 from st_fast.core.ranks import Ranks
-from st_fast.core.signals import StopRequest
 from st_fast.model.vae import vae_hash
 from st_fast.sample.model import Sampler
 from st_fast.sample.previews import GRID_IMAGES, grid, save_png
@@ -44,9 +43,7 @@ Images = NDArray[np.uint8]
 """(n, H, W, 3)."""
 
 
-def draw_set(
-    sampler: Sampler, folder: Path, pngs: bool, ranks: Ranks, stop: StopRequest, say: Callable[[str], None]
-) -> Path:
+def draw_set(sampler: Sampler, folder: Path, pngs: bool, ranks: Ranks, say: Callable[[str], None]) -> Path:
     """Draws the set into `folder`, or what is missing of it, and returns its `samples.npz`.
 
     With `pngs` also a folder of single images. Interrupted after a signal, with all finished batches kept; UserError
@@ -60,7 +57,12 @@ def draw_set(
         )
     ranks.broadcast_from_rank0(found.begin)
     if not ranks.broadcast_from_rank0(whole.exists):
-        _draw_missing(sampler, found, ranks, stop)
+        try:
+            _draw_missing(sampler, found, ranks)
+        except Stopped as stopped:
+            there = found.batches - len(found.missing())
+            kept = f"{there} of {found.batches} batches are kept in {folder}"
+            raise Interrupted(f"{stopped}: {kept}; the same command continues") from None
         if ranks.first:
             labels = np.concatenate([found.get(batch)[1] for batch in range(found.batches)])
             blocks = (found.get(batch)[0] for batch in range(found.batches))
@@ -80,18 +82,14 @@ def draw_set(
     return whole
 
 
-def _draw_missing(sampler: Sampler, found: SampleSet, ranks: Ranks, stop: StopRequest) -> None:
+def _draw_missing(sampler: Sampler, found: SampleSet, ranks: Ranks) -> None:
     """Draws this rank's share of the batches that are not there yet."""
     missing = ranks.broadcast_from_rank0(found.missing)
     kept, total = (found.batches - len(missing)) * found.batch_size, found.batches * found.batch_size
     with bar(None, "drawing", total, "image", done=kept, hidden=not ranks.first) as progress:
         for batch in missing[ranks.rank :: ranks.count]:
             found.put(batch, *sampler.images(batch * found.batch_size, found.batch_size))
-            left = len(found.missing())
-            progress.update(total - left * found.batch_size - progress.n)
-            if stop:
-                kept_batches = f"{found.batches - left} of {found.batches} batches are kept in {found.folder}"
-                raise Interrupted(f"{stop.name}: {kept_batches}; the same command continues")
+            progress.update(total - len(found.missing()) * found.batch_size - progress.n)
     ranks.barrier()
 
 

@@ -18,6 +18,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.core.machine import rank_count
 from st_fast.core.options import number
+from st_fast.core.signals import catch_signals
 from st_fast.study.plan import Study, jobs, read_study
 
 
@@ -80,4 +81,5 @@ def listing(study: Study, out: Path) -> str:
 
 
 if __name__ == "__main__":
+    catch_signals()
     run_command(main)

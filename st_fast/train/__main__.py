@@ -10,8 +10,13 @@ Options are `--section.key=value`, `--stage.NAME.key=value`, and
     --accept-changes   resume although the recipe's mathematics changed since the run began
     --debug            show the traceback of an error
 
-Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted after saving.
+Exit codes: 0 done, 1 the run failed, 2 something given is wrong, 75 interrupted by a signal, with all saved.
 """
+
+from st_fast.core.signals import catch_signals
+
+if __name__ == "__main__":
+    catch_signals()  # before the imports below, and torch's, which take seconds
 
 import argparse
 from collections.abc import Sequence
@@ -21,6 +26,7 @@ from typing import get_args
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.machine import local_rank, rank_count
+from st_fast.core.streams import show
 from st_fast.recipe import Recipe, cost, load, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
 from st_fast.recipe.check import graphs_problem
@@ -73,7 +79,7 @@ def hint(arguments: Sequence[str]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(parser().format_help())
+        show(parser().format_help())
         return
     path, overrides, flags = parse(arguments)
     count = rank_count()
@@ -86,8 +92,7 @@ def main(arguments: Sequence[str]) -> None:
             refuse(error)  # others, which may have been given another command, would wait for this rank
         raise
     if "--dry-run" in flags:
-        print(to_toml(recipe), end="")
-        print(summary(recipe, count))
+        show(f"{to_toml(recipe)}{summary(recipe, count)}")
         return
     from st_fast.train.run import run  # torch is imported only once the recipe is known to be right
 

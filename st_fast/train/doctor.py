@@ -22,6 +22,7 @@ import torch
 from st_fast import __version__, kernels
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.machine import cpu_quota
+from st_fast.core.streams import show
 from st_fast.data.loader import dali_missing
 from st_fast.kernels.table import auto
 from st_fast.model.attention import AUTO_ORDER, BACKENDS, verify
@@ -175,11 +176,11 @@ def main(arguments: Sequence[str]) -> None:
         return
     found = findings(given.measure)
     if given.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        show(json.dumps(found, indent=1, ensure_ascii=False))
         return
     width = max(len(what) for rows in found.values() for what in rows)
     for title, rows in found.items():
-        print(f"{title}\n" + "\n".join(f"  {what:<{width}}  {state}" for what, state in rows.items()))
+        show(f"{title}\n" + "\n".join(f"  {what:<{width}}  {state}" for what, state in rows.items()))
 
 
 if __name__ == "__main__":

@@ -1,50 +1,126 @@
-"""Previews and metrics of a model while it trains: samples from fixed noise and labels, as pictures and scores."""
+"""Previews and metrics of a model while it trains: samples from fixed noise and labels, as pictures and scores.
 
+They never end training: one that fails is a line. A signal ends them at once, and the resume makes what is missing.
+"""
+
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from st_fast.core.checkpoint.store import candidates
+from st_fast.core.errors import Stopped, UserError, first_line
 from st_fast.core.ranks import Ranks
+from st_fast.core.signals import StopRequest
 from st_fast.data.manifest import Manifest
 from st_fast.evaluate import classifier, scores
 from st_fast.evaluate.inception import Inception, load_inception
 from st_fast.model import SiT
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.report.metrics import summary
-from st_fast.sample.guided import sample_batches
+from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
 from st_fast.sample.model import Decode, decoder
 from st_fast.sample.previews import grid, save_png
 from st_fast.train.log import Log
 
+Kind = Literal["sample", "eval"]
+"""Of the log's records on pictures and on scores."""
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something happens after this many steps; 0: never."""
+    return every > 0 and step % every == 0
+
 
 class Examiner:
-    """Samples and scores on the first rank; decoder, classifier and Inception are loaded on first use."""
+    """Samples and scores on the first rank; classifier and Inception are loaded on first use.
 
-    def __init__(self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log) -> None:
+    `stop` is asked to let a signal end the work.
+    """
+
+    def __init__(
+        self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log, stop: StopRequest | None = None
+    ) -> None:
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
+        self._stop = stop or StopRequest()
         self._reference = Path(recipe.evaluate.reference or recipe.data.path)
         self.protocol: dict[str, str] = {}
         """SHA-256 of what scores depend on beside the samples, once it was checked."""
         self._inception: tuple[Inception, scores.Reference] | None = None
 
     def check(self) -> None:
-        """UserError for images, weights or a reference that aren't there or don't fit, before days are spent."""
-        wanted = self.recipe.evaluate
+        """UserError for what samples and scores need and isn't there or doesn't fit, before days are spent.
+
+        Where the run has begun, that is one line: nothing that is trained waits for a picture.
+        """
+        try:
+            self._check()
+        except UserError as error:
+            out = Path(self.recipe.run.out)
+            if not any(candidates(out / stage.name / "checkpoints") for stage in self.recipe.stages):
+                raise
+            self.log.say(f"{error}; training goes on without")
+
+    def _check(self) -> None:
+        wanted, settings, data = self.recipe.evaluate, self.recipe.sample, Path(self.recipe.data.path)
         if wanted.classifier:
-            classifier.read_images(Path(self.recipe.data.path))
+            classifier.read_images(data)
         if wanted.inception:
             self.protocol["inception_sha256"] = load_inception(Path(wanted.inception), torch.device("cpu")).sha256
+        if not self._kinds():
+            return
+        if settings.sampler == "dopri5":
+            torchdiffeq_odeint()
+        try:
+            decode = self._decode
+        except UserError as error:
+            without = ", or --sample.num=0 for no pictures" if self._kinds() == ("sample",) else ""
+            raise UserError(f"{error}; --sample.vae names another folder{without}") from None
+        if wanted.inception:
             model = self.recipe.model
             latents = torch.zeros(1, model.channels, model.latent_size, model.latent_size, device=self.ranks.device)
             self.protocol["reference_sha256"], *_ = scores.open_reference(
-                self._reference, scores.InMemory(self._decode(latents).cpu().numpy()).shape
+                self._reference, scores.InMemory(decode(latents).cpu().numpy()).shape
             )
+
+    def _kinds(self) -> tuple[Kind, ...]:
+        """What is ever made."""
+        scored = self.recipe.evaluate.classifier or bool(self.recipe.evaluate.inception)
+        return (*(("sample",) if self.recipe.sample.num else ()), *(("eval",) if scored else ()))
+
+    def due(self, stage: Stage, step: int) -> tuple[Kind, ...]:
+        """What is to be made after this many steps of the stage: the same on every rank."""
+        every, last = {"sample": self.recipe.sample.every, "eval": self.recipe.evaluate.every}, step >= stage.steps
+        return tuple(kind for kind in self._kinds() if last or due(step, every[kind]))
+
+    def missing(self, stage: Stage, step: int) -> tuple[Kind, ...]:
+        """The part of it that the log does not have, unless the stage has ended without it. On the first rank."""
+        if self.log.has("end", stage.name):
+            return ()
+        return tuple(kind for kind in self.due(stage, step) if not self.log.has(kind, stage.name, step))
+
+    def examine(self, wanted: Sequence[Kind], model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
+        """Makes what is wanted, on the first rank. A signal ends it; what fails otherwise is one line."""
+        if not self.ranks.first:
+            return
+        for kind in wanted:
+            try:
+                with self._stop.interruptible():
+                    (self.pictures if kind == "sample" else self.metrics)(model, stage, step, cost)
+            except Stopped:
+                return
+            except Exception as error:  # whatever it is, training need not end for it
+                what = "no picture" if kind == "sample" else "no score"
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+                self.log.say(f"{stage.name} {step}: {what}: {reason}; training goes on")
 
     @cached_property
     def _decode(self) -> Decode:
-        return decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device)
+        vae = self.recipe.sample.vae
+        return decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device, vae, self.log.say)
 
     @cached_property
     def _classifier(self) -> tuple[classifier.Classifier, classifier.Reference]:
@@ -60,9 +136,7 @@ class Examiner:
         return torch.cat(images), torch.cat(labels)
 
     def pictures(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
-        """A grid of samples into the stage's folder, of the same noise every time; none if `sample.num` is 0."""
-        if self.recipe.sample.num == 0 or not self.ranks.first:
-            return
+        """A grid of samples into the stage's folder, of the same noise every time."""
         images, _ = self.images(model, self.recipe.sample.num)
         name = f"{stage.name}/samples/{step:08d}.png"
         save_png(grid(images), Path(self.recipe.run.out) / name)
@@ -71,8 +145,6 @@ class Examiner:
     def metrics(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """Metrics of fresh samples into the log: the classifier's, Inception's, or both, as the recipe says."""
         wanted, settings = self.recipe.evaluate, self.recipe.sample
-        if not self.ranks.first or (not wanted.classifier and not wanted.inception):
-            return
         images, labels = self.images(model, wanted.num)
         found: dict[str, object] = {"num": len(images)}
         if wanted.classifier:

@@ -49,12 +49,13 @@ class Log:
         if self._track is not None:
             self._track(record)
 
-    def has(self, kind: str, stage: str) -> bool:
-        """Whether there is such a record of the stage; True where nothing is written."""
+    def has(self, kind: str, stage: str, step: int | None = None) -> bool:
+        """Whether there is such a record of the stage, of this step if one is named; True where nothing is written."""
         if not self.active:
             return True
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
-        return any((record["kind"], record["stage"]) == (kind, stage) for record in map(json.loads, lines))
+        records = (r for r in map(json.loads, lines) if (r["kind"], r["stage"]) == (kind, stage))
+        return any(step in (None, record["step"]) for record in records)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

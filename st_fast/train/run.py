@@ -59,13 +59,13 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
     keep_freed_memory()
     patience = recipe.run.hang_timeout
     with (
+        stop_on_signals() as stop,
         process_group(
             recipe.run.device,
             2.0 * patience or NO_TIMEOUT,
             joining_patience(patience),
             partial(met, recipe, patience),
         ) as ranks,
-        stop_on_signals() as stop,
     ):
         check_device(recipe.run, ranks.device.type)
         if ranks.first:
@@ -92,7 +92,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 )
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
             consensus = StopConsensus(stop, ranks)
-            examiner = Examiner(recipe, shards.manifest, ranks, log)
+            examiner = Examiner(recipe, shards.manifest, ranks, log, stop)
             check_fp8(recipe, ranks.device)
             ranks.broadcast_from_rank0(examiner.check)
             differences = score_differences(changes.scored, examiner.protocol)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from st_fast import __version__
-from st_fast.core.errors import Interrupted, Say
+from st_fast.core.errors import Say
 from st_fast.core.machine import PassTooLarge
 from st_fast.data.loader import Loader, make_loader
 from st_fast.recipe import Recipe, cost
@@ -17,6 +17,7 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Stage
 from st_fast.train import graphs, memory
 from st_fast.train.batches import BatchIterator, Lookahead
+from st_fast.train.examiner import Kind, due
 from st_fast.train.log import Clock, Meter, Readings, Skips, SpikeDetector, progress_line
 from st_fast.train.optim import learning_rate
 from st_fast.train.profiling import StageProfile
@@ -36,6 +37,11 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     trainer = Trainer(replace(context, recipe=recipe), stage)
     trainer.context = context  # what is decided for a stage is no part of the run's recipe
     first = trainer.resume(clock)
+    examined = partial(examine, trainer)
+    if first:  # pictures and scores of the step, if the run was interrupted before they were made
+        wanted = ranks.broadcast_from_rank0(lambda: context.examiner.missing(stage, first))
+        examined(wanted, first, cost_so_far(trainer, clock, first))
+        context.stop.check()
     if first >= stage.steps:
         log.say(f"{stage.name}: complete at step {first}")
         if not log.has("end", stage.name):  # killed between its last checkpoint and this line
@@ -55,6 +61,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
 
     gc.collect()
     gc.freeze()
+    context.stop.begin()
     clock.start()
     steps = Lookahead(iterator.steps(first, stage.steps))
     trainer.step.following = steps.peek
@@ -64,21 +71,18 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates)
         profile.stepped(done)
         last, stopping = done == stage.steps, context.stop()
-        spike = report(done, meter) if _due(done, recipe.run.log_every) or last else None
+        spike = report(done, meter) if due(done, recipe.run.log_every) or last else None
         if spike is not None:
             with clock.paused():
                 trainer.roll_back(spike, done)
-        if _due(done, recipe.sample.every) or last:
-            with clock.paused():
-                ranks.heartbeat.beat("sample")
-                context.examiner.pictures(trainer.ema_model(), stage, done, report.cost(done))
-        if (_due(done, recipe.evaluate.every) or last) and not stopping:
-            with clock.paused():
-                ranks.heartbeat.beat("sample")
-                context.examiner.metrics(trainer.ema_model(), stage, done, report.cost(done))
-        if _due(done, recipe.run.save_every) or last or stopping or spike is not None:
+        wanted = () if stopping else context.examiner.due(stage, done)
+        if due(done, recipe.run.save_every) or last or stopping or spike is not None or wanted:
             with clock.paused():
                 trainer.save(done, clock)
+        if wanted or last:
+            with clock.paused():
+                examined(wanted, done, report.cost(done))
+                stopping = context.stop.now() or stopping
         if stopping:
             break
     clock.stop()
@@ -88,10 +92,18 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     stalls = trainer.stalls(clock)
     trainer.features.close()
     gc.unfreeze()
-    if done < stage.steps:
-        context.stop.close()
-        raise Interrupted(f"{context.stop.signal}: saved {stage.name} at step {done}; the same command continues")
+    if stopping:
+        raise context.stop.interrupted(f"saved {stage.name} at step {done}")
     log.write("end", stage.name, done, **report.cost(done), **stalls)
+    context.stop.end()
+
+
+def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str, float]) -> None:
+    """Pictures and scores of the average after `step` steps, on the first rank. All ranks call it alike."""
+    if wanted:
+        context = trainer.context
+        context.ranks.heartbeat.beat("sample")
+        context.examiner.examine(wanted, trainer.ema_model(), trainer.stage, step, spent)
 
 
 def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:
@@ -142,6 +154,7 @@ def retreat_if_too_large(
             reader.close()
         trainer.features.close()
         gc.unfreeze()
+        trainer.context.stop.end()
         raise
 
 
@@ -218,7 +231,3 @@ def _log_start(trainer: Trainer, first: int) -> None:
         **({"init": trainer.origin} if trainer.origin else {}),
         **({"teacher": trainer.teacher} if trainer.teacher else {}),
     )  # fmt: skip
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

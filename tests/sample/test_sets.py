@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from st_fast.core.errors import Interrupted, UserError
+from st_fast.model import SiT
 from st_fast.recipe import load
 from st_fast.sample import __main__ as sample
 from st_fast.sample.draw import balanced, draw_of, read_labels
@@ -41,7 +44,7 @@ def test_the_npz_is_adms_layout_and_holds_what_the_model_draws(run, whole):
     assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [0, 1, 2, 3, 4] * 2
     request = sample.parse([str(run), "--num", "10"])
-    with sampling(request.samples) as (_, _, sampler, _):
+    with sampling(request.samples) as (_, sampler, _):
         draw = balanced(3, 0, 4, 5, torch.device("cpu"))
         latents = draw_samples(sampler.model, draw, request.samples.settings, "linear")
     pixels = ((latents / 2 + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
@@ -88,12 +91,20 @@ def test_a_set_that_was_interrupted_is_continued_to_the_same_bytes(run, whole, m
     assert len(drawn) == 4, "a complete set is left as it is"
 
 
-def test_a_signal_stops_after_a_batch_and_says_how_to_go_on(run, monkeypatch):
-    request = sample.parse([str(run), "--num", "10", "--npz", "--out", str(run / "stopped")])
-    with pytest.raises(Interrupted) as told, sampling(request.samples) as (ranks, stop, sampler, say):
-        stop.name = "SIGTERM"
-        draw_set(sampler, request.target, False, ranks, stop, say)
-    assert "1 of 3 batches are kept" in str(told.value) and told.value.exit_code == 75
+def test_a_signal_stops_within_a_batch_keeps_those_before_and_says_how_to_go_on(run, monkeypatch):
+    request, after = sample.parse([str(run), "--num", "10", "--npz", "--out", str(run / "stopped")]), []
+
+    def forward(self, *arguments, real=SiT.forward):
+        if (run / "stopped" / "parts" / "000000.safetensors").exists():
+            after.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(SiT, "forward", forward)
+    with pytest.raises(Interrupted) as told, sampling(request.samples) as (ranks, sampler, say):
+        draw_set(sampler, request.target, False, ranks, say)
+    assert str(told.value) == f"SIGTERM: 1 of 3 batches are kept in {run / 'stopped'}; the same command continues"
+    assert told.value.exit_code == 75 and len(after) == 1
 
 
 def test_other_settings_are_refused_in_one_line_that_names_them(run, whole):
@@ -168,7 +179,7 @@ def test_an_interpolation_begins_and_ends_at_the_samples_themselves(run):
     factor = picture.shape[1] // 102
     picture = picture[::factor, ::factor].astype(int)
     request = sample.parse([str(run), "--sampler", "euler"])
-    with sampling(request.samples) as (_, _, sampler, _):
+    with sampling(request.samples) as (_, sampler, _):
         a, b = (sampler.images(number, 1)[0][0].permute(1, 2, 0).numpy().astype(int) for number in (2, 8))
     assert np.abs(picture[2:10, 2:10] - a).max() <= 1
     assert np.abs(picture[12:20, 92:100] - b).max() <= 1

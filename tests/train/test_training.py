@@ -83,7 +83,7 @@ def test_interrupting_and_resuming_at_every_step_of_both_stages_is_bit_exact(
                 stops += 1
                 STOP.name = None
                 stop_at(patch, 1)
-    assert stops == 18  # the last step of a stage ends the stage; the run then goes on with the next one
+    assert stops == 20
     assert same(final_states(tmp_path / "out"), final_states(uninterrupted))
 
 

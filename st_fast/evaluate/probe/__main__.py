@@ -17,6 +17,7 @@ from pathlib import Path
 
 from st_fast.core.command import command_parser, need_run, run_command
 from st_fast.core.options import COUNT_MOST, integer, number
+from st_fast.core.signals import catch_signals
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 BINS = 10
@@ -49,4 +50,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    catch_signals()
     run_command(main)
