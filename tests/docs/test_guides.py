@@ -138,11 +138,11 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path) -> None:
     assert broken_links(page) == ["c.md", "b.md#two", "#b"]
     text = "```sh\npython -m st_fast.prepare a \\\n  b --size big\n```\n`-m st_fast.nowhere` `-m st_fast.train a.toml`"
     (first, second, third) = commands(text)
-    assert "invalid int value" in misunderstood(*first) and misunderstood(*second) == "no such module"
-    assert misunderstood(*third) == "" and misunderstood("report", " --ot x") == "argparse refuses it"
+    assert "an integer is needed" in misunderstood(*first) and misunderstood(*second) == "no such module"
+    assert misunderstood(*third) == "" and "--ot is unknown" in misunderstood("report", " --ot x")
     assert "batch_sise" in misunderstood("train", " recipes/digits.toml --optim.batch_sise=3")
     assert "no such file" in misunderstood("train", " recipes/none.toml")
-    assert misunderstood("doctor", " --plan recipes/digits.toml --per-node four") == "argparse refuses it"
+    assert "--per-node four" in misunderstood("doctor", " --plan recipes/digits.toml --per-node four")
 
 
 def python_blocks(page: str) -> list[str]:
