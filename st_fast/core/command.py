@@ -19,9 +19,10 @@ from st_fast.core.streams import one_line, use_safe_streams
 
 MENDABLE = (
     errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
-    errno.EDQUOT, errno.ENAMETOOLONG,
+    errno.EDQUOT, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENXIO,
+    errno.EBUSY, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOLCK,
 )  # fmt: skip
-"""What is wrong with a named place, or the rights to it, which no traceback tells better."""
+"""What is wrong with a place, the rights to it or the room in it, which no traceback tells better."""
 
 
 def command_parser(name: str, text: str | None, epilog: str | None = None) -> Parser:
@@ -43,9 +44,9 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
         _tell(str(error))
         end_process(error.exit_code)
     except OSError as error:
-        if debug or error.errno not in MENDABLE or error.filename is None:
+        if debug or error.errno not in MENDABLE:
             raise
-        _tell(f"{error.filename}: {error.strerror}")
+        _tell(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror))
         end_process(EXIT_FAILED)
     except KeyboardInterrupt:  # of commands that are too short to save anything in between
         if debug:

@@ -320,11 +320,14 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def durable_file(path: Path) -> Iterator[int]:
-    """A new file's descriptor for `write_all`; fsynced at the end."""
+    """A new file's descriptor for `write_all`; fsynced at the end. An OSError names the file."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # that of a descriptor has none
+        raise
     finally:
         os.close(descriptor)
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_atomic
+from st_fast.core.writing import cannot_write
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 
@@ -32,7 +32,7 @@ def write_report(
         make_folder(path.parent)
         write_atomic(path, page.encode())
     except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+        raise cannot_write(path, error) from None
     if export:
         plot.export([figure for drawn in figures.all_figures(make_arms(logs)).values() for figure in drawn], export)
     return path

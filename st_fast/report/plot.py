@@ -16,8 +16,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
-from st_fast.core.errors import UserError
-from st_fast.core.files import make_folder, write_json_atomic
+from st_fast.core.files import make_folder, write_atomic, write_json_atomic
+from st_fast.core.writing import cannot_write
 from st_fast.report.figures import Bars, Chart, Curve, Figure
 from st_fast.report.words import UNITS
 
@@ -62,12 +62,14 @@ def export(figures: Sequence[Figure], folder: Path) -> None:
             save(draw(figure), folder / f"{figure.key}.png", dpi=250)
             write_json_atomic(folder / f"{figure.key}.json", {"kind": type(figure).__name__.lower(), **asdict(figure)})
     except OSError as error:
-        raise UserError(f"{folder}: can't be written: {error.strerror}") from None
+        raise cannot_write(folder, error) from None
 
 
 def save(canvas: Canvas, path: Path, dpi: int = 140) -> None:
     """Writes a PNG."""
-    canvas.savefig(path, dpi=dpi, metadata={"Software": None})
+    file = io.BytesIO()
+    canvas.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+    write_atomic(path, file.getvalue())
 
 
 def draw(figure: Figure, title: bool = True) -> Canvas:

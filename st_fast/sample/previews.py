@@ -1,5 +1,6 @@
 """Pictures of a few samples: a grid, the interpolation of two noises, and a GIF from noise to image."""
 
+import io
 import itertools
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from st_fast.core.errors import UserError
+from st_fast.core.files import make_folder, write_atomic
 from st_fast.core.progress import bar
 from st_fast.sample.draw import Draw, slerp, starting_noise
 from st_fast.sample.model import Sampler
@@ -39,10 +41,17 @@ def enlarged(picture: Tensor, smallest: int = 480) -> NDArray[np.uint8]:
     return array[..., 0] if array.shape[-1] == 1 else array
 
 
+def png(picture: Tensor, smallest: int = 480) -> bytes:
+    """A picture (H, W, 1 or 3) as PNG, enlarged by a whole factor until its width reaches `smallest` pixels."""
+    file = io.BytesIO()
+    Image.fromarray(enlarged(picture, smallest)).save(file, "png")
+    return file.getvalue()
+
+
 def save_png(picture: Tensor, path: Path, smallest: int = 480) -> None:
-    """Writes a picture (H, W, 1 or 3) as PNG, enlarged by a whole factor until its width reaches `smallest` pixels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(enlarged(picture, smallest)).save(path)
+    """Writes `png` of a picture; on a full disk an OSError, and nothing under that name."""
+    make_folder(path.parent)
+    write_atomic(path, png(picture, smallest))
 
 
 def draw_grid(sampler: Sampler, path: Path) -> None:
@@ -82,6 +91,7 @@ def draw_trajectory(sampler: Sampler, path: Path) -> None:
 
     watch(noise)
     sampler.latents(noise, draw, watch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    times = [*[FRAME_MS] * (len(frames) - 1), LAST_FRAME_MS]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    times, file = [*[FRAME_MS] * (len(frames) - 1), LAST_FRAME_MS], io.BytesIO()
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    make_folder(path.parent)
+    write_atomic(path, file.getvalue())

@@ -23,7 +23,7 @@ from st_fast.recipe.schema import Recipe, Stage
 from st_fast.report.metrics import summary
 from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
 from st_fast.sample.model import Decode, decoder
-from st_fast.sample.previews import grid, save_png
+from st_fast.sample.previews import grid, png
 from st_fast.train.log import Log
 
 Kind = Literal["sample", "eval"]
@@ -139,7 +139,7 @@ class Examiner:
         """A grid of samples into the stage's folder, of the same noise every time."""
         images, _ = self.images(model, self.recipe.sample.num)
         name = f"{stage.name}/samples/{step:08d}.png"
-        save_png(grid(images), Path(self.recipe.run.out) / name)
+        self.log.files.write(Path(self.recipe.run.out) / name, png(grid(images)))
         self.log.write("sample", stage.name, step, file=name, **cost)
 
     def metrics(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:

@@ -7,7 +7,6 @@ the norm is that of the summed gradients. Skipped steps and spikes of the loss a
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from st_fast.core.errors import RunFailed
 from st_fast.core.ranks import Ranks
+from st_fast.core.writing import Writer
 
 SPIKE_STEPS = 5
 """Steps in a row above the threshold that make a spike; a single hard batch does not."""
@@ -32,20 +32,23 @@ SPIKE_HISTORY, SPIKE_WARMUP = 256, 20
 
 
 class Log:
-    """Appends records to log.jsonl on the first rank and passes each on to `track`; other ranks say nothing."""
+    """Appends records to log.jsonl on the first rank and passes each on to `track`; other ranks say nothing.
+
+    `files` writes it, and what else the run writes while it trains, and survives a full disk.
+    """
 
     def __init__(self, path: Path, ranks: Ranks, track: Callable[[Mapping[str, Any]], None] | None = None) -> None:
         self.path, self.active, self._track = path, ranks.first, track
-        if self.active and path.exists():  # a killed process may have left half a line
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self.files = Writer(self.say)
+        if self.active:
+            self.files.mend(path)
 
     def write(self, kind: str, stage: str, step: int, **values: Any) -> None:
         """One line: what happened, where and when."""
         if not self.active:
             return
         record = {"kind": kind, "stage": stage, "step": step, "time": round(time.time(), 3)} | values
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.files.append(self.path, json.dumps(record) + "\n")
         if self._track is not None:
             self._track(record)
 
@@ -53,7 +56,10 @@ class Log:
         """Whether there is such a record of the stage, of this step if one is named; True where nothing is written."""
         if not self.active:
             return True
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return False
         records = (r for r in map(json.loads, lines) if (r["kind"], r["stage"]) == (kind, stage))
         return any(step in (None, record["step"]) for record in records)
 

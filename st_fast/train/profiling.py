@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,7 +16,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, first_line
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import schema
 from st_fast.train.log import Clock, Log
@@ -125,17 +125,35 @@ class StageProfile:
     def _report(self, profiler: profile, seconds: float) -> None:
         first, last, device = self.settings.start, self.last, self.ranks.device
         count, path = last - first + 1, self.folder / f"steps-{first}-{last}.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+        problem = export(profiler, path)
         found = by_family(by_kernel(profiler, device))
         found[OUTSIDE] = max(0.0, seconds - busy(profiler, device))
         each = {name: spent / count for name, spent in found.items()}
         host = {name: spent / count for name, spent in annotated(profiler).items()}
         ranges = {name: host[name] for name in RANGES if name in host}
         self.log.write("profile", self.stage, last, first=first, file=path.name, families=each, stretches=ranges)
-        self.log.say(f"{self.stage}: steps {first} to {last} profiled, trace in {path}")
+        where = f"no trace ({problem})" if problem else f"trace in {path}"
+        self.log.say(f"{self.stage}: steps {first} to {last} profiled, {where}")
         self.log.say(table("family of kernel", each, seconds / count))
         self.log.say(table("range, on the host", ranges, host[STEP]))
+
+
+def export(profiler: profile, path: Path) -> str:
+    """Writes the trace; what went wrong, if anything did: nothing is left of it then, and training goes on."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(partial))
+        with partial.open("rb") as file:  # its writer does not tell that the disk was full
+            file.seek(-min(2, partial.stat().st_size), os.SEEK_END)
+            if not file.read().rstrip().endswith(b"}"):
+                raise OSError(f"{path}: cut off while it was written")
+        os.rename(partial, path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        return first_line(error)
+    return ""
 
 
 def table(title: str, seconds: Mapping[str, float], whole: float) -> str:

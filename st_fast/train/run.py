@@ -13,7 +13,6 @@ from st_fast import kernels
 from st_fast.core import lock
 from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import Say, UserError
-from st_fast.core.files import write_atomic
 from st_fast.core.machine import PassTooLarge, local_rank
 from st_fast.core.ranks import JOINING, Ranks, process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
@@ -101,7 +100,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             split, choice = memory.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:
                 # Not earlier: a recipe that is refused has not begun, and may be corrected.
-                write_atomic(out / "recipe.toml", to_toml(recipe).encode())
+                log.files.write(out / "recipe.toml", to_toml(recipe).encode())
             with memory.explained(split, ranks, dtype, recipe):
                 rate = matmul_rate(ranks.device, dtype)
                 timed = choose_kernels(split, ranks, dtype, log.say)
@@ -110,7 +109,16 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 context = train_stage(context, stage, recipe)
             consensus.close()
             if ranks.first:
-                log.say(f"report: {write_report([out], out / 'report.html')}")
+                finish_writing(log, out)
+
+
+def finish_writing(log: Log, out: Path) -> None:
+    """Writes what is still missing, and the report: a disk that refuses costs a line, for the weights are saved."""
+    log.files.close()
+    try:
+        log.say(f"report: {write_report([out], out / 'report.html')}")
+    except UserError as error:
+        log.say(f"no report: {error}; python -m st_fast.report {out} makes it")
 
 
 @contextmanager

@@ -14,12 +14,13 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from st_fast.core.errors import UserError
+from st_fast.core.files import write_json_atomic
 from st_fast.recipe.schema import Recipe
 
 Record = Mapping[str, Any]
@@ -164,7 +165,8 @@ def run_id(out: Path) -> str:
         return str(json.loads(path.read_text(encoding="utf-8"))["id"])
     except (OSError, ValueError, KeyError):
         drawn = uuid.uuid4().hex[:16]
-        path.write_text(json.dumps({"id": drawn}), encoding="utf-8")
+        with suppress(OSError):  # a full disk costs the run its place in the list, and nothing else
+            write_json_atomic(path, {"id": drawn})
         return drawn
 
 
