@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,10 @@ SPIKE_STEPS = 5
 """Steps in a row above the threshold that make a spike; a single hard batch does not."""
 SPIKE_HISTORY, SPIKE_WARMUP = 256, 20
 """Steps that the usual loss is the median of, and how many of them are needed before anything is judged."""
+JUDGED_EVERY = 10
+"""Steps from one look for a spike to the next: a number of its own, so that logging and saving decide nothing."""
+METER_ROOM = 1_024
+"""Steps whose scalars stay on the device at most."""
 
 
 class Log:
@@ -125,10 +130,19 @@ class Readings:
         return {"loss": denoise + aux, "denoise": denoise, "aux": aux, "grad_norm": norm}
 
 
+def joined(parts: Sequence[Readings]) -> Readings:
+    """Readings of steps that follow one another as one."""
+    denoise, aux, norms = (
+        list(chain.from_iterable(getattr(one, name) for one in parts)) for name in ("denoise", "aux", "norms")
+    )
+    bad_ranks = list(chain.from_iterable(one.bad_ranks for one in parts))
+    return Readings(parts[0].first, denoise, aux, norms, bad_ranks, parts[-1].updates)
+
+
 class Meter:
     """Keeps the scalars of up to `room` steps on the device and brings them to the host when asked."""
 
-    def __init__(self, device: torch.device, room: int) -> None:
+    def __init__(self, device: torch.device, room: int = METER_ROOM) -> None:
         self.values = torch.zeros(room, 4, device=device)
         self.steps = 0
 
@@ -137,6 +151,11 @@ class Meter:
         """Stores a step's scalars, without waiting for the device; `updates`: how many were made, with this step."""
         self.values[self.steps].copy_(torch.stack((denoise, aux, norm, updates)))
         self.steps += 1
+
+    @property
+    def full(self) -> bool:
+        """Whether it must be read before the next step."""
+        return self.steps == len(self.values)
 
     def read(self, ranks: Ranks, step: int) -> Readings:
         """The steps since the last reading, up to `step`, over all ranks; waits for the device."""
@@ -165,6 +184,14 @@ class Skips:
             self.in_row = self.in_row + 1 if bad else 0
             self.total += bad
 
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps of it."""
+        return {"total": self.total, "in_row": self.in_row}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Goes on from there."""
+        self.total, self.in_row = state["total"], state["in_row"]
+
     def check(self, step: int) -> None:
         """RunFailed if the last `allowed` steps or more up to `step` were all skipped."""
         if self.in_row >= self.allowed:
@@ -183,24 +210,38 @@ class SpikeDetector:
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
         self.usual: deque[float] = deque(maxlen=SPIKE_HISTORY)
+        self.found: int | None = None
+        """The step that a spike began with, until `take` is called; losses up to then count for nothing."""
         self._high = 0
 
-    def add(self, readings: Readings) -> int | None:
-        """Takes in readings; the number of the step that a spike began with, if there is one."""
-        if self.ratio == 0:
-            return None
+    def add(self, readings: Readings) -> None:
+        """Takes in readings, of any number of steps at a time."""
         for number, loss in enumerate(readings.denoise, readings.first):
+            if self.ratio == 0 or self.found is not None:
+                return
             if not math.isfinite(loss):
                 continue
             if len(self.usual) >= SPIKE_WARMUP and loss > self.ratio * median(self.usual):
                 self._high += 1
                 if self._high >= SPIKE_STEPS:
-                    self._high = 0
-                    return number - SPIKE_STEPS + 1
+                    self._high, self.found = 0, number - SPIKE_STEPS + 1
             else:
                 self._high = 0
                 self.usual.append(loss)
-        return None
+
+    def take(self) -> int | None:
+        """The step that a spike began with, if there was one since the last call."""
+        found, self.found = self.found, None
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"usual": list(self.usual), "high": self._high, "found": self.found}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self._high, self.found = state["high"], state["found"]
+        self.usual.extend(state["usual"])
 
 
 @cache

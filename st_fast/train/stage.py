@@ -18,7 +18,7 @@ from st_fast.recipe.schema import Stage
 from st_fast.train import graphs, memory
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.examiner import Kind, due
-from st_fast.train.log import Clock, Meter, Readings, Skips, SpikeDetector, progress_line
+from st_fast.train.log import JUDGED_EVERY, Clock, Meter, Readings, joined, progress_line
 from st_fast.train.optim import learning_rate
 from st_fast.train.profiling import StageProfile
 from st_fast.train.trainer import RunContext, Trainer
@@ -54,10 +54,10 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         recipe, choice = try_graphs(trainer, recipe, readers, first, log.say)
     trainer.graphs = choice if context.recipe.run.cuda_graphs == "auto" else None
     iterator = _batches(trainer, recipe, readers)
-    meter = Meter(ranks.device, recipe.run.log_every)
+    meter = Meter(ranks.device)
     profile = StageProfile(recipe.profile, ranks, log, stage, trainer.folder / "profile", clock)
     _log_start(trainer, first)
-    report = Reporter(trainer, iterator, clock, first)
+    report = Reporter(trainer, iterator, meter, clock, first)
 
     gc.collect()
     gc.freeze()
@@ -66,18 +66,19 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     steps = Lookahead(iterator.steps(first, stage.steps))
     trainer.step.following = steps.peek
     for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
-        with retreat_if_too_large(trainer, clock, readers, first, done - 1):
+        with retreat_if_too_large(trainer, report, readers, first, done - 1):
             losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates)
         profile.stepped(done)
         last, stopping = done == stage.steps, context.stop()
-        spike = report(done, meter) if due(done, recipe.run.log_every) or last else None
+        spike = report(done)
         if spike is not None:
             with clock.paused():
                 trainer.roll_back(spike, done)
         wanted = () if stopping else context.examiner.due(stage, done)
         if due(done, recipe.run.save_every) or last or stopping or spike is not None or wanted:
             with clock.paused():
+                report.read(done)
                 trainer.save(done, clock)
         if wanted or last:
             with clock.paused():
@@ -131,7 +132,7 @@ def try_graphs(
 
 @contextmanager
 def retreat_if_too_large(
-    trainer: Trainer, clock: Clock, readers: Sequence[Loader], first: int, done: int
+    trainer: Trainer, report: "Reporter", readers: Sequence[Loader], first: int, done: int
 ) -> Iterator[None]:
     """Around a step: if memory lacks for its passes, saves the `done` steps before it and closes the stage.
 
@@ -143,12 +144,13 @@ def retreat_if_too_large(
         smaller = memory.halved(trainer.context.recipe, trainer.context.choice)
         if smaller is None:
             raise
-        clock.stop()
+        report.clock.stop()
         for parameter in trainer.optimizer.parameters():
             parameter.grad = None
         if done > first:
             trainer.context = replace(trainer.context, recipe=smaller[0], choice=smaller[1])
-            trainer.save(done, clock)
+            report.read(done)
+            trainer.save(done, report.clock)
             trainer.finish()
         for reader in readers:
             reader.close()
@@ -168,27 +170,45 @@ def cost_so_far(trainer: Trainer, clock: Clock, step: int) -> dict[str, float]:
 class Reporter:
     """Logs the meter's readings, prints the progress line, and checks for skipped steps and spikes."""
 
-    def __init__(self, trainer: Trainer, batches: BatchIterator, clock: Clock, first: int) -> None:
+    def __init__(self, trainer: Trainer, batches: BatchIterator, meter: Meter, clock: Clock, first: int) -> None:
         self.context, self.stage, self.batches, self.clock = trainer.context, trainer.stage, batches, clock
-        self._trainer, self._encoders = trainer, trainer.features.flops_an_image
+        self._trainer, self._meter, self._encoders = trainer, meter, trainer.features.flops_an_image
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
-        self._skips = Skips(self.stage.name, self.context.recipe.run.max_bad_steps)
-        self._spikes = SpikeDetector(self.context.recipe.run.spike_ratio)
+        self._read: list[Readings] = []
 
     def cost(self, step: int) -> dict[str, float]:
         """The stage's cost up to a step."""
         return cost_so_far(self._trainer, self.clock, step)
 
-    def __call__(self, step: int, meter: Meter) -> int | None:
-        """Logs the steps since the last call; returns the step that a spike began with, if one is seen.
+    def __call__(self, step: int) -> int | None:
+        """Logs where that is due after a step; returns the step that a spike began with, where one is to be mended.
 
         RunFailed after too many steps in a row whose gradients were not finite.
         """
-        context, stage = self.context, self.stage
-        context.ranks.heartbeat.beat("log")
-        readings = meter.read(context.ranks, step)
-        values = readings.means()
+        spikes, last = self._trainer.spikes, step == self.stage.steps
+        logged = last or due(step, self.context.recipe.run.log_every)
+        judged = spikes.ratio > 0 and (last or due(step, JUDGED_EVERY))
+        if logged or judged or self._meter.full:
+            self.read(step)
+        if logged:
+            self._log(step)
+        self._trainer.skips.check(step)
+        return spikes.take() if judged else None
+
+    def read(self, step: int) -> None:
+        """Brings the scalars of the steps up to this one to the host; all ranks call it alike."""
+        if not self._meter.steps:
+            return
+        self.context.ranks.heartbeat.beat("log")
+        readings = self._meter.read(self.context.ranks, step)
         self._log_skipped(readings)
+        self._trainer.spikes.add(readings)
+        self._read.append(readings)
+
+    def _log(self, step: int) -> None:
+        context, stage = self.context, self.stage
+        readings, self._read = joined(self._read), []
+        values = readings.means()
         seconds, waited = self.clock.read(), self.batches.waited
         elapsed = max(seconds - self._seconds, 1e-9)
         spent = cost.stage_flops(context.recipe, stage, self._step, step, self._encoders)
@@ -199,14 +219,13 @@ class Reporter:
         values["peak_gib"] = round(memory.peak_bytes(context.ranks.device) / 2**30, 3)
         eta = (stage.steps - step) * elapsed / max(step - self._step, 1)
         self._step, self._seconds, self._waited = step, seconds, waited
-        context.log.write("train", stage.name, step, **values, skipped=self._skips.total, **self.cost(step))
+        skipped = self._trainer.skips.total
+        context.log.write("train", stage.name, step, **values, skipped=skipped, **self.cost(step))
         context.log.say(progress_line(stage.name, step, stage.steps, values, eta))
-        self._skips.check(step)
-        return self._spikes.add(readings)
 
     def _log_skipped(self, readings: Readings) -> None:
         """Names each skipped step's samples: those of the ranks whose loss was not finite, or all if none was."""
-        self._skips.add(readings)
+        self._trainer.skips.add(readings)
         for offset in readings.bad:
             step, ranks = readings.first + offset, readings.bad_ranks[offset]
             ordinals, records = self.batches.samples(step - 1, ranks)

@@ -26,9 +26,9 @@ from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import adamw, continuity, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
-from st_fast.train.examiner import Examiner
+from st_fast.train.examiner import Examiner, due
 from st_fast.train.graphs import GraphChoice
-from st_fast.train.log import Clock, Log
+from st_fast.train.log import Clock, Log, Skips, SpikeDetector
 from st_fast.train.memory import Choice
 from st_fast.train.optim import EmaModel, Optimizer
 from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out, is_sharded
@@ -108,7 +108,9 @@ class Trainer:
         # Only the first rank uses it: with everything else in shards, the others save its memory.
         place = device if self.shards is None or context.ranks.first else torch.device("meta")
         self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)
-        self.rollbacks, self.trained_before = 0, 0.0
+        self.rollbacks, self.rolled_back_at, self.trained_before = 0, 0, 0.0
+        self.skips = Skips(stage.name, recipe.run.max_bad_steps)
+        self.spikes = SpikeDetector(recipe.run.spike_ratio)
         self.origin: dict[str, Any] | None = None
         """The record of the model that the weights started from, if any."""
         # The first rank's, or every rank's where each writes its own part.
@@ -120,7 +122,9 @@ class Trainer:
         self.saver: checkpoint.Saver | None = None
         if ranks.first or team is not None:
             root, say = self.folder / "checkpoints", context.log.say
-            self.saver = checkpoint.Saver(root, say, keep=run.keep, keep_every=run.keep_every, team=team)
+            self.saver = checkpoint.Saver(
+                root, say, keep=run.keep, keep_every=run.keep_every, also=self._to_go_back_to, team=team
+            )
 
     def _read_teacher(self, table: kernels.KernelTable, attend: Attend) -> SiT | None:
         context, name = self.context, self.stage.method.teacher_name
@@ -154,6 +158,10 @@ class Trainer:
     def resume(self, clock: Clock) -> int:
         """Loads the newest intact checkpoint, if there is one; returns the number of completed steps."""
         found = self._restore(before=None)
+        if guard := found["guard"]:
+            self.skips.restore(guard["skips"])
+            self.spikes.restore(guard["spikes"])
+            self.rolled_back_at = guard["rolled_back_at"]
         self.trained_before = found["seconds"]
         clock.seconds, self.rollbacks, self.origin = found["seconds"], found["rollbacks"], found["init"]
         return found["step"]
@@ -171,12 +179,20 @@ class Trainer:
             )
         if self.saver is not None:
             self.saver.wait()
-        self.rollbacks += 1
         step = self._restore(before=spike)["step"]
+        self.rollbacks, self.rolled_back_at = self.rollbacks + 1, done
         log.write("rollback", stage, done, spike=spike, to=step, rollbacks=self.rollbacks)
         log.say(
             f"{stage}: the loss spiked at step {spike}: back to the weights of step {step}, on with step {done + 1}"
         )
+
+    def _to_go_back_to(self, step: int) -> bool:
+        """Whether a spike may lead back to the checkpoint of this step, and not to one that an interruption made.
+
+        Not to one that was saved between the last spike and its end, either.
+        """
+        after = step > self.rolled_back_at and due(step, self.context.recipe.run.save_every)
+        return self.spikes.ratio > 0 and (after or step == self.rolled_back_at)
 
     def _restore(self, before: int | None) -> dict[str, Any]:
         """The first rank's newest intact checkpoint (of fewer than `before` steps) on every rank, or the start."""
@@ -188,17 +204,19 @@ class Trainer:
         return found
 
     def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-        found = checkpoint.latest(self.folder / "checkpoints", self.context.log.say, before=before)
+        root, say, found = self.folder / "checkpoints", self.context.log.say, None
+        if before is not None:
+            found = checkpoint.latest(root, say, before=before, only=self._to_go_back_to)
+        found = found or checkpoint.latest(root, say, before=before)
         if found is None:
             if before is not None:
                 raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")
             record = None
             if self.stage.start.init:
-                say = self.context.log.say
                 groups, record = start.taken_over(self.context.recipe, self.stage, self.optimizer.state(), say)
                 into.update(groups)
                 say(f"{self.stage.name}: starts from {record['path']} ({record['weights']}, its step {record['step']})")
-            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": record}
+            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": record, "guard": None}
         manifest, folder = self.context.shards.manifest, Path(self.context.recipe.data.path)
         check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
         self.features.check_same(found.meta.get("features", []), str(found.path))
@@ -210,6 +228,7 @@ class Trainer:
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
         into.update(found.groups)
         kept = {"rollbacks": found.meta.get("rollbacks", 0), "init": found.meta.get("init")}
+        kept["guard"] = found.meta.get("guard")
         return {"step": found.step, "seconds": found.meta["seconds"]} | kept
 
     def save(self, step: int, clock: Clock) -> None:
@@ -228,6 +247,11 @@ class Trainer:
             "teacher": self.teacher,
             "seconds": clock.read(),
             "rollbacks": self.rollbacks,
+            "guard": {
+                "skips": self.skips.state(),
+                "spikes": self.spikes.state(),
+                "rolled_back_at": self.rolled_back_at,
+            },
             "init": self.origin,
             "micro_batch": asdict(self.context.choice) if self.context.choice else None,
             "kernels": dict(self.context.timed),

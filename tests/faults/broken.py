@@ -1,7 +1,8 @@
 """`st_fast.train` with something broken in it: what, where and when the environment variable BREAK says, as JSON.
 
 {"at": "step" | "data" | "pictures" | "metrics" | "write", "do": an action below, "rank": which (absent: every one),
-"stage": …, "steps": [counted from 1; absent: all], "marker": a file to make when it happens}.
+"stage": …, "steps": [counted from 1; absent: all], "marker": a file to make when it happens, "terms": [steps at which
+SIGTERM comes]}.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ ACTIONS: dict[str, Callable[[Step | None, Any], None]] = {
 
 def strike(name: str, number: int, step: Step | None = None, batches: Any = None) -> None:
     """Does it, if this is the stage and the step for it."""
+    if number in PLAN.get("terms", []):
+        os.kill(os.getpid(), signal.SIGTERM)
     if PLAN.get("stage") in (None, name) and number in PLAN.get("steps", [number]):
         if "marker" in PLAN:
             Path(PLAN["marker"]).touch()

@@ -31,9 +31,11 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, report: Callable[[str], None], *, keep: int = 3, keep_every: int = 0, team: Team | None = None
-    ) -> None:
+        self, root: Path, report: Callable[[str], None], *, keep: int = 3, keep_every: int = 0,
+        also: Callable[[int], bool] = lambda step: False, team: Team | None = None,
+    ) -> None:  # fmt: skip
         self._root, self._report, self._keep, self._keep_every = Path(root), report, keep, keep_every
+        self._also = also
         self._team, self._leads = team, team is None or team.first
         self.stalled = 0.0  # seconds that all saves together have held up the training, the device's copying included
         self._host: dict[tuple[str, str], Tensor] = {}
@@ -104,7 +106,7 @@ class Saver:
             else:
                 self._path = save(self._root, step, groups, meta)
             if self._leads:
-                prune(self._root, self._keep, self._keep_every)
+                prune(self._root, self._keep, self._keep_every, self._also)
         except SaveFailed as error:
             self._report(str(error))
         except OSError as error:

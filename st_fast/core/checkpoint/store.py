@@ -193,16 +193,20 @@ def _entries(root: Path) -> list[Path]:
 
 
 def latest(
-    root: Path, warn: Callable[[str], None], groups: Sequence[str] | None = None, before: int | None = None
+    root: Path,
+    warn: Callable[[str], None],
+    groups: Sequence[str] | None = None,
+    before: int | None = None,
+    only: Callable[[int], bool] = lambda step: True,
 ) -> Checkpoint | None:
     """The newest checkpoint that loads with every check; each broken one is named to `warn` and left where it is.
 
-    With `before`, the newest of fewer completed steps than that.
+    With `before`, the newest of fewer completed steps than that; with `only`, of steps for which it is true.
 
     None if there is none. A checkpoint of a newer format is no broken one: falling back behind it would silently
     throw work away, so `NewerFormat` is raised.
     """
-    tried = [candidate for candidate in candidates(root) if before is None or candidate.step < before]
+    tried = [one for one in candidates(root) if (before is None or one.step < before) and only(one.step)]
     for candidate in tried:
         try:
             checkpoint = load(candidate.path, groups)
@@ -218,9 +222,10 @@ def latest(
     return None
 
 
-def prune(root: Path, keep: int, keep_every: int = 0) -> list[Path]:
+def prune(root: Path, keep: int, keep_every: int = 0, also: Callable[[int], bool] = lambda step: False) -> list[Path]:
     """Deletes old checkpoints, keeping the last `keep` and every step divisible by `keep_every`; returns the deleted.
 
+    Of the steps for which `also` is true the last `keep` are kept, however many others came after them.
     Nothing is deleted before a newer one was read back in full and found whole. Broken ones are never deleted, nor do
     they count. Call it only while holding the run's lock and with no save in flight.
     """
@@ -234,6 +239,7 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> list[Path]:
     deleted = []
     for candidate in found[found.index(newest) + 1 :]:
         due = len(kept) < keep or (keep_every > 0 and candidate.step % keep_every == 0)
+        due = due or (also(candidate.step) and sum(map(also, kept)) < keep)
         if due and candidate.step not in kept and valid(candidate.path, deep=False) is None:
             kept.add(candidate.step)
         elif valid(candidate.path) is None:
