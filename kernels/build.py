@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 KINDS = ("cpu", "cuda")
+USUALLY = {"cpu": "usually 30 to 90 seconds", "cuda": "usually 1 to 5 minutes"}
 OLDEST_TORCH = (2, 11)
 CUDA_ARCHS = (80, 90, 100)
 NVCC_PLACES = ("nvcc", "/usr/local/cuda/bin/nvcc")
@@ -180,7 +181,7 @@ def locked(folder: Path) -> Iterator[None]:
 def build(kind: str, folder: Path) -> Path:
     """Compile `kind` into `folder` unless it is there, and remove what older sources made. Raises BuildError.
 
-    Takes seconds, and says so in one line on stderr.
+    Takes up to minutes, and says so in one line on stderr.
     """
     name = file_name(kind)
     target, csrc = folder / name, source_dir()
@@ -193,7 +194,12 @@ def build(kind: str, folder: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix=".csrc-", dir=folder) as made:
             work = Path(made)
             commands, link = (_cpu_commands if kind == "cpu" else _cuda_commands)(csrc, torch, work)
-            print(f"st_fast: compiling csrc ({kind}) into {folder}, once", file=sys.stderr, flush=True)
+            print(
+                f"st_fast: compiling csrc ({kind}), the C++ kernels, into {folder}: once after an installation or a "
+                f"change, {USUALLY[kind]}, longer on a busy machine",
+                file=sys.stderr,
+                flush=True,
+            )
             with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
                 list(pool.map(run, commands))
             run([*link, "-o", str(work / name)])

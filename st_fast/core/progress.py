@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 QUIET_SECONDS = 3.0
-LOG_SECONDS = 30.0
+LOG_SECONDS = 10.0
 """Between two lines where standard error is no terminal."""
 
 

@@ -50,7 +50,9 @@ def read_images(data_folder: Path) -> RealImages:
         raw = path.read_bytes()
         tensors = load(raw)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a classifier needs the real images") from None
+        raise UserError(
+            f"{path}: no such file; a classifier needs the real images: python -m st_fast real-images SOURCE DATA"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     for name in ("train", "train_labels", "test", "test_labels"):

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import sha256_file, shown
 from st_fast.core.limits import Zip
 from st_fast.core.progress import bar
-from st_fast.data.images import SUFFIXES, load_image
+from st_fast.data.archives import Files, open_folder
+from st_fast.data.images import center_crop, decode_image
+from st_fast.data.sources import images_of
 from st_fast.evaluate.classifier import read_images
 from st_fast.evaluate.inception import CLASSES, FEATURES, Inception
 from st_fast.evaluate.metrics import Array, GaussianStats, InceptionScore, frechet, kernel_distance, precision_recall
@@ -131,24 +132,29 @@ def _open_folder(folder: Path, shape: tuple[int, int, int]) -> Opened:
         images = InMemory(real.train.numpy())
         _check_size(folder, images.shape, shape)
         return real.digest, None, None, (images.blocks(), images.count)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
+    files = open_folder(folder)
+    names = images_of(files.names)
+    if not names:
         raise UserError(f"reference {folder}: neither images.safetensors nor pictures in it")
     if shape[0] != shape[1]:
         raise UserError(f"reference {folder}: pictures are cut square, the samples have {_size(shape)}")
-    return f"{len(files)} files", None, None, (_pictures(files, shape[0]), len(files))
+    return f"{len(names)} files", None, None, (_pictures(files, names, shape[0]), len(names))
 
 
-def _pictures(files: Sequence[Path], side: int) -> Iterator[Images]:
-    """Pictures cut as ADM cuts them; UserError for one smaller than the samples, which would be blown up."""
-    for first in range(0, len(files), BLOCK):
+def _pictures(files: Files, names: Sequence[str], side: int) -> Iterator[Images]:
+    """Pictures cut as ADM cuts them; UserError naming one that can't be used or is smaller than the samples."""
+    for first in range(0, len(names), BLOCK):
         block = []
-        for path in files[first : first + BLOCK]:
-            block.append(load_image(path.read_bytes(), side, 3).transpose(1, 2, 0))
-            with Image.open(path) as picture:
-                width, height = picture.size
-            if min(width, height) < side:
-                raise UserError(f"reference {path}: {width}×{height}, the samples have {side}×{side}")
+        for name in names[first : first + BLOCK]:
+            where = f"reference {files.where}: {shown(name)}"
+            try:
+                picture = decode_image(files.read(name), 3)
+            except (UserError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{where} can't be used ({reason}); remove it") from None
+            if min(picture.size) < side:
+                raise UserError(f"{where}: {picture.width}×{picture.height}, the samples have {side}×{side}")
+            block.append(center_crop(picture, side))
         yield np.stack(block)
 
 

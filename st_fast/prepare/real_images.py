@@ -2,9 +2,10 @@
 
 The classifier of `evaluate.classifier = true` is trained on training images and tested on held-out ones; both come from
 `images.safetensors` in the data folder. The digits bring theirs; for other data this writes it, from the folders
-`train` and `test` of the source:
+`train` and `test` (or `val`) of the source, or from one folder, of which some images are held out. The classes have the
+numbers that they have in the data; images that can't be used are left out and named.
 
-  python -m st_fast.prepare.real_images cifar10.zip data/cifar10 --size 32
+  python -m st_fast real-images cifar10.zip data/cifar10
 """
 
 import argparse
@@ -16,24 +17,57 @@ from safetensors.numpy import save as to_safetensors
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.files import write_atomic
+from st_fast.core.files import shown, write_atomic
 from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
 from st_fast.data.images import load_image
-from st_fast.data.manifest import read_manifest
-from st_fast.data.sources import open_source
+from st_fast.data.manifest import Manifest, crop_of, is_upright, read_manifest
+from st_fast.data.sources import Source, numbered_by, open_source
 
 SEED = 20260710
 """Of the choice of images where not all are taken."""
 
 
-def chosen_images(source: Path, subset: str, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` images of a subset of the source, chosen at random: uint8 (n, 3, size, size), int64 labels (n,)."""
-    images = open_source(source, subset)
-    chosen = np.sort(epoch_order(SEED, 0, len(images.names))[:count])
-    read = [load_image(images.read(int(i)), size, 3) for i in bar(chosen, f"reading {subset}", len(chosen), "images")]
-    return np.stack(read), images.labels[chosen]
+def open_subsets(path: Path, manifest: Manifest) -> tuple[Source, Source]:
+    """Training and held-out images with the data's class numbers; the same source twice where it is one folder."""
+    found: list[Source] = []
+    for names in (("train", "training"), ("test", "val", "valid", "validation")):
+        for name in names:
+            try:
+                source = open_source(path, name)
+            except UserError:
+                continue
+            found.append(numbered_by(source, manifest.class_names, manifest.num_classes))
+            break
+    if len(found) == 2:
+        return found[0], found[1]
+    whole = found[0] if found else numbered_by(open_source(path), manifest.class_names, manifest.num_classes)
+    return whole, whole
+
+
+def read_chosen(
+    source: Source, order: np.ndarray, count: int, size: int, upright: bool, what: str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The first `count` usable images of `order`, sorted: uint8 (n, 3, size, size), labels (n,), and how many it took.
+
+    Images that can't be used are named on stdout; UserError where none can.
+    """
+    images: list[np.ndarray] = []
+    numbers, tried = [], 0
+    for number in bar(order.tolist(), f"reading {what}", min(count, len(order)), "images"):
+        if len(images) == count:
+            break
+        tried += 1
+        try:
+            images.append(load_image(source.read(number), size, 3, upright))
+            numbers.append(number)
+        except (UserError, OSError) as error:
+            print(f"real-images: skipped {shown(source.names[number])}: {getattr(error, 'strerror', None) or error}")
+    if not images:
+        raise UserError(f"real-images: {source.description}: not one usable image for {what}")
+    by_number = np.argsort(numbers)
+    return np.stack(images)[by_number], source.labels[np.array(numbers)[by_number]], tried
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,9 +75,7 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser("real-images", __doc__)
     parser.add_argument("source", type=Path, help="a folder or archive with train/ and test/")
     parser.add_argument("data", type=Path, help="the folder of latents that `st_fast.prepare` wrote")
-    parser.add_argument(
-        "--size", type=integer(1, SIDE_MOST), required=True, help="side in pixels, as given to st_fast.prepare"
-    )
+    parser.add_argument("--size", type=integer(1, SIDE_MOST), help="side in pixels (default: the data's)")
     parser.add_argument(
         "--train",
         type=integer(1, COUNT_MOST),
@@ -57,12 +89,31 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> None:
     """The command; UserError for a source, folder or number that can't be used."""
     given = parser().parse_args(list(arguments))
-    read_manifest(given.data)  # says so in one line where this is no data folder
-    path, tensors = given.data / "images.safetensors", {}
+    manifest = read_manifest(given.data)  # says so in one line where this is no data folder
+    known, upright = crop_of(manifest.source), is_upright(manifest.source)
+    size = given.size or known
+    if size is None:
+        raise UserError(f"real-images: {given.data} doesn't tell the size of its images: give --size")
+    if known not in (None, size):
+        raise UserError(f"real-images: --size {size}: {given.data} is of {known}; leave --size out")
+    path = given.data / "images.safetensors"
+    tensors: dict[str, np.ndarray] = {}
     if path.exists():
-        raise UserError(f"{path}: there already; remove it to choose other images")
-    for subset, count in (("train", given.train), ("test", given.test)):
-        tensors[subset], tensors[f"{subset}_labels"] = chosen_images(given.source, subset, count, given.size)
+        raise UserError(f"real-images: {path}: there already; remove it to choose other images")
+    train, test = open_subsets(given.source, manifest)
+    order = epoch_order(SEED, 0, len(train.names))
+    held_out = min(given.test, max(1, len(order) // 5)) if test is train else 0
+    if test is train and len(order) < 2:
+        raise UserError(f"real-images: {train.description}: one image can't be both for training and held out")
+    tried = 0
+    if test is train:
+        tensors["test"], tensors["test_labels"], tried = read_chosen(test, order, held_out, size, upright, "test")
+        print(f"real-images: one folder: {len(tensors['test'])} of its images are held out, as the classifier's test")
+    else:
+        rest = epoch_order(SEED, 0, len(test.names))
+        tensors["test"], tensors["test_labels"], _ = read_chosen(test, rest, given.test, size, upright, "test")
+    read = read_chosen(train, order[tried:], given.train, size, upright, "train")
+    tensors["train"], tensors["train_labels"], _ = read
     try:
         write_atomic(path, to_safetensors(tensors))
     except OSError as error:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from st_fast.core.progress import bar
 from st_fast.model.vae import VAE, autoencoder_class
 
+REPORT = 20
+"""Steps between two readings of the loss that the progress bar shows, beside the time left."""
+
 
 @dataclass(frozen=True)
 class SmallVae:
@@ -52,7 +55,8 @@ def train_vae(images: Tensor, config: SmallVae) -> VAE:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, config.peak_lr, total_steps=config.steps, pct_start=0.1
         )
-        for _ in bar(range(config.steps), "training a small VAE", config.steps, "steps"):
+        progress = bar(range(config.steps), "training a small VAE", config.steps, "steps")
+        for step in progress:
             rows = torch.randint(len(images), (config.batch_size,)).to(images.device)
             x = images[rows].float() / 127.5 - 1
             posterior = vae.encode(x).latent_dist
@@ -64,6 +68,8 @@ def train_vae(images: Tensor, config: SmallVae) -> VAE:
             nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            if step % REPORT == 0:
+                progress.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
     return vae.eval().requires_grad_(False)
 
 

@@ -1,0 +1,110 @@
+"""Links are followed inside their bounds, whatever can't be read is counted, and a damaged archive is refused."""
+
+from __future__ import annotations
+
+import os
+import random
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from st_fast.core.errors import UserError
+from st_fast.data.sources import numbered_by, open_source
+from tests.fuzz import blocks
+
+from .conftest import encoded, picture
+from .test_sources import add, pack
+
+
+def linked(root: Path) -> Path:
+    """A class, a link to it, one that leads back to the root, a linked picture, a pipe and other files."""
+    (root / "cat").mkdir(parents=True)
+    (root / "cat" / "0.png").write_bytes(encoded(picture(0)))
+    (root / "cat" / "1.png").symlink_to("0.png")
+    (root / "dog").symlink_to("cat")
+    (root / "cat" / "loop").symlink_to("..")
+    (root / "cat" / "note.txt").write_text("x")
+    return root
+
+
+@pytest.mark.parametrize("name", ["folder", "a.tar"])
+def test_links_are_followed_and_a_loop_is_not(tmp_path: Path, name: str) -> None:
+    path = linked(tmp_path / "in")
+    if name == "a.tar":
+        with tarfile.open(tmp_path / name, "w") as archive:
+            archive.add(path, ".")
+        path = tmp_path / name
+    source = open_source(path)
+    assert source.class_names == ("cat", "dog") and source.labels.tolist() == [0, 0, 1, 1]
+    assert all(source.read(i) == encoded(picture(0)) for i in range(4))
+    assert "leads back" in str(source.left_out) and ".txt" in source.left_out_summary()
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../../out.png", "nowhere.png", "self.png"])
+def test_a_link_in_a_tar_never_leads_out_of_it(tmp_path: Path, target: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "c/0.png", encoded(picture(0)))
+        info = tarfile.TarInfo("c/self.png")
+        info.type, info.linkname = tarfile.SYMTYPE, target
+        archive.addfile(info)
+    source = open_source(tmp_path / "a.tar")
+    with pytest.raises(OSError, match=r"a link that leads (out of|nowhere in) the archive"):
+        source.read(1)
+
+
+def test_a_pipe_and_a_name_that_is_no_text_are_met_without_waiting(class_folders: Path) -> None:
+    os.mkfifo(class_folders / "b c" / "pipe.png")
+    Path(os.fsdecode(os.fsencode(class_folders) + b"/b c/bad\xff.png")).write_bytes(b"x")
+    source = open_source(class_folders)
+    pipe = list(source.names).index("b c/pipe.png")
+    with pytest.raises(OSError, match="not a regular file"):
+        source.read(pipe)
+    assert any("\\udcff" in name for name in source.names)
+
+
+def test_numbered_folders_are_sorted_by_number_and_windows_zips_have_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in (0, 1, 2, 10):
+            archive.writestr(f"in\\{number}\\x.png", encoded(picture(number)))
+    assert open_source(tmp_path / "a.zip").class_names == ("0", "1", "2", "10")
+
+
+def test_another_sets_numbers_are_taken_and_an_unknown_class_is_refused(class_folders: Path) -> None:
+    source = open_source(class_folders)
+    assert numbered_by(source, ("a", "b c", "été 中文"), 3).labels.tolist() == [1, 1, 1, 2, 2, 2]
+    with pytest.raises(UserError, match=r"1 of its 2 classes are not of the data's 2 .*: été 中文"):
+        numbered_by(source, ("a", "b c"), 2)
+
+
+@pytest.mark.parametrize("block", blocks(2, 12))
+@pytest.mark.parametrize("kind", ["a.tar", "a.zip"])
+def test_a_damaged_archive_is_refused_in_one_line_or_read(
+    class_folders: Path, tmp_path: Path, kind: str, block: int
+) -> None:
+    draw = random.Random(block)
+    good = pack(class_folders, tmp_path / kind).read_bytes()
+    for _ in range(50):
+        data = bytearray(good)
+        if draw.random() < 0.4:
+            del data[draw.randrange(len(data)) :]
+        for _ in range(draw.randrange(1, 6)):
+            if data:
+                data[draw.randrange(len(data))] = draw.randrange(256)
+        (tmp_path / kind).write_bytes(data)
+        try:
+            source = open_source(tmp_path / kind)
+            for number in range(len(source.names)):
+                source.read(number)
+        except (UserError, OSError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+def test_a_tar_cut_between_members_is_refused(class_folders: Path, tmp_path: Path) -> None:
+    path = pack(class_folders, tmp_path / "a.tar")
+    with tarfile.open(path) as archive:
+        cut = archive.getmembers()[3].offset
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match="cut off"):
+        open_source(path)
