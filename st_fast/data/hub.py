@@ -77,13 +77,15 @@ def _column(where: str, features: Any, kind: type, usual: str) -> str:
 def _numbers(where: str, values: Iterable[Any], known: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels as (n,) int64 and the classes' names; strings are numbered by their sorted names."""
     values = list(values)
-    text = all(isinstance(value, str) for value in values)
+    text = any(isinstance(value, str) for value in values)
     limit = len(known) or MAX_CLASSES
-    wrong = [
-        row
-        for row, value in enumerate(values)
-        if not text and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < limit)
-    ]
+
+    def right(value: object) -> bool:
+        if text:
+            return isinstance(value, str) and value != ""
+        return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= value < limit
+
+    wrong = [row for row, value in enumerate(values) if not right(value)]
     if wrong:
         raise UserError(
             f"{where}: row {wrong[0]} has the label {shown(values[wrong[0]])}, as have {len(wrong)} of {len(values)} "

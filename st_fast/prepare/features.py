@@ -150,7 +150,7 @@ def open_record_images(
         source = repa_images(records if isinstance(records, RepaSet) else RepaSet(where))
     else:
         source = open_source(where, subset)
-    if not is_repa(where):
+    if records.manifest.class_names and not is_repa(where):
         source = numbered_by(source, records.manifest.class_names, records.manifest.num_classes)
     known = size or crop_of(records.manifest.source)
     return SourceImages(source, records, known) if known else SourceImages(source, records, *_side(source, records))

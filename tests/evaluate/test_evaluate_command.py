@@ -109,7 +109,7 @@ def test_a_folder_of_pictures_is_a_reference_cut_as_adm_cuts(tmp_path):
         Image.fromarray(image).save(tmp_path / "a" / f"{number:02d}.png")
     found = scores.read_reference(tmp_path / "a", network, SHAPE)
     np.testing.assert_allclose(found.features, network(real).pooled, rtol=1e-6)
-    with pytest.raises(UserError, match=r"00.png: 6×6, the samples have 8×8"):
+    with pytest.raises(UserError, match=r"00.png': 6×6, the samples have 8×8"):
         scores.read_reference(tmp_path / "a", network, (8, 8, 3))
 
 

@@ -1,0 +1,58 @@
+"""`real-images`: the data's class numbers and size, bad images named, one folder split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from st_fast.core.errors import UserError
+from st_fast.evaluate.classifier import read_images
+from st_fast.prepare import __main__ as prepare
+from st_fast.prepare import real_images
+
+from .conftest import encoded, picture
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Path]:
+    """train/ of three classes and its latents; test/ lacks the first class."""
+    for split, classes in (("train", "abc"), ("test", "bc")):
+        for name in classes:
+            (tmp_path / "in" / split / name).mkdir(parents=True)
+            for number in range(3):
+                (tmp_path / "in" / split / name / f"{number}.png").write_bytes(encoded(picture(number)))
+    options = ["--subset", "train", "--size", "16", "--vae", "pixels", "--device", "cpu"]
+    prepare.main([str(tmp_path / "in"), str(tmp_path / "out"), *options])
+    return tmp_path / "in", tmp_path / "out"
+
+
+def test_held_out_images_have_the_datas_class_numbers(made: tuple[Path, Path]) -> None:
+    source, data = made
+    real_images.main([str(source), str(data)])
+    found = read_images(data)
+    assert found.train.shape == (9, 3, 16, 16) and found.test_labels.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_a_class_that_the_data_lack_is_refused(made: tuple[Path, Path]) -> None:
+    source, data = made
+    (source / "test" / "b").rename(source / "test" / "d")
+    with pytest.raises(UserError, match=r"1 of its 2 classes are not of the data's 3 \(a, b, c\): d"):
+        real_images.main([str(source), str(data)])
+
+
+def test_one_folder_is_split_and_bad_images_are_named(
+    made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = made
+    (source / "train" / "a" / "bad.png").write_bytes(b"x")
+    real_images.main([str(source / "train"), str(data), "--test", "2"])
+    found = read_images(data)
+    assert len(found.test) == 2 and len(found.train) == 7
+    assert "real-images: skipped 'a/bad.png'" in capsys.readouterr().out
+
+
+def test_another_size_than_the_datas_is_refused(made: tuple[Path, Path]) -> None:
+    source, data = made
+    with pytest.raises(UserError, match=r"real-images: --size 8: .* is of 16; leave --size out"):
+        real_images.main([str(source), str(data), "--size", "8"])
