@@ -83,7 +83,7 @@ def _numbers(where: str, values: Iterable[Any], known: tuple[str, ...]) -> tuple
     def right(value: object) -> bool:
         if text:
             return isinstance(value, str) and value != ""
-        return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= value < limit
+        return isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= int(value) < limit
 
     wrong = [row for row, value in enumerate(values) if not right(value)]
     if wrong:

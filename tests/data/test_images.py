@@ -124,3 +124,25 @@ def test_a_decompression_bomb_is_refused() -> None:
     bomb = encoded(Image.new("1", (20_000, 20_000)))
     with pytest.raises(BadImage, match="DecompressionBomb"):
         decode_image(bomb, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_says_unless_the_set_is_older(orientation: int) -> None:
+    image, exif = picture(2, (24, 12)), Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, "PNG", exif=exif)
+    pixels = np.asarray(image)
+    turns = {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
+        6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels),
+    }  # fmt: skip
+    assert np.array_equal(np.asarray(decode_image(data, 3)), turns[orientation])
+    assert np.array_equal(np.asarray(decode_image(data, 3, upright=False)), pixels)
+
+
+def test_a_thin_image_is_not_blown_up_and_no_message_shows_an_address() -> None:
+    with pytest.raises(BadImage, match=r"1 × 30000 pixels: at 256 for the shorter side"):
+        load_image(encoded(Image.new("RGB", (1, 30_000))), 256, 3)
+    with pytest.raises(BadImage) as caught:
+        decode_image(b"no picture", 3)
+    assert "0x" not in str(caught.value) and "BytesIO" not in str(caught.value)
