@@ -45,7 +45,7 @@ class Examiner:
         self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log, stop: StopRequest | None = None
     ) -> None:
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
-        self._stop = stop or StopRequest()
+        self._stop = StopRequest() if stop is None else stop
         self._reference = Path(recipe.evaluate.reference or recipe.data.path)
         self.protocol: dict[str, str] = {}
         """SHA-256 of what scores depend on beside the samples, once it was checked."""
