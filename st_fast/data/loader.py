@@ -21,6 +21,8 @@ RESIDENT_SHARE = 0.25
 """The share of the free memory that a set may take to be held there: the step needs the rest."""
 TRIAL_RECORDS = 4_096
 TRIAL_BATCHES, TRIAL_BATCH = 32, 256
+PART_BYTES = 2**24
+"""Bytes that a resident set is read in at a time."""
 PREFETCH = 2
 """Batches that DALI's pipeline holds beside the ones read ahead."""
 
@@ -34,7 +36,7 @@ class ResidentLoader:
         dtype = getattr(torch, manifest.dtype)
         self._moments = torch.empty((count, *manifest.shape), dtype=dtype, device=device)
         self._labels = torch.from_numpy(records.labels[:count]).to(device)
-        step = max(1, 2**24 // manifest.record_bytes)
+        step = max(1, PART_BYTES // manifest.record_bytes)
         parts = [np.arange(start, min(start + step, count)) for start in range(0, count, step)]
         ahead = ReadAhead(records)
         for part, (moments, _) in zip(parts, ahead.stream(parts), strict=True):

@@ -57,6 +57,28 @@ def test_batches_are_the_requested_records_bit_for_bit(make_set: MakeSet, kind: 
     loader.close()
 
 
+@pytest.mark.parametrize(("part", "reads"), [(1, 50), (3, 17), (60, 1)])
+def test_a_resident_set_is_read_in_parts_of_bounded_size(records: ShardSet, part: int, reads: int, monkeypatch) -> None:
+    sizes, stream, closed = [], ReadAhead.stream, []
+
+    def counted(self: ReadAhead, requests: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        sizes.extend(map(len, requests))
+        return stream(self, requests)
+
+    monkeypatch.setattr(ReadAhead, "stream", counted)
+    monkeypatch.setattr(ReadAhead, "close", lambda self: closed.append(True))
+    monkeypatch.setattr(loader_module, "PART_BYTES", part * records.manifest.record_bytes - (part == 1))
+    loader = ResidentLoader(records, CPU, count=50 if part < 60 else 41)
+    assert len(sizes) == reads and max(sizes) <= part and closed == [True]
+    assert len(loader._labels) == len(loader._moments) == sum(sizes)
+    everything = np.arange(sum(sizes))
+    ((moments, labels),) = loader.stream([everything])
+    assert torch.equal(moments, random_moments(50, (4, 3, 5)).to(moments.dtype)[: sum(sizes)])
+    assert labels.tolist() == (everything % 7).tolist()
+    loader.close()
+    assert loader._moments.numel() == loader._labels.numel() == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loader_serves_one_stream_after_another(records: ShardSet, kind: str) -> None:
     loader = make_loader(kind, records, CPU, quiet)
