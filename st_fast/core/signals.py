@@ -145,8 +145,23 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
     sys.__excepthook__(kind, error, trace)
 
 
+def fill_standard_descriptors() -> None:
+    """Opens what a process was started without of its standard input, output and error (`>&-`), on /dev/null.
+
+    The next file to be opened, such as the pipe of the signals, would take their place, and be printed to.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            if (opened := os.open(os.devnull, os.O_RDWR)) != number:
+                os.dup2(opened, number)
+                os.close(opened)
+
+
 def catch_signals() -> None:
     """From now on to the process's end, STOPPING ask it to stop. Does nothing where that is so already."""
+    fill_standard_descriptors()
     sys.excepthook = _hook
     _catch()
 

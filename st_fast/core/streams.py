@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TextIO, cast
 
 from st_fast.core.errors import RunFailed
-from st_fast.core.signals import asked_to_stop
+from st_fast.core.signals import asked_to_stop, fill_standard_descriptors
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """All but tab, newline and the return of progress bars; and what turns the direction of text."""
@@ -90,11 +90,7 @@ class Stream(io.TextIOWrapper):
 
 def use_safe_streams() -> None:
     """Puts such streams in the place of the process's own; those of a test or another program's stay."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: the next file to be opened would be written to by whoever prints
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    fill_standard_descriptors()
     os.environ.setdefault("NO_COLOR", "1")  # colours are control characters
     sys.stdout = _safe(1, sys.stdout, sys.__stdout__, eager=False)
     sys.stderr = _safe(2, sys.stderr, sys.__stderr__, eager=True)
