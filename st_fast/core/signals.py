@@ -126,8 +126,8 @@ def pay_no_heed() -> None:
 
 
 def left_at_once(name: str) -> str:
-    """What to say of a process that had nothing to save."""
-    return f"{name}: nothing is lost: all that was saved stays, and the same command begins or continues"
+    """What to say of a process that had nothing to save; batch scripts look for the last words."""
+    return f"{name}: nothing is lost, all that was saved stays; the same command continues"
 
 
 def leave_at_once(name: str) -> NoReturn:

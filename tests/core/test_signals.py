@@ -62,6 +62,8 @@ def test_before_anything_is_begun_a_signal_ends_the_process_with_75_and_one_line
     code, told = ended(what, *numbers)
     name = signal.Signals(numbers[-1]).name
     assert code == 75 and told.count("\n") == 1 and told.startswith(f"st_fast: {name}: nothing is lost"), told
+    script = (tiny.ROOT / "recipes" / "cluster" / "slurm.sh").read_text()
+    assert 'grep -q "the same command continues"' in script and "the same command continues" in told
 
 
 @pytest.mark.parametrize("number", STOPPING)

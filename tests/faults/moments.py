@@ -1,0 +1,194 @@
+"""A signal at a random moment of a run that draws and scores, in imports, steps, drawing, scoring or saving.
+
+    python -m tests.faults.moments --times 10
+
+prints a line a try, and at the end how many were lost and the longest time from the signal to the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from st_fast.core import checkpoint
+from st_fast.core.errors import EXIT_INTERRUPTED
+from st_fast.core.signals import STOPPING
+from tests import pixels, tiny
+from tests.faults.ranks import ONE_THREAD, TORCHRUN
+from tests.faults.restarts import ranks_of
+
+STAGES = ("align", "transcend")
+QUIET = ("--sample.num=0", "--evaluate.classifier=false", "--run.log_every=1", "--run.save_every=1000")
+LONG = ("--sample.sampler=heun", "--sample.steps=100", "--sample.every=3", "--evaluate.every=5")
+WORK = {
+    "steps": ("--run.log_every=1", "--run.save_every=3", "--stage.align.steps=2000"),
+    "drawing": ("--sample.num=4000",),
+    "scoring": ("--sample.num=0", "--evaluate.classifier=true", "--evaluate.num=4000"),
+    "classifier": ("--sample.num=0", "--evaluate.classifier=true", "--evaluate.num=70", "--sample.steps=1"),
+}
+"""What most of a run's time goes to, and the options for it."""
+LATEST = 6.0
+"""Seconds after which a signal is sent at most: from the start, or from the first step."""
+EARLY = 0.3
+"""The share of those from the start."""
+
+
+@dataclass
+class Try:
+    """How a run ended that was interrupted."""
+
+    ranks: int
+    work: str
+    signal: str
+    moment: float
+    since: str
+    seconds: float
+    well: bool
+    said: str
+
+    def __str__(self) -> str:
+        what = f"{self.ranks} rank(s), {self.work}, {self.signal} {self.moment:.1f} s after the {self.since}"
+        return f"{what}: ended after {self.seconds:.1f} s, {'well' if self.well else 'LOST'}: {self.said}"
+
+
+def states(out: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoints."""
+    found = {stage: checkpoint.latest(out / stage / "checkpoints", print) for stage in STAGES}
+    return {f"{s}/{g}/{k}": t for s, c in found.items() if c for g, ts in c.groups.items() for k, t in ts.items()}
+
+
+def saved(out: Path) -> dict[str, int]:
+    """The step of each stage's newest checkpoint."""
+    found = {stage: checkpoint.latest(out / stage / "checkpoints", print, groups=()) for stage in STAGES}
+    return {stage: one.step for stage, one in found.items() if one}
+
+
+class Moments:
+    """The data, and what undisturbed runs end with."""
+
+    def __init__(self, folder: Path, rng: random.Random) -> None:
+        self.folder, self.rng, self.tries = folder, rng, 0
+        for number in STOPPING:  # which a shell's background job or nohup may have left ignored, for runs as well
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        self.data = pixels.write_data(folder / "data")
+        self.expected: dict[tuple[int, str], dict[str, Tensor]] = {}
+
+    def command(self, ranks: int, home: Path, *options: str) -> list[str]:
+        home.mkdir(exist_ok=True)
+        (home / "pixels.toml").write_text(pixels.RECIPE.format(data=self.data))
+        start = (
+            [sys.executable, "-m"] if ranks == 1 else [str(TORCHRUN), "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        )
+        return [*start, "st_fast.train", str(home / "pixels.toml"), f"--run.out={home / 'out'}", *options]
+
+    def finish(self, ranks: int, work: str, home: Path) -> dict[str, Tensor]:
+        """What the same run ends with, without pictures and scores, which change no weight."""
+        begun = saved(home / "out").get("align", 0)
+        steps = (f"--stage.align.steps={max(40, begun + 1)}",) if work == "steps" else ()
+        command = self.command(ranks, home, *QUIET, *steps)
+        subprocess.run(
+            command, capture_output=True, cwd=tiny.ROOT, env=os.environ | ONE_THREAD, check=True, timeout=900
+        )
+        return states(home / "out")
+
+    def interrupt(self, ranks: int, work: str) -> Try:
+        """Interrupts a new run once, and finishes it."""
+        shutil.rmtree(self.data / "classifier", ignore_errors=True)
+        self.tries += 1
+        home, output = self.folder / f"run{self.tries}", self.folder / f"run{self.tries}.txt"
+        number = signal.SIGTERM if ranks > 1 else self.rng.choice(STOPPING)  # torchrun passes on no others
+        early = self.rng.random() < EARLY
+        moment = self.rng.uniform(0.3, LATEST)
+        command = self.command(ranks, home, *QUIET, *LONG, *WORK[work])
+        with output.open("wb") as file:
+            run = subprocess.Popen(command, stdout=file, stderr=file, cwd=tiny.ROOT, env=os.environ | ONE_THREAD)
+        log = home / "out" / "log.jsonl"
+        begun = time.monotonic()
+        while run.poll() is None and time.monotonic() - begun < 300:
+            # torchrun has no ranks while it imports torch itself, and then ends as any process does.
+            if (ranks == 1 or len(ranks_of(run.pid)) == ranks) and (
+                early or (log.exists() and "train" in log.read_text())
+            ):
+                break
+            time.sleep(0.02)
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(moment)
+        sent = run.poll() is None
+        run.send_signal(number)
+        start = time.monotonic()
+        code = run.wait(600)
+        seconds, text = time.monotonic() - start, output.read_text(errors="replace")
+        if not sent:
+            return Try(ranks, work, "no signal", moment, "start", 0.0, code == 0, "it was done before")
+        told = re.findall(rf"st_fast: .*?{number.name}.*", text)
+        steps = {
+            stage: max((r["step"] for r in tiny.records(home / "out", "train") if r["stage"] == stage), default=0)
+            for stage in (STAGES if log.exists() else ())
+        }
+        there = saved(home / "out")
+        nothing_lost = all(steps[stage] <= there.get(stage, 0) for stage in steps)
+        stopped = code == EXIT_INTERRUPTED or (ranks > 1 and code == 1 and "SIGKILL" not in text)
+        sound = stopped and nothing_lost and "Traceback" not in text.split("torch/distributed")[0]
+        found = self.finish(ranks, work, home)
+        wanted = self.undisturbed(ranks, work, home)
+        same = found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        said = told[-1] if told else "(no line)"
+        if sound and same:
+            shutil.rmtree(home)
+        return Try(
+            ranks,
+            work,
+            number.name,
+            moment,
+            "start" if early else "first step",
+            seconds,
+            sound and same,
+            f"{said} [code {code}, same {same}]",
+        )
+
+    def undisturbed(self, ranks: int, work: str, home: Path) -> dict[str, Tensor]:
+        length = str(saved(home / "out")["align"])
+        if (ranks, length) not in self.expected:
+            twin = self.folder / f"twin{ranks}-{length}"
+            command = self.command(ranks, twin, *QUIET, f"--stage.align.steps={length}")
+            subprocess.run(command, capture_output=True, cwd=tiny.ROOT, env=os.environ | ONE_THREAD, check=True)
+            self.expected[ranks, length] = states(twin / "out")
+        return self.expected[ranks, length]
+
+
+def main() -> int:
+    """The command; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=10, help="tries on one rank, and as many on two")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    tries = []
+    with tempfile.TemporaryDirectory(prefix="st_fast-moments-") as folder:
+        moments = Moments(Path(folder), random.Random(given.seed))
+        for number in range(given.times):
+            for ranks in (1, 2):
+                tries.append(moments.interrupt(ranks, list(WORK)[number % len(WORK)]))
+                print(tries[-1], flush=True)
+    lost = sum(not one.well for one in tries)
+    print(f"{len(tries)} tries, {lost} lost, at most {max(one.seconds for one in tries):.1f} s to the end")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
