@@ -1,5 +1,6 @@
 """Mistakes that a person can mend: told in one line, exit code 2, no traceback unless `--debug` asks for it."""
 
+import errno
 from collections.abc import Callable
 
 Say = Callable[[str], None]
@@ -21,6 +22,27 @@ class UserError(Exception):
     """Something given by the user is wrong: names the file, key or record, the value and what is allowed."""
 
     exit_code = EXIT_USAGE
+
+
+class BadFile(UserError):
+    """A file is missing, truncated, malformed or not what it says it is: one line with the file, expected and found."""
+
+
+class Unreadable(BadFile):
+    """A file can't be read now, though it may be whole: an error of storage, or a lack of rights or descriptors."""
+
+
+NOT_DAMAGE = frozenset({
+    errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT,
+    errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ECONNABORTED, errno.EAGAIN, errno.EINTR,
+})  # fmt: skip
+"""Errors of the system that say nothing of a file's content."""
+
+
+def unreadable(name: object, what: str, error: OSError | ValueError) -> BadFile:
+    """What to raise for an error at opening or reading."""
+    kind = Unreadable if getattr(error, "errno", None) in NOT_DAMAGE else BadFile
+    return kind(f"{name}: cannot be {what} ({getattr(error, 'strerror', None) or error})")
 
 
 class RunFailed(UserError):

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import BadFile as BadFile
+from st_fast.core.errors import Unreadable as Unreadable
+from st_fast.core.errors import UserError, unreadable
 
 CHUNK = 4 * 2**20
 """Bytes read or hashed at a time."""
@@ -33,10 +35,6 @@ ITEM_BYTES = {
 }  # fmt: skip
 MAX_DIMS = 32
 PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(6)))
-
-
-class BadFile(UserError):
-    """A file is missing, truncated, malformed or not what it says it is: one line with the file, expected and found."""
 
 
 class Entry(NamedTuple):
@@ -98,8 +96,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError:
         raise BadFile(f"{name}: missing") from None
     except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or error
-        raise BadFile(f"{name}: cannot be opened ({problem})") from None
+        raise unreadable(name, "opened", error) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BadFile(f"{name}: not a regular file")
@@ -107,7 +104,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         try:
             yield file
         except OSError as error:
-            raise BadFile(f"{name}: cannot be read ({error.strerror or error})") from None
+            raise unreadable(name, "read", error) from None
 
 
 def read_exactly(file: BinaryIO, into: memoryview, path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from st_fast.core import checkpoint
 from st_fast.core.command import command_parser, need_run
 from st_fast.core.errors import UserError
 from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, integer, number
@@ -113,8 +112,8 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     root = request.run / request.stage / "checkpoints"
     table = validated_kernels(vars(recipe.kernels), recipe.model, ranks, dtype, say)
     attend = choose(recipe.model.attention, device, dtype, recipe.model.width // recipe.model.heads, say)
-    model = stored.load_frozen(root, recipe.model, request.weights, table, device, dtype, attend)
-    newest = checkpoint.latest(root, say, groups=())
+    loaded: dict[str, Any] = {}  # of the checkpoint that was read: a newer one may arrive meanwhile
+    model = stored.load_frozen(root, recipe.model, request.weights, table, device, dtype, attend, record=loaded.update)
     compiled = request.compile == "on" or (request.compile == "auto" and device.type == "cuda")
     if compiled:
         model.run_block = CompiledBlocks(say, dynamic=False)
@@ -123,7 +122,7 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     own = request.settings.vae
     vae = own or f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
     decode = decoder(data, manifest, device, own, say)
-    return Sampler(request, model, newest.step if newest else 0, decode, vae, compiled)
+    return Sampler(request, model, loaded["step"], decode, vae, compiled)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from st_fast.core.checkpoint.groups import bytes_of
 from st_fast.core.checkpoint.store import SaveFailed, prune, save, sweep
 from st_fast.core.checkpoint.together import Groups, Team, Whole, split
+from st_fast.core.errors import Unreadable
 from st_fast.core.files import json_bytes
 
 Copied = tuple[torch.cuda.Event, torch.cuda.Event]
@@ -109,8 +110,10 @@ class Saver:
                 prune(self._root, self._keep, self._keep_every, self._also)
         except SaveFailed as error:
             self._report(str(error))
-        except OSError as error:
-            self._report(f"{self._root}: old checkpoints could not be deleted ({error.strerror or error})")
+        except (OSError, Unreadable) as error:
+            self._report(
+                f"{self._root}: old checkpoints could not be deleted ({getattr(error, 'strerror', None) or error})"
+            )
         except BaseException as error:
             self._error = error
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from st_fast.core.checkpoint.groups import Group, fields, parse_group, write_group
-from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.errors import RunFailed, UserError, unreadable
 from st_fast.core.files import (
     JSON_LIMIT,
     BadFile,
+    Unreadable,
     durable_file,
     inside,
     is_pickle,
@@ -31,6 +33,8 @@ FORMAT = "st_fast.checkpoint"
 VERSION = 2
 """The newest that is read. 1: a file a group; 2: a file a group and rank, written only where sharded."""
 MANIFEST = "manifest.json"
+PAUSES = (0.2, 1.0)
+"""Seconds between the tries to read a checkpoint from storage that fails."""
 _NAME = re.compile(r"(\d{8,})(?:\.aside-(\d+))?")
 _LEFTOVER = re.compile(r"\d{8,}(\.aside-\d+)?\.(partial|deleted)-\d+")
 
@@ -122,14 +126,14 @@ def valid(path: Path, deep: bool = True) -> str | None:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a checkpoint folder: format, version, digest and types checked."""
-    if not os.path.lexists(path):
+    if not _there(path):
         raise BadFile(f"{path}: there is no checkpoint here")
     if not os.path.isdir(path):
         if is_pickle(path):
             raise BadFile(f"{path}: a pickle or zip file (torch.save), which is never opened; a checkpoint is a folder")
         raise BadFile(f"{path}: not a checkpoint; expected a folder with {MANIFEST}")
     file = inside(path, MANIFEST)
-    if not os.path.exists(file):
+    if not _there(file):
         raise BadFile(f"{path}: not a checkpoint, {MANIFEST} is missing")
     content = read_json(file)
     if content.get("format") != FORMAT:
@@ -151,6 +155,16 @@ def read_manifest(path: Path) -> Manifest:
         raise BadFile(f"{file}: step is {content['step']}, expected a whole number from 0")
     groups = {name: parse_group(name, value, file, version) for name, value in content["groups"].items()}
     return Manifest(content["step"], groups, content["meta"])
+
+
+def _there(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, "read", error) from None
+    return True
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:
@@ -189,7 +203,12 @@ def candidates(root: Path) -> list[Candidate]:
 
 
 def _entries(root: Path) -> list[Path]:
-    return list(Path(root).iterdir()) if os.path.isdir(root) else []
+    try:
+        return list(Path(root).iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(root, "read", error) from None
 
 
 def latest(
@@ -203,23 +222,39 @@ def latest(
 
     With `before`, the newest of fewer completed steps than that; with `only`, of steps for which it is true.
 
-    None if there is none. A checkpoint of a newer format is no broken one: falling back behind it would silently
-    throw work away, so `NewerFormat` is raised.
+    None if there is none. Where there are some and none loads, RunFailed with each one's reason: to begin anew beside
+    them would throw work away. Nor is one broken that can't be read for a reason that says nothing of its content
+    (`Unreadable`, after a few tries), or that is of a newer format (`NewerFormat`): these are raised.
     """
     tried = [one for one in candidates(root) if (before is None or one.step < before) and only(one.step)]
+    reasons = []
     for candidate in tried:
         try:
-            checkpoint = load(candidate.path, groups)
+            checkpoint = _load_patiently(candidate.path, groups)
             if checkpoint.step != candidate.step:
                 raise BadFile(f"{candidate.path}: its manifest says step {checkpoint.step}")
             return checkpoint
-        except NewerFormat:
+        except (NewerFormat, Unreadable):
             raise
         except BadFile as error:
             warn(f"checkpoint {candidate.path.name} is broken, kept as it is and passed over: {error}")
+            reasons.append(str(error))
     if tried:
-        warn(f"{root}: none of its {len(tried)} checkpoints can be read")
+        raise RunFailed(
+            f"{root}: none of its {len(tried)} checkpoints can be read: {'; '.join(reasons)}; "
+            "nothing begins anew beside them: mend them, or move the folder away"
+        )
     return None
+
+
+def _load_patiently(path: Path, groups: Sequence[str] | None) -> Checkpoint:
+    """`load`, tried again where storage fails for a moment."""
+    for pause in PAUSES:
+        try:
+            return load(path, groups)
+        except Unreadable:
+            time.sleep(pause)
+    return load(path, groups)
 
 
 def prune(root: Path, keep: int, keep_every: int = 0, also: Callable[[int], bool] = lambda step: False) -> list[Path]:

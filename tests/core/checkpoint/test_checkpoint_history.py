@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from st_fast.core.checkpoint import latest, save, valid
 from st_fast.core.checkpoint.store import prune, sweep
+from st_fast.core.errors import RunFailed, Unreadable
 
 
 def cut(path: Path) -> None:
@@ -99,12 +101,59 @@ def test_any_single_flipped_bit_in_any_file_is_noticed(tmp_path: Path, state: An
     assert valid(path) is None
 
 
-def test_no_checkpoint_is_none_and_only_broken_ones_are_told(tmp_path: Path, state: Any) -> None:
+def test_no_checkpoint_is_none_and_where_none_loads_nothing_begins_anew(tmp_path: Path, state: Any) -> None:
     lines: list[str] = []
     assert latest(tmp_path / "nowhere", lines.append) is None and lines == []
     cut(save(tmp_path, 1, state(1), {}))
-    assert latest(tmp_path, lines.append) is None
-    assert len(lines) == 2 and "none of its 1 checkpoints can be read" in lines[1]
+    flip(save(tmp_path, 2, state(2), {}))
+    with pytest.raises(RunFailed, match=r"none of its 2 checkpoints can be read: .*00000002.*; .*00000001.*move"):
+        latest(tmp_path, lines.append)
+    assert len(lines) == 2 and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("what", ["manifest.json", "model.safetensors", "the folder"])
+def test_storage_that_fails_is_no_damage(what: str, number: int, tmp_path: Path, state: Any, monkeypatch: Any) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, state(step), {})
+    real, names, failing = os.open, os.listdir, [True] * 2
+
+    def refuse(path: Any, *rest: Any, **more: Any) -> int:
+        if failing and str(path).endswith(f"00000002/{what}"):
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *rest, **more)
+
+    def refuse_names(path: Any) -> list[str]:
+        if failing and what == "the folder" and Path(path) == tmp_path:
+            raise OSError(number, os.strerror(number), path)
+        return names(path)
+
+    monkeypatch.setattr("os.open", refuse)
+    monkeypatch.setattr("os.listdir", refuse_names)
+    monkeypatch.setattr("st_fast.core.checkpoint.store.PAUSES", (0.0, 0.0))
+    lines: list[str] = []
+    with pytest.raises(Unreadable, match=f"cannot be .*{os.strerror(number)}"):
+        latest(tmp_path, lines.append)
+    assert lines == []
+    failing.clear()
+    found = latest(tmp_path, lines.append)
+    assert found is not None and found.step == 2
+
+
+def test_storage_that_fails_for_a_moment_is_asked_again(tmp_path: Path, state: Any, monkeypatch: Any) -> None:
+    save(tmp_path, 1, state(1), {})
+    save(tmp_path, 2, state(2), {})
+    real, failures = os.open, [errno.EIO, errno.ESTALE]
+
+    def refuse(path: Any, *rest: Any, **more: Any) -> int:
+        if failures and str(path).endswith("00000002/manifest.json"):
+            raise OSError(failures.pop(), "for a moment", path)
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr("os.open", refuse)
+    monkeypatch.setattr("st_fast.core.checkpoint.store.PAUSES", (0.0, 0.0))
+    found = latest(tmp_path, pytest.fail)
+    assert found is not None and found.step == 2 and not failures
 
 
 def test_a_checkpoint_renamed_to_another_step_is_not_believed(tmp_path: Path, state: Any) -> None:
