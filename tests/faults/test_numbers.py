@@ -13,7 +13,7 @@ from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import load
-from st_fast.train.log import SPIKE_STEPS, SPIKE_WARMUP, Meter, Readings, Skips, SpikeDetector
+from st_fast.train.log import SPIKE_STEPS, SPIKE_WARMUP, Meter, Readings, Skips, SpikeDetector, joined
 from tests import tiny
 from tests.faults.ranks import finish
 
@@ -186,3 +186,41 @@ def test_a_spike_costs_the_same_however_often_the_run_logs_draws_or_is_interrupt
         ends.append(checkpoint.latest(out / "align" / "checkpoints", pytest.fail).groups)
     for other in ends[1:]:
         assert all(torch.equal(ends[0][g][k], other[g][k]) for g in other for k in other[g])
+
+
+def test_what_a_checkpoint_keeps_of_the_guards_goes_on_where_it_was():
+    losses = [1.0] * SPIKE_WARMUP + [9.0] * (SPIKE_STEPS - 1)
+    first, second = SpikeDetector(2.0), SpikeDetector(2.0)
+    first.add(readings(1, losses))
+    second.restore(first.state())
+    assert second.state() == first.state() and second.take() is None
+    assert spike_of(second, readings(len(losses) + 1, [9.0])) == SPIKE_WARMUP + 1
+    found = SpikeDetector(2.0)
+    found.add(readings(1, [*losses, 9.0, 1.0]))  # the last is not looked at any more
+    assert found.state() == {"usual": [1.0] * SPIKE_WARMUP, "high": 0, "found": SPIKE_WARMUP + 1}
+    skips, later = Skips("align", allowed=3), Skips("align", allowed=3)
+    skips.add(readings(1, [1.0] * 4, [NAN, 1.0, NAN, NAN]))
+    later.restore(skips.state())
+    later.check(4)
+    later.add(readings(5, [1.0], [NAN]))
+    assert (later.total, later.in_row) == (4, 3)
+    with pytest.raises(RunFailed, match="last 3 steps up to 5"):
+        later.check(5)
+
+
+def test_a_meter_that_is_full_says_so_and_readings_in_parts_are_those_in_one():
+    meter, whole = Meter(torch.device("cpu"), 2), Meter(torch.device("cpu"), 4)
+    parts, alone = [], Ranks(0, 1, torch.device("cpu"))
+    for step in range(1, 5):
+        values = [torch.tensor(float(step * k)) for k in (1, 2, 3, 4)]
+        if step == 3:
+            values[2] = torch.tensor(NAN)
+        assert not meter.full
+        meter.add(*values)
+        whole.add(*values)
+        if step % 2 == 0:
+            assert meter.full
+            parts.append(meter.read(alone, step))
+    one, other = joined(parts), whole.read(alone, 4)
+    assert (one.first, one.denoise, one.aux, one.updates) == (1, [1, 2, 3, 4], [2, 4, 6, 8], 16)
+    assert repr(one) == repr(other)
