@@ -247,3 +247,20 @@ def supervision_bytes(model: Model, method: Method, bf16: bool, run: Run) -> int
     if method.frozen_depth and run.teacher_placement != "before":
         channels += method.teacher_passes * (2 * model.width + 2 * model.hidden)
     return model.tokens * channels * (2 if bf16 else 4)
+
+
+def untrained_averages(recipe: Recipe) -> list[str]:
+    """A line for each stage at whose end more than half of the weight average is still what it began with.
+
+    After n steps a share of decay^n is; samples of such an average are noise however well the weights are trained. A
+    stage that starts from a model begins with trained weights.
+    """
+    lines, decay = [], recipe.optim.ema_decay
+    for stage in recipe.stages:
+        share = decay**stage.steps
+        if share > 0.5 and not stage.start.init:
+            lines.append(
+                f"{stage.name}: after {stage.steps} steps the average of optim.ema_decay = {decay:g} is still "
+                f"{100 * share:.0f} % of its first weights, and samples of it are poor; {0.01 ** (1 / stage.steps):.4g} would leave 1 %"
+            )
+    return lines

@@ -25,7 +25,7 @@ from st_fast.model import stored
 from st_fast.model.compiling import keep_compiled
 from st_fast.model.fp8 import check_fp8
 from st_fast.prepare import digits
-from st_fast.recipe import Recipe, Stage, to_toml
+from st_fast.recipe import Recipe, Stage, cost, to_toml
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.check import check_device
 from st_fast.report import write_report
@@ -90,6 +90,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                     f"data: {classes} classes; model.num_classes = {recipe.model.num_classes} has more than are trained"
                 )
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
+            for line in cost.untrained_averages(recipe):
+                log.say(line)
             consensus = StopConsensus(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log, stop)
             check_fp8(recipe, ranks.device)

@@ -18,6 +18,7 @@ from bench.workload import STAGES, Setup, ours
 from st_fast.recipe import Recipe, architecture, cost, load
 from st_fast.recipe.schema import Model
 from st_fast.train import memory
+from st_fast.train.__main__ import summary
 from st_fast.train.run import run
 from tests import tiny
 
@@ -97,3 +98,15 @@ def test_a_runs_mfu_is_its_flops_over_time_and_measured_rate_and_its_peak_memory
 def test_peak_memory_of_the_host_is_what_the_kernel_says():
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     assert memory.peak_bytes(torch.device("cpu")) == pytest.approx(int(lines["VmHWM"].split()[0]) * 1024, rel=0.01)
+
+
+def test_an_average_that_is_still_its_first_weights_is_told_with_a_decay_that_suits(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    assert cost.untrained_averages(load(path)) == []
+    short = load(path, ["--optim.ema_decay=0.9999", "--stage.align.steps=200", "--stage.transcend.steps=7000"])
+    (line,) = cost.untrained_averages(short)  # 0.9999^7000 is 0.497
+    assert line.startswith("align: after 200 steps the average of optim.ema_decay = 0.9999 is still 98 % of its first")
+    assert pytest.approx(0.01, rel=0.02) == 0.9772**200 and "; 0.9772 would leave 1 %" in line
+    assert f"# {line}" in summary(short, 1)
+    started = load(path, ["--optim.ema_decay=0.9999", "--stage.transcend.init=align"])
+    assert [line.split(":")[0] for line in cost.untrained_averages(started)] == ["align"]
