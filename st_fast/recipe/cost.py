@@ -261,6 +261,7 @@ def untrained_averages(recipe: Recipe) -> list[str]:
         if share > 0.5 and not stage.start.init:
             lines.append(
                 f"{stage.name}: after {stage.steps} steps the average of optim.ema_decay = {decay:g} is still "
-                f"{100 * share:.0f} % of its first weights, and samples of it are poor; {0.01 ** (1 / stage.steps):.4g} would leave 1 %"
+                f"{100 * share:.0f} % of its first weights, and samples of it are poor; "
+                f"{0.01 ** (1 / stage.steps):.4g} would leave 1 %"
             )
     return lines
