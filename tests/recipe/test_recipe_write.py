@@ -15,12 +15,14 @@ from st_fast.recipe import Recipe, Stage, load, to_toml
 from st_fast.recipe.methods import METHODS, LayerSync, Plain, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import SECTIONS, Data, Evaluate, Flow, Kernels, Model, Optim, Run, Sample
 
-INT = st.integers(1, 2**63 - 1)
-ZERO_UP = st.integers(0, 2**63 - 1)
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
-NOT_NEGATIVE = st.floats(min_value=0, allow_infinity=False)
-FRACTION = st.floats(0, 1, exclude_max=True)
-WINDOW = st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(lambda w: w[0] != w[1]).map(lambda w: (min(w), max(w)))
+INT = st.integers(1, 9_999)
+ZERO_UP = st.integers(0, 9_999)
+POSITIVE = st.floats(1e-6, 100.0)
+NOT_NEGATIVE = st.just(0.0) | POSITIVE
+FRACTION = st.just(0.0) | st.floats(1e-6, 0.999)
+WINDOW = (
+    st.tuples(st.floats(1e-3, 1), st.floats(1e-3, 1)).filter(lambda w: w[0] != w[1]).map(lambda w: (min(w), max(w)))
+)
 TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1)
 NAME = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,20}", fullmatch=True)
 CHOICE = st.sampled_from(["auto", "fused", "reference"])
@@ -29,16 +31,16 @@ MASK = st.sampled_from(["sample", "sample_mean", "released"])
 
 @st.composite
 def models(draw: st.DrawFn) -> Model:
-    heads, patch = draw(st.integers(1, 99)), draw(st.integers(1, 16))
+    heads, patch = draw(st.integers(1, 20)), draw(st.integers(1, 16))
     return Model(
         depth=draw(st.integers(1, 99)),
-        width=4 * heads * draw(st.integers(1, 99)),
+        width=4 * heads * draw(st.integers(1, 20)),
         heads=heads,
         patch=patch,
         channels=draw(INT),
-        latent_size=patch * draw(st.integers(1, 999)),
+        latent_size=patch * draw(st.integers(1, 64)),
         num_classes=draw(INT),
-        class_dropout=draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
+        class_dropout=draw(st.floats(1e-3, 0.999)),
         mlp_ratio=draw(POSITIVE),
         qk_norm=draw(st.booleans()),
         attention=draw(TEXT),
@@ -75,7 +77,7 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
             SelfRepresentation,
             block,
             block,
-            st.floats(0, 1),
+            st.floats(1e-3, 1),
             st.sampled_from(["smooth_l1", "cosine"]),
             NOT_NEGATIVE,
             ZERO_UP,
@@ -93,7 +95,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     accumulation = draw(st.integers(1, 64))
     optim = dict(lr=POSITIVE, warmup_steps=ZERO_UP, betas=st.tuples(FRACTION, FRACTION), eps=POSITIVE)
     optim |= dict(weight_decay=NOT_NEGATIVE, grad_clip=NOT_NEGATIVE, ema_decay=FRACTION)
-    optim |= dict(accumulation=st.just(accumulation), batch_size=st.integers(1, 2**32).map(lambda n: n * accumulation))
+    optim |= dict(accumulation=st.just(accumulation), batch_size=st.integers(1, 2**16).map(lambda n: n * accumulation))
     model = draw(models())
     return Recipe(
         model=model,
@@ -122,7 +124,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             cfg_scale=NOT_NEGATIVE,
             cfg_range=WINDOW,
         ),
-        evaluate=section(Evaluate, classifier=st.booleans(), every=ZERO_UP, num=st.integers(65, 2**63 - 1)),
+        evaluate=section(Evaluate, classifier=st.booleans(), every=ZERO_UP, num=st.integers(65, 9_999)),
         kernels=section(Kernels, norm_modulate=CHOICE, align=CHOICE, adamw_ema=CHOICE),
     )
 
