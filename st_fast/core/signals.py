@@ -123,6 +123,8 @@ def pay_no_heed() -> None:
     """The command is done, and its exit code known: from now on signals change nothing."""
     if _pipe is not None:
         _request.leave()
+        for number in _before:  # as the interpreter ends it would give handlers of ours up for death by signal
+            signal.signal(number, signal.SIG_IGN)
 
 
 def left_at_once(name: str) -> str:

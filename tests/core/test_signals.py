@@ -66,6 +66,22 @@ def test_before_anything_is_begun_a_signal_ends_the_process_with_75_and_one_line
     assert 'grep -q "the same command continues"' in script and "the same command continues" in told
 
 
+def test_a_signal_as_the_interpreter_ends_changes_no_exit_code():
+    late = """
+import os, signal
+from st_fast.core import signals
+from st_fast.core.command import run_command
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+last = Last()
+signals.catch_signals()
+run_command(lambda arguments: None, [])
+"""
+    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, cwd=tiny.ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("number", STOPPING)
 def test_every_signal_ends_work_that_has_nothing_to_save(number):
     with pytest.raises(Interrupted, match=f"^{number.name}: nothing is lost"), stop_on_signals():
