@@ -1,21 +1,30 @@
-"""One writer a run folder: a lock that the kernel releases when its holder dies, however it dies."""
+"""One writer a run folder: a lock that is free again when its holder dies, however it dies.
+
+`flock` decides where the file system has it: the kernel releases it, so a holder killed by `kill -9` or a power cut
+holds nothing, and the file's text only names the holder. Without `flock` the text decides: the file appears whole, by
+a hard link that only one process can make, and is held by a live process, or by any on another host.
+"""
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import RunFailed, Say, UserError
 
 LOCK_NAME = "run.lock"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+TRIES = 100
 _held: set[int] = set()
 
 
@@ -29,59 +38,212 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
+class _Held(Exception):
+    """The lock is another's, whose record this carries."""
+
+    def __init__(self, holder: dict[str, Any]) -> None:
+        super().__init__(_named(holder))
+
+
 @contextmanager
-def run_lock(folder: Path, notice: Callable[[str], None], option: str = "run.out") -> Iterator[None]:
+def run_lock(folder: Path, notice: Say, option: str = "run.out") -> Iterator[Callable[[], None]]:
     """This process alone writes the folder; a UserError names the holder if there is another.
 
-    `flock` decides, so a holder killed by `kill -9` or a power cut holds nothing; the file's text only names it. Text
-    left by a holder that never released the lock is reported to `notice` and overwritten. On a file system without
-    `flock` the text decides: a live process, or any on another host, holds the lock. The (empty) file stays; removing
-    it would race with a process that has just opened it. `option` names the folder on the command line.
+    Yields a check to call before something is written: where the file is gone it takes the lock again and tells
+    `notice`; RunFailed if another process has it. `notice` also hears of a holder that died. At the end the file is
+    removed, and the folder if it was made here and holds nothing. `option` names the folder on the command line.
     """
-    path = Path(folder) / LOCK_NAME
+    lock = _Lock(Path(folder) / LOCK_NAME, notice)
+    made = _make(lock.path.parent, lock.path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            lock.take()
+        except _Held as other:
+            raise UserError(
+                f"{folder}: another run is writing here ({other}); stop it or give another {option}"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{lock.path}: cannot be locked ({error.strerror})") from error
+        try:
+            yield lock.check
+        finally:
+            lock.release()
+    finally:
+        for one in made:
+            with suppress(OSError):  # something is in it
+                one.rmdir()
+
+
+def _make(folder: Path, path: Path) -> list[Path]:
+    """Makes a folder; which ones were missing, the innermost first."""
+    try:
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be opened for writing ({error.strerror})") from error
+    return missing
+
+
+class _Lock:
+    """The lock at a path, by `flock` or, where there is none, by its text."""
+
+    def __init__(self, path: Path, notice: Say) -> None:
+        self.path, self._notice = path, notice
+        self._descriptor: int | None = None
+        self._text = b""
+        """Of the holder, once it is this process."""
+
+    def take(self) -> None:
+        """Takes the lock; _Held if another has it."""
+        this = {
+            "pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid()),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": " ".join(sys.argv)[:200], "id": uuid.uuid4().hex,
+        }  # fmt: skip
+        text = json.dumps(this).encode()
+        for left in range(TRIES, -1, -1):
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if not self._flock(text):
+                    _claim(self.path, text, self._notice)
+                break
+            except FileNotFoundError:  # who was refused here has just removed the folder it had made
+                if not left:
+                    raise
+        self._text = text
+
+    def _flock(self, text: bytes) -> bool:
+        """Takes the lock by `flock`; False where the file system has none."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self._is_at_path(descriptor):  # its last holder has just removed it
+                    os.close(descriptor)
+                    continue
+                if holder := _record(os.pread(descriptor, 4096, 0)):
+                    _tell_dead(self.path, holder, self._notice)
+                with suppress(OSError):  # on a full disk the holder has no name
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, text, 0)
+                    os.fsync(descriptor)
+            except BlockingIOError:
+                holder = _record(os.pread(descriptor, 4096, 0))
+                os.close(descriptor)
+                raise _Held(holder) from None
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in _NO_FLOCK:
+                    return False
+                raise
+            except BaseException:
+                os.close(descriptor)
+                raise
+            _held.add(descriptor)
+            self._descriptor = descriptor
+            return True
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        """Whether the open file is the one that has the lock's name."""
+        try:
+            there = os.stat(self.path, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(os.fstat(descriptor), there)
+
+    def _ours(self) -> bool:
+        if self._descriptor is not None:
+            return self._is_at_path(self._descriptor)
+        return bool(self._text) and _read(self.path) == self._text
+
+    def check(self) -> None:
+        """RunFailed if another has the lock by now; if nobody has, takes it again. Errors of storage say nothing."""
+        try:
+            if self._ours():
+                return
+            self._let_go()
+            self.take()
+        except _Held as other:
+            raise RunFailed(
+                f"{self.path} was removed, and another run is writing here now ({other}); this one writes nothing more"
+            ) from None
+        except OSError:
+            return
+        self._notice(f"{self.path} was removed while this run was writing here; it was made again")
+
+    def release(self) -> None:
+        """Removes the file, if it is still this process's: whoever has it open sees that it has no name any more."""
+        forked = self._descriptor is not None and self._descriptor not in _held
+        if self._text and not forked:
+            with suppress(OSError):
+                if self._ours():
+                    self.path.unlink()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._descriptor in _held:
+            _held.discard(self._descriptor)
+            os.close(self._descriptor)
+        self._descriptor, self._text = None, b""
+
+
+def _claim(path: Path, text: bytes, notice: Say) -> None:
+    """Makes the file with this text, unless a live holder has it (_Held): of any number that try, one succeeds.
+
+    Who replaces a dead holder's file must hold another lock, named after that holder's text: while the file has that
+    text, only its holder may replace it.
+    """
+    mine = path.with_name(f".{LOCK_NAME}.{uuid.uuid4().hex}")
     try:
-        _take(descriptor, path, notice, option)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    _held.add(descriptor)
-    try:
-        yield
+        mine.write_bytes(text)
+        while True:
+            try:
+                os.link(mine, path)
+                return
+            except FileExistsError:
+                if mine.stat().st_nlink == 2:  # a repeated request on a network
+                    return
+            there = _read(path)
+            if there is None:
+                continue
+            holder = _record(there)
+            if _still_runs(holder):
+                raise _Held(holder)
+            right = path.with_name(f"{LOCK_NAME}.after-{hashlib.sha256(there).hexdigest()[:16]}")
+            _claim(right, text, notice)
+            try:
+                if _read(path) == there:
+                    os.replace(mine, path)
+                    if holder:
+                        _tell_dead(path, holder, notice)
+                    return
+            finally:
+                right.unlink()
     finally:
-        if descriptor in _held:  # not in a forked child, where it was closed
-            os.ftruncate(descriptor, 0)
-            _held.discard(descriptor)
-            os.close(descriptor)
+        with suppress(OSError):
+            mine.unlink()
 
 
-def _take(descriptor: int, path: Path, notice: Callable[[str], None], option: str) -> None:
+def _read(path: Path) -> bytes | None:
+    """A lock file's text; None if there is none."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = False
-    except BlockingIOError:
-        held = True
-    except OSError as error:
-        if error.errno not in _NO_FLOCK:
-            raise UserError(f"{path}: cannot be locked ({error.strerror})") from error
-        held = _still_runs(_holder(descriptor))
-    holder = _holder(descriptor)
-    if held:
-        who = f"another run is writing here ({_named(holder)})"
-        raise UserError(f"{path.parent}: {who}; stop it or give another {option}")
-    if holder:
-        notice(f"{path.parent}: taken over from a run that ended without cleaning up ({_named(holder)})")
-    this = {
-        "pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid()),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": " ".join(sys.argv)[:200],
-    }  # fmt: skip
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(this).encode(), 0)
-    os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.read(descriptor, 4096)
+    finally:
+        os.close(descriptor)
+
+
+def _record(text: bytes) -> dict[str, Any]:
+    """A lock file's text about its holder; {} if there is none, {"pid": "unknown"} if it is damaged."""
+    if not text.strip(b"\0 \n"):
+        return {}
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None
+    return record if isinstance(record, dict) else {"pid": "unknown"}
 
 
 def process_start(pid: int) -> int | None:
@@ -93,23 +255,15 @@ def process_start(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[19])  # field 22; the command in parentheses may hold anything
 
 
-def _holder(descriptor: int) -> dict[str, Any]:
-    """The lock file's text about its holder; {} if there is none, {"pid": "unknown"} if it is damaged."""
-    text = os.pread(descriptor, 4096, 0)
-    if not text.strip(b"\0 \n"):
-        return {}
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        record = None
-    return record if isinstance(record, dict) else {"pid": "unknown"}
-
-
 def _still_runs(holder: dict[str, Any]) -> bool:
     if holder.get("host") != socket.gethostname() or type(holder.get("pid")) is not int:
         return bool(holder)
     start = process_start(holder["pid"])
     return start is not None and start == holder.get("start")
+
+
+def _tell_dead(path: Path, holder: dict[str, Any], notice: Say) -> None:
+    notice(f"{path.parent}: taken over from a run that ended without cleaning up ({_named(holder)})")
 
 
 def _named(holder: dict[str, Any]) -> str:

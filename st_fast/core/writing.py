@@ -48,12 +48,12 @@ class Waiting:
 class Writer:
     """Writes a run's files in the order given; never raises OSError. For one thread.
 
-    `say` gets one line when a file can't be written and one when nothing is missing any more. `guard`, if set, is asked
-    before anything is written, and may raise: whether the folder is still this run's.
+    `say` gets one line when a file can't be written and one when nothing is missing any more. `guard` is asked before
+    anything is written, and may raise: whether the folder is still this run's.
     """
 
     def __init__(self, say: Say) -> None:
-        self.guard: Callable[[], None] | None = None
+        self.guard: Callable[[], None] = lambda: None
         self._say = say
         self._waiting: deque[Waiting] = deque()
         self._bytes = 0
@@ -99,8 +99,7 @@ class Writer:
             self._dropped[dropped.path] += 1
 
     def _flush(self) -> None:
-        if self.guard is not None:
-            self.guard()
+        self.guard()
         refused: set[Path] = set()
         kept: deque[Waiting] = deque()
         for one in self._waiting:

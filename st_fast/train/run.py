@@ -67,16 +67,14 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         ) as ranks,
     ):
         check_device(recipe.run, ranks.device.type)
-        if ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
-        ranks.barrier()
         ranks.broadcast_from_rank0(lambda: trackers.check_installed(recipe.run.trackers))
         profiling.choose_tool(recipe.profile, ranks.device)
         with (
-            lock.run_lock(out, print) if ranks.first else nullcontext(),
+            lock.run_lock(out, print) if ranks.first else nullcontext(lambda: None) as still_ours,
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
         ):
             log = Log(out / "log.jsonl", ranks, track)
+            log.files.guard = still_ours
             changes = Changes(accept_changes, log)
             ranks.broadcast_from_rank0(lambda: check_recipe(recipe, changes))
             ranks.heartbeat.beat("prepare" if ranks.first else "agree")

@@ -144,10 +144,15 @@ def check_installed(names: Sequence[str]) -> None:
 
 @contextmanager
 def tracking(recipe: Recipe, out: Path, say: Callable[[str], None]) -> Iterator[Callable[[Record], None]]:
-    """A function that gives a record to every tracker of the recipe; the block's end closes them in CLOSE_TIMEOUT."""
-    threads = [_Thread(name, Target(out, recipe, run_id(out)), say) for name in dict.fromkeys(recipe.run.trackers)]
+    """A function that gives a record to every tracker of the recipe; the block's end closes them in CLOSE_TIMEOUT.
+
+    The first record opens them: a run that is refused before leaves nothing behind, here and in no service.
+    """
+    names, threads = dict.fromkeys(recipe.run.trackers), list[_Thread]()
 
     def write(record: Record) -> None:
+        if not threads:
+            threads.extend(_Thread(name, Target(out, recipe, run_id(out)), say) for name in names)
         for thread in threads:
             thread.put(record)
 

@@ -237,6 +237,7 @@ class Trainer:
         self.context.ranks.heartbeat.beat("save")
         if self.saver is None:
             return
+        self.context.log.files.guard()
         meta = {
             "stage": self.stage.name,
             "recipe": to_toml(recipe),

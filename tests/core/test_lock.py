@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.lock import process_start, run_lock
+from tests.faults.races import leave_a_dead_holder, races, without_flock
 
 HOLD = """
 import os, sys, time
@@ -120,10 +121,7 @@ def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
 
 
 def test_without_flock_the_recorded_process_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", without_flock)
     me = {"pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid())}
     for record, held in (
         (me, True),
@@ -152,3 +150,115 @@ def test_the_start_of_a_process_tells_it_from_a_later_one_with_its_id() -> None:
         child.kill()
         child.wait()
     assert process_start(child.pid) is None
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_of_many_that_come_at_once_just_one_is_inside_and_nothing_stays(flock: bool, tmp_path: Path) -> None:
+    assert races(tmp_path, 45, flock) == [1] * 45
+
+
+@pytest.fixture(params=[True, False], ids=["flock", "no flock"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(fcntl, "flock", without_flock)
+
+
+@pytest.mark.usefixtures("either")
+def test_a_removed_lock_is_taken_again_or_the_first_writer_gives_up(tmp_path: Path) -> None:
+    path, notices = tmp_path / "run.lock", list[str]()
+    with run_lock(tmp_path, notices.append) as check:
+        check()
+        assert not notices
+        path.unlink()
+        check()
+        assert len(notices) == 1 and str(path) in notices[0] and json.loads(path.read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match="another run is writing"), run_lock(tmp_path, print):
+            pass
+        path.unlink()
+        with run_lock(tmp_path, pytest.fail) as second:
+            for _ in range(2):
+                with pytest.raises(RunFailed, match=f"another run is writing here now .process {os.getpid()}"):
+                    check()
+            second()
+        assert not path.exists()
+        check()
+        assert path.exists() and len(notices) == 2
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("either")
+def test_one_that_gave_up_leaves_the_others_lock_alone(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed), run_lock(tmp_path, print) as check:
+        (tmp_path / "run.lock").unlink()
+        second = run_lock(tmp_path, print)
+        second.__enter__()
+        check()
+    assert (tmp_path / "run.lock").exists()
+    with pytest.raises(UserError, match="another run"), run_lock(tmp_path, print):
+        pass
+    second.__exit__(None, None, None)
+    assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.usefixtures("either")
+def test_storage_that_fails_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with run_lock(tmp_path, pytest.fail) as check:
+        for call in ("stat", "open"):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, call, refused)
+                check()
+        (tmp_path / "run.lock").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", refused)
+            check()
+            check()
+        with pytest.raises(pytest.fail.Exception, match="made again"):
+            check()
+
+
+@pytest.mark.usefixtures("either")
+def test_a_full_disk_has_room_for_a_lock_or_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for call in ("pwrite", "write", "ftruncate", "fsync"):
+        monkeypatch.setattr(os, call, full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused = pytest.raises(UserError, match=r"cannot be locked \(No space left on device\)")
+    with refused if fcntl.flock is without_flock else nullcontext(), run_lock(tmp_path, pytest.fail):
+        pass
+    assert not [path for path in tmp_path.iterdir() if path.stat().st_size], "half a lock"
+
+
+@pytest.mark.usefixtures("either")
+def test_a_folder_is_removed_again_only_if_it_was_made_here_and_nothing_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name, stays in (("new/inner", False), ("there", True), ("used/inner", True)):
+        with run_lock(tmp_path / name, pytest.fail):
+            if name.startswith("used"):
+                (tmp_path / name / "log").write_text("")
+        assert (tmp_path / name).exists() == stays
+    assert not (tmp_path / "new").exists()
+
+
+def test_who_died_while_taking_over_does_not_stand_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", without_flock)
+    leave_a_dead_holder(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda self: None)
+        with run_lock(tmp_path, print):
+            pass
+    (right,) = tmp_path.glob("run.lock.after-*")
+    right.write_text(json.dumps(json.loads(right.read_text()) | {"start": 1}))  # it is no more
+    with run_lock(tmp_path, lambda line: None):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match="another run"), run_lock(tmp_path, print):
+            pass

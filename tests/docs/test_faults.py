@@ -10,12 +10,12 @@ from tests.tiny import ROOT
 ROW = re.compile(
     r"^\| (\d+) \| ([^|]+) \| \[([\w/.]+)\]\(\.\./tests/([\w/.]+)\): ((?:`\w+`(?:, )?)+) \|$", re.MULTILINE
 )
-FAULTS = 66
 
 
 def test_each_fault_has_a_test_that_exists():
-    rows = ROW.findall((ROOT / "docs" / "resuming-and-faults.md").read_text(encoding="utf-8"))
-    assert [int(number) for number, *_ in rows] == list(range(1, FAULTS + 1))
+    text = (ROOT / "docs" / "resuming-and-faults.md").read_text(encoding="utf-8")
+    rows, begun = ROW.findall(text), re.findall(r"^\| *(\d+)", text, re.MULTILINE)
+    assert begun == [number for number, *_ in rows] == [str(n + 1) for n in range(len(rows))] and len(rows) > 60
     for _, fault, shown, file, names in rows:
         assert shown == file
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))

@@ -198,8 +198,8 @@ def test_one_that_never_finishes_is_left_behind(
     release, said = threading.Event(), list[str]()
     monkeypatch.setattr(services["wandb"], "finish", lambda: release.wait(60))
     monkeypatch.setattr(trackers, "CLOSE_TIMEOUT", 0.2)
-    with trackers.tracking(recipe_with(data, tmp_path, "wandb"), tmp_path, said.append):
-        pass
+    with trackers.tracking(recipe_with(data, tmp_path, "wandb"), tmp_path, said.append) as track:
+        track({"kind": "start", "stage": "vae", "step": 0, "time": 0.0})
     release.set()
     assert said == ["tracker wandb is off, the run goes on: not finished within 0.2 s"]
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from st_fast.core import checkpoint
+from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import Interrupted, RunFailed, UserError
+from st_fast.core.lock import run_lock
 from st_fast.core.signals import StopRequest
 from st_fast.recipe import load
 from st_fast.train import trainer
@@ -207,11 +210,35 @@ def test_data_that_does_not_fit_the_recipe_is_refused_with_both_sides(option, wo
 
 
 def test_two_writers_never_share_a_run_folder(data, tmp_path):
-    from st_fast.core.lock import run_lock
-
     recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"))
     with run_lock(tmp_path / "out", print), pytest.raises(UserError, match=str(os.getpid())):
         run(recipe)
+
+
+def test_a_run_whose_lock_was_removed_and_taken_saves_nothing_more(data, tmp_path, monkeypatch):
+    out, second, save = tmp_path / "out", ExitStack(), trainer.Trainer.save
+
+    def disturbed(self, step, clock) -> None:
+        if step == 8:
+            (out / "run.lock").unlink()
+            second.enter_context(run_lock(out, print))
+        save(self, step, clock)
+
+    monkeypatch.setattr(trainer.Trainer, "save", disturbed)
+    with second, pytest.raises(RunFailed, match="another run is writing here now"):
+        run(load(tiny.write_recipe(tmp_path / "t.toml", data, out)))
+    saved = [record["step"] for record in tiny.records(out, "save")]
+    assert saved == [4] == [one.step for one in candidates(out / STAGES[0] / "checkpoints")]
+
+
+@pytest.mark.parametrize(
+    "options", [("--model.num_classes=3",), ("--optim.batch_size=64", '--run.trackers=["tensorboard"]')]
+)
+def test_a_refused_run_leaves_nothing_behind(options, data, tmp_path):
+    recipe = load(tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "runs" / "out"), options)
+    with pytest.raises(UserError):
+        run(recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.toml"]
 
 
 def test_what_saves_cost_is_logged_with_its_share_of_the_training(uninterrupted):
