@@ -14,6 +14,7 @@ ROW = re.compile(
 
 def test_each_fault_has_a_test_that_exists():
     text = (ROOT / "docs" / "resuming-and-faults.md").read_text(encoding="utf-8")
+    text = text.partition("## Every fault has a test")[2]
     rows, begun = ROW.findall(text), re.findall(r"^\| *(\d+)", text, re.MULTILINE)
     assert begun == [number for number, *_ in rows] == [str(n + 1) for n in range(len(rows))] and len(rows) > 60
     for _, fault, shown, file, names in rows:
