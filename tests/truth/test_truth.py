@@ -111,40 +111,6 @@ def two_stages(one: dict[str, Any], two: dict[str, Any], weights: str = "raw", *
     return Case(text, methods, teacher_group="model" if weights == "raw" else "ema", **settings)
 
 
-RANGE = {"t_range": (0.2, 0.75)}
-CASES = {
-    "velocity, mse, sample": two_stages(
-        {"target": "velocity", "mask": "sample", **RANGE}, {"loss": "mse", "mask": "sample", **RANGE},
-        clip=1.4, kernels="reference",
-    ),
-    "latent, cosine, released, until step 2": two_stages(
-        {"target": "latent", "mask": "released", **RANGE},
-        {"loss": "cosine", "mask": "released", "stop_step": 2, **RANGE},
-        weights="ema", path="cosine", time="stratified", modulation="one", accumulation=3,
-    ),
-    "velocity, normalized_mse, sample_mean, padded": two_stages(
-        {"target": "velocity", "mask": "sample_mean", **RANGE},
-        {"loss": "normalized_mse", "mask": "sample_mean", "student_depth": 3, "teacher_depth": 3, **RANGE},
-        time="lognormal", qk_norm=False, accumulation=2, rows="padded", clip=0.0,
-    ),
-    "the others": Case(
-        stage("plain", "none")
-        + stage("sync", "layer_sync", student_depth=1, teacher_depth=3, weight=0.6)
-        + stage("sra", "sra", student_depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3)
-        + stage("repa", "repa", encoders=("one", "two"), depth=2, hidden=20, weight=0.8, stop_step=2)
-        + stage("sra-cosine", "sra", student_depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
-        (
-            Method("none"),
-            Method("layer_sync", depth=1, teacher_depth=3, weight=0.6),
-            Method("sra", depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3, loss="smooth_l1"),
-            Method("repa", depth=2, weight=0.8, stop_step=2),
-            Method("sra", depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
-        ),
-        path="cosine", time="lognormal", kernels="reference",
-    ),
-}  # fmt: skip
-
-
 class Numbers:
     """The draws of a run, from the program's own generator: purposes as the format numbers them."""
 
@@ -178,6 +144,49 @@ class Numbers:
 
     def offset(self, sample: int) -> float:
         return self._uniform(11, sample)
+
+
+def drawn_times() -> list[float]:
+    """The uniform times of the run's samples that float32 holds exactly, sorted."""
+    numbers = Numbers("uniform", "linear")
+    times = [numbers.time(number // BATCH, number) for number in range(STEPS * BATCH)]
+    return sorted(time for time in times if float(np.float32(time)) == time)
+
+
+RANGE = {"t_range": (0.2, 0.75)}
+DRAWN = {"t_range": (drawn_times()[2], drawn_times()[-3])}
+"""Both of its ends are times of samples, which are supervised."""
+CASES = {
+    "velocity, mse, sample": two_stages(
+        {"target": "velocity", "mask": "sample", **DRAWN}, {"loss": "mse", "mask": "sample", **DRAWN},
+        accumulation=2, clip=1.4, kernels="reference",
+    ),
+    "latent, cosine, released, until step 2": two_stages(
+        {"target": "latent", "mask": "released", **RANGE},
+        {"loss": "cosine", "mask": "released", "stop_step": 2, **RANGE},
+        weights="ema", path="cosine", time="stratified", modulation="one", accumulation=3,
+    ),
+    "velocity, normalized_mse, sample_mean, padded": two_stages(
+        {"target": "velocity", "mask": "sample_mean", **RANGE},
+        {"loss": "normalized_mse", "mask": "sample_mean", "student_depth": 3, "teacher_depth": 3, **RANGE},
+        time="lognormal", qk_norm=False, accumulation=2, rows="padded", clip=0.0,
+    ),
+    "the others": Case(
+        stage("plain", "none")
+        + stage("sync", "layer_sync", student_depth=1, teacher_depth=3, weight=0.6)
+        + stage("sra", "sra", student_depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3)
+        + stage("repa", "repa", encoders=("one", "two"), depth=2, hidden=20, weight=0.8, stop_step=2)
+        + stage("sra-cosine", "sra", student_depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
+        (
+            Method("none"),
+            Method("layer_sync", depth=1, teacher_depth=3, weight=0.6),
+            Method("sra", depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3, loss="smooth_l1"),
+            Method("repa", depth=2, weight=0.8, stop_step=2),
+            Method("sra", depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
+        ),
+        path="cosine", time="lognormal", kernels="reference",
+    ),
+}  # fmt: skip
 
 
 class Patches:
