@@ -114,9 +114,16 @@ def say(text: str) -> None:
                 os.write(2, f"st_fast: {text}\n".encode(errors="replace"))
 
 
-def asked_to_stop() -> bool:
-    """Whether a signal has asked this process to stop."""
-    return bool(_request)
+def asked_to_stop() -> str | None:
+    """The signal that has asked this process to stop; None if none has."""
+    return _request.name
+
+
+def pass_on(name: str) -> None:
+    """Another rank was asked to stop by this signal, and so is this one, unless it was before. From any thread."""
+    number = signal.Signals[name]
+    if not _request and _pipe is not None and number in _before:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def pay_no_heed() -> None:

@@ -62,7 +62,7 @@ class Descriptor(io.RawIOBase):
             try:
                 if select.select([], [self._number], [], 0.5)[1]:
                     return os.write(self._number, piece)
-                waited += 0.5 * asked_to_stop()
+                waited += 0.5 * (asked_to_stop() is not None)
                 if waited >= PATIENCE:  # a stopped terminal must not keep a run from being saved
                     break
             except BlockingIOError:

@@ -3,6 +3,7 @@
 A thread of every rank regularly posts the position of its main thread in the key-value store of torchrun's rendezvous.
 A rank whose main thread makes no progress for `deadline` seconds hangs; one without messages for half a minute is dead
 or frozen. A rank that notices this prints one line and exits with code 1.
+The same messages tell the others at once that a rank was asked to stop by a signal.
 """
 
 import json
@@ -23,6 +24,7 @@ from st_fast.core.errors import EXIT_FAILED, Interrupted, RunFailed, UserError
 from st_fast.core.joining import Attempt
 from st_fast.core.machine import local_rank
 from st_fast.core.ranks import Ranks, Rendezvous
+from st_fast.core.signals import asked_to_stop, pass_on
 
 WAITING = ("all-reduce", "log", "agree")
 """Phases in which a rank may be waiting for others; a rank that hangs in another phase is the cause."""
@@ -141,7 +143,7 @@ class Watchdog:
     def _share(self) -> None:
         """Posts this rank's position and reads those of the others."""
         self._beats += 1
-        state = {"beat": self._beats, "left": self._left, "blames": self._blames}
+        state = {"beat": self._beats, "left": self._left, "blames": self._blames, "stop": asked_to_stop()}
         process = {"pid": os.getpid(), "host": socket.gethostname(), "where": innermost_line(self._thread_id)}
         mine = json.dumps(asdict(self.ranks.heartbeat) | state | process)
         words: list[str | None] = [None] * self.ranks.count
@@ -161,6 +163,9 @@ class Watchdog:
             if word.get("ticks") != seen.word.get("ticks") or word.get("left") is not None:
                 seen.moved = now
             seen.word = word
+        # They stop at the same step in any case; but the first may be drawing or scoring, and should not finish that.
+        if name := next(filter(None, (seen.word.get("stop") for seen in self._seen)), None):
+            pass_on(name)
 
     def _talk(self) -> None:
         self._share()

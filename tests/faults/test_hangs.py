@@ -144,6 +144,20 @@ def test_who_stands_still_and_does_not_wait_is_named_by_every_rank(places, culpr
         assert verdict.count("rank") == 1 and "test_hangs" not in verdict
 
 
+def test_every_rank_hears_of_a_signal_to_any_and_only_then(monkeypatch):
+    job, heard = Job(2, monkeypatch), list[str]()
+    monkeypatch.setattr("st_fast.train.watchdog.pass_on", heard.append)
+    job.stand((5, "step"), (5, "step"))
+    assert not heard
+    monkeypatch.setattr("st_fast.train.watchdog.asked_to_stop", lambda: "SIGHUP")
+    job.dogs[1]._share()
+    monkeypatch.undo()
+    monkeypatch.setattr("st_fast.train.watchdog.pass_on", heard.append)
+    heard.clear()
+    job.dogs[0]._share()
+    assert heard == ["SIGHUP"]
+
+
 def test_silence_and_last_words_are_told_apart(monkeypatch):
     job = Job(3, monkeypatch)
     job.stand((7, "all-reduce"), (7, "step"), (7, "all-reduce"))
