@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from st_fast.core.command import run_command
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.options import Parser, did_you_mean
 from st_fast.core.signals import catch_signals
 from st_fast.core.streams import show
@@ -48,7 +48,7 @@ def completion(shell: str) -> str:
     try:
         import shtab
     except ImportError:
-        raise UserError("completion needs shtab: pip install shtab") from None
+        raise UserError(f"completion needs shtab: {how_to_install('complete')}") from None
     parser = Parser("st-fast")
     commands = parser.add_subparsers()
     for name, (_, text) in COMMANDS.items():

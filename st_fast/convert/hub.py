@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from st_fast.core.errors import RunFailed, UserError, first_line
+from st_fast.core.errors import RunFailed, UserError, first_line, how_to_install
 
 TOKEN = re.compile(r"hf_\w+|(?i:bearer)\s+\S+")
 """What looks like one, should an error's text ever hold it."""
@@ -15,7 +15,7 @@ def hub() -> Any:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise UserError(f"--push: huggingface_hub can't be imported ({error}): pip install st_fast[hub]") from None
+        raise UserError(f"--push: huggingface_hub can't be imported ({error}): {how_to_install('hub')}") from None
     return HfApi()
 
 

@@ -61,6 +61,11 @@ class Stopped(BaseException):
     """A signal, named by the text, ends work at once that has nothing to save. No Exception: no library takes it."""
 
 
+def how_to_install(extra: str) -> str:
+    """The command for an extra of pyproject.toml. st_fast is on no package index, so it is run in the clone."""
+    return f"pip install -e '.[{extra}]' in the clone of st_fast"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that says anything, or the error's type."""
     lines = [line.strip() for line in str(error).splitlines()]

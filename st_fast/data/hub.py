@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from st_fast.core.errors import UserError, first_line
+from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import open_regular, printable, shown
 from st_fast.data.archives import MAX_FILE
 from st_fast.data.sources import MAX_CLASSES, Source, numbered_names
@@ -21,7 +21,7 @@ def open_hub_dataset(path: Path, subset: str = "") -> Source:
     except ImportError as error:
         raise UserError(
             f"{where}: a Hugging Face dataset, which the package datasets reads; it is not installed: "
-            'pip install "st_fast[hub]"'
+            f"{how_to_install('hub')}"
         ) from error
     try:
         data: Any = datasets.load_from_disk(str(path))

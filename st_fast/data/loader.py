@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from st_fast.core.errors import RunFailed, Say, UserError, first_line
+from st_fast.core.errors import RunFailed, Say, UserError, first_line, how_to_install
 from st_fast.core.machine import free_memory
 from st_fast.data.ahead import Answer, Patience, ReadAhead, RecordSet
 
@@ -74,7 +74,7 @@ class DaliLoader:
 
     def __init__(self, records: RecordSet, device: torch.device, patience: Patience | None = None) -> None:
         if missing := dali_missing():
-            raise UserError(f'data.loader = "dali": DALI can\'t be imported ({missing}): pip install st_fast[data]')
+            raise UserError(f'data.loader = "dali": DALI can\'t be imported ({missing}): {how_to_install("data")}')
         self._records, self._device = records, device
         self._ahead = ReadAhead(records, patience=patience or Patience())
 
@@ -141,7 +141,7 @@ def make_loader(kind: str, records: RecordSet, device: torch.device, say: Say) -
         kind = _choose(records, device, say)
     missing = dali_missing() if kind == "dali" else ""
     if missing:
-        say(f"data: DALI isn't there ({missing}), the torch loader takes its place: pip install 'st_fast[data]'")
+        say(f"data: DALI isn't there ({missing}), the torch loader takes its place: {how_to_install('data')}")
     return _make("torch" if missing else kind, records, device)
 
 

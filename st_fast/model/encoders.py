@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.model.finite import check_finite
 from st_fast.model.vae import from_hub, vae_hash
 from st_fast.recipe.cost import vision_flops
@@ -233,7 +233,7 @@ def quiet_transformers(wanted: str) -> Any:
         import transformers
     except ImportError as error:
         raise UserError(
-            f"encoder {wanted!r}: transformers can't be imported ({error}): pip install st_fast[repa]"
+            f"encoder {wanted!r}: transformers can't be imported ({error}): {how_to_install('repa')}"
         ) from error
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.model.sit import SiT
 from st_fast.recipe import Recipe
 
@@ -39,7 +39,7 @@ def _missing(device: torch.device) -> str | None:
     try:
         getattr(importlib.import_module("torchao.float8"), "convert_to_float8_training")  # noqa: B009
     except ModuleNotFoundError:
-        return 'torchao is not installed: pip install "st_fast[fp8]"'
+        return f"torchao is not installed: {how_to_install('fp8')}"
     except Exception as error:  # built for another torch it fails in many ways
         return f"torchao.float8 can't be used with torch {torch.__version__} ({type(error).__name__})"
     return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.checkpoint.groups import write_group
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.files import read_header, read_json, shown, write_folder, write_json_atomic
 from st_fast.kernels import select
 from st_fast.model.vae import from_hub
@@ -94,7 +94,7 @@ def fetch(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
-            f"model {name!r}: no folder, and huggingface_hub can't be imported ({error}): pip install st_fast[hub]"
+            f"model {name!r}: no folder, and huggingface_hub can't be imported ({error}): {how_to_install('hub')}"
         ) from None
     with from_hub(f"model {name!r}: neither a folder nor a name on the hub in reach"):
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from st_fast.core.errors import UserError, first_line
+from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import read_header, read_json, shown
 from st_fast.model.finite import check_finite
 
@@ -70,7 +70,7 @@ def autoencoder_class() -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise UserError(f"VAE: diffusers can't be imported ({error}): pip install st_fast[vae]") from error
+        raise UserError(f"VAE: diffusers can't be imported ({error}): {how_to_install('vae')}") from error
     return AutoencoderKL
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from st_fast.core import random
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.random import Purpose
 from st_fast.model import SiT, flow
 from st_fast.recipe.schema import Sample
@@ -81,7 +81,7 @@ def torchdiffeq_odeint() -> Any:
         from torchdiffeq import odeint
     except ImportError as error:
         raise UserError(
-            f"sampler = 'dopri5': torchdiffeq can't be imported ({error}): pip install st_fast[ode]"
+            f"sampler = 'dopri5': torchdiffeq can't be imported ({error}): {how_to_install('ode')}"
         ) from error
     return odeint
 

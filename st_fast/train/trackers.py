@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.files import write_json_atomic
 from st_fast.recipe.schema import Recipe
 
@@ -138,7 +138,7 @@ def check_installed(names: Sequence[str]) -> None:
             missing = isinstance(error, ModuleNotFoundError) and error.name == name
             reason = "is not installed" if missing else f"can't be used ({without_keys(error)})"
             raise UserError(
-                f'run.trackers = ["{name}"]: the package {name} {reason}; pip install "st_fast[track]", or leave it out'
+                f'run.trackers = ["{name}"]: the package {name} {reason}; {how_to_install("track")}, or leave it out'
             ) from error
 
 

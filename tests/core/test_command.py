@@ -1,12 +1,16 @@
 """How a command's process ends."""
 
+import ast
 import os
+import re
 import socket
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
+from st_fast.core.errors import how_to_install
 from tests.tiny import ROOT
 
 COMMAND = """
@@ -53,3 +57,21 @@ def test_a_rank_ends_with_its_code_its_threads_and_handlers_and_not_with_its_int
     for rank in ranks:
         said, told = rank.communicate(timeout=120)
         assert (rank.returncode, said) == (code, "not flushed;threads\nhandlers\n"), told
+
+
+def test_what_messages_and_pages_say_to_install_is_an_extra_of_the_clone() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert how_to_install("track") == "pip install -e '.[track]' in the clone of st_fast"
+    sources = [path for path in (ROOT / "st_fast").rglob("*.py") if "kernels" not in path.parts]
+    texts = {path: path.read_text(encoding="utf-8") for path in sources}
+    assert [path.name for path, text in texts.items() if "pip install" in text] == ["errors.py"]
+    calls = [node for text in texts.values() for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    named = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "how_to_install"]
+    pages = [path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        assert "st_fast[" not in page  # is on no index
+        named += [
+            extra for extras in re.findall(r"pip install .*?-e '\.\[([\w,]+)\]'", page) for extra in extras.split(",")
+        ]
+    assert {"track", "hub", "vae", "repa", "ode", "fp8", "data", "dev"} <= set(named)
+    assert set(named) <= set(project["optional-dependencies"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast.core.errors import RunFailed
+from st_fast.core.errors import RunFailed, how_to_install
 from st_fast.core.files import BadFile, read_header
 from st_fast.core.machine import container_limit
 from st_fast.core.random import RecordOrder
@@ -265,7 +265,7 @@ def test_without_dali_the_torch_loader_serves_with_one_line_of_notice(
     said: list[str] = []
     loader = make_loader("dali", records, CPU, said.append)
     assert isinstance(loader, ReadAhead)
-    assert len(said) == 1 and "pip install 'st_fast[data]'" in said[0] and "\n" not in said[0]
+    assert len(said) == 1 and how_to_install("data") in said[0] and "\n" not in said[0]
 
 
 def test_auto_keeps_a_set_that_fits_in_memory_and_says_so(records: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:

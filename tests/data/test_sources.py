@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.data.sources import open_source
 
 from .conftest import encoded, picture
@@ -252,7 +253,7 @@ def test_hugging_face_dataset_without_the_package_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     (tmp_path / "dataset_dict.json").write_text("{}")
-    with pytest.raises(UserError, match=r'datasets reads; it is not installed: pip install "st_fast\[hub\]"') as caught:
+    with pytest.raises(UserError, match=f"it is not installed: {re.escape(how_to_install('hub'))}") as caught:
         open_source(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 

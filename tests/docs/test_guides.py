@@ -209,7 +209,7 @@ def test_the_index_has_every_guide() -> None:
 
 
 def test_the_built_pages_have_no_broken_link(tmp_path: Path) -> None:
-    pytest.importorskip("pdoc", reason="pdoc isn't installed: pip install 'st_fast[docs]'")
+    pytest.importorskip("pdoc", reason="pdoc isn't installed: make docs")
     build = [sys.executable, str(ROOT / "docs" / "build.py"), str(tmp_path)]
     done = subprocess.run(
         build, cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from st_fast import kernels
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.model import SiT, build
 from st_fast.model.fp8 import check_fp8, use_fp8
 from st_fast.recipe import RecipeError, load
@@ -52,7 +52,7 @@ def loss_of(model: SiT) -> torch.Tensor:
 
 @pytest.fixture
 def torchao():
-    return pytest.importorskip("torchao.float8", reason='torchao is not installed: pip install "st_fast[fp8]"')
+    return pytest.importorskip("torchao.float8", reason="torchao is not installed")
 
 
 def test_the_blocks_linear_layers_are_swapped_and_no_other_and_parameters_stay(torchao):
@@ -102,7 +102,7 @@ def test_fp8_on_the_cpu_is_one_line():
     ("capability", "library", "words"),
     [
         ((8, 0), None, "needs compute capability 8.9 or above, some GPU has 8.0"),
-        ((9, 0), None, 'torchao is not installed: pip install "st_fast[fp8]"'),
+        ((9, 0), None, f"torchao is not installed: {how_to_install('fp8')}"),
         ((9, 0), types.ModuleType("torchao.float8"), "torchao.float8 can't be used with torch"),
     ],
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.model.vae import decode, encode_moments, latent_shape, load_vae, refuse_normalised, vae_hash, vae_scale
 from st_fast.prepare.small_vae import SmallVae, latent_scale, new_vae, train_vae
 
@@ -71,7 +72,7 @@ def test_the_hash_follows_the_weights_not_the_file(folder: Path, tmp_path: Path)
 
 def test_missing_diffusers_is_one_line_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError, match=r"pip install st_fast\[vae\]") as caught:
+    with pytest.raises(UserError, match=re.escape(how_to_install("vae"))) as caught:
         load_vae("sd-vae-ft-mse")
     assert "\n" not in str(caught.value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, load
 from st_fast.recipe.error import RecipeError
@@ -209,7 +210,9 @@ def test_a_package_that_is_not_there_is_told_before_training(
     missing: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers.importlib, "import_module", _raiser(ModuleNotFoundError("no", name=missing)))
-    with pytest.raises(UserError, match=rf'"{missing}".*is not installed; pip install "st_fast\[track\]"') as caught:
+    with pytest.raises(
+        UserError, match=f'"{missing}".*is not installed; {re.escape(how_to_install("track"))}'
+    ) as caught:
         run(recipe_with(data, tmp_path, missing))
     assert "\n" not in str(caught.value) and not (tmp_path / "out" / "log.jsonl").exists()
 
