@@ -33,15 +33,19 @@ Plan = tuple[Any, ...]
 def launched(kernel: Any) -> Any:
     """A `@triton.jit` kernel whose launches `kernel[grid](…)` are quick from the second on. Its grid is of integers,
     its constants follow its arguments and are given by name."""
-    return _Launched(kernel) if KNOWN and isinstance(kernel, JITFunction) else kernel
+    return _Launched(kernel) if KNOWN and isinstance(kernel, JITFunction) else on_gpu(kernel)
 
 
-class _Launched:
-    """Launches `kernel`, by a plan if there is one; everything else is the kernel's."""
+def on_gpu(kernel: Any) -> Any:
+    """A `@triton.jit` kernel that refuses a CPU's tensors in a line of its own: Triton's speaks of drivers."""
+    return _OnGpu(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+class _OnGpu:
+    """Launches `kernel`; everything else is the kernel's."""
 
     def __init__(self, kernel: JITFunction[Any]) -> None:
         self.kernel = kernel
-        self.plans: dict[tuple[Any, ...], Plan] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernel, name)
@@ -50,9 +54,25 @@ class _Launched:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], /, *args: Any, **constants: Any) -> Any:
+        if {argument.device.type for argument in args if isinstance(argument, torch.Tensor)} == {"cpu"}:
+            raise ValueError(
+                f"{self.kernel.__name__}: tensors on the CPU; Triton's kernels need a GPU, or Triton's interpreter, "
+                "which TRITON_INTERPRET=1 in the environment turns on before triton is imported"
+            )
+        return self.kernel[grid](*args, **constants)
+
+
+class _Launched(_OnGpu):
+    """Launches `kernel`, by a plan if there is one."""
+
+    def __init__(self, kernel: JITFunction[Any]) -> None:
+        super().__init__(kernel)
+        self.plans: dict[tuple[Any, ...], Plan] = {}
+
+    def _launch(self, grid: tuple[int, ...], /, *args: Any, **constants: Any) -> Any:
         found = _key(args)
         if found is None or self._observed():
-            return self.kernel[grid](*args, **constants)
+            return super()._launch(grid, *args, **constants)
         device, parts, values = found
         key = (device, *parts, *constants, *constants.values())
         plan = self.plans.get(key)

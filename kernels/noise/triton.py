@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import on_gpu
 from ..common.rows import cdiv
 from . import definition
 
@@ -88,6 +89,7 @@ def _coefficients(t, PATH: tl.constexpr):
         return cos, sin, sin * -1.5707963267948966, cos * 1.5707963267948966
 
 
+@on_gpu
 @triton.jit(do_not_specialize=["key0", "key1"])
 def _noisy_latents_kernel(
     moments_ptr, ordinals_ptr, t_ptr, x_ptr, x_t_ptr, velocity_ptr, noise_ptr, key0, key1, count,

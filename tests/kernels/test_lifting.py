@@ -88,3 +88,33 @@ for ours, theirs in zip((x_out, y), definition.gate_residual_norm_modulate(x, a,
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_kernels_on_a_cpu_s_tensors_say_how_to_interpret_them(tmp_path: Path) -> None:
+    """Every launch, whatever of the kernel's arguments are tensors of this process's own."""
+    pytest.importorskip("triton")
+    families = [family for family in kernels.FAMILIES if (SOURCE / family / "triton.py").is_file()]
+    for folder in (*families, "common"):
+        shutil.copytree(SOURCE / folder, tmp_path / "lifted" / folder)
+    (tmp_path / "lifted" / "__init__.py").touch()
+    program = f"""
+import torch
+from importlib import import_module
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
+
+for family in {families}:
+    module = import_module(f"lifted.{{family}}.triton")
+    for name, call in module.resource_calls(meta, 64):
+        try:
+            call()
+        except ValueError as error:
+            print(family, str(error).replace("\\n", "|"))
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == set(families)
+    assert all("_kernel: tensors on the CPU" in line and "TRITON_INTERPRET=1" in line for line in lines)
