@@ -6,8 +6,9 @@
     python -m st_fast.sample runs/digits --interpolate 3 8
     python -m st_fast.sample runs/digits --num 20 --gif
 
-A set (--num above 1000, --npz or --png) is a folder with samples.npz as ADM's evaluator reads it, sample.json with
-every setting, and grid.png. The same command again continues where it stopped. Every sample's noise and label follow
+A picture holds its settings and is named after the main ones; of others it gets another name. A set (--num above
+1000, --npz or --png) is a folder with samples.npz as ADM's evaluator reads it, sample.json with every setting, and
+grid.png. The same command again continues where it stopped. Every sample's noise and label follow
 from (seed, sample number), and every batch from its number, so the number of ranks changes no image.
 """
 
@@ -25,9 +26,9 @@ from pathlib import Path
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
 from st_fast.core.options import SEED_MOST, integer
-from st_fast.sample.model import sample_request, sampling, sampling_parser
-from st_fast.sample.previews import draw_grid, draw_interpolation, draw_trajectory
-from st_fast.sample.set import draw_set
+from st_fast.sample.model import Sampler, sample_request, sampling, sampling_parser
+from st_fast.sample.previews import check_replaced, draw_grid, draw_interpolation, draw_trajectory, free_name
+from st_fast.sample.set import draw_set, settings_of
 
 PICTURE_MOST = 1_000
 """More samples than that are drawn as a set."""
@@ -64,12 +65,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given.is_set = given.npz or given.png or (given.samples.settings.num > PICTURE_MOST and not one)
     if not given.is_set and given.out is not None and given.out.suffix != ending:
         raise UserError(f"--out {given.out}: a picture's name ends in {ending}; a folder is for --npz and --png")
-    name = "trajectory" if given.gif else "manual"
-    if given.interpolate:
-        name = f"interpolate-{given.interpolate[0]}-{given.interpolate[1]}"
     folder = given.samples.set_folder
-    given.target = given.out or (folder if given.is_set else folder.with_name(name + ending))
+    given.target = given.out or (folder if given.is_set else folder.with_name(f"{picture_name(given)}{ending}"))
     return given
+
+
+def picture_name(given: argparse.Namespace) -> str:
+    """A picture's name, without its ending: that of a set with the same settings, but for what it shows."""
+    drawn = given.samples.set_folder.name
+    if given.interpolate:
+        return f"interpolate-{given.interpolate[0]}-{given.interpolate[1]}-{drawn.partition('-')[2]}"
+    return f"trajectory-{drawn}" if given.gif else drawn
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -78,11 +84,21 @@ def main(arguments: Sequence[str]) -> None:
     with sampling(request.samples) as (ranks, sampler, say):
         if request.is_set:
             draw_set(sampler, request.target, request.png, ranks, say)
-        elif ranks.first and request.interpolate:
-            draw_interpolation(sampler, request.interpolate, request.target)
         elif ranks.first:
-            (draw_trajectory if request.gif else draw_grid)(sampler, request.target)
+            draw_picture(sampler, request)
         say(str(request.target))
+
+
+def draw_picture(sampler: Sampler, request: argparse.Namespace) -> None:
+    """Writes the picture, never in place of one of other settings: those of a name given are a UserError."""
+    record = settings_of(sampler) | {"gif": request.gif, "interpolate": request.interpolate}
+    if request.out is None:
+        request.target = free_name(request.target, record)
+    check_replaced(request.target, record)
+    if request.interpolate:
+        draw_interpolation(sampler, request.interpolate, request.target, record)
+    else:
+        (draw_trajectory if request.gif else draw_grid)(sampler, request.target, record)
 
 
 if __name__ == "__main__":

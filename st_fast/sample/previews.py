@@ -1,15 +1,24 @@
-"""Pictures of a few samples: a grid, the interpolation of two noises, and a GIF from noise to image."""
+"""Pictures of a few samples: a grid, the interpolation of two noises, and a GIF from noise to image.
+
+Each holds the settings that it was drawn with, a PNG as a text chunk and a GIF as its comment.
+"""
 
 import io
 import itertools
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
+from st_fast.core.comparison import check_same, differences
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_atomic
 from st_fast.core.progress import bar
@@ -20,6 +29,11 @@ GRID_COLUMNS, GRID_IMAGES = 10, 100
 FRAMES = 40
 """At most, of a GIF."""
 FRAME_MS, LAST_FRAME_MS = 80, 2_000
+
+Record = Mapping[str, Any]
+"""All that a picture follows from, as JSON has it."""
+RECORD = "st_fast.sample"
+"""The name of a PNG's text with its record."""
 
 
 def grid(images: Tensor, columns: int = GRID_COLUMNS, gap: int = 2) -> Tensor:
@@ -41,42 +55,67 @@ def enlarged(picture: Tensor, smallest: int = 480) -> NDArray[np.uint8]:
     return array[..., 0] if array.shape[-1] == 1 else array
 
 
-def png(picture: Tensor, smallest: int = 480) -> bytes:
+def png(picture: Tensor, smallest: int = 480, record: Record | None = None) -> bytes:
     """A picture (H, W, 1 or 3) as PNG, enlarged by a whole factor until its width reaches `smallest` pixels."""
-    file = io.BytesIO()
-    Image.fromarray(enlarged(picture, smallest)).save(file, "png")
+    file, texts = io.BytesIO(), PngInfo()
+    if record is not None:
+        texts.add_text(RECORD, json.dumps(record))
+    Image.fromarray(enlarged(picture, smallest)).save(file, "png", pnginfo=texts)
     return file.getvalue()
 
 
-def save_png(picture: Tensor, path: Path, smallest: int = 480) -> None:
+def save_png(picture: Tensor, path: Path, smallest: int = 480, record: Record | None = None) -> None:
     """Writes `png` of a picture; on a full disk an OSError, and nothing under that name."""
     make_folder(path.parent)
-    write_atomic(path, png(picture, smallest))
+    write_atomic(path, png(picture, smallest, record))
 
 
-def draw_grid(sampler: Sampler, path: Path) -> None:
+def read_record(path: Path) -> Record | None:
+    """The settings that a picture was drawn with; None if it holds none, or is no picture."""
+    opened = GifImageFile if path.suffix == ".gif" else PngImageFile  # Image.open refuses the size of large grids
+    try:
+        with opened(path) as picture:
+            found = json.loads(picture.info.get(RECORD) or picture.info.get("comment") or "")
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def free_name(path: Path, record: Record) -> Path:
+    """`path`, or with -2, -3, … behind its name: the first that is not there, or was drawn with the same settings."""
+    names = itertools.chain([path], (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2)))
+    return next(name for name in names if not name.exists() or not differences(read_record(name) or {}, record))
+
+
+def check_replaced(path: Path, record: Record) -> None:
+    """UserError where a picture of other settings, or any other file, has the name."""
+    if path.exists():
+        if (there := read_record(path)) is None:
+            raise UserError(f"{path}: is there already, without the settings of samples; choose another --out")
+        check_same(there, record, f"{path}: holds samples drawn with", "choose another --out")
+
+
+def draw_grid(sampler: Sampler, path: Path, record: Record) -> None:
     """The first `num` samples as one PNG."""
     settings, images = sampler.request.settings, []
     with bar(None, "drawing", settings.num, "image") as progress:
         for first in range(0, settings.num, settings.batch_size):
             images.append(sampler.images(first, min(settings.batch_size, settings.num - first))[0])
             progress.update(len(images[-1]))
-    save_png(grid(torch.cat(images)), path)
+    save_png(grid(torch.cat(images)), path, record=record)
 
 
-def draw_interpolation(sampler: Sampler, ends: tuple[int, int], path: Path) -> None:
+def draw_interpolation(sampler: Sampler, ends: tuple[int, int], path: Path, record: Record) -> None:
     """From the noise of sample A to that of sample B in ten images: one row with A's label, one with B's."""
-    if min(ends) < 0:
-        raise UserError(f"--interpolate {ends[0]} {ends[1]}: numbers of samples, from 0")
     draws = [sampler.draw_of(number, 1) for number in ends]
     a, b = (starting_noise(draw, sampler.model.config)[0] for draw in draws)
     labels = torch.cat([draw.labels for draw in draws]).repeat_interleave(GRID_COLUMNS)
     draw = Draw(torch.full_like(labels, ends[0]), labels, sampler.request.seed)
     latents = sampler.latents(slerp(a, b, GRID_COLUMNS).repeat(2, 1, 1, 1), draw)
-    save_png(grid(sampler.decode(latents).cpu()), path)
+    save_png(grid(sampler.decode(latents).cpu()), path, record=record)
 
 
-def draw_trajectory(sampler: Sampler, path: Path) -> None:
+def draw_trajectory(sampler: Sampler, path: Path, record: Record) -> None:
     """x_t from t = 1 to 0 of the first samples (as many as a grid holds) as a GIF of evenly spread steps."""
     settings = sampler.request.settings
     draw = sampler.draw_of(0, min(settings.num, GRID_IMAGES))
@@ -92,6 +131,7 @@ def draw_trajectory(sampler: Sampler, path: Path) -> None:
     watch(noise)
     sampler.latents(noise, draw, watch)
     times, file = [*[FRAME_MS] * (len(frames) - 1), LAST_FRAME_MS], io.BytesIO()
-    frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    comment = json.dumps(record).encode()
+    frames[0].save(file, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0, comment=comment)
     make_folder(path.parent)
     write_atomic(path, file.getvalue())

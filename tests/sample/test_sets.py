@@ -17,6 +17,7 @@ from st_fast.sample import __main__ as sample
 from st_fast.sample.draw import balanced, draw_of, read_labels
 from st_fast.sample.guided import sample as draw_samples
 from st_fast.sample.model import Sampler, sampling
+from st_fast.sample.previews import free_name, save_png
 from st_fast.sample.set import SampleSet, draw_set, open_npz, write_npz
 from tests.sample.tiny_run import command, make_run
 
@@ -135,11 +136,47 @@ def test_a_damaged_batch_is_named(run, whole):
 
 def test_by_default_a_few_samples_are_one_picture_as_before(run, capsys):
     sample.main([str(run)])
-    path = run / "plain" / "samples" / "manual.png"
+    path = run / "plain" / "samples" / "12-heun3-cfg2.png"
     assert capsys.readouterr().out.strip().endswith(str(path))
     assert Image.open(path).width >= 480
     request = sample.parse([str(run), "--num", "1001"])
     assert request.is_set and request.target.name == "1001-heun3-cfg2"
+
+
+def test_a_picture_never_takes_the_place_of_another(run, capsys):
+    """One of other settings has a name of its own, and under a name that is given is refused before it is drawn."""
+    said = []
+    for flags in ((), ("--seed", "9"), ("--labels", "1"), ("--seed", "9"), ()):
+        sample.main([str(run), "--num", "5", "--sampler", "euler", *flags])
+        said.append(capsys.readouterr().out.strip().rpartition("/")[2])
+    first, second, third = (f"5-euler3-cfg2{number}.png" for number in ("", "-2", "-3"))
+    assert said == [first, second, third, second, first]
+    folder = run / "plain" / "samples"
+    assert len({digest(folder / name) for name in said}) == 3
+
+    for kind, ending in (("--gif", ".gif"), ("--npz", "")):
+        target = folder / f"given{ending}"
+        sample.main([str(run), "--num", "5", kind, "--out", str(target)])
+        sample.main([str(run), "--num", "5", kind, "--out", str(target)])  # the same again
+        with pytest.raises(
+            UserError, match=rf"given{ending}: holds samples drawn with seed 3 \(now 9\); choose another"
+        ):
+            sample.main([str(run), "--num", "5", kind, "--seed", "9", "--out", str(target)])
+    mine = folder / "holiday.png"
+    Image.new("L", (3, 4)).save(mine)
+    for content in (mine.read_bytes(), b"no picture", b""):
+        mine.write_bytes(content)
+        with pytest.raises(UserError, match=r"holiday\.png: is there already"):
+            sample.main([str(run), "--num", "5", "--out", str(mine)])
+        assert mine.read_bytes() == content
+
+
+def test_a_picture_larger_than_pillow_takes_is_known_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # 89 million
+    sheet, record = torch.zeros(60, 480, 1, dtype=torch.uint8), {"seed": 3, "cfg_range": (0.0, 0.7)}
+    save_png(sheet, tmp_path / "large.png", record=record)
+    assert free_name(tmp_path / "large.png", record) == tmp_path / "large.png"
+    assert free_name(tmp_path / "large.png", {"seed": 4}) == tmp_path / "large-2.png"
 
 
 def test_labels_are_balanced_random_or_those_named(run):
@@ -164,18 +201,18 @@ def test_presets_are_the_published_settings_and_flags_win(run, preset, scale, hi
 
 def test_the_trajectory_is_a_gif_from_the_noise_to_the_image(run):
     sample.main([str(run), "--num", "10", "--gif", "--steps", "6"])
-    with Image.open(run / "plain" / "samples" / "trajectory.gif") as film:
+    with Image.open(run / "plain" / "samples" / "trajectory-10-heun6-cfg2.gif") as film:
         assert film.format == "GIF" and film.n_frames == 7
         film.seek(6)
         last = np.asarray(film.convert("RGB")).astype(int)
     sample.main([str(run), "--num", "10", "--steps", "6"])
-    still = np.asarray(Image.open(run / "plain" / "samples" / "manual.png").convert("RGB")).astype(int)
+    still = np.asarray(Image.open(run / "plain" / "samples" / "10-heun6-cfg2.png").convert("RGB")).astype(int)
     assert last.shape == still.shape and np.abs(last - still).mean() < 12, "a GIF has 256 colours"
 
 
 def test_an_interpolation_begins_and_ends_at_the_samples_themselves(run):
     sample.main([str(run), "--interpolate", "2", "8", "--sampler", "euler"])
-    picture = np.asarray(Image.open(run / "plain" / "samples" / "interpolate-2-8.png"))
+    picture = np.asarray(Image.open(run / "plain" / "samples" / "interpolate-2-8-euler3-cfg2.png"))
     factor = picture.shape[1] // 102
     picture = picture[::factor, ::factor].astype(int)
     request = sample.parse([str(run), "--sampler", "euler"])
