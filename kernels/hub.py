@@ -220,20 +220,19 @@ def table(machine: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join([title, "", *lines])
 
 
-def documents(repo_id: str, python: Mapping[str, str]) -> dict[str, str]:
-    """README.md, and CARD.md, which is the same behind the card's header."""
+def card(repo_id: str, python: Mapping[str, str]) -> str:
+    """The tree's one page: kernel-builder uploads CARD.md as the repository's README.md."""
     layers = [node.name for node in ast.parse(python["layers.py"]).body if isinstance(node, ast.ClassDef)]
     values = {
-        "NAME": NAME, "REPO": repo_id, "VERSION": str(VERSION), "FIGURES": figures(),
+        "NAME": NAME, "LICENSE": LICENSE.lower(), "REPO": repo_id, "VERSION": str(VERSION), "FIGURES": figures(),
         "EXAMPLE": (TREE / "example.py").read_text().strip(),
         "OPS": ", ".join(f"`{op}`" for op in OPS),
         "LAYERS": ", ".join(f"`{layer}`" for layer in layers if not layer.startswith("_")),
     }  # fmt: skip
-    text = (TREE / "README.md").read_text()
+    text = (TREE / "CARD.md").read_text()
     for key, value in values.items():
         text = text.replace(f"@{key}@", value)
-    header = f"---\nlibrary_name: kernels\nlicense: {LICENSE.lower()}\ntags:\n- kernels\n---\n\n"
-    return {"README.md": text, "CARD.md": header + text}
+    return text
 
 
 def export(out: Path, repo_id: str) -> list[str]:
@@ -256,7 +255,7 @@ def export(out: Path, repo_id: str) -> list[str]:
     package = {f"torch-ext/{MODULE}/{name}": text for name, text in python.items()}
     copied = ("benchmarks/benchmark.py", "tests/conftest.py", "tests/test_kernels.py", "dit_block.py", "example.py")
     flake = {"flake.nix": (TREE / "flake.nix").read_text()}
-    write(out, {**package, **cpp, **flake, **documents(repo_id, python)})
+    write(out, {**package, **cpp, **flake, "CARD.md": card(repo_id, python)})
     write(out, {name: (TREE / name).read_text() for name in copied})
     write(out, {"tests/__init__.py": "", "build.toml": build_toml(repo_id, compiled_framework(cpp))})
     write(out / "noarch", {**package, **flake, "build.toml": build_toml(repo_id, "[torch-noarch]")})

@@ -222,14 +222,15 @@ runpy.run_path("example.py")
 """
 
 
-def test_the_readmes_ten_lines_run(tree: Path) -> None:
+def test_the_cards_ten_lines_run(tree: Path) -> None:
     lines = (tree / "example.py").read_text().strip()
     assert len(lines.splitlines()) == 10
-    for page in ("README.md", "CARD.md"):
-        text = (tree / page).read_text()
-        assert f"```python\n{lines}\n```" in text and REPO in text
-        assert re.search(r"\| norm_modulate \| .* \| \d+\.\d\d \| \d+\.\d\d× \|", text) and "@" not in text
-        assert not re.search(r"{[{%#]", text)  # kernel-builder fills CARD.md in as a template
+    assert [path.name for path in tree.rglob("*.md")] == ["CARD.md"], "one page, which becomes the README"
+    text = (tree / "CARD.md").read_text()
+    assert text.startswith("---\nlibrary_name: kernels\nlicense: apache-2.0\n")
+    assert f"```python\n{lines}\n```" in text and REPO in text
+    assert re.search(r"\| norm_modulate \| .* \| \d+\.\d\d \| \d+\.\d\d× \|", text) and "@" not in text
+    assert not re.search(r"{[{%#]", text)  # kernel-builder fills CARD.md in as a template
     said = child(tree, "-c", EXAMPLE)
     assert re.fullmatch(r"[\d.]+ ms plain, [\d.]+ ms with the kernels: [\d.]+ times as fast\n", said)
 
