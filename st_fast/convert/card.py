@@ -1,7 +1,6 @@
 """A model card (README.md), generated from a run's log; it states what is unknown."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from st_fast.recipe.schema import Recipe
 from st_fast.report import words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import read_run
-from st_fast.report.metrics import METRICS
+from st_fast.report.metrics import METRICS, apart, metric_of
 
 HEADER = """---
 library_name: {library}
@@ -174,7 +173,7 @@ def _costs(arm: Arm) -> str:
 
 
 def _scores(samples: Path, arm: Arm) -> str:
-    """Every score that was logged last or lies beside the stage's sample sets, each with its protocol."""
+    """Every score that was logged last or lies beside the stage's sample sets, a table for each protocol."""
     found: list[tuple[int, Mapping[str, Any], str]] = []
     if arm.stage.evals:
         found += _in_training(arm.stage.evals[-1])
@@ -183,16 +182,22 @@ def _scores(samples: Path, arm: Arm) -> str:
         drawn = record.get("samples", {})
         told = [f"{key} {value}" for key, value in dict(record.get("protocol", {})).items()]
         told += [f"{key} {drawn[key]}" for key in ("sampler", "steps", "cfg_scale", "cfg_range") if key in drawn]
-        found.append((int(record.get("step") or 0), dict(record.get("metrics", {})), ", ".join(told)))
+        metrics = dict(record.get("metrics", {}))
+        numbers = {re.sub("^judge_", "classifier_", key): value for key, value in metrics.items()}  # an older name
+        floors = {METRICS[key].floor: n for key, n in dict(record.get("real_images", {})).items() if key in METRICS}
+        found.append((int(record.get("step") or 0), numbers | floors, ", ".join(told)))
     if not found:
         return "## Scores\n\nNone were taken.\n"
-    rows = [
-        f"| {plain(name)} | {value:.5g} | {step:,} | {plain(how)} |"
-        for step, metrics, how in found
-        for name, value in metrics.items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
-    ]
-    return "\n".join(["## Scores", "", "| score | value | step | protocol |", "|---|---|---|---|", *rows, ""])
+    lines = ["## Scores", ""]
+    for step, metrics, how in found:
+        of_samples, of_real = apart(metrics)
+        real = {name: f"{of_real[key]:.5g}" for name in of_samples if (key := metric_of(name)) in of_real}
+        lines += [f"Step {step:,}; {plain(how)}:", "", f"| score | samples |{' held-out real images |' * bool(real)}"]
+        lines += ["|---|---|---|" if real else "|---|---|"]
+        for name, value in of_samples.items():
+            lines.append(f"| {plain(name)} | {value:.5g} |" + (f" {real.get(name, '')} |" if real else ""))
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any], str]]:
@@ -202,7 +207,7 @@ def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]
 
     def among(features: str) -> dict[str, Any]:
         keys = [metric.key for metric in METRICS.values() if metric.features == features]
-        names = [name for key in keys for name in (key, f"{key}_std", f"floor_{key}")]
+        names = [name for key in keys for name in (key, f"{key}_std", METRICS[key].floor)]
         return {name: metrics[name] for name in names if name in metrics}
 
     found: list[tuple[int, Mapping[str, Any], str]] = []

@@ -6,7 +6,7 @@
     python -m st_fast.evaluate runs/sit_xl --samples some.npz --inception weights.pth --reference images/
 
 Draws the set of samples that the flags describe, or what is missing of it (as `python -m st_fast.sample --npz` would,
-on as many ranks as torchrun starts), prints every number with its protocol and writes metrics.json beside the samples.
+on as many ranks as torchrun starts), prints the protocol and every number, and writes metrics.json beside the samples.
 The classifier is trained on the data's real images; a distance in its features is never called FID.
 """
 
@@ -29,8 +29,9 @@ from st_fast.core.command import run_command
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.evaluate import inception, scores
-from st_fast.evaluate.classifier import classifier_metrics, load_classifier
+from st_fast.evaluate.classifier import classifier_metrics, how_to_write_images, load_classifier
 from st_fast.recipe import Recipe
+from st_fast.report.metrics import apart
 from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
 from st_fast.sample.set import ImageFile, draw_set, open_npz, read_settings
 
@@ -60,11 +61,12 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, SampleRequest]:
     if given.features == "inception" and weights is None:
         raise UserError(f"--features inception: no weights: pass --inception FILE ({inception.FILES[0]})")
     if weights is not None and given.reference is None and not images:
-        raise UserError(f"--reference: none given, and {data} has no images.safetensors; pass ADM's .npz or pictures")
+        told = f"{data} has no images.safetensors ({how_to_write_images(data)})"
+        raise UserError(f"--reference: none given, and {told}; pass ADM's .npz or pictures")
     if weights is None and not images:
         raise UserError(
-            f"no Inception weights, and no images.safetensors in {data} for a classifier: pass --inception FILE "
-            f"({inception.FILES[0]}) and --reference FILE"
+            f"no Inception weights, and no images.safetensors in {data} for a classifier: "
+            f"{how_to_write_images(data)}; or pass --inception FILE ({inception.FILES[0]}) and --reference FILE"
         )
     given.inception, given.reference = weights, given.reference or data
     return given, request
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: torch.device, say: Say) -> None:
-    """Scores a file of samples, prints every number with its protocol, and writes the record beside the samples."""
+    """Scores a file of samples, prints the protocol and every number, and writes the record beside the samples."""
     samples = open_npz(file)
     if not given.any_labels:
         scores.check_classes(samples.labels, recipe.model.num_classes)
@@ -103,14 +105,20 @@ def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: to
         protocol = scores.protocol(samples, network, reference)
     else:
         numbers, protocol = _by_classifier(Path(recipe.data.path), samples, say)
+    of_samples, of_real = apart(numbers)
     brief = ", ".join(f"{key} {protocol[key]}" for key in ("reference", "resize", "features"))
-    for name, value in numbers.items():
-        if isinstance(value, float):
-            say(f"{name} {value:.5g} | N = {protocol['num']}, {brief}, weights {str(protocol['weights_sha256'])[:12]}")
+    say(f"N = {protocol['num']} samples, {brief}, weights {str(protocol['weights_sha256'])[:12]}:")
+    for name, value in of_samples.items():
+        say(f"{name} {value:.5g}")
+    if of_real:
+        say(f"the same of {numbers['floor_num']} held-out real images, the best that can be expected:")
+        for name, value in of_real.items():
+            say(f"real_{name} {value:.5g}")
     drawn = read_settings(file.parent) if given.samples is None else {}
+    by_class = {key: value for key, value in numbers.items() if key == "accuracy_per_class"}
     record = {
-        "kind": "metrics", "stage": drawn.get("stage"), "step": drawn.get("step"), "metrics": numbers,
-        "protocol": protocol, "samples": drawn or file.name,
+        "kind": "metrics", "stage": drawn.get("stage"), "step": drawn.get("step"), "metrics": of_samples | by_class,
+        "real_images": of_real, "protocol": protocol, "samples": drawn or file.name,
     }  # fmt: skip
     target = file.with_name("metrics.json" if given.samples is None else f"{file.stem}.metrics.json")
     write_json_atomic(target, record)
@@ -126,7 +134,8 @@ def _by_classifier(data: Path, samples: ImageFile, say: Say) -> tuple[dict[str, 
     numbers = classifier_metrics(classifier, images, samples.labels, reference)
     numbers |= {f"classifier_{name}": numbers.pop(name) for name in ("frechet", "precision", "recall")}
     return numbers, {
-        "num": samples.count, "reference": f"{len(reference.features)} training images",
+        "num": samples.count, "real_images": numbers["floor_num"],
+        "reference": f"{len(reference.features)} training images",
         "resize": "bilinear, antialiased" if samples.shape[:2] != classifier.size else "none",
         "features": "a classifier trained on the data; not FID", "weights_sha256": classifier.digest,
     }  # fmt: skip

@@ -6,6 +6,7 @@ Its accuracy on held-out real images stands beside every score, which can be no 
 """
 
 import itertools
+import shlex
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -43,6 +44,11 @@ class RealImages:
         return int(self.train_labels.max()) + 1
 
 
+def how_to_write_images(data_folder: Path) -> str:
+    """The command that a message on missing `images.safetensors` names."""
+    return f"st-fast real-images SOURCE {shlex.quote(str(data_folder))} writes it from the real images"
+
+
 def read_images(data_folder: Path) -> RealImages:
     """Reads and checks `images.safetensors`; UserError names the file, tensor and shape where something is wrong."""
     path = data_folder / "images.safetensors"
@@ -50,9 +56,7 @@ def read_images(data_folder: Path) -> RealImages:
         raw = path.read_bytes()
         tensors = load(raw)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; a classifier needs the real images: python -m st_fast real-images SOURCE DATA"
-        ) from None
+        raise UserError(f"{path}: no such file; {how_to_write_images(data_folder)}") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     for name in ("train", "train_labels", "test", "test_labels"):

@@ -17,8 +17,9 @@ from st_fast.core.limits import Zip
 from st_fast.core.progress import bar
 from st_fast.data.archives import Files, open_folder
 from st_fast.data.images import center_crop, decode_image
+from st_fast.data.manifest import FILE_NAME
 from st_fast.data.sources import images_of
-from st_fast.evaluate.classifier import read_images
+from st_fast.evaluate.classifier import how_to_write_images, read_images
 from st_fast.evaluate.inception import CLASSES, FEATURES, Inception
 from st_fast.evaluate.metrics import Array, GaussianStats, InceptionScore, frechet, kernel_distance, precision_recall
 from st_fast.sample.set import ImageFile, Images, open_npz, three_channels
@@ -135,7 +136,8 @@ def _open_folder(folder: Path, shape: tuple[int, int, int]) -> Opened:
     files = open_folder(folder)
     names = images_of(files.names)
     if not names:
-        raise UserError(f"reference {folder}: neither images.safetensors nor pictures in it")
+        how = f"; {how_to_write_images(folder)}" if (folder / FILE_NAME).is_file() else ""
+        raise UserError(f"reference {folder}: neither images.safetensors nor pictures in it{how}")
     if shape[0] != shape[1]:
         raise UserError(f"reference {folder}: pictures are cut square, the samples have {_size(shape)}")
     return f"{len(names)} files", None, None, (_pictures(files, names, shape[0]), len(names))

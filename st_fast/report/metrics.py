@@ -67,6 +67,22 @@ NUMBERS = {"num", "floor_num", *METRICS, *(metric.floor for metric in METRICS.va
 """Keys of an evaluation's `metrics` that must hold numbers."""
 
 
+def apart(values: Mapping[str, object]) -> tuple[dict[str, float], dict[str, float]]:
+    """What samples score, by the keys in `values`, and what held-out real images do, by the metric's key.
+
+    Finite numbers only. Neither has a count, a setting or a hash, nor what the samples' classes score one by one.
+    """
+    real = {metric.floor: metric.key for metric in METRICS.values() if metric.floor}
+    numbers = {key: number for key, value in values.items() if (number := _finite(value)) is not None}
+    of_samples = {key: number for key, number in numbers.items() if key not in real and metric_of(key) in METRICS}
+    return of_samples, {real[key]: number for key, number in numbers.items() if key in real}
+
+
+def metric_of(key: str) -> str:
+    """The metric of a key: evaluate's classifier has a prefix, a standard deviation an ending."""
+    return key.removeprefix("classifier_").removesuffix("_std")
+
+
 def summary(values: Mapping[str, object]) -> str:
     """“Fréchet distance 3.2 (real images: 0.15), accuracy 94.1 %”: what is known of the metrics that rank runs."""
     parts = []

@@ -172,7 +172,29 @@ def test_the_cards_scores_come_with_their_protocol(run_folder, tmp_path):
     (folder / "metrics.json").write_text(json.dumps(record))
     convert(run_folder, tmp_path / "hf", "--to", "huggingface")
     text = (tmp_path / "hf" / "README.md").read_text()
-    assert "| fid | 12.346 | 10 | num 50000, reference VIRTUAL, features Inception, sampler sde, steps 250" in text
+    how = "Step 10; num 50000, reference VIRTUAL, features Inception, sampler sde, steps 250, cfg_scale 1.9:"
+    assert f"{how}\n\n| score | samples |\n|---|---|\n| fid | 12.346 |\n| kid | 0.01 |\n" in text
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_cards_scores_of_real_images_stand_beside_those_of_samples_and_counts_nowhere(run_folder, tmp_path, old):
+    """Also of metrics.json as earlier versions wrote it."""
+    folder = run_folder / "transcend" / "samples" / f"500-heun50-cfg{int(old)}"
+    folder.mkdir(parents=True)
+    real = {"accuracy": 0.99, "frechet": 0.15}
+    frechet = "judge_frechet" if old else "classifier_frechet"
+    metrics = {"accuracy": 0.9, frechet: 3.5, "accuracy_per_class": [0.8, 1.0]}
+    if old:
+        metrics |= {"num": 500, "judge_accuracy": 0.99, "floor_frechet": 0.15, "floor_num": 2000, "judge_digest": "ab"}
+    record = {"kind": "metrics", "step": 10, "metrics": metrics, "protocol": {"num": 500}}
+    (folder / "metrics.json").write_text(json.dumps(record | ({} if old else {"real_images": real})))
+    try:
+        convert(run_folder, tmp_path / "hf", "--to", "huggingface")
+    finally:
+        shutil.rmtree(folder)
+    text = (tmp_path / "hf" / "README.md").read_text()
+    table = "| score | samples | held-out real images |\n|---|---|---|\n| accuracy | 0.9 | 0.99 |\n"
+    assert f"Step 10; num 500:\n\n{table}| classifier_frechet | 3.5 | 0.15 |\n\n" in text
 
 
 def test_a_foreign_models_card_says_what_is_not_known(tmp_path):
@@ -196,11 +218,11 @@ def test_the_cards_scores_taken_in_training_are_told_apart_by_their_features(run
         log.write(json.dumps({key: last[key] for key in last if key not in line} | line) + "\n")
     convert(run, tmp_path / "hf", "--to", "huggingface")
     text = (tmp_path / "hf" / "README.md").read_text()
-    how = "num 50000, sampler heun, steps 20, cfg_scale 2.0; features of"
-    classifier = f"{how} a small classifier aaaaaaaaaaaa, not FID |"
-    inception = f"{how} InceptionV3 bbbbbbbbbbbb, reference ./VIRTUAL.npz |"
-    assert f"| accuracy | 0.9 | 10 | {classifier}" in text and f"| precision | 0.7 | 10 | {classifier}" in text
-    assert f"| fid | 3.25 | 10 | {inception}" in text and f"| inception_precision | 0.6 | 10 | {inception}" in text
+    how = "Step 10; num 50000, sampler heun, steps 20, cfg_scale 2.0; features of"
+    classifier = f"{how} a small classifier aaaaaaaaaaaa, not FID:\n\n| score | samples | held-out real images |\n"
+    inception = f"{how} InceptionV3 bbbbbbbbbbbb, reference ./VIRTUAL.npz:\n\n| score | samples |\n"
+    assert f"{classifier}|---|---|---|\n| accuracy | 0.9 | 0.99 |\n| precision | 0.7 |  |\n" in text
+    assert f"{inception}|---|---|\n| fid | 3.25 |\n| inception_precision | 0.6 |\n" in text
     assert "classifier_accuracy" not in text and "somebody" not in text
 
 

@@ -1,6 +1,7 @@
 """`python -m st_fast.evaluate`: numbers that agree with SciPy and scikit-learn, each with its protocol."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,9 +13,11 @@ from scipy.linalg import sqrtm
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
+from st_fast.__main__ import module_of
 from st_fast.core.errors import UserError
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate import inception, scores
+from st_fast.evaluate.classifier import read_images
 from st_fast.sample.set import open_npz, write_npz
 from tests.sample.tiny_run import make_run
 
@@ -158,6 +161,23 @@ def test_missing_weights_say_what_to_pass(run):
         evaluate.main([str(run), "--inception", "w.pth"])
 
 
+def test_missing_real_images_name_the_command_that_writes_them(run, tmp_path):
+    """Wherever they are missed; the command and its arguments are real ones."""
+    network, data = small_projection(), tmp_path / "data"
+    for missed in (
+        lambda: evaluate.main([str(run)]),
+        lambda: evaluate.main([str(run), "--inception", "w.pth"]),
+        lambda: read_images(data),
+        lambda: scores.read_reference(data, network, (8, 8, 3)),
+    ):
+        with pytest.raises(UserError) as error:
+            missed()
+        (found,) = re.findall(r"st-fast (\S+) SOURCE (\S+) writes it", str(error.value))
+        assert found == ("real-images", str(data)) and "\n" not in str(error.value)
+    given = module_of("real-images").parser().parse_args(["pictures", str(data)])
+    assert given.data == data
+
+
 def test_too_few_samples_and_empty_classes_are_told_before_anything_slow(run, tmp_path):
     real_images(tmp_path / "data")
     with pytest.raises(UserError, match=r"--num 8: .* 8 features needs at least 9 samples"):
@@ -170,11 +190,14 @@ def test_with_weights_it_draws_scores_prints_the_protocol_and_keeps_a_record(run
     monkeypatch.setattr(inception, "load_inception", lambda path, device: small_projection())
     real_images(tmp_path / "data")
     evaluate.main([str(run), "--inception", "w.pth", "-n", "20"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
-    assert {line.split()[0] for line in lines} >= {"fid", "sfid", "inception_score", "kid", "precision", "recall"}
-    for line in lines:
-        for part in ("N = 20", "reference data", "TensorFlow 1 to 299", "pool3", "weights 555555555555"):
-            assert part in line
+    out = capsys.readouterr().out
+    how, *lines = out[out.index("N = ") :].splitlines()
+    for part in ("N = 20", "reference data", "TensorFlow 1 to 299", "pool3", "weights 555555555555"):
+        assert part in how and out.count(part) == 1, "the protocol is said once"
+    named = [line.split()[0] for line in lines if re.fullmatch(r"\w+ [\d.e+-]+", line)]
+    assert named == [
+        "fid", "sfid", "inception_score", "inception_score_std", "kid", "kid_std", "precision", "recall"
+    ]  # fmt: skip
     record = json.loads((run / "plain" / "samples" / "20-heun3-cfg2" / "metrics.json").read_text())
     assert (record["kind"], record["stage"], record["step"]) == ("metrics", "plain", 10)
     assert record["protocol"]["num"] == 20 and record["samples"]["cfg_scale"] == 2.0
@@ -191,10 +214,16 @@ def test_without_weights_the_classifier_scores_and_nothing_is_called_fid(run, tm
     real_images(tmp_path / "data")
     evaluate.main([str(run), "-n", "70"])
     out = capsys.readouterr().out
-    assert "classifier_frechet" in out and "not FID" in out
-    numbers = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())["metrics"]
-    assert not any("fid" in name.lower() for name in numbers)
-    assert {"classifier_frechet", "floor_frechet", "classifier_accuracy", "classifier_digest"} <= numbers.keys()
+    assert out.count("not FID") == 1
+    record = json.loads((run / "plain" / "samples" / "70-heun3-cfg2" / "metrics.json").read_text())
+    numbers, real, names = record["metrics"], record["real_images"], ("accuracy", "frechet", "precision", "recall")
+    assert set(numbers) == {"accuracy", "accuracy_per_class", *(f"classifier_{name}" for name in names[1:])}
+    assert set(real) == set(names) and record["protocol"]["real_images"] == SPLITS["test"]
+    of_samples, of_real = out.split(f"the same of {SPLITS['test']} held-out real images")
+    assert all(f"\n{name} {numbers[name]:.5g}\n" in of_samples for name in numbers if name != "accuracy_per_class")
+    assert all(f"\nreal_{name} {real[name]:.5g}\n" in of_real for name in names)
+    kept = json.loads((tmp_path / "data" / "classifier" / "manifest.json").read_text())
+    assert real["accuracy"] == kept["accuracy"] and record["protocol"]["weights_sha256"] == kept["model_sha256"]
 
 
 def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, tmp_path, capsys):
@@ -206,4 +235,4 @@ def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, t
     shutil.rmtree(run / "plain")
     evaluate.main([str(run), "--samples", str(drawn), "--features", "classifier"])
     here = json.loads((tmp_path / "drawn.metrics.json").read_text())
-    assert here["metrics"] == there["metrics"]
+    assert here["metrics"] == there["metrics"] and here["real_images"] == there["real_images"]
