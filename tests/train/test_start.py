@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,6 +184,35 @@ def test_every_mismatch_is_told_in_one_line_before_training(recipe, tmp_path):
     assert "there is nothing" in refused(recipe)
     (tmp_path / "repa.pt").write_bytes(b"\x80\x02junk")
     assert "refused, nothing executed" in refused(recipe)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "parts"),
+    [
+        ({"num_classes": 7}, ["y_embedder."]), ({"latent_size": 6}, ["pos_embed"]),
+        ({"num_classes": 7, "latent_size": 6}, ["pos_embed", "y_embedder."]), ({"width": 64}, None),
+    ],
+)  # fmt: skip
+def test_other_classes_or_another_size_name_the_init_fresh_that_starts_all_the_same(recipe, tmp_path, theirs, parts):
+    foreign.repa_checkpoint(tmp_path / "repa.pt", replace(foreign.TINY, **theirs))
+    line = refused(recipe)
+    if parts is None:  # the blocks differ, too
+        assert "init_fresh" not in line
+        return
+    assert f"(init_fresh = {json.dumps(parts)} draws these parts anew)" in line
+    fresh = load(recipe, [f"--stage.plain.init_fresh={json.dumps(parts)}"])
+    start.check(fresh, fresh.stages[0], (), pytest.fail)
+
+
+def test_more_classes_than_the_data_has_are_told(data, tmp_path, capsys):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    (stage, *_) = load(recipe).stages
+    told = "data: 5 classes; model.num_classes = 12 has more than are trained\n"
+    for classes in (12, 5):
+        more = [f"--model.num_classes={classes}", f"--run.out={tmp_path}/{classes}", f"--stage.{stage.name}.steps=1"]
+        more += ["--stage.transcend.steps=1"]
+        run(load(recipe, more))
+        assert capsys.readouterr().out.count(told) == (classes == 12)
 
 
 def test_a_later_stages_start_is_checked_before_the_first_trains(data, tmp_path):
