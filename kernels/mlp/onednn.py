@@ -13,7 +13,8 @@ from torch import Tensor
 from . import definition
 
 OP = "mkldnn::_linear_pointwise"
-"""What Inductor calls for linear layers: x·Wᵀ + bias with an epilogue; takes W of any strides."""
+"""What Inductor calls for linear layers: x·Wᵀ + bias with an epilogue; takes W of any strides, but where rows are apart
+in memory (a cut of a wider weight) by plain loops, a thousand times as slow."""
 
 LONGEST = 512
 LEAST_ROWS, LEAST_WEIGHT = 256, 2**17
@@ -32,6 +33,8 @@ def pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not weight.t().is_contiguous():
+        weight = weight.contiguous()
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
