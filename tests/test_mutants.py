@@ -66,10 +66,10 @@ def test_every_mutant_of_a_file_is_other_code_with_a_name_of_its_own(file):
 
 def test_planted_errors_are_noticed(tmp_path: Path):
     out = tmp_path / "mutants.json"
-    command = [sys.executable, "-m", "tests.mutants", "st_fast/model/flow.py", "--sample", "3", "--out", str(out)]
+    command = [sys.executable, "-m", "tests.mutants", "st_fast/evaluate/metrics.py", "--sample", "3", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    verdicts = json.loads(out.read_text())["st_fast/model/flow.py"]["verdicts"]
+    verdicts = json.loads(out.read_text())["st_fast/evaluate/metrics.py"]["verdicts"]
     assert len(verdicts) == 3 and sum(said.startswith("killed by tests/") for said in verdicts.values()) >= 2
     assert "| all | 3 |" in done.stdout
