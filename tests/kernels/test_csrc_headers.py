@@ -83,8 +83,16 @@ def test_these_headers_lack_what_torch_2_11_lacks(name: str, oldest: Path, tmp_p
 NAMED = [Path(folder) for folder in os.environ.get("ST_FAST_TORCH_INCLUDES", "").split(os.pathsep) if folder]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-@pytest.mark.parametrize("torch", [None, *(NAMED or ["further"])], ids=str)
+BY_OTHERS = ("adamw_ema.cu", "grad_norm.cu")
+"""What test_csrc_build compiles with the installed torch, besides every .cpp."""
+
+
+@pytest.mark.parametrize(
+    ("torch", "source"),
+    [(None, source) for source in SOURCES if source.suffix == ".cu" and source.name not in BY_OTHERS]
+    + [(torch, source) for torch in NAMED or ["further"] for source in SOURCES],
+    ids=lambda value: value.name if isinstance(value, Path) and value.suffix else str(value),
+)
 def test_every_source_compiles_with_each_torch_at_hand(torch: Path | str | None, source: Path, tmp_path: Path) -> None:
     """None: the installed torch."""
     if torch == "further":

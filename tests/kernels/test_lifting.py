@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,56 +20,77 @@ SOURCE = Path(str(kernels.__file__)).parent
 NAMESPACE = """
 import torch
 
-NAME = "lifted"
-ops = torch.ops.lifted
+NAME = "{package}"
+ops = torch.ops.{package}
 
 
 def add_op_namespace_prefix(name):
-    return f"{NAME}::{name}"
+    return f"{{NAME}}::{{name}}"
 """
 
 PROGRAM = """
-import sys, torch
-from lifted.common.trial import Draw, Size
-from lifted.{family}.op import DECLARED
+import json, sys, traceback, torch
+from importlib import import_module
 
-for name, op in DECLARED.items():
-    if op.trial is None:
-        continue
-    found = []
-    for call in (op.call, op.definition):
-        inputs = op.trial(Draw(torch.device("cpu"), torch.float32, 0), Size(2, 3, 20, 2))
-        outs = call(*inputs.args)
-        outs = outs if isinstance(outs, tuple) else (outs,)
-        found.append([*outs, *inputs.backward(outs)])
-    for ours, theirs in zip(*found):
-        torch.testing.assert_close(ours, theirs)
-assert not any(name.split(".")[0] == "st_fast" for name in sys.modules)
-if {triton}:
-    from lifted.{family} import triton as launchers
-    for name in {triton}:
-        assert callable(getattr(launchers, name))
-print(hasattr(torch.ops.lifted, next(iter(DECLARED))))
+def check(package, family, launchers):
+    trial = import_module(f"{package}.common.trial")
+    declared = import_module(f"{package}.{family}.op").DECLARED
+    for name, op in declared.items():
+        if op.trial is None:
+            continue
+        found = []
+        for call in (op.call, op.definition):
+            inputs = op.trial(trial.Draw(torch.device("cpu"), torch.float32, 0), trial.Size(2, 3, 20, 2))
+            outs = call(*inputs.args)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            found.append([*outs, *inputs.backward(outs)])
+        for ours, theirs in zip(*found):
+            torch.testing.assert_close(ours, theirs)
+    assert not any(name.split(".")[0] == "st_fast" for name in sys.modules)
+    for name in launchers:
+        assert callable(getattr(import_module(f"{package}.{family}.triton"), name))
+    assert hasattr(getattr(torch.ops, package), next(iter(declared)))
+
+for package, (family, launchers) in json.loads(sys.argv[1]).items():
+    try:
+        check(package, family, launchers)
+        print(package)
+    except Exception:
+        traceback.print_exc()
 """
 
 
-@pytest.mark.parametrize("family", kernels.FAMILIES)
-def test_a_folder_works_where_it_is_copied_to(family: str, tmp_path: Path) -> None:
-    package = tmp_path / "lifted"
-    for folder in (family, "common"):
-        shutil.copytree(SOURCE / folder, package / folder)
-    (package / "__init__.py").touch()
-    (package / "_ops.py").write_text(NAMESPACE)
-    triton = (SOURCE / family / "triton.py").is_file()
-    if triton:
-        pytest.importorskip("triton")
-    launchers = [op for op, of in kernels.OPS.items() if of == family and kernels.declared(op) and op in LAUNCHERS]
-    assert bool(launchers) == triton
+def launchers(family: str) -> list[str]:
+    """The ops of a family that have a Triton kernel."""
+    found = [op for op, of in kernels.OPS.items() if of == family and kernels.declared(op) and op in LAUNCHERS]
+    assert bool(found) == (SOURCE / family / "triton.py").is_file()
+    return found
+
+
+@pytest.fixture(scope="module")
+def lifted(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """A process with a package for each family, which has its folder, what the families share, and its own namespace.
+
+    It prints the name of each package that works, and the traceback of the others.
+    """
+    root, packages = tmp_path_factory.mktemp("lifted"), {}
+    for family in kernels.FAMILIES:
+        package = root / f"lifted_{family}"
+        for folder in (family, "common"):
+            shutil.copytree(SOURCE / folder, package / folder)
+        (package / "__init__.py").touch()
+        (package / "_ops.py").write_text(NAMESPACE.format(package=package.name))
+        packages[package.name] = family, launchers(family) if find_spec("triton") else []
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    program = PROGRAM.format(family=family, triton=launchers)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "True"
+    command = [sys.executable, "-c", PROGRAM, json.dumps(packages)]
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("family", kernels.FAMILIES)
+def test_a_folder_works_where_it_is_copied_to(family: str, lifted: subprocess.CompletedProcess[str]) -> None:
+    if launchers(family):
+        pytest.importorskip("triton")
+    assert f"lifted_{family}" in lifted.stdout.splitlines(), lifted.stderr
 
 
 def test_adaln_s_kernels_run_where_they_are_copied_to(tmp_path: Path) -> None:
