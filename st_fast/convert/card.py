@@ -177,11 +177,12 @@ def _scores(samples: Path, arm: Arm) -> str:
     found: list[tuple[int, Mapping[str, Any], str]] = []
     if arm.stage.evals:
         found += _in_training(arm.stage.evals[-1])
-    for file in sorted(samples.glob("*/metrics.json")):
+    for file in sorted(samples.glob("*/metrics*.json")):
         record = read_json(file)
         drawn = record.get("samples", {})
         told = [f"{key} {value}" for key, value in dict(record.get("protocol", {})).items()]
-        told += [f"{key} {drawn[key]}" for key in ("sampler", "steps", "cfg_scale", "cfg_range") if key in drawn]
+        keys = ("sampler", "steps", "cfg_scale", "cfg_range", "weights", "seed")
+        told += [f"{key} {drawn[key]}" for key in keys if key in drawn]
         metrics = dict(record.get("metrics", {}))
         numbers = {re.sub("^judge_", "classifier_", key): value for key, value in metrics.items()}  # an older name
         floors = {METRICS[key].floor: n for key, n in dict(record.get("real_images", {})).items() if key in METRICS}

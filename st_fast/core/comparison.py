@@ -1,11 +1,14 @@
-"""What is there compared with what is asked for: one line that names every difference. Imports no torch.
+"""What is there compared with what is asked for: one line that names every difference, or a place of its own.
 
 A folder of latents, a set of samples and a run are continued only where what they were made with is what is asked for
-now. Both are mappings of names to values as JSON has them.
+now. Both are mappings of names to values as JSON has them. Imports no torch.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from st_fast.core.errors import UserError
@@ -29,6 +32,18 @@ def check_same(there: Mapping[str, Any], asked: Mapping[str, Any], found: str, r
     if named := differences(there, asked):
         more = [f"and {len(named) - NAMED} more"] if len(named) > NAMED else []
         raise UserError(f"{found} {', '.join(named[:NAMED] + more)}; {remedy}")
+
+
+def short_digest(values: Mapping[str, Any]) -> str:
+    """Eight hex digits for the end of a name: equal for equal JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def place_for(usual: Path, own: Path, same: Callable[[Path], bool]) -> Path:
+    """Where to write or to continue: `usual`, unless something that is not the `same` lies there; else `own`."""
+    if os.path.lexists(own):
+        return own
+    return own if os.path.lexists(usual) and not same(usual) else usual
 
 
 def _pairs(name: str, there: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:

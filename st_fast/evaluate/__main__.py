@@ -7,6 +7,7 @@
 
 Draws the set of samples that the flags describe, or what is missing of it (as `python -m st_fast.sample --npz` would,
 on as many ranks as torchrun starts), prints the protocol and every number, and writes metrics.json beside the samples.
+Samples of other weights or settings, and scores by another protocol, get places of their own beside the first.
 The classifier is trained on the data's real images; a distance in its features is never called FID.
 """
 
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 
 from st_fast.core.command import run_command
+from st_fast.core.comparison import differences, place_for, short_digest
 from st_fast.core.errors import Say, UserError
-from st_fast.core.files import write_json_atomic
+from st_fast.core.files import BadFile, read_json, write_json_atomic
 from st_fast.evaluate import inception, scores
 from st_fast.evaluate.classifier import classifier_metrics, how_to_write_images, load_classifier
 from st_fast.recipe import Recipe
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
         if not given.reference.exists():
             raise UserError(f"--reference {given.reference}: no such file or folder")
     with sampling(request) as (ranks, sampler, say):
-        file = draw_set(sampler, request.set_folder, False, ranks, say)
+        file = draw_set(sampler, None, False, ranks, say)
         del sampler
         if ranks.first:
             score_file(given, request.recipe, file, ranks.device, say)
@@ -120,9 +122,21 @@ def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: to
         "kind": "metrics", "stage": drawn.get("stage"), "step": drawn.get("step"), "metrics": of_samples | by_class,
         "real_images": of_real, "protocol": protocol, "samples": drawn or file.name,
     }  # fmt: skip
-    target = file.with_name("metrics.json" if given.samples is None else f"{file.stem}.metrics.json")
+    target = _place(file.with_name("metrics.json" if given.samples is None else f"{file.stem}.metrics.json"), protocol)
     write_json_atomic(target, record)
     say(str(target))
+
+
+def _place(usual: Path, protocol: dict[str, Any]) -> Path:
+    """The file `usual`, or where that holds scores by another protocol, one beside it."""
+
+    def same(path: Path) -> bool:
+        try:
+            return not differences(read_json(path).get("protocol", {}), protocol)
+        except BadFile:
+            return False
+
+    return place_for(usual, usual.with_stem(f"{usual.stem}-{short_digest(protocol)}"), same)
 
 
 def _by_classifier(data: Path, samples: ImageFile, say: Say) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,8 @@
 
 A picture holds its settings and is named after the main ones; of others it gets another name. A set (--num above
 1000, --npz or --png) is a folder with samples.npz as ADM's evaluator reads it, sample.json with every setting, and
-grid.png. The same command again continues where it stopped. Every sample's noise and label follow
+grid.png. The same command again continues where it stopped; after more training, or with other settings, it draws
+another set beside the first. Every sample's noise and label follow
 from (seed, sample number), and every batch from its number, so the number of ranks changes no image.
 """
 
@@ -53,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags; and `samples`, a `SampleRequest`, the `target` to write, and whether that `is_set`, a folder.
+    """The flags; and `samples`, a `SampleRequest`, whether it `is_set`, a folder, and the `target` to write.
+
+    A set's target is None where its place follows from what is in its stage's `samples`.
 
     UserError for a folder without a run, SystemExit(2) for bad flags.
     """
@@ -65,8 +68,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given.is_set = given.npz or given.png or (given.samples.settings.num > PICTURE_MOST and not one)
     if not given.is_set and given.out is not None and given.out.suffix != ending:
         raise UserError(f"--out {given.out}: a picture's name ends in {ending}; a folder is for --npz and --png")
-    folder = given.samples.set_folder
-    given.target = given.out or (folder if given.is_set else folder.with_name(f"{picture_name(given)}{ending}"))
+    picture = given.samples.set_folder.with_name(f"{picture_name(given)}{ending}")
+    given.target = given.out or (None if given.is_set else picture)
     return given
 
 
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     request = parse(arguments)
     with sampling(request.samples) as (ranks, sampler, say):
         if request.is_set:
-            draw_set(sampler, request.target, request.png, ranks, say)
+            request.target = draw_set(sampler, request.target, request.png, ranks, say).parent
         elif ranks.first:
             draw_picture(sampler, request)
         say(str(request.target))

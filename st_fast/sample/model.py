@@ -61,7 +61,7 @@ class SampleRequest:
 
     @property
     def set_folder(self) -> Path:
-        """Where a set is written by default; the name says how it was sampled."""
+        """Where the first set that is sampled so is written by default."""
         drawn = self.settings
         steps = "" if drawn.sampler == "dopri5" else f"{drawn.steps}"
         return self.run / self.stage / "samples" / f"{drawn.num}-{drawn.sampler}{steps}-cfg{drawn.cfg_scale:g}"

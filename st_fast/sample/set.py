@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from st_fast.core.comparison import check_same
+from st_fast.core.comparison import check_same, differences, place_for, short_digest
 from st_fast.core.errors import Interrupted, Stopped, UserError
 from st_fast.core.files import BadFile, make_folder, read_json, shown, write_atomic, write_json_atomic
 from st_fast.core.limits import Zip, npy_header
@@ -43,18 +43,21 @@ Images = NDArray[np.uint8]
 """(n, H, W, 3)."""
 
 
-def draw_set(sampler: Sampler, folder: Path, pngs: bool, ranks: Ranks, say: Callable[[str], None]) -> Path:
-    """Draws the set into `folder`, or what is missing of it, and returns its `samples.npz`.
+def draw_set(sampler: Sampler, out: Path | None, pngs: bool, ranks: Ranks, say: Callable[[str], None]) -> Path:
+    """Draws the set into `out`, or what is missing of it, and returns its `samples.npz`.
 
-    With `pngs` also a folder of single images. Interrupted after a signal, with all finished batches kept; UserError
-    if the folder holds samples drawn with other settings.
+    Without `out` it goes where its stage's sets are, beside those of other weights or settings. With `pngs` also a
+    folder of single images. Interrupted after a signal, with all finished batches kept; UserError if `out` holds
+    samples drawn with other settings.
     """
-    found, whole = SampleSet(folder, settings_of(sampler)), folder / "samples.npz"
-    sha256 = found.settings["model_sha256"]
+    settings = settings_of(sampler)
+    sha256 = settings["model_sha256"]
     if ranks.broadcast_from_rank0(lambda: sha256) != sha256:
         raise UserError(
             f"{sampler.request.run}: a new checkpoint was written while the ranks started; start them again"
         )
+    folder = out or ranks.broadcast_from_rank0(lambda: own_folder(sampler.request.set_folder, settings))
+    found, whole = SampleSet(folder, settings), folder / "samples.npz"
     ranks.broadcast_from_rank0(found.begin)
     if not ranks.broadcast_from_rank0(whole.exists):
         try:
@@ -106,6 +109,19 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def own_folder(usual: Path, settings: dict[str, Any]) -> Path:
+    """The folder `usual`, or where that holds anything but this set, one that names its step, weights and seed."""
+
+    def same(folder: Path) -> bool:
+        try:
+            return not differences(read_settings(folder), {"format": FORMAT} | settings)
+        except BadFile:
+            return False
+
+    what = f"{settings['weights']}-step{settings['step']}-seed{settings['seed']}-{short_digest(settings)}"
+    return place_for(usual, usual.with_name(f"{usual.name}-{what}"), same)
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings that a folder's samples were drawn with; `BadFile` if it holds none."""
     found = read_json(folder / SETTINGS)
@@ -128,9 +144,10 @@ class SampleSet:
             there, asked = read_settings(self.folder), {"format": FORMAT} | self.settings
             check_same(there, asked, f"{self.folder}: holds samples drawn with", "choose another --out")
             return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        killed = f"{SETTINGS}.partial-"  # before the settings had their name
+        if self.folder.is_dir() and any(not path.name.startswith(killed) for path in self.folder.iterdir()):
             raise UserError(f"{self.folder}: holds other files and no {SETTINGS}; choose another --out")
-        make_folder(self.folder / "parts")
+        make_folder(self.folder)
         write_json_atomic(self.folder / SETTINGS, {"format": FORMAT} | self.settings)
 
     def _file(self, batch: int) -> Path:

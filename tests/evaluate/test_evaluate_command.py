@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +225,32 @@ def test_without_weights_the_classifier_scores_and_nothing_is_called_fid(run, tm
     assert all(f"\nreal_{name} {real[name]:.5g}\n" in of_real for name in names)
     kept = json.loads((tmp_path / "data" / "classifier" / "manifest.json").read_text())
     assert real["accuracy"] == kept["accuracy"] and record["protocol"]["weights_sha256"] == kept["model_sha256"]
+
+
+def test_another_protocol_and_other_weights_have_places_of_their_own(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inception, "load_inception", lambda path, device: small_projection())
+    real_images(tmp_path / "data")
+    samples, by_inception = run / "plain" / "samples", ["--inception", "w.pth"]
+
+    def scored(*flags):
+        evaluate.main([str(run), "-n", "70", *flags])
+        path = Path(capsys.readouterr().out.splitlines()[-1])
+        return path, json.loads(path.read_text())
+
+    first, record = scored()
+    assert first == samples / "70-heun3-cfg2" / "metrics.json"
+    second, other = scored(*by_inception)
+    assert second.parent == first.parent and second.name.startswith("metrics-"), "the same samples, other features"
+    assert scored()[0] == first and scored(*by_inception)[0] == second and json.loads(first.read_text()) == record
+    assert other["samples"] == record["samples"] and other["protocol"] != record["protocol"]
+    raw, _ = scored("--weights", "raw", "--seed", "8")
+    assert raw.parent.name.startswith("70-heun3-cfg2-raw-step10-seed8-") and raw.name == "metrics.json"
+    make_run(tmp_path, seed=1, step=20)
+    trained_on, later = scored()
+    assert trained_on.parent.name.startswith("70-heun3-cfg2-ema-step20-seed3-") and later["step"] == 20
+    assert json.loads(first.read_text()) == record and record["step"] == 10
+    assert later["metrics"]["classifier_frechet"] != record["metrics"]["classifier_frechet"]
+    assert scored()[0] == trained_on
 
 
 def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, tmp_path, capsys):

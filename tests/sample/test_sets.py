@@ -124,11 +124,65 @@ def test_other_weights_are_refused(tmp_path):
         sample.main(arguments)
 
 
+def test_by_default_each_set_has_a_place_that_the_same_command_finds_again(tmp_path, capsys):
+    run = make_run(tmp_path)
+    folder, plain = run / "plain" / "samples", [str(run), "--num", "4", "--npz"]
+    asked = [plain, [*plain, "--weights", "raw"], [*plain, "--seed", "4"], [*plain, "--cfg-range", "0.1", "0.7"]]
+    places = []
+    for arguments in asked:
+        sample.main(arguments)
+        places.append(capsys.readouterr().out.strip().splitlines()[-1])
+    names = [place.removeprefix(f"{folder}/") for place in places]
+    assert names[0] == "4-heun3-cfg2" and len(set(names)) == 4
+    assert [name[:-8] for name in names[1:]] == [
+        f"4-heun3-cfg2-{what}-" for what in ("raw-step10-seed3", "ema-step10-seed4", "ema-step10-seed3")
+    ]
+    for arguments, place in zip(asked, places, strict=True):
+        sample.main(arguments)
+        assert capsys.readouterr().out.splitlines()[-2:] == [f"{place}/samples.npz: complete already", place]
+    make_run(tmp_path, seed=1, step=20)
+    sample.main(plain)
+    assert f"{folder}/4-heun3-cfg2-ema-step20-seed3-" in capsys.readouterr().out
+    assert len({digest(path) for path in folder.glob("*/samples.npz")}) == 4, "raw and EMA are equal in this run"
+
+
+@pytest.mark.parametrize("there", ["file", "other files", "damaged settings", "a link to nowhere"])
+def test_whatever_lies_in_the_usual_place_stays_and_the_set_goes_beside_it(there, tmp_path):
+    run = make_run(tmp_path)
+    usual = run / "plain" / "samples" / "4-heun3-cfg2"
+    usual.parent.mkdir()
+    if there == "file":
+        usual.write_text("mine")
+    elif there == "a link to nowhere":
+        usual.symlink_to(tmp_path / "nowhere")
+    else:
+        usual.mkdir()
+        (usual / ("sample.json" if there == "damaged settings" else "mine.txt")).write_text("mine")
+    sample.main([str(run), "--num", "4", "--npz"])
+    [other] = (path for path in usual.parent.iterdir() if path != usual)
+    assert other.name.startswith("4-heun3-cfg2-ema-step10-seed3-") and (other / "samples.npz").exists()
+    assert os.path.lexists(usual) and not (usual / "samples.npz").exists()
+
+
+def test_a_kill_before_the_settings_are_written_leaves_a_place_that_is_taken_again(run, whole):
+    settings = json.loads((whole / "sample.json").read_text())
+    settings.pop("format")
+    (run / "killed").mkdir()
+    (run / "killed" / "sample.json.partial-12").write_text("{")
+    SampleSet(run / "killed", settings).begin()
+    assert (run / "killed" / "sample.json").read_text() == (whole / "sample.json").read_text()
+    (run / "mine").mkdir()
+    (run / "mine" / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"mine: holds other files and no sample\.json"):
+        SampleSet(run / "mine", settings).begin()
+
+
 def test_a_damaged_batch_is_named(run, whole):
     settings = json.loads((whole / "sample.json").read_text())
     settings.pop("format")
     found = SampleSet(run / "hurt", settings)
     found.begin()
+    (run / "hurt" / "parts").mkdir()
     (run / "hurt" / "parts" / "000000.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"000000.safetensors: damaged .* remove it"):
         found.get(0)
@@ -140,7 +194,7 @@ def test_by_default_a_few_samples_are_one_picture_as_before(run, capsys):
     assert capsys.readouterr().out.strip().endswith(str(path))
     assert Image.open(path).width >= 480
     request = sample.parse([str(run), "--num", "1001"])
-    assert request.is_set and request.target.name == "1001-heun3-cfg2"
+    assert request.is_set and request.samples.set_folder.name == "1001-heun3-cfg2"
 
 
 def test_a_picture_never_takes_the_place_of_another(run, capsys):
