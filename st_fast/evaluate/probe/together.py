@@ -31,6 +31,8 @@ class Subject:
     stage: Stage
     model: SiT
     teacher: str | None
+    loaded: dict[str, Any]
+    """Of the checkpoint that was read: step, weights and their SHA-256."""
 
     @property
     def supervised(self) -> tuple[int, ...]:
@@ -62,7 +64,8 @@ def probe(runs: Sequence[Path], weights: Literal["raw", "ema"], images: int, tim
         "train_images": len(split.train.x), "held_out_images": len(split.held_out.x), "held_out_unseen": split.unseen,
         "models": [
             {
-                "label": subject.label, "supervised_blocks": list(subject.supervised), "teacher": subject.teacher,
+                "label": subject.label, "step": subject.loaded["step"], "sha256": subject.loaded["sha256"],
+                "supervised_blocks": list(subject.supervised), "teacher": subject.teacher,
                 "blocks": one.blocks, "accuracy": one.accuracy, "velocity_loss": one.loss, "alignment": alignment,
             }
             for subject, one, alignment in zip(subjects, found, alignments, strict=True)
@@ -114,15 +117,17 @@ def load_subjects(runs: Sequence[Path], recipes: Sequence[Recipe], weights: Lite
     table = kernels.select({}, device)
     subjects = []
     for run, recipe in zip(runs, recipes, strict=True):
-        trained = [s for s in recipe.stages if (run / s.name / "checkpoints").is_dir()]
+        names = stored.trained_stages(run, (stage.name for stage in recipe.stages))
+        trained = [stage for stage in recipe.stages if stage.name in names]
         if not trained:
             raise UserError(f"{run}: no checkpoints of any stage yet")
         alone = len(runs) == 1  # else a stage's name is preceded by its run's
         labels = {s.name: s.name if alone or run.name == s.name else f"{run.name} · {s.name}" for s in trained}
         for stage in trained:
-            root = run / stage.name / "checkpoints"
-            model = stored.load_frozen(root, recipe.model, weights, table, device, torch.float32)
-            subjects.append(Subject(labels[stage.name], stage, model, labels.get(stage.method.teacher_name or "")))
+            root, read = run / stage.name / "checkpoints", dict[str, Any]()
+            model = stored.load_frozen(root, recipe.model, weights, table, device, torch.float32, record=read.update)
+            teacher = labels.get(stage.method.teacher_name or "")
+            subjects.append(Subject(labels[stage.name], stage, model, teacher, read))
     return subjects
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from st_fast import kernels
+from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.evaluate.classifier import read_images
 from st_fast.evaluate.probe.__main__ import main
@@ -19,6 +20,7 @@ from st_fast.evaluate.probe.latents import Latents, load_split
 from st_fast.model import build
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.flow import coefficients
+from st_fast.model.vae import tensors_hash
 from st_fast.recipe import load
 from st_fast.report import write_report
 from st_fast.study.carry_out import random_model
@@ -160,6 +162,8 @@ def test_the_command_writes_numbers_and_figures_that_agree(probed) -> None:
         assert np.shape(model["accuracy"]) == (2, 4) and len(model["velocity_loss"]) == 10
         assert np.min(model["accuracy"]) >= 0 and np.max(model["accuracy"]) <= 1
         assert np.allclose(np.diag(model["alignment"]["cka"]), 1)
+        read = checkpoint.latest(probed / model["label"] / "checkpoints", pytest.fail)
+        assert (model["step"], model["sha256"]) == (read.step, tensors_hash(read.groups["ema"]))
     assert np.mean(found["models"][0]["accuracy"][0]) > 0.15, "one in ten would be chance"
     assert found["models"][0]["alignment"]["with_teacher"] is None
     assert found["models"][1]["alignment"]["with_teacher"]["teacher"] == "align"
