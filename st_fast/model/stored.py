@@ -1,6 +1,7 @@
 """Models by their path: another project's file, a run, stage or checkpoint of ours, and frozen teachers from these."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,8 +63,8 @@ def read_model(
     if (path / "manifest.json").is_file():
         found, root = checkpoint.load(path), path.parent
     else:
-        root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        newest = checkpoint.latest(root, say) if root.is_dir() else None
+        root = _root(path)
+        newest = checkpoint.latest(root, say) if path.is_dir() else None
         if newest is None:
             what = "no sound checkpoint in it" if path.is_dir() else "there is nothing"
             raise UserError(f"{path}: {what}; {KINDS} can be read")
@@ -77,10 +78,20 @@ def newest_stage(run: Path, recipe: Recipe, wanted: str | None) -> str:
     names = [stage.name for stage in recipe.stages]
     if wanted is not None and wanted not in names:
         raise UserError(f"--stage {wanted}: the run has {', '.join(names)}")
-    trained = [name for name in names if (run / name / "checkpoints").is_dir()]
+    trained = trained_stages(run, names)
     if not trained or (wanted is not None and wanted not in trained):
         raise UserError(f"{run}: no checkpoints of {wanted or 'any stage'} yet")
     return wanted or trained[-1]
+
+
+def trained_stages(run: Path, names: Iterable[str]) -> list[str]:
+    """Those stages of a run that have checkpoints; UserError where they lie somewhere that is not there."""
+    return [name for name in names if checkpoint.candidates(run / name / "checkpoints")]
+
+
+def _root(path: Path) -> Path:
+    """Where the checkpoints of a stage's folder are, or of a folder of checkpoints."""
+    return path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
 
 
 def from_checkpoint(found: Checkpoint) -> LoadedState:
@@ -156,7 +167,7 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
     if (path / "recipe.toml").is_file():
         names = ", ".join(str(path / stage.name) for stage in load_run(path).stages)
         raise UserError(f"teacher = {teacher!r}: a run; name one of its stages: {names}")
-    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    return _root(path)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from st_fast.core.checkpoint.store import Manifest, candidates, read_manifest
+from st_fast.core.checkpoint.store import Manifest, candidates, patiently, read_manifest
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, shown
+from st_fast.core.files import BadFile, Unreadable, shown
 from st_fast.data.ahead import FilesIdentity, RecordSet
 from st_fast.recipe import Recipe, RecipeError, Stage, changed_maths, from_text, load_run
 from st_fast.train.log import Log
@@ -77,10 +78,12 @@ def score_differences(before: Mapping[str, Any], protocol: Mapping[str, str]) ->
 
 
 def newest(recipe: Recipe, stage: Stage) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint of a stage whose manifest can be read, and where it lies."""
+    """The newest checkpoint of a stage whose manifest is sound, and where it lies; `Unreadable` if storage fails."""
     for candidate in candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
         try:
-            return candidate.path, read_manifest(candidate.path)
+            return candidate.path, patiently(partial(read_manifest, candidate.path))
+        except Unreadable:
+            raise
         except BadFile:  # loading it reports it
             continue
     return None

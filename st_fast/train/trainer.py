@@ -204,10 +204,10 @@ class Trainer:
         return found
 
     def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-        root, say, found = self.folder / "checkpoints", self.context.log.say, None
-        if before is not None:
-            found = checkpoint.latest(root, say, before=before, only=self._to_go_back_to)
-        found = found or checkpoint.latest(root, say, before=before)
+        root, say = self.folder / "checkpoints", self.context.log.say
+        found = checkpoint.latest(
+            root, say, before=before, first=lambda step: before is not None and self._to_go_back_to(step)
+        )
         if found is None:
             if before is not None:
                 raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,9 +14,10 @@ import torch
 
 from st_fast.core import checkpoint
 from st_fast.core.checkpoint.store import read_manifest, save
-from st_fast.core.errors import EXIT_USAGE, UserError
+from st_fast.core.errors import EXIT_USAGE, Unreadable, UserError
 from st_fast.data.repa import LATENTS
 from st_fast.recipe import load, to_toml
+from st_fast.train.continuity import newest
 from st_fast.train.run import run
 from tests import tiny
 
@@ -85,6 +87,42 @@ def test_stages_of_another_run_or_place_are_told(recipe, begun):
     save(newest.parent, found.step, found.groups, meta)
     shutil.rmtree(out / "transcend")
     assert "run.seed: 9 → 3" in refused(recipe)
+
+
+def test_storage_that_fails_at_the_newest_checkpoint_is_not_passed_over(recipe, monkeypatch):
+    """What is kept from start to start (kernels, accumulation) and compared would be another checkpoint's."""
+    folder = recipe.parent / "out" / "transcend" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["00000004"]
+    shutil.copytree(folder / "00000004", folder / "00000008")
+    real = os.open
+
+    def refuse(path, *rest, **more):
+        if str(path).endswith("00000008/manifest.json"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr("st_fast.core.checkpoint.store.PAUSES", (0.0, 0.0))
+    loaded = load(recipe, [HALF])
+    with monkeypatch.context() as patch:
+        patch.setattr("os.open", refuse)
+        with pytest.raises(Unreadable, match=r"00000008/manifest.json: cannot be opened \(Input/output error\)"):
+            newest(loaded, loaded.stage("transcend"))
+    assert newest(loaded, loaded.stage("transcend"))[0].name == "00000008"
+    (folder / "00000008" / "manifest.json").write_text("{")
+    assert newest(loaded, loaded.stage("transcend"))[0].name == "00000004"
+
+
+@pytest.mark.parametrize("at", ["transcend", "transcend/checkpoints", "transcend/checkpoints/00000004"])
+def test_a_stage_whose_checkpoints_lie_on_a_disk_that_is_gone_does_not_begin_anew(at, recipe):
+    place = recipe.parent / "out" / at
+    place.rename(recipe.parent / "away")
+    place.symlink_to(recipe.parent / "mnt")
+    assert f"{place}: a link to {recipe.parent / 'mnt'}, where nothing is" in refused(recipe)
+    assert not (recipe.parent / "mnt").exists()
+    (recipe.parent / "away").rename(recipe.parent / "mnt")
+    assert tiny.records(recipe.parent / "out", "start")[-1]["stage"] == "transcend"
+    run(load(recipe))
+    assert tiny.records(recipe.parent / "out", "start")[-1]["step"] == 4, "it went on"
 
 
 def test_a_teacher_that_was_trained_on_is_refused_unless_accepted_and_then_told_for_good(recipe):

@@ -8,8 +8,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from st_fast.core.files import (
     inside,
     is_pickle,
     json_bytes,
+    printable,
     read_json,
     shown,
     write_all,
@@ -35,6 +37,7 @@ VERSION = 2
 MANIFEST = "manifest.json"
 PAUSES = (0.2, 1.0)
 """Seconds between the tries to read a checkpoint from storage that fails."""
+T = TypeVar("T")
 _NAME = re.compile(r"(\d{8,})(?:\.aside-(\d+))?")
 _LEFTOVER = re.compile(r"\d{8,}(\.aside-\d+)?\.(partial|deleted)-\d+")
 
@@ -129,6 +132,7 @@ def read_manifest(path: Path) -> Manifest:
     if not _there(path):
         raise BadFile(f"{path}: there is no checkpoint here")
     if not os.path.isdir(path):
+        _no_link_to_nowhere(path)
         if is_pickle(path):
             raise BadFile(f"{path}: a pickle or zip file (torch.save), which is never opened; a checkpoint is a folder")
         raise BadFile(f"{path}: not a checkpoint; expected a folder with {MANIFEST}")
@@ -167,6 +171,12 @@ def _there(path: Path) -> bool:
     return True
 
 
+def _no_link_to_nowhere(path: Path) -> None:
+    """`Unreadable` where the path is a link whose target is not there, as on a disk that is not mounted."""
+    if os.path.islink(path) and not os.path.lexists(os.path.realpath(path)):
+        raise Unreadable(f"{path}: a link to {printable(os.readlink(path))}, where nothing is (a disk not mounted?)")
+
+
 def digest_of(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's content (without its own digest), independent of its layout."""
     text = json.dumps({key: manifest[key] for key in manifest if key != "digest"}, sort_keys=True)
@@ -195,17 +205,25 @@ class Candidate(NamedTuple):
 
 
 def candidates(root: Path) -> list[Candidate]:
-    """Folders named like checkpoints, newest step first, unchecked; of one step the regular one comes first."""
-    named = [(match, path) for path in _entries(root) if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    """All that is named like a checkpoint, newest step first, unchecked; of one step the regular one comes first.
+
+    None where there is no `root`. `Unreadable` where it, or a folder above it, is no folder or a link to nowhere.
+    """
+    named = [(match, path) for path in _entries(root) if (match := _NAME.fullmatch(path.name))]
     found = [Candidate(int(match[1]), int(match[2] or 0), path) for match, path in named]
     # Between the two renames of a replacing save only the folder set aside exists, so these count as well.
     return sorted(found, key=lambda c: (-c.step, c.aside != 0, -c.aside))
 
 
 def _entries(root: Path) -> list[Path]:
+    root = Path(root)
     try:
-        return list(Path(root).iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+        return list(root.iterdir())
+    except NotADirectoryError as error:
+        raise Unreadable(f"{root}: can't be looked into ({error.strerror})") from None
+    except FileNotFoundError:
+        for path in (root, *root.absolute().parents):
+            _no_link_to_nowhere(path)
         return []
     except OSError as error:
         raise unreadable(root, "read", error) from None
@@ -216,45 +234,51 @@ def latest(
     warn: Callable[[str], None],
     groups: Sequence[str] | None = None,
     before: int | None = None,
-    only: Callable[[int], bool] = lambda step: True,
+    first: Callable[[int], bool] = lambda step: True,
 ) -> Checkpoint | None:
     """The newest checkpoint that loads with every check; each broken one is named to `warn` and left where it is.
 
-    With `before`, the newest of fewer completed steps than that; with `only`, of steps for which it is true.
+    With `before`, of fewer completed steps than that; with `first`, of steps for which it is true where there are such.
 
     None if there is none. Where there are some and none loads, RunFailed with each one's reason: to begin anew beside
     them would throw work away. Nor is one broken that can't be read for a reason that says nothing of its content
     (`Unreadable`, after a few tries), or that is of a newer format (`NewerFormat`): these are raised.
     """
-    tried = [one for one in candidates(root) if (before is None or one.step < before) and only(one.step)]
-    reasons = []
-    for candidate in tried:
+    failed: dict[Path, str] = {}
+
+    def left() -> list[Candidate]:
+        found = (one for one in candidates(root) if one.path not in failed and (before is None or one.step < before))
+        return sorted(found, key=lambda one: not first(one.step))
+
+    while untried := left():  # listed anew: a run that goes on meanwhile saves new ones and deletes old ones
+        candidate = untried[0]
         try:
-            checkpoint = _load_patiently(candidate.path, groups)
+            checkpoint = patiently(partial(load, candidate.path, groups))
             if checkpoint.step != candidate.step:
                 raise BadFile(f"{candidate.path}: its manifest says step {checkpoint.step}")
             return checkpoint
         except (NewerFormat, Unreadable):
             raise
         except BadFile as error:
-            warn(f"checkpoint {candidate.path.name} is broken, kept as it is and passed over: {error}")
-            reasons.append(str(error))
-    if tried:
+            failed[candidate.path] = str(error)
+            if os.path.lexists(candidate.path):
+                warn(f"checkpoint {candidate.path.name} is broken, kept as it is and passed over: {error}")
+    if failed:
         raise RunFailed(
-            f"{root}: none of its {len(tried)} checkpoints can be read: {'; '.join(reasons)}; "
+            f"{root}: none of its {len(failed)} checkpoints can be read: {'; '.join(failed.values())}; "
             "nothing begins anew beside them: mend them, or move the folder away"
         )
     return None
 
 
-def _load_patiently(path: Path, groups: Sequence[str] | None) -> Checkpoint:
-    """`load`, tried again where storage fails for a moment."""
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again where storage fails for a moment."""
     for pause in PAUSES:
         try:
-            return load(path, groups)
+            return read()
         except Unreadable:
             time.sleep(pause)
-    return load(path, groups)
+    return read()
 
 
 def prune(root: Path, keep: int, keep_every: int = 0, also: Callable[[int], bool] = lambda step: False) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from st_fast.core.checkpoint import latest, save, valid
+from st_fast.core.checkpoint import latest, save, store, valid
 from st_fast.core.checkpoint.store import prune, sweep
 from st_fast.core.errors import RunFailed, Unreadable
 
@@ -154,6 +154,79 @@ def test_storage_that_fails_for_a_moment_is_asked_again(tmp_path: Path, state: A
     monkeypatch.setattr("st_fast.core.checkpoint.store.PAUSES", (0.0, 0.0))
     found = latest(tmp_path, pytest.fail)
     assert found is not None and found.step == 2 and not failures
+
+
+def nowhere(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("not-mounted")
+
+
+def a_file(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.write_text("")
+
+
+@pytest.mark.parametrize("at", ["run", "run/stage", "run/stage/checkpoints", "run/stage/checkpoints/00000002"])
+def test_checkpoints_behind_a_link_to_nowhere_are_not_taken_for_none(at: str, tmp_path: Path, state: Any) -> None:
+    root = tmp_path / "run/stage/checkpoints"
+    for step in (1, 2):
+        save(root, step, state(step), {})
+    nowhere(tmp_path / at)
+    with pytest.raises(Unreadable, match=rf"{at}: a link to not-mounted, where nothing is"):
+        latest(root, pytest.fail)
+    (tmp_path / at).unlink()
+    (tmp_path / at).with_name("elsewhere").rename(tmp_path / at)
+    found = latest(root, pytest.fail)
+    assert found is not None and found.step == 2
+
+
+def test_what_is_no_folder_is_not_taken_for_no_checkpoint(tmp_path: Path, state: Any) -> None:
+    a_file(save(tmp_path / "one", 1, state(1), {}))
+    with pytest.raises(RunFailed, match=r"none of its 1 checkpoints .*00000001: not a checkpoint; expected a folder"):
+        latest(tmp_path / "one", lambda line: None)
+    save(tmp_path / "two", 1, state(1), {})
+    a_file(save(tmp_path / "two", 2, state(2), {}))
+    lines: list[str] = []
+    found = latest(tmp_path / "two", lines.append)
+    assert found is not None and found.step == 1 and "00000002: not a checkpoint" in lines[0]
+    a_file(tmp_path / "two")
+    with pytest.raises(Unreadable, match=r"two: can't be looked into \(Not a directory\)"):
+        latest(tmp_path / "two", pytest.fail)
+
+
+def test_one_that_a_running_training_deletes_while_it_is_read_gives_way_to_a_newer(
+    tmp_path: Path, state: Any, same: Any, monkeypatch: Any
+) -> None:
+    save(tmp_path, 1, state(1), {})
+    save(tmp_path, 2, state(2), {})
+    real, trained = store.read_manifest, [False]
+
+    def read(path: Path) -> store.Manifest:
+        found = real(path)
+        if not trained[0]:
+            trained[0] = True
+            save(tmp_path, 3, state(3), {})
+            save(tmp_path, 4, state(4), {})
+            assert len(prune(tmp_path, keep=2)) == 2
+        return found
+
+    monkeypatch.setattr(store, "read_manifest", read)
+    found = latest(tmp_path, pytest.fail)
+    assert found is not None and found.step == 4 and same(found.groups, state(4))
+
+
+def test_some_steps_are_taken_before_newer_ones_and_the_others_where_there_are_none(tmp_path: Path, state: Any) -> None:
+    for step in (4, 6, 8, 9):
+        save(tmp_path, step, state(step), {})
+
+    def taken(before: int) -> int:
+        found = latest(tmp_path, lambda line: None, before=before, first=lambda step: step % 4 == 0)
+        assert found is not None
+        return found.step
+
+    assert taken(10) == 8 and taken(9) == 8 and taken(8) == 4
+    flip(tmp_path / "00000004")
+    assert taken(8) == 6
 
 
 def test_a_checkpoint_renamed_to_another_step_is_not_believed(tmp_path: Path, state: Any) -> None:
