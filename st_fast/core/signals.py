@@ -305,11 +305,22 @@ class StopConsensus:
         before = self.close()
         return self._ranks.any([before or bool(self._stop)])[0]
 
+    def wait(self, seconds: float) -> None:
+        """Lets time pass, but none once this process was asked to stop."""
+        end = time.monotonic() + seconds
+        while not self._stop and (left := end - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))
+
     def interrupted(self, saved: str) -> Interrupted:
         """What to raise once all ranks have agreed to stop and all is saved: `saved` says what and where."""
         self.close()
         self._stop.leave()
-        return Interrupted(f"{self._stop.name or 'a signal to another rank'}: {saved}; the same command continues")
+        return Interrupted(f"{self.signal}: {saved}; the same command continues")
+
+    @property
+    def signal(self) -> str:
+        """The name of the signal that asked this process to stop, or that it was another one."""
+        return self._stop.name or "a signal to another rank"
 
     def close(self) -> bool:
         """Waits for the all-reduce in flight, so that no rank leaves while another one needs it; gives its answer."""

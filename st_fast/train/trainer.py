@@ -14,6 +14,7 @@ from st_fast.core import checkpoint
 from st_fast.core.errors import RunFailed
 from st_fast.core.ranks import Ranks, Rendezvous
 from st_fast.core.signals import StopConsensus
+from st_fast.core.writing import RETRY
 from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import check_same_data
 from st_fast.model import SiT, build, stored, unfilled
@@ -263,11 +264,36 @@ class Trainer:
         self.context.log.write("save", self.stage.name, step, seconds=clock.read(), stall=round(stall, 6))
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is on the disk, for all ranks."""
-        self.context.ranks.heartbeat.beat("save")
-        if self.saver is not None and self.saver.wait() is None:
-            raise RunFailed(f"{self.folder}: the last checkpoint could not be written")
-        self.context.ranks.barrier()
+        """Waits until the last checkpoint is on the disk, for all ranks; while it can't be written, tries it again.
+
+        RunFailed if a signal ends that, after one last try.
+        """
+        context, name = self.context, self.stage.name
+        patience = context.recipe.run.hang_timeout
+        pause = min(RETRY, patience / 4) if patience else RETRY
+        waiting = stopping = False
+        while True:
+            context.ranks.heartbeat.beat("save")
+            failed = self.saver is not None and self.saver.wait() is None
+            if not context.ranks.any([failed])[0]:
+                break
+            if stopping:
+                raise RunFailed(
+                    f"{context.stop.signal}: the last checkpoint of {name} could not be written, those before it stay; "
+                    "the same command continues from there"
+                )
+            stopping = context.stop.now()
+            if not (waiting or stopping):
+                context.log.say(
+                    f"{name}: waits until its last checkpoint can be written, and tries it every {pause:g} s; "
+                    "a signal ends the waiting"
+                )
+                waiting = True
+            context.stop.wait(pause)
+            if self.saver is not None:
+                self.saver.again()
+        if waiting:
+            context.log.say(f"{name}: its last checkpoint is written")
 
     def stalls(self, clock: Clock) -> dict[str, float]:
         """Seconds that saves delayed training on the first rank since the start, and their share of its time."""

@@ -42,6 +42,8 @@ class Saver:
         self._host: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
+        self._last: tuple[int, Groups, Whole, Mapping[str, Any]] | None = None
+        self._reported = ""
         self._error: BaseException | None = None
         if self._leads:
             sweep(self._root)
@@ -59,12 +61,21 @@ class Saver:
         if self._team is not None:
             groups, whole = split(groups, self._team.rank)
         snapshot, copied = self._snapshot(groups)
-        arguments = (step, snapshot, whole, meta, copied)
-        self._thread = threading.Thread(target=self._write, args=arguments, name=SAVING)
-        self._thread.start()
+        self._last, self._reported = (step, snapshot, whole, meta), ""
+        self._start(copied)
         stall = time.perf_counter() - start
         self.stalled += stall
         return stall
+
+    def again(self) -> None:
+        """Starts writing the last snapshot once more, where that failed; tells no reason twice in a row."""
+        if self.wait() is None and self._last is not None:
+            self._start([])
+
+    def _start(self, copied: list[Copied]) -> None:
+        assert self._last is not None
+        self._thread = threading.Thread(target=self._write, args=(*self._last, copied), name=SAVING)
+        self._thread.start()
 
     def wait(self) -> Path | None:
         """Waits for the write in flight; the path of the last save, or None if it failed or there was none.
@@ -109,7 +120,9 @@ class Saver:
             if self._leads:
                 prune(self._root, self._keep, self._keep_every, self._also)
         except SaveFailed as error:
-            self._report(str(error))
+            if str(error) != self._reported:
+                self._reported = str(error)
+                self._report(self._reported)
         except (OSError, Unreadable) as error:
             self._report(
                 f"{self._root}: old checkpoints could not be deleted ({getattr(error, 'strerror', None) or error})"

@@ -83,6 +83,26 @@ def test_a_failed_save_is_one_line_and_the_next_works(tmp_path: Path, state: Any
     assert saver.wait() == root / "00000002" and len(lines) == 1
 
 
+def test_a_failed_save_is_tried_again_with_what_it_was_to_write(tmp_path: Path, state: Any, same: Any) -> None:
+    root, live, lines = tmp_path / "stage" / "checkpoints", state(1), list[str]()
+    saver = Saver(root, lines.append)
+    (tmp_path / "stage").write_text("a file where a folder is needed")
+    saver.save(1, live, {"step": 1})
+    for group in live.values():
+        for tensor in group.values():
+            tensor.zero_()
+    for _ in range(2):
+        saver.again()
+        assert saver.wait() is None and len(lines) == 1  # which is told once
+    (tmp_path / "stage").unlink()
+    saver.again()
+    assert saver.wait() == root / "00000001" and len(lines) == 1
+    found = load(root / "00000001")
+    assert same(found.groups, state(1)) and found.meta == {"step": 1}
+    saver.again()  # there is nothing to try again
+    assert [path.name for path in root.iterdir()] == ["00000001"]
+
+
 def test_mistakes_of_the_caller_are_raised_not_swallowed(tmp_path: Path) -> None:
     saver = Saver(tmp_path, pytest.fail)
     with pytest.raises(ValueError, match="not JSON compliant"):
