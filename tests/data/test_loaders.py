@@ -7,7 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from st_fast.core.errors import RunFailed, how_to_install
 from st_fast.core.files import BadFile, read_header
 from st_fast.core.machine import container_limit
 from st_fast.core.random import RecordOrder
+from st_fast.data import ahead as ahead_module
 from st_fast.data import loader as loader_module
 from st_fast.data.ahead import Patience, ReadAhead, RecordSet
 from st_fast.data.loader import DaliLoader, Loader, ResidentLoader, dali_missing, kept_bytes, make_loader, trial_rate
@@ -208,6 +211,117 @@ def test_more_stalled_reads_than_threads_are_taken_over_too(records: ShardSet, k
     assert torch.equal(torch.cat(answers), records.gather(np.arange(40))[0])
 
 
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that would have been made between tries, while none is made."""
+    pauses: list[float] = []
+    monkeypatch.setattr(ahead_module, "time", SimpleNamespace(sleep=pauses.append))
+    return pauses
+
+
+@pytest.mark.parametrize("patience", [Patience(), Patience(timeout=7.0, attempts=4, pause=0.3)], ids=["none", "given"])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BadFile("bits flipped")], ids=["disk", "damage"])
+def test_each_try_of_a_read_waits_as_long_and_each_pause_twice_as_long(
+    records: ShardSet, patience: Patience, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word about it a minute a try, three tries, and half a second and a second between them."""
+    fails, waits, result = Fails(error, 99), [], Future.result
+
+    def waited(future: Future[object], timeout: float | None = None) -> object:
+        waits.append(timeout)
+        return result(future, timeout)
+
+    monkeypatch.setattr(Future, "result", waited)
+    pauses = slept(monkeypatch)
+    given = {} if patience == Patience() else {"patience": patience}
+    ahead = ReadAhead(Troubled(records, fails), **given)
+    with pytest.raises(RunFailed if isinstance(error, OSError) else BadFile):
+        list(ahead.stream([np.array([5])]))
+    ahead.close()
+    tries, timeout = (4, 7.0) if given else (3, 60.0)
+    assert 99 - fails.left == tries and waits == [timeout] * tries
+    assert pauses == pytest.approx([0.3, 0.6, 1.2] if given else [0.5, 1.0])
+
+
+def test_the_last_try_counts(records: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept(monkeypatch)
+    for error in (OSError(5, "Input/output error"), BadFile("bits flipped")):
+        ahead = ReadAhead(Troubled(records, Fails(error, 2)))
+        ((moments, _),) = ahead.stream([np.array([5, 7])])
+        ahead.close()
+        assert torch.equal(moments, records.gather(np.array([5, 7]))[0])
+
+
+def threads_of(ahead: ReadAhead) -> list[threading.Thread]:
+    """The threads that read for it."""
+    mine = [one for one in threading.enumerate() if getattr(one, "_target", None) == ahead._work]
+    assert all(one.daemon and one.name == "st_fast data" for one in mine)
+    return mine
+
+
+@pytest.mark.parametrize("workers", [None, 1, 3])
+def test_closing_ends_every_thread_also_those_that_took_over(
+    records: ShardSet, workers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept(monkeypatch)
+    release, first = threading.Event(), threading.Event()
+
+    def stall(indices: np.ndarray) -> None:
+        if not first.is_set():
+            first.set()
+            release.wait(30)
+
+    given = {} if workers is None else {"workers": workers}
+    ahead = ReadAhead(Troubled(records, stall), patience=Patience(0.1, 2, 0.0), **given)
+    threads = threads_of(ahead)
+    assert len(threads) == (workers or 2)
+    assert len(list(ahead.stream([np.array([5])]))) == 1
+    threads = threads_of(ahead)
+    assert len(threads) == (workers or 2) + 1  # only the one that may be stuck is replaced
+    ahead.close()
+    ahead.close()
+    assert ahead._tasks.qsize() <= len(threads)
+    release.set()
+    for one in threads:
+        one.join(10)
+    assert not threads_of(ahead) and ahead._tasks.empty()
+
+
+def test_a_stream_that_is_given_up_leaves_nothing_to_read(records: ShardSet) -> None:
+    go, read = threading.Semaphore(1), []
+
+    def held(indices: np.ndarray) -> None:
+        go.acquire(timeout=30)
+        read.append(int(indices[0]))
+
+    ahead = ReadAhead(Troubled(records, held), workers=1, depth=3)
+    stream = ahead.stream([np.array([i]) for i in range(9)])
+    next(stream)
+    stream.close()
+    for _ in range(9):
+        go.release()
+    list(ahead.stream([np.array([40])]))
+    ahead.close()
+    assert read in ([0, 40], [0, 1, 40])  # record 1 may have been begun
+
+
+@pytest.mark.parametrize("depth", [None, 1, 6])
+def test_so_many_requests_are_read_ahead_as_told(records: ShardSet, depth: int | None) -> None:
+    asked: list[int] = []
+
+    def requests() -> Iterator[np.ndarray]:
+        for i in range(10):
+            asked.append(i)
+            yield np.array([i])
+
+    ahead = ReadAhead(records, **({} if depth is None else {"depth": depth}))
+    stream = ahead.stream(requests())
+    for taken in range(1, 11):
+        next(stream)
+        assert len(asked) == min(taken + (depth or 4), 10)
+    assert list(stream) == []
+    ahead.close()
+
+
 @pytest.mark.parametrize("kind", STREAMING)
 def test_a_read_that_stalls_for_good_is_an_error_in_bounded_time(records: ShardSet, kind: Streaming) -> None:
     release = threading.Event()
@@ -243,19 +357,6 @@ def test_an_error_is_told_once_the_good_batches_before_it_were_given(records: Sh
     assert torch.equal(next(stream)[0], records.gather(np.arange(4))[0])
     with pytest.raises(BadFile):
         next(stream)
-
-
-def test_requests_are_read_ahead_but_not_without_bound(records: ShardSet) -> None:
-    asked: list[int] = []
-
-    def requests() -> Iterator[np.ndarray]:
-        for i in range(100):
-            asked.append(i)
-            yield np.array([i % 50])
-
-    stream = ReadAhead(records, depth=4).stream(requests())
-    next(stream)
-    assert len(asked) == 5
 
 
 def test_without_dali_the_torch_loader_serves_with_one_line_of_notice(
