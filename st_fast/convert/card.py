@@ -183,8 +183,8 @@ def _scores(samples: Path, arm: Arm) -> str:
         told = [f"{key} {value}" for key, value in dict(record.get("protocol", {})).items()]
         keys = ("sampler", "steps", "cfg_scale", "cfg_range", "weights", "seed")
         told += [f"{key} {drawn[key]}" for key in keys if key in drawn]
-        metrics = dict(record.get("metrics", {}))
-        numbers = {re.sub("^judge_", "classifier_", key): value for key, value in metrics.items()}  # an older name
+        scored = dict(record.get("metrics", {}))
+        numbers = {re.sub("^judge_", "classifier_", key): value for key, value in scored.items()}  # an older name
         floors = {METRICS[key].floor: n for key, n in dict(record.get("real_images", {})).items() if key in METRICS}
         found.append((int(record.get("step") or 0), numbers | floors, ", ".join(told)))
     if not found:
