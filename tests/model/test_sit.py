@@ -12,6 +12,7 @@ from st_fast.model import SiT, build
 from st_fast.model.sit import Mlp, sincos_positions, unfilled, unpatchify
 from st_fast.recipe import cost
 from st_fast.recipe.architecture import SIZES, Model
+from st_fast.study.carry_out import random_model
 
 CPU = torch.device("cpu")
 TABLE = kernels.select(dict.fromkeys(("norm_modulate", "gate_residual_norm_modulate", "qk_norm"), "reference"), CPU)
@@ -152,6 +153,20 @@ def test_epsilons_count_where_queries_and_keys_hardly_differ():
         torch.tensor([0, 4, 9]),
     )
     torch.testing.assert_close(model(x, t, y, 1)[1], plain_forward(model, x, t, y)[1][0], atol=1e-7, rtol=1e-7)
+
+
+def test_the_epsilon_of_published_qk_norm_changes_a_millionth():
+    """timm's attention, which REPA's and Self-Transcendence's code takes, has LayerNorm's own; docs/convert.md."""
+    model = random_model(replace(TINY, qk_norm=True), 1)
+    x, t, y = torch.randn(4, 4, 8, 8), torch.rand(4), torch.arange(4)
+    with torch.no_grad():
+        ours = model(x, t, y)[0]
+        for block in model.blocks:
+            block.attn.q_norm.eps = block.attn.k_norm.eps = torch.nn.LayerNorm(1).eps
+        theirs = model(x, t, y)[0]
+        low = model.bfloat16()(x.bfloat16(), t.bfloat16(), y)[0].float()
+    apart = (ours - theirs).norm() / theirs.norm()
+    assert 0 < apart < 1e-5 and (low - theirs).norm() / theirs.norm() > 100 * apart
 
 
 def test_streams_by_features_by_a_tap_and_by_default():
