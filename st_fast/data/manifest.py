@@ -116,6 +116,10 @@ class Manifest(ShardedSet):
         """C of the latents: half of the moments' channels."""
         return self.shape[0] // 2
 
+    def name_of(self, label: int) -> str:
+        """The name of a class; its number where there are no names."""
+        return self.class_names[label] if label < len(self.class_names) else str(label)
+
     def problem(self) -> str:
         """The first inconsistency, or ""."""
         if problem := super().problem():

@@ -53,7 +53,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
     if len(runs) < every:
         notes.append(f"Curves and pictures are of seed {seed}; the verdict is over all {every} runs.")
     best = [*ranked(arms)[1], *heads(arms)[::-1]][0]
-    strips = [(arm.label, f"c{arm.colour % len(plot.COLOURS)}", _strip(arm, notes)) for arm in arms]
+    strips = [(arm.label, f"c{arm.colour % len(plot.COLOURS)}", _strip(arm, notes), _classes(arm)) for arm in arms]
     stages = [_stage(arm) for arm in arms]
     titles = [metric.title for metric in METRICS.values()]  # the columns of those that nobody took are left out
     columns = [c for c in stages[0] if c not in titles or any(stage[c] != "–" for stage in stages)]
@@ -135,6 +135,13 @@ def _strip(arm: Arm, notes: list[str]) -> list[Picture]:
     return _grids(arm, [records[place] for place in sorted(places)], NARROW, notes)
 
 
+def _classes(arm: Arm) -> str:
+    """The names of the classes in a stage's grids, in turn; nothing where its log has none."""
+    records = arm.stage.records["sample"]
+    names = records[-1].get("classes") if records else None
+    return ", ".join(map(str, names)) if isinstance(names, list) else ""
+
+
 def _at_equal_cost(arms: Sequence[Arm], notes: list[str]) -> tuple[str, list[Picture]]:
     """(total FLOPs, each run's last grid within them): the most that all runs of the first one's seed spent."""
     ranked_by = heads(arms)
@@ -207,9 +214,20 @@ def _probe(run: RunLog, notes: list[str]) -> tuple[str, str, list[Picture]] | No
     unseen = "unseen in training" if about.get("held_out_unseen") is True else "unseen by the probe alone"
     told = (
         f"On {about.get('held_out_images', '?')} images {unseen}; linear classifiers were trained on "
-        f"{about.get('train_images', '?')} others. Weights: {about.get('weights', '?')}."
+        f"{about.get('train_images', '?')} others. Weights: {about.get('weights', '?')}{_probed(about)}."
     )
     return (run.name, told, drawn) if drawn else None
+
+
+def _probed(about: Record) -> str:
+    """“, of align at step 2,000 and …”: what a probe read; nothing where it is older and does not say."""
+    models = about.get("models")
+    found = [
+        f"{model.get('label')} at step {model['step']:,}"
+        for model in (models if isinstance(models, list) else [])
+        if isinstance(model, dict) and isinstance(model.get("step"), int)
+    ]
+    return f", of {', '.join(found)}" if found else ""
 
 
 def _resource(name: str) -> str:

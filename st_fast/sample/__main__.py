@@ -27,6 +27,7 @@ from pathlib import Path
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
 from st_fast.core.options import SEED_MOST, integer
+from st_fast.sample.draw import names_in_turn
 from st_fast.sample.model import Sampler, sample_request, sampling, sampling_parser
 from st_fast.sample.previews import check_replaced, draw_grid, draw_interpolation, draw_trajectory, free_name
 from st_fast.sample.set import draw_set, settings_of
@@ -89,7 +90,20 @@ def main(arguments: Sequence[str]) -> None:
             request.target = draw_set(sampler, request.target, request.png, ranks, say).parent
         elif ranks.first:
             draw_picture(sampler, request)
+        if text := named_classes(sampler, request):
+            say(text)
         say(str(request.target))
+
+
+def named_classes(sampler: Sampler, request: argparse.Namespace) -> str:
+    """A line on the classes that a picture shows, or a set's grid; empty without names, or with random labels."""
+    if request.interpolate:
+        ends = [int(sampler.draw_of(number, 1).labels) for number in request.interpolate]
+        rows = names_in_turn(ends, sampler.class_names)
+        return f"classes of the rows: {', '.join(rows)}" if rows else ""
+    cycle = request.samples.labels.cycle[: request.samples.settings.num]
+    names = names_in_turn(cycle, sampler.class_names)
+    return f"classes in turn, row by row: {', '.join(names)}" if names else ""
 
 
 def draw_picture(sampler: Sampler, request: argparse.Namespace) -> None:

@@ -1,13 +1,18 @@
 """Sample numbers, labels and starting noise, all of which follow from (seed, sample number)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from st_fast.core.errors import UserError
+from st_fast.core.files import printable
 from st_fast.core.random import Purpose, normal, uniform
 from st_fast.recipe.schema import Model
+
+NAMED = 20
+"""Names of classes that a line or a caption has, at most."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,29 @@ class Labels:
     cycle: tuple[int, ...]
 
 
-def read_labels(text: str, num_classes: int) -> Labels:
-    """ "balanced" (label i mod classes), "random", or class numbers such as "0,3,7"; UserError for anything else."""
+def read_labels(text: str, num_classes: int, names: Sequence[str] = ()) -> Labels:
+    """ "balanced" (label i mod classes), "random", or classes such as "0,3,cat", by number or by one of `names`.
+
+    UserError for anything else.
+    """
     if text in ("random", "balanced"):
         return Labels(text, num_classes, tuple(range(num_classes)) if text == "balanced" else ())
     parts = [part.strip() for part in text.split(",")]
+    parts = [part if part.isdecimal() or part not in names else str(names.index(part)) for part in parts]
     if not all(part.isdecimal() and int(part) < num_classes for part in parts):
-        raise UserError(f"--labels {text}: balanced, random, or classes of 0..{num_classes - 1} with commas between")
+        known = f" or {', '.join(map(printable, names[:NAMED]))}{', …' * (len(names) > NAMED)}," if names else ""
+        raise UserError(
+            f"--labels {text}: balanced, random, or classes of 0..{num_classes - 1}{known} with commas between"
+        )
     return Labels(",".join(parts), num_classes, tuple(int(part) for part in parts))
+
+
+def names_in_turn(labels: Sequence[int], names: Sequence[str]) -> list[str]:
+    """The names of labels in their order, at most NAMED and then "…"; nothing where no class has a name."""
+    if not names:
+        return []
+    found = [printable(names[label]) if label < len(names) else str(label) for label in labels[:NAMED]]
+    return found + ["…"] * (len(labels) > NAMED)
 
 
 def draw_of(labels: Labels, seed: int, first: int, count: int, device: torch.device) -> Draw:

@@ -77,6 +77,8 @@ class Sampler:
     decode: Decode
     vae: str
     compiled: bool
+    class_names: tuple[str, ...] = ()
+    """As the data's manifest has them; empty where it has none."""
 
     def draw_of(self, first: int, count: int) -> Draw:
         """Samples number first … first + count − 1."""
@@ -122,7 +124,7 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     own = request.settings.vae
     vae = own or f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
     decode = decoder(data, manifest, device, own, say)
-    return Sampler(request, model, loaded["step"], decode, vae, compiled)
+    return Sampler(request, model, loaded["step"], decode, vae, compiled, manifest.class_names)
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "-n", "--num", type=integer(1, COUNT_MOST), help="how many samples (torchrun takes --num for a flag of its own)"
     )
-    parser.add_argument("--labels", default="balanced", help="balanced (i mod classes), random, or such as 0,3,7")
+    parser.add_argument("--labels", default="balanced", help="balanced (i mod classes), random, or such as 0,3,cat")
     parser.add_argument(
         "--seed", type=integer(0, SEED_MOST), help="of the noise and of random labels (default: the run's)"
     )
@@ -166,6 +168,13 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _class_names(recipe: Recipe, labels: str) -> tuple[str, ...]:
+    """The data's names of classes, where labels are given that numbers alone don't tell."""
+    if labels in ("random", "balanced") or all(part.strip().isdecimal() for part in labels.split(",")):
+        return ()
+    return read_any_manifest(Path(recipe.data.path)).class_names
+
+
 def sample_request(given: argparse.Namespace, section: str, needs_model: bool = True) -> SampleRequest:
     """The flags over the run's own recipe, whose `section` says `num` by default.
 
@@ -184,7 +193,7 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
         raise UserError(f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0)")
     stage = newest_stage(given.run, recipe, given.stage) if needs_model else given.stage or recipe.stages[-1].name
-    labels = read_labels(given.labels, recipe.model.num_classes)
+    labels = read_labels(given.labels, recipe.model.num_classes, _class_names(recipe, given.labels))
     seed = recipe.run.seed if given.seed is None else given.seed
     return SampleRequest(
         given.run, recipe, stage, given.weights, settings, labels, seed, given.precision, given.compile

@@ -21,6 +21,7 @@ from st_fast.evaluate.inception import Inception, load_inception
 from st_fast.model import SiT
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.report.metrics import summary
+from st_fast.sample.draw import names_in_turn
 from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
 from st_fast.sample.model import Decode, decoder
 from st_fast.sample.previews import grid, png
@@ -137,10 +138,12 @@ class Examiner:
 
     def pictures(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """A grid of samples into the stage's folder, of the same noise every time."""
-        images, _ = self.images(model, self.recipe.sample.num)
+        images, labels = self.images(model, self.recipe.sample.num)
+        names = names_in_turn(labels[: self.recipe.model.num_classes].tolist(), self.manifest.class_names)
+        shown = {"classes": names} if names else {}
         name = f"{stage.name}/samples/{step:08d}.png"
         self.log.files.write(Path(self.recipe.run.out) / name, png(grid(images)))
-        self.log.write("sample", stage.name, step, file=name, **cost)
+        self.log.write("sample", stage.name, step, file=name, **shown, **cost)
 
     def metrics(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """Metrics of fresh samples into the log: the classifier's, Inception's, or both, as the recipe says."""

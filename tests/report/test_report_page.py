@@ -151,6 +151,14 @@ def test_pictures_are_the_runs_first_and_last_and_decode(runs) -> None:
     assert pictures[0].tobytes() == pictures[-1].tobytes() == original
 
 
+def test_the_classes_in_the_pictures_are_named_where_the_log_has_names(runs) -> None:
+    run = runs.plain()
+    assert "Classes in turn" not in page_of(run).text
+    for classes, shown in ((["cat", "<b>dog</b>"], True), ("cat", False), ([], False)):
+        runs.change(run, lambda r, c=classes: r | {"classes": c} if r["kind"] == "sample" else r)
+        assert ("Classes in turn, row by row: cat, <b>dog</b>." in page_of(run).text) == shown
+
+
 def test_pictures_outside_the_run_missing_or_broken_are_noted_and_left_out(runs, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     Image.new("L", (8, 8)).save(secret)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from st_fast.core.errors import Interrupted, UserError
+from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.model import SiT
 from st_fast.recipe import load
 from st_fast.sample import __main__ as sample
@@ -244,6 +246,26 @@ def test_labels_are_balanced_random_or_those_named(run):
     for wrong in ("0,5", "all", "", "-1"):
         with pytest.raises(UserError, match="--labels"):
             read_labels(wrong, 5)
+
+
+def test_classes_have_the_names_that_the_data_has(tmp_path, capsys):
+    run, names = make_run(tmp_path), ("cat", "dog", "\x1b[31mfox", "0", "gnu")
+    sample.main([str(run), "--num", "7"])
+    assert "classes in turn" not in capsys.readouterr().out, "without names there is nothing to say"
+    write_manifest(tmp_path / "data", replace(read_manifest(tmp_path / "data"), class_names=names))
+    for flags, told in (
+        (["--num", "7"], "classes in turn, row by row: cat, dog, \\x1b[31mfox, 0, gnu"),
+        (["--num", "2", "--npz"], "classes in turn, row by row: cat, dog"),
+        (["--num", "4", "--labels", "gnu, 0,dog"], "classes in turn, row by row: gnu, cat, dog"),
+        (["--interpolate", "1", "7"], "classes of the rows: dog, \\x1b[31mfox"),
+    ):
+        sample.main([str(run), *flags])
+        assert told in capsys.readouterr().out.splitlines()
+    sample.main([str(run), "--num", "7", "--labels", "random"])
+    assert "classes in turn" not in capsys.readouterr().out
+    assert sample.parse([str(run), "--labels", "gnu, 0,dog"]).samples.labels.cycle == (4, 0, 1), "a number is a number"
+    with pytest.raises(UserError, match=r"--labels cow: balanced, random, or classes of 0..4 or cat, dog, .* commas"):
+        sample.parse([str(run), "--labels", "cow"])
 
 
 @pytest.mark.parametrize(("preset", "scale", "high"), [("repa", 1.8, 0.7), ("self-transcendence", 1.9, 0.65)])

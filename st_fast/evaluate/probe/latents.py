@@ -63,13 +63,15 @@ class Split:
     digest: str
     pictures: Tensor
     """The first few held-out images, uint8 (n, 1 or 3, H, W); black where the folder's VAE can't be had."""
+    pictured: tuple[str, ...]
+    """Their classes' names; numbers where the data has no names."""
 
 
 def load_split(folder: Path, count: int) -> Split:
     """`count` records of a data folder to learn from and up to half as many held-out ones.
 
     Held-out are the test images beside the shards (`images.safetensors`), encoded with the folder's own VAE; where
-    there are none, other records of the set. UserError where the set is too small.
+    there are none, other records of the set. Their classes take turns. UserError where the set is too small.
     """
     records = open_data(folder, verify=False)
     manifest, size = records.manifest, len(records)
@@ -83,11 +85,14 @@ def load_split(folder: Path, count: int) -> Split:
     if unseen:
         real = read_images(folder)
         chosen = torch.from_numpy(np.sort(random.epoch_order(SEED, 1, len(real.test))[: max(1, count // 2)]))
+        chosen = chosen[in_turn(real.test_labels[chosen])]
         vae = load_vae(manifest.vae.source(folder))
         other = encode_moments(vae, real.test[chosen])
         other_labels = real.test_labels[chosen]
     else:
         other, other_labels = records.gather(rest)
+        turns = in_turn(other_labels)
+        other, other_labels = other[turns], other_labels[turns]
     records.close()
     if other.shape[1:] != moments.shape[1:]:
         raise UserError(
@@ -95,7 +100,18 @@ def load_split(folder: Path, count: int) -> Split:
         )
     train = Latents(_drawn(moments, manifest.scale, 0), labels, 0)
     held_out = Latents(_drawn(other, manifest.scale, count), other_labels, count)
-    return Split(train, held_out, unseen, manifest.digest, _pictures(folder, manifest, held_out.x[:PICTURES]))
+    pictured = tuple(manifest.name_of(label) for label in held_out.labels[:PICTURES].tolist())
+    pictures = _pictures(folder, manifest, held_out.x[:PICTURES])
+    return Split(train, held_out, unseen, manifest.digest, pictures, pictured)
+
+
+def in_turn(labels: Tensor) -> Tensor:
+    """Places of labels (n,) in an order in which the classes take turns: the first of each, then the second of each."""
+    known = labels.numpy()
+    by_class = np.argsort(known, kind="stable")
+    turn = np.empty_like(by_class)
+    turn[by_class] = np.arange(len(known)) - np.searchsorted(known[by_class], known[by_class])
+    return torch.from_numpy(np.lexsort((known, turn)))
 
 
 def _pictures(folder: Path, manifest: Manifest, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from st_fast import kernels
 from st_fast.core.errors import UserError
-from st_fast.core.files import make_folder, write_json_atomic
+from st_fast.core.files import make_folder, printable, write_json_atomic
 from st_fast.evaluate.probe.examine import Findings, chosen_blocks, cka, cosine, examine, pca_colours
 from st_fast.evaluate.probe.latents import SEED, load_split
 from st_fast.model import SiT, stored
@@ -70,7 +70,7 @@ def probe(runs: Sequence[Path], weights: Literal["raw", "ema"], images: int, tim
             }
             for subject, one, alignment in zip(subjects, found, alignments, strict=True)
         ],
-        "figures": draw_all(folder, models, alignments, times, middle, clean),
+        "figures": draw_all(folder, models, alignments, times, middle, clean, split.pictured),
     }  # fmt: skip
     write_json_atomic(folder / "probe.json", result)
     return folder
@@ -133,11 +133,11 @@ def load_subjects(runs: Sequence[Path], recipes: Sequence[Recipe], weights: Lite
 
 def draw_all(
     folder: Path, models: Models, alignments: Sequence[dict[str, Any]], times: Sequence[float], middle: int,
-    clean: NDArray[Any],
+    clean: NDArray[Any], classes: Sequence[str],
 ) -> list[dict[str, str]]:  # fmt: skip
     """Writes every figure, each with a sentence on what to see in it; returns file, title and caption of each.
 
-    `clean`: the images (n, H, W, 3); `middle`: the place of the time at which one alone is shown.
+    `clean`: the images (n, H, W, 3), of `classes`; `middle`: the place of the time at which one alone is shown.
     """
     at = f"t = {times[middle]:g}"
     rows = [(subject.label, _pictures(one.blocks, one.tokens[middle], clean)) for subject, one in models]
@@ -151,7 +151,8 @@ def draw_all(
         (
             "patches.png", plot.pictures(rows, 1.05), f"Principal components of the patch features, {at}",
             "Three principal components of each block's patch features as red, green and blue, for the noisy versions "
-            "of the images on the left. Where strokes and background differ in colour, the block tells them apart.",
+            "of the images on the left. Where object and background differ in colour, the block tells them apart. The "
+            f"images' classes, row by row: {', '.join(map(printable, classes))}.",
         ),
         (
             "alignment.png", _alignment(models, alignments), f"Similarity of blocks (CKA), {at}",

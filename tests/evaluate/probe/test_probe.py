@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
+from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.evaluate.classifier import read_images
 from st_fast.evaluate.probe.__main__ import main
 from st_fast.evaluate.probe.examine import chosen_blocks, features, read_blocks, velocity_loss
-from st_fast.evaluate.probe.latents import Latents, load_split
+from st_fast.evaluate.probe.latents import Latents, in_turn, load_split
 from st_fast.model import build
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.flow import coefficients
@@ -27,10 +30,14 @@ from st_fast.study.carry_out import random_model
 from st_fast.train.run import run
 from tests import pixels
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return pixels.write_data(tmp_path_factory.mktemp("data") / "pixels")
+    folder = pixels.write_data(tmp_path_factory.mktemp("data") / "pixels")
+    write_manifest(folder, replace(read_manifest(folder), class_names=NAMES))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +110,29 @@ def test_the_held_out_images_are_the_test_images_through_the_folders_own_encoder
     assert torch.equal(again.train.x, split.train.x) and torch.equal(again.held_out.x, split.held_out.x)
 
 
+@pytest.mark.parametrize("unseen", [True, False])
+def test_the_pictured_images_are_of_four_classes_also_in_a_set_that_is_sorted_by_class(tmp_path, unseen) -> None:
+    folder = pixels.write_data(tmp_path / "pixels", train=120)
+    tensors = load_file(folder / "images.safetensors")
+    order = tensors["test_labels"].argsort(stable=True)
+    sorted_ = {name: tensors[name][order].contiguous() for name in ("test", "test_labels")}
+    save_file(tensors | sorted_, folder / "images.safetensors")
+    if not unseen:
+        (folder / "images.safetensors").unlink()
+    split = load_split(folder, 80)
+    labels = split.held_out.labels.tolist()
+    assert len(set(labels[:4])) == 4 and split.pictured == tuple(map(str, labels[:4]))
+    classes = len(set(labels))
+    assert len(set(labels[:classes])) == classes and sorted(labels[:classes]) == labels[:classes]
+    write_manifest(folder, replace(read_manifest(folder), class_names=NAMES))
+    assert load_split(folder, 80).pictured == tuple(NAMES[label] for label in labels[:4])
+
+
+def test_classes_take_turns_each_in_its_own_order() -> None:
+    labels = torch.tensor([5, 5, 2, 2, 2, 9])
+    assert in_turn(labels).tolist() == [2, 0, 5, 3, 1, 4]
+
+
 def test_without_test_images_other_records_are_held_out_and_that_is_said(tmp_path) -> None:
     folder = pixels.write_data(tmp_path / "pixels", train=60)
     (folder / "images.safetensors").unlink()
@@ -156,7 +186,9 @@ def test_a_deep_model_is_read_at_a_dozen_blocks_among_them_the_supervised_one() 
 
 def test_the_command_writes_numbers_and_figures_that_agree(probed) -> None:
     found = json.loads((probed / "probe" / "probe.json").read_text())
-    assert [m["label"] for m in found["models"]] == ["align", "transcend"]
+    assert [(m["label"], m["step"]) for m in found["models"]] == [("align", 8), ("transcend", 8)]
+    captions = {figure["file"]: figure["caption"] for figure in found["figures"]}
+    assert captions["patches.png"].endswith(" classes, row by row: zero, one, two, three.")
     assert found["held_out_unseen"] and found["times"] == [0.1, 0.5]
     for model in found["models"]:
         assert np.shape(model["accuracy"]) == (2, 4) and len(model["velocity_loss"]) == 10
@@ -187,6 +219,8 @@ def test_the_report_shows_the_probe_and_leaves_out_what_is_broken(probed) -> Non
     page = write_report([probed], probed / "page.html").read_text()
     assert page.count('class="card probe"') == len(figures) - 1
     assert "it is left out" in page
+    assert page.count(f"Classes in turn, row by row: {', '.join(NAMES)}.") == 2, "a row of samples each stage"
+    assert "Weights: ema, of align at step 8, transcend at step 8." in page
     whole = (probed / "probe" / "probe.json").read_text()
     (probed / "probe" / "probe.json").write_text("{")
     page = write_report([probed], probed / "page.html").read_text()
