@@ -161,6 +161,31 @@ def test_the_sum_over_ranks_hears_of_the_last_pass_and_ends_before_the_update(co
     assert noted.calls == ["step"] * count + ["expect", "finish", "norm"] and noted.step == 7
 
 
+@pytest.mark.parametrize("more", [False, True], ids=["the last step", "a step before it"])
+def test_looking_ahead_is_for_the_next_pass_and_then_for_the_next_step(more, data, tmp_path):
+    run, noted, asked = Run(tmp_path, data, "transcend", "sample", 2), Noted(), []
+    upcoming = run.batches[::-1] if more else None
+
+    def following() -> list[NoisyBatch] | None:
+        noted.step = 99  # as making them does
+        return upcoming
+
+    run.step(6, run.batches)  # not told to look ahead, it does not
+    run.step.following, run.step.heartbeat, run.step.targets.looks_ahead = following, noted, True
+    run.step.targets.start_ahead = lambda step, batch: asked.append((step, id(batch)))
+    run.step(6, run.batches)
+    assert asked == [(6, id(run.batches[1])), (7, id(run.batches[1]))][: 1 + more]
+    assert noted.step == 7
+
+
+def test_only_one_rank_with_whole_weights_may_keep_gradients_from_the_sum(data, tmp_path):
+    run = Run(tmp_path, data, "plain", "sample", 2)
+    step = run.step
+    parts = step.model, step.supervision, step.optimizer, run.recipe
+    for rank, count in ((0, 1), (0, 2), (1, 2), (0, 3)):
+        assert Step(*parts, Ranks(rank, count, CPU), print).alone == (count == 1)
+
+
 def test_a_split_that_forgets_the_global_batch_would_be_seen(data, tmp_path):
     whole, split = (Run(tmp_path, data, "align", "sample_mean", count) for count in (1, 2))
     whole(whole.batches)
