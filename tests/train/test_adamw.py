@@ -297,9 +297,10 @@ def test_on_a_gpu_the_trajectory_is_the_same(name):
         torch.testing.assert_close(states[1][key], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_each_update_has_the_bits_of_its_learning_rate():
+@pytest.mark.parametrize("warmup", [0, 1, 2, 7])
+def test_each_update_has_the_bits_of_its_learning_rate_also_after_going_back(warmup):
     rates: list[Tensor] = []
-    settings = Optim(lr=3.1e-4, warmup_steps=7)
+    settings = Optim(lr=3.1e-4, warmup_steps=warmup)
 
     def update(*lists: object, **numbers: float) -> None:
         rates.append(lists[8].clone())  # type: ignore[attr-defined]
@@ -307,8 +308,13 @@ def test_each_update_has_the_bits_of_its_learning_rate():
 
     layer = torch.nn.Linear(3, 2)
     optimizer = Optimizer(layer, torch.nn.Identity(), settings, torch.float32, update, lambda grads: torch.ones(()))
-    for _ in range(12):
+    for number in range(14):
+        if number == 12:  # to the start, as a rollback does
+            optimizer.state()["optim"]["model.step"].zero_()
         optimizer.update()
-    expected = [learning_rate(settings, torch.tensor(n)).float() for n in (1, 2, 3, *range(3, 12))]
+    updates = [1, 2, 3, *range(3, 12), 1, 2]
+    by_hand = torch.tensor([3.1e-4 * min(1.0, number / max(warmup, 1)) for number in updates], dtype=torch.float64)
+    assert torch.allclose(torch.stack(rates).double(), by_hand, rtol=1e-7, atol=0)
+    expected = [learning_rate(settings, torch.tensor(number)).float() for number in updates]
     assert torch.equal(torch.stack(rates), torch.stack(expected))
-    assert len(set(torch.stack(rates).tolist())) == 7
+    assert len(set(torch.stack(rates).tolist())) == max(warmup, 1)

@@ -118,6 +118,7 @@ def test_a_pass_of_fixed_size_is_that_of_a_ranks_part_of_a_pass(count, accumulat
 def test_a_step_is_made_when_it_is_asked_for_or_one_ahead_and_none_after_the_last(prefetch, folder):
     made, _ = iterator(folder, [f"--run.prefetch={str(prefetch).lower()}", "--run.streams=auto"])
     steps, heartbeat = made.steps(2, 5), made.ranks.heartbeat
+    assert made.waited == 0
     for number, ahead in ((3, 1), (4, 1), (5, 0)):
         next(steps)
         assert heartbeat.step == number + ahead * prefetch
@@ -137,6 +138,14 @@ def test_features_are_read_for_supervised_steps_only(first, last, supervised, fo
         for one in batches:
             assert one.images is None and len(one.features) == (2 if number < supervised else 0)
             assert all(torch.equal(read, one.x) for read in one.features)
+
+
+def test_images_are_handed_out_where_encoders_run_live(folder, monkeypatch):
+    made, loader = iterator(folder, ["--stage.transcend.stop_step=1"], features=(Counted(),))
+    monkeypatch.setattr(type(made.stage.method), "encodes_images", True)
+    (now,), (later,) = made.steps(0, 2)
+    assert now.images.tolist() == loader.asked[0][0] and later.images is None
+    assert now.features == later.features == ()
 
 
 def test_a_label_is_dropped_below_the_dropout_and_not_at_it(folder):

@@ -150,7 +150,7 @@ def test_the_average_follows_the_optimisers_ema_without_a_copy_in_float32(dtype)
         assert not average().training
         assert all(torch.equal(emas[name], tensor) for name, tensor in expected.items())
         for name, parameter in average().named_parameters():
-            assert torch.equal(parameter, emas[name].to(dtype))
+            assert torch.equal(parameter, emas[name].to(dtype)) and not parameter.requires_grad
             assert (parameter.data_ptr() == emas[name].data_ptr()) == (dtype == torch.float32)
 
 
