@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, UserError
+from st_fast.core.machine import lacks_memory, out_of_memory
 from st_fast.core.options import Parser
 from st_fast.core.signals import pay_no_heed
 from st_fast.core.streams import one_line, use_safe_streams
@@ -43,8 +44,13 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
             traceback.print_exc()
         _tell(str(error))
         end_process(error.exit_code)
-    except OSError as error:
-        if debug or error.errno not in MENDABLE:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if lacks_memory(error) and not debug:
+            spec = getattr(main, "__globals__", {}).get("__spec__")
+            name = spec.name.removesuffix(".__main__").rpartition(".")[2] if spec else main.__name__
+            _tell(out_of_memory(error, f"running {name}"))
+            end_process(EXIT_FAILED)
+        if debug or not isinstance(error, OSError) or error.errno not in MENDABLE:
             raise
         _tell(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror))
         end_process(EXIT_FAILED)

@@ -5,15 +5,18 @@ Importing it imports no torch: recipes are checked without, and threads are chos
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 import resource
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -181,14 +184,24 @@ def container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
 
 
 def allow_open_files(count: int) -> None:
-    """Raises this process's limit on open files if `count` more need it; one line where the system forbids that."""
+    """Raises this process's limit on open files if `count` of data need it; UserError where the system forbids that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     mine = Path("/proc/self/fd")
     need = count + SPARE_FILES + (len(os.listdir(mine)) if mine.is_dir() else 0)
     if soft != resource.RLIM_INFINITY and soft < need:
         if hard != resource.RLIM_INFINITY and hard < need:
-            raise UserError(f"{count} files would be open at once, at most {hard} may be; make fewer, larger ones")
+            fewer = ", or have the data in fewer, larger files" if count > SPARE_FILES else ""
+            raise UserError(
+                f"{count} data file{'s' * (count != 1)} and what a process opens beside them need a limit of {need} "
+                f"open files; here it is {hard} and can't be raised by this process: raise it (ulimit -Hn){fewer}"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+
+
+NO_MEMORY = (
+    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""In errors of PyTorch that have no class of their own."""
 
 
 class PassTooLarge(RuntimeError):
@@ -197,10 +210,31 @@ class PassTooLarge(RuntimeError):
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or, where PyTorch has no class for it, on the host."""
-    import torch
-
-    text = str(error)
+    text, torch = str(error), sys.modules.get("torch")
     # The stable ABI that csrc is built on loses the cause; but making room for a result fails for no other reason.
     lost = "API call failed" in text and any(f"aten::{op}" in text for op in ("empty", "new_empty"))
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError, PassTooLarge))
-    return known or "can't allocate memory" in text or lost
+    known = isinstance(error, (MemoryError, PassTooLarge)) or getattr(error, "errno", None) == errno.ENOMEM
+    known = known or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    return known or lost or any(words in text for words in NO_MEMORY)
+
+
+def out_of_memory(error: BaseException, doing: str) -> str:
+    """One line on an error that `lacks_memory`: where it ran out, while `doing` what, and what was asked for."""
+    text = str(error)
+    gpu, asked = re.search(r"GPU (\d+)", text), re.search(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", text)
+    on_device = any(word in text for word in ("CUDA", "CUBLAS", "CUDNN"))
+    where = "" if "API call failed" in text else " on the host"  # what csrc's error says nothing of
+    if on_device:
+        where = f" on cuda:{gpu[1]}" if gpu else " on the GPU"
+    return f"out of memory{where} while {doing}" + (f" ({asked[1]} were asked for)" if asked else "")
+
+
+@contextmanager
+def naming_lack_of_memory(doing: str) -> Iterator[None]:
+    """Turns a lack of memory inside the block into a RunFailed that says where it ran out and while `doing` what."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not lacks_memory(error):
+            raise
+        raise RunFailed(out_of_memory(error, doing)) from error

@@ -30,6 +30,7 @@ from st_fast.core.command import run_command
 from st_fast.core.comparison import differences, place_for, short_digest
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import BadFile, read_json, write_json_atomic
+from st_fast.core.machine import naming_lack_of_memory
 from st_fast.evaluate import inception, scores
 from st_fast.evaluate.classifier import classifier_metrics, how_to_write_images, load_classifier
 from st_fast.recipe import Recipe
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str]) -> None:
         ranks.barrier()
 
 
+@naming_lack_of_memory("scoring")
 def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: torch.device, say: Say) -> None:
     """Scores a file of samples, prints the protocol and every number, and writes the record beside the samples."""
     samples = open_npz(file)

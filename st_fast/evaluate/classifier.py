@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import read_json, write_folder, write_json_atomic
+from st_fast.core.machine import naming_lack_of_memory
 from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
 FORMAT = "st_fast.judge/1"
@@ -206,7 +207,9 @@ def load_or_train(data_folder: Path, say: Say) -> Classifier:
                 return _load(kept, real)
             except UserError as error:
                 say(f"{error}; training it again")
-    return _keep(folder, train(real, say), real, say)
+    with naming_lack_of_memory("training the classifier"):
+        trained = train(real, say)
+    return _keep(folder, trained, real, say)
 
 
 def train(real: RealImages, say: Say) -> ConvNet:

@@ -14,6 +14,7 @@ from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint, match_strictly
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import shown
+from st_fast.core.machine import naming_lack_of_memory
 from st_fast.kernels import KernelTable
 from st_fast.model import SiT, unfilled
 from st_fast.model.attention import BACKENDS, Attend
@@ -193,7 +194,8 @@ def load_frozen(
     UserError, in one line, if there is none, if its architecture differs from `config`, if it was trained on another
     path than `flow` (where given), if any key of the trunk is missing, unknown or of another shape, or not finite.
     """
-    found = _weights(root, config, weights)
+    with naming_lack_of_memory(f"loading {root}"):
+        found = _weights(root, config, weights)
     if flow is not None and found.flow != flow:
         raise UserError(f"teacher {found.path}: trained on the {found.flow} path, flow.path = {flow!r}")
     if differing := config.differences(found.architecture):
@@ -204,7 +206,8 @@ def load_frozen(
     if record is not None:
         digest = tensors_hash(found.tensors)
         record({"path": str(found.path), "step": found.step, "weights": weights, "sha256": digest})
-    model.to(dtype).to_empty(device=place).load_state_dict(dict(found.tensors))
+    with naming_lack_of_memory(f"loading {root}"):
+        model.to(dtype).to_empty(device=place).load_state_dict(dict(found.tensors))
     return model.eval().requires_grad_(False)
 
 

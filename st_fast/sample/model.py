@@ -13,6 +13,7 @@ from torch import Tensor
 
 from st_fast.core.command import command_parser, need_run
 from st_fast.core.errors import UserError
+from st_fast.core.machine import naming_lack_of_memory
 from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, integer, number
 from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import stop_on_signals
@@ -90,9 +91,10 @@ class Sampler:
 
     def images(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Samples number first … first + count − 1 as uint8 images (count, 1 or 3, H, W), and labels, on the CPU."""
-        draw = self.draw_of(first, count)
-        latents = sample(self.model, draw, self.request.settings, self.request.recipe.flow.path)
-        return self.decode(latents).cpu(), draw.labels.cpu()
+        with naming_lack_of_memory(f"drawing {count} samples at once (--batch-size takes fewer)"):
+            draw = self.draw_of(first, count)
+            latents = sample(self.model, draw, self.request.settings, self.request.recipe.flow.path)
+            return self.decode(latents).cpu(), draw.labels.cpu()
 
 
 def decoder(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import Stopped, UserError, first_line
+from st_fast.core.machine import lacks_memory, out_of_memory
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
 from st_fast.data.manifest import Manifest
@@ -116,6 +117,8 @@ class Examiner:
             except Exception as error:  # whatever it is, training need not end for it
                 what = "no picture" if kind == "sample" else "no score"
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+                if lacks_memory(error):
+                    reason = out_of_memory(error, "drawing" if kind == "sample" else "drawing and scoring")
                 self.log.say(f"{stage.name} {step}: {what}: {reason}; training goes on")
 
     @cached_property

@@ -19,26 +19,38 @@ from traceback import clear_frames
 import torch
 
 from st_fast.core.errors import RunFailed
-from st_fast.core.machine import PassTooLarge, container_limit, lacks_memory, local_count
+from st_fast.core.machine import PassTooLarge, container_limit, lacks_memory, local_count, out_of_memory
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, RecipeError, cost
 from st_fast.recipe.batch import AUTO, images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.check import check
 from st_fast.train import choices
 
+STEP = ("step", "all-reduce", "graphs")
+"""Phases whose memory goes with the images of a pass."""
+DOING = {
+    "build": "making the model and its optimiser state",
+    "data": "reading a batch", "read": "reading a checkpoint or a model", "save": "saving a checkpoint",
+    "log": "reading the losses", "agree": "agreeing with the other ranks", "sample": "drawing or scoring",
+}  # fmt: skip
+"""What a rank does in the other ones, as messages have it."""
 WASTEFUL = 2
 """How many times the chosen pass must fit before the log says that the batch does not split better."""
 
 
 @contextmanager
 def explained(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, given: Recipe | None = None) -> Iterator[None]:
-    """Turns a lack of memory inside the block into a RunFailed that says what would fit (`advice`)."""
+    """Turns a lack of memory inside the block into a RunFailed: of a step, with what would fit (`advice`)."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        raise RunFailed(advice(recipe, ranks, dtype, capacity(ranks.device), given)) from error
+        at = ranks.heartbeat
+        if isinstance(error, PassTooLarge) or at.phase in STEP:
+            raise RunFailed(advice(recipe, ranks, dtype, capacity(ranks.device), given)) from error
+        doing = DOING.get(at.phase, at.phase)
+        raise RunFailed(out_of_memory(error, f"{doing}, at {at.stage} step {at.step}")) from error
 
 
 @contextmanager

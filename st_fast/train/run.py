@@ -13,7 +13,7 @@ from st_fast import kernels
 from st_fast.core import lock
 from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import Say, UserError
-from st_fast.core.machine import PassTooLarge, local_rank
+from st_fast.core.machine import PassTooLarge, local_rank, naming_lack_of_memory
 from st_fast.core.ranks import JOINING, Ranks, process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.ahead import RecordSet
@@ -101,7 +101,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             if ranks.first:
                 # Not earlier: a recipe that is refused has not begun, and may be corrected.
                 log.files.write(out / "recipe.toml", to_toml(recipe).encode())
-            with memory.explained(split, ranks, dtype, recipe):
+            with naming_lack_of_memory("measuring the device and trying kernels"):
                 rate = matmul_rate(ranks.device, dtype)
                 timed = choose_kernels(split, ranks, dtype, log.say)
             context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,20 @@ import torch
 
 from st_fast import kernels
 from st_fast.core import checkpoint
+from st_fast.core.command import run_command
 from st_fast.core.errors import EXIT_FAILED, EXIT_USAGE, RunFailed
-from st_fast.core.ranks import Ranks
+from st_fast.core.machine import PassTooLarge, naming_lack_of_memory
+from st_fast.core.ranks import Heartbeat, Ranks
 from st_fast.kernels import table
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import cost, load
 from st_fast.train import adamw, memory, run
+from st_fast.train.examiner import Examiner
+from st_fast.train.log import Log
 from tests import tiny
+from tests.evaluate.test_evaluate_command import real_images
 from tests.faults.ranks import finish
+from tests.sample.tiny_run import make_run
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 
@@ -128,8 +136,92 @@ def test_a_card_that_others_have_filled_is_one_line_at_the_start(one_stage, monk
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.")
 
     monkeypatch.setattr(run, "matmul_rate", full)
-    with pytest.raises(RunFailed, match=r"^out of memory on cpu at start with "):
+    with pytest.raises(
+        RunFailed, match=r"^out of memory on the GPU while measuring .* \(128\.00 MiB were asked for\)$"
+    ):
         run.run(load(one_stage))
+
+
+ON_HOST = "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000"
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (MemoryError(), "on the host while drawing"),
+        (RuntimeError(f"{ON_HOST} bytes. Error code 12 (Cannot allocate memory)"),
+         "on the host while drawing (9000 bytes were asked for)"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "on the host while drawing"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 3 has a total capacity of 79 GiB"),
+         "on cuda:3 while drawing (2.50 GiB were asked for)"),
+        (RuntimeError("CUDA error: out of memory"), "on the GPU while drawing"),
+        (RuntimeError("API call failed: aten::new_empty"), "while drawing"),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_is_told_with_where_and_at_what(error, where):
+    with pytest.raises(RunFailed) as told, naming_lack_of_memory("drawing"):
+        raise error
+    assert str(told.value) == f"out of memory {where}" and told.value.exit_code == EXIT_FAILED
+    with pytest.raises(OSError, match="left on"), naming_lack_of_memory("drawing"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        ("step", "images a pass in"), ("all-reduce", "images a pass in"), ("build", "making the model and its"),
+        ("data", "reading a batch"), ("save", "saving a checkpoint"), ("sample", "drawing or scoring"),
+    ],
+)  # fmt: skip
+def test_only_a_training_step_blames_the_images_of_a_pass(phase, words, recipe):
+    ranks = Ranks(0, 1, torch.device("cpu"), Heartbeat("align", 7, phase))
+    with pytest.raises(RunFailed) as told, memory.explained(load(recipe), ranks, torch.float32):
+        raise MemoryError
+    line = str(told.value)
+    assert words in line and "align step 7" in line and ("micro_batch" in line) == (phase in ("step", "all-reduce"))
+    with pytest.raises(RunFailed, match="images a pass in"), memory.explained(load(recipe), ranks, torch.float32):
+        raise PassTooLarge
+
+
+def lacking(*_, **__):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "broken", "words"),
+    [
+        (["sample"], "st_fast.sample.model.sample", "drawing 4 samples at once (--batch-size takes fewer)"),
+        (["sample"], "st_fast.model.stored.checkpoint.latest", "loading RUN/plain/checkpoints"),
+        (["evaluate", "-n", "70"], "st_fast.evaluate.classifier.ConvNet", "training the classifier"),
+        (["evaluate", "-n", "70"], "st_fast.evaluate.__main__.classifier_metrics", "scoring"),
+        (["evaluate.probe"], "st_fast.evaluate.probe.together.load_split", "running probe"),
+        (["train.doctor"], "st_fast.train.doctor.devices", "running doctor"),
+    ],
+)
+def test_every_command_says_what_it_lacked_memory_for_and_none_blames_a_batch(
+    arguments, broken, words, tmp_path, monkeypatch, capsys
+):
+    found = make_run(tmp_path)
+    real_images(tmp_path / "data")
+    name, *options = arguments
+    module = import_module(f"st_fast.{name}" if name == "train.doctor" else f"st_fast.{name}.__main__")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(broken, lacking)
+    with pytest.raises(SystemExit) as ended:
+        run_command(module.main, [] if name == "train.doctor" else [str(found), *options])
+    assert ended.value.code == EXIT_FAILED
+    assert one_line(capsys.readouterr().err) == f"st_fast: out of memory on the host while {words}".replace(
+        "RUN", str(found)
+    )
+
+
+def test_a_picture_and_a_score_that_lack_memory_say_so_and_training_goes_on(one_stage, monkeypatch):
+    monkeypatch.setattr(Examiner, "images", lacking)
+    monkeypatch.setattr(Examiner, "_check", lambda self: None)
+    said = []
+    monkeypatch.setattr(Log, "say", lambda self, text: said.append(text))
+    run.run(load(one_stage, ["--sample.num=4", "--stage.align.steps=2"]))
+    assert "align 2: no picture: out of memory on the host while drawing; training goes on" in said
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(recipe):
