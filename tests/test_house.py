@@ -114,11 +114,14 @@ def test_a_recipe_and_a_batch_are_handed_through_few_rooms(tmp_path: Path):
     recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out"))
     found: dict[type, set[Path]] = {Recipe: set(), NoisyBatch: set()}
 
+    @cache
+    def place(name: str) -> Path | None:
+        return Path(name).relative_to(HOUSE) if HOUSE in Path(name).parents else None
+
     def note(frame: FrameType, event: str, result: object) -> None:
-        file = Path(frame.f_code.co_filename)
-        if event == "call" and HOUSE in file.parents:
+        if event == "call" and (file := place(frame.f_code.co_filename)):
             for kind in {type(value) for value in frame.f_locals.values()} & found.keys():
-                found[kind].add(file.relative_to(HOUSE))
+                found[kind].add(file)
 
     sys.setprofile(note)
     try:
