@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,8 +25,18 @@ REPO = "someone/st-fast-kernels"
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What computes is compiled with the real flags, what is around it without optimisation: half of the time."""
     out = tmp_path_factory.mktemp("hub") / "tree"
-    hub.export(out, REPO)
+    compiler = next(filter(None, map(shutil.which, ("g++", "c++"))), None)
+    with pytest.MonkeyPatch.context() as patch:
+        if compiler:
+            quick = out.parent / "quick-cxx"
+            quick.write_text(
+                f'#!/bin/sh\ncase "$*" in *isa_*) exec {compiler} "$@";; *) exec {compiler} "$@" -O0;; esac\n'
+            )
+            quick.chmod(0o755)
+            patch.setenv("CXX", str(quick))
+        hub.export(out, REPO)
     return out
 
 
