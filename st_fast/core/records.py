@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from st_fast.core.files import BadFile, is_count, shown
@@ -17,40 +18,49 @@ PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def record_from(kind: type[Record], value: object, where: str) -> Record:
+def record_from(kind: type[Record], value: object, where: str, strict: bool = True) -> Record:
     """The dataclass `kind` out of a JSON object with its fields; `BadFile`, which begins with `where`, if it isn't one.
 
-    Fields are int (from 0), float, str, bool, tuples of these, and dataclasses of such fields. A `BadFile` that the
-    dataclass itself raises gets `where` in front.
+    Fields are int (from 0), float, str, bool, tuples of these, `Mapping[str, …]` of these or of Any, dataclasses of
+    such fields, and `… | None`. A `BadFile` that the dataclass itself raises gets `where` in front. Fields that the
+    dataclass does not have are refused; without `strict` they are taken for a newer version's, and passed over.
     """
     if not isinstance(value, dict):
         raise BadFile(f"{where} = {shown(value)}: an object is needed")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     optional = {n for n, field in fields.items() if field.default is not field.default_factory}  # MISSING is both
-    if strangers := sorted(value.keys() - fields):
+    if strict and (strangers := sorted(value.keys() - fields)):
         raise BadFile(f"{where}: the field {shown(strangers[0])} is unknown; known are {', '.join(fields)}")
     if missing := [name for name in fields if name not in value and name not in optional]:
         raise BadFile(f"{where}: the field {missing[0]} is missing")
-    types = typing.get_type_hints(kind)
-    found = {name: _value(types[name], item, f"{where}: {name}") for name, item in value.items()}
+    hints = typing.get_type_hints(kind)
+    found = {n: _value(hints[n], value[n], f"{where}: {n}", strict) for n in fields if n in value}
     try:
         return kind(**found)
     except BadFile as error:
         raise BadFile(f"{where}: {error}") from None
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
+def _value(kind: Any, value: Any, where: str, strict: bool) -> Any:
+    if kind is Any:
+        return value
     if kind in PLAIN:
         needed, fits = PLAIN[kind]
         if not fits(value):
             raise BadFile(f"{where} = {shown(value)}: {needed} is needed")
         return value
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
+    origin, kinds = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _value(kinds[0], value, where, strict)
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise BadFile(f"{where} = {shown(value)}: an object is needed")
+        return {key: _value(kinds[1], item, f"{where}: {shown(key)}", strict) for key, item in value.items()}
+    if origin is tuple:
         if not isinstance(value, list) or (kinds[-1] is not ... and len(value) != len(kinds)):
             raise BadFile(f"{where} = {shown(value)}: a list{f' of {len(kinds)}' * (kinds[-1] is not ...)} is needed")
         return tuple(
-            _value(kinds[0] if kinds[-1] is ... else kinds[number], item, f"{where}[{number}]")
+            _value(kinds[0] if kinds[-1] is ... else kinds[number], item, f"{where}[{number}]", strict)
             for number, item in enumerate(value)
         )
-    return record_from(kind, value, where)
+    return record_from(kind, value, where, strict)

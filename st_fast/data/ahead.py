@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from st_fast.core.checkpoint.meta import FilesIdentity as FilesIdentity
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.data.manifest import Manifest
 
@@ -37,16 +38,6 @@ class Readable(Protocol):
 
 Answer = tuple[Tensor, Tensor]
 """Moments (n, 2C, H, W) or features, in the set's dtype; labels (n,) int64. On the host (for CUDA pinned) or device."""
-
-
-@dataclass(frozen=True)
-class FilesIdentity:
-    """What tells whether files that have no hashes of their own were changed."""
-
-    stat: str
-    """SHA-256 of names, sizes and times of change; a copy has others."""
-    content: str = ""
-    """SHA-256 of what is in them; "" until it was read."""
 
 
 def nothing() -> None:

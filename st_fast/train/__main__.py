@@ -147,6 +147,7 @@ def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]
         return recipe, ""
     import torch
 
+    from st_fast.core.checkpoint.meta import MicroBatch
     from st_fast.train import memory
 
     here = recipe.run.device == "cpu" or torch.cuda.is_available()
@@ -157,7 +158,7 @@ def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]
     if not images:
         return recipe, f"not one image a pass fits ({where})"
     chosen = with_passes_of(images, recipe, ranks)
-    badly = memory.splits_badly(recipe, memory.Choice(images, ranks), bf16, room)
+    badly = memory.splits_badly(recipe, MicroBatch(images, ranks), bf16, room)
     return chosen, f"{images} images a pass, {chosen.optim.accumulation} a step ({where}){badly}"
 
 

@@ -1,10 +1,10 @@
 """What a run decides once, at its start, and keeps in its checkpoints, so that a resumed run computes the same bits."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
 
 import torch
 
+from st_fast.core.checkpoint.meta import Meta
 from st_fast.core.ranks import Ranks
 from st_fast.kernels.common.trial import Size
 from st_fast.model.timed import timed_choices
@@ -12,21 +12,11 @@ from st_fast.recipe import Recipe
 from st_fast.recipe.batch import images_a_pass
 from st_fast.train.continuity import newest
 
-T = TypeVar("T")
 
-
-def newest_meta(recipe: Recipe) -> Mapping[str, Any] | None:
+def newest_meta(recipe: Recipe) -> Meta | None:
     """What the newest readable checkpoint of the run says of it; None where there is none yet."""
     found = next(filter(None, (newest(recipe, stage) for stage in reversed(recipe.stages))), None)
-    return found[1].meta if found else None
-
-
-def kept(recipe: Recipe, name: str, kind: Callable[..., T]) -> T | None:
-    """The choice under `name` in that checkpoint, made by `kind` of its fields; None if there is none that it knows."""
-    try:
-        return kind(**((newest_meta(recipe) or {}).get(name) or {}))
-    except TypeError:  # no choice, or one written by another version
-        return None
+    return found[1].said if found else None
 
 
 def choose_kernels(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callable[[str], None]) -> dict[str, str]:
@@ -34,7 +24,7 @@ def choose_kernels(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callab
 
     def recorded() -> dict[str, str] | None:
         meta = newest_meta(recipe)
-        return None if meta is None else dict(meta.get("kernels") or {})
+        return None if meta is None else dict(meta.kernels or {})
 
     if recipe.run.fp8 != "off" and recipe.kernels.gelu_mlp == "auto":
         say(f"kernels: gelu_mlp reference, run.fp8 = {recipe.run.fp8!r} has products of its own")

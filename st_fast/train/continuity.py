@@ -7,15 +7,16 @@ has changed is refused in one line; `--accept-changes` goes on all the same, and
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from st_fast.core.checkpoint.meta import FilesIdentity, Meta, Teacher
 from st_fast.core.checkpoint.store import Manifest, candidates, patiently, read_manifest
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, Unreadable, shown
-from st_fast.data.ahead import FilesIdentity, RecordSet
+from st_fast.data.ahead import RecordSet
 from st_fast.recipe import Recipe, RecipeError, Stage, changed_maths, from_text, load_run
 from st_fast.train.log import Log
 
@@ -99,42 +100,42 @@ def check_recipe(recipe: Recipe, changes: Changes) -> None:
         differences += changed_maths(load_run(out), recipe)
     begun = [(stage, *found) for stage in recipe.stages if (found := newest(recipe, stage)) is not None]
     for stage, path, manifest in begun:
-        if (name := manifest.meta.get("stage", stage.name)) != stage.name:
+        if (name := manifest.said.stage or stage.name) != stage.name:
             differences.append(f"{path} is a checkpoint of stage {shown(name)}")
     for stage, path, manifest in begun[-1:]:
         at = stage.name, manifest.step
-        with suppress(KeyError, RecipeError):  # of another program's making, or of a version with other keys
-            differences += changed_maths(from_text(str(manifest.meta["recipe"]), str(path)), recipe)
+        if manifest.said.recipe:
+            with suppress(RecipeError):  # of a version with other keys
+                differences += changed_maths(from_text(manifest.said.recipe, str(path)), recipe)
         if manifest.step < stage.steps:
-            differences += _longer_teacher(recipe, stage, manifest.meta)
+            differences += _longer_teacher(recipe, stage, manifest.said)
     changes.check(differences, *at)
 
 
-def _longer_teacher(recipe: Recipe, stage: Stage, meta: Mapping[str, Any]) -> list[str]:
+def _longer_teacher(recipe: Recipe, stage: Stage, meta: Meta) -> list[str]:
     """A stage of this run that teaches one which has begun, but is to be trained on before that goes on."""
-    name, before = stage.method.teacher_name, meta.get("teacher")
-    if name is None or not isinstance(before, dict) or all(other.name != name for other in recipe.stages):
+    name, before = stage.method.teacher_name, meta.teacher
+    if name is None or before is None or all(other.name != name for other in recipe.stages):
         return []
-    return teacher_differences(stage, before, before | {"step": recipe.stage(name).steps})
+    return teacher_differences(stage, before, replace(before, step=recipe.stage(name).steps))
 
 
-def teacher_differences(stage: Stage, before: Any, now: Mapping[str, Any] | None) -> list[str]:
+def teacher_differences(stage: Stage, before: Teacher | None, now: Teacher | None) -> list[str]:
     """How the teacher that a stage has differs from the one it had; nothing is known of it in older checkpoints."""
-    if not isinstance(before, dict) or now is None:
+    if before is None or now is None:
         return []
     label = f"stage.{stage.name}: its teacher {stage.method.teacher_name} was"
-    if before.get("step") != now["step"]:
-        return [f"{label} at step {shown(before.get('step'))} (now {now['step']})"]
-    if before.get("sha256") != now["sha256"]:
-        return [f"{label} {shown(before.get('sha256'))[1:13]} (now {now['sha256'][:12]}), at step {now['step']}"]
+    if before.step != now.step:
+        return [f"{label} at step {before.step} (now {now.step})"]
+    if before.sha256 != now.sha256:
+        return [f"{label} {shown(before.sha256)[1:13]} (now {now.sha256[:12]}), at step {now.step}"]
     return []
 
 
-def file_differences(saved: Any, records: RecordSet) -> list[str]:
+def file_differences(before: FilesIdentity | None, records: RecordSet) -> list[str]:
     """Whether files without hashes of their own were changed; a copy, which has other times, is read to find out."""
-    if not isinstance(saved, dict) or records.files is None:
+    if before is None or records.files is None:
         return []
-    before = FilesIdentity(str(saved.get("stat")), str(saved.get("content") or ""))
     if before.stat == records.files.stat:
         return []
     if before.content and not records.files.content:
@@ -144,9 +145,4 @@ def file_differences(saved: Any, records: RecordSet) -> list[str]:
         return []
     known = "" if before.content else ", and data.verify was false, so that their content is not known"
     ours, theirs = (before.content, now.content) if before.content else (before.stat, now.stat)
-    return [f"data.path: its files were {ours[:12]} (now {theirs[:12]}){known}"]
-
-
-def of_files(records: RecordSet) -> dict[str, str] | None:
-    """What a checkpoint records of files without hashes."""
-    return asdict(records.files) if records.files is not None else None
+    return [f"data.path: its files were {shown(ours)[1:13]} (now {theirs[:12]}){known}"]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from st_fast.core.checkpoint.meta import GraphChoice, Meta
 from st_fast.core.errors import Say, first_line
 from st_fast.core.machine import PassTooLarge
 from st_fast.core.ranks import Ranks
@@ -46,14 +47,6 @@ class Losses:
     def backward(self) -> None:
         """Adds the gradients of their sum to the parameters'."""
         (self.denoise + self.aux).backward()
-
-
-@dataclass(frozen=True)
-class GraphChoice:
-    """The result of "auto" for a stage: whether its steps are replayed as graphs on each of `ranks`."""
-
-    used: bool
-    ranks: int
 
 
 class Graphs:
@@ -180,7 +173,8 @@ def settled(recipe: Recipe, stage: Stage, ranks: Ranks, say: Say) -> GraphChoice
             say(f"{stage.name}: CUDA graphs left out: {reason}")
         return GraphChoice(False, ranks.count)
     alone = replace(recipe, stages=(stage,))
-    recorded: GraphChoice | None = ranks.broadcast_from_rank0(lambda: choices.kept(alone, "cuda_graphs", GraphChoice))
+    meta: Meta | None = ranks.broadcast_from_rank0(lambda: choices.newest_meta(alone))
+    recorded = meta.cuda_graphs if meta else None
     if recorded is not None and recorded.ranks == ranks.count:
         say(f"{stage.name}: CUDA graphs {'taken' if recorded.used else 'left out'}, as before")
         return recorded

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from st_fast.core.checkpoint.meta import SkippedSteps, SpikeHistory
 from st_fast.core.errors import RunFailed
 from st_fast.core.ranks import Ranks
 from st_fast.core.writing import Writer
@@ -184,13 +185,13 @@ class Skips:
             self.in_row = self.in_row + 1 if bad else 0
             self.total += bad
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> SkippedSteps:
         """What a checkpoint keeps of it."""
-        return {"total": self.total, "in_row": self.in_row}
+        return SkippedSteps(self.total, self.in_row)
 
-    def restore(self, state: Mapping[str, int]) -> None:
+    def restore(self, state: SkippedSteps) -> None:
         """Goes on from there."""
-        self.total, self.in_row = state["total"], state["in_row"]
+        self.total, self.in_row = state.total, state.in_row
 
     def check(self, step: int) -> None:
         """RunFailed if the last `allowed` steps or more up to `step` were all skipped."""
@@ -234,14 +235,14 @@ class SpikeDetector:
         found, self.found = self.found, None
         return found
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> SpikeHistory:
         """What a checkpoint keeps of it."""
-        return {"usual": list(self.usual), "high": self._high, "found": self.found}
+        return SpikeHistory(tuple(self.usual), self._high, self.found)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: SpikeHistory) -> None:
         """Goes on from there."""
-        self._high, self.found = state["high"], state["found"]
-        self.usual.extend(state["usual"])
+        self._high, self.found = state.high, state.found
+        self.usual.extend(state.usual)
 
 
 @cache

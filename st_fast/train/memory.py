@@ -12,12 +12,13 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from traceback import clear_frames
 
 import torch
 
+from st_fast.core.checkpoint.meta import MicroBatch
 from st_fast.core.errors import RunFailed
 from st_fast.core.machine import PassTooLarge, container_limit, lacks_memory, local_count, out_of_memory
 from st_fast.core.ranks import Ranks
@@ -117,18 +118,9 @@ def advice(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, room: int, given: R
     return f"{line}: {options} makes it {micro} a pass, with the same mathematics{less}"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The result of "auto": images of a pass on each of `ranks`; `halved` if memory ran out and they were reduced."""
-
-    images: int
-    ranks: int
-    halved: bool = False
-
-
 def choose_micro_batch(
     recipe: Recipe, ranks: Ranks, dtype: torch.dtype, kept: tuple[int, int], say: Callable[[str], None]
-) -> tuple[Recipe, Choice | None]:
+) -> tuple[Recipe, MicroBatch | None]:
     """The recipe with the accumulation that its `micro_batch` asks for, and the choice where that is "auto".
 
     `kept`: the least and the most bytes of data on the device, which the estimate leaves out. All ranks take what fits
@@ -140,14 +132,14 @@ def choose_micro_batch(
         return with_passes_of(images, recipe, ranks.count) if optim.micro_batch else recipe, None
     whole = capacity(ranks.device)
     room = least_room(ranks, whole - kept[0])
-    choice: Choice | None = ranks.broadcast_from_rank0(lambda: recorded(recipe, ranks.count))
+    choice: MicroBatch | None = ranks.broadcast_from_rank0(lambda: recorded(recipe, ranks.count))
     again = choice is not None
     # With all of the memory, not the share, and the least data: what others take is not the same at every start.
     if choice is None or sum(estimate(recipe, choice, bf16)) > room:
         room = least_room(ranks, whole - kept[1])
-        again, choice = False, Choice(cost.largest_micro_batch(recipe, ranks.count, bf16, room), ranks.count)
+        again, choice = False, MicroBatch(cost.largest_micro_batch(recipe, ranks.count, bf16, room), ranks.count)
     if not choice.images:
-        fixed, activations = estimate(recipe, Choice(1, ranks.count), bf16)
+        fixed, activations = estimate(recipe, MicroBatch(1, ranks.count), bf16)
         share = f"{100 * cost.MEMORY_SHARE:.0f} % of {room / 2**30:.2f} GiB"
         raise RunFailed(
             f'optim.micro_batch = "auto": {ranks.device} has too little memory for one image a pass: {share} may be '
@@ -172,7 +164,7 @@ def least_room(ranks: Ranks, mine: int) -> int:
     return int(ranks.sum(rooms).min())
 
 
-def checked(recipe: Recipe, choice: Choice) -> Recipe:
+def checked(recipe: Recipe, choice: MicroBatch) -> Recipe:
     """The recipe with the choice as its accumulation; RecipeError where another key excludes that."""
     chosen = with_passes_of(choice.images, recipe, choice.ranks)
     try:
@@ -183,12 +175,12 @@ def checked(recipe: Recipe, choice: Choice) -> Recipe:
     return chosen
 
 
-def estimate(recipe: Recipe, choice: Choice, bf16: bool) -> tuple[int, int]:
+def estimate(recipe: Recipe, choice: MicroBatch, bf16: bool) -> tuple[int, int]:
     """(Weights with their state, activations) in bytes, by `cost.memory_bytes`."""
     return cost.memory_bytes(with_passes_of(choice.images, recipe, choice.ranks), choice.ranks, bf16)
 
 
-def splits_badly(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
+def splits_badly(recipe: Recipe, choice: MicroBatch, bf16: bool, room: int) -> str:
     """What the log adds where far more images would fit than in a pass that divides a rank's share; else ""."""
 
     def taken(images: int) -> int:
@@ -203,7 +195,7 @@ def splits_badly(recipe: Recipe, choice: Choice, bf16: bool, room: int) -> str:
     return f"; {fit} would fit, but a pass must divide the {share} images of a rank"
 
 
-def halved(recipe: Recipe, choice: Choice | None) -> tuple[Recipe, Choice] | None:
+def halved(recipe: Recipe, choice: MicroBatch | None) -> tuple[Recipe, MicroBatch] | None:
     """The next smaller choice after a pass was too large, once; None where the size was not chosen or can't change.
 
     Several ranks can't agree in the middle of a step.
@@ -220,9 +212,10 @@ def halved(recipe: Recipe, choice: Choice | None) -> tuple[Recipe, Choice] | Non
         return None
 
 
-def recorded(recipe: Recipe, ranks: int) -> Choice | None:
+def recorded(recipe: Recipe, ranks: int) -> MicroBatch | None:
     """The choice in the newest checkpoint; None unless it was made for as many ranks and still divides their share."""
-    choice = choices.kept(recipe, "micro_batch", Choice)
+    meta = choices.newest_meta(recipe)
+    choice = meta.micro_batch if meta else None
     if choice is None or choice.ranks != ranks or choice.images not in possible_passes(recipe.optim, ranks):
         return None
     return choice

@@ -3,12 +3,13 @@
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 
 from st_fast import __version__
+from st_fast.core.checkpoint.meta import GraphChoice
 from st_fast.core.errors import Say
 from st_fast.core.machine import PassTooLarge
 from st_fast.data.loader import Loader, make_loader
@@ -115,7 +116,7 @@ def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> Bat
 
 def try_graphs(
     trainer: Trainer, recipe: Recipe, readers: Sequence[Loader], first: int, say: Say
-) -> tuple[Recipe, graphs.GraphChoice]:
+) -> tuple[Recipe, GraphChoice]:
     """Whether the stage's steps become graphs, by a trial on the batch of its first step, which is made for it alone.
 
     `recipe` is the trainer's, with graphs. `say` is told what was decided.
@@ -247,6 +248,6 @@ def _log_start(trainer: Trainer, first: int) -> None:
         ranks=context.ranks.count, device=torch.cuda.get_device_name(context.ranks.device) if cuda else name,
         matmul_flops_per_s=context.rate, dataset=context.shards.manifest.digest,
         versions={"st_fast": __version__, "torch": torch.__version__},
-        **({"init": trainer.origin} if trainer.origin else {}),
-        **({"teacher": trainer.teacher} if trainer.teacher else {}),
+        **({"init": asdict(trainer.origin)} if trainer.origin else {}),
+        **({"teacher": asdict(trainer.teacher)} if trainer.teacher else {}),
     )  # fmt: skip

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
+from st_fast.core.checkpoint.meta import Init
 from st_fast.core.errors import Say, UserError
 from st_fast.model import SiT
 from st_fast.model.finite import check_finite
@@ -23,7 +23,7 @@ from st_fast.train.parallel import Groups
 from st_fast.train.supervision import Parts
 
 
-def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[Groups, dict[str, Any]]:
+def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[Groups, Init]:
     """The state that a stage begins with, from what `stage.start` names and, for what is fresh, from what was drawn.
 
     `drawn` is the optimiser's state before the first step. Also returns what to record of the start: path, layout,
@@ -43,15 +43,15 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
         state["heads"] = {key: loaded.model[head_name(key)] for key in drawn.get("heads", {})}
     if start.init_weights == "state":
         state["optim"] |= _adam(loaded, drawn["optim"], kept, list(state["heads"]) if with_heads else None)
-    return state, {
-        "path": start.init,
-        "layout": loaded.layout,
-        "step": loaded.step,
-        "sha256": tensors_hash(loaded.ema if start.init_weights == "ema" else loaded.model),
-        "weights": start.init_weights,
-        "heads": start.init_heads,
-        "fresh": list(start.init_fresh),
-    }
+    return state, Init(
+        path=start.init,
+        layout=loaded.layout,
+        step=loaded.step,
+        sha256=tensors_hash(loaded.ema if start.init_weights == "ema" else loaded.model),
+        weights=start.init_weights,
+        heads=start.init_heads,
+        fresh=tuple(start.init_fresh),
+    )
 
 
 def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedState:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from st_fast import __version__, kernels
 from st_fast.core import checkpoint
+from st_fast.core.checkpoint.meta import GraphChoice, Guard, Init, Meta, MicroBatch, Teacher
 from st_fast.core.errors import RunFailed
 from st_fast.core.ranks import Ranks, Rendezvous
 from st_fast.core.signals import StopConsensus
@@ -28,9 +29,7 @@ from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import adamw, continuity, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.examiner import Examiner, due
-from st_fast.train.graphs import GraphChoice
 from st_fast.train.log import Clock, Log, Skips, SpikeDetector
-from st_fast.train.memory import Choice
 from st_fast.train.optim import EmaModel, Optimizer
 from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out, is_sharded
 from st_fast.train.step import Step
@@ -50,7 +49,7 @@ class RunContext:
     """Of the weights in use: what `run.precision` says, resolved for the device."""
     rate: float
     """Measured matmul FLOP/s of one device in that precision; MFU is a share of it."""
-    choice: Choice | None = None
+    choice: MicroBatch | None = None
     """The result of `optim.micro_batch = "auto"`, which is in `recipe` as accumulation; None without it."""
     timed: Mapping[str, str] = field(default_factory=dict)
     """The kernels that a trial has chosen, by op: "fused" or "reference"."""
@@ -78,7 +77,7 @@ class Trainer:
             self.shards = Shards(context.ranks, REDUCTION[recipe.optim.reduction])
             self.shards.model(self.model)
         _compile(context, self.model)
-        self.teacher: dict[str, Any] | None = None
+        self.teacher: Teacher | None = None
         """What tells the teacher from others; only the first rank, which reads it, knows."""
         frozen = self._read_teacher(table, attend)
         checkpoint_activations(self.model, recipe.run.checkpointing)
@@ -112,7 +111,7 @@ class Trainer:
         self.rollbacks, self.rolled_back_at, self.trained_before = 0, 0, 0.0
         self.skips = Skips(stage.name, recipe.run.max_bad_steps)
         self.spikes = SpikeDetector(recipe.run.spike_ratio)
-        self.origin: dict[str, Any] | None = None
+        self.origin: Init | None = None
         """The record of the model that the weights started from, if any."""
         # The first rank's, or every rank's where each writes its own part.
         ranks, run, team = context.ranks, recipe.run, None
@@ -135,8 +134,11 @@ class Trainer:
 
         def load() -> None:
             root, group = stored.checkpoint_root(recipe, name), self.stage.method.teacher_group
-            place, record = ranks.device, partial(setattr, self, "teacher")
-            model = recipe.model
+            place, model = ranks.device, recipe.model
+
+            def record(said: dict[str, Any]) -> None:
+                self.teacher = Teacher(**said)
+
             loaded.append(stored.load_frozen(root, model, group, table, place, context.dtype, attend, record=record))
 
         ranks.broadcast_from_rank0(load)
@@ -158,14 +160,13 @@ class Trainer:
 
     def resume(self, clock: Clock) -> int:
         """Loads the newest intact checkpoint, if there is one; returns the number of completed steps."""
-        found = self._restore(before=None)
-        if guard := found["guard"]:
-            self.skips.restore(guard["skips"])
-            self.spikes.restore(guard["spikes"])
-            self.rolled_back_at = guard["rolled_back_at"]
-        self.trained_before = found["seconds"]
-        clock.seconds, self.rollbacks, self.origin = found["seconds"], found["rollbacks"], found["init"]
-        return found["step"]
+        step, found = self._restore(before=None)
+        self.skips.restore(found.guard.skips)
+        self.spikes.restore(found.guard.spikes)
+        self.rolled_back_at = found.guard.rolled_back_at
+        self.trained_before = clock.seconds = found.seconds
+        self.rollbacks, self.origin = found.rollbacks, found.init
+        return step
 
     def roll_back(self, spike: int, done: int) -> None:
         """Loads the newest intact checkpoint from before step `spike`, at which the loss began to spike.
@@ -180,7 +181,7 @@ class Trainer:
             )
         if self.saver is not None:
             self.saver.wait()
-        step = self._restore(before=spike)["step"]
+        step, _ = self._restore(before=spike)
         self.rollbacks, self.rolled_back_at = self.rollbacks + 1, done
         log.write("rollback", stage, done, spike=spike, to=step, rollbacks=self.rollbacks)
         log.say(
@@ -195,16 +196,16 @@ class Trainer:
         after = step > self.rolled_back_at and due(step, self.context.recipe.run.save_every)
         return self.spikes.ratio > 0 and (after or step == self.rolled_back_at)
 
-    def _restore(self, before: int | None) -> dict[str, Any]:
+    def _restore(self, before: int | None) -> tuple[int, Meta]:
         """The first rank's newest intact checkpoint (of fewer than `before` steps) on every rank, or the start."""
         whole: dict[str, Mapping[str, Tensor]] = {}
-        found = self.context.ranks.broadcast_from_rank0(lambda: self._load(before, whole))
+        found: tuple[int, Meta] = self.context.ranks.broadcast_from_rank0(lambda: self._load(before, whole))
         # Only the first rank reads it: on a network file system others might find an older one.
         hand_out(self.optimizer.state(), whole, self.context.ranks)
         self.optimizer.follow()
         return found
 
-    def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> tuple[int, Meta]:
         root, say = self.folder / "checkpoints", self.context.log.say
         found = checkpoint.latest(
             root, say, before=before, first=lambda step: before is not None and self._to_go_back_to(step)
@@ -216,21 +217,19 @@ class Trainer:
             if self.stage.start.init:
                 groups, record = start.taken_over(self.context.recipe, self.stage, self.optimizer.state(), say)
                 into.update(groups)
-                say(f"{self.stage.name}: starts from {record['path']} ({record['weights']}, its step {record['step']})")
-            return {"step": 0, "seconds": 0.0, "rollbacks": 0, "init": record, "guard": None}
-        manifest, folder = self.context.shards.manifest, Path(self.context.recipe.data.path)
-        check_same_data(str(found.meta.get("dataset")), str(found.path), manifest, folder)
-        self.features.check_same(found.meta.get("features", []), str(found.path))
+                say(f"{self.stage.name}: starts from {record.path} ({record.weights}, its step {record.step})")
+            return 0, Meta(init=record)
+        said, manifest, folder = found.said, self.context.shards.manifest, Path(self.context.recipe.data.path)
+        check_same_data(said.dataset, str(found.path), manifest, folder)
+        self.features.check_same(said.features, str(found.path))
         if before is None and self.context.changes is not None and found.step < self.stage.steps:
-            differences = continuity.file_differences(found.meta.get("files"), self.context.shards)
-            differences += continuity.teacher_differences(self.stage, found.meta.get("teacher"), self.teacher)
+            differences = continuity.file_differences(said.files, self.context.shards)
+            differences += continuity.teacher_differences(self.stage, said.teacher, self.teacher)
             self.context.changes.check(differences, self.stage.name, found.step)
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
         into.update(found.groups)
-        kept = {"rollbacks": found.meta.get("rollbacks", 0), "init": found.meta.get("init")}
-        kept["guard"] = found.meta.get("guard")
-        return {"step": found.step, "seconds": found.meta["seconds"]} | kept
+        return found.step, said
 
     def save(self, step: int, clock: Clock) -> None:
         """Writes a checkpoint of `step` completed steps in the background, and deletes older ones."""
@@ -239,28 +238,24 @@ class Trainer:
         if self.saver is None:
             return
         self.context.log.files.guard()
-        meta = {
-            "stage": self.stage.name,
-            "recipe": to_toml(recipe),
-            "architecture": recipe.model.architecture(),
-            "dataset": self.context.shards.manifest.digest,
-            "files": continuity.of_files(self.context.shards),
-            "features": self.features.digests,
-            "teacher": self.teacher,
-            "seconds": clock.read(),
-            "rollbacks": self.rollbacks,
-            "guard": {
-                "skips": self.skips.state(),
-                "spikes": self.spikes.state(),
-                "rolled_back_at": self.rolled_back_at,
-            },
-            "init": self.origin,
-            "micro_batch": asdict(self.context.choice) if self.context.choice else None,
-            "kernels": dict(self.context.timed),
-            "cuda_graphs": asdict(self.graphs) if self.graphs else None,
-            "versions": {"st_fast": __version__, "torch": torch.__version__},
-        }
-        stall = self.saver.save(step, self.optimizer.state(), meta)
+        meta = Meta(
+            stage=self.stage.name,
+            recipe=to_toml(recipe),
+            architecture=recipe.model.architecture(),
+            dataset=self.context.shards.manifest.digest,
+            files=self.context.shards.files,
+            features=tuple(self.features.digests),
+            teacher=self.teacher,
+            seconds=clock.read(),
+            rollbacks=self.rollbacks,
+            guard=Guard(self.skips.state(), self.spikes.state(), self.rolled_back_at),
+            init=self.origin,
+            micro_batch=self.context.choice,
+            kernels=dict(self.context.timed),
+            cuda_graphs=self.graphs,
+            versions={"st_fast": __version__, "torch": torch.__version__},
+        )
+        stall = self.saver.save(step, self.optimizer.state(), asdict(meta))
         self.context.log.write("save", self.stage.name, step, seconds=clock.read(), stall=round(stall, 6))
 
     def finish(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from st_fast.core import checkpoint
+from st_fast.core.checkpoint.meta import SpikeHistory
 from st_fast.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunFailed
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import load
@@ -197,7 +198,7 @@ def test_what_a_checkpoint_keeps_of_the_guards_goes_on_where_it_was():
     assert spike_of(second, readings(len(losses) + 1, [9.0])) == SPIKE_WARMUP + 1
     found = SpikeDetector(2.0)
     found.add(readings(1, [*losses, 9.0, 1.0]))  # the last is not looked at any more
-    assert found.state() == {"usual": [1.0] * SPIKE_WARMUP, "high": 0, "found": SPIKE_WARMUP + 1}
+    assert found.state() == SpikeHistory((1.0,) * SPIKE_WARMUP, 0, SPIKE_WARMUP + 1)
     skips, later = Skips("align", allowed=3), Skips("align", allowed=3)
     skips.add(readings(1, [1.0] * 4, [NAN, 1.0, NAN, NAN]))
     later.restore(skips.state())

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from st_fast.core import checkpoint
-from st_fast.core.checkpoint.store import read_manifest, save
-from st_fast.core.errors import EXIT_USAGE, Unreadable, UserError
+from st_fast.core.checkpoint.store import digest_of, read_manifest, save
+from st_fast.core.errors import EXIT_USAGE, RunFailed, Unreadable, UserError
 from st_fast.data.repa import LATENTS
 from st_fast.recipe import load, to_toml
 from st_fast.train.continuity import newest
@@ -167,6 +167,28 @@ def test_checkpoints_that_say_nothing_of_a_teacher_go_on(recipe):
     shutil.rmtree(newest)
     save(newest.parent, found.step, found.groups, meta)
     run(load(recipe, ["--stage.transcend.steps=5"]))
+
+
+def forged(folder: Path, **values: object) -> None:
+    """Other metadata in the manifests of all checkpoints of a folder, under digests that fit."""
+    for file in folder.rglob("manifest.json"):
+        content = json.loads(file.read_text())
+        content["meta"] |= values
+        file.write_text(json.dumps(content | {"digest": digest_of(content)}))
+
+
+def test_metadata_that_no_training_has_written_are_damage(recipe, capsys):
+    root = recipe.parent / "out" / "transcend" / "checkpoints"
+    run(load(recipe, ["--stage.transcend.steps=8"]))
+    capsys.readouterr()
+    forged(root / "00000008", seconds=[12.5])
+    run(load(recipe, ["--stage.transcend.steps=9"]))
+    said = capsys.readouterr().out
+    assert "checkpoint 00000008 is broken" in said and "meta: seconds = [12.5]: a number is needed" in said
+    assert tiny.records(recipe.parent / "out", "start")[-1]["resumed_from"] == 4
+    forged(root, guard=None)
+    with pytest.raises(RunFailed, match=r"none of its \d checkpoints can be read: .*meta: guard = None"):
+        run(load(recipe))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from st_fast.core import checkpoint
+from st_fast.core.checkpoint.meta import Meta, MicroBatch
 from st_fast.core.errors import EXIT_FAILED, RunFailed
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, RecipeError, cost, load, to_toml
@@ -23,7 +24,7 @@ from st_fast.recipe.schema import Optim
 from st_fast.train import __main__ as train
 from st_fast.train import choices, memory
 from st_fast.train import run as runs
-from st_fast.train.memory import Choice, choose_micro_batch, halved
+from st_fast.train.memory import choose_micro_batch, halved
 from st_fast.train.run import run
 from st_fast.train.step import Losses, Step
 from st_fast.train.trainer import Trainer
@@ -159,14 +160,14 @@ def test_cuda_graphs_want_the_whole_share_in_one_pass_and_that_is_told_once_it_i
 
 def test_nobody_backs_off_where_ranks_or_graphs_exclude_it_nor_twice_nor_below_one_image():
     recipe = load(tiny.ROOT / "recipes" / "sit_b.toml")
-    smaller, choice = halved(with_passes_of(36, load(RECIPES[0], ["--optim.batch_size=252"]), 1), Choice(36, 1))
-    assert (choice, smaller.optim.accumulation) == (Choice(28, 1, halved=True), 9)
+    smaller, choice = halved(with_passes_of(36, load(RECIPES[0], ["--optim.batch_size=252"]), 1), MicroBatch(36, 1))
+    assert (choice, smaller.optim.accumulation) == (MicroBatch(28, 1, halved=True), 9)
     assert halved(recipe, None) is None
-    assert halved(recipe, Choice(128, 2)) is None
-    assert halved(recipe, Choice(128, 1, halved=True)) is None
-    assert halved(recipe, Choice(1, 1)) is None
+    assert halved(recipe, MicroBatch(128, 2)) is None
+    assert halved(recipe, MicroBatch(128, 1, halved=True)) is None
+    assert halved(recipe, MicroBatch(1, 1)) is None
     graphs = load(tiny.ROOT / "recipes" / "sit_b.toml", [*GRAPHS, "--optim.micro_batch=0"])
-    assert halved(graphs, Choice(256, 1)) is None
+    assert halved(graphs, MicroBatch(256, 1)) is None
 
 
 def test_the_passes_of_a_share_are_all_its_divisors():
@@ -378,12 +379,12 @@ def test_the_run_folder_keeps_the_recipe_as_it_was_given(data, tmp_path):
     assert load(tmp_path / "out" / "recipe.toml") == recipe and 'micro_batch = "auto"' in to_toml(recipe)
 
 
-def keep(record: dict[str, object] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def keep(record: MicroBatch | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the newest checkpoint had this record of a choice."""
-    monkeypatch.setattr(choices, "newest_meta", lambda recipe: {"micro_batch": record})
+    monkeypatch.setattr(choices, "newest_meta", lambda recipe: Meta(micro_batch=record))
 
 
-XL_ON_78 = {"images": 128, "ranks": 1, "halved": False}
+XL_ON_78 = MicroBatch(128, 1)
 
 
 @pytest.mark.parametrize(
@@ -392,13 +393,11 @@ XL_ON_78 = {"images": 128, "ranks": 1, "halved": False}
         (XL_ON_78, 78, 128, True),
         (XL_ON_78, 62, 128, True),  # others take more than at the first start; anew it would be 64
         (XL_ON_78, 139, 128, True),
-        (XL_ON_78 | {"images": 64, "halved": True}, 78, 64, True),
+        (replace(XL_ON_78, images=64, halved=True), 78, 64, True),
         (XL_ON_78, 57, 64, False),  # another card
-        (XL_ON_78 | {"ranks": 2}, 78, 128, False),
-        (XL_ON_78 | {"ranks": 2}, 139, 256, False),
-        (XL_ON_78 | {"images": 100}, 139, 256, False),
-        ({"images": 128}, 139, 256, False),
-        ({"pictures": 128}, 139, 256, False),
+        (replace(XL_ON_78, ranks=2), 78, 128, False),
+        (replace(XL_ON_78, ranks=2), 139, 256, False),
+        (replace(XL_ON_78, images=100), 139, 256, False),
         (None, 139, 256, False),
     ],
 )
@@ -433,11 +432,11 @@ def test_data_that_may_stay_on_the_device_change_a_new_choice_and_no_recorded_on
     recipe, half = load(tiny.ROOT / "recipes" / "sit_xl.toml"), int(0.4 * 78 * GIB)
     on_a_card(78, monkeypatch)
     assert chosen(recipe, one_of(1, 78), kept=(0, half))[0].optim.accumulation == 4
-    keep({"images": 128, "ranks": 1}, monkeypatch)
+    keep(MicroBatch(128, 1), monkeypatch)
     for kept, again in (((0, half), True), ((half, half), False)):
         found, (line,) = chosen(recipe, one_of(1, 78), kept=kept)
         assert line.endswith("as before") == again and found.optim.accumulation == (2 if again else 4)
-    keep({"images": 8, "ranks": 1}, monkeypatch)
+    keep(MicroBatch(8, 1), monkeypatch)
     assert "would fit" not in chosen(recipe, one_of(1, 78))[1][0]  # smaller because it was so before
 
 

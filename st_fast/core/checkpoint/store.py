@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from st_fast.core.checkpoint.groups import Group, fields, parse_group, write_group
+from st_fast.core.checkpoint.meta import Meta, read_meta
 from st_fast.core.errors import RunFailed, UserError, unreadable
 from st_fast.core.files import (
     JSON_LIMIT,
@@ -61,6 +62,8 @@ class Checkpoint:
     groups: Mapping[str, Mapping[str, Tensor]]
     meta: Mapping[str, Any]
     path: Path
+    said: Meta
+    """The metadata as training writes it, checked."""
 
 
 class Manifest(NamedTuple):
@@ -69,6 +72,7 @@ class Manifest(NamedTuple):
     step: int
     groups: Mapping[str, Group]
     meta: Mapping[str, Any]
+    said: Meta
 
 
 def save(root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
@@ -114,7 +118,7 @@ def load(path: Path, groups: Sequence[str] | None = None, verify: bool = True) -
         if name not in wanted:
             group.check(path, deep=False)
     loaded = {name: manifest.groups[name].read(path, verify) for name in wanted}
-    return Checkpoint(manifest.step, loaded, manifest.meta, path)
+    return Checkpoint(manifest.step, loaded, manifest.meta, path, manifest.said)
 
 
 def valid(path: Path, deep: bool = True) -> str | None:
@@ -128,7 +132,7 @@ def valid(path: Path, deep: bool = True) -> str | None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint folder: format, version, digest and types checked."""
+    """The manifest of a checkpoint folder: format, version, digest, types and metadata checked."""
     if not _there(path):
         raise BadFile(f"{path}: there is no checkpoint here")
     if not os.path.isdir(path):
@@ -158,7 +162,8 @@ def read_manifest(path: Path) -> Manifest:
     if content["step"] < 0:
         raise BadFile(f"{file}: step is {content['step']}, expected a whole number from 0")
     groups = {name: parse_group(name, value, file, version) for name, value in content["groups"].items()}
-    return Manifest(content["step"], groups, content["meta"])
+    said = read_meta(content["meta"], content["step"], f"{file}: meta")
+    return Manifest(content["step"], groups, content["meta"], said)
 
 
 def _there(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from st_fast.core.checkpoint.meta import GraphChoice, Meta
 from st_fast.core.machine import PassTooLarge
 from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, load
 from st_fast.recipe.schema import Stage
 from st_fast.train import __main__ as train
 from st_fast.train import choices, graphs, memory, stage
-from st_fast.train.graphs import TIMED, WARM_UP, GraphChoice, Losses, Trial, decide, settled, try_out
+from st_fast.train.graphs import TIMED, WARM_UP, Losses, Trial, decide, settled, try_out
 from tests.train.schedule.loop import Loop
 from tests.train.schedule.test_schedules import values
 
@@ -119,7 +119,7 @@ def test_a_choice_is_kept_for_as_many_ranks(folder, monkeypatch):
     said: list[str] = []
     recipe, stage = stage_of(folder)
     kept = GraphChoice(True, 2)
-    monkeypatch.setattr(choices, "newest_meta", lambda recipe: {"cuda_graphs": asdict(kept)})
+    monkeypatch.setattr(choices, "newest_meta", lambda recipe: Meta(cuda_graphs=kept))
     monkeypatch.setattr(Ranks, "broadcast_from_rank0", lambda ranks, say: say())
     assert settled(recipe, stage, Ranks(0, 2, CUDA), said.append) == kept
     assert settled(recipe, stage, Ranks(0, 1, CUDA), said.append) is None
