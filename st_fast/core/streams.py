@@ -5,6 +5,7 @@ what can't be written is dropped. Characters that the stream's encoding lacks ar
 characters, which text from files (class names, paths) would otherwise send to the terminal.
 """
 
+import codecs
 import errno
 import io
 import os
@@ -21,6 +22,8 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u20
 """All but tab, newline and the return of progress bars; and what turns the direction of text."""
 BESIDE_BARS = re.compile(r"\x1b(?!\[A)|" + CONTROL.pattern.replace("\x0e-\x1f", "\x0e-\x1a\x1c-\x1f"))
 """The same without the step to the line above, with which progress bars stand below one another."""
+NOT_FOR_TEXT = ("idna", "punycode", "undefined")
+"""Python's encodings of host names, and the one that refuses everything."""
 PIECE = 4_096
 """Bytes that a pipe takes at once or not at all."""
 PATIENCE = 5.0
@@ -102,7 +105,8 @@ def _safe(number: int, now: TextIO | None, own: TextIO | None, eager: bool) -> T
     if now is not None:
         with suppress(OSError, ValueError):
             now.flush()
-    return Stream(number, (now and now.encoding) or "utf-8", eager)
+    encoding = (now and now.encoding) or "utf-8"
+    return Stream(number, "utf-8" if codecs.lookup(encoding).name in NOT_FOR_TEXT else encoding, eager)
 
 
 def show(text: str) -> None:
