@@ -24,6 +24,8 @@ SLICE = timedelta(seconds=20)
 """For one request to the store."""
 UNKNOWN_HOST = 5.0
 """Seconds in which a host's name must become known."""
+AGENT_STORE = ("True", "1")
+"""What torchrun sets where it keeps the store, and what torch's TCPStore takes for that."""
 NAMED = 8
 """How many missing ranks a message names."""
 
@@ -60,7 +62,7 @@ def join(rank: int, count: int, patience: float) -> Attempt:
     """Meets the other ranks of this start. RunFailed, naming who is missing, after `patience` seconds."""
     address, start = meeting_point(), time.monotonic()
     job, token = f"st_fast/{os.environ.get('TORCHELASTIC_RUN_ID', '')!a}", secrets.token_hex(8)
-    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") not in AGENT_STORE and rank == 0
     while True:
         left = patience - (time.monotonic() - start)
         store = _opened(address, own, left, patience)
@@ -132,30 +134,38 @@ def _wait(condition: Callable[[], bool], patience: float, late: Callable[[], Run
 def _opened(address: tuple[str, int], own: bool, left: float, patience: float) -> TCPStore:
     """A client of the store at the address or, where rank 0 keeps it, the store."""
     host, port = address
+    start = time.monotonic()
+    _look_up(host, port)  # torch's store would try for a minute, and print each time
     if own:
         try:
             return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=SLICE, multi_tenant=True)
         except RuntimeError as error:
             raise UserError(f"environment: MASTER_ADDR = {host}, MASTER_PORT = {port}: {first_line(error)}") from None
     late = RunFailed(f"joining: rank 0, or torchrun, has not opened {host}:{port} within {patience:g} s")
-    start, known = time.monotonic(), False
-    while not known:
+    while True:
         try:
             # Looked at first, because torch's client prints every attempt and hears no signal meanwhile.
             socket.create_connection(address, timeout=2.0).close()
-            known = True
+            return client(address)
+        except OSError:
+            if time.monotonic() - start > left:
+                raise late from None
+            time.sleep(0.1)
+
+
+def _look_up(host: str, port: int) -> None:
+    """UserError unless the host's name is known, at the latest after UNKNOWN_HOST seconds."""
+    start = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(host, port)
+            return
         except socket.gaierror as error:
             if time.monotonic() - start > UNKNOWN_HOST:
                 raise UserError(f"environment: MASTER_ADDR = {host}: {error.strerror}") from None
         except UnicodeError:  # what no name of a host can be
             raise UserError(f"environment: MASTER_ADDR = {host}: no host's name") from None
-        except OSError:
-            pass
-        if not known:
-            if time.monotonic() - start > left:
-                raise late
-            time.sleep(0.1)
-    return client(address)
+        time.sleep(0.1)
 
 
 def client(address: tuple[str, int]) -> TCPStore:

@@ -13,7 +13,7 @@ import pytest
 
 from st_fast.core.errors import UserError
 from st_fast.data.sources import open_source
-from tests.fuzz import blocks
+from tests.fuzz import blocks, watched
 
 from .conftest import encoded, picture
 
@@ -133,8 +133,10 @@ def test_tables_of_odd_labels_are_read_or_refused(tmp_path: Path, monkeypatch: p
     for _ in range(50):
         labels = draw.choices(ODD, k=draw.randrange(4))
         feature = draw.choice((Value(), ClassLabel(["a", "b"]), ClassLabel([])))
-        try:
-            source = opened(tmp_path, monkeypatch, Table(rows(*labels), image=Image(), label=feature))
-            assert len(source.labels) == len(labels) and source.labels.max() < source.num_classes
-        except UserError as error:
-            assert str(error).isprintable() and len(str(error)) < 1000
+        with watched("Hugging Face table", 100 * len(labels)):
+            try:
+                source = opened(tmp_path, monkeypatch, Table(rows(*labels), image=Image(), label=feature))
+                assert len(source.labels) == len(labels) and source.labels.max() < source.num_classes
+            except UserError as error:
+                assert str(error).isprintable() and len(str(error)) < 1000
+                raise

@@ -72,7 +72,7 @@ def assert_is_what_it_says(trainer: Trainer, meta: dict[str, Any]) -> None:
     assert (trainer.origin is None) == (meta.get("init") is None)
 
 
-@pytest.mark.parametrize("block", blocks(2, 60))
+@pytest.mark.parametrize("block", blocks(1, 40))
 def test_spoilt_metadata_is_true_or_passed_over(block: int, trainer: Trainer, capsys: pytest.CaptureFixture) -> None:
     newest = trainer.folder / "checkpoints" / "00000008"
     file: Path = newest / "manifest.json"
