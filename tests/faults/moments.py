@@ -1,14 +1,19 @@
-"""A signal at a random moment of a run that draws and scores, in imports, steps, drawing, scoring or saving.
+"""A signal at a random moment of a run: in imports, steps, saving, drawing, scoring, or as the classifier trains.
 
     python -m tests.faults.moments --times 10
+    python -m tests.faults.moments --times 26 --out bench/results/moments.json
 
-prints a line a try, and at the end how many were lost and the longest time from the signal to the end.
+prints a line a try, and at the end how many were lost and the longest time from the signal to the end. A try is lost
+where the run took longer to end than PROMPT seconds, did not end as documented, or had not saved a step of its log, or
+where the same command then did not bring it to the weights of a run that nobody disturbed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -17,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +32,7 @@ from torch import Tensor
 
 from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_INTERRUPTED
+from st_fast.core.files import write_json_atomic
 from st_fast.core.signals import STOPPING
 from tests import pixels, tiny
 from tests.faults.ranks import ONE_THREAD, TORCHRUN
@@ -45,6 +52,10 @@ LATEST = 6.0
 """Seconds after which a signal is sent at most: from the start, or from the first step."""
 EARLY = 0.3
 """The share of those from the start."""
+PROMPT = 10.0
+"""Seconds within which a run has to have saved and ended; torchrun kills its ranks after 30."""
+IMAGES = 1600
+"""Real images, on which the classifier trains for seconds."""
 
 
 @dataclass
@@ -56,12 +67,15 @@ class Try:
     signal: str
     moment: float
     since: str
+    place: str
     seconds: float
     well: bool
     said: str
 
     def __str__(self) -> str:
-        what = f"{self.ranks} rank(s), {self.work}, {self.signal} {self.moment:.1f} s after the {self.since}"
+        what = (
+            f"{self.ranks} rank(s), {self.work}, {self.signal} {self.moment:.1f} s after the {self.since}, {self.place}"
+        )
         return f"{what}: ended after {self.seconds:.1f} s, {'well' if self.well else 'LOST'}: {self.said}"
 
 
@@ -85,7 +99,7 @@ class Moments:
         for number in STOPPING:  # which a shell's background job or nohup may have left ignored, for runs as well
             if signal.getsignal(number) is signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        self.data = pixels.write_data(folder / "data")
+        self.data = pixels.write_data(folder / "data", IMAGES)
         self.expected: dict[tuple[int, str], dict[str, Tensor]] = {}
 
     def command(self, ranks: int, home: Path, *options: str) -> list[str]:
@@ -128,13 +142,13 @@ class Moments:
             time.sleep(0.02)
         with suppress(subprocess.TimeoutExpired):
             run.wait(moment)
-        sent = run.poll() is None
+        sent, place = run.poll() is None, self.place(work, log)
         run.send_signal(number)
         start = time.monotonic()
         code = run.wait(600)
         seconds, text = time.monotonic() - start, output.read_text(errors="replace")
         if not sent:
-            return Try(ranks, work, "no signal", moment, "start", 0.0, code == 0, "it was done before")
+            return Try(ranks, work, "no signal", moment, "start", "at the end", 0.0, code == 0, "it was done before")
         told = re.findall(rf"st_fast: .*?{number.name}.*", text)
         steps = {
             stage: max((r["step"] for r in tiny.records(home / "out", "train") if r["stage"] == stage), default=0)
@@ -143,11 +157,11 @@ class Moments:
         there = saved(home / "out")
         nothing_lost = all(steps[stage] <= there.get(stage, 0) for stage in steps)
         stopped = code == EXIT_INTERRUPTED or (ranks > 1 and code == 1 and "SIGKILL" not in text)
-        sound = stopped and nothing_lost and "Traceback" not in text.split("torch/distributed")[0]
+        sound = stopped and nothing_lost and "Traceback" not in text.split("torch/distributed")[0] and seconds <= PROMPT
         found = self.finish(ranks, work, home)
         wanted = self.undisturbed(ranks, work, home)
         same = found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
-        said = told[-1] if told else "(no line)"
+        said = told[-1] if told else f"(no line) after {next(iter(text.splitlines()[-1:]), '')!r}"
         if sound and same:
             shutil.rmtree(home)
         return Try(
@@ -156,9 +170,21 @@ class Moments:
             number.name,
             moment,
             "start" if early else "first step",
+            place,
             seconds,
             sound and same,
             f"{said} [code {code}, same {same}]",
+        )
+
+    def place(self, work: str, log: Path) -> str:
+        """What the run is doing, by the last record of its log."""
+        kinds = re.findall(r'"kind": "(\w+)"', log.read_text()) if log.exists() else []
+        if "train" not in kinds:
+            return "starting"
+        if work == "steps" or kinds[-1] != "save":
+            return "steps"
+        return (
+            "training the classifier" if work == "classifier" and not (self.data / "classifier").exists() else "drawing"
         )
 
     def undisturbed(self, ranks: int, work: str, home: Path) -> dict[str, Tensor]:
@@ -171,23 +197,41 @@ class Moments:
         return self.expected[ranks, length]
 
 
+def summary(tries: list[Try]) -> dict[str, object]:
+    """How many, by ranks and by what the run was doing; how many were lost, and the longest time to the end."""
+    return {
+        "tries": len(tries),
+        "lost": sum(not one.well for one in tries),
+        "longest": max(one.seconds for one in tries),
+        "ranks": {str(count): sum(one.ranks == count for one in tries) for count in (1, 2)},
+        "places": dict(sorted(Counter(one.place for one in tries).items())),
+    }
+
+
 def main() -> int:
     """The command; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10, help="tries on one rank, and as many on two")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK), help="what the runs do")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file, written after every try")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    tries = []
+    tries: list[Try] = []
     with tempfile.TemporaryDirectory(prefix="st_fast-moments-") as folder:
         moments = Moments(Path(folder), random.Random(given.seed))
         for number in range(given.times):
             for ranks in (1, 2):
-                tries.append(moments.interrupt(ranks, list(WORK)[number % len(WORK)]))
+                tries.append(moments.interrupt(ranks, given.work[number % len(given.work)]))
                 print(tries[-1], flush=True)
-    lost = sum(not one.well for one in tries)
-    print(f"{len(tries)} tries, {lost} lost, at most {max(one.seconds for one in tries):.1f} s to the end")
-    return 1 if lost else 0
+                if given.out:
+                    date, load = time.strftime("%Y-%m-%d", time.gmtime()), os.getloadavg()[2]
+                    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}"
+                    about = {"date": date, "machine": machine, "seed": given.seed}
+                    write_json_atomic(given.out, about | summary(tries) | {"each": list(map(asdict, tries))})
+    found = summary(tries)
+    print(json.dumps(found))
+    return 1 if found["lost"] else 0
 
 
 if __name__ == "__main__":
