@@ -16,7 +16,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ METER_ROOM = 1_024
 class Log:
     """Appends records to log.jsonl on the first rank and passes each on to `track`; other ranks say nothing.
 
-    `files` writes it, and what else the run writes while it trains, and survives a full disk.
+    `files` writes it, and what else the run writes while it trains, and survives a full disk. As a context: what waited
+    for the disk is written, or named, also where an interruption or an error ends the run.
     """
 
     def __init__(self, path: Path, ranks: Ranks, track: Callable[[Mapping[str, Any]], None] | None = None) -> None:
@@ -48,6 +49,13 @@ class Log:
         self.files = Writer(self.say)
         if self.active:
             self.files.mend(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.files.missing:
+            self.files.close()
 
     def write(self, kind: str, stage: str, step: int, **values: Any) -> None:
         """One line: what happened, where and when."""

@@ -72,8 +72,8 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         with (
             lock.run_lock(out, print) if ranks.first else nullcontext(lambda: None) as still_ours,
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
+            Log(out / "log.jsonl", ranks, track) as log,
         ):
-            log = Log(out / "log.jsonl", ranks, track)
             log.files.guard = still_ours
             changes = Changes(accept_changes, log)
             ranks.broadcast_from_rank0(lambda: check_recipe(recipe, changes))

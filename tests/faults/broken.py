@@ -2,14 +2,17 @@
 
 {"at": "step" | "data" | "pictures" | "metrics" | "write", "do": an action below, "rank": which (absent: every one),
 "stage": …, "steps": [counted from 1; absent: all], "marker": a file to make when it happens, "terms": [steps at which
-SIGTERM comes]}.
+SIGTERM comes], "flock": false where files can't be locked}.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +52,30 @@ def take_memory(step: Step | None, batches: Any) -> None:
     torch.empty(2**50, dtype=torch.uint8)
 
 
+def fill_disk(step: Step | None, batches: Any) -> None:
+    """Half of one more write reaches a file, then none does: for some "seconds", or as many "writes" as the plan says.
+
+    What is printed is not written to a file.
+    """
+    end, left, real, half = time.monotonic() + PLAN.get("seconds", 3600), [PLAN.get("writes", 2**30)], os.write, [True]
+
+    def write(descriptor: int, data: Any) -> int:
+        over = time.monotonic() > end or left[0] == 0
+        if descriptor <= 2 or over or not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return real(descriptor, data)
+        if half:
+            half.pop()
+            return real(descriptor, data[: (len(data) + 1) // 2])
+        left[0] -= 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    setattr(os, "write", write)  # noqa: B010
+
+
+def unlocked(*arguments: Any) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
 ACTIONS: dict[str, Callable[[Step | None, Any], None]] = {
     "hang": lambda step, batches: time.sleep(3600),
     "pause": lambda step, batches: time.sleep(PLAN["seconds"]),
@@ -58,6 +85,7 @@ ACTIONS: dict[str, Callable[[Step | None, Any], None]] = {
     "nan": not_finite,
     "blow up": blow_up,
     "take memory": take_memory,
+    "fill the disk": fill_disk,
 }
 
 
@@ -106,6 +134,8 @@ if __name__ == "__main__":
     if PLAN["at"] in ("pictures", "metrics"):  # as on every rank; the tiny data has no VAE, so nothing is drawn
         setattr(Examiner, "_check", lambda self: None)  # noqa: B010
         setattr(Examiner, "_kinds", lambda self: ("sample" if PLAN["at"] == "pictures" else "eval",))  # noqa: B010
+    if not PLAN.get("flock", True):
+        setattr(fcntl, "flock", unlocked)  # noqa: B010
     if MINE:
         arm()
     run_command(train.main)

@@ -84,6 +84,17 @@ def test_sigterm_to_torchrun_itself_stops_all_ranks_with_a_save(recipe):
     assert len(list((out / "align" / "checkpoints").iterdir())) == 1
 
 
+def test_what_waited_for_a_full_disk_is_written_when_an_interruption_ends_the_run(one_stage, nursery):
+    """The disk takes files again long before the log is tried again, and the signal comes in between."""
+    plan = {"at": "step", "do": "fill the disk", "stage": "align", "steps": [3], "writes": 1, "terms": [8]}
+    ranks = nursery.start(1, one_stage, breaks=plan)
+    assert finish(ranks) == [EXIT_INTERRUPTED], ranks[0].text
+    assert [text in ranks[0].text for text in ("cannot be written", "nothing is missing")] == [True, True]
+    out = one_stage.parent / "out"
+    assert [record["step"] for record in tiny.records(out, "train")] == list(range(1, 9))
+    assert [record["step"] for record in tiny.records(out, "save")] == [4, 8]
+
+
 def test_kill_9_at_random_moments_never_changes_the_final_weights(recipe, nursery, pair, states):
     out, rng, kills = recipe.parent / "out", random.Random(0), 0
     options = ("--run.save_every=2", "--run.keep=1", "--run.hang_timeout=20")
