@@ -4,8 +4,10 @@
     python -m tests.faults.moments --times 26 --out bench/results/moments.json
 
 prints a line a try, and at the end how many were lost and the longest time from the signal to the end. A try is lost
-where the run took longer to end than PROMPT seconds, did not end as documented, or had not saved a step of its log, or
-where the same command then did not bring it to the weights of a run that nobody disturbed.
+where the run took longer to end than PROMPT seconds (more, where other work has the cores), did not end as documented,
+or had not saved a step of its log, or where the same command then did not bring it to the weights of a run that nobody
+disturbed. "busy" are the seconds of processor time from the signal to the end, of all processes together, which other
+work does not lengthen.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from st_fast.core.errors import EXIT_INTERRUPTED
 from st_fast.core.files import write_json_atomic
 from st_fast.core.signals import STOPPING
 from tests import pixels, tiny
-from tests.faults.ranks import ONE_THREAD, TORCHRUN
+from tests.faults.ranks import ONE_THREAD, TORCHRUN, Nursery, finish
 from tests.faults.restarts import ranks_of
 
 STAGES = ("align", "transcend")
@@ -69,6 +71,9 @@ class Try:
     since: str
     place: str
     seconds: float
+    busy: float
+    load: float
+    """Of the machine, which other work may slow down."""
     well: bool
     said: str
 
@@ -76,7 +81,8 @@ class Try:
         what = (
             f"{self.ranks} rank(s), {self.work}, {self.signal} {self.moment:.1f} s after the {self.since}, {self.place}"
         )
-        return f"{what}: ended after {self.seconds:.1f} s, {'well' if self.well else 'LOST'}: {self.said}"
+        how = f"after {self.seconds:.1f} s, {self.busy:.1f} busy, load {self.load:.0f}"
+        return f"{what}: ended {how}, {'well' if self.well else 'LOST'}: {self.said}"
 
 
 def states(out: Path) -> dict[str, Tensor]:
@@ -91,33 +97,52 @@ def saved(out: Path) -> dict[str, int]:
     return {stage: one.step for stage, one in found.items() if one}
 
 
+def busy(pid: int) -> float:
+    """Seconds of processor time that a process has taken, with its children."""
+    total = 0.0
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")  # its own, and of children that it waited for
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            total += busy(int(child))
+    return total
+
+
 class Moments:
     """The data, and what undisturbed runs end with."""
 
-    def __init__(self, folder: Path, rng: random.Random) -> None:
-        self.folder, self.rng, self.tries = folder, rng, 0
+    def __init__(self, folder: Path, rng: random.Random, nursery: Nursery) -> None:
+        self.folder, self.rng, self.nursery, self.tries = folder, rng, nursery, 0
         for number in STOPPING:  # which a shell's background job or nohup may have left ignored, for runs as well
             if signal.getsignal(number) is signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         self.data = pixels.write_data(folder / "data", IMAGES)
         self.expected: dict[tuple[int, str], dict[str, Tensor]] = {}
 
-    def command(self, ranks: int, home: Path, *options: str) -> list[str]:
+    def recipe(self, home: Path) -> Path:
+        """A recipe in a folder of its own."""
         home.mkdir(exist_ok=True)
         (home / "pixels.toml").write_text(pixels.RECIPE.format(data=self.data))
+        return home / "pixels.toml"
+
+    def command(self, ranks: int, home: Path, *options: str) -> list[str]:
+        recipe = self.recipe(home)
         start = (
             [sys.executable, "-m"] if ranks == 1 else [str(TORCHRUN), "--standalone", f"--nproc-per-node={ranks}", "-m"]
         )
-        return [*start, "st_fast.train", str(home / "pixels.toml"), f"--run.out={home / 'out'}", *options]
+        return [*start, "st_fast.train", str(recipe), f"--run.out={home / 'out'}", *options]
 
     def finish(self, ranks: int, work: str, home: Path) -> dict[str, Tensor]:
         """What the same run ends with, without pictures and scores, which change no weight."""
         begun = saved(home / "out").get("align", 0)
         steps = (f"--stage.align.steps={max(40, begun + 1)}",) if work == "steps" else ()
-        command = self.command(ranks, home, *QUIET, *steps)
-        subprocess.run(
-            command, capture_output=True, cwd=tiny.ROOT, env=os.environ | ONE_THREAD, check=True, timeout=900
-        )
+        return self.train(ranks, home, *steps)
+
+    def train(self, ranks: int, home: Path, *options: str) -> dict[str, Tensor]:
+        """Trains to the end, and quickly: neither torchrun nor torch is imported again."""
+        recipe = self.recipe(home)
+        started = self.nursery.start(ranks, recipe, f"--run.out={home / 'out'}", *QUIET, *options)
+        assert finish(started, 900) == [0] * ranks, [rank.text[-2000:] for rank in started]
         return states(home / "out")
 
     def interrupt(self, ranks: int, work: str) -> Try:
@@ -142,13 +167,15 @@ class Moments:
             time.sleep(0.02)
         with suppress(subprocess.TimeoutExpired):
             run.wait(moment)
-        sent, place = run.poll() is None, self.place(work, log)
+        sent, place, before = run.poll() is None, self.place(work, log), busy(run.pid)
         run.send_signal(number)
         start = time.monotonic()
-        code = run.wait(600)
+        _, status, used = os.wait4(run.pid, 0)
+        code = run.returncode = os.waitstatus_to_exitcode(status)
         seconds, text = time.monotonic() - start, output.read_text(errors="replace")
+        spent, load = used.ru_utime + used.ru_stime - before, os.getloadavg()[0]
         if not sent:
-            return Try(ranks, work, "no signal", moment, "start", "at the end", 0.0, code == 0, "it was done before")
+            return Try(ranks, work, "no signal", moment, "start", "at the end", 0.0, 0.0, 0.0, code == 0, "it was done")
         told = re.findall(rf"st_fast: .*?{number.name}.*", text)
         steps = {
             stage: max((r["step"] for r in tiny.records(home / "out", "train") if r["stage"] == stage), default=0)
@@ -157,7 +184,8 @@ class Moments:
         there = saved(home / "out")
         nothing_lost = all(steps[stage] <= there.get(stage, 0) for stage in steps)
         stopped = code == EXIT_INTERRUPTED or (ranks > 1 and code == 1 and "SIGKILL" not in text)
-        sound = stopped and nothing_lost and "Traceback" not in text.split("torch/distributed")[0] and seconds <= PROMPT
+        sound = stopped and nothing_lost and "Traceback" not in text.split("torch/distributed")[0]
+        sound = sound and seconds <= PROMPT * max(1.0, load / (os.cpu_count() or 1))
         found = self.finish(ranks, work, home)
         wanted = self.undisturbed(ranks, work, home)
         same = found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -172,6 +200,8 @@ class Moments:
             "start" if early else "first step",
             place,
             seconds,
+            spent,
+            load,
             sound and same,
             f"{said} [code {code}, same {same}]",
         )
@@ -191,9 +221,7 @@ class Moments:
         length = str(saved(home / "out")["align"])
         if (ranks, length) not in self.expected:
             twin = self.folder / f"twin{ranks}-{length}"
-            command = self.command(ranks, twin, *QUIET, f"--stage.align.steps={length}")
-            subprocess.run(command, capture_output=True, cwd=tiny.ROOT, env=os.environ | ONE_THREAD, check=True)
-            self.expected[ranks, length] = states(twin / "out")
+            self.expected[ranks, length] = self.train(ranks, twin, f"--stage.align.steps={length}")
         return self.expected[ranks, length]
 
 
@@ -202,7 +230,9 @@ def summary(tries: list[Try]) -> dict[str, object]:
     return {
         "tries": len(tries),
         "lost": sum(not one.well for one in tries),
-        "longest": max(one.seconds for one in tries),
+        "longest": round(max(one.seconds for one in tries), 1),
+        "busiest": round(max(one.busy for one in tries), 1),
+        "loads": sorted(round(one.load) for one in tries)[:: len(tries) - 1 or 1],
         "ranks": {str(count): sum(one.ranks == count for one in tries) for count in (1, 2)},
         "places": dict(sorted(Counter(one.place for one in tries).items())),
     }
@@ -219,7 +249,8 @@ def main() -> int:
     torch.set_num_threads(1)
     tries: list[Try] = []
     with tempfile.TemporaryDirectory(prefix="st_fast-moments-") as folder:
-        moments = Moments(Path(folder), random.Random(given.seed))
+        nursery = Nursery(Path(folder))
+        moments = Moments(Path(folder), random.Random(given.seed), nursery)
         for number in range(given.times):
             for ranks in (1, 2):
                 tries.append(moments.interrupt(ranks, given.work[number % len(given.work)]))
@@ -229,6 +260,7 @@ def main() -> int:
                     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f}"
                     about = {"date": date, "machine": machine, "seed": given.seed}
                     write_json_atomic(given.out, about | summary(tries) | {"each": list(map(asdict, tries))})
+        nursery.close()
     found = summary(tries)
     print(json.dumps(found))
     return 1 if found["lost"] else 0

@@ -97,7 +97,7 @@ class Nursery:
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def finish(ranks: Sequence[Rank], timeout: float = 90) -> list[int]:
