@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -39,13 +39,23 @@ def export_file(loaded: LoadedState, layout: str, path: Path, weights: str) -> N
             write_group(partial, chosen if isinstance(chosen, Mapping) else content)
         else:
             with durable_file(partial) as descriptor, open(descriptor, "wb", closefd=False) as file:
-                torch.save(content, file)
+                _save(content, file)
         if os.path.lexists(path):  # also what another process wrote meanwhile
             raise UserError(f"{path}: exists; name another file")
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
     fsync_path(path.absolute().parent)
+
+
+def _save(content: dict[str, Any], file: IO[bytes]) -> None:
+    """torch.save; OSError on a full disk, over which torch raises an error about positions in its file."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from st_fast.convert.card import card
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.core.files import read_json, write_folder, write_json_atomic
+from st_fast.core.writing import save_pretrained
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.loaded_state import heads, trunk
@@ -128,7 +129,7 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
             _class_name="SiTTransformer", _diffusers_version=DIFFUSERS_AT_LEAST,
         )  # fmt: skip
         if decoder is not None:
-            decoder.save_pretrained(writing / "vae", safe_serialization=True)
+            save_pretrained(decoder, writing / "vae")
             config = read_json(writing / "vae" / "config.json")
             config.pop("_name_or_path", None)  # where on this machine the VAE was read from
             write_json_atomic(writing / "vae" / "config.json", config)

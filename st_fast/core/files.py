@@ -342,8 +342,10 @@ def write_atomic(path: Path, data: bytes) -> None:
         with durable_file(partial) as descriptor:
             write_all(descriptor, data)
         os.rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
     fsync_path(path.parent)
 

@@ -1,9 +1,9 @@
-"""Everything that a run writes while it trains, other than checkpoints: the log, pictures, recipe.toml, the report.
+"""What a run writes while it trains, other than checkpoints, and what commands write by a library's hand.
 
-A file system that refuses (full, over quota, read-only, gone, a limit on a file's size, an input/output error) costs a
-line and never the training. What could not be written waits in memory, at most ROOM bytes of it, and is written in its
-order as soon as the file system takes it again; what does not fit is dropped, oldest first, and counted. Imports no
-torch.
+The log, pictures, recipe.toml and the report: a file system that refuses (full, over quota, read-only, gone, a limit on
+a file's size, an input/output error) costs a line and never the training. What could not be written waits in memory, at
+most ROOM bytes of it, and is written in its order as soon as the file system takes it again; what does not fit is
+dropped, oldest first, and counted. Imports no torch.
 """
 
 import errno
@@ -11,9 +11,12 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from st_fast.core.errors import RunFailed, Say, UserError
 from st_fast.core.files import CHUNK, make_folder, write_all, write_atomic
@@ -34,6 +37,33 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     """What to raise where `path` could not be written: a UserError for a wrong place, RunFailed for a full disk."""
     kind = UserError if error.errno in WRONG_PLACE else RunFailed
     return kind(f"{path}: can't be written: {error.strerror or error}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path`, to write to: at the end the file is `path`; after an error nothing of it is left.
+
+    `cannot_write`'s errors where the file system refuses. Durable only as far as what is inside fsyncs.
+    """
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def save_pretrained(model: Any, folder: Path) -> None:
+    """A diffusers or transformers model's own, as safetensors; RunFailed on a full disk, not their own error."""
+    try:
+        model.save_pretrained(folder, safe_serialization=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    except SafetensorError as error:
+        raise RunFailed(f"{folder}: can't be written: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import printable, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
+from st_fast.core.writing import save_pretrained
 from st_fast.data.ahead import RecordSet
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import load_image
@@ -276,7 +277,7 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
                 f"which patch 2 can't divide; give a multiple of {2 * factor_of(args)}"
             )
         with write_folder(out / VAE_FOLDER) as writing:
-            small_vae(args, source, device).save_pretrained(writing, safe_serialization=True)
+            save_pretrained(small_vae(args, source, device), writing)
             write_json_atomic(writing / SMALL_FILE, small_settings(args))
     check_small(args, out)
     vae = load_vae(out / VAE_FOLDER, device, dtype)
@@ -340,6 +341,6 @@ def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:
         return
     if not folder.is_dir():
         with write_folder(folder) as writing:
-            vae.save_pretrained(writing, safe_serialization=True)
+            save_pretrained(vae, writing)
     elif vae_hash(load_vae(folder, vae.device, vae.dtype)) != info.hash:
         raise UserError(f"{folder}: it holds another VAE than {info.name}; name another folder to write")

@@ -20,7 +20,8 @@ from safetensors.numpy import save as to_safetensors
 from torch import Tensor, nn
 
 from st_fast.core.errors import Say, UserError
-from st_fast.core.files import write_folder
+from st_fast.core.files import write_atomic, write_folder
+from st_fast.core.writing import save_pretrained
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
@@ -89,8 +90,8 @@ def _write(folder: Path, images: dict[str, np.ndarray], vae: VAE) -> float:
     moments = encode_moments(vae, train)
     scale = latent_scale(moments)
     vae.register_to_config(scaling_factor=scale)
-    vae.save_pretrained(folder / "vae", safe_serialization=True)
-    (folder / "images.safetensors").write_bytes(to_safetensors(images))
+    save_pretrained(vae, folder / "vae")
+    write_atomic(folder / "images.safetensors", to_safetensors(images))
     again = decode(vae, encode_moments(vae, test).chunk(2, dim=1)[0] * scale, scale)
     rows = zip(test[:40].split(10), again[:40].split(10), strict=True)  # images above their reconstructions
     save_png(grid(torch.cat([torch.cat(pair) for pair in rows]), 10), folder / PICTURE)
@@ -142,7 +143,7 @@ def prepare_features(recipe: Recipe, say: Say) -> None:
     if not (folder / ENCODER).is_dir():
         say("digits: training a small image encoder (once, some seconds)")
         with write_folder(folder / ENCODER) as writing:
-            train_encoder(read_images(folder)).save_pretrained(writing, safe_serialization=True)
+            save_pretrained(train_encoder(read_images(folder)), writing)
     written = (features_folder(folder, ENCODER) / FILE_NAME).is_file()
     if written or all(method.encodes_images for method in asking):
         return

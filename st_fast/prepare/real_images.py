@@ -21,6 +21,7 @@ from st_fast.core.files import shown, write_atomic
 from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
+from st_fast.core.writing import cannot_write
 from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest, crop_of, is_upright, read_manifest
 from st_fast.data.sources import Source, numbered_by, open_source
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         write_atomic(path, to_safetensors(tensors))
     except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+        raise cannot_write(path, error) from None
     print(path)
 
 

@@ -1,5 +1,6 @@
 """Shards out of a folder in REPA's layout, and the other way round."""
 
+import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
+from st_fast.core.writing import whole_file
 from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import VaeInfo
 from st_fast.data.repa import LATENTS, RepaSet, is_repa
@@ -39,7 +41,7 @@ class RepaProducer:
 def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:
     """Writes any set in REPA's layout, float32 as REPA has it; dataset.json comes last. No images: there are none.
 
-    UserError if the folder holds such a set already.
+    UserError if the folder holds such a set already, RunFailed on a full disk.
     """
     if is_repa(folder):
         raise UserError(f"{folder}: holds {LATENTS}/{LABELS_FILE} already; name another folder")
@@ -50,7 +52,10 @@ def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:
         moments, more = records.gather(np.arange(start, min(start + 1_000, records.manifest.count)))
         for number, (row, label) in enumerate(zip(moments.float().numpy(), more.tolist(), strict=True), start):
             name = f"{start // 1_000:05d}/img-mean-std-{number:08d}.npy"
-            np.save(latents / name, row)
+            array = io.BytesIO()
+            np.save(array, row)  # into a file it would not say why a disk refused it
+            with whole_file(latents / name) as partial:
+                partial.write_bytes(array.getvalue())
             labels.append([name, label])
         progress(len(moments))
     write_json_atomic(latents / LABELS_FILE, {"labels": labels})

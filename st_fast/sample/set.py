@@ -30,6 +30,7 @@ from st_fast.core.files import BadFile, make_folder, read_json, shown, write_ato
 from st_fast.core.limits import Zip, npy_header
 from st_fast.core.progress import bar
 from st_fast.core.ranks import Ranks
+from st_fast.core.writing import whole_file
 from st_fast.model.vae import vae_hash
 from st_fast.sample.model import Sampler
 from st_fast.sample.previews import GRID_IMAGES, grid, save_png
@@ -186,10 +187,10 @@ def write_npz(path: Path, shape: tuple[int, ...], blocks: Iterable[Images], labe
     """ADM's sample file: arr_0 uint8 (N, H, W, 3) and arr_1 the labels (N,), N as many as labels.
 
     `blocks` yields the images of shape (H, W, 3) a block at a time, so that memory stays flat. The file appears under
-    its name when it is whole. ValueError if the blocks hold more or fewer than N images.
+    its name when it is whole. ValueError if the blocks hold more or fewer than N images, RunFailed on a full disk.
     """
-    partial, done = path.with_name(f"{path.name}.partial-{os.getpid()}"), 0
-    try:
+    done = 0
+    with whole_file(path) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy", EPOCH), "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
@@ -203,10 +204,6 @@ def write_npz(path: Path, shape: tuple[int, ...], blocks: Iterable[Images], labe
             raise ValueError(f"{path}: {done} images for {len(labels)} labels")
         with partial.open("rb+") as whole:
             os.fsync(whole.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)
@@ -256,10 +253,9 @@ def open_npz(path: Path) -> ImageFile:
 
 def write_pngs(folder: Path, first: int, images: Images) -> None:
     """`folder/000123.png` for each image (n, H, W, 3) from number `first` on; those already there stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for number, image in enumerate(images, start=first):
         path = folder / f"{number:06d}.png"
         if not path.exists():
-            partial = path.with_suffix(f".partial-{os.getpid()}")
-            Image.fromarray(image).save(partial, "png")
-            os.replace(partial, path)
+            with whole_file(path) as partial:
+                Image.fromarray(image).save(partial, "png")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from st_fast import __version__, kernels
 from st_fast.core import checkpoint, random
 from st_fast.core.errors import Interrupted, UserError
-from st_fast.core.files import write_folder
+from st_fast.core.files import write_atomic, write_folder
 from st_fast.core.signals import stop_on_signals
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
@@ -129,8 +129,8 @@ def write_random_teacher(folder: Path, recipe: Recipe) -> None:
     end = {"kind": "end", "stage": stage, "step": 0, "seconds": 0.0, "flops": 0.0}
     with write_folder(folder, replace=True) as writing:
         checkpoint.save(writing / stage / "checkpoints", 0, {"model": state, "ema": state}, meta)
-        (writing / "recipe.toml").write_text(to_toml(recipe), encoding="utf-8")
-        (writing / "log.jsonl").write_text(json.dumps(end) + "\n", encoding="utf-8")
+        write_atomic(writing / "recipe.toml", to_toml(recipe).encode())
+        write_atomic(writing / "log.jsonl", f"{json.dumps(end)}\n".encode())
 
 
 def write_shuffled(source: Path, folder: Path, seed: int) -> None:

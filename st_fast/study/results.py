@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import inside, make_folder, write_json_atomic
+from st_fast.core.files import inside, make_folder, write_atomic, write_json_atomic
+from st_fast.core.writing import cannot_write
 from st_fast.report import plot, words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import number, read_run
@@ -131,9 +132,9 @@ def write_page(results: Results, page: Path) -> None:
         write_json_atomic(folder / f"{name}.json", as_json(results))
         text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
         section = f"{body(results, page.stem, bool(drawn))}\nEvery figure: [{name}.json]({page.stem}/{name}.json).\n"
-        page.write_text(placed(text, name, section), encoding="utf-8")
+        write_atomic(page.resolve(), placed(text, name, section).encode())
     except OSError as error:
-        raise UserError(f"{page}: can't be written: {error.strerror}") from None
+        raise cannot_write(page, error) from None
 
 
 def placed(text: str, name: str, section: str) -> str:

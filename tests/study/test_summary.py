@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import statistics
 from dataclasses import replace
@@ -9,11 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from st_fast.core.errors import RunFailed
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
 from st_fast.study.plan import read_study
-from st_fast.study.results import METRIC, Results, body, certainty, charts, comparisons, difference, price
+from st_fast.study.results import METRIC, Results, body, certainty, charts, comparisons, difference, price, write_page
 from tests import pixels
 from tests.report.conftest import ALIGN, BATCH, RECIPE, plain, stage_records, two_stages, write_run
 
@@ -102,3 +105,24 @@ def test_the_page_begins_with_what_was_bought_and_ends_with_what_it_took(results
         "Controls, whose teachers know less or nothing: “random”", "study/tiny-quality.png", "12 runs on cpu",
     )]  # fmt: skip
     assert places == sorted(places)
+
+
+def test_a_full_disk_leaves_the_page_as_it_was(results, tmp_path, monkeypatch):
+    page, real = tmp_path / "page.md", os.write
+    page.write_text("# What was there\n")
+
+    def full(descriptor, data):
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{page}.partial"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(RunFailed, match=r"page\.md: can't be written: No space left on device"):
+            write_page(results, page)
+    assert page.read_text() == "# What was there\n" and sorted(p.name for p in tmp_path.iterdir()) == [
+        "page",
+        "page.md",
+    ]
+    write_page(results, page)
+    assert page.read_text().startswith("# What was there\n") and "## Tiny" in page.read_text()
