@@ -286,6 +286,7 @@ class Trainer:
                 waiting = True
             context.stop.wait(pause)
             if self.saver is not None:
+                context.log.files.guard()
                 self.saver.again()
         if waiting:
             context.log.say(f"{name}: its last checkpoint is written")
