@@ -263,15 +263,22 @@ def test_closing_ends_every_thread_also_those_that_took_over(
     records: ShardSet, workers: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept(monkeypatch)
-    release, first = threading.Event(), threading.Event()
+    release, stuck, result = threading.Event(), threading.Event(), Future.result
 
     def stall(indices: np.ndarray) -> None:
-        if not first.is_set():
-            first.set()
+        if not stuck.is_set():
+            stuck.set()
             release.wait(30)
 
-    given = {} if workers is None else {"workers": workers}
-    ahead = ReadAhead(Troubled(records, stall), patience=Patience(0.1, 2, 0.0), **given)
+    def impatient(future: Future[object], timeout: float | None = None) -> object:
+        if not tries:
+            tries.append(stuck.wait(30))
+            raise TimeoutError
+        return result(future, timeout)
+
+    tries: list[bool] = []
+    monkeypatch.setattr(Future, "result", impatient)
+    ahead = ReadAhead(Troubled(records, stall), **({} if workers is None else {"workers": workers}))
     threads = threads_of(ahead)
     assert len(threads) == (workers or 2)
     assert len(list(ahead.stream([np.array([5])]))) == 1
@@ -279,7 +286,6 @@ def test_closing_ends_every_thread_also_those_that_took_over(
     assert len(threads) == (workers or 2) + 1  # only the one that may be stuck is replaced
     ahead.close()
     ahead.close()
-    assert ahead._tasks.qsize() <= len(threads)
     release.set()
     for one in threads:
         one.join(10)
