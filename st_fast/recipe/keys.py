@@ -97,8 +97,9 @@ def between(least: float, most: float) -> Limit:
     return Limit(f"at least {least} and at most {most}", lambda value: least <= value <= most)
 
 
-Count = Annotated[int, Limit("at least 1", lambda value: value >= 1)]
-CountOrZero = Annotated[int, Limit("at least 0", lambda value: value >= 0)]
+# Of steps and the like, which take no memory by their number; a thousand a second for 30 years.
+Count = Annotated[int, Limit("at least 1 and at most 10^12", lambda value: 1 <= value <= 10**12)]
+CountOrZero = Annotated[int, Limit("at least 0 and at most 10^12", lambda value: 0 <= value <= 10**12)]
 CFG_MOST = 10**6
 """Guidance beyond it overflows in lower precision and makes no picture."""
 Channels = Annotated[int, between(1, 2**18)]

@@ -6,7 +6,7 @@ The defaults are those of the published Self-Transcendence runs where these exis
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from st_fast.core.options import BATCH_MOST, COUNT_MOST
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST
 from st_fast.kernels import FORMS, SWITCHES
 from st_fast.recipe.architecture import Model as Model
 from st_fast.recipe.keys import (
@@ -55,7 +55,7 @@ class Optim:
     """AdamW with clipping and a weight average (EMA). The global batch is what an update sees, however it is split."""
 
     batch_size: Annotated[int, between(1, 10_000_000)] = fixed(256, "Images of one update, over all ranks and passes.")
-    accumulation: Count = free(1, "Passes whose gradients add up to one update.")
+    accumulation: Annotated[int, between(1, 65_536)] = free(1, "Passes whose gradients add up to one update.")
     micro_batch: CountOrZero | Literal["auto"] = free(
         0,
         'Images of a pass on one rank; 0: `accumulation` decides; "auto": the most that fit.',
@@ -86,7 +86,7 @@ class Run:
     """
 
     out: str = free("", 'Folder of the run; "": runs/<name of the recipe>.')
-    seed: CountOrZero = fixed(0, "Seed of every random draw.")
+    seed: Annotated[int, between(0, SEED_MOST)] = fixed(0, "Seed of every random draw.")
     precision: Literal["auto", "bf16", "fp32"] = fixed("auto", "Weights in use; auto: bf16 on CUDA, else fp32.")
     fp8: Literal["off", "tensorwise"] = fixed("off", "Multiply the blocks' linear layers in fp8, one scale a tensor.")
     device: Literal["auto", "cpu", "cuda"] = free("auto", "Where to train; auto: CUDA where there is a GPU.")
@@ -115,7 +115,7 @@ class Run:
     shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")
     log_every: Annotated[int, between(1, 1_000_000)] = free(50, "Steps from one log line to the next.")
     save_every: Count = free(5_000, "Steps from one checkpoint to the next.")
-    keep: Count = free(2, "Newest checkpoints that a stage keeps.")
+    keep: Annotated[int, between(1, 1_000_000)] = free(2, "Newest checkpoints that a stage keeps.")
     keep_every: CountOrZero = free(0, "Checkpoints at multiples of this are kept for good; 0: none.")
     max_bad_steps: Count = free(10, "Steps in a row without a finite loss that end the run.")
     spike_ratio: NonNegative = free(0.0, "A loss above this times its usual value rolls back a checkpoint; 0: never.")
@@ -193,7 +193,7 @@ class Profile:
     """Which steps of each stage are profiled."""
 
     start: CountOrZero = free(0, "First step that is profiled; 0: none.")
-    steps: Count = free(3, "How many steps.")
+    steps: Annotated[int, between(1, 10_000)] = free(3, "How many steps; each takes memory.")
     tool: Literal["auto", "nsys", "torch"] = free(
         "auto", "Mark them for nsys, or write a trace with torch; auto: nsys where it started this process."
     )

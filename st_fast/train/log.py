@@ -8,6 +8,7 @@ the norm is that of the summed gradients. Skipped steps and spikes of the loss a
 import json
 import math
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from st_fast.core.checkpoint.meta import SkippedSteps, SpikeHistory
 from st_fast.core.errors import RunFailed
+from st_fast.core.files import BadFile, read_bytes
 from st_fast.core.ranks import Ranks
 from st_fast.core.writing import Writer
 
@@ -71,8 +73,8 @@ class Log:
         if not self.active:
             return True
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except OSError:
+            lines = read_bytes(self.path).decode("utf-8", errors="replace").splitlines()
+        except BadFile:
             return False
         records = (r for r in map(json.loads, lines) if (r["kind"], r["stage"]) == (kind, stage))
         return any(step in (None, record["step"]) for record in records)
@@ -133,7 +135,7 @@ class Readings:
         """Means over the steps that were not skipped; NaN if all were."""
         kept = np.isfinite(self.norms)
         denoise, aux, norm = (
-            float(np.asarray(values)[kept].mean()) if kept.any() else math.nan
+            float(np.asarray(values, np.float64)[kept].mean()) if kept.any() else math.nan
             for values in (self.denoise, self.aux, self.norms)
         )
         return {"loss": denoise + aux, "denoise": denoise, "aux": aux, "grad_norm": norm}
@@ -142,7 +144,7 @@ class Readings:
 def joined(parts: Sequence[Readings]) -> Readings:
     """Readings of steps that follow one another as one."""
     denoise, aux, norms = (
-        list(chain.from_iterable(getattr(one, name) for one in parts)) for name in ("denoise", "aux", "norms")
+        array("f", chain.from_iterable(getattr(one, name) for one in parts)) for name in ("denoise", "aux", "norms")
     )
     bad_ranks = list(chain.from_iterable(one.bad_ranks for one in parts))
     return Readings(parts[0].first, denoise, aux, norms, bad_ranks, parts[-1].updates)
@@ -169,9 +171,11 @@ class Meter:
     def read(self, ranks: Ranks, step: int) -> Readings:
         """The steps since the last reading, up to `step`, over all ranks; waits for the device."""
         mine, count = self.values[: self.steps], self.steps
-        denoise, aux = ranks.sum(mine[:, :2].clone()).T.tolist()
-        (norms, updates), self.steps = mine[:, 2:].T.tolist(), 0
-        bad_ranks: list[list[int]] = [[] for _ in range(count)]
+        # 20 bytes a step, of which run.log_every may keep a million: arrays, and one empty list for all good steps.
+        denoise, aux = (array("f", column) for column in ranks.sum(mine[:, :2].clone()).T.tolist())
+        norms, updates = (array("f", column) for column in mine[:, 2:].T.tolist())
+        self.steps = 0
+        bad_ranks: list[list[int]] = [[]] * count
         if not all(map(math.isfinite, norms)):  # the same on every rank, so all of them ask
             bad = torch.zeros(ranks.count, count)
             bad[ranks.rank] = (~torch.isfinite(mine[:, :2])).any(dim=1).float().cpu()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import tracemalloc
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_a_meter_gives_back_each_steps_numbers_since_the_last_reading():
         found = meter.read(ranks, first + len(part) - 1)
         assert found.first == first and found.updates == 2
         for values, column in zip((found.denoise, found.aux, found.norms), range(3), strict=True):
-            assert values == pytest.approx([row[column] for row in part], nan_ok=True)
+            assert list(values) == pytest.approx([row[column] for row in part], nan_ok=True)
         assert found.bad == ([1, 2] if len(part) == 4 else [])
         assert found.bad_ranks == ([[], [0], [0], []] if len(part) == 4 else [[]])
 
@@ -223,5 +224,23 @@ def test_a_meter_that_is_full_says_so_and_readings_in_parts_are_those_in_one():
             assert meter.full
             parts.append(meter.read(alone, step))
     one, other = joined(parts), whole.read(alone, 4)
-    assert (one.first, one.denoise, one.aux, one.updates) == (1, [1, 2, 3, 4], [2, 4, 6, 8], 16)
+    assert (one.first, list(one.denoise), list(one.aux), one.updates) == (1, [1, 2, 3, 4], [2, 4, 6, 8], 16)
     assert repr(one) == repr(other)
+
+
+def test_a_million_steps_between_two_lines_cost_20_bytes_each():
+    meter, alone, parts = Meter(torch.device("cpu")), Ranks(0, 1, torch.device("cpu")), []
+    meter.values.fill_(0.5)
+    tracemalloc.start()
+    try:
+        for step in range(len(meter.values), 101 * len(meter.values), len(meter.values)):
+            meter.steps = len(meter.values)
+            parts.append(meter.read(alone, step))
+        kept, _ = tracemalloc.get_traced_memory()
+        whole = joined(parts)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    steps = len(whole.norms)
+    assert steps == 100 * len(meter.values) and kept < 24 * steps and most < 64 * steps
+    assert whole.means() == {"loss": 1.0, "denoise": 0.5, "aux": 0.5, "grad_norm": 0.5}

@@ -12,7 +12,9 @@ import pytest
 from st_fast.recipe import RecipeError, load, load_run, to_toml
 from st_fast.recipe.architecture import SIZES
 from st_fast.recipe.check import splits_near
-from st_fast.recipe.methods import Plain, SelfTranscendence, VelocityHead
+from st_fast.recipe.keys import describe, keys, typed_value
+from st_fast.recipe.methods import METHODS, Plain, SelfTranscendence, VelocityHead
+from st_fast.recipe.schema import SECTIONS, Stage
 
 Spoil = Callable[[str, str], Path]
 
@@ -141,9 +143,9 @@ def test_a_wrong_override_is_named(small: Path, override: str, told: str) -> Non
         ("--optim.batch_size=0", "at least 1"),
         ("--optim.batch_size=2.0", "an integer"),
         ("--optim.accumulation=0", "at least 1"),
-        ("--optim.micro_batch=-1", 'an integer at least 0, or "auto"'),
-        ("--optim.micro_batch=8.0", 'an integer at least 0, or "auto"'),
-        ("--optim.micro_batch=true", 'an integer at least 0, or "auto"'),
+        ("--optim.micro_batch=-1", 'an integer at least 0 and at most 10^12, or "auto"'),
+        ("--optim.micro_batch=8.0", 'an integer at least 0 and at most 10^12, or "auto"'),
+        ("--optim.micro_batch=true", 'an integer at least 0 and at most 10^12, or "auto"'),
         ("--optim.micro_batch=atuo", "did you mean auto?"),
         ("--optim.batch_size=99999999999999999999", "64 bits"),
         ("--model.class_dropout=1", "in [0, 1)"),
@@ -173,7 +175,7 @@ def test_a_wrong_override_is_named(small: Path, override: str, told: str) -> Non
         ("--evaluate.num=1000000000000", "at most 100000000"),
         ("--stage.align.hidden=1000000000", "at most 262144"),
         ("--stage.transcend.cfg_scale=1e30", "at most 1000000"),
-        ("--stage.align.steps=4611686018427387904", "at most 48038396025285290"),
+        ("--stage.align.steps=4611686018427387904", "at most 10^12"),
         ("--run.out=7", "a string in quotes"),
         ("--data.path=['a']", "a string in quotes"),
         ("--sample.cfg_range=[0.5, 0.5]", "low < high"),
@@ -192,6 +194,33 @@ def test_a_value_out_of_type_or_range_is_told_with_what_is_allowed(small: Path, 
     error = refusal(small, override)
     assert error.key == override[2:].partition("=")[0]
     assert allowed in error.allowed
+
+
+def test_every_whole_number_has_a_largest_value(small: Path) -> None:
+    tables = {**SECTIONS, **{f"stage.{name}": cls for name, cls in METHODS.items()}, "stage": Stage}
+    whole = {
+        f"{table}.{name}": key.kind
+        for table, cls in tables.items()
+        for name, key in keys(cls).items()
+        if name not in ("method", "start")
+        and "an integer" in (words := describe(key.kind))
+        and "the stage's steps" not in words
+        and "depth" not in words
+    }
+    assert {"run.save_every", "profile.steps", "stage.sra.decay_steps", "stage.steps"} <= set(whole)
+    del whole["run.seed"]  # any number of 64 bits is one
+    for name, kind in whole.items():
+        with pytest.raises(RecipeError, match=r"allowed: .*at most \d+") as caught:
+            typed_value(name, kind, 2**63 - 1)
+        assert len(str(caught.value)) < 300
+    start = time.perf_counter()
+    tried = ("optim.accumulation", "run.save_every", "run.keep", "run.log_every", "profile.steps", "stage.align.steps")
+    for key in tried:
+        assert refusal(small, f"--{key}={10**18}").key == key
+        assert refusal(small, f"--{key}=0").key == key
+    error = refusal(small, "--optim.batch_size=9600000", f"--stage.align.steps={10**12}")
+    assert "more samples than 64-bit numbers count" in str(error) and error.allowed == "at most 480383960252"
+    assert time.perf_counter() - start < 10
 
 
 def test_a_model_of_more_parameters_than_can_be_is_refused_before_it_is_built(small: Path) -> None:
