@@ -202,16 +202,19 @@ def parse_json(data: bytes, path: Path, memory: int = FREE_BYTES) -> dict[str, A
     return value
 
 
-def read_json(path: Path, max_bytes: int = JSON_LIMIT) -> dict[str, Any]:
-    """A JSON object from a file of at most `max_bytes` bytes."""
-    path = Path(path)
+def read_bytes(path: Path, max_bytes: float = math.inf) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes; a `BadFile` for any other, as for a pipe."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
+        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
             raise BadFile(f"{path}: {size} bytes, at most {max_bytes} are allowed")
         data = bytearray(size)
         read_exactly(file, memoryview(data), path)
-    return parse_json(bytes(data), path)
+    return bytes(data)
+
+
+def read_json(path: Path, max_bytes: int = JSON_LIMIT) -> dict[str, Any]:
+    """A JSON object from a file of at most `max_bytes` bytes."""
+    return parse_json(read_bytes(path, max_bytes), Path(path))
 
 
 def is_pickle(path: Path) -> bool:

@@ -175,7 +175,7 @@ class Writer:
         write_atomic(one.path, one.data)
 
     def _drop_half_a_line(self, path: Path) -> None:
-        if path.exists():
+        if path.is_file():
             with path.open("rb") as file:
                 end = whole = os.fstat(file.fileno()).st_size
                 while whole:  # from the end, as far as the last newline
@@ -193,7 +193,8 @@ class Writer:
 @contextmanager
 def _open_to_append(path: Path) -> Iterator[tuple[int, int]]:
     """A descriptor at a file's end, and where that is; makes the file, and its folder if that is gone."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    # O_NONBLOCK: a pipe in the file's place must not hang; it means nothing to a regular file.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         file = os.open(path, flags, 0o666)
     except FileNotFoundError:

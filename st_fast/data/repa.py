@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, open_regular, read_exactly, shown
+from st_fast.core.files import BadFile, open_regular, read_bytes, read_exactly, shown
 from st_fast.core.limits import npy_header
 from st_fast.data.ahead import FilesIdentity, RecordSet, nothing
 from st_fast.data.images import SUFFIXES
@@ -146,9 +146,9 @@ def repa_images(records: RepaSet) -> Source:
             raise UserError(f"{folder}: {shown(image)} stands where the image of {shown(latent)} should")
     labels, table = records.labels, folder / LABELS_FILE
     if table.is_file():
-        by_name = read_labels(table.read_bytes(), str(table))
+        by_name = read_labels(read_bytes(table), str(table))
         labels = np.array([by_name.get(name, -1) for name in images], np.int64)
     classes = records.manifest.num_classes
     return Source(
-        f"{folder.parent.name}/{IMAGES}", images, labels, classes, (), lambda i: (folder / images[i]).read_bytes()
+        f"{folder.parent.name}/{IMAGES}", images, labels, classes, (), lambda i: read_bytes(folder / images[i])
     )

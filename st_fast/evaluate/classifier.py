@@ -6,6 +6,7 @@ Its accuracy on held-out real images stands beside every score, which can be no 
 """
 
 import itertools
+import os
 import shlex
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from st_fast.core.errors import Say, UserError
-from st_fast.core.files import read_json, write_folder, write_json_atomic
+from st_fast.core.files import read_bytes, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import naming_lack_of_memory
 from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
@@ -53,12 +54,12 @@ def how_to_write_images(data_folder: Path) -> str:
 def read_images(data_folder: Path) -> RealImages:
     """Reads and checks `images.safetensors`; UserError names the file, tensor and shape where something is wrong."""
     path = data_folder / "images.safetensors"
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such file; {how_to_write_images(data_folder)}")
+    raw = read_bytes(path)
     try:
-        raw = path.read_bytes()
         tensors = load(raw)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {how_to_write_images(data_folder)}") from None
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     for name in ("train", "train_labels", "test", "test_labels"):
         if name not in tensors:
@@ -269,7 +270,7 @@ def _load(folder: Path, real: RealImages) -> Classifier:
     """The one in `folder`; UserError where a part is missing, damaged, of another format or for other images."""
     try:
         manifest = read_json(folder / "manifest.json")
-        raw = (folder / "model.safetensors").read_bytes()
+        raw = read_bytes(folder / "model.safetensors")
         if manifest["format"] != FORMAT:
             raise UserError(f"{folder}: classifier of format {manifest['format']!r}; this program reads {FORMAT!r}")
         if manifest["images_sha256"] != real.digest:

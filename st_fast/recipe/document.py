@@ -1,7 +1,9 @@
 """A recipe file, and the command line's changes to it, as plain tables: sections and stages, not yet typed."""
 
 import datetime
+import os
 import re
+import stat
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,10 @@ def read_text(path: Path) -> str:
     """The file's text; RecipeError if it is missing, a folder, unreadable, too large or not UTF-8."""
     place = str(path)
     try:
-        with open(path, "rb") as file:
+        # O_NONBLOCK: opening a pipe that nobody writes to must not hang; it means nothing to a regular file.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("not a regular file")
             content = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError) as error:
         problem = "is a folder" if isinstance(error, IsADirectoryError) else "no such file"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import shown
+from st_fast.core.files import BadFile, read_bytes, shown
 from st_fast.report.metrics import NUMBERS as METRIC_NUMBERS
 
 Record = dict[str, Any]
@@ -149,11 +149,11 @@ def read_run(path: Path, name: str = "") -> RunLog:
 
 def _read_recipe(path: Path) -> tuple[Record, str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode("utf-8")
         recipe = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; a run folder holds recipe.toml and log.jsonl") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except BadFile as error:
+        raise UserError(f"{error}; a run folder holds recipe.toml and log.jsonl") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     entries = recipe.get("stage", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -170,11 +170,9 @@ def _read_log(path: Path, notes: list[str]) -> list[Record]:
     Such a line ends the file, or a resumed run's first record follows it, on the same line or the next.
     """
     try:
-        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; has this run begun?") from None
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from None
+        lines = read_bytes(path).decode("utf-8", errors="replace").split("\n")
+    except BadFile as error:
+        raise UserError(f"{error}; has this run begun?" if not path.exists() else str(error)) from None
     numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
     records: list[Record] = []
     for place, (n, line) in enumerate(numbered):

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import inside, read_json, shown
+from st_fast.core.files import inside, read_bytes, read_json, shown
 from st_fast.report import fairness, plot, words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import Record, RunLog, number
@@ -178,7 +178,7 @@ def _embedded(folder: Path, name: str, width: int) -> tuple[str, tuple[int, int]
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a smaller one than its limit is refused here
-        with Image.open(inside(folder, name), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(read_bytes(inside(folder, name))), formats=("PNG",)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError("too large")
             picture = image.convert("RGB" if image.mode not in ("L", "1") else "L")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from st_fast.core.comparison import check_same, differences, place_for, short_digest
 from st_fast.core.errors import Interrupted, Stopped, UserError
-from st_fast.core.files import BadFile, make_folder, read_json, shown, write_atomic, write_json_atomic
+from st_fast.core.files import BadFile, make_folder, read_bytes, read_json, shown, write_atomic, write_json_atomic
 from st_fast.core.limits import Zip, npy_header
 from st_fast.core.progress import bar
 from st_fast.core.ranks import Ranks
@@ -167,9 +167,9 @@ class SampleSet:
         """Images (n, H, W, 3) and labels (n,) of a batch, none above `num`; `BadFile` if it is damaged."""
         size, path = self.batch_size, self._file(batch)
         try:
-            found = load(path.read_bytes())
+            found = load(read_bytes(path))
             images, labels = found["images"], found["labels"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (BadFile, SafetensorError, KeyError) as error:
             raise BadFile(f"{path}: damaged ({error}); remove it, and the same command draws it again") from None
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != size or labels.shape != (size,):
             raise BadFile(f"{path}: not a batch of {size} images; remove it, and the same command draws it again")

@@ -3,6 +3,7 @@
 On the page a study stands between its own two markers, so that one page can hold several. Imports no torch.
 """
 
+import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import inside, make_folder, write_atomic, write_json_atomic
+from st_fast.core.files import inside, make_folder, read_bytes, write_atomic, write_json_atomic
 from st_fast.core.writing import cannot_write
 from st_fast.report import plot, words
 from st_fast.report.arms import Arm, make_arms
@@ -292,6 +293,6 @@ def samples(results: Results) -> list[tuple[str, Any]]:
         arm = group.by_seed[seed]
         for record in arm.last_sample(budget):
             spent = words.flops(number(record, "flops") + arm.teacher.flops)
-            with Image.open(inside(arm.run.path, record["file"])) as image:
+            with Image.open(io.BytesIO(read_bytes(inside(arm.run.path, record["file"])))) as image:
                 found.append((f"{group.label}: step {words.count(record['step'])}, {spent} in all", np.array(image)))
     return found

@@ -15,7 +15,7 @@ from typing import Any
 from st_fast.core.checkpoint.meta import FilesIdentity, Meta, Teacher
 from st_fast.core.checkpoint.store import Manifest, candidates, patiently, read_manifest
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, Unreadable, shown
+from st_fast.core.files import BadFile, Unreadable, read_bytes, shown
 from st_fast.data.ahead import RecordSet
 from st_fast.recipe import Recipe, RecipeError, Stage, changed_maths, from_text, load_run
 from st_fast.train.log import Log
@@ -37,7 +37,7 @@ class Changes:
     def __post_init__(self) -> None:
         """Reads what was accepted and scored before; only the first rank, which alone compares."""
         if self.log.active and self.log.path.exists():
-            for line in self.log.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in read_bytes(self.log.path).decode("utf-8", errors="replace").splitlines():
                 if f'"{KIND}"' in line:
                     self.accepted |= set(map(str, _field(line, KIND, "changes", list)))
                 if '"eval"' in line:

@@ -7,7 +7,6 @@ To add one: a `Tracker` with an entry in TRACKERS, and its name in `recipe/schem
 """
 
 import importlib
-import json
 import os
 import queue
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from st_fast.core.errors import UserError, how_to_install
-from st_fast.core.files import write_json_atomic
+from st_fast.core.files import BadFile, read_json, write_json_atomic
 from st_fast.recipe.schema import Recipe
 
 Record = Mapping[str, Any]
@@ -167,8 +166,8 @@ def run_id(out: Path) -> str:
     """The run's id for services that keep a list of runs: drawn once and kept in the run folder."""
     path = out / "tracker.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
-    except (OSError, ValueError, KeyError):
+        return str(read_json(path)["id"])
+    except (BadFile, KeyError):
         drawn = uuid.uuid4().hex[:16]
         with suppress(OSError):  # a full disk costs the run its place in the list, and nothing else
             write_json_atomic(path, {"id": drawn})
