@@ -15,12 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import sha256_file
+from st_fast.model.formats.importing import read_file
 
 CLASSES, FEATURES, SIDE = 1_008, 2_048, 299
 SPATIAL_CHANNELS = 7
@@ -199,18 +198,15 @@ def find_weights(given: Path | None) -> Path | None:
 def load_inception(path: Path, device: torch.device) -> Inception:
     """The network with the weights of a file, every key of it. UserError in one line if they don't fit.
 
-    The published files are pickles; only plain tensors are taken out of them (torch's restricted unpickler).
+    The published files are pickles; only plain tensors are taken out of them, and nothing is executed (`read_pickled`).
     """
     if not path.is_file():
         raise UserError(f"Inception weights {path}: no such file; pass {FILES[0]} of torch-fidelity's releases")
-    model = InceptionV3()
+    model, found = InceptionV3(), read_file(path)
     try:
-        safe = path.suffix == ".safetensors"
-        model.load_state_dict(load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, SafetensorError, TypeError, AttributeError, ValueError, EOFError, KeyError) as error:
+        model.load_state_dict(found.get("", found))
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(
             f"Inception weights {path}: not the FID network's weights ({' '.join(str(error).split())[:160]})"
         ) from None
-    except Exception as error:  # the restricted unpickler's own error class is private
-        raise UserError(f"Inception weights {path}: can't be read ({type(error).__name__})") from None
     return Inception(model.eval().requires_grad_(False).to(device), sha256_file(path))

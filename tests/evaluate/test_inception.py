@@ -59,6 +59,10 @@ def test_a_file_of_that_layout_loads_strictly_and_gives_features_of_the_right_ki
     again = inception.load_inception(tmp_path / "w.safetensors", CPU)(images[1:])
     np.testing.assert_allclose(again.pooled, found.pooled[1:], rtol=1e-4, atol=1e-6)
     assert len(network.sha256) == 64
+    # As torch up to 1.5 wrote it, and with the table of versions that a module's state dict carries.
+    torch.save(network.model.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    old = inception.load_inception(tmp_path / "old.pth", CPU).model.state_dict()
+    assert all(torch.equal(old[name], tensor) for name, tensor in weights.items())
 
 
 def test_spatial_features_are_seven_maps_of_mixed_6d_with_channels_last(weights):
@@ -103,8 +107,10 @@ def test_weights_that_are_missing_or_do_not_fit_are_told_in_one_line(weights, tm
     torch.save({name: t for name, t in weights.items() if name != "fc.bias"}, tmp_path / "short.pth")
     torch.save({**weights, "AuxLogits.fc.bias": torch.zeros(3)}, tmp_path / "more.pth")
     torch.save(nn.Linear(1, 1), tmp_path / "module.pth")
+    torch.save({**weights, "fc.bias": torch.zeros(1).expand(2**40)}, tmp_path / "huge.pth")  # 4 TiB in a few bytes
+    torch.save({"state_dict": [1]}, tmp_path / "list.pth")
     words = {"none.pth": "no such file; pass weights-inception", "short.pth": "fc.bias", "more.pth": "AuxLogits"}
-    for name in ("none.pth", "text.pth", "short.pth", "more.pth", "module.pth"):
+    for name in ("none.pth", "text.pth", "short.pth", "more.pth", "module.pth", "huge.pth", "list.pth"):
         with pytest.raises(UserError) as error:
             inception.load_inception(tmp_path / name, CPU)
         assert name in str(error.value) and words.get(name, "") in str(error.value) and "\n" not in str(error.value)
