@@ -73,6 +73,16 @@ def test_a_signal_ends_the_waiting_for_the_last_checkpoint(count, recipe, nurser
     assert finish(ranks) == [0] * count and tiny.records(recipe.parent / "out", "start")[-1]["stage"] == "transcend"
 
 
+def test_ranks_that_each_write_their_part_try_it_again_together(recipe, nursery, states):
+    place = blocked(recipe.parent / "out")
+    ranks = nursery.start(2, recipe, "--run.sharding=fsdp2")
+    wait_for(lambda: WAITS in ranks[0].text or ranks[0].poll() is not None)
+    place.unlink()
+    assert finish(ranks) == [0, 0], [rank.text for rank in ranks]
+    assert ranks[0].text.count(WRITTEN) == 1 and states(recipe.parent / "out")
+    assert len(list((recipe.parent / "out" / "align" / "checkpoints" / "00000010").iterdir())) == 2 * 4 + 1
+
+
 # Every kind of write in turn
 
 CHECKPOINT = "out/align/checkpoints/N"
