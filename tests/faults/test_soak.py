@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests import soak
+from tests.faults import random_faults
 from tests.tiny import ROOT
 
 RESULT = ROOT / "bench" / "results" / "soak.json"
@@ -23,7 +24,7 @@ def test_the_committed_soak_had_200_kills_and_lost_nothing():
 def test_the_readme_quotes_the_file():
     readme = "before\n<!-- soak:begin -->\nold\n<!-- soak:end -->\nafter\n"
     new = soak.quoted(readme, RESULT)
-    assert new.startswith("before\n<!-- soak:begin -->\nRandom faults") and "old" not in new
+    assert new.startswith("before\n<!-- soak:begin -->\nRandom faults") and "\nold\n" not in new
     assert "| a rank hangs, dies or fails |" in new and new.endswith("<!-- soak:end -->\nafter\n")
     assert soak.quoted(new, RESULT) == new
     with pytest.raises(ValueError, match="0 blocks"):
@@ -48,6 +49,8 @@ def test_what_was_left_open_is_taken_up_and_what_is_complete_is_done_anew(tmp_pa
     record = {"wanted": wanted, "seed": 0, "seconds": 5, "rows": [{"fault": "a", "tried": 4, "survived": 4, "lost": 0}]}
     out.write_text(json.dumps(record))
     assert soak.left_open(out, wanted, 0) == ([soak.Row("a", 4, 4, 0)], 5)
+    assert soak.left_open(out, {"new": 3} | wanted, 0) == ([soak.Row("new"), soak.Row("a", 4, 4, 0)], 5)
+    assert soak.left_open(out, {"a": 11}, 0) == ([soak.Row("a")], 0.0)
     assert soak.left_open(out, wanted, 1) == ([soak.Row("a")], 0.0)
     record["rows"][0]["tried"] = 10
     out.write_text(json.dumps(record))
@@ -56,9 +59,9 @@ def test_what_was_left_open_is_taken_up_and_what_is_complete_is_done_anew(tmp_pa
 
 def test_a_short_cut_of_the_soak_loses_nothing(monkeypatch, tmp_path):
     """Two kills of a sharded run, for real: the rest of CI kills whole ones."""
-    monkeypatch.setattr(soak, "KILLS_A_RUN", 2)
+    monkeypatch.setattr(random_faults, "KILLS_A_RUN", 2)
     monkeypatch.setattr(sys, "argv", ["soak", "--kills", "0", "--others", "1", "--out", str(tmp_path / "soak.json")])
-    monkeypatch.setattr(soak, "FAULTS", {"kill -9 of both ranks of a sharded run": soak.kills_of_shards})
+    monkeypatch.setattr(soak, "FAULTS", {"kill -9 of both ranks of a sharded run": random_faults.kills_of_shards})
     assert soak.main() == 0
     (row,) = json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))["rows"]
     assert row["tried"] >= 1 and row["survived"] == row["tried"] and row["lost"] == 0
