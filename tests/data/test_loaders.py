@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -146,6 +147,11 @@ class Fails:
         if 5 in indices and self.left > 0:
             self.left -= 1
             raise self.error
+
+
+def test_a_set_is_known_by_its_manifests_digest_and_has_as_many_records_as_it_says(records: ShardSet) -> None:
+    assert re.fullmatch("[0-9a-f]{64}", records.manifest.digest)
+    assert records.digest == records.manifest.digest and len(records) == records.manifest.count == 50
 
 
 def torch_loader(records: RecordSet, device: torch.device, patience: Patience) -> Loader:
