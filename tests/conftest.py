@@ -1,22 +1,9 @@
 """What tests of every folder share."""
 
-import gc
-
 import pytest
 import torch
 
 pytest.register_assert_rewrite("tests.tiny")
-
-
-def pytest_collection_finish() -> None:
-    """Every stage of a run collects garbage before its first step: not among all the tests, which takes a second.
-
-    What is made from here on is collected as ever. A run's own freezing, which would end this one, is left out in
-    test processes; those that they start have it.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.freeze = gc.unfreeze = lambda: None
 
 
 @pytest.fixture
