@@ -1,7 +1,8 @@
 """Mistakes that a person can mend: told in one line, exit code 2, no traceback unless `--debug` asks for it."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 Say = Callable[[str], None]
 """Where a line for the person at the terminal goes: `print`, or a log's `say`."""
@@ -70,3 +71,38 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text that says anything, or the error's type."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next(filter(None, lines), type(error).__name__)[:200]
+
+
+BRACKETS: dict[Any, str] = {list: "[]", tuple: "()", dict: "{}"}
+
+
+def _pieces(value: Any, limit: int) -> Iterator[str]:
+    """The parts of a value's text, of which no more are made than are read: it may hold itself, or be gigabytes."""
+    if isinstance(value, (str, bytes)):
+        yield ascii(value[:limit])
+    elif brackets := BRACKETS.get(type(value)):
+        yield brackets[0]
+        for number, item in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(item, limit)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _pieces(value[item], limit)
+        yield ",)" if isinstance(value, tuple) and len(value) == 1 else brackets[1]
+    else:
+        yield ascii(value)
+
+
+def printable(text: object) -> str:
+    """Somebody's text as one line of a terminal or a page: what would not show, or do something, becomes an escape."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(text))
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value out of a file as one short printable line, whatever it holds."""
+    text = ""
+    for piece in _pieces(value, limit + 1):
+        text += piece
+        if len(text) > limit:
+            return f"{text[:limit]}…"
+    return text

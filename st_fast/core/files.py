@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 from st_fast.core.errors import BadFile as BadFile
 from st_fast.core.errors import Unreadable as Unreadable
 from st_fast.core.errors import UserError, unreadable
+from st_fast.core.errors import printable as printable
+from st_fast.core.errors import shown as shown
 
 CHUNK = 4 * 2**20
 """Bytes read or hashed at a time."""
@@ -49,41 +51,6 @@ class Entry(NamedTuple):
 def allowance(size: int) -> int:
     """Bytes of memory that reading a file of `size` bytes may take."""
     return max(4 * size, FREE_BYTES)
-
-
-BRACKETS: dict[Any, str] = {list: "[]", tuple: "()", dict: "{}"}
-
-
-def _pieces(value: Any, limit: int) -> Iterator[str]:
-    """The parts of a value's text, of which no more are made than are read: it may hold itself, or be gigabytes."""
-    if isinstance(value, (str, bytes)):
-        yield ascii(value[:limit])
-    elif brackets := BRACKETS.get(type(value)):
-        yield brackets[0]
-        for number, item in enumerate(value):
-            yield ", " if number else ""
-            yield from _pieces(item, limit)
-            if isinstance(value, dict):
-                yield ": "
-                yield from _pieces(value[item], limit)
-        yield ",)" if isinstance(value, tuple) and len(value) == 1 else brackets[1]
-    else:
-        yield ascii(value)
-
-
-def printable(text: object) -> str:
-    """Somebody's text as one line of a terminal or a page: what would not show, or do something, becomes an escape."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(text))
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """A value out of a file as one short printable line, whatever it holds."""
-    text = ""
-    for piece in _pieces(value, limit + 1):
-        text += piece
-        if len(text) > limit:
-            return f"{text[:limit]}…"
-    return text
 
 
 @contextmanager
