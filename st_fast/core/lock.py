@@ -3,6 +3,10 @@
 `flock` decides where the file system has it: the kernel releases it, so a holder killed by `kill -9` or a power cut
 holds nothing, and the file's text only names the holder. Without `flock` the text decides: the file appears whole, by
 a hard link that only one process can make, and is held by a live process, or by any on another host.
+
+Neither believes the other: `flock` fails for a moment, or on one host only, and on some mounts (`localflock`, NFS with
+`local_lock`) each host grants it by itself. So who gets it still heeds a text that a live process wrote, and who has it
+looks whether the text is still its own.
 """
 
 import errno
@@ -39,10 +43,12 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class _Held(Exception):
-    """The lock is another's, whose record this carries."""
+    """The lock is another's, whose record this carries. `remedy`: where nobody here can see whether that one lives."""
 
-    def __init__(self, holder: dict[str, Any]) -> None:
+    def __init__(self, holder: dict[str, Any], path: Path) -> None:
         super().__init__(_named(holder))
+        here = holder.get("host") in (None, socket.gethostname())
+        self.remedy = "" if here else f"; if it is no more, remove {path}"
 
 
 @contextmanager
@@ -60,7 +66,7 @@ def run_lock(folder: Path, notice: Say, option: str = "run.out") -> Iterator[Cal
             lock.take()
         except _Held as other:
             raise UserError(
-                f"{folder}: another run is writing here ({other}); stop it or give another {option}"
+                f"{folder}: another run is writing here ({other}); stop it or give another {option}{other.remedy}"
             ) from None
         except OSError as error:
             raise UserError(f"{lock.path}: cannot be locked ({error.strerror})") from error
@@ -92,6 +98,8 @@ class _Lock:
         self._descriptor: int | None = None
         self._text = b""
         """Of the holder, once it is this process."""
+        self._there = b""
+        """What the file holds since: that, or on a full disk less."""
 
     def take(self) -> None:
         """Takes the lock; _Held if another has it."""
@@ -99,17 +107,18 @@ class _Lock:
             "pid": os.getpid(), "host": socket.gethostname(), "start": process_start(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": " ".join(sys.argv)[:200], "id": uuid.uuid4().hex,
         }  # fmt: skip
-        text = json.dumps(this).encode()
+        text, by_text = json.dumps(this).encode(), json.dumps(this | {"flock": False}).encode()
         for left in range(TRIES, -1, -1):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                if not self._flock(text):
-                    _claim(self.path, text, self._notice)
+                by_flock = self._flock(text)
+                if not by_flock:
+                    _claim(self.path, by_text, self._notice)
                 break
             except FileNotFoundError:  # who was refused here has just removed the folder it had made
                 if not left:
                     raise
-        self._text = text
+        self._text = text if by_flock else by_text
 
     def _flock(self, text: bytes) -> bool:
         """Takes the lock by `flock`; False where the file system has none."""
@@ -121,15 +130,18 @@ class _Lock:
                     os.close(descriptor)
                     continue
                 if holder := _record(os.pread(descriptor, 4096, 0)):
+                    if _holds_beside_flock(holder):
+                        raise _Held(holder, self.path)
                     _tell_dead(self.path, holder, self._notice)
                 with suppress(OSError):  # on a full disk the holder has no name
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, text, 0)
                     os.fsync(descriptor)
+                self._there = os.pread(descriptor, 4096, 0)
             except BlockingIOError:
                 holder = _record(os.pread(descriptor, 4096, 0))
                 os.close(descriptor)
-                raise _Held(holder) from None
+                raise _Held(holder, self.path) from None
             except OSError as error:
                 os.close(descriptor)
                 if error.errno in _NO_FLOCK:
@@ -152,7 +164,12 @@ class _Lock:
 
     def _ours(self) -> bool:
         if self._descriptor is not None:
-            return self._is_at_path(self._descriptor)
+            if not self._is_at_path(self._descriptor):
+                return False
+            there = os.pread(self._descriptor, 4096, 0)
+            if there not in (self._text, self._there) and "id" in (holder := _record(there)):
+                raise _Held(holder, self.path)  # flock excludes nobody here
+            return True
         return bool(self._text) and _read(self.path) == self._text
 
     def check(self) -> None:
@@ -164,7 +181,8 @@ class _Lock:
             self.take()
         except _Held as other:
             raise RunFailed(
-                f"{self.path} was removed, and another run is writing here now ({other}); this one writes nothing more"
+                f"{self.path} was removed or taken, and another run is writing here now ({other}); "
+                "this one writes nothing more"
             ) from None
         except OSError:
             return
@@ -174,7 +192,7 @@ class _Lock:
         """Removes the file, if it is still this process's: whoever has it open sees that it has no name any more."""
         forked = self._descriptor is not None and self._descriptor not in _held
         if self._text and not forked:
-            with suppress(OSError):
+            with suppress(OSError, _Held):
                 if self._ours():
                     self.path.unlink()
         self._let_go()
@@ -207,7 +225,7 @@ def _claim(path: Path, text: bytes, notice: Say) -> None:
                 continue
             holder = _record(there)
             if _still_runs(holder):
-                raise _Held(holder)
+                raise _Held(holder, path)
             right = path.with_name(f"{LOCK_NAME}.after-{hashlib.sha256(there).hexdigest()[:16]}")
             _claim(right, text, notice)
             try:
@@ -247,12 +265,16 @@ def _record(text: bytes) -> dict[str, Any]:
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None if there is no such process."""
+    """When a process of this host started, in clock ticks since boot; None if it does not run, or no more.
+
+    A killed process whose parent never asks how it ended keeps its number, in a container without init for ever.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[19])  # field 22; the command in parentheses may hold anything
+    fields = text.rpartition(")")[2].split()  # from field 3; the command in parentheses may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _still_runs(holder: dict[str, Any]) -> bool:
@@ -260,6 +282,13 @@ def _still_runs(holder: dict[str, Any]) -> bool:
         return bool(holder)
     start = process_start(holder["pid"])
     return start is not None and start == holder.get("start")
+
+
+def _holds_beside_flock(holder: dict[str, Any]) -> bool:
+    """Whether a text says that its writer has the lock, though `flock` was free for this process."""
+    if holder.get("host") == socket.gethostname():
+        return holder.get("pid") != os.getpid() and _still_runs(holder)
+    return holder.get("flock") is False
 
 
 def _tell_dead(path: Path, holder: dict[str, Any], notice: Say) -> None:

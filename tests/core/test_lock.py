@@ -262,3 +262,85 @@ def test_who_died_while_taking_over_does_not_stand_in_the_way(tmp_path: Path, mo
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
         with pytest.raises(UserError, match="another run"), run_lock(tmp_path, print):
             pass
+
+
+NOT_EXCLUDING = """
+import errno, fcntl, sys, time
+from pathlib import Path
+def flock(*_):
+    if sys.argv[2] == "none":
+        raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+from st_fast.core.lock import run_lock
+with run_lock(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("theirs", ["none", "local"])
+def test_a_live_holder_is_heeded_where_flock_is_free_all_the_same(
+    theirs: str, tmp_path: Path, child_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", NOT_EXCLUDING, str(tmp_path), theirs]
+    with subprocess.Popen(command, env=child_env, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None and child.stdout.readline() == "held\n"
+            if theirs == "local":
+                monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+            refused = pytest.raises(UserError, match=f"another run is writing here .process {child.pid} ")
+            with refused, run_lock(tmp_path, pytest.fail):
+                pass
+            assert json.loads((tmp_path / "run.lock").read_text())["pid"] == child.pid
+        finally:
+            child.kill()
+
+
+def test_of_two_hosts_that_each_grant_flock_the_first_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    with run_lock(tmp_path, pytest.fail) as check:
+        check()
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        with run_lock(tmp_path, lambda line: None) as second:
+            second()
+            for _ in range(2):
+                with pytest.raises(RunFailed, match=r"another run is writing here now .process .* on elsewhere"):
+                    check()
+            second()
+            assert json.loads((tmp_path / "run.lock").read_text())["host"] == "elsewhere"
+
+
+def test_a_killed_holder_that_its_parent_never_asks_after_holds_nothing(
+    tmp_path: Path, child_env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", without_flock)
+    command = [sys.executable, "-c", NOT_EXCLUDING, str(tmp_path), "none"]
+    with subprocess.Popen(command, env=child_env, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and still listed
+        with run_lock(tmp_path, lambda line: None):
+            assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_who_died_on_another_host_while_taking_over_is_told_with_the_file_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", without_flock)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        patch.setattr(os, "replace", killed)
+        patch.setattr(Path, "unlink", lambda self: None)
+        with run_lock(tmp_path, print):
+            pass
+    (right,) = tmp_path.glob("run.lock.after-*")
+    refused = pytest.raises(UserError, match=rf"on elsewhere .*; if it is no more, remove {right}$")
+    with refused, run_lock(tmp_path, print):
+        pass
+    right.unlink()
+    with run_lock(tmp_path, lambda line: None):
+        pass
