@@ -5,6 +5,7 @@ writes go through `os.write`, `os.fsync` and `os.rename`, so that a test can sto
 folders are written aside, fsynced and renamed, and the folder that holds the name is fsynced too. Imports no torch.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -304,9 +305,20 @@ def json_bytes(obj: object) -> bytes:
     return (json.dumps(obj, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
+def keep_special(path: Path) -> None:
+    """FileExistsError where a pipe, socket or device has the name: a rename would remove it, even /dev/null."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # nothing is there, or writing will tell
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise FileExistsError(errno.EEXIST, "a pipe, socket or device is there, which is never replaced", str(path))
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that the old or the new one is there after a crash, never a mixture; OSError on a full disk."""
     path = Path(path)
+    keep_special(path)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         with durable_file(partial) as descriptor:

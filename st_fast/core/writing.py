@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from st_fast.core.errors import RunFailed, Say, UserError
-from st_fast.core.files import CHUNK, make_folder, write_all, write_atomic
+from st_fast.core.files import CHUNK, keep_special, make_folder, write_all, write_atomic
 
 ROOM = 64 * 2**20
 """Bytes that may wait; a line of the log has about 400, so a full disk may last 100,000 of them."""
@@ -47,6 +47,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
+        keep_special(path)
         yield partial
         os.replace(partial, path)
     except OSError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from st_fast.core.comparison import check_same, differences
 from st_fast.core.errors import UserError
-from st_fast.core.files import make_folder, write_atomic
+from st_fast.core.files import BadFile, make_folder, read_bytes, write_atomic
 from st_fast.core.progress import bar
 from st_fast.sample.draw import Draw, slerp, starting_noise
 from st_fast.sample.model import Sampler
@@ -74,9 +74,9 @@ def read_record(path: Path) -> Record | None:
     """The settings that a picture was drawn with; None if it holds none, or is no picture."""
     opened = GifImageFile if path.suffix == ".gif" else PngImageFile  # Image.open refuses the size of large grids
     try:
-        with opened(path) as picture:
+        with opened(io.BytesIO(read_bytes(path))) as picture:  # never waits for a pipe
             found = json.loads(picture.info.get(RECORD) or picture.info.get("comment") or "")
-    except (OSError, ValueError, SyntaxError):
+    except (BadFile, OSError, ValueError, SyntaxError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

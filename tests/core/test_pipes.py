@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile
+from st_fast.core.files import BadFile, write_atomic
 from st_fast.core.ranks import Ranks
-from st_fast.core.writing import Writer
+from st_fast.core.writing import Writer, whole_file
 from st_fast.data.shards import open_data
 from st_fast.data.sources import open_source
 from st_fast.evaluate.classifier import read_images
@@ -29,6 +30,7 @@ from st_fast.model.vae import autoencoder_class, load_vae
 from st_fast.recipe import load, load_run
 from st_fast.report.collect import read_run
 from st_fast.report.html import _embedded
+from st_fast.sample.previews import check_replaced, png, read_record
 from st_fast.sample.set import SampleSet, open_npz, read_settings
 from st_fast.study.plan import read_study
 from st_fast.train.continuity import Changes
@@ -133,6 +135,8 @@ CASES: dict[str, Case] = {
     "samples": (lambda folder: folder / "s.npz", open_npz),
     "a set's settings": (lambda folder: folder / "sample.json", lambda path: read_settings(path.parent)),
     "a set's part": (in_parts, part_of_a_set),
+    "a picture to replace": (lambda folder: folder / "a.png", lambda path: check_replaced(path, {})),
+    "a GIF to replace": (lambda folder: folder / "a.gif", lambda path: check_replaced(path, {})),
 }
 
 
@@ -163,3 +167,24 @@ def test_a_pipe_in_the_logs_place_costs_a_run_no_more_than_a_line(tmp_path: Path
     assert len(said) == 1 and "log.jsonl: cannot be written" in said[0] and writer.missing
     with pytest.raises(BadFile, match=r"log\.jsonl: not a regular file"):
         Changes(False, Log(tmp_path / "log.jsonl", CPU))
+
+
+def test_a_picture_whose_settings_are_nested_too_deeply_has_none(tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("st_fast.sample", "[" * 100_000)
+    Image.new("L", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
+    assert read_record(tmp_path / "a.png") is None
+    (tmp_path / "b.png").write_bytes(png(torch.zeros(4, 4, 1, dtype=torch.uint8), record={"a": 1}))
+    assert read_record(tmp_path / "b.png") == {"a": 1}
+
+
+@pytest.mark.parametrize("kind", [pipe, a_socket, device], ids=lambda kind: kind.__name__)
+def test_what_is_no_file_is_never_replaced_by_one(kind: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    kind(path)
+    before = path.lstat()
+    with pytest.raises(FileExistsError, match="never replaced"):
+        write_atomic(path, b"page")
+    with pytest.raises(UserError, match="never replaced"), whole_file(path) as partial:
+        partial.write_bytes(b"page")
+    assert os.path.samestat(path.lstat(), before) and list(tmp_path.iterdir()) == [path]
