@@ -1,6 +1,7 @@
 """A whole run: data, every stage in order, the report."""
 
 import gc
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -109,11 +110,13 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 context = train_stage(context, stage, recipe)
             consensus.close()
             if ranks.first:
-                finish_writing(log, out)
+                finish_writing(log, out, recipe)
 
 
-def finish_writing(log: Log, out: Path) -> None:
+def finish_writing(log: Log, out: Path, recipe: Recipe) -> None:
     """Writes what is still missing, and the report: a disk that refuses costs a line, for the weights are saved."""
+    if not os.path.lexists(out / "recipe.toml"):  # the folder was deleted, and made again; no command takes it without
+        log.files.write(out / "recipe.toml", to_toml(recipe).encode())
     log.files.close()
     try:
         log.say(f"report: {write_report([out], out / 'report.html')}")

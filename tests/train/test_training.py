@@ -263,3 +263,22 @@ def test_a_run_killed_between_a_stage_s_last_checkpoint_and_its_end_says_the_end
     (found,) = [end for end in ends if end["stage"] == "align"]
     assert found["flops"] == json.loads(lost)["flops"] and found["step"] == 10
     assert found["seconds"] == pytest.approx(json.loads(lost)["seconds"], abs=0.01)
+
+
+def test_a_run_whose_folder_was_deleted_meanwhile_ends_with_one_that_commands_take(tmp_path, monkeypatch):
+    import importlib
+
+    from st_fast.recipe import load_run
+
+    run_module = importlib.import_module("st_fast.train.run")
+
+    real = run_module.run_stage
+
+    def deleted_first(context, stage):
+        if stage.name == "transcend":
+            (tmp_path / "out" / "recipe.toml").unlink()
+        return real(context, stage)
+
+    monkeypatch.setattr(run_module, "run_stage", deleted_first)
+    out = tiny.run_whole(tmp_path, tiny.write_data(tmp_path / "data"))
+    assert load_run(out).run.seed == 3 and (out / "report.html").exists()
