@@ -191,6 +191,8 @@ def build(kind: str, folder: Path) -> Path:
     with locked(folder):
         if target.is_file():
             return target
+        for left in folder.glob(".csrc-*"):  # by a build that a signal ended
+            shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".csrc-", dir=folder) as made:
             work = Path(made)
             commands, link = (_cpu_commands if kind == "cpu" else _cuda_commands)(csrc, torch, work)

@@ -111,7 +111,7 @@ class _Lock:
         for left in range(TRIES, -1, -1):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                by_flock = self._flock(text)
+                by_flock = self._has_flock() and self._flock(text)
                 if not by_flock:
                     _claim(self.path, by_text, self._notice)
                 break
@@ -119,6 +119,22 @@ class _Lock:
                 if not left:
                     raise
         self._text = text if by_flock else by_text
+
+    def _has_flock(self) -> bool:
+        """Whether the file system has it, tried on a file of another name: no lock that nobody holds stays."""
+        probe = self.path.with_name(f".{LOCK_NAME}.{uuid.uuid4().hex}")
+        descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_FLOCK:
+                return False
+            raise
+        finally:
+            os.close(descriptor)
+            with suppress(OSError):
+                probe.unlink()
+        return True
 
     def _flock(self, text: bytes) -> bool:
         """Takes the lock by `flock`; False where the file system has none."""

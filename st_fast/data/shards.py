@@ -163,7 +163,7 @@ def open_data(
     """
     records = RepaSet(folder) if is_repa(folder) else ShardSet(folder, read_manifest(folder))
     if len(records) < max(1, at_least):
-        need = f"the global batch needs {at_least}" if len(records) else "nothing to train on"
+        need = f"the global batch needs {at_least} (--optim.batch_size)" if len(records) else "nothing to train on"
         raise BadFile(f"data.path = {str(folder)!r}: {len(records)} records, {need}")
     if verify:
         records.verify(beat)

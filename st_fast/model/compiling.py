@@ -7,7 +7,8 @@ the same bits as keeping everything.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ def keep_compiled(folder: Path) -> None:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder.absolute() / "triton"))
+
+
+@contextmanager
+def swept(folder: Path) -> Iterator[None]:
+    """Removes the folder at the block's end if nothing was compiled: PyTorch makes it in any case."""
+    try:
+        yield
+    finally:
+        for one in (folder / "triton", folder):
+            with suppress(OSError):  # something is in it, or it was never made
+                one.rmdir()
 
 
 def _run_inside(block: nn.Module, *inputs: Tensor) -> Any:

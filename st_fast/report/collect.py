@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, read_bytes, shown
+from st_fast.core.files import BadFile, printable, read_bytes, shown
 from st_fast.report.metrics import NUMBERS as METRIC_NUMBERS
 
 Record = dict[str, Any]
@@ -135,7 +135,7 @@ def read_run(path: Path, name: str = "") -> RunLog:
         stages.append(stage)
         for record in mine:
             if record["kind"] == "accepted":
-                told = shown("; ".join(map(str, record.get("changes") or ())), 2_000)[1:-1]
+                told = printable("; ".join(map(str, record.get("changes") or ())))[:2_000]
                 notes.append(f"Stage “{its_name}” went on after step {record['step']:,} with accepted changes: {told}.")
         starts = sum(record["kind"] == "start" for record in mine)
         if starts > 1:

@@ -6,7 +6,6 @@ has changed is refused in one line; `--accept-changes` goes on all the same, and
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -104,9 +103,11 @@ def check_recipe(recipe: Recipe, changes: Changes) -> None:
             differences.append(f"{path} is a checkpoint of stage {shown(name)}")
     for stage, path, manifest in begun[-1:]:
         at = stage.name, manifest.step
-        if manifest.said.recipe:
-            with suppress(RecipeError):  # of a version with other keys
-                differences += changed_maths(from_text(manifest.said.recipe, str(path)), recipe)
+        try:
+            differences += changed_maths(from_text(manifest.said.recipe, f"{path}: its recipe"), recipe)
+        except RecipeError as error:  # none, or of a version with other keys
+            if not (out / "recipe.toml").exists():
+                differences.append(f"{path} can't be compared, and there is no {out / 'recipe.toml'} ({error})")
         if manifest.step < stage.steps:
             differences += _longer_teacher(recipe, stage, manifest.said)
     changes.check(differences, *at)

@@ -23,7 +23,7 @@ from st_fast.data.manifest import Manifest
 from st_fast.data.shards import open_data
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import stored
-from st_fast.model.compiling import keep_compiled
+from st_fast.model.compiling import keep_compiled, swept
 from st_fast.model.fp8 import check_fp8
 from st_fast.prepare import digits
 from st_fast.recipe import Recipe, Stage, cost, to_toml
@@ -72,6 +72,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
         profiling.choose_tool(recipe.profile, ranks.device)
         with (
             lock.run_lock(out, print) if ranks.first else nullcontext(lambda: None) as still_ours,
+            swept(out / "compiled") if ranks.first else nullcontext(),
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
             Log(out / "log.jsonl", ranks, track) as log,
         ):

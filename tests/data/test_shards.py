@@ -187,7 +187,7 @@ def test_shard_with_another_count_than_the_manifest_says_is_refused(make_set: Ma
 
 
 def test_empty_set_and_one_smaller_than_a_batch_are_refused(make_set: MakeSet, tmp_path: Path) -> None:
-    with pytest.raises(BadFile, match=r"50 records, the global batch needs 64"):
+    with pytest.raises(BadFile, match=r"50 records, the global batch needs 64 \(--optim\.batch_size\)"):
         open_data(make_set(), at_least=64)
     write_shards(tmp_path / "none", [], Manifest(0, SHAPE, "float16", 1.0, VaeInfo("v"), "s", 1))
     with pytest.raises(BadFile, match=r"0 records, nothing to train on"):

@@ -184,6 +184,14 @@ def test_a_cuda_toolkit_of_torchs_major_version_or_newer_compiles(
     assert refusal(tmp_path) == "nvcc failed: x.cu: error: asked"
 
 
+def test_the_next_build_removes_what_a_killed_one_left(torch_for_cuda_13: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "made" / ".csrc-killed"
+    killed.mkdir(parents=True)
+    (killed / "op.o").write_bytes(b"half")
+    program(tmp_path / "toolkit" / "nvcc", "#!/bin/sh\nexit 3\n")
+    assert refusal(tmp_path) == "nvcc failed: ?"
+
+
 def test_torch_without_cuda_needs_no_toolkit(torch_for_cuda_13: Path, tmp_path: Path) -> None:
     (torch_for_cuda_13 / "version.py").write_text("__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\n")
     assert refusal(tmp_path) == "torch is built without CUDA"

@@ -68,6 +68,21 @@ def test_without_the_runs_copy_of_the_recipe_its_checkpoints_say_what_it_was(rec
     assert "optim.lr: 0.01 → 0.5; run.seed: 3 → 4" in refused(recipe, "--optim.lr=0.5", "--run.seed=4")
 
 
+@pytest.mark.parametrize("text", ["", "[[[", "[model]\nof_another_version = 1\n"])
+def test_without_any_recipe_to_compare_with_the_run_goes_on_only_if_that_is_accepted(text, recipe):
+    out = recipe.parent / "out"
+    newest = max((out / "transcend" / "checkpoints").iterdir())
+    found = checkpoint.load(newest)
+    shutil.rmtree(newest)
+    save(newest.parent, found.step, found.groups, found.meta | {"recipe": text})
+    run(load(recipe, ["--stage.transcend.steps=5"]))  # the run folder's copy says what it was
+    shutil.rmtree(newest.parent)
+    save(newest.parent, found.step, found.groups, found.meta | {"recipe": text})
+    (out / "recipe.toml").unlink()
+    assert f"{newest} can't be compared, and there is no {out / 'recipe.toml'}" in refused(recipe, "--optim.lr=0.5")
+    run(load(recipe, ["--stage.transcend.steps=5"]), accept_changes=True)
+
+
 def test_an_edited_copy_of_the_recipe_hides_nothing(recipe):
     other = load(recipe, ["--optim.lr=0.5"])
     (recipe.parent / "out" / "recipe.toml").write_text(to_toml(other))
