@@ -101,6 +101,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def plain(name: str) -> str:
     """A file's name without the numbers of steps and processes."""
     name = re.sub(r"(/events)\.out\..*", r"\1", re.sub(r"\.partial-\d+", "", name))
+    name = re.sub(r"/\.run\.lock\.[0-9a-f]{32}$", "/run.lock", name)  # by which it is tried whether there is flock
     return re.sub(r"\d{8}", "N", name)
 
 
