@@ -182,6 +182,7 @@ def test_checkpoints_that_say_nothing_of_a_teacher_go_on(recipe):
     shutil.rmtree(newest)
     save(newest.parent, found.step, found.groups, meta)
     run(load(recipe, ["--stage.transcend.steps=5"]))
+    assert tiny.records(recipe.parent / "out", "end")[-1]["step"] == 5
 
 
 def forged(folder: Path, **values: object) -> None:
