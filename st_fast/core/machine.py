@@ -6,6 +6,7 @@ Importing it imports no torch: recipes are checked without, and threads are chos
 from __future__ import annotations
 
 import errno
+import gc
 import math
 import os
 import re
@@ -238,3 +239,23 @@ def naming_lack_of_memory(doing: str) -> Iterator[None]:
         if not lacks_memory(error):
             raise
         raise RunFailed(out_of_memory(error, doing)) from error
+
+
+_frozen = False
+
+
+def freeze_heap() -> None:
+    """Takes all objects of now out of the garbage collector's passes, unless the program around has done so itself."""
+    global _frozen
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+        _frozen = True
+
+
+def thaw_heap() -> None:
+    """Gives the collector back what `freeze_heap` took from it."""
+    global _frozen
+    if _frozen:
+        gc.unfreeze()
+        _frozen = False

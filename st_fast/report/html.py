@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -75,8 +76,13 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
         "machines": [_machine(run) for run in runs],
         "style": Markup(_resource("style.css")),
     }
+    return _template().render(context)
+
+
+@cache
+def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_resource("page.html")).render(context)
+    return environment.from_string(_resource("page.html"))
 
 
 def _methods(arms: Sequence[Arm]) -> list[list[str]]:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
@@ -45,7 +46,10 @@ def svg(figure: Figure) -> Markup:
     """The figure without its title as an <svg> element; the page's style sheet says colours and font."""
     buffer = io.StringIO()
     with rc_context(STYLE | {"svg.hashsalt": figure.key}):
-        draw(figure, title=False).savefig(buffer, format="svg", transparent=True)
+        canvas = draw(figure, title=False)
+        for patch in (canvas.patch, *(axes.patch for axes in canvas.axes)):
+            patch.set_visible(False)  # the page shows through
+        FigureCanvasSVG(canvas).print_svg(buffer)  # savefig would draw it twice
     text = re.sub(r"<(metadata|style).*?</\1>", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     for colour, variable in VARIABLES.items():

@@ -1,6 +1,5 @@
 """One stage from top to bottom: build, resume, loop, log, sample, save."""
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ import torch
 from st_fast import __version__
 from st_fast.core.checkpoint.meta import GraphChoice
 from st_fast.core.errors import Say
-from st_fast.core.machine import PassTooLarge
+from st_fast.core.machine import PassTooLarge, freeze_heap, thaw_heap
 from st_fast.data.loader import Loader, make_loader
 from st_fast.recipe import Recipe, cost
 from st_fast.recipe.batch import images_a_pass
@@ -60,8 +59,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     _log_start(trainer, first)
     report = Reporter(trainer, iterator, meter, clock, first)
 
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
     context.stop.begin()
     clock.start()
     steps = Lookahead(iterator.steps(first, stage.steps))
@@ -93,7 +91,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     trainer.finish()
     stalls = trainer.stalls(clock)
     trainer.features.close()
-    gc.unfreeze()
+    thaw_heap()
     if stopping:
         raise context.stop.interrupted(f"saved {stage.name} at step {done}")
     log.write("end", stage.name, done, **report.cost(done), **stalls)
@@ -156,7 +154,7 @@ def retreat_if_too_large(
         for reader in readers:
             reader.close()
         trainer.features.close()
-        gc.unfreeze()
+        thaw_heap()
         trainer.context.stop.end()
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -134,3 +135,19 @@ def test_importing_st_fast_first_sets_torchs_threads():
 def test_what_is_no_number_of_ranks_counts_as_one(text: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
     assert machine.local_count() == 1
+
+
+def test_a_stage_hides_the_heap_from_the_garbage_collector_and_shows_it_again(thawed):
+    machine.freeze_heap()
+    assert gc.get_freeze_count() > 1000
+    machine.thaw_heap()
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_program_around_has_frozen_stays_so(thawed):
+    gc.freeze()
+    before = gc.get_freeze_count()
+    machine.freeze_heap()
+    machine.thaw_heap()
+    assert gc.get_freeze_count() == before > 1000
+    gc.unfreeze()

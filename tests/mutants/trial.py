@@ -211,6 +211,7 @@ class Functions:
 
     def __init__(self, file: Path, source: str) -> None:
         self.file = file
+        gc.unfreeze()  # tests/conftest.py freezes what is there when the tests are collected
         living = [f for f in gc.get_objects() if isinstance(f, FunctionType)]
         self.living = [f for f in living if os.path.realpath(f.__code__.co_filename) == str(file)]
         self.original = codes(compile(source, str(file), "exec", dont_inherit=True))

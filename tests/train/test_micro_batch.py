@@ -357,7 +357,7 @@ def test_what_the_failed_pass_has_allocated_is_free_before_anything_is_saved(dat
     assert alive[5] == [None, None]
 
 
-def test_the_failed_pass_and_its_trainer_are_let_go_before_the_next_try(data, tmp_path, monkeypatch):
+def test_the_failed_pass_and_its_trainer_are_let_go_before_the_next_try(data, tmp_path, monkeypatch, thawed):
     shortage, alive, begin = Shortage(monkeypatch, step=6, most=4), list[list[object]](), runs.run_stage
 
     def seen(context, stage) -> None:
