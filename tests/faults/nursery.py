@@ -6,6 +6,7 @@ process id, {"wait": id} with its exit code (negative: killed by that signal) or
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -14,6 +15,9 @@ import threading
 import traceback
 from typing import Any
 
+import torch._dynamo  # noqa: F401
+
+import st_fast.report.html  # with it and the next what a rank imports on its way is there before it is forked
 import st_fast.train.run
 from st_fast.core.command import run_command
 from st_fast.train import __main__ as train
@@ -50,6 +54,8 @@ def child(order: dict[str, Any]) -> None:
 
 def main() -> None:
     """Serves until its input ends."""
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         order = json.loads(line)
         if "start" in order:

@@ -38,10 +38,10 @@ def full(ranks: list[Rank], limit: int = 65_536) -> None:
 
 
 def test_the_last_checkpoint_is_waited_for_longer_than_a_hang_may_last(recipe, nursery, pair, states):
-    ranks = nursery.start(2, recipe, "--run.hang_timeout=8")
+    ranks = nursery.start(2, recipe, "--run.hang_timeout=5")
     full(ranks)
     wait_for(lambda: WAITS in ranks[0].text or ranks[0].poll() is not None)
-    time.sleep(18)
+    time.sleep(11)
     full(ranks, resource.RLIM_INFINITY)
     wait_for(lambda: WRITTEN in ranks[0].text or ranks[0].poll() is not None)
     for rank in ranks:

@@ -221,6 +221,7 @@ def test_a_run_whose_lock_was_removed_and_taken_saves_nothing_more(data, tmp_pat
 
     def disturbed(self, step, clock) -> None:
         if step == 8:
+            self.saver.wait()  # what was begun under the lock is whole
             (out / "run.lock").unlink()
             second.enter_context(run_lock(out, print))
         save(self, step, clock)
