@@ -14,18 +14,19 @@ HERE = Path(__file__).parent
 FILES = sorted((HERE / "interpreted").glob("interpreted_*.py"))
 
 
-def run_apart(file: Path, *options: str, **environment: str) -> str:
-    """One test file in a process of its own: its report if a test failed or none ran, "" if all passed."""
+def run_apart(files: list[Path], *options: str, **environment: str) -> str:
+    """Test files in a process of their own: its report if a test failed or none ran, "" if all passed."""
     paths = [str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "ST_FAST_CSRC": ""} | environment
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *options, str(file)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *options, *map(str, files)]
     done = subprocess.run(command, env=env, cwd=HERE.parent.parent, capture_output=True, text=True)
     return "" if done.returncode == 0 else f"{done.stdout[-6000:]}{done.stderr[-2000:]}exit code {done.returncode}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_triton_kernels_agree_with_the_reference_under_the_interpreter(file: Path) -> None:
+# Two processes, not one a file: each imports for four seconds.
+@pytest.mark.parametrize("files", [FILES[::2], FILES[1::2]], ids=lambda files: " ".join(file.stem for file in files))
+def test_triton_kernels_agree_with_the_reference_under_the_interpreter(files: list[Path]) -> None:
     triton = pytest.importorskip("triton")
     if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
-    assert run_apart(file, TRITON_INTERPRET="1") == ""
+    assert run_apart(files, TRITON_INTERPRET="1") == ""

@@ -43,6 +43,21 @@ def _as_hardware_rounds(values: Any, source: Any, target: Any, rounding: Any) ->
 
 interpreter._convert_float = _as_hardware_rounds
 
+_patch_lang, _seen = interpreter._patch_lang, set[str]()
+
+
+def _patched_once(function: Any) -> Any:
+    """Triton's language is put in the interpreter's form once for each module that speaks it, and stays so; by itself
+    the interpreter looks through all of it again at every call of a function within a kernel, half of its time."""
+    if function.__module__ not in _seen:
+        _seen.add(function.__module__)
+        _patch_lang(function)
+    return interpreter._LangPatchScope()
+
+
+if hasattr(interpreter, "_LangPatchScope"):  # from Triton 3.7 on
+    interpreter._patch_lang = _patched_once
+
 
 def _poisoned(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher with every torch.empty full of NaN, so that what a kernel does not write is seen."""

@@ -45,9 +45,9 @@ def test_float16_in_gives_a_float16_gradient_to_who_launches_directly(loss: str)
     assert error(value, plain) < 1e-6 and error(dq, plain_dq) < 1e-3
 
 
-@pytest.mark.parametrize("case", features(2, 21, 12), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", features(2, 9, 12), ids=lambda case: case.name)
 def test_samples_cut_into_several_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_loss, "PROGRAMS", 8)  # chunks of 4 tokens
+    monkeypatch.setattr(feature_loss, "PROGRAMS", 4)  # chunks of 4, 4 and 1 token
     assert_as_exact_as_eager(case, torch.float32)
 
 
@@ -63,8 +63,8 @@ def test_no_supervised_sample_gives_zero_loss_and_zero_gradient(loss: str) -> No
 
 def test_an_index_longer_than_one_block_is_searched_to_its_end() -> None:
     torch.manual_seed(0)
-    q, f, w = torch.randn(300, 1, 2), torch.randn(299, 1, 2), torch.rand(299)
-    index = torch.randperm(300)[:299]
+    q, f, w = torch.randn(132, 1, 2), torch.randn(131, 1, 2), torch.rand(131)
+    index = torch.randperm(132)[:131]
     ours = feature_loss.guided_feature_loss(q, f, f, w, 1.0, "mse", index)
     truth = torch.ops.st_fast_reference.guided_feature_loss(q, f, f, w, 1.0, "mse", index)
     assert error(ours[0], truth[0]) < 1e-6 and error(ours[1], truth[1]) < 1e-6

@@ -33,7 +33,13 @@ def test_tokens_cut_into_several_tiles_and_programs(monkeypatch: pytest.MonkeyPa
 
 
 def test_more_programs_than_are_added_up_at_once() -> None:
-    assert_as_exact_as_eager(qk_norm(33, 1, 6, 2), torch.float32)  # 99 programs: 64 rows of sums and 35
+    torch.manual_seed(0)
+    affine, bias = torch.randn(99, 4 * 9), torch.randn(70, 50)  # 64 rows of sums and 35; 64 and 6; two blocks of each
+    daffine, dbias = torch.full((36,), torch.nan), torch.full((50,), torch.nan)
+    qknorm._qk_norm_add_kernel[(4,)](affine, daffine, 99, 36, bias, dbias, 70, 50, ROWS=64, BLOCK=32, num_warps=4)
+    for ours, rows in ((daffine, affine), (dbias, bias)):
+        torch.testing.assert_close(ours, rows.double().sum(0).float(), rtol=1e-5, atol=1e-5)
+    assert_as_exact_as_eager(qk_norm(3, 1, 6, 2), torch.float32)  # three groups of heads of three samples: 9 programs
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
