@@ -71,7 +71,10 @@ def test_files_that_are_no_pictures_and_hidden_ones_are_left_out(class_folders: 
         (class_folders / "b c" / name).write_bytes(b"x")
     (class_folders / "__MACOSX" / "b c").mkdir(parents=True)
     (class_folders / "__MACOSX" / "b c" / "x.png").write_bytes(b"x")
-    assert len(open_source(class_folders).names) == 6
+    found = open_source(class_folders)
+    assert len(found.names) == 6
+    hidden = {"b c/.hidden.png", "b c/._picture 0 ü.png", "__MACOSX/b c/x.png"}
+    assert found.left_out == {"b c/notes.txt": ".txt"} | dict.fromkeys(hidden, "hidden")
 
 
 @pytest.mark.parametrize("tars", [1, 2])

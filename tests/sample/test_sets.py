@@ -16,7 +16,7 @@ from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.model import SiT
 from st_fast.recipe import load
 from st_fast.sample import __main__ as sample
-from st_fast.sample.draw import balanced, draw_of, read_labels
+from st_fast.sample.draw import NAMED, balanced, draw_of, names_in_turn, read_labels
 from st_fast.sample.guided import sample as draw_samples
 from st_fast.sample.model import Sampler, sampling
 from st_fast.sample.previews import free_name, save_png
@@ -266,6 +266,13 @@ def test_classes_have_the_names_that_the_data_has(tmp_path, capsys):
     assert sample.parse([str(run), "--labels", "gnu, 0,dog"]).samples.labels.cycle == (4, 0, 1), "a number is a number"
     with pytest.raises(UserError, match=r"--labels cow: balanced, random, or classes of 0..4 or cat, dog, .* commas"):
         sample.parse([str(run), "--labels", "cow"])
+
+
+@pytest.mark.parametrize(("count", "more"), [(0, []), (NAMED, []), (NAMED + 1, ["…"])])
+def test_at_most_twenty_classes_are_named_and_one_without_a_name_by_its_number(count, more):
+    assert NAMED == 20 and names_in_turn([0] * count, ()) == []
+    assert names_in_turn([0, 1] * count, ("cat",))[:NAMED] == ["cat", "1"] * min(count, NAMED // 2)
+    assert names_in_turn([0] * count, ("cat",)) == ["cat"] * min(count, NAMED) + more
 
 
 @pytest.mark.parametrize(("preset", "scale", "high"), [("repa", 1.8, 0.7), ("self-transcendence", 1.9, 0.65)])
