@@ -111,6 +111,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 context = train_stage(context, stage, recipe)
             consensus.close()
             if ranks.first:
+                ranks.heartbeat.beat("report")
                 finish_writing(log, out, recipe)
 
 

@@ -14,6 +14,7 @@ from st_fast.core import checkpoint
 from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import Interrupted, RunFailed, UserError
 from st_fast.core.lock import run_lock
+from st_fast.core.ranks import Heartbeat
 from st_fast.core.signals import StopRequest
 from st_fast.recipe import load
 from st_fast.train import run as runs
@@ -231,6 +232,18 @@ def test_a_run_whose_lock_was_removed_and_taken_saves_nothing_more(data, tmp_pat
         run(load(tiny.write_recipe(tmp_path / "t.toml", data, out)))
     saved = [record["step"] for record in tiny.records(out, "save")]
     assert saved == [4] == [one.step for one in candidates(out / STAGES[0] / "checkpoints")]
+
+
+def test_a_hang_while_the_report_is_made_counts_from_its_beginning(data, tmp_path, monkeypatch):
+    phases, beat = [], Heartbeat.beat
+    monkeypatch.setattr(Heartbeat, "beat", lambda self, phase: phases.append(phase) or beat(self, phase))
+    run(
+        load(
+            tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"),
+            ["--stage.align.steps=1", "--stage.transcend.steps=1"],
+        )
+    )
+    assert phases[-1] == "report"
 
 
 @pytest.mark.parametrize(
