@@ -44,6 +44,22 @@ def test_links_are_followed_and_a_loop_is_not(tmp_path: Path, name: str) -> None
     assert "leads back" in str(source.left_out) and ".txt" in source.left_out_summary()
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_hard_link_in_a_tar_is_the_image_that_it_leads_to(tmp_path: Path, order: str) -> None:
+    """Of which tar packs the second name of a file; its target counts from the archive's beginning."""
+    link = tarfile.TarInfo("dog/1.png")
+    link.type, link.linkname = tarfile.LNKTYPE, "cat/0.png"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        if order == "before":
+            archive.addfile(link)
+        add(archive, "cat/0.png", encoded(picture(7)))
+        if order == "after":
+            archive.addfile(link)
+    source = open_source(tmp_path / "a.tar")
+    assert (source.class_names, source.labels.tolist()) == (("cat", "dog"), [0, 1]) and not source.left_out
+    assert source.read(0) == source.read(1) == encoded(picture(7))
+
+
 @pytest.mark.parametrize("target", ["/etc/hostname", "../../out.png", "nowhere.png", "self.png"])
 def test_a_link_in_a_tar_never_leads_out_of_it(tmp_path: Path, target: str) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:

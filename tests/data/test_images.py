@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from st_fast.data.images import BadImage, center_crop, decode_image, load_image
+from st_fast.data.sources import open_source
 
 from .conftest import encoded, picture
 
@@ -138,6 +140,18 @@ def test_an_image_is_turned_as_its_exif_says_unless_the_set_is_older(orientation
     }  # fmt: skip
     assert np.array_equal(np.asarray(decode_image(data, 3)), turns[orientation])
     assert np.array_equal(np.asarray(decode_image(data, 3, upright=False)), pixels)
+
+
+def test_an_avif_is_counted_and_read_where_pillow_can(tmp_path: Path) -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    image = picture(5, (24, 16))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.AVIF").write_bytes(encoded(image, "AVIF", quality=100, subsampling="4:4:4"))
+    source = open_source(tmp_path)
+    assert len(source.names) == 1 and not source.left_out
+    found = decode_image(source.read(0), 3)
+    assert np.abs(np.asarray(found, np.int16) - np.asarray(image, np.int16)).max() < 12
 
 
 def test_a_thin_image_is_not_blown_up_and_no_message_shows_an_address() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_header, sha256_file
-from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, moments_problem, read_manifest
+from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, moments_problem, read_manifest, write_manifest
 from st_fast.data.shards import open_data
 from st_fast.prepare.writing import write_shard, write_shards
 
@@ -255,6 +256,18 @@ def test_wrong_manifest_is_told_in_one_line(make_set: MakeSet, changes: dict[str
     with pytest.raises(BadFile, match=words) as caught:
         open_data(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_too_long_to_be_read_again_is_never_written(make_set: MakeSet) -> None:
+    folder = make_set()
+    before, sound = (folder / "manifest.json").read_bytes(), read_manifest(folder)
+    many = tuple(f"{number:06d}{'x' * 700}" for number in range(100_000))
+    with pytest.raises(UserError, match=r"70,600,000 are the names of classes .* shorter names") as caught:
+        write_manifest(folder, replace(sound, num_classes=len(many), class_names=many))
+    assert "\n" not in str(caught.value) and (folder / "manifest.json").read_bytes() == before
+    short = tuple(name[:6] for name in many)
+    write_manifest(folder, replace(sound, num_classes=len(short), class_names=short))
+    assert read_manifest(folder).class_names == short
 
 
 def test_record_number_out_of_range_is_an_index_error(make_set: MakeSet) -> None:

@@ -101,6 +101,24 @@ def test_webdataset_picture_without_label_is_named(tmp_path: Path) -> None:
         open_source(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("label", ["1" + "0" * 30, "9" * 5_000, "1000000", "-1", "1.0", "cat", "", "\u0663"])
+def test_a_cls_that_is_no_class_number_is_refused_in_one_line(tmp_path: Path, label: str) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "0.jpg", encoded(picture(0)))
+        add(archive, "0.cls", label.encode())
+    with pytest.raises(UserError, match=r"'0\.cls': .* is not a class number \(0 … 999999\)") as caught:
+        open_source(tmp_path / "a.tar")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_a_webdataset_of_arrays_is_told_as_one_without_images(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "0.npy", b"\x93NUMPY")
+        add(archive, "0.cls", b"1")
+    with pytest.raises(UserError, match=r"no image in it .*1 \.npy, 1 \.cls"):
+        open_source(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("tars", [("n00000001", "n00000002"), ("train-0", "train-1"), ("all",)])
 def test_imagenets_file_names_tell_the_class(tmp_path: Path, tars: tuple[str, ...]) -> None:
     """Its own tars, of which each is a class, and the same pictures spread over shards."""

@@ -115,6 +115,12 @@ def test_a_folder_of_pictures_is_a_reference_cut_as_adm_cuts(tmp_path):
     np.testing.assert_allclose(found.features, network(real).pooled, rtol=1e-6)
     with pytest.raises(UserError, match=r"00.png': 6×6, the samples have 8×8"):
         scores.read_reference(tmp_path / "a", network, (8, 8, 3))
+    (tmp_path / "a" / "._0.png").write_bytes(b"hidden")
+    assert len(scores.read_reference(tmp_path / "a", network, SHAPE).features) == 12
+    (tmp_path / "a" / "07.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"07\.png") as error:
+        scores.read_reference(tmp_path / "a", network, SHAPE)
+    assert "\n" not in str(error.value) and "0x" not in str(error.value)
 
 
 def test_a_reference_that_does_not_fit_is_told_in_one_line(tmp_path):

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.data.images import load_image
-from st_fast.data.manifest import VaeInfo, read_manifest
+from st_fast.data.manifest import VaeInfo, read_manifest, write_manifest
 from st_fast.data.shards import open_data
 from st_fast.model.vae import decode, encode_moments, load_vae, vae_hash
 from st_fast.prepare import __main__ as prepare
@@ -375,6 +376,27 @@ def test_wrong_arguments_are_told_in_one_line(
 def test_size_that_the_vae_can_not_reduce_is_refused(class_folders: Path, tiny_vae: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"size = 18: the VAE reduces by 4"):
         run(class_folders, tmp_path / "out", "--size", 18, "--vae", tiny_vae)
+
+
+def test_a_size_whose_latents_patch_2_can_not_divide_is_refused_before_a_vae_is_trained(
+    class_folders: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"--size 30: .* an odd side, 15, .* give a multiple of 4"):
+        run(class_folders, tmp_path / "out", "--size", 30, "--vae", "small", "--vae-factor", 2, "--device", "cpu")
+    assert not (tmp_path / "out" / "vae").exists()
+
+
+def test_control_characters_of_class_names_reach_no_terminal(
+    class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (class_folders / "b c").rename(class_folders / "b\x1b[2J")
+    run(class_folders, tmp_path / "out", *PIXELS)
+    names = ("b\x1b[2J", "été 中文")  # as a manifest written by somebody else has them
+    write_manifest(tmp_path / "out", replace(read_manifest(tmp_path / "out"), class_names=names))
+    run("--stats", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "6 images of 2 classes: b\\x1b[2J, été 中文" in said.out and "classes: b\\x1b[2J 3" in said.out
+    assert "\x1b" not in said.out + said.err
 
 
 def test_the_command_line_works_as_typed(class_folders: Path, tmp_path: Path) -> None:

@@ -101,6 +101,15 @@ def test_every_key_of_a_recipe_counts_but_where_the_data_lie(tmp_path):
     assert of_recipe(replace(recipe, data=replace(recipe.data, path="/elsewhere"))) == told
 
 
+def test_another_version_counts(tmp_path, monkeypatch):
+    recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", tmp_path / "data", tmp_path / "out"))
+    here = of_recipe(recipe)
+    monkeypatch.setattr(agreement, "__version__", "0.0.1")
+    there = of_recipe(recipe)
+    told = outcome(lambda: here, lambda: there)
+    assert told[0] == told[1] and f"rank 1 has st_fast = 0.0.1, rank 0 {here['st_fast']}" in told[0]
+
+
 def test_other_data_count_wherever_they_lie(tmp_path):
     recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", tmp_path / "data", tmp_path / "out"))
     one, copy, other = (tiny.write_data(tmp_path / name, count) for name, count in (("a", 30), ("b", 30), ("c", 31)))
