@@ -149,8 +149,8 @@ class OthersLoad:
         return min(max((used - own) / passed, 0.0), 1.0)
 
 
-def measure_machine(device: torch.device) -> Machine:
-    """Takes others' load, then the device's copy and matmul rates: a few seconds."""
+def measure_machine(device: torch.device, small: bool = False) -> Machine:
+    """Takes others' load, then the device's copy and matmul rates: a few seconds; `small`: one copy, to see it work."""
     from triton import __version__ as triton
 
     others = OthersLoad()
@@ -162,7 +162,7 @@ def measure_machine(device: torch.device) -> Machine:
         kind=device.type,
         threads=torch.get_num_threads(),
         load=round(load, 2),
-        copy_rate=copy_rate(device),
+        copy_rate=copy_rate(device, Effort(rounds=1, least=1, warmup=0) if small else None),
         matmul_rate=log.matmul_rate(device, dtype),
         matmul_dtype=str(dtype).removeprefix("torch."),
         versions={"python": platform.python_version(), "torch": torch.__version__, "triton": triton},

@@ -191,10 +191,10 @@ def said(row: Row) -> str:
     return row.get("error") or row.get("wrong") or notices or ("ok" if row.get("ok", True) else "WRONG")
 
 
-def the_machine(file: Path, device: torch.device) -> Machine:
+def the_machine(file: Path, device: torch.device, small: bool = False) -> Machine:
     """What the first part of this call has found out about the machine; measured where this is the first."""
     if not file.exists():
-        found = machine.measure_machine(device)
+        found = machine.measure_machine(device, small)
         if found.busy:
             print(f"This machine is busy (load {found.load} a core): these figures are not results.", file=sys.stderr)
         aside = file.with_suffix(f".{os.getpid()}")
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     device = machine.default_device()
     try:
-        store = Store(given.results, the_machine(given.machine, device))
+        store = Store(given.results, the_machine(given.machine, device, given.small))
     except torch.cuda.OutOfMemoryError:
         print(f"{given.part}: other processes hold the device's memory: there is none for a copy", file=sys.stderr)
         return 2

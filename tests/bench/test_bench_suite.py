@@ -145,7 +145,7 @@ def test_each_row_begins_with_the_memory_and_the_compiled_forms_of_the_last_give
 
 def begun(folder: Path, seconds: float = 60.0) -> command.Call:
     file = folder / "machine.json"
-    suite.the_machine(file, CPU)
+    suite.the_machine(file, CPU, small=True)
     return command.Call(("--small",), folder, file, time.monotonic() + seconds)
 
 
