@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def test_the_reference_takes_over_behind_the_same_ops() -> None:
-    assert run_apart([HERE / "test_ops.py"], "-k", "not inductor") == ""
+    assert run_apart([HERE / "test_ops.py"], "-k", "not inductor and not (opcheck and bfloat16)") == ""
 
 
 def test_one_line_says_so_once() -> None:
