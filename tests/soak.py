@@ -102,7 +102,7 @@ def main() -> int:
     """The command; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--others", type=int, default=20, help="of each other fault, a sharded run's kills included")
+    parser.add_argument("--others", type=int, default=5, help="of each other fault, a sharded run's kills included")
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORD", help="the faults whose name has one of these"
     )
