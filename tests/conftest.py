@@ -1,6 +1,7 @@
 """What tests of every folder share."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +31,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+TRAINING = ("core", "data", "evaluate", "faults", "golden", "model", "sample", "train", "truth")
+"""Folders whose tests train hundreds of times and look at no figure."""
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    """The reports that runs of those tests write are whole but for their figures, whose drawing takes half a second."""
+    if request.path.relative_to(Path(__file__).parent).parts[0] in TRAINING:
+        from tests.tiny import without_figures
+
+        without_figures(monkeypatch.setattr)
+    yield

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from st_fast.kernels import KernelTable
 from st_fast.model.attention import BACKENDS, Attend, attend_packed
@@ -206,7 +207,8 @@ class SiT(Pretrained):
         self.x_embedder = PatchEmbed(config.channels, config.patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width, with_null=config.class_dropout > 0)
-        positions = sincos_positions(config.width, config.latent_size // config.patch)
+        with torch.device("cpu"):  # also where the weights have no memory: what fixes these is not drawn
+            positions = sincos_positions(config.width, config.latent_size // config.patch)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, kernels, attend) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch_values)
@@ -312,9 +314,16 @@ def unfilled(
     attend: Attend = BACKENDS["sdpa"].attend,
 ) -> SiT:  # fmt: skip
     """A SiT on `device` whose weights are not drawn, for one that takes all of them over: it costs no time."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         model = SiT(config, kernels, attend)
     return model.to(dtype).to_empty(device=device)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves nn.init out: of a weight without memory there is nothing to fill, and normal_ would import a compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:

@@ -260,7 +260,7 @@ class SpikeDetector:
 @cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of this device's own matrix product, measured once a process on random data: what MFU is a share of."""
-    side, repeats = (8192, 10) if device.type == "cuda" else (1536, 4)
+    side, repeats = (8192, 10) if device.type == "cuda" else (1024, 4)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _least_seconds(device, lambda: torch.mm(a, b), 3, repeats)
 

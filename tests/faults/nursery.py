@@ -21,8 +21,10 @@ import st_fast.report.html  # with it and the next what a rank imports on its wa
 import st_fast.train.run
 from st_fast.core.command import run_command
 from st_fast.train import __main__ as train
+from tests import tiny
 
 vars(st_fast.train.run)["matmul_rate"] = lambda device, dtype: 1e11
+tiny.without_figures(setattr)
 
 
 def child(order: dict[str, Any]) -> None:
