@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from st_fast.core.contention import watched
 from st_fast.core.errors import EXIT_FAILED, Interrupted, UserError
 from st_fast.core.joining import Attempt, client, join
 from st_fast.core.machine import local_rank, rank, rank_count
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 JOINING = 300.0
 """Seconds that a rank waits for others to come, where nothing else is said."""
@@ -193,3 +196,9 @@ def ends_process(seconds: float, why: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether it is a DTensor. Whoever made one has imported them; nobody else waits half a second for that."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

@@ -12,17 +12,17 @@ averaged: the losses are already weighted by 1 / global batch size.
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
-from st_fast.core.ranks import Ranks, rows
+from st_fast.core.ranks import Ranks, rows, sharded
 from st_fast.model import SiT
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
@@ -120,10 +120,13 @@ class Shards:
     """How the modules of a run are sharded: over all ranks, gradients reduced in `reduction` (None: as they are)."""
 
     def __init__(self, ranks: Ranks, reduction: torch.dtype | None) -> None:
+        from torch.distributed import device_mesh, fsdp  # not imported by runs without shards
+
+        self._fsdp = fsdp
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
-        self._mesh: DeviceMesh = init_device_mesh(ranks.device.type, (ranks.count,))
+        self._mesh = device_mesh.init_device_mesh(ranks.device.type, (ranks.count,))
         # Modules hold the precision they compute in, and the update writes it, so that only the reduction may differ.
-        self._policy = MixedPrecisionPolicy(reduce_dtype=reduction, cast_forward_inputs=False)
+        self._policy = fsdp.MixedPrecisionPolicy(reduce_dtype=reduction, cast_forward_inputs=False)
 
     def model(self, model: SiT, depth: int | None = None) -> None:
         """Shards a model in place: every block by itself, all blocks' modulation layers together, the rest together.
@@ -137,7 +140,7 @@ class Shards:
         # After its last use FSDP2 would keep the rest gathered for a backward pass, and so at the weights of that time.
         self._apply(model, ignored={model.pos_embed}, free=None if depth is None else True)
         for name in ("features", "guided_features"):
-            register_fsdp_forward_method(model, name)
+            self._fsdp.register_fsdp_forward_method(model, name)
 
     def heads(self, heads: nn.Module) -> None:
         """Shards a method's heads in place: each module that is called as a whole."""
@@ -150,12 +153,12 @@ class Shards:
     def _apply(
         self, module: nn.Module | list[nn.Module], ignored: set[nn.Parameter] | None = None, free: bool | None = None
     ) -> None:
-        fully_shard(  # type: ignore[call-overload]
+        self._fsdp.fully_shard(  # type: ignore[call-overload]
             module, mesh=self._mesh, mp_policy=self._policy, ignored_params=ignored, reshard_after_forward=free
         )
-        sharded = cast(FSDPModule, module[0] if isinstance(module, list) else module)
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction with a factor
+        outer = cast("FSDPModule", module[0] if isinstance(module, list) else module)
+        outer.set_gradient_divide_factor(1.0)
+        outer.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction with a factor
 
 
 class ShardedSum:
@@ -179,7 +182,9 @@ class ShardedSum:
             root.set_is_last_backward(on)
 
 
-def _outermost(module: nn.Module) -> list[FSDPModule]:
+def _outermost(module: nn.Module) -> "list[FSDPModule]":
+    from torch.distributed.fsdp import FSDPModule
+
     if isinstance(module, FSDPModule):
         return [module]
     return [part for child in module.children() for part in _outermost(child)]
@@ -187,12 +192,12 @@ def _outermost(module: nn.Module) -> list[FSDPModule]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are sharded."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return any(sharded(parameter) for parameter in module.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, in the same memory; any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if sharded(tensor) else tensor
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -202,7 +207,7 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank; all must call it. Any other tensor unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
@@ -210,11 +215,11 @@ def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
 
     norm is 0-dim float32, of this rank's parts; returned unchanged if `like` is not sharded. NaN and Inf stay.
     """
-    if not isinstance(like, DTensor):
-        return norm
-    squares = norm.new_empty(like.device_mesh.size(), dtype=torch.float64)
-    dist.all_gather(list(squares.split(1)), norm.double().square().reshape(1), group=like.device_mesh.get_group())
-    return squares.sum().sqrt().float()
+    if sharded(like):
+        squares = norm.new_empty(like.device_mesh.size(), dtype=torch.float64)
+        dist.all_gather(list(squares.split(1)), norm.double().square().reshape(1), group=like.device_mesh.get_group())
+        return squares.sum().sqrt().float()
+    return norm
 
 
 @torch.no_grad()
@@ -223,17 +228,17 @@ def hand_out(state: Groups, whole: Groups, ranks: Ranks) -> None:
 
     Where the first rank has no whole tensor, its own state counts if it is not sharded; shards stay.
     """
-    given = {(g, name): t for g, ts in whole.items() for name, t in ts.items() if not isinstance(t, DTensor)}
+    given = {(g, name): t for g, ts in whole.items() for name, t in ts.items() if not sharded(t)}
     known = set(ranks.broadcast_from_rank0(lambda: list(given)))
     for group, tensors in state.items():
         for name, tensor in tensors.items():
-            sharded, place = isinstance(tensor, DTensor), (group, name)
-            if sharded and place not in known:
+            in_shards, place = sharded(tensor), (group, name)
+            if in_shards and place not in known:
                 continue
-            full = torch.empty(tensor.shape, dtype=tensor.dtype, device=local(tensor).device) if sharded else tensor
+            full = torch.empty(tensor.shape, dtype=tensor.dtype, device=local(tensor).device) if in_shards else tensor
             if place in given:
                 full.copy_(given[place])
             ranks.broadcast([full])
-            if isinstance(tensor, DTensor):
+            if sharded(tensor):
                 start, stop = rows(len(full), tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
                 local(tensor).copy_(full[start:stop])

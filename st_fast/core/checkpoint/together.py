@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from st_fast.core.checkpoint.groups import BY_ROWS, REPLICATE, Described, described, file_name, write_group
 from st_fast.core.checkpoint.store import SaveFailed, check_names, write_manifest
 from st_fast.core.files import write_folder
-from st_fast.core.ranks import Rendezvous
+from st_fast.core.ranks import Rendezvous, sharded
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 Whole = Mapping[str, Described]
@@ -113,8 +112,8 @@ def split(groups: Groups, rank: int) -> tuple[dict[str, dict[str, Tensor]], dict
     whole: dict[str, dict[str, dict[str, object]]] = {group: {} for group in groups}
     for group, tensors in groups.items():
         for key, tensor in tensors.items():
-            by_rows = isinstance(tensor, DTensor)
+            by_rows = sharded(tensor)
             whole[group][key] = described(key, tensor) | {"placement": BY_ROWS if by_rows else REPLICATE}
             if by_rows or rank == 0:
-                mine[group][key] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                mine[group][key] = tensor.to_local() if sharded(tensor) else tensor
     return mine, whole
