@@ -128,7 +128,7 @@ def summary(recipe: Recipe, ranks: int) -> str:
         problem = graphs_problem(chosen, ranks)
         how = "tried on a GPU at each stage's start" if problem is None else f"left out: {problem.short}"
         lines.append(f'# run.cuda_graphs = "auto": {how}')
-    lines += [f"# {line}" for line in cost.untrained_averages(recipe)]
+    lines += [f"# {line}" for line in (*cost.untrained_averages(recipe), *cost.unfinished_warmups(recipe))]
     again = 2 * cost.recomputed_macs(model, recipe.run.checkpointing)
     if again:
         lines.append(

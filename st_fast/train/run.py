@@ -90,7 +90,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                     f"data: {classes} classes; model.num_classes = {recipe.model.num_classes} has more than are trained"
                 )
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
-            for line in cost.untrained_averages(recipe):
+            for line in (*cost.untrained_averages(recipe), *cost.unfinished_warmups(recipe)):
                 log.say(line)
             consensus = StopConsensus(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log, stop)
