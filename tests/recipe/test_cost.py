@@ -122,3 +122,13 @@ def test_a_stage_that_ends_within_the_warm_up_is_told(tmp_path):
     assert f"# {line}" in summary(short, 1)
     going_on = ["--stage.align.init=./x", "--stage.align.init_weights=state"]
     assert cost.unfinished_warmups(load(path, [*options, *going_on])) == []
+
+
+def test_a_dry_run_tells_of_a_start_that_is_missing(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    here, own = tmp_path / "repa", ["--stage.transcend.init=align"]
+    line = f"# align: starts from {here} (ema), which is missing"
+    assert line in summary(load(path, [f"--stage.align.init={here}", *own]), 1).splitlines()
+    here.mkdir()
+    told = summary(load(path, [f"--stage.align.init={here}", *own]), 1).splitlines()
+    assert line.removesuffix(", which is missing") in told and "# transcend: starts from align (ema)" in told
