@@ -64,6 +64,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
         "hero": next(iter(_grids(best, best.stage.records["sample"][-1:], WIDE, notes)), None),
         "methods": _methods(arms),
         "columns": columns,
+        "scored": any(title in columns for title in titles),
         "lines": [[stage[column] for column in columns] for stage in stages],
         "figures": {key: [(one, plot.svg(one)) for one in drawn] for key, drawn in all_figures(arms).items()},
         "strips": [strip for strip in strips if strip[2]],

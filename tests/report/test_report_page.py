@@ -129,7 +129,8 @@ def test_without_evaluations_nothing_is_claimed_of_quality(runs) -> None:
     run = runs.change(runs.two_stages(), lambda r: None if r["kind"] in ("eval", "sample", "end") else r)
     page = page_of(run)
     assert "No samples were scored" in page.text
-    assert "No evaluation was logged" in page.text
+    assert "No evaluation was logged" in page.text and f"python -m st_fast.evaluate {run}" in page.text
+    assert "recall" not in page.text and "recall" in page_of(runs.plain()).text
     assert "img" not in page.tags
     assert "has not ended" in page.text
 
