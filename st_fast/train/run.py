@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -111,16 +111,19 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 context = train_stage(context, stage, recipe)
             consensus.close()
             if ranks.first:
-                finish_writing(log, out, recipe)
+                finish_writing(log, out, recipe, partial(ranks.heartbeat.beat, "report"))
 
 
-def finish_writing(log: Log, out: Path, recipe: Recipe) -> None:
-    """Writes what is still missing, and the report: a disk that refuses costs a line, for the weights are saved."""
+def finish_writing(log: Log, out: Path, recipe: Recipe, beat: Callable[[], None]) -> None:
+    """Writes what is still missing, and the report: a disk that refuses costs a line, for the weights are saved.
+
+    beat: called as the report makes progress.
+    """
     if not os.path.lexists(out / "recipe.toml"):  # the folder was deleted, and made again; no command takes it without
         log.files.write(out / "recipe.toml", to_toml(recipe).encode())
     log.files.close()
     try:
-        log.say(f"report: {write_report([out], out / 'report.html')}")
+        log.say(f"report: {write_report([out], out / 'report.html', beat=beat)}")
     except UserError as error:
         log.say(f"no report: {error}; python -m st_fast.report {out} makes it")
 

@@ -302,6 +302,12 @@ def test_help_has_examples() -> None:
     assert "examples:" in command("--help").stdout
 
 
+def test_each_figure_is_a_sign_of_life(runs, tmp_path: Path) -> None:
+    beats: list[int] = []
+    text = write_report([runs.plain()], out=tmp_path / "page.html", beat=lambda: beats.append(1)).read_text()
+    assert len(beats) == 1 + text.count("</svg>") > 5
+
+
 def test_a_page_that_cant_be_written_is_one_line(runs, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
