@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, UserError
+from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, Interrupted, UserError
 from st_fast.core.machine import lacks_memory, out_of_memory
 from st_fast.core.options import Parser
 from st_fast.core.signals import pay_no_heed
@@ -42,7 +42,8 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except UserError as error:
         if debug:
             traceback.print_exc()
-        _tell(str(error))
+        if not isinstance(error, Interrupted) or error.told:
+            _tell(str(error))
         end_process(error.exit_code)
     except (MemoryError, RuntimeError, OSError) as error:
         if lacks_memory(error) and not debug:

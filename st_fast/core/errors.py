@@ -56,6 +56,8 @@ class Interrupted(UserError):
     """The run was asked to stop, has saved, and can be continued."""
 
     exit_code = EXIT_INTERRUPTED
+    told = True
+    """False on a rank that leaves the line to the first one, which says the same."""
 
 
 class Stopped(BaseException):
