@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from st_fast.core.command import run_command
+from st_fast.core.command import compile_nothing_for_help, run_command
 from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.options import Parser, did_you_mean
 from st_fast.core.signals import catch_signals
@@ -75,6 +75,7 @@ def run() -> None:
     """The console script."""
     if sys.argv[1:2] and sys.argv[1] in CONTINUED:
         catch_signals()
+    compile_nothing_for_help()
     run_command(main, sys.argv[1:])
 
 

@@ -13,6 +13,11 @@ stage, checkpoint, Hugging Face or diffusers folder of ours. Pickles are read by
 nothing. Every key, shape and dtype is checked; what does not fit is listed. Nothing that exists is overwritten.
 """
 
+from st_fast.core.command import command_parser, compile_nothing_for_help, run_command
+
+if __name__ == "__main__":
+    compile_nothing_for_help()
+
 import argparse
 import os
 import re
@@ -22,7 +27,6 @@ from pathlib import Path
 from st_fast.convert import hub
 from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
-from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.options import integer
 from st_fast.model.formats.layouts import LAYOUTS

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, UserError
+from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, Interrupted, UserError
 from st_fast.core.machine import lacks_memory, out_of_memory
 from st_fast.core.options import Parser
 from st_fast.core.signals import pay_no_heed
@@ -42,7 +42,8 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
     except UserError as error:
         if debug:
             traceback.print_exc()
-        _tell(str(error))
+        if not isinstance(error, Interrupted) or error.told:
+            _tell(str(error))
         end_process(error.exit_code)
     except (MemoryError, RuntimeError, OSError) as error:
         if lacks_memory(error) and not debug:
@@ -94,12 +95,22 @@ def need_run(folder: Path) -> None:
         raise UserError(f"{folder}: no recipe.toml, so no run of st_fast.train")
 
 
+def compile_nothing_for_help() -> None:
+    """Where the command line asks for --help, leaves csrc out of this process: nobody waits a minute for a text.
+
+    For commands that import the kernels at their top; to be called before.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        os.environ.setdefault("ST_FAST_CSRC", "")
+
+
 def need_run_first(argv: Sequence[str] | None = None) -> None:
     """Ends a command `RUN [options]` whose run is not there; imports no torch, and so never waits for csrc's compiler.
 
     For modules that are a library as well and import it at their top. Whatever does not begin with the run is left to
     the command's own parser.
     """
+    compile_nothing_for_help()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
         try:

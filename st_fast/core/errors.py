@@ -56,6 +56,8 @@ class Interrupted(UserError):
     """The run was asked to stop, has saved, and can be continued."""
 
     exit_code = EXIT_INTERRUPTED
+    told = True
+    """False on a rank that leaves the line to the first one, which says the same."""
 
 
 class Stopped(BaseException):
@@ -91,11 +93,6 @@ def _pieces(value: Any, limit: int) -> Iterator[str]:
         yield ",)" if isinstance(value, tuple) and len(value) == 1 else brackets[1]
     else:
         yield ascii(value)
-
-
-def counted(count: int, what: str) -> str:
-    """A number of things as one says it: 1 shard, 2 shards."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def printable(text: object) -> str:

@@ -29,6 +29,8 @@ LOCK_NAME = "run.lock"
 _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 TRIES = 100
+LEFT_OVER = 3_600.0
+"""Seconds after which a file of a start counts as left behind by one that was killed."""
 _held: set[int] = set()
 
 
@@ -119,6 +121,20 @@ class _Lock:
                 if not left:
                     raise
         self._text = text if by_flock else by_text
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what starts that were killed have left beside the lock, which this process holds.
+
+        A live one that has stood still for so long finds its file gone, and tries again (see `take`). The right to
+        replace a dead holder's text is worth nothing any more: the file has this process's.
+        """
+        with suppress(OSError):
+            now = self.path.stat().st_mtime  # by the file server's clock
+            for pattern in (f".{LOCK_NAME}.*", f"{LOCK_NAME}.after-*"):
+                for left in self.path.parent.glob(pattern):
+                    if now - left.lstat().st_mtime > LEFT_OVER:
+                        left.unlink()
 
     def _has_flock(self) -> bool:
         """Whether the file system has it, tried on a file of another name: no lock that nobody holds stays."""

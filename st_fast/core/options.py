@@ -15,6 +15,11 @@ COUNT_MOST = 100_000_000
 """Images of a set, records of a shard, training steps of a helper network."""
 SIDE_MOST = 8_192
 """Pixels of an image's side."""
+ARCHITECTURE_MOST = {
+    "depth": 10_000, "width": 2**18, "heads": 2**16, "patch": SIDE_MOST, "channels": 2**16, "latent_size": SIDE_MOST,
+    "num_classes": 10_000_000, "mlp_ratio": 1000,
+}  # fmt: skip
+"""The largest values of the keys of [model] that are numbers; a recipe's limits and a checkpoint's."""
 SEED_MOST = 2**63 - 1
 
 OWN = re.compile(r"(invalid|expected|not allowed|ignored|ambiguous)\b")

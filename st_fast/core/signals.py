@@ -315,7 +315,9 @@ class StopConsensus:
         """What to raise once all ranks have agreed to stop and all is saved: `saved` says what and where."""
         self.close()
         self._stop.leave()
-        return Interrupted(f"{self.signal}: {saved}; the same command continues")
+        error = Interrupted(f"{self.signal}: {saved}; the same command continues")
+        error.told = self._ranks.first
+        return error
 
     @property
     def signal(self) -> str:

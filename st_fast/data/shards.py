@@ -133,7 +133,7 @@ class ShardSet(CheckedRows, RecordSet):
         """Reads every shard whole, several at a time: SHA-256, the CRC of each record, and the values."""
         shards = range(len(self._shards))
         with ThreadPoolExecutor(min(4, usable_cpus()), "st_fast verify") as pool:
-            for _ in bar(pool.map(partial(self._verify_shard, beat), shards), "verifying", len(shards), "shards"):
+            for _ in bar(pool.map(partial(self._verify_shard, beat), shards), "verifying", len(shards), "shard"):
                 pass
 
     def _verify_shard(self, beat: Callable[[], None], number: int) -> None:
@@ -169,7 +169,7 @@ def open_data(
         records.verify(beat)
         if say:
             shards = len(records.manifest.shards)
-            where = f"{shards} shards" if shards else "REPA's layout"
+            where = f"{shards} shard{'s' * (shards != 1)}" if shards else "REPA's layout"
             say(f"data: {len(records):,} records in {where} verified")
     return records
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError, how_to_install
+from st_fast.core.files import read_header, read_json
 from st_fast.model.finite import check_finite
 from st_fast.model.vae import from_hub, vae_hash
 from st_fast.recipe.cost import vision_flops
@@ -245,6 +246,8 @@ def load_transformer(name: str, device: torch.device, dtype: torch.dtype) -> Vis
     A file that lacks any weight of the model is refused: transformers would draw it at random.
     """
     transformers = quiet_transformers(name)
+    if Path(name).is_dir():
+        _check_folder(Path(name))
     kinds = "neither a folder with a vision transformer in safetensors, nor a hub name that can be reached"
     with from_hub(f"encoder {name!r}: {kinds}, such as facebook/dinov2-base"):
         kind = transformers.AutoConfig.from_pretrained(name).model_type
@@ -257,6 +260,14 @@ def load_transformer(name: str, device: torch.device, dtype: torch.dtype) -> Vis
     check_finite(model.state_dict(), f"encoder {name!r}")
     known = Path(name).resolve().name if Path(name).is_dir() else name
     return VisionTransformer(known, model.float(), family, device, dtype)
+
+
+def _check_folder(folder: Path) -> None:
+    """BadFile for a configuration or a header that claims more than may be allocated, before the library reads it."""
+    if (config := folder / "config.json").is_file():  # where it is missing, loading says so
+        read_json(config)
+    for weights in folder.glob("*.safetensors"):
+        read_header(weights)
 
 
 def _from_pretrained(transformers: Any, name: str, family: Family) -> tuple[Any, list[str]]:

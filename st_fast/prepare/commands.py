@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from st_fast.core.comparison import check_same
-from st_fast.core.errors import UserError, counted
+from st_fast.core.errors import UserError
 from st_fast.core.files import printable, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
@@ -46,6 +46,7 @@ from st_fast.prepare.job import (
     is_done,
     own_share,
     run_job,
+    shards,
 )
 from st_fast.prepare.repa import RepaProducer, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
@@ -94,7 +95,7 @@ def describe(records: RecordSet) -> str:
     """
     manifest, count = records.manifest, len(records)
     total, square, own = np.zeros((3, manifest.channels))
-    with bar(None, "reading", count, "records") as progress:
+    with bar(None, "reading", count, "record") as progress:
         for start in range(0, count, 1024):
             moments = records.gather(np.arange(start, min(start + 1024, count)))[0].numpy().astype(np.float64)
             mean, std = np.split(moments, 2, axis=1)
@@ -133,7 +134,7 @@ def features(args: argparse.Namespace) -> None:
         f"{planned.count * planned.record_bytes / 1e9:.2f} GB"
     )
     if not args.dry_run:
-        with progress("encoding", len(records), "records") as shown:
+        with progress("encoding", len(records), "record") as shown:
             write_features(out, records, encoder, images, args.batch_size, own_share(), shown.update)
 
 
@@ -157,11 +158,11 @@ def from_repa(args: argparse.Namespace) -> None:
         print(f"{out}: complete already; --verify re-reads it")
         return
     if args.dry_run:
-        print(f"{out}: {len(records):,} records of {args.dtype} in {counted(producer.shards, 'shard')}")
+        print(f"{out}: {len(records):,} records of {args.dtype} in {shards(producer.shards)}")
         return
     if vae is not None:
         keep_vae(vae, info, out)
-    with progress("converting", len(records), "records") as shown:
+    with progress("converting", len(records), "record") as shown:
         run_job(out, producer, 0, shown.update)
 
 
@@ -171,7 +172,7 @@ def to_repa(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(f"{out}: {len(records):,} files in vae-sd/")
         return
-    with progress("converting", len(records), "records") as shown:
+    with progress("converting", len(records), "record") as shown:
         write_repa(records, out, shown.update)
     print(f"{out}: {len(records):,} files; REPA's own trainer also wants the images, as many in images/")
 
@@ -207,14 +208,13 @@ def encode(args: argparse.Namespace) -> None:
         template, records = encoder.template, len(source.names) * encoder.views
         print(
             f"{out}: {records:,} records of {template.dtype} {'×'.join(map(str, template.shape))}, "
-            f"{records * template.record_bytes / 1e9:.2f} GB in {counted(encoder.shards, 'shard')}, "
-            f"{sum(done)} of them done\n"
+            f"{records * template.record_bytes / 1e9:.2f} GB in {shards(encoder.shards)}, {sum(done)} of them done\n"
             f"VAE {info.name}, scale {template.scale:.5f}, SHA-256 {info.hash[:12]}…"
         )
         return
     keep_vae(vae, info, out)
     images = np.array([len(encoder.images_of(number)) for number in range(encoder.shards)])[own_share()]
-    with progress("encoding", int(images.sum()), "images", int(images[done[own_share()]].sum())) as shown:
+    with progress("encoding", int(images.sum()), "image", int(images[done[own_share()]].sum())) as shown:
         run_job(out, encoder, args.max_bad, shown.update)
 
 
@@ -325,7 +325,7 @@ def training_images(source: Source, size: int) -> Tensor:
     step = -(-len(source.names) * 3 * size * size // TRAINING_BYTES)
     images = []
     numbers = range(0, len(source.names), step)
-    for number in bar(numbers, "reading images", len(numbers), "images"):
+    for number in bar(numbers, "reading images", len(numbers), "image"):
         try:
             images.append(torch.from_numpy(load_image(source.read(number), size, 3)))
         except (UserError, OSError):

@@ -89,7 +89,7 @@ class SourceImages:
             every = every[[name not in skipped for name in self.source.names]]
         if self.views * len(every) != len(records):  # the set is older than the list of skipped images
             with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
-                usable = list(bar(pool.map(self._usable, every.tolist()), "looking", len(every), "images"))
+                usable = list(bar(pool.map(self._usable, every.tolist()), "looking", len(every), "image"))
             every = every[usable]
         if (count := self.views * len(every)) != len(records):
             raise UserError(

@@ -56,7 +56,7 @@ def read_chosen(
     """
     images: list[np.ndarray] = []
     numbers, tried = [], 0
-    for number in bar(order.tolist(), f"reading {what}", min(count, len(order)), "images"):
+    for number in bar(order.tolist(), f"reading {what}", min(count, len(order)), "image"):
         if len(images) == count:
             break
         tried += 1

@@ -55,7 +55,7 @@ def train_vae(images: Tensor, config: SmallVae) -> VAE:
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, config.peak_lr, total_steps=config.steps, pct_start=0.1
         )
-        progress = bar(range(config.steps), "training a small VAE", config.steps, "steps")
+        progress = bar(range(config.steps), "training a small VAE", config.steps, "step")
         for step in progress:
             rows = torch.randint(len(images), (config.batch_size,)).to(images.device)
             x = images[rows].float() / 127.5 - 1

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from st_fast.core.options import SIDE_MOST, did_you_mean
+from st_fast.core.options import ARCHITECTURE_MOST as MOST
+from st_fast.core.options import did_you_mean
 from st_fast.recipe.error import wrong_value
 from st_fast.recipe.keys import BelowOne, Limit, between, fixed, free, keys
 
@@ -23,7 +24,7 @@ PATCHES = (2, 4, 8)
 """The patch sizes that SiT's names take."""
 TIME_FREQUENCIES = 256
 """Sinusoids of the time embedding."""
-CLASSES_MOST = 10_000_000
+CLASSES_MOST = MOST["num_classes"]
 PARAMETERS_MOST = 10**12
 """Far above any model of this kind: more is a slip of the keyboard, and would be allocated for hours."""
 
@@ -54,12 +55,14 @@ class Model:
 
     # A name's sizes are compared themselves.
     name: str = free("custom", 'A published size such as "SiT-XL/2", or "custom" with the next four keys.')
-    depth: Annotated[int, between(0, 10_000)] = fixed(0, "Transformer blocks.")
-    width: Annotated[int, between(0, 2**18)] = fixed(0, "Channels of a token.")
-    heads: Annotated[int, between(0, 2**16)] = fixed(0, "Attention heads.")
-    patch: Annotated[int, between(0, SIDE_MOST)] = fixed(0, "Side of the square of latent pixels that makes a token.")
-    channels: Annotated[int, between(1, 2**16)] = fixed(4, "Channels of a latent.")
-    latent_size: Annotated[int, between(1, SIDE_MOST)] = fixed(32, "Side of a latent.")
+    depth: Annotated[int, between(0, MOST["depth"])] = fixed(0, "Transformer blocks.")
+    width: Annotated[int, between(0, MOST["width"])] = fixed(0, "Channels of a token.")
+    heads: Annotated[int, between(0, MOST["heads"])] = fixed(0, "Attention heads.")
+    patch: Annotated[int, between(0, MOST["patch"])] = fixed(
+        0, "Side of the square of latent pixels that makes a token."
+    )
+    channels: Annotated[int, between(1, MOST["channels"])] = fixed(4, "Channels of a latent.")
+    latent_size: Annotated[int, between(1, MOST["latent_size"])] = fixed(32, "Side of a latent.")
     num_classes: Annotated[int, between(1, CLASSES_MOST)] = fixed(1000, "Classes of the labels.")
     class_dropout: BelowOne = fixed(0.1, "Share of labels that training replaces by the null label, for guidance.")
     mlp_ratio: Annotated[float, Limit("above 0 and at most 1000", lambda ratio: 0 < ratio <= 1000)] = fixed(

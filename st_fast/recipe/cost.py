@@ -249,6 +249,16 @@ def supervision_bytes(model: Model, method: Method, bf16: bool, run: Run) -> int
     return model.tokens * channels * (2 if bf16 else 4)
 
 
+def unfinished_warmups(recipe: Recipe) -> list[str]:
+    """A line for each stage that ends before its learning rate is up; a start with AdamW's state may be up already."""
+    warmup = recipe.optim.warmup_steps
+    return [
+        f"{stage.name}: the stage's {stage.steps} steps end within the warm-up of {warmup} steps (optim.warmup_steps)"
+        for stage in recipe.stages
+        if stage.steps < warmup and not (stage.start.init and stage.start.init_weights == "state")
+    ]
+
+
 def untrained_averages(recipe: Recipe) -> list[str]:
     """A line for each stage at whose end more than half of the weight average is still what it began with.
 

@@ -1,6 +1,6 @@
 """The report: run folders in, one self-contained HTML page out. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from st_fast.core.files import make_folder, write_atomic
@@ -15,18 +15,20 @@ def default_path(runs: Sequence[Path]) -> Path:
 
 
 def write_report(
-    runs: Sequence[Path], out: Path | None = None, export: Path | None = None, seeds_declared: bool = False
-) -> Path:
+    runs: Sequence[Path], out: Path | None = None, export: Path | None = None, seeds_declared: bool = False,
+    beat: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
     """Writes the report of one or several run folders, aside first and then renamed, and returns its path.
 
     With `export`, each figure also goes there as PNG and JSON. With `seeds_declared`, runs that differ in their seed
-    alone are one arm's repetitions; without it, runs of several seeds are shown but not ranked. UserError names what
-    can't be read or written.
+    alone are one arm's repetitions; without it, runs of several seeds are shown but not ranked. `beat` is called as it
+    makes progress. UserError names what can't be read or written.
     """
+    beat()
     from st_fast.report import figures, html, plot  # a second of imports that training need not wait for
 
     logs = read_runs(runs)
-    page = html.render(logs, seeds_declared)
+    page = html.render(logs, seeds_declared, beat)
     path = out or default_path(runs)
     try:
         make_folder(path.parent)

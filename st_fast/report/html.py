@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,7 +21,7 @@ from st_fast.core.files import inside, read_bytes, read_json, shown
 from st_fast.report import fairness, plot, words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import Record, RunLog, number
-from st_fast.report.figures import all_figures
+from st_fast.report.figures import Figure, all_figures
 from st_fast.report.metrics import METRICS
 from st_fast.report.repeats import heads, ranked, verdict
 
@@ -41,8 +41,16 @@ class Picture:
     title: str = ""
 
 
-def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
-    """The page as HTML text; `seeds_declared`: runs that differ in their seed are repetitions."""
+def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[[], None] = lambda: None) -> str:
+    """The page as HTML text; `seeds_declared`: runs that differ in their seed are repetitions.
+
+    beat: called before each figure.
+    """
+
+    def drawn(figure: Figure) -> Markup:
+        beat()
+        return plot.svg(figure)
+
     reasons = fairness.unfair(runs, seeds_declared)
     found = verdict(make_arms(runs), reasons)
     every, seed = len(runs), fairness.seed_of(runs[0])
@@ -65,8 +73,9 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False) -> str:
         "hero": next(iter(_grids(best, best.stage.records["sample"][-1:], WIDE, notes)), None),
         "methods": _methods(arms),
         "columns": columns,
+        "scored": any(title in columns for title in titles),
         "lines": [[stage[column] for column in columns] for stage in stages],
-        "figures": {key: [(one, plot.svg(one)) for one in drawn] for key, drawn in all_figures(arms).items()},
+        "figures": {key: [(one, drawn(one)) for one in section] for key, section in all_figures(arms).items()},
         "strips": [strip for strip in strips if strip[2]],
         "at_cost": _at_equal_cost(arms, notes),
         "probes": [probe for run in runs if (probe := _probe(run, notes))],

@@ -13,6 +13,8 @@ from st_fast.recipe.schema import Model
 
 NAMED = 20
 """Names of classes that a line or a caption has, at most."""
+NAME_MOST = 80
+"""Characters of such a name, at most."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,23 @@ def read_labels(text: str, num_classes: int, names: Sequence[str] = ()) -> Label
     parts = [part.strip() for part in text.split(",")]
     parts = [part if part.isdecimal() or part not in names else str(names.index(part)) for part in parts]
     if not all(part.isdecimal() and int(part) < num_classes for part in parts):
-        known = f" or {', '.join(map(printable, names[:NAMED]))}{', …' * (len(names) > NAMED)}," if names else ""
+        known = f" or {', '.join(map(known_as, names[:NAMED]))}{', …' * (len(names) > NAMED)}," if names else ""
         raise UserError(
             f"--labels {text}: balanced, random, or classes of 0..{num_classes - 1}{known} with commas between"
         )
     return Labels(",".join(parts), num_classes, tuple(int(part) for part in parts))
 
 
+def known_as(name: str) -> str:
+    """A class's name as a terminal shows it, cut off where it is long."""
+    return printable(name[:NAME_MOST]) + "…" * (len(name) > NAME_MOST)
+
+
 def names_in_turn(labels: Sequence[int], names: Sequence[str]) -> list[str]:
     """The names of labels in their order, at most NAMED and then "…"; nothing where no class has a name."""
     if not names:
         return []
-    found = [printable(names[label]) if label < len(names) else str(label) for label in labels[:NAMED]]
+    found = [known_as(names[label]) if label < len(names) else str(label) for label in labels[:NAMED]]
     return found + ["…"] * (len(labels) > NAMED)
 
 

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import argparse
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 from st_fast.core.command import command_parser, run_command
@@ -117,8 +118,11 @@ def summary(recipe: Recipe, ranks: int) -> str:
             f"(student {each.student / 1e9:.2f}, heads {each.heads / 1e9:.2f}, "
             f"teacher {each.teacher / 1e9:.2f} GFLOP an image), {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
         )
-    begun = [(stage.name, stage.start) for stage in recipe.stages if stage.start.init]
-    lines += [f"# {name}: starts from {start.init} ({start.init_weights})" for name, start in begun]
+    own = [stage.name for stage in recipe.stages]
+    for stage in recipe.stages:
+        if init := stage.start.init:
+            missing = "" if init in own or Path(init).exists() else ", which is missing"
+            lines.append(f"# {stage.name}: starts from {init} ({stage.start.init_weights}){missing}")
     lines.append(
         f"# memory a rank, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
         f"{activations / 2**30:.2f} GiB activations of {images_a_pass(chosen.optim, ranks)} images"
@@ -128,7 +132,7 @@ def summary(recipe: Recipe, ranks: int) -> str:
         problem = graphs_problem(chosen, ranks)
         how = "tried on a GPU at each stage's start" if problem is None else f"left out: {problem.short}"
         lines.append(f'# run.cuda_graphs = "auto": {how}')
-    lines += [f"# {line}" for line in cost.untrained_averages(recipe)]
+    lines += [f"# {line}" for line in (*cost.untrained_averages(recipe), *cost.unfinished_warmups(recipe))]
     again = 2 * cost.recomputed_macs(model, recipe.run.checkpointing)
     if again:
         lines.append(

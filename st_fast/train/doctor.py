@@ -6,6 +6,11 @@ python -m st_fast doctor --json             the same as JSON
 python -m st_fast doctor --plan --help      step times on 1 to 64 GPUs, estimated
 """
 
+from st_fast.core.command import command_parser, compile_nothing_for_help, run_command
+
+if __name__ == "__main__":
+    compile_nothing_for_help()
+
 import argparse
 import importlib.metadata
 import json
@@ -20,7 +25,6 @@ from pathlib import Path
 import torch
 
 from st_fast import __version__, kernels
-from st_fast.core.command import command_parser, run_command
 from st_fast.core.machine import cpu_quota
 from st_fast.core.streams import show
 from st_fast.data.loader import dali_missing

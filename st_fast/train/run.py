@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -90,7 +90,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                     f"data: {classes} classes; model.num_classes = {recipe.model.num_classes} has more than are trained"
                 )
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
-            for line in cost.untrained_averages(recipe):
+            for line in (*cost.untrained_averages(recipe), *cost.unfinished_warmups(recipe)):
                 log.say(line)
             consensus = StopConsensus(stop, ranks)
             examiner = Examiner(recipe, shards.manifest, ranks, log, stop)
@@ -111,17 +111,19 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
                 context = train_stage(context, stage, recipe)
             consensus.close()
             if ranks.first:
-                ranks.heartbeat.beat("report")
-                finish_writing(log, out, recipe)
+                finish_writing(log, out, recipe, partial(ranks.heartbeat.beat, "report"))
 
 
-def finish_writing(log: Log, out: Path, recipe: Recipe) -> None:
-    """Writes what is still missing, and the report: a disk that refuses costs a line, for the weights are saved."""
+def finish_writing(log: Log, out: Path, recipe: Recipe, beat: Callable[[], None]) -> None:
+    """Writes what is still missing, and the report: a disk that refuses costs a line, for the weights are saved.
+
+    beat: called as the report makes progress.
+    """
     if not os.path.lexists(out / "recipe.toml"):  # the folder was deleted, and made again; no command takes it without
         log.files.write(out / "recipe.toml", to_toml(recipe).encode())
     log.files.close()
     try:
-        log.say(f"report: {write_report([out], out / 'report.html')}")
+        log.say(f"report: {write_report([out], out / 'report.html', beat=beat)}")
     except UserError as error:
         log.say(f"no report: {error}; python -m st_fast.report {out} makes it")
 

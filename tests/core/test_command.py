@@ -75,3 +75,23 @@ def test_what_messages_and_pages_say_to_install_is_an_extra_of_the_clone() -> No
         ]
     assert {"track", "hub", "vae", "repa", "ode", "fp8", "data", "dev"} <= set(named)
     assert set(named) <= set(project["optional-dependencies"])
+
+
+HELP = """
+import runpy, sys
+from st_fast.kernels import build
+build.ensure = lambda kind: sys.exit(f"{kind} would be compiled")
+module, *sys.argv[1:] = sys.argv[1:]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["st_fast.evaluate --help", "st_fast.convert -h", "st_fast.train.doctor --help", "st_fast sample --help"]
+)
+def test_help_compiles_no_kernels(command: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "ST_FAST_CSRC"}
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *command.split()], cwd=ROOT, env=clean, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr

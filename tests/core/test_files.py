@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from st_fast.core.errors import UserError, counted
+from st_fast.core.errors import UserError
 from st_fast.core.files import (
     BadFile,
     inside,
@@ -206,7 +206,3 @@ def test_an_existing_folder_is_refused_set_aside_or_replaced(tmp_path: Path) -> 
     with pytest.raises(UserError, match="exists already"), write_folder(target):
         pass
     assert (target / "x").read_text() == "third"
-
-
-def test_things_are_counted_as_one_says_it():
-    assert [counted(n, "shard") for n in (0, 1, 1_200)] == ["0 shards", "1 shard", "1,200 shards"]

@@ -264,6 +264,19 @@ def test_who_died_while_taking_over_does_not_stand_in_the_way(tmp_path: Path, mo
             pass
 
 
+@pytest.mark.usefixtures("either")
+def test_what_a_killed_start_left_an_hour_ago_is_swept_by_the_next(tmp_path: Path) -> None:
+    names = (".run.lock.0123", "run.lock.after-4567", "run.locksmith", ".run.lockup")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with run_lock(tmp_path, pytest.fail):
+        assert {path.name for path in tmp_path.iterdir()} == {*names, "run.lock"}  # perhaps of a start just now
+    for name in names:
+        os.utime(tmp_path / name, (time.time() - 3_700,) * 2)
+    with run_lock(tmp_path, pytest.fail):
+        assert {path.name for path in tmp_path.iterdir()} == {*names[2:], "run.lock"}
+
+
 NOT_EXCLUDING = """
 import errno, fcntl, sys, time
 from pathlib import Path

@@ -26,6 +26,7 @@ def stopped(ranks, out: Path, by: str) -> None:
     saves = [(record["stage"], record["step"]) for record in tiny.records(out, "save")]
     assert len(set(saves)) == len(saves) and f"saved {saves[-1][0]} at step {saves[-1][1]};" in texts[0]
     assert re.search(f"st_fast: ({by}): saved", texts[0]) and "the same command continues" in texts[0]
+    assert ": saved " not in texts[1], "the first rank alone says so"
     assert not any("Traceback" in text for text in texts)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import BadFile, UserError
 from st_fast.model.encoders import CLIP, IMAGENET, Statistics, VisionTransformer, load_encoder, resample
 from st_fast.recipe import cost
 from st_fast.recipe.schema import Model
@@ -172,6 +172,19 @@ def test_a_file_that_lacks_a_weight_is_refused_by_name(tmp_path: Path) -> None:
     name = next(key for key in tensors if key.endswith("fc1.weight"))
     save_file({key: t for key, t in tensors.items() if key != name}, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights of a CLIPVisionModel are missing: .*fc1.weight"):
+        load_encoder(str(folder), CPU, torch.float32)
+
+
+def test_what_would_take_more_than_its_file_is_refused_before_the_library_reads_it(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path / "clip", clip, 7)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    sound = config.read_text()
+    config.write_text(sound.rstrip().removesuffix("}") + f', "deep": {"[" * 300}{"]" * 300}}}')
+    with pytest.raises(BadFile, match=r"config\.json: not valid JSON .nested"):
+        load_encoder(str(folder), CPU, torch.float32)
+    config.write_text(sound)
+    weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:])
+    with pytest.raises(BadFile, match=r"model\.safetensors: the header claims 1099511627776 bytes"):
         load_encoder(str(folder), CPU, torch.float32)
 
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.progress import bar
 from st_fast.data.images import load_image
 from st_fast.data.manifest import VaeInfo, read_manifest, write_manifest
 from st_fast.data.shards import open_data
@@ -328,6 +329,10 @@ def test_verify_and_stats(class_folders: Path, tmp_path: Path, capsys: pytest.Ca
     run("--stats", out)
     said = capsys.readouterr().out
     assert "6 records in 3 shards verified" in said
+    run(class_folders, tmp_path / "one", *PIXELS, "--shard-size", 6)
+    run("--verify", tmp_path / "one")
+    told = capsys.readouterr()
+    assert "6 records in 1 shard\n" in told.out + told.err and "6 records in 1 shard verified" in told.out
     moments = open_data(out).gather(np.arange(6))[0].double()[:, :3]
     for channel in range(3):
         values = moments[:, channel]
@@ -371,6 +376,11 @@ def test_wrong_arguments_are_told_in_one_line(
     with pytest.raises(UserError, match=words) as caught:
         run(*(argument.format(**places) for argument in arguments))
     assert "\n" not in str(caught.value)
+
+
+def test_the_bar_of_slow_work_says_seconds_a_step() -> None:
+    with bar(None, "drawing", 10, "step") as shown:
+        assert "1.70s/step]" in shown.format_meter(1, 10, 1.7, unit=shown.unit)
 
 
 def test_size_that_the_vae_can_not_reduce_is_refused(class_folders: Path, tiny_vae: Path, tmp_path: Path) -> None:

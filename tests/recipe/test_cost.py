@@ -110,3 +110,25 @@ def test_an_average_that_is_still_its_first_weights_is_told_with_a_decay_that_su
     assert f"# {line}" in summary(short, 1)
     started = load(path, ["--optim.ema_decay=0.9999", "--stage.transcend.init=align"])
     assert [line.split(":")[0] for line in cost.untrained_averages(started)] == ["align"]
+
+
+def test_a_stage_that_ends_within_the_warm_up_is_told(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    assert cost.unfinished_warmups(load(path, ["--optim.warmup_steps=7", "--stage.align.steps=7"])) == []
+    options = ["--optim.warmup_steps=8", "--stage.align.steps=7", "--stage.transcend.steps=8"]
+    short = load(path, options)
+    (line,) = cost.unfinished_warmups(short)
+    assert line == "align: the stage's 7 steps end within the warm-up of 8 steps (optim.warmup_steps)"
+    assert f"# {line}" in summary(short, 1)
+    going_on = ["--stage.align.init=./x", "--stage.align.init_weights=state"]
+    assert cost.unfinished_warmups(load(path, [*options, *going_on])) == []
+
+
+def test_a_dry_run_tells_of_a_start_that_is_missing(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    here, own = tmp_path / "repa", ["--stage.transcend.init=align"]
+    line = f"# align: starts from {here} (ema), which is missing"
+    assert line in summary(load(path, [f"--stage.align.init={here}", *own]), 1).splitlines()
+    here.mkdir()
+    told = summary(load(path, [f"--stage.align.init={here}", *own]), 1).splitlines()
+    assert line.removesuffix(", which is missing") in told and "# transcend: starts from align (ema)" in told

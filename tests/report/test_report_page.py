@@ -129,7 +129,8 @@ def test_without_evaluations_nothing_is_claimed_of_quality(runs) -> None:
     run = runs.change(runs.two_stages(), lambda r: None if r["kind"] in ("eval", "sample", "end") else r)
     page = page_of(run)
     assert "No samples were scored" in page.text
-    assert "No evaluation was logged" in page.text
+    assert "No evaluation was logged" in page.text and f"python -m st_fast.evaluate {run}" in page.text
+    assert "recall" not in page.text and "recall" in page_of(runs.plain()).text
     assert "img" not in page.tags
     assert "has not ended" in page.text
 
@@ -299,6 +300,12 @@ def test_dry_run_prints_the_verdict_and_writes_nothing(runs) -> None:
 
 def test_help_has_examples() -> None:
     assert "examples:" in command("--help").stdout
+
+
+def test_each_figure_is_a_sign_of_life(runs, tmp_path: Path) -> None:
+    beats: list[int] = []
+    text = write_report([runs.plain()], out=tmp_path / "page.html", beat=lambda: beats.append(1)).read_text()
+    assert len(beats) == 1 + text.count("</svg>") > 5
 
 
 def test_a_page_that_cant_be_written_is_one_line(runs, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.model import SiT
 from st_fast.recipe import load
 from st_fast.sample import __main__ as sample
-from st_fast.sample.draw import NAMED, balanced, draw_of, names_in_turn, read_labels
+from st_fast.sample.draw import NAMED, balanced, draw_of, known_as, names_in_turn, read_labels
 from st_fast.sample.guided import sample as draw_samples
 from st_fast.sample.model import Sampler, sampling
 from st_fast.sample.previews import free_name, save_png
@@ -264,6 +264,11 @@ def test_classes_have_the_names_that_the_data_has(tmp_path, capsys):
     sample.main([str(run), "--num", "7", "--labels", "random"])
     assert "classes in turn" not in capsys.readouterr().out
     assert sample.parse([str(run), "--labels", "gnu, 0,dog"]).samples.labels.cycle == (4, 0, 1), "a number is a number"
+    long = "g" * 10_000
+    assert known_as(long) == f"{long[:80]}…" and max(map(len, names_in_turn([0, 1], (long, "\x1b")))) == 81
+    with pytest.raises(UserError) as refused:
+        read_labels("cow", 1, (long,))
+    assert len(str(refused.value)) < 200
     with pytest.raises(UserError, match=r"--labels cow: balanced, random, or classes of 0..4 or cat, dog, .* commas"):
         sample.parse([str(run), "--labels", "cow"])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from st_fast.core.files import BadFile, shown
 from st_fast.core.machine import MOST_RANKS
+from st_fast.core.options import ARCHITECTURE_MOST
 from st_fast.core.records import record_from
 
 LONGEST = 1e10
@@ -141,6 +142,13 @@ class Meta:
         for name, low, value, high in bounds:
             if not low <= value <= high:
                 raise BadFile(f"{name} = {value}: from {low} to {high} is possible at step {step}")
+        for key, value in (self.architecture or {}).items():
+            kinds = (int, float) if key == "mlp_ratio" else (int,)
+            most = ARCHITECTURE_MOST.get(key)
+            if most and not (type(value) in kinds and 0 < value <= most):
+                raise BadFile(f"architecture: {key} = {shown(value)}: a number above 0 and at most {most} is possible")
+            if key == "qk_norm" and type(value) is not bool:
+                raise BadFile(f"architecture: qk_norm = {shown(value)}: true or false is needed")
         for op, way in (self.kernels or {}).items():
             if way not in WAYS:
                 raise BadFile(f"kernels: {shown(op)} = {shown(way)}: one of {', '.join(WAYS)}")
