@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python -m st_fast.train recipes/digits.toml
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3  # many tests wait, so that two cores have work for three
 
 lint: install
 	$(BIN)/ruff check .
