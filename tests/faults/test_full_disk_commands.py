@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from st_fast.core.writing import save_pretrained
 from st_fast.data.shards import open_data
 from st_fast.prepare.repa import write_repa
 from st_fast.prepare.small_vae import SmallVae, new_vae
-from st_fast.sample.previews import save_png
+from st_fast.recipe.schema import Model, Sample
+from st_fast.sample.draw import Draw
+from st_fast.sample.previews import draw_trajectory, save_png
 from st_fast.sample.set import SampleSet, write_npz, write_pngs
 from tests import foreign, tiny
 
@@ -27,6 +30,23 @@ ROOM = 256
 LABELS = np.arange(20)
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
 BATCH = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+
+
+class Drawn:
+    """As much of a sampler as a film asks for."""
+
+    model = SimpleNamespace(config=Model(depth=1, width=8, heads=2, patch=2, channels=4, latent_size=4, num_classes=3))
+    request = SimpleNamespace(settings=Sample(num=2, steps=2))
+
+    def draw_of(self, first: int, count: int) -> Draw:
+        return Draw(torch.arange(first, first + count), torch.zeros(count, dtype=torch.int64), 0)
+
+    def latents(self, noise: torch.Tensor, draw: Draw, watch: Callable[[torch.Tensor], None]) -> None:
+        watch(noise / 2)
+        watch(noise / 4)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return BATCH[: len(latents)]
 
 
 def vae(folder: Path) -> None:
@@ -42,6 +62,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "npz": lambda folder: write_npz(folder / "samples.npz", (16, 16, 3), [IMAGES[:10], IMAGES[10:]], LABELS),
     "png": lambda folder: write_pngs(folder / "png", 0, IMAGES),
     "picture": lambda folder: save_png(torch.from_numpy(IMAGES[0]), folder / "grid.png"),
+    "gif": lambda folder: draw_trajectory(Drawn(), folder / "film.gif", {}),  # type: ignore[arg-type]
     "batch": lambda folder: SampleSet(folder, {"num": 20, "batch_size": 20}).put(0, BATCH, torch.from_numpy(LABELS)),
     "repa": lambda folder: write_repa(open_data(folder / "given" / "data"), folder / "repa", lambda count: None),
     "vae": vae,

@@ -104,7 +104,7 @@ def test_flux_keeps_what_an_image_prompt_adds() -> None:
 
     module.attn.forward = three
     theirs = run(module, inputs)
-    patch(module)
+    assert "FluxTransformerBlock" in patch(module).fused
     close(run(module, inputs), theirs, 2e-5)
 
 
@@ -112,7 +112,7 @@ def test_flux_keeps_what_an_image_prompt_adds() -> None:
 def test_a_patched_block_compiles_into_one_graph(name: str) -> None:
     module, inputs, _ = made(name)
     theirs = run(module, inputs)
-    patch(module)
+    assert patch(module).fused
     torch._dynamo.reset()
     module.compile(fullgraph=True, backend="aot_eager")
     close(run(module, inputs), theirs, 2e-5)
@@ -123,7 +123,7 @@ def test_blocks_that_are_compiled_one_by_one_share_their_graphs(patched: bool) -
     """Two, patched or not: the first block's input has no gradient."""
     model = randomised(DiT(depth=4))
     if patched:
-        patch(model)
+        assert patch(model).fused
     torch._dynamo.reset()
     counters.clear()
     for block in model.blocks:
@@ -135,7 +135,7 @@ def test_blocks_that_are_compiled_one_by_one_share_their_graphs(patched: bool) -
 def test_inductor_compiles_a_patched_block() -> None:
     module, inputs, _ = made("SiT")
     theirs = run(module, inputs)
-    patch(module)
+    assert patch(module).fused
     torch._dynamo.reset()
     module.compile(fullgraph=True)
     close(run(module, inputs), theirs, 2e-5)
@@ -159,7 +159,7 @@ def test_a_copy_and_a_pickle_of_a_patched_model_are_patched_and_on_their_own() -
 def test_fsdp2_shards_a_patched_model(name: str, one_rank: None) -> None:
     module, inputs, _ = made(name)
     theirs = run(module, inputs)
-    patch(module)
+    assert patch(module).fused
     for block in getattr(module, "blocks", ()):
         fully_shard(block)
     fully_shard(module)
