@@ -207,9 +207,9 @@ class SiT(Pretrained):
         self.x_embedder = PatchEmbed(config.channels, config.patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width, with_null=config.class_dropout > 0)
-        with torch.device("cpu"):  # also where the weights have no memory: what fixes these is not drawn
+        with torch.device("cpu"):  # for weights without memory PyTorch would import a compiler to count up
             positions = sincos_positions(config.width, config.latent_size // config.patch)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.pos_embed = nn.Parameter(positions.to(torch.get_default_device()), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, kernels, attend) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch_values)
         self.run_block: Run = run_module
