@@ -165,7 +165,7 @@ def children(monkeypatch):
 
 
 def test_a_part_whose_process_dies_goes_on_in_a_new_one_and_the_row_it_was_at_says_so(tmp_path, children, monkeypatch):
-    monkeypatch.setattr(machine, "measure_machine", lambda device: MACHINE)
+    monkeypatch.setattr(machine, "measure_machine", lambda device, small=False: MACHINE)
     today = begun(tmp_path)
     store = Store(tmp_path, MACHINE)
     store.put("csrc", "a", {"ok": False, "error": UNFINISHED, "unfinished": True})
@@ -176,7 +176,7 @@ def test_a_part_whose_process_dies_goes_on_in_a_new_one_and_the_row_it_was_at_sa
 
 
 def test_a_part_that_never_gets_further_is_given_up(tmp_path, children, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "measure_machine", lambda device: MACHINE)
+    monkeypatch.setattr(machine, "measure_machine", lambda device, small=False: MACHINE)
     children(*["raise SystemExit(4)"] * command.MOST_STARTS)
     assert command.run_part("build", begun(tmp_path)) == 1
     assert f"build: given up after {command.MOST_STARTS} starts" in capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_a_part_that_never_gets_further_is_given_up(tmp_path, children, monkeypa
 def test_a_process_that_outstays_its_time_is_killed_and_a_row_that_began_late_is_measured_again(
     had, tmp_path, children, monkeypatch
 ):
-    monkeypatch.setattr(machine, "measure_machine", lambda device: MACHINE)
+    monkeypatch.setattr(machine, "measure_machine", lambda device, small=False: MACHINE)
     monkeypatch.setattr(command, "GRACE", 0.5)
     monkeypatch.setattr(command, "LEAST_SECONDS", 0.0)
     today, store = begun(tmp_path, seconds=2.0), Store(tmp_path, MACHINE)
@@ -285,7 +285,7 @@ def test_a_damaged_results_file_is_one_line_and_stays_as_it_is(content, tmp_path
     store = Store(tmp_path, MACHINE)
     store.path.write_text(content)
     monkeypatch.setattr(machine, "end_with_the_parent", lambda: None)
-    monkeypatch.setattr(suite, "the_machine", lambda file, device: MACHINE)
+    monkeypatch.setattr(suite, "the_machine", lambda file, device, small: MACHINE)
     arguments = ["build", "--small", "--machine", "unused", "--results", str(tmp_path), "--seconds", "60"]
     assert suite.main(arguments) == 2
     said = capsys.readouterr().err
@@ -302,7 +302,7 @@ def test_a_full_disk_is_one_line_that_leaves_the_rows_as_they_were(tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(machine, "end_with_the_parent", lambda: None)
-    monkeypatch.setattr(suite, "the_machine", lambda file, device: MACHINE)
+    monkeypatch.setattr(suite, "the_machine", lambda file, device, small: MACHINE)
     monkeypatch.setattr(Path, "write_text", full)
     arguments = ["build", "--small", "--machine", "unused", "--results", str(tmp_path), "--seconds", "60"]
     assert suite.main(arguments) == 2
