@@ -8,6 +8,7 @@ Flux) has it taken off the mean here and put back by `decode`, so that no caller
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,7 @@ def _check_folder(folder: Path, cls: Any) -> None:
 
 @contextmanager
 def from_hub(refusal: str) -> Iterator[None]:
-    """Reading from the hub or its cache without the hub's lines on every attempt that failed.
+    """Reading from the hub or its cache without the hub's lines and warnings on every attempt that failed.
 
     UserError, `refusal` with the reason, for whatever goes wrong.
     """
@@ -128,7 +129,8 @@ def from_hub(refusal: str) -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # of diffusers about its own way of asking the hub
+            yield
     except Exception as error:  # diffusers, transformers and the hub raise a dozen kinds; all mean that it can't be had
         raise UserError(f"{refusal} ({first_line(error)})") from None
     finally:

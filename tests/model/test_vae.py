@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -85,19 +86,20 @@ def test_a_folder_without_a_vae_is_told_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd-vae-ft-mse", "sd-vae-ft-ema"])
 def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(
-    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     class Unreachable:
         @staticmethod
         def from_pretrained(source: str, **options: object) -> None:
             logging.getLogger("huggingface_hub").warning("Retrying in 8s [Retry 5/5].")
+            warnings.warn("an argument of diffusers is deprecated", UserWarning, stacklevel=1)
             raise OSError(f"{source} does not appear to have a file named config.json.\nmore")
 
     monkeypatch.setattr("st_fast.model.vae.autoencoder_class", lambda: Unreachable)
     words = f"'{name}': stabilityai/{name} can't be had from the hub; .* a folder .* small or pixels"
     with pytest.raises(UserError, match=words) as caught:
         load_vae(name)
-    assert "\n" not in str(caught.value) and not caplog.records
+    assert "\n" not in str(caught.value) and not caplog.records and not recwarn.list
     assert logging.getLogger("huggingface_hub").level != logging.ERROR, "quiet only meanwhile"
 
 
