@@ -36,7 +36,7 @@ from tests.mutants.changes import Mutant, changed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ARGUMENTS = ("-q", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:timeout", "-p", "no:randomly")
-LONGEST, ENOUGH = 12.0, 40.0
+LONGEST, ENOUGH = 30.0, 120.0
 """Seconds: slower tests are left out; the tests of a mutant take no more than this together when nothing is wrong."""
 PATIENCE = 30.0
 KILLED = "killed by "
