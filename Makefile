@@ -25,8 +25,9 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 demo: install
 	$(BIN)/python -m st_fast.train recipes/digits.toml
 
+# Many tests wait for something: two cores have work for three.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3  # many tests wait, so that two cores have work for three
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
 
 lint: install
 	$(BIN)/ruff check .

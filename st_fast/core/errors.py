@@ -95,6 +95,11 @@ def _pieces(value: Any, limit: int) -> Iterator[str]:
         yield ascii(value)
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things as one says it: 1 shard, 2 shards."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def printable(text: object) -> str:
     """Somebody's text as one line of a terminal or a page: what would not show, or do something, becomes an escape."""
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in str(text))

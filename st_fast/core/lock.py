@@ -133,8 +133,9 @@ class _Lock:
             now = self.path.stat().st_mtime  # by the file server's clock
             for pattern in (f".{LOCK_NAME}.*", f"{LOCK_NAME}.after-*"):
                 for left in self.path.parent.glob(pattern):
-                    if now - left.lstat().st_mtime > LEFT_OVER:
-                        left.unlink()
+                    with suppress(OSError):  # a folder of that name, which is nobody's, hides no other
+                        if now - left.lstat().st_mtime > LEFT_OVER:
+                            left.unlink()
 
     def _has_flock(self) -> bool:
         """Whether the file system has it, tried on a file of another name: no lock that nobody holds stays."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from st_fast.core.errors import Say
+from st_fast.core.errors import Say, counted
 from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactly, read_header, sha256_file
 from st_fast.core.machine import allow_open_files, usable_cpus
 from st_fast.core.progress import bar
@@ -169,7 +169,7 @@ def open_data(
         records.verify(beat)
         if say:
             shards = len(records.manifest.shards)
-            where = f"{shards} shard{'s' * (shards != 1)}" if shards else "REPA's layout"
+            where = counted(shards, "shard") if shards else "REPA's layout"
             say(f"data: {len(records):,} records in {where} verified")
     return records
 

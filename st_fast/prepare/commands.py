@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from st_fast.core.comparison import check_same
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, counted
 from st_fast.core.files import printable, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
@@ -46,7 +46,6 @@ from st_fast.prepare.job import (
     is_done,
     own_share,
     run_job,
-    shards,
 )
 from st_fast.prepare.repa import RepaProducer, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
@@ -158,7 +157,7 @@ def from_repa(args: argparse.Namespace) -> None:
         print(f"{out}: complete already; --verify re-reads it")
         return
     if args.dry_run:
-        print(f"{out}: {len(records):,} records of {args.dtype} in {shards(producer.shards)}")
+        print(f"{out}: {len(records):,} records of {args.dtype} in {counted(producer.shards, 'shard')}")
         return
     if vae is not None:
         keep_vae(vae, info, out)
@@ -208,7 +207,8 @@ def encode(args: argparse.Namespace) -> None:
         template, records = encoder.template, len(source.names) * encoder.views
         print(
             f"{out}: {records:,} records of {template.dtype} {'×'.join(map(str, template.shape))}, "
-            f"{records * template.record_bytes / 1e9:.2f} GB in {shards(encoder.shards)}, {sum(done)} of them done\n"
+            f"{records * template.record_bytes / 1e9:.2f} GB in {counted(encoder.shards, 'shard')}, "
+            f"{sum(done)} of them done\n"
             f"VAE {info.name}, scale {template.scale:.5f}, SHA-256 {info.hash[:12]}…"
         )
         return

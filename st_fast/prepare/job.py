@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from st_fast.core.comparison import check_same
-from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.errors import RunFailed, UserError, counted
 from st_fast.core.files import make_folder, read_json, write_json_atomic
 from st_fast.core.machine import rank, rank_count
 from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, crop_of, read_manifest, write_manifest
@@ -165,11 +165,6 @@ def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
     return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
 
 
-def shards(count: int) -> str:
-    """ "1 shard", "2 shards"."""
-    return f"{count} shard{'s' * (count != 1)}"
-
-
 def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
     """Writes the manifest if the shards of all processes are there. Two processes that both do write the same."""
     missing = [number for number in range(producer.shards) if not is_done(folder, number)]
@@ -193,4 +188,4 @@ def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
     for number in range(producer.shards):
         _note(folder, number).unlink(missing_ok=True)
     left_out = f"; {len(skipped)} images skipped" if skipped else ""
-    tqdm.write(f"{folder}: {count:,} records in {shards(len(entries))}{left_out}")
+    tqdm.write(f"{folder}: {count:,} records in {counted(len(entries), 'shard')}{left_out}")

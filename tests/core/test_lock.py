@@ -271,10 +271,12 @@ def test_what_a_killed_start_left_an_hour_ago_is_swept_by_the_next(tmp_path: Pat
         (tmp_path / name).write_text("{}")
     with run_lock(tmp_path, pytest.fail):
         assert {path.name for path in tmp_path.iterdir()} == {*names, "run.lock"}  # perhaps of a start just now
-    for name in names:
+    for folder in (folders := (".run.lock.", "run.lock.after-")):  # nobody's; they come first and last in their order
+        (tmp_path / folder).mkdir()
+    for name in (*names, *folders):
         os.utime(tmp_path / name, (time.time() - 3_700,) * 2)
     with run_lock(tmp_path, pytest.fail):
-        assert {path.name for path in tmp_path.iterdir()} == {*names[2:], "run.lock"}
+        assert {path.name for path in tmp_path.iterdir()} == {*names[2:], *folders, "run.lock"}
 
 
 NOT_EXCLUDING = """
