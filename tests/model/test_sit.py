@@ -1,5 +1,7 @@
 """The network against independent truths: published sizes and keys, a plain rewriting of it, its FLOP count."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from st_fast.model.sit import Mlp, sincos_positions, unfilled, unpatchify
 from st_fast.recipe import cost
 from st_fast.recipe.architecture import SIZES, Model
 from st_fast.study.carry_out import random_model
+from tests import tiny
 
 CPU = torch.device("cpu")
 TABLE = kernels.select(dict.fromkeys(("norm_modulate", "gate_residual_norm_modulate", "qk_norm"), "reference"), CPU)
@@ -318,3 +321,21 @@ def test_the_mlp_is_one_op_where_the_table_says_so_and_its_layers_are_our_own():
             mlp.fc1 = torch.nn.Linear(48, 96)
         calls.clear()
         assert mlp(y).shape == y.shape and len(calls) == count
+
+
+IMPORTS = """
+import sys, torch, st_fast.train.run
+from st_fast import kernels
+from st_fast.model import unfilled
+from st_fast.recipe.architecture import Model
+cpu = torch.device("cpu")
+table = kernels.select(dict.fromkeys(("norm_modulate", "gate_residual_norm_modulate", "qk_norm"), "reference"), cpu)
+config = Model("custom", depth=1, width=8, heads=2, patch=2, channels=4, latent_size=4, num_classes=3)
+unfilled(config, table, cpu, torch.float32)
+print(sorted({"torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)))
+"""
+
+
+def test_a_model_and_its_training_import_no_compiler_and_no_shards_before_they_are_wanted():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=tiny.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
