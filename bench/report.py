@@ -39,7 +39,7 @@ PREDICTED = (
 )
 NOT_JUDGED = (
     "Not judged: measured on a busy machine, or nearer to the goal than the noise of the measurement. The worst row of"
-    " each goal counts."
+    " each goal counts. An update in place moves its bytes faster than a copy does, so its share may exceed 100 %."
 )
 FLOOR = (
     "A step's floor is the time of its matrix products and its attention alone, measured in the same run. It bounds"

@@ -26,7 +26,7 @@ COMMANDS = {
     "convert": ("convert.__main__", "other projects' models to ours and back; publish on the Hugging Face hub"),
     "report": ("report.__main__", "the HTML report of one run, or of several side by side"),
     "study": ("study.__main__", "many arms over several seeds"),
-    "doctor": ("train.doctor", "what this machine has, and what a recipe would need"),
+    "doctor": ("train.doctor", "what this machine has; with --plan RECIPE, how fast more GPUs would be"),
 }
 """Name → (module within st_fast, with `parser` and `main`; what it does)."""
 CONTINUED = ("train", "sample", "evaluate", "probe", "prepare", "study")

@@ -108,11 +108,11 @@ def need_run_first(argv: Sequence[str] | None = None) -> None:
     """Ends a command `RUN [options]` whose run is not there; imports no torch, and so never waits for csrc's compiler.
 
     For modules that are a library as well and import it at their top. Whatever does not begin with the run is left to
-    the command's own parser.
+    the command's own parser, and so is --debug, for `run_command` shows the traceback.
     """
     compile_nothing_for_help()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and not arguments[0].startswith("-"):
+    if arguments and not arguments[0].startswith("-") and "--debug" not in arguments:
         try:
             need_run(Path(arguments[0]))
         except UserError as error:

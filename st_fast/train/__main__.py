@@ -26,7 +26,7 @@ from typing import get_args
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.machine import local_rank, rank_count
+from st_fast.core.machine import local_rank, rank, rank_count
 from st_fast.core.streams import show
 from st_fast.recipe import Recipe, cost, load, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
@@ -93,7 +93,8 @@ def main(arguments: Sequence[str]) -> None:
             refuse(error)  # others, which may have been given another command, would wait for this rank
         raise
     if "--dry-run" in flags:
-        show(f"{to_toml(recipe)}{summary(recipe, count)}")
+        if rank() == 0:
+            show(f"{to_toml(recipe)}{summary(recipe, count)}")
         return
     from st_fast.train.run import run  # torch is imported only once the recipe is known to be right
 
@@ -111,20 +112,18 @@ def summary(recipe: Recipe, ranks: int) -> str:
         f"{model.tokens} tokens, {cost.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
     ]
     for stage in recipe.stages:
-        each = cost.stage_cost(recipe, stage)
-        whole = cost.stage_flops(recipe, stage, 0, stage.steps)
+        each, images = cost.stage_cost(recipe, stage), recipe.optim.batch_size
+        whole, stop = cost.stage_flops(recipe, stage, 0, stage.steps), stage.method.stop_step
+        then = f", {images * each.student / 1e12:.3f} after step {stop}" if 0 < stop < stage.steps else ""
         lines.append(
-            f"# {stage.name}: {recipe.optim.batch_size * each.total / 1e12:.3f} TFLOP a step "
+            f"# {stage.name}: {images * each.total / 1e12:.3f} TFLOP a step "
             f"(student {each.student / 1e9:.2f}, heads {each.heads / 1e9:.2f}, "
-            f"teacher {each.teacher / 1e9:.2f} GFLOP an image), {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
+            f"teacher {each.teacher / 1e9:.2f} GFLOP an image){then}, {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
         )
-    own = [stage.name for stage in recipe.stages]
-    for stage in recipe.stages:
-        if init := stage.start.init:
-            missing = "" if init in own or Path(init).exists() else ", which is missing"
-            lines.append(f"# {stage.name}: starts from {init} ({stage.start.init_weights}){missing}")
+    lines += inputs(recipe)
+    of = f"each of {ranks} ranks" if ranks > 1 else "one rank (under torchrun: of each of its ranks)"
     lines.append(
-        f"# memory a rank, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
+        f"# memory of {of}, estimated in {'bf16' if bf16 else 'fp32'}: {fixed / 2**30:.2f} GiB weights and state + "
         f"{activations / 2**30:.2f} GiB activations of {images_a_pass(chosen.optim, ranks)} images"
     )
     lines += [f'# optim.micro_batch = "auto": {how}'] if how else []
@@ -140,6 +139,23 @@ def summary(recipe: Recipe, ranks: int) -> str:
             "neither FLOPs nor MFU count them"
         )
     return "\n".join(lines)
+
+
+def inputs(recipe: Recipe) -> list[str]:
+    """What the recipe reads that earlier stages don't write, and what of it is missing."""
+
+    def missing(path: str) -> str:
+        return "" if path in own or Path(path).exists() else ", which is missing"
+
+    lines, own, data = list[str](), [stage.name for stage in recipe.stages], recipe.data
+    if data.source != "digits":
+        lines += [f"# data: {path}{missing(path)}" for path in (data.path, data.images) if path and missing(path)]
+    for stage in recipe.stages:
+        if (teacher := stage.method.teacher_name) and teacher not in own:
+            lines.append(f"# {stage.name}: its teacher is {teacher} ({stage.method.teacher_group}){missing(teacher)}")
+        if init := stage.start.init:
+            lines.append(f"# {stage.name}: starts from {init} ({stage.start.init_weights}){missing(init)}")
+    return lines
 
 
 def planned_passes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[Recipe, str]:

@@ -95,3 +95,11 @@ def test_help_compiles_no_kernels(command: str) -> None:
         [sys.executable, "-c", HELP, *command.split()], cwd=ROOT, env=clean, text=True, capture_output=True, timeout=120
     )
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
+
+
+def test_a_command_that_looks_for_its_run_first_has_a_traceback_for_debug(tmp_path) -> None:
+    command = [sys.executable, "-m", "st_fast.sample", str(tmp_path), "--debug"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
+    first, *_, last = done.stderr.splitlines()
+    assert (done.returncode, first) == (2, "Traceback (most recent call last):")
+    assert last == f"st_fast: {tmp_path}: no recipe.toml, so no run of st_fast.train"

@@ -6,6 +6,7 @@ which counters charge and the method as defined does not. What else differs is s
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from bench.workload import STAGES, Setup, ours
 from st_fast.recipe import Recipe, architecture, cost, load
 from st_fast.recipe.schema import Model
 from st_fast.train import memory
-from st_fast.train.__main__ import summary
+from st_fast.train.__main__ import main, summary
 from st_fast.train.run import run
 from tests import tiny
 
@@ -132,3 +133,34 @@ def test_a_dry_run_tells_of_a_start_that_is_missing(tmp_path):
     here.mkdir()
     told = summary(load(path, [f"--stage.align.init={here}", *own]), 1).splitlines()
     assert line.removesuffix(", which is missing") in told and "# transcend: starts from align (ema)" in told
+
+
+def test_a_dry_run_tells_of_missing_data_and_teachers_and_of_the_ranks_it_is_for(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path / "data", tmp_path / "out")
+    teacher = f"# transcend: its teacher is {tmp_path / 't'} (raw)"
+    told = summary(load(path, [f"--stage.transcend.teacher={tmp_path / 't'}"]), 1).splitlines()
+    assert f"# data: {tmp_path / 'data'}, which is missing" in told and f"{teacher}, which is missing" in told
+    assert any(line.startswith("# memory of one rank (under torchrun:") for line in told)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "t").mkdir()
+    told = summary(load(path, [f"--stage.transcend.teacher={tmp_path / 't'}"]), 2).splitlines()
+    assert teacher in told and not any("missing" in line for line in told)
+    assert any(line.startswith("# memory of each of 2 ranks, estimated") for line in told)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dry_run_of_several_ranks_is_printed_once(rank, tmp_path, monkeypatch, capsys):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    main([str(path), "--dry-run"])
+    assert ("# memory of each of 2 ranks" in capsys.readouterr().out) == (rank == 0)
+
+
+def test_a_dry_runs_cost_of_a_step_times_its_steps_is_its_total(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    recipe = load(path, ["--stage.transcend.stop_step=3", "--stage.transcend.steps=10", "--optim.batch_size=65536"])
+    line = next(line for line in summary(recipe, 1).splitlines() if line.startswith("# transcend: "))
+    supervised, after, whole = map(float, re.findall(r"([\d.]+)(?: TFLOP a step| after step 3| PFLOP)", line))
+    assert supervised > after
+    assert 3 * supervised + 7 * after == pytest.approx(1e3 * whole, abs=10 * 5e-4)  # printed with three digits

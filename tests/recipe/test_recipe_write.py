@@ -32,16 +32,17 @@ MASK = st.sampled_from(["sample", "sample_mean", "released"])
 @st.composite
 def models(draw: st.DrawFn) -> Model:
     heads, patch = draw(st.integers(1, 20)), draw(st.integers(1, 16))
+    width = 4 * heads * draw(st.integers(1, 20))
     return Model(
         depth=draw(st.integers(1, 99)),
-        width=4 * heads * draw(st.integers(1, 20)),
+        width=width,
         heads=heads,
         patch=patch,
         channels=draw(INT),
         latent_size=patch * draw(st.integers(1, 64)),
         num_classes=draw(INT),
         class_dropout=draw(st.floats(1e-3, 0.999)),
-        mlp_ratio=draw(POSITIVE),
+        mlp_ratio=draw(st.floats(1 / width, 100.0)),
         qk_norm=draw(st.booleans()),
         attention=draw(TEXT),
     )
