@@ -11,6 +11,7 @@ Pointers count as 16-byte aligned, as PyTorch's allocations are. Nothing here ne
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -41,7 +42,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 @dataclass(frozen=True)
 class Use:
-    """What one compiled kernel uses; widest_load in bytes a thread, of all its global loads."""
+    """What one compiled kernel uses; widest_load in bytes a thread, of all its global loads; source: see `digest`."""
 
     warps: int
     registers: int
@@ -50,6 +51,7 @@ class Use:
     shared: int
     float64: int
     widest_load: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,12 @@ def _widest_load(ptx: str) -> int:
     return max([int(v or 1) * int(bits) // 8 for v, bits in plain] + [int(size, 16) for size in copies], default=0)
 
 
+def digest(launch: Launch, ttir: str) -> str:
+    """Of what the stages that know the GPU are given: Triton's IR, without the places in the source, and options."""
+    bare = re.sub(r"^#loc.*\n|\s*loc\(#?\w*\)|\s*loc\(unknown\)", "", ttir, flags=re.MULTILINE)
+    return hashlib.sha256(f"{sorted(launch.options.items())}{bare}".encode()).hexdigest()[:16]
+
+
 def measure(launch: Launch, architecture: int) -> Use:
     """Compile and read registers, stack and local memory off the cubin, the rest off the PTX."""
     compiled = compile_for(launch, architecture)
@@ -116,9 +124,9 @@ def measure(launch: Launch, architecture: int) -> Use:
     if found is None:
         raise RuntimeError(f"{launch.kernel.__name__}: cuobjdump reports no resources for sm_{architecture}: {report}")
     registers, stack, local = map(int, found.groups())
-    ptx = compiled.asm["ptx"]
-    metadata = compiled.metadata
-    return Use(metadata.num_warps, registers, stack, local, metadata.shared, ptx.count(".f64"), _widest_load(ptx))
+    ptx, source = compiled.asm["ptx"], digest(launch, compiled.asm["ttir"])
+    metadata, doubles = compiled.metadata, ptx.count(".f64")
+    return Use(metadata.num_warps, registers, stack, local, metadata.shared, doubles, _widest_load(ptx), source)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -159,15 +167,22 @@ def narrow() -> set[str]:
     return {f"{family}.{name}" for family, module in kernels().items() for name in getattr(module, "NARROW", ())}
 
 
-Table = dict[str, dict[str, dict[str, dict[str, int]]]]  # kernel → width → architecture → the fields of Use
+Table = dict[str, dict[str, dict[str, dict[str, Any]]]]  # kernel → width → architecture → the fields of Use
 
 
-def measure_all(architectures: Sequence[int] = ARCHITECTURES) -> Table:
-    """Compiles everything: about a minute on one core the first time, seconds from Triton's cache."""
+def measure_all(architectures: Sequence[int] = ARCHITECTURES, known: Table | None = None) -> Table:
+    """Compiles everything: about a minute on one core the first time, seconds from Triton's cache.
+
+    known: a table of this Triton's. Where its source is what the first architecture has shown, the others' figures are
+    taken from it: the same compiler makes the same of it.
+    """
     table: Table = {}
     for name, width, launch in launches():
         row = table.setdefault(name, {}).setdefault(width, {})
-        row.update({f"sm_{arch}": asdict(measure(launch, arch)) for arch in architectures})
+        written = known.get(name, {}).get(width, {}) if known else {}
+        for number, arch in enumerate(f"sm_{architecture}" for architecture in architectures):
+            same = number and written.get(arch, {}).get("source") == row[f"sm_{architectures[0]}"]["source"]
+            row[arch] = dict(written[arch]) if same else asdict(measure(launch, architectures[number]))
     return table
 
 

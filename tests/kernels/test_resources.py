@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,18 @@ from st_fast.kernels.mlp import triton as mlp
 from st_fast.kernels.optimiser import triton as optimiser
 from st_fast.kernels.qknorm import triton as qknorm
 
-USE = {"warps": 4, "registers": 64, "stack": 0, "local": 0, "shared": 0, "float64": 0, "widest_load": 16}
+USE = {"warps": 4, "registers": 64, "stack": 0, "local": 0, "shared": 0, "float64": 0, "widest_load": 16,
+       "source": "3c"}  # fmt: skip
+KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def _add_kernel(x_ptr, y_ptr):
+    at = tl.arange(0, 16)
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)  # a place
+    tl.store(x_ptr + at, x + y)
+"""
 
 
 def skip_without_tools() -> None:
@@ -28,8 +42,9 @@ def skip_without_tools() -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> resources.Table:
+    """sm_90 afresh, the others where the kernel is not what the table was written from."""
     skip_without_tools()
-    return resources.measure_all()
+    return resources.measure_all((90, 80, 100), resources.written_table())
 
 
 def test_kernels_use_what_the_table_says_and_no_more_than_allowed(measured: resources.Table) -> None:
@@ -66,6 +81,46 @@ def test_each_kind_of_breach_is_reported(field: str, value: int, message: str) -
     worse["adaln.forward"]["D=1152"]["sm_90"][field] = value
     assert resources.breaches(table, table) == []
     assert any(message in line for line in resources.breaches(worse, table))
+
+
+def test_other_architectures_are_compiled_where_the_source_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def measure(launch: resources.Launch, architecture: int) -> resources.Use:
+        compiled.append((launch.kernel.__name__, architecture))
+        return resources.Use(**USE)
+
+    monkeypatch.setattr(resources, "measure", measure)
+    launches = [row for row in resources.launches() if row[0] in ("adaln.forward", "mlp.forward")][:2]
+    monkeypatch.setattr(resources, "launches", lambda: iter(launches))
+    (name, width, _), (_, other, _) = launches
+    known = resources.measure_all()
+    assert len(compiled) == 6
+    known[name][other]["sm_100"]["source"] = "another"
+    known[name][width]["sm_80"]["registers"] = 65
+    compiled.clear()
+    table = resources.measure_all((90, 80, 100), known)
+    assert [architecture for _, architecture in compiled] == [90, 90, 100]
+    assert (table[name][width]["sm_80"]["registers"], table[name][other]["sm_100"]["source"]) == (65, "3c")
+    assert resources.measure_all() != known and len(compiled) == 9
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"), [("# a place", "# another place", True), ("x + y", "x - y", False), ("", "\n\n", True)]
+)
+def test_a_digest_is_of_what_is_computed_and_not_of_where_it_stands(
+    old: str, new: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_tools()
+    monkeypatch.syspath_prepend(tmp_path)
+    digests = []
+    for name, text in (("first_kernel", KERNEL), ("second_kernel", KERNEL.replace(old, new, 1))):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (launch,) = resources.record(lambda kernel=import_module(name)._add_kernel: kernel[(1,)](meta(16), meta(16)))
+        digests.append(resources.measure(launch, 90).source)
+        assert resources.measure(replace(launch, options={"num_warps": 8}), 90).source != digests[-1]
+    assert (digests[0] == digests[1]) == same
 
 
 def test_a_kernel_that_computes_in_float64_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
