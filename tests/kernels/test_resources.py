@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -117,7 +118,8 @@ def test_a_digest_is_of_what_is_computed_and_not_of_where_it_stands(
     for name, text in (("first_kernel", KERNEL), ("second_kernel", KERNEL.replace(old, new, 1))):
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
-        (launch,) = resources.record(lambda kernel=import_module(name)._add_kernel: kernel[(1,)](meta(16), meta(16)))
+        launcher = import_module(name)._add_kernel[(1,)]
+        (launch,) = resources.record(partial(launcher, meta(16), meta(16)))
         digests.append(resources.measure(launch, 90).source)
         assert resources.measure(replace(launch, options={"num_warps": 8}), 90).source != digests[-1]
     assert (digests[0] == digests[1]) == same
