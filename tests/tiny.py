@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load
 from st_fast.train.run import run
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,11 +86,7 @@ def run_whole(folder: Path, data: Path) -> Path:
 
 def train(recipe: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m st_fast.train` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "st_fast.train", str(recipe), *options],
-        capture_output=True, text=True, cwd=ROOT, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
+    return warm.run("-m", "st_fast.train", recipe, *options, env=os.environ | environment)
 
 
 def records(out: Path, kind: str) -> list[dict]:

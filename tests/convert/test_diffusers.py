@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from st_fast.prepare.small_vae import SmallVae, new_vae
 from st_fast.recipe.schema import Sample
 from st_fast.sample.draw import draw_of, read_labels, starting_noise
 from st_fast.sample.guided import sample
-from tests import foreign
+from tests import foreign, warm
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,10 +76,8 @@ def drawn(vae, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     main([str(folder / "last.pt"), str(folder / "pipe"), "--to", "diffusers", "--vae", str(vae)])
     main([str(folder / "last.pt"), str(folder / "no vae"), "--to", "diffusers"])
     (folder / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "program.py", str(folder / "pipe"), "out.safetensors"], capture_output=True, text=True,
-        cwd=folder, env=os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = warm.run("program.py", folder / "pipe", "out.safetensors", cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return folder, load_file(folder / "out.safetensors")
 

@@ -11,6 +11,7 @@ import tomllib
 import pytest
 
 from st_fast.core.errors import how_to_install
+from tests import warm
 from tests.tiny import ROOT
 
 COMMAND = """
@@ -98,8 +99,7 @@ def test_help_compiles_no_kernels(command: str) -> None:
 
 
 def test_a_command_that_looks_for_its_run_first_has_a_traceback_for_debug(tmp_path) -> None:
-    command = [sys.executable, "-m", "st_fast.sample", str(tmp_path), "--debug"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
+    done = warm.run("-m", "st_fast.sample", tmp_path, "--debug")
     first, *_, last = done.stderr.splitlines()
     assert (done.returncode, first) == (2, "Traceback (most recent call last):")
     assert last == f"st_fast: {tmp_path}: no recipe.toml, so no run of st_fast.train"

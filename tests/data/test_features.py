@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from st_fast.data.shards import open_data
 from st_fast.model.encoders import VisionTransformer, load_encoder, preprocess
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import features as feature_module
-from tests import tiny
+from tests import tiny, warm
 from tests.train.supervision.encoders import Pictures, images, write_encoder, write_set
 
 CPU = torch.device("cpu")
@@ -250,10 +248,7 @@ def test_images_that_were_left_out_of_the_latents_are_left_out_of_the_features(
 def test_without_a_network_a_hub_name_is_refused_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     folder = tiny.write_data(tmp_path / "set")
-    done = subprocess.run(
-        [sys.executable, "-m", "st_fast.prepare", "--features", "facebook/dinov2-base", str(folder), str(folder)],
-        capture_output=True, text=True, timeout=60, cwd=tiny.ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-    )  # fmt: skip
+    command = ("-m", "st_fast.prepare", "--features", "facebook/dinov2-base", folder, folder)
+    done = warm.run(*command, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "facebook/dinov2-base" in done.stderr and "can be reached" in done.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from st_fast.model import encoders
 from st_fast.model.encoders import ENCODERS, ImageEncoder, load_encoder
 from st_fast.prepare import __main__ as prepare
-from tests import tiny
+from tests import tiny, warm
 from tests.data.conftest import encoded, picture
 from tests.model.test_vision import MLP, pixels_of, saved
 from tests.train.supervision.encoders import images
@@ -66,11 +64,8 @@ def test_the_example_trains_from_its_one_file_by_the_guides_stage(script: Path, 
     recipe = tmp_path / "t.toml"
     recipe.write_text(HEAD.format(root=tmp_path) + stage)
     options = ('--stage.repa.encoders=["patch-dct"]', "--stage.repa.steps=6", "--stage.repa.depth=1")
-    done = subprocess.run(
-        [sys.executable, str(script), str(recipe), *options],
-        capture_output=True, text=True, timeout=240, cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
+    done = warm.run(script, recipe, *options, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     losses = [record["aux"] for record in tiny.records(tmp_path / "out", "train")]
     assert len(losses) == 6 and losses[-1] < losses[0] < 0.5

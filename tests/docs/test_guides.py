@@ -18,6 +18,7 @@ from st_fast.core.errors import UserError
 from st_fast.recipe import load
 from st_fast.train import __main__ as train
 from st_fast.train import plan
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "bench/README.md", "bench/GPU-DAY.md")]
@@ -199,7 +200,7 @@ def test_the_kernels_page_lifts_a_folder_that_then_has_the_right_gradients(tmp_p
     namespace = next(block for block in python_blocks("kernels.md") if "add_op_namespace_prefix" in block)
     (tmp_path / "mymodel" / "kernels" / "_ops.py").write_text(namespace)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", LIFTED], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = warm.run("-c", LIFTED, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ import pytest
 from st_fast.recipe.methods import METHODS
 from st_fast.recipe.schema import Stage
 from st_fast.train.supervision import Parts, Supervision, create
-from tests import tiny
+from tests import tiny, warm
 from tests.train.supervision.test_losses import MODEL, TABLE, fill, hidden, noisy, weights_of
 
 GUIDE = (tiny.ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -38,11 +37,8 @@ def test_the_example_trains_from_its_one_file_and_resumes(script: Path, tmp_path
     recipe = tiny.write_recipe(tmp_path / "t.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out")
     recipe.write_text(recipe.read_text().split("[[stage]]")[0] + block("toml"))
     for steps in (6, 10):
-        done = subprocess.run(
-            [sys.executable, str(script), str(recipe), f"--stage.timed.steps={steps}"],
-            capture_output=True, text=True, timeout=120, cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
+        done = warm.run(script, recipe, f"--stage.timed.steps={steps}", cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
     losses = [record["aux"] for record in tiny.records(tmp_path / "out", "train")]
     assert len(losses) == 10 and 0 < losses[-1] < losses[0]

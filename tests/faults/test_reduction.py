@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import tiny
+from tests import warm
 from tests.faults.reduction_child import Model
 
 
@@ -23,13 +21,14 @@ def run(folder: Path, travel: str, count: int = 2) -> list[dict]:
         port = str(held.getsockname()[1])
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TRAVEL": travel}
     children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.reduction_child", str(folder)], cwd=tiny.ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        warm.start(
+            "-m", "tests.faults.reduction_child", folder,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)
     ]  # fmt: skip
-    assert [child.wait(120) for child in children] == [0] * count
+    said = [child.communicate(120) for child in children]
+    assert [child.returncode for child in children] == [0] * count, said
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 

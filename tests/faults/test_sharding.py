@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.model import stored
 from st_fast.recipe import load
-from tests import tiny
+from tests import tiny, warm
 from tests.faults.ranks import Nursery, finish
 from tests.faults.test_ranks import close
 from tests.train.supervision.test_self_methods import SRA_STAGE
@@ -35,11 +33,10 @@ def seen(tmp_path_factory) -> list[dict]:
         held.bind(("127.0.0.1", 0))
         port = str(held.getsockname()[1])
     shared = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.faults.sharding_child", str(folder)]
-    children = [
-        subprocess.Popen(command, cwd=tiny.ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "012"
-    ]
-    assert [child.wait(LONG) for child in children] == [0, 0, 0]
+    command = ("-m", "tests.faults.sharding_child", folder)
+    children = [warm.start(*command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "012"]
+    said = [child.communicate(LONG) for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], said
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in "012"]
 
 

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from st_fast.kernels import build
+from tests import warm
 
 COMPILER = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 REPOSITORY = Path(build.__file__).resolve().parents[1]
@@ -36,11 +36,10 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def start(checkout: Path, *command: str, env: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+def start(checkout: Path, *command: str, env: Mapping[str, str] = {}) -> warm.Process:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ST_FAST")}
     clean |= {"PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(checkout / "cache")}
-    return subprocess.Popen([sys.executable, *command], env=clean | dict(env), cwd=checkout, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return warm.start(*command, env=clean | dict(env), cwd=checkout)
 
 
 IMPORT = "import st_fast.kernels as k, torch; print(k.native.available(), k.norm_modulate(*map(torch.ones, "

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from st_fast.recipe import load
 from st_fast.train import run
-from tests import tiny
+from tests import tiny, warm
 
 PROGRAM = """
 import sys, torch
@@ -32,8 +30,7 @@ def start(folder: Path, elsewhere: Path) -> str:
     """Hits and misses of Inductor's cache in a new process whose other folders are `elsewhere`."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     environment |= {"TMPDIR": str(elsewhere), "HOME": str(elsewhere)}
-    command = [sys.executable, "-c", PROGRAM, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT, env=environment)
+    done = warm.run("-c", PROGRAM, folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

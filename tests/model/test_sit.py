@@ -1,7 +1,5 @@
 """The network against independent truths: published sizes and keys, a plain rewriting of it, its FLOP count."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +13,7 @@ from st_fast.model.sit import Mlp, sincos_positions, unfilled, unpatchify
 from st_fast.recipe import cost
 from st_fast.recipe.architecture import SIZES, Model
 from st_fast.study.carry_out import random_model
-from tests import tiny
+from tests import warm
 
 CPU = torch.device("cpu")
 TABLE = kernels.select(dict.fromkeys(("norm_modulate", "gate_residual_norm_modulate", "qk_norm"), "reference"), CPU)
@@ -337,5 +335,5 @@ print(sorted({"torch._dynamo", "torch.distributed.tensor"} & set(sys.modules)))
 
 
 def test_a_model_and_its_training_import_no_compiler_and_no_shards_before_they_are_wanted():
-    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=tiny.ROOT, capture_output=True, text=True, check=True)
+    done = warm.run("-c", IMPORTS, check=True)
     assert done.stdout == "[]\n"

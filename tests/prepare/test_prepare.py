@@ -27,6 +27,7 @@ from st_fast.model.vae import decode, encode_moments, load_vae, vae_hash
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import commands, job
 from st_fast.prepare.small_vae import SmallVae, new_vae
+from tests import warm
 from tests.data.test_repa import write_layout
 
 from .conftest import encoded, picture
@@ -432,7 +433,7 @@ def test_kill_9_leaves_whole_shards_or_none(class_folders: Path, tmp_path: Path)
         "os.rename = kill; prepare.main(sys.argv[1:])"
     )
     arguments = [str(argument) for argument in (class_folders, tmp_path / "out", *PIXELS)]
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, timeout=120)
+    killed = warm.run("-c", script, *arguments)
     assert killed.returncode == -9, killed.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "latents-00000.safetensors" in names and "latents-00001.safetensors" not in names

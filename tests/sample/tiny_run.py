@@ -15,6 +15,7 @@ from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.model import build
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
+from tests import warm
 from tests.tiny import ROOT
 
 RECIPE = """
@@ -70,9 +71,11 @@ def make_run(folder: Path, seed: int = 0, step: int = 10) -> Path:
 
 def command(module: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """`python -m st_fast.MODULE` in a process of its own, or under torchrun."""
+    words = ("-m", f"st_fast.{module}", *map(str, arguments))
+    if ranks == 1:
+        return warm.run(*words)
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc-per-node={ranks}"]
-    start = [sys.executable] if ranks == 1 else torchrun
     return subprocess.run(
-        [*start, "-m", f"st_fast.{module}", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
+        [*torchrun, *words], capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
     )  # fmt: skip

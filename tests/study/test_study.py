@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,7 +24,8 @@ from st_fast.study.__main__ import listing, main
 from st_fast.study.carry_out import done, random_model, write_random_teacher, write_shuffled
 from st_fast.study.plan import jobs, read_study
 from st_fast.study.results import placed
-from tests import pixels
+from tests import pixels, warm
+from tests.faults.ranks import wait_for
 from tests.tiny import ROOT, records
 
 RUNS = 10
@@ -40,12 +39,8 @@ def study(tmp_path_factory) -> Path:
     return pixels.write_study(folder / "recipes", pixels.write_data(folder / "data"))
 
 
-def start(study: Path, out: Path, *options: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "st_fast.study", str(study), "--out", str(out), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def start(study: Path, out: Path, *options: str) -> warm.Process:
+    return warm.start("-m", "st_fast.study", study, "--out", out, *options, merged=True)
 
 
 def finished(out: Path) -> dict[Path, bytes]:
@@ -136,9 +131,8 @@ def test_the_time_limit_stops_and_says_how_to_go_on(study, tmp_path) -> None:
 
 def test_a_signal_within_a_run_saves_it_and_says_how_to_go_on(study, tmp_path) -> None:
     process = start(study, tmp_path / "out")
-    assert process.stdout is not None
-    next(line for line in process.stdout if f"run 1 of {RUNS}" in line)  # from here on the study listens to signals
-    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: f"run 1 of {RUNS}" in process.text, PATIENCE)  # from here on the study listens to signals
+    os.kill(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_INTERRUPTED
     found = ("st_fast: SIGTERM: saved align at step ", "st_fast: SIGTERM: nothing is lost")  # before a first step

@@ -19,6 +19,7 @@ import torch
 
 from st_fast.core.checkpoint import latest, save, valid
 from st_fast.core.checkpoint.store import SaveFailed, candidates, sweep
+from tests import warm
 
 SCENARIOS = {
     "new": ([1], {1, 3}), "again": ([2], {2, 3}), "prune": ([1, 2], {2, 3}),
@@ -47,8 +48,8 @@ def test_kill_9_at_every_operation_leaves_the_old_or_the_new(
     base, work = memory_folder / "base", memory_folder / "work"
     for step in steps:
         save(base, step, filled(step), {"value": step})
-    command = [sys.executable, "-m", "tests.core.checkpoint.crash_child", str(base), str(work), scenario]
-    output = subprocess.run(command, env=child_env, capture_output=True, text=True, check=True).stdout
+    command = ("-m", "tests.core.checkpoint.crash_child", base, work, scenario)
+    output = warm.run(*command, env=child_env, check=True).stdout
     died_at = Counter(line.split()[1] for line in output.splitlines())
     assert died_at["done"] == 1 and died_at["write"] >= 8
     if scenario != "second":
