@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -91,6 +91,28 @@ def train(recipe: Path, *options: str, **environment: str) -> subprocess.Complet
         capture_output=True, text=True, cwd=ROOT, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
+
+
+IN_TURN = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def in_turn(commands: Sequence[Sequence[str]], cwd: Path, **environment: str) -> str:
+    """Runs `python -m COMMAND …` one after another in one process, which imports torch once; what they print."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(commands)], capture_output=True, text=True, cwd=cwd, timeout=550,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def records(out: Path, kind: str) -> list[dict]:
