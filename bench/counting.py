@@ -211,7 +211,7 @@ class Counter(TorchDispatchMode):
         self._launches = launches()
         self._ops: list[Op] | None = None
         self._kept: list[Any] = []  # within compiled code, so that no two storages share an address
-        self._fused: dict[Any, list[Kernel]] = {}
+        self._fused: dict[Any, tuple[list[Kernel], list[Layout | None]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -279,7 +279,10 @@ class Counter(TorchDispatchMode):
         module.register_full_backward_hook(leave)
 
     def compiled(self, graph: Callable[..., Any], *args: Any) -> Any:
-        """Runs a graph as compiled code, whose kernels are what fusion leaves of it: the same at every call."""
+        """Runs a graph as compiled code, whose kernels are what fusion leaves of it: the same at every call.
+
+        Later calls run nothing: their results are shaped as the first's, and share what those shared with arguments.
+        """
         phase = self.phase
         if phase is None:
             return graph(*args)
@@ -287,12 +290,12 @@ class Counter(TorchDispatchMode):
             self._ops = []
             out = graph(*args)
             ops, self._ops = self._ops, None
-            self._fused[graph] = fused(ops, {_storage(t) for t in _tensors(out)})
+            self._fused[graph] = fused(ops, {_storage(t) for t in _tensors(out)}), _layouts(args, out)
             self._kept.clear()
         else:
             with self.within(None):
-                out = graph(*args)
-        self.kernels += [replace(kernel, phase=phase) for kernel in self._fused[graph]]
+                out = _laid_out(args, self._fused[graph][1])
+        self.kernels += [replace(kernel, phase=phase) for kernel in self._fused[graph][0]]
         return out
 
 
@@ -355,6 +358,36 @@ def _bytes(tensors: Sequence[Tensor]) -> Bytes:
         storage = _storage(tensor)
         found[storage] = min(found.get(storage, 0.0) + _size(tensor), float(tensor.untyped_storage().nbytes()))
     return found
+
+
+Layout = tuple[int, Tensor]
+"""A result's place among those that share its storage, arguments first, and its shape, strides and offset."""
+
+
+def _layouts(args: Sequence[Any], out: Sequence[Any]) -> list[Layout | None]:
+    """How the results of a graph lie; None where one is no tensor."""
+    places: dict[int, int] = {}
+    for place, value in enumerate((*args, *out)):
+        if isinstance(value, Tensor):
+            places.setdefault(_storage(value), place)
+    return [(places[_storage(value)], value.detach()) if isinstance(value, Tensor) else None for value in out]
+
+
+def _laid_out(args: Sequence[Any], layouts: Sequence[Layout | None]) -> list[Any]:
+    """New results that lie so."""
+    out: list[Any] = []
+    for layout in layouts:
+        if layout is None:
+            out.append(None)
+            continue
+        place, like = layout
+        if place == len(args) + len(out):
+            size = like.untyped_storage().nbytes() // like.element_size()
+            base = torch.empty(size, dtype=like.dtype, device=META)
+        else:
+            base = (*args, *out)[place]
+        out.append(torch.as_strided(base.detach(), like.shape, like.stride(), like.storage_offset()))
+    return out
 
 
 def recipe_of(setup: Setup) -> tuple[Recipe, Stage]:

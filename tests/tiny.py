@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -87,6 +87,26 @@ def run_whole(folder: Path, data: Path) -> Path:
 def train(recipe: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m st_fast.train` in a process of its own."""
     return warm.run("-m", "st_fast.train", recipe, *options, env=os.environ | environment)
+
+
+IN_TURN = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def in_turn(commands: Sequence[Sequence[str]], cwd: Path, **environment: str) -> str:
+    """Runs `python -m COMMAND …` one after another in one process, which imports torch once; what they print."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    done = warm.run("-c", IN_TURN, json.dumps(commands), cwd=cwd, env=environment, timeout=550)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def records(out: Path, kind: str) -> list[dict]:

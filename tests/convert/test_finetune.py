@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,21 +56,13 @@ def test_a_repa_checkpoint_is_fine_tuned_with_self_transcendence_in_three_comman
     write_latents(tmp_path / "data" / "repa")
     write_vae(tmp_path / "hub")
     shutil.copytree(tiny.ROOT / "recipes", tmp_path / "recipes")
-    env = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    assert len(COMMANDS) == 3
-    text = ""
-    for command in COMMANDS:
-        more = [*re.findall(r"--model\.\S+", text), *SMALL] if "st_fast.train" in command else []
-        done = subprocess.run(
-            [*shlex.split(command), *more], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=550
-        )
-        assert done.returncode == 0, done.stderr
-        text = done.stdout
+    assert [command.split()[:3] for command in COMMANDS] == [
+        ["python", "-m", f"st_fast.{name}"] for name in ("convert", "train", "sample")
+    ]
+    convert, train, sample = (shlex.split(command)[2:] for command in COMMANDS)
+    hub = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    size = re.findall(r"--model\.\S+", tiny.in_turn([convert], tmp_path, **hub))
+    text = tiny.in_turn([[*train, *size, *SMALL], sample], tmp_path, **hub)
     out = tmp_path / "runs" / "finetune"
     found = checkpoint.latest(out / "finetune" / "checkpoints", pytest.fail)
     said = found.meta["init"]

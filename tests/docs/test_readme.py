@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 from bench import report
 from st_fast.recipe import load
 from st_fast.train.__main__ import main as train
+from tests import tiny
 from tests.data.conftest import encoded, picture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,14 +62,11 @@ def test_own_images_train_and_draw_by_the_three_commands(tmp_path):
     (block,) = [block for block in BLOCKS if "--vae small" in block]
     commands = [shlex.split(line) for line in block.splitlines()]
     assert [words[2] for words in commands] == [f"st_fast.{name}" for name in SMALL]
-    for words, small in zip(commands, SMALL.values(), strict=True):
-        done = subprocess.run(
-            [sys.executable, *words[1:], *small.split()], capture_output=True, text=True, cwd=tmp_path, timeout=300,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    said = tiny.in_turn(
+        [[*words[2:], *small.split()] for words, small in zip(commands, SMALL.values(), strict=True)], tmp_path
+    )
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
-    assert (tmp_path / done.stdout.split()[-1]).suffix == ".png" and (tmp_path / done.stdout.split()[-1]).is_file()
+    assert (tmp_path / said.split()[-1]).suffix == ".png" and (tmp_path / said.split()[-1]).is_file()
 
 
 def test_the_make_targets_exist():

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
+
+from st_fast.report import plot
 
 TEACHER_FLOPS = 0.4e9
 FLOPS = 1.5e9
@@ -173,3 +176,19 @@ class Runs:
 def runs(tmp_path: Path) -> Runs:
     """A maker of run folders."""
     return Runs(tmp_path)
+
+
+DRAWN: dict[str, Markup] = {}
+"""What figures look like, by all that is known of one: the same runs have the same figures in most tests."""
+
+
+@pytest.fixture(autouse=True)
+def draws_no_figure_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's figure that an earlier test's page had too is not drawn again."""
+    svg = plot.svg
+
+    def once(figure: plot.Figure) -> Markup:
+        key = repr(figure)
+        return DRAWN[key] if key in DRAWN else DRAWN.setdefault(key, svg(figure))
+
+    monkeypatch.setattr(plot, "svg", once)

@@ -137,9 +137,10 @@ def test_without_the_key_accumulation_decides():
 
 def test_a_card_with_too_little_memory_for_one_image_is_told_before_anything_begins(tmp_path):
     recipe = tiny.write_recipe(tmp_path / "tiny.toml", tiny.write_data(tmp_path / "data"), tmp_path / "out")
-    done = tiny.train(recipe, AUTO, "--model.mlp_ratio=1000", "--model.width=8192")  # hundreds of GiB
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("st_fast:")]
-    assert done.returncode == EXIT_FAILED and "Traceback" not in done.stderr
+    with pytest.raises(RunFailed) as failure:
+        run(load(recipe, [AUTO, "--model.mlp_ratio=1000", "--model.width=8192"]))  # hundreds of GiB
+    line = str(failure.value)
+    assert failure.value.exit_code == EXIT_FAILED and "\n" not in line
     assert "too little memory for one image a pass: 90 % of" in line and "weights and state take" in line
     assert not (tmp_path / "out" / "recipe.toml").exists() and not (tmp_path / "out" / "align").exists()
 
@@ -301,13 +302,16 @@ def test_a_run_killed_before_any_checkpoint_backs_off_again_at_the_same_step(dat
     assert same(states(tmp_path / "out"), states(truth))
 
 
+SHORT = ("--stage.align.steps=4", "--stage.transcend.steps=2")
+
+
 def test_memory_that_lacks_at_the_first_step_saves_nothing_and_begins_anew(data, tmp_path, monkeypatch, capsys):
     Shortage(monkeypatch, step=1, most=4)
-    run(recipe_for(data, tmp_path))
+    run(recipe_for(data, tmp_path, *SHORT))
     assert "going on after step 0 with 4, 2 passes a step" in capsys.readouterr().out
     byhand = tmp_path / "byhand"
     byhand.mkdir()
-    run(load(tiny.write_recipe(byhand / "tiny.toml", data, byhand / "out"), ["--optim.micro_batch=4"]))
+    run(load(tiny.write_recipe(byhand / "tiny.toml", data, byhand / "out"), [*SHORT, "--optim.micro_batch=4"]))
     assert same(states(tmp_path / "out"), states(byhand / "out"))
 
 
@@ -346,26 +350,26 @@ def test_memory_that_lacks_outside_of_a_pass_is_no_reason_to_back_off(data, tmp_
 
 
 def test_what_the_failed_pass_has_allocated_is_free_before_anything_is_saved(data, tmp_path, monkeypatch):
-    shortage, alive, save = Shortage(monkeypatch, step=6, most=4), dict[int, list[object]](), Trainer.save
+    shortage, alive, save = Shortage(monkeypatch, step=3, most=4), dict[int, list[object]](), Trainer.save
 
     def seen(trainer: Trainer, step: int, clock) -> None:
         alive.setdefault(step, [reference() for reference in shortage.held[:2]])
         save(trainer, step, clock)
 
     monkeypatch.setattr(Trainer, "save", seen)
-    run(recipe_for(data, tmp_path))
-    assert alive[5] == [None, None]
+    run(recipe_for(data, tmp_path, *SHORT))
+    assert alive[2] == [None, None]
 
 
 def test_the_failed_pass_and_its_trainer_are_let_go_before_the_next_try(data, tmp_path, monkeypatch, thawed):
-    shortage, alive, begin = Shortage(monkeypatch, step=6, most=4), list[list[object]](), runs.run_stage
+    shortage, alive, begin = Shortage(monkeypatch, step=3, most=4), list[list[object]](), runs.run_stage
 
     def seen(context, stage) -> None:
         alive.append([reference() for reference in shortage.held])
         begin(context, stage)
 
     monkeypatch.setattr(runs, "run_stage", seen)
-    run(recipe_for(data, tmp_path))
+    run(recipe_for(data, tmp_path, *SHORT))
     assert len(shortage.held) == 3 and alive[1] == [None, None, None]
     assert gc.get_freeze_count() == 0
 
