@@ -22,6 +22,8 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTEST = "import runpy; runpy.run_module('pytest', run_name='__main__', alter_sys=True)"
+"""`-m pytest` as a program, for `-c`."""
 
 
 class Process:

@@ -92,9 +92,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 )
 def test_help_compiles_no_kernels(command: str) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "ST_FAST_CSRC"}
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, *command.split()], cwd=ROOT, env=clean, text=True, capture_output=True, timeout=120
-    )
+    done = warm.run("-c", HELP, *command.split(), env=clean)
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
 
 

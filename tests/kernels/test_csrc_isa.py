@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from csrc_cases import cases, error, evaluate
 
 from st_fast import kernels
 from st_fast.kernels import native
+from tests import warm
 
 CHILD = """
 import sys
@@ -46,10 +46,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="csrc is not buil
 
 
 def run_child(isa: str, target: Path) -> subprocess.CompletedProcess[str]:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1])])
-    env = os.environ | {"ST_FAST_ISA": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", CHILD, str(target), isa], env=env, capture_output=True, text=True)
+    env = os.environ | {"ST_FAST_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    return warm.run("-c", CHILD, target, isa, env=env)
 
 
 def supported() -> list[str]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests import warm
 
 CHILD = """
 import ctypes, resource, sys
@@ -33,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(mode: str) -> int:
-    done = subprocess.run([sys.executable, "-c", CHILD, mode], cwd=REPOSITORY, capture_output=True, text=True)
+    done = warm.run("-c", CHILD, mode)
     if done.returncode == 77:
         pytest.skip("not glibc")
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from st_fast.kernels import build, hub
+from tests import warm
 
 REPO = "someone/st-fast-kernels"
 
@@ -49,15 +50,22 @@ def compiled(tree: Path) -> list[Path]:
     return found
 
 
-def child(tree: Path, *command: str, **env: str) -> str:
-    """What a process outside this repository prints that has the Hugging Face package and not st_fast."""
+def child(tree: Path, program: str, *arguments: object, **env: str) -> str:
+    """What a process outside this repository prints that has the Hugging Face package and not st_fast.
+
+    It imports torch itself where the program hides numpy from it.
+    """
     try:
         package = metadata.distribution("kernels").locate_file("")
     except metadata.PackageNotFoundError:
         pytest.skip("Hugging Face's kernels isn't installed")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ST_FAST")}
     clean |= {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
-    done = subprocess.run([sys.executable, *command], cwd=tree, env=clean, capture_output=True, text=True, timeout=400)
+    if program is OPS:
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        done = subprocess.run(command, cwd=tree, env=clean, capture_output=True, text=True, timeout=400)
+    else:
+        done = warm.run("-c", program, *arguments, cwd=tree, env=clean)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -146,7 +154,7 @@ for variant in Path("build").iterdir():
 
 
 def test_the_package_reads_build_toml_and_metadata_and_finds_the_digests_right(tree: Path) -> None:
-    child(tree, "-c", ACCEPTED)
+    child(tree, ACCEPTED)
 
 
 OPS = """
@@ -189,7 +197,7 @@ assert not any(name.split(".")[0] == "st_fast" for name in sys.modules)
 
 def test_the_compiled_build_is_chosen_and_others_live_beside_it(tree: Path, compiled: list[Path]) -> None:
     """Three builds in one process, two of them compiled; each has its ops, its C++ and its definitions."""
-    lines = child(tree, "-c", OPS, str(tree), str(compiled[1]), str(tree / "build" / "torch-cpu")).splitlines()
+    lines = child(tree, OPS, tree, compiled[1], tree / "build" / "torch-cpu").splitlines()
     isa = lines[0].split()[1]
     assert isa in ("avx512", "avx2", "baseline")
     assert lines[0] == lines[3] == f"{compiled[0].name} {isa} True"
@@ -198,7 +206,7 @@ def test_the_compiled_build_is_chosen_and_others_live_beside_it(tree: Path, comp
 
 def test_without_a_compiled_build_the_package_loads_the_python_files(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "torch-cpu").symlink_to(tree / "build" / "torch-cpu")
-    assert child(tree, "-c", OPS, str(tmp_path)).splitlines() == ["torch-cpu None False"] * 2
+    assert child(tree, OPS, tmp_path).splitlines() == ["torch-cpu None False"] * 2
 
 
 TRITON = """
@@ -215,14 +223,14 @@ torch.testing.assert_close(y, kernel.reference.norm_modulate(x, shift, scale, 1e
 
 def test_the_triton_kernels_come_along(tree: Path) -> None:
     pytest.importorskip("triton")
-    child(tree, "-c", TRITON, TRITON_INTERPRET="1")
+    child(tree, TRITON, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("variant", ["compiled", "torch-cpu"])
 def test_the_trees_own_tests_pass(variant: str, tree: Path, request: pytest.FixtureRequest) -> None:
     """Ops and gradients, torch.compile, and kernelize with use_fallback=False on a plain DiT block."""
     build = request.getfixturevalue("compiled")[0] if variant == "compiled" else tree / "build" / variant
-    said = child(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", LOCAL_KERNELS=f"{REPO}={build}")
+    said = child(tree, warm.PYTEST, "-q", "-p", "no:cacheprovider", "tests", LOCAL_KERNELS=f"{REPO}={build}")
     assert re.search(r"\b2\d passed", said) and "skipped" not in said, said
 
 
@@ -242,7 +250,7 @@ def test_the_cards_ten_lines_run(tree: Path) -> None:
     assert f"```python\n{lines}\n```" in text and REPO in text
     assert re.search(r"\| norm_modulate \| .* \| \d+\.\d\d \| \d+\.\d\d× \|", text) and "@" not in text
     assert not re.search(r"{[{%#]", text)  # kernel-builder fills CARD.md in as a template
-    said = child(tree, "-c", EXAMPLE)
+    said = child(tree, EXAMPLE)
     assert re.fullmatch(r"[\d.]+ ms plain, [\d.]+ ms with the kernels: [\d.]+ times as fast\n", said)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from st_fast import kernels
 from st_fast.kernels.common.registry import LAUNCHERS
+from tests import warm
 
 SOURCE = Path(str(kernels.__file__)).parent
 
@@ -82,8 +82,7 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProc
         (package / "_ops.py").write_text(NAMESPACE.format(package=package.name))
         packages[package.name] = family, launchers(family) if find_spec("triton") else []
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(packages)]
-    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    return warm.run("-c", PROGRAM, json.dumps(packages), cwd=root, env=env)
 
 
 @pytest.mark.parametrize("family", kernels.FAMILIES)
@@ -109,7 +108,7 @@ for ours, theirs in zip((x_out, y), definition.gate_residual_norm_modulate(x, a,
     torch.testing.assert_close(ours, theirs)
 """
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = warm.run("-c", program, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -136,7 +135,7 @@ for family in {families}:
             print(family, str(error).replace("\\n", "|"))
 """
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = warm.run("-c", program, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert {line.split()[0] for line in lines} == set(families)

@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,27 +57,29 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_a_folder_with_an_ops_name_is_one_line(checkout: Path) -> None:
     (checkout / "kernels" / "copied").rename(checkout / "kernels" / "new_gate_residual")
-    env = os.environ | {"PYTHONPATH": str(checkout)}
-    command = [sys.executable, "-c", "import st_fast.kernels"]
-    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    done = process(checkout, "import st_fast.kernels")
     assert "new_gate_residual: a folder can't have the name of an op" in done.stderr.splitlines()[-1]
 
 
-def run(checkout: Path, *command: str) -> str:
+def process(checkout: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One of the checkout's st_fast."""
+    return warm.run("-c", program, *arguments, cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)})
+
+
+def run(checkout: Path, program: str, *arguments: str) -> str:
     """What a program in the checkout prints."""
-    env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=checkout, env=env, capture_output=True, text=True)
+    done = process(checkout, program, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_a_copied_folder_is_in_the_table_the_recipe_the_smoke_test_and_the_resources(checkout: Path) -> None:
     pytest.importorskip("triton")
-    assert run(checkout, "-c", PROGRAM).strip() == "fused"
+    assert run(checkout, PROGRAM).strip() == "fused"
 
 
 def test_a_copied_folder_is_checked_by_the_tests_that_every_op_passes(checkout: Path) -> None:
-    found = run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_ops.py", "-k",
+    found = run(checkout, warm.PYTEST, "-q", "-p", "no:cacheprovider", "tests/kernels/test_ops.py", "-k",
                 "new_norm_modulate and not second_derivatives")  # fmt: skip
     assert found.count(".") >= 5 and "[100%]" in found, found
 
@@ -95,7 +98,5 @@ def test_a_slip_in_a_copied_folder_is_one_line_that_names_it(
     path = checkout / "kernels" / "copied" / file
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    program = "from st_fast import kernels\nfor op in kernels.OPS: kernels.declared(op)"
-    env = os.environ | {"PYTHONPATH": str(checkout)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=checkout, env=env, capture_output=True, text=True)
+    done = process(checkout, "from st_fast import kernels\nfor op in kernels.OPS: kernels.declared(op)")
     assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr

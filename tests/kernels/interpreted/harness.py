@@ -58,6 +58,21 @@ def _patched_once(function: Any) -> Any:
 if hasattr(interpreter, "_LangPatchScope"):  # from Triton 3.7 on
     interpreter._patch_lang = _patched_once
 
+# Integers are looked at for overflow only to be thrown away without `debug`: a quarter of the interpreter's time.
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+_get_np_dtype, _dtypes = interpreter._get_np_dtype, dict[str, Any]()
+
+
+def _looked_up_once(of: Any) -> Any:
+    """numpy's type for one of Triton's, for which the interpreter writes down the table of all at every operation."""
+    if of.name not in _dtypes:
+        _dtypes[of.name] = _get_np_dtype(of)
+    return _dtypes[of.name]
+
+
+interpreter._get_np_dtype = _looked_up_once
+
 
 def _poisoned(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher with every torch.empty full of NaN, so that what a kernel does not write is seen."""
