@@ -1,13 +1,15 @@
-"""Dataclasses out of JSON that anybody may have written: each field's type checked, the wrong one named."""
+"""Dataclasses out of JSON that anybody may have written, each field's type checked; and the records of a run's log."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from st_fast.core.files import BadFile, is_count, shown
+from st_fast.core.files import BadFile, is_count, read_bytes, shown
 
 Record = TypeVar("Record")
 PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
@@ -39,6 +41,22 @@ def record_from(kind: type[Record], value: object, where: str, strict: bool = Tr
         return kind(**found)
     except BadFile as error:
         raise BadFile(f"{where}: {error}") from None
+
+
+def log_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's log.jsonl: objects with kind, stage and step. BadFile if there is no such file.
+
+    A line that is none, as a kill, a power cut or an editor leaves it, is passed over: weights don't hang on the log.
+    """
+    for line in read_bytes(path).decode("utf-8-sig", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and all(
+            type(record.get(key)) is kind for key, kind in (("kind", str), ("stage", str), ("step", int))
+        ):
+            yield record
 
 
 def _value(kind: Any, value: Any, where: str, strict: bool) -> Any:

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     from st_fast.train.run import run  # torch is imported only once the recipe is known to be right
 
-    run(recipe, "--accept-changes" in flags)
+    run(recipe, "--accept-changes" in flags, Path(path))
 
 
 def summary(recipe: Recipe, ranks: int) -> str:

@@ -4,7 +4,6 @@ Each checkpoint says with what it was made, so that nothing depends on the copy 
 has changed is refused in one line; `--accept-changes` goes on all the same, and the log and the report say so.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +13,8 @@ from typing import Any
 from st_fast.core.checkpoint.meta import FilesIdentity, Meta, Teacher
 from st_fast.core.checkpoint.store import Manifest, candidates, patiently, read_manifest
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, Unreadable, read_bytes, shown
+from st_fast.core.files import BadFile, Unreadable, shown
+from st_fast.core.records import log_records
 from st_fast.data.ahead import RecordSet
 from st_fast.recipe import Recipe, RecipeError, Stage, changed_maths, from_text, load_run
 from st_fast.train.log import Log
@@ -36,11 +36,11 @@ class Changes:
     def __post_init__(self) -> None:
         """Reads what was accepted and scored before; only the first rank, which alone compares."""
         if self.log.active and self.log.path.exists():
-            for line in read_bytes(self.log.path).decode("utf-8", errors="replace").splitlines():
-                if f'"{KIND}"' in line:
-                    self.accepted |= set(map(str, _field(line, KIND, "changes", list)))
-                if '"eval"' in line:
-                    self.scored = dict(_field(line, "eval", "metrics", dict)) or self.scored
+            for record in log_records(self.log.path):
+                if record["kind"] == KIND and isinstance(changes := record.get("changes"), list):
+                    self.accepted |= set(map(str, changes))
+                if record["kind"] == "eval" and isinstance(metrics := record.get("metrics"), dict):
+                    self.scored = metrics or self.scored
 
     def check(self, differences: Sequence[str], stage: str, step: int) -> None:
         """UserError with all differences that are neither accepted now nor before; `stage` and `step` are continued."""
@@ -56,16 +56,6 @@ class Changes:
         self.accepted |= set(fresh)
         self.log.write(KIND, stage, step, changes=fresh)
         self.log.say(f"accepted: {text}")
-
-
-def _field(line: str, kind: str, key: str, of: type[Any]) -> Any:
-    """A value of a log's record of a kind; an empty one where the line is no such record."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return of()
-    found = record.get(key) if isinstance(record, dict) and record.get("kind") == kind else None
-    return found if isinstance(found, of) else of()
 
 
 def score_differences(before: Mapping[str, Any], protocol: Mapping[str, str]) -> list[str]:
@@ -99,6 +89,8 @@ def check_recipe(recipe: Recipe, changes: Changes) -> None:
         differences += changed_maths(load_run(out), recipe)
     begun = [(stage, *found) for stage in recipe.stages if (found := newest(recipe, stage)) is not None]
     for stage, path, manifest in begun:
+        if manifest.step > stage.steps:
+            differences.append(f"stage.{stage.name}.steps: {stage.steps}, and {manifest.step} are done")
         if (name := manifest.said.stage or stage.name) != stage.name:
             differences.append(f"{path} is a checkpoint of stage {shown(name)}")
     for stage, path, manifest in begun[-1:]:
@@ -109,7 +101,7 @@ def check_recipe(recipe: Recipe, changes: Changes) -> None:
             if not (out / "recipe.toml").exists():
                 differences.append(f"{path} can't be compared, and there is no {out / 'recipe.toml'} ({error})")
         if manifest.step < stage.steps:
-            differences += _longer_teacher(recipe, stage, manifest.said)
+            differences += _longer_teacher(recipe, stage, manifest.said) + _longer_start(recipe, stage, manifest.said)
     changes.check(differences, *at)
 
 
@@ -119,6 +111,15 @@ def _longer_teacher(recipe: Recipe, stage: Stage, meta: Meta) -> list[str]:
     if name is None or before is None or all(other.name != name for other in recipe.stages):
         return []
     return teacher_differences(stage, before, replace(before, step=recipe.stage(name).steps))
+
+
+def _longer_start(recipe: Recipe, stage: Stage, meta: Meta) -> list[str]:
+    """The same of a stage of this run whose weights it began with."""
+    name, before = stage.start.init, meta.init
+    if before is None or name != before.path or all(other.name != name for other in recipe.stages):
+        return []
+    now = recipe.stage(name).steps
+    return [f"stage.{stage.name}: it began from {name} at step {before.step} (now {now})"] * (before.step != now)
 
 
 def teacher_differences(stage: Stage, before: Teacher | None, now: Teacher | None) -> list[str]:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from st_fast.core.checkpoint.meta import SkippedSteps, SpikeHistory
 from st_fast.core.errors import RunFailed
-from st_fast.core.files import BadFile, read_bytes
+from st_fast.core.files import BadFile
 from st_fast.core.ranks import Ranks
+from st_fast.core.records import log_records
 from st_fast.core.writing import Writer
 
 SPIKE_STEPS = 5
@@ -73,11 +74,12 @@ class Log:
         if not self.active:
             return True
         try:
-            lines = read_bytes(self.path).decode("utf-8", errors="replace").splitlines()
+            return any(
+                (record["kind"], record["stage"]) == (kind, stage) and step in (None, record["step"])
+                for record in log_records(self.path)
+            )
         except BadFile:
             return False
-        records = (r for r in map(json.loads, lines) if (r["kind"], r["stage"]) == (kind, stage))
-        return any(step in (None, record["step"]) for record in records)
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

@@ -11,7 +11,6 @@ Optimistic: latencies are left out, and a GPU is as efficient with a few images 
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from statistics import median_high
 
 from st_fast.core.command import command_parser
 from st_fast.core.errors import UserError
+from st_fast.core.files import is_count
 from st_fast.core.options import BATCH_MOST, integer, number
+from st_fast.core.records import log_records
 from st_fast.recipe import cost, load
 from st_fast.train.parallel import BUCKET_BYTES
 
@@ -113,11 +114,10 @@ def table(work: Work, machine: Machine) -> str:
 def measured_rate(run: Path, stage: str) -> float:
     """Images/s of one GPU: the median of a run's log for a stage. UserError where the log has none."""
     rates, ranks, log = list[float](), 1, run / "log.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        record = json.loads(line)
-        if record.get("stage") == stage and record["kind"] == "start":
-            ranks = record.get("ranks", 1)
-        if record.get("stage") == stage and record["kind"] == "train":
+    for record in log_records(log) if log.is_file() else ():
+        if (record["kind"], record["stage"]) == ("start", stage) and is_count(record.get("ranks")):
+            ranks = max(1, record["ranks"])
+        if (record["kind"], record["stage"]) == ("train", stage) and type(record.get("images_per_s")) is float:
             rates.append(record["images_per_s"] / ranks)
     if not rates:
         raise UserError(f"--run {run}: its log has no training step of stage {stage}")

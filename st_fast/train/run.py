@@ -14,6 +14,7 @@ from st_fast import kernels
 from st_fast.core import lock
 from st_fast.core.checkpoint.store import candidates
 from st_fast.core.errors import Say, UserError
+from st_fast.core.files import read_bytes
 from st_fast.core.machine import PassTooLarge, local_rank, naming_lack_of_memory
 from st_fast.core.ranks import JOINING, Ranks, process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
@@ -47,10 +48,10 @@ LEAST_JOINING = 60.0
 """Seconds by which one rank's imports may take longer than another's."""
 
 
-def run(recipe: Recipe, accept_changes: bool = False) -> None:
+def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None) -> None:
     """Trains every stage of the recipe, resuming where it stopped, and writes the report.
 
-    accept_changes: also where what it continues was begun with other mathematics.
+    accept_changes: also where what it continues was begun with other mathematics; given: the file it was read from.
 
     Raises Interrupted after a signal (saved), RunFailed when training can't go on, UserError for bad input.
     """
@@ -102,6 +103,7 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             split, choice = memory.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:
                 # Not earlier: a recipe that is refused has not begun, and may be corrected.
+                keep_given(given, out / "recipe.toml", recipe, log)
                 log.files.write(out / "recipe.toml", to_toml(recipe).encode())
             with naming_lack_of_memory("measuring the device and trying kernels"):
                 rate = matmul_rate(ranks.device, dtype)
@@ -112,6 +114,16 @@ def run(recipe: Recipe, accept_changes: bool = False) -> None:
             consensus.close()
             if ranks.first:
                 finish_writing(log, out, recipe, partial(ranks.heartbeat.beat, "report"))
+
+
+def keep_given(given: Path | None, target: Path, recipe: Recipe, log: Log) -> None:
+    """Where the recipe was read from the place of the run's own copy, keeps what its author wrote beside that."""
+    kept = target.with_name("recipe.given.toml")
+    if given is None or os.path.lexists(kept) or not os.path.lexists(target) or not given.samefile(target):
+        return
+    if (text := read_bytes(target)) != to_toml(recipe).encode():
+        log.files.write(kept, text)
+        log.say(f"{target} becomes the resolved recipe; as given it is kept in {kept.name}")
 
 
 def finish_writing(log: Log, out: Path, recipe: Recipe, beat: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ from st_fast.core.checkpoint.store import digest_of, read_manifest, save
 from st_fast.core.errors import EXIT_USAGE, RunFailed, Unreadable, UserError
 from st_fast.data.repa import LATENTS
 from st_fast.recipe import load, to_toml
+from st_fast.train import __main__ as train
 from st_fast.train.continuity import newest
 from st_fast.train.run import run
 from tests import tiny
@@ -238,3 +239,73 @@ def test_arrays_that_changed_between_starts_are_refused_and_copied_ones_are_not(
     assert "data.path: its files were" in refused(arrays, *options)
     run(load(arrays, options), accept_changes=True)
     assert len(accepted(arrays)) == 1
+
+
+def test_fewer_steps_than_are_done_are_refused_unless_accepted(recipe):
+    line = refused(recipe, "--stage.align.steps=3")
+    assert "stage.align.steps: 3, and 10 are done" in line and "--accept-changes" in line
+    before = tiny.records(recipe.parent / "out", "end")
+    run(load(recipe, ["--stage.align.steps=3", HALF]), accept_changes=True)
+    assert len(tiny.records(recipe.parent / "out", "accepted")) == 1
+    assert tiny.records(recipe.parent / "out", "end") == before
+
+
+def test_a_stage_that_began_from_one_that_is_trained_on_since_is_refused(recipe):
+    """The same stages, but the second begins with the first's weights instead of learning from it."""
+    text, out = recipe.read_text().split("[[stage]]"), recipe.parent / "out"
+    shutil.rmtree(out)
+    recipe.write_text(
+        "[[stage]]".join(text[:2]) + '[[stage]]\nname = "on"\nsupervision = "none"\ninit = "align"\nsteps = 4\n'
+    )
+    run(load(recipe))
+    longer = ["--stage.align.steps=12", "--stage.on.steps=6"]
+    assert "stage.on: it began from align at step 10 (now 12)" in refused(recipe, *longer)
+    run(load(recipe, longer[:1]))  # it is complete, and stays as it is
+    assert [record["step"] for record in tiny.records(out, "end")] == [10, 4, 12]
+    run(load(recipe, longer), accept_changes=True)
+    assert tiny.records(out, "end")[-1]["step"] == 6
+
+
+DAMAGED = [
+    b"",
+    b"{}",
+    b"null",
+    b"[1]",
+    b"\0" * 512,
+    b'{"kind": "train", "stage": "al',
+    b"[" * 9999,
+    b"\xff\xfe",
+    b'{"kind": 1}',
+]
+
+
+@pytest.mark.parametrize("place", ["first", "middle"])
+def test_damaged_lines_of_the_log_stop_no_resume(place, recipe):
+    log = recipe.parent / "out" / "log.jsonl"
+    lines = log.read_bytes().splitlines()
+    at = {"first": 0, "middle": len(lines) // 2}[place]
+    log.write_bytes(b"\n".join([*lines[:at], *DAMAGED, *lines[at:], b""]))
+    run(load(recipe))
+    ends = [line for line in log.read_bytes().splitlines() if b'"kind": "end"' in line]
+    assert [json.loads(line)["step"] for line in ends] == [10, 4, 10]
+
+
+def test_a_log_that_is_no_log_stops_no_resume(recipe):
+    log = recipe.parent / "out" / "log.jsonl"
+    log.write_bytes(b"\xef\xbb\xbf" + os.urandom(4096))
+    run(load(recipe))
+    assert b'"kind": "end"' in log.read_bytes()
+
+
+def test_a_recipe_at_the_place_of_the_runs_own_copy_is_kept_as_given(recipe, capsys):
+    out = recipe.parent / "out"
+    shutil.rmtree(out)
+    out.mkdir()
+    given = out / "recipe.toml"
+    given.write_text("# mine\n" + recipe.read_text())
+    text = given.read_text()
+    train.main([str(given), "--stage.align.steps=2", HALF])
+    assert (out / "recipe.given.toml").read_text() == text and "recipe.given.toml" in capsys.readouterr().out
+    assert given.read_text() == to_toml(load(given))
+    train.main([str(given), "--stage.align.steps=3"])  # the resolved copy is the run's own
+    assert (out / "recipe.given.toml").read_text() == text
