@@ -117,7 +117,7 @@ def measured_rate(run: Path, stage: str) -> float:
     for record in log_records(log) if log.is_file() else ():
         if (record["kind"], record["stage"]) == ("start", stage) and is_count(record.get("ranks")):
             ranks = max(1, record["ranks"])
-        if (record["kind"], record["stage"]) == ("train", stage) and type(record.get("images_per_s")) is float:
+        if (record["kind"], record["stage"]) == ("train", stage) and type(record.get("images_per_s")) in (int, float):
             rates.append(record["images_per_s"] / ranks)
     if not rates:
         raise UserError(f"--run {run}: its log has no training step of stage {stage}")

@@ -62,9 +62,9 @@ def test_the_command_prints_each_stage_and_says_what_is_assumed(capsys):
 
 
 def test_a_runs_log_gives_the_rate_of_one_gpu(tmp_path):
-    lines = [{"kind": "start", "stage": "align", "ranks": 4}]
-    lines += [{"kind": "train", "stage": "align", "images_per_s": rate} for rate in (100.0, 400.0, 420.0)]
-    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"kind": "start", "stage": "align", "step": 0, "ranks": 4}]
+    lines += [{"kind": "train", "stage": "align", "step": 1, "images_per_s": rate} for rate in (100.0, 400.0, 420.0)]
+    (tmp_path / "log.jsonl").write_text("half a line\n" + "\n".join(map(json.dumps, lines)))
     assert plan.measured_rate(tmp_path, "align") == 100.0
     with pytest.raises(UserError, match="no training step of stage other"):
         plan.measured_rate(tmp_path, "other")
