@@ -195,6 +195,28 @@ def test_too_few_samples_and_empty_classes_are_told_before_anything_slow(run, tm
         evaluate.main([str(run), "-n", "70", "--labels", "0,3"])
 
 
+@pytest.mark.parametrize(
+    ("splits", "asked", "told"),
+    [
+        ({"train": 100, "test": 16}, ["-n", "70"], r"images\.safetensors: 16 images in 'test': .* at least 65 images"),
+        ({"train": 64, "test": 80}, ["-n", "70"], r"images\.safetensors: 64 images in 'train': .* at least 65 images"),
+        ({"train": 65, "test": 65}, ["-n", "40"], r"--num 40: the classifier's 64 features need at least 65"),
+        ({"train": 65, "test": 65}, ["--samples", "FILE"], r"few\.npz: 64 samples: .* 64 features need at least 65"),
+    ],
+)
+def test_too_few_images_for_the_classifier_are_told_before_it_is_trained(
+    splits, asked, told, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("st_fast.evaluate.classifier.train", pytest.fail)
+    monkeypatch.setattr("st_fast.evaluate.__main__.draw_set", pytest.fail)
+    monkeypatch.setitem(globals(), "SPLITS", splits)
+    real_images(tmp_path / "data")
+    few = npz(tmp_path / "few.npz", pictures(1, 64))
+    with pytest.raises(UserError, match=told) as error:
+        evaluate.main([str(run), *(str(few) if word == "FILE" else word for word in asked)])
+    assert "\n" not in str(error.value)
+
+
 def test_with_weights_it_draws_scores_prints_the_protocol_and_keeps_a_record(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inception, "load_inception", lambda path, device: small_projection())
     real_images(tmp_path / "data")
