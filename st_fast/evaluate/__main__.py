@@ -31,8 +31,8 @@ from st_fast.core.comparison import differences, place_for, short_digest
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import BadFile, read_json, write_json_atomic
 from st_fast.core.machine import naming_lack_of_memory
-from st_fast.evaluate import inception, scores
-from st_fast.evaluate.classifier import classifier_metrics, how_to_write_images, load_classifier
+from st_fast.evaluate import classifier, inception, scores
+from st_fast.evaluate.classifier import how_to_write_images
 from st_fast.recipe import Recipe
 from st_fast.report.metrics import apart
 from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
@@ -87,6 +87,9 @@ def main(arguments: Sequence[str]) -> None:
         inception.load_inception(given.inception, torch.device("cpu"))  # to refuse a bad file before hours of drawing
         if not given.reference.exists():
             raise UserError(f"--reference {given.reference}: no such file or folder")
+    else:
+        classifier.check_count(request.settings.num, f"--num {request.settings.num}")
+        classifier.check_real_images(Path(request.recipe.data.path))
     with sampling(request) as (ranks, sampler, say):
         file = draw_set(sampler, None, False, ranks, say)
         del sampler
@@ -145,15 +148,16 @@ def _by_classifier(data: Path, samples: ImageFile, say: Say) -> tuple[dict[str, 
     """Numbers by their metric's key, and the protocol."""
     if samples.labels is None:
         raise UserError(f"{samples.path}: no labels (arr_1); the classifier compares with the labels asked for")
-    classifier, reference = load_classifier(data, say)
+    classifier.check_count(samples.count, f"{samples.path}: {samples.count} samples")
+    network, reference = classifier.load_classifier(data, say)
     images = np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2)
-    numbers = classifier_metrics(classifier, images, samples.labels, reference)
+    numbers = classifier.classifier_metrics(network, images, samples.labels, reference)
     numbers |= {f"classifier_{name}": numbers.pop(name) for name in ("frechet", "precision", "recall")}
     return numbers, {
         "num": samples.count, "real_images": numbers["floor_num"],
         "reference": f"{len(reference.features)} training images",
-        "resize": "bilinear, antialiased" if samples.shape[:2] != classifier.size else "none",
-        "features": "a classifier trained on the data; not FID", "weights_sha256": classifier.digest,
+        "resize": "bilinear, antialiased" if samples.shape[:2] != network.size else "none",
+        "features": "a classifier trained on the data; not FID", "weights_sha256": network.digest,
     }  # fmt: skip
 
 

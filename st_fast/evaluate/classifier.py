@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from st_fast.core.errors import Say, UserError
-from st_fast.core.files import read_bytes, read_json, write_folder, write_json_atomic
+from st_fast.core.files import read_bytes, read_header, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import naming_lack_of_memory
 from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
@@ -190,8 +190,27 @@ def classifier_metrics(
     }  # fmt: skip
 
 
+def check_count(count: int, given: str) -> None:
+    """UserError, naming what was `given`, where a covariance of `count` images' features would be singular."""
+    if count <= FEATURES:
+        raise UserError(f"{given}: the classifier's {FEATURES} features need at least {FEATURES + 1} images")
+
+
+def check_real_images(data_folder: Path) -> None:
+    """UserError where a split of `images.safetensors` is too small for a covariance; reads the header only."""
+    path = data_folder / "images.safetensors"
+    held = read_header(path) if path.is_file() else {}
+    for split in ("train", "test"):
+        if split in held and len(shape := held[split].shape) > 0:  # what else is wrong, reading says
+            check_count(shape[0], f"{path}: {shape[0]} images in {split!r}")
+
+
 def load_classifier(data_folder: Path, say: Say) -> tuple[Classifier, Reference]:
-    """The classifier of a data folder (trained on first use) and the reference it compares with."""
+    """The classifier of a data folder (trained on first use) and the reference it compares with.
+
+    UserError, before it is trained, where the images are too few to compare with.
+    """
+    check_real_images(data_folder)
     classifier, real = load_or_train(data_folder, say), read_images(data_folder)
     return classifier, make_reference(classifier, real.train, real.test)
 

@@ -249,7 +249,7 @@ def load_transformer(name: str, device: torch.device, dtype: torch.dtype) -> Vis
     if Path(name).is_dir():
         _check_folder(Path(name))
     kinds = "neither a folder with a vision transformer in safetensors, nor a hub name that can be reached"
-    with from_hub(f"encoder {name!r}: {kinds}, such as facebook/dinov2-base"):
+    with from_hub(f"encoder {name!r}: {kinds}, such as facebook/dinov2-base", name):
         kind = transformers.AutoConfig.from_pretrained(name).model_type
         family = FAMILIES.get(kind)
         model, missing = _from_pretrained(transformers, name, family) if family else (None, [])

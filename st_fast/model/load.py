@@ -96,7 +96,7 @@ def fetch(name: str) -> Path:
         raise UserError(
             f"model {name!r}: no folder, and huggingface_hub can't be imported ({error}): {how_to_install('hub')}"
         ) from None
-    with from_hub(f"model {name!r}: neither a folder nor a name on the hub in reach"):
+    with from_hub(f"model {name!r}: neither a folder nor a name on the hub in reach", name):
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
 
 

@@ -8,6 +8,9 @@ Flux) has it taken off the mean here and put back by `decode`, so that no caller
 import hashlib
 import logging
 import math
+import os
+import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +27,9 @@ from st_fast.model.finite import check_finite
 
 PRESETS = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema"}
 """Short names for the VAEs of the published runs; REPA's latents come from the first."""
+
+ATTEMPTS, PATIENCE = 2, 5.0
+"""How often the hub is asked whether it can be reached, and for how many seconds each time."""
 
 VAE = Any
 """A diffusers AutoencoderKL, or `Pixels` in its place; diffusers is imported only when one is wanted."""
@@ -93,7 +99,7 @@ def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dty
     cls = autoencoder_class()
     if Path(source).is_dir():
         _check_folder(Path(source), cls)
-    with from_hub(f"vae = {name!r}: {refusal}"):
+    with from_hub(f"vae = {name!r}: {refusal}", source):
         # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
         vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
     check_finite(vae.state_dict(), f"vae = {name!r}")
@@ -120,9 +126,10 @@ def _check_folder(folder: Path, cls: Any) -> None:
 
 
 @contextmanager
-def from_hub(refusal: str) -> Iterator[None]:
+def from_hub(refusal: str, name: str = "") -> Iterator[None]:
     """Reading from the hub or its cache without the hub's lines and warnings on every attempt that failed.
 
+    Where the hub has to be asked for `name` a line says so, and whether it answers is known within seconds.
     UserError, `refusal` with the reason, for whatever goes wrong.
     """
     logger = logging.getLogger("huggingface_hub")
@@ -130,11 +137,45 @@ def from_hub(refusal: str) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(action="ignore"):  # of diffusers about its own way of asking the hub
+            if name and not Path(name).is_dir():
+                _reach(name)
             yield
     except Exception as error:  # diffusers, transformers and the hub raise a dozen kinds; all mean that it can't be had
         raise UserError(f"{refusal} ({first_line(error)})") from None
     finally:
         logger.setLevel(level)
+
+
+def _reach(name: str) -> None:
+    """Says that the hub is asked for what is not in its cache; ConnectionError where no attempt gets an answer.
+
+    The hub's own library asks six times with pauses of 23 s in all, and has no setting for that.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except ValueError:  # no name that the hub could have
+        return
+    if os.environ.get("RANK", "0") == "0":
+        print(f"asking the hub for {name}", file=sys.stderr, flush=True)
+    for attempt in range(ATTEMPTS):
+        try:
+            answers(constants.ENDPOINT)
+        except Exception as error:
+            if attempt == ATTEMPTS - 1:
+                raise ConnectionError(f"no answer from {constants.ENDPOINT}: {first_line(error)}") from None
+            time.sleep(1)
+        else:
+            return
+
+
+def answers(address: str) -> None:
+    """Asks the hub once for anything, as its own library would; an error of that library's if it does not answer."""
+    from huggingface_hub import get_session
+
+    get_session().head(address, timeout=PATIENCE)
 
 
 def vae_hash(vae: VAE) -> str:

@@ -1,9 +1,10 @@
 """A set of samples in a folder, drawn batch by batch by any number of ranks.
 
 `sample.json` holds the settings, `parts/<batch>.safetensors` the images and labels of each finished batch until
-`samples.npz` (ADM's layout) holds them all; beside it lie `grid.png` and, if asked for, `png/<number>.png`. Which
-samples share a batch follows from their numbers alone and one rank draws a whole batch, so the number of ranks changes
-no image (and no bit where each rank computes with as many threads).
+`samples.npz` (ADM's layout) holds them all; its SHA-256 is then beside the settings, so that another file in its place
+is known. There also lie `grid.png` and, if asked for, `png/<number>.png`. Which samples share a batch follows from
+their numbers alone and one rank draws a whole batch, so the number of ranks changes no image (and no bit where each
+rank computes with as many threads).
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ from torch import Tensor
 
 from st_fast.core.comparison import check_same, differences, place_for, short_digest
 from st_fast.core.errors import Interrupted, Stopped, UserError
-from st_fast.core.files import BadFile, make_folder, read_bytes, read_json, shown, write_atomic, write_json_atomic
+from st_fast.core.files import (
+    BadFile,
+    make_folder,
+    read_bytes,
+    read_json,
+    sha256_file,
+    shown,
+    write_atomic,
+    write_json_atomic,
+)
 from st_fast.core.limits import Zip, npy_header
 from st_fast.core.progress import bar
 from st_fast.core.ranks import Ranks
@@ -37,6 +47,9 @@ from st_fast.sample.previews import GRID_IMAGES, grid, save_png
 
 FORMAT = "st_fast.samples/1"
 SETTINGS = "sample.json"
+SAMPLES = "samples.npz"
+SHA256 = "samples_sha256"
+"""The key of SETTINGS with the SHA-256 of the finished SAMPLES; no setting, and not there in sets of older versions."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The date of a zip's entries, so that the same samples make the same bytes."""
 
@@ -49,7 +62,7 @@ def draw_set(sampler: Sampler, out: Path | None, pngs: bool, ranks: Ranks, say: 
 
     Without `out` it goes where its stage's sets are, beside those of other weights or settings. With `pngs` also a
     folder of single images. Interrupted after a signal, with all finished batches kept; UserError if `out` holds
-    samples drawn with other settings.
+    samples drawn with other settings, or a `samples.npz` that is not the one that was drawn there.
     """
     settings = settings_of(sampler)
     sha256 = settings["model_sha256"]
@@ -58,9 +71,9 @@ def draw_set(sampler: Sampler, out: Path | None, pngs: bool, ranks: Ranks, say: 
             f"{sampler.request.run}: a new checkpoint was written while the ranks started; start them again"
         )
     folder = out or ranks.broadcast_from_rank0(lambda: own_folder(sampler.request.set_folder, settings))
-    found, whole = SampleSet(folder, settings), folder / "samples.npz"
+    found, whole = SampleSet(folder, settings), folder / SAMPLES
     ranks.broadcast_from_rank0(found.begin)
-    if not ranks.broadcast_from_rank0(whole.exists):
+    if not ranks.broadcast_from_rank0(found.is_whole):
         try:
             _draw_missing(sampler, found, ranks)
         except Stopped as stopped:
@@ -71,6 +84,7 @@ def draw_set(sampler: Sampler, out: Path | None, pngs: bool, ranks: Ranks, say: 
             labels = np.concatenate([found.get(batch)[1] for batch in range(found.batches)])
             blocks = (found.get(batch)[0] for batch in range(found.batches))
             write_npz(whole, found.get(0)[0].shape[1:], blocks, labels)
+            found.finish()
     else:
         say(f"{whole}: complete already")
     ranks.barrier()
@@ -125,10 +139,16 @@ def own_folder(usual: Path, settings: dict[str, Any]) -> Path:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings that a folder's samples were drawn with; `BadFile` if it holds none."""
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Any]:
+    """The settings, and the SHA-256 of the samples drawn with them (None: not known)."""
     found = read_json(folder / SETTINGS)
     if found.get("format") != FORMAT:
         raise BadFile(f"{folder / SETTINGS}: format is {found.get('format')!r}; this program reads {FORMAT!r}")
-    return found
+    sha256 = found.pop(SHA256, None)
+    return found, sha256
 
 
 class SampleSet:
@@ -150,6 +170,25 @@ class SampleSet:
             raise UserError(f"{self.folder}: holds other files and no {SETTINGS}; choose another --out")
         make_folder(self.folder)
         write_json_atomic(self.folder / SETTINGS, {"format": FORMAT} | self.settings)
+
+    def is_whole(self) -> bool:
+        """Whether the finished samples are there; `BadFile` if the file is not the one that was drawn here."""
+        path, (settings, kept) = self.folder / SAMPLES, _read(self.folder)
+        if not path.exists():
+            if kept is not None:  # of a file that was removed; what is drawn now may differ in a bit
+                write_json_atomic(self.folder / SETTINGS, settings)
+            return False
+        if kept is not None and (found := sha256_file(path)) != kept:
+            raise BadFile(
+                f"{path}: SHA-256 {found[:12]}…, {SETTINGS} has {shown(str(kept)[:12])}…: not the samples that were "
+                "drawn here; remove it, and the same command draws it again"
+            )
+        return True
+
+    def finish(self) -> None:
+        """Keeps the SHA-256 of the samples, now that they are all there."""
+        settings, sha256 = read_settings(self.folder), sha256_file(self.folder / SAMPLES)
+        write_json_atomic(self.folder / SETTINGS, settings | {SHA256: sha256})
 
     def _file(self, batch: int) -> Path:
         return self.folder / "parts" / f"{batch:06d}.safetensors"

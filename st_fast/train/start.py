@@ -14,7 +14,7 @@ from st_fast.core.errors import Say, UserError
 from st_fast.model import SiT
 from st_fast.model.finite import check_finite
 from st_fast.model.formats.loaded_state import LoadedState, head_name, heads, trunk
-from st_fast.model.stored import read_model
+from st_fast.model.stored import KINDS, read_model
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
@@ -59,8 +59,11 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     start, name = stage.start, stage.start.init
     of_this_run = any(other.name == name for other in recipe.stages)
     path = Path(recipe.run.out) / name if of_this_run else Path(name)
+    where = f"stage.{stage.name}.init = {name!r}"
+    if not path.exists():
+        raise UserError(f"{where}: there is nothing; {KINDS} can be read")
     loaded = read_model(path, say, otherwise=recipe.model).loaded
-    where, theirs = f"stage.{stage.name}.init = {name!r}", loaded.config.architecture()
+    theirs = loaded.config.architecture()
     for prefix in start.init_fresh:
         if not any(key.startswith(prefix) for key in drawn["model"]):
             raise UserError(f"stage.{stage.name}.init_fresh: no key of the model begins with {prefix!r}")

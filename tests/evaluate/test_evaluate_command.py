@@ -1,5 +1,6 @@
 """`python -m st_fast.evaluate`: numbers that agree with SciPy and scikit-learn, each with its protocol."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from st_fast.core.errors import UserError
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate import inception, scores
 from st_fast.evaluate.classifier import read_images
+from st_fast.sample import __main__ as sample
 from st_fast.sample.set import open_npz, write_npz
 from tests.sample.tiny_run import make_run
 
@@ -193,6 +195,28 @@ def test_too_few_samples_and_empty_classes_are_told_before_anything_slow(run, tm
         evaluate.main([str(run), "-n", "70", "--labels", "0,3"])
 
 
+@pytest.mark.parametrize(
+    ("splits", "asked", "told"),
+    [
+        ({"train": 100, "test": 16}, ["-n", "70"], r"images\.safetensors: 16 images in 'test': .* at least 65 images"),
+        ({"train": 64, "test": 80}, ["-n", "70"], r"images\.safetensors: 64 images in 'train': .* at least 65 images"),
+        ({"train": 65, "test": 65}, ["-n", "40"], r"--num 40: the classifier's 64 features need at least 65"),
+        ({"train": 65, "test": 65}, ["--samples", "FILE"], r"few\.npz: 64 samples: .* 64 features need at least 65"),
+    ],
+)
+def test_too_few_images_for_the_classifier_are_told_before_it_is_trained(
+    splits, asked, told, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("st_fast.evaluate.classifier.train", pytest.fail)
+    monkeypatch.setattr("st_fast.evaluate.__main__.draw_set", pytest.fail)
+    monkeypatch.setitem(globals(), "SPLITS", splits)
+    real_images(tmp_path / "data")
+    few = npz(tmp_path / "few.npz", pictures(1, 64))
+    with pytest.raises(UserError, match=told) as error:
+        evaluate.main([str(run), *(str(few) if word == "FILE" else word for word in asked)])
+    assert "\n" not in str(error.value)
+
+
 def test_with_weights_it_draws_scores_prints_the_protocol_and_keeps_a_record(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inception, "load_inception", lambda path, device: small_projection())
     real_images(tmp_path / "data")
@@ -269,3 +293,33 @@ def test_samples_that_are_drawn_are_scored_where_the_runs_weights_are_not(run, t
     evaluate.main([str(run), "--samples", str(drawn), "--features", "classifier"])
     here = json.loads((tmp_path / "drawn.metrics.json").read_text())
     assert here["metrics"] == there["metrics"] and here["real_images"] == there["real_images"]
+
+
+def test_samples_that_another_run_drew_are_not_scored_as_this_ones(run, tmp_path, monkeypatch, capsys):
+    """Copied over, or edited; a set of an older version, which has no SHA-256, is taken."""
+    monkeypatch.setattr(inception, "load_inception", lambda path, device: small_projection())
+    real_images(tmp_path / "data")
+    drawing, folder = [str(run), "-n", "20"], run / "plain" / "samples" / "20-heun3-cfg2"
+    asked = [*drawing, "--inception", "w.pth"]
+    evaluate.main(asked)
+    own, settings = (folder / "samples.npz").read_bytes(), json.loads((folder / "sample.json").read_text())
+    assert settings["samples_sha256"] == hashlib.sha256(own).hexdigest()
+    assert "samples_sha256" not in json.loads((folder / "metrics.json").read_text())["samples"], "it is no setting"
+    others = npz(tmp_path / "others.npz", np.zeros((20, 8, 8, 3), np.uint8)).read_bytes()
+    for again in (lambda: evaluate.main(asked), lambda: sample.main([*drawing, "--npz"])):
+        (folder / "samples.npz").write_bytes(others)
+        with pytest.raises(
+            UserError, match=r"samples\.npz: SHA-256 .* not the samples .* remove it, and the same"
+        ) as told:
+            again()
+        assert told.value.exit_code == 2 and "\n" not in str(told.value)
+        (folder / "samples.npz").unlink()
+        again()
+        assert (folder / "samples.npz").read_bytes() == own
+        assert json.loads((folder / "sample.json").read_text()) == settings
+    (folder / "samples.npz").write_bytes(others)
+    del settings["samples_sha256"]
+    (folder / "sample.json").write_text(json.dumps(settings))
+    capsys.readouterr()
+    again()
+    assert "complete already" in capsys.readouterr().out

@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from st_fast.core.errors import UserError, how_to_install
-from st_fast.model.vae import decode, encode_moments, latent_shape, load_vae, refuse_normalised, vae_hash, vae_scale
+from st_fast.model.vae import (
+    ATTEMPTS,
+    PATIENCE,
+    decode,
+    encode_moments,
+    latent_shape,
+    load_vae,
+    refuse_normalised,
+    vae_hash,
+    vae_scale,
+)
 from st_fast.prepare.small_vae import SmallVae, latent_scale, new_vae, train_vae
 
 
@@ -96,11 +106,37 @@ def test_a_preset_without_a_network_is_one_line_that_says_what_to_do(
             raise OSError(f"{source} does not appear to have a file named config.json.\nmore")
 
     monkeypatch.setattr("st_fast.model.vae.autoencoder_class", lambda: Unreachable)
+    monkeypatch.setattr("st_fast.model.vae.answers", lambda address: None)
     words = f"'{name}': stabilityai/{name} can't be had from the hub; .* a folder .* small or pixels"
     with pytest.raises(UserError, match=words) as caught:
         load_vae(name)
     assert "\n" not in str(caught.value) and not caplog.records and not recwarn.list
     assert logging.getLogger("huggingface_hub").level != logging.ERROR, "quiet only meanwhile"
+
+
+def test_a_hub_that_does_not_answer_is_told_within_seconds_and_only_for_what_is_not_at_hand(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def unanswered(address: str) -> None:
+        asked.append(address)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("st_fast.model.vae.answers", unanswered)
+    monkeypatch.setattr("st_fast.model.vae.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", pytest.fail)  # minutes of its own attempts
+    with pytest.raises(UserError, match=r"vae = 'foo/bar': .*no answer from https?://\S+: no route to host\)$"):
+        load_vae("foo/bar")
+    assert capsys.readouterr().err == "asking the hub for foo/bar\n" and len(asked) == ATTEMPTS
+    assert ATTEMPTS * (PATIENCE + 1) <= 15
+    monkeypatch.undo()
+    monkeypatch.setattr("st_fast.model.vae.answers", unanswered)
+    load_vae(folder)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: f"cache/{file}")
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", lambda source, **options: torch.nn.Identity())
+    load_vae("foo/bar")
+    assert capsys.readouterr().err == "" and len(asked) == ATTEMPTS
 
 
 def test_a_pickled_vae_is_never_opened(folder: Path) -> None:

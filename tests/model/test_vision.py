@@ -196,6 +196,7 @@ def test_an_encoder_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, ca
             raise OSError("We couldn't connect.\nmore")
 
     monkeypatch.setattr("transformers.AutoConfig", Unreachable)
+    monkeypatch.setattr("st_fast.model.vae.answers", lambda address: None)
     with pytest.raises(UserError, match=r"facebook/none.*couldn't connect") as caught:
         load_encoder("facebook/none", CPU, torch.float32)
     assert "\n" not in str(caught.value) and not caplog.records

@@ -322,6 +322,11 @@ def test_bad_keys_are_refused_by_the_recipe(key, value, words, recipe):
     assert words in str(caught.value)
 
 
+def test_a_start_that_is_not_there_is_told_with_its_key(recipe, tmp_path):
+    told = refused(recipe)
+    assert told.startswith(f"stage.plain.init = '{tmp_path}/repa.pt': there is nothing; a .pt or .safetensors file")
+
+
 def test_the_other_keys_need_an_init(recipe):
     with pytest.raises(RecipeError, match="without init nothing is read"):
         load(recipe, ["--stage.plain.init=", "--stage.plain.init_heads=match"])
