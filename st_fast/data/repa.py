@@ -18,16 +18,21 @@ from st_fast.core.files import BadFile, open_regular, read_bytes, read_exactly, 
 from st_fast.core.limits import npy_header
 from st_fast.data.ahead import FilesIdentity, RecordSet, nothing
 from st_fast.data.images import SUFFIXES
-from st_fast.data.manifest import DTYPES, Manifest, VaeInfo, moments_problem
+from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo, moments_problem
 from st_fast.data.sources import LABELS_FILE, Source, read_labels
 
 LATENTS, IMAGES = "vae-sd", "images"
 SD_SCALE = 0.18215
 
 
-def is_repa(folder: Path) -> bool:
-    """Whether a folder has REPA's layout."""
+def has_layout(folder: Path) -> bool:
+    """Whether a folder has REPA's layout in it, whatever else it holds."""
     return (Path(folder) / LATENTS / LABELS_FILE).is_file()
+
+
+def is_repa(folder: Path) -> bool:
+    """Whether a folder of latents is read as REPA's layout; a manifest of ours beside it is what counts."""
+    return has_layout(folder) and not os.path.lexists(Path(folder) / FILE_NAME)
 
 
 class RepaSet(RecordSet):

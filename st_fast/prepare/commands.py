@@ -47,7 +47,7 @@ from st_fast.prepare.job import (
     own_share,
     run_job,
 )
-from st_fast.prepare.repa import RepaProducer, write_repa
+from st_fast.prepare.repa import RepaProducer, check_target, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
@@ -167,7 +167,9 @@ def from_repa(args: argparse.Namespace) -> None:
 
 def to_repa(args: argparse.Namespace) -> None:
     """Shards → REPA's layout."""
-    records, out = open_data(args.paths[0], verify=False), args.paths[1]
+    source, out = args.paths
+    records = open_data(source, verify=False)
+    check_target(source, out)
     if args.dry_run:
         print(f"{out}: {len(records):,} files in vae-sd/")
         return

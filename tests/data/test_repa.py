@@ -17,7 +17,7 @@ from st_fast.core.files import BadFile
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import read_manifest
 from st_fast.data.repa import RepaSet, read_npy_header
-from st_fast.data.shards import open_data
+from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.prepare import __main__ as prepare
 
 from .conftest import MakeSet, encoded, picture, random_moments
@@ -79,6 +79,32 @@ def test_to_repa_and_back_keeps_every_bit(make_set: MakeSet, tmp_path: Path) -> 
     assert [entry.sha256 for entry in original.shards] == [entry.sha256 for entry in back.shards]
     with pytest.raises(UserError, match=r"holds vae-sd/dataset\.json already"):
         prepare.main(["--to-repa", str(folder), str(tmp_path / "repa")])
+
+
+def test_a_set_is_no_target_for_repas_layout(make_set: MakeSet, tmp_path: Path) -> None:
+    folder = make_set()
+    before = sorted(folder.rglob("*"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to(folder)
+    for target, words in [
+        (folder, "the set to convert"),
+        (tmp_path / "link", "the set to convert"),
+        (folder / "repa", "the set to convert"),
+        (tmp_path / "other", r"holds manifest\.json"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            prepare.main(["--to-repa", "--dry-run", str(folder), str(target)])
+        with pytest.raises(UserError, match=words):
+            prepare.main(["--to-repa", str(folder), str(target)])
+    assert sorted(folder.rglob("*")) == before and len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_a_manifest_beside_the_layout_is_what_is_read(make_set: MakeSet) -> None:
+    folder = make_set()
+    manifest = read_manifest(folder)
+    write_layout(folder)
+    assert open_data(folder).manifest == read_any_manifest(folder) == manifest
 
 
 class Bomb:
