@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.core.writing import whole_file
 from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import FILE_NAME, VaeInfo
-from st_fast.data.repa import LATENTS, RepaSet, has_layout
+from st_fast.data.repa import LATENTS, OURS, Origin, RepaSet, has_layout
 from st_fast.data.sources import LABELS_FILE
 from st_fast.prepare.job import Produced, Progress
 
@@ -52,9 +52,11 @@ def check_target(source: Path, folder: Path) -> None:
 def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:
     """Writes any set in REPA's layout, float32 as REPA has it; dataset.json comes last. No images: there are none.
 
+    dataset.json also says what the latents are of, for `RepaSet`.
     RunFailed on a full disk.
     """
-    latents = Path(folder) / LATENTS
+    made, latents = records.manifest, Path(folder) / LATENTS
+    origin = Origin(made.channels, made.scale, made.vae, made.num_classes, made.class_names)
     labels = []
     for start in range(0, records.manifest.count, 1_000):
         make_folder(latents / f"{start // 1_000:05d}")
@@ -67,4 +69,4 @@ def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:
                 partial.write_bytes(array.getvalue())
             labels.append([name, label])
         progress(len(moments))
-    write_json_atomic(latents / LABELS_FILE, {"labels": labels})
+    write_json_atomic(latents / LABELS_FILE, {"labels": labels, OURS: asdict(origin)})
