@@ -28,7 +28,7 @@ from st_fast.convert import hub
 from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.core.options import integer
+from st_fast.core.options import integer, path
 from st_fast.model.formats.layouts import LAYOUTS
 from st_fast.model.formats.loaded_state import heads
 from st_fast.model.load import CONFIG, read_config
@@ -45,8 +45,8 @@ NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("convert", __doc__)
-    parser.add_argument("source", type=Path, help="a file or folder with a model")
-    parser.add_argument("target", type=Path, nargs="?", help="what to write; without it, SOURCE is only described")
+    parser.add_argument("source", type=path, help="a file or folder with a model")
+    parser.add_argument("target", type=path, nargs="?", help="what to write; without it, SOURCE is only described")
     parser.add_argument(
         "--to", choices=(*FOLDERS, *LAYOUTS), help="default: a stage folder, or for a file the layout SOURCE came in"
     )

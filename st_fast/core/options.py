@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from st_fast.core.errors import UserError
@@ -24,6 +25,11 @@ SEED_MOST = 2**63 - 1
 
 OWN = re.compile(r"(invalid|expected|not allowed|ignored|ambiguous)\b")
 """How argparse's own texts about an option begin; other texts are those of `integer` and `number`."""
+
+
+INTEGER = re.compile(r"[+-]?[0-9]+")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+"""Python would also read 1_0 and the digits of other scripts, which no recipe takes."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +57,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         try:
-            value = int(text)
+            value = int(text if INTEGER.fullmatch(text) else "")
         except ValueError:
             raise argparse.ArgumentTypeError(f"{_shown(text)}: an integer is needed") from None
         if not low <= value <= high:
@@ -66,10 +72,7 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
     """The type of an option that takes a finite number from `low` to `high`, or `above` the low end."""
 
     def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = float(text) + 0.0 if NUMBER.fullmatch(text) else math.nan  # -0 + 0 is 0
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{_shown(text)}: a finite number is needed")
         if value < low or value > high or (above and value == low):
@@ -78,6 +81,18 @@ def number(low: float, high: float = math.inf, above: bool = False) -> Callable[
         return value
 
     return read
+
+
+def given(text: str) -> str:
+    """The type of an option that takes a path or a name: not empty, and more than blanks."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{_shown(text)!r}: a path or a name is needed")
+    return text
+
+
+def path(text: str) -> Path:
+    """The type of an option that takes a path: an empty one would be the folder that the command runs in."""
+    return Path(given(text))
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,40 @@ import numpy as np
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, open_regular, read_bytes, read_exactly, shown
 from st_fast.core.limits import npy_header
+from st_fast.core.records import record_from
 from st_fast.data.ahead import FilesIdentity, RecordSet, nothing
 from st_fast.data.images import SUFFIXES
-from st_fast.data.manifest import DTYPES, Manifest, VaeInfo, moments_problem
-from st_fast.data.sources import LABELS_FILE, Source, read_labels
+from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo, labels_problem, moments_problem
+from st_fast.data.sources import LABELS_FILE, Source, parse_labels_file, read_labels
 
 LATENTS, IMAGES = "vae-sd", "images"
 SD_SCALE = 0.18215
+ASSUMED, ASSUMED_CHANNELS = "sd-vae-ft-mse", 4
+"""The VAE that REPA's code uses, and the channels of its latents: what is taken for true where nothing is said."""
+OURS = "st_fast"
+"""The key of dataset.json with an `Origin`; REPA's loader reads "labels" alone."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What REPA's layout has no place for, as `prepare --to-repa` writes it: what the latents are of."""
+
+    channels: int
+    scale: float
+    vae: VaeInfo
+    """Its `path`, if any, is within the folder that holds vae-sd/."""
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+
+
+def has_layout(folder: Path) -> bool:
+    """Whether a folder has REPA's layout in it, whatever else it holds."""
+    return (Path(folder) / LATENTS / LABELS_FILE).is_file()
 
 
 def is_repa(folder: Path) -> bool:
-    """Whether a folder has REPA's layout."""
-    return (Path(folder) / LATENTS / LABELS_FILE).is_file()
+    """Whether a folder of latents is read as REPA's layout; a manifest of ours beside it is what counts."""
+    return has_layout(folder) and not os.path.lexists(Path(folder) / FILE_NAME)
 
 
 class RepaSet(RecordSet):
@@ -41,7 +64,10 @@ class RepaSet(RecordSet):
         path = self.folder / LATENTS / LABELS_FILE
         with open_regular(path) as file:
             data = file.read()
-        table = read_labels(data, str(path))
+        document = parse_labels_file(data, str(path))
+        table = read_labels(document, str(path))
+        self.origin = record_from(Origin, document[OURS], f"{path}: {OURS}", False) if OURS in document else None
+        """What made the latents, where the folder says so."""
         self.names = sorted(table)
         self.labels = np.array([table[name] for name in self.names], np.int64)
         escaping = next((n for n in self.names if n.startswith("/") or ".." in n.split("/") or "\0" in n), None)
@@ -54,15 +80,18 @@ class RepaSet(RecordSet):
             found = ", ".join(f"{number} {kind}" for kind, number in counts.items())
             raise BadFile(f"{self.folder}: {found}: these must be equally many")
         shape, dtype = read_npy_header(self.folder / LATENTS / self.names[0])[:2] if table else ((2, 1, 1), "float32")
-        self.manifest = Manifest(
-            count=len(table),
-            shape=shape,
-            dtype=dtype,
-            scale=SD_SCALE,
-            vae=VaeInfo("sd-vae-ft-mse"),
-            source=f"REPA layout, {LABELS_FILE} with SHA-256 {hashlib.sha256(data).hexdigest()}",
-            num_classes=int(self.labels.max(initial=0)) + 1,
-        )
+        source = f"REPA layout, {LABELS_FILE} with SHA-256 {hashlib.sha256(data).hexdigest()}"
+        told = self.origin or Origin(shape[0] // 2, SD_SCALE, VaeInfo(ASSUMED), int(self.labels.max(initial=0)) + 1)
+        if told.channels != shape[0] // 2 and table:
+            raise BadFile(f"{path}: {OURS}: channels = {told.channels}, but the latents have {shape[0] // 2}")
+        if problem := labels_problem(self.labels, told.num_classes):
+            raise BadFile(f"{path}: {shown(self.names[problem[0]])}: {problem[1]}")
+        try:
+            self.manifest = Manifest(
+                len(table), shape, dtype, told.scale, told.vae, source, told.num_classes, False, told.class_names
+            )
+        except BadFile as error:
+            raise BadFile(f"{path}: {error}") from None
         self._pool = ThreadPoolExecutor(threads, "st_fast repa")
         self.files = FilesIdentity(self._stat())
 
@@ -115,6 +144,23 @@ class RepaSet(RecordSet):
                 raise BadFile(f"{path}: {size} bytes, {start + row.nbytes} expected: it was cut off or has a tail")
             file.seek(start)
             read_exactly(file, row.reshape(-1).view(np.uint8).data, path)
+
+
+def open_repa(folder: Path) -> RepaSet:
+    """The records of a folder in REPA's layout. `BadFile` where nothing says by which VAE, and it's not the usual."""
+    records = RepaSet(folder)
+    refuse_unknown_vae(records)
+    return records
+
+
+def refuse_unknown_vae(records: RepaSet) -> None:
+    """`BadFile` where the folder does not say which VAE made its latents, and the one assumed makes others."""
+    found = records.manifest.channels
+    if records.origin is None and len(records) and found != ASSUMED_CHANNELS:
+        raise BadFile(
+            f"{records.folder}: latents of {found} channels, and it doesn't say by which VAE; {ASSUMED}, assumed then, "
+            f"makes {ASSUMED_CHANNELS}: python -m st_fast.prepare --from-repa {records.folder} OUT --vae VAE names it"
+        )
 
 
 def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:

@@ -27,7 +27,7 @@ from st_fast.data.manifest import (
     moments_problem,
     read_manifest,
 )
-from st_fast.data.repa import RepaSet, is_repa
+from st_fast.data.repa import is_repa, open_repa
 
 COLUMNS = {"labels": ("I64", np.int64), "crc32": ("U32", np.uint32)}
 """The small tensors of a shard, one value a record: dtype in safetensors and in NumPy."""
@@ -161,7 +161,7 @@ def open_data(
     once, checking SHA-256, NaN, Inf and absurd values. Without it each record of a shard is still checked against its
     CRC whenever it is read. at_least: the records needed, one global batch. beat: called as verifying makes progress.
     """
-    records = RepaSet(folder) if is_repa(folder) else ShardSet(folder, read_manifest(folder))
+    records = open_repa(folder) if is_repa(folder) else ShardSet(folder, read_manifest(folder))
     if len(records) < max(1, at_least):
         need = f"the global batch needs {at_least} (--optim.batch_size)" if len(records) else "nothing to train on"
         raise BadFile(f"data.path = {str(folder)!r}: {len(records)} records, {need}")
@@ -176,4 +176,4 @@ def open_data(
 
 def read_any_manifest(folder: Path) -> Manifest:
     """The manifest of a data folder of either layout; no latent is read."""
-    return RepaSet(folder).manifest if is_repa(folder) else read_manifest(folder)
+    return open_repa(folder).manifest if is_repa(folder) else read_manifest(folder)

@@ -294,9 +294,14 @@ def _by_table(files: Files, labels_file: str, images: list[str]) -> tuple[list[s
     return images, [table[name[len(folder) :]] for name in images]
 
 
-def read_labels(data: bytes, where: str) -> dict[str, int]:
+def parse_labels_file(data: bytes, where: str) -> dict[str, Any]:
+    """The content of a dataset.json, of which only the limits of JSON are checked."""
+    return parse_json(data, Path(where), max(FREE_BYTES, JSON_FACTOR * len(data)))
+
+
+def read_labels(data: bytes | dict[str, Any], where: str) -> dict[str, int]:
     """A dataset.json's labels: file name → class number. UserError names what is wrong."""
-    labels = parse_json(data, Path(where), max(FREE_BYTES, JSON_FACTOR * len(data))).get("labels", "")
+    labels = (parse_labels_file(data, where) if isinstance(data, bytes) else data).get("labels", "")
     if labels is None:
         raise UserError(f'{where}: "labels" is null, an unlabelled set; put its images into a folder, which is a class')
     if not isinstance(labels, list):

@@ -12,6 +12,7 @@ The classifier is trained on the data's real images; a distance in its features 
 """
 
 from st_fast.core.command import need_run_first
+from st_fast.core.options import path
 from st_fast.core.signals import catch_signals
 
 if __name__ == "__main__":
@@ -42,11 +43,11 @@ from st_fast.sample.set import ImageFile, draw_set, open_npz, read_settings
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = sampling_parser("evaluate", __doc__)
-    parser.add_argument("--samples", type=Path, help="score this .npz (arr_0, arr_1) instead of drawing")
+    parser.add_argument("--samples", type=path, help="score this .npz (arr_0, arr_1) instead of drawing")
     names = ("auto", "inception", "classifier", "judge")  # the last is an older name of the classifier
     parser.add_argument("--features", choices=names, metavar="{auto,inception,classifier}", default="auto")
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="weights (default: what torch-fidelity left)")
-    parser.add_argument("--reference", type=Path, help="ADM's .npz, pictures or a data folder (default: the run's)")
+    parser.add_argument("--inception", type=path, metavar="FILE", help="weights (default: what torch-fidelity left)")
+    parser.add_argument("--reference", type=path, help="ADM's .npz, pictures or a data folder (default: the run's)")
     parser.add_argument("--any-labels", action="store_true", help="compare although a class has no sample")
     return parser
 

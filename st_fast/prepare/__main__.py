@@ -20,11 +20,10 @@ Examples:
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.options import BATCH_MOST, COUNT_MOST, SIDE_MOST, Parser, integer
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SIDE_MOST, Parser, given, integer, path
 from st_fast.core.signals import catch_signals
 
 VAE_HELP = (
@@ -49,17 +48,17 @@ def parser() -> Parser:
     """The command line."""
     parse = command_parser("prepare", __doc__)
     add = parse.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="as above")
+    add("paths", nargs="+", type=path, metavar="PATH", help="as above")
     mode = parse.add_mutually_exclusive_group()
     for name in ("verify", "stats", "from-repa", "to-repa"):
         mode.add_argument(f"--{name}", action="store_true", help="as above")
-    mode.add_argument("--features", metavar="ENCODER", default="", help=FEATURES_HELP)
+    mode.add_argument("--features", metavar="ENCODER", type=given, default="", help=FEATURES_HELP)
     add(
         "--size", type=integer(1, SIDE_MOST), default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)"
     )
     add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
     add("--flip", action="store_true", help="encode every image mirrored, too: twice the records")
-    add("--vae", default="sd-vae-ft-mse", help=VAE_HELP)
+    add("--vae", type=given, default="sd-vae-ft-mse", help=VAE_HELP)
     add(
         "--vae-factor",
         type=integer(2, 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from st_fast.data.ahead import RecordSet
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.images import load_image
 from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
-from st_fast.data.repa import RepaSet
+from st_fast.data.repa import ASSUMED, RepaSet, refuse_unknown_vae
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
 from st_fast.model.encoders import load_encoder
@@ -47,7 +48,7 @@ from st_fast.prepare.job import (
     own_share,
     run_job,
 )
-from st_fast.prepare.repa import RepaProducer, write_repa
+from st_fast.prepare.repa import RepaProducer, check_target, write_repa
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
@@ -138,17 +139,24 @@ def features(args: argparse.Namespace) -> None:
 
 
 def from_repa(args: argparse.Namespace) -> None:
-    """REPA's layout → shards. Another VAE than the published latents' is asked for its scale, and kept beside them."""
+    """REPA's layout → shards. Another VAE than the published latents' is asked for its scale, and kept beside them.
+
+    Where the folder says what made its latents, that is kept, and `--vae` may only name the same.
+    """
     records, out = RepaSet(args.paths[0]), args.paths[1]
+    if args.vae == ASSUMED:
+        refuse_unknown_vae(records)
     vae, scale, info = None, records.manifest.scale, records.manifest.vae
-    if args.vae != info.name:
+    if args.vae not in (ASSUMED, info.name):
         if args.vae in ("small", *PIXELS):
             raise UserError(f"--vae {args.vae}: latents in REPA's layout were made by an AutoencoderKL; name it")
-        vae, info = given_vae(args)
+        told, (vae, info) = info, given_vae(args)
+        if records.origin is not None and told.hash not in ("", info.hash):
+            raise UserError(f"--vae {args.vae}: other weights than those of {told.name}, which {records.folder} names")
         if vae.config.latent_channels != records.manifest.channels:
             found = f"{vae.config.latent_channels} channels, the latents have {records.manifest.channels}"
             raise UserError(f"--vae {args.vae}: {found}")
-        if vae_shift(vae):  # REPA's files hold the mean as the VAE gives it, ours without the shift
+        if vae_shift(vae) and records.origin is None:  # REPA's means are as the VAE gives them, ours without the shift
             raise UserError(f"--vae {args.vae}: has a shift_factor, which REPA's layout has no place for")
         scale = vae_scale(vae)
     producer = RepaProducer(records, args.dtype, args.shard_size, info, scale)
@@ -161,16 +169,21 @@ def from_repa(args: argparse.Namespace) -> None:
         return
     if vae is not None:
         keep_vae(vae, info, out)
+    else:
+        copy_vae(info, records.folder, out)
     with progress("converting", len(records), "record") as shown:
         run_job(out, producer, 0, shown.update)
 
 
 def to_repa(args: argparse.Namespace) -> None:
     """Shards → REPA's layout."""
-    records, out = open_data(args.paths[0], verify=False), args.paths[1]
+    source, out = args.paths
+    records = open_data(source, verify=False)
+    check_target(source, out)
     if args.dry_run:
         print(f"{out}: {len(records):,} files in vae-sd/")
         return
+    copy_vae(records.manifest.vae, source, out)
     with progress("converting", len(records), "record") as shown:
         write_repa(records, out, shown.update)
     print(f"{out}: {len(records):,} files; REPA's own trainer also wants the images, as many in images/")
@@ -333,6 +346,15 @@ def training_images(source: Source, size: int) -> Tensor:
     if not images:
         raise UserError(f"{source.description}: not one usable image")
     return torch.stack(images)
+
+
+def copy_vae(info: VaeInfo, folder: Path, out: Path) -> None:
+    """Puts a copy of the VAE that lies in a set's folder, if one does, into OUT, once."""
+    if not info.path or own_share().start != 0 or not (source := Path(info.source(folder))).is_dir():
+        return
+    if not (out / info.path).is_dir():
+        with write_folder(out / info.path) as writing:
+            shutil.copytree(source, writing, dirs_exist_ok=True)
 
 
 def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:

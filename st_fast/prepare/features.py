@@ -21,7 +21,7 @@ from st_fast.data.ahead import Readable, ReadAhead, RecordSet
 from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
 from st_fast.data.manifest import ShardEntry, crop_of, is_upright, write_manifest
-from st_fast.data.repa import RepaSet, is_repa, repa_images
+from st_fast.data.repa import RepaSet, has_layout, repa_images
 from st_fast.data.sources import Source, numbered_by, open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder
@@ -138,7 +138,7 @@ def open_record_images(
     size: of the crop, where the caller knows it; else the manifest's, else that of the images or latents. UserError
     where they can't be found or are others.
     """
-    if not images and not is_repa(folder) and not (folder / KEPT_FILE).is_file():
+    if not images and not has_layout(folder) and not (folder / KEPT_FILE).is_file():
         raise UserError(
             f"data.images is empty, and {folder} holds no images: give the folder or archive that was given to "
             "python -m st_fast.prepare"
@@ -146,11 +146,11 @@ def open_record_images(
     where = Path(images or folder)
     if (where / KEPT_FILE).is_file():
         return KeptImages(where, records)
-    if is_repa(where):
+    if has_layout(where):
         source = repa_images(records if isinstance(records, RepaSet) else RepaSet(where))
     else:
         source = open_source(where, subset)
-    if records.manifest.class_names and not is_repa(where):
+    if records.manifest.class_names and not has_layout(where):
         source = numbered_by(source, records.manifest.class_names, records.manifest.num_classes)
     known = size or crop_of(records.manifest.source)
     return SourceImages(source, records, known) if known else SourceImages(source, records, *_side(source, records))

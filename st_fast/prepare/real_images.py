@@ -18,7 +18,7 @@ from safetensors.numpy import save as to_safetensors
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown, write_atomic
-from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer
+from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer, path
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
 from st_fast.core.writing import cannot_write
@@ -74,8 +74,8 @@ def read_chosen(
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("real-images", __doc__)
-    parser.add_argument("source", type=Path, help="a folder or archive with train/ and test/")
-    parser.add_argument("data", type=Path, help="the folder of latents that `st_fast.prepare` wrote")
+    parser.add_argument("source", type=path, help="a folder or archive with train/ and test/")
+    parser.add_argument("data", type=path, help="the folder of latents that `st_fast.prepare` wrote")
     parser.add_argument("--size", type=integer(1, SIDE_MOST), help="side in pixels (default: the data's)")
     parser.add_argument(
         "--train",

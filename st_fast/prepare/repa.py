@@ -1,8 +1,9 @@
 """Shards out of a folder in REPA's layout, and the other way round."""
 
 import io
+import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.core.writing import whole_file
 from st_fast.data.ahead import RecordSet
-from st_fast.data.manifest import VaeInfo
-from st_fast.data.repa import LATENTS, RepaSet, is_repa
+from st_fast.data.manifest import FILE_NAME, VaeInfo
+from st_fast.data.repa import LATENTS, OURS, Origin, RepaSet, has_layout
 from st_fast.data.sources import LABELS_FILE
 from st_fast.prepare.job import Produced, Progress
 
@@ -38,14 +39,24 @@ class RepaProducer:
         return moments.numpy().astype(self.template.dtype), labels.numpy(), {}
 
 
+def check_target(source: Path, folder: Path) -> None:
+    """UserError where REPA's layout of the set in `source` can't go: into that set, or beside what is a set already."""
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{folder}: is or lies in {source}, the set to convert; name a folder outside it")
+    if os.path.lexists(folder / FILE_NAME):
+        raise UserError(f"{folder}: holds {FILE_NAME}, so it is a set of its own; name another folder")
+    if has_layout(folder):
+        raise UserError(f"{folder}: holds {LATENTS}/{LABELS_FILE} already; name another folder")
+
+
 def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:
     """Writes any set in REPA's layout, float32 as REPA has it; dataset.json comes last. No images: there are none.
 
-    UserError if the folder holds such a set already, RunFailed on a full disk.
+    dataset.json also says what the latents are of, for `RepaSet`.
+    RunFailed on a full disk.
     """
-    if is_repa(folder):
-        raise UserError(f"{folder}: holds {LATENTS}/{LABELS_FILE} already; name another folder")
-    latents = Path(folder) / LATENTS
+    made, latents = records.manifest, Path(folder) / LATENTS
+    origin = Origin(made.channels, made.scale, made.vae, made.num_classes, made.class_names)
     labels = []
     for start in range(0, records.manifest.count, 1_000):
         make_folder(latents / f"{start // 1_000:05d}")
@@ -58,4 +69,4 @@ def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:
                 partial.write_bytes(array.getvalue())
             labels.append([name, label])
         progress(len(moments))
-    write_json_atomic(latents / LABELS_FILE, {"labels": labels})
+    write_json_atomic(latents / LABELS_FILE, {"labels": labels, OURS: asdict(origin)})

@@ -17,6 +17,7 @@ from st_fast.recipe.keys import (
     Guidance,
     Names,
     NonNegative,
+    PathText,
     StageStep,
     TimeRange,
     fixed,
@@ -163,7 +164,7 @@ class SelfTranscendence(Method):
     implementation: ClassVar[str] = "st_fast.train.supervision.self_transcendence:SelfTranscendence"
     teacher_passes: ClassVar[int] = 2  # with the label and with the null label
 
-    teacher: str = fixed("", "The frozen teacher: an earlier stage, or the path of a model.")
+    teacher: PathText = fixed("", "The frozen teacher: an earlier stage, or the path of a model.")
     teacher_weights: Literal["raw", "ema"] = fixed("raw", "The teacher's raw weights or their average.")
     student_depth: Block = fixed(8, "The student's block that is supervised.")
     teacher_depth: Block = fixed(16, "The teacher's block whose features are the target.")

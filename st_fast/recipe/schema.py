@@ -17,6 +17,7 @@ from st_fast.recipe.keys import (
     Guidance,
     NamesOrNone,
     NonNegative,
+    PathText,
     Positive,
     TimeRange,
     between,
@@ -42,8 +43,10 @@ class Flow:
 class Data:
     """Where latents come from. A resumed run checks by a digest that they are the same."""
 
-    path: str = free("", "Folder of latents and labels, as `python -m st_fast.prepare` writes it.")
-    images: str = free("", 'The latents\' images, for live encoders: folder, zip, tar, …; "": the folder at `path`.')
+    path: PathText = free("", "Folder of latents and labels, as `python -m st_fast.prepare` writes it.")
+    images: PathText = free(
+        "", 'The latents\' images, for live encoders: folder, zip, tar, …; "": the folder at `path`.'
+    )
     images_subset: str = free("", "Which of these images, as given to `st_fast.prepare`.")
     source: Literal["shards", "digits"] = fixed("shards", '"digits" makes the folder at `path` on first use.')
     loader: Literal["auto", "resident", "dali", "torch"] = free("auto", "What reads the latents during training.")
@@ -85,7 +88,7 @@ class Run:
     another way: docs/schedules.md.
     """
 
-    out: str = free("", 'Folder of the run; "": runs/<name of the recipe>.')
+    out: PathText = free("", 'Folder of the run; "": runs/<name of the recipe>.')
     seed: Annotated[int, between(0, SEED_MOST)] = fixed(0, "Seed of every random draw.")
     precision: Literal["auto", "bf16", "fp32"] = fixed("auto", "Weights in use; auto: bf16 on CUDA, else fp32.")
     fp8: Literal["off", "tensorwise"] = fixed("off", "Multiply the blocks' linear layers in fp8, one scale a tensor.")
@@ -155,7 +158,7 @@ class Sample:
     steps: Annotated[int, between(1, STEPS_MOST)] = free(250, "Steps of the solver; dopri5 chooses its own.")
     cfg_scale: Guidance = free(1.9, "Classifier-free guidance; 1: none.")
     cfg_range: TimeRange = free((0.0, 0.65), "Times at which guidance acts.")
-    vae: str = free("", 'The VAE that decodes: a folder or a hub name; "": the one that the data names.')
+    vae: PathText = free("", 'The VAE that decodes: a folder or a hub name; "": the one that the data names.')
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,10 @@ class Evaluate:
     classifier: bool = free(False, "Score in the features of a classifier trained on the data's images.")
     every: CountOrZero = free(0, "Steps from one evaluation to the next; 0: only at a stage's end.")
     num: Annotated[int, between(1, COUNT_MOST)] = free(1_000, "Samples of an evaluation.")
-    inception: str = free("", 'File of the FID network\'s weights, for FID and its like; "": none.')
-    reference: str = free("", "What FID compares with: ADM's .npz, pictures or a data folder; \"\": the run's data.")
+    inception: PathText = free("", 'File of the FID network\'s weights, for FID and its like; "": none.')
+    reference: PathText = free(
+        "", "What FID compares with: ADM's .npz, pictures or a data folder; \"\": the run's data."
+    )
 
 
 CHOICES = ("auto", "fused", "reference")
@@ -203,7 +208,7 @@ class Profile:
 class Start:
     """Where a stage's weights come from when it begins: drawn, where `init` is empty, else read from a model."""
 
-    init: str = fixed("", "An earlier stage, or a path: a run, stage or checkpoint, or another project's file.")
+    init: PathText = fixed("", "An earlier stage, or a path: a run, stage or checkpoint, or another project's file.")
     init_weights: Literal["ema", "raw", "state"] = fixed(
         "ema", "Averaged or raw weights, of which a new average begins; state: raw, average and AdamW's state."
     )

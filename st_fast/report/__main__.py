@@ -15,9 +15,9 @@ examples:
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
+from st_fast.core.options import path
 from st_fast.core.streams import show
 from st_fast.report import default_path, write_report
 from st_fast.report.arms import make_arms
@@ -29,9 +29,9 @@ from st_fast.report.repeats import verdict
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("report", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder: recipe.toml and log.jsonl")
-    parser.add_argument("--out", type=Path, help="the page to write (default: RUN/report.html; several: ./report.html)")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="also write each figure as PNG and JSON into DIR")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folder: recipe.toml and log.jsonl")
+    parser.add_argument("--out", type=path, help="the page to write (default: RUN/report.html; several: ./report.html)")
+    parser.add_argument("--export", type=path, metavar="DIR", help="also write each figure as PNG and JSON into DIR")
     parser.add_argument("--seeds", action="store_true", help="runs that differ in run.seed are one arm's repetitions")
     parser.add_argument("--dry-run", action="store_true", help="read and check, print the verdict, write nothing")
     return parser

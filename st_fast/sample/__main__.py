@@ -22,11 +22,10 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
-from st_fast.core.options import SEED_MOST, integer
+from st_fast.core.options import SEED_MOST, integer, path
 from st_fast.sample.draw import names_in_turn
 from st_fast.sample.model import Sampler, sample_request, sampling, sampling_parser
 from st_fast.sample.previews import check_replaced, draw_grid, draw_interpolation, draw_trajectory, free_name
@@ -39,7 +38,7 @@ PICTURE_MOST = 1_000
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = sampling_parser("sample", __doc__)
-    parser.add_argument("--out", type=Path, help="the picture, or the set's folder (default: in RUN/STAGE/samples)")
+    parser.add_argument("--out", type=path, help="the picture, or the set's folder (default: in RUN/STAGE/samples)")
     parser.add_argument("--npz", action="store_true", help="a set, whatever its size")
     parser.add_argument("--png", action="store_true", help="a set with a folder of single images")
     previews = parser.add_mutually_exclusive_group()

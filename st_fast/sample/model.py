@@ -14,7 +14,7 @@ from torch import Tensor
 from st_fast.core.command import command_parser, need_run
 from st_fast.core.errors import UserError
 from st_fast.core.machine import naming_lack_of_memory
-from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, integer, number
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, integer, number, path
 from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import stop_on_signals
 from st_fast.data.manifest import Manifest
@@ -142,7 +142,7 @@ def sampling(request: SampleRequest) -> Iterator[tuple[Ranks, Sampler, Callable[
 def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     """The flags of every command that samples; the commands add their own."""
     parser = command_parser(command, text)
-    parser.add_argument("run", type=Path, help="a run folder, such as runs/digits")
+    parser.add_argument("run", type=path, help="a run folder, such as runs/digits")
     parser.add_argument("--stage", help="the stage whose model samples (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument(

@@ -17,7 +17,7 @@ from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.core.machine import rank_count
-from st_fast.core.options import number
+from st_fast.core.options import number, path
 from st_fast.core.signals import catch_signals
 from st_fast.study.plan import Study, jobs, read_study
 
@@ -25,12 +25,12 @@ from st_fast.study.plan import Study, jobs, read_study
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("study", __doc__)
-    parser.add_argument("study", type=Path, metavar="FILE", help="such as recipes/study/digits.toml")
-    parser.add_argument("--out", type=Path, help="where the runs go (runs/study/NAME)")
+    parser.add_argument("study", type=path, metavar="FILE", help="such as recipes/study/digits.toml")
+    parser.add_argument("--out", type=path, help="where the runs go (runs/study/NAME)")
     parser.add_argument(
         "--minutes", type=number(0, 1e8, above=True), default=float("inf"), help="stop after this time, saved"
     )
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="also put the outcome into this Markdown page")
+    parser.add_argument("--write", type=path, metavar="PAGE", help="also put the outcome into this Markdown page")
     parser.add_argument("--dry-run", action="store_true", help="check and list the runs, and stop")
     return parser
 

@@ -19,7 +19,7 @@ from statistics import median_high
 from st_fast.core.command import command_parser
 from st_fast.core.errors import UserError
 from st_fast.core.files import is_count
-from st_fast.core.options import BATCH_MOST, integer, number
+from st_fast.core.options import BATCH_MOST, integer, number, path
 from st_fast.core.records import log_records
 from st_fast.recipe import cost, load
 from st_fast.train.parallel import BUCKET_BYTES
@@ -128,10 +128,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("doctor --plan", __doc__)
     positive = number(0, 1e12, above=True)
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", type=path)
     measured = parser.add_mutually_exclusive_group()
     measured.add_argument("--images-per-s", type=positive, help="of one GPU, measured (python -m pytest bench/)")
-    measured.add_argument("--run", type=Path, help="a run folder whose log says how fast it was")
+    measured.add_argument("--run", type=path, help="a run folder whose log says how fast it was")
     parser.add_argument("--per-node", type=integer(1, BATCH_MOST), default=8, help="GPUs in a node (8)")
     parser.add_argument(
         "--nvlink", type=positive, default=360.0, help="GB/s a GPU within a node (360: NVLink 4, 80 %%)"

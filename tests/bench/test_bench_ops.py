@@ -132,7 +132,7 @@ def test_a_calls_overhead_is_that_of_the_call_alone(monkeypatch):
     slowed = ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"]
     assert quick["forward"] > 0 and quick["both"] > 0
     assert 1_900 < slowed["forward"] - quick["forward"] < 4_000
-    assert 1_900 < slowed["both"] - quick["both"]
+    assert slowed["both"] - quick["both"] > 1_900
 
 
 @pytest.mark.parametrize("how", ops.HOW)

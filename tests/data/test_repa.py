@@ -15,19 +15,22 @@ import torch
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.data.loader import make_loader
-from st_fast.data.manifest import read_manifest
+from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.repa import RepaSet, read_npy_header
-from st_fast.data.shards import open_data
+from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.prepare import __main__ as prepare
+from st_fast.prepare.writing import write_shards
 
 from .conftest import MakeSet, encoded, picture, random_moments
 
 SHAPE = (8, 4, 4)
 
 
-def write_layout(root: Path, count: int = 12, dtype: type = np.float32) -> np.ndarray:
+def write_layout(
+    root: Path, count: int = 12, dtype: type = np.float32, shape: tuple[int, int, int] = SHAPE
+) -> np.ndarray:
     """A folder as REPA's preprocessing leaves it; returns the moments."""
-    moments = random_moments(count, SHAPE).numpy().astype(dtype)
+    moments = random_moments(count, shape).numpy().astype(dtype)
     labels = []
     for number, row in enumerate(moments):
         part = f"{number // 5:05d}"
@@ -79,6 +82,67 @@ def test_to_repa_and_back_keeps_every_bit(make_set: MakeSet, tmp_path: Path) -> 
     assert [entry.sha256 for entry in original.shards] == [entry.sha256 for entry in back.shards]
     with pytest.raises(UserError, match=r"holds vae-sd/dataset\.json already"):
         prepare.main(["--to-repa", str(folder), str(tmp_path / "repa")])
+
+
+def test_a_set_is_no_target_for_repas_layout(make_set: MakeSet, tmp_path: Path) -> None:
+    folder = make_set()
+    before = sorted(folder.rglob("*"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to(folder)
+    for target, words in [
+        (folder, "the set to convert"),
+        (tmp_path / "link", "the set to convert"),
+        (folder / "repa", "the set to convert"),
+        (tmp_path / "other", r"holds manifest\.json"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            prepare.main(["--to-repa", "--dry-run", str(folder), str(target)])
+        with pytest.raises(UserError, match=words):
+            prepare.main(["--to-repa", str(folder), str(target)])
+    assert sorted(folder.rglob("*")) == before and len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_a_manifest_beside_the_layout_is_what_is_read(make_set: MakeSet) -> None:
+    folder = make_set()
+    manifest = read_manifest(folder)
+    write_layout(folder)
+    assert open_data(folder).manifest == read_any_manifest(folder) == manifest
+
+
+def test_the_layout_carries_what_made_its_latents(tmp_path: Path) -> None:
+    vae, names = VaeInfo("mine", "abc", "vae"), ("a", "b", "c", "d")
+    made = Manifest(0, (6, 4, 4), "float16", 0.75, vae, "random", 4, class_names=names)
+    write_shards(tmp_path / "set", [(random_moments(6, (6, 4, 4)).half(), torch.arange(6) % 2)], made, 16)
+    (tmp_path / "set" / "vae").mkdir()
+    (tmp_path / "set" / "vae" / "config.json").write_text("{}")
+    prepare.main(["--to-repa", str(tmp_path / "set"), str(tmp_path / "repa")])
+    prepare.main(["--from-repa", str(tmp_path / "repa"), str(tmp_path / "back")])
+    for folder in (tmp_path / "repa", tmp_path / "back"):
+        found = open_data(folder).manifest
+        assert (found.vae, found.scale, found.num_classes, found.class_names) == (vae, 0.75, 4, names)
+        assert (folder / "vae" / "config.json").is_file()
+    path = tmp_path / "repa" / "vae-sd" / "dataset.json"
+    whole = json.loads(path.read_text())
+    for key, value, words in [
+        ("channels", 4, "channels = 4, but the latents have 3"),
+        ("scale", 0, "scale = 0"),
+        ("vae", "mine", "st_fast: vae = 'mine': an object is needed"),
+        ("num_classes", 1, "label 1, allowed are 0 … 0"),
+    ]:
+        path.write_text(json.dumps(whole | {"st_fast": whole["st_fast"] | {key: value}}))
+        with pytest.raises(BadFile, match=rf"dataset\.json: .*{words}"):
+            open_data(tmp_path / "repa")
+
+
+def test_latents_that_the_usual_vae_can_not_have_made_ask_for_their_vae(tmp_path: Path) -> None:
+    write_layout(tmp_path / "repa", shape=(6, 4, 4))
+    for read in (open_data, read_any_manifest):
+        with pytest.raises(BadFile, match=r"latents of 3 channels, .* OUT --vae VAE names it"):
+            read(tmp_path / "repa")
+    with pytest.raises(UserError, match=r"latents of 3 channels, .* --vae VAE"):
+        prepare.main(["--from-repa", str(tmp_path / "repa"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 class Bomb:

@@ -177,6 +177,8 @@ def test_a_wrong_override_is_named(small: Path, override: str, told: str) -> Non
         ("--stage.transcend.cfg_scale=1e30", "at most 1000000"),
         ("--stage.align.steps=4611686018427387904", "at most 10^12"),
         ("--run.out=7", "a string in quotes"),
+        ("--run.out='   '", "empty or more than blanks"),
+        ("--data.path=' '", "empty or more than blanks"),
         ("--data.path=['a']", "a string in quotes"),
         ("--sample.cfg_range=[0.5, 0.5]", "low < high"),
         ("--sample.cfg_range=[0.6, 0.5]", "low < high"),

@@ -13,10 +13,9 @@ blocks and with the teacher's, and the held-out denoising loss by time. `st_fast
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from st_fast.core.command import command_parser, need_run, run_command
-from st_fast.core.options import COUNT_MOST, integer, number
+from st_fast.core.options import COUNT_MOST, integer, number, path
 from st_fast.core.signals import catch_signals
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -26,7 +25,7 @@ BINS = 10
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("probe", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first gets the figures")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders; the first gets the figures")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument(
         "--images", type=integer(1, COUNT_MOST), default=800, help="training images of the linear probe (800)"
