@@ -52,7 +52,7 @@ def parser() -> Parser:
     mode = parse.add_mutually_exclusive_group()
     for name in ("verify", "stats", "from-repa", "to-repa"):
         mode.add_argument(f"--{name}", action="store_true", help="as above")
-    mode.add_argument("--features", metavar="ENCODER", type=given, default="", help=FEATURES_HELP)
+    mode.add_argument("--features", metavar="ENCODER", type=given, help=FEATURES_HELP)
     add(
         "--size", type=integer(1, SIDE_MOST), default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)"
     )
