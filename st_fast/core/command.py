@@ -103,6 +103,15 @@ def need_run(folder: Path) -> None:
         raise UserError(f"{folder}: no recipe.toml, so no run of st_fast.train")
 
 
+def need_each_once(runs: Sequence[Path]) -> list[Path]:
+    """The runs' resolved paths; UserError where one is named twice."""
+    resolved = [path.resolve() for path in runs]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError(f"{path}: named twice; each run is compared once")
+    return resolved
+
+
 def compile_nothing_for_help() -> None:
     """Where the command line asks for --help, leaves csrc out of this process: nobody waits a minute for a text.
 

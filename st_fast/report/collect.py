@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from st_fast.core.command import need_each_once
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, printable, read_bytes, shown
 from st_fast.report.metrics import NUMBERS as METRIC_NUMBERS
@@ -111,10 +112,7 @@ def finite(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[flo
 
 def read_runs(paths: Sequence[Path]) -> list[RunLog]:
     """All run folders, under names that differ; UserError where one can't be read or is named twice."""
-    resolved = [path.resolve() for path in paths]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise UserError(f"{path}: named twice; each run is compared once")
+    resolved = need_each_once(paths)
     names = [path.name for path in resolved]
     return [
         read_run(path, path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}")
