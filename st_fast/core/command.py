@@ -15,7 +15,7 @@ from typing import NoReturn
 from st_fast.core.errors import EXIT_FAILED, EXIT_OK, EXIT_SIGINT, Interrupted, UserError
 from st_fast.core.machine import lacks_memory, out_of_memory
 from st_fast.core.options import Parser
-from st_fast.core.signals import pay_no_heed
+from st_fast.core.signals import Ended, end_on_signals, pay_no_heed
 from st_fast.core.streams import one_line, use_safe_streams
 
 MENDABLE = (
@@ -33,12 +33,17 @@ def command_parser(name: str, text: str | None, epilog: str | None = None) -> Pa
 
 
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command's `main(arguments)` and exits; UserErrors become one line on stderr and their exit code."""
+    """Runs a command's `main(arguments)` and exits; UserErrors become one line on stderr and their exit code.
+
+    Unless `catch_signals` was called before, SIGTERM and SIGHUP unwind it as SIGINT does: nothing partial stays.
+    """
     use_safe_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
+        end_on_signals()
         main([a for a in arguments if a != "--debug"])
+        pay_no_heed()
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -55,11 +60,14 @@ def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | Non
             raise
         _tell(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error.strerror))
         end_process(EXIT_FAILED)
-    except KeyboardInterrupt:  # of commands that are too short to save anything in between
-        if debug:
+    except KeyboardInterrupt as stop:  # of commands that are too short to save anything in between
+        ended = isinstance(stop, Ended)
+        if debug and not ended:
             raise
+        if debug:
+            traceback.print_exc()
         _tell("interrupted")
-        end_process(EXIT_SIGINT)
+        end_process(128 + stop.args[0] if ended else EXIT_SIGINT)
     end_process(EXIT_OK)
 
 
@@ -93,6 +101,15 @@ def need_run(folder: Path) -> None:
     """UserError unless the folder holds a run."""
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder}: no recipe.toml, so no run of st_fast.train")
+
+
+def need_each_once(runs: Sequence[Path]) -> list[Path]:
+    """The runs' resolved paths; UserError where one is named twice."""
+    resolved = [path.resolve() for path in runs]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError(f"{path}: named twice; each run is compared once")
+    return resolved
 
 
 def compile_nothing_for_help() -> None:

@@ -16,7 +16,7 @@ EXIT_INTERRUPTED = 75
 """Stopped by a signal, all saved; the same command continues (75 is EX_TEMPFAIL of sysexits.h)."""
 
 EXIT_SIGINT = 130
-"""Stopped by Ctrl-C where there is nothing to save: 128 + SIGINT, as shells have it."""
+"""Stopped by Ctrl-C where there is nothing to save: 128 + SIGINT, as shells have it. Other signals: 128 + theirs."""
 
 
 class UserError(Exception):

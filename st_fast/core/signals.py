@@ -33,6 +33,8 @@ STOPPING = (
 """What clusters, terminals and limits on processor time ask with."""
 PATIENCE = 8.0
 """Seconds after which a process ends itself that was to leave at once, but hangs in a call that no signal wakes."""
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""What ends a command that saves nothing in between as SIGINT does, by an exception."""
 AGAIN = 1.0
 """Seconds after which drawing is interrupted again, where library code has swallowed the first Stopped."""
 
@@ -100,10 +102,15 @@ class StopRequest:
                 leave_at_once(str(self.name))
 
 
+class Ended(KeyboardInterrupt):
+    """A signal of ENDING; its number is the argument."""
+
+
 _request = StopRequest()
 _blocks = 0
 _before: dict[signal.Signals, object] = {}
 _pipe: tuple[int, int] | None = None
+_ending: list[signal.Signals] = []
 
 
 def say(text: str) -> None:
@@ -128,6 +135,7 @@ def pass_on(name: str) -> None:
 
 def pay_no_heed() -> None:
     """The command is done, and its exit code known: from now on signals change nothing."""
+    _end_no_more()
     if _pipe is not None:
         _request.leave()
         for number in _before:  # as the interpreter ends it would give handlers of ours up for death by signal
@@ -175,6 +183,29 @@ def catch_signals() -> None:
     _catch()
 
 
+def end_on_signals() -> None:
+    """From now on ENDING raise Ended, once, unless they are ignored or somebody has a handler for them already."""
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                _ending.append(number)
+                signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    for each in _ending:  # a second one must not interrupt the tidying up after the first
+        signal.signal(each, signal.SIG_IGN)
+    _ending.clear()
+    raise Ended(number)
+
+
+def _end_no_more() -> None:
+    """Undoes `end_on_signals`, unless a signal has come."""
+    for number in _ending:
+        signal.signal(number, signal.SIG_DFL)
+    _ending.clear()
+
+
 def _catch() -> None:
     global _pipe
     if _pipe is not None:
@@ -216,6 +247,7 @@ def _listen(pipe: int, main: int, request: StopRequest) -> None:
 def _in_child() -> None:
     """A forked child that runs on is not the run: it may be terminated, and what asks the run to stop passes it by."""
     global _pipe
+    _end_no_more()
     if _pipe is not None:
         signal.set_wakeup_fd(-1)
         for number in _before:

@@ -15,8 +15,10 @@ examples:
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
+from st_fast.core.errors import UserError
 from st_fast.core.options import path
 from st_fast.core.streams import show
 from st_fast.report import default_path, write_report
@@ -24,6 +26,8 @@ from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.fairness import unfair
 from st_fast.report.repeats import verdict
+
+PAGES = (".html", ".htm")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,9 +41,18 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _need_places(out: Path | None, export: Path | None) -> None:
+    """UserError unless the page's name is one of a page, and the figures' that of a folder."""
+    if out is not None and (out.suffix.lower() not in PAGES or out.is_dir()):
+        raise UserError(f"--out {out}: a file name that ends in {' or '.join(PAGES)} is needed, and not a folder's")
+    if export is not None and export.exists() and not export.is_dir():
+        raise UserError(f"--export {export}: is a file; a folder is needed")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Reads run folders and writes their report; UserError names what is missing or broken."""
     options = parser().parse_args(arguments)
+    _need_places(options.out, options.export)
     if options.dry_run:
         runs = read_runs(options.runs)
         found = verdict(make_arms(runs), unfair(runs, options.seeds))

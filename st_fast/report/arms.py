@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.report import words
-from st_fast.report.collect import Record, RunLog, StageLog, finite, number, read_run
+from st_fast.report.collect import ModelKey, Record, RunLog, StageLog, finite, number, read_run
 
 
 @dataclass(frozen=True)
@@ -108,25 +109,37 @@ def make_arms(runs: Sequence[RunLog]) -> list[Arm]:
 def _before(run: RunLog, stage: StageLog) -> dict[tuple[Path | str, ...], Cost]:
     """What each model before this stage cost, by where it is: its teacher, what its weights began from, and theirs.
 
-    Such a model is an earlier stage of the same run, or a path into another run's folder, whose log is then read up to
-    the checkpoint's step. One from outside without a log has a cost that isn't known.
+    Such a model is an earlier stage of the same run, or a path into another run's folder. Its log is read up to the
+    step at which it was taken. One from outside without a log has a cost that isn't known.
     """
     found: dict[tuple[Path | str, ...], Cost] = {}
     earlier = run.stages[: run.stages.index(stage)]
-    for name in dict.fromkeys(filter(None, (stage.model("teacher"), stage.model("init")))):
+    for kind in get_args(ModelKey):
+        name, step = stage.model(kind), stage.model_step(kind)
+        if name is None:
+            continue
         other = next((other for other in earlier if other.name == name), None)
         if other is not None:
-            own = Cost(other.last("flops"), other.last("seconds"))
-            models = {(run.path.resolve(), other.name): own} | _before(run, other)
+            models = {(run.path.resolve(), other.name): _spent(other, step)} | _before(run, other)
         else:
-            models = _outside(run, name)
+            models = _outside(run, name, step)
         for key, cost in models.items():  # of two checkpoints of one stage the later one's cost holds both
             found[key] = max(cost, found.get(key, cost), key=lambda c: c.flops)
     return found
 
 
-def _outside(run: RunLog, model: str) -> dict[tuple[Path | str, ...], Cost]:
-    """A model at a path such as runs/other/align/checkpoints/00200000 and those before it, from its run's log."""
+def _spent(stage: StageLog, step: int | None) -> Cost:
+    """What a stage had cost by a step, or in all; not known where it has made steps and the log doesn't tell."""
+    limit = stage.step if step is None else step
+    flops = stage.last("flops", limit)
+    return Cost(flops, stage.last("seconds", limit), flops > 0 or not limit)
+
+
+def _outside(run: RunLog, model: str, step: int | None) -> dict[tuple[Path | str, ...], Cost]:
+    """A model at a path such as runs/other/align/checkpoints/00200000 and those before it, from its run's log.
+
+    `step` is the one at which it was taken, where the path doesn't say.
+    """
     unknown: dict[tuple[Path | str, ...], Cost] = {(model,): Cost(known=False)}
     for base in (Path.cwd(), run.path, run.path.parent):
         path = base / model
@@ -141,9 +154,6 @@ def _outside(run: RunLog, model: str) -> dict[tuple[Path | str, ...], Cost]:
         stage = next((s for s in other.stages if s.name == parts[0]), None) if parts else other.stages[-1]
         if stage is None:
             return unknown
-        limit = int(parts[-1]) if len(parts) > 1 and parts[-1].isdecimal() else stage.step
-        records = [r for kind in stage.records.values() for r in kind if r["step"] <= limit and "flops" in r]
-        last = max(records, key=lambda record: number(record, "flops"), default=None)
-        cost = Cost(number(last, "flops"), number(last, "seconds")) if last else Cost(known=False)
-        return {(folder.resolve(), stage.name): cost} | _before(other, stage)
+        taken = int(parts[-1]) if len(parts) > 1 and parts[-1].isdecimal() else step
+        return {(folder.resolve(), stage.name): _spent(stage, taken)} | _before(other, stage)
     return unknown

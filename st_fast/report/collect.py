@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from st_fast.core.command import need_each_once
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, printable, read_bytes, shown
 from st_fast.report.metrics import NUMBERS as METRIC_NUMBERS
 
 Record = dict[str, Any]
+ModelKey = Literal["teacher", "init"]
 
 KINDS = ("start", "train", "eval", "sample", "end")
 """What the report uses; other kinds of record are skipped, so that logs may grow."""
@@ -41,10 +43,16 @@ class StageLog:
         """The name of its supervision method; "none" for plain training."""
         return str(self.entry.get("supervision", "none"))
 
-    def model(self, key: Literal["teacher", "init"]) -> str | None:
+    def model(self, key: ModelKey) -> str | None:
         """The stage or path whose model teaches this one, or whose weights it began with, where there is any."""
         value = self.entry.get(key)
         return value if isinstance(value, str) and value else None
+
+    def model_step(self, key: ModelKey) -> int | None:
+        """The step at which that model was taken, as the start record says; None where it doesn't."""
+        said = self.start.get(key)
+        step = said.get("step") if isinstance(said, dict) else None
+        return step if type(step) is int and step >= 0 else None
 
     @property
     def evals(self) -> list[Record]:
@@ -71,9 +79,10 @@ class StageLog:
         """Steps and finite values of `key` in the records of a kind."""
         return finite((float(record["step"]), number(record, key)) for record in self.records[kind])
 
-    def last(self, key: str) -> float:
-        """The largest value of a cumulative `key` ("seconds" or "flops") in any record; 0 where none has it."""
-        values = [number(record, key) for records in self.records.values() for record in records]
+    def last(self, key: str, until: float = math.inf) -> float:
+        """The largest value of a cumulative `key` ("seconds" or "flops") in records up to a step; 0 without."""
+        records = [record for kind in self.records.values() for record in kind if record["step"] <= until]
+        values = [number(record, key) for record in records]
         return max((value for value in values if math.isfinite(value)), default=0.0)
 
 
@@ -103,10 +112,7 @@ def finite(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[flo
 
 def read_runs(paths: Sequence[Path]) -> list[RunLog]:
     """All run folders, under names that differ; UserError where one can't be read or is named twice."""
-    resolved = [path.resolve() for path in paths]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise UserError(f"{path}: named twice; each run is compared once")
+    resolved = need_each_once(paths)
     names = [path.name for path in resolved]
     return [
         read_run(path, path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}")

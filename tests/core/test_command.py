@@ -101,3 +101,37 @@ def test_a_command_that_looks_for_its_run_first_has_a_traceback_for_debug(tmp_pa
     first, *_, last = done.stderr.splitlines()
     assert (done.returncode, first) == (2, "Traceback (most recent call last):")
     assert last == f"st_fast: {tmp_path}: no recipe.toml, so no run of st_fast.train"
+
+
+UNSAVED = """
+import os, signal, sys
+from pathlib import Path
+from st_fast.core.command import run_command
+from st_fast.core.writing import whole_file
+name, ignored, target = sys.argv[1:]
+number = signal.Signals[name]
+if ignored == "ignored":
+    signal.signal(number, signal.SIG_IGN)
+
+def main(arguments):
+    with whole_file(Path(target)) as partial:
+        partial.write_bytes(b"half")
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            if number != signal.SIGINT:
+                os.kill(os.getpid(), number)  # a second one
+
+run_command(main, [])
+"""
+
+
+@pytest.mark.parametrize("ignored", ["", "ignored"])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_to_a_command_that_saves_nothing_in_between_leaves_a_line_and_nothing_partial(
+    tmp_path, name: str, code: int, ignored: str
+) -> None:
+    target = tmp_path / "target"
+    done = warm.run("-c", UNSAVED, name, ignored, target)
+    assert (done.returncode, done.stderr) == ((0, "") if ignored else (code, "st_fast: interrupted\n"))
+    assert list(tmp_path.iterdir()) == ([target] if ignored else [])

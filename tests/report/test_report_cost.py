@@ -57,6 +57,23 @@ def test_a_teacher_of_another_run_costs_what_its_log_says_up_to_that_checkpoint(
     assert arm.total.known
 
 
+@pytest.mark.parametrize("key", ["teacher", "init"])
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize(
+    ("said", "flops", "seconds"),
+    [({"step": 10}, 1e3, 1.0), ({"step": 0}, 0.0, 0.0), ({}, 5e3, 5.0), ({"step": None}, 5e3, 5.0), ("a", 5e3, 5.0)],
+)
+def test_steps_that_a_model_made_after_it_was_taken_are_not_charged(
+    runs, key: str, outside: bool, said: Any, flops: float, seconds: float
+) -> None:
+    first = [end("a", 10, 1e3, 1.0), end("a", 50, 5e3, 5.0)]
+    start = {"kind": "start", "stage": "b", "step": 0, key: said}
+    name = str(runs.custom(entry("a"), first, "other") / "a") if outside else "a"
+    recipe = ("" if outside else entry("a")) + entry("b") + f'{key} = "{name}"\n'
+    arm = make_arms(read_runs([runs.custom(recipe, [*first, start, end("b", 10, 1e4, 10.0)][2 * outside :])]))[-1]
+    assert (arm.teacher.flops, arm.teacher.seconds, arm.teacher.known) == (flops, seconds, True)
+
+
 def test_a_model_that_is_teacher_and_start_is_counted_once_with_all_before_it(runs) -> None:
     recipe = entry("a") + entry("b", "a") + entry("c", "b") + 'init = "b"\n' + entry("d", "a") + 'init = "b"\n'
     records = [end(name, 10, flops, 1.0) for name, flops in (("a", 1e3), ("b", 1e4), ("c", 1e5), ("d", 1e6))]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from st_fast.core.errors import UserError
 from st_fast.report import write_report
+from st_fast.report.__main__ import main
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.figures import Bars, Chart, Curve, Level, all_figures
@@ -287,6 +288,24 @@ def test_command_tells_mistakes_in_one_line_and_leaves_the_old_page(runs) -> Non
     assert done.stderr.count("\n") == 1
     assert "line 1" in done.stderr
     assert (run / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("option", ["--out", "--export"])
+@pytest.mark.parametrize("name", ["log.jsonl", "recipe.toml", "new.txt", "new", "dir.html", ".", "..", "", "/"])
+def test_only_a_page_is_written_where_the_page_goes_and_figures_only_into_a_folder(
+    runs, monkeypatch: pytest.MonkeyPatch, option: str, name: str
+) -> None:
+    run = runs.plain()
+    monkeypatch.chdir(run)
+    (run / "dir.html").mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in runs.folder.rglob("*")}
+    if option == "--export" and not Path(name).is_file():
+        main([".", option, name, "--dry-run"])
+    else:
+        with pytest.raises(UserError, match=f"^{option} {re.escape(str(Path(name)))}: ") as error:
+            main([".", option, name])
+        assert "\n" not in str(error.value) and error.value.exit_code == 2
+    assert {path: path.is_file() and path.read_bytes() for path in runs.folder.rglob("*")} == before
 
 
 def test_dry_run_prints_the_verdict_and_writes_nothing(runs) -> None:

@@ -14,7 +14,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from st_fast.core.command import command_parser, need_run, run_command
+from st_fast.core.command import command_parser, need_each_once, need_run, run_command
 from st_fast.core.options import COUNT_MOST, integer, number, path
 from st_fast.core.signals import catch_signals
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
     for run in given.runs:
         need_run(run)
+    need_each_once(given.runs)
     from st_fast.evaluate.probe.together import probe  # torch is imported only once the arguments are right
 
     start = time.perf_counter()

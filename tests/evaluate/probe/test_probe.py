@@ -235,6 +235,7 @@ def test_the_report_shows_the_probe_and_leaves_out_what_is_broken(probed) -> Non
         (["RUN", "--times", "1.5"], "--times 1.5"),
         (["RUN", "--images", "0"], "--images 0"),
         (["RUN", "RUN/other"], "RUN/other: no recipe.toml"),
+        (["RUN", "RUN/."], "RUN: named twice"),
     ],
 )
 def test_mistakes_are_told_in_one_line(probed, arguments: list[str], words: str) -> None:
