@@ -112,15 +112,19 @@ name, ignored, target = sys.argv[1:]
 number = signal.Signals[name]
 if ignored == "ignored":
     signal.signal(number, signal.SIG_IGN)
+unlink = Path.unlink
+
+def unlink_as_another_comes(path, missing_ok):
+    if number != signal.SIGINT:
+        os.kill(os.getpid(), number)
+    unlink(path, missing_ok)
+
+Path.unlink = unlink_as_another_comes
 
 def main(arguments):
     with whole_file(Path(target)) as partial:
         partial.write_bytes(b"half")
-        try:
-            os.kill(os.getpid(), number)
-        finally:
-            if number != signal.SIGINT:
-                os.kill(os.getpid(), number)  # a second one
+        os.kill(os.getpid(), number)
 
 run_command(main, [])
 """
