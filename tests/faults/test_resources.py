@@ -193,7 +193,7 @@ def lacking(*_, **__):
         (["sample"], "st_fast.sample.model.sample", "drawing 4 samples at once (--batch-size takes fewer)"),
         (["sample"], "st_fast.model.stored.checkpoint.latest", "loading RUN/plain/checkpoints"),
         (["evaluate", "-n", "70"], "st_fast.evaluate.classifier.ConvNet", "training the classifier"),
-        (["evaluate", "-n", "70"], "st_fast.evaluate.__main__.classifier_metrics", "scoring"),
+        (["evaluate", "-n", "70"], "st_fast.evaluate.classifier.classifier_metrics", "scoring"),
         (["evaluate.probe"], "st_fast.evaluate.probe.together.load_split", "running probe"),
         (["train.doctor"], "st_fast.train.doctor.devices", "running doctor"),
     ],

@@ -291,7 +291,7 @@ def test_command_tells_mistakes_in_one_line_and_leaves_the_old_page(runs) -> Non
 
 
 @pytest.mark.parametrize("option", ["--out", "--export"])
-@pytest.mark.parametrize("name", ["log.jsonl", "recipe.toml", "new.txt", "new", "dir.html", ".", "..", "", "/"])
+@pytest.mark.parametrize("name", ["log.jsonl", "recipe.toml", "new.txt", "new", "dir.html", ".", "..", "/"])
 def test_only_a_page_is_written_where_the_page_goes_and_figures_only_into_a_folder(
     runs, monkeypatch: pytest.MonkeyPatch, option: str, name: str
 ) -> None:

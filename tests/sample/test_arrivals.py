@@ -63,6 +63,7 @@ def test_samples_and_their_scores_name_the_model_that_was_read(run: Path, tmp_pa
     folder = run / "plain" / "samples" / "70-heun3-cfg2"
     drawn, scored = (json.loads((folder / name).read_text()) for name in ("sample.json", "metrics.json"))
     assert ema(run, 20), "it has arrived"
+    assert len(drawn.pop("samples_sha256")) == 64
     assert drawn["step"] == scored["step"] == 10 and scored["samples"] == drawn
     assert drawn["model_sha256"] == tensors_hash(ema(run, 10)) != tensors_hash(ema(run, 20))
     sample.main([str(run), "-n", "70", "--npz"])
