@@ -75,7 +75,7 @@ def test_a_low_limit_on_open_files_is_raised_for_157_shards(imagenet: Path, monk
         assert shards.gather(np.array([0, COUNT - 1]))[0].shape == (2, *SHAPE)
         shards.close()
         monkeypatch.setattr(resource, "getrlimit", lambda kind: (200, 300))
-        with pytest.raises(UserError, match=r"^157 data files and .* a limit of \d{3,4} open files; here it is 300 and"):
+        with pytest.raises(UserError, match=r"^157 data files and .* a limit of \d{3,4} open files; here it is 300"):
             open_data(imagenet, verify=False)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
