@@ -25,9 +25,9 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 demo: install
 	$(BIN)/python -m st_fast.train recipes/digits.toml
 
-# Many tests wait for something: two cores have work for four.
+# Many tests wait for something: two cores have work for three.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
 
 lint: install
 	$(BIN)/ruff check .
