@@ -192,7 +192,7 @@ def repa_images(records: RepaSet) -> Source:
             raise UserError(f"{folder}: {shown(image)} stands where the image of {shown(latent)} should")
     labels, table = records.labels, folder / LABELS_FILE
     if table.is_file():
-        by_name = read_labels(read_bytes(table), str(table))
+        by_name = read_labels(parse_labels_file(read_bytes(table), str(table)), str(table))
         labels = np.array([by_name.get(name, -1) for name in images], np.int64)
     classes = records.manifest.num_classes
     return Source(

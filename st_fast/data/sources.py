@@ -285,7 +285,8 @@ def _small(files: Files, name: str) -> bytes:
 def _by_table(files: Files, labels_file: str, images: list[str]) -> tuple[list[str], list[int]]:
     """Every image has its label in a dataset.json beside or above it."""
     folder = labels_file.removesuffix(LABELS_FILE)
-    table = read_labels(_small(files, labels_file), f"{files.where}: {labels_file}")
+    place = f"{files.where}: {labels_file}"
+    table = read_labels(parse_labels_file(_small(files, labels_file), place), place)
     images = [name for name in images if name.startswith(folder)]
     missing = [name for name in images if name[len(folder) :] not in table]
     if missing or len(images) != len(table):
@@ -299,9 +300,9 @@ def parse_labels_file(data: bytes, where: str) -> dict[str, Any]:
     return parse_json(data, Path(where), max(FREE_BYTES, JSON_FACTOR * len(data)))
 
 
-def read_labels(data: bytes | dict[str, Any], where: str) -> dict[str, int]:
+def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
     """A dataset.json's labels: file name → class number. UserError names what is wrong."""
-    labels = (parse_labels_file(data, where) if isinstance(data, bytes) else data).get("labels", "")
+    labels = document.get("labels", "")
     if labels is None:
         raise UserError(f'{where}: "labels" is null, an unlabelled set; put its images into a folder, which is a class')
     if not isinstance(labels, list):
