@@ -25,9 +25,10 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 demo: install
 	$(BIN)/python -m st_fast.train recipes/digits.toml
 
-# Many tests wait for something: two cores have work for three.
+# Some tests wait for something: two cores have work for three. Bytecode is kept, as the many processes that are started
+# would each compile the modules again.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3
 
 lint: install
 	$(BIN)/ruff check .

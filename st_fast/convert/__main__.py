@@ -28,7 +28,7 @@ from st_fast.convert import hub
 from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.core.options import integer, path
+from st_fast.core.options import given, integer, path
 from st_fast.model.formats.layouts import LAYOUTS
 from st_fast.model.formats.loaded_state import heads
 from st_fast.model.load import CONFIG, read_config
@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stage", help="of a run (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="for forms that hold one set (default: ema)")
-    parser.add_argument("--vae", help="a folder or hub name, put into a diffusers folder (default: the data's own)")
+    parser.add_argument(
+        "--vae", type=given, help="a folder or hub name, put into a diffusers folder (default: the data's own)"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the folder to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the hub's repository private")
     parser.add_argument("--dry-run", action="store_true", help="read and check, say what would be written, and stop")

@@ -204,6 +204,8 @@ def encode(args: argparse.Namespace) -> None:
     asked = plan(source, args.size, args.flip, args.dtype, args.shard_size)
     if (out / JOB_FILE).is_file():
         check_unfinished(out, asked)  # before a VAE is trained
+    if (out / JOB_FILE).is_file() and args.vae == "small" and not (out / VAE_FOLDER).is_dir():
+        raise UserError(f"{out}: begun with another VAE (now small); use that, or name another folder to write")
     if args.dry_run and args.vae == "small" and not (out / VAE_FOLDER).is_dir():
         print(f"{out}: a small VAE would be trained on them first, {args.vae_steps:,} steps")
         return

@@ -18,6 +18,7 @@ from st_fast.core.comparison import check_same
 from st_fast.core.errors import RunFailed, UserError, counted
 from st_fast.core.files import make_folder, read_json, write_json_atomic
 from st_fast.core.machine import rank, rank_count
+from st_fast.core.writing import WRONG_PLACE, cannot_write
 from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, crop_of, read_manifest, write_manifest
 from st_fast.prepare.writing import shard_name, write_shard
 
@@ -87,6 +88,8 @@ def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) 
         _finish(folder, producer, max_bad)
     except OSError as error:
         done = sum(is_done(folder, number) for number in range(producer.shards))
+        if not done and error.errno in WRONG_PLACE:
+            raise cannot_write(folder, error) from error
         raise RunFailed(
             f"{folder}: {error.strerror or error}; {done} of {producer.shards} shards are complete and stay, "
             "and the same command goes on from there"

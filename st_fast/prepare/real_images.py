@@ -3,7 +3,8 @@
 The classifier of `evaluate.classifier = true` is trained on training images and tested on held-out ones; both come from
 `images.safetensors` in the data folder. The digits bring theirs; for other data this writes it, from the folders
 `train` and `test` (or `val`) of the source, or from one folder, of which some images are held out. The classes have the
-numbers that they have in the data; images that can't be used are left out and named.
+numbers that they have in the data; images that can't be used are left out and named. A source that the latents were
+not made from is refused, as far as the folder tells: the classifier would compare samples with other images.
 
   python -m st_fast real-images cifar10.zip data/cifar10
 """
@@ -17,7 +18,7 @@ from safetensors.numpy import save as to_safetensors
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.files import shown, write_atomic
+from st_fast.core.files import read_json, shown, write_atomic
 from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer, path
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
@@ -25,6 +26,7 @@ from st_fast.core.writing import cannot_write
 from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest, crop_of, is_upright, read_manifest
 from st_fast.data.sources import Source, numbered_by, open_source
+from st_fast.prepare.job import JOB_FILE
 
 SEED = 20260710
 """Of the choice of images where not all are taken."""
@@ -45,6 +47,19 @@ def open_subsets(path: Path, manifest: Manifest) -> tuple[Source, Source]:
         return found[0], found[1]
     whole = found[0] if found else numbered_by(open_source(path), manifest.class_names, manifest.num_classes)
     return whole, whole
+
+
+def check_source(given: argparse.Namespace, sources: tuple[Source, Source]) -> None:
+    """UserError where job.json tells that the latents were made from none of `sources`: neither names nor content."""
+    made = read_json(given.data / JOB_FILE) if (given.data / JOB_FILE).is_file() else {}
+    if given.other_images or "images" not in made or any(made["images"] == source.digest() for source in sources):
+        return
+    if all(made.get("content") != source.content() for source in sources):
+        raise UserError(
+            f"real-images: {sources[0].description} holds other images than {given.data} was made from "
+            f"({shown(str(made.get('source')))}, {made.get('count')} images): give those, or --other-images to take "
+            "these nevertheless"
+        )
 
 
 def read_chosen(
@@ -84,6 +99,9 @@ def parser() -> argparse.ArgumentParser:
         help="training images for the classifier, at most (10000)",
     )
     parser.add_argument("--test", type=integer(1, COUNT_MOST), default=2_000, help="held-out images, at most (2000)")
+    parser.add_argument(
+        "--other-images", action="store_true", help="take SOURCE even if the latents were not made from its images"
+    )
     return parser
 
 
@@ -102,6 +120,7 @@ def main(arguments: Sequence[str]) -> None:
     if path.exists():
         raise UserError(f"real-images: {path}: there already; remove it to choose other images")
     train, test = open_subsets(given.source, manifest)
+    check_source(given, (train, test))
     order = epoch_order(SEED, 0, len(train.names))
     held_out = min(given.test, max(1, len(order) // 5)) if test is train else 0
     if test is train and len(order) < 2:

@@ -16,6 +16,8 @@ from st_fast.report.metrics import NUMBERS as METRIC_NUMBERS
 Record = dict[str, Any]
 ModelKey = Literal["teacher", "init"]
 
+LEFT_OUT_MOST = 5
+"""Lines of a log that are told one by one as left out."""
 KINDS = ("start", "train", "eval", "sample", "end")
 """What the report uses; other kinds of record are skipped, so that logs may grow."""
 NUMBERS = (
@@ -171,9 +173,9 @@ def _read_recipe(path: Path) -> tuple[Record, str]:
 
 
 def _read_log(path: Path, notes: list[str]) -> list[Record]:
-    """The log's known records; the half line that a killed run leaves is passed over with a note.
+    """The log's known records; lines that are none, as kills, full disks or editors leave them, are left out and noted.
 
-    Such a line ends the file, or a resumed run's first record follows it, on the same line or the next.
+    A resumed run's first record may follow a half line on the same line.
     """
     try:
         lines = read_bytes(path).decode("utf-8", errors="replace").split("\n")
@@ -181,21 +183,26 @@ def _read_log(path: Path, notes: list[str]) -> list[Record]:
         raise UserError(f"{error}; has this run begun?" if not path.exists() else str(error)) from None
     numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
     records: list[Record] = []
-    for place, (n, line) in enumerate(numbered):
+    left_out: list[str] = []
+    for n, line in numbered:
         record = _parse(line)
         if record is None:
             record = _parse(line[max(0, line.rfind('{"kind"')) :])
-            following = numbered[place + 1][1] if place + 1 < len(numbered) else None
-            resumed = _parse(following) if following else None
-            if record is None and following is not None and not (resumed and resumed.get("kind") == "start"):
-                raise UserError(f"{path}: line {n} is not a JSON object: {shown(line, 60)}")
-            notes.append(f"Line {n} of the log was cut off, as by a kill or a full disk; it is left out.")
+            why = "was cut off, as by a kill or a full disk"
+            if record is None and n != numbered[-1][0] and not line.startswith("{"):
+                why = f"is no record: {shown(line, 60)}"
+            left_out.append(f"Line {n} of the log {why}; it is left out.")
         if record is not None:
-            _check(record, f"{path}: line {n}")
-            records.append(record)
+            if problem := _problem(record):
+                left_out.append(f"Line {n} of the log is no record: {problem}; it is left out.")
+            else:
+                records.append(record)
+    more = len(left_out) - LEFT_OUT_MOST
+    notes += [*left_out[:LEFT_OUT_MOST], *[f"{more} more lines of the log are left out."] * (more > 0)]
     records = [record for record in records if record["kind"] in (*KINDS, "accepted")]
     if not records:
-        raise UserError(f"{path}: holds no record yet; has this run begun?")
+        why = f" ({left_out[0]})" if left_out else ""
+        raise UserError(f"{path}: holds no record yet; has this run begun?{why}")
     return records
 
 
@@ -207,26 +214,27 @@ def _parse(line: str) -> Record | None:
     return value if isinstance(value, dict) else None
 
 
-def _check(record: Record, where: str) -> None:
-    """UserError unless the record has what every record needs and its numbers are numbers."""
+def _problem(record: Record) -> str:
+    """What keeps a record from being used: a missing key, or a number that is none; "" if nothing does."""
     for key, kind, words in (("kind", str, "text"), ("stage", str, "text"), ("step", int, "a whole number")):
         if key not in record:
-            raise UserError(f"{where}: no {key!r}; every record needs kind, stage and step")
+            return f"no {key!r}; every record needs kind, stage and step"
         if not isinstance(record[key], kind) or isinstance(record[key], bool):
-            raise UserError(f"{where}: {key} = {shown(record[key])}; {words} is needed")
+            return f"{key} = {shown(record[key])}; {words} is needed"
     if not 0 <= record["step"] < 2**53:
-        raise UserError(f"{where}: step = {shown(record['step'])}; 0..2^53 are possible")
+        return f"step = {shown(record['step'])}; 0..2^53 are possible"
     if record["kind"] not in KINDS:
-        return
+        return ""
     metrics = record.get("metrics", {})
     if not isinstance(metrics, dict):
-        raise UserError(f"{where}: metrics = {shown(metrics)}; an object is needed")
+        return f"metrics = {shown(metrics)}; an object is needed"
     if record["kind"] == "eval":
         record["metrics"] = metrics = {OLD_KEYS.get(key, key): value for key, value in metrics.items()}
     numbers = [(key, record[key]) for key in NUMBERS if key in record]
     numbers += [(f"metrics.{key}", value) for key, value in metrics.items() if key in METRIC_NUMBERS]
     for key, value in numbers:
         if value is not None and (type(value) not in (int, float) or (type(value) is int and abs(value) > 1e300)):
-            raise UserError(f"{where}: {key} = {shown(value)}; a number is needed")
+            return f"{key} = {shown(value)}; a number is needed"
     if record["kind"] == "sample" and not isinstance(record.get("file"), str):
-        raise UserError(f"{where}: file = {shown(record.get('file'))}; a path is needed")
+        return f"file = {shown(record.get('file'))}; a path is needed"
+    return ""

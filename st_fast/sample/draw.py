@@ -1,5 +1,6 @@
 """Sample numbers, labels and starting noise, all of which follow from (seed, sample number)."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from st_fast.core.files import printable
 from st_fast.core.random import Purpose, normal, uniform
 from st_fast.recipe.schema import Model
 
+NUMBER = re.compile(r"[0-9]{1,9}")
+"""A class's; other scripts' digits are no numbers here, as in a recipe."""
 NAMED = 20
 """Names of classes that a line or a caption has, at most."""
 NAME_MOST = 80
@@ -43,8 +46,8 @@ def read_labels(text: str, num_classes: int, names: Sequence[str] = ()) -> Label
     if text in ("random", "balanced"):
         return Labels(text, num_classes, tuple(range(num_classes)) if text == "balanced" else ())
     parts = [part.strip() for part in text.split(",")]
-    parts = [part if part.isdecimal() or part not in names else str(names.index(part)) for part in parts]
-    if not all(part.isdecimal() and int(part) < num_classes for part in parts):
+    parts = [part if NUMBER.fullmatch(part) or part not in names else str(names.index(part)) for part in parts]
+    if not all(NUMBER.fullmatch(part) and int(part) < num_classes for part in parts):
         known = f" or {', '.join(map(known_as, names[:NAMED]))}{', …' * (len(names) > NAMED)}," if names else ""
         raise UserError(
             f"--labels {text}: balanced, random, or classes of 0..{num_classes - 1}{known} with commas between"

@@ -14,7 +14,7 @@ from torch import Tensor
 from st_fast.core.command import command_parser, need_run
 from st_fast.core.errors import UserError
 from st_fast.core.machine import naming_lack_of_memory
-from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, integer, number, path
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, given, integer, number, path
 from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import stop_on_signals
 from st_fast.data.manifest import Manifest
@@ -29,7 +29,7 @@ from st_fast.model.vae import decode, load_vae, vae_hash
 from st_fast.recipe import load_run
 from st_fast.recipe.keys import CFG_MOST
 from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
-from st_fast.sample.draw import Draw, Labels, draw_of, read_labels
+from st_fast.sample.draw import NUMBER, Draw, Labels, draw_of, read_labels
 from st_fast.sample.guided import Watch, sample, sample_from, unwatched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -164,7 +164,9 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
     )
-    parser.add_argument("--vae", metavar="FOLDER", help="what decodes (default: the VAE that the data names)")
+    parser.add_argument(
+        "--vae", type=given, metavar="FOLDER", help="what decodes (default: the VAE that the data names)"
+    )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the model; solvers use fp32")
     return parser
@@ -172,7 +174,7 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
 
 def _class_names(recipe: Recipe, labels: str) -> tuple[str, ...]:
     """The data's names of classes, where labels are given that numbers alone don't tell."""
-    if labels in ("random", "balanced") or all(part.strip().isdecimal() for part in labels.split(",")):
+    if labels in ("random", "balanced") or all(NUMBER.fullmatch(part.strip()) for part in labels.split(",")):
         return ()
     return read_any_manifest(Path(recipe.data.path)).class_names
 

@@ -227,9 +227,23 @@ def test_continuing_with_other_settings_is_refused(
     run(class_folders, tmp_path / "out", *PIXELS)
     with pytest.raises(UserError, match=r"begun with size 16 \(now 8\); use those, or"):
         run(class_folders, tmp_path / "out", *PIXELS, "--size", 8)
+    for more in ((), ("--dry-run",)):  # before one is trained
+        with pytest.raises(UserError, match=r"begun with another VAE \(now small\); use that, or"):
+            run(class_folders, tmp_path / "out", *PIXELS, "--vae", "small", *more)
+        assert not (tmp_path / "out" / "vae").exists()
     (tmp_path / "out" / "job.json").unlink()
     with pytest.raises(UserError, match="it holds shards of something else"):
         run(class_folders, tmp_path / "out", *PIXELS)
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "file"])
+def test_a_place_that_is_no_folder_is_a_wrong_place_and_no_full_disk(
+    class_folders: Path, tmp_path: Path, out: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"(null|file): can't be written: File exists$") as told:
+        run(class_folders, tmp_path / out, *PIXELS)
+    assert told.type is UserError and (tmp_path / "file").read_text() == "mine"
 
 
 def test_several_processes_share_the_work_and_the_last_one_writes_the_manifest(

@@ -46,7 +46,7 @@ def test_one_folder_is_split_and_bad_images_are_named(
 ) -> None:
     source, data = made
     (source / "train" / "a" / "bad.png").write_bytes(b"x")
-    real_images.main([str(source / "train"), str(data), "--test", "2"])
+    real_images.main([str(source / "train"), str(data), "--test", "2", "--other-images"])
     found = read_images(data)
     assert len(found.test) == 2 and len(found.train) == 7
     assert "real-images: skipped 'a/bad.png'" in capsys.readouterr().out
@@ -56,3 +56,25 @@ def test_another_size_than_the_datas_is_refused(made: tuple[Path, Path]) -> None
     source, data = made
     with pytest.raises(UserError, match=r"real-images: --size 8: .* is of 16; leave --size out"):
         real_images.main([str(source), str(data), "--size", "8"])
+
+
+def test_images_that_the_latents_were_not_made_from_are_refused_unless_wanted(made: tuple[Path, Path]) -> None:
+    source, data = made
+    other = source.parent / "other"
+    for name in "abc":
+        (other / "train" / name).mkdir(parents=True)
+        for number in range(2):
+            (other / "train" / name / f"{number}.png").write_bytes(encoded(picture(9 - number)))
+    with pytest.raises(UserError, match=r"other .* holds other images than .*out was made from \('in .*', 9 images"):
+        real_images.main([str(other), str(data)])
+    assert not (data / "images.safetensors").exists()
+    real_images.main([str(other), str(data), "--other-images"])
+    assert len(read_images(data).train) == 5
+
+
+def test_the_same_images_in_another_place_are_taken(made: tuple[Path, Path]) -> None:
+    source, data = made
+    moved = source.rename(source.parent / "moved")
+    (moved / "train").rename(moved / "training")  # other names, the same content
+    real_images.main([str(moved), str(data)])
+    assert len(read_images(data).train) == 9

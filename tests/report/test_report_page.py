@@ -286,7 +286,7 @@ def test_command_tells_mistakes_in_one_line_and_leaves_the_old_page(runs) -> Non
     done = command(run)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "line 1" in done.stderr
+    assert "Line 1 of the log is no record: 'broken'" in done.stderr
     assert (run / "report.html").read_text() == "old"
 
 

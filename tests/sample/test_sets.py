@@ -243,7 +243,7 @@ def test_labels_are_balanced_random_or_those_named(run):
     assert all(320 < count < 480 for count in drawn.bincount().tolist())
     later = draw_of(read_labels("random", 5), 3, 700, 10, cpu)
     assert later.labels.tolist() == drawn[700:710].tolist(), "a label follows from the sample's number"
-    for wrong in ("0,5", "all", "", "-1"):
+    for wrong in ("0,5", "all", "", "-1", "٣", "9" * 5000):  # the last are too many digits for int()
         with pytest.raises(UserError, match="--labels"):
             read_labels(wrong, 5)
 
