@@ -5,6 +5,7 @@ but can't be read (a pipe, a link that leads nowhere) keeps its name, and readin
 """
 
 import bisect
+import errno
 import os
 import posixpath
 import stat
@@ -100,12 +101,22 @@ def _entries(path: Path, prefix: str) -> Iterator[tuple[str, bool, bool]]:
     try:
         with os.scandir(path / prefix) as entries:
             for entry in entries:
-                yield f"{prefix}{entry.name}", entry.is_dir(), entry.is_symlink()
+                yield f"{prefix}{entry.name}", _is_folder(entry), entry.is_symlink()
     except OSError as error:
         raise UserError(
             f"source {str(path)!r}: its folder {shown(prefix)} can't be read ({error.strerror}), so its images would "
             "be missing"
         ) from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """False for a link to itself, as for a link to nothing."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def open_zip(path: Path) -> Files:

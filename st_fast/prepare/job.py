@@ -190,5 +190,5 @@ def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
     write_manifest(folder, replace(producer.template, count=count, shards=entries))
     for number in range(producer.shards):
         _note(folder, number).unlink(missing_ok=True)
-    left_out = f"; {len(skipped)} images skipped" if skipped else ""
+    left_out = f"; {counted(len(skipped), 'image')} skipped" if skipped else ""
     tqdm.write(f"{folder}: {count:,} records in {counted(len(entries), 'shard')}{left_out}")

@@ -21,12 +21,13 @@ from .test_sources import add, pack
 
 
 def linked(root: Path) -> Path:
-    """A class, a link to it, one that leads back to the root, a linked picture, a pipe and other files."""
+    """A class, a link to it, one that leads back to the root, one to itself, a linked picture and a text."""
     (root / "cat").mkdir(parents=True)
     (root / "cat" / "0.png").write_bytes(encoded(picture(0)))
     (root / "cat" / "1.png").symlink_to("0.png")
     (root / "dog").symlink_to("cat")
     (root / "cat" / "loop").symlink_to("..")
+    (root / "self").symlink_to("self")
     (root / "cat" / "note.txt").write_text("x")
     return root
 
