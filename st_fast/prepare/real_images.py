@@ -50,14 +50,18 @@ def open_subsets(path: Path, manifest: Manifest) -> tuple[Source, Source]:
 
 
 def check_source(given: argparse.Namespace, sources: tuple[Source, Source]) -> None:
-    """UserError where job.json tells that the latents were made from none of `sources`: neither names nor content."""
+    """UserError where job.json, if it is there, tells that the latents were made from none of `sources`.
+
+    Content decides, so a folder may have moved; names do where older versions wrote nothing else.
+    """
     made = read_json(given.data / JOB_FILE) if (given.data / JOB_FILE).is_file() else {}
-    if given.other_images or "images" not in made or any(made["images"] == source.digest() for source in sources):
+    key = next((key for key in ("content", "images") if key in made), "")
+    if given.other_images or not key:
         return
-    if all(made.get("content") != source.content() for source in sources):
+    if all(made[key] != (source.content() if key == "content" else source.digest()) for source in sources):
         raise UserError(
-            f"real-images: {sources[0].description} holds other images than {given.data} was made from "
-            f"({shown(str(made.get('source')))}, {made.get('count')} images): give those, or --other-images to take "
+            f"real-images: {sources[0].description} is not what {given.data} was made from: "
+            f"{shown(str(made.get('source')))}, {made.get('count')} images. Give that, or --other-images to take "
             "these nevertheless"
         )
 

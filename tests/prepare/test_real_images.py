@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,14 @@ def test_images_that_the_latents_were_not_made_from_are_refused_unless_wanted(ma
     other = source.parent / "other"
     for name in "abc":
         (other / "train" / name).mkdir(parents=True)
-        for number in range(2):
+        for number in range(3):  # under the same names
             (other / "train" / name / f"{number}.png").write_bytes(encoded(picture(9 - number)))
-    with pytest.raises(UserError, match=r"other .* holds other images than .*out was made from \('in .*', 9 images"):
+    with pytest.raises(UserError, match=r"other .* is not what .*out was made from: 'in .*', 9 images"):
         real_images.main([str(other), str(data)])
     assert not (data / "images.safetensors").exists()
     real_images.main([str(other), str(data), "--other-images"])
-    assert len(read_images(data).train) == 5
+    found = read_images(data)
+    assert (len(found.train), len(found.test)) == (8, 1)
 
 
 def test_the_same_images_in_another_place_are_taken(made: tuple[Path, Path]) -> None:
@@ -78,3 +80,10 @@ def test_the_same_images_in_another_place_are_taken(made: tuple[Path, Path]) -> 
     (moved / "train").rename(moved / "training")  # other names, the same content
     real_images.main([str(moved), str(data)])
     assert len(read_images(data).train) == 9
+    (moved / "training").rename(moved / "train")
+    made = json.loads((data / "job.json").read_text())
+    for key in ("content", "images"):  # as older versions wrote it: then names are compared, then nothing
+        del made[key]
+        (data / "job.json").write_text(json.dumps(made))
+        (data / "images.safetensors").unlink()
+        real_images.main([str(moved), str(data)])
