@@ -144,7 +144,7 @@ def pay_no_heed() -> None:
 
 def left_at_once(name: str) -> str:
     """What to say of a process that had nothing to save; batch scripts look for the last words."""
-    return f"{name}: nothing is lost, all that was saved stays; the same command continues"
+    return f"{name}: nothing that was saved is lost; the same command continues"
 
 
 def leave_at_once(name: str) -> NoReturn:

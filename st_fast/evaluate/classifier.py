@@ -202,7 +202,10 @@ def check_real_images(data_folder: Path) -> None:
     held = read_header(path) if path.is_file() else {}
     for split in ("train", "test"):
         if split in held and len(shape := held[split].shape) > 0:  # what else is wrong, reading says
-            check_count(shape[0], f"{path}: {shape[0]} images in {split!r}")
+            try:
+                check_count(shape[0], f"{path}: {shape[0]} images in {split!r}")
+            except UserError as error:
+                raise UserError(f"{error}; with more images, {how_to_write_images(data_folder)}") from None
 
 
 def load_classifier(data_folder: Path, say: Say) -> tuple[Classifier, Reference]:

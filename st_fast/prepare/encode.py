@@ -23,7 +23,8 @@ def plan(source: Source, size: int, flip: bool, dtype: str, shard_size: int) -> 
     """What a set is made from and how, but for the VAE."""
     return {
         "source": source.description, "images": source.digest(), "count": len(source.names),
-        "content": source.content(), "num_classes": source.num_classes, "class_names": list(source.class_names),
+        "content": source.content(), "probe": source.probe(),
+        "num_classes": source.num_classes, "class_names": list(source.class_names),
         "size": size, "flip": flip, "dtype": dtype, "shard_size": shard_size,
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save as to_safetensors
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.files import read_json, shown, write_atomic
+from st_fast.core.files import BadFile, read_json, shown, write_atomic
 from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer, path
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
@@ -26,6 +26,7 @@ from st_fast.core.writing import cannot_write
 from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest, crop_of, is_upright, read_manifest
 from st_fast.data.sources import Source, numbered_by, open_source
+from st_fast.evaluate.classifier import FEATURES
 from st_fast.prepare.job import JOB_FILE
 
 SEED = 20260710
@@ -52,16 +53,20 @@ def open_subsets(path: Path, manifest: Manifest) -> tuple[Source, Source]:
 def check_source(given: argparse.Namespace, sources: tuple[Source, Source]) -> None:
     """UserError where job.json, if it is there, tells that the latents were made from none of `sources`.
 
-    Content decides, so a folder may have moved; names do where older versions wrote nothing else.
+    Labels and content decide, wherever the set lies; of older versions' folders the content alone, or the names.
     """
-    made = read_json(given.data / JOB_FILE) if (given.data / JOB_FILE).is_file() else {}
-    key = next((key for key in ("content", "images") if key in made), "")
+    path = given.data / JOB_FILE
+    made = read_json(path) if path.is_file() else {}
+    of = {"probe": Source.probe, "content": Source.content, "images": Source.digest}
+    key = next((key for key in of if key in made), "")
     if given.other_images or not key:
         return
-    if all(made[key] != (source.content() if key == "content" else source.digest()) for source in sources):
+    if type(made[key]) is not str:
+        raise BadFile(f"{path}: {key} = {shown(str(made[key]))}: text is needed")
+    if all(made[key] != of[key](source) for source in sources):
         raise UserError(
-            f"real-images: {sources[0].description} is not what {given.data} was made from: "
-            f"{shown(str(made.get('source')))}, {made.get('count')} images. Give that, or --other-images to take "
+            f"real-images: {sources[0].description}: other images or labels than {given.data} was made from, "
+            f"{made.get('count')} images of {shown(str(made.get('source')))}: give those, or --other-images to take "
             "these nevertheless"
         )
 
@@ -126,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
     train, test = open_subsets(given.source, manifest)
     check_source(given, (train, test))
     order = epoch_order(SEED, 0, len(train.names))
-    held_out = min(given.test, max(1, len(order) // 5)) if test is train else 0
+    held_out = min(given.test, max(1, len(order) // 5, min(FEATURES + 1, len(order) // 2))) if test is train else 0
     if test is train and len(order) < 2:
         raise UserError(f"real-images: {train.description}: one image can't be both for training and held out")
     tried = 0
@@ -138,6 +143,9 @@ def main(arguments: Sequence[str]) -> None:
         tensors["test"], tensors["test_labels"], _ = read_chosen(test, rest, given.test, size, upright, "test")
     read = read_chosen(train, order[tried:], given.train, size, upright, "train")
     tensors["train"], tensors["train_labels"], _ = read
+    for split in ("train", "test"):
+        if (count := len(tensors[split])) <= FEATURES:
+            print(f"real-images: attention: {count} images in {split!r}; the classifier's scores need {FEATURES + 1}")
     try:
         write_atomic(path, to_safetensors(tensors))
     except OSError as error:

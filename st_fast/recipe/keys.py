@@ -111,7 +111,7 @@ BelowOne = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
 TimeRange = Annotated[
     tuple[float, float], Limit("as [low, high] with 0 <= low < high <= 1", lambda ends: 0 <= ends[0] < ends[1] <= 1)
 ]
-PathText = Annotated[str, Limit("that is empty or more than blanks", lambda path: not path or bool(path.strip()))]
+PathText = Annotated[str, Limit("that is not only blanks", lambda path: not path or bool(path.strip()))]
 """Of a file or folder, or its name on the hub; what empty means, each key says."""
 FOLDER_NAME = Limit(
     "of 1 to 64 letters, digits, _ and - that does not start with -",

@@ -70,6 +70,7 @@ class Examiner:
         wanted, settings, data = self.recipe.evaluate, self.recipe.sample, Path(self.recipe.data.path)
         if wanted.classifier:
             classifier.read_images(data)
+            classifier.check_real_images(data)
         if wanted.inception:
             self.protocol["inception_sha256"] = load_inception(Path(wanted.inception), torch.device("cpu")).sha256
         if not self._kinds():

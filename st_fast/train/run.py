@@ -88,7 +88,8 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             shards = open_agreed_data(recipe, ranks, log.say)
             if (classes := shards.manifest.num_classes) < recipe.model.num_classes:
                 log.say(
-                    f"data: {classes} classes; model.num_classes = {recipe.model.num_classes} has more than are trained"
+                    f"attention: the data has {classes} classes, the model {recipe.model.num_classes}; the others "
+                    f"are never trained; --model.num_classes={classes} fits"
                 )
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
             for line in (*cost.untrained_averages(recipe), *cost.unfinished_warmups(recipe)):

@@ -61,7 +61,9 @@ def ended(what: str, *numbers: signal.Signals) -> tuple[int, str]:
 def test_before_anything_is_begun_a_signal_ends_the_process_with_75_and_one_line(what, numbers):
     code, told = ended(what, *numbers)
     name = signal.Signals(numbers[-1]).name
-    assert code == 75 and told.count("\n") == 1 and told.startswith(f"st_fast: {name}: nothing is lost"), told
+    assert (
+        code == 75 and told.count("\n") == 1 and told.startswith(f"st_fast: {name}: nothing that was saved is lost")
+    ), told
     script = (tiny.ROOT / "recipes" / "cluster" / "slurm.sh").read_text()
     assert 'grep -q "the same command continues"' in script and "the same command continues" in told
 
@@ -84,7 +86,7 @@ run_command(lambda arguments: None, [])
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_every_signal_ends_work_that_has_nothing_to_save(number):
-    with pytest.raises(Interrupted, match=f"^{number.name}: nothing is lost"), stop_on_signals():
+    with pytest.raises(Interrupted, match=f"^{number.name}: nothing that was saved is lost"), stop_on_signals():
         os.kill(os.getpid(), number)
         pytest.fail("it went on")
 

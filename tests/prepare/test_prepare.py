@@ -347,7 +347,10 @@ def test_verify_and_stats(class_folders: Path, tmp_path: Path, capsys: pytest.Ca
     run(class_folders, tmp_path / "one", *PIXELS, "--shard-size", 6)
     run("--verify", tmp_path / "one")
     told = capsys.readouterr()
-    assert "6 records in 1 shard\n" in told.out + told.err and "6 records in 1 shard verified" in told.out
+    assert (
+        "6 records in 1 shard: latents of 3 × 16 × 16, 2 classes\n" in told.out + told.err
+        and "6 records in 1 shard verified" in told.out
+    )
     moments = open_data(out).gather(np.arange(6))[0].double()[:, :3]
     for channel in range(3):
         values = moments[:, channel]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,24 +67,60 @@ def test_images_that_the_latents_were_not_made_from_are_refused_unless_wanted(ma
         (other / "train" / name).mkdir(parents=True)
         for number in range(3):  # under the same names
             (other / "train" / name / f"{number}.png").write_bytes(encoded(picture(9 - number)))
-    with pytest.raises(UserError, match=r"other .* is not what .*out was made from: 'in .*', 9 images"):
+    with pytest.raises(UserError, match=r"other .*: other images or labels than .*out was made from, 9 images of 'in"):
         real_images.main([str(other), str(data)])
     assert not (data / "images.safetensors").exists()
     real_images.main([str(other), str(data), "--other-images"])
     found = read_images(data)
-    assert (len(found.train), len(found.test)) == (8, 1)
+    assert (len(found.train), len(found.test)) == (5, 4)
 
 
-def test_the_same_images_in_another_place_are_taken(made: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("packed", ["zip", "tar", "folder"])
+def test_the_same_images_in_another_place_are_taken(made: tuple[Path, Path], packed: str) -> None:
     source, data = made
     moved = source.rename(source.parent / "moved")
     (moved / "train").rename(moved / "training")  # other names, the same content
+    if packed != "folder":
+        moved = Path(shutil.make_archive(str(moved), packed, moved))
     real_images.main([str(moved), str(data)])
     assert len(read_images(data).train) == 9
-    (moved / "training").rename(moved / "train")
-    made = json.loads((data / "job.json").read_text())
-    for key in ("content", "images"):  # as older versions wrote it: then names are compared, then nothing
-        del made[key]
-        (data / "job.json").write_text(json.dumps(made))
+
+
+def test_images_under_other_labels_are_refused(made: tuple[Path, Path]) -> None:
+    source, data = made
+    (source / "train" / "b" / "0.png").rename(source / "train" / "a" / "9.png")  # in the same order
+    with pytest.raises(UserError, match="other images or labels"):
+        real_images.main([str(source), str(data)])
+
+
+def test_a_job_of_an_older_version_is_compared_as_far_as_it_tells(made: tuple[Path, Path]) -> None:
+    source, data = made
+    job = json.loads((data / "job.json").read_text())
+    for key in ("probe", "content", "images"):
+        (data / "job.json").write_text(json.dumps(job | {key: 5}))
+        with pytest.raises(UserError, match=rf"job.json: {key} = '5': text is needed"):
+            real_images.main([str(source), str(data)])
+        (data / "job.json").write_text(json.dumps(job | {key: "0" * 64}))
+        with pytest.raises(UserError, match="other images or labels"):
+            real_images.main([str(source), str(data)])
+        del job[key]
+        (data / "job.json").write_text(json.dumps(job))
+        real_images.main([str(source), str(data)])
         (data / "images.safetensors").unlink()
-        real_images.main([str(moved), str(data)])
+
+
+@pytest.mark.parametrize(
+    ("images", "held_out", "few"), [(130, 65, ""), (129, 64, "64 images in 'test'"), (400, 80, "")]
+)
+def test_of_one_folder_as_many_are_held_out_as_the_classifier_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], images: int, held_out: int, few: str
+) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for number in range(images):
+        (tmp_path / "in" / "a" / f"{number}.png").write_bytes(encoded(picture(number % 7)))
+    options = ["--size", "16", "--vae", "pixels", "--device", "cpu"]
+    prepare.main([str(tmp_path / "in"), str(tmp_path / "out"), *options])
+    real_images.main([str(tmp_path / "in"), str(tmp_path / "out")])
+    found, said = read_images(tmp_path / "out"), capsys.readouterr().out
+    assert (len(found.test), len(found.train)) == (held_out, images - held_out)
+    assert (f"attention: {few}; the classifier's scores need 65" in said) if few else ("attention" not in said)

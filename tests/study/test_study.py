@@ -124,7 +124,7 @@ def test_the_time_limit_stops_and_says_how_to_go_on(study, tmp_path) -> None:
     text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_INTERRUPTED
     before_it_began = f"0.0001 minutes are over: 0 of {RUNS} runs are done; the same command continues"
-    ended = r"(saved align at step \d+|nothing is lost, all that was saved stays)"
+    ended = r"(saved align at step \d+|nothing that was saved is lost)"
     within_it = rf"SIGTERM: {ended}; the same command continues \(0 of {RUNS} runs are done\)"
     assert re.fullmatch(f"st_fast: ({before_it_began}|{within_it})", text.splitlines()[-1]), text
 
@@ -135,7 +135,10 @@ def test_a_signal_within_a_run_saves_it_and_says_how_to_go_on(study, tmp_path) -
     os.kill(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == EXIT_INTERRUPTED
-    found = ("st_fast: SIGTERM: saved align at step ", "st_fast: SIGTERM: nothing is lost")  # before a first step
+    found = (
+        "st_fast: SIGTERM: saved align at step ",
+        "st_fast: SIGTERM: nothing that was saved is lost",
+    )  # before a first step
     assert any(line.startswith(found) and "the same command" in line for line in text.splitlines()), text
 
 

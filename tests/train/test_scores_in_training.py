@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from st_fast import recipe
@@ -134,6 +134,16 @@ def test_what_scores_need_is_looked_for_before_the_first_step(option, words, fol
     with pytest.raises(UserError, match=words) as error:
         trained(folder, *STEPS, "--evaluate.num=70", option.format(folder=folder))
     assert "\n" not in str(error.value)
+    assert not (folder / "trained" / "log.jsonl").exists()
+
+
+def test_too_few_real_images_for_the_classifier_are_told_before_the_first_step(folder):
+    path = folder / "data" / "images.safetensors"
+    path.write_bytes(save({name: tensor[:64].clone() for name, tensor in load_file(path).items()}))
+    with pytest.raises(
+        UserError, match=r"64 images in 'train': .* at least 65 images; with more images, st-fast real-im"
+    ):
+        trained(folder, *STEPS, "--evaluate.num=70", "--evaluate.classifier=true")
     assert not (folder / "trained" / "log.jsonl").exists()
 
 
