@@ -52,28 +52,25 @@ class Source:
 
     def digest(self) -> str:
         """SHA-256 over names and labels: interrupted work continues only on the same images."""
-        digest = hashlib.sha256(self.labels.tobytes())
-        for name in self.names:
-            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-        return digest.hexdigest()
+        names = b"".join(name.encode("utf-8", "surrogateescape") + b"\0" for name in self.names)
+        return hashlib.sha256(self.labels.tobytes() + names).hexdigest()
 
     def content(self) -> str:
         """SHA-256 over the sizes of STAMPED images and the bytes of PROBED ones: an edited source is another one."""
-        digest, count = hashlib.sha256(), len(self.names)
-        for number in np.unique(np.linspace(0, count - 1, min(count, STAMPED)).astype(np.int64)).tolist():
-            digest.update(f"{number} {_or_why(self.stamp, number)!r}\n".encode())
-        return self._probed(digest)
+        lines = (f"{number} {_or_why(self.stamp, number)!r}\n" for number in self._spaced(STAMPED))
+        return self._probed("".join(lines).encode())
 
     def probe(self) -> str:
         """SHA-256 over the labels and the bytes of PROBED images: the same wherever the set lies and in any packing."""
-        return self._probed(hashlib.sha256(self.labels.tobytes()))
+        return self._probed(self.labels.tobytes())
 
-    def _probed(self, digest: "hashlib._Hash") -> str:
-        count = len(self.names)
-        for number in np.unique(np.linspace(0, count - 1, min(count, PROBED)).astype(np.int64)).tolist():
-            data = _or_why(self.read, number)
-            digest.update(hashlib.sha256(data if isinstance(data, bytes) else str(data).encode()).digest())
-        return digest.hexdigest()
+    def _probed(self, first: bytes) -> str:
+        probed = (_or_why(self.read, number) for number in self._spaced(PROBED))
+        parts = (hashlib.sha256(data if isinstance(data, bytes) else str(data).encode()).digest() for data in probed)
+        return hashlib.sha256(first + b"".join(parts)).hexdigest()
+
+    def _spaced(self, most: int) -> list[int]:
+        return sorted(set(map(int, np.linspace(0, len(self.names) - 1, min(len(self.names), most)))))
 
     def summary(self) -> str:
         """One line: what it is, how many images of how many classes, and the classes in their order."""
@@ -94,8 +91,7 @@ class Source:
         first = ", ".join(shown(name) for name in list(self.left_out)[:3])
         tops = {name.partition("/")[0] for name in self.left_out if "/" in name} - set(self.class_names)
         folders = f"; no image at all in {', '.join(map(shown, sorted(tops)[:5]))}" if tops and self.class_names else ""
-        count = len(self.left_out)
-        were = "file was not an image" if count == 1 else "files were not images"
+        were = "file was not an image" if (count := len(self.left_out)) == 1 else "files were not images"
         return f"{count:,} {were}: {named} ({first}{', …' * (count > 3)}){folders}"
 
 

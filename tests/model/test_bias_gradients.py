@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -87,7 +88,9 @@ def test_checkpointing_gives_the_same_bits(what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["none", "attention", "block"])
-def test_compiled_in_one_graph_it_is_as_eager(what: str) -> None:
+def test_compiled_in_one_graph_it_is_as_eager(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    partitioned = functools.partial(torch.compile, backend="aot_eager_decomp_partition")  # Inductor's graphs
+    monkeypatch.setattr(torch, "compile", partitioned)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = model("fused")

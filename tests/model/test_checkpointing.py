@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -70,7 +71,9 @@ def test_checkpointing_gives_the_same_bits(what):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_compiled_blocks_are_checkpointed_in_one_graph_and_keep_less(fresh_compiler):
+def test_compiled_blocks_are_checkpointed_in_one_graph_and_keep_less(fresh_compiler, monkeypatch):
+    partitioned = functools.partial(torch.compile, backend="aot_eager_decomp_partition")  # as Inductor does it
+    monkeypatch.setattr(torch, "compile", partitioned)
     attend = BACKENDS["flash"].attend  # chosen by a context manager, which must not break the graph
     kept = {what: model_with_life(what, True, attend) for what in MODES}
     results = {what: loss_and_gradients(model) for what, model in kept.items()}

@@ -41,8 +41,9 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("choice", ["fused", "reference"])
-def test_compiled_blocks_equal_eager_ones_and_a_graph_serves_all_blocks_of_a_kind(choice):
+@pytest.mark.parametrize(("choice", "backend"), [("fused", "inductor"), ("reference", "aot_eager")])
+def test_compiled_blocks_equal_eager_ones_and_a_graph_serves_all_blocks_of_a_kind(choice, backend, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     eager, compiled = model_with_life(choice), model_with_life(choice)
     compiled.run_block = CompiledBlocks(print, dynamic=False)
     for _ in range(2):
