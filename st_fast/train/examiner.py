@@ -69,8 +69,12 @@ class Examiner:
     def _check(self) -> None:
         wanted, settings, data = self.recipe.evaluate, self.recipe.sample, Path(self.recipe.data.path)
         if wanted.classifier:
-            classifier.read_images(data)
+            known, classes = classifier.read_images(data).num_classes, self.recipe.model.num_classes
             classifier.check_real_images(data)
+            if known < classes:  # samples are of every class of the model
+                found = f"the real images in {data} are of classes 0..{known - 1}"
+                asked = f"the model's samples of 0..{classes - 1} (--model.num_classes={known})"
+                raise UserError(f"evaluate.classifier: {found}, {asked}")
         if wanted.inception:
             self.protocol["inception_sha256"] = load_inception(Path(wanted.inception), torch.device("cpu")).sha256
         if not self._kinds():

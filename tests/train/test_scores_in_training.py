@@ -147,6 +147,12 @@ def test_too_few_real_images_for_the_classifier_are_told_before_the_first_step(f
     assert not (folder / "trained" / "log.jsonl").exists()
 
 
+def test_samples_of_classes_that_the_classifier_can_not_know_are_told_before_the_first_step(folder):
+    with pytest.raises(UserError, match=r"classes 0\.\.4, the model's samples of 0\.\.6 \(--model\.num_classes=5\)"):
+        trained(folder, *STEPS, "--evaluate.num=70", "--evaluate.classifier=true", "--model.num_classes=7")
+    assert not (folder / "trained" / "log.jsonl").exists()
+
+
 def test_too_few_samples_and_a_reference_for_nobody_are_refused(tmp_path):
     make_run(tmp_path)
     with pytest.raises(RecipeError, match=r"evaluate\.num = 2_?048.*2048 features.*at least 2_?049"):
