@@ -181,16 +181,16 @@ def _read_log(path: Path, notes: list[str]) -> list[Record]:
         lines = read_bytes(path).decode("utf-8", errors="replace").split("\n")
     except BadFile as error:
         raise UserError(f"{error}; has this run begun?" if not path.exists() else str(error)) from None
-    numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
     records: list[Record] = []
     left_out: list[str] = []
-    for n, line in numbered:
+    for n, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         record = _parse(line)
         if record is None:
             record = _parse(line[max(0, line.rfind('{"kind"')) :])
-            why = "was cut off, as by a kill or a full disk"
-            if record is None and n != numbered[-1][0] and not line.startswith("{"):
-                why = f"is no record: {shown(line, 60)}"
+            cut = line.startswith("{")
+            why = "was cut off, as by a kill or a full disk" if cut else f"is no record: {shown(line, 60)}"
             left_out.append(f"Line {n} of the log {why}; it is left out.")
         if record is not None:
             if problem := _problem(record):
