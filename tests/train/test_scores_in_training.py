@@ -148,8 +148,8 @@ def test_too_few_real_images_for_the_classifier_are_told_before_the_first_step(f
 
 
 def test_samples_of_classes_that_the_classifier_can_not_know_are_told_before_the_first_step(folder):
-    with pytest.raises(UserError, match=r"classes 0\.\.4, the model's samples of 0\.\.6 \(--model\.num_classes=5\)"):
-        trained(folder, *STEPS, "--evaluate.num=70", "--evaluate.classifier=true", "--model.num_classes=7")
+    with pytest.raises(UserError, match=r"classes 0\.\.4, the model's samples of 0\.\.5 \(--model\.num_classes=5\)"):
+        trained(folder, *STEPS, "--evaluate.num=70", "--evaluate.classifier=true", "--model.num_classes=6")
     assert not (folder / "trained" / "log.jsonl").exists()
 
 
