@@ -33,7 +33,7 @@ from bench.measure import (
 from bench.published import PlainSiT
 from bench.workload import ROOT
 from st_fast import kernels
-from st_fast.model import SiT, build
+from st_fast.model import DiffusionTransformer, build
 from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.recipe import load
@@ -47,7 +47,7 @@ PUBLISHED_RANGE = (0.0, 0.65)
 """The published interval of guidance."""
 
 
-def filled(config: Model, device: torch.device, dtype: torch.dtype) -> SiT:
+def filled(config: Model, device: torch.device, dtype: torch.dtype) -> DiffusionTransformer:
     """A model whose weights are all random, with the ops and the attention that a run would choose."""
     attend = choose("auto", device, dtype, config.width // config.heads, print)
     model = build(config, kernels.select({}, device), 0, attend)

@@ -29,9 +29,9 @@ from st_fast.data.loader import make_loader
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import open_data
 from st_fast.kernels import KernelTable
-from st_fast.model import SiT, unfilled
+from st_fast.model import DiffusionTransformer, unfilled
 from st_fast.model.attention import Attend
-from st_fast.model.sit import sincos_positions
+from st_fast.model.layers import sincos_positions
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, cost, load
 from st_fast.recipe.batch import images_a_pass
@@ -175,7 +175,7 @@ def fill_trainer(trainer: Trainer) -> None:
 def _filled_teacher(
     root: Path, config: Model, weights: str, table: KernelTable, place: torch.device, dtype: torch.dtype,
     attend: Attend, **_: Any,
-) -> SiT:  # fmt: skip
+) -> DiffusionTransformer:  # fmt: skip
     """In place of `stored.load_frozen`: a teacher of this size whose weights no checkpoint holds."""
     model = unfilled(config, table, place, dtype, attend)
     fill(model.state_dict(), config, seed=3)
@@ -189,7 +189,7 @@ def quickly_built(device: torch.device) -> Iterator[None]:
     For XL/2 that leaves a second of 14, and of 60 with a teacher.
     """
 
-    def build(config: Model, table: KernelTable, seed: int, attend: Attend) -> SiT:
+    def build(config: Model, table: KernelTable, seed: int, attend: Attend) -> DiffusionTransformer:
         return unfilled(config, table, device, torch.float32, attend)
 
     with patch("st_fast.train.trainer.build", build), patch("st_fast.model.stored.load_frozen", _filled_teacher):

@@ -125,7 +125,7 @@ def main(arguments: Sequence[str]) -> None:
             raise RunFailed(f"{given.target}: can't be written ({error})") from None
         print(f"{given.target}: written as {form}")
     if form == "stage":
-        sizes = origin.loaded.config.network() | {"qk_norm": str(origin.loaded.config.qk_norm).lower()}
+        sizes = origin.loaded.config.described() | {"qk_norm": str(origin.loaded.config.qk_norm).lower()}
         print("for a recipe:", *(f"--model.{key}={value}" for key, value in sizes.items()))
     if given.push:
         print(hub.push(given.target, given.push, given.private, hub.hub()))

@@ -226,5 +226,5 @@ def _foreign(origin: ModelSource) -> str:
         "## Training\n\nNot trained by a run whose log is at hand, so its data, cost and scores are unknown here. Read "
         f"from {code(origin.path.name)} in the {origin.loaded.layout} layout.\n\n"
     )
-    text += f"```json\n{json.dumps(origin.loaded.config.network(), indent=1)}\n```\n"
+    text += f"```json\n{json.dumps(origin.loaded.config.described(), indent=1)}\n```\n"
     return text + (f"\nIts file says of itself:\n\n```json\n{json.dumps(args, indent=1)}\n```\n" if args else "")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from st_fast.core.errors import first_line
-from st_fast.model.sit import Run, SiT, run_module
+from st_fast.model.layers import Run, run_module
+from st_fast.model.transformer import DiffusionTransformer
 
 FORMS = 64
 """Compiled forms that the one body may have: a few for each of a run's students, teachers, averages and encoders.
@@ -106,7 +107,7 @@ def recomputed(run: Run) -> Run:
 _recomputed_attention = recomputed(run_module)  # one for all blocks, so that they share a compiled body
 
 
-def checkpoint_activations(model: SiT, what: str) -> None:
+def checkpoint_activations(model: DiffusionTransformer, what: str) -> None:
     """Sets a model that is trained to "none", "attention" or "block"; after `run_block` was set, if it is compiled.
 
     A compiled block is run again as a whole; the attention is run again inside the compiled block.

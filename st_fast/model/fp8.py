@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from st_fast.core.errors import UserError, how_to_install
-from st_fast.model.sit import SiT
+from st_fast.model.transformer import DiffusionTransformer
 from st_fast.recipe import Recipe
 
 LEAST_CAPABILITY = (8, 9)
 """Ada and Hopper: the first GPUs with fp8 products."""
-SWAPPED = re.compile(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))")
+SWAPPED = re.compile(r"(joint_)?blocks\.\d+\.((x|context)_block\.)?(attn\.(qkv|proj)|mlp\.(fc1|fc2))")
 
 
 def check_fp8(recipe: Recipe, device: torch.device) -> None:
@@ -45,7 +45,7 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-def use_fp8(model: SiT, emulate: bool = False) -> None:
+def use_fp8(model: DiffusionTransformer, emulate: bool = False) -> None:
     """Swaps the linear layers of a model that is trained; before it is compiled.
 
     `emulate` rounds to fp8 and multiplies in the weights' dtype: for machines without fp8, to see what it does.

@@ -43,7 +43,7 @@ class Published:
     def as_json(self) -> dict[str, Any]:
         """The content of config.json; the network's keys are those of a recipe's [model]."""
         own = {"flow": self.flow, "latent_scale": self.latent_scale, "step": self.step}
-        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | self.model.network() | own
+        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | self.model.described() | own
 
 
 def read_config(folder: Path) -> Published:
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> Published:
         raise UserError(f"{path}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
     if not (scale is None or (isinstance(scale, (int, float)) and scale > 0)) or type(step) is not int:
         raise UserError(f"{path}: latent_scale = {shown(scale)}, step = {shown(step)}: a number above 0, a whole one")
-    if strangers := sorted(set(content) - set(Model().network())):
+    if strangers := sorted(set(content) - set(Model().described())):
         raise UserError(f"{path}: unknown {', '.join(map(shown, strangers))}")
     try:
         model = resolve_model(build(Model, content, CONFIG))
@@ -101,7 +101,7 @@ def fetch(name: str) -> Path:
 
 
 class Pretrained(nn.Module):
-    """Reading and writing of such folders, for SiT."""
+    """Reading and writing of such folders, for a network."""
 
     config: Model
 

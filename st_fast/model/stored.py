@@ -16,7 +16,7 @@ from st_fast.core.errors import Say, UserError
 from st_fast.core.files import shown
 from st_fast.core.machine import naming_lack_of_memory
 from st_fast.kernels import KernelTable
-from st_fast.model import SiT, unfilled
+from st_fast.model import DiffusionTransformer, unfilled
 from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.finite import check_finite
 from st_fast.model.formats import adam
@@ -187,7 +187,7 @@ def load_frozen(
     dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
     record: Callable[[dict[str, Any]], None] | None = None,
-) -> SiT:  # fmt: skip
+) -> DiffusionTransformer:  # fmt: skip
     """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
 
     `record` is given what tells this model from others: path, step, weights and their SHA-256.

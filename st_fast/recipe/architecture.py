@@ -1,9 +1,10 @@
 """The network's architecture, declared once: the keys of [model], the linear layers that follow, and what must hold.
 
 Parameters, FLOPs and memory (`cost`), config.json, a checkpoint's manifest and the comparison with a teacher all read
-it from here; `st_fast.model.sit` builds it. Imports no torch.
+it from here; `st_fast.model.sit` and `st_fast.model.mmdit` build it. Imports no torch.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -22,6 +23,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
 """SiT's published sizes: (depth, width, heads)."""
 PATCHES = (2, 4, 8)
 """The patch sizes that SiT's names take."""
+MMDIT = re.compile(r"MMDiT-([1-9][0-9]{0,3})/([1-9][0-9]{0,3})")
+"""MMDiT's names: depth and patch, from which the width (32·depth) and the heads (one for each 32 channels) follow."""
+MMDIT_HEAD = 32
 TIME_FREQUENCIES = 256
 """Sinusoids of the time embedding."""
 CLASSES_MOST = MOST["num_classes"]
@@ -51,10 +55,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """The network. `name` such as "SiT-XL/2" sets depth, width, heads and patch; or give these four."""
+    """The network. `name` such as "SiT-XL/2" or "MMDiT-24/2" sets network, depth, width, heads and patch; or give
+    these."""
 
     # A name's sizes are compared themselves.
-    name: str = free("custom", 'A published size such as "SiT-XL/2", or "custom" with the next four keys.')
+    name: str = free("custom", 'A published size such as "SiT-XL/2", or "custom" with the next five keys.')
     depth: Annotated[int, between(0, MOST["depth"])] = fixed(0, "Transformer blocks.")
     width: Annotated[int, between(0, MOST["width"])] = fixed(0, "Channels of a token.")
     heads: Annotated[int, between(0, MOST["heads"])] = fixed(0, "Attention heads.")
@@ -64,11 +69,19 @@ class Model:
     channels: Annotated[int, between(1, MOST["channels"])] = fixed(4, "Channels of a latent.")
     latent_size: Annotated[int, between(1, MOST["latent_size"])] = fixed(32, "Side of a latent.")
     num_classes: Annotated[int, between(1, CLASSES_MOST)] = fixed(1000, "Classes of the labels.")
-    class_dropout: BelowOne = fixed(0.1, "Share of labels that training replaces by the null label, for guidance.")
+    class_dropout: BelowOne = fixed(
+        0.1, "Share of labels, or captions, that training replaces by the null label or caption, for guidance."
+    )
+    network: Literal["sit", "mmdit"] = fixed("sit", "SiT, conditional on classes, or MMDiT, conditional on text.")
+    text_width: Annotated[int, between(0, MOST["width"])] = fixed(0, "W, channels of a text token's state (MMDiT).")
+    text_length: Annotated[int, between(0, MOST["text_length"])] = fixed(0, "L, tokens of a caption (MMDiT).")
     mlp_ratio: Annotated[float, Limit("above 0 and at most 1000", lambda ratio: 0 < ratio <= 1000)] = fixed(
         4.0, "Hidden channels of the MLP over width."
     )
     qk_norm: bool = fixed(True, "Normalise queries and keys (LayerNorm within each head).")
+    zero_init: bool = fixed(
+        True, "Modulations and the final layer start at zero, as SiT's do and published MMDiT's not."
+    )
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')
     modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
 
@@ -88,23 +101,51 @@ class Model:
         return self.patch**2 * self.channels
 
     @property
-    def block_layers(self) -> tuple[Layer, ...]:
-        """The linear layers of one block; the last one projects its modulation."""
-        n, d = self.tokens, self.width
+    def length(self) -> int:
+        """Tokens that the attention sees: an image's, and a caption's where they are joined."""
+        return self.tokens + self.text_length
+
+    @property
+    def streams(self) -> tuple[tuple[str, int], ...]:
+        """The residual streams of a block: how the names of its layers begin, and tokens. The image's comes first."""
+        if self.network == "sit":
+            return (("", self.tokens),)
+        return ("x_block.", self.tokens), ("context_block.", self.text_length)
+
+    def block_layers(self, ends: bool = False) -> tuple[Layer, ...]:
+        """The linear layers of one block; `ends`: of the last one that runs, where the text's stream ends."""
+        image, *text = self.streams
+        layers = self._stream_layers(*image)
+        for stream in text:
+            layers += self._ending_layers(*stream) if ends else self._stream_layers(*stream)
+        return layers
+
+    def _stream_layers(self, prefix: str, tokens: int) -> tuple[Layer, ...]:
+        d = self.width
         return (
-            Layer("attn.qkv", d, 3 * d, n),
-            Layer("attn.proj", d, d, n),
-            Layer("mlp.fc1", d, self.hidden, n),
-            Layer("mlp.fc2", self.hidden, d, n),
-            Layer("adaLN_modulation.1", d, 6 * d),
+            Layer(f"{prefix}attn.qkv", d, 3 * d, tokens),
+            Layer(f"{prefix}attn.proj", d, d, tokens),
+            Layer(f"{prefix}mlp.fc1", d, self.hidden, tokens),
+            Layer(f"{prefix}mlp.fc2", self.hidden, d, tokens),
+            Layer(f"{prefix}adaLN_modulation.1", d, 6 * d),
         )
+
+    def _ending_layers(self, prefix: str, tokens: int) -> tuple[Layer, ...]:
+        """Of a stream that gives the attention its inputs and ends there."""
+        qkv = Layer(f"{prefix}attn.qkv", self.width, 3 * self.width, tokens)
+        return qkv, Layer(f"{prefix}adaLN_modulation.1", self.width, 2 * self.width)
 
     @property
     def embedders(self) -> tuple[Layer, ...]:
         """The linear layers before the blocks."""
         n, d = self.tokens, self.width
-        time = Layer("t_embedder.mlp.0", TIME_FREQUENCIES, d), Layer("t_embedder.mlp.2", d, d)
-        return Layer("x_embedder.proj", self.patch_values, d, n), *time
+        layers = (
+            Layer("x_embedder.proj", self.patch_values, d, n),
+            Layer("t_embedder.mlp.0", TIME_FREQUENCIES, d),
+            Layer("t_embedder.mlp.2", d, d),
+        )
+        text = (Layer("context_embedder", self.text_width, d, self.text_length),)
+        return layers if self.network == "sit" else layers + text
 
     @property
     def final_layers(self) -> tuple[Layer, ...]:
@@ -115,24 +156,31 @@ class Model:
     @property
     def attention_macs(self) -> int:
         """Multiply-adds of one block's q·kᵀ and softmax·v for one image."""
-        return 2 * self.tokens**2 * self.width
+        return 2 * self.length**2 * self.width
 
     @property
     def parameters(self) -> int:
         """Parameters, fixed positions included, as the published counts have them."""
-        norms = 4 * (self.width // self.heads) if self.qk_norm else 0
-        embedded = self.num_classes + (self.class_dropout > 0) + self.tokens  # labels and positions
-        block = sum(layer.parameters for layer in self.block_layers) + norms
+        norms = 4 * (self.width // self.heads) * len(self.streams) if self.qk_norm else 0
+        blocks = [sum(layer.parameters for layer in self.block_layers(ends)) + norms for ends in (False, True)]
         ends = sum(layer.parameters for layer in (*self.embedders, *self.final_layers))
-        return self.depth * block + ends + embedded * self.width
+        constants = self.tokens * self.width  # positions
+        if self.network == "sit":
+            constants += (self.num_classes + (self.class_dropout > 0)) * self.width
+        else:
+            constants += self.text_length * self.text_width  # the empty caption's states
+        return (self.depth - 1) * blocks[0] + blocks[1] + ends + constants
 
-    def network(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """The keys that describe the network, and not how it is computed, for config.json."""
-        return {name: getattr(self, name) for name, key in keys(Model).items() if name == "name" or not key.free}
+        idle = IDLE[self.network]
+        described = {name for name, key in keys(Model).items() if name == "name" or not key.free}
+        return {name: getattr(self, name) for name in keys(Model) if name in described - idle}
 
     def architecture(self) -> dict[str, Any]:
-        """The keys that a trained model's weights depend on, for a checkpoint's manifest: no dropout and no name."""
-        return {name: value for name, value in self.network().items() if name not in ("name", "class_dropout")}
+        """The keys that a trained model's weights depend on, for a checkpoint's manifest: neither name nor training."""
+        untold = ("name", "class_dropout", "zero_init")
+        return {name: value for name, value in self.described().items() if name not in untold}
 
     def differences(self, theirs: Mapping[str, Any]) -> list[str]:
         """In what another architecture differs; a key that it lacks, since it is older, has its default."""
@@ -140,28 +188,50 @@ class Model:
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]
 
 
+IDLE: dict[str, set[str]] = {"sit": {"text_width", "text_length"}, "mmdit": {"num_classes"}}
+"""The keys that mean nothing for a network."""
+
+
 def resolve_model(model: Model) -> Model:
-    """The model with depth, width, heads and patch filled from a name such as "SiT-XL/2"; those given must agree."""
+    """The model with its sizes filled from a name such as "SiT-XL/2" or "MMDiT-24/2"; those given must agree."""
     if model.name == "custom":
         for key in ("depth", "width", "heads", "patch"):
             if getattr(model, key) == 0:
                 why = 'model.name = "custom" leaves it to you'
                 raise wrong_value(f"model.{key}", 0, "an integer at least 1, or a model.name such as SiT-XL/2", why)
         return model
-    named = {f"SiT-{size}/{patch}": (*shape, patch) for size, shape in SIZES.items() for patch in PATCHES}
-    if model.name not in named:
-        options = ["custom", *named]
-        raise wrong_value("model.name", model.name, ", ".join(options) + did_you_mean(model.name, options))
-    depth, width, heads, patch = named[model.name]
-    for key, size in zip(("depth", "width", "heads", "patch"), named[model.name], strict=True):
-        if getattr(model, key) not in (0, size):
+    sizes = named_sizes(model.name)
+    for key, size in sizes.items():
+        if getattr(model, key) not in (keys(Model)[key].default, size):
             why = f'model.name = "{model.name}" has {key} {size}'
             raise wrong_value(f"model.{key}", getattr(model, key), f'{size}, or model.name = "custom"', why)
-    return replace(model, depth=depth, width=width, heads=heads, patch=patch)
+    return replace(model, **sizes)
+
+
+def named_sizes(name: str) -> dict[str, Any]:
+    """What a published name stands for, by key; RecipeError for a name that is none."""
+    if found := MMDIT.fullmatch(name):
+        depth, patch = int(found[1]), int(found[2])
+        return {"network": "mmdit", "depth": depth, "width": MMDIT_HEAD * depth, "heads": depth, "patch": patch}
+    named = {f"SiT-{size}/{patch}": (*shape, patch) for size, shape in SIZES.items() for patch in PATCHES}
+    if name not in named:
+        options = ["custom", *named]
+        allowed = ", ".join(options) + ", or MMDiT-depth/patch such as MMDiT-24/2"
+        raise wrong_value("model.name", name, allowed + did_you_mean(name, options))
+    depth, width, heads, patch = named[name]
+    return {"network": "sit", "depth": depth, "width": width, "heads": heads, "patch": patch}
 
 
 def check_shapes(model: Model) -> None:
-    """Latents must divide into patches, width into heads and into the four quarters of a 2-D sin-cos position."""
+    """Latents must divide into patches, width into heads and into the four quarters of a 2-D sin-cos position.
+
+    A network has the keys of its own condition and no others.
+    """
+    for key in ("text_width", "text_length"):
+        value, wanted = getattr(model, key), model.network == "mmdit"
+        if (value > 0) != wanted:
+            allowed = "an integer at least 1, as the data's text states have it" if wanted else "0, or left out"
+            raise wrong_value(f"model.{key}", value, allowed, f'model.network = "{model.network}"')
     named = ", ".join(f"{key} {getattr(model, key)}" for key in ("latent_size", "patch", "channels", "width", "heads"))
     for key, divisor, of in (
         ("latent_size", model.patch, "patch"),

@@ -14,17 +14,21 @@ from st_fast.recipe.methods import Method, dinov2_size
 from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
 
 
-def block_macs(model: Model) -> int:
-    """Multiply-adds of one block's forward for one image: linear layers, attention, its adaLN projection."""
-    return sum(layer.macs for layer in model.block_layers) + model.attention_macs
+def block_macs(model: Model, ends: bool = False) -> int:
+    """Multiply-adds of one block's forward for one image: linear layers, attention, its adaLN projection.
+
+    `ends`: of the last block that runs.
+    """
+    return sum(layer.macs for layer in model.block_layers(ends)) + model.attention_macs
 
 
 def trunk_macs(model: Model, depth: int | None = None) -> int:
     """Multiply-adds of one image's forward up to block `depth`; without it, all of it with the final layer."""
     embedding = sum(layer.macs for layer in model.embedders)
-    if depth is not None:
-        return embedding + depth * block_macs(model)
-    return embedding + model.depth * block_macs(model) + sum(layer.macs for layer in model.final_layers)
+    final = sum(layer.macs for layer in model.final_layers) if depth is None else 0
+    count = model.depth if depth is None else depth
+    blocks = (count - 1) * block_macs(model) + block_macs(model, ends=True) if count else 0
+    return embedding + blocks + final
 
 
 def recomputed_macs(model: Model, checkpointing: str) -> int:
@@ -34,9 +38,15 @@ def recomputed_macs(model: Model, checkpointing: str) -> int:
     result nothing needs. They are work of the implementation, not of the method, so neither `stage_cost` nor MFU
     counts them.
     """
-    qkv, *_, modulation = model.block_layers
-    again = {"none": 0, "attention": qkv.macs + model.attention_macs, "block": block_macs(model) - modulation.macs}
-    return model.depth * again[checkpointing]
+    return (model.depth - 1) * _again(model, checkpointing, False) + _again(model, checkpointing, True)
+
+
+def _again(model: Model, checkpointing: str, ends: bool) -> int:
+    layers = model.block_layers(ends)
+    if checkpointing == "attention":
+        return sum(layer.macs for layer in layers if layer.name.endswith("attn.qkv")) + model.attention_macs
+    outside = sum(layer.macs for layer in layers if "adaLN" in layer.name)
+    return block_macs(model, ends) - outside if checkpointing == "block" else 0
 
 
 @dataclass(frozen=True)
@@ -211,22 +221,23 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> i
     With checkpointing, in every block what `st_fast.model.compiling` says is kept, and in one block what its
     backward pass has just computed again.
     """
-    n, d, each = model.tokens, model.width, 2 if bf16 else 4
-    qkv, attended = 3 * d, d
-    normed = 2 * d if model.qk_norm else 0  # q and k once more
+    n, d, each = model.length, model.width, 2 if bf16 else 4
+    joint = len(model.streams) > 1
+    qkv, attended = 3 * d, d * (1 + joint)  # what a joint attention gave is cut into streams
+    normed = (2 + joint) * d if model.qk_norm else 0  # q and k once more, joined also v
     statistics = 4 * model.heads * (5 if model.qk_norm else 1)  # of q and k: mean and 1/σ; of the softmax: its log-sum
     inside_attention = each * (qkv + attended + normed) + statistics
     adaln = 2 * (each * 3 * d + 4 * 2)  # at two sites: x', a and y; mean and 1/σ
     block = inside_attention + adaln + each * 2 * model.hidden  # the MLP's hidden before and after GELU
     again = {"none": 0, "attention": inside_attention, "block": block - each * 2 * d}[checkpointing]
     ends = each * 2 * d  # the embedded tokens and the first y; the last block's are its own
-    modulations = each * 6 * d * model.depth
+    modulations = each * 6 * d * model.depth * len(model.streams)
     return n * (model.depth * (block - again) + again + ends) + modulations
 
 
 def backward_bytes(model: Model, bf16: bool) -> int:
     """Gradients of one block's activations per image, which are there while all else is kept: x', y, MLP's hidden."""
-    return model.tokens * (2 * model.width + 2 * model.hidden) * (2 if bf16 else 4)
+    return model.length * (2 * model.width + 2 * model.hidden) * (2 if bf16 else 4)
 
 
 def supervised_rows(recipe: Recipe, method: Method, images: int) -> int:
@@ -245,7 +256,7 @@ def supervision_bytes(model: Model, method: Method, bf16: bool, run: Run) -> int
     """
     channels = method.kept_channels(model)
     if method.frozen_depth and run.teacher_placement != "before":
-        channels += method.teacher_passes * (2 * model.width + 2 * model.hidden)
+        channels += method.teacher_passes * (2 * model.width + 2 * model.hidden) * model.length // model.tokens
     return model.tokens * channels * (2 if bf16 else 4)
 
 

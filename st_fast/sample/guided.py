@@ -13,7 +13,7 @@ from torch import Tensor
 from st_fast.core import random
 from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.random import Purpose
-from st_fast.model import SiT, flow
+from st_fast.model import DiffusionTransformer, flow
 from st_fast.recipe.schema import Sample
 from st_fast.sample.draw import Draw, balanced, starting_noise
 
@@ -112,13 +112,13 @@ def score(v: Tensor, x: Tensor, t: float, path: str) -> Tensor:
     return (alpha * v - d_alpha * x) / (d_alpha * sigma**2 - alpha * d_sigma * sigma)
 
 
-def guided_velocity(model: SiT, labels: Tensor, settings: Sample) -> Velocity:
+def guided_velocity(model: DiffusionTransformer, labels: Tensor, settings: Sample) -> Velocity:
     """v̂ with classifier-free guidance (arXiv 2207.12598) where t lies in `cfg_range`, both branches as one batch.
 
     v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y.
     """
     low, high = settings.cfg_range
-    null = torch.full_like(labels, model.null_label)
+    null = model.null_condition(len(labels))
 
     def velocity(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(x),), t, device=x.device)
@@ -132,7 +132,9 @@ def guided_velocity(model: SiT, labels: Tensor, settings: Sample) -> Velocity:
 
 
 @torch.no_grad()
-def sample_from(model: SiT, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched) -> Tensor:
+def sample_from(
+    model: DiffusionTransformer, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched
+) -> Tensor:
     """(B, C, S, S) float32 scaled latents for noise x (B, C, S, S). The model must be in eval mode."""
     velocity = guided_velocity(model, draw.labels, settings)
     if settings.sampler in ("euler", "heun"):
@@ -143,12 +145,14 @@ def sample_from(model: SiT, x: Tensor, draw: Draw, settings: Sample, path: str, 
     return euler_maruyama(velocity, x, settings.steps, path, draw, watch)
 
 
-def sample(model: SiT, draw: Draw, settings: Sample, path: str) -> Tensor:
+def sample(model: DiffusionTransformer, draw: Draw, settings: Sample, path: str) -> Tensor:
     """(B, C, S, S) float32 scaled latents for the draw. The model must be in eval mode."""
     return sample_from(model, starting_noise(draw, model.config), draw, settings, path)
 
 
-def sample_batches(model: SiT, seed: int, count: int, settings: Sample, path: str) -> Iterator[tuple[Tensor, Tensor]]:
+def sample_batches(
+    model: DiffusionTransformer, seed: int, count: int, settings: Sample, path: str
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Latents and labels of samples 0 … count − 1, `settings.batch_size` at a time."""
     device = model.pos_embed.device
     for first in range(0, count, settings.batch_size):

@@ -20,7 +20,7 @@ from st_fast.core.signals import stop_on_signals
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import read_any_manifest
 from st_fast.kernels.heap import keep_freed_memory
-from st_fast.model import SiT, stored
+from st_fast.model import DiffusionTransformer, stored
 from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks, keep_compiled
 from st_fast.model.smoke_test import validated_kernels
@@ -73,7 +73,7 @@ class Sampler:
     """A frozen model with its decoder and the settings of its samples."""
 
     request: SampleRequest
-    model: SiT
+    model: DiffusionTransformer
     step: int
     decode: Decode
     vae: str

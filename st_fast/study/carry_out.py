@@ -24,7 +24,7 @@ from st_fast.core.files import write_atomic, write_folder
 from st_fast.core.signals import stop_on_signals
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
-from st_fast.model import SiT, build
+from st_fast.model import DiffusionTransformer, build
 from st_fast.prepare.digits import prepare_digits
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, load_run, to_toml
@@ -97,7 +97,7 @@ def _run(study: Study, job: Job) -> None:
     run(job.recipe)
 
 
-def random_model(config: Model, seed: int) -> SiT:
+def random_model(config: Model, seed: int) -> DiffusionTransformer:
     """A network no layer of which is zero, drawn from `seed`.
 
     As published a SiT starts with every block the identity and blind to label and time, so guidance on it would be
@@ -109,7 +109,8 @@ def random_model(config: Model, seed: int) -> SiT:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-        nn.init.normal_(model.y_embedder.embedding_table.weight, std=LABEL_STD)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=LABEL_STD)
     return model
 
 

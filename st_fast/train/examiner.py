@@ -19,7 +19,7 @@ from st_fast.core.signals import StopRequest
 from st_fast.data.manifest import Manifest
 from st_fast.evaluate import classifier, scores
 from st_fast.evaluate.inception import Inception, load_inception
-from st_fast.model import SiT
+from st_fast.model import DiffusionTransformer
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.report.metrics import summary
 from st_fast.sample.draw import names_in_turn
@@ -109,7 +109,9 @@ class Examiner:
             return ()
         return tuple(kind for kind in self.due(stage, step) if not self.log.has(kind, stage.name, step))
 
-    def examine(self, wanted: Sequence[Kind], model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
+    def examine(
+        self, wanted: Sequence[Kind], model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]
+    ) -> None:
         """Makes what is wanted, on the first rank. A signal ends it; what fails otherwise is one line."""
         if not self.ranks.first:
             return
@@ -135,7 +137,7 @@ class Examiner:
     def _classifier(self) -> tuple[classifier.Classifier, classifier.Reference]:
         return classifier.load_classifier(Path(self.recipe.data.path), self.log.say)
 
-    def images(self, model: SiT, count: int) -> tuple[Tensor, Tensor]:
+    def images(self, model: DiffusionTransformer, count: int) -> tuple[Tensor, Tensor]:
         """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU."""
         settings, images, labels = self.recipe.sample, [], []
         for latents, asked in sample_batches(model, self.recipe.run.seed, count, settings, self.recipe.flow.path):
@@ -144,7 +146,7 @@ class Examiner:
             labels.append(asked.cpu())
         return torch.cat(images), torch.cat(labels)
 
-    def pictures(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
+    def pictures(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """A grid of samples into the stage's folder, of the same noise every time."""
         images, labels = self.images(model, self.recipe.sample.num)
         names = names_in_turn(labels[: self.recipe.model.num_classes].tolist(), self.manifest.class_names)
@@ -153,7 +155,7 @@ class Examiner:
         self.log.files.write(Path(self.recipe.run.out) / name, png(grid(images)))
         self.log.write("sample", stage.name, step, file=name, **shown, **cost)
 
-    def metrics(self, model: SiT, stage: Stage, step: int, cost: dict[str, float]) -> None:
+    def metrics(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """Metrics of fresh samples into the log: the classifier's, Inception's, or both, as the recipe says."""
         wanted, settings = self.recipe.evaluate, self.recipe.sample
         images, labels = self.images(model, wanted.num)

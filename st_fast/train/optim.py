@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from st_fast.model import SiT
+from st_fast.model import DiffusionTransformer
 from st_fast.recipe.schema import Optim
 from st_fast.train.parallel import is_sharded, local, locals_of, norm_of_all
 
@@ -162,7 +162,7 @@ class EmaModel:
     which need one dtype throughout, would not run under it.
     """
 
-    def __init__(self, model: SiT) -> None:
+    def __init__(self, model: DiffusionTransformer) -> None:
         self._model = model.eval().requires_grad_(False)
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -178,7 +178,7 @@ class EmaModel:
                 self._copies.append(local(parameter.data))
 
     @torch.no_grad()
-    def __call__(self) -> SiT:
+    def __call__(self) -> DiffusionTransformer:
         """The model, up to date. It keeps no state of its own, so there is nothing to save or to restore."""
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)

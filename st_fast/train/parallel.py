@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from st_fast.core.ranks import Ranks, rows, sharded
-from st_fast.model import SiT
+from st_fast.model import DiffusionTransformer
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -128,7 +128,7 @@ class Shards:
         # Modules hold the precision they compute in, and the update writes it, so that only the reduction may differ.
         self._policy = fsdp.MixedPrecisionPolicy(reduce_dtype=reduction, cast_forward_inputs=False)
 
-    def model(self, model: SiT, depth: int | None = None) -> None:
+    def model(self, model: DiffusionTransformer, depth: int | None = None) -> None:
         """Shards a model in place: every block by itself, all blocks' modulation layers together, the rest together.
 
         depth: of a frozen model, how many blocks run; its methods `features` and `guided_features` stop there.
@@ -138,7 +138,7 @@ class Shards:
         for block in model.blocks:
             self._apply(block)
         # After its last use FSDP2 would keep the rest gathered for a backward pass, and so at the weights of that time.
-        self._apply(model, ignored={model.pos_embed}, free=None if depth is None else True)
+        self._apply(model, ignored=model.constants, free=None if depth is None else True)
         for name in ("features", "guided_features"):
             self._fsdp.register_fsdp_forward_method(model, name)
 

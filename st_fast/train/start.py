@@ -11,7 +11,7 @@ from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.checkpoint.meta import Init
 from st_fast.core.errors import Say, UserError
-from st_fast.model import SiT
+from st_fast.model import network
 from st_fast.model.finite import check_finite
 from st_fast.model.formats.loaded_state import LoadedState, head_name, heads, trunk
 from st_fast.model.stored import KINDS, read_model
@@ -92,7 +92,7 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
     drawn: dict[str, Mapping[str, Tensor]] = {}
     with torch.device("meta"):
         table = kernels.select({}, torch.device("cpu"))
-        model = SiT(recipe.model, table)
+        model = network(recipe.model, table)
         drawn["model"] = model.state_dict()
         if stage.start.init_heads == "match":
             parts = Parts(recipe.model, table, model, EmaModel(model), feature_widths, recipe.flow.path)

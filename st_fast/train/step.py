@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from st_fast.core.errors import Say
 from st_fast.core.ranks import Ranks
-from st_fast.model import SiT, flow
+from st_fast.model import DiffusionTransformer, flow
 from st_fast.model.side_stream import Future, side_stream
 from st_fast.recipe.schema import Recipe, Run
 from st_fast.train import memory
@@ -84,7 +84,13 @@ class Step:
     """Holds what a step needs; call it with the step number and this rank's micro-batches."""
 
     def __init__(
-        self, model: SiT, supervision: Supervision, optimizer: Optimizer, recipe: Recipe, ranks: Ranks, say: Say
+        self,
+        model: DiffusionTransformer,
+        supervision: Supervision,
+        optimizer: Optimizer,
+        recipe: Recipe,
+        ranks: Ranks,
+        say: Say,
     ) -> None:
         self.model, self.supervision, self.optimizer = model, supervision, optimizer
         self.recipe, self.heartbeat = recipe, ranks.heartbeat

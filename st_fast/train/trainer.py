@@ -18,7 +18,7 @@ from st_fast.core.signals import StopConsensus
 from st_fast.core.writing import RETRY
 from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import check_same_data
-from st_fast.model import SiT, build, stored, unfilled
+from st_fast.model import DiffusionTransformer, build, stored, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
 from st_fast.model.fp8 import use_fp8
@@ -126,11 +126,11 @@ class Trainer:
                 root, say, keep=run.keep, keep_every=run.keep_every, also=self._to_go_back_to, team=team
             )
 
-    def _read_teacher(self, table: kernels.KernelTable, attend: Attend) -> SiT | None:
+    def _read_teacher(self, table: kernels.KernelTable, attend: Attend) -> DiffusionTransformer | None:
         context, name = self.context, self.stage.method.teacher_name
         if name is None:
             return None
-        recipe, ranks, loaded = context.recipe, context.ranks, list[SiT]()
+        recipe, ranks, loaded = context.recipe, context.ranks, list[DiffusionTransformer]()
 
         def load() -> None:
             root, group = stored.checkpoint_root(recipe, name), self.stage.method.teacher_group
@@ -298,7 +298,7 @@ class Trainer:
         stalled, trained = self.saver.stalled, clock.read() - self.trained_before
         return {"save_stall": round(stalled, 6), "save_stall_share": round(stalled / max(trained, 1e-9), 6)}
 
-    def ema_model(self) -> SiT:
+    def ema_model(self) -> DiffusionTransformer:
         """The averaged weights as a float32 model in eval mode. All ranks call it; if sharded, the first uses it."""
         for name, ema in self.optimizer.state()["ema"].items():
             whole = gathered(ema)
@@ -319,7 +319,7 @@ def _average(
     return EmaModel(model)
 
 
-def _compile(context: RunContext, model: SiT | ImageFeatures, dynamic: bool = False) -> None:
+def _compile(context: RunContext, model: DiffusionTransformer | ImageFeatures, dynamic: bool = False) -> None:
     """Runs the blocks of the model, or of live encoders, compiled from now on, if `run.compile` says so."""
     if not context.recipe.run.compiled(context.ranks.device.type):
         return

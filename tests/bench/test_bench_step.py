@@ -15,7 +15,7 @@ from bench.published import PlainLoop, plain_loop
 from bench.workload import WEIGHT_STD, Ours, Setup, ours
 from st_fast.model import timed
 from st_fast.model.attention import BACKENDS
-from st_fast.model.sit import sincos_positions
+from st_fast.model.layers import sincos_positions
 from st_fast.train import profiling
 from tests.bench.test_bench_report import MACHINE
 

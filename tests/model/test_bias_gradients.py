@@ -13,7 +13,7 @@ from st_fast import kernels
 from st_fast.core.ranks import Ranks
 from st_fast.model import SiT, build
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
-from st_fast.model.sit import BlockLinear, bias_left
+from st_fast.model.layers import BlockLinear, bias_left
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe.schema import Model
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast import kernels
-from st_fast.model import SiT, build
-from st_fast.model.sit import Mlp, sincos_positions, unfilled, unpatchify
+from st_fast.model import SiT, build, unfilled
+from st_fast.model.layers import Mlp, sincos_positions, unpatchify
 from st_fast.recipe import cost
 from st_fast.recipe.architecture import SIZES, Model
 from st_fast.study.carry_out import random_model
@@ -47,7 +47,7 @@ def test_parameter_counts_are_the_published_ones_and_the_formula_counts_them(siz
 
 def test_the_architectures_layers_are_the_networks():
     config = replace(TINY, channels=3, mlp_ratio=3.5)
-    blocks = [(f"blocks.{i}.{layer.name}", layer) for i in range(3) for layer in config.block_layers]
+    blocks = [(f"blocks.{i}.{layer.name}", layer) for i in range(3) for layer in config.block_layers()]
     declared = dict(blocks) | {layer.name: layer for layer in (*config.embedders, *config.final_layers)}
     found = SiT(config, TABLE).state_dict()
     assert {f"{name}.weight" for name in declared} == {

@@ -30,7 +30,10 @@ class File:
 
 FILES = (
     File("st_fast/model/flow.py", ("model/test_flow.py", TRUTH)),
+    File("st_fast/model/layers.py", ("model/test_sit.py", "model/test_bias_gradients.py", TRUTH)),
+    File("st_fast/model/transformer.py", ("model/test_sit.py", "model/test_mmdit.py", TRUTH)),
     File("st_fast/model/sit.py", ("model/test_sit.py", "model/test_bias_gradients.py", TRUTH)),
+    File("st_fast/model/mmdit.py", ("model/test_mmdit.py",)),
     File("kernels/noise/definition.py", (RANDOM, "kernels/test_noise.py", "model/test_flow.py")),
     File("kernels/optimiser/definition.py", ("kernels/test_reference.py", TRUTH)),
     File("st_fast/core/random.py", (RANDOM, EVERY_LOADER, "model/test_flow.py", TRUTH)),

@@ -19,7 +19,8 @@ from bench import workload
 from bench.workload import Setup, ours
 from st_fast import kernels
 from st_fast.model.compiling import recomputed
-from st_fast.model.sit import Block, run_module
+from st_fast.model.layers import run_module
+from st_fast.model.sit import Block
 from st_fast.recipe import Stage, cost, load
 from st_fast.recipe.architecture import resolve_model
 from st_fast.recipe.methods import Plain

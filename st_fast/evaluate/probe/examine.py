@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from st_fast.evaluate.probe.latents import Latents, Split
-from st_fast.model import SiT, flow
+from st_fast.model import DiffusionTransformer, flow
 
 BATCH, BATCH_TOKENS = 200, 8_192
 """Images and tokens of one forward pass, at most."""
@@ -44,7 +44,9 @@ def chosen_blocks(depth: int, supervised: Sequence[int]) -> list[int]:
     return sorted({*even, *supervised})
 
 
-def examine(model: SiT, split: Split, blocks: Sequence[int], times: Sequence[float], bins: int, path: str) -> Findings:
+def examine(
+    model: DiffusionTransformer, split: Split, blocks: Sequence[int], times: Sequence[float], bins: int, path: str
+) -> Findings:
     """All measures of one model; the same latents, noise and times for every model."""
     accuracy, tokens = [], []
     for t in times:
@@ -58,7 +60,7 @@ def examine(model: SiT, split: Split, blocks: Sequence[int], times: Sequence[flo
 
 @torch.no_grad()
 def features(
-    model: SiT, latents: Latents, t: float, path: str, blocks: Sequence[int], images: int
+    model: DiffusionTransformer, latents: Latents, t: float, path: str, blocks: Sequence[int], images: int
 ) -> tuple[list[Floats], list[Floats]]:
     """Each block's features at time t: pooled (n, D), and tokens (≤ images, N, D)."""
     x_t, _ = latents.at(torch.full((len(latents.x),), t), path)
@@ -67,7 +69,7 @@ def features(
     left = min(images, max(1, MOST_TOKENS // model.pos_embed.shape[1]))
     for part in _parts(len(x_t), model):
         x = x_t[part].to(model.pos_embed.device)
-        null = torch.full((len(x),), model.null_label, device=x.device)
+        null = model.null_condition(len(x))
         times = torch.full((len(x),), t, device=x.device)
         kept = min(left, len(x))
 
@@ -83,7 +85,7 @@ def features(
 
 
 @torch.no_grad()
-def velocity_loss(model: SiT, latents: Latents, bins: int, path: str) -> list[float]:
+def velocity_loss(model: DiffusionTransformer, latents: Latents, bins: int, path: str) -> list[float]:
     """Mean denoising loss in each of `bins` equal bins of t, told the true labels."""
     means = []
     for number in range(bins):
@@ -98,7 +100,7 @@ def velocity_loss(model: SiT, latents: Latents, bins: int, path: str) -> list[fl
     return means
 
 
-def _parts(count: int, model: SiT) -> Iterator[slice]:
+def _parts(count: int, model: DiffusionTransformer) -> Iterator[slice]:
     """Places of the images of each forward pass."""
     size = max(1, min(BATCH, BATCH_TOKENS // model.pos_embed.shape[1]))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
@@ -106,7 +108,7 @@ def _parts(count: int, model: SiT) -> Iterator[slice]:
 
 @torch.no_grad()
 def read_blocks(
-    model: SiT, x: Tensor, t: Tensor, labels: Tensor, look: Callable[[Tensor], T]
+    model: DiffusionTransformer, x: Tensor, t: Tensor, labels: Tensor, look: Callable[[Tensor], T]
 ) -> tuple[Tensor, list[T]]:
     """x (B, C, S, S), t (B,), labels (B,) → velocity (B, C, S, S) and `look` of each stream (B, N, D).
 
@@ -116,10 +118,10 @@ def read_blocks(
     seen = [look(model.embed_tokens(x))]
     run = model.run_block
 
-    def recording(block: nn.Module, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-        stream, following = run(block, *arguments)
+    def recording(block: nn.Module, *arguments: Tensor) -> tuple[Tensor, ...]:
+        stream, *others = run(block, *arguments)
         seen.append(look(stream))
-        return stream, following
+        return stream, *others
 
     model.run_block = recording
     try:

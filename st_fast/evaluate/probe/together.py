@@ -15,7 +15,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, printable, write_json_atomic
 from st_fast.evaluate.probe.examine import Findings, chosen_blocks, cka, cosine, examine, pca_colours
 from st_fast.evaluate.probe.latents import SEED, load_split
-from st_fast.model import SiT, stored
+from st_fast.model import DiffusionTransformer, stored
 from st_fast.recipe import Recipe, load_run
 from st_fast.recipe.schema import Stage
 from st_fast.report import plot
@@ -29,7 +29,7 @@ class Subject:
 
     label: str
     stage: Stage
-    model: SiT
+    model: DiffusionTransformer
     teacher: str | None
     loaded: dict[str, Any]
     """Of the checkpoint that was read: step, weights and their SHA-256."""

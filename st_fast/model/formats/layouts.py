@@ -12,7 +12,7 @@ from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
-from st_fast.model import SiT
+from st_fast.model import network
 from st_fast.model.formats.loaded_state import Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
@@ -133,7 +133,7 @@ def _shaped(table: Table, key: str, dims: int, where: str) -> tuple[int, ...]:
 def expected_trunk(config: Model, sigma: bool = False) -> dict[str, Tensor]:
     """Every trunk key with a tensor on the meta device, in the order of the published code's parameters."""
     with torch.device("meta"):
-        ours = SiT(config, kernels.select({}, torch.device("cpu"))).state_dict()
+        ours = network(config, kernels.select({}, torch.device("cpu"))).state_dict()
         if sigma:
             for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
                 ours[key] = torch.empty(2 * len(ours[key]), *ours[key].shape[1:])

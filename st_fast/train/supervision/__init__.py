@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
-from st_fast.model import SiT
+from st_fast.model import DiffusionTransformer
 from st_fast.model.encoders import ImageEncoder
+from st_fast.model.layers import Linear
 from st_fast.model.side_stream import Branches, batched
-from st_fast.model.sit import Linear
 from st_fast.recipe.methods import Method, Selection
 from st_fast.recipe.schema import Model, Stage
 from st_fast.train.optim import EmaModel
@@ -78,7 +78,7 @@ class Parts:
 
     config: Model
     kernels: KernelTable
-    teacher: SiT | None
+    teacher: DiffusionTransformer | None
     """Frozen, in eval mode, on the device; None if the method names no teacher."""
     average: EmaModel | None = None
     """The student's own weight average; None if the method does not learn from it."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
-from st_fast.model.sit import unpatchify
+from st_fast.model.layers import unpatchify
 from st_fast.recipe import methods
 from st_fast.recipe.schema import Model
 from st_fast.train.supervision import NoisyBatch, Parts, Supervision, projector

@@ -173,7 +173,7 @@ def test_features_are_blind_to_the_labels_and_pooled_over_tokens(model, data) ->
     np.testing.assert_allclose(tokens[1].mean(axis=1), ours[1][:7], rtol=1e-5, atol=1e-6)
     t = torch.full((7,), 0.5)
     x_t = held_out.at(torch.full((len(held_out.x),), 0.5), "linear")[0][:7]
-    null = torch.full((7,), model.null_label)
+    null = model.null_condition(7)
     with torch.no_grad():
         np.testing.assert_allclose(tokens[1], model(x_t, t, null, tap=2)[1].numpy(), rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,202 @@
+"""MMDiT: text to image by joint attention (arXiv 2403.03206), as REPA trains it on COCO (arXiv 2410.06940, appendix K).
+
+Image and text have weights of their own in every block and one attention over the tokens of both. Times modulate both
+streams; the text enters only as tokens. Keys are the published ones, but for `null_context`, which those files lack:
+the states of the empty caption. Shapes: B samples, N image tokens, L text tokens, W text width, D width, H heads.
+
+As in `sit`, each residual stream travels with the modulated input of its next sub-layer: the image's x with y, and the
+text's u with z. Of the last block the text needs the inputs of the attention alone, so its stream ends there; so it
+does for a teacher, of which the last block that runs is as good as the last.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_fast.kernels import KernelTable
+from st_fast.model.attention import BACKENDS, Attend, attend_packed
+from st_fast.model.layers import (
+    BlockLinear,
+    FinalLayer,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    Run,
+    TimestepEmbedder,
+    bias_left,
+    fixed_positions,
+    run_module,
+)
+from st_fast.model.transformer import DiffusionTransformer, shifts_and_scales
+from st_fast.recipe.schema import Model
+
+
+class StreamAttention(nn.Module):
+    """One stream's side of the joint attention: its queries, keys and values, and the projection of what it gets."""
+
+    def __init__(self, config: Model, kernels: KernelTable, with_output: bool) -> None:
+        super().__init__()
+        width, head = config.width, config.width // config.heads
+        self.heads, self.kernels = config.heads, kernels
+        self.qkv = (BlockLinear if config.qk_norm else Linear)(width, 3 * width, kernels)
+        if with_output:
+            self.proj = BlockLinear(width, width, kernels)
+        self.ln_q = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else None
+        self.ln_k = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else None
+
+    def packed(self, y: Tensor) -> Tensor:
+        """(B, N, D) → (B, N, 3, H, d)."""
+        return self.qkv(y).unflatten(-1, (3, self.heads, -1))
+
+    def normed(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) → q, k, v (B, H, N, d), queries and keys normalised."""
+        assert self.ln_q is not None and self.ln_k is not None
+        q, k, v = self.kernels.qk_norm(
+            self.packed(y), self.ln_q.weight, self.ln_q.bias, self.ln_k.weight, self.ln_k.bias, self.ln_q.eps,
+            qkv_bias=bias_left(self.qkv),
+        )  # fmt: skip
+        return q, k, v
+
+
+class StreamBlock(nn.Module):
+    """One stream's weights of a block; the text's last one has the inputs of the attention alone."""
+
+    def __init__(self, config: Model, kernels: KernelTable, whole: bool) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.attn = StreamAttention(config, kernels, with_output=whole)
+        if whole:
+            self.mlp = Mlp(config.width, config.hidden, kernels)
+        modulated = nn.Linear(config.width, (6 if whole else 2) * config.width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulated)
+
+    @property
+    def modulation(self) -> nn.Linear:
+        """From SiLU(c) to the block's shifts, scales and gates."""
+        return cast(nn.Linear, self.adaLN_modulation[1])
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x, attended (B, N, D); modulation (B, 6D) → the block's output and its next input, both (B, N, D)."""
+        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, D) each
+        fused = self.kernels.gate_residual_norm_modulate
+        x, y = fused(x, attended, gate_attn, shift_mlp, scale_mlp, a_bias=bias_left(self.attn.proj))
+        return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.fc2))
+
+
+class JointBlock(nn.Module):
+    """A block of both streams."""
+
+    def __init__(self, config: Model, kernels: KernelTable, attend: Attend, last: bool) -> None:
+        super().__init__()
+        self.context_block = StreamBlock(config, kernels, whole=not last)
+        self.x_block = StreamBlock(config, kernels, whole=True)
+        self.qk_norm, self.attend = config.qk_norm, attend
+        self.run_attention: Run = run_module
+
+    def forward(
+        self, x: Tensor, y: Tensor, z: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor,
+        *text: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """x, y (B, N, D), z (B, L, D), modulation (B, 6D) → the image's output and next input.
+
+        With `text`, which is the text's stream u (B, L, D), its modulation and next shift and scale, also the text's.
+        """
+        attend = self._attend_both if text else self._attend_image
+        attended, *attended_text = self.run_attention(attend, y, z)
+        image = self.x_block.after_attention(x, attended, modulation, next_shift, next_scale)
+        if not text:
+            return image
+        u, *rest = text
+        return *image, *self.context_block.after_attention(u, attended_text[0], *rest)
+
+    def _attend_both(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        out, tokens = self._joint(y, z), z.shape[1]
+        return self.x_block.attn.proj(out[:, tokens:]), self.context_block.attn.proj(out[:, :tokens])
+
+    def _attend_image(self, y: Tensor, z: Tensor) -> tuple[Tensor]:
+        return (self.x_block.attn.proj(self._joint(y, z)[:, z.shape[1] :]),)
+
+    def _joint(self, y: Tensor, z: Tensor) -> Tensor:
+        """Attention over the tokens of both, the text's first: (B, L + N, D), before any projection."""
+        image, text = self.x_block.attn, self.context_block.attn
+        if not self.qk_norm:
+            packed = torch.cat((text.packed(z), image.packed(y)), dim=1)
+            return attend_packed(self.attend, packed).flatten(2)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text.normed(z), image.normed(y), strict=True))
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+class MMDiT(DiffusionTransformer):
+    """The text-conditional network: its condition is (B, L, W), the states of a caption's tokens; c = t-embedding."""
+
+    def __init__(self, config: Model, kernels: KernelTable, attend: Attend = BACKENDS["sdpa"].attend) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        self.x_embedder = PatchEmbed(config.channels, config.patch, config.width)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.context_embedder = nn.Linear(config.text_width, config.width)
+        null = torch.zeros(1, config.text_length, config.text_width)
+        self.null_context = nn.Parameter(null, requires_grad=False)
+        self.pos_embed = fixed_positions(config)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(config, kernels, attend, last=number == config.depth) for number in range(1, config.depth + 1)
+        )
+        self.final_layer = FinalLayer(config.width, config.patch_values)
+        self.run_block: Run = run_module
+        self._initialise(
+            zero=[part.modulation for block in self._blocks for part in (block.x_block, block.context_block)]
+            + [cast(nn.Linear, self.final_layer.adaLN_modulation[1])]
+        )
+
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        """The joint blocks."""
+        return self.joint_blocks
+
+    @property
+    def _blocks(self) -> list[JointBlock]:
+        return cast("list[JointBlock]", list(self.joint_blocks))
+
+    @property
+    def constants(self) -> set[nn.Parameter]:
+        return {self.pos_embed, self.null_context}
+
+    def set_run_attention(self, run: Run) -> None:
+        for block in self._blocks:
+            block.run_attention = run
+
+    def modulation_layers(self, depth: int) -> list[nn.Linear]:
+        """Of the image's `depth` blocks and the part after them, then of the text's blocks."""
+        after = [block.x_block.modulation for block in self._blocks[depth : depth + 1]]
+        if depth == self.config.depth:
+            after = [cast(nn.Linear, self.final_layer.adaLN_modulation[1])]
+        blocks = self._blocks[:depth]
+        return [b.x_block.modulation for b in blocks] + after + [b.context_block.modulation for b in blocks]
+
+    def null_condition(self, count: int) -> Tensor:
+        return self.null_context.expand(count, -1, -1)
+
+    def _initialise_condition(self) -> None:
+        """Nothing beyond what every linear layer gets."""
+
+    def _trunk(
+        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = ()
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        modulations = self._modulations(F.silu(self.t_embedder(t)), depth)
+        image, text = modulations[: depth + 1], modulations[depth + 1 :]
+        following, following_text = (shifts_and_scales(part, self.config.width) for part in (image, text))
+        x, tapped, u = tokens, {0: tokens}, self.context_embedder(condition.to(tokens.dtype))
+        y, z = self.kernels.norm_modulate(x, *following[0]), self.kernels.norm_modulate(u, *following_text[0])
+        for number, block in enumerate(self._blocks[:depth], start=1):
+            inputs = x, y, z, image[number - 1], *following[number]
+            if number < depth:
+                x, y, u, z = self.run_block(block, *inputs, u, text[number - 1], *following_text[number])
+            else:
+                x, y = self.run_block(block, *inputs)
+            if number in taps:
+                tapped[number] = x
+        return tapped, x, y

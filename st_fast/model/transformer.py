@@ -1,0 +1,133 @@
+"""What diffusion transformers share: what the trainer, the methods and the sampler know of a network.
+
+A network reads noisy latents, their times and a *condition*: a tensor (B, …) whose meaning is the network's own (class
+labels of a `SiT`, the states of a caption's tokens for an `MMDiT`). `null_condition` stands for none of it. Nothing
+outside of a network and of what reads its data knows more of conditions than that.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from st_fast.kernels import KernelTable
+from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, unpatchify
+from st_fast.model.load import Pretrained
+from st_fast.model.side_stream import Branches, batched
+from st_fast.recipe.schema import Model
+
+
+class DiffusionTransformer(Pretrained):
+    """The velocity model v̂(x_t, t, condition). `config` must be resolved (depth, width, heads, patch > 0).
+
+    Shapes: B samples, C latent channels, S latent side, N tokens of an image, D width.
+    """
+
+    config: Model
+    kernels: KernelTable
+    x_embedder: PatchEmbed
+    t_embedder: TimestepEmbedder
+    pos_embed: nn.Parameter
+    blocks: nn.ModuleList
+    """What FSDP and the compiler take one by one."""
+    final_layer: FinalLayer
+    run_block: Run
+
+    @abstractmethod
+    def modulation_layers(self, depth: int) -> list[nn.Linear]:
+        """From SiLU(c) to what modulates the first `depth` blocks and the part after them; run before any block."""
+
+    @abstractmethod
+    def set_run_attention(self, run: Run) -> None:
+        """How every block calls its attention: as `run(attention, *inputs)`."""
+
+    @abstractmethod
+    def null_condition(self, count: int) -> Tensor:
+        """(count, …): what stands for no condition, `count` times, on the weights' device."""
+
+    @abstractmethod
+    def _trunk(
+        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = ()
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y."""
+
+    @property
+    def constants(self) -> set[nn.Parameter]:
+        """Parameters that are stored with the others and never trained."""
+        return {self.pos_embed}
+
+    def _initialise(self, zero: Sequence[nn.Linear]) -> None:
+        """Xavier for linear layers; `zero`, the modulations, and the final layer at zero if the recipe says so."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
+        self._initialise_condition()
+        for layer in self.t_embedder.layers:
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.config.zero_init:
+            for layer in (*zero, self.final_layer.linear):
+                nn.init.zeros_(layer.weight)
+
+    @abstractmethod
+    def _initialise_condition(self) -> None:
+        """Draws what embeds the condition."""
+
+    def embed_tokens(self, x: Tensor) -> Tensor:
+        """(B, C, S, S) → (B, N, D): patches with positions, in the weights' dtype."""
+        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+
+    def _modulations(self, c: Tensor, depth: int) -> list[Tensor]:
+        """What `modulation_layers` make of SiLU(c) (B, D).
+
+        As one product the weights are laid end to end for it, which costs a pass over them; names stay as published.
+        """
+        layers = self.modulation_layers(depth)
+        if self.config.modulation == "per_block":
+            return [layer(c) for layer in layers]
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        # One split, whose backward is one concatenation: slices would each fill a gradient of the whole width.
+        return list(F.linear(c, weight, bias).split([layer.out_features for layer in layers], dim=1))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, tap: int | tuple[int, ...] = 0) -> tuple[Tensor, Any]:
+        """x (B, C, S, S), t (B,), condition (B, …) → velocity (B, C, S, S) and the stream after block `tap` (B, N, D).
+
+        Blocks count from 1; with tap = 0 the second result is the embedded input. A tuple of blocks gives a tuple of
+        their streams. The streams are those of the image's tokens.
+        """
+        taps = tap if isinstance(tap, tuple) else (tap,)
+        tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps)
+        velocity = unpatchify(self.final_layer(y), self.config.patch, self.config.channels)
+        return velocity, tuple(tapped[number] for number in taps) if isinstance(tap, tuple) else tapped[tap]
+
+    def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int) -> Tensor:
+        """The stream after block `depth` (B, N, D); nothing after it is computed."""
+        return self._trunk(self.embed_tokens(x), t, condition, depth)[1]
+
+    def guided_features(
+        self, x: Tensor, t: Tensor, condition: Tensor, depth: int, branches: Branches = batched
+    ) -> tuple[Tensor, Tensor]:
+        """The streams after block `depth` with the condition and with the null condition, each (B, N, D).
+
+        Both share the patch embedding and run as `branches` has it; nothing after block `depth` is computed.
+        """
+
+        def features(tokens: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return self._trunk(tokens, t, condition, depth)[1]
+
+        return branches(features, self.embed_tokens(x), t, condition, self.null_condition(len(condition)))
+
+
+def shifts_and_scales(modulations: Sequence[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
+    """The first two vectors (B, D) of each modulation, for the input of its attention or of the final layer.
+
+    A block's modulation (B, 6D) has shift, scale and gate of its attention, then of its MLP; the last one (B, 2D) shift
+    and scale.
+    """
+    chunks = (modulation.chunk(modulation.shape[1] // width, dim=1) for modulation in modulations)
+    return [(shift, scale) for shift, scale, *_ in chunks]
