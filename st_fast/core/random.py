@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     SAMPLE_LABELS = 9
     SAMPLE_PATH = 10
     TEACHER_TIME = 11
+    CAPTION = 12
 
 
 def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int) -> np.ndarray:

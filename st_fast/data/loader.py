@@ -15,7 +15,7 @@ import torch
 
 from st_fast.core.errors import RunFailed, Say, UserError, first_line, how_to_install
 from st_fast.core.machine import free_memory
-from st_fast.data.ahead import Answer, Patience, ReadAhead, RecordSet
+from st_fast.data.ahead import Answer, Patience, Readable, ReadAhead
 
 RESIDENT_SHARE = 0.25
 """The share of the free memory that a set may take to be held there: the step needs the rest."""
@@ -30,7 +30,7 @@ PREFETCH = 2
 class ResidentLoader:
     """The whole set as one tensor on the host or the device, gathered by index: the ceiling for the other loaders."""
 
-    def __init__(self, records: RecordSet, device: torch.device, count: int | None = None) -> None:
+    def __init__(self, records: Readable, device: torch.device, count: int | None = None) -> None:
         self._device, manifest = device, records.manifest
         count = manifest.count if count is None else count
         dtype = getattr(torch, manifest.dtype)
@@ -72,7 +72,7 @@ class DaliLoader:
     outside (`external_source`), each batch as one DALI sample: no cost per record, and any batch size.
     """
 
-    def __init__(self, records: RecordSet, device: torch.device, patience: Patience | None = None) -> None:
+    def __init__(self, records: Readable, device: torch.device, patience: Patience | None = None) -> None:
         if missing := dali_missing():
             raise UserError(f'data.loader = "dali": DALI can\'t be imported ({missing}): {how_to_install("data")}')
         self._records, self._device = records, device
@@ -124,14 +124,14 @@ Loader = ResidentLoader | DaliLoader | ReadAhead
 """`stream` answers requests (n,) of record indices in order, `close` gives back threads and memory."""
 
 
-def kept_bytes(kind: str, records: RecordSet, device: torch.device) -> tuple[int, int]:
+def kept_bytes(kind: str, records: Readable, device: torch.device) -> tuple[int, int]:
     """Bytes of the set that the loader of that kind keeps on the device, at least and at most: "auto" may keep it."""
     size = records.manifest.count * records.manifest.record_bytes
     may = kind == "auto" and size <= RESIDENT_SHARE * free_memory(device)
     return size * (kind == "resident"), size * (kind == "resident" or may)
 
 
-def make_loader(kind: str, records: RecordSet, device: torch.device, say: Say) -> Loader:
+def make_loader(kind: str, records: Readable, device: torch.device, say: Say) -> Loader:
     """The loader of that kind. "auto" reports its choice and the reason.
 
     On the CPU that is the resident one where the set fits; on CUDA the faster of DALI and, where it fits, resident.
@@ -145,13 +145,13 @@ def make_loader(kind: str, records: RecordSet, device: torch.device, say: Say) -
     return _make("torch" if missing else kind, records, device)
 
 
-def _make(kind: str, records: RecordSet, device: torch.device, count: int | None = None) -> Loader:
+def _make(kind: str, records: Readable, device: torch.device, count: int | None = None) -> Loader:
     if kind == "resident":
         return ResidentLoader(records, device, count)
     return DaliLoader(records, device) if kind == "dali" else ReadAhead(records, pinned=device.type == "cuda")
 
 
-def _choose(records: RecordSet, device: torch.device, say: Say) -> str:
+def _choose(records: Readable, device: torch.device, say: Say) -> str:
     size, free = kept_bytes("resident", records, device)[0], free_memory(device)
     fits = size <= RESIDENT_SHARE * free
     streaming = "torch" if dali_missing() else "dali"

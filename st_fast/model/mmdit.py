@@ -180,6 +180,10 @@ class MMDiT(DiffusionTransformer):
     def null_condition(self, count: int) -> Tensor:
         return self.null_context.expand(count, -1, -1)
 
+    @torch.no_grad()
+    def use_null(self, null: Tensor) -> None:
+        self.null_context.copy_(null[None])
+
     def _initialise_condition(self) -> None:
         """Nothing beyond what every linear layer gets."""
 

@@ -115,6 +115,9 @@ class SiT(DiffusionTransformer):
     def null_condition(self, count: int) -> Tensor:
         return torch.full((count,), self.config.num_classes, device=self.pos_embed.device)
 
+    def use_null(self, null: Tensor) -> None:
+        """A row of the labels' table is for it."""
+
     def _initialise_condition(self) -> None:
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 

@@ -54,6 +54,10 @@ class DiffusionTransformer(Pretrained):
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
         """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y."""
 
+    @abstractmethod
+    def use_null(self, null: Tensor) -> None:
+        """What the data has for no condition, (…), where that is not the network's own."""
+
     @property
     def constants(self) -> set[nn.Parameter]:
         """Parameters that are stored with the others and never trained."""

@@ -48,7 +48,10 @@ class Data:
         "", 'The latents\' images, for live encoders: folder, zip, tar, …; "": the folder at `path`.'
     )
     images_subset: str = free("", "Which of these images, as given to `st_fast.prepare`.")
-    source: Literal["shards", "digits"] = fixed("shards", '"digits" makes the folder at `path` on first use.')
+    text: str = free("", 'The encoder whose states of captions MMDiT reads; "": the only one that the data has.')
+    source: Literal["shards", "digits", "emoji"] = fixed(
+        "shards", '"digits" and "emoji" make the folder at `path` on first use.'
+    )
     loader: Literal["auto", "resident", "dali", "torch"] = free("auto", "What reads the latents during training.")
     verify: bool = free(True, "Check the data's digests before training.")
 

@@ -1,4 +1,4 @@
-"""A stage's batches, in order: which records, at which times, with which labels, for which rank, and their noise.
+"""A stage's batches, in order: which records, at which times, under which condition, for which rank, and their noise.
 
 Everything but the noise is decided on the host, as a pure function of (seed, step): also which samples are
 supervised, so that the device is never asked. The noise is drawn on the device from the ordinals.
@@ -32,6 +32,7 @@ from st_fast.model.encoders import ImageEncoder, VisionTransformer, load_encoder
 from st_fast.model.side_stream import side_stream
 from st_fast.prepare.features import RecordImages, open_record_images
 from st_fast.recipe.schema import Recipe, Stage
+from st_fast.train.conditions import ClassLabels, Conditions, Visit
 from st_fast.train.profiling import named_range
 from st_fast.train.supervision import NoisyBatch, Rows, select_rows
 from st_fast.train.supervision.capacity import capacity, padded
@@ -81,9 +82,11 @@ class BatchIterator:
     def __init__(
         self, recipe: Recipe, stage: Stage, loader: Loader, records: RecordSet, ranks: Ranks,
         features: Sequence[Loader] = (), draw: NoisyLatents = kernels.noisy_latents,
+        conditions: Conditions | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
-        self.draw = draw
+        self.draw, self.conditions = draw, conditions or ClassLabels(recipe.model.num_classes)
+        self._null = sent_to(ranks.device, self.conditions.null)
         self.records, self.order = records, random.RecordOrder(recipe.run.seed, len(records))
         self.waited = 0.0
         self.pass_rows = 0
@@ -108,12 +111,16 @@ class BatchIterator:
         ordinals += step * size
         return ordinals.tolist(), self.order(ordinals).tolist()
 
-    def _requests(self, first: int, last: int) -> Iterator[np.ndarray]:
+    def _visits(self, first: int, last: int) -> Iterator[Visit]:
         size = self.recipe.optim.batch_size
         for step in range(first, last):
-            records = self.order(np.arange(step * size, (step + 1) * size))
+            ordinals = np.arange(step * size, (step + 1) * size)
+            records = self.order(ordinals)
             for part in self.micro_batches():
-                yield records[part]
+                yield ordinals[part], records[part]
+
+    def _requests(self, first: int, last: int) -> Iterator[np.ndarray]:
+        return (records for _, records in self._visits(first, last))
 
     def steps(self, first: int, last: int) -> Iterator[list[NoisyBatch]]:
         """The micro-batches of steps first … last − 1.
@@ -122,6 +129,7 @@ class BatchIterator:
         """
         recipe, size = self.recipe, self.recipe.optim.batch_size
         answers = self.loader.stream(self._requests(first, last))
+        conditions = self.conditions.stream(self._visits(first, last))
         stop = self.stage.method.stop_step or last  # from there on no features are read
         features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
 
@@ -129,7 +137,7 @@ class BatchIterator:
             self.ranks.heartbeat.step = step + 1
             t = flow.sample_times(recipe.run.seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
             asked = features if step < stop else []
-            return [self._batch(step, part, t, answers, asked) for part in self.micro_batches()]
+            return [self._batch(step, part, t, answers, conditions, asked) for part in self.micro_batches()]
 
         self._side.follow()  # what the loader holds on the device was put there by the current stream
         later = None
@@ -138,17 +146,21 @@ class BatchIterator:
             later = self._side.start(partial(make, step + 1)) if recipe.run.prefetch and step + 1 < last else None
             yield now()
 
-    def _wait(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def _wait(self, answers: Iterator[T]) -> T:
         self.ranks.heartbeat.beat("data")
         start = time.perf_counter()
         answer = next(answers)
         self.waited += time.perf_counter() - start
         return answer
 
-    def _batch(self, step: int, part: slice, t: Tensor, answers: Answers, features: Sequence[Answers]) -> NoisyBatch:
+    def _batch(
+        self, step: int, part: slice, t: Tensor, answers: Answers, conditions: Iterator[Tensor] | None,
+        features: Sequence[Answers],
+    ) -> NoisyBatch:  # fmt: skip
         recipe, method, send = self.recipe, self.stage.method, partial(sent_to, self.ranks.device)
         with named_range("data"):
             (moments, labels), read = self._wait(answers), tuple(self._wait(stream)[0] for stream in features)
+            condition = send(labels if conditions is None else self._wait(conditions))
             ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
             chances = random.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0]
             index, weight = select_rows(t, part, method.selection)
@@ -156,15 +168,15 @@ class BatchIterator:
                 index, weight = padded(index, weight, part.stop - part.start, self.pass_rows)
             factor = method.factor(step)
             rows = Rows(send(index), send(weight if factor == 1.0 else weight * factor), self.pass_rows)
-            labels, dropped = send(labels), send(chances < recipe.model.class_dropout)
-            student_labels = torch.where(dropped, recipe.model.num_classes, labels)
+            dropped = send(chances < recipe.model.class_dropout).view(-1, *[1] * self._null.ndim)
+            student_condition = torch.where(dropped, self._null, condition)
             read = tuple(send(one) for one in read)
             written, images = ((), read[0]) if method.encodes_images and read else (read, None)
             moments, ordinals, t = send(moments), send(ordinals), send(t[part])
         with named_range("noise"):
             scale = self.records.manifest.scale
             latents = self.draw(moments, ordinals, t, recipe.run.seed, scale, recipe.flow.path)
-        return NoisyBatch(*latents, t, labels, student_labels, ordinals, rows, written, images)
+        return NoisyBatch(*latents, t, condition, student_condition, ordinals, rows, written, images)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.agreement import RECIPE, agree, of_data, of_recipe
 from st_fast.train.batches import open_image_features
 from st_fast.train.choices import choose_kernels
+from st_fast.train.conditions import open_conditions
 from st_fast.train.continuity import Changes, check_recipe, score_differences
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
@@ -86,7 +87,8 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
                 digits.prepare_features(recipe, log.say)
             ranks.barrier()
             shards = open_agreed_data(recipe, ranks, log.say)
-            if (classes := shards.manifest.num_classes) < recipe.model.num_classes:
+            classes = shards.manifest.num_classes
+            if recipe.model.network == "sit" and classes < recipe.model.num_classes:
                 log.say(
                     f"attention: the data has {classes} classes, the model {recipe.model.num_classes}; the others "
                     f"are never trained; --model.num_classes={classes} fits"
@@ -202,6 +204,7 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
     What comes from a stage of this run is not there yet. A stage that has begun never reads its start again.
     """
     cpu, own = torch.device("cpu"), [stage.name for stage in recipe.stages]
+    open_conditions(recipe, records).close()
     for stage in recipe.stages:
         name, group, init = stage.method.teacher_name, stage.method.teacher_group, stage.start.init
         if name is not None and name not in own:
@@ -227,7 +230,7 @@ def check_fits(recipe: Recipe, manifest: Manifest) -> None:
             f"{recipe.data.path}: moments are {manifest.shape}, model.channels = {model.channels} and "
             f"model.latent_size = {model.latent_size} (patch {model.patch}) need {ours}"
         )
-    if manifest.num_classes > model.num_classes:
+    if model.network == "sit" and manifest.num_classes > model.num_classes:
         raise UserError(
             f"{recipe.data.path}: labels of {manifest.num_classes} classes, model.num_classes = {model.num_classes}"
         )

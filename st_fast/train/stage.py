@@ -46,10 +46,11 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         log.say(f"{stage.name}: complete at step {first}")
         if not log.has("end", stage.name):  # killed between its last checkpoint and this line
             log.write("end", stage.name, first, **cost_so_far(trainer, clock, first))
-        trainer.features.close()
+        trainer.close()
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
     readers = (loader, *trainer.features.loaders(ranks.device))
+    trainer.conditions.open(ranks.device, log.say)
     if choice is None:
         recipe, choice = try_graphs(trainer, recipe, readers, first, log.say)
     trainer.graphs = choice if context.recipe.run.cuda_graphs == "auto" else None
@@ -90,7 +91,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         reader.close()
     trainer.finish()
     stalls = trainer.stalls(clock)
-    trainer.features.close()
+    trainer.close()
     thaw_heap()
     if stopping:
         raise context.stop.interrupted(f"saved {stage.name} at step {done}")
@@ -109,7 +110,7 @@ def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str
 def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:
     context, (loader, *others) = trainer.context, readers
     draw = trainer.noisy_latents
-    return BatchIterator(recipe, trainer.stage, loader, context.shards, context.ranks, others, draw)
+    return BatchIterator(recipe, trainer.stage, loader, context.shards, context.ranks, others, draw, trainer.conditions)
 
 
 def try_graphs(
@@ -153,7 +154,7 @@ def retreat_if_too_large(
             trainer.finish()
         for reader in readers:
             reader.close()
-        trainer.features.close()
+        trainer.close()
         thaw_heap()
         trainer.context.stop.end()
         raise

@@ -28,6 +28,7 @@ from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import adamw, continuity, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
+from st_fast.train.conditions import check_same_conditions, open_conditions
 from st_fast.train.examiner import Examiner, due
 from st_fast.train.log import Clock, Log, Skips, SpikeDetector
 from st_fast.train.optim import EmaModel, Optimizer
@@ -67,9 +68,11 @@ class Trainer:
         table = validated_kernels(chosen, recipe.model, context.ranks, context.dtype, context.log.say)
         self.noisy_latents = table.noisy_latents
         update, norm = adamw.validated(recipe, context.ranks, context.dtype, context.log.say)
-        head_dim, tokens = recipe.model.width // recipe.model.heads, recipe.model.tokens
+        head_dim, tokens = recipe.model.width // recipe.model.heads, recipe.model.length
         attend = choose(recipe.model.attention, device, context.dtype, head_dim, context.log.say, tokens)
+        self.conditions = open_conditions(recipe, context.shards)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
+        self.model.use_null(self.conditions.null)
         if recipe.run.fp8 != "off":
             use_fp8(self.model)
         self.shards: Shards | None = None
@@ -222,6 +225,7 @@ class Trainer:
         said, manifest, folder = found.said, self.context.shards.manifest, Path(self.context.recipe.data.path)
         check_same_data(said.dataset, str(found.path), manifest, folder)
         self.features.check_same(said.features, str(found.path))
+        check_same_conditions(said.conditions, str(found.path), self.conditions)
         if before is None and self.context.changes is not None and found.step < self.stage.steps:
             differences = continuity.file_differences(said.files, self.context.shards)
             differences += continuity.teacher_differences(self.stage, said.teacher, self.teacher)
@@ -245,6 +249,7 @@ class Trainer:
             dataset=self.context.shards.manifest.digest,
             files=self.context.shards.files,
             features=tuple(self.features.digests),
+            conditions=self.conditions.digest,
             teacher=self.teacher,
             seconds=clock.read(),
             rollbacks=self.rollbacks,
@@ -290,6 +295,11 @@ class Trainer:
                 self.saver.again()
         if waiting:
             context.log.say(f"{name}: its last checkpoint is written")
+
+    def close(self) -> None:
+        """Closes what is read beside the latents."""
+        self.features.close()
+        self.conditions.close()
 
     def stalls(self, clock: Clock) -> dict[str, float]:
         """Seconds that saves delayed training on the first rank since the start, and their share of its time."""

@@ -37,7 +37,7 @@ def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
         for batches in iterator.steps(0, 10):
             for batch in batches:
                 weight = torch.zeros(len(batch.t)).index_copy(0, batch.rows.index, batch.rows.weight)
-                parts = (batch.x, batch.noise, batch.x_t, batch.labels, batch.student_labels, batch.t, weight)
+                parts = (batch.x, batch.noise, batch.x_t, batch.condition, batch.student_condition, batch.t, weight)
                 for place, ordinal in enumerate(batch.ordinals.tolist()):
                     digest = hashlib.sha256(b"".join(part[place].numpy().tobytes() for part in parts))
                     assert ordinal not in found

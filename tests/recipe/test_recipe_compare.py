@@ -15,6 +15,7 @@ from st_fast.report.fairness import doubtful
 
 MATHS = {
     *(f"model.{key}" for key in ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes")),
+    *(f"model.{key}" for key in ("network", "text_width", "text_length", "zero_init")),
     *("model.class_dropout", "model.mlp_ratio", "model.qk_norm", "flow.path", "flow.time", "data.source"),
     *(f"optim.{key}" for key in ("batch_size", "lr", "warmup_steps", "betas", "eps", "weight_decay", "grad_clip")),
     *("optim.reduction", "optim.ema_decay", "run.seed", "run.precision", "run.fp8"),
@@ -22,7 +23,7 @@ MATHS = {
 """Written out by hand: a new key of the schema must be put on one side or the other."""
 
 HARMLESS = {
-    *("data.path", "data.images", "data.images_subset"),  # the digest says whether it is the same data
+    *("data.path", "data.images", "data.images_subset", "data.text"),  # the digest says whether it is the same data
     *("model.name", "model.attention", "data.loader", "data.verify", "optim.accumulation", "optim.implementation"),
     "optim.micro_batch",
     *("model.modulation", "run.out", "run.device", "run.sharding", "run.shard_teacher"),

@@ -110,7 +110,7 @@ def test_losses_and_every_gradient_are_the_large_batchs_to_a_millionth(name, mas
 def test_what_every_sample_sees_is_the_same_to_the_bit(name, mask, accumulation, data, tmp_path):
     whole, split = (Run(tmp_path, data, name, mask, count) for count in (1, accumulation))
     (large,), small = whole.batches, split.batches
-    for field in ("x", "x_t", "velocity", "t", "labels", "student_labels", "noise", "ordinals"):
+    for field in ("x", "x_t", "velocity", "t", "condition", "student_condition", "noise", "ordinals"):
         assert torch.equal(torch.cat([getattr(one, field) for one in small]), getattr(large, field)), field
     size = len(large.t) // accumulation
     rows = torch.cat([one.rows.index + size * number for number, one in enumerate(small)])

@@ -109,6 +109,8 @@ class Meta:
     files: FilesIdentity | None = None
     features: tuple[str, ...] = ()
     """A digest for each set of image features, in the recipe's order."""
+    conditions: str = ""
+    """The digest of what the network is conditional on, where that is not in the dataset."""
     teacher: Teacher | None = None
     seconds: float = 0.0
     """Of training."""

@@ -59,10 +59,10 @@ class NoisyBatch:
     """(B, C, S, S) ε of x_t."""
     t: Tensor
     """(B,) float32."""
-    labels: Tensor
-    """(B,) int64 true labels."""
-    student_labels: Tensor
-    """(B,) int64 labels with class dropout applied."""
+    condition: Tensor
+    """(B, …) what the network is conditional on: labels (B,) int64, or the states of captions (B, L, W)."""
+    student_condition: Tensor
+    """(B, …) the same, some samples' replaced by the null condition."""
     ordinals: Tensor
     """(B,) int64: places in the training stream, the counters of the noise and of a method's own draws."""
     rows: Rows

@@ -1,6 +1,6 @@
 """Stage 2 of Self-Transcendence (arXiv 2601.07773): guided features of a frozen teacher supervise a shallow block.
 
-The teacher sees the same x_t and t with the label and with the null label, and stops at block `teacher_depth`;
+The teacher sees the same x_t and t with the condition and with the null condition, and stops at block `teacher_depth`;
 f = f_∅ + ω·(f_y − f_∅) is compared with the student's projected block `student_depth`. Only supervised rows are run:
 by `mask = "sample"` and "sample_mean" those are the samples inside the t-range.
 """
@@ -38,10 +38,10 @@ class SelfTranscendence(Supervision):
     @torch.no_grad()
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         rows, depth = batch.rows, self.settings.teacher_depth
-        inputs = (rows.passes(rows.take(values)) for values in (batch.x_t, batch.t, batch.labels))
+        inputs = (rows.passes(rows.take(values)) for values in (batch.x_t, batch.t, batch.condition))
         passes = [
-            self.teacher.guided_features(x, t, labels, depth, self.parts.branches)
-            for x, t, labels in zip(*inputs, strict=True)
+            self.teacher.guided_features(x, t, condition, depth, self.parts.branches)
+            for x, t, condition in zip(*inputs, strict=True)
         ]
         return passes[0] if len(passes) == 1 else tuple(torch.cat(parts) for parts in zip(*passes, strict=True))
 

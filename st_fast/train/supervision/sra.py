@@ -1,6 +1,7 @@
 """SRA (arXiv 2505.02831): the student's own weight average, deeper and at less noise, supervises a shallow block.
 
-The teacher sees the same latents, noise and dropped labels at the time max(t − u, 0), u uniform in (0, time_offset).
+The teacher sees the same latents, noise and dropped conditions at the time max(t − u, 0), u uniform in
+(0, time_offset).
 """
 
 import torch
@@ -52,7 +53,7 @@ class SelfRepresentation(Supervision):
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         t = self.teacher_times(batch)
         x_t, _ = flow.interpolate(batch.x, batch.noise, t, self.parts.path)
-        return (self.average().features(x_t, t, batch.student_labels, self.settings.teacher_depth),)
+        return (self.average().features(x_t, t, batch.student_condition, self.settings.teacher_depth),)
 
     def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         q, weight = self.heads(hidden), batch.rows.weight

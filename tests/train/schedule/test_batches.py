@@ -153,5 +153,5 @@ def test_a_label_is_dropped_below_the_dropout_and_not_at_it(folder):
     dropout = chances.sort().values[3].item()
     made, _ = iterator(folder, [f"--model.class_dropout={dropout!r}"])
     ((batch,),) = made.steps(0, 1)
-    assert int((batch.student_labels == 5).sum()) == 3
-    assert torch.equal(batch.student_labels, torch.where(chances < dropout, 5, batch.labels))
+    assert int((batch.student_condition == 5).sum()) == 3
+    assert torch.equal(batch.student_condition, torch.where(chances < dropout, 5, batch.condition))

@@ -102,8 +102,8 @@ def test_stage_2_loss_equals_the_formula_in_numpy(mask, loss, cfg_scale):
     )
     supervision, batch, h = made(method, with_teacher=True), noisy(method.selection), hidden()
     teacher = supervision.teacher
-    null = torch.full_like(batch.labels, 5)
-    f_y, f_0 = (teacher(batch.x_t, batch.t, y, tap=2)[1].numpy() for y in (batch.labels, null))
+    null = torch.full_like(batch.condition, 5)
+    f_y, f_0 = (teacher(batch.x_t, batch.t, y, tap=2)[1].numpy() for y in (batch.condition, null))
     f, q = f_0 + cfg_scale * (f_y - f_0), mlp(weights_of(supervision.heads), h.detach().numpy())
     if loss == "cosine":
         losses = -((q * f).sum(-1) / np.linalg.norm(q, axis=-1) / np.linalg.norm(f, axis=-1)).mean(1)

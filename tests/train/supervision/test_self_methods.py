@@ -77,24 +77,24 @@ def test_layer_sync_equals_the_formula_in_numpy_and_pulls_only_the_shallow_block
 
 def test_a_tuple_of_taps_gives_the_streams_that_single_taps_give():
     model, batch = fill(build(MODEL, TABLE, 3), 3), noisy(None)
-    velocity, streams_of = model(batch.x_t, batch.t, batch.labels, (1, 3, 0))
+    velocity, streams_of = model(batch.x_t, batch.t, batch.condition, (1, 3, 0))
     for tap, stream in zip((1, 3, 0), streams_of, strict=True):
-        alone, expected = model(batch.x_t, batch.t, batch.labels, tap)
+        alone, expected = model(batch.x_t, batch.t, batch.condition, tap)
         assert torch.equal(stream, expected) and torch.equal(velocity, alone)
-    assert torch.equal(model.features(batch.x_t, batch.t, batch.labels, 3), streams_of[1])
+    assert torch.equal(model.features(batch.x_t, batch.t, batch.condition, 3), streams_of[1])
 
 
 @pytest.mark.parametrize("loss", ["smooth_l1", "cosine"])
 def test_sra_equals_the_formula_in_numpy(loss):
     supervision, method = made_sra(loss=loss, time_offset=0.3, weight=0.7)
-    batch, h = replace(noisy(method.selection), student_labels=torch.full((BATCH,), 5)), hidden()
+    batch, h = replace(noisy(method.selection), student_condition=torch.full((BATCH,), 5)), hidden()
     u = random.uniform(5, Purpose.TEACHER_TIME, batch.ordinals)[:, 0].numpy()
     t = np.maximum(batch.t.numpy() - np.float32(0.3) * u, 0)
     assert (t == 0).any() or (t > 0).all()
     angle = (np.pi / 2 * t)[:, None, None, None]
     x_t = np.cos(angle) * batch.x.numpy() + np.sin(angle) * batch.noise.numpy()
     teacher = supervision.average()
-    _, f = teacher(torch.from_numpy(x_t), torch.from_numpy(t), batch.student_labels, tap=2)
+    _, f = teacher(torch.from_numpy(x_t), torch.from_numpy(t), batch.student_condition, tap=2)
     w = weights_of(supervision.heads)
     q = h.detach().numpy() @ w["ap_head.linear1.weight"].T + w["ap_head.linear1.bias"]
     q = silu(q) @ w["ap_head.linear2.weight"].T + w["ap_head.linear2.bias"]
