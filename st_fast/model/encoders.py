@@ -228,13 +228,13 @@ def _set_positions(model: Any, table: Tensor) -> None:
         module.position_embeddings = nn.Parameter(table[None], requires_grad=False)
 
 
-def quiet_transformers(wanted: str) -> Any:
+def quiet_transformers(wanted: str, extra: str = "repa") -> Any:
     """The transformers package without its progress bars; UserError, naming what is wanted of it, if it is missing."""
     try:
         import transformers
     except ImportError as error:
         raise UserError(
-            f"encoder {wanted!r}: transformers can't be imported ({error}): {how_to_install('repa')}"
+            f"encoder {wanted!r}: transformers can't be imported ({error}): {how_to_install(extra)}"
         ) from error
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -247,7 +247,7 @@ def load_transformer(name: str, device: torch.device, dtype: torch.dtype) -> Vis
     """
     transformers = quiet_transformers(name)
     if Path(name).is_dir():
-        _check_folder(Path(name))
+        check_folder(Path(name))
     kinds = "neither a folder with a vision transformer in safetensors, nor a hub name that can be reached"
     with from_hub(f"encoder {name!r}: {kinds}, such as facebook/dinov2-base", name):
         kind = transformers.AutoConfig.from_pretrained(name).model_type
@@ -262,7 +262,7 @@ def load_transformer(name: str, device: torch.device, dtype: torch.dtype) -> Vis
     return VisionTransformer(known, model.float(), family, device, dtype)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """BadFile for a configuration or a header that claims more than may be allocated, before the library reads it."""
     if (config := folder / "config.json").is_file():  # where it is missing, loading says so
         read_json(config)

@@ -1,0 +1,71 @@
+"""States of captions, written beside the latents that they describe."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from st_fast.core.errors import Say, UserError, counted
+from st_fast.core.files import make_folder, read_json, write_atomic, write_json_atomic
+from st_fast.data.ahead import RecordSet
+from st_fast.data.manifest import ShardEntry, write_manifest
+from st_fast.data.text import CAPTIONS, TextManifest, captions_bytes, read_captions, text_folder
+from st_fast.model.text_encoders import TextEncoder
+from st_fast.prepare.job import Progress, check_begun
+from st_fast.prepare.writing import record_crcs, write_tensors
+
+SHARD_BYTES = 2**27
+
+
+def write_captions(data: Path, captions: Sequence[Sequence[str]]) -> None:
+    """Writes captions.jsonl: a line for each image of the latents, in their order."""
+    write_atomic(data / CAPTIONS, captions_bytes(captions))
+
+
+def template(encoder: TextEncoder, records: RecordSet, digest: str, rows: int) -> TextManifest:
+    """The manifest without its shards."""
+    shape = (1, encoder.length, encoder.width)
+    return TextManifest(encoder.name, encoder.hash, shape, encoder.mask, digest, records.digest, rows)
+
+
+def write_text(
+    data: Path, records: RecordSet, encoder: TextEncoder, say: Say, batch: int = 32, share: slice = slice(None),
+    progress: Progress = lambda rows: None,
+) -> None:  # fmt: skip
+    """Writes the missing ones of this process's shards of all captions' states, and the manifest once all are there.
+
+    Captions of more tokens than the encoder is given are counted in a line, and cut. UserError where the folder was
+    begun with another encoder or for other latents or captions, or for states that float16 can't hold.
+    """
+    captions, digest = read_captions(data)
+    if (images := len(records) // (1 + records.manifest.flip)) != len(captions):
+        raise UserError(f"{data / CAPTIONS}: captions of {len(captions)} images, the latents are of {images}")
+    texts = ["", *(text for line in captions for text in line)]
+    planned, folder = template(encoder, records, digest, len(texts)), text_folder(data, encoder.name)
+    make_folder(folder)
+    job = asdict(planned) | {"shape": list(planned.shape), "shards": []}
+    check_begun(folder, job, "remove the folder to write them anew")
+    rows = max(1, SHARD_BYTES // planned.record_bytes)
+    parts = [np.arange(start, min(start + rows, len(texts))) for start in range(0, len(texts), rows)]
+    notes = [folder / f"text-{number:05d}.json" for number in range(len(parts))]
+    cut = 0
+    for part, note in list(zip(parts, notes, strict=True))[share]:
+        if note.is_file():
+            progress(len(part))
+            continue
+        found = []
+        for start in range(0, len(part), batch):
+            some = [texts[row] for row in part[start : start + batch]]
+            cut += sum(tokens > encoder.length for tokens in encoder.tokens(some))
+            found.append(encoder(some).cpu().half().numpy())
+            if not np.isfinite(found[-1]).all():
+                raise UserError(f"encoder {encoder.name}: states that float16 can't hold (NaN, Inf or above 65504)")
+            progress(len(some))
+        states = np.concatenate(found)[:, None]
+        tensors = {"states": states, "crc32": record_crcs(states, part)}
+        write_json_atomic(note, asdict(write_tensors(note.with_suffix(".safetensors"), tensors)))
+    if cut:
+        say(f"{counted(cut, 'caption')} of more than {encoder.length} tokens, cut")
+    if all(note.is_file() for note in notes):
+        write_manifest(folder, replace(planned, shards=tuple(ShardEntry(**read_json(note)) for note in notes)))
