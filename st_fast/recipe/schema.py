@@ -161,6 +161,7 @@ class Sample:
     steps: Annotated[int, between(1, STEPS_MOST)] = free(250, "Steps of the solver; dopri5 chooses its own.")
     cfg_scale: Guidance = free(1.9, "Classifier-free guidance; 1: none.")
     cfg_range: TimeRange = free((0.0, 0.65), "Times at which guidance acts.")
+    prompts: tuple[str, ...] = free((), "What MMDiT draws while it trains; empty: captions of the data.")
     vae: PathText = free("", 'The VAE that decodes: a folder or a hub name; "": the one that the data names.')
 
 

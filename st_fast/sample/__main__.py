@@ -101,8 +101,8 @@ def named_classes(sampler: Sampler, request: argparse.Namespace) -> str:
         rows = names_in_turn(ends, sampler.class_names)
         return f"classes of the rows: {', '.join(rows)}" if rows else ""
     cycle = request.samples.labels.cycle[: request.samples.settings.num]
-    names = names_in_turn(cycle, sampler.class_names)
-    return f"classes in turn, row by row: {', '.join(names)}" if names else ""
+    names, what = names_in_turn(cycle, sampler.class_names), "classes" if sampler.prompts is None else "prompts"
+    return f"{what} in turn, row by row: {', '.join(names)}" if names else ""
 
 
 def draw_picture(sampler: Sampler, request: argparse.Namespace) -> None:

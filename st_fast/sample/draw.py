@@ -1,4 +1,7 @@
-"""Sample numbers, labels and starting noise, all of which follow from (seed, sample number)."""
+"""Sample numbers, labels and starting noise, all of which follow from (seed, sample number).
+
+Of a network that draws from text, a sample's label is the number of its prompt.
+"""
 
 import re
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import printable
 from st_fast.core.random import Purpose, normal, uniform
 from st_fast.recipe.schema import Model
+from st_fast.sample.prompts import Prompts
 
 NUMBER = re.compile(r"[0-9]{1,9}")
 """A class's; other scripts' digits are no numbers here, as in a recipe."""
@@ -27,6 +31,18 @@ class Draw:
     ordinals: Tensor
     labels: Tensor
     seed: int
+    prompts: Prompts | None = None
+    """What the labels number; None: classes."""
+
+    @property
+    def condition(self) -> Tensor:
+        """(B, …) what the network is given: the labels, or their prompts' states (B, L, W)."""
+        return self.labels if self.prompts is None else self.prompts.states(self.labels)
+
+    @property
+    def negative(self) -> Tensor | None:
+        """(B, …) what guidance leads away from; None: the network's own null condition."""
+        return None if self.prompts is None else self.prompts.negative(len(self.labels))
 
 
 @dataclass(frozen=True)
@@ -68,19 +84,23 @@ def names_in_turn(labels: Sequence[int], names: Sequence[str]) -> list[str]:
     return found + ["…"] * (len(labels) > NAMED)
 
 
-def draw_of(labels: Labels, seed: int, first: int, count: int, device: torch.device) -> Draw:
+def draw_of(
+    labels: Labels, seed: int, first: int, count: int, device: torch.device, prompts: Prompts | None = None
+) -> Draw:
     """Samples number first … first + count − 1."""
     ordinals = torch.arange(first, first + count, device=device)
     if labels.cycle:
-        return Draw(ordinals, torch.tensor(labels.cycle, device=device)[ordinals % len(labels.cycle)], seed)
+        return Draw(ordinals, torch.tensor(labels.cycle, device=device)[ordinals % len(labels.cycle)], seed, prompts)
     share = uniform(seed, Purpose.SAMPLE_LABELS, ordinals)[:, 0].double()
     drawn = (share * labels.num_classes).long().clamp_max(labels.num_classes - 1)  # a float32 uniform may be 1
-    return Draw(ordinals, drawn, seed)
+    return Draw(ordinals, drawn, seed, prompts)
 
 
-def balanced(seed: int, first: int, count: int, num_classes: int, device: torch.device) -> Draw:
+def balanced(
+    seed: int, first: int, count: int, num_classes: int, device: torch.device, prompts: Prompts | None = None
+) -> Draw:
     """Samples number first … first + count − 1; sample i has label i mod num_classes."""
-    return draw_of(read_labels("balanced", num_classes), seed, first, count, device)
+    return draw_of(read_labels("balanced", num_classes), seed, first, count, device, prompts)
 
 
 def starting_noise(draw: Draw, config: Model) -> Tensor:

@@ -16,6 +16,7 @@ from st_fast.core.random import Purpose
 from st_fast.model import DiffusionTransformer, flow
 from st_fast.recipe.schema import Sample
 from st_fast.sample.draw import Draw, balanced, starting_noise
+from st_fast.sample.prompts import Prompts
 
 Velocity = Callable[[Tensor, float], Tensor]
 """(x (B, C, S, S), t) → dx/dt (B, C, S, S)."""
@@ -112,19 +113,21 @@ def score(v: Tensor, x: Tensor, t: float, path: str) -> Tensor:
     return (alpha * v - d_alpha * x) / (d_alpha * sigma**2 - alpha * d_sigma * sigma)
 
 
-def guided_velocity(model: DiffusionTransformer, labels: Tensor, settings: Sample) -> Velocity:
+def guided_velocity(
+    model: DiffusionTransformer, condition: Tensor, settings: Sample, negative: Tensor | None = None
+) -> Velocity:
     """v̂ with classifier-free guidance (arXiv 2207.12598) where t lies in `cfg_range`, both branches as one batch.
 
-    v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y.
+    v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y. `negative` (B, …) takes the place of ∅.
     """
     low, high = settings.cfg_range
-    null = model.null_condition(len(labels))
+    null = model.null_condition(len(condition)) if negative is None else negative
 
     def velocity(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(x),), t, device=x.device)
         if settings.cfg_scale == 1.0 or not low <= t <= high:
-            return model(x, times, labels)[0].float()
-        both = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((labels, null)))[0].float()
+            return model(x, times, condition)[0].float()
+        both = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((condition, null)))[0].float()
         conditional, unconditional = both.chunk(2)
         return unconditional + settings.cfg_scale * (conditional - unconditional)
 
@@ -136,7 +139,7 @@ def sample_from(
     model: DiffusionTransformer, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched
 ) -> Tensor:
     """(B, C, S, S) float32 scaled latents for noise x (B, C, S, S). The model must be in eval mode."""
-    velocity = guided_velocity(model, draw.labels, settings)
+    velocity = guided_velocity(model, draw.condition, settings, draw.negative)
     if settings.sampler in ("euler", "heun"):
         return euler(velocity, x, settings.steps, watch, heun=settings.sampler == "heun")
     if settings.sampler == "dopri5":
@@ -151,11 +154,12 @@ def sample(model: DiffusionTransformer, draw: Draw, settings: Sample, path: str)
 
 
 def sample_batches(
-    model: DiffusionTransformer, seed: int, count: int, settings: Sample, path: str
+    model: DiffusionTransformer, seed: int, count: int, settings: Sample, path: str, prompts: Prompts | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Latents and labels of samples 0 … count − 1, `settings.batch_size` at a time."""
+    """Latents and labels of samples 0 … count − 1, `settings.batch_size` at a time; classes, or prompts, in turn."""
     device = model.pos_embed.device
+    classes = model.config.num_classes if prompts is None else len(prompts.texts)
     for first in range(0, count, settings.batch_size):
         size = min(settings.batch_size, count - first)
-        draw = balanced(seed, first, size, model.config.num_classes, device)
+        draw = balanced(seed, first, size, classes, device, prompts)
         yield sample(model, draw, settings, path), draw.labels

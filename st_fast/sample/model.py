@@ -18,7 +18,8 @@ from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, given, integ
 from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import stop_on_signals
 from st_fast.data.manifest import Manifest
-from st_fast.data.shards import read_any_manifest
+from st_fast.data.shards import open_data, read_any_manifest
+from st_fast.data.text import open_text, read_captions, read_text_manifest
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import DiffusionTransformer, stored
 from st_fast.model.attention import choose
@@ -31,6 +32,14 @@ from st_fast.recipe.keys import CFG_MOST
 from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
 from st_fast.sample.draw import NUMBER, Draw, Labels, draw_of, read_labels
 from st_fast.sample.guided import Watch, sample, sample_from, unwatched
+from st_fast.sample.prompts import (
+    Prompts,
+    checked_prompts,
+    data_captions,
+    encoded_prompts,
+    read_prompts,
+    stored_prompts,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE_S = 7 * 24 * 3_600.0
@@ -42,8 +51,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """REPA's headline numbers (arXiv 2410.06940), Self-Transcendence's (arXiv 2601.07773), and both without guidance."""
 
+PICTURES = 10
+"""Samples of a few prompts where their number is not given: about as many, the same of each."""
+
 Decode = Callable[[Tensor], Tensor]
 """Scaled latents (B, C, S, S) → uint8 images (B, 1 or 3, H, W) on the CPU."""
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """What a network that draws from text is asked for; nothing where it draws classes."""
+
+    prompts: tuple[str, ...] = ()
+    """Empty: captions of the data."""
+    captions: int = 0
+    """How many of them."""
+    negative: str | None = None
+    encoder: str = ""
+    """Where the text encoder lies, if not where the data's manifest says."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,7 @@ class SampleRequest:
     seed: int
     precision: str = "fp32"
     compile: str = "auto"
+    text: TextRequest = TextRequest()
 
     @property
     def set_folder(self) -> Path:
@@ -79,11 +105,14 @@ class Sampler:
     vae: str
     compiled: bool
     class_names: tuple[str, ...] = ()
-    """As the data's manifest has them; empty where it has none."""
+    """As the data's manifest has them, or the prompts; empty where there are none."""
+    prompts: Prompts | None = None
+    """What labels number, of a network that draws from text."""
 
     def draw_of(self, first: int, count: int) -> Draw:
         """Samples number first … first + count − 1."""
-        return draw_of(self.request.labels, self.request.seed, first, count, self.model.pos_embed.device)
+        device = self.model.pos_embed.device
+        return draw_of(self.request.labels, self.request.seed, first, count, device, self.prompts)
 
     def latents(self, noise: Tensor, draw: Draw, watch: Watch = unwatched) -> Tensor:
         """(B, C, S, S) float32 scaled latents for noise (B, C, S, S)."""
@@ -126,7 +155,20 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     own = request.settings.vae
     vae = own or f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
     decode = decoder(data, manifest, device, own, say)
-    return Sampler(request, model, loaded["step"], decode, vae, compiled, manifest.class_names)
+    prompts = None if recipe.model.network == "sit" else load_prompts(request.text, recipe, device, say)
+    names = manifest.class_names if prompts is None else prompts.texts
+    return Sampler(request, model, loaded["step"], decode, vae, compiled, names, prompts)
+
+
+def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Prompts:
+    """The prompts asked for, or the data's captions; UserError where the encoder or the captions' states are missing."""
+    data = Path(recipe.data.path)
+    if not text.prompts and text.negative is None:
+        records = open_data(data, verify=False)
+        return stored_prompts(data, open_text(data, recipe.data.text, records), text.captions, device)
+    manifest = read_text_manifest(data, recipe.data.text)
+    texts = text.prompts or data_captions(data, text.captions)
+    return encoded_prompts(texts, manifest, device, say, text.negative, text.encoder)
 
 
 @contextmanager
@@ -149,6 +191,12 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
         "-n", "--num", type=integer(1, COUNT_MOST), help="how many samples (torchrun takes --num for a flag of its own)"
     )
     parser.add_argument("--labels", default="balanced", help="balanced (i mod classes), random, or such as 0,3,cat")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw from text; may be repeated")
+    parser.add_argument("--prompts", type=path, metavar="FILE", help="a text file with a prompt a line")
+    parser.add_argument("--negative", metavar="TEXT", help="what guidance leads away from (default: no text)")
+    parser.add_argument(
+        "--text-encoder", type=given, metavar="FOLDER", help="where the data's text encoder lies (default: its name)"
+    )
     parser.add_argument(
         "--seed", type=integer(0, SEED_MOST), help="of the noise and of random labels (default: the run's)"
     )
@@ -186,7 +234,11 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     """
     need_run(given.run)
     recipe = load_run(given.run)
-    chosen = {"num": getattr(recipe, section).num} | (PRESETS[given.preset] if given.preset else {})
+    text = _text_request(given, recipe)
+    usual = getattr(recipe, section).num
+    if (asked := len(text.prompts)) and (given.prompt or given.prompts):
+        usual = asked * max(1, PICTURES // asked)
+    chosen = {"num": usual} | (PRESETS[given.preset] if given.preset else {})
     for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "cfg_range", "vae"):
         if (value := getattr(given, key)) is not None:
             chosen[key] = tuple(value) if key == "cfg_range" else value
@@ -197,8 +249,28 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
         raise UserError(f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0)")
     stage = newest_stage(given.run, recipe, given.stage) if needs_model else given.stage or recipe.stages[-1].name
-    labels = read_labels(given.labels, recipe.model.num_classes, _class_names(recipe, given.labels))
+    if recipe.model.network == "sit":
+        labels = read_labels(given.labels, recipe.model.num_classes, _class_names(recipe, given.labels))
+    else:
+        images = len(text.prompts) or min(settings.num, len(read_captions(Path(recipe.data.path))[0]))
+        text = replace(text, captions=0 if text.prompts else images)
+        labels = read_labels(given.labels, images)
     seed = recipe.run.seed if given.seed is None else given.seed
     return SampleRequest(
-        given.run, recipe, stage, given.weights, settings, labels, seed, given.precision, given.compile
+        given.run, recipe, stage, given.weights, settings, labels, seed, given.precision, given.compile, text
     )
+
+
+def _text_request(given: argparse.Namespace, recipe: Recipe) -> TextRequest:
+    """The flags about text; UserError where the run's network draws classes, or a file of prompts has none."""
+    flags = {"--prompt": given.prompt, "--prompts": given.prompts, "--negative": given.negative}
+    if recipe.model.network == "sit":
+        if used := [flag for flag, value in flags.items() if value is not None]:
+            raise UserError(f"{used[0]}: {given.run} draws classes (--labels), not text")
+        return TextRequest()
+    prompts = [*(given.prompt or ()), *(read_prompts(given.prompts) if given.prompts else ())]
+    if prompts or given.prompt:
+        prompts = checked_prompts(prompts, "--prompt")
+    elif recipe.sample.prompts:
+        prompts = list(recipe.sample.prompts)
+    return TextRequest(tuple(prompts), negative=given.negative, encoder=given.text_encoder or "")

@@ -6,7 +6,7 @@ Each holds the settings that it was drawn with, a PNG as a text chunk and a GIF 
 import io
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from st_fast.core.comparison import check_same, differences
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, make_folder, read_bytes, write_atomic
 from st_fast.core.progress import bar
+from st_fast.sample.captioned import captioned_grid
 from st_fast.sample.draw import Draw, slerp, starting_noise
 from st_fast.sample.model import Sampler
+from st_fast.sample.prompts import Prompts
 
 GRID_COLUMNS, GRID_IMAGES = 10, 100
 FRAMES = 40
@@ -97,12 +99,22 @@ def check_replaced(path: Path, record: Record) -> None:
 
 def draw_grid(sampler: Sampler, path: Path, record: Record) -> None:
     """The first `num` samples as one PNG."""
-    settings, images = sampler.request.settings, []
+    settings, images, labels = sampler.request.settings, [], []
     with bar(None, "drawing", settings.num, "image") as progress:
         for first in range(0, settings.num, settings.batch_size):
-            images.append(sampler.images(first, min(settings.batch_size, settings.num - first))[0])
+            drawn = sampler.images(first, min(settings.batch_size, settings.num - first))
+            images.append(drawn[0])
+            labels += drawn[1].tolist()
             progress.update(len(images[-1]))
-    save_png(grid(torch.cat(images)), path, record=record)
+    save_png(sheet(torch.cat(images), labels, sampler.prompts), path, record=record)
+
+
+def sheet(images: Tensor, labels: Sequence[int], prompts: Prompts | None) -> Tensor:
+    """Samples as one picture (H', W', 1 or 3); drawn from text, each above its prompt."""
+    if prompts is None:
+        return grid(images)
+    columns = len(prompts.texts) if len(prompts.texts) < GRID_COLUMNS and len(images) > len(prompts.texts) else 0
+    return captioned_grid(images, [prompts.texts[label] for label in labels], columns or GRID_COLUMNS)
 
 
 def draw_interpolation(sampler: Sampler, ends: tuple[int, int], path: Path, record: Record) -> None:
@@ -110,7 +122,7 @@ def draw_interpolation(sampler: Sampler, ends: tuple[int, int], path: Path, reco
     draws = [sampler.draw_of(number, 1) for number in ends]
     a, b = (starting_noise(draw, sampler.model.config)[0] for draw in draws)
     labels = torch.cat([draw.labels for draw in draws]).repeat_interleave(GRID_COLUMNS)
-    draw = Draw(torch.full_like(labels, ends[0]), labels, sampler.request.seed)
+    draw = Draw(torch.full_like(labels, ends[0]), labels, sampler.request.seed, sampler.prompts)
     latents = sampler.latents(slerp(a, b, GRID_COLUMNS).repeat(2, 1, 1, 1), draw)
     save_png(grid(sampler.decode(latents).cpu()), path, record=record)
 

@@ -9,6 +9,7 @@ rank computes with as many threads).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import zipfile
@@ -50,6 +51,8 @@ SETTINGS = "sample.json"
 SAMPLES = "samples.npz"
 SHA256 = "samples_sha256"
 """The key of SETTINGS with the SHA-256 of the finished SAMPLES; no setting, and not there in sets of older versions."""
+PROMPTS_LISTED = 100
+"""Prompts that stand in SETTINGS itself."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The date of a zip's entries, so that the same samples make the same bytes."""
 
@@ -114,14 +117,23 @@ def _draw_missing(sampler: Sampler, found: SampleSet, ranks: Ranks) -> None:
 def settings_of(sampler: Sampler) -> dict[str, Any]:
     """All that a set's images follow from: two sets with equal settings have equal images, on equal machines."""
     request, settings = sampler.request, asdict(sampler.request.settings)
-    del settings["every"]
+    del settings["every"], settings["prompts"]
     return settings | {
         "stage": request.stage, "step": sampler.step, "weights": request.weights,
         "model_sha256": vae_hash(sampler.model), "vae": sampler.vae, "path": request.recipe.flow.path,
         "labels": request.labels.text, "num_classes": request.labels.num_classes, "seed": request.seed,
         "batch_size": min(settings["batch_size"], settings["num"]), "precision": request.precision,
         "compiled": sampler.compiled,
-    }  # fmt: skip
+    } | _texts(sampler)  # fmt: skip
+
+
+def _texts(sampler: Sampler) -> dict[str, Any]:
+    """What a set's images follow from, of a network that draws from text."""
+    if sampler.prompts is None:
+        return {}
+    texts, negative = sampler.prompts.texts, sampler.request.text.negative
+    digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+    return {"prompts": list(texts[:PROMPTS_LISTED]), "prompts_sha256": digest, "negative": negative}
 
 
 def own_folder(usual: Path, settings: dict[str, Any]) -> Path:

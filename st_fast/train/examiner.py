@@ -24,8 +24,9 @@ from st_fast.recipe.schema import Recipe, Stage
 from st_fast.report.metrics import summary
 from st_fast.sample.draw import names_in_turn
 from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
-from st_fast.sample.model import Decode, decoder
-from st_fast.sample.previews import grid, png
+from st_fast.sample.model import Decode, TextRequest, decoder, load_prompts
+from st_fast.sample.previews import png, sheet
+from st_fast.sample.prompts import Prompts
 from st_fast.train.log import Log
 
 Kind = Literal["sample", "eval"]
@@ -81,6 +82,7 @@ class Examiner:
             return
         if settings.sampler == "dopri5":
             torchdiffeq_odeint()
+        _ = self._prompts
         try:
             decode = self._decode
         except UserError as error:
@@ -134,13 +136,23 @@ class Examiner:
         return decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device, vae, self.log.say)
 
     @cached_property
+    def _prompts(self) -> Prompts | None:
+        """What a network that draws from text draws: the recipe's prompts, or as many captions as there are samples."""
+        if self.recipe.model.network == "sit":
+            return None
+        text = TextRequest(self.recipe.sample.prompts, captions=self.recipe.sample.num or self.recipe.evaluate.num)
+        return load_prompts(text, self.recipe, self.ranks.device, self.log.say)
+
+    @cached_property
     def _classifier(self) -> tuple[classifier.Classifier, classifier.Reference]:
         return classifier.load_classifier(Path(self.recipe.data.path), self.log.say)
 
     def images(self, model: DiffusionTransformer, count: int) -> tuple[Tensor, Tensor]:
         """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU."""
         settings, images, labels = self.recipe.sample, [], []
-        for latents, asked in sample_batches(model, self.recipe.run.seed, count, settings, self.recipe.flow.path):
+        for latents, asked in sample_batches(
+            model, self.recipe.run.seed, count, settings, self.recipe.flow.path, self._prompts
+        ):
             self.ranks.heartbeat.beat("sample")
             images.append(self._decode(latents).cpu())
             labels.append(asked.cpu())
@@ -149,10 +161,14 @@ class Examiner:
     def pictures(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """A grid of samples into the stage's folder, of the same noise every time."""
         images, labels = self.images(model, self.recipe.sample.num)
-        names = names_in_turn(labels[: self.recipe.model.num_classes].tolist(), self.manifest.class_names)
+        prompts = self._prompts
+        known = self.manifest.class_names if prompts is None else prompts.texts
+        names = names_in_turn(
+            labels[: self.recipe.model.num_classes if prompts is None else len(known)].tolist(), known
+        )
         shown = {"classes": names} if names else {}
         name = f"{stage.name}/samples/{step:08d}.png"
-        self.log.files.write(Path(self.recipe.run.out) / name, png(grid(images)))
+        self.log.files.write(Path(self.recipe.run.out) / name, png(sheet(images, labels.tolist(), prompts)))
         self.log.write("sample", stage.name, step, file=name, **shown, **cost)
 
     def metrics(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:

@@ -1,0 +1,120 @@
+"""Prompts: the texts that samples are drawn from, and their states by the encoder of the run's data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from st_fast.core.errors import Say, UserError
+from st_fast.core.files import printable, read_bytes, shown
+from st_fast.data.text import CAPTION_MOST, TextManifest, TextSet, read_captions
+from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
+
+PROMPTS_MOST = 1_000_000
+
+
+class Prompts:
+    """Texts with their states, which are made or read a batch at a time."""
+
+    def __init__(self, texts: Sequence[str], device: torch.device) -> None:
+        self.texts, self.device = tuple(texts), device
+        self._negative: Tensor | None = None
+
+    def states(self, numbers: Tensor) -> Tensor:
+        """(B, L, W) float32 on the device: the states of prompts number (B,)."""
+        raise NotImplementedError
+
+    def negative(self, count: int) -> Tensor | None:
+        """(count, L, W) the negative prompt's states; None without one."""
+        return None if self._negative is None else self._negative.expand(count, -1, -1)
+
+
+class EncodedPrompts(Prompts):
+    """Texts that an encoder reads, each once."""
+
+    def __init__(
+        self, texts: Sequence[str], encoder: TextEncoder, device: torch.device, negative: str | None = None
+    ) -> None:
+        super().__init__(texts, device)
+        self._encoder, self._known = encoder, dict[int, Tensor]()
+        if negative is not None:
+            self._negative = encoder([negative]).to(device)
+
+    def states(self, numbers: Tensor) -> Tensor:
+        wanted = numbers.tolist()
+        if missing := sorted(set(wanted) - set(self._known)):
+            if len(self._known) > 4 * len(wanted) + 1_000:
+                self._known.clear()
+                missing = sorted(set(wanted))
+            states = self._encoder([self.texts[number] for number in missing]).cpu()
+            self._known.update(zip(missing, states, strict=True))
+        return torch.stack([self._known[number] for number in wanted]).to(self.device)
+
+
+class StoredPrompts(Prompts):
+    """Captions of a data folder, whose states are read from its shards: no encoder is needed."""
+
+    def __init__(self, texts: Sequence[str], rows: np.ndarray, stored: TextSet, device: torch.device) -> None:
+        super().__init__(texts, device)
+        self._rows, self._stored = rows, stored
+
+    def states(self, numbers: Tensor) -> Tensor:
+        return self._stored.states(self._rows[numbers.cpu().numpy()]).float().to(self.device)
+
+
+def spaced(count: int, images: int) -> np.ndarray:
+    """`count` of so many images, evenly spaced, or all of them where there are fewer."""
+    return np.unique(np.linspace(0, images - 1, min(count, images)).astype(np.int64))
+
+
+def data_captions(data: Path, count: int) -> list[str]:
+    """The first captions of `count` images of a data folder, evenly spaced."""
+    captions, _ = read_captions(data)
+    return [captions[image][0] for image in spaced(count, len(captions)).tolist()]
+
+
+def stored_prompts(data: Path, stored: TextSet, count: int, device: torch.device) -> StoredPrompts:
+    """The prompts of `data_captions`, with the states that are stored."""
+    captions, _ = read_captions(data)
+    chosen, views = spaced(count, len(captions)), len(stored.counts) // len(captions)
+    rows = stored.first[chosen * views]
+    return StoredPrompts([captions[image][0] for image in chosen.tolist()], rows, stored, device)
+
+
+def encoded_prompts(
+    texts: Sequence[str], manifest: TextManifest, device: torch.device, say: Say, negative: str | None = None,
+    encoder: str = "",
+) -> EncodedPrompts:  # fmt: skip
+    """Prompts read by the encoder that a data folder's states are of; `encoder` may say where it lies now.
+
+    Prompts that are longer than a caption of the data are told, and cut. UserError where the encoder can't be had or
+    has other weights.
+    """
+    name = encoder or manifest.encoder
+    found = load_text_encoder(name, device, torch.float32, manifest.length, manifest.mask)
+    check_encoder(found, manifest.encoder, manifest.hash)
+    given = [*texts, *([] if negative is None else [negative])]
+    cut = [text for text, tokens in zip(given, found.tokens(given), strict=True) if tokens > manifest.length]
+    if cut:
+        first = printable(cut[0][:60])
+        say(f"attention: {len(cut)} of {len(given)} prompts have more than {manifest.length} tokens, cut: {first}…")
+    return EncodedPrompts(texts, found, device, negative)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank; UserError for an empty or unreadable one."""
+    text = read_bytes(path).decode("utf-8", "replace")
+    return checked_prompts([line.strip() for line in text.splitlines() if line.strip()], str(path))
+
+
+def checked_prompts(texts: Sequence[str], where: str) -> list[str]:
+    """The prompts without null bytes; UserError where there are none, too many, or one is no caption by its size."""
+    if not texts:
+        raise UserError(f"{where}: no prompt in it; a line a prompt is needed")
+    if len(texts) > PROMPTS_MOST:
+        raise UserError(f"{where}: {len(texts):,} prompts, at most {PROMPTS_MOST:,} are read")
+    if (longest := max(texts, key=len)) and len(longest) > CAPTION_MOST:
+        raise UserError(f"{where}: {shown(longest[:40])}…: {len(longest):,} characters, at most {CAPTION_MOST:,}")
+    return [text.replace("\0", "") for text in texts]

@@ -1,0 +1,63 @@
+"""A data set with captions, and a recipe, so small that a whole run takes a second; shared by the tests of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from st_fast.core.files import make_folder
+from st_fast.data.manifest import Manifest, VaeInfo, write_manifest
+from st_fast.data.shards import open_data
+from st_fast.data.text import TextManifest, captions_bytes, read_captions, text_folder
+from st_fast.prepare.writing import record_crcs, write_shards, write_tensors
+from tests.tiny import RECIPE as CLASSES
+
+LENGTH, WIDTH, IMAGES = 4, 6, 16
+ENCODER = "none/tiny-encoder"
+RECIPE = CLASSES.replace(
+    "num_classes = 5", f'network = "mmdit"\ntext_width = {WIDTH}\ntext_length = {LENGTH}\nqk_norm = true'
+)
+CAPTIONS = [[f"a picture, number {i}", *(f"number {i}, once more ({k})" for k in range(i % 3))] for i in range(IMAGES)]
+
+
+def states_of(texts: Sequence[str]) -> Tensor:
+    """(n, L, W) float16: numbers that follow from the texts."""
+    rows = []
+    for text in texts:
+        generator = torch.Generator().manual_seed(hash_of(text))
+        rows.append(torch.randn(LENGTH, WIDTH, generator=generator))
+    return torch.stack(rows).half()
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(text.encode()[-7:], "big")
+
+
+def make_data(folder: Path, flip: bool = False) -> Path:
+    """Latents of 16 images (32 records with `flip`), their captions and the states of these."""
+    records = IMAGES * (1 + flip)
+    moments = torch.rand(records, 8, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    manifest = Manifest(0, (8, 4, 4), "float16", 1.0, VaeInfo("none"), "random", 1, flip)
+    write_shards(folder, [(moments, torch.zeros(records, dtype=torch.int64))], manifest)
+    (folder / "captions.jsonl").write_bytes(captions_bytes(CAPTIONS))
+    write_states(folder)
+    return folder
+
+
+def write_states(folder: Path, encoder: str = ENCODER) -> None:
+    """States of the captions, as the encoder of that name would have made them."""
+    captions, digest = read_captions(folder)
+    texts = ["", *(text for line in captions for text in line)]
+    where = text_folder(folder, encoder)
+    make_folder(where)
+    states = states_of(texts).numpy()[:, None]
+    tensors = {"states": states, "crc32": record_crcs(states, torch.arange(len(texts)).numpy())}
+    entry = write_tensors(where / "text-00000.safetensors", tensors)
+    shape, latents = (1, LENGTH, WIDTH), open_data(folder, verify=False).digest
+    manifest = TextManifest(encoder, "0" * 64, shape, True, digest, latents, len(texts), shards=(entry,))
+    assert asdict(manifest)
+    write_manifest(where, manifest)
