@@ -179,7 +179,7 @@ class Model:
 
     def architecture(self) -> dict[str, Any]:
         """The keys that a trained model's weights depend on, for a checkpoint's manifest: neither name nor training."""
-        untold = ("name", "class_dropout", "zero_init")
+        untold = ("name", "class_dropout")
         return {name: value for name, value in self.described().items() if name not in untold}
 
     def differences(self, theirs: Mapping[str, Any]) -> list[str]:
@@ -188,8 +188,11 @@ class Model:
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]
 
 
-IDLE: dict[str, set[str]] = {"sit": {"text_width", "text_length"}, "mmdit": {"num_classes"}}
-"""The keys that mean nothing for a network."""
+IDLE: dict[str, set[str]] = {
+    "sit": {"network", "text_width", "text_length", "zero_init"},
+    "mmdit": {"num_classes", "zero_init"},
+}
+"""The keys that say nothing of a network's weights: another's, or how training begins. Without `network` it is SiT."""
 
 
 def resolve_model(model: Model) -> Model:
