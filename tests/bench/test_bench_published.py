@@ -28,7 +28,7 @@ def test_losses_gradients_and_update_are_ours(stage, monkeypatch):
     with ours(setup(stage)) as loop:
         plain = plain_loop(loop)
         (batch,) = next(loop.iterator.steps(0, 1))
-        draws = Draws(batch.x, batch.velocity + batch.x, batch.t, batch.labels, batch.student_labels)
+        draws = Draws(batch.x, batch.velocity + batch.x, batch.t, batch.condition, batch.student_condition)
 
         mine, theirs = (
             loop.trainer.step.losses(batch, loop.trainer.step.targets.start(0, batch)),

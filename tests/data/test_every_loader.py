@@ -61,7 +61,7 @@ def seen(recipe: Recipe, folder: Path, kind: str, pieces: list[tuple[int, int, i
         for step in zip(*feeds, strict=True):
             for (batch,) in step:
                 found = (batch.x[:, 0, 0, 0] / records.manifest.scale).round().long()
-                assert torch.equal(batch.labels, found % 5)
+                assert torch.equal(batch.condition, found % 5)
                 numbers += found.tolist()
     return hashlib.sha256(np.array(numbers, np.int64).tobytes()).hexdigest()
 
