@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -58,6 +57,4 @@ def write_states(folder: Path, encoder: str = ENCODER) -> None:
     tensors = {"states": states, "crc32": record_crcs(states, torch.arange(len(texts)).numpy())}
     entry = write_tensors(where / "text-00000.safetensors", tensors)
     shape, latents = (1, LENGTH, WIDTH), open_data(folder, verify=False).digest
-    manifest = TextManifest(encoder, "0" * 64, shape, True, digest, latents, len(texts), shards=(entry,))
-    assert asdict(manifest)
-    write_manifest(where, manifest)
+    write_manifest(where, TextManifest(encoder, "0" * 64, shape, True, digest, latents, len(texts), shards=(entry,)))

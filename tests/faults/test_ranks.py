@@ -16,7 +16,8 @@ from st_fast.data.shards import open_data
 from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
 from st_fast.train.batches import BatchIterator
-from tests import tiny
+from st_fast.train.run import run
+from tests import tiny, tiny_text
 from tests.faults.ranks import finish, torchrun
 from tests.faults.restarts import killed_again_and_again
 
@@ -118,3 +119,23 @@ def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_stream(one_stage
         assert finish(nursery.start(count, one_stage, f"--stage.align.steps={steps}")) == [0] * count
     theirs = [r for r in tiny.records(alone, "train") if r["stage"] == "align"]
     close(tiny.records(one_stage.parent / "out", "train"), theirs)
+
+
+def test_a_run_on_captions_goes_on_with_other_ranks_and_in_shards_through_both_stages(nursery, tmp_path):
+    data = tiny_text.make_data(tmp_path / "data")
+    recipes = []
+    for name in ("alone", "ranks"):
+        recipes.append(tmp_path / f"{name}.toml")
+        recipes[-1].write_text(tiny_text.RECIPE.format(data=data, out=tmp_path / name))
+    run(load(recipes[0]))
+    align = recipes[1].read_text().rindex("[[stage]]")
+    both, one = recipes[1].read_text(), recipes[1].read_text()[:align]
+    # Two ranks, then one, in the first stage; one, then two with their weights in shards, in the second.
+    for count, text, options in (
+        (2, one, ("--stage.align.steps=4",)),
+        (1, both, ("--stage.transcend.steps=4",)),
+        (2, both, ("--run.sharding=fsdp2",)),
+    ):
+        recipes[1].write_text(text)
+        assert finish(nursery.start(count, recipes[1], *options)) == [0] * count
+    close(tiny.records(tmp_path / "ranks", "train"), tiny.records(tmp_path / "alone", "train"))

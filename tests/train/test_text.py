@@ -1,0 +1,185 @@
+"""Training on captions: what each visit sees, both stages stopped and resumed, every method, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from st_fast.core import checkpoint
+from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.ranks import Ranks
+from st_fast.core.signals import StopRequest
+from st_fast.data.loader import ResidentLoader
+from st_fast.data.shards import open_data
+from st_fast.data.text import CAPTIONS, captions_bytes
+from st_fast.prepare.features import write_features
+from st_fast.recipe import Recipe, load
+from st_fast.train import trainer
+from st_fast.train.batches import BatchIterator
+from st_fast.train.conditions import open_conditions
+from st_fast.train.run import run
+from tests import tiny, tiny_text
+from tests.train.supervision.encoders import Pictures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny_text.make_data(tmp_path_factory.mktemp("text") / "data")
+
+
+def recipe_for(data: Path, folder: Path, *options: str) -> Recipe:
+    path = folder / "text.toml"
+    path.write_text(tiny_text.RECIPE.format(data=data, out=folder / "out"))
+    return load(path, list(options))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """The run folder of both stages without an interruption."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    run(recipe_for(data, folder))
+    return folder / "out"
+
+
+def states(out: Path) -> dict[str, torch.Tensor]:
+    found = {name: checkpoint.latest(out / name / "checkpoints", print) for name in ("align", "transcend")}
+    return {f"{s}/{g}/{k}": t for s, c in found.items() for g, ts in c.groups.items() for k, t in ts.items()}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_ranks(flip, tmp_path):
+    data = tiny_text.make_data(tmp_path / "data", flip)
+    recipe = recipe_for(data, tmp_path, "--model.class_dropout=0.3")
+    records = open_data(data, verify=False)
+    null, drawn = tiny_text.states_of([""])[0], []
+    seen: dict[int, set[int]] = {}
+    for count in (1, 2):
+        steps = []
+        for rank in range(count):
+            loader, conditions = ResidentLoader(records, CPU), open_conditions(recipe, records)
+            conditions.open(CPU, print)
+            ranks = Ranks(rank, count, CPU)
+            batches = BatchIterator(recipe, recipe.stages[0], loader, records, ranks, conditions=conditions)
+            steps.append([batch for (batch,) in batches.steps(0, 24)])
+            conditions.close()
+        drawn.append(
+            [
+                torch.cat([getattr(b, name) for b in step])
+                for step in zip(*steps, strict=True)
+                for name in ("ordinals", "condition", "student_condition")
+            ]
+        )
+    for ours, theirs in zip(*drawn, strict=True):
+        assert torch.equal(ours, theirs)
+    dropped = 0
+    order = batches.order(np.arange(24 * 8))
+    for place in range(0, len(drawn[0]), 3):
+        for ordinal, state, student in zip(*drawn[0][place : place + 3], strict=True):
+            image = int(order[ordinal]) // (1 + flip)
+            captions = tiny_text.states_of(tiny_text.CAPTIONS[image])
+            (which,) = (captions == state).all((1, 2)).nonzero()
+            seen.setdefault(image, set()).add(int(which))
+            assert torch.equal(student, state) or torch.equal(student, null)
+            dropped += torch.equal(student, null)
+    assert all(len(seen[i]) == len(c) for i, c in enumerate(tiny_text.CAPTIONS)), "every caption is drawn in 12 visits"
+    assert 0.15 < dropped / (24 * 8) < 0.45
+
+
+@pytest.fixture
+def stop(monkeypatch) -> StopRequest:
+    """A request that a test sets, in place of signals."""
+    from contextlib import nullcontext
+
+    request = StopRequest()
+    monkeypatch.setattr("st_fast.train.run.stop_on_signals", lambda: nullcontext(request))
+    return request
+
+
+@pytest.mark.parametrize("step", [5, 16])
+def test_stopped_in_the_middle_of_either_stage_it_goes_on_bit_by_bit(step, data, whole, tmp_path, monkeypatch, stop):
+    recipe, call, made = recipe_for(data, tmp_path), trainer.Step.__call__, [0]
+
+    def stepping(self, *arguments):
+        made[0] += 1
+        stop.name = "SIGTERM" if made[0] == step else stop.name
+        return call(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Step, "__call__", stepping)
+        with pytest.raises(Interrupted):
+            run(recipe)
+    stop.name = None
+    run(recipe)
+    ours, theirs = states(tmp_path / "out"), states(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    null = tiny_text.states_of([""]).float()
+    assert torch.equal(theirs["transcend/model/null_context"], null)
+    assert torch.equal(theirs["transcend/ema/null_context"], null)
+
+
+def test_both_stages_learn(whole):
+    for name in ("align", "transcend"):
+        losses = [r for r in tiny.records(whole, "train") if r["stage"] == name]
+        assert all(r["aux"] > 0 for r in losses)
+        assert sum(r["denoise"] for r in losses[-3:]) < sum(r["denoise"] for r in losses[:3])
+
+
+class Standing:
+    """An image encoder whose features follow from nothing but the place."""
+
+    name, hash, width = "standing", "0" * 64, 5
+
+    def grid(self, size: int) -> tuple[int, int]:
+        return 2, 2
+
+    def flops(self, size: int) -> float:
+        return 1.0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.arange(20.0).view(1, 2, 2, 5).expand(len(images), -1, -1, -1)
+
+
+METHODS = {
+    "layer_sync": "student_depth = 1\nteacher_depth = 2",
+    "sra": "student_depth = 1\nteacher_depth = 2",
+    "repa": f'encoders = ["{Standing.name}"]\ndepth = 2\nhidden = 16',
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_supervise_the_images_tokens(method, tmp_path):
+    data = tiny_text.make_data(tmp_path / "data")
+    if method == "repa":
+        records = open_data(data, verify=False)
+        write_features(data, records, Standing(), Pictures(torch.zeros(len(records), 3, 16, 16).byte(), records))
+    recipe = recipe_for(data, tmp_path)
+    path = tmp_path / "text.toml"
+    text = path.read_text().partition("[[stage]]")[0]
+    path.write_text(f'{text}[[stage]]\nname = "{method}"\nsupervision = "{method}"\nsteps = 3\n{METHODS[method]}\n')
+    run(load(path))
+    found = tiny.records(Path(recipe.run.out), "train")
+    assert [r["step"] for r in found] == [1, 2, 3] and all(np.isfinite(r["aux"]) and r["aux"] != 0 for r in found)
+
+
+def test_states_that_do_not_fit_and_captions_that_changed_are_refused_in_one_line(data, whole, tmp_path):
+    for key, value, words in (("text_width", 7, "4 tokens of 6 channels"), ("text_length", 5, "model.text_length = 5")):
+        with pytest.raises(UserError, match=words):
+            run(recipe_for(data, tmp_path, f"--model.{key}={value}"))
+    with pytest.raises(UserError, match="no complete text states of another"):
+        run(recipe_for(data, tmp_path, "--data.text=another"))
+    other = tiny_text.make_data(tmp_path / "other")
+    (other / CAPTIONS).write_bytes(captions_bytes([*tiny_text.CAPTIONS[1:], ["something else"]]))
+    with pytest.raises(UserError, match="states of other captions"):
+        run(recipe_for(other, tmp_path))
+    tiny_text.write_states(other)
+    recipe = recipe_for(other, tmp_path, "--stage.align.steps=12")
+    with pytest.raises(UserError, match="captions or their states changed"):
+        run(replace(recipe, run=replace(recipe.run, out=str(whole))))
