@@ -1,0 +1,157 @@
+"""Samples from prompts: which states the model is given, what a picture and a set say of them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from st_fast import kernels
+from st_fast.core import checkpoint
+from st_fast.core.errors import UserError
+from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.model import build
+from st_fast.prepare.writing import write_shards
+from st_fast.recipe import load, to_toml
+from st_fast.sample import __main__ as sample
+from st_fast.sample import prompts
+from st_fast.sample.captioned import LINES, captioned_grid, wrapped
+from st_fast.sample.previews import read_record
+from tests import tiny_text
+from tests.sample.tiny_run import RECIPE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Encoder:
+    """Stands for the encoder that made the tiny set's states; notes what it was given."""
+
+    name, hash, length, width, mask = tiny_text.ENCODER, "0" * 64, tiny_text.LENGTH, tiny_text.WIDTH, True
+
+    def __init__(self, hash: str = "0" * 64) -> None:
+        self.hash, self.read = hash, list[str]()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        self.read += texts
+        return tiny_text.states_of(texts).float()
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) + 2 for text in texts]
+
+
+@pytest.fixture
+def encoder(monkeypatch) -> Encoder:
+    found = Encoder()
+    monkeypatch.setattr(prompts, "load_text_encoder", lambda *arguments: found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    moments = torch.zeros(tiny_text.IMAGES, 6, 8, 8).half()
+    manifest = Manifest(0, (6, 8, 8), "float16", 20.0, VaeInfo("pixels"), "nothing", 1)
+    write_shards(folder / "data", [(moments, torch.zeros(len(moments), dtype=torch.int64))], manifest)
+    (folder / "data" / "captions.jsonl").write_bytes(tiny_text.captions_bytes(tiny_text.CAPTIONS))
+    tiny_text.write_states(folder / "data")
+    model = f'network = "mmdit"\ntext_width = {tiny_text.WIDTH}\ntext_length = {tiny_text.LENGTH}'
+    text = RECIPE.replace("num_classes = 5", model).format(data=folder / "data", out=folder / "run")
+    (folder / "recipe.toml").write_text(text)
+    recipe = load(folder / "recipe.toml")
+    (folder / "run").mkdir()
+    (folder / "run" / "recipe.toml").write_text(to_toml(recipe))
+    network = build(recipe.model, kernels.select({}, torch.device("cpu")), 0)
+    generator = torch.Generator().manual_seed(0)
+    state = {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in network.state_dict().items()}
+    meta = {"architecture": recipe.model.architecture()}
+    checkpoint.save(folder / "run" / "plain" / "checkpoints", 10, {"model": state, "ema": state}, meta)
+    return folder / "run"
+
+
+def drawn(run: Path, out: Path, *options: str) -> np.ndarray:
+    """(n, H, W, 3): a set's images."""
+    sample.main([str(run), "--out", str(out), "--npz", "--batch-size", "3", *options])
+    return np.load(out / "samples.npz")["arr_0"]
+
+
+def test_each_sample_follows_its_prompt_wherever_its_states_come_from(run, encoder, tmp_path, capsys):
+    captions = [line[0] for line in tiny_text.CAPTIONS]
+    stored = drawn(run, tmp_path / "stored", "-n", "16")
+    assert not encoder.read, "captions of the data need no encoder"
+    (tmp_path / "p.txt").write_text("\n\n".join(captions[3:6]) + "\n")
+    some = drawn(run, tmp_path / "some", "--prompts", str(tmp_path / "p.txt"), "-n", "16")
+    assert encoder.read == captions[3:6], "each prompt is read once"
+    # Sample 4 has the second of three prompts here, and the fifth of sixteen there: the same caption and noise.
+    assert np.array_equal(some[4], stored[4]) and not np.array_equal(some[7], stored[7])
+    settings = json.loads((tmp_path / "some" / "sample.json").read_text())
+    assert settings["prompts"] == captions[3:6] and settings["negative"] is None
+    assert "prompts in turn, row by row: a picture, number 3" in capsys.readouterr().out
+
+
+def test_a_negative_prompt_takes_the_place_of_none(run, encoder, tmp_path):
+    prompt = ("--prompt", "a picture, number 2", "-n", "3")
+    plain, none, other = (
+        drawn(run, tmp_path / str(i), *prompt, *more)
+        for i, more in enumerate(((), ("--negative", "number 1, once more (0)"), ("--negative", "number 9")))
+    )
+    assert not np.array_equal(plain, none) and not np.array_equal(none, other)
+    unguided = [
+        drawn(run, tmp_path / f"u{i}", *prompt, "--cfg-scale", "1", *more)
+        for i, more in enumerate(((), ("--negative", "x")))
+    ]
+    assert np.array_equal(*unguided)
+
+
+def test_a_picture_has_the_prompts_and_as_many_samples_of_each(run, encoder, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    sample.main([str(run), "--prompt", "one thing", "--prompt", "שלום, مرحبا, \U0001f3fd \u202e", "--out", str(out)])
+    record = read_record(out)
+    assert record is not None and record["num"] == 10 and len(record["prompts"]) == 2
+    sample.main([str(run), "--prompt", "a very long prompt of many words", "--out", str(tmp_path / "b.png")])
+    assert "1 of 1 prompts have more than 4 tokens, cut: a very long" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--prompts", "EMPTY"), "no prompt in it"),
+        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--prompt", "x" * (2**20 + 1)), "1,048,577 characters"),
+        (("--prompt", "x", "--labels", "1"), "--labels 1"),
+    ],
+)
+def test_prompts_that_are_none_are_refused_in_one_line(options, words, run, encoder, tmp_path):
+    (tmp_path / "EMPTY").write_text(" \n\n")
+    given = [str(tmp_path / "EMPTY") if one == "EMPTY" else one for one in options]
+    with pytest.raises(UserError, match=words) as raised:
+        sample.main([str(run), "--out", str(tmp_path / "x.png"), *given])
+    assert "\n" not in str(raised.value)
+
+
+def test_another_encoder_than_the_datas_is_refused(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(prompts, "load_text_encoder", lambda *arguments: Encoder("1" * 64))
+    with pytest.raises(UserError, match="other weights"):
+        sample.main([str(run), "--prompt", "x", "--out", str(tmp_path / "x.png")])
+
+
+def test_a_run_on_classes_takes_no_prompt(tmp_path):
+    from tests.sample.tiny_run import make_run
+
+    with pytest.raises(UserError, match="draws classes"):
+        sample.main([str(make_run(tmp_path)), "--prompt", "x"])
+
+
+def test_captions_stand_under_their_pictures_and_never_break_the_sheet():
+    images = torch.zeros(3, 1, 16, 16, dtype=torch.uint8)
+    texts = ["short", "a\0b\nc \u202e مرحبا " * 30, "x" * 5_000]
+    sheet = captioned_grid(images, texts, 2)
+    assert sheet.dtype == torch.uint8 and sheet.shape[2] == 3
+    black = (sheet == 0).all(-1)
+    assert black[:130, :130].sum() >= 120 * 120, "the picture"
+    assert all(len(wrapped(text, 120)) <= LINES for text in texts)
+    assert wrapped("short", 120) == ["short"] and wrapped("", 120) == [""]
