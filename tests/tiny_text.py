@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +59,45 @@ def write_states(folder: Path, encoder: str = ENCODER) -> None:
     entry = write_tensors(where / "text-00000.safetensors", tensors)
     shape, latents = (1, LENGTH, WIDTH), open_data(folder, verify=False).digest
     write_manifest(where, TextManifest(encoder, "0" * 64, shape, True, digest, latents, len(texts), shards=(entry,)))
+
+
+def _families() -> dict[str, tuple[Any, Any]]:
+    """Tiny text models of each kind by name: a configuration and the class of its text encoder."""
+    try:
+        import transformers as hf
+    except ImportError:
+        return {}
+    size: dict[str, Any] = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    t5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    gemma = hf.GemmaConfig(**size, num_key_value_heads=1, head_dim=8, max_position_embeddings=96)
+    return {
+        "clip": (hf.CLIPTextConfig(**size), hf.CLIPTextModel),
+        "t5": (hf.T5Config(**t5), hf.T5EncoderModel),
+        "bert": (hf.BertConfig(**size, max_position_embeddings=40), hf.BertModel),
+        "gemma": (gemma, hf.GemmaModel),
+    }
+
+
+FAMILIES = _families()
+WORDS = ["a", "red", "fox", "number", "picture", "once", "more", "one", "two", "three", "four", "five", "six"]
+WORDS += ["seven", "eight"]
+
+
+def write_text_encoder(folder: Path, family: str = "bert", seed: int = 0) -> Path:
+    """A random text encoder 16 wide, and a tokenizer that knows WORDS and ends each text with </s>."""
+    import transformers as hf
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 2)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left"}  # Gemma's own
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config, model = FAMILIES[family]
+    model(config).save_pretrained(folder)
+    return folder

@@ -108,6 +108,7 @@ def _load(
     if missing:
         raise UserError(f"encoder {known!r}: {len(missing)} weights are missing: {missing[0]}, …")
     check_finite(model.state_dict(), f"encoder {known!r}")
+    tokenizer.padding_side = "right"  # of some it is the left, which would move every position
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     limit = min(tokenizer.model_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH))

@@ -1,0 +1,94 @@
+"""Text encoders: the last hidden states as transformers' own models give them, padded, cut and masked as said."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from st_fast.core.errors import UserError
+from st_fast.model.text_encoders import PACKAGED, check_encoder, load_text_encoder
+from tests.tiny_text import FAMILIES, write_text_encoder
+
+CPU = torch.device("cpu")
+TEXTS = ["a red fox", "", "one two three four five six seven eight"]
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mask", [False, True])
+def test_states_are_the_last_hidden_ones_and_of_padding_zero_only_where_it_is_masked(
+    family: str, mask: bool, tmp_path: Path
+) -> None:
+    import transformers
+
+    path = write_text_encoder(tmp_path / family, family)
+    encoder = load_text_encoder(str(path), CPU, torch.float32, 6, mask)
+    found = encoder(TEXTS)
+    assert found.shape == (3, 6, encoder.width) and found.dtype == torch.float32 and encoder.mask is mask
+    assert encoder.tokens(TEXTS) == [4, 1, 9] and encoder.name == family
+    model = FAMILIES[family][1].from_pretrained(path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    for text, states in zip(TEXTS, found, strict=True):
+        ids = tokenizer([text], return_tensors="pt")["input_ids"]
+        ids = torch.cat((ids[:, : min(ids.shape[1], 6) - 1], ids[:, -1:]), 1)  # the end's token stays
+        padding = torch.full((1, 6 - ids.shape[1]), tokenizer.pad_token_id)
+        with torch.no_grad():
+            alone = model(input_ids=ids).last_hidden_state[0]
+            padded = model(input_ids=torch.cat((ids, padding), 1)).last_hidden_state[0]
+        if mask:  # padding changes nothing then, and its own states are zeros
+            torch.testing.assert_close(states[: len(alone)], alone, atol=1e-5, rtol=1e-4)
+            assert not states[len(alone) :].any()
+        else:
+            torch.testing.assert_close(states, padded, atol=1e-5, rtol=1e-4)
+            assert states[len(alone) :].abs().sum() > 0 or not padding.numel()
+
+
+def test_length_and_mask_are_the_families_own_where_none_are_named(tmp_path: Path) -> None:
+    said = {}
+    for family in FAMILIES:
+        encoder = load_text_encoder(str(write_text_encoder(tmp_path / family, family)), CPU, torch.float32)
+        said[family] = (encoder.length, encoder.mask)
+    assert said == {"clip": (77, False), "t5": (128, True), "bert": (40, True), "gemma": (96, True)}
+
+
+def test_an_encoder_that_cant_be_had_or_is_another_is_told_in_one_line(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = write_text_encoder(tmp_path / "bert", "bert")
+    (tmp_path / "empty").mkdir()
+    wrong: list[tuple[str, int | None, str]] = [
+        ("empty", None, "neither a folder"), ("missing", None, "neither a folder"),
+        ("bert", 41, "41 tokens a caption; 1 to 40"), ("bert", 0, "0 tokens a caption"),
+    ]  # fmt: skip
+    for name, length, words in wrong:
+        with pytest.raises(UserError) as refused:
+            load_text_encoder(str(tmp_path / name), CPU, torch.float32, length)
+        assert words in str(refused.value) and "\n" not in str(refused.value) and name in str(refused.value)
+    encoder = load_text_encoder(str(path), CPU, torch.float32)
+    other = load_text_encoder(str(write_text_encoder(tmp_path / "other", "bert", seed=1)), CPU, torch.float32)
+    check_encoder(encoder, "bert", encoder.hash)
+    with pytest.raises(UserError, match=r"'other': other weights .* than those that encoded"):
+        check_encoder(other, "bert", encoder.hash)
+    weights = load_file(path / "model.safetensors")
+    key = next(key for key in weights if "layer.0.attention" in key)
+    save_file({k: v for k, v in weights.items() if k != key}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"1 weights are missing: .*{key.rpartition('encoder')[2]}"):
+        load_text_encoder(str(path), CPU, torch.float32)
+    save_file(weights | {key: weights[key] / 0}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="NaN or infinite"):
+        load_text_encoder(str(path), CPU, torch.float32)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("all_minilm_l6_v2"), reason="the extra emoji isn't installed")
+def test_the_packaged_sentence_encoder_is_the_published_one() -> None:
+    """Its model card's first figures of the sentence, the mean over tokens, normalised."""
+    encoder = load_text_encoder(PACKAGED, CPU, torch.float32)
+    states = encoder(["This is an example sentence", "an octopus", "a squid", "a tax form"])
+    assert (encoder.width, encoder.mask, encoder.name) == (384, True, PACKAGED)
+    vectors = torch.nn.functional.normalize(states.sum(1), dim=-1)  # padding is zero, and the count cancels
+    published = torch.tensor([0.0676569, 0.0634959, 0.0487131, 0.0793049])
+    torch.testing.assert_close(vectors[0, :4], published, atol=1e-4, rtol=0)
+    assert vectors[1] @ vectors[2] > vectors[1] @ vectors[3] + 0.2
