@@ -48,7 +48,7 @@ def make_data(folder: Path, flip: bool = False) -> Path:
     return folder
 
 
-def write_states(folder: Path, encoder: str = ENCODER) -> None:
+def write_states(folder: Path, encoder: str = ENCODER, mask: bool = True) -> None:
     """States of the captions, as the encoder of that name would have made them."""
     captions, digest = read_captions(folder)
     texts = ["", *(text for line in captions for text in line)]
@@ -58,7 +58,7 @@ def write_states(folder: Path, encoder: str = ENCODER) -> None:
     tensors = {"states": states, "crc32": record_crcs(states, torch.arange(len(texts)).numpy())}
     entry = write_tensors(where / "text-00000.safetensors", tensors)
     shape, latents = (1, LENGTH, WIDTH), open_data(folder, verify=False).digest
-    write_manifest(where, TextManifest(encoder, "0" * 64, shape, True, digest, latents, len(texts), shards=(entry,)))
+    write_manifest(where, TextManifest(encoder, "0" * 64, shape, mask, digest, latents, len(texts), shards=(entry,)))
 
 
 def _families() -> dict[str, tuple[Any, Any]]:

@@ -172,6 +172,7 @@ class Evaluate:
     classifier: bool = free(False, "Score in the features of a classifier trained on the data's images.")
     every: CountOrZero = free(0, "Steps from one evaluation to the next; 0: only at a stage's end.")
     num: Annotated[int, between(1, COUNT_MOST)] = free(1_000, "Samples of an evaluation.")
+    captions: PathText = free("", "Data folder whose captions MMDiT draws for scores; empty: the run's own.")
     inception: PathText = free("", 'File of the FID network\'s weights, for FID and its like; "": none.')
     reference: PathText = free(
         "", "What FID compares with: ADM's .npz, pictures or a data folder; \"\": the run's data."

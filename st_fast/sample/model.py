@@ -34,6 +34,7 @@ from st_fast.sample.draw import NUMBER, Draw, Labels, draw_of, read_labels
 from st_fast.sample.guided import Watch, sample, sample_from, unwatched
 from st_fast.sample.prompts import (
     Prompts,
+    check_same_encoder,
     checked_prompts,
     data_captions,
     encoded_prompts,
@@ -66,6 +67,8 @@ class TextRequest:
     """Empty: captions of the data."""
     captions: int = 0
     """How many of them."""
+    folder: Path | None = None
+    """The data folder that these captions are of; None: the run's."""
     negative: str | None = None
     encoder: str = ""
     """Where the text encoder lies, if not where the data's manifest says."""
@@ -161,13 +164,14 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
 
 
 def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Prompts:
-    """The prompts asked for, or the data's captions; UserError where the encoder or the captions' states are missing."""
-    data = Path(recipe.data.path)
-    if not text.prompts and text.negative is None:
-        records = open_data(data, verify=False)
-        return stored_prompts(data, open_text(data, recipe.data.text, records), text.captions, device)
+    """The prompts asked for, or captions; UserError where the encoder, or the captions' states, are missing."""
+    data, other = Path(recipe.data.path), text.folder or Path(recipe.data.path)
     manifest = read_text_manifest(data, recipe.data.text)
-    texts = text.prompts or data_captions(data, text.captions)
+    if not text.prompts and text.negative is None:
+        stored = open_text(other, recipe.data.text, open_data(other, verify=False))
+        check_same_encoder(stored, manifest, data)
+        return stored_prompts(other, stored, text.captions, device)
+    texts = text.prompts or data_captions(other, text.captions)
     return encoded_prompts(texts, manifest, device, say, text.negative, text.encoder)
 
 
@@ -193,6 +197,7 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--labels", default="balanced", help="balanced (i mod classes), random, or such as 0,3,cat")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw from text; may be repeated")
     parser.add_argument("--prompts", type=path, metavar="FILE", help="a text file with a prompt a line")
+    parser.add_argument("--captions", type=path, metavar="DATA", help="draw the captions of another data folder")
     parser.add_argument("--negative", metavar="TEXT", help="what guidance leads away from (default: no text)")
     parser.add_argument(
         "--text-encoder", type=given, metavar="FOLDER", help="where the data's text encoder lies (default: its name)"
@@ -252,7 +257,7 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if recipe.model.network == "sit":
         labels = read_labels(given.labels, recipe.model.num_classes, _class_names(recipe, given.labels))
     else:
-        images = len(text.prompts) or min(settings.num, len(read_captions(Path(recipe.data.path))[0]))
+        images = len(text.prompts) or min(settings.num, len(read_captions(text.folder or Path(recipe.data.path))[0]))
         text = replace(text, captions=0 if text.prompts else images)
         labels = read_labels(given.labels, images)
     seed = recipe.run.seed if given.seed is None else given.seed
@@ -263,7 +268,7 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
 
 def _text_request(given: argparse.Namespace, recipe: Recipe) -> TextRequest:
     """The flags about text; UserError where the run's network draws classes, or a file of prompts has none."""
-    flags = {"--prompt": given.prompt, "--prompts": given.prompts, "--negative": given.negative}
+    flags = {name: getattr(given, name[2:]) for name in ("--prompt", "--prompts", "--captions", "--negative")}
     if recipe.model.network == "sit":
         if used := [flag for flag, value in flags.items() if value is not None]:
             raise UserError(f"{used[0]}: {given.run} draws classes (--labels), not text")
@@ -271,6 +276,6 @@ def _text_request(given: argparse.Namespace, recipe: Recipe) -> TextRequest:
     prompts = [*(given.prompt or ()), *(read_prompts(given.prompts) if given.prompts else ())]
     if prompts or given.prompt:
         prompts = checked_prompts(prompts, "--prompt")
-    elif recipe.sample.prompts:
+    elif recipe.sample.prompts and given.captions is None:
         prompts = list(recipe.sample.prompts)
-    return TextRequest(tuple(prompts), negative=given.negative, encoder=given.text_encoder or "")
+    return TextRequest(tuple(prompts), 0, given.captions, given.negative, given.text_encoder or "")

@@ -83,6 +83,16 @@ def stored_prompts(data: Path, stored: TextSet, count: int, device: torch.device
     return StoredPrompts([captions[image][0] for image in chosen.tolist()], rows, stored, device)
 
 
+def check_same_encoder(stored: TextSet, ours: TextManifest, data: Path) -> None:
+    """UserError for states of another encoder, length or mask than those that a run is trained on."""
+    theirs = stored.manifest
+    if (theirs.hash, theirs.shape, theirs.mask) != (ours.hash, ours.shape, ours.mask):
+        raise UserError(
+            f"{stored.folder}: states of {shown(theirs.encoder)}, {theirs.length} tokens, mask {theirs.mask}; those of "
+            f"{data} are of {shown(ours.encoder)}, {ours.length} tokens, mask {ours.mask}"
+        )
+
+
 def encoded_prompts(
     texts: Sequence[str], manifest: TextManifest, device: torch.device, say: Say, negative: str | None = None,
     encoder: str = "",

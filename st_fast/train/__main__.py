@@ -107,9 +107,12 @@ def summary(recipe: Recipe, ranks: int) -> str:
     bf16 = recipe.run.bf16(recipe.run.device)
     chosen, how = planned_passes(recipe, ranks, bf16)
     fixed, activations = cost.memory_bytes(chosen, ranks, bf16)
+    tokens = f"{model.tokens} tokens"
+    if model.text_length:
+        tokens = f"{model.tokens} image and {model.text_length} text tokens"
     lines = [
-        f"# {model.name}: {model.parameters / 1e6:.1f} M parameters, "
-        f"{model.tokens} tokens, {cost.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
+        f"# {model.name}: {model.parameters / 1e6:.1f} M parameters, {tokens}, "
+        f"{cost.trunk_macs(model) / 1e9:.2f} G multiply-adds forward",
     ]
     for stage in recipe.stages:
         each, images = cost.stage_cost(recipe, stage), recipe.optim.batch_size
@@ -148,7 +151,7 @@ def inputs(recipe: Recipe) -> list[str]:
         return "" if path in own or Path(path).exists() else ", which is missing"
 
     lines, own, data = list[str](), [stage.name for stage in recipe.stages], recipe.data
-    if data.source != "digits":
+    if data.source == "shards":
         lines += [f"# data: {path}{missing(path)}" for path in (data.path, data.images) if path and missing(path)]
     for stage in recipe.stages:
         if (teacher := stage.method.teacher_name) and teacher not in own:

@@ -61,6 +61,24 @@ def test_repas_published_settings(name: str, size: str, depth: int) -> None:
     assert (sample.sampler, sample.steps, sample.cfg_scale, sample.cfg_range) == ("sde", 250, 1.8, (0.0, 0.7))
 
 
+def test_the_published_settings_of_text_to_image_hold() -> None:
+    recipe = load(RECIPES / "mmdit_coco.toml", ranks=8)
+    model, optim, (align, transcend) = recipe.model, recipe.optim, (stage.method for stage in recipe.stages)
+    assert (model.network, model.depth, model.width, model.heads, model.patch) == ("mmdit", 24, 768, 24, 2)
+    assert (model.text_width, model.text_length, model.class_dropout) == (768, 77, 0.1)
+    assert (optim.batch_size, optim.lr, optim.betas, optim.weight_decay) == (256, 2e-4, (0.9, 0.9), 0.03)
+    assert (optim.warmup_steps, optim.grad_clip, optim.ema_decay) == (5_000, 1.0, 0.9999)
+    assert isinstance(align, VelocityHead) and isinstance(transcend, SelfTranscendence)
+    assert (align.depth, align.target, align.weight, align.t_range) == (4, "velocity", 0.5, (0.0, 1.0))
+    depths = transcend.student_depth, transcend.teacher_depth
+    assert (*depths, transcend.cfg_scale, transcend.stop_step) == (12, 16, 5.0, 50_000)
+    assert (transcend.teacher_weights, transcend.loss, transcend.t_range) == ("ema", "mse", (0.0, 1.0))
+    other = load(RECIPES / "mmdit_coco_repa.toml", ranks=8)
+    assert other.stages[0].method == Repa(("facebook/dinov2-base",), depth=8, weight=0.5, hidden=2048)
+    assert (other.optim.lr, other.optim.betas, other.optim.weight_decay) == (1e-4, (0.9, 0.999), 0.0)
+    assert (other.model.qk_norm, other.model.zero_init, other.stages[0].steps) == (False, False, 150_000)
+
+
 def test_sras_published_settings_decay_over_the_published_epochs() -> None:
     method = load(RECIPES / "sit_xl_sra.toml", ranks=8).stages[0].method
     assert isinstance(method, SelfRepresentation)

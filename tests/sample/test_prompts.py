@@ -139,6 +139,17 @@ def test_another_encoder_than_the_datas_is_refused(run, monkeypatch, tmp_path):
         sample.main([str(run), "--prompt", "x", "--out", str(tmp_path / "x.png")])
 
 
+def test_captions_of_another_data_folder_are_drawn_if_the_same_encoder_read_them(run, tmp_path):
+    other = tiny_text.make_data(tmp_path / "other")
+    sample.main([str(run), "--captions", str(other), "--out", str(tmp_path / "x.png"), "-n", "3"])
+    record = read_record(tmp_path / "x.png")
+    assert record is not None
+    assert record["prompts"] == [tiny_text.CAPTIONS[i][0] for i in (0, 7, 15)]
+    tiny_text.write_states(other, mask=False)
+    with pytest.raises(UserError, match="mask False; those of"):
+        sample.main([str(run), "--captions", str(other), "--out", str(tmp_path / "y.png"), "-n", "3"])
+
+
 def test_a_run_on_classes_takes_no_prompt(tmp_path):
     from tests.sample.tiny_run import make_run
 
