@@ -10,11 +10,16 @@ import numpy as np
 from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import open_regular, printable, shown
 from st_fast.data.archives import MAX_FILE
-from st_fast.data.sources import MAX_CLASSES, Source, numbered_names
+from st_fast.data.captions import KEYS, cleaned
+from st_fast.data.labels import MAX_CLASSES, numbered_names
+from st_fast.data.sources import Source
 
 
-def open_hub_dataset(path: Path, subset: str = "") -> Source:
-    """Its image and label columns; `subset` names a split. UserError lists the splits or columns that there are."""
+def open_hub_dataset(path: Path, subset: str = "", captioned: bool = False) -> Source:
+    """Its image and label columns; `subset` names a split. UserError lists the splits or columns that there are.
+
+    captioned: without a label column all are of one class, and captions are read.
+    """
     where = f"source {str(path)!r}"
     try:
         import datasets
@@ -37,13 +42,18 @@ def open_hub_dataset(path: Path, subset: str = "") -> Source:
     elif subset and subset != str(getattr(data, "split", "")):
         raise UserError(f"{where}: --subset {subset}: it has no splits; leave --subset out")
     image = _column(where, data.features, datasets.Image, "image")
-    label = _column(where, data.features, datasets.ClassLabel, "label")
+    labelled = any(name == "label" or isinstance(kind, datasets.ClassLabel) for name, kind in data.features.items())
+    label = _column(where, data.features, datasets.ClassLabel, "label") if labelled or not captioned else ""
     data = data.cast_column(image, datasets.Image(decode=False))
     if not len(data):
         raise UserError(f"{where}: no row in it")
-    known = tuple(map(str, getattr(data.features[label], "names", None) or ()))
-    labels, classes = _numbers(f"{where}: column {shown(label)}", list(data[label]), known)
+    labels, classes = np.zeros(len(data), np.int64), tuple[str, ...]()
+    if label:
+        known = tuple(map(str, getattr(data.features[label], "names", None) or ()))
+        labels, classes = _numbers(f"{where}: column {shown(label)}", list(data[label]), known)
     count = len(classes) or int(labels.max()) + 1
+    column = next((key for key in KEYS if key in data.features), "") if captioned else ""
+    texts = list(data[column]) if column else []
 
     def read(number: int) -> bytes:
         cell = data[number][image]
@@ -57,7 +67,10 @@ def open_hub_dataset(path: Path, subset: str = "") -> Source:
             return file.read(size)
 
     rows = [f"row {number}" for number in range(len(data))]
-    return Source(f"{path.name} (Hugging Face dataset)", rows, labels, count, tuple(map(printable, classes)), read)
+    return Source(
+        f"{path.name} (Hugging Face dataset)", rows, labels, count, tuple(map(printable, classes)), read,
+        captions=lambda number: cleaned(texts[number]) if texts else (),
+    )  # fmt: skip
 
 
 def _column(where: str, features: Any, kind: type, usual: str) -> str:

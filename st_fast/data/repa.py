@@ -20,8 +20,9 @@ from st_fast.core.limits import npy_header
 from st_fast.core.records import record_from
 from st_fast.data.ahead import FilesIdentity, RecordSet, nothing
 from st_fast.data.images import SUFFIXES
+from st_fast.data.labels import LABELS_FILE, parse_labels_file, read_labels
 from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo, labels_problem, moments_problem
-from st_fast.data.sources import LABELS_FILE, Source, parse_labels_file, read_labels
+from st_fast.data.sources import Source
 
 LATENTS, IMAGES = "vae-sd", "images"
 SD_SCALE = 0.18215

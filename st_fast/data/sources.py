@@ -16,18 +16,13 @@ from typing import Any
 import numpy as np
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import FREE_BYTES, BadFile, open_regular, parse_json, printable, shown
+from st_fast.core.files import open_regular, printable, shown
 from st_fast.data.archives import Files, hidden, open_folder, open_tars, open_zip
+from st_fast.data.captions import KINDS, Captions, captions_beside
 from st_fast.data.images import SUFFIXES
+from st_fast.data.labels import LABELS_FILE, by_cls, by_json, by_table, numbered, numbered_names, sibling, top_folder
 
 SPLITS = ("train", "training", "test", "val", "valid", "validation")
-LABELS_FILE = "dataset.json"
-"""Labels by file name as EDM and REPA write them: {"labels": [["00000/img00000000.png", 3], …]}."""
-LABEL_KEYS = ("label", "class", "cls", "class_id", "class_index", "label_id", "target", "class_name", "wnid")
-"""What a label is called in the .json beside an image."""
-MAX_CLASSES = 1_000_000
-JSON_FACTOR = 16
-"""Bytes of memory that a byte of dataset.json may take: a line "name, label" takes six."""
 STAMPED, PROBED = 20_000, 256
 """Images, evenly spaced, of which the size and the content go into `Source.content`."""
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -49,6 +44,7 @@ class Source:
     """A cheap trace of image i's content."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Files beside the images that are none or can't be read as such, by name with the reason."""
+    captions: Captions = lambda number: ()
 
     def digest(self) -> str:
         """SHA-256 over names and labels: interrupted work continues only on the same images."""
@@ -102,14 +98,6 @@ def _or_why(read: Callable[[int], Any], number: int) -> Any:
         return type(error).__name__
 
 
-def numbered_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The different names in the order of their numbers: sorted, by value where all are whole numbers."""
-    different = set(names)
-    if all(name.isascii() and name.isdigit() and len(name) <= 20 for name in different):
-        return tuple(sorted(different, key=lambda name: (int(name), name)))
-    return tuple(sorted(different))
-
-
 def numbered_by(source: Source, class_names: Sequence[str], num_classes: int) -> Source:
     """The same images with the class numbers of another set; UserError for a class that it does not know."""
     theirs = class_names or [str(number) for number in range(num_classes)]
@@ -127,9 +115,19 @@ def numbered_by(source: Source, class_names: Sequence[str], num_classes: int) ->
     return replace(source, labels=labels, num_classes=num_classes, class_names=tuple(class_names))
 
 
-def open_source(path: Path, subset: str = "") -> Source:
-    """The images at `path`; `subset` keeps what lies in that folder of it. UserError says what was expected."""
-    path, where = Path(path), f"source {str(path)!r}"
+def open_source(path: Path, subset: str = "", captioned: bool = False) -> Source:
+    """The images at `path`; `subset` keeps what lies in that folder of it. UserError says what was expected.
+
+    captioned: images may have no labels, and are of one class then; .txt and .json files are none of `left_out`.
+    """
+    source = _open(Path(path), subset, captioned)
+    if not captioned:
+        return source
+    return replace(source, left_out={name: why for name, why in source.left_out.items() if why not in KINDS})
+
+
+def _open(path: Path, subset: str, captioned: bool) -> Source:
+    where = f"source {str(path)!r}"
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -140,27 +138,27 @@ def open_source(path: Path, subset: str = "") -> Source:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             from st_fast.data.hub import open_hub_dataset
 
-            return open_hub_dataset(path, subset)
-        return _open_folder(path, subset)
+            return open_hub_dataset(path, subset, captioned)
+        return _open_folder(path, subset, captioned)
     with open_regular(path) as file:
         start = file.read(264) or b""
     if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), ""):
         raise UserError(f"{where}: packed by {packed}; a compressed tar can't be read at random; decompress it first")
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) or path.suffix.lower() == ".zip":
-        return _from_files(open_zip(path), subset)
+        return _from_files(open_zip(path), subset, captioned)
     if start[257:262] == b"ustar" or path.suffix.lower() == ".tar":
-        return _from_files(open_tars(path, [path]), subset)
+        return _from_files(open_tars(path, [path]), subset, captioned)
     raise UserError(
         f"{where}: a folder, .zip, .tar, a folder of webdataset .tar files or a Hugging Face dataset folder is needed"
     )
 
 
-def _open_folder(path: Path, subset: str) -> Source:
+def _open_folder(path: Path, subset: str, captioned: bool) -> Source:
     """A folder of images or of tars; of tars, `subset` may be the folder that they lie in or a word of their names."""
     inner = path / subset if subset and (path / subset).is_dir() else path
     tars = sorted(tar for tar in inner.glob("*.tar") if tar.is_file() and not hidden(tar.name))
     if not tars:
-        return _from_files(open_folder(path), subset)
+        return _from_files(open_folder(path), subset, captioned)
     loose = next((name for name in open_folder(inner).names if not hidden(name) and is_image(name)), None)
     if loose is not None:
         raise UserError(
@@ -170,15 +168,15 @@ def _open_folder(path: Path, subset: str) -> Source:
     splits = {word: [tar for tar in tars if word in re.split(r"[^a-z]+", tar.stem.lower())] for word in SPLITS}
     splits = {word: some for word, some in splits.items() if some}
     if inner is path and subset in splits:
-        return _from_files(open_tars(path, splits[subset]), "")
+        return _from_files(open_tars(path, splits[subset]), "", captioned)
     if len(splits) > 1:
         raise UserError(
             f"source {str(inner)!r}: it holds tars of {', '.join(splits)}: choose one, --subset {next(iter(splits))}"
         )
-    return _from_files(open_tars(inner, tars), subset if inner is path else "")
+    return _from_files(open_tars(inner, tars), subset if inner is path else "", captioned)
 
 
-def _from_files(files: Files, subset: str) -> Source:
+def _from_files(files: Files, subset: str, captioned: bool) -> Source:
     """Files with labels beside them, or class folders; a single folder around everything is stepped into."""
     prefix = f"{subset.strip('/')}/" if subset else ""
     names = [name for name in files.names if name.startswith(prefix)]
@@ -191,16 +189,16 @@ def _from_files(files: Files, subset: str) -> Source:
             f"({', '.join(SUFFIXES[:6])}, …); it holds {tops}{f' ({kinds})' * bool(kinds)}"
         )
     known = set(names)
-    siblings = {kind: sum(_sibling(name, kind) in known for name in images) for kind in ("cls", "json")}
+    siblings = {kind: sum(sibling(name, kind) in known for name in images) for kind in ("cls", "json")}
     if siblings["cls"] or any(name.endswith(".cls") for name in names):
-        return _source(files, "webdataset tars", names, images, *_by_cls(files, known, images))
+        return _source(files, "webdataset tars", names, images, *by_cls(files, known, images))
     labels_file = _labels_file(known, images, prefix)
     if labels_file:
-        images, labels = _by_table(files, labels_file, images)
+        images, labels = by_table(files, labels_file, images)
         return _source(files, "files with dataset.json", names, images, labels)
-    if siblings["json"] == len(images) and (found := _by_json(files, images, prefix)):
+    if siblings["json"] == len(images) and (found := by_json(files, images, prefix, captioned)):
         return _source(files, "webdataset tars with .json", names, images, *found)
-    return _class_folders(files, prefix, names, images)
+    return _class_folders(files, prefix, names, images, captioned)
 
 
 def _labels_file(known: set[str], images: list[str], prefix: str) -> str:
@@ -216,128 +214,24 @@ def _labels_file(known: set[str], images: list[str], prefix: str) -> str:
 
 def _only_folder(images: list[str], prefix: str) -> str:
     """The folder below `prefix` that holds all images, in folders of its own; "" if there is none."""
-    tops = {_top(name, prefix) for name in images}
+    tops = {top_folder(name, prefix) for name in images}
     inner = f"{prefix}{next(iter(tops))}/" if len(tops) == 1 and "" not in tops else ""
     return inner if inner and any("/" in name[len(inner) :] for name in images) else ""
 
 
-def _sibling(name: str, kind: str) -> str:
-    """The file of that kind of the same sample: webdataset's keys end at the first dot."""
-    folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{file.partition('.')[0]}.{kind}"
-
-
-def _by_cls(files: Files, known: set[str], images: list[str]) -> tuple[list[int], tuple[str, ...]]:
-    """key.jpg beside key.cls, which holds the label as a number."""
-    labels = []
-    for name in images:
-        label_name = _sibling(name, "cls")
-        if label_name not in known:
-            raise UserError(f"{files.where}: {shown(name)} has no {shown(label_name)} with its label beside it")
-        data = _small(files, label_name).strip()
-        if not re.fullmatch(rb"\d{1,20}", data) or int(data) >= MAX_CLASSES:
-            raise UserError(
-                f"{files.where}: {shown(label_name)}: {shown(data)} is not a class number (0 … {MAX_CLASSES - 1})"
-            )
-        labels.append(int(data))
-    return labels, ()
-
-
-def _by_json(files: Files, images: list[str], prefix: str) -> tuple[list[int], tuple[str, ...]] | None:
-    """key.jpg beside key.json with its label, a number or a name; None where they have none and folders are classes."""
-    key, labels = "", list[Any]()
-    for name in images:
-        label_name = _sibling(name, "json")
-        table = parse_json(_small(files, label_name), Path(f"{files.where}: {shown(label_name)}"))
-        key = key or next((key for key in LABEL_KEYS if key in table), "")
-        if not key:
-            tops = {_top(name, prefix) for name in images}
-            if len(tops - files.shards) > 1 and not all(top.isdigit() for top in tops):
-                return None
-            raise UserError(
-                f"{files.where}: no label: {shown(label_name)} beside {shown(name)} holds "
-                f"{', '.join(map(printable, list(table)[:12])) or 'nothing'}; a .cls, or one of "
-                f"{', '.join(LABEL_KEYS)} in the .json, would be read"
-            )
-        label = table.get(key)
-        right = type(label) is int and 0 <= label < MAX_CLASSES if not isinstance(label, str) else label
-        if not right or (labels and type(label) is not type(labels[0])):
-            raise UserError(
-                f"{files.where}: {shown(label_name)}: {key} = {shown(label)}; a class number (0 … {MAX_CLASSES - 1}), "
-                "or a name for all images, is needed"
-            )
-        labels.append(label)
-    if isinstance(labels[0], int):
-        return labels, ()
-    return _numbered(labels)
-
-
-def _numbered(labels: list[str]) -> tuple[list[int], tuple[str, ...]]:
-    classes = numbered_names(labels)
-    number = {name: i for i, name in enumerate(classes)}
-    return [number[label] for label in labels], classes
-
-
-def _small(files: Files, name: str) -> bytes:
-    """The content of a file that holds a label; `BadFile` in one line where it can't be read."""
-    try:
-        return files.read(name)
-    except OSError as error:
-        raise BadFile(f"{files.where}: {shown(name)} can't be read ({error.strerror or error})") from None
-
-
-def _by_table(files: Files, labels_file: str, images: list[str]) -> tuple[list[str], list[int]]:
-    """Every image has its label in a dataset.json beside or above it."""
-    folder = labels_file.removesuffix(LABELS_FILE)
-    place = f"{files.where}: {labels_file}"
-    table = read_labels(parse_labels_file(_small(files, labels_file), place), place)
-    images = [name for name in images if name.startswith(folder)]
-    missing = [name for name in images if name[len(folder) :] not in table]
-    if missing or len(images) != len(table):
-        first = f"; {shown(missing[0])} has no label" if missing else ""
-        raise UserError(f"{files.where}: {len(images)} images, but {len(table)} labels in {labels_file}{first}")
-    return images, [table[name[len(folder) :]] for name in images]
-
-
-def parse_labels_file(data: bytes, where: str) -> dict[str, Any]:
-    """The content of a dataset.json, of which only the limits of JSON are checked."""
-    return parse_json(data, Path(where), max(FREE_BYTES, JSON_FACTOR * len(data)))
-
-
-def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
-    """A dataset.json's labels: file name → class number. UserError names what is wrong."""
-    labels = document.get("labels", "")
-    if labels is None:
-        raise UserError(f'{where}: "labels" is null, an unlabelled set; put its images into a folder, which is a class')
-    if not isinstance(labels, list):
-        raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed, not {shown(labels)}')
-    try:
-        table = {str(name).replace("\\", "/"): label for name, label in labels}
-    except (ValueError, TypeError) as error:
-        raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed ({error})') from None
-    sound = (type(label) is int and 0 <= label < MAX_CLASSES for label in table.values())
-    wrong = next((name for name, right in zip(table, sound, strict=True) if not right), None)
-    if wrong is not None:
-        raise UserError(
-            f"{where}: the label of {shown(wrong)} is {shown(table[wrong])}; a class number (0 … {MAX_CLASSES - 1}) is "
-            "needed"
-        )
-    if len(table) != len(labels):
-        raise UserError(f"{where}: {len(labels)} labels, but only {len(table)} different file names")
-    return table
-
-
-def _class_folders(files: Files, prefix: str, names: list[str], images: list[str]) -> Source:
+def _class_folders(files: Files, prefix: str, names: list[str], images: list[str], captioned: bool) -> Source:
     """A folder a class, or ImageNet's file names, which begin with the class."""
     while inner := _only_folder(images, prefix):
         prefix = inner
-    tops = [_top(name, prefix) for name in images]
+    tops = [top_folder(name, prefix) for name in images]
     loose = next((name for name, top in zip(images, tops, strict=True) if top in files.shards or not top), None)
     if loose is not None:
         found = [IMAGENET.match(name.rpartition("/")[2]) for name in images]
         wnids = [match[1] for match in found if match]
         if len(wnids) == len(images):
-            return _source(files, "ImageNet's file names", names, images, *_numbered(wnids))
+            return _source(files, "ImageNet's file names", names, images, *numbered(wnids))
+        if captioned:
+            return _source(files, "images without classes", names, images, [0] * len(images))
         raise UserError(
             f"source {str(files.where)!r}: {shown(loose)} lies in no class folder, and there is no {LABELS_FILE}, and "
             "no .cls or .json with a label beside it; one of these is needed"
@@ -360,12 +254,12 @@ def _source(
 ) -> Source:
     array = np.array(labels, np.int64)
     used = set(images)
-    keys = {_sibling(name, "") for name in images} if kind.startswith("webdataset") else set()
+    keys = {sibling(name, "") for name in images} if kind.startswith("webdataset") else set()
     left_out = {printable(name): why for name, why in files.left_out.items()}
     for name in names:
         if hidden(name):
             left_out[printable(name)] = "hidden"
-        elif name not in used and not name.endswith(LABELS_FILE) and _sibling(name, "") not in keys:
+        elif name not in used and not name.endswith(LABELS_FILE) and sibling(name, "") not in keys:
             left_out[printable(name)] = _suffix(name)
     return Source(
         f"{printable(files.where.name)} ({kind})",
@@ -376,6 +270,7 @@ def _source(
         lambda i: files.read(images[i]),
         lambda i: files.stamp(images[i]),
         left_out,
+        captions_beside(files, images),
     )
 
 
@@ -383,11 +278,6 @@ def _suffix(name: str) -> str:
     """.txt of "a/b.txt"; without one, "no suffix"."""
     file = name.rpartition("/")[2]
     return f".{printable(file.rpartition('.')[2].lower())[:12]}" if "." in file.lstrip(".") else "without suffix"
-
-
-def _top(name: str, prefix: str) -> str:
-    """The first folder of a name below `prefix`, or ""."""
-    return name[len(prefix) :].rpartition("/")[0].partition("/")[0]
 
 
 def is_image(name: str) -> bool:

@@ -18,14 +18,13 @@ from torch import Tensor
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_bytes, sha256_file, shown
 from st_fast.data.ahead import RecordSet
+from st_fast.data.captions import CAPTION_MOST as CAPTION_MOST
 from st_fast.data.manifest import FILE_NAME, ShardedSet, ShardEntry, parse_manifest
 from st_fast.data.shards import CheckedRows
 
 FORMAT = "st_fast.text"
 FOLDER = "text"
 CAPTIONS = "captions.jsonl"
-CAPTION_MOST = 2**20
-"""Characters of a caption."""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@
     python -m st_fast.prepare --verify OUT              re-read everything: hashes, CRCs, NaN, absurd values, labels
     python -m st_fast.prepare --stats OUT               per-channel statistics, class counts, OUT/stats.png
     python -m st_fast.prepare --features ENCODER IMAGES OUT   features of IMAGES beside OUT's latents, for REPA
+    python -m st_fast.prepare --text ENCODER OUT        states of OUT's captions, for text to image
     python -m st_fast.prepare --from-repa DIR OUT       REPA's vae-sd/*.npy → shards
     python -m st_fast.prepare --to-repa OUT DIR         shards → REPA's vae-sd/*.npy
 
 IMAGES: a folder, zip or tar with one folder a class; webdataset tars; a Hugging Face `save_to_disk` folder; or images
-with EDM's and REPA's dataset.json.
+with EDM's and REPA's dataset.json. With --captions the images may lie in any folders.
 
 Examples:
     python -m st_fast.prepare ~/imagenet/train data/imagenet256 --size 256
@@ -17,6 +18,8 @@ Examples:
     python -m st_fast.prepare cifar10.zip data/cifar10-pixels --subset train --size 32 --vae pixels
     python -m st_fast.prepare ~/imagenet/train data/imagenet256 --dry-run
     torchrun --nproc-per-node 8 -m st_fast.prepare --features facebook/dinov2-base ~/imagenet/train data/imagenet256
+    python -m st_fast.prepare ~/coco/train2014 data/coco256 --captions ~/coco/annotations/captions_train2014.json
+    python -m st_fast.prepare --text openai/clip-vit-large-patch14 data/coco256
 """
 
 from collections.abc import Sequence
@@ -31,17 +34,22 @@ VAE_HELP = (
     "images), pixels or pixels-gray (no VAE)"
 )
 FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
-
-
+TEXT_HELP = "a CLIP, T5, Gemma or BERT, as a folder or hub name, or all-minilm-l6-v2"
+CAPTIONS_HELP = (
+    "auto: the captions are in a .txt or .json beside each image, or in a table's column; else the file of COCO's "
+    "annotations that has them"
+)
 COMPUTE = ("device", "precision")
 USES = {
     "verify": (),
     "stats": COMPUTE,
     "features": (*COMPUTE, "subset", "size", "batch_size", "dry_run"),
+    "text": (*COMPUTE, "text_length", "text_mask", "batch_size", "dry_run"),
     "from_repa": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run"),
     "to_repa": ("dry_run",),
 }
-"""The options that mean something in a mode; to encode images all of them do."""
+"""The options that mean something in a mode; to encode images all of them but TEXT_ONLY do."""
+TEXT_ONLY = ("text_length", "text_mask")
 
 
 def parser() -> Parser:
@@ -53,11 +61,15 @@ def parser() -> Parser:
     for name in ("verify", "stats", "from-repa", "to-repa"):
         mode.add_argument(f"--{name}", action="store_true", help="as above")
     mode.add_argument("--features", metavar="ENCODER", type=given, help=FEATURES_HELP)
+    mode.add_argument("--text", metavar="ENCODER", type=given, help=TEXT_HELP)
     add(
         "--size", type=integer(1, SIDE_MOST), default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)"
     )
     add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
     add("--flip", action="store_true", help="encode every image mirrored, too: twice the records")
+    add("--captions", type=given, metavar="auto|FILE", help=CAPTIONS_HELP)
+    add("--text-length", type=integer(1, COUNT_MOST), help="tokens of a caption (default: CLIP's 77, else up to 128)")
+    add("--text-mask", choices=("auto", "yes", "no"), default="auto", help="mask padding (default: all but CLIP do)")
     add("--vae", type=given, default="sd-vae-ft-mse", help=VAE_HELP)
     add(
         "--vae-factor",
@@ -69,7 +81,7 @@ def parser() -> Parser:
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored moments (default float16)")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the network; auto: bf16 on CUDA")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--batch-size", type=integer(1, BATCH_MOST), default=32, help="images encoded at once (default 32)")
+    add("--batch-size", type=integer(1, BATCH_MOST), default=32, help="images or captions encoded at once (default 32)")
     add("--shard-size", type=integer(1, COUNT_MOST), default=8_192, help="records a shard (default 8192)")
     add(
         "--max-bad",
@@ -84,14 +96,15 @@ def parser() -> Parser:
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     args = parser().parse_args(arguments)
-    needed = 1 if args.verify or args.stats else 2
+    needed = 1 if args.verify or args.stats or args.text else 2
     if len(args.paths) != needed:
         raise UserError(f"{needed} path{'s' * (needed - 1)} needed, got {len(args.paths)}: see --help")
     mode = next((mode for mode in USES if getattr(args, mode)), "encode")
     for option, value in vars(args).items():
-        unused = mode != "encode" and option not in (*USES[mode], *USES, "paths")
+        unused = option in TEXT_ONLY if mode == "encode" else option not in (*USES[mode], *USES, "paths")
         if (unused or (option == "vae_steps" and args.vae != "small")) and value != parser().get_default(option):
-            name, where = option.replace("_", "-"), f"--{mode.replace('_', '-')}" if unused else f"--vae {args.vae}"
+            where = "images to encode" if mode == "encode" else f"--{mode.replace('_', '-')}"
+            name, where = option.replace("_", "-"), where if unused else f"--vae {args.vae}"
             raise UserError(f"--{name} {value}: means nothing with {where}; leave it out")
     if args.max_bad < 0:
         raise UserError(f"--max-bad {args.max_bad}: at least 0")

@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from st_fast.core.comparison import check_same
-from st_fast.core.errors import UserError, counted
-from st_fast.core.files import printable, read_json, write_folder, write_json_atomic
-from st_fast.core.machine import local_rank, rank_count
+from st_fast.core.errors import Say, UserError, counted
+from st_fast.core.files import printable, read_json
 from st_fast.core.progress import bar
-from st_fast.core.writing import save_pretrained
 from st_fast.data.ahead import RecordSet
+from st_fast.data.captions import coco_captions, read_source_captions
 from st_fast.data.features import FOLDER, features_folder, open_features
-from st_fast.data.images import load_image
 from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
 from st_fast.data.repa import ASSUMED, RepaSet, refuse_unknown_vae
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
+from st_fast.data.text import FOLDER as TEXT
+from st_fast.data.text import open_text, read_captions, text_folder
 from st_fast.model.encoders import load_encoder
+from st_fast.model.text_encoders import load_text_encoder
 from st_fast.model.vae import (
     PIXELS,
     PRESETS,
-    VAE,
-    encode_moments,
     load_vae,
-    refuse_normalised,
     vae_hash,
     vae_scale,
     vae_shift,
@@ -49,17 +45,11 @@ from st_fast.prepare.job import (
     run_job,
 )
 from st_fast.prepare.repa import RepaProducer, check_target, write_repa
-from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
+from st_fast.prepare.text import keep_captions, write_text
+from st_fast.prepare.text import template as text_template
+from st_fast.prepare.vaes import VAE_FOLDER, check_small, compute, copy_vae, given_vae, keep_vae, the_vae
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
-
-VAE_FOLDER = "vae"
-SMALL_FILE = "trained_with.json"
-"""In a small VAE's folder: the options that it was trained with."""
-WIDTHS = {2: (32, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}
-"""Channels of a small VAE's levels, by how much smaller its latents are."""
-TRAINING_BYTES = 2**30
-"""Pixels at most that a small VAE is trained on."""
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -70,6 +60,11 @@ def verify(args: argparse.Namespace) -> None:
         features.verify()
         print(f"features: {printable(features.manifest.encoder)} of {features.manifest.count:,} records verified")
         features.close()
+    for folder in sorted((args.paths[0] / TEXT).glob("*/")):
+        text = open_text(args.paths[0], folder.name, records)
+        text.verify()
+        print(f"text: {printable(text.manifest.encoder)} of {text.manifest.count - 1:,} captions verified")
+        text.close()
     records.close()
 
 
@@ -138,6 +133,25 @@ def features(args: argparse.Namespace) -> None:
             write_features(out, records, encoder, images, args.batch_size, own_share(), shown.update)
 
 
+def text(args: argparse.Namespace) -> None:
+    """States of the captions beside the latents."""
+    out = args.paths[0]
+    records = open_data(out, verify=False)
+    masks = {"auto": None, "yes": True, "no": False}
+    encoder = load_text_encoder(args.text, *compute(args), args.text_length, masks[args.text_mask])
+    captions, digest = read_captions(out)
+    planned = text_template(encoder, records, digest, 1 + sum(map(len, captions)))
+    say = say_once()
+    say(
+        f"{text_folder(out, encoder.name)}: {planned.count - 1:,} captions of {planned.length} tokens × "
+        f"{planned.width} in {planned.dtype}, {'with' if planned.mask else 'without'} attention mask, "
+        f"{planned.count * planned.record_bytes / 1e9:.2f} GB"
+    )
+    if not args.dry_run:
+        with progress("encoding", planned.count, "caption") as shown:
+            write_text(out, records, encoder, tqdm.write, args.batch_size, own_share(), shown.update)
+
+
 def from_repa(args: argparse.Namespace) -> None:
     """REPA's layout → shards. Another VAE than the published latents' is asked for its scale, and kept beside them.
 
@@ -190,14 +204,19 @@ def to_repa(args: argparse.Namespace) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    """Images → shards."""
-    source, out = open_source(args.paths[0], args.subset), args.paths[1]
-    if own_share().start == 0:
-        print(source.summary())
-        if source.left_out:
-            print(f"{source.left_out_summary()}; {SKIPPED_FILE} lists them")
+    """Images → shards, and their captions if these are asked for."""
+    source, out = open_source(args.paths[0], args.subset, bool(args.captions)), args.paths[1]
+    say, captions = say_once(), list[Sequence[str]]()
+    say(source.summary())
+    if source.left_out:
+        say(f"{source.left_out_summary()}; {SKIPPED_FILE} lists them")
+    if args.captions:
+        found = source.captions if args.captions == "auto" else coco_captions(Path(args.captions), source.names)
+        captions = read_source_captions(source.names, found, args.max_bad, source.description, say)
     if (out / FILE_NAME).is_file():
         check_finished(out, finished_plan(args, source, out))
+        if args.captions and not args.dry_run:
+            keep_captions(out, source.names, captions)
         print(f"{out}: complete already; --verify re-reads it")
         return
     begun = read_json(out / JOB_FILE) if (out / JOB_FILE).is_file() else {"upright": True}
@@ -231,6 +250,8 @@ def encode(args: argparse.Namespace) -> None:
     images = np.array([len(encoder.images_of(number)) for number in range(encoder.shards)])[own_share()]
     with progress("encoding", int(images.sum()), "image", int(images[done[own_share()]].sum())) as shown:
         run_job(out, encoder, args.max_bad, shown.update)
+    if args.captions and (out / FILE_NAME).is_file():
+        keep_captions(out, source.names, captions)
 
 
 def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[str, Any]:
@@ -261,111 +282,11 @@ def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
     return PRESETS.get(made.name, made.name), PRESETS.get(asked, asked)
 
 
+def say_once() -> Say:
+    """Prints, in the first of several processes."""
+    return print if own_share().start == 0 else lambda line: None
+
+
 def progress(what: str, total: int, unit: str, done: int = 0) -> tqdm[Any]:
     """A progress bar with an ETA; other processes than the first show none."""
     return bar(None, what, total, unit, done, hidden=own_share().start != 0)
-
-
-def compute(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and the precision of the VAE."""
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda: there is no CUDA device that PyTorch can use; allowed: auto, cpu")
-    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and cuda)
-    return device, torch.bfloat16 if bf16 else torch.float32
-
-
-def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, VaeInfo]:
-    """The wanted VAE and its entry in the manifest.
-
-    One that is not on the hub, trained here or from a local folder, is kept in OUT/vae, so that the set is complete.
-    """
-    if args.vae != "small":
-        return given_vae(args)
-    device, dtype = compute(args)
-    if not (out / VAE_FOLDER).is_dir():
-        if rank_count() > 1:
-            raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
-        if args.size // factor_of(args) % 2:
-            raise UserError(
-                f"--size {args.size}: latents of a small VAE would have an odd side, {args.size // factor_of(args)}, "
-                f"which patch 2 can't divide; give a multiple of {2 * factor_of(args)}"
-            )
-        with write_folder(out / VAE_FOLDER) as writing:
-            save_pretrained(small_vae(args, source, device), writing)
-            write_json_atomic(writing / SMALL_FILE, small_settings(args))
-    check_small(args, out)
-    vae = load_vae(out / VAE_FOLDER, device, dtype)
-    return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER)
-
-
-def given_vae(args: argparse.Namespace) -> tuple[VAE, VaeInfo]:
-    """The VAE that `--vae` names and its entry in the manifest; UserError for one that normalises its latents."""
-    vae = load_vae(args.vae, *compute(args))
-    refuse_normalised(vae, f"--vae {args.vae}")
-    local = Path(args.vae).is_dir() and args.vae not in PIXELS
-    return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
-
-
-def factor_of(args: argparse.Namespace) -> int:
-    """How much smaller a small VAE's latents are: given, or by the images' size."""
-    return int(args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8))
-
-
-def small_settings(args: argparse.Namespace) -> dict[str, int]:
-    """What a small VAE follows from, but for its images, by option."""
-    return {"--size": args.size, "--vae-factor": factor_of(args), "--vae-steps": args.vae_steps}
-
-
-def check_small(args: argparse.Namespace, out: Path) -> None:
-    """UserError where OUT's small VAE was trained with other options; folders of older versions do not tell."""
-    folder = out / VAE_FOLDER
-    if (folder / SMALL_FILE).is_file():
-        there, remedy = read_json(folder / SMALL_FILE), "use those, or name another folder to write"
-        check_same(there, small_settings(args), f"{folder}: a small VAE trained with", remedy)
-
-
-def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
-    """Trains a small VAE on evenly spaced images of the source."""
-    factor = factor_of(args)
-    images = training_images(source, args.size).to(device)
-    vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
-    vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))
-    return vae
-
-
-def training_images(source: Source, size: int) -> Tensor:
-    """uint8 (n, 3, size, size): evenly spaced images, TRAINING_BYTES at most; those that can't be used are left out."""
-    step = -(-len(source.names) * 3 * size * size // TRAINING_BYTES)
-    images = []
-    numbers = range(0, len(source.names), step)
-    for number in bar(numbers, "reading images", len(numbers), "image"):
-        try:
-            images.append(torch.from_numpy(load_image(source.read(number), size, 3)))
-        except (UserError, OSError):
-            continue  # encoding names and counts it
-    if not images:
-        raise UserError(f"{source.description}: not one usable image")
-    return torch.stack(images)
-
-
-def copy_vae(info: VaeInfo, folder: Path, out: Path) -> None:
-    """Puts a copy of the VAE that lies in a set's folder, if one does, into OUT, once."""
-    if not info.path or own_share().start != 0 or not (source := Path(info.source(folder))).is_dir():
-        return
-    if not (out / info.path).is_dir():
-        with write_folder(out / info.path) as writing:
-            shutil.copytree(source, writing, dirs_exist_ok=True)
-
-
-def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:
-    """Puts a copy of a VAE from a local folder into OUT, once; UserError where OUT has another."""
-    folder = out / VAE_FOLDER
-    if not info.path or own_share().start != 0:
-        return
-    if not folder.is_dir():
-        with write_folder(folder) as writing:
-            save_pretrained(vae, writing)
-    elif vae_hash(load_vae(folder, vae.device, vae.dtype)) != info.hash:
-        raise UserError(f"{folder}: it holds another VAE than {info.name}; name another folder to write")

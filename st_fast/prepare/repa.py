@@ -13,9 +13,9 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.core.writing import whole_file
 from st_fast.data.ahead import RecordSet
+from st_fast.data.labels import LABELS_FILE
 from st_fast.data.manifest import FILE_NAME, VaeInfo
 from st_fast.data.repa import LATENTS, OURS, Origin, RepaSet, has_layout
-from st_fast.data.sources import LABELS_FILE
 from st_fast.prepare.job import Produced, Progress
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from st_fast.core.errors import Say, UserError, counted
-from st_fast.core.files import make_folder, read_json, write_atomic, write_json_atomic
+from st_fast.core.files import make_folder, read_bytes, read_json, write_atomic, write_json_atomic
 from st_fast.data.ahead import RecordSet
-from st_fast.data.manifest import ShardEntry, write_manifest
+from st_fast.data.manifest import ShardEntry, read_manifest, write_manifest
 from st_fast.data.text import CAPTIONS, TextManifest, captions_bytes, read_captions, text_folder
 from st_fast.model.text_encoders import TextEncoder
-from st_fast.prepare.job import Progress, check_begun
+from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
 from st_fast.prepare.writing import record_crcs, write_tensors
 
 SHARD_BYTES = 2**27
@@ -21,6 +21,22 @@ SHARD_BYTES = 2**27
 def write_captions(data: Path, captions: Sequence[Sequence[str]]) -> None:
     """Writes captions.jsonl: a line for each image of the latents, in their order."""
     write_atomic(data / CAPTIONS, captions_bytes(captions))
+
+
+def keep_captions(data: Path, names: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
+    """Writes captions.jsonl of a finished set: those of a source's images of these names, but for skipped images.
+
+    UserError where the set has other captions, or was made of another number of images.
+    """
+    skipped = read_json(data / SKIPPED_FILE) if (data / SKIPPED_FILE).is_file() else {}
+    kept = [line for name, line in zip(names, captions, strict=True) if name not in skipped]
+    made = read_manifest(data)
+    if (images := made.count // (1 + made.flip)) != len(kept):
+        raise UserError(f"{data}: latents of {images} images, captions of {len(kept)}")
+    path = data / CAPTIONS
+    if path.is_file() and read_bytes(path) != captions_bytes(kept):
+        raise UserError(f"{path}: other captions than those found now; remove it to write them anew")
+    write_captions(data, kept)
 
 
 def template(encoder: TextEncoder, records: RecordSet, digest: str, rows: int) -> TextManifest:

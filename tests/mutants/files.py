@@ -60,8 +60,9 @@ FILES = (
     File(
         "st_fast/data/sources.py",
         ("data/test_sources.py",),
-        ("digest", "_source", "_top", "_images"),
+        ("digest", "_source"),
     ),
+    File("st_fast/data/labels.py", ("data/test_sources.py",), ("top_folder",)),
     File(
         "st_fast/train/log.py",
         ("faults/test_numbers.py",),

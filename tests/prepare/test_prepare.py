@@ -25,7 +25,7 @@ from st_fast.data.manifest import VaeInfo, read_manifest, write_manifest
 from st_fast.data.shards import open_data
 from st_fast.model.vae import decode, encode_moments, load_vae, vae_hash
 from st_fast.prepare import __main__ as prepare
-from st_fast.prepare import commands, job
+from st_fast.prepare import commands, job, vaes
 from st_fast.prepare.small_vae import SmallVae, new_vae
 from tests import warm
 from tests.data.test_repa import write_layout
@@ -461,7 +461,7 @@ def test_kill_9_leaves_whole_shards_or_none(class_folders: Path, tmp_path: Path)
 
 
 def test_training_images_leave_out_the_bad(odd_folder: Path) -> None:
-    images = commands.training_images(commands.open_source(odd_folder), 8)
+    images = vaes.training_images(commands.open_source(odd_folder), 8)
     assert images.shape == (10, 3, 8, 8) and images.dtype == torch.uint8
 
 
@@ -514,6 +514,8 @@ def test_a_factor_that_the_vae_or_the_size_does_not_have_is_refused(options, lin
         (["--from-repa", "--size", "512", "x", "y"], "--size 512: means nothing with --from-repa"),
         (["--features", "dino", "--shard-size", "7", "x", "y"], "--shard-size 7: means nothing with --features"),
         (["--vae", "pixels", "--vae-steps", "5", "x", "y"], "--vae-steps 5: means nothing with --vae pixels"),
+        (["--text", "clip", "--captions", "auto", "x"], "--captions auto: means nothing with --text"),
+        (["--text-length", "9", "x", "y"], "--text-length 9: means nothing with images to encode"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(arguments: list[str], words: str) -> None:

@@ -1,0 +1,108 @@
+"""Captions of a source's images: .txt or .json beside them, a column of a Hugging Face table, or COCO's annotations.
+
+Text is kept as it is in any script; bytes that are no UTF-8 are replaced, null bytes and space around it removed.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from st_fast.core.errors import Say, UserError, counted
+from st_fast.core.files import FREE_BYTES, BadFile, parse_json, read_bytes, shown
+from st_fast.data.archives import Files
+from st_fast.data.labels import JSON_FACTOR, small
+
+CAPTION_MOST = 2**20
+"""Characters of a caption."""
+KEYS = ("caption", "captions", "text", "prompt")
+"""What captions are called in the .json beside an image and in a table's columns."""
+KINDS = (".txt", ".json")
+COCO = '{"images": [{"id", "file_name"}, …], "annotations": [{"image_id", "caption"}, …]}'
+Captions = Callable[[int], Sequence[str]]
+"""The captions of image i, none where it has none; OSError or `BadFile` where they can't be read."""
+
+
+def cleaned(found: object) -> list[str]:
+    """A caption, or the captions in a list, each of CAPTION_MOST characters at most; what is no text is left out."""
+    texts = found if isinstance(found, list | tuple) else [found]
+    kept = (text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str))
+    return [text for one in kept if (text := one.replace("\0", "").strip()[:CAPTION_MOST])]
+
+
+def captions_beside(files: Files, images: Sequence[str]) -> Captions:
+    """Those of the .txt beside image i, a line a caption, or else of its .json."""
+    known = set(files.names)
+
+    def read(number: int) -> Sequence[str]:
+        folder, slash, file = images[number].rpartition("/")
+        stems = dict.fromkeys((file.rpartition(".")[0], file.partition(".")[0]))  # the second is webdataset's
+        names = [name for kind in KINDS for stem in stems if (name := f"{folder}{slash}{stem}{kind}") in known]
+        for name in names:
+            data = small(files, name)
+            if name.endswith(".txt"):
+                found: Any = [line.decode("utf-8-sig", "replace") for line in data.splitlines()]
+            else:
+                table = parse_json(data, Path(f"{files.where}: {shown(name)}"))
+                found = next((table[key] for key in KEYS if key in table), None)
+            if captions := cleaned(found):
+                return captions
+        return ()
+
+    return read
+
+
+def coco_captions(path: Path, names: Sequence[str]) -> Captions:
+    """Those that a file of COCO's annotations has for images of these names. `BadFile` for any other file.
+
+    A name is found by its last folders and file, whatever folder of images it lies in.
+    """
+    data = read_bytes(path)
+    document = parse_json(data, path, max(FREE_BYTES, JSON_FACTOR * len(data)))
+    try:
+        files = {image["id"]: image["file_name"].strip("/") for image in document["images"]}
+        table: dict[str, list[str]] = {file: [] for file in files.values()}
+        for annotation in document["annotations"]:
+            table[files[annotation["image_id"]]] += cleaned(annotation["caption"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadFile(f"{path}: not COCO's captions, {COCO} ({type(error).__name__}: {shown(error)})") from None
+    entries = []
+    for name in names:
+        parts = name.split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        entries.append(next((end for end in ends if end in table), ""))
+    found = [entry for entry in entries if entry]
+    if not found:
+        first = shown(next(iter(table), ""))
+        raise UserError(
+            f"{path}: captions of none of the images; its first is of {first}, the first image {names[0]!a}"
+        )
+    if len(set(found)) < len(found):
+        twice = max(found, key=found.count)
+        raise UserError(f"{path}: the name {shown(twice)} is that of several images; give the folder of one split")
+    return lambda number: table.get(entries[number], ())
+
+
+def read_source_captions(
+    names: Sequence[str], captions: Captions, max_bad: int, where: str, say: Say
+) -> list[Sequence[str]]:
+    """The captions of all images; one without gets the empty caption. UserError where these are more than `max_bad`."""
+    lines, missing = list[Sequence[str]](), dict[str, str]()
+    for number, name in enumerate(names):
+        try:
+            found, why = captions(number), "none found"
+        except (OSError, BadFile) as error:
+            found, why = (), str(error)
+        if not found:
+            missing[name] = why
+        lines.append(found or ("",))
+    if missing:
+        name, why = next(iter(missing.items()))
+        told = f"{where}: {counted(len(missing), 'image')} without a caption; the first is {name!a} ({why})"
+        if len(missing) == len(names):
+            kinds = f"a .txt, or a .json with {', '.join(KEYS)}, beside each image, or --captions FILE, is needed"
+            raise UserError(f"{where}: no image has a caption; {kinds}")
+        if len(missing) > max_bad:
+            raise UserError(f"{told}; --max-bad allows {max_bad}")
+        say(f"{told}; the empty caption stands for it")
+    say(f"{counted(sum(map(len, lines)) - len(missing), 'caption')} of {counted(len(names), 'image')}")
+    return lines

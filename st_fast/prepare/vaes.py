@@ -1,0 +1,136 @@
+"""The VAE that a set is made with: a named one, or a small one trained on its images; kept beside the latents."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from st_fast.core.comparison import check_same
+from st_fast.core.errors import UserError
+from st_fast.core.files import read_json, write_folder, write_json_atomic
+from st_fast.core.machine import local_rank, rank_count
+from st_fast.core.progress import bar
+from st_fast.core.writing import save_pretrained
+from st_fast.data.images import load_image
+from st_fast.data.manifest import VaeInfo
+from st_fast.data.sources import Source
+from st_fast.model.vae import PIXELS, VAE, encode_moments, load_vae, refuse_normalised, vae_hash
+from st_fast.prepare.job import own_share
+from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
+
+VAE_FOLDER = "vae"
+SMALL_FILE = "trained_with.json"
+"""In a small VAE's folder: the options that it was trained with."""
+WIDTHS = {2: (32, 32), 4: (16, 32, 64), 8: (16, 32, 64, 64)}
+"""Channels of a small VAE's levels, by how much smaller its latents are."""
+TRAINING_BYTES = 2**30
+"""Pixels at most that a small VAE is trained on."""
+
+
+def compute(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and the precision of the VAE."""
+    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device that PyTorch can use; allowed: auto, cpu")
+    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and cuda)
+    return device, torch.bfloat16 if bf16 else torch.float32
+
+
+def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, VaeInfo]:
+    """The wanted VAE and its entry in the manifest.
+
+    One that is not on the hub, trained here or from a local folder, is kept in OUT/vae, so that the set is complete.
+    """
+    if args.vae != "small":
+        return given_vae(args)
+    device, dtype = compute(args)
+    if not (out / VAE_FOLDER).is_dir():
+        if rank_count() > 1:
+            raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
+        if args.size // factor_of(args) % 2:
+            raise UserError(
+                f"--size {args.size}: latents of a small VAE would have an odd side, {args.size // factor_of(args)}, "
+                f"which patch 2 can't divide; give a multiple of {2 * factor_of(args)}"
+            )
+        with write_folder(out / VAE_FOLDER) as writing:
+            save_pretrained(small_vae(args, source, device), writing)
+            write_json_atomic(writing / SMALL_FILE, small_settings(args))
+    check_small(args, out)
+    vae = load_vae(out / VAE_FOLDER, device, dtype)
+    return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER)
+
+
+def given_vae(args: argparse.Namespace) -> tuple[VAE, VaeInfo]:
+    """The VAE that `--vae` names and its entry in the manifest; UserError for one that normalises its latents."""
+    vae = load_vae(args.vae, *compute(args))
+    refuse_normalised(vae, f"--vae {args.vae}")
+    local = Path(args.vae).is_dir() and args.vae not in PIXELS
+    return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
+
+
+def factor_of(args: argparse.Namespace) -> int:
+    """How much smaller a small VAE's latents are: given, or by the images' size."""
+    return int(args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8))
+
+
+def small_settings(args: argparse.Namespace) -> dict[str, int]:
+    """What a small VAE follows from, but for its images, by option."""
+    return {"--size": args.size, "--vae-factor": factor_of(args), "--vae-steps": args.vae_steps}
+
+
+def check_small(args: argparse.Namespace, out: Path) -> None:
+    """UserError where OUT's small VAE was trained with other options; folders of older versions do not tell."""
+    folder = out / VAE_FOLDER
+    if (folder / SMALL_FILE).is_file():
+        there, remedy = read_json(folder / SMALL_FILE), "use those, or name another folder to write"
+        check_same(there, small_settings(args), f"{folder}: a small VAE trained with", remedy)
+
+
+def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
+    """Trains a small VAE on evenly spaced images of the source."""
+    factor = factor_of(args)
+    images = training_images(source, args.size).to(device)
+    vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
+    vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))
+    return vae
+
+
+def training_images(source: Source, size: int) -> Tensor:
+    """uint8 (n, 3, size, size): evenly spaced images, TRAINING_BYTES at most; those that can't be used are left out."""
+    step = -(-len(source.names) * 3 * size * size // TRAINING_BYTES)
+    images = []
+    numbers = range(0, len(source.names), step)
+    for number in bar(numbers, "reading images", len(numbers), "image"):
+        try:
+            images.append(torch.from_numpy(load_image(source.read(number), size, 3)))
+        except (UserError, OSError):
+            continue  # encoding names and counts it
+    if not images:
+        raise UserError(f"{source.description}: not one usable image")
+    return torch.stack(images)
+
+
+def copy_vae(info: VaeInfo, folder: Path, out: Path) -> None:
+    """Puts a copy of the VAE that lies in a set's folder, if one does, into OUT, once."""
+    if not info.path or own_share().start != 0 or not (source := Path(info.source(folder))).is_dir():
+        return
+    if not (out / info.path).is_dir():
+        with write_folder(out / info.path) as writing:
+            shutil.copytree(source, writing, dirs_exist_ok=True)
+
+
+def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:
+    """Puts a copy of a VAE from a local folder into OUT, once; UserError where OUT has another."""
+    folder = out / VAE_FOLDER
+    if not info.path or own_share().start != 0:
+        return
+    if not folder.is_dir():
+        with write_folder(folder) as writing:
+            save_pretrained(vae, writing)
+    elif vae_hash(load_vae(folder, vae.device, vae.dtype)) != info.hash:
+        raise UserError(f"{folder}: it holds another VAE than {info.name}; name another folder to write")
