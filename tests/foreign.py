@@ -17,14 +17,19 @@ from st_fast.train.supervision import projector
 
 TINY = Model(depth=3, width=32, heads=2, patch=2, channels=4, latent_size=4, num_classes=5)
 """The network of `tests.tiny`."""
+TINY_TEXT = Model(
+    depth=3, width=96, heads=3, patch=2, channels=4, latent_size=4, network="mmdit", text_width=6, text_length=77,
+    qk_norm=False,
+)  # fmt: skip
+"""An MMDiT whose width and heads follow from its depth, as those of the published ones do."""
 
 
 def trunk(config: Model, seed: int) -> dict[str, Tensor]:
-    """A model none of whose weights is zero, in the order of the published code."""
+    """A model none of whose weights is zero, with the keys and in the order of the published code."""
     model = build(config, kernels.select({}, torch.device("cpu")), seed)
     generator = torch.Generator().manual_seed(seed)
     found = {k: t if k == "pos_embed" else t + 0.05 * torch.randn(t.shape, generator=generator)
-             for k, t in model.state_dict().items()}  # fmt: skip
+             for k, t in model.state_dict().items() if k != "null_context"}  # fmt: skip
     return {key: found[key] for key in published_order(found)}
 
 
@@ -38,7 +43,8 @@ def repa_weights(config: Model, seed: int, encoder_width: int = 24) -> dict[str,
 
 
 def adamw_state(weights: dict[str, Tensor], updates: int) -> dict[str, Any]:
-    """What torch's own AdamW keeps of these parameters after some updates."""
+    """What torch's own AdamW keeps of these parameters after some updates; an MMDiT's positions are a buffer."""
+    weights = {key: t for key, t in weights.items() if key != "pos_embed" or "context_embedder.bias" not in weights}
     parameters = [torch.nn.Parameter(t.clone(), requires_grad=key != "pos_embed") for key, t in weights.items()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(9)

@@ -9,7 +9,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tests.data.test_repa import write_layout
 from tests.fuzz import blocks, watched
 
 SMALL = Model(depth=1, width=8, heads=2, patch=2, channels=4, latent_size=4, num_classes=3)
+SMALL_TEXT = replace(foreign.TINY_TEXT, depth=1, width=8, heads=2)
 AT_ONCE = 25
 
 
@@ -89,7 +90,8 @@ def spoil_content(path: Path, draw: random.Random) -> None:
             continue
         key = draw.choice(list(table))
         value = table.pop(key)
-        names = ["blocks.99999999.x", "blocks.0.x", "é\n", "y_embedder.embedding_table.weight", 7, "module.pos_embed"]
+        names = ["blocks.99999999.x", "blocks.0.x", "é\n", "y_embedder.embedding_table.weight", 7, "module.pos_embed",
+                 "joint_blocks.99999999.x", "context_embedder.weight", "null_context"]  # fmt: skip
         table[draw.choice(names) if draw.random() < 0.3 else key] = draw.choice(
             [*odd_tensors(), value, *(odd for odd in ODD_VALUES if odd != "\ud800" and not isinstance(odd, dict))]
         )
@@ -98,6 +100,11 @@ def spoil_content(path: Path, draw: random.Random) -> None:
 
 def make_model(folder: Path) -> Path:
     foreign.repa_checkpoint(folder / "in.pt", SMALL, steps=1)
+    return folder / "in.pt"
+
+
+def make_text_model(folder: Path) -> Path:
+    foreign.repa_checkpoint(folder / "in.pt", SMALL_TEXT, steps=1)
     return folder / "in.pt"
 
 
@@ -181,6 +188,7 @@ def read_model_at(path: Path) -> object:
 
 KINDS = {
     "foreign .pt, content": Kind(make_model, spoil_content, import_file, 16),
+    "foreign .pt of text, content": Kind(make_text_model, spoil_content, read_model_at, 8),
     "foreign .pt, pickle": Kind(make_model, spoil_pickle, import_file, 10),
     "foreign .pt, bytes": Kind(make_model, spoil_bytes, import_file, 6),
     "checkpoint meta": Kind(make_stage, spoil_meta, read_model_at, 8),

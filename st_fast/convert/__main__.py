@@ -30,7 +30,7 @@ from st_fast.convert.folders import write_diffusers, write_huggingface, write_st
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.options import given, integer, path
 from st_fast.model.formats.layouts import LAYOUTS
-from st_fast.model.formats.loaded_state import heads
+from st_fast.model.formats.loaded_state import NULL_CONTEXT, heads
 from st_fast.model.load import CONFIG, read_config
 from st_fast.model.stored import ModelSource, read_model
 from st_fast.recipe.architecture import CLASSES_MOST
@@ -101,6 +101,8 @@ def _check_used(given: argparse.Namespace, origin: ModelSource) -> None:
     for name, option in (("layout", "from"), ("heads", "heads"), ("num_classes", "num-classes")):
         if origin.path.is_dir() and getattr(given, name) is not None:
             raise UserError(f"--{option} {getattr(given, name)}: {given.source} tells it itself; this is for files")
+    if given.num_classes and origin.loaded.config.network == "mmdit":
+        raise UserError(f"--num-classes {given.num_classes}: {given.source} draws from text, not classes")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -158,14 +160,17 @@ def described(origin: ModelSource) -> str:
     loaded, config = origin.loaded, origin.loaded.config
     kinds = sorted({key.split(".")[0] for key in heads(loaded.model)})
     layout = "st_fast" if origin.path.is_dir() else loaded.layout
-    null = "and a null class" if config.class_dropout > 0 else "without a null class"
+    condition = f"{config.num_classes} classes {'and a' if config.class_dropout > 0 else 'without a'} null class"
+    if config.network == "mmdit":
+        null = "with" if NULL_CONTEXT in loaded.model else "without"
+        condition = f"captions of {config.text_length} × {config.text_width}, {null} the empty caption's states"
     average = "raw weights and their average" if loaded.averaged else "one set of weights"
     optimiser = f"AdamW's state after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
     return (
         f"{origin.path}: {layout} layout, {config.name}, {config.parameters / 1e6:.1f} M parameters, step "
         f"{loaded.step:,}, {loaded.path} path\n"
         f"  depth {config.depth}, width {config.width}, heads {config.heads}, patch {config.patch}, latents "
-        f"{config.channels} × {config.latent_size} × {config.latent_size}, {config.num_classes} classes {null}, "
+        f"{config.channels} × {config.latent_size} × {config.latent_size}, {condition}, "
         f"qk-norm {'on' if config.qk_norm else 'off'}\n"
         f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
     )

@@ -13,8 +13,8 @@ from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError
 from st_fast.core.files import durable_file, fsync_path, make_folder
 from st_fast.model.formats import adam, official
-from st_fast.model.formats.layouts import check_table, published_order
-from st_fast.model.formats.loaded_state import LoadedState, Table, heads, is_head
+from st_fast.model.formats.layouts import check_table, in_published_order, optimised
+from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, Table, heads, is_head
 
 FIRST_KEY = {
     "repa": "projectors.0.0.weight",
@@ -66,11 +66,12 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     tables |= {"exp_avg": loaded.exp_avg, "exp_avg_sq": loaded.exp_avg_sq}
     if FIRST_KEY.get(layout, "") not in loaded.model:
         tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
+    tables = {name: {k: t for k, t in table.items() if k != NULL_CONTEXT} for name, table in tables.items()}
     if layout == "sit":
         tables = dict(_official(loaded, tables, facts.get("sigma", True)))
-    ordered = {name: {key: table[key] for key in published_order(table)} for name, table in tables.items()}
     for name in ("model", "ema"):
-        check_table(ordered[name], loaded.config, layout, name)
+        check_table(tables[name], loaded.config, layout, name)
+    ordered = {name: in_published_order(table, loaded.config, layout) for name, table in tables.items()}
     prefixes, wanted = facts.get("prefixes", {}), facts.get("tables", ["model", "ema"])
     source = {"": "model", "state_dict": "model"}
     content: dict[str, Any] = {
@@ -79,9 +80,8 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     if wanted == [""]:
         return content[""]
     if loaded.exp_avg:
-        content["opt"] = adam.state_dict(
-            list(ordered["model"]), ordered["exp_avg"], ordered["exp_avg_sq"], loaded.updates, facts.get("opt", {})
-        )
+        numbered, settings = list(optimised(ordered["model"])), facts.get("opt", {})
+        content["opt"] = adam.state_dict(numbered, ordered["exp_avg"], ordered["exp_avg_sq"], loaded.updates, settings)
     content["args"] = argparse.Namespace(**(facts.get("args") or _args(loaded, layout)))
     entries = facts.get("entries", {} if layout == "sit" else {"steps": loaded.step})
     return content | dict(entries)
@@ -101,7 +101,9 @@ def _official(loaded: LoadedState, tables: Mapping[str, Table], sigma: bool) -> 
 
 def _args(loaded: LoadedState, layout: str) -> dict[str, Any]:
     """The args that the other project reads back, for a model that did not come from it."""
-    common = {"model": loaded.config.name, "num_classes": loaded.config.num_classes}
+    common: dict[str, Any] = {"model": loaded.config.name}
+    if loaded.config.network == "sit":
+        common["num_classes"] = loaded.config.num_classes
     if layout == "sit":
         path = {"linear": "Linear", "cosine": "GVP"}[loaded.path]
         return common | {"path_type": path, "prediction": "velocity", "image_size": 8 * loaded.config.latent_size}

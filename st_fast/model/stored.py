@@ -21,9 +21,9 @@ from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.finite import check_finite
 from st_fast.model.formats import adam
 from st_fast.model.formats.importing import import_file
-from st_fast.model.formats.layouts import check_table, detect, expected_trunk, infer
-from st_fast.model.formats.loaded_state import LoadedState, head_name, trunk
-from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, FLOWS, WEIGHTS, check_size, read_config
+from st_fast.model.formats.layouts import detect, expected_trunk, infer
+from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, head_name, trunk
+from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, EVERY_KEY, FLOWS, WEIGHTS, check_size, read_config
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe import RecipeError, load_run
 from st_fast.recipe.document import parse_toml
@@ -103,10 +103,12 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")
     trained = found.groups.get("heads", {})
     model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
-    config, optim = infer(model, {"num_classes": said.get("num_classes")}, count, where), found.groups.get("optim", {})
+    told = {key: said.get(key) for key in ("num_classes", "text_length")}
+    config, optim = infer(model, told, count, where), found.groups.get("optim", {})
     groups = [name for name in ("model", "ema") if name in found.groups]
     for group in groups:
-        match_strictly(expected_trunk(config), found.groups[group], f"{where}: {group}")
+        expected = expected_trunk(config, null=NULL_CONTEXT in found.groups[group])  # as in a published file
+        match_strictly(expected, found.groups[group], f"{where}: {group}")
     means = {kind: _adam(optim, kind) for kind in ("exp_avg", "exp_avg_sq")}
     for kind, table in means.items():
         match_strictly({key: model[key] for key in means["exp_avg"] if key in model}, table, f"{where}: {kind}")
@@ -154,7 +156,7 @@ def _published(folder: Path) -> LoadedState:
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS
     check_size(config.model, file)
     loaded = import_file(file, "repa", config.model.heads, config.model.num_classes)
-    check_table(loaded.model, config.model, "repa", f"{file}, of what {CONFIG} says,")
+    match_strictly(expected_trunk(config.model), loaded.model, f"{file}, of what {CONFIG} says", EVERY_KEY)
     return replace(loaded, config=config.model, path=config.flow, step=config.step)
 
 
@@ -186,10 +188,11 @@ def load_frozen(
     root: Path, config: Model, weights: Literal["raw", "ema"], kernels: KernelTable, place: torch.device,
     dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
-    record: Callable[[dict[str, Any]], None] | None = None,
+    record: Callable[[dict[str, Any]], None] | None = None, null: Tensor | None = None,
 ) -> DiffusionTransformer:  # fmt: skip
     """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
 
+    `null` is for a model of text that lacks the empty caption's states (L, W), as published ones do.
     `record` is given what tells this model from others: path, step, weights and their SHA-256.
     UserError, in one line, if there is none, if its architecture differs from `config`, if it was trained on another
     path than `flow` (where given), if any key of the trunk is missing, unknown or of another shape, or not finite.
@@ -201,13 +204,16 @@ def load_frozen(
     if differing := config.differences(found.architecture):
         raise UserError(f"teacher {found.path}: another architecture: {', '.join(differing)}")
     model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
-    checkpoint.match_strictly(model.state_dict(), found.tensors, f"teacher {found.path}")
-    check_finite(found.tensors, f"teacher {found.path}")
+    tensors = dict(found.tensors)
+    if null is not None and NULL_CONTEXT in model.state_dict():
+        tensors.setdefault(NULL_CONTEXT, null[None].float())
+    checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {found.path}")
+    check_finite(tensors, f"teacher {found.path}")
     if record is not None:
         digest = tensors_hash(found.tensors)
         record({"path": str(found.path), "step": found.step, "weights": weights, "sha256": digest})
     with naming_lack_of_memory(f"loading {root}"):
-        model.to(dtype).to_empty(device=place).load_state_dict(dict(found.tensors))
+        model.to(dtype).to_empty(device=place).load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
 

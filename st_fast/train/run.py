@@ -204,12 +204,14 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
     What comes from a stage of this run is not there yet. A stage that has begun never reads its start again.
     """
     cpu, own = torch.device("cpu"), [stage.name for stage in recipe.stages]
-    open_conditions(recipe, records).close()
+    conditions = open_conditions(recipe, records)
+    conditions.close()
     for stage in recipe.stages:
         name, group, init = stage.method.teacher_name, stage.method.teacher_group, stage.start.init
         if name is not None and name not in own:
             root, table = stored.checkpoint_root(recipe, name), kernels.select({}, cpu)
-            stored.load_frozen(root, recipe.model, group, table, cpu, torch.float32, flow=recipe.flow.path)
+            path, null = recipe.flow.path, conditions.null
+            stored.load_frozen(root, recipe.model, group, table, cpu, torch.float32, flow=path, null=null)
         features = open_image_features(stage, recipe, records, cpu, torch.float32)
         if init and init not in own and not candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
             start.check(recipe, stage, features.widths, print)

@@ -13,7 +13,7 @@ from st_fast.core.checkpoint.meta import Init
 from st_fast.core.errors import Say, UserError
 from st_fast.model import network
 from st_fast.model.finite import check_finite
-from st_fast.model.formats.loaded_state import LoadedState, head_name, heads, trunk
+from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, head_name, heads, trunk
 from st_fast.model.stored import KINDS, read_model
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
@@ -104,14 +104,14 @@ def _fresh_hint(kept: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """How to start all the same where only parts outside the blocks have other shapes, such as the classes' table."""
     differing = [key for key in kept if key in found and kept[key].shape != found[key].shape]
     parts = sorted({f"{key.partition('.')[0]}." if "." in key else key for key in differing})
-    if not parts or any(part == "blocks." for part in parts):
+    if not parts or {"blocks.", "joint_blocks."} & {*parts}:
         return ""
     return f" (init_fresh = {json.dumps(parts)} draws these parts anew)"
 
 
 def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tensor]:
-    """The trunk without the parts that stay as they were drawn."""
-    return {key: tensor for key, tensor in drawn.items() if not key.startswith(fresh)} if fresh else dict(drawn)
+    """The trunk without the parts that stay as they were drawn, and without the empty caption's states: the data's."""
+    return {key: tensor for key, tensor in drawn.items() if not key.startswith((NULL_CONTEXT, *fresh))}
 
 
 def _adam(

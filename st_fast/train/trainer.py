@@ -142,7 +142,10 @@ class Trainer:
             def record(said: dict[str, Any]) -> None:
                 self.teacher = Teacher(**said)
 
-            loaded.append(stored.load_frozen(root, model, group, table, place, context.dtype, attend, record=record))
+            null = self.conditions.null
+            loaded.append(
+                stored.load_frozen(root, model, group, table, place, context.dtype, attend, record=record, null=null)
+            )
 
         ranks.broadcast_from_rank0(load)
         model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, context.dtype, attend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import re
@@ -63,11 +64,16 @@ def test_a_file_is_described_and_a_dry_run_writes_nothing(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_repa_checkpoint_goes_through_a_stage_of_ours_and_back_bit_by_bit(tmp_path, capsys):
-    content = foreign.repa_checkpoint(tmp_path / "last.pt")
+@pytest.mark.parametrize("config", [foreign.TINY, foreign.TINY_TEXT], ids=["classes", "text"])
+def test_a_repa_checkpoint_goes_through_a_stage_of_ours_and_back_bit_by_bit(config, tmp_path, capsys):
+    content = foreign.repa_checkpoint(tmp_path / "last.pt", config)
     convert(tmp_path / "last.pt", tmp_path / "models" / "repa")
     assert "--model.depth=3" in capsys.readouterr().out
     convert(tmp_path / "models" / "repa", tmp_path / "again.pt", "--to", "repa")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert list(again["model"]) == list(content["model"])  # an order that numbers the optimiser's state
+    assert list(again["opt"]["state"]) == list(content["opt"]["state"])
     before, after = (import_file(tmp_path / name) for name in ("last.pt", "again.pt"))
     assert same(before.model, content["model"]) and same(after.model, before.model)
     keys = [key for key in before.ema if not key.startswith("projectors")]  # an average of ours has no heads
@@ -99,6 +105,22 @@ def test_a_stage_that_was_written_and_the_file_itself_are_teachers(weights, tmp_
     for root in (tmp_path / "repa" / "checkpoints", tmp_path / "last.pt"):
         with pytest.raises(UserError, match=r"trained on the linear path, flow.path = 'cosine'"):
             stored.load_frozen(root, foreign.TINY, "raw", table, CPU, torch.float32, flow="cosine")
+
+
+def test_a_teacher_of_text_takes_the_empty_captions_states_from_the_data(tmp_path):
+    content = foreign.repa_checkpoint(tmp_path / "last.pt", foreign.TINY_TEXT)
+    convert(tmp_path / "last.pt", tmp_path / "repa")
+    table, null = kernels.select({}, CPU), torch.randn(77, 6).half()
+    for root in (tmp_path / "repa" / "checkpoints", tmp_path / "last.pt"):
+        model = stored.load_frozen(root, foreign.TINY_TEXT, "ema", table, CPU, torch.float32, null=null)
+        found = model.state_dict()
+        assert torch.equal(found.pop("null_context")[0], null.float())
+        assert all(torch.equal(tensor, content["ema"][key]) for key, tensor in found.items())
+        with pytest.raises(UserError, match="1 missing: 'null_context'"):
+            stored.load_frozen(root, foreign.TINY_TEXT, "ema", table, CPU, torch.float32)
+    other = replace(foreign.TINY_TEXT, text_length=9)  # data of other captions
+    model = stored.load_frozen(tmp_path / "last.pt", other, "ema", table, CPU, torch.float32, null=null[:9])
+    assert model.null_condition(2).shape == (2, 9, 6)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])

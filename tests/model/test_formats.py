@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ from torch import Tensor
 from st_fast import kernels
 from st_fast.convert.exporting import export_file
 from st_fast.core.errors import UserError
-from st_fast.model import SiT
+from st_fast.model import SiT, network
 from st_fast.model.formats import LoadedState, import_file
-from st_fast.model.formats.layouts import published_order
+from st_fast.model.formats.layouts import infer, published_order
 from st_fast.recipe.schema import Model
 
-DEPTH, WIDTH, HEADS, PATCH, CHANNELS, SIDE, CLASSES = 2, 16, 2, 2, 3, 3, 5
+DEPTH, WIDTH, HEADS, PATCH, CHANNELS, SIDE, CLASSES, TEXT_WIDTH = 2, 16, 2, 2, 3, 3, 5, 12
 Shapes = OrderedDict[str, tuple[int, ...]]
 
 
@@ -32,6 +33,8 @@ def linear(shapes: Shapes, name: str, rows: int, columns: int) -> None:
 
 def foreign_shapes(layout: str, qk_norm: bool = False, sigma: bool = False) -> Shapes:
     """Keys and shapes in the order in which the published modules register their parameters."""
+    if layout.startswith("mmdit "):
+        return mmdit_shapes(layout.removeprefix("mmdit "), qk_norm)
     s: Shapes = OrderedDict()
     s["pos_embed"] = (1, SIDE**2, WIDTH)
     s["x_embedder.proj.weight"], s["x_embedder.proj.bias"] = (WIDTH, CHANNELS, PATCH, PATCH), (WIDTH,)
@@ -62,13 +65,45 @@ def foreign_shapes(layout: str, qk_norm: bool = False, sigma: bool = False) -> S
     return s
 
 
+def mmdit_shapes(layout: str, qk_norm: bool) -> Shapes:
+    """The same of REPA's MMDiT, and of Self-Transcendence's: positions are a buffer, heads come last."""
+    s: Shapes = OrderedDict()
+    s["pos_embed"] = (1, SIDE**2, WIDTH)
+    s["x_embedder.proj.weight"], s["x_embedder.proj.bias"] = (WIDTH, CHANNELS, PATCH, PATCH), (WIDTH,)
+    linear(s, "t_embedder.mlp.0", WIDTH, 256)
+    linear(s, "t_embedder.mlp.2", WIDTH, WIDTH)
+    linear(s, "context_embedder", WIDTH, TEXT_WIDTH)
+    for i in range(DEPTH):
+        for stream in ("context_block", "x_block"):
+            block, whole = f"joint_blocks.{i}.{stream}", stream == "x_block" or i < DEPTH - 1
+            linear(s, f"{block}.attn.qkv", 3 * WIDTH, WIDTH)
+            if whole:
+                linear(s, f"{block}.attn.proj", WIDTH, WIDTH)
+            for norm in ("ln_q", "ln_k") if qk_norm else ():
+                s[f"{block}.attn.{norm}.weight"] = s[f"{block}.attn.{norm}.bias"] = (WIDTH // HEADS,)
+            if whole:
+                linear(s, f"{block}.mlp.fc1", 4 * WIDTH, WIDTH)
+                linear(s, f"{block}.mlp.fc2", WIDTH, 4 * WIDTH)
+            linear(s, f"{block}.adaLN_modulation.1", (6 if whole else 2) * WIDTH, WIDTH)
+    linear(s, "final_layer.linear", PATCH**2 * CHANNELS, WIDTH)
+    linear(s, "final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH)
+    name = "projectors.0" if layout == "repa" else "projectors"
+    for k, (rows, columns) in zip((0, 2, 4), ((24, WIDTH), (24, 24), (WIDTH, 24)), strict=True):
+        linear(s, f"{name}.{k}", rows, columns)
+    if layout == "self-transcendence-1":
+        linear(s, "projectors_final.linear", PATCH**2 * CHANNELS, WIDTH)
+        linear(s, "projectors_final.adaLN_modulation.1", 2 * WIDTH, WIDTH)
+    return s
+
+
 def drawn(shapes: Shapes, seed: int) -> OrderedDict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return OrderedDict((key, torch.randn(shape, generator=generator) * 0.2) for key, shape in shapes.items())
 
 
 def trained(weights: OrderedDict[str, Tensor]) -> dict:
-    """The state of torch's own AdamW after two updates of every parameter but the positions."""
+    """The state of torch's own AdamW after two updates of every parameter but the positions, which may be a buffer."""
+    weights = {k: t for k, t in weights.items() if k != "pos_embed" or "context_embedder.bias" not in weights}
     parameters = [torch.nn.Parameter(t.clone(), requires_grad=key != "pos_embed") for key, t in weights.items()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(9)
@@ -79,12 +114,15 @@ def trained(weights: OrderedDict[str, Tensor]) -> dict:
     return optimizer.state_dict()
 
 
-CASES = {
+CASES: dict[str, dict] = {
     "sit": dict(layout="sit", sigma=True),
     "repa": dict(layout="repa"),
     "stage 1": dict(layout="self-transcendence-1", qk_norm=True),
     "stage 2": dict(layout="self-transcendence-2", qk_norm=True),
     "sra": dict(layout="sra"),
+    "text, repa": dict(layout="mmdit repa"),
+    "text, stage 1": dict(layout="mmdit self-transcendence-1"),
+    "text, stage 2": dict(layout="mmdit self-transcendence-2", qk_norm=True),
 }
 
 
@@ -117,7 +155,7 @@ def test_a_checkpoint_with_optimiser_and_args_round_trips_bit_exactly(case, tmp_
     content = checkpoint(case)
     torch.save(content, tmp_path / "in.pt")
     bundle = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
-    assert bundle.layout == str(CASES[case]["layout"]).removesuffix("-1").removesuffix("-2")
+    assert bundle.layout == str(CASES[case]["layout"]).removeprefix("mmdit ").removesuffix("-1").removesuffix("-2")
     export_file(bundle, bundle.layout, tmp_path / "out.pt", "ema")
     again = read(tmp_path / "out.pt")
     assert set(again) == set(content)
@@ -268,6 +306,27 @@ def test_what_nothing_decides_must_be_said(tmp_path):
     assert isinstance(
         import_file(tmp_path / "in.pt", layout="repa", number_of_heads=HEADS, num_classes=CLASSES), LoadedState
     )
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_table_of_an_mmdit_alone_tells_the_network(qk_norm, tmp_path):
+    weights = {k: t for k, t in drawn(mmdit_shapes("repa", qk_norm), 1).items() if not k.startswith("projectors")}
+    save_file(weights, tmp_path / "in.safetensors")
+    found = import_file(tmp_path / "in.safetensors", number_of_heads=None if qk_norm else HEADS)
+    config = Model(
+        depth=DEPTH, width=WIDTH, heads=HEADS, patch=PATCH, channels=CHANNELS, latent_size=SIDE * PATCH,
+        network="mmdit", text_width=TEXT_WIDTH, text_length=77, qk_norm=qk_norm,
+    )  # fmt: skip
+    assert (found.config, found.layout) == (config, "repa")
+    with pytest.raises(UserError, match="an MMDiT, which is no network of sit"):
+        export_file(found, "sit", tmp_path / "out.pt", "ema")
+    with pytest.raises(UserError, match="an MMDiT, which is no network of sra"):
+        import_file(tmp_path / "in.safetensors", "sra", HEADS)
+    with torch.device("meta"):
+        coco = replace(config, depth=24, width=768, heads=12 if qk_norm else 24)
+        published = {k: t for k, t in network(coco, kernels.select({}, torch.device("cpu"))).state_dict().items()
+                     if k != "null_context"}  # fmt: skip
+    assert infer(published, {}, None, "here").name == ("custom" if qk_norm else "MMDiT-24/2")
 
 
 def test_a_dit_and_an_unknown_file_are_refused(tmp_path):

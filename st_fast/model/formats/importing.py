@@ -17,7 +17,7 @@ from torch import Tensor
 from st_fast.core.errors import UserError
 from st_fast.core.files import allowance, is_pickle, read_header, shown
 from st_fast.model.formats import adam, official
-from st_fast.model.formats.layouts import check_table, detect, infer
+from st_fast.model.formats.layouts import check_table, detect, infer, optimised
 from st_fast.model.formats.loaded_state import LoadedState
 from st_fast.model.formats.pickled import read_pickled
 from st_fast.recipe.schema import Model
@@ -35,7 +35,7 @@ def import_file(
 ) -> LoadedState:  # fmt: skip
     """Reads a `.pt` or safetensors file; layout and model follow from keys and shapes where they are not given.
 
-    `otherwise` has the heads and classes where the file tells them neither by shapes nor by args.
+    `otherwise` has the heads, classes and tokens of a caption where the file tells them neither by shapes nor by args.
     UserError in one line for whatever does not fit.
     """
     content, where = read_file(path), str(path)
@@ -57,7 +57,7 @@ def import_file(
     config = infer(model, args, number_of_heads, where, otherwise)
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
-    state = adam.by_key(opt, model, where) if opt and "model" in tables else adam.NO_STATE
+    state = adam.by_key(opt, optimised(model), where) if opt and "model" in tables else adam.NO_STATE
     rest = {key: value for key, value in content.items() if key not in (*names, "opt", "args")}
     facts: dict[str, Any] = {
         "tables": names,

@@ -12,11 +12,12 @@ from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
+from st_fast.core.options import ARCHITECTURE_MOST
 from st_fast.model import network
-from st_fast.model.formats.loaded_state import Table, heads, is_head
+from st_fast.model.formats.loaded_state import NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
-from st_fast.recipe.architecture import PATCHES, SIZES, Layer, Model, check_shapes
+from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, Layer, Model, check_shapes
 from st_fast.recipe.methods import SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 IMAGENET = 1000
@@ -24,6 +25,10 @@ IMAGENET = 1000
 MOST_BLOCKS = 1_000
 LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
 """Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""
+MMDIT_LAYOUTS = ("repa", "self-transcendence")
+"""Those whose projects train an MMDiT too."""
+CLIP_TOKENS = 77
+"""Tokens of a caption in the published MMDiTs' data, which no file tells."""
 
 
 def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
@@ -39,6 +44,8 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         return "repa"
     if any(key.startswith(("projectors.", "projectors_final.")) for key in keys):
         return "self-transcendence"
+    if is_mmdit(table):
+        return "repa"
     if args.get("prediction") in ("v", "velocity"):
         return "repa" if args["prediction"] == "v" else "sit"
     if "blocks.0.attn.q_norm.weight" in table:
@@ -58,25 +65,34 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
     )
 
 
+def is_mmdit(keys: Iterable[str]) -> bool:
+    """Whether the keys of a table are an MMDiT's."""
+    return any(key.startswith("joint_blocks.") for key in keys)
+
+
 def infer(
     table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: Model | None = None
 ) -> Model:
-    """The model that the shapes describe, with the heads and classes of `otherwise` where nothing tells how many.
+    """The model that the shapes describe; of `otherwise` heads, classes and tokens where nothing tells how many.
 
     UserError naming the key that is missing or has an impossible shape.
     """
-    depth = _depth(table, where)
+    mmdit = is_mmdit(table)
+    blocks, image = ("joint_blocks", "joint_blocks.0.x_block") if mmdit else ("blocks", "blocks.0")
+    norm = f"{image}.attn.{'ln_q' if mmdit else 'q_norm'}.weight"
+    depth = _depth(table, blocks, where)
     positions, patches = _shaped(table, "pos_embed", 3, where), _shaped(table, "x_embedder.proj.weight", 4, where)
-    classes = _shaped(table, "y_embedder.embedding_table.weight", 2, where)
-    hidden = _shaped(table, "blocks.0.mlp.fc1.weight", 2, where)
+    condition = (_text if mmdit else _labels)(table, args, otherwise, where)
+    hidden = _shaped(table, f"{image}.mlp.fc1.weight", 2, where)
     width, (_, channels, patch, _) = positions[2], patches
     side = math.isqrt(positions[1])
     if side**2 != positions[1]:
         raise UserError(f"{where}: pos_embed {positions} has {positions[1]} tokens, which is no square")
-    qk_norm = "blocks.0.attn.q_norm.weight" in table
-    if qk_norm and number_of_heads is None:
-        number_of_heads = width // max(_shaped(table, "blocks.0.attn.q_norm.weight", 1, where)[0], 1)
-    published = {shape[:2]: (f"SiT-{size}/{patch}", shape[2]) for size, shape in SIZES.items()}
+    if norm in table and number_of_heads is None:
+        number_of_heads = width // max(_shaped(table, norm, 1, where)[0], 1)
+    published = {shape[:2]: (f"SiT-{size}/{patch}", shape[2]) for size, shape in SIZES.items() if patch in PATCHES}
+    if mmdit:
+        published = {(depth, MMDIT_HEAD * depth): (f"MMDiT-{depth}/{patch}", depth)}
     name, usual_heads = published.get((depth, width), ("custom", 0))
     count = number_of_heads or usual_heads or (otherwise.heads if otherwise else 0)
     if not count:
@@ -84,17 +100,33 @@ def infer(
             f"{where}: depth {depth} and width {width} are no published size, so number_of_heads must be given "
             "(python -m st_fast.convert … --heads)"
         )
-    null = int(_classes(classes[0], args.get("num_classes"), otherwise, where) != classes[0])
     model = Model(
-        name=name if count == usual_heads and patch in PATCHES else "custom",
-        depth=depth, width=width, heads=count, patch=patch, channels=channels, latent_size=side * patch,
-        num_classes=classes[0] - null, class_dropout=0.1 if null else 0.0, mlp_ratio=hidden[0] / width, qk_norm=qk_norm,
+        name=name if count == usual_heads else "custom", depth=depth, width=width, heads=count, patch=patch,
+        channels=channels, latent_size=side * patch, mlp_ratio=hidden[0] / width, qk_norm=norm in table, **condition,
     )  # fmt: skip
     try:
         check_shapes(model)
     except RecipeError as error:
         raise UserError(f"{where}: {error}") from None
     return model
+
+
+def _text(table: Table, args: Mapping[str, Any], otherwise: Model | None, where: str) -> dict[str, Any]:
+    """What an MMDiT's keys tell of its condition; tokens of a caption from elsewhere where the null is not there."""
+    width, said = _shaped(table, "context_embedder.weight", 2, where)[1], args.get("text_length")
+    length = said if type(said) is int and 1 <= said <= ARCHITECTURE_MOST["text_length"] else CLIP_TOKENS
+    if NULL_CONTEXT in table:
+        length = _shaped(table, NULL_CONTEXT, 3, where)[1]
+    elif otherwise and otherwise.text_length:
+        length = otherwise.text_length
+    return {"network": "mmdit", "text_width": width, "text_length": length, "class_dropout": 0.1}
+
+
+def _labels(table: Table, args: Mapping[str, Any], otherwise: Model | None, where: str) -> dict[str, Any]:
+    """What a SiT's table of labels tells of its classes."""
+    rows = _shaped(table, "y_embedder.embedding_table.weight", 2, where)[0]
+    null = int(_classes(rows, args.get("num_classes"), otherwise, where) != rows)
+    return {"num_classes": rows - null, "class_dropout": 0.1 if null else 0.0}
 
 
 def _classes(rows: int, told: Any, otherwise: Model | None, where: str) -> int:
@@ -111,11 +143,11 @@ def _classes(rows: int, told: Any, otherwise: Model | None, where: str) -> int:
     return rows if rows in (1, told) else rows - 1
 
 
-def _depth(table: Table, where: str) -> int:
+def _depth(table: Table, blocks: str, where: str) -> int:
     """How many blocks the keys name, which must be numbered through; their number is bounded by the keys'."""
-    numbers = {m[1] for key in table if (m := re.match(r"blocks\.([^.]+)\.", key))}
+    numbers = {m[1] for key in table if (m := re.match(rf"{blocks}\.([^.]+)\.", key))}
     if (missing := next((n for n in range(len(numbers)) if str(n) not in numbers), None)) is not None:
-        raise UserError(f"{where}: unknown layout: no key of blocks.{missing}, but {len(numbers)} blocks are named")
+        raise UserError(f"{where}: unknown layout: no key of {blocks}.{missing}, but {len(numbers)} blocks are named")
     if len(numbers) > MOST_BLOCKS:
         raise UserError(f"{where}: {len(numbers)} blocks, at most {MOST_BLOCKS} are read")
     return len(numbers)
@@ -130,23 +162,29 @@ def _shaped(table: Table, key: str, dims: int, where: str) -> tuple[int, ...]:
     return shape
 
 
-def expected_trunk(config: Model, sigma: bool = False) -> dict[str, Tensor]:
-    """Every trunk key with a tensor on the meta device, in the order of the published code's parameters."""
+def expected_trunk(config: Model, sigma: bool = False, null: bool = True) -> dict[str, Tensor]:
+    """Every trunk key with a tensor on the meta device, in the order of the published code's parameters.
+
+    `sigma`: of an official SiT with twice the outputs; without `null`: of an MMDiT as it is published.
+    """
     with torch.device("meta"):
         ours = network(config, kernels.select({}, torch.device("cpu"))).state_dict()
         if sigma:
             for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
                 ours[key] = torch.empty(2 * len(ours[key]), *ours[key].shape[1:])
+    if not null:
+        ours.pop(NULL_CONTEXT, None)
     return {key: ours[key] for key in published_order(ours)}
 
 
 def published_order(keys: Iterable[str]) -> list[str]:
-    """Keys of trunk and heads in the order in which the published code registers its parameters.
+    """Keys of trunk and heads, in our order, in that in which the published code registers its parameters.
 
     That order numbers an optimiser's state. timm's attention has its projection after the norms; heads come before the
-    final layer.
+    final layer in a SiT, after it in an MMDiT.
     """
     keys = list(keys)
+    of_heads = 4 if is_mmdit(keys) else 2
     place = {key: number for number, key in enumerate(keys)}
 
     def rank(key: str) -> tuple[int, int, int, int]:
@@ -154,16 +192,32 @@ def published_order(keys: Iterable[str]) -> list[str]:
         if block:
             part = 1 if block[2] else 0 if ".attn." in key else 2
             return 1, int(block[1]), part, place[key]
-        last = 3 if key.startswith("final_layer.") else 2 if is_head(key) else 0
+        last = 3 if key.startswith("final_layer.") else of_heads if is_head(key) else 0
         return last, int(key.startswith("projectors_final")), 0, place[key]
 
     return sorted(keys, key=rank)
 
 
+def in_published_order(table: Table, config: Model, layout: str) -> dict[str, Tensor]:
+    """A table of trunk and heads, in whatever order, as the published code has it."""
+    keys = published_order((*expected_trunk(config), *_expected_heads(heads(table), config, layout)))
+    return {key: table[key] for key in keys if key in table}
+
+
+def optimised(table: Table) -> dict[str, Tensor]:
+    """What the published code hands to its optimiser: a SiT's positions are a parameter, an MMDiT's a buffer."""
+    return {key: t for key, t in table.items() if not (is_mmdit(table) and key in ("pos_embed", NULL_CONTEXT))}
+
+
 def check_table(table: Table, config: Model, layout: str, where: str) -> None:
-    """UserError listing every missing key, every unexpected one, and every shape or dtype that differs."""
+    """UserError listing every missing key, every unexpected one, and every shape or dtype that differs.
+
+    The empty caption's states may be missing.
+    """
+    if config.network == "mmdit" and layout not in MMDIT_LAYOUTS:
+        raise UserError(f"{where}: an MMDiT, which is no network of {layout}: one of {', '.join(MMDIT_LAYOUTS)}")
     sigma = layout == "sit" and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch_values
-    expected = expected_trunk(config, sigma) | _expected_heads(heads(table), config, layout)
+    expected = expected_trunk(config, sigma, null=NULL_CONTEXT in table) | _expected_heads(heads(table), config, layout)
     match_strictly(expected, table, f"{where} as {layout}", limit=EVERY_KEY)
 
 
@@ -177,6 +231,8 @@ def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tenso
     if layout == "self-transcendence" and found:
         method = VelocityHead if any(key.startswith("projectors_final.") for key in found) else SelfTranscendence
         layers = method(hidden=size("projectors.0.bias", 2048)).head_layers(config)
+        if "projectors_final.adaLN_modulation.1.weight" in found:  # a whole final layer, in the published MMDiT
+            layers += (Layer("projectors_final.adaLN_modulation.1", config.width, 2 * config.width),)
     if layout == "repa":
         for name in sorted({m[0] for key in found if (m := re.match(r"projectors\.\d+(?=\.)", key))}):
             layers += projector(name, config, size(f"{name}.0.bias", 2048), size(f"{name}.4.bias", config.width))

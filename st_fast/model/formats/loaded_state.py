@@ -50,8 +50,13 @@ class LoadedState:
             raise ValueError("exp_avg and exp_avg_sq must have the same keys")
 
 
-TRUNK = ("x_embedder.", "t_embedder.", "y_embedder.", "pos_embed", "blocks.", "final_layer.")
-"""How the keys of a SiT begin."""
+NULL_CONTEXT = "null_context"
+"""The empty caption's states in an MMDiT of ours. Published files lack them: they come from the data."""
+TRUNK = (
+    "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "pos_embed", NULL_CONTEXT, "blocks.",
+    "joint_blocks.", "final_layer.",
+)  # fmt: skip
+"""How the keys of a SiT and of an MMDiT begin."""
 
 
 def is_head(key: str) -> bool:
@@ -65,7 +70,7 @@ def head_name(key: str) -> str:
 
 
 def trunk(table: Table) -> dict[str, Tensor]:
-    """The part of a table that a SiT has."""
+    """The part of a table that the network has."""
     return {key: tensor for key, tensor in table.items() if not is_head(key)}
 
 
