@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint format bench soak mutants docs clean
+.PHONY: help install demo emoji test lint format bench soak mutants docs clean
 
 help:
 	@echo "make demo   trains both stages on handwritten digits and writes runs/digits/report.html"
+	@echo "make emoji  draws emoji from their names, combinations never seen included: runs/emoji/report.html"
 	@echo "make test   runs the whole suite"
 	@echo "make lint   ruff and the type checker"
 	@echo "make bench  measures throughput (pytest bench/): nine minutes on two cores"
@@ -19,11 +20,14 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,vae,repa,ode,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,vae,repa,ode,emoji,dev]'
 	@touch $@
 
 demo: install
 	$(BIN)/python -m st_fast.train recipes/digits.toml
+
+emoji: install
+	$(BIN)/python -m st_fast.train recipes/emoji.toml
 
 # Some tests wait for something: two cores have work for three. Bytecode is kept, as the many processes that are started
 # would each compile the modules again.
