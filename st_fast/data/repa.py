@@ -7,21 +7,18 @@ this layout: `prepare --from-repa` makes shards, which have them and are read fa
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, open_regular, read_bytes, read_exactly, shown
-from st_fast.core.limits import npy_header
+from st_fast.core.files import BadFile, open_regular, read_bytes, shown
 from st_fast.core.records import record_from
-from st_fast.data.ahead import FilesIdentity, RecordSet, nothing
 from st_fast.data.images import SUFFIXES
 from st_fast.data.labels import LABELS_FILE, parse_labels_file, read_labels
-from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo, labels_problem, moments_problem
+from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, labels_problem
+from st_fast.data.npy import NpyRecords, read_npy_header
 from st_fast.data.sources import Source
 
 LATENTS, IMAGES = "vae-sd", "images"
@@ -54,7 +51,7 @@ def is_repa(folder: Path) -> bool:
     return has_layout(folder) and not os.path.lexists(Path(folder) / FILE_NAME)
 
 
-class RepaSet(RecordSet):
+class RepaSet(NpyRecords):
     """The records of a folder in REPA's layout, sorted by file name. Its digest covers names and labels only.
 
     `files` covers the rest: sizes and times of the files from the start, and their content once it was verified.
@@ -93,58 +90,7 @@ class RepaSet(RecordSet):
             )
         except BadFile as error:
             raise BadFile(f"{path}: {error}") from None
-        self._pool = ThreadPoolExecutor(threads, "st_fast repa")
-        self.files = FilesIdentity(self._stat())
-
-    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """Reads records `indices` (n,) into out (n, 2C, H, W) of the set's dtype. `BadFile` names a bad file."""
-        for _ in self._pool.map(self._read_one, np.asarray(indices).tolist(), out):
-            pass
-
-    def verify(self, beat: Callable[[], None] = nothing) -> None:
-        """Reads every file: shape, dtype, NaN, Inf and absurd values; `files` then has the content's hash."""
-        content = hashlib.sha256()
-        for start in range(0, len(self), 1024):
-            beat()
-            moments = self.gather(np.arange(start, min(start + 1024, len(self))))[0].numpy()
-            if problem := moments_problem(moments):
-                raise BadFile(f"{self.folder / LATENTS / self.names[start + problem[0]]}: {problem[1]}")
-            content.update(moments.tobytes())
-        self.files = FilesIdentity(self.files.stat if self.files else "", content.hexdigest())
-
-    def _stat(self) -> str:
-        """SHA-256 of the files' names, sizes and times."""
-        found = hashlib.sha256()
-
-        def look(name: str) -> tuple[int, int]:
-            try:
-                status = (self.folder / LATENTS / name).stat()
-            except OSError as error:
-                raise BadFile(f"{self.folder / LATENTS / name}: {error.strerror}") from None
-            return status.st_size, status.st_mtime_ns
-
-        for name, status in zip(self.names, self._pool.map(look, self.names), strict=True):
-            found.update(f"{name!r} {status}\n".encode())
-        return found.hexdigest()
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _read_one(self, index: int, row: np.ndarray) -> None:
-        path = self.folder / LATENTS / self.names[index]
-        shape, dtype, start, fortran = read_npy_header(path)
-        if (shape, dtype) != (self.manifest.shape, self.manifest.dtype) or fortran:
-            raise BadFile(
-                f"{path}: {dtype} {shape}{' in Fortran order' if fortran else ''}; the first file of the set has "
-                f"{self.manifest.dtype} {self.manifest.shape}"
-            )
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != start + row.nbytes:
-                raise BadFile(f"{path}: {size} bytes, {start + row.nbytes} expected: it was cut off or has a tail")
-            file.seek(start)
-            read_exactly(file, row.reshape(-1).view(np.uint8).data, path)
+        self.open_files(self.folder / LATENTS, threads)
 
 
 def open_repa(folder: Path) -> RepaSet:
@@ -162,18 +108,6 @@ def refuse_unknown_vae(records: RepaSet) -> None:
             f"{records.folder}: latents of {found} channels, and it doesn't say by which VAE; {ASSUMED}, assumed then, "
             f"makes {ASSUMED_CHANNELS}: python -m st_fast.prepare --from-repa {records.folder} OUT --vae VAE names it"
         )
-
-
-def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:
-    """(shape, dtype, first byte of the data, Fortran order) of a .npy file; `BadFile` for anything but float16/32 3-D.
-
-    An array of Python objects is refused by its dtype and never unpickled.
-    """
-    with open_regular(path) as file:
-        shape, dtype, start, fortran = npy_header(file, path)
-    if dtype.name not in DTYPES or dtype.byteorder == ">" or len(shape) != 3 or shape[0] % 2:
-        raise BadFile(f"{path}: {dtype} {shown(shape)}; float16 or float32 (2C, H, W) is needed")
-    return (shape[0], shape[1], shape[2]), dtype.name, start, fortran
 
 
 def _count(folder: Path, suffixes: tuple[str, ...]) -> int:

@@ -18,6 +18,7 @@ from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactl
 from st_fast.core.machine import allow_open_files, usable_cpus
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet, nothing
+from st_fast.data.coco import is_coco, open_coco
 from st_fast.data.manifest import (
     DTYPES,
     Manifest,
@@ -27,6 +28,7 @@ from st_fast.data.manifest import (
     moments_problem,
     read_manifest,
 )
+from st_fast.data.npy import NpyRecords
 from st_fast.data.repa import is_repa, open_repa
 
 COLUMNS = {"labels": ("I64", np.int64), "crc32": ("U32", np.uint32)}
@@ -155,13 +157,13 @@ class ShardSet(CheckedRows, RecordSet):
 def open_data(
     folder: Path, verify: bool = True, at_least: int = 1, say: Say | None = None, beat: Callable[[], None] = nothing
 ) -> RecordSet:
-    """The records of a folder of shards, or of a folder in REPA's layout, read in place.
+    """The records of a folder of shards, or of a folder in REPA's or U-ViT's layout, read in place.
 
     Manifest, sizes, headers and labels are checked; each mistake is one `BadFile` line. verify: also reads everything
     once, checking SHA-256, NaN, Inf and absurd values. Without it each record of a shard is still checked against its
     CRC whenever it is read. at_least: the records needed, one global batch. beat: called as verifying makes progress.
     """
-    records = open_repa(folder) if is_repa(folder) else ShardSet(folder, read_manifest(folder))
+    records = _in_place(folder) or ShardSet(folder, read_manifest(folder))
     if len(records) < max(1, at_least):
         need = f"the global batch needs {at_least} (--optim.batch_size)" if len(records) else "nothing to train on"
         raise BadFile(f"data.path = {str(folder)!r}: {len(records)} records, {need}")
@@ -169,11 +171,19 @@ def open_data(
         records.verify(beat)
         if say:
             shards = len(records.manifest.shards)
-            where = counted(shards, "shard") if shards else "REPA's layout"
+            where = counted(shards, "shard") if shards else records.manifest.source.partition(",")[0]
             say(f"data: {len(records):,} records in {where} verified")
     return records
 
 
+def _in_place(folder: Path) -> NpyRecords | None:
+    """The records of a folder in another project's layout."""
+    if is_repa(folder):
+        return open_repa(folder)
+    return open_coco(folder) if is_coco(folder) else None
+
+
 def read_any_manifest(folder: Path) -> Manifest:
-    """The manifest of a data folder of either layout; no latent is read."""
-    return open_repa(folder).manifest if is_repa(folder) else read_manifest(folder)
+    """The manifest of a data folder of any layout; of ours, no latent is read."""
+    records = _in_place(folder)
+    return records.manifest if records else read_manifest(folder)

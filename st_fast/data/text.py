@@ -8,6 +8,7 @@ manifest.json names the encoder, the hash of its weights and the digest of the l
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_bytes, sha256_file, shown
 from st_fast.data.ahead import RecordSet
 from st_fast.data.captions import CAPTION_MOST as CAPTION_MOST
+from st_fast.data.coco import ENCODER, CocoSet, is_coco
 from st_fast.data.manifest import FILE_NAME, ShardedSet, ShardEntry, parse_manifest
 from st_fast.data.shards import CheckedRows
 
@@ -33,7 +35,7 @@ class TextManifest(ShardedSet):
 
     encoder: str
     hash: str
-    """SHA-256 of the encoder's weights."""
+    """SHA-256 of the encoder's weights; "" where the states came without it."""
     shape: tuple[int, int, int]
     """(1, L, W): tokens of a caption, and the encoder's width."""
     mask: bool
@@ -101,6 +103,40 @@ class TextSet(CheckedRows):
                 raise BadFile(f"{self.folder / shard.file}: its SHA-256 isn't the manifest's: it was changed")
 
 
+class CocoText(TextSet):
+    """The states of captions in U-ViT's layout, which lie in a file each; whole arrays, without CRCs."""
+
+    def __init__(self, records: CocoSet, threads: int = 8) -> None:
+        self.folder, self.records = records.folder, records
+        self.manifest = _coco_manifest(records)
+        self.counts, self.first, self.labels = records.counts, records.first, np.arange(self.manifest.count)
+        self._pool = ThreadPoolExecutor(threads, "st_fast text")
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Reads rows `indices` (n,) into out (n, 1, L, W) of the files' dtype. `BadFile` names a bad file."""
+        for _ in self._pool.map(self.records.read_states, np.asarray(indices).tolist(), out[:, 0]):
+            pass
+
+    def verify(self) -> None:
+        """Reads every file: shape, dtype, NaN and Inf."""
+        for start in range(0, len(self), 256):
+            self.states(np.arange(start, min(start + 256, len(self))))
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _coco_manifest(records: CocoSet) -> TextManifest:
+    (length, width), dtype = records.states_layout()
+    captions = hashlib.sha256(captions_bytes(records.captions())).hexdigest()
+    shape, count = (1, length, width), 1 + int(records.counts.sum())
+    return TextManifest(ENCODER, "", shape, False, captions, records.digest, count, dtype)
+
+
 def captions_bytes(captions: Sequence[Sequence[str]]) -> bytes:
     """The content of captions.jsonl."""
     return b"".join(json.dumps(list(line), ensure_ascii=False).encode() + b"\n" for line in captions)
@@ -109,7 +145,7 @@ def captions_bytes(captions: Sequence[Sequence[str]]) -> bytes:
 def read_captions(data: Path) -> tuple[list[list[str]], str]:
     """The captions of each image, and the SHA-256 of captions.jsonl. `BadFile` names the first line that is none."""
     path = data / CAPTIONS
-    content, lines = read_bytes(path), []
+    content, lines = captions_bytes(CocoSet(data).captions()) if is_coco(data) else read_bytes(path), []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             found = json.loads(line)
@@ -140,8 +176,15 @@ def encoder_of(data: Path, encoder: str) -> str:
     return found[0]
 
 
+def _lies_in_place(data: Path, encoder: str) -> bool:
+    """Whether an encoder's states are those of U-ViT's layout."""
+    return is_coco(data) and Path(encoder or ENCODER).name == Path(ENCODER).name
+
+
 def read_text_manifest(data: Path, encoder: str) -> TextManifest:
     """The manifest of an encoder's states ("": of the only one); touches no shard."""
+    if _lies_in_place(data, encoder):
+        return _coco_manifest(CocoSet(data))
     encoder = encoder_of(data, encoder)
     folder = text_folder(data, encoder)
     if not (folder / FILE_NAME).is_file():
@@ -157,6 +200,8 @@ def open_text(data: Path, encoder: str, records: RecordSet) -> TextSet:
 
     UserError if there are none, `BadFile` if they are of other latents or captions.
     """
+    if _lies_in_place(data, encoder):
+        return CocoText(records if isinstance(records, CocoSet) else CocoSet(data))
     manifest = read_text_manifest(data, encoder)
     folder = text_folder(data, encoder_of(data, encoder))
     captions, digest = read_captions(data)

@@ -132,8 +132,13 @@ def _from_pretrained(transformers: Any, path: str, kind: str) -> tuple[Any, list
 
 
 def check_encoder(encoder: TextEncoder, wanted: str, hash: str) -> None:
-    """UserError unless the encoder is the one, by the hash of its weights, that made the states of a data folder."""
-    if encoder.hash != hash:
+    """UserError unless the encoder is the one, by the hash of its weights, that made the states of a data folder.
+
+    Where states came without a hash ("") the encoder's name, or its folder's, must be the same.
+    """
+    if not hash and Path(encoder.name).name != Path(wanted).name:
+        raise UserError(f"encoder {encoder.name!r}: the training's captions were encoded by {shown(wanted)}")
+    if hash and encoder.hash != hash:
         raise UserError(
             f"encoder {encoder.name!r}: other weights (SHA-256 {encoder.hash[:12]}) than those that encoded the "
             f"training's captions ({shown(wanted)}, {hash[:12]})"

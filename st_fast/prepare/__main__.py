@@ -6,6 +6,7 @@
     python -m st_fast.prepare --features ENCODER IMAGES OUT   features of IMAGES beside OUT's latents, for REPA
     python -m st_fast.prepare --text ENCODER OUT        states of OUT's captions, for text to image
     python -m st_fast.prepare --from-repa DIR OUT       REPA's vae-sd/*.npy → shards
+    python -m st_fast.prepare --from-coco DIR OUT       U-ViT's coco256_features → shards, of latents and of text states
     python -m st_fast.prepare --to-repa OUT DIR         shards → REPA's vae-sd/*.npy
 
 IMAGES: a folder, zip or tar with one folder a class; webdataset tars; a Hugging Face `save_to_disk` folder; or images
@@ -46,6 +47,7 @@ USES = {
     "features": (*COMPUTE, "subset", "size", "batch_size", "dry_run"),
     "text": (*COMPUTE, "text_length", "text_mask", "batch_size", "dry_run"),
     "from_repa": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run"),
+    "from_coco": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run"),
     "to_repa": ("dry_run",),
 }
 """The options that mean something in a mode; to encode images all of them but TEXT_ONLY do."""
@@ -58,7 +60,7 @@ def parser() -> Parser:
     add = parse.add_argument
     add("paths", nargs="+", type=path, metavar="PATH", help="as above")
     mode = parse.add_mutually_exclusive_group()
-    for name in ("verify", "stats", "from-repa", "to-repa"):
+    for name in ("verify", "stats", "from-repa", "from-coco", "to-repa"):
         mode.add_argument(f"--{name}", action="store_true", help="as above")
     mode.add_argument("--features", metavar="ENCODER", type=given, help=FEATURES_HELP)
     mode.add_argument("--text", metavar="ENCODER", type=given, help=TEXT_HELP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from tqdm import tqdm
 
 from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import printable, read_json
+from st_fast.core.machine import rank_count
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet
 from st_fast.data.captions import coco_captions, read_source_captions
+from st_fast.data.coco import CocoSet, is_coco
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
 from st_fast.data.repa import ASSUMED, RepaSet, refuse_unknown_vae
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
 from st_fast.data.text import FOLDER as TEXT
-from st_fast.data.text import open_text, read_captions, text_folder
+from st_fast.data.text import CocoText, open_text, read_captions, text_folder
 from st_fast.model.encoders import load_encoder
 from st_fast.model.text_encoders import load_text_encoder
 from st_fast.model.vae import (
@@ -45,7 +48,7 @@ from st_fast.prepare.job import (
     run_job,
 )
 from st_fast.prepare.repa import RepaProducer, check_target, write_repa
-from st_fast.prepare.text import keep_captions, write_text
+from st_fast.prepare.text import keep_captions, write_captions, write_states, write_text
 from st_fast.prepare.text import template as text_template
 from st_fast.prepare.vaes import VAE_FOLDER, check_small, compute, copy_vae, given_vae, keep_vae, the_vae
 from st_fast.sample.model import decoder
@@ -60,8 +63,9 @@ def verify(args: argparse.Namespace) -> None:
         features.verify()
         print(f"features: {printable(features.manifest.encoder)} of {features.manifest.count:,} records verified")
         features.close()
-    for folder in sorted((args.paths[0] / TEXT).glob("*/")):
-        text = open_text(args.paths[0], folder.name, records)
+    encoders = [folder.name for folder in sorted((args.paths[0] / TEXT).glob("*/"))] + [""] * is_coco(args.paths[0])
+    for encoder in encoders:
+        text = open_text(args.paths[0], encoder, records)
         text.verify()
         print(f"text: {printable(text.manifest.encoder)} of {text.manifest.count - 1:,} captions verified")
         text.close()
@@ -153,25 +157,54 @@ def text(args: argparse.Namespace) -> None:
 
 
 def from_repa(args: argparse.Namespace) -> None:
-    """REPA's layout → shards. Another VAE than the published latents' is asked for its scale, and kept beside them.
+    """REPA's layout → shards.
 
     Where the folder says what made its latents, that is kept, and `--vae` may only name the same.
     """
-    records, out = RepaSet(args.paths[0]), args.paths[1]
+    records = RepaSet(args.paths[0])
     if args.vae == ASSUMED:
         refuse_unknown_vae(records)
-    vae, scale, info = None, records.manifest.scale, records.manifest.vae
+    copy_latents(args, records, "REPA's layout")
+
+
+def from_coco(args: argparse.Namespace) -> None:
+    """U-ViT's layout → shards of latents as (mean, std), captions.jsonl, and shards of the captions' states."""
+    if rank_count() > 1:
+        raise UserError("--from-coco: files are copied, by one process: run this without torchrun")
+    if not is_coco(args.paths[0]):
+        raise UserError(
+            f"{args.paths[0]}: not U-ViT's layout: 0.npy and 0_0.npy are needed, as in coco256_features/train"
+        )
+    records, out = CocoSet(args.paths[0]), args.paths[1]
+    captions, stored = records.captions(), CocoText(records)
+    print(
+        f"{records.folder}: {len(records):,} images, (mean, {records.kind}); states of {stored.manifest.count - 1:,} "
+        f"captions, {'with' if any(map(any, captions)) else 'without'} their words"
+    )
+    copy_latents(args, records, "U-ViT's layout")
+    if not args.dry_run:
+        write_captions(out, captions)
+        planned = replace(stored.manifest, latents=read_manifest(out).digest, dtype="float16")
+        with progress("converting", planned.count, "caption") as shown:
+            write_states(out, planned, stored.states, progress=shown.update)
+    stored.close()
+    records.close()
+
+
+def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: str) -> None:
+    """Another project's latents → shards. Another VAE than theirs is asked for its scale, and kept beside them."""
+    out, vae, scale, info = args.paths[1], None, records.manifest.scale, records.manifest.vae
     if args.vae not in (ASSUMED, info.name):
         if args.vae in ("small", *PIXELS):
-            raise UserError(f"--vae {args.vae}: latents in REPA's layout were made by an AutoencoderKL; name it")
+            raise UserError(f"--vae {args.vae}: latents in {layout} were made by an AutoencoderKL; name it")
         told, (vae, info) = info, given_vae(args)
         if records.origin is not None and told.hash not in ("", info.hash):
             raise UserError(f"--vae {args.vae}: other weights than those of {told.name}, which {records.folder} names")
         if vae.config.latent_channels != records.manifest.channels:
             found = f"{vae.config.latent_channels} channels, the latents have {records.manifest.channels}"
             raise UserError(f"--vae {args.vae}: {found}")
-        if vae_shift(vae) and records.origin is None:  # REPA's means are as the VAE gives them, ours without the shift
-            raise UserError(f"--vae {args.vae}: has a shift_factor, which REPA's layout has no place for")
+        if vae_shift(vae) and records.origin is None:  # their means are as the VAE gives them, ours without the shift
+            raise UserError(f"--vae {args.vae}: has a shift_factor, which {layout} has no place for")
         scale = vae_scale(vae)
     producer = RepaProducer(records, args.dtype, args.shard_size, info, scale)
     if (out / FILE_NAME).is_file():

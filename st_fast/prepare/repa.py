@@ -15,14 +15,15 @@ from st_fast.core.writing import whole_file
 from st_fast.data.ahead import RecordSet
 from st_fast.data.labels import LABELS_FILE
 from st_fast.data.manifest import FILE_NAME, VaeInfo
-from st_fast.data.repa import LATENTS, OURS, Origin, RepaSet, has_layout
+from st_fast.data.npy import NpyRecords
+from st_fast.data.repa import LATENTS, OURS, Origin, has_layout
 from st_fast.prepare.job import Produced, Progress
 
 
 class RepaProducer:
-    """Shards out of REPA's layout (see `job.Producer`)."""
+    """Shards out of another project's layout (see `job.Producer`)."""
 
-    def __init__(self, records: RepaSet, dtype: str, shard_size: int, vae: VaeInfo, scale: float) -> None:
+    def __init__(self, records: NpyRecords, dtype: str, shard_size: int, vae: VaeInfo, scale: float) -> None:
         self.records, self.shard_size, self.shards = records, shard_size, -(-len(records) // shard_size)
         self.template = replace(records.manifest, count=0, dtype=dtype, vae=vae, scale=scale)
         self.left_out: Mapping[str, str] = {}

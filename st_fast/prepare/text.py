@@ -1,10 +1,11 @@
 """States of captions, written beside the latents that they describe."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import make_folder, read_bytes, read_json, write_atomic, write_json_atomic
@@ -58,30 +59,43 @@ def write_text(
     if (images := len(records) // (1 + records.manifest.flip)) != len(captions):
         raise UserError(f"{data / CAPTIONS}: captions of {len(captions)} images, the latents are of {images}")
     texts = ["", *(text for line in captions for text in line)]
-    planned, folder = template(encoder, records, digest, len(texts)), text_folder(data, encoder.name)
+    cut = 0
+
+    def encode(rows: np.ndarray) -> Tensor:
+        nonlocal cut
+        some = [texts[row] for row in rows]
+        cut += sum(tokens > encoder.length for tokens in encoder.tokens(some))
+        return encoder(some)
+
+    write_states(data, template(encoder, records, digest, len(texts)), encode, batch, share, progress)
+    if cut:
+        say(f"{counted(cut, 'caption')} of more than {encoder.length} tokens, cut")
+
+
+def write_states(
+    data: Path, planned: TextManifest, states_of: Callable[[np.ndarray], Tensor], batch: int = 32,
+    share: slice = slice(None), progress: Progress = lambda rows: None,
+) -> None:  # fmt: skip
+    """`write_text` for states (n, L, W) of rows (n,) that come from anywhere."""
+    folder = text_folder(data, planned.encoder)
     make_folder(folder)
     job = asdict(planned) | {"shape": list(planned.shape), "shards": []}
     check_begun(folder, job, "remove the folder to write them anew")
     rows = max(1, SHARD_BYTES // planned.record_bytes)
-    parts = [np.arange(start, min(start + rows, len(texts))) for start in range(0, len(texts), rows)]
+    parts = [np.arange(start, min(start + rows, planned.count)) for start in range(0, planned.count, rows)]
     notes = [folder / f"text-{number:05d}.json" for number in range(len(parts))]
-    cut = 0
     for part, note in list(zip(parts, notes, strict=True))[share]:
         if note.is_file():
             progress(len(part))
             continue
         found = []
         for start in range(0, len(part), batch):
-            some = [texts[row] for row in part[start : start + batch]]
-            cut += sum(tokens > encoder.length for tokens in encoder.tokens(some))
-            found.append(encoder(some).cpu().half().numpy())
+            found.append(states_of(part[start : start + batch]).cpu().half().numpy())
             if not np.isfinite(found[-1]).all():
-                raise UserError(f"encoder {encoder.name}: states that float16 can't hold (NaN, Inf or above 65504)")
-            progress(len(some))
+                raise UserError(f"encoder {planned.encoder}: states that float16 can't hold (NaN, Inf or above 65504)")
+            progress(len(found[-1]))
         states = np.concatenate(found)[:, None]
         tensors = {"states": states, "crc32": record_crcs(states, part)}
         write_json_atomic(note, asdict(write_tensors(note.with_suffix(".safetensors"), tensors)))
-    if cut:
-        say(f"{counted(cut, 'caption')} of more than {encoder.length} tokens, cut")
     if all(note.is_file() for note in notes):
         write_manifest(folder, replace(planned, shards=tuple(ShardEntry(**read_json(note)) for note in notes)))

@@ -1,0 +1,162 @@
+"""U-ViT's folders of COCO, read in place: moments and the states of captions as numbered .npy files.
+
+`{i}.npy` holds the moments (2C, H, W) of image i, `{i}_{k}.npy` the states (L, W) of its caption k by CLIP, line k of
+`{i}.txt` that caption, where there are such files, and empty_context.npy, in the folder or above it, the states of the
+empty caption (arXiv 2209.12152, scripts/extract_*). REPA's and Self-Transcendence's scripts write the same names, but
+U-ViT's and REPA's moments are (mean, log-variance), Self-Transcendence's (mean, std): the sign tells them apart.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from st_fast.core.files import BadFile, open_regular, read_bytes, shown
+from st_fast.core.limits import npy_header
+from st_fast.data.captions import cleaned
+from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo
+from st_fast.data.npy import NpyRecords, read_npy_header, read_npy_into
+
+ENCODER = "openai/clip-vit-large-patch14"
+"""Whose states these are, with all 77 tokens and without attention mask."""
+VAE, SCALE = "sd-vae-ft-ema", 0.18215
+"""What REPA and Self-Transcendence decode these latents with; U-ViT's own scale for COCO is 0.23010."""
+EMPTY = "empty_context.npy"
+STD, LOG_VARIANCE = "std", "log-variance"
+LOWEST, HIGHEST = -100.0, 50.0
+"""What a log-variance may be before it is clamped; outside of it the second half is neither."""
+CLAMP = (-30.0, 20.0)
+"""The bounds of a log-variance in Stable Diffusion's VAE."""
+SAMPLED = 64
+"""Files of which all must be of one kind when a folder is opened; later each is looked at when it is read."""
+
+
+def is_coco(folder: Path) -> bool:
+    """Whether a folder of latents is read as U-ViT's layout; a manifest of ours beside it is what counts."""
+    return all((Path(folder) / f"{name}.npy").is_file() for name in ("0", "0_0")) and not os.path.lexists(
+        Path(folder) / FILE_NAME
+    )
+
+
+class CocoSet(NpyRecords):
+    """The records of a folder in U-ViT's layout, by number, always as (mean, std). They are of one class.
+
+    The digest covers the numbers of images and captions; `files` the sizes and times of the moments' files.
+    """
+
+    origin = None
+    """Nothing in the layout says what made the latents."""
+
+    def __init__(self, folder: Path, threads: int = 8) -> None:
+        self.folder = Path(folder)
+        self.counts = self._counts()
+        """(records,) int64: captions of each image."""
+        self.first = 1 + np.cumsum(self.counts) - self.counts
+        """(records,) int64: the row of each image's first caption; row 0 is the empty caption."""
+        self.names, self.labels = [f"{i}.npy" for i in range(len(self.counts))], np.zeros(len(self.counts), np.int64)
+        shape, dtype = read_npy_header(self.folder / "0.npy")[:2]
+        digest = hashlib.sha256(self.counts.tobytes()).hexdigest()
+        self.manifest = Manifest(
+            len(self.counts), shape, dtype, SCALE, VaeInfo(VAE), f"U-ViT's layout, captions' numbers {digest}", 1
+        )
+        self.open_files(self.folder, threads)
+        self.kind, row = STD, np.empty(shape, dtype)
+        """What the files have beside the mean, STD or LOG_VARIANCE."""
+        for at, index in enumerate(np.unique(np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int))):
+            super()._read_one(int(index), row)
+            self.kind = kind_of(row, self.folder / self.names[index]) if not at else self._same_kind(int(index), row)
+
+    def _counts(self) -> np.ndarray:
+        """(records,) captions of each image; `BadFile` names the first file that is missing in the numbering."""
+        found: dict[int, set[int]] = {}
+        images = set[int]()
+        for name in os.listdir(self.folder):
+            if match := re.fullmatch(r"(0|[1-9]\d{0,8})(?:_(0|[1-9]\d{0,4}))?\.npy", name):
+                image = int(match[1])
+                if match[2] is None:
+                    images.add(image)
+                else:
+                    found.setdefault(image, set()).add(int(match[2]))
+        count = 1 + max(images | set(found), default=-1)
+        for image in range(count):
+            captions = found.get(image, set())
+            if image not in images:
+                raise BadFile(f"{self.folder / f'{image}.npy'}: missing, with {len(images)} images in the folder")
+            if len(captions) != 1 + max(captions, default=0):
+                lacks = next(k for k in range(len(captions) + 1) if k not in captions)
+                raise BadFile(
+                    f"{self.folder / f'{image}_{lacks}.npy'}: missing, the states of a caption of {image}.npy"
+                )
+        return np.array([len(found[image]) for image in range(count)], np.int64)
+
+    def _same_kind(self, index: int, row: np.ndarray) -> str:
+        kind = kind_of(row, path := self.folder / self.names[index])
+        if kind != self.kind:
+            raise BadFile(f"{path}: (mean, {kind}), but 0.npy is (mean, {self.kind}): files of two kinds in one folder")
+        return kind
+
+    def _read_one(self, index: int, row: np.ndarray) -> None:
+        """Reads one record into row (2C, H, W), as (mean, std)."""
+        super()._read_one(index, row)
+        self._same_kind(index, row)
+        if self.kind == LOG_VARIANCE:
+            half = row[len(row) // 2 :]
+            half[:] = np.exp(0.5 * np.clip(half.astype(np.float32), *CLAMP))
+
+    def captions(self) -> list[list[str]]:
+        """The captions of each image; empty ones where there are no .txt files. `BadFile` where one lacks lines."""
+        if not (self.folder / "0.txt").is_file():
+            return [[""] * count for count in self.counts.tolist()]
+        lines = []
+        for image, count in enumerate(self.counts.tolist()):
+            content = read_bytes(path := self.folder / f"{image}.txt").splitlines()
+            if len(content) != count:
+                raise BadFile(f"{path}: {len(content)} lines, but there are states of {count} captions")
+            lines.append([" ".join(cleaned(line.decode("utf-8", "replace"))) for line in content])
+        return lines
+
+    def state_file(self, row: int) -> Path:
+        """Where the states of caption number `row` lie."""
+        if not row:
+            return self.folder / EMPTY if (self.folder / EMPTY).is_file() else self.folder.parent / EMPTY
+        image = int(np.searchsorted(self.first, row, side="right")) - 1
+        return self.folder / f"{image}_{row - int(self.first[image])}.npy"
+
+    def states_layout(self) -> tuple[tuple[int, int], str]:
+        """((L, W), dtype) of the empty caption's states; `BadFile` where these are missing, or no such array."""
+        path = self.state_file(0)
+        with open_regular(path) as file:
+            found = npy_header(file, path)
+        if found.dtype.name not in DTYPES or len(found.shape) != 2 or not all(found.shape):
+            raise BadFile(f"{path}: {found.dtype} {shown(found.shape)}; float16 or float32 (L, W) is needed")
+        return (found.shape[0], found.shape[1]), found.dtype.name
+
+    def read_states(self, row: int, out: np.ndarray) -> None:
+        """Reads the states of caption number `row` into out (L, W); `BadFile` names a bad file."""
+        read_npy_into(path := self.state_file(row), out.shape, out.dtype.name, out)
+        if not np.isfinite(out).all():
+            raise BadFile(f"{path}: NaN or Inf")
+
+
+def kind_of(moments: np.ndarray, path: Path) -> str:
+    """STD or LOG_VARIANCE, by sign and range of the second half of (2C, H, W); `BadFile` where it can be neither."""
+    second = moments[len(moments) // 2 :]
+    low, high = float(second.min()), float(second.max())
+    if low >= 0:
+        return STD
+    if low >= LOWEST and high <= HIGHEST:
+        return LOG_VARIANCE
+    raise BadFile(f"{path}: beside the mean it has {low:.3g} to {high:.3g}: neither std (0 or more) nor log-variance")
+
+
+def open_coco(folder: Path) -> CocoSet:
+    """The records of a folder in U-ViT's layout. `BadFile`, with the remedy, where the files have the log-variance."""
+    records = CocoSet(folder)
+    if records.kind == LOG_VARIANCE:
+        raise BadFile(
+            f"{folder}: (mean, log-variance) found, as U-ViT's and REPA's scripts write it; (mean, std) is needed: "
+            f"python -m st_fast.prepare --from-coco {folder} OUT converts it"
+        )
+    return records
