@@ -132,8 +132,9 @@ def test_written_states_are_the_encoders_and_interrupted_or_shared_writing_ends_
         open_text(sets[1], "bert", open_data(sets[1]))
     text_module.write_text(sets[1], open_data(sets[1]), encoder, told.append, batch=3)
     assert sorted(calls) == sorted([shard.file for shard in manifest.shards] + [manifest.shards[1].file])
-    for rank in (1, 0):
+    for rank, last in ((1, False), (0, True)):
         text_module.write_text(sets[2], open_data(sets[2]), encoder, told.append, batch=3, share=slice(rank, None, 2))
+        assert (text_folder(sets[2], "bert") / "manifest.json").is_file() == last
     assert files(sets[0]) == files(sets[1]) == files(sets[2])
     other = load_text_encoder(str(tmp_path / "bert"), CPU, torch.float32, 6)
     with pytest.raises(UserError, match=r"begun with .*\(now "):

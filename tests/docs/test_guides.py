@@ -204,7 +204,9 @@ def test_the_kernels_page_lifts_a_folder_that_then_has_the_right_gradients(tmp_p
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("command", "page"), [("convert", "convert.md"), ("real-images", "data.md")])
+@pytest.mark.parametrize(
+    ("command", "page"), [("convert", "convert.md"), ("real-images", "data.md"), ("prepare", "data.md")]
+)
 def test_a_page_has_every_option_of_its_command(command: str, page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     options = {option for action in module_of(command).parser()._actions for option in action.option_strings}
