@@ -23,22 +23,21 @@ from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_atomic, write_folder
 from st_fast.core.writing import save_pretrained
 from st_fast.data.features import features_folder
-from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, read_manifest
+from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo
 from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import RealImages, read_images
 from st_fast.model.encoders import input_side, load_encoder, preprocess, quiet_transformers
 from st_fast.model.vae import VAE, decode, encode_moments, vae_hash
 from st_fast.prepare.features import KeptImages, write_features
+from st_fast.prepare.first_use import must_be_made, save_reconstructions
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe.schema import Recipe
-from st_fast.sample.previews import grid, save_png
 
 SIZE = 32
 TEST = 360
 VAE_CONFIG = SmallVae(widths=(8, 16, 32), steps=400)
 """f = 4, so 32×32 images have 4×8×8 latents; 0.16 M parameters."""
-PICTURE = "reconstructions.png"
 ENCODER = "digits-encoder"
 """The encoder's name in recipes; it lies in the digits' folder under this name."""
 EPOCHS, BATCH, SEED, PATCH = 20, 64, 0, 7
@@ -69,13 +68,8 @@ def prepare_digits(folder: Path, say: Say) -> None:
     Written aside and renamed, so no reader ever sees half of it. UserError for a place that holds anything else.
     """
     folder = folder.resolve()  # what a link leads to is replaced, never the link
-    if _complete(folder):
+    if not must_be_made(folder, "digits", lambda: _complete(folder)):
         return
-    if not _may_be_replaced(folder):
-        raise UserError(
-            f"data.path = {str(folder)!r}: holds something else than the digits, which data.source = 'digits' would "
-            "make there; name another folder, or data.source = 'shards' to train on what is there"
-        )
     say(f"digits: training a small VAE and encoding 1,437 digits into {folder} (once, about a minute)")
     images = load_images()
     vae = train_vae(torch.from_numpy(images["train"])[:, None], VAE_CONFIG)
@@ -93,8 +87,6 @@ def _write(folder: Path, images: dict[str, np.ndarray], vae: VAE) -> float:
     save_pretrained(vae, folder / "vae")
     write_atomic(folder / "images.safetensors", to_safetensors(images))
     again = decode(vae, encode_moments(vae, test).chunk(2, dim=1)[0] * scale, scale)
-    rows = zip(test[:40].split(10), again[:40].split(10), strict=True)  # images above their reconstructions
-    save_png(grid(torch.cat([torch.cat(pair) for pair in rows]), 10), folder / PICTURE)
     manifest = Manifest(
         count=0,
         shape=(8, SIZE // 4, SIZE // 4),
@@ -106,17 +98,7 @@ def _write(folder: Path, images: dict[str, np.ndarray], vae: VAE) -> float:
         class_names=tuple("0123456789"),
     )
     write_shards(folder, [(moments, torch.from_numpy(images["train_labels"]))], manifest)
-    return float((again.float() - test.float()).square().mean().sqrt())
-
-
-def _may_be_replaced(folder: Path) -> bool:
-    """Whether there is nothing, or a digits folder, damaged or not."""
-    if not folder.is_dir():
-        return not folder.exists()
-    try:
-        return read_manifest(folder).vae.name == "digits"
-    except UserError:  # a damaged one: pictures of this name are made here only
-        return (folder / PICTURE).is_file() or not any(folder.iterdir())
+    return save_reconstructions(folder, test, again)
 
 
 def _complete(folder: Path) -> bool:

