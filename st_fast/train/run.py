@@ -26,7 +26,7 @@ from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import stored
 from st_fast.model.compiling import keep_compiled, swept
 from st_fast.model.fp8 import check_fp8
-from st_fast.prepare import digits
+from st_fast.prepare import digits, emoji
 from st_fast.recipe import Recipe, Stage, cost, to_toml
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.check import check_device
@@ -82,9 +82,8 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             changes = Changes(accept_changes, log)
             ranks.broadcast_from_rank0(lambda: check_recipe(recipe, changes))
             ranks.heartbeat.beat("prepare" if ranks.first else "agree")
-            if ranks.first and recipe.data.source == "digits":
-                digits.prepare_digits(Path(recipe.data.path), log.say)
-                digits.prepare_features(recipe, log.say)
+            if ranks.first:
+                make_on_first_use(recipe, log.say)
             ranks.barrier()
             shards = open_agreed_data(recipe, ranks, log.say)
             classes = shards.manifest.num_classes
@@ -149,6 +148,15 @@ def met(recipe: Recipe, hang_timeout: float, ranks: Ranks) -> Iterator[None]:
     with watched(ranks, hang_timeout):
         agree(ranks, RECIPE, lambda: of_recipe(recipe), JOINING)
         yield
+
+
+def make_on_first_use(recipe: Recipe, say: Say) -> None:
+    """Makes the data that `data.source` names, where it is not there yet."""
+    if recipe.data.source == "digits":
+        digits.prepare_digits(Path(recipe.data.path), say)
+        digits.prepare_features(recipe, say)
+    elif recipe.data.source == "emoji":
+        emoji.prepare_emoji(Path(recipe.data.path), say)
 
 
 def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:
