@@ -73,7 +73,9 @@ class Captions:
 
     def open(self, device: torch.device, say: Say) -> None:
         """Reads as latents are read."""
-        self._loader = make_loader(self._name, self._texts, device, say)
+        self._loader = make_loader(
+            self._name, self._texts, device, lambda line: say(line.replace("data:", "captions:", 1))
+        )
 
     def rows(self, visit: Visit) -> np.ndarray:
         """(n,) the rows of the text set that a visit sees: the same for the same seed and ordinals."""
