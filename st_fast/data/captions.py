@@ -9,6 +9,8 @@ from typing import Any
 
 from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import FREE_BYTES, BadFile, parse_json, read_bytes, shown
+from st_fast.core.machine import rank
+from st_fast.core.progress import bar
 from st_fast.data.archives import Files
 from st_fast.data.labels import JSON_FACTOR, small
 
@@ -43,7 +45,7 @@ def captions_beside(files: Files, images: Sequence[str]) -> Captions:
                 found: Any = [line.decode("utf-8-sig", "replace") for line in data.splitlines()]
             else:
                 table = parse_json(data, Path(f"{files.where}: {shown(name)}"))
-                found = next((table[key] for key in KEYS if key in table), None)
+                found = next((captions for key in KEYS if (captions := cleaned(table.get(key)))), ())
             if captions := cleaned(found):
                 return captions
         return ()
@@ -87,7 +89,7 @@ def read_source_captions(
 ) -> list[Sequence[str]]:
     """The captions of all images; one without gets the empty caption. UserError where these are more than `max_bad`."""
     lines, missing = list[Sequence[str]](), dict[str, str]()
-    for number, name in enumerate(names):
+    for number, name in enumerate(bar(names, "reading captions", len(names), "image", hidden=rank() != 0)):
         try:
             found, why = captions(number), "none found"
         except (OSError, BadFile) as error:

@@ -37,7 +37,11 @@ def test_captions_beside_images_in_any_packing(form: str, packing: str, tmp_path
         if form == "txt":
             (folder / f"{name}.txt").write_bytes("\r\n".join(["", *lines]).encode("utf-8-sig"))
         else:
-            keys = {"caption": lines} if form == "json" else {"text": lines if len(lines) > 1 else lines[0], "url": 1}
+            keys = (
+                {"caption": lines}
+                if form == "json"
+                else {"caption": None, "text": lines if lines[1:] else lines[0], "url": 1}
+            )
             (folder / f"{3 - number}.json").write_text(json.dumps(keys))
     path = folder
     if packing == "shards":
