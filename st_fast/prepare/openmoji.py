@@ -7,8 +7,8 @@ have (firefighter, running, …), one combination of skin tone and gender is hel
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -36,6 +36,8 @@ POINTS, TOP = 198, 2
 """Size of the font at which an emoji is drawn before it is reduced, and pixels that centre the drawings vertically."""
 APPLE = "\U0001f34e"
 """Its width is that of every emoji of the font; a longer sequence is one that the font draws in parts."""
+ALIKE, TOLD_APART = 1.5, 20.0
+"""Root mean square differences of 255: below the first two pictures are one, from the second two are told apart."""
 SEED = 0
 """Of the choice of what is held out."""
 
@@ -44,8 +46,8 @@ SEED = 0
 class Attributes:
     """What a picture shows of a person. `tone` and `gender` are "none" where Unicode names none.
 
-    `role` is "none" for everything but people that are drawn as women and men in all five tones. "walking" and
-    "walking facing right" are one role, so that what is held out of it is held out in both.
+    `role` and `gender` are "none" for everything but people in roles that can be told apart (`told_apart`). "with white
+    cane" and "with white cane facing right" are one role, so that what is held out of it is held out in both.
     """
 
     tone: str
@@ -73,8 +75,9 @@ class Emoji:
 def load_emoji(size: int = 32) -> Emoji:
     """Every emoji that the font draws as one glyph, on white, size × size; the same pictures each time.
 
-    One picture stands for all names under which the font draws it. Left out and counted: what the font lacks, and
-    sequences of two different skin tones. UserError where a package is missing or Pillow can't shape sequences.
+    One picture stands for all names under which the font draws it, or one that nobody can tell from it. Left out and
+    counted: what the font lacks, and sequences of two different skin tones. UserError where a package is missing or
+    Pillow can't shape sequences.
     """
     try:
         import emoji
@@ -91,39 +94,80 @@ def load_emoji(size: int = 32) -> Emoji:
 def draw_emoji(names: dict[str, str], font: ImageFont.FreeTypeFont, size: int) -> Emoji:
     """`load_emoji` for some sequences, with their names as the package `emoji` writes them (":red_apple:")."""
     plain = {text: name.strip(":").replace("_", " ") for text, name in names.items()}
-    roles, width, left_out = people_roles(plain), font.getlength(APPLE), Counter[str]()
-    alike: dict[bytes, list[str]] = {}
+    width, left_out = font.getlength(APPLE), Counter[str]()
+    kept: list[str] = []
     for text in plain:
         if len(set(text) & set(TONES)) > 1:
             left_out["of two skin tones"] += 1
         elif font.getlength(text) != width:
             left_out["not in the font"] += 1
         else:
-            alike.setdefault(_drawn(text, font, round(width), size), []).append(text)
-    left_out["drawn like another"] = sum(map(len, alike.values())) - len(alike)
-    groups = [
-        sorted(group, key=lambda text: _rank(attributes_of(text, plain[text], roles))) for group in alike.values()
-    ]
-    pixels = np.frombuffer(b"".join(alike), np.uint8).reshape(-1, size, size, 3)
+            kept.append(text)
+    pictures = np.stack([_drawn(text, font, round(width), size) for text in kept])
+    groups: dict[int, list[str]] = {}
+    for text, same in zip(kept, _first_alike(pictures), strict=True):
+        groups.setdefault(same, []).append(text)
+    left_out["drawn like another"] = len(kept) - len(groups)
+    images = np.ascontiguousarray(pictures[list(groups)].transpose(0, 3, 1, 2))
+    named = [[(named_attributes(text, plain[text]), text) for text in group] for group in groups.values()]
+    ordered = [sorted(group, key=lambda pair: GENDERS.index(pair[0].gender)) for group in named]
+    attributes = [group[0][0] for group in ordered]  # a woman's or man's before a person's, who may look like either
+    roles = told_apart(images, attributes)
     return Emoji(
-        np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)),
-        tuple(tuple(caption for text in group for caption in captions_of(text, plain[text])) for group in groups),
-        tuple(group[0] for group in groups),
-        tuple(attributes_of(group[0], plain[group[0]], roles) for group in groups),
+        images,
+        tuple(tuple(caption for _, text in group for caption in captions_of(text, plain[text])) for group in ordered),
+        tuple(group[0][1] for group in ordered),
+        tuple(one if one.role in roles else replace(one, gender=NONE, role=NONE) for one in attributes),
         dict(left_out),
     )
 
 
-def _drawn(text: str, font: ImageFont.FreeTypeFont, width: int, size: int) -> bytes:
-    """One emoji on white in a square of its advance width, drawn large and reduced; RGB bytes."""
+def _drawn(text: str, font: ImageFont.FreeTypeFont, width: int, size: int) -> NDArray[np.uint8]:
+    """One emoji (size, size, 3) on white in a square of its advance width, drawn large and reduced."""
     picture = Image.new("RGB", (width, width), "white")
     ImageDraw.Draw(picture).text((0, TOP), text, font=font, embedded_color=True)
-    return picture.resize((size, size), Image.Resampling.HAMMING).tobytes()
+    return np.asarray(picture.resize((size, size), Image.Resampling.HAMMING))
 
 
-def _rank(attributes: Attributes) -> int:
-    """Of names that share a picture, a woman's or man's stands before a person's: it says more."""
-    return GENDERS.index(attributes.gender) if attributes.gender in GENDERS else len(GENDERS)
+def _first_alike(pictures: NDArray[np.uint8]) -> list[int]:
+    """For each picture (n, …) the number of the first one that looks the same: its own where there is none."""
+    flat = pictures.reshape(len(pictures), -1).astype(np.float32)
+    squares = np.square(flat).sum(1)
+    first = list(range(len(flat)))
+    for number in range(1, len(flat)):
+        errors = squares[:number] + squares[number] - 2 * flat[:number] @ flat[number]
+        found = np.flatnonzero(errors < ALIKE**2 * flat.shape[1])
+        if len(found):
+            first[number] = first[int(found[0])]
+    return first
+
+
+def told_apart(images: NDArray[np.uint8], attributes: Sequence[Attributes]) -> frozenset[str]:
+    """The roles with a woman and a man in all five tones that look different, from each other and from other roles.
+
+    Small drawings and moods, which differ in a few pixels only, are none of them at 32 × 32.
+    """
+    shown: dict[Attributes, int] = {}
+    for number, one in enumerate(attributes):
+        shown.setdefault(one, number)
+    pairs = [(tone, gender) for tone in TONES.values() for gender in ("woman", "man")]
+    complete = sorted(
+        role for role in {one.role for one in attributes} if all(Attributes(*pair, role) in shown for pair in pairs)
+    )
+    roles = {
+        role: images[[shown[Attributes(*pair, role)] for pair in pairs]].reshape(len(pairs), -1).astype(np.float32)
+        for role in complete
+    }
+
+    def closest(some: NDArray[np.float32], others: NDArray[np.float32]) -> float:
+        return float(np.square(some - others).mean(1).min() ** 0.5)
+
+    return frozenset(
+        role
+        for role, pictures in roles.items()
+        if closest(pictures[::2], pictures[1::2]) >= TOLD_APART
+        and all(closest(pictures, others) >= TOLD_APART for other, others in roles.items() if other != role)
+    )
 
 
 def captions_of(text: str, name: str) -> tuple[str, ...]:
@@ -137,29 +181,12 @@ def captions_of(text: str, name: str) -> tuple[str, ...]:
     return f"{base}, {tone} skin tone", f"{tone} skin tone {base}", f"{base} with {tone} skin tone"
 
 
-def attributes_of(text: str, name: str, roles: frozenset[str]) -> Attributes:
-    """What a sequence of this name shows; people are those with one of these roles."""
+def named_attributes(text: str, name: str) -> Attributes:
+    """What a sequence of this name shows; "person" and the whole name where it is of no woman, man or person."""
     tone = next((TONES[character] for character in text if character in TONES), NONE)
-    gender, role = _gender_and_role(name)
-    return Attributes(tone, gender, role) if role in roles else Attributes(tone, NONE, NONE)
-
-
-def _gender_and_role(name: str) -> tuple[str, str]:
-    """("woman", "running") of "woman running facing right medium skin tone"; "person" where no gender is named."""
     base = TONE.sub("", name).replace(MIRRORED, "")
     found = GENDER.findall(base)
-    return (found[0] if len(found) == 1 else PERSON), GENDER.sub("", base).strip() or "adult"
-
-
-def people_roles(names: dict[str, str]) -> frozenset[str]:
-    """The roles in which `names` (sequence → plain name) have a woman and a man in all five tones."""
-    shown: dict[str, set[tuple[str, str]]] = {}
-    for text, name in names.items():
-        tones = set(text) & set(TONES)
-        gender, role = _gender_and_role(name)
-        if len(tones) == 1 and gender != PERSON:
-            shown.setdefault(role, set()).add((gender, tones.pop()))
-    return frozenset(role for role, pairs in shown.items() if len(pairs) == 2 * len(TONES))
+    return Attributes(tone, found[0] if len(found) == 1 else PERSON, GENDER.sub("", base).strip() or "adult")
 
 
 def held_out_combinations(attributes: Iterable[Attributes]) -> frozenset[Attributes]:
