@@ -27,6 +27,7 @@ from pathlib import Path
 from st_fast.convert import hub
 from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
+from st_fast.convert.text import check_empty_context, with_empty_context
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.options import given, integer, path
 from st_fast.model.formats.layouts import LAYOUTS
@@ -37,7 +38,7 @@ from st_fast.recipe.architecture import CLASSES_MOST
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
-TARGETS = ("to", "weights", "vae", "push", "private", "dry_run")
+TARGETS = ("to", "empty_context", "weights", "vae", "push", "private", "dry_run")
 """Options that say how TARGET is written."""
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -57,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-classes", type=integer(1, CLASSES_MOST), help="classes of SOURCE, where its keys and args don't tell"
     )
+    parser.add_argument(
+        "--empty-context", type=path, metavar="FILE",
+        help="a .npy (L, W) with the states of the empty caption, which published models of text lack",
+    )  # fmt: skip
     parser.add_argument("--stage", help="of a run (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="for forms that hold one set (default: ema)")
     parser.add_argument(
@@ -110,6 +115,10 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     origin = read_model(given.source, print, given.stage, given.layout, given.heads, given.num_classes)
     _check_used(given, origin)
+    if given.empty_context:
+        origin = with_empty_context(origin, given.empty_context)
+    if given.to in ("huggingface", "diffusers"):
+        check_empty_context(origin, given.to)
     print(described(origin))
     if given.target is None:
         return

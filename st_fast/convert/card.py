@@ -10,6 +10,7 @@ from st_fast import __version__
 from st_fast.core.errors import UserError
 from st_fast.core.files import printable, read_json
 from st_fast.data.shards import read_any_manifest
+from st_fast.model.load import TextStates
 from st_fast.model.stored import ModelSource
 from st_fast.recipe import load_run, to_toml
 from st_fast.recipe.schema import Recipe
@@ -20,21 +21,21 @@ from st_fast.report.metrics import METRICS, apart, metric_of
 
 HEADER = """---
 library_name: {library}
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags:
 - st_fast
-- sit
+- {network}
 - diffusion
 ---
 
 # {title}
 
-{name}, {parameters:.1f} M parameters, class-conditional over {classes} classes, latents {shape}. It predicts the
+{name}, {parameters:.1f} M parameters, {condition}, latents {shape}. It predicts the
 velocity of a flow on the {path} path, where t = 1 is noise and t = 0 is data. Weights: {weights}, step {step:,}.
 """
 
 USE = {
-    "huggingface": """## Use
+    ("huggingface", "sit"): """## Use
 
 ```python
 import torch
@@ -48,7 +49,25 @@ draw = balanced(seed=0, first=0, count=8, num_classes={classes}, device=torch.de
 latents = sample(model, draw, Sample(sampler="heun", steps=50, cfg_scale={cfg:g}), "{path}")
 ```
 """,
-    "diffusers": """## Use
+    ("huggingface", "mmdit"): """## Use
+
+```python
+import torch
+from st_fast.model import MMDiT
+from st_fast.model.text_encoders import load_text_encoder
+from st_fast.recipe.schema import Sample
+from st_fast.sample.draw import balanced
+from st_fast.sample.guided import sample
+from st_fast.sample.prompts import EncodedPrompts
+
+texts, cpu = {texts}, torch.device("cpu")
+model = MMDiT.from_pretrained({name!r})  # a folder or a name on the hub
+encoder = load_text_encoder({encoder!r}, cpu, torch.float32, length={length}, mask={mask})
+draw = balanced(0, first=0, count=8, num_classes=len(texts), device=cpu, prompts=EncodedPrompts(texts, encoder, cpu))
+latents = sample(model, draw, Sample(sampler="heun", steps=50, cfg_scale={cfg:g}), "{path}")
+```
+""",
+    ("diffusers", "sit"): """## Use
 
 ```python
 from diffusers import DiffusionPipeline
@@ -57,10 +76,12 @@ pipe = DiffusionPipeline.from_pretrained({name!r}, custom_pipeline={name!r}, tru
 {call}
 ```
 {without}
-`trust_remote_code` is needed because pipeline.py and transformer/sit_transformer.py are in this folder; read them
-first.
+`trust_remote_code` is needed because pipeline.py and transformer/{network}_transformer.py are in this folder; read
+them first.
 """,
 }
+USE["diffusers", "mmdit"] = USE["diffusers", "sit"]
+PROMPTS = ["two dogs on a beach", "a red bus"]
 
 
 def plain(text: object) -> str:
@@ -77,31 +98,44 @@ def code(text: object) -> str:
 
 
 def card(
-    origin: ModelSource, weights: str, form: str, name: str, vae: str, decodes: bool = True, scale: float | None = None
-) -> str:
+    origin: ModelSource, weights: str, form: str, name: str, vae: str, text: TextStates,
+    decodes: bool = True, scale: float | None = None, reads: bool = True,
+) -> str:  # fmt: skip
     """The card of a model in the form "huggingface" or "diffusers", called `name`; `vae` names its VAE, or is empty.
 
-    `decodes`: whether the diffusers folder gives images, and not latents, which are `scale` times the VAE's.
+    `text`: whose states it was trained on. `decodes`: whether the diffusers folder gives images, and not latents, which
+    are `scale` times the VAE's; `reads`: whether it has the text encoder.
     """
     config, recipe = origin.loaded.config, load_run(origin.run) if origin.run else None
     cfg, side = recipe.sample.cfg_scale if recipe else 1.0, config.latent_size
-    call, without = "images = pipe({labels}, seed=0).images", ""
+    call, without = "images = pipe({asked}, seed=0).images", ""
     if not decodes:
-        call = 'latents = pipe({labels}, seed=0, output_type="latent").images  # (B, C, S, S), {scale} times a VAE\'s'
+        call = 'latents = pipe({asked}, seed=0, output_type="latent").images  # (B, C, S, S), {scale} times a VAE\'s'
         without = (
             "\nNo VAE is in this folder: `vae=AutoencoderKL.from_pretrained(…)` as one more argument gives images.\n"
         )
-    labels = list(range(min(3, config.num_classes)))
-    call = call.format(labels=labels, scale="some" if scale is None else f"{scale:g}")
+    asked: list[Any] = list(range(min(3, config.num_classes)))
+    condition = f"class-conditional over {config.num_classes} classes"
+    if config.network == "mmdit":
+        asked, condition = PROMPTS, f"conditional on text ({_states(text, config.text_length, config.text_width)})"
+        if not reads:
+            without += (
+                "\nNo text encoder is in this folder: `text_encoder=AutoModel.from_pretrained(…)` and "
+                "`tokenizer=AutoTokenizer.from_pretrained(…)` as more arguments read prompts.\n"
+            )
+    call = call.format(asked=asked, scale="some" if scale is None else f"{scale:g}")
     parts = [
         HEADER.format(
             library="diffusers" if form == "diffusers" else "st_fast", title=plain(name), name=plain(config.name),
-            parameters=config.parameters / 1e6, classes=config.num_classes,
+            parameters=config.parameters / 1e6, condition=condition, network=config.network,
+            task="text-to-image" if config.network == "mmdit" else "unconditional-image-generation",
             shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {plain(vae)}" if vae else ""),
             path=origin.loaded.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.loaded.step,
         ),
-        USE[form].format(
-            name=name, classes=config.num_classes, path=origin.loaded.path, cfg=cfg, call=call, without=without
+        USE[form, config.network].format(
+            name=name, classes=config.num_classes, path=origin.loaded.path, cfg=cfg, call=call, without=without,
+            network=config.network, encoder=text.encoder or "the training's encoder", length=config.text_length,
+            mask=text.mask, texts=PROMPTS,
         ),
     ]  # fmt: skip
     arm = _arm(origin)
@@ -110,8 +144,16 @@ def card(
     else:
         scores = _scores(origin.run / origin.stage / "samples", arm)
         parts += [_training(origin, recipe, arm), _costs(arm), scores, f"## Recipe\n\n```toml\n{to_toml(recipe)}```\n"]
-    text = ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", "\n".join(parts))  # paths of this machine
-    return f"{text}\nWritten by st_fast {__version__} from the run's own records.\n"
+    whole = ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", "\n".join(parts))  # paths of this machine
+    return f"{whole}\nWritten by st_fast {__version__} from the run's own records.\n"
+
+
+def _states(text: TextStates, length: int, width: int) -> str:
+    """What states of captions a model takes, in a few words."""
+    whose = f"of {plain(text.encoder)}, " + ("padding masked" if text.mask else "without an attention mask")
+    if text.hash:
+        whose += f", SHA-256 {plain(text.hash[:16])}…"
+    return f"{length} states of {width} channels {whose if text.encoder else 'of an encoder that is not recorded'}"
 
 
 ABSOLUTE = re.compile(r'(?<=["`])/[^"`\n]*(?=["`])|(?<![\w./:])/[\w.+~-]+(?:/[\w.+~-]+)+')

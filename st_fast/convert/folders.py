@@ -8,6 +8,7 @@ from torch import Tensor
 
 from st_fast import __version__
 from st_fast.convert.card import card
+from st_fast.convert.text import text_of
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.core.files import read_json, write_folder, write_json_atomic
@@ -78,7 +79,8 @@ def _write_model(
     """config.json and the trunk's averaged or raw weights."""
     loaded = origin.loaded
     tensors = trunk(loaded.ema if weights == "ema" else loaded.model)
-    write_pretrained(folder, tensors, Published(loaded.config, cast(Any, loaded.path), scale, loaded.step), name, also)
+    published = Published(loaded.config, cast(Any, loaded.path), scale, loaded.step, text_of(origin))
+    write_pretrained(folder, tensors, published, name, also)
 
 
 def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path) -> None:
@@ -86,7 +88,7 @@ def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path
     scale, vae, _ = latents_of(origin)
     with write_folder(folder) as writing:
         _write_model(writing, origin, weights, scale)
-        text = card(origin, weights, "huggingface", name, vae)
+        text = card(origin, weights, "huggingface", name, vae, text_of(origin))
         (writing / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -120,7 +122,7 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
         write_json_atomic(writing / "model_index.json", index(origin, decoder is not None))
         (writing / "transformer").mkdir()
         for place, text in {
-            "README.md": card(origin, weights, "diffusers", name, vae_name, decodes, scale),
+            "README.md": card(origin, weights, "diffusers", name, vae_name, text_of(origin), decodes, scale),
             **standalone(),
         }.items():
             (writing / place).write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from safetensors.torch import load_file
@@ -30,6 +30,21 @@ EVERY_KEY = 10_000
 
 
 @dataclass(frozen=True)
+class TextStates:
+    """Whose states of captions a model was trained on, each where it is known."""
+
+    encoder: str = ""
+    hash: str = ""
+    """SHA-256 of the encoder's weights."""
+    mask: bool = False
+    """Whether padding was masked, and its states are zeros."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Keys of config.json."""
+        return {"text_encoder": self.encoder, "text_encoder_sha256": self.hash, "text_mask": self.mask}
+
+
+@dataclass(frozen=True)
 class Published:
     """What config.json says: the network, and what it takes to draw with it (t = 1 is noise, it gives the velocity)."""
 
@@ -39,11 +54,16 @@ class Published:
     """From the VAE's latents to the model's; None where it is unknown."""
     step: int = 0
     """How many steps it was trained, where that is known."""
+    text: TextStates = TextStates()
+    """Of a network that draws from text."""
 
     def as_json(self) -> dict[str, Any]:
         """The content of config.json; the network's keys are those of a recipe's [model]."""
         own = {"flow": self.flow, "latent_scale": self.latent_scale, "step": self.step}
-        return {"model_type": "sit", "format": FORMAT, "version": VERSION} | self.model.described() | own
+        if self.model.network == "mmdit":
+            own |= self.text.as_json()
+        kind = {"model_type": self.model.network, "format": FORMAT, "version": VERSION}
+        return kind | self.model.described() | own
 
 
 def read_config(folder: Path) -> Published:
@@ -51,23 +71,35 @@ def read_config(folder: Path) -> Published:
     path = Path(folder) / CONFIG
     content = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
     if content.pop("format", None) != FORMAT:
-        raise UserError(f"{path}: no config of a SiT of ours: format = {FORMAT!r} is needed")
+        raise UserError(f"{path}: no config of a model of ours: format = {FORMAT!r} is needed")
     if (version := content.pop("version", None)) != VERSION:
         raise UserError(f"{path}: version = {shown(version)}; {VERSION} is known here")
-    content.pop("model_type", None)
+    kind, text = content.pop("model_type", None), _text_states(content, path)
     flow, scale, step = content.pop("flow", "linear"), content.pop("latent_scale", None), content.pop("step", 0)
     if flow not in FLOWS:
         raise UserError(f"{path}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
     if not (scale is None or (isinstance(scale, (int, float)) and scale > 0)) or type(step) is not int:
         raise UserError(f"{path}: latent_scale = {shown(scale)}, step = {shown(step)}: a number above 0, a whole one")
-    if strangers := sorted(set(content) - set(Model().described())):
+    known = {*Model().described(), *Model(network="mmdit").described()}
+    if strangers := sorted(set(content) - known):
         raise UserError(f"{path}: unknown {', '.join(map(shown, strangers))}")
     try:
         model = resolve_model(build(Model, content, CONFIG))
         check_shapes(model)
     except RecipeError as error:
         raise UserError(f"{path}: {error}") from None
-    return Published(model, cast(Any, flow), scale, step)
+    if kind not in (None, model.network):
+        raise UserError(f"{path}: model_type = {shown(kind)}, but network = {model.network!r}")
+    return Published(model, cast(Any, flow), scale, step, text)
+
+
+def _text_states(content: dict[str, Any], path: Path) -> TextStates:
+    """The keys about text, taken from what config.json has."""
+    usual = TextStates().as_json()
+    found = {key: content.pop(key, value) for key, value in usual.items()}
+    if wrong := [key for key, value in found.items() if type(value) is not type(usual[key])]:
+        raise UserError(f"{path}: {wrong[0]} = {shown(found[wrong[0]])}: {type(usual[wrong[0]]).__name__} is needed")
+    return TextStates(*found.values())
 
 
 def check_size(config: Model, file: Path) -> None:
@@ -103,6 +135,8 @@ def fetch(name: str) -> Path:
 class Pretrained(nn.Module):
     """Reading and writing of such folders, for a network."""
 
+    network: ClassVar[str]
+    """Its name in a recipe and in config.json."""
     config: Model
 
     @classmethod
@@ -115,6 +149,8 @@ class Pretrained(nn.Module):
         """
         folder, place = fetch(str(name)), torch.device(device)
         config = read_config(folder).model
+        if config.network != cls.network:
+            raise UserError(f"{folder}: its network is {config.network!r}, {cls.__name__} reads {cls.network!r}")
         check_size(config, folder / WEIGHTS)  # and the header, before the library maps it
         model = cls(config, select({}, place))  # type: ignore[call-arg, arg-type]
         weights = load_file(folder / WEIGHTS)

@@ -133,6 +133,8 @@ class JointBlock(nn.Module):
 class MMDiT(DiffusionTransformer):
     """The text-conditional network: its condition is (B, L, W), the states of a caption's tokens; c = t-embedding."""
 
+    network = "mmdit"
+
     def __init__(self, config: Model, kernels: KernelTable, attend: Attend = BACKENDS["sdpa"].attend) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels

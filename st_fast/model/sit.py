@@ -88,6 +88,8 @@ class Block(nn.Module):
 class SiT(DiffusionTransformer):
     """The class-conditional network: its condition is a label (B,) int64, and c = t-embedding + label embedding."""
 
+    network = "sit"
+
     def __init__(self, config: Model, kernels: KernelTable, attend: Attend = BACKENDS["sdpa"].attend) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels

@@ -271,7 +271,7 @@ def test_from_pretrained_is_strict(tmp_path):
         ("config.json", lambda c: c.update(depth="many"), "config.json.depth"),
         ("config.json", lambda c: c.update(colour="red"), "unknown 'colour'"),
         ("config.json", lambda c: c.update(version=9), "version = 9"),
-        ("config.json", lambda c: c.update(format="other"), "no config of a SiT of ours"),
+        ("config.json", lambda c: c.update(format="other"), "no config of a model of ours"),
         ("config.json", lambda c: c.update(depth=4), "missing: 'blocks.3."),
     )):  # fmt: skip
         model.save_pretrained(tmp_path / str(number))
@@ -384,7 +384,7 @@ def test_push_uploads_the_folder_only_when_asked(tmp_path, monkeypatch, capsys):
     assert "https://huggingface.co/me/x" in capsys.readouterr().out
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "config.json").write_text('{"password": "secret"}')
-    with pytest.raises(UserError, match="no config of a SiT of ours"):
+    with pytest.raises(UserError, match="no config of a model of ours"):
         convert(tmp_path / "last.pt", tmp_path / "project", "--to", "huggingface", "--push", "me/x")
     assert len(fake.calls) == 2  # a folder that is not ours goes nowhere
 
@@ -436,6 +436,7 @@ def test_foreign_text_stays_text_in_a_card_and_in_its_example(form, tmp_path):
 
 def test_an_option_that_would_do_nothing_is_refused(run_folder, tmp_path):
     foreign.repa_checkpoint(tmp_path / "last.pt")
+    foreign.repa_checkpoint(tmp_path / "text.pt", foreign.TINY_TEXT)
     for arguments, told in (
         ([tmp_path / "last.pt", "--to", "repa"], "--to: without a target"),
         ([tmp_path / "last.pt", "--weights", "raw"], "--weights: without a target"),
@@ -445,6 +446,9 @@ def test_an_option_that_would_do_nothing_is_refused(run_folder, tmp_path):
         ([tmp_path / "last.pt", "--stage", "align"], "is no run"),
         ([run_folder, "--heads", 2], "--heads 2: .* tells it itself"),
         ([run_folder, "--num-classes", 5], "--num-classes 5: .* tells it itself"),
+        ([tmp_path / "last.pt", "--empty-context", "x"], "--empty-context: without a target"),
+        ([tmp_path / "last.pt", tmp_path / "x", "--empty-context", tmp_path / "last.pt"], "draws classes, not text"),
+        ([tmp_path / "text.pt", "--num-classes", 5], "--num-classes 5: .* draws from text"),
         ([tmp_path / "last.pt", "--num-classes", 0], "--num-classes 0: at least 1"),
         ([tmp_path / "last.pt", "--num-classes", 9], "num_classes = 9, but y_embedder has 6 rows"),
     ):

@@ -1,0 +1,74 @@
+"""What a model of text takes along into a folder: the empty caption's states, and whose states it was trained on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from st_fast.core.errors import UserError
+from st_fast.core.files import open_regular, shown
+from st_fast.core.limits import read_npy
+from st_fast.core.options import ARCHITECTURE_MOST
+from st_fast.data.text import read_text_manifest
+from st_fast.model.formats.layouts import CLIP_TOKENS
+from st_fast.model.formats.loaded_state import NULL_CONTEXT
+from st_fast.model.load import CONFIG, TextStates, read_config
+from st_fast.model.stored import ModelSource
+from st_fast.recipe import load_run
+
+CLIP, CLIP_WIDTH = "openai/clip-vit-large-patch14", 768
+"""The text encoder of the published models, without an attention mask."""
+
+
+def with_empty_context(origin: ModelSource, file: Path) -> ModelSource:
+    """The model with the empty caption's states of a .npy file (L, W), U-ViT's empty_context.npy.
+
+    UserError for a model that has them, or draws classes, and for states that don't fit.
+    """
+    loaded = origin.loaded
+    if loaded.config.network == "sit":
+        raise UserError(f"--empty-context: {origin.path} draws classes, not text")
+    if NULL_CONTEXT in loaded.model:
+        raise UserError(f"--empty-context: {origin.path} has the empty caption's states")
+    with open_regular(file) as opened:
+        array = read_npy(opened, file.stat().st_size, file)
+    width, most = loaded.config.text_width, ARCHITECTURE_MOST["text_length"]
+    fits = array.ndim == 2 and array.shape[1] == width and 1 <= len(array) <= most
+    if not fits or array.dtype.kind != "f" or array.itemsize > 8:
+        raise UserError(
+            f"--empty-context {file}: {array.dtype} {shown(array.shape)}; floats (tokens, {width}) are needed"
+        )
+    null = torch.from_numpy(array.astype("float32"))[None]
+    if not bool(torch.isfinite(null).all()):
+        raise UserError(f"--empty-context {file}: holds NaN or infinity")
+    model, ema = ({**table, NULL_CONTEXT: null} for table in (loaded.model, loaded.ema))
+    config = replace(loaded.config, text_length=len(array))  # nothing else of a published model tells it
+    return replace(origin, loaded=replace(loaded, config=config, model=model, ema=ema))
+
+
+def check_empty_context(origin: ModelSource, form: str) -> None:
+    """UserError if a model lacks the empty caption's states, without which nothing can be drawn with guidance."""
+    if origin.loaded.config.network == "mmdit" and NULL_CONTEXT not in origin.loaded.model:
+        raise UserError(
+            f"{origin.path}: --to {form} needs the empty caption's states, which published models lack: "
+            "--empty-context FILE.npy"
+        )
+
+
+def text_of(origin: ModelSource) -> TextStates:
+    """Whose states the model was trained on, where that is known: from its run's data, its folder, or as published."""
+    config = origin.loaded.config
+    if config.network == "sit":
+        return TextStates()
+    if origin.run is not None:
+        data = load_run(origin.run).data
+        try:
+            found = read_text_manifest(Path(data.path), data.text)
+        except UserError:
+            return TextStates()
+        return TextStates(found.encoder, found.hash, found.mask)
+    for folder in (origin.path, origin.path / "transformer"):
+        if (folder / CONFIG).is_file():
+            return read_config(folder).text
+    published = (config.text_length, config.text_width) == (CLIP_TOKENS, CLIP_WIDTH)
+    return TextStates(CLIP) if published else TextStates()
