@@ -7,7 +7,7 @@ and at every step; heads on all samples; `AdamW` and `clip_grad_norm_` as they a
 parameter by parameter; three values read back from the device every step. Two things are kinder than the original: bf16
 on CUDA (fp16 with a loss scaler there), and no training image is decoded and thrown away.
 
-Names are the published keys, so a state of `st_fast.model.SiT` loads into it.
+Its networks are those of `bench.plain`.
 
     python -m bench.published S/2 "stage 2" 8 256 0 2 plain     (size, stage, batch, tokens, depth, threads, which)
 
@@ -19,7 +19,6 @@ rival in that process would gain from it. The published loop sets nothing, so on
 from __future__ import annotations
 
 import copy
-import math
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,115 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Stopwatch, Variant
+from bench.plain import PlainNetwork, plain_network
 from bench.workload import Ours, Setup, ours
 from st_fast.recipe.methods import SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D), shift and scale (B, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class PlainAttention(nn.Module):
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B, H, N, d)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
-
-
-class PlainMlp(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class PlainBlock(nn.Module):
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
-        self.attn = PlainAttention(config.width, config.heads, config.qk_norm)
-        self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
-        self.mlp = PlainMlp(config.width, int(config.width * config.mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-
-
-class PlainTimes(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor) -> Tensor:
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32) / 128).to(t.device)
-        angles = t[:, None].float() * frequencies[None]
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
-
-
-class PlainFinal(nn.Module):
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, dim=-1)))
-
-
-class PlainSiT(nn.Module):
-    """SiT; if it is given a `head`, that turns the output of block `tap` (B, N, D) into what is supervised."""
-
-    def __init__(self, config: Model) -> None:
-        super().__init__()
-        self.config, self.tap = config, 0
-        patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
-        self.x_embedder = nn.ModuleDict({"proj": patches})
-        self.t_embedder = PlainTimes(config.width)
-        labels = nn.Embedding(config.num_classes + (config.class_dropout > 0), config.width)
-        self.y_embedder = nn.ModuleDict({"embedding_table": labels})
-        tokens = (config.latent_size // config.patch) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.width), requires_grad=False)
-        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.depth))
-        self.final_layer = PlainFinal(config.width, config.patch**2 * config.channels)
-        self.head: nn.Module | None = None
-
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, p·p·C) → (B, C, S, S)."""
-        side, p, c = math.isqrt(patches.shape[1]), self.config.patch, self.config.channels
-        grid = patches.reshape(len(patches), side, side, p, p, c)
-        return torch.einsum("nhwpqc->nchpwq", grid).reshape(len(patches), c, side * p, side * p)
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor, until: int = 0) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, S, S), t (B,), labels (B,) → velocity and the head's output; with `until`, that block's output."""
-        x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder["embedding_table"](labels)
-        supervised = None
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x, c)
-            if number == until:
-                return x, None
-            if number == self.tap and self.head is not None:
-                supervised = self.head(x)
-        return self.unpatchify(self.final_layer(x, c)), supervised
 
 
 class VelocityOutput(nn.Module):
@@ -157,13 +53,13 @@ class VelocityOutput(nn.Module):
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a step: latents, noise, times and the student's labels."""
+    """What is random in a step: latents, noise, times and the student's condition."""
 
     x: Tensor
     noise: Tensor
     t: Tensor
-    labels: Tensor
-    student_labels: Tensor
+    condition: Tensor
+    student_condition: Tensor
 
 
 class PlainLoop:
@@ -176,7 +72,7 @@ class PlainLoop:
         tap = stage.method.tap
         assert isinstance(tap, int)  # of the methods in `STAGES`: one block is supervised
         self.model.tap, self.model.head = tap, _head(stage, heads)
-        self.teacher: PlainSiT | None = None
+        self.teacher: PlainNetwork | None = None
         if teacher is not None:
             self.teacher = _loaded(recipe.model, teacher, device).eval().requires_grad_(False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -193,13 +89,15 @@ class PlainLoop:
             for part in (network,) if whole else (*network.blocks, network.final_layer):
                 part.compile(dynamic=False)
 
-    def draw(self, moments: Tensor, labels: Tensor) -> Draws:
+    def draw(self, moments: Tensor, condition: Tensor) -> Draws:
         """From moments (B, 2C, S, S) = concat(mean, std), with PyTorch's own generators; uniform t drawn on the CPU."""
         mean, std = moments.float().chunk(2, dim=1)
         x = self.scale * (mean + std * torch.randn_like(mean))
         t = torch.rand(len(x)).to(self.device)
         dropped = torch.rand(len(x), device=self.device) < self.recipe.model.class_dropout
-        return Draws(x, torch.randn_like(x), t, labels, torch.where(dropped, self.recipe.model.num_classes, labels))
+        dropped = dropped.view(-1, *[1] * (condition.ndim - 1))
+        student_condition = torch.where(dropped, self.model.null_like(condition), condition)
+        return Draws(x, torch.randn_like(x), t, condition, student_condition)
 
     def autocast(self) -> AbstractContextManager[object]:
         """What the student's pass runs under: bf16 on CUDA."""
@@ -210,7 +108,7 @@ class PlainLoop:
         t = draws.t.view(-1, 1, 1, 1)
         x_t, velocity = (1 - t) * draws.x + t * draws.noise, draws.noise - draws.x
         with self.autocast():
-            prediction, supervised = self.model(x_t, draws.t, draws.student_labels)
+            prediction, supervised = self.model(x_t, draws.t, draws.student_condition)
         denoise = (prediction.float() - velocity).square().mean((1, 2, 3)).mean()
         selection = self.method.selection
         if supervised is None or selection is None:
@@ -229,18 +127,17 @@ class PlainLoop:
         assert isinstance(self.method, SelfTranscendence) and self.teacher is not None
         if self.method.loss != "mse":
             raise ValueError(f"loss = {self.method.loss!r}: the released loop has mse alone")
-        null = torch.full_like(draws.labels, self.recipe.model.num_classes)
+        both = torch.cat([draws.condition, self.teacher.null_like(draws.condition)])
         with torch.no_grad():
             features, _ = self.teacher(
-                torch.cat([x_t, x_t]), torch.cat([draws.t, draws.t]), torch.cat([draws.labels, null]),
-                until=self.method.teacher_depth,
-            )  # fmt: skip
+                torch.cat([x_t, x_t]), torch.cat([draws.t, draws.t]), both, until=self.method.teacher_depth
+            )
         conditional, unconditional = features.chunk(2)
         return unconditional + self.method.cfg_scale * (conditional - unconditional)
 
-    def step(self, moments: Tensor, labels: Tensor) -> dict[str, float]:
+    def step(self, moments: Tensor, condition: Tensor) -> dict[str, float]:
         """One step with its logging; returns what the loop would log, read back from the device."""
-        return self.step_from(self.draw(moments, labels))
+        return self.step_from(self.draw(moments, condition))
 
     def step_from(self, draws: Draws) -> dict[str, float]:
         """The step after its draws."""
@@ -259,10 +156,10 @@ class PlainLoop:
             averaged[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
 
 
-def _loaded(config: Model, source: nn.Module, device: torch.device) -> PlainSiT:
+def _loaded(config: Model, source: nn.Module, device: torch.device) -> PlainNetwork:
     """A plain network with the weights of st_fast's, every key of it, in float32."""
     with torch.device("meta"):  # nothing is drawn that is overwritten
-        plain = PlainSiT(config)
+        plain = plain_network(config)
     plain.to_empty(device=device)
     plain.load_state_dict({name: tensor.float() for name, tensor in source.state_dict().items()})
     return plain
@@ -289,12 +186,12 @@ def plain_variant(loop: PlainLoop, size: int, block: int) -> Variant:
     """`block` steps of `size` samples a round; its data are in the device's memory already."""
     model = loop.recipe.model
     moments = torch.randn(size, 2 * model.channels, model.latent_size, model.latent_size, device=loop.device)
-    labels = torch.randint(model.num_classes, (size,), device=loop.device)
+    condition = loop.model.some_condition(size, loop.device)
 
     def run(number: int, watch: Stopwatch) -> None:
         with watch("step"):
             for _ in range(block):
-                loop.step(moments, labels)
+                loop.step(moments, condition)
 
     return run
 

@@ -30,7 +30,7 @@ from bench.measure import (
     paired_ratio,
     spread,
 )  # fmt: skip
-from bench.published import PlainSiT
+from bench.plain import PlainSiT
 from bench.workload import ROOT
 from st_fast import kernels
 from st_fast.model import DiffusionTransformer, build

@@ -11,10 +11,11 @@ import logging
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from bench.measure import Effort, Row, Samples, Stopwatch, Variant, give_memory_
 from bench.published import PlainLoop, in_subprocess, plain_loop, plain_variant
 from bench.workload import STAGES, Ours, Setup, decisions, our_variant, ours
 from st_fast.model.attention import Attend, attend_packed, choose
-from st_fast.recipe import Recipe, architecture
-from st_fast.recipe.methods import SelfTranscendence, VelocityHead
+from st_fast.recipe import Recipe
+from st_fast.recipe.architecture import Layer
 from st_fast.recipe.schema import Model, Stage
 from st_fast.train import profiling
 
@@ -51,10 +52,11 @@ class Wanted:
 
 
 def default_setups(device: torch.device) -> list[Setup]:
-    """S/2 at batch 8 on a CPU; B/2 and XL/2 at 256 on CUDA; all three stages."""
-    sizes = [("B/2", 256), ("XL/2", 256)] if device.type == "cuda" else [("S/2", 8)]
-    options = MICRO_BATCH if device.type == "cuda" else ()
-    return [Setup(size, stage, batch, device, options=options) for size, batch in sizes for stage in STAGES]
+    """S/2 at batch 8 on a CPU; B/2 and XL/2 at 256 on CUDA; all three stages, and of an MMDiT the last."""
+    cuda = device.type == "cuda"
+    sizes, text = ([("B/2", 256), ("XL/2", 256)], ("MMDiT-24/2", 256)) if cuda else ([("S/2", 8)], ("MMDiT-6/2", 8))
+    steps = [(size, stage, batch) for size, batch in sizes for stage in STAGES] + [(text[0], "stage 2", text[1])]
+    return [Setup(*step, device, options=MICRO_BATCH if cuda else ()) for step in steps]
 
 
 MICRO_BATCH = ("--optim.micro_batch=auto",)
@@ -245,10 +247,9 @@ def _parts(loop: Ours, setup: Setup, wanted: Wanted) -> Row:
     which depends on how many samples were supervised.
     """
     trainer, model = loop.trainer, loop.recipe.model
-    attend = choose(model.attention, setup.device, trainer.context.dtype, model.width // model.heads, log.info)
-    meter = FloorMeter(
-        loop.recipe, loop.stage, attend, trainer.model.kernels.linear, setup.device, trainer.context.dtype
-    )
+    head, dtype = model.width // model.heads, trainer.context.dtype
+    attend = choose(model.attention, setup.device, dtype, head, log.info, model.length)
+    meter = FloorMeter(loop.recipe, loop.stage, attend, trainer.model.kernels.linear, setup.device, dtype)
     step, watch = our_variant(loop, wanted.block), _Watch(loop)
 
     def round_(number: int, time: Stopwatch) -> None:
@@ -298,7 +299,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Attended:
-    """Self-attention of `batch` samples."""
+    """Attention of `batch` samples, over the tokens of all streams."""
 
     batch: int
     trained: bool
@@ -306,40 +307,29 @@ class Attended:
 
 def products(recipe: Recipe, stage: Stage, supervised: int) -> Counter[Product]:
     """All linear layers of one step, with `supervised` samples in the t-range."""
-    model, batch = recipe.model, recipe.optim.batch_size
-    found = _trunk(model, batch, model.depth, trained=True)
-    n, d, patch = model.tokens, model.width, model.patch**2 * model.channels
-    found[Product(batch * n, d, patch, True)] += 1
-    found[Product(batch, d, 2 * d, True)] += 1
-    method = stage.method
-    if isinstance(method, VelocityHead | SelfTranscendence) and supervised:
-        rows, hidden = supervised * n, method.hidden
-        for deep, wide in ((d, hidden), (hidden, hidden), (hidden, d)):
-            found[Product(rows, deep, wide, True)] += 1
-        if isinstance(method, VelocityHead):
-            found[Product(rows, d, patch, True)] += 1
-        else:
-            found += _trunk(model, 2 * supervised, method.teacher_depth, trained=False)
+    model, method, batch = recipe.model, stage.method, recipe.optim.batch_size
+    found = _trunk(model, batch, model.depth, trained=True) + _layers(model.final_layers, batch, trained=True)
+    if supervised:
+        found += _layers(method.head_layers(model), supervised, trained=True)
+    if supervised and method.frozen_depth:
+        found += _trunk(model, method.teacher_passes * supervised, method.frozen_depth, trained=False)
     return found
 
 
 def _trunk(model: Model, batch: int, depth: int, trained: bool) -> Counter[Product]:
-    n, d, hidden = model.tokens, model.width, int(model.width * model.mlp_ratio)
-    found: Counter[Product] = Counter()
-    for deep, wide in ((d, 3 * d), (d, d), (d, hidden), (hidden, d)):
-        found[Product(batch * n, deep, wide, trained)] += depth
-    found[Product(batch, d, 6 * d, trained)] += depth
-    found[Product(batch * n, model.patch**2 * model.channels, d, trained)] += 1
-    found[Product(batch, architecture.TIME_FREQUENCIES, d, trained)] += 1
-    found[Product(batch, d, d, trained)] += 1
-    return found
+    blocks = [model.block_layers(ends=number == depth) for number in range(1, depth + 1)]
+    return _layers(chain(model.embedders, *blocks), batch, trained)
+
+
+def _layers(layers: Iterable[Layer], batch: int, trained: bool) -> Counter[Product]:
+    return Counter(Product(batch * layer.rows, layer.inputs, layer.outputs, trained) for layer in layers)
 
 
 def attended(recipe: Recipe, stage: Stage, supervised: int) -> Counter[Attended]:
     """All attentions of one step."""
     found = Counter({Attended(recipe.optim.batch_size, True): recipe.model.depth})
-    if isinstance(stage.method, SelfTranscendence) and supervised:
-        found[Attended(2 * supervised, False)] += stage.method.teacher_depth
+    if stage.method.frozen_depth and supervised:
+        found[Attended(stage.method.teacher_passes * supervised, False)] += stage.method.frozen_depth
     return found
 
 
@@ -362,7 +352,7 @@ def _product_variant(product: Product, linear: Linear, device: torch.device, dty
 def _attention_variant(
     case: Attended, model: Model, attend: Attend, device: torch.device, dtype: torch.dtype
 ) -> Variant:
-    n, head = model.tokens, model.width // model.heads
+    n, head = model.length, model.width // model.heads
     shape = (case.batch, n, 3, model.heads, head)
     qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=case.trained)
     # As the output projection's gradient comes: (B, N, H, d) in memory.
@@ -401,7 +391,7 @@ class FloorMeter:
     def flops(self, supervised: int) -> dict[str, float]:
         """Those of both: "product_flops" and "attention_flops"."""
         model = self._recipe.model
-        each = 2 * 2 * model.tokens**2 * model.width
+        each = 2 * model.attention_macs
         found = self._found(supervised)
         return {
             "product_flops": sum(n * product.flops for product, n in found["products"].items()),

@@ -1,7 +1,8 @@
 """The step under measurement: st_fast's own Trainer, fed by its own loader, and the plain loop beside it.
 
 Weights are random everywhere (published initialisation has zeros, which GPUs multiply faster), t is stratified, so
-that every step supervises the same number of samples to ±1, and the data are random latents in a temporary folder.
+that every step supervises the same number of samples to ±1, and the data are random latents in a temporary folder, each
+with the random states of a caption where the network is an MMDiT.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,22 +19,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.measure import Row, Stopwatch, Variant
+from st_fast.core.files import make_folder
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopConsensus, StopRequest
 from st_fast.data.ahead import RecordSet
 from st_fast.data.loader import make_loader
-from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.data.manifest import Manifest, VaeInfo, write_manifest
 from st_fast.data.shards import open_data
+from st_fast.data.text import TextManifest, read_captions, text_folder
 from st_fast.kernels import KernelTable
 from st_fast.model import DiffusionTransformer, unfilled
 from st_fast.model.attention import Attend
 from st_fast.model.layers import sincos_positions
-from st_fast.prepare.writing import write_shards
+from st_fast.prepare.text import write_captions
+from st_fast.prepare.writing import record_crcs, write_shards, write_tensors
 from st_fast.recipe import Recipe, cost, load
+from st_fast.recipe.architecture import named_sizes
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.methods import Plain, SelfTranscendence
 from st_fast.recipe.schema import Model, Stage
@@ -56,8 +62,9 @@ UNTRIED = ("--kernels.gelu_mlp=reference", "--run.cuda_graphs=false")
 
 @dataclass(frozen=True)
 class Setup:
-    """One step to measure. size: of a SiT, or "digits" for `make demo`'s own model with its tokens; tokens a latent;
-    depth 0 is the size's own; compile as `run.compile` takes it.
+    """One step to measure. size: of a SiT, an MMDiT's whole name, whose blocks that supervise move with its depth, or
+    "digits" for `make demo`'s own model with its tokens; tokens a latent; depth 0 is the size's own; compile as
+    `run.compile` takes it.
 
     `options` go over the recipe; labels do not show them.
     """
@@ -84,8 +91,8 @@ class Setup:
 
 def make_recipe(setup: Setup, folder: Path) -> Recipe:
     """The shipped recipe of that size, with this batch, resolution, depth and folder."""
-    demo = setup.size == "digits"
-    name = "digits" if demo else f"sit_{setup.size.split('/')[0].lower()}"
+    demo, text = setup.size == "digits", setup.size.startswith("MMDiT")
+    name = "digits" if demo else "mmdit_coco" if text else f"sit_{setup.size.split('/')[0].lower()}"
     own = ["--evaluate.classifier=false"] if demo else [f"--model.latent_size={2 * math.isqrt(setup.tokens)}"]
     recipe = load(
         ROOT / "recipes" / f"{name}.toml",
@@ -96,19 +103,24 @@ def make_recipe(setup: Setup, folder: Path) -> Recipe:
             f"--optim.batch_size={setup.batch}", "--optim.micro_batch=0", *own, *setup.options,
         ],
     )  # fmt: skip
+    if text:
+        sizes = named_sizes(setup.size)
+        share = sizes["depth"] / recipe.model.depth
+        recipe = _resized(recipe, sizes | {"name": setup.size}, lambda block: max(1, round(block * share)))
     if not setup.depth:
         return recipe
-    model = replace(recipe.model, name="custom", depth=setup.depth)
-    shallow = [replace(s, method=_within(s.method, setup.depth)) for s in recipe.stages]
-    return replace(recipe, model=model, stages=tuple(shallow))
+    return _resized(recipe, {"name": "custom", "depth": setup.depth}, lambda block: min(block, setup.depth))
 
 
-def _within(method: Any, depth: int) -> Any:
-    """The method with its blocks moved into a network of this depth."""
-    if isinstance(method, SelfTranscendence):
-        student, teacher = min(method.student_depth, depth), min(method.teacher_depth, depth)
-        return replace(method, student_depth=student, teacher_depth=teacher)
-    return replace(method, depth=min(method.depth, depth))
+def _resized(recipe: Recipe, sizes: Mapping[str, Any], moved: Callable[[int], int]) -> Recipe:
+    """The recipe with another network, and the blocks that its methods name where `moved` puts them."""
+
+    def within(method: Any) -> Any:
+        names = ("student_depth", "teacher_depth") if isinstance(method, SelfTranscendence) else ("depth",)
+        return replace(method, **{name: moved(getattr(method, name)) for name in names})
+
+    stages = tuple(replace(stage, method=within(stage.method)) for stage in recipe.stages)
+    return replace(recipe, model=replace(recipe.model, **sizes), stages=stages)
 
 
 def make_stage(setup: Setup, recipe: Recipe) -> Stage:
@@ -121,7 +133,7 @@ def make_stage(setup: Setup, recipe: Recipe) -> Stage:
 
 
 def write_data(recipe: Recipe) -> RecordSet:
-    """Random latents for the recipe, on the disk."""
+    """Random latents for the recipe, on the disk, and what else its network is conditional on."""
     model, folder = recipe.model, Path(recipe.data.path)
     shape = (2 * model.channels, model.latent_size, model.latent_size)
     count = max(64, 2 * recipe.optim.batch_size)
@@ -131,7 +143,24 @@ def write_data(recipe: Recipe) -> RecordSet:
     labels = torch.randint(model.num_classes, (count,), generator=generator)
     manifest = Manifest(0, shape, "float16", 0.18215, VaeInfo("none"), "random", model.num_classes)
     write_shards(folder, [(moments.half(), labels)], manifest)
-    return open_data(folder, verify=False)
+    records = open_data(folder, verify=False)
+    if model.network == "mmdit":
+        states = torch.randn(1 + count, 1, model.text_length, model.text_width, generator=generator).half()
+        write_captions(folder, [["some text"]] * count)
+        write_random_text(folder, records.digest, states.numpy())
+    return records
+
+
+def write_random_text(folder: Path, latents: str, states: np.ndarray) -> None:
+    """States (n, 1, L, W) that no encoder made: of the empty caption and of one caption of each of the latents."""
+    where, (_, captions) = text_folder(folder, "random"), read_captions(folder)
+    make_folder(where)
+    crcs = record_crcs(states, np.arange(len(states)))
+    shard = write_tensors(where / "text-00000.safetensors", {"states": states, "crc32": crcs})
+    shape = (1, *states.shape[2:])
+    write_manifest(
+        where, TextManifest("random", "0" * 64, shape, False, captions, latents, len(states), shards=(shard,))
+    )
 
 
 class Notices(Log):
@@ -158,7 +187,7 @@ def fill(tensors: Mapping[str, Tensor], config: Model, seed: int) -> None:
             tensor.copy_(sincos_positions(config.width, config.latent_size // config.patch))
             continue
         tensor.normal_(std=WEIGHT_STD, generator=drawn[tensor.device])
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "ln_q.weight", "ln_k.weight")):
             tensor.add_(1.0)
 
 
@@ -219,11 +248,12 @@ class Ours:
             self.trainer = Trainer(context, self.stage)
         fill_trainer(self.trainer)
         loader = make_loader(recipe.data.loader, shards, setup.device, self.log.say)
+        self.trainer.conditions.open(setup.device, self.log.say)
         if choice is None:
             recipe, _ = try_graphs(self.trainer, recipe, (loader,), first=0, say=self.decided.append)
         self.recipe = recipe
-        draw = self.trainer.noisy_latents
-        self.iterator = BatchIterator(recipe, self.stage, loader, shards, ranks, draw=draw)
+        draw, conditions = self.trainer.noisy_latents, self.trainer.conditions
+        self.iterator = BatchIterator(recipe, self.stage, loader, shards, ranks, draw=draw, conditions=conditions)
         self._batches = Lookahead(self.iterator.steps(0, MANY_STEPS))
         self.trainer.step.following = self._batches.peek
         self.done = self.supervised = 0
@@ -256,7 +286,11 @@ class Ours:
 def ours(setup: Setup) -> Iterator[Ours]:
     """st_fast's loop in a folder that goes when it is done."""
     with TemporaryDirectory(prefix="st_fast-bench-") as folder:
-        yield Ours(setup, Path(folder))
+        loop = Ours(setup, Path(folder))
+        try:
+            yield loop
+        finally:
+            loop.trainer.close()
 
 
 def decisions(loop: Ours) -> Row:

@@ -12,20 +12,25 @@ from bench.workload import STAGES, Setup, ours
 CPU = torch.device("cpu")
 
 
-def setup(stage: str, batch: int = 8) -> Setup:
-    return Setup("S/2", stage, batch, CPU, tokens=16, depth=2, compile="off")
+SIZES = ("S/2", "MMDiT-4/2")
 
 
+def setup(stage: str, batch: int = 8, size: str = "S/2") -> Setup:
+    depth = 2 if size == "S/2" else 0  # the text's stream goes on after the block that is supervised
+    return Setup(size, stage, batch, CPU, tokens=16, depth=depth, compile="off")
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_gradients_and_update_are_ours(stage, monkeypatch):
+def test_losses_gradients_and_update_are_ours(stage, size, monkeypatch):
     shipped = workload.make_recipe
 
     def bold(setup, folder):  # so that one step shows in the average
         recipe = shipped(setup, folder)
-        return replace(recipe, optim=replace(recipe.optim, lr=1e-2, ema_decay=0.5))
+        return replace(recipe, optim=replace(recipe.optim, lr=1e-2, ema_decay=0.5, warmup_steps=0))
 
     monkeypatch.setattr(workload, "make_recipe", bold)
-    with ours(setup(stage)) as loop:
+    with ours(setup(stage, size=size)) as loop:
         plain = plain_loop(loop)
         (batch,) = next(loop.iterator.steps(0, 1))
         draws = Draws(batch.x, batch.velocity + batch.x, batch.t, batch.condition, batch.student_condition)
@@ -75,13 +80,14 @@ def test_the_plain_teacher_runs_on_all_samples_and_ours_on_those_in_range():
         assert 2 <= seen["ours"] == 2 * loop.supervised <= 6
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_floors_products_and_attention_are_all_of_the_methods_flops(stage):
-    with ours(setup(stage, batch=10)) as loop:
+def test_the_floors_products_and_attention_are_all_of_the_methods_flops(stage, size):
+    with ours(setup(stage, 10, size)) as loop:
         recipe, chosen = loop.recipe, loop.stage
-        supervised = 3  # 0.3 of 10: what the formula expects
+        supervised = 3 if size == "S/2" else 10  # 0.3 of 10, or all: what the formula expects
         products = step.products(recipe, chosen, supervised)
-        n, width = recipe.model.tokens, recipe.model.width
+        n, width = recipe.model.length, recipe.model.width
         attention = sum(
             count * case.batch * 4 * n * n * width * (3 if case.trained else 1)
             for case, count in step.attended(recipe, chosen, supervised).items()
