@@ -50,6 +50,23 @@ METRICS = {
             "that the classifier assigns to the class asked for. Higher is better; the dotted line is the classifier "
             "on held-out real images.",
         ),
+        Metric(
+            "held_out", "Never seen, right", "percent", False, "classifier", "real_held_out", "Share of images "
+            "drawn for combinations of attributes that training never saw in which the classifier reads all of them "
+            "right. Higher is better; the dotted line is the classifier on real images of these combinations.",
+        ),
+        Metric(
+            "seen", "Seen, right", "percent", False, "classifier",
+            caption="The same for combinations that training saw.",
+        ),
+        Metric(
+            "retrieved", "Retrieved", "percent", False, "classifier", caption="Share of images drawn for captions of "
+            "single objects whose own real image is among the five nearest. Higher is better.",
+        ),
+        *(
+            Metric(f"{of}_{what}", f"{title}, {what} right", "percent", False, "classifier")
+            for of, title in (("held_out", "Never seen"), ("seen", "Seen")) for what in ("tone", "gender", "role")
+        ),
         Metric("sfid", "sFID", "number", True, "inception"),
         Metric("kid", "KID", "number", True, "inception"),
         Metric("inception_score", "Inception Score", "number", False, "inception"),

@@ -17,7 +17,7 @@ from st_fast.core.machine import lacks_memory, out_of_memory
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
 from st_fast.data.manifest import Manifest
-from st_fast.evaluate import classifier, scores
+from st_fast.evaluate import attributes, classifier, scores
 from st_fast.evaluate.inception import Inception, load_inception
 from st_fast.model import DiffusionTransformer
 from st_fast.recipe.schema import Recipe, Stage
@@ -69,7 +69,9 @@ class Examiner:
 
     def _check(self) -> None:
         wanted, settings, data = self.recipe.evaluate, self.recipe.sample, Path(self.recipe.data.path)
-        if wanted.classifier:
+        if wanted.classifier and self._draws_text:
+            attributes.read_pictures(data)
+        elif wanted.classifier:
             known, classes = classifier.read_images(data).num_classes, self.recipe.model.num_classes
             classifier.check_real_images(data)
             if known < classes:  # samples are of every class of the model
@@ -82,7 +84,8 @@ class Examiner:
             return
         if settings.sampler == "dopri5":
             torchdiffeq_odeint()
-        _ = self._prompts
+        if settings.num:
+            _ = self._prompts
         try:
             decode = self._decode
         except UserError as error:
@@ -138,20 +141,24 @@ class Examiner:
     @cached_property
     def _prompts(self) -> Prompts | None:
         """What a network that draws from text draws: the recipe's prompts, or as many captions as there are samples."""
-        if self.recipe.model.network == "sit":
+        if not self._draws_text:
             return None
-        text = TextRequest(self.recipe.sample.prompts, captions=self.recipe.sample.num or self.recipe.evaluate.num)
+        text = TextRequest(self.recipe.sample.prompts, captions=self.recipe.sample.num)
         return load_prompts(text, self.recipe, self.ranks.device, self.log.say)
 
     @cached_property
     def _classifier(self) -> tuple[classifier.Classifier, classifier.Reference]:
         return classifier.load_classifier(Path(self.recipe.data.path), self.log.say)
 
-    def images(self, model: DiffusionTransformer, count: int) -> tuple[Tensor, Tensor]:
-        """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU."""
+    @property
+    def _draws_text(self) -> bool:
+        return self.recipe.model.network != "sit"
+
+    def images(self, model: DiffusionTransformer, count: int, prompts: Prompts | None = None) -> tuple[Tensor, Tensor]:
+        """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU; or of prompts, their numbers."""
         settings, images, labels = self.recipe.sample, [], []
         for latents, asked in sample_batches(
-            model, self.recipe.run.seed, count, settings, self.recipe.flow.path, self._prompts
+            model, self.recipe.run.seed, count, settings, self.recipe.flow.path, prompts
         ):
             self.ranks.heartbeat.beat("sample")
             images.append(self._decode(latents).cpu())
@@ -160,8 +167,8 @@ class Examiner:
 
     def pictures(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """A grid of samples into the stage's folder, of the same noise every time."""
-        images, labels = self.images(model, self.recipe.sample.num)
         prompts = self._prompts
+        images, labels = self.images(model, self.recipe.sample.num, prompts)
         known = self.manifest.class_names if prompts is None else prompts.texts
         names = names_in_turn(
             labels[: self.recipe.model.num_classes if prompts is None else len(known)].tolist(), known
@@ -174,9 +181,15 @@ class Examiner:
     def metrics(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """Metrics of fresh samples into the log: the classifier's, Inception's, or both, as the recipe says."""
         wanted, settings = self.recipe.evaluate, self.recipe.sample
-        images, labels = self.images(model, wanted.num)
+        scored = self._scored_prompts(wanted.num)
+        drawn = [self.images(model, count, prompts) for count, prompts in scored]
+        images, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         found: dict[str, object] = {"num": len(images)}
-        if wanted.classifier:
+        if wanted.classifier and self._draws_text:
+            classes, pictures = self._attributes
+            texts = [p.texts[i] for (_, asked), (_, p) in zip(drawn, scored, strict=True) if p for i in asked.tolist()]
+            found |= attributes.metrics(attributes.prompt_scores(classes, pictures, images, texts))
+        elif wanted.classifier:
             network, reference = self._classifier
             found |= classifier.classifier_metrics(network, images, labels, reference)
         if wanted.inception:
@@ -185,6 +198,25 @@ class Examiner:
         self.log.write("eval", stage.name, step, metrics=found | protocol, **cost)
         against = f" against {found['reference']}" if "reference" in found else ""
         self.log.say(f"{stage.name} {step}: {summary(found)}, of {len(images)} samples{against}")
+
+    def _scored_prompts(self, count: int) -> list[tuple[int, Prompts | None]]:
+        """How many samples are scored of which prompts; with attributes half are of the captions held out."""
+        if not self._draws_text:
+            return [(count, None)]
+        data = Path(self.recipe.data.path)
+        of = Path(self.recipe.evaluate.captions or data)
+        places = [(count - count // 2, data), (count // 2, data / attributes.HELD_OUT)]
+        if not self.recipe.evaluate.classifier:
+            places = [(count, of)]
+        return [
+            (number, load_prompts(TextRequest((), number, place), self.recipe, self.ranks.device, self.log.say))
+            for number, place in places
+        ]
+
+    @cached_property
+    def _attributes(self) -> tuple[attributes.AttributeClassifier, attributes.Pictures]:
+        data = Path(self.recipe.data.path)
+        return attributes.load_attribute_classifier(data, self.log.say), attributes.read_pictures(data)
 
     def _by_inception(self, images: Tensor) -> dict[str, object]:
         """FID and its like; the classifier's precision and recall keep their names, Inception's get a prefix."""
