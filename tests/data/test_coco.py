@@ -11,6 +11,7 @@ import torch
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
+from st_fast.data import coco
 from st_fast.data.coco import CLAMP, kind_of
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.data.text import open_text, read_captions, read_text_manifest
@@ -162,6 +163,15 @@ def test_a_bad_file_is_named_in_one_line(change, named, tmp_path: Path) -> None:
     assert Path(named).name in told and "\n" not in told and len(told) < 400
     with pytest.raises(UserError, match=Path(named).name):
         prepare.main(["--from-coco", str(folder), str(tmp_path / "out")])
+
+
+def test_a_file_of_the_other_kind_is_found_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "SAMPLED", 2)
+    folder = write_layout(tmp_path / "train")
+    np.save(folder / "5.npy", -np.ones(SHAPE, np.float32))
+    records = open_data(folder, verify=False)
+    with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\), but 0\.npy is \(mean, std\)"):
+        records.gather(np.array([4, 5]))
 
 
 def test_the_kind_follows_from_sign_and_range() -> None:
