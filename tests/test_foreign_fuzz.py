@@ -9,6 +9,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ import torch
 
 from st_fast.core import checkpoint
 from st_fast.core.limits import Zip, tar_members
+from st_fast.data.captions import coco_captions
 from st_fast.data.shards import open_data
+from st_fast.data.text import captions_bytes, open_text, read_captions
 from st_fast.model.formats import import_file
 from st_fast.model.stored import read_model
 from st_fast.recipe.schema import Model
 from st_fast.sample.set import open_npz, write_npz
 from tests import foreign, tiny
 from tests.core.checkpoint.test_checkpoint_fuzz import ODD_VALUES, damaged_bytes, damaged_value
+from tests.data import test_coco
 from tests.data.conftest import encoded, picture
+from tests.data.test_captions import TEXTS, write_coco
 from tests.data.test_repa import write_layout
 from tests.fuzz import blocks, watched
 
@@ -182,6 +187,34 @@ def make_repa(folder: Path) -> Path:
     return folder / "repa"
 
 
+def make_coco(folder: Path) -> Path:
+    return test_coco.write_layout(folder / "train")
+
+
+def spoil_coco(path: Path, draw: random.Random) -> None:
+    spoil_bytes(draw.choice(sorted(file for file in path.rglob("*") if file.suffix in (".npy", ".txt"))), draw)
+
+
+def read_coco(path: Path) -> None:
+    with closing(open_data(path)) as records, closing(open_text(path, "", records)) as text:
+        text.verify()
+
+
+def make_captions(folder: Path) -> Path:
+    return write_coco(folder / "captions.json", ["a/1.jpg", "2.jpg"], TEXTS[:2])
+
+
+def read_captions_of(path: Path) -> None:
+    names = ["1.jpg", "b/a/1.jpg", "2.jpg"]
+    captions = coco_captions(path, names)
+    assert all(isinstance(text, str) and text for number in range(3) for text in captions(number))
+
+
+def make_lines(folder: Path) -> Path:
+    (folder / "captions.jsonl").write_bytes(captions_bytes(TEXTS))
+    return folder
+
+
 def read_model_at(path: Path) -> object:
     return read_model(path, print, number_of_heads=2)
 
@@ -201,6 +234,10 @@ KINDS = {
     "zip of images": Kind(make_zip, spoil_bytes, read_zip, 6),
     "npz of samples": Kind(make_samples, spoil_bytes, lambda path: list(open_npz(path).blocks(4)), 6),
     "npy of latents": Kind(make_repa, spoil_repa, lambda path: open_data(path).close(), 4),
+    "npy and txt of COCO": Kind(make_coco, spoil_coco, read_coco, 8),
+    "COCO's captions": Kind(make_captions, spoil_json, read_captions_of, 8),
+    "COCO's captions, bytes": Kind(make_captions, spoil_bytes, read_captions_of, 4),
+    "captions.jsonl": Kind(make_lines, lambda path, draw: spoil_bytes(path / "captions.jsonl", draw), read_captions, 4),
     "dataset.json": Kind(make_repa, spoil_labels, lambda path: open_data(path, verify=False).close(), 6),
 }  # fmt: skip
 
