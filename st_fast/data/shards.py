@@ -163,7 +163,8 @@ def open_data(
     once, checking SHA-256, NaN, Inf and absurd values. Without it each record of a shard is still checked against its
     CRC whenever it is read. at_least: the records needed, one global batch. beat: called as verifying makes progress.
     """
-    records = _in_place(folder) or ShardSet(folder, read_manifest(folder))
+    other = _in_place(folder)
+    records: RecordSet = ShardSet(folder, read_manifest(folder)) if other is None else other
     if len(records) < max(1, at_least):
         need = f"the global batch needs {at_least} (--optim.batch_size)" if len(records) else "nothing to train on"
         raise BadFile(f"data.path = {str(folder)!r}: {len(records)} records, {need}")
@@ -186,4 +187,4 @@ def _in_place(folder: Path) -> NpyRecords | None:
 def read_any_manifest(folder: Path) -> Manifest:
     """The manifest of a data folder of any layout; of ours, no latent is read."""
     records = _in_place(folder)
-    return records.manifest if records else read_manifest(folder)
+    return read_manifest(folder) if records is None else records.manifest
