@@ -12,7 +12,7 @@ The classifier is trained on the data's real images; a distance in its features 
 """
 
 from st_fast.core.command import need_run_first
-from st_fast.core.options import path
+from st_fast.core.options import given, path
 from st_fast.core.signals import catch_signals
 
 if __name__ == "__main__":
@@ -32,7 +32,7 @@ from st_fast.core.comparison import differences, place_for, short_digest
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import BadFile, read_json, write_json_atomic
 from st_fast.core.machine import naming_lack_of_memory
-from st_fast.evaluate import classifier, inception, scores
+from st_fast.evaluate import attributes, classifier, clip_score, inception, scores
 from st_fast.evaluate.classifier import how_to_write_images
 from st_fast.recipe import Recipe
 from st_fast.report.metrics import apart
@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--features", choices=names, metavar="{auto,inception,classifier}", default="auto")
     parser.add_argument("--inception", type=path, metavar="FILE", help="weights (default: what torch-fidelity left)")
     parser.add_argument("--reference", type=path, help="ADM's .npz, pictures or a data folder (default: the run's)")
+    parser.add_argument(
+        "--clip", type=given, metavar="MODEL", help="also the CLIP score of samples drawn from text, by this CLIP"
+    )
     parser.add_argument("--any-labels", action="store_true", help="compare although a class has no sample")
     return parser
 
@@ -62,6 +65,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, SampleRequest]:
     data = Path(request.recipe.data.path)
     images = (data / "images.safetensors").is_file()
     weights = None if given.features in ("classifier", "judge") else inception.find_weights(given.inception)
+    if given.clip and (request.recipe.model.network == "sit" or given.samples is not None):
+        raise UserError(f"--clip {given.clip}: scores samples that this command draws from text")
     if given.features == "inception" and weights is None:
         raise UserError(f"--features inception: no weights: pass --inception FILE ({inception.FILES[0]})")
     if weights is not None and given.reference is None and not images:
@@ -88,20 +93,28 @@ def main(arguments: Sequence[str]) -> None:
         inception.load_inception(given.inception, torch.device("cpu"))  # to refuse a bad file before hours of drawing
         if not given.reference.exists():
             raise UserError(f"--reference {given.reference}: no such file or folder")
+    elif request.recipe.model.network != "sit":
+        attributes.read_pictures(Path(request.recipe.data.path))
     else:
         classifier.check_count(request.settings.num, f"--num {request.settings.num}")
         classifier.check_real_images(Path(request.recipe.data.path))
     with sampling(request) as (ranks, sampler, say):
         file = draw_set(sampler, None, False, ranks, say)
+        texts = () if sampler.prompts is None else sampler.prompts.texts
         del sampler
         if ranks.first:
-            score_file(given, request.recipe, file, ranks.device, say)
+            score_file(given, request.recipe, file, ranks.device, say, texts)
         ranks.barrier()
 
 
 @naming_lack_of_memory("scoring")
-def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: torch.device, say: Say) -> None:
-    """Scores a file of samples, prints the protocol and every number, and writes the record beside the samples."""
+def score_file(
+    given: argparse.Namespace, recipe: Recipe, file: Path, device: torch.device, say: Say, texts: Sequence[str] = ()
+) -> None:
+    """Scores a file of samples, prints the protocol and every number, and writes the record beside the samples.
+
+    texts: what the samples' labels number, where they were drawn from text.
+    """
     samples = open_npz(file)
     if recipe.model.network == "sit" and not given.any_labels:
         scores.check_classes(samples.labels, recipe.model.num_classes)
@@ -111,8 +124,13 @@ def score_file(given: argparse.Namespace, recipe: Recipe, file: Path, device: to
         reference = scores.read_reference(given.reference, network, samples.shape)
         numbers: dict[str, Any] = {**scores.score(samples, network, reference)}
         protocol = scores.protocol(samples, network, reference)
+    elif recipe.model.network != "sit":
+        numbers, protocol = _by_attributes(Path(recipe.data.path), samples, texts, say)
     else:
         numbers, protocol = _by_classifier(Path(recipe.data.path), samples, say)
+    if given.clip:
+        found, by = _by_clip(given.clip, samples, texts, device)
+        numbers, protocol = numbers | found, protocol | by
     of_samples, of_real = apart(numbers)
     brief = ", ".join(f"{key} {protocol[key]}" for key in ("reference", "resize", "features"))
     say(f"N = {protocol['num']} samples, {brief}, weights {str(protocol['weights_sha256'])[:12]}:")
@@ -143,6 +161,40 @@ def _place(usual: Path, protocol: dict[str, Any]) -> Path:
             return False
 
     return place_for(usual, usual.with_stem(f"{usual.stem}-{short_digest(protocol)}"), same)
+
+
+def _by_attributes(
+    data: Path, samples: ImageFile, texts: Sequence[str], say: Say
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Numbers by their metric's key, and the protocol, for samples drawn for captions of the data's real pictures."""
+    pictures, classes = attributes.read_pictures(data), attributes.load_attribute_classifier(data, say)
+    asked = _texts_of(samples, texts, "evaluate")
+    images = torch.from_numpy(np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2))
+    numbers = attributes.metrics(attributes.prompt_scores(classes, pictures, images, asked))
+    return numbers | {"floor_num": len(pictures.images) - pictures.trained}, {
+        "num": samples.count, "reference": f"{len(pictures.images)} real pictures", "resize": "none",
+        "features": "a classifier of attributes trained on the data", "weights_sha256": classes.digest,
+    }  # fmt: skip
+
+
+def _texts_of(samples: ImageFile, texts: Sequence[str], wanted: str) -> list[str]:
+    """The text of each sample; UserError where they are not known."""
+    if samples.labels is None or not texts:
+        raise UserError(f"{wanted}: the texts of {samples.path} are not known: draw the samples with this command")
+    return [texts[label] for label in samples.labels.tolist()]
+
+
+def _by_clip(
+    name: str, samples: ImageFile, texts: Sequence[str], device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mean CLIP score by its metric's key, and the protocol."""
+    clip = clip_score.load_clip(name, device)
+    asked, scores = _texts_of(samples, texts, f"--clip {name}"), list[torch.Tensor]()
+    for block in samples.blocks():
+        done = sum(map(len, scores))
+        images = torch.from_numpy(block.transpose(0, 3, 1, 2).copy())
+        scores.append(clip(images, asked[done : done + len(block)]))
+    return {"clip_score": float(torch.cat(scores).mean())}, {"clip": clip.name, "clip_sha256": clip.hash}
 
 
 def _by_classifier(data: Path, samples: ImageFile, say: Say) -> tuple[dict[str, Any], dict[str, Any]]:

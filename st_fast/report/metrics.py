@@ -19,7 +19,7 @@ class Metric:
     title: str
     unit: Literal["number", "percent"]
     lower_is_better: bool
-    features: Literal["inception", "classifier"]
+    features: Literal["inception", "classifier", "clip"]
     floor: str = ""
     caption: str = ""
 
@@ -67,6 +67,7 @@ METRICS = {
             Metric(f"{of}_{what}", f"{title}, {what} right", "percent", False, "classifier")
             for of, title in (("held_out", "Never seen"), ("seen", "Seen")) for what in ("tone", "gender", "role")
         ),
+        Metric("clip_score", "CLIP score", "number", False, "clip"),
         Metric("sfid", "sFID", "number", True, "inception"),
         Metric("kid", "KID", "number", True, "inception"),
         Metric("inception_score", "Inception Score", "number", False, "inception"),

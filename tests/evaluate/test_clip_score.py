@@ -1,0 +1,56 @@
+"""CLIP score against the definition, with a tiny CLIP; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from st_fast.core.errors import UserError
+from st_fast.evaluate.clip_score import BATCH, load_clip
+from st_fast.model.encoders import CLIP
+from tests.tiny_text import write_text_encoder
+
+hf = pytest.importorskip("transformers")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_text_encoder(tmp_path, "clip")
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 9,
+    }  # fmt: skip
+    vision = text | {"image_size": 16, "patch_size": 8}
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_it_is_a_hundred_times_the_cosine_where_that_is_positive_and_long_texts_are_cut(folder):
+    count = BATCH + 3
+    images = torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    texts = [("a red fox " * (1 + i % 5)).strip() for i in range(count)]
+    model, tokenizer = hf.CLIPModel.from_pretrained(folder).eval(), hf.AutoTokenizer.from_pretrained(folder)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP.mean, CLIP.std))
+    expected = []
+    for image, text in zip(images, texts, strict=True):
+        ids = tokenizer(text, truncation=True, max_length=9, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model(pixel_values=((image / 255 - mean) / std)[None], input_ids=ids)
+        expected.append(100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp_min(0)[0])
+    found = load_clip(str(folder), CPU)(images, texts)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-3)
+    assert (found == 0).any() or (found > 0).all()
+    assert found.std() > 0.1
+
+
+def test_what_is_no_clip_is_refused_in_one_line(tmp_path):
+    write_text_encoder(tmp_path, "bert")
+    with pytest.raises(UserError, match="'clip' is needed") as raised:
+        load_clip(str(tmp_path), CPU)
+    assert "\n" not in str(raised.value)
