@@ -38,7 +38,7 @@ from st_fast.recipe.architecture import CLASSES_MOST
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
-TARGETS = ("to", "empty_context", "weights", "vae", "push", "private", "dry_run")
+TARGETS = ("to", "empty_context", "weights", "vae", "text_encoder", "push", "private", "dry_run")
 """Options that say how TARGET is written."""
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vae", type=given, help="a folder or hub name, put into a diffusers folder (default: the data's own)"
     )
+    parser.add_argument(
+        "--text-encoder", type=given, help="a folder or hub name, put into a diffusers folder of a model of text"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the folder to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="make the hub's repository private")
     parser.add_argument("--dry-run", action="store_true", help="read and check, say what would be written, and stop")
@@ -92,6 +95,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given.weights = given.weights or "ema"
     if given.vae and given.to != "diffusers":
         raise UserError("--vae: only --to diffusers takes one")
+    if given.text_encoder and given.to != "diffusers":
+        raise UserError("--text-encoder: only --to diffusers takes one")
     if given.push and given.to not in ("huggingface", "diffusers"):
         raise UserError("--push: only --to huggingface and --to diffusers can be uploaded")
     if given.push and (not NAME.fullmatch(given.push) or ".." in given.push):
@@ -115,6 +120,8 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     origin = read_model(given.source, print, given.stage, given.layout, given.heads, given.num_classes)
     _check_used(given, origin)
+    if given.text_encoder and origin.loaded.config.network == "sit":
+        raise UserError(f"--text-encoder: {given.source} draws classes, not text")
     if given.empty_context:
         origin = with_empty_context(origin, given.empty_context)
     if given.to in ("huggingface", "diffusers"):
@@ -159,7 +166,7 @@ def write(given: argparse.Namespace, form: str, origin: ModelSource) -> None:
     elif form == "huggingface":
         write_huggingface(origin, given.weights, name, target)
     elif form == "diffusers":
-        write_diffusers(origin, given.weights, name, given.vae, target)
+        write_diffusers(origin, given.weights, name, given.vae, given.text_encoder, target)
     else:
         export_file(origin.loaded, form, target, "model" if given.weights == "raw" else "ema")
 

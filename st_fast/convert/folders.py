@@ -1,5 +1,6 @@
 """A model written as a stage of ours, as a Hugging Face folder, or as a diffusers pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from st_fast import __version__
 from st_fast.convert.card import card
-from st_fast.convert.text import text_of
+from st_fast.convert.text import load_encoder, text_of, write_text_encoder
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.core.files import read_json, write_folder, write_json_atomic
@@ -16,21 +17,31 @@ from st_fast.core.writing import save_pretrained
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.formats.loaded_state import heads, trunk
-from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, write_pretrained
+from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, TextStates, write_pretrained
 from st_fast.model.stored import ModelSource
 from st_fast.model.vae import load_vae, refuse_normalised, tensors_hash, vae_scale
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
 
 DIFFUSERS_AT_LEAST = "0.35.0"
-STANDALONE = {
-    "pipeline.py": "convert/pipeline.py",
+SHARED = {
     "sit_streams.py": "core/random.py",
     "sit_draws.py": "kernels/noise/definition.py",
+    "sit_drawing.py": "convert/drawing.py",
     "transformer/sit_transformer.py": "convert/sit_transformer.py",
 }
-"""The pipeline's files: sources of st_fast that import nothing of it but one another. diffusers fetches those beside
-pipeline.py that this one imports itself."""
+STANDALONE = {
+    "sit": {"pipeline.py": "convert/pipeline.py", **SHARED},
+    "mmdit": {
+        "pipeline.py": "convert/text_pipeline.py",
+        "transformer/mmdit_transformer.py": "convert/mmdit_transformer.py",
+        **SHARED,
+    },
+}
+"""A pipeline's files by its network: sources of st_fast that import nothing of it but one another. diffusers fetches
+those beside pipeline.py that this one imports itself."""
+PREFIX = {"sit": "SiT", "mmdit": "MMDiT"}
+"""How the names of their classes begin."""
 
 
 def latents_of(origin: ModelSource) -> tuple[float | None, str, str | None]:
@@ -74,12 +85,13 @@ def write_stage(origin: ModelSource, folder: Path) -> None:
 
 
 def _write_model(
-    folder: Path, origin: ModelSource, weights: str, scale: float | None, name: str = WEIGHTS, **also: Any
-) -> None:
+    folder: Path, origin: ModelSource, weights: str, scale: float | None, text: TextStates, name: str = WEIGHTS,
+    **also: Any,
+) -> None:  # fmt: skip
     """config.json and the trunk's averaged or raw weights."""
     loaded = origin.loaded
     tensors = trunk(loaded.ema if weights == "ema" else loaded.model)
-    published = Published(loaded.config, cast(Any, loaded.path), scale, loaded.step, text_of(origin))
+    published = Published(loaded.config, cast(Any, loaded.path), scale, loaded.step, text)
     write_pretrained(folder, tensors, published, name, also)
 
 
@@ -87,25 +99,28 @@ def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
     scale, vae, _ = latents_of(origin)
     with write_folder(folder) as writing:
-        _write_model(writing, origin, weights, scale)
+        _write_model(writing, origin, weights, scale, text_of(origin))
         text = card(origin, weights, "huggingface", name, vae, text_of(origin))
         (writing / "README.md").write_text(text, encoding="utf-8")
 
 
-def standalone() -> dict[str, str]:
+def standalone(network: str) -> dict[str, str]:
     """The texts of `STANDALONE`, which find one another beside them and not in st_fast."""
-    package = Path(__file__).parent.parent
-    texts = {place: (package / source).read_text(encoding="utf-8") for place, source in STANDALONE.items()}
-    for place, source in STANDALONE.items():
+    package, files = Path(__file__).parent.parent, STANDALONE[network]
+    texts = {place: (package / source).read_text(encoding="utf-8") for place, source in files.items()}
+    for place, source in files.items():
         module = f"st_fast.{source.removesuffix('.py').replace('/', '.')}"
         texts = {name: text.replace(f"from {module} ", f"from .{Path(place).stem} ") for name, text in texts.items()}
     return texts
 
 
-def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | None, folder: Path) -> None:
-    """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the VAE.
+def write_diffusers(
+    origin: ModelSource, weights: str, name: str, vae: str | None, encoder: str | None, folder: Path
+) -> None:
+    """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the others.
 
-    UserError if the folder is there, or the VAE can't be had or has other channels.
+    UserError if the folder is there, if the VAE can't be had or has other channels, or if the text encoder can't be had
+    or isn't the one that the model was trained with.
     """
     scale, vae_name, vae_folder = latents_of(origin)
     if vae:
@@ -117,18 +132,24 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
             raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
         refuse_normalised(decoder, f"VAE {vae_name}")
         scale = scale or vae_scale(decoder)
-    decodes = decoder is not None or channels in (1, 3)
+    decodes, network = decoder is not None or channels in (1, 3), origin.loaded.config.network
+    reader, text = load_encoder(origin, encoder) if encoder else (None, text_of(origin))
     with write_folder(folder) as writing:
-        write_json_atomic(writing / "model_index.json", index(origin, decoder is not None))
+        components: dict[str, list[str | None]] = {
+            "vae": ["diffusers", "AutoencoderKL"] if decoder is not None else [None, None]
+        }
+        if network == "mmdit":
+            components |= write_text_encoder(reader, writing)
+        write_json_atomic(writing / "model_index.json", index(origin, components))
         (writing / "transformer").mkdir()
-        for place, text in {
-            "README.md": card(origin, weights, "diffusers", name, vae_name, text_of(origin), decodes, scale),
-            **standalone(),
+        for place, content in {
+            "README.md": card(origin, weights, "diffusers", name, vae_name, text, decodes, scale, reader is not None),
+            **standalone(network),
         }.items():
-            (writing / place).write_text(text, encoding="utf-8")
+            (writing / place).write_text(content, encoding="utf-8")
         _write_model(
-            writing / "transformer", origin, weights, scale, DIFFUSERS_WEIGHTS,
-            _class_name="SiTTransformer", _diffusers_version=DIFFUSERS_AT_LEAST,
+            writing / "transformer", origin, weights, scale, text, DIFFUSERS_WEIGHTS,
+            _class_name=f"{PREFIX[network]}Transformer", _diffusers_version=DIFFUSERS_AT_LEAST,
         )  # fmt: skip
         if decoder is not None:
             save_pretrained(decoder, writing / "vae")
@@ -137,15 +158,16 @@ def write_diffusers(origin: ModelSource, weights: str, name: str, vae: str | Non
             write_json_atomic(writing / "vae" / "config.json", config)
 
 
-def index(origin: ModelSource, with_vae: bool) -> dict[str, Any]:
+def index(origin: ModelSource, components: Mapping[str, list[str | None]]) -> dict[str, Any]:
     """model_index.json: the components, and how the run's recipe samples where the pipeline can."""
+    network = origin.loaded.config.network
     guided = origin.loaded.config.class_dropout > 0
     sampling = load_run(origin.run).sample if origin.run else Sample(cfg_scale=1.8 if guided else 1.0)
     return {
-        "_class_name": ["pipeline", "SiTPipeline"],
+        "_class_name": ["pipeline", f"{PREFIX[network]}Pipeline"],
         "_diffusers_version": DIFFUSERS_AT_LEAST,
-        "transformer": ["sit_transformer", "SiTTransformer"],
-        "vae": ["diffusers", "AutoencoderKL"] if with_vae else [None, None],
+        "transformer": [f"{network}_transformer", f"{PREFIX[network]}Transformer"],
+        **components,
         "sampler": sampling.sampler if sampling.sampler != "dopri5" else "heun",
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.cfg_scale,

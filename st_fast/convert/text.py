@@ -9,11 +9,13 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import open_regular, shown
 from st_fast.core.limits import read_npy
 from st_fast.core.options import ARCHITECTURE_MOST
+from st_fast.core.writing import save_pretrained
 from st_fast.data.text import read_text_manifest
 from st_fast.model.formats.layouts import CLIP_TOKENS
 from st_fast.model.formats.loaded_state import NULL_CONTEXT
 from st_fast.model.load import CONFIG, TextStates, read_config
 from st_fast.model.stored import ModelSource
+from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
 from st_fast.recipe import load_run
 
 CLIP, CLIP_WIDTH = "openai/clip-vit-large-patch14", 768
@@ -53,6 +55,31 @@ def check_empty_context(origin: ModelSource, form: str) -> None:
             f"{origin.path}: --to {form} needs the empty caption's states, which published models lack: "
             "--empty-context FILE.npy"
         )
+
+
+def load_encoder(origin: ModelSource, name: str) -> tuple[TextEncoder, TextStates]:
+    """A model's text encoder (a folder or hub name), and whose states those are.
+
+    UserError where it can't be had, has another width, or other weights than the one that the model was trained with.
+    """
+    config, text = origin.loaded.config, text_of(origin)
+    found = load_text_encoder(name, torch.device("cpu"), torch.float32, config.text_length, text.mask)
+    if found.width != config.text_width:
+        raise UserError(f"--text-encoder {name}: {found.width} channels, the model has {config.text_width}")
+    if text.hash:
+        check_encoder(found, text.encoder, text.hash)
+    return found, TextStates(text.encoder if text.hash else found.name, found.hash, text.mask)
+
+
+def write_text_encoder(encoder: TextEncoder | None, folder: Path) -> dict[str, list[str | None]]:
+    """The folders text_encoder and tokenizer, or neither, and what model_index.json calls them."""
+    parts = {} if encoder is None else {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer}
+    for name, part in parts.items():
+        save_pretrained(part, folder / name)
+    return {
+        name: ["transformers", type(parts[name]).__name__] if name in parts else [None, None]
+        for name in ("text_encoder", "tokenizer")
+    }
 
 
 def text_of(origin: ModelSource) -> TextStates:

@@ -48,22 +48,22 @@ class TextEncoder:
     def __init__(self, name: str, model: Any, tokenizer: Any, length: int, mask: bool, device: torch.device) -> None:
         self.name, self.length, self.mask, self.device = name, length, mask, device
         self.hash, self.width = tensors_hash(model.state_dict()), int(model.config.get_text_config().hidden_size)
-        self._model, self._tokenizer = model.to(device).eval().requires_grad_(False), tokenizer
+        self.model, self.tokenizer = model.to(device).eval().requires_grad_(False), tokenizer
         self.dtype = next(model.parameters()).dtype
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(n, L, W) float32 on the encoder's device."""
-        found = self._tokenizer(
+        found = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         ids, mask = found["input_ids"].to(self.device), found["attention_mask"].to(self.device)
-        states: Tensor = self._model(input_ids=ids, **({"attention_mask": mask} if self.mask else {})).last_hidden_state
+        states: Tensor = self.model(input_ids=ids, **({"attention_mask": mask} if self.mask else {})).last_hidden_state
         return states.float() * mask[..., None] if self.mask else states.float()
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text, were it not cut."""
-        return [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
 
 
 def load_text_encoder(

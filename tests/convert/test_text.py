@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from st_fast import kernels
 from st_fast.convert.__main__ import main
@@ -23,12 +26,44 @@ from st_fast.model.stored import read_model
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
-from tests import foreign, tiny_text
+from st_fast.sample import __main__ as sample
+from tests import foreign, tiny_text, warm
 from tests.sample.tiny_run import RECIPE
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+PIPELINES = ("bert", "clip")
+"""Text encoders with an attention mask, and without."""
+
+
+PROGRAM = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    texts, found = ["a red fox", "number seven", "a picture more eight one two three four"], {}
+    for sampler in ("heun", "sde"):
+        settings = dict(sampler=sampler, num_inference_steps=3, guidance_scale=2.5, seed=11, output_type="pt")
+        found[sampler] = pipe(texts, **settings).images
+    found["negative"] = pipe(texts, negative_prompt="one fox", **settings).images
+    found["states"] = pipe(prompt_embeds=pipe.states(texts)[1:], first=1, **settings).images
+    assert pipe("two").images[0].size == (8, 8)
+    pipe.text_encoder = None
+    for wrong, told in (({"prompt": "two"}, "no text encoder"), ({}, "is needed")):
+        try:
+            pipe(**wrong)
+        except ValueError as error:
+            assert told in str(error)
+        else:
+            raise AssertionError(told)
+    save_file({name: (images * 255).round().to(torch.uint8) for name, images in found.items()}, folder + ".safetensors")
+assert not any(name.partition(".")[0] == "st_fast" for name in sys.modules)
+"""
 
 
 def convert(*arguments: object) -> None:
@@ -43,31 +78,42 @@ def published(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with a random text encoder, data whose captions it read, and a run with a random model of them."""
-    folder = tmp_path_factory.mktemp("text")
-    tiny_text.write_text_encoder(folder / "bert")
-    moments = torch.zeros(tiny_text.IMAGES, 6, 8, 8).half()
-    manifest = Manifest(0, (6, 8, 8), "float16", 2.0, VaeInfo("pixels"), "pictures, CC BY-SA 4.0", 1)
-    write_shards(folder / "data", [(moments, torch.zeros(len(moments), dtype=torch.int64))], manifest)
-    (folder / "data" / "captions.jsonl").write_bytes(captions_bytes(tiny_text.CAPTIONS))
-    prepare.main(["--text", str(folder / "bert"), str(folder / "data"), "--text-length", "7"])
-    sizes = 'network = "mmdit"\ntext_width = 16\ntext_length = 7'
-    text = RECIPE.replace("num_classes = 5", sizes).format(data=folder / "data", out=folder / "run")
-    (folder / "recipe.toml").write_text(text)
-    recipe = load(folder / "recipe.toml")
-    (folder / "run").mkdir()
-    (folder / "run" / "recipe.toml").write_text(to_toml(recipe))
-    network = build(recipe.model, kernels.select({}, CPU), 0)
-    network.use_null(open_text(folder / "data", "", open_data(folder / "data")).null())
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        name: t if name == "null_context" else t + 0.1 * torch.randn(t.shape, generator=generator)
-        for name, t in network.state_dict().items()
-    }
-    meta = {"architecture": recipe.model.architecture()}
-    checkpoint.save(folder / "run" / "plain" / "checkpoints", 10, {"model": state, "ema": state}, meta)
-    return folder
+def make_place(tmp_path_factory):
+    """Makes a folder with a random text encoder, data whose captions it read, and a run with a random model of them."""
+
+    @cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        tiny_text.write_text_encoder(folder / family, family)
+        moments = torch.zeros(tiny_text.IMAGES, 6, 8, 8).half()
+        manifest = Manifest(0, (6, 8, 8), "float16", 2.0, VaeInfo("pixels"), "pictures, CC BY-SA 4.0", 1)
+        write_shards(folder / "data", [(moments, torch.zeros(len(moments), dtype=torch.int64))], manifest)
+        (folder / "data" / "captions.jsonl").write_bytes(captions_bytes(tiny_text.CAPTIONS))
+        prepare.main(["--text", str(folder / family), str(folder / "data"), "--text-length", "7"])
+        sizes = 'network = "mmdit"\ntext_width = 16\ntext_length = 7'
+        text = RECIPE.replace("num_classes = 5", sizes).format(data=folder / "data", out=folder / "run")
+        (folder / "recipe.toml").write_text(text)
+        recipe = load(folder / "recipe.toml")
+        (folder / "run").mkdir()
+        (folder / "run" / "recipe.toml").write_text(to_toml(recipe))
+        network = build(recipe.model, kernels.select({}, CPU), 0)
+        network.use_null(open_text(folder / "data", "", open_data(folder / "data")).null())
+        generator = torch.Generator().manual_seed(0)
+        state = {
+            name: t if name == "null_context" else t + 0.1 * torch.randn(t.shape, generator=generator)
+            for name, t in network.state_dict().items()
+        }
+        meta = {"architecture": recipe.model.architecture()}
+        checkpoint.save(folder / "run" / "plain" / "checkpoints", 10, {"model": state, "ema": state}, meta)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def place(make_place) -> Path:
+    """Such a folder, of a BERT-like encoder."""
+    return make_place("bert")
 
 
 def test_a_published_model_becomes_a_folder_with_the_empty_captions_states(published, tmp_path):
@@ -137,3 +183,61 @@ def test_a_folder_says_whose_states_its_model_takes_and_its_example_draws(place,
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"text_mask": True, "model_type": "sit"}))
     with pytest.raises(UserError, match="model_type = 'sit', but network = 'mmdit'"):
         MMDiT.from_pretrained(tmp_path / "hf")
+
+
+@pytest.fixture(scope="module")
+def pipelines(make_place, tmp_path_factory) -> Path:
+    """Pipelines by the family of their text encoders, and what they drew in a process of its own."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("pipelines")
+    for family in PIPELINES:
+        place = make_place(family)
+        convert(place / "run", folder / family, "--to", "diffusers", "--text-encoder", place / family)
+    (folder / "program.py").write_text(PROGRAM)
+    environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = warm.run("program.py", *PIPELINES, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_a_pipeline_without_st_fast_draws_what_our_sampler_draws(family, pipelines, make_place, tmp_path):
+    place, pipe = make_place(family), pipelines / family
+    theirs = load_file(pipelines / f"{family}.safetensors")
+    (tmp_path / "prompts.txt").write_text("a red fox\nnumber seven\na picture more eight one two three four\n")
+    for name, options in {"heun": (), "sde": (), "negative": ("--negative", "one fox")}.items():
+        settings = ("--steps", "3", "--cfg-scale", "2.5", "--cfg-range", "0", "0.7", "--seed", "11", *options)
+        encoder = ("--prompts", str(tmp_path / "prompts.txt"), "--text-encoder", str(place / family))
+        sampler = ("--sampler", name.replace("negative", "sde"), "--npz", "-n", "3", "--out", str(tmp_path / name))
+        sample.main([str(place / "run"), *settings, *encoder, *sampler])
+        ours = torch.from_numpy(np.load(tmp_path / name / "samples.npz")["arr_0"]).permute(0, 3, 1, 2)
+        assert (ours.int() - theirs[name].int()).abs().max() <= 1 and ours.float().std() > 1
+    assert (theirs["states"].int() - theirs["sde"][1:].int()).abs().max() <= 1
+    assert not torch.equal(theirs["negative"], theirs["sde"])
+    files = [path for path in pipe.rglob("*") if path.suffix in (".json", ".md")]
+    assert [path.name for path in files if str(place) in path.read_text()] == []
+    assert read_model(pipe, pytest.fail).loaded.config.text_length == 7
+
+
+def test_another_text_encoder_is_refused_and_its_place_may_be_left_open(place, published, tmp_path):
+    foreign.repa_checkpoint(published[0].with_name("sit.pt"))
+    tiny_text.write_text_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"'other': other weights .* than those that encoded the training's captions"):
+        convert(place / "run", tmp_path / "pipe", "--to", "diffusers", "--text-encoder", tmp_path / "other")
+    assert not (tmp_path / "pipe").exists()
+    convert(place / "run", tmp_path / "pipe", "--to", "diffusers")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["text_encoder"] == index["tokenizer"] == [None, None]
+    assert "No text encoder is in this folder" in (tmp_path / "pipe" / "README.md").read_text()
+    for arguments, told in (
+        (
+            (place / "run", tmp_path / "x", "--to", "huggingface", "--text-encoder", "y"),
+            "only --to diffusers takes one",
+        ),
+        (
+            (published[0].with_name("sit.pt"), tmp_path / "x", "--to", "diffusers", "--text-encoder", "y"),
+            "draws classes",
+        ),
+    ):
+        with pytest.raises(UserError, match=told):
+            convert(*arguments)

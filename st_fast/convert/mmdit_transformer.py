@@ -1,0 +1,108 @@
+"""MMDiT (arXiv 2403.03206) as a diffusers model, for inference: x_t, t and the states of captions to the velocity.
+
+t = 1 is noise. Plain PyTorch with the published key names, and `null_context`, the states of the empty caption; written
+by st_fast, which trained the weights, and needs nothing of it.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from st_fast.convert.sit_transformer import FREQUENCIES, FinalLayer, frequencies, modulated, named
+
+
+class StreamAttention(nn.Module):
+    """One stream's queries, keys and values (with LayerNorm on the first two if `qk_norm`), and its projection."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, whole: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        if whole:
+            self.proj = nn.Linear(width, width)
+        self.ln_q = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) → q, k, v (B, H, N, d)."""
+        q, k, v = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.ln_q(q), self.ln_k(k), v
+
+
+class StreamBlock(nn.Module):
+    """One stream's weights of a block; unless `whole` it ends with its part of the attention."""
+
+    def __init__(self, width: int, heads: int, hidden: int, qk_norm: bool, whole: bool) -> None:
+        super().__init__()
+        self.attn = StreamAttention(width, heads, qk_norm, whole)
+        if whole:
+            self.mlp = named(fc1=nn.Linear(width, hidden), act=nn.GELU("tanh"), fc2=nn.Linear(hidden, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (6 if whole else 2) * width))
+
+    def before(self, x: Tensor, c: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """x (B, N, D), c (B, D) → q, k, v, and what `after` needs."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(6 if hasattr(self, "mlp") else 2, dim=1)
+        return self.attn(modulated(x, shift, scale)), tuple(rest)
+
+    def after(self, x: Tensor, attended: Tensor, rest: tuple[Tensor, ...]) -> Tensor:
+        """x, attended (B, N, D) → (B, N, D)."""
+        gate, mlp_shift, mlp_scale, mlp_gate = rest
+        x = x + gate[:, None] * self.attn.proj(attended)
+        return x + mlp_gate[:, None] * self.mlp(modulated(x, mlp_shift, mlp_scale))
+
+
+class JointBlock(nn.Module):
+    """Image and text with weights of their own and one attention over the tokens of both, the text's first."""
+
+    def __init__(self, width: int, heads: int, hidden: int, qk_norm: bool, last: bool) -> None:
+        super().__init__()
+        self.context_block = StreamBlock(width, heads, hidden, qk_norm, whole=not last)
+        self.x_block = StreamBlock(width, heads, hidden, qk_norm, whole=True)
+        self.last = last
+
+    def forward(self, x: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, N, D), u (B, L, D), c (B, D) → x, u; after the last block the text's is as it was."""
+        (image, rest), (text, text_rest) = self.x_block.before(x, c), self.context_block.before(u, c)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text, image))  # noqa: B905  # both are q, k, v
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if not self.last:
+            u = self.context_block.after(u, attended[:, : u.shape[1]], text_rest)
+        return self.x_block.after(x, attended[:, u.shape[1] :], rest), u
+
+
+class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
+    """The velocity model. `flow`, `latent_scale` and what follows them are facts that travel with the weights."""
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int, text_width: int,
+        text_length: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True,
+        flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
+        text_encoder: str = "", text_encoder_sha256: str = "", text_mask: bool = False, network: str = "mmdit",
+        model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.x_embedder = named(proj=nn.Conv2d(channels, width, patch, stride=patch))
+        self.t_embedder = named(mlp=time)
+        self.context_embedder = nn.Linear(text_width, width)
+        self.null_context = nn.Parameter(torch.zeros(1, text_length, text_width), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, (latent_size // patch) ** 2, width), requires_grad=False)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(width, heads, int(width * mlp_ratio), qk_norm, last=number == depth - 1)
+            for number in range(depth)
+        )
+        self.final_layer = FinalLayer(width, patch**2 * channels)
+
+    def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
+        """x (B, C, S, S), t (B,) in [0, 1], states (B, L, W) of captions' tokens → (B, C, S, S)."""
+        patch, side = self.config.patch, self.config.latent_size // self.config.patch
+        dtype = self.pos_embed.dtype
+        tokens = self.x_embedder(x.to(dtype)).flatten(2).transpose(1, 2) + self.pos_embed
+        c, u = self.t_embedder(frequencies(t).to(dtype)), self.context_embedder(states.to(dtype))
+        for block in self.joint_blocks:
+            tokens, u = block(tokens, u, c)
+        out = self.final_layer(tokens, c).view(-1, side, side, patch, patch, self.config.channels)
+        return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
