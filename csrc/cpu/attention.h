@@ -10,7 +10,7 @@
 namespace ST_ISA {
 namespace {
 
-constexpr int64_t kQueries = 64;  // in a block: a multiple of kPanel
+constexpr int64_t kQueries = 64;  // in a block
 
 // One head's q, k, v or their gradients, (N, d) each; tokens are `ld` floats apart.
 struct HeadParts {
@@ -49,8 +49,8 @@ ST_INLINE float softmax_row(float* row, int64_t n, float scale, float* largest) 
 }
 
 void attention(const Attention& p, int64_t begin, int64_t end) {
-  const int64_t N = p.N, d = p.d, out_ld = p.H * d;
-  const Scratch scratch(2, N * d), scores(1, kQueries * N);
+  const int64_t N = p.N, d = p.d, out_ld = p.H * d, S = in_panels(N);  // a row of scores
+  const Scratch scratch(2, S * d), scores(1, kQueries * S);
   float *keys = scratch.row(0), *values = scratch.row(1), *s = scores.row(0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.H, h = task % p.H;
@@ -60,16 +60,17 @@ void attention(const Attention& p, int64_t begin, int64_t end) {
     into_panels(in.part[2], in.ld[2], N, d, values);
     for (int64_t first = 0; first < N; first += kQueries) {
       const int64_t rows = first + kQueries < N ? kQueries : N - first;
-      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld[0], in.ld[0], keys, d * kPanel, s, N, false);
+      product<false>(rows, S / kPanel, d, in.part[0] + first * in.ld[0], in.ld[0], keys, d * kPanel, s, S, false);
       float inverse[kQueries];
       for (int64_t i = 0; i < rows; ++i) {
-        float largest;
-        const float sum = softmax_row(s + i * N, N, p.scale, &largest);
+        float largest, *row = s + i * S;
+        for (int64_t j = N; j < S; ++j) row[j] = -INFINITY;  // no keys: e^-87 of the largest at most
+        const float sum = softmax_row(row, S, p.scale, &largest);
         inverse[i] = 1.0f / sum;
         p.lse[(b * p.H + h) * N + first + i] = largest + std::log(sum);
       }
       float* to = out + first * out_ld;
-      product<false>(rows, d / kPanel, N, s, N, values, N * kPanel, to, out_ld, false);
+      product<false>(rows, d / kPanel, N, s, S, values, N * kPanel, to, out_ld, false);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t c = 0; c < d; c += kWidth)
           store(to + i * out_ld + c, load(to + i * out_ld + c, Full{}) * inverse[i], Full{});
@@ -95,8 +96,8 @@ ST_INLINE float dot(const float* a, const float* b, int64_t n) {
 }
 
 void attention_backward(const Attention& p, int64_t begin, int64_t end) {
-  const int64_t N = p.N, d = p.d, out_ld = p.H * d, tall = N * kPanel, wide = d * kPanel;
-  const Scratch panels(5, N * d), blocks(2, kQueries * N);
+  const int64_t N = p.N, d = p.d, out_ld = p.H * d, tall = N * kPanel, wide = d * kPanel, S = in_panels(N);
+  const Scratch panels(5, S * d), blocks(2, kQueries * S);
   float *keys_t = panels.row(0), *values_t = panels.row(1), *queries = panels.row(2), *keys = panels.row(3),
         *dout = panels.row(4), *s = blocks.row(0), *ds = blocks.row(1);
   for (int64_t task = begin; task < end; ++task) {
@@ -111,16 +112,16 @@ void attention_backward(const Attention& p, int64_t begin, int64_t end) {
     for (int64_t first = 0; first < N; first += kQueries) {
       const int64_t rows = first + kQueries < N ? kQueries : N - first;
       const bool add = first > 0;
-      product<false>(rows, N / kPanel, d, in.part[0] + first * in.ld[0], in.ld[0], keys_t, wide, s, N, false);
-      product<false>(rows, N / kPanel, d, dy + first * out_ld, out_ld, values_t, wide, ds, N, false);
+      product<false>(rows, S / kPanel, d, in.part[0] + first * in.ld[0], in.ld[0], keys_t, wide, s, S, false);
+      product<false>(rows, S / kPanel, d, dy + first * out_ld, out_ld, values_t, wide, ds, S, false);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (first + i) * out_ld;
-        score_gradient_row(s + i * N, ds + i * N, N, p.scale, p.lse[(b * p.H + h) * N + first + i],
+        score_gradient_row(s + i * S, ds + i * S, N, p.scale, p.lse[(b * p.H + h) * N + first + i],
                            dot(dy + at, out + at, d));
       }
-      product<false>(rows, d / kPanel, N, ds, N, keys, tall, to.part[0] + first * to.ld[0], to.ld[0], false);
-      product<true>(N, d / kPanel, rows, ds, N, queries + first * kPanel, tall, to.part[1], to.ld[1], add);
-      product<true>(N, d / kPanel, rows, s, N, dout + first * kPanel, tall, to.part[2], to.ld[2], add);
+      product<false>(rows, d / kPanel, N, ds, S, keys, tall, to.part[0] + first * to.ld[0], to.ld[0], false);
+      product<true>(N, d / kPanel, rows, ds, S, queries + first * kPanel, tall, to.part[1], to.ld[1], add);
+      product<true>(N, d / kPanel, rows, s, S, dout + first * kPanel, tall, to.part[2], to.ld[2], add);
     }
   }
 }

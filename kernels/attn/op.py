@@ -18,18 +18,18 @@ from ..common.registry import Context, Grad, Op, define, differentiate, new, sta
 from . import definition
 
 
-def _served(x: Tensor, tokens: int) -> bool:
-    """Whether csrc takes so many tokens of x (…, d)."""
-    return x.dtype == torch.float32 and not tokens % 32 and not x.shape[-1] % 32
+def _served(x: Tensor) -> bool:
+    """Whether csrc takes x (…, d)."""
+    return x.dtype == torch.float32 and not x.shape[-1] % 32
 
 
 def attention(qkv: Tensor) -> Tensor:
     """softmax(q·kᵀ/√d)·v (B, N, H, d) from the packed projection (B, N, 3, H, d); its gradient comes packed too.
 
-    csrc takes float32, and multiples of 32 for N and d; anything else is computed by plain PyTorch.
+    csrc takes float32, and multiples of 32 for d; anything else is computed by plain PyTorch.
     """
     checks.packed("attention", qkv)
-    if not _served(qkv, qkv.shape[1]):
+    if not _served(qkv):
         return definition.attention(qkv)
     out: Tensor = ops.attention(qkv.contiguous())[0]
     return out
@@ -46,7 +46,7 @@ def attention_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     checks.rank("attention_heads", "q", q, "(B, H, N, d)")
     for name, tensor in (("k", k), ("v", v)):
         checks.shape("attention_heads", name, tensor, q.shape, "q's (B, H, N, d)")
-    if not _served(q, q.shape[2]):
+    if not _served(q):
         return definition.attention_heads(q, k, v)
     out: Tensor = ops.attention_heads(q, k, v)[0]
     return out.transpose(1, 2)

@@ -142,7 +142,7 @@ def cases() -> list[Case]:
     for batch, tokens, heads, dim in ((2, 33, 3, 64), (1, 1, 1, 72), (2, 40, 2, 7)):
         made += others(batch, tokens, heads, dim)
     made += layers()
-    for batch, tokens, heads, dim in ((2, 96, 3, 64), (1, 32, 1, 32), (1, 288, 1, 96), (1, 40, 2, 64)):
+    for batch, tokens, heads, dim in ((2, 96, 3, 64), (1, 32, 1, 32), (1, 288, 1, 96), (2, 71, 2, 64), (1, 3, 2, 32)):
         leaves = {"qkv": 2 * random(batch, tokens, 3, heads, dim)}
         size = f"{batch}x{tokens}x{heads}x{dim}"
         made.append(Case(f"attention-{size}", leaves, lambda ops, t: (ops.attention(t["qkv"]),)))
