@@ -24,7 +24,7 @@ from bench import measure
 from bench.machine import Machine, Suite, Task, notices
 from bench.measure import Effort, Row, Samples, Stopwatch, Variant, give_memory_back, interleave, noise, spread, tidy
 from bench.published import PlainLoop, in_subprocess, plain_loop, plain_variant
-from bench.workload import STAGES, Ours, Setup, decisions, our_variant, ours
+from bench.workload import IN_RANGE, STAGES, Ours, Setup, decisions, our_variant, ours
 from st_fast.model.attention import Attend, attend_packed, choose
 from st_fast.recipe import Recipe
 from st_fast.recipe.architecture import Layer
@@ -53,10 +53,11 @@ class Wanted:
 
 def default_setups(device: torch.device) -> list[Setup]:
     """S/2 at batch 8 on a CPU; B/2 and XL/2 at 256 on CUDA; all three stages, and of an MMDiT the last."""
-    cuda = device.type == "cuda"
-    sizes, text = ([("B/2", 256), ("XL/2", 256)], ("MMDiT-24/2", 256)) if cuda else ([("S/2", 8)], ("MMDiT-6/2", 8))
-    steps = [(size, stage, batch) for size, batch in sizes for stage in STAGES] + [(text[0], "stage 2", text[1])]
-    return [Setup(*step, device, options=MICRO_BATCH if cuda else ()) for step in steps]
+    if device.type == "cuda":
+        steps = [(size, stage, 256) for size in ("B/2", "XL/2") for stage in STAGES] + [("MMDiT-24/2", "stage 2", 256)]
+    else:
+        steps = [("S/2", stage, 8) for stage in STAGES] + [("MMDiT-6/2", stage, 8) for stage in ("stage 2", IN_RANGE)]
+    return [Setup(*step, device, options=MICRO_BATCH if device.type == "cuda" else ()) for step in steps]
 
 
 MICRO_BATCH = ("--optim.micro_batch=auto",)
@@ -64,13 +65,13 @@ MICRO_BATCH = ("--optim.micro_batch=auto",)
 
 
 def default_wanted(setup: Setup, full: bool) -> Wanted:
-    """Enough rounds for a figure; on two cores all three stages take less than four minutes, or twelve with `full`."""
+    """Enough rounds for a figure; on two cores all steps take less than five minutes, or fifteen with `full`."""
     if setup.device.type == "cuda":
         return Wanted(Effort(rounds=8, seconds=15, least=3, warmup=1), 5)
     if full:
         rivals = ("plain", "compile", "compile whole", OUR_MEMORY)
         return Wanted(Effort(rounds=6, seconds=90, least=3, warmup=1), 1, rivals)
-    few = ("plain",) if setup.stage == "stage 1" else ("plain", "compile")
+    few = ("plain",) if setup.stage == "stage 1" or setup.size != "S/2" else ("plain", "compile")
     return Wanted(Effort(rounds=4, seconds=60, least=3, warmup=1), 1, few)
 
 

@@ -55,6 +55,8 @@ from st_fast.train.trainer import RunContext, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("plain", "stage 1", "stage 2")
+IN_RANGE = "stage 2 in range"
+"""Stage 2 with the published t-range, which the recipe of text leaves off as the released scripts do."""
 MANY_STEPS = 10**6
 UNTRIED = ("--kernels.gelu_mlp=reference", "--run.cuda_graphs=false")
 """What a training run on CUDA decides by trials at its start, set to what "auto" is without one."""
@@ -127,6 +129,10 @@ def make_stage(setup: Setup, recipe: Recipe) -> Stage:
     """The stage that `setup.stage` names, without an end."""
     if setup.stage == "plain":
         return Stage("plain", Plain(), MANY_STEPS)
+    if setup.stage == IN_RANGE:
+        stage = make_stage(replace(setup, stage="stage 2"), recipe)
+        assert isinstance(stage.method, SelfTranscendence)
+        return replace(stage, method=replace(stage.method, t_range=SelfTranscendence.t_range))
     stage = recipe.stages[STAGES.index(setup.stage) - 1]
     method = replace(stage.method, stop_step=0) if isinstance(stage.method, SelfTranscendence) else stage.method
     return replace(stage, method=method, steps=MANY_STEPS)
