@@ -106,6 +106,8 @@ def load_recipes(runs: Sequence[Path]) -> list[Recipe]:
             ours, theirs = getattr(first, section).path, getattr(recipe, section).path
             if ours != theirs:
                 raise UserError(f"{run}: {section}.path = {theirs!r}, {runs[0]} has {ours!r}; probe them one by one")
+        if recipe.model.network != "sit":
+            raise UserError(f"{run}: draws from text; the linear probe needs a network conditional on classes")
         if recipe.model.class_dropout == 0:
             raise UserError(f"{run}: model.class_dropout = 0; a probe needs the null label, or the class leaks in")
     return recipes
