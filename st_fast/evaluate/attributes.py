@@ -1,6 +1,6 @@
 """Scores samples drawn for captions of the emoji: does a picture show the skin tone, gender and role asked for?
 
-A small classifier with three heads reads them. It is trained on the real training pictures of people and on what the
+A small classifier, a network for each, reads them. It is trained on the real training pictures of people and on what the
 VAE makes of them, so it has seen neither the held-out combinations nor a sample; its accuracy on the real held-out
 pictures stands beside every score. It is kept in `attribute_classifier/` of the data folder. Prompts of anything else
 are scored by retrieval: is the picture that the prompt names among the real ones nearest to the sample?
@@ -34,7 +34,7 @@ NAMES = ("tone", "gender", "role")
 NONE, GENDERS = "none", ("woman", "man")
 """What is no person has role "none". The gender is read of women and men: a person drawn without may look like either.
 """
-SEED, EPOCHS, BATCH, SIDE, FEATURES = 20261129, 60, 64, 32, 128
+SEED, EPOCHS, BATCH, SIDE = 20261129, 60, 64, 32
 IGNORED = -100
 """Of cross-entropy: a label that is not learnt from."""
 NEAREST, THUMBNAIL = 5, 16
@@ -92,22 +92,25 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class AttributeNet(nn.Module):
-    """Five convolutions from 2 × 2 pixels on, one linear layer that keeps positions, a linear head an attribute."""
+    """A network an attribute: five convolutions from 2 × 2 pixels on, and one linear layer that keeps positions.
+
+    Nothing is shared: what tells a role must not tell the tone that it was mostly seen with.
+    """
 
     def __init__(self, classes: Sequence[int]) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.PixelUnshuffle(2),
-            _convolution(12, 48), _convolution(48, 48), _convolution(48, 96, stride=2), _convolution(96, 96),
-            _convolution(96, 96, stride=2), nn.Flatten(), nn.Linear(96 * (SIDE // 8) ** 2, FEATURES), nn.ReLU(),
-            nn.Dropout(0.3),
+        self.networks = nn.ModuleList(
+            nn.Sequential(
+                nn.PixelUnshuffle(2),
+                _convolution(12, 24), _convolution(24, 24), _convolution(24, 48, stride=2), _convolution(48, 48),
+                _convolution(48, 48, stride=2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(48 * (SIDE // 8) ** 2, count),
+            )
+            for count in classes
         )  # fmt: skip
-        self.heads = nn.ModuleList(nn.Linear(FEATURES, count) for count in classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Pixels in [−1, 1] (B, 3, SIDE, SIDE) → logits of tone, gender and role, (B, classes) each."""
-        features = self.trunk(x)
-        return tuple(cast(Tensor, head(features)) for head in self.heads)
+        return tuple(cast(Tensor, network(x)) for network in self.networks)
 
 
 class AttributeClassifier:
