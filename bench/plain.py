@@ -56,10 +56,10 @@ class PlainBlock(nn.Module):
         self.mlp = PlainMlp(config.width, int(config.width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
-    def forward(self, x: Tensor, c: Tensor, text: None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)), None
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class PlainTimes(nn.Module):
@@ -124,7 +124,10 @@ class PlainNetwork(nn.Module):
         c, text = self.embed(t, condition)
         supervised = None
         for number, block in enumerate(self.blocks, start=1):
-            x, text = block(x, c, text)
+            if text is None:
+                x = block(x, c)
+            else:
+                x, text = block(x, c, text)
             if number == until:
                 return x, None
             if number == self.tap and self.head is not None:

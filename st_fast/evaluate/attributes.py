@@ -1,7 +1,7 @@
 """Scores samples drawn for captions of the emoji: does a picture show the skin tone, gender and role asked for?
 
-A small classifier, a network for each, reads them. It is trained on the real training pictures of people and on what the
-VAE makes of them, so it has seen neither the held-out combinations nor a sample; its accuracy on the real held-out
+A small classifier, a network for each, reads them. It is trained on the real training pictures of people and on what
+the VAE makes of them, so it has seen neither the held-out combinations nor a sample; its accuracy on the real held-out
 pictures stands beside every score. It is kept in `attribute_classifier/` of the data folder. Prompts of anything else
 are scored by retrieval: is the picture that the prompt names among the real ones nearest to the sample?
 """

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from st_fast.core.errors import UserError
+from st_fast.core.errors import UserError, how_to_install
 from st_fast.model.encoders import CLIP, check_folder, preprocess, quiet_transformers
 from st_fast.model.finite import check_finite
 from st_fast.model.vae import from_hub, tensors_hash
@@ -44,7 +44,7 @@ class ClipScorer:
 
 def load_clip(name: str, device: torch.device) -> ClipScorer:
     """A CLIP from a folder or the hub, in float32; one line of UserError where it can't be had."""
-    transformers = quiet_transformers(name, "text")
+    transformers = quiet_transformers(name, how_to_install("text"))
     if Path(name).is_dir():
         check_folder(Path(name))
     with from_hub(f"--clip {name!r}: neither a folder with a CLIP in safetensors nor a hub name in reach", name):

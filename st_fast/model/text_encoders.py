@@ -97,7 +97,7 @@ def _unpacked(folder: Path) -> str:
 def _load(
     known: str, path: str, device: torch.device, dtype: torch.dtype, length: int | None, mask: bool | None
 ) -> TextEncoder:
-    transformers = quiet_transformers(known, "text")
+    transformers = quiet_transformers(known, how_to_install("text"))
     if Path(path).is_dir():
         check_folder(Path(path))
     kinds = "neither a folder with a text encoder in safetensors and its tokenizer, nor a hub name that can be reached"

@@ -19,7 +19,7 @@ class Metric:
     title: str
     unit: Literal["number", "percent"]
     lower_is_better: bool
-    features: Literal["inception", "classifier", "clip"]
+    features: Literal["inception", "classifier", "attributes", "clip"]
     floor: str = ""
     caption: str = ""
 
@@ -51,20 +51,20 @@ METRICS = {
             "on held-out real images.",
         ),
         Metric(
-            "held_out", "Right, never seen", "percent", False, "classifier", "real_held_out", "Share of images "
+            "held_out", "Right, never seen", "percent", False, "attributes", "real_held_out", "Share of images "
             "drawn for combinations of attributes that training never saw in which the classifier reads all of them "
             "right. Higher is better; the dotted line is the classifier on real images of these combinations.",
         ),
         Metric(
-            "seen", "Right, seen", "percent", False, "classifier",
+            "seen", "Right, seen", "percent", False, "attributes",
             caption="The same for combinations that training saw.",
         ),
         Metric(
-            "retrieved", "Retrieved", "percent", False, "classifier", caption="Share of images drawn for captions of "
+            "retrieved", "Retrieved", "percent", False, "attributes", caption="Share of images drawn for captions of "
             "single objects whose own real image is among the five nearest. Higher is better.",
         ),
         *(
-            Metric(f"{of}_{what}", f"{title}: {what}", "percent", False, "classifier")
+            Metric(f"{of}_{what}", f"{title}: {what}", "percent", False, "attributes")
             for of, title in (("held_out", "Never seen"), ("seen", "Seen")) for what in ("tone", "gender", "role")
         ),
         Metric("clip_score", "CLIP score", "number", False, "clip"),

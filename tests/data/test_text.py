@@ -146,7 +146,7 @@ def test_states_that_float16_cant_hold_and_captions_of_other_images_are_refused(
 ) -> None:
     data = make_data(tmp_path / "set")
     with torch.no_grad():
-        for parameter in encoder._model.encoder.layer[-1].output.LayerNorm.parameters():
+        for parameter in encoder.model.encoder.layer[-1].output.LayerNorm.parameters():
             parameter += 70_000
     with pytest.raises(UserError, match="float16 can't hold"):
         text_module.write_text(data, open_data(data), encoder, print)
