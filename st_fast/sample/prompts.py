@@ -1,5 +1,6 @@
 """Prompts: the texts that samples are drawn from, and their states by the encoder of the run's data."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,16 +16,16 @@ from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_en
 PROMPTS_MOST = 1_000_000
 
 
-class Prompts:
+class Prompts(ABC):
     """Texts with their states, which are made or read a batch at a time."""
 
     def __init__(self, texts: Sequence[str], device: torch.device) -> None:
         self.texts, self.device = tuple(texts), device
         self._negative: Tensor | None = None
 
+    @abstractmethod
     def states(self, numbers: Tensor) -> Tensor:
         """(B, L, W) float32 on the device: the states of prompts number (B,)."""
-        raise NotImplementedError
 
     def negative(self, count: int) -> Tensor | None:
         """(count, L, W) the negative prompt's states; None without one."""

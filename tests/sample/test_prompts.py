@@ -68,6 +68,7 @@ def run(tmp_path_factory) -> Path:
     network = build(recipe.model, kernels.select({}, torch.device("cpu")), 0)
     generator = torch.Generator().manual_seed(0)
     state = {n: t + 0.3 * torch.randn(t.shape, generator=generator) for n, t in network.state_dict().items()}
+    state["null_context"] = tiny_text.states_of([""]).float()  # as training leaves it
     meta = {"architecture": recipe.model.architecture()}
     checkpoint.save(folder / "run" / "plain" / "checkpoints", 10, {"model": state, "ema": state}, meta)
     return folder / "run"
@@ -99,6 +100,7 @@ def test_a_negative_prompt_takes_the_place_of_none(run, encoder, tmp_path):
         drawn(run, tmp_path / str(i), *prompt, *more)
         for i, more in enumerate(((), ("--negative", "number 1, once more (0)"), ("--negative", "number 9")))
     )
+    assert np.array_equal(plain, drawn(run, tmp_path / "empty", *prompt, "--negative", "")), "the empty one is none"
     assert not np.array_equal(plain, none) and not np.array_equal(none, other)
     unguided = [
         drawn(run, tmp_path / f"u{i}", *prompt, "--cfg-scale", "1", *more)
