@@ -37,6 +37,7 @@ from st_fast.evaluate.classifier import how_to_write_images
 from st_fast.recipe import Recipe
 from st_fast.report.metrics import apart
 from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
+from st_fast.sample.previews import save_png
 from st_fast.sample.set import ImageFile, draw_set, open_npz, read_settings
 
 
@@ -171,6 +172,9 @@ def _by_attributes(
     asked = _texts_of(samples, texts, "evaluate")
     images = torch.from_numpy(np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2))
     numbers = attributes.metrics(attributes.prompt_scores(classes, pictures, images, asked))
+    beside = samples.path.with_name("nearest.png")
+    save_png(attributes.nearest_sheet(pictures, images, asked), beside)
+    say(f"{beside}: samples, each with the nearest real picture on its right")
     return numbers | {"floor_num": len(pictures.images) - pictures.trained}, {
         "num": samples.count, "reference": f"{len(pictures.images)} real pictures", "resize": "none",
         "features": "a classifier of attributes trained on the data", "weights_sha256": classes.digest,

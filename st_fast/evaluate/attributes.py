@@ -3,7 +3,8 @@
 A small classifier, a network for each, reads them. It is trained on the real training pictures of people and on what
 the VAE makes of them, so it has seen neither the held-out combinations nor a sample; its accuracy on the real held-out
 pictures stands beside every score. It is kept in `attribute_classifier/` of the data folder. Prompts of anything else
-are scored by retrieval: is the picture that the prompt names among the real ones nearest to the sample?
+are scored by retrieval: is the picture that the prompt names among the real ones nearest to the sample? A sheet shows
+samples beside the real picture nearest to each, so that one sees what is drawn and what is copied.
 """
 
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from st_fast.data.shards import open_data
 from st_fast.data.text import read_captions
 from st_fast.evaluate.classifier import as_batch, read_images
 from st_fast.model.vae import decode, load_vae
+from st_fast.sample.captioned import captioned_grid
 
 FILE, FOLDER, HELD_OUT = "attributes.json", "attribute_classifier", "held_out"
 FORMAT = "st_fast.attribute_classifier/1"
@@ -39,6 +41,8 @@ IGNORED = -100
 """Of cross-entropy: a label that is not learnt from."""
 NEAREST, THUMBNAIL = 5, 16
 """Real pictures that count as found; side of the pictures that are compared."""
+SHOWN, COLUMNS = 40, 8
+"""Samples of a sheet, and of its row."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,24 @@ def nearest(real: Tensor, images: Tensor, count: int = NEAREST) -> NDArray[np.in
     """(n, count) numbers of the real pictures nearest to each image, uint8 (…, 3, H, W), by error at 16 × 16."""
     candidates, samples = (_pixels(as_batch(one), THUMBNAIL).flatten(1).double() for one in (real, images))
     return torch.cdist(samples, candidates).topk(min(count, len(candidates)), largest=False).indices.numpy()
+
+
+def nearest_sheet(pictures: Pictures, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """SHOWN of the uint8 images (n, 3, S, S), evenly spaced, each with the nearest real picture on its right.
+
+    Under both the prompt, and the real picture's caption where it is another one's. uint8 (H, W, 3), on white.
+    """
+    chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).astype(np.int64)
+    found = nearest(pictures.images, images[chosen], 1)[:, 0].tolist()
+    real = torch.stack([pictures.images[number] for number in found])
+    sides = F.interpolate(real.float(), tuple(images.shape[-2:]), mode="nearest").byte()
+    gap = torch.full_like(sides[..., :2], 255)
+    asked = [prompts[i] for i in chosen.tolist()]
+    texts = [
+        prompt if prompt in pictures.captions[number] else f"{prompt} → {pictures.captions[number][0]}"
+        for prompt, number in zip(asked, found, strict=True)
+    ]
+    return captioned_grid(torch.cat((images[chosen], gap, sides), dim=-1), texts, COLUMNS)
 
 
 def prompt_scores(

@@ -114,8 +114,9 @@ class JointBlock(nn.Module):
         return *image, *self.context_block.after_attention(u, attended_text[0], *rest)
 
     def _attend_both(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        out, tokens = self._joint(y, z), z.shape[1]
-        return self.x_block.attn.proj(out[:, tokens:]), self.context_block.attn.proj(out[:, :tokens])
+        # Split, not sliced: the gradients of two slices are two tensors of the whole size, and their sum.
+        text, image = self._joint(y, z).split((z.shape[1], y.shape[1]), dim=1)
+        return self.x_block.attn.proj(image), self.context_block.attn.proj(text)
 
     def _attend_image(self, y: Tensor, z: Tensor) -> tuple[Tensor]:
         return (self.x_block.attn.proj(self._joint(y, z)[:, z.shape[1] :]),)

@@ -34,9 +34,22 @@ from st_fast.prepare.writing import write_shards
 NAME = "emoji"
 VAE_CONFIG = SmallVae(widths=(16, 32, 64), steps=2000, peak_lr=3e-3, kl_weight=3e-4)
 """f = 4, so 32×32 pictures have 4×8×8 latents; 0.65 M parameters."""
+DOWN = 2 ** (len(VAE_CONFIG.widths) - 1)
+SIZES = (32, 64)
 TOKENS = 16
 """Of a caption; the longest has 15."""
 SOURCE = "OpenMoji (openmoji.org, CC BY-SA 4.0)"
+
+
+def size_of(latent_size: int) -> int:
+    """The side of the pictures whose latents have this side; UserError where emoji of that size can't be drawn well."""
+    size = latent_size * DOWN
+    if size not in SIZES:
+        raise UserError(
+            f"model.latent_size = {latent_size}: data.source = 'emoji' has pictures of 32 x 32 (latent_size 8) and "
+            "64 x 64 (16)"
+        )
+    return size
 
 
 def prepare_emoji(folder: Path, say: Say, size: int = 32) -> None:
@@ -119,10 +132,10 @@ def _complete(folder: Path, size: int) -> bool:
     except UserError:
         return False
     manifest = read_manifest(folder)
-    pixels = manifest.shape[1] * 2 ** (len(VAE_CONFIG.widths) - 1)
+    pixels = manifest.shape[1] * DOWN
     if manifest.vae.name == NAME and pixels != size:
         raise UserError(
             f"data.path = {str(folder)!r}: holds the emoji at {pixels} x {pixels} pixels, {size} x {size} are asked "
-            "for; name another folder"
+            "for; name another folder as data.path"
         )
     return manifest.vae.name == NAME

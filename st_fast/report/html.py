@@ -78,6 +78,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
         "lines": [[stage[column] for column in columns] for stage in stages],
         "figures": {key: [(one, drawn(one)) for one in section] for key, section in all_figures(arms).items()},
         "strips": [strip for strip in strips if strip[2]],
+        "nearest": [(arm.label, picture) for arm in arms for picture in _nearest(arm, notes)],
         "at_cost": _at_equal_cost(arms, notes),
         "probes": [probe for run in runs if (probe := _probe(run, notes))],
         "differences": [[key, *values] for key, values in fairness.differences(runs)],
@@ -149,6 +150,12 @@ def _strip(arm: Arm, notes: list[str]) -> list[Picture]:
     records = arm.stage.records["sample"]
     places = {round(i * (len(records) - 1) / 4) for i in range(5)} if records else set()
     return _grids(arm, [records[place] for place in sorted(places)], WIDE if _captioned(arm) else NARROW, notes)
+
+
+def _nearest(arm: Arm, notes: list[str]) -> list[Picture]:
+    """The last sheet of a stage's scored samples beside the nearest real pictures, if one was made."""
+    records = [record for record in arm.stage.records["eval"] if isinstance(record.get("file"), str)]
+    return _grids(arm, records[-1:], WIDE, notes)
 
 
 def _captioned(arm: Arm) -> bool:

@@ -186,18 +186,21 @@ class Examiner:
         scored = self._scored_prompts(wanted.num)
         drawn = [self.images(model, count, prompts) for count, prompts in scored]
         images, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        found: dict[str, object] = {"num": len(images)}
+        found, beside = dict[str, object](num=len(images)), dict[str, str]()
         if wanted.classifier and self._draws_text:
             classes, pictures = self._attributes
             texts = [p.texts[i] for (_, asked), (_, p) in zip(drawn, scored, strict=True) if p for i in asked.tolist()]
             found |= attributes.metrics(attributes.prompt_scores(classes, pictures, images, texts))
+            beside["file"] = f"{stage.name}/samples/{step:08d}-nearest.png"
+            picture = png(attributes.nearest_sheet(pictures, images, texts))
+            self.log.files.write(Path(self.recipe.run.out) / beside["file"], picture)
         elif wanted.classifier:
             network, reference = self._classifier
             found |= classifier.classifier_metrics(network, images, labels, reference)
         if wanted.inception:
             found |= self._by_inception(images)
         protocol = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler, "steps": settings.steps}
-        self.log.write("eval", stage.name, step, metrics=found | protocol, **cost)
+        self.log.write("eval", stage.name, step, metrics=found | protocol, **beside, **cost)
         against = f" against {found['reference']}" if "reference" in found else ""
         self.log.say(f"{stage.name} {step}: {summary(found)}, of {len(images)} samples{against}")
 

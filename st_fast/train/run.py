@@ -156,7 +156,7 @@ def make_on_first_use(recipe: Recipe, say: Say) -> None:
         digits.prepare_digits(Path(recipe.data.path), say)
         digits.prepare_features(recipe, say)
     elif recipe.data.source == "emoji":
-        emoji.prepare_emoji(Path(recipe.data.path), say)
+        emoji.prepare_emoji(Path(recipe.data.path), say, emoji.size_of(recipe.model.latent_size))
 
 
 def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:

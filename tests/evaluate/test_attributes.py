@@ -22,6 +22,7 @@ from st_fast.evaluate.attributes import (
     Pictures,
     load_attribute_classifier,
     nearest,
+    nearest_sheet,
     prompt_scores,
     read_pictures,
 )
@@ -141,6 +142,28 @@ def test_the_nearest_pictures_are_those_of_least_error(pictures: Pictures) -> No
     found = nearest(pictures.images, faded)
     assert found.shape == (len(faded), NEAREST) and (found[:, 0] == np.arange(len(faded))).mean() > 0.9
     assert len(set(found[3])) == NEAREST
+
+
+def test_a_sheet_has_the_nearest_real_picture_right_of_each_sample(
+    pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict[str, object]()
+    monkeypatch.setattr(
+        attributes, "captioned_grid", lambda images, texts, columns: given.update(images=images, texts=texts)
+    )
+    order = torch.arange(len(pictures.images)).roll(1)  # each drawn as another than asked for
+    prompts = [captions[-1] for captions in pictures.captions]
+    nearest_sheet(pictures, pictures.images[order], prompts)
+    count, (images, texts) = min(attributes.SHOWN, len(order)), given.values()
+    assert isinstance(images, torch.Tensor) and isinstance(texts, list) and len(images) == len(texts) == count
+    assert torch.equal(images[..., :32], images[..., -32:]) and (images[..., 32:34] == 255).all()
+    assert torch.equal(images[-1, ..., :32], pictures.images[order[-1]])
+    assert texts[-1] == f"{prompts[-1]} → {pictures.captions[int(order[-1])][0]}"
+    nearest_sheet(pictures, pictures.images, prompts)
+    assert given["texts"] == [prompts[i] for i in np.linspace(0, len(order) - 1, count).astype(int)]
+    monkeypatch.undo()
+    sheet = nearest_sheet(pictures, pictures.images[:9].repeat_interleave(2, 2).repeat_interleave(2, 3), prompts[:9])
+    assert sheet.dtype == torch.uint8 and sheet.shape[1] > 8 * 130 and (sheet[:6] == 255).all()
 
 
 @pytest.mark.parametrize(

