@@ -4,7 +4,8 @@
     python -m bench.report --readme              the goals and the demo's sentence into README.md, every other table
                                                  into bench/README.md, between markers such as <!-- bench:begin -->
                                                  and <!-- bench:end -->; the pictures beside the results
-    python -m bench.report --demo runs/digits    the same, with the demo's figures and picture taken from its run first
+    python -m bench.report --demo runs/digits    the same, with the demo's figures and picture taken from its run first;
+                                                 of runs/emoji into docs/text.md
 
 Everything comes from bench/results/*.json. What was not measured is said, not left out.
 """
@@ -27,12 +28,13 @@ from bench.goals import GOALS, Content, Figure, Goal, Row, busy, of
 from bench.tables import PARTS, SCORES, Part, anything, ratio, table
 from st_fast.core.errors import UserError
 from st_fast.report.collect import read_run
+from st_fast.report.metrics import METRICS, Metric
 
 HERE = Path(__file__).resolve().parent
-README, BENCH_README, DIGITS = HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "digits.png"
+README, BENCH_README, DOCS = HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs"
 COMMANDS = {"cpu": "pytest bench/", "cuda": "bash bench/day.sh"}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
-PREDICTION, DEMO = "prediction.json", "demo.json"
+PREDICTION, DEMO, EMOJI = "prediction.json", "demo.json", "emoji.json"
 PREDICTED = (
     " What is predicted was computed without a GPU by `python -m bench.predict`, from counted FLOPs, bytes and launches"
     " and from assumed rates."
@@ -172,14 +174,14 @@ def demo_figures(run: Path) -> Found:
     for stage in log.stages:
         if stage.records["end"] and stage.evals:
             end, scores = stage.records["end"][-1], stage.evals[-1]["metrics"]
-            keys = [key for metric in SCORES for key in (metric.key, metric.floor)]
+            keys = [key for metric in METRICS.values() for key in (metric.key, metric.floor) if key in scores]
             stages.append({
                 "stage": stage.name, "steps": end["step"], "seconds": end["seconds"], "tflop": end["flops"] / 1e12,
                 "waited": max(record["data_wait"] for record in stage.records["train"]),
                 **{key: scores[key] for key in (*keys, "num", "cfg_scale")},
             })  # fmt: skip
     if not stages:
-        raise UserError(f"{run}: no stage has ended yet; run `make demo` first")
+        raise UserError(f"{run}: no stage has ended yet; run `make demo` or `make emoji` first")
     start = log.stages[0].start
     return {"device": start["device"], "versions": start["versions"], "stages": stages}
 
@@ -195,27 +197,46 @@ def demo_sentence(found: Found) -> str:
     )
 
 
-def demo_table(found: Found) -> str:
-    """The demo by stage."""
-    stages = found["stages"]
-    head = ["stage", "steps", "training", "TFLOP", *(metric.title for metric in SCORES)]
+def stage_table(stages: Sequence[Found], metrics: Sequence[Metric]) -> str:
+    """A demo by stage."""
+    head = ["stage", "steps", "training", "TFLOP", *(metric.title for metric in metrics)]
     lines = (
         [s["stage"], str(s["steps"]), f"{s['seconds']:.0f} s", f"{s['tflop']:.1f}",
-         *(metric.write(s[metric.key]) for metric in SCORES)]
+         *(metric.write(s[metric.key]) for metric in metrics)]
         for s in stages
     )  # fmt: skip
+    return table(head, lines)
+
+
+def demo_table(found: Found) -> str:
+    """The demo on digits by stage."""
+    stages = found["stages"]
     return (
-        f"{table(head, lines)}\n\nThe Fréchet distance is taken in the classifier's features, so it is not FID; real "
-        f"held-out digits score {stages[-1]['floor_frechet']:.2f}. One seed.\n"
+        f"{stage_table(stages, SCORES)}\n\nThe Fréchet distance is taken in the classifier's features, so it is not "
+        f"FID; real held-out digits score {stages[-1]['floor_frechet']:.2f}. One seed.\n"
+    )
+
+
+def emoji_table(found: Found) -> str:
+    """The demo on emoji by stage, and what it took."""
+    stages = found["stages"]
+    last, minutes = stages[-1], sum(stage["seconds"] for stage in stages) / 60
+    return (
+        f"{stage_table(stages, [METRICS[key] for key in ('held_out', 'seen', 'retrieved')])}\n\n"
+        f"On {found['device']}: {minutes:.1f} minutes of training, after the data were made. Scores are of "
+        f"{last['num']} samples (ω = {last['cfg_scale']:g}), half of\nthem of combinations never seen; the "
+        f"classifier reads {100 * last['real_held_out']:.1f} % of the real pictures of these right. One seed.\n"
     )
 
 
 def take_demo(run: Path, folder: Path) -> None:
     """Keeps a demo run's figures and its last picture. UserError where it has none."""
     found = demo_figures(run)
-    (folder / DEMO).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    drawn = sorted((run / found["stages"][-1]["stage"] / "samples").glob("0*.png"))
-    shutil.copyfile(drawn[-1], DIGITS)
+    last = found["stages"][-1]
+    emoji = "held_out" in last
+    (folder / (EMOJI if emoji else DEMO)).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    drawn = sorted((run / last["stage"] / "samples").glob("0*-nearest.png" if emoji else "0*[0-9].png"))
+    shutil.copyfile(drawn[-1], DOCS / ("emoji.png" if emoji else "digits.png"))
 
 
 def write_blocks(path: Path, blocks: Mapping[str, str]) -> None:
@@ -236,7 +257,8 @@ def write_pages(folder: Path) -> None:
     """Draws the pictures and rewrites what both pages say of a folder of results."""
     for path in store.files(folder):
         pictures.draw(path)
-    demo = store.load(folder / DEMO)
+    demo, emoji = store.load(folder / DEMO), store.load(folder / EMOJI)
+    write_blocks(DOCS / "text.md", {"emoji": emoji_table(emoji)} if emoji else {})
     write_blocks(README, ({"demo": demo_sentence(demo)} if demo else {}) | {"bench": all_goals(folder)})
     tables = {"bench": all_tables(folder, brief=True)}
     write_blocks(BENCH_README, ({"demo": demo_table(demo)} if demo else {}) | tables)
@@ -248,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--readme", action="store_true", help="rewrite the blocks in README.md and bench/README.md")
-    parser.add_argument("--demo", type=Path, metavar="RUN", help="take the demo's figures from its run, then --readme")
+    parser.add_argument("--demo", type=Path, metavar="RUN", help="take a demo's figures from its run, then --readme")
     parser.add_argument("--results", type=Path, default=store.FOLDER, help="folder of the JSON files")
     given = parser.parse_args(arguments)
     try:

@@ -9,12 +9,14 @@ U-ViT's and REPA's moments are (mean, log-variance), Self-Transcendence's (mean,
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from st_fast.core.files import BadFile, open_regular, read_bytes, shown
 from st_fast.core.limits import npy_header
+from st_fast.data.ahead import FilesIdentity, nothing
 from st_fast.data.captions import cleaned
 from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo
 from st_fast.data.npy import NpyRecords, read_npy_header, read_npy_into
@@ -43,7 +45,7 @@ def is_coco(folder: Path) -> bool:
 class CocoSet(NpyRecords):
     """The records of a folder in U-ViT's layout, by number, always as (mean, std). They are of one class.
 
-    The digest covers the numbers of images and captions; `files` the sizes and times of the moments' files.
+    The digest covers the numbers of images and captions; `files` the moments' and the states' files.
     """
 
     origin = None
@@ -104,6 +106,24 @@ class CocoSet(NpyRecords):
         if self.kind == LOG_VARIANCE:
             half = row[len(row) // 2 :]
             half[:] = np.exp(0.5 * np.clip(half.astype(np.float32), *CLAMP))
+
+    def watched(self) -> list[str]:
+        """The moments' files, and those of the states."""
+        states = (f"{image}_{k}.npy" for image, count in enumerate(self.counts.tolist()) for k in range(count))
+        return [*self.names, os.path.relpath(self.state_file(0), self.folder), *states]
+
+    def verify(self, beat: Callable[[], None] = nothing) -> None:
+        """As of every layout of single files, the states' among them."""
+        super().verify(beat)
+        assert self.files is not None
+        content, (layout, dtype) = hashlib.sha256(self.files.content.encode()), self.states_layout()
+        for start in range(0, rows := 1 + int(self.counts.sum()), 256):
+            beat()
+            block = np.empty((min(256, rows - start), *layout), dtype)
+            for _ in self._pool.map(self.read_states, range(start, start + len(block)), block):
+                pass
+            content.update(block.tobytes())
+        self.files = FilesIdentity(self.files.stat, content.hexdigest())
 
     def captions(self) -> list[list[str]]:
         """The captions of each image; empty ones where there are no .txt files. `BadFile` where one lacks lines."""

@@ -25,7 +25,11 @@ class NpyRecords(RecordSet):
     def open_files(self, root: Path, threads: int) -> None:
         """Starts the threads and takes the files' sizes and times; `BadFile` names one that can't be found."""
         self.root, self._pool = root, ThreadPoolExecutor(threads, "st_fast npy")
-        self.files = FilesIdentity(self._stat())
+        self.files = FilesIdentity(self._stat(self.watched()))
+
+    def watched(self) -> Sequence[str]:
+        """The files whose change is noticed: those of the records, and what a layout has beside them."""
+        return self.names
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Reads records `indices` (n,) into out (n, 2C, H, W) of the set's dtype. `BadFile` names a bad file."""
@@ -43,7 +47,7 @@ class NpyRecords(RecordSet):
             content.update(moments.tobytes())
         self.files = FilesIdentity(self.files.stat if self.files else "", content.hexdigest())
 
-    def _stat(self) -> str:
+    def _stat(self, names: Sequence[str]) -> str:
         """SHA-256 of the files' names, sizes and times."""
         found = hashlib.sha256()
 
@@ -54,7 +58,7 @@ class NpyRecords(RecordSet):
                 raise BadFile(f"{self.root / name}: {error.strerror}") from None
             return status.st_size, status.st_mtime_ns
 
-        for name, status in zip(self.names, self._pool.map(look, self.names), strict=True):
+        for name, status in zip(names, self._pool.map(look, names), strict=True):
             found.update(f"{name!r} {status}\n".encode())
         return found.hexdigest()
 

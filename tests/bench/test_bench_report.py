@@ -14,6 +14,7 @@ from bench import machine as results
 from bench import report
 from bench.goals import GOALS, Goal
 from bench.tables import table
+from tests.report.conftest import two_stages
 
 MACHINE = results.Machine(
     device="CPU Test, 2 threads", kind="cpu", threads=2, load=0.1, copy_rate=2e10, matmul_rate=1.7e11,
@@ -232,6 +233,28 @@ def test_the_demo_as_measured_last_waited_for_data_less_than_a_hundredth_of_its_
     stages = json.loads((Path(report.__file__).parent / "results" / "demo.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == ["align", "transcend"]
     assert all(0 <= stage["waited"] < 0.01 for stage in stages)
+
+
+def test_a_demos_figures_and_picture_are_those_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    run, sheet = two_stages(tmp_path / "run"), "00001000-nearest.png"
+    folder = run / "transcend" / "samples"
+    (folder / sheet).write_bytes(b"of emoji")
+    report.take_demo(run, tmp_path)
+    found = json.loads((tmp_path / report.DEMO).read_text())
+    assert "of 1000 guided samples (ω = 1.9)" in report.demo_sentence(found) and "TFLOP" in report.demo_table(found)
+    assert (tmp_path / "digits.png").read_bytes() == (folder / "00001000.png").read_bytes()
+    assert not (tmp_path / report.EMOJI).exists()
+
+    of_emoji = {"held_out": 0.91, "seen": 0.92, "retrieved": 0.93, "real_held_out": 1.0, "num": 400, "cfg_scale": 3.0}
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    log = [record | {"metrics": of_emoji} if record["kind"] == "eval" else record for record in log]
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    report.take_demo(run, tmp_path)
+    text = report.emoji_table(json.loads((tmp_path / report.EMOJI).read_text()))
+    for fact in ("| transcend |", "91.0", "92.0", "93.0", "3.0 minutes", "400 samples (ω = 3)", "reads 100.0 %"):
+        assert fact in text, fact
+    assert (tmp_path / "emoji.png").read_bytes() == b"of emoji"
 
 
 def test_a_row_that_was_measured_with_something_given_up_says_so(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,12 @@ import torch
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.data import coco
-from st_fast.data.coco import CLAMP, kind_of
+from st_fast.data.coco import CLAMP, kind_of, open_coco
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.data.text import open_text, read_captions, read_text_manifest
 from st_fast.model.text_encoders import check_encoder, load_text_encoder
 from st_fast.prepare import __main__ as prepare
+from st_fast.train.continuity import file_differences
 from tests.tiny_text import write_text_encoder
 
 from .conftest import random_moments
@@ -172,6 +175,23 @@ def test_a_file_of_the_other_kind_is_found_wherever_it_lies(tmp_path: Path, monk
     records = open_data(folder, verify=False)
     with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\), but 0\.npy is \(mean, std\)"):
         records.gather(np.array([4, 5]))
+
+
+@pytest.mark.parametrize("name", ["1.npy", "1_0.npy", "empty_context.npy"])
+def test_a_resume_notices_a_changed_file_of_moments_or_states_but_takes_a_copy(name: str, tmp_path: Path) -> None:
+    folder = write_layout(tmp_path / "coco")
+    with closing(open_coco(folder)) as records:
+        records.verify()
+        before = records.files
+    copy = Path(shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile))
+    with closing(open_coco(copy)) as records:
+        assert records.files and before and records.files.stat != before.stat
+        assert file_differences(before, records) == []
+    changed = next(path for path in (copy / name, copy.parent / name) if path.exists())
+    np.save(changed, np.load(changed) + np.float32(0.25))
+    with closing(open_coco(copy)) as records:
+        (told,) = file_differences(before, records)
+    assert told.startswith("data.path: its files were")
 
 
 def test_the_kind_follows_from_sign_and_range() -> None:

@@ -161,6 +161,20 @@ def test_the_classes_in_the_pictures_are_named_where_the_log_has_names(runs) -> 
         assert ("Classes in turn, row by row: cat, <b>dog</b>." in page_of(run).text) == shown
 
 
+def test_scored_samples_beside_the_nearest_real_pictures_are_shown_once_for_each_stage(runs) -> None:
+    run = runs.two_stages()
+    without = page_of(run)
+    assert "nearest real pictures" not in without.text
+    for step, grey in ((600, 10), (800, 20), (1000, 30)):
+        Image.new("L", (40, 20), grey).save(run / f"{step}-nearest.png")
+    runs.change(run, lambda r: r | {"file": f"{r['step']}-nearest.png"} if r["kind"] == "eval" else r)
+    page = page_of(run)
+    added = [s for s in page.values("src") if s and s not in without.values("src")]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))) for source in added]
+    assert [(picture.size, picture.getpixel((0, 0))) for picture in pictures] == [((40, 20), 10), ((40, 20), 30)]
+    assert "Beside the nearest real pictures" in page.text
+
+
 def test_pictures_outside_the_run_missing_or_broken_are_noted_and_left_out(runs, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     Image.new("L", (8, 8)).save(secret)
