@@ -10,7 +10,8 @@ from torch import Tensor
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import printable, read_bytes, shown
-from st_fast.data.text import CAPTION_MOST, TextManifest, TextSet, read_captions
+from st_fast.data.captions import CAPTION_MOST
+from st_fast.data.text import TextManifest, TextSet, read_captions
 from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
 
 PROMPTS_MOST = 1_000_000
@@ -85,13 +86,23 @@ def stored_prompts(data: Path, stored: TextSet, count: int, device: torch.device
 
 
 def check_same_encoder(stored: TextSet, ours: TextManifest, data: Path) -> None:
-    """UserError for states of another encoder, length or mask than those that a run is trained on."""
+    """UserError for states of another encoder, length or mask than those that a run is trained on.
+
+    Where states came without a hash of the encoder ("") its name, or its folder's, must be the same.
+    """
     theirs = stored.manifest
-    if (theirs.hash, theirs.shape, theirs.mask) != (ours.hash, ours.shape, ours.mask):
-        raise UserError(
-            f"{stored.folder}: states of {shown(theirs.encoder)}, {theirs.length} tokens, mask {theirs.mask}; those of "
-            f"{data} are of {shown(ours.encoder)}, {ours.length} tokens, mask {ours.mask}"
-        )
+    hashed = bool(theirs.hash and ours.hash)
+
+    def known(manifest: TextManifest) -> tuple[object, ...]:
+        whose = manifest.hash if hashed else Path(manifest.encoder).name
+        return whose, manifest.shape, manifest.mask
+
+    def told(manifest: TextManifest) -> str:
+        weights = f" (SHA-256 {manifest.hash[:12]})" if hashed else ""
+        return f"of {shown(manifest.encoder)}{weights}, {manifest.length} tokens, mask {manifest.mask}"
+
+    if known(theirs) != known(ours):
+        raise UserError(f"{stored.folder}: states {told(theirs)}; those of {data} are {told(ours)}")
 
 
 def encoded_prompts(

@@ -147,9 +147,23 @@ def test_captions_of_another_data_folder_are_drawn_if_the_same_encoder_read_them
     record = read_record(tmp_path / "x.png")
     assert record is not None
     assert record["prompts"] == [tiny_text.CAPTIONS[i][0] for i in (0, 7, 15)]
+    again = [str(run), "--captions", str(other), "--out", str(tmp_path / "y.png"), "-n", "3"]
     tiny_text.write_states(other, mask=False)
     with pytest.raises(UserError, match="mask False; those of"):
-        sample.main([str(run), "--captions", str(other), "--out", str(tmp_path / "y.png"), "-n", "3"])
+        sample.main(again)
+    tiny_text.write_states(other)
+    (manifest,) = other.glob("text/*/manifest.json")
+    whole = manifest.read_text()
+    nameless = whole.replace("0" * 64, "")  # without a hash, as states in U-ViT's layout come: the name decides
+    for changed, words in (
+        (whole.replace("0" * 64, "1" * 64), r"SHA-256 111111111111\), 4 tokens, .*SHA-256 000000000000"),
+        (nameless.replace("none/tiny-encoder", "none/another"), "of 'none/another', 4 tokens"),
+    ):
+        manifest.write_text(changed)
+        with pytest.raises(UserError, match=words):
+            sample.main(again)
+    manifest.write_text(nameless)
+    sample.main(again)
 
 
 def test_a_run_on_classes_takes_no_prompt(tmp_path):
