@@ -3,7 +3,7 @@
 import argparse
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -168,7 +168,8 @@ def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: C
     data, other = Path(recipe.data.path), text.folder or Path(recipe.data.path)
     manifest = read_text_manifest(data, recipe.data.text)
     if not text.prompts and text.negative is None:
-        stored = open_text(other, recipe.data.text, open_data(other, verify=False))
+        with closing(open_data(other, verify=False)) as records:
+            stored = open_text(other, recipe.data.text, records)
         check_same_encoder(stored, manifest, data)
         return stored_prompts(other, stored, text.captions, device)
     texts = text.prompts or data_captions(other, text.captions)

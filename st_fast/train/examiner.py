@@ -86,6 +86,8 @@ class Examiner:
             torchdiffeq_odeint()
         if settings.num:
             _ = self._prompts
+        if "eval" in self._kinds():
+            _ = self._scored
         try:
             decode = self._decode
         except UserError as error:
@@ -183,13 +185,13 @@ class Examiner:
     def metrics(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
         """Metrics of fresh samples into the log: the classifier's, Inception's, or both, as the recipe says."""
         wanted, settings = self.recipe.evaluate, self.recipe.sample
-        scored = self._scored_prompts(wanted.num)
-        drawn = [self.images(model, count, prompts) for count, prompts in scored]
+        drawn = [self.images(model, count, prompts) for count, prompts in self._scored]
         images, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         found, beside = dict[str, object](num=len(images)), dict[str, str]()
         if wanted.classifier and self._draws_text:
             classes, pictures = self._attributes
-            texts = [p.texts[i] for (_, asked), (_, p) in zip(drawn, scored, strict=True) if p for i in asked.tolist()]
+            pairs = zip(drawn, self._scored, strict=True)
+            texts = [prompts.texts[i] for (_, asked), (_, prompts) in pairs if prompts for i in asked.tolist()]
             found |= attributes.metrics(attributes.prompt_scores(classes, pictures, images, texts))
             beside["file"] = f"{stage.name}/samples/{step:08d}-nearest.png"
             picture = png(attributes.nearest_sheet(pictures, images, texts))
@@ -204,15 +206,15 @@ class Examiner:
         against = f" against {found['reference']}" if "reference" in found else ""
         self.log.say(f"{stage.name} {step}: {summary(found)}, of {len(images)} samples{against}")
 
-    def _scored_prompts(self, count: int) -> list[tuple[int, Prompts | None]]:
+    @cached_property
+    def _scored(self) -> list[tuple[int, Prompts | None]]:
         """How many samples are scored of which prompts; with attributes half are of the captions held out."""
+        wanted, data = self.recipe.evaluate, Path(self.recipe.data.path)
         if not self._draws_text:
-            return [(count, None)]
-        data = Path(self.recipe.data.path)
-        of = Path(self.recipe.evaluate.captions or data)
-        places = [(count - count // 2, data), (count // 2, data / attributes.HELD_OUT)]
-        if not self.recipe.evaluate.classifier:
-            places = [(count, of)]
+            return [(wanted.num, None)]
+        places = [(wanted.num, Path(wanted.captions or data))]
+        if wanted.classifier:
+            places = [(wanted.num - wanted.num // 2, data), (wanted.num // 2, data / attributes.HELD_OUT)]
         return [
             (number, load_prompts(TextRequest((), number, place), self.recipe, self.ranks.device, self.log.say))
             for number, place in places

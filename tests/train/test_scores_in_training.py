@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 from st_fast import recipe
 from st_fast.core.errors import UserError
+from st_fast.data.text import CAPTIONS, captions_bytes
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate import inception, scores
 from st_fast.evaluate.classifier import read_images
@@ -19,7 +23,7 @@ from st_fast.report import write_report
 from st_fast.sample.set import open_npz
 from st_fast.train import examiner
 from st_fast.train.run import run
-from tests import tiny
+from tests import tiny, tiny_text
 from tests.evaluate.test_evaluate_command import frechet_by_scipy, real_images, small_projection
 from tests.sample.tiny_run import make_run
 
@@ -151,6 +155,37 @@ def test_samples_of_classes_that_the_classifier_can_not_know_are_told_before_the
     with pytest.raises(UserError, match=r"classes 0\.\.4, the model's samples of 0\.\.5 \(--model\.num_classes=5\)"):
         trained(folder, *STEPS, "--evaluate.num=70", "--evaluate.classifier=true", "--model.num_classes=6")
     assert not (folder / "trained" / "log.jsonl").exists()
+
+
+def latents_open(data: Path) -> int:
+    """How many files of latents this process has open."""
+    found = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    return sum(path.startswith(f"{data.resolve()}/latents-") for path in found)
+
+
+def test_captions_of_another_folder_are_looked_for_before_the_first_step_and_opened_once(folder, monkeypatch):
+    other = Path(shutil.copytree(folder / "data", folder / "other"))
+    for place in (folder / "data", other):
+        (place / CAPTIONS).write_bytes(captions_bytes([[f"{place.name} {number}"] for number in range(20)]))
+        tiny_text.write_states(place)
+    sizes = f'network = "mmdit"\ntext_width = {tiny_text.WIDTH}\ntext_length = {tiny_text.LENGTH}'
+    recipe_file = folder / "recipe.toml"
+    recipe_file.write_text(recipe_file.read_text().replace("num_classes = 5", sizes))
+    opened, load_prompts, options = list[object](), examiner.load_prompts, (*STEPS, "--stage.plain.steps=8")
+
+    def opening(*arguments):
+        opened.append(load_prompts(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(examiner, "load_prompts", opening)
+    with pytest.raises(UserError, match="missing"):
+        trained(folder, *options, "--sample.num=0", f"--evaluate.captions={folder}/missing")
+    assert not (folder / "trained" / "log.jsonl").exists()
+    before = latents_open(other)
+    out = trained(folder, *options, "--sample.num=0", f"--evaluate.captions={other}")
+    assert [record["step"] for record in tiny.records(out, "eval")] == [4, 8]
+    (prompts,) = opened
+    assert prompts.texts == tuple(f"other {number}" for number in range(20)) and latents_open(other) == before
 
 
 def test_too_few_samples_and_a_reference_for_nobody_are_refused(tmp_path):
