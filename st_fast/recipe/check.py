@@ -25,6 +25,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_guidance(recipe)
     check_single_values(recipe)
     check_scores(recipe.evaluate)
+    check_text(recipe)
     check_fp8(recipe, ranks)
     check_sharding(recipe)
     check_schedule(recipe, ranks)
@@ -171,6 +172,24 @@ def check_scores(evaluate: Evaluate) -> None:
     if evaluate.reference and not evaluate.inception:
         allowed = "empty, or evaluate.inception = the FID network's weights beside it"
         raise wrong_value("evaluate.reference", evaluate.reference, allowed, "nothing is compared with it")
+
+
+def check_text(recipe: Recipe) -> None:
+    """Texts are named only for a network that reads them, and captions to score only where these are what is scored."""
+    evaluate = recipe.evaluate
+    named = {
+        "data.text": recipe.data.text, "sample.prompts": recipe.sample.prompts, "evaluate.captions": evaluate.captions
+    }  # fmt: skip
+    if recipe.model.network == "sit":
+        for key, value in named.items():
+            if value:
+                raise wrong_value(key, value, "left out", 'model.network = "sit" reads classes')
+    if evaluate.captions and evaluate.classifier:
+        why = "evaluate.classifier scores captions of the data itself, and of its held_out"
+        raise wrong_value("evaluate.captions", evaluate.captions, "left out", why)
+    if evaluate.captions and not evaluate.inception:
+        allowed = "left out, or evaluate.inception = the FID network's weights beside it"
+        raise wrong_value("evaluate.captions", evaluate.captions, allowed, "nothing is scored")
 
 
 def _either(numbers: list[int]) -> str:

@@ -139,6 +139,25 @@ def test_a_classifier_evaluation_with_too_few_samples_is_refused(small: Path) ->
     load(small, [options[0], "--evaluate.num=65"])
 
 
+TEXT = ["--model.network=mmdit", "--model.text_width=6", "--model.text_length=4", "--evaluate.num=2049"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data.text=clip"], r'data\.text = "clip": model\.network = "sit"'),
+        (["--sample.prompts=['a fox']"], r"sample\.prompts = .*classes"),
+        (["--evaluate.captions=data/val", "--evaluate.inception=w.pth", *TEXT[3:]], r'captions = "data/val".*classes'),
+        ([*TEXT, "--evaluate.captions=data/val"], r"nothing is scored; allowed: left out, or evaluate\.inception"),
+        ([*TEXT, "--evaluate.captions=data/val", "--evaluate.classifier=true"], r"evaluate\.classifier scores"),
+    ],
+)
+def test_texts_that_nothing_would_read_are_refused(options: list[str], words: str, small: Path) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load(small, options)
+    load(small, [*TEXT, "--evaluate.captions=data/val", "--evaluate.inception=w.pth", "--data.text=clip"])
+
+
 def test_the_classifier_has_as_many_features_as_the_check_assumes() -> None:
     from st_fast.evaluate.classifier import FEATURES
     from st_fast.recipe.check import CLASSIFIER_FEATURES
