@@ -55,11 +55,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """The network. `name` such as "SiT-XL/2" or "MMDiT-24/2" sets network, depth, width, heads and patch; or give
-    these."""
+    """The network: by a `name` such as "SiT-XL/2" or "MMDiT-24/2", or by network, depth, width, heads and patch."""
 
     # A name's sizes are compared themselves.
-    name: str = free("custom", 'A published size such as "SiT-XL/2", or "custom" with the next five keys.')
+    name: str = free("custom", 'A published size such as "SiT-XL/2", or "custom" with `network` and the next 4 keys.')
     depth: Annotated[int, between(0, MOST["depth"])] = fixed(0, "Transformer blocks.")
     width: Annotated[int, between(0, MOST["width"])] = fixed(0, "Channels of a token.")
     heads: Annotated[int, between(0, MOST["heads"])] = fixed(0, "Attention heads.")
