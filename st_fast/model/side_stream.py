@@ -2,7 +2,7 @@
 
 Tensors cross from one stream to the other with the two things that this takes: an event, so that nothing is read
 before it is written, and `record_stream`, so that the allocator gives memory away only when its last reader is done.
-Also the ways in which a guided teacher runs its two branches, with the labels and with the null label.
+Also the ways in which a guided teacher runs its two branches, with the condition and with the null condition.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,22 +92,20 @@ def with_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
 
 
 Features = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Tokens (B, N, D), t (B,) and labels (B,) → the stream after the teacher's block (B, N, D)."""
+"""Tokens (B, N, D), t (B,) and a condition (B, …) → the stream after the teacher's block (B, N, D)."""
 Branches = Callable[[Features, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Runs both: features, tokens, t, labels, null labels → the streams with the labels and with the null label."""
+"""Runs both: features, tokens, t, condition, null condition → the streams with the one and with the other."""
 
 
-def batched(
-    features: Features, tokens: Tensor, t: Tensor, labels: Tensor, null_labels: Tensor
-) -> tuple[Tensor, Tensor]:
+def batched(features: Features, tokens: Tensor, t: Tensor, condition: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
     """As one batch of 2B: the largest products."""
-    both = features(tokens.repeat(2, 1, 1), t.repeat(2), torch.cat((labels, null_labels)))
-    conditional, null = both.chunk(2)
-    return conditional, null
+    both = features(tokens.repeat(2, 1, 1), t.repeat(2), torch.cat((condition, null)))
+    conditional, unconditional = both.chunk(2)
+    return conditional, unconditional
 
 
 def apart(
-    side: SideStream, features: Features, tokens: Tensor, t: Tensor, labels: Tensor, null_labels: Tensor
+    side: SideStream, features: Features, tokens: Tensor, t: Tensor, condition: Tensor, null: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As two batches of B: one after the other, or with a side stream at the same time. Half the activations.
 
@@ -115,5 +113,5 @@ def apart(
     for another size.
     """
     side.follow()
-    null = side.start(lambda: features(tokens, t, null_labels), (tokens, t, null_labels))
-    return features(tokens, t, labels), null()
+    unconditional = side.start(lambda: features(tokens, t, null), (tokens, t, null))
+    return features(tokens, t, condition), unconditional()
