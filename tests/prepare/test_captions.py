@@ -12,16 +12,12 @@ from st_fast.core.errors import UserError
 from st_fast.data.shards import open_data
 from st_fast.data.text import CAPTIONS, open_text, read_captions
 from st_fast.model.text_encoders import load_text_encoder
-from st_fast.prepare import __main__ as prepare
-from tests.data.conftest import encoded, picture
 from tests.data.test_captions import write_coco
 from tests.tiny_text import write_text_encoder
 
+from .conftest import encoded, picture, run
+
 TEXTS = [["a red fox", "one fox"], ["left out"], ["two\u2028👩🏽‍🚒"], ["three four five six seven"]]
-
-
-def run(*arguments: object) -> None:
-    prepare.main([str(argument) for argument in arguments])
 
 
 def encode(source: Path, out: Path, *options: object) -> None:

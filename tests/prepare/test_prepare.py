@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -21,37 +20,21 @@ from PIL import Image
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.progress import bar
 from st_fast.data.images import load_image
-from st_fast.data.manifest import VaeInfo, read_manifest, write_manifest
+from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.data.shards import open_data
-from st_fast.model.vae import decode, encode_moments, load_vae, vae_hash
-from st_fast.prepare import __main__ as prepare
-from st_fast.prepare import commands, job, vaes
-from st_fast.prepare.small_vae import SmallVae, new_vae
+from st_fast.model.vae import decode, load_vae, vae_hash
+from st_fast.prepare import job
 from tests import warm
-from tests.data.test_repa import write_layout
 
-from .conftest import encoded, picture
+from .conftest import encoded, picture, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PIXELS = ["--size", "16", "--vae", "pixels", "--shard-size", "2", "--device", "cpu"]
 
 
-def run(*arguments: object) -> None:
-    prepare.main([str(argument) for argument in arguments])
-
-
 def command(arguments: Sequence[object], **options: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "st_fast.prepare", *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload,no-any-return]
-
-
-@pytest.fixture
-def tiny_vae(tmp_path: Path) -> Path:
-    """A folder with an untrained AutoencoderKL, f = 4, latents of 4 channels."""
-    torch.manual_seed(0)
-    vae = new_vae(SmallVae((4, 4, 4), 0), 3, 16)
-    vae.save_pretrained(tmp_path / "my vae")
-    return tmp_path / "my vae"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -201,25 +184,6 @@ def test_a_finished_folder_of_an_older_version_tells_what_its_manifest_does(
         run(class_folders, out, *PIXELS)
 
 
-def test_a_vae_of_another_name_is_the_same_where_it_is_the_same(tmp_path: Path) -> None:
-    local, out = VaeInfo("mine", "hash", "vae"), tmp_path / "out"
-    hub = VaeInfo("sd-vae-ft-mse", "hash")
-    for asked, made in (
-        ("sd-vae-ft-mse", hub),
-        ("stabilityai/sd-vae-ft-mse", hub),
-        ("sd-vae-ft-mse", VaeInfo("stabilityai/sd-vae-ft-mse")),
-        (str(tmp_path / "moved" / "mine"), local),
-        (str(out / "vae"), local),
-        ("small", VaeInfo("small", "hash", "vae")),
-        ("anything", VaeInfo("")),
-    ):
-        found, wanted = commands.same_names(asked, made, out)
-        assert found == wanted, (asked, made)
-    for asked, made in (("sd-vae-ft-ema", hub), ("mine", hub), ("small", local), ("pixels", local)):
-        found, wanted = commands.same_names(asked, made, out)
-        assert found != wanted, (asked, made)
-
-
 def test_continuing_with_other_settings_is_refused(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,21 +220,6 @@ def test_several_processes_share_the_work_and_the_last_one_writes_the_manifest(
         monkeypatch.setenv("WORLD_SIZE", "2")
         run(class_folders, tmp_path / "two", *PIXELS)
     assert content(tmp_path / "one") == content(tmp_path / "two")
-
-
-@pytest.fixture
-def odd_folder(class_folders: Path) -> Path:
-    """Six good pictures, four odd but usable ones, and four that are not."""
-    target = class_folders / "b c"
-    (target / "gray.jpg").write_bytes(encoded(picture(20, mode="L"), "JPEG"))
-    (target / "cmyk.jpg").write_bytes(encoded(picture(21, mode="CMYK"), "JPEG"))
-    (target / "alpha.png").write_bytes(encoded(picture(22, mode="RGBA")))
-    (target / "deep.png").write_bytes(encoded(Image.fromarray(np.full((20, 20), 40_000, np.uint16))))
-    (target / "corrupt.jpg").write_bytes(encoded(picture(23, (90, 90)), "JPEG")[:-400])
-    (target / "empty ü.png").write_bytes(b"")
-    (target / "text.png").write_text("no picture")
-    (target / "unreadable.png").symlink_to(target / "gone.png")
-    return class_folders
 
 
 def test_bad_images_are_skipped_by_name_and_counted(
@@ -360,58 +309,9 @@ def test_verify_and_stats(class_folders: Path, tmp_path: Path, capsys: pytest.Ca
     assert Image.open(io.BytesIO((out / "stats.png").read_bytes())).width > 100
 
 
-def test_a_small_vae_is_trained_on_the_images_and_kept(class_folders: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = [class_folders, out, "--size", 8, "--vae", "small", "--vae-steps", 2, "--device", "cpu"]
-    run(*arguments)
-    manifest = read_manifest(out)
-    vae = load_vae(out / manifest.vae.path)
-    assert manifest.vae.name == "small" and manifest.vae.hash == vae_hash(vae)
-    assert manifest.scale == vae.config.scaling_factor != 0.18215
-    assert manifest.shape == (8, 4, 4)
-    files = sorted(class_folders.rglob("*.png"), key=lambda path: path.as_posix())
-    image = torch.from_numpy(load_image(files[0].read_bytes(), 8, 3))[None]
-    assert torch.allclose(open_data(out).gather(np.arange(1))[0].float(), encode_moments(vae, image), atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["{in}"], "2 paths needed, got 1"),
-        (["--verify", "{in}", "{out}"], "1 path needed, got 2"),
-        (["--verify", "--stats", "{out}"], "not allowed with argument"),
-        (["{in}", "{out}", "--size", "0"], "--size 0: at least 1"),
-        (["{in}", "{out}", "--size", "big"], "--size big: an integer is needed"),
-        (["{in}", "{out}", "--colour", "red"], "--colour is unknown"),
-        (["{in}", "{out}", "--vae", "{in}", "--size", "16"], "neither a folder with an AutoencoderKL"),
-        (["{out}", "{in}"], "no such file or folder"),
-    ],
-)
-def test_wrong_arguments_are_told_in_one_line(
-    class_folders: Path, tmp_path: Path, arguments: list[str], words: str
-) -> None:
-    places = {"in": str(class_folders), "out": str(tmp_path / "out")}
-    with pytest.raises(UserError, match=words) as caught:
-        run(*(argument.format(**places) for argument in arguments))
-    assert "\n" not in str(caught.value)
-
-
 def test_the_bar_of_slow_work_says_seconds_a_step() -> None:
     with bar(None, "drawing", 10, "step") as shown:
         assert "1.70s/step]" in shown.format_meter(1, 10, 1.7, unit=shown.unit)
-
-
-def test_size_that_the_vae_can_not_reduce_is_refused(class_folders: Path, tiny_vae: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"size = 18: the VAE reduces by 4"):
-        run(class_folders, tmp_path / "out", "--size", 18, "--vae", tiny_vae)
-
-
-def test_a_size_whose_latents_patch_2_can_not_divide_is_refused_before_a_vae_is_trained(
-    class_folders: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"--size 30: .* an odd side, 15, .* give a multiple of 4"):
-        run(class_folders, tmp_path / "out", "--size", 30, "--vae", "small", "--vae-factor", 2, "--device", "cpu")
-    assert not (tmp_path / "out" / "vae").exists()
 
 
 def test_control_characters_of_class_names_reach_no_terminal(
@@ -460,11 +360,6 @@ def test_kill_9_leaves_whole_shards_or_none(class_folders: Path, tmp_path: Path)
     assert not [path for path in (tmp_path / "out").iterdir() if ".partial" in path.name]
 
 
-def test_training_images_leave_out_the_bad(odd_folder: Path) -> None:
-    images = vaes.training_images(commands.open_source(odd_folder), 8)
-    assert images.shape == (10, 3, 8, 8) and images.dtype == torch.uint8
-
-
 def test_a_folder_with_nothing_in_it_is_told_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     with pytest.raises(UserError, match=r"in': no image in it .*; it holds nothing"):
@@ -487,71 +382,3 @@ def test_a_folder_that_can_not_be_written_is_told(class_folders: Path, tmp_path:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(RunFailed, match="Permission denied"):
         run(class_folders, tmp_path / "locked" / "out", *PIXELS)
-
-
-@pytest.mark.parametrize(
-    ("options", "line"),
-    [
-        (["--vae", "pixels", "--vae-factor", "8"], "--vae-factor 8: is of --vae small; --vae pixels has its own"),
-        (["--vae", "small", "--vae-factor", "8", "--size", "20"], "--size 20: a multiple of --vae-factor 8"),
-        (
-            ["--vae", "small", "--vae-factor", "8", "--size", "8"],
-            "--size 8: a multiple of --vae-factor 8, at least twice",
-        ),
-    ],
-)
-def test_a_factor_that_the_vae_or_the_size_does_not_have_is_refused(options, line, tmp_path):
-    with pytest.raises(UserError, match=re.escape(line)):
-        prepare.main([str(tmp_path), str(tmp_path / "out"), *options])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--verify", "--flip", "x"], "--flip True: means nothing with --verify"),
-        (["--stats", "--vae", "pixels", "x"], "--vae pixels: means nothing with --stats"),
-        (["--to-repa", "--dtype", "float32", "x", "y"], "--dtype float32: means nothing with --to-repa"),
-        (["--from-repa", "--size", "512", "x", "y"], "--size 512: means nothing with --from-repa"),
-        (["--features", "dino", "--shard-size", "7", "x", "y"], "--shard-size 7: means nothing with --features"),
-        (["--vae", "pixels", "--vae-steps", "5", "x", "y"], "--vae-steps 5: means nothing with --vae pixels"),
-        (["--text", "clip", "--captions", "auto", "x"], "--captions auto: means nothing with --text"),
-        (["--text-length", "9", "x", "y"], "--text-length 9: means nothing with images to encode"),
-    ],
-)
-def test_an_option_that_would_do_nothing_is_refused(arguments: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        run(*arguments)
-
-
-def test_latents_of_another_vae_in_repas_layout_carry_that_vae(tiny_vae: Path, tmp_path: Path) -> None:
-    write_layout(tmp_path / "repa")
-    run("--from-repa", tmp_path / "repa", tmp_path / "plain", "--device", "cpu")
-    assert read_manifest(tmp_path / "plain").vae == VaeInfo("sd-vae-ft-mse")
-    arguments = ("--from-repa", tmp_path / "repa", tmp_path / "out", "--vae", tiny_vae, "--device", "cpu")
-    new_vae(SmallVae((4, 4, 4), 0, latent_channels=3), 3, 16).save_pretrained(tmp_path / "three")
-    with pytest.raises(UserError, match="3 channels, the latents have 4"):
-        run(*arguments[:4], tmp_path / "three", *arguments[5:])
-    config = json.loads((tiny_vae / "config.json").read_text())
-    (tiny_vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.75}))
-    run(*arguments)
-    made = read_manifest(tmp_path / "out")
-    assert (made.scale, made.vae.name, made.vae.path) == (0.75, "my vae", "vae")
-    assert made.vae.hash == vae_hash(load_vae(tiny_vae)) == vae_hash(load_vae(made.vae.source(tmp_path / "out")))
-    (tiny_vae / "config.json").write_text(json.dumps(config | {"shift_factor": 0.5}))
-    with pytest.raises(UserError, match="shift_factor"):
-        run("--from-repa", tmp_path / "repa", tmp_path / "x", "--vae", tiny_vae, "--device", "cpu")
-    with pytest.raises(UserError, match="were made by an AutoencoderKL"):
-        run("--from-repa", tmp_path / "repa", tmp_path / "x", "--vae", "pixels", "--device", "cpu")
-
-
-@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "link", "vae/../../elsewhere"])
-def test_a_manifests_vae_never_leads_out_of_its_folder(path: str, tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="must be relative and stay inside"):
-        VaeInfo("small", "", path).source(tmp_path / "set")
-    for name in ("/etc", "../elsewhere", "a/b/c", "x y", ""):
-        with pytest.raises(UserError, match="no name that the hub could have"):
-            VaeInfo(name).source(tmp_path / "set")
-    assert VaeInfo("stabilityai/sd-vae-ft-mse").source(tmp_path) == "stabilityai/sd-vae-ft-mse"
