@@ -67,7 +67,7 @@ class CompiledBlocks:
         torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
         self._run: Run = torch.compile(plain, fullgraph=True, dynamic=self._dynamic)
 
-    def __call__(self, block: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, block: nn.Module, *inputs: Tensor) -> Any:
         try:
             return self._run(block, *inputs)
         except (torch.cuda.OutOfMemoryError, KeyboardInterrupt):

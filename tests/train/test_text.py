@@ -23,6 +23,7 @@ from st_fast.train.batches import BatchIterator
 from st_fast.train.conditions import open_conditions
 from st_fast.train.run import run
 from tests import tiny, tiny_text
+from tests.data import test_coco
 from tests.train.supervision.encoders import Pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,6 +168,20 @@ def test_other_methods_supervise_the_images_tokens(method, tmp_path):
     run(load(path))
     found = tiny.records(Path(recipe.run.out), "train")
     assert [r["step"] for r in found] == [1, 2, 3] and all(np.isfinite(r["aux"]) and r["aux"] != 0 for r in found)
+
+
+def test_u_vits_layout_is_trained_on_in_place_whatever_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_coco, "SHAPE", (8, 4, 4))
+    folder, losses = test_coco.write_layout(tmp_path / "train"), []
+    sizes = (f"--model.text_width={test_coco.WIDTH}", f"--model.text_length={test_coco.LENGTH}")
+    for loader in ("resident", "torch"):
+        (tmp_path / loader).mkdir()
+        steps = ("--stage.align.steps=3", "--stage.transcend.steps=3", f"--data.loader={loader}")
+        run(recipe_for(folder, tmp_path / loader, *sizes, *steps))
+        losses.append([record["loss"] for record in tiny.records(tmp_path / loader / "out", "train")])
+        null = states(tmp_path / loader / "out")["transcend/ema/null_context"][0]
+        assert np.array_equal(null.numpy(), np.load(tmp_path / "empty_context.npy"))
+    assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
 def test_states_that_do_not_fit_and_captions_that_changed_are_refused_in_one_line(data, whole, tmp_path):
