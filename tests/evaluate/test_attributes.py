@@ -70,7 +70,7 @@ def pictures(data: Path) -> Pictures:
 @pytest.fixture(scope="module")
 def trained(data: Path) -> AttributeClassifier:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attributes, "EPOCHS", 40)
+        patch.setattr(attributes, "EPOCHS", 25)
         return load_attribute_classifier(data, lambda _: None)
 
 
