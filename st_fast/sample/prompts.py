@@ -40,7 +40,8 @@ class EncodedPrompts(Prompts):
         self, texts: Sequence[str], encoder: TextEncoder, device: torch.device, negative: str | None = None
     ) -> None:
         super().__init__(texts, device)
-        self._encoder, self._known = encoder, dict[int, Tensor]()
+        self._encoder: TextEncoder | None = encoder
+        self._known = dict[int, Tensor]()
         if negative is not None:
             self._negative = encoder([negative]).to(device)
 
@@ -50,9 +51,15 @@ class EncodedPrompts(Prompts):
             if len(self._known) > 4 * len(wanted) + 1_000:
                 self._known.clear()
                 missing = sorted(set(wanted))
+            assert self._encoder is not None, "all are known"
             states = self._encoder([self.texts[number] for number in missing]).cpu()
             self._known.update(zip(missing, states, strict=True))
         return torch.stack([self._known[number] for number in wanted]).to(self.device)
+
+    def read_all(self) -> None:
+        """Reads every text now, and gives the encoder's memory back."""
+        self.states(torch.arange(len(self.texts)))
+        self._encoder = None
 
 
 class StoredPrompts(Prompts):

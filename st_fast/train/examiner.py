@@ -26,7 +26,7 @@ from st_fast.sample.draw import names_in_turn
 from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
 from st_fast.sample.model import Decode, TextRequest, decoder, load_prompts
 from st_fast.sample.previews import png, sheet
-from st_fast.sample.prompts import Prompts
+from st_fast.sample.prompts import EncodedPrompts, Prompts
 from st_fast.train.log import Log
 
 Kind = Literal["sample", "eval"]
@@ -146,7 +146,10 @@ class Examiner:
         if not self._draws_text:
             return None
         text = TextRequest(self.recipe.sample.prompts, captions=self.recipe.sample.num)
-        return load_prompts(text, self.recipe, self.ranks.device, self.log.say)
+        found = load_prompts(text, self.recipe, self.ranks.device, self.log.say)
+        if isinstance(found, EncodedPrompts):
+            found.read_all()  # the encoder may be larger than the model
+        return found
 
     @cached_property
     def _classifier(self) -> tuple[classifier.Classifier, classifier.Reference]:

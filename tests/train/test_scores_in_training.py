@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +17,18 @@ from torch import nn
 
 from st_fast import recipe
 from st_fast.core.errors import UserError
+from st_fast.core.ranks import Ranks
+from st_fast.data.manifest import read_manifest
 from st_fast.data.text import CAPTIONS, captions_bytes
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate import inception, scores
 from st_fast.evaluate.classifier import read_images
 from st_fast.recipe import RecipeError, load
 from st_fast.report import write_report
+from st_fast.sample import prompts
 from st_fast.sample.set import open_npz
 from st_fast.train import examiner
+from st_fast.train.log import Log
 from st_fast.train.run import run
 from tests import tiny, tiny_text
 from tests.evaluate.test_evaluate_command import frechet_by_scipy, real_images, small_projection
@@ -163,14 +170,49 @@ def latents_open(data: Path) -> int:
     return sum(path.startswith(f"{data.resolve()}/latents-") for path in found)
 
 
-def test_captions_of_another_folder_are_looked_for_before_the_first_step_and_opened_once(folder, monkeypatch):
-    other = Path(shutil.copytree(folder / "data", folder / "other"))
-    for place in (folder / "data", other):
+@pytest.fixture
+def other(folder):
+    """A second folder of data with captions, after the first one and the recipe were made those of a model of text."""
+    second = Path(shutil.copytree(folder / "data", folder / "other"))
+    for place in (folder / "data", second):
         (place / CAPTIONS).write_bytes(captions_bytes([[f"{place.name} {number}"] for number in range(20)]))
         tiny_text.write_states(place)
     sizes = f'network = "mmdit"\ntext_width = {tiny_text.WIDTH}\ntext_length = {tiny_text.LENGTH}'
     recipe_file = folder / "recipe.toml"
     recipe_file.write_text(recipe_file.read_text().replace("num_classes = 5", sizes))
+    return second
+
+
+def test_prompts_are_read_before_the_first_step_by_an_encoder_that_then_goes(folder, other, monkeypatch):
+    texts, found = ("one", "two, and more"), []
+
+    class Encoder:
+        name, hash = tiny_text.ENCODER, "0" * 64
+
+        def __call__(self, given):
+            return tiny_text.states_of(given).float()
+
+        def tokens(self, given):
+            return [1] * len(given)
+
+    def loading(*arguments):
+        encoder = Encoder()
+        found.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(prompts, "load_text_encoder", loading)
+    recipe = load(folder / "recipe.toml")
+    recipe = replace(recipe, sample=replace(recipe.sample, prompts=texts))
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    log = Log(folder / "log.jsonl", ranks)
+    looking = examiner.Examiner(recipe, read_manifest(folder / "data"), ranks, log)
+    looking.check()
+    gc.collect()
+    assert [one() for one in found] == [None]
+    assert torch.equal(looking._prompts.states(torch.tensor([1, 0])), tiny_text.states_of(texts[::-1]).float())
+
+
+def test_captions_of_another_folder_are_looked_for_before_the_first_step_and_opened_once(folder, other, monkeypatch):
     opened, load_prompts, options = list[object](), examiner.load_prompts, (*STEPS, "--stage.plain.steps=8")
 
     def opening(*arguments):
@@ -184,8 +226,8 @@ def test_captions_of_another_folder_are_looked_for_before_the_first_step_and_ope
     before = latents_open(other)
     out = trained(folder, *options, "--sample.num=0", f"--evaluate.captions={other}")
     assert [record["step"] for record in tiny.records(out, "eval")] == [4, 8]
-    (prompts,) = opened
-    assert prompts.texts == tuple(f"other {number}" for number in range(20)) and latents_open(other) == before
+    (drawn,) = opened
+    assert drawn.texts == tuple(f"other {number}" for number in range(20)) and latents_open(other) == before
 
 
 def test_too_few_samples_and_a_reference_for_nobody_are_refused(tmp_path):
