@@ -269,11 +269,14 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
 
 def _text_request(given: argparse.Namespace, recipe: Recipe) -> TextRequest:
     """The flags about text; UserError where the run's network draws classes, or a file of prompts has none."""
-    flags = {name: getattr(given, name[2:]) for name in ("--prompt", "--prompts", "--captions", "--negative")}
+    names = ("--prompt", "--prompts", "--captions", "--negative", "--text-encoder")
+    flags = {name: getattr(given, name[2:].replace("-", "_")) for name in names}
     if recipe.model.network == "sit":
         if used := [flag for flag, value in flags.items() if value is not None]:
             raise UserError(f"{used[0]}: {given.run} draws classes (--labels), not text")
         return TextRequest()
+    if given.captions is not None and (given.prompt or given.prompts):
+        raise UserError(f"--captions {given.captions}: with prompts none of them is drawn; give one or the other")
     prompts = [*(given.prompt or ()), *(read_prompts(given.prompts) if given.prompts else ())]
     if prompts or given.prompt:
         prompts = checked_prompts(prompts, "--prompt")

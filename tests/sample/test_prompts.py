@@ -125,6 +125,7 @@ def test_a_picture_has_the_prompts_and_as_many_samples_of_each(run, encoder, tmp
         (("--prompts", "missing.txt"), "missing.txt"),
         (("--prompt", "x" * (2**20 + 1)), "1,048,577 characters"),
         (("--prompt", "x", "--labels", "1"), "--labels 1"),
+        (("--prompt", "x", "--captions", "data"), "--captions data: with prompts none of them is drawn"),
     ],
 )
 def test_prompts_that_are_none_are_refused_in_one_line(options, words, run, encoder, tmp_path):
@@ -169,8 +170,10 @@ def test_captions_of_another_data_folder_are_drawn_if_the_same_encoder_read_them
 def test_a_run_on_classes_takes_no_prompt(tmp_path):
     from tests.sample.tiny_run import make_run
 
-    with pytest.raises(UserError, match="draws classes"):
-        sample.main([str(make_run(tmp_path)), "--prompt", "x"])
+    classes = str(make_run(tmp_path))
+    for flag in ("--prompt", "--text-encoder"):
+        with pytest.raises(UserError, match=f"{flag}: .* draws classes"):
+            sample.main([classes, flag, "x"])
 
 
 def test_captions_stand_under_their_pictures_and_never_break_the_sheet():
