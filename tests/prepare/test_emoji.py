@@ -181,7 +181,8 @@ def test_a_complete_folder_is_kept_a_damaged_one_made_anew_and_another_size_refu
 
 def test_the_size_is_that_of_the_models_latents(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     font = ImageFont.truetype(str(FONT_DATA), openmoji.POINTS)
-    monkeypatch.setattr(emoji, "load_emoji", lambda size: draw_emoji(FEW, font, size))
+    fewer = {text: name for text, name in FEW.items() if any(word in name for word in ("judge", "teacher", "farmer"))}
+    monkeypatch.setattr(emoji, "load_emoji", lambda size: draw_emoji(fewer, font, size))
     folder, recipe = tmp_path / "large", Path(__file__).parents[2] / "recipes" / "emoji.toml"
     large = load(recipe, [f"--data.path={folder}", "--model.latent_size=16"])
     make_on_first_use(large, lambda text: None)
