@@ -48,8 +48,11 @@ class RecordSet(Readable):
     """Latents that can be read by index: shards, or REPA's layout in place."""
 
     manifest: Manifest
-    files: FilesIdentity | None = None
-    """Of a layout whose manifest has no hashes."""
+
+    @property
+    def files(self) -> FilesIdentity | None:
+        """Of a layout whose manifest has no hashes."""
+        return None
 
     def __len__(self) -> int:
         return self.manifest.count

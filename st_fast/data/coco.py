@@ -115,7 +115,6 @@ class CocoSet(NpyRecords):
     def verify(self, beat: Callable[[], None] = nothing) -> None:
         """As of every layout of single files, the states' among them."""
         super().verify(beat)
-        assert self.files is not None
         content, (layout, dtype) = hashlib.sha256(self.files.content.encode()), self.states_layout()
         for start in range(0, rows := 1 + int(self.counts.sum()), 256):
             beat()
@@ -123,7 +122,7 @@ class CocoSet(NpyRecords):
             for _ in self._pool.map(self.read_states, range(start, start + len(block)), block):
                 pass
             content.update(block.tobytes())
-        self.files = FilesIdentity(self.files.stat, content.hexdigest())
+        self._files = FilesIdentity(self.files.stat, content.hexdigest())
 
     def captions(self) -> list[list[str]]:
         """The captions of each image; empty ones where there are no .txt files. `BadFile` where one lacks lines."""

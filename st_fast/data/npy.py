@@ -23,9 +23,16 @@ class NpyRecords(RecordSet):
     """Of the records' files, in their order."""
 
     def open_files(self, root: Path, threads: int) -> None:
-        """Starts the threads and takes the files' sizes and times; `BadFile` names one that can't be found."""
+        """Starts the threads."""
         self.root, self._pool = root, ThreadPoolExecutor(threads, "st_fast npy")
-        self.files = FilesIdentity(self._stat(self.watched()))
+        self._files: FilesIdentity | None = None
+
+    @property
+    def files(self) -> FilesIdentity:
+        """Sizes and times of the files, taken when first asked for; `BadFile` names one that can't be found."""
+        if self._files is None:
+            self._files = FilesIdentity(self._stat(self.watched()))
+        return self._files
 
     def watched(self) -> Sequence[str]:
         """The files whose change is noticed: those of the records, and what a layout has beside them."""
@@ -45,7 +52,7 @@ class NpyRecords(RecordSet):
             if problem := moments_problem(moments):
                 raise BadFile(f"{self.root / self.names[start + problem[0]]}: {problem[1]}")
             content.update(moments.tobytes())
-        self.files = FilesIdentity(self.files.stat if self.files else "", content.hexdigest())
+        self._files = FilesIdentity(self.files.stat, content.hexdigest())
 
     def _stat(self, names: Sequence[str]) -> str:
         """SHA-256 of the files' names, sizes and times."""

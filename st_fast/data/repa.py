@@ -91,6 +91,7 @@ class RepaSet(NpyRecords):
         except BadFile as error:
             raise BadFile(f"{path}: {error}") from None
         self.open_files(self.folder / LATENTS, threads)
+        _ = self.files  # all that dataset.json names are there
 
 
 def open_repa(folder: Path) -> RepaSet:

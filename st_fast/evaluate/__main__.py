@@ -168,8 +168,8 @@ def _by_attributes(
     data: Path, samples: ImageFile, texts: Sequence[str], say: Say
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Numbers by their metric's key, and the protocol, for samples drawn for captions of the data's real pictures."""
-    pictures, classes = attributes.read_pictures(data), attributes.load_attribute_classifier(data, say)
     asked = _texts_of(samples, texts, "evaluate")
+    pictures, classes = attributes.read_pictures(data), attributes.load_attribute_classifier(data, say)
     images = torch.from_numpy(np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2))
     numbers = attributes.metrics(attributes.prompt_scores(classes, pictures, images, asked))
     beside = samples.path.with_name("nearest.png")

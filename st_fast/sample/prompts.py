@@ -37,13 +37,15 @@ class EncodedPrompts(Prompts):
     """Texts that an encoder reads, each once."""
 
     def __init__(
-        self, texts: Sequence[str], encoder: TextEncoder, device: torch.device, negative: str | None = None
-    ) -> None:
+        self, texts: Sequence[str], encoder: TextEncoder, device: torch.device, negative: str | None = None,
+        stored: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        """`stored`: the dtype of the data's states, to which these are rounded: a caption draws the same either way."""
         super().__init__(texts, device)
         self._encoder: TextEncoder | None = encoder
-        self._known = dict[int, Tensor]()
+        self._stored, self._known = stored, dict[int, Tensor]()
         if negative is not None:
-            self._negative = encoder([negative]).to(device)
+            self._negative = encoder([negative]).to(stored).float().to(device)
 
     def states(self, numbers: Tensor) -> Tensor:
         wanted = numbers.tolist()
@@ -52,7 +54,7 @@ class EncodedPrompts(Prompts):
                 self._known.clear()
                 missing = sorted(set(wanted))
             assert self._encoder is not None, "all are known"
-            states = self._encoder([self.texts[number] for number in missing]).cpu()
+            states = self._encoder([self.texts[number] for number in missing]).to(self._stored).float().cpu()
             self._known.update(zip(missing, states, strict=True))
         return torch.stack([self._known[number] for number in wanted]).to(self.device)
 
@@ -129,7 +131,7 @@ def encoded_prompts(
     if cut:
         first = printable(cut[0][:60])
         say(f"attention: {len(cut)} of {len(given)} prompts have more than {manifest.length} tokens, cut: {first}…")
-    return EncodedPrompts(texts, found, device, negative)
+    return EncodedPrompts(texts, found, device, negative, getattr(torch, manifest.dtype))
 
 
 def read_prompts(path: Path) -> list[str]:
