@@ -70,6 +70,8 @@ class Source:
 
     def summary(self) -> str:
         """One line: what it is, how many images of how many classes, and the classes in their order."""
+        if self.num_classes == 1 and not self.class_names:
+            return f"{self.description}: {len(self.names):,} images, all of one class"
         present = len(np.unique(self.labels))
         some = f", {present} of which have images" if present < self.num_classes else ""
         names = ", ".join(self.class_names[:10])

@@ -55,7 +55,7 @@ def test_captions_beside_images_in_any_packing(form: str, packing: str, tmp_path
         path = pack(folder, tmp_path / packing)
     source = open_source(path, captioned=True)
     assert source.num_classes == 1 and source.labels.tolist() == [0] * 4 and not source.left_out
-    assert captions(source) == TEXTS[::-1]
+    assert captions(source) == TEXTS[::-1] and source.summary().endswith("): 4 images, all of one class")
     with pytest.raises(UserError, match=r"no label|lies in no class folder"):
         open_source(path)
 
