@@ -163,6 +163,7 @@ class Sample:
     cfg_range: TimeRange = free((0.0, 0.65), "Times at which guidance acts.")
     prompts: tuple[str, ...] = free((), "What MMDiT draws while it trains; empty: captions of the data.")
     vae: PathText = free("", 'The VAE that decodes: a folder or a hub name; "": the one that the data names.')
+    text_encoder: PathText = free("", "The folder where the data's text encoder lies; \"\": its name, or the hub's.")
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class TextRequest:
     """The data folder that these captions are of; None: the run's."""
     negative: str | None = None
     encoder: str = ""
-    """Where the text encoder lies, if not where the data's manifest says."""
+    """Where the text encoder lies, if not where the run's recipe or the data's manifest says."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: C
         check_same_encoder(stored, manifest, data)
         return stored_prompts(other, stored, text.captions, device)
     texts = text.prompts or data_captions(other, text.captions)
-    return encoded_prompts(texts, manifest, device, say, text.negative, text.encoder)
+    return encoded_prompts(texts, manifest, device, say, text.negative, text.encoder or recipe.sample.text_encoder)
 
 
 @contextmanager
@@ -201,7 +201,10 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--captions", type=path, metavar="DATA", help="draw the captions of another data folder")
     parser.add_argument("--negative", metavar="TEXT", help="what guidance leads away from (default: no text)")
     parser.add_argument(
-        "--text-encoder", type=given, metavar="FOLDER", help="where the data's text encoder lies (default: its name)"
+        "--text-encoder",
+        type=given,
+        metavar="FOLDER",
+        help="where the data's text encoder lies (default: sample.text_encoder of the run, else its name)",
     )
     parser.add_argument(
         "--seed", type=integer(0, SEED_MOST), help="of the noise and of random labels (default: the run's)"

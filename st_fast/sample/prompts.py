@@ -124,7 +124,11 @@ def encoded_prompts(
     has other weights.
     """
     name = encoder or manifest.encoder
-    found = load_text_encoder(name, device, torch.float32, manifest.length, manifest.mask)
+    try:
+        found = load_text_encoder(name, device, torch.float32, manifest.length, manifest.mask)
+    except UserError as error:
+        where = "--text-encoder FOLDER, or sample.text_encoder of a recipe, says where it lies"
+        raise UserError(str(error) if encoder else f"{error}; {where}") from None
     check_encoder(found, manifest.encoder, manifest.hash)
     given = [*texts, *([] if negative is None else [negative])]
     cut = [text for text, tokens in zip(given, found.tokens(given), strict=True) if tokens > manifest.length]

@@ -117,7 +117,7 @@ def _draw_missing(sampler: Sampler, found: SampleSet, ranks: Ranks) -> None:
 def settings_of(sampler: Sampler) -> dict[str, Any]:
     """All that a set's images follow from: two sets with equal settings have equal images, on equal machines."""
     request, settings = sampler.request, asdict(sampler.request.settings)
-    del settings["every"], settings["prompts"]
+    del settings["every"], settings["prompts"], settings["text_encoder"]
     return settings | {
         "stage": request.stage, "step": sampler.step, "weights": request.weights,
         "model_sha256": vae_hash(sampler.model), "vae": sampler.vae, "path": request.recipe.flow.path,
