@@ -144,7 +144,14 @@ def captions_bytes(captions: Sequence[Sequence[str]]) -> bytes:
 def read_captions(data: Path) -> tuple[list[list[str]], str]:
     """The captions of each image, and the SHA-256 of captions.jsonl. `BadFile` names the first line that is none."""
     path = data / CAPTIONS
-    content, lines = captions_bytes(CocoSet(data).captions()) if is_coco(data) else read_bytes(path), []
+    coco = is_coco(data)
+    if not coco and data.is_file():
+        raise BadFile(
+            f"{data}: a data folder is needed, with {CAPTIONS}; a file with a caption a line is for --prompts"
+        )
+    if not coco and data.is_dir() and not path.exists():
+        raise BadFile(f"{path}: missing; python -m st_fast.prepare IMAGES {data} --captions … writes it")
+    content, lines = captions_bytes(CocoSet(data).captions()) if coco else read_bytes(path), []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             found = json.loads(line)

@@ -64,8 +64,12 @@ def test_states_of_other_captions_latents_or_encoders_are_refused_in_one_line(tm
     with pytest.raises(BadFile, match="other records"):
         open_text(data, ENCODER, open_data(data))
     captions.unlink()
-    with pytest.raises(BadFile, match="missing"):
+    with pytest.raises(BadFile, match=r"missing; python -m st_fast.prepare IMAGES .*/set --captions … writes it"):
         open_text(data, ENCODER, records)
+    with pytest.raises(
+        BadFile, match=r"manifest\.json: a data folder is needed, with captions\.jsonl; .* for --prompts"
+    ):
+        read_captions(manifest)
 
 
 def test_damage_of_the_states_is_found_when_they_are_read(tmp_path: Path) -> None:
