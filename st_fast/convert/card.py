@@ -120,8 +120,9 @@ def card(
         asked, condition = PROMPTS, f"conditional on text ({_states(text, config.text_length, config.text_width)})"
         if not reads:
             without += (
-                "\nNo text encoder is in this folder: `text_encoder=AutoModel.from_pretrained(…)` and "
-                "`tokenizer=AutoTokenizer.from_pretrained(…)` as more arguments read prompts.\n"
+                "\nNo text encoder is in this folder: `text_encoder=AutoModel.from_pretrained(…)` (of CLIP "
+                "`CLIPTextModel`, of T5 `T5EncoderModel`) and `tokenizer=AutoTokenizer.from_pretrained(…)` as more "
+                "arguments read prompts.\n"
             )
     call = call.format(asked=asked, scale="some" if scale is None else f"{scale:g}")
     parts = [
@@ -194,8 +195,9 @@ def _data(folder: Path, digest: str) -> str:
         manifest = read_any_manifest(folder)
     except UserError:
         return f"not at hand any more; digest {plain(digest[:16]) or 'not recorded'}…."
+    classes = f" of {manifest.num_classes} classes" if manifest.num_classes > 1 else ""
     return (
-        f"{plain(manifest.source)}, {manifest.count:,} records of {manifest.num_classes} classes, VAE "
+        f"{plain(manifest.source)}, {manifest.count:,} records{classes}, VAE "
         f"{plain(manifest.vae.name)}, digest {plain(digest[:16])}…."
     )
 

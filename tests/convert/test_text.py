@@ -219,7 +219,7 @@ def test_a_pipeline_without_st_fast_draws_what_our_sampler_draws(family, pipelin
     assert read_model(pipe, pytest.fail).loaded.config.text_length == 7
 
 
-def test_another_text_encoder_is_refused_and_its_place_may_be_left_open(place, published, tmp_path):
+def test_another_text_encoder_is_refused_and_its_place_may_be_left_open(place, published, tmp_path, capsys):
     foreign.repa_checkpoint(published[0].with_name("sit.pt"))
     tiny_text.write_text_encoder(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"'other': other weights .* than those that encoded the training's captions"):
@@ -228,7 +228,9 @@ def test_another_text_encoder_is_refused_and_its_place_may_be_left_open(place, p
     convert(place / "run", tmp_path / "pipe", "--to", "diffusers")
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["text_encoder"] == index["tokenizer"] == [None, None]
-    assert "No text encoder is in this folder" in (tmp_path / "pipe" / "README.md").read_text()
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--text-encoder FOLDER puts one in")
+    text = (tmp_path / "pipe" / "README.md").read_text()
+    assert "No text encoder is in this folder" in text and "of CLIP `CLIPTextModel`" in text and "1 classes" not in text
     for arguments, told in (
         (
             (place / "run", tmp_path / "x", "--to", "huggingface", "--text-encoder", "y"),
