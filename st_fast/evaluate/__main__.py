@@ -3,6 +3,7 @@
     python -m st_fast.evaluate runs/digits
     python -m st_fast.evaluate runs/sit_xl -n 50000 --preset self-transcendence --inception weights.pth \\
         --reference VIRTUAL_imagenet256_labeled.npz
+    python -m st_fast.evaluate runs/mmdit_coco -n 30000 --captions data/coco_val --clip openai/clip-vit-large-patch14
     python -m st_fast.evaluate runs/sit_xl --samples some.npz --inception weights.pth --reference images/
 
 Draws the set of samples that the flags describe, or what is missing of it (as `python -m st_fast.sample --npz` would,
@@ -73,7 +74,14 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, SampleRequest]:
     if weights is not None and given.reference is None and not images:
         told = f"{data} has no images.safetensors ({how_to_write_images(data)})"
         raise UserError(f"--reference: none given, and {told}; pass ADM's .npz or pictures")
-    if weights is None and not images:
+    of_text = request.recipe.model.network != "sit"
+    given.by_attributes = of_text and weights is None and (data / attributes.FILE).is_file()
+    if of_text and weights is None and not given.by_attributes and not given.clip:
+        raise UserError(
+            f"no Inception weights: pass --inception FILE ({inception.FILES[0]}) and --reference FILE for FID, "
+            "or --clip MODEL"
+        )
+    if not of_text and weights is None and not images:
         raise UserError(
             f"no Inception weights, and no images.safetensors in {data} for a classifier: "
             f"{how_to_write_images(data)}; or pass --inception FILE ({inception.FILES[0]}) and --reference FILE"
@@ -94,11 +102,13 @@ def main(arguments: Sequence[str]) -> None:
         inception.load_inception(given.inception, torch.device("cpu"))  # to refuse a bad file before hours of drawing
         if not given.reference.exists():
             raise UserError(f"--reference {given.reference}: no such file or folder")
-    elif request.recipe.model.network != "sit":
+    elif given.by_attributes:
         attributes.read_pictures(Path(request.recipe.data.path))
-    else:
+    elif request.recipe.model.network == "sit":
         classifier.check_count(request.settings.num, f"--num {request.settings.num}")
         classifier.check_real_images(Path(request.recipe.data.path))
+    if given.clip:
+        clip_score.load_clip(given.clip, torch.device("cpu"))  # likewise
     with sampling(request) as (ranks, sampler, say):
         file = draw_set(sampler, None, False, ranks, say)
         texts = () if sampler.prompts is None else sampler.prompts.texts
@@ -125,13 +135,17 @@ def score_file(
         reference = scores.read_reference(given.reference, network, samples.shape)
         numbers: dict[str, Any] = {**scores.score(samples, network, reference)}
         protocol = scores.protocol(samples, network, reference)
-    elif recipe.model.network != "sit":
+    elif given.by_attributes:
         numbers, protocol = _by_attributes(Path(recipe.data.path), samples, texts, say)
+    elif given.clip:
+        numbers = {}
+        protocol = {"num": samples.count, "reference": "their texts", "resize": "bicubic", "features": "CLIP"}
     else:
         numbers, protocol = _by_classifier(Path(recipe.data.path), samples, say)
     if given.clip:
         found, by = _by_clip(given.clip, samples, texts, device)
         numbers, protocol = numbers | found, protocol | by
+        protocol.setdefault("weights_sha256", by["clip_sha256"])
     of_samples, of_real = apart(numbers)
     brief = ", ".join(f"{key} {protocol[key]}" for key in ("reference", "resize", "features"))
     say(f"N = {protocol['num']} samples, {brief}, weights {str(protocol['weights_sha256'])[:12]}:")

@@ -17,9 +17,9 @@ hf = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_text_encoder(tmp_path, "clip")
+def write_clip(folder: Path) -> Path:
+    """A tiny CLIP of random weights in `folder`."""
+    write_text_encoder(folder, "clip")
     torch.manual_seed(0)
     text = {
         "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -27,8 +27,13 @@ def folder(tmp_path: Path) -> Path:
     }  # fmt: skip
     vision = text | {"image_size": 16, "patch_size": 8}
     model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-    model.save_pretrained(tmp_path)
-    return tmp_path
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_clip(tmp_path)
 
 
 def test_it_is_a_hundred_times_the_cosine_where_that_is_positive_and_long_texts_are_cut(folder):

@@ -15,6 +15,8 @@ from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.evaluate import __main__ as evaluate
+from st_fast.evaluate.clip_score import load_clip
 from st_fast.model import build
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
@@ -23,6 +25,7 @@ from st_fast.sample import prompts
 from st_fast.sample.captioned import LINES, captioned_grid, wrapped
 from st_fast.sample.previews import read_record
 from tests import tiny_text
+from tests.evaluate.test_clip_score import write_clip
 from tests.sample.tiny_run import RECIPE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +137,52 @@ def test_prompts_that_are_none_are_refused_in_one_line(options, words, run, enco
     with pytest.raises(UserError, match=words) as raised:
         sample.main([str(run), "--out", str(tmp_path / "x.png"), *given])
     assert "\n" not in str(raised.value)
+
+
+def test_an_encoder_that_is_not_where_its_name_says_is_found_by_the_recipe_or_asked_for(run, tmp_path, monkeypatch):
+    asked = list[str]()
+
+    def load(name, *arguments):
+        asked.append(name)
+        if name != "elsewhere":
+            raise UserError(f"encoder {name!r}: no folder")
+        return Encoder()
+
+    monkeypatch.setattr(prompts, "load_text_encoder", load)
+    with pytest.raises(
+        UserError, match=r": no folder; --text-encoder FOLDER, or sample\.text_encoder of a recipe, says"
+    ):
+        drawn(run, tmp_path / "no", "--prompt", "x")
+    with pytest.raises(UserError, match=r"'wrong': no folder$"):
+        drawn(run, tmp_path / "no", "--prompt", "x", "--text-encoder", "wrong")
+    first = drawn(run, tmp_path / "a", "--prompt", "x", "-n", "2", "--text-encoder", "elsewhere")
+    recipe = run / "recipe.toml"
+    text = recipe.read_text()
+    try:
+        recipe.write_text(text.replace('text_encoder = ""', 'text_encoder = "elsewhere"'))
+        assert np.array_equal(first, drawn(run, tmp_path / "b", "--prompt", "x", "-n", "2"))
+    finally:
+        recipe.write_text(text)
+    records = [(tmp_path / name / "sample.json").read_text() for name in "ab"]
+    assert asked == [tiny_text.ENCODER, "wrong", "elsewhere", "elsewhere"] and records[0] == records[1]
+
+
+def test_without_inception_samples_of_texts_are_scored_by_clip_alone(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.inception, "find_weights", lambda file: None)
+    with pytest.raises(UserError, match=r"no Inception weights: pass --inception FILE .*, or --clip MODEL$"):
+        evaluate.main([str(run), "-n", "5"])
+    with pytest.raises(UserError, match="--clip 'nowhere/at all'"):
+        evaluate.main([str(run), "-n", "5", "--clip", "nowhere/at all"])
+    assert not list(run.rglob("samples.npz")), "a CLIP that can't be had is refused before anything is drawn"
+    evaluate.main([str(run), "-n", "5", "--clip", str(clip := write_clip(tmp_path))])
+    (file,) = run.rglob("metrics.json")
+    record = json.loads(file.read_text())
+    images = torch.from_numpy(np.load(file.with_name("samples.npz"))["arr_0"].transpose(0, 3, 1, 2).copy())
+    first = [line[0] for line in tiny_text.CAPTIONS]
+    texts = [first[i] for i in prompts.spaced(5, len(first)).tolist()]
+    scorer = load_clip(str(clip), torch.device("cpu"))
+    assert record["metrics"] == {"clip_score": pytest.approx(float(scorer(images, texts).mean()), rel=1e-5)}
+    assert record["protocol"]["clip_sha256"] == record["protocol"]["weights_sha256"] == scorer.hash
 
 
 def test_another_encoder_than_the_datas_is_refused(run, monkeypatch, tmp_path):
