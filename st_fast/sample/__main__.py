@@ -5,12 +5,14 @@
     torchrun --nproc-per-node 8 -m st_fast.sample runs/sit_xl -n 50000 --preset self-transcendence
     python -m st_fast.sample runs/digits --interpolate 3 8
     python -m st_fast.sample runs/digits --num 20 --gif
+    python -m st_fast.sample runs/emoji --prompt "red apple" --prompt rocket --negative "a face"
 
 A picture holds its settings and is named after the main ones; of others it gets another name. A set (--num above
 1000, --npz or --png) is a folder with samples.npz as ADM's evaluator reads it, sample.json with every setting, and
 grid.png. The same command again continues where it stopped; after more training, or with other settings, it draws
-another set beside the first. Every sample's noise and label follow
-from (seed, sample number), and every batch from its number, so the number of ranks changes no image.
+another set beside the first. Every sample's noise and label follow from (seed, sample number), and every batch from its
+number, so the number of ranks changes no image. Of a network that draws from text, prompts stand for labels: --prompt,
+--prompts, those of the recipe (sample.prompts), or else captions of the data, in turn.
 """
 
 from st_fast.core.command import need_run_first
