@@ -113,8 +113,10 @@ def sheet(images: Tensor, labels: Sequence[int], prompts: Prompts | None) -> Ten
     """Samples as one picture (H', W', 1 or 3); drawn from text, each above its prompt."""
     if prompts is None:
         return grid(images)
-    columns = len(prompts.texts) if len(prompts.texts) < GRID_COLUMNS and len(images) > len(prompts.texts) else 0
-    return captioned_grid(images, [prompts.texts[label] for label in labels], columns or GRID_COLUMNS)
+    count = len(prompts.texts)
+    fitting = count if count < GRID_COLUMNS else next((n for n in range(GRID_COLUMNS, 4, -1) if count % n == 0), 0)
+    columns = fitting if fitting and len(images) > count else GRID_COLUMNS  # a prompt's samples in one column
+    return captioned_grid(images, [prompts.texts[label] for label in labels], columns)
 
 
 def draw_interpolation(sampler: Sampler, ends: tuple[int, int], path: Path, record: Record) -> None:

@@ -21,7 +21,7 @@ from st_fast.model import build
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
 from st_fast.sample import __main__ as sample
-from st_fast.sample import prompts
+from st_fast.sample import previews, prompts
 from st_fast.sample.captioned import LINES, captioned_grid, wrapped
 from st_fast.sample.previews import read_record
 from tests import tiny_text
@@ -223,6 +223,18 @@ def test_a_run_on_classes_takes_no_prompt(tmp_path):
     for flag in ("--prompt", "--text-encoder"):
         with pytest.raises(UserError, match=f"{flag}: .* draws classes"):
             sample.main([classes, flag, "x"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "images", "columns"), [(3, 9, 3), (3, 3, 10), (15, 30, 5), (20, 40, 10), (13, 26, 10), (15, 15, 10)]
+)
+def test_samples_of_a_prompt_stand_in_one_column_where_they_can(texts, images, columns, monkeypatch):
+    asked = list[int]()
+    monkeypatch.setattr(previews, "captioned_grid", lambda images, captions, columns: asked.append(columns))
+    drawn = prompts.Prompts.__new__(prompts.StoredPrompts)
+    drawn.texts = tuple(map(str, range(texts)))
+    previews.sheet(torch.zeros(images, 1, 2, 2), [i % texts for i in range(images)], drawn)
+    assert asked == [columns]
 
 
 def test_captions_stand_under_their_pictures_and_never_break_the_sheet():
