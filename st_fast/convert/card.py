@@ -62,7 +62,7 @@ from st_fast.sample.prompts import EncodedPrompts
 
 texts, cpu = {texts}, torch.device("cpu")
 model = MMDiT.from_pretrained({name!r})  # a folder or a name on the hub
-encoder = load_text_encoder({encoder!r}, cpu, torch.float32, length={length}, mask={mask})
+encoder = load_text_encoder({encoder!r}, cpu, torch.float32, length={length}, mask={mask})  # its folder or hub name
 draw = balanced(0, first=0, count=8, num_classes=len(texts), device=cpu, prompts=EncodedPrompts(texts, encoder, cpu))
 latents = sample(model, draw, Sample(sampler="heun", steps=50, cfg_scale={cfg:g}), "{path}")
 ```

@@ -173,6 +173,7 @@ def test_a_folder_says_whose_states_its_model_takes_and_its_example_draws(place,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert").symlink_to(place / "bert")
     snippet = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    assert "load_text_encoder('bert', cpu, torch.float32, length=7, mask=True)  # its folder or hub name" in snippet
     exec(snippet, names := {})  # as somebody would type it, where the folders lie
     assert names["latents"].shape == (8, 3, 8, 8) and names["latents"].isfinite().all()
     assert not torch.equal(names["latents"][0], names["latents"][2])
