@@ -25,7 +25,6 @@ from st_fast.core.ranks import Ranks
 from st_fast.recipe import Recipe, RecipeError, cost
 from st_fast.recipe.batch import AUTO, images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.check import check
-from st_fast.train import choices
 
 STEP = ("step", "all-reduce", "graphs")
 """Phases whose memory goes with the images of a pass."""
@@ -214,6 +213,8 @@ def halved(recipe: Recipe, choice: MicroBatch | None) -> tuple[Recipe, MicroBatc
 
 def recorded(recipe: Recipe, ranks: int) -> MicroBatch | None:
     """The choice in the newest checkpoint; None unless it was made for as many ranks and still divides their share."""
+    from st_fast.train import choices  # loads the kernels, and may compile csrc first: no part of a dry run
+
     meta = choices.newest_meta(recipe)
     choice = meta.micro_batch if meta else None
     if choice is None or choice.ranks != ranks or choice.images not in possible_passes(recipe.optim, ranks):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -176,6 +178,16 @@ def test_the_passes_of_a_share_are_all_its_divisors():
     for ranks in (1, 2, 3):
         share = 720 // ranks
         assert possible_passes(optim, ranks) == [n for n in range(share, 0, -1) if share % n == 0]
+
+
+def test_a_dry_run_loads_no_kernels_which_may_have_to_be_compiled_first():
+    recipe = Path(__file__).parents[2] / "recipes" / "mmdit_coco.toml"
+    code = (
+        f"import sys; from st_fast.train.__main__ import main; main([{str(recipe)!r}, '--dry-run']); "
+        "print('loaded', 'st_fast.train.memory' in sys.modules, 'st_fast.kernels._ops' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded True False\n")
 
 
 def test_a_dry_run_says_what_would_be_chosen_here_or_on_an_80_gb_card(monkeypatch):
