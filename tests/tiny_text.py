@@ -48,13 +48,14 @@ def make_data(folder: Path, flip: bool = False) -> Path:
     return folder
 
 
-def write_states(folder: Path, encoder: str = ENCODER, mask: bool = True) -> None:
-    """States of the captions, as the encoder of that name would have made them."""
+def write_states(folder: Path, encoder: str = ENCODER, mask: bool = True, number: int | None = None) -> None:
+    """States of the captions, as the encoder of that name would have made them; of `number`s, where given."""
     captions, digest = read_captions(folder)
     texts = ["", *(text for line in captions for text in line)]
     where = text_folder(folder, encoder)
     make_folder(where)
-    states = states_of(texts).numpy()[:, None]
+    words = texts if number is None else ["", *(f"{number} {row}" for row in range(1, len(texts)))]
+    states = states_of(words).numpy()[:, None]
     tensors = {"states": states, "crc32": record_crcs(states, torch.arange(len(texts)).numpy())}
     entry = write_tensors(where / "text-00000.safetensors", tensors)
     shape, latents = (1, LENGTH, WIDTH), open_data(folder, verify=False).digest

@@ -3,6 +3,8 @@
 Text is kept as it is in any script; bytes that are no UTF-8 are replaced, null bytes and space around it removed.
 """
 
+import codecs
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,25 @@ Captions = Callable[[int], Sequence[str]]
 """The captions of image i, none where it has none; OSError or `BadFile` where they can't be read."""
 
 
+def text_lines(data: bytes) -> list[str]:
+    """The lines of a text file, UTF-8 or, with the mark that says so, UTF-16; bytes that are neither are replaced.
+
+    Only line feeds and carriage returns end a line, as in captions.jsonl: U+2028 stands for itself.
+    """
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if wide else "utf-8-sig", "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
+
+
+def sound(text: str) -> str:
+    """A text as an encoder and a file can take it: no half of a surrogate pair, no null byte, no space around it."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "").strip()
+
+
 def cleaned(found: object) -> list[str]:
     """A caption, or the captions in a list, each of CAPTION_MOST characters at most; what is no text is left out."""
     texts = found if isinstance(found, list | tuple) else [found]
-    kept = (text.encode("utf-8", "replace").decode() for text in texts if isinstance(text, str))
-    return [text for one in kept if (text := one.replace("\0", "").strip()[:CAPTION_MOST])]
+    return [text for one in texts if isinstance(one, str) and (text := sound(one)[:CAPTION_MOST])]
 
 
 def captions_beside(files: Files, images: Sequence[str]) -> Captions:
@@ -42,7 +58,7 @@ def captions_beside(files: Files, images: Sequence[str]) -> Captions:
         for name in names:
             data = small(files, name)
             if name.endswith(".txt"):
-                found: Any = [line.decode("utf-8-sig", "replace") for line in data.splitlines()]
+                found: Any = text_lines(data)
             else:
                 table = parse_json(data, Path(f"{files.where}: {shown(name)}"))
                 found = next((captions for key in KEYS if (captions := cleaned(table.get(key)))), ())
@@ -61,27 +77,34 @@ def coco_captions(path: Path, names: Sequence[str]) -> Captions:
     data = read_bytes(path)
     document = parse_json(data, path, max(FREE_BYTES, JSON_FACTOR * len(data)))
     try:
-        files = {image["id"]: image["file_name"].strip("/") for image in document["images"]}
+        pairs = [(image["id"], image["file_name"].strip("/")) for image in document["images"]]
+        for what, given in zip(("id", "file_name"), zip(*pairs, strict=True), strict=False):
+            ((twice, times),) = Counter(given).most_common(1)
+            if times > 1:
+                raise BadFile(f"{path}: {times} images have the {what} {shown(twice)}; captions of which can't be told")
+        files = dict(pairs)
         table: dict[str, list[str]] = {file: [] for file in files.values()}
         for annotation in document["annotations"]:
+            if annotation["image_id"] not in files:
+                raise BadFile(f"{path}: a caption is of image {shown(annotation['image_id'])}, none of those it lists")
             table[files[annotation["image_id"]]] += cleaned(annotation["caption"])
     except (KeyError, TypeError, AttributeError) as error:
         raise BadFile(f"{path}: not COCO's captions, {COCO} ({type(error).__name__}: {shown(error)})") from None
-    entries = []
+    entries = list[str | None]()
     for name in names:
         parts = name.split("/")
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
-        entries.append(next((end for end in ends if end in table), ""))
-    found = [entry for entry in entries if entry]
+        entries.append(next((end for end in ends if end in table), None))
+    found = [entry for entry in entries if entry is not None]
     if not found:
         first = shown(next(iter(table), ""))
         raise UserError(
             f"{path}: captions of none of the images; its first is of {first}, the first image {names[0]!a}"
         )
     if len(set(found)) < len(found):
-        twice = max(found, key=found.count)
+        ((twice, _),) = Counter(found).most_common(1)
         raise UserError(f"{path}: the name {shown(twice)} is that of several images; give the folder of one split")
-    return lambda number: table.get(entries[number], ())
+    return lambda number: () if (entry := entries[number]) is None else table[entry]
 
 
 def read_source_captions(

@@ -17,7 +17,7 @@ import numpy as np
 from st_fast.core.files import BadFile, open_regular, read_bytes, shown
 from st_fast.core.limits import npy_header
 from st_fast.data.ahead import FilesIdentity, nothing
-from st_fast.data.captions import cleaned
+from st_fast.data.captions import cleaned, text_lines
 from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo
 from st_fast.data.npy import NpyRecords, read_npy_header, read_npy_into
 
@@ -130,10 +130,10 @@ class CocoSet(NpyRecords):
             return [[""] * count for count in self.counts.tolist()]
         lines = []
         for image, count in enumerate(self.counts.tolist()):
-            content = read_bytes(path := self.folder / f"{image}.txt").splitlines()
+            content = text_lines(read_bytes(path := self.folder / f"{image}.txt"))
             if len(content) != count:
                 raise BadFile(f"{path}: {len(content)} lines, but there are states of {count} captions")
-            lines.append([" ".join(cleaned(line.decode("utf-8", "replace"))) for line in content])
+            lines.append([" ".join(cleaned(line)) for line in content])
         return lines
 
     def state_file(self, row: int) -> Path:

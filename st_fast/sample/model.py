@@ -36,7 +36,6 @@ from st_fast.sample.prompts import (
     Prompts,
     check_same_encoder,
     checked_prompts,
-    data_captions,
     encoded_prompts,
     read_prompts,
     stored_prompts,
@@ -166,14 +165,19 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
 def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Prompts:
     """The prompts asked for, or captions; UserError where the encoder, or the captions' states, are missing."""
     data, other = Path(recipe.data.path), text.folder or Path(recipe.data.path)
+    if not other.is_dir():
+        raise UserError(f"{other}: no such folder, whose captions are to be drawn (--captions, evaluate.captions)")
     manifest = read_text_manifest(data, recipe.data.text)
-    if not text.prompts and text.negative is None:
-        with closing(open_data(other, verify=False)) as records:
-            stored = open_text(other, recipe.data.text, records)
-        check_same_encoder(stored, manifest, data)
-        return stored_prompts(other, stored, text.captions, device)
-    texts = text.prompts or data_captions(other, text.captions)
-    return encoded_prompts(texts, manifest, device, say, text.negative, text.encoder or recipe.sample.text_encoder)
+    encoder = text.encoder or recipe.sample.text_encoder
+    if text.prompts:
+        return encoded_prompts(text.prompts, manifest, device, say, text.negative, encoder)
+    with closing(open_data(other, verify=False)) as records:
+        stored, negative = open_text(other, recipe.data.text, records), None
+    check_same_encoder(stored, manifest, data)
+    if text.negative is not None:
+        alone = encoded_prompts((), manifest, device, say, text.negative, encoder)
+        negative = alone.negative(1)
+    return stored_prompts(other, stored, text.captions, device, negative)
 
 
 @contextmanager
@@ -272,17 +276,23 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
 
 def _text_request(given: argparse.Namespace, recipe: Recipe) -> TextRequest:
     """The flags about text; UserError where the run's network draws classes, or a file of prompts has none."""
-    names = ("--prompt", "--prompts", "--captions", "--negative", "--text-encoder")
-    flags = {name: getattr(given, name[2:].replace("-", "_")) for name in names}
+    names = ("prompt", "prompts", "captions", "negative", "text_encoder")
+    used = [f"--{name.replace('_', '-')}" for name in names if getattr(given, name) is not None]
     if recipe.model.network == "sit":
-        if used := [flag for flag, value in flags.items() if value is not None]:
+        if used:
             raise UserError(f"{used[0]}: {given.run} draws classes (--labels), not text")
         return TextRequest()
-    if given.captions is not None and (given.prompt or given.prompts):
-        raise UserError(f"--captions {given.captions}: with prompts none of them is drawn; give one or the other")
+    if given.captions and (given.prompt or given.prompts):
+        raise UserError(f"--captions {given.captions}: with {used[0]} these are not drawn; leave one of them out")
     prompts = [*(given.prompt or ()), *(read_prompts(given.prompts) if given.prompts else ())]
     if prompts or given.prompt:
         prompts = checked_prompts(prompts, "--prompt")
     elif recipe.sample.prompts and given.captions is None:
-        prompts = list(recipe.sample.prompts)
-    return TextRequest(tuple(prompts), 0, given.captions, given.negative, given.text_encoder or "")
+        prompts = checked_prompts(recipe.sample.prompts, "sample.prompts")
+    if given.text_encoder and not prompts and given.negative is None:
+        raise UserError(
+            f"--text-encoder {given.text_encoder}: captions of the data are drawn, whose states are stored; it is for "
+            "--prompt, --prompts and --negative"
+        )
+    negative = None if given.negative is None else checked_prompts([given.negative], "--negative")[0]
+    return TextRequest(tuple(prompts), 0, given.captions, negative, given.text_encoder or "")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import printable, read_bytes, shown
-from st_fast.data.captions import CAPTION_MOST
+from st_fast.data.captions import CAPTION_MOST, sound, text_lines
 from st_fast.data.text import TextManifest, TextSet, read_captions
 from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
 
@@ -20,9 +20,11 @@ PROMPTS_MOST = 1_000_000
 class Prompts(ABC):
     """Texts with their states, which are made or read a batch at a time."""
 
-    def __init__(self, texts: Sequence[str], device: torch.device) -> None:
-        self.texts, self.device = tuple(texts), device
-        self._negative: Tensor | None = None
+    source = ""
+    """The digest of the states that are read; "" where texts alone tell what is drawn."""
+
+    def __init__(self, texts: Sequence[str], device: torch.device, negative: Tensor | None = None) -> None:
+        self.texts, self.device, self._negative = tuple(texts), device, negative
 
     @abstractmethod
     def states(self, numbers: Tensor) -> Tensor:
@@ -41,11 +43,10 @@ class EncodedPrompts(Prompts):
         stored: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         """`stored`: the dtype of the data's states, to which these are rounded: a caption draws the same either way."""
-        super().__init__(texts, device)
+        states = None if negative is None else encoder([negative]).to(stored).float().to(device)
+        super().__init__(texts, device, states)
         self._encoder: TextEncoder | None = encoder
         self._stored, self._known = stored, dict[int, Tensor]()
-        if negative is not None:
-            self._negative = encoder([negative]).to(stored).float().to(device)
 
     def states(self, numbers: Tensor) -> Tensor:
         wanted = numbers.tolist()
@@ -65,11 +66,14 @@ class EncodedPrompts(Prompts):
 
 
 class StoredPrompts(Prompts):
-    """Captions of a data folder, whose states are read from its shards: no encoder is needed."""
+    """Captions of a data folder, whose states are read from its shards: no encoder is needed, nor are the words."""
 
-    def __init__(self, texts: Sequence[str], rows: np.ndarray, stored: TextSet, device: torch.device) -> None:
-        super().__init__(texts, device)
-        self._rows, self._stored = rows, stored
+    def __init__(
+        self, texts: Sequence[str], rows: np.ndarray, stored: TextSet, device: torch.device,
+        negative: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(texts, device, negative)
+        self._rows, self._stored, self.source = rows, stored, stored.digest
 
     def states(self, numbers: Tensor) -> Tensor:
         return self._stored.states(self._rows[numbers.cpu().numpy()]).float().to(self.device)
@@ -80,18 +84,14 @@ def spaced(count: int, images: int) -> np.ndarray:
     return np.unique(np.linspace(0, images - 1, min(count, images)).astype(np.int64))
 
 
-def data_captions(data: Path, count: int) -> list[str]:
-    """The first captions of `count` images of a data folder, evenly spaced."""
-    captions, _ = read_captions(data)
-    return [captions[image][0] for image in spaced(count, len(captions)).tolist()]
-
-
-def stored_prompts(data: Path, stored: TextSet, count: int, device: torch.device) -> StoredPrompts:
-    """The prompts of `data_captions`, with the states that are stored."""
+def stored_prompts(
+    data: Path, stored: TextSet, count: int, device: torch.device, negative: Tensor | None = None
+) -> StoredPrompts:
+    """The first captions of `count` images of a data folder, evenly spaced, with the states that are stored."""
     captions, _ = read_captions(data)
     chosen, views = spaced(count, len(captions)), len(stored.counts) // len(captions)
     rows = stored.first[chosen * views]
-    return StoredPrompts([captions[image][0] for image in chosen.tolist()], rows, stored, device)
+    return StoredPrompts([captions[image][0] for image in chosen.tolist()], rows, stored, device, negative)
 
 
 def check_same_encoder(stored: TextSet, ours: TextManifest, data: Path) -> None:
@@ -140,16 +140,15 @@ def encoded_prompts(
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank; UserError for an empty or unreadable one."""
-    text = read_bytes(path).decode("utf-8", "replace")
-    return checked_prompts([line.strip() for line in text.splitlines() if line.strip()], str(path))
+    return checked_prompts([line for line in map(sound, text_lines(read_bytes(path))) if line], str(path))
 
 
 def checked_prompts(texts: Sequence[str], where: str) -> list[str]:
-    """The prompts without null bytes; UserError where there are none, too many, or one is no caption by its size."""
+    """The prompts as captions are kept; UserError where there are none, too many, or one is no caption by its size."""
     if not texts:
         raise UserError(f"{where}: no prompt in it; a line a prompt is needed")
     if len(texts) > PROMPTS_MOST:
         raise UserError(f"{where}: {len(texts):,} prompts, at most {PROMPTS_MOST:,} are read")
     if (longest := max(texts, key=len)) and len(longest) > CAPTION_MOST:
         raise UserError(f"{where}: {shown(longest[:40])}…: {len(longest):,} characters, at most {CAPTION_MOST:,}")
-    return [text.replace("\0", "") for text in texts]
+    return list(map(sound, texts))

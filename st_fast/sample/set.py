@@ -51,8 +51,8 @@ SETTINGS = "sample.json"
 SAMPLES = "samples.npz"
 SHA256 = "samples_sha256"
 """The key of SETTINGS with the SHA-256 of the finished SAMPLES; no setting, and not there in sets of older versions."""
-PROMPTS_LISTED = 100
-"""Prompts that stand in SETTINGS itself."""
+PROMPTS_LISTED, PROMPT_LISTED = 100, 1_000
+"""Prompts that stand in SETTINGS itself, and characters of each; a picture's settings have to fit into it."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The date of a zip's entries, so that the same samples make the same bytes."""
 
@@ -133,7 +133,12 @@ def _texts(sampler: Sampler) -> dict[str, Any]:
         return {}
     texts, negative = sampler.prompts.texts, sampler.request.text.negative
     digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
-    return {"prompts": list(texts[:PROMPTS_LISTED]), "prompts_sha256": digest, "negative": negative}
+    read = {"states": sampler.prompts.source} if sampler.prompts.source else {}
+    return {
+        "prompts": [text[:PROMPT_LISTED] for text in texts[:PROMPTS_LISTED]],
+        "prompts_sha256": digest,
+        "negative": negative,
+    } | read
 
 
 def own_folder(usual: Path, settings: dict[str, Any]) -> Path:

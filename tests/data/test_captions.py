@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import tarfile
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import pytest
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
-from st_fast.data.captions import CAPTION_MOST, cleaned, coco_captions, read_source_captions
+from st_fast.data.captions import CAPTION_MOST, cleaned, coco_captions, read_source_captions, text_lines
 from st_fast.data.sources import Source, open_source
 
 from .conftest import encoded, picture
@@ -98,6 +99,18 @@ def test_captions_of_coco_go_to_the_images_of_their_names(tmp_path: Path) -> Non
         coco_captions(path, ["a.jpg"])
     with pytest.raises(UserError, match="that of several images"):
         coco_captions(path, [f"{part}/{names[0]}" for part in ("train", "val")])
+    for key in ("id", "file_name"):
+        document = json.loads(write_coco(path, names, TEXTS).read_text())
+        document["images"][1][key] = document["images"][0][key]
+        path.write_text(json.dumps(document))
+        with pytest.raises(BadFile, match=rf"2 images have the {key} "):
+            coco_captions(path, there)
+    write_coco(path, names, TEXTS)
+    with pytest.raises(BadFile, match="a caption is of image 24, none of those it lists"):
+        coco_captions(path, there)
+    for nameless in ("", "/"):
+        write_coco(path, [*names[:2], nameless], TEXTS[:3])
+        assert coco_captions(path, there)(0) == (), "no other image's captions"
     for wrong in ('{"images": [{"id": 1}], "annotations": []}', '{"images": [], "annotations": 3}', "{}", "[]", "\0"):
         path.write_text(wrong)
         with pytest.raises(BadFile) as refused:
@@ -130,3 +143,14 @@ def test_a_caption_is_text_of_bounded_length() -> None:
     long = "\0 " + "ab" * CAPTION_MOST
     assert [len(text) for text in cleaned([long, 3, None, ["a"], "", "c"])] == [CAPTION_MOST, 1]
     assert cleaned("half \ud83d of a pair") == ["half ? of a pair"] and cleaned({"a": 1}) == []
+
+
+def test_a_text_file_is_read_as_its_mark_says_and_only_line_ends_end_lines() -> None:
+    lines = ["a red fox", "", "two\u2028\x0bß 👩🏽‍🚒"]
+    marks = {"utf-8": codecs.BOM_UTF8, "utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}
+    for form, mark in (("utf-8", b""), *marks.items()):
+        for end in ("\n", "\r\n", "\r"):
+            text = end.join(lines)
+            for whole in (text, text + end):
+                assert text_lines(mark + whole.encode(form)) == lines
+    assert text_lines(b"") == [] and text_lines(b"\xff \0\n") == ["\ufffd \0"]

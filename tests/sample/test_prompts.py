@@ -128,7 +128,6 @@ def test_a_picture_has_the_prompts_and_as_many_samples_of_each(run, encoder, tmp
         (("--prompts", "missing.txt"), "missing.txt"),
         (("--prompt", "x" * (2**20 + 1)), "1,048,577 characters"),
         (("--prompt", "x", "--labels", "1"), "--labels 1"),
-        (("--prompt", "x", "--captions", "data"), "--captions data: with prompts none of them is drawn"),
     ],
 )
 def test_prompts_that_are_none_are_refused_in_one_line(options, words, run, encoder, tmp_path):
@@ -220,8 +219,8 @@ def test_a_run_on_classes_takes_no_prompt(tmp_path):
     from tests.sample.tiny_run import make_run
 
     classes = str(make_run(tmp_path))
-    for flag in ("--prompt", "--text-encoder"):
-        with pytest.raises(UserError, match=f"{flag}: .* draws classes"):
+    for flag in ("--prompt", "--negative", "--text-encoder", "--captions"):
+        with pytest.raises(UserError, match=f"{flag}: .*draws classes"):
             sample.main([classes, flag, "x"])
 
 
@@ -246,3 +245,40 @@ def test_captions_stand_under_their_pictures_and_never_break_the_sheet():
     assert black[:130, :130].sum() >= 120 * 120, "the picture"
     assert all(len(wrapped(text, 120)) <= LINES for text in texts)
     assert wrapped("short", 120) == ["short"] and wrapped("", 120) == [""]
+
+
+@pytest.mark.parametrize("form", ["utf-8-sig", "utf-16"])
+def test_prompts_come_as_captions_do_whatever_wrote_them(form, run, encoder, tmp_path):
+    (tmp_path / "p.txt").write_bytes("number 1\r\n \r\ntwo\u2028 lines\0 \r\n".encode(form))
+    prompts = ["--prompt", " a\0 fox", "--prompt", "half \udcff", "--negative", "x\0\udc80"]
+    out = tmp_path / "set"
+    sample.main([str(run), "--prompts", str(tmp_path / "p.txt"), *prompts, "-n", "4", "--npz", "--out", str(out)])
+    settings = json.loads((out / "sample.json").read_text())
+    assert settings["prompts"] == ["a fox", "half ?", "number 1", "two\u2028 lines"] and settings["negative"] == "x?"
+    assert set(encoder.read) == {*settings["prompts"], "x?"}
+
+
+def test_an_option_that_would_be_passed_over_is_refused(run, encoder, tmp_path):
+    other, out = tiny_text.make_data(tmp_path / "other"), ["--out", str(tmp_path / "x.png")]
+    (tmp_path / "p.txt").write_text("one")
+    for given in (["--prompt", "x"], ["--prompts", str(tmp_path / "p.txt")]):
+        with pytest.raises(UserError, match=f"--captions .*: with {given[0]} these are not drawn"):
+            sample.main([str(run), *out, "--captions", str(other), *given])
+    with pytest.raises(UserError, match="--text-encoder somewhere: captions of the data are drawn"):
+        sample.main([str(run), *out, "--text-encoder", "somewhere"])
+
+
+def test_captions_without_words_are_told_apart_by_their_states_and_keep_them_beside_a_negative(run, encoder, tmp_path):
+    """As U-ViT's layout has them, where no file has the words."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for number, folder in enumerate(folders):
+        tiny_text.make_data(folder)
+        lines = [["" for _ in line] for line in tiny_text.CAPTIONS]
+        (folder / "captions.jsonl").write_bytes(tiny_text.captions_bytes(lines))
+        tiny_text.write_states(folder, number=number)
+    plain, other = (drawn(run, tmp_path / f"{f.name}1", "--captions", str(f), "-n", "4") for f in folders)
+    with pytest.raises(UserError, match=r"holds samples drawn with states .* \(now"):
+        drawn(run, tmp_path / "a1", "--captions", str(folders[1]), "-n", "4")
+    assert not np.array_equal(plain, other)
+    away = drawn(run, tmp_path / "a2", "--captions", str(folders[0]), "-n", "4", "--negative", "")
+    assert encoder.read == [""] and np.array_equal(away, plain)
