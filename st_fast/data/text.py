@@ -99,7 +99,10 @@ class TextSet(CheckedRows):
         """Compares every shard with its SHA-256; `BadFile` names the first that differs."""
         for shard in self.manifest.shards:
             if sha256_file(self.folder / shard.file) != shard.sha256:
-                raise BadFile(f"{self.folder / shard.file}: its SHA-256 isn't the manifest's: it was changed")
+                raise BadFile(
+                    f"{self.folder / shard.file}: its SHA-256 isn't the manifest's: it was changed; remove it, and the "
+                    "same prepare --text writes it again"
+                )
 
 
 class CocoText(TextSet):
@@ -155,6 +158,9 @@ def read_captions(data: Path) -> tuple[list[list[str]], str]:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             found = json.loads(line)
+            json.dumps(
+                found, ensure_ascii=False
+            ).encode()  # an escape may be half of a surrogate pair, which no encoder takes
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):

@@ -48,7 +48,7 @@ from st_fast.prepare.job import (
     run_job,
 )
 from st_fast.prepare.repa import RepaProducer, check_target, write_repa
-from st_fast.prepare.text import keep_captions, write_captions, write_states, write_text
+from st_fast.prepare.text import check_words, keep_captions, write_captions, write_states, write_text
 from st_fast.prepare.text import template as text_template
 from st_fast.prepare.vaes import VAE_FOLDER, check_small, compute, copy_vae, given_vae, keep_vae, the_vae
 from st_fast.sample.model import decoder
@@ -144,6 +144,7 @@ def text(args: argparse.Namespace) -> None:
     masks = {"auto": None, "yes": True, "no": False}
     encoder = load_text_encoder(args.text, *compute(args), args.text_length, masks[args.text_mask])
     captions, digest = read_captions(out)
+    check_words(out, captions)
     planned = text_template(encoder, records, digest, 1 + sum(map(len, captions)))
     say = say_once()
     say(

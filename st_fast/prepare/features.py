@@ -14,20 +14,20 @@ from typing import NamedTuple
 import numpy as np
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import make_folder, read_json, write_json_atomic
+from st_fast.core.files import make_folder, read_json
 from st_fast.core.machine import local_count, usable_cpus
 from st_fast.core.progress import bar
 from st_fast.data.ahead import Readable, ReadAhead, RecordSet
 from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
-from st_fast.data.manifest import ShardEntry, crop_of, is_upright, write_manifest
+from st_fast.data.manifest import crop_of, is_upright, write_manifest
 from st_fast.data.repa import RepaSet, has_layout, repa_images
 from st_fast.data.sources import Source, numbered_by, open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.vae import PRESETS
 from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
-from st_fast.prepare.writing import record_crcs, write_tensors
+from st_fast.prepare.writing import finished, record_crcs, write_noted
 
 KEPT_FILE = "images.safetensors"
 """Images as tensors, which a data folder may hold: those of the digits are the records' own."""
@@ -201,7 +201,7 @@ def write_features(
     threads = max(2, usable_cpus() // local_count())
     reader = ReadAhead(images, threads, depth=threads)
     for part, note in list(zip(parts, notes, strict=True))[share]:
-        if note.is_file():
+        if finished(note):
             progress(len(part))
             continue
         found = []
@@ -212,7 +212,8 @@ def write_features(
             progress(len(pixels))
         features = np.concatenate(found)
         tensors = {"features": features, "crc32": record_crcs(features, part)}
-        write_json_atomic(note, asdict(write_tensors(note.with_suffix(".safetensors"), tensors)))
+        write_noted(note, tensors)
     reader.close()
-    if all(note.is_file() for note in notes):
-        write_manifest(folder, replace(planned, shards=tuple(ShardEntry(**read_json(note)) for note in notes)))
+    entries = tuple(entry for note in notes if (entry := finished(note)))
+    if len(entries) == len(notes):
+        write_manifest(folder, replace(planned, shards=entries))

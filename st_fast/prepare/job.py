@@ -136,6 +136,8 @@ def _compare(there: Mapping[str, Any], wanted: Mapping[str, Any], found: str) ->
 def check_begun(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
     """Writes job.json, or compares it: UserError naming the settings that differ from those the work began with."""
     if not (folder / JOB_FILE).is_file():
+        if any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder}: it holds shards and no {JOB_FILE} that tells of what; {advice}")
         write_json_atomic(folder / JOB_FILE, wanted)
     check_same(read_json(folder / JOB_FILE), wanted, f"{folder}: begun with", advice)
 

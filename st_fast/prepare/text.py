@@ -8,13 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from st_fast.core.errors import Say, UserError, counted
-from st_fast.core.files import make_folder, read_bytes, read_json, write_atomic, write_json_atomic
+from st_fast.core.files import make_folder, read_bytes, read_json, write_atomic
 from st_fast.data.ahead import RecordSet
-from st_fast.data.manifest import ShardEntry, read_manifest, write_manifest
+from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.data.text import CAPTIONS, TextManifest, captions_bytes, read_captions, text_folder
 from st_fast.model.text_encoders import TextEncoder
 from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
-from st_fast.prepare.writing import record_crcs, write_tensors
+from st_fast.prepare.writing import finished, record_crcs, write_noted
 
 SHARD_BYTES = 2**27
 
@@ -37,7 +37,14 @@ def keep_captions(data: Path, names: Sequence[str], captions: Sequence[Sequence[
     path = data / CAPTIONS
     if path.is_file() and read_bytes(path) != captions_bytes(kept):
         raise UserError(f"{path}: other captions than those found now; remove it to write them anew")
-    write_captions(data, kept)
+    if not path.is_file():
+        write_captions(data, kept)
+
+
+def check_words(data: Path, captions: Sequence[Sequence[str]]) -> None:
+    """UserError where no caption has a word, as in U-ViT's layout without .txt files: nothing is there to encode."""
+    if not any(map(any, captions)):
+        raise UserError(f"{data}: captions without their words, only states of an encoder: others can't be made")
 
 
 def template(encoder: TextEncoder, records: RecordSet, digest: str, rows: int) -> TextManifest:
@@ -85,7 +92,7 @@ def write_states(
     parts = [np.arange(start, min(start + rows, planned.count)) for start in range(0, planned.count, rows)]
     notes = [folder / f"text-{number:05d}.json" for number in range(len(parts))]
     for part, note in list(zip(parts, notes, strict=True))[share]:
-        if note.is_file():
+        if finished(note):
             progress(len(part))
             continue
         found = []
@@ -96,6 +103,7 @@ def write_states(
             progress(len(found[-1]))
         states = np.concatenate(found)[:, None]
         tensors = {"states": states, "crc32": record_crcs(states, part)}
-        write_json_atomic(note, asdict(write_tensors(note.with_suffix(".safetensors"), tensors)))
-    if all(note.is_file() for note in notes):
-        write_manifest(folder, replace(planned, shards=tuple(ShardEntry(**read_json(note)) for note in notes)))
+        write_noted(note, tensors)
+    entries = tuple(entry for note in notes if (entry := finished(note)))
+    if len(entries) == len(notes):
+        write_manifest(folder, replace(planned, shards=entries))

@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from safetensors.numpy import save as to_safetensors
 from torch import Tensor
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import make_folder, write_atomic
+from st_fast.core.files import make_folder, read_json, write_atomic, write_json_atomic
+from st_fast.core.records import record_from
 from st_fast.data.manifest import Manifest, ShardEntry, labels_problem, moments_problem, write_manifest
 
 SHARD_SIZE = 8_192
@@ -47,6 +48,19 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> ShardEntry:
     data = to_safetensors({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     write_atomic(path, data)
     return ShardEntry(path.name, len(tensors["crc32"]), len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_noted(note: Path, tensors: dict[str, np.ndarray]) -> None:
+    """`write_tensors` beside a note of its content, by which `finished` knows it. OSError on a full disk."""
+    write_json_atomic(note, asdict(write_tensors(note.with_suffix(".safetensors"), tensors)))
+
+
+def finished(note: Path) -> ShardEntry | None:
+    """The shard that a note describes, where it is there and of its size; None where it is to be made, or again."""
+    if not note.is_file():
+        return None
+    entry, shard = record_from(ShardEntry, read_json(note), str(note)), note.with_suffix(".safetensors")
+    return entry if shard.is_file() and shard.stat().st_size == entry.bytes else None
 
 
 def write_shards(

@@ -85,6 +85,11 @@ def test_means_and_stds_are_read_in_place_with_the_captions_states(words: bool, 
     chosen = np.array([7, 0, 11, 7])
     assert np.array_equal(records.gather(chosen)[0].numpy(), moments(folder)[chosen])
     check_text(folder, folder, words, 0)
+    if not words:
+        pytest.importorskip("transformers")
+        clip = write_text_encoder(tmp_path / "clip", "clip")
+        with pytest.raises(UserError, match="captions without their words"):
+            prepare.main(["--text", str(clip), str(folder)])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -120,7 +125,7 @@ def test_the_conversion_keeps_everything_and_goes_on_where_it_was_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(text_module, "write_tensors", stop)
+        patch.setattr(text_module, "write_noted", stop)
         prepare.main(command)
     prepare.main(command)
     prepare.main(command)

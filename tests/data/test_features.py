@@ -16,6 +16,7 @@ from st_fast.data.shards import open_data
 from st_fast.model.encoders import VisionTransformer, load_encoder, preprocess
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import features as feature_module
+from st_fast.prepare import writing
 from tests import tiny, warm
 from tests.train.supervision.encoders import Pictures, images, write_encoder, write_set
 
@@ -135,7 +136,7 @@ def test_interrupted_writing_goes_on_and_ends_with_the_same_files(
     for out in (tmp_path / "a", tmp_path / "b"):
         prepared(class_folders, out)
     write(path, class_folders, tmp_path / "a")
-    kept = feature_module.write_tensors
+    kept = writing.write_tensors
     calls = []
 
     def failing(target: Path, tensors: dict[str, np.ndarray]) -> object:
@@ -144,7 +145,7 @@ def test_interrupted_writing_goes_on_and_ends_with_the_same_files(
             raise KeyboardInterrupt
         return kept(target, tensors)
 
-    monkeypatch.setattr(feature_module, "write_tensors", failing)
+    monkeypatch.setattr(writing, "write_tensors", failing)
     with pytest.raises(KeyboardInterrupt):
         write(path, class_folders, tmp_path / "b")
     with pytest.raises(UserError, match="no complete features"):
@@ -153,6 +154,10 @@ def test_interrupted_writing_goes_on_and_ends_with_the_same_files(
     assert sorted(calls) == [f"features-0000{k}.safetensors" for k in (0, 1, 1, 2)]
     ours, theirs = (features_folder(tmp_path / name, "dino") for name in "ab")
     assert {p.name: p.read_bytes() for p in ours.iterdir()} == {p.name: p.read_bytes() for p in theirs.iterdir()}
+    lost, kept_bytes = ours / "features-00001.safetensors", (ours / "features-00001.safetensors").read_bytes()
+    lost.write_bytes(kept_bytes[:-9])
+    write(path, class_folders, tmp_path / "a")
+    assert lost.read_bytes() == kept_bytes, "one that was cut off is made again"
     other = write_encoder(tmp_path / "elsewhere" / "dino", seed=1)
     with pytest.raises(UserError, match=r"begun with .* \(now "):
         write(other, class_folders, tmp_path / "b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from st_fast.data.shards import open_data
 from st_fast.data.text import CAPTIONS, captions_bytes, open_text, read_captions, text_folder
 from st_fast.model.text_encoders import TextEncoder, load_text_encoder
 from st_fast.prepare import text as text_module
+from st_fast.prepare import writing
 from tests.tiny_text import CAPTIONS as LINES
 from tests.tiny_text import ENCODER, IMAGES, LENGTH, WIDTH, make_data, states_of, write_states, write_text_encoder
 
@@ -52,6 +54,7 @@ def test_states_of_other_captions_latents_or_encoders_are_refused_in_one_line(tm
         b'["a"]\n[]\n': "line 2",
         b'["a"]\n["b", 3]\n': "line 2",
         b'["a"]\n\xff["b"]\n': "line 2",
+        b'["a"]\n["b \\ud83d"]\n': "line 2",
         b"[" * 100_000: "line 1",
     }
     for content, words in changed.items():
@@ -121,7 +124,7 @@ def test_written_states_are_the_encoders_and_interrupted_or_shared_writing_ends_
     longer = sum(tokens > 5 for tokens in encoder.tokens(texts))
     assert told == [f"{longer} captions of more than 5 tokens, cut"] and longer > 1
 
-    kept, calls = text_module.write_tensors, []
+    kept, calls = writing.write_tensors, []
 
     def failing(target: Path, tensors: dict[str, np.ndarray]) -> object:
         calls.append(target.name)
@@ -129,7 +132,7 @@ def test_written_states_are_the_encoders_and_interrupted_or_shared_writing_ends_
             raise KeyboardInterrupt
         return kept(target, tensors)
 
-    monkeypatch.setattr(text_module, "write_tensors", failing)
+    monkeypatch.setattr(writing, "write_tensors", failing)
     with pytest.raises(KeyboardInterrupt):
         text_module.write_text(sets[1], open_data(sets[1]), encoder, told.append, batch=3)
     with pytest.raises(UserError, match="no complete text states"):
@@ -140,6 +143,14 @@ def test_written_states_are_the_encoders_and_interrupted_or_shared_writing_ends_
         text_module.write_text(sets[2], open_data(sets[2]), encoder, told.append, batch=3, share=slice(rank, None, 2))
         assert (text_folder(sets[2], "bert") / "manifest.json").is_file() == last
     assert files(sets[0]) == files(sets[1]) == files(sets[2])
+    folder = text_folder(sets[1], "bert")
+    (folder / manifest.shards[0].file).unlink()
+    os.truncate(folder / manifest.shards[2].file, 99)
+    text_module.write_text(sets[1], open_data(sets[1]), encoder, told.append, batch=3)
+    assert files(sets[0]) == files(sets[1]), "shards that were lost or cut off are made again"
+    (folder / "job.json").unlink()
+    with pytest.raises(UserError, match=r"holds shards and no job\.json .*; remove the folder"):
+        text_module.write_text(sets[1], open_data(sets[1]), encoder, told.append, batch=3)
     other = load_text_encoder(str(tmp_path / "bert"), CPU, torch.float32, 6)
     with pytest.raises(UserError, match=r"begun with .*\(now "):
         text_module.write_text(sets[0], open_data(sets[0]), other, told.append)
