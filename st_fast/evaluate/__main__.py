@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, SampleRequest]:
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     given, request = parse(arguments)
+    pictures = None
     if given.samples is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         score_file(given, request.recipe, given.samples, device, print)
@@ -103,15 +104,19 @@ def main(arguments: Sequence[str]) -> None:
         if not given.reference.exists():
             raise UserError(f"--reference {given.reference}: no such file or folder")
     elif given.by_attributes:
-        attributes.read_pictures(Path(request.recipe.data.path))
+        pictures = attributes.check_pictures(Path(request.recipe.data.path))
     elif request.recipe.model.network == "sit":
         classifier.check_count(request.settings.num, f"--num {request.settings.num}")
         classifier.check_real_images(Path(request.recipe.data.path))
     if given.clip:
         clip_score.load_clip(given.clip, torch.device("cpu"))  # likewise
     with sampling(request) as (ranks, sampler, say):
-        file = draw_set(sampler, None, False, ranks, say)
         texts = () if sampler.prompts is None else sampler.prompts.texts
+        if pictures:
+            pictures.of_prompts(texts)
+        if given.clip and not all(texts):
+            raise UserError(f"--clip {given.clip}: a prompt or caption without a word, which nothing can be scored by")
+        file = draw_set(sampler, None, False, ranks, say)
         del sampler
         if ranks.first:
             score_file(given, request.recipe, file, ranks.device, say, texts)

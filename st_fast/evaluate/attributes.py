@@ -90,6 +90,16 @@ def read_pictures(data: Path) -> Pictures:
     return Pictures(images, attributes, tuple(map(tuple, captions)), len(real.train), digest)
 
 
+def check_pictures(data: Path) -> Pictures:
+    """`read_pictures`; of other data than emoji, UserError that says what scores samples of any captions."""
+    if not (data / FILE).is_file():
+        raise UserError(
+            f"{data / FILE}: missing, so these are no emoji, whose attributes can be read; FID scores samples of any "
+            "captions: --inception FILE and --reference FILE"
+        )
+    return read_pictures(data)
+
+
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())

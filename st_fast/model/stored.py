@@ -29,6 +29,9 @@ from st_fast.recipe import RecipeError, load_run
 from st_fast.recipe.document import parse_toml
 from st_fast.recipe.schema import Model, Recipe
 
+ALIKE = 0.02
+"""How far apart states may be that one encoder made, as a share of their norm: rounding to half precision is far less.
+"""
 KINDS = "a .pt or .safetensors file, a run, stage or checkpoint folder, or a folder with config.json"
 
 
@@ -192,7 +195,8 @@ def load_frozen(
 ) -> DiffusionTransformer:  # fmt: skip
     """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
 
-    `null` is for a model of text that lacks the empty caption's states (L, W), as published ones do.
+    `null`, the empty caption's states (L, W), is for a model of text that lacks them, as published ones do; one that
+    has others was trained on another encoder's states.
     `record` is given what tells this model from others: path, step, weights and their SHA-256.
     UserError, in one line, if there is none, if its architecture differs from `config`, if it was trained on another
     path than `flow` (where given), if any key of the trunk is missing, unknown or of another shape, or not finite.
@@ -209,12 +213,22 @@ def load_frozen(
         tensors.setdefault(NULL_CONTEXT, null[None].float())
     checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {found.path}")
     check_finite(tensors, f"teacher {found.path}")
+    if null is not None and NULL_CONTEXT in tensors and not alike(tensors[NULL_CONTEXT][0], null):
+        raise UserError(
+            f"teacher {found.path}: its states of the empty caption are not those of the data: it was trained on "
+            "another text encoder's, or with padding masked otherwise"
+        )
     if record is not None:
         digest = tensors_hash(found.tensors)
         record({"path": str(found.path), "step": found.step, "weights": weights, "sha256": digest})
     with naming_lack_of_memory(f"loading {root}"):
         model.to(dtype).to_empty(device=place).load_state_dict(tensors)
     return model.eval().requires_grad_(False)
+
+
+def alike(states: Tensor, others: Tensor) -> bool:
+    """Whether one encoder made both, in whatever precision and version: states (L, W) of the same text."""
+    return bool((states.float() - others.float()).norm() <= ALIKE * others.float().norm())
 
 
 def _weights(root: Path, config: Model, weights: Literal["raw", "ema"]) -> _Weights:

@@ -26,7 +26,7 @@ from st_fast.sample.draw import names_in_turn
 from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
 from st_fast.sample.model import Decode, TextRequest, decoder, load_prompts
 from st_fast.sample.previews import png, sheet
-from st_fast.sample.prompts import EncodedPrompts, Prompts
+from st_fast.sample.prompts import EncodedPrompts, Prompts, checked_prompts
 from st_fast.train.log import Log
 
 Kind = Literal["sample", "eval"]
@@ -70,7 +70,7 @@ class Examiner:
     def _check(self) -> None:
         wanted, settings, data = self.recipe.evaluate, self.recipe.sample, Path(self.recipe.data.path)
         if wanted.classifier and self._draws_text:
-            attributes.read_pictures(data)
+            attributes.check_pictures(data)
         elif wanted.classifier:
             known, classes = classifier.read_images(data).num_classes, self.recipe.model.num_classes
             classifier.check_real_images(data)
@@ -145,7 +145,9 @@ class Examiner:
         """What a network that draws from text draws: the recipe's prompts, or as many captions as there are samples."""
         if not self._draws_text:
             return None
-        text = TextRequest(self.recipe.sample.prompts, captions=self.recipe.sample.num)
+        own = self.recipe.sample.prompts
+        texts = checked_prompts(own, "sample.prompts") if own else ()
+        text = TextRequest(tuple(texts), captions=self.recipe.sample.num)
         found = load_prompts(text, self.recipe, self.ranks.device, self.log.say)
         if isinstance(found, EncodedPrompts):
             found.read_all()  # the encoder may be larger than the model

@@ -20,6 +20,7 @@ from st_fast.evaluate.attributes import (
     NEAREST,
     AttributeClassifier,
     Pictures,
+    check_pictures,
     load_attribute_classifier,
     nearest,
     nearest_sheet,
@@ -183,3 +184,8 @@ def test_attributes_that_are_not_of_the_pictures_are_named(change, words: str, d
     with pytest.raises(UserError, match=words) as error:
         load_attribute_classifier(folder, lambda _: None)
     assert "attributes.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_data_than_emoji_are_told_what_scores_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"attributes\.json: missing, so these are no emoji.*--inception FILE"):
+        check_pictures(tmp_path)

@@ -18,7 +18,8 @@ from st_fast.data.shards import open_data
 from st_fast.data.text import CAPTIONS, captions_bytes
 from st_fast.prepare.features import write_features
 from st_fast.recipe import Recipe, load
-from st_fast.train import trainer
+from st_fast.sample.model import load_prompts
+from st_fast.train import examiner, trainer
 from st_fast.train.batches import BatchIterator
 from st_fast.train.conditions import open_conditions
 from st_fast.train.run import run
@@ -198,3 +199,31 @@ def test_states_that_do_not_fit_and_captions_that_changed_are_refused_in_one_lin
     recipe = recipe_for(other, tmp_path, "--stage.align.steps=12")
     with pytest.raises(UserError, match="captions or their states changed"):
         run(replace(recipe, run=replace(recipe.run, out=str(whole))))
+
+
+def test_captions_for_scores_are_looked_for_before_training_and_opened_once(data, tmp_path, monkeypatch):
+    found, opened = type("Network", (), {"sha256": "0" * 64}), []
+    monkeypatch.setattr(examiner, "load_inception", lambda path, device: found)
+    monkeypatch.setattr(examiner.scores, "open_reference", lambda path, shape: ("0" * 64,))
+    monkeypatch.setattr(examiner, "decoder", lambda *a: lambda latents: torch.zeros(len(latents), 3, 8, 8).byte())
+    monkeypatch.setattr(examiner.Examiner, "_by_inception", lambda self, images: {"fid": 1.0})
+    monkeypatch.setattr(examiner, "load_prompts", lambda *a: opened.append(a[0].folder) or load_prompts(*a))
+    options = ("--evaluate.inception=w.pth", "--evaluate.num=2050", "--evaluate.every=5", "--sample.steps=1")
+    with pytest.raises(UserError, match=r"nowhere: no such folder, .* \(--captions, evaluate\.captions\)"):
+        run(recipe_for(data, tmp_path, *options, f"--evaluate.captions={tmp_path / 'nowhere'}"))
+    assert not (tmp_path / "out" / "align").exists()
+    opened.clear()
+    run(recipe_for(data, tmp_path, *options, f"--evaluate.captions={data}"))
+    assert len(tiny.records(tmp_path / "out", "eval")) == 4 and opened == [data]
+
+
+def test_a_teacher_that_other_states_trained_is_refused(whole, tmp_path, monkeypatch):
+    kept = tiny_text.states_of
+    monkeypatch.setattr(tiny_text, "states_of", lambda texts: 1.1 * kept(texts))
+    other = tiny_text.make_data(tmp_path / "other")
+    recipe_for(other, tmp_path)
+    head, _, second = (path := tmp_path / "text.toml").read_text().split("[[stage]]")
+    path.write_text(f"{head}[[stage]]{second}".replace('"align"', f'"{whole / "align"}"'))
+    with pytest.raises(UserError, match=r"states of the empty caption are not those of the data") as told:
+        run(load(path))
+    assert "\n" not in str(told.value)
