@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import open_regular, shown
@@ -14,7 +15,7 @@ from st_fast.data.text import read_text_manifest
 from st_fast.model.formats.layouts import CLIP_TOKENS
 from st_fast.model.formats.loaded_state import NULL_CONTEXT
 from st_fast.model.load import CONFIG, TextStates, read_config
-from st_fast.model.stored import ModelSource
+from st_fast.model.stored import ModelSource, alike
 from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
 from st_fast.recipe import load_run
 
@@ -61,6 +62,7 @@ def load_encoder(origin: ModelSource, name: str) -> tuple[TextEncoder, TextState
     """A model's text encoder (a folder or hub name), and whose states those are.
 
     UserError where it can't be had, has another width, or other weights than the one that the model was trained with.
+    Where nothing tells the weights, the model's own states of the empty caption do, and whether padding was masked.
     """
     config, text = origin.loaded.config, text_of(origin)
     found = load_text_encoder(name, torch.device("cpu"), torch.float32, config.text_length, text.mask)
@@ -68,7 +70,21 @@ def load_encoder(origin: ModelSource, name: str) -> tuple[TextEncoder, TextState
         raise UserError(f"--text-encoder {name}: {found.width} channels, the model has {config.text_width}")
     if text.hash:
         check_encoder(found, text.encoder, text.hash)
-    return found, TextStates(text.encoder if text.hash else found.name, found.hash, text.mask)
+    elif not _reads_alike(found, origin.loaded.model[NULL_CONTEXT][0]):
+        raise UserError(
+            f"--text-encoder {name}: its states of the empty caption are not the model's, whose captions another "
+            "encoder read"
+        )
+    return found, TextStates(text.encoder if text.hash else found.name, found.hash, found.mask)
+
+
+def _reads_alike(encoder: TextEncoder, null: Tensor) -> bool:
+    """Whether the encoder's states of the empty caption are those (L, W), with padding masked or not, as is kept."""
+    for mask in (False, True):
+        encoder.mask = mask
+        if alike(encoder([""])[0], null):
+            return True
+    return False
 
 
 def write_text_encoder(encoder: TextEncoder | None, folder: Path) -> dict[str, list[str | None]]:

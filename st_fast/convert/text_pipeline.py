@@ -4,6 +4,7 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_r
 images = pipe(["a red bus", "two dogs"], seed=0).images
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,9 +56,9 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         config, device = self.transformer.config, self._execution_device
         sampler, steps = sampler or self.config.sampler, num_inference_steps or self.config.num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("either prompt or prompt_embeds is needed")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        if bool(prompts) == (prompt_embeds is not None):
+            raise ValueError("either prompt or prompt_embeds is needed")
         states = self.states(prompts) if prompt_embeds is None else prompt_embeds.to(device).float()
         null = self.transformer.null_context if negative_prompt is None else self.states([negative_prompt])
         numbers = torch.arange(first, first + len(states), device=device)
@@ -69,12 +70,18 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def states(self, texts: list[str]) -> Tensor:
-        """(B, L, W) float32: the last hidden states of the texts' tokens, as those that the model was trained on."""
+        """(B, L, W) float32: the last hidden states of the texts' tokens, as those that the model was trained on.
+
+        Texts of more than L tokens are cut, with a warning.
+        """
         config, device = self.transformer.config, self._execution_device
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("this pipeline has no text encoder: pass text_encoder=… and tokenizer=…, or prompt_embeds")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        tokens = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        if cut := sum(count > config.text_length for count in tokens):
+            warnings.warn(f"{cut} of {len(texts)} texts have more than {config.text_length} tokens, cut", stacklevel=3)
         found = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=config.text_length, return_tensors="pt",
             padding_side="right",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ PIPELINES = ("bert", "clip")
 
 PROGRAM = """
 import sys
+import warnings
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -51,10 +53,16 @@ for folder in sys.argv[1:]:
         settings = dict(sampler=sampler, num_inference_steps=3, guidance_scale=2.5, seed=11, output_type="pt")
         found[sampler] = pipe(texts, **settings).images
     found["negative"] = pipe(texts, negative_prompt="one fox", **settings).images
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        pipe.states(texts), pipe.states(texts[:2])
+    assert [str(one.message) for one in told if "tokens" in str(one.message)] == [
+        "1 of 3 texts have more than 7 tokens, cut"
+    ]
     found["states"] = pipe(prompt_embeds=pipe.states(texts)[1:], first=1, **settings).images
     assert pipe("two").images[0].size == (8, 8)
     pipe.text_encoder = None
-    for wrong, told in (({"prompt": "two"}, "no text encoder"), ({}, "is needed")):
+    for wrong, told in (({"prompt": "two"}, "no text encoder"), ({}, "is needed"), ({"prompt": []}, "is needed")):
         try:
             pipe(**wrong)
         except ValueError as error:
@@ -244,3 +252,16 @@ def test_another_text_encoder_is_refused_and_its_place_may_be_left_open(place, p
     ):
         with pytest.raises(UserError, match=told):
             convert(*arguments)
+
+
+def test_without_its_data_a_model_tells_its_encoder_and_mask_by_the_empty_captions_states(place, tmp_path):
+    shutil.copytree(place / "run", run := tmp_path / "run")
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace(str(place / "data"), str(tmp_path / "gone")))
+    convert(run, tmp_path / "pipe", "--to", "diffusers", "--text-encoder", place / "bert")
+    config = json.loads((tmp_path / "pipe" / "transformer" / "config.json").read_text())
+    assert (config["text_encoder"], config["text_mask"]) == ("bert", True) and len(config["text_encoder_sha256"]) == 64
+    tiny_text.write_text_encoder(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="its states of the empty caption are not the model's"):
+        convert(run, tmp_path / "x", "--to", "diffusers", "--text-encoder", tmp_path / "other")
+    assert not (tmp_path / "x").exists()
