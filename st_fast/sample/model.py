@@ -158,6 +158,11 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     vae = own or f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
     decode = decoder(data, manifest, device, own, say)
     prompts = None if recipe.model.network == "sit" else load_prompts(request.text, recipe, device, say)
+    if prompts and not stored.alike(prompts.null().cpu(), model.null_condition(1)[0].cpu()):
+        raise UserError(
+            f"{request.text.folder or data}: its states of the empty caption are not those that {request.run} was "
+            "trained on: they are another encoder's, or padding was masked otherwise"
+        )
     names = manifest.class_names if prompts is None else prompts.texts
     return Sampler(request, model, loaded["step"], decode, vae, compiled, names, prompts)
 

@@ -30,6 +30,10 @@ class Prompts(ABC):
     def states(self, numbers: Tensor) -> Tensor:
         """(B, L, W) float32 on the device: the states of prompts number (B,)."""
 
+    @abstractmethod
+    def null(self) -> Tensor:
+        """(L, W): the states of the empty caption by the encoder that these are of."""
+
     def negative(self, count: int) -> Tensor | None:
         """(count, L, W) the negative prompt's states; None without one."""
         return None if self._negative is None else self._negative.expand(count, -1, -1)
@@ -59,6 +63,10 @@ class EncodedPrompts(Prompts):
             self._known.update(zip(missing, states, strict=True))
         return torch.stack([self._known[number] for number in wanted]).to(self.device)
 
+    def null(self) -> Tensor:
+        assert self._encoder is not None, "asked for before all are read"
+        return self._encoder([""])[0]
+
     def read_all(self) -> None:
         """Reads every text now, and gives the encoder's memory back."""
         self.states(torch.arange(len(self.texts)))
@@ -77,6 +85,9 @@ class StoredPrompts(Prompts):
 
     def states(self, numbers: Tensor) -> Tensor:
         return self._stored.states(self._rows[numbers.cpu().numpy()]).float().to(self.device)
+
+    def null(self) -> Tensor:
+        return self._stored.null()
 
 
 def spaced(count: int, images: int) -> np.ndarray:

@@ -89,7 +89,7 @@ def test_each_sample_follows_its_prompt_wherever_its_states_come_from(run, encod
     assert not encoder.read, "captions of the data need no encoder"
     (tmp_path / "p.txt").write_text("\n\n".join(captions[3:6]) + "\n")
     some = drawn(run, tmp_path / "some", "--prompts", str(tmp_path / "p.txt"), "-n", "16")
-    assert encoder.read == captions[3:6], "each prompt is read once"
+    assert encoder.read == ["", *captions[3:6]], "each prompt is read once, and none to compare with the run's"
     # Sample 4 has the second of three prompts here, and the fifth of sixteen there: the same caption and noise.
     assert np.array_equal(some[4], stored[4]) and not np.array_equal(some[7], stored[7])
     settings = json.loads((tmp_path / "some" / "sample.json").read_text())
@@ -190,6 +190,18 @@ def test_another_encoder_than_the_datas_is_refused(run, monkeypatch, tmp_path):
         sample.main([str(run), "--prompt", "x", "--out", str(tmp_path / "x.png")])
 
 
+def test_states_that_are_not_what_the_run_was_trained_on_are_refused_wherever_they_come_from(
+    run, encoder, monkeypatch, tmp_path
+):
+    kept, out = tiny_text.states_of, ["--out", str(tmp_path / "x.png")]
+    monkeypatch.setattr(tiny_text, "states_of", lambda texts: 1.1 * kept(texts))
+    other = tiny_text.make_data(tmp_path / "other")  # what the manifest says is the same
+    for given in (["--captions", str(other)], ["--prompt", "x"]):
+        with pytest.raises(UserError, match=r"empty caption are not those that .*run was trained on") as told:
+            sample.main([str(run), *out, *given])
+        assert "\n" not in str(told.value)
+
+
 def test_captions_of_another_data_folder_are_drawn_if_the_same_encoder_read_them(run, tmp_path):
     other = tiny_text.make_data(tmp_path / "other")
     sample.main([str(run), "--captions", str(other), "--out", str(tmp_path / "x.png"), "-n", "3"])
@@ -255,7 +267,7 @@ def test_prompts_come_as_captions_do_whatever_wrote_them(form, run, encoder, tmp
     sample.main([str(run), "--prompts", str(tmp_path / "p.txt"), *prompts, "-n", "4", "--npz", "--out", str(out)])
     settings = json.loads((out / "sample.json").read_text())
     assert settings["prompts"] == ["a fox", "half ?", "number 1", "two\u2028 lines"] and settings["negative"] == "x?"
-    assert set(encoder.read) == {*settings["prompts"], "x?"}
+    assert set(encoder.read) == {*settings["prompts"], "x?", ""}
 
 
 def test_an_option_that_would_be_passed_over_is_refused(run, encoder, tmp_path):
