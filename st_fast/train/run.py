@@ -20,7 +20,7 @@ from st_fast.core.ranks import JOINING, Ranks, process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.ahead import RecordSet
 from st_fast.data.loader import kept_bytes
-from st_fast.data.manifest import Manifest
+from st_fast.data.manifest import Manifest, check_same_data
 from st_fast.data.shards import open_data
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import stored
@@ -35,8 +35,8 @@ from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.agreement import RECIPE, agree, of_data, of_recipe
 from st_fast.train.batches import open_image_features
 from st_fast.train.choices import choose_kernels
-from st_fast.train.conditions import open_conditions
-from st_fast.train.continuity import Changes, check_recipe, score_differences
+from st_fast.train.conditions import check_same_conditions, open_conditions
+from st_fast.train.continuity import Changes, check_recipe, newest, score_differences
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
 from st_fast.train.stage import run_stage
@@ -209,12 +209,17 @@ def train_stage(context: RunContext, stage: Stage, given: Recipe) -> RunContext:
 def check_stages(recipe: Recipe, records: RecordSet) -> None:
     """UserError for a teacher, features or a model to start from that are missing or do not fit, before days are spent.
 
-    What comes from a stage of this run is not there yet. A stage that has begun never reads its start again.
+    So for data or captions other than those that a stage has begun with; the run's folder stays as it is. What comes
+    from a stage of this run is not there yet. A stage that has begun never reads its start again.
     """
     cpu, own = torch.device("cpu"), [stage.name for stage in recipe.stages]
     conditions = open_conditions(recipe, records)
     conditions.close()
     for stage in recipe.stages:
+        if found := newest(recipe, stage):
+            where, said = str(found[0]), found[1].said
+            check_same_data(said.dataset, where, records.manifest, Path(recipe.data.path))
+            check_same_conditions(said.conditions, where, conditions)
         name, group, init = stage.method.teacher_name, stage.method.teacher_group, stage.start.init
         if name is not None and name not in own:
             root, table = stored.checkpoint_root(recipe, name), kernels.select({}, cpu)

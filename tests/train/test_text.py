@@ -197,8 +197,10 @@ def test_states_that_do_not_fit_and_captions_that_changed_are_refused_in_one_lin
         run(recipe_for(other, tmp_path))
     tiny_text.write_states(other)
     recipe = recipe_for(other, tmp_path, "--stage.align.steps=12")
+    before = (whole / "recipe.toml").read_bytes()
     with pytest.raises(UserError, match="captions or their states changed"):
         run(replace(recipe, run=replace(recipe.run, out=str(whole))))
+    assert (whole / "recipe.toml").read_bytes() == before, "what is refused changes nothing: samples are drawn by it"
 
 
 def test_captions_for_scores_are_looked_for_before_training_and_opened_once(data, tmp_path, monkeypatch):
