@@ -50,6 +50,7 @@ class TextEncoder:
         self.hash, self.width = tensors_hash(model.state_dict()), int(model.config.get_text_config().hidden_size)
         self.model, self.tokenizer = model.to(device).eval().requires_grad_(False), tokenizer
         self.dtype = next(model.parameters()).dtype
+        self._known = len(model.get_input_embeddings().weight)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -57,6 +58,11 @@ class TextEncoder:
         found = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
+        if (highest := int(found["input_ids"].max())) >= self._known:
+            raise UserError(
+                f"encoder {self.name!r}: its tokenizer gives token {highest}, the model knows {self._known}: they are "
+                "not of one encoder"
+            )
         ids, mask = found["input_ids"].to(self.device), found["attention_mask"].to(self.device)
         states: Tensor = self.model(input_ids=ids, **({"attention_mask": mask} if self.mask else {})).last_hidden_state
         return states.float() * mask[..., None] if self.mask else states.float()
@@ -110,6 +116,8 @@ def _load(
     check_finite(model.state_dict(), f"encoder {known!r}")
     tokenizer.padding_side = "right"  # of some it is the left, which would move every position
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"encoder {known!r}: its tokenizer names no token to pad with (pad_token)")
         tokenizer.pad_token = tokenizer.eos_token
     limit = min(tokenizer.model_max_length, getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH))
     length = min(limit, LENGTH) if length is None else length

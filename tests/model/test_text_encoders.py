@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,23 @@ def test_an_encoder_that_cant_be_had_or_is_another_is_told_in_one_line(tmp_path:
     save_file(weights | {key: weights[key] / 0}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="NaN or infinite"):
         load_text_encoder(str(path), CPU, torch.float32)
+
+
+def test_a_tokenizer_that_is_not_the_models_or_cant_pad_is_told_in_one_line(tmp_path: Path) -> None:
+    import transformers
+
+    path = write_text_encoder(tmp_path / "small")
+    config = transformers.AutoConfig.from_pretrained(path, vocab_size=6)
+    transformers.BertModel(config).save_pretrained(path)
+    encoder = load_text_encoder(str(path), CPU, torch.float32)
+    assert encoder(["a red"]).shape == (1, 40, 16)
+    with pytest.raises(UserError, match="'small': its tokenizer gives token 6, the model knows 6"):
+        encoder(["a red fox"])
+    file = write_text_encoder(tmp_path / "plain") / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if not key.endswith("_token")}
+    file.write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="'plain': its tokenizer names no token to pad with"):
+        load_text_encoder(str(file.parent), CPU, torch.float32)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("all_minilm_l6_v2"), reason="the extra emoji isn't installed")
