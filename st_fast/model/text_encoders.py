@@ -45,11 +45,13 @@ class TextEncoder:
     encoder attends to padding and its states are kept.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, length: int, mask: bool, device: torch.device) -> None:
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, length: int, mask: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:  # fmt: skip
         self.name, self.length, self.mask, self.device = name, length, mask, device
-        self.hash, self.width = tensors_hash(model.state_dict()), int(model.config.get_text_config().hidden_size)
-        self.model, self.tokenizer = model.to(device).eval().requires_grad_(False), tokenizer
-        self.dtype = next(model.parameters()).dtype
+        self.hash = tensors_hash(model.state_dict())  # of the file's weights, whatever the encoder computes in
+        self.width = int(model.config.get_text_config().hidden_size)
+        self.model, self.tokenizer = model.to(device, dtype).eval().requires_grad_(False), tokenizer
         self._known = len(model.get_input_embeddings().weight)
 
     @torch.no_grad()
@@ -124,7 +126,7 @@ def _load(
     if not 1 <= length <= max(limit, 1) and kind not in ("t5", "umt5"):  # relative positions have no end
         raise UserError(f"encoder {known!r}: {length} tokens a caption; 1 to {limit} are possible")
     masked = kind not in UNMASKED if mask is None else mask
-    return TextEncoder(known, model.to(dtype), tokenizer, length, masked, device)
+    return TextEncoder(known, model, tokenizer, length, masked, device, dtype)
 
 
 def _from_pretrained(transformers: Any, path: str, kind: str) -> tuple[Any, list[str]]:

@@ -55,6 +55,50 @@ def test_length_and_mask_are_the_families_own_where_none_are_named(tmp_path: Pat
     assert said == {"clip": (77, False), "t5": (128, True), "bert": (40, True), "gemma": (96, True)}
 
 
+def settings_changed(folder: Path, **values: object) -> None:
+    """Changes the tokenizer's settings; None removes one."""
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if path.is_file():
+            known = json.loads(path.read_text()) | values
+            path.write_text(json.dumps({name: value for name, value in known.items() if value is not None}))
+
+
+def test_a_tokenizers_limit_counts_too_and_relative_positions_have_none(tmp_path: Path) -> None:
+    path = write_text_encoder(tmp_path / "bert", "bert")
+    settings_changed(path, model_max_length=9, pad_token=None)
+    encoder = load_text_encoder(str(path), CPU, torch.float32)
+    assert encoder.length == 9 and encoder(TEXTS).shape == (3, 9, 16), "padded though no token is meant for it"
+    with pytest.raises(UserError, match="10 tokens a caption; 1 to 9"):
+        load_text_encoder(str(path), CPU, torch.float32, 10)
+    t5 = load_text_encoder(str(write_text_encoder(tmp_path / "t5", "t5")), CPU, torch.float32, 200)
+    assert t5(TEXTS[:1]).shape == (1, 200, 16)
+
+
+def test_the_hash_is_that_of_the_files_weights_whatever_the_encoder_computes_in(tmp_path: Path) -> None:
+    path = str(write_text_encoder(tmp_path / "bert", "bert"))
+    whole, half = (load_text_encoder(path, CPU, dtype, 6) for dtype in (torch.float32, torch.bfloat16))
+    check_encoder(half, "bert", whole.hash)
+    assert whole(TEXTS).dtype == half(TEXTS).dtype == torch.float32
+    torch.testing.assert_close(half(TEXTS), whole(TEXTS), atol=0.1, rtol=0)
+    assert not torch.equal(half(TEXTS), whole(TEXTS))
+
+
+def test_of_a_whole_clip_the_text_model_is_taken(tmp_path: Path) -> None:
+    import transformers as hf
+
+    write_text_encoder(tmp_path, "clip")
+    text = FAMILIES["clip"][0].to_dict() | {"max_position_embeddings": 9}
+    vision = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    model.save_pretrained(tmp_path)
+    encoder = load_text_encoder(str(tmp_path), CPU, torch.float32)
+    assert (encoder.length, encoder.width, encoder.mask) == (9, 16, False)
+    ids = encoder.tokenizer(TEXTS, padding="max_length", max_length=9, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model.text_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(encoder(TEXTS), expected)
+
+
 def test_an_encoder_that_cant_be_had_or_is_another_is_told_in_one_line(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -80,6 +124,10 @@ def test_an_encoder_that_cant_be_had_or_is_another_is_told_in_one_line(tmp_path:
         load_text_encoder(str(path), CPU, torch.float32)
     save_file(weights | {key: weights[key] / 0}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="NaN or infinite"):
+        load_text_encoder(str(path), CPU, torch.float32)
+    torch.save(weights, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="neither a folder with a text encoder in safetensors"):
         load_text_encoder(str(path), CPU, torch.float32)
 
 
