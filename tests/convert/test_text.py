@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,24 +18,30 @@ import torch
 from safetensors.torch import load_file
 
 from st_fast import kernels
+from st_fast.convert import drawing
 from st_fast.convert.__main__ import main
+from st_fast.convert.text import text_of
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
+from st_fast.core.options import ARCHITECTURE_MOST
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.data.shards import open_data
 from st_fast.data.text import captions_bytes, open_text
 from st_fast.model import MMDiT, SiT, build
+from st_fast.model.load import TextStates
 from st_fast.model.stored import read_model
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
 from st_fast.sample import __main__ as sample
+from st_fast.sample import guided
 from tests import foreign, tiny_text, warm
+from tests.model import test_mmdit
 from tests.sample.tiny_run import RECIPE
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPU = torch.device("cpu")
+CPU, MOST = torch.device("cpu"), ARCHITECTURE_MOST["text_length"]
 PIPELINES = ("bert", "clip")
 """Text encoders with an attention mask, and without."""
 
@@ -156,6 +164,8 @@ def test_a_published_model_becomes_a_folder_with_the_empty_captions_states(publi
         (np.zeros((9, 6), np.int64), "int64"),
         (np.full((9, 6), np.inf), "NaN or infinity"),
         (np.array({}), "refused"),
+        (np.zeros((MOST + 1, 6), np.float32), rf"\({MOST + 1}, 6\); floats"),
+        (np.zeros((0, 6), np.float32), r"\(0, 6\)"),
     ],
 )
 def test_states_that_cannot_be_the_empty_captions_are_refused_in_one_line(array, words, published, tmp_path):
@@ -228,6 +238,39 @@ def test_a_pipeline_without_st_fast_draws_what_our_sampler_draws(family, pipelin
     assert read_model(pipe, pytest.fail).loaded.config.text_length == 7
 
 
+@pytest.mark.parametrize("change", [{"qk_norm": False, "depth": 1}, {"mlp_ratio": 2.5}])
+def test_the_module_that_a_pipeline_carries_is_the_network(change):
+    pytest.importorskip("diffusers")
+    from st_fast.convert.mmdit_transformer import MMDiTTransformer
+
+    config = replace(test_mmdit.TINY, **change)
+    model = test_mmdit.with_life(config)
+    sizes = ("depth", "width", "heads", "patch", "channels", "latent_size", "text_width", "text_length")
+    kept = {name: getattr(config, name) for name in (*sizes, "mlp_ratio", "qk_norm")}
+    theirs = MMDiTTransformer(**kept).double()
+    theirs.load_state_dict(model.state_dict())
+    inputs = test_mmdit.inputs(config)
+    torch.testing.assert_close(theirs(*inputs), model(*inputs)[0], rtol=1e-5, atol=1e-5)
+    assert not theirs.null_context.requires_grad and not theirs.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("flow", ["linear", "cosine"])
+def test_a_pipelines_score_and_pixels_are_ours(flow):
+    x, v = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in (0.04, 0.3, 1.0):
+        torch.testing.assert_close(drawing.score(v, x, t, flow), guided.score(v, x, t, flow))
+
+    def decode(z: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return (z.double() / 2,)
+
+    vae = SimpleNamespace(config=SimpleNamespace(shift_factor=0.1), dtype=torch.float32, decode=decode)
+    pipe = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(latent_scale=0.4)), vae=vae)
+    expected = ((x / 0.4 + 0.1) / 2 * 127.5 + 127.5).round().clamp(0, 255) / 255
+    torch.testing.assert_close(drawing.decoded(pipe, x, "pt"), expected, atol=1e-6, rtol=0)
+    assert np.allclose(drawing.decoded(pipe, x, "np"), expected.permute(0, 2, 3, 1), atol=1e-6)
+    assert drawing.decoded(pipe, x, "latent") is x
+
+
 def test_another_text_encoder_is_refused_and_its_place_may_be_left_open(place, published, tmp_path, capsys):
     foreign.repa_checkpoint(published[0].with_name("sit.pt"))
     tiny_text.write_text_encoder(tmp_path / "other", seed=1)
@@ -240,7 +283,14 @@ def test_another_text_encoder_is_refused_and_its_place_may_be_left_open(place, p
     assert capsys.readouterr().out.splitlines()[-1].endswith("--text-encoder FOLDER puts one in")
     text = (tmp_path / "pipe" / "README.md").read_text()
     assert "No text encoder is in this folder" in text and "of CLIP `CLIPTextModel`" in text and "1 classes" not in text
+    np.save(null := tmp_path / "null.npy", np.zeros((9, 6), np.float32))
+    to_diffusers = ("--to", "diffusers")
     for arguments, told in (
+        ((published[0].with_name("sit.pt"), tmp_path / "x", "--empty-context", null), "draws classes, not text"),
+        (
+            (published[0], tmp_path / "x", *to_diffusers, "--empty-context", null, "--text-encoder", place / "bert"),
+            "16 channels, the model has 6",
+        ),
         (
             (place / "run", tmp_path / "x", "--to", "huggingface", "--text-encoder", "y"),
             "only --to diffusers takes one",
@@ -265,3 +315,25 @@ def test_without_its_data_a_model_tells_its_encoder_and_mask_by_the_empty_captio
     with pytest.raises(UserError, match="its states of the empty caption are not the model's"):
         convert(run, tmp_path / "x", "--to", "diffusers", "--text-encoder", tmp_path / "other")
     assert not (tmp_path / "x").exists()
+
+
+def test_whose_states_a_model_takes_is_known_of_a_pipeline_a_run_and_published_sizes(place, published, tmp_path):
+    def told(path: Path) -> TextStates:
+        return text_of(read_model(path, pytest.fail))
+
+    found = told(place / "run")
+    assert (found.encoder, found.mask, len(found.hash)) == ("bert", True, 64)
+    convert(place / "run", tmp_path / "pipe", "--to", "diffusers")
+    assert told(tmp_path / "pipe") == found
+    run, data = (Path(shutil.copytree(place / name, tmp_path / name)) for name in ("run", "data"))
+    recipe = (run / "recipe.toml").read_text().replace(str(place / "data"), str(data))
+    (run / "recipe.toml").write_text(recipe)
+    tiny_text.write_states(data, "other/second")
+    assert told(run) == TextStates(), "the recipe must say which"
+    (run / "recipe.toml").write_text(recipe.replace('\ntext = ""\n', '\ntext = "other/second"\n'))
+    assert told(run).encoder == "other/second"
+    origin = read_model(published[0], pytest.fail)
+    for length, width, encoder in ((77, 768, "openai/clip-vit-large-patch14"), (77, 6, ""), (9, 768, "")):
+        config = replace(origin.loaded.config, text_length=length, text_width=width)
+        found = text_of(replace(origin, loaded=replace(origin.loaded, config=config)))
+        assert found == TextStates(encoder)

@@ -61,6 +61,20 @@ def test_captions_beside_images_in_any_packing(form: str, packing: str, tmp_path
         open_source(path)
 
 
+def test_of_several_files_and_keys_the_nearest_counts(tmp_path: Path) -> None:
+    files = {
+        "1.a.txt": "its own", "1.txt": "of the key", "1.json": {"text": "of the table"},
+        "2.json": {"prompt": "last", "text": "third", "captions": ["second"], "caption": " "}, "2.txt": "\n",
+        "3.json": {"prompt": "the only one"},
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    for name in ("1.a", "1.b", "2", "3"):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    found = captions(open_source(tmp_path, captioned=True))
+    assert found == [["its own"], ["of the key"], ["second"], ["the only one"]]
+
+
 def test_classes_stay_where_there_are_any(class_folders: Path) -> None:
     for path in class_folders.rglob("*.png"):
         path.with_suffix(".txt").write_text(f"caption of {path.name}")
@@ -95,6 +109,12 @@ def test_captions_of_coco_go_to_the_images_of_their_names(tmp_path: Path) -> Non
     there = [f"train2014/{name}" for name in names[::-1]]
     found = read_source_captions(there, coco_captions(path, there), 0, "here", lambda line: None)
     assert [sorted(line) for line in found] == [sorted(line) for line in TEXTS[2::-1]]
+    write_coco(path, ["a.jpg", "/val/a.jpg"], [["of no folder"], ["of val"]])
+    there = ["coco/val/a.jpg", "coco/train/a.jpg", "coco/b.jpg"]
+    found = coco_captions(path, there)
+    assert [list(found(number)) for number in range(3)] == [["of val"], ["of no folder"], []]
+    write_coco(path, [*names, "elsewhere.jpg"], TEXTS)
+    there = [f"train2014/{name}" for name in names[::-1]]
     with pytest.raises(UserError, match=r"captions of none of the images; its first is of 'elsewhere.jpg'"):
         coco_captions(path, ["a.jpg"])
     with pytest.raises(UserError, match="that of several images"):

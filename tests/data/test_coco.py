@@ -72,6 +72,9 @@ def check_text(data: Path, folder: Path, words: bool, tolerance: float) -> None:
             torch.testing.assert_close(found, states(folder, image, caption), atol=tolerance, rtol=tolerance)
             assert captions[image][caption] == f"image {image}, caption {caption} 👩🏽‍🚒" * words
     assert [len(line) for line in captions] == [1 + image % 3 for image in range(IMAGES)]
+    several = text.states(text.rows_of(np.array([7, 2, 9, 2]), np.zeros(4))).float()
+    expected = torch.stack([states(folder, image, 0) for image in (7, 2, 9, 2)])
+    torch.testing.assert_close(several, expected, atol=tolerance, rtol=tolerance)
     text.close()
 
 
@@ -90,6 +93,22 @@ def test_means_and_stds_are_read_in_place_with_the_captions_states(words: bool, 
         clip = write_text_encoder(tmp_path / "clip", "clip")
         with pytest.raises(UserError, match="captions without their words"):
             prepare.main(["--text", str(clip), str(folder)])
+
+
+def test_what_lies_beside_the_latents_counts(tmp_path: Path) -> None:
+    folder = write_layout(tmp_path / "train")
+    before = open_data(folder)
+    with pytest.raises(UserError, match="no complete text states of google/t5"):
+        open_text(folder, "google/t5", before)
+    np.save(folder / "empty_context.npy", np.ones((LENGTH, WIDTH), np.float32))
+    assert open_text(folder, "", before).null().eq(1).all(), "the folder's own before the one above"
+    (folder.parent / "empty_context.npy").unlink()
+    assert open_text(folder, ENCODER, before).null().eq(1).all()
+    np.save(folder / "6_1.npy", np.zeros((LENGTH, WIDTH), np.float32))
+    assert open_data(folder).digest != before.digest, "one caption more"
+    assert coco.is_coco(folder)
+    (folder / "manifest.json").write_text("{}")
+    assert not coco.is_coco(folder)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -160,6 +179,7 @@ def shorten(folder: Path) -> None:
         damage("8_1.npy", np.full((LENGTH, WIDTH), np.inf, np.float32)),
         damage("../empty_context.npy", np.zeros(LENGTH, np.float32)), pytest.param(shorten, "5_1.npy", id="cut"),
         pytest.param(lambda folder: (folder / "8.txt").write_text("one\n"), "8.txt", id="a line too few"),
+        pytest.param(lambda folder: (folder / "8.txt").write_text("1\n2\n3\n4\n"), "8.txt", id="a line too many"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_named_in_one_line(change, named, tmp_path: Path) -> None:
@@ -174,9 +194,11 @@ def test_a_bad_file_is_named_in_one_line(change, named, tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_other_kind_is_found_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco, "SAMPLED", 2)
     folder = write_layout(tmp_path / "train")
     np.save(folder / "5.npy", -np.ones(SHAPE, np.float32))
+    with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\)"):
+        open_data(folder, verify=False)
+    monkeypatch.setattr(coco, "SAMPLED", 2)
     records = open_data(folder, verify=False)
     with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\), but 0\.npy is \(mean, std\)"):
         records.gather(np.array([4, 5]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def test_states_of_other_captions_latents_or_encoders_are_refused_in_one_line(tm
     records, captions, manifest = open_data(data), data / CAPTIONS, data / "manifest.json"
     with pytest.raises(UserError, match=r"no complete text states of other; .* --text other"):
         open_text(data, "other", records)
+    text_folder(data, "some/begun").mkdir()  # without a manifest it counts for nothing
+    assert open_text(data, "", records).manifest.encoder == ENCODER
+    states = text_folder(data, ENCODER) / "manifest.json"
+    whole = states.read_text()
+    states.write_text(json.dumps(json.loads(whole) | {"shape": [2, 2, WIDTH]}))
+    with pytest.raises(BadFile, match=r"\(1, L, W\) is needed"):
+        open_text(data, ENCODER, records)
+    states.write_text(whole)
     write_states(data, "else/second")
     with pytest.raises(UserError, match=r"states of second, tiny-encoder: data.text must name one"):
         open_text(data, "", records)
@@ -94,6 +103,7 @@ def test_captions_in_any_script_come_back_as_they_were(tmp_path: Path) -> None:
     lines = [["👩🏽‍🚒 a firefighter", "مرحبا", "a\u2028b\x85c\nd"], ["\x00", ""], ["x" * 2**20]]
     (tmp_path / CAPTIONS).write_bytes(captions_bytes(lines))
     assert read_captions(tmp_path)[0] == lines
+    assert captions_bytes([["é", "مر"], ["b"]]).decode() == '["é", "مر"]\n["b"]\n'
 
 
 @pytest.fixture
@@ -137,12 +147,18 @@ def test_written_states_are_the_encoders_and_interrupted_or_shared_writing_ends_
         text_module.write_text(sets[1], open_data(sets[1]), encoder, told.append, batch=3)
     with pytest.raises(UserError, match="no complete text states"):
         open_text(sets[1], "bert", open_data(sets[1]))
-    text_module.write_text(sets[1], open_data(sets[1]), encoder, told.append, batch=3)
+    done: list[int] = []
+    text_module.write_text(sets[1], open_data(sets[1]), encoder, told.append, batch=3, progress=done.append)
+    assert sum(done) == len(texts)
     assert sorted(calls) == sorted([shard.file for shard in manifest.shards] + [manifest.shards[1].file])
     for rank, last in ((1, False), (0, True)):
         text_module.write_text(sets[2], open_data(sets[2]), encoder, told.append, batch=3, share=slice(rank, None, 2))
         assert (text_folder(sets[2], "bert") / "manifest.json").is_file() == last
     assert files(sets[0]) == files(sets[1]) == files(sets[2])
+    last = text_folder(sets[2], "bert") / manifest.shards[-1].file
+    last.write_bytes(last.read_bytes()[:-1] + b"?")
+    with pytest.raises(BadFile, match=f"{last.name}: its SHA-256"):
+        open_text(sets[2], "bert", open_data(sets[2])).verify()
     folder = text_folder(sets[1], "bert")
     (folder / manifest.shards[0].file).unlink()
     os.truncate(folder / manifest.shards[2].file, 99)

@@ -109,19 +109,38 @@ def test_a_kept_classifier_is_loaded_and_training_repeats_bit_by_bit(
         found[0].digest, found[0].accuracy, found[0].values,
     )  # fmt: skip
     assert again.read(pictures.images[:9]) == found[0].read(pictures.images[:9])
-    weights = tmp_path / "1" / attributes.FOLDER / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    changed = json.loads((tmp_path / "2" / "attributes.json").read_text())
-    changed["train"][0][0] = "dark"
-    (tmp_path / "2" / "attributes.json").write_text(json.dumps(changed))
-    for seed, reason in ((1, "SHA-256"), (2, "other pictures")):
-        told: list[str] = []
-        load_attribute_classifier(tmp_path / str(seed), told.append)
+
+    class Begun(Exception):
+        """Instead of training again."""
+
+    def begin(*arguments: object) -> None:
+        raise Begun
+
+    monkeypatch.setattr(attributes, "train", begin)
+    kept = tmp_path / "1" / attributes.FOLDER
+    manifest, weights, images = kept / "manifest.json", kept / "model.safetensors", tmp_path / "1/images.safetensors"
+    shown = tmp_path / "1" / "attributes.json"
+    for path, changed, reason in (
+        (weights, weights.read_bytes()[:-1] + b"?", "SHA-256"),
+        (
+            manifest,
+            manifest.read_bytes().replace(b"classifier/1", b"classifier/0"),
+            "another version",
+        ),
+        (shown, shown.read_bytes().replace(b'"light"', b'"dark"', 1), "other pictures"),
+        (images, images.read_bytes()[:-1] + bytes([images.read_bytes()[-1] ^ 1]), "other pictures"),
+    ):
+        whole, told = path.read_bytes(), list[str]()
+        assert changed != whole
+        path.write_bytes(changed)
+        with pytest.raises(Begun):
+            load_attribute_classifier(tmp_path / "1", told.append)
         assert reason in told[0] and "training it again" in told[0]
+        path.write_bytes(whole)
 
 
 def test_prompts_are_scored_by_what_they_ask_for(trained: AttributeClassifier, pictures: Pictures) -> None:
-    prompts = [captions[-1] for captions in pictures.captions]
+    prompts = [captions[number % 2 - 1] for number, captions in enumerate(pictures.captions)]
     scores = prompt_scores(trained, pictures, pictures.images, prompts)
     held = len(pictures.images) - pictures.trained
     assert held == 1 and scores["held_out"] == {**trained.accuracy, "num": 1} and scores["real"] == trained.accuracy
@@ -136,6 +155,40 @@ def test_prompts_are_scored_by_what_they_ask_for(trained: AttributeClassifier, p
         prompt_scores(trained, pictures, pictures.images[:3], [prompts[0], "a unicorn", "red unicorn"])
     with pytest.raises(UserError, match="2 images for 1 prompt"):
         prompt_scores(trained, pictures, pictures.images[:2], prompts[:1])
+
+
+def test_a_thing_is_found_among_the_five_nearest_and_a_log_names_each_share() -> None:
+    shades = torch.arange(0, 250, 10, dtype=torch.uint8)  # 25 grey pictures, of which the last three are held out
+    named = [("dark", "man", "cook")] * 2 + [("none", "none", "none")] * 20 + [("dark", "woman", "cook")] * 3
+    real = Pictures(
+        shades.view(-1, 1, 1, 1).expand(-1, 3, 32, 32), tuple(named),
+        tuple((f"shade {i}", f"{i} of 25") for i in range(25)), 22, "digest",
+    )  # fmt: skip
+
+    class Reader:
+        """Takes every picture for a dark man's."""
+
+        accuracy, digest = {"tone": 0.9, "gender": 0.8, "role": 0.7, "all": 0.6}, "proof"
+
+        def score(self, images: torch.Tensor, wanted: list[tuple[str, str, str]]) -> dict[str, float]:
+            assert len(images) == len(wanted) and {tone for tone, _, _ in wanted} == {"dark"}
+            man = sum(gender == "man" for _, gender, _ in wanted) / len(wanted)
+            return {"tone": 1.0, "gender": man, "role": 0.25, "all": man / 4}
+
+    numbers = [10, 11, 12, 13, 0, 23, 24, 1, 22]
+    drawn = torch.tensor([100, 128, 142, 158, 0, 0, 0, 0, 0]).byte().view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    scores = prompt_scores(Reader(), real, drawn, [real.captions[i][i % 2] for i in numbers])  # type: ignore[arg-type]
+    # By distance its own is the first, fourth, fifth and sixth.
+    assert scores["retrieved"] == 0.75 and scores["retrieved_num"] == 4
+    assert scores["held_out"] == {"tone": 1, "gender": 0, "role": 0.25, "all": 0, "num": 3}
+    assert scores["seen"] == {"tone": 1, "gender": 1, "role": 0.25, "all": 0.25, "num": 2}
+    assert attributes.metrics(scores) == {
+        "held_out": 0, "held_out_tone": 1, "held_out_gender": 0, "held_out_role": 0.25, "held_out_num": 3,
+        "seen": 0.25, "seen_tone": 1, "seen_gender": 1, "seen_role": 0.25, "seen_num": 2,
+        "retrieved": 0.75, "retrieved_num": 4, "real_held_out": 0.6, "attributes_digest": "proof",
+    }  # fmt: skip
+    things = prompt_scores(Reader(), real, drawn[:1], ["shade 10"])  # type: ignore[arg-type]
+    assert attributes.metrics(things).keys() == {"retrieved", "retrieved_num", "real_held_out", "attributes_digest"}
 
 
 def test_the_nearest_pictures_are_those_of_least_error(pictures: Pictures) -> None:

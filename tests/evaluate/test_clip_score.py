@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from st_fast.core.errors import UserError
 from st_fast.evaluate.clip_score import BATCH, load_clip
 from st_fast.model.encoders import CLIP
+from st_fast.model.vae import tensors_hash
 from tests.tiny_text import write_text_encoder
 
 hf = pytest.importorskip("transformers")
@@ -50,12 +53,31 @@ def test_it_is_a_hundred_times_the_cosine_where_that_is_positive_and_long_texts_
         expected.append(100 * F.cosine_similarity(out.image_embeds, out.text_embeds).clamp_min(0)[0])
     found = load_clip(str(folder), CPU)(images, texts)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-3)
-    assert (found == 0).any() or (found > 0).all()
+    assert (found == 0).any() and (found > 0).any()
     assert found.std() > 0.1
 
 
-def test_what_is_no_clip_is_refused_in_one_line(tmp_path):
-    write_text_encoder(tmp_path, "bert")
-    with pytest.raises(UserError, match="'clip' is needed") as raised:
-        load_clip(str(tmp_path), CPU)
-    assert "\n" not in str(raised.value)
+def test_what_is_no_clip_is_refused_in_one_line(folder, tmp_path_factory):
+    other = write_text_encoder(tmp_path_factory.mktemp("other"), "bert")
+    weights = load_file(folder / "model.safetensors")
+    first = load_clip(str(folder), CPU)
+    assert (first.name, first.hash) == (folder.name, tensors_hash(weights))
+    key = "text_projection.weight"
+    changes: list[tuple[dict[str, torch.Tensor], str]] = [
+        ({k: v for k, v in weights.items() if k != key}, f"1 weights are missing: {key}"),
+        (weights | {key: weights[key] / 0}, "NaN or infinite"),
+        ({}, "neither a folder with a CLIP in safetensors"),
+    ]
+    refused = [(other, "'clip' is needed")]
+    for some, words in changes:
+        changed = Path(shutil.copytree(folder, tmp_path_factory.mktemp("changed"), dirs_exist_ok=True))
+        refused.append((changed, words))
+        if some:
+            save_file(some, changed / "model.safetensors", {"format": "pt"})
+        else:  # a pickle, which is never read
+            torch.save(weights, changed / "pytorch_model.bin")
+            (changed / "model.safetensors").unlink()
+    for path, words in refused:
+        with pytest.raises(UserError, match=words) as raised:
+            load_clip(str(path), CPU)
+        assert "\n" not in str(raised.value)

@@ -108,6 +108,7 @@ def test_it_is_the_published_network(qk_norm, modulation):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for depth in (1, 2, 3):
         torch.testing.assert_close(model.features(x, t, text, depth), streams[depth - 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x, t, text)[1], model.embed_tokens(x), rtol=0, atol=0)
     null = model.null_context.expand_as(text)
     for branch, condition in zip(model.guided_features(x, t, text, 2), (text, null), strict=True):
         torch.testing.assert_close(branch, plainly(model, x, t, condition)[1][1], rtol=1e-5, atol=1e-5)
@@ -129,6 +130,21 @@ def test_every_trained_weight_gets_a_gradient_and_the_same_one_compiled_and_comp
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     for others in found[1:]:
         torch.testing.assert_close(others, found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_biases_whose_gradients_are_left_to_the_next_op_get_the_same_ones(qk_norm):
+    x, t, text = inputs(TINY, dtype=torch.float32)
+    found = []
+    for how in ("fused", "reference"):
+        table = kernels.select({"bias_gradients": how}, CPU)
+        model = with_life(replace(TINY, qk_norm=qk_norm), table).float()
+        assert table.bias_gradients == (how == "fused")
+        velocity, stream = model(x, t, text, 2)
+        (velocity.square().mean() + stream.square().mean()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, truth in found[1].items():
+        torch.testing.assert_close(found[0][name], truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()), msg=name)
 
 
 def test_the_published_size_has_the_parameters_and_keys_of_the_released_model():
@@ -169,8 +185,28 @@ def test_the_architectures_layers_are_the_networks():
 
 def test_a_new_one_predicts_nothing_unless_it_is_initialised_as_published():
     x, t, text = inputs(TINY, dtype=torch.float32)
-    assert not build(TINY, TABLE, 0)(x, t, text)[0].any()
-    assert build(replace(TINY, zero_init=False), TABLE, 0)(x, t, text)[0].std() > 0.1
+    model = build(TINY, TABLE, 0)
+    velocity, streams = model(x, t, text, (0, 1, 2, 3))
+    assert not velocity.any() and all(torch.equal(stream, streams[0]) for stream in streams)
+    modulations = {key: w for key, w in model.state_dict().items() if "adaLN_modulation" in key}
+    assert len(modulations) == 2 * (2 * TINY.depth + 1) and not any(w.any() for w in modulations.values())
+    published = build(replace(TINY, zero_init=False), TABLE, 0)
+    assert published(x, t, text)[0].std() > 0.1
+
+
+def test_a_new_ones_weights_are_drawn_as_published_and_constants_are_not_trained():
+    model = build(replace(TINY, zero_init=False), TABLE, 0)
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+        elif name.startswith("t_embedder"):
+            assert weight.detach().std() == pytest.approx(0.02, rel=0.1), name
+        elif "ln_" not in name and weight.requires_grad:
+            bound = (6 / sum(weight.flatten(1).shape)) ** 0.5  # Xavier's
+            assert all(0.97 * bound < side <= 1.001 * bound for side in (weight.max(), -weight.min())), name
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert frozen == {"pos_embed", "null_context"}
+    assert {id(weight) for weight in model.constants} == {id(model.pos_embed), id(model.null_context)}
 
 
 def test_an_unfilled_model_takes_all_weights_over():
@@ -178,4 +214,5 @@ def test_an_unfilled_model_takes_all_weights_over():
     empty.load_state_dict(drawn.state_dict())
     x, t, text = inputs(TINY, dtype=torch.bfloat16)
     assert torch.equal(empty(x, t, text)[0], drawn(x, t, text)[0])
+    assert torch.equal(empty(x.float(), t.float(), text.float())[0], drawn(x, t, text)[0])
     assert not empty.null_context.requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.data.manifest import Manifest, VaeInfo
+from st_fast.data.shards import open_data
+from st_fast.data.text import open_text, read_text_manifest
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate.clip_score import load_clip
 from st_fast.model import build
@@ -22,7 +25,7 @@ from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
 from st_fast.sample import __main__ as sample
 from st_fast.sample import previews, prompts
-from st_fast.sample.captioned import LINES, captioned_grid, wrapped
+from st_fast.sample.captioned import GAP, LINES, captioned_grid, wrapped
 from st_fast.sample.previews import read_record
 from tests import tiny_text
 from tests.evaluate.test_clip_score import write_clip
@@ -37,7 +40,11 @@ class Encoder:
     name, hash, length, width, mask = tiny_text.ENCODER, "0" * 64, tiny_text.LENGTH, tiny_text.WIDTH, True
 
     def __init__(self, hash: str = "0" * 64) -> None:
-        self.hash, self.read = hash, list[str]()
+        self.hash, self.read, self.given = hash, list[str](), list[tuple[object, ...]]()
+
+    def loaded(self, *arguments: object) -> Encoder:
+        self.given.append(arguments)
+        return self
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         self.read += texts
@@ -50,7 +57,7 @@ class Encoder:
 @pytest.fixture
 def encoder(monkeypatch) -> Encoder:
     found = Encoder()
-    monkeypatch.setattr(prompts, "load_text_encoder", lambda *arguments: found)
+    monkeypatch.setattr(prompts, "load_text_encoder", found.loaded)
     return found
 
 
@@ -119,6 +126,53 @@ def test_a_picture_has_the_prompts_and_as_many_samples_of_each(run, encoder, tmp
     assert record is not None and record["num"] == 10 and len(record["prompts"]) == 2
     sample.main([str(run), "--prompt", "a very long prompt of many words", "--out", str(tmp_path / "b.png")])
     assert "1 of 1 prompts have more than 4 tokens, cut: a very long" in capsys.readouterr().out
+
+
+def test_states_are_those_of_the_numbers_asked_for_and_only_some_are_kept(encoder):
+    texts = [f"number {i}" for i in range(1_200)]
+    found = prompts.EncodedPrompts(texts, encoder, torch.device("cpu"), stored=torch.float16)
+    for numbers in ([7, 2, 7, 5], [2, 3], [*range(1_199, 0, -1)], [0, 3], [1, 1_100, 1]):
+        expected = tiny_text.states_of([texts[number] for number in numbers]).float()
+        assert torch.equal(found.states(torch.tensor(numbers)), expected)
+    assert len(encoder.read) == 1_199 + 2 + 2, "after a thousand all are read anew"
+    assert found.negative(3) is None
+
+
+def test_prompts_are_read_as_the_datas_captions_were_by_the_encoder_where_it_lies_now(encoder, tmp_path):
+    data, said = tiny_text.make_data(tmp_path / "data"), list[str]()
+    manifest = read_text_manifest(data, "")
+    cpu, mask, negated = torch.device("cpu"), not manifest.mask, "no thing of more than four"
+    for place, asked in (("", tiny_text.ENCODER), ("/elsewhere/tiny", "/elsewhere/tiny")):
+        texts = ["one", "two words"]
+        found = prompts.encoded_prompts(texts, replace(manifest, mask=mask), cpu, said.append, negated, place)
+        assert encoder.given[-1] == (asked, cpu, torch.float32, tiny_text.LENGTH, mask)
+    negative = found.negative(2)
+    assert negative is not None and torch.equal(negative[1], tiny_text.states_of([negated])[0].float())
+    assert "1 of 3 prompts have more than 4 tokens, cut: no thing of more" in said[-1]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_stored_states_are_those_of_the_captions_they_stand_with(flip, tmp_path):
+    data = tiny_text.make_data(tmp_path / "data", flip)
+    stored = open_text(data, "", records := open_data(data))
+    found = prompts.stored_prompts(data, stored, 5, torch.device("cpu"))
+    assert list(found.texts) == [tiny_text.CAPTIONS[i][0] for i in (0, 3, 7, 11, 15)]
+    assert torch.equal(found.states(torch.tensor([4, 1, 4])), tiny_text.states_of(found.texts)[[4, 1, 4]].float())
+    ours = stored.manifest
+    prompts.check_same_encoder(stored, replace(ours, encoder="elsewhere/tiny"), data)
+    for other in ({"hash": "1" * 64}, {"shape": (1, 5, 6)}, {"shape": (1, 4, 7)}, {"mask": not ours.mask}):
+        with pytest.raises(UserError, match="states of 'none/tiny-encoder'.*, 4 tokens, mask True; those of"):
+            prompts.check_same_encoder(stored, replace(ours, **other), data)
+    records.close()
+
+
+def test_null_bytes_of_prompts_are_left_out_and_too_many_refused(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_bytes(b"\n a\0b \r\n\xff\n \0 c")
+    assert prompts.read_prompts(tmp_path / "p.txt") == ["ab", "\ufffd", "c"]
+    monkeypatch.setattr(prompts, "PROMPTS_MOST", 3)
+    assert prompts.checked_prompts(["a"] * 3, "here") == ["a"] * 3
+    with pytest.raises(UserError, match="here: 4 prompts, at most 3"):
+        prompts.checked_prompts(["a"] * 4, "here")
 
 
 @pytest.mark.parametrize(
@@ -294,3 +348,17 @@ def test_captions_without_words_are_told_apart_by_their_states_and_keep_them_bes
     assert not np.array_equal(plain, other)
     away = drawn(run, tmp_path / "a2", "--captions", str(folders[0]), "-n", "4", "--negative", "")
     assert encoder.read == [""] and np.array_equal(away, plain)
+
+
+def test_every_caption_stands_under_its_own_picture_row_by_row():
+    shades = torch.arange(18).mul(12).view(3, 3, 1, 2)  # of the left and the right half, by colour
+    images = shades.repeat_interleave(64, 2).repeat_interleave(32, 3).byte()
+    texts = ["i", "m " * 40, "m m m"]
+    sheet, side, below = captioned_grid(images, texts, 2).int(), 128, 3 * 14
+    ink, tops = [], (GAP, GAP + side + GAP + LINES * 14 + GAP)
+    for number, (left, top) in enumerate(((GAP, tops[0]), (2 * GAP + side, tops[0]), (GAP, tops[1]))):
+        picture = sheet[top : top + side, left : left + side]
+        assert torch.equal(picture[1, [1, -2]], shades[number, :, 0].T.int())
+        assert torch.equal(picture[-2, [1, -2]], shades[number, :, 0].T.int())
+        ink.append(int((255 - sheet[top + side : top + side + below, left : left + side]).sum()))
+    assert 0 < 3 * ink[0] < ink[2] and 2 * ink[2] < ink[1] and (sheet[tops[1] :, 2 * GAP + side :] == 255).all()

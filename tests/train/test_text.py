@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_fast.core import checkpoint
+from st_fast.core import checkpoint, random
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
@@ -18,8 +18,7 @@ from st_fast.data.shards import open_data
 from st_fast.data.text import CAPTIONS, captions_bytes
 from st_fast.prepare.features import write_features
 from st_fast.recipe import Recipe, load
-from st_fast.sample.model import load_prompts
-from st_fast.train import examiner, trainer
+from st_fast.train import trainer
 from st_fast.train.batches import BatchIterator
 from st_fast.train.conditions import open_conditions
 from st_fast.train.run import run
@@ -59,15 +58,15 @@ def states(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_ranks(flip, tmp_path):
     data = tiny_text.make_data(tmp_path / "data", flip)
-    recipe = recipe_for(data, tmp_path, "--model.class_dropout=0.3")
-    records = open_data(data, verify=False)
+    recipe = recipe_for(data, tmp_path, "--model.class_dropout=0.3", "--data.loader=auto")
+    records, said = open_data(data, verify=False), list[str]()
     null, drawn = tiny_text.states_of([""])[0], []
     seen: dict[int, set[int]] = {}
     for count in (1, 2):
         steps = []
         for rank in range(count):
             loader, conditions = ResidentLoader(records, CPU), open_conditions(recipe, records)
-            conditions.open(CPU, print)
+            conditions.open(CPU, said.append)
             ranks = Ranks(rank, count, CPU)
             batches = BatchIterator(recipe, recipe.stages[0], loader, records, ranks, conditions=conditions)
             steps.append([batch for (batch,) in batches.steps(0, 24)])
@@ -81,13 +80,16 @@ def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_
         )
     for ours, theirs in zip(*drawn, strict=True):
         assert torch.equal(ours, theirs)
+    assert [line.partition(" (")[0] for line in said] == ["captions: loader = resident"] * 3
     dropped = 0
+    shares = random.uniform(recipe.run.seed, random.Purpose.CAPTION, torch.arange(24 * 8))[:, 0]
     order = batches.order(np.arange(24 * 8))
     for place in range(0, len(drawn[0]), 3):
         for ordinal, state, student in zip(*drawn[0][place : place + 3], strict=True):
             image = int(order[ordinal]) // (1 + flip)
             captions = tiny_text.states_of(tiny_text.CAPTIONS[image])
             (which,) = (captions == state).all((1, 2)).nonzero()
+            assert int(which) == int(float(shares[ordinal]) * len(captions)), "the draw of no other purpose"
             seen.setdefault(image, set()).add(int(which))
             assert torch.equal(student, state) or torch.equal(student, null)
             dropped += torch.equal(student, null)
@@ -196,27 +198,14 @@ def test_states_that_do_not_fit_and_captions_that_changed_are_refused_in_one_lin
     with pytest.raises(UserError, match="states of other captions"):
         run(recipe_for(other, tmp_path))
     tiny_text.write_states(other)
-    recipe = recipe_for(other, tmp_path, "--stage.align.steps=12")
+    another = tiny_text.make_data(tmp_path / "another")
+    tiny_text.write_states(another, mask=False)  # the same captions, read in another way
     before = (whole / "recipe.toml").read_bytes()
-    with pytest.raises(UserError, match="captions or their states changed"):
-        run(replace(recipe, run=replace(recipe.run, out=str(whole))))
+    for changed in (other, another):
+        recipe = recipe_for(changed, tmp_path, "--stage.align.steps=12")
+        with pytest.raises(UserError, match="captions or their states changed"):
+            run(replace(recipe, run=replace(recipe.run, out=str(whole))))
     assert (whole / "recipe.toml").read_bytes() == before, "what is refused changes nothing: samples are drawn by it"
-
-
-def test_captions_for_scores_are_looked_for_before_training_and_opened_once(data, tmp_path, monkeypatch):
-    found, opened = type("Network", (), {"sha256": "0" * 64}), []
-    monkeypatch.setattr(examiner, "load_inception", lambda path, device: found)
-    monkeypatch.setattr(examiner.scores, "open_reference", lambda path, shape: ("0" * 64,))
-    monkeypatch.setattr(examiner, "decoder", lambda *a: lambda latents: torch.zeros(len(latents), 3, 8, 8).byte())
-    monkeypatch.setattr(examiner.Examiner, "_by_inception", lambda self, images: {"fid": 1.0})
-    monkeypatch.setattr(examiner, "load_prompts", lambda *a: opened.append(a[0].folder) or load_prompts(*a))
-    options = ("--evaluate.inception=w.pth", "--evaluate.num=2050", "--evaluate.every=5", "--sample.steps=1")
-    with pytest.raises(UserError, match=r"nowhere: no such folder, .* \(--captions, evaluate\.captions\)"):
-        run(recipe_for(data, tmp_path, *options, f"--evaluate.captions={tmp_path / 'nowhere'}"))
-    assert not (tmp_path / "out" / "align").exists()
-    opened.clear()
-    run(recipe_for(data, tmp_path, *options, f"--evaluate.captions={data}"))
-    assert len(tiny.records(tmp_path / "out", "eval")) == 4 and opened == [data]
 
 
 def test_a_teacher_that_other_states_trained_is_refused(whole, tmp_path, monkeypatch):
