@@ -58,7 +58,7 @@ for folder in sys.argv[1:]:
     pipe.set_progress_bar_config(disable=True)
     texts, found = ["a red fox", "number seven", "a picture more eight one two three four"], {}
     for sampler in ("heun", "sde"):
-        settings = dict(sampler=sampler, num_inference_steps=3, guidance_scale=2.5, seed=11, output_type="pt")
+        settings = dict(sampler=sampler, num_inference_steps=4, guidance_scale=2.5, seed=11, output_type="pt")
         found[sampler] = pipe(texts, **settings).images
     found["negative"] = pipe(texts, negative_prompt="one fox", **settings).images
     with warnings.catch_warnings(record=True) as told:
@@ -69,8 +69,12 @@ for folder in sys.argv[1:]:
     ]
     found["states"] = pipe(prompt_embeds=pipe.states(texts)[1:], first=1, **settings).images
     assert pipe("two").images[0].size == (8, 8)
-    pipe.text_encoder = None
-    for wrong, told in (({"prompt": "two"}, "no text encoder"), ({}, "is needed"), ({"prompt": []}, "is needed")):
+    one, others = pipe("two", output_type="pt").images, ({"guidance_scale": 0.0}, {"latents": torch.zeros(1, 3, 8, 8)})
+    assert one.shape == (1, 3, 8, 8) and torch.equal(pipe("two", output_type="pt", return_dict=False)[0], one)
+    assert not any(torch.equal(pipe("two", output_type="pt", **other).images, one) for other in others)
+    both, pipe.text_encoder = {"prompt": "two", "prompt_embeds": pipe.states(["two"])}, None
+    wrongs = (({"prompt": "two"}, "no text encoder"), ({}, "is needed"), (both, "is needed"), ({"prompt": []}, "is needed"))
+    for wrong, told in wrongs:
         try:
             pipe(**wrong)
         except ValueError as error:
@@ -225,7 +229,7 @@ def test_a_pipeline_without_st_fast_draws_what_our_sampler_draws(family, pipelin
     theirs = load_file(pipelines / f"{family}.safetensors")
     (tmp_path / "prompts.txt").write_text("a red fox\nnumber seven\na picture more eight one two three four\n")
     for name, options in {"heun": (), "sde": (), "negative": ("--negative", "one fox")}.items():
-        settings = ("--steps", "3", "--cfg-scale", "2.5", "--cfg-range", "0", "0.7", "--seed", "11", *options)
+        settings = ("--steps", "4", "--cfg-scale", "2.5", "--cfg-range", "0", "0.7", "--seed", "11", *options)
         encoder = ("--prompts", str(tmp_path / "prompts.txt"), "--text-encoder", str(place / family))
         sampler = ("--sampler", name.replace("negative", "sde"), "--npz", "-n", "3", "--out", str(tmp_path / name))
         sample.main([str(place / "run"), *settings, *encoder, *sampler])
@@ -252,6 +256,16 @@ def test_the_module_that_a_pipeline_carries_is_the_network(change):
     inputs = test_mmdit.inputs(config)
     torch.testing.assert_close(theirs(*inputs), model(*inputs)[0], rtol=1e-5, atol=1e-5)
     assert not theirs.null_context.requires_grad and not theirs.pos_embed.requires_grad
+
+
+def test_a_pipeline_guides_from_one_end_of_its_range_to_the_other():
+    def transformer(x: torch.Tensor, times: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return condition.view(-1, 1, 1, 1) * times.view(-1, 1, 1, 1) + 0 * x
+
+    pipe = SimpleNamespace(transformer=transformer, config=SimpleNamespace(guidance_low=0.25, guidance_high=0.75))
+    velocity = drawing.guided(pipe, torch.full((3,), 4.0), torch.full((3,), 2.0), 2.5)
+    found = [velocity(torch.zeros(3, 1, 2, 2), t)[2, 0, 1, 1].item() / t for t in (0.125, 0.25, 0.5, 0.75, 0.875)]
+    assert found == [4, 7, 7, 7, 4]
 
 
 @pytest.mark.parametrize("flow", ["linear", "cosine"])

@@ -96,14 +96,26 @@ def test_real_pictures_are_read_also_when_moved_and_at_another_size(
 def test_a_kept_classifier_is_loaded_and_training_repeats_bit_by_bit(
     data: Path, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found, said, given, augmented = [], list[str](), list[torch.Tensor](), attributes._augmented
+
+    def watched(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        given.append(pixels)
+        return augmented(pixels, generator)
+
+    def decoded(data: Path, rows: list[int]) -> torch.Tensor:
+        assert rows == [i for i in range(pictures.trained) if pictures.attributes[i][2] != "none"]
+        return torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8)
+
     monkeypatch.setattr(attributes, "EPOCHS", 1)
-    found, said = [], list[str]()
+    monkeypatch.setattr(attributes, "_augmented", watched)
+    monkeypatch.setattr(attributes, "_decoded", decoded)
     for seed in (1, 2):
         folder = Path(shutil.copytree(data, tmp_path / str(seed), ignore=shutil.ignore_patterns(attributes.FOLDER)))
         torch.manual_seed(seed)
         found.append(load_attribute_classifier(folder, lambda _: None))
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
     assert found[0].digest == found[1].digest
+    assert 0.3 < (torch.cat(given) == -1).flatten(1).all(1).double().mean() < 0.7, "half of them are decoded"
     again = load_attribute_classifier(tmp_path / "1", said.append)
     assert not said and (again.digest, again.accuracy, again.values) == (
         found[0].digest, found[0].accuracy, found[0].values,

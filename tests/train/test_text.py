@@ -15,7 +15,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
 from st_fast.data.loader import ResidentLoader
 from st_fast.data.shards import open_data
-from st_fast.data.text import CAPTIONS, captions_bytes
+from st_fast.data.text import CAPTIONS, TextSet, captions_bytes
 from st_fast.prepare.features import write_features
 from st_fast.recipe import Recipe, load
 from st_fast.train import trainer
@@ -56,7 +56,9 @@ def states(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_ranks(flip, tmp_path):
+def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_ranks(flip, tmp_path, monkeypatch):
+    closed, close = list[object](), TextSet.close
+    monkeypatch.setattr(TextSet, "close", lambda self: closed.append(close(self)))
     data = tiny_text.make_data(tmp_path / "data", flip)
     recipe = recipe_for(data, tmp_path, "--model.class_dropout=0.3", "--data.loader=auto")
     records, said = open_data(data, verify=False), list[str]()
@@ -80,7 +82,7 @@ def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_
         )
     for ours, theirs in zip(*drawn, strict=True):
         assert torch.equal(ours, theirs)
-    assert [line.partition(" (")[0] for line in said] == ["captions: loader = resident"] * 3
+    assert [line.partition(" (")[0] for line in said] == ["captions: loader = resident"] * 3 and len(closed) == 3
     dropped = 0
     shares = random.uniform(recipe.run.seed, random.Purpose.CAPTION, torch.arange(24 * 8))[:, 0]
     order = batches.order(np.arange(24 * 8))
