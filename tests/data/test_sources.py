@@ -147,6 +147,7 @@ def test_the_name_of_a_shard_is_no_class(tmp_path: Path, names: tuple[str, ...])
     ("labels", "names", "numbers"),
     [
         ([{"label": 3}, {"label": 1}, {"label": 1}, {"label": 0}], (), [3, 1, 1, 0]),
+        ([{"cls": 3}, {"label": 9, "cls": 1}, {"cls": 1, "class": "a"}, {"cls": 0}], (), [3, 1, 1, 0]),
         ([{"cls": "dog"}, {"cls": "cat"}, {"cls": "cat"}, {"cls": "emu"}], ("cat", "dog", "emu"), [1, 0, 0, 2]),
         ([{"class": "10"}, {"class": "9"}, {"class": "9"}, {"class": "10"}], ("9", "10"), [1, 0, 0, 1]),
     ],
@@ -165,7 +166,7 @@ def json_beside(folder: Path, form: str, labels: list[dict[str, object]]) -> Non
     for shard in range(2):
         files = {}
         for n in (2 * shard, 2 * shard + 1):
-            files |= {f"{n:05d}.jpg": encoded(picture(n), "JPEG"), f"{n:05d}.txt": b"a caption"}
+            files |= {f"{n:05d}.a.jpg": encoded(picture(n), "JPEG"), f"{n:05d}.txt": b"a caption"}
             files[f"{n:05d}.json"] = json.dumps(labels[n]).encode()
         if form == "folders":
             (folder / f"{shard:05d}").mkdir()

@@ -116,6 +116,8 @@ def test_a_kept_classifier_is_loaded_and_training_repeats_bit_by_bit(
         assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(seed)))
     assert found[0].digest == found[1].digest
     assert 0.3 < (torch.cat(given) == -1).flatten(1).all(1).double().mean() < 0.7, "half of them are decoded"
+    held = [i for i in range(pictures.trained, len(pictures.images)) if pictures.is_person(i)]
+    assert found[0].accuracy == found[0].score(pictures.images[held], [pictures.attributes[i] for i in held])
     again = load_attribute_classifier(tmp_path / "1", said.append)
     assert not said and (again.digest, again.accuracy, again.values) == (
         found[0].digest, found[0].accuracy, found[0].values,
@@ -225,6 +227,12 @@ def test_a_sheet_has_the_nearest_real_picture_right_of_each_sample(
     assert torch.equal(images[..., :32], images[..., -32:]) and (images[..., 32:34] == 255).all()
     assert torch.equal(images[-1, ..., :32], pictures.images[order[-1]])
     assert texts[-1] == f"{prompts[-1]} → {pictures.captions[int(order[-1])][0]}"
+    faded = (pictures.images[order[-1:]].float() * 0.95 + 5).byte()
+    nearest_sheet(pictures, faded, prompts[:1])
+    assert isinstance(given["images"], torch.Tensor) and torch.equal(given["images"][..., :32], faded), (
+        "the sample left"
+    )
+    assert torch.equal(given["images"][..., -32:], pictures.images[order[-1:]])
     nearest_sheet(pictures, pictures.images, prompts)
     assert given["texts"] == [prompts[i] for i in np.linspace(0, len(order) - 1, count).astype(int)]
     monkeypatch.undo()

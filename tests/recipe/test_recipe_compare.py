@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from st_fast.recipe import Recipe, Stage, changed_maths, load
+from st_fast.recipe.architecture import Model, resolve_model
 from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import SECTIONS
 from st_fast.report.fairness import doubtful
@@ -109,3 +110,18 @@ def test_another_method_is_shown_by_its_name(small: Path) -> None:
     align, transcend = recipe.stages
     lines = changed_maths(recipe, with_stages(recipe, replace(align, method=Plain()), transcend))
     assert lines == ['stage.align.supervision: "velocity_head" → "none"']
+
+
+def test_weights_of_one_network_fit_however_it_began_and_was_computed_and_those_of_another_are_told():
+    text, classes = (resolve_model(m) for m in (Model("MMDiT-6/2", text_width=8, text_length=4), Model("SiT-S/2")))
+    free = {"name": "custom", "class_dropout": 0.3, "zero_init": False, "attention": "math", "modulation": "one"}
+    for model, others in ((text, {"num_classes": 7}), (classes, {"text_width": 3, "text_length": 5})):
+        assert model.differences(replace(model, **free, **others).architecture()) == []
+        assert not {"zero_init", *others} & model.described().keys()
+    found = text.differences(replace(text, text_length=5, qk_norm=False).architecture())
+    assert found == ["text_length 5 (this recipe: 4)", "qk_norm False (this recipe: True)"]
+    older = {key: value for key, value in classes.architecture().items() if key != "qk_norm"}
+    assert classes.differences(older) == [], "what it lacks is the default"
+    assert text.differences(classes.architecture())[-3:] == [
+        "network sit (this recipe: mmdit)", "text_width 0 (this recipe: 8)", "text_length 0 (this recipe: 4)",
+    ]  # fmt: skip

@@ -131,24 +131,29 @@ def test_a_picture_has_the_prompts_and_as_many_samples_of_each(run, encoder, tmp
 def test_states_are_those_of_the_numbers_asked_for_and_only_some_are_kept(encoder):
     texts = [f"number {i}" for i in range(1_200)]
     found = prompts.EncodedPrompts(texts, encoder, torch.device("cpu"), stored=torch.float16)
-    for numbers in ([7, 2, 7, 5], [2, 3], [*range(1_199, 0, -1)], [0, 3], [1, 1_100, 1]):
+    for numbers, read in (
+        ([7, 2, 7, 5], 3), ([2, 3], 1), ([*range(1_006, -1, -1)], 1_003), ([1_007, 5], 1), ([1_008, 5], 1),
+        ([1_009, 5], 2),  # beside 1,009 of them, more than a thousand and four times two
+        ([5, 1_100, 5], 1),
+    ):  # fmt: skip
+        before = len(encoder.read)
         expected = tiny_text.states_of([texts[number] for number in numbers]).float()
         assert torch.equal(found.states(torch.tensor(numbers)), expected)
-    assert len(encoder.read) == 1_199 + 2 + 2, "after a thousand all are read anew"
+        assert len(encoder.read) - before == read
     assert found.negative(3) is None
 
 
 def test_prompts_are_read_as_the_datas_captions_were_by_the_encoder_where_it_lies_now(encoder, tmp_path):
     data, said = tiny_text.make_data(tmp_path / "data"), list[str]()
     manifest = read_text_manifest(data, "")
-    cpu, mask, negated = torch.device("cpu"), not manifest.mask, "no thing of more than four"
+    cpu, mask, negated = torch.device("cpu"), not manifest.mask, "no thing of more than four words " * 3
     for place, asked in (("", tiny_text.ENCODER), ("/elsewhere/tiny", "/elsewhere/tiny")):
         texts = ["one", "two words"]
         found = prompts.encoded_prompts(texts, replace(manifest, mask=mask), cpu, said.append, negated, place)
         assert encoder.given[-1] == (asked, cpu, torch.float32, tiny_text.LENGTH, mask)
     negative = found.negative(2)
     assert negative is not None and torch.equal(negative[1], tiny_text.states_of([negated])[0].float())
-    assert "1 of 3 prompts have more than 4 tokens, cut: no thing of more" in said[-1]
+    assert said[-1].endswith(f"1 of 3 prompts have more than 4 tokens, cut: {negated[:60]}…")
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -173,6 +178,10 @@ def test_null_bytes_of_prompts_are_left_out_and_too_many_refused(tmp_path, monke
     assert prompts.checked_prompts(["a"] * 3, "here") == ["a"] * 3
     with pytest.raises(UserError, match="here: 4 prompts, at most 3"):
         prompts.checked_prompts(["a"] * 4, "here")
+    monkeypatch.setattr(prompts, "CAPTION_MOST", 5)
+    assert prompts.checked_prompts(["a", "abcde"], "here") == ["a", "abcde"]
+    with pytest.raises(UserError, match=r"here: 'abcdef'…: 6 characters, at most 5"):
+        prompts.checked_prompts(["abcdef", "a"], "here")
 
 
 @pytest.mark.parametrize(
