@@ -167,6 +167,8 @@ def test_prompts_are_scored_by_what_they_ask_for(trained: AttributeClassifier, p
     assert alone["retrieved"] < 0.8 and alone["held_out"] is None and alone["seen"] is None  # type: ignore[operator]
     with pytest.raises(UserError, match=r"'a unicorn' and 1 others: not a caption"):
         prompt_scores(trained, pictures, pictures.images[:3], [prompts[0], "a unicorn", "red unicorn"])
+    with pytest.raises(UserError, match=r"prompt 'a unicorn': not a caption"):
+        prompt_scores(trained, pictures, pictures.images[:1], ["a unicorn"])
     with pytest.raises(UserError, match="2 images for 1 prompt"):
         prompt_scores(trained, pictures, pictures.images[:2], prompts[:1])
 

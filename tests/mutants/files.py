@@ -43,7 +43,7 @@ FILES = (
         (*STEPS, EVERY_LOADER, "train/schedule/test_batches.py", *METHODS),
         ("Lookahead", "BatchIterator"),
     ),
-    File("st_fast/train/conditions.py", ("train/test_text.py",)),
+    File("st_fast/train/conditions.py", ("train/test_text.py", GOLDEN)),
     File("st_fast/train/optim.py", ("train/test_adamw.py", "train/supervision/test_self_methods.py", GOLDEN, TRUTH)),
     File("st_fast/train/adamw.py", ("train/test_adamw.py", TRUTH)),
     File("st_fast/train/supervision/__init__.py", METHODS),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from PIL import Image, ImageFont
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -195,6 +195,9 @@ def test_latents_captions_states_and_attributes_belong_to_the_same_pictures(
         assert attributes["train" if split == "train" else "held_out"] == named
     assert not set(map(tuple, attributes["held_out"])) & set(map(tuple, attributes["train"]))
     assert "1 not in the font" in said[0]
+    sheet = np.asarray(Image.open(folder / "reconstructions.png"))
+    first = sheet[:: len(sheet) // 36, :: len(sheet) // 36][2:34, 2:34]
+    assert np.array_equal(first.transpose(2, 0, 1), images["test"][0]), "real ones come before the VAE's"
     assert error == pytest.approx(float(said[-1].partition("pictures ")[2].split()[0]), abs=0.2)
     assert [path.name for path in tmp_path.iterdir()] == ["emoji"]
 

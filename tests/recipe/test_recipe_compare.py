@@ -10,6 +10,7 @@ import pytest
 
 from st_fast.recipe import Recipe, Stage, changed_maths, load
 from st_fast.recipe.architecture import Model, resolve_model
+from st_fast.recipe.error import RecipeError
 from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import SECTIONS
 from st_fast.report.fairness import doubtful
@@ -113,6 +114,9 @@ def test_another_method_is_shown_by_its_name(small: Path) -> None:
 
 
 def test_weights_of_one_network_fit_however_it_began_and_was_computed_and_those_of_another_are_told():
+    for wrong in ("MMDiT-6/2x", "MMDiT-06/2", "xMMDiT-6/2"):
+        with pytest.raises(RecipeError, match=r"model\.name"):
+            resolve_model(Model(wrong, text_width=8, text_length=4))
     text, classes = (resolve_model(m) for m in (Model("MMDiT-6/2", text_width=8, text_length=4), Model("SiT-S/2")))
     free = {"name": "custom", "class_dropout": 0.3, "zero_init": False, "attention": "math", "modulation": "one"}
     for model, others in ((text, {"num_classes": 7}), (classes, {"text_width": 3, "text_length": 5})):

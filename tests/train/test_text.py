@@ -59,6 +59,7 @@ def states(out: Path) -> dict[str, torch.Tensor]:
 def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_ranks(flip, tmp_path, monkeypatch):
     closed, close = list[object](), TextSet.close
     monkeypatch.setattr(TextSet, "close", lambda self: closed.append(close(self)))
+    monkeypatch.setattr(ResidentLoader, "close", lambda self: closed.append(self))
     data = tiny_text.make_data(tmp_path / "data", flip)
     recipe = recipe_for(data, tmp_path, "--model.class_dropout=0.3", "--data.loader=auto")
     records, said = open_data(data, verify=False), list[str]()
@@ -82,7 +83,8 @@ def test_a_visit_sees_one_of_its_images_captions_or_nothing_and_the_same_on_any_
         )
     for ours, theirs in zip(*drawn, strict=True):
         assert torch.equal(ours, theirs)
-    assert [line.partition(" (")[0] for line in said] == ["captions: loader = resident"] * 3 and len(closed) == 3
+    assert [line.partition(" (")[0] for line in said] == ["captions: loader = resident"] * 3
+    assert [type(one) for one in closed] == 3 * [ResidentLoader, type(None)]
     dropped = 0
     shares = random.uniform(recipe.run.seed, random.Purpose.CAPTION, torch.arange(24 * 8))[:, 0]
     order = batches.order(np.arange(24 * 8))
