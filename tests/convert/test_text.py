@@ -74,8 +74,8 @@ for folder in sys.argv[1:]:
     assert not any(torch.equal(pipe("two", output_type="pt", **other).images, one) for other in others)
     pipe.tokenizer.pad_token = None  # as some have it
     both, pipe.text_encoder = {"prompt": "two", "prompt_embeds": pipe.states(["two"])}, None
-    wrongs = (({"prompt": "two"}, "no text encoder"), ({}, "is needed"), (both, "is needed"), ({"prompt": []}, "is needed"))
-    for wrong, told in wrongs:
+    needed = "is needed"
+    for wrong, told in (({"prompt": "two"}, "no text encoder"), ({}, needed), (both, needed), ({"prompt": []}, needed)):
         try:
             pipe(**wrong)
         except ValueError as error:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from st_fast.core.errors import UserError
+from st_fast.model.stored import alike
 from st_fast.model.text_encoders import PACKAGED, check_encoder, load_text_encoder
 from tests.tiny_text import FAMILIES, write_text_encoder
 
@@ -80,7 +81,9 @@ def test_the_hash_is_that_of_the_files_weights_whatever_the_encoder_computes_in(
     check_encoder(half, "bert", whole.hash)
     assert whole(TEXTS).dtype == half(TEXTS).dtype == torch.float32
     torch.testing.assert_close(half(TEXTS), whole(TEXTS), atol=0.1, rtol=0)
-    assert not torch.equal(half(TEXTS), whole(TEXTS))
+    assert not torch.equal(half(TEXTS), whole(TEXTS)) and alike(half([""])[0], whole([""])[0])
+    other = load_text_encoder(str(write_text_encoder(tmp_path / "other", "bert", seed=1)), CPU, torch.float32, 6)
+    assert not alike(other([""])[0], whole([""])[0]), "what tells encoders apart where no hash does"
 
 
 def test_of_a_whole_clip_the_text_model_is_taken(tmp_path: Path) -> None:
