@@ -35,22 +35,14 @@ def refused(run: Path, *options: str) -> str:
     return str(told.value)
 
 
-def test_other_data_than_emoji_need_inception(run: Path, tmp_path: Path) -> None:
-    assert "no Inception weights: pass --inception FILE" in refused(run)
-    images = run.parent / "data" / "images.safetensors"
-    images.touch()
-    assert "attributes.json: missing, so these are no emoji" in refused(run)
-    images.unlink()
-
-
 def test_prompts_that_no_real_picture_has_are_not_drawn_to_be_scored(
     run: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures = Pictures(torch.zeros(1, 3, 8, 8).byte(), (("none", "none", "none"),), (("a fox",),), 1, "")
     monkeypatch.setattr(evaluate.attributes, "check_pictures", lambda data: pictures)
-    (images := run.parent / "data" / "images.safetensors").touch()
+    (emoji := run.parent / "data" / "attributes.json").touch()
     assert "prompt 'x': not a caption of the real pictures" in refused(run, "--prompt", "a fox", "--prompt", "x")
-    images.unlink()
+    emoji.unlink()
 
 
 def test_a_clip_that_can_not_score_is_told(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
