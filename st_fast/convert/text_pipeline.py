@@ -40,7 +40,7 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
 
     @torch.no_grad()
     def __call__(
-        self, prompt: str | Sequence[str] | None = None, negative_prompt: str | None = None,
+        self, prompt: str | Sequence[str] | None = None, negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int | None = None, guidance_scale: float | None = None, sampler: str | None = None,
         seed: int = 0, first: int = 0, latents: Tensor | None = None, prompt_embeds: Tensor | None = None,
         output_type: str = "pil", return_dict: bool = True,
@@ -49,9 +49,10 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
 
         Sample i has number first + i; its noise, `latents` (B, C, S, S) where given, follows from (seed, number).
         `prompt_embeds` (B, L, W), the encoder's states, may stand for the prompts. Guidance leads away from the empty
-        caption, or from `negative_prompt`. `sampler` is "euler", "heun" or "sde" (Euler-Maruyama).
+        caption, or from `negative_prompt`, one for all or one each. `sampler` is "euler", "heun" or "sde"
+        (Euler-Maruyama).
 
-        ValueError for another one, or for prompts without a text encoder.
+        ValueError for another one, for prompts without a text encoder, and for states of other shapes.
         """
         config, device = self.transformer.config, self._execution_device
         sampler, steps = sampler or self.config.sampler, num_inference_steps or self.config.num_inference_steps
@@ -60,7 +61,13 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         if bool(prompts) == (prompt_embeds is not None):
             raise ValueError("either prompt or prompt_embeds is needed")
         states = self.states(prompts) if prompt_embeds is None else prompt_embeds.to(device).float()
-        null = self.transformer.null_context if negative_prompt is None else self.states([negative_prompt])
+        null = self.transformer.null_context
+        if negative_prompt is not None:
+            null = self.states([negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt))
+        wanted = null.shape[1:]
+        if states.shape[1:] != wanted or len(null) not in (1, len(states)):
+            found = f"{tuple(states.shape)} with {len(null)} negative ones"
+            raise ValueError(f"states {found}: (B, {wanted[0]}, {wanted[1]}) are needed, and 1 or B negative ones")
         numbers = torch.arange(first, first + len(states), device=device)
         shape = (config.channels, config.latent_size, config.latent_size)
         x = normal(seed, Purpose.SAMPLE_NOISE, numbers, shape) if latents is None else latents.to(device).float()
@@ -79,6 +86,7 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
             raise ValueError("this pipeline has no text encoder: pass text_encoder=… and tokenizer=…, or prompt_embeds")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
         tokens = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         if cut := sum(count > config.text_length for count in tokens):
             warnings.warn(f"{cut} of {len(texts)} texts have more than {config.text_length} tokens, cut", stacklevel=3)

@@ -61,6 +61,9 @@ for folder in sys.argv[1:]:
         settings = dict(sampler=sampler, num_inference_steps=4, guidance_scale=2.5, seed=11, output_type="pt")
         found[sampler] = pipe(texts, **settings).images
     found["negative"] = pipe(texts, negative_prompt="one fox", **settings).images
+    each = pipe(texts, negative_prompt=["one fox", "one", "one fox"], **settings).images
+    assert torch.equal(each[::2], found["negative"][::2]) and not torch.equal(each[1], found["negative"][1])
+    assert torch.equal(pipe.states(["half \\udc80"]), pipe.states(["half ?"]))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         pipe.states(texts), pipe.states(texts[:2])
@@ -74,8 +77,10 @@ for folder in sys.argv[1:]:
     assert not any(torch.equal(pipe("two", output_type="pt", **other).images, one) for other in others)
     pipe.tokenizer.pad_token = None  # as some have it
     both, pipe.text_encoder = {"prompt": "two", "prompt_embeds": pipe.states(["two"])}, None
-    needed = "is needed"
-    for wrong, told in (({"prompt": "two"}, "no text encoder"), ({}, needed), (both, needed), ({"prompt": []}, needed)):
+    needed, shaped = "is needed", "(B, 7, 16) are needed"
+    for wrong, told in (({"prompt": "two"}, "no text encoder"), ({}, needed), (both, needed), ({"prompt": []}, needed),
+                        ({"prompt_embeds": torch.zeros(2, 8, 16)}, shaped),
+                        ({"prompt_embeds": torch.zeros(7, 16)}, shaped)):
         try:
             pipe(**wrong)
         except ValueError as error:
