@@ -20,8 +20,12 @@ SHARD_BYTES = 2**27
 
 
 def write_captions(data: Path, captions: Sequence[Sequence[str]]) -> None:
-    """Writes captions.jsonl: a line for each image of the latents, in their order."""
-    write_atomic(data / CAPTIONS, captions_bytes(captions))
+    """Writes captions.jsonl: a line for each image of the latents, in their order. UserError where others are there."""
+    path, content = data / CAPTIONS, captions_bytes(captions)
+    if not path.is_file():
+        write_atomic(path, content)
+    elif read_bytes(path) != content:
+        raise UserError(f"{path}: other captions than those found now; remove it to write them anew")
 
 
 def keep_captions(data: Path, names: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
@@ -34,11 +38,7 @@ def keep_captions(data: Path, names: Sequence[str], captions: Sequence[Sequence[
     made = read_manifest(data)
     if (images := made.count // (1 + made.flip)) != len(kept):
         raise UserError(f"{data}: latents of {images} images, captions of {len(kept)}")
-    path = data / CAPTIONS
-    if path.is_file() and read_bytes(path) != captions_bytes(kept):
-        raise UserError(f"{path}: other captions than those found now; remove it to write them anew")
-    if not path.is_file():
-        write_captions(data, kept)
+    write_captions(data, kept)
 
 
 def check_words(data: Path, captions: Sequence[Sequence[str]]) -> None:

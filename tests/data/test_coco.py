@@ -154,6 +154,11 @@ def test_the_conversion_keeps_everything_and_goes_on_where_it_was_stopped(
     check_text(out, folder, words, 1e-3)
     prepare.main(["--verify", str(out)])
     assert f"text: {ENCODER} of 24 captions verified" in capsys.readouterr().out
+    if words:
+        (folder / "0.txt").write_text("another\n")
+        with pytest.raises(UserError, match=r"captions\.jsonl: other captions than those found now"):
+            prepare.main(command)
+        check_text(out, folder, words, 1e-3)
 
 
 def damage(name: str, array: np.ndarray | None) -> object:
