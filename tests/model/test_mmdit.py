@@ -179,6 +179,7 @@ def test_the_architectures_layers_are_the_networks():
     assert {f"{name}.weight" for name in declared} == {
         key for key in found if key.endswith("weight") and "ln_" not in key
     }
+    assert sum(tensor.numel() for tensor in found.values()) == TINY.parameters
     for name, layer in declared.items():
         assert found[f"{name}.weight"].flatten(1).shape == (layer.outputs, layer.inputs)
 

@@ -142,7 +142,7 @@ class Letters:
         return [len(text) for text in texts]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        rows = [list(text.encode()[:40].ljust(40)) for text in texts]
+        rows = [list(text.encode()[:40].ljust(40, b"~")) for text in texts]
         return torch.tensor(rows, dtype=torch.float32)[:, :, None].expand(-1, -1, 2)
 
 
@@ -188,7 +188,7 @@ def test_latents_captions_states_and_attributes_belong_to_the_same_pictures(
         assert torch.allclose(found, moments, atol=2e-3, rtol=2e-3) and found.std() > 0
         assert read_captions(place)[0] == [list(few.captions[i]) for i in expected]
         text = open_text(place, "", records)
-        assert text.manifest.mask and not text.null().ne(ord(" ")).any()
+        assert text.manifest.mask and not text.null().ne(ord("~")).any()
         last = text.rows_of(np.array([len(expected) - 1]), np.array([0.999]))
         assert torch.equal(text.states(last)[0].float(), Letters()([few.captions[expected[-1]][-1]])[0])
         named = [[few.attributes[i].tone, few.attributes[i].gender, few.attributes[i].role] for i in expected]

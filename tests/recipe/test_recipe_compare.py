@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from st_fast.recipe import Recipe, Stage, changed_maths, load
-from st_fast.recipe.architecture import Model, resolve_model
+from st_fast.recipe.architecture import Model, check_shapes, resolve_model
 from st_fast.recipe.error import RecipeError
 from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import SECTIONS
@@ -117,6 +117,9 @@ def test_weights_of_one_network_fit_however_it_began_and_was_computed_and_those_
     for wrong in ("MMDiT-6/2x", "MMDiT-06/2", "xMMDiT-6/2"):
         with pytest.raises(RecipeError, match=r"model\.name"):
             resolve_model(Model(wrong, text_width=8, text_length=4))
+    for key in ("text_width", "text_length"):
+        with pytest.raises(RecipeError, match=rf"model\.{key} = 3: .*network = \"sit\""):
+            check_shapes(replace(resolve_model(Model("SiT-S/2")), **{key: 3}))
     text, classes = (resolve_model(m) for m in (Model("MMDiT-6/2", text_width=8, text_length=4), Model("SiT-S/2")))
     free = {"name": "custom", "class_dropout": 0.3, "zero_init": False, "attention": "math", "modulation": "one"}
     for model, others in ((text, {"num_classes": 7}), (classes, {"text_width": 3, "text_length": 5})):
