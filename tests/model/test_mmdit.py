@@ -173,7 +173,9 @@ def test_the_flop_formula_agrees_with_torchs_counter(depth):
 
 
 def test_the_architectures_layers_are_the_networks():
-    found = MMDiT(TINY, TABLE).state_dict()
+    model = MMDiT(TINY, TABLE)
+    found = model.state_dict()
+    assert list(model.blocks) == list(model.joint_blocks)
     blocks = [(f"joint_blocks.{i}.{layer.name}", layer) for i in range(3) for layer in TINY.block_layers(ends=i == 2)]
     declared = dict(blocks) | {layer.name: layer for layer in (*TINY.embedders, *TINY.final_layers)}
     assert {f"{name}.weight" for name in declared} == {
