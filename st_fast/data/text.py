@@ -158,9 +158,7 @@ def read_captions(data: Path) -> tuple[list[list[str]], str]:
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             found = json.loads(line)
-            json.dumps(
-                found, ensure_ascii=False
-            ).encode()  # an escape may be half of a surrogate pair, which no encoder takes
+            json.dumps(found, ensure_ascii=False).encode()  # fails for half of a surrogate pair, which nothing can read
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
