@@ -61,7 +61,7 @@ METRICS = {
         ),
         Metric(
             "retrieved", "Retrieved", "percent", False, "attributes", caption="Share of images drawn for captions of "
-            "single objects whose own real image is among the five nearest. Higher is better.",
+            "objects, and of whatever else has no attributes, whose own real image is among the five nearest.",
         ),
         *(
             Metric(f"{of}_{what}", f"{title}: {what}", "percent", False, "attributes")
