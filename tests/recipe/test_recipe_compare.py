@@ -117,6 +117,8 @@ def test_weights_of_one_network_fit_however_it_began_and_was_computed_and_those_
     for wrong in ("MMDiT-6/2x", "MMDiT-06/2", "xMMDiT-6/2"):
         with pytest.raises(RecipeError, match=r"model\.name"):
             resolve_model(Model(wrong, text_width=8, text_length=4))
+    with pytest.raises(RecipeError, match=r"model\.width = 6: .*multiple of 4"):
+        check_shapes(Model(depth=1, width=6, heads=2, patch=2))
     for key in ("text_width", "text_length"):
         with pytest.raises(RecipeError, match=rf"model\.{key} = 3: .*network = \"sit\""):
             check_shapes(replace(resolve_model(Model("SiT-S/2")), **{key: 3}))
