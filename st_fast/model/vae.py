@@ -101,9 +101,11 @@ def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dty
         _check_folder(Path(source), cls)
     with from_hub(f"vae = {name!r}: {refusal}", source):
         # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
-        vae = cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False)
+        vae = cls.from_pretrained(source, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False)
     check_finite(vae.state_dict(), f"vae = {name!r}")
-    return vae.to(device).eval().requires_grad_(False)
+    if dtype != torch.float32:
+        vae.stored_hash = vae_hash(vae)
+    return vae.to(device, dtype).eval().requires_grad_(False)
 
 
 def _check_folder(folder: Path, cls: Any) -> None:
@@ -179,8 +181,12 @@ def answers(address: str) -> None:
 
 
 def vae_hash(vae: VAE) -> str:
-    """SHA-256 over names, shapes and float32 values of the weights: the same on any device and file layout."""
-    return tensors_hash(vae.state_dict())
+    """SHA-256 over names, shapes and float32 values of the weights: the same on any device and file layout.
+
+    Of one that was loaded in half precision, those of the file's weights.
+    """
+    stored: str = getattr(vae, "stored_hash", "")
+    return stored or tensors_hash(vae.state_dict())
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

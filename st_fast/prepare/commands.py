@@ -216,7 +216,7 @@ def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: s
         print(f"{out}: {len(records):,} records of {args.dtype} in {counted(producer.shards, 'shard')}")
         return
     if vae is not None:
-        keep_vae(vae, info, out)
+        keep_vae(args.vae, info, out)
     else:
         copy_vae(info, records.folder, out)
     with progress("converting", len(records), "record") as shown:
@@ -280,7 +280,7 @@ def encode(args: argparse.Namespace) -> None:
             f"VAE {info.name}, scale {template.scale:.5f}, SHA-256 {info.hash[:12]}…"
         )
         return
-    keep_vae(vae, info, out)
+    keep_vae(args.vae, info, out)
     images = np.array([len(encoder.images_of(number)) for number in range(encoder.shards)])[own_share()]
     with progress("encoding", int(images.sum()), "image", int(images[done[own_share()]].sum())) as shown:
         run_job(out, encoder, args.max_bad, shown.update)
@@ -299,7 +299,7 @@ def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[s
     if args.vae == "small":
         check_small(args, out)
     elif Path(args.vae).is_dir() and args.vae not in PIXELS:
-        asked["vae"] = vae_hash(load_vae(args.vae, *compute(args)))
+        asked["vae"] = vae_hash(load_vae(args.vae))
         if made.vae.hash not in ("", asked["vae"]):
             raise UserError(f"{out}: complete, but made with another VAE than {args.vae}: its weights changed")
     if args.precision != "auto":

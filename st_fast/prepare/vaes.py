@@ -124,13 +124,13 @@ def copy_vae(info: VaeInfo, folder: Path, out: Path) -> None:
             shutil.copytree(source, writing, dirs_exist_ok=True)
 
 
-def keep_vae(vae: VAE, info: VaeInfo, out: Path) -> None:
-    """Puts a copy of a VAE from a local folder into OUT, once; UserError where OUT has another."""
+def keep_vae(source: str, info: VaeInfo, out: Path) -> None:
+    """Puts a copy of the VAE in a local folder `source` into OUT, once; UserError where OUT has another."""
     folder = out / VAE_FOLDER
     if not info.path or own_share().start != 0:
         return
     if not folder.is_dir():
         with write_folder(folder) as writing:
-            save_pretrained(vae, writing)
-    elif vae_hash(load_vae(folder, vae.device, vae.dtype)) != info.hash:
+            save_pretrained(load_vae(source), writing)
+    elif vae_hash(load_vae(folder)) != info.hash:
         raise UserError(f"{folder}: it holds another VAE than {info.name}; name another folder to write")

@@ -21,6 +21,7 @@ from st_fast.model.vae import (
     latent_shape,
     load_vae,
     refuse_normalised,
+    tensors_hash,
     vae_hash,
     vae_scale,
 )
@@ -69,6 +70,12 @@ def test_a_shift_factor_is_taken_off_and_put_back(folder: Path) -> None:
     vae.register_to_config(shift_factor=0.25)
     assert torch.allclose(encode_moments(vae, images()), plain - torch.tensor([0.25] * 3 + [0] * 3).view(1, 6, 1, 1))
     assert torch.equal(decode(vae, torch.ones(1, 3, 4, 4) - 0.125, 0.5), picture)
+
+
+def test_the_hash_is_that_of_the_files_weights_in_whatever_precision_they_compute(folder: Path) -> None:
+    half = load_vae(folder, dtype=torch.bfloat16)
+    assert next(half.parameters()).dtype == torch.bfloat16
+    assert vae_hash(half) == vae_hash(load_vae(folder)) != tensors_hash(half.state_dict())
 
 
 def test_the_hash_follows_the_weights_not_the_file(folder: Path, tmp_path: Path) -> None:

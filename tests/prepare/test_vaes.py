@@ -85,6 +85,16 @@ def test_latents_of_another_vae_in_repas_layout_carry_that_vae(tiny_vae: Path, t
         run("--from-repa", tmp_path / "repa", tmp_path / "x", "--vae", "pixels", "--device", "cpu")
 
 
+def test_what_half_precision_encoded_has_the_vae_as_it_is(tiny_vae: Path, odd_folder: Path, tmp_path: Path) -> None:
+    arguments = (odd_folder, tmp_path / "out", "--vae", tiny_vae, "--size", "16", "--device", "cpu")
+    run(*arguments, "--precision", "bf16")
+    made, vae = read_manifest(tmp_path / "out").vae, vae_hash(load_vae(tiny_vae))
+    assert made.hash == vae == vae_hash(load_vae(made.source(tmp_path / "out")))
+    run(*arguments, "--precision", "bf16")
+    with pytest.raises(UserError, match="precision"):
+        run(*arguments, "--precision", "fp32")
+
+
 @pytest.mark.parametrize("path", ["../elsewhere", "/etc", "link", "vae/../../elsewhere"])
 def test_a_manifests_vae_never_leads_out_of_its_folder(path: str, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
