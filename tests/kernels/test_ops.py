@@ -369,7 +369,8 @@ def test_any_shape_in_any_layout_agrees_with_the_reference(
         outs = [x_out, y, value]
         weights = [torch.linspace(-1, 1.5, out.numel()).to(out.dtype).view(out.shape) for out in outs]
         grads = torch.autograd.grad(outs, views[:5], weights)
-        return [*(out.detach() for out in outs), *grads]
+        sized = [x_out, y, value + 1.0]  # a cosine's errors are of its range, however near to 0 it is
+        return [*(out.detach() for out in sized), *grads]
 
     truth, eager, ours = evaluate(reference, torch.float64), evaluate(reference, torch.float32), evaluate(
         kernels, torch.float32)  # fmt: skip
