@@ -16,7 +16,7 @@ from st_fast.core import random
 from st_fast.core.errors import Say, UserError
 from st_fast.core.random import Purpose
 from st_fast.data.ahead import RecordSet
-from st_fast.data.loader import make_loader
+from st_fast.data.loader import kept_bytes, make_loader
 from st_fast.data.text import TextSet, open_text
 from st_fast.recipe.schema import Recipe
 
@@ -34,6 +34,10 @@ class Conditions(Protocol):
 
     def open(self, device: torch.device, say: Say) -> None:
         """Begins to read, for `stream`."""
+        ...
+
+    def kept(self, device: torch.device) -> tuple[int, int]:
+        """Bytes that stay on the device once it is open, at least and at most."""
         ...
 
     def stream(self, visits: Iterable[Visit]) -> Iterator[Tensor] | None:
@@ -56,6 +60,10 @@ class ClassLabels:
     def open(self, device: torch.device, say: Say) -> None:
         """Nothing is read beside the latents."""
 
+    def kept(self, device: torch.device) -> tuple[int, int]:
+        """Nothing."""
+        return 0, 0
+
     def stream(self, visits: Iterable[Visit]) -> Iterator[Tensor] | None:
         """The labels come with the latents."""
         return None
@@ -76,6 +84,10 @@ class Captions:
         self._loader = make_loader(
             self._name, self._texts, device, lambda line: say(line.replace("data:", "captions:", 1))
         )
+
+    def kept(self, device: torch.device) -> tuple[int, int]:
+        """The states of all captions, or none."""
+        return kept_bytes(self._name, self._texts, device)
 
     def rows(self, visit: Visit) -> np.ndarray:
         """(n,) the rows of the text set that a visit sees: the same for the same seed and ordinals."""
@@ -108,6 +120,15 @@ def open_conditions(recipe: Recipe, records: RecordSet) -> Conditions:
             f"model.text_length = {model.text_length} and model.text_width = {model.text_width}"
         )
     return Captions(texts, recipe.run.seed, recipe.data.loader)
+
+
+def kept_on_device(recipe: Recipe, records: RecordSet, device: torch.device) -> tuple[int, int]:
+    """Bytes of the latents and of their conditions that stay on the device, at least and at most."""
+    conditions = open_conditions(recipe, records)
+    both = kept_bytes(recipe.data.loader, records, device), conditions.kept(device)
+    conditions.close()
+    least, most = map(sum, zip(*both, strict=True))
+    return least, most
 
 
 def check_same_conditions(saved: str, where: str, conditions: Conditions) -> None:

@@ -19,7 +19,6 @@ from st_fast.core.machine import PassTooLarge, local_rank, naming_lack_of_memory
 from st_fast.core.ranks import JOINING, Ranks, process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.ahead import RecordSet
-from st_fast.data.loader import kept_bytes
 from st_fast.data.manifest import Manifest, check_same_data
 from st_fast.data.shards import open_data
 from st_fast.kernels.heap import keep_freed_memory
@@ -35,7 +34,7 @@ from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.agreement import RECIPE, agree, of_data, of_recipe
 from st_fast.train.batches import open_image_features
 from st_fast.train.choices import choose_kernels
-from st_fast.train.conditions import check_same_conditions, open_conditions
+from st_fast.train.conditions import check_same_conditions, kept_on_device, open_conditions
 from st_fast.train.continuity import Changes, check_recipe, newest, score_differences
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
@@ -101,7 +100,7 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             ranks.broadcast_from_rank0(examiner.check)
             differences = score_differences(changes.scored, examiner.protocol)
             ranks.broadcast_from_rank0(lambda: changes.check(differences, recipe.stages[0].name, 0))
-            dtype, kept = precision(recipe, ranks.device), kept_bytes(recipe.data.loader, shards, ranks.device)
+            dtype, kept = precision(recipe, ranks.device), kept_on_device(recipe, shards, ranks.device)
             split, choice = memory.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
             if ranks.first:
                 # Not earlier: a recipe that is refused has not begun, and may be corrected.

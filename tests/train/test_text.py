@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from st_fast.core.ranks import Ranks
 from st_fast.core.signals import StopRequest
 from st_fast.data.loader import ResidentLoader
 from st_fast.data.shards import open_data
-from st_fast.data.text import CAPTIONS, TextSet, captions_bytes
+from st_fast.data.text import CAPTIONS, TextSet, captions_bytes, open_text
 from st_fast.prepare.features import write_features
 from st_fast.recipe import Recipe, load
 from st_fast.train import trainer
 from st_fast.train.batches import BatchIterator
-from st_fast.train.conditions import open_conditions
+from st_fast.train.conditions import kept_on_device, open_conditions
 from st_fast.train.run import run
 from tests import tiny, tiny_text
 from tests.data import test_coco
@@ -131,6 +132,16 @@ def test_stopped_in_the_middle_of_either_stage_it_goes_on_bit_by_bit(step, data,
     null = tiny_text.states_of([""]).float()
     assert torch.equal(theirs["transcend/model/null_context"], null)
     assert torch.equal(theirs["transcend/ema/null_context"], null)
+
+
+def test_what_stays_on_the_device_is_latents_and_states(data, tmp_path):
+    records, device = open_data(data, verify=False), torch.device("cpu")
+    with closing(open_text(data, "", records)) as texts:
+        states = texts.manifest.count * texts.manifest.record_bytes
+    latents = len(records) * records.manifest.record_bytes
+    for loader, expected in (("resident", (1, 1)), ("auto", (0, 1)), ("torch", (0, 0))):
+        recipe = recipe_for(data, tmp_path, f"--data.loader={loader}")
+        assert kept_on_device(recipe, records, device) == tuple((latents + states) * one for one in expected)
 
 
 def test_both_stages_learn(whole):
