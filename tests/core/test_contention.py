@@ -55,10 +55,16 @@ print(json.dumps(found))
 def test_threads_sleep_while_more_are_there_and_wait_awake_again_afterwards():
     """On one processor: a thread that waits awake is taken off it, one that sleeps soon gives it up by itself.
 
-    It looks without an end here: beside other work even 300,000 looks may be over before its turn comes.
+    It looks without an end here: beside other work even 300,000 looks may be over before its turn comes. Other work may
+    make it sleep all the same, so one process of three has to show it.
     """
-    before, during, after = run(SLEEPS, GOMP_SPINCOUNT="INFINITE")
-    assert during > 40 and during > 2 * max(before, after), (before, during, after)
+    found = []
+    for _ in range(3):
+        found.append(run(SLEEPS, GOMP_SPINCOUNT="INFINITE"))
+        before, during, after = found[-1]
+        if during > 40 and during > 2 * max(before, after):
+            return
+    pytest.fail(f"sleeps before, during and after: {found}")
 
 
 class Clock:
