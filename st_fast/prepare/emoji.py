@@ -45,10 +45,8 @@ def size_of(latent_size: int) -> int:
     """The side of the pictures whose latents have this side; UserError where emoji of that size can't be drawn well."""
     size = latent_size * DOWN
     if size not in SIZES:
-        raise UserError(
-            f"model.latent_size = {latent_size}: data.source = 'emoji' has pictures of 32 x 32 (latent_size 8) and "
-            "64 x 64 (16)"
-        )
+        known = " and ".join(f"{one} x {one} (latent_size {one // DOWN})" for one in SIZES)
+        raise UserError(f"model.latent_size = {latent_size}: data.source = 'emoji' has pictures of {known}")
     return size
 
 

@@ -27,7 +27,7 @@ from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.vae import PRESETS
 from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
-from st_fast.prepare.writing import finished, record_crcs, write_noted
+from st_fast.prepare.writing import all_finished, finished, record_crcs, write_noted
 
 KEPT_FILE = "images.safetensors"
 """Images as tensors, which a data folder may hold: those of the digits are the records' own."""
@@ -214,6 +214,5 @@ def write_features(
         tensors = {"features": features, "crc32": record_crcs(features, part)}
         write_noted(note, tensors)
     reader.close()
-    entries = tuple(entry for note in notes if (entry := finished(note)))
-    if len(entries) == len(notes):
+    if entries := all_finished(notes):
         write_manifest(folder, replace(planned, shards=entries))

@@ -14,7 +14,7 @@ from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.data.text import CAPTIONS, TextManifest, captions_bytes, read_captions, text_folder
 from st_fast.model.text_encoders import TextEncoder
 from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
-from st_fast.prepare.writing import finished, record_crcs, write_noted
+from st_fast.prepare.writing import all_finished, finished, record_crcs, write_noted
 
 SHARD_BYTES = 2**27
 
@@ -104,6 +104,5 @@ def write_states(
         states = np.concatenate(found)[:, None]
         tensors = {"states": states, "crc32": record_crcs(states, part)}
         write_noted(note, tensors)
-    entries = tuple(entry for note in notes if (entry := finished(note)))
-    if len(entries) == len(notes):
+    if entries := all_finished(notes):
         write_manifest(folder, replace(planned, shards=entries))

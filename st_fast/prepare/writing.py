@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -61,6 +61,12 @@ def finished(note: Path) -> ShardEntry | None:
         return None
     entry, shard = record_from(ShardEntry, read_json(note), str(note)), note.with_suffix(".safetensors")
     return entry if shard.is_file() and shard.stat().st_size == entry.bytes else None
+
+
+def all_finished(notes: Sequence[Path]) -> tuple[ShardEntry, ...]:
+    """The shards of all notes; none while one of them is to be made."""
+    entries = tuple(entry for note in notes if (entry := finished(note)))
+    return entries if len(entries) == len(notes) else ()
 
 
 def write_shards(
