@@ -23,9 +23,10 @@ PLAIN: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 def record_from(kind: type[Record], value: object, where: str, strict: bool = True) -> Record:
     """The dataclass `kind` out of a JSON object with its fields; `BadFile`, which begins with `where`, if it isn't one.
 
-    Fields are int (from 0), float, str, bool, tuples of these, `Mapping[str, …]` of these or of Any, dataclasses of
-    such fields, and `… | None`. A `BadFile` that the dataclass itself raises gets `where` in front. Fields that the
-    dataclass does not have are refused; without `strict` they are taken for a newer version's, and passed over.
+    Fields are int (from 0), float, str, bool, tuples of these, `Mapping[str, …]` of these or of Any, Literal,
+    dataclasses of such fields, and `… | None`. A `BadFile` that the dataclass itself raises gets `where` in front.
+    Fields that the dataclass does not have are refused; without `strict` they are taken for a newer version's, and
+    passed over.
     """
     if not isinstance(value, dict):
         raise BadFile(f"{where} = {shown(value)}: an object is needed")
@@ -68,6 +69,10 @@ def _value(kind: Any, value: Any, where: str, strict: bool) -> Any:
             raise BadFile(f"{where} = {shown(value)}: {needed} is needed")
         return value
     origin, kinds = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in kinds or type(value) is not type(kinds[kinds.index(value)]):
+            raise BadFile(f"{where} = {shown(value)}: one of {', '.join(map(str, kinds))} is needed")
+        return value
     if origin is types.UnionType:
         return None if value is None else _value(kinds[0], value, where, strict)
     if origin is Mapping:

@@ -3,9 +3,10 @@
 import hashlib
 import math
 import re
-from dataclasses import Field, asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -40,6 +41,10 @@ class VaeInfo:
     name: str
     hash: str = ""
     path: str = ""
+    kind: str = ""
+    """Its class, such as AutoencoderKL; "" in older sets."""
+    factor: int = 0
+    """Pixels of an image's side for each of its latents'; 0: unknown."""
 
     def source(self, folder: Path) -> str:
         """Where to load it from, for the set in `folder`: its folder inside, or its name on the hub.
@@ -51,6 +56,24 @@ class VaeInfo:
         if not HUB_NAME.fullmatch(self.name) or ".." in self.name:
             raise BadFile(f"{folder / FILE_NAME}: vae.name = {shown(self.name)}: no name that the hub could have")
         return self.name
+
+
+LATER = {
+    "Manifest": ("shift", "latents_mean", "latents_std", "posterior"),
+    "VaeInfo": ("kind", "factor"),
+}
+"""By dataclass, the fields that version 1's first manifests do not have."""
+
+
+def _without_defaults(told: dict[str, Any], record: Any) -> dict[str, Any]:
+    """`asdict` of a dataclass without the fields of LATER that have their defaults, also within it."""
+    usual = {
+        field.name: field.default for field in fields(record) if field.name in LATER.get(type(record).__name__, ())
+    }
+    kept = {name: value for name, value in told.items() if name not in usual or getattr(record, name) != usual[name]}
+    return kept | {
+        name: _without_defaults(kept[name], value) for name in kept if is_dataclass(value := getattr(record, name))
+    }
 
 
 class ShardedSet:
@@ -76,7 +99,13 @@ class ShardedSet:
     @property
     def digest(self) -> str:
         """SHA-256 of the manifest's content: it changes with every change of any shard's hash."""
-        return hashlib.sha256(json_bytes(asdict(self))).hexdigest()
+        return hashlib.sha256(json_bytes(self.as_json())).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of manifest.json. Fields that older versions do not have are there where they say anything, so
+        that a set's digest stays what it was.
+        """
+        return _without_defaults(asdict(self), self)
 
     def problem(self) -> str:
         """The first inconsistency, or ""."""
@@ -92,10 +121,12 @@ class ShardedSet:
 
 @dataclass(frozen=True)
 class Manifest(ShardedSet):
-    """What a folder of latents holds. `shape` is that of one record's moments, (2C, H, W) = concat(mean, std).
+    """What a folder of latents holds. `shape` is that of one record, (2C, H, W) = concat(mean, std) of its moments.
 
-    `scale` leads from unscaled moments to the diffusion model's latents. With `flip` the set has every image twice:
-    record 2i as it is and record 2i + 1 mirrored. `class_names` is empty when unknown.
+    The diffusion model's latents are x = scale · (z − shift − latents_mean) / latents_std for the VAE's z, with the
+    names that diffusers' configurations have. Shift, mean and std are taken off what is stored; the scale is not. With
+    `flip` the set has every image twice: record 2i as it is and record 2i + 1 mirrored. `class_names` is empty when
+    unknown.
     """
 
     count: int
@@ -110,11 +141,24 @@ class Manifest(ShardedSet):
     shards: tuple[ShardEntry, ...] = ()
     format: str = FORMAT
     version: int = 1
+    shift: float | None = None
+    """None, in older sets: what the VAE's own configuration says."""
+    latents_mean: tuple[float, ...] = ()
+    """(C,), or empty: zeros."""
+    latents_std: tuple[float, ...] = ()
+    """(C,), or empty: ones."""
+    posterior: Literal["sample", "mean"] = "sample"
+    """Whether each step draws from (mean, std), or a record is the latent itself, (C, H, W)."""
 
     @property
     def channels(self) -> int:
         """C of the latents: half of the moments' channels."""
-        return self.shape[0] // 2
+        return self.shape[0] if self.posterior == "mean" else self.shape[0] // 2
+
+    @property
+    def normalisation(self) -> dict[str, Any]:
+        """What leads from the VAE's latents to the diffusion model's, by the names of the fields."""
+        return {"scale": self.scale} | {name: getattr(self, name) for name in ("shift", "latents_mean", "latents_std")}
 
     def name_of(self, label: int) -> str:
         """The name of a class; its number where there are no names."""
@@ -124,15 +168,30 @@ class Manifest(ShardedSet):
         """The first inconsistency, or ""."""
         if problem := super().problem():
             return problem
-        if self.shape[0] % 2:
+        if self.posterior not in ("sample", "mean"):
+            return f"posterior = {shown(self.posterior)}: sample or mean is needed"
+        if self.shape[0] % 2 and self.posterior == "sample":
             return f"shape = {shown(self.shape)}: (2C, H, W) is needed"
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            return f"scale = {shown(self.scale)}: a positive number is needed"
+        if problem := normalisation_problem(self.normalisation, self.channels):
+            return problem
         if not 1 <= self.num_classes <= MOST_CLASSES:
             return f"num_classes = {shown(self.num_classes)}: 1 to {MOST_CLASSES} are possible"
         if self.class_names and len(self.class_names) != self.num_classes:
             return f"class_names has {len(self.class_names)} names, num_classes = {self.num_classes}"
         return ""
+
+
+def normalisation_problem(said: Mapping[str, Any], channels: int) -> str:
+    """What is wrong with scale, shift, latents_mean and latents_std for latents of so many channels, or ""."""
+    for name, value in said.items():
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if isinstance(value, tuple) and len(value) not in (0, channels):
+            return f"{name} has {len(value)} numbers; the latents have {channels} channels"
+        positive = name in ("scale", "latents_std")
+        wrong = [v for v in values if not (math.isfinite(v) and abs(v) <= LIMIT and (v > 0 or not positive))]
+        if wrong:
+            return f"{name} = {shown(wrong[0])}: a {'positive ' * positive}number, at most {LIMIT:.0e}, is needed"
+    return ""
 
 
 UPRIGHT = "upright, "
@@ -172,12 +231,12 @@ def parse_manifest(kind: type[Set], path: Path) -> Set:
 def write_manifest(folder: Path, manifest: ShardedSet) -> None:
     """Writes folder/manifest.json, old or new after a crash; UserError for one that could not be read again."""
     check_readable(manifest, Path(folder) / FILE_NAME)
-    write_json_atomic(Path(folder) / FILE_NAME, asdict(manifest))
+    write_json_atomic(Path(folder) / FILE_NAME, manifest.as_json())
 
 
 def check_readable(manifest: ShardedSet, path: Path) -> None:
     """UserError unless `read_manifest` would read it: the names of very many classes may be too long."""
-    data = json_bytes(asdict(manifest))
+    data = json_bytes(manifest.as_json())
     if len(data) > JSON_LIMIT:
         names = sum(map(len, getattr(manifest, "class_names", ())))
         raise UserError(
@@ -206,8 +265,10 @@ def check_same_data(saved_digest: str, saved_where: str, manifest: Manifest, fol
         )
 
 
-def moments_problem(moments: np.ndarray) -> tuple[int, str] | None:
+def moments_problem(moments: np.ndarray, posterior: str = "sample") -> tuple[int, str] | None:
     """The first bad record of (n, 2C, H, W) float16 or float32 moments as (its index, what is wrong), or None.
+
+    Where the posterior is "mean" records are latents (n, C, H, W), which have no std.
 
     Bad are NaN, Inf, |mean| or std above LIMIT, and a negative std. The bits are compared, so that one comparison
     catches all of it: IEEE floats of one sign sort like their bits, with Inf and NaN above every number.
@@ -216,7 +277,7 @@ def moments_problem(moments: np.ndarray) -> tuple[int, str] | None:
     words = np.ascontiguousarray(moments).view(bits)
     sign = bits(1 << (8 * moments.itemsize - 1))
     bad = (words & ~sign) > moments.dtype.type(LIMIT).view(bits)
-    channels = moments.shape[1] // 2
+    channels = moments.shape[1] if posterior == "mean" else moments.shape[1] // 2
     negative = words[:, channels:] > sign  # -0 equals `sign` and does no harm
     if not bad.any() and not negative.any():
         return None

@@ -49,7 +49,7 @@ class NpyRecords(RecordSet):
         for start in range(0, len(self), 1024):
             beat()
             moments = self.gather(np.arange(start, min(start + 1024, len(self))))[0].numpy()
-            if problem := moments_problem(moments):
+            if problem := moments_problem(moments, self.manifest.posterior):
                 raise BadFile(f"{self.root / self.names[start + problem[0]]}: {problem[1]}")
             content.update(moments.tobytes())
         self._files = FilesIdentity(self.files.stat, content.hexdigest())

@@ -145,7 +145,7 @@ class ShardSet(CheckedRows, RecordSet):
         for start in range(first, first + entry.count, step):
             beat()
             moments, _ = self.gather(np.arange(start, min(start + step, first + entry.count)))
-            if problem := moments_problem(moments.numpy()):
+            if problem := moments_problem(moments.numpy(), self.manifest.posterior):
                 raise BadFile(f"{self.where(start + problem[0])}: {problem[1]}")
         if not right:
             raise BadFile(

@@ -82,7 +82,7 @@ def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) 
             moments, labels, skipped = producer.produce(number, progress)
             entry = ShardEntry(shard_name(number), 0, 0, "")
             if len(labels):
-                entry = write_shard(folder / entry.file, moments, labels, producer.template.num_classes)
+                entry = write_shard(folder / entry.file, moments, labels, producer.template)
             write_json_atomic(_note(folder, number), asdict(entry) | {"skipped": skipped})
             _check_skipped(_notes(folder, producer.shards), folder, max_bad)
         _finish(folder, producer, max_bad)

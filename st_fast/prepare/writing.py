@@ -32,12 +32,13 @@ def shard_name(number: int) -> str:
     return f"latents-{number:05d}.safetensors"
 
 
-def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray, num_classes: int) -> ShardEntry:
-    """Writes one shard aside, fsyncs and renames it. UserError for content that no reader would accept.
+def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray, manifest: Manifest) -> ShardEntry:
+    """Writes one shard of a set aside, fsyncs and renames it. UserError for content that no reader would accept.
 
-    moments (n, 2C, H, W) float16 or float32; labels (n,) int64. OSError on a full disk, with nothing left behind.
+    moments (n, *manifest.shape) float16 or float32; labels (n,) int64. OSError on a full disk, with nothing left
+    behind.
     """
-    for problem in (moments_problem(moments), labels_problem(labels, num_classes)):
+    for problem in (moments_problem(moments, manifest.posterior), labels_problem(labels, manifest.num_classes)):
         if problem:
             raise UserError(f"{path.name}: record {problem[0]} of this shard: {problem[1]}")
     return write_tensors(path, {"moments": moments, "labels": labels, "crc32": record_crcs(moments, labels)})
@@ -78,7 +79,7 @@ def write_shards(
     """
     make_folder(folder)
     entries = [
-        write_shard(folder / shard_name(number), moments, labels, manifest.num_classes)
+        write_shard(folder / shard_name(number), moments, labels, manifest)
         for number, (moments, labels) in enumerate(_regrouped(batches, manifest, shard_size))
     ]
     full = replace(manifest, count=sum(entry.count for entry in entries), shards=tuple(entries))

@@ -144,9 +144,7 @@ def test_no_loader_is_made_of_a_set_that_is_wrong(
     kind: str, fault: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found when the set is opened, before any loader exists."""
-    monkeypatch.setattr(
-        "st_fast.prepare.writing.moments_problem", lambda moments: None
-    )  # as if another program wrote it
+    monkeypatch.setattr("st_fast.prepare.writing.moments_problem", lambda *_: None)  # as if another program wrote it
     moments = torch.ones(8, 2, 2, 2)
     moments[6, 0, 0, 0] = {"nan": torch.nan, "absurd": 3e4}.get(fault, 1.0)
     manifest = Manifest(0, (2, 2, 2), "float32", 1.0, VaeInfo("none"), "ones", 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -14,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, read_header, sha256_file
+from st_fast.core.files import BadFile, json_bytes, read_header, sha256_file
 from st_fast.data.manifest import Manifest, VaeInfo, check_same_data, moments_problem, read_manifest, write_manifest
 from st_fast.data.shards import open_data
 from st_fast.prepare.writing import write_shard, write_shards
@@ -22,6 +23,7 @@ from st_fast.prepare.writing import write_shard, write_shards
 from .conftest import MakeSet, random_moments
 
 SHAPE = (4, 3, 5)
+ONE_CLASS = Manifest(0, SHAPE, "float16", 1.0, VaeInfo("v"), "s", 1)
 
 
 def shard(folder: Path, number: int = 1) -> Path:
@@ -148,14 +150,14 @@ def test_nan_inf_absurd_and_negative_std_are_refused_by_the_writer(
     moments = random_moments(6, SHAPE).numpy().astype(dtype)
     moments[4, channel, 2, 2] = value
     with pytest.raises(UserError, match=f"record 4 of this shard: .*{words}"):
-        write_shard(tmp_path / "x.safetensors", moments, np.zeros(6, np.int64), 1)
+        write_shard(tmp_path / "x.safetensors", moments, np.zeros(6, np.int64), ONE_CLASS)
     assert not list(tmp_path.iterdir())
 
 
 def test_nan_written_by_someone_else_is_found_with_its_record(
     make_set: MakeSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("st_fast.prepare.writing.moments_problem", lambda moments: None)
+    monkeypatch.setattr("st_fast.prepare.writing.moments_problem", lambda *_: None)
     good = random_moments(20, SHAPE)
     good[13, 0, 0, 0] = torch.nan
     folder = make_set().parent / "bad"
@@ -169,6 +171,49 @@ def test_ordinary_extremes_are_accepted() -> None:
     moments[0, :, 0, 0] = (-1e4, 1e4)
     moments[1, 1] = -0.0
     assert moments_problem(moments) is None
+
+
+def test_a_manifest_says_how_latents_are_normalised_and_reads_back_the_same(tmp_path: Path) -> None:
+    vae = VaeInfo("v", "h", "", "AutoencoderKL", 16)
+    told = Manifest(
+        0, (2, 3, 5), "float16", 0.5, vae, "s", 1, shift=-0.25, latents_mean=(1.5, -2.0), latents_std=(0.5, 3.0),
+        posterior="mean",
+    )  # fmt: skip
+    moments = torch.full((3, 2, 3, 5), -0.5)  # as the std of a posterior it would be refused
+    write_shards(tmp_path, [(moments, torch.zeros(3))], told, 2)
+    records = open_data(tmp_path)
+    assert replace(records.manifest, count=0, shards=()) == told and records.manifest.channels == 2
+    assert torch.equal(records.gather(np.arange(3))[0].float(), moments)
+
+
+def test_a_set_without_the_newer_fields_keeps_its_digest(make_set: MakeSet) -> None:
+    folder = make_set()
+    content = json.loads((folder / "manifest.json").read_text())
+    assert {"shift", "latents_mean", "latents_std", "posterior"}.isdisjoint(content)
+    assert set(content["vae"]) == {"name", "hash", "path"}
+    assert read_manifest(folder).digest == hashlib.sha256(json_bytes(content)).hexdigest()
+    changed = replace(read_manifest(folder), shift=0.0)
+    assert "shift" in changed.as_json() and changed.digest != read_manifest(folder).digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latents_mean": [1.0]}, "latents_mean has 1 numbers; the latents have 2 channels"),
+        ({"latents_std": [1.0, 0.0]}, "latents_std = 0.0: a positive number"),
+        ({"latents_std": [1.0, -1.0]}, "latents_std = -1.0: a positive number"),
+        ({"latents_mean": [1.0, 2e4]}, "latents_mean = 20000.0: a number, at most"),
+        ({"scale": 0.0}, "scale = 0.0: a positive number"),
+        ({"shift": "a"}, "shift = 'a': a number is needed"),
+        ({"posterior": "median"}, "posterior = 'median': one of sample, mean is needed"),
+        ({"shape": [3, 3, 5]}, r"shape = \(3, 3, 5\): \(2C, H, W\) is needed"),
+    ],
+)
+def test_a_wrong_normalisation_is_refused(make_set: MakeSet, changes: dict[str, object], words: str) -> None:
+    folder = make_set()
+    edit_manifest(folder, **changes)
+    with pytest.raises(BadFile, match=words):
+        read_manifest(folder)
 
 
 def test_counts_that_differ_are_refused(make_set: MakeSet) -> None:
@@ -283,5 +328,5 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space"):
-        write_shard(tmp_path / "x.safetensors", random_moments(3, SHAPE).numpy(), np.zeros(3, np.int64), 1)
+        write_shard(tmp_path / "x.safetensors", random_moments(3, SHAPE).numpy(), np.zeros(3, np.int64), ONE_CLASS)
     assert not list(tmp_path.iterdir())
