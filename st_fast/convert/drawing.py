@@ -5,7 +5,7 @@ Plain PyTorch, as in st_fast, which wrote this file and is not needed.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +63,14 @@ def decoded(pipe: Any, x: Tensor, output_type: str) -> Any:
     """Latents to "pil", "np", "pt" or "latent"; without a VAE latents of 1 or 3 channels are pixels."""
     if output_type == "latent":
         return x
-    z = x / (pipe.transformer.config.latent_scale or 1.0)
+    config = pipe.transformer.config
+    z = x / (config.latent_scale or 1.0)
+    if config.latents_std:
+        z = z * by_channel(config.latents_std, z)
+    if config.latents_mean:
+        z = z + by_channel(config.latents_mean, z)
     if pipe.vae is not None:
-        z = z + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+        z = z + (config.latent_shift or getattr(pipe.vae.config, "shift_factor", None) or 0.0)
         z = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0].float()
     elif z.shape[1] not in (1, 3):
         raise ValueError("this pipeline has no VAE: pass vae=AutoencoderKL…, or output_type='latent'")
@@ -74,6 +79,11 @@ def decoded(pipe: Any, x: Tensor, output_type: str) -> Any:
         return pixels
     array = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return pipe.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """(C,) → (1, C, 1, 1) on the tensor's device."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[None, :, None, None]
 
 
 def score(v: Tensor, x: Tensor, t: float, flow: str) -> Tensor:

@@ -13,17 +13,21 @@ from st_fast.convert.text import load_encoder, text_of, write_text_encoder
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.core.files import read_json, write_folder, write_json_atomic
+from st_fast.core.latents import LatentSpace, Normalisation
 from st_fast.core.writing import save_pretrained
 from st_fast.data.repa import SD_SCALE
 from st_fast.data.shards import read_any_manifest
+from st_fast.model.autoencoders import autoencoder
 from st_fast.model.formats.loaded_state import heads, trunk
 from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, TextStates, write_pretrained
 from st_fast.model.stored import ModelSource
-from st_fast.model.vae import load_vae, refuse_normalised, tensors_hash, vae_scale
+from st_fast.model.vae import load_vae, tensors_hash, vae_hash
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
 
 DIFFUSERS_AT_LEAST = "0.35.0"
+DECODED = ("AutoencoderKL", "AutoencoderDC")
+"""Of the classes of autoencoders, those whose `decode` takes the model's latents as they are once not normalised."""
 SHARED = {
     "sit_streams.py": "core/random.py",
     "sit_draws.py": "kernels/noise/definition.py",
@@ -44,20 +48,22 @@ PREFIX = {"sit": "SiT", "mmdit": "MMDiT"}
 """How the names of their classes begin."""
 
 
-def latents_of(origin: ModelSource) -> tuple[float | None, str, str | None]:
-    """How a model's latents are decoded: their scale, the VAE's name and where it lies, each where it is known.
+def latents_of(origin: ModelSource) -> tuple[LatentSpace | None, str | None]:
+    """What a model's latents are of and where their VAE lies, each where it is known.
 
-    From the data that a run was trained on, if it is still there; else what is usual for the channels.
+    From the data that a run was trained on, if it is still there; else what its own files say, or what is usual for
+    the channels.
     """
     if origin.run is not None:
         data = Path(load_run(origin.run).data.path)
         try:
             manifest = read_any_manifest(data)
         except UserError:
-            return None, "", None
-        return manifest.scale, manifest.vae.name, manifest.vae.source(data) if manifest.vae.path else None
+            return origin.loaded.latents, None
+        return manifest.space, manifest.vae.source(data) if manifest.vae.path else None
     usual = origin.loaded.config.channels == 4  # of SD's VAE, in other projects' checkpoints
-    return (SD_SCALE, "sd-vae-ft-mse", None) if usual else (None, "", None)
+    otherwise = LatentSpace("sd-vae-ft-mse", "", Normalisation(SD_SCALE, 0.0)) if usual else None
+    return origin.loaded.latents or otherwise, None
 
 
 def write_stage(origin: ModelSource, folder: Path) -> None:
@@ -85,22 +91,22 @@ def write_stage(origin: ModelSource, folder: Path) -> None:
 
 
 def _write_model(
-    folder: Path, origin: ModelSource, weights: str, scale: float | None, text: TextStates, name: str = WEIGHTS,
+    folder: Path, origin: ModelSource, weights: str, latents: LatentSpace | None, text: TextStates, name: str = WEIGHTS,
     **also: Any,
 ) -> None:  # fmt: skip
     """config.json and the trunk's averaged or raw weights."""
     loaded = origin.loaded
     tensors = trunk(loaded.ema if weights == "ema" else loaded.model)
-    published = Published(loaded.config, cast(Any, loaded.path), scale, loaded.step, text)
+    published = Published(loaded.config, cast(Any, loaded.path), latents, loaded.step, text)
     write_pretrained(folder, tensors, published, name, also)
 
 
 def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
-    scale, vae, _ = latents_of(origin)
+    latents, _ = latents_of(origin)
     with write_folder(folder) as writing:
-        _write_model(writing, origin, weights, scale, text_of(origin))
-        text = card(origin, weights, "huggingface", name, vae, text_of(origin))
+        _write_model(writing, origin, weights, latents, text_of(origin))
+        text = card(origin, weights, "huggingface", name, latents.vae if latents else "", text_of(origin))
         (writing / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -122,21 +128,23 @@ def write_diffusers(
     UserError if the folder is there, if the VAE can't be had or has other channels, or if the text encoder can't be had
     or isn't the one that the model was trained with.
     """
-    scale, vae_name, vae_folder = latents_of(origin)
-    if vae:
-        vae_name = Path(vae).name if Path(vae).is_dir() else vae
+    latents, vae_folder = latents_of(origin)
+    vae_name = (Path(vae).name if Path(vae).is_dir() else vae) if vae else latents.vae if latents else ""
     source, channels = vae or vae_folder, origin.loaded.config.channels
     decoder = load_vae(source) if source else None
     if decoder is not None:
-        if decoder.config.latent_channels != channels:
-            raise UserError(f"--vae {source}: {decoder.config.latent_channels} channels, the model has {channels}")
-        refuse_normalised(decoder, f"VAE {vae_name}")
-        scale = scale or vae_scale(decoder)
+        kind = autoencoder(decoder)
+        if kind.channels != channels:
+            raise UserError(f"--vae {source}: {kind.channels} channels, the model has {channels}")
+        if type(decoder).__name__ not in DECODED:
+            raise UserError(f"VAE {vae_name}: the pipeline's code decodes {', '.join(DECODED)} alone")
+        latents = latents or LatentSpace(vae_name, vae_hash(decoder), kind.normalisation)
+    scale = latents.normalisation.scale if latents else None
     decodes, network = decoder is not None or channels in (1, 3), origin.loaded.config.network
     reader, text = load_encoder(origin, encoder) if encoder else (None, text_of(origin))
     with write_folder(folder) as writing:
         components: dict[str, list[str | None]] = {
-            "vae": ["diffusers", "AutoencoderKL"] if decoder is not None else [None, None]
+            "vae": ["diffusers", type(decoder).__name__] if decoder is not None else [None, None]
         }
         if network == "mmdit":
             components |= write_text_encoder(reader, writing)
@@ -148,7 +156,7 @@ def write_diffusers(
         }.items():
             (writing / place).write_text(content, encoding="utf-8")
         _write_model(
-            writing / "transformer", origin, weights, scale, text, DIFFUSERS_WEIGHTS,
+            writing / "transformer", origin, weights, latents, text, DIFFUSERS_WEIGHTS,
             _class_name=f"{PREFIX[network]}Transformer", _diffusers_version=DIFFUSERS_AT_LEAST,
         )  # fmt: skip
         if decoder is not None:

@@ -81,7 +81,8 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         text_length: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True,
         flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
         text_encoder: str = "", text_encoder_sha256: str = "", text_mask: bool = False, network: str = "mmdit",
-        model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1,
+        model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
+        latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
     ) -> None:  # fmt: skip
         super().__init__()
         time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))

@@ -78,14 +78,15 @@ class FinalLayer(nn.Module):
 
 
 class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
-    """The velocity model. `flow`, `latent_scale` and the last four are facts that travel with the weights."""
+    """The velocity model. `flow`, `latent_scale` and what follows it are facts that travel with the weights."""
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int, num_classes: int,
         class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True, flow: str = "linear",
         latent_scale: float | None = None, name: str = "custom", step: int = 0, model_type: str = "sit",
-        format: str = "st_fast.sit", version: int = 1,
+        format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
+        latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
     ) -> None:  # fmt: skip
         super().__init__()
         time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))

@@ -75,6 +75,17 @@ class RecordSet(Readable):
         return read_records(self, indices)
 
 
+def with_std(moments: Tensor, posterior: str) -> Tensor:
+    """Records in the form that networks are fed from, (n, 2C, H, W): latents without a posterior get a std of 0."""
+    return torch.cat((moments, torch.zeros_like(moments)), dim=1) if posterior == "mean" else moments
+
+
+def mean_and_std(moments: Tensor, manifest: Manifest) -> tuple[Tensor, Tensor]:
+    """Records (n, *shape) → float32 mean and std of their latents, each (n, C, H, W), not scaled."""
+    mean, std = with_std(moments, manifest.posterior).float().chunk(2, dim=1)
+    return mean, std
+
+
 def read_records(records: Readable, indices: np.ndarray, pinned: bool = False) -> Answer:
     """Records `indices` (n,) and their labels as fresh host tensors, page-locked if `pinned`."""
     shape, dtype = (len(indices), *records.manifest.shape), getattr(torch, records.manifest.dtype)

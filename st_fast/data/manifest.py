@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -12,6 +11,7 @@ import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import JSON_LIMIT, BadFile, inside, json_bytes, parse_json, read_json, shown, write_json_atomic
+from st_fast.core.latents import LatentSpace, Normalisation
 from st_fast.core.records import record_from
 
 FORMAT = "st_fast.latents"
@@ -156,9 +156,14 @@ class Manifest(ShardedSet):
         return self.shape[0] if self.posterior == "mean" else self.shape[0] // 2
 
     @property
-    def normalisation(self) -> dict[str, Any]:
-        """What leads from the VAE's latents to the diffusion model's, by the names of the fields."""
-        return {"scale": self.scale} | {name: getattr(self, name) for name in ("shift", "latents_mean", "latents_std")}
+    def normalisation(self) -> Normalisation:
+        """What leads from the VAE's latents to the diffusion model's."""
+        return Normalisation(self.scale, self.shift, self.latents_mean, self.latents_std)
+
+    @property
+    def space(self) -> LatentSpace:
+        """What the diffusion model's latents are of."""
+        return LatentSpace(self.vae.name, self.vae.hash, self.normalisation)
 
     def name_of(self, label: int) -> str:
         """The name of a class; its number where there are no names."""
@@ -172,26 +177,13 @@ class Manifest(ShardedSet):
             return f"posterior = {shown(self.posterior)}: sample or mean is needed"
         if self.shape[0] % 2 and self.posterior == "sample":
             return f"shape = {shown(self.shape)}: (2C, H, W) is needed"
-        if problem := normalisation_problem(self.normalisation, self.channels):
+        if problem := self.normalisation.problem(self.channels):
             return problem
         if not 1 <= self.num_classes <= MOST_CLASSES:
             return f"num_classes = {shown(self.num_classes)}: 1 to {MOST_CLASSES} are possible"
         if self.class_names and len(self.class_names) != self.num_classes:
             return f"class_names has {len(self.class_names)} names, num_classes = {self.num_classes}"
         return ""
-
-
-def normalisation_problem(said: Mapping[str, Any], channels: int) -> str:
-    """What is wrong with scale, shift, latents_mean and latents_std for latents of so many channels, or ""."""
-    for name, value in said.items():
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        if isinstance(value, tuple) and len(value) not in (0, channels):
-            return f"{name} has {len(value)} numbers; the latents have {channels} channels"
-        positive = name in ("scale", "latents_std")
-        wrong = [v for v in values if not (math.isfinite(v) and abs(v) <= LIMIT and (v > 0 or not positive))]
-        if wrong:
-            return f"{name} = {shown(wrong[0])}: a {'positive ' * positive}number, at most {LIMIT:.0e}, is needed"
-    return ""
 
 
 UPRIGHT = "upright, "

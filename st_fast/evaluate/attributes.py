@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import BadFile, read_bytes, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import naming_lack_of_memory
+from st_fast.data.ahead import mean_and_std
 from st_fast.data.shards import open_data
 from st_fast.data.text import read_captions
 from st_fast.evaluate.classifier import as_batch, read_images
@@ -234,14 +235,14 @@ def _index(values: Sequence[str], value: str) -> int:
 def _decoded(data: Path, rows: Sequence[int]) -> Tensor:
     """What the VAE makes of some records' latents: uint8 pictures (n, 3, S, S)."""
     records = open_data(data, verify=False)
-    moments = records.gather(np.array(rows))[0].float()
+    moments = records.gather(np.array(rows))[0]
     manifest = records.manifest
     records.close()
-    mean, std = moments.chunk(2, dim=1)
+    mean, std = mean_and_std(moments, manifest)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(SEED))
     vae = load_vae(manifest.vae.source(data))
     latents = (mean + std * noise) * manifest.scale
-    return torch.cat([decode(vae, part, manifest.scale) for part in latents.split(256)])
+    return torch.cat([decode(vae, part, manifest.normalisation) for part in latents.split(256)])
 
 
 def _augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:

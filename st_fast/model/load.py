@@ -15,6 +15,8 @@ from st_fast.core.checkpoint import match_strictly
 from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.files import read_header, read_json, shown, write_folder, write_json_atomic
+from st_fast.core.latents import LatentSpace, Normalisation
+from st_fast.core.records import record_from
 from st_fast.kernels import select
 from st_fast.model.vae import from_hub
 from st_fast.recipe import RecipeError
@@ -50,8 +52,8 @@ class Published:
 
     model: Model
     flow: Literal["linear", "cosine"] = "linear"
-    latent_scale: float | None = None
-    """From the VAE's latents to the model's; None where it is unknown."""
+    latents: LatentSpace | None = None
+    """What the model's latents are of; None where it is unknown."""
     step: int = 0
     """How many steps it was trained, where that is known."""
     text: TextStates = TextStates()
@@ -59,7 +61,7 @@ class Published:
 
     def as_json(self) -> dict[str, Any]:
         """The content of config.json; the network's keys are those of a recipe's [model]."""
-        own = {"flow": self.flow, "latent_scale": self.latent_scale, "step": self.step}
+        own = {"flow": self.flow} | latents_as_json(self.latents) | {"step": self.step}
         if self.model.network == "mmdit":
             own |= self.text.as_json()
         kind = {"model_type": self.model.network, "format": FORMAT, "version": VERSION}
@@ -75,11 +77,11 @@ def read_config(folder: Path) -> Published:
     if (version := content.pop("version", None)) != VERSION:
         raise UserError(f"{path}: version = {shown(version)}; {VERSION} is known here")
     kind, text = content.pop("model_type", None), _text_states(content, path)
-    flow, scale, step = content.pop("flow", "linear"), content.pop("latent_scale", None), content.pop("step", 0)
+    flow, latents, step = content.pop("flow", "linear"), _latents(content, path), content.pop("step", 0)
     if flow not in FLOWS:
         raise UserError(f"{path}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
-    if not (scale is None or (isinstance(scale, (int, float)) and scale > 0)) or type(step) is not int:
-        raise UserError(f"{path}: latent_scale = {shown(scale)}, step = {shown(step)}: a number above 0, a whole one")
+    if type(step) is not int:
+        raise UserError(f"{path}: step = {shown(step)}: a whole number is needed")
     known = {*Model().described(), *Model(network="mmdit").described()}
     if strangers := sorted(set(content) - known):
         raise UserError(f"{path}: unknown {', '.join(map(shown, strangers))}")
@@ -90,7 +92,32 @@ def read_config(folder: Path) -> Published:
         raise UserError(f"{path}: {error}") from None
     if kind not in (None, model.network):
         raise UserError(f"{path}: model_type = {shown(kind)}, but network = {model.network!r}")
-    return Published(model, cast(Any, flow), scale, step, text)
+    if latents and (problem := latents.normalisation.problem(model.channels)):
+        raise UserError(f"{path}: {problem.replace('scale =', 'latent_scale =')}")
+    return Published(model, cast(Any, flow), latents, step, text)
+
+
+def latents_as_json(latents: LatentSpace | None) -> dict[str, Any]:
+    """Keys of config.json; all but the first are there where they say anything."""
+    if latents is None:
+        return {"latent_scale": None}
+    how = latents.normalisation
+    more = {
+        "latent_shift": how.shift, "latents_mean": list(how.latents_mean), "latents_std": list(how.latents_std),
+        "vae": latents.vae, "vae_sha256": latents.vae_hash,
+    }  # fmt: skip
+    return {"latent_scale": how.scale} | {key: value for key, value in more.items() if value}
+
+
+def _latents(content: dict[str, Any], path: Path) -> LatentSpace | None:
+    """The keys about latents, taken from what config.json has."""
+    names = ("latent_scale", "latent_shift", "latents_mean", "latents_std", "vae", "vae_sha256")
+    scale, shift, mean, std, vae, digest = (content.pop(name, None) for name in names)
+    if scale is None:
+        return None
+    told = {"scale": scale, "shift": shift or 0.0, "latents_mean": mean or [], "latents_std": std or []}
+    space = {"vae": vae or "", "vae_hash": digest or "", "normalisation": told}
+    return record_from(LatentSpace, space, str(path))
 
 
 def _text_states(content: dict[str, Any], path: Path) -> TextStates:
@@ -164,4 +191,5 @@ class Pretrained(nn.Module):
         """Writes the float32 weights and config.json to a new folder; UserError if it is there already."""
         weights = {key: tensor.detach().float() for key, tensor in self.state_dict().items()}
         with write_folder(Path(folder)) as writing:
-            write_pretrained(writing, weights, Published(self.config, flow, latent_scale))
+            latents = None if latent_scale is None else LatentSpace("", "", Normalisation(latent_scale, 0.0))
+            write_pretrained(writing, weights, Published(self.config, flow, latents))

@@ -14,7 +14,9 @@ from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint, match_strictly
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import shown
+from st_fast.core.latents import LatentSpace
 from st_fast.core.machine import naming_lack_of_memory
+from st_fast.core.records import record_from
 from st_fast.kernels import KernelTable
 from st_fast.model import DiffusionTransformer, unfilled
 from st_fast.model.attention import BACKENDS, Attend
@@ -126,7 +128,14 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         head_updates=adam.updates(optim.get("heads.step", 0), f"{where}: optim of the heads"),
         step=found.step,
         path=flow_path(found.meta, where),
+        latents=latent_space(found.meta, where),
     )
+
+
+def latent_space(meta: Mapping[str, Any], where: str) -> LatentSpace | None:
+    """What the latents of a checkpoint's model are of; None where it does not tell."""
+    said = meta.get("latents")
+    return None if said is None else record_from(LatentSpace, said, f"{where}: latents", strict=False)
 
 
 def _adam(optim: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -161,7 +170,7 @@ def _published(folder: Path) -> LoadedState:
     check_size(config.model, file)
     loaded = import_file(file, "repa", config.model.heads, config.model.num_classes)
     match_strictly(expected_trunk(config.model), loaded.model, f"{file}, of what {CONFIG} says", EVERY_KEY)
-    return replace(loaded, config=config.model, path=config.flow, step=config.step)
+    return replace(loaded, config=config.model, path=config.flow, step=config.step, latents=config.latents)
 
 
 def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
@@ -186,6 +195,7 @@ class _Weights:
     path: Path
     flow: str
     step: int
+    latents: LatentSpace | None = None
 
 
 def load_frozen(
@@ -193,6 +203,7 @@ def load_frozen(
     dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
     record: Callable[[dict[str, Any]], None] | None = None, null: Tensor | None = None,
+    latents: LatentSpace | None = None,
 ) -> DiffusionTransformer:  # fmt: skip
     """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
 
@@ -200,12 +211,15 @@ def load_frozen(
     has others was trained on another encoder's states.
     `record` is given what tells this model from others: path, step, weights and their SHA-256.
     UserError, in one line, if there is none, if its architecture differs from `config`, if it was trained on another
-    path than `flow` (where given), if any key of the trunk is missing, unknown or of another shape, or not finite.
+    path than `flow` or on other `latents` (where given), if any key of the trunk is missing, unknown or of another
+    shape, or not finite.
     """
     with naming_lack_of_memory(f"loading {root}"):
         found = _weights(root, config, weights)
     if flow is not None and found.flow != flow:
         raise UserError(f"teacher {found.path}: trained on the {found.flow} path, flow.path = {flow!r}")
+    if latents and found.latents and (differing := found.latents.differences(latents)):
+        raise UserError(f"teacher {found.path}: trained on other latents than the data's: {', '.join(differing)}")
     if differing := config.differences(found.architecture):
         raise UserError(f"teacher {found.path}: another architecture: {', '.join(differing)}")
     model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
@@ -238,10 +252,11 @@ def _weights(root: Path, config: Model, weights: Literal["raw", "ema"]) -> _Weig
     if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
         loaded = read_model(root, say, otherwise=config).loaded
         tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
-        return _Weights(loaded.config.architecture(), tensors, root, loaded.path, loaded.step)
+        return _Weights(loaded.config.architecture(), tensors, root, loaded.path, loaded.step, loaded.latents)
     group = "model" if weights == "raw" else "ema"
     found = checkpoint.latest(root, say, groups=(group,))
     if found is None:
         raise UserError(f"teacher: no sound checkpoint under {root}")
-    architecture, flow = found.meta.get("architecture", {}), flow_path(found.meta, str(found.path))
-    return _Weights(architecture, found.groups[group], found.path, flow, found.step)
+    where = str(found.path)
+    told = flow_path(found.meta, where), found.step, latent_space(found.meta, where)
+    return _Weights(found.meta.get("architecture", {}), found.groups[group], found.path, *told)

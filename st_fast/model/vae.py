@@ -1,8 +1,8 @@
-"""Any diffusers AutoencoderKL as two functions: images → moments, latents → images.
+"""Autoencoders as two functions: images → moments, latents → images. What kinds differ in is in `autoencoders`.
 
-Moments are concat(mean, std) over the channels, unscaled, as REPA's preprocessing writes them (arXiv 2410.06940).
-A latent of the diffusion model is x = scale · (mean + std · ξ). A VAE whose configuration has a `shift_factor` (SD 3,
-Flux) has it taken off the mean here and put back by `decode`, so that no caller needs to know about it.
+Moments are concat(mean, std) over the channels, as REPA's preprocessing writes them (arXiv 2410.06940), with shift,
+mean and std of the normalisation taken off and its scale not. A latent of the diffusion model is
+x = scale · (mean + std · ξ).
 """
 
 import hashlib
@@ -15,113 +15,139 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import read_header, read_json, shown
+from st_fast.core.latents import Normalisation
+from st_fast.model.autoencoders import KINDS, VAE, Autoencoder, Pixels, Posterior, autoencoder
 from st_fast.model.finite import check_finite
+from st_fast.model.ldm_vae import read_ldm_vae
 
 PRESETS = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema"}
 """Short names for the VAEs of the published runs; REPA's latents come from the first."""
+PIXELS = {"pixels": 3, "pixels-gray": 1}
+"""Names under which `load_vae` gives `Pixels`, and how many channels."""
+WEIGHTS, CONFIG = "diffusion_pytorch_model", "config.json"
+NO_NORMALISATION = Normalisation(1.0, 0.0)
+LOADED = tuple(name for name in KINDS if name != Pixels.__name__)
+"""The classes of diffusers that are known."""
+INSIDE = "vae"
+"""Where a diffusers pipeline has its autoencoder."""
 
 ATTEMPTS, PATIENCE = 2, 5.0
 """How often the hub is asked whether it can be reached, and for how many seconds each time."""
 
-VAE = Any
-"""A diffusers AutoencoderKL, or `Pixels` in its place; diffusers is imported only when one is wanted."""
 
-
-class Pixels(nn.Module):
-    """Pixels as latents, behind the interface of an AutoencoderKL: mean = the image in [-1, 1], std = 0.
-
-    The scaling factor 2 brings natural images, whose std is about 0.5, to about unit variance.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(
-            in_channels=channels, latent_channels=channels, block_out_channels=(channels,), scaling_factor=2.0
-        )
-        self._place: Tensor
-        self.register_buffer("_place", torch.empty(0), persistent=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where images are brought to."""
-        return self._place.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What images are turned into."""
-        return self._place.dtype
-
-    def encode(self, images: Tensor) -> SimpleNamespace:
-        """The images as their own mean."""
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=images, std=torch.zeros_like(images)))
-
-    def decode(self, z: Tensor) -> SimpleNamespace:
-        """The latents as they are."""
-        return SimpleNamespace(sample=z)
-
-
-PIXELS = {"pixels": 3, "pixels-gray": 1}
-"""Names under which `load_vae` gives `Pixels`, and how many channels."""
-
-
-def autoencoder_class() -> Any:
-    """diffusers' AutoencoderKL; UserError in one line where the extra is missing."""
+def autoencoder_class(name: str = "AutoencoderKL") -> Any:
+    """diffusers' class of that name; UserError in one line where the extra is missing, or too old for it."""
     try:
-        from diffusers import AutoencoderKL
+        import diffusers
     except ImportError as error:
         raise UserError(f"VAE: diffusers can't be imported ({error}): {how_to_install('vae')}") from error
-    return AutoencoderKL
+    if not hasattr(diffusers, name):
+        raise UserError(f"VAE: diffusers {diffusers.__version__} has no {name}; a newer one is needed")
+    return getattr(diffusers, name)
 
 
-def load_vae(folder_or_name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
-    """A frozen AutoencoderKL in eval mode, from a local folder, a preset or a hub name; or `Pixels`. Never unpickles.
+def load_vae(
+    folder_or_name: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+) -> VAE:  # fmt: skip
+    """A frozen autoencoder of any of KINDS in eval mode, from a local folder, a preset or a hub name; or an
+    AutoencoderKL from one file in latent diffusion's layout. Never unpickles.
 
-    Raises UserError naming what was asked for when it can't be had.
+    Folder or hub repository may be a pipeline's, whose `vae/` is read. variant: of the weights' file, such as fp16;
+    a folder's only file is taken without. Raises UserError naming what was asked for when it can't be had.
     """
     name = str(folder_or_name)
     if name in PIXELS:
         return Pixels(PIXELS[name]).to(device, dtype).eval()
-    source = name if Path(name).is_dir() else PRESETS.get(name, name)
-    refusal = (
-        f"{source} can't be had from the hub; without a network name a folder that holds it, or small or pixels"
-        if name in PRESETS
-        else "neither a folder with an AutoencoderKL in safetensors, nor one of "
-        f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached"
-    )
-    cls = autoencoder_class()
-    if Path(source).is_dir():
-        _check_folder(Path(source), cls)
-    with from_hub(f"vae = {name!r}: {refusal}", source):
-        # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
-        vae = cls.from_pretrained(source, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False)
+    vae = read_ldm_vae(Path(name), autoencoder_class()) if Path(name).is_file() else _pretrained(name, variant)
     check_finite(vae.state_dict(), f"vae = {name!r}")
     if dtype != torch.float32:
         vae.stored_hash = vae_hash(vae)
     return vae.to(device, dtype).eval().requires_grad_(False)
 
 
-def _check_folder(folder: Path, cls: Any) -> None:
+def _pretrained(name: str, variant: str | None) -> VAE:
+    """Of a folder, a preset or a hub name, in float32."""
+    source = name if Path(name).is_dir() else PRESETS.get(name, name)
+    refusal = (
+        f"{source} can't be had from the hub; without a network name a folder that holds it, or small or pixels"
+        if name in PRESETS
+        else f"neither a folder with an autoencoder ({', '.join(LOADED)}) in safetensors, nor one of "
+        f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached"
+    )
+    autoencoder_class()  # whether diffusers is there at all
+    where, inner = f"vae = {name!r}", ""
+    if Path(source).is_dir():
+        source = str(local_folder(Path(source)))
+        variant = variant or _only_variant(Path(source), name)
+        said = read_json(Path(source) / CONFIG) if (Path(source) / CONFIG).is_file() else {}
+    else:
+        with from_hub(f"{where}: {refusal}", source):
+            said, inner = _hub_config(source)
+    kind = said.get("_class_name", "AutoencoderKL")
+    if kind not in LOADED:
+        raise UserError(f"{where}: its config has _class_name = {shown(kind)}; known are {', '.join(LOADED)}")
+    cls = autoencoder_class(kind)
+    if Path(source).is_dir():
+        _check_folder(Path(source), cls, variant)
+    with from_hub(f"{where}: {refusal}"):
+        # low_cpu_mem_usage=False: it would ask for one more package and saves nothing at a VAE's size.
+        return cls.from_pretrained(
+            source, subfolder=inner or None, variant=variant, torch_dtype=torch.float32, use_safetensors=True,
+            low_cpu_mem_usage=False,
+        )  # fmt: skip
+
+
+def local_folder(folder: Path) -> Path:
+    """Where a local folder's autoencoder lies: there, or in its `vae/` where it is a pipeline's."""
+    return folder / INSIDE if not (folder / CONFIG).is_file() and (folder / INSIDE / CONFIG).is_file() else folder
+
+
+def _only_variant(folder: Path, name: str) -> str | None:
+    """The variant of a folder's weights where there are none without; UserError where there are several."""
+    found = sorted(path.name.split(".")[1] for path in folder.glob(f"{WEIGHTS}.*.safetensors"))
+    if not found or (folder / f"{WEIGHTS}.safetensors").is_file():
+        return None
+    if len(found) > 1:
+        raise UserError(
+            f"vae = {name!r}: it has the variants {', '.join(map(shown, found))}: choose one (--vae-variant)"
+        )
+    return found[0]
+
+
+def _hub_config(name: str) -> tuple[dict[str, Any], str]:
+    """The configuration of a hub repository's autoencoder and the folder in it where that lies, "" or `vae`."""
+    cls = autoencoder_class()
+    try:
+        return cls.load_config(name), ""
+    except OSError:
+        return cls.load_config(name, subfolder=INSIDE), INSIDE
+
+
+def _check_folder(folder: Path, cls: Any, variant: str | None) -> None:
     """UserError unless the network that config.json describes is as large as the weights beside it, before it is built.
 
     Where either is missing, loading says so.
     """
-    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    weights, config = folder / f"{WEIGHTS}{f'.{variant}' * bool(variant)}.safetensors", folder / CONFIG
     if not (weights.is_file() and config.is_file()):
         return
     held, said = read_header(weights), read_json(config)
-    levels = said.get("block_out_channels", [])
-    counts = [len(levels) if isinstance(levels, list) else len(held) + 1, said.get("layers_per_block", 1)]
-    if not all(type(count) is int and 0 <= count <= len(held) for count in counts):
-        raise UserError(f"{config}: {counts[0]} levels of {shown(counts[1])} layers, for {len(held)} tensors beside it")
-    with from_hub(f"{config}: describes no AutoencoderKL"), torch.device("meta"):
+    for key, value in said.items():
+        if not any(word in key for word in ("layers", "block_out_channels", "block_types")):
+            continue
+        values = value if isinstance(value, list) else [value]
+        counts = [len(values), *(v for v in values if "layers" in key and v is not None)]
+        if not all(type(count) is int and 0 <= count <= len(held) for count in counts):
+            raise UserError(f"{config}: {key} = {shown(value)}, for {len(held)} tensors beside it")
+    with from_hub(f"{config}: describes no {cls.__name__}"), torch.device("meta"):
         described = sum(tensor.numel() for tensor in cls.from_config(said).state_dict().values())
     if described > 2 * (there := sum(math.prod(entry.shape) for entry in held.values())):
         raise UserError(f"{config}: describes {described} weights, {weights.name} holds {there}")
@@ -198,33 +224,10 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def vae_scale(vae: VAE) -> float:
-    """The factor between the VAE's latents and the diffusion model's: 0.18215 for the SD VAEs."""
-    return _number(vae, "scaling_factor", positive=True)
-
-
-def vae_shift(vae: VAE) -> float:
-    """What is taken off the VAE's mean before it is scaled; 0 for most."""
-    return _number(vae, "shift_factor")
-
-
-def _number(vae: VAE, name: str, positive: bool = False) -> float:
-    value: Any = getattr(vae.config, name, None)
-    value = 0.0 if value is None and not positive else value
-    if type(value) not in (int, float) or not math.isfinite(value) or (positive and value <= 0):
-        raise UserError(f"VAE: {name} = {shown(value)} in its config; a number{' above 0' * positive} is needed")
-    return float(value)
-
-
-def refuse_normalised(vae: VAE, where: str) -> None:
-    """UserError for a VAE whose config normalises each channel of the latents: only scaling and shift are done here."""
-    for name, neutral in (("latents_mean", 0.0), ("latents_std", 1.0)):
-        values = getattr(vae.config, name, None)
-        if values is not None and any(value != neutral for value in (values if isinstance(values, list) else [values])):
-            raise UserError(
-                f"{where}: its config has {name} = {shown(values)}, by which each channel would have to be normalised; "
-                "only scaling_factor and shift_factor are supported"
-            )
+def has_hash(vae: VAE, known: str) -> bool:
+    """Whether a hash is that of the VAE's weights; older sets have that of weights rounded to bf16."""
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in vae.state_dict().items()}
+    return known == vae_hash(vae) or known == tensors_hash(rounded)
 
 
 def to_unit(images: Tensor, vae: VAE) -> Tensor:
@@ -233,23 +236,51 @@ def to_unit(images: Tensor, vae: VAE) -> Tensor:
 
 
 @torch.no_grad()
-def encode_moments(vae: VAE, images: Tensor) -> Tensor:
-    """uint8 images (n, 1 or 3, H, W) → float32 moments (n, 2C, h, w) = concat(mean, std) on the VAE's device."""
-    posterior = vae.encode(to_unit(images, vae)).latent_dist
-    return torch.cat((posterior.mean.float() - vae_shift(vae), posterior.std.float()), dim=1)
+def encode_moments(
+    vae: VAE, images: Tensor, posterior: Posterior = "sample", normalisation: Normalisation | None = None
+) -> Tensor:
+    """uint8 images (n, 1 or 3, H, W) → float32 moments (n, 2C, h, w) = concat(mean, std) on the VAE's device.
+
+    Where the posterior is "mean" that alone, (n, C, h, w). normalisation: other than the VAE's own.
+    """
+    kind = autoencoder(vae)
+    mean, std = (part.float() for part in kind.moments(to_unit(images, vae)))
+    how = normalisation or kind.normalisation
+    mean = mean - _shift(kind, how)
+    if how.latents_mean:
+        mean = mean - _by_channel(how.latents_mean, mean)
+    if how.latents_std:
+        by = _by_channel(how.latents_std, mean)
+        mean, std = mean / by, std / by
+    return mean if posterior == "mean" else torch.cat((mean, std), dim=1)
 
 
 @torch.no_grad()
-def decode(vae: VAE, latents: Tensor, scale: float) -> Tensor:
-    """The diffusion model's latents (n, C, h, w) = scale · z → uint8 images (n, 1 or 3, H, W) on the host."""
-    z = latents.to(vae.device).float() / scale + vae_shift(vae)
-    pixels: Tensor = vae.decode(z.to(vae.dtype)).sample.float()
+def decode(vae: VAE, latents: Tensor, normalisation: Normalisation) -> Tensor:
+    """The diffusion model's latents (n, C, h, w) → uint8 images (n, 1 or 3, H, W) on the host."""
+    kind, how = autoencoder(vae), normalisation
+    z = latents.to(vae.device).float() / how.scale
+    if how.latents_std:
+        z = z * _by_channel(how.latents_std, z)
+    if how.latents_mean:
+        z = z + _by_channel(how.latents_mean, z)
+    z = z + _shift(kind, how)
+    pixels = kind.pixels(z.to(vae.dtype)).float()
     return pixels.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
+
+
+def _shift(kind: Autoencoder, how: Normalisation) -> float:
+    """The shift, or the VAE's own where it is not told."""
+    return (kind.normalisation.shift or 0.0) if how.shift is None else how.shift
+
+
+def _by_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """(C,) → (1, C, 1, 1) on the tensor's device."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[None, :, None, None]
 
 
 def latent_shape(vae: VAE, size: int) -> tuple[int, int, int]:
     """(C, h, w) of an image's latents, size × size pixels; UserError where the VAE's factor doesn't divide `size`."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if size % factor:
-        raise UserError(f"size = {size}: the VAE reduces by {factor}; a multiple of it is needed")
-    return int(vae.config.latent_channels), size // factor, size // factor
+    kind = autoencoder(vae)
+    kind.check_size(size)
+    return kind.channels, size // kind.factor, size // kind.factor

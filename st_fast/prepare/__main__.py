@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.options import BATCH_MOST, COUNT_MOST, SIDE_MOST, Parser, given, integer, path
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SIDE_MOST, Parser, given, integer, number, path
 from st_fast.core.signals import catch_signals
 
 VAE_HELP = (
@@ -39,6 +39,14 @@ TEXT_HELP = "a CLIP, T5, Gemma or BERT, as a folder or hub name, or all-minilm-l
 CAPTIONS_HELP = (
     "auto: the captions are in a .txt or .json beside each image, or in a table's column; else the file of COCO's "
     "annotations that has them"
+)
+POSTERIOR_HELP = (
+    "sample: store the posterior's mean and std, of which each step draws; mean: the mean alone (default: as the VAE's "
+    "authors use it)"
+)
+STATS_HELP = (
+    "mean and std of each channel, by which latents are normalised instead of the VAE's own: a .pt, .safetensors or "
+    ".json, or auto: measured on these images"
 )
 COMPUTE = ("device", "precision")
 USES = {
@@ -73,6 +81,10 @@ def parser() -> Parser:
     add("--text-length", type=integer(1, COUNT_MOST), help="tokens of a caption (default: CLIP's 77, else up to 128)")
     add("--text-mask", choices=("auto", "yes", "no"), default="auto", help="mask padding (default: all but CLIP do)")
     add("--vae", type=given, default="sd-vae-ft-mse", help=VAE_HELP)
+    add("--vae-variant", metavar="NAME", help="of the VAE's weights, such as fp16 (default: those without a name)")
+    add("--posterior", choices=("auto", "sample", "mean"), default="auto", help=POSTERIOR_HELP)
+    add("--scale", type=number(1e-4, 1e4), help="instead of the VAE's scaling_factor")
+    add("--latents-stats", type=given, metavar="FILE|auto", help=STATS_HELP)
     add(
         "--vae-factor",
         type=integer(2, 8),

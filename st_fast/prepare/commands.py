@@ -16,7 +16,7 @@ from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import printable, read_json
 from st_fast.core.machine import rank_count
 from st_fast.core.progress import bar
-from st_fast.data.ahead import RecordSet
+from st_fast.data.ahead import RecordSet, mean_and_std
 from st_fast.data.captions import coco_captions, read_source_captions
 from st_fast.data.coco import CocoSet, is_coco
 from st_fast.data.features import FOLDER, features_folder, open_features
@@ -24,18 +24,13 @@ from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
 from st_fast.data.repa import ASSUMED, RepaSet, refuse_unknown_vae
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
+from st_fast.data.statistics import latent_statistics
 from st_fast.data.text import FOLDER as TEXT
 from st_fast.data.text import CocoText, open_text, read_captions, text_folder
+from st_fast.model.autoencoders import autoencoder
 from st_fast.model.encoders import load_encoder
 from st_fast.model.text_encoders import load_text_encoder
-from st_fast.model.vae import (
-    PIXELS,
-    PRESETS,
-    load_vae,
-    vae_hash,
-    vae_scale,
-    vae_shift,
-)
+from st_fast.model.vae import NO_NORMALISATION, PIXELS, PRESETS, load_vae, vae_hash
 from st_fast.prepare.encode import Encoder, plan
 from st_fast.prepare.features import open_record_images, template, write_features
 from st_fast.prepare.job import (
@@ -47,6 +42,7 @@ from st_fast.prepare.job import (
     own_share,
     run_job,
 )
+from st_fast.prepare.normalising import check_same_latents, latents_of
 from st_fast.prepare.repa import RepaProducer, check_target, write_repa
 from st_fast.prepare.text import check_words, keep_captions, write_captions, write_states, write_text
 from st_fast.prepare.text import template as text_template
@@ -79,7 +75,7 @@ def stats(args: argparse.Namespace) -> None:
     manifest = records.manifest
     print(describe(records))
     chosen = np.random.default_rng(0).choice(manifest.count, min(64, manifest.count), replace=False)
-    mean, std = records.gather(np.sort(chosen))[0].float().chunk(2, dim=1)
+    mean, std = mean_and_std(records.gather(np.sort(chosen))[0], manifest)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     decode = decoder(folder, manifest, compute(args)[0])
     save_png(grid(decode((mean + std * noise) * manifest.scale), 8), folder / "stats.png")
@@ -87,32 +83,27 @@ def stats(args: argparse.Namespace) -> None:
 
 
 def describe(records: RecordSet) -> str:
-    """Per-channel statistics of the sampled latents mean + std · ξ, unscaled, and the number of records a class.
+    """Per-channel statistics of the latents as a network sees them, normalised, and the number of records a class.
 
-    Reads every record once; sums in float64. "std" is the total, the spread of the means plus the posterior's own; "of
-    which posterior" the root mean square of the posterior's std.
+    Reads every record once. "std" is the total, the spread of the means plus the posterior's own; "of which posterior"
+    the root mean square of the posterior's std.
     """
-    manifest, count = records.manifest, len(records)
-    total, square, own = np.zeros((3, manifest.channels))
+    made, count = records.manifest, len(records)
     with bar(None, "reading", count, "record") as progress:
-        for start in range(0, count, 1024):
-            moments = records.gather(np.arange(start, min(start + 1024, count)))[0].numpy().astype(np.float64)
-            mean, std = np.split(moments, 2, axis=1)
-            total += mean.mean((2, 3)).sum(0)
-            square += (mean**2).mean((2, 3)).sum(0)
-            own += (std**2).mean((2, 3)).sum(0)
-            progress.update(len(moments))
-    average = total / count
-    deviation = np.sqrt(square / count - average**2 + own / count)
-    overall = np.sqrt((deviation**2 + average**2).mean() - average.mean() ** 2)  # over all channels together
-    classes = np.bincount(records.labels, minlength=manifest.num_classes)
+        found = latent_statistics(records, np.arange(count), progress.update)
+    classes = np.bincount(records.labels, minlength=made.num_classes)
     lines = [f"{count:,} records, {int((classes > 0).sum())} of {len(classes)} classes present"]
+    lines += [f"latents of {made.vae.name}, normalised by {made.normalisation}:"]
     lines += ["channel      mean       std  of which posterior"]
-    for number, row in enumerate(zip(average, deviation, np.sqrt(own / count), strict=True)):
+    for number, row in enumerate(zip(found.mean, found.std, found.posterior, strict=True)):
         lines.append(f"{number:7d}  {row[0]:8.4f}  {row[1]:8.4f}  {row[2]:8.4f}")
-    lines.append(f"    all  std {overall:.4f}; 1/std = {1 / overall:.5f} would give unit variance")
+    mean, std = found.whole
+    unit = f"  with scale {made.scale / std:.5f} the std would be 1" if std else ""
+    lines.append(f"    all  {mean:8.4f}  {std:8.4f}{unit}")
+    told = found.warning(made)
+    lines.append(f"attention: {told}" if told else "about mean 0 and std 1, as training expects")
     if len(classes) <= 20:
-        labels = tuple(map(printable, manifest.class_names)) or tuple(map(str, range(len(classes))))
+        labels = tuple(map(printable, made.class_names)) or tuple(map(str, range(len(classes))))
         lines.append("classes: " + ", ".join(f"{n} {c}" for n, c in zip(labels, classes.tolist(), strict=True)))
     else:
         low, middle, high = np.percentile(classes, (0, 50, 100))
@@ -201,12 +192,14 @@ def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: s
         told, (vae, info) = info, given_vae(args)
         if records.origin is not None and told.hash not in ("", info.hash):
             raise UserError(f"--vae {args.vae}: other weights than those of {told.name}, which {records.folder} names")
-        if vae.config.latent_channels != records.manifest.channels:
-            found = f"{vae.config.latent_channels} channels, the latents have {records.manifest.channels}"
+        kind = autoencoder(vae)
+        if kind.channels != records.manifest.channels:
+            found = f"{kind.channels} channels, the latents have {records.manifest.channels}"
             raise UserError(f"--vae {args.vae}: {found}")
-        if vae_shift(vae) and records.origin is None:  # their means are as the VAE gives them, ours without the shift
-            raise UserError(f"--vae {args.vae}: has a shift_factor, which {layout} has no place for")
-        scale = vae_scale(vae)
+        if replace(kind.normalisation, scale=1.0) != NO_NORMALISATION and records.origin is None:
+            # their means are as the VAE gives them, ours without shift and mean
+            raise UserError(f"--vae {args.vae}: has {kind.normalisation}; {layout} has a place for the scale alone")
+        scale = kind.normalisation.scale
     producer = RepaProducer(records, args.dtype, args.shard_size, info, scale)
     if (out / FILE_NAME).is_file():
         check_finished(out, producer.fingerprint)
@@ -264,7 +257,10 @@ def encode(args: argparse.Namespace) -> None:
         return
     vae, info = the_vae(args, source, out)
     upright = bool(begun.get("upright", False))
-    encoder = Encoder(source, vae, info, args.size, args.flip, args.dtype, args.batch_size, args.shard_size, upright)
+    how = latents_of(args, vae, source, out)
+    encoder = Encoder(
+        source, vae, info, how, args.size, args.flip, args.dtype, args.batch_size, args.shard_size, upright
+    )
     side = encoder.template.shape[-1]
     if side % 2 and own_share().start == 0:
         print(f"latents of {side}×{side}: a model's patch must divide {side}, so patch 2 can't be used")
@@ -277,10 +273,10 @@ def encode(args: argparse.Namespace) -> None:
             f"{out}: {records:,} records of {template.dtype} {'×'.join(map(str, template.shape))}, "
             f"{records * template.record_bytes / 1e9:.2f} GB in {counted(encoder.shards, 'shard')}, "
             f"{sum(done)} of them done\n"
-            f"VAE {info.name}, scale {template.scale:.5f}, SHA-256 {info.hash[:12]}…"
+            f"VAE {info.name} ({info.kind}), {template.normalisation}, SHA-256 {info.hash[:12]}…"
         )
         return
-    keep_vae(args.vae, info, out)
+    keep_vae(args.vae, info, out, args.vae_variant)
     images = np.array([len(encoder.images_of(number)) for number in range(encoder.shards)])[own_share()]
     with progress("encoding", int(images.sum()), "image", int(images[done[own_share()]].sum())) as shown:
         run_job(out, encoder, args.max_bad, shown.update)
@@ -296,6 +292,7 @@ def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[s
         raise UserError(
             f"{out}: complete, but made with VAE {found} (now {wanted}); use that, or name another folder to write"
         )
+    check_same_latents(args, made, out)
     if args.vae == "small":
         check_small(args, out)
     elif Path(args.vae).is_dir() and args.vae not in PIXELS:

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_atomic, write_folder
+from st_fast.core.latents import Normalisation
 from st_fast.core.writing import save_pretrained
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo
 from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import RealImages, read_images
+from st_fast.model.autoencoders import VAE
 from st_fast.model.encoders import input_side, load_encoder, preprocess, quiet_transformers
-from st_fast.model.vae import VAE, decode, encode_moments, vae_hash
+from st_fast.model.vae import decode, encode_moments, vae_hash
 from st_fast.prepare.features import KeptImages, write_features
 from st_fast.prepare.first_use import must_be_made, save_reconstructions
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
@@ -86,7 +88,7 @@ def _write(folder: Path, images: dict[str, np.ndarray], vae: VAE) -> float:
     vae.register_to_config(scaling_factor=scale)
     save_pretrained(vae, folder / "vae")
     write_atomic(folder / "images.safetensors", to_safetensors(images))
-    again = decode(vae, encode_moments(vae, test).chunk(2, dim=1)[0] * scale, scale)
+    again = decode(vae, encode_moments(vae, test, "mean") * scale, Normalisation(scale))
     manifest = Manifest(
         count=0,
         shape=(8, SIZE // 4, SIZE // 4),

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import make_folder, write_atomic, write_folder, write_json_atomic
+from st_fast.core.latents import Normalisation
 from st_fast.core.writing import save_pretrained
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
 from st_fast.data.text import open_text
 from st_fast.evaluate.attributes import FILE as ATTRIBUTES_FILE
 from st_fast.evaluate.attributes import HELD_OUT
+from st_fast.model.autoencoders import VAE
 from st_fast.model.text_encoders import PACKAGED, TextEncoder, load_text_encoder
-from st_fast.model.vae import VAE, decode, encode_moments, vae_hash
+from st_fast.model.vae import decode, encode_moments, vae_hash
 from st_fast.prepare.first_use import must_be_made, save_reconstructions
 from st_fast.prepare.openmoji import Emoji, load_emoji
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
@@ -99,7 +101,9 @@ def _write(folder: Path, emoji: Emoji, vae: VAE, encoder: TextEncoder, say: Say)
         write_captions(place, [emoji.captions[i] for i in np.flatnonzero(split)])
         with closing(open_data(place, verify=False)) as records:
             write_text(place, records, encoder, say)
-    return save_reconstructions(folder, test, decode(vae, test_moments.chunk(2, dim=1)[0] * scale, scale))
+    return save_reconstructions(
+        folder, test, decode(vae, test_moments.chunk(2, dim=1)[0] * scale, Normalisation(scale))
+    )
 
 
 def _labels(images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Images → moments, a shard at a time: threads decode one batch of files while the VAE encodes the batch before."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from tqdm import tqdm
 
 from st_fast.core.errors import UserError
+from st_fast.core.latents import Normalisation
 from st_fast.core.machine import usable_cpus
 from st_fast.data.images import load_image
 from st_fast.data.manifest import FILE_NAME, UPRIGHT, Manifest, ShardEntry, VaeInfo, check_readable
 from st_fast.data.sources import Source
-from st_fast.model.vae import VAE, encode_moments, latent_shape, vae_hash, vae_scale
+from st_fast.model.autoencoders import VAE, Posterior, autoencoder
+from st_fast.model.vae import encode_moments, latent_shape, vae_hash
 from st_fast.prepare.job import Produced, Progress
 from st_fast.prepare.writing import shard_name
 
@@ -29,6 +31,14 @@ def plan(source: Source, size: int, flip: bool, dtype: str, shard_size: int) -> 
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Latents:
+    """What records are made of a VAE's latents."""
+
+    normalisation: Normalisation
+    posterior: Posterior = "sample"
+
+
 class Encoder:
     """The producer of shards from a source of images (see `job.Producer`).
 
@@ -38,8 +48,8 @@ class Encoder:
     """
 
     def __init__(
-        self, source: Source, vae: VAE, info: VaeInfo, size: int, flip: bool, dtype: str, batch_size: int,
-        shard_size: int, upright: bool = True,
+        self, source: Source, vae: VAE, info: VaeInfo, how: Latents, size: int, flip: bool, dtype: str,
+        batch_size: int, shard_size: int, upright: bool = True,
     ) -> None:  # fmt: skip
         self.source, self.vae, self.size, self.batch_size, self.upright = source, vae, size, batch_size, upright
         self.left_out = source.left_out
@@ -49,9 +59,13 @@ class Encoder:
         channels, height, width = latent_shape(vae, size)
         self.template = Manifest(
             count=0,
-            shape=(2 * channels, height, width),
+            shape=(channels if how.posterior == "mean" else 2 * channels, height, width),
             dtype=dtype,
-            scale=vae_scale(vae),
+            scale=how.normalisation.scale,
+            shift=how.normalisation.shift,
+            latents_mean=how.normalisation.latents_mean,
+            latents_std=how.normalisation.latents_std,
+            posterior=how.posterior,
             vae=info,
             source=f"{source.description}, {UPRIGHT * upright}centre crop {size}",
             num_classes=source.num_classes,
@@ -62,6 +76,7 @@ class Encoder:
         check_readable(replace(self.template, shards=tuple(entries)), Path(FILE_NAME))
         self.fingerprint = plan(source, size, flip, dtype, shard_size) | {
             "vae": vae_hash(vae), "precision": str(vae.dtype).removeprefix("torch."), "upright": upright,
+            "normalisation": str(how.normalisation), "posterior": how.posterior,
         }  # fmt: skip
 
     def images_of(self, number: int) -> range:
@@ -74,7 +89,7 @@ class Encoder:
 
         With flips, image i of those that can be used gives records 2i and 2i + 1.
         """
-        numbers, size, names = self.images_of(number), self.batch_size, self.source.names
+        numbers, size, names, made = self.images_of(number), self.batch_size, self.source.names, self.template
         moments, labels = [np.empty((0, *self.template.shape), self.template.dtype)], [np.empty(0, np.int64)]
         skipped: dict[str, str] = {}
         with ThreadPoolExecutor(max(2, usable_cpus()), "st_fast images") as pool:
@@ -94,7 +109,7 @@ class Encoder:
                     batch = torch.stack(images)  # (n, C, S, S), or 2n with flips
                     if self.views == 2:
                         batch = torch.stack((batch, batch.flip(-1)), dim=1).flatten(0, 1)
-                    found = encode_moments(self.vae, batch).cpu()
+                    found = encode_moments(self.vae, batch, made.posterior, made.normalisation).cpu()
                     moments.append(found.to(getattr(torch, self.template.dtype)).numpy())
                     labels.append(np.repeat(self.source.labels[kept], self.views))
                 progress(len(part))
@@ -103,7 +118,7 @@ class Encoder:
     def _load(self, number: int) -> np.ndarray | str:
         """Image `number` as uint8 (C, S, S), or why it can't be used."""
         try:
-            return load_image(self.source.read(number), self.size, int(self.vae.config.in_channels), self.upright)
+            return load_image(self.source.read(number), self.size, autoencoder(self.vae).in_channels, self.upright)
         except UserError as error:  # BadImage, or a damaged member of an archive
             return str(error)
         except OSError as error:

@@ -193,7 +193,6 @@ def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
     for number in range(producer.shards):
         _note(folder, number).unlink(missing_ok=True)
     left_out = f"; {counted(len(skipped), 'image')} skipped" if skipped else ""
-    channels, *sides = producer.template.shape  # of mean and std
-    latents = " × ".join(map(str, (channels // 2, *sides)))
+    latents = " × ".join(map(str, (producer.template.channels, *producer.template.shape[1:])))
     what = f"latents of {latents}, {(n := producer.template.num_classes)} class{'es' * (n != 1)}"
     tqdm.write(f"{folder}: {count:,} records in {counted(len(entries), 'shard')}: {what}{left_out}")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from st_fast.core.progress import bar
-from st_fast.model.vae import VAE, autoencoder_class
+from st_fast.model.autoencoders import VAE
+from st_fast.model.vae import autoencoder_class
 
 REPORT = 20
 """Steps between two readings of the loss that the progress bar shows, beside the time left."""

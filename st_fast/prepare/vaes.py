@@ -18,7 +18,8 @@ from st_fast.core.writing import save_pretrained
 from st_fast.data.images import load_image
 from st_fast.data.manifest import VaeInfo
 from st_fast.data.sources import Source
-from st_fast.model.vae import PIXELS, VAE, encode_moments, load_vae, refuse_normalised, vae_hash
+from st_fast.model.autoencoders import VAE, autoencoder
+from st_fast.model.vae import PIXELS, encode_moments, load_vae, vae_hash
 from st_fast.prepare.job import own_share
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 
@@ -62,15 +63,21 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
             write_json_atomic(writing / SMALL_FILE, small_settings(args))
     check_small(args, out)
     vae = load_vae(out / VAE_FOLDER, device, dtype)
-    return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER)
+    return vae, VaeInfo("small", vae_hash(vae), VAE_FOLDER, *kind_of(vae))
 
 
 def given_vae(args: argparse.Namespace) -> tuple[VAE, VaeInfo]:
-    """The VAE that `--vae` names and its entry in the manifest; UserError for one that normalises its latents."""
-    vae = load_vae(args.vae, *compute(args))
-    refuse_normalised(vae, f"--vae {args.vae}")
-    local = Path(args.vae).is_dir() and args.vae not in PIXELS
-    return vae, VaeInfo(Path(args.vae).resolve().name if local else args.vae, vae_hash(vae), local * VAE_FOLDER)
+    """The VAE that `--vae` names and its entry in the manifest."""
+    vae = load_vae(args.vae, *compute(args), args.vae_variant)
+    local = Path(args.vae).exists() and args.vae not in PIXELS
+    kept = local or args.vae_variant is not None  # so that what decodes is known by its name, or lies in OUT
+    name = Path(args.vae).resolve().name if local else args.vae
+    return vae, VaeInfo(name, vae_hash(vae), kept * VAE_FOLDER, *kind_of(vae))
+
+
+def kind_of(vae: VAE) -> tuple[str, int]:
+    """The class and the factor, for the manifest."""
+    return type(vae).__name__, autoencoder(vae).factor
 
 
 def factor_of(args: argparse.Namespace) -> int:
@@ -124,13 +131,13 @@ def copy_vae(info: VaeInfo, folder: Path, out: Path) -> None:
             shutil.copytree(source, writing, dirs_exist_ok=True)
 
 
-def keep_vae(source: str, info: VaeInfo, out: Path) -> None:
-    """Puts a copy of the VAE in a local folder `source` into OUT, once; UserError where OUT has another."""
+def keep_vae(source: str, info: VaeInfo, out: Path, variant: str | None = None) -> None:
+    """Puts a copy of the VAE `source` into OUT, once, where the manifest says so; UserError where OUT has another."""
     folder = out / VAE_FOLDER
     if not info.path or own_share().start != 0:
         return
     if not folder.is_dir():
         with write_folder(folder) as writing:
-            save_pretrained(load_vae(source), writing)
+            save_pretrained(load_vae(source, variant=variant), writing)
     elif vae_hash(load_vae(folder)) != info.hash:
         raise UserError(f"{folder}: it holds another VAE than {info.name}; name another folder to write")

@@ -23,10 +23,11 @@ from st_fast.data.text import open_text, read_captions, read_text_manifest
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import DiffusionTransformer, stored
 from st_fast.model.attention import choose
+from st_fast.model.autoencoders import autoencoder
 from st_fast.model.compiling import CompiledBlocks, keep_compiled
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.model.stored import newest_stage
-from st_fast.model.vae import decode, load_vae, vae_hash
+from st_fast.model.vae import NO_NORMALISATION, decode, has_hash, load_vae, vae_hash
 from st_fast.recipe import load_run
 from st_fast.recipe.keys import CFG_MOST
 from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
@@ -133,12 +134,25 @@ def decoder(
 ) -> Decode:
     """The decoder of a data folder: `vae`, a folder or name, else its own VAE, else the one its manifest names.
 
-    `say` is told where `vae` has other weights than the one that the data was encoded with.
+    UserError where it can't be the decoder of these latents: its own with other weights than the manifest names, or
+    `vae` with other channels, another factor or another normalisation. `say` is told of other weights of `vae`.
     """
-    loaded = load_vae(vae or manifest.vae.source(folder), device)
-    if vae and manifest.vae.hash and vae_hash(loaded) != manifest.vae.hash:
-        say(f"sample.vae = {vae!r}: other weights than those of {manifest.vae.name}, which encoded {folder}")
-    return lambda latents: decode(loaded, latents, manifest.scale)
+    name = vae or manifest.vae.source(folder)
+    loaded = load_vae(name, device)
+    kind, made = autoencoder(loaded), manifest.vae
+    where = f"sample.vae = {vae!r}" if vae else f"{folder}: its VAE {name!r}"
+    differing = [] if manifest.channels == kind.channels else [f"channels {kind.channels} ({manifest.channels})"]
+    differing += [] if made.factor in (0, kind.factor) else [f"factor {kind.factor} ({made.factor})"]
+    if vae and not has_hash(loaded, made.hash) and kind.normalisation != NO_NORMALISATION:
+        differing += kind.normalisation.differences(manifest.normalisation)
+    if differing:
+        raise UserError(f"{where}: no decoder of the latents in {folder}: {', '.join(differing)}")
+    if made.hash and not has_hash(loaded, made.hash):
+        if not vae:
+            found = vae_hash(loaded)
+            raise UserError(f"{where}: its weights are {found[:12]}…, the latents were made with {made.hash[:12]}…")
+        say(f"{where}: other weights than those of {made.name}, which encoded {folder}")
+    return lambda latents: decode(loaded, latents, manifest.normalisation)
 
 
 def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None]) -> Sampler:
@@ -148,12 +162,14 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     table = validated_kernels(vars(recipe.kernels), recipe.model, ranks, dtype, say)
     attend = choose(recipe.model.attention, device, dtype, recipe.model.width // recipe.model.heads, say)
     loaded: dict[str, Any] = {}  # of the checkpoint that was read: a newer one may arrive meanwhile
-    model = stored.load_frozen(root, recipe.model, request.weights, table, device, dtype, attend, record=loaded.update)
+    data = Path(recipe.data.path)
+    manifest = read_any_manifest(data)
+    model = stored.load_frozen(
+        root, recipe.model, request.weights, table, device, dtype, attend, record=loaded.update, latents=manifest.space
+    )
     compiled = request.compile == "on" or (request.compile == "auto" and device.type == "cuda")
     if compiled:
         model.run_block = CompiledBlocks(say, dynamic=False)
-    data = Path(recipe.data.path)
-    manifest = read_any_manifest(data)
     own = request.settings.vae
     vae = own or f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
     decode = decoder(data, manifest, device, own, say)

@@ -23,7 +23,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.machine import local_count, usable_cpus
 from st_fast.core.random import Purpose
 from st_fast.core.ranks import Ranks
-from st_fast.data.ahead import ReadAhead, RecordSet
+from st_fast.data.ahead import ReadAhead, RecordSet, with_std
 from st_fast.data.features import FeatureSet, check_grid, open_features_of
 from st_fast.data.loader import Loader
 from st_fast.model import flow
@@ -174,8 +174,9 @@ class BatchIterator:
             written, images = ((), read[0]) if method.encodes_images and read else (read, None)
             moments, ordinals, t = send(moments), send(ordinals), send(t[part])
         with named_range("noise"):
-            scale = self.records.manifest.scale
-            latents = self.draw(moments, ordinals, t, recipe.run.seed, scale, recipe.flow.path)
+            made = self.records.manifest
+            moments = with_std(moments, made.posterior)
+            latents = self.draw(moments, ordinals, t, recipe.run.seed, made.scale, recipe.flow.path)
         return NoisyBatch(*latents, t, condition, student_condition, ordinals, rows, written, images)
 
 

@@ -21,6 +21,7 @@ from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import Manifest, check_same_data
 from st_fast.data.shards import open_data
+from st_fast.data.statistics import sampled_warning
 from st_fast.kernels.heap import keep_freed_memory
 from st_fast.model import stored
 from st_fast.model.compiling import keep_compiled, swept
@@ -85,6 +86,8 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
                 make_on_first_use(recipe, log.say)
             ranks.barrier()
             shards = open_agreed_data(recipe, ranks, log.say)
+            if told := ranks.broadcast_from_rank0(lambda: sampled_warning(shards)):
+                log.say(f"attention: {told}")
             classes = shards.manifest.num_classes
             if recipe.model.network == "sit" and classes < recipe.model.num_classes:
                 log.say(
@@ -223,7 +226,10 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
         if name is not None and name not in own:
             root, table = stored.checkpoint_root(recipe, name), kernels.select({}, cpu)
             path, null = recipe.flow.path, conditions.null
-            stored.load_frozen(root, recipe.model, group, table, cpu, torch.float32, flow=path, null=null)
+            stored.load_frozen(
+                root, recipe.model, group, table, cpu, torch.float32, flow=path, null=null,
+                latents=records.manifest.space,
+            )  # fmt: skip
         features = open_image_features(stage, recipe, records, cpu, torch.float32)
         if init and init not in own and not candidates(Path(recipe.run.out) / stage.name / "checkpoints"):
             start.check(recipe, stage, features.widths, print)
@@ -238,11 +244,11 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
 def check_fits(recipe: Recipe, manifest: Manifest) -> None:
     """UserError if the data's channels, size or labels are not those of the recipe's model."""
     model = recipe.model
-    ours = (2 * model.channels, model.latent_size, model.latent_size)
-    if manifest.shape != ours:
+    ours = (model.channels, model.latent_size, model.latent_size)
+    if (manifest.channels, *manifest.shape[1:]) != ours:
         raise UserError(
-            f"{recipe.data.path}: moments are {manifest.shape}, model.channels = {model.channels} and "
-            f"model.latent_size = {model.latent_size} (patch {model.patch}) need {ours}"
+            f"{recipe.data.path}: latents are {(manifest.channels, *manifest.shape[1:])}, model.channels = "
+            f"{model.channels} and model.latent_size = {model.latent_size} (patch {model.patch}) need {ours}"
         )
     if model.network == "sit" and manifest.num_classes > model.num_classes:
         raise UserError(

@@ -137,15 +137,17 @@ class Trainer:
 
         def load() -> None:
             root, group = stored.checkpoint_root(recipe, name), self.stage.method.teacher_group
-            place, model = ranks.device, recipe.model
+            place = ranks.device
 
             def record(said: dict[str, Any]) -> None:
                 self.teacher = Teacher(**said)
 
             null = self.conditions.null
-            loaded.append(
-                stored.load_frozen(root, model, group, table, place, context.dtype, attend, record=record, null=null)
-            )
+            model = stored.load_frozen(
+                root, recipe.model, group, table, place, context.dtype, attend, record=record, null=null,
+                latents=context.shards.manifest.space,
+            )  # fmt: skip
+            loaded.append(model)
 
         ranks.broadcast_from_rank0(load)
         model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, context.dtype, attend)
@@ -253,6 +255,7 @@ class Trainer:
             files=self.context.shards.files,
             features=tuple(self.features.digests),
             conditions=self.conditions.digest,
+            latents=self.context.shards.manifest.space,
             teacher=self.teacher,
             seconds=clock.read(),
             rollbacks=self.rollbacks,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from st_fast import kernels
 from st_fast.convert.__main__ import main
 from st_fast.core.errors import UserError
+from st_fast.core.latents import Normalisation
 from st_fast.model import build, stored
 from st_fast.model.formats import import_file
 from st_fast.model.vae import decode, load_vae
@@ -93,7 +94,7 @@ def test_it_draws_the_same_images_from_the_same_noise(sampler, drawn, vae):
     ours = sample(model, draw, settings, bundle.path)
     assert (ours - theirs[sampler]).abs().max() <= 1e-4
     assert (ours - starting_noise(draw, bundle.config)).abs().max() > 0.1  # the model did something
-    images = decode(load_vae(vae), ours, 0.18215)
+    images = decode(load_vae(vae), ours, Normalisation(0.18215))
     assert images.shape == (3, 3, 8, 8) and images.float().std() > 1
     assert (images.int() - theirs[f"{sampler} images"].int()).abs().max() <= 1
 

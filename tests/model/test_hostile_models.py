@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import FREE_BYTES
+from st_fast.core.pickled import read_pickled
 from st_fast.model.formats import import_file
-from st_fast.model.formats.pickled import read_pickled
 from tests import foreign
 
 

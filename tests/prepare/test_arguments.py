@@ -22,7 +22,7 @@ from .conftest import run
         (["{in}", "{out}", "--size", "0"], "--size 0: at least 1"),
         (["{in}", "{out}", "--size", "big"], "--size big: an integer is needed"),
         (["{in}", "{out}", "--colour", "red"], "--colour is unknown"),
-        (["{in}", "{out}", "--vae", "{in}", "--size", "16"], "neither a folder with an AutoencoderKL"),
+        (["{in}", "{out}", "--vae", "{in}", "--size", "16"], "neither a folder with an autoencoder"),
         (["{out}", "{in}"], "no such file or folder"),
     ],
 )

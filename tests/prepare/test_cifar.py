@@ -67,7 +67,7 @@ def test_true_pictures_survive_preparation_exactly(tmp_path: Path) -> None:
     loader.close()
     assert labels.tolist() == [1, 0, 1]
     scale = shards.manifest.scale
-    pictures = decode(load_vae("pixels"), moments.float().chunk(2, dim=1)[0] * scale, scale)
+    pictures = decode(load_vae("pixels"), moments.float() * scale, shards.manifest.normalisation)
     source = open_source(tmp_path / "part.zip", "test")
     for picture, number in zip(pictures, chosen, strict=True):
         assert np.array_equal(picture.numpy(), load_image(source.read(int(number)), 32, 3))

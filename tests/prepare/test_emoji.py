@@ -161,7 +161,7 @@ def test_latents_captions_states_and_attributes_belong_to_the_same_pictures(
     monkeypatch.setattr(emoji, "train_vae", lambda pixels, config: learnt.append(pixels) or train(pixels, config))
     monkeypatch.setattr(emoji, "load_text_encoder", lambda *args, **more: asked.append((*args, more)) or Letters())
     shown, folder = list[Tensor](), tmp_path / "emoji"
-    monkeypatch.setattr(emoji, "decode", lambda vae, z, scale: shown.append(z / scale) or decode(vae, z, scale))
+    monkeypatch.setattr(emoji, "decode", lambda vae, z, how: shown.append(z / how.scale) or decode(vae, z, how))
     prepare_emoji(folder, said.append)
     assert np.array_equal(learnt[0], few.images[~few.held_out]), "nor has the VAE seen what is held out"
     length = load(RECIPE).model.text_length
@@ -181,7 +181,7 @@ def test_latents_captions_states_and_attributes_belong_to_the_same_pictures(
         else:
             mean = stored.chunk(2, dim=1)[0]
             torch.testing.assert_close(shown[0], mean, atol=2e-3, rtol=2e-3)
-            again = decode(vae, mean * made.scale, made.scale)
+            again = decode(vae, mean * made.scale, made.normalisation)
             error = float((again.float() - torch.from_numpy(images[split]).float()).square().mean().sqrt())
         moments = encode_moments(vae, torch.from_numpy(images[split][-2:]))
         found = records.gather(np.arange(len(expected) - 2, len(expected)))[0].float()

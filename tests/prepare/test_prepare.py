@@ -65,9 +65,9 @@ def test_pixels_as_latents_are_lossless(class_folders: Path, tmp_path: Path) -> 
     run(class_folders, tmp_path / "out", *PIXELS)
     shards = open_data(tmp_path / "out")
     moments, _ = shards.gather(np.arange(6))
-    mean, std = moments.float().chunk(2, dim=1)
-    assert std.abs().max() == 0
-    again = decode(load_vae("pixels"), mean * shards.manifest.scale, shards.manifest.scale)
+    made = shards.manifest
+    assert (made.posterior, made.shape, made.scale) == ("mean", (3, 16, 16), 2.0)
+    again = decode(load_vae("pixels"), moments.float() * made.scale, made.normalisation)
     files = sorted(class_folders.rglob("*.png"), key=lambda path: path.as_posix())
     assert np.array_equal(again.numpy(), np.stack([load_image(file.read_bytes(), 16, 3) for file in files]))
 
@@ -282,7 +282,7 @@ def test_dry_run_says_what_would_be_made_and_writes_nothing(
 ) -> None:
     run(class_folders, tmp_path / "out", *PIXELS, "--flip", "--dry-run")
     said = capsys.readouterr().out
-    assert "6 images of 2 classes" in said and "12 records of float16 6×16×16" in said and "6 shards" in said
+    assert "6 images of 2 classes" in said and "12 records of float16 3×16×16" in said and "6 shards" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -300,11 +300,12 @@ def test_verify_and_stats(class_folders: Path, tmp_path: Path, capsys: pytest.Ca
         "6 records in 1 shard: latents of 3 × 16 × 16, 2 classes\n" in told.out + told.err
         and "6 records in 1 shard verified" in told.out
     )
-    moments = open_data(out).gather(np.arange(6))[0].double()[:, :3]
+    moments = 2 * open_data(out).gather(np.arange(6))[0].double()
     for channel in range(3):
         values = moments[:, channel]
         assert f"{channel:7d}  {values.mean():8.4f}  {values.std(unbiased=False):8.4f}" in said
-    assert f"std {moments.std(unbiased=False):.4f}" in said
+    whole = moments.std(unbiased=False)
+    assert f"    all  {moments.mean():8.4f}  {whole:8.4f}  with scale {2 / whole:.5f} the std would be 1" in said
     assert "classes: b c 3, été 中文 3" in said
     assert Image.open(io.BytesIO((out / "stats.png").read_bytes())).width > 100
 

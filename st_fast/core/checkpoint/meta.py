@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from st_fast.core.files import BadFile, shown
+from st_fast.core.latents import LatentSpace
 from st_fast.core.machine import MOST_RANKS
 from st_fast.core.options import ARCHITECTURE_MOST
 from st_fast.core.records import record_from
@@ -111,6 +112,8 @@ class Meta:
     """A digest for each set of image features, in the recipe's order."""
     conditions: str = ""
     """The digest of what the network is conditional on, where that is not in the dataset."""
+    latents: LatentSpace | None = None
+    """What the model's latents are of; None in checkpoints of older versions."""
     teacher: Teacher | None = None
     seconds: float = 0.0
     """Of training."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from st_fast.core import random
 from st_fast.core.errors import UserError
 from st_fast.core.random import Purpose
+from st_fast.data.ahead import mean_and_std
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import read_images
@@ -87,7 +88,7 @@ def load_split(folder: Path, count: int) -> Split:
         chosen = torch.from_numpy(np.sort(random.epoch_order(SEED, 1, len(real.test))[: max(1, count // 2)]))
         chosen = chosen[in_turn(real.test_labels[chosen])]
         vae = load_vae(manifest.vae.source(folder))
-        other = encode_moments(vae, real.test[chosen])
+        other = encode_moments(vae, real.test[chosen], manifest.posterior, manifest.normalisation)
         other_labels = real.test_labels[chosen]
     else:
         other, other_labels = records.gather(rest)
@@ -98,8 +99,8 @@ def load_split(folder: Path, count: int) -> Split:
         raise UserError(
             f"{folder}: its test images become moments {tuple(other.shape[1:])}, its records are {manifest.shape}"
         )
-    train = Latents(_drawn(moments, manifest.scale, 0), labels, 0)
-    held_out = Latents(_drawn(other, manifest.scale, count), other_labels, count)
+    train = Latents(_drawn(moments, manifest, 0), labels, 0)
+    held_out = Latents(_drawn(other, manifest, count), other_labels, count)
     pictured = tuple(manifest.name_of(label) for label in held_out.labels[:PICTURES].tolist())
     pictures = _pictures(folder, manifest, held_out.x[:PICTURES])
     return Split(train, held_out, unseen, manifest.digest, pictures, pictured)
@@ -123,8 +124,8 @@ def _pictures(folder: Path, manifest: Manifest, x: Tensor) -> Tensor:
         return torch.zeros(len(x), 1, 1, 1, dtype=torch.uint8)
 
 
-def _drawn(moments: Tensor, scale: float, first: int) -> Tensor:
-    """x = scale·(μ + σ·ξ), (n, 2C, S, S) → (n, C, S, S) float32, on the host."""
-    mean, std = moments.float().chunk(2, dim=1)
+def _drawn(moments: Tensor, manifest: Manifest, first: int) -> Tensor:
+    """x = scale·(μ + σ·ξ), records (n, *shape) → (n, C, S, S) float32, on the host."""
+    mean, std = mean_and_std(moments, manifest)
     ordinals = torch.arange(first, first + len(moments))
-    return scale * (mean + std * random.normal(SEED, Purpose.POSTERIOR, ordinals, mean.shape[1:]))
+    return manifest.scale * (mean + std * random.normal(SEED, Purpose.POSTERIOR, ordinals, mean.shape[1:]))

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import allowance, is_pickle, read_header, shown
+from st_fast.core.pickled import read_pickled
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.layouts import check_table, detect, infer, optimised
 from st_fast.model.formats.loaded_state import LoadedState
-from st_fast.model.formats.pickled import read_pickled
 from st_fast.recipe.schema import Model
 
 PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from st_fast.core.latents import LatentSpace
 from st_fast.recipe.schema import Model
 
 Table = Mapping[str, Tensor]
@@ -35,6 +36,8 @@ class LoadedState:
     step: int = 0
     path: str = "linear"
     """Of the flow: "linear" or "cosine"."""
+    latents: LatentSpace | None = None
+    """What its latents are of, where that is known."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a file of the same layout needs to be written back as it was, as plain JSON values."""
     originals: Table = field(default_factory=dict)
