@@ -437,7 +437,7 @@ def attend_as_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def moments_shape(recipe: Recipe) -> tuple[int, int, int]:
     """Of an image's moments."""
-    return 2 * recipe.model.channels, recipe.model.latent_size, recipe.model.latent_size
+    return 2 * recipe.model.channels, *recipe.model.latent_sides
 
 
 def _rows(total: int, size: int, stage: Stage) -> list[Rows]:

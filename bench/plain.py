@@ -95,8 +95,7 @@ class PlainNetwork(nn.Module):
         patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
         self.x_embedder = nn.ModuleDict({"proj": patches})
         self.t_embedder = PlainTimes(config.width)
-        tokens = (config.latent_size // config.patch) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, config.width), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width), requires_grad=False)
         self.final_layer = PlainFinal(config.width, config.patch**2 * config.channels)
         self.head: nn.Module | None = None
 

@@ -185,7 +185,7 @@ def plain_loop(loop: Ours) -> PlainLoop:
 def plain_variant(loop: PlainLoop, size: int, block: int) -> Variant:
     """`block` steps of `size` samples a round; its data are in the device's memory already."""
     model = loop.recipe.model
-    moments = torch.randn(size, 2 * model.channels, model.latent_size, model.latent_size, device=loop.device)
+    moments = torch.randn(size, 2 * model.channels, *model.latent_sides, device=loop.device)
     condition = loop.model.some_condition(size, loop.device)
 
     def run(number: int, watch: Stopwatch) -> None:

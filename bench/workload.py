@@ -141,7 +141,7 @@ def make_stage(setup: Setup, recipe: Recipe) -> Stage:
 def write_data(recipe: Recipe) -> RecordSet:
     """Random latents for the recipe, on the disk, and what else its network is conditional on."""
     model, folder = recipe.model, Path(recipe.data.path)
-    shape = (2 * model.channels, model.latent_size, model.latent_size)
+    shape = (2 * model.channels, *model.latent_sides)
     count = max(64, 2 * recipe.optim.batch_size)
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(count, *shape, generator=generator)
@@ -190,7 +190,7 @@ def fill(tensors: Mapping[str, Tensor], config: Model, seed: int) -> None:
     drawn = {device: torch.Generator(device).manual_seed(seed) for device in {t.device for t in tensors.values()}}
     for name, tensor in tensors.items():
         if name == "pos_embed":
-            tensor.copy_(sincos_positions(config.width, config.latent_size // config.patch))
+            tensor.copy_(sincos_positions(config.width, config.grid))
             continue
         tensor.normal_(std=WEIGHT_STD, generator=drawn[tensor.device])
         if name.endswith(("norm.weight", "ln_q.weight", "ln_k.weight")):

@@ -188,7 +188,7 @@ def described(origin: ModelSource) -> str:
         f"{origin.path}: {layout} layout, {config.name}, {config.parameters / 1e6:.1f} M parameters, step "
         f"{loaded.step:,}, {loaded.path} path\n"
         f"  depth {config.depth}, width {config.width}, heads {config.heads}, patch {config.patch}, latents "
-        f"{config.channels} × {config.latent_size} × {config.latent_size}, {condition}, "
+        f"{' × '.join(map(str, config.latent_shape))}, {condition}, "
         f"qk-norm {'on' if config.qk_norm else 'off'}\n"
         f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
     )

@@ -107,10 +107,10 @@ def card(
     are `scale` times the VAE's; `reads`: whether it has the text encoder.
     """
     config, recipe = origin.loaded.config, load_run(origin.run) if origin.run else None
-    cfg, side = recipe.sample.cfg_scale if recipe else 1.0, config.latent_size
+    cfg, shape = recipe.sample.cfg_scale if recipe else 1.0, " × ".join(map(str, config.latent_shape))
     call, without = "images = pipe({asked}, seed=0).images", ""
     if not decodes:
-        call = 'latents = pipe({asked}, seed=0, output_type="latent").images  # (B, C, S, S), {scale} times a VAE\'s'
+        call = 'latents = pipe({asked}, seed=0, output_type="latent").images  # (B, C, H, W), {scale} times a VAE\'s'
         without = (
             "\nNo VAE is in this folder: `vae=AutoencoderKL.from_pretrained(…)` as one more argument gives images.\n"
         )
@@ -130,7 +130,7 @@ def card(
             library="diffusers" if form == "diffusers" else "st_fast", title=plain(name), name=plain(config.name),
             parameters=config.parameters / 1e6, condition=condition, network=config.network,
             task="text-to-image" if config.network == "mmdit" else "unconditional-image-generation",
-            shape=f"{config.channels} × {side} × {side}" + (f" of the VAE {plain(vae)}" if vae else ""),
+            shape=shape + (f" of the VAE {plain(vae)}" if vae else ""),
             path=origin.loaded.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.loaded.step,
         ),
         USE[form, config.network].format(

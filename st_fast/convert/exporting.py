@@ -59,7 +59,10 @@ def _save(content: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
-    """What the other project's `torch.save` would be given."""
+    """What the other project's `torch.save` would be given; UserError for what its code has no place for."""
+    height, width = loaded.config.latent_sides
+    if height != width:
+        raise UserError(f"latents of {height} x {width}: {layout}'s own code takes square ones only")
     facts = loaded.facts if loaded.layout == layout else {}
     ema = heads(loaded.model) | dict(loaded.ema)  # ours averages no heads, the published code does
     tables: dict[str, Table] = {"model": loaded.model, "ema": ema}

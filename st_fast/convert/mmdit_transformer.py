@@ -4,13 +4,16 @@ t = 1 is noise. Plain PyTorch with the published key names, and `null_context`, 
 by st_fast, which trained the weights, and needs nothing of it.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from st_fast.convert.sit_transformer import FREQUENCIES, FinalLayer, frequencies, modulated, named
+from st_fast.convert.sit_transformer import FREQUENCIES, FinalLayer, frequencies, grid, modulated, named
 
 
 class StreamAttention(nn.Module):
@@ -77,8 +80,8 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int, text_width: int,
-        text_length: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True,
+        self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int | Sequence[int],
+        text_width: int, text_length: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True,
         flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
         text_encoder: str = "", text_encoder_sha256: str = "", text_mask: bool = False, network: str = "mmdit",
         model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
@@ -90,7 +93,7 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self.t_embedder = named(mlp=time)
         self.context_embedder = nn.Linear(text_width, width)
         self.null_context = nn.Parameter(torch.zeros(1, text_length, text_width), requires_grad=False)
-        self.pos_embed = nn.Parameter(torch.zeros(1, (latent_size // patch) ** 2, width), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(grid(latent_size, patch)), width), requires_grad=False)
         self.joint_blocks = nn.ModuleList(
             JointBlock(width, heads, int(width * mlp_ratio), qk_norm, last=number == depth - 1)
             for number in range(depth)
@@ -98,12 +101,13 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self.final_layer = FinalLayer(width, patch**2 * channels)
 
     def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """x (B, C, S, S), t (B,) in [0, 1], states (B, L, W) of captions' tokens → (B, C, S, S)."""
-        patch, side = self.config.patch, self.config.latent_size // self.config.patch
+        """x (B, C, H, W), t (B,) in [0, 1], states (B, L, W) of captions' tokens → (B, C, H, W)."""
+        patch = self.config.patch
+        rows, columns = grid(self.config.latent_size, patch)
         dtype = self.pos_embed.dtype
         tokens = self.x_embedder(x.to(dtype)).flatten(2).transpose(1, 2) + self.pos_embed
         c, u = self.t_embedder(frequencies(t).to(dtype)), self.context_embedder(states.to(dtype))
         for block in self.joint_blocks:
             tokens, u = block(tokens, u, c)
-        out = self.final_layer(tokens, c).view(-1, side, side, patch, patch, self.config.channels)
+        out = self.final_layer(tokens, c).view(-1, rows, columns, patch, patch, self.config.channels)
         return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

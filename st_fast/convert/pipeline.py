@@ -41,7 +41,7 @@ class SiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
     ) -> Any:  # fmt: skip
         """Images of the classes: "pil", "np" (B, H, W, C in 0..1), "pt" (B, C, H, W) or "latent" (those, scaled).
 
-        Sample i has number first + i; its noise, `latents` (B, C, S, S) where given, follows from (seed, number).
+        Sample i has number first + i; its noise, `latents` (B, C, H, W) where given, follows from (seed, number).
         `sampler` is "euler", "heun" or "sde" (Euler-Maruyama). ValueError for another one or a label out of range.
         """
         config, device = self.transformer.config, self._execution_device
@@ -50,7 +50,8 @@ class SiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no 
         if not all(0 <= label < config.num_classes for label in class_labels):
             raise ValueError(f"class_labels: 0..{config.num_classes - 1} are possible, got {list(class_labels)}")
         numbers = torch.arange(first, first + len(class_labels), device=device)
-        shape = (config.channels, config.latent_size, config.latent_size)
+        size = config.latent_size
+        shape = (config.channels, *((size, size) if isinstance(size, int) else size))
         x = normal(seed, Purpose.SAMPLE_NOISE, numbers, shape) if latents is None else latents.to(device).float()
         labels = torch.tensor(list(class_labels), device=device)
         velocity = guided(self, labels, torch.full_like(labels, config.num_classes), scale)

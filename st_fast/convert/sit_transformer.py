@@ -5,6 +5,7 @@ Plain PyTorch with the published key names; written by st_fast, which trained th
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,12 @@ FREQUENCIES = 256
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without affine, then shift and scale: x (B, N, D), shift and scale (B, D)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def grid(latent_size: int | Sequence[int], patch: int) -> tuple[int, int]:
+    """(rows, columns) of a latent's patches: of a square, or of height and width."""
+    height, width = (latent_size, latent_size) if isinstance(latent_size, int) else latent_size
+    return height // patch, width // patch
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
@@ -82,10 +89,10 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int, num_classes: int,
-        class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True, flow: str = "linear",
-        latent_scale: float | None = None, name: str = "custom", step: int = 0, model_type: str = "sit",
-        format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
+        self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int | Sequence[int],
+        num_classes: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True,
+        flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
+        model_type: str = "sit", format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
     ) -> None:  # fmt: skip
         super().__init__()
@@ -94,17 +101,18 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         self.t_embedder = named(mlp=time)
         # The last row, if class dropout trained it, stands for no class.
         self.y_embedder = named(embedding_table=nn.Embedding(num_classes + (class_dropout > 0), width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (latent_size // patch) ** 2, width), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(grid(latent_size, patch)), width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio), qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * channels)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """x (B, C, S, S), t (B,) in [0, 1], labels (B,); `num_classes` is the null label → (B, C, S, S)."""
-        patch, side = self.config.patch, self.config.latent_size // self.config.patch
+        """x (B, C, H, W), t (B,) in [0, 1], labels (B,); `num_classes` is the null label → (B, C, H, W)."""
+        patch = self.config.patch
+        rows, columns = grid(self.config.latent_size, patch)
         dtype = self.pos_embed.dtype
         tokens = self.x_embedder(x.to(dtype)).flatten(2).transpose(1, 2) + self.pos_embed
         c = self.t_embedder(frequencies(t).to(dtype)) + self.y_embedder(labels)
         for block in self.blocks:
             tokens = block(tokens, c)
-        out = self.final_layer(tokens, c).view(-1, side, side, patch, patch, self.config.channels)
+        out = self.final_layer(tokens, c).view(-1, rows, columns, patch, patch, self.config.channels)
         return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -47,7 +47,7 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
     ) -> Any:  # fmt: skip
         """Images of the prompts: "pil", "np" (B, H, W, C in 0..1), "pt" (B, C, H, W) or "latent" (those, scaled).
 
-        Sample i has number first + i; its noise, `latents` (B, C, S, S) where given, follows from (seed, number).
+        Sample i has number first + i; its noise, `latents` (B, C, H, W) where given, follows from (seed, number).
         `prompt_embeds` (B, L, W), the encoder's states, may stand for the prompts. Guidance leads away from the empty
         caption, or from `negative_prompt`, one for all or one each. `sampler` is "euler", "heun" or "sde"
         (Euler-Maruyama).
@@ -69,7 +69,8 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
             found = f"{tuple(states.shape)} with {len(null)} negative ones"
             raise ValueError(f"states {found}: (B, {wanted[0]}, {wanted[1]}) are needed, and 1 or B negative ones")
         numbers = torch.arange(first, first + len(states), device=device)
-        shape = (config.channels, config.latent_size, config.latent_size)
+        size = config.latent_size
+        shape = (config.channels, *((size, size) if isinstance(size, int) else size))
         x = normal(seed, Purpose.SAMPLE_NOISE, numbers, shape) if latents is None else latents.to(device).float()
         velocity = guided(self, states, null.to(states).expand_as(states), scale)
         images = decoded(self, solve(self, x, velocity, sampler, steps, seed, numbers), output_type)

@@ -84,19 +84,19 @@ def open_features(data: Path, encoder: str, records: RecordSet) -> FeatureSet:
     return FeatureSet(folder, manifest)
 
 
-def check_grid(encoder: str, grid: tuple[int, int], side: int, interpolate: bool, stage: str) -> None:
-    """UserError, naming both, where the features' grid is not the model's side × side tokens."""
-    if grid != (side, side) and not interpolate:
+def check_grid(encoder: str, grid: tuple[int, int], ours: tuple[int, int], interpolate: bool, stage: str) -> None:
+    """UserError, naming both, where the features' grid is not that of the model's tokens."""
+    if grid != ours and not interpolate:
         raise UserError(
             f"stage.{stage}: {encoder} has a grid of {grid[0]} x {grid[1]} patches, the model one of "
-            f"{side} x {side} tokens; interpolate = true in this stage resizes the features"
+            f"{ours[0]} x {ours[1]} tokens; interpolate = true in this stage resizes the features"
         )
 
 
 def open_features_of(stage: Stage, recipe: Recipe, records: RecordSet) -> list[FeatureSet]:
     """The features that a stage learns from, of each encoder; UserError where one is missing or doesn't fit."""
-    side, method = recipe.model.latent_size // recipe.model.patch, stage.method
+    method = stage.method
     found = [open_features(Path(recipe.data.path), name, records) for name in method.encoder_names]
     for one in found:
-        check_grid(one.manifest.encoder, one.manifest.shape[:2], side, method.resizes_features, stage.name)
+        check_grid(one.manifest.encoder, one.manifest.shape[:2], recipe.model.grid, method.resizes_features, stage.name)
     return found

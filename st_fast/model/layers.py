@@ -1,6 +1,7 @@
 """The layers that the networks share: linear layers, patches, times, positions, the MLP and the final projection.
 
-Shapes: B samples, C latent channels, S latent side, p patch, N = (S/p)² tokens, D width.
+Shapes: B samples, C latent channels, H and W a latent's height and width, p patch, D width; a grid of
+h = H/p rows and w = W/p columns has N = h·w tokens, row by row.
 """
 
 import math
@@ -57,7 +58,7 @@ def bias_left(layer: nn.Module) -> Tensor | None:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts a latent into p×p patches and projects each to a token: (B, C, S, S) → (B, N, D)."""
+    """Cuts a latent into p×p patches and projects each to a token: (B, C, H, W) → (B, N, D)."""
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
@@ -66,10 +67,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A convolution whose stride is its kernel is a matrix product of the unfolded patches.
-        batch, channels, size, _ = x.shape
-        side, patch = size // self.patch, self.patch
-        grid = x.view(batch, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
-        patches = grid.reshape(batch, side * side, channels * patch * patch)  # (B, N, C·p·p)
+        batch, channels, height, width = x.shape
+        patch, rows, columns = self.patch, height // self.patch, width // self.patch
+        grid = x.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = grid.reshape(batch, rows * columns, channels * patch * patch)  # (B, N, C·p·p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -123,13 +124,16 @@ class FinalLayer(nn.Module):
         return self.linear(y)
 
 
-def sincos_positions(width: int, side: int) -> Tensor:
-    """(1, side², width): fixed 2-D sin-cos positions of DiT: half of the channels for the column, half for the row."""
+def sincos_positions(width: int, grid: tuple[int, int], unit: float = 1.0) -> Tensor:
+    """(1, N, width): fixed 2-D sin-cos positions of DiT: half of the channels for the column, half for the row.
+
+    Neighbours in the grid (h, w) lie `unit` apart.
+    """
     frequencies = 1.0 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
 
     def embed(position: Tensor) -> Tensor:
-        angles = position.flatten().double()[:, None] * frequencies
+        angles = (position.flatten().double() * unit)[:, None] * frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=1)
 
     return torch.cat((embed(columns), embed(rows)), dim=1).float()[None]
@@ -138,13 +142,12 @@ def sincos_positions(width: int, side: int) -> Tensor:
 def fixed_positions(config: Model) -> nn.Parameter:
     """(1, N, D): the positions of an image's tokens, which are not trained, on the default device."""
     with torch.device("cpu"):  # for weights without memory PyTorch would import a compiler to count up
-        positions = sincos_positions(config.width, config.latent_size // config.patch)
+        positions = sincos_positions(config.width, config.grid)
     return nn.Parameter(positions.to(torch.get_default_device()), requires_grad=False)
 
 
-def unpatchify(patches: Tensor, patch: int, channels: int) -> Tensor:
-    """(B, N, p·p·C), channels last within a patch, → (B, C, S, S)."""
-    batch, tokens, _ = patches.shape
-    side = math.isqrt(tokens)
-    grid = patches.view(batch, side, side, patch, patch, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, side * patch, side * patch)
+def unpatchify(patches: Tensor, patch: int, channels: int, grid: tuple[int, int]) -> Tensor:
+    """(B, N, p·p·C) of a grid (h, w), channels last within a patch, → (B, C, H, W)."""
+    batch, (rows, columns) = len(patches), grid
+    cut = patches.view(batch, rows, columns, patch, patch, channels)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * patch, columns * patch)

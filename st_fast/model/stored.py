@@ -109,7 +109,7 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")
     trained = found.groups.get("heads", {})
     model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
-    told = {key: said.get(key) for key in ("num_classes", "text_length")}
+    told = {key: said.get(key) for key in ("num_classes", "text_length", "latent_size")}
     config, optim = infer(model, told, count, where), found.groups.get("optim", {})
     groups = [name for name in ("model", "ema") if name in found.groups]
     for group in groups:
@@ -168,7 +168,7 @@ def _published(folder: Path) -> LoadedState:
     config = read_config(folder)
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS
     check_size(config.model, file)
-    loaded = import_file(file, "repa", config.model.heads, config.model.num_classes)
+    loaded = import_file(file, "repa", config.model.heads, config.model.num_classes, config.model)
     match_strictly(expected_trunk(config.model), loaded.model, f"{file}, of what {CONFIG} says", EVERY_KEY)
     return replace(loaded, config=config.model, path=config.flow, step=config.step, latents=config.latents)
 

@@ -5,8 +5,10 @@ labels of a `SiT`, the states of a caption's tokens for an `MMDiT`). `null_condi
 outside of a network and of what reads its data knows more of conditions than that.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
-from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, unpatchify
+from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, sincos_positions, unpatchify
 from st_fast.model.load import Pretrained
 from st_fast.model.side_stream import Branches, batched
 from st_fast.recipe.schema import Model
@@ -23,7 +25,8 @@ from st_fast.recipe.schema import Model
 class DiffusionTransformer(Pretrained):
     """The velocity model v̂(x_t, t, condition). `config` must be resolved (depth, width, heads, patch > 0).
 
-    Shapes: B samples, C latent channels, S latent side, N tokens of an image, D width.
+    Shapes: B samples, C latent channels, H and W a latent's height and width, N tokens of an image, D width. Latents
+    may be of the config's shape or of another one, the same in a batch: only their positions depend on it.
     """
 
     config: Model
@@ -82,9 +85,34 @@ class DiffusionTransformer(Pretrained):
     def _initialise_condition(self) -> None:
         """Draws what embeds the condition."""
 
+    def grid_of(self, x: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the patches of latents (B, C, H, W)."""
+        return x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """(1, N, D): the positions of a grid's tokens, `pos_embed` for the config's own.
+
+        Any other grid has sin-cos positions whose unit is scaled by √(own tokens / its tokens), so that equal areas
+        have coordinates of equal range: an image of the same area in other proportions keeps the unit, and one of twice
+        the side has coordinates in half steps.
+        """
+        if grid == self.config.grid:
+            return self.pos_embed
+        place = self.pos_embed.device, self.pos_embed.dtype
+        if (found := self._other_positions.get((grid, *place))) is None:
+            unit = math.sqrt(self.config.tokens / math.prod(grid))
+            found = sincos_positions(self.config.width, grid, unit).to(*place)
+            self._other_positions[grid, *place] = found
+        return found
+
+    @cached_property
+    def _other_positions(self) -> dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor]:
+        """What `positions` has computed; no part of the weights."""
+        return {}
+
     def embed_tokens(self, x: Tensor) -> Tensor:
-        """(B, C, S, S) → (B, N, D): patches with positions, in the weights' dtype."""
-        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+        """(B, C, H, W) → (B, N, D): patches with positions, in the weights' dtype."""
+        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.positions(self.grid_of(x))
 
     def _modulations(self, c: Tensor, depth: int) -> list[Tensor]:
         """What `modulation_layers` make of SiLU(c) (B, D).
@@ -99,14 +127,14 @@ class DiffusionTransformer(Pretrained):
         return list(F.linear(c, weight, bias).split([layer.out_features for layer in layers], dim=1))
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, tap: int | tuple[int, ...] = 0) -> tuple[Tensor, Any]:
-        """x (B, C, S, S), t (B,), condition (B, …) → velocity (B, C, S, S) and the stream after block `tap` (B, N, D).
+        """x (B, C, H, W), t (B,), condition (B, …) → velocity (B, C, H, W) and the stream after block `tap` (B, N, D).
 
         Blocks count from 1; with tap = 0 the second result is the embedded input. A tuple of blocks gives a tuple of
         their streams. The streams are those of the image's tokens.
         """
         taps = tap if isinstance(tap, tuple) else (tap,)
         tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps)
-        velocity = unpatchify(self.final_layer(y), self.config.patch, self.config.channels)
+        velocity = unpatchify(self.final_layer(y), self.config.patch, self.config.channels, self.grid_of(x))
         return velocity, tuple(tapped[number] for number in taps) if isinstance(tap, tuple) else tapped[tap]
 
     def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int) -> Tensor:

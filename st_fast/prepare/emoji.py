@@ -32,6 +32,8 @@ from st_fast.prepare.openmoji import Emoji, load_emoji
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.text import write_captions, write_text
 from st_fast.prepare.writing import write_shards
+from st_fast.recipe.architecture import Model
+from st_fast.recipe.error import show
 
 NAME = "emoji"
 VAE_CONFIG = SmallVae(widths=(16, 32, 64), steps=2000, peak_lr=3e-3, kl_weight=3e-4)
@@ -43,12 +45,13 @@ TOKENS = 16
 SOURCE = "OpenMoji (openmoji.org, CC BY-SA 4.0)"
 
 
-def size_of(latent_size: int) -> int:
-    """The side of the pictures whose latents have this side; UserError where emoji of that size can't be drawn well."""
-    size = latent_size * DOWN
-    if size not in SIZES:
+def size_of(model: Model) -> int:
+    """The side of the pictures of the model's latents; UserError where emoji of that size can't be drawn well."""
+    sides = model.latent_sides
+    size = sides[0] * DOWN
+    if size not in SIZES or sides[0] != sides[1]:
         known = " and ".join(f"{one} x {one} (latent_size {one // DOWN})" for one in SIZES)
-        raise UserError(f"model.latent_size = {latent_size}: data.source = 'emoji' has pictures of {known}")
+        raise UserError(f"model.latent_size = {show(model.latent_size)}: data.source = 'emoji' has pictures of {known}")
     return size
 
 

@@ -33,6 +33,11 @@ PARAMETERS_MOST = 10**12
 """Far above any model of this kind: more is a slip of the keyboard, and would be allocated for hours."""
 
 
+LatentSide = Annotated[int, between(1, MOST["latent_size"])]
+LatentSize = LatentSide | tuple[LatentSide, LatentSide]
+"""Of a square, or height and width."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """A linear layer with a bias, by the name that its weights have (in a block: within the block)."""
@@ -66,7 +71,7 @@ class Model:
         0, "Side of the square of latent pixels that makes a token."
     )
     channels: Annotated[int, between(1, MOST["channels"])] = fixed(4, "Channels of a latent.")
-    latent_size: Annotated[int, between(1, MOST["latent_size"])] = fixed(32, "Side of a latent.")
+    latent_size: LatentSize = fixed(32, "Side of a latent, or its [height, width].")
     num_classes: Annotated[int, between(1, CLASSES_MOST)] = fixed(1000, "Classes of the labels.")
     class_dropout: BelowOne = fixed(
         0.1, "Share of labels, or captions, that training replaces by the null label or caption, for guidance."
@@ -85,9 +90,26 @@ class Model:
     modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
 
     @property
+    def latent_sides(self) -> tuple[int, int]:
+        """(H, W) of a latent."""
+        return self.latent_size if isinstance(self.latent_size, tuple) else (self.latent_size, self.latent_size)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+        return self.channels, *self.latent_sides
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of a latent's patches."""
+        height, width = self.latent_sides
+        return height // self.patch, width // self.patch
+
+    @property
     def tokens(self) -> int:
         """N, tokens of a latent."""
-        return (self.latent_size // self.patch) ** 2
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def hidden(self) -> int:
@@ -177,9 +199,12 @@ class Model:
         return {name: getattr(self, name) for name in keys(Model) if name in described - idle}
 
     def architecture(self) -> dict[str, Any]:
-        """The keys that a trained model's weights depend on, for a checkpoint's manifest: neither name nor training."""
-        untold = ("name", "class_dropout")
-        return {name: value for name, value in self.described().items() if name not in untold}
+        """The keys that a trained model's weights depend on, for a checkpoint's manifest: neither name nor training.
+
+        As JSON has them: height and width are a list.
+        """
+        told = {name: value for name, value in self.described().items() if name not in ("name", "class_dropout")}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
     def differences(self, theirs: Mapping[str, Any]) -> list[str]:
         """In what another architecture differs; a key that it lacks, since it is older, has its default."""
@@ -195,7 +220,13 @@ IDLE: dict[str, set[str]] = {
 
 
 def resolve_model(model: Model) -> Model:
-    """The model with its sizes filled from a name such as "SiT-XL/2" or "MMDiT-24/2"; those given must agree."""
+    """The model with its sizes filled from a name such as "SiT-XL/2" or "MMDiT-24/2"; those given must agree.
+
+    The size of a square latent becomes one number, however it was given.
+    """
+    height, width = model.latent_sides
+    if height == width:
+        model = replace(model, latent_size=height)
     if model.name == "custom":
         for key in ("depth", "width", "heads", "patch"):
             if getattr(model, key) == 0:
@@ -235,13 +266,15 @@ def check_shapes(model: Model) -> None:
             allowed = "an integer at least 1, as the data's text states have it" if wanted else "0, or left out"
             raise wrong_value(f"model.{key}", value, allowed, f'model.network = "{model.network}"')
     named = ", ".join(f"{key} {getattr(model, key)}" for key in ("latent_size", "patch", "channels", "width", "heads"))
-    for key, divisor, of in (
-        ("latent_size", model.patch, "patch"),
-        ("width", model.heads, "heads"),
-        ("width", 4, "4, which 2-D sin-cos positions need"),
+    for key, sizes, divisor, of in (
+        ("latent_size", model.latent_sides, model.patch, "patch"),
+        ("width", (model.width,), model.heads, "heads"),
+        ("width", (model.width,), 4, "4, which 2-D sin-cos positions need"),
     ):
-        if (value := getattr(model, key)) % divisor:
-            raise wrong_value(f"model.{key}", value, f"a multiple of {divisor}", f"not divisible by {of} ({named})")
+        if any(size % divisor for size in sizes):
+            value, each = getattr(model, key), "each " * (len(set(sizes)) > 1)
+            why = f"not divisible by {of} ({named})"
+            raise wrong_value(f"model.{key}", value, f"{each}a multiple of {divisor}", why)
     if model.hidden < 1:
         raise wrong_value("model.mlp_ratio", model.mlp_ratio, f"at least 1 / model.width = {1 / model.width:g}")
     if model.parameters > PARAMETERS_MOST:

@@ -79,7 +79,7 @@ def live_encoder_flops(name: str, model: Model) -> float:
     Images are taken to be 8 times as large as the latents, and so to give as many patches as a patch of 2 gives tokens.
     """
     depth, width = dinov2_size(name)
-    patches = (model.latent_size // 2) ** 2
+    patches = math.prod(side // 2 for side in model.latent_sides)
     return vision_flops(width, depth, 4 * width, 14, patches, 5 if "registers" in name else 1)
 
 

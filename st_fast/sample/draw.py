@@ -104,13 +104,12 @@ def balanced(
 
 
 def starting_noise(draw: Draw, config: Model) -> Tensor:
-    """(B, C, S, S) float32 noise at t = 1."""
-    shape = (config.channels, config.latent_size, config.latent_size)
-    return normal(draw.seed, Purpose.SAMPLE_NOISE, draw.ordinals, shape)
+    """(B, C, H, W) float32 noise at t = 1."""
+    return normal(draw.seed, Purpose.SAMPLE_NOISE, draw.ordinals, config.latent_shape)
 
 
 def slerp(a: Tensor, b: Tensor, count: int) -> Tensor:
-    """(count, C, S, S): from noise a to noise b (C, S, S) along the sphere, both ends included (Shoemake, 1985).
+    """(count, C, H, W): from noise a to noise b (C, H, W) along the sphere, both ends included (Shoemake, 1985).
 
     Noise between two draws of a Gaussian keeps its length this way, which a straight line would shorten.
     """

@@ -255,7 +255,7 @@ def open_image_features(
     encoders = tuple(load_encoder(folder, device, dtype) for folder in folders)
     for one in encoders:
         grid = one.grid(images.manifest.shape[-1])
-        check_grid(one.name, grid, recipe.model.latent_size // recipe.model.patch, method.resizes_features, stage.name)
+        check_grid(one.name, grid, recipe.model.grid, method.resizes_features, stage.name)
     return ImageFeatures(encoders=encoders, images=images, latents=records.digest)
 
 

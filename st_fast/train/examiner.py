@@ -95,7 +95,7 @@ class Examiner:
             raise UserError(f"{error}; --sample.vae names another folder{without}") from None
         if wanted.inception:
             model = self.recipe.model
-            latents = torch.zeros(1, model.channels, model.latent_size, model.latent_size, device=self.ranks.device)
+            latents = torch.zeros(1, *model.latent_shape, device=self.ranks.device)
             self.protocol["reference_sha256"], *_ = scores.open_reference(
                 self._reference, scores.InMemory(decode(latents).cpu().numpy()).shape
             )

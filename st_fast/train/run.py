@@ -30,6 +30,7 @@ from st_fast.prepare import digits, emoji
 from st_fast.recipe import Recipe, Stage, cost, to_toml
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.check import check_device
+from st_fast.recipe.error import show
 from st_fast.report import write_report
 from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.agreement import RECIPE, agree, of_data, of_recipe
@@ -158,7 +159,7 @@ def make_on_first_use(recipe: Recipe, say: Say) -> None:
         digits.prepare_digits(Path(recipe.data.path), say)
         digits.prepare_features(recipe, say)
     elif recipe.data.source == "emoji":
-        emoji.prepare_emoji(Path(recipe.data.path), say, emoji.size_of(recipe.model.latent_size))
+        emoji.prepare_emoji(Path(recipe.data.path), say, emoji.size_of(recipe.model))
 
 
 def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:
@@ -244,11 +245,11 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
 def check_fits(recipe: Recipe, manifest: Manifest) -> None:
     """UserError if the data's channels, size or labels are not those of the recipe's model."""
     model = recipe.model
-    ours = (model.channels, model.latent_size, model.latent_size)
-    if (manifest.channels, *manifest.shape[1:]) != ours:
+    if (manifest.channels, *manifest.shape[1:]) != model.latent_shape:
         raise UserError(
             f"{recipe.data.path}: latents are {(manifest.channels, *manifest.shape[1:])}, model.channels = "
-            f"{model.channels} and model.latent_size = {model.latent_size} (patch {model.patch}) need {ours}"
+            f"{model.channels} and model.latent_size = {show(model.latent_size)} (patch {model.patch}) need "
+            f"{model.latent_shape}"
         )
     if model.network == "sit" and manifest.num_classes > model.num_classes:
         raise UserError(

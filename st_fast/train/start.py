@@ -77,7 +77,9 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
         check_finite(tensors, where)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named + _fresh_hint(kept, found))
-    if theirs["heads"] != recipe.model.heads:  # no weight's shape tells them
+    ours = recipe.model.architecture()
+    # No weight's shape tells how many heads there are, nor which of the grids with as many tokens positions are for.
+    if theirs["heads"] != ours["heads"] or ("pos_embed" in kept and theirs["latent_size"] != ours["latent_size"]):
         raise UserError(named)
     if start.init_heads == "match":
         wanted = {head_name(key): tensor for key, tensor in drawn.get("heads", {}).items()}

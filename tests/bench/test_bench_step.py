@@ -208,7 +208,7 @@ def test_a_measured_step_has_weights_none_of_which_is_zero_and_a_teacher_from_no
         for name, tensor in tensors.items():
             scale = (tensor - 1 if name.endswith("norm.weight") else tensor).std().item()
             assert name == "pos_embed" or scale == pytest.approx(WEIGHT_STD, rel=0.5), name
-    assert torch.equal(state["model"]["pos_embed"], sincos_positions(384, 4))
+    assert torch.equal(state["model"]["pos_embed"], sincos_positions(384, (4, 4)))
     assert all(torch.equal(average, state["model"][name]) for name, average in state["ema"].items())
     used = dict(loop.trainer.model.named_parameters())
     assert all(torch.equal(used[name], master) for name, master in state["model"].items())

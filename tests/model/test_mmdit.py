@@ -64,9 +64,9 @@ def plainly(model: DiffusionTransformer, x: Tensor, t: Tensor, text: Tensor) -> 
                 parts[place] = norm(parts[place]) * weight + bias
         return parts
 
-    p, side = config.patch, config.latent_size // config.patch
+    p = config.patch
     patches = F.unfold(x, p, stride=p).transpose(1, 2)  # (B, N, C·p·p)
-    x = linear("x_embedder.proj", patches) + sincos_positions(config.width, side)
+    x = linear("x_embedder.proj", patches) + sincos_positions(config.width, config.grid)
     angles = t[:, None] * torch.exp(-torch.log(torch.tensor(10_000.0)) * torch.arange(128) / 128)
     c = torch.cat((angles.cos(), angles.sin()), -1).double()
     c = F.silu(linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", c))))
@@ -93,7 +93,9 @@ def plainly(model: DiffusionTransformer, x: Tensor, t: Tensor, text: Tensor) -> 
         x = after
         streams.append(x)
     shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)
-    return unpatchify(linear("final_layer.linear", modulated(x, shift, scale)), p, config.channels), streams
+    return unpatchify(
+        linear("final_layer.linear", modulated(x, shift, scale)), p, config.channels, config.grid
+    ), streams
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

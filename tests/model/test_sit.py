@@ -255,12 +255,12 @@ def test_a_fresh_model_predicts_zero_and_its_blocks_are_the_identity():
 
 
 def test_positions_are_the_sines_and_cosines_of_row_and_column():
-    positions = sincos_positions(8, 3)[0]
+    positions = sincos_positions(8, (3, 3))[0]
     row, column = 2, 1
     expected = [f(p / 10_000 ** (k / 2)) for p in (column, row) for f in (torch.sin, torch.cos) for k in (0, 1)
                 for p in [torch.tensor(float(p))]]  # fmt: skip
     torch.testing.assert_close(positions[row * 3 + column], torch.stack(expected))
-    positions = sincos_positions(12, 60)[0].double()
+    positions = sincos_positions(12, (60, 60))[0].double()
     frequencies = 10_000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
     expected = [f(p * frequencies) for p in (41, 59) for f in (torch.sin, torch.cos)]
     torch.testing.assert_close(positions[59 * 60 + 41], torch.cat(expected), rtol=0, atol=2e-7)
@@ -269,7 +269,7 @@ def test_positions_are_the_sines_and_cosines_of_row_and_column():
 def test_unpatchify_puts_every_patch_where_it_was_cut():
     x = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
     patches = x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1).reshape(2, 4, 12)
-    assert torch.equal(unpatchify(patches, 2, 3), x)
+    assert torch.equal(unpatchify(patches, 2, 3, (2, 2)), x)
 
 
 def test_building_is_reproducible_and_leaves_the_global_generator_alone():

@@ -150,7 +150,9 @@ class Meta:
         for key, value in (self.architecture or {}).items():
             kinds = (int, float) if key == "mlp_ratio" else (int,)
             most = ARCHITECTURE_MOST.get(key)
-            if most and not (type(value) in kinds and 0 < value <= most):
+            pair = key == "latent_size" and isinstance(value, list) and len(value) == 2  # height and width
+            numbers = value if pair else [value]
+            if most and not all(type(number) in kinds and 0 < number <= most for number in numbers):
                 raise BadFile(f"architecture: {key} = {shown(value)}: a number above 0 and at most {most} is possible")
             if key == "qk_norm" and type(value) is not bool:
                 raise BadFile(f"architecture: qk_norm = {shown(value)}: true or false is needed")

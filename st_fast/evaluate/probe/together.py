@@ -142,7 +142,7 @@ def draw_all(
     `clean`: the images (n, H, W, 3), of `classes`; `middle`: the place of the time at which one alone is shown.
     """
     at = f"t = {times[middle]:g}"
-    rows = [(subject.label, _pictures(one.blocks, one.tokens[middle], clean)) for subject, one in models]
+    rows = [(subject.label, _pictures(subject, one.blocks, one.tokens[middle], clean)) for subject, one in models]
     pages = [
         (
             "knows.png", plot.sheet([_accuracy(models, times)], 2.6, 3.4), "Linear-probe accuracy by block",
@@ -168,7 +168,7 @@ def draw_all(
         ),
     ]  # fmt: skip
     for number, (subject, one) in enumerate(models):
-        by_time = [(f"t = {t:g}", _pictures(one.blocks, tokens, clean))
+        by_time = [(f"t = {t:g}", _pictures(subject, one.blocks, tokens, clean))
                    for t, tokens in zip(times, one.tokens, strict=True)]  # fmt: skip
         title = f"Principal components by block and time: {subject.label}"
         pages.append((f"patches-{number}.png", plot.pictures(by_time, 1.05), title, "A row a time, a column a block."))
@@ -214,17 +214,18 @@ def _alignment(models: Models, alignments: Sequence[dict[str, Any]]) -> Figure:
     return plot.heat_maps(panels, "CKA")
 
 
-def _pictures(blocks: Sequence[int], tokens: Sequence[NDArray[Any]], clean: NDArray[Any]) -> list[tuple[str, Any]]:
+def _pictures(
+    subject: Subject, blocks: Sequence[int], tokens: Sequence[NDArray[Any]], clean: NDArray[Any]
+) -> list[tuple[str, Any]]:
     """A row of pictures: the clean images, then each block's patches (n, N, D) as colours."""
     row = [("images", _tiled(clean))]
     for block, stream in zip(blocks, tokens, strict=True):
-        side = round(stream.shape[1] ** 0.5)
-        colours = pca_colours(stream)[: len(clean)].reshape(-1, side, side, 3)
+        colours = pca_colours(stream)[: len(clean)].reshape(-1, *subject.model.config.grid, 3)
         row.append((f"block {block}" if block else "input", _tiled(colours)))
     return row
 
 
 def _tiled(pictures: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """(n, S, S, 3) in 0..1 → one uint8 picture of two columns, white around and between them."""
+    """(n, H, W, 3) in 0..1 → one uint8 picture of two columns, white around and between them."""
     images = torch.from_numpy((255 * pictures).round().astype(np.uint8)).permute(0, 3, 1, 2)
     return grid(images, columns=2, gap=max(1, pictures.shape[1] // 8)).numpy()

@@ -17,7 +17,7 @@ from st_fast.model import network
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
-from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, Layer, Model, check_shapes
+from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes
 from st_fast.recipe.methods import SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 IMAGENET = 1000
@@ -73,7 +73,7 @@ def is_mmdit(keys: Iterable[str]) -> bool:
 def infer(
     table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: Model | None = None
 ) -> Model:
-    """The model that the shapes describe; of `otherwise` heads, classes and tokens where nothing tells how many.
+    """The model that the shapes describe; of `otherwise` heads, classes, tokens and grid where nothing tells them.
 
     UserError naming the key that is missing or has an impossible shape.
     """
@@ -85,9 +85,7 @@ def infer(
     condition = (_text if mmdit else _labels)(table, args, otherwise, where)
     hidden = _shaped(table, f"{image}.mlp.fc1.weight", 2, where)
     width, (_, channels, patch, _) = positions[2], patches
-    side = math.isqrt(positions[1])
-    if side**2 != positions[1]:
-        raise UserError(f"{where}: pos_embed {positions} has {positions[1]} tokens, which is no square")
+    size = _latent_size(positions[1], patch, args.get("latent_size"), otherwise, where)
     if norm in table and number_of_heads is None:
         number_of_heads = width // max(_shaped(table, norm, 1, where)[0], 1)
     published = {shape[:2]: (f"SiT-{size}/{patch}", shape[2]) for size, shape in SIZES.items() if patch in PATCHES}
@@ -102,13 +100,27 @@ def infer(
         )
     model = Model(
         name=name if count == usual_heads else "custom", depth=depth, width=width, heads=count, patch=patch,
-        channels=channels, latent_size=side * patch, mlp_ratio=hidden[0] / width, qk_norm=norm in table, **condition,
+        channels=channels, latent_size=size, mlp_ratio=hidden[0] / width, qk_norm=norm in table, **condition,
     )  # fmt: skip
     try:
         check_shapes(model)
     except RecipeError as error:
         raise UserError(f"{where}: {error}") from None
     return model
+
+
+def _latent_size(tokens: int, patch: int, told: Any, otherwise: Model | None, where: str) -> LatentSize:
+    """The size of a latent with so many tokens: as `told`, else a square, else `otherwise`'s where the tokens fit."""
+    pair = tuple(told) if isinstance(told, (list, tuple)) else (told, told)
+    sound = len(pair) == 2 and all(type(side) is int and side > 0 for side in pair) and pair[0] != pair[1]
+    if sound and math.prod(side // patch for side in pair) == tokens:
+        return pair
+    side = math.isqrt(tokens)
+    if side**2 == tokens:
+        return side * patch
+    if otherwise and otherwise.patch == patch and otherwise.tokens == tokens:
+        return otherwise.latent_size
+    raise UserError(f"{where}: pos_embed has {tokens} tokens, which is no square, and nothing tells their grid")
 
 
 def _text(table: Table, args: Mapping[str, Any], otherwise: Model | None, where: str) -> dict[str, Any]:

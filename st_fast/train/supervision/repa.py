@@ -28,14 +28,13 @@ class Repa(Supervision):
         super().__init__(settings, parts)
         if len(parts.feature_widths) != len(settings.encoders):
             raise ValueError(f"repa needs features of {len(settings.encoders)} encoders")
-        self.side = parts.config.latent_size // parts.config.patch
         self.heads = Heads(parts.config.width, settings.hidden, parts.feature_widths, parts.kernels)
 
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         features = batch.features
         if batch.images is not None:
             features = tuple(encoder(batch.images) for encoder in self.parts.encoders)
-        return tuple(on_grid(one, self.side) for one in features)
+        return tuple(on_grid(one, self.parts.config.grid) for one in features)
 
     def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         loss = batch.rows.weight.new_zeros(())
@@ -45,10 +44,10 @@ class Repa(Supervision):
         return loss / len(target)
 
 
-def on_grid(features: Tensor, side: int) -> Tensor:
-    """(B, h, w, D) → (B, side², D), resized (bilinear) where the grids differ."""
-    if features.shape[1:3] != (side, side):
+def on_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h, w, D) → (B, N, D) on the grid of the model's tokens, resized (bilinear) where the two differ."""
+    if features.shape[1:3] != grid:
         channels_first = features.permute(0, 3, 1, 2).float()
-        resized = F.interpolate(channels_first, (side, side), mode="bilinear", align_corners=False)
+        resized = F.interpolate(channels_first, grid, mode="bilinear", align_corners=False)
         features = resized.permute(0, 2, 3, 1).contiguous()
     return features.flatten(1, 2)

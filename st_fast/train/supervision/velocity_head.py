@@ -14,7 +14,7 @@ from st_fast.train.supervision import NoisyBatch, Parts, Supervision, projector
 
 
 class Head(nn.Module):
-    """Tokens (M, N, D) → latents (M, C, S, S): MLP, LayerNorm without affine, linear, unpatchify.
+    """Tokens (M, N, D) → latents (M, C, H, W): MLP, LayerNorm without affine, linear, unpatchify.
 
     Keys `projectors.{0,2,4}.*` and `projectors_final.linear.*`, as the released checkpoints have them.
     """
@@ -28,10 +28,10 @@ class Head(nn.Module):
         nn.init.zeros_(linear.bias)
         self.projectors_final = nn.ModuleDict({"linear": linear})
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         z = self.projectors(tokens)
         z = F.layer_norm(z, z.shape[-1:], eps=1e-6)
-        return unpatchify(self.projectors_final["linear"](z), self.patch, self.channels)
+        return unpatchify(self.projectors_final["linear"](z), self.patch, self.channels, grid)
 
 
 class VelocityHead(Supervision):
@@ -47,6 +47,8 @@ class VelocityHead(Supervision):
         return (batch.rows.take(batch.velocity if self.settings.target == "velocity" else batch.x),)
 
     def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
-        prediction = self.heads(batch.rows.take(hidden))
+        height, width = target[0].shape[2:]
+        patch = self.parts.config.patch
+        prediction = self.heads(batch.rows.take(hidden), (height // patch, width // patch))
         losses = (prediction.float() - target[0]).square().mean((1, 2, 3))  # (M,)
         return (batch.rows.weight * losses).sum()

@@ -120,12 +120,12 @@ def test_stage_1s_head_written_out_for_other_patches_and_flat_tokens():
     head = fill(Head(config, 24, TABLE), 2)
     for parameter in head.projectors[4].parameters():
         parameter.data *= 1e-3
-    tokens = torch.randn(5, 4, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    tokens = torch.randn(5, 6, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     w, z = weights_of(head), mlp(weights_of(head), tokens.numpy())
     z = (z - z.mean(-1, keepdims=True)) / np.sqrt(z.var(-1, keepdims=True) + 1e-6)
     patches = z @ w["projectors_final.linear.weight"].T + w["projectors_final.linear.bias"]
-    image = patches.reshape(5, 2, 2, 4, 4, 3).transpose(0, 5, 1, 3, 2, 4).reshape(5, 3, 8, 8)
-    np.testing.assert_allclose(head(tokens).detach().numpy(), image, rtol=1e-9)
+    image = patches.reshape(5, 3, 2, 4, 4, 3).transpose(0, 5, 1, 3, 2, 4).reshape(5, 3, 12, 8)
+    np.testing.assert_allclose(head(tokens, (3, 2)).detach().numpy(), image, rtol=1e-9)
 
 
 @pytest.mark.parametrize("head", ["projector", "velocity", "sra"])

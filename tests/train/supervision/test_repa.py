@@ -80,9 +80,10 @@ def test_heads_have_the_published_names():
 
 def test_features_of_another_grid_are_resized_bilinearly_and_those_of_the_same_stay_as_they_are():
     ramp = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 4, 4, 1).contiguous()  # grows along w
-    resized = on_grid(ramp, 2).view(2, 2)
+    resized = on_grid(ramp, (2, 2)).view(2, 2)
     assert torch.allclose(resized, torch.tensor([[0.5, 2.5], [0.5, 2.5]]))
-    assert torch.equal(on_grid(ramp, 4), ramp.view(1, 16, 1)) and on_grid(ramp, 4).data_ptr() == ramp.data_ptr()
+    same = on_grid(ramp, (4, 4))
+    assert torch.equal(same, ramp.view(1, 16, 1)) and same.data_ptr() == ramp.data_ptr()
 
 
 @pytest.fixture(scope="module")
