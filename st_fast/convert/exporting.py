@@ -63,6 +63,8 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     height, width = loaded.config.latent_sides
     if height != width:
         raise UserError(f"latents of {height} x {width}: {layout}'s own code takes square ones only")
+    if loaded.config.prediction != "velocity":
+        raise UserError(f"model.prediction = {loaded.config.prediction!r}: {layout}'s own code predicts the velocity")
     facts = loaded.facts if loaded.layout == layout else {}
     ema = heads(loaded.model) | dict(loaded.ema)  # ours averages no heads, the published code does
     tables: dict[str, Table] = {"model": loaded.model, "ema": ema}

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from st_fast.convert.sit_transformer import FREQUENCIES, FinalLayer, frequencies, grid, modulated, named
+from st_fast.convert.sit_transformer import FREQUENCIES, FinalLayer, frequencies, grid, modulated, named, velocity_of_x
 
 
 class StreamAttention(nn.Module):
@@ -86,6 +86,7 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         text_encoder: str = "", text_encoder_sha256: str = "", text_mask: bool = False, network: str = "mmdit",
         model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
+        prediction: str = "velocity",
     ) -> None:  # fmt: skip
         super().__init__()
         time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -110,4 +111,5 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         for block in self.joint_blocks:
             tokens, u = block(tokens, u, c)
         out = self.final_layer(tokens, c).view(-1, rows, columns, patch, patch, self.config.channels)
-        return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        out = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return out if self.config.prediction == "velocity" else velocity_of_x(out, x, t)

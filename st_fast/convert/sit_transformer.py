@@ -27,6 +27,11 @@ def grid(latent_size: int | Sequence[int], patch: int) -> tuple[int, int]:
     return height // patch, width // patch
 
 
+def velocity_of_x(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The velocity where the network predicts the clean latent: (x_t - x) / t, in float32, t at least 0.05."""
+    return (x.float() - predicted.float()) / t.float().clamp(min=0.05)[:, None, None, None]
+
+
 def named(**modules: nn.Module) -> nn.Sequential:
     """Modules one after the other, under the published names."""
     return nn.Sequential(OrderedDict(modules))
@@ -94,6 +99,7 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
         model_type: str = "sit", format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
+        prediction: str = "velocity",
     ) -> None:  # fmt: skip
         super().__init__()
         time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -115,4 +121,5 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         for block in self.blocks:
             tokens = block(tokens, c)
         out = self.final_layer(tokens, c).view(-1, rows, columns, patch, patch, self.config.channels)
-        return out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        out = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return out if self.config.prediction == "velocity" else velocity_of_x(out, x, t)

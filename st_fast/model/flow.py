@@ -14,15 +14,25 @@ from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.kernels.noise.definition import PATHS, coefficients
 
-__all__ = ["PATHS", "TIMES", "coefficients", "denoising_loss", "interpolate", "sample_times"]
+__all__ = ["PATHS", "TIMES", "coefficients", "denoising_loss", "interpolate", "sample_times", "velocity_of_x"]
 
 TIMES = ("uniform", "lognormal", "stratified")
+LEAST_TIME = 0.05
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
     """x, noise (B, C, H, W), t (B,) → x_t and the velocity target v, both (B, C, H, W)."""
     alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in coefficients(t, path))
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+
+
+def velocity_of_x(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """The velocity (x_t − x̂) / t that follows from a predicted clean latent x̂, on the linear path, in float32.
+
+    predicted, x (B, C, H, W), t (B,). Below LEAST_TIME that is what is divided by (arXiv 2511.13720, where the loss is
+    the velocity's, too).
+    """
+    return (x.float() - predicted.float()) / t.float().clamp(min=LEAST_TIME).view(-1, 1, 1, 1)
 
 
 def denoising_loss(prediction: Tensor, velocity: Tensor) -> Tensor:

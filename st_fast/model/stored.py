@@ -111,6 +111,9 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
     model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
     told = {key: said.get(key) for key in ("num_classes", "text_length", "latent_size")}
     config, optim = infer(model, told, count, where), found.groups.get("optim", {})
+    if (predicts := said.get("prediction", "velocity")) not in ("velocity", "x"):
+        raise UserError(f"{where}: architecture: prediction = {shown(predicts)}: velocity or x is possible")
+    config = replace(config, prediction=predicts)
     groups = [name for name in ("model", "ema") if name in found.groups]
     for group in groups:
         expected = expected_trunk(config, null=NULL_CONTEXT in found.groups[group])  # as in a published file

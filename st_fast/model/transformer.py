@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
+from st_fast.model import flow
 from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, sincos_positions, unpatchify
 from st_fast.model.load import Pretrained
 from st_fast.model.side_stream import Branches, batched
@@ -135,6 +136,8 @@ class DiffusionTransformer(Pretrained):
         taps = tap if isinstance(tap, tuple) else (tap,)
         tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps)
         velocity = unpatchify(self.final_layer(y), self.config.patch, self.config.channels, self.grid_of(x))
+        if self.config.prediction == "x":
+            velocity = flow.velocity_of_x(velocity, x, t)
         return velocity, tuple(tapped[number] for number in taps) if isinstance(tap, tuple) else tapped[tap]
 
     def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int) -> Tensor:

@@ -86,6 +86,9 @@ class Model:
     zero_init: bool = fixed(
         True, "Modulations and the final layer start at zero, as SiT's do and published MMDiT's not."
     )
+    prediction: Literal["velocity", "x"] = fixed(
+        "velocity", "The output is the velocity, or the clean latent x, of which it follows (JiT's, for pixels)."
+    )
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')
     modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
 
@@ -196,6 +199,8 @@ class Model:
         """The keys that describe the network, and not how it is computed, for config.json."""
         idle = IDLE[self.network]
         described = {name for name, key in keys(Model).items() if name == "name" or not key.free}
+        if self.prediction == keys(Model)["prediction"].default:  # which older versions do not know
+            described.discard("prediction")
         return {name: getattr(self, name) for name in keys(Model) if name in described - idle}
 
     def architecture(self) -> dict[str, Any]:
@@ -208,7 +213,8 @@ class Model:
 
     def differences(self, theirs: Mapping[str, Any]) -> list[str]:
         """In what another architecture differs; a key that it lacks, since it is older, has its default."""
-        pairs = {name: (theirs.get(name, keys(Model)[name].default), v) for name, v in self.architecture().items()}
+        ours = self.architecture() | {"prediction": self.prediction}
+        pairs = {name: (theirs.get(name, keys(Model)[name].default), value) for name, value in ours.items()}
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]
 
 

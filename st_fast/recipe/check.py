@@ -129,7 +129,13 @@ def check_guidance(recipe: Recipe) -> None:
 
 
 def check_single_values(recipe: Recipe) -> None:
-    """Shards lie in a folder, a loss at or below its usual value is no spike, and some stage has the profiled step."""
+    """Shards lie in a folder, a loss at or below its usual value is no spike, and some stage has the profiled step.
+
+    A prediction of x is known on the linear path.
+    """
+    if recipe.model.prediction == "x" and recipe.flow.path != "linear":
+        why = f"flow.path = {show(recipe.flow.path)}; x gives the velocity on the linear path alone"
+        raise wrong_value("model.prediction", "x", "velocity", why)
     if recipe.data.source == "shards" and not recipe.data.path:
         raise wrong_value("data.path", "", "the folder of shards that `python -m st_fast.prepare` wrote")
     if 0 < recipe.run.spike_ratio <= 1:

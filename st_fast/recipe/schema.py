@@ -52,6 +52,9 @@ class Data:
     source: Literal["shards", "digits", "emoji"] = fixed(
         "shards", '"digits" and "emoji" make the folder at `path` on first use.'
     )
+    vae: str = free(
+        "", 'The VAE that the latents must be of: its name or how its hash begins in their manifest; "": any.'
+    )
     loader: Literal["auto", "resident", "dali", "torch"] = free("auto", "What reads the latents during training.")
     verify: bool = free(True, "Check the data's digests before training.")
 

@@ -242,9 +242,18 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if recipe.run.bf16(device.type) else torch.float32
 
 
+LEAST_HASH = 8
+"""Characters of a hash that name a VAE."""
+
+
 def check_fits(recipe: Recipe, manifest: Manifest) -> None:
-    """UserError if the data's channels, size or labels are not those of the recipe's model."""
-    model = recipe.model
+    """UserError if the data's channels, size, labels or VAE are not those of the recipe."""
+    model, wanted, made = recipe.model, recipe.data.vae, manifest.vae
+    if wanted not in ("", made.name) and not (len(wanted) >= LEAST_HASH and made.hash.startswith(wanted)):
+        raise UserError(
+            f"data.vae = {wanted!r}: the latents in {recipe.data.path} are of {made.name!r}"
+            f"{f', SHA-256 {made.hash}' if made.hash else ''}"
+        )
     if (manifest.channels, *manifest.shape[1:]) != model.latent_shape:
         raise UserError(
             f"{recipe.data.path}: latents are {(manifest.channels, *manifest.shape[1:])}, model.channels = "

@@ -18,7 +18,15 @@ from st_fast.report.fairness import doubtful
 MATHS = {
     *(f"model.{key}" for key in ("depth", "width", "heads", "patch", "channels", "latent_size", "num_classes")),
     *(f"model.{key}" for key in ("network", "text_width", "text_length", "zero_init")),
-    *("model.class_dropout", "model.mlp_ratio", "model.qk_norm", "flow.path", "flow.time", "data.source"),
+    *(
+        "model.class_dropout",
+        "model.mlp_ratio",
+        "model.qk_norm",
+        "model.prediction",
+        "flow.path",
+        "flow.time",
+        "data.source",
+    ),
     *(f"optim.{key}" for key in ("batch_size", "lr", "warmup_steps", "betas", "eps", "weight_decay", "grad_clip")),
     *("optim.reduction", "optim.ema_decay", "run.seed", "run.precision", "run.fp8"),
 }
@@ -26,7 +34,15 @@ MATHS = {
 
 HARMLESS = {
     *("data.path", "data.images", "data.images_subset", "data.text"),  # the digest says whether it is the same data
-    *("model.name", "model.attention", "data.loader", "data.verify", "optim.accumulation", "optim.implementation"),
+    *(
+        "model.name",
+        "model.attention",
+        "data.loader",
+        "data.verify",
+        "data.vae",
+        "optim.accumulation",
+        "optim.implementation",
+    ),
     "optim.micro_batch",
     *("model.modulation", "run.out", "run.device", "run.sharding", "run.shard_teacher"),
     *(f"run.{key}" for key in ("compile", "checkpointing", "log_every", "save_every", "keep", "keep_every")),
