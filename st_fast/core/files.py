@@ -188,7 +188,14 @@ def read_json(path: Path, max_bytes: int = JSON_LIMIT) -> dict[str, Any]:
 def is_pickle(path: Path) -> bool:
     """Whether a file starts like a pickle or like the zip that `torch.save` writes."""
     with open_regular(Path(path)) as file:
-        return (file.read(4) or b"").startswith(PICKLE_STARTS)
+        return _starts_pickle(file.read(9) or b"")
+
+
+def _starts_pickle(start: bytes) -> bool:
+    """Whether the first 9 bytes are a pickle's or a zip's; those of safetensors may look so, with a header of 128 bytes
+    or 256 more, but have zeros and a brace behind.
+    """
+    return start.startswith(PICKLE_STARTS) and start[2:9] != b"\0\0\0\0\0\0{"
 
 
 def read_header(path: Path) -> dict[str, Entry]:

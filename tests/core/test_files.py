@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import (
     BadFile,
     inside,
+    is_pickle,
     read_header,
     read_json,
     sha256_file,
@@ -206,3 +208,21 @@ def test_an_existing_folder_is_refused_set_aside_or_replaced(tmp_path: Path) -> 
     with pytest.raises(UserError, match="exists already"), write_folder(target):
         pass
     assert (target / "x").read_text() == "third"
+
+
+@pytest.mark.parametrize("length", [128, 384, 640, 896, 1152, 1408])
+def test_safetensors_whose_header_is_as_long_as_a_pickles_first_bytes_are_no_pickle(
+    tmp_path: Path, length: int
+) -> None:
+    path = tmp_path / "model.safetensors"
+    empty = json.dumps({"a": GOOD, "__metadata__": {"note": ""}})
+    header = json.dumps({"a": GOOD, "__metadata__": {"note": "x" * (length - len(empty))}}).encode()
+    with_header(path, header, bytes(8))
+    assert list(read_header(path)) == ["a"]
+    assert path.read_bytes()[:8] == length.to_bytes(8, "little")
+    assert not is_pickle(path)
+    for protocol in range(6):
+        path.write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
+        assert is_pickle(path) == (protocol > 1)
+    torch.save({"a": torch.ones(2)}, path)
+    assert is_pickle(path)

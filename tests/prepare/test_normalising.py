@@ -1,0 +1,178 @@
+"""How latents are normalised: what the options say, what a VAE leaves open, and what can't be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from st_fast.core.errors import UserError
+from st_fast.data.manifest import read_manifest
+from st_fast.data.shards import open_data
+from st_fast.data.statistics import latent_statistics
+from tests.autoencoders import COUNT, SIDE, dc_ae, e2e, flux1, ldm_table, rae, sd, va_vae, write_images
+
+from .conftest import run
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> torch.Tensor:
+    return write_images(tmp_path / "images")
+
+
+def prepare(tmp_path: Path, out: str, vae: Path, *options: object) -> None:
+    settings = ["--vae", vae, "--size", SIDE, "--device", "cpu", "--dtype", "float32"]
+    run(tmp_path / "images", tmp_path / out, *settings, *options)
+
+
+def test_a_vae_that_says_nothing_of_its_latents_is_refused_until_the_options_do(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    file = va_vae(tmp_path / "vae", images)
+    with pytest.raises(UserError, match=r"nothing says how its latents are normalised.*--latents-stats.*--scale"):
+        prepare(tmp_path, "none", file)
+    prepare(tmp_path, "scaled", file, "--scale", 1)
+    prepare(tmp_path, "file", file, "--latents-stats", tmp_path / "vae" / "latents_stats.pt")
+    raw, normal = (open_data(tmp_path / out).gather(np.arange(COUNT))[0] for out in ("scaled", "file"))
+    stats = torch.load(tmp_path / "vae" / "latents_stats.pt")
+    assert torch.allclose(normal[:, :6], (raw[:, :6] - stats["mean"]) / stats["std"], atol=1e-5)
+    assert torch.allclose(normal[:, 6:], raw[:, 6:] / stats["std"], atol=1e-6)
+    assert read_manifest(tmp_path / "file").latents_std == pytest.approx(stats["std"].reshape(-1).tolist())
+
+
+def test_measured_statistics_normalise_each_channel_and_are_kept(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = va_vae(tmp_path / "vae", images)
+    prepare(tmp_path, "out", file, "--latents-stats", "auto")
+    looks = latent_statistics(open_data(tmp_path / "out"), np.arange(COUNT))
+    assert np.abs(looks.mean).max() < 1e-4 and np.abs(looks.std - 1).max() < 1e-4
+    kept = json.loads((tmp_path / "out" / "latents_stats.json").read_text())
+    assert kept["latents_mean"] == list(read_manifest(tmp_path / "out").latents_mean)
+    prepare(tmp_path, "out", file, "--latents-stats", "auto")  # says that it is complete
+    monkeypatch.setattr("st_fast.prepare.normalising.rank_count", lambda: 2)
+    with pytest.raises(UserError, match="by one process"):
+        prepare(tmp_path, "two", file, "--latents-stats", "auto")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "json"])
+def test_statistics_are_read_from_other_files_too(images: torch.Tensor, tmp_path: Path, ending: str) -> None:
+    file = va_vae(tmp_path / "vae", images)
+    mean, var = torch.arange(6.0) - 2, torch.arange(6.0) + 0.5
+    stats = tmp_path / f"stats.{ending}"
+    if ending == "json":
+        stats.write_text(json.dumps({"latents_mean": mean.tolist(), "latents_std": var.sqrt().tolist()}))
+    else:
+        save_file({"mean": mean.view(6, 1, 1), "var": var.view(6, 1, 1)}, stats)
+    prepare(tmp_path, "out", file, "--latents-stats", stats, "--scale", 0.5)
+    made = read_manifest(tmp_path / "out")
+    assert made.scale == 0.5 and made.latents_mean == tuple(mean.tolist())
+    assert made.latents_std == pytest.approx(var.sqrt().tolist())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"mean": [0.0] * 5, "std": [1.0] * 5}, "latents_mean has 5 numbers; the latents have 6 channels"),
+        ({"mean": [0.0] * 6, "std": [1.0] * 5 + [0.0]}, "latents_std = 0.0: a positive number"),
+        ({"mean": [0.0] * 6, "var": [1.0] * 5 + [-1.0]}, "latents_std has 5 numbers"),
+        ({"mean": [0.0] * 6}, "has .*mean.*; mean, and std or var"),
+        ({"mean": [0.0] * 6, "std": [1.0] * 6, "var": [1.0] * 6}, "mean, and std or var"),
+        ({"mean": [[0.0] * 3] * 2, "std": [1.0] * 6}, r"statistics of shape \(2, 3\); one number a channel"),
+        ({"mean": ["a"] * 6, "std": [1.0] * 6}, "could not convert"),
+        ({"mean": [2e4] * 6, "std": [1.0] * 6}, "latents_mean = 20000.0: a number, at most"),
+    ],
+)
+def test_statistics_that_can_not_be_are_refused(
+    images: torch.Tensor, tmp_path: Path, content: dict[str, object], words: str
+) -> None:
+    (tmp_path / "stats.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        prepare(tmp_path, "out", va_vae(tmp_path / "vae", images), "--latents-stats", tmp_path / "stats.json")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_the_mean_alone_takes_half_of_the_space(images: torch.Tensor, tmp_path: Path) -> None:
+    vae = flux1(tmp_path / "vae", images)
+    prepare(tmp_path, "both", vae)
+    prepare(tmp_path, "mean", vae, "--posterior", "mean")
+    both, mean = (open_data(tmp_path / out) for out in ("both", "mean"))
+    assert mean.manifest.shape == (16, 8, 8) and both.manifest.shape == (32, 8, 8)
+    assert torch.equal(mean.gather(np.arange(COUNT))[0], both.gather(np.arange(COUNT))[0][:, :16])
+    assert latent_statistics(mean, np.arange(COUNT)).posterior.max() == 0
+    with pytest.raises(UserError, match=r"--posterior sample: .* allowed: mean"):
+        prepare(tmp_path, "none", dc_ae(tmp_path / "dc", images), "--posterior", "sample")
+
+
+def test_a_finished_or_begun_set_is_not_continued_with_another_normalisation(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = flux1(tmp_path / "vae", images)
+    prepare(tmp_path, "out", vae)
+    prepare(tmp_path, "out", vae, "--posterior", "sample")
+    for options in (("--scale", 0.5), ("--posterior", "mean"), ("--latents-stats", "auto")):
+        with pytest.raises(UserError, match="complete, but made with"):
+            prepare(tmp_path, "out", vae, *options)
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="begun with normalisation"):
+        prepare(tmp_path, "out", vae, "--scale", 0.5)
+    with pytest.raises(UserError, match="begun with posterior"):
+        prepare(tmp_path, "out", vae, "--posterior", "mean")
+
+
+def test_sizes_that_an_autoencoder_can_not_encode_are_refused(images: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"size = 32: .* images of 32 × 32|size = 40: .* images of 32 × 32"):
+        run(tmp_path / "images", tmp_path / "out", "--vae", rae(tmp_path / "rae", images), "--size", 40)
+    with pytest.raises(UserError, match="size = 34: the VAE reduces by 4"):
+        run(tmp_path / "images", tmp_path / "out", "--vae", dc_ae(tmp_path / "dc", images), "--size", 34)
+
+
+def test_a_pipelines_folder_and_its_only_variant_are_found(images: torch.Tensor, tmp_path: Path) -> None:
+    pipeline = sd(tmp_path / "pipeline", images)
+    prepare(tmp_path, "out", pipeline)
+    made = read_manifest(tmp_path / "out").vae
+    assert (made.name, made.kind, made.factor, made.path) == ("pipeline", "AutoencoderKL", 4, "vae")
+    prepare(tmp_path, "same", pipeline / "vae", "--vae-variant", "fp16")
+    assert read_manifest(tmp_path / "same").vae.hash == made.hash
+    weights = next((pipeline / "vae").glob("*.fp16.safetensors"))
+    shutil.copy(weights, weights.with_name(weights.name.replace("fp16", "ema")))
+    with pytest.raises(UserError, match=r"it has the variants ema, fp16|it has the variants 'ema', 'fp16'"):
+        prepare(tmp_path, "none", pipeline)
+    with pytest.raises(UserError, match="neither a folder with an autoencoder"):
+        prepare(tmp_path, "none", pipeline, "--vae-variant", "other")
+
+
+def test_a_class_that_is_not_known_is_named(images: torch.Tensor, tmp_path: Path) -> None:
+    vae = e2e(tmp_path / "vae", images)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"_class_name": "VQModel"}))
+    with pytest.raises(UserError, match=r"_class_name = 'VQModel'; known are AutoencoderKL, "):
+        prepare(tmp_path, "out", vae)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("encoder.mid.block_1.conv1.bias"), "encoder.mid_block.resnets.0.conv1.bias"),
+        (lambda t: t.update({"decoder.up.1.block.0.norm1.weight": torch.ones(32)}), "norm1.weight"),
+        (lambda t: t.pop("decoder.conv_in.weight"), "no VAE of latent diffusion's layout"),
+        (lambda t: t.update({"encoder.down.9.block.0.norm1.weight": torch.ones(32)}), "0, 1, … are needed"),
+        (lambda t: t.update({"quant_conv.weight": torch.zeros(8, 12, 1, 1)}), "quant_conv gives 8 channels"),
+        (lambda t: t.update({"encoder.down.0.block.0.conv1.weight": torch.zeros(30, 32, 3, 3)}), "multiples of 32"),
+        (lambda t: t.update({"encoder.conv_in.weight": torch.full((32, 3, 3, 3), torch.nan)}), "NaN"),
+    ],
+)
+def test_a_file_that_is_no_vae_is_told_in_one_line(
+    images: torch.Tensor, tmp_path: Path, change: object, words: str
+) -> None:
+    table = ldm_table()
+    change(table)  # type: ignore[operator]
+    torch.save(table, tmp_path / "vae.ckpt")
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(tmp_path, "out", tmp_path / "vae.ckpt", "--scale", 1)
+    assert "\n" not in str(caught.value)
