@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from st_fast.core.errors import UserError
 from st_fast.data.manifest import read_manifest
 from st_fast.data.shards import open_data
 from st_fast.data.statistics import latent_statistics
+from st_fast.model.vae import load_vae, vae_hash
 from tests.autoencoders import COUNT, SIDE, dc_ae, e2e, flux1, ldm_table, rae, sd, va_vae, write_images
 
 from .conftest import run
@@ -176,3 +178,29 @@ def test_a_file_that_is_no_vae_is_told_in_one_line(
     with pytest.raises(UserError, match=words) as caught:
         prepare(tmp_path, "out", tmp_path / "vae.ckpt", "--scale", 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_name_may_be_a_pipelines(images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sd(tmp_path / "owner" / "pipeline", images)
+    monkeypatch.chdir(tmp_path / "owner")
+    asked: list[tuple[str, str | None]] = []
+    given = diffusers.AutoencoderKL.load_config
+
+    def load_config(name: str, subfolder: str | None = None, **more: object) -> object:
+        asked.append((name, subfolder))
+        if subfolder is None:
+            raise OSError(f"{name} does not appear to have a file named config.json.")
+        return given(tmp_path / name, subfolder=subfolder)
+
+    own = diffusers.AutoencoderKL.from_pretrained
+
+    def from_pretrained(name: str, **more: object) -> object:
+        monkeypatch.setattr("diffusers.AutoencoderKL.load_config", given)  # which it calls itself
+        return own(tmp_path / name, **more)
+
+    monkeypatch.setattr("diffusers.AutoencoderKL.load_config", load_config)
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", from_pretrained)
+    monkeypatch.setattr("st_fast.model.vae.answers", lambda address: None)
+    vae = load_vae("owner/pipeline", variant="fp16")
+    assert asked[:2] == [("owner/pipeline", None), ("owner/pipeline", "vae")]
+    assert vae_hash(vae) == vae_hash(load_vae(tmp_path / "owner" / "pipeline"))
