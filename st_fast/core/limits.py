@@ -42,12 +42,14 @@ class Clipped:
     """A file whose `read` never asks for more bytes than there are left, nor for more than `most` at once.
 
     For parsers that read as many bytes as a header claims. All reads together may cover the file a few times and take
-    a time in proportion to it, so that headers which lead in circles come to an end (`ValueError`).
+    a time in proportion to it, so that headers which lead in circles come to an end (`ValueError`). With a `part`, its
+    first byte and its bytes, nothing else of the file is seen.
     """
 
-    def __init__(self, file: BinaryIO, most: int) -> None:
+    def __init__(self, file: BinaryIO, most: int, part: tuple[int, int] | None = None) -> None:
         self._file, self._most = file, most
-        self.size = os.fstat(file.fileno()).st_size
+        self._start, self.size = part or (0, os.fstat(file.fileno()).st_size)
+        file.seek(self._start)
         self._left = 8 * self.size + 2**20
         self._deadline = time.thread_time() + 5 + self.size / 2e6
 
@@ -57,7 +59,7 @@ class Clipped:
 
     def read(self, size: int | None = -1) -> bytes:
         """At most `size` bytes, fewer only at the end of the file."""
-        rest = max(0, self.size - self._file.tell())
+        rest = max(0, self.size - self.tell())
         wanted = rest if size is None or size < 0 else min(size, rest)
         self._left -= wanted + 64
         if wanted > self._most:
@@ -72,11 +74,12 @@ class Clipped:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """As a file's."""
-        return self._file.seek(offset, whence)
+        ends = {os.SEEK_SET: self._start, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._start + self.size}
+        return self._file.seek(ends[whence] + offset) - self._start
 
     def tell(self) -> int:
         """As a file's."""
-        return self._file.tell()
+        return self._file.tell() - self._start
 
     def seekable(self) -> bool:
         """Always."""
@@ -155,21 +158,30 @@ class Zip(zipfile.ZipFile):
             return read_npy(file, info.file_size, f"{self.path}: {name}")
 
 
-def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
+class InnerTar(NamedTuple):
+    """A tar that lies in another: its name there, its first byte in the file, its bytes."""
+
+    name: str
+    start: int
+    size: int
+
+
+def tar_members(path: Path, inner: InnerTar | None = None) -> Iterator[tarfile.TarInfo]:
     """The members of an uncompressed tar in their order, links and folders included; no content is read.
 
-    `BadFile` for a tar that ends early, also between members, or is damaged; its members' bytes [offset_data,
-    offset_data + size) lie in the file. Sparse files, whose size may be anything, are refused by name.
+    Those of an inner tar have places that count from its first byte. `BadFile` for a tar that ends early, also between
+    members, or is damaged; its members' bytes [offset_data, offset_data + size) lie in the file. Sparse files, whose
+    size may be anything, are refused by name.
     """
-    path = Path(path)
-    with open_regular(path) as file:
-        clipped = Clipped(file, TAR_HEADER)
+    place = f"{path}: {shown(inner.name)}" if inner else str(path)
+    with open_regular(Path(path)) as file:
+        clipped = Clipped(file, TAR_HEADER, inner and (inner.start, inner.size))
         try:
             with tarfile.open(fileobj=clipped, mode="r:") as archive:  # type: ignore[call-overload]
                 before = -1
                 while (member := archive.next()) is not None:
                     archive.members = []  # it would keep all of them
-                    where = f"{path}: {shown(member.name)}"
+                    where = f"{place}: {shown(member.name)}"
                     if member.issparse():
                         raise BadFile(
                             f"{where} is a sparse file, which can't be read in place; make the tar without -S"
@@ -187,10 +199,10 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
         except BadFile:
             raise
         except Exception as error:  # tarfile lets out whatever a broken header makes it stumble over
-            raise BadFile(f"{path}: not a sound tar ({first_line(error)[:120]})") from None
+            raise BadFile(f"{place}: not a sound tar ({first_line(error)[:120]})") from None
         if block != bytes(tarfile.BLOCKSIZE):
             what = "the mark of its end is missing: it was cut off" if len(block) < tarfile.BLOCKSIZE else "damaged"
-            raise BadFile(f"{path}: at byte {archive.offset} {what}")
+            raise BadFile(f"{place}: at byte {archive.offset} {what}")
 
 
 class Npy(NamedTuple):

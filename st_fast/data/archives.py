@@ -11,15 +11,15 @@ import posixpath
 import stat
 import threading
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, open_regular, shown
-from st_fast.core.limits import Zip, tar_members
+from st_fast.core.limits import InnerTar, Zip, tar_members
 from st_fast.core.machine import allow_open_files
 
 MAX_FILE = 2**29
@@ -147,36 +147,28 @@ def open_zip(path: Path) -> Files:
 
 
 def open_tars(where: Path, tars: list[Path]) -> Files:
-    """One tar, or several; in several, a file that lies in no folder gets a folder named like its tar."""
+    """One tar, or several; in several, a file that lies in no folder gets a folder named like its tar.
+
+    Tars in a tar, as in ImageNet's ILSVRC2012_img_train.tar, count as several, and are read in their place.
+    """
     allow_open_files(len(tars))
-    every: dict[str, tuple[int, int, int]] = {}
-    """Member → its tar's open descriptor, first byte, bytes."""
+    every: dict[str, TarPlace] = {}
     problems: dict[str, str] = {}
     left_out: dict[str, str] = {}
     shards = set()
-    for path in tars:
-        places: dict[str, tuple[int, int, int]] = {}
-        tree = Tree(places, {})
-        with open_regular(path) as opened:
-            file = os.dup(opened.fileno())
-        for member in tar_members(path):
-            if member.isreg():
-                tree.add(member.name, (file, member.offset_data, member.size))
-            elif member.islnk():
-                tree.link(member.name, member.linkname, hard=True)
-            elif member.issym():
-                tree.link(member.name, member.linkname)
-            elif not member.isdir():
-                tree.problems[member.name] = "a pipe or device"
-        tree.resolve(path)
+    parts: deque[TarPart] = deque(TarPart(path, path.stem, len(tars) > 1) for path in tars)
+    while parts:
+        part = parts.popleft()
+        tree, inner = _tar_tree(part)
+        parts.extendleft(reversed(inner))
 
-        def full(name: str, stem: str = path.stem) -> str:
-            return f"{stem}/{name}" if len(tars) > 1 and "/" not in name else name
+        def full(name: str, part: TarPart = part) -> str:
+            return f"{part.stem}/{name}" if part.several and "/" not in name else name
 
-        if twice := next((name for name in places if full(name) in every), None):
-            raise UserError(f"{path}: it holds {shown(twice)}, as does another tar beside it")
-        shards |= {path.stem for name in places if len(tars) > 1 and "/" not in name}
-        every |= {full(name): place for name, place in places.items()}
+        if twice := next((name for name in tree.places if full(name) in every), None):
+            raise UserError(f"{part.path}: it holds {shown(twice)}, as does another tar beside it")
+        shards |= {part.stem for name in tree.places if full(name) != name}
+        every |= {full(name): place for name, place in tree.places.items()}
         problems |= {full(name): why for name, why in tree.problems.items()}
         left_out |= tree.left
 
@@ -192,6 +184,45 @@ def open_tars(where: Path, tars: list[Path]) -> Files:
         return data
 
     return Files(where, [*every, *problems], read, lambda name: str(every[name][2]), left_out, frozenset(shards))
+
+
+TarPlace = tuple[int, int, int]
+"""An open descriptor, the first byte in it, bytes."""
+
+
+class TarPart(NamedTuple):
+    """A tar, or one that lies in the tar at `path`; `several`: whether there are others beside it."""
+
+    path: Path
+    stem: str
+    several: bool
+    file: int = -1
+    """The open descriptor, where the tar is an inner one."""
+    inner: InnerTar | None = None
+
+
+def _tar_tree(part: TarPart) -> tuple["Tree[TarPlace]", list[TarPart]]:
+    """The members of a tar, and the tars among them; those of a tar inside of another are left as they are."""
+    tree, inner = Tree[TarPlace]({}, {}), list[TarPart]()
+    file, first = part.file, part.inner.start if part.inner else 0
+    if part.inner is None:
+        with open_regular(part.path) as opened:
+            file = os.dup(opened.fileno())
+    for member in tar_members(part.path, part.inner):
+        start = first + member.offset_data
+        if member.isreg() and part.inner is None and member.name.endswith(".tar") and not hidden(member.name):
+            stem = posixpath.basename(member.name).removesuffix(".tar")
+            inner.append(TarPart(part.path, stem, True, file, InnerTar(member.name, start, member.size)))
+        elif member.isreg():
+            tree.add(member.name, (file, start, member.size))
+        elif member.islnk():
+            tree.link(member.name, member.linkname, hard=True)
+        elif member.issym():
+            tree.link(member.name, member.linkname)
+        elif not member.isdir():
+            tree.problems[member.name] = "a pipe or device"
+    tree.resolve(part.path)
+    return tree, inner
 
 
 class Tree(Generic[Place]):

@@ -1,9 +1,11 @@
 """Labels of images out of the files beside them: .cls, .json, and the dataset.json of EDM and REPA."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import FREE_BYTES, BadFile, parse_json, printable, shown
@@ -13,7 +15,10 @@ LABELS_FILE = "dataset.json"
 """Labels by file name as EDM and REPA write them: {"labels": [["00000/img00000000.png", 3], …]}."""
 LABEL_KEYS = ("label", "class", "cls", "class_id", "class_index", "label_id", "target", "class_name", "wnid")
 """What a label is called in the .json beside an image."""
+UNLABELLED_HINT = "--unlabelled takes all images as one class"
 MAX_CLASSES = 1_000_000
+COUNTED = 20
+"""Classes at most of which each one's count is told."""
 JSON_FACTOR = 16
 """Bytes of memory that a byte of dataset.json may take: a line "name, label" takes six."""
 
@@ -48,12 +53,14 @@ def by_cls(files: Files, known: set[str], images: list[str]) -> tuple[list[int],
     return labels, ()
 
 
-def by_json(files: Files, images: list[str], prefix: str, captioned: bool) -> tuple[list[int], tuple[str, ...]] | None:
+def by_json(
+    files: Files, images: list[str], prefix: str, captioned: bool, key: str = ""
+) -> tuple[list[int], tuple[str, ...]] | None:
     """key.jpg beside key.json with its label, a number or a name; None where they have none and folders are classes.
 
-    captioned: labels may be missing.
+    captioned: labels may be missing. key: what the label is called there, if it is not one of LABEL_KEYS.
     """
-    key, labels = "", list[Any]()
+    given, labels = key, list[Any]()
     for name in images:
         label_name = sibling(name, "json")
         table = parse_json(small(files, label_name), Path(f"{files.where}: {shown(label_name)}"))
@@ -63,10 +70,12 @@ def by_json(files: Files, images: list[str], prefix: str, captioned: bool) -> tu
             if captioned or (len(tops - files.shards) > 1 and not all(top.isdigit() for top in tops)):
                 return None
             raise UserError(
-                f"{files.where}: no label: {shown(label_name)} beside {shown(name)} holds "
-                f"{', '.join(map(printable, list(table)[:12])) or 'nothing'}; a .cls, or one of "
-                f"{', '.join(LABEL_KEYS)} in the .json, would be read"
+                f"{files.where}: no label: {shown(label_name)} beside {shown(name)} holds {_keys(table)}; a .cls, or "
+                f"one of {', '.join(LABEL_KEYS)} in the .json, would be read; --label-column names another key, "
+                f"{UNLABELLED_HINT}"
             )
+        if given and given not in table:
+            raise UserError(f"--label-column {given}: {files.where}: {shown(label_name)} holds {_keys(table)}")
         label = table.get(key)
         right = type(label) is int and 0 <= label < MAX_CLASSES if not isinstance(label, str) else label
         if not right or (labels and type(label) is not type(labels[0])):
@@ -78,6 +87,10 @@ def by_json(files: Files, images: list[str], prefix: str, captioned: bool) -> tu
     if isinstance(labels[0], int):
         return labels, ()
     return numbered(labels)
+
+
+def _keys(table: dict[str, Any]) -> str:
+    return ", ".join(printable(key)[:40] for key in list(table)[:12]) or "nothing"
 
 
 def numbered(labels: list[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -116,7 +129,7 @@ def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
     """A dataset.json's labels: file name → class number. UserError names what is wrong."""
     labels = document.get("labels", "")
     if labels is None:
-        raise UserError(f'{where}: "labels" is null, an unlabelled set; put its images into a folder, which is a class')
+        raise UserError(f'{where}: "labels" is null, an unlabelled set; of its images prepare\'s {UNLABELLED_HINT}')
     if not isinstance(labels, list):
         raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed, not {shown(labels)}')
     try:
@@ -138,3 +151,17 @@ def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
 def top_folder(name: str, prefix: str) -> str:
     """The first folder of a name below `prefix`, or ""."""
     return name[len(prefix) :].rpartition("/")[0].partition("/")[0]
+
+
+def counts_line(labels: np.ndarray, num_classes: int, class_names: Sequence[str]) -> str:
+    """One line: how many there are of each class, or of very many classes the extremes and how many have none.
+
+    labels (n,); those below 0 are of no class and not counted.
+    """
+    counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+    if num_classes <= COUNTED:
+        names = tuple(map(printable, class_names)) or tuple(map(str, range(num_classes)))
+        return "classes: " + ", ".join(f"{name} {count}" for name, count in zip(names, counts.tolist(), strict=True))
+    low, middle, high = np.percentile(counts[counts > 0], (0, 50, 100)) if counts.any() else (0, 0, 0)
+    empty = f"; {none} have none" if (none := int((counts == 0).sum())) else ""
+    return f"{num_classes} classes: {low:.0f} at least, {middle:.0f} in the middle, {high:.0f} at most{empty}"

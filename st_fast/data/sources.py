@@ -1,10 +1,11 @@
-"""Where images come from: a folder, a zip, a tar, webdataset tars, a Hugging Face dataset on disk, REPA's images/.
+"""Where images come from: a folder, a zip, a tar, webdataset tars, Hugging Face datasets and parquet, REPA's images/.
 
 A source knows its images by number; reading one gives the file's bytes. What is an image, its label and its order are
 decided from names (and from the files that hold labels) alone, so the same input gives the same set on any machine.
 """
 
 import hashlib
+import itertools
 import re
 import stat
 from collections import Counter
@@ -19,14 +20,29 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import open_regular, printable, shown
 from st_fast.data.archives import Files, hidden, open_folder, open_tars, open_zip
 from st_fast.data.captions import KINDS, Captions, captions_beside
+from st_fast.data.folders import SPLITS, by_folders, check_splits, innermost, only_folder
 from st_fast.data.images import SUFFIXES
-from st_fast.data.labels import LABELS_FILE, by_cls, by_json, by_table, numbered, numbered_names, sibling, top_folder
+from st_fast.data.labels import LABELS_FILE, by_cls, by_json, by_table, sibling
 
-SPLITS = ("train", "training", "test", "val", "valid", "validation")
 STAMPED, PROBED = 20_000, 256
 """Images, evenly spaced, of which the size and the content go into `Source.content`."""
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-IMAGENET = re.compile(r"(n\d{8})_")
+UNLABELLED = "unlabelled"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of a source is wanted.
+
+    captioned: images may have no labels, and are of one class then. unlabelled: they are in any case. The columns are
+    those of a table, or the image's suffix and the label's key of webdataset's samples; "" leaves them to be found.
+    """
+
+    subset: str = ""
+    captioned: bool = False
+    unlabelled: bool = False
+    image_column: str = ""
+    label_column: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class Source:
     description: str
     names: Sequence[str]
     labels: np.ndarray
-    """(n,) int64."""
+    """(n,) int64; -1 for an image that has none, which can't be read."""
     num_classes: int
     class_names: tuple[str, ...]
     read: Callable[[int], bytes]
@@ -72,7 +88,7 @@ class Source:
         """One line: what it is, how many images of how many classes, and the classes in their order."""
         if self.num_classes == 1 and not self.class_names:
             return f"{self.description}: {len(self.names):,} images, all of one class"
-        present = len(np.unique(self.labels))
+        present = len(np.unique(self.labels[self.labels >= 0]))
         some = f", {present} of which have images" if present < self.num_classes else ""
         names = ", ".join(self.class_names[:10])
         more = f", … {self.class_names[-1]}" if len(self.class_names) > 10 else ""
@@ -117,18 +133,23 @@ def numbered_by(source: Source, class_names: Sequence[str], num_classes: int) ->
     return replace(source, labels=labels, num_classes=num_classes, class_names=tuple(class_names))
 
 
-def open_source(path: Path, subset: str = "", captioned: bool = False) -> Source:
+def open_source(
+    path: Path, subset: str = "", captioned: bool = False, unlabelled: bool = False, image_column: str = "",
+    label_column: str = "",
+) -> Source:  # fmt: skip
     """The images at `path`; `subset` keeps what lies in that folder of it. UserError says what was expected.
 
-    captioned: images may have no labels, and are of one class then; .txt and .json files are none of `left_out`.
+    The rest is `Asked`'s; with captions .txt and .json files are none of `left_out`.
     """
-    source = _open(Path(path), subset, captioned)
+    if unlabelled and label_column:
+        raise UserError(f"--label-column {label_column}: means nothing with --unlabelled; leave one of them out")
+    source = _open(Path(path), Asked(subset, captioned, unlabelled, image_column, label_column))
     if not captioned:
         return source
     return replace(source, left_out={name: why for name, why in source.left_out.items() if why not in KINDS})
 
 
-def _open(path: Path, subset: str, captioned: bool) -> Source:
+def _open(path: Path, asked: Asked) -> Source:
     where = f"source {str(path)!r}"
     try:
         mode = path.stat().st_mode
@@ -140,27 +161,43 @@ def _open(path: Path, subset: str, captioned: bool) -> Source:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             from st_fast.data.hub import open_hub_dataset
 
-            return open_hub_dataset(path, subset, captioned)
-        return _open_folder(path, subset, captioned)
+            return open_hub_dataset(path, asked)
+        return _open_folder(path, asked)
     with open_regular(path) as file:
         start = file.read(264) or b""
     if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), ""):
         raise UserError(f"{where}: packed by {packed}; a compressed tar can't be read at random; decompress it first")
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")) or path.suffix.lower() == ".zip":
-        return _from_files(open_zip(path), subset, captioned)
+        return _from_files(open_zip(path), asked)
+    if start.startswith(b"PAR1"):
+        return _open_parquet(path.parent, [path.name], asked)
     if start[257:262] == b"ustar" or path.suffix.lower() == ".tar":
-        return _from_files(open_tars(path, [path]), subset, captioned)
+        return _from_files(open_tars(path, [path]), asked)
     raise UserError(
-        f"{where}: a folder, .zip, .tar, a folder of webdataset .tar files or a Hugging Face dataset folder is needed"
+        f"{where}: a folder, .zip, .tar, .parquet, a folder of webdataset .tar or of .parquet files, or a Hugging Face "
+        "dataset folder is needed"
     )
 
 
-def _open_folder(path: Path, subset: str, captioned: bool) -> Source:
-    """A folder of images or of tars; of tars, `subset` may be the folder that they lie in or a word of their names."""
+def _open_parquet(path: Path, names: list[str], asked: Asked) -> Source:
+    from st_fast.data.parquet import open_parquet  # which reads `Source` here
+
+    return open_parquet(path, names, asked)
+
+
+def _open_folder(path: Path, asked: Asked) -> Source:
+    """A folder of images, tars or parquet; of tars, `subset` may be the folder that they lie in or a word of their
+    names.
+    """
+    subset = asked.subset
     inner = path / subset if subset and (path / subset).is_dir() else path
     tars = sorted(tar for tar in inner.glob("*.tar") if tar.is_file() and not hidden(tar.name))
     if not tars:
-        return _from_files(open_folder(path), subset, captioned)
+        files = open_folder(path)
+        tables = [name for name in files.names if name.lower().endswith(".parquet") and not hidden(name)]
+        if tables and not images_of(files.names):
+            return _open_parquet(path, tables, asked)
+        return _from_files(files, asked)
     loose = next((name for name in open_folder(inner).names if not hidden(name) and is_image(name)), None)
     if loose is not None:
         raise UserError(
@@ -170,37 +207,74 @@ def _open_folder(path: Path, subset: str, captioned: bool) -> Source:
     splits = {word: [tar for tar in tars if word in re.split(r"[^a-z]+", tar.stem.lower())] for word in SPLITS}
     splits = {word: some for word, some in splits.items() if some}
     if inner is path and subset in splits:
-        return _from_files(open_tars(path, splits[subset]), "", captioned)
+        return _from_files(open_tars(path, splits[subset]), replace(asked, subset=""))
     if len(splits) > 1:
         raise UserError(
             f"source {str(inner)!r}: it holds tars of {', '.join(splits)}: choose one, --subset {next(iter(splits))}"
         )
-    return _from_files(open_tars(inner, tars), subset if inner is path else "", captioned)
+    return _from_files(open_tars(inner, tars), asked if inner is path else replace(asked, subset=""))
 
 
-def _from_files(files: Files, subset: str, captioned: bool) -> Source:
+def _from_files(files: Files, asked: Asked) -> Source:
     """Files with labels beside them, or class folders; a single folder around everything is stepped into."""
-    prefix = f"{subset.strip('/')}/" if subset else ""
+    prefix = f"{asked.subset.strip('/')}/" if asked.subset else ""
     names = [name for name in files.names if name.startswith(prefix)]
     images = images_of(names)
     if not images:
         tops = ", ".join(sorted({printable(name.partition("/")[0]) for name in files.names})[:8]) or "nothing"
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(map(_suffix, names)).most_common(4))
         raise UserError(
-            f"source {str(files.where)!r}{f', subset {subset!r}' if subset else ''}: no image in it "
+            f"source {str(files.where)!r}{f', subset {asked.subset!r}' if asked.subset else ''}: no image in it "
             f"({', '.join(SUFFIXES[:6])}, …); it holds {tops}{f' ({kinds})' * bool(kinds)}"
         )
+    if asked.image_column:
+        images = _of_suffix(files, images, asked.image_column)
     known = set(names)
     siblings = {kind: sum(sibling(name, kind) in known for name in images) for kind in ("cls", "json")}
-    if siblings["cls"] or any(name.endswith(".cls") for name in names):
-        return _source(files, "webdataset tars", names, images, *by_cls(files, known, images))
     labels_file = _labels_file(known, images, prefix)
-    if labels_file:
+    if asked.unlabelled:
+        prefix = innermost(images, prefix)
+        check_splits(files, prefix, images)
+        return _source(files, UNLABELLED, names, images, [0] * len(images))
+    if asked.label_column:
+        if siblings["json"] < len(images):
+            first = next(name for name in images if sibling(name, "json") not in known)
+            raise UserError(
+                f"--label-column {asked.label_column}: is of a table, or of a .json beside each image; "
+                f"{files.where}: {shown(first)} has no {shown(sibling(first, 'json'))}"
+            )
+    elif siblings["cls"] or any(name.endswith(".cls") for name in names):
+        _check_keys(files, images)
+        return _source(files, "webdataset tars", names, images, *by_cls(files, known, images))
+    elif labels_file:
         images, labels = by_table(files, labels_file, images)
         return _source(files, "files with dataset.json", names, images, labels)
-    if siblings["json"] == len(images) and (found := by_json(files, images, prefix, captioned)):
+    json_labels = siblings["json"] == len(images)
+    if json_labels and (found := by_json(files, images, prefix, asked.captioned, asked.label_column)):
+        _check_keys(files, images)
         return _source(files, "webdataset tars with .json", names, images, *found)
-    return _class_folders(files, prefix, names, images, captioned)
+    kind, labels, classes = by_folders(files, prefix, images, asked.captioned)
+    return _source(files, kind, names, images, labels, classes)
+
+
+def _of_suffix(files: Files, images: list[str], suffix: str) -> list[str]:
+    """The images whose names end so behind webdataset's key; UserError names the endings that there are."""
+    ends = {name: name.rpartition("/")[2].partition(".")[2] for name in images}
+    if chosen := [name for name in images if ends[name] == suffix.removeprefix(".")]:
+        return chosen
+    there = ", ".join(f"{printable(end)} ({count})" for end, count in Counter(ends.values()).most_common(8))
+    raise UserError(f"--image-column {suffix}: {files.where}: no image's name ends in .{suffix}; there are {there}")
+
+
+def _check_keys(files: Files, images: list[str]) -> None:
+    """UserError where a sample has several images, of which one may be a mask or a smaller copy."""
+    for name, after in itertools.pairwise(images):
+        if sibling(name, "") == sibling(after, ""):
+            suffix = name[len(sibling(name, "")) :]
+            raise UserError(
+                f"{files.where}: {shown(name)} and {shown(after)} are images of one sample; --image-column {suffix} "
+                "takes the first of each"
+            )
 
 
 def _labels_file(known: set[str], images: list[str], prefix: str) -> str:
@@ -209,46 +283,9 @@ def _labels_file(known: set[str], images: list[str], prefix: str) -> str:
         for name in (f"{prefix}{LABELS_FILE}", f"{prefix}images/{LABELS_FILE}"):
             if name in known:
                 return name
-        if not (inner := _only_folder(images, prefix)):
+        if not (inner := only_folder(images, prefix)):
             return ""
         prefix = inner
-
-
-def _only_folder(images: list[str], prefix: str) -> str:
-    """The folder below `prefix` that holds all images, in folders of its own; "" if there is none."""
-    tops = {top_folder(name, prefix) for name in images}
-    inner = f"{prefix}{next(iter(tops))}/" if len(tops) == 1 and "" not in tops else ""
-    return inner if inner and any("/" in name[len(inner) :] for name in images) else ""
-
-
-def _class_folders(files: Files, prefix: str, names: list[str], images: list[str], captioned: bool) -> Source:
-    """A folder a class, or ImageNet's file names, which begin with the class."""
-    while inner := _only_folder(images, prefix):
-        prefix = inner
-    tops = [top_folder(name, prefix) for name in images]
-    loose = next((name for name, top in zip(images, tops, strict=True) if top in files.shards or not top), None)
-    if loose is not None:
-        found = [IMAGENET.match(name.rpartition("/")[2]) for name in images]
-        wnids = [match[1] for match in found if match]
-        if len(wnids) == len(images):
-            return _source(files, "ImageNet's file names", names, images, *numbered(wnids))
-        if captioned:
-            return _source(files, "images without classes", names, images, [0] * len(images))
-        raise UserError(
-            f"source {str(files.where)!r}: {shown(loose)} lies in no class folder, and there is no {LABELS_FILE}, and "
-            "no .cls or .json with a label beside it; one of these is needed"
-        )
-    classes = numbered_names(tops)
-    nested = [t for name, t in zip(images, tops, strict=True) if "/" in name[len(prefix) + len(t) + 1 :]]
-    splits = {top for top in classes if top.lower() in SPLITS}
-    if len(classes) > 1 and splits and (splits == set(classes) or splits & set(nested)):
-        best = next((top for top in classes if top.lower().startswith("train")), sorted(splits)[-1])
-        raise UserError(
-            f"source {str(files.where)!r}: it holds {', '.join(map(printable, classes[:8]))}: choose one, --subset "
-            f"{prefix}{best}"
-        )
-    number = {name: i for i, name in enumerate(classes)}
-    return _source(files, "class folders", names, images, [number[top] for top in tops], classes)
 
 
 def _source(
@@ -256,7 +293,8 @@ def _source(
 ) -> Source:
     array = np.array(labels, np.int64)
     used = set(images)
-    keys = {sibling(name, "") for name in images} if kind.startswith("webdataset") else set()
+    whole = kind.startswith("webdataset") or kind == UNLABELLED
+    keys = {sibling(name, "") for name in images} if whole else set()
     left_out = {printable(name): why for name, why in files.left_out.items()}
     for name in names:
         if hidden(name):

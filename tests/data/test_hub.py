@@ -42,6 +42,9 @@ class Table(list[dict[str, Any]]):
     def cast_column(self, name: str, feature: object) -> Table:
         return self
 
+    def select_columns(self, names: list[str]) -> Table:
+        return Table([{name: row[name] for name in names} for row in self])
+
     def __getitem__(self, key: Any) -> Any:
         return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
 
@@ -89,8 +92,8 @@ def test_labels_are_numbers_or_names(
 @pytest.mark.parametrize(
     ("data", "subset", "words"),
     [
-        (Table(rows(0, None), **PLAIN), "", r"row 1 has the label None"),
-        (Table(rows("a", None), **PLAIN), "", "row 1 has the label None, as have 1 of 2"),
+        (Table(rows(None, None), **PLAIN), "", "column 'label': no row of 2 has a label; --unlabelled takes"),
+        (Table(rows("a", 1), **PLAIN), "", "row 1 has the label 1, 1 row of 2 no class number"),
         (Table(rows(-1), **PLAIN), "", r"row 0 has the label -1"),
         (Table(rows(0.5), **PLAIN), "", r"row 0 has the label 0\.5"),
         (Table(rows(2), image=Image(), label=ClassLabel(["a"])), "", r"row 0 has the label 2.*0 … 0"),
@@ -116,6 +119,13 @@ def test_what_can_not_be_used_is_told_in_one_line(
     with pytest.raises(UserError, match=words) as refusal:
         opened(tmp_path, monkeypatch, data, subset)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_row_without_label_is_skipped_as_a_bad_image_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = opened(tmp_path, monkeypatch, Table(rows("b", None, "a"), **PLAIN))
+    assert source.labels.tolist() == [1, -1, 0] and source.class_names == ("a", "b")
+    with pytest.raises(OSError, match="its label is null"):
+        source.read(1)
 
 
 def test_a_row_without_image_is_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
