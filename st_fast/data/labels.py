@@ -129,7 +129,7 @@ def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
     """A dataset.json's labels: file name → class number. UserError names what is wrong."""
     labels = document.get("labels", "")
     if labels is None:
-        raise UserError(f'{where}: "labels" is null, an unlabelled set; of its images prepare\'s {UNLABELLED_HINT}')
+        raise UserError(f'{where}: "labels" is null, an unlabelled set; st_fast.prepare {UNLABELLED_HINT}')
     if not isinstance(labels, list):
         raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed, not {shown(labels)}')
     try:
@@ -159,6 +159,8 @@ def counts_line(labels: np.ndarray, num_classes: int, class_names: Sequence[str]
     labels (n,); those below 0 are of no class and not counted.
     """
     counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+    if num_classes == 1 and not class_names:
+        return f"all {counts[0]:,} of one class"
     if num_classes <= COUNTED:
         names = tuple(map(printable, class_names)) or tuple(map(str, range(num_classes)))
         return "classes: " + ", ".join(f"{name} {count}" for name, count in zip(names, counts.tolist(), strict=True))

@@ -61,6 +61,8 @@ class Source:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Files beside the images that are none or can't be read as such, by name with the reason."""
     captions: Captions = lambda number: ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The columns that were named, by the argument of `open_source`, so that the same images are found again."""
 
     def digest(self) -> str:
         """SHA-256 over names and labels: interrupted work continues only on the same images."""
@@ -127,7 +129,7 @@ def numbered_by(source: Source, class_names: Sequence[str], num_classes: int) ->
                 f"{source.description}: {len(unknown)} of its {source.num_classes} classes are not of the data's "
                 f"{num_classes} ({', '.join(theirs[:8])}{', …' * (num_classes > 8)}): {', '.join(unknown[:8])}"
             )
-        labels = np.array([number[name] for name in source.class_names], np.int64)[labels]
+        labels = np.where(labels < 0, labels, np.array([number[name] for name in source.class_names], np.int64)[labels])
     if len(labels) and int(labels.max()) >= num_classes:
         raise UserError(f"{source.description}: class {labels.max()}; the data's are 0 … {num_classes - 1}")
     return replace(source, labels=labels, num_classes=num_classes, class_names=tuple(class_names))
@@ -144,6 +146,8 @@ def open_source(
     if unlabelled and label_column:
         raise UserError(f"--label-column {label_column}: means nothing with --unlabelled; leave one of them out")
     source = _open(Path(path), Asked(subset, captioned, unlabelled, image_column, label_column))
+    columns = {"image_column": image_column, "label_column": label_column}
+    source = replace(source, columns={name: column for name, column in columns.items() if column})
     if not captioned:
         return source
     return replace(source, left_out={name: why for name, why in source.left_out.items() if why not in KINDS})

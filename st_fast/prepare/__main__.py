@@ -9,8 +9,9 @@
     python -m st_fast.prepare --from-coco DIR OUT       U-ViT's coco256_features → shards, of latents and of text states
     python -m st_fast.prepare --to-repa OUT DIR         shards → REPA's vae-sd/*.npy
 
-IMAGES: a folder, zip or tar with one folder a class; webdataset tars; a Hugging Face `save_to_disk` folder; or images
-with EDM's and REPA's dataset.json. With --captions the images may lie in any folders.
+IMAGES: a folder, zip or tar with one folder a class; webdataset tars; parquet files of the Hugging Face hub, or a
+`save_to_disk` folder; or images with EDM's and REPA's dataset.json. With --unlabelled or --captions the images may lie
+in any folders. At the end the command that trains is printed; --recipe FILE writes a recipe made for the set.
 
 Examples:
     python -m st_fast.prepare ~/imagenet/train data/imagenet256 --size 256
@@ -18,6 +19,8 @@ Examples:
     python -m st_fast.prepare cifar10.zip data/cifar10 --subset train --size 32 --vae small
     python -m st_fast.prepare cifar10.zip data/cifar10-pixels --subset train --size 32 --vae pixels
     python -m st_fast.prepare ~/imagenet/train data/imagenet256 --dry-run
+    python -m st_fast.prepare ~/photos data/photos --unlabelled --recipe photos.toml
+    python -m st_fast.prepare ~/pets data/pets --subset train --image-column photo --label-column breed
     torchrun --nproc-per-node 8 -m st_fast.prepare --features facebook/dinov2-base ~/imagenet/train data/imagenet256
     python -m st_fast.prepare ~/coco/train2014 data/coco256 --captions ~/coco/annotations/captions_train2014.json
     python -m st_fast.prepare --text openai/clip-vit-large-patch14 data/coco256
@@ -36,6 +39,8 @@ VAE_HELP = (
 )
 FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
 TEXT_HELP = "a CLIP, T5, Gemma or BERT, as a folder or hub name, or all-minilm-l6-v2"
+IMAGE_COLUMN_HELP = "a table's column of images, or the suffix of webdataset's images (default: the only one, or image)"
+LABEL_COLUMN_HELP = "a table's column of labels, or their key in the .json beside images (default: found, or label)"
 CAPTIONS_HELP = (
     "auto: the captions are in a .txt or .json beside each image, or in a table's column; else the file of COCO's "
     "annotations that has them"
@@ -51,10 +56,10 @@ STATS_HELP = (
 COMPUTE = ("device", "precision")
 USES = {
     "verify": (),
-    "stats": COMPUTE,
+    "stats": (*COMPUTE, "recipe"),
     "features": (*COMPUTE, "subset", "size", "batch_size", "dry_run"),
     "text": (*COMPUTE, "text_length", "text_mask", "batch_size", "dry_run"),
-    "from_repa": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run"),
+    "from_repa": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run", "recipe"),
     "from_coco": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run"),
     "to_repa": ("dry_run",),
 }
@@ -76,6 +81,9 @@ def parser() -> Parser:
         "--size", type=integer(1, SIDE_MOST), default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)"
     )
     add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
+    add("--unlabelled", action="store_true", help="all images are of one class, whatever folders they lie in")
+    add("--image-column", type=given, metavar="NAME", help=IMAGE_COLUMN_HELP)
+    add("--label-column", type=given, metavar="NAME", help=LABEL_COLUMN_HELP)
     add("--flip", action="store_true", help="encode every image mirrored, too: twice the records")
     add("--captions", type=given, metavar="auto|FILE", help=CAPTIONS_HELP)
     add("--text-length", type=integer(1, COUNT_MOST), help="tokens of a caption (default: CLIP's 77, else up to 128)")
@@ -103,6 +111,7 @@ def parser() -> Parser:
         default=10,
         help="fail when more images than this can't be used (default 10)",
     )
+    add("--recipe", type=path, metavar="FILE", help="write a recipe made for the set, to a new file")
     add("--dry-run", action="store_true", help="say what would be made, and stop")
     return parse
 
@@ -128,6 +137,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(
             f"--size {args.size}: a multiple of --vae-factor {args.vae_factor}, at least twice it, is needed"
         )
+    if args.recipe and args.captions:
+        raise UserError("--recipe: with --captions it follows the text encoder: begin with recipes/mmdit_coco.toml")
     from st_fast.prepare import commands
 
     getattr(commands, mode)(args)

@@ -20,6 +20,7 @@ from st_fast.data.ahead import RecordSet, mean_and_std
 from st_fast.data.captions import coco_captions, read_source_captions
 from st_fast.data.coco import CocoSet, is_coco
 from st_fast.data.features import FOLDER, features_folder, open_features
+from st_fast.data.labels import counts_line
 from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
 from st_fast.data.repa import ASSUMED, RepaSet, refuse_unknown_vae
 from st_fast.data.shards import open_data
@@ -35,7 +36,6 @@ from st_fast.prepare.encode import Encoder, plan
 from st_fast.prepare.features import open_record_images, template, write_features
 from st_fast.prepare.job import (
     JOB_FILE,
-    SKIPPED_FILE,
     check_finished,
     check_unfinished,
     is_done,
@@ -43,6 +43,7 @@ from st_fast.prepare.job import (
     run_job,
 )
 from st_fast.prepare.normalising import check_same_latents, latents_of
+from st_fast.prepare.ready import check_free, ready_recipe, say_classes, say_command, tell_ready, write_recipe
 from st_fast.prepare.repa import RepaProducer, check_target, write_repa
 from st_fast.prepare.text import check_words, keep_captions, write_captions, write_states, write_text
 from st_fast.prepare.text import template as text_template
@@ -80,6 +81,8 @@ def stats(args: argparse.Namespace) -> None:
     decode = decoder(folder, manifest, compute(args)[0])
     save_png(grid(decode((mean + std * noise) * manifest.scale), 8), folder / "stats.png")
     print(f"picture: {folder / 'stats.png'}")
+    if args.recipe:
+        write_recipe(args.recipe, ready_recipe(manifest, str(folder)))
 
 
 def describe(records: RecordSet) -> str:
@@ -91,8 +94,8 @@ def describe(records: RecordSet) -> str:
     made, count = records.manifest, len(records)
     with bar(None, "reading", count, "record") as progress:
         found = latent_statistics(records, np.arange(count), progress.update)
-    classes = np.bincount(records.labels, minlength=made.num_classes)
-    lines = [f"{count:,} records, {int((classes > 0).sum())} of {len(classes)} classes present"]
+    present = len(np.unique(records.labels))
+    lines = [f"{count:,} records, {present} of {made.num_classes} classes present"]
     lines += [f"latents of {made.vae.name}, normalised by {made.normalisation}:"]
     lines += ["channel      mean       std  of which posterior"]
     for number, row in enumerate(zip(found.mean, found.std, found.posterior, strict=True)):
@@ -102,13 +105,7 @@ def describe(records: RecordSet) -> str:
     lines.append(f"    all  {mean:8.4f}  {std:8.4f}{unit}")
     told = found.warning(made)
     lines.append(f"attention: {told}" if told else "about mean 0 and std 1, as training expects")
-    if len(classes) <= 20:
-        labels = tuple(map(printable, made.class_names)) or tuple(map(str, range(len(classes))))
-        lines.append("classes: " + ", ".join(f"{n} {c}" for n, c in zip(labels, classes.tolist(), strict=True)))
-    else:
-        low, middle, high = np.percentile(classes, (0, 50, 100))
-        lines.append(f"records a class: {low:.0f} at least, {middle:.0f} in the middle, {high:.0f} at most")
-    return "\n".join(lines)
+    return "\n".join([*lines, counts_line(records.labels, made.num_classes, made.class_names)])
 
 
 def features(args: argparse.Namespace) -> None:
@@ -185,6 +182,7 @@ def from_coco(args: argparse.Namespace) -> None:
 
 def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: str) -> None:
     """Another project's latents → shards. Another VAE than theirs is asked for its scale, and kept beside them."""
+    check_free(args.recipe, args.paths[1])
     out, vae, scale, info = args.paths[1], None, records.manifest.scale, records.manifest.vae
     if args.vae not in (ASSUMED, info.name):
         if args.vae in ("small", *PIXELS):
@@ -204,6 +202,8 @@ def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: s
     if (out / FILE_NAME).is_file():
         check_finished(out, producer.fingerprint)
         print(f"{out}: complete already; --verify re-reads it")
+        if not args.dry_run:
+            tell_ready(out, args.recipe, say_once())
         return
     if args.dry_run:
         print(f"{out}: {len(records):,} records of {args.dtype} in {counted(producer.shards, 'shard')}")
@@ -213,7 +213,9 @@ def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: s
     else:
         copy_vae(info, records.folder, out)
     with progress("converting", len(records), "record") as shown:
-        run_job(out, producer, 0, shown.update)
+        complete = run_job(out, producer, 0, shown.update)
+    if complete:
+        tell_ready(out, args.recipe, tqdm.write)
 
 
 def to_repa(args: argparse.Namespace) -> None:
@@ -232,11 +234,11 @@ def to_repa(args: argparse.Namespace) -> None:
 
 def encode(args: argparse.Namespace) -> None:
     """Images → shards, and their captions if these are asked for."""
-    source, out = open_source(args.paths[0], args.subset, bool(args.captions)), args.paths[1]
-    say, captions = say_once(), list[Sequence[str]]()
-    say(source.summary())
-    if source.left_out:
-        say(f"{source.left_out_summary()}; {SKIPPED_FILE} lists them")
+    columns = args.image_column or "", args.label_column or ""
+    source = open_source(args.paths[0], args.subset, bool(args.captions), args.unlabelled, *columns)
+    out, say, captions = args.paths[1], say_once(), list[Sequence[str]]()
+    say_classes(source, args.max_bad, say)
+    check_free(args.recipe, out)
     if args.captions:
         found = source.captions if args.captions == "auto" else coco_captions(Path(args.captions), source.names)
         captions = read_source_captions(source.names, found, args.max_bad, source.description, say)
@@ -245,6 +247,8 @@ def encode(args: argparse.Namespace) -> None:
         if args.captions and not args.dry_run:
             keep_captions(out, source.names, captions)
         print(f"{out}: complete already; --verify re-reads it")
+        if not args.dry_run:
+            tell_ready(out, args.recipe, say)
         return
     begun = read_json(out / JOB_FILE) if (out / JOB_FILE).is_file() else {"upright": True}
     asked = plan(source, args.size, args.flip, args.dtype, args.shard_size)
@@ -275,13 +279,16 @@ def encode(args: argparse.Namespace) -> None:
             f"{sum(done)} of them done\n"
             f"VAE {info.name} ({info.kind}), {template.normalisation}, SHA-256 {info.hash[:12]}…"
         )
+        say_command(replace(template, count=records), out)
         return
     keep_vae(args.vae, info, out, args.vae_variant)
     images = np.array([len(encoder.images_of(number)) for number in range(encoder.shards)])[own_share()]
     with progress("encoding", int(images.sum()), "image", int(images[done[own_share()]].sum())) as shown:
-        run_job(out, encoder, args.max_bad, shown.update)
+        complete = run_job(out, encoder, args.max_bad, shown.update)
     if args.captions and (out / FILE_NAME).is_file():
         keep_captions(out, source.names, captions)
+    if complete:
+        tell_ready(out, args.recipe, tqdm.write)
 
 
 def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def plan(source: Source, size: int, flip: bool, dtype: str, shard_size: int) -> 
         "content": source.content(), "probe": source.probe(),
         "num_classes": source.num_classes, "class_names": list(source.class_names),
         "size": size, "flip": flip, "dtype": dtype, "shard_size": shard_size,
-    }  # fmt: skip
+    } | dict(source.columns)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from st_fast.data.sources import Source, numbered_by, open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.vae import PRESETS
-from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
+from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun, reopened
 from st_fast.prepare.writing import all_finished, finished, record_crcs, write_noted
 
 KEPT_FILE = "images.safetensors"
@@ -149,7 +149,7 @@ def open_record_images(
     if has_layout(where):
         source = repa_images(records if isinstance(records, RepaSet) else RepaSet(where))
     else:
-        source = open_source(where, subset)
+        source = open_source(where, subset, **reopened(folder, records.manifest))
     if records.manifest.class_names and not has_layout(where):
         source = numbered_by(source, records.manifest.class_names, records.manifest.num_classes)
     known = size or crop_of(records.manifest.source)

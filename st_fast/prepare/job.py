@@ -6,7 +6,7 @@ with stays in job.json: the same command with anything else is refused, before t
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from st_fast.core.comparison import check_same
 from st_fast.core.errors import RunFailed, UserError, counted
-from st_fast.core.files import make_folder, read_json, write_json_atomic
+from st_fast.core.files import BadFile, make_folder, read_json, shown, write_json_atomic
 from st_fast.core.machine import rank, rank_count
 from st_fast.core.writing import WRONG_PLACE, cannot_write
 from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, crop_of, read_manifest, write_manifest
@@ -60,15 +60,15 @@ def own_share() -> slice:
     return slice(rank(), None, rank_count())
 
 
-def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) -> None:
-    """Makes this process's missing shards, and the manifest if those of all processes are there.
+def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) -> bool:
+    """Makes this process's missing shards, and the manifest if those of all processes are there: then it gives True.
 
     UserError when the folder was begun with other settings, or more than `max_bad` images had to be skipped;
     RunFailed when writing fails, as on a full disk. Finished shards stay: the same command goes on from there.
     """
     if (folder / FILE_NAME).is_file():
         check_finished(folder, producer.fingerprint)
-        return
+        return False
     try:
         make_folder(folder)
         if not (folder / JOB_FILE).is_file() and any(folder.glob("*.safetensors")):
@@ -85,7 +85,7 @@ def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) 
                 entry = write_shard(folder / entry.file, moments, labels, producer.template)
             write_json_atomic(_note(folder, number), asdict(entry) | {"skipped": skipped})
             _check_skipped(_notes(folder, producer.shards), folder, max_bad)
-        _finish(folder, producer, max_bad)
+        return _finish(folder, producer, max_bad)
     except OSError as error:
         done = sum(is_done(folder, number) for number in range(producer.shards))
         if not done and error.errno in WRONG_PLACE:
@@ -170,15 +170,18 @@ def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
     return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
 
 
-def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
-    """Writes the manifest if the shards of all processes are there. Two processes that both do write the same."""
+def _finish(folder: Path, producer: Producer, max_bad: int) -> bool:
+    """Writes the manifest if the shards of all processes are there. Two processes that both do write the same.
+
+    Whether it did.
+    """
     missing = [number for number in range(producer.shards) if not is_done(folder, number)]
     notes = _notes(folder, producer.shards)
     if (folder / FILE_NAME).is_file():  # another process finished meanwhile and removed notes
-        return
+        return False
     if missing:
         tqdm.write(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
-        return
+        return False
     skipped = _check_skipped(notes, folder, max_bad)
     entries = tuple(ShardEntry(**{k: v for k, v in note.items() if k != "skipped"}) for note in notes if note["count"])
     count = sum(entry.count for entry in entries)
@@ -196,3 +199,23 @@ def _finish(folder: Path, producer: Producer, max_bad: int) -> None:
     latents = " × ".join(map(str, (producer.template.channels, *producer.template.shape[1:])))
     what = f"latents of {latents}, {(n := producer.template.num_classes)} class{'es' * (n != 1)}"
     tqdm.write(f"{folder}: {count:,} records in {counted(len(entries), 'shard')}: {what}{left_out}")
+    return True
+
+
+def reopened(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """How `open_source` is to open the source of a set's images again: by which columns, and without labels.
+
+    `BadFile` for a job.json whose columns are no text.
+    """
+    if manifest.num_classes == 1 and not manifest.class_names:
+        return {"unlabelled": True} | _columns(folder, ("image_column",))
+    return _columns(folder, ("image_column", "label_column"))
+
+
+def _columns(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    made = read_json(folder / JOB_FILE) if (folder / JOB_FILE).is_file() else {}
+    found = {name: made[name] for name in names if name in made}
+    for name, value in found.items():
+        if type(value) is not str:
+            raise BadFile(f"{folder / JOB_FILE}: {name} = {shown(value)}: text is needed")
+    return found

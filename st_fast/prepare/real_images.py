@@ -12,6 +12,7 @@ not made from is refused, as far as the folder tells: the classifier would compa
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save as to_safetensors
@@ -27,26 +28,29 @@ from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest, crop_of, is_upright, read_manifest
 from st_fast.data.sources import Source, numbered_by, open_source
 from st_fast.evaluate.classifier import FEATURES
-from st_fast.prepare.job import JOB_FILE
+from st_fast.prepare.job import JOB_FILE, reopened
 
 SEED = 20260710
 """Of the choice of images where not all are taken."""
 
 
-def open_subsets(path: Path, manifest: Manifest) -> tuple[Source, Source]:
-    """Training and held-out images with the data's class numbers; the same source twice where it is one folder."""
+def open_subsets(path: Path, manifest: Manifest, **how: Any) -> tuple[Source, Source]:
+    """Training and held-out images with the data's class numbers; the same source twice where it is one folder.
+
+    how: of `open_source`, as it was when the latents were made.
+    """
     found: list[Source] = []
     for names in (("train", "training"), ("test", "val", "valid", "validation")):
         for name in names:
             try:
-                source = open_source(path, name)
+                source = open_source(path, name, **how)
             except UserError:
                 continue
             found.append(numbered_by(source, manifest.class_names, manifest.num_classes))
             break
     if len(found) == 2:
         return found[0], found[1]
-    whole = found[0] if found else numbered_by(open_source(path), manifest.class_names, manifest.num_classes)
+    whole = found[0] if found else numbered_by(open_source(path, **how), manifest.class_names, manifest.num_classes)
     return whole, whole
 
 
@@ -128,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
     tensors: dict[str, np.ndarray] = {}
     if path.exists():
         raise UserError(f"real-images: {path}: there already; remove it to choose other images")
-    train, test = open_subsets(given.source, manifest)
+    train, test = open_subsets(given.source, manifest, **reopened(given.data, manifest))
     check_source(given, (train, test))
     order = epoch_order(SEED, 0, len(train.names))
     held_out = min(given.test, max(1, len(order) // 5, min(FEATURES + 1, len(order) // 2))) if test is train else 0

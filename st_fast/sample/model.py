@@ -281,7 +281,10 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if low > high:
         raise UserError(f"--cfg-range {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
-        raise UserError(f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0)")
+        raise UserError(
+            f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0), which guidance "
+            "reads; give --cfg-scale 1"
+        )
     stage = newest_stage(given.run, recipe, given.stage) if needs_model else given.stage or recipe.stages[-1].name
     if recipe.model.network == "sit":
         labels = read_labels(given.labels, recipe.model.num_classes, _class_names(recipe, given.labels))

@@ -53,11 +53,11 @@ class Splits(dict[str, Table]):
     """Tables by split."""
 
 
-def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: object, subset: str = "") -> Any:
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: object, subset: str = "", **asked: str) -> Any:
     (tmp_path / "state.json").write_text("{}")
     package = SimpleNamespace(Image=Image, ClassLabel=ClassLabel, DatasetDict=Splits, load_from_disk=lambda path: data)
     monkeypatch.setitem(sys.modules, "datasets", package)  # type: ignore[arg-type]
-    return open_source(tmp_path, subset)
+    return open_source(tmp_path, subset, **asked)  # type: ignore[arg-type]
 
 
 def rows(*labels: object) -> list[dict[str, Any]]:

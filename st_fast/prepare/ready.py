@@ -1,0 +1,259 @@
+"""What comes after preparing: the classes that a set has, the command that trains on it, and a recipe made for it."""
+
+import math
+import shlex
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from st_fast.core.errors import Say, UserError, counted, printable
+from st_fast.core.files import make_folder, write_atomic
+from st_fast.core.writing import cannot_write
+from st_fast.data.labels import UNLABELLED_HINT, counts_line
+from st_fast.data.manifest import FILE_NAME, Manifest
+from st_fast.data.shards import open_data
+from st_fast.data.sources import Source
+from st_fast.data.text import CAPTIONS
+from st_fast.prepare.job import SKIPPED_FILE
+from st_fast.recipe.architecture import PATCHES, SIZES
+from st_fast.recipe.check import check
+from st_fast.recipe.load import from_text, to_literal
+
+TOKENS = (16, 256)
+"""Tokens of a latent: as many as the second number at most, as SiT's on ImageNet, and not fewer than the first."""
+UNPATCHED = 8
+"""Side of latents up to which each of their pixels is a token."""
+BATCH = 256
+LISTED = 10
+"""Classes whose names a recipe tells."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained on a set of so many records: SiT's size, steps of stage 1, of which stage 2 takes twice."""
+
+    size: str
+    steps: int
+    recipe: str
+    """The one in recipes/ that it follows."""
+    lr: str
+    ema_decay: float
+    feature_guidance: float
+    sampling: str
+
+
+SMALL = 'sampler = "heun"\nsteps = 50\ncfg_scale = {cfg_scale}\ncfg_range = [0.0, 1.0]'
+PUBLISHED = 'sampler = "sde"\nsteps = 250\ncfg_scale = {cfg_scale}\ncfg_range = [0.0, 0.65]'
+PLANS = (
+    (20_000, Plan("S", 10_000, "recipes/sit_s.toml", "3e-4", 0.999, 3.0, SMALL)),
+    (100_000, Plan("S", 20_000, "recipes/sit_s.toml", "3e-4", 0.999, 3.0, SMALL)),
+    (500_000, Plan("B", 50_000, "recipes/sit_b.toml", "1e-4", 0.9999, 30.0, PUBLISHED)),
+    (math.inf, Plan("B", 200_000, "recipes/sit_b.toml", "1e-4", 0.9999, 30.0, PUBLISHED)),
+)
+"""Below so many records → the plan."""
+THERE: dict[str, Any] = {
+    "model.channels": 4, "model.latent_size": 32, "model.num_classes": 1000, "model.class_dropout": 0.1,
+    "optim.batch_size": BATCH, "sample.cfg_scale": 1.9, "stage.transcend.cfg_scale": 30.0,
+}  # fmt: skip
+"""Values of both recipes that plans follow."""
+
+
+def plan_for(manifest: Manifest) -> Plan:
+    """The plan for a set, by the number of its records."""
+    return next(plan for below, plan in PLANS if manifest.count < below)
+
+
+def side_of(manifest: Manifest) -> int:
+    """S of latents (C, S, S); UserError where they are no squares, which no recipe is for."""
+    height, width = manifest.shape[1:]
+    if height != width:
+        raise UserError(f"latents of {height} × {width}: a recipe is made for squares")
+    return width
+
+
+def patch_for(side: int) -> int:
+    """The smallest patch above 1 that divides the side into TOKENS; of sides that no such one divides, the largest
+    with enough of them, and 1 of small ones.
+    """
+    fewest, most = TOKENS
+    if side <= UNPATCHED:
+        return 1
+    patches = [p for p in range(2, side + 1) if side % p == 0 and (side // p) ** 2 >= fewest]
+    return next((p for p in patches if (side // p) ** 2 <= most), patches[-1] if patches else 1)
+
+
+def train_command(manifest: Manifest, folder: Path) -> str:
+    """The command that trains on the set in `folder`: a recipe of this project's, and what differs from it."""
+    plan, side = plan_for(manifest), side_of(manifest)
+    patch, wanted = patch_for(side), THERE | values(manifest)
+    model = {}
+    if patch not in PATCHES:
+        depth, width, heads = SIZES[plan.size]
+        model = {"name": "custom", "depth": depth, "width": width, "heads": heads, "patch": patch}
+    elif patch != PATCHES[0]:
+        model = {"name": f"SiT-{plan.size}/{patch}"}
+    changes = {"data.path": str(folder)} | {f"model.{key}": value for key, value in model.items()}
+    changes |= {key: value for key, value in wanted.items() if value != THERE[key]}
+    gpus = torch.cuda.device_count()
+    start = f"torchrun --nproc-per-node {gpus} -m" if gpus > 1 else "python -m"
+    words = [f"--{key}={value}" for key, value in changes.items()]
+    return " ".join([start, "st_fast.train", plan.recipe, *map(shlex.quote, words)])
+
+
+def values(manifest: Manifest) -> dict[str, Any]:
+    """Keys of a recipe that follow from a set. One class has no null class, which would be the same, nor guidance."""
+    found: dict[str, Any] = {
+        "model.channels": manifest.channels, "model.latent_size": side_of(manifest),
+        "model.num_classes": manifest.num_classes,
+        "optim.batch_size": min(BATCH, 2 ** int(math.log2(max(1, manifest.count)))),
+    }  # fmt: skip
+    if manifest.num_classes == 1:
+        found |= {"model.class_dropout": 0.0, "sample.cfg_scale": 1.0, "stage.transcend.cfg_scale": 1.0}
+    return found
+
+
+def ready_recipe(manifest: Manifest, path: str) -> str:
+    """A recipe in TOML for the set at `path`: both stages of Self-Transcendence, or stage 1 alone for a single class.
+
+    UserError for latents that are no squares; RecipeError should it not be one that trains.
+    """
+    plan, side, classes = plan_for(manifest), side_of(manifest), manifest.num_classes
+    patch, chosen, single = patch_for(side), values(manifest), manifest.num_classes == 1
+    depth, width, heads = SIZES[plan.size]
+    names = ", ".join(map(printable, manifest.class_names[:LISTED])) + ", …" * (len(manifest.class_names) > LISTED)
+    cfg_scale = 1.0 if single else 1.9 if plan.sampling == PUBLISHED else 2.0
+    text = HEAD.format(
+        records=f"{manifest.count:,}", channels=manifest.channels, side=side, source=printable(manifest.source),
+        what=f"{classes} class{'es' * (classes != 1)}", names=names and f": {names}", recipe=plan.recipe,
+        size=plan.size, depth=depth, width=width, heads=heads, patch=patch, tokens=(side // patch) ** 2,
+        classes=classes, path=to_literal(path), batch=chosen["optim.batch_size"], lr=plan.lr,
+        dropout="0.0  # one class: the null class would be the same, and guidance means nothing" if single else 0.1,
+        ema=plan.ema_decay, save=min(5_000, plan.steps // 5), every=plan.steps // 5,
+        num=8 * classes if 1 < classes <= 10 else 40 if single else 80,
+        sampling=plan.sampling.format(cfg_scale=cfg_scale), align=plan.steps * (2 if single else 1),
+    )  # fmt: skip
+    if not single:
+        text += TRANSCEND.format(
+            guidance=plan.feature_guidance,
+            stop=plan.steps,
+            steps=2 * plan.steps,
+            tap=depth // 2,
+            teacher=2 * depth // 3,
+        )
+    check(from_text(text, "the recipe made for this set"))
+    return text
+
+
+HEAD = """# {records} latents of {channels} × {side} × {side} in {what}{names}
+# ({source}).
+# Nothing is published for this set: all choices are ours, and a start. Sizes and steps go by the number of images, the
+# rest follows {recipe}. What it costs, and then the training:
+#   python -m st_fast.train THIS.toml --dry-run
+#   python -m st_fast.train THIS.toml
+
+[model]  # SiT-{size}: S below 100,000 images, B from there on
+depth = {depth}
+width = {width}
+heads = {heads}
+patch = {patch}  # {tokens} tokens; the step's time grows with them
+channels = {channels}
+latent_size = {side}
+num_classes = {classes}
+class_dropout = {dropout}
+
+[data]
+path = {path}
+
+[optim]
+batch_size = {batch}
+micro_batch = "auto"
+lr = {lr}
+warmup_steps = 500
+ema_decay = {ema}
+
+[run]
+save_every = {save:_}
+
+[sample]
+every = {every:_}
+num = {num}
+{sampling}
+
+# Stage 1: a shallow block learns to predict the velocity through a head of its own.
+[[stage]]
+name = "align"
+supervision = "velocity_head"
+depth = 2
+steps = {align:_}
+"""
+TRANSCEND = """
+# Stage 2: a new student, supervised by the guided features of stage 1.
+[[stage]]
+name = "transcend"
+supervision = "self_transcendence"
+teacher = "align"
+student_depth = {tap}
+teacher_depth = {teacher}
+cfg_scale = {guidance}
+stop_step = {stop:_}
+steps = {steps:_}
+"""
+
+
+def say_classes(source: Source, max_bad: int, say: Say) -> None:
+    """Says what a source has, class by class, and what is left out. UserError for too many images without a label."""
+    say(source.summary())
+    if source.num_classes > 1:
+        say(counts_line(source.labels, source.num_classes, source.class_names))
+    if source.left_out:
+        say(f"{source.left_out_summary()}; {SKIPPED_FILE} lists them")
+    nulls = np.flatnonzero(source.labels < 0)
+    if len(nulls):
+        told = f"{source.description}: {counted(len(nulls), 'image')} without a label, {source.names[nulls[0]]} first"
+        if len(nulls) > max_bad:
+            raise UserError(f"{told}; --max-bad allows {max_bad}, {UNLABELLED_HINT}")
+        say(f"{told}; they will be skipped")
+
+
+def say_command(manifest: Manifest, out: Path, say: Say = print) -> None:
+    """Says how to train on a set of square latents."""
+    if manifest.shape[1] == manifest.shape[2]:
+        say(f"train: {train_command(manifest, out)}")
+
+
+def check_free(path: Path | None, out: Path) -> None:
+    """UserError where a recipe would be written over a file, before any work; a finished set's may be the same."""
+    if path is not None and path.exists() and not (out / FILE_NAME).is_file():
+        raise UserError(f"--recipe {path}: it is there already; name another file")
+
+
+def write_recipe(path: Path, text: str) -> None:
+    """Writes a recipe to a new file. UserError where another one is there, or it can't be written."""
+    if path.exists():
+        if path.is_file() and path.read_bytes() == text.encode():
+            return
+        raise UserError(f"--recipe {path}: it is there already, with other content; name another file")
+    try:
+        make_folder(path.parent)
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def tell_ready(out: Path, recipe: Path | None, say: Say) -> None:
+    """Says what classes a finished set has and how to train on it; writes the recipe if one is wanted."""
+    with closing(open_data(out, verify=False)) as records:
+        manifest = records.manifest
+        say(f"{out}: {counts_line(records.labels, manifest.num_classes, manifest.class_names)}")
+    if (out / CAPTIONS).is_file():
+        say(f"encode the captions: python -m st_fast.prepare --text ENCODER {shlex.quote(str(out))} (docs/text.md)")
+        return
+    if recipe is not None:
+        write_recipe(recipe, ready_recipe(manifest, str(out)))
+        say(f"train: python -m st_fast.train {shlex.quote(str(recipe))}")
+    else:
+        say_command(manifest, out, say)

@@ -1,0 +1,188 @@
+"""Preparing ends with the classes, the command that trains, and a recipe that the trainer takes; sets of every kind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from st_fast.core.errors import UserError
+from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
+from st_fast.data.shards import open_data
+from st_fast.prepare import ready
+from st_fast.recipe import load
+from st_fast.train import __main__ as train
+from tests.tiny import ROOT
+
+from . import sources
+from .conftest import run
+from .sources import picture
+
+PIXELS = ["--size", "16", "--vae", "pixels", "--device", "cpu"]
+
+
+def manifest(count: int = 30_000, channels: int = 4, side: int = 32, classes: int = 7, **more: object) -> Manifest:
+    shape = (2 * channels, side, side)
+    told = Manifest(0, shape, "float16", 0.5, VaeInfo("none"), "pictures, centre crop 256", classes)
+    return replace(told, count=count, **more)  # type: ignore[arg-type]
+
+
+def test_the_recipes_that_plans_follow_have_the_values_that_are_told_of_them() -> None:
+    for _, plan in ready.PLANS:
+        recipe = load(ROOT / plan.recipe)
+        assert recipe.model.name == f"SiT-{plan.size}/2"
+        for key, value in ready.THERE.items():
+            section, name = key.rsplit(".", 1)
+            table = recipe.stage("transcend").method if section.startswith("stage") else getattr(recipe, section)
+            assert getattr(table, name) == value
+
+
+SETS = [
+    manifest(),
+    manifest(5, 3, 28, 1),
+    manifest(3, 16, 64, 2, class_names=('a "quoted"\nname', "ü")),
+    manifest(1_281_167, 4, 32, 1000),
+    manifest(150_000, 8, 31, 3),
+    manifest(1, 1, 1, 1),
+    manifest(400, 4, 9, 11, source="odd {braces}\n[section]\x1b"),
+    manifest(70_000, 3, 256, 20, posterior="mean", shape=(3, 256, 256)),
+]
+
+
+@pytest.mark.parametrize("told", SETS, ids=str)
+def test_recipe_and_command_are_taken_and_say_what_the_set_is(told: Manifest, tmp_path: Path) -> None:
+    text = ready.ready_recipe(told, "data/it's ünusual")
+    (tmp_path / "own.toml").write_text(text)
+    words = shlex.split(ready.train_command(told, Path("data/it's ünusual")))
+    assert words[:3] == ["python", "-m", "st_fast.train"]
+    made, overridden = load(tmp_path / "own.toml"), load(ROOT / words[3], words[4:])
+    for recipe in (made, overridden):
+        model = recipe.model
+        assert (model.channels, model.latent_size) == (told.channels, told.shape[-1])
+        assert model.num_classes == told.num_classes and recipe.data.path == "data/it's ünusual"
+        assert recipe.optim.batch_size <= told.count
+        assert (model.class_dropout == 0) == (told.num_classes == 1)
+        assert told.num_classes > 1 or recipe.sample.cfg_scale == 1
+        assert model.depth == 12 and model.width in (384, 768)
+    assert made.model.patch == overridden.model.patch
+    assert [stage.name for stage in made.stages] == ["align", "transcend"][: 1 + (told.num_classes > 1)]
+    assert all(len(line) <= 200 and line.isprintable() for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("side", "patch"), [(1, 1), (4, 1), (8, 1), (9, 1), (16, 2), (28, 2), (31, 1), (32, 2), (33, 3), (64, 4), (256, 16)]
+)
+def test_latents_have_16_to_256_tokens_where_a_patch_divides_them(side: int, patch: int) -> None:
+    assert ready.patch_for(side) == patch
+
+
+def test_the_command_says_only_what_differs() -> None:
+    told = manifest(1_281_167, 4, 32, 1000)
+    command = "python -m st_fast.train recipes/sit_b.toml --data.path=data/imagenet256"
+    assert ready.train_command(told, Path("data/imagenet256")) == command
+    assert ready.train_command(replace(told, num_classes=10), Path("data/imagenet256")) == (
+        f"{command} --model.num_classes=10"
+    )
+
+
+def test_no_recipe_is_made_for_latents_that_are_no_squares() -> None:
+    with pytest.raises(UserError, match="latents of 32 × 48: a recipe is made for squares"):
+        ready.ready_recipe(manifest(shape=(8, 32, 48)), "data/x")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "count", "classes"),
+    [
+        (sources.flat_folder, ["--unlabelled"], 6, "all 6 of one class"),
+        (sources.nested_folders, ["--unlabelled"], 5, "all 5 of one class"),
+        (lambda path: sources.edm_folder(path, None), ["--unlabelled"], 4, "all 4 of one class"),
+        (sources.class_folders, [], 9, "classes: cat 3, dog 3, emu 3"),
+        (lambda path: sources.class_zip(path / "a.zip"), ["--subset", "train"], 6, "classes: cat 3, dog 3"),
+        (sources.edm_folder, [], 4, "classes: 0 1, 1 1, 2 2"),
+        (sources.webdataset_shards, [], 4, "classes: 0 1, 1 2, 2 1"),
+        (
+            lambda path: sources.img2dataset_shards(path, [{"kind": k} for k in "baab"]),
+            ["--label-column", "kind"],
+            4,
+            "classes: a 2, b 2",
+        ),
+        (sources.imagenet_tars, [], 6, "classes: n01440764 2, n01443537 2, n02102040 2"),
+        (lambda path: sources.imagenet_train_tar(path / "train.tar"), [], 6, "classes: n01440764 2, n01443537 2, n02"),
+    ],
+)
+def test_every_set_is_prepared_told_and_trained_on_by_what_is_printed(
+    make: Callable[[Path], Path], options: list[str], count: int, classes: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out, own = tmp_path / "data", tmp_path / "own.toml"
+    run(make(tmp_path / "in"), out, *PIXELS, *options)
+    told = "".join(capsys.readouterr())
+    assert f"{out}: {classes}" in told
+    (command,) = re.findall(r"^train: (.*)$", told, re.MULTILINE)
+    assert load(ROOT / shlex.split(command)[3], shlex.split(command)[4:]).model.num_classes == (
+        read_manifest(out).num_classes
+    )
+    run(make(tmp_path / "again"), out, *PIXELS, *options, "--recipe", own)
+    assert f"train: python -m st_fast.train {own}" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    train.main([str(own), "--dry-run"])
+    assert f'path = "{out}"' in capsys.readouterr().out and len(open_data(out)) == count
+
+
+def test_the_recipe_never_replaces_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out, own = sources.class_folders(tmp_path / "in"), tmp_path / "out", tmp_path / "own.toml"
+    own.write_text("mine")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"--recipe .*own\.toml: it is there already"):
+            run(images, out, *PIXELS, "--recipe", own)
+        assert own.read_text() == "mine" and not (out / "manifest.json").exists()
+    run(images, out, *PIXELS, "--recipe", tmp_path / "new" / "own.toml")
+    text = (tmp_path / "new" / "own.toml").read_text()
+    assert "in 3 classes: cat, dog, emu" in text
+    run(images, out, *PIXELS, "--recipe", tmp_path / "new" / "own.toml")  # the same again
+    with pytest.raises(UserError, match="it is there already, with other content"):
+        run(images, out, *PIXELS, "--recipe", own)
+    run("--stats", out, "--recipe", tmp_path / "third.toml")
+    assert (tmp_path / "third.toml").read_text() == text
+    with pytest.raises(UserError, match="--recipe: with --captions it follows the text encoder"):
+        run(images, out, *PIXELS, "--captions", "auto", "--recipe", tmp_path / "fourth.toml")
+
+
+def test_a_dry_run_tells_the_command_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(sources.class_folders(tmp_path / "in"), tmp_path / "out", *PIXELS, "--flip", "--dry-run", "--recipe", "x.toml")
+    told = capsys.readouterr().out
+    assert "classes: cat 3, dog 3, emu 3" in told and "--model.num_classes=3 --optim.batch_size=16" in told
+    assert not (tmp_path / "out").exists() and not Path("x.toml").exists()
+
+
+def test_rows_without_label_are_skipped_by_name_and_at_most_max_bad(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"picture": {"bytes": picture(n)}, "kind": kind} for n, kind in enumerate(["x", None, "w", "x", None])]
+    rows[3]["picture"] = None
+    stand_in_dataset(tmp_path / "in", rows, monkeypatch)
+    options = [*PIXELS, "--image-column", "picture", "--label-column", "kind"]
+    with pytest.raises(UserError, match=r"2 images without a label, row 1 first; --max-bad allows 1, --unlabelled"):
+        run(tmp_path / "in", tmp_path / "out", *options, "--max-bad", 1)
+    run(tmp_path / "in", tmp_path / "out", *options, "--max-bad", 3)
+    told = "".join(capsys.readouterr())
+    assert "2 images without a label, row 1 first; they will be skipped" in told and "3 images skipped" in told
+    assert "classes: w 1, x 1" in told
+    skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    null = "its label is null"
+    assert skipped == {"row 1": null, "row 3": "no image in this row", "row 4": null}
+    assert open_data(tmp_path / "out").labels.tolist() == [1, 0]
+
+
+def stand_in_dataset(folder: Path, rows: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `save_to_disk` folder of these rows, read by a stand-in of the package."""
+    from tests.data.test_hub import Image, Table, Value, opened
+
+    folder.mkdir()
+    features = {name: Image() if name == "picture" else Value() for name in rows[0]}
+    opened(folder, monkeypatch, Table(rows, **features), label_column="kind")
