@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ them first.
 """,
 }
 USE["diffusers", "mmdit"] = USE["diffusers", "sit"]
+NAMED = 1_000
+"""Classes whose names a card has."""
 PROMPTS = ["two dogs on a beach", "a red bus"]
 
 
@@ -115,7 +117,10 @@ def card(
             "\nNo VAE is in this folder: `vae=AutoencoderKL.from_pretrained(…)` as one more argument gives images.\n"
         )
     asked: list[Any] = list(range(min(3, config.num_classes)))
+    names = class_names(recipe) if recipe and config.network == "sit" else ()
     condition = f"class-conditional over {config.num_classes} classes"
+    if config.num_classes == 1:
+        condition = f"of the one class {plain(names[0])}" if names else "of one class, so without a condition"
     if config.network == "mmdit":
         asked, condition = PROMPTS, f"conditional on text ({_states(text, config.text_length, config.text_width)})"
         if not reads:
@@ -139,6 +144,8 @@ def card(
             mask=text.mask, texts=PROMPTS,
         ),
     ]  # fmt: skip
+    if names and config.num_classes > 1:
+        parts.append(_classes(names))
     arm = _arm(origin)
     if arm is None or recipe is None or origin.run is None:
         parts.append(_foreign(origin))
@@ -147,6 +154,22 @@ def card(
         parts += [_training(origin, recipe, arm), _costs(arm), scores, f"## Recipe\n\n```toml\n{to_toml(recipe)}```\n"]
     whole = ABSOLUTE.sub(lambda found: f"./{Path(found[0]).name}", "\n".join(parts))  # paths of this machine
     return f"{whole}\nWritten by st_fast {__version__} from the run's own records.\n"
+
+
+def class_names(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the data's classes; none where it has none, or is not at hand."""
+    try:
+        names = read_any_manifest(Path(recipe.data.path)).class_names
+    except UserError:
+        return ()
+    return names if len(names) == recipe.model.num_classes else ()
+
+
+def _classes(names: Sequence[str]) -> str:
+    """The classes by number, NAMED at most."""
+    rows = "".join(f"| {number} | {plain(name)} |\n" for number, name in enumerate(names[:NAMED]))
+    more = f"\nAnd {len(names) - NAMED:,} more, in the data's manifest.json.\n" if len(names) > NAMED else ""
+    return f"## Classes\n\n| number | class |\n|---|---|\n{rows}{more}"
 
 
 def _states(text: TextStates, length: int, width: int) -> str:

@@ -20,6 +20,7 @@ from st_fast.convert import hub
 from st_fast.convert.__main__ import main
 from st_fast.core import checkpoint
 from st_fast.core.errors import RunFailed, UserError
+from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.model import SiT, build, stored
 from st_fast.model.formats import import_file
 from st_fast.model.stored import read_model
@@ -181,6 +182,21 @@ def test_the_card_tells_the_logs_numbers(run_folder, tmp_path):
     ours = load(run_folder / "recipe.toml")
     assert str(run_folder.parent) not in text  # where things lie on this machine is nobody's business
     assert read == replace(ours, data=replace(ours.data, path="./data"), run=replace(ours.run, out="./out"))
+
+
+def test_the_card_names_the_classes_by_number(run_folder, tmp_path):
+    data = run_folder.parent / "data"
+    before, unnamed = (data / "manifest.json").read_bytes(), read_manifest(data)
+    try:
+        write_manifest(data, replace(unnamed, class_names=("boot", "a|b", "<b>c</b>", "d\n# Mine", "ü")))
+        convert(run_folder, tmp_path / "named", "--to", "huggingface")
+    finally:
+        (data / "manifest.json").write_bytes(before)
+    convert(run_folder, tmp_path / "unnamed", "--to", "huggingface")
+    text = (tmp_path / "named" / "README.md").read_text()
+    rows = ("0 | boot", "1 | a\\|b", "2 | \\<b\\>c\\</b\\>", r"3 | d\\n\# Mine", "4 | ü")
+    assert "## Classes\n\n| number | class |\n|---|---|\n" + "".join(f"| {row} |\n" for row in rows) in text
+    assert "## Classes" not in (tmp_path / "unnamed" / "README.md").read_text()
 
 
 def test_the_cards_scores_come_with_their_protocol(run_folder, tmp_path):
