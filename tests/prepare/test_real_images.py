@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from st_fast.core.errors import UserError
+from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import read_images
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare import real_images
+from st_fast.prepare.features import open_record_images
 
+from . import sources
 from .conftest import encoded, picture
 
 
@@ -124,3 +129,41 @@ def test_of_one_folder_as_many_are_held_out_as_the_classifier_needs(
     found, said = read_images(tmp_path / "out"), capsys.readouterr().out
     assert (len(found.test), len(found.train)) == (held_out, images - held_out)
     assert (f"attention: {few}; the classifier's scores need 65" in said) if few else ("attention" not in said)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "labels"),
+    [
+        (sources.nested_folders, ["--unlabelled"], {0}),
+        (sources.class_folders, ["--unlabelled"], {0}),
+        (
+            lambda path: sources.webdataset_shards(path, ("b", "a", "c", "a", "b"), "json", "species"),
+            ["--label-column", "species"],
+            {0, 1, 2},
+        ),
+    ],
+)
+def test_the_images_of_a_set_are_found_again_as_they_were_labelled(
+    make: Callable[[Path], Path], options: list[str], labels: set[int], tmp_path: Path
+) -> None:
+    """By real-images and by record number, without being told again."""
+    source, data = make(tmp_path / "in"), tmp_path / "data"
+    prepare.main([str(source), str(data), "--size", "16", "--vae", "pixels", "--device", "cpu", *options])
+    records = open_data(data)
+    images = open_record_images(data, records, str(source), "")
+    pixels = np.empty((len(records), 3, 16, 16), np.uint8)
+    images.read_into(np.arange(len(records)), pixels)
+    mean = records.gather(np.arange(len(records)))[0][:, :3].numpy().astype(np.float32)
+    assert np.allclose(mean, pixels / 127.5 - 1, atol=2e-3)
+    real_images.main([str(source), str(data), "--test", "1"])
+    found = read_images(data)
+    assert len(found.train) + len(found.test) == len(records)
+    assert {*found.train_labels.tolist(), *found.test_labels.tolist()} == labels
+
+
+def test_columns_of_a_damaged_job_are_told(made: tuple[Path, Path]) -> None:
+    source, data = made
+    job = json.loads((data / "job.json").read_text())
+    (data / "job.json").write_text(json.dumps(job | {"label_column": 3}))
+    with pytest.raises(UserError, match=r"job\.json: label_column = 3: text is needed"):
+        real_images.main([str(source), str(data)])
