@@ -117,13 +117,15 @@ def _groups(file: Path, metadata: Any, images: str) -> list[Group]:
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         parts = [group.column(i) for i in range(group.num_columns)]
-        size = sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] == images)
+        size = sum(p.total_uncompressed_size for p in parts if f"{p.path_in_schema}.".startswith(f"{images}."))
         if not 0 <= size <= GROUP_MOST:
             raise BadFile(
                 f"{file}: {size:,} bytes of images in one group of rows, which are read together; at most "
                 f"{GROUP_MOST:,} are: write it anew with a smaller row_group_size"
             )
         groups.append(Group(file, number, group.num_rows))
+    if (rows := sum(group.rows for group in groups)) > (size := file.stat().st_size):
+        raise BadFile(f"{file}: claims {rows:,} rows, in {size:,} bytes")
     return groups
 
 

@@ -190,26 +190,28 @@ def _open_parquet(path: Path, names: list[str], asked: Asked) -> Source:
 
 
 def _open_folder(path: Path, asked: Asked) -> Source:
-    """A folder of images, tars or parquet; of tars, `subset` may be the folder that they lie in or a word of their
-    names.
+    """A folder of images, tars or parquet, also of folders of these; of tars, `subset` may be the folder that they lie
+    in or a word of their names.
     """
     subset = asked.subset
     inner = path / subset if subset and (path / subset).is_dir() else path
     tars = sorted(tar for tar in inner.glob("*.tar") if tar.is_file() and not hidden(tar.name))
     if not tars:
         files = open_folder(path)
-        tables = [name for name in files.names if name.lower().endswith(".parquet") and not hidden(name)]
-        if tables and not images_of(files.names):
+        names = [name for name in files.names if not hidden(name)]
+        tars = sorted(path / name for name in names if name.endswith(".tar") and inner in (path / name).parents)
+        if (tables := [name for name in names if name.lower().endswith(".parquet")]) and not (tars or images_of(names)):
             return _open_parquet(path, tables, asked)
-        return _from_files(files, asked)
+        if not tars or images_of(names):
+            return _from_files(files, asked)
     loose = next((name for name in open_folder(inner).names if not hidden(name) and is_image(name)), None)
     if loose is not None:
         raise UserError(
             f"source {str(inner)!r}: it holds tars ({shown(tars[0].name)}) and images ({shown(loose)}): name one of "
             "them, or move them apart"
         )
-    splits = {word: [tar for tar in tars if word in re.split(r"[^a-z]+", tar.stem.lower())] for word in SPLITS}
-    splits = {word: some for word, some in splits.items() if some}
+    words = {tar: re.split(r"[^a-z]+", str(tar.relative_to(inner).with_suffix("")).lower()) for tar in tars}
+    splits = {word: some for word in SPLITS if (some := [tar for tar in tars if word in words[tar]])}
     if inner is path and subset in splits:
         return _from_files(open_tars(path, splits[subset]), replace(asked, subset=""))
     if len(splits) > 1:

@@ -216,7 +216,7 @@ def say_classes(source: Source, max_bad: int, say: Say) -> None:
         told = f"{source.description}: {counted(len(nulls), 'image')} without a label, {source.names[nulls[0]]} first"
         if len(nulls) > max_bad:
             raise UserError(f"{told}; --max-bad allows {max_bad}, {UNLABELLED_HINT}")
-        say(f"{told}; they will be skipped")
+        say(f"{told}: skipped")
 
 
 def say_command(manifest: Manifest, out: Path, say: Say = print) -> None:

@@ -150,6 +150,19 @@ def test_counts_of_many_classes_are_told_by_their_extremes() -> None:
     assert counts_line(labels[labels < 7], 2, ("a\x1b", "b")) == "classes: a\\x1b 5, b 0"
 
 
+def test_tars_below_a_folder_are_those_of_a_split(tmp_path: Path) -> None:
+    """As the hub has them: README.md, and data/train-00000.tar …, or a folder a split."""
+    for split, labels in (("train", (0, 1, 2, 2)), ("test", (1, 0, 0, 0))):
+        for shard in sorted(sources.webdataset_shards(tmp_path / "x" / split, labels).iterdir()):
+            write({f"data/set-{split}-{shard.name}": shard.read_bytes()}, tmp_path / "named")
+    write({"README.md": b"", ".cache/huggingface/a.tar": b"x"}, tmp_path / "named")
+    for folder in (tmp_path / "named", tmp_path / "x"):
+        with pytest.raises(UserError, match="it holds tars of train, test: choose one, --subset train"):
+            open_source(folder)
+        assert open_source(folder, "train").labels.tolist() == [0, 2, 1, 2]
+        assert open_source(folder, "test", unlabelled=True).num_classes == 1
+
+
 def test_json_of_webdataset_may_call_the_label_anything(tmp_path: Path) -> None:
     folder = sources.webdataset_shards(tmp_path, ("b", "a", "b", "c"), "json", "species")
     source = open_source(folder, label_column="species")

@@ -171,7 +171,7 @@ def test_rows_without_label_are_skipped_by_name_and_at_most_max_bad(
         run(tmp_path / "in", tmp_path / "out", *options, "--max-bad", 1)
     run(tmp_path / "in", tmp_path / "out", *options, "--max-bad", 3)
     told = "".join(capsys.readouterr())
-    assert "2 images without a label, row 1 first; they will be skipped" in told and "3 images skipped" in told
+    assert "2 images without a label, row 1 first: skipped" in told and "3 images skipped" in told
     assert "classes: w 1, x 1" in told
     skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
     null = "its label is null"
