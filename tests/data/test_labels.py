@@ -49,6 +49,26 @@ def test_splits_are_not_mixed_without_being_asked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it holds train, val: choose one, --subset train"):
         open_source(tmp_path, unlabelled=True)
     assert len(open_source(tmp_path, "train", unlabelled=True).names) == 5
+    (tmp_path / "val").rename(tmp_path / "more")  # a folder like any other
+    assert len(open_source(tmp_path, unlabelled=True).names) == 10
+
+
+def test_one_split_alone_is_no_choice_and_a_class_may_be_called_like_one(tmp_path: Path) -> None:
+    assert len(open_source(sources.flat_folder(tmp_path / "a" / "train").parent, unlabelled=True).names) == 6
+    assert open_source(sources.class_folders(tmp_path / "b", ("car", "train"))).class_names == ("car", "train")
+    for names in (("car", "train/x"), ("val/x", "test/y")):
+        folder = sources.class_folders(tmp_path / names[0][:3], names)
+        with pytest.raises(UserError, match=rf"choose one, --subset {'train' if 'car' in names else 'val'}"):
+            open_source(folder)
+
+
+def test_images_beside_class_folders_are_not_one_class(tmp_path: Path) -> None:
+    write({"set/a/1.png": picture(1, "PNG"), "set/b/1.png": picture(2, "PNG"), "set/2.png": b""}, tmp_path)
+    with pytest.raises(UserError, match=r"'set/2\.png' lies in no class folder"):
+        open_source(tmp_path)
+    (tmp_path / "set" / "2.png").unlink()
+    write({"set/00000/img00000001.png": picture(1, "PNG")}, tmp_path)  # one that is named as EDM names all
+    assert open_source(tmp_path).class_names == ("00000", "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +168,13 @@ def test_counts_of_many_classes_are_told_by_their_extremes() -> None:
     assert counts_line(labels, 30, ()) == "30 classes: 1 at least, 3 in the middle, 5 at most; 27 have none"
     assert counts_line(np.arange(21), 21, ()) == "21 classes: 1 at least, 1 in the middle, 1 at most"
     assert counts_line(labels[labels < 7], 2, ("a\x1b", "b")) == "classes: a\\x1b 5, b 0"
+    many = np.repeat(np.arange(101), np.arange(10, 1020, 10))
+    assert counts_line(many, 101, ()) == "101 classes: 10 at least, 510 in the middle, 1010 at most"
+    assert counts_line(labels[:0], 30, ()) == "30 classes: 0 at least, 0 in the middle, 0 at most; 30 have none"
+    assert counts_line(np.arange(20), 20, ()).endswith(", 18 1, 19 1")
+    assert (
+        counts_line(labels[:5], 1, ()) == "all 5 of one class" and counts_line(labels[:5], 1, ("a",)) == "classes: a 5"
+    )
 
 
 def test_tars_below_a_folder_are_those_of_a_split(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from st_fast.core.errors import UserError
-from st_fast.data import parquet
+from st_fast.data import parquet, tables
 from st_fast.data.parquet import files_of, split_of
 from st_fast.data.sources import Asked, open_source
 from st_fast.data.tables import IMAGE, LABEL, Column, Table, class_numbers, image_bytes, source_of
@@ -94,8 +94,34 @@ def test_without_a_label_column_both_ways_on_are_told() -> None:
         source_of(table([0], [Column("img", IMAGE), Column("kind", "string")]), Asked())
 
 
-def test_an_image_is_bytes_or_a_cell_with_bytes() -> None:
+def test_captions_need_no_labels_and_keep_those_that_there_are() -> None:
+    image, text = Column("img", IMAGE), Column("text", "string")
+    for columns, labels, classes in (
+        ((image, text), [0, 0], 1),
+        ((image, text, Column("fine", LABEL, ("b", "a"))), [1, 0], 2),
+        ((image, text, Column("label", "int64")), [1, 0], 2),
+    ):
+        rows = {"text": ["one", ["two", "three"]], "fine": [1, 0], "label": [1, 0]}
+        told = Table("here", "some rows", columns, 2, rows.__getitem__, lambda name, row: b"")
+        source = source_of(told, Asked(captioned=True))
+        assert source.labels.tolist() == labels and source.num_classes == classes
+        assert [list(source.captions(row)) for row in range(2)] == [["one"], ["two", "three"]]
+
+
+def test_class_numbers_without_names_count_to_the_largest() -> None:
+    source = source_of(table([3, None, 1]), Asked(image_column="img", label_column="kind"))
+    assert source.num_classes == 4 and source.class_names == () and source.captions(0) == ()
+
+
+def test_an_image_is_bytes_or_a_cell_with_bytes_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert image_bytes(b"x") == image_bytes({"bytes": b"x", "path": "y"}) == b"x"
+    (tmp_path / "file").write_bytes(b"image")
+    assert image_bytes({"bytes": None, "path": str(tmp_path / "file")}) == b"image"
+    monkeypatch.setattr(tables, "MAX_FILE", 5)
+    assert image_bytes({"path": str(tmp_path / "file")}) == b"image"
+    monkeypatch.setattr(tables, "MAX_FILE", 4)
+    with pytest.raises(UserError, match="5 bytes, at most 4 are read"):
+        image_bytes({"path": str(tmp_path / "file")})
     for cell in (None, {}, {"bytes": None, "path": None}, 3):
         with pytest.raises(OSError, match="no image in this row"):
             image_bytes(cell)
@@ -146,6 +172,7 @@ def test_subset_chooses_the_files_of_a_split(names: list[str], subset: str, chos
         (HUB, "val", "no split 'val'; it holds test, train"),
         (CONFIGS, "train", "it holds a/train, b/train: choose one, --subset a/train"),
         (CONFIGS, "b", "it holds test, train: choose one"),
+        (["b.parquet", "a.parquet"], "", "it holds a, b: choose one, --subset a"),
     ],
 )
 def test_several_splits_are_listed(names: list[str], subset: str, words: str) -> None:

@@ -69,7 +69,10 @@ FILES = (
         ("data/test_sources.py",),
         ("digest", "_source"),
     ),
-    File("st_fast/data/labels.py", ("data/test_sources.py",), ("top_folder",)),
+    File("st_fast/data/labels.py", ("data/test_sources.py", "data/test_labels.py"), ("top_folder", "counts_line")),
+    File("st_fast/data/folders.py", ("data/test_labels.py",), ("check_splits", "_shard_folders")),
+    File("st_fast/data/tables.py", ("data/test_tables.py", "data/test_hub.py", "data/test_captions.py")),
+    File("st_fast/data/parquet.py", ("data/test_tables.py",), ("split_of", "files_of")),
     File(
         "st_fast/train/log.py",
         ("faults/test_numbers.py",),

@@ -16,6 +16,7 @@ from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
 from st_fast.prepare import ready
 from st_fast.recipe import load
+from st_fast.recipe.methods import SelfTranscendence
 from st_fast.train import __main__ as train
 from tests.tiny import ROOT
 
@@ -75,10 +76,60 @@ def test_recipe_and_command_are_taken_and_say_what_the_set_is(told: Manifest, tm
 
 
 @pytest.mark.parametrize(
-    ("side", "patch"), [(1, 1), (4, 1), (8, 1), (9, 1), (16, 2), (28, 2), (31, 1), (32, 2), (33, 3), (64, 4), (256, 16)]
+    ("side", "patch"),
+    [
+        (1, 1),
+        (4, 1),
+        (8, 1),
+        (9, 1),
+        (10, 2),
+        (12, 2),
+        (15, 3),
+        (16, 2),
+        (28, 2),
+        (31, 1),
+        (32, 2),
+        (33, 3),
+        (64, 4),
+        (256, 16),
+    ],
 )
 def test_latents_have_16_to_256_tokens_where_a_patch_divides_them(side: int, patch: int) -> None:
     assert ready.patch_for(side) == patch
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "steps"),
+    [
+        (1, "S", 10_000), (19_999, "S", 10_000), (20_000, "S", 20_000), (99_999, "S", 20_000),
+        (100_000, "B", 50_000), (499_999, "B", 50_000), (500_000, "B", 200_000), (10**8, "B", 200_000),
+    ],
+)  # fmt: skip
+def test_size_and_steps_go_by_the_number_of_images(count: int, size: str, steps: int, tmp_path: Path) -> None:
+    plan = ready.plan_for(manifest(count))
+    assert (plan.size, plan.steps) == (size, steps)
+    (tmp_path / "own.toml").write_text(ready.ready_recipe(manifest(count), "data/x"))
+    recipe = load(tmp_path / "own.toml")
+    align, transcend = recipe.stage("align"), recipe.stage("transcend").method
+    assert isinstance(transcend, SelfTranscendence)
+    assert (recipe.model.width, recipe.model.heads) == {"S": (384, 6), "B": (768, 12)}[size]
+    assert (align.steps, recipe.stage("transcend").steps, transcend.stop_step) == (steps, 2 * steps, steps)
+    assert (transcend.student_depth, transcend.teacher_depth) == (6, 8)
+    assert transcend.cfg_scale == (3.0 if size == "S" else 30.0)
+    assert recipe.sample.num == 56 and recipe.sample.cfg_scale == (2.0 if size == "S" else 1.9)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, 1), (2, 2), (3, 2), (255, 128), (256, 256), (10**6, 256)])
+def test_a_batch_is_no_larger_than_the_set(count: int, batch: int) -> None:
+    assert ready.values(manifest(count))["optim.batch_size"] == batch
+
+
+def test_a_captioned_set_is_told_how_its_captions_are_encoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(sources.captioned_folder(tmp_path / "in"), tmp_path / "my data", *PIXELS, "--captions", "auto")
+    told = capsys.readouterr().out
+    assert f"python -m st_fast.prepare --text ENCODER '{tmp_path}/my data'" in told and "train: " not in told
 
 
 def test_the_command_says_only_what_differs() -> None:
