@@ -22,6 +22,7 @@ from st_fast.core import checkpoint
 from st_fast.core.limits import Zip, tar_members
 from st_fast.data.captions import coco_captions
 from st_fast.data.shards import open_data
+from st_fast.data.sources import open_source
 from st_fast.data.text import captions_bytes, open_text, read_captions
 from st_fast.model.formats import import_file
 from st_fast.model.stored import read_model
@@ -34,6 +35,7 @@ from tests.data.conftest import encoded, picture
 from tests.data.test_captions import TEXTS, write_coco
 from tests.data.test_repa import write_layout
 from tests.fuzz import blocks, watched
+from tests.prepare.sources import write_tar
 
 SMALL = Model(depth=1, width=8, heads=2, patch=2, channels=4, latent_size=4, num_classes=3)
 SMALL_TEXT = replace(foreign.TINY_TEXT, depth=1, width=8, heads=2)
@@ -148,6 +150,15 @@ def make_folders(folder: Path) -> Path:
     return folder / "in.tar"
 
 
+def make_tars(folder: Path) -> Path:
+    """Two tars of ImageNet's files in a tar."""
+    inner = {}
+    for wnid in ("n00000001", "n00000002"):
+        files = {f"{wnid}_{n}.JPEG": encoded(picture(n, (8, 8))) for n in range(2)}
+        inner[f"{wnid}.tar"] = write_tar(files, folder / "part.tar").read_bytes()
+    return write_tar(inner, folder / "in.tar")
+
+
 def make_zip(folder: Path) -> Path:
     with zipfile.ZipFile(folder / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(6):
@@ -231,6 +242,7 @@ KINDS = {
     "published config": Kind(make_published, lambda path, draw: spoil_json(path / "config.json", draw),
                              read_model_at, 6),
     "tar": Kind(make_folders, spoil_bytes, lambda path: list(tar_members(path)), 8),
+    "tar of tars": Kind(make_tars, spoil_bytes, open_source, 8),
     "zip of images": Kind(make_zip, spoil_bytes, read_zip, 6),
     "npz of samples": Kind(make_samples, spoil_bytes, lambda path: list(open_npz(path).blocks(4)), 6),
     "npy of latents": Kind(make_repa, spoil_repa, lambda path: open_data(path).close(), 4),

@@ -23,10 +23,8 @@ from st_fast.recipe.architecture import PATCHES, SIZES
 from st_fast.recipe.check import check
 from st_fast.recipe.load import from_text, to_literal
 
-TOKENS = (16, 256)
+TOKENS = (64, 256)
 """Tokens of a latent: as many as the second number at most, as SiT's on ImageNet, and not fewer than the first."""
-UNPATCHED = 8
-"""Side of latents up to which each of their pixels is a token."""
 BATCH = 256
 LISTED = 10
 """Classes whose names a recipe tells."""
@@ -76,12 +74,10 @@ def side_of(manifest: Manifest) -> int:
 
 
 def patch_for(side: int) -> int:
-    """The smallest patch above 1 that divides the side into TOKENS; of sides that no such one divides, the largest
-    with enough of them, and 1 of small ones.
+    """The smallest patch above 1 that divides the side into TOKENS; where none does, the largest that gives enough,
+    or 1.
     """
     fewest, most = TOKENS
-    if side <= UNPATCHED:
-        return 1
     patches = [p for p in range(2, side + 1) if side % p == 0 and (side // p) ** 2 >= fewest]
     return next((p for p in patches if (side // p) ** 2 <= most), patches[-1] if patches else 1)
 
