@@ -43,7 +43,7 @@ from st_fast.prepare.job import (
     run_job,
 )
 from st_fast.prepare.normalising import check_same_latents, latents_of
-from st_fast.prepare.ready import check_free, ready_recipe, say_classes, say_command, tell_ready, write_recipe
+from st_fast.prepare.ready import check_free, ready_recipe, say_classes, tell_ready, train_command, write_recipe
 from st_fast.prepare.repa import RepaProducer, check_target, write_repa
 from st_fast.prepare.text import check_words, keep_captions, write_captions, write_states, write_text
 from st_fast.prepare.text import template as text_template
@@ -153,7 +153,9 @@ def from_repa(args: argparse.Namespace) -> None:
     records = RepaSet(args.paths[0])
     if args.vae == ASSUMED:
         refuse_unknown_vae(records)
-    copy_latents(args, records, "REPA's layout")
+    check_free(args.recipe, args.paths[1])
+    if copy_latents(args, records, "REPA's layout"):
+        tell_ready(args.paths[1], args.recipe, tqdm.write)
 
 
 def from_coco(args: argparse.Namespace) -> None:
@@ -180,9 +182,11 @@ def from_coco(args: argparse.Namespace) -> None:
     records.close()
 
 
-def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: str) -> None:
-    """Another project's latents → shards. Another VAE than theirs is asked for its scale, and kept beside them."""
-    check_free(args.recipe, args.paths[1])
+def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: str) -> bool:
+    """Another project's latents → shards. Another VAE than theirs is asked for its scale, and kept beside them.
+
+    Whether they are complete, and this process, of several, is to say what comes next.
+    """
     out, vae, scale, info = args.paths[1], None, records.manifest.scale, records.manifest.vae
     if args.vae not in (ASSUMED, info.name):
         if args.vae in ("small", *PIXELS):
@@ -202,20 +206,16 @@ def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: s
     if (out / FILE_NAME).is_file():
         check_finished(out, producer.fingerprint)
         print(f"{out}: complete already; --verify re-reads it")
-        if not args.dry_run:
-            tell_ready(out, args.recipe, say_once())
-        return
+        return not args.dry_run and own_share().start == 0
     if args.dry_run:
         print(f"{out}: {len(records):,} records of {args.dtype} in {counted(producer.shards, 'shard')}")
-        return
+        return False
     if vae is not None:
         keep_vae(args.vae, info, out)
     else:
         copy_vae(info, records.folder, out)
     with progress("converting", len(records), "record") as shown:
-        complete = run_job(out, producer, 0, shown.update)
-    if complete:
-        tell_ready(out, args.recipe, tqdm.write)
+        return run_job(out, producer, 0, shown.update)
 
 
 def to_repa(args: argparse.Namespace) -> None:
@@ -279,7 +279,7 @@ def encode(args: argparse.Namespace) -> None:
             f"{sum(done)} of them done\n"
             f"VAE {info.name} ({info.kind}), {template.normalisation}, SHA-256 {info.hash[:12]}…"
         )
-        say_command(replace(template, count=records), out)
+        say(f"train: {train_command(replace(template, count=records), out)}")
         return
     keep_vae(args.vae, info, out, args.vae_variant)
     images = np.array([len(encoder.images_of(number)) for number in range(encoder.shards)])[own_share()]

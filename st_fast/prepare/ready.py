@@ -26,8 +26,8 @@ from st_fast.recipe.load import from_text, to_literal
 TOKENS = (64, 256)
 """Tokens of a latent: as many as the second number at most, as SiT's on ImageNet, and not fewer than the first."""
 BATCH = 256
-LISTED = 10
-"""Classes whose names a recipe tells."""
+LISTED, NAME_MOST = 10, 40
+"""Classes whose names a recipe tells, and characters of each."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,21 @@ def plan_for(manifest: Manifest) -> Plan:
     return next(plan for below, plan in PLANS if manifest.count < below)
 
 
-def side_of(manifest: Manifest) -> int:
-    """S of latents (C, S, S); UserError where they are no squares, which no recipe is for."""
-    height, width = manifest.shape[1:]
-    if height != width:
-        raise UserError(f"latents of {height} × {width}: a recipe is made for squares")
-    return width
-
-
-def patch_for(side: int) -> int:
-    """The smallest patch above 1 that divides the side into TOKENS; where none does, the largest that gives enough,
-    or 1.
+def patch_for(height: int, width: int) -> int:
+    """The smallest patch above 1 that divides latents into TOKENS; where none does, the largest that gives enough, or
+    1.
     """
     fewest, most = TOKENS
-    patches = [p for p in range(2, side + 1) if side % p == 0 and (side // p) ** 2 >= fewest]
-    return next((p for p in patches if (side // p) ** 2 <= most), patches[-1] if patches else 1)
+    shared = math.gcd(height, width)
+    tokens = {p: height * width // p**2 for p in range(2, shared + 1) if shared % p == 0}
+    patches = [p for p, count in tokens.items() if count >= fewest]
+    return next((p for p in patches if tokens[p] <= most), patches[-1] if patches else 1)
 
 
 def train_command(manifest: Manifest, folder: Path) -> str:
     """The command that trains on the set in `folder`: a recipe of this project's, and what differs from it."""
-    plan, side = plan_for(manifest), side_of(manifest)
-    patch, wanted = patch_for(side), THERE | values(manifest)
+    plan, wanted = plan_for(manifest), THERE | values(manifest)
+    patch = patch_for(*manifest.shape[1:])
     model = {}
     if patch not in PATCHES:
         depth, width, heads = SIZES[plan.size]
@@ -95,15 +89,17 @@ def train_command(manifest: Manifest, folder: Path) -> str:
     changes = {"data.path": str(folder)} | {f"model.{key}": value for key, value in model.items()}
     changes |= {key: value for key, value in wanted.items() if value != THERE[key]}
     gpus = torch.cuda.device_count()
-    start = f"torchrun --nproc-per-node {gpus} -m" if gpus > 1 else "python -m"
-    words = [f"--{key}={value}" for key, value in changes.items()]
+    shared = gpus > 1 and wanted["optim.batch_size"] % gpus == 0
+    start = f"torchrun --nproc-per-node {gpus} -m" if shared else "python -m"
+    words = [f"--{key}={value if isinstance(value, str) else to_literal(value)}" for key, value in changes.items()]
     return " ".join([start, "st_fast.train", plan.recipe, *map(shlex.quote, words)])
 
 
 def values(manifest: Manifest) -> dict[str, Any]:
     """Keys of a recipe that follow from a set. One class has no null class, which would be the same, nor guidance."""
+    height, width = manifest.shape[1:]
     found: dict[str, Any] = {
-        "model.channels": manifest.channels, "model.latent_size": side_of(manifest),
+        "model.channels": manifest.channels, "model.latent_size": height if height == width else (height, width),
         "model.num_classes": manifest.num_classes,
         "optim.batch_size": min(BATCH, 2 ** int(math.log2(max(1, manifest.count)))),
     }  # fmt: skip
@@ -115,21 +111,22 @@ def values(manifest: Manifest) -> dict[str, Any]:
 def ready_recipe(manifest: Manifest, path: str) -> str:
     """A recipe in TOML for the set at `path`: both stages of Self-Transcendence, or stage 1 alone for a single class.
 
-    UserError for latents that are no squares; RecipeError should it not be one that trains.
+    RecipeError should it not be one that trains.
     """
-    plan, side, classes = plan_for(manifest), side_of(manifest), manifest.num_classes
-    patch, chosen, single = patch_for(side), values(manifest), manifest.num_classes == 1
+    plan, classes, (rows, columns) = plan_for(manifest), manifest.num_classes, manifest.shape[1:]
+    patch, chosen, single = patch_for(rows, columns), values(manifest), manifest.num_classes == 1
     depth, width, heads = SIZES[plan.size]
-    names = ", ".join(map(printable, manifest.class_names[:LISTED])) + ", …" * (len(manifest.class_names) > LISTED)
+    some = [printable(name)[:NAME_MOST] for name in manifest.class_names[:LISTED]]
+    names = f": {', '.join(some)}{', …' * (len(manifest.class_names) > LISTED)}" if some else ""
     cfg_scale = 1.0 if single else 1.9 if plan.sampling == PUBLISHED else 2.0
     text = HEAD.format(
-        records=f"{manifest.count:,}", channels=manifest.channels, side=side, source=printable(manifest.source),
-        what=f"{classes} class{'es' * (classes != 1)}", names=names and f": {names}", recipe=plan.recipe,
-        size=plan.size, depth=depth, width=width, heads=heads, patch=patch, tokens=(side // patch) ** 2,
-        classes=classes, path=to_literal(path), batch=chosen["optim.batch_size"], lr=plan.lr,
+        records=f"{manifest.count:,}", channels=manifest.channels, rows=rows, columns=columns, names=names,
+        what=f"{classes} class{'es' * (classes != 1)}", source=printable(manifest.source)[:160], recipe=plan.recipe,
+        size=plan.size, depth=depth, width=width, heads=heads, patch=patch, tokens=rows * columns // patch**2,
+        latent_size=to_literal(chosen["model.latent_size"]), classes=classes, path=to_literal(path),
         dropout="0.0  # one class: the null class would be the same, and guidance means nothing" if single else 0.1,
-        ema=plan.ema_decay, save=min(5_000, plan.steps // 5), every=plan.steps // 5,
-        num=8 * classes if 1 < classes <= 10 else 40 if single else 80,
+        batch=chosen["optim.batch_size"], lr=plan.lr, ema=plan.ema_decay, save=min(5_000, plan.steps // 5),
+        every=plan.steps // 5, num=8 * classes if 1 < classes <= 10 else 40 if single else 80,
         sampling=plan.sampling.format(cfg_scale=cfg_scale), align=plan.steps * (2 if single else 1),
     )  # fmt: skip
     if not single:
@@ -144,7 +141,7 @@ def ready_recipe(manifest: Manifest, path: str) -> str:
     return text
 
 
-HEAD = """# {records} latents of {channels} × {side} × {side} in {what}{names}
+HEAD = """# {records} latents of {channels} × {rows} × {columns} in {what}{names}
 # ({source}).
 # Nothing is published for this set: all choices are ours, and a start. Sizes and steps go by the number of images, the
 # rest follows {recipe}. What it costs, and then the training:
@@ -157,7 +154,7 @@ width = {width}
 heads = {heads}
 patch = {patch}  # {tokens} tokens; the step's time grows with them
 channels = {channels}
-latent_size = {side}
+latent_size = {latent_size}
 num_classes = {classes}
 class_dropout = {dropout}
 
@@ -215,12 +212,6 @@ def say_classes(source: Source, max_bad: int, say: Say) -> None:
         say(f"{told}: skipped")
 
 
-def say_command(manifest: Manifest, out: Path, say: Say = print) -> None:
-    """Says how to train on a set of square latents."""
-    if manifest.shape[1] == manifest.shape[2]:
-        say(f"train: {train_command(manifest, out)}")
-
-
 def check_free(path: Path | None, out: Path) -> None:
     """UserError where a recipe would be written over a file, before any work; a finished set's may be the same."""
     if path is not None and path.exists() and not (out / FILE_NAME).is_file():
@@ -252,4 +243,4 @@ def tell_ready(out: Path, recipe: Path | None, say: Say) -> None:
         write_recipe(recipe, ready_recipe(manifest, str(out)))
         say(f"train: python -m st_fast.train {shlex.quote(str(recipe))}")
     else:
-        say_command(manifest, out, say)
+        say(f"train: {train_command(manifest, out)}")

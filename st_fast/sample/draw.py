@@ -61,14 +61,26 @@ def read_labels(text: str, num_classes: int, names: Sequence[str] = ()) -> Label
     """
     if text in ("random", "balanced"):
         return Labels(text, num_classes, tuple(range(num_classes)) if text == "balanced" else ())
-    parts = [part.strip() for part in text.split(",")]
-    parts = [part if NUMBER.fullmatch(part) or part not in names else str(names.index(part)) for part in parts]
+    parts = [
+        part if NUMBER.fullmatch(part) or part not in names else str(names.index(part)) for part in _parts(text, names)
+    ]
     if not all(NUMBER.fullmatch(part) and int(part) < num_classes for part in parts):
         known = f" or {', '.join(map(known_as, names[:NAMED]))}{', …' * (len(names) > NAMED)}," if names else ""
         raise UserError(
             f"--labels {text}: balanced, random, or classes of 0..{num_classes - 1}{known} with commas between"
         )
     return Labels(",".join(parts), num_classes, tuple(int(part) for part in parts))
+
+
+def _parts(text: str, names: Sequence[str]) -> list[str]:
+    """What stands between the commas of a text, but for those within a name, of which the longest counts."""
+    pieces, found, known = text.split(","), list[str](), set(names)
+    commas = sorted({name.count(",") for name in names}, reverse=True)
+    while pieces:
+        inside = next((n for n in commas if ",".join(pieces[: n + 1]).strip() in known), 0)
+        found.append(",".join(pieces[: inside + 1]).strip())
+        del pieces[: inside + 1]
+    return found
 
 
 def known_as(name: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from st_fast.core.errors import UserError
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
@@ -50,6 +51,7 @@ SETS = [
     manifest(1_281_167, 4, 32, 1000),
     manifest(150_000, 8, 31, 3),
     manifest(1, 1, 1, 1),
+    manifest(9_000, shape=(8, 24, 40)),
     manifest(400, 4, 9, 11, source="odd {braces}\n[section]\x1b"),
     manifest(70_000, 3, 256, 20, posterior="mean", shape=(3, 256, 256)),
 ]
@@ -64,7 +66,7 @@ def test_recipe_and_command_are_taken_and_say_what_the_set_is(told: Manifest, tm
     made, overridden = load(tmp_path / "own.toml"), load(ROOT / words[3], words[4:])
     for recipe in (made, overridden):
         model = recipe.model
-        assert (model.channels, model.latent_size) == (told.channels, told.shape[-1])
+        assert model.latent_shape == (told.channels, *told.shape[1:])
         assert model.num_classes == told.num_classes and recipe.data.path == "data/it's ünusual"
         assert recipe.optim.batch_size <= told.count
         assert (model.class_dropout == 0) == (told.num_classes == 1)
@@ -83,7 +85,7 @@ def test_recipe_and_command_are_taken_and_say_what_the_set_is(told: Manifest, tm
     ],
 )  # fmt: skip
 def test_latents_have_64_to_256_tokens_where_a_patch_divides_them(side: int, patch: int) -> None:
-    assert ready.patch_for(side) == patch
+    assert ready.patch_for(side, side) == patch
 
 
 @pytest.mark.parametrize(
@@ -129,9 +131,18 @@ def test_the_command_says_only_what_differs() -> None:
     )
 
 
-def test_no_recipe_is_made_for_latents_that_are_no_squares() -> None:
-    with pytest.raises(UserError, match="latents of 32 × 48: a recipe is made for squares"):
-        ready.ready_recipe(manifest(shape=(8, 32, 48)), "data/x")
+@pytest.mark.parametrize(("gpus", "count", "start"), [(1, 900, "python"), (8, 900, "torchrun"), (8, 5, "python")])
+def test_the_command_uses_the_gpus_that_share_a_batch(
+    gpus: int, count: int, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    words = ready.train_command(manifest(count), Path("data/x")).split()
+    assert words[0] == start and (start == "python" or words[1:3] == ["--nproc-per-node", "8"])
+
+
+@pytest.mark.parametrize(("sides", "patch"), [((32, 48), 4), ((16, 64), 2), ((8, 32), 2), ((16, 9), 1), ((6, 40), 1)])
+def test_a_patch_divides_both_sides(sides: tuple[int, int], patch: int) -> None:
+    assert ready.patch_for(*sides) == patch
 
 
 @pytest.mark.parametrize(

@@ -356,3 +356,12 @@ def test_the_recipe_may_name_dopri5(run, tmp_path):
 def test_a_picture_of_another_ending_is_refused_before_anything_is_drawn(out, flags, run, tmp_path):
     with pytest.raises(UserError, match=r"--out .*: a picture's name ends in \.(png|gif)"):
         sample.parse([str(run), "--out", str(tmp_path / out), *flags])
+
+
+def test_a_class_may_have_commas_in_its_name():
+    """As ImageNet's have on the hub."""
+    names = ("tench, Tinca tinca", "tench", "great white shark, white shark, man-eater", "shark")
+    asked = "tench, Tinca tinca, shark,1,tench,great white shark, white shark, man-eater,0"
+    assert read_labels(asked, 4, names).cycle == (0, 3, 1, 1, 2, 0)
+    with pytest.raises(UserError, match="--labels great white shark: "):
+        read_labels("great white shark", 4, names)
