@@ -18,7 +18,10 @@ from st_fast.data.shards import open_data
 from st_fast.prepare import ready
 from st_fast.recipe import load
 from st_fast.recipe.methods import SelfTranscendence
+from st_fast.sample import __main__ as sample
 from st_fast.train import __main__ as train
+from st_fast.train.run import run as train_run
+from tests import tiny
 from tests.tiny import ROOT
 
 from . import sources
@@ -236,3 +239,33 @@ def stand_in_dataset(folder: Path, rows: list[dict[str, object]], monkeypatch: p
     folder.mkdir()
     features = {name: Image() if name == "picture" else Value() for name in rows[0]}
     opened(folder, monkeypatch, Table(rows, **features), label_column="kind")
+
+
+SMALL = [
+    "--model.depth=2", "--model.width=16", "--model.heads=2", "--model.patch=8", "--optim.batch_size=2",
+    "--optim.warmup_steps=0", "--optim.micro_batch=0", "--run.device=cpu", "--run.save_every=2", "--sample.every=0",
+    "--sample.num=3", "--sample.steps=2", "--stage.align.steps=2", "--stage.align.hidden=8",
+]  # fmt: skip
+SECOND = [
+    f"--stage.transcend.{key}"
+    for key in ("steps=2", "stop_step=1", "student_depth=1", "teacher_depth=2", "hidden=8", "cfg_scale=2")
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_ready_recipe_trains_and_its_model_draws_the_classes(
+    labelled: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = sources.class_folders(tmp_path / "in")
+    run(images, tmp_path / "data", *PIXELS, *["--unlabelled"] * (not labelled), "--recipe", tmp_path / "own.toml")
+    out = tmp_path / "run"
+    train_run(load(tmp_path / "own.toml", [*SMALL, *SECOND * labelled, f"--run.out={out}"]))
+    drawn = [record for record in tiny.records(out, "sample") if record["stage"] == ("align", "transcend")[labelled]]
+    assert drawn[-1].get("classes") == (["cat", "dog", "emu"] if labelled else None)
+    capsys.readouterr()
+    sample.main([str(out), "--num", "2", "--labels", "emu" if labelled else "0"])
+    assert ("row by row: emu" in capsys.readouterr().out) == labelled
+    if not labelled:
+        with pytest.raises(UserError, match=r"--cfg-scale 2\.0: the model has no null class .*give --cfg-scale 1"):
+            sample.main([str(out), "--num", "2", "--cfg-scale", "2"])
