@@ -43,7 +43,15 @@ from st_fast.prepare.job import (
     run_job,
 )
 from st_fast.prepare.normalising import check_same_latents, latents_of
-from st_fast.prepare.ready import check_free, ready_recipe, say_classes, tell_ready, train_command, write_recipe
+from st_fast.prepare.ready import (
+    check_free,
+    ready_recipe,
+    say_classes,
+    tell_ready,
+    text_command,
+    train_command,
+    write_recipe,
+)
 from st_fast.prepare.repa import RepaProducer, check_target, write_repa
 from st_fast.prepare.text import check_words, keep_captions, write_captions, write_states, write_text
 from st_fast.prepare.text import template as text_template
@@ -143,6 +151,7 @@ def text(args: argparse.Namespace) -> None:
     if not args.dry_run:
         with progress("encoding", planned.count, "caption") as shown:
             write_text(out, records, encoder, tqdm.write, args.batch_size, own_share(), shown.update)
+        say(f"train: {text_command(records.manifest, planned, out)}")
 
 
 def from_repa(args: argparse.Namespace) -> None:
@@ -178,6 +187,7 @@ def from_coco(args: argparse.Namespace) -> None:
         planned = replace(stored.manifest, latents=read_manifest(out).digest, dtype="float16")
         with progress("converting", planned.count, "caption") as shown:
             write_states(out, planned, stored.states, progress=shown.update)
+        print(f"train: {text_command(records.manifest, planned, out)}")
     stored.close()
     records.close()
 

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from st_fast.data.labels import UNLABELLED_HINT, counts_line
 from st_fast.data.manifest import FILE_NAME, Manifest
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source
-from st_fast.data.text import CAPTIONS
+from st_fast.data.text import CAPTIONS, TextManifest
+from st_fast.data.text import FOLDER as TEXT
 from st_fast.prepare.job import SKIPPED_FILE
 from st_fast.recipe.architecture import PATCHES, SIZES
 from st_fast.recipe.check import check
@@ -58,6 +60,12 @@ THERE: dict[str, Any] = {
     "optim.batch_size": BATCH, "sample.cfg_scale": 1.9, "stage.transcend.cfg_scale": 30.0,
 }  # fmt: skip
 """Values of both recipes that plans follow."""
+TEXT_RECIPE = "recipes/mmdit_coco.toml"
+TEXT_THERE: dict[str, Any] = {
+    "model.name": "MMDiT-24/2", "model.channels": 4, "model.latent_size": 32, "model.text_width": 768,
+    "model.text_length": 77, "optim.batch_size": BATCH,
+}  # fmt: skip
+"""Its values."""
 
 
 def plan_for(manifest: Manifest) -> Plan:
@@ -88,11 +96,27 @@ def train_command(manifest: Manifest, folder: Path) -> str:
         model = {"name": f"SiT-{plan.size}/{patch}"}
     changes = {"data.path": str(folder)} | {f"model.{key}": value for key, value in model.items()}
     changes |= {key: value for key, value in wanted.items() if value != THERE[key]}
+    return _command(plan.recipe, changes, wanted["optim.batch_size"])
+
+
+def text_command(manifest: Manifest, text: TextManifest, folder: Path) -> str:
+    """The command that trains MMDiT on the captions' states beside the latents in `folder`."""
+    wanted = {key: value for key, value in values(manifest).items() if key in TEXT_THERE}
+    wanted |= {"model.text_width": text.width, "model.text_length": text.length}
+    wanted["model.name"] = f"MMDiT-24/{patch_for(*manifest.shape[1:])}"
+    changes: dict[str, Any] = {"data.path": str(folder)}
+    if len(list((folder / TEXT).glob("*/"))) > 1:
+        changes["data.text"] = text.encoder
+    changes |= {key: value for key, value in wanted.items() if value != TEXT_THERE[key]}
+    return _command(TEXT_RECIPE, changes, wanted["optim.batch_size"])
+
+
+def _command(recipe: str, changes: Mapping[str, Any], batch_size: int) -> str:
     gpus = torch.cuda.device_count()
-    shared = gpus > 1 and wanted["optim.batch_size"] % gpus == 0
+    shared = gpus > 1 and batch_size % gpus == 0
     start = f"torchrun --nproc-per-node {gpus} -m" if shared else "python -m"
     words = [f"--{key}={value if isinstance(value, str) else to_literal(value)}" for key, value in changes.items()]
-    return " ".join([start, "st_fast.train", plan.recipe, *map(shlex.quote, words)])
+    return " ".join([start, "st_fast.train", recipe, *map(shlex.quote, words)])
 
 
 def values(manifest: Manifest) -> dict[str, Any]:

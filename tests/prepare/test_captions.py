@@ -52,6 +52,8 @@ def test_every_record_gets_the_states_of_its_own_captions(
     assert not (out / "text").exists()
     run(*options)
     assert "1 caption of more than 5 tokens, cut" in (both := capsys.readouterr()).out + both.err
+    assert f"train: python -m st_fast.train recipes/mmdit_coco.toml --data.path={out} " in both.out
+    assert "--model.text_width=16 --model.text_length=5" in both.out
     text, records = open_text(out, "bert", open_data(out)), open_data(out)
     encoder = load_text_encoder(str(path), torch.device("cpu"), torch.float32, 5)
     for record in range(len(records)):

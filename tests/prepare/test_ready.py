@@ -15,6 +15,7 @@ import torch
 from st_fast.core.errors import UserError
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
+from st_fast.data.text import TextManifest
 from st_fast.prepare import ready
 from st_fast.recipe import load
 from st_fast.recipe.methods import SelfTranscendence
@@ -45,6 +46,33 @@ def test_the_recipes_that_plans_follow_have_the_values_that_are_told_of_them() -
             section, name = key.rsplit(".", 1)
             table = recipe.stage("transcend").method if section.startswith("stage") else getattr(recipe, section)
             assert getattr(table, name) == value
+
+
+def test_the_recipe_for_captions_has_the_values_that_are_told_of_it() -> None:
+    recipe = load(ROOT / ready.TEXT_RECIPE)
+    for key, value in ready.TEXT_THERE.items():
+        section, name = key.split(".")
+        assert getattr(getattr(recipe, section), name) == value
+
+
+@pytest.mark.parametrize(("others", "side", "patch"), [(0, 32, 2), (1, 24, 2), (0, 64, 4)])
+def test_the_command_for_captions_says_what_their_states_are(
+    others: int, side: int, patch: int, tmp_path: Path
+) -> None:
+    told = manifest(40, 16, side, 1)
+    text = TextManifest("me/t5 large", "", (1, 120, 1024), True, "", "", 41)
+    for name in ("t5 large", "clip")[: 1 + others]:
+        (tmp_path / "text" / name).mkdir(parents=True)
+    words = shlex.split(ready.text_command(told, text, tmp_path))
+    recipe = load(ROOT / words[3], words[4:])
+    model = recipe.model
+    assert (model.text_width, model.text_length, model.latent_shape) == (1024, 120, (16, side, side))
+    assert (model.network, model.depth, model.patch) == ("mmdit", 24, patch) and recipe.optim.batch_size == 32
+    assert recipe.data.text == ("me/t5 large" if others else "") and recipe.data.path == str(tmp_path)
+    coco = TextManifest("clip", "", (1, 77, 768), False, "", "", 9)
+    assert ready.text_command(manifest(82_783, 4, 32, 1), coco, Path("data/coco256")) == (
+        "python -m st_fast.train recipes/mmdit_coco.toml --data.path=data/coco256"
+    )
 
 
 SETS = [
