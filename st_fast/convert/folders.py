@@ -15,7 +15,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.core.latents import LatentSpace, Normalisation
 from st_fast.core.writing import save_pretrained
-from st_fast.data.repa import SD_SCALE
+from st_fast.data.layouts.records import SD_SCALE
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.autoencoders import autoencoder
 from st_fast.model.formats.loaded_state import heads, trunk

@@ -155,6 +155,8 @@ class Interpreter:
 
     def __init__(self, load: Load | None) -> None:
         self.load, self.storages = load, dict[str, Storage]()
+        self.position = 0
+        """The byte of the pickle at which the instruction that is executed stands."""
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -165,6 +167,7 @@ class Interpreter:
                 raise ValueError(f"more than {STEPS} instructions")
             if code.name == "STOP":
                 return self.stack.pop(), (position or 0) + 1
+            self.position = position or 0
             self.step(code.name, argument)
         raise ValueError("no end")
 
@@ -197,17 +200,45 @@ class Interpreter:
             push(DTYPES.get(name) or Name(name))
         elif code in ("REDUCE", "NEWOBJ"):
             arguments, function = _of(tuple, pop()), pop()
-            push(_called(function, arguments))
+            push(self.called(function, arguments))
         elif code == "BUILD":
             state = pop()
-            if isinstance(self.stack[-1], argparse.Namespace):
-                vars(self.stack[-1]).update((_of(str, key), value) for key, value in _of(dict, state).items())
-            elif not isinstance(self.stack[-1], OrderedDict):  # its _metadata are of no use here
-                raise Asked(f"a state of {type(self.stack[-1]).__name__}")
+            self.build(self.stack[-1], state)
         elif code == "BINPERSID":
             push(self.storage(_of(tuple, pop())))
         elif code not in ("PROTO", "FRAME"):
             raise Asked(code)
+
+    def called(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """What a pickle's call gives, of the few functions that are known."""
+        name = function.text if isinstance(function, Name) else str(function)
+        if name == "argparse Namespace" and not arguments:
+            return argparse.Namespace()
+        if name == "collections OrderedDict":
+            items = [part for pair in (_of(list, arguments[0]) if arguments else []) for part in pair]
+            return OrderedDict(_pairs(items))
+        if name == "torch Size":
+            return tuple(_of(tuple, arguments[0]))
+        if name == "torch device":
+            return ":".join(map(str, arguments))
+        if name == REBUILT + "parameter":
+            return _of(Tensor, arguments[0])
+        if name in (REBUILT + "tensor", REBUILT + "tensor_v2", REBUILT + "tensor_v3"):
+            storage, offset, size, stride, *rest = arguments
+            dtype = _of(Storage, storage).dtype
+            if name.endswith("3"):
+                dtype = _of(torch.dtype, rest[2])
+            if any(isinstance(part, Mapping) and part for part in rest):
+                raise Asked("a tensor with hooks or a conjugate or negative view")
+            return _view(storage.data, dtype, offset, size, stride)
+        raise Asked(name)
+
+    def build(self, value: Any, state: Any) -> None:
+        """Gives a value the state that its pickle says."""
+        if isinstance(value, argparse.Namespace):
+            vars(value).update((_of(str, key), item) for key, item in _of(dict, state).items())
+        elif not isinstance(value, OrderedDict):  # its _metadata are of no use here
+            raise Asked(f"a state of {type(value).__name__}")
 
     def marked(self) -> list[Any]:
         """The values above the last mark."""
@@ -263,31 +294,6 @@ def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
         if not isinstance(key, (str, int, float)) and key is not None:
             raise Asked(f"a {type(key).__name__} as a key")
         yield key, value
-
-
-def _called(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What a pickle's call gives, of the few functions that are known."""
-    name = function.text if isinstance(function, Name) else str(function)
-    if name == "argparse Namespace" and not arguments:
-        return argparse.Namespace()
-    if name == "collections OrderedDict":
-        items = [part for pair in (_of(list, arguments[0]) if arguments else []) for part in pair]
-        return OrderedDict(_pairs(items))
-    if name == "torch Size":
-        return tuple(_of(tuple, arguments[0]))
-    if name == "torch device":
-        return ":".join(map(str, arguments))
-    if name == REBUILT + "parameter":
-        return _of(Tensor, arguments[0])
-    if name in (REBUILT + "tensor", REBUILT + "tensor_v2", REBUILT + "tensor_v3"):
-        storage, offset, size, stride, *rest = arguments
-        dtype = _of(Storage, storage).dtype
-        if name.endswith("3"):
-            dtype = _of(torch.dtype, rest[2])
-        if any(isinstance(part, Mapping) and part for part in rest):
-            raise Asked("a tensor with hooks or a conjugate or negative view")
-        return _view(storage.data, dtype, offset, size, stride)
-    raise Asked(name)
 
 
 def _view(data: Tensor, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor:

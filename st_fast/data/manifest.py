@@ -45,6 +45,8 @@ class VaeInfo:
     """Its class, such as AutoencoderKL; "" in older sets."""
     factor: int = 0
     """Pixels of an image's side for each of its latents'; 0: unknown."""
+    black: float = -1.0
+    """The value of black pixels that it encodes; white is 1. EDM2 encodes images from 0 to 1."""
 
     def source(self, folder: Path) -> str:
         """Where to load it from, for the set in `folder`: its folder inside, or its name on the hub.
@@ -60,7 +62,7 @@ class VaeInfo:
 
 LATER = {
     "Manifest": ("shift", "latents_mean", "latents_std", "posterior"),
-    "VaeInfo": ("kind", "factor"),
+    "VaeInfo": ("kind", "factor", "black"),
 }
 """By dataclass, the fields that version 1's first manifests do not have."""
 

@@ -1,4 +1,4 @@
-"""Reads records out of shards by index; every read is checked against the record's CRC. Opens either data layout.
+"""Reads records out of shards by index; every read is checked against the record's CRC. Opens any data layout.
 
 Reads are `pread`s, not memory maps: a file that is cut off while it is used is then an error with a name instead of
 a SIGBUS, memory stays flat over an epoch, and several threads may read at once.
@@ -18,9 +18,11 @@ from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactl
 from st_fast.core.machine import allow_open_files, usable_cpus
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet, nothing
-from st_fast.data.coco import is_coco, open_coco
+from st_fast.data.layouts import READABLE, recognise
+from st_fast.data.layouts.records import ForeignRecords
 from st_fast.data.manifest import (
     DTYPES,
+    FILE_NAME,
     Manifest,
     ShardedSet,
     ShardEntry,
@@ -28,8 +30,6 @@ from st_fast.data.manifest import (
     moments_problem,
     read_manifest,
 )
-from st_fast.data.npy import NpyRecords
-from st_fast.data.repa import is_repa, open_repa
 
 COLUMNS = {"labels": ("I64", np.int64), "crc32": ("U32", np.uint32)}
 """The small tensors of a shard, one value a record: dtype in safetensors and in NumPy."""
@@ -157,13 +157,13 @@ class ShardSet(CheckedRows, RecordSet):
 def open_data(
     folder: Path, verify: bool = True, at_least: int = 1, say: Say | None = None, beat: Callable[[], None] = nothing
 ) -> RecordSet:
-    """The records of a folder of shards, or of a folder in REPA's or U-ViT's layout, read in place.
+    """The records of a folder of shards, or of another project's latents, read in place.
 
     Manifest, sizes, headers and labels are checked; each mistake is one `BadFile` line. verify: also reads everything
     once, checking SHA-256, NaN, Inf and absurd values. Without it each record of a shard is still checked against its
     CRC whenever it is read. at_least: the records needed, one global batch. beat: called as verifying makes progress.
     """
-    other = _in_place(folder)
+    other = _in_place(Path(folder))
     records: RecordSet = ShardSet(folder, read_manifest(folder)) if other is None else other
     if len(records) < max(1, at_least):
         need = f"the global batch needs {at_least} (--optim.batch_size)" if len(records) else "nothing to train on"
@@ -177,14 +177,29 @@ def open_data(
     return records
 
 
-def _in_place(folder: Path) -> NpyRecords | None:
-    """The records of a folder in another project's layout."""
-    if is_repa(folder):
-        return open_repa(folder)
-    return open_coco(folder) if is_coco(folder) else None
+def _in_place(folder: Path) -> ForeignRecords | None:
+    """The records of another project's latents; `BadFile` where these must be converted first, or are no latents."""
+    layout = recognise(folder)
+    if layout is None:
+        if folder.exists() and not (folder / FILE_NAME).exists():
+            raise BadFile(
+                f"data.path = {str(folder)!r}: no {FILE_NAME} in it; make the set with python -m st_fast.prepare. "
+                f"Others' latents that can be read: {READABLE}"
+            )
+        return None
+    records = layout.open(folder)
+    try:
+        records.refuse_in_place()
+    except BadFile:
+        records.close()
+        raise
+    return records
 
 
 def read_any_manifest(folder: Path) -> Manifest:
     """The manifest of a data folder of any layout; of ours, no latent is read."""
-    records = _in_place(folder)
-    return read_manifest(folder) if records is None else records.manifest
+    records = _in_place(Path(folder))
+    if records is None:
+        return read_manifest(folder)
+    records.close()
+    return records.manifest

@@ -19,7 +19,7 @@ from torch import Tensor
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_bytes, sha256_file, shown
 from st_fast.data.ahead import RecordSet
-from st_fast.data.coco import ENCODER, CocoSet, is_coco
+from st_fast.data.layouts.coco import ENCODER, CocoSet, is_coco
 from st_fast.data.manifest import FILE_NAME, ShardedSet, ShardEntry, parse_manifest
 from st_fast.data.shards import CheckedRows
 

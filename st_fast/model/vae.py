@@ -256,8 +256,11 @@ def encode_moments(
 
 
 @torch.no_grad()
-def decode(vae: VAE, latents: Tensor, normalisation: Normalisation) -> Tensor:
-    """The diffusion model's latents (n, C, h, w) → uint8 images (n, 1 or 3, H, W) on the host."""
+def decode(vae: VAE, latents: Tensor, normalisation: Normalisation, black: float = -1.0) -> Tensor:
+    """The diffusion model's latents (n, C, h, w) → uint8 images (n, 1 or 3, H, W) on the host.
+
+    black: the value of black pixels in the images that were encoded; white is 1.
+    """
     kind, how = autoencoder(vae), normalisation
     z = latents.to(vae.device).float() / how.scale
     if how.latents_std:
@@ -266,7 +269,7 @@ def decode(vae: VAE, latents: Tensor, normalisation: Normalisation) -> Tensor:
         z = z + _by_channel(how.latents_mean, z)
     z = z + _shift(kind, how)
     pixels = kind.pixels(z.to(vae.dtype)).float()
-    return pixels.add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
+    return pixels.sub(black).mul_(255 / (1 - black)).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 
 def _shift(kind: Autoencoder, how: Normalisation) -> float:

@@ -5,8 +5,9 @@
     python -m st_fast.prepare --stats OUT               per-channel statistics, class counts, OUT/stats.png
     python -m st_fast.prepare --features ENCODER IMAGES OUT   features of IMAGES beside OUT's latents, for REPA
     python -m st_fast.prepare --text ENCODER OUT        states of OUT's captions, for text to image
-    python -m st_fast.prepare --from-repa DIR OUT       REPA's vae-sd/*.npy → shards
-    python -m st_fast.prepare --from-coco DIR OUT       U-ViT's coco256_features → shards, of latents and of text states
+    python -m st_fast.prepare --from-latents DIR OUT    another project's latents, in any format that is read → shards
+    python -m st_fast.prepare --from-repa DIR OUT       the same of REPA's vae-sd/*.npy
+    python -m st_fast.prepare --from-coco DIR OUT       the same of U-ViT's coco256_features, with states of captions
     python -m st_fast.prepare --to-repa OUT DIR         shards → REPA's vae-sd/*.npy
 
 IMAGES: a folder, zip or tar with one folder a class; webdataset tars; parquet files of the Hugging Face hub, or a
@@ -37,6 +38,7 @@ VAE_HELP = (
     "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
     "images), pixels or pixels-gray (no VAE)"
 )
+SCALE_HELP = "instead of the VAE's scaling_factor, or of the scale that another project's code has"
 FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
 TEXT_HELP = "a CLIP, T5, Gemma or BERT, as a folder or hub name, or all-minilm-l6-v2"
 IMAGE_COLUMN_HELP = "a table's column of images, or the suffix of webdataset's images (default: the only one, or image)"
@@ -53,14 +55,17 @@ STATS_HELP = (
     "mean and std of each channel, by which latents are normalised instead of the VAE's own: a .pt, .safetensors or "
     ".json, or auto: measured on these images"
 )
+DEFAULT_VAE = "sd-vae-ft-mse"
 COMPUTE = ("device", "precision")
+FROM = (*COMPUTE, "vae", "vae_variant", "scale", "latents_stats", "dtype", "shard_size", "dry_run")
 USES = {
     "verify": (),
     "stats": (*COMPUTE, "recipe"),
     "features": (*COMPUTE, "subset", "size", "batch_size", "dry_run"),
     "text": (*COMPUTE, "text_length", "text_mask", "batch_size", "dry_run"),
-    "from_repa": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run", "recipe"),
-    "from_coco": (*COMPUTE, "vae", "dtype", "shard_size", "dry_run"),
+    "from_latents": (*FROM, "recipe"),
+    "from_repa": (*FROM, "recipe"),
+    "from_coco": FROM,
     "to_repa": ("dry_run",),
 }
 """The options that mean something in a mode; to encode images all of them but TEXT_ONLY do."""
@@ -73,7 +78,7 @@ def parser() -> Parser:
     add = parse.add_argument
     add("paths", nargs="+", type=path, metavar="PATH", help="as above")
     mode = parse.add_mutually_exclusive_group()
-    for name in ("verify", "stats", "from-repa", "from-coco", "to-repa"):
+    for name in ("verify", "stats", "from-latents", "from-repa", "from-coco", "to-repa"):
         mode.add_argument(f"--{name}", action="store_true", help="as above")
     mode.add_argument("--features", metavar="ENCODER", type=given, help=FEATURES_HELP)
     mode.add_argument("--text", metavar="ENCODER", type=given, help=TEXT_HELP)
@@ -88,10 +93,10 @@ def parser() -> Parser:
     add("--captions", type=given, metavar="auto|FILE", help=CAPTIONS_HELP)
     add("--text-length", type=integer(1, COUNT_MOST), help="tokens of a caption (default: CLIP's 77, else up to 128)")
     add("--text-mask", choices=("auto", "yes", "no"), default="auto", help="mask padding (default: all but CLIP do)")
-    add("--vae", type=given, default="sd-vae-ft-mse", help=VAE_HELP)
+    add("--vae", type=given, help=VAE_HELP)
     add("--vae-variant", metavar="NAME", help="of the VAE's weights, such as fp16 (default: those without a name)")
     add("--posterior", choices=("auto", "sample", "mean"), default="auto", help=POSTERIOR_HELP)
-    add("--scale", type=number(1e-4, 1e4), help="instead of the VAE's scaling_factor")
+    add("--scale", type=number(1e-4, 1e4), help=SCALE_HELP)
     add("--latents-stats", type=given, metavar="FILE|auto", help=STATS_HELP)
     add(
         "--vae-factor",
@@ -127,8 +132,10 @@ def main(arguments: Sequence[str]) -> None:
         unused = option in TEXT_ONLY if mode == "encode" else option not in (*USES[mode], *USES, "paths")
         if (unused or (option == "vae_steps" and args.vae != "small")) and value != parser().get_default(option):
             where = "images to encode" if mode == "encode" else f"--{mode.replace('_', '-')}"
-            name, where = option.replace("_", "-"), where if unused else f"--vae {args.vae}"
+            name, where = option.replace("_", "-"), where if unused else f"--vae {args.vae or DEFAULT_VAE}"
             raise UserError(f"--{name} {value}: means nothing with {where}; leave it out")
+    if mode not in ("from_latents", "from_repa", "from_coco"):
+        args.vae = args.vae or DEFAULT_VAE
     if args.max_bad < 0:
         raise UserError(f"--max-bad {args.max_bad}: at least 0")
     if args.vae_factor and args.vae != "small":

@@ -14,24 +14,21 @@ from tqdm import tqdm
 
 from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import printable, read_json
-from st_fast.core.machine import rank_count
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet, mean_and_std
 from st_fast.data.captions import coco_captions, read_source_captions
-from st_fast.data.coco import CocoSet, is_coco
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.labels import counts_line
+from st_fast.data.layouts.coco import is_coco
 from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
-from st_fast.data.repa import ASSUMED, RepaSet, refuse_unknown_vae
 from st_fast.data.shards import open_data
 from st_fast.data.sources import Source, open_source
 from st_fast.data.statistics import latent_statistics
 from st_fast.data.text import FOLDER as TEXT
-from st_fast.data.text import CocoText, open_text, read_captions, text_folder
-from st_fast.model.autoencoders import autoencoder
+from st_fast.data.text import open_text, read_captions, text_folder
 from st_fast.model.encoders import load_encoder
 from st_fast.model.text_encoders import load_text_encoder
-from st_fast.model.vae import NO_NORMALISATION, PIXELS, PRESETS, load_vae, vae_hash
+from st_fast.model.vae import PIXELS, PRESETS, load_vae, vae_hash
 from st_fast.prepare.encode import Encoder, plan
 from st_fast.prepare.features import open_record_images, template, write_features
 from st_fast.prepare.job import (
@@ -42,6 +39,9 @@ from st_fast.prepare.job import (
     own_share,
     run_job,
 )
+from st_fast.prepare.latents import from_coco as from_coco
+from st_fast.prepare.latents import from_latents as from_latents
+from st_fast.prepare.latents import from_repa as from_repa
 from st_fast.prepare.normalising import check_same_latents, latents_of
 from st_fast.prepare.ready import (
     check_free,
@@ -52,10 +52,10 @@ from st_fast.prepare.ready import (
     train_command,
     write_recipe,
 )
-from st_fast.prepare.repa import RepaProducer, check_target, write_repa
-from st_fast.prepare.text import check_words, keep_captions, write_captions, write_states, write_text
+from st_fast.prepare.repa import check_moments, check_target, write_repa
+from st_fast.prepare.text import check_words, keep_captions, write_text
 from st_fast.prepare.text import template as text_template
-from st_fast.prepare.vaes import VAE_FOLDER, check_small, compute, copy_vae, given_vae, keep_vae, the_vae
+from st_fast.prepare.vaes import VAE_FOLDER, check_small, compute, copy_vae, keep_vae, the_vae
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
 
@@ -80,6 +80,7 @@ def verify(args: argparse.Namespace) -> None:
 def stats(args: argparse.Namespace) -> None:
     """Prints statistics and writes a picture of 64 random records, decoded."""
     folder = args.paths[0]
+    picture = folder / "stats.png" if folder.is_dir() else folder.with_name(f"{folder.name}.stats.png")
     records = open_data(folder, verify=False)
     manifest = records.manifest
     print(describe(records))
@@ -87,8 +88,8 @@ def stats(args: argparse.Namespace) -> None:
     mean, std = mean_and_std(records.gather(np.sort(chosen))[0], manifest)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     decode = decoder(folder, manifest, compute(args)[0])
-    save_png(grid(decode((mean + std * noise) * manifest.scale), 8), folder / "stats.png")
-    print(f"picture: {folder / 'stats.png'}")
+    save_png(grid(decode((mean + std * noise) * manifest.scale), 8), picture)
+    print(f"picture: {picture}")
     if args.recipe:
         write_recipe(args.recipe, ready_recipe(manifest, str(folder)))
 
@@ -154,85 +155,12 @@ def text(args: argparse.Namespace) -> None:
         say(f"train: {text_command(records.manifest, planned, out)}")
 
 
-def from_repa(args: argparse.Namespace) -> None:
-    """REPA's layout → shards.
-
-    Where the folder says what made its latents, that is kept, and `--vae` may only name the same.
-    """
-    records = RepaSet(args.paths[0])
-    if args.vae == ASSUMED:
-        refuse_unknown_vae(records)
-    check_free(args.recipe, args.paths[1])
-    if copy_latents(args, records, "REPA's layout"):
-        tell_ready(args.paths[1], args.recipe, tqdm.write)
-
-
-def from_coco(args: argparse.Namespace) -> None:
-    """U-ViT's layout → shards of latents as (mean, std), captions.jsonl, and shards of the captions' states."""
-    if rank_count() > 1:
-        raise UserError("--from-coco: files are copied, by one process: run this without torchrun")
-    if not is_coco(args.paths[0]):
-        raise UserError(
-            f"{args.paths[0]}: not U-ViT's layout: 0.npy and 0_0.npy are needed, as in coco256_features/train"
-        )
-    records, out = CocoSet(args.paths[0]), args.paths[1]
-    captions, stored = records.captions(), CocoText(records)
-    print(
-        f"{records.folder}: {len(records):,} images, (mean, {records.kind}); states of {stored.manifest.count - 1:,} "
-        f"captions, {'with' if any(map(any, captions)) else 'without'} their words"
-    )
-    copy_latents(args, records, "U-ViT's layout")
-    if not args.dry_run:
-        write_captions(out, captions)
-        planned = replace(stored.manifest, latents=read_manifest(out).digest, dtype="float16")
-        with progress("converting", planned.count, "caption") as shown:
-            write_states(out, planned, stored.states, progress=shown.update)
-        print(f"train: {text_command(records.manifest, planned, out)}")
-    stored.close()
-    records.close()
-
-
-def copy_latents(args: argparse.Namespace, records: RepaSet | CocoSet, layout: str) -> bool:
-    """Another project's latents → shards. Another VAE than theirs is asked for its scale, and kept beside them.
-
-    Whether they are complete, and this process, of several, is to say what comes next.
-    """
-    out, vae, scale, info = args.paths[1], None, records.manifest.scale, records.manifest.vae
-    if args.vae not in (ASSUMED, info.name):
-        if args.vae in ("small", *PIXELS):
-            raise UserError(f"--vae {args.vae}: latents in {layout} were made by an AutoencoderKL; name it")
-        told, (vae, info) = info, given_vae(args)
-        if records.origin is not None and told.hash not in ("", info.hash):
-            raise UserError(f"--vae {args.vae}: other weights than those of {told.name}, which {records.folder} names")
-        kind = autoencoder(vae)
-        if kind.channels != records.manifest.channels:
-            found = f"{kind.channels} channels, the latents have {records.manifest.channels}"
-            raise UserError(f"--vae {args.vae}: {found}")
-        if replace(kind.normalisation, scale=1.0) != NO_NORMALISATION and records.origin is None:
-            # their means are as the VAE gives them, ours without shift and mean
-            raise UserError(f"--vae {args.vae}: has {kind.normalisation}; {layout} has a place for the scale alone")
-        scale = kind.normalisation.scale
-    producer = RepaProducer(records, args.dtype, args.shard_size, info, scale)
-    if (out / FILE_NAME).is_file():
-        check_finished(out, producer.fingerprint)
-        print(f"{out}: complete already; --verify re-reads it")
-        return not args.dry_run and own_share().start == 0
-    if args.dry_run:
-        print(f"{out}: {len(records):,} records of {args.dtype} in {counted(producer.shards, 'shard')}")
-        return False
-    if vae is not None:
-        keep_vae(args.vae, info, out)
-    else:
-        copy_vae(info, records.folder, out)
-    with progress("converting", len(records), "record") as shown:
-        return run_job(out, producer, 0, shown.update)
-
-
 def to_repa(args: argparse.Namespace) -> None:
     """Shards → REPA's layout."""
     source, out = args.paths
     records = open_data(source, verify=False)
     check_target(source, out)
+    check_moments(records.manifest, source)
     if args.dry_run:
         print(f"{out}: {len(records):,} files in vae-sd/")
         return

@@ -1,11 +1,9 @@
-"""Shards out of a folder in REPA's layout, and the other way round."""
+"""REPA's layout out of any set."""
 
 import io
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,30 +12,9 @@ from st_fast.core.files import make_folder, write_json_atomic
 from st_fast.core.writing import whole_file
 from st_fast.data.ahead import RecordSet
 from st_fast.data.labels import LABELS_FILE
-from st_fast.data.manifest import FILE_NAME, VaeInfo
-from st_fast.data.npy import NpyRecords
-from st_fast.data.repa import LATENTS, OURS, Origin, has_layout
-from st_fast.prepare.job import Produced, Progress
-
-
-class RepaProducer:
-    """Shards out of another project's layout (see `job.Producer`)."""
-
-    def __init__(self, records: NpyRecords, dtype: str, shard_size: int, vae: VaeInfo, scale: float) -> None:
-        self.records, self.shard_size, self.shards = records, shard_size, -(-len(records) // shard_size)
-        self.template = replace(records.manifest, count=0, dtype=dtype, vae=vae, scale=scale)
-        self.left_out: Mapping[str, str] = {}
-        self.fingerprint: dict[str, Any] = {"records": records.digest, "dtype": dtype, "shard_size": shard_size}
-        if vae != records.manifest.vae:
-            self.fingerprint |= {"vae": vae.hash}
-
-    def produce(self, number: int, progress: Progress) -> Produced:
-        """The records of shard `number`."""
-        first = number * self.shard_size
-        indices = np.arange(first, min(first + self.shard_size, len(self.records)))
-        moments, labels = self.records.gather(indices)
-        progress(len(indices))
-        return moments.numpy().astype(self.template.dtype), labels.numpy(), {}
+from st_fast.data.layouts.repa import LATENTS, OURS, Origin, has_layout
+from st_fast.data.manifest import FILE_NAME, Manifest
+from st_fast.prepare.job import Progress
 
 
 def check_target(source: Path, folder: Path) -> None:
@@ -48,6 +25,16 @@ def check_target(source: Path, folder: Path) -> None:
         raise UserError(f"{folder}: holds {FILE_NAME}, so it is a set of its own; name another folder")
     if has_layout(folder):
         raise UserError(f"{folder}: holds {LATENTS}/{LABELS_FILE} already; name another folder")
+
+
+def check_moments(made: Manifest, source: Path) -> None:
+    """UserError where REPA's layout has no place for a set's records: its files are (mean, std), with one scale."""
+    if made.posterior == "mean":
+        raise UserError(f"{source}: latents drawn once; REPA's layout has (mean, std)")
+    if made.latents_mean or made.latents_std:
+        raise UserError(
+            f"{source}: latents with the mean and std of each channel taken off; REPA's layout has one scale"
+        )
 
 
 def write_repa(records: RecordSet, folder: Path, progress: Progress) -> None:

@@ -152,7 +152,7 @@ def decoder(
             found = vae_hash(loaded)
             raise UserError(f"{where}: its weights are {found[:12]}…, the latents were made with {made.hash[:12]}…")
         say(f"{where}: other weights than those of {made.name}, which encoded {folder}")
-    return lambda latents: decode(loaded, latents, manifest.normalisation)
+    return lambda latents: decode(loaded, latents, manifest.normalisation, made.black)
 
 
 def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None]) -> Sampler:

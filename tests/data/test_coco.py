@@ -13,8 +13,10 @@ import torch
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
-from st_fast.data import coco
-from st_fast.data.coco import CLAMP, kind_of, open_coco
+from st_fast.data.layouts import coco
+from st_fast.data.layouts import records as layout_records
+from st_fast.data.layouts.coco import CocoSet
+from st_fast.data.layouts.records import CLAMP, kind_of
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.data.text import open_text, read_captions, read_text_manifest
 from st_fast.model.text_encoders import check_encoder, load_text_encoder
@@ -203,7 +205,7 @@ def test_a_file_of_the_other_kind_is_found_wherever_it_lies(tmp_path: Path, monk
     np.save(folder / "5.npy", -np.ones(SHAPE, np.float32))
     with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\)"):
         open_data(folder, verify=False)
-    monkeypatch.setattr(coco, "SAMPLED", 2)
+    monkeypatch.setattr(layout_records, "SAMPLED", 2)
     records = open_data(folder, verify=False)
     with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\), but 0\.npy is \(mean, std\)"):
         records.gather(np.array([4, 5]))
@@ -212,16 +214,16 @@ def test_a_file_of_the_other_kind_is_found_wherever_it_lies(tmp_path: Path, monk
 @pytest.mark.parametrize("name", ["1.npy", "1_0.npy", "empty_context.npy"])
 def test_a_resume_notices_a_changed_file_of_moments_or_states_but_takes_a_copy(name: str, tmp_path: Path) -> None:
     folder = write_layout(tmp_path / "coco")
-    with closing(open_coco(folder)) as records:
+    with closing(CocoSet(folder)) as records:
         records.verify()
         before = records.files
     copy = Path(shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile))
-    with closing(open_coco(copy)) as records:
+    with closing(CocoSet(copy)) as records:
         assert records.files and before and records.files.stat != before.stat
         assert file_differences(before, records) == []
     changed = next(path for path in (copy / name, copy.parent / name) if path.exists())
     np.save(changed, np.load(changed) + np.float32(0.25))
-    with closing(open_coco(copy)) as records:
+    with closing(CocoSet(copy)) as records:
         (told,) = file_differences(before, records)
     assert told.startswith("data.path: its files were")
 

@@ -14,10 +14,10 @@ import torch
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
+from st_fast.data.layouts.npy import read_npy_header
+from st_fast.data.layouts.repa import RepaSet
 from st_fast.data.loader import make_loader
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
-from st_fast.data.npy import read_npy_header
-from st_fast.data.repa import RepaSet
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.writing import write_shards

@@ -15,7 +15,7 @@ import torch
 from st_fast.core import checkpoint
 from st_fast.core.checkpoint.store import digest_of, read_manifest, save
 from st_fast.core.errors import EXIT_USAGE, RunFailed, Unreadable, UserError
-from st_fast.data.repa import LATENTS
+from st_fast.data.layouts.repa import LATENTS
 from st_fast.recipe import load, to_toml
 from st_fast.train import __main__ as train
 from st_fast.train.continuity import newest

@@ -13,8 +13,8 @@ from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks
 from st_fast.data.ahead import Patience
 from st_fast.data.images import load_image
+from st_fast.data.layouts.repa import RepaSet
 from st_fast.data.loader import ResidentLoader
-from st_fast.data.repa import RepaSet
 from st_fast.data.shards import open_data
 from st_fast.data.sources import open_source
 from st_fast.model.compiling import CompiledBlocks

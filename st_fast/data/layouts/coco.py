@@ -18,21 +18,15 @@ from st_fast.core.files import BadFile, open_regular, read_bytes, shown
 from st_fast.core.limits import npy_header
 from st_fast.data.ahead import FilesIdentity, nothing
 from st_fast.data.captions import cleaned, text_lines
+from st_fast.data.layouts.npy import NpyRecords, read_npy_header, read_npy_into
+from st_fast.data.layouts.records import CONVERT, LOG_VARIANCE, SD_SCALE
 from st_fast.data.manifest import DTYPES, FILE_NAME, Manifest, VaeInfo
-from st_fast.data.npy import NpyRecords, read_npy_header, read_npy_into
 
 ENCODER = "openai/clip-vit-large-patch14"
 """Whose states these are, with all 77 tokens and without attention mask."""
-VAE, SCALE = "sd-vae-ft-ema", 0.18215
-"""What REPA and Self-Transcendence decode these latents with; U-ViT's own scale for COCO is 0.23010."""
+VAE = "sd-vae-ft-ema"
+"""What REPA and Self-Transcendence decode these latents with, scaled by 0.18215; U-ViT's own scale is 0.23010."""
 EMPTY = "empty_context.npy"
-STD, LOG_VARIANCE = "std", "log-variance"
-LOWEST, HIGHEST = -100.0, 50.0
-"""What a log-variance may be before it is clamped; outside of it the second half is neither."""
-CLAMP = (-30.0, 20.0)
-"""The bounds of a log-variance in Stable Diffusion's VAE."""
-SAMPLED = 64
-"""Files of which all must be of one kind when a folder is opened; later each is looked at when it is read."""
 
 
 def is_coco(folder: Path) -> bool:
@@ -48,9 +42,6 @@ class CocoSet(NpyRecords):
     The digest covers the numbers of images and captions; `files` the moments' and the states' files.
     """
 
-    origin = None
-    """Nothing in the layout says what made the latents."""
-
     def __init__(self, folder: Path, threads: int = 8) -> None:
         self.folder = Path(folder)
         self.counts = self._counts()
@@ -61,14 +52,10 @@ class CocoSet(NpyRecords):
         shape, dtype = read_npy_header(self.folder / "0.npy")[:2]
         digest = hashlib.sha256(self.counts.tobytes()).hexdigest()
         self.manifest = Manifest(
-            len(self.counts), shape, dtype, SCALE, VaeInfo(VAE), f"U-ViT's layout, captions' numbers {digest}", 1
+            len(self.counts), shape, dtype, SD_SCALE, VaeInfo(VAE), f"U-ViT's layout, captions' numbers {digest}", 1
         )
         self.open_files(self.folder, threads)
-        self.kind, row = STD, np.empty(shape, dtype)
-        """What the files have beside the mean, STD or LOG_VARIANCE."""
-        for at, index in enumerate(np.unique(np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int))):
-            super()._read_one(int(index), row)
-            self.kind = kind_of(row, self.folder / self.names[index]) if not at else self._same_kind(int(index), row)
+        self.settle_kind()
 
     def _counts(self) -> np.ndarray:
         """(records,) captions of each image; `BadFile` names the first file that is missing in the numbering."""
@@ -93,20 +80,6 @@ class CocoSet(NpyRecords):
                 )
         return np.array([len(found[image]) for image in range(count)], np.int64)
 
-    def _same_kind(self, index: int, row: np.ndarray) -> str:
-        kind = kind_of(row, path := self.folder / self.names[index])
-        if kind != self.kind:
-            raise BadFile(f"{path}: (mean, {kind}), but 0.npy is (mean, {self.kind}): files of two kinds in one folder")
-        return kind
-
-    def _read_one(self, index: int, row: np.ndarray) -> None:
-        """Reads one record into row (2C, H, W), as (mean, std)."""
-        super()._read_one(index, row)
-        self._same_kind(index, row)
-        if self.kind == LOG_VARIANCE:
-            half = row[len(row) // 2 :]
-            half[:] = np.exp(0.5 * np.clip(half.astype(np.float32), *CLAMP))
-
     def watched(self) -> list[str]:
         """The moments' files, and those of the states."""
         states = (f"{image}_{k}.npy" for image, count in enumerate(self.counts.tolist()) for k in range(count))
@@ -123,6 +96,14 @@ class CocoSet(NpyRecords):
                 pass
             content.update(block.tobytes())
         self._files = FilesIdentity(self.files.stat, content.hexdigest())
+
+    def refuse_in_place(self) -> None:
+        """`BadFile`, with the remedy, where the files have the log-variance."""
+        if self.kind == LOG_VARIANCE:
+            raise BadFile(
+                f"{self.folder}: (mean, log-variance) found, as U-ViT's and REPA's scripts write it; (mean, std) is "
+                f"needed: {CONVERT} {self.folder} OUT converts it"
+            )
 
     def captions(self) -> list[list[str]]:
         """The captions of each image; empty ones where there are no .txt files. `BadFile` where one lacks lines."""
@@ -157,25 +138,3 @@ class CocoSet(NpyRecords):
         read_npy_into(path := self.state_file(row), out.shape, out.dtype.name, out)
         if not np.isfinite(out).all():
             raise BadFile(f"{path}: NaN or Inf")
-
-
-def kind_of(moments: np.ndarray, path: Path) -> str:
-    """STD or LOG_VARIANCE, by sign and range of the second half of (2C, H, W); `BadFile` where it can be neither."""
-    second = moments[len(moments) // 2 :]
-    low, high = float(second.min()), float(second.max())
-    if low >= 0:
-        return STD
-    if low >= LOWEST and high <= HIGHEST:
-        return LOG_VARIANCE
-    raise BadFile(f"{path}: beside the mean it has {low:.3g} to {high:.3g}: neither std (0 or more) nor log-variance")
-
-
-def open_coco(folder: Path) -> CocoSet:
-    """The records of a folder in U-ViT's layout. `BadFile`, with the remedy, where the files have the log-variance."""
-    records = CocoSet(folder)
-    if records.kind == LOG_VARIANCE:
-        raise BadFile(
-            f"{folder}: (mean, log-variance) found, as U-ViT's and REPA's scripts write it; (mean, std) is needed: "
-            f"python -m st_fast.prepare --from-coco {folder} OUT converts it"
-        )
-    return records

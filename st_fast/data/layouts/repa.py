@@ -17,12 +17,12 @@ from st_fast.core.files import BadFile, open_regular, read_bytes, shown
 from st_fast.core.records import record_from
 from st_fast.data.images import SUFFIXES
 from st_fast.data.labels import LABELS_FILE, parse_labels_file, read_labels
+from st_fast.data.layouts.npy import NpyRecords, read_npy_header
+from st_fast.data.layouts.records import SD_SCALE, STD, kind_of
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, labels_problem
-from st_fast.data.npy import NpyRecords, read_npy_header
 from st_fast.data.sources import Source
 
 LATENTS, IMAGES = "vae-sd", "images"
-SD_SCALE = 0.18215
 ASSUMED, ASSUMED_CHANNELS = "sd-vae-ft-mse", 4
 """The VAE that REPA's code uses, and the channels of its latents: what is taken for true where nothing is said."""
 OURS = "st_fast"
@@ -57,6 +57,8 @@ class RepaSet(NpyRecords):
     `files` covers the rest: sizes and times of the files from the start, and their content once it was verified.
     """
 
+    usual = f"{ASSUMED}, assumed then, makes {ASSUMED_CHANNELS}"
+
     def __init__(self, folder: Path, threads: int = 4) -> None:
         self.folder = Path(folder)
         path = self.folder / LATENTS / LABELS_FILE
@@ -90,25 +92,21 @@ class RepaSet(NpyRecords):
             )
         except BadFile as error:
             raise BadFile(f"{path}: {error}") from None
+        self.scale_of = "vae" if self.origin is None else "files"
         self.open_files(self.folder / LATENTS, threads)
         _ = self.files  # all that dataset.json names are there
 
+    def unknown(self) -> bool:
+        """Whether the folder does not say which VAE made its latents, and the one assumed makes others."""
+        return self.origin is None and len(self) > 0 and self.manifest.channels != ASSUMED_CHANNELS
 
-def open_repa(folder: Path) -> RepaSet:
-    """The records of a folder in REPA's layout. `BadFile` where nothing says by which VAE, and it's not the usual."""
-    records = RepaSet(folder)
-    refuse_unknown_vae(records)
-    return records
-
-
-def refuse_unknown_vae(records: RepaSet) -> None:
-    """`BadFile` where the folder does not say which VAE made its latents, and the one assumed makes others."""
-    found = records.manifest.channels
-    if records.origin is None and len(records) and found != ASSUMED_CHANNELS:
-        raise BadFile(
-            f"{records.folder}: latents of {found} channels, and it doesn't say by which VAE; {ASSUMED}, assumed then, "
-            f"makes {ASSUMED_CHANNELS}: python -m st_fast.prepare --from-repa {records.folder} OUT --vae VAE names it"
-        )
+    def check_kind(self, index: int, row: np.ndarray) -> None:
+        """`BadFile` where a record is not (mean, std), which all programs with this layout write."""
+        if kind_of(row, self.where(index)) != STD:
+            low = float(row[len(row) // 2 :].min())
+            raise BadFile(
+                f"{self.where(index)}: std {low:.3g}, which can't be negative (log-variance in place of std?)"
+            )
 
 
 def _count(folder: Path, suffixes: tuple[str, ...]) -> int:
