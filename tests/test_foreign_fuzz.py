@@ -30,8 +30,9 @@ from st_fast.recipe.schema import Model
 from st_fast.sample.set import open_npz, write_npz
 from tests import foreign, tiny
 from tests.core.checkpoint.test_checkpoint_fuzz import ODD_VALUES, damaged_bytes, damaged_value
-from tests.data import test_coco
+from tests.data import foreign_latents, test_coco
 from tests.data.conftest import encoded, picture
+from tests.data.foreign_latents import Truth
 from tests.data.test_captions import TEXTS, write_coco
 from tests.data.test_repa import write_layout
 from tests.fuzz import blocks, watched
@@ -230,6 +231,16 @@ def read_model_at(path: Path) -> object:
     return read_model(path, print, number_of_heads=2)
 
 
+def any_file(path: Path, draw: random.Random) -> None:
+    """One file of a folder, or the file itself, is damaged."""
+    spoil_bytes(draw.choice(sorted(file for file in [path, *path.rglob("*")] if file.is_file())), draw)
+
+
+def latents(make: Callable[[Path], Truth], full: int = 4) -> Kind:
+    """Another project's latents, of which any file is damaged."""
+    return Kind(lambda folder: make(folder / "set").path, any_file, lambda path: open_data(path).close(), full)
+
+
 KINDS = {
     "foreign .pt, content": Kind(make_model, spoil_content, import_file, 16),
     "foreign .pt of text, content": Kind(make_text_model, spoil_content, read_model_at, 8),
@@ -250,6 +261,14 @@ KINDS = {
     "COCO's captions": Kind(make_captions, spoil_json, read_captions_of, 8),
     "COCO's captions, bytes": Kind(make_captions, spoil_bytes, read_captions_of, 4),
     "captions.jsonl": Kind(make_lines, lambda path, draw: spoil_bytes(path / "captions.jsonl", draw), read_captions, 4),
+    "LightningDiT's latents": latents(foreign_latents.lightningdit),
+    "fast-DiT's latents": latents(foreign_latents.fast_dit),
+    "MAR's latents": latents(foreign_latents.mar),
+    "U-ViT's latents, pickles": latents(foreign_latents.uvit, 8),
+    "EDM2's zip": latents(lambda path: foreign_latents.edm2(path.with_suffix(".zip"))),
+    "EDM2's folder": latents(foreign_latents.edm2),
+    "SpeedrunDiT's latents": latents(foreign_latents.speedrun),
+    "MaskDiT's tars, pickles": latents(foreign_latents.maskdit, 8),
     "dataset.json": Kind(make_repa, spoil_labels, lambda path: open_data(path, verify=False).close(), 6),
 }  # fmt: skip
 

@@ -1,0 +1,439 @@
+"""Other projects' latents: recognised, read as float64 has them, converted to the same, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile
+from st_fast.data.layouts import recognise
+from st_fast.data.manifest import read_manifest
+from st_fast.data.shards import open_data, read_any_manifest
+from st_fast.prepare import __main__ as prepare
+from st_fast.prepare.small_vae import SmallVae, new_vae
+from st_fast.train.continuity import file_differences
+
+from . import foreign_latents
+from .foreign_latents import SIDES, Truth, normal, npy, object_array, tars
+
+MAKERS: dict[str, tuple[str, Callable[[Path], Truth]]] = {
+    "LightningDiT": ("LightningDiT", lambda path: foreign_latents.lightningdit(path / "set")),
+    "LightningDiT in half": ("LightningDiT", lambda path: foreign_latents.lightningdit(path / "set", dtype=np.float16)),
+    "fast-DiT": ("fast-DiT", lambda path: foreign_latents.fast_dit(path / "set")),
+    "MAR": ("MAR", lambda path: foreign_latents.mar(path / "set")),
+    "U-ViT": ("U-ViT's ImageNet", lambda path: foreign_latents.uvit(path / "set")),
+    "U-ViT today": ("U-ViT's ImageNet", lambda path: foreign_latents.uvit(path / "set", old=False)),
+    "EDM2's zip": ("EDM2 and SpeedrunDiT", lambda path: foreign_latents.edm2(path / "set.zip")),
+    "EDM2, packed": (
+        "EDM2 and SpeedrunDiT", lambda path: foreign_latents.edm2(path / "set.zip", packing=zipfile.ZIP_DEFLATED)
+    ),
+    "EDM2's folder": ("EDM2 and SpeedrunDiT", lambda path: foreign_latents.edm2(path / "set")),
+    "REPA's in a zip": ("EDM2 and SpeedrunDiT", lambda path: foreign_latents.edm2(path / "set.zip", unit=False)),
+    "SpeedrunDiT": ("EDM2 and SpeedrunDiT", lambda path: foreign_latents.speedrun(path / "set")),
+    "MaskDiT": ("webdataset", lambda path: foreign_latents.maskdit(path / "set")),
+}  # fmt: skip
+
+
+def new_vae_folder(path: Path, channels: int = 4, levels: int = 3, **config: float) -> Path:
+    """An untrained AutoencoderKL that halves an image levels - 1 times."""
+    torch.manual_seed(0)
+    vae = new_vae(SmallVae((4,) * levels, 0, latent_channels=channels), 3, 16)
+    vae.register_to_config(**config)
+    vae.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_layout_is_recognised_and_read_in_place_as_float64_has_it(name: str, tmp_path: Path) -> None:
+    layout, make = MAKERS[name]
+    truth = make(tmp_path)
+    found = recognise(truth.path)
+    assert found is not None and found.name == layout
+    with closing(open_data(truth.path, at_least=len(truth.labels))) as records:
+        made = records.manifest
+        assert (made.scale, made.vae.name, made.posterior, made.flip) == (
+            truth.scale, truth.vae, truth.posterior, truth.flip,
+        )  # fmt: skip
+        assert (made.dtype, made.shape, made.count) == ("float32", truth.records.shape[1:], len(truth.labels))
+        assert made.class_names == truth.names and made.num_classes == 1 + max(truth.labels)
+        np.testing.assert_allclose(made.latents_mean, truth.mean)
+        np.testing.assert_allclose(made.latents_std, truth.std)
+        chosen = np.array([5, 0, len(truth.labels) - 1, 5, 2])
+        read, labels = records.gather(chosen)
+        np.testing.assert_allclose(read.numpy(), truth.records[chosen], rtol=2e-6, atol=2e-6)
+        assert labels.tolist() == [truth.labels[index] for index in chosen]
+        assert records.labels.tolist() == truth.labels
+    assert read_any_manifest(truth.path) == made
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_converting_gives_the_records_that_are_read_in_place(name: str, tmp_path: Path) -> None:
+    truth, out = MAKERS[name][1](tmp_path), tmp_path / "out"
+    command = ["--from-latents", str(truth.path), str(out), "--dtype", "float32", "--shard-size", "4"]
+    prepare.main([*command, "--dry-run"])
+    assert not out.exists()
+    prepare.main(command)
+    prepare.main(command)
+    with closing(open_data(truth.path)) as here, closing(open_data(out)) as there:
+        every = np.arange(len(here))
+        for mine, other in zip(here.gather(every), there.gather(every), strict=True):
+            assert torch.equal(mine, other)
+        said = [vars(records.manifest) | {"shards": ()} for records in (here, there)]
+        assert said[0] == said[1] and len(there.manifest.shards) > 1
+
+
+def test_images_from_0_to_1_keep_their_black(tmp_path: Path) -> None:
+    for unit, black in ((True, 0.0), (False, -1.0)):
+        truth = foreign_latents.edm2(tmp_path / f"{unit}.zip", unit=unit)
+        prepare.main(["--from-latents", str(truth.path), str(tmp_path / f"{unit}")])
+        assert read_manifest(tmp_path / f"{unit}").vae.black == read_any_manifest(truth.path).vae.black == black
+
+
+def test_fast_dits_model_sees_what_is_stored(tmp_path: Path) -> None:
+    truth = foreign_latents.fast_dit(tmp_path / "set")
+    with closing(open_data(truth.path)) as records:
+        seen = records.gather(np.array([3]))[0][0] * records.manifest.scale
+    stored = np.load(truth.path / "imagenet256_features" / "3.npy")[0]
+    np.testing.assert_allclose(seen.numpy(), stored, rtol=2e-7)
+
+
+def test_a_scale_is_honoured_where_the_layout_has_none_and_refused_where_it_says_another(tmp_path: Path) -> None:
+    truth = foreign_latents.lightningdit(tmp_path / "l")
+    command = ["--from-latents", str(truth.path), str(tmp_path / "scaled"), "--scale", "0.75"]
+    prepare.main(command)
+    assert read_manifest(tmp_path / "scaled").scale == 0.75
+    with pytest.raises(UserError, match=r"made with scale 0\.75 \(now 1\.0\)"):
+        prepare.main(command[:3])
+    fast = foreign_latents.fast_dit(tmp_path / "f")
+    with pytest.raises(UserError, match=r"--scale 0\.5: the latents in .* have 0\.18215; leave it out"):
+        prepare.main(["--from-latents", str(fast.path), str(tmp_path / "x"), "--scale", "0.5"])
+    prepare.main(["--from-latents", str(fast.path), str(tmp_path / "same"), "--scale", "0.18215"])
+    with pytest.raises(UserError, match="--scale 0: above 0"):
+        prepare.main(["--from-latents", str(truth.path), str(tmp_path / "x"), "--scale", "0"])
+    with pytest.raises(UserError, match=r"--scale 0\.5: means nothing with images to encode"):
+        prepare.main([str(tmp_path), str(tmp_path / "x"), "--scale", "0.5"])
+
+
+def test_a_named_vae_decodes_what_it_can_have_made_and_no_other(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    vae = new_vae_folder(tmp_path / "mine", levels=4, scaling_factor=0.625)
+    uvit, odd = foreign_latents.uvit(tmp_path / "u"), foreign_latents.lightningdit(tmp_path / "l", channels=4)
+    prepare.main(["--from-latents", str(uvit.path), str(tmp_path / "out"), "--vae", str(vae)])
+    made = read_manifest(tmp_path / "out")
+    assert (made.vae.name, made.vae.path, made.vae.factor, made.scale) == ("mine", "vae", 8, 0.18215)
+    four = new_vae_folder(tmp_path / "four", levels=3)
+    with pytest.raises(UserError, match=r"reduces an image by 4, the VAE of the latents by 8 \(sd-vae-ft-ema\)"):
+        prepare.main(["--from-latents", str(uvit.path), str(tmp_path / "x"), "--vae", str(four)])
+    with pytest.raises(UserError, match="4 channels, the latents have 16"):
+        mar = foreign_latents.mar(tmp_path / "m")
+        prepare.main(["--from-latents", str(mar.path), str(tmp_path / "x"), "--vae", str(vae)])
+    with pytest.raises(UserError, match="latents of 4 channels, and it doesn't say by which VAE"):
+        open_data(odd.path)
+    prepare.main(["--from-latents", str(odd.path), str(tmp_path / "known"), "--vae", str(vae)])
+    known = read_manifest(tmp_path / "known")
+    assert known.scale == 1.0 and known.latents_std == odd.std, "its own statistics, not the VAE's factor"
+    with pytest.raises(UserError, match="were made by an AutoencoderKL"):
+        prepare.main(["--from-latents", str(odd.path), str(tmp_path / "x"), "--vae", "pixels"])
+
+
+@pytest.mark.parametrize("suffix", ["npy", "latent.npy", "moments.npy"])
+@pytest.mark.parametrize("json_labels", [False, True])
+def test_webdatasets_arrays_need_their_vae_and_say_by_its_channels_what_they_are(
+    suffix: str, json_labels: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("diffusers")
+    truth = foreign_latents.webdataset(tmp_path / "set", suffix, json_labels=json_labels)
+    with pytest.raises(BadFile, match=rf"KEY\.{suffix} of .*nothing says by which VAE: .*--from-latents .* --vae VAE"):
+        open_data(truth.path)
+    command = ["--from-latents", str(truth.path), str(tmp_path / "out"), "--dtype", "float32"]
+    with pytest.raises(UserError, match="nothing says by which VAE"):
+        prepare.main(command)
+    vae = new_vae_folder(tmp_path / "mine", scaling_factor=0.625)
+    prepare.main([*command, "--vae", str(vae)])
+    with closing(open_data(tmp_path / "out")) as records:
+        made = records.manifest
+        assert (made.scale, made.posterior, made.vae.path) == (0.625, truth.posterior, "vae")
+        read, labels = records.gather(np.arange(len(truth.labels)))
+        np.testing.assert_allclose(read.numpy(), truth.records, rtol=1e-6)
+        assert labels.tolist() == truth.labels
+    prepare.main([*command[:2], str(tmp_path / "scaled"), "--vae", str(vae), "--scale", "0.375"])
+    assert read_manifest(tmp_path / "scaled").scale == 0.375
+
+
+def test_an_array_with_twice_the_vaes_channels_holds_moments(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    truth = foreign_latents.webdataset(tmp_path / "set", "npy", moments=True)
+    vae = new_vae_folder(tmp_path / "mine", scaling_factor=0.625)
+    command = ["--from-latents", str(truth.path), str(tmp_path / "out"), "--dtype", "float32", "--vae", str(vae)]
+    prepare.main(command)
+    with closing(open_data(tmp_path / "out")) as records:
+        assert records.manifest.posterior == "sample" and records.manifest.channels == 4
+        np.testing.assert_allclose(records.gather(np.arange(7))[0].numpy(), truth.records, rtol=1e-6)
+    eight = new_vae_folder(tmp_path / "eight", channels=8)
+    prepare.main([*command[:2], str(tmp_path / "drawn"), "--vae", str(eight)])
+    assert read_manifest(tmp_path / "drawn").posterior == "mean"
+    with pytest.raises(UserError, match="3 channels, the latents have 8"):
+        three = new_vae_folder(tmp_path / "three", channels=3)
+        prepare.main([*command[:2], str(tmp_path / "x"), "--vae", str(three)])
+
+
+def spoil(name: str, change: Callable[[Path], object], words: str) -> object:
+    return pytest.param(name, change, words, id=f"{name}: {words[:40]}")
+
+
+def rewrite(pattern: str, **changes: np.ndarray | None) -> Callable[[Path], None]:
+    """Another tensor, or none, in the first safetensors file that fits."""
+
+    def change(path: Path) -> None:
+        file = sorted(path.glob(pattern))[0]
+        tensors = {**load_file(file), **changes}
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+
+    return change
+
+
+def saved(place: str, array: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: np.save(path / place, array)
+
+
+def stats(**tensors: torch.Tensor) -> Callable[[Path], None]:
+    return lambda path: torch.save(tensors, path / "latents_stats.pt")
+
+
+def cut(pattern: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        file = path if path.is_file() else sorted(path.rglob(pattern))[-1]
+        os.truncate(file, file.stat().st_size - (5 if file.suffix != ".tar" else 9_000))  # behind its end is padding
+
+    return change
+
+
+def moments_in(path: Path, place: str, **arrays: np.ndarray) -> None:
+    np.savez(path / place, **arrays)
+
+
+def relabel(path: Path) -> None:
+    table = json.loads((path / "vae-in" / "dataset.json").read_text())
+    (path / "vae-in" / "dataset.json").write_text(json.dumps({"labels": table["labels"][1:]}))
+
+
+def flip_bits(path: Path) -> None:
+    """In the zip's first member."""
+    data = bytearray(path.read_bytes())
+    data[400] ^= 8
+    path.write_bytes(data)
+
+
+class Bomb:
+    """Would make a folder if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def bomb(path: Path) -> None:
+    array = np.empty(2, object)
+    array[0], array[1] = Bomb(path / "boom"), 1
+    np.save(path / "0.npy", array, allow_pickle=True)
+
+
+BAD = np.full((4, *SIDES), np.nan)
+DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        spoil("LightningDiT", lambda path: (path / "latents_stats.pt").unlink(), "latents without latents_stats.pt"),
+        spoil("LightningDiT", rewrite("*", latents_flip=None), "no latents_flip in it"),
+        spoil("LightningDiT", rewrite("*", labels=np.arange(9)), "these do not fit each other"),
+        spoil("LightningDiT", rewrite("*", labels=np.arange(4) - 1), r"labels\[0\]: label -1"),
+        spoil("LightningDiT", rewrite("*", **{key: normal(1, 4, 32, 3, 4) for key in ("latents", "latents_flip")}),
+              "those of latents_rank00"),
+        spoil("LightningDiT", cut("*.safetensors"), "expected .* bytes, found"),
+        spoil("LightningDiT", stats(mean=torch.ones(32)), "no tensor std"),
+        spoil("LightningDiT", stats(mean=torch.ones(5), std=torch.ones(5)), "the latents have 32 channels"),
+        spoil("LightningDiT", stats(mean=torch.ones(32), std=torch.zeros(32)), "latents_std = 0.0"),
+        spoil("LightningDiT", lambda path: (path / "latents_stats.pt").write_bytes(pickle.dumps(Bomb(path / "boom"))),
+              "refused, nothing executed"),
+        spoil("fast-DiT", lambda path: shutil.rmtree(path / "imagenet256_labels"), "no folder 'imagenet256_labels'"),
+        spoil("fast-DiT", lambda path: (path / "imagenet256_labels" / "4.npy").unlink(),
+              "12 latents, 11 labels: imagenet256_labels/4.npy is missing"),
+        spoil("fast-DiT", lambda path: (path / "imagenet256_features" / "4.npy").unlink(), "_features/4.npy"),
+        spoil("fast-DiT", saved("imagenet256_features/0.npy", normal(1, 4, *SIDES)), r"\(1, C, H, W\) is needed"),
+        spoil("fast-DiT", saved("imagenet256_features/7.npy", normal(1, 1, 4, 4, 4)), "7.npy: .* the first file"),
+        spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([-2])), "7.npy: label -2"),
+        spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([1.0])), "7.npy: another header"),
+        spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([1, 2])), "7.npy: 144 bytes, 136 expected"),
+        spoil("fast-DiT", saved("imagenet256_features/7.npy", np.float32(BAD)[None]), "7.npy: NaN"),
+        spoil("MAR", lambda path: moments_in(path, "n01440764/n01440764_1.JPEG.npz", moments=normal(1, 32, *SIDES)),
+              "_1.JPEG.npz: no moments_flip in it"),
+        spoil("MAR", lambda path: moments_in(path, "n01440764/n01440764_1.JPEG.npz", moments=DIFFERENT,
+                                             moments_flip=DIFFERENT), "_1.JPEG.npz: moments: float32"),
+        spoil("MAR", lambda path: moments_in(path, "n01440764/n01440764_1.JPEG.npz",
+                                             moments=np.abs(normal(1, 32, *SIDES)),
+                                             moments_flip=np.abs(normal(1, 32, *SIDES))), "files of two kinds"),
+        spoil("MAR", lambda path: (path / "n0").mkdir(), "n0: no .npz in it, and each folder is a class"),
+        spoil("MAR", cut("*.npz"), "not a sound zip"),
+        spoil("MAR", lambda path: [file.rename(path / file.name) for file in path.rglob("*.npz")], "in no folder of"),
+        spoil("U-ViT", lambda path: (path / "4.npy").unlink(), "4.npy: missing, with 10 files"),
+        spoil("U-ViT", cut("*.npy"), "9.npy: .* bytes, .* expected, as 0.npy has"),
+        spoil("U-ViT", bomb, "refused, nothing executed"),
+        spoil("U-ViT", saved("0.npy", normal(1, 1, 4, *SIDES)), r"without labels \(0.npy is \(1, 4, 3, 5\)\)"),
+        spoil("U-ViT", lambda path: (path / "3.npy").write_bytes(
+            object_array(np.concatenate((normal(1, 4, *SIDES), np.full((4, *SIDES), 90, np.float32) - 120)),
+                         np.int64(1), False)), "3.npy: .* bytes, .* expected"),
+        spoil("U-ViT", lambda path: (path / "3.npy").write_bytes(
+            object_array(np.full((8, *SIDES), -200, np.float32), np.int64(1), True)), "neither std"),
+        spoil("EDM2's zip", flip_bits, "is damaged"),
+        spoil("EDM2's zip", cut(""), "not a sound zip"),
+        spoil("EDM2's folder", lambda path: (path / "dataset.json").unlink(), "but no dataset.json"),
+        spoil("EDM2's folder", lambda path: (path / "dataset.json").write_text('{"labels": null}'), '"labels" is null'),
+        spoil("EDM2's folder", saved("00000/img-mean-std-00000002.npy", DIFFERENT), "00002.npy: float32"),
+        spoil("EDM2's folder", saved("00000/img-mean-std-00000002.npy", np.ones((8, *SIDES))), "2.npy: float64"),
+        spoil("EDM2's folder", lambda path: path.rename(path.parent / "vae-sd"), "REPA's latents; name the"),
+        spoil("SpeedrunDiT", relabel, "7 latents, 6 labels: '00000/img-latents-00000000.npy' has no label"),
+        spoil("MaskDiT", cut("*.tar"), "not a sound tar"),
+        spoil("MaskDiT", lambda path: tars(path / "more", [{"npy": npy(BAD), "cls": b"1"}])
+              or (path / "more" / "latent-0000.tar").rename(path / "x.tar"), r"KEY\.latent and KEY\.npy: one kind"),
+        spoil("MaskDiT", lambda path: shutil.rmtree(path) or tars(path, [{"latent": pickle.dumps(Bomb(path))}]),
+              "has no KEY.cls or KEY.json"),
+        spoil("MaskDiT", lambda path: shutil.rmtree(path)
+              or tars(path, [{"latent": pickle.dumps(Bomb(path / "boom")), "cls": b"1"}]), "refused, nothing executed"),
+    ],
+)  # fmt: skip
+def test_what_is_almost_a_layout_is_refused_in_one_line(
+    name: str, change: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    path = MAKERS[name][1](tmp_path).path
+    change(path)
+    path = path if path.exists() else path.parent / "vae-sd"
+    with pytest.raises(UserError, match=words) as caught:
+        prepare.main(["--verify", str(path)])
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value) and len(str(caught.value)) < 900
+    with pytest.raises(UserError):
+        prepare.main(["--from-latents", str(path), str(tmp_path / "out")])
+    assert not list(tmp_path.rglob("boom"))
+
+
+def test_what_can_not_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
+    for name, words in (("data.mdb", "LMDB, .*lmdb2wds.py"), ("repae.h5", "HDF5, .*h5py")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(b"x")
+        with pytest.raises(BadFile, match=words):
+            open_data(tmp_path / name)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "x.txt").write_text("x")
+    with pytest.raises(BadFile, match=r"none': no manifest.json in it; .*REPA .*LightningDiT .*webdataset") as caught:
+        open_data(tmp_path / "none")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no latents that can be read: REPA"):
+        prepare.main(["--from-latents", str(tmp_path / "none"), str(tmp_path / "out")])
+    with pytest.raises(UserError, match="no such file or folder"):
+        prepare.main(["--from-latents", str(tmp_path / "gone"), str(tmp_path / "out")])
+    with pytest.raises(BadFile, match="fast-DiT's latents; name the folder above"):
+        open_data(foreign_latents.fast_dit(tmp_path / "f").path / "imagenet256_features")
+    prepare.main(["--from-latents", str(tmp_path / "f"), str(tmp_path / "ours")])
+    with pytest.raises(UserError, match="a set of ours already"):
+        prepare.main(["--from-latents", str(tmp_path / "ours"), str(tmp_path / "out")])
+
+
+def test_means_that_fit_neither_range_of_pixels_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    truth = foreign_latents.edm2(tmp_path / "set")
+    for file in truth.path.rglob("*.npy"):
+        moments = np.load(file)
+        moments[:4] = np.float32([3.4, 1.5, 0.2, -0.9])[:, None, None]
+        np.save(file, moments)
+    with pytest.raises(BadFile, match=r"channels' means \[3\.4, .*in a folder named vae-sd"):
+        open_data(truth.path)
+    (tmp_path / "repa").mkdir()
+    truth.path.rename(tmp_path / "repa" / "vae-sd")
+    assert read_any_manifest(tmp_path / "repa").scale == 0.18215
+
+
+def test_a_record_of_another_kind_is_found_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from st_fast.data.layouts import records as layout_records
+
+    monkeypatch.setattr(layout_records, "SAMPLED", 2)
+    truth = foreign_latents.mar(tmp_path / "set")
+    positive = np.abs(normal(1, 32, *SIDES))
+    np.savez(truth.path / "n01443537" / "n01443537_1.JPEG.npz", moments=positive, moments_flip=positive)
+    with (
+        closing(open_data(truth.path, verify=False)) as records,
+        pytest.raises(BadFile, match=r"n01443537_1\.JPEG\.npz: moments: \(mean, std\), but .* files of two kinds"),
+    ):
+        records.gather(np.arange(6, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("LightningDiT", "latents_stats.pt"), ("fast-DiT", "imagenet256_features/2.npy"), ("MaskDiT", "latent-0001.tar")],
+)
+def test_a_resume_looks_at_files_of_another_time_again(name: str, file: str, tmp_path: Path) -> None:
+    truth = MAKERS[name][1](tmp_path)
+    with closing(open_data(truth.path)) as records:
+        before = records.files
+    os.utime(truth.path / file, (1, 1))
+    with closing(open_data(truth.path, verify=False)) as records:
+        assert records.files and before and records.files.stat != before.stat
+        assert file_differences(before, records) == []
+
+
+def test_the_digest_follows_labels_and_statistics(tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        with closing(open_data(path, verify=False)) as records:
+            return records.digest
+
+    fast, lightning = foreign_latents.fast_dit(tmp_path / "f").path, foreign_latents.lightningdit(tmp_path / "l").path
+    before = digest(fast), digest(lightning)
+    np.save(fast / "imagenet256_labels" / "0.npy", np.array([1]))
+    stats(mean=torch.ones(32), std=torch.ones(32))(lightning)
+    assert digest(fast) != before[0] and digest(lightning) != before[1]
+
+
+def test_a_million_files_are_not_read_to_open_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fast-DiT's latents only the first is opened, and of MAR's as many as tell the kind."""
+    truth = foreign_latents.fast_dit(tmp_path / "f")
+    for number in range(1, 12):
+        (truth.path / "imagenet256_features" / f"{number}.npy").write_bytes(b"")
+    open_data(truth.path, verify=False).close()
+    from st_fast.data.layouts import records as layout_records
+
+    monkeypatch.setattr(layout_records, "SAMPLED", 1)
+    mar = foreign_latents.mar(tmp_path / "m")
+    for file in sorted(mar.path.rglob("*.npz"))[1:]:
+        file.write_bytes(b"")
+    open_data(mar.path, verify=False).close()
+
+
+def test_stats_of_moments_in_a_zip_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from st_fast.prepare import commands
+
+    truth = foreign_latents.edm2(tmp_path / "set.zip")
+    monkeypatch.setattr(commands, "decoder", lambda *_: lambda latents: torch.zeros(len(latents), 3, 4, 4).byte())
+    prepare.main(["--stats", str(truth.path), "--device", "cpu"])
+    assert (tmp_path / "set.zip.stats.png").is_file()
+
+
+def test_repas_layout_has_no_place_for_latents_drawn_once_or_normalised_by_channel(tmp_path: Path) -> None:
+    for truth, words in (
+        (foreign_latents.fast_dit(tmp_path / "f"), "drawn once"),
+        (foreign_latents.edm2(tmp_path / "e.zip"), "mean and std of each channel"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare.main(["--to-repa", str(truth.path), str(tmp_path / "repa")])
