@@ -181,6 +181,8 @@ class Manifest(ShardedSet):
             return f"shape = {shown(self.shape)}: (2C, H, W) is needed"
         if problem := self.normalisation.problem(self.channels):
             return problem
+        if not -1 <= self.vae.black <= 0:
+            return f"vae.black = {shown(self.vae.black)}: -1 to 0 is needed"
         if not 1 <= self.num_classes <= MOST_CLASSES:
             return f"num_classes = {shown(self.num_classes)}: 1 to {MOST_CLASSES} are possible"
         if self.class_names and len(self.class_names) != self.num_classes:

@@ -24,6 +24,7 @@ from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.small_vae import SmallVae, new_vae
 from st_fast.train.continuity import file_differences
+from tests.autoencoders import ldm_table
 
 from . import foreign_latents
 from .foreign_latents import SIDES, Truth, normal, npy, object_array, tars
@@ -114,16 +115,17 @@ def test_a_scale_is_honoured_where_the_layout_has_none_and_refused_where_it_says
     command = ["--from-latents", str(truth.path), str(tmp_path / "scaled"), "--scale", "0.75"]
     prepare.main(command)
     assert read_manifest(tmp_path / "scaled").scale == 0.75
-    with pytest.raises(UserError, match=r"made with scale 0\.75 \(now 1\.0\)"):
+    with pytest.raises(UserError, match=r"made with normalisation scale 0\.75, .*\(now scale 1, "):
         prepare.main(command[:3])
     fast = foreign_latents.fast_dit(tmp_path / "f")
     with pytest.raises(UserError, match=r"--scale 0\.5: the latents in .* have 0\.18215; leave it out"):
         prepare.main(["--from-latents", str(fast.path), str(tmp_path / "x"), "--scale", "0.5"])
     prepare.main(["--from-latents", str(fast.path), str(tmp_path / "same"), "--scale", "0.18215"])
-    with pytest.raises(UserError, match="--scale 0: above 0"):
+    with pytest.raises(UserError, match="--scale 0: at least"):
         prepare.main(["--from-latents", str(truth.path), str(tmp_path / "x"), "--scale", "0"])
-    with pytest.raises(UserError, match=r"--scale 0\.5: means nothing with images to encode"):
-        prepare.main([str(tmp_path), str(tmp_path / "x"), "--scale", "0.5"])
+    for path, given in ((truth.path, "stats.pt"), (fast.path, "auto")):
+        with pytest.raises(UserError, match=rf"--latents-stats {given}: the latents in .* have scale .* already"):
+            prepare.main(["--from-latents", str(path), str(tmp_path / "x"), "--latents-stats", given])
 
 
 def test_a_named_vae_decodes_what_it_can_have_made_and_no_other(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_a_named_vae_decodes_what_it_can_have_made_and_no_other(tmp_path: Path) 
     made = read_manifest(tmp_path / "out")
     assert (made.vae.name, made.vae.path, made.vae.factor, made.scale) == ("mine", "vae", 8, 0.18215)
     four = new_vae_folder(tmp_path / "four", levels=3)
-    with pytest.raises(UserError, match=r"reduces an image by 4, the VAE of the latents by 8 \(sd-vae-ft-ema\)"):
+    with pytest.raises(UserError, match=r"reduces an image by 4, the latents' VAE by 8 \(sd-vae-ft-ema\)"):
         prepare.main(["--from-latents", str(uvit.path), str(tmp_path / "x"), "--vae", str(four)])
     with pytest.raises(UserError, match="4 channels, the latents have 16"):
         mar = foreign_latents.mar(tmp_path / "m")
@@ -170,6 +172,42 @@ def test_webdatasets_arrays_need_their_vae_and_say_by_its_channels_what_they_are
         assert labels.tolist() == truth.labels
     prepare.main([*command[:2], str(tmp_path / "scaled"), "--vae", str(vae), "--scale", "0.375"])
     assert read_manifest(tmp_path / "scaled").scale == 0.375
+
+
+def test_what_the_vae_takes_off_its_latents_is_taken_off_webdatasets(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    truth = foreign_latents.webdataset(tmp_path / "set", "moments.npy")
+    vae = new_vae_folder(tmp_path / "mine", scaling_factor=0.625, shift_factor=0.25)
+    command = ["--from-latents", str(truth.path), str(tmp_path / "out"), "--dtype", "float32", "--vae", str(vae)]
+    prepare.main(command)
+    expected = truth.records.copy()
+    expected[:, :4] -= 0.25
+    with closing(open_data(tmp_path / "out")) as records:
+        assert records.manifest.shift == 0.25 and records.manifest.scale == 0.625
+        np.testing.assert_allclose(records.gather(np.arange(7))[0].numpy(), expected, rtol=1e-5, atol=1e-6)
+    mean, std = np.array([1.0, -2.0, 0.5, 3.0]), np.array([2.0, 0.5, 4.0, 1.5])
+    (tmp_path / "stats.json").write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}))
+    given = ["--latents-stats", str(tmp_path / "stats.json")]
+    prepare.main([*command[:2], str(tmp_path / "stats"), *command[3:], *given])
+    by = np.tile(std, 2)[:, None, None]
+    expected = truth.records / by
+    expected[:, :4] -= (mean / std)[:, None, None]
+    with closing(open_data(tmp_path / "stats")) as records:
+        assert records.manifest.scale == 1.0 and records.manifest.latents_mean == tuple(mean)
+        np.testing.assert_allclose(records.gather(np.arange(7))[0].numpy(), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="measures images"):
+        prepare.main([*command, "--latents-stats", "auto"])
+
+
+def test_a_vae_that_says_nothing_of_a_normalisation_needs_one(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    truth = foreign_latents.webdataset(tmp_path / "set", "latent.npy")
+    save_file({name: value.numpy() for name, value in ldm_table(channels=4).items()}, tmp_path / "va.safetensors")
+    command = ["--from-latents", str(truth.path), str(tmp_path / "out"), "--vae", str(tmp_path / "va.safetensors")]
+    with pytest.raises(UserError, match=r"nothing says how its latents are normalised: --latents-stats FILE"):
+        prepare.main(command)
+    prepare.main([*command, "--scale", "1"])
+    assert read_manifest(tmp_path / "out").scale == 1.0
 
 
 def test_an_array_with_twice_the_vaes_channels_holds_moments(tmp_path: Path) -> None:

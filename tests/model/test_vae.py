@@ -64,6 +64,13 @@ def test_decode_takes_scaled_latents_and_gives_bytes(folder: Path) -> None:
     assert pixels.dtype == torch.uint8 and torch.equal(pixels.float(), expected)
 
 
+def test_pixels_from_0_to_1_are_decoded_to_all_bytes(folder: Path) -> None:
+    vae = load_vae(folder)
+    z = torch.randn(2, 3, 4, 4)
+    expected = (vae.decoder(vae.post_quant_conv(z)) * 255).round().clamp(0, 255)
+    assert torch.equal(decode(vae, z * 0.5, Normalisation(0.5), black=0.0).float(), expected)
+
+
 def test_a_shift_factor_is_taken_off_and_put_back(folder: Path) -> None:
     vae = load_vae(folder)
     plain, picture = encode_moments(vae, images()), decode(vae, torch.ones(1, 3, 4, 4), Normalisation(0.5))
