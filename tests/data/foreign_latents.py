@@ -19,6 +19,7 @@ import torch
 from safetensors.numpy import save_file
 
 SIDES = (3, 5)
+"""Height and width of the latents."""
 COUNT = 7
 
 

@@ -18,12 +18,16 @@ from safetensors.numpy import load_file, save_file
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
+from st_fast.core.records import log_records
 from st_fast.data.layouts import recognise
 from st_fast.data.manifest import read_manifest
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.small_vae import SmallVae, new_vae
+from st_fast.recipe import load
 from st_fast.train.continuity import file_differences
+from st_fast.train.run import run
+from tests import tiny
 from tests.autoencoders import ldm_table
 
 from . import foreign_latents
@@ -93,6 +97,27 @@ def test_converting_gives_the_records_that_are_read_in_place(name: str, tmp_path
             assert torch.equal(mine, other)
         said = [vars(records.manifest) | {"shards": ()} for records in (here, there)]
         assert said[0] == said[1] and len(there.manifest.shards) > 1
+
+
+@pytest.mark.parametrize("name", ["LightningDiT", "fast-DiT", "EDM2's zip"])
+def test_training_on_latents_as_they_lie_is_training_on_their_shards(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign_latents, "SIDES", (4, 4))
+    torch.set_num_threads(1)
+    truth = MAKERS[name][1](tmp_path)
+    prepare.main(["--from-latents", str(truth.path), str(tmp_path / "shards"), "--dtype", "float32"])
+    channels = truth.records.shape[1] // (1 if truth.posterior == "mean" else 2)
+    losses = []
+    for data in (truth.path, tmp_path / "shards"):
+        text = tiny.RECIPE.partition('[[stage]]\nname = "transcend"')[0].replace("steps = 10", "steps = 3")
+        text = text.replace("[data]", f"channels = {channels}\n[data]").replace("batch_size = 8", "batch_size = 4")
+        text = text.replace("num_classes = 5", f"num_classes = {1 + max(truth.labels)}")
+        (tmp_path / "tiny.toml").write_text(text.format(data=data, out=tmp_path / f"run of {data.name}"))
+        run(load(tmp_path / "tiny.toml"))
+        log = list(log_records(tmp_path / f"run of {data.name}" / "log.jsonl"))
+        losses.append([record["loss"] for record in log if "loss" in record])
+    assert losses[0] == losses[1] and len(losses[0]) == 3 and np.isfinite(losses[0]).all()
 
 
 def test_images_from_0_to_1_keep_their_black(tmp_path: Path) -> None:
