@@ -78,6 +78,9 @@ def test_a_layout_is_recognised_and_read_in_place_as_float64_has_it(name: str, t
         chosen = np.array([5, 0, len(truth.labels) - 1, 5, 2])
         read, labels = records.gather(chosen)
         np.testing.assert_allclose(read.numpy(), truth.records[chosen], rtol=2e-6, atol=2e-6)
+        if truth.posterior == "sample":  # also the smallest stds, whose log-variance was clamped
+            half = len(truth.records[0]) // 2
+            np.testing.assert_allclose(read.numpy()[:, half:], truth.records[chosen, half:], rtol=1e-5)
         assert labels.tolist() == [truth.labels[index] for index in chosen]
         assert records.labels.tolist() == truth.labels
     assert read_any_manifest(truth.path) == made
@@ -125,6 +128,11 @@ def test_images_from_0_to_1_keep_their_black(tmp_path: Path) -> None:
         truth = foreign_latents.edm2(tmp_path / f"{unit}.zip", unit=unit)
         prepare.main(["--from-latents", str(truth.path), str(tmp_path / f"{unit}")])
         assert read_manifest(tmp_path / f"{unit}").vae.black == read_any_manifest(truth.path).vae.black == black
+    pytest.importorskip("diffusers")
+    vae, truth = new_vae_folder(tmp_path / "mine", levels=4), foreign_latents.edm2(tmp_path / "again.zip")
+    prepare.main(["--from-latents", str(truth.path), str(tmp_path / "named"), "--vae", str(vae)])
+    made = read_manifest(tmp_path / "named")
+    assert (made.vae.name, made.vae.black, made.latents_mean) == ("mine", 0.0, truth.mean)
 
 
 def test_fast_dits_model_sees_what_is_stored(tmp_path: Path) -> None:
@@ -441,6 +449,15 @@ def test_a_record_of_another_kind_is_found_when_it_is_read(tmp_path: Path, monke
         pytest.raises(BadFile, match=r"n01443537_1\.JPEG\.npz: moments: \(mean, std\), but .* files of two kinds"),
     ):
         records.gather(np.arange(6, 8))
+
+
+def test_a_label_that_changes_after_the_set_was_opened_is_noticed(tmp_path: Path) -> None:
+    truth = foreign_latents.uvit(tmp_path / "set")
+    with closing(open_data(truth.path)) as records:
+        moments = np.concatenate((normal(1, 4, *SIDES), foreign_latents.log_variances(1, 4, *SIDES)))
+        (truth.path / "3.npy").write_bytes(object_array(moments, np.int64(truth.labels[3] + 1), True))
+        with pytest.raises(BadFile, match=r"3\.npy: its label is another than when the set was opened"):
+            records.gather(np.array([3]))
 
 
 @pytest.mark.parametrize(
