@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -422,6 +423,34 @@ def test_what_can_not_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
     prepare.main(["--from-latents", str(tmp_path / "f"), str(tmp_path / "ours")])
     with pytest.raises(UserError, match="a set of ours already"):
         prepare.main(["--from-latents", str(tmp_path / "ours"), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("fast-DiT", "imagenet256_features/0.npy"),
+        ("EDM2's folder", "00000/img-mean-std-00000000.npy"),
+        ("MAR", "n01440764/n01440764_0.JPEG.npz"),
+        ("U-ViT today", "0.npy"),
+    ],
+)
+def test_a_first_file_that_claims_more_than_it_holds_takes_no_memory(name: str, place: str, tmp_path: Path) -> None:
+    def claiming(*shape: int) -> bytes:
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        return buffer.getvalue() + bytes(64)
+
+    path = MAKERS[name][1](tmp_path).path
+    if place.endswith("npz"):
+        with zipfile.ZipFile(path / place, "w") as archive:
+            archive.writestr("moments.npy", claiming(32, 2**18, 2**18))
+    elif name == "U-ViT today":
+        data = (path / place).read_bytes()
+        (path / place).write_bytes(data.replace(b"K\x08K\x03K\x05", b"K\x08K\xf3K\xf5"))
+    else:
+        (path / place).write_bytes(claiming(*(1, 4) if name == "fast-DiT" else (8,), 2**18, 2**18))
+    with pytest.raises(BadFile, match=rf"{path / place}.* \d+ bytes"):
+        open_data(path)
 
 
 def test_means_that_fit_neither_range_of_pixels_are_refused_with_what_to_do(tmp_path: Path) -> None:

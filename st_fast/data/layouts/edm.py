@@ -134,10 +134,8 @@ class EdmSet(ForeignRecords):
         data = self._read(self.names[0])
         place = npy_header(io.BytesIO(data), first)
         drawn = Path(self.names[0]).name.startswith("img-latents-")
-        shape = floats_of(place._replace(shape=place.shape[1:]) if place.shape[:1] == (1,) else place, first)
+        shape = floats_of(place, len(data), first, "(C, H, W)" if drawn else "(2C, H, W)")
         channels = shape[0] if drawn else shape[0] // 2
-        if not drawn and shape[0] % 2:
-            raise BadFile(f"{first}: {shown(shape)}; (2C, H, W) is needed")
         said = {
             "count": len(self.names), "shape": shape, "dtype": "float32", "scale": 1.0, "vae": VaeInfo(""),
             "source": source, "num_classes": int(self.labels.max()) + 1, "posterior": "mean" if drawn else "sample",

@@ -67,10 +67,11 @@ class FastDitSet(ForeignRecords):
         self.names = [f"{number}.npy" for number in order]
         with open_regular(features / self.names[0]) as file:
             place = npy_header(file, features / self.names[0])
+            size = os.fstat(file.fileno()).st_size
         if len(place.shape) != 4 or place.shape[0] != 1:
             raise BadFile(f"{features / self.names[0]}: {place.dtype} {shown(place.shape)}; (1, C, H, W) is needed")
         self._stored = place.dtype.name
-        shape = floats_of(place._replace(shape=place.shape[1:]), features / self.names[0], "(1, C, H, W)")
+        shape = floats_of(place, size, features / self.names[0], "(1, C, H, W)")
         self.open_files(features, threads)
         self.labels = self._labels(labels)
         known = shape[0] == CHANNELS

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from st_fast.core.files import BadFile, shown
+from st_fast.core.files import BadFile
 from st_fast.core.limits import Zip, npy_header
 from st_fast.data.layouts.records import (
     ForeignRecords,
@@ -69,8 +69,6 @@ class MarSet(ForeignRecords):
         self.open_files(self.folder, threads)
         first = self.folder / self._images[0]
         shape = floats_of_npz(first, VIEWS[0])
-        if shape[0] % 2:
-            raise BadFile(f"{first}: {VIEWS[0]}: {shown(shape)}; (2C, H, W) is needed")
         known = shape[0] == 2 * CHANNELS
         self.manifest = made_manifest(
             first,
@@ -109,5 +107,6 @@ def floats_of_npz(path: Path, name: str) -> tuple[int, int, int]:
     with Zip(path) as archive:
         if f"{name}.npy" not in archive.NameToInfo:
             raise BadFile(f"{path}: no {name} in it; MAR's files have {' and '.join(VIEWS)}")
-        with archive.reading(archive.NameToInfo[f"{name}.npy"]) as file:
-            return floats_of(npy_header(file, f"{path}: {name}"), f"{path}: {name}")
+        info = archive.NameToInfo[f"{name}.npy"]
+        with archive.reading(info) as file:
+            return floats_of(npy_header(file, f"{path}: {name}"), info.file_size, f"{path}: {name}")

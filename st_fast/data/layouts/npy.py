@@ -46,9 +46,12 @@ def read_npy_header(path: Path) -> tuple[tuple[int, int, int], str, int, bool]:
     An array of Python objects is refused by its dtype and never unpickled.
     """
     with open_regular(path) as file:
-        shape, dtype, start, fortran = npy_header(file, path)
+        shape, dtype, start, fortran = found = npy_header(file, path)
+        size = os.fstat(file.fileno()).st_size
     if dtype.name not in DTYPES or dtype.byteorder == ">" or len(shape) != 3 or shape[0] % 2:
         raise BadFile(f"{path}: {dtype} {shown(shape)}; float16 or float32 (2C, H, W) is needed")
+    if size != start + found.size:
+        raise BadFile(f"{path}: {size} bytes, {start + found.size} expected: it was cut off or has a tail")
     return (shape[0], shape[1], shape[2]), dtype.name, start, fortran
 
 

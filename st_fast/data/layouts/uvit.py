@@ -67,10 +67,8 @@ class UvitSet(ForeignRecords):
         self.names = [f"{number}.npy" for number in range(len(numbers))]
         first = self.folder / self.names[0]
         data = read_bytes(first, FILE_BYTES)
-        self._place, label = _places(data, first)
-        shape = floats_of(self._place, first)
-        if shape[0] % 2:
-            raise BadFile(f"{first}: {shown(shape)}; (2C, H, W) is needed")
+        place, label = _places(data, first)
+        shape = floats_of(place, place.start + place.size, first)
         self.open_files(self.folder, threads)
         self._label = label
         rows = read_small_files(self.folder, self.names, len(data), label.start, label.dtype.itemsize, self._pool)

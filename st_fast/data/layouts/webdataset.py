@@ -70,11 +70,8 @@ class WebdatasetSet(ForeignRecords):
         self.labels, names = self._labels()
         self.open_files(path.parent if path.is_file() else path, threads)
         place = self._find(self._archive.read(self.names[0]), self.where(0))[0]
-        shape = place.shape[1:] if len(place.shape) == 4 and place.shape[0] == 1 else place.shape
-        shape = floats_of(place._replace(shape=shape), self.where(0))
         moments = self.form in (MASKDIT, MOMENTS)
-        if moments and shape[0] % 2:
-            raise BadFile(f"{self.where(0)}: {shown(shape)}; (2C, H, W) is needed")
+        shape = floats_of(place, place.start + place.size, self.where(0), "(2C, H, W)" if moments else "(C, H, W)")
         known = self.form == MASKDIT and shape[0] == 2 * CHANNELS
         listed = (f"{name!r} {label}\n".encode() for name, label in zip(self.names, self.labels.tolist(), strict=True))
         self.manifest: Manifest = made_manifest(
