@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from st_fast.core.errors import UserError, counted
 from st_fast.core.latents import Normalisation
@@ -24,6 +25,7 @@ from st_fast.model.autoencoders import VAE, Autoencoder, autoencoder
 from st_fast.model.vae import NO_NORMALISATION, PIXELS, PRESETS
 from st_fast.prepare.job import Produced, Progress, check_finished, own_share, run_job
 from st_fast.prepare.normalising import read_stats
+from st_fast.prepare.ready import check_free, tell_ready
 from st_fast.prepare.text import write_captions, write_states
 from st_fast.prepare.vaes import copy_vae, given_vae, keep_vae
 
@@ -80,6 +82,8 @@ def convert(args: argparse.Namespace, records: ForeignRecords) -> None:
         copy_latents(args, records)
         records.close()
         return
+    if args.recipe:
+        raise UserError(f"--recipe {args.recipe}: is made for classes; {records.folder} has captions")
     if rank_count() > 1:
         raise UserError(f"{records.folder}: files are copied, by one process: run this without torchrun")
     out, captions, stored = args.paths[1], records.captions(), CocoText(records)
@@ -99,6 +103,7 @@ def convert(args: argparse.Namespace, records: ForeignRecords) -> None:
 
 def copy_latents(args: argparse.Namespace, records: ForeignRecords) -> None:
     """Records → shards; the VAE that `--vae` names, or that lies in the set's folder, is kept beside them."""
+    check_free(args.recipe, args.paths[1])
     out, digest, loaded = args.paths[1], records.digest, asked_vae(args, records)
     info = records.manifest.vae if loaded is None else loaded[1]
     other = loaded is not None
@@ -109,6 +114,8 @@ def copy_latents(args: argparse.Namespace, records: ForeignRecords) -> None:
     if (out / FILE_NAME).is_file():
         check_finished(out, producer.fingerprint)
         print(f"{out}: complete already; --verify re-reads it")
+        if not args.dry_run and own_share().start == 0:
+            tell_ready(out, args.recipe, print)
         return
     if args.dry_run:
         print(
@@ -121,7 +128,9 @@ def copy_latents(args: argparse.Namespace, records: ForeignRecords) -> None:
     else:
         copy_vae(info, records.folder, out)
     with bar(None, "converting", len(records), "record", hidden=own_share().start != 0) as shown:
-        run_job(out, producer, 0, shown.update)
+        complete = run_job(out, producer, 0, shown.update)
+    if complete:
+        tell_ready(out, args.recipe, tqdm.write)
 
 
 def asked_vae(args: argparse.Namespace, records: ForeignRecords) -> tuple[VAE, VaeInfo] | None:
