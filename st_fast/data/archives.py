@@ -178,7 +178,7 @@ def open_tars(where: Path, tars: list[Path]) -> Files:
         file, start, size = every[name]
         if size > MAX_FILE:
             raise OSError(f"{size} bytes, at most {MAX_FILE} are read")
-        data = os.pread(file, size, start)
+        data = os.pread(file.number, size, start)
         if len(data) != size:
             raise OSError(f"{size} bytes expected, {len(data)} found: the tar is cut off")
         return data
@@ -186,8 +186,20 @@ def open_tars(where: Path, tars: list[Path]) -> Files:
     return Files(where, [*every, *problems], read, lambda name: str(every[name][2]), left_out, frozenset(shards))
 
 
-TarPlace = tuple[int, int, int]
-"""An open descriptor, the first byte in it, bytes."""
+class Descriptor:
+    """An open file's descriptor, closed with the last that knows it."""
+
+    def __init__(self, path: Path) -> None:
+        with open_regular(path) as opened:
+            self.number = os.dup(opened.fileno())
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):  # not where the file could not be opened
+            os.close(self.number)
+
+
+TarPlace = tuple[Descriptor, int, int]
+"""An open file, the first byte in it, bytes."""
 
 
 class TarPart(NamedTuple):
@@ -196,18 +208,15 @@ class TarPart(NamedTuple):
     path: Path
     stem: str
     several: bool
-    file: int = -1
-    """The open descriptor, where the tar is an inner one."""
+    file: Descriptor | None = None
+    """The open file, where the tar is an inner one."""
     inner: InnerTar | None = None
 
 
 def _tar_tree(part: TarPart) -> tuple["Tree[TarPlace]", list[TarPart]]:
     """The members of a tar, and the tars among them; those of a tar inside of another are left as they are."""
     tree, inner = Tree[TarPlace]({}, {}), list[TarPart]()
-    file, first = part.file, part.inner.start if part.inner else 0
-    if part.inner is None:
-        with open_regular(part.path) as opened:
-            file = os.dup(opened.fileno())
+    file, first = part.file or Descriptor(part.path), part.inner.start if part.inner else 0
     for member in tar_members(part.path, part.inner):
         start = first + member.offset_data
         if member.isreg() and part.inner is None and member.name.endswith(".tar") and not hidden(member.name):

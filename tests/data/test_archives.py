@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import tarfile
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile
+from st_fast.data.archives import open_tars
 from st_fast.data.sources import numbered_by, open_source
 from tests.fuzz import blocks, watched
 
@@ -134,3 +137,18 @@ def test_a_tar_cut_between_members_is_refused(class_folders: Path, tmp_path: Pat
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UserError, match="cut off"):
         open_source(path)
+
+
+def test_tars_are_closed_with_the_last_that_reads_them(tmp_path: Path) -> None:
+    for number in range(3):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
+            archive.addfile(tarfile.TarInfo("a.txt"))
+    (tmp_path / "3.tar").write_bytes(b"no tar")
+    before = len(os.listdir("/proc/self/fd"))
+    files = open_tars(tmp_path, [tmp_path / f"{number}.tar" for number in range(3)])
+    assert len(os.listdir("/proc/self/fd")) == before + 3 and files.read("1/a.txt") == b""
+    del files
+    with pytest.raises(BadFile, match=r"3\.tar"):
+        open_tars(tmp_path, sorted(tmp_path.glob("*.tar")))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

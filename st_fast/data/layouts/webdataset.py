@@ -58,7 +58,7 @@ class WebdatasetSet(ForeignRecords):
     def __init__(self, path: Path, threads: int = 4) -> None:
         self.folder = path = Path(path)
         tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-        self._archive: Files = open_tars(path, tars)
+        self._archive: Files = open_tars(path, tars)  # closes them when it is dropped
         self._tars = [tar.name for tar in tars]
         found = [(name, kind_of_name(name)) for name in self._archive.names]
         kinds = sorted({kind for _, kind in found} & set(KINDS))
