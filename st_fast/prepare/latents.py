@@ -25,7 +25,7 @@ from st_fast.model.autoencoders import VAE, Autoencoder, autoencoder
 from st_fast.model.vae import NO_NORMALISATION, PIXELS, PRESETS
 from st_fast.prepare.job import Produced, Progress, check_finished, own_share, run_job
 from st_fast.prepare.normalising import read_stats
-from st_fast.prepare.ready import check_free, tell_ready
+from st_fast.prepare.ready import check_free, tell_ready, text_command
 from st_fast.prepare.text import write_captions, write_states
 from st_fast.prepare.vaes import copy_vae, given_vae, keep_vae
 
@@ -97,6 +97,7 @@ def convert(args: argparse.Namespace, records: ForeignRecords) -> None:
         planned = replace(stored.manifest, latents=read_manifest(out).digest, dtype="float16")
         with bar(None, "converting", planned.count, "caption") as shown:
             write_states(out, planned, stored.states, progress=shown.update)
+        print(f"train: {text_command(records.manifest, planned, out)}")
     stored.close()
     records.close()
 
