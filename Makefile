@@ -20,7 +20,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,vae,repa,ode,emoji,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[data,vae,repa,ode,emoji,hub,dev]'
 	@touch $@
 
 demo: install
