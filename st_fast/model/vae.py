@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import read_header, read_json, shown
@@ -70,7 +70,8 @@ def load_vae(
     check_finite(vae.state_dict(), f"vae = {name!r}")
     if dtype != torch.float32:
         vae.stored_hash = vae_hash(vae)
-    return vae.to(device, dtype).eval().requires_grad_(False)
+    # Not its own `to`, which warns of modules that have to stay in float32 and names none.
+    return nn.Module.to(vae, device, dtype).eval().requires_grad_(False)
 
 
 def _pretrained(name: str, variant: str | None) -> VAE:
