@@ -137,7 +137,10 @@ def copy_latents(args: argparse.Namespace, records: ForeignRecords) -> None:
 def asked_vae(args: argparse.Namespace, records: ForeignRecords) -> tuple[VAE, VaeInfo] | None:
     """The VAE that `--vae` names, where it is not the set's own; UserError unless it can have made the latents."""
     told = records.manifest.vae
-    if args.vae is None or told.name in (args.vae, PRESETS.get(args.vae)):
+    if args.vae is None and args.vae_variant is not None:
+        raise UserError(f"--vae-variant {args.vae_variant}: is of the VAE that --vae names; name it, too")
+    same = args.vae_variant is None and told.name in (args.vae, PRESETS.get(args.vae))
+    if args.vae is None or same:
         records.refuse_unknown()
         return None
     if args.vae in ("small", *PIXELS):

@@ -162,6 +162,12 @@ def test_a_scale_is_honoured_where_the_layout_has_none_and_refused_where_it_says
             prepare.main(["--from-latents", str(path), str(tmp_path / "x"), "--latents-stats", given])
 
 
+def test_a_variant_without_a_vae_is_refused(tmp_path: Path) -> None:
+    truth = foreign_latents.uvit(tmp_path / "u")
+    with pytest.raises(UserError, match="--vae-variant fp16: is of the VAE that --vae names"):
+        prepare.main(["--from-latents", str(truth.path), str(tmp_path / "x"), "--vae-variant", "fp16"])
+
+
 def test_a_named_vae_decodes_what_it_can_have_made_and_no_other(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     vae = new_vae_folder(tmp_path / "mine", levels=4, scaling_factor=0.625)
@@ -409,6 +415,10 @@ def test_what_can_not_be_read_is_named_with_what_to_do(tmp_path: Path) -> None:
         (tmp_path / name / name).write_bytes(b"x")
         with pytest.raises(BadFile, match=words):
             open_data(tmp_path / name)
+    (tmp_path / "lmdb").mkdir()
+    (tmp_path / "data.mdb").rename(tmp_path / "lmdb" / "train")
+    with pytest.raises(BadFile, match=r"lmdb: 'train/data\.mdb' is an LMDB"):
+        open_data(tmp_path / "lmdb")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "x.txt").write_text("x")
     with pytest.raises(BadFile, match=r"none': no manifest.json in it; .*REPA .*LightningDiT .*webdataset") as caught:

@@ -70,8 +70,9 @@ def recognise(path: Path) -> Layout | None:
     for layout in LAYOUTS:
         if layout.found(path, names):
             return layout
+    splits = [f"{name}/data.mdb" for name in ("train", "val") if (path / name / "data.mdb").is_file()]
     for ending, remedy in UNREADABLE:
-        found = next((name for name in names if name.endswith(ending)), None)
+        found = next((name for name in [*splits, *names] if name.endswith(ending)), None)
         if found is not None:
             raise BadFile(f"{path}: {shown(found)} is {remedy}")
     return None

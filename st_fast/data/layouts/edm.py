@@ -188,7 +188,7 @@ class ZipMembers:
         info, where = self.places[name], f"{self.path}: {shown(name)}"
         if info.compress_type != zipfile.ZIP_STORED:
             with self._lock:
-                return self._archive.member(info, FILE_BYTES)
+                return self._archive.member(info, None if name == LABELS_FILE else FILE_BYTES)
         self._archive.check(info)
         with open_regular(self.path) as file:
             head = os.pread(file.fileno(), 30, info.header_offset)
