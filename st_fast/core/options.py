@@ -68,6 +68,14 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def pixels(text: str) -> int | tuple[int, int]:
+    """The type of an option that takes an image's size: "256" of a square, or "192x320", height and width."""
+    parts = [integer(1, SIDE_MOST)(part) for part in text.split("x")[:3]]
+    if len(parts) > 2:
+        raise argparse.ArgumentTypeError(f"{_shown(text)}: a side, or HEIGHTxWIDTH, is needed")
+    return parts[0] if len(set(parts)) == 1 else (parts[0], parts[1])
+
+
 def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     """The type of an option that takes a finite number from `low` to `high`, or `above` the low end."""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from st_fast.kernels.noise.definition import NOISE, POSTERIOR, normal, uniform
 
-__all__ = ["Purpose", "RecordOrder", "epoch_order", "normal", "strata", "uniform"]
+__all__ = ["Purpose", "RecordOrder", "bucket_order", "epoch_order", "normal", "strata", "uniform"]
 
 
 class Purpose(IntEnum):
@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     SAMPLE_PATH = 10
     TEACHER_TIME = 11
     CAPTION = 12
+    BUCKETS = 13
 
 
 def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int) -> np.ndarray:
@@ -40,6 +41,11 @@ def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int) -> np.nda
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """(size,) int64: the order in which `epoch` visits the records."""
     return _sorted_by_key(seed, Purpose.ORDER, epoch, size)
+
+
+def bucket_order(seed: int, epoch: int, batches: int) -> np.ndarray:
+    """(batches,) int64: the order of an epoch's batches where each is of one bucket of the records."""
+    return _sorted_by_key(seed, Purpose.BUCKETS, epoch, batches)
 
 
 class RecordOrder:

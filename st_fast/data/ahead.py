@@ -62,6 +62,14 @@ class RecordSet(Readable):
         """The manifest's digest: a resumed run compares it."""
         return self.manifest.digest
 
+    def shape_of(self, indices: np.ndarray) -> tuple[int, ...]:
+        """The shape of each of these records, which are read at once."""
+        return self.manifest.shape
+
+    def by_shape(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The records in groups of one shape, each of which can be read at once."""
+        return [indices]
+
     @abstractmethod
     def verify(self, beat: Callable[[], None] = nothing) -> None:
         """Reads everything once, with `beat` as a sign of progress; `BadFile` names the first bad record."""
@@ -88,8 +96,9 @@ def mean_and_std(moments: Tensor, manifest: Manifest) -> tuple[Tensor, Tensor]:
 
 def read_records(records: Readable, indices: np.ndarray, pinned: bool = False) -> Answer:
     """Records `indices` (n,) and their labels as fresh host tensors, page-locked if `pinned`."""
-    shape, dtype = (len(indices), *records.manifest.shape), getattr(torch, records.manifest.dtype)
-    rows = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    shape = records.shape_of(indices) if isinstance(records, RecordSet) else records.manifest.shape
+    dtype = getattr(torch, records.manifest.dtype)
+    rows = torch.empty((len(indices), *shape), dtype=dtype, pin_memory=pinned)
     records.read_into(indices, rows.numpy())
     labels = torch.from_numpy(records.labels[indices])
     return rows, labels.pin_memory() if pinned else labels

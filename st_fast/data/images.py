@@ -3,9 +3,11 @@
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from st_fast.core.errors import UserError, first_line
 
@@ -17,7 +19,23 @@ SUFFIXES = (
 )  # fmt: skip
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Of an image, and of one that is made larger to be cropped; Pillow's own limit."""
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange height and width."""
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half of that
+
+
+Size = int | tuple[int, int]
+"""Pixels: the side of a square, or height and width."""
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """(Height, width)."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def named_size(size: Size) -> str:
+    """As options and manifests have it: "256", or "192x320", height first."""
+    return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 class BadImage(UserError):
@@ -30,10 +48,28 @@ def decode_image(data: bytes, channels: int, upright: bool = True) -> Image.Imag
     Grayscale, palette and CMYK are converted, 16 bits become 8, alpha is laid over white. `upright` turns the image as
     its EXIF orientation says, as people see it; ADM's, EDM's and REPA's programs ignore that.
     """
+    with _opened(data) as file:
+        file.load()
+        return _ordinary(_turned(file) if upright else file).convert("RGB" if channels == 3 else "L")
+
+
+def image_sides(data: bytes) -> tuple[int, int]:
+    """(Height, width) of an image file as people see it, by its header and its EXIF orientation; `BadImage` if none."""
+    with _opened(data) as file:
+        width, height = file.size
+        try:
+            turned = file.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+        except Exception:  # a broken EXIF turns nothing, as in `_turned`
+            turned = False
+        return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image file, whatever Pillow raises meanwhile as `BadImage`."""
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as file:
-            file.load()
-            return _ordinary(_turned(file) if upright else file).convert("RGB" if channels == 3 else "L")
+            yield file
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
@@ -71,21 +107,23 @@ def _ordinary(image: Image.Image) -> Image.Image:
     return image
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's centre crop (guided-diffusion, arXiv 2105.05233): halve by box filter while the shorter side is at least
-    twice `size`, bicubic to `size` on the shorter side, cut the middle out. Returns uint8 (size, size[, 3]).
+def center_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """ADM's centre crop (guided-diffusion, arXiv 2105.05233): halve by box filter while both sides are at least twice
+    those of `size`, bicubic to the smallest image that covers it, cut the middle out. Returns uint8 (H, W[, 3]).
     """
-    if (larger := size**2 * max(image.size) / min(image.size)) > MAX_PIXELS:
-        raise BadImage(f"{image.width} × {image.height} pixels: at {size} for the shorter side {larger:.0f} pixels")
-    while min(image.size) >= 2 * size:
+    height, width = sides(size)
+    scale = max(height / image.height, width / image.width)
+    if (larger := image.width * image.height * scale**2) > MAX_PIXELS:
+        raise BadImage(f"{image.width} × {image.height} pixels: to cover {height} × {width} {larger:.0f} pixels")
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image)[top : top + height, left : left + width]
 
 
-def load_image(data: bytes, size: int, channels: int, upright: bool = True) -> np.ndarray:
-    """Bytes of an image file → uint8 (channels, size, size). `BadImage` where that can't be."""
+def load_image(data: bytes, size: Size, channels: int, upright: bool = True) -> np.ndarray:
+    """Bytes of an image file → uint8 (channels, H, W). `BadImage` where that can't be."""
     pixels = center_crop(decode_image(data, channels, upright), size)
-    return np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
+    return np.ascontiguousarray(pixels.reshape(*sides(size), channels).transpose(2, 0, 1))

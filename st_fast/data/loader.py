@@ -16,6 +16,7 @@ import torch
 from st_fast.core.errors import RunFailed, Say, UserError, first_line, how_to_install
 from st_fast.core.machine import free_memory
 from st_fast.data.ahead import Answer, Patience, Readable, ReadAhead
+from st_fast.data.buckets import BucketSet
 
 RESIDENT_SHARE = 0.25
 """The share of the free memory that a set may take to be held there: the step needs the rest."""
@@ -54,6 +55,25 @@ class ResidentLoader:
     def close(self) -> None:
         """Frees the memory."""
         self._moments = self._labels = torch.empty(0)
+
+
+class ResidentBuckets:
+    """Latents of several shapes, each of them resident."""
+
+    def __init__(self, records: BucketSet, device: torch.device) -> None:
+        self._records = records
+        self._parts = [ResidentLoader(part, device) for part in records.parts]
+
+    def stream(self, requests: Iterable[np.ndarray]) -> Iterator[Answer]:
+        """One answer for each request, whose records are of one bucket."""
+        for request in requests:
+            bucket = self._records.bucket_of(request)
+            yield from self._parts[bucket].stream([request - self._records.starts[bucket]])
+
+    def close(self) -> None:
+        """Frees the memory."""
+        for part in self._parts:
+            part.close()
 
 
 def dali_missing() -> str:
@@ -120,29 +140,48 @@ class DaliLoader:
         return moments, labels
 
 
-Loader = ResidentLoader | DaliLoader | ReadAhead
+Loader = ResidentLoader | ResidentBuckets | DaliLoader | ReadAhead
 """`stream` answers requests (n,) of record indices in order, `close` gives back threads and memory."""
 
 
 def kept_bytes(kind: str, records: Readable, device: torch.device) -> tuple[int, int]:
     """Bytes of the set that the loader of that kind keeps on the device, at least and at most: "auto" may keep it."""
-    size = records.manifest.count * records.manifest.record_bytes
+    size = _set_bytes(records)
     may = kind == "auto" and size <= RESIDENT_SHARE * free_memory(device)
     return size * (kind == "resident"), size * (kind == "resident" or may)
+
+
+def _set_bytes(records: Readable) -> int:
+    parts = records.parts if isinstance(records, BucketSet) else (records,)
+    return sum(part.manifest.count * part.manifest.record_bytes for part in parts)
 
 
 def make_loader(kind: str, records: Readable, device: torch.device, say: Say) -> Loader:
     """The loader of that kind. "auto" reports its choice and the reason.
 
     On the CPU that is the resident one where the set fits; on CUDA the faster of DALI and, where it fits, resident.
-    Without DALI the torch loader replaces it, with a notice.
+    Without DALI the torch loader replaces it, with a notice. Of latents of several shapes "auto" is the resident loader
+    or the torch one, and UserError if it is DALI's.
     """
+    if isinstance(records, BucketSet):
+        return _make_of_buckets(kind, records, device, say)
     if kind == "auto":
         kind = _choose(records, device, say)
     missing = dali_missing() if kind == "dali" else ""
     if missing:
         say(f"data: DALI isn't there ({missing}), the torch loader takes its place: {how_to_install('data')}")
     return _make("torch" if missing else kind, records, device)
+
+
+def _make_of_buckets(kind: str, records: BucketSet, device: torch.device, say: Say) -> Loader:
+    size, free = _set_bytes(records), free_memory(device)
+    if kind == "dali":
+        allowed = '"auto", "torch" or "resident"'
+        raise UserError(f'data.loader = "dali": not for latents of several shapes; allowed: {allowed}')
+    if kind == "auto":
+        kind = "resident" if size <= RESIDENT_SHARE * free else "torch"
+        say(f"data: loader = {kind} (the set's {size / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB free)")
+    return ResidentBuckets(records, device) if kind == "resident" else _make(kind, records, device)
 
 
 def _make(kind: str, records: Readable, device: torch.device, count: int | None = None) -> Loader:

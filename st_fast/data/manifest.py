@@ -16,6 +16,8 @@ from st_fast.core.records import record_from
 
 FORMAT = "st_fast.latents"
 FILE_NAME = "manifest.json"
+INDEX_NAME = "buckets.json"
+"""Of a folder with latents of several shapes, each in a folder of its own (`data/buckets.py`)."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 MOST_CLASSES = 2**24
 DTYPES = {"float16": ("F16", 2), "float32": ("F32", 4)}
@@ -194,15 +196,17 @@ UPRIGHT = "upright, "
 """Stands before the crop in `source` where images were turned as their EXIF says; older versions did not do that."""
 
 
-def crop_of(source: str) -> int | None:
-    """The side of the latents' centre crop, where the `source` of their manifest states it."""
-    found = re.search(r"centre crop (\d{1,9})$", source)
-    return int(found[1]) if found else None
+def crop_of(source: str) -> int | tuple[int, int] | None:
+    """The side of the latents' centre crop, or its height and width, where the `source` of their manifest states it."""
+    found = re.search(r"centre crop (\d{1,9})(?:x(\d{1,9}))?$", source)
+    if found is None:
+        return None
+    return (int(found[1]), int(found[2])) if found[2] else int(found[1])
 
 
 def is_upright(source: str) -> bool:
     """Whether the latents are of images turned as their EXIF orientation says."""
-    return re.search(rf"{UPRIGHT}centre crop \d+$", source) is not None
+    return re.search(rf"{UPRIGHT}centre crop \d+(x\d+)?$", source) is not None
 
 
 Set = TypeVar("Set", bound=ShardedSet)
@@ -247,6 +251,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Reads and checks folder/manifest.json; touches no shard. Raises `BadFile` in one line."""
     path = Path(folder) / FILE_NAME
     if not path.is_file():
+        if (path.parent / INDEX_NAME).is_file():
+            raise BadFile(f"{path.parent}: latents of several shapes, where one is needed: name one of its folders")
         what = "no manifest.json in it" if path.parent.is_dir() else "no such folder"
         raise BadFile(f"data.path = {str(path.parent)!r}: {what}; make the set with python -m st_fast.prepare")
     return parse_manifest(Manifest, path)

@@ -18,6 +18,7 @@ from st_fast.core.files import BadFile, Entry, inside, open_regular, read_exactl
 from st_fast.core.machine import allow_open_files, usable_cpus
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet, nothing
+from st_fast.data.buckets import BucketSet, check_batch, combined, has_buckets, read_buckets
 from st_fast.data.layouts import READABLE, recognise
 from st_fast.data.layouts.records import ForeignRecords
 from st_fast.data.manifest import (
@@ -157,14 +158,18 @@ class ShardSet(CheckedRows, RecordSet):
 def open_data(
     folder: Path, verify: bool = True, at_least: int = 1, say: Say | None = None, beat: Callable[[], None] = nothing
 ) -> RecordSet:
-    """The records of a folder of shards, or of another project's latents, read in place.
+    """The records of a folder of shards or of buckets, or of another project's latents, read in place.
 
     Manifest, sizes, headers and labels are checked; each mistake is one `BadFile` line. verify: also reads everything
     once, checking SHA-256, NaN, Inf and absurd values. Without it each record of a shard is still checked against its
-    CRC whenever it is read. at_least: the records needed, one global batch. beat: called as verifying makes progress.
+    CRC whenever it is read. at_least: the records needed, one global batch, of each bucket. beat: called as verifying
+    makes progress.
     """
-    other = _in_place(Path(folder))
-    records: RecordSet = ShardSet(folder, read_manifest(folder)) if other is None else other
+    if has_buckets(folder):
+        records: RecordSet = _open_buckets(folder, at_least)
+    else:
+        other = _in_place(Path(folder))
+        records = ShardSet(folder, read_manifest(folder)) if other is None else other
     if len(records) < max(1, at_least):
         need = f"the global batch needs {at_least} (--optim.batch_size)" if len(records) else "nothing to train on"
         raise BadFile(f"data.path = {str(folder)!r}: {len(records)} records, {need}")
@@ -175,6 +180,16 @@ def open_data(
             where = counted(shards, "shard") if shards else records.manifest.source.partition(",")[0]
             say(f"data: {len(records):,} records in {where} verified")
     return records
+
+
+def _open_buckets(folder: Path, at_least: int) -> BucketSet:
+    """The records of a folder of buckets."""
+    manifests = read_buckets(folder)
+    found = BucketSet(
+        folder, combined(manifests), {name: ShardSet(folder / name, made) for name, made in manifests.items()}
+    )
+    check_batch(found, at_least)
+    return found
 
 
 def _in_place(folder: Path) -> ForeignRecords | None:
@@ -198,6 +213,8 @@ def _in_place(folder: Path) -> ForeignRecords | None:
 
 def read_any_manifest(folder: Path) -> Manifest:
     """The manifest of a data folder of any layout; of ours, no latent is read."""
+    if has_buckets(folder):
+        return combined(read_buckets(folder))
     records = _in_place(Path(folder))
     if records is None:
         return read_manifest(folder)

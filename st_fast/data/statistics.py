@@ -57,8 +57,9 @@ def latent_statistics(
     """Over these records, read once in parts; sums in float64."""
     made = records.manifest
     total, square, own = np.zeros((3, made.channels))
-    for start in range(0, len(indices), PART):
-        read = records.gather(indices[start : start + PART])[0]
+    parts = (group[start : start + PART] for group in records.by_shape(indices) for start in range(0, len(group), PART))
+    for numbers in parts:
+        read = records.gather(numbers)[0]
         mean, std = (part.double().numpy() * made.scale for part in mean_and_std(read, made))
         total += mean.mean((2, 3)).sum(0)
         square += (mean**2).mean((2, 3)).sum(0)

@@ -18,6 +18,7 @@ from st_fast.core.files import make_folder, read_json
 from st_fast.core.machine import local_count, usable_cpus
 from st_fast.core.progress import bar
 from st_fast.data.ahead import Readable, ReadAhead, RecordSet
+from st_fast.data.buckets import one_shape
 from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
 from st_fast.data.layouts.repa import RepaSet, has_layout, repa_images
@@ -136,8 +137,12 @@ def open_record_images(
     """The images of the records in `folder`; `images` is their source, or "" for images in the folder.
 
     size: of the crop, where the caller knows it; else the manifest's, else that of the images or latents. UserError
-    where they can't be found or are others.
+    where they can't be found or are others, or are no squares, which alone image encoders take.
     """
+    _, height, width = one_shape(records, "an image encoder").manifest.shape
+    crop = crop_of(records.manifest.source)
+    if height != width or isinstance(crop, tuple):
+        raise UserError(f"{folder}: latents of {height} x {width}: image encoders take square images")
     if not images and not has_layout(folder) and not (folder / KEPT_FILE).is_file():
         raise UserError(
             f"data.images is empty, and {folder} holds no images: give the folder or archive that was given to "
@@ -152,7 +157,7 @@ def open_record_images(
         source = open_source(where, subset, **reopened(folder, records.manifest))
     if records.manifest.class_names and not has_layout(where):
         source = numbered_by(source, records.manifest.class_names, records.manifest.num_classes)
-    known = size or crop_of(records.manifest.source)
+    known = size or crop
     return SourceImages(source, records, known) if known else SourceImages(source, records, *_side(source, records))
 
 

@@ -24,7 +24,7 @@ from st_fast.core.options import COUNT_MOST, SIDE_MOST, integer, path
 from st_fast.core.progress import bar
 from st_fast.core.random import epoch_order
 from st_fast.core.writing import cannot_write
-from st_fast.data.images import load_image
+from st_fast.data.images import Size, load_image, named_size
 from st_fast.data.manifest import Manifest, crop_of, is_upright, read_manifest
 from st_fast.data.sources import Source, numbered_by, open_source
 from st_fast.evaluate.classifier import FEATURES
@@ -76,9 +76,9 @@ def check_source(given: argparse.Namespace, sources: tuple[Source, Source]) -> N
 
 
 def read_chosen(
-    source: Source, order: np.ndarray, count: int, size: int, upright: bool, what: str
+    source: Source, order: np.ndarray, count: int, size: Size, upright: bool, what: str
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The first `count` usable images of `order`, sorted: uint8 (n, 3, size, size), labels (n,), and how many it took.
+    """The first `count` usable images of `order`, sorted: uint8 (n, 3, H, W), labels (n,), and how many it took.
 
     Images that can't be used are named on stdout; UserError where none can.
     """
@@ -127,7 +127,8 @@ def main(arguments: Sequence[str]) -> None:
     if size is None:
         raise UserError(f"real-images: {given.data} doesn't tell the size of its images: give --size")
     if known not in (None, size):
-        raise UserError(f"real-images: --size {size}: {given.data} is of {known}; leave --size out")
+        of = "" if known is None else named_size(known)
+        raise UserError(f"real-images: --size {size}: {given.data} is of {of}; leave --size out")
     path = given.data / "images.safetensors"
     tensors: dict[str, np.ndarray] = {}
     if path.exists():

@@ -24,6 +24,7 @@ from st_fast.core.machine import local_count, usable_cpus
 from st_fast.core.random import Purpose
 from st_fast.core.ranks import Ranks
 from st_fast.data.ahead import ReadAhead, RecordSet, with_std
+from st_fast.data.buckets import BucketOrder, BucketSet, one_shape
 from st_fast.data.features import FeatureSet, check_grid, open_features_of
 from st_fast.data.loader import Loader
 from st_fast.model import flow
@@ -72,6 +73,14 @@ def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def record_order(recipe: Recipe, records: RecordSet) -> random.RecordOrder | BucketOrder:
+    """Which records training sees, by ordinals: of several shapes one a batch."""
+    seed, size = recipe.run.seed, recipe.optim.batch_size
+    if isinstance(records, BucketSet):
+        return BucketOrder(seed, records.counts, size)
+    return random.RecordOrder(seed, len(records))
+
+
 class BatchIterator:
     """The batches of a stage for one rank, in order. `waited`: the seconds that training has waited for data.
 
@@ -87,7 +96,7 @@ class BatchIterator:
         self.recipe, self.stage, self.loader, self.ranks, self.features = recipe, stage, loader, ranks, features
         self.draw, self.conditions = draw, conditions or ClassLabels(recipe.model.num_classes)
         self._null = sent_to(ranks.device, self.conditions.null)
-        self.records, self.order = records, random.RecordOrder(recipe.run.seed, len(records))
+        self.records, self.order = records, record_order(recipe, records)
         self.waited = 0.0
         self.pass_rows = 0
         """The supervised rows of one pass if they are padded."""
@@ -246,6 +255,8 @@ def open_image_features(
 ) -> ImageFeatures:
     """The features of a stage; UserError where something is missing or does not fit the model or the latents."""
     method, data = stage.method, recipe.data
+    if method.encoder_names:
+        one_shape(records, f"stage.{stage.name}, which learns from image features,")
     if not method.encodes_images:
         return ImageFeatures(written=tuple(open_features_of(stage, recipe, records)))
     images = open_record_images(Path(data.path), records, data.images, data.images_subset)

@@ -154,20 +154,25 @@ def with_graphs(recipe: Recipe, used: bool) -> Recipe:
     return replace(recipe, run=replace(recipe.run, cuda_graphs=used))
 
 
-def refusal(recipe: Recipe, stage: Stage, ranks: Ranks) -> str:
+def refusal(recipe: Recipe, stage: Stage, ranks: Ranks, shapes: int) -> str:
     """Why "auto" leaves graphs out of a stage without a trial, in a few words; empty if it does not."""
     if ranks.device.type != "cuda":
         return f"the run is on {ranks.device.type}"
     if (problem := graphs_problem(recipe, ranks.count)) is not None:
         return problem.short
+    if shapes > 1:
+        return f"latents of {shapes} shapes"
     return "live image encoders" if stage.method.encodes_images else ""
 
 
-def settled(recipe: Recipe, stage: Stage, ranks: Ranks, say: Say) -> GraphChoice | None:
-    """What is known of a stage's graphs before a trial; None if the trial decides. `say` is told unless on a CPU."""
+def settled(recipe: Recipe, stage: Stage, ranks: Ranks, say: Say, shapes: int = 1) -> GraphChoice | None:
+    """What is known of a stage's graphs before a trial; None if the trial decides. `say` is told unless on a CPU.
+
+    `shapes`: how many the latents have.
+    """
     if recipe.run.cuda_graphs != "auto":
         return GraphChoice(recipe.run.graphs, ranks.count)
-    reason = refusal(recipe, stage, ranks)
+    reason = refusal(recipe, stage, ranks, shapes)
     if reason:
         if ranks.device.type == "cuda":
             say(f"{stage.name}: CUDA graphs left out: {reason}")

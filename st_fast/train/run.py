@@ -19,6 +19,7 @@ from st_fast.core.machine import PassTooLarge, local_rank, naming_lack_of_memory
 from st_fast.core.ranks import JOINING, Ranks, process_group
 from st_fast.core.signals import StopConsensus, stop_on_signals
 from st_fast.data.ahead import RecordSet
+from st_fast.data.buckets import BucketSet
 from st_fast.data.manifest import Manifest, check_same_data
 from st_fast.data.shards import open_data
 from st_fast.data.statistics import sampled_warning
@@ -40,6 +41,7 @@ from st_fast.train.conditions import check_same_conditions, kept_on_device, open
 from st_fast.train.continuity import Changes, check_recipe, newest, score_differences
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
+from st_fast.train.shapes import check_shapes, with_largest_shape
 from st_fast.train.stage import run_stage
 from st_fast.train.trainer import RunContext
 from st_fast.train.watchdog import watched
@@ -105,7 +107,9 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             differences = score_differences(changes.scored, examiner.protocol)
             ranks.broadcast_from_rank0(lambda: changes.check(differences, recipe.stages[0].name, 0))
             dtype, kept = precision(recipe, ranks.device), kept_on_device(recipe, shards, ranks.device)
-            split, choice = memory.choose_micro_batch(recipe, ranks, dtype, kept, log.say)
+            of_most = with_largest_shape(recipe, shards)
+            split, choice = memory.choose_micro_batch(of_most, ranks, dtype, kept, log.say)
+            split = replace(split, model=recipe.model)
             if ranks.first:
                 # Not earlier: a recipe that is refused has not begun, and may be corrected.
                 keep_given(given, out / "recipe.toml", recipe, log)
@@ -170,7 +174,7 @@ def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:
         verify, beat = recipe.data.verify and local_rank() == 0, partial(ranks.heartbeat.beat, "verify")
         beat()
         opened.append(open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, say, beat))
-        check_fits(recipe, opened[0].manifest)
+        fit_data(recipe, opened[0])
         return of_data(recipe, opened[0])
 
     agree(ranks, "data", look, NO_TIMEOUT)
@@ -240,6 +244,17 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
 def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     """The dtype of the weights in use."""
     return torch.bfloat16 if recipe.run.bf16(device.type) else torch.float32
+
+
+def fit_data(recipe: Recipe, records: RecordSet) -> None:
+    """UserError unless the recipe's model can be trained on these records, of one shape or of several."""
+    if not isinstance(records, BucketSet):
+        check_fits(recipe, records.manifest)
+        return
+    for part in records.parts:
+        _, height, width = part.manifest.shape
+        check_fits(replace(recipe, model=replace(recipe.model, latent_size=(height, width))), part.manifest)
+    check_shapes(recipe, records)
 
 
 LEAST_HASH = 8

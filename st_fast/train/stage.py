@@ -11,6 +11,7 @@ from st_fast import __version__
 from st_fast.core.checkpoint.meta import GraphChoice
 from st_fast.core.errors import Say
 from st_fast.core.machine import PassTooLarge, freeze_heap, thaw_heap
+from st_fast.data.buckets import parts_of
 from st_fast.data.loader import Loader, make_loader
 from st_fast.recipe import Recipe, cost
 from st_fast.recipe.batch import images_a_pass
@@ -31,7 +32,8 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     ranks.heartbeat.beat("build")
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
-    choice, clock = graphs.settled(context.recipe, stage, ranks, log.say), Clock()
+    shapes, clock = len(parts_of(context.shards)), Clock()
+    choice = graphs.settled(context.recipe, stage, ranks, log.say, shapes)
     # A trial takes the way of graphs, which are taken more often than not where there is one.
     recipe = graphs.with_graphs(context.recipe, choice is None or choice.used)
     trainer = Trainer(replace(context, recipe=recipe), stage)

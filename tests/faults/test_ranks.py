@@ -12,12 +12,13 @@ import torch
 
 from st_fast.core.errors import EXIT_USAGE
 from st_fast.core.ranks import Ranks
+from st_fast.data.loader import make_loader
 from st_fast.data.shards import open_data
 from st_fast.recipe import load
 from st_fast.recipe.schema import Recipe
 from st_fast.train.batches import BatchIterator
 from st_fast.train.run import run
-from tests import tiny, tiny_text
+from tests import tiny, tiny_shapes, tiny_text
 from tests.faults.ranks import finish, torchrun
 from tests.faults.restarts import killed_again_and_again
 
@@ -28,13 +29,12 @@ KEYS = ("denoise", "aux", "grad_norm")
 
 def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
     """A digest of everything that is drawn for each sample, by ordinal, as all of `count` ranks see it."""
-    from st_fast.data.loader import ResidentLoader
-
     shards = open_data(Path(recipe.data.path), verify=False)
     found = {}
     for rank in range(count):
         ranks = Ranks(rank, count, torch.device("cpu"))
-        iterator = BatchIterator(recipe, recipe.stages[0], ResidentLoader(shards, ranks.device), shards, ranks)
+        loader = make_loader("resident", shards, ranks.device, print)
+        iterator = BatchIterator(recipe, recipe.stages[0], loader, shards, ranks)
         for batches in iterator.steps(0, 10):
             for batch in batches:
                 weight = torch.zeros(len(batch.t)).index_copy(0, batch.rows.index, batch.rows.weight)
@@ -52,6 +52,14 @@ def test_every_sample_its_noise_time_and_dropped_label_are_bit_for_bit_those_of_
     one = sample_stream(load(recipe), 1)
     assert sorted(one) == list(range(80)) and len(set(one.values())) == 80
     assert sample_stream(load(recipe, [f"--optim.accumulation={accumulation}"]), count) == one
+
+
+def test_so_they_are_where_latents_have_several_shapes(tmp_path):
+    data = tiny_shapes.write_data(tmp_path / "data")
+    recipe = load(tiny_shapes.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"))
+    one = sample_stream(recipe, 1)
+    assert sorted(one) == list(range(40)) and len(set(one.values())) == 40
+    assert sample_stream(recipe, 2) == sample_stream(recipe, 4) == one
 
 
 def test_the_samples_named_for_a_step_are_those_the_ranks_saw(recipe):
@@ -119,6 +127,23 @@ def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_stream(one_stage
         assert finish(nursery.start(count, one_stage, f"--stage.align.steps={steps}")) == [0] * count
     theirs = [r for r in tiny.records(alone, "train") if r["stage"] == "align"]
     close(tiny.records(one_stage.parent / "out", "train"), theirs)
+
+
+def test_a_run_on_several_shapes_goes_on_with_other_ranks_and_in_shards_through_both_stages(nursery, tmp_path):
+    data, recipes = tiny_shapes.write_data(tmp_path / "data"), []
+    for name in ("alone", "ranks"):
+        recipes.append(tiny_shapes.write_recipe(tmp_path / f"{name}.toml", data, tmp_path / name))
+    run(load(recipes[0]))
+    both = recipes[1].read_text()
+    one = both[: both.rindex("[[stage]]")]
+    for count, text, options in (
+        (2, one, ("--stage.align.steps=3",)),
+        (1, both, ("--stage.transcend.steps=5",)),
+        (2, both, ("--run.sharding=fsdp2", "--run.shard_teacher=true")),
+    ):
+        recipes[1].write_text(text)
+        assert finish(nursery.start(count, recipes[1], *options)) == [0] * count
+    close(tiny.records(tmp_path / "ranks", "train"), tiny.records(tmp_path / "alone", "train"))
 
 
 def test_a_run_on_captions_goes_on_with_other_ranks_and_in_shards_through_both_stages(nursery, tmp_path):

@@ -1,0 +1,48 @@
+"""What a run does about latents of several shapes: they must fit its network, take about as many tokens, and memory."""
+
+from dataclasses import replace
+
+from st_fast.core.errors import UserError
+from st_fast.data.ahead import RecordSet
+from st_fast.data.buckets import BucketSet
+from st_fast.recipe import Recipe
+from st_fast.recipe.error import show, wrong_value
+
+TOKENS_APART = 0.15
+"""How far the tokens of a shape may lie from those of the recipe's own, as a share of these. A batch is as many images
+of whatever shape, so that costs, and what a step learns, would differ as much."""
+
+
+def check_shapes(recipe: Recipe, records: BucketSet) -> None:
+    """UserError unless every shape divides into patches and has about as many tokens as the recipe's own.
+
+    Also for CUDA graphs, each of which is of one shape.
+    """
+    model, odd, apart = recipe.model, list[str](), list[str]()
+    for name, part in records.sets.items():
+        height, width = part.manifest.shape[1:]
+        rows, columns = height // model.patch, width // model.patch
+        if height % model.patch or width % model.patch:
+            odd.append(f"{name} ({height} x {width})")
+        elif abs(rows * columns / model.tokens - 1) > TOKENS_APART:
+            apart.append(f"{name} ({rows} x {columns} = {rows * columns})")
+    if odd:
+        raise UserError(f"{records.folder}: model.patch = {model.patch} does not divide latents of {', '.join(odd)}")
+    if apart:
+        raise UserError(
+            f"{records.folder}: model.latent_size = {show(model.latent_size)} with patch {model.patch} makes "
+            f"{model.tokens} tokens; more than {100 * TOKENS_APART:.0f} % from it are {', '.join(apart)}: set "
+            "model.latent_size to the size of the --buckets, or prepare others"
+        )
+    if recipe.run.graphs:
+        why = f"a graph is of one shape, {records.folder} has {len(records.parts)}"
+        raise wrong_value("run.cuda_graphs", True, '"auto" or false', why)
+
+
+def with_largest_shape(recipe: Recipe, records: RecordSet) -> Recipe:
+    """The recipe with latents of the shape that takes most memory, for estimates of it."""
+    if not isinstance(records, BucketSet):
+        return recipe
+    sides = [(part.manifest.shape[1], part.manifest.shape[2]) for part in records.parts]
+    largest = max([recipe.model.latent_sides, *sides], key=lambda pair: pair[0] * pair[1])
+    return replace(recipe, model=replace(recipe.model, latent_size=largest))

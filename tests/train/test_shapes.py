@@ -1,0 +1,260 @@
+"""Training on latents of several shapes, and of one that is no square."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from st_fast import kernels
+from st_fast.core import checkpoint
+from st_fast.core.errors import UserError
+from st_fast.core.random import Purpose, normal, uniform
+from st_fast.core.ranks import Ranks
+from st_fast.data.buckets import write_index
+from st_fast.data.shards import open_data
+from st_fast.model import flow, network
+from st_fast.prepare.writing import write_shards
+from st_fast.recipe import load
+from st_fast.train.batches import record_order
+from st_fast.train.graphs import refusal
+from st_fast.train.run import run
+from st_fast.train.shapes import with_largest_shape
+from tests import tiny, tiny_shapes
+
+STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread(one_thread):
+    """Sums are added up in one order."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny_shapes.write_data(tmp_path_factory.mktemp("shapes") / "latents")
+
+
+def trained(folder: Path, data: Path, *options: str) -> Path:
+    """The run folder of a run in this process."""
+    folder.mkdir(exist_ok=True)
+    run(load(tiny_shapes.write_recipe(folder / "t.toml", data, folder / "out"), options))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    keep = ("--run.save_every=1", "--run.keep=20", "--optim.lr=3e-2")
+    return trained(tmp_path_factory.mktemp("whole"), data, *keep)
+
+
+def newest(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of both stages' newest checkpoints."""
+    found = {stage: checkpoint.latest(out / stage / "checkpoints", pytest.fail) for stage in ("align", "transcend")}
+    return {f"{s}/{g}/{k}": t for s, c in found.items() for g, ts in c.groups.items() for k, t in ts.items()}
+
+
+def losses(out: Path, stage: str = "align") -> list[tuple[float, float, float]]:
+    return [(r["denoise"], r["aux"], r["grad_norm"]) for r in tiny.records(out, "train") if r["stage"] == stage]
+
+
+def first_bucket(data: Path, seed: int, tmp_path: Path) -> str:
+    recipe = load(tiny_shapes.write_recipe(tmp_path / "f.toml", data, tmp_path), [f"--run.seed={seed}"])
+    return list(tiny_shapes.SIDES)[record_order(recipe, open_data(data, verify=False)).bucket_at(0)[0]]
+
+
+def test_a_step_on_several_shapes_has_the_losses_bit_for_bit_of_a_run_on_that_shape_alone(data, tmp_path):
+    """The first steps, with the same weights: of each of three seeds whose first batch is of another shape."""
+    seeds: dict[str, int] = {}
+    for seed in range(40):
+        seeds.setdefault(first_bucket(data, seed, tmp_path), seed)
+    assert set(seeds) == set(tiny_shapes.SIDES)
+    for name, seed in seeds.items():
+        options = (f"--run.seed={seed}", "--stage.align.steps=1", "--stage.transcend.steps=1")
+        options += ("--flow.time=stratified",)  # so that some sample is supervised
+        one = tmp_path / name
+        tiny_shapes.write_data(one / "data", name)
+        three = trained(tmp_path / f"three-{name}", data, *options)
+        alone = trained(one, one / "data", *options)
+        assert losses(three) == losses(alone) and losses(three)[0][1] > 0
+        assert losses(three, "transcend")[0][0] == losses(alone, "transcend")[0][0]
+        ours, theirs = newest(three), newest(alone)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_every_steps_loss_is_that_of_its_weights_on_its_batch(whole, data):
+    """Read from the files, with noise, times and labels by their definitions: none of the loaders or iterators."""
+    recipe = load(whole / "recipe.toml")
+    table = kernels.select(dict.fromkeys(("norm_modulate", "qk_norm"), "reference"), torch.device("cpu"))
+    model, order = network(recipe.model, table), record_order(recipe, open_data(data, verify=False))
+    seed, size, seen = recipe.run.seed, recipe.optim.batch_size, set()
+    for step in range(1, STEPS):
+        found = next(c for c in checkpoint.candidates(whole / "align" / "checkpoints") if c.step == step)
+        model.load_state_dict(load_file(found.path / "model.safetensors"))
+        bucket, _ = order.bucket_at(step)
+        name = list(tiny_shapes.SIDES)[bucket]
+        seen.add(name)
+        shards = [load_file(path) for path in sorted((data / name).glob("*.safetensors"))]
+        moments, labels = (torch.cat([shard[key] for shard in shards]) for key in ("moments", "labels"))
+        ordinals = torch.arange(step * size, (step + 1) * size)
+        records = torch.from_numpy(order(ordinals.numpy())) - sum(list(tiny_shapes.COUNTS.values())[:bucket])
+        mean, std = moments[records].float().chunk(2, dim=1)
+        x = 0.75 * (mean + std * normal(seed, Purpose.POSTERIOR, ordinals, mean.shape[1:]))
+        noise = normal(seed, Purpose.NOISE, ordinals, mean.shape[1:])
+        t = flow.sample_times(seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
+        x_t = (1 - t).view(-1, 1, 1, 1) * x + t.view(-1, 1, 1, 1) * noise
+        dropped = uniform(seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0] < recipe.model.class_dropout
+        with torch.no_grad():
+            velocity, _ = model(x_t, t, torch.where(dropped, 5, labels[records]))
+        expected = float((velocity - (noise - x)).square().mean())
+        assert losses(whole)[step][0] == pytest.approx(expected, rel=2e-6), (step, name)
+    assert seen == set(tiny_shapes.SIDES)
+
+
+def test_a_run_that_was_stopped_at_an_odd_step_goes_on_bit_for_bit(whole, data, tmp_path):
+    """The first stage in three pieces, then the second."""
+    recipe = tiny_shapes.write_recipe(tmp_path / "t.toml", data, tmp_path / "out")
+    both = recipe.read_text()
+    recipe.write_text(both[: both.rindex("[[stage]]")])
+    for steps in (3, 7, 10):
+        run(load(recipe, [f"--stage.align.steps={steps}", "--optim.lr=3e-2"]))
+    recipe.write_text(both)
+    run(load(recipe, ["--optim.lr=3e-2"]))
+    ours, theirs = newest(tmp_path / "out"), newest(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for stage in ("align", "transcend"):
+        assert losses(tmp_path / "out", stage) == losses(whole, stage)
+
+
+@pytest.mark.parametrize("options", [("--data.loader=torch", "--run.prefetch=true", "--run.streams=off"),
+                                     ("--model.modulation=one",)])  # fmt: skip
+def test_loaders_and_schedules_change_no_bit(options, whole, data, tmp_path):
+    out = trained(tmp_path, data, "--optim.lr=3e-2", *options)
+    exact = options[0].startswith("--data")
+    for ours, theirs in zip(losses(out), losses(whole), strict=True):
+        assert ours == theirs if exact else ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_accumulation_and_checkpointed_activations_work_on_several_shapes(whole, data, tmp_path):
+    out = trained(tmp_path, data, "--optim.lr=3e-2", "--optim.accumulation=2", "--run.checkpointing=block")
+    for ours, theirs in zip(losses(out), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-5)
+
+
+METHODS = {
+    "sra": 'supervision = "sra"\nsteps = 4\nstudent_depth = 1\nteacher_depth = 2',
+    "layer_sync": 'supervision = "layer_sync"\nsteps = 4\nstudent_depth = 1\nteacher_depth = 2',
+    "none": 'supervision = "none"\nsteps = 4',
+}
+
+
+def with_method(recipe: Path, method: str) -> Path:
+    text = recipe.read_text()
+    recipe.write_text(text[: text.index("[[stage]]")] + f'[[stage]]\nname = "only"\n{method}\n')
+    return recipe
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_without_image_features_trains_on_several_shapes(method, data, tmp_path):
+    recipe = with_method(tiny_shapes.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"), METHODS[method])
+    run(load(recipe))
+    found = losses(tmp_path / "out", "only")
+    assert len(found) == 4 and all(torch.isfinite(torch.tensor(found)).flatten())
+
+
+def test_one_shape_that_is_no_square_trains_alone(tmp_path):
+    tiny_shapes.write_bucket(tmp_path, "144x64")
+    out = trained(tmp_path / "run", tmp_path / "144x64", "--model.latent_size=[18, 8]")
+    assert len(losses(out)) == STEPS and load(out / "recipe.toml").model.latent_size == (18, 8)
+    state = newest(out)
+    assert state["align/model/pos_embed"].shape == (1, 36, 32)
+    with pytest.raises(
+        UserError, match=r"latents are \(4, 18, 8\), .*model.latent_size = \[8, 18\] .* need \(4, 8, 18\)"
+    ):
+        trained(tmp_path / "turned", tmp_path / "144x64", "--model.latent_size=[8, 18]")
+
+
+def test_another_shapes_checkpoint_is_no_teacher_and_no_start(tmp_path):
+    """Both have 36 tokens, which no weight's shape tells apart."""
+    tiny_shapes.write_bucket(tmp_path, "144x64")
+    out = trained(tmp_path / "run", tmp_path / "144x64", "--model.latent_size=[18, 8]")
+    others = tiny_shapes.write_data(tmp_path / "square", "96x96")
+    differs = r"another architecture: latent_size \[18, 8\] \(this recipe: 12\)"
+    with pytest.raises(UserError, match=differs):
+        trained(tmp_path / "a", others / "96x96", f"--stage.transcend.teacher={out}/align")
+    with pytest.raises(UserError, match=differs):
+        trained(tmp_path / "b", others / "96x96", f"--stage.align.init={out}/align")
+    fresh = (f"--stage.align.init={out}/align", '--stage.align.init_fresh=["pos_embed"]', "--stage.align.steps=2")
+    again = trained(tmp_path / "c", others / "96x96", *fresh, "--stage.transcend.steps=1")
+    positions = checkpoint.latest(again / "align" / "checkpoints", pytest.fail).groups["model"]["pos_embed"]
+    assert torch.equal(
+        positions, network(load(again / "recipe.toml").model, kernels.select({}, torch.device("cpu"))).pos_embed
+    )
+
+
+def write_odd(folder: Path, sides: Sequence[int]) -> Path:
+    """One bucket more, of these sides, beside those there are."""
+    made = open_data(folder / "96x96", verify=False).manifest
+    moments = torch.rand(8, 8, *sides, generator=torch.Generator().manual_seed(1)).half()
+    from dataclasses import replace
+
+    name = f"{8 * sides[0]}x{8 * sides[1]}"
+    write_shards(folder / name, [(moments, torch.zeros(8, dtype=torch.int64))],
+                 replace(made, count=0, shards=(), shape=(8, *sides), source="odd"))  # fmt: skip
+    write_index(folder, [*tiny_shapes.SIDES, name])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("sides", "options", "words"),
+    [
+        ((9, 16), (), r"model.patch = 2 does not divide latents of 72x128 \(9 x 16\)"),
+        ((10, 12), (), r"= 12 with patch 2 makes 36 tokens; more than 15 % from it are 80x96 \(5 x 6 = 30\): set"),
+        ((14, 12), (), r"more than 15 % from it are 112x96 \(7 x 6 = 42\)"),
+        ((12, 12), ("--optim.batch_size=8", "--model.channels=3"), r"latents are \(4, 12, 12\), model.channels = 3"),
+        ((10, 14), ("--optim.batch_size=16",), r"80x112 has 13, 144x64 has 10.*take a smaller batch, or prepare"),
+        ((10, 14), ("--run.device=auto", "--run.cuda_graphs=true"), "a graph is of one shape|CUDA graphs need a CUDA"),
+        ((10, 14), ("--data.loader=dali",), 'data.loader = "dali": not for latents of several shapes'),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line_before_anything_is_trained(sides, options, words, tmp_path):
+    data = tiny_shapes.write_data(tmp_path / "data")
+    if sides not in tiny_shapes.SIDES.values():
+        write_odd(data, sides)
+    with pytest.raises(UserError, match=words) as caught:
+        trained(tmp_path / "run", data, *options)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_features_are_refused_with_the_folders_that_can_have_them(data, tmp_path):
+    method = 'supervision = "repa"\nsteps = 4\ndepth = 1\nencoders = ["dinov2"]'
+    recipe = with_method(tiny_shapes.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"), method)
+    with pytest.raises(
+        UserError, match=r"stage.only, which learns from image features, takes one: name one of .*96x96"
+    ):
+        run(load(recipe))
+
+
+def test_graphs_are_left_out_and_memory_is_that_of_the_largest_shape(data, tmp_path):
+    recipe = load(tiny_shapes.write_recipe(tmp_path / "t.toml", data, tmp_path))
+    ranks = Ranks(0, 1, torch.device("cuda"))
+    assert refusal(recipe, recipe.stages[0], ranks, 3) == "latents of 3 shapes"
+    assert with_largest_shape(recipe, open_data(data)).model.tokens == 36
+    small = load(tmp_path / "t.toml", ["--model.latent_size=[10, 14]"])
+    assert with_largest_shape(small, open_data(data)).model.tokens == 36
+    assert with_largest_shape(recipe, open_data(data / "80x112")) is recipe
+
+
+def test_the_choice_of_passes_leaves_the_recipes_own_shape(data, tmp_path):
+    out = trained(tmp_path, data, "--model.latent_size=[10, 14]", '--optim.micro_batch="auto"', "--stage.align.steps=1",
+                  "--stage.transcend.steps=1")  # fmt: skip
+    assert load(out / "recipe.toml").model.latent_size == (10, 14)
+    meta = checkpoint.latest(out / "align" / "checkpoints", pytest.fail).meta
+    assert meta["architecture"]["latent_size"] == [10, 14] and "latent_size = [10, 14]" in meta["recipe"]
+    assert json.loads(json.dumps(meta["architecture"])) == load(out / "recipe.toml").model.architecture()
