@@ -22,6 +22,7 @@ Examples:
     python -m st_fast.prepare ~/imagenet/train data/imagenet256 --dry-run
     python -m st_fast.prepare ~/photos data/photos --unlabelled --recipe photos.toml
     python -m st_fast.prepare ~/pets data/pets --subset train --image-column photo --label-column breed
+    python -m st_fast.prepare ~/photos data/photos256 --size 256 --buckets auto
     torchrun --nproc-per-node 8 -m st_fast.prepare --features facebook/dinov2-base ~/imagenet/train data/imagenet256
     python -m st_fast.prepare ~/coco/train2014 data/coco256 --captions ~/coco/annotations/captions_train2014.json
     python -m st_fast.prepare --text openai/clip-vit-large-patch14 data/coco256
@@ -31,7 +32,7 @@ from collections.abc import Sequence
 
 from st_fast.core.command import command_parser, run_command
 from st_fast.core.errors import UserError
-from st_fast.core.options import BATCH_MOST, COUNT_MOST, SIDE_MOST, Parser, given, integer, number, path
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, Parser, given, integer, number, path, pixels
 from st_fast.core.signals import catch_signals
 
 VAE_HELP = (
@@ -43,6 +44,11 @@ FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as 
 TEXT_HELP = "a CLIP, T5, Gemma or BERT, as a folder or hub name, or all-minilm-l6-v2"
 IMAGE_COLUMN_HELP = "a table's column of images, or the suffix of webdataset's images (default: the only one, or image)"
 LABEL_COLUMN_HELP = "a table's column of labels, or their key in the .json beside images (default: found, or label)"
+SIZE_HELP = "pixels: ADM's centre crop to SIZE × SIZE (default 256), or to height × width"
+BUCKETS_HELP = (
+    "keep aspect ratios: a folder of latents for each of these (width:height), of at most SIZE × SIZE pixels; auto: "
+    "1:1,4:3,3:4,3:2,2:3,16:9,9:16"
+)
 CAPTIONS_HELP = (
     "auto: the captions are in a .txt or .json beside each image, or in a table's column; else the file of COCO's "
     "annotations that has them"
@@ -82,9 +88,8 @@ def parser() -> Parser:
         mode.add_argument(f"--{name}", action="store_true", help="as above")
     mode.add_argument("--features", metavar="ENCODER", type=given, help=FEATURES_HELP)
     mode.add_argument("--text", metavar="ENCODER", type=given, help=TEXT_HELP)
-    add(
-        "--size", type=integer(1, SIDE_MOST), default=256, help="pixels: ADM's centre crop to SIZE × SIZE (default 256)"
-    )
+    add("--size", type=pixels, default=256, metavar="SIZE|HEIGHTxWIDTH", help=SIZE_HELP)
+    add("--buckets", type=given, metavar="auto|W:H,…", help=BUCKETS_HELP)
     add("--subset", default="", help="use only this folder of IMAGES (or this split), such as train")
     add("--unlabelled", action="store_true", help="all images are of one class, whatever folders they lie in")
     add("--image-column", type=given, metavar="NAME", help=IMAGE_COLUMN_HELP)
@@ -140,12 +145,20 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--max-bad {args.max_bad}: at least 0")
     if args.vae_factor and args.vae != "small":
         raise UserError(f"--vae-factor {args.vae_factor}: is of --vae small; --vae {args.vae} has its own")
-    if args.vae_factor and (args.size % args.vae_factor or args.size < 2 * args.vae_factor):
-        raise UserError(
-            f"--size {args.size}: a multiple of --vae-factor {args.vae_factor}, at least twice it, is needed"
-        )
     if args.recipe and args.captions:
         raise UserError("--recipe: with --captions it follows the text encoder: begin with recipes/mmdit_coco.toml")
+    size = args.size if isinstance(args.size, tuple) else (args.size,)
+    if args.vae_factor and any(side % args.vae_factor or side < 2 * args.vae_factor for side in size):
+        named = "x".join(map(str, size))
+        raise UserError(f"--size {named}: a multiple of --vae-factor {args.vae_factor}, at least twice it, is needed")
+    if len(size) > 1 and (args.buckets or args.features):
+        why = "--buckets takes one side, of the square" if args.buckets else "image encoders take squares"
+        raise UserError(f"--size {'x'.join(map(str, size))}: {why}")
+    if args.buckets:
+        from st_fast.prepare.bucket_command import encode
+
+        encode(args)
+        return
     from st_fast.prepare import commands
 
     getattr(commands, mode)(args)

@@ -16,12 +16,13 @@ from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import printable, read_json
 from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet, mean_and_std
+from st_fast.data.buckets import has_buckets, one_shape, parts_of
 from st_fast.data.captions import coco_captions, read_source_captions
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.labels import counts_line
 from st_fast.data.layouts.coco import is_coco
 from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
-from st_fast.data.shards import open_data
+from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.data.sources import Source, open_source
 from st_fast.data.statistics import latent_statistics
 from st_fast.data.text import FOLDER as TEXT
@@ -29,6 +30,7 @@ from st_fast.data.text import open_text, read_captions, text_folder
 from st_fast.model.encoders import load_encoder
 from st_fast.model.text_encoders import load_text_encoder
 from st_fast.model.vae import PIXELS, PRESETS, load_vae, vae_hash
+from st_fast.prepare.buckets import ASSIGNED_FILE
 from st_fast.prepare.encode import Encoder, plan
 from st_fast.prepare.features import open_record_images, template, write_features
 from st_fast.prepare.job import (
@@ -78,20 +80,21 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def stats(args: argparse.Namespace) -> None:
-    """Prints statistics and writes a picture of 64 random records, decoded."""
+    """Prints statistics and writes a picture of 64 random records, decoded; of each bucket its own."""
     folder = args.paths[0]
-    picture = folder / "stats.png" if folder.is_dir() else folder.with_name(f"{folder.name}.stats.png")
     records = open_data(folder, verify=False)
-    manifest = records.manifest
-    print(describe(records))
-    chosen = np.random.default_rng(0).choice(manifest.count, min(64, manifest.count), replace=False)
-    mean, std = mean_and_std(records.gather(np.sort(chosen))[0], manifest)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-    decode = decoder(folder, manifest, compute(args)[0])
-    save_png(grid(decode((mean + std * noise) * manifest.scale), 8), picture)
-    print(f"picture: {picture}")
+    decode = decoder(folder, records.manifest, compute(args)[0])
+    for name, part in parts_of(records).items():
+        manifest = part.manifest
+        print(f"{name}: {describe(part)}" if name else describe(part))
+        chosen = np.random.default_rng(0).choice(manifest.count, min(64, manifest.count), replace=False)
+        mean, std = mean_and_std(part.gather(np.sort(chosen))[0], manifest)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+        place = folder / name / "stats.png" if folder.is_dir() else folder.with_name(f"{folder.name}.stats.png")
+        save_png(grid(decode((mean + std * noise) * manifest.scale), 8), place)
+        print(f"picture: {place}")
     if args.recipe:
-        write_recipe(args.recipe, ready_recipe(manifest, str(folder)))
+        write_recipe(args.recipe, ready_recipe(records.manifest, str(folder)))
 
 
 def describe(records: RecordSet) -> str:
@@ -158,7 +161,7 @@ def text(args: argparse.Namespace) -> None:
 def to_repa(args: argparse.Namespace) -> None:
     """Shards → REPA's layout."""
     source, out = args.paths
-    records = open_data(source, verify=False)
+    records = one_shape(open_data(source, verify=False), "REPA's layout")
     check_target(source, out)
     check_moments(records.manifest, source)
     if args.dry_run:
@@ -170,16 +173,23 @@ def to_repa(args: argparse.Namespace) -> None:
     print(f"{out}: {len(records):,} files; REPA's own trainer also wants the images, as many in images/")
 
 
+def open_images(args: argparse.Namespace) -> tuple[Source, list[Sequence[str]]]:
+    """The images to encode, and the captions of each if these are asked for."""
+    columns, say = (args.image_column or "", args.label_column or ""), say_once()
+    source = open_source(args.paths[0], args.subset, bool(args.captions), args.unlabelled, *columns)
+    say_classes(source, args.max_bad, say)
+    check_free(args.recipe, args.paths[1])
+    if not args.captions:
+        return source, []
+    found = source.captions if args.captions == "auto" else coco_captions(Path(args.captions), source.names)
+    return source, read_source_captions(source.names, found, args.max_bad, source.description, say)
+
+
 def encode(args: argparse.Namespace) -> None:
     """Images → shards, and their captions if these are asked for."""
-    columns = args.image_column or "", args.label_column or ""
-    source = open_source(args.paths[0], args.subset, bool(args.captions), args.unlabelled, *columns)
-    out, say, captions = args.paths[1], say_once(), list[Sequence[str]]()
-    say_classes(source, args.max_bad, say)
-    check_free(args.recipe, out)
-    if args.captions:
-        found = source.captions if args.captions == "auto" else coco_captions(Path(args.captions), source.names)
-        captions = read_source_captions(source.names, found, args.max_bad, source.description, say)
+    (source, captions), out, say = open_images(args), args.paths[1], say_once()
+    if has_buckets(out) or (out / ASSIGNED_FILE).is_file():
+        raise UserError(f"{out}: begun with --buckets; use those, or name another folder to write")
     if (out / FILE_NAME).is_file():
         check_finished(out, finished_plan(args, source, out))
         if args.captions and not args.dry_run:
@@ -203,9 +213,9 @@ def encode(args: argparse.Namespace) -> None:
     encoder = Encoder(
         source, vae, info, how, args.size, args.flip, args.dtype, args.batch_size, args.shard_size, upright
     )
-    side = encoder.template.shape[-1]
-    if side % 2 and own_share().start == 0:
-        print(f"latents of {side}×{side}: a model's patch must divide {side}, so patch 2 can't be used")
+    _, height, width = encoder.template.shape
+    if (odd := [side for side in (height, width) if side % 2]) and own_share().start == 0:
+        print(f"latents of {height}×{width}: a model's patch must divide {odd[0]}, so patch 2 can't be used")
     if (out / JOB_FILE).is_file():
         check_unfinished(out, encoder.fingerprint)
     done = [is_done(out, number) for number in range(encoder.shards)]
@@ -231,7 +241,7 @@ def encode(args: argparse.Namespace) -> None:
 
 def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[str, Any]:
     """What is asked of a finished set, without loading a VAE from elsewhere than a local folder."""
-    made, asked = read_manifest(out), plan(source, args.size, args.flip, args.dtype, args.shard_size)
+    made, asked = read_any_manifest(out), plan(source, args.size, args.flip, args.dtype, args.shard_size)
     found, wanted = same_names(args.vae, made.vae, out)
     if found != wanted:
         raise UserError(

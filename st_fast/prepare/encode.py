@@ -12,7 +12,7 @@ from tqdm import tqdm
 from st_fast.core.errors import UserError
 from st_fast.core.latents import Normalisation
 from st_fast.core.machine import usable_cpus
-from st_fast.data.images import load_image
+from st_fast.data.images import Size, load_image, named_size, sides
 from st_fast.data.manifest import FILE_NAME, UPRIGHT, Manifest, ShardEntry, VaeInfo, check_readable
 from st_fast.data.sources import Source
 from st_fast.model.autoencoders import VAE, Posterior, autoencoder
@@ -21,13 +21,14 @@ from st_fast.prepare.job import Produced, Progress
 from st_fast.prepare.writing import shard_name
 
 
-def plan(source: Source, size: int, flip: bool, dtype: str, shard_size: int) -> dict[str, Any]:
-    """What a set is made from and how, but for the VAE."""
+def plan(source: Source, size: Size, flip: bool, dtype: str, shard_size: int) -> dict[str, Any]:
+    """What a set is made from and how, but for the VAE. As JSON has it: height and width are a list."""
     return {
         "source": source.description, "images": source.digest(), "count": len(source.names),
         "content": source.content(), "probe": source.probe(),
         "num_classes": source.num_classes, "class_names": list(source.class_names),
-        "size": size, "flip": flip, "dtype": dtype, "shard_size": shard_size,
+        "size": list(size) if isinstance(size, tuple) else size,
+        "flip": flip, "dtype": dtype, "shard_size": shard_size,
     } | dict(source.columns)  # fmt: skip
 
 
@@ -48,15 +49,15 @@ class Encoder:
     """
 
     def __init__(
-        self, source: Source, vae: VAE, info: VaeInfo, how: Latents, size: int, flip: bool, dtype: str,
-        batch_size: int, shard_size: int, upright: bool = True,
+        self, source: Source, vae: VAE, info: VaeInfo, how: Latents, size: Size, flip: bool, dtype: str,
+        batch_size: Size, shard_size: Size, upright: bool = True,
     ) -> None:  # fmt: skip
         self.source, self.vae, self.size, self.batch_size, self.upright = source, vae, size, batch_size, upright
         self.left_out = source.left_out
         self.views = 2 if flip else 1
         self.images_a_shard = max(1, shard_size // self.views)
         self.shards = -(-len(source.names) // self.images_a_shard)
-        channels, height, width = latent_shape(vae, size)
+        (channels, height, _), (*_, width) = (latent_shape(vae, side) for side in sides(size))
         self.template = Manifest(
             count=0,
             shape=(channels if how.posterior == "mean" else 2 * channels, height, width),
@@ -67,7 +68,7 @@ class Encoder:
             latents_std=how.normalisation.latents_std,
             posterior=how.posterior,
             vae=info,
-            source=f"{source.description}, {UPRIGHT * upright}centre crop {size}",
+            source=f"{source.description}, {UPRIGHT * upright}centre crop {named_size(size)}",
             num_classes=source.num_classes,
             flip=flip,
             class_names=source.class_names,
@@ -106,7 +107,7 @@ class Encoder:
                         images.append(torch.from_numpy(pixels))
                         kept.append(image)
                 if images:
-                    batch = torch.stack(images)  # (n, C, S, S), or 2n with flips
+                    batch = torch.stack(images)  # (n, C, H, W), or 2n with flips
                     if self.views == 2:
                         batch = torch.stack((batch, batch.flip(-1)), dim=1).flatten(0, 1)
                     found = encode_moments(self.vae, batch, made.posterior, made.normalisation).cpu()
@@ -116,7 +117,7 @@ class Encoder:
         return np.concatenate(moments), np.concatenate(labels), skipped
 
     def _load(self, number: int) -> np.ndarray | str:
-        """Image `number` as uint8 (C, S, S), or why it can't be used."""
+        """Image `number` as uint8 (C, H, W), or why it can't be used."""
         try:
             return load_image(self.source.read(number), self.size, autoencoder(self.vae).in_channels, self.upright)
         except UserError as error:  # BadImage, or a damaged member of an archive

@@ -10,7 +10,8 @@ from torch import Tensor
 from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import make_folder, read_bytes, read_json, write_atomic
 from st_fast.data.ahead import RecordSet
-from st_fast.data.manifest import read_manifest, write_manifest
+from st_fast.data.manifest import write_manifest
+from st_fast.data.shards import read_any_manifest
 from st_fast.data.text import CAPTIONS, TextManifest, captions_bytes, read_captions, text_folder
 from st_fast.model.text_encoders import TextEncoder
 from st_fast.prepare.job import SKIPPED_FILE, Progress, check_begun
@@ -28,14 +29,19 @@ def write_captions(data: Path, captions: Sequence[Sequence[str]]) -> None:
         raise UserError(f"{path}: other captions than those found now; remove it to write them anew")
 
 
-def keep_captions(data: Path, names: Sequence[str], captions: Sequence[Sequence[str]]) -> None:
+def keep_captions(
+    data: Path, names: Sequence[str], captions: Sequence[Sequence[str]], parts: Sequence[str] = ()
+) -> None:
     """Writes captions.jsonl of a finished set: those of a source's images of these names, but for skipped images.
 
+    `parts`: the folders of its buckets, where it has any; images are in their order.
     UserError where the set has other captions, or was made of another number of images.
     """
-    skipped = read_json(data / SKIPPED_FILE) if (data / SKIPPED_FILE).is_file() else {}
+    skipped = dict[str, str]()
+    for folder in (data / name for name in (parts or [""])):
+        skipped |= read_json(folder / SKIPPED_FILE) if (folder / SKIPPED_FILE).is_file() else {}
     kept = [line for name, line in zip(names, captions, strict=True) if name not in skipped]
-    made = read_manifest(data)
+    made = read_any_manifest(data)
     if (images := made.count // (1 + made.flip)) != len(kept):
         raise UserError(f"{data}: latents of {images} images, captions of {len(kept)}")
     write_captions(data, kept)

@@ -15,7 +15,7 @@ from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
 from st_fast.core.writing import save_pretrained
-from st_fast.data.images import load_image
+from st_fast.data.images import load_image, named_size, sides
 from st_fast.data.manifest import VaeInfo
 from st_fast.data.sources import Source
 from st_fast.model.autoencoders import VAE, autoencoder
@@ -53,9 +53,10 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
     if not (out / VAE_FOLDER).is_dir():
         if rank_count() > 1:
             raise UserError("--vae small: it has to be trained first, by one process: run this without torchrun once")
-        if args.size // factor_of(args) % 2:
+        odd = [side // factor_of(args) for side in sides(args.size) if side // factor_of(args) % 2]
+        if odd:
             raise UserError(
-                f"--size {args.size}: latents of a small VAE would have an odd side, {args.size // factor_of(args)}, "
+                f"--size {named_size(args.size)}: latents of a small VAE would have an odd side, {odd[0]}, "
                 f"which patch 2 can't divide; give a multiple of {2 * factor_of(args)}"
             )
         with write_folder(out / VAE_FOLDER) as writing:
@@ -82,12 +83,13 @@ def kind_of(vae: VAE) -> tuple[str, int]:
 
 def factor_of(args: argparse.Namespace) -> int:
     """How much smaller a small VAE's latents are: given, or by the images' size."""
-    return int(args.vae_factor or (2 if args.size <= 32 else 4 if args.size <= 64 else 8))
+    side = min(sides(args.size))
+    return int(args.vae_factor or (2 if side <= 32 else 4 if side <= 64 else 8))
 
 
 def small_settings(args: argparse.Namespace) -> dict[str, int]:
-    """What a small VAE follows from, but for its images, by option."""
-    return {"--size": args.size, "--vae-factor": factor_of(args), "--vae-steps": args.vae_steps}
+    """What a small VAE follows from, but for its images, by option. It is trained on squares, of the shorter side."""
+    return {"--size": min(sides(args.size)), "--vae-factor": factor_of(args), "--vae-steps": args.vae_steps}
 
 
 def check_small(args: argparse.Namespace, out: Path) -> None:
@@ -101,7 +103,7 @@ def check_small(args: argparse.Namespace, out: Path) -> None:
 def small_vae(args: argparse.Namespace, source: Source, device: torch.device) -> VAE:
     """Trains a small VAE on evenly spaced images of the source."""
     factor = factor_of(args)
-    images = training_images(source, args.size).to(device)
+    images = training_images(source, min(sides(args.size))).to(device)
     vae = train_vae(images, SmallVae(WIDTHS[factor], args.vae_steps))
     vae.register_to_config(scaling_factor=latent_scale(encode_moments(vae, images[:512]).cpu()))
     return vae

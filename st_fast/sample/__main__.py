@@ -4,6 +4,7 @@
     python -m st_fast.sample runs/digits --stage transcend --num 100 --sampler heun --steps 50 --cfg-scale 2
     torchrun --nproc-per-node 8 -m st_fast.sample runs/sit_xl -n 50000 --preset self-transcendence
     python -m st_fast.sample runs/digits --interpolate 3 8
+    python -m st_fast.sample runs/photos --size 224x288
     python -m st_fast.sample runs/digits --num 20 --gif
     python -m st_fast.sample runs/emoji --prompt "red apple" --prompt rocket --negative "a face"
 
@@ -24,10 +25,11 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
-from st_fast.core.options import SEED_MOST, integer, path
+from st_fast.core.options import SEED_MOST, integer, path, pixels
 from st_fast.sample.draw import names_in_turn
 from st_fast.sample.model import Sampler, sample_request, sampling, sampling_parser
 from st_fast.sample.previews import check_replaced, draw_grid, draw_interpolation, draw_trajectory, free_name
@@ -41,6 +43,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = sampling_parser("sample", __doc__)
     parser.add_argument("--out", type=path, help="the picture, or the set's folder (default: in RUN/STAGE/samples)")
+    parser.add_argument(
+        "--size",
+        type=pixels,
+        metavar="SIZE|HEIGHTxWIDTH",
+        help="of the images in pixels, also where the model was trained on others (default: the recipe's own)",
+    )
     parser.add_argument("--npz", action="store_true", help="a set, whatever its size")
     parser.add_argument("--png", action="store_true", help="a set with a folder of single images")
     previews = parser.add_mutually_exclusive_group()
@@ -66,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     one, ending = given.gif or given.interpolate, ".gif" if given.gif else ".png"
     if one and (given.npz or given.png):
         raise UserError("--gif and --interpolate make one picture: without --npz and --png")
-    given.samples = sample_request(given, "sample")
+    given.samples = replace(sample_request(given, "sample"), size=given.size)
     given.is_set = given.npz or given.png or (given.samples.settings.num > PICTURE_MOST and not one)
     if not given.is_set and given.out is not None and given.out.suffix != ending:
         raise UserError(f"--out {given.out}: a picture's name ends in {ending}; a folder is for --npz and --png")

@@ -33,6 +33,8 @@ class Draw:
     seed: int
     prompts: Prompts | None = None
     """What the labels number; None: classes."""
+    shape: tuple[int, int, int] | None = None
+    """(C, H, W) of a latent; None: the model's own."""
 
     @property
     def condition(self) -> Tensor:
@@ -117,7 +119,7 @@ def balanced(
 
 def starting_noise(draw: Draw, config: Model) -> Tensor:
     """(B, C, H, W) float32 noise at t = 1."""
-    return normal(draw.seed, Purpose.SAMPLE_NOISE, draw.ordinals, config.latent_shape)
+    return normal(draw.seed, Purpose.SAMPLE_NOISE, draw.ordinals, draw.shape or config.latent_shape)
 
 
 def slerp(a: Tensor, b: Tensor, count: int) -> Tensor:

@@ -17,6 +17,7 @@ from st_fast.core.machine import naming_lack_of_memory
 from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, given, integer, number, path
 from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import stop_on_signals
+from st_fast.data.images import Size, named_size, sides
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.data.text import open_text, read_captions, read_text_manifest
@@ -41,6 +42,7 @@ from st_fast.sample.prompts import (
     read_prompts,
     stored_prompts,
 )
+from st_fast.sample.sizes import asked_shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE_S = 7 * 24 * 3_600.0
@@ -88,13 +90,16 @@ class SampleRequest:
     precision: str = "fp32"
     compile: str = "auto"
     text: TextRequest = TextRequest()
+    size: Size | None = None
+    """Of an image, in pixels; None: the recipe's own."""
 
     @property
     def set_folder(self) -> Path:
         """Where the first set that is sampled so is written by default."""
         drawn = self.settings
         steps = "" if drawn.sampler == "dopri5" else f"{drawn.steps}"
-        return self.run / self.stage / "samples" / f"{drawn.num}-{drawn.sampler}{steps}-cfg{drawn.cfg_scale:g}"
+        size = "" if self.size is None else f"-{named_size(sides(self.size))}"
+        return self.run / self.stage / "samples" / f"{drawn.num}-{drawn.sampler}{steps}-cfg{drawn.cfg_scale:g}{size}"
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,14 @@ class Sampler:
     """As the data's manifest has them, or the prompts; empty where there are none."""
     prompts: Prompts | None = None
     """What labels number, of a network that draws from text."""
+    shape: tuple[int, int, int] | None = None
+    """(C, H, W) of a latent where it is not the model's own."""
 
     def draw_of(self, first: int, count: int) -> Draw:
         """Samples number first … first + count − 1."""
         device = self.model.pos_embed.device
-        return draw_of(self.request.labels, self.request.seed, first, count, device, self.prompts)
+        draw = draw_of(self.request.labels, self.request.seed, first, count, device, self.prompts)
+        return replace(draw, shape=self.shape)
 
     def latents(self, noise: Tensor, draw: Draw, watch: Watch = unwatched) -> Tensor:
         """(B, C, S, S) float32 scaled latents for noise (B, C, S, S)."""
@@ -180,7 +188,8 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
             "trained on: they are another encoder's, or padding was masked otherwise"
         )
     names = manifest.class_names if prompts is None else prompts.texts
-    return Sampler(request, model, loaded["step"], decode, vae, compiled, names, prompts)
+    shape = asked_shape(request.size, recipe.model, manifest, decode, device) if request.size else None
+    return Sampler(request, model, loaded["step"], decode, vae, compiled, names, prompts, shape)
 
 
 def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Prompts:

@@ -124,7 +124,7 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
         "labels": request.labels.text, "num_classes": request.labels.num_classes, "seed": request.seed,
         "batch_size": min(settings["batch_size"], settings["num"]), "precision": request.precision,
         "compiled": sampler.compiled,
-    } | _texts(sampler)  # fmt: skip
+    } | _texts(sampler) | ({"latent_shape": list(sampler.shape)} if sampler.shape else {})  # fmt: skip
 
 
 def _texts(sampler: Sampler) -> dict[str, Any]:

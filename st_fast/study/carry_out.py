@@ -22,6 +22,7 @@ from st_fast.core import checkpoint, random
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.files import write_atomic, write_folder
 from st_fast.core.signals import stop_on_signals
+from st_fast.data.buckets import one_shape
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
 from st_fast.model import DiffusionTransformer, build
@@ -139,7 +140,7 @@ def write_shuffled(source: Path, folder: Path, seed: int) -> None:
 
     The permutation follows from the seed: as many labels of each class, but no sense.
     """
-    records = open_data(source, verify=False)
+    records = one_shape(open_data(source, verify=False), "a study's shuffled copy")
     theirs = records.manifest
     said = f"labels shuffled by seed {seed}; {records.digest}"
     if (folder / "manifest.json").is_file() and read_manifest(folder).source == said:

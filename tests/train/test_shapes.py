@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from st_fast import kernels
@@ -19,8 +20,10 @@ from st_fast.core.ranks import Ranks
 from st_fast.data.buckets import write_index
 from st_fast.data.shards import open_data
 from st_fast.model import flow, network
+from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load
+from st_fast.sample import __main__ as sample
 from st_fast.train.batches import record_order
 from st_fast.train.graphs import refusal
 from st_fast.train.run import run
@@ -258,3 +261,18 @@ def test_the_choice_of_passes_leaves_the_recipes_own_shape(data, tmp_path):
     meta = checkpoint.latest(out / "align" / "checkpoints", pytest.fail).meta
     assert meta["architecture"]["latent_size"] == [10, 14] and "latent_size = [10, 14]" in meta["recipe"]
     assert json.loads(json.dumps(meta["architecture"])) == load(out / "recipe.toml").model.architecture()
+
+
+def test_from_images_of_three_ratios_to_samples_of_another_shape(tmp_path):
+    for number, size in enumerate([(40, 40), (60, 42), (42, 60)] * 4):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise(size, 60).convert("RGB").save(path)
+    options = ["--size", "12", "--buckets", "1:1,4:3,3:4", "--vae", "pixels", "--device", "cpu"]
+    prepare.main([str(tmp_path / "images"), str(tmp_path / "data"), *options])
+    sampled = ("--model.channels=3", "--sample.num=3", "--sample.steps=2", "--model.num_classes=2")
+    out = trained(tmp_path / "run", tmp_path / "data", "--stage.transcend.steps=2", "--stage.align.steps=2", *sampled)
+    picture = Image.open(out / "transcend" / "samples" / "00000002.png")
+    assert picture.width * 16 == picture.height * (10 * 14 + 2)
+    sample.main([str(out), "-n", "2", "--npz", "--size", "8x16", "--steps", "2", "--out", str(tmp_path / "set")])
+    assert np.load(tmp_path / "set" / "samples.npz")["arr_0"].shape == (2, 8, 16, 3)

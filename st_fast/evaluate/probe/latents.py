@@ -15,6 +15,7 @@ from st_fast.core import random
 from st_fast.core.errors import UserError
 from st_fast.core.random import Purpose
 from st_fast.data.ahead import mean_and_std
+from st_fast.data.buckets import one_shape
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import open_data
 from st_fast.evaluate.classifier import read_images
@@ -74,7 +75,7 @@ def load_split(folder: Path, count: int) -> Split:
     Held-out are the test images beside the shards (`images.safetensors`), encoded with the folder's own VAE; where
     there are none, other records of the set. Their classes take turns. UserError where the set is too small.
     """
-    records = open_data(folder, verify=False)
+    records = one_shape(open_data(folder, verify=False), "a probe")
     manifest, size = records.manifest, len(records)
     unseen = (folder / "images.safetensors").is_file()
     count = min(count, size if unseen else size * 2 // 3)
