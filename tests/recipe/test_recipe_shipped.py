@@ -97,3 +97,21 @@ def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
     recipe = load(RECIPES / "digits_methods.toml")
     assert [stage.name for stage in recipe.stages] == ["plain", "layer_sync", "sra", "repa", "align", "transcend"]
     assert len({stage.steps for stage in recipe.stages}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "patch", "betas", "steps"),
+    [
+        ("sit_xl_512", (4, 64, 64), 2, (0.9, 0.999), 3_000_000),
+        ("sit_xl_1024", (32, 32, 32), 1, (0.99, 0.99), 2_000_000),
+    ],
+)
+def test_larger_pictures_have_as_many_tokens_and_the_published_rates(
+    name: str, shape: tuple[int, ...], patch: int, betas: tuple[float, float], steps: int
+) -> None:
+    recipe = load(RECIPES / f"{name}.toml", ranks=8)
+    model, optim, (stage,) = recipe.model, recipe.optim, recipe.stages
+    assert (model.depth, model.width, model.heads, model.patch) == (28, 1152, 16, patch)
+    assert (model.latent_shape, model.grid, model.tokens, model.class_dropout) == (shape, (32, 32), 1024, 0.1)
+    assert (optim.batch_size, optim.lr, optim.betas, optim.weight_decay) == (256, 1e-4, betas, 0.0)
+    assert (optim.ema_decay, stage.steps, recipe.sample.cfg_scale) == (0.9999, steps, 1.5)
