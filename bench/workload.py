@@ -235,12 +235,13 @@ class Ours:
     """st_fast's loop over one stage, with what a run's trials decide at its start: data and step, all but a few
     scalars of what happens between log lines."""
 
-    def __init__(self, setup: Setup, folder: Path) -> None:
+    def __init__(self, setup: Setup, folder: Path, write: Callable[[Recipe], RecordSet] = write_data) -> None:
+        """write: makes the data."""
         ranks, given = Ranks(0, 1, setup.device), make_recipe(setup, folder)
         dtype = precision(given, setup.device)
         recipe, _ = choose_micro_batch(given, ranks, dtype, kept=(0, 0), say=lambda text: None)
         self.stage = make_stage(setup, recipe)
-        shards, self.log = write_data(recipe), Notices(folder, ranks)
+        shards, self.log = write(recipe), Notices(folder, ranks)
         self.scale = shards.manifest.scale
         self.decided: list[str] = []
         """What the trials said."""

@@ -28,7 +28,7 @@ from st_fast.model.formats import import_file
 from st_fast.model.stored import read_model
 from st_fast.recipe.schema import Model
 from st_fast.sample.set import open_npz, write_npz
-from tests import foreign, tiny
+from tests import foreign, tiny, tiny_shapes
 from tests.core.checkpoint.test_checkpoint_fuzz import ODD_VALUES, damaged_bytes, damaged_value
 from tests.data import foreign_latents, test_coco
 from tests.data.conftest import encoded, picture
@@ -250,6 +250,9 @@ KINDS = {
     "data manifest": Kind(lambda folder: tiny.write_data(folder / "data", 4),
                           lambda path, draw: spoil_json(path / "manifest.json", draw),
                           lambda path: open_data(path, verify=False).close(), 10),
+    "index of buckets": Kind(lambda folder: tiny_shapes.write_data(folder / "data", "96x96", "144x64"),
+                             lambda path, draw: spoil_json(path / "buckets.json", draw),
+                             lambda path: open_data(path, verify=False).close(), 6),
     "published config": Kind(make_published, lambda path, draw: spoil_json(path / "config.json", draw),
                              read_model_at, 6),
     "tar": Kind(make_folders, spoil_bytes, lambda path: list(tar_members(path)), 8),

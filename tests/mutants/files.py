@@ -30,8 +30,10 @@ class File:
 
 FILES = (
     File("st_fast/model/flow.py", ("model/test_flow.py", TRUTH)),
-    File("st_fast/model/layers.py", ("model/test_sit.py", "model/test_bias_gradients.py", TRUTH)),
-    File("st_fast/model/transformer.py", ("model/test_sit.py", "model/test_mmdit.py", TRUTH)),
+    File(
+        "st_fast/model/layers.py", ("model/test_sit.py", "model/test_shapes.py", "model/test_bias_gradients.py", TRUTH)
+    ),
+    File("st_fast/model/transformer.py", ("model/test_sit.py", "model/test_shapes.py", "model/test_mmdit.py", TRUTH)),
     File("st_fast/model/sit.py", ("model/test_sit.py", "model/test_bias_gradients.py", TRUTH)),
     File("st_fast/model/mmdit.py", ("model/test_mmdit.py",)),
     File("kernels/noise/definition.py", (RANDOM, "kernels/test_noise.py", "model/test_flow.py")),
@@ -62,6 +64,7 @@ FILES = (
         ("Pictures", "nearest", "prompt_scores", "metrics"),
     ),
     File("st_fast/evaluate/metrics.py", ("evaluate/test_metrics.py",)),
+    File("st_fast/data/buckets.py", ("data/test_buckets.py",), ("BucketOrder", "BucketSet", "check_batch")),
     File("st_fast/data/loader.py", ("data/test_loaders.py", EVERY_LOADER), ("ResidentLoader",)),
     File("st_fast/data/ahead.py", ("data/test_loaders.py", EVERY_LOADER)),
     File(

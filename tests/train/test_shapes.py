@@ -18,17 +18,20 @@ from st_fast.core.errors import UserError
 from st_fast.core.random import Purpose, normal, uniform
 from st_fast.core.ranks import Ranks
 from st_fast.data.buckets import write_index
+from st_fast.data.loader import make_loader
 from st_fast.data.shards import open_data
+from st_fast.data.text import captions_bytes
 from st_fast.model import flow, network
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load
 from st_fast.sample import __main__ as sample
-from st_fast.train.batches import record_order
+from st_fast.train.batches import BatchIterator, record_order
+from st_fast.train.conditions import open_conditions
 from st_fast.train.graphs import refusal
 from st_fast.train.run import run
 from st_fast.train.shapes import with_largest_shape
-from tests import tiny, tiny_shapes
+from tests import tiny, tiny_shapes, tiny_text
 
 STEPS = 10
 
@@ -242,6 +245,30 @@ def test_image_features_are_refused_with_the_folders_that_can_have_them(data, tm
         UserError, match=r"stage.only, which learns from image features, takes one: name one of .*96x96"
     ):
         run(load(recipe))
+
+
+def test_captions_are_those_of_each_batchs_records(tmp_path):
+    data = tiny_shapes.write_data(tmp_path / "data")
+    captions = [[f"picture {i}", *(f"once more {i} {k}" for k in range(i % 3))] for i in range(44)]
+    (data / "captions.jsonl").write_bytes(captions_bytes(captions))
+    tiny_text.write_states(data)
+    recipe = tiny_shapes.RECIPE.format(data=data, out=tmp_path / "out")
+    text = f'network = "mmdit"\ntext_width = {tiny_text.WIDTH}\ntext_length = {tiny_text.LENGTH}'
+    (tmp_path / "t.toml").write_text(recipe.replace("num_classes = 5", text))
+    settings = load(tmp_path / "t.toml", ["--stage.align.steps=4", "--stage.transcend.steps=3"])
+    run(settings)
+    assert len(losses(tmp_path / "out")) == 4 and len(losses(tmp_path / "out", "transcend")) == 3
+    records = open_data(data, verify=False)
+    conditions = open_conditions(settings, records)
+    conditions.open(torch.device("cpu"), print)
+    loader = make_loader("torch", records, torch.device("cpu"), print)
+    batches = BatchIterator(settings, settings.stages[0], loader, records, Ranks(0, 1, torch.device("cpu")),
+                            conditions=conditions)  # fmt: skip
+    for step, (batch,) in enumerate(batches.steps(0, 8)):
+        _, seen = batches.samples(step, [])
+        for record, states in zip(seen, batch.condition, strict=True):
+            assert any(torch.equal(states, own) for own in tiny_text.states_of(captions[record]))
+    conditions.close()
 
 
 def test_graphs_are_left_out_and_memory_is_that_of_the_largest_shape(data, tmp_path):
