@@ -46,12 +46,14 @@ from st_fast.prepare.latents import from_latents as from_latents
 from st_fast.prepare.latents import from_repa as from_repa
 from st_fast.prepare.normalising import check_same_latents, latents_of
 from st_fast.prepare.ready import (
+    bounds_of,
     check_free,
     ready_recipe,
     say_classes,
     tell_ready,
     text_command,
     train_command,
+    typical,
     write_recipe,
 )
 from st_fast.prepare.repa import check_moments, check_target, write_repa
@@ -94,7 +96,7 @@ def stats(args: argparse.Namespace) -> None:
         save_png(grid(decode((mean + std * noise) * manifest.scale), 8), place)
         print(f"picture: {place}")
     if args.recipe:
-        write_recipe(args.recipe, ready_recipe(records.manifest, str(folder)))
+        write_recipe(args.recipe, ready_recipe(typical(records), str(folder), bounds_of(records)))
 
 
 def describe(records: RecordSet) -> str:
@@ -155,7 +157,7 @@ def text(args: argparse.Namespace) -> None:
     if not args.dry_run:
         with progress("encoding", planned.count, "caption") as shown:
             write_text(out, records, encoder, tqdm.write, args.batch_size, own_share(), shown.update)
-        say(f"train: {text_command(records.manifest, planned, out)}")
+        say(f"train: {text_command(typical(records), planned, out, bounds_of(records))}")
 
 
 def to_repa(args: argparse.Namespace) -> None:

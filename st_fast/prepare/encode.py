@@ -50,7 +50,7 @@ class Encoder:
 
     def __init__(
         self, source: Source, vae: VAE, info: VaeInfo, how: Latents, size: Size, flip: bool, dtype: str,
-        batch_size: Size, shard_size: Size, upright: bool = True,
+        batch_size: int, shard_size: int, upright: bool = True,
     ) -> None:  # fmt: skip
         self.source, self.vae, self.size, self.batch_size, self.upright = source, vae, size, batch_size, upright
         self.left_out = source.left_out

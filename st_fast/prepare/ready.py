@@ -4,7 +4,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from st_fast.core.errors import Say, UserError, counted, printable
 from st_fast.core.files import make_folder, write_atomic
 from st_fast.core.writing import cannot_write
+from st_fast.data.ahead import RecordSet
+from st_fast.data.buckets import has_buckets, parts_of
 from st_fast.data.labels import UNLABELLED_HINT, counts_line
 from st_fast.data.manifest import FILE_NAME, Manifest
 from st_fast.data.shards import open_data
@@ -73,21 +75,51 @@ def plan_for(manifest: Manifest) -> Plan:
     return next(plan for below, plan in PLANS if manifest.count < below)
 
 
-def patch_for(height: int, width: int) -> int:
+@dataclass(frozen=True)
+class Bounds:
+    """What all shapes of a set allow: the largest number that divides each side, and the records of the rarest one."""
+
+    shared: int
+    records: int
+
+
+def bounds_of(records: RecordSet) -> Bounds:
+    """Over every shape of a set."""
+    parts = parts_of(records).values()
+    shared = math.gcd(*(side for part in parts for side in part.manifest.shape[1:]))
+    return Bounds(shared, min(len(part) for part in parts))
+
+
+def own_bounds(manifest: Manifest) -> Bounds:
+    """Of a set of one shape."""
+    return Bounds(math.gcd(*manifest.shape[1:]), manifest.count)
+
+
+def typical(records: RecordSet) -> Manifest:
+    """The manifest of a set; of several shapes with the one of most tokens, a square if there is one of these."""
+    shapes = [part.manifest.shape for part in parts_of(records).values()]
+    return replace(records.manifest, shape=max(shapes, key=lambda shape: (shape[1] * shape[2], shape[1] == shape[2])))
+
+
+def patch_for(height: int, width: int, shared: int = 0) -> int:
     """The smallest patch above 1 that divides latents into TOKENS; where none does, the largest that gives enough, or
-    1.
+    1. `shared`: what it must divide, where that is not both sides alone.
     """
     fewest, most = TOKENS
-    shared = math.gcd(height, width)
+    shared = shared or math.gcd(height, width)
     tokens = {p: height * width // p**2 for p in range(2, shared + 1) if shared % p == 0}
     patches = [p for p, count in tokens.items() if count >= fewest]
     return next((p for p in patches if tokens[p] <= most), patches[-1] if patches else 1)
 
 
-def train_command(manifest: Manifest, folder: Path) -> str:
-    """The command that trains on the set in `folder`: a recipe of this project's, and what differs from it."""
-    plan, wanted = plan_for(manifest), THERE | values(manifest)
-    patch = patch_for(*manifest.shape[1:])
+def train_command(manifest: Manifest, folder: Path, bounds: Bounds | None = None) -> str:
+    """The command that trains on the set in `folder`: a recipe of this project's, and what differs from it.
+
+    `bounds`: of a set of several shapes.
+    """
+    bounds = bounds or own_bounds(manifest)
+    plan, wanted = plan_for(manifest), THERE | values(manifest, bounds)
+    patch = patch_for(*manifest.shape[1:], bounds.shared)
     model = {}
     if patch not in PATCHES:
         depth, width, heads = SIZES[plan.size]
@@ -99,11 +131,12 @@ def train_command(manifest: Manifest, folder: Path) -> str:
     return _command(plan.recipe, changes, wanted["optim.batch_size"])
 
 
-def text_command(manifest: Manifest, text: TextManifest, folder: Path) -> str:
+def text_command(manifest: Manifest, text: TextManifest, folder: Path, bounds: Bounds | None = None) -> str:
     """The command that trains MMDiT on the captions' states beside the latents in `folder`."""
-    wanted = {key: value for key, value in values(manifest).items() if key in TEXT_THERE}
+    bounds = bounds or own_bounds(manifest)
+    wanted = {key: value for key, value in values(manifest, bounds).items() if key in TEXT_THERE}
     wanted |= {"model.text_width": text.width, "model.text_length": text.length}
-    wanted["model.name"] = f"MMDiT-24/{patch_for(*manifest.shape[1:])}"
+    wanted["model.name"] = f"MMDiT-24/{patch_for(*manifest.shape[1:], bounds.shared)}"
     changes: dict[str, Any] = {"data.path": str(folder)}
     if len(list((folder / TEXT).glob("*/"))) > 1:
         changes["data.text"] = text.encoder
@@ -119,26 +152,27 @@ def _command(recipe: str, changes: Mapping[str, Any], batch_size: int) -> str:
     return " ".join([start, "st_fast.train", recipe, *map(shlex.quote, words)])
 
 
-def values(manifest: Manifest) -> dict[str, Any]:
+def values(manifest: Manifest, bounds: Bounds) -> dict[str, Any]:
     """Keys of a recipe that follow from a set. One class has no null class, which would be the same, nor guidance."""
     height, width = manifest.shape[1:]
     found: dict[str, Any] = {
         "model.channels": manifest.channels, "model.latent_size": height if height == width else (height, width),
         "model.num_classes": manifest.num_classes,
-        "optim.batch_size": min(BATCH, 2 ** int(math.log2(max(1, manifest.count)))),
+        "optim.batch_size": min(BATCH, 2 ** int(math.log2(max(1, bounds.records)))),
     }  # fmt: skip
     if manifest.num_classes == 1:
         found |= {"model.class_dropout": 0.0, "sample.cfg_scale": 1.0, "stage.transcend.cfg_scale": 1.0}
     return found
 
 
-def ready_recipe(manifest: Manifest, path: str) -> str:
+def ready_recipe(manifest: Manifest, path: str, bounds: Bounds | None = None) -> str:
     """A recipe in TOML for the set at `path`: both stages of Self-Transcendence, or stage 1 alone for a single class.
 
-    RecipeError should it not be one that trains.
+    `bounds`: of a set of several shapes. RecipeError should it not be one that trains.
     """
+    bounds = bounds or own_bounds(manifest)
     plan, classes, (rows, columns) = plan_for(manifest), manifest.num_classes, manifest.shape[1:]
-    patch, chosen, single = patch_for(rows, columns), values(manifest), manifest.num_classes == 1
+    patch, chosen, single = patch_for(rows, columns, bounds.shared), values(manifest, bounds), classes == 1
     depth, width, heads = SIZES[plan.size]
     some = [printable(name)[:NAME_MOST] for name in manifest.class_names[:LISTED]]
     names = f": {', '.join(some)}{', …' * (len(manifest.class_names) > LISTED)}" if some else ""
@@ -238,7 +272,7 @@ def say_classes(source: Source, max_bad: int, say: Say) -> None:
 
 def check_free(path: Path | None, out: Path) -> None:
     """UserError where a recipe would be written over a file, before any work; a finished set's may be the same."""
-    if path is not None and path.exists() and not (out / FILE_NAME).is_file():
+    if path is not None and path.exists() and not ((out / FILE_NAME).is_file() or has_buckets(out)):
         raise UserError(f"--recipe {path}: it is there already; name another file")
 
 
@@ -258,13 +292,13 @@ def write_recipe(path: Path, text: str) -> None:
 def tell_ready(out: Path, recipe: Path | None, say: Say) -> None:
     """Says what classes a finished set has and how to train on it; writes the recipe if one is wanted."""
     with closing(open_data(out, verify=False)) as records:
-        manifest = records.manifest
+        manifest, bounds = typical(records), bounds_of(records)
         say(f"{out}: {counts_line(records.labels, manifest.num_classes, manifest.class_names)}")
     if (out / CAPTIONS).is_file():
         say(f"encode the captions: python -m st_fast.prepare --text ENCODER {shlex.quote(str(out))} (docs/text.md)")
         return
     if recipe is not None:
-        write_recipe(recipe, ready_recipe(manifest, str(out)))
+        write_recipe(recipe, ready_recipe(manifest, str(out), bounds))
         say(f"train: python -m st_fast.train {shlex.quote(str(recipe))}")
     else:
-        say(f"train: {train_command(manifest, out)}")
+        say(f"train: {train_command(manifest, out, bounds)}")

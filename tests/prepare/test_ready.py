@@ -21,8 +21,9 @@ from st_fast.recipe import load
 from st_fast.recipe.methods import SelfTranscendence
 from st_fast.sample import __main__ as sample
 from st_fast.train import __main__ as train
+from st_fast.train.run import fit_data
 from st_fast.train.run import run as train_run
-from tests import tiny
+from tests import tiny, tiny_shapes
 from tests.tiny import ROOT
 
 from . import sources
@@ -142,7 +143,8 @@ def test_size_and_steps_go_by_the_number_of_images(count: int, size: str, steps:
 
 @pytest.mark.parametrize(("count", "batch"), [(1, 1), (2, 2), (3, 2), (255, 128), (256, 256), (10**6, 256)])
 def test_a_batch_is_no_larger_than_the_set(count: int, batch: int) -> None:
-    assert ready.values(manifest(count))["optim.batch_size"] == batch
+    told = manifest(count)
+    assert ready.values(told, ready.own_bounds(told))["optim.batch_size"] == batch
 
 
 def test_a_captioned_set_is_told_how_its_captions_are_encoded(
@@ -297,3 +299,16 @@ def test_a_ready_recipe_trains_and_its_model_draws_the_classes(
     if not labelled:
         with pytest.raises(UserError, match=r"--cfg-scale 2\.0: the model has no null class .*give --cfg-scale 1"):
             sample.main([str(out), "--num", "2", "--cfg-scale", "2"])
+
+
+def test_a_recipe_for_several_shapes_fits_all_of_them(tmp_path: Path) -> None:
+    records = open_data(tiny_shapes.write_data(tmp_path / "data"))
+    ready.tell_ready(tmp_path / "data", tmp_path / "own.toml", print)
+    recipe = load(tmp_path / "own.toml")
+    assert (recipe.model.latent_size, recipe.model.patch) == (12, 1) and recipe.optim.batch_size == 8
+    assert ready.bounds_of(records) == ready.Bounds(2, 10) and ready.typical(records).shape == (8, 12, 12)
+    fit_data(recipe, records)
+    said: list[str] = []
+    ready.tell_ready(tmp_path / "data", None, said.append)
+    assert "--optim.batch_size=8" in said[-1] and "--model.latent_size=12" in said[-1]
+    assert ready.patch_for(32, 32) == 2 and ready.patch_for(64, 64, 2) == 2 and ready.patch_for(64, 64) == 4
