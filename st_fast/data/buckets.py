@@ -7,6 +7,7 @@ once is of one bucket.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ class BucketSet(RecordSet):
         return self.parts[self.bucket_of(indices)].manifest.shape
 
     def by_shape(self, indices: np.ndarray) -> list[np.ndarray]:
-        buckets = np.searchsorted(self.starts, indices, side="right") - 1
+        buckets = np.searchsorted(self.starts, indices, side="right")
         return [indices[buckets == bucket] for bucket in np.unique(buckets)]
 
     def read_into(self, indices: np.ndarray, out: np.ndarray) -> None:
@@ -158,19 +159,22 @@ class BucketOrder:
         self._orders = [RecordOrder(seed, size) for size in sizes]
         self._starts = np.cumsum([0, *sizes])
         self._batches = np.array([size // batch_size for size in sizes])
-        self._epoch, self._buckets, self._before = -1, np.empty(0, np.int64), np.empty(0, np.int64)
+        self._of_epoch = lru_cache(self._drawn)
 
     def bucket_at(self, step: int) -> tuple[int, int]:
         """The bucket of a step's batch, and how many batches of that bucket come before it."""
         epoch, place = divmod(step, int(self._batches.sum()))
-        if epoch != self._epoch:
-            order = bucket_order(self.seed, epoch, int(self._batches.sum()))
-            self._buckets = np.repeat(np.arange(len(self._batches)), self._batches)[order]
-            self._before = np.empty_like(self._buckets)
-            for bucket, count in enumerate(self._batches):
-                self._before[self._buckets == bucket] = np.arange(count) + epoch * count
-            self._epoch = epoch
-        return int(self._buckets[place]), int(self._before[place])
+        buckets, before = self._of_epoch(epoch)
+        return int(buckets[place]), int(before[place])
+
+    def _drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each batch of an epoch its bucket, and how many of that bucket come before it, of all epochs."""
+        order = bucket_order(self.seed, epoch, int(self._batches.sum()))
+        buckets = np.repeat(np.arange(len(self._batches)), self._batches)[order]
+        before = np.empty_like(buckets)
+        for bucket, count in enumerate(self._batches):
+            before[buckets == bucket] = np.arange(count) + epoch * count
+        return buckets, before
 
     def __call__(self, ordinals: np.ndarray) -> np.ndarray:
         """(B,) int64 ascending ordinals → (B,) int64 record indices."""

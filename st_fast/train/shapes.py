@@ -16,7 +16,7 @@ of whatever shape, so that costs, and what a step learns, would differ as much."
 def check_shapes(recipe: Recipe, records: BucketSet) -> None:
     """UserError unless every shape divides into patches and has about as many tokens as the recipe's own.
 
-    Also for CUDA graphs, each of which is of one shape.
+    Also for what takes one shape only, where the recipe asks for it.
     """
     model, odd, apart = recipe.model, list[str](), list[str]()
     for name, part in records.sets.items():
@@ -34,9 +34,14 @@ def check_shapes(recipe: Recipe, records: BucketSet) -> None:
             f"{model.tokens} tokens; more than {100 * TOKENS_APART:.0f} % from it are {', '.join(apart)}: set "
             "model.latent_size to the size of the --buckets, or prepare others"
         )
+    several = f"{records.folder} has latents of {len(records.parts)} shapes"
     if recipe.run.graphs:
-        why = f"a graph is of one shape, {records.folder} has {len(records.parts)}"
-        raise wrong_value("run.cuda_graphs", True, '"auto" or false', why)
+        raise wrong_value("run.cuda_graphs", True, '"auto" or false', f"a graph is of one shape, {several}")
+    if recipe.run.fp8 != "off":
+        why = f"{several}, whose tokens need not be multiples of what fp8 takes"
+        raise wrong_value("run.fp8", recipe.run.fp8, '"off"', why)
+    if recipe.data.loader == "dali":
+        raise wrong_value("data.loader", "dali", '"auto", "torch" or "resident"', several)
 
 
 def with_largest_shape(recipe: Recipe, records: RecordSet) -> Recipe:

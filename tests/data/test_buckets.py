@@ -17,6 +17,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.data.buckets import BucketOrder, BucketSet, one_shape, write_index
 from st_fast.data.loader import kept_bytes, make_loader
 from st_fast.data.shards import open_data, read_any_manifest
+from st_fast.data.statistics import latent_statistics, sampled_warning
 from st_fast.recipe import load
 from st_fast.train.batches import BatchIterator
 from tests import tiny_shapes
@@ -54,6 +55,8 @@ def test_a_batch_asked_for_alone_is_that_of_the_stream_whatever_was_asked_before
         assert order(np.arange(step * BATCH + 1, step * BATCH + 3)).tolist() == whole[step][1:3]
     assert order(np.arange(9 * BATCH + 2, 11 * BATCH)).tolist() == [*whole[9][2:], *whole[10]]
     assert stream(range(20), seed=6) != whole[:20]
+    for step in range(45):
+        assert stream(range(step, step + 1)) == [whole[step]]
 
 
 def test_no_record_of_a_bucket_is_left_out_and_it_has_the_order_that_it_has_alone():
@@ -185,6 +188,35 @@ def test_shards_of_another_shape_in_a_set_without_buckets_are_refused(folder, tm
     (tmp_path / "144x64" / "latents-00000.safetensors").replace(tmp_path / "96x96" / "latents-00000.safetensors")
     with pytest.raises(BadFile, match=r"latents-00000\.safetensors: holds .*; the manifest asks for"):
         open_data(tmp_path / "96x96")
+
+
+def test_verifying_reads_every_bucket_and_closing_ends_all_of_them(folder, tmp_path):
+    records, beats = open_data(folder, verify=False), []
+    records.verify(lambda: beats.append(1))
+    assert len(beats) == 7  # shards
+    records.close()
+    for name in tiny_shapes.SIDES:
+        with pytest.raises(IndexError):
+            records.sets[name].gather(np.array([0]))
+    damaged = tiny_shapes.write_data(tmp_path / "damaged")
+    path = sorted((damaged / "144x64").glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    with pytest.raises(BadFile, match="144x64/latents-00001"):
+        open_data(damaged)
+
+
+def test_statistics_are_over_all_shapes(folder):
+    records = open_data(folder, verify=False)
+    chosen = np.array([43, 0, 21, 22, 5, 40])
+    groups = records.by_shape(chosen)
+    assert [group.tolist() for group in groups] == [[0, 5], [21, 22], [43, 40]]
+    found = latent_statistics(records, chosen)
+    latents = [moments[0].double().numpy() * 0.75 for group in groups for moments in records.gather(group)[0].split(1)]
+    means = np.stack([one[:4].mean((1, 2)) for one in latents])
+    second = np.stack([(one[:4] ** 2).mean((1, 2)) + (one[4:] ** 2).mean((1, 2)) for one in latents])
+    np.testing.assert_allclose(found.mean, means.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.std, np.sqrt(second.mean(0) - means.mean(0) ** 2), rtol=1e-6)
+    assert sampled_warning(records) == ""
 
 
 def test_what_takes_one_shape_refuses_several_and_so_do_records_of_two_shapes_at_once(folder):

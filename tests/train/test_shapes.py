@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from st_fast.train.batches import BatchIterator, record_order
 from st_fast.train.conditions import open_conditions
 from st_fast.train.graphs import refusal
 from st_fast.train.run import run
-from st_fast.train.shapes import with_largest_shape
+from st_fast.train.shapes import check_shapes, with_largest_shape
 from tests import tiny, tiny_shapes, tiny_text
 
 STEPS = 10
@@ -208,8 +209,6 @@ def write_odd(folder: Path, sides: Sequence[int]) -> Path:
     """One bucket more, of these sides, beside those there are."""
     made = open_data(folder / "96x96", verify=False).manifest
     moments = torch.rand(8, 8, *sides, generator=torch.Generator().manual_seed(1)).half()
-    from dataclasses import replace
-
     name = f"{8 * sides[0]}x{8 * sides[1]}"
     write_shards(folder / name, [(moments, torch.zeros(8, dtype=torch.int64))],
                  replace(made, count=0, shards=(), shape=(8, *sides), source="odd"))  # fmt: skip
@@ -226,16 +225,17 @@ def write_odd(folder: Path, sides: Sequence[int]) -> Path:
         ((12, 12), ("--optim.batch_size=8", "--model.channels=3"), r"latents are \(4, 12, 12\), model.channels = 3"),
         ((10, 14), ("--optim.batch_size=16",), r"80x112 has 13, 144x64 has 10.*take a smaller batch, or prepare"),
         ((10, 14), ("--run.device=auto", "--run.cuda_graphs=true"), "a graph is of one shape|CUDA graphs need a CUDA"),
-        ((10, 14), ("--data.loader=dali",), 'data.loader = "dali": not for latents of several shapes'),
+        ((10, 14), ("--data.loader=dali",), r'data.loader = "dali": .* has latents of 3 shapes; allowed: "auto", "t'),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line_before_anything_is_trained(sides, options, words, tmp_path):
     data = tiny_shapes.write_data(tmp_path / "data")
+    (tmp_path / "run").mkdir()
     if sides not in tiny_shapes.SIDES.values():
         write_odd(data, sides)
     with pytest.raises(UserError, match=words) as caught:
         trained(tmp_path / "run", data, *options)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and [path.name for path in (tmp_path / "run").iterdir()] == ["t.toml"]
 
 
 def test_image_features_are_refused_with_the_folders_that_can_have_them(data, tmp_path):
@@ -279,6 +279,11 @@ def test_graphs_are_left_out_and_memory_is_that_of_the_largest_shape(data, tmp_p
     small = load(tmp_path / "t.toml", ["--model.latent_size=[10, 14]"])
     assert with_largest_shape(small, open_data(data)).model.tokens == 36
     assert with_largest_shape(recipe, open_data(data / "80x112")) is recipe
+    with pytest.raises(UserError, match=r"run.cuda_graphs = true: a graph is of one shape, .* has latents of 3 shapes"):
+        check_shapes(replace(recipe, run=replace(recipe.run, cuda_graphs=True)), open_data(data))
+    with pytest.raises(UserError, match=r'run.fp8 = "tensor": .* 3 shapes, whose tokens need not be multiples'):
+        check_shapes(replace(recipe, run=replace(recipe.run, fp8="tensor")), open_data(data))
+    check_shapes(recipe, open_data(data))
 
 
 def test_the_choice_of_passes_leaves_the_recipes_own_shape(data, tmp_path):
