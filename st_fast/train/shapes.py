@@ -8,8 +8,8 @@ from st_fast.data.buckets import BucketSet
 from st_fast.recipe import Recipe
 from st_fast.recipe.error import show, wrong_value
 
-TOKENS_APART = 0.15
-"""How far the tokens of a shape may lie from those of the recipe's own, as a share of these. A batch is as many images
+PERCENT_APART = 15
+"""How far the tokens of a shape may lie from those of the recipe's own, in percent of these. A batch is as many images
 of whatever shape, so that costs, and what a step learns, would differ as much."""
 
 
@@ -24,14 +24,14 @@ def check_shapes(recipe: Recipe, records: BucketSet) -> None:
         rows, columns = height // model.patch, width // model.patch
         if height % model.patch or width % model.patch:
             odd.append(f"{name} ({height} x {width})")
-        elif abs(rows * columns / model.tokens - 1) > TOKENS_APART:
+        elif 100 * abs(rows * columns - model.tokens) > PERCENT_APART * model.tokens:
             apart.append(f"{name} ({rows} x {columns} = {rows * columns})")
     if odd:
         raise UserError(f"{records.folder}: model.patch = {model.patch} does not divide latents of {', '.join(odd)}")
     if apart:
         raise UserError(
             f"{records.folder}: model.latent_size = {show(model.latent_size)} with patch {model.patch} makes "
-            f"{model.tokens} tokens; more than {100 * TOKENS_APART:.0f} % from it are {', '.join(apart)}: set "
+            f"{model.tokens} tokens; more than {PERCENT_APART} % from it are {', '.join(apart)}: set "
             "model.latent_size to the size of the --buckets, or prepare others"
         )
     several = f"{records.folder} has latents of {len(records.parts)} shapes"

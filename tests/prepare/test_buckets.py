@@ -58,6 +58,10 @@ def by_pillow(path: Path, height: int, width: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + width, top + height))).transpose(2, 0, 1)
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def nearest(path: Path) -> str:
     width, height = ImageOps.exif_transpose(Image.open(path)).size
     return min(SIDES, key=lambda name: abs(math.log(width / height) - math.log(SIDES[name][1] / SIDES[name][0])))
@@ -105,9 +109,21 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(
     with pytest.raises(UserError, match=r"no manifest\.json in it"):
         open_data(tmp_path / "out")
     run(images, tmp_path / "out", *PIXELS, *BUCKETS)
-    for path in (tmp_path / "whole").rglob("*"):
-        if path.is_file():
-            assert path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes()
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_several_processes_share_every_bucket_and_the_last_one_writes_the_index(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(images, tmp_path / "one", *PIXELS, *BUCKETS)
+    capsys.readouterr()
+    for rank in (1, 0):
+        assert not (tmp_path / "two" / "buckets.json").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        run(images, tmp_path / "two", *PIXELS, *BUCKETS)
+    assert "train: python -m st_fast.train recipes/sit_s.toml" in capsys.readouterr().out
+    assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 def test_a_finished_folder_says_so_and_verify_and_stats_read_all_of_it(

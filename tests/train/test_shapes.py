@@ -281,8 +281,8 @@ def test_graphs_are_left_out_and_memory_is_that_of_the_largest_shape(data, tmp_p
     assert with_largest_shape(recipe, open_data(data / "80x112")) is recipe
     with pytest.raises(UserError, match=r"run.cuda_graphs = true: a graph is of one shape, .* has latents of 3 shapes"):
         check_shapes(replace(recipe, run=replace(recipe.run, cuda_graphs=True)), open_data(data))
-    with pytest.raises(UserError, match=r'run.fp8 = "tensor": .* 3 shapes, whose tokens need not be multiples'):
-        check_shapes(replace(recipe, run=replace(recipe.run, fp8="tensor")), open_data(data))
+    with pytest.raises(UserError, match=r'run.fp8 = "tensorwise": .* 3 shapes, whose tokens need not be multiples'):
+        check_shapes(replace(recipe, run=replace(recipe.run, fp8="tensorwise")), open_data(data))
     check_shapes(recipe, open_data(data))
 
 
