@@ -21,7 +21,7 @@ from st_fast.data.captions import coco_captions, read_source_captions
 from st_fast.data.features import FOLDER, features_folder, open_features
 from st_fast.data.labels import counts_line
 from st_fast.data.layouts.coco import is_coco
-from st_fast.data.manifest import FILE_NAME, VaeInfo, read_manifest
+from st_fast.data.manifest import FILE_NAME, VaeInfo
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.data.sources import Source, open_source
 from st_fast.data.statistics import latent_statistics
