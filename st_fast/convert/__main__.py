@@ -184,6 +184,8 @@ def described(origin: ModelSource) -> str:
         condition = f"captions of {config.text_length} × {config.text_width}, {null} the empty caption's states"
     average = "raw weights and their average" if loaded.averaged else "one set of weights"
     optimiser = f"AdamW's state after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
+    if loaded.left_out:
+        optimiser += f", its own is left out ({loaded.left_out})"
     return (
         f"{origin.path}: {layout} layout, {config.name}, {config.parameters / 1e6:.1f} M parameters, step "
         f"{loaded.step:,}, {loaded.path} path\n"
@@ -191,6 +193,7 @@ def described(origin: ModelSource) -> str:
         f"{' × '.join(map(str, config.latent_shape))}, {condition}, "
         f"qk-norm {'on' if config.qk_norm else 'off'}\n"
         f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
+        + "".join(f"\n  {remark}" for remark in loaded.remarks)
     )
 
 

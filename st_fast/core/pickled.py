@@ -1,8 +1,9 @@
 """What `torch.save` wrote, read without executing anything or believing any size: a small interpreter of its pickles.
 
-It knows tensors, plain values and argparse.Namespace, and refuses whatever else a pickle asks for by name. Storages are
-read once each, and only where the file holds as many bytes as are claimed; tensors are views of them that must lie
-inside. Zip files (torch 1.6 and later) and the older single stream are read.
+It knows tensors, plain values, NumPy's scalars, paths, argparse.Namespace and SimpleNamespace. An instance of any other
+class becomes an `Unread` that holds nothing but the class's name; whatever else a pickle wants called is refused by its
+name. Storages are read once each, and only where the file holds as many bytes as are claimed; tensors are views of them
+that must lie inside. Zip files (torch 1.6 and later) and the older single stream are read.
 """
 
 import argparse
@@ -11,9 +12,10 @@ import os
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,13 @@ STORAGES = {
 }  # fmt: skip
 DTYPES = {f"torch {str(t).removeprefix('torch.')}": t for t in vars(torch).values() if isinstance(t, torch.dtype)}
 REBUILT = "torch._utils _rebuild_"
+NAMESPACES = ("argparse Namespace", "types SimpleNamespace")
+NUMPY_TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+"""Of scalars that are read, as NumPy's pickles name them."""
+SCALARS = ("numpy.core.multiarray scalar", "numpy._core.multiarray scalar")
+PATHS = tuple(f"{module} {name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath"))
+PATH_PARTS, PATH_BYTES = 256, 4_096
+"""Of a path at most; a pickle could repeat one long part without end."""
 
 
 class Storage(NamedTuple):
@@ -47,6 +56,18 @@ class Name(NamedTuple):
     """A global that a pickle names: "module name". It stands for itself until it is called."""
 
     text: str
+
+
+class NumpyType(NamedTuple):
+    """The type of NumPy's scalars, one of NUMPY_TYPES."""
+
+    text: str
+
+
+class Unread(NamedTuple):
+    """Stands for an instance of a class that is not known here: what it holds is left out."""
+
+    kind: str
 
 
 class Asked(Exception):
@@ -67,8 +88,8 @@ def read_pickled(path: Path) -> Any:
         return _zipped(path) if zipped else _streamed(path)
     except Asked as error:
         raise UserError(
-            f"{path}: refused, nothing executed: its pickle asks for {shown(str(error))}; only tensors, plain values "
-            "and argparse.Namespace are read"
+            f"{path}: refused, nothing executed: its pickle asks for {shown(str(error))}; only tensors, plain values, "
+            "paths and namespaces are read"
         ) from None
     except BadFile as error:
         raise BadFile(f"{path}: refused, nothing executed: {str(error).removeprefix(f'{path}: ')}") from None
@@ -189,18 +210,21 @@ class Interpreter:
             push((tuple if code == "TUPLE" else list)(self.marked()))
         elif code in ("APPEND", "APPENDS"):
             items = [pop()] if code == "APPEND" else self.marked()
-            _of(list, self.stack[-1]).extend(items)
+            if not isinstance(self.stack[-1], Unread):
+                _of(list, self.stack[-1]).extend(items)
         elif code in ("SETITEM", "SETITEMS", "DICT"):
             items = [pop(), pop()][::-1] if code == "SETITEM" else self.marked()
             if code == "DICT":
                 push({})
-            _of(dict, self.stack[-1]).update(_pairs(items))
+            if not isinstance(self.stack[-1], Unread):
+                _of(dict, self.stack[-1]).update(_pairs(items))
         elif code in ("GLOBAL", "STACK_GLOBAL"):
             name = argument if code == "GLOBAL" else " ".join([_of(str, pop()), _of(str, pop())][::-1])
             push(DTYPES.get(name) or Name(name))
         elif code in ("REDUCE", "NEWOBJ"):
             arguments, function = _of(tuple, pop()), pop()
-            push(self.called(function, arguments))
+            # NEWOBJ makes an instance without calling anything of its class, REDUCE calls whatever is named.
+            push(self.called(function, arguments) if code == "REDUCE" else self.instance(function, arguments))
         elif code == "BUILD":
             state = pop()
             self.build(self.stack[-1], state)
@@ -211,16 +235,22 @@ class Interpreter:
 
     def called(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """What a pickle's call gives, of the few functions that are known."""
-        name = function.text if isinstance(function, Name) else str(function)
-        if name == "argparse Namespace" and not arguments:
+        name = function.text if isinstance(function, Name) else type(function).__name__
+        if name in NAMESPACES and not arguments:
             return argparse.Namespace()
+        if name == "collections defaultdict" and all(isinstance(argument, Name) for argument in arguments):
+            return {}
+        if name in PATHS:
+            return _path(arguments)
+        if name in ("numpy dtype", *SCALARS, "_codecs encode"):
+            return _numpy(name, arguments)
         if name == "collections OrderedDict":
             items = [part for pair in (_of(list, arguments[0]) if arguments else []) for part in pair]
             return OrderedDict(_pairs(items))
         if name == "torch Size":
             return tuple(_of(tuple, arguments[0]))
-        if name == "torch device":
-            return ":".join(map(str, arguments))
+        if name == "torch device" and all(isinstance(argument, (str, int)) for argument in arguments[:2]):
+            return ":".join(map(str, arguments[:2]))
         if name == REBUILT + "parameter":
             return _of(Tensor, arguments[0])
         if name in (REBUILT + "tensor", REBUILT + "tensor_v2", REBUILT + "tensor_v3"):
@@ -233,11 +263,20 @@ class Interpreter:
             return _view(storage.data, dtype, offset, size, stride)
         raise Asked(name)
 
+    def instance(self, kind: Any, arguments: tuple[Any, ...]) -> Any:
+        """A new instance of a class that a pickle names."""
+        if not isinstance(kind, Name):
+            raise Asked(f"an instance of {type(kind).__name__}")
+        return self.called(kind, arguments) if kind.text in KNOWN else Unread(kind.text)
+
     def build(self, value: Any, state: Any) -> None:
-        """Gives a value the state that its pickle says."""
+        """Gives a value the state that its pickle says: to a number's type nothing but its order of bytes."""
         if isinstance(value, argparse.Namespace):
             vars(value).update((_of(str, key), item) for key, item in _of(dict, state).items())
-        elif not isinstance(value, OrderedDict):  # its _metadata are of no use here
+        elif isinstance(value, NumpyType):
+            if len(_of(tuple, state)) < 2 or state[1] not in ("<", "|", "="):
+                raise Asked(f"numbers in the order {shown(state)}")
+        elif not isinstance(value, (OrderedDict, Unread)):  # the _metadata of the one are of no use here
             raise Asked(f"a state of {type(value).__name__}")
 
     def marked(self) -> list[Any]:
@@ -266,8 +305,10 @@ class Interpreter:
 
 VALUES = (
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
-    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES",
 )  # fmt: skip
+KNOWN = (*NAMESPACES, "collections OrderedDict", "collections defaultdict", "torch Size", "torch device")
+"""Classes whose instances are read."""
 CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple, "EMPTY_LIST": list,
     "EMPTY_DICT": dict, "MARK": lambda: MARK,
@@ -294,6 +335,31 @@ def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
         if not isinstance(key, (str, int, float)) and key is not None:
             raise Asked(f"a {type(key).__name__} as a key")
         yield key, value
+
+
+def _path(parts: tuple[Any, ...]) -> str:
+    """A path as text."""
+    if len(parts) > PATH_PARTS or sum(len(_of(str, part)) for part in parts) > PATH_BYTES:
+        raise ValueError(f"a path of {len(parts)} parts, longer than {PATH_BYTES} characters")
+    return str(PurePosixPath(*parts))
+
+
+def _numpy(name: str, arguments: tuple[Any, ...]) -> Any:
+    """A number that NumPy pickled, as a plain one; the type of one, or its bytes, as protocol 2 has them."""
+    if name == "numpy dtype":
+        if arguments[0] not in NUMPY_TYPES:
+            raise Asked(f"numpy dtype {shown(arguments[0])}")
+        return NumpyType(arguments[0])
+    if name == "_codecs encode":
+        text, encoding = arguments
+        if encoding != "latin1" or len(_of(str, text)) > 8:
+            raise Asked(f"{name} of {shown(encoding)}")
+        return text.encode("latin1")
+    kind, data = arguments
+    dtype = np.dtype(f"<{_of(NumpyType, kind).text}")
+    if len(_of(bytes, data)) != dtype.itemsize:
+        raise ValueError(f"a number of {len(data)} bytes as {dtype}")
+    return np.frombuffer(data, dtype)[0].item()
 
 
 def _view(data: Tensor, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor:

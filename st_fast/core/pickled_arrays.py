@@ -84,6 +84,9 @@ class _Places(Interpreter):
             return _Dtype(str(arguments[0]))
         raise Asked(name)
 
+    def instance(self, kind: Any, arguments: tuple[Any, ...]) -> Any:
+        return self.called(kind, arguments)
+
     def build(self, value: Any, state: Any) -> None:
         if isinstance(value, _Dtype):
             if state[1] not in ("<", "|", "="):

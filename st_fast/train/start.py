@@ -85,7 +85,8 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
         wanted = {head_name(key): tensor for key, tensor in drawn.get("heads", {}).items()}
         match_strictly(wanted, heads(loaded.model), f"{where}, init_heads = 'match'")
     if start.init_weights == "state" and not loaded.exp_avg:
-        raise UserError(f"{where}: it has no optimiser state; allowed: init_weights = 'ema' or 'raw'")
+        why = f" that can be taken over ({loaded.left_out})" if loaded.left_out else ""
+        raise UserError(f"{where}: it has no optimiser state{why}; allowed: init_weights = 'ema' or 'raw'")
     return loaded
 
 

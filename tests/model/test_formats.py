@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +172,103 @@ def test_a_prefixed_bare_state_dict_round_trips_bit_exactly(tmp_path):
         import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES), "repa", tmp_path / "out.pt", "ema"
     )
     assert_same(weights, read(tmp_path / "out.pt"))
+
+
+def in_blocks(name: str) -> Callable[[str], str]:
+    """Puts a wrapper's name before every block's parts."""
+    return lambda key: re.sub(r"^(blocks\.\d+\.)", rf"\1{name}.", key)
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "DistributedDataParallel": lambda key: f"module.{key}",
+    "a compiled model": lambda key: f"_orig_mod.{key}",
+    "compiled blocks": in_blocks("_orig_mod"),
+    "compiled blocks of ranks": lambda key: f"module.{in_blocks('_orig_mod')(key)}",
+    "checkpointed blocks": in_blocks("_checkpoint_wrapped_module"),
+    "shards": lambda key: f"_fsdp_wrapped_module.{in_blocks('_fsdp_wrapped_module')(key)}",
+    "Lightning": lambda key: f"model.{key}",
+    "Lightning, compiled": lambda key: f"model._orig_mod.{key}",
+    "Lightning, compiled blocks": lambda key: f"net.{in_blocks('_orig_mod')(key)}",
+    "some of each": lambda key: in_blocks("_orig_mod")(key) if "blocks.1" in key else f"module.{key}",
+}
+NOT_WRITTEN_BACK = {name for name in WRAPPED if "block" in name or name in ("shards", "some of each")}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_what_wrappers_put_into_keys_is_taken_out(wrapper, tmp_path):
+    weights = drawn(foreign_shapes("repa"), 1)
+    wrapped = {WRAPPED[wrapper](key): tensor for key, tensor in weights.items()}
+    assert wrapped.keys() != weights.keys()
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "in.pt")
+    found = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+    assert_same(dict(found.model), dict(weights))
+    export_file(found, "repa", tmp_path / "out.pt", "ema")
+    told = wrapper in NOT_WRITTEN_BACK
+    assert bool(found.remarks) == told and ("without prefixes" in "".join(found.remarks)) == told
+    assert_same(dict(weights) if told else wrapped, read(tmp_path / "out.pt")["state_dict"])
+
+
+def test_a_key_that_is_there_with_and_without_a_wrapper_is_refused(tmp_path):
+    weights = drawn(foreign_shapes("repa"), 1)
+    for other in ("module.pos_embed", "model.pos_embed", "_orig_mod.module.pos_embed"):
+        torch.save(weights | {other: weights["pos_embed"]}, tmp_path / "in.pt")
+        with pytest.raises(UserError, match="'pos_embed' occurs twice, with and without a prefix"):
+            import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+    torch.save(weights | {"blocks.1._orig_mod.mlp.fc1.bias": weights["blocks.1.mlp.fc1.bias"]}, tmp_path / "in.pt")
+    with pytest.raises(UserError, match=r"'blocks.1.mlp.fc1.bias' occurs twice"):
+        import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+
+
+@pytest.mark.parametrize("averaged", ["ema", "ema_model", "net_ema._orig_mod", "module.ema.module"])
+def test_a_model_and_its_average_in_one_table_are_two(averaged, tmp_path):
+    weights, average = drawn(foreign_shapes("repa"), 1), drawn(foreign_shapes("repa"), 2)
+    both = {f"model.{k}": t for k, t in weights.items()} | {f"{averaged}.{k}": t for k, t in average.items()}
+    torch.save({"state_dict": both}, tmp_path / "in.pt")
+    found = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+    assert_same(dict(found.model), dict(weights))
+    assert_same(dict(found.ema), dict(average))
+    export_file(found, "repa", tmp_path / "out.pt", "ema")
+    again = read(tmp_path / "out.pt")
+    assert_same(dict(average), again["ema"])
+    assert_same(dict(weights), again["model"])
+    torch.save({"state_dict": both, "ema": average}, tmp_path / "in.pt")
+    with pytest.raises(UserError, match="holds a model and its average, and beside it the file has ema, state_dict"):
+        import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+
+
+def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+OTHERS: dict[str, tuple[Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], str]] = {
+    "SGD": (sgd, r"another optimiser's: of 'x_embedder.proj.weight' it keeps \['momentum_buffer'\], AdamW exp_avg and"),
+    "RMSprop": (lambda p: torch.optim.RMSprop(p, lr=0.1), r"another optimiser's: .* \['step', 'square_avg'\], AdamW"),
+    "two groups": (lambda p: torch.optim.AdamW([{"params": p[:3]}, {"params": p[3:]}]), "2 parameter groups"),
+    "fewer parameters": (lambda p: torch.optim.AdamW(p[1:]), "opt has 43 parameters, the model 44"),
+    "no step": (torch.optim.AdamW, "opt is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimisers_state_is_left_out_and_told(name, tmp_path):
+    make, expected = OTHERS[name]
+    content = checkpoint("repa")
+    parameters = [torch.nn.Parameter(tensor.clone()) for tensor in content["model"].values()]
+    optimizer = make(parameters)
+    for p in parameters if name != "no step" else ():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.save(content | {"opt": optimizer.state_dict()}, tmp_path / "in.pt")
+    found = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+    assert re.search(expected, found.left_out), found.left_out
+    assert not found.exp_avg and found.step == 2
+    assert_same(dict(found.ema), dict(content["ema"]))
+    export_file(found, "repa", tmp_path / "out.pt", "ema")
+    assert set(read(tmp_path / "out.pt")) == {"model", "ema", "args", "steps"}
+    for odd in ([], None, "text"):
+        torch.save(content | {"opt": odd}, tmp_path / "in.pt")
+        found = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+        assert found.left_out == f"opt is {type(odd).__name__}, no optimiser's state"
 
 
 def test_our_own_keys_go_out_in_the_order_that_numbers_an_optimisers_state():

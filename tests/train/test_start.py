@@ -238,7 +238,21 @@ def test_a_later_stages_start_is_checked_before_the_first_trains(data, tmp_path)
 
 def test_a_file_without_optimiser_state_cannot_be_continued(recipe, tmp_path):
     torch.save(foreign.repa_weights(foreign.TINY, 1), tmp_path / "repa.pt")
-    assert "no optimiser state" in refused(recipe, "--stage.plain.init_weights=state")
+    assert "no optimiser state; allowed" in refused(recipe, "--stage.plain.init_weights=state")
+
+
+def test_a_file_with_another_optimisers_state_is_a_start_but_not_continued(recipe, tmp_path):
+    content = foreign.repa_checkpoint(tmp_path / "repa.pt")
+    parameters = [torch.nn.Parameter(tensor.clone()) for tensor in content["model"].values()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.save(content | {"opt": optimizer.state_dict()}, tmp_path / "repa.pt")
+    told = refused(recipe, "--stage.plain.init_weights=state")
+    assert "no optimiser state that can be taken over (opt is another optimiser's: of" in told
+    assert "'momentum_buffer'" in told and "\n" not in told
+    run(load(recipe, [*STILL, "--stage.plain.init_weights=raw"]))
 
 
 def test_what_is_said_to_be_fresh_is_drawn_and_the_rest_is_taken(recipe, tmp_path):

@@ -11,6 +11,8 @@ from st_fast.core.files import shown
 
 FIXED = ("pos_embed",)
 """Parameters that are handed to the optimiser but never trained."""
+MEANS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of every parameter, beside its number of updates."""
 
 
 class AdamState(NamedTuple):
@@ -29,9 +31,12 @@ NO_STATE = AdamState({}, {}, 0, {})
 def by_key(opt: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> AdamState:
     """The state by key; parameters are numbered in the order of `weights`. `NO_STATE` where no update was made yet.
 
-    UserError where number, shapes or update counts are not those of one AdamW over these weights.
+    UserError where it is another optimiser's, or number, shapes or update counts are not those of one AdamW over these
+    weights.
     """
     state, groups = opt.get("state"), opt.get("param_groups")
+    if isinstance(groups, Sequence) and len(groups) > 1:
+        raise UserError(f"{where}: opt has {len(groups)} parameter groups, one of one AdamW is needed")
     group = groups[0] if isinstance(groups, Sequence) and len(groups) == 1 else None
     if not isinstance(state, Mapping) or not isinstance(group, Mapping):
         raise UserError(f"{where}: opt is no state of one AdamW with one parameter group")
@@ -47,7 +52,12 @@ def by_key(opt: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) ->
         if key in FIXED:
             continue
         entry = state.get(number)
-        if not isinstance(entry, Mapping) or not all(_fits(entry.get(k), weight) for k in ("exp_avg", "exp_avg_sq")):
+        if isinstance(entry, Mapping) and not {*MEANS} & {*entry}:
+            raise UserError(
+                f"{where}: opt is another optimiser's: of {shown(key)} it keeps {shown(list(entry))}, AdamW "
+                f"{' and '.join(MEANS)}"
+            )
+        if not isinstance(entry, Mapping) or not all(_fits(entry.get(k), weight) for k in MEANS):
             raise UserError(f"{where}: opt has no state of shape {tuple(weight.shape)} for {shown(key)}")
         exp_avg[key], exp_avg_sq[key] = entry["exp_avg"], entry["exp_avg_sq"]
         counts.add(updates(entry.get("step"), f"{where}: opt of {shown(key)}"))

@@ -16,17 +16,25 @@ from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import allowance, is_pickle, read_header, shown
-from st_fast.core.pickled import read_pickled
+from st_fast.core.pickled import Unread, read_pickled
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.layouts import check_table, detect, infer, optimised
 from st_fast.model.formats.loaded_state import LoadedState
 from st_fast.recipe.schema import Model
 
+TABLES = ("", "model", "ema", "state_dict")
+"""Where a file may have weights; "" is a bare state dict."""
 PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 """What args call the path of the flow, in lower case."""
 PREDICTIONS = ("v", "velocity")
-PREFIX = re.compile(r"(?:module\.|_orig_mod\.)+")
-"""What DistributedDataParallel and torch.compile put in front of keys."""
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What DistributedDataParallel, torch.compile, FSDP and checkpointing put into keys: in front, or before a block's."""
+RAW = ("model", "net", "network", "denoiser", "diffusion_model")
+AVERAGED = ("ema", "ema_model", "model_ema", "net_ema", "ema_net")
+OWNERS = re.compile(rf"(?:(?:{'|'.join(RAW + AVERAGED)})\.)+")
+"""How modules that hold a network, such as Lightning's, call it and its average."""
+DECISIVE = ("model", "path_type", "prediction", "num_classes", "class_dropout_prob")
+"""Of a file's args, those that its weights are read by."""
 
 
 def import_file(
@@ -39,17 +47,9 @@ def import_file(
     UserError in one line for whatever does not fit.
     """
     content, where = read_file(path), str(path)
-    names = [name for name in ("", "model", "ema", "state_dict") if isinstance(content.get(name), Mapping)]
-    if not names:
-        raise UserError(f"{path}: has {shown(list(content))}, expected model or ema, or a bare state dict")
-    tables, prefixes = {}, {}
-    room = Room(path, allowance(path.stat().st_size))
-    for name in names:
-        tables[name], prefixes[name] = _table(content[name], f"{path} {name}".strip(), room)
-    args, opt = content.get("args"), content.get("opt")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    opt, args = (dict(value) if isinstance(value, Mapping) else {} for value in (opt, args))
-    args = {key: value for key, value in args.items() if isinstance(key, str) and adam.plain(value)}
+    tables, prefixes, remarks = _tables(content, path)
+    names = list(tables)
+    args, ignored = _args(content.get("args"), path)
     if num_classes is not None:
         args["num_classes"] = num_classes
     model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
@@ -57,8 +57,10 @@ def import_file(
     config = infer(model, args, number_of_heads, where, otherwise)
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
-    state = adam.by_key(opt, optimised(model), where) if opt and "model" in tables else adam.NO_STATE
-    rest = {key: value for key, value in content.items() if key not in (*names, "opt", "args")}
+    state, left_out = adam.NO_STATE, ""
+    if "opt" in content and "model" in tables:
+        state, left_out = _optimiser(content["opt"], model, where)
+    rest = {key: value for key, value in content.items() if key not in (*TABLES, "opt", "args")}
     facts: dict[str, Any] = {
         "tables": names,
         "prefixes": prefixes,
@@ -81,6 +83,8 @@ def import_file(
         step=steps if isinstance(steps, int) and steps >= 0 else state.updates,
         path=_path(args, path),
         facts=facts,
+        left_out=left_out,
+        remarks=(*remarks, *ignored),
     )
     return _from_official(loaded) if layout == "sit" else loaded
 
@@ -143,22 +147,84 @@ class Room:
         return (tensor.float() if half else tensor).contiguous()
 
 
-def _table(raw: Mapping[Any, Any], where: str, room: Room) -> tuple[dict[str, Tensor], str]:
-    """A table with leading `module.` and `_orig_mod.` taken off, and the prefix that all keys share ("" if mixed).
+def _tables(content: Mapping[str, Any], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[str]]:
+    """The file's tables by name with plain keys, the prefix that all keys of each had, and remarks on other ones.
 
-    Half precision is widened, which loses nothing; any other dtype is left for `check_table` to refuse.
+    A table that holds a network and its average becomes the two tables "model" and "ema".
+    """
+    names = [name for name in TABLES if isinstance(content.get(name), Mapping)]
+    if not names:
+        raise UserError(f"{path}: has {shown(list(content))}, expected model or ema, or a bare state dict")
+    tables, prefixes, remarks = dict[str, dict[str, Tensor]](), dict[str, str](), list[str]()
+    room = Room(path, allowance(path.stat().st_size))
+    for name in names:
+        where = f"{path} {name}".strip()
+        parts, prefix = _table(content[name], where, room)
+        if len(parts) > 1 and len(names) > 1:
+            raise UserError(f"{where}: holds a model and its average, and beside it the file has {', '.join(names)}")
+        for part, table in parts.items():
+            called = part if len(parts) > 1 else name
+            tables[called], prefixes[called] = table, prefix or ""
+        if prefix is None:
+            remarks.append(f"keys of {shown(name) if name else 'the state dict'} are written back without prefixes")
+    return tables, prefixes, remarks
+
+
+def _table(raw: Mapping[Any, Any], where: str, room: Room) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+    """A table with plain keys: "model", the weights, and "ema", their average, where it holds both.
+
+    Also what stands before all keys, None where that differs from key to key, or something was inside them. Half
+    precision is widened, which loses nothing; any other dtype is left for `check_table` to refuse.
     """
     if strangers := [key for key, t in raw.items() if not isinstance(key, str) or not isinstance(t, Tensor)]:
         raise UserError(f"{where} holds more than tensors: {shown(strangers)}")
-    found: dict[str, Tensor] = {}
-    prefixes = set()
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
+    prefixes: set[str | None] = set()
     for key, tensor in raw.items():
-        match = PREFIX.match(key)
-        prefixes.add(match[0] if match else "")
-        plain = key[match.end() :] if match else key
+        part, plain = _plain_key(key)
+        prefixes.add(key.removesuffix(plain) if key.endswith(plain) else None)
+        found = parts[part]
         if plain in found:
             raise UserError(f"{where}: {shown(plain)} occurs twice, with and without a prefix")
         found[plain] = room.plain(tensor)
         if tensor.is_floating_point() and not bool(torch.isfinite(found[plain]).all()):
             raise UserError(f"{where}: {shown(plain)} holds NaN or infinity")
-    return found, prefixes.pop() if len(prefixes) == 1 else ""
+    kept = {part: table for part, table in parts.items() if table}
+    return kept or {"model": {}}, prefixes.pop() if len(prefixes) == 1 else None
+
+
+def _plain_key(key: str) -> tuple[str, str]:
+    """Whether a key is of the "model" or its average "ema", and the key as the network itself has it."""
+    plain = WRAPPERS.sub("", key)
+    if not (match := OWNERS.match(plain)):
+        return "model", plain
+    averaged = any(name in AVERAGED for name in match[0].split("."))
+    return "ema" if averaged else "model", plain[match.end() :]
+
+
+def _args(said: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The plain values of a file's args, and a remark on those of classes that are not known here.
+
+    UserError where one that the weights are read by is no plain value.
+    """
+    table = vars(said) if isinstance(said, argparse.Namespace) else said
+    if not isinstance(table, Mapping):
+        if not isinstance(table, Unread):
+            return {}, []
+        return {}, [f"args are not read, an instance of {shown(table.kind)}: a linear path and a velocity are assumed"]
+    args = {key: value for key, value in table.items() if isinstance(key, str) and adam.plain(value)}
+    if wrong := [key for key in DECISIVE if table.get(key) is not None and key not in args]:
+        raise UserError(f"{path}: args.{wrong[0]} = {shown(table[wrong[0]])}: a plain value is needed")
+    unread = [str(key) for key, value in table.items() if isinstance(value, Unread)]
+    return args, [f"args without {shown(unread)}, instances of classes that are not read"] if unread else []
+
+
+def _optimiser(opt: Any, weights: Mapping[str, Tensor], where: str) -> tuple[adam.AdamState, str]:
+    """AdamW's state of the weights; or none, and why the one in the file is left out."""
+    if not isinstance(opt, Mapping):
+        return adam.NO_STATE, f"opt is {type(opt).__name__}, no optimiser's state"
+    try:
+        state = adam.by_key(opt, optimised(weights), where)
+    except UserError as error:
+        return adam.NO_STATE, str(error).removeprefix(f"{where}: ")
+    return state, "" if state.exp_avg else "opt is empty"

@@ -27,6 +27,8 @@ LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
 """Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""
 MMDIT_LAYOUTS = ("repa", "self-transcendence")
 """Those whose projects train an MMDiT too."""
+TOLD_BY = "convert, sample, evaluate and probe take"
+"""The commands with options for what a file does not tell."""
 CLIP_TOKENS = 77
 """Tokens of a caption in the published MMDiTs' data, which no file tells."""
 
@@ -61,7 +63,7 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         return "sit"
     raise UserError(
         f"{where}: neither heads nor args nor a learnt sigma tell official SiT (t = 1 is data) from REPA (t = 1 is "
-        "noise): layout must be given, as sit or repa (python -m st_fast.convert … --from)"
+        f"noise): layout must be given, as sit or repa ({TOLD_BY} --from)"
     )
 
 
@@ -96,7 +98,7 @@ def infer(
     if not count:
         raise UserError(
             f"{where}: depth {depth} and width {width} are no published size, so number_of_heads must be given "
-            "(python -m st_fast.convert … --heads)"
+            f"({TOLD_BY} --heads)"
         )
     model = Model(
         name=name if count == usual_heads else "custom", depth=depth, width=width, heads=count, patch=patch,
@@ -137,18 +139,23 @@ def _text(table: Table, args: Mapping[str, Any], otherwise: Model | None, where:
 def _labels(table: Table, args: Mapping[str, Any], otherwise: Model | None, where: str) -> dict[str, Any]:
     """What a SiT's table of labels tells of its classes."""
     rows = _shaped(table, "y_embedder.embedding_table.weight", 2, where)[0]
-    null = int(_classes(rows, args.get("num_classes"), otherwise, where) != rows)
+    null = int(_classes(rows, args, otherwise, where) != rows)
     return {"num_classes": rows - null, "class_dropout": 0.1 if null else 0.0}
 
 
-def _classes(rows: int, told: Any, otherwise: Model | None, where: str) -> int:
+def _classes(rows: int, args: Mapping[str, Any], otherwise: Model | None, where: str) -> int:
     """The classes of a table of labels with so many rows: as many, or one less where the last is the null class."""
+    told, dropped = args.get("num_classes"), args.get("class_dropout_prob")
+    if told is None and isinstance(dropped, (int, float)):  # the published table has a null class where labels drop out
+        told = max(1, rows - 1) if dropped > 0 else rows
     if told is None and otherwise:
         told = rows if otherwise.num_classes == rows else max(1, rows - 1)
+    if told is None and rows == IMAGENET:
+        told = rows
     if told is None and rows not in (1, IMAGENET + 1):
         raise UserError(
             f"{where}: y_embedder has {rows} rows: {rows} classes, or {rows - 1} and a null class; num_classes must be "
-            f"given (python -m st_fast.convert … --num-classes {rows} or {rows - 1})"
+            f"given ({TOLD_BY} --num-classes {rows} or {rows - 1})"
         )
     if told is not None and told not in (rows, max(1, rows - 1)):
         raise UserError(f"{where}: num_classes = {shown(told)}, but y_embedder has {rows} rows")

@@ -42,6 +42,10 @@ class LoadedState:
     """What a file of the same layout needs to be written back as it was, as plain JSON values."""
     originals: Table = field(default_factory=dict)
     """Tensors that importing changed, as they were: `<table>/<key>`."""
+    left_out: str = ""
+    """Why the file's optimiser state was not read, where it has one."""
+    remarks: tuple[str, ...] = ()
+    """Lines for whoever uses the model: what else of the file was left out, or is not written back as it was."""
 
     @property
     def averaged(self) -> bool:
