@@ -70,7 +70,8 @@ def decoded(pipe: Any, x: Tensor, output_type: str) -> Any:
     if config.latents_mean:
         z = z + by_channel(config.latents_mean, z)
     if pipe.vae is not None:
-        z = z + (config.latent_shift or getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+        shift = config.latent_shift
+        z = z + ((getattr(pipe.vae.config, "shift_factor", None) or 0.0) if shift is None else shift)
         z = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0].float()
     elif z.shape[1] not in (1, 3):
         raise ValueError("this pipeline has no VAE: pass vae=AutoencoderKL…, or output_type='latent'")

@@ -84,7 +84,7 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         text_width: int, text_length: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True,
         flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
         text_encoder: str = "", text_encoder_sha256: str = "", text_mask: bool = False, network: str = "mmdit",
-        model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
+        model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1, latent_shift: float | None = None,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
         prediction: str = "velocity",
     ) -> None:  # fmt: skip

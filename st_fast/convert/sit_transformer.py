@@ -97,7 +97,7 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int | Sequence[int],
         num_classes: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool = True,
         flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
-        model_type: str = "sit", format: str = "st_fast.sit", version: int = 1, latent_shift: float = 0.0,
+        model_type: str = "sit", format: str = "st_fast.sit", version: int = 1, latent_shift: float | None = None,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
         prediction: str = "velocity",
     ) -> None:  # fmt: skip

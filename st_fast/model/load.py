@@ -103,10 +103,11 @@ def latents_as_json(latents: LatentSpace | None) -> dict[str, Any]:
         return {"latent_scale": None}
     how = latents.normalisation
     more = {
-        "latent_shift": how.shift, "latents_mean": list(how.latents_mean), "latents_std": list(how.latents_std),
+        "latents_mean": list(how.latents_mean), "latents_std": list(how.latents_std),
         "vae": latents.vae, "vae_sha256": latents.vae_hash,
     }  # fmt: skip
-    return {"latent_scale": how.scale} | {key: value for key, value in more.items() if value}
+    shift = {} if how.shift is None else {"latent_shift": how.shift}  # without it the VAE's own is meant
+    return {"latent_scale": how.scale} | shift | {key: value for key, value in more.items() if value}
 
 
 def _latents(content: dict[str, Any], path: Path) -> LatentSpace | None:
@@ -115,7 +116,7 @@ def _latents(content: dict[str, Any], path: Path) -> LatentSpace | None:
     scale, shift, mean, std, vae, digest = (content.pop(name, None) for name in names)
     if scale is None:
         return None
-    told = {"scale": scale, "shift": shift or 0.0, "latents_mean": mean or [], "latents_std": std or []}
+    told = {"scale": scale, "shift": shift, "latents_mean": mean or [], "latents_std": std or []}
     space = {"vae": vae or "", "vae_hash": digest or "", "normalisation": told}
     return record_from(LatentSpace, space, str(path))
 
