@@ -8,10 +8,12 @@ import json
 import random
 import tarfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from st_fast.model.formats import import_file
 from st_fast.model.stored import read_model
 from st_fast.recipe.schema import Model
 from st_fast.sample.set import open_npz, write_npz
+from st_fast.sample.source import find_source
 from tests import foreign, tiny, tiny_shapes
 from tests.core.checkpoint.test_checkpoint_fuzz import ODD_VALUES, damaged_bytes, damaged_value
 from tests.data import foreign_latents, test_coco
@@ -109,6 +112,47 @@ def spoil_content(path: Path, draw: random.Random) -> None:
 def make_model(folder: Path) -> Path:
     foreign.repa_checkpoint(folder / "in.pt", SMALL, steps=1)
     return folder / "in.pt"
+
+
+class Settings:
+    """A class that is not read."""
+
+
+def make_model_with_arguments(folder: Path) -> Path:
+    """Arguments of every kind that is read, and one that is left out."""
+    content = foreign.repa_checkpoint(folder / "in.pt", SMALL, steps=1)
+    vars(content["args"]).update(
+        lr=np.float64(1e-4), steps=np.int64(5), yes=np.bool_(True), out=Path("a") / "b", own=Settings(),
+        more=SimpleNamespace(path=Path("c"), counts=defaultdict(dict, a=1)),
+    )  # fmt: skip
+    torch.save(content, folder / "in.pt")
+    return folder / "in.pt"
+
+
+def make_pipeline(folder: Path) -> Path:
+    """What drawing needs of a diffusers folder, but for the VAE."""
+    from st_fast.model.load import DIFFUSERS_WEIGHTS, Published, write_pretrained
+
+    (folder / "out" / "transformer").mkdir(parents=True)
+    write_pretrained(folder / "out" / "transformer", foreign.trunk(SMALL, 1), Published(SMALL), DIFFUSERS_WEIGHTS)
+    index = {
+        "sampler": "heun",
+        "num_inference_steps": 5,
+        "guidance_scale": 1.5,
+        "guidance_low": 0.1,
+        "guidance_high": 0.9,
+    }
+    (folder / "out" / "model_index.json").write_text(json.dumps(index))
+    return folder / "out"
+
+
+def spoil_pipeline(path: Path, draw: random.Random) -> None:
+    spoil_json(path / draw.choice(["model_index.json", "model_index.json", "transformer/config.json"]), draw)
+
+
+def find_source_at(path: Path) -> object:
+    options = {"stage": None, "weights": "ema", "layout": None, "heads": None, "num_classes": None, "data": None}
+    return find_source(argparse.Namespace(run=path, **options))
 
 
 def make_text_model(folder: Path) -> Path:
@@ -245,6 +289,9 @@ KINDS = {
     "foreign .pt, content": Kind(make_model, spoil_content, import_file, 16),
     "foreign .pt of text, content": Kind(make_text_model, spoil_content, read_model_at, 8),
     "foreign .pt, pickle": Kind(make_model, spoil_pickle, import_file, 10),
+    "foreign .pt, arguments": Kind(make_model_with_arguments, spoil_pickle, import_file, 10),
+    "diffusers folder": Kind(make_pipeline, spoil_pipeline, find_source_at, 6),
+    "checkpoint to draw from": Kind(make_stage, spoil_meta, find_source_at, 6),
     "foreign .pt, bytes": Kind(make_model, spoil_bytes, import_file, 6),
     "checkpoint meta": Kind(make_stage, spoil_meta, read_model_at, 8),
     "data manifest": Kind(lambda folder: tiny.write_data(folder / "data", 4),

@@ -29,12 +29,11 @@ from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
 from st_fast.convert.text import check_empty_context, with_empty_context
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.core.options import given, integer, path
-from st_fast.model.formats.layouts import LAYOUTS
-from st_fast.model.formats.loaded_state import NULL_CONTEXT, heads
+from st_fast.core.files import shown
+from st_fast.core.options import LAYOUTS, add_file_options, given, path
+from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, heads
 from st_fast.model.load import CONFIG, read_config
 from st_fast.model.stored import ModelSource, read_model
-from st_fast.recipe.architecture import CLASSES_MOST
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
@@ -51,13 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", choices=(*FOLDERS, *LAYOUTS), help="default: a stage folder, or for a file the layout SOURCE came in"
     )
-    parser.add_argument("--from", dest="layout", choices=LAYOUTS, help="SOURCE's layout, where its keys don't tell")
-    parser.add_argument(
-        "--heads", type=integer(1, 65_536), help="attention heads of SOURCE, where no published size tells"
-    )
-    parser.add_argument(
-        "--num-classes", type=integer(1, CLASSES_MOST), help="classes of SOURCE, where its keys and args don't tell"
-    )
+    add_file_options(parser)
     parser.add_argument(
         "--empty-context", type=path, metavar="FILE",
         help="a .npy (L, W) with the states of the empty caption, which published models of text lack",
@@ -173,6 +166,12 @@ def write(given: argparse.Namespace, form: str, origin: ModelSource) -> None:
         export_file(origin.loaded, form, target, "model" if given.weights == "raw" else "ema")
 
 
+def _unprefixed(loaded: LoadedState) -> list[str]:
+    """A line where prefixes of keys are not written back."""
+    names = [shown(name) if name else "the state dict" for name in loaded.facts.get("unprefixed", ())]
+    return [f"keys of {', '.join(names)} have prefixes that are not written back"] if names else []
+
+
 def described(origin: ModelSource) -> str:
     """What was read, in a few lines."""
     loaded, config = origin.loaded, origin.loaded.config
@@ -193,7 +192,7 @@ def described(origin: ModelSource) -> str:
         f"{' × '.join(map(str, config.latent_shape))}, {condition}, "
         f"qk-norm {'on' if config.qk_norm else 'off'}\n"
         f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
-        + "".join(f"\n  {remark}" for remark in loaded.remarks)
+        + "".join(f"\n  {remark}" for remark in (*loaded.remarks, *_unprefixed(loaded)))
     )
 
 

@@ -12,15 +12,11 @@ from st_fast.core.limits import read_npy
 from st_fast.core.options import ARCHITECTURE_MOST
 from st_fast.core.writing import save_pretrained
 from st_fast.data.text import read_text_manifest
-from st_fast.model.formats.layouts import CLIP_TOKENS
 from st_fast.model.formats.loaded_state import NULL_CONTEXT
-from st_fast.model.load import CONFIG, TextStates, read_config
-from st_fast.model.stored import ModelSource, alike
+from st_fast.model.load import TextStates
+from st_fast.model.stored import ModelSource, alike, text_states
 from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
 from st_fast.recipe import load_run
-
-CLIP, CLIP_WIDTH = "openai/clip-vit-large-patch14", 768
-"""The text encoder of the published models, without an attention mask."""
 
 
 def with_empty_context(origin: ModelSource, file: Path) -> ModelSource:
@@ -110,8 +106,4 @@ def text_of(origin: ModelSource) -> TextStates:
         except UserError:
             return TextStates()
         return TextStates(found.encoder, found.hash, found.mask)
-    for folder in (origin.path, origin.path / "transformer"):
-        if (folder / CONFIG).is_file():
-            return read_config(folder).text
-    published = (config.text_length, config.text_width) == (CLIP_TOKENS, CLIP_WIDTH)
-    return TextStates(CLIP) if published else TextStates()
+    return text_states(origin)

@@ -4,6 +4,7 @@ import argparse
 import atexit
 import errno
 import os
+import re
 import sys
 import threading
 import traceback
@@ -24,6 +25,9 @@ MENDABLE = (
     errno.EBUSY, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOLCK,
 )  # fmt: skip
 """What is wrong with a place, the rights to it or the room in it, which no traceback tells better."""
+MODEL_FILES = ("recipe.toml", "manifest.json", "config.json", "transformer/config.json")
+"""One of these lies in the folder of a run, a checkpoint, a Hugging Face model or a diffusers pipeline."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def command_parser(name: str, text: str | None, epilog: str | None = None) -> Parser:
@@ -97,10 +101,17 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def need_run(folder: Path) -> None:
-    """UserError unless the folder holds a run."""
-    if not (folder / "recipe.toml").is_file():
-        raise UserError(f"{folder}: no recipe.toml, so no run of st_fast.train")
+def need_model(path: Path) -> None:
+    """UserError unless there is a file, a folder as runs and models have it, or it may be a model's name on the hub."""
+    if path.is_file() or is_hub_name(path) or any((path / name).is_file() for name in MODEL_FILES):
+        return
+    if not (path / "checkpoints").is_dir() and not any(path.glob("*/manifest.json")):
+        raise UserError(f"{path}: no recipe.toml, so no run of st_fast.train, and no other model")
+
+
+def is_hub_name(path: Path) -> bool:
+    """Whether it can only be OWNER/NAME on the Hugging Face hub: neither it nor a folder OWNER is here."""
+    return bool(HUB_NAME.fullmatch(str(path))) and not path.exists() and not path.parent.exists()
 
 
 def need_each_once(runs: Sequence[Path]) -> list[Path]:
@@ -121,17 +132,17 @@ def compile_nothing_for_help() -> None:
         os.environ.setdefault("ST_FAST_CSRC", "")
 
 
-def need_run_first(argv: Sequence[str] | None = None) -> None:
-    """Ends a command `RUN [options]` whose run is not there; imports no torch, and so never waits for csrc's compiler.
+def need_model_first(argv: Sequence[str] | None = None) -> None:
+    """Ends a command `MODEL [options]` whose model is not there; without torch, and so without csrc's compiler.
 
-    For modules that are a library as well and import it at their top. Whatever does not begin with the run is left to
+    For modules that are a library as well and import it at their top. Whatever does not begin with the model is left to
     the command's own parser, and so is --debug, for `run_command` shows the traceback.
     """
     compile_nothing_for_help()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-") and "--debug" not in arguments:
         try:
-            need_run(Path(arguments[0]))
+            need_model(Path(arguments[0]))
         except UserError as error:
             _tell(str(error))
             sys.exit(error.exit_code)

@@ -22,6 +22,9 @@ ARCHITECTURE_MOST = {
 }  # fmt: skip
 """The largest values of the keys of [model] that are numbers; a recipe's limits and a checkpoint's."""
 SEED_MOST = 2**63 - 1
+LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
+"""Of other projects' files: official SiT; REPA (also what shares its convention and has no head); Self-Transcendence,
+both stages; SRA."""
 
 OWN = re.compile(r"(invalid|expected|not allowed|ignored|ambiguous)\b")
 """How argparse's own texts about an option begin; other texts are those of `integer` and `number`."""
@@ -101,6 +104,19 @@ def given(text: str) -> str:
 def path(text: str) -> Path:
     """The type of an option that takes a path: an empty one would be the folder that the command runs in."""
     return Path(given(text))
+
+
+def add_file_options(parser: argparse.ArgumentParser) -> None:
+    """What another project's file may leave open: `layout`, `heads` and `num_classes`."""
+    most = ARCHITECTURE_MOST
+    parser.add_argument("--from", dest="layout", choices=LAYOUTS, help="a file's layout, where its keys don't tell")
+    parser.add_argument(
+        "--heads", type=integer(1, most["heads"]), help="a file's attention heads, where no published size tells"
+    )
+    parser.add_argument(
+        "--num-classes", type=integer(1, most["num_classes"]),
+        help="a file's classes, where its keys and arguments don't tell",
+    )  # fmt: skip
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

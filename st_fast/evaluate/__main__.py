@@ -4,21 +4,23 @@
     python -m st_fast.evaluate runs/sit_xl -n 50000 --preset self-transcendence --inception weights.pth \\
         --reference VIRTUAL_imagenet256_labeled.npz
     python -m st_fast.evaluate runs/mmdit_coco -n 30000 --captions data/coco_val --clip openai/clip-vit-large-patch14
+    python -m st_fast.evaluate SiT-XL-2-256x256.pt -n 50000 --inception weights.pth --reference VIRTUAL_imagenet256.npz
     python -m st_fast.evaluate runs/sit_xl --samples some.npz --inception weights.pth --reference images/
 
 Draws the set of samples that the flags describe, or what is missing of it (as `python -m st_fast.sample --npz` would,
 on as many ranks as torchrun starts), prints the protocol and every number, and writes metrics.json beside the samples.
 Samples of other weights or settings, and scores by another protocol, get places of their own beside the first.
-The classifier is trained on the data's real images; a distance in its features is never called FID.
+The classifier is trained on the data's real images; a distance in its features is never called FID. MODEL is what
+st_fast.sample takes: a run, or another project's file, whose samples go to samples/ in this folder.
 """
 
-from st_fast.core.command import need_run_first
+from st_fast.core.command import need_model_first
 from st_fast.core.options import given, path
 from st_fast.core.signals import catch_signals
 
 if __name__ == "__main__":
     catch_signals()
-    need_run_first()  # the imports below take seconds, or a minute where csrc is compiled
+    need_model_first()  # the imports below take seconds, or a minute where csrc is compiled
 
 import argparse
 from collections.abc import Sequence
@@ -49,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     names = ("auto", "inception", "classifier", "judge")  # the last is an older name of the classifier
     parser.add_argument("--features", choices=names, metavar="{auto,inception,classifier}", default="auto")
     parser.add_argument("--inception", type=path, metavar="FILE", help="weights (default: what torch-fidelity left)")
-    parser.add_argument("--reference", type=path, help="ADM's .npz, pictures or a data folder (default: the run's)")
+    parser.add_argument("--reference", type=path, help="ADM's .npz, pictures or a data folder (default: the model's)")
     parser.add_argument(
         "--clip", type=given, metavar="MODEL", help="also the CLIP score of samples drawn from text, by this CLIP"
     )
@@ -58,36 +60,41 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, SampleRequest]:
-    """The flags over the run's own recipe, with the `inception` weights (None: the classifier) and `reference` to use.
+    """The flags over the model's recipe, with the `inception` weights (None: the classifier) and `reference` to use.
 
     UserError in one line for what is missing, and what to pass.
     """
     given = parser().parse_args(arguments)
     request = sample_request(given, "evaluate", needs_model=given.samples is None)
-    data = Path(request.recipe.data.path)
-    images = (data / "images.safetensors").is_file()
+    data = request.source.data
+    images = data is not None and (data / "images.safetensors").is_file()
     weights = None if given.features in ("classifier", "judge") else inception.find_weights(given.inception)
     if given.clip and (request.recipe.model.network == "sit" or given.samples is not None):
         raise UserError(f"--clip {given.clip}: scores samples that this command draws from text")
     if given.features == "inception" and weights is None:
         raise UserError(f"--features inception: no weights: pass --inception FILE ({inception.FILES[0]})")
     if weights is not None and given.reference is None and not images:
-        told = f"{data} has no images.safetensors ({how_to_write_images(data)})"
+        told = f"{given.run} comes without data" if data is None else _without_images(data)
         raise UserError(f"--reference: none given, and {told}; pass ADM's .npz or pictures")
     of_text = request.recipe.model.network != "sit"
-    given.by_attributes = of_text and weights is None and (data / attributes.FILE).is_file()
+    given.by_attributes = of_text and weights is None and data is not None and (data / attributes.FILE).is_file()
     if of_text and weights is None and not given.by_attributes and not given.clip:
         raise UserError(
             f"no Inception weights: pass --inception FILE ({inception.FILES[0]}) and --reference FILE for FID, "
             "or --clip MODEL"
         )
     if not of_text and weights is None and not images:
+        told = f"{given.run} comes without data (--data)" if data is None else _without_images(data)
         raise UserError(
-            f"no Inception weights, and no images.safetensors in {data} for a classifier: "
-            f"{how_to_write_images(data)}; or pass --inception FILE ({inception.FILES[0]}) and --reference FILE"
+            f"no Inception weights, and for a classifier {told}; or pass --inception FILE ({inception.FILES[0]}) and "
+            "--reference FILE"
         )
     given.inception, given.reference = weights, given.reference or data
     return given, request
+
+
+def _without_images(data: Path) -> str:
+    return f"{data} has no images.safetensors ({how_to_write_images(data)})"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """A model as a folder that other programs know: config.json and model.safetensors, read from a disk or from the hub."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,12 @@ from st_fast.recipe.keys import build
 from st_fast.recipe.schema import Model
 
 CONFIG, WEIGHTS, DIFFUSERS_WEIGHTS = "config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"
+MODEL_OR_PIPELINE = (
+    CONFIG, WEIGHTS, "model_index.json", "text_encoder/*.json", f"text_encoder/{WEIGHTS}", "tokenizer/*.json",
+    "tokenizer/*.txt", "tokenizer/*.model", *(f"{part}/{name}" for part in ("transformer", "vae")
+                                           for name in (CONFIG, DIFFUSERS_WEIGHTS)),
+)  # fmt: skip
+"""The files that drawing needs of a Hugging Face model, or of a diffusers pipeline."""
 FORMAT, VERSION = "st_fast.sit", 1
 FLOWS = ("linear", "cosine")
 EVERY_KEY = 10_000
@@ -46,6 +52,9 @@ class TextStates:
         return {"text_encoder": self.encoder, "text_encoder_sha256": self.hash, "text_mask": self.mask}
 
 
+UNKNOWN_TEXT = TextStates()
+
+
 @dataclass(frozen=True)
 class Published:
     """What config.json says: the network, and what it takes to draw with it (t = 1 is noise, it gives the velocity)."""
@@ -56,7 +65,7 @@ class Published:
     """What the model's latents are of; None where it is unknown."""
     step: int = 0
     """How many steps it was trained, where that is known."""
-    text: TextStates = TextStates()
+    text: TextStates = UNKNOWN_TEXT
     """Of a network that draws from text."""
 
     def as_json(self) -> dict[str, Any]:
@@ -146,8 +155,8 @@ def write_pretrained(
     write_json_atomic(folder / CONFIG, {**also, **config.as_json()})
 
 
-def fetch(name: str) -> Path:
-    """A local folder, or a hub model's config and weights in the hub's cache; UserError where there is neither."""
+def fetch(name: str, files: Sequence[str] = (CONFIG, WEIGHTS)) -> Path:
+    """A local folder, or a hub model's files in the hub's cache; UserError where there is neither."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -157,7 +166,7 @@ def fetch(name: str) -> Path:
             f"model {name!r}: no folder, and huggingface_hub can't be imported ({error}): {how_to_install('hub')}"
         ) from None
     with from_hub(f"model {name!r}: neither a folder nor a name on the hub in reach", name):
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
 
 
 class Pretrained(nn.Module):

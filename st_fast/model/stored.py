@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,20 @@ from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.finite import check_finite
 from st_fast.model.formats import adam
 from st_fast.model.formats.importing import import_file
-from st_fast.model.formats.layouts import detect, expected_trunk, infer
+from st_fast.model.formats.layouts import CLIP_TOKENS, detect, expected_trunk, infer
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, head_name, trunk
-from st_fast.model.load import CONFIG, DIFFUSERS_WEIGHTS, EVERY_KEY, FLOWS, WEIGHTS, check_size, read_config
+from st_fast.model.load import (
+    CONFIG,
+    DIFFUSERS_WEIGHTS,
+    EVERY_KEY,
+    FLOWS,
+    UNKNOWN_TEXT,
+    WEIGHTS,
+    Published,
+    TextStates,
+    check_size,
+    read_config,
+)
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe import RecipeError, load_run
 from st_fast.recipe.document import parse_toml
@@ -35,6 +46,8 @@ ALIKE = 0.1
 """How far apart states may be that one encoder made, as a share of their norm: deep ones in bf16 differ by percents,
 another encoder's by about 1.
 """
+CLIP, CLIP_WIDTH = "openai/clip-vit-large-patch14", 768
+"""The text encoder of the published models, without an attention mask."""
 KINDS = "a .pt or .safetensors file, a run, stage or checkpoint folder, or a folder with config.json"
 
 
@@ -48,6 +61,10 @@ class ModelSource:
     run: Path | None = None
     """The run folder that it belongs to, with its recipe and log, where there is one."""
     stage: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Of a checkpoint of ours: what its manifest says."""
+    published: Published | None = None
+    """Of a Hugging Face or diffusers folder: what config.json says."""
 
 
 def read_model(
@@ -61,10 +78,10 @@ def read_model(
     """
     if path.is_file():
         return ModelSource(import_file(path, layout, number_of_heads, num_classes, otherwise), path)
-    if (path / CONFIG).is_file():
-        return ModelSource(_published(path), path)
-    if (path / "transformer" / CONFIG).is_file():
-        return ModelSource(_published(path / "transformer"), path)
+    for folder in (path, path / "transformer"):
+        if (folder / CONFIG).is_file():
+            published = read_config(folder)
+            return ModelSource(_published(folder, published), path, published=published)
     if (path / "recipe.toml").is_file():
         path = path / newest_stage(path, load_run(path), stage)
     if (path / "manifest.json").is_file():
@@ -77,7 +94,7 @@ def read_model(
             raise UserError(f"{path}: {what}; {KINDS} can be read")
         found = newest
     run = next((p for p in root.absolute().parents if (p / "recipe.toml").is_file()), None)
-    return ModelSource(from_checkpoint(found), found.path, run, root.absolute().parent.name if run else "")
+    return ModelSource(from_checkpoint(found), found.path, run, root.absolute().parent.name if run else "", found.meta)
 
 
 def newest_stage(run: Path, recipe: Recipe, wanted: str | None) -> str:
@@ -167,9 +184,8 @@ def flow_path(meta: Mapping[str, Any], where: str) -> str:
     return str(flow)
 
 
-def _published(folder: Path) -> LoadedState:
-    """A folder that `save_pretrained` wrote."""
-    config = read_config(folder)
+def _published(folder: Path, config: Published) -> LoadedState:
+    """A folder that `save_pretrained` wrote, whose config.json says `config`."""
     file = folder / DIFFUSERS_WEIGHTS if (folder / DIFFUSERS_WEIGHTS).is_file() else folder / WEIGHTS
     check_size(config.model, file)
     loaded = import_file(file, "repa", config.model.heads, config.model.num_classes, config.model)
@@ -191,14 +207,15 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """The trunk of a teacher, and what is known of it."""
+class Weights:
+    """The trunk of a frozen model, and what is known of it."""
 
     architecture: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     path: Path
     flow: str
     step: int
+    averaged: bool
     latents: LatentSpace | None = None
 
 
@@ -218,8 +235,17 @@ def load_frozen(
     path than `flow` or on other `latents` (where given), if any key of the trunk is missing, unknown or of another
     shape, or not finite.
     """
-    with naming_lack_of_memory(f"loading {root}"):
-        found = _weights(root, config, weights)
+    found = read_weights(root, config, weights)
+    return frozen(found, config, kernels, place, dtype, attend, flow, record, null, latents)
+
+
+def frozen(
+    found: Weights, config: Model, kernels: KernelTable, place: torch.device, dtype: torch.dtype,
+    attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
+    record: Callable[[dict[str, Any]], None] | None = None, null: Tensor | None = None,
+    latents: LatentSpace | None = None,
+) -> DiffusionTransformer:  # fmt: skip
+    """`load_frozen` of weights that were read already."""
     if flow is not None and found.flow != flow:
         raise UserError(f"teacher {found.path}: trained on the {found.flow} path, flow.path = {flow!r}")
     if latents and found.latents and (differing := found.latents.differences(latents)):
@@ -239,10 +265,20 @@ def load_frozen(
         )
     if record is not None:
         digest = tensors_hash(found.tensors)
-        record({"path": str(found.path), "step": found.step, "weights": weights, "sha256": digest})
-    with naming_lack_of_memory(f"loading {root}"):
+        which = "ema" if found.averaged else "raw"
+        record({"path": str(found.path), "step": found.step, "weights": which, "sha256": digest})
+    with naming_lack_of_memory(f"loading {found.path}"):
         model.to(dtype).to_empty(device=place).load_state_dict(tensors)
     return model.eval().requires_grad_(False)
+
+
+def text_states(origin: ModelSource) -> TextStates:
+    """Whose states of captions a model was trained on, as its folder says or as of the published models."""
+    config = origin.loaded.config
+    if origin.published is not None:
+        return origin.published.text
+    published = config.network == "mmdit" and (config.text_length, config.text_width) == (CLIP_TOKENS, CLIP_WIDTH)
+    return TextStates(CLIP) if published else UNKNOWN_TEXT
 
 
 def alike(states: Tensor, others: Tensor) -> bool:
@@ -250,17 +286,27 @@ def alike(states: Tensor, others: Tensor) -> bool:
     return bool((states.float() - others.float()).norm() <= ALIKE * others.float().norm())
 
 
-def _weights(root: Path, config: Model, weights: Literal["raw", "ema"]) -> _Weights:
-    """A teacher's weights; of a checkpoint only one group is read."""
+def read_weights(root: Path, config: Model, weights: Literal["raw", "ema"]) -> Weights:
+    """What `load_frozen` reads of a model; of a checkpoint, or of the newest under `root`, only one group is read."""
     say = partial(print, flush=True)
-    if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
-        loaded = read_model(root, say, otherwise=config).loaded
-        tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
-        return _Weights(loaded.config.architecture(), tensors, root, loaded.path, loaded.step, loaded.latents)
-    group = "model" if weights == "raw" else "ema"
-    found = checkpoint.latest(root, say, groups=(group,))
+    with naming_lack_of_memory(f"loading {root}"):
+        if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
+            return weights_of(read_model(root, say, otherwise=config), weights)
+        group = "model" if weights == "raw" else "ema"
+        if (root / "manifest.json").is_file():
+            found: Checkpoint | None = checkpoint.load(root, (group,))
+        else:
+            found = checkpoint.latest(root, say, groups=(group,))
     if found is None:
         raise UserError(f"teacher: no sound checkpoint under {root}")
     where = str(found.path)
-    told = flow_path(found.meta, where), found.step, latent_space(found.meta, where)
-    return _Weights(found.meta.get("architecture", {}), found.groups[group], found.path, *told)
+    told = flow_path(found.meta, where), found.step, weights == "ema", latent_space(found.meta, where)
+    return Weights(found.meta.get("architecture", {}), found.groups[group], found.path, *told)
+
+
+def weights_of(origin: ModelSource, weights: Literal["raw", "ema"]) -> Weights:
+    """One set of the weights of a model that was read."""
+    loaded = origin.loaded
+    tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
+    told = loaded.path, loaded.step, weights == "ema", loaded.latents
+    return Weights(loaded.config.architecture(), tensors, origin.path, *told)

@@ -79,6 +79,8 @@ def load_text_encoder(
 ) -> TextEncoder:
     """A frozen text encoder: PACKAGED, a folder or a hub name; never unpickles. One line of UserError without it.
 
+    Of a diffusers folder's part `text_encoder` the tokenizer is the part `tokenizer` beside it.
+
     length: tokens of a caption (None: the tokenizer's limit, LENGTH at most). mask: see `TextEncoder` (None: as the
     model is usually used).
     """
@@ -111,7 +113,9 @@ def _load(
     kinds = "neither a folder with a text encoder in safetensors and its tokenizer, nor a hub name that can be reached"
     with from_hub(f"encoder {known!r}: {kinds}, such as openai/clip-vit-large-patch14", path):
         kind = transformers.AutoConfig.from_pretrained(path).model_type
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        beside = Path(path).with_name("tokenizer")
+        words = beside if Path(path).name == "text_encoder" and beside.is_dir() else path
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words)
         model, missing = _from_pretrained(transformers, path, kind)
     if missing:
         raise UserError(f"encoder {known!r}: {len(missing)} weights are missing: {missing[0]}, …")

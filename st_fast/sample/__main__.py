@@ -1,4 +1,4 @@
-"""Draws samples of a run: a picture of a few, or a set of many on any number of ranks.
+"""Draws samples of a run or another model: a picture of a few, or a set of many on any number of ranks.
 
     python -m st_fast.sample runs/digits
     python -m st_fast.sample runs/digits --stage transcend --num 100 --sampler heun --steps 50 --cfg-scale 2
@@ -7,6 +7,7 @@
     python -m st_fast.sample runs/photos --size 224x288
     python -m st_fast.sample runs/digits --num 20 --gif
     python -m st_fast.sample runs/emoji --prompt "red apple" --prompt rocket --negative "a face"
+    python -m st_fast.sample SiT-XL-2-256x256.pt --preset unguided --vae sd-vae-ft-mse
 
 A picture holds its settings and is named after the main ones; of others it gets another name. A set (--num above
 1000, --npz or --png) is a folder with samples.npz as ADM's evaluator reads it, sample.json with every setting, and
@@ -14,14 +15,18 @@ grid.png. The same command again continues where it stopped; after more training
 another set beside the first. Every sample's noise and label follow from (seed, sample number), and every batch from its
 number, so the number of ranks changes no image. Of a network that draws from text, prompts stand for labels: --prompt,
 --prompts, those of the recipe (sample.prompts), or else captions of the data, in turn.
+
+MODEL is a run, stage or checkpoint folder, a file that st_fast.convert reads, or a Hugging Face or diffusers folder or
+hub name. What is drawn from one without a run goes to samples/ in this folder, is decoded by --vae, the model's own VAE
+or SD's, and has the defaults of docs/recipe.md as settings.
 """
 
-from st_fast.core.command import need_run_first
+from st_fast.core.command import need_model_first
 from st_fast.core.signals import catch_signals
 
 if __name__ == "__main__":
     catch_signals()
-    need_run_first()  # the imports below take seconds, or a minute where csrc is compiled
+    need_model_first()  # the imports below take seconds, or a minute where csrc is compiled
 
 import argparse
 from collections.abc import Sequence
@@ -42,7 +47,11 @@ PICTURE_MOST = 1_000
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = sampling_parser("sample", __doc__)
-    parser.add_argument("--out", type=path, help="the picture, or the set's folder (default: in RUN/STAGE/samples)")
+    parser.add_argument(
+        "--out",
+        type=path,
+        help="the picture, or the set's folder (default: in RUN/STAGE/samples, or samples/MODEL-SETTINGS)",
+    )
     parser.add_argument(
         "--size",
         type=pixels,
@@ -78,16 +87,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     given.is_set = given.npz or given.png or (given.samples.settings.num > PICTURE_MOST and not one)
     if not given.is_set and given.out is not None and given.out.suffix != ending:
         raise UserError(f"--out {given.out}: a picture's name ends in {ending}; a folder is for --npz and --png")
-    picture = given.samples.set_folder.with_name(f"{picture_name(given)}{ending}")
+    picture = given.samples.source.place(f"{picture_name(given)}{ending}")
     given.target = given.out or (None if given.is_set else picture)
     return given
 
 
 def picture_name(given: argparse.Namespace) -> str:
     """A picture's name, without its ending: that of a set with the same settings, but for what it shows."""
-    drawn = given.samples.set_folder.name
     if given.interpolate:
-        return f"interpolate-{given.interpolate[0]}-{given.interpolate[1]}-{drawn.partition('-')[2]}"
+        return f"interpolate-{given.interpolate[0]}-{given.interpolate[1]}-{given.samples.drawn}"
+    drawn = f"{given.samples.settings.num}-{given.samples.drawn}"
     return f"trajectory-{drawn}" if given.gif else drawn
 
 

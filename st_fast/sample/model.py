@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from st_fast.core.command import command_parser, need_run
+from st_fast.core.command import command_parser
 from st_fast.core.errors import UserError
 from st_fast.core.machine import naming_lack_of_memory
-from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, given, integer, number, path
+from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, add_file_options, given, integer, number, path
 from st_fast.core.ranks import Ranks, process_group
 from st_fast.core.signals import stop_on_signals
 from st_fast.data.images import Size, named_size, sides
@@ -26,10 +26,10 @@ from st_fast.model import DiffusionTransformer, stored
 from st_fast.model.attention import choose
 from st_fast.model.autoencoders import autoencoder
 from st_fast.model.compiling import CompiledBlocks, keep_compiled
+from st_fast.model.formats.loaded_state import NULL_CONTEXT
+from st_fast.model.load import UNKNOWN_TEXT, TextStates
 from st_fast.model.smoke_test import validated_kernels
-from st_fast.model.stored import newest_stage
 from st_fast.model.vae import NO_NORMALISATION, decode, has_hash, load_vae, vae_hash
-from st_fast.recipe import load_run
 from st_fast.recipe.keys import CFG_MOST
 from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
 from st_fast.sample.draw import NUMBER, Draw, Labels, draw_of, read_labels
@@ -40,9 +40,11 @@ from st_fast.sample.prompts import (
     checked_prompts,
     encoded_prompts,
     read_prompts,
+    states_manifest,
     stored_prompts,
 )
 from st_fast.sample.sizes import asked_shape
+from st_fast.sample.source import USUAL_CHANNELS, USUAL_VAE, Source, find_source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE_S = 7 * 24 * 3_600.0
@@ -80,9 +82,7 @@ class TextRequest:
 class SampleRequest:
     """Which model samples, and how."""
 
-    run: Path
-    recipe: Recipe
-    stage: str
+    source: Source
     weights: Literal["raw", "ema"]
     settings: Sample
     labels: Labels
@@ -94,12 +94,21 @@ class SampleRequest:
     """Of an image, in pixels; None: the recipe's own."""
 
     @property
+    def recipe(self) -> Recipe:
+        """The run's; or one made for a model by itself."""
+        return self.source.recipe
+
+    @property
+    def drawn(self) -> str:
+        """The main settings, as they stand in names."""
+        steps = "" if self.settings.sampler == "dopri5" else f"{self.settings.steps}"
+        size = "" if self.size is None else f"-{named_size(sides(self.size))}"
+        return f"{self.settings.sampler}{steps}-cfg{self.settings.cfg_scale:g}{size}"
+
+    @property
     def set_folder(self) -> Path:
         """Where the first set that is sampled so is written by default."""
-        drawn = self.settings
-        steps = "" if drawn.sampler == "dopri5" else f"{drawn.steps}"
-        size = "" if self.size is None else f"-{named_size(sides(self.size))}"
-        return self.run / self.stage / "samples" / f"{drawn.num}-{drawn.sampler}{steps}-cfg{drawn.cfg_scale:g}{size}"
+        return self.source.place(f"{self.settings.num}-{self.drawn}")
 
 
 @dataclass(frozen=True)
@@ -164,41 +173,50 @@ def decoder(
 
 
 def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None]) -> Sampler:
-    """The stage's newest weights on every rank, with kernels and attention that work here; UserError without any."""
-    recipe, device, dtype = request.recipe, ranks.device, DTYPES[request.precision]
-    root = request.run / request.stage / "checkpoints"
+    """The weights asked for on every rank, with kernels and attention that work here; UserError without any."""
+    source, recipe, device, dtype = request.source, request.recipe, ranks.device, DTYPES[request.precision]
+    for remark in source.remarks:
+        say(f"{source.path}: {remark}")
     table = validated_kernels(vars(recipe.kernels), recipe.model, ranks, dtype, say)
     attend = choose(recipe.model.attention, device, dtype, recipe.model.width // recipe.model.heads, say)
-    loaded: dict[str, Any] = {}  # of the checkpoint that was read: a newer one may arrive meanwhile
-    data = Path(recipe.data.path)
-    manifest = read_any_manifest(data)
-    model = stored.load_frozen(
-        root, recipe.model, request.weights, table, device, dtype, attend, record=loaded.update, latents=manifest.space
-    )
+    found = source.weights()
+    own = request.settings.vae
+    manifest = source.manifest(own)
+    prompts = None if recipe.model.network == "sit" else load_prompts(request.text, recipe, device, say, source.text)
+    null = prompts.null().cpu() if prompts and NULL_CONTEXT not in found.tensors else None
+    model = stored.frozen(found, recipe.model, table, device, dtype, attend, null=null, latents=manifest.space)
     compiled = request.compile == "on" or (request.compile == "auto" and device.type == "cuda")
     if compiled:
         model.run_block = CompiledBlocks(say, dynamic=False)
-    own = request.settings.vae
     vae = own or f"{manifest.vae.name} {manifest.vae.hash[:16]}".strip()
-    decode = decoder(data, manifest, device, own, say)
-    prompts = None if recipe.model.network == "sit" else load_prompts(request.text, recipe, device, say)
+    decode = decoder(source.data or source.path, manifest, device, own, say)
     if prompts and not stored.alike(prompts.null().cpu(), model.null_condition(1)[0].cpu()):
         raise UserError(
-            f"{request.text.folder or data}: its states of the empty caption are not those that {request.run} was "
-            "trained on: they are another encoder's, or padding was masked otherwise"
+            f"{request.text.folder or source.data or request.text.encoder}: its states of the empty caption are not "
+            f"those that {source.path} was trained on: they are another encoder's, or padding was masked otherwise"
         )
     names = manifest.class_names if prompts is None else prompts.texts
     shape = asked_shape(request.size, recipe.model, manifest, decode, device) if request.size else None
-    return Sampler(request, model, loaded["step"], decode, vae, compiled, names, prompts, shape)
+    return Sampler(request, model, found.step, decode, vae, compiled, names, prompts, shape)
 
 
-def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Prompts:
-    """The prompts asked for, or captions; UserError where the encoder, or the captions' states, are missing."""
+def load_prompts(
+    text: TextRequest, recipe: Recipe, device: torch.device, say: Callable[[str], None],
+    known: TextStates = UNKNOWN_TEXT,
+) -> Prompts:  # fmt: skip
+    """The prompts asked for, or captions; UserError where the encoder, or the captions' states, are missing.
+
+    `known`: whose states a model without data was trained on.
+    """
+    encoder = text.encoder or recipe.sample.text_encoder
+    if not recipe.data.path:
+        return encoded_prompts(
+            text.prompts, states_manifest(known, recipe.model, encoder), device, say, text.negative, encoder
+        )
     data, other = Path(recipe.data.path), text.folder or Path(recipe.data.path)
     if not other.is_dir():
         raise UserError(f"{other}: no such folder, whose captions are to be drawn (--captions, evaluate.captions)")
     manifest = read_text_manifest(data, recipe.data.text)
-    encoder = text.encoder or recipe.sample.text_encoder
     if text.prompts:
         return encoded_prompts(text.prompts, manifest, device, say, text.negative, encoder)
     with closing(open_data(other, verify=False)) as records:
@@ -213,7 +231,7 @@ def load_prompts(text: TextRequest, recipe: Recipe, device: torch.device, say: C
 @contextmanager
 def sampling(request: SampleRequest) -> Iterator[tuple[Ranks, Sampler, Callable[[str], None]]]:
     """This process among its ranks, with the model loaded; the last of the three prints on the first rank only."""
-    keep_compiled(request.run / "compiled")
+    keep_compiled(request.source.compiled)
     keep_freed_memory()
     with stop_on_signals(), process_group("auto", PATIENCE_S) as ranks:
         say: Callable[[str], None] = functools.partial(print, flush=True) if ranks.first else (lambda text: None)
@@ -223,7 +241,12 @@ def sampling(request: SampleRequest) -> Iterator[tuple[Ranks, Sampler, Callable[
 def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     """The flags of every command that samples; the commands add their own."""
     parser = command_parser(command, text)
-    parser.add_argument("run", type=path, help="a run folder, such as runs/digits")
+    parser.add_argument(
+        "run", type=path, metavar="MODEL",
+        help="a run, stage or checkpoint folder, another project's file, or a Hugging Face or diffusers folder or name",
+    )  # fmt: skip
+    add_file_options(parser)
+    parser.add_argument("--data", type=path, metavar="FOLDER", help="a data folder for a model that comes without one")
     parser.add_argument("--stage", help="the stage whose model samples (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument(
@@ -255,9 +278,7 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
     )
-    parser.add_argument(
-        "--vae", type=given, metavar="FOLDER", help="what decodes (default: the VAE that the data names)"
-    )
+    parser.add_argument("--vae", type=given, metavar="FOLDER", help="what decodes (default: what the data names)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the model; solvers use fp32")
     return parser
@@ -267,17 +288,17 @@ def _class_names(recipe: Recipe, labels: str) -> tuple[str, ...]:
     """The data's names of classes, where labels are given that numbers alone don't tell."""
     if labels in ("random", "balanced") or all(NUMBER.fullmatch(part.strip()) for part in labels.split(",")):
         return ()
-    return read_any_manifest(Path(recipe.data.path)).class_names
+    return read_any_manifest(Path(recipe.data.path)).class_names if recipe.data.path else ()
 
 
 def sample_request(given: argparse.Namespace, section: str, needs_model: bool = True) -> SampleRequest:
-    """The flags over the run's own recipe, whose `section` says `num` by default.
+    """The flags over the model's own recipe, whose `section` says `num` by default.
 
-    UserError without a run, for values out of range, and, if `needs_model`, without a trained stage.
+    UserError without a model, for values out of range, and, if `needs_model`, without a trained stage or a VAE.
     """
-    need_run(given.run)
-    recipe = load_run(given.run)
-    text = _text_request(given, recipe)
+    source = find_source(given, needs_model)
+    recipe = source.recipe
+    text = _text_request(given, source)
     usual = getattr(recipe, section).num
     if (asked := len(text.prompts)) and (given.prompt or given.prompts):
         usual = asked * max(1, PICTURES // asked)
@@ -294,7 +315,8 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
             f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0), which guidance "
             "reads; give --cfg-scale 1"
         )
-    stage = newest_stage(given.run, recipe, given.stage) if needs_model else given.stage or recipe.stages[-1].name
+    if needs_model and source.data is None and not settings.vae:
+        source, settings = _with_vae(source, settings)
     if recipe.model.network == "sit":
         labels = read_labels(given.labels, recipe.model.num_classes, _class_names(recipe, given.labels))
     else:
@@ -302,13 +324,23 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
         text = replace(text, captions=0 if text.prompts else images)
         labels = read_labels(given.labels, images)
     seed = recipe.run.seed if given.seed is None else given.seed
-    return SampleRequest(
-        given.run, recipe, stage, given.weights, settings, labels, seed, given.precision, given.compile, text
-    )
+    return SampleRequest(source, given.weights, settings, labels, seed, given.precision, given.compile, text)
 
 
-def _text_request(given: argparse.Namespace, recipe: Recipe) -> TextRequest:
-    """The flags about text; UserError where the run's network draws classes, or a file of prompts has none."""
+def _with_vae(source: Source, settings: Sample) -> tuple[Source, Sample]:
+    """The VAE of a model that comes without data, and a line where none is beside it but one is usual."""
+    if not source.vae:
+        channels = source.recipe.model.channels
+        raise UserError(f"{source.path}: nothing says what decodes its {channels} channels; --vae or --data is needed")
+    if source.vae == USUAL_VAE:
+        line = f"decoded by {USUAL_VAE}, as is usual for {USUAL_CHANNELS} channels; --vae takes another"
+        source = replace(source, remarks=(*source.remarks, line))
+    return source, replace(settings, vae=source.vae)
+
+
+def _text_request(given: argparse.Namespace, source: Source) -> TextRequest:
+    """The flags about text; UserError where the network draws classes, a file has no prompt, or none is to be had."""
+    recipe = source.recipe
     names = ("prompt", "prompts", "captions", "negative", "text_encoder")
     used = [f"--{name.replace('_', '-')}" for name in names if getattr(given, name) is not None]
     if recipe.model.network == "sit":
@@ -322,6 +354,8 @@ def _text_request(given: argparse.Namespace, recipe: Recipe) -> TextRequest:
         prompts = checked_prompts(prompts, "--prompt")
     elif recipe.sample.prompts and given.captions is None:
         prompts = checked_prompts(recipe.sample.prompts, "sample.prompts")
+    if not prompts and source.data is None:
+        raise UserError(f"{given.run}: no prompt; --prompt or --prompts, or a data folder with captions (--data)")
     if given.text_encoder and not prompts and given.negative is None:
         raise UserError(
             f"--text-encoder {given.text_encoder}: captions of the data are drawn, whose states are stored; it is for "

@@ -12,7 +12,9 @@ from st_fast.core.errors import Say, UserError
 from st_fast.core.files import printable, read_bytes, shown
 from st_fast.data.captions import CAPTION_MOST, sound, text_lines
 from st_fast.data.text import TextManifest, TextSet, read_captions
+from st_fast.model.load import TextStates
 from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
+from st_fast.recipe.schema import Model
 
 PROMPTS_MOST = 1_000_000
 
@@ -123,6 +125,17 @@ def check_same_encoder(stored: TextSet, ours: TextManifest, data: Path) -> None:
 
     if known(theirs) != known(ours):
         raise UserError(f"{stored.folder}: states {told(theirs)}; those of {data} are {told(ours)}")
+
+
+def states_manifest(text: TextStates, model: Model, encoder: str) -> TextManifest:
+    """What a data folder's states would be described by, of a model without data; `encoder` where nothing names one.
+
+    UserError where nothing does.
+    """
+    if not (name := text.encoder or encoder):
+        raise UserError("--text-encoder FOLDER: needed, for nothing names the encoder whose states the model reads")
+    shape = (1, model.text_length, model.text_width)
+    return TextManifest(name, text.hash, shape, text.mask, "", "", 0, "float32")
 
 
 def encoded_prompts(

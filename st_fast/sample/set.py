@@ -71,7 +71,7 @@ def draw_set(sampler: Sampler, out: Path | None, pngs: bool, ranks: Ranks, say: 
     sha256 = settings["model_sha256"]
     if ranks.broadcast_from_rank0(lambda: sha256) != sha256:
         raise UserError(
-            f"{sampler.request.run}: a new checkpoint was written while the ranks started; start them again"
+            f"{sampler.request.source.path}: a new checkpoint was written while the ranks started; start them again"
         )
     folder = out or ranks.broadcast_from_rank0(lambda: own_folder(sampler.request.set_folder, settings))
     found, whole = SampleSet(folder, settings), folder / SAMPLES
@@ -119,7 +119,7 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     request, settings = sampler.request, asdict(sampler.request.settings)
     del settings["every"], settings["prompts"], settings["text_encoder"]
     return settings | {
-        "stage": request.stage, "step": sampler.step, "weights": request.weights,
+        "stage": request.source.stage, "step": sampler.step, "weights": request.weights,
         "model_sha256": vae_hash(sampler.model), "vae": sampler.vae, "path": request.recipe.flow.path,
         "labels": request.labels.text, "num_classes": request.labels.num_classes, "seed": request.seed,
         "batch_size": min(settings["batch_size"], settings["num"]), "precision": request.precision,

@@ -100,7 +100,7 @@ def test_a_command_that_looks_for_its_run_first_has_a_traceback_for_debug(tmp_pa
     done = warm.run("-m", "st_fast.sample", tmp_path, "--debug")
     first, *_, last = done.stderr.splitlines()
     assert (done.returncode, first) == (2, "Traceback (most recent call last):")
-    assert last == f"st_fast: {tmp_path}: no recipe.toml, so no run of st_fast.train"
+    assert last == f"st_fast: {tmp_path}: no recipe.toml, so no run of st_fast.train, and no other model"
 
 
 UNSAVED = """

@@ -51,7 +51,7 @@ def test_a_number_out_of_range_is_one_line_that_names_option_value_and_limit(com
         (["runs/a", "--nmu", "3"], "--nmu is unknown (did you mean --num?)"),
         (["runs/a", "--sampler", "hune"], "--sampler 'hune': one of euler, heun, dopri5, sde (did you mean heun?)"),
         (["runs/a", "--num"], "--num: expected one argument"),
-        ([], "run"),
+        ([], "MODEL"),
         (["runs/a", "--gif", "--interpolate", "1", "2"], "not allowed with"),
         (["runs/a", "--s", "2"], "ambiguous option"),
         (["runs/a", "\x1b[31m"], "is unknown"),

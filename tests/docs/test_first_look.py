@@ -24,7 +24,10 @@ def test_a_run_that_is_not_there_is_told_before_torch_is_imported_and_csrc_compi
     program = [sys.executable, "-c", WITHOUT_TORCH, f"st_fast.{command}", str(tmp_path / "nothing")]
     done = subprocess.run(program, capture_output=True, text=True, cwd=tiny.ROOT, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"st_fast: {tmp_path / 'nothing'}: no recipe.toml, so no run of st_fast.train\n"
+    assert (
+        done.stderr
+        == f"st_fast: {tmp_path / 'nothing'}: no recipe.toml, so no run of st_fast.train, and no other model\n"
+    )
 
 
 def test_ctrl_c_ends_a_short_command_in_one_line(capsys: pytest.CaptureFixture[str]):

@@ -20,8 +20,10 @@ from st_fast.core.errors import UserError
 from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate import inception, scores
 from st_fast.evaluate.classifier import read_images
+from st_fast.recipe.schema import Model
 from st_fast.sample import __main__ as sample
 from st_fast.sample.set import open_npz, write_npz
+from tests import foreign
 from tests.sample.tiny_run import make_run
 
 SHAPE = (6, 6, 3)
@@ -233,6 +235,43 @@ def test_with_weights_it_draws_scores_prints_the_protocol_and_keeps_a_record(run
     assert (record["kind"], record["stage"], record["step"]) == ("metrics", "plain", 10)
     assert record["protocol"]["num"] == 20 and record["samples"]["cfg_scale"] == 2.0
     assert record["metrics"]["fid"] > 0
+
+
+def test_another_projects_file_is_scored_in_one_command(tmp_path, monkeypatch, capsys):
+    """Drawn and scored without a run, a data folder or a recipe; with data, by the classifier as well."""
+    monkeypatch.setattr(inception, "load_inception", lambda path, device: small_projection())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    config = Model(depth=2, width=32, heads=2, patch=2, channels=3, latent_size=8, num_classes=5)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    torch.save({"ema": foreign.trunk(config, 1), "args": {"prediction": "v", "num_classes": 5}}, "../0400000.pt")
+    reference = npz(tmp_path / "reference.npz", np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8))
+    model = ["../0400000.pt", "--heads", "2", "--vae", "pixels", "-n", "20", "--preset", "unguided", "--steps", "2"]
+    evaluate.main([*model, "--inception", "w.pth", "--reference", str(reference)])
+    folder = Path("samples/0400000-20-sde2-cfg1")
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record["metrics"]["fid"] > 0 and record["protocol"]["num"] == 20
+    assert (record["stage"], record["samples"]["sampler"], record["samples"]["num_classes"]) == ("0400000", "sde", 5)
+    found = scores.score(
+        open_npz(folder / "samples.npz"), network := small_projection(),
+        scores.read_reference(reference, network, (8, 8, 3)),
+    )  # fmt: skip
+    assert record["metrics"]["fid"] == pytest.approx(found["fid"])
+    sample.main([*model, "--npz"])
+    assert "complete already" in capsys.readouterr().out, "the very set that sample draws"
+    with pytest.raises(UserError, match=r"--reference: none given, and \.\./0400000.pt comes without data; pass ADM's"):
+        evaluate.main([*model, "--inception", "w.pth"])
+    with pytest.raises(UserError, match=r"for a classifier \.\./0400000.pt comes without data \(--data\); or pass"):
+        evaluate.main(model)
+    drawn = shutil.copy(folder / "samples.npz", tmp_path / "drawn.npz")
+    told = ["--inception", "w.pth", "--reference", str(reference)]
+    evaluate.main([*model[:3], "--samples", str(drawn), *told])  # without a VAE: nothing is drawn
+    assert json.loads((tmp_path / "drawn.metrics.json").read_text())["metrics"]["fid"] == record["metrics"]["fid"]
+    make_run(tmp_path)
+    real_images(tmp_path / "data")
+    evaluate.main([*model[:3], "-n", "70", "--preset", "unguided", "--steps", "2", "--data", str(tmp_path / "data")])
+    record = json.loads(Path("samples/0400000-70-sde2-cfg1/metrics.json").read_text())
+    assert "classifier_frechet" in record["metrics"] and record["samples"]["vae"].startswith("pixels")
 
 
 def small_projection():

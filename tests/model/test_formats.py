@@ -204,7 +204,7 @@ def test_what_wrappers_put_into_keys_is_taken_out(wrapper, tmp_path):
     assert_same(dict(found.model), dict(weights))
     export_file(found, "repa", tmp_path / "out.pt", "ema")
     told = wrapper in NOT_WRITTEN_BACK
-    assert bool(found.remarks) == told and ("without prefixes" in "".join(found.remarks)) == told
+    assert found.facts["unprefixed"] == (["state_dict"] if told else []) and not found.remarks
     assert_same(dict(weights) if told else wrapped, read(tmp_path / "out.pt")["state_dict"])
 
 
@@ -265,10 +265,22 @@ def test_another_optimisers_state_is_left_out_and_told(name, tmp_path):
     assert_same(dict(found.ema), dict(content["ema"]))
     export_file(found, "repa", tmp_path / "out.pt", "ema")
     assert set(read(tmp_path / "out.pt")) == {"model", "ema", "args", "steps"}
-    for odd in ([], None, "text"):
+    for odd in ([1], "text", 3, torch.zeros(2)):
         torch.save(content | {"opt": odd}, tmp_path / "in.pt")
         found = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
         assert found.left_out == f"opt is {type(odd).__name__}, no optimiser's state"
+    for empty in ({}, None, []):
+        torch.save(content | {"opt": empty}, tmp_path / "in.pt")
+        found = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+        assert found.left_out == "opt is empty" and not found.exp_avg
+
+
+def test_a_state_under_another_name_is_told(tmp_path):
+    content = checkpoint("repa")
+    content["optimizer_states"] = [content.pop("opt")]
+    torch.save(content, tmp_path / "in.pt")
+    found = import_file(tmp_path / "in.pt", number_of_heads=HEADS, num_classes=CLASSES)
+    assert found.left_out == "optimizer_states is not read, only opt" and not found.exp_avg
 
 
 def test_our_own_keys_go_out_in_the_order_that_numbers_an_optimisers_state():

@@ -46,7 +46,7 @@ def run(request: Any, tmp_path: Path, monkeypatch: Any) -> Path:
         monkeypatch.setattr(module, name, function)
 
     if request.param == "all":
-        for name in ("_weights", "from_checkpoint"):
+        for name in ("read_weights", "from_checkpoint"):
             then_arrives(stored, name)
     else:
         then_arrives(store, {"the manifest": "read_manifest", "the tensors": "load"}[request.param])

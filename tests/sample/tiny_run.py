@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.data.manifest import Manifest, VaeInfo
 from st_fast.model import build
+from st_fast.model.vae import load_vae, vae_hash
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
 from tests import warm
@@ -48,23 +52,32 @@ steps = 10
 """
 
 
-def make_run(folder: Path, seed: int = 0, step: int = 10) -> Path:
-    """The run folder; `seed` chooses the model's weights."""
+def make_run(folder: Path, seed: int = 0, step: int = 10, vae: Path | None = None) -> Path:
+    """The run folder; `seed` chooses the model's weights. Latents are pixels, or a VAE's, which lies in the data."""
     data, out = folder / "data", folder / "run"
+    text = RECIPE
+    if vae is not None:
+        text = text.replace(
+            "channels = 3", f"channels = {json.loads((vae / 'config.json').read_text())['latent_channels']}"
+        )
     if not data.exists():
+        channels = int(re.search(r"channels = (\d+)", text)[1])  # type: ignore[index]
         generator = torch.Generator().manual_seed(0)
-        moments = torch.randn(20, 6, 8, 8, generator=generator)
-        moments[:, 3:] = 0
-        manifest = Manifest(0, (6, 8, 8), "float16", 2.0, VaeInfo("pixels"), "random", 5)
+        moments = torch.randn(20, 2 * channels, 8, 8, generator=generator)
+        moments[:, channels:] = 0
+        made_by = VaeInfo("pixels") if vae is None else VaeInfo(vae.name, vae_hash(load_vae(vae)), "vae")
+        manifest = Manifest(0, (2 * channels, 8, 8), "float16", 2.0, made_by, "random", 5)
         write_shards(data, [(moments.half(), torch.arange(20) % 5)], manifest)
-    (folder / "recipe.toml").write_text(RECIPE.format(data=data, out=out))
+        if vae is not None:
+            shutil.copytree(vae, data / "vae")
+    (folder / "recipe.toml").write_text(text.format(data=data, out=out))
     recipe = load(folder / "recipe.toml")
     out.mkdir(exist_ok=True)
     (out / "recipe.toml").write_text(to_toml(recipe))
     model = build(recipe.model, kernels.select({}, torch.device("cpu")), seed)
     generator = torch.Generator().manual_seed(seed)
     tensors = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state_dict().items()}
-    meta = {"architecture": recipe.model.architecture()}
+    meta = {"stage": "plain", "architecture": recipe.model.architecture(), "recipe": to_toml(recipe)}
     checkpoint.save(out / "plain" / "checkpoints", step, {"model": tensors, "ema": tensors}, meta)
     return out
 

@@ -1,9 +1,10 @@
-"""Probes the stages of run folders, as they were saved last: checkpoints in, figures and `probe.json` out."""
+"""Probes stages of runs, as they were saved last, and other models: checkpoints in, figures and `probe.json` out."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ from st_fast.core.files import make_folder, printable, write_json_atomic
 from st_fast.evaluate.probe.examine import Findings, chosen_blocks, cka, cosine, examine, pca_colours
 from st_fast.evaluate.probe.latents import SEED, load_split
 from st_fast.model import DiffusionTransformer, stored
-from st_fast.recipe import Recipe, load_run
 from st_fast.recipe.schema import Stage
 from st_fast.report import plot
 from st_fast.report.figures import Chart, Curve
 from st_fast.sample.previews import grid
+from st_fast.sample.source import Source, find_all
 
 
 @dataclass(frozen=True)
@@ -44,23 +45,25 @@ class Subject:
 Models = Sequence[tuple[Subject, Findings]]
 
 
-def probe(runs: Sequence[Path], weights: Literal["raw", "ema"], images: int, times: Sequence[float], bins: int) -> Path:
-    """Probes every trained stage of the runs, writes into the first one's `probe` folder and returns that."""
-    recipes = load_recipes(runs)
-    subjects = load_subjects(runs, recipes, weights)
-    split = load_split(Path(recipes[0].data.path), images)
-    path = recipes[0].flow.path
+def probe(given: argparse.Namespace, times: Sequence[float], bins: int) -> Path:
+    """Probes every model that the options name, writes into the first one's folder or `given.out`, and returns that."""
+    sources = [find_all(given, named) for named in given.runs]
+    check_comparable(sources)
+    subjects = load_subjects(sources)
+    first = sources[0][0]
+    split = load_split(Path(first.recipe.data.path), given.images)
+    path = first.recipe.flow.path
     found = [
         examine(s.model, split, chosen_blocks(s.model.config.depth, s.supervised), times, bins, path) for s in subjects
     ]
     middle = int(np.abs(np.asarray(times) - 0.5).argmin())
     models = list(zip(subjects, found, strict=True))
     alignments = [aligned(subject, models, middle) for subject in subjects]
-    folder = runs[0] / "probe"
+    folder = given.out or (first.path / "probe" if first.run else Path("probe") / first.stage)
     clean = split.pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy() / 255
     make_folder(folder)
     result = {
-        "weights": weights, "times": list(times), "seed": SEED, "dataset": split.digest,
+        "weights": given.weights, "times": list(times), "seed": SEED, "dataset": split.digest,
         "train_images": len(split.train.x), "held_out_images": len(split.held_out.x), "held_out_unseen": split.unseen,
         "models": [
             {
@@ -97,39 +100,42 @@ def matrix(rows: Sequence[Any], columns: Sequence[Any], measure: Any) -> list[li
     return [[value if np.isfinite(value) else None for value in line] for line in values]
 
 
-def load_recipes(runs: Sequence[Path]) -> list[Recipe]:
-    """The runs' recipes; UserError for a folder without one, and where two can't be probed on the same latents."""
-    recipes = [load_run(run) for run in runs]
-    first = recipes[0]
-    for run, recipe in zip(runs, recipes, strict=True):
+def check_comparable(sources: Sequence[Sequence[Source]]) -> None:
+    """UserError for a model that can't be probed, or not on the same latents as the first."""
+    first = sources[0][0]
+    for source in (group[0] for group in sources):
+        recipe = source.recipe
         for section in ("data", "flow"):
-            ours, theirs = getattr(first, section).path, getattr(recipe, section).path
+            ours, theirs = getattr(first.recipe, section).path, getattr(recipe, section).path
+            if section == "data" and not theirs:
+                raise UserError(f"--data FOLDER: needed, {source.path} comes without latents to probe it on")
             if ours != theirs:
-                raise UserError(f"{run}: {section}.path = {theirs!r}, {runs[0]} has {ours!r}; probe them one by one")
+                raise UserError(
+                    f"{source.path}: {section}.path = {theirs!r}, {first.path} has {ours!r}; probe them one by one"
+                )
         if recipe.model.network != "sit":
-            raise UserError(f"{run}: draws from text; the linear probe needs a network conditional on classes")
+            raise UserError(f"{source.path}: draws from text; the linear probe needs a network conditional on classes")
         if recipe.model.class_dropout == 0:
-            raise UserError(f"{run}: model.class_dropout = 0; a probe needs the null label, or the class leaks in")
-    return recipes
+            raise UserError(
+                f"{source.path}: model.class_dropout = 0; a probe needs the null label, or the class leaks in"
+            )
 
 
-def load_subjects(runs: Sequence[Path], recipes: Sequence[Recipe], weights: Literal["raw", "ema"]) -> list[Subject]:
-    """Every trained stage of every run, on the CUDA device if there is one; UserError where a run has none."""
+def load_subjects(sources: Sequence[Sequence[Source]]) -> list[Subject]:
+    """Every model, on the CUDA device if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = kernels.select({}, device)
     subjects = []
-    for run, recipe in zip(runs, recipes, strict=True):
-        names = stored.trained_stages(run, (stage.name for stage in recipe.stages))
-        trained = [stage for stage in recipe.stages if stage.name in names]
-        if not trained:
-            raise UserError(f"{run}: no checkpoints of any stage yet")
-        alone = len(runs) == 1  # else a stage's name is preceded by its run's
-        labels = {s.name: s.name if alone or run.name == s.name else f"{run.name} · {s.name}" for s in trained}
-        for stage in trained:
-            root, read = run / stage.name / "checkpoints", dict[str, Any]()
-            model = stored.load_frozen(root, recipe.model, weights, table, device, torch.float32, record=read.update)
+    for group in sources:
+        name = group[0].path.name
+        alone = len(sources) == 1  # else a stage's name is preceded by its run's
+        labels = {s.stage: s.stage if alone or not s.run or name == s.stage else f"{name} · {s.stage}" for s in group}
+        for source in group:
+            read, recipe = dict[str, Any](), source.recipe
+            model = stored.frozen(source.weights(), recipe.model, table, device, torch.float32, record=read.update)
+            stage = next((one for one in recipe.stages if one.name == source.stage), recipe.stages[-1])
             teacher = labels.get(stage.method.teacher_name or "")
-            subjects.append(Subject(labels[stage.name], stage, model, teacher, read))
+            subjects.append(Subject(labels[source.stage], stage, model, teacher, read))
     return subjects
 
 

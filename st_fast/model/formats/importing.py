@@ -24,6 +24,8 @@ from st_fast.recipe.schema import Model
 
 TABLES = ("", "model", "ema", "state_dict")
 """Where a file may have weights; "" is a bare state dict."""
+OPTIMISERS = ("optimizer_states", "optimizer", "optim")
+"""Where other programs than the published ones keep the optimiser's state."""
 PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 """What args call the path of the flow, in lower case."""
 PREDICTIONS = ("v", "velocity")
@@ -47,7 +49,7 @@ def import_file(
     UserError in one line for whatever does not fit.
     """
     content, where = read_file(path), str(path)
-    tables, prefixes, remarks = _tables(content, path)
+    tables, prefixes = _tables(content, path)
     names = list(tables)
     args, ignored = _args(content.get("args"), path)
     if num_classes is not None:
@@ -60,10 +62,13 @@ def import_file(
     state, left_out = adam.NO_STATE, ""
     if "opt" in content and "model" in tables:
         state, left_out = _optimiser(content["opt"], model, where)
+    elif others := [name for name in OPTIMISERS if name in content]:
+        left_out = f"{others[0]} is not read, only opt"
     rest = {key: value for key, value in content.items() if key not in (*TABLES, "opt", "args")}
     facts: dict[str, Any] = {
         "tables": names,
-        "prefixes": prefixes,
+        "prefixes": {name: prefix for name, prefix in prefixes.items() if prefix is not None},
+        "unprefixed": [name for name, prefix in prefixes.items() if prefix is None],
         "args": args,
         "entries": {key: value for key, value in rest.items() if isinstance(value, (int, float, str))},
         "opt": state.settings,
@@ -84,7 +89,7 @@ def import_file(
         path=_path(args, path),
         facts=facts,
         left_out=left_out,
-        remarks=(*remarks, *ignored),
+        remarks=tuple(ignored),
     )
     return _from_official(loaded) if layout == "sit" else loaded
 
@@ -147,15 +152,15 @@ class Room:
         return (tensor.float() if half else tensor).contiguous()
 
 
-def _tables(content: Mapping[str, Any], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str], list[str]]:
-    """The file's tables by name with plain keys, the prefix that all keys of each had, and remarks on other ones.
+def _tables(content: Mapping[str, Any], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str | None]]:
+    """The file's tables by name with plain keys, and the prefix that all keys of each had; None for other ones.
 
     A table that holds a network and its average becomes the two tables "model" and "ema".
     """
     names = [name for name in TABLES if isinstance(content.get(name), Mapping)]
     if not names:
         raise UserError(f"{path}: has {shown(list(content))}, expected model or ema, or a bare state dict")
-    tables, prefixes, remarks = dict[str, dict[str, Tensor]](), dict[str, str](), list[str]()
+    tables, prefixes = dict[str, dict[str, Tensor]](), dict[str, str | None]()
     room = Room(path, allowance(path.stat().st_size))
     for name in names:
         where = f"{path} {name}".strip()
@@ -164,10 +169,8 @@ def _tables(content: Mapping[str, Any], path: Path) -> tuple[dict[str, dict[str,
             raise UserError(f"{where}: holds a model and its average, and beside it the file has {', '.join(names)}")
         for part, table in parts.items():
             called = part if len(parts) > 1 else name
-            tables[called], prefixes[called] = table, prefix or ""
-        if prefix is None:
-            remarks.append(f"keys of {shown(name) if name else 'the state dict'} are written back without prefixes")
-    return tables, prefixes, remarks
+            tables[called], prefixes[called] = table, prefix
+    return tables, prefixes
 
 
 def _table(raw: Mapping[Any, Any], where: str, room: Room) -> tuple[dict[str, dict[str, Tensor]], str | None]:
@@ -203,15 +206,15 @@ def _plain_key(key: str) -> tuple[str, str]:
 
 
 def _args(said: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The plain values of a file's args, and a remark on those of classes that are not known here.
+    """The plain values of a file's args, and a remark on what of them is left out.
 
     UserError where one that the weights are read by is no plain value.
     """
     table = vars(said) if isinstance(said, argparse.Namespace) else said
     if not isinstance(table, Mapping):
-        if not isinstance(table, Unread):
-            return {}, []
-        return {}, [f"args are not read, an instance of {shown(table.kind)}: a linear path and a velocity are assumed"]
+        kind = table.kind if isinstance(table, Unread) else type(table).__name__
+        told = f"args are not read, an instance of {shown(kind)}: a linear path and a velocity are assumed"
+        return {}, [] if table is None else [told]
     args = {key: value for key, value in table.items() if isinstance(key, str) and adam.plain(value)}
     if wrong := [key for key in DECISIVE if table.get(key) is not None and key not in args]:
         raise UserError(f"{path}: args.{wrong[0]} = {shown(table[wrong[0]])}: a plain value is needed")
@@ -221,6 +224,8 @@ def _args(said: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _optimiser(opt: Any, weights: Mapping[str, Tensor], where: str) -> tuple[adam.AdamState, str]:
     """AdamW's state of the weights; or none, and why the one in the file is left out."""
+    if opt is None or (isinstance(opt, (Mapping, list)) and not opt):
+        return adam.NO_STATE, "opt is empty"
     if not isinstance(opt, Mapping):
         return adam.NO_STATE, f"opt is {type(opt).__name__}, no optimiser's state"
     try:

@@ -12,7 +12,7 @@ from st_fast import kernels
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
-from st_fast.core.options import ARCHITECTURE_MOST
+from st_fast.core.options import ARCHITECTURE_MOST, LAYOUTS
 from st_fast.model import network
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
@@ -23,8 +23,6 @@ from st_fast.recipe.methods import SelfRepresentation, SelfTranscendence, Veloci
 IMAGENET = 1000
 """Classes of the published models, whose tables of labels have one row more."""
 MOST_BLOCKS = 1_000
-LAYOUTS = ("sit", "repa", "self-transcendence", "sra")
-"""Official SiT; REPA (also what shares its convention and has no head); Self-Transcendence, both stages; SRA."""
 MMDIT_LAYOUTS = ("repa", "self-transcendence")
 """Those whose projects train an MMDiT too."""
 TOLD_BY = "convert, sample, evaluate and probe take"

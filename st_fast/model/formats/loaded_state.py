@@ -45,7 +45,7 @@ class LoadedState:
     left_out: str = ""
     """Why the file's optimiser state was not read, where it has one."""
     remarks: tuple[str, ...] = ()
-    """Lines for whoever uses the model: what else of the file was left out, or is not written back as it was."""
+    """Lines for whoever uses the model: what else of the file was left out."""
 
     @property
     def averaged(self) -> bool:

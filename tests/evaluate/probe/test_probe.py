@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from st_fast import kernels
+from st_fast.convert.__main__ import main as convert
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.data.manifest import read_manifest, write_manifest
@@ -208,6 +209,29 @@ def test_the_same_probe_finds_the_same_numbers(probed) -> None:
     before = (probed / "probe" / "probe.json").read_text()
     main([str(probed), "--images", "160", "--times", "0.1", "0.5"])
     assert (probed / "probe" / "probe.json").read_text() == before
+
+
+def test_a_model_without_its_run_is_probed_on_the_data_given(probed, data, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    convert([str(probed), "transcend.pt", "--to", "repa"])
+    convert([str(probed), "published", "--to", "huggingface"])
+    expected = json.loads((probed / "probe" / "probe.json").read_text())["models"][1]
+    how = ["--data", str(data), "--images", "160", "--times", "0.1", "0.5"]
+    for model, options in (("transcend.pt", ["--heads", "2"]), ("published", ["--out", "here"])):
+        main([model, *how, *options])
+        place = Path(options[1]) if "--out" in options else Path("probe") / "transcend"
+        (found,) = json.loads((place / "probe.json").read_text())["models"]
+        assert found["label"] == Path(model).stem and found["teacher"] is None and found["supervised_blocks"] == []
+        for key in ("accuracy", "velocity_loss", "blocks", "sha256", "step"):
+            assert found[key] == expected[key], key
+    main([str(probed / "align"), "transcend.pt", "--heads", "2", "--out", "both", *how])
+    found = json.loads(Path("both/probe.json").read_text())["models"]
+    assert [one["label"] for one in found] == ["digits · align", "transcend"]
+    with pytest.raises(UserError, match=r"--data FOLDER: needed, transcend.pt comes without latents"):
+        main(["transcend.pt", "--heads", "2"])
+    with pytest.raises(UserError, match=r"--data .*: .*digits tells it itself"):
+        main([str(probed), *how])
+    assert sorted(path.name for path in Path().iterdir()) == ["both", "here", "probe", "published", "transcend.pt"]
 
 
 def test_the_report_shows_the_probe_and_leaves_out_what_is_broken(probed) -> None:
