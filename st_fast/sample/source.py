@@ -6,7 +6,7 @@ or checkpoint of ours whose run is gone. Its recipe is made of what its config o
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ SAMPLES = Path("samples")
 """Where samples of a model by itself go, in the folder that the command runs in."""
 USUAL_CHANNELS, USUAL_VAE = 4, "sd-vae-ft-ema"
 """What decodes the latents of published models, which name no VAE: SD's, of so many channels."""
-TOLD = {"layout": "--from", "heads": "--heads", "num_classes": "--num-classes", "data": "--data"}
-"""Options about a model by itself, by their names among the parsed ones."""
+OF_FILES = {"layout": "--from", "heads": "--heads", "num_classes": "--num-classes"}
+"""Options about another project's file, by their names among the parsed ones."""
+OF_MODELS = OF_FILES | {"data": "--data"}
+"""The same about any model by itself."""
 INDEX = "model_index.json"
 INDEX_KEYS = {
     "sampler": "sampler", "num_inference_steps": "steps", "guidance_scale": "cfg_scale", "guidance_low": "cfg_range",
@@ -105,7 +107,7 @@ def find_all(given: argparse.Namespace, named: Path) -> list[Source]:
         return [by_itself(named, given)]
     run, stage, checkpoint = inside
     if len(given.runs) == 1:
-        refuse_told(given, run)
+        refuse_told(given, run, OF_MODELS, "a model by itself")
     trained = [stage] if stage else stored.trained_stages(run, [one.name for one in load_run(run).stages])
     if not trained:
         raise UserError(f"{run}: no checkpoints of any stage yet")
@@ -113,7 +115,7 @@ def find_all(given: argparse.Namespace, named: Path) -> list[Source]:
 
 
 def find_source(given: argparse.Namespace, needs_model: bool = True) -> Source:
-    """The source that the parsed options name: `run`, `stage`, `weights` and `TOLD`.
+    """The source that the parsed options name: `run`, `stage`, `weights` and OF_MODELS.
 
     UserError where there is none, for options that it leaves without meaning, and, if `needs_model`, for a run without
     a trained stage.
@@ -121,7 +123,7 @@ def find_source(given: argparse.Namespace, needs_model: bool = True) -> Source:
     need_model(given.run)
     if inside := place_in_run(given.run):
         run, stage, checkpoint = inside
-        refuse_told(given, run)
+        refuse_told(given, run, OF_MODELS, "a model by itself")
         if given.stage and stage and given.stage != stage:
             raise UserError(f"--stage {given.stage}: {given.run} is of {stage}")
         return of_run(run, stage or given.stage, checkpoint, given.weights, needs_model)
@@ -154,11 +156,11 @@ def of_run(run: Path, stage: str | None, checkpoint: Path | None, weights: Any, 
     return Source(run, recipe, name, read, run / name / "samples", run / "compiled")
 
 
-def refuse_told(given: argparse.Namespace, path: Path) -> None:
-    """UserError for an option about a model by itself."""
-    for name, option in TOLD.items():
+def refuse_told(given: argparse.Namespace, path: Path, options: Mapping[str, str], kind: str) -> None:
+    """UserError for an option that `path`, which is none of that kind, leaves without meaning."""
+    for name, option in options.items():
         if getattr(given, name) is not None:
-            raise UserError(f"{option} {getattr(given, name)}: {path} tells it itself; this is for a model by itself")
+            raise UserError(f"{option} {getattr(given, name)}: {path} tells it itself; this is for {kind}")
 
 
 def by_itself(named: Path, given: argparse.Namespace) -> Source:
@@ -166,7 +168,7 @@ def by_itself(named: Path, given: argparse.Namespace) -> Source:
     place = fetch(str(named), MODEL_OR_PIPELINE) if is_hub_name(named) else named
     origin = stored.read_model(place, print, None, given.layout, given.heads, given.num_classes)
     if origin.path.is_dir():
-        refuse_told(argparse.Namespace(**(vars(given) | {"data": None})), named)
+        refuse_told(given, named, OF_FILES, "files")
     if given.weights == "raw" and not origin.loaded.averaged:
         raise UserError(f"--weights raw: {named} holds one set of weights")
     name = named.stem if origin.path.is_file() else named.resolve().name

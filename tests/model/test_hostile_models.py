@@ -252,7 +252,11 @@ def test_an_unknown_class_reaches_no_tensors_and_what_it_decides_is_told(tmp_pat
     )
     content["args"].path_type = Config()
     torch.save(content, tmp_path / "in.pt")
-    with pytest.raises(UserError, match=r"args.path_type = .*: a plain value is needed"):
+    with pytest.raises(UserError, match=r"args.path_type is an instance of '.*Config': a plain value is needed"):
+        import_file(tmp_path / "in.pt")
+    content["args"].path_type = torch.zeros(2, 2)
+    torch.save(content, tmp_path / "in.pt")
+    with pytest.raises(UserError, match=r"args.path_type is an instance of 'Tensor': a plain value is needed"):
         import_file(tmp_path / "in.pt")
     torch.save({**content, "model": Table(content["model"])}, tmp_path / "in.pt")
     with pytest.raises(UserError, match="a plain value"):  # the model is not read; its average is, whose args are odd

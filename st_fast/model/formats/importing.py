@@ -212,14 +212,18 @@ def _args(said: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
     """
     table = vars(said) if isinstance(said, argparse.Namespace) else said
     if not isinstance(table, Mapping):
-        kind = table.kind if isinstance(table, Unread) else type(table).__name__
-        told = f"args are not read, an instance of {shown(kind)}: a linear path and a velocity are assumed"
+        told = f"args are not read, an instance of {_kind(table)}: a linear path and a velocity are assumed"
         return {}, [] if table is None else [told]
     args = {key: value for key, value in table.items() if isinstance(key, str) and adam.plain(value)}
     if wrong := [key for key in DECISIVE if table.get(key) is not None and key not in args]:
-        raise UserError(f"{path}: args.{wrong[0]} = {shown(table[wrong[0]])}: a plain value is needed")
+        raise UserError(f"{path}: args.{wrong[0]} is an instance of {_kind(table[wrong[0]])}: a plain value is needed")
     unread = [str(key) for key, value in table.items() if isinstance(value, Unread)]
     return args, [f"args without {shown(unread)}, instances of classes that are not read"] if unread else []
+
+
+def _kind(value: Any) -> str:
+    """The name of a value's class, in print."""
+    return shown(value.kind if isinstance(value, Unread) else type(value).__name__)
 
 
 def _optimiser(opt: Any, weights: Mapping[str, Tensor], where: str) -> tuple[adam.AdamState, str]:
