@@ -56,7 +56,10 @@ FILES = (
     File("st_fast/train/supervision/velocity_head.py", METHODS),
     File("st_fast/train/supervision/capacity.py", ("train/schedule/test_padding.py",)),
     File("st_fast/sample/guided.py", ("sample",)),
-    File("st_fast/sample/source.py", ("sample/test_published.py",)),
+    File(
+        "st_fast/sample/source.py",
+        ("sample/test_published.py", "evaluate/test_evaluate_command.py", "evaluate/probe/test_probe.py"),
+    ),
     File("st_fast/sample/draw.py", ("sample",)),
     File("st_fast/sample/prompts.py", ("sample/test_prompts.py",)),
     File(

@@ -29,6 +29,7 @@ from st_fast.model.stored import ModelSource, read_model
 from st_fast.model.text_encoders import load_text_encoder
 from st_fast.recipe.schema import Model
 from st_fast.sample import __main__ as sample
+from st_fast.sample.source import place_in_run
 from tests import foreign, tiny_text
 from tests.model import test_formats
 from tests.sample.test_prompts import Encoder
@@ -253,6 +254,36 @@ def test_what_lies_in_a_run_is_the_runs(made: Path, tmp_path: Path, capsys: pyte
         sample.main([str(stage), "--stage", "other"])
     with pytest.raises(UserError, match=r"--heads 2: .* tells it itself"):
         sample.main([str(stage), "--heads", "2"])
+
+
+def test_what_a_path_stands_for_in_a_run(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = next((made / "plain" / "checkpoints").iterdir())
+    for inside, expected in {
+        "": (None, None), "plain": ("plain", None), "plain/checkpoints": ("plain", None),
+        f"plain/checkpoints/{step.name}": ("plain", step),
+    }.items():  # fmt: skip
+        assert place_in_run(made / inside) == (made, *expected)
+        monkeypatch.chdir(made / inside)
+        assert place_in_run(Path()) == (made, *expected), "as a user calls it who stands there"
+    below = ("plain/published", "plain/checkpoints/a/b", "other", "samples/plain", "plain/other/a")
+    for inside in below:
+        (made / inside).mkdir(parents=True, exist_ok=True)
+        assert place_in_run(made / inside) is None
+    assert place_in_run(made.parent.parent) is None and place_in_run(step / "manifest.json") is None
+    for inside in sorted(below, key=len, reverse=True):
+        shutil.rmtree((made / inside), ignore_errors=True)
+    shutil.rmtree(made / "samples")
+    shutil.rmtree(made / "plain" / "other")
+    shutil.rmtree(made / "plain" / "checkpoints" / "a")
+
+
+def test_options_of_files_are_refused_for_folders(made: Path, tmp_path: Path) -> None:
+    convert([str(made), str(tmp_path / "model"), "--to", "huggingface"])
+    for options in (["--heads", "2"], ["--num-classes", "5"], ["--from", "repa"]):
+        with pytest.raises(UserError, match=rf"{' '.join(options)}: .*model tells it itself; this is for files"):
+            sample.main([str(tmp_path / "model"), *options])
+    with pytest.raises(UserError, match=r"--stage other: the run has plain"):
+        sample.main([str(made), "--stage", "other"])
 
 
 def test_an_older_checkpoint_of_a_run_is_drawn_from(tmp_path: Path) -> None:
