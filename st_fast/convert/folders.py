@@ -17,7 +17,7 @@ from st_fast.core.latents import LatentSpace, Normalisation
 from st_fast.core.writing import save_pretrained
 from st_fast.data.layouts.records import SD_SCALE
 from st_fast.data.shards import read_any_manifest
-from st_fast.model.autoencoders import autoencoder
+from st_fast.model.autoencoders import Pixels, autoencoder
 from st_fast.model.formats.loaded_state import heads, trunk
 from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, TextStates, write_pretrained
 from st_fast.model.stored import ModelSource
@@ -136,9 +136,11 @@ def write_diffusers(
         kind = autoencoder(decoder)
         if kind.channels != channels:
             raise UserError(f"--vae {source}: {kind.channels} channels, the model has {channels}")
-        if type(decoder).__name__ not in DECODED:
+        if type(decoder).__name__ not in (*DECODED, Pixels.__name__):
             raise UserError(f"VAE {vae_name}: the pipeline's code decodes {', '.join(DECODED)} alone")
         latents = latents or LatentSpace(vae_name, vae_hash(decoder), kind.normalisation)
+        if isinstance(decoder, Pixels):
+            decoder = None  # the pipeline shows pixels by itself
     scale = latents.normalisation.scale if latents else None
     decodes, network = decoder is not None or channels in (1, 3), origin.loaded.config.network
     reader, text = load_encoder(origin, encoder) if encoder else (None, text_of(origin))

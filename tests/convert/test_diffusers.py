@@ -127,6 +127,16 @@ def test_a_vae_of_other_channels_is_refused(vae, tmp_path):
     assert not (tmp_path / "pipe").exists()
 
 
+def test_pixels_need_no_vae(tmp_path):
+    from dataclasses import replace
+
+    foreign.repa_checkpoint(tmp_path / "last.pt", replace(foreign.TINY, channels=3))
+    main([str(tmp_path / "last.pt"), str(tmp_path / "pipe"), "--to", "diffusers", "--vae", "pixels"])
+    assert not (tmp_path / "pipe" / "vae").exists()
+    config = json.loads((tmp_path / "pipe" / "transformer" / "config.json").read_text())
+    assert (config["latent_scale"], config["vae"]) == (2.0, "pixels")
+
+
 def test_without_a_vae_the_place_is_left_open(tmp_path):
     foreign.repa_checkpoint(tmp_path / "last.pt")
     main([str(tmp_path / "last.pt"), str(tmp_path / "pipe"), "--to", "diffusers"])
