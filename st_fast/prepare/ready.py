@@ -181,7 +181,7 @@ def ready_recipe(manifest: Manifest, path: str, bounds: Bounds | None = None) ->
         records=f"{manifest.count:,}", channels=manifest.channels, rows=rows, columns=columns, names=names,
         what=f"{classes} class{'es' * (classes != 1)}", source=printable(manifest.source)[:160], recipe=plan.recipe,
         size=plan.size, depth=depth, width=width, heads=heads, patch=patch, tokens=rows * columns // patch**2,
-        latent_size=to_literal(chosen["model.latent_size"]), classes=classes, path=to_literal(path),
+        latent_size=to_literal(chosen["model.latent_size"]), classes=classes, path=to_literal(path), vae=to_literal(manifest.vae.name),
         dropout="0.0  # one class: the null class would be the same, and guidance means nothing" if single else 0.1,
         batch=chosen["optim.batch_size"], lr=plan.lr, ema=plan.ema_decay, save=min(5_000, plan.steps // 5),
         every=plan.steps // 5, num=8 * classes if 1 < classes <= 10 else 40 if single else 80,
@@ -218,6 +218,7 @@ class_dropout = {dropout}
 
 [data]
 path = {path}
+vae = {vae}  # latents of another one are refused
 
 [optim]
 batch_size = {batch}

@@ -104,7 +104,7 @@ def test_recipe_and_command_are_taken_and_say_what_the_set_is(told: Manifest, tm
         assert (model.class_dropout == 0) == (told.num_classes == 1)
         assert told.num_classes > 1 or recipe.sample.cfg_scale == 1
         assert model.depth == 12 and model.width in (384, 768)
-    assert made.model.patch == overridden.model.patch
+    assert made.model.patch == overridden.model.patch and made.data.vae == told.vae.name
     assert [stage.name for stage in made.stages] == ["align", "transcend"][: 1 + (told.num_classes > 1)]
     assert all(len(line) <= 200 and line.isprintable() for line in text.splitlines())
 
