@@ -5,7 +5,7 @@ from typing import Any
 
 from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import printable, shown
-from st_fast.data.sources import Asked, Source
+from st_fast.data.source import Asked, Source
 from st_fast.data.tables import IMAGE, LABEL, Column, Table, image_bytes, source_of
 
 

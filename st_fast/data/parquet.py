@@ -14,7 +14,7 @@ import numpy as np
 
 from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import BadFile, open_regular, parse_json, printable, shown
-from st_fast.data.sources import Asked, Source
+from st_fast.data.source import Asked, Source
 from st_fast.data.tables import IMAGE, LABEL, Column, Table, image_bytes, image_column, source_of
 
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-[0-9a-f]+)?|\d+|part[-.].*")

@@ -13,7 +13,7 @@ from st_fast.core.files import open_regular, printable, shown
 from st_fast.data.archives import MAX_FILE
 from st_fast.data.captions import KEYS, cleaned
 from st_fast.data.labels import MAX_CLASSES, UNLABELLED_HINT, numbered_names
-from st_fast.data.sources import Asked, Source
+from st_fast.data.source import Asked, Source
 
 IMAGE, LABEL = "Image", "ClassLabel"
 """What Hugging Face calls columns of images and of classes."""

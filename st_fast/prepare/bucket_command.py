@@ -12,7 +12,7 @@ from st_fast.core.files import make_folder, read_json
 from st_fast.data.buckets import has_buckets, read_buckets, write_index
 from st_fast.data.images import Size
 from st_fast.data.manifest import FILE_NAME
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.model.autoencoders import autoencoder
 from st_fast.prepare.buckets import PATCH, all_sides, assigned, part_of, read_assigned, read_ratios
 from st_fast.prepare.commands import finished_plan, open_images, progress, say_once

@@ -19,7 +19,7 @@ from st_fast.core.files import BadFile, read_bytes, shown, write_atomic
 from st_fast.core.machine import usable_cpus
 from st_fast.core.progress import bar
 from st_fast.data.images import image_sides
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 
 AUTO = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 RATIO = re.compile(r"([1-9][0-9]{0,3}):([1-9][0-9]{0,3})")

@@ -23,7 +23,8 @@ from st_fast.data.labels import counts_line
 from st_fast.data.layouts.coco import is_coco
 from st_fast.data.manifest import FILE_NAME, VaeInfo
 from st_fast.data.shards import open_data, read_any_manifest
-from st_fast.data.sources import Source, open_source
+from st_fast.data.source import Source
+from st_fast.data.sources import open_source
 from st_fast.data.statistics import latent_statistics
 from st_fast.data.text import FOLDER as TEXT
 from st_fast.data.text import open_text, read_captions, text_folder

@@ -14,7 +14,7 @@ from st_fast.core.latents import Normalisation
 from st_fast.core.machine import usable_cpus
 from st_fast.data.images import Size, load_image, named_size, sides
 from st_fast.data.manifest import FILE_NAME, UPRIGHT, Manifest, ShardEntry, VaeInfo, check_readable
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.model.autoencoders import VAE, Posterior, autoencoder
 from st_fast.model.vae import encode_moments, latent_shape, vae_hash
 from st_fast.prepare.job import Produced, Progress

@@ -23,7 +23,8 @@ from st_fast.data.features import FeatureManifest, features_folder
 from st_fast.data.images import BadImage, center_crop, decode_image
 from st_fast.data.layouts.repa import RepaSet, has_layout, repa_images
 from st_fast.data.manifest import crop_of, is_upright, write_manifest
-from st_fast.data.sources import Source, numbered_by, open_source
+from st_fast.data.source import Source, numbered_by
+from st_fast.data.sources import open_source
 from st_fast.evaluate.classifier import read_images
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.vae import PRESETS

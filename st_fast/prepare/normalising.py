@@ -20,7 +20,7 @@ from st_fast.core.pickled import read_pickled
 from st_fast.core.progress import bar
 from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.model.autoencoders import VAE, autoencoder
 from st_fast.model.vae import NO_NORMALISATION, encode_moments
 from st_fast.prepare.encode import Latents

@@ -19,7 +19,7 @@ from st_fast.data.buckets import has_buckets, parts_of
 from st_fast.data.labels import UNLABELLED_HINT, counts_line
 from st_fast.data.manifest import FILE_NAME, Manifest
 from st_fast.data.shards import open_data
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.data.text import CAPTIONS, TextManifest
 from st_fast.data.text import FOLDER as TEXT
 from st_fast.prepare.job import SKIPPED_FILE

@@ -26,7 +26,8 @@ from st_fast.core.random import epoch_order
 from st_fast.core.writing import cannot_write
 from st_fast.data.images import Size, load_image, named_size
 from st_fast.data.manifest import Manifest, crop_of, is_upright, read_manifest
-from st_fast.data.sources import Source, numbered_by, open_source
+from st_fast.data.source import Source, numbered_by
+from st_fast.data.sources import open_source
 from st_fast.evaluate.classifier import FEATURES
 from st_fast.prepare.job import JOB_FILE, reopened
 

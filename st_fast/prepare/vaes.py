@@ -17,7 +17,7 @@ from st_fast.core.progress import bar
 from st_fast.core.writing import save_pretrained
 from st_fast.data.images import load_image, named_size, sides
 from st_fast.data.manifest import VaeInfo
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 from st_fast.model.autoencoders import VAE, autoencoder
 from st_fast.model.vae import PIXELS, encode_moments, load_vae, vae_hash
 from st_fast.prepare.job import own_share

@@ -16,7 +16,8 @@ import pytest
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.data.archives import open_tars
-from st_fast.data.sources import numbered_by, open_source
+from st_fast.data.source import numbered_by
+from st_fast.data.sources import open_source
 from tests.fuzz import blocks, watched
 
 from .conftest import encoded, picture

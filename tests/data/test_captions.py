@@ -13,7 +13,8 @@ import pytest
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.data.captions import CAPTION_MOST, cleaned, coco_captions, read_source_captions, text_lines
-from st_fast.data.sources import Source, open_source
+from st_fast.data.source import Source
+from st_fast.data.sources import open_source
 
 from .conftest import encoded, picture
 from .test_hub import Image as Column

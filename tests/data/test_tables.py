@@ -13,7 +13,8 @@ import pytest
 from st_fast.core.errors import UserError
 from st_fast.data import parquet, tables
 from st_fast.data.parquet import files_of, split_of
-from st_fast.data.sources import Asked, open_source
+from st_fast.data.source import Asked
+from st_fast.data.sources import open_source
 from st_fast.data.tables import IMAGE, LABEL, Column, Table, class_numbers, image_bytes, source_of
 from tests.prepare import sources
 from tests.prepare.sources import picture

@@ -20,7 +20,7 @@ from st_fast.data.labels import LABELS_FILE, parse_labels_file, read_labels
 from st_fast.data.layouts.npy import NpyRecords, read_npy_header
 from st_fast.data.layouts.records import SD_SCALE, STD, kind_of
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo, labels_problem
-from st_fast.data.sources import Source
+from st_fast.data.source import Source
 
 LATENTS, IMAGES = "vae-sd", "images"
 ASSUMED, ASSUMED_CHANNELS = "sd-vae-ft-mse", 4
