@@ -71,11 +71,8 @@ FILES = (
     File("st_fast/data/buckets.py", ("data/test_buckets.py",), ("BucketOrder", "BucketSet", "check_batch")),
     File("st_fast/data/loader.py", ("data/test_loaders.py", EVERY_LOADER), ("ResidentLoader",)),
     File("st_fast/data/ahead.py", ("data/test_loaders.py", EVERY_LOADER)),
-    File(
-        "st_fast/data/sources.py",
-        ("data/test_sources.py",),
-        ("digest", "_source"),
-    ),
+    File("st_fast/data/source.py", ("data/test_sources.py",), ("digest",)),
+    File("st_fast/data/sources.py", ("data/test_sources.py",), ("_source",)),
     File("st_fast/data/labels.py", ("data/test_sources.py", "data/test_labels.py"), ("top_folder", "counts_line")),
     File("st_fast/data/folders.py", ("data/test_labels.py",), ("check_splits", "_shard_folders")),
     File("st_fast/data/tables.py", ("data/test_tables.py", "data/test_hub.py", "data/test_captions.py")),
