@@ -199,7 +199,7 @@ def test_editing_a_shard_between_runs_is_refused(tmp_path, monkeypatch, signals)
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--model.latent_size=8", ("latent_size = 8", "(8, 4, 4)", "patch")),
+        ("--model.latent_size=8", ("latent_size = 8", "(4, 4, 4)", "(4, 8, 8)", "patch")),
         ("--model.num_classes=3", ("num_classes = 3", "5 classes")),
         ("--optim.batch_size=64", ("30", "64")),
     ],

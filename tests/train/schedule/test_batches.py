@@ -56,7 +56,7 @@ class Counted:
     """A loader of 30 records that hands out their numbers; `asked`: the requests of each stream, made at once."""
 
     def __init__(self):
-        self.asked, self.manifest = [], SimpleNamespace(scale=1.0)
+        self.asked, self.manifest = [], SimpleNamespace(scale=1.0, posterior="sample")
 
     def __len__(self):
         return 30
