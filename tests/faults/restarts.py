@@ -29,9 +29,12 @@ def ranks_of(job: int) -> dict[int, int]:
 
 
 def killed_again_and_again(
-    recipe: Path, output: Path, moments: list[float], rng: random.Random, *options: str, limit: float = 600.0
-) -> tuple[int, int]:
+    recipe: Path, output: Path, moments: list[float], rng: random.Random, *options: str, limit: float = 600.0,
+    sooner: Callable[[], bool] = lambda: False,
+) -> tuple[int, int]:  # fmt: skip
     """Trains the recipe on two ranks under one torchrun, killing one of them that many seconds after each start.
+
+    Or as soon as `sooner` holds.
 
     Returns torchrun's exit code and how many were killed: a run that ends before its moment ends undisturbed.
     """
@@ -50,7 +53,7 @@ def killed_again_and_again(
         until(lambda old=before: len(now := ranks_of(job.pid)) == 2 and not old & set(now.values()))  # type: ignore[misc]
         here = ranks_of(job.pid)
         start = time.monotonic()
-        until(lambda start=start, moment=moment: time.monotonic() - start > moment)  # type: ignore[misc]
+        until(lambda start=start, moment=moment: sooner() or time.monotonic() - start > moment)  # type: ignore[misc]
         victim = here.get(rng.randrange(2))
         if job.poll() is not None or victim is None or victim not in ranks_of(job.pid).values():
             break

@@ -91,7 +91,11 @@ def test_ranks_that_were_given_other_commands_end_with_the_same_line(options, wo
 
 
 def test_a_rank_killed_under_torchrun_is_restarted_and_the_run_ends_with_the_same_bits(recipe, pair, states, tmp_path):
-    code, killed = killed_again_and_again(recipe, tmp_path / "log.txt", [5.0], random.Random(0), "--run.save_every=2")
+    def begun() -> bool:
+        return any((recipe.parent / "out").glob("*/checkpoints/[0-9]*"))
+
+    log, save = tmp_path / "log.txt", "--run.save_every=2"
+    code, killed = killed_again_and_again(recipe, log, [60.0], random.Random(0), save, sooner=begun)
     assert (code, killed) == (0, 1), (tmp_path / "log.txt").read_text()
     ours, theirs = states(recipe.parent / "out"), states(pair)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
