@@ -32,9 +32,8 @@ def killed_again_and_again(
     recipe: Path, output: Path, moments: list[float], rng: random.Random, *options: str, limit: float = 600.0,
     sooner: Callable[[], bool] = lambda: False,
 ) -> tuple[int, int]:  # fmt: skip
-    """Trains the recipe on two ranks under one torchrun, killing one of them that many seconds after each start.
-
-    Or as soon as `sooner` holds.
+    """Trains the recipe on two ranks under one torchrun, killing one of them that many seconds after each start, or as
+    soon as `sooner` holds.
 
     Returns torchrun's exit code and how many were killed: a run that ends before its moment ends undisturbed.
     """
