@@ -21,12 +21,14 @@ from st_fast.prepare.job import JOB_FILE, check_finished, check_unfinished, own_
 from st_fast.prepare.normalising import latents_of
 from st_fast.prepare.ready import tell_ready
 from st_fast.prepare.text import keep_captions
-from st_fast.prepare.vaes import VAE_FOLDER, keep_vae, the_vae
+from st_fast.prepare.vaes import VAE_FOLDER, factor_of, keep_vae, the_vae
 
 
 def encode(args: argparse.Namespace) -> None:
     """Images → a folder of shards for each aspect ratio, and their captions if these are asked for."""
     ratios = read_ratios(args.buckets)
+    if args.vae == "small":  # whose factor is known
+        all_sides(ratios, args.size, PATCH * factor_of(args))  # before a VAE is trained
     (source, captions), out = open_images(args), args.paths[1]
     if (out / FILE_NAME).is_file():
         raise UserError(f"{out}: holds latents of one shape, without --buckets; name another folder to write")

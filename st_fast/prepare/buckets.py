@@ -47,30 +47,34 @@ def read_ratios(text: str) -> tuple[str, ...]:
 def bucket_sides(ratio: str, size: int, unit: int) -> tuple[int, int]:
     """(Height, width) of a bucket: multiples of `unit` with an area of at most size², near that and near the ratio.
 
-    What is minimised is the sum of both deviations, as logarithms. UserError where no sides are near enough.
+    What is minimised is the sum of both deviations, as logarithms; of equal sums the nearer ratio is taken, so that 2:3
+    is 3:2 turned. UserError where no sides are near enough.
     """
     wide, _, high = ratio.partition(":")
-    wanted, best = int(wide) / int(high), (math.inf, 0, 0)
+    wanted, best = int(wide) / int(high), (math.inf, math.inf, 0, 0)
     for height in range(unit, 2 * math.ceil(size / wanted**0.5) + unit, unit):
         below, most = int(height * wanted) // unit * unit, size * size // height // unit * unit
         for width in (min(below, most), min(below + unit, most)):  # the best on either side of the ratio
             off, area = width / height / wanted, height * width / size**2
             if area >= LEAST_AREA and 1 / MOST_OFF <= off <= MOST_OFF:
-                best = min(best, (abs(math.log(off)) - math.log(area), height, width))
-    if not best[1]:
+                unlike = abs(math.log(off))
+                best = min(best, (round(unlike - math.log(area), 9), round(unlike, 9), height, width))
+    if not best[2]:
         raise UserError(
             f"--buckets {ratio} at --size {size}: no sides that are multiples of {unit} (twice the VAE's factor) have "
             f"about that ratio and {LEAST_AREA:g} to 1 times {size} x {size} pixels; take a larger --size"
         )
-    return best[1], best[2]
+    return best[2], best[3]
 
 
 def all_sides(ratios: Sequence[str], size: int, unit: int) -> list[tuple[int, int]]:
-    """(Height, width) of each bucket; UserError where two are the same."""
+    """(Height, width) of each bucket; UserError where two are the same. Of AUTO the later one is left out then."""
     sides: dict[tuple[int, int], str] = {}
     for ratio in ratios:
         pair = bucket_sides(ratio, size, unit)
         if pair in sides:
+            if tuple(ratios) == AUTO:
+                continue
             raise UserError(
                 f"--buckets: {sides[pair]} and {ratio} would both be {pair[0]}x{pair[1]} at --size {size}: take one"
             )

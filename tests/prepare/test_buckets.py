@@ -209,6 +209,20 @@ def test_the_usual_ratios_have_the_usual_sides() -> None:
     assert all_sides(AUTO, 256, 16) == expected and read_ratios("auto") == AUTO
 
 
+def test_of_auto_a_bucket_that_another_is_already_is_left_out() -> None:
+    found = all_sides(AUTO, 32, 4)  # 16:9 would be 24x40, as 3:2 is already
+    assert found == [(32, 32), (28, 36), (36, 28), (24, 40), (40, 24)]
+
+
+def test_ratios_that_make_no_buckets_are_refused_before_a_small_vae_is_trained(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("st_fast.prepare.vaes.train_vae", lambda *_: pytest.fail("a VAE is trained"))
+    with pytest.raises(UserError, match="1:1 and 25:24 would both be 32x32 at --size 32"):
+        run(images, tmp_path / "out", "--size", 32, "--vae", "small", "--device", "cpu", "--buckets", "1:1,25:24")
+    assert not (tmp_path / "out").exists()
+
+
 REFUSED = [
     (["--buckets", "4-3"], r"--buckets '4-3': '4-3': auto, or WIDTH:HEIGHT"),
     (["--buckets", "0:1"], r"'0:1'"),
