@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
             raise RunFailed(f"{given.target}: can't be written ({error})") from None
         print(f"{given.target}: written as {form}")
         if form == "diffusers" and origin.loaded.config.network == "mmdit" and not given.text_encoder:
-            print("attention: without a text encoder the pipeline reads no prompts; --text-encoder FOLDER puts one in")
+            print("warning: without a text encoder the pipeline reads no prompts; --text-encoder FOLDER puts one in")
     if form == "stage":
         sizes = origin.loaded.config.described() | {"qk_norm": str(origin.loaded.config.qk_norm).lower()}
         print("for a recipe:", *(f"--model.{key}={value}" for key, value in sizes.items()))

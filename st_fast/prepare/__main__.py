@@ -36,8 +36,8 @@ from st_fast.core.options import BATCH_MOST, COUNT_MOST, Parser, given, integer,
 from st_fast.core.signals import catch_signals
 
 VAE_HELP = (
-    "sd-vae-ft-mse (default), sd-vae-ft-ema, any AutoencoderKL as a folder or hub name, small (train one on these "
-    "images), pixels or pixels-gray (no VAE)"
+    "sd-vae-ft-mse (default), sd-vae-ft-ema, an AutoencoderKL, DC-AE or RAE as a folder or hub name, VA-VAE's .pt, small "
+    "(train one on these images), pixels or pixels-gray (no VAE); with --stats: what decodes the picture"
 )
 SCALE_HELP = "instead of the VAE's scaling_factor, or of the scale that another project's code has"
 FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
@@ -66,7 +66,7 @@ COMPUTE = ("device", "precision")
 FROM = (*COMPUTE, "vae", "vae_variant", "scale", "latents_stats", "dtype", "shard_size", "dry_run")
 USES = {
     "verify": (),
-    "stats": (*COMPUTE, "recipe"),
+    "stats": (*COMPUTE, "vae", "recipe"),
     "features": (*COMPUTE, "subset", "size", "batch_size", "dry_run"),
     "text": (*COMPUTE, "text_length", "text_mask", "batch_size", "dry_run"),
     "from_latents": (*FROM, "recipe"),
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str]) -> None:
             where = "images to encode" if mode == "encode" else f"--{mode.replace('_', '-')}"
             name, where = option.replace("_", "-"), where if unused else f"--vae {args.vae or DEFAULT_VAE}"
             raise UserError(f"--{name} {value}: means nothing with {where}; leave it out")
-    if mode not in ("from_latents", "from_repa", "from_coco"):
+    if mode not in ("stats", "from_latents", "from_repa", "from_coco"):
         args.vae = args.vae or DEFAULT_VAE
     if args.max_bad < 0:
         raise UserError(f"--max-bad {args.max_bad}: at least 0")

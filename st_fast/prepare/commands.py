@@ -83,21 +83,28 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def stats(args: argparse.Namespace) -> None:
-    """Prints statistics and writes a picture of 64 random records, decoded; of each bucket its own."""
+    """Prints statistics and writes a picture of 64 random records, decoded; of each bucket its own.
+
+    What needs no VAE comes first, so that only the pictures are missing where it can't be loaded, which is a UserError.
+    """
     folder = args.paths[0]
     records = open_data(folder, verify=False)
-    decode = decoder(folder, records.manifest, compute(args)[0])
+    for name, part in parts_of(records).items():
+        print(f"{name}: {describe(part)}" if name else describe(part))
+    if args.recipe:
+        write_recipe(args.recipe, ready_recipe(typical(records), str(folder), bounds_of(records)))
+    try:
+        decode = decoder(folder, records.manifest, compute(args)[0], args.vae or "")
+    except UserError as error:
+        raise UserError(f"no picture: {error}; --stats {folder} --vae VAE names one that is here") from None
     for name, part in parts_of(records).items():
         manifest = part.manifest
-        print(f"{name}: {describe(part)}" if name else describe(part))
         chosen = np.random.default_rng(0).choice(manifest.count, min(64, manifest.count), replace=False)
         mean, std = mean_and_std(part.gather(np.sort(chosen))[0], manifest)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
         place = folder / name / "stats.png" if folder.is_dir() else folder.with_name(f"{folder.name}.stats.png")
         save_png(grid(decode((mean + std * noise) * manifest.scale), 8), place)
         print(f"picture: {place}")
-    if args.recipe:
-        write_recipe(args.recipe, ready_recipe(typical(records), str(folder), bounds_of(records)))
 
 
 def describe(records: RecordSet) -> str:
@@ -119,7 +126,7 @@ def describe(records: RecordSet) -> str:
     unit = f"  with scale {made.scale / std:.5f} the std would be 1" if std else ""
     lines.append(f"    all  {mean:8.4f}  {std:8.4f}{unit}")
     told = found.warning(made)
-    lines.append(f"attention: {told}" if told else "about mean 0 and std 1, as training expects")
+    lines.append(f"warning: {told}" if told else "about mean 0 and std 1, as training expects")
     return "\n".join([*lines, counts_line(records.labels, made.num_classes, made.class_names)])
 
 

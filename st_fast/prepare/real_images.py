@@ -151,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     tensors["train"], tensors["train_labels"], _ = read
     for split in ("train", "test"):
         if (count := len(tensors[split])) <= FEATURES:
-            print(f"real-images: attention: {count} images in {split!r}; the classifier's scores need {FEATURES + 1}")
+            print(f"real-images: warning: {count} images in {split!r}; the classifier's scores need {FEATURES + 1}")
     try:
         write_atomic(path, to_safetensors(tensors))
     except OSError as error:

@@ -158,7 +158,7 @@ def encoded_prompts(
     cut = [text for text, tokens in zip(given, found.tokens(given), strict=True) if tokens > manifest.length]
     if cut:
         first = printable(cut[0][:60])
-        say(f"attention: {len(cut)} of {len(given)} prompts have more than {manifest.length} tokens, cut: {first}…")
+        say(f"warning: {len(cut)} of {len(given)} prompts have more than {manifest.length} tokens, cut: {first}…")
     return EncodedPrompts(texts, found, device, negative, getattr(torch, manifest.dtype))
 
 

@@ -90,11 +90,11 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             ranks.barrier()
             shards = open_agreed_data(recipe, ranks, log.say)
             if told := ranks.broadcast_from_rank0(lambda: sampled_warning(shards)):
-                log.say(f"attention: {told}")
+                log.say(f"warning: {told}")
             classes = shards.manifest.num_classes
             if recipe.model.network == "sit" and classes < recipe.model.num_classes:
                 log.say(
-                    f"attention: the data has {classes} classes, the model {recipe.model.num_classes}; the others "
+                    f"warning: the data has {classes} classes, the model {recipe.model.num_classes}; the others "
                     f"are never trained; --model.num_classes={classes} fits"
                 )
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))

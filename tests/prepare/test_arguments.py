@@ -63,7 +63,7 @@ def test_a_factor_that_the_vae_or_the_size_does_not_have_is_refused(options, lin
     ("arguments", "words"),
     [
         (["--verify", "--flip", "x"], "--flip True: means nothing with --verify"),
-        (["--stats", "--vae", "pixels", "x"], "--vae pixels: means nothing with --stats"),
+        (["--verify", "--vae", "pixels", "x"], "--vae pixels: means nothing with --verify"),
         (["--to-repa", "--dtype", "float32", "x", "y"], "--dtype float32: means nothing with --to-repa"),
         (["--from-repa", "--size", "512", "x", "y"], "--size 512: means nothing with --from-repa"),
         (["--features", "dino", "--shard-size", "7", "x", "y"], "--shard-size 7: means nothing with --features"),

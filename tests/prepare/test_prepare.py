@@ -310,6 +310,21 @@ def test_verify_and_stats(class_folders: Path, tmp_path: Path, capsys: pytest.Ca
     assert Image.open(io.BytesIO((out / "stats.png").read_bytes())).width > 100
 
 
+def test_stats_and_the_recipe_need_no_vae_and_another_can_draw_the_picture(
+    class_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "own.toml"
+    run(class_folders, out, *PIXELS)
+    made = read_manifest(out)
+    write_manifest(out, replace(made, vae=replace(made.vae, name=str(tmp_path / "gone"), hash="")))
+    with pytest.raises(UserError, match=r"no picture: .*gone.*--vae VAE names one"):
+        run("--stats", out, "--recipe", recipe)
+    assert "classes: b c 3, été 中文 3" in capsys.readouterr().out
+    assert recipe.is_file() and not (out / "stats.png").exists()
+    run("--stats", out, "--vae", "pixels")
+    assert (out / "stats.png").is_file()
+
+
 def test_the_bar_of_slow_work_says_seconds_a_step() -> None:
     with bar(None, "drawing", 10, "step") as shown:
         assert "1.70s/step]" in shown.format_meter(1, 10, 1.7, unit=shown.unit)

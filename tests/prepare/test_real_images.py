@@ -128,7 +128,7 @@ def test_of_one_folder_as_many_are_held_out_as_the_classifier_needs(
     real_images.main([str(tmp_path / "in"), str(tmp_path / "out")])
     found, said = read_images(tmp_path / "out"), capsys.readouterr().out
     assert (len(found.test), len(found.train)) == (held_out, images - held_out)
-    assert (f"attention: {few}; the classifier's scores need 65" in said) if few else ("attention" not in said)
+    assert (f"warning: {few}; the classifier's scores need 65" in said) if few else ("warning" not in said)
 
 
 @pytest.mark.parametrize(

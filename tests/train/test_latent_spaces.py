@@ -190,7 +190,7 @@ def test_latents_that_are_not_normalised_are_told_in_one_line_when_training_begi
                     ["--stage.align.steps=1", "--stage.transcend.steps=1"],
                 )
             )
-            assert f"attention: {told}" in capsys.readouterr().out
+            assert f"warning: {told}" in capsys.readouterr().out
             assert records(out, "start")
 
 

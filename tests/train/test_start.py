@@ -215,7 +215,7 @@ def test_other_classes_or_another_size_name_the_init_fresh_that_starts_all_the_s
 def test_more_classes_than_the_data_has_are_told(data, tmp_path, capsys):
     recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
     (stage, *_) = load(recipe).stages
-    told = "attention: the data has 5 classes, the model 12; the others are never trained; "
+    told = "warning: the data has 5 classes, the model 12; the others are never trained; "
     told += "--model.num_classes=5 fits\n"
     for classes in (12, 5):
         more = [f"--model.num_classes={classes}", f"--run.out={tmp_path}/{classes}", f"--stage.{stage.name}.steps=1"]
