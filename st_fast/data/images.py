@@ -124,6 +124,6 @@ def center_crop(image: Image.Image, size: Size) -> np.ndarray:
 
 
 def load_image(data: bytes, size: Size, channels: int, upright: bool = True) -> np.ndarray:
-    """Bytes of an image file → uint8 (channels, H, W). `BadImage` where that can't be."""
+    """Bytes of an image file → uint8 (channels, H, W), writable. `BadImage` where that can't be."""
     pixels = center_crop(decode_image(data, channels, upright), size)
-    return np.ascontiguousarray(pixels.reshape(*sides(size), channels).transpose(2, 0, 1))
+    return np.array(pixels.reshape(*sides(size), channels).transpose(2, 0, 1), order="C")

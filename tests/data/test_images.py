@@ -102,7 +102,8 @@ def test_alpha_is_laid_over_white() -> None:
 
 
 def test_one_channel_is_given_where_one_is_wanted() -> None:
-    assert load_image(encoded(picture(1)), 8, 1).shape == (1, 8, 8)
+    gray = load_image(encoded(picture(1)), 8, 1)
+    assert gray.shape == (1, 8, 8) and gray.flags.writeable  # else torch warns
 
 
 @pytest.mark.parametrize(
