@@ -96,9 +96,17 @@ def own_bounds(manifest: Manifest) -> Bounds:
 
 
 def typical(records: RecordSet) -> Manifest:
-    """The manifest of a set; of several shapes with the one of most tokens, a square if there is one of these."""
-    shapes = [part.manifest.shape for part in parts_of(records).values()]
-    return replace(records.manifest, shape=max(shapes, key=lambda shape: (shape[1] * shape[2], shape[1] == shape[2])))
+    """The manifest of a set; of several shapes with the one of most tokens, a square if there is one of these.
+
+    Its source then says how many records there are of each.
+    """
+    parts = parts_of(records)
+    shapes = [part.manifest.shape for part in parts.values()]
+    shape = max(shapes, key=lambda shape: (shape[1] * shape[2], shape[1] == shape[2]))
+    if len(parts) == 1:
+        return replace(records.manifest, shape=shape)
+    told = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    return replace(records.manifest, shape=shape, source=f"the largest of {len(parts)} shapes: {told}")
 
 
 def patch_for(height: int, width: int, shared: int = 0) -> int:

@@ -307,6 +307,7 @@ def test_a_recipe_for_several_shapes_fits_all_of_them(tmp_path: Path) -> None:
     recipe = load(tmp_path / "own.toml")
     assert (recipe.model.latent_size, recipe.model.patch) == (12, 1) and recipe.optim.batch_size == 8
     assert ready.bounds_of(records) == ready.Bounds(2, 10) and ready.typical(records).shape == (8, 12, 12)
+    assert "# (the largest of 3 shapes: " in (tmp_path / "own.toml").read_text(encoding="utf-8")
     fit_data(recipe, records)
     said: list[str] = []
     ready.tell_ready(tmp_path / "data", None, said.append)
