@@ -36,8 +36,8 @@ from st_fast.core.options import BATCH_MOST, COUNT_MOST, Parser, given, integer,
 from st_fast.core.signals import catch_signals
 
 VAE_HELP = (
-    "sd-vae-ft-mse (default), sd-vae-ft-ema, an AutoencoderKL, DC-AE or RAE as a folder or hub name, VA-VAE's .pt, small "
-    "(train one on these images), pixels or pixels-gray (no VAE); with --stats: what decodes the picture"
+    "sd-vae-ft-mse (default), sd-vae-ft-ema, an AutoencoderKL, DC-AE or RAE as a folder or hub name, VA-VAE's .pt, "
+    "small (train one on these images), pixels or pixels-gray (no VAE); with --stats: what decodes the picture"
 )
 SCALE_HELP = "instead of the VAE's scaling_factor, or of the scale that another project's code has"
 FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"

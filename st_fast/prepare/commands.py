@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def stats(args: argparse.Namespace) -> None:
         print(f"{name}: {describe(part)}" if name else describe(part))
     if args.recipe:
         write_recipe(args.recipe, ready_recipe(typical(records), str(folder), bounds_of(records)))
+        print(f"train: python -m st_fast.train {shlex.quote(str(args.recipe))}")
     try:
         decode = decoder(folder, records.manifest, compute(args)[0], args.vae or "")
     except UserError as error:

@@ -319,7 +319,8 @@ def test_stats_and_the_recipe_need_no_vae_and_another_can_draw_the_picture(
     write_manifest(out, replace(made, vae=replace(made.vae, name=str(tmp_path / "gone"), hash="")))
     with pytest.raises(UserError, match=r"no picture: .*gone.*--vae VAE names one"):
         run("--stats", out, "--recipe", recipe)
-    assert "classes: b c 3, été 中文 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "classes: b c 3, été 中文 3" in said and f"train: python -m st_fast.train {recipe}" in said
     assert recipe.is_file() and not (out / "stats.png").exists()
     run("--stats", out, "--vae", "pixels")
     assert (out / "stats.png").is_file()
