@@ -270,10 +270,13 @@ def check_fits(recipe: Recipe, manifest: Manifest) -> None:
             f"{f', SHA-256 {made.hash}' if made.hash else ''}"
         )
     if (manifest.channels, *manifest.shape[1:]) != model.latent_shape:
+        height, width = manifest.shape[1:]
+        fits = f"--model.channels={manifest.channels} --model.latent_size="
+        fits += f"{height}" if height == width else f"[{height},{width}]"
         raise UserError(
             f"{recipe.data.path}: latents are {(manifest.channels, *manifest.shape[1:])}, model.channels = "
             f"{model.channels} and model.latent_size = {show(model.latent_size)} (patch {model.patch}) need "
-            f"{model.latent_shape}"
+            f"{model.latent_shape}; {fits} fit the data"
         )
     if model.network == "sit" and manifest.num_classes > model.num_classes:
         raise UserError(

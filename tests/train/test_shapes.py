@@ -181,9 +181,8 @@ def test_one_shape_that_is_no_square_trains_alone(tmp_path):
     assert len(losses(out)) == STEPS and load(out / "recipe.toml").model.latent_size == (18, 8)
     state = newest(out)
     assert state["align/model/pos_embed"].shape == (1, 36, 32)
-    with pytest.raises(
-        UserError, match=r"latents are \(4, 18, 8\), .*model.latent_size = \[8, 18\] .* need \(4, 8, 18\)"
-    ):
+    told = r"latents are \(4, 18, 8\), .*model.latent_size = \[8, 18\] .* need \(4, 8, 18\); --model.channels=4 "
+    with pytest.raises(UserError, match=told + r"--model.latent_size=\[18,8\] fit the data$"):
         trained(tmp_path / "turned", tmp_path / "144x64", "--model.latent_size=[8, 18]")
 
 
