@@ -73,9 +73,10 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 def pixels(text: str) -> int | tuple[int, int]:
     """The type of an option that takes an image's size: "256" of a square, or "192x320", height and width."""
-    parts = [integer(1, SIDE_MOST)(part) for part in text.split("x")[:3]]
-    if len(parts) > 2:
+    named = text.split("x")
+    if len(named) > 2 or not all(named):
         raise argparse.ArgumentTypeError(f"{_shown(text)}: a side, or HEIGHTxWIDTH, is needed")
+    parts = [integer(1, SIDE_MOST)(part) for part in named]
     return parts[0] if len(set(parts)) == 1 else (parts[0], parts[1])
 
 

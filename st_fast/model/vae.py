@@ -38,6 +38,8 @@ LOADED = tuple(name for name in KINDS if name != Pixels.__name__)
 INSIDE = "vae"
 """Where a diffusers pipeline has its autoencoder."""
 
+QUIET = {"huggingface_hub": logging.ERROR, "diffusers": logging.CRITICAL}
+"""The least that these say while something is read: an error comes as an exception, too."""
 ATTEMPTS, PATIENCE = 2, 5.0
 """How often the hub is asked whether it can be reached, and for how many seconds each time."""
 
@@ -156,14 +158,15 @@ def _check_folder(folder: Path, cls: Any, variant: str | None) -> None:
 
 @contextmanager
 def from_hub(refusal: str, name: str = "") -> Iterator[None]:
-    """Reading from the hub or its cache without the hub's lines and warnings on every attempt that failed.
+    """Reading from the hub or its cache without the lines and warnings of the hub and diffusers on what failed.
 
     Where the hub has to be asked for `name` a line says so, and whether it answers is known within seconds.
     UserError, `refusal` with the reason, for whatever goes wrong.
     """
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = {logging.getLogger(name): least for name, least in QUIET.items()}
+    levels = {logger: logger.level for logger in loggers}
+    for logger, least in loggers.items():
+        logger.setLevel(least)
     try:
         with warnings.catch_warnings(action="ignore"):  # of diffusers about its own way of asking the hub
             if name and not Path(name).is_dir():
@@ -172,7 +175,8 @@ def from_hub(refusal: str, name: str = "") -> Iterator[None]:
     except Exception as error:  # diffusers, transformers and the hub raise a dozen kinds; all mean that it can't be had
         raise UserError(f"{refusal} ({first_line(error)})") from None
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _reach(name: str) -> None:

@@ -65,7 +65,7 @@ def _encode(args: argparse.Namespace, source: Source, ratios: tuple[str, ...], a
         return
     make_folder(out)
     keep_vae(args.vae, info, out, args.vae_variant)
-    check_unfinished(out, asked)
+    check_unfinished(out, asked | {"sides": [list(pair) for pair in sides]})
     buckets = assigned(out, source, sides)
     numbers = {pair: np.flatnonzero(buckets == place) for place, pair in enumerate(sides)}
     used = {folder_of(pair): (pair, found) for pair, found in numbers.items() if len(found)}

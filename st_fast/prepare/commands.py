@@ -29,6 +29,7 @@ from st_fast.data.sources import open_source
 from st_fast.data.statistics import latent_statistics
 from st_fast.data.text import FOLDER as TEXT
 from st_fast.data.text import open_text, read_captions, text_folder
+from st_fast.model.autoencoders import autoencoder
 from st_fast.model.encoders import load_encoder
 from st_fast.model.text_encoders import load_text_encoder
 from st_fast.model.vae import PIXELS, PRESETS, load_vae, vae_hash
@@ -200,7 +201,8 @@ def open_images(args: argparse.Namespace) -> tuple[Source, list[Sequence[str]]]:
 def encode(args: argparse.Namespace) -> None:
     """Images → shards, and their captions if these are asked for."""
     (source, captions), out, say = open_images(args), args.paths[1], say_once()
-    if has_buckets(out) or (out / ASSIGNED_FILE).is_file():
+    begun = read_json(out / JOB_FILE) if (out / JOB_FILE).is_file() else {"upright": True}
+    if has_buckets(out) or (out / ASSIGNED_FILE).is_file() or "buckets" in begun:
         raise UserError(f"{out}: begun with --buckets; use those, or name another folder to write")
     if (out / FILE_NAME).is_file():
         check_finished(out, finished_plan(args, source, out))
@@ -210,7 +212,6 @@ def encode(args: argparse.Namespace) -> None:
         if not args.dry_run:
             tell_ready(out, args.recipe, say)
         return
-    begun = read_json(out / JOB_FILE) if (out / JOB_FILE).is_file() else {"upright": True}
     asked = plan(source, args.size, args.flip, args.dtype, args.shard_size)
     if (out / JOB_FILE).is_file():
         check_unfinished(out, asked)  # before a VAE is trained
@@ -259,13 +260,15 @@ def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[s
         raise UserError(
             f"{out}: complete, but made with VAE {found} (now {wanted}); use that, or name another folder to write"
         )
-    check_same_latents(args, made, out)
     if args.vae == "small":
         check_small(args, out)
-    elif Path(args.vae).is_dir() and args.vae not in PIXELS:
-        asked["vae"] = vae_hash(load_vae(args.vae))
+    local = Path(args.vae).is_dir() and args.vae not in PIXELS
+    vae = load_vae(args.vae, variant=args.vae_variant) if local or args.vae in PIXELS else None
+    if vae is not None and local:
+        asked["vae"] = vae_hash(vae)
         if made.vae.hash not in ("", asked["vae"]):
             raise UserError(f"{out}: complete, but made with another VAE than {args.vae}: its weights changed")
+    check_same_latents(args, made, out, None if vae is None else autoencoder(vae))
     if args.precision != "auto":
         asked["precision"] = str(compute(args)[1]).removeprefix("torch.")
     return asked

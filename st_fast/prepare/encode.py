@@ -76,6 +76,7 @@ class Encoder:
         entries = (ShardEntry(shard_name(number), 0, 2**40, "0" * 64) for number in range(self.shards))
         check_readable(replace(self.template, shards=tuple(entries)), Path(FILE_NAME))
         self.fingerprint = plan(source, size, flip, dtype, shard_size) | {
+            "channels": self.template.channels,  # pixels and pixels-gray have one hash, of no weights
             "vae": vae_hash(vae), "precision": str(vae.dtype).removeprefix("torch."), "upright": upright,
             "normalisation": str(how.normalisation), "posterior": how.posterior,
         }  # fmt: skip

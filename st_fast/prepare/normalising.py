@@ -21,7 +21,7 @@ from st_fast.core.progress import bar
 from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest
 from st_fast.data.source import Source
-from st_fast.model.autoencoders import VAE, autoencoder
+from st_fast.model.autoencoders import VAE, Autoencoder, Posterior, autoencoder
 from st_fast.model.vae import NO_NORMALISATION, encode_moments
 from st_fast.prepare.encode import Latents
 
@@ -42,7 +42,7 @@ def latents_of(args: argparse.Namespace, vae: VAE, source: Source, out: Path) ->
         raise UserError(f"--posterior {posterior}: {args.vae} has none to draw from; allowed: mean")
     how = kind.normalisation
     if args.latents_stats == "auto":
-        how = measured(args, vae, source, out)
+        how = measured(args, vae, source, out, posterior)
     elif args.latents_stats:
         how = read_stats(Path(args.latents_stats), kind.channels)
     if how == NO_NORMALISATION and args.scale is None and not kind.normalises:
@@ -53,17 +53,23 @@ def latents_of(args: argparse.Namespace, vae: VAE, source: Source, out: Path) ->
     return Latents(how if args.scale is None else replace(how, scale=args.scale), posterior)
 
 
-def check_same_latents(args: argparse.Namespace, made: Manifest, out: Path) -> None:
-    """UserError where the options ask for other latents than a finished set has."""
-    wanted, how = made.normalisation, made.normalisation
-    if args.latents_stats and args.latents_stats != "auto":
-        wanted = read_stats(Path(args.latents_stats), made.channels)
-        wanted = replace(wanted, scale=wanted.scale if args.scale is None else args.scale)
-    elif args.scale is not None:
-        wanted = replace(how, scale=args.scale)
-    differing = how.differences(wanted)
-    if args.posterior not in ("auto", made.posterior):
-        differing.append(f"posterior {made.posterior} ({args.posterior})")
+def check_same_latents(args: argparse.Namespace, made: Manifest, out: Path, kind: Autoencoder | None = None) -> None:
+    """UserError where the options ask for other latents than a finished set has.
+
+    kind: the VAE that they name, where it is at hand: it says what is asked for by leaving an option out.
+    """
+    wanted, posterior = made.normalisation, args.posterior
+    if args.latents_stats and (args.latents_stats != "auto" or (out / MEASURED_FILE).is_file()):
+        path = out / MEASURED_FILE if args.latents_stats == "auto" else Path(args.latents_stats)
+        wanted = read_stats(path, made.channels)
+    elif kind is not None:
+        wanted = kind.normalisation
+    wanted = wanted if args.scale is None else replace(wanted, scale=args.scale)
+    if posterior == "auto":
+        posterior = made.posterior if kind is None else kind.posteriors[0]
+    differing = made.normalisation.differences(wanted)
+    if posterior != made.posterior:
+        differing.append(f"posterior {made.posterior} ({posterior})")
     if args.latents_stats == "auto" and not (out / MEASURED_FILE).is_file():
         differing.append("statistics that were given (measured ones)")
     if differing:
@@ -87,12 +93,17 @@ def read_stats(path: Path, channels: int) -> Normalisation:
         content = load_file(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{where}: holds {type(content).__name__}; mean and std, or var, of each channel are needed")
+    if twice := [names for names in NAMES.values() if all(name in content for name in names)]:
+        raise UserError(f"{where}: has both {twice[0][0]} and {twice[0][1]}; which is meant can't be known")
     found = {kind: next((content[name] for name in names if name in content), None) for kind, names in NAMES.items()}
     if found["mean"] is None or (found["std"] is None) == (found["var"] is None):
         raise UserError(f"{where}: has {shown(list(content))}; mean, and std or var, of each channel are needed")
     mean, std, var = (_flat(value, where) for value in found.values())
-    how = Normalisation(1.0, 0.0, mean, std or tuple(float(np.sqrt(value)) for value in var if value >= 0))
-    if problem := how.problem(channels) or ("" if how.latents_std else "latents_std has 0 numbers"):
+    if wrong := [value for value in var if not value > 0]:
+        raise UserError(f"{where}: var = {shown(wrong[0])}: a positive number is needed")
+    how = Normalisation(1.0, 0.0, mean, std or tuple(float(np.sqrt(value)) for value in var))
+    missing = "" if mean and how.latents_std else f"no numbers; the latents have {channels} channels"
+    if problem := how.problem(channels) or missing:
         raise UserError(f"{where}: {problem}")
     return how
 
@@ -110,8 +121,11 @@ def _flat(value: Any, where: str) -> tuple[float, ...]:
     return tuple(array.reshape(-1).tolist())
 
 
-def measured(args: argparse.Namespace, vae: VAE, source: Source, out: Path) -> Normalisation:
-    """Mean and std of each channel over evenly spaced images of the source, kept in OUT."""
+def measured(args: argparse.Namespace, vae: VAE, source: Source, out: Path, posterior: Posterior) -> Normalisation:
+    """Mean and std of each channel over evenly spaced images of the source, kept in OUT.
+
+    Of what a step sees: drawn latents, whose spread is also the posteriors' own, or the means alone.
+    """
     kept = out / MEASURED_FILE
     if kept.is_file():
         return read_stats(kept, autoencoder(vae).channels)
@@ -120,12 +134,13 @@ def measured(args: argparse.Namespace, vae: VAE, source: Source, out: Path) -> N
     total, count = np.zeros((2, autoencoder(vae).channels)), 0
     for moments in _spaced(args, vae, source):
         mean, std = moments.double().cpu().chunk(2, dim=1)
-        total += np.stack([part.sum((0, 2, 3)).numpy() for part in (mean, mean.square() + std.square())])
+        square = mean.square() + (std.square() if posterior == "sample" else 0)
+        total += np.stack([part.sum((0, 2, 3)).numpy() for part in (mean, square)])
         count += mean.numel() // mean.shape[1]
     if not count:
         raise UserError(f"{source.description}: not one usable image")
-    average, square = total / count
-    deviation = np.sqrt(np.maximum(square - average**2, 0))
+    average, squares = total / count
+    deviation = np.sqrt(np.maximum(squares - average**2, 0))
     how = Normalisation(1.0, 0.0, tuple(average.tolist()), tuple(deviation.tolist()))
     if problem := how.problem(len(average)):
         raise UserError(f"--latents-stats auto: {problem}")

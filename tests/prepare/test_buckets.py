@@ -232,7 +232,8 @@ REFUSED = [
     (["--buckets", "1:1", "--size", "24x28"], "--buckets takes one side"),
     (["--size", "24x28x3"], "a side, or HEIGHTxWIDTH, is needed"),
     (["--size", "24x0"], "0: at least 1"),
-    (["--size", "x24"], "an integer is needed"),
+    (["--size", "x24"], "x24: a side, or HEIGHTxWIDTH, is needed"),
+    (["--size", "24x"], "24x: a side, or HEIGHTxWIDTH, is needed"),
 ]
 
 
@@ -258,6 +259,42 @@ def test_a_folder_begun_otherwise_is_refused(images: Path, tmp_path: Path) -> No
         run(images, tmp_path / "out", *PIXELS, *BUCKETS, "--vae", "pixels-gray")
     with pytest.raises(UserError, match=r"latents of several shapes; REPA's layout takes one: name one of"):
         run("--to-repa", tmp_path / "out", tmp_path / "repa")
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """From now on, until `undo`, the command is interrupted where it calls that function."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(what, end)
+
+
+@pytest.mark.parametrize("buckets", [[], BUCKETS])
+def test_work_begun_on_pixels_is_not_continued_in_gray(
+    buckets: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped(patch, "st_fast.prepare.job._check_skipped")  # one shard is there, and its note
+        with pytest.raises(KeyboardInterrupt):
+            run(images, tmp_path / "out", *PIXELS, *buckets)
+    with pytest.raises(UserError, match=r"begun with channels 3 \(now 1\)"):
+        run(images, tmp_path / "out", *PIXELS, *buckets, "--vae", "pixels-gray")
+    run(images, tmp_path / "out", *PIXELS, *buckets)
+    open_data(tmp_path / "out", verify=True)
+
+
+def test_work_begun_with_buckets_is_continued_with_the_same_sides_alone(
+    images: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped(patch, "st_fast.prepare.bucket_command.assigned")  # job.json alone is there
+        with pytest.raises(KeyboardInterrupt):
+            run(images, tmp_path / "out", *PIXELS, "--size", "64", "--buckets", "1:1,3:2")
+    with pytest.raises(UserError, match="begun with --buckets"):
+        run(images, tmp_path / "out", *PIXELS, "--size", "64")
+    with pytest.raises(UserError, match=r"begun with sides \[\[64, 64\], \[52, 78\]\] \(now \[\[64, 64\], "):
+        run(images, tmp_path / "out", *PIXELS, "--size", "64", "--buckets", "1:1,3:2", "--vae", tiny_vae)
 
 
 def test_what_says_which_image_is_where_is_checked(images: Path, tmp_path: Path) -> None:

@@ -62,6 +62,18 @@ def test_measured_statistics_normalise_each_channel_and_are_kept(
         prepare(tmp_path, "two", file, "--latents-stats", "auto")
 
 
+def test_statistics_are_measured_of_what_a_step_sees(images: torch.Tensor, tmp_path: Path) -> None:
+    """Of drawn latents with the posteriors' own spread, which is more than half here, of means alone without."""
+    file = va_vae(tmp_path / "vae", images)
+    for posterior in ("sample", "mean"):
+        prepare(tmp_path, posterior, file, "--latents-stats", "auto", "--posterior", posterior)
+        seen = open_data(tmp_path / posterior).gather(np.arange(COUNT))[0].double().numpy()
+        mean, own = seen[:, :6], (seen[:, 6:] ** 2 if posterior == "sample" else np.zeros(()))
+        assert np.abs(mean.mean((0, 2, 3))).max() < 1e-4
+        assert np.abs(mean.var((0, 2, 3)) + own.mean((0, 2, 3) if own.ndim else None) - 1).max() < 1e-4
+        assert mean.var() < 0.9 or posterior == "mean"
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "json"])
 def test_statistics_are_read_from_other_files_too(images: torch.Tensor, tmp_path: Path, ending: str) -> None:
     file = va_vae(tmp_path / "vae", images)
@@ -82,7 +94,11 @@ def test_statistics_are_read_from_other_files_too(images: torch.Tensor, tmp_path
     [
         ({"mean": [0.0] * 5, "std": [1.0] * 5}, "latents_mean has 5 numbers; the latents have 6 channels"),
         ({"mean": [0.0] * 6, "std": [1.0] * 5 + [0.0]}, "latents_std = 0.0: a positive number"),
-        ({"mean": [0.0] * 6, "var": [1.0] * 5 + [-1.0]}, "latents_std has 5 numbers"),
+        ({"mean": [0.0] * 6, "var": [1.0] * 5 + [-1.0]}, "var = -1.0: a positive number"),
+        ({"mean": [0.0] * 6, "var": [1.0] * 5 + [0.0]}, "var = 0.0: a positive number"),
+        ({"mean": [], "std": [1.0] * 6}, "no numbers; the latents have 6 channels"),
+        ({"mean": [0.0] * 6, "std": []}, "no numbers; the latents have 6 channels"),
+        ({"mean": [0.0] * 6, "latents_mean": [1.0] * 6, "std": [1.0] * 6}, "has both latents_mean and mean"),
         ({"mean": [0.0] * 6}, "has .*mean.*; mean, and std or var"),
         ({"mean": [0.0] * 6, "std": [1.0] * 6, "var": [1.0] * 6}, "mean, and std or var"),
         ({"mean": [[0.0] * 3] * 2, "std": [1.0] * 6}, r"statistics of shape \(2, 3\); one number a channel"),
@@ -125,6 +141,38 @@ def test_a_finished_or_begun_set_is_not_continued_with_another_normalisation(
         prepare(tmp_path, "out", vae, "--scale", 0.5)
     with pytest.raises(UserError, match="begun with posterior"):
         prepare(tmp_path, "out", vae, "--posterior", "mean")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--scale", 0.5), r"made with scale 0\.5 \(\d"),
+        (("--posterior", "mean"), r"made with posterior mean \(sample\)"),
+        (("--latents-stats", "auto", "--scale", 1), "made with .*latents_mean"),
+    ],
+)
+def test_a_finished_set_is_not_said_to_be_what_the_command_without_its_options_makes(
+    images: torch.Tensor, tmp_path: Path, options: tuple[object, ...], words: str
+) -> None:
+    vae = flux1(tmp_path / "vae", images)
+    prepare(tmp_path, "out", vae, *options)
+    prepare(tmp_path, "out", vae, *options)
+    with pytest.raises(UserError, match=f"complete, but {words}"):
+        prepare(tmp_path, "out", vae)
+
+
+def test_a_set_with_measured_statistics_is_not_one_with_a_scale_on_them(images: torch.Tensor, tmp_path: Path) -> None:
+    vae = e2e(tmp_path / "vae", images)
+    prepare(tmp_path, "out", vae, "--latents-stats", "auto", "--scale", 0.5)
+    with pytest.raises(UserError, match=r"complete, but made with scale 0\.5 \(1\)"):
+        prepare(tmp_path, "out", vae, "--latents-stats", "auto")
+
+
+def test_names_that_have_no_weights_have_no_variants(images: torch.Tensor, tmp_path: Path) -> None:
+    for name in ("pixels", "small"):
+        with pytest.raises(UserError, match=f"--vae-variant fp16: --vae {name} has no variants"):
+            prepare(tmp_path, "out", Path(name), "--vae-variant", "fp16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sizes_that_an_autoencoder_can_not_encode_are_refused(images: torch.Tensor, tmp_path: Path) -> None:
