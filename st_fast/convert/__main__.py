@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import argparse
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from st_fast.core.options import LAYOUTS, add_file_options, given, path
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, heads
 from st_fast.model.load import CONFIG, read_config
 from st_fast.model.stored import ModelSource, read_model
+from st_fast.recipe.load import to_literal
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
@@ -138,8 +140,9 @@ def main(arguments: Sequence[str]) -> None:
         if form == "diffusers" and origin.loaded.config.network == "mmdit" and not given.text_encoder:
             print("warning: without a text encoder the pipeline reads no prompts; --text-encoder FOLDER puts one in")
     if form == "stage":
-        sizes = origin.loaded.config.described() | {"qk_norm": str(origin.loaded.config.qk_norm).lower()}
-        print("for a recipe:", *(f"--model.{key}={value}" for key, value in sizes.items()))
+        sizes = origin.loaded.config.described().items()
+        words = (f"--model.{key}={value if isinstance(value, str) else to_literal(value)}" for key, value in sizes)
+        print("for a recipe:", *map(shlex.quote, words))
     if given.push:
         print(hub.push(given.target, given.push, given.private, hub.hub()))
 

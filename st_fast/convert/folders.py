@@ -16,6 +16,7 @@ from st_fast.core.files import read_json, write_folder, write_json_atomic
 from st_fast.core.latents import LatentSpace, Normalisation
 from st_fast.core.writing import save_pretrained
 from st_fast.data.layouts.records import SD_SCALE
+from st_fast.data.manifest import Manifest
 from st_fast.data.shards import read_any_manifest
 from st_fast.model.autoencoders import Pixels, autoencoder
 from st_fast.model.formats.loaded_state import heads, trunk
@@ -48,22 +49,41 @@ PREFIX = {"sit": "SiT", "mmdit": "MMDiT"}
 """How the names of their classes begin."""
 
 
-def latents_of(origin: ModelSource) -> tuple[LatentSpace | None, str | None]:
-    """What a model's latents are of and where their VAE lies, each where it is known.
+def data_of(origin: ModelSource) -> tuple[Path, Manifest] | None:
+    """The folder and manifest of the data that a run was trained on, if they are still there."""
+    if origin.run is None:
+        return None
+    data = Path(load_run(origin.run).data.path)
+    try:
+        return data, read_any_manifest(data)
+    except UserError:
+        return None
+
+
+def latents_of(origin: ModelSource) -> LatentSpace | None:
+    """What a model's latents are of, where it is known.
 
     From the data that a run was trained on, if it is still there; else what its own files say, or what is usual for
     the channels.
     """
-    if origin.run is not None:
-        data = Path(load_run(origin.run).data.path)
-        try:
-            manifest = read_any_manifest(data)
-        except UserError:
-            return origin.loaded.latents, None
-        return manifest.space, manifest.vae.source(data) if manifest.vae.path else None
-    usual = origin.loaded.config.channels == 4  # of SD's VAE, in other projects' checkpoints
+    if found := data_of(origin):
+        return found[1].space
+    usual = origin.run is None and origin.loaded.config.channels == 4  # of SD's VAE, in other projects' checkpoints
     otherwise = LatentSpace("sd-vae-ft-mse", "", Normalisation(SD_SCALE, 0.0)) if usual else None
-    return origin.loaded.latents or otherwise, None
+    return origin.loaded.latents or otherwise
+
+
+def own_vae(origin: ModelSource) -> str | None:
+    """The folder of the VAE that lies in a run's data, if one does.
+
+    UserError for images that were encoded from 0 to 1, as EDM2's: the pipeline's code decodes to -1 to 1.
+    """
+    if (found := data_of(origin)) is None:
+        return None
+    data, made = found[0], found[1].vae
+    if made.black != -1:
+        raise UserError(f"{data}: of images from {made.black:g} to 1; the pipeline's code decodes -1 to 1 alone")
+    return made.source(data) if made.path else None
 
 
 def write_stage(origin: ModelSource, folder: Path) -> None:
@@ -103,7 +123,7 @@ def _write_model(
 
 def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path) -> None:
     """config.json, model.safetensors and README.md; UserError if the folder is there."""
-    latents, _ = latents_of(origin)
+    latents = latents_of(origin)
     with write_folder(folder) as writing:
         _write_model(writing, origin, weights, latents, text_of(origin))
         text = card(origin, weights, "huggingface", name, latents.vae if latents else "", text_of(origin))
@@ -125,10 +145,10 @@ def write_diffusers(
 ) -> None:
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the others.
 
-    UserError if the folder is there, if the VAE can't be had or has other channels, or if the text encoder can't be had
-    or isn't the one that the model was trained with.
+    UserError if the folder is there, if the VAE can't be had, has other channels or was given other images, or if the
+    text encoder can't be had or isn't the one that the model was trained with.
     """
-    latents, vae_folder = latents_of(origin)
+    latents, vae_folder = latents_of(origin), own_vae(origin)
     vae_name = (Path(vae).name if Path(vae).is_dir() else vae) if vae else latents.vae if latents else ""
     source, channels = vae or vae_folder, origin.loaded.config.channels
     decoder = load_vae(source) if source else None

@@ -53,10 +53,14 @@ class VaeInfo:
     def source(self, folder: Path) -> str:
         """Where to load it from, for the set in `folder`: its folder inside, or its name on the hub.
 
-        `BadFile` for a path that leads out of the folder, also in place of a name: a manifest may be somebody else's.
+        `BadFile` for a path that leads out of the folder, also in place of a name: a manifest may be somebody else's;
+        and for a folder that is gone, whose path the hub would be asked for as a name.
         """
         if self.path:
-            return str(inside(folder, self.path))
+            place = inside(folder, self.path)
+            if not place.is_dir():
+                raise BadFile(f"{place}: missing; the VAE {shown(self.name)}, which encoded {folder}, was kept there")
+            return str(place)
         if not HUB_NAME.fullmatch(self.name) or ".." in self.name:
             raise BadFile(f"{folder / FILE_NAME}: vae.name = {shown(self.name)}: no name that the hub could have")
         return self.name

@@ -242,7 +242,7 @@ def _decoded(data: Path, rows: Sequence[int]) -> Tensor:
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(SEED))
     vae = load_vae(manifest.vae.source(data))
     latents = (mean + std * noise) * manifest.scale
-    return torch.cat([decode(vae, part, manifest.normalisation) for part in latents.split(256)])
+    return torch.cat([decode(vae, part, manifest.normalisation, manifest.vae.black) for part in latents.split(256)])
 
 
 def _augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import read_bytes, read_header, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import naming_lack_of_memory
+from st_fast.data.buckets import has_buckets
 from st_fast.evaluate.metrics import GaussianStats, frechet, precision_recall
 
 FORMAT = "st_fast.judge/1"
@@ -47,7 +48,9 @@ class RealImages:
 
 
 def how_to_write_images(data_folder: Path) -> str:
-    """The command that a message on missing `images.safetensors` names."""
+    """The command that a message on missing `images.safetensors` names; that of several shapes there are none."""
+    if has_buckets(data_folder):
+        return "its latents are of several shapes, for which there are none"
     return f"st-fast real-images SOURCE {shlex.quote(str(data_folder))} writes it from the real images"
 
 

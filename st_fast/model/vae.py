@@ -235,21 +235,23 @@ def has_hash(vae: VAE, known: str) -> bool:
     return known == vae_hash(vae) or known == tensors_hash(rounded)
 
 
-def to_unit(images: Tensor, vae: VAE) -> Tensor:
-    """uint8 (n, 1 or 3, H, W) in 0..255 → the VAE's dtype and device in [-1, 1]."""
-    return images.to(vae.device).to(vae.dtype).div_(127.5).sub_(1.0)
+def to_unit(images: Tensor, vae: VAE, black: float = -1.0) -> Tensor:
+    """uint8 (n, 1 or 3, H, W) in 0..255 → the VAE's dtype and device in [black, 1]."""
+    return images.to(vae.device).to(vae.dtype).div_(255 / (1 - black)).add_(black)
 
 
 @torch.no_grad()
 def encode_moments(
-    vae: VAE, images: Tensor, posterior: Posterior = "sample", normalisation: Normalisation | None = None
-) -> Tensor:
+    vae: VAE, images: Tensor, posterior: Posterior = "sample", normalisation: Normalisation | None = None,
+    black: float = -1.0,
+) -> Tensor:  # fmt: skip
     """uint8 images (n, 1 or 3, H, W) → float32 moments (n, 2C, h, w) = concat(mean, std) on the VAE's device.
 
-    Where the posterior is "mean" that alone, (n, C, h, w). normalisation: other than the VAE's own.
+    Where the posterior is "mean" that alone, (n, C, h, w). normalisation: other than the VAE's own. black: the value
+    of black pixels that the VAE is given; white is 1.
     """
     kind = autoencoder(vae)
-    mean, std = (part.float() for part in kind.moments(to_unit(images, vae)))
+    mean, std = (part.float() for part in kind.moments(to_unit(images, vae, black)))
     how = normalisation or kind.normalisation
     mean = mean - _shift(kind, how)
     if how.latents_mean:

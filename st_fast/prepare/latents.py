@@ -49,7 +49,8 @@ class LatentsProducer:
         indices = np.arange(first, min(first + self.shard_size, len(self.records)))
         moments, labels = self.records.gather(indices)
         progress(len(indices))
-        return moments.numpy().astype(self.template.dtype), labels.numpy(), {}
+        with np.errstate(over="ignore"):  # what does not fit is refused before it is written
+            return moments.numpy().astype(self.template.dtype), labels.numpy(), {}
 
 
 def from_latents(args: argparse.Namespace) -> None:

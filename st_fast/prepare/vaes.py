@@ -11,7 +11,7 @@ from torch import Tensor
 
 from st_fast.core.comparison import check_same
 from st_fast.core.errors import UserError
-from st_fast.core.files import read_json, write_folder, write_json_atomic
+from st_fast.core.files import inside, read_json, write_folder, write_json_atomic
 from st_fast.core.machine import local_rank, rank_count
 from st_fast.core.progress import bar
 from st_fast.core.writing import save_pretrained
@@ -128,9 +128,10 @@ def training_images(source: Source, size: int) -> Tensor:
 
 def copy_vae(info: VaeInfo, folder: Path, out: Path) -> None:
     """Puts a copy of the VAE that lies in a set's folder, if one does, into OUT, once."""
-    if not info.path or own_share().start != 0 or not (source := Path(info.source(folder))).is_dir():
+    if not info.path or own_share().start != 0 or not inside(folder, info.path).is_dir():
         return
     if not (out / info.path).is_dir():
+        source = info.source(folder)
         with write_folder(out / info.path) as writing:
             shutil.copytree(source, writing, dirs_exist_ok=True)
 

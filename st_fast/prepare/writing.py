@@ -40,7 +40,9 @@ def write_shard(path: Path, moments: np.ndarray, labels: np.ndarray, manifest: M
     """
     for problem in (moments_problem(moments, manifest.posterior), labels_problem(labels, manifest.num_classes)):
         if problem:
-            raise UserError(f"{path.name}: record {problem[0]} of this shard: {problem[1]}")
+            why = "; float16 holds 65,504 at most: are they divided by too small a std?"
+            told = problem[1] + (why if manifest.dtype == "float16" and "Inf" in problem[1] else "")
+            raise UserError(f"{path.name}: record {problem[0]} of this shard: {told}")
     return write_tensors(path, {"moments": moments, "labels": labels, "crc32": record_crcs(moments, labels)})
 
 

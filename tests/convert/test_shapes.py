@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,9 @@ def test_a_checkpoint_and_a_published_folder_are_read_with_their_shape(config, t
     assert stored.read_model(tmp_path / "hf", print).loaded.config.latent_size == (6, 10)
     main([str(tmp_path / "hf")])
     assert "latents 4 × 6 × 10" in capsys.readouterr().out
+    main([str(tmp_path / "hf"), str(tmp_path / "again")])
+    words = shlex.split(capsys.readouterr().out.partition("for a recipe: ")[2])
+    assert {"--model.latent_size=[6, 10]", f"--model.qk_norm={str(config.qk_norm).lower()}"} <= {*words}
 
 
 @pytest.mark.parametrize("layout", ["sit", "repa", "self-transcendence", "sra"])

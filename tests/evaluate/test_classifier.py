@@ -24,6 +24,7 @@ from st_fast.evaluate.classifier import (
     make_reference,
     read_images,
 )
+from tests import tiny_shapes
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +248,9 @@ def test_reference_needs_more_held_out_images_than_features(
     real = read_images(digits)
     with pytest.raises(UserError, match="64 samples of 64 features"):
         make_reference(trained[0], real.train, real.test[:64])
+
+
+def test_no_command_is_named_for_images_of_several_shapes_which_would_refuse_them(tmp_path: Path) -> None:
+    tiny_shapes.write_data(tmp_path)
+    with pytest.raises(UserError, match=r"no such file; its latents are of several shapes, for which there are none"):
+        read_images(tmp_path)

@@ -180,6 +180,13 @@ def test_training_is_repeatable_lowers_the_error_and_leaves_the_random_state() -
     assert error(one) < 0.5 * error(new_vae(config, 1, 8))
 
 
+def test_images_may_be_given_from_0_to_1() -> None:
+    pixels, black = load_vae("pixels-gray"), 0.0
+    assert torch.allclose(encode_moments(pixels, images(), "mean", black=black), images() / 255, atol=1e-7)
+    found = decode(pixels, 2 * encode_moments(pixels, images(), "mean", black=black), Normalisation(2.0, 0.0), black)
+    assert torch.equal(found, images())
+
+
 def test_latent_scale_brings_samples_to_unit_variance() -> None:
     mean, std = torch.randn(64, 4, 8, 8) * 3 + 1, torch.rand(64, 4, 8, 8)
     scale = latent_scale(torch.cat((mean, std), dim=1))

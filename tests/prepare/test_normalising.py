@@ -115,6 +115,15 @@ def test_statistics_that_can_not_be_are_refused(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_float16_can_not_hold_is_told_before_it_is_written(images: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "stats.json").write_text(json.dumps({"mean": [0.0] * 6, "std": [1e-7] * 6}))
+    file = va_vae(tmp_path / "vae", images)
+    with pytest.raises(UserError, match=r"NaN or Inf; float16 holds 65,504 at most.*too small a std"):
+        prepare(tmp_path, "out", file, "--latents-stats", tmp_path / "stats.json", "--dtype", "float16")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_the_mean_alone_takes_half_of_the_space(images: torch.Tensor, tmp_path: Path) -> None:
     vae = flux1(tmp_path / "vae", images)
     prepare(tmp_path, "both", vae)

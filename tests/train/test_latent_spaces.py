@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from st_fast.convert import __main__ as convert
 from st_fast.core.errors import UserError
 from st_fast.core.latents import LatentSpace, Normalisation
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest, write_manifest
 from st_fast.data.shards import open_data
 from st_fast.data.statistics import latent_statistics, sampled_warning
+from st_fast.model.load import latents_as_json, read_config
 from st_fast.model.vae import load_vae, tensors_hash, vae_hash
 from st_fast.prepare.small_vae import SmallVae, new_vae
 from st_fast.prepare.writing import write_shards
@@ -127,6 +129,9 @@ def test_the_datas_own_vae_must_have_the_weights_that_encoded_it(tmp_path: Path)
         UserError, match=rf"its VAE .*: its weights are .*, the latents were made with {manifest.vae.hash[:12]}"
     ):
         decoder(data, manifest, CPU)
+    shutil.rmtree(data / "vae")  # nor is the hub asked for a model of that path
+    with pytest.raises(UserError, match=r"data/vae: missing; the VAE 'mine', which encoded .*, was kept there"):
+        decoder(data, manifest, CPU)
 
 
 def test_weights_that_were_rounded_before_they_were_hashed_are_the_same(tmp_path: Path) -> None:
@@ -231,3 +236,24 @@ def test_the_checkpoint_says_what_its_latents_are_of(trained: tuple[Path, Path])
     meta = said.get("meta", said)
     assert meta["latents"]["vae"] == "mine" and meta["latents"]["vae_hash"] == read_manifest(data).vae.hash
     assert meta["latents"]["normalisation"]["scale"] == 0.5
+
+
+def test_a_pipeline_is_not_written_whose_black_would_be_gray(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    data, out = trained
+    manifest = read_manifest(data)
+    write_manifest(data, replace(manifest, vae=replace(manifest.vae, black=0.0)))
+    with pytest.raises(UserError, match="data: of images from 0 to 1; the pipeline's code decodes -1 to 1 alone"):
+        convert.main([str(out), str(tmp_path / "pipeline"), "--to", "diffusers"])
+    assert not (tmp_path / "pipeline").exists()
+    convert.main([str(out), str(tmp_path / "weights"), "--to", "huggingface"])
+
+
+def test_a_published_model_says_a_shift_of_zero_too(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Statistics that replace the VAE's own have none, but the VAE may."""
+    data, out = trained
+    assert read_manifest(data).shift == 0
+    convert.main([str(out), str(tmp_path / "weights"), "--to", "huggingface"])
+    assert json.loads((tmp_path / "weights" / "config.json").read_text())["latent_shift"] == 0
+    found = read_config(tmp_path / "weights").latents
+    assert found is not None and found.normalisation == read_manifest(data).normalisation
+    assert "latent_shift" not in latents_as_json(LatentSpace("", "", Normalisation(0.5)))

@@ -89,7 +89,8 @@ def load_split(folder: Path, count: int) -> Split:
         chosen = torch.from_numpy(np.sort(random.epoch_order(SEED, 1, len(real.test))[: max(1, count // 2)]))
         chosen = chosen[in_turn(real.test_labels[chosen])]
         vae = load_vae(manifest.vae.source(folder))
-        other = encode_moments(vae, real.test[chosen], manifest.posterior, manifest.normalisation)
+        how = (manifest.posterior, manifest.normalisation, manifest.vae.black)
+        other = encode_moments(vae, real.test[chosen], *how)
         other_labels = real.test_labels[chosen]
     else:
         other, other_labels = records.gather(rest)
