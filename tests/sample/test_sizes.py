@@ -85,7 +85,8 @@ def test_pictures_of_all_kinds_have_the_size_and_are_named_after_it(run):
 
 
 @pytest.mark.parametrize(
-    ("size", "words"), [("12x7", "--size 12x7: multiples of 2 are needed"), ("0", "at least 1"), ("12x", "an integer")]
+    ("size", "words"),
+    [("12x7", "--size 12x7: multiples of 2 are needed"), ("0", "at least 1"), ("12x", "or HEIGHTxWIDTH")],
 )
 def test_a_size_that_latents_do_not_have_is_one_line(size, words, run, tmp_path):
     with pytest.raises(UserError, match=words) as caught:
