@@ -530,14 +530,18 @@ def test_a_million_files_are_not_read_to_open_them(tmp_path: Path, monkeypatch: 
     truth = foreign_latents.fast_dit(tmp_path / "f")
     for number in range(1, 12):
         (truth.path / "imagenet256_features" / f"{number}.npy").write_bytes(b"")
-    open_data(truth.path, verify=False).close()
+    found = open_data(truth.path, verify=False)
+    assert found.labels.tolist() == truth.labels
+    found.close()
     from st_fast.data.layouts import records as layout_records
 
     monkeypatch.setattr(layout_records, "SAMPLED", 1)
     mar = foreign_latents.mar(tmp_path / "m")
     for file in sorted(mar.path.rglob("*.npz"))[1:]:
         file.write_bytes(b"")
-    open_data(mar.path, verify=False).close()
+    found = open_data(mar.path, verify=False)
+    assert found.labels.tolist() == mar.labels
+    found.close()
 
 
 def test_stats_of_moments_in_a_zip_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ def test_a_teacher_of_an_older_version_which_does_not_tell_is_taken(
     _, out = trained
     monkeypatch.setattr("st_fast.model.stored.latent_space", lambda meta, where: None)
     run(student(tmp_path, latents(tmp_path / "other", scale=0.25), out / "align"))
+    assert records(tmp_path / "student", "train")[-1]["step"] == 10
 
 
 def test_samples_are_not_decoded_by_data_of_other_latents(trained: tuple[Path, Path]) -> None:
