@@ -82,7 +82,8 @@ def _pretrained(name: str, variant: str | None) -> VAE:
     refusal = (
         f"{source} can't be had from the hub; without a network name a folder that holds it, or small or pixels"
         if name in PRESETS
-        else f"neither a folder with an autoencoder ({', '.join(LOADED)}) in safetensors, nor a file in latent diffusion's layout, nor one of "
+        else f"neither a folder with an autoencoder ({', '.join(LOADED)}) in safetensors, "
+        f"nor a file in latent diffusion's layout, nor one of "
         f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached"
     )
     autoencoder_class()  # whether diffusers is there at all
