@@ -249,7 +249,8 @@ def va_vae(folder: Path, images: Tensor) -> Path:
     deviation = ((mean**2 + std**2).mean((0, 2, 3), keepdim=True) - centre**2).sqrt()
     folder.mkdir(parents=True, exist_ok=True)
     extra = {"loss.logvar": torch.zeros(()), "foundation_model.x": torch.zeros(2)}
-    torch.save({"state_dict": table | extra, "epoch": 3}, folder / "vavae.pt")
+    beside = {"epoch": 3, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}]}
+    torch.save({"state_dict": table | extra, **beside}, folder / "vavae.pt")
     torch.save({"mean": centre.float(), "std": deviation.float()}, folder / "latents_stats.pt")
     return folder / "vavae.pt"
 

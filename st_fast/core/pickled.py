@@ -1,33 +1,27 @@
-"""What `torch.save` wrote, read without executing anything or believing any size: a small interpreter of its pickles.
+"""A small interpreter of pickles, which executes nothing of them and believes no size.
 
 It knows tensors, plain values, NumPy's scalars, paths, argparse.Namespace and SimpleNamespace. An instance of any other
 class becomes an `Unread` that holds nothing but the class's name; whatever else a pickle wants called is refused by its
-name. Storages are read once each, and only where the file holds as many bytes as are claimed; tensors are views of them
-that must lie inside. Zip files (torch 1.6 and later) and the older single stream are read.
+name. Tensors are views of storages, and must lie inside. `torch_files.py` reads torch.save's files with it,
+`pickled_arrays.py` finds NumPy's arrays.
 """
 
 import argparse
 import math
-import os
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from st_fast.core.errors import UserError, first_line
-from st_fast.core.files import FREE_BYTES, BadFile, is_count, open_regular, read_exactly, shown
-from st_fast.core.limits import Zip
+from st_fast.core.files import is_count, shown
 
-PICKLE_BYTES = 16 * 2**20
-"""Of the pickle in a file, without the storages: XL's with the optimiser's state has one."""
 STEPS = 500_000
 """Instructions of a pickle; XL's checkpoint with its optimiser's state has 60,000."""
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -77,98 +71,6 @@ class Asked(Exception):
 Load = Callable[[str, int], Tensor]
 """Key and bytes of a storage → its bytes as uint8."""
 MARK = object()
-
-
-def read_pickled(path: Path) -> Any:
-    """The content of a `torch.save` file; tensors on the CPU. UserError in one line for whatever can't be read."""
-    path = Path(path)
-    try:
-        with open_regular(path) as file:
-            zipped = file.read(2) == b"PK"
-        return _zipped(path) if zipped else _streamed(path)
-    except Asked as error:
-        raise UserError(
-            f"{path}: refused, nothing executed: its pickle asks for {shown(str(error))}; only tensors, plain values, "
-            "paths and namespaces are read"
-        ) from None
-    except BadFile as error:
-        raise BadFile(f"{path}: refused, nothing executed: {str(error).removeprefix(f'{path}: ')}") from None
-    except Exception as error:  # a broken pickle can make pickletools and the interpreter stumble over anything
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{path}: refused, nothing executed: not a sound torch.save file ({problem})") from None
-
-
-def _zipped(path: Path) -> Any:
-    with Zip(path) as archive:
-        names = archive.NameToInfo
-        found = [name for name in names if name.endswith("data.pkl")]
-        if len(found) != 1:
-            raise BadFile(f"{path}: {len(found)} data.pkl in it, 1 is needed")
-        root = found[0].removesuffix("data.pkl")
-        if f"{root}constants.pkl" in names:
-            raise BadFile(f"{path}: a TorchScript archive, whose code would have to be run")
-        order = archive.member(names[f"{root}byteorder"], 16) if f"{root}byteorder" in names else b"little"
-        if order != b"little":
-            raise BadFile(f"{path}: byteorder is {shown(order)}, little is needed")
-        left = max(path.stat().st_size, FREE_BYTES // 4)
-
-        def load(key: str, size: int) -> Tensor:
-            nonlocal left
-            info = names.get(f"{root}data/{key}")
-            if info is None or info.file_size != size:
-                there = "none" if info is None else str(info.file_size)
-                raise BadFile(f"{path}: storage {shown(key)} claims {size} bytes, {there} are there")
-            archive.check(info)
-            left -= size
-            if left < 0:
-                raise BadFile(f"{path}: its storages claim more bytes than the file has")
-            data = torch.empty(size, dtype=torch.uint8)
-            archive.read_into(info, data.numpy().data)
-            return data
-
-        pickle = archive.member(names[found[0]], PICKLE_BYTES)
-        return Interpreter(load).run(pickle)[0]
-
-
-def _streamed(path: Path) -> Any:
-    """The form before torch 1.6: five pickles, then each storage with its number of elements in front."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = bytearray(min(size, PICKLE_BYTES))
-        read_exactly(file, memoryview(head), path)
-        storages: dict[str, Tensor] = {}
-        left = size
-
-        def load(key: str, size: int) -> Tensor:
-            nonlocal left
-            left -= size
-            if left < 0:
-                raise BadFile(f"{path}: its storages claim more bytes than the file has")
-            storages[key] = torch.empty(size, dtype=torch.uint8)
-            return storages[key]
-
-        position, read = 0, []
-        for number in range(5):
-            interpreter = Interpreter(load if number == 3 else None)
-            value, used = interpreter.run(bytes(head[position:]))
-            if number == 3:
-                sizes = {key: storage.dtype.itemsize for key, storage in interpreter.storages.items()}
-            read.append(value)
-            position += used
-            if number == 1 and read != [MAGIC, PROTOCOL]:
-                raise BadFile(f"{path}: a pickle, and none of torch.save's")
-        content, keys = read[3:]
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
-            raise BadFile(f"{path}: lists the storages {shown(keys)}, its tensors need {shown(sorted(storages))}")
-        file.seek(position)
-        for key in keys:
-            count = bytearray(8)
-            read_exactly(file, memoryview(count), path)
-            data = storages[key]
-            if int.from_bytes(count, "little") * sizes[key] != len(data):
-                raise BadFile(f"{path}: storage {shown(key)} has another size than its tensors need")
-            read_exactly(file, data.numpy().data, path)
-        return content
 
 
 class Interpreter:

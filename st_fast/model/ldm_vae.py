@@ -16,7 +16,7 @@ from torch import Tensor
 from st_fast.core.checkpoint import match_strictly
 from st_fast.core.errors import UserError
 from st_fast.core.files import is_pickle, read_header, shown
-from st_fast.core.pickled import read_pickled
+from st_fast.core.torch_files import read_pickled
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 PREFIX = re.compile(r"^(?:module\.|_orig_mod\.|first_stage_model\.|vae\.)+")
@@ -64,10 +64,15 @@ def read_ldm_vae(path: Path, cls: Any) -> Any:
     return vae
 
 
+def _beside_tables(content: Mapping[Any, Any]) -> list[str]:
+    """The keys of what a training program keeps beside the weights, such as the optimisers' states."""
+    return [key for key, value in content.items() if key not in TABLES and isinstance(value, (Mapping, list))]
+
+
 def _vae_tensors(path: Path) -> dict[str, Tensor]:
     """The VAE's part of what the file holds, without prefixes."""
     if is_pickle(path):
-        content = read_pickled(path)
+        content = read_pickled(path, _beside_tables)
     else:
         read_header(path)
         content = load_file(path)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from st_fast.model import DiffusionTransformer, unfilled
 from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.finite import check_finite
 from st_fast.model.formats import adam
-from st_fast.model.formats.importing import import_file
+from st_fast.model.formats.importing import Which, import_file
 from st_fast.model.formats.layouts import CLIP_TOKENS, detect, expected_trunk, infer
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, head_name, trunk
 from st_fast.model.load import (
@@ -69,15 +69,17 @@ class ModelSource:
 
 def read_model(
     path: Path, say: Say, stage: str | None = None, layout: str | None = None, number_of_heads: int | None = None,
-    num_classes: int | None = None, otherwise: Model | None = None,
+    num_classes: int | None = None, otherwise: Model | None = None, only: Which | None = None,
 ) -> ModelSource:  # fmt: skip
     """Reads the model at `path`; layout, heads and classes are for files that don't tell (see `import_file`).
+
+    Of another project's file with `only` no more is read than is needed for one set of weights.
 
     Of a run the last trained stage, or `stage`, and of a stage the newest sound checkpoint. UserError in one line
     for whatever is not there or does not fit.
     """
     if path.is_file():
-        return ModelSource(import_file(path, layout, number_of_heads, num_classes, otherwise), path)
+        return ModelSource(import_file(path, layout, number_of_heads, num_classes, otherwise, only), path)
     for folder in (path, path / "transformer"):
         if (folder / CONFIG).is_file():
             published = read_config(folder)
@@ -220,13 +222,13 @@ class Weights:
 
 
 def load_frozen(
-    root: Path, config: Model, weights: Literal["raw", "ema"], kernels: KernelTable, place: torch.device,
+    root: Path, config: Model, weights: Which, kernels: KernelTable, place: torch.device,
     dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
     record: Callable[[dict[str, Any]], None] | None = None, null: Tensor | None = None,
     latents: LatentSpace | None = None,
 ) -> DiffusionTransformer:  # fmt: skip
-    """The newest sound checkpoint under `root`, or the model that is there, frozen and in eval mode.
+    """The newest sound checkpoint under `root`, or the model that is there, as a teacher: frozen, in eval mode.
 
     `null`, the empty caption's states (L, W), is for a model of text that lacks them, as published ones do; one that
     has others was trained on another encoder's states.
@@ -236,31 +238,32 @@ def load_frozen(
     shape, or not finite.
     """
     found = read_weights(root, config, weights)
-    return frozen(found, config, kernels, place, dtype, attend, flow, record, null, latents)
+    return frozen(found, config, kernels, place, dtype, attend, flow, record, null, latents, "teacher")
 
 
 def frozen(
     found: Weights, config: Model, kernels: KernelTable, place: torch.device, dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend, flow: str | None = None,
     record: Callable[[dict[str, Any]], None] | None = None, null: Tensor | None = None,
-    latents: LatentSpace | None = None,
+    latents: LatentSpace | None = None, role: str = "",
 ) -> DiffusionTransformer:  # fmt: skip
-    """`load_frozen` of weights that were read already."""
+    """`load_frozen` of weights that were read already; messages call the model by its `role` and path."""
+    where = f"{role} {found.path}".lstrip()
     if flow is not None and found.flow != flow:
-        raise UserError(f"teacher {found.path}: trained on the {found.flow} path, flow.path = {flow!r}")
+        raise UserError(f"{where}: trained on the {found.flow} path, flow.path = {flow!r}")
     if latents and found.latents and (differing := found.latents.differences(latents)):
-        raise UserError(f"teacher {found.path}: trained on other latents than the data's: {', '.join(differing)}")
+        raise UserError(f"{where}: trained on other latents than the data's: {', '.join(differing)}")
     if differing := config.differences(found.architecture):
-        raise UserError(f"teacher {found.path}: another architecture: {', '.join(differing)}")
+        raise UserError(f"{where}: another architecture: {', '.join(differing)}")
     model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
     tensors = dict(found.tensors)
     if null is not None and NULL_CONTEXT in model.state_dict():
         tensors.setdefault(NULL_CONTEXT, null[None].float())
-    checkpoint.match_strictly(model.state_dict(), tensors, f"teacher {found.path}")
-    check_finite(tensors, f"teacher {found.path}")
+    checkpoint.match_strictly(model.state_dict(), tensors, where)
+    check_finite(tensors, where)
     if null is not None and NULL_CONTEXT in tensors and not alike(tensors[NULL_CONTEXT][0], null):
         raise UserError(
-            f"teacher {found.path}: its states of the empty caption are not those of the data: it was trained on "
+            f"{where}: its states of the empty caption are not those of the data: it was trained on "
             "another text encoder's, or with padding masked otherwise"
         )
     if record is not None:
@@ -286,25 +289,25 @@ def alike(states: Tensor, others: Tensor) -> bool:
     return bool((states.float() - others.float()).norm() <= ALIKE * others.float().norm())
 
 
-def read_weights(root: Path, config: Model, weights: Literal["raw", "ema"]) -> Weights:
+def read_weights(root: Path, config: Model, weights: Which) -> Weights:
     """What `load_frozen` reads of a model; of a checkpoint, or of the newest under `root`, only one group is read."""
     say = partial(print, flush=True)
     with naming_lack_of_memory(f"loading {root}"):
         if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
-            return weights_of(read_model(root, say, otherwise=config), weights)
+            return weights_of(read_model(root, say, otherwise=config, only=weights), weights)
         group = "model" if weights == "raw" else "ema"
         if (root / "manifest.json").is_file():
             found: Checkpoint | None = checkpoint.load(root, (group,))
         else:
             found = checkpoint.latest(root, say, groups=(group,))
     if found is None:
-        raise UserError(f"teacher: no sound checkpoint under {root}")
+        raise UserError(f"no sound checkpoint under {root}")
     where = str(found.path)
     told = flow_path(found.meta, where), found.step, weights == "ema", latent_space(found.meta, where)
     return Weights(found.meta.get("architecture", {}), found.groups[group], found.path, *told)
 
 
-def weights_of(origin: ModelSource, weights: Literal["raw", "ema"]) -> Weights:
+def weights_of(origin: ModelSource, weights: Which) -> Weights:
     """One set of the weights of a model that was read."""
     loaded = origin.loaded
     tensors = trunk(loaded.model if weights == "raw" else loaded.ema)

@@ -16,8 +16,8 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import is_pickle, make_folder, read_header, read_json, shown, write_json_atomic
 from st_fast.core.latents import Normalisation
 from st_fast.core.machine import rank_count
-from st_fast.core.pickled import read_pickled
 from st_fast.core.progress import bar
+from st_fast.core.torch_files import read_pickled
 from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest
 from st_fast.data.source import Source

@@ -166,7 +166,7 @@ def refuse_told(given: argparse.Namespace, path: Path, options: Mapping[str, str
 def by_itself(named: Path, given: argparse.Namespace) -> Source:
     """A model without a run; UserError where it can't be read, or the data are not of its kind."""
     place = fetch(str(named), MODEL_OR_PIPELINE) if is_hub_name(named) else named
-    origin = stored.read_model(place, print, None, given.layout, given.heads, given.num_classes)
+    origin = stored.read_model(place, print, None, given.layout, given.heads, given.num_classes, only=given.weights)
     if origin.path.is_dir():
         refuse_told(given, named, OF_FILES, "files")
     if given.weights == "raw" and not origin.loaded.averaged:

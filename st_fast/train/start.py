@@ -62,7 +62,8 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     where = f"stage.{stage.name}.init = {name!r}"
     if not path.exists():
         raise UserError(f"{where}: there is nothing; {KINDS} can be read")
-    loaded = read_model(path, say, otherwise=recipe.model).loaded
+    only = None if start.init_weights == "state" or start.init_heads == "match" else start.init_weights
+    loaded = read_model(path, say, otherwise=recipe.model, only=only).loaded
     theirs = loaded.config.architecture()
     for prefix in start.init_fresh:
         if not any(key.startswith(prefix) for key in drawn["model"]):
@@ -73,7 +74,8 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     known = {key for key in drawn["model"] if key not in kept}
     found = {key: tensor for key, tensor in trunk(loaded.model).items() if key not in known}
     differing = recipe.model.differences(theirs)
-    for tensors in (loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq):
+    every = loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq
+    for tensors in {"raw": every[:1], "ema": every[1:2]}.get(only or "", every):
         check_finite(tensors, where)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named + _fresh_hint(kept, found))

@@ -13,7 +13,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import FREE_BYTES
-from st_fast.core.pickled import read_pickled
+from st_fast.core.torch_files import read_pickled
 from st_fast.model.formats import import_file
 from tests import foreign
 
@@ -294,6 +294,56 @@ def test_what_is_read_is_what_torch_reads_from_either_form(zipped: bool, tmp_pat
         (tmp_path / "in.pt").write_bytes(data[:cut])
         with pytest.raises(UserError):
             read_pickled(tmp_path / "in.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("layout", ["repa", "sit"])
+@pytest.mark.parametrize("only", ["raw", "ema"])
+def test_of_two_sets_of_weights_and_an_optimiser_no_more_is_read_than_is_asked_for(
+    only: Literal["raw", "ema"], layout: str, zipped: bool, tmp_path: Path
+) -> None:
+    """The other bytes are damaged: nobody sees it, who does not read them."""
+    content = foreign.repa_checkpoint(tmp_path / "in.pt")
+    if layout == "sit":
+        content |= {name: foreign.trunk(foreign.TINY, seed) for seed, name in enumerate(("model", "ema"))}
+        content["opt"] = foreign.adamw_state(content["model"], 3)
+    content["loop"] = [content["args"]]
+    content["loop"].append(content["loop"])
+    torch.save(content, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped)
+    told = layout, 2, foreign.TINY.num_classes
+    whole = import_file(tmp_path / "in.pt", *told)
+    data = bytearray((tmp_path / "in.pt").read_bytes())
+    for name in {"model", "ema", "opt"} - {"model" if only == "raw" else only}:
+        table = content[name] if name != "opt" else content["opt"]["state"][5]
+        for tensor in table.values():
+            if len(found := re.findall(re.escape(tensor.numpy().tobytes()), data)) == 1 and tensor.nbytes > 64:
+                at = data.index(found[0])
+                data[at : at + tensor.nbytes] = np.full(tensor.numel(), np.nan, np.float32).tobytes()
+    (tmp_path / "in.pt").write_bytes(data)
+    with pytest.raises(UserError, match="damaged" if zipped else "NaN"):
+        import_file(tmp_path / "in.pt", *told)
+    found = import_file(tmp_path / "in.pt", *told, only=only)
+    wanted, other = (found.model, found.ema) if only == "raw" else (found.ema, found.model)
+    expected = whole.model if only == "raw" else whole.ema
+    assert list(wanted) == list(expected) and all(torch.equal(wanted[key], expected[key]) for key in expected)
+    assert all(tensor.is_meta and tensor.shape == expected[key].shape for key, tensor in other.items())
+    assert found.averaged and not found.exp_avg and whole.exp_avg and found.config == whole.config
+    assert (found.path, found.step, found.facts["args"]) == (whole.path, whole.step, whole.facts["args"])
+    if not zipped:
+        (tmp_path / "in.pt").write_bytes(data[:-100])
+        with pytest.raises(UserError, match=r"cut off|ends at byte"):
+            import_file(tmp_path / "in.pt", *told, only=only)
+
+
+def test_what_stands_in_a_file_once_is_read_whatever_is_asked_for(tmp_path: Path) -> None:
+    for name, only in (("ema", "raw"), ("model", "ema"), ("state_dict", "ema")):
+        torch.save({name: weights()}, tmp_path / "in.pt")
+        found = import_file(tmp_path / "in.pt", "repa", 2, 5, only=only)
+        assert not any(tensor.is_meta for tensor in (*found.model.values(), *found.ema.values()))
+    shared = weights()
+    torch.save({"model": shared, "ema": dict(shared)}, tmp_path / "in.pt")
+    found = import_file(tmp_path / "in.pt", "repa", 2, 5, only="ema")
+    assert all(torch.equal(found.ema[key], shared[key]) for key in shared)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from st_fast.core.files import BadFile, Entry, open_regular, read_header, shown
-from st_fast.core.pickled import read_pickled
+from st_fast.core.torch_files import read_pickled
 from st_fast.data.labels import MAX_CLASSES
 from st_fast.data.layouts.records import (
     LATENT,

@@ -7,8 +7,9 @@ import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import allowance, is_pickle, read_header, shown
-from st_fast.core.pickled import Unread, read_pickled
+from st_fast.core.pickled import Unread
+from st_fast.core.torch_files import Choice, read_pickled
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.layouts import check_table, detect, infer, optimised
 from st_fast.model.formats.loaded_state import LoadedState
 from st_fast.recipe.schema import Model
 
+Which = Literal["raw", "ema"]
+"""One of a file's two sets of weights: those that were trained, or their average."""
 TABLES = ("", "model", "ema", "state_dict")
 """Where a file may have weights; "" is a bare state dict."""
 OPTIMISERS = ("optimizer_states", "optimizer", "optim")
@@ -41,14 +45,15 @@ DECISIVE = ("model", "path_type", "prediction", "num_classes", "class_dropout_pr
 
 def import_file(
     path: Path, layout: str | None = None, number_of_heads: int | None = None, num_classes: int | None = None,
-    otherwise: Model | None = None,
+    otherwise: Model | None = None, only: Which | None = None,
 ) -> LoadedState:  # fmt: skip
     """Reads a `.pt` or safetensors file; layout and model follow from keys and shapes where they are not given.
 
     `otherwise` has the heads, classes and tokens of a caption where the file tells them neither by shapes nor by args.
-    UserError in one line for whatever does not fit.
+    With `only` the other set of weights, if a `.pt` has two tables, is left on the meta device, and its optimiser's
+    state out, both unread. UserError in one line for whatever does not fit.
     """
-    content, where = read_file(path), str(path)
+    content, where = read_file(path, only and partial(_unread, only=only)), str(path)
     tables, prefixes = _tables(content, path)
     names = list(tables)
     args, ignored = _args(content.get("args"), path)
@@ -60,7 +65,7 @@ def import_file(
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
     state, left_out = adam.NO_STATE, ""
-    if "opt" in content and "model" in tables:
+    if only is None and "opt" in content and "model" in tables:
         state, left_out = _optimiser(content["opt"], model, where)
     elif others := [name for name in OPTIMISERS if name in content]:
         left_out = f"{others[0]} is not read, only opt"
@@ -116,15 +121,23 @@ def _path(args: Mapping[str, Any], path: Path) -> str:
     return PATHS[name.lower()]
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """Reads a `.pt` (by `read_pickled`, which executes nothing) or safetensors file.
+def _unread(content: Mapping[Any, Any], only: Which) -> list[str]:
+    """The keys of a file that are not needed where only one set of weights is."""
+    tables = [name for name in TABLES if isinstance(content.get(name), Mapping)]
+    others = [name for name in tables if (name == "ema") != (only == "ema")] if "ema" in tables else []
+    kept = [] if len(others) == len(tables) else others
+    return [name for name in ("opt", *OPTIMISERS) if name in content] + kept
+
+
+def read_file(path: Path, unread: Choice | None = None) -> dict[str, Any]:
+    """Reads a `.pt` (by `read_pickled`, which executes nothing and leaves out `unread`) or safetensors file.
 
     A bare state dict is the entry "". UserError in one line for a file that is neither, is broken, or asks for anything
     else to be executed or built.
     """
     content: Any
     if is_pickle(path):
-        content = read_pickled(path)
+        content = read_pickled(path, unread)
     else:
         read_header(path)  # checked before the library maps it
         content = load_file(path)
@@ -190,7 +203,7 @@ def _table(raw: Mapping[Any, Any], where: str, room: Room) -> tuple[dict[str, di
         if plain in found:
             raise UserError(f"{where}: {shown(plain)} occurs twice, with and without a prefix")
         found[plain] = room.plain(tensor)
-        if tensor.is_floating_point() and not bool(torch.isfinite(found[plain]).all()):
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(found[plain]).all()):
             raise UserError(f"{where}: {shown(plain)} holds NaN or infinity")
     kept = {part: table for part, table in parts.items() if table}
     return kept or {"model": {}}, prefixes.pop() if len(prefixes) == 1 else None

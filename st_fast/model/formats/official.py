@@ -50,7 +50,7 @@ def to_official(table: Table, config: Model, sigma: bool, squares: bool = False)
 def _reflected(weight: Tensor, squares: bool) -> Tensor:
     half = weight.shape[1] // 2
     # The frequencies as the model has them, in float32; the products in float64.
-    steps = torch.arange(half, dtype=torch.float32)
+    steps = torch.arange(half, dtype=torch.float32, device=weight.device)
     frequencies = torch.exp(steps * (-math.log(10_000) / half)).double()
     cos, sin = frequencies.cos(), frequencies.sin()
     of_cos, of_sin = weight.double().chunk(2, dim=1)
