@@ -140,6 +140,8 @@ STATE_BYTES = 20
 """Bytes a trained parameter: float32 master, exp_avg, exp_avg_sq and EMA; gradient and copy of 2 (or gradient of 4)."""
 HEAD_BYTES = 16
 """The same of a head, which has no EMA."""
+SAVED_BYTES, SAVED_HEAD_BYTES = 16, 12
+"""Bytes a parameter, and one of a head, in a checkpoint: master, exp_avg and exp_avg_sq in float32, and the EMA."""
 SAMPLED_BYTES = 4
 """Bytes a parameter of the float32 model that samples are drawn from."""
 MEMORY_SHARE = 0.9
@@ -184,6 +186,13 @@ def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teache
     live = sum(12 * depth * width**2 for depth, width in map(dinov2_size, method.encoder_names)) * method.encodes_images
     heads = head_parameters(model, method) * HEAD_BYTES / shards
     return round(model.parameters * trunk + heads + live * each)
+
+
+def saved_bytes(recipe: Recipe, ranks: int) -> int:
+    """Bytes of the copy on the host that one rank's part of a checkpoint is written from, in the largest stage."""
+    shards = ranks if recipe.run.sharding == "fsdp2" else 1
+    heads = max(head_parameters(recipe.model, stage.method) for stage in recipe.stages)
+    return (recipe.model.parameters * SAVED_BYTES + heads * SAVED_HEAD_BYTES) // shards
 
 
 def head_parameters(model: Model, method: Method) -> int:

@@ -15,9 +15,11 @@ from torch import Tensor
 from st_fast.core import random
 from st_fast.core.errors import Say, UserError
 from st_fast.core.random import Purpose
+from st_fast.core.ranks import Ranks
 from st_fast.data.ahead import RecordSet
 from st_fast.data.loader import kept_bytes, make_loader
 from st_fast.data.text import TextSet, open_text
+from st_fast.recipe import cost
 from st_fast.recipe.schema import Recipe
 
 Visit = tuple[np.ndarray, np.ndarray]
@@ -122,13 +124,17 @@ def open_conditions(recipe: Recipe, records: RecordSet) -> Conditions:
     return Captions(texts, recipe.run.seed, recipe.data.loader)
 
 
-def kept_on_device(recipe: Recipe, records: RecordSet, device: torch.device) -> tuple[int, int]:
-    """Bytes of the latents and of their conditions that stay on the device, at least and at most."""
-    conditions = open_conditions(recipe, records)
+def kept_on_device(recipe: Recipe, records: RecordSet, ranks: Ranks) -> tuple[int, int]:
+    """Bytes beside the model that stay on the device, at least and at most.
+
+    These are the latents and their conditions, and on a CPU also the copy that checkpoints are written from.
+    """
+    device, conditions = ranks.device, open_conditions(recipe, records)
     both = kept_bytes(recipe.data.loader, records, device), conditions.kept(device)
     conditions.close()
     least, most = map(sum, zip(*both, strict=True))
-    return least, most
+    copy = cost.saved_bytes(recipe, ranks.count) if device.type == "cpu" else 0
+    return least + copy, most + copy
 
 
 def check_same_conditions(saved: str, where: str, conditions: Conditions) -> None:

@@ -133,6 +133,27 @@ def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_stream(one_stage
     close(tiny.records(one_stage.parent / "out", "train"), theirs)
 
 
+def test_two_ranks_train_bit_for_bit_as_one_that_takes_their_passes_on_several_shapes_and_after_one(
+    states, nursery, tmp_path, one_thread
+):
+    """One rank with two passes a step adds the gradients that two ranks have, in their order."""
+    data, recipes = tiny_shapes.write_data(tmp_path / "data"), {}
+    for name in ("alone", "ranks"):
+        recipes[name] = tiny_shapes.write_recipe(tmp_path / f"{name}.toml", data, tmp_path / name)
+    run(load(recipes["alone"], ["--optim.accumulation=2"]))
+    both = recipes["ranks"].read_text()
+    recipes["ranks"].write_text(both[: both.rindex("[[stage]]")])
+    run(load(recipes["ranks"], ["--optim.accumulation=2", "--stage.align.steps=3"]))
+    recipes["ranks"].write_text(both)
+    assert finish(nursery.start(2, recipes["ranks"])) == [0, 0]
+    ours, theirs = (states(tmp_path / name) for name in ("ranks", "alone"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    lines = [tiny.records(tmp_path / name, "train") for name in ("ranks", "alone")]
+    assert len(lines[0]) == 20
+    for left, right in zip(*lines, strict=True):
+        assert [left[key] for key in ("stage", "step", *KEYS)] == [right[key] for key in ("stage", "step", *KEYS)]
+
+
 def test_a_run_on_several_shapes_goes_on_with_other_ranks_and_in_shards_through_both_stages(nursery, tmp_path):
     data, recipes = tiny_shapes.write_data(tmp_path / "data"), []
     for name in ("alone", "ranks"):

@@ -134,14 +134,18 @@ def test_stopped_in_the_middle_of_either_stage_it_goes_on_bit_by_bit(step, data,
     assert torch.equal(theirs["transcend/ema/null_context"], null)
 
 
-def test_what_stays_on_the_device_is_latents_and_states(data, tmp_path):
-    records, device = open_data(data, verify=False), torch.device("cpu")
+def test_what_stays_on_the_device_is_latents_and_states_and_on_a_cpu_what_is_saved(data, whole, tmp_path):
+    records, one_rank = open_data(data, verify=False), Ranks(0, 1, CPU)
+    sizes = [(key, tensor.nbytes) for key, tensor in states(whole).items()]
+    saved = max(sum(size for key, size in sizes if key.startswith(stage)) for stage in ("align", "transcend"))
     with closing(open_text(data, "", records)) as texts:
-        states = texts.manifest.count * texts.manifest.record_bytes
-    latents = len(records) * records.manifest.record_bytes
+        kept = texts.manifest.count * texts.manifest.record_bytes + len(records) * records.manifest.record_bytes
     for loader, expected in (("resident", (1, 1)), ("auto", (0, 1)), ("torch", (0, 0))):
         recipe = recipe_for(data, tmp_path, f"--data.loader={loader}")
-        assert kept_on_device(recipe, records, device) == tuple((latents + states) * one for one in expected)
+        least, most = kept_on_device(recipe, records, one_rank)
+        assert most - least == kept * (expected[1] - expected[0])
+        copy = least - kept * expected[0]
+        assert copy == pytest.approx(saved, rel=0.02)
 
 
 def test_both_stages_learn(whole):
