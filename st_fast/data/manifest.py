@@ -51,13 +51,16 @@ class VaeInfo:
     """The value of black pixels that it encodes; white is 1. EDM2 encodes images from 0 to 1."""
 
     def source(self, folder: Path) -> str:
-        """Where to load it from, for the set in `folder`: its folder inside, or its name on the hub.
+        """Where to load it from, for the set in `folder`: its folder inside, of a bucket beside it, or its hub name.
 
         `BadFile` for a path that leads out of the folder, also in place of a name: a manifest may be somebody else's;
         and for a folder that is gone, whose path the hub would be asked for as a name.
         """
         if self.path:
-            place = inside(folder, self.path)
+            kept = folder
+            if not inside(folder, self.path).is_dir() and (folder.absolute().parent / INDEX_NAME).is_file():
+                kept = folder.absolute().parent
+            place = inside(kept, self.path)
             if not place.is_dir():
                 raise BadFile(f"{place}: missing; the VAE {shown(self.name)}, which encoded {folder}, was kept there")
             return str(place)

@@ -15,8 +15,10 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.data.buckets import BucketSet
 from st_fast.data.images import center_crop, image_sides
+from st_fast.data.manifest import read_manifest
 from st_fast.data.shards import open_data
 from st_fast.data.sources import open_source
+from st_fast.model.vae import load_vae, vae_hash
 from st_fast.prepare import job
 from st_fast.prepare.buckets import AUTO, all_sides, assign, bucket_sides, read_ratios
 
@@ -140,6 +142,23 @@ def test_a_finished_folder_says_so_and_verify_and_stats_read_all_of_it(
     for name in SIDES:
         assert f"{name}: {len(open_data(out / name)):,} records, " in said
         assert Image.open(out / name / "stats.png").width >= 480
+
+
+def test_a_bucket_alone_is_decoded_by_the_vae_that_lies_beside_it(
+    images: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(images, out, "--size", "48", "--vae", str(tiny_vae), "--device", "cpu", "--buckets", "1:1,4:3")
+    names = [path.parent.name for path in sorted(out.glob("*/manifest.json"))]
+    assert len(names) == 2
+    for name in names:
+        monkeypatch.chdir(out / name)
+        for folder in (out / name, Path()):
+            made = read_manifest(folder).vae
+            assert vae_hash(load_vae(made.source(folder))) == made.hash
+    (out / "buckets.json").unlink()
+    with pytest.raises(BadFile, match="missing; the VAE"):
+        made.source(out / name)
 
 
 def test_captions_lie_in_the_order_of_the_records(images: Path, tmp_path: Path) -> None:
