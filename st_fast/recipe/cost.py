@@ -125,12 +125,12 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
     return StageCost(6.0 * trunk_macs(model), heads, teacher)
 
 
-def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, encoders: float | None = None) -> float:
+def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, cost: StageCost | None = None) -> float:
     """FLOPs of the steps first … last − 1 of a stage, over the whole global batch; supervision may end midway.
 
-    encoders: see `stage_cost`.
+    cost: of an image, where it is not `stage_cost`'s of the recipe.
     """
-    cost = stage_cost(recipe, stage, encoders)
+    cost = cost or stage_cost(recipe, stage)
     stop = stage.method.stop_step
     supervised = max(0, min(last, stop or last) - first)
     return recipe.optim.batch_size * (cost.student * (last - first) + (cost.heads + cost.teacher) * supervised)

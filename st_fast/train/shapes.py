@@ -1,12 +1,16 @@
-"""What a run does about latents of several shapes: they must fit its network, take about as many tokens, and memory."""
+"""What a run does about latents of several shapes: whether they fit its network and memory, and what they cost."""
 
 from dataclasses import replace
+
+import numpy as np
 
 from st_fast.core.errors import UserError
 from st_fast.data.ahead import RecordSet
 from st_fast.data.buckets import BucketSet
 from st_fast.recipe import Recipe
+from st_fast.recipe.cost import StageCost, stage_cost
 from st_fast.recipe.error import show, wrong_value
+from st_fast.recipe.schema import Stage
 
 PERCENT_APART = 15
 """How far the tokens of a shape may lie from those of the recipe's own, in percent of these. A batch is as many images
@@ -44,10 +48,26 @@ def check_shapes(recipe: Recipe, records: BucketSet) -> None:
         raise wrong_value("data.loader", "dali", '"auto", "torch" or "resident"', several)
 
 
+def mean_cost(recipe: Recipe, stage: Stage, records: RecordSet, encoders: float | None = None) -> StageCost:
+    """A stage's FLOPs per image; of latents of several shapes their mean, as often as each is trained on."""
+    if not isinstance(records, BucketSet):
+        return stage_cost(recipe, stage, encoders)
+    found = [
+        stage_cost(_of_shape(recipe, part.manifest.shape[1], part.manifest.shape[2]), stage, encoders)
+        for part in records.parts
+    ]
+    parts = ((cost.student, cost.heads, cost.teacher) for cost in found)
+    return StageCost(*np.average(list(parts), axis=0, weights=records.counts).tolist())
+
+
+def _of_shape(recipe: Recipe, height: int, width: int) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, latent_size=(height, width)))
+
+
 def with_largest_shape(recipe: Recipe, records: RecordSet) -> Recipe:
     """The recipe with latents of the shape that takes most memory, for estimates of it."""
     if not isinstance(records, BucketSet):
         return recipe
     sides = [(part.manifest.shape[1], part.manifest.shape[2]) for part in records.parts]
     largest = max([recipe.model.latent_sides, *sides], key=lambda pair: pair[0] * pair[1])
-    return replace(recipe, model=replace(recipe.model, latent_size=largest))
+    return _of_shape(recipe, *largest)

@@ -22,6 +22,7 @@ from st_fast.train.examiner import Kind, due
 from st_fast.train.log import JUDGED_EVERY, Clock, Meter, Readings, joined, progress_line
 from st_fast.train.optim import learning_rate
 from st_fast.train.profiling import StageProfile
+from st_fast.train.shapes import mean_cost
 from st_fast.train.trainer import RunContext, Trainer
 
 
@@ -162,10 +163,15 @@ def retreat_if_too_large(
         raise
 
 
+def cost_of_an_image(trainer: Trainer) -> cost.StageCost:
+    """The stage's FLOPs per image."""
+    return mean_cost(trainer.context.recipe, trainer.stage, trainer.context.shards, trainer.features.flops_an_image)
+
+
 def cost_so_far(trainer: Trainer, clock: Clock, step: int) -> dict[str, float]:
     """A stage's cost: training seconds, and FLOPs including the forwards of teachers and encoders."""
     recipe, stage, features = trainer.context.recipe, trainer.stage, trainer.features
-    flops = features.flops_beforehand + cost.stage_flops(recipe, stage, 0, step, features.flops_an_image)
+    flops = features.flops_beforehand + cost.stage_flops(recipe, stage, 0, step, cost_of_an_image(trainer))
     return {"seconds": round(clock.read(), 3), "flops": flops}
 
 
@@ -174,7 +180,7 @@ class Reporter:
 
     def __init__(self, trainer: Trainer, batches: BatchIterator, meter: Meter, clock: Clock, first: int) -> None:
         self.context, self.stage, self.batches, self.clock = trainer.context, trainer.stage, batches, clock
-        self._trainer, self._meter, self._encoders = trainer, meter, trainer.features.flops_an_image
+        self._trainer, self._meter, self._cost = trainer, meter, cost_of_an_image(trainer)
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
         self._read: list[Readings] = []
 
@@ -213,7 +219,7 @@ class Reporter:
         values = readings.means()
         seconds, waited = self.clock.read(), self.batches.waited
         elapsed = max(seconds - self._seconds, 1e-9)
-        spent = cost.stage_flops(context.recipe, stage, self._step, step, self._encoders)
+        spent = cost.stage_flops(context.recipe, stage, self._step, step, self._cost)
         values["lr"] = float(learning_rate(context.recipe.optim, torch.tensor(readings.updates)))
         values["images_per_s"] = (step - self._step) * context.recipe.optim.batch_size / elapsed
         values["mfu"] = spent / elapsed / (context.rate * context.ranks.count)
@@ -240,7 +246,7 @@ class Reporter:
 
 def _log_start(trainer: Trainer, first: int) -> None:
     context, stage, recipe = trainer.context, trainer.stage, trainer.context.recipe
-    each, threads = cost.stage_cost(recipe, stage, trainer.features.flops_an_image), torch.get_num_threads()
+    each, threads = cost_of_an_image(trainer), torch.get_num_threads()
     cuda, name = context.ranks.device.type == "cuda", f"cpu, {threads} thread{'s' * (threads != 1)}"
     context.log.write(
         "start", stage.name, first, trunk_params=recipe.model.parameters, resumed_from=first,

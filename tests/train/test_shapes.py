@@ -25,7 +25,7 @@ from st_fast.data.text import captions_bytes
 from st_fast.model import flow, network
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.writing import write_shards
-from st_fast.recipe import load
+from st_fast.recipe import cost, load
 from st_fast.sample import __main__ as sample
 from st_fast.train.batches import BatchIterator, record_order
 from st_fast.train.conditions import open_conditions
@@ -122,6 +122,23 @@ def test_every_steps_loss_is_that_of_its_weights_on_its_batch(whole, data):
         expected = float((velocity - (noise - x)).square().mean())
         assert losses(whole)[step][0] == pytest.approx(expected, rel=2e-6), (step, name)
     assert seen == set(tiny_shapes.SIDES)
+
+
+def test_logged_flops_are_of_the_shapes_as_often_as_each_is_trained_on(whole, data):
+    recipe = load(whole / "recipe.toml")
+    start, *_ = tiny.records(whole, "start")
+    (last,) = [line for line in tiny.records(whole, "train") if (line["stage"], line["step"]) == ("align", STEPS)]
+    macs, stage = 0.0, recipe.stages[0]
+    for name, (height, width) in tiny_shapes.SIDES.items():
+        model = replace(recipe.model, latent_size=(height, width))
+        heads = sum(layer.macs for layer in stage.method.head_layers(model)) * cost.supervised_share(
+            recipe, stage.method
+        )
+        macs += tiny_shapes.COUNTS[name] * (cost.trunk_macs(model) + heads)
+    an_image = 6 * macs / sum(tiny_shapes.COUNTS.values())
+    assert start["flops_per_image"] == pytest.approx(an_image)
+    assert last["flops"] == pytest.approx(an_image * STEPS * recipe.optim.batch_size)
+    assert an_image < cost.stage_cost(recipe, stage).total * 0.995  # 36 tokens, which a third of the images lack one of
 
 
 def test_a_run_that_was_stopped_at_an_odd_step_goes_on_bit_for_bit(whole, data, tmp_path):

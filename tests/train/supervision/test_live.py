@@ -173,7 +173,7 @@ def test_a_run_supervises_until_the_stop_and_looks_at_no_image_after_it(
     logged = tiny.records(tmp_path / "out", "train")
     assert [record["aux"] != 0 for record in logged] == [True] * 5 + [False] * 3
     each = sum(load_encoder(name, CPU, torch.float32).flops(16) for name in settings.stages[0].method.encoder_names)
-    plain = cost.stage_flops(settings, settings.stages[0], 0, 8, 0.0)
+    plain = cost.stage_flops(settings, settings.stages[0], 0, 8, cost.stage_cost(settings, settings.stages[0], 0.0))
     assert each > 0 and logged[-1]["flops"] == pytest.approx(plain + 5 * 8 * each)
     (start,) = tiny.records(tmp_path / "out", "start")
     assert start["teacher_flops_per_image"] == pytest.approx(each)
