@@ -274,6 +274,7 @@ def test_what_is_read_is_what_torch_reads_from_either_form(zipped: bool, tmp_pat
         "half": torch.randn(3).half(), "brain": torch.randn(3).bfloat16(), "bool": torch.tensor([True, False]),
         "state": torch.nn.Linear(2, 3).state_dict(), "args": argparse.Namespace(x=1, y="é", z=(1.5, None, [True])),
         "size": torch.Size([2, 3]), "dtype": torch.float32, "device": torch.device("cpu"), "number": torch.tensor(3.0),
+        "deep": [({"x": argparse.Namespace(y=torch.randn(4)), "z": torch.randn(3)},)],
     }  # fmt: skip
     if zipped:  # torch itself can't read those back from the older form
         content["odd"] = torch.randn(3).to(torch.float8_e4m3fn)
@@ -288,6 +289,8 @@ def test_what_is_read_is_what_torch_reads_from_either_form(zipped: bool, tmp_pat
             assert torch.equal(found[key].float(), value.float())
     assert found["args"] == expected["args"] and found["size"] == expected["size"] and found["device"] == "cpu"
     assert all(torch.equal(found["state"][key], value) for key, value in expected["state"].items())
+    (deep,), (ours,) = expected["deep"][0], found["deep"][0]
+    assert torch.equal(ours["x"].y, deep["x"].y) and torch.equal(ours["z"], deep["z"])
     assert found["a"].data_ptr() == found["b"].data_ptr()  # a storage is read once
     data = (tmp_path / "in.pt").read_bytes()
     for cut in range(0, len(data), len(data) // 40):
