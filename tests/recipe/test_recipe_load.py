@@ -215,14 +215,14 @@ def test_every_whole_number_has_a_largest_value(small: Path) -> None:
         with pytest.raises(RecipeError, match=r"allowed: .*at most \d+") as caught:
             typed_value(name, kind, 2**63 - 1)
         assert len(str(caught.value)) < 300
-    start = time.perf_counter()
+    start = time.process_time()
     tried = ("optim.accumulation", "run.save_every", "run.keep", "run.log_every", "profile.steps", "stage.align.steps")
     for key in tried:
         assert refusal(small, f"--{key}={10**18}").key == key
         assert refusal(small, f"--{key}=0").key == key
     error = refusal(small, "--optim.batch_size=9600000", f"--stage.align.steps={10**12}")
     assert "more samples than 64-bit numbers count" in str(error) and error.allowed == "at most 480383960252"
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_model_of_more_parameters_than_can_be_is_refused_before_it_is_built(small: Path) -> None:
@@ -244,9 +244,9 @@ def test_a_model_of_more_parameters_than_can_be_is_refused_before_it_is_built(sm
 )
 def test_a_recipe_that_would_take_long_to_read_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "r.toml").write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     assert words in str(refusal(tmp_path / "r.toml"))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_an_option_that_would_take_long_to_read_is_refused(small: Path) -> None:
@@ -417,9 +417,9 @@ def test_a_syntax_error_has_line_and_column(small: Path, text: str, position: st
 )
 def test_hostile_values_are_refused_at_once(small: Path, text: str) -> None:
     small.write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(str(refusal(small))) < 1_000
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(small: Path, recipe_text: str) -> None:

@@ -457,6 +457,6 @@ def test_data_that_may_stay_on_the_device_change_a_new_choice_and_no_recorded_on
 
 
 def test_a_huge_batch_costs_no_time():
-    start = time.monotonic()
+    start = time.process_time()
     found = possible_passes(Optim(batch_size=10**18), 1)
-    assert time.monotonic() - start < 1.0 and found[0] == 10**18 and found[-1] == 1
+    assert time.process_time() - start < 1.0 and found[0] == 10**18 and found[-1] == 1
