@@ -16,6 +16,8 @@ LABELS_FILE = "dataset.json"
 LABEL_KEYS = ("label", "class", "cls", "class_id", "class_index", "label_id", "target", "class_name", "wnid")
 """What a label is called in the .json beside an image."""
 UNLABELLED_HINT = "--unlabelled takes all images as one class"
+NULL_LABEL = "its label is null"
+"""Why an image is skipped that stands in a table or .json without one."""
 MAX_CLASSES = 1_000_000
 COUNTED = 20
 """Classes at most of which each one's count is told."""
@@ -58,9 +60,10 @@ def by_json(
 ) -> tuple[list[int], tuple[str, ...]] | None:
     """key.jpg beside key.json with its label, a number or a name; None where they have none and folders are classes.
 
-    captioned: labels may be missing. key: what the label is called there, if it is not one of LABEL_KEYS.
+    A null is -1. captioned: labels may be missing. key: what the label is called there, if it is not one of LABEL_KEYS.
+    UserError where an image lacks the key that others have, and where no image has a label under it.
     """
-    given, labels = key, list[Any]()
+    given, labels, known = key, list[int | str | None](), list[int | str]()
     for name in images:
         label_name = sibling(name, "json")
         table = parse_json(small(files, label_name), Path(f"{files.where}: {shown(label_name)}"))
@@ -74,19 +77,24 @@ def by_json(
                 f"one of {', '.join(LABEL_KEYS)} in the .json, would be read; --label-column names another key, "
                 f"{UNLABELLED_HINT}"
             )
-        if given and given not in table:
-            raise UserError(f"--label-column {given}: {files.where}: {shown(label_name)} holds {_keys(table)}")
-        label = table.get(key)
+        if key not in table:
+            asked = f"--label-column {given}: " if given else ""
+            raise UserError(f"{asked}{files.where}: {shown(label_name)} holds {_keys(table)}, no {key}")
+        labels.append(label := table[key])
+        if label is None:
+            continue
         right = type(label) is int and 0 <= label < MAX_CLASSES if not isinstance(label, str) else label
-        if not right or (labels and type(label) is not type(labels[0])):
+        if not right or (known and type(label) is not type(known[0])):
             raise UserError(
                 f"{files.where}: {shown(label_name)}: {key} = {shown(label)}; a class number (0 … {MAX_CLASSES - 1}), "
                 "or a name for all images, is needed"
             )
-        labels.append(label)
-    if isinstance(labels[0], int):
-        return labels, ()
-    return numbered(labels)
+        known.append(label)
+    if not known:
+        raise UserError(f"{files.where}: {key} is null in all {len(labels)} .json files; {UNLABELLED_HINT}")
+    names = numbered_names(label for label in known if isinstance(label, str))
+    number = {name: i for i, name in enumerate(names)}
+    return [-1 if label is None else label if isinstance(label, int) else number[label] for label in labels], names
 
 
 def _keys(table: dict[str, Any]) -> str:
@@ -108,10 +116,10 @@ def small(files: Files, name: str) -> bytes:
 
 
 def by_table(files: Files, labels_file: str, images: list[str]) -> tuple[list[str], list[int]]:
-    """Every image has its label in a dataset.json beside or above it."""
+    """Every image has its label in a dataset.json beside or above it; -1 for a null."""
     folder = labels_file.removesuffix(LABELS_FILE)
     place = f"{files.where}: {labels_file}"
-    table = read_labels(parse_labels_file(small(files, labels_file), place), place)
+    table = read_labels(parse_labels_file(small(files, labels_file), place), place, nulls=True)
     images = [name for name in images if name.startswith(folder)]
     missing = [name for name in images if name[len(folder) :] not in table]
     if missing or len(images) != len(table):
@@ -125,8 +133,11 @@ def parse_labels_file(data: bytes, where: str) -> dict[str, Any]:
     return parse_json(data, Path(where), max(FREE_BYTES, JSON_FACTOR * len(data)))
 
 
-def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
-    """A dataset.json's labels: file name → class number. UserError names what is wrong."""
+def read_labels(document: dict[str, Any], where: str, nulls: bool = False) -> dict[str, int]:
+    """A dataset.json's labels: file name → class number. UserError names what is wrong.
+
+    nulls: some files' labels may be null, which is -1 then.
+    """
     labels = document.get("labels", "")
     if labels is None:
         raise UserError(f'{where}: "labels" is null, an unlabelled set; st_fast.prepare {UNLABELLED_HINT}')
@@ -136,7 +147,9 @@ def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
         table = {str(name).replace("\\", "/"): label for name, label in labels}
     except (ValueError, TypeError) as error:
         raise UserError(f'{where}: {{"labels": [[file, class], …]}} is needed ({error})') from None
-    sound = (type(label) is int and 0 <= label < MAX_CLASSES for label in table.values())
+    if nulls and table and all(label is None for label in table.values()):
+        raise UserError(f"{where}: the label of every file is null, an unlabelled set; {UNLABELLED_HINT}")
+    sound = ((type(label) is int and 0 <= label < MAX_CLASSES) or (nulls and label is None) for label in table.values())
     wrong = next((name for name, right in zip(table, sound, strict=True) if not right), None)
     if wrong is not None:
         raise UserError(
@@ -145,7 +158,7 @@ def read_labels(document: dict[str, Any], where: str) -> dict[str, int]:
         )
     if len(table) != len(labels):
         raise UserError(f"{where}: {len(labels)} labels, but only {len(table)} different file names")
-    return table
+    return {name: -1 if label is None else label for name, label in table.items()}
 
 
 def top_folder(name: str, prefix: str) -> str:

@@ -20,7 +20,7 @@ from st_fast.data.archives import Files, hidden, open_folder, open_tars, open_zi
 from st_fast.data.captions import KINDS, captions_beside
 from st_fast.data.folders import SPLITS, by_folders, check_splits, innermost, only_folder
 from st_fast.data.images import SUFFIXES
-from st_fast.data.labels import LABELS_FILE, by_cls, by_json, by_table, sibling
+from st_fast.data.labels import LABELS_FILE, NULL_LABEL, by_cls, by_json, by_table, sibling
 from st_fast.data.source import Asked, Source
 
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -199,13 +199,19 @@ def _source(
             left_out[printable(name)] = "hidden"
         elif name not in used and not name.endswith(LABELS_FILE) and sibling(name, "") not in keys:
             left_out[printable(name)] = _suffix(name)
+
+    def read(number: int) -> bytes:
+        if array[number] < 0:
+            raise OSError(NULL_LABEL)
+        return files.read(images[number])
+
     return Source(
         f"{printable(files.where.name)} ({kind})",
         [name.encode("utf-8", "backslashreplace").decode() for name in images],
         array,
         len(classes) or int(array.max()) + 1,
         tuple(map(printable, classes)),
-        lambda i: files.read(images[i]),
+        read,
         lambda i: files.stamp(images[i]),
         left_out,
         captions_beside(files, images),

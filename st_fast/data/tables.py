@@ -12,7 +12,7 @@ from st_fast.core.errors import UserError, counted
 from st_fast.core.files import open_regular, printable, shown
 from st_fast.data.archives import MAX_FILE
 from st_fast.data.captions import KEYS, cleaned
-from st_fast.data.labels import MAX_CLASSES, UNLABELLED_HINT, numbered_names
+from st_fast.data.labels import MAX_CLASSES, NULL_LABEL, UNLABELLED_HINT, numbered_names
 from st_fast.data.source import Asked, Source
 
 IMAGE, LABEL = "Image", "ClassLabel"
@@ -62,7 +62,7 @@ def source_of(table: Table, asked: Asked) -> Source:
 
     def read(row: int) -> bytes:
         if labels[row] < 0:
-            raise OSError("its label is null")
+            raise OSError(NULL_LABEL)
         return table.image(image, row)
 
     return Source(

@@ -393,6 +393,9 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
               "has no KEY.cls or KEY.json"),
         spoil("MaskDiT", lambda path: shutil.rmtree(path)
               or tars(path, [{"latent": pickle.dumps(Bomb(path / "boom")), "cls": b"1"}]), "refused, nothing executed"),
+        spoil("MaskDiT", lambda path: shutil.rmtree(path)
+              or tars(path, [{"latent": b"", "json": b'{"label": %s}' % label} for label in (b"1", b"null")]),
+              r"001\.json': its label is null; every latent needs one"),
     ],
 )  # fmt: skip
 def test_what_is_almost_a_layout_is_refused_in_one_line(

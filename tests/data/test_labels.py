@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from st_fast.core.errors import UserError
-from st_fast.data.labels import counts_line
+from st_fast.data.labels import counts_line, read_labels
 from st_fast.data.sources import open_source
 from tests.prepare import sources
 from tests.prepare.sources import picture, write, write_tar
@@ -194,3 +194,47 @@ def test_json_of_webdataset_may_call_the_label_anything(tmp_path: Path) -> None:
     folder = sources.webdataset_shards(tmp_path, ("b", "a", "b", "c"), "json", "species")
     source = open_source(folder, label_column="species")
     assert source.class_names == ("a", "b", "c") and source.labels.tolist() == [1, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "labels", "column"),
+    [
+        (lambda path: sources.webdataset_shards(path, (None, 4, 2, None), "json"), (), [-1, 2, 4, -1], ""),
+        (lambda path: sources.webdataset_shards(path, ("b", None, "a", "b"), "json"), ("a", "b"), [1, 0, -1, 1], ""),
+        (
+            lambda path: sources.img2dataset_shards(path, [{"kind": k} for k in ("z", None, None, "x")], files=True),
+            ("x", "z"),
+            [1, -1, -1, 0],
+            "kind",
+        ),
+        (lambda path: sources.edm_folder(path, (3, None, 0, None)), (), [3, -1, 0, -1], ""),
+    ],
+)
+def test_an_image_whose_label_is_null_has_none_and_can_not_be_read(
+    make: Callable[[Path], Path], names: tuple[str, ...], labels: list[int], column: str, tmp_path: Path
+) -> None:
+    source = open_source(make(tmp_path / "in"), label_column=column)
+    assert source.labels.tolist() == labels and source.class_names == names
+    assert source.num_classes == (len(names) or max(labels) + 1)
+    for number, label in enumerate(labels):
+        if label < 0:
+            with pytest.raises(OSError, match="its label is null"):
+                source.read(number)
+        else:
+            assert len(source.read(number)) > 100
+    unlabelled = open_source(tmp_path / "in", unlabelled=True)
+    assert unlabelled.labels.tolist() == [0] * 4 and all(map(unlabelled.read, range(4)))
+
+
+def test_labels_that_are_all_null_are_told_as_an_unlabelled_set(tmp_path: Path) -> None:
+    for make, words in (
+        (lambda path: sources.webdataset_shards(path, [None] * 4, "json"), r"label is null in all 4 \.json files"),
+        (lambda path: sources.edm_folder(path, [None] * 4), r"dataset\.json: the label of every file is null"),
+    ):
+        with pytest.raises(UserError, match=rf"{words}.*; --unlabelled takes all images as one class"):
+            open_source(make(tmp_path / words[:3]))
+
+
+def test_a_label_of_latents_is_never_null() -> None:
+    with pytest.raises(UserError, match=r"the label of 'b\.npy' is None; a class number"):
+        read_labels({"labels": [["a.npy", 1], ["b.npy", None]]}, "here")

@@ -186,7 +186,6 @@ def json_beside(folder: Path, form: str, labels: list[dict[str, object]]) -> Non
             {"caption": "a cat", "url": "x\x1b"},
             r"no label: '.*00000\.json' beside .* holds caption, url; a \.cls",
         ),
-        ({"label": None}, "label = None; a class number"),
         ({"label": 1.5}, "label = 1.5; a class number"),
         ({"label": True}, "label = True; a class number"),
         ({"label": -1}, "label = -1; a class number"),
@@ -194,6 +193,7 @@ def json_beside(folder: Path, form: str, labels: list[dict[str, object]]) -> Non
         ({"label": 10**30}, "more than 64 bits"),
         ({"label": ""}, "label = ''; a class number"),
         ({"label": "cat"}, r"00001\.json': label = 1; a class number"),
+        ({"class": 3}, r"00001\.json' holds label, caption, no class$"),
     ],
 )
 def test_json_without_a_label_is_refused(tmp_path: Path, form: str, label: dict[str, object], words: str) -> None:
@@ -231,6 +231,7 @@ def test_labels_from_dataset_json(tmp_path: Path, inner: str) -> None:
         ('{"labels": [["a.png", 1000000]]}', "'a.png' is 1000000; a class number"),
         ('{"labels": [["a.png", "cat"]]}', "'a.png' is 'cat'; a class number"),
         ('{"labels": [["a.png", -1]]}', "'a.png' is -1"),
+        ('{"labels": [["a.png", null]]}', "the label of every file is null, an unlabelled set; --unlabelled takes all"),
         ('{"labels": [["a.png", 1], ["a.png", 2]]}', "2 labels, but only 1 different"),
     ],
 )

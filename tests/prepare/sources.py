@@ -70,7 +70,7 @@ def class_zip(path: Path, split: str = "train") -> Path:
     return path
 
 
-def edm_folder(path: Path, labels: Sequence[int] | None = (2, 0, 1, 2)) -> Path:
+def edm_folder(path: Path, labels: Sequence[int | None] | None = (2, 0, 1, 2)) -> Path:
     """EDM's and REPA's layout with its dataset.json, of which `labels` None is "labels": null."""
     names = [f"00000/img{n:08d}.png" for n in range(len(labels or range(4)))]
     table = {"labels": labels and [[name, label] for name, label in zip(names, labels, strict=True)]}

@@ -262,6 +262,38 @@ def test_rows_without_label_are_skipped_by_name_and_at_most_max_bad(
     assert open_data(tmp_path / "out").labels.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "img2dataset", "edm"])
+def test_files_whose_label_is_null_are_skipped_by_name_with_their_captions(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [1, None, 0, None]
+    if kind == "edm":
+        images, options = sources.edm_folder(tmp_path / "in", labels), []
+        nulls = ["00000/img00000001.png", "00000/img00000003.png"]
+    elif kind == "webdataset":
+        images, options = sources.webdataset_shards(tmp_path / "in", labels, "json"), []
+        nulls = ["00001/000001.jpg", "00001/000003.jpg"]
+    else:
+        images = sources.img2dataset_shards(tmp_path / "in", [{"label": label} for label in labels])
+        options, nulls = ["--captions", "auto"], ["00000/000000001.jpg", "00001/000010001.jpg"]
+    refusal = rf"2 images without a label, {nulls[0]} first; --max-bad allows 1, --unlabelled takes"
+    with pytest.raises(UserError, match=refusal):
+        run(images, tmp_path / "out", *PIXELS, *options, "--max-bad", 1)
+    assert not (tmp_path / "out").exists()
+    run(images, tmp_path / "out", *PIXELS, *options, "--max-bad", 2)
+    assert "classes: 0 1, 1 1" in capsys.readouterr().out
+    skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert {name: why for name, why in skipped.items() if "not an image" not in why} == dict.fromkeys(
+        nulls, "its label is null"
+    )
+    assert open_data(tmp_path / "out").labels.tolist() == [1, 0]
+    if kind == "img2dataset":
+        lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+        assert lines == [["picture 0 of shard 0"], ["picture 0 of shard 1"]]
+    run(images, tmp_path / "out", *PIXELS, *options)
+    assert "complete already" in capsys.readouterr().out
+
+
 def stand_in_dataset(folder: Path, rows: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
     """A `save_to_disk` folder of these rows, read by a stand-in of the package."""
     from tests.data.test_hub import Image, Table, Value, opened

@@ -141,12 +141,19 @@ def test_of_one_folder_as_many_are_held_out_as_the_classifier_needs(
             ["--label-column", "species"],
             {0, 1, 2},
         ),
+        (lambda path: sources.webdataset_shards(path, (2, None, 0, 2), "json"), [], {0, 2}),
+        (lambda path: sources.edm_folder(path, (None, 1, 0, None, 1)), ["--flip"], {0, 1}),
+        (
+            lambda path: sources.img2dataset_shards(path, [{"kind": k} for k in ("z", None, "x", "z")]),
+            ["--label-column", "kind", "--captions", "auto"],
+            {0, 1},
+        ),
     ],
 )
 def test_the_images_of_a_set_are_found_again_as_they_were_labelled(
     make: Callable[[Path], Path], options: list[str], labels: set[int], tmp_path: Path
 ) -> None:
-    """By real-images and by record number, without being told again."""
+    """By real-images and by record number, without being told again; those whose label is null are left out again."""
     source, data = make(tmp_path / "in"), tmp_path / "data"
     prepare.main([str(source), str(data), "--size", "16", "--vae", "pixels", "--device", "cpu", *options])
     records = open_data(data)
@@ -157,7 +164,7 @@ def test_the_images_of_a_set_are_found_again_as_they_were_labelled(
     assert np.allclose(mean, pixels / 127.5 - 1, atol=2e-3)
     real_images.main([str(source), str(data), "--test", "1"])
     found = read_images(data)
-    assert len(found.train) + len(found.test) == len(records)
+    assert len(found.train) + len(found.test) == len(records) // (1 + records.manifest.flip)
     assert {*found.train_labels.tolist(), *found.test_labels.tolist()} == labels
 
 

@@ -15,7 +15,7 @@ from st_fast.core.files import BadFile, shown
 from st_fast.core.limits import Npy, npy_header, read_npy, tar_members
 from st_fast.core.pickled_arrays import array_places
 from st_fast.data.archives import Files, open_tars
-from st_fast.data.labels import by_cls, by_json, sibling
+from st_fast.data.labels import NULL_LABEL, by_cls, by_json, sibling
 from st_fast.data.layouts.records import (
     CONVERT,
     LATENT,
@@ -152,4 +152,6 @@ class WebdatasetSet(ForeignRecords):
             if found is None:
                 raise BadFile(f"{self.folder}: {shown(sibling(self.names[0], kind))} has no label in it")
             labels, names = found
+            if null := next((name for name, label in zip(latents, labels, strict=True) if label < 0), None):
+                raise BadFile(f"{self.folder}: {shown(sibling(null, kind))}: {NULL_LABEL}; every latent needs one")
         return np.array(labels, np.int64), names
