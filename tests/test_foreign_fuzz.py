@@ -23,6 +23,7 @@ import torch
 from st_fast.core import checkpoint
 from st_fast.core.limits import Zip, tar_members
 from st_fast.data.captions import coco_captions
+from st_fast.data.cards import names_on_card
 from st_fast.data.shards import open_data
 from st_fast.data.sources import open_source
 from st_fast.data.text import captions_bytes, open_text, read_captions
@@ -37,6 +38,7 @@ from tests.data import foreign_latents, test_coco
 from tests.data.conftest import encoded, picture
 from tests.data.foreign_latents import Truth
 from tests.data.test_captions import TEXTS, write_coco
+from tests.data.test_cards import BY_NUMBER
 from tests.data.test_repa import write_layout
 from tests.fuzz import blocks, watched
 from tests.prepare.sources import write_tar
@@ -266,6 +268,11 @@ def read_captions_of(path: Path) -> None:
     assert all(isinstance(text, str) and text for number in range(3) for text in captions(number))
 
 
+def make_card(folder: Path) -> Path:
+    (folder / "README.md").write_text(BY_NUMBER, encoding="utf-8")
+    return folder / "README.md"
+
+
 def make_lines(folder: Path) -> Path:
     (folder / "captions.jsonl").write_bytes(captions_bytes(TEXTS))
     return folder
@@ -319,6 +326,7 @@ KINDS = {
     "EDM2's folder": latents(foreign_latents.edm2),
     "SpeedrunDiT's latents": latents(foreign_latents.speedrun),
     "MaskDiT's tars, pickles": latents(foreign_latents.maskdit, 8),
+    "card of a data set": Kind(make_card, spoil_bytes, names_on_card, 6),
     "dataset.json": Kind(make_repa, spoil_labels, lambda path: open_data(path, verify=False).close(), 6),
 }  # fmt: skip
 

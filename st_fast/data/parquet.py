@@ -14,6 +14,7 @@ import numpy as np
 
 from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import BadFile, open_regular, parse_json, printable, shown
+from st_fast.data.cards import names_on_card
 from st_fast.data.source import Asked, Source
 from st_fast.data.tables import IMAGE, LABEL, Column, Table, image_bytes, image_column, source_of
 
@@ -99,8 +100,14 @@ def open_parquet(path: Path, names: Sequence[str], asked: Asked) -> Source:
     reader = GroupReader(groups)
     split = asked.subset.strip("/")
     description = f"{path.name}{f'/{split}' * bool(split)} (parquet)"
-    table = Table(where, description, columns, int(reader.ends[-1]) if groups else 0, reader.values, reader.image)
-    return source_of(table, asked)
+    rows = int(reader.ends[-1]) if groups else 0
+    return source_of(
+        Table(
+            where, description, columns, rows, reader.values, reader.image,
+            lambda column: names_on_card(chosen[0]).get(column, ()),
+        ),
+        asked,
+    )  # fmt: skip
 
 
 def _opened(file: Path) -> Any:

@@ -49,6 +49,8 @@ class Source:
     captions: Captions = lambda number: ()
     columns: Mapping[str, str] = field(default_factory=dict)
     """The columns that were named, by the argument of `open_source`, so that the same images are found again."""
+    own_numbers: bool = False
+    """Whether the labels stand as numbers in the source itself, and names, if any, only explain them."""
 
     def digest(self) -> str:
         """SHA-256 over names and labels: interrupted work continues only on the same images."""
@@ -105,10 +107,13 @@ def _or_why(read: Callable[[int], Any], number: int) -> Any:
 
 
 def numbered_by(source: Source, class_names: Sequence[str], num_classes: int) -> Source:
-    """The same images with the class numbers of another set; UserError for a class that it does not know."""
+    """The same images with the class numbers of another set; UserError for a class that it does not know.
+
+    A set without names has the numbers that the source's labels are, where they are numbers.
+    """
     theirs = class_names or [str(number) for number in range(num_classes)]
     labels = source.labels
-    if source.class_names:
+    if source.class_names and (class_names or not source.own_numbers):
         number = {name: i for i, name in enumerate(theirs)}
         if unknown := [name for name in source.class_names if name not in number]:
             raise UserError(

@@ -31,7 +31,8 @@ class Column:
 @dataclass(frozen=True)
 class Table:
     """Rows of columns. `values(name)` → those of all rows; `image(name, row)` → the bytes of an image's file, OSError
-    where the row has none. `image` may be called from many threads.
+    where the row has none. `image` may be called from many threads. `names_apart(name)` → the names of classes that
+    stand apart from the table, for a column of numbers: they are taken where there is one for each number.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Table:
     rows: int
     values: Callable[[str], Sequence[Any]]
     image: Callable[[str, int], bytes]
+    names_apart: Callable[[str], tuple[str, ...]] = lambda name: ()
 
 
 def source_of(table: Table, asked: Asked) -> Source:
@@ -53,10 +55,14 @@ def source_of(table: Table, asked: Asked) -> Source:
     if not table.rows:
         raise UserError(f"{table.where}: no row in it")
     labels, classes, count = np.zeros(table.rows, np.int64), tuple[str, ...](), 1
+    own_numbers = False
     if label:
         where = f"{table.where}: column {shown(label.name)}"
         labels, classes = class_numbers(where, table.values(label.name), label.class_names)
-        count = len(classes) or int(labels.max()) + 1
+        most, own_numbers = int(labels.max()), classes == label.class_names
+        if not classes and len(names := table.names_apart(label.name)) > most:
+            classes = names
+        count = len(classes) or most + 1
     text = next((column.name for column in table.columns if column.name in KEYS), "") if asked.captioned else ""
     texts = table.values(text) if text else ()
 
@@ -67,7 +73,7 @@ def source_of(table: Table, asked: Asked) -> Source:
 
     return Source(
         table.description, [f"row {row}" for row in range(table.rows)], labels, count, tuple(map(printable, classes)),
-        read, captions=lambda row: cleaned(texts[row]) if text else (),
+        read, captions=lambda row: cleaned(texts[row]) if text else (), own_numbers=own_numbers,
     )  # fmt: skip
 
 

@@ -141,12 +141,12 @@ def imagenet_val_folder(path: Path) -> Path:
 def parquet_snapshot(
     path: Path, labels: Sequence[Any] = (1, 0, None, 1, 2, 0), names: Sequence[str] = ("cat", "dog", "emu"),
     metadata: bool = True, splits: Sequence[str] = ("train", "test"), columns: tuple[str, str] = ("image", "label"),
-    without_image: Sequence[int] = (),
+    without_image: Sequence[int] = (), card: bytes = b"---\nlicense: mit\n---\n", folder: str = "data",
 ) -> Path:  # fmt: skip
     """A data set of the hub as `huggingface-cli download` leaves it: README.md and data/train-00000-of-00002.parquet …
 
     Needs pyarrow. Labels are numbers with `names`, or strings; None is null. metadata: whether the files have Hugging
-    Face's own, which says what is an Image and a ClassLabel. Rows are in groups of two.
+    Face's own, which says what is an Image and a ClassLabel. card: the README.md. Rows are in groups of two.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -167,13 +167,13 @@ def parquet_snapshot(
     table = pa.table(arrays, names=[image, label, "id"])
     if metadata:
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    write({"README.md": b"---\nlicense: mit\n---\n", ".cache/huggingface/x.metadata": b"x"}, path)
-    (path / "data").mkdir()
+    write({"README.md": card, ".cache/huggingface/x.metadata": b"x"}, path)
+    (path / folder).mkdir(parents=True)
     for split in splits:
         half = -(-len(labels) // 2)
         for part in range(2):
             name = f"{split}-{part:05d}-of-00002.parquet"
-            parquet.write_table(table.slice(part * half, half), path / "data" / name, row_group_size=2)
+            parquet.write_table(table.slice(part * half, half), path / folder / name, row_group_size=2)
     return path
 
 
