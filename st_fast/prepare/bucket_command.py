@@ -16,12 +16,12 @@ from st_fast.data.source import Source
 from st_fast.model.autoencoders import autoencoder
 from st_fast.prepare.buckets import PATCH, all_sides, assigned, part_of, read_assigned, read_ratios
 from st_fast.prepare.commands import finished_plan, open_images, progress, say_once
-from st_fast.prepare.encode import Encoder, plan
+from st_fast.prepare.encode import Encoder, plan, plan_latents
 from st_fast.prepare.job import JOB_FILE, check_finished, check_unfinished, own_share, run_job
 from st_fast.prepare.normalising import latents_of
 from st_fast.prepare.ready import tell_ready
 from st_fast.prepare.text import keep_captions
-from st_fast.prepare.vaes import VAE_FOLDER, factor_of, keep_vae, the_vae
+from st_fast.prepare.vaes import VAE_FOLDER, factor_of, keep_vae, plan_variant, the_vae
 
 
 def encode(args: argparse.Namespace) -> None:
@@ -65,7 +65,8 @@ def _encode(args: argparse.Namespace, source: Source, ratios: tuple[str, ...], a
         return
     make_folder(out)
     keep_vae(args.vae, info, out, args.vae_variant)
-    check_unfinished(out, asked | {"sides": [list(pair) for pair in sides]})
+    asked = asked | {"sides": [list(pair) for pair in sides]} | plan_latents(vae, how) | plan_variant(args)
+    check_unfinished(out, asked)
     buckets = assigned(out, source, sides)
     numbers = {pair: np.flatnonzero(buckets == place) for place, pair in enumerate(sides)}
     used = {folder_of(pair): (pair, found) for pair, found in numbers.items() if len(found)}

@@ -29,12 +29,11 @@ from st_fast.data.sources import open_source
 from st_fast.data.statistics import latent_statistics
 from st_fast.data.text import FOLDER as TEXT
 from st_fast.data.text import open_text, read_captions, text_folder
-from st_fast.model.autoencoders import autoencoder
 from st_fast.model.encoders import load_encoder
 from st_fast.model.text_encoders import load_text_encoder
 from st_fast.model.vae import PIXELS, PRESETS, load_vae, vae_hash
 from st_fast.prepare.buckets import ASSIGNED_FILE
-from st_fast.prepare.encode import Encoder, plan
+from st_fast.prepare.encode import Encoder, own_latents, plan
 from st_fast.prepare.features import open_record_images, template, write_features
 from st_fast.prepare.job import (
     JOB_FILE,
@@ -47,7 +46,7 @@ from st_fast.prepare.job import (
 from st_fast.prepare.latents import from_coco as from_coco
 from st_fast.prepare.latents import from_latents as from_latents
 from st_fast.prepare.latents import from_repa as from_repa
-from st_fast.prepare.normalising import check_same_latents, latents_of
+from st_fast.prepare.normalising import check_same_latents, kept_own_latents, latents_of
 from st_fast.prepare.ready import (
     bounds_of,
     check_free,
@@ -62,7 +61,16 @@ from st_fast.prepare.ready import (
 from st_fast.prepare.repa import check_moments, check_target, write_repa
 from st_fast.prepare.text import check_words, keep_captions, write_text
 from st_fast.prepare.text import template as text_template
-from st_fast.prepare.vaes import VAE_FOLDER, check_small, compute, copy_vae, keep_vae, the_vae
+from st_fast.prepare.vaes import (
+    VAE_FOLDER,
+    check_small,
+    compute,
+    copy_vae,
+    is_local,
+    keep_vae,
+    plan_variant,
+    the_vae,
+)
 from st_fast.sample.model import decoder
 from st_fast.sample.previews import grid, save_png
 
@@ -226,6 +234,7 @@ def encode(args: argparse.Namespace) -> None:
     encoder = Encoder(
         source, vae, info, how, args.size, args.flip, args.dtype, args.batch_size, args.shard_size, upright
     )
+    encoder.fingerprint |= plan_variant(args)
     _, height, width = encoder.template.shape
     if (odd := [side for side in (height, width) if side % 2]) and own_share().start == 0:
         print(f"latents of {height}×{width}: a model's patch must divide {odd[0]}, so patch 2 can't be used")
@@ -253,8 +262,9 @@ def encode(args: argparse.Namespace) -> None:
 
 
 def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[str, Any]:
-    """What is asked of a finished set, without loading a VAE from elsewhere than a local folder."""
+    """What is asked of a finished set, without loading a VAE from elsewhere than this disk."""
     made, asked = read_any_manifest(out), plan(source, args.size, args.flip, args.dtype, args.shard_size)
+    asked |= plan_variant(args)
     found, wanted = same_names(args.vae, made.vae, out)
     if found != wanted:
         raise UserError(
@@ -262,13 +272,13 @@ def finished_plan(args: argparse.Namespace, source: Source, out: Path) -> dict[s
         )
     if args.vae == "small":
         check_small(args, out)
-    local = Path(args.vae).is_dir() and args.vae not in PIXELS
+    local = is_local(args.vae)
     vae = load_vae(args.vae, variant=args.vae_variant) if local or args.vae in PIXELS else None
     if vae is not None and local:
         asked["vae"] = vae_hash(vae)
         if made.vae.hash not in ("", asked["vae"]):
             raise UserError(f"{out}: complete, but made with another VAE than {args.vae}: its weights changed")
-    check_same_latents(args, made, out, None if vae is None else autoencoder(vae))
+    check_same_latents(args, made, out, kept_own_latents(out) if vae is None else own_latents(vae))
     if args.precision != "auto":
         asked["precision"] = str(compute(args)[1]).removeprefix("torch.")
     return asked
@@ -278,7 +288,7 @@ def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
     """The set's VAE and the wanted one, under one name where they are the same VAE."""
     if not made.name or Path(asked).resolve() == (out / VAE_FOLDER).resolve():
         return asked, asked
-    if made.path == VAE_FOLDER:  # came from a local folder, which may be elsewhere by now
+    if made.path == VAE_FOLDER and asked != made.name:  # came from the disk, where it may be elsewhere by now
         return made.name, Path(asked).resolve().name
     return PRESETS.get(made.name, made.name), PRESETS.get(asked, asked)
 

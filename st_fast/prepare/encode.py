@@ -1,7 +1,7 @@
 """Images → moments, a shard at a time: threads decode one batch of files while the VAE encodes the batch before."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,24 @@ class Latents:
     posterior: Posterior = "sample"
 
 
+VAE_OWN = "vae_own"
+"""In job.json: what the VAE says of its latents itself, which is what a command asks for by leaving options out."""
+
+
+def own_latents(vae: VAE) -> Latents:
+    """What records are made of a VAE's latents where no option says otherwise."""
+    return Latents(autoencoder(vae).normalisation, autoencoder(vae).posteriors[0])
+
+
+def plan_latents(vae: VAE, how: Latents) -> dict[str, Any]:
+    """What a set's latents follow from beside its images, as JSON has it."""
+    return {
+        "channels": autoencoder(vae).channels,  # pixels and pixels-gray have one hash, of no weights
+        "vae": vae_hash(vae), "precision": str(vae.dtype).removeprefix("torch."),
+        "normalisation": str(how.normalisation), "posterior": how.posterior, VAE_OWN: asdict(own_latents(vae)),
+    }  # fmt: skip
+
+
 class Encoder:
     """The producer of shards from a source of images (see `job.Producer`).
 
@@ -75,11 +93,7 @@ class Encoder:
         )
         entries = (ShardEntry(shard_name(number), 0, 2**40, "0" * 64) for number in range(self.shards))
         check_readable(replace(self.template, shards=tuple(entries)), Path(FILE_NAME))
-        self.fingerprint = plan(source, size, flip, dtype, shard_size) | {
-            "channels": self.template.channels,  # pixels and pixels-gray have one hash, of no weights
-            "vae": vae_hash(vae), "precision": str(vae.dtype).removeprefix("torch."), "upright": upright,
-            "normalisation": str(how.normalisation), "posterior": how.posterior,
-        }  # fmt: skip
+        self.fingerprint = plan(source, size, flip, dtype, shard_size) | plan_latents(vae, how) | {"upright": upright}
 
     def images_of(self, number: int) -> range:
         """The numbers of the images that shard `number` is made of."""

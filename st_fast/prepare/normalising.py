@@ -17,13 +17,15 @@ from st_fast.core.files import is_pickle, make_folder, read_header, read_json, s
 from st_fast.core.latents import Normalisation
 from st_fast.core.machine import rank_count
 from st_fast.core.progress import bar
+from st_fast.core.records import record_from
 from st_fast.core.torch_files import read_pickled
 from st_fast.data.images import load_image
 from st_fast.data.manifest import Manifest
 from st_fast.data.source import Source
-from st_fast.model.autoencoders import VAE, Autoencoder, Posterior, autoencoder
+from st_fast.model.autoencoders import VAE, Posterior, autoencoder
 from st_fast.model.vae import NO_NORMALISATION, encode_moments
-from st_fast.prepare.encode import Latents
+from st_fast.prepare.encode import VAE_OWN, Latents
+from st_fast.prepare.job import JOB_FILE
 
 MEASURED_FILE = "latents_stats.json"
 """Where `--latents-stats auto` keeps what it measured, so that work goes on with the same numbers."""
@@ -53,20 +55,27 @@ def latents_of(args: argparse.Namespace, vae: VAE, source: Source, out: Path) ->
     return Latents(how if args.scale is None else replace(how, scale=args.scale), posterior)
 
 
-def check_same_latents(args: argparse.Namespace, made: Manifest, out: Path, kind: Autoencoder | None = None) -> None:
+def kept_own_latents(out: Path) -> Latents | None:
+    """What the VAE of a set says of its latents itself, as its job.json has it; None for one of an older version."""
+    path = out / JOB_FILE
+    told = read_json(path).get(VAE_OWN) if path.is_file() else None
+    return None if told is None else record_from(Latents, told, f"{path}: {VAE_OWN}")
+
+
+def check_same_latents(args: argparse.Namespace, made: Manifest, out: Path, own: Latents | None = None) -> None:
     """UserError where the options ask for other latents than a finished set has.
 
-    kind: the VAE that they name, where it is at hand: it says what is asked for by leaving an option out.
+    own: what the VAE that they name says itself, where that is known: it is asked for by leaving an option out.
     """
     wanted, posterior = made.normalisation, args.posterior
     if args.latents_stats and (args.latents_stats != "auto" or (out / MEASURED_FILE).is_file()):
         path = out / MEASURED_FILE if args.latents_stats == "auto" else Path(args.latents_stats)
         wanted = read_stats(path, made.channels)
-    elif kind is not None:
-        wanted = kind.normalisation
+    elif own is not None:
+        wanted = own.normalisation
     wanted = wanted if args.scale is None else replace(wanted, scale=args.scale)
     if posterior == "auto":
-        posterior = made.posterior if kind is None else kind.posteriors[0]
+        posterior = made.posterior if own is None else own.posterior
     differing = made.normalisation.differences(wanted)
     if posterior != made.posterior:
         differing.append(f"posterior {made.posterior} ({posterior})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,11 +72,20 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
 
 def given_vae(args: argparse.Namespace) -> tuple[VAE, VaeInfo]:
     """The VAE that `--vae` names and its entry in the manifest."""
-    vae = load_vae(args.vae, *compute(args), args.vae_variant)
-    local = Path(args.vae).exists() and args.vae not in PIXELS
+    vae, local = load_vae(args.vae, *compute(args), args.vae_variant), is_local(args.vae)
     kept = local or args.vae_variant is not None  # so that what decodes is known by its name, or lies in OUT
     name = Path(args.vae).resolve().name if local else args.vae
     return vae, VaeInfo(name, vae_hash(vae), kept * VAE_FOLDER, *kind_of(vae))
+
+
+def is_local(name: str) -> bool:
+    """Whether `--vae NAME` names a folder or file, which comes before a hub name."""
+    return name not in ("small", *PIXELS) and Path(name).exists()
+
+
+def plan_variant(args: argparse.Namespace) -> dict[str, Any]:
+    """What of a hub's weights is wanted, as job.json has it; those on a disk are told by their hash alone."""
+    return {} if args.vae in ("small", *PIXELS) or is_local(args.vae) else {"vae_variant": args.vae_variant}
 
 
 def kind_of(vae: VAE) -> tuple[str, int]:

@@ -170,6 +170,98 @@ def test_a_finished_set_is_not_said_to_be_what_the_command_without_its_options_m
         prepare(tmp_path, "out", vae)
 
 
+@pytest.fixture
+def hub(images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """owner/flux with the variant fp16 is on the hub; the list is of what was asked of it."""
+    folder, asked = flux1(tmp_path / "hub", images), list[object]()
+
+    def load(name: str | Path, *rest: object, variant: str | None = None) -> object:
+        if str(name) != "owner/flux":
+            return load_vae(name, *rest, variant=variant)  # type: ignore[arg-type]
+        asked.append(name)
+        vae = load_vae(folder)
+        if variant or (rest and rest[-1] == "fp16"):
+            vae.encoder.conv_in.weight.data.mul_(1.25)
+        return vae
+
+    for module in ("commands", "vaes"):
+        monkeypatch.setattr(f"st_fast.prepare.{module}.load_vae", load)
+    return asked
+
+
+HUB = Path("owner/flux")
+
+
+@pytest.mark.parametrize("buckets", [(), ("--buckets", "1:1,2:1")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--scale", 0.5), r"scale 0\.5 \(\d"),
+        (("--posterior", "mean"), r"posterior mean \(sample\)"),
+        (("--latents-stats", "auto", "--scale", 1), "scale .*latents_mean"),
+        (("--vae-variant", "fp16"), r"vae_variant fp16 \(now None\)"),
+    ],
+)
+def test_a_finished_set_of_a_hub_name_is_compared_without_the_hub(
+    options: tuple[object, ...], words: str, buckets: tuple[str, ...], hub: list[object], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    prepare(tmp_path, "out", HUB, *buckets, *options)
+    prepare(tmp_path, "usual", HUB, *buckets)
+    hub.clear()
+    for out, same in (("out", options), ("usual", ())):
+        capsys.readouterr()
+        prepare(tmp_path, out, HUB, *buckets, *same)
+        assert "complete already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"complete, but made with {words}"):
+        prepare(tmp_path, "out", HUB, *buckets)
+    with pytest.raises(UserError, match="complete, but made with"):
+        prepare(tmp_path, "usual", HUB, *buckets, *options)
+    assert not hub
+
+
+def test_a_finished_set_of_a_file_is_compared_with_the_file(
+    images: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = va_vae(tmp_path / "vae", images)
+    stats, scale = ("--latents-stats", tmp_path / "vae" / "latents_stats.pt"), ("--scale", 0.5)
+    refused = {
+        stats: {(): r"latents_mean [\d.-]+ \(0\), latents_std", scale: r"scale 1 \(0\.5\), latents_mean"},
+        (*scale, "--posterior", "mean"): {(): r"scale 0\.5 \(1\), posterior mean \(sample\)", scale: "posterior mean"},
+    }
+    for made, others in refused.items():
+        for _ in range(2):
+            prepare(tmp_path, made[0], file, *made)
+        assert "complete already" in capsys.readouterr().out
+        for options, words in others.items():
+            with pytest.raises(UserError, match=rf"complete, but made with {words}"):
+                prepare(tmp_path, made[0], file, *options)
+    torch.save({"state_dict": ldm_table(seed=5)}, file)
+    with pytest.raises(UserError, match=r"another VAE than .*: its weights changed"):
+        prepare(tmp_path, stats[0], file, *stats)
+
+
+def test_a_finished_set_of_a_small_vae_is_compared_with_what_it_says(images: torch.Tensor, tmp_path: Path) -> None:
+    small = ("--vae-steps", 1, "--scale", 0.5)
+    prepare(tmp_path, "out", Path("small"), *small)
+    prepare(tmp_path, "out", Path("small"), *small)
+    with pytest.raises(UserError, match=r"complete, but made with scale 0\.5 \(\d"):
+        prepare(tmp_path, "out", Path("small"), *small[:2])
+
+
+def test_a_damaged_note_of_what_a_vae_says_is_told(hub: list[object], tmp_path: Path) -> None:
+    prepare(tmp_path, "out", HUB)
+    path = tmp_path / "out" / "job.json"
+    job = json.loads(path.read_text())
+    for told in (3, {"posterior": "sample"}, {"normalisation": {"scale": "x"}}, {"normalisation": {}, "posterior": 1}):
+        path.write_text(json.dumps(job | {"vae_own": told}))
+        with pytest.raises(UserError, match=r"job\.json: vae_own"):
+            prepare(tmp_path, "out", HUB)
+    del job["vae_own"]
+    path.write_text(json.dumps(job))  # of an older version
+    prepare(tmp_path, "out", HUB)
+
+
 def test_a_set_with_measured_statistics_is_not_one_with_a_scale_on_them(images: torch.Tensor, tmp_path: Path) -> None:
     vae = e2e(tmp_path / "vae", images)
     prepare(tmp_path, "out", vae, "--latents-stats", "auto", "--scale", 0.5)
