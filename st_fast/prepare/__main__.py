@@ -126,6 +126,14 @@ def parser() -> Parser:
     return parse
 
 
+def as_typed(option: str, value: object) -> str:
+    """An option with its value as a command has it; True is that of an option that takes none, a tuple is a size."""
+    name = f"--{option.replace('_', '-')}"
+    if value is True:
+        return name
+    return f"{name} {'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     args = parser().parse_args(arguments)
@@ -137,8 +145,8 @@ def main(arguments: Sequence[str]) -> None:
         unused = option in TEXT_ONLY if mode == "encode" else option not in (*USES[mode], *USES, "paths")
         if (unused or (option == "vae_steps" and args.vae != "small")) and value != parser().get_default(option):
             where = "images to encode" if mode == "encode" else f"--{mode.replace('_', '-')}"
-            name, where = option.replace("_", "-"), where if unused else f"--vae {args.vae or DEFAULT_VAE}"
-            raise UserError(f"--{name} {value}: means nothing with {where}; leave it out")
+            where = where if unused else f"--vae {args.vae or DEFAULT_VAE}"
+            raise UserError(f"{as_typed(option, value)}: means nothing with {where}; leave it out")
     if mode not in ("stats", "from_latents", "from_repa", "from_coco"):
         args.vae = args.vae or DEFAULT_VAE
     if args.max_bad < 0:

@@ -62,7 +62,10 @@ def test_a_factor_that_the_vae_or_the_size_does_not_have_is_refused(options, lin
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--verify", "--flip", "x"], "--flip True: means nothing with --verify"),
+        (["--verify", "--flip", "x"], "^--flip: means nothing with --verify"),
+        (["--text", "clip", "--unlabelled", "x"], "^--unlabelled: means nothing with --text"),
+        (["--stats", "--dry-run", "x"], "^--dry-run: means nothing with --stats"),
+        (["--verify", "--size", "64x96", "x"], "^--size 64x96: means nothing with --verify"),
         (["--verify", "--vae", "pixels", "x"], "--vae pixels: means nothing with --verify"),
         (["--to-repa", "--dtype", "float32", "x", "y"], "--dtype float32: means nothing with --to-repa"),
         (["--from-repa", "--size", "512", "x", "y"], "--size 512: means nothing with --from-repa"),
