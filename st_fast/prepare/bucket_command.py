@@ -17,7 +17,7 @@ from st_fast.model.autoencoders import autoencoder
 from st_fast.prepare.buckets import PATCH, all_sides, assigned, part_of, read_assigned, read_ratios
 from st_fast.prepare.commands import finished_plan, open_images, progress, say_once
 from st_fast.prepare.encode import Encoder, plan, plan_latents
-from st_fast.prepare.job import JOB_FILE, check_finished, check_unfinished, own_share, run_job
+from st_fast.prepare.job import JOB_FILE, check_finished, check_unfinished, own_share, run_job, skipped_in
 from st_fast.prepare.normalising import latents_of
 from st_fast.prepare.ready import tell_ready
 from st_fast.prepare.text import keep_captions
@@ -73,14 +73,20 @@ def _encode(args: argparse.Namespace, source: Source, ratios: tuple[str, ...], a
     told = ", ".join(f"{name} {counted(len(found), 'image')}" for name, (_, found) in used.items())
     unused = [folder_of(pair) for pair, found in numbers.items() if not len(found)]
     say(f"{out}: {told}" + (f"; none in {', '.join(unused)}" if unused else ""))
+    encoders = {}
     for place, (name, (pair, found)) in enumerate(used.items()):
         size: Size = pair[0] if pair[0] == pair[1] else pair
         part = part_of(source, found, first=not place)
-        encoder = Encoder(part, vae, info, how, size, args.flip, args.dtype, args.batch_size, args.shard_size)
+        encoders[name] = Encoder(part, vae, info, how, size, args.flip, args.dtype, args.batch_size, args.shard_size)
+    for name, encoder in encoders.items():
+        elsewhere = sum(skipped_in(out / other, encoders[other]) for other in encoders if other != name)
         images = sum(len(encoder.images_of(number)) for number in range(encoder.shards)[own_share()])
         with progress(f"encoding {name}", images, "image") as shown:
-            run_job(out / name, encoder, args.max_bad, shown.update)
+            run_job(out / name, encoder, args.max_bad, shown.update, elsewhere)
     if all((out / name / FILE_NAME).is_file() for name in used):
+        skipped = sum(skipped_in(out / name, encoder) for name, encoder in encoders.items())
+        if skipped > args.max_bad:  # of several processes, or begun with a larger number
+            raise UserError(f"{out}: {counted(skipped, 'image')} can't be used, --max-bad allows {args.max_bad}")
         write_index(out, list(used))
 
 

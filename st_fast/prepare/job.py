@@ -60,11 +60,12 @@ def own_share() -> slice:
     return slice(rank(), None, rank_count())
 
 
-def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) -> bool:
+def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress, elsewhere: int = 0) -> bool:
     """Makes this process's missing shards, and the manifest if those of all processes are there: then it gives True.
 
-    UserError when the folder was begun with other settings, or more than `max_bad` images had to be skipped;
-    RunFailed when writing fails, as on a full disk. Finished shards stay: the same command goes on from there.
+    UserError when the folder was begun with other settings, or more than `max_bad` images had to be skipped, with those
+    that were `elsewhere` in the same set; RunFailed when writing fails, as on a full disk. Finished shards stay: the
+    same command goes on from there.
     """
     if (folder / FILE_NAME).is_file():
         check_finished(folder, producer.fingerprint)
@@ -84,8 +85,8 @@ def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) 
             if len(labels):
                 entry = write_shard(folder / entry.file, moments, labels, producer.template)
             write_json_atomic(_note(folder, number), asdict(entry) | {"skipped": skipped})
-            _check_skipped(_notes(folder, producer.shards), folder, max_bad)
-        return _finish(folder, producer, max_bad)
+            _check_skipped(_notes(folder, producer.shards), folder, max_bad, elsewhere)
+        return _finish(folder, producer, max_bad, elsewhere)
     except OSError as error:
         done = sum(is_done(folder, number) for number in range(producer.shards))
         if not done and error.errno in WRONG_PLACE:
@@ -158,22 +159,30 @@ def is_done(folder: Path, number: int) -> bool:
     return size == 0 or (shard.is_file() and shard.stat().st_size == size)
 
 
-def _check_skipped(notes: list[dict[str, Any]], folder: Path, max_bad: int) -> dict[str, str]:
-    """The images that were left out, by name with the reason; UserError where they are more than `max_bad`."""
+def _check_skipped(notes: list[dict[str, Any]], folder: Path, max_bad: int, elsewhere: int) -> dict[str, str]:
+    """The images that were left out, by name with the reason; UserError where all are more than `max_bad`."""
     skipped = {name: why for note in notes for name, why in note["skipped"].items()}
-    if len(skipped) > max_bad:
+    if skipped and (count := len(skipped) + elsewhere) > max_bad:
         name, why = next(iter(skipped.items()))
+        told = f", {elsewhere} of them elsewhere in the set" if elsewhere else ""
         raise UserError(
-            f"{folder}: {len(skipped)} images can't be used, --max-bad allows {max_bad}; the first is {name} ({why})"
+            f"{folder}: {count} images can't be used{told}, --max-bad allows {max_bad}; the first is {name} ({why})"
         )
     return skipped
+
+
+def skipped_in(folder: Path, producer: Producer) -> int:
+    """How many of its images a finished folder lacks; 0 while it is not finished."""
+    if not ((folder / FILE_NAME).is_file() and (folder / SKIPPED_FILE).is_file()):
+        return 0
+    return sum(name not in producer.left_out for name in read_json(folder / SKIPPED_FILE))
 
 
 def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
     return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
 
 
-def _finish(folder: Path, producer: Producer, max_bad: int) -> bool:
+def _finish(folder: Path, producer: Producer, max_bad: int, elsewhere: int) -> bool:
     """Writes the manifest if the shards of all processes are there. Two processes that both do write the same.
 
     Whether it did.
@@ -185,7 +194,7 @@ def _finish(folder: Path, producer: Producer, max_bad: int) -> bool:
     if missing:
         tqdm.write(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
         return False
-    skipped = _check_skipped(notes, folder, max_bad)
+    skipped = _check_skipped(notes, folder, max_bad, elsewhere)
     entries = tuple(ShardEntry(**{k: v for k, v in note.items() if k != "skipped"}) for note in notes if note["count"])
     count = sum(entry.count for entry in entries)
     if not count:

@@ -128,6 +128,36 @@ def test_several_processes_share_every_bucket_and_the_last_one_writes_the_index(
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_images_of_all_buckets_together_are_at_most_max_bad(
+    processes: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {name: [path for path in in_order(images) if nearest(path) == name] for name in SIDES}
+    bad = [paths[-1] for paths in groups.values() if len(paths) > 1]
+    assert len(bad) >= 2, "in as many buckets"
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:-40])
+    (images / "a" / "notes.pdf").write_bytes(b"no image")
+
+    def prepare(max_bad: int) -> None:
+        for rank in range(processes):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(processes))
+            run(images, tmp_path / "out", *PIXELS, *BUCKETS, "--max-bad", max_bad)
+
+    with pytest.raises(UserError, match=rf"{len(bad)} images can't be used.*, --max-bad allows {len(bad) - 1}"):
+        prepare(len(bad) - 1)
+    assert not (tmp_path / "out" / "buckets.json").exists()
+    prepare(len(bad))
+    (tmp_path / "out" / "buckets.json").unlink()
+    with pytest.raises(UserError, match=rf"out: {len(bad)} images can't be used, --max-bad allows {len(bad) - 1}$"):
+        prepare(len(bad) - 1)
+    prepare(len(bad))
+    assert len(open_data(tmp_path / "out")) == len(in_order(images)) - len(bad)
+    skipped = [name for table in (tmp_path / "out").rglob("skipped.json") for name in json.loads(table.read_text())]
+    assert sorted(skipped) == sorted(["a/notes.pdf", *(path.relative_to(images).as_posix() for path in bad)])
+
+
 def test_a_finished_folder_says_so_and_verify_and_stats_read_all_of_it(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
