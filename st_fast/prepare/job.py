@@ -19,6 +19,7 @@ from st_fast.core.errors import RunFailed, UserError, counted
 from st_fast.core.files import BadFile, make_folder, read_json, shown, write_json_atomic
 from st_fast.core.machine import rank, rank_count
 from st_fast.core.writing import WRONG_PLACE, cannot_write
+from st_fast.data.labels import NULL_LABEL
 from st_fast.data.manifest import FILE_NAME, Manifest, ShardEntry, crop_of, read_manifest, write_manifest
 from st_fast.prepare.writing import shard_name, write_shard
 
@@ -217,9 +218,11 @@ def _finish(folder: Path, producer: Producer, max_bad: int, elsewhere: int) -> b
 def reopened(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """How `open_source` is to open the source of a set's images again: by which columns, and without labels.
 
-    `BadFile` for a job.json whose columns are no text.
+    Where images were skipped for lack of a label there are labels, though a single class. `BadFile` for a job.json
+    whose columns are no text.
     """
-    if manifest.num_classes == 1 and not manifest.class_names:
+    skipped = read_json(folder / SKIPPED_FILE) if (folder / SKIPPED_FILE).is_file() else {}
+    if manifest.num_classes == 1 and not manifest.class_names and NULL_LABEL not in skipped.values():
         return {"unlabelled": True} | _columns(folder, ("image_column",))
     return _columns(folder, ("image_column", "label_column"))
 

@@ -143,6 +143,7 @@ def test_of_one_folder_as_many_are_held_out_as_the_classifier_needs(
         ),
         (lambda path: sources.webdataset_shards(path, (2, None, 0, 2), "json"), [], {0, 2}),
         (lambda path: sources.edm_folder(path, (None, 1, 0, None, 1)), ["--flip"], {0, 1}),
+        (lambda path: sources.edm_folder(path, (0, None, 0)), [], {0}),
         (
             lambda path: sources.img2dataset_shards(path, [{"kind": k} for k in ("z", None, "x", "z")]),
             ["--label-column", "kind", "--captions", "auto"],
