@@ -14,6 +14,7 @@ STEPS = (
     "train/schedule/test_schedules.py",
     "train/schedule/test_graphs.py",
 )
+FOREIGN = "data/test_foreign_latents.py"
 METHODS = ("train/supervision", "train/schedule/test_padding.py", GOLDEN, TRUTH)
 
 
@@ -73,6 +74,32 @@ FILES = (
     File("st_fast/data/ahead.py", ("data/test_loaders.py", EVERY_LOADER)),
     File("st_fast/data/source.py", ("data/test_sources.py",), ("digest",)),
     File("st_fast/data/sources.py", ("data/test_sources.py",), ("_source",)),
+    File("st_fast/core/latents.py", ("core/test_latents.py",)),
+    File("st_fast/core/pickled_arrays.py", ("core/test_pickled_arrays.py", FOREIGN)),
+    File("st_fast/data/statistics.py", ("data/test_statistics.py", "data/test_buckets.py")),
+    File("st_fast/data/layouts/records.py", (FOREIGN, "data/test_coco.py", "data/test_repa.py")),
+    File("st_fast/data/layouts/npy.py", (FOREIGN, "data/test_coco.py", "data/test_repa.py")),
+    File("st_fast/data/layouts/edm.py", (FOREIGN,)),
+    File("st_fast/data/layouts/lightningdit.py", (FOREIGN,)),
+    File("st_fast/data/layouts/fast_dit.py", (FOREIGN,)),
+    File("st_fast/data/layouts/mar.py", (FOREIGN,)),
+    File("st_fast/data/layouts/uvit.py", (FOREIGN,)),
+    File("st_fast/data/layouts/webdataset.py", (FOREIGN,)),
+    File("st_fast/data/layouts/repa.py", ("data/test_repa.py", FOREIGN)),
+    File("st_fast/data/layouts/coco.py", ("data/test_coco.py",)),
+    File(
+        "st_fast/model/autoencoders.py",
+        ("model/test_autoencoders.py", "model/test_vae.py"),
+    ),
+    File(
+        "st_fast/model/vae.py",
+        ("model/test_vae.py", "model/test_autoencoders.py"),
+        ("to_unit", "encode_moments", "decode", "_shift", "_by_channel", "latent_shape"),
+    ),
+    File("st_fast/model/ldm_vae.py", ("prepare/test_families.py", "prepare/test_normalising.py")),
+    File("st_fast/prepare/normalising.py", ("prepare/test_normalising.py",)),
+    File("st_fast/train/shapes.py", ("train/test_shapes.py",)),
+    File("st_fast/sample/sizes.py", ("sample/test_sizes.py",)),
     File("st_fast/data/labels.py", ("data/test_sources.py", "data/test_labels.py"), ("top_folder", "counts_line")),
     File("st_fast/data/folders.py", ("data/test_labels.py",), ("check_splits", "_shard_folders")),
     File("st_fast/data/tables.py", ("data/test_tables.py", "data/test_hub.py", "data/test_captions.py")),
