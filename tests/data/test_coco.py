@@ -202,9 +202,13 @@ def test_a_bad_file_is_named_in_one_line(change, named, tmp_path: Path) -> None:
 
 def test_a_file_of_the_other_kind_is_found_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_layout(tmp_path / "train")
-    np.save(folder / "5.npy", -np.ones(SHAPE, np.float32))
-    with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\)"):
-        open_data(folder, verify=False)
+    other, own = -np.ones(SHAPE, np.float32), moments(folder)
+    for number, named in ((0, 1), (IMAGES - 1, IMAGES - 1), (5, 5)):
+        np.save(folder / f"{number}.npy", other)
+        with pytest.raises(BadFile, match=rf"/{named}\.npy: \(mean, .*, but 0\.npy is .* files of two kinds"):
+            open_data(folder, verify=False)
+        np.save(folder / f"{number}.npy", own[number])
+    np.save(folder / "5.npy", other)
     monkeypatch.setattr(layout_records, "SAMPLED", 2)
     records = open_data(folder, verify=False)
     with pytest.raises(BadFile, match=r"5\.npy: \(mean, log-variance\), but 0\.npy is \(mean, std\)"):
@@ -237,6 +241,13 @@ def test_the_kind_follows_from_sign_and_range() -> None:
     row[2, 0, 0] = 60
     with pytest.raises(BadFile, match=r"x\.npy: beside the mean it has -45 to 60: neither"):
         kind_of(row, path)
+    for low, high in ((-100, 50), (-100, -90), (-1, 50)):
+        row[2, 0, 0], row[3, 1, 1] = low, high
+        assert kind_of(row, path) == "log-variance"
+    for low, high in ((-101, 50), (-100, 51), (-np.inf, 1), (-1, np.nan)):
+        row[2, 0, 0], row[3, 1, 1] = low, high
+        with pytest.raises(BadFile, match="neither std" if np.isfinite(low + high) else r"x\.npy: NaN or Inf"):
+            kind_of(row, path)
     row[0] = -100  # the mean may be anything
     row[2:] = 1
     assert kind_of(row, path) == "std"

@@ -85,6 +85,8 @@ def test_a_layout_is_recognised_and_read_in_place_as_float64_has_it(name: str, t
         assert labels.tolist() == [truth.labels[index] for index in chosen]
         assert records.labels.tolist() == truth.labels
     assert read_any_manifest(truth.path) == made
+    with pytest.raises(RuntimeError):  # it was closed
+        records.gather(chosen)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -385,6 +387,8 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
         spoil("EDM2's folder", saved("00000/img-mean-std-00000002.npy", DIFFERENT), "00002.npy: float32"),
         spoil("EDM2's folder", saved("00000/img-mean-std-00000002.npy", np.ones((8, *SIDES))), "2.npy: float64"),
         spoil("EDM2's folder", lambda path: path.rename(path.parent / "vae-sd"), "REPA's latents; name the"),
+        spoil("SpeedrunDiT", saved("vae-in/00000/img-latents-00000000.npy", normal(1, 2, 32, *SIDES)),
+              r"00000.npy: float32 \(2, 32, 3, 5\); float16 or float32 \(C, H, W\) is needed"),
         spoil("SpeedrunDiT", relabel, "7 latents, 6 labels: '00000/img-latents-00000000.npy' has no label"),
         spoil("MaskDiT", cut("*.tar"), "not a sound tar"),
         spoil("MaskDiT", lambda path: tars(path / "more", [{"npy": npy(BAD), "cls": b"1"}])
@@ -477,6 +481,26 @@ def test_means_that_fit_neither_range_of_pixels_are_refused_with_what_to_do(tmp_
     (tmp_path / "repa").mkdir()
     truth.path.rename(tmp_path / "repa" / "vae-sd")
     assert read_any_manifest(tmp_path / "repa").scale == 0.18215
+
+
+def test_every_record_is_verified_in_blocks_with_a_sign_of_progress_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from st_fast.data.layouts import records as layout_records
+
+    monkeypatch.setattr(layout_records, "BLOCK", 5)
+    path = foreign_latents.fast_dit(tmp_path / "set").path
+    beats: list[int] = []
+    with closing(open_data(path, verify=False)) as records:
+        records.verify(lambda: beats.append(1))
+        assert len(beats) == 3 and records.files and records.files.content
+    for number in range(12):
+        file = path / "imagenet256_features" / f"{number}.npy"
+        sound = np.load(file)
+        np.save(file, np.where(sound == sound.max(), np.float32("nan"), sound))
+        with closing(open_data(path, verify=False)) as records, pytest.raises(BadFile, match=rf"/{number}\.npy: NaN"):
+            records.verify()
+        np.save(file, sound)
 
 
 def test_a_record_of_another_kind_is_found_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

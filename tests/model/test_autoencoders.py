@@ -45,8 +45,8 @@ def test_channels_and_factors_follow_from_the_configurations() -> None:
     kl = autoencoder(stand_in("AutoencoderKL", in_channels=1, latent_channels=5, block_out_channels=(4, 8, 8, 16)))
     assert (kl.in_channels, kl.channels, kl.factor, kl.posteriors) == (1, 5, 8, ("sample", "mean"))
     square = {"in_channels": 3, "latent_channels": 5, "block_out_channels": (4, 8, 8)}
-    flux = autoencoder(stand_in("AutoencoderKLFlux2", patch_size=(3, 3), **square))
-    assert (flux.channels, flux.factor, flux.posteriors) == (45, 12, ("mean", "sample"))
+    flux = autoencoder(stand_in("AutoencoderKLFlux2", patch_size=(3, 2), **square))
+    assert (flux.channels, flux.factor, flux.posteriors) == (30, 12, ("mean", "sample"))
     dc = autoencoder(stand_in("AutoencoderDC", in_channels=3, latent_channels=32, encoder_block_out_channels=(8,) * 6))
     assert (dc.channels, dc.factor, dc.posteriors, dc.normalises) == (32, 32, ("mean",), False)
     rae = autoencoder(stand_in("AutoencoderRAE", num_channels=3, encoder_hidden_size=768, patch_size=14))
@@ -54,6 +54,12 @@ def test_channels_and_factors_follow_from_the_configurations() -> None:
     pixels = autoencoder(Pixels(1))
     assert (pixels.in_channels, pixels.channels, pixels.factor, pixels.posteriors) == (1, 1, 1, ("mean",))
     assert pixels.normalisation == Normalisation(2.0, 0.0)
+
+
+def test_pixels_have_no_weights_and_take_images_where_they_are_put() -> None:
+    pixels = Pixels(3)
+    assert pixels.state_dict() == {} and (pixels.device, pixels.dtype) == (torch.device("cpu"), torch.float32)
+    assert pixels.to("meta", torch.float16).device == torch.device("meta") and pixels.dtype == torch.float16
 
 
 def test_the_sizes_that_can_be_encoded_are_the_factors_multiples_or_one() -> None:

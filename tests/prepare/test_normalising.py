@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from st_fast.core.errors import UserError
+from st_fast.core.latents import Normalisation
 from st_fast.data.manifest import read_manifest
 from st_fast.data.shards import open_data
+from st_fast.data.source import Source
 from st_fast.data.statistics import latent_statistics
+from st_fast.model.autoencoders import Posterior
 from st_fast.model.vae import load_vae, vae_hash
+from st_fast.prepare import normalising
+from st_fast.prepare.encode import Latents
+from st_fast.prepare.normalising import latents_of, measured
 from tests.autoencoders import COUNT, SIDE, dc_ae, e2e, flux1, ldm_table, rae, sd, va_vae, write_images
 
 from .conftest import run
@@ -72,6 +83,86 @@ def test_statistics_are_measured_of_what_a_step_sees(images: torch.Tensor, tmp_p
         assert np.abs(mean.mean((0, 2, 3))).max() < 1e-4
         assert np.abs(mean.var((0, 2, 3)) + own.mean((0, 2, 3) if own.ndim else None) - 1).max() < 1e-4
         assert mean.var() < 0.9 or posterior == "mean"
+
+
+class Plain:
+    """A VAE of one line, taken for an AutoencoderKL: mean 2x + 1 and std |x| + ½ of every pixel x."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(in_channels=3, latent_channels=3, block_out_channels=(4,), scaling_factor=0.25)
+
+    def encode(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=2 * x + 1, std=x.abs() + 0.5))
+
+
+def shuffled(side: int = 6, count: int = 13) -> tuple[np.ndarray, Source]:
+    """Pictures uint8 (n, side, side, 3), darker from channel to channel, and a source of them."""
+    rng = np.random.default_rng(3)
+    pictures = rng.integers(0, 256, (count, side, side, 3)) // np.array([1, 2, 4])
+    files = []
+    for one in pictures:
+        Image.fromarray(one.astype(np.uint8)).save(buffer := io.BytesIO(), "PNG")
+        files.append(buffer.getvalue())
+    names = [f"{number}.png" for number in range(count)]
+    return pictures, Source("pictures", names, np.zeros(count, np.int64), 1, (), lambda number: files[number])
+
+
+@pytest.mark.parametrize("posterior", ["sample", "mean"])
+def test_statistics_are_measured_in_float64_over_evenly_spaced_images(
+    posterior: Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 13 images numbers 0, 3, 6, 9 and 12, in batches of two, without number 9, which is none."""
+    monkeypatch.setattr(normalising, "MEASURED", 5)
+    monkeypatch.setattr(normalising, "BATCH", 2)
+    pictures, source = shuffled()
+    asked: list[int] = []
+
+    def read(number: int) -> bytes:
+        asked.append(number)
+        return b"none" if number == 9 else source.read(number)
+
+    args = Namespace(size=6, vae="plain")
+    found = measured(args, Plain(), replace(source, read=read), tmp_path / "out", posterior)
+    assert asked == [0, 3, 6, 9, 12]
+    x = pictures[[0, 3, 6, 12]] / 127.5 - 1
+    mean, own = 2 * x + 1, (np.abs(x) + 0.5) ** 2 * (posterior == "sample")
+    np.testing.assert_allclose(found.latents_mean, mean.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found.latents_std, np.sqrt(mean.var((0, 1, 2)) + own.mean((0, 1, 2))), rtol=1e-6)
+    assert (found.scale, found.shift) == (1.0, 0.0)
+    assert measured(args, Plain(), replace(source, read=pytest.fail), tmp_path / "out", posterior) == found
+
+
+def test_what_can_not_be_measured_is_told(tmp_path: Path) -> None:
+    args, (_, source) = Namespace(size=6, vae="plain"), shuffled()
+    with pytest.raises(UserError, match="pictures: not one usable image"):
+        measured(args, Plain(), replace(source, read=lambda number: b"none"), tmp_path / "out", "mean")
+    white = io.BytesIO()
+    Image.new("RGB", (6, 6), "white").save(white, "PNG")
+    with pytest.raises(UserError, match=r"--latents-stats auto: latents_std = 0\.0: a positive number"):
+        measured(args, Plain(), replace(source, read=lambda number: white.getvalue()), tmp_path / "out", "mean")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Latents(Normalisation(0.25, 0.0), "sample")),
+        ({"posterior": "mean"}, Latents(Normalisation(0.25, 0.0), "mean")),
+        ({"scale": 0.5}, Latents(Normalisation(0.5, 0.0), "sample")),
+        ({"latents_stats": "stats.json"}, Latents(Normalisation(1.0, 0.0, (1.0, 2.0, 4.0), (0.5, 3.0, 2.0)), "sample")),
+        (
+            {"latents_stats": "stats.json", "scale": 0.5},
+            Latents(Normalisation(0.5, 0.0, (1.0, 2.0, 4.0), (0.5, 3.0, 2.0)), "sample"),
+        ),
+    ],
+)
+def test_latents_are_the_vaes_or_what_the_options_make_of_them(
+    options: dict[str, object], expected: Latents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("stats.json").write_text(json.dumps({"mean": [1, 2, 4], "var": [0.25, 9, 4]}))
+    args = Namespace(**{"vae": "plain", "posterior": "auto", "latents_stats": None, "scale": None, **options})
+    assert latents_of(args, Plain(), shuffled()[1], tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "json"])

@@ -27,6 +27,8 @@ CLAMP = (-30.0, 20.0)
 """The bounds of a log-variance in Stable Diffusion's VAE, MAR's and VA-VAE."""
 SAMPLED = 64
 """Files of which all must be of one kind when a folder is opened; later each is looked at when it is read."""
+BLOCK = 1_024
+"""Records that are verified at once."""
 SD_SCALE = 0.18215
 CONVERT = "python -m st_fast.prepare --from-latents"
 
@@ -93,9 +95,10 @@ class ForeignRecords(RecordSet):
     def verify(self, beat: Callable[[], None] = nothing) -> None:
         """Reads every file: shape, dtype, NaN, Inf and absurd values; `files` then has the content's hash."""
         content = hashlib.sha256()
-        for start in range(0, len(self), 1024):
+        every = np.arange(len(self))
+        for start in range(0, len(self), BLOCK):
             beat()
-            moments = self.gather(np.arange(start, min(start + 1024, len(self))))[0].numpy()
+            moments = self.gather(every[start : start + BLOCK])[0].numpy()
             if problem := moments_problem(moments, self.manifest.posterior):
                 raise BadFile(f"{self.where(start + problem[0])}: {problem[1]}")
             content.update(moments.tobytes())
