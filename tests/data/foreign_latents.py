@@ -38,6 +38,7 @@ class Truth:
     names: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    factor: int = 8
 
 
 def normal(seed: int, *shape: int, mean: object = 0.0, std: object = 4.0) -> np.ndarray:
@@ -80,7 +81,7 @@ def lightningdit(folder: Path, channels: int = 32, dtype: type = np.float32) -> 
     both = np.stack((latents, flipped), 1).reshape(2 * COUNT, channels, *SIDES).astype(np.float64)
     return Truth(
         folder, (both - mean[:, None, None]) / std[:, None, None], np.repeat(labels, 2).tolist(), 1.0,
-        "hustvl/vavae-imagenet256-f16d32-dinov2", "mean", True, (), tuple(mean), tuple(std),
+        "hustvl/vavae-imagenet256-f16d32-dinov2", "mean", True, (), tuple(mean), tuple(std), 16,
     )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def mar(folder: Path, channels: int = 16) -> Truth:
                 records.append(np.concatenate((mean.astype(np.float64), stds_of(log_variance))))
                 labels.append(label)
             np.savez(folder / name / f"{name}_{image}.JPEG.npz", **views)
-    return Truth(folder, np.stack(records), labels, 0.2325, "xwen99/mar-vae-kl16", "sample", True, classes)
+    return Truth(folder, np.stack(records), labels, 0.2325, "xwen99/mar-vae-kl16", "sample", True, classes, factor=16)
 
 
 def object_array(moments: np.ndarray, label: np.integer, old: bool) -> bytes:
@@ -176,7 +177,7 @@ def speedrun(folder: Path, channels: int = 32) -> Truth:
         np.save(folder / "vae-in" / name, latent)
     table = {"labels": list(zip(names, labels, strict=True))}
     (folder / "vae-in" / "dataset.json").write_text(json.dumps(table))
-    return Truth(folder, latents[:, 0].astype(np.float64), labels, 0.3099, "REPA-E/e2e-invae-hf", "mean")
+    return Truth(folder, latents[:, 0].astype(np.float64), labels, 0.3099, "REPA-E/e2e-invae-hf", "mean", factor=16)
 
 
 def tars(folder: Path, samples: list[dict[str, bytes]]) -> None:

@@ -69,8 +69,8 @@ def test_a_layout_is_recognised_and_read_in_place_as_float64_has_it(name: str, t
     assert found is not None and found.name == layout
     with closing(open_data(truth.path, at_least=len(truth.labels))) as records:
         made = records.manifest
-        assert (made.scale, made.vae.name, made.posterior, made.flip) == (
-            truth.scale, truth.vae, truth.posterior, truth.flip,
+        assert (made.scale, made.vae.name, made.vae.factor, made.posterior, made.flip, made.shift) == (
+            truth.scale, truth.vae, truth.factor, truth.posterior, truth.flip, 0.0,
         )  # fmt: skip
         assert (made.dtype, made.shape, made.count) == ("float32", truth.records.shape[1:], len(truth.labels))
         assert made.class_names == truth.names and made.num_classes == 1 + max(truth.labels)
@@ -136,6 +136,18 @@ def test_images_from_0_to_1_keep_their_black(tmp_path: Path) -> None:
     prepare.main(["--from-latents", str(truth.path), str(tmp_path / "named"), "--vae", str(vae)])
     made = read_manifest(tmp_path / "named")
     assert (made.vae.name, made.vae.black, made.latents_mean) == ("mine", 0.0, truth.mean)
+
+
+@pytest.mark.parametrize("name", ["fast-DiT", "U-ViT"])
+def test_labels_in_many_small_files_are_read_in_blocks(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from st_fast.data.layouts import npy as layout_npy
+
+    monkeypatch.setattr(layout_npy, "BLOCK", 3)
+    truth = MAKERS[name][1](tmp_path)
+    with closing(open_data(truth.path, verify=False)) as records:
+        assert records.labels.tolist() == truth.labels
 
 
 def test_fast_dits_model_sees_what_is_stored(tmp_path: Path) -> None:
@@ -351,6 +363,11 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
         spoil("LightningDiT", stats(mean=torch.ones(32), std=torch.zeros(32)), "latents_std = 0.0"),
         spoil("LightningDiT", lambda path: (path / "latents_stats.pt").write_bytes(pickle.dumps(Bomb(path / "boom"))),
               "refused, nothing executed"),
+        spoil("LightningDiT", stats(mean=torch.ones(32), std=torch.ones(4, 8)), r"std is \(4, 8\); the latents"),
+        spoil("LightningDiT", stats(mean=torch.ones(32).int(), std=torch.ones(32)), "no tensor mean"),
+        spoil("LightningDiT", rewrite("*", latents_flip=normal(1, 4, 32, *SIDES).astype(np.float16)), "do not fit"),
+        spoil("LightningDiT", rewrite("*", labels=np.arange(4, dtype=np.int32)), "these do not fit each other"),
+        spoil("LightningDiT", lambda path: [file.unlink() for file in path.glob("*.safetensors")], "but no .*latents"),
         spoil("fast-DiT", lambda path: shutil.rmtree(path / "imagenet256_labels"), "no folder 'imagenet256_labels'"),
         spoil("fast-DiT", lambda path: (path / "imagenet256_labels" / "4.npy").unlink(),
               "12 latents, 11 labels: imagenet256_labels/4.npy is missing"),

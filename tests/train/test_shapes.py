@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +255,25 @@ def test_what_does_not_fit_is_one_line_before_anything_is_trained(sides, options
     assert "\n" not in str(caught.value) and [path.name for path in (tmp_path / "run").iterdir()] == ["t.toml"]
 
 
+def test_tokens_may_be_15_percent_more_or_fewer_and_a_side_no_odd_multiple_of_the_patch(tmp_path):
+    recipe = load(tiny_shapes.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path), ["--model.latent_size=[10, 8]"])
+
+    def told(**sides: tuple[int, int]) -> str:
+        sets = {name: SimpleNamespace(manifest=SimpleNamespace(shape=(8, *two))) for name, two in sides.items()}
+        try:
+            check_shapes(recipe, SimpleNamespace(folder="set", sets=sets, parts=list(sets.values())))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert recipe.model.tokens == 20 and told(a=(10, 8), b=(46, 2), c=(2, 34), d=(2, 46)) == ""
+    apart = "more than 15 % from it are b (24 x 1 = 24), c (1 x 16 = 16): set"
+    assert apart in told(a=(10, 8), b=(48, 2), c=(2, 32), d=(46, 2))
+    odd = "model.patch = 2 does not divide latents of "
+    assert told(a=(10, 9)).endswith(f"{odd}a (10 x 9)") and told(b=(11, 8)).endswith(f"{odd}b (11 x 8)")
+    assert told(a=(10, 8), b=(10, 9), c=(9, 9)).endswith(f"{odd}b (10 x 9), c (9 x 9)")
+
+
 def test_image_features_are_refused_with_the_folders_that_can_have_them(data, tmp_path):
     method = 'supervision = "repa"\nsteps = 4\ndepth = 1\nencoders = ["dinov2"]'
     recipe = with_method(tiny_shapes.write_recipe(tmp_path / "t.toml", data, tmp_path / "out"), method)
@@ -293,7 +313,10 @@ def test_graphs_are_left_out_and_memory_is_that_of_the_largest_shape(data, tmp_p
     assert refusal(recipe, recipe.stages[0], ranks, 3) == "latents of 3 shapes"
     assert with_largest_shape(recipe, open_data(data)).model.tokens == 36
     small = load(tmp_path / "t.toml", ["--model.latent_size=[10, 14]"])
-    assert with_largest_shape(small, open_data(data)).model.tokens == 36
+    assert with_largest_shape(small, open_data(data)).model.latent_sides == (12, 12)
+    assert with_largest_shape(
+        load(tmp_path / "t.toml", ["--model.latent_size=[10, 16]"]), open_data(data)
+    ).model.latent_sides == (10, 16)
     assert with_largest_shape(recipe, open_data(data / "80x112")) is recipe
     with pytest.raises(UserError, match=r"run.cuda_graphs = true: a graph is of one shape, .* has latents of 3 shapes"):
         check_shapes(replace(recipe, run=replace(recipe.run, cuda_graphs=True)), open_data(data))
