@@ -27,7 +27,7 @@ from st_fast.model.autoencoders import Posterior
 from st_fast.model.vae import load_vae, vae_hash
 from st_fast.prepare import normalising
 from st_fast.prepare.encode import Latents
-from st_fast.prepare.normalising import latents_of, measured
+from st_fast.prepare.normalising import latents_of, measured, read_stats
 from tests.autoencoders import COUNT, SIDE, dc_ae, e2e, flux1, ldm_table, rae, sd, va_vae, write_images
 
 from .conftest import run
@@ -165,6 +165,16 @@ def test_latents_are_the_vaes_or_what_the_options_make_of_them(
     assert latents_of(args, Plain(), shuffled()[1], tmp_path / "out") == expected
 
 
+def test_a_scale_of_1_has_to_be_asked_for_where_nothing_says_one(tmp_path: Path) -> None:
+    vae, source = Plain(), shuffled()[1]
+    vae.config = SimpleNamespace(**{**vars(Plain.config), "scaling_factor": 1.0})
+    args = Namespace(vae="plain", posterior="mean", latents_stats=None, scale=None)
+    with pytest.raises(UserError, match="nothing says how its latents are normalised"):
+        latents_of(args, vae, source, tmp_path / "out")
+    args.scale = 1.0
+    assert latents_of(args, vae, source, tmp_path / "out") == Latents(Normalisation(1.0, 0.0), "mean")
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "json"])
 def test_statistics_are_read_from_other_files_too(images: torch.Tensor, tmp_path: Path, ending: str) -> None:
     file = va_vae(tmp_path / "vae", images)
@@ -193,6 +203,7 @@ def test_statistics_are_read_from_other_files_too(images: torch.Tensor, tmp_path
         ({"mean": [0.0] * 6}, "has .*mean.*; mean, and std or var"),
         ({"mean": [0.0] * 6, "std": [1.0] * 6, "var": [1.0] * 6}, "mean, and std or var"),
         ({"mean": [[0.0] * 3] * 2, "std": [1.0] * 6}, r"statistics of shape \(2, 3\); one number a channel"),
+        ({"mean": [0.0] * 6, "std": 1.0}, r"statistics of shape \(\); one number a channel"),
         ({"mean": ["a"] * 6, "std": [1.0] * 6}, "could not convert"),
         ({"mean": [2e4] * 6, "std": [1.0] * 6}, "latents_mean = 20000.0: a number, at most"),
     ],
@@ -204,6 +215,14 @@ def test_statistics_that_can_not_be_are_refused(
     with pytest.raises(UserError, match=words):
         prepare(tmp_path, "out", va_vae(tmp_path / "vae", images), "--latents-stats", tmp_path / "stats.json")
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_file_of_statistics_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    save_file({"mean": torch.zeros(6), "std": torch.ones(6)}, whole := tmp_path / "whole.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[:-4])
+    assert read_stats(whole, 6).latents_std == (1.0,) * 6
+    with pytest.raises(UserError, match=r"cut\.safetensors"):
+        read_stats(tmp_path / "cut.safetensors", 6)
 
 
 @pytest.mark.filterwarnings("error")
