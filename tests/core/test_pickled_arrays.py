@@ -26,6 +26,17 @@ def test_an_array_is_found_where_it_stands(protocol: int, order: str, shape: tup
     assert np.array_equal(flat.reshape(shape, order="F" if place.fortran else "C"), array)
 
 
+def test_an_array_whose_length_takes_eight_bytes_is_found() -> None:
+    """As those of 4 GiB and more."""
+    array = np.arange(300, dtype=np.float32)
+    told = pickle.dumps(array, 3)
+    short = b"B" + (1200).to_bytes(4, "little")
+    data = told.replace(short, b"\x8e" + (1200).to_bytes(8, "little"))
+    place = array_places(data, "x")
+    assert len(data) == len(told) + 4 and np.array_equal(pickle.loads(data), array)
+    assert np.array_equal(np.frombuffer(data, place.dtype, 300, place.start), array)
+
+
 def test_numbers_and_arrays_of_objects_are_places_too() -> None:
     array = np.empty(2, object)
     array[0], array[1] = np.arange(3.0), np.int32(-7)
