@@ -96,7 +96,7 @@ FILES = (
         ("model/test_vae.py", "model/test_autoencoders.py"),
         ("to_unit", "encode_moments", "decode", "_shift", "_by_channel", "latent_shape"),
     ),
-    File("st_fast/model/ldm_vae.py", ("prepare/test_families.py", "prepare/test_normalising.py")),
+    File("st_fast/model/ldm_vae.py", ("model/test_ldm_vae.py", "prepare/test_normalising.py")),
     File("st_fast/prepare/normalising.py", ("prepare/test_normalising.py",)),
     File("st_fast/train/shapes.py", ("train/test_shapes.py",)),
     File("st_fast/sample/sizes.py", ("sample/test_sizes.py",)),

@@ -96,9 +96,10 @@ def test_a_size_that_latents_do_not_have_is_one_line(size, words, run, tmp_path)
 
 def test_the_factor_is_the_manifests_or_what_the_decoder_does(run):
     model, manifest = load(run / "recipe.toml").model, read_manifest(run.parent / "data")
+    model = replace(model, latent_size=(8, 6))
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
-        assert latents.shape == (1, 3, 8, 8)
+        assert latents.shape == (1, 3, 8, 6)
         return latents.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
     def never(latents: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,8 @@ def test_the_factor_is_the_manifests_or_what_the_decoder_does(run):
     told = replace(manifest, vae=replace(manifest.vae, factor=16))
     assert asked_shape((96, 64), model, told, never, CPU) == (3, 6, 4)
     assert asked_shape((96, 64), model, manifest, decode, CPU) == (3, 24, 16)
-    assert asked_shape(32, model, manifest, decode, CPU) is None
+    assert asked_shape((32, 24), model, manifest, decode, CPU) is None
+    assert asked_shape(32, model, manifest, decode, CPU) == (3, 8, 8)
     words = r"--size 96x48: multiples of 32 are needed \(16 pixels a latent's x patch 2\)"
     with pytest.raises(UserError, match=words):
         asked_shape((96, 48), model, told, never, CPU)

@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_trained(sides, options
 
 
 def test_tokens_may_be_15_percent_more_or_fewer_and_a_side_no_odd_multiple_of_the_patch(tmp_path):
-    recipe = load(tiny_shapes.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path), ["--model.latent_size=[10, 8]"])
+    recipe = load(tiny_shapes.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path), ["--model.latent_size=[50, 80]"])
 
     def told(**sides: tuple[int, int]) -> str:
         sets = {name: SimpleNamespace(manifest=SimpleNamespace(shape=(8, *two))) for name, two in sides.items()}
@@ -266,9 +266,9 @@ def test_tokens_may_be_15_percent_more_or_fewer_and_a_side_no_odd_multiple_of_th
             return str(error)
         return ""
 
-    assert recipe.model.tokens == 20 and told(a=(10, 8), b=(46, 2), c=(2, 34), d=(2, 46)) == ""
-    apart = "more than 15 % from it are b (24 x 1 = 24), c (1 x 16 = 16): set"
-    assert apart in told(a=(10, 8), b=(48, 2), c=(2, 32), d=(46, 2))
+    assert recipe.model.tokens == 1000 and told(a=(50, 80), b=(2300, 2), c=(2, 1700), d=(2, 2300)) == ""
+    apart = "more than 15 % from it are b (1151 x 1 = 1151), c (1 x 849 = 849): set"
+    assert apart in told(a=(50, 80), b=(2302, 2), c=(2, 1698), d=(2300, 2))
     odd = "model.patch = 2 does not divide latents of "
     assert told(a=(10, 9)).endswith(f"{odd}a (10 x 9)") and told(b=(11, 8)).endswith(f"{odd}b (11 x 8)")
     assert told(a=(10, 8), b=(10, 9), c=(9, 9)).endswith(f"{odd}b (10 x 9), c (9 x 9)")
