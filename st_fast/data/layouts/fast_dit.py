@@ -84,7 +84,7 @@ class FastDitSet(ForeignRecords):
             vae=VaeInfo(VAE if known else "", factor=FACTOR if known else 0),
             source=f"fast-DiT's layout, numbers and labels "
             f"{short_digest([np.array(order, np.int64).tobytes(), self.labels.tobytes()])}",
-            num_classes=int(self.labels.max(initial=0)) + 1,
+            num_classes=int(self.labels.max()) + 1,
             shift=0.0,
             posterior="mean",
         )

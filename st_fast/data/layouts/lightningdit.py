@@ -84,7 +84,7 @@ class LightningSet(ForeignRecords):
             scale=1.0,
             vae=VaeInfo(VAE if shape[0] == CHANNELS else "", factor=FACTOR if shape[0] == CHANNELS else 0),
             source=f"LightningDiT's layout, files and labels {short_digest([digest.encode(), labels.tobytes()])}",
-            num_classes=int(labels.max(initial=0)) + 1,
+            num_classes=int(labels.max()) + 1,
             flip=True,
             shift=0.0,
             latents_mean=mean,

@@ -83,7 +83,7 @@ class UvitSet(ForeignRecords):
             scale=SD_SCALE,
             vae=VaeInfo(VAE if known else "", factor=FACTOR if known else 0),
             source=f"U-ViT's layout of ImageNet, labels {short_digest([self.labels.tobytes()])}",
-            num_classes=int(self.labels.max(initial=0)) + 1,
+            num_classes=int(self.labels.max()) + 1,
             shift=0.0,
         )
         self.settle_kind()

@@ -82,7 +82,7 @@ class WebdatasetSet(ForeignRecords):
             scale=SD_SCALE if known else 1.0,
             vae=VaeInfo(VAE if known else "", factor=FACTOR if known else 0),
             source=f"webdataset, names and labels {short_digest(listed)}",
-            num_classes=len(names) or int(self.labels.max(initial=0)) + 1,
+            num_classes=len(names) or int(self.labels.max()) + 1,
             class_names=names,
             shift=0.0,
             posterior="sample" if moments else "mean",
