@@ -85,12 +85,12 @@ def lightningdit(folder: Path, channels: int = 32, dtype: type = np.float32) -> 
     )  # fmt: skip
 
 
-def fast_dit(folder: Path) -> Truth:
+def fast_dit(folder: Path, channels: int = 4) -> Truth:
     """One latent and one label a file, in two folders; the latents are scaled already."""
     features, labelled = folder / "imagenet256_features", folder / "imagenet256_labels"
     features.mkdir(parents=True)
     labelled.mkdir()
-    latents, labels = normal(3, 12, 4, *SIDES, std=0.9), (np.arange(12) * 5 % 7).astype(np.int64)
+    latents, labels = normal(3, 12, channels, *SIDES, std=0.9), (np.arange(12) * 5 % 7).astype(np.int64)
     for number in range(12):
         np.save(features / f"{number}.npy", latents[number][None])
         np.save(labelled / f"{number}.npy", labels[number][None])
@@ -128,12 +128,12 @@ def object_array(moments: np.ndarray, label: np.integer, old: bool) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + told
 
 
-def uvit(folder: Path, old: bool = True) -> Truth:
+def uvit(folder: Path, old: bool = True, channels: int = 4) -> Truth:
     """Moments and label in each file, by number."""
     folder.mkdir(parents=True)
     records, labels = [], (np.arange(11) * 4 % 9).tolist()
     for number, label in enumerate(labels):
-        mean, log_variance = normal(number, 4, *SIDES), log_variances(number, 4, *SIDES)
+        mean, log_variance = normal(number, channels, *SIDES), log_variances(number, channels, *SIDES)
         data = object_array(np.concatenate((mean, log_variance)), np.int64(label), old)
         (folder / f"{number}.npy").write_bytes(data)
         records.append(np.concatenate((mean.astype(np.float64), stds_of(log_variance))))
@@ -193,11 +193,11 @@ def tars(folder: Path, samples: list[dict[str, bytes]]) -> None:
                     archive.addfile(info, io.BytesIO(data))
 
 
-def maskdit(folder: Path) -> Truth:
+def maskdit(folder: Path, channels: int = 4) -> Truth:
     """Pickled moments of (mean, log-variance)."""
     records, samples, labels = [], [], (np.arange(COUNT) * 3 % 4).tolist()
     for number, label in enumerate(labels):
-        mean, log_variance = normal(number + 40, 4, *SIDES), log_variances(number + 40, 4, *SIDES)
+        mean, log_variance = normal(number + 40, channels, *SIDES), log_variances(number + 40, channels, *SIDES)
         moments = np.concatenate((mean, log_variance))
         samples.append({"latent": pickle.dumps(moments), "cls": str(label).encode()})
         records.append(np.concatenate((mean.astype(np.float64), stds_of(log_variance))))

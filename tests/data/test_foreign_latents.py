@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.core.records import log_records
 from st_fast.data.layouts import recognise
-from st_fast.data.manifest import read_manifest
+from st_fast.data.manifest import VaeInfo, read_manifest
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.prepare import __main__ as prepare
 from st_fast.prepare.small_vae import SmallVae, new_vae
@@ -156,6 +157,25 @@ def test_a_set_of_one_file_and_one_class_is_read(tmp_path: Path) -> None:
     rewrite("*", labels=np.zeros(4, np.int64))(path)
     with closing(open_data(path)) as records:
         assert records.labels.tolist() == [0] * 8 and records.manifest.num_classes == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "channels"),
+    [
+        (foreign_latents.lightningdit, 4), (foreign_latents.mar, 4), (foreign_latents.speedrun, 4),
+        (foreign_latents.fast_dit, 3), (foreign_latents.uvit, 3), (foreign_latents.maskdit, 3),
+    ],
+)  # fmt: skip
+def test_latents_of_other_channels_than_the_projects_are_of_no_vae_that_is_known(
+    make: Callable[..., Truth], channels: int, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "set", channels=channels).path
+    layout = recognise(path)
+    assert layout is not None
+    with closing(layout.open(path)) as records:
+        assert records.manifest.channels == channels and records.manifest.vae == VaeInfo("") and records.unknown()
+    with pytest.raises(BadFile, match="by which VAE"):
+        open_data(path)
 
 
 def test_safetensors_without_latents_in_them_are_no_layout(tmp_path: Path) -> None:
@@ -380,6 +400,14 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
         spoil("LightningDiT", stats(mean=torch.ones(32).int(), std=torch.ones(32)), "no tensor mean"),
         spoil("LightningDiT", rewrite("*", latents_flip=normal(1, 4, 32, *SIDES).astype(np.float16)), "do not fit"),
         spoil("LightningDiT", rewrite("*", labels=np.arange(4, dtype=np.int32)), "these do not fit each other"),
+        spoil("LightningDiT", rewrite("*01*", latents_flip=np.float32([[[[np.nan]]]]) + normal(1, 3, 32, *SIDES)),
+              r"latents_rank01_shard000.safetensors: latents_flip\[0\]: NaN"),
+        spoil("LightningDiT", rewrite("*", **{key: np.zeros((4, 32, *SIDES)) for key in ("latents", "latents_flip")}),
+              r"latents: F64 \(4, 32, 3, 5\); F32, F16, BF16 \(N, C, H, W\) is needed"),
+        spoil("LightningDiT", rewrite("*", **{key: normal(1, 4, *SIDES) for key in ("latents", "latents_flip")}),
+              r"latents: F32 \(4, 3, 5\); F32, F16"),
+        spoil("LightningDiT", rewrite("*", **{key: normal(1, 4, 0, *SIDES) for key in ("latents", "latents_flip")}),
+              r"latents: F32 \(4, 0, 3, 5\); F32, F16"),
         spoil("LightningDiT", lambda path: [file.unlink() for file in path.glob("*.safetensors")], "but no .*latents"),
         spoil("fast-DiT", lambda path: shutil.rmtree(path / "imagenet256_labels"), "no folder 'imagenet256_labels'"),
         spoil("fast-DiT", lambda path: (path / "imagenet256_labels" / "4.npy").unlink(),
@@ -419,6 +447,8 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
         spoil("EDM2's folder", lambda path: path.rename(path.parent / "vae-sd"), "REPA's latents; name the"),
         spoil("SpeedrunDiT", saved("vae-in/00000/img-latents-00000000.npy", normal(1, 2, 32, *SIDES)),
               r"00000.npy: float32 \(2, 32, 3, 5\); float16 or float32 \(C, H, W\) is needed"),
+        spoil("SpeedrunDiT", saved("vae-in/00000/img-latents-00000002.npy", normal(1, 2, 32, *SIDES)),
+              r"00002.npy: float32 \(2, 32, 3, 5\)"),
         spoil("SpeedrunDiT", relabel, "7 latents, 6 labels: '00000/img-latents-00000000.npy' has no label"),
         spoil("MaskDiT", cut("*.tar"), "not a sound tar"),
         spoil("MaskDiT", lambda path: tars(path / "more", [{"npy": npy(BAD), "cls": b"1"}])
@@ -500,17 +530,102 @@ def test_a_first_file_that_claims_more_than_it_holds_takes_no_memory(name: str, 
         open_data(path)
 
 
+def with_means(path: Path, means: np.ndarray, numbers: tuple[int, ...] = tuple(range(7))) -> None:
+    """Gives the channels of these records other means."""
+    for number in numbers:
+        file = next(path.rglob(f"*{number:08d}.npy"))
+        stored = np.load(file)
+        stored[:4] = np.float32(means)[:, None, None]
+        np.save(file, stored)
+
+
+UNIT, SIGNED = np.array(foreign_latents.EDM2[0]), np.array((0.865, -0.278, 0.216, 0.374))
+
+
 def test_means_that_fit_neither_range_of_pixels_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """They must be twice as near to the one as to the other."""
     truth = foreign_latents.edm2(tmp_path / "set")
-    for file in truth.path.rglob("*.npy"):
-        moments = np.load(file)
-        moments[:4] = np.float32([3.4, 1.5, 0.2, -0.9])[:, None, None]
-        np.save(file, moments)
-    with pytest.raises(BadFile, match=r"channels' means \[3\.4, .*in a folder named vae-sd"):
-        open_data(truth.path)
+    for part, scale in ((1 / 3.5, 1.0), (2.5 / 3.5, 0.18215)):
+        with_means(truth.path, UNIT + part * (SIGNED - UNIT))
+        assert read_any_manifest(truth.path).scale == scale
+    for part in (1.9 / 2.9, 1 / 2.9):
+        with_means(truth.path, UNIT + part * (SIGNED - UNIT))
+        with pytest.raises(BadFile, match=r"channels' means \[.*in a folder named vae-sd"):
+            open_data(truth.path)
     (tmp_path / "repa").mkdir()
     truth.path.rename(tmp_path / "repa" / "vae-sd")
     assert read_any_manifest(tmp_path / "repa").scale == 0.18215
+
+
+def test_the_range_of_pixels_is_told_by_a_few_records_from_the_first_to_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from st_fast.data.layouts import edm
+
+    monkeypatch.setattr(edm, "SAMPLED", 2)
+    path = foreign_latents.edm2(tmp_path / "set").path
+    with_means(path, SIGNED, (0, 6))
+    assert read_any_manifest(path).scale == 0.18215
+
+
+def test_edms_files_may_lie_flat_and_be_of_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_latents, "COUNT", 1)
+    for truth in (foreign_latents.edm2(tmp_path / "edm"), foreign_latents.speedrun(tmp_path / "speedrun")):
+        with closing(open_data(truth.path)) as records:
+            np.testing.assert_allclose(records.gather(np.array([0]))[0].numpy(), truth.records, rtol=2e-6, atol=2e-6)
+    name = "img-mean-std-00000000.npy"
+    (tmp_path / "edm" / "00000" / name).rename(tmp_path / "edm" / name)
+    (tmp_path / "edm" / "dataset.json").write_text(json.dumps({"labels": [[name, 0]]}))
+    assert read_any_manifest(tmp_path / "edm").count == 1
+    (tmp_path / "edm" / "dataset.json").unlink()
+    with pytest.raises(BadFile, match=r"latents as EDM2 and REPA write them in 'img-mean.*, but no"):
+        open_data(tmp_path / "edm")
+
+
+def test_a_zips_long_names_and_extra_fields_are_passed_over(tmp_path: Path) -> None:
+    truth = foreign_latents.edm2(tmp_path / "plain.zip")
+    names, folder = [], "f" * 300
+    with zipfile.ZipFile(truth.path) as old, zipfile.ZipFile(tmp_path / "set.zip", "w") as new:
+        for name in sorted(old.namelist())[:-1]:
+            info = zipfile.ZipInfo(f"{folder}/{name}")
+            info.extra = b"\xfe\xca" + (300).to_bytes(2, "little") + bytes(300)
+            new.writestr(info, old.read(name))
+            names.append(info.filename)
+        new.writestr("dataset.json", json.dumps({"labels": list(zip(names, truth.labels, strict=True))}))
+    with closing(open_data(tmp_path / "set.zip")) as records:
+        read, labels = records.gather(np.arange(7))
+        np.testing.assert_allclose(read.numpy(), truth.records, rtol=2e-6, atol=2e-6)
+        assert labels.tolist() == truth.labels
+
+
+def test_a_zips_members_that_are_encrypted_or_too_large_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from st_fast.data.layouts import edm
+
+    path = foreign_latents.edm2(tmp_path / "stored.zip").path
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    (tmp_path / "encrypted.zip").write_bytes(data)
+    with pytest.raises(BadFile, match=r"encrypted\.zip.* is encrypted"):
+        open_data(tmp_path / "encrypted.zip")
+    packed = foreign_latents.edm2(tmp_path / "packed.zip", packing=zipfile.ZIP_DEFLATED).path
+    monkeypatch.setattr(edm, "FILE_BYTES", 100)  # dataset.json may have more
+    with pytest.raises(BadFile, match=r"\.npy' would unpack to 608 bytes, at most 100 are allowed"):
+        open_data(packed)
+
+
+def test_a_zip_of_pictures_with_labels_holds_no_latents(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("dataset.json", "{}")
+        archive.writestr("img00000000.png", b"x")
+    assert recognise(tmp_path / "pictures.zip") is None
+
+
+def test_one_tar_is_a_set(tmp_path: Path) -> None:
+    truth = foreign_latents.maskdit(tmp_path / "set")
+    with closing(open_data(truth.path / "latent-0001.tar")) as records:
+        np.testing.assert_allclose(records.gather(np.arange(3))[0].numpy(), truth.records[4:], rtol=1e-5, atol=2e-6)
 
 
 def test_every_record_is_verified_in_blocks_with_a_sign_of_progress_for_each(
@@ -523,7 +638,8 @@ def test_every_record_is_verified_in_blocks_with_a_sign_of_progress_for_each(
     beats: list[int] = []
     with closing(open_data(path, verify=False)) as records:
         records.verify(lambda: beats.append(1))
-        assert len(beats) == 3 and records.files and records.files.content
+        whole = records.gather(np.arange(12))[0].numpy().tobytes()
+        assert len(beats) == 3 and records.files and records.files.content == hashlib.sha256(whole).hexdigest()
     for number in range(12):
         file = path / "imagenet256_features" / f"{number}.npy"
         sound = np.load(file)
@@ -545,6 +661,15 @@ def test_a_record_of_another_kind_is_found_when_it_is_read(tmp_path: Path, monke
         pytest.raises(BadFile, match=r"n01443537_1\.JPEG\.npz: moments: \(mean, std\), but .* files of two kinds"),
     ):
         records.gather(np.arange(6, 8))
+
+
+@pytest.mark.parametrize("number", [0, 3, 6])
+def test_one_record_of_another_kind_is_found_when_edms_files_are_opened(number: int, tmp_path: Path) -> None:
+    path = foreign_latents.edm2(tmp_path / "set").path
+    file = next(path.rglob(f"*{number:08d}.npy"))
+    np.save(file, np.concatenate((np.load(file)[:4], -np.ones((4, *SIDES), np.float32))))
+    with pytest.raises(BadFile, match="files of two kinds in one folder"):
+        open_data(path, verify=False)
 
 
 def test_a_label_that_changes_after_the_set_was_opened_is_noticed(tmp_path: Path) -> None:
