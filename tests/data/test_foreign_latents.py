@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile
 from st_fast.core.records import log_records
+from st_fast.data.labels import MAX_CLASSES
 from st_fast.data.layouts import recognise
 from st_fast.data.manifest import VaeInfo, read_manifest
 from st_fast.data.shards import open_data, read_any_manifest
@@ -416,6 +417,7 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
         spoil("fast-DiT", saved("imagenet256_features/0.npy", normal(1, 4, *SIDES)), r"\(1, C, H, W\) is needed"),
         spoil("fast-DiT", saved("imagenet256_features/7.npy", normal(1, 1, 4, 4, 4)), "7.npy: .* the first file"),
         spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([-2])), "7.npy: label -2"),
+        spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([MAX_CLASSES])), f"7.npy: label {MAX_CLASSES};"),
         spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([1.0])), "7.npy: another header"),
         spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([1, 2])), "7.npy: 144 bytes, 136 expected"),
         spoil("fast-DiT", saved("imagenet256_features/7.npy", np.float32(BAD)[None]), "7.npy: NaN"),
@@ -444,6 +446,10 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
         spoil("EDM2's folder", lambda path: (path / "dataset.json").write_text('{"labels": null}'), '"labels" is null'),
         spoil("EDM2's folder", saved("00000/img-mean-std-00000002.npy", DIFFERENT), "00002.npy: float32"),
         spoil("EDM2's folder", saved("00000/img-mean-std-00000002.npy", np.ones((8, *SIDES))), "2.npy: float64"),
+        spoil("EDM2's folder", saved("00000/img-mean-std-00000000.npy", normal(1, 7, *SIDES)),
+              r"00000.npy: shape = \(7, 3, 5\): \(2C, H, W\) is needed"),
+        spoil("EDM2's folder", saved("00000/img-mean-std-00000000.npy", normal(1, 8, 0, 5)),
+              r"00000.npy: shape = \(8, 0, 5\): three positive"),
         spoil("EDM2's folder", lambda path: path.rename(path.parent / "vae-sd"), "REPA's latents; name the"),
         spoil("SpeedrunDiT", saved("vae-in/00000/img-latents-00000000.npy", normal(1, 2, 32, *SIDES)),
               r"00000.npy: float32 \(2, 32, 3, 5\); float16 or float32 \(C, H, W\) is needed"),

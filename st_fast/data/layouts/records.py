@@ -201,13 +201,11 @@ def fill(row: np.ndarray, array: np.ndarray, where: object) -> None:
 def floats_of(place: Npy, size: int, where: object, needed: str = "(2C, H, W)") -> tuple[int, int, int]:
     """The shape of an array of float16 or float32 (C, H, W) in a file of `size` bytes; `BadFile` for any other.
 
-    A batch of one is passed over. What is allocated for the records follows from this shape, so the file must hold it.
+    A batch of one is passed over; the manifest refuses odd channels of moments and sides of 0. What is allocated for the records follows from this shape, so the file must hold it.
     """
     shape = place.shape[1:] if len(place.shape) == 4 and place.shape[0] == 1 else place.shape
-    if place.dtype.name not in DTYPES or place.dtype.byteorder == ">" or len(shape) != 3 or not all(shape):
+    if place.dtype.name not in DTYPES or place.dtype.byteorder == ">" or len(shape) != 3:
         raise BadFile(f"{where}: {place.dtype} {shown(place.shape)}; float16 or float32 {needed} is needed")
-    if "2C" in needed and shape[0] % 2:
-        raise BadFile(f"{where}: {shown(shape)}; {needed} is needed")
     if place.start + place.size != size:
         raise BadFile(f"{where}: {size} bytes, {place.start + place.size} expected: it was cut off or has a tail")
     return (shape[0], shape[1], shape[2])
