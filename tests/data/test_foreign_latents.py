@@ -179,6 +179,12 @@ def test_latents_of_other_channels_than_the_projects_are_of_no_vae_that_is_known
         open_data(path)
 
 
+def test_the_folder_above_fast_dits_latents_may_have_a_name_like_theirs(tmp_path: Path) -> None:
+    assert read_any_manifest(foreign_latents.fast_dit(tmp_path / "dit_features").path).count == 12
+    (tmp_path / "set_labels").mkdir()
+    assert read_any_manifest(foreign_latents.fast_dit(tmp_path / "set").path).count == 12
+
+
 def test_safetensors_without_latents_in_them_are_no_layout(tmp_path: Path) -> None:
     save_file({"moments": normal(1, 4, 8, *SIDES), "labels": np.arange(4)}, tmp_path / "weights.safetensors")
     assert recognise(tmp_path) is None
@@ -411,6 +417,8 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
               r"latents: F32 \(4, 0, 3, 5\); F32, F16"),
         spoil("LightningDiT", lambda path: [file.unlink() for file in path.glob("*.safetensors")], "but no .*latents"),
         spoil("fast-DiT", lambda path: shutil.rmtree(path / "imagenet256_labels"), "no folder 'imagenet256_labels'"),
+        spoil("fast-DiT", lambda path: shutil.copytree(path / "imagenet256_features", path / "other_features"),
+              "'imagenet256_features', 'other_features': fast-DiT's latents of one set"),
         spoil("fast-DiT", lambda path: (path / "imagenet256_labels" / "4.npy").unlink(),
               "12 latents, 11 labels: imagenet256_labels/4.npy is missing"),
         spoil("fast-DiT", lambda path: (path / "imagenet256_features" / "4.npy").unlink(), "_features/4.npy"),

@@ -201,7 +201,8 @@ def fill(row: np.ndarray, array: np.ndarray, where: object) -> None:
 def floats_of(place: Npy, size: int, where: object, needed: str = "(2C, H, W)") -> tuple[int, int, int]:
     """The shape of an array of float16 or float32 (C, H, W) in a file of `size` bytes; `BadFile` for any other.
 
-    A batch of one is passed over; the manifest refuses odd channels of moments and sides of 0. What is allocated for the records follows from this shape, so the file must hold it.
+    A batch of one is passed over; the manifest refuses odd channels of moments and sides of 0. What is allocated for
+    the records follows from this shape, so the file must hold it.
     """
     shape = place.shape[1:] if len(place.shape) == 4 and place.shape[0] == 1 else place.shape
     if place.dtype.name not in DTYPES or place.dtype.byteorder == ">" or len(shape) != 3:
