@@ -185,6 +185,15 @@ def test_the_folder_above_fast_dits_latents_may_have_a_name_like_theirs(tmp_path
     assert read_any_manifest(foreign_latents.fast_dit(tmp_path / "set").path).count == 12
 
 
+def test_fast_dits_set_of_one_record_is_read(tmp_path: Path) -> None:
+    truth = foreign_latents.fast_dit(tmp_path / "set")
+    for file in truth.path.rglob("*.npy"):
+        if file.name != "0.npy":
+            file.unlink()
+    with closing(open_data(truth.path)) as records:
+        np.testing.assert_allclose(records.gather(np.array([0]))[0].numpy(), truth.records[:1], rtol=2e-6)
+
+
 def test_safetensors_without_latents_in_them_are_no_layout(tmp_path: Path) -> None:
     save_file({"moments": normal(1, 4, 8, *SIDES), "labels": np.arange(4)}, tmp_path / "weights.safetensors")
     assert recognise(tmp_path) is None
@@ -423,6 +432,10 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
               "12 latents, 11 labels: imagenet256_labels/4.npy is missing"),
         spoil("fast-DiT", lambda path: (path / "imagenet256_features" / "4.npy").unlink(), "_features/4.npy"),
         spoil("fast-DiT", saved("imagenet256_features/0.npy", normal(1, 4, *SIDES)), r"\(1, C, H, W\) is needed"),
+        spoil("fast-DiT", saved("imagenet256_features/0.npy", normal(1, 2, 4, *SIDES)), r"0.npy: .*\(1, C, H, W\) is"),
+        spoil("fast-DiT", saved("imagenet256_features/0.npy", normal(1, 1, *SIDES)), r"0.npy: .*\(1, C, H, W\) is"),
+        spoil("fast-DiT", saved("imagenet256_labels/0.npy", np.array([1.0])), r"float64 \(1,\); one whole number"),
+        spoil("fast-DiT", saved("imagenet256_labels/0.npy", np.array([1, 2])), r"int64 \(2,\); one whole number"),
         spoil("fast-DiT", saved("imagenet256_features/7.npy", normal(1, 1, 4, 4, 4)), "7.npy: .* the first file"),
         spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([-2])), "7.npy: label -2"),
         spoil("fast-DiT", saved("imagenet256_labels/7.npy", np.array([MAX_CLASSES])), f"7.npy: label {MAX_CLASSES};"),
