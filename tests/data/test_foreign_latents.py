@@ -185,6 +185,31 @@ def test_the_folder_above_fast_dits_latents_may_have_a_name_like_theirs(tmp_path
     assert read_any_manifest(foreign_latents.fast_dit(tmp_path / "set").path).count == 12
 
 
+def test_mars_files_may_be_packed_and_have_others_beside_their_folders(tmp_path: Path) -> None:
+    truth = foreign_latents.mar(tmp_path / "set")
+    for file in truth.path.rglob("*.npz"):
+        with np.load(file) as stored:
+            arrays = dict(stored)
+        np.savez_compressed(file, **arrays)
+    (truth.path / "00 notes.txt").write_text("x")
+    (truth.path / ".hidden").mkdir()
+    with closing(open_data(truth.path)) as records:
+        read, labels = records.gather(np.arange(len(truth.labels)))
+        np.testing.assert_allclose(read.numpy(), truth.records, rtol=1e-5, atol=2e-6)
+        assert labels.tolist() == truth.labels
+
+
+def test_uvits_headers_may_be_of_version_2(tmp_path: Path) -> None:
+    truth = foreign_latents.uvit(tmp_path / "set", old=False)
+    for file in truth.path.glob("*.npy"):
+        data = file.read_bytes()
+        file.write_bytes(data[:6] + b"\2\0" + data[8:10] + b"\0\0" + data[10:])
+    with closing(open_data(truth.path)) as records:
+        read, labels = records.gather(np.arange(11))
+        np.testing.assert_allclose(read.numpy(), truth.records, rtol=1e-5, atol=2e-6)
+        assert labels.tolist() == truth.labels
+
+
 def test_fast_dits_set_of_one_record_is_read(tmp_path: Path) -> None:
     truth = foreign_latents.fast_dit(tmp_path / "set")
     for file in truth.path.rglob("*.npy"):
@@ -393,6 +418,17 @@ def bomb(path: Path) -> None:
     np.save(path / "0.npy", array, allow_pickle=True)
 
 
+def first_holds(*values: object) -> Callable[[Path], None]:
+    """Moments and these in U-ViT's first file."""
+
+    def change(path: Path) -> None:
+        array = np.empty(1 + len(values), object)
+        array[:] = [normal(1, 8, *SIDES), *values]
+        np.save(path / "0.npy", array, allow_pickle=True)
+
+    return change
+
+
 BAD = np.full((4, *SIDES), np.nan)
 DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
 
@@ -454,6 +490,16 @@ DIFFERENT = normal(9, 8, SIDES[0], SIDES[1] + 1)
         spoil("MAR", lambda path: [file.rename(path / file.name) for file in path.rglob("*.npz")], "in no folder of"),
         spoil("U-ViT", lambda path: (path / "4.npy").unlink(), "4.npy: missing, with 10 files"),
         spoil("U-ViT", cut("*.npy"), "9.npy: .* bytes, .* expected, as 0.npy has"),
+        spoil("U-ViT", lambda path: (path / "3.npy").write_bytes(
+            object_array(normal(1, 8, *SIDES), np.int64(-1), True)), "3.npy: label -1"),
+        spoil("U-ViT", lambda path: (path / "3.npy").write_bytes(
+            object_array(normal(1, 8, *SIDES[::-1]), np.int64(1), True)), r"3.npy: float32 \(8, 5, 3\) and a label at"),
+        spoil("U-ViT", lambda path: (path / "3.npy").write_bytes(bytes((path / "3.npy").stat().st_size)),
+              "3.npy: not an array of Python objects"),
+        spoil("U-ViT", first_holds(5), r"0.npy: not \(moments, label\)"),
+        spoil("U-ViT", first_holds(np.float64(5)), r"0.npy: its label is float64 \(\); one whole number"),
+        spoil("U-ViT", first_holds(np.array([5, 6])), r"0.npy: its label is int64 \(2,\); one whole number"),
+        spoil("U-ViT", first_holds(np.int64(5), np.int64(5)), r"0.npy: not \(moments, label\)"),
         spoil("U-ViT", bomb, "refused, nothing executed"),
         spoil("U-ViT", saved("0.npy", normal(1, 1, 4, *SIDES)), r"without labels \(0.npy is \(1, 4, 3, 5\)\)"),
         spoil("U-ViT", lambda path: (path / "3.npy").write_bytes(
