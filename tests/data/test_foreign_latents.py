@@ -23,6 +23,7 @@ from st_fast.core.files import BadFile
 from st_fast.core.records import log_records
 from st_fast.data.labels import MAX_CLASSES
 from st_fast.data.layouts import recognise
+from st_fast.data.layouts.webdataset import WebdatasetSet
 from st_fast.data.manifest import VaeInfo, read_manifest
 from st_fast.data.shards import open_data, read_any_manifest
 from st_fast.prepare import __main__ as prepare
@@ -353,6 +354,22 @@ def test_an_array_with_twice_the_vaes_channels_holds_moments(tmp_path: Path) -> 
     with pytest.raises(UserError, match="3 channels, the latents have 8"):
         three = new_vae_folder(tmp_path / "three", channels=3)
         prepare.main([*command[:2], str(tmp_path / "x"), "--vae", str(three)])
+
+
+@pytest.mark.parametrize("suffix", ["npy", "moments.npy"])
+def test_log_variances_in_webdatasets_arrays_become_stds(suffix: str, tmp_path: Path) -> None:
+    mean, log_variance = normal(1, 7, 4, *SIDES), foreign_latents.log_variances(2, 7, 4, *SIDES)
+    rows = np.concatenate((mean, log_variance), 1)
+    tars(tmp_path / "set", [{suffix: npy(row[None] if suffix == "npy" else row), "cls": b"1"} for row in rows])
+    layout = recognise(tmp_path / "set")
+    assert layout is not None
+    with closing(layout.open(tmp_path / "set")) as records:
+        assert isinstance(records, WebdatasetSet)
+        records.take_channels(4)
+        assert records.manifest.posterior == "sample" and records.manifest.channels == 4
+        read = records.gather(np.arange(7))[0].numpy()
+    assert np.array_equal(read[:, :4], mean)
+    np.testing.assert_allclose(read[:, 4:], foreign_latents.stds_of(log_variance), rtol=1e-5)
 
 
 def spoil(name: str, change: Callable[[Path], object], words: str) -> object:
