@@ -372,6 +372,17 @@ def test_log_variances_in_webdatasets_arrays_become_stds(suffix: str, tmp_path: 
     np.testing.assert_allclose(read[:, 4:], foreign_latents.stds_of(log_variance), rtol=1e-5)
 
 
+def test_two_latents_in_one_of_webdatasets_arrays_are_not_one(tmp_path: Path) -> None:
+    rows = [normal(number, *(2,) * (number == 2), 4, *SIDES) for number in range(7)]
+    tars(tmp_path / "set", [{"latent.npy": npy(row), "cls": b"1"} for row in rows])
+    layout = recognise(tmp_path / "set")
+    assert layout is not None
+    with closing(layout.open(tmp_path / "set")) as records:
+        with pytest.raises(BadFile, match=r"0000002\.latent\.npy.*float32 \(2, 4, 3, 5\); the first of the set has"):
+            records.gather(np.array([1, 2]))
+        assert np.array_equal(records.gather(np.array([1]))[0][0].numpy(), rows[1])
+
+
 def spoil(name: str, change: Callable[[Path], object], words: str) -> object:
     return pytest.param(name, change, words, id=f"{name}: {words[:40]}")
 
