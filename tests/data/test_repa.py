@@ -208,6 +208,22 @@ def test_a_wrong_file_is_named(tmp_path: Path, array: np.ndarray, words: str) ->
         open_data(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((7, 4, 5), np.float32), r"float32 \(7, 4, 5\)"),
+        (np.zeros((1, 8, 4, 4), np.float32), r"float32 \(1, 8, 4, 4\)"),
+        (np.zeros(SHAPE, np.int32), r"int32 \(8, 4, 4\)"),
+        (np.zeros(SHAPE, ">f4"), r">f4 \(8, 4, 4\)"),
+    ],
+)
+def test_a_first_file_of_no_moments_is_named(tmp_path: Path, array: np.ndarray, words: str) -> None:
+    write_layout(tmp_path)
+    np.save(latent(tmp_path, 0), array)
+    with pytest.raises(BadFile, match=rf"00000\.npy: {words}; float16 or float32 \(2C, H, W\) is needed"):
+        open_data(tmp_path)
+
+
 @pytest.mark.parametrize("data", [b"", b"not numpy", b"\x93NUMPY\x01\x00\xff\xff{", b"\x93NUMPY\x01\x00\x04\x00{1:2"])
 def test_what_is_no_npy_file_is_named(tmp_path: Path, data: bytes) -> None:
     write_layout(tmp_path)

@@ -36,7 +36,6 @@ def read_npy_into(path: Path, shape: tuple[int, ...], dtype: str, row: np.ndarra
         size = os.fstat(file.fileno()).st_size
         if size != found.start + row.nbytes:
             raise BadFile(f"{path}: {size} bytes, {found.start + row.nbytes} expected: it was cut off or has a tail")
-        file.seek(found.start)
         read_exactly(file, row.reshape(-1).view(np.uint8).data, path)
 
 
