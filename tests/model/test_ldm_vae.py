@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +77,10 @@ def test_half_of_a_vae_is_none(kept: str, tmp_path: Path) -> None:
     torch.save(table, tmp_path / "vae.pt")
     with pytest.raises(UserError, match="no VAE of latent diffusion's layout in it"):
         read_ldm_vae(tmp_path / "vae.pt", diffusers.AutoencoderKL)
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    save_file(ldm_table(), tmp_path / "vae.safetensors")
+    os.truncate(tmp_path / "vae.safetensors", (tmp_path / "vae.safetensors").stat().st_size - 4)
+    with pytest.raises(UserError, match=r"vae\.safetensors"):
+        read_ldm_vae(tmp_path / "vae.safetensors", diffusers.AutoencoderKL)
