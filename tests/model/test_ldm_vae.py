@@ -63,11 +63,13 @@ def test_levels_layers_and_attention_are_what_the_keys_say(tmp_path: Path) -> No
         table |= {name.replace(old, new): tensor for name, tensor in table.items() if name.startswith(old)}
     gone = ("encoder.down.1.attn.", "quant_conv.", "post_quant_conv.")
     table = {name: tensor for name, tensor in table.items() if not name.startswith(gone)}
+    table["encoder.conv_in.weight"] = table["encoder.conv_in.weight"][:, :1]
     torch.save(table, tmp_path / "vae.pt")
     config = read_ldm_vae(tmp_path / "vae.pt", diffusers.AutoencoderKL).config
     assert (config.layers_per_block, config.latent_channels, config.block_out_channels) == (2, 5, [32, 64])
     assert config.down_block_types == ["DownEncoderBlock2D"] * 2
     assert config.up_block_types == ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]
+    assert (config.in_channels, config.out_channels, config.scaling_factor) == (1, 3, 1.0)
     assert not config.use_quant_conv and not config.use_post_quant_conv
 
 
@@ -76,6 +78,25 @@ def test_half_of_a_vae_is_none(kept: str, tmp_path: Path) -> None:
     table = {name: tensor for name, tensor in ldm_table().items() if name.startswith(kept)}
     torch.save(table, tmp_path / "vae.pt")
     with pytest.raises(UserError, match="no VAE of latent diffusion's layout in it"):
+        read_ldm_vae(tmp_path / "vae.pt", diffusers.AutoencoderKL)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("encoder.down.1.block.0.conv1.weight"), "block.0.conv1.weight is missing, or no convolution"),
+        (
+            lambda t: t.update({"decoder.conv_in.weight": torch.ones(64)}),
+            "decoder.conv_in.weight is missing, or no con",
+        ),
+        (lambda t: [t.pop(name) for name in list(t) if name.startswith("encoder.down.")], r"keys number \[\] of"),
+        (lambda t: [t.pop(name) for name in list(t) if name.startswith("encoder.down.0.")], r"keys number \[1\] of"),
+    ],
+)
+def test_what_the_keys_do_not_tell_is_named(change: Callable[[Table], object], words: str, tmp_path: Path) -> None:
+    change(table := ldm_table())
+    torch.save(table, tmp_path / "vae.pt")
+    with pytest.raises(UserError, match=words):
         read_ldm_vae(tmp_path / "vae.pt", diffusers.AutoencoderKL)
 
 
