@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, UserList
 
 import numpy as np
 import pytest
@@ -44,6 +44,9 @@ def test_numbers_and_arrays_of_objects_are_places_too() -> None:
     inner, number = array_places(data, "x")
     assert np.array_equal(np.frombuffer(data, inner.dtype, 3, inner.start), [0, 1, 2])
     assert number.shape == () and np.frombuffer(data, number.dtype, 1, number.start)[0] == -7
+    alone = array_places(data := pickle.dumps(np.float64(2.5), 4), "x")
+    assert alone.shape == () and np.frombuffer(data, alone.dtype, 1, alone.start)[0] == 2.5
+    assert array_places(pickle.dumps(np.zeros((1,) * 8), 4), "x").shape == (1,) * 8
 
 
 def swapped(old: bytes, new: bytes) -> bytes:
@@ -61,6 +64,8 @@ def swapped(old: bytes, new: bytes) -> bytes:
         (swapped(b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00>"), "byte order >"),
         (swapped(b"_reconstruct", b"_reconstruXt"), "asks for .*_reconstruXt"),
         (pickle.dumps(np.arange(8, dtype=np.complex64), 3), "an array of c8"),
+        (pickle.dumps(np.zeros((1,) * 9), 3), r"shape \(1, 1, 1, 1, 1, 1, 1, 1, 1\) of an array"),
+        (pickle.dumps(UserList(), 3), "asks for 'collections UserList'"),
         (pickle.dumps(OrderedDict(a=1), 3), "asks for 'collections OrderedDict'"),
         (pickle.dumps(np.arange(8.0), 3)[:-9], "not a sound pickle of arrays"),
         (b"", "not a sound pickle of arrays"),
