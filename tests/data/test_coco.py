@@ -179,8 +179,9 @@ def shorten(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        damage("9.npy", None), damage("8_1.npy", None), damage("../empty_context.npy", None),
-        damage("5.npy", -np.ones(SHAPE, np.float32)), damage("5.npy", np.full(SHAPE, -1e3, np.float32)),
+        damage("9.npy", None), damage("11.npy", None), damage("8_1.npy", None),
+        damage("11_2.npy", np.where(np.eye(LENGTH, WIDTH) * np.arange(WIDTH) == 3, np.nan, 1).astype(np.float32)),
+        damage("../empty_context.npy", None), damage("5.npy", -np.ones(SHAPE, np.float32)), damage("5.npy", np.full(SHAPE, -1e3, np.float32)),
         damage("5.npy", np.full(SHAPE, np.nan, np.float32)), damage("5.npy", np.ones((8, 4, 5), np.float32)),
         damage("5.npy", np.array({"a": 1})), damage("8_1.npy", np.zeros((LENGTH, WIDTH + 1), np.float32)),
         damage("8_1.npy", np.full((LENGTH, WIDTH), np.inf, np.float32)),
