@@ -181,7 +181,8 @@ def shorten(folder: Path) -> None:
     [
         damage("9.npy", None), damage("11.npy", None), damage("8_1.npy", None),
         damage("11_2.npy", np.where(np.eye(LENGTH, WIDTH) * np.arange(WIDTH) == 3, np.nan, 1).astype(np.float32)),
-        damage("../empty_context.npy", None), damage("5.npy", -np.ones(SHAPE, np.float32)), damage("5.npy", np.full(SHAPE, -1e3, np.float32)),
+        damage("../empty_context.npy", None),
+        damage("5.npy", -np.ones(SHAPE, np.float32)), damage("5.npy", np.full(SHAPE, -1e3, np.float32)),
         damage("5.npy", np.full(SHAPE, np.nan, np.float32)), damage("5.npy", np.ones((8, 4, 5), np.float32)),
         damage("5.npy", np.array({"a": 1})), damage("8_1.npy", np.zeros((LENGTH, WIDTH + 1), np.float32)),
         damage("8_1.npy", np.full((LENGTH, WIDTH), np.inf, np.float32)),
@@ -216,7 +217,7 @@ def test_a_file_of_the_other_kind_is_found_wherever_it_lies(tmp_path: Path, monk
         records.gather(np.array([4, 5]))
 
 
-@pytest.mark.parametrize("name", ["1.npy", "1_0.npy", "empty_context.npy"])
+@pytest.mark.parametrize("name", ["1.npy", "1_0.npy", "11_2.npy", "empty_context.npy"])
 def test_a_resume_notices_a_changed_file_of_moments_or_states_but_takes_a_copy(name: str, tmp_path: Path) -> None:
     folder = write_layout(tmp_path / "coco")
     with closing(CocoSet(folder)) as records:
