@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; UserError for what does not go together, SystemExit(2) for bad flags."""
-    given = parser().parse_args(arguments)
+    given = parser().parse_intermixed_args(arguments)
     if given.target is None and (unused := [name for name in TARGETS if getattr(given, name)]):
         raise UserError(f"--{unused[0].replace('_', '-')}: without a target nothing is written")
     if given.private and not given.push:

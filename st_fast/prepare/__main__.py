@@ -136,7 +136,7 @@ def as_typed(option: str, value: object) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
-    args = parser().parse_args(arguments)
+    args = parser().parse_intermixed_args(arguments)
     needed = 1 if args.verify or args.stats or args.text else 2
     if len(args.paths) != needed:
         raise UserError(f"{needed} path{'s' * (needed - 1)} needed, got {len(args.paths)}: see --help")

@@ -51,7 +51,7 @@ def _need_places(out: Path | None, export: Path | None) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Reads run folders and writes their report; UserError names what is missing or broken."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     _need_places(options.out, options.export)
     if options.dry_run:
         runs = read_runs(options.runs)

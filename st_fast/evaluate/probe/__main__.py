@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> None:
     """Probes every trained stage of the runs named; UserError for what is missing or can't be compared."""
-    given = parser().parse_args(arguments)
+    given = parser().parse_intermixed_args(arguments)
     for run in given.runs:
         need_model(run)
     need_each_once(given.runs)
