@@ -18,11 +18,11 @@ from st_fast.core.writing import save_pretrained
 from st_fast.data.layouts.records import SD_SCALE
 from st_fast.data.manifest import Manifest
 from st_fast.data.shards import read_any_manifest
-from st_fast.model.autoencoders import Pixels, autoencoder
+from st_fast.model.autoencoders import VAE, Pixels, autoencoder
 from st_fast.model.formats.loaded_state import heads, trunk
 from st_fast.model.load import DIFFUSERS_WEIGHTS, WEIGHTS, Published, TextStates, write_pretrained
 from st_fast.model.stored import ModelSource
-from st_fast.model.vae import load_vae, tensors_hash, vae_hash
+from st_fast.model.vae import NO_NORMALISATION, has_hash, load_vae, tensors_hash, vae_hash
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
 
@@ -66,11 +66,16 @@ def latents_of(origin: ModelSource) -> LatentSpace | None:
     From the data that a run was trained on, if it is still there; else what its own files say, or what is usual for
     the channels.
     """
-    if found := data_of(origin):
-        return found[1].space
+    if told := told_latents(origin):
+        return told
     usual = origin.run is None and origin.loaded.config.channels == 4  # of SD's VAE, in other projects' checkpoints
-    otherwise = LatentSpace("sd-vae-ft-mse", "", Normalisation(SD_SCALE, 0.0)) if usual else None
-    return origin.loaded.latents or otherwise
+    return LatentSpace("sd-vae-ft-mse", "", Normalisation(SD_SCALE, 0.0)) if usual else None
+
+
+def told_latents(origin: ModelSource) -> LatentSpace | None:
+    """What the run's data or the model's own files say of its latents; None where only a guess is left."""
+    found = data_of(origin)
+    return found[1].space if found else origin.loaded.latents
 
 
 def own_vae(origin: ModelSource) -> str | None:
@@ -145,8 +150,9 @@ def write_diffusers(
 ) -> None:
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the others.
 
-    UserError if the folder is there, if the VAE can't be had, has other channels or was given other images, or if the
-    text encoder can't be had or isn't the one that the model was trained with.
+    UserError if the folder is there, if the VAE can't be had, has other channels or another normalisation than the
+    model's latents, or was given other images, or if the text encoder can't be had or isn't the one that the model was
+    trained with.
     """
     latents, vae_folder = latents_of(origin), own_vae(origin)
     vae_name = (Path(vae).name if Path(vae).is_dir() else vae) if vae else latents.vae if latents else ""
@@ -158,6 +164,8 @@ def write_diffusers(
             raise UserError(f"--vae {source}: {kind.channels} channels, the model has {channels}")
         if type(decoder).__name__ not in (*DECODED, Pixels.__name__):
             raise UserError(f"VAE {vae_name}: the pipeline's code decodes {', '.join(DECODED)} alone")
+        if vae:
+            latents = _decoded_by(decoder, vae, vae_name, told_latents(origin), latents)
         latents = latents or LatentSpace(vae_name, vae_hash(decoder), kind.normalisation)
         if isinstance(decoder, Pixels):
             decoder = None  # the pipeline shows pixels by itself
@@ -186,6 +194,23 @@ def write_diffusers(
             config = read_json(writing / "vae" / "config.json")
             config.pop("_name_or_path", None)  # where on this machine the VAE was read from
             write_json_atomic(writing / "vae" / "config.json", config)
+
+
+def _decoded_by(
+    decoder: VAE, vae: str, name: str, told: LatentSpace | None, usual: LatentSpace | None
+) -> LatentSpace | None:
+    """The latents of a pipeline with the VAE `vae`: those that the model tells of, else the VAE's own, else the usual.
+
+    UserError where the model's are normalised in another way than the VAE's, whose images would be wrong.
+    """
+    own = autoencoder(decoder).normalisation
+    if own == NO_NORMALISATION:
+        return told or usual
+    if told is None:
+        return LatentSpace(name, vae_hash(decoder), own)
+    if differing := [] if has_hash(decoder, told.vae_hash) else own.differences(told.normalisation):
+        raise UserError(f"--vae {vae}: no decoder of the model's latents: {', '.join(differing)}")
+    return told
 
 
 def index(origin: ModelSource, components: Mapping[str, list[str | None]]) -> dict[str, Any]:

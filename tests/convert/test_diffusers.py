@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,28 @@ def test_without_a_vae_the_place_is_left_open(tmp_path):
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["vae"] == [None, None] and index["transformer"] == ["sit_transformer", "SiTTransformer"]
     assert "st_fast.core.random" not in (tmp_path / "pipe" / "pipeline.py").read_text()
+
+
+def scaled(vae: Path, folder: Path, scale: float) -> Path:
+    """The same VAE with another scaling_factor in its config."""
+    shutil.copytree(vae, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"scaling_factor": scale}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_file_that_tells_no_scale_gets_that_of_the_vae_that_is_named(vae, tmp_path):
+    foreign.repa_checkpoint(tmp_path / "last.pt")
+    own = scaled(vae, tmp_path / "own", 0.83)
+    main([str(tmp_path / "last.pt"), "--to", "diffusers", str(tmp_path / "pipe"), "--vae", str(own)])
+    config = json.loads((tmp_path / "pipe" / "transformer" / "config.json").read_text())
+    assert (config["latent_scale"], config["vae"]) == (0.83, "own")
+
+
+def test_a_vae_of_another_scale_than_the_model_tells_is_refused(vae, tmp_path):
+    foreign.repa_checkpoint(tmp_path / "last.pt")
+    own = scaled(vae, tmp_path / "own", 0.83)
+    main([str(tmp_path / "last.pt"), str(tmp_path / "hf"), "--to", "huggingface"])
+    with pytest.raises(UserError, match=r"no decoder of the model's latents: scale 0.83 \(0.18215\)"):
+        main([str(tmp_path / "hf"), str(tmp_path / "pipe"), "--to", "diffusers", "--vae", str(own)])
+    assert not (tmp_path / "pipe").exists()
