@@ -80,7 +80,8 @@ def _pretrained(name: str, variant: str | None) -> VAE:
     """Of a folder, a preset or a hub name, in float32."""
     source = name if Path(name).is_dir() else PRESETS.get(name, name)
     refusal = (
-        f"{source} can't be had from the hub; without a network name a folder that holds it, or small or pixels"
+        f"{source} can't be had from the hub; without a network name a folder that holds it "
+        "(to prepare images, small or pixels)"
         if name in PRESETS
         else f"neither a folder with an autoencoder ({', '.join(LOADED)}) in safetensors, "
         f"nor a file in latent diffusion's layout, nor one of "
