@@ -20,6 +20,7 @@ from .conftest import run
         (["--verify", "{in}", "{out}"], "1 path needed, got 2"),
         (["--verify", "--stats", "{out}"], "not allowed with argument"),
         (["{in}", "{out}", "--size", "0"], "--size 0: at least 1"),
+        (["{in}", "--size", "7", "{out}", "--vae", "{in}"], "neither a folder with an autoencoder"),
         (["{in}", "{out}", "--size", "big"], "--size big: an integer is needed"),
         (["{in}", "{out}", "--colour", "red"], "--colour is unknown"),
         (["{in}", "{out}", "--vae", "{in}", "--size", "16"], "neither a folder with an autoencoder"),
