@@ -118,21 +118,30 @@ def test_the_optimisers_gate_stops_a_step_that_differs(monkeypatch):
 
 
 def test_a_calls_overhead_is_that_of_the_call_alone(monkeypatch):
-    """A call that waits for two milliseconds more costs two milliseconds more, whatever is around it."""
+    """A call that waits for two milliseconds more costs two milliseconds more, whatever is around it.
+
+    Where others take the processor a difference of times may be anything: one of several measurements has to show it.
+    """
     monkeypatch.setattr(ops, "HOW", {"eager": ops.HOW["eager"]})
     few = Effort(rounds=3, seconds=1.0, least=3, warmup=1)
-    quick = ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"]
     called, sets = ops._tiny("norm_modulate", CPU)
 
     def slow(*arguments):
         time.sleep(2e-3)
         return called(*arguments)
 
-    monkeypatch.setattr(ops, "_tiny", lambda op, device: (slow, sets))
-    slowed = ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"]
-    assert quick["forward"] > 0 and quick["both"] > 0
-    assert 1_900 < slowed["forward"] - quick["forward"] < 4_000
-    assert slowed["both"] - quick["both"] > 1_900
+    measured = []
+    for _ in range(5):
+        costs = []
+        for call in (called, slow):
+            monkeypatch.setattr(ops, "_tiny", lambda op, device, call=call: (call, sets))
+            costs.append(ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"])
+        measured.append(costs)
+        forward, both = (([cost[phase] for cost in costs]) for phase in ("forward", "both"))
+        right = 1_900 < forward[1] - forward[0] < 4_000 and both[1] - both[0] > 1_900
+        if forward[0] > 0 and both[0] > 0 and right:
+            return
+    pytest.fail(f"never 2,000 µs more: {measured}")
 
 
 @pytest.mark.parametrize("how", ops.HOW)
