@@ -34,7 +34,7 @@ def read_pickled(path: Path, unread: Choice | None = None) -> Any:
     """The content of a `torch.save` file; tensors on the CPU. UserError in one line for whatever can't be read.
 
     A checkpoint has several tables, each of gigabytes: under a key that `unread` names the tensors of a table become
-    meta ones, which take no memory, and whatever else holds tensors there is left out.
+    meta ones, which take no memory, and whatever else may hold tensors there becomes None.
     """
     path = Path(path)
     try:
@@ -136,15 +136,17 @@ def _streamed(path: Path, unread: Choice) -> Any:
 
 
 def _without(content: Any, unread: Choice) -> Any:
-    """The content without the values under the keys that are not needed."""
+    """The content without what holds tensors under the keys that are not needed."""
     for key in unread(content) if isinstance(content, dict) else ():
         kept = content[key] if isinstance(content[key], Mapping) else {}
-        content[key] = {
-            name: item.to("meta") if isinstance(item, Tensor) else item
-            for name, item in kept.items()
-            if not isinstance(item, HOLDERS)
-        }
+        content[key] = {name: _emptied(item) for name, item in kept.items()}
     return content
+
+
+def _emptied(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return item.to("meta")
+    return None if isinstance(item, HOLDERS) else item
 
 
 def _storages(content: Any) -> set[int]:

@@ -349,6 +349,15 @@ def test_what_stands_in_a_file_once_is_read_whatever_is_asked_for(tmp_path: Path
     assert all(torch.equal(found.ema[key], shared[key]) for key in shared)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_set_of_weights_that_is_not_asked_for_still_must_hold_tensors_alone(zipped: bool, tmp_path: Path) -> None:
+    for wrong in ({"shadow": weights()}, weights() | {"extra": [torch.ones(2)]}):
+        content = {"model": wrong, "ema": weights()}
+        torch.save(content, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=r"in\.pt model holds more than tensors: \['(shadow|extra)'\]"):
+            import_file(tmp_path / "in.pt", "repa", 2, 5, only="ema")
+
+
 @pytest.mark.parametrize(
     ("rows", "said", "expected"),
     [
