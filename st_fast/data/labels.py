@@ -91,7 +91,10 @@ def by_json(
             )
         known.append(label)
     if not known:
-        raise UserError(f"{files.where}: {key} is null in all {len(labels)} .json files; {UNLABELLED_HINT}")
+        raise UserError(
+            f"{files.where}: {key} is null in all {len(labels)} .json files; --label-column names another key, "
+            f"{UNLABELLED_HINT}"
+        )
     names = numbered_names(label for label in known if isinstance(label, str))
     number = {name: i for i, name in enumerate(names)}
     return [-1 if label is None else label if isinstance(label, int) else number[label] for label in labels], names

@@ -196,6 +196,8 @@ def to_repa(args: argparse.Namespace) -> None:
 
 def open_images(args: argparse.Namespace) -> tuple[Source, list[Sequence[str]]]:
     """The images to encode, and the captions of each if these are asked for."""
+    if args.vae_variant is not None and args.vae in ("small", *PIXELS):
+        raise UserError(f"--vae-variant {args.vae_variant}: --vae {args.vae} has no variants of weights; leave it out")
     columns, say = (args.image_column or "", args.label_column or ""), say_once()
     source = open_source(args.paths[0], args.subset, bool(args.captions), args.unlabelled, *columns)
     say_classes(source, args.max_bad, say)

@@ -48,8 +48,6 @@ def the_vae(args: argparse.Namespace, source: Source, out: Path) -> tuple[VAE, V
 
     One that is not on the hub, trained here or from a local folder, is kept in OUT/vae, so that the set is complete.
     """
-    if args.vae_variant is not None and args.vae in ("small", *PIXELS):
-        raise UserError(f"--vae-variant {args.vae_variant}: --vae {args.vae} has no variants of weights; leave it out")
     if args.vae != "small":
         return given_vae(args)
     device, dtype = compute(args)

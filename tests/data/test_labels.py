@@ -228,10 +228,13 @@ def test_an_image_whose_label_is_null_has_none_and_can_not_be_read(
 
 def test_labels_that_are_all_null_are_told_as_an_unlabelled_set(tmp_path: Path) -> None:
     for make, words in (
-        (lambda path: sources.webdataset_shards(path, [None] * 4, "json"), r"label is null in all 4 \.json files"),
+        (
+            lambda path: sources.webdataset_shards(path, [None] * 4, "json"),
+            r"label is null in all 4 \.json files; --label-column names another key",
+        ),
         (lambda path: sources.edm_folder(path, [None] * 4), r"dataset\.json: the label of every file is null"),
     ):
-        with pytest.raises(UserError, match=rf"{words}.*; --unlabelled takes all images as one class"):
+        with pytest.raises(UserError, match=rf"{words}.*[;,] --unlabelled takes all images as one class"):
             open_source(make(tmp_path / words[:3]))
 
 

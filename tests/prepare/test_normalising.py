@@ -384,6 +384,9 @@ def test_names_that_have_no_weights_have_no_variants(images: torch.Tensor, tmp_p
         with pytest.raises(UserError, match=f"--vae-variant fp16: --vae {name} has no variants"):
             prepare(tmp_path, "out", Path(name), "--vae-variant", "fp16")
     assert not (tmp_path / "out").exists()
+    prepare(tmp_path, "out", Path("pixels"))
+    with pytest.raises(UserError, match="--vae-variant fp16: --vae pixels has no variants"):
+        prepare(tmp_path, "out", Path("pixels"), "--vae-variant", "fp16")
 
 
 def test_sizes_that_an_autoencoder_can_not_encode_are_refused(images: torch.Tensor, tmp_path: Path) -> None:
