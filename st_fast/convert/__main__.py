@@ -27,7 +27,7 @@ from pathlib import Path
 
 from st_fast.convert import hub
 from st_fast.convert.exporting import export_file
-from st_fast.convert.folders import write_diffusers, write_huggingface, write_stage
+from st_fast.convert.folders import decodes, write_diffusers, write_huggingface, write_stage
 from st_fast.convert.text import check_empty_context, with_empty_context
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import shown
@@ -137,6 +137,8 @@ def main(arguments: Sequence[str]) -> None:
         except OSError as error:  # nothing is left of what was begun
             raise RunFailed(f"{given.target}: can't be written ({error})") from None
         print(f"{given.target}: written as {form}")
+        if form == "diffusers" and not decodes(given.target, origin):
+            print("warning: without a VAE the pipeline gives latents, no images; --vae FOLDER puts one in")
         if form == "diffusers" and origin.loaded.config.network == "mmdit" and not given.text_encoder:
             print("warning: without a text encoder the pipeline reads no prompts; --text-encoder FOLDER puts one in")
     if form == "stage":

@@ -196,6 +196,11 @@ def write_diffusers(
             write_json_atomic(writing / "vae" / "config.json", config)
 
 
+def decodes(folder: Path, origin: ModelSource) -> bool:
+    """Whether the pipeline of `write_diffusers` gives images: by its VAE, or because it draws pixels."""
+    return (folder / "vae").is_dir() or origin.loaded.config.channels in (1, 3)
+
+
 def _decoded_by(
     decoder: VAE, vae: str, name: str, told: LatentSpace | None, usual: LatentSpace | None
 ) -> LatentSpace | None:
@@ -209,7 +214,7 @@ def _decoded_by(
     if told is None:
         return LatentSpace(name, vae_hash(decoder), own)
     if differing := [] if has_hash(decoder, told.vae_hash) else own.differences(told.normalisation):
-        raise UserError(f"--vae {vae}: no decoder of the model's latents: {', '.join(differing)}")
+        raise UserError(f"--vae {vae}: no decoder of the model's latents (in brackets): {', '.join(differing)}")
     return told
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from st_fast.core.command import is_hub_name
 from st_fast.core.errors import Say, UserError, counted
 from st_fast.core.files import printable, read_json
 from st_fast.core.progress import bar
@@ -137,7 +138,9 @@ def describe(records: RecordSet) -> str:
     unit = f"  with scale {made.scale / std:.5f} the std would be 1" if std else ""
     lines.append(f"    all  {mean:8.4f}  {std:8.4f}{unit}")
     told = found.warning(made)
-    lines.append(f"warning: {told}" if told else "about mean 0 and std 1, as training expects")
+    lines.append(
+        f"warning: {told}" if told else f"about mean 0 and std 1 ({mean:.2f} and {std:.2f}), as training expects"
+    )
     return "\n".join([*lines, counts_line(records.labels, made.num_classes, made.class_names)])
 
 
@@ -290,7 +293,8 @@ def same_names(asked: str, made: VaeInfo, out: Path) -> tuple[str, str]:
     """The set's VAE and the wanted one, under one name where they are the same VAE."""
     if not made.name or Path(asked).resolve() == (out / VAE_FOLDER).resolve():
         return asked, asked
-    if made.path == VAE_FOLDER and asked != made.name:  # came from the disk, where it may be elsewhere by now
+    on_hub = is_hub_name(Path(asked))
+    if made.path == VAE_FOLDER and asked != made.name and not on_hub:  # came from the disk, may be elsewhere by now
         return made.name, Path(asked).resolve().name
     return PRESETS.get(made.name, made.name), PRESETS.get(asked, asked)
 

@@ -163,7 +163,7 @@ def decoder(
     if vae and not has_hash(loaded, made.hash) and kind.normalisation != NO_NORMALISATION:
         differing += kind.normalisation.differences(manifest.normalisation)
     if differing:
-        raise UserError(f"{where}: no decoder of the latents in {folder}: {', '.join(differing)}")
+        raise UserError(f"{where}: no decoder of the latents in {folder} (in brackets): {', '.join(differing)}")
     if made.hash and not has_hash(loaded, made.hash):
         if not vae:
             found = vae_hash(loaded)

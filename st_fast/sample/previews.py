@@ -112,11 +112,18 @@ def draw_grid(sampler: Sampler, path: Path, record: Record) -> None:
 def sheet(images: Tensor, labels: Sequence[int], prompts: Prompts | None) -> Tensor:
     """Samples as one picture (H', W', 1 or 3); drawn from text, each above its prompt."""
     if prompts is None:
-        return grid(images)
+        return grid(images, class_columns(labels))
     count = len(prompts.texts)
     fitting = count if count < GRID_COLUMNS else next((n for n in range(GRID_COLUMNS, 4, -1) if count % n == 0), 0)
     columns = fitting if fitting and len(images) > count else GRID_COLUMNS  # a prompt's samples in one column
     return captioned_grid(images, [prompts.texts[label] for label in labels], columns)
+
+
+def class_columns(labels: Sequence[int]) -> int:
+    """How many columns put each class into columns of its own, where samples are of few classes in turn."""
+    periods = range(1, min(GRID_COLUMNS, len(labels) - 1) + 1)
+    period = next((n for n in periods if labels[n:] == labels[:-n]), 1)
+    return GRID_COLUMNS // period * period
 
 
 def draw_interpolation(sampler: Sampler, ends: tuple[int, int], path: Path, record: Record) -> None:

@@ -128,7 +128,7 @@ def test_a_vae_of_other_channels_is_refused(vae, tmp_path):
     assert not (tmp_path / "pipe").exists()
 
 
-def test_pixels_need_no_vae(tmp_path):
+def test_pixels_need_no_vae(tmp_path, capsys):
     from dataclasses import replace
 
     foreign.repa_checkpoint(tmp_path / "last.pt", replace(foreign.TINY, channels=3))
@@ -136,14 +136,16 @@ def test_pixels_need_no_vae(tmp_path):
     assert not (tmp_path / "pipe" / "vae").exists()
     config = json.loads((tmp_path / "pipe" / "transformer" / "config.json").read_text())
     assert (config["latent_scale"], config["vae"]) == (2.0, "pixels")
+    assert "warning" not in capsys.readouterr().out
 
 
-def test_without_a_vae_the_place_is_left_open(tmp_path):
+def test_without_a_vae_the_place_is_left_open(tmp_path, capsys):
     foreign.repa_checkpoint(tmp_path / "last.pt")
     main([str(tmp_path / "last.pt"), str(tmp_path / "pipe"), "--to", "diffusers"])
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     assert index["vae"] == [None, None] and index["transformer"] == ["sit_transformer", "SiTTransformer"]
     assert "st_fast.core.random" not in (tmp_path / "pipe" / "pipeline.py").read_text()
+    assert "warning: without a VAE the pipeline gives latents, no images" in capsys.readouterr().out
 
 
 def scaled(vae: Path, folder: Path, scale: float) -> Path:
@@ -166,6 +168,6 @@ def test_a_vae_of_another_scale_than_the_model_tells_is_refused(vae, tmp_path):
     foreign.repa_checkpoint(tmp_path / "last.pt")
     own = scaled(vae, tmp_path / "own", 0.83)
     main([str(tmp_path / "last.pt"), str(tmp_path / "hf"), "--to", "huggingface"])
-    with pytest.raises(UserError, match=r"no decoder of the model's latents: scale 0.83 \(0.18215\)"):
+    with pytest.raises(UserError, match=r"no decoder of the model's latents \(in brackets\): scale 0.83 \(0.18215\)"):
         main([str(tmp_path / "hf"), str(tmp_path / "pipe"), "--to", "diffusers", "--vae", str(own)])
     assert not (tmp_path / "pipe").exists()

@@ -87,6 +87,17 @@ def misunderstood(name: str, rest: str) -> str:
     return ""
 
 
+def not_runnable(text: str) -> list[str]:
+    """The modules of `python -m st_fast.NAME` in a page that `python -m` does not run."""
+    found = []
+    for name in set(re.findall(r"-m st_fast\.([a-z][\w.]*\w)", text)):
+        spec = importlib.util.find_spec(f"st_fast.{name}")
+        package = spec is not None and spec.submodule_search_locations is not None
+        if spec is None or (package and importlib.util.find_spec(f"st_fast.{name}.__main__") is None):
+            found.append(name)
+    return found
+
+
 def has_module(path: str) -> bool:
     """Whether a/b/c is a module, or a name in one."""
     return any(
@@ -114,6 +125,7 @@ def test_every_link_leads_to_a_file_and_to_a_heading_in_it(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_command_is_understood(page: Path) -> None:
+    assert not_runnable(page.read_text("utf-8")) == []
     problems = {f"{name}{rest}": misunderstood(name, rest) for name, rest in commands(page.read_text("utf-8"))}
     assert {command: problem for command, problem in problems.items() if problem} == {}
 

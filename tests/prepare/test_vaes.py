@@ -35,7 +35,13 @@ def test_a_vae_of_another_name_is_the_same_where_it_is_the_same(tmp_path: Path) 
     ):
         found, wanted = commands.same_names(asked, made, out)
         assert found == wanted, (asked, made)
-    for asked, made in (("sd-vae-ft-ema", hub), ("mine", hub), ("small", local), ("pixels", local)):
+    for asked, made in (
+        ("sd-vae-ft-ema", hub),
+        ("mine", hub),
+        ("small", local),
+        ("pixels", local),
+        ("org/mine", local),
+    ):
         found, wanted = commands.same_names(asked, made, out)
         assert found != wanted, (asked, made)
 

@@ -455,7 +455,7 @@ def test_a_model_of_text_without_data_reads_prompts(
     theirs = images_of(tmp_path / "model", tmp_path / "theirs", *how, *settings, *vae, "--text-encoder", "x")
     assert np.abs(ours.astype(int) - theirs).max() <= 1  # states are not rounded to float16
     assert ours.std() > 3 and encoder.given[-1][0] == "x"
-    with pytest.raises(UserError, match=r"no decoder of the latents in .*model: scale 2 \(20\)"):
+    with pytest.raises(UserError, match=r"no decoder of the latents in .*model \(in brackets\): scale 2 \(20\)"):
         sample.main([str(tmp_path / "model"), "--prompt", "a", "--vae", "pixels", "--text-encoder", "x"])
     with pytest.raises(UserError, match=r"no prompt; --prompt or --prompts, or a data folder with captions"):
         sample.main([str(tmp_path / "model"), "--vae", "pixels"])

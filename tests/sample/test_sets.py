@@ -19,7 +19,7 @@ from st_fast.sample import __main__ as sample
 from st_fast.sample.draw import NAMED, balanced, draw_of, known_as, names_in_turn, read_labels
 from st_fast.sample.guided import sample as draw_samples
 from st_fast.sample.model import Sampler, sampling
-from st_fast.sample.previews import free_name, save_png
+from st_fast.sample.previews import class_columns, free_name, save_png
 from st_fast.sample.set import SampleSet, draw_set, open_npz, write_npz
 from tests.sample.tiny_run import command, make_run
 
@@ -365,3 +365,14 @@ def test_a_class_may_have_commas_in_its_name():
     assert read_labels(asked, 4, names).cycle == (0, 3, 1, 1, 2, 0)
     with pytest.raises(UserError, match="--labels great white shark: "):
         read_labels("great white shark", 4, names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns"),
+    [
+        ([0, 1, 2] * 5, 9), ([3, 0, 1, 2] * 8, 8), ([0, 1] * 3 + [0], 10), ([*range(7)] * 2, 7), ([*range(10)] * 2, 10),
+        ([5] * 7, 10), ([*range(32)], 10), ([0, 1, 1, 0, 2, 1, 0, 0, 1, 2, 2, 1], 10), ([1], 10), ([], 10),
+    ],
+)  # fmt: skip
+def test_each_of_few_classes_in_turn_has_columns_of_its_own(labels, columns):
+    assert class_columns(labels) == columns
