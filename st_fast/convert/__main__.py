@@ -27,7 +27,7 @@ from pathlib import Path
 
 from st_fast.convert import hub
 from st_fast.convert.exporting import export_file
-from st_fast.convert.folders import decodes, write_diffusers, write_huggingface, write_stage
+from st_fast.convert.folders import assumed, decodes, write_diffusers, write_huggingface, write_stage
 from st_fast.convert.text import check_empty_context, with_empty_context
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import shown
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", help="of a run (default: the last one that was trained)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="for forms that hold one set (default: ema)")
     parser.add_argument(
-        "--vae", type=given, help="a folder or hub name, put into a diffusers folder (default: the data's own)"
+        "--vae", type=given, help="whose the latents are (default: the data's own); put into a diffusers folder"
     )
     parser.add_argument(
         "--text-encoder", type=given, help="a folder or hub name, put into a diffusers folder of a model of text"
@@ -88,8 +88,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if given.weights and (given.to == "stage" or given.target.suffix == ".pt"):
         raise UserError(f"--weights {given.weights}: {given.target} will hold both, the raw weights and their average")
     given.weights = given.weights or "ema"
-    if given.vae and given.to != "diffusers":
-        raise UserError("--vae: only --to diffusers takes one")
+    if given.vae and given.to not in ("huggingface", "diffusers"):
+        raise UserError("--vae: only --to huggingface and --to diffusers take one")
     if given.text_encoder and given.to != "diffusers":
         raise UserError("--text-encoder: only --to diffusers takes one")
     if given.push and given.to not in ("huggingface", "diffusers"):
@@ -137,6 +137,8 @@ def main(arguments: Sequence[str]) -> None:
         except OSError as error:  # nothing is left of what was begun
             raise RunFailed(f"{given.target}: can't be written ({error})") from None
         print(f"{given.target}: written as {form}")
+        if form in ("huggingface", "diffusers") and (usual := assumed(origin, given.vae)):
+            print(f"note: the latents are taken for those of {usual}; --vae names another VAE")
         if form == "diffusers" and not decodes(given.target, origin):
             print("warning: without a VAE the pipeline gives latents, no images; --vae FOLDER puts one in")
         if form == "diffusers" and origin.loaded.config.network == "mmdit" and not given.text_encoder:
@@ -164,7 +166,7 @@ def write(given: argparse.Namespace, form: str, origin: ModelSource) -> None:
     if form == "stage":
         write_stage(origin, target)
     elif form == "huggingface":
-        write_huggingface(origin, given.weights, name, target)
+        write_huggingface(origin, given.weights, name, given.vae, target)
     elif form == "diffusers":
         write_diffusers(origin, given.weights, name, given.vae, given.text_encoder, target)
     else:

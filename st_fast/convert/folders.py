@@ -78,6 +78,12 @@ def told_latents(origin: ModelSource) -> LatentSpace | None:
     return found[1].space if found else origin.loaded.latents
 
 
+def assumed(origin: ModelSource, vae: str | None) -> str:
+    """Whose latents a model is taken to be trained on where nothing says so; "" where `vae` does, or it is known."""
+    usual = None if vae or told_latents(origin) else latents_of(origin)
+    return f"{usual.vae}, as is usual for {origin.loaded.config.channels} channels" if usual else ""
+
+
 def own_vae(origin: ModelSource) -> str | None:
     """The folder of the VAE that lies in a run's data, if one does.
 
@@ -126,12 +132,19 @@ def _write_model(
     write_pretrained(folder, tensors, published, name, also)
 
 
-def write_huggingface(origin: ModelSource, weights: str, name: str, folder: Path) -> None:
-    """config.json, model.safetensors and README.md; UserError if the folder is there."""
+def write_huggingface(origin: ModelSource, weights: str, name: str, vae: str | None, folder: Path) -> None:
+    """config.json, model.safetensors and README.md.
+
+    `vae` says whose the latents are, where the model does not. UserError if the folder is there, or if the VAE can't be
+    had or does not fit.
+    """
     latents = latents_of(origin)
+    if vae:
+        latents = _decoded_by(_fitting(vae, origin), vae, _name_of(vae), told_latents(origin), latents)
     with write_folder(folder) as writing:
         _write_model(writing, origin, weights, latents, text_of(origin))
-        text = card(origin, weights, "huggingface", name, latents.vae if latents else "", text_of(origin))
+        named = assumed(origin, vae) or (latents.vae if latents else "")
+        text = card(origin, weights, "huggingface", name, named, text_of(origin))
         (writing / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -155,23 +168,21 @@ def write_diffusers(
     trained with.
     """
     latents, vae_folder = latents_of(origin), own_vae(origin)
-    vae_name = (Path(vae).name if Path(vae).is_dir() else vae) if vae else latents.vae if latents else ""
+    vae_name = _name_of(vae) if vae else latents.vae if latents else ""
     source, channels = vae or vae_folder, origin.loaded.config.channels
-    decoder = load_vae(source) if source else None
+    decoder = _fitting(source, origin) if source else None
     if decoder is not None:
-        kind = autoencoder(decoder)
-        if kind.channels != channels:
-            raise UserError(f"--vae {source}: {kind.channels} channels, the model has {channels}")
         if type(decoder).__name__ not in (*DECODED, Pixels.__name__):
             raise UserError(f"VAE {vae_name}: the pipeline's code decodes {', '.join(DECODED)} alone")
         if vae:
             latents = _decoded_by(decoder, vae, vae_name, told_latents(origin), latents)
-        latents = latents or LatentSpace(vae_name, vae_hash(decoder), kind.normalisation)
         if isinstance(decoder, Pixels):
             decoder = None  # the pipeline shows pixels by itself
     scale = latents.normalisation.scale if latents else None
     decodes, network = decoder is not None or channels in (1, 3), origin.loaded.config.network
     reader, text = load_encoder(origin, encoder) if encoder else (None, text_of(origin))
+    named = assumed(origin, source) or vae_name
+    readme = card(origin, weights, "diffusers", name, named, text, decodes, scale, reader is not None)
     with write_folder(folder) as writing:
         components: dict[str, list[str | None]] = {
             "vae": ["diffusers", type(decoder).__name__] if decoder is not None else [None, None]
@@ -181,7 +192,7 @@ def write_diffusers(
         write_json_atomic(writing / "model_index.json", index(origin, components))
         (writing / "transformer").mkdir()
         for place, content in {
-            "README.md": card(origin, weights, "diffusers", name, vae_name, text, decodes, scale, reader is not None),
+            "README.md": readme,
             **standalone(network),
         }.items():
             (writing / place).write_text(content, encoding="utf-8")
@@ -196,24 +207,35 @@ def write_diffusers(
             write_json_atomic(writing / "vae" / "config.json", config)
 
 
+def _name_of(vae: str) -> str:
+    return Path(vae).name if Path(vae).is_dir() else vae
+
+
+def _fitting(vae: str, origin: ModelSource) -> VAE:
+    """A VAE whose latents have as many channels as the model; UserError otherwise."""
+    found, channels = load_vae(vae), origin.loaded.config.channels
+    if (kind := autoencoder(found)).channels != channels:
+        raise UserError(f"--vae {vae}: {kind.channels} channels, the model has {channels}")
+    return found
+
+
 def decodes(folder: Path, origin: ModelSource) -> bool:
     """Whether the pipeline of `write_diffusers` gives images: by its VAE, or because it draws pixels."""
     return (folder / "vae").is_dir() or origin.loaded.config.channels in (1, 3)
 
 
-def _decoded_by(
-    decoder: VAE, vae: str, name: str, told: LatentSpace | None, usual: LatentSpace | None
-) -> LatentSpace | None:
-    """The latents of a pipeline with the VAE `vae`: those that the model tells of, else the VAE's own, else the usual.
+def _decoded_by(decoder: VAE, vae: str, name: str, told: LatentSpace | None, usual: LatentSpace | None) -> LatentSpace:
+    """The latents of a model with the VAE `vae`: those that the model tells of, else the VAE's own.
 
-    UserError where the model's are normalised in another way than the VAE's, whose images would be wrong.
+    A VAE that says no normalisation has the usual one. UserError where the model's are normalised in another way than
+    the VAE's, whose images would be wrong.
     """
     own = autoencoder(decoder).normalisation
-    if own == NO_NORMALISATION:
-        return told or usual
     if told is None:
-        return LatentSpace(name, vae_hash(decoder), own)
-    if differing := [] if has_hash(decoder, told.vae_hash) else own.differences(told.normalisation):
+        how = usual.normalisation if usual and own == NO_NORMALISATION else own
+        return LatentSpace(name, vae_hash(decoder), how)
+    known = own != NO_NORMALISATION and not has_hash(decoder, told.vae_hash)
+    if known and (differing := own.differences(told.normalisation)):
         raise UserError(f"--vae {vae}: no decoder of the model's latents (in brackets): {', '.join(differing)}")
     return told
 

@@ -323,7 +323,7 @@ def test_a_name_on_the_hub_is_loaded_from_its_cache_and_else_told_in_one_line(tm
         (["last.pt", "last.pt"], "exists"),
         (["last.pt", "out", "--to", "repa"], "writes a .pt or .safetensors"),
         (["last.pt", "out.pt", "--to", "stage"], "writes a folder"),
-        (["last.pt", "out", "--vae", "x"], "only --to diffusers"),
+        (["last.pt", "out", "--vae", "x"], "only --to huggingface and --to diffusers"),
         (["last.pt", "out", "--push", "a/b"], "only --to huggingface"),
         (["last.pt", "out", "--to", "huggingface", "--push", "../x"], "OWNER/NAME"),
         (["last.pt", "--heads", "0"], "at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,6 @@ def test_it_is_a_teacher(drawn):
 
 
 def test_a_vae_of_other_channels_is_refused(vae, tmp_path):
-    from dataclasses import replace
-
     foreign.repa_checkpoint(tmp_path / "last.pt", replace(foreign.TINY, channels=3))
     with pytest.raises(UserError, match="4 channels, the model has 3"):
         main([str(tmp_path / "last.pt"), str(tmp_path / "pipe"), "--to", "diffusers", "--vae", str(vae)])
@@ -129,8 +128,6 @@ def test_a_vae_of_other_channels_is_refused(vae, tmp_path):
 
 
 def test_pixels_need_no_vae(tmp_path, capsys):
-    from dataclasses import replace
-
     foreign.repa_checkpoint(tmp_path / "last.pt", replace(foreign.TINY, channels=3))
     main([str(tmp_path / "last.pt"), str(tmp_path / "pipe"), "--to", "diffusers", "--vae", "pixels"])
     assert not (tmp_path / "pipe" / "vae").exists()
@@ -162,6 +159,22 @@ def test_a_file_that_tells_no_scale_gets_that_of_the_vae_that_is_named(vae, tmp_
     main([str(tmp_path / "last.pt"), "--to", "diffusers", str(tmp_path / "pipe"), "--vae", str(own)])
     config = json.loads((tmp_path / "pipe" / "transformer" / "config.json").read_text())
     assert (config["latent_scale"], config["vae"]) == (0.83, "own")
+
+
+def test_whose_latents_a_file_was_trained_on_is_said_or_told_to_be_a_guess(vae, tmp_path, capsys):
+    foreign.repa_checkpoint(tmp_path / "last.pt")
+    own, guess = scaled(vae, tmp_path / "own", 0.83), "sd-vae-ft-mse, as is usual for 4 channels"
+    for name, options, expected, called in (
+        ("guess", [], (0.18215, "sd-vae-ft-mse"), guess), ("said", ["--vae", str(own)], (0.83, "own"), "own"),
+    ):  # fmt: skip
+        main([str(tmp_path / "last.pt"), str(tmp_path / name), "--to", "huggingface", *options])
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["latent_scale"], config["vae"]) == expected
+        assert f"of the VAE {called}" in (tmp_path / name / "README.md").read_text()
+        assert (f"note: the latents are taken for those of {guess}" in capsys.readouterr().out) == (not options)
+    foreign.repa_checkpoint(tmp_path / "three.pt", replace(foreign.TINY, channels=3))
+    with pytest.raises(UserError, match="4 channels, the model has 3"):
+        main([str(tmp_path / "three.pt"), str(tmp_path / "hf3"), "--to", "huggingface", "--vae", str(own)])
 
 
 def test_a_vae_of_another_scale_than_the_model_tells_is_refused(vae, tmp_path):
