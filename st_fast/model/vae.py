@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from st_fast.core.command import is_hub_name
 from st_fast.core.errors import UserError, first_line, how_to_install
 from st_fast.core.files import read_header, read_json, shown
 from st_fast.core.latents import Normalisation
@@ -79,13 +80,12 @@ def load_vae(
 def _pretrained(name: str, variant: str | None) -> VAE:
     """Of a folder, a preset or a hub name, in float32."""
     source = name if Path(name).is_dir() else PRESETS.get(name, name)
+    known = f"{', '.join(LOADED)}) in safetensors, nor a file in latent diffusion's layout, nor one of "
     refusal = (
-        f"{source} can't be had from the hub; without a network name a folder that holds it "
+        f"{source} can't be had from the hub; without a network name a folder or file that holds it "
         "(to prepare images, small or pixels)"
-        if name in PRESETS
-        else f"neither a folder with an autoencoder ({', '.join(LOADED)}) in safetensors, "
-        f"nor a file in latent diffusion's layout, nor one of "
-        f"{', '.join((*PRESETS, *PIXELS))}, nor a hub name that can be reached"
+        if name in PRESETS or is_hub_name(Path(name))
+        else f"neither a folder with an autoencoder ({known}{', '.join((*PRESETS, *PIXELS))}, nor a hub name"
     )
     autoencoder_class()  # whether diffusers is there at all
     where, inner = f"vae = {name!r}", ""
