@@ -294,7 +294,10 @@ def read_weights(root: Path, config: Model, weights: Which) -> Weights:
     say = partial(print, flush=True)
     with naming_lack_of_memory(f"loading {root}"):
         if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
-            return weights_of(read_model(root, say, otherwise=config, only=weights), weights)
+            origin = read_model(root, say, otherwise=config, only=weights)
+            for remark in origin.loaded.remarks:
+                say(f"{origin.path}: {remark}")
+            return weights_of(origin, weights)
         group = "model" if weights == "raw" else "ema"
         if (root / "manifest.json").is_file():
             found: Checkpoint | None = checkpoint.load(root, (group,))

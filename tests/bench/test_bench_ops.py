@@ -130,18 +130,15 @@ def test_a_calls_overhead_is_that_of_the_call_alone(monkeypatch):
         time.sleep(2e-3)
         return called(*arguments)
 
-    measured = []
-    for _ in range(5):
-        costs = []
-        for call in (called, slow):
-            monkeypatch.setattr(ops, "_tiny", lambda op, device, call=call: (call, sets))
-            costs.append(ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"])
-        measured.append(costs)
-        forward, both = (([cost[phase] for cost in costs]) for phase in ("forward", "both"))
-        right = 1_900 < forward[1] - forward[0] < 4_000 and both[1] - both[0] > 1_900
-        if forward[0] > 0 and both[0] > 0 and right:
-            return
-    pytest.fail(f"never 2,000 µs more: {measured}")
+    def measured(call):
+        monkeypatch.setattr(ops, "_tiny", lambda op, device: (call, sets))
+        return ops.measure_overhead("norm_modulate", CPU, few)["us"]["eager"]
+
+    def right(quick, slowed):
+        more = {phase: slowed[phase] - quick[phase] for phase in quick}
+        return min(quick.values()) > 0 and 1_900 < more["forward"] < 4_000 and more["both"] > 1_900
+
+    assert any(right(measured(called), measured(slow)) for _ in range(5))
 
 
 @pytest.mark.parametrize("how", ops.HOW)

@@ -24,6 +24,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import FREE_BYTES
 from st_fast.core.torch_files import read_pickled
 from st_fast.model.formats import import_file
+from st_fast.model.stored import read_weights
 from tests import foreign
 
 
@@ -347,6 +348,22 @@ def test_what_stands_in_a_file_once_is_read_whatever_is_asked_for(tmp_path: Path
     torch.save({"model": shared, "ema": dict(shared)}, tmp_path / "in.pt")
     found = import_file(tmp_path / "in.pt", "repa", 2, 5, only="ema")
     assert all(torch.equal(found.ema[key], shared[key]) for key in shared)
+
+
+@pytest.mark.parametrize(("ema", "kind"), [([1, 2], "list"), (Config(a=1), ".*Config")])
+def test_an_average_that_is_no_table_is_told(
+    ema: object, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be drawn from where nothing else is asked for."""
+    for only in (None, "raw", "ema"):
+        torch.save({"model": weights(), "ema": ema}, tmp_path / "in.pt")
+        (told,) = import_file(tmp_path / "in.pt", "repa", 2, 5, only=only).remarks
+        assert re.fullmatch(f"ema is no table but '{kind}', and is not read: the raw weights stand for it", told)
+    read_weights(tmp_path / "in.pt", foreign.TINY, "ema")  # as for a teacher
+    assert f"in.pt: {told}" in capsys.readouterr().out
+    for without in ({}, {"ema": None}):
+        torch.save({"model": weights()} | without, tmp_path / "in.pt")
+        assert import_file(tmp_path / "in.pt", "repa", 2, 5).remarks == ()
 
 
 @pytest.mark.parametrize("zipped", [True, False])

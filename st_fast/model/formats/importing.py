@@ -57,6 +57,8 @@ def import_file(
     tables, prefixes = _tables(content, path)
     names = list(tables)
     args, ignored = _args(content.get("args"), path)
+    if content.get("ema") is not None and "ema" not in tables:
+        ignored.append(f"ema is no table but {_kind(content['ema'])}, and is not read: the raw weights stand for it")
     if num_classes is not None:
         args["num_classes"] = num_classes
     model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
