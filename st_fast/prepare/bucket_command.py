@@ -79,13 +79,12 @@ def _encode(args: argparse.Namespace, source: Source, ratios: tuple[str, ...], a
         part = part_of(source, found, first=not place)
         encoders[name] = Encoder(part, vae, info, how, size, args.flip, args.dtype, args.batch_size, args.shard_size)
     for name, encoder in encoders.items():
-        elsewhere = sum(skipped_in(out / other, encoders[other]) for other in encoders if other != name)
         images = sum(len(encoder.images_of(number)) for number in range(encoder.shards)[own_share()])
         with progress(f"encoding {name}", images, "image") as shown:
-            run_job(out / name, encoder, args.max_bad, shown.update, elsewhere)
+            run_job(out / name, encoder, args.max_bad, shown.update)
     if all((out / name / FILE_NAME).is_file() for name in used):
         skipped = sum(skipped_in(out / name, encoder) for name, encoder in encoders.items())
-        if skipped > args.max_bad:  # of several processes, or begun with a larger number
+        if skipped > args.max_bad:  # each alone has no more
             raise UserError(f"{out}: {counted(skipped, 'image')} can't be used, --max-bad allows {args.max_bad}")
         write_index(out, list(used))
 

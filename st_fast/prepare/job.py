@@ -61,12 +61,11 @@ def own_share() -> slice:
     return slice(rank(), None, rank_count())
 
 
-def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress, elsewhere: int = 0) -> bool:
+def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress) -> bool:
     """Makes this process's missing shards, and the manifest if those of all processes are there: then it gives True.
 
-    UserError when the folder was begun with other settings, or more than `max_bad` images had to be skipped, with those
-    that were `elsewhere` in the same set; RunFailed when writing fails, as on a full disk. Finished shards stay: the
-    same command goes on from there.
+    UserError when the folder was begun with other settings, or more than `max_bad` images had to be skipped;
+    RunFailed when writing fails, as on a full disk. Finished shards stay: the same command goes on from there.
     """
     if (folder / FILE_NAME).is_file():
         check_finished(folder, producer.fingerprint)
@@ -86,8 +85,8 @@ def run_job(folder: Path, producer: Producer, max_bad: int, progress: Progress, 
             if len(labels):
                 entry = write_shard(folder / entry.file, moments, labels, producer.template)
             write_json_atomic(_note(folder, number), asdict(entry) | {"skipped": skipped})
-            _check_skipped(_notes(folder, producer.shards), folder, max_bad, elsewhere)
-        return _finish(folder, producer, max_bad, elsewhere)
+            _check_skipped(_notes(folder, producer.shards), folder, max_bad)
+        return _finish(folder, producer, max_bad)
     except OSError as error:
         done = sum(is_done(folder, number) for number in range(producer.shards))
         if not done and error.errno in WRONG_PLACE:
@@ -160,14 +159,13 @@ def is_done(folder: Path, number: int) -> bool:
     return size == 0 or (shard.is_file() and shard.stat().st_size == size)
 
 
-def _check_skipped(notes: list[dict[str, Any]], folder: Path, max_bad: int, elsewhere: int) -> dict[str, str]:
-    """The images that were left out, by name with the reason; UserError where all are more than `max_bad`."""
+def _check_skipped(notes: list[dict[str, Any]], folder: Path, max_bad: int) -> dict[str, str]:
+    """The images that were left out, by name with the reason; UserError where they are more than `max_bad`."""
     skipped = {name: why for note in notes for name, why in note["skipped"].items()}
-    if skipped and (count := len(skipped) + elsewhere) > max_bad:
+    if (count := len(skipped)) > max_bad:
         name, why = next(iter(skipped.items()))
-        told = f", {elsewhere} of them elsewhere in the set" if elsewhere else ""
         raise UserError(
-            f"{folder}: {count} images can't be used{told}, --max-bad allows {max_bad}; the first is {name} ({why})"
+            f"{folder}: {count} images can't be used, --max-bad allows {max_bad}; the first is {name} ({why})"
         )
     return skipped
 
@@ -183,7 +181,7 @@ def _notes(folder: Path, shards: int) -> list[dict[str, Any]]:
     return [read_json(path) for path in (_note(folder, number) for number in range(shards)) if path.is_file()]
 
 
-def _finish(folder: Path, producer: Producer, max_bad: int, elsewhere: int) -> bool:
+def _finish(folder: Path, producer: Producer, max_bad: int) -> bool:
     """Writes the manifest if the shards of all processes are there. Two processes that both do write the same.
 
     Whether it did.
@@ -195,7 +193,7 @@ def _finish(folder: Path, producer: Producer, max_bad: int, elsewhere: int) -> b
     if missing:
         tqdm.write(f"{folder}: {len(missing)} of {producer.shards} shards are still to come, from other processes")
         return False
-    skipped = _check_skipped(notes, folder, max_bad, elsewhere)
+    skipped = _check_skipped(notes, folder, max_bad)
     entries = tuple(ShardEntry(**{k: v for k, v in note.items() if k != "skipped"}) for note in notes if note["count"])
     count = sum(entry.count for entry in entries)
     if not count:
