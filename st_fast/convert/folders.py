@@ -179,10 +179,10 @@ def write_diffusers(
         if isinstance(decoder, Pixels):
             decoder = None  # the pipeline shows pixels by itself
     scale = latents.normalisation.scale if latents else None
-    decodes, network = decoder is not None or channels in (1, 3), origin.loaded.config.network
+    gives_images, network = decoder is not None or channels in (1, 3), origin.loaded.config.network
     reader, text = load_encoder(origin, encoder) if encoder else (None, text_of(origin))
     named = assumed(origin, source) or vae_name
-    readme = card(origin, weights, "diffusers", name, named, text, decodes, scale, reader is not None)
+    readme = card(origin, weights, "diffusers", name, named, text, gives_images, scale, reader is not None)
     with write_folder(folder) as writing:
         components: dict[str, list[str | None]] = {
             "vae": ["diffusers", type(decoder).__name__] if decoder is not None else [None, None]

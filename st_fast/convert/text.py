@@ -13,7 +13,7 @@ from st_fast.core.options import ARCHITECTURE_MOST
 from st_fast.core.writing import save_pretrained
 from st_fast.data.text import read_text_manifest
 from st_fast.model.formats.loaded_state import NULL_CONTEXT
-from st_fast.model.load import TextStates
+from st_fast.model.load import UNKNOWN_TEXT, TextStates
 from st_fast.model.stored import ModelSource, alike, text_states
 from st_fast.model.text_encoders import TextEncoder, check_encoder, load_text_encoder
 from st_fast.recipe import load_run
@@ -98,12 +98,12 @@ def text_of(origin: ModelSource) -> TextStates:
     """Whose states the model was trained on, where that is known: from its run's data, its folder, or as published."""
     config = origin.loaded.config
     if config.network == "sit":
-        return TextStates()
+        return UNKNOWN_TEXT
     if origin.run is not None:
         data = load_run(origin.run).data
         try:
             found = read_text_manifest(Path(data.path), data.text)
         except UserError:
-            return TextStates()
+            return UNKNOWN_TEXT
         return TextStates(found.encoder, found.hash, found.mask)
     return text_states(origin)

@@ -25,7 +25,6 @@ HOLDERS = (Mapping, list, tuple, Namespace)
 """What of a pickle's values may hold tensors."""
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
-
 Choice = Callable[[dict[Any, Any]], Collection[str]]
 """A file's content, whose tensors have shapes but no values yet → the keys whose values are not needed."""
 

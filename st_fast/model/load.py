@@ -53,6 +53,7 @@ class TextStates:
 
 
 UNKNOWN_TEXT = TextStates()
+"""Of a model that has no text, or whose encoder nothing names."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _latents(content: dict[str, Any], path: Path) -> LatentSpace | None:
 
 def _text_states(content: dict[str, Any], path: Path) -> TextStates:
     """The keys about text, taken from what config.json has."""
-    usual = TextStates().as_json()
+    usual = UNKNOWN_TEXT.as_json()
     found = {key: content.pop(key, value) for key, value in usual.items()}
     if wrong := [key for key, value in found.items() if type(value) is not type(usual[key])]:
         raise UserError(f"{path}: {wrong[0]} = {shown(found[wrong[0]])}: {type(usual[wrong[0]]).__name__} is needed")

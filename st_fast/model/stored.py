@@ -73,7 +73,7 @@ def read_model(
 ) -> ModelSource:  # fmt: skip
     """Reads the model at `path`; layout, heads and classes are for files that don't tell (see `import_file`).
 
-    Of another project's file with `only` no more is read than is needed for one set of weights.
+    With `only`, no more of another project's file is read than one set of weights needs.
 
     Of a run the last trained stage, or `stage`, and of a stage the newest sound checkpoint. UserError in one line
     for whatever is not there or does not fit.
@@ -306,13 +306,16 @@ def read_weights(root: Path, config: Model, weights: Which) -> Weights:
     if found is None:
         raise UserError(f"no sound checkpoint under {root}")
     where = str(found.path)
-    told = flow_path(found.meta, where), found.step, weights == "ema", latent_space(found.meta, where)
-    return Weights(found.meta.get("architecture", {}), found.groups[group], found.path, *told)
+    return Weights(
+        found.meta.get("architecture", {}), found.groups[group], found.path, flow_path(found.meta, where), found.step,
+        weights == "ema", latent_space(found.meta, where),
+    )  # fmt: skip
 
 
 def weights_of(origin: ModelSource, weights: Which) -> Weights:
     """One set of the weights of a model that was read."""
     loaded = origin.loaded
-    tensors = trunk(loaded.model if weights == "raw" else loaded.ema)
-    told = loaded.path, loaded.step, weights == "ema", loaded.latents
-    return Weights(loaded.config.architecture(), tensors, origin.path, *told)
+    return Weights(
+        loaded.config.architecture(), trunk(loaded.model if weights == "raw" else loaded.ema), origin.path, loaded.path,
+        loaded.step, weights == "ema", loaded.latents,
+    )  # fmt: skip

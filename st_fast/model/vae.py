@@ -80,12 +80,12 @@ def load_vae(
 def _pretrained(name: str, variant: str | None) -> VAE:
     """Of a folder, a preset or a hub name, in float32."""
     source = name if Path(name).is_dir() else PRESETS.get(name, name)
-    known = f"{', '.join(LOADED)}) in safetensors, nor a file in latent diffusion's layout, nor one of "
     refusal = (
         f"{source} can't be had from the hub; without a network name a folder or file that holds it "
         "(to prepare images, small or pixels)"
         if name in PRESETS or is_hub_name(Path(name))
-        else f"neither a folder with an autoencoder ({known}{', '.join((*PRESETS, *PIXELS))}, nor a hub name"
+        else f"neither a folder with an autoencoder ({', '.join(LOADED)}) in safetensors, nor a file in latent "
+        f"diffusion's layout, nor one of {', '.join((*PRESETS, *PIXELS))}, nor a hub name"
     )
     autoencoder_class()  # whether diffusers is there at all
     where, inner = f"vae = {name!r}", ""
@@ -165,10 +165,9 @@ def from_hub(refusal: str, name: str = "") -> Iterator[None]:
     Where the hub has to be asked for `name` a line says so, and whether it answers is known within seconds.
     UserError, `refusal` with the reason, for whatever goes wrong.
     """
-    loggers = {logging.getLogger(name): least for name, least in QUIET.items()}
-    levels = {logger: logger.level for logger in loggers}
-    for logger, least in loggers.items():
-        logger.setLevel(least)
+    levels = {library: logging.getLogger(library).level for library in QUIET}
+    for library, least in QUIET.items():
+        logging.getLogger(library).setLevel(least)
     try:
         with warnings.catch_warnings(action="ignore"):  # of diffusers about its own way of asking the hub
             if name and not Path(name).is_dir():
@@ -177,8 +176,8 @@ def from_hub(refusal: str, name: str = "") -> Iterator[None]:
     except Exception as error:  # diffusers, transformers and the hub raise a dozen kinds; all mean that it can't be had
         raise UserError(f"{refusal} ({first_line(error)})") from None
     finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        for library, level in levels.items():
+            logging.getLogger(library).setLevel(level)
 
 
 def _reach(name: str) -> None:

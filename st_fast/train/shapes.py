@@ -56,8 +56,8 @@ def mean_cost(recipe: Recipe, stage: Stage, records: RecordSet, encoders: float 
         stage_cost(_of_shape(recipe, part.manifest.shape[1], part.manifest.shape[2]), stage, encoders)
         for part in records.parts
     ]
-    parts = ((cost.student, cost.heads, cost.teacher) for cost in found)
-    return StageCost(*np.average(list(parts), axis=0, weights=records.counts).tolist())
+    parts = [(cost.student, cost.heads, cost.teacher) for cost in found]
+    return StageCost(*np.average(parts, axis=0, weights=records.counts).tolist())
 
 
 def _of_shape(recipe: Recipe, height: int, width: int) -> Recipe:

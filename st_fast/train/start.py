@@ -74,8 +74,8 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     known = {key for key in drawn["model"] if key not in kept}
     found = {key: tensor for key, tensor in trunk(loaded.model).items() if key not in known}
     differing = recipe.model.differences(theirs)
-    every = loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq
-    for tensors in {"raw": every[:1], "ema": every[1:2]}.get(only or "", every):
+    every = (loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq)
+    for tensors in every if only is None else (loaded.model if only == "raw" else loaded.ema,):
         check_finite(tensors, where)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named + _fresh_hint(kept, found))

@@ -50,8 +50,8 @@ def import_file(
     """Reads a `.pt` or safetensors file; layout and model follow from keys and shapes where they are not given.
 
     `otherwise` has the heads, classes and tokens of a caption where the file tells them neither by shapes nor by args.
-    With `only` the other set of weights, if a `.pt` has two tables, is left on the meta device, and its optimiser's
-    state out, both unread. UserError in one line for whatever does not fit.
+    With `only`, the optimiser's state is not read, nor of a `.pt` with two tables the other set of weights, which is on
+    the meta device then. UserError in one line for whatever does not fit.
     """
     content, where = read_file(path, only and partial(_unread, only=only)), str(path)
     tables, prefixes = _tables(content, path)
@@ -168,7 +168,7 @@ class Room:
 
 
 def _tables(content: Mapping[str, Any], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str | None]]:
-    """The file's tables by name with plain keys, and the prefix that all keys of each had; None for other ones.
+    """The file's tables by name with plain keys, and the prefix that all keys of each had; None where they differ.
 
     A table that holds a network and its average becomes the two tables "model" and "ema".
     """
