@@ -44,6 +44,10 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
+class Locked(UserError):
+    """Another process writes the folder now."""
+
+
 class _Held(Exception):
     """The lock is another's, whose record this carries. `remedy`: where nobody here can see whether that one lives."""
 
@@ -55,7 +59,7 @@ class _Held(Exception):
 
 @contextmanager
 def run_lock(folder: Path, notice: Say, option: str = "run.out") -> Iterator[Callable[[], None]]:
-    """This process alone writes the folder; a UserError names the holder if there is another.
+    """This process alone writes the folder; Locked, a UserError, names the holder if there is another.
 
     Yields a check to call before something is written: where the file is gone it takes the lock again and tells
     `notice`; RunFailed if another process has it. `notice` also hears of a holder that died. At the end the file is
@@ -67,7 +71,7 @@ def run_lock(folder: Path, notice: Say, option: str = "run.out") -> Iterator[Cal
         try:
             lock.take()
         except _Held as other:
-            raise UserError(
+            raise Locked(
                 f"{folder}: another run is writing here ({other}); stop it or give another {option}{other.remedy}"
             ) from None
         except OSError as error:

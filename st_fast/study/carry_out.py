@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from st_fast import __version__, kernels
 from st_fast.core import checkpoint, random
 from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.files import write_atomic, write_folder
+from st_fast.core.lock import Locked, run_lock
 from st_fast.core.signals import stop_on_signals
 from st_fast.data.buckets import one_shape
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
@@ -32,7 +33,7 @@ from st_fast.recipe import Recipe, load_run, to_toml
 from st_fast.recipe.schema import Model
 from st_fast.report.collect import read_run
 from st_fast.study.plan import Job, Study, jobs
-from st_fast.train.run import run
+from st_fast.train.run import make_on_first_use, run
 
 SHUFFLE = 1 << 40
 """Added to a run's seed for the permutation of its labels, so that it is no epoch's order."""
@@ -41,32 +42,76 @@ LABEL_STD = 0.1
 it does a trained teacher's, so that ω means about as much."""
 RECORDS = 4_096
 """Copied at a time."""
+POLL = 2.0
+"""Seconds between two looks whether another process's runs are done."""
 
 
 def carry_out(study: Study, out: Path, minutes: float) -> None:
     """Runs every job that isn't done. Interrupted when `minutes` are over, or after a signal, with all work saved.
 
-    UserError if a folder holds a run of another recipe than the study's.
+    Several processes with the same study and folder share its runs: each takes one that no other has begun and whose
+    teacher is there, and at the end waits for the others'. UserError if a folder holds a run of another recipe than the
+    study's.
     """
     todo = list(jobs(study, out))
-    left = [job for job in todo if not done(job)]
-    print(f"study {study.name}: {len(todo)} runs, {len(todo) - len(left)} done", flush=True)
+    count = sum(map(done, todo))
+    print(f"study {study.name}: {len(todo)} runs, {count} done", flush=True)
     end = time.monotonic() + 60 * minutes
     # When the time is over, this process asks itself to stop, as a person would: the trainer saves.
     timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
+    waiting = False
     with stop_on_signals() as stop, ExitStack() as at_end:
         timer.start()
         at_end.callback(timer.cancel)
-        for number, job in enumerate(left, start=len(todo) - len(left) + 1):
+        _make_data(todo, out)
+        while left := [job for job in todo if not done(job)]:
+            count = len(todo) - len(left)
             if stop or time.monotonic() >= end:
                 why = f"{minutes:g} minutes are over" if time.monotonic() >= end else stop.name
-                raise Interrupted(f"{why}: {number - 1} of {len(todo)} runs are done; the same command continues")
-            print(f"study {study.name}: run {number} of {len(todo)}: {job.folder}", flush=True)
+                raise Interrupted(f"{why}: {count} of {len(todo)} runs are done; the same command continues")
             try:
-                _run(study, job)
+                took = any(_take(study, out, job, f"{count + 1} of {len(todo)}") for job in _startable(left))
             except Interrupted as error:
-                raise Interrupted(f"{error} ({number - 1} of {len(todo)} runs are done)") from None
+                raise Interrupted(f"{error} ({count} of {len(todo)} runs are done)") from None
+            if not took:
+                if not waiting:
+                    print(f"study {study.name}: waiting for runs of other processes", flush=True)
+                time.sleep(POLL)
+            waiting = not took
+
+
+def _make_data(todo: Sequence[Job], out: Path) -> None:
+    """Makes the data of a recipe that brings its own, in one process while the others wait for it."""
+    while True:
+        try:
+            with run_lock(out / "taken" / "data", print):
+                for job in todo:
+                    make_on_first_use(job.recipe, print)
+                return
+        except Locked:
+            time.sleep(POLL)
+
+
+def _startable(left: Sequence[Job]) -> Iterator[Job]:
+    """Those whose teacher, where they have one, isn't itself left to do."""
+    missing = {(job.seed, job.teacher.name) for job in left if job.teacher is not None}
+    for job in left:
+        if job.arm is None or job.arm.teacher is None or (job.seed, job.arm.teacher.name) not in missing:
+            yield job
+
+
+def _take(study: Study, out: Path, job: Job, number: str) -> bool:
+    """Runs the job, unless it is done by now or another process has it."""
+    try:
+        with run_lock(out / "taken" / f"seed{job.seed}-{job.folder.name}", print):
+            if done(job):
+                return False
+            print(f"study {study.name}: run {number}: {job.folder}", flush=True)
+            _run(study, job)
+            return True
+    except Locked:
+        return False
 
 
 def done(job: Job) -> bool:

@@ -6,13 +6,18 @@ seeds = [0, 1, 2]
 title, notes                  of its section on the page
 baseline = "plain"            the arm whose final score the others have to reach
 reference = "omega5"          the arm with a teacher that the others with one are compared with, step for step
-teacher_steps, student_steps  an arm without a teacher gets both together
+teacher_steps                 of every teacher that doesn't say its own `steps`
+student_steps                 of an arm with a teacher; one without gets both together
+flops                         instead of student_steps: each arm trains until it has spent this, its teacher's training
+                              and forward passes included
 [common.sample]               sections, and [common.stage.NAME] settings, that every run has over the base recipe's
 [[teacher]]                   name, stage; labels = "shuffled"; steps = 0: an untrained network
 [[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings
 """
 
 import copy
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +25,7 @@ from typing import Any, Literal
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import shown
-from st_fast.recipe import Recipe, RecipeError
+from st_fast.recipe import Recipe, RecipeError, cost
 from st_fast.recipe.batch import agreed
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, as_document, parse_toml, read_document, read_text
@@ -31,8 +36,8 @@ ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
 STUDY_KEYS = (
-    "recipe", "like", "seeds", "baseline", "reference", "title", "notes", "teacher_steps", "student_steps", "common",
-    "teacher", "arm",
+    "recipe", "like", "seeds", "baseline", "reference", "title", "notes", "teacher_steps", "student_steps", "flops",
+    "common", "teacher", "arm",
 )  # fmt: skip
 
 
@@ -109,18 +114,28 @@ def read_study(path: Path) -> Study:
     right = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 and seeds.count(s) == 1 for s in seeds)
     _need(bool(right), path, "seeds", seeds, "a list of whole numbers from 0 is needed; each can be used once")
     base = _with_common(read_document(base_path), raw.get("common", {}), path)
-    for key in ("student_steps", "teacher_steps"):
+    budgeted = "flops" in raw
+    _need(not (budgeted and "student_steps" in raw), path, "flops", raw.get("flops"), "student_steps follow from it")
+    for key in ("teacher_steps", *(["student_steps"] * (not budgeted))):
         value = raw.get(key)
         _need(type(value) is int and value >= 1, path, key, value, "a whole number from 1 is needed")
-    taught, own = raw["student_steps"], raw["teacher_steps"]
+    flops, own = raw.get("flops", 0.0), raw["teacher_steps"]
+    right = type(flops) in (int, float) and math.isfinite(flops) and (flops > 0 or not budgeted)
+    _need(right, path, "flops", flops, "a number above 0 is needed")
     teachers = tuple(_teacher({"steps": own} | table, base, path) for table in _tables(raw, "teacher", path))
+    taught = raw.get("student_steps", 1)
     arms = tuple(
-        _arm({"steps": taught + ("teacher" not in table) * own} | table, base, path, teachers)
+        _arm({"steps": 1 if budgeted else taught + ("teacher" not in table) * own} | table, base, path, teachers)
         for table in _tables(raw, "arm", path)
     )
     title, notes = str(raw.get("title", path.stem)), str(raw.get("notes", "")).strip()
     baseline, reference = (_text(raw, key, path) for key in ("baseline", "reference"))
     study = Study(path.stem, title, notes, path, base, base_path, tuple(seeds), baseline, reference, teachers, arms)
+    if budgeted:
+        own_steps = [table.get("name") for table in _tables(raw, "arm", path) if "steps" in table]
+        _need(not own_steps, path, "flops", flops, f"steps of {', '.join(map(str, own_steps))} follow from it")
+        study = replace(study, arms=tuple(_within(study, arm, float(flops)) for arm in arms))
+        arms = study.arms
     names = [arm.name for arm in arms]
     for kind, used in (("arm", names), ("teacher", [teacher.name for teacher in teachers])):
         for name in used:
@@ -156,6 +171,25 @@ def jobs(study: Study, out: Path) -> Iterator[Job]:
                 stage = folder.with_name(f"teacher-{arm.teacher.name}") / arm.teacher.stage["name"]
                 table["teacher"] = stage.as_posix()
             yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}"), arm=arm)
+
+
+def _within(study: Study, arm: Arm, flops: float) -> Arm:
+    """The arm with as many steps as fit `flops` in all, its teacher's training and forward passes among them."""
+    seed, folder, where = study.seeds[0], Path(arm.name), f"{study.path}, arm {arm.name}"
+    spent = 0.0
+    if arm.teacher is not None and arm.teacher.trained:
+        steps = arm.teacher.stage["steps"]
+        spent = _flops(_recipe(study, folder, seed, arm.teacher.stage, f"teacher {arm.teacher.name}"), steps)
+    recipe = _recipe(study, folder, seed, arm.stage | ({"teacher": "./teacher"} if arm.teacher else {}), f"arm {arm.name}")
+    most = int((flops - spent) // (recipe.optim.batch_size * cost.stage_cost(recipe, recipe.stages[0]).student))
+    steps = bisect_right(range(max(1, most) + 1), flops - spent, key=lambda n: _flops(recipe, n)) - 1
+    _need(steps >= 1, where, "flops", flops, f"its teacher alone takes {spent:.3g}")
+    return replace(arm, stage=arm.stage | {"steps": steps})
+
+
+def _flops(recipe: Recipe, steps: int) -> float:
+    """What that many steps of a recipe's one stage take."""
+    return cost.stage_flops(recipe, recipe.stages[0], 0, steps)
 
 
 def _with_common(base: Document, common: dict[str, Any], path: Path) -> Document:
