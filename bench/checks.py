@@ -31,8 +31,8 @@ from st_fast.kernels import native
 from st_fast.kernels.common.trial import Draw
 from st_fast.model.attention import BACKENDS, Attend, verify
 from st_fast.report.collect import read_run
-from st_fast.study.carry_out import done
 from st_fast.study.plan import Job, jobs, read_study
+from st_fast.study.seeds import done
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 72)

@@ -95,16 +95,17 @@ def draw(figure: Figure, title: bool = True) -> Canvas:
         return canvas
 
 
-def sheet(charts: Sequence[Sequence[Chart]], width: float, height: float) -> Canvas:
-    """Charts in rows and columns of common axes; a legend in the first row wherever a column has other curves."""
+def sheet(charts: Sequence[Sequence[Chart]], width: float, height: float, common: bool = True) -> Canvas:
+    """Charts in rows and columns, by default of `common` axes; a legend in the first row above other curves."""
     with rc_context(STYLE):
         rows, columns = len(charts), len(charts[0])
         canvas = Canvas(figsize=(width * columns + 0.4, height * rows), layout="constrained")
-        grid = canvas.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+        grid = canvas.subplots(rows, columns, sharex=common, sharey="row" if common else False, squeeze=False)
         for line, drawn in zip(grid, charts, strict=True):
             for axes, one in zip(line, drawn, strict=True):
-                chart(axes, one, drawn)
-                axes.label_outer()
+                chart(axes, one, drawn if common else ())
+                if common:
+                    axes.label_outer()
                 axes.tick_params(axis="x", labelsize="small")
         canvas.align_ylabels()
         labels = [[curve.label for curve in one.curves] for one in charts[0]]

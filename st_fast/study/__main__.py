@@ -2,22 +2,26 @@
 
 examples:
   python -m st_fast.study recipes/study/digits.toml --out runs/study/digits --write docs/study.md
-      every run that isn't done, then results.json and the page; the same command again continues
-  python -m st_fast.study recipes/study/cifar10.toml --out runs/study/cifar10 --minutes 480
+      every run that isn't done, then the page and a file a seed beside it; the same command again continues, and
+      started in several terminals it shares the runs
+  python -m st_fast.study recipes/study/cifar10_cpu.toml --minutes 480
       stop after eight hours, saved; exit code 75 until all is done
+  python -m st_fast.study recipes/study/cifar10_cpu.toml --seed 1 --write docs/study.md
+      a further seed; the page's figures are then of all seeds whose files lie beside it
   python -m st_fast.study recipes/study/digits.toml --dry-run
       the list of runs with their steps and FLOPs
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
-from st_fast.core.errors import UserError
+from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.files import write_json_atomic
 from st_fast.core.machine import rank_count
-from st_fast.core.options import number, path
+from st_fast.core.options import integer, number, path
 from st_fast.core.signals import catch_signals
 from st_fast.study.plan import Study, jobs, read_study
 
@@ -26,6 +30,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("study", __doc__)
     parser.add_argument("study", type=path, metavar="FILE", help="such as recipes/study/digits.toml")
+    parser.add_argument(
+        "--seed", type=integer(0, 2**31 - 1), nargs="+", metavar="N", help="these seeds instead of the file's"
+    )
     parser.add_argument("--out", type=path, help="where the runs go (runs/study/NAME)")
     parser.add_argument(
         "--minutes", type=number(0, 1e8, above=True), default=float("inf"), help="stop after this time, saved"
@@ -41,28 +48,47 @@ def main(arguments: Sequence[str]) -> None:
     if rank_count() > 1:
         raise UserError(f"{rank_count()} processes: a study runs in one; start it with python, not with torchrun")
     study = read_study(given.study)
+    if given.seed is not None:
+        study = replace(study, seeds=tuple(dict.fromkeys(given.seed)))
     out = given.out or Path("runs") / "study" / study.name
     if given.dry_run:
         print(listing(study, out))
         return
     from st_fast.study.carry_out import carry_out  # torch is imported only once the study is known to be right
 
-    carry_out(study, out, given.minutes)
+    stopped = None
+    try:
+        carry_out(study, out, given.minutes)
+    except Interrupted as error:
+        stopped = error
+    tell(study, out, given.write)
+    if stopped is not None:
+        raise stopped
+
+
+def tell(study: Study, out: Path, page: Path | None) -> None:
+    """Writes what has come out so far: a file a seed, the page if one is wanted, and the verdict to the terminal."""
+    from st_fast.report.repeats import compared
+    from st_fast.study.page import write_page
+    from st_fast.study.results import half_done, together
+    from st_fast.study.seeds import METRIC, as_json, collect
+
     wanted = study.base.sections.get("evaluate", {})
     if not wanted.get("classifier") and not wanted.get("inception"):
         needed = "evaluate.classifier or evaluate.inception"
-        print(f"study {study.name}: all runs are done; none is scored without {needed}")
+        print(f"study {study.name}: no run is scored without {needed}")
         return
-    from st_fast.report.repeats import compared
-    from st_fast.study.results import METRIC, as_json, collect, write_page
-
-    results = collect(study, out)
-    write_json_atomic(out / "results.json", as_json(results))
-    print(compared(results.rows, METRIC).markdown(), end="")
-    print(out / "results.json")
-    if given.write is not None:
-        write_page(results, given.write)
-        print(given.write)
+    seeds = [found for seed in study.seeds if (found := collect(study, out, seed)).arms]
+    for seed in seeds:
+        write_json_atomic(out / f"seed{seed.seed}" / "results.json", as_json(study, seed))
+        print(out / f"seed{seed.seed}" / "results.json")
+    results = together(study, seeds) if page is None else write_page(study, seeds, page)
+    for sentence in half_done(results):
+        print(sentence.replace("**", ""))
+    if results.rows:
+        print(compared(results.rows, METRIC).markdown(), end="")
+    if page is not None:
+        print(page)
 
 
 def listing(study: Study, out: Path) -> str:

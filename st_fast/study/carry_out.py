@@ -3,7 +3,6 @@
 Makes the two control teachers as well: an untrained network, and one that is trained on shuffled labels.
 """
 
-import itertools
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from st_fast import __version__, kernels
 from st_fast.core import checkpoint, random
-from st_fast.core.errors import Interrupted, UserError
+from st_fast.core.errors import Interrupted
 from st_fast.core.files import write_atomic, write_folder
 from st_fast.core.lock import Locked, run_lock
 from st_fast.core.signals import stop_on_signals
@@ -29,10 +28,10 @@ from st_fast.data.shards import open_data
 from st_fast.model import DiffusionTransformer, build
 from st_fast.prepare.digits import prepare_digits
 from st_fast.prepare.writing import write_shards
-from st_fast.recipe import Recipe, load_run, to_toml
+from st_fast.recipe import Recipe, to_toml
 from st_fast.recipe.schema import Model
-from st_fast.report.collect import read_run
 from st_fast.study.plan import Job, Study, jobs
+from st_fast.study.seeds import done
 from st_fast.train.run import make_on_first_use, run
 
 SHUFFLE = 1 << 40
@@ -112,22 +111,6 @@ def _take(study: Study, out: Path, job: Job, number: str) -> bool:
             return True
     except Locked:
         return False
-
-
-def done(job: Job) -> bool:
-    """Whether the job's folder holds its finished run; UserError if it holds a run of another recipe."""
-    if not (job.folder / "recipe.toml").is_file():
-        return False
-    theirs, ours = (to_toml(recipe).splitlines() for recipe in (load_run(job.folder), job.recipe))
-    for old, new in itertools.zip_longest(theirs, ours, fillvalue="nothing"):
-        if old != new:
-            which = f"{old}, the study has {new}"
-            raise UserError(f"{job.folder} holds a run of another recipe ({which}); remove it or choose another --out")
-    try:
-        stages = read_run(job.folder).stages
-    except UserError:  # no log, or one that has only begun
-        return False
-    return [end["step"] for stage in stages for end in stage.records["end"]][-1:] == [job.steps]
 
 
 def _run(study: Study, job: Job) -> None:

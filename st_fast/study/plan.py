@@ -10,6 +10,7 @@ teacher_steps                 of every teacher that doesn't say its own `steps`
 student_steps                 of an arm with a teacher; one without gets both together
 flops                         instead of student_steps: each arm trains until it has spent this, its teacher's training
                               and forward passes included
+horizons                      smaller budgets at which arms with teachers of several lengths are compared as well
 [common.sample]               sections, and [common.stage.NAME] settings, that every run has over the base recipe's
 [[teacher]]                   name, stage; labels = "shuffled"; steps = 0: an untrained network
 [[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings
@@ -37,7 +38,7 @@ ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
 TEACHER_KEYS = ("name", "labels", "stage")
 STUDY_KEYS = (
     "recipe", "like", "seeds", "baseline", "reference", "title", "notes", "teacher_steps", "student_steps", "flops",
-    "common", "teacher", "arm",
+    "horizons", "common", "teacher", "arm",
 )  # fmt: skip
 
 
@@ -79,8 +80,13 @@ class Study:
     seeds: tuple[int, ...]
     baseline: str
     reference: str
+    horizons: tuple[float, ...]
     teachers: tuple[Teacher, ...]
     arms: tuple[Arm, ...]
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
 
 
 @dataclass(frozen=True)
@@ -114,28 +120,21 @@ def read_study(path: Path) -> Study:
     right = isinstance(seeds, list) and seeds and all(type(s) is int and s >= 0 and seeds.count(s) == 1 for s in seeds)
     _need(bool(right), path, "seeds", seeds, "a list of whole numbers from 0 is needed; each can be used once")
     base = _with_common(read_document(base_path), raw.get("common", {}), path)
-    budgeted = "flops" in raw
-    _need(not (budgeted and "student_steps" in raw), path, "flops", raw.get("flops"), "student_steps follow from it")
-    for key in ("teacher_steps", *(["student_steps"] * (not budgeted))):
-        value = raw.get(key)
-        _need(type(value) is int and value >= 1, path, key, value, "a whole number from 1 is needed")
-    flops, own = raw.get("flops", 0.0), raw["teacher_steps"]
-    right = type(flops) in (int, float) and math.isfinite(flops) and (flops > 0 or not budgeted)
-    _need(right, path, "flops", flops, "a number above 0 is needed")
+    steps, flops, horizons = _budgets(raw, path)
+    own = raw["teacher_steps"]
     teachers = tuple(_teacher({"steps": own} | table, base, path) for table in _tables(raw, "teacher", path))
-    taught = raw.get("student_steps", 1)
     arms = tuple(
-        _arm({"steps": 1 if budgeted else taught + ("teacher" not in table) * own} | table, base, path, teachers)
+        _arm({"steps": steps + ("teacher" not in table) * own * (not flops)} | table, base, path, teachers)
         for table in _tables(raw, "arm", path)
     )
     title, notes = str(raw.get("title", path.stem)), str(raw.get("notes", "")).strip()
     baseline, reference = (_text(raw, key, path) for key in ("baseline", "reference"))
-    study = Study(path.stem, title, notes, path, base, base_path, tuple(seeds), baseline, reference, teachers, arms)
-    if budgeted:
-        own_steps = [table.get("name") for table in _tables(raw, "arm", path) if "steps" in table]
-        _need(not own_steps, path, "flops", flops, f"steps of {', '.join(map(str, own_steps))} follow from it")
-        study = replace(study, arms=tuple(_within(study, arm, float(flops)) for arm in arms))
-        arms = study.arms
+    settled = (path.stem, title, notes, path, base, base_path, tuple(seeds), baseline, reference, horizons, teachers)
+    study = Study(*settled, arms)
+    if flops:
+        own_steps = [str(table.get("name")) for table in _tables(raw, "arm", path) if "steps" in table]
+        _need(not own_steps, path, "flops", flops, f"steps of {', '.join(own_steps)} follow from it")
+        study = replace(study, arms=tuple(_within(study, arm, flops) for arm in arms))
     names = [arm.name for arm in arms]
     for kind, used in (("arm", names), ("teacher", [teacher.name for teacher in teachers])):
         for name in used:
@@ -146,6 +145,21 @@ def read_study(path: Path) -> Study:
     for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained
         pass
     return study
+
+
+def _budgets(raw: dict[str, Any], path: Path) -> tuple[int, float, tuple[float, ...]]:
+    """(steps of an arm with a teacher, FLOPs of every arm, horizons): steps are 1 where they follow from FLOPs."""
+    budgeted = "flops" in raw
+    _need(not (budgeted and "student_steps" in raw), path, "flops", raw.get("flops"), "student_steps follow from it")
+    for key in ("teacher_steps", *(["student_steps"] * (not budgeted))):
+        value = raw.get(key)
+        _need(type(value) is int and value >= 1, path, key, value, "a whole number from 1 is needed")
+    flops, horizons = raw.get("flops", 0.0), raw.get("horizons", [])
+    right = type(flops) in (int, float) and math.isfinite(flops) and (flops > 0 or not budgeted)
+    _need(right, path, "flops", flops, "a number above 0 is needed")
+    right = isinstance(horizons, list) and all(type(h) in (int, float) and 0 < h <= flops for h in horizons)
+    _need(right, path, "horizons", horizons, "a list of FLOPs up to `flops` is needed")
+    return raw.get("student_steps", 1), float(flops), tuple(sorted(map(float, horizons)))
 
 
 def jobs(study: Study, out: Path) -> Iterator[Job]:
@@ -180,7 +194,8 @@ def _within(study: Study, arm: Arm, flops: float) -> Arm:
     if arm.teacher is not None and arm.teacher.trained:
         steps = arm.teacher.stage["steps"]
         spent = _flops(_recipe(study, folder, seed, arm.teacher.stage, f"teacher {arm.teacher.name}"), steps)
-    recipe = _recipe(study, folder, seed, arm.stage | ({"teacher": "./teacher"} if arm.teacher else {}), f"arm {arm.name}")
+    table = arm.stage | ({"teacher": "./teacher"} if arm.teacher else {})
+    recipe = _recipe(study, folder, seed, table, f"arm {arm.name}")
     most = int((flops - spent) // (recipe.optim.batch_size * cost.stage_cost(recipe, recipe.stages[0]).student))
     steps = bisect_right(range(max(1, most) + 1), flops - spent, key=lambda n: _flops(recipe, n)) - 1
     _need(steps >= 1, where, "flops", flops, f"its teacher alone takes {spent:.3g}")

@@ -1,0 +1,202 @@
+"""A study's page: text, tables and pictures, between two markers of a Markdown file. Imports no torch."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from st_fast.core.files import inside, make_folder, read_bytes, write_atomic, write_json_atomic
+from st_fast.core.writing import cannot_write
+from st_fast.report import plot, words
+from st_fast.report.collect import number
+from st_fast.report.figures import Chart, Curve
+from st_fast.report.metrics import METRICS
+from st_fast.report.repeats import Repeats, compared
+from st_fast.study import shares
+from st_fast.study.plan import Study
+from st_fast.study.results import Results, certainty, comparisons, half_done, price, together
+from st_fast.study.seeds import METRIC, Seed, as_json, gather
+
+HEADER = """# Does it pay?
+
+Self-Transcendence ([arXiv 2601.07773](https://arxiv.org/abs/2601.07773), [the method](method.md)) trains a diffusion
+transformer in two stages:
+
+- **Plain training**, the baseline, has the denoising task alone.
+- **Stage 1** trains a small head on an early block as well. Its model can be used as it is, or as the teacher.
+- **Stage 2** trains a new model. An early block has to predict the frozen teacher's features, guided towards the class
+  with the scale ω.
+
+Published curves count the steps of the new model alone. Training the teacher and its forward passes cost FLOPs too, so
+the arms here are compared **at equal total FLOPs**, and over several seeds. Scores are Fréchet distances between
+generated and real images: lower is better.
+
+Written by `python -m st_fast.study FILE --write docs/study.md` from the logs of the runs; no figure is typed.
+"""
+
+
+def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
+    """Puts the study's text in its place on the page, and its pictures and a file a seed into a folder beside it.
+
+    `ours` are the seeds whose runs are here; the others' figures come from that folder. UserError where seeds can't be
+    put together, or where a run isn't the one that a seed's file was written from.
+    """
+    name, folder = study.name, page.parent / page.stem
+    results = together(study, gather(study, folder, ours))
+    try:
+        make_folder(folder)
+        for seed in ours:
+            write_json_atomic(folder / f"{name}-seed{seed.seed}.json", as_json(study, seed))
+        text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
+        if results.rows:
+            plot.save(plot.sheet(charts(results), 4.2, 3.3), folder / f"{name}-quality.png", dpi=110)
+            drawn = samples(results, ours)
+            if drawn:
+                plot.save(plot.pictures([("", [one]) for one in drawn], 6.0), folder / f"{name}-samples.png", dpi=110)
+        text = placed(text, name, body(results, folder))
+        if study.horizons and (found := shares.read_shares(folder)):
+            shares.draw(found, folder / "shares.png")
+            text = placed(text, "shares", shares.section(found, f"{folder.name}/shares.png"))
+        write_atomic(page.resolve(), text.encode())
+    except OSError as error:
+        raise cannot_write(page, error) from None
+    return results
+
+
+def placed(text: str, name: str, section: str) -> str:
+    """The page with the study's section between its markers, at the end where there was none."""
+    begin, end = f"<!-- study {name}: begin -->\n", f"<!-- study {name}: end -->\n"
+    block = f"{begin}{section}{end}"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: block, text) if pattern.search(text) else f"{text.rstrip()}\n\n{block}"
+
+
+def body(results: Results, folder: Path) -> str:
+    """The section: what came out, how it was done, the verdict, every comparison, the pictures, and what it took."""
+    study = results.study
+    unfinished = "".join(f"- {sentence}\n" for sentence in half_done(results))
+    if not results.rows:
+        return f"## {study.title}\n\nNo seed is complete yet.\n\n{unfinished}"
+    verdict = compared(results.rows, METRIC)
+    lines = "".join(f"| {' | '.join(line)} |\n" for line in comparisons(results))
+    base, taught = (study.arm(name).title for name in (study.baseline, study.reference))
+    titles = [f"Beside “{base}” at equal FLOPs", f"Beside “{base}” at equal steps", f"Beside “{taught}” at equal steps"]
+    head = f"| Arm | {' | '.join(titles)} |\n| --- | --- | --- | --- |\n"
+    controls = [f"“{arm.title}”" for arm in study.arms
+                if arm.teacher and not (arm.teacher.trained and arm.teacher.labels == "true")]  # fmt: skip
+    parts = [
+        f"## {study.title}\n",
+        f"{unfinished}- {verdict.sentence}\n- **Cost:** {price(results)}\n- **Certainty:** {certainty(results)}\n",
+        "### How it was done\n",
+        protocol(results),
+        *([f"{study.notes}\n"] if study.notes else []),
+        "### The verdict\n",
+        verdict.markdown(),
+        f"{verdict.note}\n",
+        "### Every comparison\n",
+        f"{head}{lines}",
+        f"Differences in {METRICS[METRIC].title} between runs of one seed: mean ± standard deviation, and how many "
+        "seeds agree with the sign of the mean. Steps are those of the new model alone, as in published curves; both "
+        "are read where the shorter of the two ends."
+        + f" Controls, whose teachers know less or nothing: {', '.join(controls)}." * bool(controls)
+        + "\n",
+        f"![Quality over all training FLOPs; the range over seeds is shaded]({folder.name}/{study.name}-quality.png)\n",
+    ]
+    if (folder / f"{study.name}-samples.png").is_file():
+        parts.append(
+            f"The last samples of one seed within the total cost of “{results.rows[0].label}”, from the same "
+            f"noise:\n\n![Samples of every arm]({folder.name}/{study.name}-samples.png)\n"
+        )
+    parts.append(reproduced(results, folder))
+    return "\n".join(parts)
+
+
+def protocol(results: Results) -> str:
+    """How many arms and seeds, what runs have in common, and how scores were taken."""
+    study, told, seeds = results.study, results.protocol, results.seeds
+    return (
+        f"{len(results.groups)} arms, {len(seeds)} seed{'s' * (len(seeds) != 1)} each "
+        f"({', '.join(map(str, seeds))}), from `{study.path.as_posix()}`. Runs of one seed saw the same records, times "
+        f"and noise in the same order, and their samples start from the same noise. Each score is of {told.get('num')} "
+        f"samples ({told.get('sampler')}, {told.get('steps')} steps, guidance {told.get('cfg_scale')}) in the features "
+        "of a classifier trained on the real images, so it is not FID; its accuracy on held-out real ones is "
+        f"{words.percent(number(told, METRICS['accuracy'].floor))}, and these score a Fréchet distance of "
+        f"{words.plain(number(told, METRICS[METRIC].floor))}. All costs count the teacher's training and its forward "
+        "passes.\n"
+    )
+
+
+def reproduced(results: Results, folder: Path) -> str:
+    """What the runs took, the command that makes them, how a seed is added, and where every figure is."""
+    study, name = results.study, results.study.name
+    runs = [arm for group in results.groups for arm in group.by_seed.values()]
+    devices = ", ".join(dict.fromkeys(str(arm.stage.start.get("device", "an unknown device")) for arm in runs))
+    files = ", ".join(f"[seed {s}]({folder.name}/{name}-seed{s}.json)" for s in results.seeds)
+    more = max((*results.seeds, *study.seeds)) + 1
+    return (
+        f"{len(runs)} runs on {devices}: {words.flops(math.fsum(arm.own.flops for arm in runs))} and "
+        f"{words.duration(math.fsum(arm.own.seconds for arm in runs))} of training beside the shared teachers', pauses "
+        "for sampling and scoring left out. Again, and to go on after a stop: "
+        f"`python -m st_fast.study {study.path.as_posix()} --write {folder.as_posix()}.md`; a further seed: the same "
+        f"with `--seed {more}`. Every figure, and the hash of every run: {files}.\n"
+    )
+
+
+def charts(results: Results) -> list[list[Chart]]:
+    """Mean over the seeds against total FLOPs, the range shaded: a row a metric, a column a panel.
+
+    An arm without a panel of its own, such as the baseline, is in every one, and so is the reference.
+    """
+    study = results.study
+    panels = [p for p in dict.fromkeys(arm.panel for arm in study.arms) if p] or [""]
+    rows: list[list[Chart]] = []
+    for metric in (METRICS[METRIC], METRICS["accuracy"]):
+        values = np.concatenate([_points(group, metric.key)[1].ravel() for group in results.groups])
+        wide = metric.unit == "number" and 0 < 10 * values.min() < values.max()
+        line = []
+        for panel in panels:
+            pairs = zip(results.groups, study.arms, strict=True)
+            shown = [g for g, arm in pairs if arm.panel in ("", panel) or arm.name == study.reference]
+            curves = [_curve(group, metric.key, place) for place, group in enumerate(shown)]
+            title, x_label = (panel, "") if not rows else ("", "all training FLOPs, teacher included")
+            line.append(Chart("", title, "", x_label, "flops", metric.title, metric.unit, wide, curves))
+        rows.append(line)
+    return rows
+
+
+def _curve(group: Repeats, metric: str, place: int) -> Curve:
+    x, y = _points(group, metric)
+    colours = len(plot.COLOURS)
+    low, high = y.min(axis=0).tolist(), y.max(axis=0).tolist()
+    return Curve(group.label, x, y.mean(axis=0).tolist(), place, place // colours, low=low, high=high)
+
+
+def _points(group: Repeats, metric: str) -> tuple[list[float], np.ndarray]:
+    """Total FLOPs (n,) of an arm's evaluations and the metric (seeds, n); costs are the same for every seed."""
+    points = [arm.quality(metric, "flops") for arm in group.by_seed.values()]
+    count = min(len(x) for x, _ in points)
+    return points[0][0][:count], np.array([y[:count] for _, y in points])
+
+
+def samples(results: Results, ours: Sequence[Seed]) -> list[tuple[str, Any]]:
+    """(label, image) of one seed's last samples of every arm within the baseline's cost, from the same noise.
+
+    The first complete seed whose runs are here.
+    """
+    seed = next((one.seed for one in ours if one.seed in results.seeds), None)
+    if seed is None:
+        return []
+    budget = results.group(results.study.baseline).by_seed[seed].total.flops
+    found = []
+    for group in results.groups:
+        arm = group.by_seed[seed]
+        for record in arm.last_sample(budget):
+            spent = words.flops(number(record, "flops") + arm.teacher.flops)
+            with Image.open(io.BytesIO(read_bytes(inside(arm.run.path, record["file"])))) as image:
+                found.append((f"{group.label}: step {words.count(record['step'])}, {spent} in all", np.array(image)))
+    return found

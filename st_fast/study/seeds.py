@@ -1,0 +1,198 @@
+"""One seed of a study as a JSON file: what every arm cost and scored, by step, with the hash of its run.
+
+A page is written from these files, so that seeds may come from several machines and days, and runs may be deleted.
+Imports no torch.
+"""
+
+import hashlib
+import itertools
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from st_fast.core.comparison import short_digest
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, read_bytes, read_json, shown
+from st_fast.recipe import load_run, to_toml
+from st_fast.report.arms import Arm, Cost, make_arms
+from st_fast.report.collect import Record, RunLog, StageLog, read_run
+from st_fast.report.fairness import unfair
+from st_fast.report.metrics import METRICS
+from st_fast.study.plan import Job, Study, jobs
+
+METRIC = "frechet"
+FLOOR = METRICS[METRIC].floor
+PROTOCOL = (
+    "num", "cfg_scale", "sampler", "steps", "classifier_accuracy", "classifier_digest", FLOOR, "floor_num",
+)  # fmt: skip
+"""How a score was taken, as an evaluation's record says."""
+RECIPE = ("flow", "optim", "run", "sample", "evaluate")
+"""Sections of a run's recipe that decide whether it can be compared."""
+START = ("batch_size", "teacher_flops_per_image", "device", "dataset", "versions", "teacher")
+"""What is kept of a run's start record."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed: its finished arms by name, what each was defined as, the hash of its run; and those not finished."""
+
+    seed: int
+    arms: dict[str, Arm]
+    definitions: dict[str, str]
+    hashes: dict[str, str]
+    missing: tuple[str, ...]
+
+
+def done(job: Job) -> bool:
+    """Whether the job's folder holds its finished run; UserError, with hashes, if it holds a run of another recipe."""
+    if not (job.folder / "recipe.toml").is_file():
+        return False
+    theirs, ours = to_toml(load_run(job.folder)), to_toml(job.recipe)
+    for old, new in itertools.zip_longest(theirs.splitlines(), ours.splitlines(), fillvalue="nothing"):
+        if old != new:
+            raise UserError(
+                f"{job.folder} holds a run of another recipe, {_short(theirs.encode())}, than the study's, "
+                f"{_short(ours.encode())} ({old}, the study has {new}); remove it or choose another --out"
+            )
+    try:
+        stages = read_run(job.folder).stages
+    except UserError:  # no log, or one that has only begun
+        return False
+    return [end["step"] for stage in stages for end in stage.records["end"]][-1:] == [job.steps]
+
+
+def collect(study: Study, out: Path, seed: int) -> Seed:
+    """Reads one seed's runs. UserError where two can't be compared, or where a teacher's cost is recorded nowhere."""
+    found, logs, missing = Seed(seed, {}, {}, {}, ()), list[RunLog](), []
+    for job in jobs(study, out):
+        if job.arm is None or job.seed != seed:
+            continue
+        name = job.arm.name
+        if not done(job):
+            missing.append(name)
+            continue
+        log = read_run(job.folder)
+        arm = make_arms([log])[-1]
+        if not math.isfinite(arm.final(METRIC)):
+            raise UserError(f"{job.folder}: not scored: no {METRIC} in its log; remove it, and the study runs it again")
+        if not arm.total.known:
+            raise UserError(f"{job.folder}: no log says what its teacher cost; start the study where it was started")
+        logs.append(log)
+        found.arms[name], found.definitions[name], found.hashes[name] = arm, definition(job), hash_of(job.folder)
+    comparable(logs, out)
+    return Seed(seed, found.arms, found.definitions, found.hashes, tuple(missing))
+
+
+def comparable(logs: Sequence[RunLog], where: Path) -> None:
+    """UserError where runs differ in data, noise, test images or in how their scores were taken."""
+    if reasons := unfair(logs, seeds_declared=True):
+        raise UserError(f"{where}: these runs can't be compared: {'; '.join(reasons)}")
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def hash_of(run: Path) -> str:
+    """Twelve hex digits of a run's recipe and log: others if either was changed by hand."""
+    return _short(read_bytes(run / "recipe.toml") + read_bytes(run / "log.jsonl"))
+
+
+def definition(job: Job) -> str:
+    """A short hash of what an arm is: its recipe and its teacher's stage, whatever the seed, folders and machine."""
+    recipe = tomllib.loads(to_toml(job.recipe))
+    stage = {key: value for key, value in recipe["stage"][0].items() if key != "teacher"}
+    kept = {name: recipe[name] for name in ("model", "flow", "optim", "sample", "evaluate")}
+    teacher = job.arm.teacher if job.arm is not None else None
+    taught = {} if teacher is None else teacher.stage | {"labels": teacher.labels}
+    return short_digest({**kept, "stage": stage, "teacher": taught})
+
+
+def as_json(study: Study, found: Seed) -> dict[str, Any]:
+    """The seed's file. Only seconds, device, versions and hashes differ between two machines or two days."""
+    return {
+        "study": study.name, "title": study.title, "seed": found.seed, "metric": METRIC,
+        "baseline": study.baseline, "horizons": list(study.horizons), "missing": list(found.missing),
+        "arms": [
+            {"name": name, "definition": found.definitions[name], "run": found.hashes[name]} | _arm_json(arm)
+            for name, arm in found.arms.items()
+        ],
+    }  # fmt: skip
+
+
+def _arm_json(arm: Arm) -> dict[str, Any]:
+    def scores(record: Record) -> dict[str, Any]:
+        return {key: record["metrics"][key] for key in METRICS if key in record["metrics"]}
+
+    return {
+        "stage": arm.stage.entry,
+        "recipe": {name: table for name, table in arm.run.recipe.items() if name in RECIPE},
+        "start": {key: arm.stage.start[key] for key in START if key in arm.stage.start},
+        "protocol": {key: arm.last_metrics[key] for key in PROTOCOL if key in arm.last_metrics},
+        "evals": [{key: r[key] for key in ("step", "flops", "seconds")} | scores(r) for r in arm.stage.evals],
+        "own": {"step": arm.stage.step, "flops": arm.own.flops, "seconds": arm.own.seconds},
+        "teacher": {"flops": arm.teacher.flops, "seconds": arm.teacher.seconds},
+    }
+
+
+def from_json(path: Path) -> tuple[dict[str, Any], Seed]:
+    """A seed's file and what it says; BadFile names the file and what is wrong in it."""
+    told = read_json(path)
+    try:
+        found = Seed(int(told["seed"]), {}, {}, {}, tuple(map(str, told["missing"])))
+        for entry in told["arms"]:
+            name = str(entry["name"])
+            found.arms[name] = _arm(name, entry, path)
+            found.definitions[name], found.hashes[name] = str(entry["definition"]), str(entry["run"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadFile(f"{path}: not a seed's results as st_fast.study writes them ({shown(repr(error))})") from None
+    return told, found
+
+
+def _arm(name: str, entry: dict[str, Any], path: Path) -> Arm:
+    own, teacher, protocol = entry["own"], entry["teacher"], entry["protocol"]
+    end = {"step": int(own["step"]), "flops": float(own["flops"]), "seconds": float(own["seconds"])}
+    evals = [
+        {key: float(one[key]) for key in ("step", "flops", "seconds")}
+        | {"metrics": protocol | {key: float(one[key]) for key in METRICS if key in one}}
+        for one in entry["evals"]
+    ]
+    if not any(METRIC in one["metrics"] for one in evals):
+        raise ValueError(f"{name}: no score")
+    records = {"start": [{"step": 0} | entry["start"]], "train": [], "eval": evals, "sample": [], "end": [end]}
+    stage = StageLog(str(entry["stage"]["name"]), entry["stage"], records)
+    run = RunLog(f"{path.stem}, {name}", path, entry["recipe"], "", (stage,), ())
+    cost = Cost(float(teacher["flops"]), float(teacher["seconds"]))
+    return Arm(run, stage, name, 0, 0, Cost(end["flops"], end["seconds"]), cost)
+
+
+def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
+    """These seeds and those whose files lie in a folder, in order.
+
+    UserError where a file is of another study, or of the same run with other figures, or where seeds can't be compared.
+    """
+    expected = {job.arm.name: definition(job) for job in jobs(study, Path()) if job.arm is not None}
+    found = {one.seed: one for one in ours}
+    for path in sorted(folder.glob(f"{study.name}-seed*.json")):
+        _, theirs = from_json(path)
+        mine = found.get(theirs.seed)
+        for name, hashed in theirs.hashes.items():
+            if theirs.definitions[name] != expected.get(name, theirs.definitions[name]):
+                raise UserError(
+                    f"{path}: arm {shown(name)} is {theirs.definitions[name]} there, {expected[name]} in {study.path}: "
+                    "the study was changed; move the file away, or take the change back"
+                )
+            now = hashed if mine is None else mine.hashes.get(name, hashed)
+            if now != hashed:
+                raise UserError(
+                    f"{path}: arm {shown(name)} was written from run {hashed}, which is {now} now: changed by hand, or "
+                    "made again; move the file away to write it anew"
+                )
+        if mine is None or len(mine.arms) < len(theirs.arms):
+            found[theirs.seed] = theirs
+    seeds = [found[seed] for seed in sorted(found)]
+    comparable([arm.run for seed in seeds for arm in seed.arms.values()], folder)
+    return seeds

@@ -1,0 +1,164 @@
+"""Where does stage 2 start to pay? The gain over plain training by the teacher's share of the budget. Imports no torch.
+
+Of studies with `horizons`: every arm with a trained teacher is read where its total FLOPs, teacher included, reach each
+horizon. As a shorter run is the beginning of a longer one, one run gives a point for every horizon.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from st_fast.core.errors import UserError
+from st_fast.report import plot, words
+from st_fast.report.arms import Arm
+from st_fast.report.figures import Chart, Curve, Level
+from st_fast.report.repeats import spread
+from st_fast.study.seeds import METRIC, Seed, from_json
+
+
+@dataclass(frozen=True)
+class Shares:
+    """One study's plain arm and taught arms, a list over its complete seeds each, and its horizons in FLOPs."""
+
+    title: str
+    horizons: tuple[float, ...]
+    plain: list[Arm]
+    taught: list[list[Arm]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A teacher's share of a horizon, and by how much less distance than plain training the student ends, by seed."""
+
+    share: float
+    gains: list[float]
+
+
+def read_shares(folder: Path) -> list[Shares]:
+    """Of every study with horizons whose seeds' files lie in the folder; seeds that lack an arm are left out."""
+    found: dict[str, list[tuple[dict[str, object], Seed]]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        told, seed = from_json(path)
+        if told.get("horizons") and not seed.missing:
+            found.setdefault(str(told.get("study")), []).append((told, seed))
+    return [_shares(*map(list, zip(*group, strict=True))) for group in found.values()]
+
+
+def _shares(told: list[dict[str, object]], seeds: list[Seed]) -> Shares:
+    horizons, baseline = told[0]["horizons"], str(told[0].get("baseline"))
+    if not isinstance(horizons, list) or any(baseline not in seed.arms for seed in seeds):
+        raise UserError(f"{told[0].get('study')}: its seeds' files don't name horizons and a baseline")
+    taught = [
+        name
+        for name in seeds[0].arms
+        if all(n in s.arms and s.arms[n].teacher.flops > 0 for s in seeds for n in [name])
+    ]
+    return Shares(
+        str(told[0].get("title")), tuple(map(float, horizons)), [seed.arms[baseline] for seed in seeds],
+        [[seed.arms[name] for seed in seeds] for name in sorted(taught, key=lambda n: seeds[0].arms[n].teacher.flops)],
+    )  # fmt: skip
+
+
+def point(arms: Sequence[Arm], plain: Sequence[Arm], horizon: float) -> Point | None:
+    """The share and gains of one arm at a horizon; None where no student had been scored by then.
+
+    A gain is plain training's distance divided by the arm's, both at the horizon: above 1 the teacher pays.
+    """
+    scores = [
+        (base.at(METRIC, "flops", horizon), arm.at(METRIC, "flops", horizon))
+        for arm, base in zip(arms, plain, strict=True)
+    ]
+    gains = [theirs / ours for theirs, ours in scores if math.isfinite(theirs) and math.isfinite(ours) and ours > 0]
+    if len(gains) < len(arms):
+        return None
+    return Point(arms[0].teacher.flops / horizon, gains)
+
+
+def overtakes(arm: Arm, plain: Arm) -> float | None:
+    """Total FLOPs of the arm's first evaluation that beats plain training at the same FLOPs; None: none does."""
+    for flops, score in zip(*arm.quality(METRIC, "flops"), strict=True):
+        theirs = plain.at(METRIC, "flops", flops)
+        if math.isfinite(theirs) and score < theirs:
+            return flops
+    return None
+
+
+def chart(shares: Shares) -> Chart:
+    """Gain over plain against the teacher's share, a curve a horizon, the range over seeds shaded."""
+    curves = []
+    for place, horizon in enumerate(shares.horizons):
+        found = [one for arms in shares.taught if (one := point(arms, shares.plain, horizon)) is not None]
+        if not found:
+            continue
+        gains = np.array([one.gains for one in found])
+        curves.append(
+            Curve(f"{words.flops(horizon)} in all", [one.share for one in found], gains.mean(axis=1).tolist(), place,
+                  low=gains.min(axis=1).tolist(), high=gains.max(axis=1).tolist())
+        )  # fmt: skip
+    label = "plain distance / stage-2 distance"
+    return Chart("", shares.title, "", "share of the budget that trained the teacher", "percent", label, "number", True,
+                 curves, [Level("as good as plain", 1.0)])  # fmt: skip
+
+
+def table(shares: Shares) -> str:
+    """A row a teacher: its steps and FLOPs, where its student overtakes plain training, its gain at every horizon."""
+    head = [
+        "Teacher trained for",
+        "Overtakes plain training at",
+        *(f"Gain at {words.flops(h)}" for h in shares.horizons),
+    ]
+    lines = [head, ["---"] * len(head)]
+    for arms in shares.taught:
+        first = [overtakes(arm, base) for arm, base in zip(arms, shares.plain, strict=True)]
+        known = [flops for flops in first if flops is not None]
+        when = (
+            f"{words.flops(spread(known)[0])} ({len(known)} of {len(first)})" if known else f"never (0 of {len(first)})"
+        )
+        cells = [words.flops(arms[0].teacher.flops), when]
+        for horizon in shares.horizons:
+            one = point(arms, shares.plain, horizon)
+            cells.append("–" if one is None else f"{_gain(one)} (share {words.percent(one.share)})")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _gain(one: Point) -> str:
+    mean, deviation = spread(one.gains)
+    return f"{words.plain(mean)} ± {words.plain(deviation)}" if math.isfinite(deviation) else words.plain(mean)
+
+
+def sentence(shares: Shares) -> str:
+    """The best share at every horizon, and in how many seeds it pays there."""
+    parts = []
+    for horizon in shares.horizons:
+        found = [one for arms in shares.taught if (one := point(arms, shares.plain, horizon)) is not None]
+        if found:
+            best = max(found, key=lambda one: spread(one.gains)[0])
+            wins = sum(gain > 1 for gain in best.gains)
+            parts.append(
+                f"at {words.flops(horizon)} the best share is {words.percent(best.share)}: gain {_gain(best)}, "
+                f"above 1 in {wins} of {len(best.gains)} seeds"
+            )
+    return f"**{shares.title}:** {'; '.join(parts)}."
+
+
+def section(found: Sequence[Shares], picture: str) -> str:
+    """The page's section on all studies with horizons."""
+    return "\n".join([
+        "## Where does it start to pay?\n",
+        "Each teacher was trained once and has one student, which is read at several budgets; the budget holds the "
+        "teacher's training and its forward passes. The gain is plain training's Fréchet distance divided by the "
+        "student's at the same total FLOPs: above 1 the teacher has paid for itself. “Overtakes”: the total FLOPs of "
+        "the first evaluation that beats plain training's at the same FLOPs, mean over the seeds that have one.\n",
+        *[f"- {sentence(one)}" for one in found],
+        f"\n![Gain over plain training by the teacher's share; the range over seeds is shaded]({picture})\n",
+        *[f"{one.title}, {len(one.plain)} seed{'s' * (len(one.plain) != 1)}:\n\n{table(one)}" for one in found],
+    ])  # fmt: skip
+
+
+def draw(found: Sequence[Shares], path: Path) -> None:
+    """The figure: a panel a study."""
+    plot.save(plot.sheet([[chart(one) for one in found]], 4.6, 3.6, common=False), path, dpi=110)
