@@ -1,11 +1,13 @@
 """Whether runs may be compared: which settings differ, which of these make it doubtful, and which forbid a verdict."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from st_fast.core.files import shown
 from st_fast.report.arms import Arm
-from st_fast.report.collect import Record, RunLog
+from st_fast.report.collect import Record, RunLog, number
+from st_fast.report.metrics import METRICS
 
 STREAM = (
     ("optim", "batch_size"), ("flow", "path"), ("flow", "time"), ("run", "seed"),
@@ -18,6 +20,7 @@ YARDSTICKS = {
     "reference_sha256": "their FID references differ",
 }
 """The networks and references of scores, as each evaluation records them."""
+FLOOR = METRICS["frechet"].floor
 
 DOUBTFUL = ("model.", "data.", "flow.", "optim.", "sample.", "evaluate.", "run.seed", "run.precision", "run.fp8")
 """Settings outside the stages whose difference has to be known before two curves are compared."""
@@ -47,6 +50,7 @@ def unfair(runs: Sequence[RunLog], seeds_declared: bool = False) -> list[str]:
         if (section, key) != ("run", "seed") or not seeds_declared
     ]
     checks += [(partial(_yardstick, key=key), words) for key, words in YARDSTICKS.items()]
+    checks.append((_floor, "their test images differ, as what real ones score tells"))
     values = [(_values(runs, read), words) for read, words in checks]
     return [f"{words} ({_told(found)})" for found, words in values if len(found) > 1]
 
@@ -61,6 +65,12 @@ def _yardstick(run: RunLog, key: str) -> object:
     """What the run's last evaluation with that key says."""
     metrics = [record["metrics"] for stage in run.stages for record in stage.evals]
     return next((found[key] for found in reversed(metrics) if isinstance(found.get(key), str)), None)
+
+
+def _floor(run: RunLog) -> str | None:
+    """What held-out real images score in the classifier's features, as far as two machines agree on it."""
+    found = [number(record["metrics"], FLOOR) for stage in run.stages for record in stage.evals]
+    return next((f"{floor:.3g}" for floor in reversed(found) if math.isfinite(floor)), None)
 
 
 def seed_of(run: RunLog) -> int:

@@ -53,31 +53,30 @@ def carry_out(study: Study, out: Path, minutes: float) -> None:
     study's.
     """
     todo = list(jobs(study, out))
-    count = sum(map(done, todo))
-    print(f"study {study.name}: {len(todo)} runs, {count} done", flush=True)
+    print(f"study {study.name}: {len(todo)} runs, {sum(map(done, todo))} done", flush=True)
     end = time.monotonic() + 60 * minutes
     # When the time is over, this process asks itself to stop, as a person would: the trainer saves.
     timer = threading.Timer(min(60 * minutes, threading.TIMEOUT_MAX), os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
-    waiting = False
-    with stop_on_signals() as stop, ExitStack() as at_end:
-        timer.start()
-        at_end.callback(timer.cancel)
-        _make_data(todo, out)
-        while left := [job for job in todo if not done(job)]:
-            count = len(todo) - len(left)
-            if stop or time.monotonic() >= end:
-                why = f"{minutes:g} minutes are over" if time.monotonic() >= end else stop.name
-                raise Interrupted(f"{why}: {count} of {len(todo)} runs are done; the same command continues")
-            try:
-                took = any(_take(study, out, job, f"{count + 1} of {len(todo)}") for job in _startable(left))
-            except Interrupted as error:
-                raise Interrupted(f"{error} ({count} of {len(todo)} runs are done)") from None
-            if not took:
-                if not waiting:
-                    print(f"study {study.name}: waiting for runs of other processes", flush=True)
-                time.sleep(POLL)
-            waiting = not took
+    try:
+        with stop_on_signals() as stop, ExitStack() as at_end:
+            timer.start()
+            at_end.callback(timer.cancel)
+            _make_data(todo, out)
+            waiting = False
+            while left := [job for job in todo if not done(job)]:
+                if stop or time.monotonic() >= end:
+                    why = f"{minutes:g} minutes are over" if time.monotonic() >= end else stop.name
+                    raise Interrupted(f"{why}; the same command continues")
+                number = f"{len(todo) - len(left) + 1} of {len(todo)}"
+                took = any(_take(study, out, job, number) for job in _startable(left))
+                if not took:
+                    if not waiting:
+                        print(f"study {study.name}: waiting for runs of other processes", flush=True)
+                    time.sleep(POLL)
+                waiting = not took
+    except Interrupted as error:
+        raise Interrupted(f"{error} ({sum(map(done, todo))} of {len(todo)} runs are done)") from None
 
 
 def _make_data(todo: Sequence[Job], out: Path) -> None:

@@ -198,7 +198,8 @@ def _within(study: Study, arm: Arm, flops: float) -> Arm:
     recipe = _recipe(study, folder, seed, table, f"arm {arm.name}")
     most = int((flops - spent) // (recipe.optim.batch_size * cost.stage_cost(recipe, recipe.stages[0]).student))
     steps = bisect_right(range(max(1, most) + 1), flops - spent, key=lambda n: _flops(recipe, n)) - 1
-    _need(steps >= 1, where, "flops", flops, f"its teacher alone takes {spent:.3g}")
+    what = f"not one step fits: a step takes {_flops(recipe, 1):.3g}, its teacher before it {spent:.3g}"
+    _need(steps >= 1, where, "flops", flops, what)
     return replace(arm, stage=arm.stage | {"steps": steps})
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from st_fast.core.errors import RunFailed
+from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.files import write_json_atomic
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
-from st_fast.study.plan import read_study
-from st_fast.study.results import METRIC, Results, body, certainty, charts, comparisons, difference, price, write_page
+from st_fast.study.page import body, charts, write_page
+from st_fast.study.plan import jobs, read_study
+from st_fast.study.results import Results, certainty, comparisons, difference, half_done, price, together
+from st_fast.study.seeds import METRIC, Seed, as_json, definition, from_json, gather, hash_of
 from tests import pixels
 from tests.report.conftest import ALIGN, BATCH, RECIPE, plain, stage_records, two_stages, write_run
 
@@ -42,33 +47,74 @@ def results(tmp_path_factory) -> Results:
             for seed in SEEDS
         }
         groups.append(Repeats(title, by_seed))
-    return Results(replace(read_study(path), seeds=SEEDS), groups, rows(groups, groups[0], METRIC))
+    return Results(replace(read_study(path), seeds=SEEDS), groups, rows(groups, groups[0], METRIC), [])
 
 
 def test_each_comparison_says_what_the_runs_say(results):
-    told = {line[:3]: line[3:] for line in comparisons(results)}
-    assert list(told) == [
-        *[line for line in told if line[0] == "equal FLOPs" and line[2] == "plain SiT"],
-        ("equal FLOPs", "ω = 5", "stage 1 alone"),
-        ("equal steps of the new model", "ω = 5", "plain SiT"),
-        ("equal steps of the new model", "random", "ω = 5"),
-    ]
+    told = {arm: others for arm, *others in comparisons(results)}
     rows_of = {row.label: row for row in results.rows}
     base, taught = rows_of["plain SiT"], rows_of["ω = 5"]
+    others = [row for row in results.rows if row is not base]
+    assert list(told) == [row.label for row in sorted(others, key=lambda row: statistics.fmean(row.at_cost))]
     gap = statistics.fmean(a - b for a, b in zip(taught.at_cost, base.final, strict=True))
     assert gap > 0, "the made-up stage 2 doesn't make up for its teacher"
-    words, seeds = told["equal FLOPs", "ω = 5", "plain SiT"]
-    assert re.fullmatch(rf"{gap:.3g} ± \S+ higher \(worse\)", words) and seeds == "3 of 3"
+    flops, steps, beside_itself = told["ω = 5"]
+    assert re.fullmatch(rf"{gap:.3g} ± \S+ higher \(worse\), 3 of 3", flops) and beside_itself == "–"
+    plain, students = (results.group(name).by_seed for name in ("plain", "omega5"))
+    at_end = [students[s].final(METRIC) - plain[s].at(METRIC, "step", students[s].stage.step) for s in SEEDS]
+    assert steps.startswith(f"{abs(statistics.fmean(at_end)):.3g} ±")
+    assert "lower (better)" in steps if statistics.fmean(at_end) < 0 else "higher (worse)" in steps
+    assert told["stage 1 alone"][1:] == ["–", "–"] and told["random"][2] != "–"
     run = results.group("omega5").by_seed[0]
     share = f"{100 * run.teacher.flops / run.total.flops:.1f}\u00a0%"
     assert f"{share} of the FLOPs of “ω = 5” trained its teacher" in price(results)
     assert "all 3 seeds agree on a sign in 25.0\u00a0% of comparisons, and 3 arms" in certainty(results)
 
 
+def test_arms_of_other_lengths_are_compared_where_the_shorter_ends(results):
+    short = results.group("random").by_seed
+    cut = {seed: replace(arm, stage=_until(arm.stage, 400)) for seed, arm in short.items()}
+    groups = [replace(g, by_seed=cut) if g.by_seed is short else g for g in results.groups]
+    told = {arm: others for arm, *others in comparisons(replace(results, groups=groups))}
+    plain = results.group("plain").by_seed
+    gaps = [cut[seed].at(METRIC, "step", 400) - plain[seed].at(METRIC, "step", 400) for seed in SEEDS]
+    assert told["random"][1].startswith(f"{abs(statistics.fmean(gaps)):.3g} ±")
+
+
+def as_seeds(results):
+    """The seeds' runs, as `collect` gives them."""
+    expected = {job.arm.name: definition(job) for job in jobs(results.study, Path()) if job.arm is not None}
+    found = []
+    for seed in SEEDS:
+        arms = {arm.name: results.group(arm.name).by_seed[seed] for arm in results.study.arms}
+        hashes = {name: hash_of(arm.run.path) for name, arm in arms.items()}
+        found.append(Seed(seed, arms, expected, hashes, ()))
+    return found
+
+
+def _until(stage, step):
+    kept = {kind: [record for record in found if record["step"] <= step] for kind, found in stage.records.items()}
+    return replace(stage, records=kept)
+
+
 def test_a_difference_says_its_direction_and_the_seeds_that_agree():
-    assert difference([3.0, 4.0], [1.0, 1.0]) == ("2.5 ± 0.707 higher (worse)", "2 of 2")
-    words, seeds = difference([1.0, 4.0, 0.0], [2.0, 1.0, 9.0])
-    assert words.endswith("lower (better)") and seeds == "2 of 3"
+    assert difference([3.0, 4.0], [1.0, 1.0]) == "2.5 ± 0.707 higher (worse), 2 of 2"
+    assert difference([1.0, 4.0, 0.0], [2.0, 1.0, 9.0]).endswith("lower (better), 2 of 3")
+
+
+def test_a_seed_that_lacks_an_arm_is_told_and_in_no_mean(results):
+    study = results.study
+    seeds = as_seeds(results)
+    seeds[1].arms.pop("omega5")
+    found = together(study, seeds)
+    assert found.seeds == [0, 2] and [row.seeds for row in found.rows] == [[0, 2]] * 4
+    expected = statistics.fmean(results.group("plain").by_seed[seed].final(METRIC) for seed in (0, 2))
+    assert statistics.fmean(found.rows[0].final) == pytest.approx(expected)
+    assert half_done(found) == [
+        "**Seed 1 is half done** (3 of 4 arms; “ω = 5” left) and is in no figure or mean below."
+    ]
+    none = together(study, seeds[1:2])
+    assert none.rows == [] and "No seed is complete yet" in body(none, Path("study"))
 
 
 def test_one_seed_is_said_to_prove_nothing(results):
@@ -98,17 +144,18 @@ def test_the_page_begins_with_what_was_bought_and_ends_with_what_it_took(results
     for group in results.groups:
         for arm in group.by_seed.values():
             arm.stage.evals[-1]["metrics"] |= {"sampler": "heun", "steps": 10}
-    text = body(results, "study", with_samples=False)
+    text = body(results, Path("study"))
     places = [text.index(part) for part in (
         "## Tiny", "- Over 3 seeds, ", "- **Certainty:**", "### How it was done", "(heun, 10 steps, guidance 1.9)",
-        "### The verdict", "| ω = 5 |", "### Every comparison", "| equal FLOPs | random |",
+        "### The verdict", "| ω = 5 |", "### Every comparison", "at equal steps |",
         "Controls, whose teachers know less or nothing: “random”", "study/tiny-quality.png", "12 runs on cpu",
+        "with `--seed 3`", "[seed 0](study/tiny-seed0.json)",
     )]  # fmt: skip
     assert places == sorted(places)
 
 
 def test_a_full_disk_leaves_the_page_as_it_was(results, tmp_path, monkeypatch):
-    page, real = tmp_path / "page.md", os.write
+    page, real, seeds = tmp_path / "page.md", os.write, as_seeds(results)
     page.write_text("# What was there\n")
 
     def full(descriptor, data):
@@ -119,10 +166,91 @@ def test_a_full_disk_leaves_the_page_as_it_was(results, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(RunFailed, match=r"page\.md: can't be written: No space left on device"):
-            write_page(results, page)
+            write_page(results.study, seeds, page)
     assert page.read_text() == "# What was there\n" and sorted(p.name for p in tmp_path.iterdir()) == [
         "page",
         "page.md",
     ]
-    write_page(results, page)
+    write_page(results.study, seeds, page)
     assert page.read_text().startswith("# What was there\n") and "## Tiny" in page.read_text()
+
+
+def test_the_page_follows_from_the_seeds_files_alone(results, tmp_path):
+    seeds = as_seeds(results)
+    write_page(results.study, seeds, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    again = write_page(results.study, [], tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == text and again.rows == results.rows
+    told, seed = from_json(tmp_path / "page" / "tiny-seed1.json")
+    assert told["missing"] == [] and list(seed.arms) == [arm.name for arm in results.study.arms]
+    for name, arm in seed.arms.items():
+        ours = results.group(name).by_seed[1]
+        assert (arm.own, arm.teacher, arm.teacher_forward_flops) == (ours.own, ours.teacher, ours.teacher_forward_flops)
+        assert arm.quality(METRIC, "flops") == ours.quality(METRIC, "flops")
+
+
+@pytest.fixture
+def written(results, tmp_path):
+    """A folder with the seeds' files, and the seeds."""
+    seeds = as_seeds(results)
+    for seed in seeds:
+        write_json_atomic(tmp_path / f"tiny-seed{seed.seed}.json", as_json(results.study, seed))
+    return tmp_path, seeds
+
+
+def test_a_run_that_is_not_the_one_of_its_seeds_file_is_named_by_its_hash(results, written):
+    folder, seeds = written
+    before = seeds[2].hashes["plain"]
+    seeds[2].hashes["plain"] = "0123456789ab"
+    with pytest.raises(
+        UserError, match=rf"tiny-seed2.json: arm 'plain' was written from run {before}, .* 0123456789ab now"
+    ):
+        gather(results.study, folder, seeds)
+    run = results.group("plain").by_seed[2].run.path
+    (run / "log.jsonl").write_text((run / "log.jsonl").read_text().replace('"step": 1600', '"step": 1601'))
+    assert hash_of(run) not in (before, "0123456789ab"), "a figure changed by hand changes the hash"
+
+
+def test_a_file_of_another_definition_of_an_arm_is_refused(results, written):
+    folder, _ = written
+    arms = tuple(
+        replace(arm, stage=arm.stage | {"steps": 9}) if arm.name == "omega5" else arm for arm in results.study.arms
+    )
+    with pytest.raises(UserError, match=r"tiny-seed0.json: arm 'omega5' is \w{8} there, \w{8} in .*tiny.toml"):
+        gather(replace(results.study, arms=arms), folder, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda arm: arm["start"].update(dataset="ff" * 32), "trained on different data"),
+        (lambda arm: arm["recipe"]["optim"].update(batch_size=3), "their optim.batch_size differ"),
+        (lambda arm: arm["recipe"]["flow"].update(time="lognormal"), "their flow.time differ"),
+        (lambda arm: arm["protocol"].update(floor_frechet=0.5), "their test images differ"),
+        (lambda arm: arm["protocol"].update(classifier_digest="ee" * 32), "their classifiers differ"),
+        (lambda arm: arm["recipe"]["sample"].update(cfg_scale=7.0), "their sample.cfg_scale differ"),
+    ],
+)
+def test_arms_that_differ_in_data_noise_or_test_images_are_refused(results, written, change, words):
+    folder, _ = written
+    path = folder / "tiny-seed1.json"
+    told = json.loads(path.read_text())
+    for arm in told["arms"]:
+        arm["start"]["dataset"], arm["protocol"]["classifier_digest"] = "aa" * 32, "bb" * 32
+        arm["protocol"]["floor_frechet"] = 0.25
+        arm["recipe"] |= {"flow": {"time": "uniform"}, "sample": {"cfg_scale": 1.5}}
+    path.write_text(json.dumps(told))
+    for other in (0, 2):
+        (folder / f"tiny-seed{other}.json").unlink()
+    gather(results.study, folder, [])
+    change(told["arms"][1])
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=f"can't be compared: .*{words}"):
+        gather(results.study, folder, [])
+
+
+@pytest.mark.parametrize("text", ['{"seed": 0}', '{"seed": 0, "missing": [], "arms": [{"name": "x"}]}', "[1]", "{"])
+def test_a_seeds_file_that_is_none_is_named(results, tmp_path, text):
+    (tmp_path / "tiny-seed0.json").write_text(text)
+    with pytest.raises(UserError, match=r"tiny-seed0\.json: "):
+        gather(results.study, tmp_path, [])
