@@ -17,6 +17,8 @@ from st_fast.recipe.schema import Recipe, Stage
 
 FORMAT = "st_fast.features"
 FOLDER = "features"
+SMALL, SMALL_ENCODER = "small", "small-encoder"
+"""The option's value that trains a small encoder on a set's images, and that encoder's name in recipes."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ def open_features(data: Path, encoder: str, records: RecordSet) -> FeatureSet:
     """An encoder's features of these records. UserError if there are none, `BadFile` if they are of other records."""
     folder = features_folder(data, encoder)
     if not (folder / FILE_NAME).is_file():
+        given = SMALL if encoder == SMALL_ENCODER else encoder
         raise UserError(
             f"{folder}: no complete features of {encoder}; write them with "
-            f"python -m st_fast.prepare --features {encoder} IMAGES {data}"
+            f"python -m st_fast.prepare --features {given} IMAGES {data}"
         )
     manifest = parse_manifest(FeatureManifest, folder / FILE_NAME)
     if encoder not in (manifest.encoder, Path(manifest.encoder).name) and Path(encoder).name != manifest.encoder:

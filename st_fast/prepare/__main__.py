@@ -40,7 +40,10 @@ VAE_HELP = (
     "small (train one on these images), pixels or pixels-gray (no VAE); with --stats: what decodes the picture"
 )
 SCALE_HELP = "instead of the VAE's scaling_factor, or of the scale that another project's code has"
-FEATURES_HELP = "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base"
+FEATURES_HELP = (
+    "a DINOv2, CLIP, MAE or I-JEPA, as a folder or hub name such as facebook/dinov2-base; small: train one on these "
+    "images and their labels"
+)
 TEXT_HELP = "a CLIP, T5, Gemma or BERT, as a folder or hub name, or all-minilm-l6-v2"
 IMAGE_COLUMN_HELP = "a table's column of images, or the suffix of webdataset's images (default: the only one, or image)"
 LABEL_COLUMN_HELP = "a table's column of labels, or their key in the .json beside images (default: found, or label)"

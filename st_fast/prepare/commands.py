@@ -20,7 +20,7 @@ from st_fast.core.progress import bar
 from st_fast.data.ahead import RecordSet, mean_and_std
 from st_fast.data.buckets import has_buckets, one_shape, parts_of
 from st_fast.data.captions import coco_captions, read_source_captions
-from st_fast.data.features import FOLDER, features_folder, open_features
+from st_fast.data.features import FOLDER, SMALL, SMALL_ENCODER, features_folder, open_features
 from st_fast.data.labels import counts_line
 from st_fast.data.layouts.coco import is_coco
 from st_fast.data.manifest import FILE_NAME, VaeInfo
@@ -60,6 +60,7 @@ from st_fast.prepare.ready import (
     write_recipe,
 )
 from st_fast.prepare.repa import check_moments, check_target, write_repa
+from st_fast.prepare.small_encoder import the_small_encoder
 from st_fast.prepare.text import check_words, keep_captions, write_text
 from st_fast.prepare.text import template as text_template
 from st_fast.prepare.vaes import (
@@ -148,8 +149,14 @@ def features(args: argparse.Namespace) -> None:
     """Features of the images beside their latents."""
     source_path, out = args.paths
     records = open_data(out, verify=False)
-    encoder = load_encoder(args.features, *compute(args))
     images = open_record_images(out, records, str(source_path), args.subset, args.size)
+    name = args.features
+    if name == SMALL:
+        if args.dry_run and not (out / SMALL_ENCODER).is_dir():
+            print(f"{out}: a small encoder would be trained on the images first")
+            return
+        name = str(the_small_encoder(args, out, records, images))
+    encoder = load_encoder(name, *compute(args))
     size = images.manifest.shape[-1]
     planned = template(encoder, records, size)
     print(

@@ -10,14 +10,11 @@ training is not counted as cost, as a published encoder's never is.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.numpy import save as to_safetensors
-from torch import Tensor, nn
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_atomic, write_folder
@@ -26,12 +23,13 @@ from st_fast.core.writing import save_pretrained
 from st_fast.data.features import features_folder
 from st_fast.data.manifest import FILE_NAME, Manifest, VaeInfo
 from st_fast.data.shards import open_data
-from st_fast.evaluate.classifier import RealImages, read_images
+from st_fast.evaluate.classifier import read_images
 from st_fast.model.autoencoders import VAE
-from st_fast.model.encoders import input_side, load_encoder, preprocess, quiet_transformers
+from st_fast.model.encoders import load_encoder
 from st_fast.model.vae import decode, encode_moments, vae_hash
 from st_fast.prepare.features import KeptImages, write_features
 from st_fast.prepare.first_use import must_be_made, save_reconstructions
+from st_fast.prepare.small_encoder import SmallEncoder, train_encoder
 from st_fast.prepare.small_vae import SmallVae, latent_scale, train_vae
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe.schema import Recipe
@@ -42,8 +40,10 @@ VAE_CONFIG = SmallVae(widths=(8, 16, 32), steps=400)
 """f = 4, so 32×32 images have 4×8×8 latents; 0.16 M parameters."""
 ENCODER = "digits-encoder"
 """The encoder's name in recipes; it lies in the digits' folder under this name."""
-EPOCHS, BATCH, SEED, PATCH = 20, 64, 0, 7
-"""Of the encoder's training; its patch side in pixels."""
+ENCODER_CONFIG = SmallEncoder(
+    patch=7, width=64, epochs=20, batch_size=64, peak_lr=1e-3, weight_decay=0.01, one_cycle=False
+)
+"""It sees 4 × 4 patches, as many as the digits recipe's model has tokens."""
 
 
 def load_images() -> dict[str, np.ndarray]:
@@ -126,8 +126,9 @@ def prepare_features(recipe: Recipe, say: Say) -> None:
         return
     if not (folder / ENCODER).is_dir():
         say("digits: training a small image encoder (once, some seconds)")
+        real = read_images(folder)
         with write_folder(folder / ENCODER) as writing:
-            save_pretrained(train_encoder(read_images(folder)), writing)
+            save_pretrained(train_encoder(real.train, real.train_labels, ENCODER_CONFIG).encoder, writing)
     written = (features_folder(folder, ENCODER) / FILE_NAME).is_file()
     if written or all(method.encodes_images for method in asking):
         return
@@ -136,32 +137,3 @@ def prepare_features(recipe: Recipe, say: Say) -> None:
     records = open_data(folder, verify=False)
     write_features(folder, records, encoder, KeptImages(folder, records), batch=256)
     records.close()
-
-
-def train_encoder(real: RealImages) -> Any:
-    """Trains one to name the digits; the same images and thread count give the same weights.
-
-    It sees 4 × 4 patches of 7 pixels, as many as the digits recipe's model has tokens.
-    """
-    transformers = quiet_transformers(ENCODER)
-    config = transformers.Dinov2Config(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=4, image_size=input_side(SIZE, PATCH),
-        patch_size=PATCH, layerscale_value=1.0,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        encoder = transformers.Dinov2Model(config)
-        torch.manual_seed(SEED)
-        head = nn.Linear(encoder.config.hidden_size, real.num_classes)
-    generator = torch.Generator().manual_seed(SEED)
-    pixels = preprocess(real.train, input_side(SIZE, PATCH))
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01)
-    encoder.train()
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(pixels), generator=generator).split(BATCH):
-            tokens: Tensor = encoder(pixel_values=pixels[rows]).last_hidden_state[:, 1:]
-            loss = F.cross_entropy(head(tokens.mean(1)), real.train_labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return encoder.eval()
