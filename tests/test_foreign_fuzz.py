@@ -41,7 +41,7 @@ from tests.data.test_captions import TEXTS, write_coco
 from tests.data.test_cards import BY_NUMBER
 from tests.data.test_repa import write_layout
 from tests.fuzz import blocks, watched
-from tests.prepare.sources import write_tar
+from tests.prepare.sources import idx_files, write_tar
 
 SMALL = Model(depth=1, width=8, heads=2, patch=2, channels=4, latent_size=4, num_classes=3)
 SMALL_TEXT = replace(foreign.TINY_TEXT, depth=1, width=8, heads=2)
@@ -311,6 +311,9 @@ KINDS = {
                              read_model_at, 6),
     "tar": Kind(make_folders, spoil_bytes, lambda path: list(tar_members(path)), 8),
     "tar of tars": Kind(make_tars, spoil_bytes, open_source, 8),
+    "IDX file": Kind(lambda folder: idx_files(folder, "") / "train-images-idx3-ubyte", spoil_bytes, open_source, 4),
+    "IDX file, packed": Kind(lambda folder: idx_files(folder) / "train-images-idx3-ubyte.gz", spoil_bytes,
+                             open_source, 4),
     "zip of images": Kind(make_zip, spoil_bytes, read_zip, 6),
     "npz of samples": Kind(make_samples, spoil_bytes, lambda path: list(open_npz(path).blocks(4)), 6),
     "npy of latents": Kind(make_repa, spoil_repa, lambda path: open_data(path).close(), 4),

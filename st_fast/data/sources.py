@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a zip, a tar, webdataset tars, Hugging Face datasets and parquet, REPA's images/.
+"""Where images come from: a folder, zip or tar, webdataset tars, Hugging Face's tables, IDX files, REPA's images/.
 
 A source knows its images by number; reading one gives the file's bytes. What is an image, its label and its order are
 decided from names (and from the files that hold labels) alone, so the same input gives the same set on any machine.
@@ -19,6 +19,7 @@ from st_fast.core.files import open_regular, printable, shown
 from st_fast.data.archives import Files, hidden, open_folder, open_tars, open_zip
 from st_fast.data.captions import KINDS, captions_beside
 from st_fast.data.folders import SPLITS, by_folders, check_splits, innermost, only_folder
+from st_fast.data.idx import idx_files, open_idx
 from st_fast.data.images import SUFFIXES
 from st_fast.data.labels import LABELS_FILE, NULL_LABEL, by_cls, by_json, by_table, sibling
 from st_fast.data.source import Asked, Source
@@ -59,6 +60,8 @@ def _open(path: Path, asked: Asked) -> Source:
 
             return open_hub_dataset(path, asked)
         return _open_folder(path, asked)
+    if idx_files([path.name]):
+        return open_idx(path.parent, [path.name], asked)
     with open_regular(path) as file:
         start = file.read(264) or b""
     if packed := next((name for magic, name in PACKED.items() if start.startswith(magic)), ""):
@@ -94,6 +97,8 @@ def _open_folder(path: Path, asked: Asked) -> Source:
         tars = sorted(path / name for name in names if name.endswith(".tar") and inner in (path / name).parents)
         if (tables := [name for name in names if name.lower().endswith(".parquet")]) and not (tars or images_of(names)):
             return _open_parquet(path, tables, asked)
+        if idx_files(names) and not (tars or images_of(names)):
+            return open_idx(path, names, asked)
         if not tars or images_of(names):
             return _from_files(files, asked)
     loose = next((name for name in open_folder(inner).names if not hidden(name) and is_image(name)), None)

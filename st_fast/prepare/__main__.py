@@ -11,8 +11,9 @@
     python -m st_fast.prepare --to-repa OUT DIR         shards → REPA's vae-sd/*.npy
 
 IMAGES: a folder, zip or tar with one folder a class; webdataset tars; parquet files of the Hugging Face hub, or a
-`save_to_disk` folder; or images with EDM's and REPA's dataset.json. With --unlabelled or --captions the images may lie
-in any folders. At the end the command that trains is printed; --recipe FILE writes a recipe made for the set.
+`save_to_disk` folder; IDX files as MNIST's; or images with EDM's and REPA's dataset.json. With --unlabelled or
+--captions the images may lie in any folders. At the end the command that trains is printed; --recipe FILE writes a
+recipe made for the set.
 
 Examples:
     python -m st_fast.prepare ~/imagenet/train data/imagenet256 --size 256

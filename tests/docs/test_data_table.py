@@ -76,6 +76,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "edm-images": sources.edm_folder,
     "snapshot": sources.parquet_snapshot,
     "animals": lambda path: sources.parquet_snapshot(path, ["emu", "cat", "emu"], columns=("photo", "kind")),
+    "fashion-mnist": sources.idx_files,
     "saved": sources.saved_dataset,
     "FLUX.1-dev": lambda path: vae(autoencoders.flux1)(path / "vae"),
     "FLUX.2-dev": lambda path: vae(autoencoders.flux2)(path / "vae"),

@@ -5,8 +5,10 @@ Pictures are numbered, and of one number the same everywhere. Nothing here is wr
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import struct
 import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -193,3 +195,24 @@ def captioned_folder(path: Path) -> Path:
     """Pictures with a .txt of the same name beside each."""
     files = {f"{n}.jpg": picture(n) for n in range(4)}
     return write(files | {f"{n}.txt": f"picture number {n}".encode() for n in range(4)}, path)
+
+
+def idx_arrays(count: int, seed: int, size: tuple[int, int] = (28, 28)) -> tuple[np.ndarray, np.ndarray]:
+    """Grey images uint8 (count, height, width), and labels 0 to 2."""
+    images = np.random.default_rng(seed).integers(0, 256, (count, *size), np.uint8)
+    return images, (np.arange(count) % 3).astype(np.uint8)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """An IDX file of bytes."""
+    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def idx_files(path: Path, packed: str = ".gz", size: tuple[int, int] = (28, 28)) -> Path:
+    """MNIST's four files, of six and of four images."""
+    pack = gzip.compress if packed else bytes
+    for seed, (split, count) in enumerate((("train", 6), ("t10k", 4))):
+        images, labels = idx_arrays(count, seed, size)
+        write({f"{split}-images-idx3-ubyte{packed}": pack(idx_bytes(images))}, path)
+        write({f"{split}-labels-idx1-ubyte{packed}": pack(idx_bytes(labels))}, path)
+    return path
