@@ -149,14 +149,12 @@ def features(args: argparse.Namespace) -> None:
     """Features of the images beside their latents."""
     source_path, out = args.paths
     records = open_data(out, verify=False)
+    found = None if args.features == SMALL else load_encoder(args.features, *compute(args))
     images = open_record_images(out, records, str(source_path), args.subset, args.size)
-    name = args.features
-    if name == SMALL:
-        if args.dry_run and not (out / SMALL_ENCODER).is_dir():
-            print(f"{out}: a small encoder would be trained on the images first")
-            return
-        name = str(the_small_encoder(args, out, records, images))
-    encoder = load_encoder(name, *compute(args))
+    if found is None and args.dry_run and not (out / SMALL_ENCODER).is_dir():
+        print(f"{out}: a small encoder would be trained on the images first")
+        return
+    encoder = found or load_encoder(str(the_small_encoder(args, out, records, images)), *compute(args))
     size = images.manifest.shape[-1]
     planned = template(encoder, records, size)
     print(
