@@ -51,15 +51,14 @@ def _shares(told: list[dict[str, object]], seeds: list[Seed]) -> Shares:
     horizons, baseline = told[0]["horizons"], str(told[0].get("baseline"))
     if not isinstance(horizons, list) or any(baseline not in seed.arms for seed in seeds):
         raise UserError(f"{told[0].get('study')}: its seeds' files don't name horizons and a baseline")
-    taught = [
-        name
-        for name in seeds[0].arms
-        if all(n in s.arms and s.arms[n].teacher.flops > 0 for s in seeds for n in [name])
-    ]
+    by_cost = sorted(seeds[0].arms, key=lambda name: seeds[0].arms[name].teacher.flops)
+    taught = [name for name in by_cost if all(name in s.arms and s.arms[name].teacher.flops > 0 for s in seeds)]
     return Shares(
-        str(told[0].get("title")), tuple(map(float, horizons)), [seed.arms[baseline] for seed in seeds],
-        [[seed.arms[name] for seed in seeds] for name in sorted(taught, key=lambda n: seeds[0].arms[n].teacher.flops)],
-    )  # fmt: skip
+        str(told[0].get("title")),
+        tuple(map(float, horizons)),
+        [seed.arms[baseline] for seed in seeds],
+        [[seed.arms[name] for seed in seeds] for name in taught],
+    )
 
 
 def point(arms: Sequence[Arm], plain: Sequence[Arm], horizon: float) -> Point | None:

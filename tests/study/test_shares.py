@@ -1,0 +1,92 @@
+"""Where stage 2 starts to pay, from scores whose answer is known: plain scores 1/x after x FLOPs, a student 1/(2y).
+
+A student of y FLOPs of its own, on a teacher of c, has taken x = y + c: its gain is 2 (x − c) / x, above 1 from x = 2c.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from st_fast.core.errors import UserError
+from st_fast.study.shares import chart, overtakes, point, read_shares, section, table
+
+HORIZONS = (4e9, 8e9, 16e9)
+EVERY = 1e9
+
+
+def arm(name: str, teacher: float, worse: float, most: float = 16e9) -> dict:
+    evals = []
+    for number in range(1, round((most - teacher) / EVERY) + 1):
+        own = number * EVERY
+        score = worse / (2 * own if teacher else own)
+        evals.append({"step": number, "flops": own, "seconds": 1.0, "frechet": 1e9 * score})
+    end = {"step": evals[-1]["step"], "flops": evals[-1]["flops"], "seconds": 1.0}
+    return {
+        "name": name, "definition": "0", "run": "0", "stage": {"name": name}, "recipe": {}, "start": {}, "protocol": {},
+        "evals": evals, "own": end, "teacher": {"flops": teacher, "seconds": 0.0},
+    }  # fmt: skip
+
+
+def write(folder: Path, seed: int, worse: float = 1.0, **told) -> None:
+    arms = [arm("long", 6e9, worse), arm("plain", 0.0, 1.0), arm("short", 2e9, worse)]
+    whole = {"study": "tiny", "title": "Tiny", "seed": seed, "baseline": "plain", "horizons": list(HORIZONS)}
+    (folder / f"tiny-seed{seed}.json").write_text(json.dumps(whole | {"missing": [], "arms": arms} | told))
+
+
+@pytest.fixture
+def found(tmp_path):
+    write(tmp_path, 0)
+    write(tmp_path, 1, worse=1.6)
+    write(tmp_path, 2, missing=["short"])
+    (shares,) = read_shares(tmp_path)
+    return shares
+
+
+def test_the_gain_is_what_the_formula_says_and_a_half_done_seed_is_left_out(found):
+    assert len(found.plain) == 2 and [arms[0].label for arms in found.taught] == ["short", "long"]
+    for arms, teacher in zip(found.taught, (2e9, 6e9), strict=True):
+        for horizon in HORIZONS:
+            one = point(arms, found.plain, horizon)
+            if horizon <= teacher:
+                assert one is None, "no student had been scored by then"
+                continue
+            gain = 2 * (horizon - teacher) / horizon
+            assert one.share == pytest.approx(teacher / horizon)
+            assert one.gains == pytest.approx([gain, gain / 1.6])
+
+
+def test_a_student_overtakes_at_the_first_score_that_beats_plain_at_the_same_total(found):
+    (short, _), (long, late) = found.taught
+    assert overtakes(short, found.plain[0]) == 5e9, "2 (x − 2e9) > x from 4e9 on"
+    assert overtakes(long, found.plain[0]) == 13e9
+    assert overtakes(late, found.plain[1]) is None, "1.6 times the distance: pays from 30e9 on, which it never sees"
+    text = table(found)
+    assert "13 GFLOP (1 of 2)" in text.replace("\u00a0", " ")
+
+
+def test_the_figure_has_a_curve_a_horizon_with_its_range_over_the_seeds(found):
+    drawn = chart(found)
+    assert [curve.label.replace("\u00a0", " ") for curve in drawn.curves] == [f"{h:g} GFLOP in all" for h in (4, 8, 16)]
+    last = drawn.curves[-1]
+    assert last.x == pytest.approx([2 / 16, 6 / 16])
+    assert last.high == pytest.approx([2 * 14 / 16, 2 * 10 / 16])
+    assert last.low == pytest.approx([2 * 14 / 16 / 1.6, 2 * 10 / 16 / 1.6])
+    assert len(drawn.curves[0].x) == 1, "the long teacher alone costs more than the first horizon"
+
+
+def test_the_section_names_the_best_share_and_in_how_many_seeds_it_pays(found):
+    text = section([found], "study/shares.png").replace("\u00a0", " ")
+    assert "at 16 GFLOP the best share is 12.5 %: gain 1.42 ± 0.464, above 1 in 2 of 2 seeds" in text
+    assert "at 4 GFLOP the best share is 50.0 %: gain 0.812 ± 0.265, above 1 in 0 of 2 seeds" in text
+    assert "![Gain over plain training by the teacher's share" in text and "(study/shares.png)" in text
+
+
+def test_files_of_studies_without_horizons_are_passed_over_and_one_without_its_baseline_is_refused(tmp_path):
+    write(tmp_path, 0, horizons=[])
+    assert read_shares(tmp_path) == []
+    write(tmp_path, 0, baseline="plein")
+    with pytest.raises(UserError, match="tiny: its seeds' files don't name horizons and a baseline"):
+        read_shares(tmp_path)
