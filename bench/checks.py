@@ -132,18 +132,19 @@ def _same_step(setup: Setup) -> Row:
     return {"ok": ok, "worst_difference": worst, "eager_loss": values["off"][-1][0]} | notices(said)
 
 
+STUDY, REHEARSAL = ROOT / "recipes" / "study" / "cifar10_gpu.toml", ROOT / "bench" / "day_rehearsal.toml"
 DATA = ROOT / "data" / "cifar10-8x8"
 """CIFAR-10's latents, as `bench/pack.sh` has brought them along."""
 REACHED = ("step", "loss", "denoise", "images_per_s", "mfu", "seconds", "flops")
 SAVING = 90.0
 """Seconds kept for the study to save, for samples and for the records to be read."""
-SAMPLES, FEW = 4_000, 100
-"""Samples of an arm: 12 MB; of a rehearsal."""
+SAMPLES, FEW = 3_000, 100
+"""Samples of an arm: 9 MB; of a rehearsal."""
 
 
 def convergence(suite: Suite) -> Iterator[Task]:
     """As much of the study as fits; a row a run that has begun, one of how many are done, and one an arm's samples."""
-    study = ROOT / "bench" / ("day_rehearsal.toml" if suite.small else "day_cifar10.toml")
+    study = REHEARSAL if suite.small else STUDY
     out = suite.runs / study.stem
     yield study.stem, partial(_study, suite, study, out)
     for job in jobs(read_study(study), out):

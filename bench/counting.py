@@ -397,12 +397,17 @@ def recipe_of(setup: Setup) -> tuple[Recipe, Stage]:
 
 
 def ours(setup: Setup, passes: int = 1) -> list[Kernel]:
-    """The kernels of st_fast's step on CUDA: bf16, blocks compiled, t stratified; the recipe chooses the ops.
+    """The kernels of st_fast's step on CUDA with the trials' outcome `TIMED`; the recipe chooses the other ops.
 
     passes: into how many micro-batches the batch is split, where the setup's options don't say so.
     """
     split = (f"--optim.accumulation={passes}",) if passes > 1 else ()
-    recipe, stage = recipe_of(replace(setup, options=(*TIMED, *setup.options, *split)))
+    return step_kernels(*recipe_of(replace(setup, options=(*TIMED, *setup.options, *split))))
+
+
+def step_kernels(recipe: Recipe, stage: Stage) -> list[Kernel]:
+    """The kernels of a step of that stage on CUDA: bf16, blocks compiled, t stratified, without a CUDA graph."""
+    recipe = replace(recipe, run=replace(recipe.run, cuda_graphs=False))  # a graph launches the same kernels
     choices = {name: choice for name, choice in vars(recipe.kernels).items() if name != "adamw_ema"}
     counter, table, teacher = Counter(), kernels.select(choices, CUDA), None
     with META:

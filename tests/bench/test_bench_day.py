@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_a_row_that_is_unfinished_is_asked_for_again_until_it_is_done(tmp_path, 
 
 
 def test_the_studys_runs_are_told_one_by_one_and_brought_home_with_samples_but_without_weights(tmp_path, monkeypatch):
-    study = ROOT / "bench" / "day_rehearsal.toml"
+    study = checks.REHEARSAL
     out, asked = tmp_path / "rows" / "runs" / study.stem, list[tuple[str, ...]]()
 
     def command(module: str, *arguments: str, allowed: tuple[int, ...] = (0,)) -> int:
@@ -165,9 +166,27 @@ def test_without_the_latents_the_row_names_the_folder_and_what_makes_them(tmp_pa
     assert f"{tmp_path / 'nowhere'}: no latents; bench/pack.sh makes them" in row["error"]
 
 
-def test_the_days_study_has_plain_training_both_stages_and_a_control():
-    study = read_study(ROOT / "bench" / "day_cifar10.toml")
-    assert {arm.name for arm in study.arms} == {"plain", "stage1", "omega5", "random_teacher"}
+STUDY = read_study(checks.STUDY)
+
+
+def test_the_days_study_has_plain_training_both_stages_and_a_control_and_draws_no_scores():
+    assert [arm.name for arm in STUDY.arms] == ["plain", "omega5", "stage1", "omega30", "random_teacher"]
+    for job in jobs(STUDY, Path("runs")):
+        assert job.recipe.run.cuda_graphs is True and job.recipe.data.loader == "resident"
+        assert ROOT / job.recipe.data.path == checks.DATA
+        assert not job.recipe.evaluate.classifier and not job.recipe.evaluate.inception and not job.recipe.sample.every
+
+
+def test_the_page_scores_the_samples_of_every_arm_of_the_days_study():
+    page = (ROOT / "bench" / "GPU-DAY.md").read_text()
+    scored = re.search(r"for arm in (.*); do\n  python -m st_fast.evaluate runs/cifar10_gpu/seed0/\$arm ", page)
+    assert scored and checks.STUDY.stem == "cifar10_gpu" and STUDY.seeds == (0,)
+    assert sorted(scored[1].split()) == sorted(arm.name for arm in STUDY.arms)
+
+
+def test_what_the_third_call_brings_home_is_as_large_as_the_page_says():
+    rows_runs_and_lock, image = 3, 32 * 32 * 3
+    assert len(STUDY.arms) + rows_runs_and_lock <= 8 and checks.SAMPLES * image < 16 * 2**20
 
 
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
