@@ -138,6 +138,8 @@ DATA = ROOT / "data" / "cifar10-8x8"
 REACHED = ("step", "loss", "denoise", "images_per_s", "mfu", "seconds", "flops")
 SAVING = 90.0
 """Seconds kept for the study to save, for samples and for the records to be read."""
+READING = 15.0
+"""Of these, the last ones, for the records: a study that has not saved by then is killed and goes on from before."""
 SAMPLES, FEW = 3_000, 100
 """Samples of an arm: 9 MB; of a rehearsal."""
 
@@ -159,8 +161,8 @@ def _study(suite: Suite, study: Path, out: Path) -> Row:
     seconds = suite.left - SAVING
     if seconds <= 0:
         raise TimeoutError(f"{suite.left:.0f} s are left, and {SAVING:.0f} of them are for saving")
-    minutes = ("--minutes", f"{seconds / 60:.3f}")
-    code = _command("st_fast.study", str(study), "--out", str(out), *minutes, allowed=(0, EXIT_INTERRUPTED))
+    command = ("st_fast.study", str(study), "--out", str(out), "--minutes", f"{seconds / 60:.3f}")
+    code = _command(*command, allowed=(0, EXIT_INTERRUPTED), most=suite.left - READING)
     planned = list(jobs(read_study(study), out))
     for job in planned:
         if (job.folder / "log.jsonl").is_file():
@@ -200,13 +202,19 @@ def _samples(suite: Suite, job: Job) -> Row:
     return {"ok": True, "file": target.name, "num": count}
 
 
-def _command(module: str, *arguments: str, allowed: tuple[int, ...] = (0,)) -> int:
-    """Runs a command of st_fast; RuntimeError with its last line if it ends with another code than is allowed."""
+def _command(module: str, *arguments: str, allowed: tuple[int, ...] = (0,), most: float | None = None) -> int:
+    """Runs a command of st_fast; RuntimeError with its last line if it ends with another code than is allowed.
+
+    most: seconds after which it is killed, which counts as interrupted.
+    """
     command = [sys.executable, "-m", module, *arguments]
-    ended = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=end_with_the_parent,
-    )  # fmt: skip
+    try:
+        ended = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=end_with_the_parent, timeout=most,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return EXIT_INTERRUPTED
     if ended.returncode not in allowed:
         raise RuntimeError(f"{module}: {(ended.stdout.strip().splitlines() or ['no output'])[-1]}")
     return ended.returncode

@@ -114,7 +114,7 @@ def test_the_studys_runs_are_told_one_by_one_and_brought_home_with_samples_but_w
     study = checks.REHEARSAL
     out, asked = tmp_path / "rows" / "runs" / study.stem, list[tuple[str, ...]]()
 
-    def command(module: str, *arguments: str, allowed: tuple[int, ...] = (0,)) -> int:
+    def command(module: str, *arguments: str, allowed: tuple[int, ...] = (0,), most: float | None = None) -> int:
         asked.append((module, *arguments))
         if module == "st_fast.sample":
             drawn = Path(arguments[0]) / "omega5" / "samples" / "100-heun"
@@ -141,6 +141,17 @@ def test_the_studys_runs_are_told_one_by_one_and_brought_home_with_samples_but_w
         names = tar.getnames()
     assert f"{study.stem}/seed0/omega5/log.jsonl" in names and not any("checkpoints" in name for name in names)
     assert (tmp_path / "rows" / "samples-omega5.npz").read_bytes() == b"drawn"
+
+
+def test_a_study_that_does_not_end_in_its_time_is_killed_and_asked_for_again(tmp_path, monkeypatch):
+    real = checks._command
+    forever = "timeit", "-n", "1", "-r", "1", "import time; time.sleep(600)"
+    monkeypatch.setattr(checks, "_command", lambda *_, **how: real(*forever, **how))
+    monkeypatch.setattr(checks, "READING", 299.0)
+    (_, study), *_ = checks.convergence(small(tmp_path))
+    started = time.monotonic()
+    row = suite.attempt(study, 60.0)
+    assert row == {"ok": True, "done": 0, "runs": 3, "unfinished": True} and time.monotonic() - started < 30
 
 
 def a_run(job: Job) -> None:
