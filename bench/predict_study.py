@@ -20,6 +20,7 @@ from bench.predict import DEVICES, Rates, total
 from bench.tables import milliseconds, table
 from st_fast.core.command import run_command
 from st_fast.recipe.methods import SelfTranscendence
+from st_fast.recipe.schema import Kernels
 from st_fast.study.plan import Job, Study, jobs, read_study
 
 MARGIN = 1.4
@@ -58,7 +59,8 @@ def trained(study: Study) -> list[Trained]:
             continue
         work = _work(job)
         if work not in counted:
-            kernels = replace(job.recipe.kernels, gelu_mlp="fused")  # as the trial at a run's start is taken to decide
+            # As the trial at a run's start is taken to decide (`counting.TIMED`).
+            kernels = Kernels(**vars(job.recipe.kernels) | {"gelu_mlp": "fused"})
             counted[work] = counting.step_kernels(replace(job.recipe, kernels=kernels), job.recipe.stages[0])
         found.append(Trained(job.folder.relative_to("runs").as_posix(), job.steps, counted[work]))
     return found
