@@ -284,7 +284,7 @@ def nearest(real: Tensor, images: Tensor, count: int = NEAREST) -> NDArray[np.in
 def nearest_sheet(pictures: Pictures, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """SHOWN of the uint8 images (n, 3, S, S), evenly spaced, each with the nearest real picture on its right.
 
-    Under both the prompt, and the real picture's caption where it is another one's. uint8 (H, W, 3), on white.
+    Under both the prompt, and the real picture's caption where it is another one's. uint8 (H, W, 4).
     """
     chosen = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).astype(np.int64)
     found = nearest(pictures.images, images[chosen], 1)[:, 0].tolist()

@@ -25,6 +25,7 @@ from st_fast.report import default_path, write_report
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.fairness import unfair
+from st_fast.report.progress import unfinished
 from st_fast.report.repeats import verdict
 
 PAGES = (".html", ".htm")
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.dry_run:
         runs = read_runs(options.runs)
         found = verdict(make_arms(runs), unfair(runs, options.seeds))
-        show(f"{found.sentence}\n{found.markdown()}would write {options.out or default_path(options.runs)}")
+        lines = "".join(f"{line}\n" for line in (*unfinished(runs), found.sentence))
+        show(f"{lines}{found.markdown()}would write {options.out or default_path(options.runs)}")
         return
     print(write_report(options.runs, options.out, options.export, options.seeds))
 

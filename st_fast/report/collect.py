@@ -33,6 +33,25 @@ OLD_CLASSIFIER = {"none": False, "classifier": True}
 
 
 @dataclass(frozen=True)
+class Taken:
+    """The model that taught a stage, or whose weights it began with, as the stage's start record says.
+
+    What an older log doesn't say is "". `sha256` is of the weights' names, shapes and values.
+    """
+
+    path: str
+    step: int
+    weights: str
+    sha256: str
+
+    def __str__(self) -> str:
+        """“step 800, raw weights, SHA-256 3fa9c2d1b04e”."""
+        weights = {"raw": "raw weights", "ema": "averaged weights (ema)", "state": "weights and optimiser state"}
+        parts = [f"step {self.step:,}"] + [weights.get(self.weights, self.weights)] * bool(self.weights)
+        return ", ".join(parts + [f"SHA-256 {self.sha256[:12]}"] * bool(self.sha256))
+
+
+@dataclass(frozen=True)
 class StageLog:
     """What one stage of one run logged, each kind in the order of its steps, and its entry in the recipe."""
 
@@ -50,11 +69,23 @@ class StageLog:
         value = self.entry.get(key)
         return value if isinstance(value, str) and value else None
 
+    def taken(self, key: ModelKey) -> Taken | None:
+        """Which weights of that model were taken, as the start record says; None where it doesn't."""
+        said = self.start.get(key)
+        if not isinstance(said, dict) or type(step := said.get("step")) is not int or step < 0:
+            return None
+        path, weights, digest = (printable(str(said.get(name, "")))[:500] for name in ("path", "weights", "sha256"))
+        return Taken(path, step, weights, digest)
+
     def model_step(self, key: ModelKey) -> int | None:
         """The step at which that model was taken, as the start record says; None where it doesn't."""
-        said = self.start.get(key)
-        step = said.get("step") if isinstance(said, dict) else None
-        return step if type(step) is int and step >= 0 else None
+        found = self.taken(key)
+        return None if found is None else found.step
+
+    @property
+    def teacher(self) -> Taken | None:
+        """The frozen teacher's step, weights and digest; None without one, and in logs that do not say."""
+        return self.taken("teacher")
 
     @property
     def evals(self) -> list[Record]:
@@ -77,6 +108,17 @@ class StageLog:
         planned = self.entry.get("steps", self.start.get("steps"))
         return planned if isinstance(planned, int) else self.step
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has logged its end, after all steps that are planned now."""
+        return any(record["step"] >= self.steps for record in self.records["end"])
+
+    @property
+    def logged_at(self) -> float:
+        """Seconds since 1970 of its newest record; NaN where no record has a time."""
+        times = [record.get("time") for records in self.records.values() for record in records]
+        return max((float(time) for time in times if type(time) in (int, float) and abs(time) < 1e300), default=math.nan)
+
     def series(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of `key` in the records of a kind."""
         return finite((float(record["step"]), number(record, key)) for record in self.records[kind])
@@ -98,6 +140,11 @@ class RunLog:
     recipe_text: str
     stages: tuple[StageLog, ...]
     notes: tuple[str, ...]
+
+    @property
+    def planned(self) -> list[str]:
+        """The names of the stages in its recipe, begun or not."""
+        return [str(entry.get("name")) for entry in self.recipe.get("stage", [])]
 
 
 def number(record: Record, key: str) -> float:
@@ -149,9 +196,6 @@ def read_run(path: Path, name: str = "") -> RunLog:
         if starts > 1:
             times = "once" if starts == 2 else f"{starts - 1} times"
             notes.append(f"Stage “{its_name}” was interrupted and resumed {times}.")
-        if not stage.records["end"]:
-            progress = f"step {stage.step:,} of {stage.steps:,}"
-            notes.append(f"Stage “{its_name}” has not ended: the log stops at {progress}.")
     return RunLog(name or path.name, path, recipe, text, tuple(stages), tuple(notes))
 
 

@@ -12,17 +12,18 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import inside, read_bytes, read_json, shown
-from st_fast.report import fairness, plot, words
+from st_fast.report import fairness, plot, scores, teachers, words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import Record, RunLog, number
 from st_fast.report.figures import Figure, all_figures
-from st_fast.report.metrics import METRICS
+from st_fast.report.progress import unfinished
 from st_fast.report.repeats import heads, ranked, verdict
 
 MAX_BYTES, MAX_PIXELS = 160_000, 64_000_000
@@ -52,7 +53,9 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
         return plot.svg(figure)
 
     reasons = fairness.unfair(runs, seeds_declared)
-    found = verdict(make_arms(runs), reasons)
+    every_arm = make_arms(runs)
+    found = verdict(every_arm, reasons)
+    open_ended, doubts = unfinished(runs), teachers.warnings(every_arm, beat)
     every, seed = len(runs), fairness.seed_of(runs[0])
     runs = [run for run in runs if not seeds_declared or fairness.seed_of(run) == seed]
     arms = make_arms(runs)
@@ -63,19 +66,18 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
         notes.append(f"Curves and pictures are of seed {seed}; the verdict is over all {every} runs.")
     best = [*ranked(arms)[1], *heads(arms)[::-1]][0]
     strips = [(arm.label, f"c{arm.colour % len(plot.COLOURS)}", _strip(arm, notes), _named(arm)) for arm in arms]
-    stages = [_stage(arm) for arm in arms]
-    titles = [metric.title for metric in METRICS.values()]  # the columns of those that nobody took are left out
-    columns = [c for c in stages[0] if c not in titles or any(stage[c] != "–" for stage in stages)]
+    spent = [_spent(arm) for arm in arms]
     context: dict[str, Any] = {
         "title": ", ".join(run.name for run in runs),
         "verdict": found,
-        "warnings": fairness.warnings(runs, arms, reasons),
+        "origins": teachers.origins(arms),
+        "unfinished": open_ended,
+        "warnings": [*fairness.warnings(runs, arms, reasons), *doubts],
         "captioned": any(map(_captioned, arms)),
         "hero": next(iter(_grids(best, best.stage.records["sample"][-1:], WIDE, notes)), None),
         "methods": _methods(arms),
-        "columns": columns,
-        "scored": any(title in columns for title in titles),
-        "lines": [[stage[column] for column in columns] for stage in stages],
+        "scores": scores.table(arms),
+        "costs": (list(spent[0]), [list(line.values()) for line in spent]),
         "figures": {key: [(one, drawn(one)) for one in section] for key, section in all_figures(arms).items()},
         "strips": [strip for strip in strips if strip[2]],
         "nearest": [(arm.label, picture) for arm in arms for picture in _nearest(arm, notes)],
@@ -96,29 +98,32 @@ def _template() -> Template:
     return environment.from_string(_resource("page.html"))
 
 
-def _methods(arms: Sequence[Arm]) -> list[list[str]]:
-    """(title, stages, settings, sentence) of each method and its settings, in the order of their first use."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
+def _methods(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines: each method and its settings in the order of their first use; a column of teachers if any."""
+    groups: dict[tuple[str, str, str, str], list[Arm]] = {}
     for arm in arms:
         entry, method = arm.stage.entry, arm.stage.method
         title, sentence = words.METHODS.get(method, (method, "See the recipe below."))
-        keys = ("depth", "target", "teacher", "student_depth", "teacher_depth", "cfg_scale")
+        keys = ("depth", "target", "student_depth", "teacher_depth", "cfg_scale")
         settings = ", ".join(f"{key} = {entry[key]}" for key in keys if key in entry)
-        groups.setdefault((title, settings, sentence), []).append(arm.stage.name)
-    return [
-        [title, ", ".join(dict.fromkeys(stages)), settings, sentence]
-        for (title, settings, sentence), stages in groups.items()
+        groups.setdefault((title, settings, arm.stage.model("teacher") or "", sentence), []).append(arm)
+    taught = any(name for _, _, name, _ in groups)
+    lines = [
+        [title, ", ".join(dict.fromkeys(arm.stage.name for arm in mine)), settings]
+        + [teachers.of_all(mine)] * taught
+        + [sentence]
+        for (title, settings, _, sentence), mine in groups.items()
     ]
+    return ["Method", "Stages", "Settings", *["Teacher"] * taught, "Extra supervision"], lines
 
 
-def _stage(arm: Arm) -> dict[str, str]:
-    """One line of the table of stages: column → text; "–" where nothing was measured."""
+def _spent(arm: Arm) -> dict[str, str]:
+    """One line of the table of costs: column → text; "–" where nothing was measured."""
     speeds, used = (arm.stage.series("train", key)[1] for key in ("images_per_s", "mfu"))
-    bound = "" if arm.total.known else "≥ "
+    bound, stage = "" if arm.total.known else "≥ ", arm.stage
     return {
         "Stage": arm.label,
-        "Steps": words.count(arm.stage.step),
-        **{metric.title: metric.write(arm.final(metric.key)) for metric in METRICS.values()},
+        "Steps": words.count(stage.step) + f" of {words.count(stage.steps)}" * (stage.step < stage.steps),
         "FLOPs, own": words.flops(arm.own.flops),
         "FLOPs, with teacher": bound + words.flops(arm.total.flops),
         "Time, own": words.duration(arm.own.seconds),
@@ -190,7 +195,7 @@ def _grids(arm: Arm, records: Sequence[Record], width: int, notes: list[str], na
     for record in records:
         name = record["file"]
         try:
-            uri, size = _embedded(arm.run.path, name, width)
+            uri, size = _embedded(arm.run.path, name, width, gaps=True)
         except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = "missing" if isinstance(error, FileNotFoundError) else "not a picture inside the run folder"
             note = f"The sample {shown(name)} of stage “{arm.stage.name}” is {reason}; it is left out."
@@ -203,8 +208,8 @@ def _grids(arm: Arm, records: Sequence[Record], width: int, notes: list[str], na
     return found
 
 
-def _embedded(folder: Path, name: str, width: int) -> tuple[str, tuple[int, int]]:
-    """A PNG of a folder as a data URI, at most `width` wide, and its size.
+def _embedded(folder: Path, name: str, width: int, gaps: bool = False) -> tuple[str, tuple[int, int]]:
+    """A PNG of a folder as a data URI, at most `width` wide, and its size; with `gaps` the page shows through these.
 
     Never follows a path out of the folder, never opens an absurdly large picture.
     """
@@ -213,15 +218,30 @@ def _embedded(folder: Path, name: str, width: int) -> tuple[str, tuple[int, int]
         with Image.open(io.BytesIO(read_bytes(inside(folder, name))), formats=("PNG",)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError("too large")
-            picture = image.convert("RGB" if image.mode not in ("L", "1") else "L")
+            clear = image.has_transparency_data
+            grey = image.mode in ("L", "1", "LA")
+            picture = image.convert(("LA" if grey else "RGBA") if clear else "L" if grey else "RGB")
+    if gaps and not clear:
+        picture = _with_clear_gaps(picture)
     picture.thumbnail((width, picture.height), Image.Resampling.LANCZOS, reducing_gap=None)
-    # PNG where that is small, else JPEG: photographs need no exact pixels at this size.
-    for format_, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
+    # PNG where that is small, else WebP: photographs need no exact pixels at this size.
+    for format_, options in (("png", {"optimize": True}), ("webp", {"quality": 85})):
         buffer = io.BytesIO()
         picture.save(buffer, format_, **options)
         if buffer.tell() <= MAX_BYTES:
             break
     return f"data:image/{format_};base64,{base64.b64encode(buffer.getvalue()).decode()}", picture.size
+
+
+def _with_clear_gaps(picture: Image.Image) -> Image.Image:
+    """A grid on white, with what lies between its images made transparent: rows and columns that are white all over."""
+    values = np.asarray(picture)
+    white = (values == 255).reshape(*values.shape[:2], -1).all(-1)
+    clear = white.all(1)[:, None] | white.all(0)[None]
+    if clear.all() or not clear.any():
+        return picture
+    picture.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return picture
 
 
 def _probe(run: RunLog, notes: list[str]) -> tuple[str, str, list[Picture]] | None:

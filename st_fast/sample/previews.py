@@ -51,14 +51,14 @@ def grid(images: Tensor, columns: int = GRID_COLUMNS, gap: int = 2) -> Tensor:
 
 
 def enlarged(picture: Tensor, smallest: int = 480) -> NDArray[np.uint8]:
-    """A picture (H, W, 1 or 3) as an array, larger by a whole factor so that it is ≥ `smallest` wide."""
+    """A picture (H, W, 1, 3 or 4) as an array, larger by a whole factor so that it is ≥ `smallest` wide."""
     factor = max(1, -(-smallest // picture.shape[1]))
     array = picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()
     return array[..., 0] if array.shape[-1] == 1 else array
 
 
 def png(picture: Tensor, smallest: int = 480, record: Record | None = None) -> bytes:
-    """A picture (H, W, 1 or 3) as PNG, enlarged by a whole factor until its width reaches `smallest` pixels."""
+    """A picture (H, W, 1, 3 or 4) as PNG, enlarged by a whole factor until its width reaches `smallest` pixels."""
     file, texts = io.BytesIO(), PngInfo()
     if record is not None:
         texts.add_text(RECORD, json.dumps(record))
@@ -110,7 +110,7 @@ def draw_grid(sampler: Sampler, path: Path, record: Record) -> None:
 
 
 def sheet(images: Tensor, labels: Sequence[int], prompts: Prompts | None) -> Tensor:
-    """Samples as one picture (H', W', 1 or 3); drawn from text, each above its prompt."""
+    """Samples as one picture (H', W', 1 or 3); drawn from text, each above its prompt, with an alpha channel (4)."""
     if prompts is None:
         return grid(images, class_columns(labels))
     count = len(prompts.texts)

@@ -315,8 +315,8 @@ def test_captions_stand_under_their_pictures_and_never_break_the_sheet():
     images = torch.zeros(3, 1, 16, 16, dtype=torch.uint8)
     texts = ["short", "a\0b\nc \u202e مرحبا " * 30, "x" * 5_000]
     sheet = captioned_grid(images, texts, 2)
-    assert sheet.dtype == torch.uint8 and sheet.shape[2] == 3
-    black = (sheet == 0).all(-1)
+    assert sheet.dtype == torch.uint8 and sheet.shape[2] == 4
+    black = (sheet == torch.tensor([0, 0, 0, 255])).all(-1)
     assert black[:130, :130].sum() >= 120 * 120, "the picture"
     assert all(len(wrapped(text, 120)) <= LINES for text in texts)
     assert wrapped("short", 120) == ["short"] and wrapped("", 120) == [""]
@@ -367,7 +367,7 @@ def test_every_caption_stands_under_its_own_picture_row_by_row():
     ink, tops = [], (GAP, GAP + side + GAP + LINES * 14 + GAP)
     for number, (left, top) in enumerate(((GAP, tops[0]), (2 * GAP + side, tops[0]), (GAP, tops[1]))):
         picture = sheet[top : top + side, left : left + side]
-        assert torch.equal(picture[1, [1, -2]], shades[number, :, 0].T.int())
-        assert torch.equal(picture[-2, [1, -2]], shades[number, :, 0].T.int())
-        ink.append(int((255 - sheet[top + side : top + side + below, left : left + side]).sum()))
-    assert 0 < 3 * ink[0] < ink[2] and 5 * ink[2] < ink[1] and (sheet[tops[1] :, 2 * GAP + side :] == 255).all()
+        assert torch.equal(picture[1, [1, -2], :3], shades[number, :, 0].T.int())
+        assert torch.equal(picture[-2, [1, -2], :3], shades[number, :, 0].T.int()) and (picture[..., 3] == 255).all()
+        ink.append(int(sheet[top + side : top + side + below, left : left + side, 3].sum()))
+    assert 0 < 3 * ink[0] < ink[2] and 5 * ink[2] < ink[1] and (sheet[tops[1] :, 2 * GAP + side :, 3] == 0).all()
