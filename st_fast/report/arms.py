@@ -143,12 +143,12 @@ def _outside(run: RunLog, model: str, step: int | None) -> dict[tuple[Path | str
     unknown: dict[tuple[Path | str, ...], Cost] = {(model,): Cost(known=False)}
     for base in (Path.cwd(), run.path, run.path.parent):
         path = base / model
-        folder = next((p for p in (path, *path.parents) if (p / "log.jsonl").is_file()), None)
-        if folder is None or folder == run.path:
-            continue
         try:
+            folder = next((p for p in (path, *path.parents) if (p / "log.jsonl").is_file()), None)
+            if folder is None or folder == run.path:
+                continue
             other = read_run(folder)
-        except UserError:
+        except (UserError, OSError):  # the name may be none that a file can have
             return unknown
         parts = path.relative_to(folder).parts
         stage = next((s for s in other.stages if s.name == parts[0]), None) if parts else other.stages[-1]

@@ -45,9 +45,10 @@ class Taken:
     sha256: str
 
     def __str__(self) -> str:
-        """“step 800, raw weights, SHA-256 3fa9c2d1b04e”."""
-        weights = {"raw": "raw weights", "ema": "averaged weights (ema)", "state": "weights and optimiser state"}
-        parts = [f"step {self.step:,}"] + [weights.get(self.weights, self.weights)] * bool(self.weights)
+        """“step 800, raw weights, SHA-256 3fa9c2d1b04e”; no step where another project's file doesn't tell one."""
+        weights = {"raw": "raw weights", "ema": "ema weights", "state": "weights and optimiser state"}
+        parts = [f"step {self.step:,}"] * (self.step > 0)
+        parts += [weights.get(self.weights, self.weights)] * bool(self.weights)
         return ", ".join(parts + [f"SHA-256 {self.sha256[:12]}"] * bool(self.sha256))
 
 

@@ -101,14 +101,17 @@ def metric_of(key: str) -> str:
     return key.removeprefix("classifier_").removesuffix("_std")
 
 
-def summary(values: Mapping[str, object]) -> str:
-    """“Fréchet distance 3.2 (real images: 0.15), accuracy 94.1 %”: what is known of the metrics that rank runs."""
+def summary(values: Mapping[str, object], with_real: bool = True) -> str:
+    """“Fréchet distance 3.2 (real images: 0.15), accuracy 94.1 %”: what is known of the metrics that rank runs.
+
+    with_real: with what real images score, in brackets.
+    """
     parts = []
     for metric in RANKING:
         value, floor = _finite(values.get(metric.key)), _finite(values.get(metric.floor))
         if value is not None:
             title = metric.title if metric.unit == "number" else metric.title.lower()
-            real = f" (real images: {metric.write(floor)})" if floor is not None else ""
+            real = f" (real images: {metric.write(floor)})" if floor is not None and with_real else ""
             parts.append(f"{title} {metric.write(value)}{real}")
     return ", ".join(parts)
 

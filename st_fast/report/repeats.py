@@ -130,7 +130,7 @@ def verdict(arms: Sequence[Arm], unfair: Sequence[str] = ()) -> Verdict:
     baseline = choose_baseline(groups, best)
     found = rows(groups, baseline, metric.key)
     if len(found) < 2 or found[0].label != baseline.label:
-        others = "; ".join(f"“{arm.label}”: {summary(arm.last_metrics)}" for arm in best[1:4])
+        others = "; ".join(f"“{arm.label}”: {summary(arm.last_metrics, False)}" for arm in best[1:4])
         costs = "" if all(arm.total.known for arm in best) else (
             "; as the cost of a model before one of them isn't recorded, they can't be compared at equal cost"
         )  # fmt: skip

@@ -23,7 +23,9 @@ def described(arm: Arm, key: ModelKey) -> str:
     name, taken = arm.stage.model(key), arm.stage.taken(key)
     if name is None:
         return ""
-    return short(name) if taken is None else f"{short(name)} at {taken}"
+    if taken is None or not str(taken):
+        return short(name)
+    return f"{short(name)}{' at' if taken.step else ','} {taken}"
 
 
 def short(name: str) -> str:
@@ -55,7 +57,7 @@ def warnings(arms: Sequence[Arm], beat: Callable[[], None] = lambda: None) -> li
         try:
             now = _changed(arm, hashes, beat)
         except (UserError, OSError, ValueError):
-            now = "what lies there now can't be read"
+            now = "its folder can't be read now"
         if now:
             found.append(f"“{arm.label}” was taught by {described(arm, 'teacher')}; {now}.")
     return list(dict.fromkeys(found))

@@ -64,7 +64,7 @@ METHODS = {
     "self_transcendence": (
         "Stage 2: Self-Transcendence",
         "An early block has to predict features of a frozen earlier model: unconditional + ω × (conditional − "
-        "unconditional). Training starts anew and sampling costs nothing extra.",
+        "unconditional). Sampling costs nothing extra.",
     ),
     "repa": ("REPA", "An early block has to match a frozen image encoder's features of the clean image."),
     "sra": ("SRA", "An early block has to match a later block of the model's own EMA, which sees less noise."),
