@@ -118,7 +118,8 @@ class StageLog:
     def logged_at(self) -> float:
         """Seconds since 1970 of its newest record; NaN where no record has a time."""
         times = [record.get("time") for records in self.records.values() for record in records]
-        return max((float(time) for time in times if type(time) in (int, float) and abs(time) < 1e300), default=math.nan)
+        known = [float(time) for time in times if type(time) in (int, float) and abs(time) < 1e300]
+        return max(known, default=math.nan)
 
     def series(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Steps and finite values of `key` in the records of a kind."""

@@ -91,8 +91,14 @@ def _values(runs: Sequence[RunLog], read: Callable[[RunLog], object]) -> dict[ob
     for run in runs:
         value = read(run)
         if value is not None:
-            values.setdefault(value if isinstance(value, (str, int, float, tuple)) else str(value), run.name)
+            values.setdefault(_comparable(value), run.name)
     return values
+
+
+def _comparable(value: object) -> object:
+    """A value that can be a key: what neither a setting nor a score should be is so as text."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return value if all(isinstance(part, (str, int, float)) for part in parts) else str(value)
 
 
 def _told(values: dict[object, str]) -> str:
@@ -127,7 +133,7 @@ def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], reasons: Sequence[str]
         found.append(f"These runs differ in more than their stages: {', '.join(keys)}. Compare with care.")
     evals = [record["metrics"] for arm in arms for record in arm.stage.evals]
     for key, sentence in PROTOCOL.items():
-        if len({metrics[key] for metrics in evals if key in metrics}) > 1:
+        if len({_comparable(metrics[key]) for metrics in evals if key in metrics}) > 1:
             found.append(sentence)
     devices = {str(stage.start["device"]) for run in runs for stage in run.stages if "device" in stage.start}
     if len(devices) > 1:

@@ -40,8 +40,8 @@ def _of_stage(stage: StageLog) -> str:
     if stage.step < stage.steps:
         return f"“{stage.name}” is at step {words.count(stage.step)} of {words.count(stage.steps)}"
     return (
-        f"“{stage.name}” has made its {words.count(stage.steps)} steps, but has not ended: its last pictures and scores "
-        "may be missing"
+        f"“{stage.name}” has made its {words.count(stage.steps)} steps, but has not ended: its last pictures and "
+        "scores may be missing"
     )
 
 

@@ -20,6 +20,7 @@ from st_fast.report.__main__ import main
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
 from st_fast.report.figures import Bars, Chart, Curve, Level, all_figures
+from st_fast.report.html import _embedded
 from st_fast.report.plot import draw, smoothed, svg, thinned
 from st_fast.report.repeats import verdict
 
@@ -151,6 +152,49 @@ def test_pictures_are_the_runs_first_and_last_and_decode(runs) -> None:
     assert len(pictures) == 1 + 5, "one large, and a strip of five of the eight"
     original = Image.open(run / "plain" / "samples" / "00001600.png").tobytes()
     assert pictures[0].tobytes() == pictures[-1].tobytes() == original
+
+
+def test_every_picture_and_figure_opens_large_without_a_script_and_is_on_the_page_once(runs) -> None:
+    page = page_of(runs.two_stages(), runs.plain())
+    opened = [value for tag, name, value in page.attributes if (tag, name) == ("div", "id")]
+    assert len(opened) == len(set(opened)) == page.tags.count("img") + page.tags.count("svg") > 20
+    assert sorted(page.values("popovertarget")) == sorted(opened * 2), "a button that opens and one that closes each"
+    assert page.values("popovertargetaction") == ["hide"] * len(opened)
+    assert all(page.values("aria-label")) and page.tags.count("button") == 2 * len(opened)
+    strips = [source for source in page.values("src") if source]
+    assert len(strips) - len(set(strips)) <= 3 + 1, "only the largest and those at equal cost stand there twice"
+
+
+def gridded(path: Path, mode: str) -> None:
+    """A grid of two by two dark images of 4 × 4 with white gaps of 2 pixels between them and around."""
+    grid = Image.new(mode, (14, 14), "white")
+    for left, top in ((2, 2), (8, 2), (2, 8), (8, 8)):
+        grid.paste(Image.new(mode, (4, 4), "black"), (left, top))
+    grid.putpixel((3, 3), 255 if mode == "L" else (255, 255, 255))
+    grid.save(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_page_shows_through_a_grids_gaps_and_not_through_its_images(tmp_path: Path, mode: str) -> None:
+    gridded(tmp_path / "grid.png", mode)
+
+    def shown(name: str, gaps: bool) -> Image.Image:
+        uri, size = _embedded(tmp_path, name, 520, gaps)
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+        assert picture.size == size
+        return picture
+
+    alpha = shown("grid.png", True).getchannel("A")
+    places = [(x, y) for x in range(14) for y in range(14) if alpha.getpixel((x, y))]
+    inside = {*range(2, 6), *range(8, 12)}
+    assert places == [(x, y) for x in range(14) for y in range(14) if x in inside and y in inside]
+    assert {alpha.getpixel(place) for place in places} == {255}
+    assert shown("grid.png", False).mode == mode
+    for name, colour in (("white.png", 255), ("dark.png", 9)):
+        Image.new("L", (8, 8), colour).save(tmp_path / name)
+        assert shown(name, True).mode == "L", "no grid"
+    Image.new("RGBA", (8, 8), (255, 255, 255, 70)).save(tmp_path / "clear.png")
+    assert shown("clear.png", True).getchannel("A").getextrema() == (70, 70), "as it was drawn"
 
 
 def test_the_classes_in_the_pictures_are_named_where_the_log_has_names(runs) -> None:
@@ -362,21 +406,41 @@ def add_probe(run: Path) -> Path:
     return run
 
 
+LOOK = """
+const open = document.querySelectorAll('header .zoom > button')[0], large = document.querySelector('header .large');
+const picture = large.querySelector('img'), small = picture.clientWidth;
+const boxes = [...document.querySelectorAll('.scroll')].filter(box => !box.closest('.probe'));
+const white = [...document.querySelectorAll('body, body *')].filter(one => !one.closest('.probe')).map(
+  one => getComputedStyle(one).backgroundColor.match(/[0-9.]+/g).map(Number)
+).filter(([red, green, blue, alpha = 1]) => alpha > 0 && Math.min(red, green, blue) > 200);
+const found = [document.documentElement.scrollWidth, document.querySelectorAll('svg path').length, white.length,
+  boxes.filter(box => box.scrollWidth > box.clientWidth).length];
+open.focus(); open.click();
+found.push(small, picture.clientWidth, large.querySelector('button').clientHeight);
+large.querySelector('button').click();
+found.push(picture.clientWidth, +(document.activeElement === open));
+parent.postMessage(found.join(' '), '*');
+"""
+"""Sends: the page's width, its paths, its white boxes, its tables wider than theirs; a picture's width on the page, at
+a click, the height of what closes it, its width after that, and whether the keyboard is where it was.
+"""
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page with")
-@pytest.mark.parametrize("width", [1200, 500, 390])
-def test_chromium_draws_the_page_without_a_complaint_and_nothing_is_wider_than_the_window(
-    runs, tmp_path: Path, width: int
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (1400, True), (420, False), (390, True)])
+def test_chromium_draws_the_page_without_a_complaint_light_and_dark_and_nothing_is_wider_than_the_window(
+    runs, tmp_path: Path, width: int, dark: bool
 ) -> None:
     hostile = runs.plain("<img src=x onerror=boom()>")
-    paths = [add_probe(runs.two_stages()), hostile, runs.two_stages("seed1", 1), runs.plain("plain1", 1)]
-    out = write_report(paths, out=tmp_path / "page.html", seeds_declared=True)
-    probe = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg path').length"
+    paths = [add_probe(runs.two_stages()), hostile, runs.two_stages("seed1_" + 7 * "and_a_long_name_", 1)]
+    out = write_report([*paths, runs.plain("plain1", 1)], out=tmp_path / "page.html", seeds_declared=True)
     html = out.read_text().replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
-    out.write_text(html.replace("</body>", f"<script>parent.postMessage({probe}, '*')</script></body>"))
+    out.write_text(html.replace("</body>", f"<script>{LOOK}</script></body>"))
     # A window of Chromium is at least 500 pixels wide; a frame in it may be as narrow as a phone.
     frame = tmp_path / "frame.html"
     frame.write_text(
-        "<title></title><script>onmessage = message => document.title = message.data</script>"
+        "<meta name=color-scheme content='light dark'><title></title>"
+        "<script>onmessage = message => document.title = message.data</script>"
         f'<iframe src="page.html" width="{width}" height="900"></iframe>'
     )
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
@@ -384,14 +448,19 @@ def test_chromium_draws_the_page_without_a_complaint_and_nothing_is_wider_than_t
     command_line += [
         "--enable-logging=stderr",
         "--log-level=0",
-        "--window-size=1300,1000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--window-size=1500,1000",
         "--virtual-time-budget=3000",
         "--dump-dom",
         f"file://{frame}",
     ]
     done = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=True)
-    shown = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
+    shown = re.search(r"<title>([\d ]+)</title>", done.stdout)
     assert shown is not None
-    assert int(shown[1]) <= width
-    assert int(shown[2]) > 20
+    page, paths_drawn, white, wide, small, large, closing, again, focused = map(int, shown[1].split())
+    assert page <= width and paths_drawn > 20
+    assert (white > 0) == (not dark)
+    assert wide == 0 or width < 1400, "a table that scrolls sideways"
+    assert small < large > 0.9 * width - 60 and closing > 400, "a click shows it large, another one anywhere closes it"
+    assert (again, focused) == (small, 1)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []

@@ -30,7 +30,8 @@ STATES = [
     ([start("a"), record("train", "a", 730)], "“a” is at step 730 of 1,200; “b” has not begun."),
     (
         [start("a"), record("train", "a", 1200)],
-        "“a” has made its 1,200 steps, but has not ended: its last pictures and scores may be missing; “b” has not begun.",
+        "“a” has made its 1,200 steps, but has not ended: its last pictures and scores may be missing; "
+        "“b” has not begun.",
     ),
     ([start("a"), record("end", "a", 1200)], "“b” has not begun."),
     ([start("a"), record("end", "a", 1200), start("b"), record("train", "b", 30)], "“b” is at step 30 of 70."),

@@ -29,18 +29,22 @@ def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensors:
 
 def saved(run: Path, step: int, raw: Tensors, ema: Tensors | None = None) -> Path:
     """A checkpoint of the stage align."""
-    return store.save(run / "align" / "checkpoints", step, {"model": raw, "ema": ema or tensors(99)}, {"stage": "align"})
+    return store.save(
+        run / "align" / "checkpoints", step, {"model": raw, "ema": ema or tensors(99)}, {"stage": "align"}
+    )
 
 
 def taught(runs: Runs, name: str, **said: Any) -> Path:
     """A finished run of both stages whose second one's start says this of its teacher."""
     run = runs.two_stages(name)
-    return runs.change(run, lambda r: r | {"teacher": said} if r["kind"] == "start" and r["stage"] == "transcend" else r)
+    return runs.change(
+        run, lambda r: r | {"teacher": said} if r["kind"] == "start" and r["stage"] == "transcend" else r
+    )
 
 
 def student(runs: Runs, name: str, teacher: Path | str, **said: Any) -> Path:
     """A run of one stage with a teacher from outside."""
-    recipe = f'[[stage]]\nname = "s"\nsupervision = "self_transcendence"\nsteps = 9\nteacher = {json.dumps(str(teacher))}\n'
+    recipe = f'[[stage]]\nname = "s"\nsteps = 9\nteacher = {json.dumps(str(teacher))}\n'
     start = {"kind": "start", "stage": "s", "step": 0} | ({"teacher": said} if said else {})
     return runs.custom(recipe, [start, {"kind": "end", "stage": "s", "step": 9}], name)
 
@@ -139,7 +143,8 @@ def test_an_outside_teacher_is_looked_for_where_it_was_named_from(runs, monkeypa
     monkeypatch.chdir(runs.folder)
     assert "now holds" in teachers.warnings(arms(run))[0], "in the working directory"
     saved(other, 800, tensors(1))
-    one = student(runs, "one", "other/align/checkpoints/00000400", step=400, weights="raw", sha256=tensors_hash(tensors(1)))
+    said = {"step": 400, "weights": "raw", "sha256": tensors_hash(tensors(1))}
+    one = student(runs, "one", "other/align/checkpoints/00000400", **said)
     assert teachers.warnings(arms(one)) == [], "a single checkpoint stays what it is"
 
 
