@@ -118,7 +118,7 @@ class StageLog:
     def logged_at(self) -> float:
         """Seconds since 1970 of its newest record; NaN where no record has a time."""
         times = [record.get("time") for records in self.records.values() for record in records]
-        known = [float(time) for time in times if type(time) in (int, float) and abs(time) < 1e300]
+        known = [float(t) for t in times if isinstance(t, int | float) and not isinstance(t, bool) and abs(t) < 1e300]
         return max(known, default=math.nan)
 
     def series(self, kind: str, key: str) -> tuple[list[float], list[float]]:
