@@ -34,6 +34,8 @@ VARIABLES = {
 NICE = [n * 10**power for power in range(-12, 20) for n in (1, 2, 5)]
 DASHES = ("-", "--", ":")
 MAX_POINTS = 300
+LEGEND, LINE = 42, 40
+"""Characters that fit into a legend's line, and into one over a bar, its total included."""
 STYLE = {
     "text.parse_math": False, "text.color": INK, "axes.labelcolor": SOFT, "axes.edgecolor": SOFT, "xtick.color": SOFT,
     "ytick.color": SOFT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
@@ -162,9 +164,10 @@ def _curve(axes: Axes, curve: Curve) -> None:
     axes.plot(*ringed, "o", markersize=10, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.4)
 
 
-def _short(label: str) -> str:
-    """A label that fits under a figure."""
-    return label if len(label) <= 54 else f"{label[:53]}…"
+def _short(label: str, most: int = LEGEND) -> str:
+    """A label that fits: of a longer one the start and the end, which tell a run's stages and seeds apart."""
+    end = most * 2 // 5
+    return label if len(label) <= most else f"{label[: most - end - 1]}…{label[-end:]}"
 
 
 def _x_axis(axis: Axis, unit: str, high: float) -> None:
@@ -203,13 +206,14 @@ def _tick_text(unit: str) -> Callable[[float, Any], str]:
 def bars(axes: Axes, figure: Bars) -> None:
     """A row an arm: its label and its sum over its bar."""
     places, write = range(len(figure.rows)), UNITS[figure.unit]
+    totals = [("" if row.known else "at least ") + write(math.fsum(row.sizes)) for row in figure.rows]
+    most = LINE - max(map(len, totals))
     for n, name in enumerate(figure.segments):
         left = [math.fsum(row.sizes[:n]) for row in figure.rows]
         colour = SEGMENTS[-1 if n == len(figure.segments) - 1 else n]
         axes.barh(places, [row.sizes[n] for row in figure.rows], 0.4, left, color=colour, label=name)
-    for place, row in enumerate(figure.rows):
-        total = ("" if row.known else "at least ") + write(math.fsum(row.sizes))
-        axes.annotate(_short(row.label), (0, place - 0.27), va="bottom")
+    for place, (row, total) in enumerate(zip(figure.rows, totals, strict=True)):
+        axes.annotate(_short(row.label, most), (0, place - 0.27), va="bottom")
         axes.annotate(total, (1, place - 0.27), xycoords=axes.get_yaxis_transform(), ha="right", va="bottom")
     axes.set_ylim(len(figure.rows) - 0.7, -0.75)
     axes.yaxis.set_visible(False)
