@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from st_fast.evaluate import __main__ as evaluate
 from st_fast.evaluate.probe import together
 from st_fast.evaluate.probe.__main__ import main as probe
 from st_fast.evaluate.probe.examine import Findings
+from st_fast.evaluate.probe.measures import Estimate
 from st_fast.model import stored
 from st_fast.model.vae import tensors_hash
 from st_fast.sample import __main__ as sample
@@ -76,7 +78,8 @@ def test_a_probe_names_the_model_that_was_read(run: Path, tmp_path: Path, monkey
 
     def examined(model: Any, *rest: Any) -> Findings:
         read.append(model)
-        return Findings([0], [[0.0]], [[torch.zeros(1, 16, 4).numpy()]], [0.0])
+        half = Estimate(0.5, np.array([0.5, -0.5]))
+        return Findings([0], [[half]], [[half]], [[half]], [[torch.zeros(1, 16, 4).numpy()]], [0.0])
 
     real_images(tmp_path / "data")
     monkeypatch.setattr(together, "examine", examined)

@@ -5,11 +5,14 @@ examples:
       every stage of one run → runs/digits/probe/*.png and probe.json
   python -m st_fast probe runs/digits runs/plain
       and another run's stages beside them, also into runs/digits/probe
+  python -m st_fast probe runs/plain runs/stage1 runs/stage2 --write docs/probes.md
+      a page: does the method do what its paper claims? One row a claim, three figures in docs/probes
   python -m st_fast probe SiT-XL-2-256x256.pt --data data/imagenet
       another project's model on a data folder's latents → probe/SiT-XL-2-256x256
 
 There go a linear probe's accuracy by block and time, PCA pictures of the patches, the alignment (CKA) between blocks
-and with the teacher's, and the held-out denoising loss by time. `st_fast.report` shows those of runs.
+and with the teacher's, and the held-out denoising loss by time; and of a stage 2 how discriminative and how clean its
+teacher's guided features are, by ω and time, in probe.json. `st_fast.report` shows the figures of runs.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import time
 from collections.abc import Sequence
 
 from st_fast.core.command import command_parser, need_each_once, need_model, run_command
-from st_fast.core.options import COUNT_MOST, add_file_options, integer, number, path
+from st_fast.core.options import ARCHITECTURE_MOST, COUNT_MOST, add_file_options, integer, number, path
 from st_fast.core.signals import catch_signals
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -41,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--times", type=number(0, 1), nargs="+", default=list(TIMES), help="noise levels, 0 data to 1 noise"
     )
+    parser.add_argument(
+        "--block", type=integer(1, ARCHITECTURE_MOST["depth"]), metavar="N",
+        help="measure guided features of every model named at this block (default: of stage 2's teachers, at theirs)",
+    )  # fmt: skip
+    parser.add_argument("--write", type=path, metavar="PAGE", help="also write what was found, as Markdown")
     return parser
 
 

@@ -25,7 +25,7 @@ from st_fast.sample.model import decoder
 
 SEED = 20260711
 """No run's own seed, so that no noise equals that of a training step."""
-PICTURES = 4
+MOST_PICTURES = 10
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,19 @@ class Latents:
     labels: Tensor
     first: int
 
-    def at(self, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
-        """x_t and the velocity target, both (n, C, S, S), at t (n,); the same noise whatever t is."""
-        noise = random.normal(SEED, Purpose.NOISE, self.ordinals, self.x.shape[1:])
+    def at(self, t: Tensor, path: str, draw: int = 0) -> tuple[Tensor, Tensor]:
+        """x_t and the velocity target, both (n, C, S, S), at t (n,); the same noise whatever t is, another a draw."""
+        noise = random.normal(SEED + draw, Purpose.NOISE, self.ordinals, self.x.shape[1:])
         return flow.interpolate(self.x, noise, t, path)
 
     def times(self, low: float, high: float) -> Tensor:
         """(n,) times, uniform between low and high."""
         return low + (high - low) * random.uniform(SEED, Purpose.TIME, self.ordinals)[:, 0]
+
+    def random_labels(self, classes: int) -> Tensor:
+        """(n,) int64 labels that have nothing to do with the images."""
+        drawn = random.uniform(SEED, Purpose.SAMPLE_LABELS, self.ordinals)[:, 0]
+        return (drawn * classes).long().clamp_(max=classes - 1)
 
     @property
     def ordinals(self) -> Tensor:
@@ -63,8 +68,10 @@ class Split:
     held_out: Latents
     unseen: bool
     digest: str
+    classes: int
+    """Of the data; a model may know more."""
     pictures: Tensor
-    """The first few held-out images, uint8 (n, 1 or 3, H, W); black where the folder's VAE can't be had."""
+    """A held-out image of each class, of MOST_PICTURES at most, uint8 (n, 1 or 3, H, W); black without the VAE."""
     pictured: tuple[str, ...]
     """Their classes' names; numbers where the data has no names."""
 
@@ -103,9 +110,10 @@ def load_split(folder: Path, count: int) -> Split:
         )
     train = Latents(_drawn(moments, manifest, 0), labels, 0)
     held_out = Latents(_drawn(other, manifest, count), other_labels, count)
-    pictured = tuple(manifest.name_of(label) for label in held_out.labels[:PICTURES].tolist())
-    pictures = _pictures(folder, manifest, held_out.x[:PICTURES])
-    return Split(train, held_out, unseen, manifest.digest, pictures, pictured)
+    shown = min(MOST_PICTURES, len(held_out.labels.unique()))  # classes take turns, so the first are one of each
+    pictured = tuple(manifest.name_of(label) for label in held_out.labels[:shown].tolist())
+    pictures = _pictures(folder, manifest, held_out.x[:shown])
+    return Split(train, held_out, unseen, manifest.digest, manifest.num_classes, pictures, pictured)
 
 
 def in_turn(labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from scipy.stats import ortho_group
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import KernelCenterer
 
-from st_fast.evaluate.probe.examine import cka, cosine, linear_probe, pca_colours
+from st_fast.evaluate.probe.measures import cka, cosine, linear_probe, pca_colours
 
 RNG = np.random.default_rng(0)
 
@@ -36,10 +36,10 @@ def test_the_probe_finds_what_is_linear_and_nothing_in_noise_whatever_the_scale(
     x = RNG.normal(size=(400, 8)) * np.logspace(-4, 4, 8)
     x[:, 0] += 1e-3 * labels
     x[:, 7] += 2e5 * (labels == 2)
-    assert linear_probe(x[:300], labels[:300], x[300:], labels[300:]) > 0.9
+    assert linear_probe(x[:300], labels[:300], x[300:], labels[300:]).value > 0.9
     noise = RNG.normal(size=(2_000, 3))
     names = RNG.integers(0, 4, 2_000)
-    assert abs(linear_probe(noise[:1000], names[:1000], noise[1000:], names[1000:]) - 0.25) < 0.06
+    assert abs(linear_probe(noise[:1000], names[:1000], noise[1000:], names[1000:]).value - 0.25) < 0.06
 
 
 def test_colours_are_the_principal_components_up_to_sign_and_range() -> None:
