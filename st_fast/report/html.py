@@ -267,6 +267,7 @@ def _probe(run: RunLog, notes: list[str]) -> tuple[str, str, list[Picture]] | No
     told = (
         f"On {about.get('held_out_images', '?')} images {unseen}; linear classifiers were trained on "
         f"{about.get('train_images', '?')} others. Weights: {about.get('weights', '?')}{_probed(about)}."
+        f"{_outdated(about, run)}"
     )
     return (run.name, told, drawn) if drawn else None
 
@@ -280,6 +281,19 @@ def _probed(about: Record) -> str:
         if isinstance(model, dict) and isinstance(model.get("step"), int)
     ]
     return f", of {', '.join(found)}" if found else ""
+
+
+def _outdated(about: Record, run: RunLog) -> str:
+    """A sentence for stages of the run that were trained on since they were probed."""
+    models, now = about.get("models"), {stage.name: stage.step for stage in run.stages}
+    older = {
+        model["stage"]: now[model["stage"]]
+        for model in (models if isinstance(models, list) else [])
+        if isinstance(model, dict) and model.get("run") == run.path.name and isinstance(model.get("stage"), str)
+        and isinstance(model.get("step"), int) and model["step"] < now.get(model["stage"], 0)
+    }  # fmt: skip
+    where = ", ".join(f"{name} is at step {step:,}" for name, step in older.items())
+    return f" The run has gone on since: {where}." if older else ""
 
 
 def _resource(name: str) -> str:

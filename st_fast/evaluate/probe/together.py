@@ -67,7 +67,8 @@ def pointed_out(subjects: Sequence[Subject], guides: Sequence[Guide]) -> set[int
 def told(subject: Subject, found: Findings, alignment: dict[str, Any]) -> dict[str, Any]:
     """A model's entry of probe.json."""
     return {
-        "label": subject.label, "role": subject.role, "step": subject.loaded["step"],
+        "label": subject.label, "role": subject.role, "run": subject.run.name if subject.run else None,
+        "stage": subject.stage.name, "step": subject.loaded["step"],
         "weights": subject.loaded["weights"], "sha256": subject.loaded["sha256"],
         "supervised_blocks": list(subject.supervised), "teacher": subject.teacher, "blocks": found.blocks,
         "accuracy": values(found.accuracy), "accuracy_error": errors(found.accuracy),
