@@ -217,7 +217,8 @@ def test_the_kernels_page_lifts_a_folder_that_then_has_the_right_gradients(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("command", "page"), [("convert", "convert.md"), ("real-images", "data.md"), ("prepare", "data.md")]
+    ("command", "page"),
+    [("convert", "convert.md"), ("real-images", "data.md"), ("prepare", "data.md"), ("probe", "scores.md")],
 )
 def test_a_page_has_every_option_of_its_command(command: str, page: str) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")

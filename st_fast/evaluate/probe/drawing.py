@@ -23,8 +23,8 @@ from st_fast.report.figures import Chart, Curve
 
 Models = Sequence[tuple[Subject, Findings]]
 GREY = "#7b7f87"
-WIDTH = 1.3
-"""Inches of a block's pictures."""
+WIDTH, TILE = 1.05, 32
+"""Inches of a block's pictures, and pixels of one of them, at least."""
 
 
 def see_through(canvas: Figure) -> Figure:
@@ -138,12 +138,16 @@ def _pictures(
 
 
 def _tiled(pictures: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """(n, H, W, 3) in 0..1 → one uint8 picture (H', W', 4) of two or three columns, nothing around and between them."""
-    count, height, width, _ = pictures.shape
-    columns, gap = min(count, 2 if count <= 4 else 3), max(1, height // 8)
-    rows = math.ceil(count / columns)
-    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
-    for number, picture in enumerate((255 * pictures).round().astype(np.uint8)):
-        top, left = (height + gap) * (number // columns), (width + gap) * (number % columns)
+    """(n, H, W, 3) in 0..1 → one uint8 picture (H', W', 4) in two columns, nothing around and between them.
+
+    Small ones are enlarged, so that the gap is a thin one.
+    """
+    factor = math.ceil(TILE / pictures.shape[1])
+    large = (255 * pictures).round().astype(np.uint8).repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, _ = large.shape
+    gap = height // 16
+    sheet = np.zeros((math.ceil(count / 2) * (height + gap) - gap, 2 * width + gap, 4), np.uint8)
+    for number, picture in enumerate(large):
+        top, left = (height + gap) * (number // 2), (width + gap) * (number % 2)
         sheet[top : top + height, left : left + width] = np.dstack((picture, np.full((height, width), 255, np.uint8)))
     return sheet

@@ -31,7 +31,7 @@ SCALES = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 MEASURES = {
     "told_true": "accuracy of a linear probe where the teacher is told the image's own class",
     "told_random": "accuracy of a linear probe on the image's class where the teacher is told a random one",
-    "names_told": "share of images told another class for which the probe of told_true names the class that was told",
+    "names_told": "share of images told another class than theirs for which that first probe names the told one",
     "names_image": "the same share for the image's own class",
     "between_pooled": "share of the variance of pooled features that lies between classes, told the image's own",
     "between_patches": "the same for every patch's features",

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from st_fast.core.files import make_folder, printable, write_atomic, write_json_atomic
 from st_fast.core.writing import cannot_write
 from st_fast.evaluate.probe.drawing import accuracy_charts
@@ -18,7 +20,7 @@ Self-Transcendence ([arXiv 2601.07773](https://arxiv.org/abs/2601.07773), [the m
 target for shallow blocks must be *clean* and *discriminative*, and that guiding a teacher's features makes them so.
 Here that argument is tested on our own models. Whether it pays is another question: [Does it pay?](study.md)
 
-Written by `python -m st_fast probe RUN… --write {page}`; verdicts follow from rules in the program, no figure is typed.
+Written by `python -m st_fast probe RUN… --write PAGE`; verdicts follow from rules in the program, no figure is typed.
 """
 DISCRIMINATIVE = {
     "told_true": "own class told", "told_random": "random class told", "names_told": "names the told class",
@@ -40,11 +42,21 @@ def write_page(result: Mapping[str, Any], page: Path) -> None:
             drawn |= {name: guided_charts(result, panels) for name, panels in
                       (("discriminative", DISCRIMINATIVE), ("clean", CLEAN))}  # fmt: skip
         for name, charts in drawn.items():
-            plot.save(plot.sheet(charts, 2.6, 3.2), folder / f"{name}.png", dpi=110)
+            plot.save(legend_below(plot.sheet(charts, 2.6, 3.2)), folder / f"{name}.png", dpi=110)
         write_json_atomic(folder / "probe.json", {key: value for key, value in result.items() if key != "figures"})
         write_atomic(page.resolve(), body(result, page).encode())
     except OSError as error:
         raise cannot_write(page, error) from None
+
+
+def legend_below(canvas: Figure) -> Figure:
+    """The sheet with its legend under the panels, where it hides no curve."""
+    legends = [(axes, found) for axes in canvas.axes if (found := axes.get_legend()) is not None]
+    for axes, found in legends:
+        handles, labels = axes.get_legend_handles_labels()
+        found.remove()
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    return canvas
 
 
 def guided_charts(result: Mapping[str, Any], panels: Mapping[str, str]) -> list[list[Chart]]:
@@ -79,7 +91,7 @@ def body(result: Mapping[str, Any], page: Path) -> str:
     summary = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
     unseen = "that no training had" if result["held_out_unseen"] else "of the training set"
     parts = [
-        HEADER.format(page=page.as_posix()),
+        HEADER,
         f"**Of {len(claims)} claims: {summary}.** A difference counts where it is more than two standard errors of "
         f"itself, at t = {result['rules_at']:g}, on {result['held_out_images']} held-out images {unseen} "
         f"({result['classes']} classes; probes learn from {result['train_images']} others). These errors are of the "
@@ -110,7 +122,7 @@ def _guided(folder: str) -> list[str]:
         "accuracy is no proof of semantics:** a probe may read the label off the features. The first panel is "
         f"therefore an upper bound ({MEASURES['told_true']}). The second is the control: "
         f"{MEASURES['told_random']}, so what it still finds comes from the image. "
-        f"The third is the {MEASURES['names_told']}. "
+        f"The third is the {MEASURES['names_told']}: the first panel's. "
         f"The fourth is the {MEASURES['between_pooled']}; labels that have nothing to do with them would give 0.\n",
         "## How clean the target is\n",
         f"![How clean guided features are, by ω and time]({folder}/clean.png)\n",

@@ -121,7 +121,9 @@ def test_the_images_share_is_the_ratio_that_was_built_in_whatever_the_place_and_
     assert image_share(one + classes, other + classes).value > 0.93
     assert image_share(one + classes, other + classes, labels).value == pytest.approx(4 / 5, abs=0.01)
     assert abs(image_share(one - image, other - image).value) < 0.05
-    few = np.mean([image_share(one[n : n + 20], other[n : n + 20], labels[n : n + 20]).value for n in range(0, 400, 20)])
+    few = np.mean(
+        [image_share(one[n : n + 20], other[n : n + 20], labels[n : n + 20]).value for n in range(0, 400, 20)]
+    )
     assert few == pytest.approx(4 / 5, abs=0.02), "two of each class: the means that are removed are counted"
 
 
@@ -133,7 +135,9 @@ def test_the_linear_fit_is_scikit_learns_ridge_on_standardised_features() -> Non
     x = (features - shift)[learn].reshape(-1, 6)
     model = Ridge(alpha=RIDGE * len(x), fit_intercept=False)
     model.fit(x / x.std(axis=0), (goals - centre)[learn].reshape(-1, 3))
-    missed = (goals - centre)[test].reshape(-1, 3) - model.predict((features - shift)[test].reshape(-1, 6) / x.std(axis=0))
+    missed = (goals - centre)[test].reshape(-1, 3) - model.predict(
+        (features - shift)[test].reshape(-1, 6) / x.std(axis=0)
+    )
     expected = 1 - np.square(missed).sum() / np.square((goals - centre)[test]).sum()
     found = linear_fit(features[learn], goals[learn], features[test], goals[test])
     assert found.value == pytest.approx(expected, rel=1e-6) and found.value > 0.5

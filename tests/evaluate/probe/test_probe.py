@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from st_fast.core.errors import UserError
 from st_fast.data.manifest import read_manifest, write_manifest
 from st_fast.evaluate.classifier import read_images
 from st_fast.evaluate.probe.__main__ import main
+from st_fast.evaluate.probe.drawing import _tiled
 from st_fast.evaluate.probe.examine import chosen_blocks, features, read_blocks, velocity_loss
 from st_fast.evaluate.probe.latents import Latents, in_turn, load_split
 from st_fast.model import build
@@ -247,10 +251,41 @@ def test_the_report_shows_the_probe_and_leaves_out_what_is_broken(probed) -> Non
     assert page.count(f"Classes in turn, row by row: {', '.join(NAMES)}.") == 2, "a row of samples each stage"
     assert "Weights: ema, of align at step 8, transcend at step 8." in page
     whole = (probed / "probe" / "probe.json").read_text()
+    assert "The run has gone on" not in page
+    older = json.loads(whole)
+    older["models"][1]["step"] = 5
+    (probed / "probe" / "probe.json").write_text(json.dumps(older))
+    page = write_report([probed], probed / "page.html").read_text()
+    assert "transcend at step 5. The run has gone on since: transcend is at step 8." in page
+    older["models"][1] |= {"stage": ["transcend"], "run": {}}
+    (probed / "probe" / "probe.json").write_text(json.dumps(older))
+    assert "The run has gone on" not in write_report([probed], probed / "page.html").read_text()
     (probed / "probe" / "probe.json").write_text("{")
     page = write_report([probed], probed / "page.html").read_text()
     (probed / "probe" / "probe.json").write_text(whole)
     assert "What the blocks know" not in page and "probe.json is damaged" in page
+
+
+def test_figures_have_no_box_on_a_dark_page(probed) -> None:
+    for name in ("knows.png", "patches.png", "patches-0.png", "alignment.png", "velocity_loss.png"):
+        alpha = np.asarray(Image.open(probed / "probe" / name).convert("RGBA"))[..., 3]
+        assert (alpha[0] == 0).all() and (alpha[:, -1] == 0).all() and (alpha == 255).any(), name
+    uris = re.findall(r'<figure class="card probe">.*?src="data:image/(\w+);base64,([^"]+)"',
+                      write_report([probed], probed / "page.html").read_text(), re.DOTALL)  # fmt: skip
+    assert len(uris) >= 5
+    for kind, data in uris:
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        assert kind in ("png", "webp") and image.convert("RGBA").getextrema()[3][0] == 0
+
+
+def test_pictures_are_tiled_two_by_two_whatever_their_number() -> None:
+    colours = np.stack([np.full((4, 6, 3), shade / 10) for shade in range(5)])
+    sheet = _tiled(colours)
+    assert sheet.shape == (3 * 32 + 2 * 2, 2 * 48 + 2, 4)
+    assert [sheet[16 + 34 * row, 20 + 50 * column, 0] for row in range(3) for column in range(2)][:5] == [
+        0, 26, 51, 76, 102,
+    ]  # fmt: skip
+    assert (sheet[32:34, :, 3] == 0).all() and (sheet[-20:, 60:, 3] == 0).all() and (sheet[:32, :48, 3] == 255).all()
 
 
 @pytest.mark.parametrize(
