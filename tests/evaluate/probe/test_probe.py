@@ -244,8 +244,10 @@ def test_the_report_shows_the_probe_and_leaves_out_what_is_broken(probed) -> Non
     figures = json.loads((probed / "probe" / "probe.json").read_text())["figures"]
     assert all(figure["title"] in page for figure in figures)
     assert page.count('class="card probe"') == len(figures)
+    picture = (probed / "probe" / "knows.png").read_bytes()
     (probed / "probe" / "knows.png").write_bytes(b"no picture")
     page = write_report([probed], probed / "page.html").read_text()
+    (probed / "probe" / "knows.png").write_bytes(picture)
     assert page.count('class="card probe"') == len(figures) - 1
     assert "it is left out" in page
     assert page.count(f"Classes in turn, row by row: {', '.join(NAMES)}.") == 2, "a row of samples each stage"
