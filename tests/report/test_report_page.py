@@ -265,6 +265,23 @@ def test_a_chart_draws_its_points_levels_rings_and_ranges() -> None:
     assert "real: 0.125" in [text.get_text() for text in axes.texts]
 
 
+def test_long_names_keep_their_ends_and_leave_room_for_the_totals_beside_them(runs) -> None:
+    names = ["self-transcendence-with-omega-30-" * 3 + end for end in ("a", "b")]
+    arms = make_arms(read_runs([runs.two_stages(names[0]), runs.two_stages(names[1])]))
+    figures = all_figures(arms)
+    shown = [text.get_text() for text in draw(figures["quality"][0]).legends[0].get_texts()]
+    assert len(set(shown)) == 4 and max(map(len, shown)) <= 42
+    assert shown[0].startswith("self-trans") and shown[0].endswith("-a · align")
+    canvas = draw(figures["costs"][0])
+    canvas.draw_without_rendering()
+    texts = [text for text in canvas.axes[0].texts if text.get_text()]
+    pairs = [
+        (label.get_window_extent(), total.get_window_extent())
+        for label, total in zip(texts[::2], texts[1::2], strict=True)
+    ]
+    assert len(pairs) == 4 and all(label.x1 < total.x0 for label, total in pairs)
+
+
 def test_bars_end_at_their_sums_and_say_them(runs) -> None:
     figures = all_figures(make_arms(read_runs([runs.two_stages()])))["costs"]
     for figure in figures:
