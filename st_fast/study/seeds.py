@@ -31,6 +31,8 @@ PROTOCOL = (
 """How a score was taken, as an evaluation's record says."""
 RECIPE = ("flow", "optim", "run", "sample", "evaluate")
 """Sections of a run's recipe that decide whether it can be compared."""
+KEEPING = ("log_every = ", "save_every = ", "keep = ", "keep_every = ")
+"""What a run logs and keeps of itself: a run that differs in these alone is the study's."""
 START = ("batch_size", "teacher_flops_per_image", "device", "dataset", "versions", "teacher")
 """What is kept of a run's start record."""
 
@@ -51,7 +53,8 @@ def done(job: Job) -> bool:
     if not (job.folder / "recipe.toml").is_file():
         return False
     theirs, ours = to_toml(load_run(job.folder)), to_toml(job.recipe)
-    for old, new in itertools.zip_longest(theirs.splitlines(), ours.splitlines(), fillvalue="nothing"):
+    lines = [[line for line in text.splitlines() if not line.startswith(KEEPING)] for text in (theirs, ours)]
+    for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
             raise UserError(
                 f"{job.folder} holds a run of another recipe, {_short(theirs.encode())}, than the study's, "

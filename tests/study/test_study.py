@@ -169,6 +169,8 @@ def test_a_run_of_another_recipe_in_the_way_is_named_not_taken(study, killed_and
     assert done(job)
     kept = job.folder / "recipe.toml"
     text = kept.read_text()
+    kept.write_text(text.replace("keep_every = 0", "keep_every = 2").replace("log_every = 4", "log_every = 1"))
+    assert kept.read_text() != text and done(job), "what it keeps of itself changes nothing that is compared"
     kept.write_text(text.replace("lr = 0.002", "lr = 0.003"))
     hashes = [hashlib.sha256(one.encode()).hexdigest()[:12] for one in (kept.read_text(), to_toml(job.recipe))]
     with pytest.raises(UserError, match=rf"{hashes[0]}, .* {hashes[1]} \(lr = 0\.003, the study has lr = 0\.002"):

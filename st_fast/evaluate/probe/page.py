@@ -55,7 +55,7 @@ def legend_below(canvas: Figure) -> Figure:
     for axes, found in legends:
         handles, labels = axes.get_legend_handles_labels()
         found.remove()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
     return canvas
 
 
