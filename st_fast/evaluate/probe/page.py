@@ -121,7 +121,8 @@ def _guided(folder: str) -> list[str]:
         "f = f_∅ + ω·(f_y − f_∅) at the teacher's block; ω = 0 is f_∅ and 1 is f_y. **f_y is told the class, so high "
         "accuracy is no proof of semantics:** a probe may read the label off the features. The first panel is "
         f"therefore an upper bound ({MEASURES['told_true']}). The second is the control: "
-        f"{MEASURES['told_random']}, so what it still finds comes from the image. "
+        f"{MEASURES['told_random']}, so what it still finds comes from the image: if guidance brought out more "
+        "of that, this would rise with ω; where it falls, the label drowns the image for such a probe. "
         f"The third is the {MEASURES['names_told']}: the first panel's. "
         f"The fourth is the {MEASURES['between_pooled']}; labels that have nothing to do with them would give 0.\n",
         "## How clean the target is\n",
