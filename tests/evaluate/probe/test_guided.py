@@ -74,9 +74,7 @@ def test_a_label_that_is_only_added_is_visible_and_is_told_from_what_the_image_s
     assert found["between_pooled"][-1] > 0.95 > found["between_pooled"][0]
     assert found["names_told"][-1] == 1 and found["names_image"][-1] == 0
     low, high = found["told_random"][-1], found["told_random"][0]
-    assert 0.35 < low < high, (
-        "a random label only hides the image's class, but a probe learns past it"
-    )
+    assert 0.35 < low < high, "a random label only hides the image's class, but a probe learns past it"
     assert found["between_random"][-1] < found["between_random"][0]
     assert found["names_image"][0] > 0.4 > found["names_told"][0]
 
