@@ -20,7 +20,7 @@ COMMANDS = {
     "train": ("train.__main__", "train a recipe: every stage, then the report"),
     "sample": ("sample.__main__", "draw samples of a run: a picture, or a set of many"),
     "evaluate": ("evaluate.__main__", "FID and other metrics of a run's samples"),
-    "probe": ("evaluate.probe.__main__", "what each block has learnt: linear probe, CKA, spectra"),
+    "probe": ("evaluate.probe.__main__", "what each block has learnt: linear probe, CKA, guided features"),
     "prepare": ("prepare.__main__", "images to a data folder of latents; features for REPA"),
     "real-images": ("prepare.real_images", "real images beside a data folder, for the classifier's metrics"),
     "convert": ("convert.__main__", "other projects' models to ours and back; publish on the Hugging Face hub"),

@@ -200,7 +200,7 @@ def clean(evidence: Evidence) -> Claim:
         within, fit = kept["steady_within"], kept["clean"]
         outcomes.append((
             f"{guide.label}: {_share(a)} at ω = 0, {_share(c)} at {scale:g}; within a class {_share(within[0])} and "
-            f"{_share(within[1])}; R² to the clean latent {fit[0].value:.2f} and {fit[1].value:.2f}",
+            f"{_share(within[1])}; R² to the clean latent {_plain(fit[0])} and {_plain(fit[1])}",
             c.exceeds(a, ERRORS) and not fit[0].exceeds(fit[1], ERRORS),
         ))  # fmt: skip
     return _claim(
@@ -215,11 +215,20 @@ def _against_plain(
     evidence: Evidence, role: str, measure: str, blocks: Callable[[Subject], Sequence[int]], claim: str, place: str,
     test: str,
 ) -> Claim:  # fmt: skip
-    """A measure of every model of a role against the first plain model's, at the same block."""
+    """A measure of every model of a role against the first plain model's, at the same block.
+
+    A model with more steps than the plain one is left out: it would be ahead without any method.
+    """
     outcomes: list[Outcome] = []
+    missing = f"needs a plain run and one of {role}"
     plain = evidence.latest("plain")[:1]
     for subject, found in evidence.latest(role) if plain else []:
-        reference = plain[0][1]
+        reference, (ahead, steps) = plain[0][1], (subject.loaded["step"], plain[0][0].loaded["step"])
+        if ahead > steps:
+            missing = (
+                f"{subject.label} has had {ahead:,} steps and the plain run {steps:,}: that would be no comparison"
+            )
+            continue
         for block in blocks(subject):
             if block in found.blocks and block in reference.blocks:
                 ours, theirs = (_at(one, evidence, measure, block) for one in (found, reference))
@@ -228,8 +237,9 @@ def _against_plain(
                 percent = measure == "accuracy"
                 write = _share if percent else _plain
                 text = f"{subject.label}, block {block}: {write(ours)}, plain {write(theirs)}"
+                text += f" after {ahead:,} and {steps:,} steps" * (ahead != steps)
                 outcomes.append((f"{text}, {_difference(ours, theirs, percent)}", ours.exceeds(theirs, ERRORS)))
-    return _claim(claim, place, f"{test}: above plain's", outcomes, f"needs a plain run and one of {role}")
+    return _claim(claim, place, f"{test}: above plain's", outcomes, missing)
 
 
 def _depths(evidence: Evidence) -> tuple[int, int]:

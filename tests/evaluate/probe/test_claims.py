@@ -83,6 +83,17 @@ def test_where_some_of_several_show_it_that_is_said() -> None:
     assert claim.verdict == "seen in part" and "a/100" in claim.found and "b/100" in claim.found
 
 
+def test_a_model_with_more_steps_than_the_plain_one_is_not_compared_with_it() -> None:
+    words = "student's shallow features more discriminative"
+    longer = subject(STAGE_2, 101, "a"), findings([0.1, 0.2, 0.9, 0.9, 0.9])
+    claim = one(verdicts([PLAIN, longer]), words)
+    assert claim.verdict == "not tested" and "a/101 has had 101 steps and the plain run 100" in claim.found
+    shorter = subject(STAGE_2, 60, "b"), findings([0.1, 0.2, 0.9, 0.9, 0.9])
+    claim = one(verdicts([PLAIN, longer, shorter]), words)
+    assert claim.verdict == "seen here" and "plain 30.0 % after 60 and 100 steps, +60.0" in claim.found
+    assert "a/101" not in claim.found
+
+
 def test_stage_1_is_looked_at_where_its_head_reads_and_where_it_teaches() -> None:
     head = subject(VelocityHead(depth=1), run_="one"), findings([0.1, 0.2, 0.3, 0.4, 0.6], [0.3, 0.6, 0.5, 0.5, 0.5])
     student = subject(STAGE_2, run_="student"), findings([0.1] * 5)
