@@ -89,7 +89,7 @@ def late(evidence: Evidence) -> Claim:
         same = [one for one in evidence.models if (one[0].run, one[0].role) == (last.run, "plain")]
         earlier = [one for one in same if one[0].loaded["step"] < last.loaded["step"]]
         low, high = _depths(evidence)
-        if earlier and high in found.blocks:
+        if earlier and {low, high} <= set(found.blocks):
             first, before = min(earlier, key=lambda one: int(one[0].loaded["step"]))
             gains = [_at(found, evidence, "accuracy", block).over(_at(before, evidence, "accuracy", block))
                      for block in (low, high)]  # fmt: skip
@@ -110,6 +110,8 @@ def shallow(evidence: Evidence) -> Claim:
     low, high = _depths(evidence)
     outcomes = []
     for subject, found in evidence.latest("plain"):
+        if not {low, high} <= set(found.blocks):
+            continue
         a, b = (_at(found, evidence, "accuracy", block) for block in (low, high))
         outcomes.append((f"{subject.label}: block {high} {_share(b)}, block {low} {_share(a)}, {_difference(b, a)}",
                          b.exceeds(a, ERRORS)))  # fmt: skip
@@ -246,9 +248,10 @@ def _depths(evidence: Evidence) -> tuple[int, int]:
     """The shallow block and the deep one that are compared: stage 2's, else the supervised one and the middle."""
     for subject, _ in evidence.latest("stage 2"):
         return subject.supervised[0], subject.stage.method.frozen_depth
-    depth = evidence.models[0][0].model.config.depth
+    depth, known = evidence.models[0][0].model.config.depth, evidence.models[0][1].blocks
     taps = [subject.supervised[0] for subject, _ in evidence.models if subject.supervised]
-    return (taps or [max(1, depth // 4)])[0], max(1, (2 * depth + 1) // 3)
+    quarter, deep = (min(known, key=lambda block: abs(block - share * depth)) for share in (0.25, 0.67))
+    return (taps or [quarter])[0], deep
 
 
 def _at(found: Findings, evidence: Evidence, measure: str, block: int) -> Estimate:

@@ -66,6 +66,15 @@ def test_with_nothing_to_compare_nothing_is_tested() -> None:
     assert all(claim.found for claim in found.values())
 
 
+def test_a_deep_plain_model_alone_is_looked_at_where_its_blocks_were_probed() -> None:
+    deep = subject(Plain())
+    deep.model.config.depth = 28
+    accuracy = [[estimate(value) for value in (0.1, 0.2, 0.3, 0.6)]]
+    found = Findings([0, 5, 20, 28], accuracy, accuracy, accuracy, [], [])
+    claim = one(verdicts([(deep, found)]), "less discriminative than deeper")
+    assert claim.verdict == "seen here" and "block 20 30.0 %, block 5 20.0 %" in claim.found
+
+
 @pytest.mark.parametrize(("value", "verdict"), [(0.34, "seen here"), (0.31, "not seen"), (0.26, "not seen")])
 def test_a_difference_counts_from_two_of_its_own_standard_errors(value: float, verdict: str) -> None:
     student = subject(STAGE_2, run_="student"), findings([0.1, 0.2, value, 0.5, 0.6])
