@@ -17,7 +17,7 @@ from st_fast.report.collect import number
 from st_fast.report.figures import Chart, Curve
 from st_fast.report.metrics import METRICS
 from st_fast.report.repeats import Repeats, compared
-from st_fast.study import shares
+from st_fast.study import shares, summary
 from st_fast.study.plan import Study
 from st_fast.study.results import Results, certainty, comparisons, half_done, price, together
 from st_fast.study.seeds import METRIC, Seed, as_json, gather
@@ -33,10 +33,14 @@ transformer in two stages:
   with the scale ω.
 
 Published curves count the steps of the new model alone. Training the teacher and its forward passes cost FLOPs too, so
-the arms here are compared **at equal total FLOPs**, and over several seeds. Scores are Fréchet distances between
-generated and real images: lower is better.
+the arms here are also compared **at equal total FLOPs**, with controls whose teachers know nothing. Scores are Fréchet
+distances between generated and real images: lower is better. Whether the features are what the paper says they are is
+another page: [Does the method do what it claims?](probes.md)
 
 Written by `python -m st_fast.study FILE --write docs/study.md` from the logs of the runs; no figure is typed.
+
+<!-- study summary: begin -->
+<!-- study summary: end -->
 """
 
 
@@ -62,7 +66,7 @@ def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
         if study.horizons and (found := shares.read_shares(folder)):
             shares.draw(found, folder / "shares.png")
             text = placed(text, "shares", shares.section(found, f"{folder.name}/shares.png"))
-        write_atomic(page.resolve(), text.encode())
+        write_atomic(page.resolve(), placed(text, "summary", summary.section(folder)).encode())
     except OSError as error:
         raise cannot_write(page, error) from None
     return results

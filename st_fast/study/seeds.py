@@ -116,13 +116,14 @@ def definition(job: Job) -> str:
 
 def as_json(study: Study, found: Seed) -> dict[str, Any]:
     """The seed's file. Only seconds, device, versions and hashes differ between two machines or two days."""
+    arms = [
+        {"name": name, "title": study.arm(name).title, "definition": found.definitions[name], "run": found.hashes[name]}
+        | _arm_json(arm)
+        for name, arm in found.arms.items()
+    ]
     return {
-        "study": study.name, "title": study.title, "seed": found.seed, "metric": METRIC,
-        "baseline": study.baseline, "horizons": list(study.horizons), "missing": list(found.missing),
-        "arms": [
-            {"name": name, "definition": found.definitions[name], "run": found.hashes[name]} | _arm_json(arm)
-            for name, arm in found.arms.items()
-        ],
+        "study": study.name, "title": study.title, "seed": found.seed, "metric": METRIC, "baseline": study.baseline,
+        "reference": study.reference, "horizons": list(study.horizons), "missing": list(found.missing), "arms": arms,
     }  # fmt: skip
 
 
@@ -199,3 +200,13 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
     seeds = [found[seed] for seed in sorted(found)]
     comparable([arm.run for seed in seeds for arm in seed.arms.values()], folder)
     return seeds
+
+
+def complete(folder: Path) -> dict[str, list[tuple[dict[str, Any], Seed]]]:
+    """Every study whose seeds' files lie in a folder, with what they say; seeds that lack an arm are left out."""
+    found: dict[str, list[tuple[dict[str, Any], Seed]]] = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        told, seed = from_json(path)
+        if not seed.missing:
+            found.setdefault(str(told.get("study")), []).append((told, seed))
+    return found

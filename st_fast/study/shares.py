@@ -16,7 +16,7 @@ from st_fast.report import plot, words
 from st_fast.report.arms import Arm
 from st_fast.report.figures import Chart, Curve, Level
 from st_fast.report.repeats import spread
-from st_fast.study.seeds import METRIC, Seed, from_json
+from st_fast.study.seeds import METRIC, Seed, complete
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,8 @@ class Point:
 
 def read_shares(folder: Path) -> list[Shares]:
     """Of every study with horizons whose seeds' files lie in the folder; seeds that lack an arm are left out."""
-    found: dict[str, list[tuple[dict[str, object], Seed]]] = {}
-    for path in sorted(folder.glob("*-seed*.json")):
-        told, seed = from_json(path)
-        if told.get("horizons") and not seed.missing:
-            found.setdefault(str(told.get("study")), []).append((told, seed))
-    return [_shares(*map(list, zip(*group, strict=True))) for group in found.values()]
+    studies = [group for group in complete(folder).values() if group[0][0].get("horizons")]
+    return [_shares(*map(list, zip(*group, strict=True))) for group in studies]
 
 
 def _shares(told: list[dict[str, object]], seeds: list[Seed]) -> Shares:

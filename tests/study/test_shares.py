@@ -12,6 +12,7 @@ import pytest
 
 from st_fast.core.errors import UserError
 from st_fast.study.shares import chart, overtakes, point, read_shares, section, table
+from st_fast.study.summary import section as section_of_summary
 
 HORIZONS = (4e9, 8e9, 16e9)
 EVERY = 1e9
@@ -90,3 +91,25 @@ def test_files_of_studies_without_horizons_are_passed_over_and_one_without_its_b
     write(tmp_path, 0, baseline="plein")
     with pytest.raises(UserError, match="tiny: its seeds' files don't name horizons and a baseline"):
         read_shares(tmp_path)
+
+
+def test_the_summary_says_what_each_stage_buys_at_equal_flops_and_steps(tmp_path):
+    """Stage 2 with a teacher of 2e9 ends at 14 steps; plain at 16; a random teacher's student is 1.5 times as good."""
+    arms = [arm("plain", 0.0, 1.0), arm("first", 0.0, 1.25), arm("taught", 2e9, 1.0), arm("random", 0.0, 1 / 1.5)]
+    for one, method in zip(arms, ("none", "velocity_head", "self_transcendence", "self_transcendence"), strict=True):
+        one["stage"]["supervision"], one["title"] = method, one["name"].upper()
+    arms[2]["start"] = {"batch_size": 10, "teacher_flops_per_image": 1e7}
+    write(tmp_path, 0, arms=arms, reference="taught")
+    write(tmp_path, 1, arms=arms, reference="taught", missing=["more"])
+    *_, row = (line for line in section_of_summary(tmp_path).splitlines() if line.startswith("|"))
+    cells = [cell.strip().replace("\u00a0", " ") for cell in row.strip("|").split("|")]
+    assert cells == [
+        "Tiny", "1", "+25.0 %, better in 0 of 1", "−50.0 %, better in 1 of 1 (TAUGHT)", "−33.3 %, better in 1 of 1",
+        f"−{100 * (1 - 16 / 28):.1f} %, better in 1 of 1", f"{100 * 2 / 16:.1f} %, {100 * 14 * 1e8 / 16e9:.1f} %",
+    ]  # fmt: skip
+
+
+def test_a_summary_of_nothing_is_empty(tmp_path):
+    assert section_of_summary(tmp_path) == ""
+    write(tmp_path, 0)
+    assert section_of_summary(tmp_path) == "", "without a reference there is nothing to tell"
