@@ -19,7 +19,7 @@ from st_fast.report.metrics import METRICS
 from st_fast.report.repeats import Repeats, compared
 from st_fast.study import shares, summary
 from st_fast.study.plan import Study
-from st_fast.study.results import Results, certainty, comparisons, half_done, price, together
+from st_fast.study.results import Results, certainty, comparisons, equal_steps, half_done, price, together
 from st_fast.study.seeds import METRIC, Seed, as_json, gather
 
 HEADER = """# Does it pay?
@@ -61,7 +61,11 @@ def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
             plot.save(plot.sheet(charts(results), 4.2, 3.3), folder / f"{name}-quality.png", dpi=110)
             drawn = samples(results, ours)
             if drawn:
-                plot.save(plot.pictures([("", [one]) for one in drawn], 6.0), folder / f"{name}-samples.png", dpi=110)
+                plot.save(
+                    plot.pictures([("", drawn[n : n + 2]) for n in range(0, len(drawn), 2)], 5.0),
+                    folder / f"{name}-samples.png",
+                    dpi=110,
+                )
         text = placed(text, name, body(results, folder))
         if study.horizons and (found := shares.read_shares(folder)):
             shares.draw(found, folder / "shares.png")
@@ -91,11 +95,10 @@ def body(results: Results, folder: Path) -> str:
     base, taught = (study.arm(name).title for name in (study.baseline, study.reference))
     titles = [f"Beside “{base}” at equal FLOPs", f"Beside “{base}” at equal steps", f"Beside “{taught}” at equal steps"]
     head = f"| Arm | {' | '.join(titles)} |\n| --- | --- | --- | --- |\n"
-    controls = [f"“{arm.title}”" for arm in study.arms
-                if arm.teacher and not (arm.teacher.trained and arm.teacher.labels == "true")]  # fmt: skip
     parts = [
         f"## {study.title}\n",
-        f"{unfinished}- {verdict.sentence}\n- **Cost:** {price(results)}\n- **Certainty:** {certainty(results)}\n",
+        f"{unfinished}- **At equal FLOPs:** {verdict.sentence}\n- **At equal steps of the new model:** "
+        f"{equal_steps(results)}\n- **Cost:** {price(results)}\n- **Certainty:** {certainty(results)}\n",
         "### How it was done\n",
         protocol(results),
         *([f"{study.notes}\n"] if study.notes else []),
@@ -106,9 +109,7 @@ def body(results: Results, folder: Path) -> str:
         f"{head}{lines}",
         f"Differences in {METRICS[METRIC].title} between runs of one seed: mean ± standard deviation, and how many "
         "seeds agree with the sign of the mean. Steps are those of the new model alone, as in published curves; both "
-        "are read where the shorter of the two ends."
-        + f" Controls, whose teachers know less or nothing: {', '.join(controls)}." * bool(controls)
-        + "\n",
+        "are read where the shorter of the two ends.\n",
         f"![Quality over all training FLOPs; the range over seeds is shaded]({folder.name}/{study.name}-quality.png)\n",
     ]
     if (folder / f"{study.name}-samples.png").is_file():
@@ -123,12 +124,13 @@ def body(results: Results, folder: Path) -> str:
 def protocol(results: Results) -> str:
     """How many arms and seeds, what runs have in common, and how scores were taken."""
     study, told, seeds = results.study, results.protocol, results.seeds
+    drawn = f"{told.get('sampler')}, {told.get('steps')} steps, guidance {told.get('cfg_scale')}"
     return (
         f"{len(results.groups)} arms, {len(seeds)} seed{'s' * (len(seeds) != 1)} each "
         f"({', '.join(map(str, seeds))}), from `{study.path.as_posix()}`. Runs of one seed saw the same records, times "
-        f"and noise in the same order, and their samples start from the same noise. Each score is of {told.get('num')} "
-        f"samples ({told.get('sampler')}, {told.get('steps')} steps, guidance {told.get('cfg_scale')}) in the features "
-        "of a classifier trained on the real images, so it is not FID; its accuracy on held-out real ones is "
+        "and noise in the same order, and their samples start from the same noise. Each score is of "
+        f"{words.count(number(told, 'num'))} samples ({drawn}) in the features of a classifier trained on the real "
+        "images, so it is not FID; its accuracy on held-out real ones is "
         f"{words.percent(number(told, METRICS['accuracy'].floor))}, and these score a Fréchet distance of "
         f"{words.plain(number(told, METRICS[METRIC].floor))}. All costs count the teacher's training and its forward "
         "passes.\n"
@@ -139,13 +141,15 @@ def reproduced(results: Results, folder: Path) -> str:
     """What the runs took, the command that makes them, how a seed is added, and where every figure is."""
     study, name = results.study, results.study.name
     runs = [arm for group in results.groups for arm in group.by_seed.values()]
+    teachers = {arm.stage.model("teacher"): arm.teacher for arm in runs}  # each is shared by several
+    spent = [*(arm.own for arm in runs), *teachers.values()]
+    flops, seconds = math.fsum(cost.flops for cost in spent), math.fsum(cost.seconds for cost in spent)
     devices = ", ".join(dict.fromkeys(str(arm.stage.start.get("device", "an unknown device")) for arm in runs))
     files = ", ".join(f"[seed {s}]({folder.name}/{name}-seed{s}.json)" for s in results.seeds)
     more = max((*results.seeds, *study.seeds)) + 1
     return (
-        f"{len(runs)} runs on {devices}: {words.flops(math.fsum(arm.own.flops for arm in runs))} and "
-        f"{words.duration(math.fsum(arm.own.seconds for arm in runs))} of training beside the shared teachers', pauses "
-        "for sampling and scoring left out. Again, and to go on after a stop: "
+        f"{len(runs)} runs on {devices}, and their teachers: {words.flops(flops)} and {words.duration(seconds)}, added "
+        "up, pauses for sampling and scoring left out. Again, and to go on after a stop: "
         f"`python -m st_fast.study {study.path.as_posix()} --write {folder.as_posix()}.md`; a further seed: the same "
         f"with `--seed {more}`. Every figure, and the hash of every run: {files}.\n"
     )

@@ -9,6 +9,7 @@ from st_fast.report import words
 from st_fast.report.collect import number
 from st_fast.report.metrics import METRICS
 from st_fast.report.repeats import Repeats, Row, rows, spread
+from st_fast.study.plan import Arm as ArmPlan
 from st_fast.study.plan import Study
 from st_fast.study.seeds import METRIC, PROTOCOL, Seed
 
@@ -85,6 +86,26 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
     side = "lower (better)" if mean < 0 else "higher (worse)"
     agreeing = sum(d < 0 if mean < 0 else d > 0 for d in differences)
     return f"{words.plain(abs(mean))}{about} {side}, {agreeing} of {len(differences)}"
+
+
+def is_control(arm: ArmPlan) -> bool:
+    """Whether its teacher knows less than one that was trained on the true labels, or nothing."""
+    return arm.teacher is not None and not (arm.teacher.trained and arm.teacher.labels == "true")
+
+
+def equal_steps(results: Results) -> str:
+    """The reference arm beside plain training after as many steps of the new model, and the controls beside it."""
+    study = results.study
+    taught, base = study.arm(study.reference), study.arm(study.baseline)
+    first = f"“{taught.title}” beside “{base.title}”: {_at_equal_steps(results, taught.name, base.name)}"
+    beside = [f"“{arm.title}” {_at_equal_steps(results, arm.name, taught.name)}"
+              for arm in study.arms if is_control(arm)]  # fmt: skip
+    if not beside:
+        return f"{first}."
+    return (
+        f"{first}. Controls, whose teachers know less or nothing, beside “{taught.title}”: {'; '.join(beside)}. What a "
+        "control gains as well is not due to what the teacher knows."
+    )
 
 
 def price(results: Results) -> str:

@@ -12,7 +12,8 @@ from st_fast.study.seeds import METRIC, Seed, complete
 
 HEAD = (
     "Study", "Seeds", "Stage 1 alone, at equal FLOPs", "Stage 2, at equal steps of the new model",
-    "The same, its teacher a random network", "Stage 2, at equal FLOPs", "Of its FLOPs: teacher trained, teacher asked",
+    "The same with a random network as teacher", "Stage 2, at equal FLOPs",
+    "Of its FLOPs: teacher trained, teacher asked",
 )  # fmt: skip
 
 
@@ -39,10 +40,10 @@ def _row(group: Sequence[tuple[dict[str, Any], Seed]]) -> list[str] | None:
         return None
     plain, taught = ([seed.arms[name] for seed in seeds] for name in (baseline, reference))
 
-    def beside_plain(kind: Callable[[Arm], bool], axis: str) -> str:
+    def beside_plain(kind: Callable[[Arm], bool], axis: str, *others: list[Arm]) -> str:
         name = next((name for name, arm in seeds[0].arms.items() if kind(arm)), None)
         found = [seed.arms[name] for seed in seeds if name in seed.arms]
-        return relative(found, plain, axis) if len(found) == len(plain) else "–"
+        return relative(found, plain, axis, *others) if len(found) == len(plain) else "–"
 
     titles = {str(arm.get("name")): str(arm.get("title")) for arm in told["arms"]}
     spent = math.fsum(arm.total.flops for arm in taught)
@@ -52,7 +53,7 @@ def _row(group: Sequence[tuple[dict[str, Any], Seed]]) -> list[str] | None:
     )
     return [
         str(told.get("title")), str(len(seeds)), beside_plain(_is_stage_1, "flops"),
-        f"{relative(taught, plain, 'step')} ({titles[reference]})", beside_plain(_has_random_teacher, "step"),
+        f"{relative(taught, plain, 'step')} ({titles[reference]})", beside_plain(_has_random_teacher, "step", taught),
         relative(taught, plain, "flops"), f"{trained}, {asked}",
     ]  # fmt: skip
 
@@ -65,12 +66,13 @@ def _has_random_teacher(arm: Arm) -> bool:
     return arm.stage.method == "self_transcendence" and arm.teacher.flops == 0
 
 
-def relative(ours: Sequence[Arm], theirs: Sequence[Arm], axis: str) -> str:
-    """“−3.2 % ± 1.1 %, better in 2 of 3”: each seed's two arms where the first of them ends."""
+def relative(ours: Sequence[Arm], theirs: Sequence[Arm], axis: str, *others: Sequence[Arm]) -> str:
+    """“−3.2 % ± 1.1 %, better in 2 of 3”: ours beside theirs, a pair a seed, where the first of all these arms ends."""
     changes = []
-    for arm, base in zip(ours, theirs, strict=True):
-        end = min(arm.quality(METRIC, axis)[0][-1], base.quality(METRIC, axis)[0][-1])
-        changes.append(arm.at(METRIC, axis, end) / base.at(METRIC, axis, end) - 1)
+    for arms in zip(ours, theirs, *others, strict=True):
+        end = min(arm.quality(METRIC, axis)[0][-1] for arm in arms)
+        first, second = (arm.at(METRIC, axis, end) for arm in arms[:2])
+        changes.append(first / second - 1)
     mean, deviation = spread(changes)
     about = f" ± {words.percent(deviation)}" if math.isfinite(deviation) else ""
     better = sum(change < 0 for change in changes)

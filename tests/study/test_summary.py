@@ -146,9 +146,12 @@ def test_the_page_begins_with_what_was_bought_and_ends_with_what_it_took(results
             arm.stage.evals[-1]["metrics"] |= {"sampler": "heun", "steps": 10}
     text = body(results, Path("study"))
     places = [text.index(part) for part in (
-        "## Tiny", "- Over 3 seeds, ", "- **Certainty:**", "### How it was done", "(heun, 10 steps, guidance 1.9)",
+        "## Tiny", "- **At equal FLOPs:** Over 3 seeds, ",
+        "- **At equal steps of the new model:** “ω = 5” beside “plain SiT”: ",
+        "Controls, whose teachers know less or nothing, beside “ω = 5”: “random” ", "- **Certainty:**",
+        "### How it was done", "(heun, 10 steps, guidance 1.9)",
         "### The verdict", "| ω = 5 |", "### Every comparison", "at equal steps |",
-        "Controls, whose teachers know less or nothing: “random”", "study/tiny-quality.png", "12 runs on cpu",
+        "study/tiny-quality.png", "12 runs on cpu, and their teachers",
         "with `--seed 3`", "[seed 0](study/tiny-seed0.json)",
     )]  # fmt: skip
     assert places == sorted(places)
