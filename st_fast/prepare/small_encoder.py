@@ -49,7 +49,7 @@ class SmallEncoder:
     peak_lr: float = 2e-3
     weight_decay: float = 0.05
     one_cycle: bool = True
-    """The learning rate rises over the first tenth and falls to zero; else it stays at `peak_lr`."""
+    """The learning rate rises over the first tenth (a step at least) and falls to zero; else it stays at `peak_lr`."""
     flip: bool = False
     """Whether half of the images are mirrored whenever they are seen."""
 
@@ -83,7 +83,7 @@ def train_encoder(images: Tensor, labels: Tensor, config: SmallEncoder, device: 
     )
     steps = config.epochs * -(-len(images) // config.batch_size)
     schedule = (
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_lr, total_steps=steps, pct_start=0.1)
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, config.peak_lr, total_steps=steps, pct_start=max(0.1, 2 / steps))
         if config.one_cycle
         else None
     )

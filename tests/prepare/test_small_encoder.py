@@ -102,6 +102,14 @@ def test_it_learns_what_the_classes_differ_by_and_leaves_the_random_state() -> N
     assert accuracy(other, pictures[90:], torch.tensor([1, 0, 0] * 10)) == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("steps", [5, 10, 11])
+def test_few_images_are_enough_whatever_the_number_of_steps(steps: int) -> None:
+    pictures, labels = torch.zeros(steps, 3, 24, 24, dtype=torch.uint8), torch.arange(steps) % 2
+    config = SmallEncoder(patch=12, width=16, depth=1, heads=2, epochs=1, batch_size=1)
+    encoder = train_encoder(pictures, labels, config).encoder
+    assert all(bool(value.isfinite().all()) for value in encoder.parameters())
+
+
 def test_what_it_needs_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, data = prepared(tmp_path)
     with monkeypatch.context() as patch:
