@@ -73,7 +73,7 @@ def _chosen(where: str, files: dict[str, str], subset: str) -> tuple[str, str]:
         folder, _, name = split.rpartition("/")
         return {"", split, folder, name, ALSO.get(name, name)}
 
-    chosen = [split for split in files if subset in called(split)]
+    chosen = [subset] if subset in files else [split for split in files if subset in called(split)]
     if len(chosen) == 1:
         return chosen[0], files[chosen[0]]
     told = ", ".join(printable(split) for split in list(chosen or files)[:8])

@@ -47,6 +47,8 @@ def test_a_split_is_chosen_by_name_by_folder_or_by_its_file(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"holds other/train, raw/train: choose one, --subset other/train"):
         open_source(tmp_path / "sets", "train")
     assert len(decode_image(open_source(tmp_path / "sets", "other/train").read(0), 1).tobytes()) == 20
+    idx_files(tmp_path / "sets", size=(3, 2))
+    assert len(decode_image(open_source(tmp_path / "sets", "train").read(0), 1).tobytes()) == 6, "the exact name wins"
     file = open_source(folder / "t10k-images-idx3-ubyte.gz")
     assert file.digest() == open_source(folder, "t10k").digest() and len(file.names) == 4
 
