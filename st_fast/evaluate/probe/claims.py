@@ -4,6 +4,7 @@ A difference counts where it is more than ERRORS standard errors of itself, both
 the same noise. Models of one seed are compared, so a difference between two models is that of two trainings.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -159,9 +160,12 @@ def cleaner_student(evidence: Evidence) -> Claim:
 
 def discriminative(evidence: Evidence) -> Claim:
     """The target of stage 2, told the true class."""
-    outcomes = []
+    outcomes, missing = [], "needs a stage 2 whose teacher is there"
     for guide, found, scale in evidence.teachers():
         a, b, c = (found.at("between_pooled", evidence.place, s) for s in (0.0, 1.0, scale))
+        if not all(math.isfinite(one.value) for one in (a, b, c)):
+            missing = "needs more held-out images than classes"
+            continue
         outcomes.append((
             f"{guide.label}, block {guide.block}: {_share(a)} at ω = 0, {_share(b)} at 1, {_share(c)} at {scale:g}",
             c.exceeds(a, ERRORS) and c.exceeds(b, ERRORS),
@@ -169,7 +173,7 @@ def discriminative(evidence: Evidence) -> Claim:
     return _claim(
         "Guiding the teacher's features makes them more discriminative", "abstract (criterion 2)",
         "share of pooled features' variance between classes: higher at the student's ω than at ω = 0 and 1",
-        outcomes, "needs a stage 2 whose teacher is there",
+        outcomes, missing,
     )  # fmt: skip
 
 
@@ -248,7 +252,7 @@ def _depths(evidence: Evidence) -> tuple[int, int]:
     """The shallow block and the deep one that are compared: stage 2's, else the supervised one and the middle."""
     for subject, _ in evidence.latest("stage 2"):
         return subject.supervised[0], subject.stage.method.frozen_depth
-    depth, known = evidence.models[0][0].model.config.depth, evidence.models[0][1].blocks
+    depth, known = evidence.models[0][0].model.config.depth, evidence.models[0][1].blocks[1:]
     taps = [subject.supervised[0] for subject, _ in evidence.models if subject.supervised]
     quarter, deep = (min(known, key=lambda block: abs(block - share * depth)) for share in (0.25, 0.67))
     return (taps or [quarter])[0], deep
@@ -259,7 +263,7 @@ def _at(found: Findings, evidence: Evidence, measure: str, block: int) -> Estima
 
 
 def _share(one: Estimate) -> str:
-    return f"{100 * one.value:.1f} %"
+    return f"{100 * one.value:.1f} %" if math.isfinite(one.value) else "–"
 
 
 def _plain(one: Estimate) -> str:

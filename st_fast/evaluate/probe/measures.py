@@ -82,12 +82,14 @@ def between_classes(x: Array, labels: Labels) -> Estimate:
     """Share of the variance of x (n, …) that lies between the classes of labels (n,).
 
     Both variances are the unbiased ones: labels that have nothing to do with x give 0 on average (so a little below
-    0 as well), and 1 means that x is known once its class is. Each place of x has means of its own.
+    0 as well), and 1 means that x is known once its class is. Each place of x has means of its own. NaN where every
+    class has one member.
     """
     x = x.reshape(len(x), -1).astype(np.float64)
     within, count = _less_class_means(x, labels)
     total = np.square(x - x.mean(axis=0)).sum(axis=1)
-    return explained(np.square(within).sum(axis=1) * (len(x) - 1) / max(len(x) - count, 1), total)
+    freedom = (len(x) - 1) / (len(x) - count) if len(x) > count else math.nan
+    return explained(np.square(within).sum(axis=1) * freedom, total)
 
 
 def image_share(one: Array, other: Array, labels: Labels | None = None) -> Estimate:

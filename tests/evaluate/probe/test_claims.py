@@ -43,7 +43,7 @@ def subject(method, step: int = 100, run_: str = "run", **more) -> Subject:
 
 def findings(accuracy: list[float], clean: list[float] | None = None) -> Findings:
     rows = [[[estimate(value) for value in one]] for one in (accuracy, clean or [0.5] * 5, [0.5] * 5)]
-    return Findings(BLOCKS, *rows, [], [])
+    return Findings(list(BLOCKS), *rows, [], [])
 
 
 def verdicts(models, guides=()) -> dict[str, Claim]:
@@ -153,6 +153,27 @@ def test_the_target_is_judged_at_the_students_own_scale(words, values, verdict) 
     assert one(verdicts([student], [(guide, guided(**values))]), words).verdict == verdict
     idle = Guide("teacher", student[0].model, 3, {}, {})
     assert one(verdicts([student], [(idle, guided(**values))]), words).verdict == "not tested"
+
+
+def test_what_no_image_can_tell_is_not_tested() -> None:
+    student = subject(STAGE_2, run_="student"), findings([0.1] * 5)
+    guide = Guide("teacher", student[0].model, 3, {"student": 5.0}, {})
+    found = guided()
+    found.measures["between_pooled"] = [[Estimate(np.nan, np.full(9, np.nan))] * 3]
+    claim = one(verdicts([student], [(guide, found)]), "them more discriminative")
+    assert (claim.verdict, claim.found) == ("not tested", "needs more held-out images than classes")
+
+
+def test_deep_and_shallow_models_are_compared_at_blocks_that_were_looked_at() -> None:
+    text = "less discriminative than deeper"
+    deep = subject(Plain()), findings([0.1, 0.2, 0.3, 0.5, 0.6])
+    deep[0].model.config.depth = 14
+    deep[1].blocks[:] = [0, 4, 9, 10, 14]  # of a deep model not every block is looked at
+    assert one(verdicts([deep]), text).found.startswith("run/100: block 9 30.0 %, block 4 20.0 %")
+    two = subject(Plain(), run_="two"), findings([0.1, 0.2, 0.3, 0.5, 0.6])
+    two[1].blocks[:] = [0, 1, 2]
+    student = subject(STAGE_2, run_="student"), findings([0.1] * 5)
+    assert one(verdicts([two, student]), text).verdict == "not tested", "it has no block 3"
 
 
 def test_labels_differ_and_teachers_keep_theirs() -> None:

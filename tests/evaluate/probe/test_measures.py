@@ -110,6 +110,8 @@ def test_variance_between_classes_is_the_ratio_that_was_built_in_and_nothing_for
     assert between_classes(x, labels).value == pytest.approx(4 / 13, abs=0.03)
     foreign = [between_classes(x[:60], RNG.integers(0, 30, 60)).value for _ in range(40)]
     assert abs(np.mean(foreign)) < 0.03
+    alone = between_classes(x[:30], labels[:30])
+    assert np.isnan(alone.value) and np.isnan(alone.error), "one member a class"
 
 
 def test_the_images_share_is_the_ratio_that_was_built_in_whatever_the_place_and_class_add() -> None:
