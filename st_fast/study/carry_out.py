@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from st_fast import __version__, kernels
 from st_fast.core import checkpoint, random
-from st_fast.core.errors import Interrupted
+from st_fast.core.errors import Interrupted, RunFailed
 from st_fast.core.files import write_atomic, write_folder
 from st_fast.core.lock import Locked, run_lock
 from st_fast.core.signals import stop_on_signals
@@ -26,7 +26,6 @@ from st_fast.data.buckets import one_shape
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
 from st_fast.model import DiffusionTransformer, build
-from st_fast.prepare.digits import prepare_digits
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import Recipe, to_toml
 from st_fast.recipe.schema import Model
@@ -63,18 +62,19 @@ def carry_out(study: Study, out: Path, minutes: float) -> None:
             timer.start()
             at_end.callback(timer.cancel)
             _make_data(todo, out)
-            waiting = False
-            while left := [job for job in todo if not done(job)]:
+            waiting, left = "", todo
+            while left := [job for job in left if not done(job)]:
                 if stop or time.monotonic() >= end:
                     why = f"{minutes:g} minutes are over" if time.monotonic() >= end else stop.name
                     raise Interrupted(f"{why}; the same command continues")
                 number = f"{len(todo) - len(left) + 1} of {len(todo)}"
-                took = any(_take(study, out, job, number) for job in _startable(left))
-                if not took:
-                    if not waiting:
-                        print(f"study {study.name}: waiting for runs of other processes", flush=True)
+                try:
+                    _take_one(study, out, left, number)
+                except Locked as error:
+                    if str(error) != waiting:
+                        print(f"study {study.name}: waiting for other processes: {error}", flush=True)
+                    waiting = str(error)
                     time.sleep(POLL)
-                waiting = not took
     except Interrupted as error:
         raise Interrupted(f"{error} ({sum(map(done, todo))} of {len(todo)} runs are done)") from None
 
@@ -83,7 +83,7 @@ def _make_data(todo: Sequence[Job], out: Path) -> None:
     """Makes the data of a recipe that brings its own, in one process while the others wait for it."""
     while True:
         try:
-            with run_lock(out / "taken" / "data", print):
+            with run_lock(out / "taken" / "data", print, "--out"):
                 for job in todo:
                     make_on_first_use(job.recipe, print)
                 return
@@ -99,17 +99,22 @@ def _startable(left: Sequence[Job]) -> Iterator[Job]:
             yield job
 
 
-def _take(study: Study, out: Path, job: Job, number: str) -> bool:
-    """Runs the job, unless it is done by now or another process has it."""
-    try:
-        with run_lock(out / "taken" / f"seed{job.seed}-{job.folder.name}", print):
-            if done(job):
-                return False
-            print(f"study {study.name}: run {number}: {job.folder}", flush=True)
-            _run(study, job)
-            return True
-    except Locked:
-        return False
+def _take_one(study: Study, out: Path, left: Sequence[Job], number: str) -> None:
+    """Runs the first job that no other process has; Locked, with the last one's holder, where all are taken."""
+    locked = None
+    for job in _startable(left):
+        try:
+            with run_lock(out / "taken" / f"seed{job.seed}-{job.folder.name}", print, "--out"):
+                if not done(job):
+                    print(f"study {study.name}: run {number}: {job.folder}", flush=True)
+                    _run(study, job)
+                    if not done(job):
+                        raise RunFailed(f"{job.folder}: its log doesn't say that it ended; remove the folder")
+                return
+        except Locked as error:
+            locked = error
+    if locked is not None:
+        raise locked
 
 
 def _run(study: Study, job: Job) -> None:
@@ -117,11 +122,9 @@ def _run(study: Study, job: Job) -> None:
         write_random_teacher(job.folder, job.recipe)
         return
     if job.teacher is not None and job.teacher.labels == "shuffled":
-        section = study.base.sections["data"]
-        data = Path(section.get("path", ""))
-        if section.get("source") == "digits":
-            prepare_digits(data, print)
-        write_shuffled(data, Path(job.recipe.data.path), job.seed)
+        shuffled = Path(job.recipe.data.path)
+        with run_lock(shuffled.with_name(f"{shuffled.name}-taken"), print):
+            write_shuffled(Path(study.base.sections["data"].get("path", "")), shuffled, job.seed)
     run(job.recipe)
 
 

@@ -140,6 +140,9 @@ def read_study(path: Path) -> Study:
         for name in used:
             if [other.casefold() for other in used].count(name.casefold()) > 1:
                 raise UserError(f"{path}: two [[{kind}]] are called {name!r}; names must differ")
+    titles = [arm.title for arm in arms]
+    for title in titles:
+        _need(titles.count(title) == 1, path, "title", title, "two arms have it; titles must differ")
     for key, name in (("baseline", baseline), ("reference", reference)):
         _need(name in names, path, key, name, "an arm's name is needed")
     for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained

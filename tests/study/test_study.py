@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -17,13 +18,14 @@ import torch
 
 from st_fast import kernels
 from st_fast.core import checkpoint
-from st_fast.core.errors import EXIT_INTERRUPTED, UserError
+from st_fast.core.errors import EXIT_INTERRUPTED, RunFailed, UserError
+from st_fast.core.lock import Locked, run_lock
 from st_fast.data.shards import open_data
 from st_fast.model import stored
 from st_fast.recipe import cost, to_toml
 from st_fast.report.collect import read_run
 from st_fast.study.__main__ import listing, main
-from st_fast.study.carry_out import random_model, write_random_teacher, write_shuffled
+from st_fast.study.carry_out import _take_one, carry_out, random_model, write_random_teacher, write_shuffled
 from st_fast.study.page import placed
 from st_fast.study.plan import jobs, read_study
 from st_fast.study.seeds import done
@@ -222,6 +224,7 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
         ("cfg_scale = 5.0", "cfg_scail = 5.0", "arm omega5: stage.*cfg_scail"),
         ('supervision = "none"', 'stage = "plain"', "the base recipe has align, transcend"),
         ('name = "omega5"', 'name = "plain"', "two [[arm]] are called 'plain'"),
+        ('title = "ω = 5"', 'title = "plain SiT"', "title = 'plain SiT'; two arms have it"),
         ('name = "omega5"', 'name = "a/b"', "can name a folder"),
         ("student_steps = 8", "student_steps = 8.5", "student_steps = 8.5"),
         ("student_steps = 8", "student_steps = 8\nseeds = 1", "tiny.toml:"),
@@ -277,6 +280,33 @@ def test_two_processes_share_the_runs_and_both_end_with_all_of_them(study, kille
     for seed in (0, 1):
         assert timeless(seed_file(out, seed)) == timeless(seed_file(killed_and_resumed, seed))
     assert not list((out / "taken").glob("*")), "nothing is left of what said who runs what"
+
+
+def test_the_first_run_that_nobody_has_is_taken_and_where_all_are_taken_their_holder_is_named(
+    study, tmp_path, monkeypatch
+) -> None:
+    whole = read_study(study)
+    todo, began = list(jobs(whole, tmp_path)), []
+    monkeypatch.setattr("st_fast.study.carry_out._run", lambda _, job: began.append(job))
+    monkeypatch.setattr("st_fast.study.carry_out.done", lambda job: job in began)
+    taken = tmp_path / "taken"
+    with run_lock(taken / "seed0-teacher-stage1", print):
+        _take_one(whole, tmp_path, todo, "1 of 10")
+        assert [job.folder.name for job in began] == ["teacher-random"]
+        left = [job for job in todo if job.seed == 0 and job not in began]
+        _take_one(whole, tmp_path, left, "2 of 10")
+        assert [job.folder.name for job in began[1:]] == ["plain"], "omega5 waits for its teacher"
+        _take_one(whole, tmp_path, [job for job in left if job not in began], "3 of 10")
+        assert [job.folder.name for job in began[2:]] == ["random"]
+        with pytest.raises(Locked, match=rf"seed0-teacher-stage1: another run is writing here \(process {os.getpid()}"):
+            _take_one(whole, tmp_path, [job for job in left if job not in began], "4 of 10")
+
+
+def test_a_run_that_ends_without_saying_so_is_not_made_again_for_ever(study, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("st_fast.study.carry_out._run", lambda *_: None)
+    with pytest.raises(RunFailed, match=r"teacher-stage1: its log doesn't say that it ended; remove the folder"):
+        carry_out(read_study(study), tmp_path, math.inf)
+    assert not (tmp_path / "taken").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "study").glob("*.toml")), ids=lambda path: path.stem)
