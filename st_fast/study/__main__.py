@@ -74,9 +74,8 @@ def tell(study: Study, out: Path, page: Path | None) -> None:
     from st_fast.study.seeds import METRIC, as_json, collect
 
     wanted = study.base.sections.get("evaluate", {})
-    if not wanted.get("classifier") and not wanted.get("inception"):
-        needed = "evaluate.classifier or evaluate.inception"
-        print(f"study {study.name}: no run is scored without {needed}")
+    if not wanted.get("classifier"):
+        print(f"study {study.name}: no arm is compared without evaluate.classifier = true")
         return
     seeds = [found for seed in study.seeds if (found := collect(study, out, seed)).arms]
     for seed in seeds:

@@ -51,10 +51,11 @@ def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
     put together, or where a run isn't the one that a seed's file was written from.
     """
     name, folder = study.name, page.parent / page.stem
-    results = together(study, gather(study, folder, ours))
+    seeds = gather(study, folder, ours)
+    results = together(study, seeds)
     try:
         make_folder(folder)
-        for seed in ours:
+        for seed in (one for one in ours if any(one is kept for kept in seeds)):  # else its file holds more arms
             write_json_atomic(folder / f"{name}-seed{seed.seed}.json", as_json(study, seed))
         text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
         if results.rows:

@@ -55,7 +55,7 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, str, str]]:
     """(arm, its difference to the baseline at equal FLOPs and at equal steps, to the reference at equal steps).
 
     Of every arm but the baseline, best first at equal FLOPs. Steps are those of the new model alone, as published
-    curves count; an arm without a teacher is compared at equal FLOPs alone, which for it tell the same.
+    curves count. The reference is compared with the other arms that have a teacher.
     """
     study, rows_of = results.study, {row.label: row for row in results.rows}
     base = rows_of[study.arm(study.baseline).title]
@@ -63,11 +63,9 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, str, str]]:
         arm = next(arm for arm in study.arms if arm.title == row.label)
         if row is base:
             continue
-        flops, steps, taught = difference(row.at_cost, base.final), "–", "–"
-        if arm.teacher is not None:
-            steps = _at_equal_steps(results, arm.name, study.baseline)
-            taught = _at_equal_steps(results, arm.name, study.reference) if arm.name != study.reference else "–"
-        yield row.label, flops, steps, taught
+        flops, steps = difference(row.at_cost, base.final), _at_equal_steps(results, arm.name, study.baseline)
+        beside = arm.teacher is not None and arm.name != study.reference
+        yield row.label, flops, steps, _at_equal_steps(results, arm.name, study.reference) if beside else "–"
 
 
 def _at_equal_steps(results: Results, ours: str, theirs: str) -> str:

@@ -85,13 +85,16 @@ def collect(study: Study, out: Path, seed: int) -> Seed:
             raise UserError(f"{job.folder}: no log says what its teacher cost; start the study where it was started")
         logs.append(log)
         found.arms[name], found.definitions[name], found.hashes[name] = arm, definition(job), hash_of(job.folder)
-    comparable(logs, out)
+    comparable(logs, out, one_seed=True)
     return Seed(seed, found.arms, found.definitions, found.hashes, tuple(missing))
 
 
-def comparable(logs: Sequence[RunLog], where: Path) -> None:
-    """UserError where runs differ in data, noise, test images or in how their scores were taken."""
-    if reasons := unfair(logs, seeds_declared=True):
+def comparable(logs: Sequence[RunLog], where: Path, one_seed: bool = False) -> None:
+    """UserError where runs differ in data, noise, test images or in how their scores were taken.
+
+    Runs of several seeds see other noise, unless they are to be of `one_seed`.
+    """
+    if reasons := unfair(logs, seeds_declared=not one_seed):
         raise UserError(f"{where}: these runs can't be compared: {'; '.join(reasons)}")
 
 
@@ -181,7 +184,9 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
     expected = {job.arm.name: definition(job) for job in jobs(study, Path()) if job.arm is not None}
     found = {one.seed: one for one in ours}
     for path in sorted(folder.glob(f"{study.name}-seed*.json")):
-        _, theirs = from_json(path)
+        told, theirs = from_json(path)
+        if told.get("study") != study.name:
+            raise UserError(f"{path}: of the study {shown(told.get('study'))}, not of {study.name}; move it away")
         mine = found.get(theirs.seed)
         for name, hashed in theirs.hashes.items():
             if theirs.definitions[name] != expected.get(name, theirs.definitions[name]):
@@ -198,6 +203,8 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
         if mine is None or len(mine.arms) < len(theirs.arms):
             found[theirs.seed] = theirs
     seeds = [found[seed] for seed in sorted(found)]
+    for seed in seeds:
+        comparable([arm.run for arm in seed.arms.values()], folder, one_seed=True)
     comparable([arm.run for seed in seeds for arm in seed.arms.values()], folder)
     return seeds
 

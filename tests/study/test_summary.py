@@ -29,6 +29,14 @@ STAGE_1 = '[[arm]]\nname = "stage1"\ntitle = "stage 1 alone"\nstage = "align"\n'
 SEEDS = (0, 1, 2)
 
 
+def of_seed(seed: int, run: Path, other: int) -> Path:
+    """The run, made from the draws of another seed, as one of this seed."""
+    recipe = (run / "recipe.toml").read_text()
+    assert f"seed = {other}\n" in recipe
+    (run / "recipe.toml").write_text(recipe.replace(f"seed = {other}\n", f"seed = {seed}\n"))
+    return run
+
+
 def alone(path, seed):
     records = stage_records(path, np.random.default_rng(seed), "align", 1600, 0.8, teacher=False)
     return write_run(path, RECIPE.format(batch=BATCH, seed=seed) + ALIGN, records)
@@ -43,8 +51,9 @@ def results(tmp_path_factory) -> Results:
     groups = []
     for number, (title, make) in enumerate(makers.items()):
         by_seed = {
-            seed: make_arms([read_run(make(folder / f"{number}-{seed}", seed=seed + 10 * number))])[-1]
+            seed: make_arms([read_run(of_seed(seed, make(folder / f"{number}-{seed}", seed=other), other))])[-1]
             for seed in SEEDS
+            for other in [seed + 10 * number]
         }
         groups.append(Repeats(title, by_seed))
     return Results(replace(read_study(path), seeds=SEEDS), groups, rows(groups, groups[0], METRIC), [])
@@ -64,7 +73,9 @@ def test_each_comparison_says_what_the_runs_say(results):
     at_end = [students[s].final(METRIC) - plain[s].at(METRIC, "step", students[s].stage.step) for s in SEEDS]
     assert steps.startswith(f"{abs(statistics.fmean(at_end)):.3g} ±")
     assert "lower (better)" in steps if statistics.fmean(at_end) < 0 else "higher (worse)" in steps
-    assert told["stage 1 alone"][1:] == ["–", "–"] and told["random"][2] != "–"
+    assert told["stage 1 alone"][2] == "–" and told["random"][2] != "–"
+    at_end = [results.group("stage1").by_seed[s].final(METRIC) - plain[s].final(METRIC) for s in SEEDS]
+    assert told["stage 1 alone"][1].startswith(f"{abs(statistics.fmean(at_end)):.3g} ±"), "its head costs FLOPs as well"
     run = results.group("omega5").by_seed[0]
     share = f"{100 * run.teacher.flops / run.total.flops:.1f}\u00a0%"
     assert f"{share} of the FLOPs of “ω = 5” trained its teacher" in price(results)
@@ -192,6 +203,16 @@ def test_the_page_follows_from_the_seeds_files_alone(results, tmp_path):
         assert arm.quality(METRIC, "flops") == ours.quality(METRIC, "flops")
 
 
+def test_a_seeds_file_keeps_the_arms_whose_runs_are_gone(results, tmp_path):
+    seeds = as_seeds(results)
+    write_page(results.study, seeds, tmp_path / "page.md")
+    file = tmp_path / "page" / "tiny-seed1.json"
+    before = file.read_bytes()
+    seeds[1].arms.pop("omega5"), seeds[1].hashes.pop("omega5"), seeds[1].definitions.pop("omega5")
+    again = write_page(results.study, seeds[1:2], tmp_path / "page.md")
+    assert file.read_bytes() == before and again.seeds == list(SEEDS)
+
+
 @pytest.fixture
 def written(results, tmp_path):
     """A folder with the seeds' files, and the seeds."""
@@ -214,6 +235,14 @@ def test_a_run_that_is_not_the_one_of_its_seeds_file_is_named_by_its_hash(result
     assert hash_of(run) not in (before, "0123456789ab"), "a figure changed by hand changes the hash"
 
 
+def test_a_file_of_another_study_is_refused(results, written):
+    folder, _ = written
+    told = json.loads((folder / "tiny-seed1.json").read_text())
+    (folder / "tiny-seed1.json").write_text(json.dumps(told | {"study": "small"}))
+    with pytest.raises(UserError, match=r"tiny-seed1\.json: of the study 'small', not of tiny"):
+        gather(results.study, folder, [])
+
+
 def test_a_file_of_another_definition_of_an_arm_is_refused(results, written):
     folder, _ = written
     arms = tuple(
@@ -229,6 +258,7 @@ def test_a_file_of_another_definition_of_an_arm_is_refused(results, written):
         (lambda arm: arm["start"].update(dataset="ff" * 32), "trained on different data"),
         (lambda arm: arm["recipe"]["optim"].update(batch_size=3), "their optim.batch_size differ"),
         (lambda arm: arm["recipe"]["flow"].update(time="lognormal"), "their flow.time differ"),
+        (lambda arm: arm["recipe"]["run"].update(seed=7), "their run.seed differ"),
         (lambda arm: arm["protocol"].update(floor_frechet=0.5), "their test images differ"),
         (lambda arm: arm["protocol"].update(classifier_digest="ee" * 32), "their classifiers differ"),
         (lambda arm: arm["recipe"]["sample"].update(cfg_scale=7.0), "their sample.cfg_scale differ"),
