@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -45,13 +46,14 @@ def read_shares(folder: Path) -> list[Shares]:
 
 def _shares(told: list[dict[str, object]], seeds: list[Seed]) -> Shares:
     horizons, baseline = told[0]["horizons"], str(told[0].get("baseline"))
-    if not isinstance(horizons, list) or any(baseline not in seed.arms for seed in seeds):
+    right = isinstance(horizons, list) and all(type(one) in (int, float) and one > 0 for one in horizons)
+    if not right or any(baseline not in seed.arms for seed in seeds):
         raise UserError(f"{told[0].get('study')}: its seeds' files don't name horizons and a baseline")
     by_cost = sorted(seeds[0].arms, key=lambda name: seeds[0].arms[name].teacher.flops)
     taught = [name for name in by_cost if all(name in s.arms and s.arms[name].teacher.flops > 0 for s in seeds)]
     return Shares(
         str(told[0].get("title")),
-        tuple(map(float, horizons)),
+        tuple(map(float, cast("list[float]", horizons))),
         [seed.arms[baseline] for seed in seeds],
         [[seed.arms[name] for seed in seeds] for name in taught],
     )
@@ -99,7 +101,7 @@ def chart(shares: Shares) -> Chart:
 
 
 def table(shares: Shares) -> str:
-    """A row a teacher: its steps and FLOPs, where its student overtakes plain training, its gain at every horizon."""
+    """A row a teacher: its training's FLOPs, where its student overtakes plain training, its gain at every horizon."""
     head = [
         "Teacher trained for",
         "Overtakes plain training at",
@@ -137,7 +139,7 @@ def sentence(shares: Shares) -> str:
                 f"at {words.flops(horizon)} the best share is {words.percent(best.share)}: gain {_gain(best)}, "
                 f"above 1 in {wins} of {len(best.gains)} seeds"
             )
-    return f"**{shares.title}:** {'; '.join(parts)}."
+    return f"**{shares.title}:** {'; '.join(parts) or 'no student had been scored at any budget'}."
 
 
 def section(found: Sequence[Shares], picture: str) -> str:

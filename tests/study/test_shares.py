@@ -88,9 +88,15 @@ def test_the_section_names_the_best_share_and_in_how_many_seeds_it_pays(found):
 def test_files_of_studies_without_horizons_are_passed_over_and_one_without_its_baseline_is_refused(tmp_path):
     write(tmp_path, 0, horizons=[])
     assert read_shares(tmp_path) == []
-    write(tmp_path, 0, baseline="plein")
-    with pytest.raises(UserError, match="tiny: its seeds' files don't name horizons and a baseline"):
-        read_shares(tmp_path)
+    for wrong in ({"baseline": "plein"}, {"horizons": ["4e9"]}, {"horizons": [0]}, {"horizons": 4e9}):
+        write(tmp_path, 0, **wrong)
+        with pytest.raises(UserError, match="tiny: its seeds' files don't name horizons and a baseline"):
+            read_shares(tmp_path)
+
+
+def test_without_a_score_within_any_budget_nothing_is_said_to_be_best(tmp_path):
+    write(tmp_path, 0, horizons=[1e8])
+    assert section(read_shares(tmp_path), "x.png").count("no student had been scored at any budget") == 1
 
 
 def test_the_summary_says_what_each_stage_buys_at_equal_flops_and_steps(tmp_path):
