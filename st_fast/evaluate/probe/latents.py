@@ -80,7 +80,7 @@ def load_split(folder: Path, count: int) -> Split:
     """`count` records of a data folder to learn from and up to half as many held-out ones.
 
     Held-out are the test images beside the shards (`images.safetensors`), encoded with the folder's own VAE; where
-    there are none, other records of the set. Their classes take turns. UserError where the set is too small.
+    there are none, other records of the set. The classes of both take turns. UserError where the set is too small.
     """
     records = one_shape(open_data(folder, verify=False), "a probe")
     manifest, size = records.manifest, len(records)
@@ -91,6 +91,8 @@ def load_split(folder: Path, count: int) -> Split:
     order = random.epoch_order(SEED, 0, size)
     learn, rest = np.sort(order[:count]), np.sort(order[count : count + count // 2])
     moments, labels = records.gather(learn)
+    turns = in_turn(labels)  # tokens are kept of the first ones, and sets are often sorted by class
+    moments, labels = moments[turns], labels[turns]
     if unseen:
         real = read_images(folder)
         chosen = torch.from_numpy(np.sort(random.epoch_order(SEED, 1, len(real.test))[: max(1, count // 2)]))

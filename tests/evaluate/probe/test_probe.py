@@ -130,6 +130,8 @@ def test_the_pictured_images_are_one_of_each_class_also_in_a_set_that_is_sorted_
     assert len(split.pictures) == len(split.pictured) == classes >= 9
     assert split.pictured == tuple(map(str, labels[:classes]))
     assert len(set(labels[:classes])) == classes and sorted(labels[:classes]) == labels[:classes]
+    learnt = split.train.labels.tolist()  # tokens are kept of the first ones
+    assert len(set(learnt[:10])) == len(set(learnt)) == 10
     write_manifest(folder, replace(read_manifest(folder), class_names=NAMES))
     assert load_split(folder, 80).pictured == tuple(NAMES[label] for label in labels[:classes])
 
