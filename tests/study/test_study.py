@@ -119,7 +119,8 @@ def test_the_page_has_table_pictures_and_its_own_place(killed_and_resumed) -> No
         written = page.parent / "study" / f"tiny-seed{seed}.json"
         assert json.loads(written.read_text()) == seed_file(killed_and_resumed, seed)
     again = placed(placed(text, "other", "## Other\n"), "tiny", "## Tiny again\n")
-    assert again.count("<!-- study") == text.count("<!-- study") + 2 and "## Other" in again and "| ω = 5 |" not in again
+    assert again.count("<!-- study") == text.count("<!-- study") + 2
+    assert "## Other" in again and "| ω = 5 |" not in again
 
 
 @pytest.fixture(scope="module")
