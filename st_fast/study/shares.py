@@ -49,6 +49,8 @@ def _shares(told: list[dict[str, object]], seeds: list[Seed]) -> Shares:
     right = isinstance(horizons, list) and all(type(one) in (int, float) and one > 0 for one in horizons)
     if not right or any(baseline not in seed.arms for seed in seeds):
         raise UserError(f"{told[0].get('study')}: its seeds' files don't name horizons and a baseline")
+    if any(one.get("horizons") != horizons for one in told):
+        raise UserError(f"{told[0].get('study')}: its seeds' files name different horizons; write them anew")
     by_cost = sorted(seeds[0].arms, key=lambda name: seeds[0].arms[name].teacher.flops)
     taught = [name for name in by_cost if all(name in s.arms and s.arms[name].teacher.flops > 0 for s in seeds)]
     return Shares(

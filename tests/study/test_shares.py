@@ -88,10 +88,30 @@ def test_the_section_names_the_best_share_and_in_how_many_seeds_it_pays(found):
 def test_files_of_studies_without_horizons_are_passed_over_and_one_without_its_baseline_is_refused(tmp_path):
     write(tmp_path, 0, horizons=[])
     assert read_shares(tmp_path) == []
-    for wrong in ({"baseline": "plein"}, {"horizons": ["4e9"]}, {"horizons": [0]}, {"horizons": 4e9}):
+    for wrong in ({"baseline": "plein"}, {"horizons": [4e9, "8e9"]}, {"horizons": [0]}, {"horizons": 4e9}):
         write(tmp_path, 0, **wrong)
         with pytest.raises(UserError, match="tiny: its seeds' files don't name horizons and a baseline"):
             read_shares(tmp_path)
+
+
+def test_seeds_that_lack_the_baseline_or_name_other_horizons_are_refused(tmp_path):
+    write(tmp_path, 0)
+    write(tmp_path, 1, horizons=[4e9])
+    with pytest.raises(UserError, match="tiny: its seeds' files name different horizons"):
+        read_shares(tmp_path)
+    write(tmp_path, 1, arms=[arm("short", 2e9, 1.0)])
+    with pytest.raises(UserError, match="tiny: its seeds' files don't name horizons and a baseline"):
+        read_shares(tmp_path)
+    write(tmp_path, 1, arms=[arm("short", 2e9, 1.0), arm("plain", 0.0, 1.0)])
+    (shares,) = read_shares(tmp_path)
+    assert [[one.label for one in arms] for arms in shares.taught] == [["short"] * 2], "arms that all seeds have"
+
+
+def test_the_best_share_is_that_of_the_largest_mean_not_the_largest_spread(tmp_path):
+    for seed, worse in enumerate((1.0, 1.6)):
+        write(tmp_path, seed, arms=[arm("plain", 0.0, 1.0), arm("short", 2e9, 1.0), arm("long", 6e9, worse)])
+    text = section(read_shares(tmp_path), "x.png").replace("\u00a0", " ")
+    assert "at 16 GFLOP the best share is 12.5 %: gain 1.75 ± 0, above 1 in 2 of 2 seeds" in text
 
 
 def test_without_a_score_within_any_budget_nothing_is_said_to_be_best(tmp_path):
