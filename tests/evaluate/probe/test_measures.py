@@ -96,6 +96,15 @@ def test_the_error_of_a_ratio_is_that_of_drawing_the_images_again() -> None:
     assert np.isnan(explained(np.zeros(3), np.zeros(3)).value)
 
 
+def test_what_an_image_adds_is_what_leaving_it_out_takes_away() -> None:
+    total = RNG.gamma(2.0, size=300)
+    left, right = total * RNG.uniform(0.1, 0.6, size=300), RNG.random(300) < 0.7
+    for measure, values in ((explained, (left, total)), (share, (right,))):
+        found = measure(*values)
+        without = [measure(*(np.delete(one, n) for one in values)).value for n in range(300)]
+        np.testing.assert_allclose(found.parts, 299 * (found.value - np.array(without)), rtol=0.05, atol=1e-9)
+
+
 def test_variance_between_classes_is_that_of_the_f_statistic() -> None:
     labels = RNG.integers(0, 6, 200)
     x = RNG.normal(size=(200, 1)) * 3 + np.array([0, 1, 4, -2, 7, 0.5])[labels][:, None] + 40
