@@ -14,6 +14,7 @@ examples:
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,14 +57,13 @@ def main(arguments: Sequence[str]) -> None:
         return
     from st_fast.study.carry_out import carry_out  # torch is imported only once the study is known to be right
 
-    stopped = None
     try:
         carry_out(study, out, given.minutes)
-    except Interrupted as error:
-        stopped = error
+    except Interrupted:
+        with suppress(UserError):  # the page can be written at any later time
+            tell(study, out, given.write)
+        raise
     tell(study, out, given.write)
-    if stopped is not None:
-        raise stopped
 
 
 def tell(study: Study, out: Path, page: Path | None) -> None:

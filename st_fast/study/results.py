@@ -81,7 +81,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, deviation = spread(differences)
     about = f" ± {words.plain(deviation)}" if math.isfinite(deviation) else ""
-    side = "lower (better)" if mean < 0 else "higher (worse)"
+    side = "lower (better)" if mean < 0 else "higher (worse)" if mean > 0 else "of difference"
     agreeing = sum(d < 0 if mean < 0 else d > 0 for d in differences)
     return f"{words.plain(abs(mean))}{about} {side}, {agreeing} of {len(differences)}"
 

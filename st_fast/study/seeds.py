@@ -111,7 +111,11 @@ def definition(job: Job) -> str:
     """A short hash of what an arm is: its recipe and its teacher's stage, whatever the seed, folders and machine."""
     recipe = tomllib.loads(to_toml(job.recipe))
     stage = {key: value for key, value in recipe["stage"][0].items() if key != "teacher"}
-    kept = {name: recipe[name] for name in ("model", "flow", "optim", "sample", "evaluate")}
+    paths = (("sample", "vae"), ("evaluate", "inception"), ("evaluate", "reference"))
+    kept = {
+        name: {key: value for key, value in recipe[name].items() if (name, key) not in paths}
+        for name in ("model", "flow", "optim", "sample", "evaluate")
+    }
     teacher = job.arm.teacher if job.arm is not None else None
     taught = {} if teacher is None else teacher.stage | {"labels": teacher.labels}
     return short_digest({**kept, "stage": stage, "teacher": taught})

@@ -94,7 +94,7 @@ def chart(shares: Shares) -> Chart:
             continue
         gains = np.array([one.gains for one in found])
         curves.append(
-            Curve(f"{words.flops(horizon)} in all", [one.share for one in found], gains.mean(axis=1).tolist(), place,
+            Curve(f"{words.flops(horizon)} in all", [one.share for one in found], list(map(mean_gain, found)), place,
                   low=gains.min(axis=1).tolist(), high=gains.max(axis=1).tolist())
         )  # fmt: skip
     label = "plain distance / stage-2 distance"
@@ -119,14 +119,20 @@ def table(shares: Shares) -> str:
         cells = [words.flops(arms[0].teacher.flops), when]
         for horizon in shares.horizons:
             one = point(arms, shares.plain, horizon)
-            cells.append("–" if one is None else f"{_gain(one)} (share {words.percent(one.share)})")
+            cells.append("–" if one is None else f"{_gain(one)}, share {words.percent(one.share)}")
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def mean_gain(one: Point) -> float:
+    """The geometric mean over the seeds: twice as good and half as good make 1."""
+    return math.exp(math.fsum(map(math.log, one.gains)) / len(one.gains))
+
+
 def _gain(one: Point) -> str:
-    mean, deviation = spread(one.gains)
-    return f"{words.plain(mean)} ± {words.plain(deviation)}" if math.isfinite(deviation) else words.plain(mean)
+    """“0.72 (0.65 to 0.81)”: the mean, lowest and highest; one seed's alone."""
+    low, high = (words.plain(f(one.gains)) for f in (min, max))
+    return words.plain(mean_gain(one)) + f" ({low} to {high})" * (len(one.gains) > 1)
 
 
 def sentence(shares: Shares) -> str:
@@ -135,11 +141,11 @@ def sentence(shares: Shares) -> str:
     for horizon in shares.horizons:
         found = [one for arms in shares.taught if (one := point(arms, shares.plain, horizon)) is not None]
         if found:
-            best = max(found, key=lambda one: spread(one.gains)[0])
+            best = max(found, key=mean_gain)
             wins = sum(gain > 1 for gain in best.gains)
             parts.append(
-                f"at {words.flops(horizon)} the best share is {words.percent(best.share)}: gain {_gain(best)}, "
-                f"above 1 in {wins} of {len(best.gains)} seeds"
+                f"at {words.flops(horizon)} the best of {len(found)} shares is {words.percent(best.share)}: gain "
+                f"{_gain(best)}, above 1 in {wins} of {len(best.gains)} seeds"
             )
     return f"**{shares.title}:** {'; '.join(parts) or 'no student had been scored at any budget'}."
 
@@ -151,7 +157,8 @@ def section(found: Sequence[Shares], picture: str) -> str:
         "Each teacher was trained once and has one student, which is read at several budgets; the budget holds the "
         "teacher's training and its forward passes. The gain is plain training's Fréchet distance divided by the "
         "student's at the same total FLOPs: above 1 the teacher has paid for itself. “Overtakes”: the total FLOPs of "
-        "the first evaluation that beats plain training's at the same FLOPs, mean over the seeds that have one.\n",
+        "the first evaluation that beats plain training's at the same FLOPs, mean over the seeds that have one. Gains "
+        "are geometric means over the seeds (lowest to highest).\n",
         *[f"- {sentence(one)}" for one in found],
         f"\n![Gain over plain training by the teacher's share; the range over seeds is shaded]({picture})\n",
         *[f"{one.title}, {len(one.plain)} seed{'s' * (len(one.plain) != 1)}:\n\n{table(one)}" for one in found],

@@ -73,6 +73,7 @@ def test_the_figure_has_a_curve_a_horizon_with_its_range_over_the_seeds(found):
     assert [curve.label.replace("\u00a0", " ") for curve in drawn.curves] == [f"{h:g} GFLOP in all" for h in (4, 8, 16)]
     last = drawn.curves[-1]
     assert last.x == pytest.approx([2 / 16, 6 / 16])
+    assert last.y == pytest.approx([2 * 14 / 16 / 1.6**0.5, 2 * 10 / 16 / 1.6**0.5]), "geometric means"
     assert last.high == pytest.approx([2 * 14 / 16, 2 * 10 / 16])
     assert last.low == pytest.approx([2 * 14 / 16 / 1.6, 2 * 10 / 16 / 1.6])
     assert len(drawn.curves[0].x) == 1, "the long teacher alone costs more than the first horizon"
@@ -80,8 +81,8 @@ def test_the_figure_has_a_curve_a_horizon_with_its_range_over_the_seeds(found):
 
 def test_the_section_names_the_best_share_and_in_how_many_seeds_it_pays(found):
     text = section([found], "study/shares.png").replace("\u00a0", " ")
-    assert "at 16 GFLOP the best share is 12.5 %: gain 1.42 ± 0.464, above 1 in 2 of 2 seeds" in text
-    assert "at 4 GFLOP the best share is 50.0 %: gain 0.812 ± 0.265, above 1 in 0 of 2 seeds" in text
+    assert "at 16 GFLOP the best of 2 shares is 12.5 %: gain 1.38 (1.09 to 1.75), above 1 in 2 of 2 seeds" in text
+    assert "at 4 GFLOP the best of 1 shares is 50.0 %: gain 0.791 (0.625 to 1), above 1 in 0 of 2 seeds" in text
     assert "![Gain over plain training by the teacher's share" in text and "(study/shares.png)" in text
 
 
@@ -111,7 +112,7 @@ def test_the_best_share_is_that_of_the_largest_mean_not_the_largest_spread(tmp_p
     for seed, worse in enumerate((1.0, 1.6)):
         write(tmp_path, seed, arms=[arm("plain", 0.0, 1.0), arm("short", 2e9, 1.0), arm("long", 6e9, worse)])
     text = section(read_shares(tmp_path), "x.png").replace("\u00a0", " ")
-    assert "at 16 GFLOP the best share is 12.5 %: gain 1.75 ± 0, above 1 in 2 of 2 seeds" in text
+    assert "at 16 GFLOP the best of 2 shares is 12.5 %: gain 1.75 (1.75 to 1.75), above 1 in 2 of 2 seeds" in text
 
 
 def test_without_a_score_within_any_budget_nothing_is_said_to_be_best(tmp_path):
