@@ -34,6 +34,8 @@ VARIABLES = {
 NICE = [n * 10**power for power in range(-12, 20) for n in (1, 2, 5)]
 DASHES = ("-", "--", ":")
 MAX_POINTS = 300
+WIDTH = 4.0
+"""Of a figure, in inches; an entry of its legend takes about 48 points and 6 a letter."""
 LEGEND, LINE = 42, 40
 """Characters that fit into a legend's line, and into one over a bar, its total included."""
 STYLE = {
@@ -82,10 +84,10 @@ def draw(figure: Figure, title: bool = True) -> Canvas:
     """One chart, or one set of bars, with its legend below."""
     with rc_context(STYLE):
         labels = [c.label for c in figure.curves] if isinstance(figure, Chart) else list(figure.segments)
-        columns = max(1, min(len(labels), 60 // (6 + max(len(_short(label)) for label in labels))))
+        columns = max(1, min(len(labels), int(WIDTH * 72 // (48 + 6 * max(len(_short(label)) for label in labels)))))
         legend = 0.2 * math.ceil(len(labels) / columns)
         height = 2.7 if isinstance(figure, Chart) else 0.6 + 0.5 * len(figure.rows)
-        canvas = Canvas(figsize=(4.0, height + legend + 0.25 * title), layout="constrained")
+        canvas = Canvas(figsize=(WIDTH, height + legend + 0.25 * title), layout="constrained")
         axes = canvas.subplots()
         if isinstance(figure, Chart):
             chart(axes, figure)

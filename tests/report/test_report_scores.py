@@ -1,9 +1,12 @@
 """The table of scores: a line a stage, what real images score apart, and how all of it was measured, said once."""
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from st_fast.report import plot
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
+from st_fast.report.figures import Chart, Curve
 from st_fast.report.html import render
 from st_fast.report.scores import table
 from tests.report.conftest import Runs
@@ -82,3 +85,12 @@ def test_a_protocol_may_say_anything(runs, strange: object) -> None:
     recipe = path / "recipe.toml"
     recipe.write_text(recipe.read_text() + f"\n[sample]\ncfg_range = [{'7' if strange == 7 else '{}'}, 1]\n")
     assert "<script>" not in render(read_runs([path]))
+
+
+@pytest.mark.parametrize("labels", [["plain", "stage1", "omega5", "repa"], ["a"] * 9, ["stage 2, guided by 5"] * 3])
+def test_a_legend_is_no_wider_than_its_figure(labels) -> None:
+    curves = [Curve(label, [0.0, 1.0], [1.0, 2.0], place) for place, label in enumerate(labels)]
+    canvas = plot.draw(Chart("", "", "", "", "number", "", "number", False, curves))
+    FigureCanvasAgg(canvas).draw()
+    (legend,) = canvas.legends
+    assert 0 < legend.get_window_extent().width <= canvas.bbox.width
