@@ -109,14 +109,15 @@ def body(results: Results, folder: Path) -> str:
         "### Every comparison\n",
         f"{head}{lines}",
         f"Differences in {METRICS[METRIC].title} between runs of one seed: mean ± standard deviation, and how many "
-        "seeds agree with the sign of the mean. Steps are those of the new model alone, as in published curves; both "
-        "are read where the shorter of the two ends.\n",
+        "seeds agree with the sign of the mean. Steps are those of the new model alone, as in published curves. Two "
+        "runs are read where the first of them ends, which is another place in each row: rows of one column can't be "
+        "compared with each other.\n",
         f"![Quality over all training FLOPs; the range over seeds is shaded]({folder.name}/{study.name}-quality.png)\n",
     ]
     if (folder / f"{study.name}-samples.png").is_file():
         parts.append(
-            f"The last samples of one seed within the total cost of “{results.rows[0].label}”, from the same "
-            f"noise:\n\n![Samples of every arm]({folder.name}/{study.name}-samples.png)\n"
+            f"The last samples of one seed within the total cost of “{results.rows[0].label}”, to a step, from the "
+            f"same noise:\n\n![Samples of every arm]({folder.name}/{study.name}-samples.png)\n"
         )
     parts.append(reproduced(results, folder))
     return "\n".join(parts)
@@ -132,9 +133,10 @@ def protocol(results: Results) -> str:
         "and noise in the same order, and their samples start from the same noise. Each score is of "
         f"{words.count(number(told, 'num'))} samples ({drawn}) in the features of a classifier trained on the real "
         "images, so it is not FID; its accuracy on held-out real ones is "
-        f"{words.percent(number(told, METRICS['accuracy'].floor))}, and these score a Fréchet distance of "
-        f"{words.plain(number(told, METRICS[METRIC].floor))}. All costs count the teacher's training and its forward "
-        "passes.\n"
+        f"{words.percent(number(told, METRICS['accuracy'].floor))}, and {words.count(number(told, 'floor_num'))} of "
+        f"these score a Fréchet distance of {words.plain(number(told, METRICS[METRIC].floor))}. All costs count the "
+        "teacher's training and its forward passes. Between evaluations scores are read off a straight line, which "
+        "lies a little above a curve that levels off.\n"
     )
 
 
@@ -150,7 +152,8 @@ def reproduced(results: Results, folder: Path) -> str:
     more = max((*results.seeds, *study.seeds)) + 1
     return (
         f"{len(runs)} runs on {devices}, and their teachers: {words.flops(flops)} and {words.duration(seconds)}, added "
-        "up, pauses for sampling and scoring left out. Again, and to go on after a stop: "
+        "up, pauses for sampling and scoring left out. Other work may have run beside them, which moves times and not "
+        "FLOPs. Again, and to go on after a stop: "
         f"`python -m st_fast.study {study.path.as_posix()} --write {folder.as_posix()}.md`; a further seed: the same "
         f"with `--seed {more}`. Every figure, and the hash of every run: {files}.\n"
     )
@@ -204,7 +207,8 @@ def samples(results: Results, ours: Sequence[Seed]) -> list[tuple[str, Any]]:
     found = []
     for group in results.groups:
         arm = group.by_seed[seed]
-        for record in arm.last_sample(budget):
+        one_step = arm.own.flops / max(1, arm.stage.step)  # budgets are met to a step
+        for record in arm.last_sample(budget + one_step):
             spent = words.flops(number(record, "flops") + arm.teacher.flops)
             with Image.open(io.BytesIO(read_bytes(inside(arm.run.path, record["file"])))) as image:
                 found.append((f"{group.label}: step {words.count(record['step'])}, {spent} in all", np.array(image)))

@@ -225,7 +225,7 @@ def _with_common(base: Document, common: dict[str, Any], path: Path) -> Document
 def _need(right: bool, where: object, key: str, value: object, what: str) -> None:
     """UserError that names the place, the key, its value and what is needed, unless it is right."""
     if not right:
-        raise UserError(f"{where}: {key} = {shown(value)}; {what}")
+        raise UserError(f"{where}: {f'{key} is missing' if value is None else f'{key} = {shown(value)}'}; {what}")
 
 
 def _recipe(study: Study, folder: Path, seed: int, stage: dict[str, Any], what: str) -> Recipe:

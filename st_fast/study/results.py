@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from st_fast.report import words
 from st_fast.report.collect import number
@@ -58,28 +58,32 @@ def comparisons(results: Results) -> Iterator[tuple[str, str, str, str]]:
     curves count. The reference is compared with the other arms that have a teacher.
     """
     study, rows_of = results.study, {row.label: row for row in results.rows}
-    base = rows_of[study.arm(study.baseline).title]
+    base = study.arm(study.baseline).title
     for row in sorted(rows_of.values(), key=lambda row: spread(row.at_cost)[0]):
         arm = next(arm for arm in study.arms if arm.title == row.label)
-        if row is base:
+        if row.label == base:
             continue
-        flops, steps = difference(row.at_cost, base.final), _at_equal_steps(results, arm.name, study.baseline)
+        flops, steps = (_at_equal(axis, results, arm.name, study.baseline) for axis in ("flops", "step"))
         beside = arm.teacher is not None and arm.name != study.reference
-        yield row.label, flops, steps, _at_equal_steps(results, arm.name, study.reference) if beside else "–"
+        yield row.label, flops, steps, _at_equal("step", results, arm.name, study.reference) if beside else "–"
 
 
-def _at_equal_steps(results: Results, ours: str, theirs: str) -> str:
-    """The difference of two arms after as many steps of the new model as both have made."""
+def _at_equal(axis: Literal["flops", "step"], results: Results, ours: str, theirs: str) -> str:
+    """The difference of two arms where the first of them ends, by total FLOPs or by steps of the new model."""
     mine, other = results.group(ours).by_seed, results.group(theirs).by_seed
-    steps = {seed: min(mine[seed].stage.step, other[seed].stage.step) for seed in results.seeds}
-    values = [[arms[seed].at(METRIC, "step", steps[seed]) for seed in results.seeds] for arms in (mine, other)]
+    pairs = [(mine[seed], other[seed]) for seed in results.seeds]
+    ends = [min(arm.quality(METRIC, axis)[0][-1] for arm in pair) for pair in pairs]
+    values = [[arm.at(METRIC, axis, end) for arm, end in zip(arms, ends, strict=True)]
+              for arms in zip(*pairs, strict=True)]  # fmt: skip
     return difference(*values)
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """“0.11 ± 0.02 lower (better), 3 of 3” of two lists with an entry a seed, lower being better."""
+    """“0.11 ± 0.02 lower (better), 3 of 3” of two lists with an entry a seed, lower being better; “–” of none."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, deviation = spread(differences)
+    if not math.isfinite(mean):
+        return "–"
     about = f" ± {words.plain(deviation)}" if math.isfinite(deviation) else ""
     side = "lower (better)" if mean < 0 else "higher (worse)" if mean > 0 else "of difference"
     agreeing = sum(d < 0 if mean < 0 else d > 0 for d in differences)
@@ -95,8 +99,8 @@ def equal_steps(results: Results) -> str:
     """The reference arm beside plain training after as many steps of the new model, and the controls beside it."""
     study = results.study
     taught, base = study.arm(study.reference), study.arm(study.baseline)
-    first = f"“{taught.title}” beside “{base.title}”: {_at_equal_steps(results, taught.name, base.name)}"
-    beside = [f"“{arm.title}” {_at_equal_steps(results, arm.name, taught.name)}"
+    first = f"“{taught.title}” beside “{base.title}”: {_at_equal('step', results, taught.name, base.name)}"
+    beside = [f"“{arm.title}” {_at_equal('step', results, arm.name, taught.name)}"
               for arm in study.arms if is_control(arm)]  # fmt: skip
     if not beside:
         return f"{first}."

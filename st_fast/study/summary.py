@@ -27,7 +27,8 @@ def section(folder: Path) -> str:
     return (
         f"{table}\nFréchet distance beside plain training's, mean ± standard deviation over the seeds: less is better. "
         "At equal FLOPs stage 2 has paid for its teacher, for its training and its forward passes. At equal steps, as "
-        "in published curves, the teacher is free; what a random teacher gives as well, the method's own did not. "
+        "in published curves, the teacher is free, and plain, stage 2 and the random teacher's student are read where "
+        "the first of them ends; what a random teacher gives as well is not due to what a teacher has learnt. "
         "Stage 2 is here the arm that each study names as its reference.\n"
     )
 

@@ -230,6 +230,7 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
         ("student_steps = 8", "student_steps = 8.5", "student_steps = 8.5"),
         ("student_steps = 8", "student_steps = 8\nseeds = 1", "tiny.toml:"),
         ('recipe = "base.toml"', 'recipe = "none.toml"', "no such file"),
+        ("student_steps = 8", "", "student_steps is missing; a whole number from 1"),
         ('title = "Tiny"', "budget = 3", "unknown key 'budget'"),
         ("student_steps = 8", "student_steps = 8\nflops = 1e9", "flops = 1000000000.0; student_steps follow"),
         ("student_steps = 8", "flops = -1.0", "flops = -1.0; a number above 0"),

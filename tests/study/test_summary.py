@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import statistics
@@ -18,7 +19,7 @@ from st_fast.core.files import write_json_atomic
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
-from st_fast.study.page import body, charts, write_page
+from st_fast.study.page import body, charts, samples, write_page
 from st_fast.study.plan import jobs, read_study
 from st_fast.study.results import Results, certainty, comparisons, difference, half_done, price, together
 from st_fast.study.seeds import METRIC, Seed, as_json, definition, from_json, gather, hash_of
@@ -90,6 +91,24 @@ def test_arms_of_other_lengths_are_compared_where_the_shorter_ends(results):
     plain = results.group("plain").by_seed
     gaps = [cut[seed].at(METRIC, "step", 400) - plain[seed].at(METRIC, "step", 400) for seed in SEEDS]
     assert told["random"][1].startswith(f"{abs(statistics.fmean(gaps)):.3g} ±")
+    ends = {seed: arm.quality(METRIC, "flops")[0][-1] for seed, arm in cut.items()}
+    assert all(ends[seed] < plain[seed].total.flops for seed in SEEDS)
+    gaps = [cut[seed].final(METRIC) - plain[seed].at(METRIC, "flops", ends[seed]) for seed in SEEDS]
+    at_its_end = statistics.fmean(cut[seed].final(METRIC) - plain[seed].final(METRIC) for seed in SEEDS)
+    assert told["random"][0].startswith(f"{abs(statistics.fmean(gaps)):.3g} ±")
+    assert abs(at_its_end - statistics.fmean(gaps)) > 0.1, "plain training's end would be another comparison"
+
+
+@pytest.mark.parametrize(("over", "shown"), [(0.5, 1000), (1.5, 800)])
+def test_samples_of_a_run_that_ends_within_a_step_of_the_budget_are_its_last(results, over, shown):
+    study, seeds = results.study, as_seeds(results)
+    arm, budget = seeds[0].arms["omega5"], seeds[0].arms["plain"].total.flops
+    steps = [record["step"] for record in arm.stage.records["sample"]]
+    assert steps[-2:] == [800, 1000]
+    excess = over * arm.own.flops / arm.stage.step
+    seeds[0].arms["omega5"] = replace(arm, teacher=replace(arm.teacher, flops=budget - arm.own.flops + excess))
+    titles = [title for title, _ in samples(together(study, seeds), seeds)]
+    assert any(title.startswith(f"ω = 5: step {shown:,},") for title in titles), titles
 
 
 def as_seeds(results):
@@ -111,6 +130,7 @@ def _until(stage, step):
 def test_a_difference_says_its_direction_and_the_seeds_that_agree():
     assert difference([3.0, 4.0], [1.0, 1.0]) == "2.5 ± 0.707 higher (worse), 2 of 2"
     assert difference([1.0, 4.0, 0.0], [2.0, 1.0, 9.0]).endswith("lower (better), 2 of 3")
+    assert difference([1.0], [math.nan]) == "–", "one of them had not been scored by then"
 
 
 def test_a_seed_that_lacks_an_arm_is_told_and_in_no_mean(results):

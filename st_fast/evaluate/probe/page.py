@@ -93,9 +93,11 @@ def body(result: Mapping[str, Any], page: Path) -> str:
     parts = [
         HEADER,
         f"**Of {len(claims)} claims: {summary}.** A difference counts where it is more than two standard errors of "
-        f"itself, at t = {result['rules_at']:g}, on {result['held_out_images']} held-out images {unseen} "
+        f"itself, at t = {result['rules_at']:g} (0 is the clean latent, 1 noise), on "
+        f"{result['held_out_images']} held-out images {unseen} "
         f"({result['classes']} classes; probes learn from {result['train_images']} others). These errors are of the "
-        "images: one model stands for each arm, and another seed's training may move a difference by more.\n",
+        "images: one model stands for each arm, and another seed's training may move a difference by more. “Seen here” "
+        "is said of these models, not of the method.\n",
         table(["What the paper claims", "Tested here by", "Found", "Verdict"],
               [[f"{c['claim']} ({c['place']})", c["test"], c["found"], f"**{c['verdict']}**"] for c in claims]),
         "Claims are in our words, as far as the paper's abstract, its figures and its code's page state them.\n",
@@ -118,7 +120,8 @@ def _guided(folder: str) -> list[str]:
     return [
         "## How discriminative the target is\n",
         f"![How discriminative guided features are, by ω and time]({folder}/discriminative.png)\n",
-        "f = f_∅ + ω·(f_y − f_∅) at the teacher's block; ω = 0 is f_∅ and 1 is f_y. **f_y is told the class, so high "
+        "f = f_∅ + ω·(f_y − f_∅) at the teacher's block: f_∅ are its features without a label, ω = 0, and f_y those "
+        "with one, ω = 1. **f_y is told the class, so high "
         "accuracy is no proof of semantics:** a probe may read the label off the features. The first panel is "
         f"therefore an upper bound ({MEASURES['told_true']}). The second is the control: "
         f"{MEASURES['told_random']}, so what it still finds comes from the image: if guidance brought out more "
