@@ -55,6 +55,12 @@ def main(arguments: Sequence[str]) -> None:
     if given.dry_run:
         print(listing(study, out))
         return
+    if given.write is not None:
+        from st_fast.study.page import read_page
+        from st_fast.study.seeds import gather
+
+        read_page(given.write)  # what would refuse the page at the end is told before anything is trained
+        gather(study, given.write.parent / given.write.stem, [])
     from st_fast.study.carry_out import carry_out  # torch is imported only once the study is known to be right
 
     try:

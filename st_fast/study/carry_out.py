@@ -21,7 +21,7 @@ from st_fast.core import checkpoint, random
 from st_fast.core.errors import Interrupted, RunFailed
 from st_fast.core.files import write_atomic, write_folder
 from st_fast.core.lock import Locked, run_lock
-from st_fast.core.signals import stop_on_signals
+from st_fast.core.signals import StopRequest, stop_on_signals
 from st_fast.data.buckets import one_shape
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
 from st_fast.data.shards import open_data
@@ -61,7 +61,7 @@ def carry_out(study: Study, out: Path, minutes: float) -> None:
         with stop_on_signals() as stop, ExitStack() as at_end:
             timer.start()
             at_end.callback(timer.cancel)
-            _make_data(todo, out)
+            _make_data(todo, out, stop)
             waiting, left = "", todo
             while left := [job for job in left if not done(job)]:
                 if stop or time.monotonic() >= end:
@@ -79,9 +79,9 @@ def carry_out(study: Study, out: Path, minutes: float) -> None:
         raise Interrupted(f"{error} ({sum(map(done, todo))} of {len(todo)} runs are done)") from None
 
 
-def _make_data(todo: Sequence[Job], out: Path) -> None:
-    """Makes the data of a recipe that brings its own, in one process while the others wait for it."""
-    while True:
+def _make_data(todo: Sequence[Job], out: Path, stop: StopRequest) -> None:
+    """Makes the data of a recipe that brings its own, in one process while the others wait for it, or for a signal."""
+    while not stop:
         try:
             with run_lock(out / "taken" / "data", print, "--out"):
                 for job in todo:

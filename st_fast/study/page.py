@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from st_fast.core.files import inside, make_folder, read_bytes, write_atomic, write_json_atomic
+from st_fast.core.errors import UserError
+from st_fast.core.files import inside, make_folder, read_bytes, write_atomic
 from st_fast.core.writing import cannot_write
 from st_fast.report import plot, words
 from st_fast.report.collect import number
@@ -20,7 +21,7 @@ from st_fast.report.repeats import Repeats, compared
 from st_fast.study import shares, summary
 from st_fast.study.plan import Study
 from st_fast.study.results import Results, certainty, comparisons, equal_steps, half_done, price, together
-from st_fast.study.seeds import METRIC, Seed, as_json, gather
+from st_fast.study.seeds import METRIC, Seed, gather, write_seeds
 
 HEADER = """# Does it pay?
 
@@ -51,13 +52,11 @@ def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
     put together, or where a run isn't the one that a seed's file was written from.
     """
     name, folder = study.name, page.parent / page.stem
-    seeds = gather(study, folder, ours)
-    results = together(study, seeds)
+    chosen, text = gather(study, folder, ours), read_page(page)
+    results = together(study, chosen)
     try:
         make_folder(folder)
-        for seed in (one for one in ours if any(one is kept for kept in seeds)):  # else its file holds more arms
-            write_json_atomic(folder / f"{name}-seed{seed.seed}.json", as_json(study, seed))
-        text = page.read_text(encoding="utf-8") if page.is_file() else HEADER
+        write_seeds(study, folder, ours, chosen)
         if results.rows:
             plot.save(plot.sheet(charts(results), 4.2, 3.3), folder / f"{name}-quality.png", dpi=110)
             drawn = samples(results, ours)
@@ -68,7 +67,7 @@ def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
                     dpi=110,
                 )
         text = placed(text, name, body(results, folder))
-        if study.horizons and (found := shares.read_shares(folder)):
+        if found := [one for one in shares.read_shares(folder) if shares.chart(one).curves]:
             shares.draw(found, folder / "shares.png")
             text = placed(text, "shares", shares.section(found, f"{folder.name}/shares.png"))
         write_atomic(page.resolve(), placed(text, "summary", summary.section(folder)).encode())
@@ -77,11 +76,27 @@ def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
     return results
 
 
+def read_page(page: Path) -> str:
+    """The page's text, HEADER where there is none yet; UserError for a place or a file that can't be such a page."""
+    if page.is_dir() or not page.suffix:
+        raise UserError(
+            f"{page}: a Markdown file is needed, such as docs/study.md; its folder is called as the page is"
+        )
+    try:
+        return read_bytes(page).decode() if page.exists() else HEADER
+    except UnicodeDecodeError as error:
+        raise UserError(f"{page}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
 def placed(text: str, name: str, section: str) -> str:
-    """The page with the study's section between its markers, at the end where there was none."""
-    begin, end = f"<!-- study {name}: begin -->\n", f"<!-- study {name}: end -->\n"
-    block = f"{begin}{section}{end}"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    """The page with the study's section between its markers, at the end where there was none.
+
+    A marker without its counterpart is left alone, and one within the section is no marker.
+    """
+    begin, end = f"<!-- study {name}: begin -->", f"<!-- study {name}: end -->"
+    block = f"{begin}\n{section.replace('<!-- study', '&lt;!-- study')}{end}\n"
+    pattern = re.compile(f"{re.escape(begin)}(?:(?!<!-- study ).)*{re.escape(end)}\n?", re.DOTALL)
+    text = text.replace("\r\n", "\n")
     return pattern.sub(lambda _: block, text) if pattern.search(text) else f"{text.rstrip()}\n\n{block}"
 
 
@@ -169,6 +184,8 @@ def charts(results: Results) -> list[list[Chart]]:
     rows: list[list[Chart]] = []
     for metric in (METRICS[METRIC], METRICS["accuracy"]):
         values = np.concatenate([_points(group, metric.key)[1].ravel() for group in results.groups])
+        if not values.size:  # files of seeds need not have both
+            continue
         wide = metric.unit == "number" and 0 < 10 * values.min() < values.max()
         line = []
         for panel in panels:

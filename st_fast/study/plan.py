@@ -17,7 +17,7 @@ horizons                      smaller budgets at which arms with teachers of sev
 """
 
 import copy
-import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +36,10 @@ from st_fast.recipe.load import parse, resolve
 ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
+MOST_STEPS = 10**13
+"""More than a stage may have, which is refused where a budget gives it."""
+OWN_SECTIONS = ("summary", "shares")
+"""Sections of the page that are no study's."""
 STUDY_KEYS = (
     "recipe", "like", "seeds", "baseline", "reference", "title", "notes", "teacher_steps", "student_steps", "flops",
     "horizons", "common", "teacher", "arm",
@@ -135,19 +139,34 @@ def read_study(path: Path) -> Study:
         own_steps = [str(table.get("name")) for table in _tables(raw, "arm", path) if "steps" in table]
         _need(not own_steps, path, "flops", flops, f"steps of {', '.join(own_steps)} follow from it")
         study = replace(study, arms=tuple(_within(study, arm, flops) for arm in arms))
-    names = [arm.name for arm in arms]
-    for kind, used in (("arm", names), ("teacher", [teacher.name for teacher in teachers])):
-        for name in used:
-            if [other.casefold() for other in used].count(name.casefold()) > 1:
-                raise UserError(f"{path}: two [[{kind}]] are called {name!r}; names must differ")
-    titles = [arm.title for arm in arms]
-    for title in titles:
-        _need(titles.count(title) == 1, path, "title", title, "two arms have it; titles must differ")
+    names = _check_names(study)
     for key, name in (("baseline", baseline), ("reference", reference)):
         _need(name in names, path, key, name, "an arm's name is needed")
     for _ in jobs(study, Path("runs") / study.name):  # a mistake in the last arm is told before the first is trained
         pass
     return study
+
+
+def _check_names(study: Study) -> list[str]:
+    """The arms' names; UserError where the study's, two of them, or their titles can't be told apart."""
+    path, names = study.path, [arm.name for arm in study.arms]
+    right = FOLDER_NAME.allows(study.name) and study.name not in OWN_SECTIONS
+    _need(right, path, "the file's name", study.name, f"text {FOLDER_NAME}, and not {' or '.join(OWN_SECTIONS)}")
+    used = {"arm": names, "teacher": [teacher.name for teacher in study.teachers]}
+    folders = [*names, *(f"teacher-{name}" for name in used["teacher"])]
+    for kind, some in used.items():
+        for name in some:
+            if [other.casefold() for other in some].count(name.casefold()) > 1:
+                raise UserError(f"{path}: two [[{kind}]] are called {name!r}; names must differ")
+    for name in names:
+        if [folder.casefold() for folder in folders].count(name.casefold()) > 1:
+            raise UserError(f"{path}: arm {name!r} is called as a teacher's folder is; names must differ")
+    titles = [arm.title for arm in study.arms]
+    for title in (study.title, *titles):
+        _need(title.isprintable() and "|" not in title, path, "title", title, "one line without | is needed")
+        _need(titles.count(title) <= 1, path, "title", title, "two arms have it; titles must differ")
+    _need(len(names) > 1, path, "arm", names, "a study compares two arms or more")
+    return names
 
 
 def _budgets(raw: dict[str, Any], path: Path) -> tuple[int, float, tuple[float, ...]]:
@@ -158,11 +177,11 @@ def _budgets(raw: dict[str, Any], path: Path) -> tuple[int, float, tuple[float, 
         value = raw.get(key)
         _need(type(value) is int and value >= 1, path, key, value, "a whole number from 1 is needed")
     flops, horizons = raw.get("flops", 0.0), raw.get("horizons", [])
-    right = type(flops) in (int, float) and math.isfinite(flops) and (flops > 0 or not budgeted)
+    right = type(flops) in (int, float) and 0 <= flops <= sys.float_info.max and (flops > 0 or not budgeted)
     _need(right, path, "flops", flops, "a number above 0 is needed")
     right = isinstance(horizons, list) and all(type(h) in (int, float) and 0 < h <= flops for h in horizons)
     _need(right, path, "horizons", horizons, "a list of FLOPs up to `flops` is needed")
-    return raw.get("student_steps", 1), float(flops), tuple(sorted(map(float, horizons)))
+    return raw.get("student_steps", 1), float(flops), tuple(sorted({*map(float, horizons)}))
 
 
 def jobs(study: Study, out: Path) -> Iterator[Job]:
@@ -199,7 +218,8 @@ def _within(study: Study, arm: Arm, flops: float) -> Arm:
         spent = _flops(_recipe(study, folder, seed, arm.teacher.stage, f"teacher {arm.teacher.name}"), steps)
     table = arm.stage | ({"teacher": "./teacher"} if arm.teacher else {})
     recipe = _recipe(study, folder, seed, table, f"arm {arm.name}")
-    most = int((flops - spent) // (recipe.optim.batch_size * cost.stage_cost(recipe, recipe.stages[0]).student))
+    a_step = recipe.optim.batch_size * cost.stage_cost(recipe, recipe.stages[0]).student
+    most = int(min((flops - spent) // a_step, MOST_STEPS))
     steps = bisect_right(range(max(1, most) + 1), flops - spent, key=lambda n: _flops(recipe, n)) - 1
     what = f"not one step fits: a step takes {_flops(recipe, 1):.3g}, its teacher before it {spent:.3g}"
     _need(steps >= 1, where, "flops", flops, what)
@@ -213,11 +233,15 @@ def _flops(recipe: Recipe, steps: int) -> float:
 
 def _with_common(base: Document, common: dict[str, Any], path: Path) -> Document:
     """The base recipe with the study's own sections and stage settings over it."""
+    _need(isinstance(common, dict), path, "common", common, "tables under [common.SECTION] are needed")
     stages = common.get("stage", {})
     names = [stage.get("name") for stage in base.stages]
-    right = isinstance(stages, dict) and all(name in names for name in stages)
+    right = isinstance(stages, dict) and all(n in names and isinstance(table, dict) for n, table in stages.items())
     _need(right, path, "common.stage", stages, f"tables named {', '.join(map(str, names))} are possible")
-    sections = as_document({key: table for key, table in common.items() if key != "stage"}).sections
+    try:
+        sections = as_document({key: table for key, table in common.items() if key != "stage"}).sections
+    except RecipeError as error:
+        raise error.at(f"{path}, common") from None
     merged = {name: base.sections.get(name, {}) | sections.get(name, {}) for name in base.sections | sections}
     return Document(merged, [stage | stages.get(stage.get("name"), {}) for stage in base.stages])
 

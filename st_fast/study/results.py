@@ -142,8 +142,9 @@ def half_done(results: Results) -> list[str]:
     sentences = []
     for seed in results.unfinished:
         lacking = ", ".join(f"“{titles[name]}”" for name in titles if name not in seed.arms)
+        have = len(titles.keys() & seed.arms)
         sentences.append(
-            f"**Seed {seed.seed} is half done** ({len(seed.arms)} of {len(titles)} arms; {lacking} left) and is in no "
+            f"**Seed {seed.seed} is half done** ({have} of {len(titles)} arms; {lacking} left) and is in no "
             "figure or mean below."
         )
     return sentences

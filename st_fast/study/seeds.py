@@ -7,15 +7,16 @@ Imports no torch.
 import hashlib
 import itertools
 import math
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from st_fast.core.comparison import short_digest
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, read_bytes, read_json, shown
+from st_fast.core.files import BadFile, read_bytes, read_json, shown, write_json_atomic
 from st_fast.recipe import load_run, to_toml
 from st_fast.report.arms import Arm, Cost, make_arms
 from st_fast.report.collect import Record, RunLog, StageLog, read_run
@@ -33,6 +34,8 @@ RECIPE = ("flow", "optim", "run", "sample", "evaluate")
 """Sections of a run's recipe that decide whether it can be compared."""
 KEEPING = ("log_every = ", "save_every = ", "keep = ", "keep_every = ")
 """What a run logs and keeps of itself: a run that differs in these alone is the study's."""
+IN_ONE_LINE = re.compile(r"[^|\n\r]*")
+"""What a title must be: it stands in tables and headings."""
 START = ("batch_size", "teacher_flops_per_image", "device", "dataset", "versions", "teacher")
 """What is kept of a run's start record."""
 
@@ -128,9 +131,18 @@ def as_json(study: Study, found: Seed) -> dict[str, Any]:
         | _arm_json(arm)
         for name, arm in found.arms.items()
     ]
+    about = _headings(study)
     return {
-        "study": study.name, "title": study.title, "seed": found.seed, "metric": METRIC, "baseline": study.baseline,
-        "reference": study.reference, "horizons": list(study.horizons), "missing": list(found.missing), "arms": arms,
+        "study": study.name, "title": about.pop("title"), "seed": found.seed, "metric": METRIC, **about,
+        "missing": list(found.missing), "arms": arms,
+    }  # fmt: skip
+
+
+def _headings(study: Study) -> dict[str, Any]:
+    """What a seed's file says of the study, and no run depends on."""
+    return {
+        "title": study.title, "baseline": study.baseline, "reference": study.reference,
+        "horizons": list(study.horizons),
     }  # fmt: skip
 
 
@@ -154,8 +166,17 @@ def from_json(path: Path) -> tuple[dict[str, Any], Seed]:
     told = read_json(path)
     try:
         found = Seed(int(told["seed"]), {}, {}, {}, tuple(map(str, told["missing"])))
+        if not isinstance(told["missing"], list):
+            raise TypeError("missing: a list is needed")
+        if path.name != (name := f"{told['study']}-seed{told['seed']}.json"):
+            raise ValueError(f"by what it says its name is {name}")
+        titles = (told.get("title", ""), *(entry.get("title", "") for entry in told["arms"]))
+        if bad := [title for title in titles if not IN_ONE_LINE.fullmatch(title)]:
+            raise ValueError(f"title {bad[0]}")
         for entry in told["arms"]:
             name = str(entry["name"])
+            if name in found.arms:
+                raise ValueError(f"{name}: twice")
             found.arms[name] = _arm(name, entry, path)
             found.definitions[name], found.hashes[name] = str(entry["definition"]), str(entry["run"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -171,8 +192,14 @@ def _arm(name: str, entry: dict[str, Any], path: Path) -> Arm:
         | {"metrics": protocol | {key: float(one[key]) for key in METRICS if key in one}}
         for one in entry["evals"]
     ]
-    if not any(METRIC in one["metrics"] for one in evals):
-        raise ValueError(f"{name}: no score")
+    steps = [one["step"] for one in evals]
+    if not any(METRIC in one["metrics"] for one in evals) or steps != sorted({*steps}):
+        raise ValueError(f"{name}: no score, or not in the order of steps")
+    costs = (teacher["flops"], teacher["seconds"], end["step"], end["seconds"], *steps)
+    if end["flops"] <= 0 or min(map(float, costs)) < 0 or any(one["metrics"].get(METRIC, 1) <= 0 for one in evals):
+        raise ValueError(f"{name}: a cost, a step or a score below 0")
+    if not isinstance(entry["recipe"], dict):
+        raise TypeError(f"{name}: recipe")
     records = {"start": [{"step": 0} | entry["start"]], "train": [], "eval": evals, "sample": [], "end": [end]}
     stage = StageLog(str(entry["stage"]["name"]), entry["stage"], records)
     run = RunLog(f"{path.stem}, {name}", path, entry["recipe"], "", (stage,), ())
@@ -187,10 +214,9 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
     """
     expected = {job.arm.name: definition(job) for job in jobs(study, Path()) if job.arm is not None}
     found = {one.seed: one for one in ours}
-    for path in sorted(folder.glob(f"{study.name}-seed*.json")):
-        told, theirs = from_json(path)
-        if told.get("study") != study.name:
-            raise UserError(f"{path}: of the study {shown(told.get('study'))}, not of {study.name}; move it away")
+    for path, told, theirs in _files(folder):
+        if told["study"] != study.name:
+            continue
         mine = found.get(theirs.seed)
         for name, hashed in theirs.hashes.items():
             if theirs.definitions[name] != expected.get(name, theirs.definitions[name]):
@@ -204,6 +230,12 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
                     f"{path}: arm {shown(name)} was written from run {hashed}, which is {now} now: changed by hand, or "
                     "made again; move the file away to write it anew"
                 )
+            if mine is not None and name in mine.arms and mine.arms[name].teacher != theirs.arms[name].teacher:
+                raise UserError(
+                    f"{path}: the teacher of arm {shown(name)} cost {theirs.arms[name].teacher} there, "
+                    f"{mine.arms[name].teacher} by its log now: changed by hand, or made again; "
+                    "move the file away to write it anew"
+                )
         if mine is None or len(mine.arms) < len(theirs.arms):
             found[theirs.seed] = theirs
     seeds = [found[seed] for seed in sorted(found)]
@@ -213,11 +245,33 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
     return seeds
 
 
+def write_seeds(study: Study, folder: Path, ours: Sequence[Seed], chosen: Sequence[Seed]) -> None:
+    """A file for each of our seeds that was `chosen`; in the study's others its titles and which arms it compares.
+
+    A seed whose file holds more arms than are here now keeps its file.
+    """
+    for seed in ours:
+        if any(seed is one for one in chosen):
+            write_json_atomic(folder / f"{study.name}-seed{seed.seed}.json", as_json(study, seed))
+    titles = {arm.name: arm.title for arm in study.arms}
+    for path, told, _ in _files(folder):
+        if told["study"] == study.name:
+            arms = [arm | {"title": titles.get(arm["name"], arm.get("title", arm["name"]))} for arm in told["arms"]]
+            now = told | _headings(study) | {"arms": arms}
+            if now != told:
+                write_json_atomic(path, now)
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, dict[str, Any], Seed]]:
+    """Every seed's file in a folder, what it says, and its seed."""
+    for path in sorted(folder.glob("*-seed*.json")):
+        yield (path, *from_json(path))
+
+
 def complete(folder: Path) -> dict[str, list[tuple[dict[str, Any], Seed]]]:
     """Every study whose seeds' files lie in a folder, with what they say; seeds that lack an arm are left out."""
     found: dict[str, list[tuple[dict[str, Any], Seed]]] = {}
-    for path in sorted(folder.glob("*-seed*.json")):
-        told, seed = from_json(path)
+    for _, told, seed in _files(folder):
         if not seed.missing:
             found.setdefault(str(told.get("study")), []).append((told, seed))
     return found

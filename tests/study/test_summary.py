@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.core.files import write_json_atomic
+from st_fast.core.files import BadFile, write_json_atomic
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
-from st_fast.study.page import body, charts, samples, write_page
+from st_fast.study.page import body, charts, placed, read_page, samples, write_page
 from st_fast.study.plan import jobs, read_study
 from st_fast.study.results import Results, certainty, comparisons, difference, half_done, price, together
-from st_fast.study.seeds import METRIC, Seed, as_json, definition, from_json, gather, hash_of
+from st_fast.study.seeds import METRIC, Seed, as_json, complete, definition, from_json, gather, hash_of
 from tests import pixels
 from tests.report.conftest import ALIGN, BATCH, RECIPE, plain, stage_records, two_stages, write_run
 
@@ -259,7 +259,7 @@ def test_a_file_of_another_study_is_refused(results, written):
     folder, _ = written
     told = json.loads((folder / "tiny-seed1.json").read_text())
     (folder / "tiny-seed1.json").write_text(json.dumps(told | {"study": "small"}))
-    with pytest.raises(UserError, match=r"tiny-seed1\.json: of the study 'small', not of tiny"):
+    with pytest.raises(UserError, match=r"tiny-seed1\.json: .*its name is small-seed1\.json"):
         gather(results.study, folder, [])
 
 
@@ -307,3 +307,89 @@ def test_a_seeds_file_that_is_none_is_named(results, tmp_path, text):
     (tmp_path / "tiny-seed0.json").write_text(text)
     with pytest.raises(UserError, match=r"tiny-seed0\.json: "):
         gather(results.study, tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tiny-seed0-old.json", lambda told: told),
+        ("tiny-seed7.json", lambda told: told),
+        ("other-seed0.json", lambda told: told),
+        ("tiny-seed0.json", lambda told: told | {"seed": 0.5}),
+        ("tiny-seed0.json", lambda told: told | {"title": "a | b"}),
+        ("tiny-seed0.json", lambda told: told | {"missing": "omega5"}),
+        ("tiny-seed0.json", lambda told: told | {"arms": told["arms"][:1] * 2}),
+        ("tiny-seed0.json", lambda told: told["arms"][0]["own"].update(flops=0) or told),
+        ("tiny-seed0.json", lambda told: told["arms"][0].update(recipe=[]) or told),
+        ("tiny-seed0.json", lambda told: told["arms"][0]["evals"][-1].update(frechet=-3.0) or told),
+        ("tiny-seed0.json", lambda told: told["arms"][0]["evals"][-1].update(step=1) or told),
+    ],
+)
+def test_a_file_that_cannot_be_that_seeds_is_named_and_in_no_figure(results, written, name, change):
+    folder, _ = written
+    told = json.loads((folder / "tiny-seed0.json").read_text())
+    (folder / name).write_text(json.dumps(change(told)))
+    for read in (lambda: gather(results.study, folder, []), lambda: complete(folder)):
+        with pytest.raises(BadFile, match=rf"{re.escape(name)}: not a seed's results"):
+            read()
+
+
+def test_a_teachers_log_changed_after_its_students_file_was_written_is_refused(results, written):
+    folder, seeds = written
+    arm = seeds[1].arms["omega5"]
+    seeds[1].arms["omega5"] = replace(arm, teacher=replace(arm.teacher, flops=arm.teacher.flops / 2))
+    with pytest.raises(UserError, match=r"tiny-seed1.json: the teacher of arm 'omega5' cost .* there, .* now"):
+        gather(results.study, folder, seeds)
+
+
+def test_a_seeds_file_outlives_one_of_its_runs(results, tmp_path):
+    page, seeds = tmp_path / "page.md", as_seeds(results)
+    write_page(results.study, seeds, page)
+    before = {path: path.read_text() for path in (tmp_path / "page").glob("*.json")}
+    seeds[0].arms.pop("random")
+    write_page(results.study, [replace(seeds[0], missing=("random",))], page)
+    assert {path: path.read_text() for path in (tmp_path / "page").glob("*.json")} == before
+
+
+def test_every_seeds_file_follows_the_study_in_what_is_compared(results, tmp_path):
+    page, seeds = tmp_path / "page.md", as_seeds(results)
+    write_page(results.study, seeds, page)
+    arms = tuple(replace(arm, title="noise") if arm.name == "random" else arm for arm in results.study.arms)
+    write_page(replace(results.study, reference="random", title="Small", arms=arms), seeds[1:2], page)
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| Small |")]
+    assert len(rows) == 1 and "(noise)" in rows[0] and "| Tiny |" not in page.read_text()
+
+
+def test_horizons_that_no_student_reached_leave_their_section_out(results, tmp_path):
+    page = tmp_path / "page.md"
+    write_page(replace(results.study, horizons=(1.0,)), as_seeds(results), page)
+    assert "## Tiny" in page.read_text() and "shares.png" not in page.read_text()
+
+
+def test_scores_without_an_accuracy_are_drawn_alone(results, written):
+    folder, _ = written
+    for path in folder.glob("*.json"):
+        told = json.loads(path.read_text())
+        for arm in told["arms"]:
+            arm["evals"] = [{k: v for k, v in one.items() if k != "accuracy"} for one in arm["evals"]]
+        path.write_text(json.dumps(told))
+    assert len(charts(together(results.study, gather(results.study, folder, [])))) == 1
+
+
+def test_what_others_wrote_on_the_page_stays(tmp_path):
+    begin, end = "<!-- study tiny: begin -->", "<!-- study tiny: end -->"
+    for text in (f"# A\n\n{begin}\nlost its end\n\n## Mine\n", f"{begin}\nx\n\n{begin}\nold\n{end}\n\n## Mine\n"):
+        for _ in range(3):
+            text = placed(text, "tiny", "new\n")
+        assert "## Mine" in text and text.count("new\n") == 1 and "old" not in text
+    assert placed(f"# A\n\n{begin}\nold\n{end}", "tiny", "new\n") == f"# A\n\n{begin}\nnew\n{end}\n"
+    quoted = placed("", "tiny", f"notes\n{end}\nmore\n")
+    assert placed(quoted, "tiny", "new\n") == placed("", "tiny", "new\n")
+
+
+def test_a_page_that_is_none_is_refused(tmp_path):
+    (tmp_path / "latin.md").write_bytes("é".encode("latin-1"))
+    (tmp_path / "folder.md").mkdir()
+    for name, words in (("latin.md", "not text in UTF-8"), ("folder.md", "Markdown file"), ("study", "Markdown file")):
+        with pytest.raises(UserError, match=rf"{name}: .*{words}"):
+            read_page(tmp_path / name)

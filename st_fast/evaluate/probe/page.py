@@ -7,7 +7,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from st_fast.core.files import make_folder, printable, write_atomic, write_json_atomic
+from st_fast.core.errors import UserError
+from st_fast.core.files import make_folder, printable, read_bytes, write_atomic, write_json_atomic
 from st_fast.core.writing import cannot_write
 from st_fast.evaluate.probe.drawing import accuracy_charts
 from st_fast.evaluate.probe.guided import MEASURES
@@ -30,6 +31,15 @@ CLEAN = {
     "steady": "image's share of variance", "steady_within": "the same within a class", "clean": "R² to clean latent",
 }  # fmt: skip
 """Panels of the figures by ω, with their titles."""
+
+
+def check_page(page: Path) -> None:
+    """UserError where a page can't be written without losing what is there: it is another's, or a folder."""
+    folder = page.parent / page.stem
+    if page.is_dir() or not page.suffix or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"--write {page}: a Markdown file is needed, such as docs/probes.md, with {folder} its folder")
+    if page.exists() and not read_bytes(page).startswith(HEADER.splitlines()[0].encode()):
+        raise UserError(f"--write {page}: holds another text, which would be lost; name a new page")
 
 
 def write_page(result: Mapping[str, Any], page: Path) -> None:

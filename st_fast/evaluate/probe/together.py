@@ -16,13 +16,15 @@ from st_fast.evaluate.probe.examine import Findings, chosen_blocks, examine
 from st_fast.evaluate.probe.guided import Guidance, Guide, guidance, scales_of
 from st_fast.evaluate.probe.latents import SEED, load_split
 from st_fast.evaluate.probe.measures import Estimate, cka, cosine
-from st_fast.evaluate.probe.page import write_page
+from st_fast.evaluate.probe.page import check_page, write_page
 from st_fast.evaluate.probe.subjects import Subject, check_comparable, load_guides, load_subjects
 from st_fast.sample.source import find_all
 
 
 def probe(given: argparse.Namespace, times: Sequence[float], bins: int) -> Path:
     """Probes every model that the options name, writes into the first one's folder or `given.out`, and returns that."""
+    if given.write is not None:
+        check_page(given.write)
     sources = [find_all(given, named) for named in given.runs]
     check_comparable(sources)
     subjects = load_subjects(sources)
