@@ -20,7 +20,7 @@ def plain(value: float) -> str:
     """Three significant digits, without an exponent where that is readable."""
     if not math.isfinite(value):
         return "–"
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+    if value != 0 and not 1e-4 <= abs(value) < 1e5:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 

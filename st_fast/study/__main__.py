@@ -10,6 +10,8 @@ examples:
       a further seed; the page's figures are then of all seeds whose files lie beside it
   python -m st_fast.study recipes/study/digits.toml --dry-run
       the list of runs with their steps and FLOPs
+
+docs/own-study.md has what a file may say.
 """
 
 import argparse
