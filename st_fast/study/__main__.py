@@ -87,8 +87,9 @@ def tell(study: Study, out: Path, page: Path | None) -> None:
         return
     seeds = [found for seed in study.seeds if (found := collect(study, out, seed)).arms]
     for seed in seeds:
-        write_json_atomic(out / f"seed{seed.seed}" / "results.json", as_json(study, seed))
-        print(out / f"seed{seed.seed}" / "results.json")
+        file = out / f"{study.name}-seed{seed.seed}.json"  # not among the runs, so that a report takes seed0/*
+        write_json_atomic(file, as_json(study, seed))
+        print(file)
     results = together(study, seeds) if page is None else write_page(study, seeds, page)
     for sentence in half_done(results):
         print(sentence.replace("**", ""))

@@ -72,7 +72,8 @@ def carry_out(study: Study, out: Path, minutes: float) -> None:
                     _take_one(study, out, left, number)
                 except Locked as error:
                     if str(error) != waiting:
-                        print(f"study {study.name}: waiting for other processes: {error}", flush=True)
+                        held = str(error).partition("; stop it")[0]  # what else it advises is for a run of one's own
+                        print(f"study {study.name}: waiting for other processes: {held}", flush=True)
                     waiting = str(error)
                     time.sleep(POLL)
     except Interrupted as error:

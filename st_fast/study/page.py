@@ -226,6 +226,8 @@ def samples(results: Results, ours: Sequence[Seed]) -> list[tuple[str, Any]]:
         arm = group.by_seed[seed]
         one_step = arm.own.flops / max(1, arm.stage.step)  # budgets are met to a step
         for record in arm.last_sample(budget + one_step):
+            if not inside(arm.run.path, record["file"]).is_file():
+                continue
             spent = words.flops(number(record, "flops") + arm.teacher.flops)
             with Image.open(io.BytesIO(read_bytes(inside(arm.run.path, record["file"])))) as image:
                 found.append((f"{group.label}: step {words.count(record['step'])}, {spent} in all", np.array(image)))

@@ -55,7 +55,7 @@ def finished(out: Path) -> dict[Path, bytes]:
 
 
 def seed_file(out: Path, seed: int) -> dict:
-    return json.loads((out / f"seed{seed}" / "results.json").read_text())
+    return json.loads((out / f"tiny-seed{seed}.json").read_text())
 
 
 def timeless(told: dict) -> dict:

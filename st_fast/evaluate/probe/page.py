@@ -1,5 +1,6 @@
 """The page on what the paper claims: a Markdown file with three figures and the numbers, all of one probe's result."""
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,8 +122,19 @@ def body(result: Mapping[str, Any], page: Path) -> str:
     ]  # fmt: skip
     if result["guided"]:
         parts += _guided(folder)
-    parts.append(f"Every number with its standard error: [probe.json]({folder}/probe.json).\n")
+    parts.append(f"Every number with its standard error: [probe.json]({folder}/probe.json). {made_by(result, page)}")
     return "\n".join(parts)
+
+
+def made_by(result: Mapping[str, Any], page: Path) -> str:
+    """The command that makes the page, and of which data; "" where an older probe doesn't say."""
+    if "given" not in result:
+        return ""
+    command = ["python -m st_fast probe", *map(shlex.quote, result["given"]), f"--images {result['images']}"]
+    return (
+        f"Of the latents in `{result['data']}` (digest `{result['dataset'][:12]}`), by:\n\n```sh\n"
+        f"{' '.join(command)} --write {shlex.quote(page.as_posix())}\n```\n"
+    )
 
 
 def _guided(folder: str) -> list[str]:

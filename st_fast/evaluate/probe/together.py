@@ -46,6 +46,7 @@ def probe(given: argparse.Namespace, times: Sequence[float], bins: int) -> Path:
     make_folder(folder)
     entries = [told(*one, alignment) for one, alignment in zip(models, alignments, strict=True)]
     result = {
+        "given": list(map(str, given.runs)), "images": given.images, "data": first.recipe.data.path,
         "weights": given.weights, "times": list(times), "seed": SEED, "dataset": split.digest,
         "train_images": len(split.train.x), "held_out_images": len(split.held_out.x), "held_out_unseen": split.unseen,
         "classes": split.classes, "rules_at": times[middle],
