@@ -121,6 +121,7 @@ def _spent(arm: Arm) -> dict[str, str]:
     """One line of the table of costs: column → text; "–" where nothing was measured."""
     speeds, used = (arm.stage.series("train", key)[1] for key in ("images_per_s", "mfu"))
     bound, stage = "" if arm.total.known else "≥ ", arm.stage
+    mfu = median_high(used or [math.nan])
     return {
         "Stage": arm.label,
         "Steps": words.count(stage.step) + f" of {words.count(stage.steps)}" * (stage.step < stage.steps),
@@ -129,7 +130,7 @@ def _spent(arm: Arm) -> dict[str, str]:
         "Time, own": words.duration(arm.own.seconds),
         "Time, with teacher": bound + words.duration(arm.total.seconds),
         "Images/s": words.plain(median_high(speeds or [math.nan])),
-        "MFU": words.percent(median_high(used or [math.nan])),
+        "MFU": words.percent(mfu if mfu <= 1 else math.nan),
     }
 
 

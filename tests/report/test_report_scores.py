@@ -1,5 +1,7 @@
 """The table of scores: a line a stage, what real images score apart, and how all of it was measured, said once."""
 
+import re
+
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -94,3 +96,9 @@ def test_a_legend_is_no_wider_than_its_figure(labels) -> None:
     FigureCanvasAgg(canvas).draw()
     (legend,) = canvas.legends
     assert 0 < legend.get_window_extent().width <= canvas.bbox.width
+
+
+@pytest.mark.parametrize(("mfu", "told"), [(0.4, "40.0\u00a0%"), (1.0, "100.0\u00a0%"), (1.01, "–"), (5.3, "–")])
+def test_an_mfu_that_no_device_can_have_is_not_told(runs, mfu, told) -> None:
+    path = runs.change(runs.plain(), lambda record: record | {"mfu": mfu} if record["kind"] == "train" else record)
+    assert re.search(rf"<td[^>]*>{told}</td>\s*</tr>", render(read_runs([path])))

@@ -17,7 +17,7 @@ from st_fast.evaluate.probe.claims import Claim, Evidence, decide
 from st_fast.evaluate.probe.examine import Findings
 from st_fast.evaluate.probe.guided import MEASURES, Guidance, Guide
 from st_fast.evaluate.probe.measures import Estimate
-from st_fast.evaluate.probe.page import table
+from st_fast.evaluate.probe.page import HEADER, check_page, table
 from st_fast.evaluate.probe.subjects import Subject, told_apart, with_teachers
 from st_fast.recipe import load
 from st_fast.recipe.methods import Plain, SelfTranscendence, VelocityHead
@@ -227,7 +227,10 @@ def test_the_page_tells_what_was_found_and_nothing_else(runs: list[Path], tmp_pa
     for claim in found["claims"]:
         (row,) = (line for line in text.splitlines() if claim["claim"] in line)
         assert claim["found"] in row and row.endswith(f"| **{claim['verdict']}** |")
-    assert f"Of {len(found['claims'])} claims" in text and "at t = 0.5, on 40 held-out images" in text
+    assert (
+        f"Of {len(found['claims'])} claims" in text
+        and "at t = 0.5 (0 is the clean latent, 1 noise), on 40 held-out images" in text
+    )
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert len(pictures) == 3 and all(min(Image.open(page.parent / name).size) > 200 for name in pictures)
     assert str(tmp_path) not in (page.parent / "probes" / "probe.json").read_text()
@@ -255,3 +258,17 @@ def test_a_block_of_ones_own_choice_is_measured_in_every_model(runs, tmp_path) -
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"--block 4: both · align has blocks 1 to 3"):
         main([str(both), str(plain), *how, "--block", "4"])
+
+
+def test_a_page_that_is_no_probes_is_not_overwritten(tmp_path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# Something else\n")
+    with pytest.raises(UserError, match=r"README\.md"):
+        check_page(page)
+    assert page.read_text() == "# Something else\n"
+    page.write_text(HEADER + "\n**Of 12 claims: …\n")
+    check_page(page)
+    check_page(tmp_path / "new.md")
+    for wrong in (tmp_path, tmp_path / "page"):
+        with pytest.raises(UserError, match="a Markdown file is needed"):
+            check_page(wrong)
