@@ -100,7 +100,7 @@ def draw(figure: Figure, title: bool = True) -> Canvas:
 
 
 def sheet(charts: Sequence[Sequence[Chart]], width: float, height: float, common: bool = True) -> Canvas:
-    """Charts in rows and columns, by default of `common` axes; a legend in the first row above other curves."""
+    """Charts in rows and columns, by default of `common` axes; one legend below where all have the same curves."""
     with rc_context(STYLE):
         rows, columns = len(charts), len(charts[0])
         canvas = Canvas(figsize=(width * columns + 0.4, height * rows), layout="constrained")
@@ -113,9 +113,13 @@ def sheet(charts: Sequence[Sequence[Chart]], width: float, height: float, common
                 axes.tick_params(axis="x", labelsize="small")
         canvas.align_ylabels()
         labels = [[curve.label for curve in one.curves] for one in charts[0]]
-        for place, (axes, one) in enumerate(zip(grid[0], charts[0], strict=True)):
+        for axes, one in zip(grid[0], charts[0], strict=True):
             axes.set_title(one.title, fontweight="bold")
-            if place == columns - 1 or labels[place] != labels[place + 1]:
+        if all(names == labels[0] for names in labels):
+            entries = max(1, min(len(labels[0]), int(72 * width * columns // (48 + 6 * max(map(len, labels[0]))))))
+            canvas.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=entries)
+        else:
+            for axes in grid[0]:
                 axes.legend()
         return canvas
 

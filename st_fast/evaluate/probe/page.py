@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from st_fast.core.errors import UserError
 from st_fast.core.files import make_folder, printable, read_bytes, write_atomic, write_json_atomic
 from st_fast.core.writing import cannot_write
@@ -53,21 +51,11 @@ def write_page(result: Mapping[str, Any], page: Path) -> None:
             drawn |= {name: guided_charts(result, panels) for name, panels in
                       (("discriminative", DISCRIMINATIVE), ("clean", CLEAN))}  # fmt: skip
         for name, charts in drawn.items():
-            plot.save(legend_below(plot.sheet(charts, 2.6, 3.2)), folder / f"{name}.png", dpi=110)
+            plot.save(plot.sheet(charts, 2.6, 3.2), folder / f"{name}.png", dpi=110)
         write_json_atomic(folder / "probe.json", {key: value for key, value in result.items() if key != "figures"})
         write_atomic(page.resolve(), body(result, page).encode())
     except OSError as error:
         raise cannot_write(page, error) from None
-
-
-def legend_below(canvas: Figure) -> Figure:
-    """The sheet with its legend under the panels, where it hides no curve."""
-    legends = [(axes, found) for axes in canvas.axes if (found := axes.get_legend()) is not None]
-    for axes, found in legends:
-        handles, labels = axes.get_legend_handles_labels()
-        found.remove()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
-    return canvas
 
 
 def guided_charts(result: Mapping[str, Any], panels: Mapping[str, str]) -> list[list[Chart]]:
