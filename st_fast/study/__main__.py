@@ -62,7 +62,12 @@ def main(arguments: Sequence[str]) -> None:
         from st_fast.study.seeds import gather
 
         read_page(given.write)  # what would refuse the page at the end is told before anything is trained
-        gather(study, given.write.parent / given.write.stem, [])
+        for seed in gather(study, given.write.parent / given.write.stem, []):
+            if seed.seed in study.seeds and not (out / f"seed{seed.seed}").exists():
+                raise UserError(
+                    f"--write {given.write}: seed {seed.seed} is there already, of runs that are not in {out}: without "
+                    "--write the study makes them again and prints its table; another --seed adds to the page"
+                )
     from st_fast.study.carry_out import carry_out  # torch is imported only once the study is known to be right
 
     try:

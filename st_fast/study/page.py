@@ -168,9 +168,9 @@ def reproduced(results: Results, folder: Path) -> str:
     return (
         f"{len(runs)} runs on {devices}, and their teachers: {words.flops(flops)} and {words.duration(seconds)}, added "
         "up, pauses for sampling and scoring left out. Other work may have run beside them, which moves times and not "
-        "FLOPs. Again, and to go on after a stop: "
-        f"`python -m st_fast.study {study.path.as_posix()} --write {folder.as_posix()}.md`; a further seed: the same "
-        f"with `--seed {more}`. Every figure, and the hash of every run: {files}.\n"
+        "FLOPs. Every number again: "
+        f"`python -m st_fast.study {study.path.as_posix()}`; a further seed on this page: the same with `--seed {more} "
+        f"--write {folder.as_posix()}.md`. Every figure, and the hash of every run: {files}.\n"
     )
 
 

@@ -123,6 +123,14 @@ def test_the_page_has_table_pictures_and_its_own_place(killed_and_resumed) -> No
     assert "## Other" in again and "| ω = 5 |" not in again
 
 
+def test_a_seed_that_the_page_has_from_elsewhere_is_not_trained_in_vain(study, killed_and_resumed, tmp_path) -> None:
+    page = killed_and_resumed.parent / "docs" / "study.md"
+    text = page.read_text()
+    with pytest.raises(UserError, match=r"seed 0 is there already, of runs that are not in .*none: without --write"):
+        main([str(study), "--out", str(tmp_path / "none"), "--write", str(page)])
+    assert page.read_text() == text and not (tmp_path / "none").exists()
+
+
 @pytest.fixture(scope="module")
 def whole(study, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"

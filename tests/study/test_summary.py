@@ -183,7 +183,7 @@ def test_the_page_begins_with_what_was_bought_and_ends_with_what_it_took(results
         "### How it was done", "(heun, 10 steps, guidance 1.9)",
         "### The verdict", "| ω = 5 |", "### Every comparison", "at equal steps |",
         "study/tiny-quality.png", "12 runs on cpu, and their teachers",
-        "with `--seed 3`", "[seed 0](study/tiny-seed0.json)",
+        "with `--seed 3 --write", "[seed 0](study/tiny-seed0.json)",
     )]  # fmt: skip
     assert places == sorted(places)
 
