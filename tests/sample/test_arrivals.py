@@ -79,7 +79,8 @@ def test_a_probe_names_the_model_that_was_read(run: Path, tmp_path: Path, monkey
     def examined(model: Any, *rest: Any) -> Findings:
         read.append(model)
         half = Estimate(0.5, np.array([0.5, -0.5]))
-        return Findings([0], [[half]], [[half]], [[half]], [[torch.zeros(1, 16, 4).numpy()]], [0.0])
+        two, tokens = [[half, half]], torch.zeros(1, 16, 4).numpy()
+        return Findings([0, 1], two, two, two, [[tokens, tokens]], [0.0])
 
     real_images(tmp_path / "data")
     monkeypatch.setattr(together, "examine", examined)

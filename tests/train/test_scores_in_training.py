@@ -99,7 +99,7 @@ def test_classifier_and_inception_look_at_the_same_samples_and_keep_their_own_na
     metrics = record["metrics"]
     assert {"accuracy", "frechet", "precision", "fid", "inception_precision"} <= metrics.keys()
     page = write_report([out], out=out / "r.html").read_text()
-    assert ">FID<" in page and "FID over total FLOPs" in page and "“plain” reaches FID " in page
+    assert ">FID ↓<" in page and "FID over total FLOPs" in page and "“plain” reaches FID " in page
 
 
 def test_runs_with_fid_are_ranked_by_it_and_not_where_its_yardstick_differs(runs_with_fid):
