@@ -1,0 +1,36 @@
+"""Settings of the supervision methods, by the name that a stage's `supervision` key takes. Imports no torch.
+
+A method's settings are one file here; its code is the class named in `implementation`, imported only when a stage
+starts. What a method costs is declared with its settings: its heads' linear layers, its teacher's passes and the
+activations that it keeps (see `cost`).
+"""
+
+from st_fast.recipe.methods.base import EVERYWHERE, Mask, Method, Plain, Selection, projector
+from st_fast.recipe.methods.layer_sync import LayerSync
+from st_fast.recipe.methods.repa import DINOV2, Repa, dinov2_size, encoder_width
+from st_fast.recipe.methods.self_transcendence import SelfTranscendence
+from st_fast.recipe.methods.sra import SelfRepresentation
+from st_fast.recipe.methods.velocity_head import VelocityHead
+
+__all__ = [
+    "DINOV2", "EVERYWHERE", "METHODS", "LayerSync", "Mask", "Method", "Plain", "Repa", "Selection",
+    "SelfRepresentation", "SelfTranscendence", "VelocityHead", "dinov2_size", "encoder_width", "projector",
+    "supervision_name",
+]  # fmt: skip
+
+METHODS: dict[str, type[Method]] = {
+    "none": Plain,
+    "velocity_head": VelocityHead,
+    "self_transcendence": SelfTranscendence,
+    "layer_sync": LayerSync,
+    "sra": SelfRepresentation,
+    "repa": Repa,
+}
+
+
+def supervision_name(method: Method) -> str:
+    """The name that a stage's `supervision` key takes for this method; KeyError where it is not registered."""
+    for name, cls in METHODS.items():
+        if type(method) is cls:
+            return name
+    raise KeyError(f"{type(method).__name__} is not in METHODS; it has {', '.join(METHODS)}")

@@ -1,0 +1,117 @@
+"""What every method's settings share, and the settings of none. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from st_fast.recipe.architecture import Layer, Model
+
+Mask = Literal["sample", "sample_mean", "released"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which samples of a batch a method supervises (times inside t_range, by the meaning of mask) and its weight λ."""
+
+    t_range: tuple[float, float]
+    mask: Mask
+    weight: float
+
+
+EVERYWHERE = (0.0, 1.0)
+"""The t-range of methods that supervise every sample."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What every method's settings share; a method that has no such key or property has no such thing."""
+
+    implementation: ClassVar[str]
+    """The class that implements it, as module:class."""
+    learns_from_average: ClassVar[bool] = False
+    """Whether the student's own weight average (EMA) is the teacher."""
+    teacher_passes: ClassVar[int] = 0
+    """How often the teacher, or the average, runs for a supervised sample."""
+
+    @property
+    def tap(self) -> int | tuple[int, ...]:
+        """The student block, counted from 1, whose output the method reads, or several; 0 where it reads none."""
+        return 0
+
+    @property
+    def selection(self) -> Selection | None:
+        """Which samples are supervised, by the keys t_range, mask and weight; None for a method without a weight."""
+        if not hasattr(self, "weight"):
+            return None
+        return Selection(getattr(self, "t_range", EVERYWHERE), getattr(self, "mask", "sample"), self.weight)
+
+    @property
+    def teacher_name(self) -> str | None:
+        """The stage or path that the frozen teacher comes from, the key `teacher`; None where there is no teacher."""
+        return getattr(self, "teacher", None)
+
+    @property
+    def teacher_group(self) -> Literal["raw", "ema"]:
+        """Which of the teacher's weights are used, the key `teacher_weights`."""
+        return getattr(self, "teacher_weights", "raw")
+
+    @property
+    def needs_null_class(self) -> bool:
+        """Whether the method reads predictions or features for the null label, which class dropout trains."""
+        return False
+
+    @property
+    def frozen_depth(self) -> int:
+        """How many of its blocks run."""
+        return 0
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """The image encoders whose features are the target, the key `encoders`."""
+        return getattr(self, "encoders", ())
+
+    @property
+    def encodes_images(self) -> bool:
+        """Whether they run during training on the latents' images; otherwise their features were written before."""
+        return False
+
+    @property
+    def resizes_features(self) -> bool:
+        """Whether features whose grid differs from the tokens' are resized, the key `interpolate`."""
+        return getattr(self, "interpolate", False)
+
+    @property
+    def stop_step(self) -> int:
+        """Supervision ends after this many steps; 0 keeps it for the whole stage."""
+        return 0
+
+    def supervises(self, step: int) -> bool:
+        """Whether supervision lasts to this step, counted from 0."""
+        return self.stop_step == 0 or step < self.stop_step
+
+    def factor(self, step: int) -> float:
+        """What the weight λ is multiplied with at a step, counted from 0."""
+        return 1.0
+
+    def head_layers(self, model: Model) -> tuple[Layer, ...]:
+        """The linear layers of the trained heads, which are dropped after training."""
+        return ()
+
+    def kept_channels(self, model: Model) -> int:
+        """Channels a token of a supervised sample that are kept for the backward pass: heads, rows and target."""
+        return 0
+
+    def check(self, stage: str) -> None:
+        """RecipeError where the settings of the stage of that name don't fit one another."""
+
+
+@dataclass(frozen=True)
+class Plain(Method):
+    """SiT as published: the denoising loss alone."""
+
+    implementation: ClassVar[str] = "st_fast.train.supervision:Supervision"
+
+
+def projector(name: str, model: Model, hidden: int, out: int) -> tuple[Layer, ...]:
+    """REPA's projector, a three-layer MLP on every token."""
+    sizes = ((model.width, hidden), (hidden, hidden), (hidden, out))
+    return tuple(Layer(f"{name}.{2 * i}", inputs, outputs, model.tokens) for i, (inputs, outputs) in enumerate(sizes))
