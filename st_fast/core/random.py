@@ -30,6 +30,9 @@ class Purpose(IntEnum):
     TEACHER_TIME = 11
     CAPTION = 12
     BUCKETS = 13
+    TOKEN_ORDER = 15
+    WHOLE_SAMPLE = 16
+    GROUP_TIME = 17
 
 
 def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int) -> np.ndarray:

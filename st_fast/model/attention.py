@@ -6,7 +6,7 @@ shipped before (flash-attention#2896).
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from st_fast import kernels
 from st_fast.core.errors import Say, UserError
+from st_fast.model.layout import Groups
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Missing = Callable[[torch.device, int], str | None]
@@ -153,6 +154,18 @@ def attend_packed(attend: Attend, qkv: Tensor) -> Tensor:
     if isinstance(attend, Packed):
         return attend.packed(qkv)
     return attend(*_unpacked(qkv)).transpose(1, 2)
+
+
+def within_groups(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dim: int, groups: Groups) -> Tensor:
+    """attend(*inputs) among the tokens of each group alone; tokens lie along `dim` of the inputs and of the result.
+
+    Each group is an attention of its own, so its cost is Σ n_g² where a mask over all tokens costs N².
+    """
+    pieces = zip(*(one.split(list(groups.lengths), dim) for one in inputs), strict=True)
+    apart = torch.cat([attend(*piece) for piece in pieces], dim)
+    if groups.whole is None:
+        return apart
+    return torch.where(groups.whole.view(-1, 1, 1, 1), attend(*inputs), apart)
 
 
 def _library(name: str, module: str, function: str, sizes: range, missing: Missing | None = None) -> Backend:

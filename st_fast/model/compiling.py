@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from st_fast.core.errors import first_line
@@ -48,7 +48,7 @@ def swept(folder: Path) -> Iterator[None]:
                 one.rmdir()
 
 
-def _run_inside(block: nn.Module, *inputs: Tensor) -> Any:
+def _run_inside(block: nn.Module, *inputs: Any) -> Any:
     return type(block).forward(block, *inputs)
 
 
@@ -67,7 +67,7 @@ class CompiledBlocks:
         torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
         self._run: Run = torch.compile(plain, fullgraph=True, dynamic=self._dynamic)
 
-    def __call__(self, block: nn.Module, *inputs: Tensor) -> Any:
+    def __call__(self, block: nn.Module, *inputs: Any) -> Any:
         try:
             return self._run(block, *inputs)
         except (torch.cuda.OutOfMemoryError, KeyboardInterrupt):

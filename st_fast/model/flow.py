@@ -21,18 +21,20 @@ LEAST_TIME = 0.05
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """x, noise (B, C, H, W), t (B,) → x_t and the velocity target v, both (B, C, H, W)."""
-    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in coefficients(t, path))
+    """x, noise (B, C, H, W), t (B,) or each pixel's (B, 1, H, W) → x_t and the velocity target v, both (B, C, H, W)."""
+    times = t.view(-1, 1, 1, 1) if t.ndim == 1 else t
+    alpha, sigma, d_alpha, d_sigma = coefficients(times, path)
     return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
 
 def velocity_of_x(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """The velocity (x_t − x̂) / t that follows from a predicted clean latent x̂, on the linear path, in float32.
 
-    predicted, x (B, C, H, W), t (B,). Below LEAST_TIME that is what is divided by (arXiv 2511.13720, where the loss is
-    the velocity's, too).
+    predicted, x (B, C, H, W), t (B,) or each pixel's (B, 1, H, W). Below LEAST_TIME that is what is divided by
+    (arXiv 2511.13720, where the loss is the velocity's, too).
     """
-    return (x.float() - predicted.float()) / t.float().clamp(min=LEAST_TIME).view(-1, 1, 1, 1)
+    times = t.float().clamp(min=LEAST_TIME)
+    return (x.float() - predicted.float()) / (times.view(-1, 1, 1, 1) if t.ndim == 1 else times)
 
 
 def denoising_loss(prediction: Tensor, velocity: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ Run = Callable[..., Any]
 """Calls a module, its first argument, with the others: as it is, compiled, or computed again in the backward pass."""
 
 
-def run_module(module: Callable[..., Any], *inputs: Tensor) -> Any:
+def run_module(module: Callable[..., Any], *inputs: Any) -> Any:
     """The module as it is."""
     return module(*inputs)
 
@@ -75,7 +75,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) in [0, 1] → (B, D): sinusoids, then an MLP."""
+    """t (…) in [0, 1] → (…, D): sinusoids, then an MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
         frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half))
-        angles = t.float()[:, None] * frequencies  # (B, 128)
+        angles = t.float()[..., None] * frequencies  # (…, 128)
         sinusoids = torch.cat((angles.cos(), angles.sin()), dim=-1)
         return self.mlp(sinusoids.to(self.layers[0].weight.dtype))
 

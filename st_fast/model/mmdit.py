@@ -29,7 +29,8 @@ from st_fast.model.layers import (
     fixed_positions,
     run_module,
 )
-from st_fast.model.transformer import DiffusionTransformer, shifts_and_scales
+from st_fast.model.layout import Layout
+from st_fast.model.transformer import DiffusionTransformer, Walk, shifts_and_scales
 from st_fast.recipe.schema import Model
 
 
@@ -81,7 +82,7 @@ class StreamBlock(nn.Module):
         self, x: Tensor, attended: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x, attended (B, N, D); modulation (B, 6D) → the block's output and its next input, both (B, N, D)."""
-        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, D) each
+        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # (B, D) each
         fused = self.kernels.gate_residual_norm_modulate
         x, y = fused(x, attended, gate_attn, shift_mlp, scale_mlp, a_bias=bias_left(self.attn.proj))
         return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.fc2))
@@ -191,19 +192,20 @@ class MMDiT(DiffusionTransformer):
         """Nothing beyond what every linear layer gets."""
 
     def _trunk(
-        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = ()
-    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
+        layout: Layout | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         modulations = self._modulations(F.silu(self.t_embedder(t)), depth)
         image, text = modulations[: depth + 1], modulations[depth + 1 :]
         following, following_text = (shifts_and_scales(part, self.config.width) for part in (image, text))
-        x, tapped, u = tokens, {0: tokens}, self.context_embedder(condition.to(tokens.dtype))
-        y, z = self.kernels.norm_modulate(x, *following[0]), self.kernels.norm_modulate(u, *following_text[0])
+        walk, u = Walk(self.kernels, layout, tokens, following), self.context_embedder(condition.to(tokens.dtype))
+        z = self.kernels.norm_modulate(u, *following_text[0])
         for number, block in enumerate(self._blocks[:depth], start=1):
-            inputs = x, y, z, image[number - 1], *following[number]
+            walk.enter(number)
+            inputs = walk.x, walk.y, z, image[number - 1], *following[number]
             if number < depth:
                 x, y, u, z = self.run_block(block, *inputs, u, text[number - 1], *following_text[number])
             else:
                 x, y = self.run_block(block, *inputs)
-            if number in taps:
-                tapped[number] = x
-        return tapped, x, y
+            walk.leave(number, x, y, tapped=number in taps)
+        return walk.tapped, walk.x, walk.y

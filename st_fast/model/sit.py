@@ -6,6 +6,8 @@ The residual stream x and the modulated input y of the next sub-layer travel tog
 and the normalisation after it are one op: also across blocks, where the next block's shift and scale are used.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
-from st_fast.model.attention import BACKENDS, Attend, attend_packed
+from st_fast.model.attention import BACKENDS, Attend, attend_packed, within_groups
 from st_fast.model.layers import (
     BlockLinear,
     FinalLayer,
@@ -26,7 +28,8 @@ from st_fast.model.layers import (
     fixed_positions,
     run_module,
 )
-from st_fast.model.transformer import DiffusionTransformer, shifts_and_scales
+from st_fast.model.layout import Groups, Layout
+from st_fast.model.transformer import DiffusionTransformer, Walk, of_groups, shifts_and_scales
 from st_fast.recipe.schema import Model
 
 
@@ -52,15 +55,23 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Tensor, groups: Groups | None = None) -> Tensor:
+        """y (B, N, D), its tokens in groups or all attending to all."""
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
         if self.q_norm is None or self.k_norm is None:
-            return self.proj(attend_packed(self.attend, qkv).flatten(2))
+            return self.proj(self._attend(partial(attend_packed, self.attend), (qkv,), 1, groups).flatten(2))
         q, k, v = self.kernels.qk_norm(
             qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps,
             qkv_bias=bias_left(self.qkv),
         )  # (B, H, N, d) each, laid out for the attention  # fmt: skip
-        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self._attend(self.attend, (q, k, v), 2, groups).transpose(1, 2).flatten(2))
+
+    def _attend(
+        self, attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], dim: int, groups: Groups | None
+    ) -> Tensor:
+        if groups is None or not groups.separated:
+            return attend(*inputs)
+        return within_groups(attend, inputs, dim, groups)
 
 
 class Block(nn.Module):
@@ -72,15 +83,19 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.heads, config.qk_norm, kernels, attend)
         self.mlp = Mlp(config.width, config.hidden, kernels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
-        self.run_attention = run_module
+        self.run_attention: Run = run_module
 
     def forward(
-        self, x: Tensor, y: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """x, y (B, N, D); modulation (B, 6D) → the block's output and y of the next block, both (B, N, D)."""
-        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)  # (B, D) each
-        fused = self.kernels.gate_residual_norm_modulate
-        attended = self.run_attention(self.attn, y)
+        self, x: Tensor, y: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor,
+        groups: Groups | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x, y (B, N, D); modulation (B, 6D) → the block's output and y of the next block, both (B, N, D).
+
+        Where tokens are in several groups, the modulation is each group's: (B, G, 6D).
+        """
+        _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # (B, D) or (B, G, D) each
+        fused = partial(self.kernels.gate_residual_norm_modulate, **of_groups(groups))
+        attended = self.run_attention(self.attn, y, groups)
         x, y = fused(x, attended, gate_attn, shift_mlp, scale_mlp, a_bias=bias_left(self.attn.proj))
         return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.fc2))
 
@@ -124,16 +139,17 @@ class SiT(DiffusionTransformer):
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
     def _trunk(
-        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = ()
-    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-        c = F.silu(self.t_embedder(t) + self.y_embedder(condition))  # (B, D)
-        # (B, 6D) from each block, (B, 2D) from the final layer.
+        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
+        layout: Layout | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
+        labels = self.y_embedder(condition)
+        c = F.silu(self.t_embedder(t) + (labels if t.ndim == 1 else labels[:, None]))  # (B, D) or (B, G, D)
+        # (B, 6D) from each block, (B, 2D) from the final layer; or each group's.
         modulations = self._modulations(c, depth)
         following = shifts_and_scales(modulations, self.config.width)
-        x, tapped = tokens, {0: tokens}
-        y = self.kernels.norm_modulate(x, *following[0])
+        walk = Walk(self.kernels, layout, tokens, following)
         for number, block in enumerate(self._blocks[:depth], start=1):
-            x, y = self.run_block(block, x, y, modulations[number - 1], *following[number])
-            if number in taps:
-                tapped[number] = x
-        return tapped, x, y
+            walk.enter(number)
+            x, y = self.run_block(block, walk.x, walk.y, modulations[number - 1], *following[number], walk.groups)
+            walk.leave(number, x, y, tapped=number in taps)
+        return walk.tapped, walk.x, walk.y

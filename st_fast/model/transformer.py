@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from st_fast.kernels import KernelTable
 from st_fast.model import flow
 from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, sincos_positions, unpatchify
+from st_fast.model.layout import Groups, Layout
 from st_fast.model.load import Pretrained
 from st_fast.model.side_stream import Branches, batched
 from st_fast.recipe.schema import Model
@@ -54,9 +55,13 @@ class DiffusionTransformer(Pretrained):
 
     @abstractmethod
     def _trunk(
-        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = ()
-    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-        """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y."""
+        self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
+        layout: Layout | None = None,
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
+        """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y.
+
+        The last two are in the order of the layout, if there is one.
+        """
 
     @abstractmethod
     def use_null(self, null: Tensor) -> None:
@@ -116,7 +121,7 @@ class DiffusionTransformer(Pretrained):
         return self.x_embedder(x.to(self.pos_embed.dtype)) + self.positions(self.grid_of(x))
 
     def _modulations(self, c: Tensor, depth: int) -> list[Tensor]:
-        """What `modulation_layers` make of SiLU(c) (B, D).
+        """What `modulation_layers` make of SiLU(c), (B, D) or each group's (B, G, D).
 
         As one product the weights are laid end to end for it, which costs a pass over them; names stay as published.
         """
@@ -125,24 +130,32 @@ class DiffusionTransformer(Pretrained):
             return [layer(c) for layer in layers]
         weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         # One split, whose backward is one concatenation: slices would each fill a gradient of the whole width.
-        return list(F.linear(c, weight, bias).split([layer.out_features for layer in layers], dim=1))
+        return list(F.linear(c, weight, bias).split([layer.out_features for layer in layers], dim=-1))
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, tap: int | tuple[int, ...] = 0) -> tuple[Tensor, Any]:
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Tensor, tap: int | tuple[int, ...] = 0, layout: Layout | None = None
+    ) -> tuple[Tensor, Any]:
         """x (B, C, H, W), t (B,), condition (B, …) → velocity (B, C, H, W) and the stream after block `tap` (B, N, D).
 
         Blocks count from 1; with tap = 0 the second result is the embedded input. A tuple of blocks gives a tuple of
-        their streams. The streams are those of the image's tokens.
+        their streams. The streams are those of the image's tokens, row by row; within a route those of the kept tokens
+        (B, K, D), in the layout's order. With several groups of tokens t is (B, G).
         """
         taps = tap if isinstance(tap, tuple) else (tap,)
-        tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps)
-        velocity = unpatchify(self.final_layer(y), self.config.patch, self.config.channels, self.grid_of(x))
+        tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps, layout)
+        patches, grid = self.final_layer(y), self.grid_of(x)
+        if layout is not None:
+            patches = layout.restored(patches)
+        velocity = unpatchify(patches, self.config.patch, self.config.channels, grid)
         if self.config.prediction == "x":
-            velocity = flow.velocity_of_x(velocity, x, t)
+            times = t if layout is None or t.ndim == 1 else layout.pixel_times(t, grid, self.config.patch)
+            velocity = flow.velocity_of_x(velocity, x, times)
         return velocity, tuple(tapped[number] for number in taps) if isinstance(tap, tuple) else tapped[tap]
 
-    def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int) -> Tensor:
-        """The stream after block `depth` (B, N, D); nothing after it is computed."""
-        return self._trunk(self.embed_tokens(x), t, condition, depth)[1]
+    def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int, layout: Layout | None = None) -> Tensor:
+        """The stream after block `depth` (B, N, D), row by row; nothing after it is computed."""
+        stream = self._trunk(self.embed_tokens(x), t, condition, depth, layout=layout)[1]
+        return stream if layout is None else layout.restored(stream)
 
     def guided_features(
         self, x: Tensor, t: Tensor, condition: Tensor, depth: int, branches: Branches = batched
@@ -158,11 +171,55 @@ class DiffusionTransformer(Pretrained):
         return branches(features, self.embed_tokens(x), t, condition, self.null_condition(len(condition)))
 
 
+class Walk:
+    """The image's residual stream x and modulated input y on their way through the blocks.
+
+    Puts the tokens into the layout's order, takes those that its route drops out and puts them back, as they were,
+    behind the last block without them. `following` has the shift and scale of each block's y.
+    """
+
+    def __init__(
+        self, kernels: KernelTable, layout: Layout | None, tokens: Tensor, following: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        self._kernels, self._layout, self._following = kernels, layout, following
+        self._others: Tensor | None = None
+        """(B, N − K, D): the tokens that are left out, while some are."""
+        self.tapped = {0: tokens}
+        self.x = tokens if layout is None else layout.ordered(tokens)
+        self.groups = None if layout is None else layout.groups
+        self.y = self._modulated(0)
+
+    def _modulated(self, number: int) -> Tensor:
+        y: Tensor = self._kernels.norm_modulate(self.x, *self._following[number], **of_groups(self.groups))
+        return y
+
+    def enter(self, number: int) -> None:
+        """Before block `number`: where the route begins with it, x and y are those of the kept tokens from here on."""
+        layout = self._layout
+        if layout is not None and layout.route is not None and number == layout.route.first + 1:
+            self.x, self._others = layout.split(self.x)
+            self.y, self.groups = layout.split(self.y)[0], layout.kept_groups
+
+    def leave(self, number: int, x: Tensor, y: Tensor, tapped: bool) -> None:
+        """After block `number`, whose output is x and the next input y."""
+        self.x, self.y, layout = x, y, self._layout
+        if tapped:
+            self.tapped[number] = x if layout is None or self._others is not None else layout.restored(x)
+        if self._others is not None and layout is not None and layout.route is not None and number == layout.route.last:
+            self.x, self.groups = layout.joined(x, self._others), layout.groups
+            self.y, self._others = self._modulated(number), None
+
+
+def of_groups(groups: Groups | None) -> dict[str, tuple[int, ...]]:
+    """What the adaLN ops are told of groups: their lengths, where there are several."""
+    return {"lengths": groups.lengths} if groups is not None and len(groups.lengths) > 1 else {}
+
+
 def shifts_and_scales(modulations: Sequence[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
     """The first two vectors (B, D) of each modulation, for the input of its attention or of the final layer.
 
     A block's modulation (B, 6D) has shift, scale and gate of its attention, then of its MLP; the last one (B, 2D) shift
-    and scale.
+    and scale. Those of groups are (B, G, …).
     """
-    chunks = (modulation.chunk(modulation.shape[1] // width, dim=1) for modulation in modulations)
+    chunks = (modulation.chunk(modulation.shape[-1] // width, dim=-1) for modulation in modulations)
     return [(shift, scale) for shift, scale, *_ in chunks]

@@ -5,6 +5,7 @@ supervised, so that the device is never asked. The noise is drawn on the device 
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,10 +31,13 @@ from st_fast.data.loader import Loader
 from st_fast.model import flow
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.model.encoders import ImageEncoder, VisionTransformer, load_encoder
+from st_fast.model.layout import Layout
 from st_fast.model.side_stream import side_stream
 from st_fast.prepare.features import RecordImages, open_record_images
 from st_fast.recipe.schema import Recipe, Stage
+from st_fast.recipe.tokens import token_plan
 from st_fast.train.conditions import ClassLabels, Conditions, Visit
+from st_fast.train.layouts import draw_layout
 from st_fast.train.profiling import named_range
 from st_fast.train.supervision import NoisyBatch, Rows, select_rows
 from st_fast.train.supervision.capacity import capacity, padded
@@ -186,7 +190,15 @@ class BatchIterator:
             made = self.records.manifest
             moments = with_std(moments, made.posterior)
             latents = self.draw(moments, ordinals, t, recipe.run.seed, made.scale, recipe.flow.path)
-        return NoisyBatch(*latents, t, condition, student_condition, ordinals, rows, written, images)
+            layout = self._layout(latents[0], ordinals)
+        return NoisyBatch(*latents, t, condition, student_condition, ordinals, rows, written, images, layout)
+
+    def _layout(self, x: Tensor, ordinals: Tensor) -> Layout | None:
+        """How the tokens of latents x (B, C, H, W) are ordered; None where all run alike."""
+        patch = self.recipe.model.patch
+        grid = x.shape[2] // patch, x.shape[3] // patch
+        plan = token_plan(math.prod(grid), self.stage.method.token_groups, None)
+        return None if plan is None else draw_layout(plan, grid, self.recipe.run.seed, ordinals)
 
 
 @dataclass(frozen=True)

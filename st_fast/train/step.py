@@ -165,7 +165,8 @@ class Step:
     def losses(self, batch: NoisyBatch, target: Target | None) -> Losses:
         """The denoising loss and the supervision's, each a sum over samples weighted by 1 / global batch size."""
         with named_range("student forward"):
-            prediction, hidden = self.model(batch.x_t, batch.t, batch.student_condition, self.supervision.tap)
+            inputs = batch.x_t, batch.t, batch.student_condition
+            prediction, hidden = self.model(*inputs, self.supervision.tap, batch.layout)
         with named_range("loss"):
             denoise = flow.denoising_loss(prediction, batch.velocity).sum() / self.recipe.optim.batch_size
             aux = self.supervision.loss(hidden, target(), batch) if target else torch.zeros_like(denoise)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from st_fast.recipe.architecture import Layer, Model
+from st_fast.recipe.tokens import TokenGroups
 
 Mask = Literal["sample", "sample_mean", "released"]
 
@@ -83,6 +84,11 @@ class Method:
     def stop_step(self) -> int:
         """Supervision ends after this many steps; 0 keeps it for the whole stage."""
         return 0
+
+    @property
+    def token_groups(self) -> TokenGroups | None:
+        """The groups of the student's tokens that have times of their own; None where an image has one time."""
+        return None
 
     def supervises(self, step: int) -> bool:
         """Whether supervision lasts to this step, counted from 0."""

@@ -19,6 +19,7 @@ from st_fast.kernels import KernelTable
 from st_fast.model import DiffusionTransformer
 from st_fast.model.encoders import ImageEncoder
 from st_fast.model.layers import Linear
+from st_fast.model.layout import Layout
 from st_fast.model.side_stream import Branches, batched
 from st_fast.recipe.methods import Method, Selection
 from st_fast.recipe.schema import Model, Stage
@@ -58,7 +59,7 @@ class NoisyBatch:
     noise: Tensor
     """(B, C, S, S) ε of x_t."""
     t: Tensor
-    """(B,) float32."""
+    """(B,) float32; with several groups of tokens each group's, (B, G)."""
     condition: Tensor
     """(B, …) what the network is conditional on: labels (B,) int64, or the states of captions (B, L, W)."""
     student_condition: Tensor
@@ -70,6 +71,8 @@ class NoisyBatch:
     """(B, h, w, D_j) of each image encoder j that supervises at this step, written beforehand, in the stored dtype."""
     images: Tensor | None = None
     """uint8 (B, 1 or 3, P, P), the latents' images, where encoders run live at this step."""
+    layout: Layout | None = None
+    """How the student's tokens are ordered, where they have several times or a route drops some."""
 
 
 @dataclass(frozen=True)
