@@ -17,7 +17,9 @@ from typing import Any
 from st_fast.core.comparison import short_digest
 from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, read_bytes, read_json, shown, write_json_atomic
-from st_fast.recipe import load_run, to_toml
+from st_fast.recipe import Recipe, Stage, load_run, to_toml
+from st_fast.recipe.methods import supervision_name
+from st_fast.recipe.schema import Model
 from st_fast.report.arms import Arm, Cost, make_arms
 from st_fast.report.collect import Record, RunLog, StageLog, read_run
 from st_fast.report.fairness import unfair
@@ -111,17 +113,28 @@ def hash_of(run: Path) -> str:
 
 
 def definition(job: Job) -> str:
-    """A short hash of what an arm is: its recipe and its teacher's stage, whatever the seed, folders and machine."""
-    recipe = tomllib.loads(to_toml(job.recipe))
-    stage = {key: value for key, value in recipe["stage"][0].items() if key != "teacher"}
+    """A short hash of what an arm is: its recipe and its teacher's stage, whatever the seed, folders and machine.
+
+    Keys at their defaults are left out, so that a key which is new to the program changes no hash.
+    """
+    stage = job.recipe.stages[0]
+    usual = Recipe(Model(), (Stage(stage.name, type(stage.method)(), stage.steps),))
+    recipe, defaults = (tomllib.loads(to_toml(one)) for one in (job.recipe, usual))
     paths = (("sample", "vae"), ("evaluate", "inception"), ("evaluate", "reference"))
+
+    def chosen(table: dict[str, Any], default: dict[str, Any], section: str) -> dict[str, Any]:
+        left_out = {key for name, key in paths if name == section}
+        return {key: value for key, value in table.items() if key not in left_out and value != default.get(key)}
+
     kept = {
-        name: {key: value for key, value in recipe[name].items() if (name, key) not in paths}
-        for name in ("model", "flow", "optim", "sample", "evaluate")
+        name: chosen(recipe[name], defaults[name], name) for name in ("model", "flow", "optim", "sample", "evaluate")
     }
+    own = chosen(recipe["stage"][0], defaults["stage"][0], "stage")
+    own.pop("teacher", None)
     teacher = job.arm.teacher if job.arm is not None else None
     taught = {} if teacher is None else teacher.stage | {"labels": teacher.labels}
-    return short_digest({**kept, "stage": stage, "teacher": taught})
+    method = supervision_name(stage.method)
+    return short_digest({**kept, "stage": own | {"supervision": method, "steps": stage.steps}, "teacher": taught})
 
 
 def as_json(study: Study, found: Seed) -> dict[str, Any]:
