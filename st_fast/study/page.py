@@ -18,7 +18,7 @@ from st_fast.report.collect import number
 from st_fast.report.figures import Chart, Curve
 from st_fast.report.metrics import METRICS
 from st_fast.report.repeats import Repeats, compared
-from st_fast.study import shares, summary
+from st_fast.study import frontier, shares, summary
 from st_fast.study.plan import Study
 from st_fast.study.results import Results, certainty, comparisons, equal_steps, half_done, price, together
 from st_fast.study.seeds import METRIC, Seed, gather, write_seeds
@@ -70,6 +70,9 @@ def write_page(study: Study, ours: Sequence[Seed], page: Path) -> Results:
         if found := [one for one in shares.read_shares(folder) if shares.chart(one).curves]:
             shares.draw(found, folder / "shares.png")
             text = placed(text, "shares", shares.section(found, f"{folder.name}/shares.png"))
+        if leads := frontier.read_frontiers(folder):
+            frontier.draw(leads, folder / "frontier.png")
+            text = placed(text, "frontier", frontier.section(leads, f"{folder.name}/frontier.png"))
         write_atomic(page.resolve(), placed(text, "summary", summary.section(folder)).encode())
     except OSError as error:
         raise cannot_write(page, error) from None

@@ -13,14 +13,15 @@ flops                         instead of student_steps: each arm trains until it
 horizons                      smaller budgets at which arms with teachers of several lengths are compared as well
 [common.sample]               sections, and [common.stage.NAME] settings, that every run has over the base recipe's
 [[teacher]]                   name, stage; labels = "shuffled"; steps = 0: an untrained network
-[[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings
+[[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings; a
+                              table `sample` for what the arm's own samples are drawn with
 """
 
 import copy
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +34,12 @@ from st_fast.recipe.document import Document, as_document, parse_toml, read_docu
 from st_fast.recipe.keys import FOLDER_NAME
 from st_fast.recipe.load import parse, resolve
 
-ARM_KEYS = ("name", "title", "panel", "stage", "teacher")
+ARM_KEYS = ("name", "title", "panel", "stage", "teacher", "sample")
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
 MOST_STEPS = 10**13
 """More than a stage may have, which is refused where a budget gives it."""
-OWN_SECTIONS = ("summary", "shares")
+OWN_SECTIONS = ("summary", "shares", "frontier")
 """Sections of the page that are no study's."""
 STUDY_KEYS = (
     "recipe", "like", "seeds", "baseline", "reference", "title", "notes", "teacher_steps", "student_steps", "flops",
@@ -69,6 +70,8 @@ class Arm:
     panel: str
     stage: dict[str, Any]
     teacher: Teacher | None
+    sample: dict[str, Any] = field(default_factory=dict)
+    """Keys of [sample] that are the arm's own: guidance that only its network has."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ def jobs(study: Study, out: Path) -> Iterator[Job]:
             if arm.teacher is not None:
                 stage = folder.with_name(f"teacher-{arm.teacher.name}") / arm.teacher.stage["name"]
                 table["teacher"] = stage.as_posix()
-            yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}"), arm=arm)
+            yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}", arm.sample), arm=arm)
 
 
 def _within(study: Study, arm: Arm, flops: float) -> Arm:
@@ -217,7 +220,7 @@ def _within(study: Study, arm: Arm, flops: float) -> Arm:
         steps = arm.teacher.stage["steps"]
         spent = _flops(_recipe(study, folder, seed, arm.teacher.stage, f"teacher {arm.teacher.name}"), steps)
     table = arm.stage | ({"teacher": "./teacher"} if arm.teacher else {})
-    recipe = _recipe(study, folder, seed, table, f"arm {arm.name}")
+    recipe = _recipe(study, folder, seed, table, f"arm {arm.name}", arm.sample)
     a_step = recipe.optim.batch_size * cost.stage_cost(recipe, recipe.stages[0]).student
     most = int(min((flops - spent) // a_step, MOST_STEPS))
     steps = bisect_right(range(max(1, most) + 1), flops - spent, key=lambda n: _flops(recipe, n)) - 1
@@ -252,10 +255,13 @@ def _need(right: bool, where: object, key: str, value: object, what: str) -> Non
         raise UserError(f"{where}: {f'{key} is missing' if value is None else f'{key} = {shown(value)}'}; {what}")
 
 
-def _recipe(study: Study, folder: Path, seed: int, stage: dict[str, Any], what: str) -> Recipe:
-    """The base recipe with this one stage, checked."""
+def _recipe(
+    study: Study, folder: Path, seed: int, stage: dict[str, Any], what: str, sample: dict[str, Any] | None = None
+) -> Recipe:
+    """The base recipe with this one stage and its own keys of [sample], checked."""
     sections = copy.deepcopy(study.base.sections)
     sections["run"] = sections.get("run", {}) | {"out": folder.as_posix(), "seed": seed}
+    sections["sample"] = sections.get("sample", {}) | (sample or {})
     try:
         recipe = agreed(resolve(parse(Document(sections, [stage])), study.recipe_path), ranks=1)
         check(recipe)
@@ -283,7 +289,9 @@ def _arm(table: dict[str, Any], base: Document, path: Path, teachers: Sequence[T
     teacher = next((teacher for teacher in teachers if teacher.name == table.get("teacher")), None)
     what = f"the study has {', '.join(teacher.name for teacher in teachers) or 'none'}"
     _need(teacher is not None or "teacher" not in table, where, "teacher", table.get("teacher"), what)
-    return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher)
+    sample = table.get("sample", {})
+    _need(isinstance(sample, dict), where, "sample", sample, "a table of keys of [sample] is needed")
+    return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher, sample)
 
 
 def _stage_of(table: dict[str, Any], base: Document, where: str) -> dict[str, Any]:

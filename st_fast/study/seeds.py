@@ -10,7 +10,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from st_fast.report.arms import Arm, Cost, make_arms
 from st_fast.report.collect import Record, RunLog, StageLog, read_run
 from st_fast.report.fairness import unfair
 from st_fast.report.metrics import METRICS
+from st_fast.study.plan import Arm as ArmPlan
 from st_fast.study.plan import Job, Study, jobs
 
 METRIC = "frechet"
@@ -54,10 +55,16 @@ class Seed:
 
 
 def done(job: Job) -> bool:
-    """Whether the job's folder holds its finished run; UserError, with hashes, if it holds a run of another recipe."""
+    """Whether the job's folder holds its finished run; UserError, with hashes, if it holds a run of another recipe.
+
+    A run of fewer steps is the beginning of this one: a study whose budget was raised goes on with it.
+    """
     if not (job.folder / "recipe.toml").is_file():
         return False
-    theirs, ours = to_toml(load_run(job.folder)), to_toml(job.recipe)
+    (wanted,), there = job.recipe.stages, load_run(job.folder)
+    if len(there.stages) == 1 and there.stages[0].steps < wanted.steps:
+        there = replace(there, stages=(replace(there.stages[0], steps=wanted.steps),))
+    theirs, ours = to_toml(there), to_toml(job.recipe)
     lines = [[line for line in text.splitlines() if not line.startswith(KEEPING)] for text in (theirs, ours)]
     for old, new in itertools.zip_longest(*lines, fillvalue="nothing"):
         if old != new:
@@ -88,7 +95,7 @@ def collect(study: Study, out: Path, seed: int) -> Seed:
             raise UserError(f"{job.folder}: not scored: no {METRIC} in its log; remove it, and the study runs it again")
         if not arm.total.known:
             raise UserError(f"{job.folder}: no log says what its teacher cost; start the study where it was started")
-        logs.append(log)
+        logs.append(as_declared(study, name, log))
         found.arms[name], found.definitions[name], found.hashes[name] = arm, definition(job), hash_of(job.folder)
     comparable(logs, out, one_seed=True)
     return Seed(seed, found.arms, found.definitions, found.hashes, tuple(missing))
@@ -140,7 +147,7 @@ def definition(job: Job) -> str:
 def as_json(study: Study, found: Seed) -> dict[str, Any]:
     """The seed's file. Only seconds, device, versions and hashes differ between two machines or two days."""
     arms = [
-        {"name": name, "title": study.arm(name).title, "definition": found.definitions[name], "run": found.hashes[name]}
+        {"name": name, **_told(study.arm(name)), "definition": found.definitions[name], "run": found.hashes[name]}
         | _arm_json(arm)
         for name, arm in found.arms.items()
     ]
@@ -149,6 +156,11 @@ def as_json(study: Study, found: Seed) -> dict[str, Any]:
         "study": study.name, "title": about.pop("title"), "seed": found.seed, "metric": METRIC, **about,
         "missing": list(found.missing), "arms": arms,
     }  # fmt: skip
+
+
+def _told(arm: ArmPlan) -> dict[str, Any]:
+    """What a seed's file says of an arm for the page alone."""
+    return {"title": arm.title} | ({"panel": arm.panel} if arm.panel else {})
 
 
 def _headings(study: Study) -> dict[str, Any]:
@@ -252,10 +264,18 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
         if mine is None or len(mine.arms) < len(theirs.arms):
             found[theirs.seed] = theirs
     seeds = [found[seed] for seed in sorted(found)]
-    for seed in seeds:
-        comparable([arm.run for arm in seed.arms.values()], folder, one_seed=True)
-    comparable([arm.run for seed in seeds for arm in seed.arms.values()], folder)
+    runs = [[as_declared(study, name, arm.run) for name, arm in seed.arms.items()] for seed in seeds]
+    for of_seed in runs:
+        comparable(of_seed, folder, one_seed=True)
+    comparable([run for of_seed in runs for run in of_seed], folder)
     return seeds
+
+
+def as_declared(study: Study, name: str, run: RunLog) -> RunLog:
+    """The run without what the study says to be this arm's own: keys of [sample] that others need not share."""
+    own = next((arm.sample for arm in study.arms if arm.name == name), {})
+    sample = {key: value for key, value in run.recipe.get("sample", {}).items() if key not in own}
+    return replace(run, recipe=run.recipe | {"sample": sample}) if own else run
 
 
 def write_seeds(study: Study, folder: Path, ours: Sequence[Seed], chosen: Sequence[Seed]) -> None:
@@ -266,10 +286,10 @@ def write_seeds(study: Study, folder: Path, ours: Sequence[Seed], chosen: Sequen
     for seed in ours:
         if any(seed is one for one in chosen):
             write_json_atomic(folder / f"{study.name}-seed{seed.seed}.json", as_json(study, seed))
-    titles = {arm.name: arm.title for arm in study.arms}
+    titles = {arm.name: _told(arm) for arm in study.arms}
     for path, told, _ in _files(folder):
         if told["study"] == study.name:
-            arms = [arm | {"title": titles.get(arm["name"], arm.get("title", arm["name"]))} for arm in told["arms"]]
+            arms = [arm | titles.get(arm["name"], {"title": arm.get("title", arm["name"])}) for arm in told["arms"]]
             now = told | _headings(study) | {"arms": arms}
             if now != told:
                 write_json_atomic(path, now)

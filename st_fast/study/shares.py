@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 
@@ -39,23 +39,33 @@ class Point:
 
 
 def read_shares(folder: Path) -> list[Shares]:
-    """Of every study with horizons whose seeds' files lie in the folder; seeds that lack an arm are left out."""
+    """Of every study with horizons and several teachers whose seeds' files lie in the folder.
+
+    Seeds that lack an arm are left out.
+    """
     studies = [group for group in complete(folder).values() if group[0][0].get("horizons")]
-    return [_shares(*map(list, zip(*group, strict=True))) for group in studies]
+    found = [_shares(*map(list, zip(*group, strict=True))) for group in studies]
+    return [one for one in found if len(one.taught) > 1]
 
 
-def _shares(told: list[dict[str, object]], seeds: list[Seed]) -> Shares:
+def checked_horizons(told: Sequence[dict[str, Any]], seeds: Sequence[Seed]) -> tuple[tuple[float, ...], str]:
+    """A study's horizons and its baseline; UserError where its seeds' files don't name them, or others."""
     horizons, baseline = told[0]["horizons"], str(told[0].get("baseline"))
     right = isinstance(horizons, list) and all(type(one) in (int, float) and one > 0 for one in horizons)
     if not right or any(baseline not in seed.arms for seed in seeds):
         raise UserError(f"{told[0].get('study')}: its seeds' files don't name horizons and a baseline")
     if any(one.get("horizons") != horizons for one in told):
         raise UserError(f"{told[0].get('study')}: its seeds' files name different horizons; write them anew")
+    return tuple(map(float, horizons)), baseline
+
+
+def _shares(told: list[dict[str, Any]], seeds: list[Seed]) -> Shares:
+    horizons, baseline = checked_horizons(told, seeds)
     by_cost = sorted(seeds[0].arms, key=lambda name: seeds[0].arms[name].teacher.flops)
     taught = [name for name in by_cost if all(name in s.arms and s.arms[name].teacher.flops > 0 for s in seeds)]
     return Shares(
         str(told[0].get("title")),
-        tuple(map(float, cast("list[float]", horizons))),
+        horizons,
         [seed.arms[baseline] for seed in seeds],
         [[seed.arms[name] for seed in seeds] for name in taught],
     )
@@ -119,7 +129,7 @@ def table(shares: Shares) -> str:
         cells = [words.flops(arms[0].teacher.flops), when]
         for horizon in shares.horizons:
             one = point(arms, shares.plain, horizon)
-            cells.append("–" if one is None else f"{_gain(one)}, share {words.percent(one.share)}")
+            cells.append("–" if one is None else f"{gain(one)}, share {words.percent(one.share)}")
         lines.append(cells)
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -129,7 +139,7 @@ def mean_gain(one: Point) -> float:
     return math.exp(math.fsum(map(math.log, one.gains)) / len(one.gains))
 
 
-def _gain(one: Point) -> str:
+def gain(one: Point) -> str:
     """“0.72 (0.65 to 0.81)”: the mean, lowest and highest; one seed's alone."""
     low, high = (words.plain(f(one.gains)) for f in (min, max))
     return words.plain(mean_gain(one)) + f" ({low} to {high})" * (len(one.gains) > 1)
@@ -145,7 +155,7 @@ def sentence(shares: Shares) -> str:
             wins = sum(gain > 1 for gain in best.gains)
             parts.append(
                 f"at {words.flops(horizon)} the best of {len(found)} shares is {words.percent(best.share)}: gain "
-                f"{_gain(best)}, above 1 in {wins} of {len(best.gains)} seeds"
+                f"{gain(best)}, above 1 in {wins} of {len(best.gains)} seeds"
             )
     return f"**{shares.title}:** {'; '.join(parts) or 'no student had been scored at any budget'}."
 

@@ -103,9 +103,11 @@ def test_seeds_that_lack_the_baseline_or_name_other_horizons_are_refused(tmp_pat
     write(tmp_path, 1, arms=[arm("short", 2e9, 1.0)])
     with pytest.raises(UserError, match="tiny: its seeds' files don't name horizons and a baseline"):
         read_shares(tmp_path)
-    write(tmp_path, 1, arms=[arm("short", 2e9, 1.0), arm("plain", 0.0, 1.0)])
+    more = arm("more", 3e9, 1.0)
+    write(tmp_path, 1, arms=[arm("short", 2e9, 1.0), more, arm("plain", 0.0, 1.0), arm("long", 6e9, 1.0)])
     (shares,) = read_shares(tmp_path)
-    assert [[one.label for one in arms] for arms in shares.taught] == [["short"] * 2], "arms that all seeds have"
+    shared = [["short"] * 2, ["long"] * 2]
+    assert [[one.label for one in arms] for arms in shares.taught] == shared, "arms that all seeds have"
 
 
 def test_the_best_share_is_that_of_the_largest_mean_not_the_largest_spread(tmp_path):

@@ -1,0 +1,203 @@
+"""Which arm leads at which budget? Every arm beside plain training at equal total FLOPs. Imports no torch.
+
+Of studies with `horizons` and several arms without a teacher of their own. As a shorter run is the beginning of a
+longer one, one run gives a point for every horizon.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from st_fast.report import plot, words
+from st_fast.report.arms import Arm
+from st_fast.report.figures import Chart, Curve, Level
+from st_fast.report.repeats import spread
+from st_fast.study.seeds import Seed, complete
+from st_fast.study.shares import Point, checked_horizons, gain, mean_gain, overtakes, point
+
+EXTERNAL = ("repa",)
+"""Methods that learn from a network which was trained for something else."""
+POINTS = 60
+"""Budgets at which the figure's curves are read."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An arm beside plain training: its runs by seed, and its gain at every horizon."""
+
+    title: str
+    panel: str
+    arms: list[Arm]
+    points: list[Point | None]
+    """None where a seed had not been scored by then."""
+
+    @property
+    def external(self) -> bool:
+        """Whether it needs a network from elsewhere."""
+        return self.arms[0].stage.method in EXTERNAL
+
+    def wins(self, place: int) -> int:
+        """In how many seeds it is ahead at a horizon."""
+        found = self.points[place]
+        return 0 if found is None else sum(one > 1 for one in found.gains)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One study: its horizons, plain training's runs, and every other arm, best first at the largest horizon."""
+
+    title: str
+    horizons: tuple[float, ...]
+    plain: list[Arm]
+    contenders: list[Contender]
+
+
+def read_frontiers(folder: Path) -> list[Frontier]:
+    """Of every such study whose seeds' files lie in the folder; seeds that lack an arm are left out."""
+    groups = [group for group in complete(folder).values() if group[0][0].get("horizons")]
+    found = [_frontier(*map(list, zip(*group, strict=True))) for group in groups]
+    return [one for one in found if sum(c.arms[0].teacher.flops == 0 for c in one.contenders) > 1]
+
+
+def _frontier(told: list[dict[str, Any]], seeds: list[Seed]) -> Frontier:
+    horizons, baseline = checked_horizons(told, seeds)
+    plain = [seed.arms[baseline] for seed in seeds]
+    panels = {str(arm["name"]): str(arm.get("panel", "")) for arm in told[0]["arms"]}
+    contenders = []
+    for name in seeds[0].arms:
+        if name != baseline and all(name in seed.arms for seed in seeds):
+            arms = [seed.arms[name] for seed in seeds]
+            title = next(str(arm.get("title", name)) for arm in told[0]["arms"] if arm["name"] == name)
+            contenders.append(Contender(title, panels[name], arms, [point(arms, plain, one) for one in horizons]))
+    contenders.sort(key=lambda one: -_last(one))
+    return Frontier(str(told[0].get("title")), horizons, plain, contenders)
+
+
+def _last(one: Contender) -> float:
+    """The mean gain at the largest horizon at which there is one."""
+    return next((mean_gain(found) for found in reversed(one.points) if found is not None), 0.0)
+
+
+def charts(found: Frontier) -> list[Chart]:
+    """Gain over plain training against the budget, a curve an arm: a panel a kind of arm, as the study has them."""
+    most = found.horizons[-1]
+    budgets = np.geomspace(found.horizons[0] / 4, most, POINTS).tolist()
+    panels = list(dict.fromkeys(one.panel for one in found.contenders))
+    made = []
+    for panel in panels:
+        curves = []
+        for place, one in enumerate(c for c in found.contenders if c.panel == panel):
+            known = [(b, p) for b in budgets if (p := point(one.arms, found.plain, b)) is not None]
+            if known:
+                gains = np.array([p.gains for _, p in known])
+                means = [mean_gain(p) for _, p in known]
+                low, high = gains.min(axis=1).tolist(), gains.max(axis=1).tolist()
+                curves.append(Curve(one.title, [b for b, _ in known], means, place, low=low, high=high))
+        made.append(
+            Chart("", panel or found.title, "", "all training FLOPs, teacher included", "flops",
+                  "plain distance / arm's distance", "number", True, curves, [Level("as good as plain", 1.0)])
+        )  # fmt: skip
+    return made
+
+
+def table(found: Frontier) -> str:
+    """A row an arm: where it is ahead of plain training for the first time, and its gain at every horizon."""
+    head = ["Arm", "First ahead of plain training at", *(f"Gain at {words.flops(h)}" for h in found.horizons)]
+    lines = [head, ["---"] * len(head)]
+    for one in found.contenders:
+        first = [overtakes(arm, base) for arm, base in zip(one.arms, found.plain, strict=True)]
+        known = [flops for flops in first if flops is not None]
+        ahead = f"({len(known)} of {len(first)})"
+        cells = [one.title, f"{words.flops(spread(known)[0])} {ahead}" if known else f"never {ahead}"]
+        for place, reached in enumerate(one.points):
+            beside = "–" if reached is None else f"{gain(reached)}, {one.wins(place)} of {len(reached.gains)}"
+            cells.append(beside)
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def sentences(found: Frontier) -> list[str]:
+    """For each horizon, which arms without an external network are ahead of plain training in every seed."""
+    own, count = [one for one in found.contenders if not one.external], len(found.plain)
+    told = []
+    for place, horizon in enumerate(found.horizons):
+        reached = [(one, at) for one in own if (at := one.points[place]) is not None]
+        ahead = sorted(
+            ((one, at) for one, at in reached if one.wins(place) == count), key=lambda pair: -mean_gain(pair[1])
+        )
+        if ahead:
+            names = ", ".join(f"“{one.title}” ({gain(at)})" for one, at in ahead)
+            told.append(f"At {words.flops(horizon)}, ahead in {count} of {count} seeds: {names}.")
+        else:
+            told.append(
+                f"At {words.flops(horizon)} no arm of {len(reached)} without an external network is ahead of plain "
+                f"training in {count} of {count} seeds."
+            )
+    return told
+
+
+RULES = (
+    "Use: ahead in every seed at every budget",
+    "For longer runs: ahead in every seed at the largest budget, and not at every smaller one",
+    "For short runs: ahead in every seed at a smaller budget, and not at the largest",
+    "Undecided: ahead in some seeds at the largest budget",
+    "Not at this size: behind in every seed at the largest budget",
+)
+"""What an arm's seeds say of its use, best first."""
+
+
+def rule(one: Contender) -> str:
+    """Which of RULES an arm falls under."""
+    everywhere = [one.wins(place) == len(one.arms) for place in range(len(one.points))]
+    if everywhere[-1]:
+        return RULES[0] if all(everywhere) else RULES[1]
+    if any(everywhere):
+        return RULES[2]
+    return RULES[3] if one.wins(-1) else RULES[4]
+
+
+def advice(found: Frontier) -> list[str]:
+    """What the numbers say to use: a line for each rule that some arm falls under, with its gain at the end."""
+    lines = []
+    for words_of_rule in RULES:
+        named = [
+            f"{one.title} ({gain(last)}{', with an external network' * one.external})"
+            for one in found.contenders
+            if (last := one.points[-1]) is not None and rule(one) == words_of_rule
+        ]
+        if named:
+            lines.append(f"{words_of_rule}: {', '.join(named)}.")
+    if unknown := [one.title for one in found.contenders if one.points[-1] is None]:
+        lines.append(f"Not scored at the largest budget: {', '.join(unknown)}.")
+    return lines
+
+
+def section(frontiers: Sequence[Frontier], picture: str) -> str:
+    """The page's section on all such studies."""
+    parts = [
+        "## Which arm leads at equal FLOPs?\n",
+        "Every arm is read at several budgets, which hold all that it cost: heads, teachers and their forward passes. "
+        "The gain is plain training's Fréchet distance divided by the arm's at the same total FLOPs: above 1 the arm "
+        "is ahead. Gains are geometric means over the seeds (lowest to highest), with the number of seeds ahead; "
+        "“first ahead”: the total FLOPs of the first evaluation that beats plain training's at the same FLOPs, mean "
+        "over the seeds that have one, which for a noisy score is early by luck as well.\n",
+    ]
+    for one in frontiers:
+        parts += [
+            f"{one.title}, {len(one.plain)} seed{'s' * (len(one.plain) != 1)}:\n",
+            "".join(f"- {line}\n" for line in sentences(one)),
+            table(one),
+            "**What we would use**, by these numbers and at this size alone:\n",
+            "".join(f"- {line}\n" for line in advice(one)),
+        ]
+    return "\n".join(
+        [*parts, f"![Gain over plain training by total FLOPs; the range over seeds is shaded]({picture})\n"]
+    )
+
+
+def draw(frontiers: Sequence[Frontier], path: Path) -> None:
+    """The figure: a row a study, a panel a kind of arm."""
+    plot.save(plot.sheet([charts(one) for one in frontiers], 4.6, 3.6, common=False), path, dpi=110)
