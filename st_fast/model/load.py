@@ -20,7 +20,7 @@ from st_fast.core.records import record_from
 from st_fast.kernels import select
 from st_fast.model.vae import from_hub
 from st_fast.recipe import RecipeError
-from st_fast.recipe.architecture import check_shapes, resolve_model
+from st_fast.recipe.architecture import LATER, check_shapes, resolve_model
 from st_fast.recipe.keys import build
 from st_fast.recipe.schema import Model
 
@@ -92,7 +92,7 @@ def read_config(folder: Path) -> Published:
         raise UserError(f"{path}: flow = {shown(flow)}: one of {', '.join(FLOWS)}")
     if type(step) is not int:
         raise UserError(f"{path}: step = {shown(step)}: a whole number is needed")
-    known = {*Model().described(), *Model(network="mmdit").described()}
+    known = {*Model().described(), *Model(network="mmdit").described(), *LATER}
     if strangers := sorted(set(content) - known):
         raise UserError(f"{path}: unknown {', '.join(map(shown, strangers))}")
     try:

@@ -30,7 +30,7 @@ from st_fast.model.layers import (
     run_module,
 )
 from st_fast.model.layout import Layout
-from st_fast.model.transformer import DiffusionTransformer, Walk, shifts_and_scales
+from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk, shifts_and_scales
 from st_fast.recipe.schema import Model
 
 
@@ -195,7 +195,8 @@ class MMDiT(DiffusionTransformer):
         self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
         layout: Layout | None = None,
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
-        modulations = self._modulations(F.silu(self.t_embedder(t)), depth)
+        c = F.silu(self.t_embedder(t))  # (B, D)
+        modulations = self._modulations(c, depth)
         image, text = modulations[: depth + 1], modulations[depth + 1 :]
         following, following_text = (shifts_and_scales(part, self.config.width) for part in (image, text))
         walk, u = Walk(self.kernels, layout, tokens, following), self.context_embedder(condition.to(tokens.dtype))
@@ -208,4 +209,6 @@ class MMDiT(DiffusionTransformer):
             else:
                 x, y = self.run_block(block, *inputs)
             walk.leave(number, x, y, tapped=number in taps)
+            if number == self.config.internal_head and INTERNAL in taps:
+                walk.tapped[INTERNAL] = self._internal_patches(walk, c)
         return walk.tapped, walk.x, walk.y

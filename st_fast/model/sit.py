@@ -29,7 +29,7 @@ from st_fast.model.layers import (
     run_module,
 )
 from st_fast.model.layout import Groups, Layout
-from st_fast.model.transformer import DiffusionTransformer, Walk, of_groups, shifts_and_scales
+from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk, of_groups, shifts_and_scales
 from st_fast.recipe.schema import Model
 
 
@@ -152,4 +152,6 @@ class SiT(DiffusionTransformer):
             walk.enter(number)
             x, y = self.run_block(block, walk.x, walk.y, modulations[number - 1], *following[number], walk.groups)
             walk.leave(number, x, y, tapped=number in taps)
+            if number == self.config.internal_head and INTERNAL in taps:
+                walk.tapped[INTERNAL] = self._internal_patches(walk, c)
         return walk.tapped, walk.x, walk.y

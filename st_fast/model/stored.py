@@ -24,7 +24,7 @@ from st_fast.model.finite import check_finite
 from st_fast.model.formats import adam
 from st_fast.model.formats.importing import Which, import_file
 from st_fast.model.formats.layouts import CLIP_TOKENS, detect, expected_trunk, infer
-from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, head_name, trunk
+from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, LoadedState, head_name, trunk
 from st_fast.model.load import (
     CONFIG,
     DIFFUSERS_WEIGHTS,
@@ -128,7 +128,7 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")
     trained = found.groups.get("heads", {})
     model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
-    told = {key: said.get(key) for key in ("num_classes", "text_length", "latent_size")}
+    told = {key: said.get(key) for key in ("num_classes", "text_length", "latent_size", "internal_head")}
     config, optim = infer(model, told, count, where), found.groups.get("optim", {})
     if (predicts := said.get("prediction", "velocity")) not in ("velocity", "x"):
         raise UserError(f"{where}: architecture: prediction = {shown(predicts)}: velocity or x is possible")
@@ -208,6 +208,15 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
     return _root(path)
 
 
+def teacher_network(recipe: Recipe, teacher: str) -> Model:
+    """The network of a teacher: of a stage of this recipe the one that it trains, of a path the recipe's [model].
+
+    Without an internal head: a teacher gives features.
+    """
+    stage = next((stage for stage in recipe.stages if stage.name == teacher), None)
+    return replace(recipe.model if stage is None else recipe.for_stage(stage).model, internal_head=0)
+
+
 @dataclass(frozen=True)
 class Weights:
     """The trunk of a frozen model, and what is known of it."""
@@ -253,10 +262,12 @@ def frozen(
         raise UserError(f"{where}: trained on the {found.flow} path, flow.path = {flow!r}")
     if latents and found.latents and (differing := found.latents.differences(latents)):
         raise UserError(f"{where}: trained on other latents than the data's: {', '.join(differing)}")
-    if differing := config.differences(found.architecture):
+    said, tensors = found.architecture, dict(found.tensors)
+    if not config.internal_head:
+        said, tensors = without_internal_head(said, tensors)
+    if differing := config.differences(said):
         raise UserError(f"{where}: another architecture: {', '.join(differing)}")
     model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
-    tensors = dict(found.tensors)
     if null is not None and NULL_CONTEXT in model.state_dict():
         tensors.setdefault(NULL_CONTEXT, null[None].float())
     checkpoint.match_strictly(model.state_dict(), tensors, where)
@@ -273,6 +284,14 @@ def frozen(
     with naming_lack_of_memory(f"loading {found.path}"):
         model.to(dtype).to_empty(device=place).load_state_dict(tensors)
     return model.eval().requires_grad_(False)
+
+
+def without_internal_head(
+    architecture: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """What describes a network and its weights, for one that does without the internal head."""
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(INTERNAL_PREFIX)}
+    return {key: value for key, value in architecture.items() if key != "internal_head"}, kept
 
 
 def text_states(origin: ModelSource) -> TextStates:

@@ -23,6 +23,9 @@ from st_fast.model.load import Pretrained
 from st_fast.model.side_stream import Branches, batched
 from st_fast.recipe.schema import Model
 
+INTERNAL = -1
+"""A tap: the velocity that the internal head predicts (B, C, H, W), in place of a stream."""
+
 
 class DiffusionTransformer(Pretrained):
     """The velocity model v̂(x_t, t, condition). `config` must be resolved (depth, width, heads, patch > 0).
@@ -39,6 +42,9 @@ class DiffusionTransformer(Pretrained):
     blocks: nn.ModuleList
     """What FSDP and the compiler take one by one."""
     final_layer: FinalLayer
+    final_layer_xr: FinalLayer
+    """The internal head (Internal Guidance, arXiv 2512.24176), after block `config.internal_head`; only there if that
+    is above 0."""
     run_block: Run
 
     @abstractmethod
@@ -60,7 +66,8 @@ class DiffusionTransformer(Pretrained):
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y.
 
-        The last two are in the order of the layout, if there is one.
+        With INTERNAL among the taps, also the internal head's patches; these and the last two are in the order of the
+        layout, if there is one.
         """
 
     @abstractmethod
@@ -86,6 +93,13 @@ class DiffusionTransformer(Pretrained):
         if self.config.zero_init:
             for layer in (*zero, self.final_layer.linear):
                 nn.init.zeros_(layer.weight)
+        if self.config.internal_head:  # drawn last, so that all else is drawn as without it
+            self.final_layer_xr = FinalLayer(self.config.width, self.config.patch_values)
+            for layer in (self.final_layer_xr.linear, cast(nn.Linear, self.final_layer_xr.adaLN_modulation[1])):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+                if self.config.zero_init:
+                    nn.init.zeros_(layer.weight)
 
     @abstractmethod
     def _initialise_condition(self) -> None:
@@ -137,20 +151,36 @@ class DiffusionTransformer(Pretrained):
     ) -> tuple[Tensor, Any]:
         """x (B, C, H, W), t (B,), condition (B, …) → velocity (B, C, H, W) and the stream after block `tap` (B, N, D).
 
-        Blocks count from 1; with tap = 0 the second result is the embedded input. A tuple of blocks gives a tuple of
-        their streams. The streams are those of the image's tokens, row by row; within a route those of the kept tokens
-        (B, K, D), in the layout's order. With several groups of tokens t is (B, G).
+        Blocks count from 1; with tap = 0 the second result is the embedded input, with INTERNAL the velocity of the
+        internal head (B, C, H, W). A tuple of blocks gives a tuple of their streams. The streams are those of the
+        image's tokens, row by row; within a route those of the kept tokens (B, K, D), in the layout's order. With
+        several groups of tokens t is (B, G). ValueError for INTERNAL where there is no such head.
         """
         taps = tap if isinstance(tap, tuple) else (tap,)
+        if INTERNAL in taps and not self.config.internal_head:
+            raise ValueError("tap = INTERNAL: the network has no internal head (internal_head = 0)")
         tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps, layout)
-        patches, grid = self.final_layer(y), self.grid_of(x)
-        if layout is not None:
-            patches = layout.restored(patches)
-        velocity = unpatchify(patches, self.config.patch, self.config.channels, grid)
-        if self.config.prediction == "x":
-            times = t if layout is None or t.ndim == 1 else layout.pixel_times(t, grid, self.config.patch)
-            velocity = flow.velocity_of_x(velocity, x, times)
+        velocity = self._velocity(self.final_layer(y), x, t, layout)
+        if INTERNAL in taps:
+            tapped[INTERNAL] = self._velocity(tapped[INTERNAL], x, t, layout)
         return velocity, tuple(tapped[number] for number in taps) if isinstance(tap, tuple) else tapped[tap]
+
+    def _velocity(self, patches: Tensor, x: Tensor, t: Tensor, layout: Layout | None) -> Tensor:
+        """What a final layer gives (B, N, p·p·C), in the layout's order, as a velocity (B, C, H, W).
+
+        x (B, C, H, W) and t (B,), or (B, G) with several groups, are the network's input.
+        """
+        grid, patch = self.grid_of(x), self.config.patch
+        patches = patches if layout is None else layout.restored(patches)
+        output = unpatchify(patches, patch, self.config.channels, grid)
+        if self.config.prediction != "x":
+            return output
+        return flow.velocity_of_x(output, x, t if layout is None or t.ndim == 1 else layout.pixel_times(t, grid, patch))
+
+    def _internal_patches(self, walk: "Walk", c: Tensor) -> Tensor:
+        """The internal head of the stream (B, N, D) where it is now, and of SiLU(c) (B, D): (B, N, p·p·C)."""
+        shift, scale = self.final_layer_xr.adaLN_modulation[1](c).chunk(2, dim=-1)
+        return self.final_layer_xr(self.kernels.norm_modulate(walk.x, shift, scale, **of_groups(walk.groups)))
 
     def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int, layout: Layout | None = None) -> Tensor:
         """The stream after block `depth` (B, N, D), row by row; nothing after it is computed."""

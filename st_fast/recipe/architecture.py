@@ -89,6 +89,9 @@ class Model:
     prediction: Literal["velocity", "x"] = fixed(
         "velocity", "The output is the velocity, or the clean latent x, of which it follows (JiT's, for pixels)."
     )
+    internal_head: Annotated[int, between(0, MOST["depth"])] = fixed(
+        0, "The block that a second final layer reads, which predicts the velocity too (Internal Guidance); 0: none."
+    )
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')
     modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
 
@@ -174,8 +177,16 @@ class Model:
     @property
     def final_layers(self) -> tuple[Layer, ...]:
         """The linear layers after the blocks."""
-        n, d = self.tokens, self.width
-        return Layer("final_layer.linear", d, self.patch_values, n), Layer("final_layer.adaLN_modulation.1", d, 2 * d)
+        return self._final_layers("final_layer")
+
+    @property
+    def internal_layers(self) -> tuple[Layer, ...]:
+        """The linear layers of the internal head, where there is one."""
+        return self._final_layers("final_layer_xr") if self.internal_head else ()
+
+    def _final_layers(self, name: str) -> tuple[Layer, ...]:
+        d = self.width
+        return Layer(f"{name}.linear", d, self.patch_values, self.tokens), Layer(f"{name}.adaLN_modulation.1", d, 2 * d)
 
     @property
     def attention_macs(self) -> int:
@@ -187,7 +198,7 @@ class Model:
         """Parameters, fixed positions included, as the published counts have them."""
         norms = 4 * (self.width // self.heads) * len(self.streams) if self.qk_norm else 0
         blocks = [sum(layer.parameters for layer in self.block_layers(ends)) + norms for ends in (False, True)]
-        ends = sum(layer.parameters for layer in (*self.embedders, *self.final_layers))
+        ends = sum(layer.parameters for layer in (*self.embedders, *self.final_layers, *self.internal_layers))
         constants = self.tokens * self.width  # positions
         if self.network == "sit":
             constants += (self.num_classes + (self.class_dropout > 0)) * self.width
@@ -199,8 +210,8 @@ class Model:
         """The keys that describe the network, and not how it is computed, for config.json."""
         idle = IDLE[self.network]
         described = {name for name, key in keys(Model).items() if name == "name" or not key.free}
-        if self.prediction == keys(Model)["prediction"].default:  # which older versions do not know
-            described.discard("prediction")
+        # Which older versions do not know.
+        described -= {name for name in LATER if getattr(self, name) == keys(Model)[name].default}
         return {name: getattr(self, name) for name in keys(Model) if name in described - idle}
 
     def architecture(self) -> dict[str, Any]:
@@ -213,11 +224,13 @@ class Model:
 
     def differences(self, theirs: Mapping[str, Any]) -> list[str]:
         """In what another architecture differs; a key that it lacks, since it is older, has its default."""
-        ours = self.architecture() | {"prediction": self.prediction}
+        ours = self.architecture() | {name: getattr(self, name) for name in LATER}
         pairs = {name: (theirs.get(name, keys(Model)[name].default), value) for name, value in ours.items()}
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]
 
 
+LATER = ("prediction", "internal_head")
+"""Keys that came later: where they have their default they are not written, so that older versions read the rest."""
 IDLE: dict[str, set[str]] = {
     "sit": {"network", "text_width", "text_length", "zero_init"},
     "mmdit": {"num_classes", "zero_init"},
@@ -281,6 +294,9 @@ def check_shapes(model: Model) -> None:
             value, each = getattr(model, key), "each " * (len(set(sizes)) > 1)
             why = f"not divisible by {of} ({named})"
             raise wrong_value(f"model.{key}", value, f"{each}a multiple of {divisor}", why)
+    if model.internal_head > model.depth:
+        allowed = f"0 (none) or 1 to {model.depth}, the model's blocks"
+        raise wrong_value("model.internal_head", model.internal_head, allowed)
     if model.hidden < 1:
         raise wrong_value("model.mlp_ratio", model.mlp_ratio, f"at least 1 / model.width = {1 / model.width:g}")
     if model.parameters > PARAMETERS_MOST:

@@ -21,6 +21,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
         stage.method.check(stage.name)
+        check_shapes(recipe.for_stage(stage).model)
         check_models(stage, recipe.stages, position)
     check_guidance(recipe)
     check_single_values(recipe)

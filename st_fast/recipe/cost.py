@@ -23,9 +23,9 @@ def block_macs(model: Model, ends: bool = False) -> int:
 
 
 def trunk_macs(model: Model, depth: int | None = None) -> int:
-    """Multiply-adds of one image's forward up to block `depth`; without it, all of it with the final layer."""
+    """Multiply-adds of one image's forward up to block `depth`; without it, all of it with the final layers."""
     embedding = sum(layer.macs for layer in model.embedders)
-    final = sum(layer.macs for layer in model.final_layers) if depth is None else 0
+    final = sum(layer.macs for layer in (*model.final_layers, *model.internal_layers)) if depth is None else 0
     count = model.depth if depth is None else depth
     blocks = (count - 1) * block_macs(model) + block_macs(model, ends=True) if count else 0
     return embedding + blocks + final
@@ -114,7 +114,7 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
     at what their names tell. LayerSync costs nothing beside the student. What activation checkpointing computes again
     is not counted: see `recomputed_macs`.
     """
-    model, method = recipe.model, stage.method
+    model, method = recipe.for_stage(stage).model, stage.method
     share = supervised_share(recipe, method)
     heads = 6.0 * sum(layer.macs for layer in method.head_layers(model)) * share
     if method.encodes_images:
@@ -168,12 +168,13 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
     images, run = images_a_pass(recipe.optim, ranks), recipe.run
     shards = ranks if run.sharding == "fsdp2" else 1
     teacher_shards = shards if run.shard_teacher else 1
-    pass_bytes = images * (activation_bytes(recipe.model, bf16, run.checkpointing) + backward_bytes(recipe.model, bf16))
     stages = []
     for stage in recipe.stages:
+        model = recipe.for_stage(stage).model
+        pass_bytes = images * (activation_bytes(model, bf16, run.checkpointing) + backward_bytes(model, bf16))
         rows = supervised_rows(recipe, stage.method, images)
-        supervision = rows * supervision_bytes(recipe.model, stage.method, bf16, run)
-        weights = weight_bytes(recipe.model, stage, bf16, shards, teacher_shards)
+        supervision = rows * supervision_bytes(model, stage.method, bf16, run)
+        weights = weight_bytes(model, stage, bf16, shards, teacher_shards)
         stages.append((weights, pass_bytes + supervision))
     return max(stages, key=sum)
 
@@ -191,8 +192,11 @@ def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teache
 def saved_bytes(recipe: Recipe, ranks: int) -> int:
     """Bytes of the copy on the host that one rank's part of a checkpoint is written from, in the largest stage."""
     shards = ranks if recipe.run.sharding == "fsdp2" else 1
-    heads = max(head_parameters(recipe.model, stage.method) for stage in recipe.stages)
-    return (recipe.model.parameters * SAVED_BYTES + heads * SAVED_HEAD_BYTES) // shards
+    stages = [(recipe.for_stage(stage).model, stage.method) for stage in recipe.stages]
+    return max(
+        (model.parameters * SAVED_BYTES + head_parameters(model, method) * SAVED_HEAD_BYTES) // shards
+        for model, method in stages
+    )
 
 
 def head_parameters(model: Model, method: Method) -> int:
@@ -221,7 +225,7 @@ def looking_flops(recipe: Recipe, stage: Stage) -> float:
         count * (-(-stage.steps // every) if every else 1)
         for count, every in ((recipe.sample.num, recipe.sample.every), (scored, recipe.evaluate.every))
     )
-    return drawn * drawing_rows(recipe.sample) * 2.0 * trunk_macs(recipe.model)
+    return drawn * drawing_rows(recipe.sample) * 2.0 * trunk_macs(recipe.for_stage(stage).model)
 
 
 def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> int:
@@ -241,6 +245,7 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> i
     again = {"none": 0, "attention": inside_attention, "block": block - each * 2 * d}[checkpointing]
     ends = each * 2 * d  # the embedded tokens and the first y; the last block's are its own
     modulations = each * 6 * d * model.depth * len(model.streams)
+    ends += each * d if model.internal_head else 0  # the head's y
     return n * (model.depth * (block - again) + again + ends) + modulations
 
 

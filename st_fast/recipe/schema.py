@@ -3,7 +3,7 @@
 The defaults are those of the published Self-Transcendence runs where these exist (arXiv 2601.07773).
 """
 
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST
@@ -257,6 +257,14 @@ class Recipe:
             if stage.name == name:
                 return stage
         raise KeyError(f"no stage named {name!r}; the recipe has {', '.join(s.name for s in self.stages)}")
+
+    def for_stage(self, stage: Stage) -> "Recipe":
+        """The recipe with the network that this stage trains: [model], with what its method adds to it.
+
+        What builds, costs, loads or samples a stage's network reads it from here; what is written down (the run's
+        recipe.toml, a checkpoint's recipe) is the recipe as it was given. Of this recipe again: the same.
+        """
+        return replace(self, model=stage.method.network(self.model))
 
 
 SECTIONS: dict[str, type[Any]] = {key: kind for key, kind in get_type_hints(Recipe).items() if key != "stages"}

@@ -151,7 +151,7 @@ def of_run(run: Path, stage: str | None, checkpoint: Path | None, weights: Any, 
     """A stage of a run, the last one that was trained where none is named, and its newest checkpoint."""
     recipe = load_run(run)
     name = newest_stage(run, recipe, stage) if needs_model else stage or recipe.stages[-1].name
-    root = checkpoint or run / name / "checkpoints"
+    root, recipe = checkpoint or run / name / "checkpoints", recipe.for_stage(recipe.stage(name))
     read = functools.partial(stored.read_weights, root, recipe.model, weights)
     return Source(run, recipe, name, read, run / name / "samples", run / "compiled")
 
@@ -199,7 +199,7 @@ def _recipe(origin: ModelSource, name: str, data: Path | None) -> Recipe:
     """The recipe that a checkpoint of ours holds, or one of the model's config and the defaults."""
     config, said, where = origin.loaded.config, origin.meta.get("recipe"), f"{origin.path}: its recipe"
     if isinstance(said, str) and said:
-        recipe = from_text(said, where)
+        recipe = _of_stage(from_text(said, where), origin)
         if differing := recipe.model.differences(config.architecture()):
             raise UserError(f"{where} is of another model: {', '.join(differing)}")
         kept = str(data or "") or (recipe.data.path if _still_there(recipe, origin) else "")
@@ -207,6 +207,12 @@ def _recipe(origin: ModelSource, name: str, data: Path | None) -> Recipe:
     stage = Stage(name, METHODS["none"](), 1)
     flow = build(Flow, {"path": origin.loaded.path}, where)
     return Recipe(config, (stage,), flow, Data(path=str(data or "")), sample=_sample(origin, config))
+
+
+def _of_stage(recipe: Recipe, origin: ModelSource) -> Recipe:
+    """The recipe with the network of the stage that a checkpoint is of, where it names one of the recipe's."""
+    named = [stage for stage in recipe.stages if stage.name == origin.meta.get("stage")]
+    return recipe.for_stage(named[0]) if named else recipe
 
 
 def _still_there(recipe: Recipe, origin: ModelSource) -> bool:

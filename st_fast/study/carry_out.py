@@ -148,12 +148,12 @@ def random_model(config: Model, seed: int) -> DiffusionTransformer:
 
 def write_random_teacher(folder: Path, recipe: Recipe) -> None:
     """A run folder whose one stage is a random network at step 0 and cost nothing: recipe, log and checkpoint."""
-    stage = recipe.stages[0].name
-    state = random_model(recipe.model, recipe.run.seed).state_dict()
+    stage, config = recipe.stages[0].name, recipe.for_stage(recipe.stages[0]).model
+    state = random_model(config, recipe.run.seed).state_dict()
     meta = {
         "stage": stage,
         "recipe": to_toml(recipe),
-        "architecture": recipe.model.architecture(),
+        "architecture": config.architecture(),
         "dataset": "none",
         "seconds": 0.0,
         "rollbacks": 0,

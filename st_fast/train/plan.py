@@ -148,9 +148,10 @@ def main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(list(arguments))
     recipe = load(given.recipe, ranks=None)
     machine = Machine(given.per_node, given.nvlink * 1e9, given.network * 1e9, given.memory * 1e9)
-    parameters, images = recipe.model.parameters, recipe.optim.batch_size
+    images = recipe.optim.batch_size
     weight_bytes = 4 if recipe.run.precision == "fp32" else 2
     for stage in recipe.stages:
+        parameters = recipe.for_stage(stage).model.parameters
         if given.run is not None:
             rate, source = measured_rate(given.run, stage.name), f"measured in {given.run}"
         elif given.images_per_s is not None:

@@ -231,9 +231,9 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
         if name is not None and name not in own:
             root, table = stored.checkpoint_root(recipe, name), kernels.select({}, cpu)
             path, null = recipe.flow.path, conditions.null
+            config, space = stored.teacher_network(recipe, name), records.manifest.space
             stored.load_frozen(
-                root, recipe.model, group, table, cpu, torch.float32, flow=path, null=null,
-                latents=records.manifest.space,
+                root, config, group, table, cpu, torch.float32, flow=path, null=null, latents=space,
             )  # fmt: skip
         features = open_image_features(stage, recipe, records, cpu, torch.float32)
         if init and init not in own and not candidates(Path(recipe.run.out) / stage.name / "checkpoints"):

@@ -249,7 +249,7 @@ def _log_start(trainer: Trainer, first: int) -> None:
     each, threads = cost_of_an_image(trainer), torch.get_num_threads()
     cuda, name = context.ranks.device.type == "cuda", f"cpu, {threads} thread{'s' * (threads != 1)}"
     context.log.write(
-        "start", stage.name, first, trunk_params=recipe.model.parameters, resumed_from=first,
+        "start", stage.name, first, trunk_params=trainer.model.config.parameters, resumed_from=first,
         flops_per_image=each.total, teacher_flops_per_image=each.teacher, steps=stage.steps,
         batch_size=recipe.optim.batch_size, micro_batch=images_a_pass(recipe.optim, context.ranks.count),
         ranks=context.ranks.count, device=torch.cuda.get_device_name(context.ranks.device) if cuda else name,

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from st_fast.core.checkpoint.meta import Init
 from st_fast.core.errors import Say, UserError
 from st_fast.model import network
 from st_fast.model.finite import check_finite
-from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, head_name, heads, trunk
-from st_fast.model.stored import KINDS, read_model
+from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, LoadedState, head_name, heads, trunk
+from st_fast.model.stored import KINDS, read_model, without_internal_head
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
@@ -56,15 +57,15 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
 
 def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedState:
     """The model that the stage starts from; UserError listing every way in which it can't."""
-    start, name = stage.start, stage.start.init
+    start, name, config = stage.start, stage.start.init, recipe.for_stage(stage).model
     of_this_run = any(other.name == name for other in recipe.stages)
     path = Path(recipe.run.out) / name if of_this_run else Path(name)
     where = f"stage.{stage.name}.init = {name!r}"
     if not path.exists():
         raise UserError(f"{where}: there is nothing; {KINDS} can be read")
     only = None if start.init_weights == "state" or start.init_heads == "match" else start.init_weights
-    loaded = read_model(path, say, otherwise=recipe.model, only=only).loaded
-    theirs = loaded.config.architecture()
+    loaded = read_model(path, say, otherwise=config, only=only).loaded
+    theirs: Mapping[str, Any] = loaded.config.architecture()
     for prefix in start.init_fresh:
         if not any(key.startswith(prefix) for key in drawn["model"]):
             raise UserError(f"stage.{stage.name}.init_fresh: no key of the model begins with {prefix!r}")
@@ -73,15 +74,20 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     kept = _kept(drawn["model"], start.init_fresh)
     known = {key for key in drawn["model"] if key not in kept}
     found = {key: tensor for key, tensor in trunk(loaded.model).items() if key not in known}
-    differing = recipe.model.differences(theirs)
+    if not config.internal_head:  # one that the model has stays behind
+        theirs, found = without_internal_head(theirs, found)
+    differing = config.differences(theirs)
     every = (loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq)
     for tensors in every if only is None else (loaded.model if only == "raw" else loaded.ema,):
         check_finite(tensors, where)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named + _fresh_hint(kept, found))
-    ours = recipe.model.architecture()
-    # No weight's shape tells how many heads there are, nor which of the grids with as many tokens positions are for.
-    if theirs["heads"] != ours["heads"] or ("pos_embed" in kept and theirs["latent_size"] != ours["latent_size"]):
+    ours = config.architecture()
+    # No weight's shape tells how many heads there are, nor which of the grids with as many tokens positions are for,
+    # nor which block the internal head reads.
+    untold = ["heads"] + ["latent_size"] * ("pos_embed" in kept)
+    untold += ["internal_head"] * any(key.startswith(INTERNAL_PREFIX) for key in kept)
+    if any(theirs.get(key) != ours.get(key) for key in untold):
         raise UserError(named)
     if start.init_heads == "match":
         wanted = {head_name(key): tensor for key, tensor in drawn.get("heads", {}).items()}
@@ -95,19 +101,24 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
 def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Say) -> None:
     """UserError for a start that is not there or does not fit, before anything is built in earnest."""
     drawn: dict[str, Mapping[str, Tensor]] = {}
+    config = recipe.for_stage(stage).model
     with torch.device("meta"):
         table = kernels.select({}, torch.device("cpu"))
-        model = network(recipe.model, table)
+        model = network(config, table)
         drawn["model"] = model.state_dict()
         if stage.start.init_heads == "match":
-            parts = Parts(recipe.model, table, model, EmaModel(model), feature_widths, recipe.flow.path)
+            parts = Parts(config, table, model, EmaModel(model), feature_widths, recipe.flow.path)
             drawn["heads"] = supervision.create(stage, parts, 0).heads.state_dict()
     _fitting(recipe, stage, drawn, say)
 
 
 def _fresh_hint(kept: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """How to start all the same where only parts outside the blocks have other shapes, such as the classes' table."""
+    """How to start all the same where only parts outside the blocks have other shapes, such as the classes' table.
+
+    So where only the internal head is missing.
+    """
     differing = [key for key in kept if key in found and kept[key].shape != found[key].shape]
+    differing += [key for key in kept if key not in found and key.startswith(INTERNAL_PREFIX)]
     parts = sorted({f"{key.partition('.')[0]}." if "." in key else key for key in differing})
     if not parts or {"blocks.", "joint_blocks."} & {*parts}:
         return ""

@@ -168,7 +168,8 @@ class Step:
             inputs = batch.x_t, batch.t, batch.student_condition
             prediction, hidden = self.model(*inputs, self.supervision.tap, batch.layout)
         with named_range("loss"):
-            denoise = flow.denoising_loss(prediction, batch.velocity).sum() / self.recipe.optim.batch_size
+            goal = self.supervision.denoising_target(prediction, hidden, batch)
+            denoise = flow.denoising_loss(prediction, goal).sum() / self.recipe.optim.batch_size
             aux = self.supervision.loss(hidden, target(), batch) if target else torch.zeros_like(denoise)
         return Losses(denoise, aux)
 

@@ -63,7 +63,7 @@ class Trainer:
 
     def __init__(self, context: RunContext, stage: Stage) -> None:
         self.context, self.stage = context, stage
-        recipe, device = context.recipe, context.ranks.device
+        recipe, device = context.recipe.for_stage(stage), context.ranks.device
         chosen = {**vars(recipe.kernels), **context.timed}
         table = validated_kernels(chosen, recipe.model, context.ranks, context.dtype, context.log.say)
         self.noisy_latents = table.noisy_latents
@@ -134,6 +134,7 @@ class Trainer:
         if name is None:
             return None
         recipe, ranks, loaded = context.recipe, context.ranks, list[DiffusionTransformer]()
+        config = stored.teacher_network(recipe, name)
 
         def load() -> None:
             root, group = stored.checkpoint_root(recipe, name), self.stage.method.teacher_group
@@ -144,13 +145,13 @@ class Trainer:
 
             null = self.conditions.null
             model = stored.load_frozen(
-                root, recipe.model, group, table, place, context.dtype, attend, record=record, null=null,
+                root, config, group, table, place, context.dtype, attend, record=record, null=null,
                 latents=context.shards.manifest.space,
             )  # fmt: skip
             loaded.append(model)
 
         ranks.broadcast_from_rank0(load)
-        model = loaded[0] if loaded else unfilled(recipe.model, table, ranks.device, context.dtype, attend)
+        model = loaded[0] if loaded else unfilled(config, table, ranks.device, context.dtype, attend)
         model.eval().requires_grad_(False)
         ranks.broadcast(model.state_dict().values())
         return model
@@ -250,7 +251,7 @@ class Trainer:
         meta = Meta(
             stage=self.stage.name,
             recipe=to_toml(recipe),
-            architecture=recipe.model.architecture(),
+            architecture=self.model.config.architecture(),
             dataset=self.context.shards.manifest.digest,
             files=self.context.shards.files,
             features=tuple(self.features.digests),
@@ -328,7 +329,7 @@ def _average(
 ) -> EmaModel | None:
     if not stage.method.learns_from_average:
         return None
-    model = unfilled(context.recipe.model, table, context.ranks.device, context.dtype, attend)
+    model = unfilled(context.recipe.for_stage(stage).model, table, context.ranks.device, context.dtype, attend)
     if shards is not None:
         shards.model(model.requires_grad_(False), stage.method.frozen_depth)
     _compile(context, model)

@@ -23,6 +23,7 @@ MATHS = {
         "model.mlp_ratio",
         "model.qk_norm",
         "model.prediction",
+        "model.internal_head",
         "flow.path",
         "flow.time",
         "data.source",

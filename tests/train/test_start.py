@@ -33,7 +33,7 @@ from st_fast.train.log import Log
 from st_fast.train.optim import Optimizer
 from st_fast.train.parallel import hand_out
 from st_fast.train.run import run
-from st_fast.train.supervision import Parts
+from st_fast.train.supervision import Parts, Supervision
 from tests import foreign, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -288,7 +288,7 @@ class OwnSettings(Method):
     selection: ClassVar[Selection] = Selection(EVERYWHERE, "sample", 0.5)
 
 
-class Own:
+class Own(Supervision):
     """mean_n ‖head(h)‖², by layers that are named like nothing else and like a SiT's own."""
 
     def __init__(self, settings: OwnSettings, parts: Parts) -> None:

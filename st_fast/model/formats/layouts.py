@@ -14,7 +14,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import shown
 from st_fast.core.options import ARCHITECTURE_MOST, LAYOUTS
 from st_fast.model import network
-from st_fast.model.formats.loaded_state import NULL_CONTEXT, Table, heads, is_head
+from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
 from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes
@@ -27,6 +27,9 @@ MMDIT_LAYOUTS = ("repa", "self-transcendence")
 """Those whose projects train an MMDiT too."""
 TOLD_BY = "convert, sample, evaluate and probe take"
 """The commands with options for what a file does not tell."""
+INTERNAL_KEY = f"{INTERNAL_PREFIX}linear.weight"
+INTERNAL_ARGS, INTERNAL_BLOCK = ("internal_head", "encoder_depth"), 8
+"""What calls the block that it reads, here and there; and that of the released code, whose files do not tell it."""
 CLIP_TOKENS = 77
 """Tokens of a caption in the published MMDiTs' data, which no file tells."""
 
@@ -100,13 +103,26 @@ def infer(
         )
     model = Model(
         name=name if count == usual_heads else "custom", depth=depth, width=width, heads=count, patch=patch,
-        channels=channels, latent_size=size, mlp_ratio=hidden[0] / width, qk_norm=norm in table, **condition,
+        channels=channels, latent_size=size, mlp_ratio=hidden[0] / width, qk_norm=norm in table,
+        internal_head=_internal_head(table, args, where, otherwise), **condition,
     )  # fmt: skip
     try:
         check_shapes(model)
     except RecipeError as error:
         raise UserError(f"{where}: {error}") from None
     return model
+
+
+def _internal_head(table: Table, args: Mapping[str, Any], where: str, otherwise: Model | None) -> int:
+    """The block that an internal head reads, 0 without one: as `args` tell, else `otherwise`'s, else as published."""
+    if INTERNAL_KEY not in table:
+        return 0
+    told = next((args[name] for name in INTERNAL_ARGS if args.get(name) is not None), None)
+    if told is None:
+        return otherwise.internal_head if otherwise and otherwise.internal_head else INTERNAL_BLOCK
+    if type(told) is not int or told < 1:
+        raise UserError(f"{where}: {INTERNAL_KEY} is there, and its block = {shown(told)}: a block's number is needed")
+    return told
 
 
 def _latent_size(tokens: int, patch: int, told: Any, otherwise: Model | None, where: str) -> LatentSize:

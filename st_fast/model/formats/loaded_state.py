@@ -59,9 +59,11 @@ class LoadedState:
 
 NULL_CONTEXT = "null_context"
 """The empty caption's states in an MMDiT of ours. Published files lack them: they come from the data."""
+INTERNAL_PREFIX = "final_layer_xr."
+"""How the keys of the internal head begin, which Internal Guidance adds to the trunk."""
 TRUNK = (
     "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "pos_embed", NULL_CONTEXT, "blocks.",
-    "joint_blocks.", "final_layer.",
+    "joint_blocks.", "final_layer.", INTERNAL_PREFIX,
 )  # fmt: skip
 """How the keys of a SiT and of an MMDiT begin."""
 

@@ -98,6 +98,13 @@ class Method:
         """What the weight λ is multiplied with at a step, counted from 0."""
         return 1.0
 
+    def network(self, model: Model) -> Model:
+        """The network that a stage of this method trains: the recipe's, with what the method adds for good.
+
+        Applied twice it adds nothing more.
+        """
+        return model
+
     def head_layers(self, model: Model) -> tuple[Layer, ...]:
         """The linear layers of the trained heads, which are dropped after training."""
         return ()

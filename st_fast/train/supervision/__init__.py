@@ -111,6 +111,14 @@ class Supervision:
         """Whether the method supervises at this step; if not, neither `target` nor `loss` is called."""
         return self.settings.selection is not None and self.settings.supervises(step)
 
+    def denoising_target(self, prediction: Tensor, hidden: Any, batch: NoisyBatch) -> Tensor:
+        """(B, C, H, W) what the denoising loss compares the prediction with, without gradient: the path's velocity.
+
+        prediction (B, C, H, W) and hidden (as `loss` has it) are the student's, with gradient. Called at every step,
+        whether or not the method is active.
+        """
+        return batch.velocity
+
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         """The tensors that `loss` compares with, without gradient, for the supervised rows."""
         return ()
