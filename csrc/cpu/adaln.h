@@ -6,18 +6,29 @@
 namespace ST_ISA {
 namespace {
 
-struct Task {
-  int64_t b, first, last;
-};
-
-ST_INLINE Task token_task(int64_t task, int64_t N) {
-  const int64_t per_sample = divide_up(N, kTokensPerTask);
-  const int64_t b = task / per_sample, first = (task % per_sample) * kTokensPerTask;
-  return {b, first, first + kTokensPerTask < N ? first + kTokensPerTask : N};
-}
-
 ST_INLINE void one_plus(const float* scale, float* to, int64_t D) {
   sweep(D, [&](int64_t i, auto lanes, auto) ST_LAMBDA { store(to + i, load(scale + i, lanes) + 1.0f, lanes); });
+}
+
+// The vectors of the tokens at hand, each read once for all of them; w = 1 + scale.
+struct Modulation {
+  const float *gate, *shift, *w;
+  int64_t b = -1, run = -1;
+};
+
+// Those of run `run`, or of token `run` where every token has its own. `rows`: four for the converted ones and for w.
+template <bool GATED, bool NORM, bool SHIFT>
+ST_INLINE void read_modulation(const AdaLN& p, int64_t b, int64_t run, const Scratch& scratch, int64_t rows,
+                               Modulation* m) {
+  if (m->b == b && m->run == run) return;
+  if (GATED) m->gate = read_row(p.gate, b, run, p.D, scratch.row(rows));
+  if (SHIFT) m->shift = read_row(p.shift, b, run, p.D, scratch.row(rows + 1));
+  if (NORM) {
+    one_plus(read_row(p.scale, b, run, p.D, scratch.row(rows + 2)), scratch.row(rows + 3), p.D);
+    m->w = scratch.row(rows + 3);
+  }
+  m->b = b;
+  m->run = run;
 }
 
 // x_out = x + gate * a, returned as it is stored (a 16-bit type rounds it), since the statistics are taken of that.
@@ -62,18 +73,15 @@ ST_INLINE void normalise(const AdaLN& p, int64_t b, int64_t n, const float* x, c
 template <bool GATED, bool NORM>
 void adaln_forward(const AdaLN& p, int64_t begin, int64_t end) {
   const Scratch scratch(7, p.D);
-  float *s0 = scratch.row(0), *s1 = scratch.row(1), *s2 = scratch.row(2), *w = scratch.row(3);
-  const float *gate = nullptr, *shift = nullptr;
+  float *s0 = scratch.row(0), *s1 = scratch.row(1), *s2 = scratch.row(2);
+  Modulation m = {};
   for (int64_t task = begin; task < end; ++task) {
-    const Task t = token_task(task, p.N);
-    if (task == begin || t.first == 0) {
-      if (GATED) gate = read_row(p.gate, t.b, 0, p.D, scratch.row(4));
-      if (NORM) shift = read_row(p.shift, t.b, 0, p.D, scratch.row(5));
-      if (NORM) one_plus(read_row(p.scale, t.b, 0, p.D, scratch.row(6)), w, p.D);
-    }
+    const int64_t b = task / p.chunks;
+    const Chunk& t = p.chunk[task % p.chunks];
     for (int64_t n = t.first; n < t.last; ++n) {
-      const float* x = GATED ? add_gated(p, t.b, n, gate, s0, s1, s2) : read_row(p.x, t.b, n, p.D, s0);
-      if (NORM) normalise(p, t.b, n, x, w, shift, s1);
+      read_modulation<GATED, NORM, NORM>(p, b, p.per_token ? n : t.run, scratch, 3, &m);
+      const float* x = GATED ? add_gated(p, b, n, m.gate, s0, s1, s2) : read_row(p.x, b, n, p.D, s0);
+      if (NORM) normalise(p, b, n, x, m.w, m.shift, s1);
     }
   }
   drain();
@@ -83,6 +91,22 @@ void adaln_forward(const AdaLN& p, int64_t begin, int64_t end) {
 struct Sums {
   float *gate, *shift, *scale;
 };
+
+// The gradients of token n's own vectors, (sums, D).
+ST_INLINE void write_dmod(const AdaLN& p, int64_t b, int64_t n, const float* sums) {
+  Rows out = p.dmod;
+  for (int64_t sum = 0; sum < p.sums; ++sum, sums += p.D) {
+    if (out.dtype == DType::kFloat32) {
+      float* to = write_row(out, b, n, nullptr) + sum * p.D;
+      sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+        store(to + i, load(sums + i, lanes), lanes, out.past_cache);
+      });
+    } else {
+      out.data = static_cast<uint16_t*>(p.dmod.data) + sum * p.D;
+      commit_row(out, b, n, p.D, sums);
+    }
+  }
+}
 
 // The two means that LayerNorm's backward needs, of g = dy * (1 + scale) and of g * x_hat; adds dshift and dscale.
 ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float* w, float mean, float rstd,
@@ -103,36 +127,35 @@ ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float
 
 template <bool GATED, bool NORM, bool BIAS = false>
 void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
-  const Scratch scratch(9, p.D);
+  const Scratch scratch(p.per_token ? 13 : 10, p.D);
   const bool dx_past = p.dx.past_cache, da_past = p.da.past_cache;
-  float* w = scratch.row(6);
-  const float* gate = nullptr;
+  Modulation m = {};
   for (int64_t task = begin; task < end; ++task) {
-    const Task t = token_task(task, p.N);
-    if (task == begin || t.first == 0) {
-      if (GATED) gate = read_row(p.gate, t.b, 0, p.D, scratch.row(7));
-      if (NORM) one_plus(read_row(p.scale, t.b, 0, p.D, scratch.row(8)), w, p.D);
-    }
-    float* partial = p.partial + task * p.sums * p.D;
-    std::memset(partial, 0, sizeof(float) * p.sums * p.D);
+    const int64_t b = task / p.chunks;
+    const Chunk& t = p.chunk[task % p.chunks];
+    float* partial = p.per_token ? scratch.row(10) : p.partial + task * p.sums * p.D;
+    if (!p.per_token) std::memset(partial, 0, sizeof(float) * p.sums * p.D);
     float* bias = BIAS ? p.bias_partial + task * p.D : nullptr;
     if (BIAS) std::memset(bias, 0, sizeof(float) * p.D);
     const Sums sums = {partial, partial + (GATED ? p.D : 0), partial + (GATED ? 2 : 1) * p.D};
     for (int64_t n = t.first; n < t.last; ++n) {
+      read_modulation<GATED, NORM, false>(p, b, p.per_token ? n : t.run, scratch, 6, &m);
+      const float *gate = m.gate, *w = m.w;
+      if (p.per_token) std::memset(partial, 0, sizeof(float) * p.sums * p.D);
       const float *dy = nullptr, *x = nullptr, *dx_out = nullptr, *a = nullptr;
       float *dx = nullptr, *da = nullptr, mean = 0, rstd = 0, mean_g = 0, mean_gx = 0;
       if (NORM) {
-        dy = read_row(p.dy, t.b, n, p.D, scratch.row(0));
-        x = read_row(p.x_out, t.b, n, p.D, scratch.row(1));
-        mean = p.mean[t.b * p.N + n];
-        rstd = p.rstd[t.b * p.N + n];
-        dx = write_row(p.dx, t.b, n, scratch.row(2));
+        dy = read_row(p.dy, b, n, p.D, scratch.row(0));
+        x = read_row(p.x_out, b, n, p.D, scratch.row(1));
+        mean = p.mean[b * p.N + n];
+        rstd = p.rstd[b * p.N + n];
+        dx = write_row(p.dx, b, n, scratch.row(2));
         norm_sums(p.D, dy, x, w, mean, rstd, sums, &mean_g, &mean_gx);
       }
       if (GATED) {
-        dx_out = read_row(p.dx_out, t.b, n, p.D, scratch.row(3));
-        a = read_row(p.a, t.b, n, p.D, scratch.row(4));
-        da = write_row(p.da, t.b, n, scratch.row(5));
+        dx_out = read_row(p.dx_out, b, n, p.D, scratch.row(3));
+        a = read_row(p.a, b, n, p.D, scratch.row(4));
+        da = write_row(p.da, b, n, scratch.row(5));
       }
       sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
         Vec d = {};
@@ -149,23 +172,25 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
           store(sums.gate + i, load(sums.gate + i, lanes) + d * load(a + i, lanes), lanes);
         }
       });
-      if (NORM) commit_row(p.dx, t.b, n, p.D, dx);
-      if (GATED) commit_row(p.da, t.b, n, p.D, da);
+      if (NORM) commit_row(p.dx, b, n, p.D, dx);
+      if (GATED) commit_row(p.da, b, n, p.D, da);
+      if (p.per_token) write_dmod(p, b, n, partial);
     }
   }
   drain();
 }
 
-// dmod[b, sum] = the partial sums of sample b, added in the order of their tasks.
+// dmod[b, run, sum] = the partial sums of a run of sample b, added in the order of their tasks.
 void sum_partials(const AdaLN& p, int64_t begin, int64_t end) {
   const Scratch scratch(1, p.D);
-  const int64_t per_sample = divide_up(p.N, kTokensPerTask), pitch = p.sums * p.D;
+  const int64_t pitch = p.sums * p.D;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / p.sums, sum = task % p.sums;
-    const float* from = p.partial + b * per_sample * pitch + sum * p.D;
+    const int64_t sum = task % p.sums, run = task / p.sums % p.runs, b = task / (p.sums * p.runs);
+    const int64_t first = run ? p.chunk_end[run - 1] : 0, count = p.chunk_end[run] - first;
+    const float* from = p.partial + (b * p.chunks + first) * pitch + sum * p.D;
     float* acc = scratch.row(0);
     std::memset(acc, 0, sizeof(float) * p.D);
-    for (int64_t c = 0; c < per_sample; ++c) {
+    for (int64_t c = 0; c < count; ++c) {
       sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
         store(acc + i, load(acc + i, lanes) + load(from + c * pitch + i, lanes), lanes);
       });

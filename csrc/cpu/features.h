@@ -2,7 +2,7 @@
 // REPA (arXiv 2410.06940), Self-Transcendence (arXiv 2601.07773), classifier-free guidance (arXiv 2207.12598).
 #pragma once
 
-#include "adaln.h"
+#include "rows.h"
 
 namespace ST_ISA {
 namespace {

@@ -17,7 +17,7 @@ constexpr uint32_t kNoise = 1, kPosterior = 2;  // what a draw is for: the last 
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A (B, N, D) tensor, or a (B, D) one with token = 0. Strides in elements.
+// A (B, N, D) tensor, or a (B, D) one with token = 0; of a modulation (B, G, D) token is the run's. Strides in elements.
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -25,15 +25,24 @@ struct Rows {
   bool past_cache = false;  // an output that no cache holds: float32, every row a whole number of lines
 };
 
-// Tasks: (sample, kTokensPerTask tokens). Absent tensors have data == nullptr and are not touched.
+// A task's tokens, of one run of those that share a modulation vector.
+struct Chunk {
+  int64_t run, first, last;
+};
+
+// Tasks: (sample, chunk). Absent tensors have data == nullptr and are not touched.
 struct AdaLN {
   int64_t B, N, D;
+  int64_t runs, chunks;      // of a sample
+  const Chunk* chunk;        // (chunks,)
+  const int64_t* chunk_end;  // (runs,): the number of chunks up to the end of a run
+  bool per_token;            // every token has its vectors, the token stride of gate, shift and scale; one run
   float eps;
   Rows x, a, gate, shift, scale, x_out, y;  // forward; x_out is also read by the backward pass
   Rows dx_out, dy, dx, da;                  // backward
   float *mean, *rstd;                       // (B, N)
-  float* partial;                           // (B, tasks per sample, sums, D), sums in the order gate, shift, scale
-  Rows dmod;                                // (B, sums · D)
+  float* partial;                           // (B, chunks, sums, D), sums in the order gate, shift, scale
+  Rows dmod;                                // (B, runs, sums · D); per token (B, N, sums · D), and no partial
   int64_t sums;
   float* bias_partial;                      // (tasks, D): sums of da
 };

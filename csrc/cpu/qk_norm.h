@@ -1,7 +1,7 @@
 // LayerNorm with affine over head_dim of q and k, read from the packed projection (arXiv 2302.05442).
 #pragma once
 
-#include "adaln.h"
+#include "rows.h"
 
 namespace ST_ISA {
 namespace {

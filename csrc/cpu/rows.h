@@ -147,6 +147,17 @@ ST_INLINE void commit_row(const Rows& r, int64_t b, int64_t n, int64_t length, c
   else floats_to_halves<false>(scratch, at, length);
 }
 
+struct Task {
+  int64_t b, first, last;
+};
+
+// Of tasks that are kTokensPerTask tokens of any sample.
+ST_INLINE Task token_task(int64_t task, int64_t N) {
+  const int64_t per_sample = divide_up(N, kTokensPerTask);
+  const int64_t b = task / per_sample, first = (task % per_sample) * kTokensPerTask;
+  return {b, first, first + kTokensPerTask < N ? first + kTokensPerTask : N};
+}
+
 // `count` rows of `length` floats for the time of one call, each on its own cache line.
 class Scratch {
  public:

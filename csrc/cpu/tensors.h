@@ -175,8 +175,9 @@ inline Tensor add_bias_partials(float* partial, int64_t count, int64_t D, const 
   expect_shape(bias, "bias", {D});
   Tensor sum = empty_as({D}, bias);
   AdaLN p = {};
-  p.B = 1;
-  p.N = count * kTokensPerTask;
+  p.runs = 1;
+  p.chunks = count;
+  p.chunk_end = &count;
   p.D = D;
   p.sums = 1;
   p.partial = partial;

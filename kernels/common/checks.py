@@ -68,6 +68,17 @@ def eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps = {eps}; a finite number > 0 is needed")
 
 
+def lengths(op: str, lengths: Sequence[int], tokens: int) -> None:
+    """A tuple or list of integers ≥ 1 whose sum is the number of x's tokens."""
+    if not isinstance(lengths, (tuple, list)):
+        raise TypeError(f"{op}: lengths is a {type(lengths).__name__}; a tuple or list of integers is needed")
+    for at, length in enumerate(lengths):
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"{op}: lengths[{at}] = {length!r}; an integer ≥ 1 is needed")
+    if sum(lengths) != tokens:
+        raise ValueError(f"{op}: lengths sum to {sum(lengths)}; x's N = {tokens} is needed")
+
+
 def packed(op: str, qkv: Tensor) -> None:
     """qkv (B, N, 3, H, d)."""
     floating(op, qkv=qkv)

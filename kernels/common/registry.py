@@ -46,6 +46,15 @@ Grad = Optional[Tensor]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Inputs of another kind that an op takes, beside those of its `trial`."""
+
+    trial: Callable[[Draw, Size], Inputs]
+    vectors: Callable[[Size], int]
+    """Modulation vectors of a sample."""
+
+
+@dataclass(frozen=True)
 class Op:
     """One op as users call it, with what the choice between implementations, tests and measurements need to know."""
 
@@ -72,19 +81,31 @@ class Op:
     """Bytes that an op moves which makes data, at an element's size: it has no backward pass."""
     forms: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Other fused forms that a recipe can choose by these names (the family's FORMS)."""
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    """Other kinds of inputs, by names for tests and measurements."""
 
-    def bytes(self, size: Size, itemsize: int, device_type: str) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Bytes (forward, backward) that the mathematics must move, and those that the op's interface moves."""
+    def trials(self) -> tuple[Callable[[Draw, Size], Inputs], ...]:
+        """The trial, if there is one, and those of the other kinds."""
+        return (*(() if self.trial is None else (self.trial,)), *(kind.trial for kind in self.kinds.values()))
+
+    def bytes(
+        self, size: Size, itemsize: int, device_type: str, kind: str = ""
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Bytes (forward, backward) that the mathematics must move, and those that the op's interface moves.
+
+        The modulation of other kinds of inputs is among the former, too: it may be as large as x.
+        """
         if self.data is not None:
             moved = self.data(size, itemsize), 0.0
             return moved, moved
         unit = size.batch * size.tokens * size.width * itemsize
-        vector = size.batch * size.width * itemsize
+        vector = size.batch * size.width * itemsize * (self.kinds[kind].vectors(size) if kind else 1)
+        needed = vector if kind else 0
         kept = 4 * self.statistics(size) * size.batch * size.tokens
         forward, backward = self.moved or self.floor
         if device_type == "cpu" and self.free_backward_on_cpu:
             backward = 0
-        return (self.floor[0] * unit, self.floor[1] * unit), (
+        return (self.floor[0] * unit + self.vectors[0] * needed, self.floor[1] * unit + self.vectors[1] * needed), (
             forward * unit + kept + self.vectors[0] * vector,
             backward * unit + kept + self.vectors[1] * vector,
         )

@@ -77,9 +77,10 @@ class Draw:
         """A layer's leaf (wide, deep) that keeps the size of what goes through it."""
         return (self(wide, deep) * deep**-0.5).requires_grad_()
 
-    def modulation(self, size: Size) -> tuple[Tensor, ...]:
-        """Six leaves (B, D) that are strided views of one (B, 6D) tensor, as a model has them."""
-        parts = self(size.batch, 6 * size.width).chunk(6, dim=1)
+    def modulation(self, size: Size, *vectors: int) -> tuple[Tensor, ...]:
+        """Six leaves (B, D) that are strided views of one (B, 6D) tensor, as a model has them; with a number of vectors
+        a sample between."""
+        parts = self(size.batch, *vectors, 6 * size.width).chunk(6, dim=-1)
         return tuple(part.detach().requires_grad_() for part in parts)
 
     def bias(self, channels: int) -> Optional[Tensor]:

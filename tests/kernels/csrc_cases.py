@@ -29,35 +29,46 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def modulated(batch: int, tokens: int, width: int) -> list[Case]:
-    """The adaLN ops: modulation cut from one (B, 6D) tensor, x a transposed view, a with a strided last axis."""
+def modulated(batch: int, tokens: int | tuple[int, ...], width: int, per_token: bool = False) -> list[Case]:
+    """The adaLN ops: modulation cut from one (B, 6D) tensor, x a transposed view, a with a strided last axis.
+
+    `tokens` may be the lengths of runs, each with a modulation of its own; `per_token`: one of every token.
+    """
+    lengths = None if isinstance(tokens, int) else tokens
+    count = tokens if isinstance(tokens, int) else sum(tokens)
+    vectors = (count,) if per_token else () if lengths is None else (len(lengths),)
     leaves = {
-        "x": 2 * random(batch, width, tokens) + 1, "a": random(batch, tokens, 2 * width),
-        "mod": random(batch, 6 * width), "bias": random(width),
+        "x": 2 * random(batch, width, count) + 1, "a": random(batch, count, 2 * width),
+        "mod": random(batch, *vectors, 6 * width), "bias": random(width),
     }  # fmt: skip
 
     def parts(t: Leaves) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        return t["x"].transpose(1, 2), t["a"][..., ::2], t["mod"].chunk(6, 1)
+        return t["x"].transpose(1, 2), t["a"][..., ::2], t["mod"].chunk(6, -1)
 
     def norm(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, _, mod = parts(t)
-        return (ops.norm_modulate(x, mod[1], mod[4], 1e-6),)
+        return (ops.norm_modulate(x, mod[1], mod[4], 1e-6, lengths),)
 
     def gated(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, a, mod = parts(t)
-        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(x, a, mod[0], mod[2], mod[5], 1e-5)
+        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(
+            x, a, mod[0], mod[2], mod[5], 1e-5, lengths=lengths
+        )
         return out
 
     def biased(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, a, mod = parts(t)
-        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(x, a, mod[0], mod[2], mod[5], 1e-5, t["bias"])
+        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(
+            x, a, mod[0], mod[2], mod[5], 1e-5, t["bias"], lengths
+        )
         return out
 
     def residual(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, a, mod = parts(t)
-        return (ops.gate_residual(x, a, mod[3]),)
+        return (ops.gate_residual(x, a, mod[3], lengths),)
 
-    size = f"{batch}x{tokens}x{width}"
+    runs = str(tokens) if isinstance(tokens, int) else "+".join(map(str, tokens))
+    size = f"{batch}x{runs}x{width}" + ("-per-token" if per_token else "")
     calls = {"norm_modulate": norm, "gate_residual_norm_modulate": gated, "gate_residual": residual,
              "gate_residual_norm_modulate-biased": biased}  # fmt: skip
     return [Case(f"{name}-{size}", leaves, call) for name, call in calls.items()]
@@ -147,6 +158,10 @@ def cases() -> list[Case]:
         size = f"{batch}x{tokens}x{heads}x{dim}"
         made.append(Case(f"attention-{size}", leaves, lambda ops, t: (ops.attention(t["qkv"]),)))
         made.append(Case(f"attention_heads-{size}", leaves, _apart))
+    for batch, lengths, width in ((2, (33, 70), 100), (1, (1,), 33), (3, (5, 1, 41), 64), (1, (32, 3, 32, 64), 5)):
+        made += modulated(batch, lengths, width)
+    for batch, tokens, width in ((2, 33, 100), (1, 1, 33), (3, 67, 384)):
+        made += modulated(batch, tokens, width, per_token=True)
     return made
 
 
