@@ -68,6 +68,7 @@ METHODS = {
     ),
     "repa": ("REPA", "An early block has to match a frozen image encoder's features of the clean image."),
     "sra": ("SRA", "An early block has to match a later block of the model's own EMA, which sees less noise."),
+    "sra2": ("SRA 2", "An early block has to give the clean latent through a small head, which is dropped afterwards."),
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""

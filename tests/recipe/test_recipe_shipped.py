@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from st_fast.recipe import load
-from st_fast.recipe.methods import LayerSync, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
+from st_fast.recipe.methods import LayerSync, Repa, SelfRepresentation, SelfTranscendence, Sra2, VelocityHead
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -93,9 +93,16 @@ def test_layer_syncs_published_settings() -> None:
     assert method == LayerSync(student_depth=8, teacher_depth=16, weight=0.2)
 
 
+def test_sra_2s_published_settings() -> None:
+    (stage,) = load(RECIPES / "sit_xl_sra2.toml", ranks=8).stages
+    assert isinstance(stage.method, Sra2) and stage.steps == 4_000_000
+    assert (stage.method.depth, stage.method.weight, stage.method.hidden) == (8, 1.0, 2 * 1152)
+
+
 def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
     recipe = load(RECIPES / "digits_methods.toml")
-    assert [stage.name for stage in recipe.stages] == ["plain", "layer_sync", "sra", "repa", "align", "transcend"]
+    names = ["plain", "layer_sync", "sra", "sra2", "repa", "align", "transcend"]
+    assert [stage.name for stage in recipe.stages] == names
     assert len({stage.steps for stage in recipe.stages}) == 1
 
 

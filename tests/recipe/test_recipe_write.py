@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from st_fast.recipe import Recipe, Stage, load, to_toml
-from st_fast.recipe.methods import METHODS, LayerSync, Plain, Repa, SelfRepresentation, SelfTranscendence, VelocityHead
+from st_fast.recipe.methods import (
+    METHODS,
+    LayerSync,
+    Plain,
+    Repa,
+    SelfRepresentation,
+    SelfTranscendence,
+    Sra2,
+    VelocityHead,
+)
 from st_fast.recipe.schema import SECTIONS, Data, Evaluate, Flow, Kernels, Model, Optim, Run, Sample
 
 INT = st.integers(1, 9_999)
@@ -84,7 +93,8 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
             ZERO_UP,
             ZERO_UP,
         )
-        done.append(Stage(name, draw(st.one_of(st.just(Plain()), align, transcend, sync, repa, sra)), steps))
+        sra2 = st.builds(Sra2, block, NOT_NEGATIVE, INT)
+        done.append(Stage(name, draw(st.one_of(st.just(Plain()), align, transcend, sync, repa, sra, sra2)), steps))
     return tuple(done)
 
 

@@ -10,11 +10,12 @@ from st_fast.recipe.methods.layer_sync import LayerSync
 from st_fast.recipe.methods.repa import DINOV2, Repa, dinov2_size, encoder_width
 from st_fast.recipe.methods.self_transcendence import SelfTranscendence
 from st_fast.recipe.methods.sra import SelfRepresentation
+from st_fast.recipe.methods.sra2 import Sra2
 from st_fast.recipe.methods.velocity_head import VelocityHead
 
 __all__ = [
     "DINOV2", "EVERYWHERE", "METHODS", "LayerSync", "Mask", "Method", "Plain", "Repa", "Selection",
-    "SelfRepresentation", "SelfTranscendence", "VelocityHead", "dinov2_size", "encoder_width", "projector",
+    "SelfRepresentation", "SelfTranscendence", "Sra2", "VelocityHead", "dinov2_size", "encoder_width", "projector",
     "supervision_name",
 ]  # fmt: skip
 
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "self_transcendence": SelfTranscendence,
     "layer_sync": LayerSync,
     "sra": SelfRepresentation,
+    "sra2": Sra2,
     "repa": Repa,
 }
 

@@ -1,6 +1,7 @@
 """What every method's settings share, and the settings of none. Imports no torch."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 from st_fast.recipe.architecture import Layer, Model
@@ -124,7 +125,7 @@ class Plain(Method):
     implementation: ClassVar[str] = "st_fast.train.supervision:Supervision"
 
 
-def projector(name: str, model: Model, hidden: int, out: int) -> tuple[Layer, ...]:
-    """REPA's projector, a three-layer MLP on every token."""
-    sizes = ((model.width, hidden), (hidden, hidden), (hidden, out))
+def projector(name: str, model: Model, hidden: int, out: int, layers: int = 3) -> tuple[Layer, ...]:
+    """An MLP on every token; with three layers it is REPA's projector."""
+    sizes = pairwise((model.width, *[hidden] * (layers - 1), out))
     return tuple(Layer(f"{name}.{2 * i}", inputs, outputs, model.tokens) for i, (inputs, outputs) in enumerate(sizes))

@@ -10,6 +10,7 @@ over samples already weighted by 1 / global batch size, so those of micro-batche
 
 import importlib
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import torch
@@ -152,14 +153,15 @@ def select_rows(t: Tensor, part: slice, selection: Selection | None) -> tuple[Te
     return index, torch.full((len(index),), selection.weight / divisor)
 
 
-def projector(width: int, hidden: int, out: int, kernels: KernelTable) -> nn.Sequential:
-    """REPA's projector: a three-layer MLP with SiLU, keys 0, 2 and 4."""
-    sizes = ((width, hidden), (hidden, hidden), (hidden, out))
-    first, second, third = (Linear(inputs, outputs, kernels) for inputs, outputs in sizes)
-    for layer in (first, second, third):
+def projector(width: int, hidden: int, out: int, kernels: KernelTable, layers: int = 3) -> nn.Sequential:
+    """An MLP of linear layers, keys 0, 2, 4 …, with SiLU between; with three of them it is REPA's projector."""
+    sizes = pairwise((width, *[hidden] * (layers - 1), out))
+    linear = [Linear(inputs, outputs, kernels) for inputs, outputs in sizes]
+    for layer in linear:
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+    between = ((layer, nn.SiLU()) for layer in linear[:-1])
+    return nn.Sequential(*chain.from_iterable(between), linear[-1])
 
 
 def create(stage: Stage, parts: Parts, seed: int) -> Supervision:

@@ -1,4 +1,4 @@
-"""A REPA run that a signal ends in its third step, and goes on: shared by written and live features."""
+"""A run that a signal ends in its third step, and goes on."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ def interrupt(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     STOP.name = None
 
 
-def states(out: Path) -> dict[str, Tensor]:
-    """Every tensor of the newest checkpoint of the stage "repa"."""
-    found = checkpoint.latest(out / "repa" / "checkpoints", print)
+def states(out: Path, stage: str) -> dict[str, Tensor]:
+    """Every tensor of the stage's newest checkpoint."""
+    found = checkpoint.latest(out / stage / "checkpoints", print)
     assert found is not None
     return {f"{group}/{name}": t for group, tensors in found.groups.items() for name, t in tensors.items()}
 
 
 def assert_it_resumes_bit_exactly_and_learns(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a run of `recipe`, which writes to `folder`/out, that nobody interrupted."""
+    """Against a run of `recipe`, of one stage, which writes to `folder`/out, that nobody interrupted."""
     run(load(recipe))
+    (stage,) = load(recipe).stages
     again = load(recipe, [f"--run.out={folder / 'again'}"])
     interrupt(again, monkeypatch)
     run(again)
-    whole, resumed = states(folder / "out"), states(folder / "again")
+    whole, resumed = states(folder / "out", stage.name), states(folder / "again", stage.name)
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[k], whole[k]) for k in whole)
     losses = [record["aux"] for record in tiny.records(folder / "out", "train")]
     assert losses[-1] < losses[0]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast.model import build
 from st_fast.recipe import cost
-from st_fast.recipe.methods import LayerSync, Plain, Repa, SelfRepresentation, VelocityHead
+from st_fast.recipe.methods import LayerSync, Plain, Repa, SelfRepresentation, Sra2, VelocityHead
 from st_fast.recipe.schema import Model, Recipe, Stage
 from st_fast.train.supervision import Parts, create
 from tests.train.supervision.test_losses import TABLE
@@ -64,6 +64,7 @@ def test_repas_heads_cost_a_projection_to_each_encoders_width():
         (SelfRepresentation(2, 4), {"average": object()}),
         (Repa(("dinov2-small", "dinov2-large"), 2, hidden=24), {"feature_widths": (384, 1024)}),
         (LayerSync(2, 4), {}),
+        (Sra2(2, hidden=24), {}),
     ],
 )
 def test_the_declared_layers_are_those_of_the_heads(method, parts):
