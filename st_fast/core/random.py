@@ -8,10 +8,11 @@ How bits and numbers are made, the same ones on any device: `st_fast/kernels/noi
 from enum import IntEnum
 
 import numpy as np
+import torch
 
-from st_fast.kernels.noise.definition import NOISE, POSTERIOR, normal, uniform
+from st_fast.kernels.noise.definition import NOISE, POSTERIOR, normal, uniform, words
 
-__all__ = ["Purpose", "RecordOrder", "bucket_order", "epoch_order", "normal", "strata", "uniform"]
+__all__ = ["Purpose", "RecordOrder", "bucket_order", "epoch_order", "normal", "others", "strata", "uniform"]
 
 
 class Purpose(IntEnum):
@@ -30,9 +31,10 @@ class Purpose(IntEnum):
     TEACHER_TIME = 11
     CAPTION = 12
     BUCKETS = 13
-    TOKEN_ORDER = 15
-    WHOLE_SAMPLE = 16
-    GROUP_TIME = 17
+    TOKEN_ORDER = 14
+    WHOLE_SAMPLE = 15
+    GROUP_TIME = 16
+    NEGATIVE = 17
 
 
 def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int) -> np.ndarray:
@@ -59,7 +61,7 @@ class RecordOrder:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __call__(self, ordinals: np.ndarray) -> np.ndarray:
-        """(B,) int64 ascending ordinals → (B,) int64 record indices. Every epoch visits each record once."""
+        """(B,) int64 ordinals → (B,) int64 record indices. Every epoch visits each record once."""
         epochs, places = np.divmod(ordinals, self.size)
         records = np.empty_like(ordinals)
         for epoch in np.unique(epochs):
@@ -73,3 +75,16 @@ class RecordOrder:
 def strata(seed: int, step: int, batch_size: int) -> np.ndarray:
     """(batch_size,) int64: the shuffled assignment of a batch's places to equal bins of (0, 1)."""
     return _sorted_by_key(seed, Purpose.STRATA, step, batch_size)
+
+
+def others(seed: int, ordinals: np.ndarray, batch_size: int) -> np.ndarray:
+    """(B,) int64 ordinals → (B,) int64: for each sample another one of its global batch, uniform over all others.
+
+    A distance of 1 … batch_size − 1 is drawn, around the batch's end. ValueError for a batch of one.
+    """
+    if batch_size < 2:
+        raise ValueError(f"batch_size = {batch_size}: a batch of one sample has no other")
+    word = words(seed, Purpose.NEGATIVE, torch.from_numpy(np.ascontiguousarray(ordinals, np.int64)), 1)[:, 0].numpy()
+    steps, places = np.divmod(ordinals, batch_size)
+    distance = 1 + (word * (batch_size - 1) >> 32)  # 32-bit words, and batches below 2^31: no product overflows
+    return steps * batch_size + (places + distance) % batch_size

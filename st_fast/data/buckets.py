@@ -177,7 +177,7 @@ class BucketOrder:
         return buckets, before
 
     def __call__(self, ordinals: np.ndarray) -> np.ndarray:
-        """(B,) int64 ascending ordinals → (B,) int64 record indices."""
+        """(B,) int64 ordinals → (B,) int64 record indices."""
         steps, places = np.divmod(ordinals, self.batch_size)
         records = np.empty_like(ordinals)
         for step in np.unique(steps):

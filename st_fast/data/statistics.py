@@ -1,15 +1,20 @@
 """What a set's normalised latents look like, channel by channel: about mean 0 and std 1, or training fails quietly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from st_fast.data.ahead import RecordSet, mean_and_std
+from st_fast.data.buckets import parts_of
 from st_fast.data.manifest import Manifest
 
 SAMPLED = 256
 """Records, evenly spaced, that training looks at before it begins."""
+MEAN_OF = 65_536
+"""Records at most, evenly spaced, of a mean latent: its error is the latents' own spread / 256."""
 PART = 1_024
 MEAN_MOST, STD_BETWEEN = 0.5, (2 / 3, 1.5)
 """Of all channels together: no warning within. Stable Diffusion's latents of ImageNet have mean 0.3 and std 0.97."""
@@ -74,3 +79,28 @@ def sampled_warning(records: RecordSet) -> str:
     """`LatentStatistics.warning` of SAMPLED records."""
     chosen = np.unique(np.linspace(0, len(records) - 1, min(SAMPLED, len(records))).astype(np.int64))
     return latent_statistics(records, chosen).warning(records.manifest)
+
+
+def shape_name(shape: Sequence[int]) -> str:
+    """(C, H, W) as it stands in names: 4x32x32."""
+    return "x".join(map(str, shape))
+
+
+def mean_latents(
+    records: RecordSet, progress: Callable[[int], object] = lambda count: None, most: int = MEAN_OF
+) -> dict[str, Tensor]:
+    """E[x] of the latents that a network sees, (C, H, W) float32, by `shape_name`: one of each shape in the set.
+
+    Over `most` records of a shape, evenly spaced, in their order; sums in float64.
+    """
+    found = {}
+    for part in parts_of(records).values():
+        made = part.manifest
+        chosen = np.unique(np.linspace(0, len(part) - 1, min(most, len(part))).astype(np.int64))
+        total = torch.zeros(made.channels, *made.shape[1:], dtype=torch.float64)
+        for start in range(0, len(chosen), PART):
+            moments = part.gather(chosen[start : start + PART])[0]
+            total += mean_and_std(moments, made)[0].double().sum(0)
+            progress(len(moments))
+        found[shape_name(total.shape)] = (made.scale / len(chosen) * total).float()
+    return found

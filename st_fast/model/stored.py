@@ -48,6 +48,8 @@ another encoder's by about 1.
 """
 CLIP, CLIP_WIDTH = "openai/clip-vit-large-patch14", 768
 """The text encoder of the published models, without an attention mask."""
+MEAN_LATENTS = "mean_latents"
+"""The group of a checkpoint with the data's mean latents, by shape: of stages with a contrast."""
 KINDS = "a .pt or .safetensors file, a run, stage or checkpoint folder, or a folder with config.json"
 
 
@@ -152,6 +154,7 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         step=found.step,
         path=flow_path(found.meta, where),
         latents=latent_space(found.meta, where),
+        mean_latents=found.groups.get(MEAN_LATENTS, {}),
     )
 
 
@@ -228,6 +231,8 @@ class Weights:
     step: int
     averaged: bool
     latents: LatentSpace | None = None
+    mean_latents: Mapping[str, Tensor] = field(default_factory=dict)
+    """(C, H, W) by shape, of a model that was trained with a contrast."""
 
 
 def load_frozen(
@@ -319,15 +324,15 @@ def read_weights(root: Path, config: Model, weights: Which) -> Weights:
             return weights_of(origin, weights)
         group = "model" if weights == "raw" else "ema"
         if (root / "manifest.json").is_file():
-            found: Checkpoint | None = checkpoint.load(root, (group,))
+            found: Checkpoint | None = checkpoint.load(root, (group,), optional=(MEAN_LATENTS,))
         else:
-            found = checkpoint.latest(root, say, groups=(group,))
+            found = checkpoint.latest(root, say, groups=(group,), optional=(MEAN_LATENTS,))
     if found is None:
         raise UserError(f"no sound checkpoint under {root}")
     where = str(found.path)
     return Weights(
         found.meta.get("architecture", {}), found.groups[group], found.path, flow_path(found.meta, where), found.step,
-        weights == "ema", latent_space(found.meta, where),
+        weights == "ema", latent_space(found.meta, where), found.groups.get(MEAN_LATENTS, {}),
     )  # fmt: skip
 
 
@@ -336,5 +341,5 @@ def weights_of(origin: ModelSource, weights: Which) -> Weights:
     loaded = origin.loaded
     return Weights(
         loaded.config.architecture(), trunk(loaded.model if weights == "raw" else loaded.ema), origin.path, loaded.path,
-        loaded.step, weights == "ema", loaded.latents,
+        loaded.step, weights == "ema", loaded.latents, loaded.mean_latents,
     )  # fmt: skip

@@ -23,6 +23,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
         stage.method.check(stage.name)
         check_shapes(recipe.for_stage(stage).model)
         check_models(stage, recipe.stages, position)
+        check_contrast(stage, recipe.optim)
     check_guidance(recipe)
     check_single_values(recipe)
     check_scores(recipe.evaluate)
@@ -114,6 +115,16 @@ def check_models(stage: Stage, stages: tuple[Stage, ...], position: int) -> None
         key = next(name for name in keys(Start) if getattr(start, name) != getattr(Start(), name))
         why, allowed = "without init nothing is read", "left out, or with init = a stage or a path"
         raise wrong_value(f"stage.{stage.name}.{key}", getattr(start, key), allowed, why)
+
+
+def check_contrast(stage: Stage, optim: Optim) -> None:
+    """A contrast takes another sample of the batch, and its other key means something only with it."""
+    contrast, name = stage.contrastive, f"stage.{stage.name}.contrast"
+    if contrast.contrast and optim.batch_size == 1:
+        raise wrong_value(name, contrast.contrast, "0", "optim.batch_size = 1 has no other sample to push away from")
+    if not contrast.contrast and not contrast.contrast_null:
+        why = "without contrast nothing is read"
+        raise wrong_value(f"{name}_null", False, "left out, or with contrast above 0", why)
 
 
 def check_guidance(recipe: Recipe) -> None:
@@ -301,7 +312,8 @@ def _stage_differences(old: Stage, new: Stage | None) -> list[str]:
         before, after = supervision_name(old.method), supervision_name(new.method)
         return [f"stage.{old.name}.supervision: {show(before)} → {show(after)}"]
     label = f"stage.{old.name}"
-    return _differences(label, old.method, new.method) + _differences(label, old.start, new.start)
+    parts = (old.method, new.method), (old.start, new.start), (old.contrastive, new.contrastive)
+    return [line for before, after in parts for line in _differences(label, before, after)]
 
 
 def _differences(prefix: str, old: Any, new: Any) -> list[str]:

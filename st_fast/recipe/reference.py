@@ -6,7 +6,7 @@ from dataclasses import MISSING
 from st_fast.recipe.keys import Key, describe, keys
 from st_fast.recipe.load import to_literal
 from st_fast.recipe.methods import METHODS
-from st_fast.recipe.schema import SECTIONS, Stage, Start
+from st_fast.recipe.schema import SECTIONS, Contrast, Stage, Start
 
 HEAD = """\
 # The keys of a recipe
@@ -27,7 +27,8 @@ def page() -> str:
     parts = [HEAD]
     parts += [_part(f"[{name}]", cls.__doc__, keys(cls).items()) for name, cls in SECTIONS.items()]
     own = keys(Stage)
-    stage = [("name", own["name"]), ("supervision", SUPERVISION), ("steps", own["steps"]), *keys(Start).items()]
+    stage = [("name", own["name"]), ("supervision", SUPERVISION), ("steps", own["steps"])]
+    stage += [*keys(Start).items(), *keys(Contrast).items()]
     parts.append(_part("[[stage]]", "A stage; stages run in order.", stage))
     parts += [_part(f'supervision = "{name}"', cls.__doc__, keys(cls).items()) for name, cls in METHODS.items()]
     return "\n".join(parts)

@@ -164,6 +164,10 @@ class Sample:
     steps: Annotated[int, between(1, STEPS_MOST)] = free(250, "Steps of the solver; dopri5 chooses its own.")
     cfg_scale: Guidance = free(1.9, "Classifier-free guidance; 1: none.")
     cfg_range: TimeRange = free((0.0, 0.65), "Times at which guidance acts.")
+    contrast: Literal["unbiased", "released", "none"] = free(
+        "unbiased",
+        "Of a stage with `contrast`: take its bias out of v̂ at all times; only in `cfg_range`, as released; or never.",
+    )
     prompts: tuple[str, ...] = free((), "What MMDiT draws while it trains; empty: captions of the data.")
     vae: PathText = free("", 'The VAE that decodes: a folder or a hub name; "": the one that the data names.')
     text_encoder: PathText = free("", "The folder where the data's text encoder lies; \"\": its name, or the hub's.")
@@ -226,6 +230,16 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Contrastive flow matching (arXiv 2506.05350), beside any method: v̂ is pushed from another sample's velocity."""
+
+    contrast: BelowOne = fixed(
+        0.0, "λ of −λ·‖v̂ − ṽ‖², ṽ of another sample of the batch; 0: off, 0.05: published. From 1 on it is unbounded."
+    )
+    contrast_null: bool = fixed(True, "Samples whose condition was dropped take part, too.")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage: its name, its supervision method with its own settings, how long it lasts, and what it starts from."""
 
@@ -234,6 +248,7 @@ class Stage:
     """The keys of the method that the key `supervision` names."""
     steps: Count = field(metadata=said("Updates; a resumed run may make a stage longer.", free=True))
     start: Start = Start()
+    contrastive: Contrast = Contrast()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.random import Purpose
 from st_fast.model import DiffusionTransformer, flow
 from st_fast.recipe.schema import Sample
+from st_fast.sample.contrast import Correction
 from st_fast.sample.draw import Draw, balanced, starting_noise
 from st_fast.sample.prompts import Prompts
 
@@ -114,21 +115,29 @@ def score(v: Tensor, x: Tensor, t: float, path: str) -> Tensor:
 
 
 def guided_velocity(
-    model: DiffusionTransformer, condition: Tensor, settings: Sample, negative: Tensor | None = None
-) -> Velocity:
+    model: DiffusionTransformer, condition: Tensor, settings: Sample, negative: Tensor | None = None,
+    correction: Correction | None = None,
+) -> Velocity:  # fmt: skip
     """v̂ with classifier-free guidance (arXiv 2207.12598) where t lies in `cfg_range`, both branches as one batch.
 
     v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y. `negative` (B, …) takes the place of ∅.
+    `correction` is applied to each branch that has the bias, before they are combined.
     """
     low, high = settings.cfg_range
     null = model.null_condition(len(condition)) if negative is None else negative
+    null_biased = negative is not None or (correction is not None and correction.null)  # a negative is a condition
+
+    def corrected(v: Tensor, t: float) -> Tensor:
+        return correction(v, t) if correction is not None and correction.acts(t, settings) else v
 
     def velocity(x: Tensor, t: float) -> Tensor:
         times = torch.full((len(x),), t, device=x.device)
         if settings.cfg_scale == 1.0 or not low <= t <= high:
-            return model(x, times, condition)[0].float()
+            return corrected(model(x, times, condition)[0].float(), t)
         both = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((condition, null)))[0].float()
         conditional, unconditional = both.chunk(2)
+        conditional = corrected(conditional, t)
+        unconditional = corrected(unconditional, t) if null_biased else unconditional
         return unconditional + settings.cfg_scale * (conditional - unconditional)
 
     return velocity
@@ -136,30 +145,35 @@ def guided_velocity(
 
 @torch.no_grad()
 def sample_from(
-    model: DiffusionTransformer, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched
-) -> Tensor:
+    model: DiffusionTransformer, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched,
+    correction: Correction | None = None,
+) -> Tensor:  # fmt: skip
     """(B, C, S, S) float32 scaled latents for noise x (B, C, S, S). The model must be in eval mode."""
-    velocity = guided_velocity(model, draw.condition, settings, draw.negative)
+    velocity = guided_velocity(model, draw.condition, settings, draw.negative, correction)
     if settings.sampler in ("euler", "heun"):
         return euler(velocity, x, settings.steps, watch, heun=settings.sampler == "heun")
     if settings.sampler == "dopri5":
-        jumps = () if settings.cfg_scale == 1.0 else settings.cfg_range
+        released = correction is not None and correction.how == "released"
+        jumps = settings.cfg_range if released or settings.cfg_scale != 1.0 else ()
         return dopri5(velocity, x, settings.steps, jumps, watch)
     return euler_maruyama(velocity, x, settings.steps, path, draw, watch)
 
 
-def sample(model: DiffusionTransformer, draw: Draw, settings: Sample, path: str) -> Tensor:
+def sample(
+    model: DiffusionTransformer, draw: Draw, settings: Sample, path: str, correction: Correction | None = None
+) -> Tensor:
     """(B, C, S, S) float32 scaled latents for the draw. The model must be in eval mode."""
-    return sample_from(model, starting_noise(draw, model.config), draw, settings, path)
+    return sample_from(model, starting_noise(draw, model.config), draw, settings, path, correction=correction)
 
 
 def sample_batches(
-    model: DiffusionTransformer, seed: int, count: int, settings: Sample, path: str, prompts: Prompts | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    model: DiffusionTransformer, seed: int, count: int, settings: Sample, path: str, prompts: Prompts | None = None,
+    correction: Correction | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Latents and labels of samples 0 … count − 1, `settings.batch_size` at a time; classes, or prompts, in turn."""
     device = model.pos_embed.device
     classes = model.config.num_classes if prompts is None else len(prompts.texts)
     for first in range(0, count, settings.batch_size):
         size = min(settings.batch_size, count - first)
         draw = balanced(seed, first, size, classes, device, prompts)
-        yield sample(model, draw, settings, path), draw.labels
+        yield sample(model, draw, settings, path, correction), draw.labels

@@ -32,6 +32,7 @@ from st_fast.model.smoke_test import validated_kernels
 from st_fast.model.vae import NO_NORMALISATION, decode, has_hash, load_vae, vae_hash
 from st_fast.recipe.keys import CFG_MOST
 from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
+from st_fast.sample.contrast import Correction, correction
 from st_fast.sample.draw import NUMBER, Draw, Labels, draw_of, read_labels
 from st_fast.sample.guided import Watch, sample, sample_from, unwatched
 from st_fast.sample.prompts import (
@@ -127,6 +128,7 @@ class Sampler:
     """What labels number, of a network that draws from text."""
     shape: tuple[int, int, int] | None = None
     """(C, H, W) of a latent where it is not the model's own."""
+    correction: Correction | None = None
 
     def draw_of(self, first: int, count: int) -> Draw:
         """Samples number first … first + count − 1."""
@@ -136,13 +138,15 @@ class Sampler:
 
     def latents(self, noise: Tensor, draw: Draw, watch: Watch = unwatched) -> Tensor:
         """(B, C, S, S) float32 scaled latents for noise (B, C, S, S)."""
-        return sample_from(self.model, noise, draw, self.request.settings, self.request.recipe.flow.path, watch)
+        settings, path = self.request.settings, self.request.recipe.flow.path
+        return sample_from(self.model, noise, draw, settings, path, watch, self.correction)
 
     def images(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Samples number first … first + count − 1 as uint8 images (count, 1 or 3, H, W), and labels, on the CPU."""
         with naming_lack_of_memory(f"drawing {count} samples at once (--batch-size takes fewer)"):
             draw = self.draw_of(first, count)
-            latents = sample(self.model, draw, self.request.settings, self.request.recipe.flow.path)
+            settings, path = self.request.settings, self.request.recipe.flow.path
+            latents = sample(self.model, draw, settings, path, self.correction)
             return self.decode(latents).cpu(), draw.labels.cpu()
 
 
@@ -197,7 +201,11 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
         )
     names = manifest.class_names if prompts is None else prompts.texts
     shape = asked_shape(request.size, recipe.model, manifest, decode, device) if request.size else None
-    return Sampler(request, model, found.step, decode, vae, compiled, names, prompts, shape)
+    corrected = correction(
+        source.trained.contrastive, request.settings, recipe.flow.path, found.mean_latents,
+        shape or recipe.model.latent_shape, str(found.path),
+    )  # fmt: skip
+    return Sampler(request, model, found.step, decode, vae, compiled, names, prompts, shape, corrected)
 
 
 def load_prompts(
@@ -278,6 +286,11 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
     )
+    parser.add_argument(
+        "--contrast",
+        choices=("unbiased", "released", "none"),
+        help="when the bias of a stage with contrast is taken out: at all times, in --cfg-range, never",
+    )
     parser.add_argument("--vae", type=given, metavar="FOLDER", help="what decodes (default: what the data names)")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on CUDA")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of the model; solvers use fp32")
@@ -303,7 +316,7 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if (asked := len(text.prompts)) and (given.prompt or given.prompts):
         usual = asked * max(1, PICTURES // asked)
     chosen = {"num": usual} | (PRESETS[given.preset] if given.preset else {})
-    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "cfg_range", "vae"):
+    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "cfg_range", "contrast", "vae"):
         if (value := getattr(given, key)) is not None:
             chosen[key] = tuple(value) if key == "cfg_range" else value
     settings = replace(recipe.sample, **chosen)
@@ -315,6 +328,8 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
             f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0), which guidance "
             "reads; give --cfg-scale 1"
         )
+    if given.contrast not in (None, "none") and source.trained.contrastive.contrast == 0:
+        raise UserError(f"--contrast {given.contrast}: {source.path} was trained without contrast, there is no bias")
     if needs_model and source.data is None and not settings.vae:
         source, settings = _with_vae(source, settings)
     if recipe.model.network == "sit":

@@ -42,7 +42,7 @@ from st_fast.core.limits import Zip, npy_header
 from st_fast.core.progress import bar
 from st_fast.core.ranks import Ranks
 from st_fast.core.writing import whole_file
-from st_fast.model.vae import vae_hash
+from st_fast.model.vae import tensors_hash, vae_hash
 from st_fast.sample.model import Sampler
 from st_fast.sample.previews import GRID_IMAGES, grid, save_png
 
@@ -117,14 +117,16 @@ def _draw_missing(sampler: Sampler, found: SampleSet, ranks: Ranks) -> None:
 def settings_of(sampler: Sampler) -> dict[str, Any]:
     """All that a set's images follow from: two sets with equal settings have equal images, on equal machines."""
     request, settings = sampler.request, asdict(sampler.request.settings)
-    del settings["every"], settings["prompts"], settings["text_encoder"]
+    del settings["every"], settings["prompts"], settings["text_encoder"], settings["contrast"]
     return settings | {
         "stage": request.source.stage, "step": sampler.step, "weights": request.weights,
         "model_sha256": vae_hash(sampler.model), "vae": sampler.vae, "path": request.recipe.flow.path,
         "labels": request.labels.text, "num_classes": request.labels.num_classes, "seed": request.seed,
         "batch_size": min(settings["batch_size"], settings["num"]), "precision": request.precision,
         "compiled": sampler.compiled,
-    } | _texts(sampler) | ({"latent_shape": list(sampler.shape)} if sampler.shape else {})  # fmt: skip
+    } | _texts(sampler) | _correction(sampler) | (
+        {"latent_shape": list(sampler.shape)} if sampler.shape else {}
+    )  # fmt: skip
 
 
 def _texts(sampler: Sampler) -> dict[str, Any]:
@@ -139,6 +141,15 @@ def _texts(sampler: Sampler) -> dict[str, Any]:
         "prompts_sha256": digest,
         "negative": negative,
     } | read
+
+
+def _correction(sampler: Sampler) -> dict[str, Any]:
+    """What a set's images follow from, of a model that was trained with a contrast."""
+    made = sampler.correction
+    if made is None:
+        return {}
+    mean = {"mean_latent_sha256": tensors_hash({"mean_latent": made.mean.cpu()})}
+    return {"contrast": made.how, "contrast_weight": made.weight, "contrast_null": made.null} | mean
 
 
 def own_folder(usual: Path, settings: dict[str, Any]) -> Path:

@@ -80,6 +80,11 @@ class Source:
         """The data folder; None for a model by itself without one."""
         return Path(self.recipe.data.path) if self.recipe.data.path else None
 
+    @property
+    def trained(self) -> Stage:
+        """The stage that trained the weights; of a checkpoint that keeps no recipe the one that was made for it."""
+        return next((one for one in self.recipe.stages if one.name == self.stage), self.recipe.stages[-1])
+
     def place(self, name: str) -> Path:
         """Where what has this name goes by default."""
         return self.folder / f"{self.prefix}{name}"

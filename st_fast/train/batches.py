@@ -39,7 +39,7 @@ from st_fast.recipe.tokens import token_plan
 from st_fast.train.conditions import ClassLabels, Conditions, Visit
 from st_fast.train.layouts import draw_layout
 from st_fast.train.profiling import named_range
-from st_fast.train.supervision import NoisyBatch, Rows, select_rows
+from st_fast.train.supervision import Negative, NoisyBatch, Rows, select_rows
 from st_fast.train.supervision.capacity import capacity, padded
 
 T = TypeVar("T")
@@ -135,13 +135,22 @@ class BatchIterator:
     def _requests(self, first: int, last: int) -> Iterator[np.ndarray]:
         return (records for _, records in self._visits(first, last))
 
+    def _latents(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """Whose latents are read; with a contrast each sample's and, after these, the one's it is pushed from."""
+        for ordinals, records in self._visits(first, last):
+            negatives = [self.order(self._others(ordinals))] if self.stage.contrastive.contrast else []
+            yield np.concatenate([records, *negatives])
+
+    def _others(self, ordinals: np.ndarray) -> np.ndarray:
+        return random.others(self.recipe.run.seed, ordinals, self.recipe.optim.batch_size)
+
     def steps(self, first: int, last: int) -> Iterator[list[NoisyBatch]]:
         """The micro-batches of steps first … last − 1.
 
         With `run.prefetch` those of a step are on their way to the device before the ones before it are handed out.
         """
         recipe, size = self.recipe, self.recipe.optim.batch_size
-        answers = self.loader.stream(self._requests(first, last))
+        answers = self.loader.stream(self._latents(first, last))
         conditions = self.conditions.stream(self._visits(first, last))
         stop = self.stage.method.stop_step or last  # from there on no features are read
         features = [loader.stream(self._requests(first, min(stop, last))) for loader in self.features]
@@ -171,27 +180,35 @@ class BatchIterator:
         features: Sequence[Answers],
     ) -> NoisyBatch:  # fmt: skip
         recipe, method, send = self.recipe, self.stage.method, partial(sent_to, self.ranks.device)
+        pushed = self.stage.contrastive.contrast > 0
         with named_range("data"):
             (moments, labels), read = self._wait(answers), tuple(self._wait(stream)[0] for stream in features)
-            condition = send(labels if conditions is None else self._wait(conditions))
+            count = part.stop - part.start
+            condition = send(labels[:count] if conditions is None else self._wait(conditions))
             ordinals = torch.arange(part.start, part.stop) + step * recipe.optim.batch_size
             chances = random.uniform(recipe.run.seed, Purpose.CLASS_DROPOUT, ordinals)[:, 0]
             index, weight = select_rows(t, part, method.selection)
             if self.pass_rows:
-                index, weight = padded(index, weight, part.stop - part.start, self.pass_rows)
+                index, weight = padded(index, weight, count, self.pass_rows)
             factor = method.factor(step)
             rows = Rows(send(index), send(weight if factor == 1.0 else weight * factor), self.pass_rows)
-            dropped = send(chances < recipe.model.class_dropout).view(-1, *[1] * self._null.ndim)
-            student_condition = torch.where(dropped, self._null, condition)
+            dropped = send(chances < recipe.model.class_dropout)
+            student_condition = torch.where(dropped.view(-1, *[1] * self._null.ndim), self._null, condition)
             read = tuple(send(one) for one in read)
             written, images = ((), read[0]) if method.encodes_images and read else (read, None)
-            moments, ordinals, t = send(moments), send(ordinals), send(t[part])
+            drawn = torch.cat((ordinals, torch.from_numpy(self._others(ordinals.numpy())))) if pushed else ordinals
+            moments, drawn, t = send(moments), send(drawn), send(t[part])
         with named_range("noise"):
             made = self.records.manifest
-            moments = with_std(moments, made.posterior)
-            latents = self.draw(moments, ordinals, t, recipe.run.seed, made.scale, recipe.flow.path)
-            layout = self._layout(latents[0], ordinals)
-        return NoisyBatch(*latents, t, condition, student_condition, ordinals, rows, written, images, layout)
+            moments, times = with_std(moments, made.posterior), t.repeat(2) if pushed else t
+            latents = self.draw(moments, drawn, times, recipe.run.seed, made.scale, recipe.flow.path)
+            negative = self._negative(latents[2][count:], dropped) if pushed else None
+            x, x_t, velocity, noise = (values[:count] for values in latents)
+            layout = self._layout(x, drawn[:count])
+        return NoisyBatch(
+            x, x_t, velocity, noise, t, condition, student_condition, drawn[:count], rows, written, images, layout,
+            negative,
+        )  # fmt: skip
 
     def _layout(self, x: Tensor, ordinals: Tensor) -> Layout | None:
         """How the tokens of latents x (B, C, H, W) are ordered; None where all run alike."""
@@ -199,6 +216,11 @@ class BatchIterator:
         grid = x.shape[2] // patch, x.shape[3] // patch
         plan = token_plan(math.prod(grid), self.stage.method.token_groups, None)
         return None if plan is None else draw_layout(plan, grid, self.recipe.run.seed, ordinals)
+
+    def _negative(self, velocity: Tensor, dropped: Tensor) -> Negative:
+        contrast = self.stage.contrastive
+        taking_part = torch.ones_like(dropped) if contrast.contrast_null else ~dropped
+        return Negative(velocity, contrast.contrast * taking_part.float())
 
 
 @dataclass(frozen=True)

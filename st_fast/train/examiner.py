@@ -3,7 +3,7 @@
 They never end training: one that fails is a line. A signal ends them at once, and the resume makes what is missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from st_fast.evaluate.inception import Inception, load_inception
 from st_fast.model import DiffusionTransformer
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.report.metrics import summary
+from st_fast.sample.contrast import Correction
 from st_fast.sample.draw import names_in_turn
 from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
 from st_fast.sample.model import Decode, TextRequest, decoder, load_prompts
@@ -117,15 +118,16 @@ class Examiner:
         return tuple(kind for kind in self.due(stage, step) if not self.log.has(kind, stage.name, step))
 
     def examine(
-        self, wanted: Sequence[Kind], model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]
-    ) -> None:
+        self, wanted: Sequence[Kind], model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float],
+        correction: Callable[[], Correction | None] = lambda: None,
+    ) -> None:  # fmt: skip
         """Makes what is wanted, on the first rank. A signal ends it; what fails otherwise is one line."""
         if not self.ranks.first:
             return
         for kind in wanted:
             try:
                 with self._stop.interruptible():
-                    (self.pictures if kind == "sample" else self.metrics)(model, stage, step, cost)
+                    (self.pictures if kind == "sample" else self.metrics)(model, stage, step, cost, correction())
             except Stopped:
                 return
             except Exception as error:  # whatever it is, training need not end for it
@@ -161,21 +163,27 @@ class Examiner:
     def _draws_text(self) -> bool:
         return self.recipe.model.network != "sit"
 
-    def images(self, model: DiffusionTransformer, count: int, prompts: Prompts | None = None) -> tuple[Tensor, Tensor]:
+    def images(
+        self, model: DiffusionTransformer, count: int, prompts: Prompts | None = None,
+        correction: Correction | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """uint8 images (count, 1 or 3, H, W) and their labels (count,), on the CPU; or of prompts, their numbers."""
         settings, images, labels = self.recipe.sample, [], []
         for latents, asked in sample_batches(
-            model, self.recipe.run.seed, count, settings, self.recipe.flow.path, prompts
+            model, self.recipe.run.seed, count, settings, self.recipe.flow.path, prompts, correction
         ):
             self.ranks.heartbeat.beat("sample")
             images.append(self._decode(latents).cpu())
             labels.append(asked.cpu())
         return torch.cat(images), torch.cat(labels)
 
-    def pictures(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
+    def pictures(
+        self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float],
+        correction: Correction | None = None,
+    ) -> None:  # fmt: skip
         """A grid of samples into the stage's folder, of the same noise every time."""
         prompts = self._prompts
-        images, labels = self.images(model, self.recipe.sample.num, prompts)
+        images, labels = self.images(model, self.recipe.sample.num, prompts, correction)
         known = self.manifest.class_names if prompts is None else prompts.texts
         names = names_in_turn(
             labels[: self.recipe.model.num_classes if prompts is None else len(known)].tolist(), known
@@ -187,10 +195,13 @@ class Examiner:
         self.log.files.write(Path(self.recipe.run.out) / name, png(sheet(images, labels.tolist(), prompts)))
         self.log.write("sample", stage.name, step, file=name, **shown, **cost)
 
-    def metrics(self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float]) -> None:
+    def metrics(
+        self, model: DiffusionTransformer, stage: Stage, step: int, cost: dict[str, float],
+        correction: Correction | None = None,
+    ) -> None:  # fmt: skip
         """Metrics of fresh samples into the log: the classifier's, Inception's, or both, as the recipe says."""
         wanted, settings = self.recipe.evaluate, self.recipe.sample
-        drawn = [self.images(model, count, prompts) for count, prompts in self._scored]
+        drawn = [self.images(model, count, prompts, correction) for count, prompts in self._scored]
         images, labels = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         found, beside = dict[str, object](num=len(images)), dict[str, str]()
         if wanted.classifier and self._draws_text:

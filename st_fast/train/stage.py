@@ -107,7 +107,7 @@ def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str
     if wanted:
         context = trainer.context
         context.ranks.heartbeat.beat("sample")
-        context.examiner.examine(wanted, trainer.ema_model(), trainer.stage, step, spent)
+        context.examiner.examine(wanted, trainer.ema_model(), trainer.stage, step, spent, trainer.correction)
 
 
 def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:

@@ -163,7 +163,7 @@ class Step:
             self.targets.start_ahead(step + 1, upcoming[0])
 
     def losses(self, batch: NoisyBatch, target: Target | None) -> Losses:
-        """The denoising loss and the supervision's, each a sum over samples weighted by 1 / global batch size."""
+        """The denoising loss, and the supervision's with the contrast's, sums over samples / global batch size."""
         with named_range("student forward"):
             inputs = batch.x_t, batch.t, batch.student_condition
             prediction, hidden = self.model(*inputs, self.supervision.tap, batch.layout)
@@ -171,6 +171,9 @@ class Step:
             goal = self.supervision.denoising_target(prediction, hidden, batch)
             denoise = flow.denoising_loss(prediction, goal).sum() / self.recipe.optim.batch_size
             aux = self.supervision.loss(hidden, target(), batch) if target else torch.zeros_like(denoise)
+            if (negative := batch.negative) is not None:  # in aux, so that denoise can be compared with any other run's
+                pushed = negative.weight * flow.denoising_loss(prediction, negative.velocity)
+                aux = aux - pushed.sum() / self.recipe.optim.batch_size
         return Losses(denoise, aux)
 
 

@@ -18,6 +18,7 @@ from st_fast.core.signals import StopConsensus
 from st_fast.core.writing import RETRY
 from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import check_same_data
+from st_fast.data.statistics import mean_latents
 from st_fast.model import DiffusionTransformer, build, stored, unfilled
 from st_fast.model.attention import Attend, choose
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
@@ -26,6 +27,7 @@ from st_fast.model.side_stream import apart, batched, side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
 from st_fast.recipe.schema import Recipe, Stage
+from st_fast.sample.contrast import Correction, correction
 from st_fast.train import adamw, continuity, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.conditions import check_same_conditions, open_conditions
@@ -116,6 +118,8 @@ class Trainer:
         self.spikes = SpikeDetector(recipe.run.spike_ratio)
         self.origin: Init | None = None
         """The record of the model that the weights started from, if any."""
+        self.mean_latents: Mapping[str, Tensor] = {}
+        """With a contrast: E[x] (C, H, W) by shape, which drawing needs where the data is not; kept in checkpoints."""
         # The first rank's, or every rank's where each writes its own part.
         ranks, run, team = context.ranks, recipe.run, None
         if self.shards is not None:
@@ -175,7 +179,20 @@ class Trainer:
         self.rolled_back_at = found.guard.rolled_back_at
         self.trained_before = clock.seconds = found.seconds
         self.rollbacks, self.origin = found.rollbacks, found.init
+        if self.stage.contrastive.contrast:
+            self.mean_latents = self.context.ranks.broadcast_from_rank0(self._mean_latents)
         return step
+
+    def _mean_latents(self) -> Mapping[str, Tensor]:
+        """Those of the checkpoint that was loaded, or new ones; on the first rank, so that all have the same bits."""
+        heartbeat = self.context.ranks.heartbeat
+        return self.mean_latents or mean_latents(self.context.shards, lambda count: heartbeat.beat("read"))
+
+    def correction(self) -> Correction | None:
+        """What takes the contrast's bias out of what is drawn while training."""
+        recipe, means = self.context.recipe, self.mean_latents
+        shape, where = recipe.model.latent_shape, f"stage.{self.stage.name}"
+        return correction(self.stage.contrastive, recipe.sample, recipe.flow.path, means, shape, where)
 
     def roll_back(self, spike: int, done: int) -> None:
         """Loads the newest intact checkpoint from before step `spike`, at which the loss began to spike.
@@ -239,6 +256,7 @@ class Trainer:
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
         into.update(found.groups)
+        self.mean_latents = found.groups.get(stored.MEAN_LATENTS, self.mean_latents)
         return found.step, said
 
     def save(self, step: int, clock: Clock) -> None:
@@ -267,7 +285,8 @@ class Trainer:
             cuda_graphs=self.graphs,
             versions={"st_fast": __version__, "torch": torch.__version__},
         )
-        stall = self.saver.save(step, self.optimizer.state(), asdict(meta))
+        constants = {stored.MEAN_LATENTS: self.mean_latents} if self.mean_latents else {}
+        stall = self.saver.save(step, {**self.optimizer.state(), **constants}, asdict(meta))
         self.context.log.write("save", self.stage.name, step, seconds=clock.read(), stall=round(stall, 6))
 
     def finish(self) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from st_fast.recipe.keys import keys
 from st_fast.recipe.methods import METHODS
-from st_fast.recipe.schema import SECTIONS, Start
+from st_fast.recipe.schema import SECTIONS, Contrast, Start
 from st_fast.train.__main__ import parser
 
 ROOT = Path(__file__).parents[2]
-DECLARED = {**SECTIONS, **METHODS, "start": Start}
+DECLARED = {**SECTIONS, **METHODS, "start": Start, "contrast": Contrast}
 
 
 @pytest.mark.parametrize("name", DECLARED)

@@ -104,14 +104,18 @@ def check_names(groups: Iterable[str], step: int) -> None:
         raise ValueError(f"step is {step}, it must not be negative")
 
 
-def load(path: Path, groups: Sequence[str] | None = None, verify: bool = True) -> Checkpoint:
+def load(
+    path: Path, groups: Sequence[str] | None = None, verify: bool = True, optional: Sequence[str] = ()
+) -> Checkpoint:
     """Loads all groups or those named, on the CPU; `BadFile` if anything is not as the manifest says.
+
+    Beside those named, the `optional` ones where they are there.
 
     The hashes of the loaded groups are checked with `verify`; of the others only existence, size and header.
     """
     path = Path(path)
     manifest = read_manifest(path)
-    wanted = list(manifest.groups) if groups is None else list(groups)
+    wanted = list(manifest.groups) if groups is None else [*groups, *(n for n in optional if n in manifest.groups)]
     if lacking := [name for name in wanted if name not in manifest.groups]:
         raise BadFile(f"{path}: has no group {', '.join(lacking)}; it has {shown(list(manifest.groups))}")
     for name, group in manifest.groups.items():
@@ -240,10 +244,12 @@ def latest(
     groups: Sequence[str] | None = None,
     before: int | None = None,
     first: Callable[[int], bool] = lambda step: True,
+    optional: Sequence[str] = (),
 ) -> Checkpoint | None:
     """The newest checkpoint that loads with every check; each broken one is named to `warn` and left where it is.
 
     With `before`, of fewer completed steps than that; with `first`, of steps for which it is true where there are such.
+    `groups` and `optional` are as in `load`.
 
     None if there is none. Where there are some and none loads, RunFailed with each one's reason: to begin anew beside
     them would throw work away. Nor is one broken that can't be read for a reason that says nothing of its content
@@ -258,7 +264,7 @@ def latest(
     while untried := left():  # listed anew: a run that goes on meanwhile saves new ones and deletes old ones
         candidate = untried[0]
         try:
-            checkpoint = patiently(partial(load, candidate.path, groups))
+            checkpoint = patiently(partial(load, candidate.path, groups, optional=optional))
             if checkpoint.step != candidate.step:
                 raise BadFile(f"{candidate.path}: its manifest says step {checkpoint.step}")
             return checkpoint

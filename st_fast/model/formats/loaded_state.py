@@ -38,6 +38,8 @@ class LoadedState:
     """Of the flow: "linear" or "cosine"."""
     latents: LatentSpace | None = None
     """What its latents are of, where that is known."""
+    mean_latents: Table = field(default_factory=dict)
+    """The data's mean latents (C, H, W), by shape, of a model that was trained with a contrast."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a file of the same layout needs to be written back as it was, as plain JSON values."""
     originals: Table = field(default_factory=dict)

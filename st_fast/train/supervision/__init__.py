@@ -48,6 +48,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Negative:
+    """What contrastive flow matching pushes v̂ from: of each sample the velocity of another one of the global batch."""
+
+    velocity: Tensor
+    """(B, C, S, S) α'(t)·x̃ + σ'(t)·ε̃, with that one's latents and noise and the sample's own t."""
+    weight: Tensor
+    """(B,) float32: λ, 0 for samples that take no part."""
+
+
+@dataclass(frozen=True)
 class NoisyBatch:
     """One micro-batch of one rank, on the device, as the model and the method see it."""
 
@@ -74,6 +84,8 @@ class NoisyBatch:
     """uint8 (B, 1 or 3, P, P), the latents' images, where encoders run live at this step."""
     layout: Layout | None = None
     """How the student's tokens are ordered, where they have several times or a route drops some."""
+    negative: Negative | None = None
+    """With a contrast."""
 
 
 @dataclass(frozen=True)
