@@ -36,12 +36,16 @@ transformer in two stages:
 Published curves count the steps of the new model alone. Training the teacher and its forward passes cost FLOPs too, so
 the arms here are also compared **at equal total FLOPs**, with controls whose teachers know nothing. Scores are Fréchet
 distances between generated and real images: lower is better. Whether the features are what the paper says they are is
-another page: [Does the method do what it claims?](probes.md)
+another page: [Does the method do what it claims?](probes.md). The [other methods without an external
+encoder](frontier.md) are compared by the same rule, under “Which arm leads at equal FLOPs?”.
 
 Written by `python -m st_fast.study FILE --write docs/study.md` from the logs of the runs; no figure is typed.
 
 <!-- study summary: begin -->
 <!-- study summary: end -->
+
+<!-- study frontier: begin -->
+<!-- study frontier: end -->
 """
 
 
