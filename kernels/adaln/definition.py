@@ -1,22 +1,17 @@
 """adaLN in plain PyTorch: the definitions, and below them forward and backward in closed form, as the ops register.
 
 x and a are (B, N, D). gate, shift and scale, any strides, are one vector a sample, (B, D); or (B, G, D) with the
-`lengths` of G runs of consecutive tokens, the same in all samples, of which each shares a vector; or (B, N, D) without
-`lengths`, one a token. All is computed in float32 (float64 for float64) and returned in the dtype of the first argument.
-Forwards and backwards return contiguous tensors of their own.
+`lengths` of G runs of consecutive tokens, the same in all samples, each of which has a vector; or (B, N, D) without
+`lengths`, one a token. All is computed in float32 (float64 for float64) and returned in the dtype of the first
+argument. Forwards and backwards return contiguous tensors of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..common.plain import bias_gradient, norm_backward, up, with_bias_gradient
-
-
-Lengths = Sequence[int] | None
+from ..common.plain import Lengths, bias_gradient, norm_backward, up, with_bias_gradient
 
 
 def over_tokens(vector: Tensor, lengths: Lengths) -> Tensor:
@@ -58,9 +53,9 @@ def gate_residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x' = x + gate·a and y = LN(x')·(1 + scale) + shift; returns (x', y).
 
-    x, a (B, N, D); gate, shift, scale (B, D), or (B, G, D) with lengths, or (B, N, D). The statistics are those of x' as
-    it is stored, in x's dtype. a_bias (D,) is read for its gradient only: that of the bias of the layer that made a, if
-    it was called with a_bias.detach().
+    x, a (B, N, D); gate, shift, scale (B, D), or (B, G, D) with lengths, or (B, N, D). The statistics are those of x'
+    as it is stored, in x's dtype. a_bias (D,) is read for its gradient only: that of the bias of the layer that made a,
+    if it was called with a_bias.detach().
     """
     x_out = gate_residual(x, with_bias_gradient(a, a_bias), gate, lengths)
     return x_out, norm_modulate(x_out, shift, scale, eps, lengths)
@@ -90,9 +85,7 @@ def gate_residual_forward(x: Tensor, a: Tensor, gate: Tensor, lengths: Lengths =
     return gate_residual(x, a, gate, lengths).contiguous()
 
 
-def gate_residual_backward(
-    dx_out: Tensor, a: Tensor, gate: Tensor, lengths: Lengths = None
-) -> tuple[Tensor, Tensor]:
+def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor, lengths: Lengths = None) -> tuple[Tensor, Tensor]:
     """→ da in a's dtype, dgate in gate's dtype and shape."""
     da = up(dx_out) * over_tokens(gate, lengths)
     dgate = over_runs(up(dx_out) * up(a), gate, lengths)

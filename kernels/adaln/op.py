@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._ops import ops
 from ..common import checks
+from ..common.plain import Lengths
 from ..common.registry import (
     Context,
     Grad,
@@ -29,7 +30,6 @@ from ..common.registry import (
 )
 from ..common.trial import Draw, Inputs, Size, with_bias
 from . import definition
-from .definition import Lengths
 
 TRITON = __package__ + ".triton"
 

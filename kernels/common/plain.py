@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+Lengths = Sequence[int] | None
+"""The sizes of the runs of consecutive tokens that share something, the same in all samples; None: there are none."""
 
 
 def up(x: Tensor) -> Tensor:

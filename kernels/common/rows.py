@@ -52,6 +52,24 @@ def row_sum(main, tail, TAIL: tl.constexpr):
 
 
 @triton.jit
+def load_vector(ptr, sample, b, at, n, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """The row that run or token `at` of a sample has, in float32; n is None where a sample has one alone."""
+    if n is None:
+        return load_row(ptr + sample * b, D, MAIN, TAIL)
+    else:
+        return load_row(ptr + sample * b + at * n, D, MAIN, TAIL)
+
+
+@triton.jit
+def centred(main, tail, mean, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """x − mean, with the padding lanes left at zero."""
+    if TAIL == 0:
+        return main - mean, tail
+    else:
+        return main - mean, tl.where(MAIN + tl.arange(0, TAIL) < D, tail - mean, 0.0)
+
+
+@triton.jit
 def column_sums(ptr, rows, pitch, at, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sums of the columns `at` (COLUMNS,) over `rows` rows of float32 at ptr, `pitch` apart; 0 beyond `columns`.
 
@@ -74,6 +92,37 @@ def token_chunk(N, rows):
     return (tl.program_id(0) // chunks).to(tl.int64), first, tl.minimum(first + rows, N)
 
 
+@triton.jit
+def run_chunk(N, rows, LENGTHS: tl.constexpr):
+    """As `token_chunk` where a sample is runs of LENGTHS tokens, of one of which a chunk is: the sample, the run, and
+    its tokens [first, last). The grid is B · `count_chunks`. None: one run."""
+    if LENGTHS is None:
+        sample, first, last = token_chunk(N, rows)
+        return sample, 0, first, last
+    else:
+        chunks = run_start(len(LENGTHS), rows, LENGTHS)
+        chunk = tl.program_id(0) % chunks
+        run, earlier, begin, end = 0, 0, 0, 0
+        start, passed = 0, 0
+        for number in tl.static_range(len(LENGTHS)):
+            here = chunk >= passed  # in this run or a later one, which overwrites it
+            run, earlier = tl.where(here, number, run), tl.where(here, passed, earlier)
+            begin, end = tl.where(here, start, begin), tl.where(here, start + LENGTHS[number], end)
+            start += LENGTHS[number]
+            passed += tl.cdiv(LENGTHS[number], rows)
+        first = begin + (chunk - earlier).to(tl.int64) * rows
+        return (tl.program_id(0) // chunks).to(tl.int64), run, first, tl.minimum(first + rows, end)
+
+
+@triton.jit
+def run_start(run, rows, LENGTHS: tl.constexpr):
+    """The number of chunks in the runs before one."""
+    chunks = 0
+    for number in tl.static_range(len(LENGTHS)):
+        chunks += tl.where(number < run, tl.cdiv(LENGTHS[number], rows), 0)
+    return chunks
+
+
 def by_row(x: Tensor) -> Tensor:
     """x with a contiguous last axis; the other axes may keep any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -89,6 +138,12 @@ def cut_tokens(samples: int, tokens: int, programs: int, least: int, most: int) 
     """Tokens a program handles: the largest power of two in least..most that leaves `programs` programs, else least."""
     fit = max(samples * tokens // programs, 1)
     return min(max(1 << (fit.bit_length() - 1), least), most)
+
+
+@cache
+def count_chunks(tokens: int, rows: int, lengths: tuple[int, ...] | None) -> int:
+    """Chunks of a sample: the programs that `run_chunk` needs for it."""
+    return sum(cdiv(length, rows) for length in lengths or (tokens,))
 
 
 @cache

@@ -51,9 +51,7 @@ def modulated(batch: int, tokens: int | tuple[int, ...], width: int, per_token: 
 
     def gated(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, a, mod = parts(t)
-        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(
-            x, a, mod[0], mod[2], mod[5], 1e-5, lengths=lengths
-        )
+        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(x, a, mod[0], mod[2], mod[5], 1e-5, lengths=lengths)
         return out
 
     def biased(ops: Any, t: Leaves) -> tuple[Tensor, ...]:

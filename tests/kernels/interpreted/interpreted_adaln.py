@@ -12,7 +12,11 @@ from st_fast.kernels.adaln import triton as adaln
 torch.manual_seed(0)
 # Two blocks with and without padding, one block alone, odd and tiny widths, one token, one sample.
 CASES = [c for size in ((2, 3, 1152), (1, 1, 100), (1, 5, 64), (3, 2, 37), (2, 1, 1)) for c in modulated(*size)]
-LONG = modulated(2, 11, 12)  # backward chunks of 8 and 3 tokens
+CASES += [c for lengths in ((3, 1, 9), (5,)) for c in modulated(2, lengths, 37)]
+CASES += [c for size in ((2, 3, 1152), (1, 1, 64), (2, 9, 37)) for c in modulated(*size, per_token=True)]
+# Backward chunks of 8 and 3 tokens; of 8 and 8, 1 and 8, 2.
+LONG = modulated(2, 11, 12) + modulated(2, (16, 1, 10), 12) + modulated(2, 11, 12, per_token=True)
+SMALL = modulated(2, 3, 20) + modulated(2, (1, 2), 20) + modulated(2, 3, 20, per_token=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -23,19 +27,19 @@ def test_values_and_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dty
 
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.name)
 def test_samples_cut_into_several_chunks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adaln, "FORWARD_PROGRAMS", 4)  # forward chunks of 4, 4 and 3
+    monkeypatch.setattr(adaln, "FORWARD_PROGRAMS", 4)  # forward chunks of 4, 4 and 3, for instance
     assert adaln.cut_tokens(2, 11, adaln.FORWARD_PROGRAMS, 1, 16) == 4
     assert adaln.cut_tokens(2, 11, adaln.BACKWARD_PROGRAMS, 8, 128) == 8
     assert_as_exact_as_eager(case, torch.float32)
 
 
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
-@pytest.mark.parametrize("case", modulated(2, 3, 20), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_gradients_may_arrive_with_any_strides(case: Case, strides: str) -> None:
     assert_as_exact_as_eager(case, torch.float32, strides)
 
 
-@pytest.mark.parametrize("case", modulated(2, 3, 20), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_nan_in_gives_nan_out(case: Case) -> None:
     assert_nan_comes_through(case)
 
@@ -66,7 +70,7 @@ def test_float32_stream_with_bfloat16_branch_and_modulation() -> None:
 def test_a_bias_is_summed_over_more_partial_sums_than_one_block_holds() -> None:
     torch.manual_seed(0)
     partial = torch.randn(3, 45, 80)  # 135 partial sums: 128 and 7
-    slab, bias = adaln._add_partials(partial, 60, torch.float32, torch.empty(20))
+    slab, bias = adaln.add_partials(partial, 60, torch.float32, torch.empty(20))
     torch.testing.assert_close(slab, partial[..., :60].double().sum(1).float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bias, partial[..., 60:].double().sum((0, 1)).float(), rtol=1e-5, atol=1e-5)
 
