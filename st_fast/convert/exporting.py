@@ -15,13 +15,14 @@ from st_fast.core.files import durable_file, fsync_path, make_folder
 from st_fast.model.formats import adam, official
 from st_fast.model.formats.layouts import check_table, in_published_order, optimised
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, Table, heads, is_head
+from st_fast.recipe.methods import CONVOLUTION
 
-FIRST_KEY = {
-    "repa": "projectors.0.0.weight",
-    "self-transcendence": "projectors.0.weight",
-    "sra": "ap_head.linear1.weight",
+FIRST_KEYS = {
+    "repa": {"projectors.0.0.weight", f"projectors.0.{CONVOLUTION}.weight", f"projectors.0.{CONVOLUTION}.0.weight"},
+    "self-transcendence": {"projectors.0.weight"},
+    "sra": {"ap_head.linear1.weight"},
 }
-"""The head that marks a layout; official SiT has none."""
+"""The heads that mark a layout, of REPA's also iREPA's; official SiT has none."""
 
 
 def export_file(loaded: LoadedState, layout: str, path: Path, weights: str) -> None:
@@ -69,7 +70,7 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     ema = heads(loaded.model) | dict(loaded.ema)  # ours averages no heads, the published code does
     tables: dict[str, Table] = {"model": loaded.model, "ema": ema}
     tables |= {"exp_avg": loaded.exp_avg, "exp_avg_sq": loaded.exp_avg_sq}
-    if FIRST_KEY.get(layout, "") not in loaded.model:
+    if FIRST_KEYS.get(layout, set()).isdisjoint(loaded.model):
         tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
     tables = {name: {k: t for k, t in table.items() if k != NULL_CONTEXT} for name, table in tables.items()}
     if layout == "sit":

@@ -54,6 +54,12 @@ def foreign_shapes(layout: str, qk_norm: bool = False, sigma: bool = False) -> S
     for j in range(2) if layout == "repa" else ():
         for k, (rows, columns) in zip((0, 2, 4), ((24, WIDTH), (24, 24), (10 + j, 24)), strict=True):
             linear(s, f"projectors.{j}.{k}", rows, columns)
+    for j in range(2) if layout == "repa-1" else ():  # iREPA's convolution
+        s[f"projectors.{j}.projection_layer.weight"] = (10 + j, WIDTH, 3, 3)
+        s[f"projectors.{j}.projection_layer.bias"] = (10 + j,)
+    if layout == "repa-2":  # the MLP of iREPA's code
+        for k, (rows, columns) in zip((0, 2, 4), ((24, WIDTH), (24, 24), (10, 24)), strict=True):
+            linear(s, f"projectors.0.projection_layer.{k}", rows, columns)
     if layout.startswith("self-transcendence"):
         for k, (rows, columns) in zip((0, 2, 4), ((24, WIDTH), (24, 24), (WIDTH, 24)), strict=True):
             linear(s, f"projectors.{k}", rows, columns)
@@ -119,6 +125,8 @@ def trained(weights: OrderedDict[str, Tensor]) -> dict:
 CASES: dict[str, dict] = {
     "sit": dict(layout="sit", sigma=True),
     "repa": dict(layout="repa"),
+    "irepa": dict(layout="repa-1"),
+    "irepa, its MLP": dict(layout="repa-2"),
     "stage 1": dict(layout="self-transcendence-1", qk_norm=True),
     "stage 2": dict(layout="self-transcendence-2", qk_norm=True),
     "sra": dict(layout="sra"),

@@ -61,6 +61,11 @@ def test_repas_published_settings(name: str, size: str, depth: int) -> None:
     assert (sample.sampler, sample.steps, sample.cfg_scale, sample.cfg_range) == ("sde", 250, 1.8, (0.0, 0.7))
 
 
+def test_irepas_published_settings() -> None:
+    (stage,) = load(RECIPES / "sit_xl_irepa.toml", ranks=8).stages
+    assert stage.method == Repa(("facebook/dinov2-base",), 8, weight=1.0, projector="conv", target_norm=0.6)
+
+
 def test_the_published_settings_of_text_to_image_hold() -> None:
     recipe = load(RECIPES / "mmdit_coco.toml", ranks=8)
     model, optim, (align, transcend) = recipe.model, recipe.optim, (stage.method for stage in recipe.stages)
@@ -101,7 +106,7 @@ def test_sra_2s_published_settings() -> None:
 
 def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
     recipe = load(RECIPES / "digits_methods.toml")
-    names = ["plain", "layer_sync", "sra", "sra2", "repa", "align", "transcend"]
+    names = ["plain", "layer_sync", "sra", "sra2", "repa", "irepa", "align", "transcend"]
     assert [stage.name for stage in recipe.stages] == names
     assert len({stage.steps for stage in recipe.stages}) == 1
 

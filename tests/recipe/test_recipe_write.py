@@ -82,7 +82,17 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
         below = st.integers(1, max(depth - 1, 1))
         sync = st.builds(LayerSync, below, st.just(depth), NOT_NEGATIVE) if depth > 1 else st.just(Plain())
         names_of_encoders = st.lists(TEXT.filter(bool), min_size=1, max_size=3, unique=True).map(tuple)
-        repa = st.builds(Repa, names_of_encoders, block, NOT_NEGATIVE, INT, st.booleans(), st.integers(0, steps))
+        repa = st.builds(
+            Repa,
+            names_of_encoders,
+            block,
+            NOT_NEGATIVE,
+            INT,
+            st.booleans(),
+            st.integers(0, steps),
+            projector=st.sampled_from(["mlp", "conv"]),
+            target_norm=FRACTION,
+        )
         sra = st.builds(
             SelfRepresentation,
             block,

@@ -18,7 +18,7 @@ from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, Ta
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
 from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes
-from st_fast.recipe.methods import SelfRepresentation, SelfTranscendence, VelocityHead, projector
+from st_fast.recipe.methods import CONVOLUTION, SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 IMAGENET = 1000
 """Classes of the published models, whose tables of labels have one row more."""
@@ -43,7 +43,7 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
     keys = [key for key in table if is_head(key)]
     if any(key.startswith("ap_head.") for key in keys):
         return "sra"
-    if any(re.match(r"projectors\.\d+\.\d+\.", key) for key in keys):
+    if any(re.match(rf"projectors\.\d+\.({CONVOLUTION}|\d+)\.", key) for key in keys):
         return "repa"
     if any(key.startswith(("projectors.", "projectors_final.")) for key in keys):
         return "self-transcendence"
@@ -260,18 +260,24 @@ def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tenso
     def size(key: str, otherwise: int) -> int:
         return len(found[key]) if key in found else otherwise
 
-    layers: tuple[Layer, ...] = ()
+    layers, expected = tuple[Layer, ...](), dict[str, Tensor]()
     if layout == "self-transcendence" and found:
         method = VelocityHead if any(key.startswith("projectors_final.") for key in found) else SelfTranscendence
         layers = method(hidden=size("projectors.0.bias", 2048)).head_layers(config)
         if "projectors_final.adaLN_modulation.1.weight" in found:  # a whole final layer, in the published MMDiT
             layers += (Layer("projectors_final.adaLN_modulation.1", config.width, 2 * config.width),)
     if layout == "repa":
-        for name in sorted({m[0] for key in found if (m := re.match(r"projectors\.\d+(?=\.)", key))}):
-            layers += projector(name, config, size(f"{name}.0.bias", 2048), size(f"{name}.4.bias", config.width))
+        # iREPA's code names what projects, which may be an MLP, a convolution or one linear layer.
+        named = re.compile(rf"projectors\.\d+(\.{CONVOLUTION})?(?=\.)")
+        for name in sorted({m[0] for key in found if (m := named.match(key))}):
+            if (weight := found.get(f"{name}.weight")) is None:
+                layers += projector(name, config, size(f"{name}.0.bias", 2048), size(f"{name}.4.bias", config.width))
+                continue
+            kernel = weight.shape[2:] if weight.ndim == 4 else ()
+            expected[f"{name}.weight"] = torch.empty(len(weight), config.width, *kernel, device="meta")
+            expected[f"{name}.bias"] = torch.empty(len(weight), device="meta")
     if layout == "sra" and found:
         layers = SelfRepresentation().head_layers(config)
-    expected: dict[str, Tensor] = {}
     for layer in layers:
         expected[f"{layer.name}.weight"] = torch.empty(layer.outputs, layer.inputs, device="meta")
         expected[f"{layer.name}.bias"] = torch.empty(layer.outputs, device="meta")

@@ -50,8 +50,10 @@ def test_sras_teacher_runs_one_forward_to_its_block_for_every_sample():
     assert cost_of(method).student == cost_of(Plain()).student
 
 
-def test_repas_heads_cost_a_projection_to_each_encoders_width():
-    method = Repa(("facebook/dinov2-small", "somewhere/dinov2-with-registers-large"), 2, hidden=32)
+@pytest.mark.parametrize("projector", ["mlp", "conv"])
+def test_repas_heads_cost_a_projection_to_each_encoders_width(projector):
+    names = ("facebook/dinov2-small", "somewhere/dinov2-with-registers-large")
+    method = Repa(names, 2, hidden=32, projector=projector)
     heads = heads_of(method, feature_widths=(384, 1024))
     assert cost_of(method).heads == 3 * counted(lambda: [head(TOKENS) for head in heads.projectors])
     assert cost_of(method).teacher == 0
@@ -63,6 +65,7 @@ def test_repas_heads_cost_a_projection_to_each_encoders_width():
         (VelocityHead(2, hidden=24), {}),
         (SelfRepresentation(2, 4), {"average": object()}),
         (Repa(("dinov2-small", "dinov2-large"), 2, hidden=24), {"feature_widths": (384, 1024)}),
+        (Repa(("dinov2-small", "dinov2-large"), 2, projector="conv"), {"feature_widths": (384, 1024)}),
         (LayerSync(2, 4), {}),
         (Sra2(2, hidden=24), {}),
     ],
@@ -71,7 +74,7 @@ def test_the_declared_layers_are_those_of_the_heads(method, parts):
     declared = {layer.name: (layer.outputs, layer.inputs) for layer in method.head_layers(MODEL)}
     found = heads_of(method, **parts).state_dict()
     assert {f"{name}.weight": shape for name, shape in declared.items()} == {
-        key: tuple(tensor.shape) for key, tensor in found.items() if key.endswith("weight")
+        key: tuple(tensor.flatten(1).shape) for key, tensor in found.items() if key.endswith("weight")
     }
     assert cost.head_parameters(MODEL, method) == sum(tensor.numel() for tensor in found.values())
 

@@ -23,7 +23,7 @@ from st_fast.recipe.schema import Stage
 from st_fast.train.batches import BatchIterator
 from st_fast.train.run import run
 from st_fast.train.supervision import Parts, create
-from st_fast.train.supervision.repa import on_grid
+from st_fast.train.supervision.repa import Convolution, on_grid, spatially_normalised
 from tests import tiny
 from tests.train.supervision.encoders import write_encoder, write_set
 from tests.train.supervision.resuming import assert_it_resumes_bit_exactly_and_learns, interrupt
@@ -64,6 +64,72 @@ def test_the_loss_of_two_encoders_equals_the_formula_in_numpy():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+def normalised(features: np.ndarray, share: float) -> np.ndarray:
+    """(B, N, D): iREPA's target, the deviation of N tokens divided by N − 1."""
+    return (features - share * features.mean(1, keepdims=True)) / (features.std(1, ddof=1, keepdims=True) + 1e-6)
+
+
+def convolved(weight: np.ndarray, bias: np.ndarray, tokens: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """(B, N, D) → (B, N, D_j): each token's 3 × 3 neighbours on the grid, zeros around it, one by one."""
+    rows, columns = grid
+    out = np.tile(bias, (*tokens.shape[:2], 1))
+    for n in range(rows * columns):
+        for y in range(3):
+            for x in range(3):
+                row, column = n // columns + y - 1, n % columns + x - 1
+                if 0 <= row < rows and 0 <= column < columns:
+                    out[:, n] += tokens[:, row * columns + column] @ weight[:, :, y, x].T
+    return out
+
+
+@pytest.mark.parametrize(("projector", "target_norm"), [("conv", 0.6), ("conv", 0.0), ("mlp", 0.3)])
+def test_irepas_loss_equals_the_formula_in_numpy(projector, target_norm):
+    (supervision, batch), h = made(weight=0.7, projector=projector, target_norm=target_norm), hidden()
+    weights, expected = weights_of(supervision.heads), 0.0
+    for number, features in enumerate(batch.features):
+        own = {k.removeprefix(f"projectors.{number}."): w for k, w in weights.items() if f"projectors.{number}." in k}
+        if projector == "conv":
+            q = convolved(own["projection_layer.weight"], own["projection_layer.bias"], h.detach().numpy(), (2, 2))
+        else:
+            q = mlp({f"projectors.{k}": w for k, w in own.items()}, h.detach().numpy())
+        g = features.numpy().reshape(BATCH, 4, -1) + 0.5
+        expected += 0.7 / 2 * cosine_loss(q, normalised(g, target_norm) if target_norm else g).mean()
+    batch = replace(batch, features=tuple(one + 0.5 for one in batch.features))
+    loss = supervision.loss(h, supervision.target(batch), batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_convolution_on_a_grid_that_is_no_square():
+    head = fill(Convolution(6, 5, (2, 3)), 3)
+    tokens = torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    w = weights_of(head)
+    expected = convolved(w["projection_layer.weight"], w["projection_layer.bias"], tokens.numpy(), (2, 3))
+    found = head(tokens)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-12)
+    assert found.is_contiguous()
+
+
+def test_features_are_normalised_over_the_tokens_of_each_image_and_channel_in_float32():
+    features = 3 + 2 * torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = spatially_normalised(features, 0.6)
+    np.testing.assert_allclose(found.numpy(), normalised(features.numpy(), 0.6), rtol=1e-12)
+    torch.testing.assert_close(spatially_normalised(features, 1.0).mean(1), torch.zeros(3, 5).double())
+    half = spatially_normalised(features.half(), 0.6)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), found, rtol=5e-3, atol=5e-3)
+    constant = spatially_normalised(torch.full((1, 4, 2), 2.0), 0.6)
+    torch.testing.assert_close(constant, torch.full((1, 4, 2), 0.8e6))
+
+
+def test_images_of_one_token_can_not_be_normalised():
+    with pytest.raises(UserError, match=r"target_norm = 0.6: 0 is needed"):
+        create(
+            Stage("s", Repa(("a",), 1, target_norm=0.6), 10),
+            Parts(replace(MODEL, patch=4), TABLE, None, feature_widths=(6,)),
+            seed=1,
+        )
+
+
 def test_gradients_reach_the_student_and_the_heads_but_not_the_features():
     (supervision, batch), h = made(), hidden()
     target = supervision.target(batch)
@@ -72,7 +138,18 @@ def test_gradients_reach_the_student_and_the_heads_but_not_the_features():
     assert not any(one.requires_grad for one in target)
 
 
+def test_gradients_pass_a_convolution_and_target_norm_leaves_the_features_alone():
+    (supervision, batch), h = made(projector="conv", target_norm=0.6), hidden()
+    before = [one.clone() for one in batch.features]
+    supervision.loss(h, supervision.target(batch), batch).backward()
+    assert h.grad.abs().sum() > 0 and all(p.grad.abs().sum() > 0 for p in supervision.heads.parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, batch.features, strict=True))
+
+
 def test_heads_have_the_published_names():
+    supervision, _ = made(projector="conv")
+    names = {f"projectors.{j}.projection_layer.{kind}" for j in (0, 1) for kind in ("weight", "bias")}
+    assert set(supervision.heads.state_dict()) == names
     supervision, _ = made()
     names = {f"projectors.{j}.{layer}.{kind}" for j in (0, 1) for layer in (0, 2, 4) for kind in ("weight", "bias")}
     assert set(supervision.heads.state_dict()) == names
@@ -100,8 +177,10 @@ def recipe(data: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_an_interrupted_run_resumes_bit_exactly(recipe, tmp_path, monkeypatch, signals):  # noqa: F811
+@pytest.mark.parametrize("keys", ["", 'projector = "conv"\ntarget_norm = 0.6\n'], ids=["repa", "irepa"])
+def test_an_interrupted_run_resumes_bit_exactly(keys, recipe, tmp_path, monkeypatch, signals):  # noqa: F811
     torch.set_num_threads(1)
+    recipe.write_text(recipe.read_text() + keys)
     assert_it_resumes_bit_exactly_and_learns(recipe, tmp_path, monkeypatch)
 
 
