@@ -37,9 +37,9 @@ class Purpose(IntEnum):
     NEGATIVE = 17
 
 
-def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int) -> np.ndarray:
+def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int, part: int = 0) -> np.ndarray:
     """A permutation of range(size): the order of `size` random 64-bit keys, whose stream NumPy's policy freezes."""
-    bits = np.random.Philox(key=seed & (2**64 - 1), counter=[0, nonce, int(purpose), 0])
+    bits = np.random.Philox(key=seed & (2**64 - 1), counter=[0, nonce, int(purpose), part])
     return np.argsort(bits.random_raw(size), kind="stable")
 
 
@@ -72,9 +72,12 @@ class RecordOrder:
         return records
 
 
-def strata(seed: int, step: int, batch_size: int) -> np.ndarray:
-    """(batch_size,) int64: the shuffled assignment of a batch's places to equal bins of (0, 1)."""
-    return _sorted_by_key(seed, Purpose.STRATA, step, batch_size)
+def strata(seed: int, step: int, batch_size: int, group: int = 0) -> np.ndarray:
+    """(batch_size,) int64: the shuffled assignment of a batch's places to equal bins of (0, 1).
+
+    Each `group` of tokens has one of its own.
+    """
+    return _sorted_by_key(seed, Purpose.STRATA, step, batch_size, group)
 
 
 def others(seed: int, ordinals: np.ndarray, batch_size: int) -> np.ndarray:

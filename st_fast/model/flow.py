@@ -42,21 +42,26 @@ def denoising_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
     return (prediction.float() - velocity.float()).square().mean((1, 2, 3))
 
 
-def sample_times(seed: int, step: int, place: np.ndarray, batch_size: int, time: str, path: str) -> Tensor:
+def sample_times(
+    seed: int, step: int, place: np.ndarray, batch_size: int, time: str, path: str, group: int = 0
+) -> Tensor:
     """t in (0, 1) for the given places (B,) of a global batch, on the host: a pure function of (seed, step, place).
+
+    Those of another `group` of tokens than the first are independent of the first one's, and drawn alike.
 
     uniform: t = u. lognormal: σ = exp(n), t = σ/(1+σ) on the linear path, (2/π)·atan σ on the cosine path (EDM's
     noise levels). stratified: one uniform draw in each of batch_size equal bins, shuffled. Returns (B,) float32.
     """
     ordinals = torch.from_numpy(step * batch_size + place)
+    purpose, column = (Purpose.GROUP_TIME, group - 1) if group else (Purpose.TIME, 0)
     if time == "lognormal":
-        sigma = random.normal(seed, Purpose.TIME, ordinals, (1,))[:, 0].exp()
+        sigma = random.normal(seed, purpose, ordinals, (column + 1,))[:, column].exp()
         return sigma / (1 + sigma) if path == "linear" else torch.atan(sigma) * (2 / math.pi)
-    u = random.uniform(seed, Purpose.TIME, ordinals)[:, 0]
+    u = random.uniform(seed, purpose, ordinals, column + 1)[:, column]
     if time == "uniform":
         return u
     if time == "stratified":
-        bins = torch.from_numpy(random.strata(seed, step, batch_size)[place])
+        bins = torch.from_numpy(random.strata(seed, step, batch_size, group)[place])
         # In float64: (bin + u) / B rounded to float32 at once keeps every draw inside its bin.
         return ((bins.double() + u.double()) / batch_size).float().clamp(2.0**-25, 1 - 2.0**-24)
     raise ValueError(f"time = {time!r}: one of {', '.join(TIMES)}")

@@ -98,8 +98,8 @@ class Layout:
 
     def pixel_times(self, t: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
         """Times of the groups (B, G) → the time of each pixel of the latent (B, 1, H, W)."""
-        lengths = torch.tensor(self.lengths, device=t.device)
-        each = t.repeat_interleave(lengths, dim=1, output_size=self.order.shape[1])  # (B, N) in this order
+        columns = zip(t.split(1, dim=1), self.lengths, strict=True)
+        each = torch.cat([column.expand(-1, length) for column, length in columns], dim=1)  # (B, N) in this order
         image = torch.empty_like(each).scatter_(1, self.order, each).unflatten(1, grid)
         return image.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, None]
 

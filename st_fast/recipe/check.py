@@ -9,7 +9,8 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.error import RecipeError, show, wrong_value
 from st_fast.recipe.keys import UpTo, keys
 from st_fast.recipe.methods import supervision_name
-from st_fast.recipe.schema import SECTIONS, Evaluate, Optim, Recipe, Run, Stage, Start
+from st_fast.recipe.schema import SECTIONS, Evaluate, Model, Optim, Recipe, Run, Stage, Start
+from st_fast.recipe.tokens import divided
 
 
 def check(recipe: Recipe, ranks: int = 1) -> None:
@@ -24,6 +25,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
         check_shapes(recipe.for_stage(stage).model)
         check_models(stage, recipe.stages, position)
         check_contrast(stage, recipe.optim)
+        check_groups(stage, recipe.model)
     check_guidance(recipe)
     check_single_values(recipe)
     check_scores(recipe.evaluate)
@@ -125,6 +127,22 @@ def check_contrast(stage: Stage, optim: Optim) -> None:
     if not contrast.contrast and not contrast.contrast_null:
         why = "without contrast nothing is read"
         raise wrong_value(f"{name}_null", False, "left out, or with contrast above 0", why)
+
+
+def check_groups(stage: Stage, model: Model) -> None:
+    """Groups of tokens with times of their own have a token each, in a network whose tokens are an image's alone."""
+    groups, method = stage.method.token_groups, stage.method
+    if groups is None:
+        return
+    if model.network != "sit":
+        why = f'model.network = "{model.network}": the tokens of a text have no time'
+        raise wrong_value(f"stage.{stage.name}.supervision", supervision_name(method), "a method with one time", why)
+    lengths = divided(model.tokens, groups.shares)
+    if min(lengths) < 1:
+        key = "mask_ratio" if hasattr(method, "mask_ratio") else "groups"
+        value = getattr(method, key)
+        why = f"of {model.tokens} tokens they would be {' and '.join(map(str, lengths))}"
+        raise wrong_value(f"stage.{stage.name}.{key}", value, "shares that give each group a token", why)
 
 
 def check_guidance(recipe: Recipe) -> None:

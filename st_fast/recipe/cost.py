@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
+from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
 from st_fast.recipe.methods import Method, dinov2_size
 from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
 
@@ -121,8 +122,10 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
         live = sum(live_encoder_flops(name, model) for name in method.encoder_names)
         teacher = live if encoders is None else encoders
     else:
-        teacher = 2.0 * method.teacher_passes * trunk_macs(model, method.frozen_depth) * share
-    return StageCost(6.0 * trunk_macs(model), heads, teacher)
+        depth = method.frozen_depth
+        macs = trunk_macs(model, depth) + grouped_macs(model, method.teacher_groups, depth)
+        teacher = 2.0 * method.teacher_passes * macs * share
+    return StageCost(6.0 * (trunk_macs(model) + grouped_macs(model, method.token_groups)), heads, teacher)
 
 
 def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, cost: StageCost | None = None) -> float:
@@ -174,6 +177,7 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
         pass_bytes = images * (activation_bytes(model, bf16, run.checkpointing) + backward_bytes(model, bf16))
         rows = supervised_rows(recipe, stage.method, images)
         supervision = rows * supervision_bytes(model, stage.method, bf16, run)
+        supervision += images * grouped_bytes(model, stage.method.token_groups, bf16, run.checkpointing)
         weights = weight_bytes(model, stage, bf16, shards, teacher_shards)
         stages.append((weights, pass_bytes + supervision))
     return max(stages, key=sum)

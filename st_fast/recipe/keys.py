@@ -107,7 +107,17 @@ Guidance = Annotated[float, between(0, CFG_MOST)]
 Positive = Annotated[float, Limit("above 0", lambda value: value > 0)]
 NonNegative = Annotated[float, Limit("at least 0", lambda value: value >= 0)]
 Fraction = Annotated[float, Limit("in [0, 1]", lambda value: 0 <= value <= 1)]
+BetweenZeroAndOne = Annotated[float, Limit("in (0, 1)", lambda value: 0 < value < 1)]
 BelowOne = Annotated[float, Limit("in [0, 1)", lambda value: 0 <= value < 1)]
+GROUPS_MOST = 16
+Shares = Annotated[
+    tuple[float, ...],
+    Limit(
+        f"with 2 to {GROUPS_MOST} above 0 that add up to 1",
+        lambda shares: 2 <= len(shares) <= GROUPS_MOST and min(shares) > 0 and abs(math.fsum(shares) - 1) < 1e-6,
+    ),
+]
+"""Of a whole."""
 TimeRange = Annotated[
     tuple[float, float], Limit("as [low, high] with 0 <= low < high <= 1", lambda ends: 0 <= ends[0] < ends[1] <= 1)
 ]

@@ -69,6 +69,15 @@ METHODS = {
     "repa": ("REPA", "An early block has to match a frozen image encoder's features of the clean image."),
     "sra": ("SRA", "An early block has to match a later block of the model's own EMA, which sees less noise."),
     "sra2": ("SRA 2", "An early block has to give the clean latent through a small head, which is dropped afterwards."),
+    "sra_dual": (
+        "SRA with dual time",
+        "SRA where two random groups of an image's tokens have different noise and attend to themselves alone.",
+    ),
+    "self_flow": (
+        "Self-Flow",
+        "Some tokens have more noise than others; an early block has to match a later block of the model's own EMA, "
+        "which sees all of them at the lower noise.",
+    ),
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""

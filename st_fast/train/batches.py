@@ -37,7 +37,7 @@ from st_fast.prepare.features import RecordImages, open_record_images
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.recipe.tokens import token_plan
 from st_fast.train.conditions import ClassLabels, Conditions, Visit
-from st_fast.train.layouts import draw_layout
+from st_fast.train.layouts import draw_layout, draw_times
 from st_fast.train.profiling import named_range
 from st_fast.train.supervision import Negative, NoisyBatch, Rows, select_rows
 from st_fast.train.supervision.capacity import capacity, padded
@@ -157,7 +157,7 @@ class BatchIterator:
 
         def make(step: int) -> list[NoisyBatch]:
             self.ranks.heartbeat.step = step + 1
-            t = flow.sample_times(recipe.run.seed, step, np.arange(size), size, recipe.flow.time, recipe.flow.path)
+            t = draw_times(self.stage.method.token_groups, recipe.flow, recipe.run.seed, step, size)
             asked = features if step < stop else []
             return [self._batch(step, part, t, answers, conditions, asked) for part in self.micro_batches()]
 
@@ -200,21 +200,36 @@ class BatchIterator:
             moments, drawn, t = send(moments), send(drawn), send(t[part])
         with named_range("noise"):
             made = self.records.manifest
-            moments, times = with_std(moments, made.posterior), t.repeat(2) if pushed else t
+            moments, first = with_std(moments, made.posterior), t if t.ndim == 1 else t[:, 0].contiguous()
+            times = first.repeat(2) if pushed else first
             latents = self.draw(moments, drawn, times, recipe.run.seed, made.scale, recipe.flow.path)
-            negative = self._negative(latents[2][count:], dropped) if pushed else None
             x, x_t, velocity, noise = (values[:count] for values in latents)
+            pushed_from = latents[2][count:]
             layout = self._layout(x, drawn[:count])
+            if layout is not None and t.ndim == 2:
+                each = layout.pixel_times(t, self._grid(x), recipe.model.patch)
+                x_t, velocity = flow.interpolate(x, noise, each, recipe.flow.path)
+                if pushed:
+                    pushed_from = flow.interpolate(latents[0][count:], latents[3][count:], each, recipe.flow.path)[1]
+            negative = self._negative(pushed_from, dropped) if pushed else None
         return NoisyBatch(
             x, x_t, velocity, noise, t, condition, student_condition, drawn[:count], rows, written, images, layout,
             negative,
         )  # fmt: skip
 
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[2] // self.recipe.model.patch, x.shape[3] // self.recipe.model.patch
+
     def _layout(self, x: Tensor, ordinals: Tensor) -> Layout | None:
         """How the tokens of latents x (B, C, H, W) are ordered; None where all run alike."""
-        patch = self.recipe.model.patch
-        grid = x.shape[2] // patch, x.shape[3] // patch
+        grid = self._grid(x)
         plan = token_plan(math.prod(grid), self.stage.method.token_groups, None)
+        if plan is not None and min(plan.lengths) < 1:
+            rows, columns = grid
+            raise UserError(
+                f"stage.{self.stage.name}: latents of {rows} x {columns} tokens leave a group of tokens without any; "
+                f"larger latents, or larger shares, are needed"
+            )
         return None if plan is None else draw_layout(plan, grid, self.recipe.run.seed, ordinals)
 
     def _negative(self, velocity: Tensor, dropped: Tensor) -> Negative:

@@ -1,12 +1,36 @@
-"""Which tokens of a sample are in which group and which a route keeps: drawn from the samples' ordinals alone."""
+"""Which tokens of a sample are in which group, at which time, and which a route keeps: drawn from ordinals alone."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from st_fast.core import random
 from st_fast.core.random import Purpose
+from st_fast.model import flow
 from st_fast.model.layout import Layout, Route
-from st_fast.recipe.tokens import TokenPlan
+from st_fast.recipe.schema import Flow
+from st_fast.recipe.tokens import TokenGroups, TokenPlan
+
+
+def draw_times(groups: TokenGroups | None, settings: Flow, seed: int, step: int, size: int) -> Tensor:
+    """The times of a global batch of `size` at a step, on the host: (size,), or each group's (size, G).
+
+    The first group's are those that an image would have as a whole; a sample that is one group has them in all.
+    """
+    places, count = np.arange(size), 1 if groups is None else len(groups.shares)
+    drawn = [flow.sample_times(seed, step, places, size, settings.time, settings.path, g) for g in range(count)]
+    if groups is None:
+        return drawn[0]
+    t = torch.stack(drawn, dim=1)
+    if groups.whole > 0:
+        whole = whole_samples(groups.whole, seed, torch.arange(step * size, (step + 1) * size))
+        t = torch.where(whole[:, None], t[:, :1], t)
+    return t
+
+
+def whole_samples(chance: float, seed: int, ordinals: Tensor) -> Tensor:
+    """(B,) bool: which samples are one group."""
+    return random.uniform(seed, Purpose.WHOLE_SAMPLE, ordinals)[:, 0] < chance
 
 
 def draw_layout(plan: TokenPlan, grid: tuple[int, int], seed: int, ordinals: Tensor) -> Layout:
@@ -22,9 +46,7 @@ def draw_layout(plan: TokenPlan, grid: tuple[int, int], seed: int, ordinals: Ten
         if plan.route.structured:
             keys = keys + _later_in_their_square(keys, grid)
     order = keys.argsort(dim=1, stable=True)
-    whole = None
-    if plan.whole > 0:
-        whole = random.uniform(seed, Purpose.WHOLE_SAMPLE, ordinals)[:, 0] < plan.whole
+    whole = whole_samples(plan.whole, seed, ordinals) if plan.whole > 0 else None
     return Layout(order, plan.lengths, plan.separated, whole, route)
 
 

@@ -8,14 +8,17 @@ activations that it keeps (see `cost`).
 from st_fast.recipe.methods.base import EVERYWHERE, Mask, Method, Plain, Selection, projector
 from st_fast.recipe.methods.layer_sync import LayerSync
 from st_fast.recipe.methods.repa import CONVOLUTION, DINOV2, Repa, dinov2_size, encoder_width
+from st_fast.recipe.methods.self_flow import SelfFlow
 from st_fast.recipe.methods.self_transcendence import SelfTranscendence
 from st_fast.recipe.methods.sra import SelfRepresentation
 from st_fast.recipe.methods.sra2 import Sra2
+from st_fast.recipe.methods.sra_dual import DualTime
 from st_fast.recipe.methods.velocity_head import VelocityHead
 
 __all__ = [
-    "CONVOLUTION", "DINOV2", "EVERYWHERE", "METHODS", "LayerSync", "Mask", "Method", "Plain", "Repa", "Selection",
-    "SelfRepresentation", "SelfTranscendence", "Sra2", "VelocityHead", "dinov2_size", "encoder_width", "projector",
+    "CONVOLUTION", "DINOV2", "EVERYWHERE", "METHODS", "DualTime", "LayerSync", "Mask", "Method", "Plain", "Repa",
+    "Selection", "SelfFlow", "SelfRepresentation", "SelfTranscendence", "Sra2", "VelocityHead", "dinov2_size",
+    "encoder_width", "projector",
     "supervision_name",
 ]  # fmt: skip
 
@@ -26,6 +29,8 @@ METHODS: dict[str, type[Method]] = {
     "layer_sync": LayerSync,
     "sra": SelfRepresentation,
     "sra2": Sra2,
+    "sra_dual": DualTime,
+    "self_flow": SelfFlow,
     "repa": Repa,
 }
 

@@ -91,6 +91,11 @@ class Method:
         """The groups of the student's tokens that have times of their own; None where an image has one time."""
         return None
 
+    @property
+    def teacher_groups(self) -> TokenGroups | None:
+        """The same of the tokens that the teacher, or the average, sees."""
+        return None
+
     def supervises(self, step: int) -> bool:
         """Whether supervision lasts to this step, counted from 0."""
         return self.stop_step == 0 or step < self.stop_step
@@ -123,6 +128,12 @@ class Plain(Method):
     """SiT as published: the denoising loss alone."""
 
     implementation: ClassVar[str] = "st_fast.train.supervision:Supervision"
+
+
+def two_layers(name: str, model: Model) -> tuple[Layer, ...]:
+    """SRA's head, a two-layer MLP on every token: D → 2D → D."""
+    n, d = model.tokens, model.width
+    return Layer(f"{name}.linear1", d, 2 * d, n), Layer(f"{name}.linear2", 2 * d, d, n)
 
 
 def projector(name: str, model: Model, hidden: int, out: int, layers: int = 3) -> tuple[Layer, ...]:

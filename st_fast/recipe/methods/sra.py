@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from st_fast.recipe.architecture import Layer, Model
 from st_fast.recipe.keys import Block, CountOrZero, Fraction, NonNegative, fixed
-from st_fast.recipe.methods.base import Method
+from st_fast.recipe.methods.base import Method, two_layers
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class SelfRepresentation(Method):
         return float(0.1 ** ((step - self.decay_start) / self.decay_steps))
 
     def head_layers(self, model: Model) -> tuple[Layer, ...]:
-        n, d = model.tokens, model.width
-        return Layer("ap_head.linear1", d, 2 * d, n), Layer("ap_head.linear2", 2 * d, d, n)
+        return two_layers("ap_head", model)
 
     def kept_channels(self, model: Model) -> int:
         return 7 * model.width  # the hidden layer before and after SiLU; prediction, target, gradient

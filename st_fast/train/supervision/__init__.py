@@ -147,14 +147,16 @@ class Supervision:
 def select_rows(t: Tensor, part: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:
     """The supervised rows of a micro-batch and their weights, on the host, from all of the global batch's times.
 
-    t (G,) float32 holds the whole global batch; `part` is this micro-batch's slice of it. With m_b = t_b inside the
-    closed range: "sample" is mean_b(m_b·ℓ_b); "sample_mean" is Σ m_b·ℓ_b / Σ m_b; "released" is mean(m)·mean(ℓ), as
-    the released code's broadcasting makes it. Returns index (M,) int64 into the micro-batch and weight (M,) float32.
+    t (A,) float32 holds the whole global batch, or (A, G) its groups' times, of which all must lie inside; `part` is
+    this micro-batch's slice of it. With m_b = t_b inside the closed range: "sample" is mean_b(m_b·ℓ_b); "sample_mean"
+    is Σ m_b·ℓ_b / Σ m_b; "released" is mean(m)·mean(ℓ), as the released code's broadcasting makes it. Returns index
+    (M,) int64 into the micro-batch and weight (M,) float32.
     """
     if selection is None:
         return torch.empty(0, dtype=torch.int64), torch.empty(0)
     low, high = selection.t_range
     inside = (t >= low) & (t <= high)
+    inside = inside if t.ndim == 1 else inside.all(1)
     total, count = len(t), int(inside.sum())
     mine = inside[part]
     if selection.mask == "released":

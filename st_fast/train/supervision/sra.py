@@ -4,6 +4,8 @@ The teacher sees the same latents, noise and dropped conditions at the time max(
 (0, time_offset).
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,18 +21,20 @@ BETA = 0.05
 
 
 class Head(nn.Module):
-    """The projection q of the student's tokens, D → 2D → D with SiLU between. Keys `ap_head.linear{1,2}.*`."""
+    """The projection q of the student's tokens, D → 2D → D with SiLU between. Keys `NAME.linear{1,2}.*`."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, name: str = "ap_head") -> None:
         super().__init__()
         layers = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.ap_head = nn.ModuleDict({"linear1": layers[0], "linear2": layers[1]})
+        self.name = name
+        self.add_module(name, nn.ModuleDict({"linear1": layers[0], "linear2": layers[1]}))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.ap_head["linear2"](F.silu(self.ap_head["linear1"](tokens)))
+        layers = cast(nn.ModuleDict, self.get_submodule(self.name))
+        return cast(Tensor, layers["linear2"](F.silu(layers["linear1"](tokens))))
 
 
 class SelfRepresentation(Supervision):
