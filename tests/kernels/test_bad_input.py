@@ -17,7 +17,7 @@ def ones(*shape: int, **options: Any) -> Tensor:
     return torch.ones(shape, **options)
 
 
-X, V, W = ones(B, N, D), ones(B, D), ones(B)
+X, V, W, RUNS = ones(B, N, D), ones(B, D), ones(B), ones(B, 2, D)
 HALF, DOUBLE, INT = torch.bfloat16, torch.float64, torch.int32
 GRAD: dict[str, Any] = {"requires_grad": True}
 META: dict[str, Any] = {"device": "meta"}
@@ -43,6 +43,20 @@ MODULATION: Wrong = [
     ("gate_residual_norm_modulate", (X, X, V, V, V, float("inf")), "eps = inf"),
     ("gate_residual_norm_modulate", (X, X, V, V, V, 1e-6, ones(N)), r"a_bias has shape \(3,\); a's \(D,\) = \(8,\)"),
     ("gate_residual_norm_modulate", (X, X, V, V, V, 1e-6, ones(D).to(DOUBLE)), "a_bias has dtype torch.float64, but a"),
+    ("norm_modulate", (X, RUNS, RUNS, 1e-6, (1, 1)), "lengths sum to 2; x's N = 3 is needed"),
+    ("norm_modulate", (X, RUNS, RUNS, 1e-6, (3, 0)), r"lengths\[1\] = 0; an integer ≥ 1 is needed"),
+    ("norm_modulate", (X, RUNS, RUNS, 1e-6, (-1, 4)), r"lengths\[0\] = -1; an integer ≥ 1"),
+    ("norm_modulate", (X, RUNS, RUNS, 1e-6, (1.5, 1.5)), r"lengths\[0\] = 1.5; an integer ≥ 1"),
+    ("norm_modulate", (X, RUNS, RUNS, 1e-6, torch.tensor([1, 2])), "lengths is a Tensor; a tuple or list of integers"),
+    ("norm_modulate", (X, RUNS, RUNS, 1e-6, ()), "lengths sum to 0; x's N = 3"),
+    ("norm_modulate", (X, RUNS, RUNS, 1e-6, (1, 1, 1)), r"shift has shape \(2, 2, 8\); .* \(B, G, D\) = \(2, 3, 8\)"),
+    ("norm_modulate", (X, V, V, 1e-6, (1, 2)), r"shift has shape \(2, 8\); .* \(B, G, D\) = \(2, 2, 8\) is needed"),
+    ("norm_modulate", (X, RUNS, RUNS), r"shift has shape \(2, 2, 8\); without lengths x's \(B, N, D\) = \(2, 3, 8\)"),
+    ("norm_modulate", (X, X, V), r"scale has shape \(2, 8\); without lengths x's \(B, N, D\) = \(2, 3, 8\) is needed"),
+    ("norm_modulate", (X, V, X), r"scale has shape \(2, 3, 8\); x's \(B, D\) = \(2, 8\) is needed"),
+    ("gate_residual", (X, X, RUNS, (2, 2)), "lengths sum to 4; x's N = 3 is needed"),
+    ("gate_residual", (X, X, ones(B, 4, D)), r"gate has shape \(2, 4, 8\); without lengths x's \(B, N, D\)"),
+    ("gate_residual_norm_modulate", (X, X, RUNS, RUNS, X, 1e-6, None, [1, 2]), r"scale has shape \(2, 3, 8\)"),
     ("gelu_tanh", (X, V), r"x_bias has shape \(2, 8\); x's \(D,\) = \(8,\) is needed"),
     ("gelu_tanh", (X, ones(D).to(INT)), "x_bias has dtype torch.int32; allowed are torch.float32"),
     ("gelu_tanh", (X, 0.5), "x_bias is a float; a tensor is needed"),
