@@ -87,28 +87,20 @@ void adaln_forward(const AdaLN& p, int64_t begin, int64_t end) {
   drain();
 }
 
-// Sums over tokens of one task, and the row at hand.
+// Rows of a modulation's gradients: sums over the tokens of a task, or, TOKENS, those of one token.
 struct Sums {
   float *gate, *shift, *scale;
+  bool past_cache;
 };
 
-// The gradients of token n's own vectors, (sums, D).
-ST_INLINE void write_dmod(const AdaLN& p, int64_t b, int64_t n, const float* sums) {
-  Rows out = p.dmod;
-  for (int64_t sum = 0; sum < p.sums; ++sum, sums += p.D) {
-    if (out.dtype == DType::kFloat32) {
-      float* to = write_row(out, b, n, nullptr) + sum * p.D;
-      sweep(p.D, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
-        store(to + i, load(sums + i, lanes), lanes, out.past_cache);
-      });
-    } else {
-      out.data = static_cast<uint16_t*>(p.dmod.data) + sum * p.D;
-      commit_row(out, b, n, p.D, sums);
-    }
-  }
+template <bool TOKENS, class Lanes>
+ST_INLINE void add(float* sum, Vec value, int64_t i, const Sums& sums, Lanes lanes) {
+  if (TOKENS) store(sum + i, value, lanes, sums.past_cache);
+  else store(sum + i, load(sum + i, lanes) + value, lanes);
 }
 
 // The two means that LayerNorm's backward needs, of g = dy * (1 + scale) and of g * x_hat; adds dshift and dscale.
+template <bool TOKENS>
 ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float* w, float mean, float rstd,
                          const Sums& sums, float* mean_g, float* mean_gx) {
   Vec acc_g[4] = {}, acc_gx[4] = {};
@@ -118,30 +110,31 @@ ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float
     const Vec g = d * load(w + i, lanes);
     acc_g[slot.value] += g;
     acc_gx[slot.value] += g * hat;
-    store(sums.shift + i, load(sums.shift + i, lanes) + d, lanes);
-    store(sums.scale + i, load(sums.scale + i, lanes) + d * hat, lanes);
+    add<TOKENS>(sums.shift, d, i, sums, lanes);
+    add<TOKENS>(sums.scale, d * hat, i, sums, lanes);
   });
   *mean_g = total(acc_g) / static_cast<float>(D);
   *mean_gx = total(acc_gx) / static_cast<float>(D);
 }
 
-template <bool GATED, bool NORM, bool BIAS = false>
+// TOKENS: every token has vectors of its own, whose gradients are no sums.
+template <bool GATED, bool NORM, bool TOKENS, bool BIAS = false>
 void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
-  const Scratch scratch(p.per_token ? 13 : 10, p.D);
+  const Scratch scratch(13, p.D);
   const bool dx_past = p.dx.past_cache, da_past = p.da.past_cache;
   Modulation m = {};
   for (int64_t task = begin; task < end; ++task) {
     const int64_t b = task / p.chunks;
     const Chunk& t = p.chunk[task % p.chunks];
-    float* partial = p.per_token ? scratch.row(10) : p.partial + task * p.sums * p.D;
-    if (!p.per_token) std::memset(partial, 0, sizeof(float) * p.sums * p.D);
+    float* sums_at = TOKENS ? nullptr : p.partial + task * p.sums * p.D;
+    if (!TOKENS) std::memset(sums_at, 0, sizeof(float) * p.sums * p.D);
     float* bias = BIAS ? p.bias_partial + task * p.D : nullptr;
     if (BIAS) std::memset(bias, 0, sizeof(float) * p.D);
-    const Sums sums = {partial, partial + (GATED ? p.D : 0), partial + (GATED ? 2 : 1) * p.D};
     for (int64_t n = t.first; n < t.last; ++n) {
-      read_modulation<GATED, NORM, false>(p, b, p.per_token ? n : t.run, scratch, 6, &m);
+      read_modulation<GATED, NORM, false>(p, b, TOKENS ? n : t.run, scratch, 6, &m);
+      if (TOKENS) sums_at = write_row(p.dmod, b, n, scratch.row(10));  // rows of D side by side
+      const Sums sums = {sums_at, sums_at + (GATED ? p.D : 0), sums_at + (GATED ? 2 : 1) * p.D, p.dmod.past_cache};
       const float *gate = m.gate, *w = m.w;
-      if (p.per_token) std::memset(partial, 0, sizeof(float) * p.sums * p.D);
       const float *dy = nullptr, *x = nullptr, *dx_out = nullptr, *a = nullptr;
       float *dx = nullptr, *da = nullptr, mean = 0, rstd = 0, mean_g = 0, mean_gx = 0;
       if (NORM) {
@@ -150,7 +143,7 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
         mean = p.mean[b * p.N + n];
         rstd = p.rstd[b * p.N + n];
         dx = write_row(p.dx, b, n, scratch.row(2));
-        norm_sums(p.D, dy, x, w, mean, rstd, sums, &mean_g, &mean_gx);
+        norm_sums<TOKENS>(p.D, dy, x, w, mean, rstd, sums, &mean_g, &mean_gx);
       }
       if (GATED) {
         dx_out = read_row(p.dx_out, b, n, p.D, scratch.row(3));
@@ -169,12 +162,12 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
           const Vec gated = d * load(gate + i, lanes);
           store(da + i, gated, lanes, da_past);
           if (BIAS) store(bias + i, load(bias + i, lanes) + gated, lanes);
-          store(sums.gate + i, load(sums.gate + i, lanes) + d * load(a + i, lanes), lanes);
+          add<TOKENS>(sums.gate, d * load(a + i, lanes), i, sums, lanes);
         }
       });
       if (NORM) commit_row(p.dx, b, n, p.D, dx);
       if (GATED) commit_row(p.da, b, n, p.D, da);
-      if (p.per_token) write_dmod(p, b, n, partial);
+      if (TOKENS) commit_row(p.dmod, b, n, p.sums * p.D, sums_at);
     }
   }
   drain();

@@ -124,10 +124,10 @@ struct Kernels {
   void (*norm_modulate)(const AdaLN&, int64_t, int64_t);
   void (*gate_residual_norm_modulate)(const AdaLN&, int64_t, int64_t);
   void (*gate_residual)(const AdaLN&, int64_t, int64_t);
-  void (*norm_modulate_backward)(const AdaLN&, int64_t, int64_t);
-  void (*gate_residual_norm_modulate_backward)(const AdaLN&, int64_t, int64_t);
-  void (*gate_residual_norm_modulate_bias_backward)(const AdaLN&, int64_t, int64_t);
-  void (*gate_residual_backward)(const AdaLN&, int64_t, int64_t);
+  void (*norm_modulate_backward[2])(const AdaLN&, int64_t, int64_t);  // the second: per token
+  void (*gate_residual_norm_modulate_backward[2])(const AdaLN&, int64_t, int64_t);
+  void (*gate_residual_norm_modulate_bias_backward[2])(const AdaLN&, int64_t, int64_t);
+  void (*gate_residual_backward[2])(const AdaLN&, int64_t, int64_t);
   void (*sum_partials)(const AdaLN&, int64_t, int64_t);  // tasks: (sample, sum)
   void (*feature_loss)(const Feature&, int64_t, int64_t);
   void (*cfg_extrapolate)(const Elementwise&, int64_t, int64_t);

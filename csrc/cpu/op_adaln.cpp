@@ -73,21 +73,21 @@ using Kernel = void (*)(const AdaLN&, int64_t, int64_t);
 void run_tokens(Kernel kernel, const Call& p) { run<AdaLN>(kernel, p, p.tasks(), kTokensPerTask * p.D); }
 
 // The kernel, and then the sums over tokens: returns dmod (B, [runs or N,] sums * D) in the modulation's dtype.
-Tensor run_backward(Kernel kernel, Call& p, int64_t sums, const Tensor& modulation) {
+Tensor run_backward(const Kernel (&kernel)[2], Call& p, int64_t sums, const Tensor& modulation) {
   const int32_t dtype = dtype_code(modulation.get());
   p.sums = sums;
   if (p.per_token) {
     Tensor dmod = empty({p.B, p.N, sums * p.D}, dtype);
     p.dmod = rows(dmod, "dmod");
     p.dmod.past_cache = past_cache(dmod, p.D);
-    run_tokens(kernel, p);
+    run_tokens(kernel[1], p);
     return dmod;
   }
   Tensor dmod = p.grouped ? empty({p.B, p.runs, sums * p.D}, dtype) : empty({p.B, sums * p.D}, dtype);
   const std::unique_ptr<float[]> partial(new float[p.tasks() * sums * p.D]);
   p.partial = partial.get();
   p.dmod = rows(dmod, "dmod");
-  run_tokens(kernel, p);
+  run_tokens(kernel[0], p);
   run<AdaLN>(kernels().sum_partials, p, p.B * p.runs * sums, p.chunks * p.D);
   return dmod;
 }

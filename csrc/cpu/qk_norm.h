@@ -1,7 +1,7 @@
 // LayerNorm with affine over head_dim of q and k, read from the packed projection (arXiv 2302.05442).
 #pragma once
 
-#include "rows.h"
+#include "adaln.h"
 
 namespace ST_ISA {
 namespace {
@@ -80,7 +80,7 @@ ST_INLINE void norm_head_backward(const QKNorm& p, int part, int64_t b, int64_t 
   const int64_t heads = p.B * p.N * p.H, at = (b * p.N + n) * p.H + h;
   const float mean = p.stats[2 * part * heads + at], rstd = p.stats[(2 * part + 1) * heads + at];
   float mean_g, mean_gx;
-  norm_sums(p.d, dy, x, weight, mean, rstd, {nullptr, sums + p.d, sums}, &mean_g, &mean_gx);
+  norm_sums<false>(p.d, dy, x, weight, mean, rstd, {nullptr, sums + p.d, sums}, &mean_g, &mean_gx);
   const bool past_cache = to.past_cache;
   float* dx = write_row(to, b, n, scratch.row(2));
   sweep(p.d, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
