@@ -49,8 +49,8 @@ class Figure(NamedTuple):
 class Goal:
     """What every row of `part` has under `value`, a path as `every` takes it, must reach `least` or be `most` at most.
 
-    Rows are those that have what `where` says: a value, or a tuple of allowed ones, by key. `device`: only for those
-    whose name contains it.
+    Rows are those that have what `where` says: a value, or a tuple of allowed ones, by key; None: no such key.
+    `device`: only for those whose name contains it.
     """
 
     kind: str
@@ -114,7 +114,10 @@ class Goal:
         return f"{value:.2f}×" if self.unit == "×" else f"{value:.0f} {self.unit}"
 
 
-ADALN = {"op": ("norm_modulate", "gate_residual_norm_modulate")}
+NORMS = ("norm_modulate", "gate_residual_norm_modulate")
+ADALN = {"op": NORMS, "kind": None}
+ADALN_GROUPS = {"op": (*NORMS, "gate_residual"), "kind": "groups"}
+"""With a modulation of each of two groups of tokens."""
 ADALN_XL = {**ADALN, "size": "XL/2, batch 256"}
 GUIDED_S = {"op": "guided_feature_loss", "size": ("S/2, batch 8", "S/2, batch 32")}
 CACHED = {"loader": ("dali", "resident"), "cache": "warm"}
@@ -129,8 +132,12 @@ GOALS = (
     Goal("cpu", "adaLN ops, forward + backward, against eager", "kernels", ADALN, ("both", "speedup", "eager"), 2.0),
     Goal("cpu", "adaLN ops, forward + backward, against `torch.compile`", "kernels", ADALN,
          ("both", "speedup", "compile"), 1.0),
-    Goal("cpu", "gate_residual, forward + backward, share of its byte floor", "kernels", {"op": "gate_residual"},
-         ("both", "of_floor"), 0.9, unit="%"),
+    Goal("cpu", "gate_residual, forward + backward, share of its byte floor", "kernels",
+         {"op": "gate_residual", "kind": None}, ("both", "of_floor"), 0.9, unit="%"),
+    Goal("cpu", "adaLN ops by groups of tokens, forward + backward, against eager", "kernels", ADALN_GROUPS,
+         ("both", "speedup", "eager"), 2.0),
+    Goal("cpu", "the same, its time over that with one modulation a sample", "kernels", ADALN_GROUPS,
+         ("both", "times_usual"), most=1.25),
     Goal("cpu", "guided_feature_loss at S/2, forward + backward, against eager", "kernels", GUIDED_S,
          ("both", "speedup", "eager"), 3.0),
     Goal("cpu", "adamw_ema against `AdamW(fused=True)` + clip + `_foreach_lerp_`", "kernels", {"op": "adamw_ema"},

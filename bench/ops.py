@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,17 +91,19 @@ class Size:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size and dtype; form: another fused form of it, by the name that a recipe has for it."""
+    """One op at one size and dtype; form: another fused form of it, by the name that a recipe has for it; kind: another
+    kind of inputs, by the op's name for it."""
 
     op: str
     size: Size
     dtype: torch.dtype
     device: torch.device
     form: str = ""
+    kind: str = ""
 
     @property
     def key(self) -> str:
-        name = f"{self.op} {self.form}".strip()
+        name = f"{self.op} {self.form}".strip() + (f" by {self.kind}" if self.kind else "")
         return f"{name} | {self.size.label} | {str(self.dtype).removeprefix('torch.')}"
 
     @property
@@ -115,7 +117,8 @@ class Case:
 
     def inputs(self, seed: int) -> Inputs:
         """Random inputs, drawn from `seed`."""
-        make = kernels.declared(self.op).trial
+        declared = kernels.declared(self.op)
+        make = declared.kinds[self.kind].trial if self.kind else declared.trial
         assert make is not None
         return make(Draw(self.device, self.dtype, seed), self.size.shape)
 
@@ -131,7 +134,7 @@ class Case:
 
     @property
     def _bytes(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        return kernels.declared(self.op).bytes(self.size.shape, self.dtype.itemsize, self.device.type)
+        return kernels.declared(self.op).bytes(self.size.shape, self.dtype.itemsize, self.device.type, self.kind)
 
 
 log = logging.getLogger("bench")
@@ -158,8 +161,12 @@ def sizes(suite: Suite) -> list[Size]:
 
 
 def cases(size: Size, dtype: torch.dtype, device: torch.device) -> list[Case]:
-    """Every op at a size, followed by its other forms."""
-    return [Case(op, size, dtype, device, form) for op in TABLE for form in ("", *kernels.FORMS.get(op, ()))]
+    """Every op at a size, followed by its other forms and then its other kinds of inputs."""
+    made = []
+    for op in TABLE:
+        made += [Case(op, size, dtype, device, form) for form in ("", *kernels.FORMS.get(op, ()))]
+        made += [Case(op, size, dtype, device, kind=kind) for kind in kernels.declared(op).kinds]
+    return made
 
 
 def ops(suite: Suite) -> Iterator[Task]:
@@ -210,7 +217,10 @@ def compiled(case: Case, inputs: Inputs) -> Callable[..., Any] | str:
 
 
 def measure_op(case: Case, effort: Effort, with_compile: bool = True) -> Row:
-    """The row of one case. Raises WrongResult before anything is timed."""
+    """The row of one case. Raises WrongResult before anything is timed.
+
+    Of another kind of inputs the same op on the usual ones is timed in the same rounds, as "usual".
+    """
     sets = input_sets(case)
     calls = {"fused": case.fused, "eager": case.eager}
     rival = compiled(case, sets[0]) if with_compile else ""
@@ -219,6 +229,8 @@ def measure_op(case: Case, effort: Effort, with_compile: bool = True) -> Row:
     measure.check(case, {name: call for name, call in calls.items() if name != "eager"}, sets[0])
     copy = Copy(case.device)
     timed = {name: variant(call, sets) for name, call in calls.items()} | {"copy": copy}
+    if case.kind:
+        timed["usual"] = variant(case.fused, input_sets(replace(case, kind="")))
     samples = interleave(timed, case.device, effort)
     return _row(case, samples, copy.moved) | notices([rival] if isinstance(rival, str) and rival else [])
 
@@ -228,11 +240,12 @@ def _row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:
     copy = statistics.median(samples["copy"]["copy"])
     rate = copy_moved / copy
     figures: Row = {"op": case.op, "size": case.size.label, "dtype": str(case.dtype).removeprefix("torch.")}
-    figures |= {"form": case.form} if case.form else {}
+    figures |= {name: value for name, value in (("form", case.form), ("kind", case.kind)) if value}
     figures["rounds"] = len(samples["copy"]["copy"])
     figures["copy_rate"] = rate
     for phase in (*samples["fused"], "both"):
         series = {n: total(s) if phase == "both" else s[phase] for n, s in samples.items() if n != "copy"}
+        usual = series.pop("usual", None)
         seconds = statistics.median(series["fused"])
         moved, floor = getattr(case.moved, phase), getattr(case.floor, phase)
         figures[phase] = {
@@ -242,8 +255,10 @@ def _row(case: Case, samples: dict[str, Samples], copy_moved: int) -> Row:
             "of_copy_rate": moved / seconds / rate,
             "of_floor": floor / rate / seconds if floor else None,
             "noise": noise(series["fused"]),
+            **({} if usual is None else {"times_usual": paired_ratio(series["fused"], usual)}),
             "noise_of": {
                 **{name: noise(ratios(values, series["fused"])) for name, values in series.items() if name != "fused"},
+                **({} if usual is None else {"times_usual": noise(ratios(series["fused"], usual))}),
                 **dict.fromkeys(("of_copy_rate", "of_floor"), noise(ratios(samples["copy"]["copy"], series["fused"]))),
             },
         }

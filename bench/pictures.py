@@ -177,7 +177,7 @@ def kernel_points(rows: Mapping[str, Row], machine: Machine) -> dict[str, Point]
     found: dict[str, Point] = {}
     for row in rows.values():
         both = row.get("both")
-        if both and both["gb_per_s"] and "form" not in row:
+        if both and both["gb_per_s"] and not {"form", "kind"} & {*row}:
             seconds = both["ms"]["fused"] / 1e3
             operations = operations_an_element(row["op"], row["size"].split(",")[0]) * _elements(row)
             point = Point(operations / (both["gb_per_s"] * 1e9 * seconds), both["of_copy_rate"])

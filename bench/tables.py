@@ -58,7 +58,7 @@ def _key(row: Row) -> str:
 
 
 def _op(row: Row) -> str:
-    form = f" {row['form']}" if "form" in row else ""
+    form = (f" {row['form']}" if "form" in row else "") + (f" by {row['kind']}" if "kind" in row else "")
     return f"{row['op']}{form}, {row['size']}, {row['dtype']}"
 
 
@@ -68,6 +68,7 @@ OP: Columns = {
     "× eager": cell(ratio, "speedup", "eager"),
     "× compile": cell(ratio, "speedup", "compile"),
     "× torch": cell(ratio, "speedup", "torch"),
+    "time, × usual": cell(ratio, "times_usual"),
     "ms": cell(milliseconds, "ms", "fused"),
     "GB/s": cell("{:.1f}".format, "gb_per_s"),
     "of copy rate": cell(share, "of_copy_rate"),

@@ -46,7 +46,8 @@ def checked(
     if a is not None:
         checks.shape(op, "a", a, x.shape, "x's (B, N, D)")
     batch, tokens, width = x.shape
-    wanted, letters = (batch, width), "x's (B, D)"
+    wanted: tuple[int, ...] = batch, width
+    letters = "x's (B, D)"
     if lengths is not None:
         checks.lengths(op, lengths, tokens)
         wanted, letters = (batch, len(lengths), width), "x's (B, D) with the number of lengths between, (B, G, D)"

@@ -2,8 +2,8 @@
 
     x' = x + gate·a        y = LN(x')·(1 + scale) + shift        LN without affine, per token over D channels
 
-The public functions take and return tensors and know nothing of dispatch or autograd; `../common/` is all they
-need.
+The public functions take and return tensors and know nothing of dispatch or autograd; `partials.py` and `../common/`
+are all they need.
 
 Shapes: x, a and their gradients (B, N, D), any strides; gate, shift, scale (B, D), or (B, G, D) with the lengths of G
 runs of tokens, or (B, N, D), any strides (views of one (B, 6D) tensor as a rule). float32, bfloat16 or float16, mixed
@@ -12,10 +12,10 @@ modulation's gradients come back in one slab (B, k·D), (B, G, k·D) or (B, N, k
 
 How it works. One program owns a chunk of one run of a sample's tokens, so it reads the modulation once; in the backward
 it also adds up the gate, shift and scale gradients in float32 registers, writes one partial sum per chunk, and a second
-kernel adds a run's partials in a fixed order: deterministic, no atomics. The lengths are constants of the kernels, so
-nothing is copied to the GPU for them, and a CUDA graph may be captured at the first call. With a modulation of every
-token a chunk is cut as without runs, each token's vectors are read beside it, and their gradients written; nothing is
-summed. Where the bias of the layer that made a is given, its gradient, the sum of da over all samples, is one more
+kernel adds a run's partials in a fixed order: deterministic, no atomics. The lengths are constants of the kernels,
+which are compiled for each: nothing is copied to the GPU for them, be it in a CUDA graph or not. With a modulation of
+every token a chunk is cut as without runs, each token's vectors are read beside it, and their gradients written; nothing
+is summed. Where the bias of the layer that made a is given, its gradient, the sum of da over all samples, is one more
 partial sum.
 """
 
@@ -335,15 +335,18 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor, lengths: Len
     dx_out, a, gate = by_row(dx_out), by_row(a), by_row(gate)
     da = torch.empty_like(a, memory_format=torch.contiguous_format)
     kind, rows = _kind(gate, lengths), cut_tokens(samples, tokens, BACKWARD_PROGRAMS, 8, 128)
-    chunks, tokenwise = count_chunks(tokens, rows, kind["LENGTHS"]), kind["TOKENS"]
-    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format) if tokenwise else None
-    partial = None if tokenwise else a.new_empty((samples, chunks, width), dtype=torch.float32)
-    _adaln_gate_backward_kernel[(samples * chunks,)](
-        dx_out, a, gate, da, dgate, partial, tokens, rows, *dx_out.stride()[:2], *a.stride()[:2], *_strides(gate),
-        **kind, **row_config(width, 3 if tokenwise else 2, a.dtype),
-    )  # fmt: skip
-    if partial is None:
+    chunks, config = count_chunks(tokens, rows, kind["LENGTHS"]), row_config(width, 3 if kind["TOKENS"] else 2, a.dtype)
+    strides = *dx_out.stride()[:2], *a.stride()[:2], *_strides(gate)
+    if kind["TOKENS"]:
+        dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        _adaln_gate_backward_kernel[(samples * chunks,)](
+            dx_out, a, gate, da, dgate, None, tokens, rows, *strides, **kind, **config
+        )
         return da, dgate
+    partial = a.new_empty((samples, chunks, width), dtype=torch.float32)
+    _adaln_gate_backward_kernel[(samples * chunks,)](
+        dx_out, a, gate, da, None, partial, tokens, rows, *strides, **kind, **config
+    )
     return da, add_partials(partial, width, gate.dtype, None, kind["LENGTHS"], rows)[0]
 
 

@@ -38,7 +38,9 @@ def test_the_optimiser_moves_forty_bytes_a_parameter_in_float32():
 
 def test_every_op_has_a_row_and_so_has_each_other_form_of_it():
     found = [c.key.partition(" | ")[0] for c in ops.cases(TINY, torch.float32, CPU)]
-    assert len(set(found)) == len(found) and set(found) == {*TABLE, "qk_norm heads"}
+    adaln = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
+    others = {"qk_norm heads", *(f"{op} by {kind}" for op in adaln for kind in ("groups", "tokens"))}
+    assert len(set(found)) == len(found) and set(found) == {*TABLE, *others}
 
 
 @pytest.mark.parametrize("right", ops.cases(TINY, torch.float32, CPU), ids=lambda case: case.key)

@@ -7,6 +7,7 @@ import torch
 from csrc_cases import Case, modulated
 from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
 
+from st_fast import kernels
 from st_fast.kernels.adaln import triton as adaln
 
 torch.manual_seed(0)
@@ -31,6 +32,21 @@ def test_samples_cut_into_several_chunks(case: Case, monkeypatch: pytest.MonkeyP
     assert adaln.cut_tokens(2, 11, adaln.FORWARD_PROGRAMS, 1, 16) == 4
     assert adaln.cut_tokens(2, 11, adaln.BACKWARD_PROGRAMS, 8, 128) == 8
     assert_as_exact_as_eager(case, torch.float32)
+
+
+def test_runs_of_the_same_chunks_and_one_run_give_the_bits_of_a_modulation_a_sample() -> None:
+    torch.manual_seed(0)
+    x, a, slab = torch.randn(2, 16, 12), torch.randn(2, 16, 12), torch.randn(2, 36)
+    for lengths in ([16], [8, 8]):  # backward chunks of 8 either way
+        found = []
+        for runs in (None, lengths):
+            given = slab if runs is None else slab.unsqueeze(1).expand(-1, len(runs), -1)
+            leaves = [t.clone().requires_grad_() for t in (x, a, given)]
+            gate, shift, scale = leaves[2].chunk(3, -1)
+            outs = kernels.gate_residual_norm_modulate(leaves[0], leaves[1], gate, shift, scale, lengths=runs)
+            grads = torch.autograd.grad(outs, leaves, outs)
+            found.append([*outs, *grads[:2], grads[2] if runs is None else grads[2].sum(1)])
+        assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
