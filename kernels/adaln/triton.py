@@ -14,8 +14,8 @@ How it works. One program owns a chunk of one run of a sample's tokens, so it re
 it also adds up the gate, shift and scale gradients in float32 registers, writes one partial sum per chunk, and a second
 kernel adds a run's partials in a fixed order: deterministic, no atomics. The lengths are constants of the kernels,
 which are compiled for each: nothing is copied to the GPU for them, be it in a CUDA graph or not. With a modulation of
-every token a chunk is cut as without runs, each token's vectors are read beside it, and their gradients written; nothing
-is summed. Where the bias of the layer that made a is given, its gradient, the sum of da over all samples, is one more
+every token a chunk is cut as without runs, each token's vectors are read beside it, and their gradients written, not
+summed. Where the bias of the layer that made a is given, its gradient, the sum of da over all samples, is one more
 partial sum.
 """
 
