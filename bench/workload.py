@@ -41,7 +41,7 @@ from st_fast.prepare.writing import record_crcs, write_shards, write_tensors
 from st_fast.recipe import Recipe, cost, load
 from st_fast.recipe.architecture import named_sizes
 from st_fast.recipe.batch import images_a_pass
-from st_fast.recipe.methods import Plain, SelfTranscendence
+from st_fast.recipe.methods import DualTime, Method, Plain, SelfFlow, SelfTranscendence
 from st_fast.recipe.schema import Model, Stage
 from st_fast.train import graphs
 from st_fast.train.batches import BatchIterator, Lookahead
@@ -55,6 +55,11 @@ from st_fast.train.trainer import RunContext, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("plain", "stage 1", "stage 2")
+OF_ITS_OWN: dict[str, Callable[[Model], Method]] = {
+    "Self-Flow": lambda model: SelfFlow(student_depth=round(0.3 * model.depth), teacher_depth=round(0.7 * model.depth)),
+    "SRA with dual time": lambda model: DualTime(student_depth=model.depth // 4, teacher_depth=2 * model.depth // 3),
+}
+"""Stages whose teacher is the student's average, with the published blocks as shares of the depth."""
 IN_RANGE = "stage 2 in range"
 """Stage 2 with the published t-range, which the recipe of text leaves off as the released scripts do."""
 MANY_STEPS = 10**6
@@ -129,6 +134,8 @@ def make_stage(setup: Setup, recipe: Recipe) -> Stage:
     """The stage that `setup.stage` names, without an end."""
     if setup.stage == "plain":
         return Stage("plain", Plain(), MANY_STEPS)
+    if setup.stage in OF_ITS_OWN:
+        return Stage("stage", OF_ITS_OWN[setup.stage](recipe.model), MANY_STEPS)
     if setup.stage == IN_RANGE:
         stage = make_stage(replace(setup, stage="stage 2"), recipe)
         assert isinstance(stage.method, SelfTranscendence)

@@ -1,4 +1,5 @@
-// Self-attention on q, k and v where they lie, packed or each by itself, one head of one sample at a time: softmax over blocks of queries that stay in the caches, the probabilities recomputed in the backward pass
+// Self-attention on q, k and v where they lie, packed or each by itself, one head of one sample's group of tokens at a
+// time: softmax over blocks of queries that stay in the caches, the probabilities recomputed in the backward pass
 // (FlashAttention, arXiv 2205.14135).
 #pragma once
 
@@ -12,19 +13,35 @@ namespace {
 
 constexpr int64_t kQueries = 64;  // in a block
 
-// One head's q, k, v or their gradients, (N, d) each; tokens are `ld` floats apart.
+// What a task works on: one head of one group's N tokens, and where they begin in `out` and `lse`.
+struct HeadTask {
+  int64_t b, h, first, N, out, lse;
+
+  ST_INLINE HeadTask(const Attention& p, int64_t task) {
+    const TokenGroup group = p.group[task % p.groups];
+    h = task / p.groups % p.H;
+    b = task / p.groups / p.H;
+    first = group.first;
+    N = group.length;
+    out = (b * p.N + first) * p.H * p.d + h * p.d;
+    lse = (b * p.H + h) * p.N + first;
+  }
+};
+
+// Its q, k, v or their gradients, (N, d) each; tokens are `ld` floats apart.
 struct HeadParts {
   float* part[3];
   int64_t ld[3];
 };
 
-ST_INLINE HeadParts parts_of(const Heads* heads, int64_t b, int64_t h) {
-  HeadParts of = {};
+ST_INLINE HeadParts parts_of(const Heads* heads, const HeadTask& of) {
+  HeadParts found = {};
   for (int i = 0; i < 3; ++i) {
-    of.part[i] = static_cast<float*>(heads[i].rows.data) + b * heads[i].rows.batch + h * heads[i].head;
-    of.ld[i] = heads[i].rows.token;
+    const Rows& rows = heads[i].rows;
+    found.part[i] = static_cast<float*>(rows.data) + of.b * rows.batch + of.first * rows.token + of.h * heads[i].head;
+    found.ld[i] = rows.token;
   }
-  return of;
+  return found;
 }
 
 // Scores → e^(scale · (score − the row's largest)); returns the sum, and the row's largest scaled.
@@ -49,13 +66,14 @@ ST_INLINE float softmax_row(float* row, int64_t n, float scale, float* largest) 
 }
 
 void attention(const Attention& p, int64_t begin, int64_t end) {
-  const int64_t N = p.N, d = p.d, out_ld = p.H * d, S = in_panels(N);  // a row of scores
-  const Scratch scratch(2, S * d), scores(1, kQueries * S);
+  const int64_t d = p.d, out_ld = p.H * d, most = in_panels(p.longest);
+  const Scratch scratch(2, most * d), scores(1, kQueries * most);
   float *keys = scratch.row(0), *values = scratch.row(1), *s = scores.row(0);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / p.H, h = task % p.H;
-    const HeadParts in = parts_of(p.in, b, h);
-    float* out = p.out + b * N * out_ld + h * d;
+    const HeadTask of(p, task);
+    const int64_t N = of.N, S = in_panels(N);  // a row of scores
+    const HeadParts in = parts_of(p.in, of);
+    float* out = p.out + of.out;
     into_panels_transposed(in.part[1], in.ld[1], N, d, keys);
     into_panels(in.part[2], in.ld[2], N, d, values);
     for (int64_t first = 0; first < N; first += kQueries) {
@@ -67,7 +85,7 @@ void attention(const Attention& p, int64_t begin, int64_t end) {
         for (int64_t j = N; j < S; ++j) row[j] = -INFINITY;  // no keys: e^-87 of the largest at most
         const float sum = softmax_row(row, S, p.scale, &largest);
         inverse[i] = 1.0f / sum;
-        p.lse[(b * p.H + h) * N + first + i] = largest + std::log(sum);
+        p.lse[of.lse + first + i] = largest + std::log(sum);
       }
       float* to = out + first * out_ld;
       product<false>(rows, d / kPanel, N, s, S, values, N * kPanel, to, out_ld, false);
@@ -96,14 +114,15 @@ ST_INLINE float dot(const float* a, const float* b, int64_t n) {
 }
 
 void attention_backward(const Attention& p, int64_t begin, int64_t end) {
-  const int64_t N = p.N, d = p.d, out_ld = p.H * d, tall = N * kPanel, wide = d * kPanel, S = in_panels(N);
-  const Scratch panels(5, S * d), blocks(2, kQueries * S);
+  const int64_t d = p.d, out_ld = p.H * d, wide = d * kPanel, most = in_panels(p.longest);
+  const Scratch panels(5, most * d), blocks(2, kQueries * most);
   float *keys_t = panels.row(0), *values_t = panels.row(1), *queries = panels.row(2), *keys = panels.row(3),
         *dout = panels.row(4), *s = blocks.row(0), *ds = blocks.row(1);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / p.H, h = task % p.H;
-    const HeadParts in = parts_of(p.in, b, h), to = parts_of(p.grads, b, h);
-    const float *out = p.out + b * N * out_ld + h * d, *dy = p.dout + b * N * out_ld + h * d;
+    const HeadTask of(p, task);
+    const int64_t N = of.N, tall = N * kPanel, S = in_panels(N);
+    const HeadParts in = parts_of(p.in, of), to = parts_of(p.grads, of);
+    const float *out = p.out + of.out, *dy = p.dout + of.out;
     into_panels_transposed(in.part[1], in.ld[1], N, d, keys_t);
     into_panels_transposed(in.part[2], in.ld[2], N, d, values_t);
     into_panels(in.part[0], in.ld[0], N, d, queries);
@@ -116,7 +135,7 @@ void attention_backward(const Attention& p, int64_t begin, int64_t end) {
       product<false>(rows, S / kPanel, d, dy + first * out_ld, out_ld, values_t, wide, ds, S, false);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (first + i) * out_ld;
-        score_gradient_row(s + i * S, ds + i * S, N, p.scale, p.lse[(b * p.H + h) * N + first + i],
+        score_gradient_row(s + i * S, ds + i * S, N, p.scale, p.lse[of.lse + first + i],
                            dot(dy + at, out + at, d));
       }
       product<false>(rows, d / kPanel, N, ds, S, keys, tall, to.part[0] + first * to.ld[0], to.ld[0], false);

@@ -77,10 +77,17 @@ struct QKNorm {
   int64_t sums;
 };
 
-// Tasks: (sample, head). All float32 with contiguous channels; N and d are multiples of 32.
+// Consecutive tokens that attend to one another alone.
+struct TokenGroup {
+  int64_t first, length;
+};
+
+// Tasks: (sample, head, group). All float32 with contiguous channels; d is a multiple of 32.
 struct Attention {
   int64_t B, N, H, d;
   float scale;
+  const TokenGroup* group;
+  int64_t groups, longest;  // tokens of the longest one
   Heads in[3], grads[3];  // q, k, v and their gradients
   float *out, *dout;      // (B, N, H, d), contiguous
   float* lse;         // (B, H, N): the logarithm of the sum of e^(scale · score)

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..common.plain import up
 
+Lengths = Sequence[int] | None
 
-def attention(qkv: Tensor) -> Tensor:
+
+def attention(qkv: Tensor, lengths: Lengths = None) -> Tensor:
     """softmax(q·kᵀ/√d)·v over all tokens (arXiv 1706.03762), from the packed projection.
 
-    qkv (B, N, 3, H, d). Returns (B, N, H, d) in qkv's dtype.
+    qkv (B, N, 3, H, d). Returns (B, N, H, d) in qkv's dtype. lengths: as in `attention_heads`.
     """
-    return attention_heads(*_heads(qkv)).transpose(1, 2)
+    return attention_heads(*_heads(qkv), lengths).transpose(1, 2)
 
 
-def attention_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v over all tokens: q, k, v (B, H, N, d) of one dtype → (B, H, N, d)."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+def attention_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths = None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v over all tokens: q, k, v (B, H, N, d) of one dtype → (B, H, N, d).
+
+    With `lengths` of groups of consecutive tokens, N in all, over those of a token's own group.
+    """
+    attend = torch.nn.functional.scaled_dot_product_attention
+    parts = _cut(lengths, q, k, v)
+    return attend(q, k, v) if lengths is None else torch.cat([attend(*part) for part in parts], 2)
+
+
+def _cut(lengths: Lengths, *tensors: Tensor, dim: int = 2) -> list[tuple[Tensor, ...]]:
+    """The tensors' parts that belong to each group; tokens lie along `dim`."""
+    if lengths is None:
+        return [tensors]
+    return list(zip(*(tensor.split(list(lengths), dim) for tensor in tensors), strict=True))
 
 
 def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,33 +42,39 @@ def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def attention_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def attention_forward(qkv: Tensor, lengths: Lengths = None) -> tuple[Tensor, Tensor]:
     """→ softmax(q·kᵀ/√d)·v as (B, N, H, d) in qkv's dtype, and the scores' log-sum-exp (B, H, N)."""
-    return attention_heads_forward(*_heads(qkv))
+    return attention_heads_forward(*_heads(qkv), lengths)
 
 
-def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, lengths: Lengths = None) -> Tensor:
     """→ dqkv (B, N, 3, H, d) in qkv's dtype."""
-    grads = attention_heads_backward(dout, *_heads(qkv), out, lse)
+    grads = attention_heads_backward(dout, *_heads(qkv), out, lse, lengths)
     return torch.stack([grad.transpose(1, 2) for grad in grads], 2)
 
 
-def attention_heads_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attention_heads_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths = None) -> tuple[Tensor, Tensor]:
     """→ softmax(q·kᵀ/√d)·v as (B, N, H, d) in q's dtype, and the scores' log-sum-exp (B, H, N)."""
-    scores = up(q) @ up(k).transpose(-1, -2) / q.shape[-1] ** 0.5
-    out = (scores.softmax(-1) @ up(v)).transpose(1, 2)
-    return out.to(q.dtype).contiguous(), scores.logsumexp(-1)
+    outs, sums = [], []
+    for queries, keys, values in _cut(lengths, q, k, v):
+        scores = up(queries) @ up(keys).transpose(-1, -2) / q.shape[-1] ** 0.5
+        outs.append((scores.softmax(-1) @ up(values)).transpose(1, 2))
+        sums.append(scores.logsumexp(-1))
+    return torch.cat(outs, 1).to(q.dtype).contiguous(), torch.cat(sums, 2)
 
 
 def attention_heads_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Lengths = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ dq, dk, dv (B, H, N, d) in q's dtype, in the order (B, N, H, d) in memory."""
-    dy, y, scale = up(dout).transpose(1, 2), up(out).transpose(1, 2), q.shape[-1] ** -0.5
-    p = (up(q) @ up(k).transpose(-1, -2) * scale - lse.unsqueeze(-1)).exp()
-    ds = p * (dy @ up(v).transpose(-1, -2) - (dy * y).sum(-1, keepdim=True)) * scale
+    scale, found = q.shape[-1] ** -0.5, []
+    heads = (up(dout).transpose(1, 2), up(out).transpose(1, 2), up(q), up(k), up(v), lse)
+    for dy, y, queries, keys, values, sums in _cut(lengths, *heads):
+        p = (queries @ keys.transpose(-1, -2) * scale - sums.unsqueeze(-1)).exp()
+        ds = p * (dy @ values.transpose(-1, -2) - (dy * y).sum(-1, keepdim=True)) * scale
+        found.append((ds @ keys, ds.transpose(-1, -2) @ queries, p.transpose(-1, -2) @ dy))
     dq, dk, dv = (
-        grad.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        for grad in (ds @ up(k), ds.transpose(-1, -2) @ up(q), p.transpose(-1, -2) @ dy)
+        torch.cat(grads, 2).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        for grads in zip(*found, strict=True)
     )
     return dq, dk, dv

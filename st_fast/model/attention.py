@@ -134,13 +134,13 @@ def _xformers_dispatches(device: torch.device, head_dim: int) -> str | None:
 class Packed:
     """csrc's attention, which reads q, k and v where they lie and also writes their gradients as one packed tensor."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As every backend."""
-        return kernels.attention_heads(q, k, v)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """As every backend. With `lengths` a token attends to its own group of consecutive tokens alone."""
+        return kernels.attention_heads(q, k, v, lengths)
 
-    def packed(self, qkv: Tensor) -> Tensor:
+    def packed(self, qkv: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """qkv (B, N, 3, H, d) → (B, N, H, d)."""
-        return kernels.attention(qkv)
+        return kernels.attention(qkv, lengths)
 
 
 def _unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,20 +149,32 @@ def _unpacked(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def attend_packed(attend: Attend, qkv: Tensor) -> Tensor:
-    """Attention from the packed projection (B, N, 3, H, d) by any backend: (B, N, H, d)."""
-    if isinstance(attend, Packed):
+def attend_packed(attend: Attend, qkv: Tensor, groups: Groups | None = None) -> Tensor:
+    """Attention from the packed projection (B, N, 3, H, d) by any backend: (B, N, H, d); see `within_groups`."""
+    if not isinstance(attend, Packed):
+        return within_groups(attend, *_unpacked(qkv), groups).transpose(1, 2)
+    if groups is None or not groups.separated:
         return attend.packed(qkv)
-    return attend(*_unpacked(qkv)).transpose(1, 2)
+    return _but_whole(groups, attend.packed(qkv, groups.lengths), attend.packed, qkv)
 
 
-def within_groups(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dim: int, groups: Groups) -> Tensor:
-    """attend(*inputs) among the tokens of each group alone; tokens lie along `dim` of the inputs and of the result.
+def within_groups(attend: Attend, q: Tensor, k: Tensor, v: Tensor, groups: Groups | None) -> Tensor:
+    """q, k, v (B, H, N, d) → (B, H, N, d): over all tokens, or where groups are separated within each of them.
 
     Each group is an attention of its own, so its cost is Σ n_g² where a mask over all tokens costs N².
     """
-    pieces = zip(*(one.split(list(groups.lengths), dim) for one in inputs), strict=True)
-    apart = torch.cat([attend(*piece) for piece in pieces], dim)
+    if groups is None or not groups.separated:
+        return attend(q, k, v)
+    if isinstance(attend, Packed):
+        apart = attend(q, k, v, groups.lengths)
+    else:
+        pieces = zip(*(one.split(list(groups.lengths), 2) for one in (q, k, v)), strict=True)
+        apart = torch.cat([attend(*piece) for piece in pieces], 2)
+    return _but_whole(groups, apart, attend, q, k, v)
+
+
+def _but_whole(groups: Groups, apart: Tensor, attend: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`apart`, but of the samples that are whole attend(*inputs): of all of them, since shapes must not change."""
     if groups.whole is None:
         return apart
     return torch.where(groups.whole.view(-1, 1, 1, 1), attend(*inputs), apart)

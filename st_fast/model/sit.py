@@ -6,7 +6,6 @@ The residual stream x and the modulated input y of the next sub-layer travel tog
 and the normalisation after it are one op: also across blocks, where the next block's shift and scale are used.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -59,19 +58,12 @@ class Attention(nn.Module):
         """y (B, N, D), its tokens in groups or all attending to all."""
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
         if self.q_norm is None or self.k_norm is None:
-            return self.proj(self._attend(partial(attend_packed, self.attend), (qkv,), 1, groups).flatten(2))
+            return self.proj(attend_packed(self.attend, qkv, groups).flatten(2))
         q, k, v = self.kernels.qk_norm(
             qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps,
             qkv_bias=bias_left(self.qkv),
         )  # (B, H, N, d) each, laid out for the attention  # fmt: skip
-        return self.proj(self._attend(self.attend, (q, k, v), 2, groups).transpose(1, 2).flatten(2))
-
-    def _attend(
-        self, attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], dim: int, groups: Groups | None
-    ) -> Tensor:
-        if groups is None or not groups.separated:
-            return attend(*inputs)
-        return within_groups(attend, inputs, dim, groups)
+        return self.proj(within_groups(self.attend, q, k, v, groups).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):

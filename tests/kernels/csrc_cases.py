@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -156,6 +157,12 @@ def cases() -> list[Case]:
         size = f"{batch}x{tokens}x{heads}x{dim}"
         made.append(Case(f"attention-{size}", leaves, lambda ops, t: (ops.attention(t["qkv"]),)))
         made.append(Case(f"attention_heads-{size}", leaves, _apart))
+    for lengths, heads, dim in (((32, 65), 3, 64), ((1, 70, 2), 2, 96), ((5,), 1, 32), ((64, 33, 128), 1, 32)):
+        leaves = {"qkv": 2 * random(2, sum(lengths), 3, heads, dim)}
+        size = f"{'+'.join(map(str, lengths))}x{heads}x{dim}"
+        packed = partial(_packed_in_groups, lengths=lengths)
+        made.append(Case(f"attention-groups-{size}", leaves, packed))
+        made.append(Case(f"attention_heads-groups-{size}", leaves, partial(_apart, lengths=lengths)))
     for batch, lengths, width in ((2, (33, 70), 100), (1, (1,), 33), (3, (5, 1, 41), 64), (1, (32, 3, 32, 64), 5)):
         made += modulated(batch, lengths, width)
     for batch, tokens, width in ((2, 33, 100), (1, 1, 33), (3, 67, 384)):
@@ -163,10 +170,14 @@ def cases() -> list[Case]:
     return made
 
 
-def _apart(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+def _packed_in_groups(ops: Any, t: Leaves, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return (ops.attention(t["qkv"], lengths),)
+
+
+def _apart(ops: Any, t: Leaves, lengths: tuple[int, ...] | None = None) -> tuple[Tensor, ...]:
     """q, k and v by themselves: (B, N, H, d) in memory, contiguous, and with channels that are not side by side."""
     q, k, v = (part.transpose(1, 2) for part in t["qkv"].unbind(2))
-    return (ops.attention_heads(q, k.contiguous(), v.transpose(2, 3).contiguous().transpose(2, 3)),)
+    return (ops.attention_heads(q, k.contiguous(), v.transpose(2, 3).contiguous().transpose(2, 3), lengths),)
 
 
 def output_gradient(out: Tensor, strides: str) -> Tensor:

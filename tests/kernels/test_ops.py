@@ -91,6 +91,33 @@ def test_attention_and_linear_in_plain_pytorch_have_the_gradients_of_autograd() 
             torch.testing.assert_close(one, other)
 
 
+def test_attention_within_groups_is_attention_with_a_mask_in_plain_pytorch_and_has_its_gradients() -> None:
+    qkv = torch.randn(2, 9, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    lengths, number = (4, 5), torch.tensor([0] * 4 + [1] * 5)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    same = number[:, None] == number
+    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=same).transpose(1, 2)
+    (wanted,) = torch.autograd.grad(truth, qkv, torch.sin(1 + truth))
+    torch.testing.assert_close(reference.attention(qkv, lengths), truth)
+    frozen = qkv.detach()
+    out, lse = PLAIN.attention(frozen, lengths)
+    torch.testing.assert_close(out, truth)
+    scores = (q @ k.transpose(2, 3) / 2).masked_fill(~same, -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    torch.testing.assert_close(PLAIN.attention_backward(torch.sin(1 + out), frozen, out, lse, lengths), wanted)
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_heads"])
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [((4, 4), "lengths sum to 8; x's N = 9"), ((0, 9), r"lengths\[0\] = 0"), ((4.0, 5.0), r"lengths\[0\] = 4.0")],
+)
+def test_groups_that_are_not_the_tokens_are_refused(op: str, lengths: tuple[int, ...], said: str) -> None:
+    packed, apart = torch.zeros(1, 9, 3, 1, 32), torch.zeros(3, 1, 1, 9, 32)
+    with pytest.raises(ValueError, match=said):
+        kernels.attention(packed, lengths) if op == "attention" else kernels.attention_heads(*apart, lengths)
+
+
 @pytest.mark.parametrize("name", ["norm_modulate", "gate_residual_norm_modulate", "qk_norm"])
 def test_closed_form_gradients_are_those_of_autograd(name: str) -> None:
     """In float64, where no csrc or Triton takes part: the op in plain PyTorch against differentiating the reference."""

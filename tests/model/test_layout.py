@@ -104,7 +104,7 @@ def test_attention_within_groups_is_attention_with_a_mask():
     number = torch.repeat_interleave(torch.arange(3), torch.tensor(groups.lengths))
     allowed = (number[:, None] == number) | groups.whole[:, None, None]  # (B, N, N)
     masked = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
-    ours = within_groups(F.scaled_dot_product_attention, (q, k, v), 2, groups)
+    ours = within_groups(F.scaled_dot_product_attention, q, k, v, groups)
     torch.testing.assert_close(ours, masked, rtol=1e-12, atol=1e-12)
     for found, wanted in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (ours, masked)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
