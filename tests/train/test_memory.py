@@ -23,6 +23,7 @@ from st_fast.model.layers import run_module
 from st_fast.model.sit import Block
 from st_fast.recipe import Stage, cost, load
 from st_fast.recipe.architecture import resolve_model
+from st_fast.recipe.group_cost import grouped_bytes
 from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import Model
 
@@ -69,7 +70,7 @@ def test_weights_with_their_state_gradients_and_teacher_are_what_is_held(stage, 
     )
 
 
-@pytest.mark.parametrize("stage", ["plain", "stage 1", "stage 2"])
+@pytest.mark.parametrize("stage", ["plain", "stage 1", "stage 2", "Self-Flow", "SRA with dual time"])
 def test_activations_on_a_cpu_are_the_estimate_within_a_hundredth(stage):
     """Eagerly; the estimate is that of a compiled block on CUDA."""
     with ours(Setup("S/2", stage, 6, torch.device("cpu"), tokens=64, depth=6, compile="off")) as loop:
@@ -88,8 +89,12 @@ def test_activations_on_a_cpu_are_the_estimate_within_a_hundredth(stage):
         assert losses.denoise.isfinite()
         config, method = loop.recipe.model, loop.stage.method
         supervised = len(batch.rows.index) * cost.supervision_bytes(config, method, False, loop.recipe.run)
-        estimate = 6 * cost.activation_bytes(config, bf16=False) + supervised
-    assert held == pytest.approx(estimate, rel=0.01)
+        # On a CPU groups attend within themselves without a copy.
+        groups = method.token_groups and replace(method.token_groups, separated=False)
+        estimate = 6 * (cost.activation_bytes(config, bf16=False) + grouped_bytes(config, groups, bf16=False))
+        estimate += supervised
+    # What an average teaches, and what is compared with it, are there at the peak, and not saved.
+    assert held == pytest.approx(estimate, rel=0.015 if method.learns_from_average else 0.01)
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,8 +10,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast.model import build
+from st_fast.model.layout import Layout
 from st_fast.recipe import cost
-from st_fast.recipe.methods import LayerSync, Plain, Repa, SelfRepresentation, Sra2, VelocityHead
+from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
+from st_fast.recipe.methods import (
+    DualTime,
+    LayerSync,
+    Plain,
+    Repa,
+    SelfFlow,
+    SelfRepresentation,
+    Sra2,
+    VelocityHead,
+)
 from st_fast.recipe.schema import Model, Recipe, Stage
 from st_fast.train.supervision import Parts, create
 from tests.train.supervision.test_losses import TABLE
@@ -50,6 +61,48 @@ def test_sras_teacher_runs_one_forward_to_its_block_for_every_sample():
     assert cost_of(method).student == cost_of(Plain()).student
 
 
+@pytest.mark.parametrize("separated", [False, True])
+@pytest.mark.parametrize("teacher_time", ["sra", "self_flow"])
+def test_groups_of_tokens_cost_a_modulation_each_and_attention_within_each_or_all(separated, teacher_time):
+    method = DualTime(2, 4, groups=(0.2, 0.3, 0.5), separated=separated, teacher_time=teacher_time)
+    model, x, one = build(MODEL, TABLE, 0), torch.zeros(1, 4, 16, 16), torch.zeros(1)
+    layout, times = Layout(torch.arange(64)[None], (13, 19, 32), separated), torch.zeros(1, 3)
+    assert cost_of(method).student == 3 * counted(lambda: model(x, times, one.long(), 0, layout))
+    alike = teacher_time == "self_flow" and not separated
+    seen = (x, one, one.long(), 4) if alike else (x, times, one.long(), 4, layout)
+    assert cost_of(method).teacher == pytest.approx(counted(lambda: model.features(*seen)), rel=0.04)
+    heads = heads_of(method, average=object())
+    assert cost_of(method).heads == 3 * counted(lambda: heads(TOKENS))
+    changed = cost_of(method).student - cost_of(Plain()).student
+    apart = 6 * 6 * 2 * 64 * (13**2 + 19**2 + 32**2 - 64**2) if separated else 0  # blocks, trained, q·kᵀ and ·v, width
+    vectors = 6 * 2 * (256 * 64 + 64 * 64 + 64 * (6 * 6 + 2) * 64)  # of two more groups
+    assert changed == apart + vectors
+
+
+def test_self_flow_costs_two_modulations_and_one_forward_of_the_whole_image_to_the_teachers_block():
+    method, model = SelfFlow(student_depth=2, teacher_depth=4), build(MODEL, TABLE, 0)
+    x, one, layout = torch.zeros(1, 4, 16, 16), torch.zeros(1), Layout(torch.arange(64)[None], (48, 16))
+    assert cost_of(method).student == 3 * counted(lambda: model(x, torch.zeros(1, 2), one.long(), 0, layout))
+    forward = counted(lambda: model.features(x, one, one.long(), 4))
+    assert cost_of(method).teacher == pytest.approx(forward, rel=0.02)
+    heads = heads_of(method, average=object())
+    assert cost_of(method).heads == 3 * counted(lambda: heads(TOKENS))
+
+
+def test_a_sample_that_is_one_group_costs_attention_over_all_its_tokens():
+    groups = [replace(DualTime(2, 4), full_sample_prob=chance).token_groups for chance in (0.0, 0.25, 1.0)]
+    none, some, all_ = (grouped_macs(MODEL, one) for one in groups)
+    assert none < some < all_ and some == pytest.approx(none + (all_ - none) / 4)
+    assert all_ == grouped_macs(MODEL, replace(groups[0], separated=False))
+
+
+def test_the_estimate_of_what_groups_keep_for_the_backward_pass():
+    """Beside the trunk's: the second group's modulations, and separated attention's outputs where they are copies."""
+    for method, copies in ((SelfFlow(student_depth=2, teacher_depth=4), 0), (DualTime(2, 4), 1)):
+        extra = grouped_bytes(MODEL, method.token_groups, False)
+        assert extra == 4 * 6 * (6 * 64 + copies * 64 * 64)
+
+
 @pytest.mark.parametrize("projector", ["mlp", "conv"])
 def test_repas_heads_cost_a_projection_to_each_encoders_width(projector):
     names = ("facebook/dinov2-small", "somewhere/dinov2-with-registers-large")
@@ -64,6 +117,8 @@ def test_repas_heads_cost_a_projection_to_each_encoders_width(projector):
     [
         (VelocityHead(2, hidden=24), {}),
         (SelfRepresentation(2, 4), {"average": object()}),
+        (DualTime(2, 4), {"average": object()}),
+        (SelfFlow(student_depth=2, teacher_depth=4), {"average": object()}),
         (Repa(("dinov2-small", "dinov2-large"), 2, hidden=24), {"feature_widths": (384, 1024)}),
         (Repa(("dinov2-small", "dinov2-large"), 2, projector="conv"), {"feature_widths": (384, 1024)}),
         (LayerSync(2, 4), {}),
