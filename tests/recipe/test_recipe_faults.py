@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from st_fast.core.errors import UserError
-from st_fast.recipe import RecipeError, load
+from st_fast.recipe import RecipeError, Stage, load
+from st_fast.recipe.check import check
+from st_fast.recipe.methods import DualTime, SelfFlow
 from st_fast.train.__main__ import parse
 
 REPOSITORY = Path(__file__).parents[2]
@@ -180,6 +183,59 @@ def test_encoders_are_a_list_of_distinct_names(value: str, words: str, spoil: Ca
     with pytest.raises(RecipeError) as refused:
         load(path)
     assert "stage.align.encoders" in str(refused.value) and words in str(refused.value)
+
+
+def of_two_blocks(supervision: str, keys: str) -> str:
+    """A stage's lines with these keys, in place of its own depths where they are named."""
+    depths = {"student_depth": 1, "teacher_depth": 2}
+    others = [f"{name} = {depth}" for name, depth in depths.items() if not keys.startswith(name)]
+    return "\n".join([f'supervision = "{supervision}"', *others, keys])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("mask_ratio = 0.0", "mask_ratio = 0.0; allowed: a finite number in (0, 1)"),
+        ("mask_ratio = 1.0", "in (0, 1)"),
+        ("mask_ratio = 1e-4", "of 16 tokens they would be 16 and 0; allowed: shares that give each group a token"),
+        ("teacher_depth = 29", "teacher_depth = 29; allowed: 1 to 6, the model's blocks"),
+        ("student_depth = 0", "student_depth = 0; allowed: 1 to 6, the model's blocks"),
+        ("weight = -1.0", "at least 0"),
+    ],
+)
+def test_self_flows_keys_are_checked(keys: str, words: str, spoil: Callable[[str, str], Path]) -> None:
+    path = spoil('supervision = "velocity_head"\ndepth = 2', of_two_blocks("self_flow", keys))
+    with pytest.raises(RecipeError) as refused:
+        load(path)
+    assert "stage.align." in str(refused.value) and words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("groups = [1.0]", "with 2 to 16 above 0 that add up to 1"),
+        ("groups = [0.5, 0.6]", "with 2 to 16 above 0 that add up to 1"),
+        ("groups = [0.0, 1.0]", "with 2 to 16 above 0 that add up to 1"),
+        ("groups = [0.001, 0.999]", "of 16 tokens they would be 0 and 16"),
+        ("full_sample_prob = 1.5", "full_sample_prob = 1.5; allowed: a finite number in [0, 1]"),
+        ("full_sample_prob = -0.1", "in [0, 1]"),
+        ('teacher_time = "min"', '"sra", "self_flow", "same"'),
+        ("time_offset = 2.0", "in [0, 1]"),
+        ("teacher_depth = 40", "allowed: 1 to 6"),
+    ],
+)
+def test_the_keys_of_dual_times_are_checked(keys: str, words: str, spoil: Callable[[str, str], Path]) -> None:
+    path = spoil('supervision = "velocity_head"\ndepth = 2', of_two_blocks("sra_dual", keys))
+    with pytest.raises(RecipeError) as refused:
+        load(path)
+    assert "stage.align." in str(refused.value) and words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_tokens_of_a_text_have_no_times_of_groups() -> None:
+    recipe = load(Path(__file__).parents[2] / "recipes" / "mmdit_coco_repa.toml")
+    for method in (SelfFlow(), DualTime()):
+        with pytest.raises(RecipeError, match=r'supervision.*model.network = "mmdit": the tokens of a text'):
+            check(replace(recipe, stages=(Stage("own", method, 10),)))
 
 
 @pytest.mark.parametrize("depth", [1, 2])

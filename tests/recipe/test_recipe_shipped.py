@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from st_fast.recipe import load
-from st_fast.recipe.methods import LayerSync, Repa, SelfRepresentation, SelfTranscendence, Sra2, VelocityHead
+from st_fast.recipe.methods import (
+    DualTime,
+    LayerSync,
+    Repa,
+    SelfFlow,
+    SelfRepresentation,
+    SelfTranscendence,
+    Sra2,
+    VelocityHead,
+)
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -104,9 +113,24 @@ def test_sra_2s_published_settings() -> None:
     assert (stage.method.depth, stage.method.weight, stage.method.hidden) == (8, 1.0, 2 * 1152)
 
 
+def test_the_published_settings_of_methods_with_several_times_in_an_image() -> None:
+    recipe = load(RECIPES / "sit_xl_selfflow.toml", ranks=8)
+    method, model = recipe.stages[0].method, recipe.model
+    assert method == SelfFlow(mask_ratio=0.25, student_depth=8, teacher_depth=20, weight=0.8)
+    assert (model.depth, model.width, model.qk_norm, recipe.optim.ema_decay) == (28, 1152, False, 0.9999)
+    assert (round(0.3 * model.depth), round(0.7 * model.depth)) == (method.student_depth, method.teacher_depth)
+    recipe = load(RECIPES / "sit_b_sra_dual.toml", ranks=8)
+    method, optim = recipe.stages[0].method, recipe.optim
+    assert isinstance(method, DualTime)
+    assert (method.student_depth, method.teacher_depth, method.groups, method.separated) == (3, 8, (0.25, 0.75), True)
+    assert (method.teacher_time, method.time_offset, method.weight) == ("sra", 0.2, 0.5)
+    assert (optim.lr, optim.batch_size, optim.betas, optim.weight_decay) == (1e-4, 256, (0.9, 0.999), 0.0)
+    assert (recipe.model.depth, recipe.stages[0].steps, recipe.flow.time) == (12, 800_000, "uniform")
+
+
 def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
     recipe = load(RECIPES / "digits_methods.toml")
-    names = ["plain", "layer_sync", "sra", "sra2", "repa", "irepa", "align", "transcend"]
+    names = ["plain", "layer_sync", "sra", "sra2", "sra_dual", "self_flow", "repa", "irepa", "align", "transcend"]
     assert [stage.name for stage in recipe.stages] == names
     assert len({stage.steps for stage in recipe.stages}) == 1
 

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from st_fast.recipe import Recipe, Stage, load, to_toml
 from st_fast.recipe.methods import (
     METHODS,
+    DualTime,
     LayerSync,
     Plain,
     Repa,
+    SelfFlow,
     SelfRepresentation,
     SelfTranscendence,
     Sra2,
@@ -104,7 +106,13 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
             ZERO_UP,
         )
         sra2 = st.builds(Sra2, block, NOT_NEGATIVE, INT)
-        done.append(Stage(name, draw(st.one_of(st.just(Plain()), align, transcend, sync, repa, sra, sra2)), steps))
+        halves = st.floats(1e-3, 0.999)
+        flow = st.builds(SelfFlow, halves, block, block, NOT_NEGATIVE)
+        shares = halves.map(lambda share: (share, 1 - share))
+        times = st.sampled_from(["sra", "self_flow", "same"])
+        dual = st.builds(DualTime, block, block, shares, st.booleans(), FRACTION, times, FRACTION, NOT_NEGATIVE)
+        methods = (st.just(Plain()), align, transcend, sync, repa, sra, sra2, flow, dual)
+        done.append(Stage(name, draw(st.one_of(*methods)), steps))
     return tuple(done)
 
 
