@@ -21,6 +21,7 @@ FIRST_KEYS = {
     "repa": {"projectors.0.0.weight", f"projectors.0.{CONVOLUTION}.weight", f"projectors.0.{CONVOLUTION}.0.weight"},
     "self-transcendence": {"projectors.0.weight"},
     "sra": {"ap_head.linear1.weight"},
+    "self-flow": {"projector.linear1.weight"},
 }
 """The heads that mark a layout, of REPA's also iREPA's; official SiT has none."""
 
@@ -29,7 +30,8 @@ def export_file(loaded: LoadedState, layout: str, path: Path, weights: str) -> N
     """Writes `.pt` (model, ema, opt, args, steps) or `.safetensors` (the chosen weights alone) durably.
 
     Heads of another layout are left out, for the other project could not load them; a file that came in this layout is
-    written back with its own prefixes, args and entries. UserError for a file that is there.
+    written back with its own prefixes, args and entries. Self-Flow's code reads tensors alone, of `model`: there the
+    average stands. UserError for a file that is there.
     """
     content = as_published(loaded, layout)
     make_folder(path.parent)
@@ -66,6 +68,8 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
         raise UserError(f"latents of {height} x {width}: {layout}'s own code takes square ones only")
     if loaded.config.prediction != "velocity":
         raise UserError(f"model.prediction = {loaded.config.prediction!r}: {layout}'s own code predicts the velocity")
+    if layout == "self-flow" and loaded.config.qk_norm:
+        raise UserError(f"model.qk_norm = true: {layout}'s own code has no norm of queries and keys")
     facts = loaded.facts if loaded.layout == layout else {}
     ema = heads(loaded.model) | dict(loaded.ema)  # ours averages no heads, the published code does
     tables: dict[str, Table] = {"model": loaded.model, "ema": ema}
@@ -73,18 +77,23 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     if FIRST_KEYS.get(layout, set()).isdisjoint(loaded.model):
         tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
     tables = {name: {k: t for k, t in table.items() if k != NULL_CONTEXT} for name, table in tables.items()}
-    if layout == "sit":
+    if layout in official.LAYOUTS:
         tables = dict(_official(loaded, tables, facts.get("sigma", True)))
     for name in ("model", "ema"):
         check_table(tables[name], loaded.config, layout, name)
     ordered = {name: in_published_order(table, loaded.config, layout) for name, table in tables.items()}
-    prefixes, wanted = facts.get("prefixes", {}), facts.get("tables", ["model", "ema"])
-    source = {"": "model", "state_dict": "model"}
+    alone = layout == "self-flow"
+    if alone:
+        ordered = {name: official.with_linear(table) for name, table in ordered.items()}
+    prefixes, wanted = facts.get("prefixes", {}), facts.get("tables", ["model"] if alone else ["model", "ema"])
+    source = {"": "model", "state_dict": "model"} | ({"model": "ema"} if alone and not facts else {})
     content: dict[str, Any] = {
         name: {prefixes.get(name, "") + key: t for key, t in ordered[source.get(name, name)].items()} for name in wanted
     }
     if wanted == [""]:
         return content[""]
+    if alone:
+        return content | dict(facts.get("entries", {}))
     if loaded.exp_avg:
         numbered, settings = list(optimised(ordered["model"])), facts.get("opt", {})
         content["opt"] = adam.state_dict(numbered, ordered["exp_avg"], ordered["exp_avg_sq"], loaded.updates, settings)

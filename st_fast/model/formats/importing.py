@@ -63,6 +63,9 @@ def import_file(
         args["num_classes"] = num_classes
     model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
     layout = layout or detect(model, args, where)
+    if layout == "self-flow":
+        tables = {name: official.with_convolution(table, otherwise, where) for name, table in tables.items()}
+        model = tables[next(name for name in ("model", "", "state_dict", "ema") if name in tables)]
     config = infer(model, args, number_of_heads, where, otherwise)
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
@@ -80,7 +83,7 @@ def import_file(
         "entries": {key: value for key, value in rest.items() if isinstance(value, (int, float, str))},
         "opt": state.settings,
     }
-    if layout == "sit":
+    if layout in official.LAYOUTS:
         facts["sigma"] = len(model[official.OUTPUT[1]]) == 2 * config.patch_values
     steps = rest.get("steps")
     loaded = LoadedState(
@@ -98,7 +101,7 @@ def import_file(
         left_out=left_out,
         remarks=tuple(ignored),
     )
-    return _from_official(loaded) if layout == "sit" else loaded
+    return _from_official(loaded) if layout in official.LAYOUTS else loaded
 
 
 def _from_official(loaded: LoadedState) -> LoadedState:

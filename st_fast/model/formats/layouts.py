@@ -14,11 +14,12 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import shown
 from st_fast.core.options import ARCHITECTURE_MOST, LAYOUTS
 from st_fast.model import network
+from st_fast.model.formats import official
 from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
 from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes
-from st_fast.recipe.methods import CONVOLUTION, SelfRepresentation, SelfTranscendence, VelocityHead, projector
+from st_fast.recipe.methods import CONVOLUTION, SelfFlow, SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 IMAGENET = 1000
 """Classes of the published models, whose tables of labels have one row more."""
@@ -40,7 +41,9 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         raise UserError(
             f"{where}: a DiT ({shown(args['model'])}): predicts noise on 1000 discrete steps, which is no velocity"
         )
-    keys = [key for key in table if is_head(key)]
+    keys, patches = [key for key in table if is_head(key)], table.get("x_embedder.proj.weight")
+    if any(key.startswith("projector.linear") for key in keys) or (patches is not None and patches.ndim == 2):
+        return "self-flow"
     if any(key.startswith("ap_head.") for key in keys):
         return "sra"
     if any(re.match(rf"projectors\.\d+\.({CONVOLUTION}|\d+)\.", key) for key in keys):
@@ -249,7 +252,7 @@ def check_table(table: Table, config: Model, layout: str, where: str) -> None:
     """
     if config.network == "mmdit" and layout not in MMDIT_LAYOUTS:
         raise UserError(f"{where}: an MMDiT, which is no network of {layout}: one of {', '.join(MMDIT_LAYOUTS)}")
-    sigma = layout == "sit" and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch_values
+    sigma = layout in official.LAYOUTS and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch_values
     expected = expected_trunk(config, sigma, null=NULL_CONTEXT in table) | _expected_heads(heads(table), config, layout)
     match_strictly(expected, table, f"{where} as {layout}", limit=EVERY_KEY)
 
@@ -276,8 +279,8 @@ def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tenso
             kernel = weight.shape[2:] if weight.ndim == 4 else ()
             expected[f"{name}.weight"] = torch.empty(len(weight), config.width, *kernel, device="meta")
             expected[f"{name}.bias"] = torch.empty(len(weight), device="meta")
-    if layout == "sra" and found:
-        layers = SelfRepresentation().head_layers(config)
+    if layout in ("sra", "self-flow") and found:
+        layers = (SelfRepresentation if layout == "sra" else SelfFlow)().head_layers(config)
     for layer in layers:
         expected[f"{layer.name}.weight"] = torch.empty(layer.outputs, layer.inputs, device="meta")
         expected[f"{layer.name}.bias"] = torch.empty(layer.outputs, device="meta")

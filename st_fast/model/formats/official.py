@@ -1,4 +1,4 @@
-"""Official SiT's convention ↔ ours, inside the weights. There t = 1 is data and the velocity is x − ε.
+"""Official SiT's and Self-Flow's convention ↔ ours, inside the weights. There t = 1 is data, the velocity is x − ε.
 
 With u the official model, ours is v(x_t, t) = −u(x_t, 1 − t): the output rows change sign, and the first layer of the
 time embedding absorbs the reflection of time, since for a frequency f
@@ -6,6 +6,7 @@ time embedding absorbs the reflection of time, since for a frequency f
     cos((1−t)f) = cos f · cos tf + sin f · sin tf,    sin((1−t)f) = sin f · cos tf − cos f · sin tf.
 
 That map of (cos, sin) columns is its own inverse. `learn_sigma` doubles the outputs; only the first C are a velocity.
+Self-Flow's released model is such a network with a linear layer in place of the patches' convolution.
 """
 
 import math
@@ -13,12 +14,41 @@ import math
 import torch
 from torch import Tensor
 
+from st_fast.core.errors import UserError
 from st_fast.model.formats.loaded_state import Table
 from st_fast.recipe.schema import Model
 
 TIME, OUTPUT = "t_embedder.mlp.0.weight", ("final_layer.linear.weight", "final_layer.linear.bias")
 CHANGED = (TIME, *OUTPUT)
 """The keys that the conventions differ in."""
+LAYOUTS = ("sit", "self-flow")
+"""Those in this convention."""
+PATCHES = "x_embedder.proj.weight"
+CHANNELS = 4
+"""Of the latents of Self-Flow's released model, which its linear layer does not tell."""
+
+
+def with_convolution(table: Table, otherwise: Model | None, where: str) -> dict[str, Tensor]:
+    """A table of Self-Flow, whose patches (C, p, p) are rows of a linear layer, as one with a convolution.
+
+    C and p are `otherwise`'s where its patches have as many numbers. UserError for another shape.
+    """
+    weight = table.get(PATCHES)
+    if weight is None or weight.ndim != 2:
+        found = "is missing" if weight is None else f"has shape {tuple(weight.shape)}"
+        raise UserError(f"{where}: {PATCHES} {found}; self-flow's is a linear layer's, (D, C·p·p)")
+    values = weight.shape[1]
+    channels, patch = CHANNELS, math.isqrt(values // CHANNELS)
+    if otherwise is not None and otherwise.patch_values == values:
+        channels, patch = otherwise.channels, otherwise.patch
+    if values == 0 or channels * patch**2 != values:
+        raise UserError(f"{where}: {PATCHES} has patches of {values} numbers: {CHANNELS} channels of squares are known")
+    return {**table, PATCHES: weight.reshape(len(weight), channels, patch, patch)}
+
+
+def with_linear(table: Table) -> dict[str, Tensor]:
+    """The inverse of `with_convolution`."""
+    return {**table, PATCHES: table[PATCHES].flatten(1)} if PATCHES in table else dict(table)
 
 
 def to_ours(table: Table, config: Model, squares: bool = False) -> dict[str, Tensor]:
