@@ -227,6 +227,26 @@ def contention(rows: Sequence[Row], brief: bool) -> str:
     return "\n\n".join(texts)
 
 
+METHODS: Columns = {
+    "step": cell(str, "stage"),
+    "size": lambda row: f"{row['size']}, batch {row['batch']}",
+    "× a plain step": cell(ratio, "times_plain"),
+    "floor, by FLOPs": cell(ratio, "floor"),
+    "ms": cell(milliseconds, "ms", "default"),
+    "plain ms": cell(milliseconds, "ms", "plain"),
+    "noise": _noise,
+}
+GROUPS: Columns = {
+    "size": lambda row: f"{row['size']}, batch {row['batch']}",
+    "tokens of the groups": cell(str, "groups"),
+    "× with a mask": cell(ratio, "speedup", "masked"),
+    "× over all tokens": cell(ratio, "speedup", "all tokens"),
+    "fewer scores": cell(ratio, "scores"),
+    "ms": cell(milliseconds, "ms", "within groups"),
+    "noise": _noise,
+}
+
+
 def longest_kernels(rows: Sequence[Row], brief: bool) -> str:
     """The ten longest kernels of each step."""
     longest = ((row, name, spent) for row in rows for name, spent in list(row["kernels_ms"].items())[:10])
@@ -261,6 +281,8 @@ GPU = ("cuda",)
 PARTS = {
     "kernels": Part("The ops", kernels),
     "step": Part("The step", steps),
+    "methods": Part("Steps whose images have several times", lines_of(METHODS), ("cpu",)),
+    "separated attention": Part("Attention within groups of tokens", lines_of(GROUPS), ("cpu",)),
     "loader": Part("The loaders, batch 256, fp16 moments", lines_of(LOADER)),
     "first step": Part("From starting Python to the end of the first step", first_steps),
     "sampling": Part("Drawing samples", lines_of(SAMPLER)),
