@@ -21,6 +21,7 @@ from st_fast.train.run import run
 from tests import tiny, tiny_shapes, tiny_text
 from tests.faults.ranks import finish, torchrun
 from tests.faults.restarts import killed_again_and_again
+from tests.train.supervision.test_dual_times import DUAL_STAGE, SELF_FLOW_STAGE
 
 TOLERANCE = 2e-5
 """Relative, of losses and gradient norms over 20 steps: only the order of float32 sums differs between rank counts."""
@@ -44,6 +45,21 @@ def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
                     assert ordinal not in found
                     found[ordinal] = digest.hexdigest()
     return found
+
+
+def test_a_run_with_two_times_an_image_goes_on_with_another_number_of_ranks(data, tmp_path, nursery):
+    """Both methods: one rank to the end, and 1, then 2 ranks in the middle of each stage."""
+    recipes = []
+    for name in ("one", "several"):
+        (tmp_path / name).mkdir()
+        recipes.append(tiny.write_recipe(tmp_path / name / "t.toml", data, tmp_path / name / "out"))
+        recipes[-1].write_text(recipes[-1].read_text().split("[[stage]]")[0] + SELF_FLOW_STAGE + DUAL_STAGE)
+    assert finish(nursery.start(1, recipes[0])) == [0]
+    for count, first, second in ((1, 3, 1), (2, 8, 4), (1, 8, 8)):
+        steps = f"--stage.self_flow.steps={first}", f"--stage.sra_dual.steps={second}"
+        assert finish(nursery.start(count, recipes[1], *steps)) == [0] * count
+    whole, parts = (tiny.records(tmp_path / name / "out", "train") for name in ("one", "several"))
+    close(sorted(parts, key=lambda r: (r["stage"] != "self_flow", r["step"])), whole)
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -18,6 +18,7 @@ from st_fast.recipe import load
 from tests import tiny, warm
 from tests.faults.ranks import Nursery, finish
 from tests.faults.test_ranks import close
+from tests.train.supervision.test_dual_times import DUAL_STAGE
 from tests.train.supervision.test_self_methods import SRA_STAGE
 
 SHARDED = "--run.sharding=fsdp2"
@@ -94,13 +95,14 @@ def test_sharded_ranks_train_as_one_does(count, accumulation, again, recipe, alo
     close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone, "train"))
 
 
-def test_an_average_that_teaches_is_sharded_with_its_student(data, tmp_path, nursery):
+@pytest.mark.parametrize("stage", [SRA_STAGE, DUAL_STAGE])
+def test_an_average_that_teaches_is_sharded_with_its_student(stage, data, tmp_path, nursery):
     losses = []
     for name, count in (("one", 1), ("two", 2)):
         home = tmp_path / name
         home.mkdir()
         recipe = tiny.write_recipe(home / "t.toml", data, home / "out")
-        recipe.write_text(recipe.read_text().split("[[stage]]")[0] + SRA_STAGE)
+        recipe.write_text(recipe.read_text().split("[[stage]]")[0] + stage)
         assert finish(nursery.start(count, recipe, SHARDED), timeout=LONG) == [0] * count
         losses.append(tiny.records(home / "out", "train"))
     close(losses[1], losses[0])
