@@ -12,8 +12,8 @@ from torch import Tensor
 from st_fast import kernels
 from st_fast.model import build
 from st_fast.model.formats.layouts import published_order
+from st_fast.model.velocity_head import projector
 from st_fast.recipe.schema import Model
-from st_fast.train.supervision import projector
 
 TINY = Model(depth=3, width=32, heads=2, patch=2, channels=4, latent_size=4, num_classes=5)
 """The network of `tests.tiny`."""

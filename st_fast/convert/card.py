@@ -248,7 +248,9 @@ def _scores(samples: Path, arm: Arm) -> str:
         record = read_json(file)
         drawn = record.get("samples", {})
         told = [f"{key} {value}" for key, value in dict(record.get("protocol", {})).items()]
-        keys = ("sampler", "steps", "cfg_scale", "cfg_range", "weights", "seed")
+        keys = (
+            "sampler", "steps", "cfg_scale", "cfg_range", "internal_guidance", "internal_range", "weights", "seed"
+        )  # fmt: skip
         told += [f"{key} {drawn[key]}" for key in keys if key in drawn]
         scored = dict(record.get("metrics", {}))
         numbers = {re.sub("^judge_", "classifier_", key): value for key, value in scored.items()}  # an older name
@@ -271,7 +273,8 @@ def _scores(samples: Path, arm: Arm) -> str:
 def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any], str]]:
     """An evaluation of the log: the classifier's scores and Inception's apart, as each has a protocol of its own."""
     metrics, step = dict(record.get("metrics", {})), int(record["step"])
-    how = ", ".join(f"{key} {metrics[key]}" for key in ("num", "sampler", "steps", "cfg_scale") if key in metrics)
+    keys = ("num", "sampler", "steps", "cfg_scale", "internal_guidance")
+    how = ", ".join(f"{key} {metrics[key]}" for key in keys if key in metrics)
 
     def among(features: str) -> dict[str, Any]:
         keys = [metric.key for metric in METRICS.values() if metric.features == features]

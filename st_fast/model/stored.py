@@ -24,7 +24,7 @@ from st_fast.model.finite import check_finite
 from st_fast.model.formats import adam
 from st_fast.model.formats.importing import Which, import_file
 from st_fast.model.formats.layouts import CLIP_TOKENS, detect, expected_trunk, infer
-from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, LoadedState, head_name, trunk
+from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, LoadedState, head_name, heads, trunk
 from st_fast.model.load import (
     CONFIG,
     DIFFUSERS_WEIGHTS,
@@ -233,6 +233,8 @@ class Weights:
     latents: LatentSpace | None = None
     mean_latents: Mapping[str, Tensor] = field(default_factory=dict)
     """(C, H, W) by shape, of a model that was trained with a contrast."""
+    heads: Mapping[str, Tensor] | None = None
+    """The method's heads, raw; None where they were not read: a checkpoint has them as a group."""
 
 
 def load_frozen(
@@ -341,5 +343,5 @@ def weights_of(origin: ModelSource, weights: Which) -> Weights:
     loaded = origin.loaded
     return Weights(
         loaded.config.architecture(), trunk(loaded.model if weights == "raw" else loaded.ema), origin.path, loaded.path,
-        loaded.step, weights == "ema", loaded.latents, loaded.mean_latents,
+        loaded.step, weights == "ema", loaded.latents, loaded.mean_latents, heads(loaded.model),
     )  # fmt: skip

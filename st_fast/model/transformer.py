@@ -21,10 +21,8 @@ from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, 
 from st_fast.model.layout import Groups, Layout
 from st_fast.model.load import Pretrained
 from st_fast.model.side_stream import Branches, batched
+from st_fast.recipe.architecture import INTERNAL as INTERNAL
 from st_fast.recipe.schema import Model
-
-INTERNAL = -1
-"""A tap: the velocity that the internal head predicts (B, C, H, W), in place of a stream."""
 
 
 class DiffusionTransformer(Pretrained):

@@ -28,6 +28,8 @@ MMDIT = re.compile(r"MMDiT-([1-9][0-9]{0,3})/([1-9][0-9]{0,3})")
 MMDIT_HEAD = 32
 TIME_FREQUENCIES = 256
 """Sinusoids of the time embedding."""
+INTERNAL = -1
+"""A tap: the velocity that the internal head predicts (B, C, H, W), in place of a block's stream."""
 CLASSES_MOST = MOST["num_classes"]
 PARAMETERS_MOST = 10**12
 """Far above any model of this kind: more is a slip of the keyboard, and would be allocated for hours."""

@@ -1,6 +1,7 @@
 """What must hold between a recipe's values, and what a resumed run may not change. Imports no torch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from st_fast.core.options import did_you_mean
@@ -27,6 +28,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
         check_contrast(stage, recipe.optim)
         check_groups(stage, recipe.model)
     check_guidance(recipe)
+    check_internal_head(recipe)
     check_single_values(recipe)
     check_scores(recipe.evaluate)
     check_text(recipe)
@@ -156,6 +158,20 @@ def check_guidance(recipe: Recipe) -> None:
         why = f"no null class is trained, but guidance is wanted by {' and '.join(wanted)}"
         allowed = "class_dropout above 0 and below 1 (0.1 is usual), or cfg_scale = 1 there"
         raise wrong_value("model.class_dropout", recipe.model.class_dropout, allowed, why)
+
+
+def check_internal_head(recipe: Recipe) -> None:
+    """An internal head is a method's, which trains it, and is guided by only where every stage's network has it."""
+    given = recipe.model.internal_head
+    for stage in recipe.stages:
+        trained = stage.method.network(replace(recipe.model, internal_head=0)).internal_head
+        if given not in (0, trained):
+            why = f"stage.{stage.name} ({supervision_name(stage.method)}) trains {trained or 'none'}"
+            raise wrong_value("model.internal_head", given, '0: supervision = "internal_guidance" adds it', why)
+        if recipe.sample.internal_guidance != 1.0 and not trained:
+            why = f"stage.{stage.name} ({supervision_name(stage.method)}) has no internal head"
+            allowed = '1, or supervision = "internal_guidance" in every stage'
+            raise wrong_value("sample.internal_guidance", recipe.sample.internal_guidance, allowed, why)
 
 
 def check_single_values(recipe: Recipe) -> None:

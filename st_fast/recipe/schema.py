@@ -168,6 +168,8 @@ class Sample:
         "unbiased",
         "Of a stage with `contrast`: take its bias out of v̂ at all times; only in `cfg_range`, as released; or never.",
     )
+    internal_guidance: Guidance = free(1.0, "Internal Guidance, away from the internal head's output; 1: none.")
+    internal_range: TimeRange = free((0.0, 1.0), "Times at which it acts.")
     prompts: tuple[str, ...] = free((), "What MMDiT draws while it trains; empty: captions of the data.")
     vae: PathText = free("", 'The VAE that decodes: a folder or a hub name; "": the one that the data names.')
     text_encoder: PathText = free("", "The folder where the data's text encoder lies; \"\": its name, or the hub's.")

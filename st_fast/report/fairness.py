@@ -11,9 +11,14 @@ from st_fast.report.metrics import METRICS
 
 STREAM = (
     ("optim", "batch_size"), ("flow", "path"), ("flow", "time"), ("run", "seed"),
-    ("sample", "sampler"), ("sample", "steps"), ("sample", "cfg_scale"), ("sample", "cfg_range"), ("evaluate", "num"),
+    ("sample", "sampler"), ("sample", "steps"), ("sample", "cfg_scale"), ("sample", "cfg_range"),
+    ("sample", "internal_guidance"), ("sample", "internal_range"), ("evaluate", "num"),
 )  # fmt: skip
 """Settings that decide which samples, times and noise a run sees, and how its scores are taken."""
+LATER: dict[tuple[str, str], object] = {
+    ("sample", "internal_guidance"): 1.0, ("sample", "internal_range"): (0.0, 1.0),
+}  # fmt: skip
+"""What runs had before there was such a setting."""
 YARDSTICKS = {
     "classifier_digest": "their classifiers differ",
     "inception_sha256": "their Inception weights differ",
@@ -34,6 +39,7 @@ IGNORED = ("run.out", "run.log_every", "run.save_every", "run.keep", "run.keep_e
 PROTOCOL = {
     "num": "Scores come from different numbers of samples; fewer samples raise Fréchet distances.",
     "cfg_scale": "Samples were drawn with different guidance scales (cfg_scale).",
+    "internal_guidance": "Samples were drawn with different Internal Guidance (internal_guidance).",
 }
 """What evaluations record of how samples were drawn, and what to say where they disagree."""
 
@@ -81,7 +87,7 @@ def seed_of(run: RunLog) -> int:
 
 def _setting(run: RunLog, section: str, key: str) -> object:
     table = run.recipe.get(section, {})
-    value = table.get(key) if isinstance(table, dict) else None
+    value = table.get(key, LATER.get((section, key))) if isinstance(table, dict) else None
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -133,7 +139,8 @@ def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], reasons: Sequence[str]
         found.append(f"These runs differ in more than their stages: {', '.join(keys)}. Compare with care.")
     evals = [record["metrics"] for arm in arms for record in arm.stage.evals]
     for key, sentence in PROTOCOL.items():
-        if len({_comparable(metrics[key]) for metrics in evals if key in metrics}) > 1:
+        usual = {key: 1.0} if key == "internal_guidance" else {}  # evaluations tell of it only where there is any
+        if len({_comparable((usual | metrics)[key]) for metrics in evals if key in usual | metrics}) > 1:
             found.append(sentence)
     devices = {str(stage.start["device"]) for run in runs for stage in run.stages if "device" in stage.start}
     if len(devices) > 1:

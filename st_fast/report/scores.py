@@ -77,13 +77,15 @@ def _samples(arm: Arm) -> str:
     if "cfg_scale" in metrics:
         scale, interval = metrics["cfg_scale"], _interval(arm)
         parts.append("no guidance" if scale == 1 else f"guidance scale {scale}{interval}")
+    if "internal_guidance" in metrics:
+        parts.append(f"Internal Guidance {metrics['internal_guidance']}{_interval(arm, 'internal_range')}")
     return ", ".join(parts)
 
 
-def _interval(arm: Arm) -> str:
+def _interval(arm: Arm, key: str = "cfg_range") -> str:
     """“ for times 0 to 0.7”: where guidance acts, if not at all times."""
     sample = arm.run.recipe.get("sample", {})
-    limits = sample.get("cfg_range") if isinstance(sample, dict) else None
+    limits = sample.get(key) if isinstance(sample, dict) else None
     if not isinstance(limits, list) or len(limits) != 2 or limits == [0, 1]:
         return ""
     return f" for times {limits[0]} to {limits[1]}"

@@ -78,6 +78,11 @@ METHODS = {
         "Some tokens have more noise than others; an early block has to match a later block of the model's own EMA, "
         "which sees all of them at the lower noise.",
     ),
+    "internal_guidance": (
+        "Internal Guidance",
+        "A second final layer on an early block predicts the same as the last one; it stays, and sampling may lead "
+        "away from it.",
+    ),
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""

@@ -1,4 +1,6 @@
-"""Latents from noise: the velocity with classifier-free guidance, and solvers from t = 1 (noise) to t = 0 (data).
+"""Latents from noise: the velocity with guidance, and solvers from t = 1 (noise) to t = 0 (data).
+
+Guidance is classifier-free, Internal Guidance, or both: the latter makes each branch's velocity, the former joins them.
 
 ODE solvers (Euler, Heun, dopri5) and an SDE solver (Euler–Maruyama); the settings say which one samples.
 """
@@ -14,9 +16,11 @@ from st_fast.core import random
 from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.random import Purpose
 from st_fast.model import DiffusionTransformer, flow
+from st_fast.model.transformer import INTERNAL
 from st_fast.recipe.schema import Sample
 from st_fast.sample.contrast import Correction
 from st_fast.sample.draw import Draw, balanced, starting_noise
+from st_fast.sample.internal import EarlyHead
 from st_fast.sample.prompts import Prompts
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -114,30 +118,56 @@ def score(v: Tensor, x: Tensor, t: float, path: str) -> Tensor:
     return (alpha * v - d_alpha * x) / (d_alpha * sigma**2 - alpha * d_sigma * sigma)
 
 
+def internally_guided(
+    model: DiffusionTransformer, settings: Sample, head: EarlyHead | None = None
+) -> Callable[[Tensor, float, Tensor, Velocity], Tensor]:
+    """(x (B, C, H, W), t, condition (B, …), corrected) → v̂ with Internal Guidance (arXiv 2512.24176) in its range.
+
+    v = v_i + w·(v_f − v_i), v_f the network's output, `corrected` with t, and v_i its internal head's, or that of
+    `head`, in one pass; outside `internal_range`, or with w = 1, just v_f. Float32.
+    """
+    scale, (low, high) = settings.internal_guidance, settings.internal_range
+
+    def velocity(x: Tensor, t: float, condition: Tensor, corrected: Velocity) -> Tensor:
+        times = torch.full((len(x),), t, device=x.device)
+        if scale == 1.0 or not low <= t <= high:
+            return corrected(model(x, times, condition)[0].float(), t)
+        final, tapped = model(x, times, condition, INTERNAL if head is None else head.block)
+        internal = (tapped if head is None else head.module(tapped, model.grid_of(x))).float()
+        return internal + scale * (corrected(final.float(), t) - internal)
+
+    return velocity
+
+
 def guided_velocity(
     model: DiffusionTransformer, condition: Tensor, settings: Sample, negative: Tensor | None = None,
-    correction: Correction | None = None,
+    correction: Correction | None = None, head: EarlyHead | None = None,
 ) -> Velocity:  # fmt: skip
     """v̂ with classifier-free guidance (arXiv 2207.12598) where t lies in `cfg_range`, both branches as one batch.
 
-    v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y. `negative` (B, …) takes the place of ∅.
-    `correction` is applied to each branch that has the bias, before they are combined.
+    v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y. `negative` (B, …) takes the place of ∅. Each
+    of the two is `internally_guided`. `correction` is applied to each branch's output that has the bias, before they
+    are combined.
     """
     low, high = settings.cfg_range
+    branch = internally_guided(model, settings, head)
     null = model.null_condition(len(condition)) if negative is None else negative
     null_biased = negative is not None or (correction is not None and correction.null)  # a negative is a condition
 
     def corrected(v: Tensor, t: float) -> Tensor:
         return correction(v, t) if correction is not None and correction.acts(t, settings) else v
 
+    def of_two(v: Tensor, t: float) -> Tensor:
+        """Of both branches as one batch."""
+        if null_biased or correction is None:
+            return corrected(v, t)
+        conditional, unconditional = v.chunk(2)
+        return torch.cat((corrected(conditional, t), unconditional))
+
     def velocity(x: Tensor, t: float) -> Tensor:
-        times = torch.full((len(x),), t, device=x.device)
         if settings.cfg_scale == 1.0 or not low <= t <= high:
-            return corrected(model(x, times, condition)[0].float(), t)
-        both = model(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((condition, null)))[0].float()
-        conditional, unconditional = both.chunk(2)
-        conditional = corrected(conditional, t)
-        unconditional = corrected(unconditional, t) if null_biased else unconditional
+            return branch(x, t, condition, corrected)
+        conditional, unconditional = branch(x.repeat(2, 1, 1, 1), t, torch.cat((condition, null)), of_two).chunk(2)
         return unconditional + settings.cfg_scale * (conditional - unconditional)
 
     return velocity
@@ -146,24 +176,29 @@ def guided_velocity(
 @torch.no_grad()
 def sample_from(
     model: DiffusionTransformer, x: Tensor, draw: Draw, settings: Sample, path: str, watch: Watch = unwatched,
-    correction: Correction | None = None,
+    correction: Correction | None = None, head: EarlyHead | None = None,
 ) -> Tensor:  # fmt: skip
-    """(B, C, S, S) float32 scaled latents for noise x (B, C, S, S). The model must be in eval mode."""
-    velocity = guided_velocity(model, draw.condition, settings, draw.negative, correction)
+    """(B, C, S, S) float32 scaled latents for noise x (B, C, S, S). The model must be in eval mode.
+
+    `head` stands in for an internal head that the model lacks, where the settings have Internal Guidance.
+    """
+    velocity = guided_velocity(model, draw.condition, settings, draw.negative, correction, head)
     if settings.sampler in ("euler", "heun"):
         return euler(velocity, x, settings.steps, watch, heun=settings.sampler == "heun")
     if settings.sampler == "dopri5":
         released = correction is not None and correction.how == "released"
-        jumps = settings.cfg_range if released or settings.cfg_scale != 1.0 else ()
+        jumps: tuple[float, ...] = settings.cfg_range if released or settings.cfg_scale != 1.0 else ()
+        jumps += settings.internal_range if settings.internal_guidance != 1.0 else ()
         return dopri5(velocity, x, settings.steps, jumps, watch)
     return euler_maruyama(velocity, x, settings.steps, path, draw, watch)
 
 
 def sample(
-    model: DiffusionTransformer, draw: Draw, settings: Sample, path: str, correction: Correction | None = None
-) -> Tensor:
+    model: DiffusionTransformer, draw: Draw, settings: Sample, path: str, correction: Correction | None = None,
+    head: EarlyHead | None = None,
+) -> Tensor:  # fmt: skip
     """(B, C, S, S) float32 scaled latents for the draw. The model must be in eval mode."""
-    return sample_from(model, starting_noise(draw, model.config), draw, settings, path, correction=correction)
+    return sample_from(model, starting_noise(draw, model.config), draw, settings, path, unwatched, correction, head)
 
 
 def sample_batches(

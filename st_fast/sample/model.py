@@ -35,6 +35,7 @@ from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
 from st_fast.sample.contrast import Correction, correction
 from st_fast.sample.draw import NUMBER, Draw, Labels, draw_of, read_labels
 from st_fast.sample.guided import Watch, sample, sample_from, unwatched
+from st_fast.sample.internal import EarlyHead, early_head, fitted
 from st_fast.sample.prompts import (
     Prompts,
     check_same_encoder,
@@ -53,9 +54,16 @@ PATIENCE_S = 7 * 24 * 3_600.0
 PRESETS: dict[str, dict[str, Any]] = {
     "repa": {"sampler": "sde", "steps": 250, "cfg_scale": 1.8, "cfg_range": (0.0, 0.7)},
     "self-transcendence": {"sampler": "sde", "steps": 250, "cfg_scale": 1.9, "cfg_range": (0.0, 0.65)},
-    "unguided": {"sampler": "sde", "steps": 250, "cfg_scale": 1.0, "cfg_range": (0.0, 1.0)},
-}
-"""REPA's headline numbers (arXiv 2410.06940), Self-Transcendence's (arXiv 2601.07773), and both without guidance."""
+    "internal-guidance": {
+        "sampler": "sde", "steps": 250, "cfg_scale": 1.35, "cfg_range": (0.0, 0.7), "internal_guidance": 1.4,
+        "internal_range": (0.0, 1.0),
+    },
+    "unguided": {
+        "sampler": "sde", "steps": 250, "cfg_scale": 1.0, "cfg_range": (0.0, 1.0), "internal_guidance": 1.0
+    },
+}  # fmt: skip
+"""REPA's headline numbers (arXiv 2410.06940), Self-Transcendence's (arXiv 2601.07773), Internal Guidance's as its
+released script has them (arXiv 2512.24176; its paper guides at t > 0.3 only), and all without guidance."""
 
 PICTURES = 10
 """Samples of a few prompts where their number is not given: about as many, the same of each."""
@@ -104,7 +112,9 @@ class SampleRequest:
         """The main settings, as they stand in names."""
         steps = "" if self.settings.sampler == "dopri5" else f"{self.settings.steps}"
         size = "" if self.size is None else f"-{named_size(sides(self.size))}"
-        return f"{self.settings.sampler}{steps}-cfg{self.settings.cfg_scale:g}{size}"
+        internal = self.settings.internal_guidance
+        guidance = f"cfg{self.settings.cfg_scale:g}" + (f"-ig{internal:g}" if internal != 1.0 else "")
+        return f"{self.settings.sampler}{steps}-{guidance}{size}"
 
     @property
     def set_folder(self) -> Path:
@@ -129,6 +139,8 @@ class Sampler:
     shape: tuple[int, int, int] | None = None
     """(C, H, W) of a latent where it is not the model's own."""
     correction: Correction | None = None
+    head: EarlyHead | None = None
+    """What Internal Guidance leads away from, where that is not the model's own internal head."""
 
     def draw_of(self, first: int, count: int) -> Draw:
         """Samples number first … first + count − 1."""
@@ -139,14 +151,14 @@ class Sampler:
     def latents(self, noise: Tensor, draw: Draw, watch: Watch = unwatched) -> Tensor:
         """(B, C, S, S) float32 scaled latents for noise (B, C, S, S)."""
         settings, path = self.request.settings, self.request.recipe.flow.path
-        return sample_from(self.model, noise, draw, settings, path, watch, self.correction)
+        return sample_from(self.model, noise, draw, settings, path, watch, self.correction, self.head)
 
     def images(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Samples number first … first + count − 1 as uint8 images (count, 1 or 3, H, W), and labels, on the CPU."""
         with naming_lack_of_memory(f"drawing {count} samples at once (--batch-size takes fewer)"):
             draw = self.draw_of(first, count)
             settings, path = self.request.settings, self.request.recipe.flow.path
-            latents = sample(self.model, draw, settings, path, self.correction)
+            latents = sample(self.model, draw, settings, path, self.correction, self.head)
             return self.decode(latents).cpu(), draw.labels.cpu()
 
 
@@ -205,7 +217,9 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
         source.trained.contrastive, request.settings, recipe.flow.path, found.mean_latents,
         shape or recipe.model.latent_shape, str(found.path),
     )  # fmt: skip
-    return Sampler(request, model, found.step, decode, vae, compiled, names, prompts, shape, corrected)
+    internal = request.settings.internal_guidance != 1.0
+    head = early_head(source, found, table, device, dtype) if internal else None
+    return Sampler(request, model, found.step, decode, vae, compiled, names, prompts, shape, corrected, head)
 
 
 def load_prompts(
@@ -287,6 +301,12 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
         "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
     )
     parser.add_argument(
+        "--internal-guidance", type=number(0, CFG_MOST), metavar="W", help="Internal Guidance w; 1 is none"
+    )
+    parser.add_argument(
+        "--internal-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with Internal Guidance"
+    )
+    parser.add_argument(
         "--contrast",
         choices=("unbiased", "released", "none"),
         help="when the bias of a stage with contrast is taken out: at all times, in --cfg-range, never",
@@ -316,13 +336,15 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if (asked := len(text.prompts)) and (given.prompt or given.prompts):
         usual = asked * max(1, PICTURES // asked)
     chosen = {"num": usual} | (PRESETS[given.preset] if given.preset else {})
-    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "cfg_range", "contrast", "vae"):
+    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "internal_guidance", "contrast", "vae"):
         if (value := getattr(given, key)) is not None:
-            chosen[key] = tuple(value) if key == "cfg_range" else value
-    settings = replace(recipe.sample, **chosen)
-    low, high = settings.cfg_range
-    if low > high:
-        raise UserError(f"--cfg-range {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
+            chosen[key] = value
+    for key in ("cfg_range", "internal_range"):
+        if (ends := getattr(given, key)) is not None:
+            chosen[key] = low, high = tuple(ends)
+            if low > high:
+                raise UserError(f"--{key.replace('_', '-')} {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
+    settings, source = fitted(replace(recipe.sample, **chosen), source)
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
         raise UserError(
             f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0), which guidance "

@@ -118,15 +118,22 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     """All that a set's images follow from: two sets with equal settings have equal images, on equal machines."""
     request, settings = sampler.request, asdict(sampler.request.settings)
     del settings["every"], settings["prompts"], settings["text_encoder"], settings["contrast"]
+    if settings["internal_guidance"] == 1.0:  # as sets of older versions have it
+        del settings["internal_guidance"], settings["internal_range"]
     return settings | {
         "stage": request.source.stage, "step": sampler.step, "weights": request.weights,
         "model_sha256": vae_hash(sampler.model), "vae": sampler.vae, "path": request.recipe.flow.path,
         "labels": request.labels.text, "num_classes": request.labels.num_classes, "seed": request.seed,
         "batch_size": min(settings["batch_size"], settings["num"]), "precision": request.precision,
         "compiled": sampler.compiled,
-    } | _texts(sampler) | _correction(sampler) | (
-        {"latent_shape": list(sampler.shape)} if sampler.shape else {}
-    )  # fmt: skip
+    } | _beside(sampler) | ({"latent_shape": list(sampler.shape)} if sampler.shape else {})  # fmt: skip
+
+
+def _beside(sampler: Sampler) -> dict[str, Any]:
+    """What else a set's images follow from: stage 1's head, where it guides, texts, and a contrast's correction."""
+    head = sampler.head
+    guide = {} if head is None else {"internal_block": head.block, "internal_sha256": vae_hash(head.module)}
+    return guide | _texts(sampler) | _correction(sampler)
 
 
 def _texts(sampler: Sampler) -> dict[str, Any]:

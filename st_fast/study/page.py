@@ -149,6 +149,8 @@ def protocol(results: Results) -> str:
     """How many arms and seeds, what runs have in common, and how scores were taken."""
     study, told, seeds = results.study, results.protocol, results.seeds
     drawn = f"{told.get('sampler')}, {told.get('steps')} steps, guidance {told.get('cfg_scale')}"
+    if "internal_guidance" in told:
+        drawn += f", Internal Guidance {told['internal_guidance']}"
     return (
         f"{len(results.groups)} arms, {len(seeds)} seed{'s' * (len(seeds) != 1)} each "
         f"({', '.join(map(str, seeds))}), from `{study.path.as_posix()}`. Runs of one seed saw the same records, times "

@@ -19,6 +19,7 @@ from st_fast.model import build
 from st_fast.model.vae import load_vae, vae_hash
 from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load, to_toml
+from st_fast.train.supervision import Parts, create
 from tests import warm
 from tests.tiny import ROOT
 
@@ -52,10 +53,12 @@ steps = 10
 """
 
 
-def make_run(folder: Path, seed: int = 0, step: int = 10, vae: Path | None = None) -> Path:
+def make_run(
+    folder: Path, seed: int = 0, step: int = 10, vae: Path | None = None, supervision: str = 'supervision = "none"'
+) -> Path:
     """The run folder; `seed` chooses the model's weights. Latents are pixels, or a VAE's, which lies in the data."""
     data, out = folder / "data", folder / "run"
-    text = RECIPE
+    text = RECIPE.replace('supervision = "none"', supervision)
     if vae is not None:
         text = text.replace(
             "channels = 3", f"channels = {json.loads((vae / 'config.json').read_text())['latent_channels']}"
@@ -74,11 +77,15 @@ def make_run(folder: Path, seed: int = 0, step: int = 10, vae: Path | None = Non
     recipe = load(folder / "recipe.toml")
     out.mkdir(exist_ok=True)
     (out / "recipe.toml").write_text(to_toml(recipe))
-    model = build(recipe.model, kernels.select({}, torch.device("cpu")), seed)
+    config, table = recipe.for_stage(recipe.stages[0]).model, kernels.select({}, torch.device("cpu"))
+    model = build(config, table, seed)
     generator = torch.Generator().manual_seed(seed)
     tensors = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in model.state_dict().items()}
-    meta = {"stage": "plain", "architecture": recipe.model.architecture(), "recipe": to_toml(recipe)}
-    checkpoint.save(out / "plain" / "checkpoints", step, {"model": tensors, "ema": tensors}, meta)
+    meta = {"stage": "plain", "architecture": config.architecture(), "recipe": to_toml(recipe)}
+    groups = {"model": tensors, "ema": tensors}
+    if recipe.stages[0].method.head_layers(config):
+        groups["heads"] = dict(create(recipe.stages[0], Parts(config, table, None), seed).heads.state_dict())
+    checkpoint.save(out / "plain" / "checkpoints", step, groups, meta)
     return out
 
 

@@ -174,6 +174,7 @@ METHODS = {
     "layer_sync": "student_depth = 1\nteacher_depth = 2",
     "sra": "student_depth = 1\nteacher_depth = 2",
     "sra2": "depth = 2\nhidden = 16",
+    "internal_guidance": "depth = 2\ntarget_guidance = 0.5",
     "repa": f'encoders = ["{Standing.name}"]\ndepth = 2\nhidden = 16',
 }
 

@@ -4,7 +4,7 @@ Nothing of st_fast is imported. The random draws are the format's: Philox's word
 B samples, C latent channels, S latent side, p patch, N = (S/p)² tokens, D width, H heads, ω guidance, λ weight.
 
 Sources: SiT (arXiv 2401.08740), DiT (2212.09748), REPA (2410.06940), SRA (2505.02831), LayerSync (2510.12581),
-Self-Transcendence (2601.07773), AdamW (1711.05101).
+Self-Transcendence (2601.07773), Internal Guidance (2512.24176), AdamW (1711.05101).
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Method:
     time_offset: float = 0.2
     decay_start: int = 0
     decay_steps: int = 0
+    target_guidance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,13 @@ def network(s: Setting, w: Mapping[str, Tensor], x: Tensor, t: Tensor, labels: T
     return velocity, streams
 
 
+def internal(s: Setting, w: Mapping[str, Tensor], stream: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """The velocity (B, C, S, S) of the second final layer, of the stream (B, N, D) of its block."""
+    shift, scale = linear(w, "final_layer_xr.adaLN_modulation.1", silu(condition(w, t, labels))).chunk(2, dim=-1)
+    modulated = normalised(stream) * (1 + scale[:, None]) + shift[:, None]
+    return latents_of(s, linear(w, "final_layer_xr.linear", modulated))
+
+
 # ------------------------------------------------------------------------------------------- from data to a target
 
 
@@ -293,6 +301,8 @@ def auxiliary(
         else:
             f = f / torch.sqrt((f**2).mean(-1, keepdim=True)) if method.loss == "normalized_mse" else f
             losses = ((q - f) ** 2).mean((1, 2))
+    elif method.name == "internal_guidance":
+        losses = ((internal(s, state.model, h, batch.t, batch.dropped) - batch.velocity) ** 2).mean((1, 2, 3))
     elif method.name == "layer_sync":
         losses = minus_cosine(h, streams[method.teacher_depth].detach())
     elif method.name == "sra":
@@ -350,7 +360,12 @@ def train(
         leaf.requires_grad_(True)
     batch = batch_of(s, moments, labels, draws, step)
     guess, streams = network(s, state.model, batch.x_t, batch.t, batch.dropped)
-    denoise = ((guess - batch.velocity) ** 2).mean((1, 2, 3)).mean()
+    wanted = batch.velocity
+    if method.target_guidance:
+        with torch.no_grad():
+            shallow = internal(s, state.model, streams[method.depth], batch.t, batch.dropped)
+            wanted = wanted + method.target_guidance * (guess - shallow)
+    denoise = ((guess - wanted) ** 2).mean((1, 2, 3)).mean()
     aux = auxiliary(s, method, state, teacher, draws, batch, streams, features, step)
     found = torch.autograd.grad(denoise + aux, list(leaves.values()), allow_unused=True)
     for leaf in leaves.values():

@@ -176,15 +176,22 @@ CASES = {
         + stage("sync", "layer_sync", student_depth=1, teacher_depth=3, weight=0.6)
         + stage("sra", "sra", student_depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3)
         + stage("repa", "repa", encoders=("one", "two"), depth=2, hidden=20, weight=0.8, stop_step=2)
-        + stage("sra-cosine", "sra", student_depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
+        + stage("sra-cosine", "sra", student_depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5)
+        + stage("internal", "internal_guidance", depth=2, weight=0.7),
         (
             Method("none"),
             Method("layer_sync", depth=1, teacher_depth=3, weight=0.6),
             Method("sra", depth=1, teacher_depth=2, weight=0.9, decay_start=1, decay_steps=3, loss="smooth_l1"),
             Method("repa", depth=2, weight=0.8, stop_step=2),
             Method("sra", depth=2, teacher_depth=3, weight=0.4, loss="cosine", time_offset=0.5),
+            Method("internal_guidance", depth=2, weight=0.7),
         ),
         path="cosine", time="lognormal", kernels="reference",
+    ),
+    "guided targets": Case(
+        stage("guided", "internal_guidance", depth=1, weight=0.4, target_guidance=0.6),
+        (Method("internal_guidance", depth=1, weight=0.4, target_guidance=0.6),),
+        modulation="one", accumulation=2,
     ),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from st_fast import kernels
 from st_fast.core.errors import UserError
 from st_fast.evaluate.probe.guided import Guide
 from st_fast.model import DiffusionTransformer, stored
+from st_fast.recipe.architecture import INTERNAL
 from st_fast.recipe.methods import Plain, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.sample.source import Source
@@ -38,7 +39,9 @@ class Subject:
     def supervised(self) -> tuple[int, ...]:
         """The blocks that extra supervision reads; none in plain training."""
         tap: int | tuple[int, ...] = self.stage.method.tap
-        return tuple(block for block in (tap if isinstance(tap, tuple) else (tap,)) if block)
+        internal = self.recipe.for_stage(self.stage).model.internal_head
+        blocks = (internal if block == INTERNAL else block for block in (tap if isinstance(tap, tuple) else (tap,)))
+        return tuple(block for block in blocks if block)
 
     @property
     def role(self) -> str:

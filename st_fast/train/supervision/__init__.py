@@ -10,7 +10,6 @@ over samples already weighted by 1 / global batch size, so those of micro-batche
 
 import importlib
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from st_fast.kernels import KernelTable
 from st_fast.model import DiffusionTransformer
 from st_fast.model.encoders import ImageEncoder
-from st_fast.model.layers import Linear
 from st_fast.model.layout import Layout
 from st_fast.model.side_stream import Branches, batched
 from st_fast.recipe.methods import Method, Selection
@@ -165,17 +163,6 @@ def select_rows(t: Tensor, part: slice, selection: Selection | None) -> tuple[Te
     index = mine.nonzero()[:, 0]
     divisor = total if selection.mask == "sample" else max(count, 1)
     return index, torch.full((len(index),), selection.weight / divisor)
-
-
-def projector(width: int, hidden: int, out: int, kernels: KernelTable, layers: int = 3) -> nn.Sequential:
-    """An MLP of linear layers, keys 0, 2, 4 …, with SiLU between; with three of them it is REPA's projector."""
-    sizes = pairwise((width, *[hidden] * (layers - 1), out))
-    linear = [Linear(inputs, outputs, kernels) for inputs, outputs in sizes]
-    for layer in linear:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    between = ((layer, nn.SiLU()) for layer in linear[:-1])
-    return nn.Sequential(*chain.from_iterable(between), linear[-1])
 
 
 def create(stage: Stage, parts: Parts, seed: int) -> Supervision:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
+from st_fast.model.velocity_head import projector
 from st_fast.recipe import methods
 from st_fast.recipe.methods.repa import KERNEL
-from st_fast.train.supervision import NoisyBatch, Parts, Supervision, projector
+from st_fast.train.supervision import NoisyBatch, Parts, Supervision
 
 EPS_DEVIATION = 1e-6
 """What is added to the features' deviation, as published."""

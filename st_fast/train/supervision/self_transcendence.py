@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
+from st_fast.model.velocity_head import projector
 from st_fast.recipe import methods
-from st_fast.train.supervision import NoisyBatch, Parts, Supervision, projector
+from st_fast.train.supervision import NoisyBatch, Parts, Supervision
 
 
 class Head(nn.Module):

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.model.layers import unpatchify
+from st_fast.model.velocity_head import projector
 from st_fast.recipe import methods
 from st_fast.recipe.methods.sra2 import LAYERS
 from st_fast.recipe.schema import Model
-from st_fast.train.supervision import NoisyBatch, Parts, Supervision, projector
+from st_fast.train.supervision import NoisyBatch, Parts, Supervision
 from st_fast.train.supervision.sra import BETA
 
 

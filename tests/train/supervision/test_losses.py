@@ -9,10 +9,10 @@ from torch import nn
 
 from st_fast import kernels
 from st_fast.model import build, flow
+from st_fast.model.velocity_head import Head, projector
 from st_fast.recipe.methods import Method, Selection, SelfTranscendence, VelocityHead
 from st_fast.recipe.schema import Model, Stage
-from st_fast.train.supervision import NoisyBatch, Parts, Rows, create, projector, select_rows, sra
-from st_fast.train.supervision.velocity_head import Head
+from st_fast.train.supervision import NoisyBatch, Parts, Rows, create, select_rows, sra
 
 MODEL = Model("custom", depth=3, width=16, heads=2, patch=2, channels=4, latent_size=4, num_classes=5)
 OPS = ("norm_modulate", "gate_residual_norm_modulate", "qk_norm", "guided_feature_loss")
