@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from st_fast.convert import hub
@@ -103,7 +104,8 @@ def _check_used(given: argparse.Namespace, origin: ModelSource) -> None:
     """UserError for an option that SOURCE leaves without meaning."""
     if given.stage and not (given.source / "recipe.toml").is_file():
         raise UserError(f"--stage {given.stage}: {given.source} is no run")
-    for name, option in (("layout", "from"), ("heads", "heads"), ("num_classes", "num-classes")):
+    options = ("layout", "from"), ("heads", "heads"), ("num_classes", "num-classes"), ("internal_head", "internal-head")
+    for name, option in options:
         if origin.path.is_dir() and getattr(given, name) is not None:
             raise UserError(f"--{option} {getattr(given, name)}: {given.source} tells it itself; this is for files")
     if given.num_classes and origin.loaded.config.network == "mmdit":
@@ -113,7 +115,8 @@ def _check_used(given: argparse.Namespace, origin: ModelSource) -> None:
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     given = parse(arguments)
-    origin = read_model(given.source, print, given.stage, given.layout, given.heads, given.num_classes)
+    origin = read_model(given.source, print, given.stage, given.layout, given.heads, given.num_classes,
+                        internal_head=given.internal_head)  # fmt: skip
     _check_used(given, origin)
     if given.text_encoder and origin.loaded.config.network == "sit":
         raise UserError(f"--text-encoder: {given.source} draws classes, not text")
@@ -144,7 +147,7 @@ def main(arguments: Sequence[str]) -> None:
         if form == "diffusers" and origin.loaded.config.network == "mmdit" and not given.text_encoder:
             print("warning: without a text encoder the pipeline reads no prompts; --text-encoder FOLDER puts one in")
     if form == "stage":
-        sizes = origin.loaded.config.described().items()
+        sizes = replace(origin.loaded.config, internal_head=0).described().items()  # a method adds the head
         words = (f"--model.{key}={value if isinstance(value, str) else to_literal(value)}" for key, value in sizes)
         print("for a recipe:", *map(shlex.quote, words))
     if given.push:
@@ -188,6 +191,7 @@ def described(origin: ModelSource) -> str:
     if config.network == "mmdit":
         null = "with" if NULL_CONTEXT in loaded.model else "without"
         condition = f"captions of {config.text_length} × {config.text_width}, {null} the empty caption's states"
+    internal = f", internal head after block {config.internal_head}" if config.internal_head else ""
     average = "raw weights and their average" if loaded.averaged else "one set of weights"
     optimiser = f"AdamW's state after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
     if loaded.left_out:
@@ -197,7 +201,7 @@ def described(origin: ModelSource) -> str:
         f"{loaded.step:,}, {loaded.path} path\n"
         f"  depth {config.depth}, width {config.width}, heads {config.heads}, patch {config.patch}, latents "
         f"{' × '.join(map(str, config.latent_shape))}, {condition}, "
-        f"qk-norm {'on' if config.qk_norm else 'off'}\n"
+        f"qk-norm {'on' if config.qk_norm else 'off'}{internal}\n"
         f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
         + "".join(f"\n  {remark}" for remark in (*loaded.remarks, *_unprefixed(loaded)))
     )

@@ -32,6 +32,10 @@ tags:
 
 {name}, {parameters:.1f} M parameters, {condition}, latents {shape}. It predicts the
 velocity of a flow on the {path} path, where t = 1 is noise and t = 0 is data. Weights: {weights}, step {step:,}.
+{internal}"""
+INTERNAL = """
+A second final layer on block {block} predicts the velocity, too. Internal Guidance (arXiv 2512.24176) leads away from
+it: v = v_i + w (v_f - v_i), by `internal_guidance` w (1: none).
 """
 
 USE = {
@@ -137,6 +141,7 @@ def card(
             task="text-to-image" if config.network == "mmdit" else "unconditional-image-generation",
             shape=shape + (f" of the VAE {plain(vae)}" if vae else ""),
             path=origin.loaded.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.loaded.step,
+            internal=INTERNAL.format(block=config.internal_head) if config.internal_head else "",
         ),
         USE[form, config.network].format(
             name=name, classes=config.num_classes, path=origin.loaded.path, cfg=cfg, call=call, without=without,

@@ -45,18 +45,35 @@ def solve(pipe: Any, x: Tensor, velocity: Velocity, sampler: str, steps: int, se
     return x
 
 
-def guided(pipe: Any, condition: Tensor, null: Tensor, scale: float) -> Velocity:
-    """The transformer's velocity, guided where t lies in the pipeline's range: v_null + scale * (v - v_null)."""
+def guided(pipe: Any, condition: Tensor, null: Tensor, scale: float, internal: float = 1.0) -> Velocity:
+    """The transformer's velocity, guided where t lies in the pipeline's range: v_null + scale * (v - v_null).
+
+    Each of both is v_i + internal * (v - v_i) where t lies in the range of Internal Guidance (arXiv 2512.24176), v_i
+    the internal head's velocity.
+    """
+
+    def branch(x: Tensor, t: float, condition: Tensor) -> Tensor:
+        times = torch.full((len(x),), t, device=x.device)
+        if internal == 1.0 or not pipe.config.internal_low <= t <= pipe.config.internal_high:
+            return pipe.transformer(x, times, condition).float()  # type: ignore[no-any-return]
+        final, shallow = (v.float() for v in pipe.transformer(x, times, condition, internal=True))
+        return shallow + internal * (final - shallow)  # type: ignore[no-any-return]
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        times = torch.full((len(x),), t, device=x.device)
         if scale == 1.0 or not pipe.config.guidance_low <= t <= pipe.config.guidance_high:
-            return pipe.transformer(x, times, condition).float()  # type: ignore[no-any-return]
-        both = pipe.transformer(x.repeat(2, 1, 1, 1), times.repeat(2), torch.cat((condition, null))).float()
-        conditional, unconditional = both.chunk(2)
-        return unconditional + scale * (conditional - unconditional)  # type: ignore[no-any-return]
+            return branch(x, t, condition)
+        conditional, unconditional = branch(x.repeat(2, 1, 1, 1), t, torch.cat((condition, null))).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
 
     return velocity
+
+
+def internal_scale(pipe: Any, given: float | None) -> float:
+    """The scale of Internal Guidance: as `given`, else the pipeline's. ValueError where there is no internal head."""
+    scale = pipe.config.internal_guidance if given is None else given
+    if scale != 1.0 and not pipe.transformer.config.internal_head:
+        raise ValueError(f"internal_guidance = {scale}: this model has no internal head; 1 is possible")
+    return float(scale)
 
 
 def decoded(pipe: Any, x: Tensor, output_type: str) -> Any:

@@ -77,6 +77,9 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     if FIRST_KEYS.get(layout, set()).isdisjoint(loaded.model):
         tables = {name: {k: t for k, t in table.items() if not is_head(k)} for name, table in tables.items()}
     tables = {name: {k: t for k, t in table.items() if k != NULL_CONTEXT} for name, table in tables.items()}
+    if loaded.config.internal_head and layout != "repa":
+        told = f"model.internal_head = {loaded.config.internal_head}"
+        raise UserError(f"{told}: {layout}'s own code knows no internal head; --to repa keeps it")
     if layout in official.LAYOUTS:
         tables = dict(_official(loaded, tables, facts.get("sigma", True)))
     for name in ("model", "ema"):
@@ -98,7 +101,8 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
         numbered, settings = list(optimised(ordered["model"])), facts.get("opt", {})
         content["opt"] = adam.state_dict(numbered, ordered["exp_avg"], ordered["exp_avg_sq"], loaded.updates, settings)
     content["args"] = argparse.Namespace(**(facts.get("args") or _args(loaded, layout)))
-    entries = facts.get("entries", {} if layout == "sit" else {"steps": loaded.step})
+    counted = {"steps": loaded.step} | ({"epoch": 0} if loaded.config.internal_head else {})  # which its code reads
+    entries = facts.get("entries", {} if layout == "sit" else counted)
     return content | dict(entries)
 
 
@@ -122,6 +126,8 @@ def _args(loaded: LoadedState, layout: str) -> dict[str, Any]:
     if layout == "sit":
         path = {"linear": "Linear", "cosine": "GVP"}[loaded.path]
         return common | {"path_type": path, "prediction": "velocity", "image_size": 8 * loaded.config.latent_size}
+    if loaded.config.internal_head:
+        common["encoder_depth"] = loaded.config.internal_head
     return common | {
         "path_type": loaded.path, "prediction": "v", "qk_norm": loaded.config.qk_norm,
         "resolution": 8 * loaded.config.latent_size,

@@ -255,4 +255,11 @@ def index(origin: ModelSource, components: Mapping[str, list[str | None]]) -> di
         "guidance_scale": sampling.cfg_scale,
         "guidance_low": sampling.cfg_range[0],
         "guidance_high": sampling.cfg_range[1],
+        **(_internal(sampling) if origin.loaded.config.internal_head else {}),
     }
+
+
+def _internal(sampling: Sample) -> dict[str, float]:
+    """Keys of model_index.json of a model with an internal head."""
+    low, high = sampling.internal_range
+    return {"internal_guidance": sampling.internal_guidance, "internal_low": low, "internal_high": high}

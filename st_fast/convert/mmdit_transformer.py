@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from st_fast.convert.sit_transformer import FREQUENCIES, FinalLayer, frequencies, grid, modulated, named, velocity_of_x
+from st_fast.convert.sit_transformer import FREQUENCIES, FinalLayer, frequencies, grid, modulated, named, unpatchified
 
 
 class StreamAttention(nn.Module):
@@ -86,7 +86,7 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         text_encoder: str = "", text_encoder_sha256: str = "", text_mask: bool = False, network: str = "mmdit",
         model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1, latent_shift: float | None = None,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
-        prediction: str = "velocity",
+        prediction: str = "velocity", internal_head: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -100,16 +100,20 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             for number in range(depth)
         )
         self.final_layer = FinalLayer(width, patch**2 * channels)
+        if internal_head:  # a second final layer, after that block
+            self.final_layer_xr = FinalLayer(width, patch**2 * channels)
 
-    def forward(self, x: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,) in [0, 1], states (B, L, W) of captions' tokens → (B, C, H, W)."""
-        patch = self.config.patch
-        rows, columns = grid(self.config.latent_size, patch)
+    def forward(self, x: Tensor, t: Tensor, states: Tensor, internal: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, C, H, W), t (B,) in [0, 1], states (B, L, W) of captions' tokens → (B, C, H, W).
+
+        With `internal`, also the internal head's velocity.
+        """
         dtype = self.pos_embed.dtype
         tokens = self.x_embedder(x.to(dtype)).flatten(2).transpose(1, 2) + self.pos_embed
         c, u = self.t_embedder(frequencies(t).to(dtype)), self.context_embedder(states.to(dtype))
-        for block in self.joint_blocks:
+        shallow = tokens
+        for number, block in enumerate(self.joint_blocks, start=1):
             tokens, u = block(tokens, u, c)
-        out = self.final_layer(tokens, c).view(-1, rows, columns, patch, patch, self.config.channels)
-        out = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return out if self.config.prediction == "velocity" else velocity_of_x(out, x, t)
+            shallow = tokens if number == self.config.internal_head else shallow
+        velocity = unpatchified(self.config, self.final_layer(tokens, c), x, t)
+        return (velocity, unpatchified(self.config, self.final_layer_xr(shallow, c), x, t)) if internal else velocity

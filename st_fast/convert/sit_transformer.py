@@ -6,6 +6,7 @@ Plain PyTorch with the published key names; written by st_fast, which trained th
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,14 @@ def grid(latent_size: int | Sequence[int], patch: int) -> tuple[int, int]:
 def velocity_of_x(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
     """The velocity where the network predicts the clean latent: (x_t - x) / t, in float32, t at least 0.05."""
     return (x.float() - predicted.float()) / t.float().clamp(min=0.05)[:, None, None, None]
+
+
+def unpatchified(config: Any, patches: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """What a final layer gives (B, N, p·p·C), for x (B, C, H, W) and t (B,), as a velocity (B, C, H, W)."""
+    patch, (rows, columns) = config.patch, grid(config.latent_size, config.patch)
+    out = patches.view(-1, rows, columns, patch, patch, config.channels).permute(0, 5, 1, 3, 2, 4)
+    out = out.flatten(4, 5).flatten(2, 3)
+    return out if config.prediction == "velocity" else velocity_of_x(out, x, t)
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
@@ -99,7 +108,7 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
         model_type: str = "sit", format: str = "st_fast.sit", version: int = 1, latent_shift: float | None = None,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
-        prediction: str = "velocity",
+        prediction: str = "velocity", internal_head: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -110,16 +119,20 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(grid(latent_size, patch)), width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio), qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch**2 * channels)
+        if internal_head:  # a second final layer, after that block
+            self.final_layer_xr = FinalLayer(width, patch**2 * channels)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,) in [0, 1], labels (B,); `num_classes` is the null label → (B, C, H, W)."""
-        patch = self.config.patch
-        rows, columns = grid(self.config.latent_size, patch)
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, internal: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, C, H, W), t (B,) in [0, 1], labels (B,); `num_classes` is the null label → (B, C, H, W).
+
+        With `internal`, also the internal head's velocity.
+        """
         dtype = self.pos_embed.dtype
         tokens = self.x_embedder(x.to(dtype)).flatten(2).transpose(1, 2) + self.pos_embed
         c = self.t_embedder(frequencies(t).to(dtype)) + self.y_embedder(labels)
-        for block in self.blocks:
+        shallow = tokens
+        for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, c)
-        out = self.final_layer(tokens, c).view(-1, rows, columns, patch, patch, self.config.channels)
-        out = out.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        return out if self.config.prediction == "velocity" else velocity_of_x(out, x, t)
+            shallow = tokens if number == self.config.internal_head else shallow
+        velocity = unpatchified(self.config, self.final_layer(tokens, c), x, t)
+        return (velocity, unpatchified(self.config, self.final_layer_xr(shallow, c), x, t)) if internal else velocity

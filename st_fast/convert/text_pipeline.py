@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from st_fast.convert.drawing import decoded, guided, solve
+from st_fast.convert.drawing import decoded, guided, internal_scale, solve
 from st_fast.core.random import Purpose
 from st_fast.kernels.noise.definition import normal
 
@@ -29,13 +29,15 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
     def __init__(
         self, transformer: Any, text_encoder: Any = None, tokenizer: Any = None, vae: Any = None, sampler: str = "heun",
         num_inference_steps: int = 50, guidance_scale: float = 1.0, guidance_low: float = 0.0,
-        guidance_high: float = 1.0,
+        guidance_high: float = 1.0, internal_guidance: float = 1.0, internal_low: float = 0.0,
+        internal_high: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
         self.register_to_config(
             sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-            guidance_low=guidance_low, guidance_high=guidance_high,
+            guidance_low=guidance_low, guidance_high=guidance_high, internal_guidance=internal_guidance,
+            internal_low=internal_low, internal_high=internal_high,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -43,7 +45,7 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         self, prompt: str | Sequence[str] | None = None, negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int | None = None, guidance_scale: float | None = None, sampler: str | None = None,
         seed: int = 0, first: int = 0, latents: Tensor | None = None, prompt_embeds: Tensor | None = None,
-        output_type: str = "pil", return_dict: bool = True,
+        output_type: str = "pil", return_dict: bool = True, internal_guidance: float | None = None,
     ) -> Any:  # fmt: skip
         """Images of the prompts: "pil", "np" (B, H, W, C in 0..1), "pt" (B, C, H, W) or "latent" (those, scaled).
 
@@ -52,11 +54,13 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         caption, or from `negative_prompt`, one for all or one each. `sampler` is "euler", "heun" or "sde"
         (Euler-Maruyama).
 
-        ValueError for another one, for prompts without a text encoder, and for states of other shapes.
+        ValueError for another one, for prompts without a text encoder, for states of other shapes, and for
+        `internal_guidance` (1: none) without an internal head.
         """
         config, device = self.transformer.config, self._execution_device
         sampler, steps = sampler or self.config.sampler, num_inference_steps or self.config.num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        internal = internal_scale(self, internal_guidance)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
         if bool(prompts) == (prompt_embeds is not None):
             raise ValueError("either prompt or prompt_embeds is needed")
@@ -72,7 +76,7 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         size = config.latent_size
         shape = (config.channels, *((size, size) if isinstance(size, int) else size))
         x = normal(seed, Purpose.SAMPLE_NOISE, numbers, shape) if latents is None else latents.to(device).float()
-        velocity = guided(self, states, null.to(states).expand_as(states), scale)
+        velocity = guided(self, states, null.to(states).expand_as(states), scale, internal)
         images = decoded(self, solve(self, x, velocity, sampler, steps, seed, numbers), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -108,7 +108,7 @@ def path(text: str) -> Path:
 
 
 def add_file_options(parser: argparse.ArgumentParser) -> None:
-    """What another project's file may leave open: `layout`, `heads` and `num_classes`."""
+    """What another project's file may leave open: `layout`, `heads`, `num_classes` and `internal_head`."""
     most = ARCHITECTURE_MOST
     parser.add_argument("--from", dest="layout", choices=LAYOUTS, help="a file's layout, where its keys don't tell")
     parser.add_argument(
@@ -117,6 +117,10 @@ def add_file_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-classes", type=integer(1, most["num_classes"]),
         help="a file's classes, where its keys and arguments don't tell",
+    )  # fmt: skip
+    parser.add_argument(
+        "--internal-head", type=integer(1, most["depth"]), metavar="BLOCK",
+        help="the block that the internal head in a file reads (default: as its arguments tell, else 8)",
     )  # fmt: skip
 
 

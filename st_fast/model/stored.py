@@ -72,8 +72,9 @@ class ModelSource:
 def read_model(
     path: Path, say: Say, stage: str | None = None, layout: str | None = None, number_of_heads: int | None = None,
     num_classes: int | None = None, otherwise: Model | None = None, only: Which | None = None,
+    internal_head: int | None = None,
 ) -> ModelSource:  # fmt: skip
-    """Reads the model at `path`; layout, heads and classes are for files that don't tell (see `import_file`).
+    """Reads the model at `path`; layout, heads, classes, internal head are for files that don't tell (`import_file`).
 
     With `only`, no more of another project's file is read than one set of weights needs.
 
@@ -81,7 +82,8 @@ def read_model(
     for whatever is not there or does not fit.
     """
     if path.is_file():
-        return ModelSource(import_file(path, layout, number_of_heads, num_classes, otherwise, only), path)
+        found = import_file(path, layout, number_of_heads, num_classes, otherwise, only, internal_head)
+        return ModelSource(found, path)
     for folder in (path, path / "transformer"):
         if (folder / CONFIG).is_file():
             published = read_config(folder)
@@ -89,16 +91,16 @@ def read_model(
     if (path / "recipe.toml").is_file():
         path = path / newest_stage(path, load_run(path), stage)
     if (path / "manifest.json").is_file():
-        found, root = checkpoint.load(path), path.parent
+        saved, root = checkpoint.load(path), path.parent
     else:
         root = _root(path)
         newest = checkpoint.latest(root, say) if path.is_dir() else None
         if newest is None:
             what = "no sound checkpoint in it" if path.is_dir() else "there is nothing"
             raise UserError(f"{path}: {what}; {KINDS} can be read")
-        found = newest
+        saved = newest
     run = next((p for p in root.absolute().parents if (p / "recipe.toml").is_file()), None)
-    return ModelSource(from_checkpoint(found), found.path, run, root.absolute().parent.name if run else "", found.meta)
+    return ModelSource(from_checkpoint(saved), saved.path, run, root.absolute().parent.name if run else "", saved.meta)
 
 
 def newest_stage(run: Path, recipe: Recipe, wanted: str | None) -> str:

@@ -35,14 +35,16 @@ SAMPLES = Path("samples")
 """Where samples of a model by itself go, in the folder that the command runs in."""
 USUAL_CHANNELS, USUAL_VAE = 4, "sd-vae-ft-ema"
 """What decodes the latents of published models, which name no VAE: SD's, of so many channels."""
-OF_FILES = {"layout": "--from", "heads": "--heads", "num_classes": "--num-classes"}
+OF_FILES = {"layout": "--from", "heads": "--heads", "num_classes": "--num-classes",
+            "internal_head": "--internal-head"}  # fmt: skip
 """Options about another project's file, by their names among the parsed ones."""
 OF_MODELS = OF_FILES | {"data": "--data"}
 """The same about any model by itself."""
 INDEX = "model_index.json"
 INDEX_KEYS = {
     "sampler": "sampler", "num_inference_steps": "steps", "guidance_scale": "cfg_scale", "guidance_low": "cfg_range",
-    "guidance_high": "cfg_range",
+    "guidance_high": "cfg_range", "internal_guidance": "internal_guidance", "internal_low": "internal_range",
+    "internal_high": "internal_range",
 }  # fmt: skip
 """Keys of a pipeline's INDEX, and those of `Sample`."""
 
@@ -171,7 +173,10 @@ def refuse_told(given: argparse.Namespace, path: Path, options: Mapping[str, str
 def by_itself(named: Path, given: argparse.Namespace) -> Source:
     """A model without a run; UserError where it can't be read, or the data are not of its kind."""
     place = fetch(str(named), MODEL_OR_PIPELINE) if is_hub_name(named) else named
-    origin = stored.read_model(place, print, None, given.layout, given.heads, given.num_classes, only=given.weights)
+    origin = stored.read_model(
+        place, print, None, given.layout, given.heads, given.num_classes, only=given.weights,
+        internal_head=given.internal_head,
+    )  # fmt: skip
     if origin.path.is_dir():
         refuse_told(given, named, OF_FILES, "files")
     if given.weights == "raw" and not origin.loaded.averaged:
@@ -238,7 +243,7 @@ def _sample(origin: ModelSource, config: Model) -> Sample:
     content, found = read_json(index), dict[str, Any]()
     for key, name in INDEX_KEYS.items():
         if key in content:
-            found[name] = [*found.get(name, []), content[key]] if name == "cfg_range" else content[key]
+            found[name] = [*found.get(name, []), content[key]] if name.endswith("_range") else content[key]
     said = build(Sample, found, f"{index}: sample")
     return replace(usual, **{name: getattr(said, name) for name in found},
                    text_encoder=str(encoder) if (encoder / CONFIG).is_file() else "")  # fmt: skip

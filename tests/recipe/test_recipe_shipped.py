@@ -9,6 +9,7 @@ import pytest
 from st_fast.recipe import load
 from st_fast.recipe.methods import (
     DualTime,
+    InternalGuidance,
     LayerSync,
     Repa,
     SelfFlow,
@@ -17,6 +18,7 @@ from st_fast.recipe.methods import (
     Sra2,
     VelocityHead,
 )
+from st_fast.sample.model import PRESETS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -128,9 +130,21 @@ def test_the_published_settings_of_methods_with_several_times_in_an_image() -> N
     assert (recipe.model.depth, recipe.stages[0].steps, recipe.flow.time) == (12, 800_000, "uniform")
 
 
+def test_internal_guidances_published_settings() -> None:
+    recipe = load(RECIPES / "sit_xl_ig.toml", ranks=8)
+    model, optim, sample = recipe.model, recipe.optim, recipe.sample
+    assert recipe.stages[0].method == InternalGuidance(depth=8, weight=0.5, target_guidance=0.0)
+    assert (model.name, model.qk_norm, model.class_dropout, model.internal_head) == ("SiT-XL/2", False, 0.1, 0)
+    assert (optim.batch_size, optim.lr, optim.betas, optim.weight_decay) == (256, 1e-4, (0.9, 0.999), 0.0)
+    assert (optim.grad_clip, optim.ema_decay, recipe.stages[0].steps) == (1.0, 0.9999, 4_000_000)
+    assert {key: getattr(sample, key) for key in PRESETS["internal-guidance"]} == PRESETS["internal-guidance"]
+    assert recipe.for_stage(recipe.stages[0]).model.parameters == 677_786_144  # as the published file has
+
+
 def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
     recipe = load(RECIPES / "digits_methods.toml")
     names = ["plain", "layer_sync", "sra", "sra2", "sra_dual", "self_flow", "repa", "irepa", "align", "transcend"]
+    names += ["internal_guidance"]
     assert [stage.name for stage in recipe.stages] == names
     assert len({stage.steps for stage in recipe.stages}) == 1
 

@@ -20,7 +20,7 @@ from st_fast.core.files import allowance, is_pickle, read_header, shown
 from st_fast.core.pickled import Unread
 from st_fast.core.torch_files import Choice, read_pickled
 from st_fast.model.formats import adam, official
-from st_fast.model.formats.layouts import check_table, detect, infer, optimised
+from st_fast.model.formats.layouts import INTERNAL_KEY, check_table, detect, infer, optimised
 from st_fast.model.formats.loaded_state import LoadedState
 from st_fast.recipe.schema import Model
 
@@ -45,13 +45,14 @@ DECISIVE = ("model", "path_type", "prediction", "num_classes", "class_dropout_pr
 
 def import_file(
     path: Path, layout: str | None = None, number_of_heads: int | None = None, num_classes: int | None = None,
-    otherwise: Model | None = None, only: Which | None = None,
+    otherwise: Model | None = None, only: Which | None = None, internal_head: int | None = None,
 ) -> LoadedState:  # fmt: skip
     """Reads a `.pt` or safetensors file; layout and model follow from keys and shapes where they are not given.
 
-    `otherwise` has the heads, classes and tokens of a caption where the file tells them neither by shapes nor by args.
-    With `only`, the optimiser's state is not read, nor of a `.pt` with two tables the other set of weights, which is on
-    the meta device then. UserError in one line for whatever does not fit.
+    `internal_head` is the block that Internal Guidance's head reads. `otherwise` has the heads, classes and tokens of a
+    caption where the file tells them neither by shapes nor by args. With `only`, the optimiser's state is not read, nor
+    of a `.pt` with two tables the other set of weights, which is on the meta device then. UserError in one line for
+    whatever does not fit.
     """
     content, where = read_file(path, only and partial(_unread, only=only)), str(path)
     tables, prefixes = _tables(content, path)
@@ -59,14 +60,16 @@ def import_file(
     args, ignored = _args(content.get("args"), path)
     if content.get("ema") is not None and "ema" not in tables:
         ignored.append(f"ema is no table but {_kind(content['ema'])}, and is not read: the raw weights stand for it")
-    if num_classes is not None:
-        args["num_classes"] = num_classes
+    args |= {} if num_classes is None else {"num_classes": num_classes}
+    args |= {} if internal_head is None else {"internal_head": internal_head}
     model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
     layout = layout or detect(model, args, where)
     if layout == "self-flow":
         tables = {name: official.with_convolution(table, otherwise, where) for name, table in tables.items()}
         model = tables[next(name for name in ("model", "", "state_dict", "ema") if name in tables)]
     config = infer(model, args, number_of_heads, where, otherwise)
+    if internal_head is not None and not config.internal_head:
+        raise UserError(f"{where}: internal_head = {internal_head}: it has no internal head (no {INTERNAL_KEY})")
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
     state, left_out = adam.NO_STATE, ""

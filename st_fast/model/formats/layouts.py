@@ -50,7 +50,7 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         return "repa"
     if any(key.startswith(("projectors.", "projectors_final.")) for key in keys):
         return "self-transcendence"
-    if is_mmdit(table):
+    if is_mmdit(table) or INTERNAL_KEY in table:
         return "repa"
     if args.get("prediction") in ("v", "velocity"):
         return "repa" if args["prediction"] == "v" else "sit"
@@ -107,7 +107,7 @@ def infer(
     model = Model(
         name=name if count == usual_heads else "custom", depth=depth, width=width, heads=count, patch=patch,
         channels=channels, latent_size=size, mlp_ratio=hidden[0] / width, qk_norm=norm in table,
-        internal_head=_internal_head(table, args, where, otherwise), **condition,
+        internal_head=_internal_head(table, args, depth, where, otherwise), **condition,
     )  # fmt: skip
     try:
         check_shapes(model)
@@ -116,15 +116,18 @@ def infer(
     return model
 
 
-def _internal_head(table: Table, args: Mapping[str, Any], where: str, otherwise: Model | None) -> int:
+def _internal_head(table: Table, args: Mapping[str, Any], depth: int, where: str, otherwise: Model | None) -> int:
     """The block that an internal head reads, 0 without one: as `args` tell, else `otherwise`'s, else as published."""
     if INTERNAL_KEY not in table:
         return 0
     told = next((args[name] for name in INTERNAL_ARGS if args.get(name) is not None), None)
     if told is None:
-        return otherwise.internal_head if otherwise and otherwise.internal_head else INTERNAL_BLOCK
-    if type(told) is not int or told < 1:
-        raise UserError(f"{where}: {INTERNAL_KEY} is there, and its block = {shown(told)}: a block's number is needed")
+        told = otherwise.internal_head if otherwise and otherwise.internal_head else INTERNAL_BLOCK
+    if type(told) is not int or not 1 <= told <= depth:
+        raise UserError(
+            f"{where}: {INTERNAL_KEY} is there, of block {shown(told)}: one of its blocks 1 to {depth} is needed "
+            f"({TOLD_BY} --internal-head)"
+        )
     return told
 
 
@@ -217,7 +220,7 @@ def published_order(keys: Iterable[str]) -> list[str]:
     """Keys of trunk and heads, in our order, in that in which the published code registers its parameters.
 
     That order numbers an optimiser's state. timm's attention has its projection after the norms; heads come before the
-    final layer in a SiT, after it in an MMDiT.
+    final layer in a SiT, after it in an MMDiT; an internal head comes before it.
     """
     keys = list(keys)
     of_heads = 4 if is_mmdit(keys) else 2
@@ -228,6 +231,8 @@ def published_order(keys: Iterable[str]) -> list[str]:
         if block:
             part = 1 if block[2] else 0 if ".attn." in key else 2
             return 1, int(block[1]), part, place[key]
+        if key.startswith(INTERNAL_PREFIX):
+            return 2, 0, 0, place[key]
         last = 3 if key.startswith("final_layer.") else of_heads if is_head(key) else 0
         return last, int(key.startswith("projectors_final")), 0, place[key]
 
@@ -252,6 +257,8 @@ def check_table(table: Table, config: Model, layout: str, where: str) -> None:
     """
     if config.network == "mmdit" and layout not in MMDIT_LAYOUTS:
         raise UserError(f"{where}: an MMDiT, which is no network of {layout}: one of {', '.join(MMDIT_LAYOUTS)}")
+    if config.internal_head and layout != "repa":
+        raise UserError(f"{where}: it has an internal head ({INTERNAL_PREFIX}*), which {layout} has no place for: repa")
     sigma = layout in official.LAYOUTS and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch_values
     expected = expected_trunk(config, sigma, null=NULL_CONTEXT in table) | _expected_heads(heads(table), config, layout)
     match_strictly(expected, table, f"{where} as {layout}", limit=EVERY_KEY)
