@@ -24,17 +24,13 @@ from st_fast.recipe import load
 from st_fast.train.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, SAMPLES = 900, 1_000
+STEPS, SAMPLES, SOLVER_STEPS = 900, 1_000, 10
 SCALES, GUIDANCE = (1.0, 1.25, 1.5, 2.0, 3.0), (1.0, 2.0)
 STAGES = {
     "internal": ("internal head, all t", 'supervision = "internal_guidance"\ndepth = 2\n'),
     "early": (
         "stage 1's head, all t",
         'supervision = "velocity_head"\ndepth = 2\nhidden = 256\nt_range = [0.0, 1.0]\n',
-    ),
-    "early_middle": (
-        "stage 1's head, t 0.4 to 0.7",
-        'supervision = "velocity_head"\ndepth = 2\nhidden = 256\nt_range = [0.4, 0.7]\n',
     ),
 }
 """By the stage's name: what the table calls its head, and the stage's keys."""
@@ -55,7 +51,7 @@ def train(out: Path, steps: int) -> None:
 def score(folder: Path, stage: str, cfg: float, scale: float, samples: int) -> float:
     """The classifier's Fréchet distance of a stage's samples, from the record that `st_fast.evaluate` writes."""
     words, told = [str(folder), "--stage", stage, "-n", str(samples)], io.StringIO()
-    words += ["--cfg-scale", f"{cfg:g}", "--internal-guidance", f"{scale:g}"]
+    words += ["--cfg-scale", f"{cfg:g}", "--internal-guidance", f"{scale:g}", "--steps", str(SOLVER_STEPS)]
     with contextlib.redirect_stdout(told):
         evaluate(words)
     record = json.loads(Path(told.getvalue().splitlines()[-1]).read_text())
@@ -70,7 +66,7 @@ def table(found: dict[str, dict[str, list[float]]], steps: int, samples: int) ->
             best = min(values)
             cells = [f"**{value:.2f}**" if value == best else f"{value:.2f}" for value in values]
             lines.append(f"| {STAGES[stage][0]} | {cfg} | {' | '.join(cells)} |")
-    lines += [f"\n{steps} steps each, {samples:,} samples (Heun, 20 steps), seed 0, CPU, one thread."]
+    lines += [f"\n{steps} steps each, {samples:,} samples (Heun, {SOLVER_STEPS} steps), seed 0, CPU, one thread."]
     return "\n".join(lines) + "\n"
 
 
@@ -90,8 +86,8 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     train(given.out, given.steps)
     found: dict[str, dict[str, list[float]]] = {}
-    for stage in STAGES:
-        for cfg in GUIDANCE:
+    for cfg in GUIDANCE:
+        for stage in STAGES:
             row = [score(given.out / "run", stage, cfg, scale, given.num) for scale in SCALES]
             found.setdefault(stage, {})[f"{cfg:g}"] = row
             print(stage, cfg, *(f"{value:.3f}" for value in row), flush=True)

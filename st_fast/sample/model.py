@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from st_fast.sample.contrast import Correction, correction
 from st_fast.sample.draw import NUMBER, Draw, Labels, draw_of, read_labels
 from st_fast.sample.guided import Watch, sample, sample_from, unwatched
 from st_fast.sample.internal import EarlyHead, early_head, fitted
+from st_fast.sample.presets import PRESETS
 from st_fast.sample.prompts import (
     Prompts,
     check_same_encoder,
@@ -51,20 +52,6 @@ from st_fast.sample.source import USUAL_CHANNELS, USUAL_VAE, Source, find_source
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE_S = 7 * 24 * 3_600.0
 """How long a rank waits for the others, whose batches may take longer (dopri5)."""
-PRESETS: dict[str, dict[str, Any]] = {
-    "repa": {"sampler": "sde", "steps": 250, "cfg_scale": 1.8, "cfg_range": (0.0, 0.7)},
-    "self-transcendence": {"sampler": "sde", "steps": 250, "cfg_scale": 1.9, "cfg_range": (0.0, 0.65)},
-    "internal-guidance": {
-        "sampler": "sde", "steps": 250, "cfg_scale": 1.35, "cfg_range": (0.0, 0.7), "internal_guidance": 1.4,
-        "internal_range": (0.0, 1.0),
-    },
-    "unguided": {
-        "sampler": "sde", "steps": 250, "cfg_scale": 1.0, "cfg_range": (0.0, 1.0), "internal_guidance": 1.0
-    },
-}  # fmt: skip
-"""REPA's headline numbers (arXiv 2410.06940), Self-Transcendence's (arXiv 2601.07773), Internal Guidance's as its
-released script has them (arXiv 2512.24176; its paper guides at t > 0.3 only), and all without guidance."""
-
 PICTURES = 10
 """Samples of a few prompts where their number is not given: about as many, the same of each."""
 

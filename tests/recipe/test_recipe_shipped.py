@@ -18,7 +18,7 @@ from st_fast.recipe.methods import (
     Sra2,
     VelocityHead,
 )
-from st_fast.sample.model import PRESETS
+from st_fast.sample.presets import PRESETS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -18,7 +18,8 @@ from st_fast.sample import __main__ as sample
 from st_fast.sample.draw import balanced
 from st_fast.sample.guided import guided_velocity, sample_from
 from st_fast.sample.internal import EarlyHead
-from st_fast.sample.model import PRESETS, sampling
+from st_fast.sample.model import sampling
+from st_fast.sample.presets import PRESETS
 from st_fast.sample.set import settings_of
 from tests.sample.tiny_run import make_run
 
