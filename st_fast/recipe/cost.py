@@ -139,6 +139,21 @@ def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, cost: Stage
     return recipe.optim.batch_size * (cost.student * (last - first) + (cost.heads + cost.teacher) * supervised)
 
 
+def comparison_flops(recipe: Recipe, stage: Stage, encoders: float | None = None) -> float:
+    """FLOPs of one comparison of gradients (`stop_below`) over the whole global batch.
+
+    At each of its times a forward of student and heads, and a backward from both losses to the tapped stream, without
+    weights' gradients; a teacher that reads noisy latents runs at each time, live encoders once.
+    """
+    model, method = recipe.for_stage(stage).model, stage.method
+    assert isinstance(method.tap, int)
+    student = 2 * trunk_macs(model) - trunk_macs(model, method.tap)
+    heads = 2 * sum(layer.macs for layer in method.head_layers(model))
+    teacher = method.teacher_passes * trunk_macs(model, method.frozen_depth)
+    once = stage_cost(recipe, stage, encoders).teacher if method.encodes_images else 0.0
+    return recipe.optim.batch_size * (2.0 * len(method.stop_times) * (student + heads + teacher) + once)
+
+
 STATE_BYTES = 20
 """Bytes a trained parameter: float32 master, exp_avg, exp_avg_sq and EMA; gradient and copy of 2 (or gradient of 4)."""
 HEAD_BYTES = 16

@@ -118,6 +118,7 @@ Shares = Annotated[
     ),
 ]
 """Of a whole."""
+Cosine = Annotated[float, Limit("in [-1, 1]", lambda value: -1 <= value <= 1)]
 TimeRange = Annotated[
     tuple[float, float], Limit("as [low, high] with 0 <= low < high <= 1", lambda ends: 0 <= ends[0] < ends[1] <= 1)
 ]

@@ -54,8 +54,11 @@ class Arm:
 
     @property
     def teacher_forward_flops(self) -> float:
-        """The part of `own` for the frozen teacher's forward passes, which end at the stage's `stop_step`."""
+        """The part of `own` for the frozen teacher's forward passes, which end at the stage's `stop_step`, or sooner by
+        themselves; those for comparing gradients are left out."""
         start, stop = self.stage.start, self.stage.entry.get("stop_step")
+        if (ended := self.stage.stopped) is not None:
+            stop = ended["step"]
         steps = min(self.stage.step, stop) if isinstance(stop, int) and stop > 0 else self.stage.step
         spent = steps * number(start, "batch_size") * number(start, "teacher_flops_per_image")
         return min(max(0.0, spent), self.own.flops) if math.isfinite(spent) else 0.0

@@ -18,12 +18,12 @@ ModelKey = Literal["teacher", "init"]
 
 LEFT_OUT_MOST = 5
 """Lines of a log that are told one by one as left out."""
-KINDS = ("start", "train", "eval", "sample", "end")
+KINDS = ("start", "train", "eval", "sample", "gradients", "end")
 """What the report uses; other kinds of record are skipped, so that logs may grow."""
 NUMBERS = (
     "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "peak_gib",
     "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
-    "matmul_flops_per_s",
+    "matmul_flops_per_s", "cosine",
 )  # fmt: skip
 """Keys of any record that must hold numbers or null."""
 OLD_KEYS = {"judge_accuracy": "classifier_accuracy", "judge_digest": "classifier_digest"}
@@ -97,6 +97,11 @@ class StageLog:
     def start(self) -> Record:
         """The last start record; empty where the log has none."""
         return self.records["start"][-1] if self.records["start"] else {}
+
+    @property
+    def stopped(self) -> Record | None:
+        """The comparison of gradients that ended its supervision; None where none did."""
+        return next((record for record in self.records["gradients"] if record.get("stopped") is True), None)
 
     @property
     def step(self) -> int:

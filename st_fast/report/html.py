@@ -62,6 +62,12 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
     notes = [note if len(runs) == 1 else f"{run.name}: {note}" for run in runs for note in run.notes]
     unknown = [arm.label for arm in arms if not arm.total.known]
     notes += [f"The cost of a model before “{label}” isn't recorded; its totals lack it." for label in unknown]
+    notes += [
+        f"The supervision of “{arm.label}” ended by itself after {words.count(ended['step'])} steps, as the cosine of "
+        f"its gradient and the denoising loss's was {words.plain(number(ended, 'cosine'))}."
+        for arm in arms
+        if (ended := arm.stage.stopped) is not None
+    ]
     if len(runs) < every:
         notes.append(f"Curves and pictures are of seed {seed}; the verdict is over all {every} runs.")
     best = [*ranked(arms)[1], *heads(arms)[::-1]][0]

@@ -123,6 +123,12 @@ def summary(recipe: Recipe, ranks: int) -> str:
             f"(student {each.student / 1e9:.2f}, heads {each.heads / 1e9:.2f}, "
             f"teacher {each.teacher / 1e9:.2f} GFLOP an image){then}, {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
         )
+        if stage.method.stop_below != "off":
+            comparison = cost.comparison_flops(recipe, stage) / 1e12
+            lines.append(
+                f"# {stage.name}: gradients are compared every {stage.method.stop_every} steps, {comparison:.3f} TFLOP "
+                "each time, which is not in the sum; supervision may end sooner"
+            )
     lines += inputs(recipe)
     of = f"each of {ranks} ranks" if ranks > 1 else "one rank (under torchrun: of each of its ranks)"
     lines.append(

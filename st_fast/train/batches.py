@@ -101,6 +101,8 @@ class BatchIterator:
         self.draw, self.conditions = draw, conditions or ClassLabels(recipe.model.num_classes)
         self._null = sent_to(ranks.device, self.conditions.null)
         self.records, self.order = records, record_order(recipe, records)
+        self.supervises: Callable[[int], bool] = stage.method.supervises
+        """Whether supervision lasts to a step, which may end sooner than the stage's settings say."""
         self.waited = 0.0
         self.pass_rows = 0
         """The supervised rows of one pass if they are padded."""
@@ -158,7 +160,7 @@ class BatchIterator:
         def make(step: int) -> list[NoisyBatch]:
             self.ranks.heartbeat.step = step + 1
             t = draw_times(self.stage.method.token_groups, recipe.flow, recipe.run.seed, step, size)
-            asked = features if step < stop else []
+            asked = features if self.supervises(step) else []
             return [self._batch(step, part, t, answers, conditions, asked) for part in self.micro_batches()]
 
         self._side.follow()  # what the loader holds on the device was put there by the current stream

@@ -70,6 +70,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     trainer.step.following = steps.peek
     for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
         with retreat_if_too_large(trainer, report, readers, first, done - 1):
+            trainer.ending.compare(trainer.step, done - 1, batches)
             losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates)
         profile.stepped(done)
@@ -112,8 +113,10 @@ def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str
 
 def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:
     context, (loader, *others) = trainer.context, readers
-    draw = trainer.noisy_latents
-    return BatchIterator(recipe, trainer.stage, loader, context.shards, context.ranks, others, draw, trainer.conditions)
+    stage, draw, shards = trainer.stage_so_far, trainer.noisy_latents, context.shards
+    batches = BatchIterator(recipe, stage, loader, shards, context.ranks, others, draw, trainer.conditions)
+    batches.supervises = trainer.ending.supervises
+    return batches
 
 
 def try_graphs(
@@ -170,8 +173,10 @@ def cost_of_an_image(trainer: Trainer) -> cost.StageCost:
 
 def cost_so_far(trainer: Trainer, clock: Clock, step: int) -> dict[str, float]:
     """A stage's cost: training seconds, and FLOPs including the forwards of teachers and encoders."""
-    recipe, stage, features = trainer.context.recipe, trainer.stage, trainer.features
+    recipe, stage, features = trainer.context.recipe, trainer.stage_so_far, trainer.features
     flops = features.flops_beforehand + cost.stage_flops(recipe, stage, 0, step, cost_of_an_image(trainer))
+    if compared := trainer.ending.comparisons(step):
+        flops += compared * cost.comparison_flops(recipe, stage, features.flops_an_image)
     return {"seconds": round(clock.read(), 3), "flops": flops}
 
 
@@ -180,7 +185,8 @@ class Reporter:
 
     def __init__(self, trainer: Trainer, batches: BatchIterator, meter: Meter, clock: Clock, first: int) -> None:
         self.context, self.stage, self.batches, self.clock = trainer.context, trainer.stage, batches, clock
-        self._trainer, self._meter, self._cost = trainer, meter, cost_of_an_image(trainer)
+        self._trainer, self._meter = trainer, meter
+        self._flops = self.cost(first)["flops"]
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
         self._read: list[Readings] = []
 
@@ -219,16 +225,16 @@ class Reporter:
         values = readings.means()
         seconds, waited = self.clock.read(), self.batches.waited
         elapsed = max(seconds - self._seconds, 1e-9)
-        spent = cost.stage_flops(context.recipe, stage, self._step, step, self._cost)
+        spent = self.cost(step)
         values["lr"] = float(learning_rate(context.recipe.optim, torch.tensor(readings.updates)))
         values["images_per_s"] = (step - self._step) * context.recipe.optim.batch_size / elapsed
-        values["mfu"] = spent / elapsed / (context.rate * context.ranks.count)
+        values["mfu"] = (spent["flops"] - self._flops) / elapsed / (context.rate * context.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed
         values["peak_gib"] = round(memory.peak_bytes(context.ranks.device) / 2**30, 3)
         eta = (stage.steps - step) * elapsed / max(step - self._step, 1)
-        self._step, self._seconds, self._waited = step, seconds, waited
+        self._step, self._flops, self._seconds, self._waited = step, spent["flops"], seconds, waited
         skipped = self._trainer.skips.total
-        context.log.write("train", stage.name, step, **values, skipped=skipped, **self.cost(step))
+        context.log.write("train", stage.name, step, **values, skipped=skipped, **spent)
         context.log.say(progress_line(stage.name, step, stage.steps, values, eta))
 
     def _log_skipped(self, readings: Readings) -> None:

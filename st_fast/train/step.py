@@ -39,7 +39,7 @@ class Targets:
     def start(self, step: int, batch: NoisyBatch) -> Target | None:
         """The target of this micro-batch, started now unless it was started ahead; None if nothing is supervised."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is batch:
+        if ahead is not None and ahead[0] is batch and self._supervision.active(step):  # it may have ended since
             return ahead[1]
         with named_range("teacher"):
             if not self._supervision.active(step):

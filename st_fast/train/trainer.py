@@ -1,7 +1,7 @@
 """A stage's model, method, optimiser and step: how they are built, saved and restored."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from st_fast.sample.contrast import Correction, correction
 from st_fast.train import adamw, continuity, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
 from st_fast.train.conditions import check_same_conditions, open_conditions
+from st_fast.train.early_stop import Ending
 from st_fast.train.examiner import Examiner, due
 from st_fast.train.log import Clock, Log, Skips, SpikeDetector
 from st_fast.train.optim import EmaModel, Optimizer
@@ -109,6 +110,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, context.dtype, update, norm)
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
+        self.ending = Ending(stage.name, self.method, recipe.flow.path, context.ranks, context.log)
         self.step = Step(self.model, self.method, self.optimizer, recipe, context.ranks, context.log.say)
         # Only the first rank uses it: with everything else in shards, the others save its memory.
         place = device if self.shards is None or context.ranks.first else torch.device("meta")
@@ -165,6 +167,11 @@ class Trainer:
         """The stage's folder in the run folder."""
         return Path(self.context.recipe.run.out) / self.stage.name
 
+    @property
+    def stage_so_far(self) -> Stage:
+        """The stage with the settings that its method has by now: supervision may have ended."""
+        return replace(self.stage, method=self.method.settings)
+
     def use_graphs(self, recipe: Recipe) -> None:
         """Replays passes as CUDA graphs, or does not, as this recipe says; the teacher then sees other rows."""
         self.step.use_graphs(recipe.run.graphs)
@@ -179,6 +186,7 @@ class Trainer:
         self.rolled_back_at = found.guard.rolled_back_at
         self.trained_before = clock.seconds = found.seconds
         self.rollbacks, self.origin = found.rollbacks, found.init
+        self.ending.restore(found.stopped_at)
         if self.stage.contrastive.contrast:
             self.mean_latents = self.context.ranks.broadcast_from_rank0(self._mean_latents)
         return step
@@ -279,6 +287,7 @@ class Trainer:
             seconds=clock.read(),
             rollbacks=self.rollbacks,
             guard=Guard(self.skips.state(), self.spikes.state(), self.rolled_back_at),
+            stopped_at=self.ending.stopped_at,
             init=self.origin,
             micro_batch=self.context.choice,
             kernels=dict(self.context.timed),

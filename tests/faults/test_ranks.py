@@ -141,6 +141,23 @@ def test_two_ranks_that_look_a_step_ahead_train_as_one_that_does_not(recipe, alo
     close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone, "train"))
 
 
+def test_supervision_ends_by_itself_at_the_same_step_on_any_number_of_ranks(recipe, nursery, tmp_path):
+    """On one rank, on two, and on two in shards."""
+    stop = ("--stage.transcend.stop_below=0.999", "--stage.transcend.stop_every=4", "--stage.transcend.steps=6")
+    ways = {"one": (1, ()), "two": (2, ()), "shards": (2, ("--run.sharding=fsdp2",))}
+    for name, (count, options) in ways.items():
+        out = f"--run.out={tmp_path / name}"
+        assert finish(nursery.start(count, recipe, *stop, *options, out)) == [0] * count
+    one, *others = ([*tiny.records(tmp_path / name, "train")] for name in ways)
+    (first,) = tiny.records(tmp_path / "one", "gradients")
+    assert first["stopped"] and [r["aux"] != 0 for r in one[-6:]][4:] == [False] * 2
+    for name, records in zip(list(ways)[1:], others, strict=True):
+        close(records, one)
+        (found,) = tiny.records(tmp_path / name, "gradients")
+        assert (found["step"], found["stopped"]) == (4, True)
+        assert found["cosine"] == pytest.approx(first["cosine"], abs=1e-4)
+
+
 def test_a_run_goes_on_with_another_number_of_ranks_on_the_same_stream(one_stage, alone, nursery):
     """FAULT 27: 2 ranks, then 1, then 4."""
     for count, steps in ((2, 4), (1, 7), (4, 10)):

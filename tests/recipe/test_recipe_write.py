@@ -94,6 +94,8 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
             st.integers(0, steps),
             projector=st.sampled_from(["mlp", "conv"]),
             target_norm=FRACTION,
+            stop_below=st.just("off") | st.floats(-1, 1).filter(lambda c: c == 0 or abs(c) > 1e-6),
+            stop_every=INT,
         )
         sra = st.builds(
             SelfRepresentation,

@@ -47,6 +47,19 @@ def test_teacher_forwards_stop_counting_where_supervision_stops(runs, stop_step:
     )
 
 
+def test_teacher_forwards_stop_counting_where_supervision_ended_by_itself_which_the_page_says(runs) -> None:
+    recipe = entry("a") + entry("b", "a") + "stop_step = 9\nstop_below = -0.05\n"
+    start = {"kind": "start", "stage": "b", "step": 0, "flops_per_image": 100.0, "teacher_flops_per_image": 50.0}
+    compared = [
+        {"kind": "gradients", "stage": "b", "step": step, "cosine": cosine, "stopped": cosine < -0.05}
+        for step, cosine in ((2, 0.1), (4, -0.0731))
+    ]
+    records = [end("a", 10, 1e3, 1.0), start | {"batch_size": 4}, *compared, end("b", 10, 1e5, 2.0)]
+    folder = runs.custom(recipe, records)
+    assert make_arms(read_runs([folder]))[1].teacher_forward_flops == pytest.approx(4 * 4 * 50.0)
+    assert "ended by itself after 4 steps" in (page := render(read_runs([folder]))) and "-0.0731" in page
+
+
 @pytest.mark.parametrize(("step", "share"), [("00000400", 400), ("00000600", 600)])
 def test_a_teacher_of_another_run_costs_what_its_log_says_up_to_that_checkpoint(runs, step: str, share: int) -> None:
     other = runs.two_stages("other")

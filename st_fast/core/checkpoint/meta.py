@@ -119,6 +119,8 @@ class Meta:
     """Of training."""
     rollbacks: int = 0
     guard: Guard = Guard(SkippedSteps(0, 0), SpikeHistory((), 0, None), 0)
+    stopped_at: int = 0
+    """The steps after which the method ended its supervision by itself; 0: it has not."""
     init: Init | None = None
     micro_batch: MicroBatch | None = None
     kernels: Mapping[str, str] | None = None
@@ -133,6 +135,7 @@ class Meta:
         bounds: list[tuple[str, float, float, float]] = [
             ("seconds", 0, self.seconds, LONGEST),
             ("rollbacks", 0, self.rollbacks, step),
+            ("stopped_at", 0, self.stopped_at, step),
             ("guard: rolled_back_at", 0, self.guard.rolled_back_at, step),
             ("guard: skips: total", 0, skips.total, step),
             ("guard: skips: in_row", 0, skips.in_row, skips.total),

@@ -1,10 +1,11 @@
 """What every method's settings share, and the settings of none. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from st_fast.recipe.architecture import Layer, Model
+from st_fast.recipe.error import wrong_value
 from st_fast.recipe.tokens import TokenGroups
 
 Mask = Literal["sample", "sample_mean", "released"]
@@ -21,6 +22,8 @@ class Selection:
 
 EVERYWHERE = (0.0, 1.0)
 """The t-range of methods that supervise every sample."""
+STOP_TIMES = (0.02, 0.1, 0.5, 0.8)
+"""The times at which HASTE compares gradients, as published."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,31 @@ class Method:
         return 0
 
     @property
+    def stop_below(self) -> float | Literal["off"]:
+        """Supervision ends where the mean cosine of both losses' gradients is below this; "off": none is compared."""
+        return "off"
+
+    @property
+    def stop_every(self) -> int:
+        """Steps from one comparison of gradients to the next; there is none at step 0."""
+        return 1
+
+    @property
+    def stop_times(self) -> tuple[float, ...]:
+        """The times at which they are compared: those of STOP_TIMES at which there is supervision."""
+        low, high = self.selection.t_range if self.selection else EVERYWHERE
+        return tuple(t for t in STOP_TIMES if low <= t <= high)
+
+    def compares(self, step: int) -> bool:
+        """Whether gradients are compared before this step, counted from 0."""
+        return self.stop_below != "off" and step > 0 and step % self.stop_every == 0 and self.supervises(step)
+
+    def ending(self, step: int) -> Self:
+        """The same settings with supervision that ends after `step` steps, for methods with the key `stop_step`."""
+        changed: dict[str, Any] = {"stop_step": step}
+        return replace(self, **changed)
+
+    @property
     def token_groups(self) -> TokenGroups | None:
         """The groups of the student's tokens that have times of their own; None where an image has one time."""
         return None
@@ -121,6 +149,9 @@ class Method:
 
     def check(self, stage: str) -> None:
         """RecipeError where the settings of the stage of that name don't fit one another."""
+        if self.stop_below != "off" and not self.stop_times:
+            why = f"t_range has none of the times {', '.join(map(str, STOP_TIMES))} at which gradients are compared"
+            raise wrong_value(f"stage.{stage}.stop_below", self.stop_below, '"off", or another t_range', why)
 
 
 @dataclass(frozen=True)

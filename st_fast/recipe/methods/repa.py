@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from st_fast.recipe.architecture import Layer, Model
-from st_fast.recipe.keys import Block, Channels, Fraction, Names, NonNegative, StageStep, fixed
+from st_fast.recipe.keys import Block, Channels, Cosine, Count, Fraction, Names, NonNegative, StageStep, fixed
 from st_fast.recipe.methods.base import Method, projector
 
 DINOV2 = {"small": (12, 384), "base": (12, 768), "large": (24, 1024), "giant": (40, 1536)}
@@ -36,6 +36,10 @@ class Repa(Method):
     target_norm: Fraction = fixed(
         0.0, "γ: features less γ times their mean over tokens, over their deviation (iREPA); 0: as they are."
     )
+    stop_below: Cosine | Literal["off"] = fixed(
+        "off", "Supervision ends, too, once the cosine of its gradient and the denoising loss's is below this (HASTE)."
+    )
+    stop_every: Count = fixed(1_000, "Steps from one such comparison to the next.")
 
     @property
     def tap(self) -> int:

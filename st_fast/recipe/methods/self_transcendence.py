@@ -4,7 +4,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from st_fast.recipe.architecture import Layer, Model
-from st_fast.recipe.keys import Block, Channels, Guidance, NonNegative, PathText, StageStep, TimeRange, fixed
+from st_fast.recipe.keys import (
+    Block,
+    Channels,
+    Cosine,
+    Count,
+    Guidance,
+    NonNegative,
+    PathText,
+    StageStep,
+    TimeRange,
+    fixed,
+)
 from st_fast.recipe.methods.base import Mask, Method, projector
 
 
@@ -26,6 +37,10 @@ class SelfTranscendence(Method):
     t_range: TimeRange = fixed((0.4, 0.7), "Times at which samples are supervised, both ends included.")
     mask: Mask = fixed("sample", "Mean over all samples, over supervised ones, or as the released code multiplies it.")
     stop_step: StageStep = fixed(0, "Supervision ends after this many steps; 0: with the stage.")
+    stop_below: Cosine | Literal["off"] = fixed(
+        "off", "Supervision ends, too, once the cosine of its gradient and the denoising loss's is below this (HASTE)."
+    )
+    stop_every: Count = fixed(1_000, "Steps from one such comparison to the next.")
 
     @property
     def tap(self) -> int:

@@ -29,8 +29,8 @@ SOUND = Meta(
     stage="align", recipe="[run]\nseed = 3\n", architecture={"heads": 2, "qk_norm": False}, dataset="ab" * 32,
     files=FilesIdentity("cd" * 32, ""), features=("ef" * 32, "live:01"), teacher=Teacher("t", 7, "raw", "23" * 32),
     seconds=12.5, rollbacks=2, guard=Guard(SkippedSteps(5, 3), SpikeHistory((0.5, 2.0), 1, 29), STEP),
-    init=Init("x.pt", "repa", 400_000, "45" * 32, "ema", "fresh", ("final_layer",)), micro_batch=MicroBatch(4, 2, True),
-    kernels={"gelu_mlp": "fused"}, cuda_graphs=GraphChoice(True, 2), versions={"torch": "2.13"},
+    stopped_at=20, init=Init("x.pt", "repa", 400_000, "45" * 32, "ema", "fresh", ("final_layer",)),
+    micro_batch=MicroBatch(4, 2, True), kernels={"gelu_mlp": "fused"}, cuda_graphs=GraphChoice(True, 2), versions={"torch": "2.13"},
 )  # fmt: skip
 NO_COUNTS = ("3", [], {}, None, -1, 2.5, True, 2**63)
 MALFORMED: list[tuple[str, tuple[Any, ...]]] = [
@@ -57,6 +57,7 @@ MALFORMED: list[tuple[str, tuple[Any, ...]]] = [
     ("guard.spikes.high", (*NO_COUNTS, STEP + 1)),
     ("guard.spikes.found", ("29", [], -1, 0, 2.5, True, STEP + 1)),
     ("guard.rolled_back_at", (*NO_COUNTS, STEP + 1)),
+    ("stopped_at", (*NO_COUNTS, STEP + 1)),
     ("init", ("x.pt", [], {}, {"path": "x.pt"})),
     ("init.step", NO_COUNTS),
     ("init.fresh", ("x", None, [3])),
