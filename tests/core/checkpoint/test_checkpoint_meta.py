@@ -30,7 +30,8 @@ SOUND = Meta(
     files=FilesIdentity("cd" * 32, ""), features=("ef" * 32, "live:01"), teacher=Teacher("t", 7, "raw", "23" * 32),
     seconds=12.5, rollbacks=2, guard=Guard(SkippedSteps(5, 3), SpikeHistory((0.5, 2.0), 1, 29), STEP),
     stopped_at=20, init=Init("x.pt", "repa", 400_000, "45" * 32, "ema", "fresh", ("final_layer",)),
-    micro_batch=MicroBatch(4, 2, True), kernels={"gelu_mlp": "fused"}, cuda_graphs=GraphChoice(True, 2), versions={"torch": "2.13"},
+    micro_batch=MicroBatch(4, 2, True), kernels={"gelu_mlp": "fused"}, cuda_graphs=GraphChoice(True, 2),
+    versions={"torch": "2.13"},
 )  # fmt: skip
 NO_COUNTS = ("3", [], {}, None, -1, 2.5, True, 2**63)
 MALFORMED: list[tuple[str, tuple[Any, ...]]] = [
