@@ -69,6 +69,15 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather(self, mine: Tensor) -> Tensor:
+        """Every rank's tensor, all of one shape (n, …), in the order of ranks: (count · n, …). Without gradient."""
+        if self.count == 1:
+            return mine
+        self.heartbeat.beat("agree")
+        whole = mine.new_empty((self.count * len(mine), *mine.shape[1:]))
+        dist.all_gather(list(whole.chunk(self.count)), mine.contiguous())
+        return whole
+
     def any(self, flags: list[bool]) -> list[bool]:
         """Whether each flag is raised on any rank: every rank gets the same answer. Goes over the host."""
         return (self.sum(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()

@@ -27,6 +27,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
         check_models(stage, recipe.stages, position)
         check_contrast(stage, recipe.optim)
         check_groups(stage, recipe.model)
+        check_pairs(stage, recipe.optim, ranks)
     check_guidance(recipe)
     check_internal_head(recipe)
     check_single_values(recipe)
@@ -145,6 +146,20 @@ def check_groups(stage: Stage, model: Model) -> None:
         value = getattr(method, key)
         why = f"of {model.tokens} tokens they would be {' and '.join(map(str, lengths))}"
         raise wrong_value(f"stage.{stage.name}.{key}", value, "shares that give each group a token", why)
+
+
+def check_pairs(stage: Stage, optim: Optim, ranks: int) -> None:
+    """A loss of all pairs of samples sees the whole batch at once: each rank's share is one pass."""
+    if not stage.method.compares_samples:
+        return
+    who = f"stage.{stage.name} ({supervision_name(stage.method)}) compares all samples of a batch"
+    if optim.batch_size == 1:
+        raise wrong_value("optim.batch_size", 1, "2 or more", who)
+    share = optim.batch_size // ranks
+    if optim.accumulation > 1:
+        raise wrong_value("optim.accumulation", optim.accumulation, "1: more ranks, or a smaller batch", who)
+    if images_a_pass(optim, ranks) != share:
+        raise wrong_value("optim.micro_batch", optim.micro_batch, f"0 or a rank's whole share, {share}", who)
 
 
 def check_guidance(recipe: Recipe) -> None:
@@ -286,6 +301,11 @@ def graphs_problem(recipe: Recipe, ranks: int) -> RecipeError | None:
         "optim.accumulation": (1,),
         "optim.micro_batch": (optim.micro_batch,) if images_a_pass(optim, ranks) == share else (share, 0),
     }
+    for stage in recipe.stages:
+        if stage.method.compares_samples and ranks > 1:
+            key, name = f"stage.{stage.name}.supervision", supervision_name(stage.method)
+            why = "run.cuda_graphs = true needs passes without collectives, this one compares samples of all ranks"
+            return wrong_value(key, name, "another one, a single rank, or run.cuda_graphs = false", why)
     if run.checkpointing == "attention" and run.compile != "off":
         # PyTorch's compiler takes attention for an op that draws, and asks the generator's state to compute it again.
         why = "run.cuda_graphs = true needs it: what is computed again inside a compiled block reads a random state"

@@ -83,6 +83,7 @@ METHODS = {
         "A second final layer on an early block predicts the same as the last one; it stays, and sampling may lead "
         "away from it.",
     ),
+    "dispersive": ("Dispersive loss", "The features of a batch's samples after one block are pushed apart."),
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""

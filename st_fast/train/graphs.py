@@ -158,7 +158,7 @@ def refusal(recipe: Recipe, stage: Stage, ranks: Ranks, shapes: int) -> str:
     """Why "auto" leaves graphs out of a stage without a trial, in a few words; empty if it does not."""
     if ranks.device.type != "cuda":
         return f"the run is on {ranks.device.type}"
-    if (problem := graphs_problem(recipe, ranks.count)) is not None:
+    if (problem := graphs_problem(replace(recipe, stages=(stage,)), ranks.count)) is not None:
         return problem.short
     if shapes > 1:
         return f"latents of {shapes} shapes"

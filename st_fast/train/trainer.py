@@ -101,7 +101,7 @@ class Trainer:
         branches = batched if recipe.run.teacher_branches == "batched" else partial(apart, streams)
         parts = supervision.Parts(
             recipe.model, table, frozen, average, self.features.widths, recipe.flow.path, recipe.run.seed, branches,
-            self.features.encoders,
+            self.features.encoders, context.ranks,
         )  # fmt: skip
         self.method = supervision.create(stage, parts, recipe.run.seed + 1)
         self.method.heads.to(device)

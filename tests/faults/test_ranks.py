@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_USAGE
 from st_fast.core.ranks import Ranks
 from st_fast.data.loader import make_loader
@@ -185,6 +186,18 @@ def test_two_ranks_train_bit_for_bit_as_one_that_takes_their_passes_on_several_s
     assert len(lines[0]) == 20
     for left, right in zip(*lines, strict=True):
         assert [left[key] for key in ("stage", "step", *KEYS)] == [right[key] for key in ("stage", "step", *KEYS)]
+
+
+def test_two_ranks_with_a_contrast_train_bit_for_bit_as_one_that_takes_their_passes(one_stage, nursery, tmp_path):
+    """Also the mean latent, which the first rank alone computes; a negative may be another rank's sample."""
+    options = ["--stage.align.contrast=0.2", "--stage.align.steps=5"]
+    run(load(one_stage, [*options, "--optim.accumulation=2", f"--run.out={tmp_path / 'alone'}"]))
+    assert finish(nursery.start(2, one_stage, *options)) == [0, 0]
+    found = [checkpoint.latest(tmp_path / name / "align" / "checkpoints", pytest.fail) for name in ("out", "alone")]
+    ours, theirs = (one.groups for one in found)
+    assert ours.keys() == theirs.keys() and "mean_latents" in ours
+    for group, tensors in theirs.items():
+        assert all(torch.equal(ours[group][name], tensor) for name, tensor in tensors.items()), group
 
 
 def test_a_run_on_several_shapes_goes_on_with_other_ranks_and_in_shards_through_both_stages(nursery, tmp_path):

@@ -13,6 +13,8 @@ import torch
 from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
+from st_fast.data.shards import open_data
+from st_fast.data.statistics import mean_latents
 from st_fast.model import stored
 from st_fast.recipe import load
 from tests import tiny, warm
@@ -106,6 +108,17 @@ def test_an_average_that_teaches_is_sharded_with_its_student(stage, data, tmp_pa
         assert finish(nursery.start(count, recipe, SHARDED), timeout=LONG) == [0] * count
         losses.append(tiny.records(home / "out", "train"))
     close(losses[1], losses[0])
+
+
+def test_the_mean_latent_of_a_contrast_is_whole_in_a_sharded_checkpoint(data, tmp_path, nursery):
+    recipe = tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out")
+    recipe.write_text(recipe.read_text()[: recipe.read_text().rindex("[[stage]]")])
+    options = (SHARDED, "--stage.align.contrast=0.2", "--stage.align.steps=2")
+    assert finish(nursery.start(2, recipe, *options), timeout=LONG) == [0, 0]
+    found = stored.read_weights(tmp_path / "out" / "align" / "checkpoints", load(recipe).model, "ema")
+    expected = mean_latents(open_data(data, verify=False))
+    assert found.mean_latents.keys() == expected.keys() == {"4x4x4"}
+    assert torch.equal(found.mean_latents["4x4x4"], expected["4x4x4"])
 
 
 def test_a_teacher_is_loaded_from_shards_as_from_whole_files(shards):

@@ -34,6 +34,8 @@ class Method:
     """The class that implements it, as module:class."""
     learns_from_average: ClassVar[bool] = False
     """Whether the student's own weight average (EMA) is the teacher."""
+    compares_samples: ClassVar[bool] = False
+    """Whether the loss is of all pairs of the global batch, and so needs each rank's share in one pass."""
     teacher_passes: ClassVar[int] = 0
     """How often the teacher, or the average, runs for a supervised sample."""
 

@@ -9,12 +9,13 @@ over samples already weighted by 1 / global batch size, so those of micro-batche
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from st_fast.core.ranks import Ranks
 from st_fast.kernels import KernelTable
 from st_fast.model import DiffusionTransformer
 from st_fast.model.encoders import ImageEncoder
@@ -105,6 +106,8 @@ class Parts:
     """How a guided teacher runs with the labels and with the null label."""
     encoders: tuple[ImageEncoder, ...] = ()
     """The image encoders themselves, where they run live."""
+    ranks: Ranks = field(default_factory=lambda: Ranks(0, 1, torch.device("cpu")))
+    """This process among those that share a batch, for a loss that compares samples."""
 
 
 class Supervision:
