@@ -140,6 +140,11 @@ def main(arguments: Sequence[str]) -> None:
         except OSError as error:  # nothing is left of what was begun
             raise RunFailed(f"{given.target}: can't be written ({error})") from None
         print(f"{given.target}: written as {form}")
+        if origin.loaded.mean_latents:
+            print(
+                "warning: trained with a contrast, whose bias drawing takes out with the data's mean latent; what was "
+                "written has no place for that, so that what draws from it draws with the bias"
+            )
         if form in ("huggingface", "diffusers") and (usual := assumed(origin, given.vae)):
             print(f"note: the latents are taken for those of {usual}; --vae names another VAE")
         if form == "diffusers" and not decodes(given.target, origin):

@@ -112,6 +112,9 @@ def _methods(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
         title, sentence = words.METHODS.get(method, (method, "See the recipe below."))
         keys = ("depth", "target", "student_depth", "teacher_depth", "cfg_scale")
         settings = ", ".join(f"{key} = {entry[key]}" for key in keys if key in entry)
+        if pushed := entry.get("contrast"):
+            title, sentence = f"{title} with a contrast", f"{sentence} {words.CONTRAST}"
+            settings = f"{settings}, contrast = {pushed}".removeprefix(", ")
         groups.setdefault((title, settings, arm.stage.model("teacher") or "", sentence), []).append(arm)
     taught = any(name for _, _, name, _ in groups)
     lines = [

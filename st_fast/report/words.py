@@ -87,3 +87,4 @@ METHODS = {
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""
+CONTRAST = "Contrastive flow matching: the velocity is pushed away from that of another sample of the batch."

@@ -22,6 +22,7 @@ from st_fast.train.run import run
 from tests import tiny, tiny_shapes, tiny_text
 from tests.faults.ranks import finish, torchrun
 from tests.faults.restarts import killed_again_and_again
+from tests.train.supervision.test_dispersive import STAGE as DISPERSIVE_STAGE
 from tests.train.supervision.test_dual_times import DUAL_STAGE, SELF_FLOW_STAGE
 
 TOLERANCE = 2e-5
@@ -198,6 +199,17 @@ def test_two_ranks_with_a_contrast_train_bit_for_bit_as_one_that_takes_their_pas
     assert ours.keys() == theirs.keys() and "mean_latents" in ours
     for group, tensors in theirs.items():
         assert all(torch.equal(ours[group][name], tensor) for name, tensor in tensors.items()), group
+
+
+@pytest.mark.parametrize("options", [(), ("--run.sharding=fsdp2",)])
+def test_two_ranks_push_the_samples_of_the_whole_batch_apart_as_one_does(options, recipe, nursery, tmp_path):
+    recipe.write_text(recipe.read_text().split("[[stage]]")[0] + DISPERSIVE_STAGE)
+    slowly = "--optim.lr=2e-4"  # or AdamW makes steps of what rounding leaves of gradients that vanish
+    run(load(recipe, [slowly, f"--run.out={tmp_path / 'alone'}"]))
+    assert finish(nursery.start(2, recipe, slowly, *options)) == [0, 0]
+    ours, theirs = (tiny.records(tmp_path / name, "train") for name in ("out", "alone"))
+    close(ours, theirs)
+    assert theirs[-1]["aux"] < theirs[0]["aux"] < 0
 
 
 def test_a_run_on_several_shapes_goes_on_with_other_ranks_and_in_shards_through_both_stages(nursery, tmp_path):

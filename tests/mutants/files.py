@@ -56,6 +56,8 @@ FILES = (
     File("st_fast/train/supervision/self_transcendence.py", METHODS),
     File("st_fast/train/supervision/sra.py", METHODS),
     File("st_fast/train/supervision/sra2.py", METHODS),
+    File("st_fast/train/supervision/dispersive.py", METHODS),
+    File("st_fast/sample/contrast.py", ("sample/test_contrast.py",)),
     File("st_fast/train/supervision/velocity_head.py", METHODS),
     File("st_fast/train/supervision/capacity.py", ("train/schedule/test_padding.py",)),
     File("st_fast/sample/guided.py", ("sample",)),

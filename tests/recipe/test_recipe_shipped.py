@@ -8,9 +8,11 @@ import pytest
 
 from st_fast.recipe import load
 from st_fast.recipe.methods import (
+    Dispersive,
     DualTime,
     InternalGuidance,
     LayerSync,
+    Plain,
     Repa,
     SelfFlow,
     SelfRepresentation,
@@ -109,6 +111,21 @@ def test_layer_syncs_published_settings() -> None:
     assert method == LayerSync(student_depth=8, teacher_depth=16, weight=0.2)
 
 
+def test_the_published_settings_of_contrastive_flow_matching() -> None:
+    recipe = load(RECIPES / "sit_xl_contrastive.toml", ranks=8)
+    (stage,), sample = recipe.stages, recipe.sample
+    assert stage.method == Plain() and (stage.contrastive.contrast, stage.contrastive.contrast_null) == (0.05, True)
+    assert (sample.sampler, sample.steps, sample.cfg_scale, sample.cfg_range) == ("sde", 50, 1.85, (0.0, 0.65))
+    assert (sample.contrast, recipe.model.depth, recipe.optim.batch_size, stage.steps) == ("unbiased", 28, 256, 400_000)
+
+
+def test_dispersive_losss_published_settings() -> None:
+    recipe = load(RECIPES / "sit_xl_dispersive.toml", ranks=8)
+    (stage,) = recipe.stages
+    assert stage.method == Dispersive(depth=recipe.model.depth, weight=0.5, temperature=0.5)
+    assert (recipe.optim.batch_size, recipe.optim.accumulation, recipe.sample.cfg_scale) == (256, 1, 1.0)
+
+
 def test_sra_2s_published_settings() -> None:
     (stage,) = load(RECIPES / "sit_xl_sra2.toml", ranks=8).stages
     assert isinstance(stage.method, Sra2) and stage.steps == 4_000_000
@@ -143,8 +160,19 @@ def test_internal_guidances_published_settings() -> None:
 
 def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
     recipe = load(RECIPES / "digits_methods.toml")
-    names = ["plain", "layer_sync", "sra", "sra2", "sra_dual", "self_flow", "repa", "irepa", "haste"]
-    names += ["align", "transcend", "internal_guidance"]
+    names = [
+        "plain",
+        "layer_sync",
+        "sra",
+        "contrastive",
+        "dispersive",
+        "sra2",
+        "sra_dual",
+        "self_flow",
+        "repa",
+        "irepa",
+    ]
+    names += ["haste", "align", "transcend", "internal_guidance"]
     assert [stage.name for stage in recipe.stages] == names
     assert len({stage.steps for stage in recipe.stages}) == 1
 

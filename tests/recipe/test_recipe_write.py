@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from st_fast.recipe import Recipe, Stage, load, to_toml
 from st_fast.recipe.methods import (
     METHODS,
+    Dispersive,
     DualTime,
     LayerSync,
     Plain,
@@ -24,7 +25,7 @@ from st_fast.recipe.methods import (
     Sra2,
     VelocityHead,
 )
-from st_fast.recipe.schema import SECTIONS, Data, Evaluate, Flow, Kernels, Model, Optim, Run, Sample
+from st_fast.recipe.schema import SECTIONS, Contrast, Data, Evaluate, Flow, Kernels, Model, Optim, Run, Sample
 
 INT = st.integers(1, 9_999)
 ZERO_UP = st.integers(0, 9_999)
@@ -113,8 +114,10 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
         shares = halves.map(lambda share: (share, 1 - share))
         times = st.sampled_from(["sra", "self_flow", "same"])
         dual = st.builds(DualTime, block, block, shares, st.booleans(), FRACTION, times, FRACTION, NOT_NEGATIVE)
-        methods = (st.just(Plain()), align, transcend, sync, repa, sra, sra2, flow, dual)
-        done.append(Stage(name, draw(st.one_of(*methods)), steps))
+        spread = st.builds(Dispersive, block, NOT_NEGATIVE, POSITIVE)
+        methods = st.one_of(st.just(Plain()), align, transcend, sync, repa, sra, sra2, spread, flow, dual)
+        contrast = st.just(Contrast()) | st.builds(Contrast, st.floats(1e-6, 0.999), st.booleans())
+        done.append(Stage(name, draw(methods), steps, contrastive=draw(contrast)))
     return tuple(done)
 
 
@@ -123,14 +126,16 @@ def recipes(draw: st.DrawFn) -> Recipe:
     def section(kind: Any, **known: st.SearchStrategy[Any]) -> Any:
         return draw(st.builds(kind, **known))
 
-    accumulation = draw(st.integers(1, 64))
+    model = draw(models())
+    trained = draw(stages(model.depth))
+    pairs = any(stage.method.compares_samples for stage in trained)  # of a whole batch, which is one pass
+    accumulation = 1 if pairs else draw(st.integers(1, 64))
     optim = dict(lr=POSITIVE, warmup_steps=ZERO_UP, betas=st.tuples(FRACTION, FRACTION), eps=POSITIVE)
     optim |= dict(weight_decay=NOT_NEGATIVE, grad_clip=NOT_NEGATIVE, ema_decay=FRACTION)
-    optim |= dict(accumulation=st.just(accumulation), batch_size=st.integers(1, 2**16).map(lambda n: n * accumulation))
-    model = draw(models())
+    optim |= dict(accumulation=st.just(accumulation), batch_size=st.integers(2, 2**16).map(lambda n: n * accumulation))
     return Recipe(
         model=model,
-        stages=draw(stages(model.depth)),
+        stages=trained,
         flow=section(
             Flow,
             path=st.sampled_from(["linear", "cosine"]),

@@ -481,3 +481,12 @@ def test_chromium_draws_the_page_without_a_complaint_light_and_dark_and_nothing_
     assert small < large > 0.9 * width - 60 and closing > 400, "a click shows it large, another one anywhere closes it"
     assert (again, focused) == (small, 1)
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+
+
+def test_a_stage_with_a_contrast_is_not_called_plain(runs) -> None:
+    run = runs.plain()
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('supervision = "none"', 'supervision = "none"\ncontrast = 0.05'))
+    text = page_of(run).text
+    assert "Plain training with a contrast" in text and "contrast = 0.05" in text and "pushed away" in text
+    assert "contrast" not in page_of(runs.plain("other")).text

@@ -177,6 +177,8 @@ METHODS = {
     "sra_dual": 'supervision = "sra_dual"\nsteps = 4\nstudent_depth = 1\nteacher_depth = 2',
     "self_flow": 'supervision = "self_flow"\nsteps = 4\nstudent_depth = 1\nteacher_depth = 2',
     "layer_sync": 'supervision = "layer_sync"\nsteps = 4\nstudent_depth = 1\nteacher_depth = 2',
+    "contrastive": 'supervision = "none"\nsteps = 4\ncontrast = 0.1',
+    "dispersive": 'supervision = "dispersive"\nsteps = 4\ndepth = 2',
     "sra2": 'supervision = "sra2"\nsteps = 4\ndepth = 2\nhidden = 16',
     "none": 'supervision = "none"\nsteps = 4',
 }

@@ -173,6 +173,7 @@ class Standing:
 METHODS = {
     "layer_sync": "student_depth = 1\nteacher_depth = 2",
     "sra": "student_depth = 1\nteacher_depth = 2",
+    "dispersive": "depth = 1\ncontrast = 0.1",
     "sra2": "depth = 2\nhidden = 16",
     "internal_guidance": "depth = 2\ntarget_guidance = 0.5",
     "repa": f'encoders = ["{Standing.name}"]\ndepth = 2\nhidden = 16',

@@ -14,6 +14,7 @@ from st_fast.model.layout import Layout
 from st_fast.recipe import cost
 from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
 from st_fast.recipe.methods import (
+    Dispersive,
     DualTime,
     LayerSync,
     Plain,
@@ -122,6 +123,7 @@ def test_repas_heads_cost_a_projection_to_each_encoders_width(projector):
         (Repa(("dinov2-small", "dinov2-large"), 2, hidden=24), {"feature_widths": (384, 1024)}),
         (Repa(("dinov2-small", "dinov2-large"), 2, projector="conv"), {"feature_widths": (384, 1024)}),
         (LayerSync(2, 4), {}),
+        (Dispersive(2), {}),
         (Sra2(2, hidden=24), {}),
     ],
 )
