@@ -44,3 +44,9 @@ def write_recipe(path: Path, data: Path, out: Path) -> Path:
     """The recipe above for these folders."""
     path.write_text(RECIPE.format(data=data, out=out))
     return path
+
+
+def write_bucket_of_squares(folder: Path) -> Path:
+    """The square latents alone, of an even number of patches each way; the data folder."""
+    write_bucket(folder, "96x96")
+    return folder / "96x96"

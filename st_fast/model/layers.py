@@ -151,3 +151,10 @@ def unpatchify(patches: Tensor, patch: int, channels: int, grid: tuple[int, int]
     batch, (rows, columns) = len(patches), grid
     cut = patches.view(batch, rows, columns, patch, patch, channels)
     return cut.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * patch, columns * patch)
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) → (B, N, p·p·C), channels last within a patch: what `unpatchify` undoes."""
+    batch, channels, height, width = latents.shape
+    cut = latents.view(batch, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 3, 5, 1)
+    return cut.flatten(3).flatten(1, 2)

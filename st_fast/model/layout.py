@@ -34,9 +34,9 @@ class Route:
     last: int
     kept: tuple[int, ...]
 
-    def inside(self, block: int) -> bool:
+    def inside(self, tap: int) -> bool:
         """Whether the stream after this block is that of the kept tokens alone."""
-        return self.first < block <= self.last
+        return self.first < tap <= self.last
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,8 @@ class Layout:
 
     def take_kept(self, tokens: Tensor) -> Tensor:
         """(B, N, …) row by row → those of the tokens that the route keeps, (B, K, …), in their order."""
-        return (
-            tokens.flatten(0, 1).index_select(0, _rows(self.kept, self.order.shape[1])).unflatten(0, (len(tokens), -1))
-        )
+        kept = self.kept
+        return tokens.flatten(0, 1).index_select(0, _rows(kept, tokens.shape[1])).unflatten(0, kept.shape)
 
     def pixel_times(self, t: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
         """Times of the groups (B, G) → the time of each pixel of the latent (B, 1, H, W)."""

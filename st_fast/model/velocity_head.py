@@ -4,6 +4,7 @@ Shapes: B or M samples, N tokens, D width, C latent channels, H and W a latent's
 """
 
 from itertools import chain, pairwise
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,9 +26,9 @@ def projector(width: int, hidden: int, out: int, kernels: KernelTable, layers: i
 
 
 class Head(nn.Module):
-    """Stage 1's head (arXiv 2601.07773): tokens (M, N, D) → latents (M, C, H, W).
+    """Stage 1's head (arXiv 2601.07773): tokens (M, N, D) → their patches of a latent (M, N, p·p·C).
 
-    MLP, LayerNorm without affine, linear, unpatchify. Keys `projectors.{0,2,4}.*` and `projectors_final.linear.*`, as
+    MLP, LayerNorm without affine, linear. Keys `projectors.{0,2,4}.*` and `projectors_final.linear.*`, as
     the released checkpoints have them.
     """
 
@@ -40,7 +41,11 @@ class Head(nn.Module):
         nn.init.zeros_(linear.bias)
         self.projectors_final = nn.ModuleDict({"linear": linear})
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         z = self.projectors(tokens)
         z = F.layer_norm(z, z.shape[-1:], eps=1e-6)
-        return unpatchify(self.projectors_final["linear"](z), self.patch, self.channels, grid)
+        return cast(Tensor, self.projectors_final["linear"](z))
+
+    def latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The patches of all of a grid's tokens as latents (M, C, H, W)."""
+        return unpatchify(self(tokens), self.patch, self.channels, grid)

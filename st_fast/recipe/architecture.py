@@ -141,10 +141,13 @@ class Model:
             return (("", self.tokens),)
         return ("x_block.", self.tokens), ("context_block.", self.text_length)
 
-    def block_layers(self, ends: bool = False) -> tuple[Layer, ...]:
-        """The linear layers of one block; `ends`: of the last one that runs, where the text's stream ends."""
-        image, *text = self.streams
-        layers = self._stream_layers(*image)
+    def block_layers(self, ends: bool = False, tokens: int | None = None) -> tuple[Layer, ...]:
+        """The linear layers of one block; `ends`: of the last one that runs, where the text's stream ends.
+
+        tokens: of the image, where not all run.
+        """
+        (image, whole), *text = self.streams
+        layers = self._stream_layers(image, whole if tokens is None else tokens)
         for stream in text:
             layers += self._ending_layers(*stream) if ends else self._stream_layers(*stream)
         return layers

@@ -10,6 +10,7 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.error import RecipeError, show, wrong_value
 from st_fast.recipe.keys import UpTo, keys
 from st_fast.recipe.methods import supervision_name
+from st_fast.recipe.route_cost import plan_of
 from st_fast.recipe.schema import SECTIONS, Evaluate, Model, Optim, Recipe, Run, Stage, Start
 from st_fast.recipe.tokens import divided
 
@@ -23,11 +24,13 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
         stage.method.check(stage.name)
-        check_shapes(recipe.for_stage(stage).model)
+        model = recipe.for_stage(stage).model
+        check_shapes(model)
         check_models(stage, recipe.stages, position)
         check_contrast(stage, recipe.optim)
         check_groups(stage, recipe.model)
         check_pairs(stage, recipe.optim, ranks)
+        stage.routing.check(stage.name, model, stage.method)
     check_guidance(recipe)
     check_internal_head(recipe)
     check_single_values(recipe)
@@ -85,12 +88,13 @@ def check_names(stages: tuple[Stage, ...]) -> None:
 def check_numbers(stage: Stage, depth: int) -> None:
     """Settings that are block numbers lie in 1..depth, those that are steps of the stage in 0..steps."""
     most = {"the model's depth": (depth, "the model's blocks"), "the stage's steps": (stage.steps, "the stage's steps")}
-    for name, key in keys(type(stage.method)).items():
-        value = getattr(stage.method, name)
-        for limit in get_args(key.kind)[1:]:
-            if isinstance(limit, UpTo) and not limit.low <= value <= most[limit.of][0]:
-                allowed = f"{limit.low} to {most[limit.of][0]}, {most[limit.of][1]}"
-                raise wrong_value(f"stage.{stage.name}.{name}", value, allowed)
+    for settings in (stage.method, stage.routing):
+        for name, key in keys(type(settings)).items():
+            value = getattr(settings, name)
+            for limit in get_args(key.kind)[1:]:
+                if isinstance(limit, UpTo) and not limit.low <= value <= most[limit.of][0]:
+                    allowed = f"{limit.low} to {most[limit.of][0]}, {most[limit.of][1]}"
+                    raise wrong_value(f"stage.{stage.name}.{name}", value, allowed)
 
 
 def check_models(stage: Stage, stages: tuple[Stage, ...], position: int) -> None:
@@ -219,9 +223,12 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
     if run.device == "cpu" or not run.bf16(run.device):
         why = f"run.precision = {show(run.precision)}, run.device = {show(run.device)}"
         raise wrong_value("run.fp8", run.fp8, '"off", or run.precision = "bf16" on a GPU', why)
-    rows = images_a_pass(recipe.optim, ranks) * model.tokens
-    sizes = (f"model.width {model.width}", model.width), (f"the MLP's {model.hidden} channels", model.hidden)
-    for name, size in (*sizes, (f"a micro-batch of {rows} tokens", rows)):
+    images = images_a_pass(recipe.optim, ranks)
+    plans = [plan_of(model, stage) for stage in recipe.stages]
+    tokens = {model.tokens, *(sum(plan.kept) for plan in plans if plan is not None and plan.route is not None)}
+    sizes = [(f"model.width {model.width}", model.width), (f"the MLP's {model.hidden} channels", model.hidden)]
+    sizes += [(f"a micro-batch of {images * each} tokens", images * each) for each in sorted(tokens, reverse=True)]
+    for name, size in sizes:
         if size % FP8_MULTIPLE:
             raise wrong_value("run.fp8", run.fp8, f'"off", or a multiple of {FP8_MULTIPLE}', f"{name} is none")
 
@@ -366,7 +373,8 @@ def _stage_differences(old: Stage, new: Stage | None) -> list[str]:
         before, after = supervision_name(old.method), supervision_name(new.method)
         return [f"stage.{old.name}.supervision: {show(before)} → {show(after)}"]
     label = f"stage.{old.name}"
-    parts = (old.method, new.method), (old.start, new.start), (old.contrastive, new.contrastive)
+    parts = [(old.method, new.method), (old.start, new.start)]
+    parts += [(old.contrastive, new.contrastive), (old.routing, new.routing)]
     return [line for before, after in parts for line in _differences(label, before, after)]
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
 from st_fast.recipe.methods import Method, dinov2_size
+from st_fast.recipe.route_cost import heads_macs, left_out_macs, plan_of, tapped_tokens
 from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
+from st_fast.recipe.tokens import TokenPlan
 
 
 def block_macs(model: Model, ends: bool = False) -> int:
@@ -52,11 +54,15 @@ def _again(model: Model, checkpointing: str, ends: bool) -> int:
 
 @dataclass(frozen=True)
 class StageCost:
-    """FLOPs an image of the global batch, while supervision is active."""
+    """FLOPs an image of the global batch, while supervision is active and, where there is a route, tokens left out."""
 
     student: float
     heads: float
     teacher: float
+    dense_student: float = 0.0
+    """What the student takes beside that at a step on all tokens, after `dense_after`."""
+    dense_heads: float = 0.0
+    """The same of the heads."""
 
     @property
     def total(self) -> float:
@@ -113,11 +119,14 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
     REPA's encoders may run once over the data set, before training: what that took, the features' manifest says, and
     the trainer adds it to the stage's total. Where they run live they are the teacher, at `encoders` FLOPs an image, or
     at what their names tell. LayerSync costs nothing beside the student. What activation checkpointing computes again
-    is not counted: see `recomputed_macs`.
+    is not counted: see `recomputed_macs`. Under a route the student's blocks, and heads on one of them, run on the
+    tokens that it keeps.
     """
     model, method = recipe.for_stage(stage).model, stage.method
     share = supervised_share(recipe, method)
-    heads = 6.0 * sum(layer.macs for layer in method.head_layers(model)) * share
+    heads, whole_heads = (
+        6.0 * heads_macs(model, stage, tokens) * share for tokens in (tapped_tokens(model, stage), model.tokens)
+    )
     if method.encodes_images:
         live = sum(live_encoder_flops(name, model) for name in method.encoder_names)
         teacher = live if encoders is None else encoders
@@ -125,18 +134,22 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
         depth = method.frozen_depth
         macs = trunk_macs(model, depth) + grouped_macs(model, method.teacher_groups, depth)
         teacher = 2.0 * method.teacher_passes * macs * share
-    return StageCost(6.0 * (trunk_macs(model) + grouped_macs(model, method.token_groups)), heads, teacher)
+    whole, left_out = trunk_macs(model) + grouped_macs(model, method.token_groups), 6.0 * left_out_macs(model, stage)
+    return StageCost(6.0 * whole - left_out, heads, teacher, left_out, whole_heads - heads)
 
 
 def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, cost: StageCost | None = None) -> float:
-    """FLOPs of the steps first … last − 1 of a stage, over the whole global batch; supervision may end midway.
+    """FLOPs of the steps first … last − 1 of a stage, over the global batch; supervision or a route may end midway.
 
     cost: of an image, where it is not `stage_cost`'s of the recipe.
     """
     cost = cost or stage_cost(recipe, stage)
-    stop = stage.method.stop_step
-    supervised = max(0, min(last, stop or last) - first)
-    return recipe.optim.batch_size * (cost.student * (last - first) + (cost.heads + cost.teacher) * supervised)
+    stop = min(last, stage.method.stop_step or last)
+    dense = max(first, stage.routing.dense_after or last)  # the first step on all tokens
+    steps, supervised = last - first, max(0, stop - first)
+    student = cost.student * steps + cost.dense_student * max(0, last - dense)
+    heads = cost.heads * supervised + cost.dense_heads * max(0, stop - dense)
+    return recipe.optim.batch_size * (student + heads + cost.teacher * supervised)
 
 
 def comparison_flops(recipe: Recipe, stage: Stage, encoders: float | None = None) -> float:
@@ -189,9 +202,11 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
     stages = []
     for stage in recipe.stages:
         model = recipe.for_stage(stage).model
-        pass_bytes = images * (activation_bytes(model, bf16, run.checkpointing) + backward_bytes(model, bf16))
+        plan = plan_of(model, stage, step=stage.steps - 1)  # of the steps that run most tokens
+        activations = activation_bytes(model, bf16, run.checkpointing, plan)
+        pass_bytes = images * (activations + backward_bytes(model, bf16))
         rows = supervised_rows(recipe, stage.method, images)
-        supervision = rows * supervision_bytes(model, stage.method, bf16, run)
+        supervision = rows * supervision_bytes(model, stage, bf16, run)
         supervision += images * grouped_bytes(model, stage.method.token_groups, bf16, run.checkpointing)
         weights = weight_bytes(model, stage, bf16, shards, teacher_shards)
         stages.append((weights, pass_bytes + supervision))
@@ -247,13 +262,14 @@ def looking_flops(recipe: Recipe, stage: Stage) -> float:
     return drawn * drawing_rows(recipe.sample) * 2.0 * trunk_macs(recipe.for_stage(stage).model)
 
 
-def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> int:
+def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan: TokenPlan | None = None) -> int:
     """What the trunk keeps for the backward per image, compiled for CUDA with cuDNN's attention (test_memory.py).
 
     With checkpointing, in every block what `st_fast.model.compiling` says is kept, and in one block what its
-    backward pass has just computed again.
+    backward pass has just computed again. plan: which tokens which blocks run, where not all of them run all.
     """
     n, d, each = model.length, model.width, 2 if bf16 else 4
+    routed, left_out = (plan.route.blocks, model.tokens - sum(plan.kept)) if plan and plan.route else ((), 0)
     joint = len(model.streams) > 1
     qkv, attended = 3 * d, d * (1 + joint)  # what a joint attention gave is cut into streams
     normed = (2 + joint) * d if model.qk_norm else 0  # q and k once more, joined also v
@@ -265,7 +281,10 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none") -> i
     ends = each * 2 * d  # the embedded tokens and the first y; the last block's are its own
     modulations = each * 6 * d * model.depth * len(model.streams)
     ends += each * d if model.internal_head else 0  # the head's y
-    return n * (model.depth * (block - again) + again + ends) + modulations
+    # Of a route: the tokens with which it begins, x and y of the kept ones, and those with which it ends, all of them.
+    route = each * d * (2 * (n - left_out) + 2 * n) if routed else 0
+    blocks = (n * model.depth - left_out * len(routed)) * (block - again)
+    return blocks + n * (again + ends) + modulations + route
 
 
 def backward_bytes(model: Model, bf16: bool) -> int:
@@ -281,16 +300,17 @@ def supervised_rows(recipe: Recipe, method: Method, images: int) -> int:
     return min(images, math.ceil(images * share + 5 * math.sqrt(images * share * (1 - share))))
 
 
-def supervision_bytes(model: Model, method: Method, bf16: bool, run: Run) -> int:
+def supervision_bytes(model: Model, stage: Stage, bf16: bool, run: Run) -> int:
     """What a method holds per supervised row: its heads' hidden layers, before and after SiLU, and its rows and target.
 
     A teacher that runs before the student's pass adds nothing, as no activations are there yet. Beside it, or ahead,
     it adds the block that it is in, of both branches where it is guided.
     """
+    method = stage.method
     channels = method.kept_channels(model)
     if method.frozen_depth and run.teacher_placement != "before":
         channels += method.teacher_passes * (2 * model.width + 2 * model.hidden) * model.length // model.tokens
-    return model.tokens * channels * (2 if bf16 else 4)
+    return tapped_tokens(model, stage, step=stage.steps - 1) * channels * (2 if bf16 else 4)
 
 
 def unfinished_warmups(recipe: Recipe) -> list[str]:

@@ -21,10 +21,11 @@ from st_fast.recipe.document import (
 from st_fast.recipe.error import RecipeError, cut, key_text, unknown_name, wrong_value
 from st_fast.recipe.keys import build, keys, typed_value
 from st_fast.recipe.methods import METHODS, supervision_name
+from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import SECTIONS, Contrast, Recipe, Stage, Start
 
 STAGE_KEYS = ("name", "supervision", "steps")
-"""What every stage has; all else belongs to its method, its start or its contrast."""
+"""What every stage has; all else belongs to its method, its start, its contrast or its route."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), ranks: int | None = 1) -> Recipe:
@@ -73,7 +74,7 @@ def parse(document: Document) -> Recipe:
 
 
 def parse_stage(table: dict[str, Any], position: int) -> Stage:
-    """One [[stage]]: its own three keys, those of start and contrast, and the settings of its `supervision` method."""
+    """One [[stage]]: its own three keys, those of start, contrast and route, and its method's settings."""
     label = f"stage[{position}]"
     for key in STAGE_KEYS:
         if key not in table:
@@ -86,12 +87,12 @@ def parse_stage(table: dict[str, Any], position: int) -> Stage:
         allowed = ", ".join(METHODS) + did_you_mean(supervision, METHODS)
         raise wrong_value(f"{label}.supervision", supervision, allowed)
     steps = typed_value(f"{label}.steps", own["steps"].kind, table["steps"])
-    parts = keys(METHODS[supervision]), keys(Start), keys(Contrast)
+    parts = keys(METHODS[supervision]), keys(Start), keys(Contrast), keys(Routing)
     check_keys(table, [*STAGE_KEYS, *(key for part in parts for key in part)], label, method_with)
-    method, begin, contrast = ({key: table[key] for key in part if key in table} for part in parts)
+    method, begin, contrast, route = ({key: table[key] for key in part if key in table} for part in parts)
     return Stage(
         name, build(METHODS[supervision], method, label), steps, build(Start, begin, label),
-        build(Contrast, contrast, label),
+        build(Contrast, contrast, label), build(Routing, route, label),
     )  # fmt: skip
 
 
@@ -122,7 +123,8 @@ def to_toml(recipe: Recipe) -> str:
     tables = [(f"[{name}]", vars(getattr(recipe, name))) for name in SECTIONS]
     for stage in recipe.stages:
         own = {"name": stage.name, "supervision": supervision_name(stage.method), "steps": stage.steps}
-        tables.append(("[[stage]]", own | vars(stage.method) | vars(stage.start) | vars(stage.contrastive)))
+        own |= vars(stage.method) | vars(stage.start) | vars(stage.contrastive) | vars(stage.routing)
+        tables.append(("[[stage]]", own))
     return "\n".join(
         "".join([f"{header}\n", *(f"{key} = {to_literal(value)}\n" for key, value in table.items())])
         for header, table in tables

@@ -6,6 +6,7 @@ from dataclasses import MISSING
 from st_fast.recipe.keys import Key, describe, keys
 from st_fast.recipe.load import to_literal
 from st_fast.recipe.methods import METHODS
+from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import SECTIONS, Contrast, Stage, Start
 
 HEAD = """\
@@ -28,7 +29,7 @@ def page() -> str:
     parts += [_part(f"[{name}]", cls.__doc__, keys(cls).items()) for name, cls in SECTIONS.items()]
     own = keys(Stage)
     stage = [("name", own["name"]), ("supervision", SUPERVISION), ("steps", own["steps"])]
-    stage += [*keys(Start).items(), *keys(Contrast).items()]
+    stage += [*keys(Start).items(), *keys(Contrast).items(), *keys(Routing).items()]
     parts.append(_part("[[stage]]", "A stage; stages run in order.", stage))
     parts += [_part(f'supervision = "{name}"', cls.__doc__, keys(cls).items()) for name, cls in METHODS.items()]
     return "\n".join(parts)

@@ -26,6 +26,7 @@ from st_fast.recipe.keys import (
     said,
 )
 from st_fast.recipe.methods import Method
+from st_fast.recipe.routing import Routing
 
 STEPS_MOST = 100_000
 """Of a solver."""
@@ -243,7 +244,8 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its name, its supervision method with its own settings, how long it lasts, and what it starts from."""
+    """One stage: its name, its supervision method with its own settings, how long it lasts, what it starts from, and
+    which tokens its network runs."""
 
     name: Annotated[str, FOLDER_NAME] = field(metadata=said("Name of the stage, of its folder and for other stages."))
     method: Method
@@ -251,6 +253,7 @@ class Stage:
     steps: Count = field(metadata=said("Updates; a resumed run may make a stage longer.", free=True))
     start: Start = Start()
     contrastive: Contrast = Contrast()
+    routing: Routing = field(default_factory=Routing)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,15 @@ class TokenRoute:
     structured: bool = False
     """Whether one token of each 2 × 2 is kept, instead of any."""
 
+    @property
+    def blocks(self) -> range:
+        """The numbers of its blocks."""
+        return range(self.first + 1, self.last + 1)
+
+    def around(self, tap: int | tuple[int, ...]) -> bool:
+        """Whether a stream that is read there, or one of several, is that of the kept tokens alone."""
+        return any(one in self.blocks for one in (tap if isinstance(tap, tuple) else (tap,)))
+
 
 @dataclass(frozen=True)
 class TokenPlan:

@@ -133,7 +133,7 @@ def internally_guided(
         if scale == 1.0 or not low <= t <= high:
             return corrected(model(x, times, condition)[0].float(), t)
         final, tapped = model(x, times, condition, INTERNAL if head is None else head.block)
-        internal = (tapped if head is None else head.module(tapped, model.grid_of(x))).float()
+        internal = (tapped if head is None else head.module.latents(tapped, model.grid_of(x))).float()
         return internal + scale * (corrected(final.float(), t) - internal)
 
     return velocity

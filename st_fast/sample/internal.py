@@ -6,7 +6,6 @@ The latter belongs to training, so a run's checkpoint has it beside the trunk: i
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
@@ -23,8 +22,7 @@ from st_fast.sample.source import Source
 class EarlyHead:
     """Stage 1's head, which reads the stream after a block and predicts the velocity."""
 
-    module: nn.Module
-    """(B, N, D), grid → (B, C, H, W): a `Head`."""
+    module: Head
     block: int
 
 

@@ -43,7 +43,7 @@ def of_recipe(recipe: Recipe) -> Facts:
     found |= {f"{name}.{key}": repr(v) for name in SECTIONS for key, v in vars(getattr(recipe, name)).items()}
     for number, stage in enumerate(recipe.stages, 1):
         own = {"name": stage.name, "supervision": type(stage.method).__name__, "steps": stage.steps}
-        own |= vars(stage.method) | vars(stage.start)
+        own |= vars(stage.method) | vars(stage.start) | vars(stage.contrastive) | vars(stage.routing)
         found |= {f"stage[{number}].{key}": repr(value) for key, value in own.items()}
     return {key: value for key, value in found.items() if key not in ELSEWHERE}
 

@@ -5,7 +5,6 @@ supervised, so that the device is never asked. The noise is drawn on the device 
 """
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ from st_fast.model.layout import Layout
 from st_fast.model.side_stream import side_stream
 from st_fast.prepare.features import RecordImages, open_record_images
 from st_fast.recipe.schema import Recipe, Stage
-from st_fast.recipe.tokens import token_plan
 from st_fast.train.conditions import ClassLabels, Conditions, Visit
 from st_fast.train.layouts import draw_layout, draw_times
 from st_fast.train.profiling import named_range
@@ -207,7 +205,7 @@ class BatchIterator:
             latents = self.draw(moments, drawn, times, recipe.run.seed, made.scale, recipe.flow.path)
             x, x_t, velocity, noise = (values[:count] for values in latents)
             pushed_from = latents[2][count:]
-            layout = self._layout(x, drawn[:count])
+            layout = self._layout(step, x, drawn[:count])
             if layout is not None and t.ndim == 2:
                 each = layout.pixel_times(t, self._grid(x), recipe.model.patch)
                 x_t, velocity = flow.interpolate(x, noise, each, recipe.flow.path)
@@ -222,10 +220,10 @@ class BatchIterator:
     def _grid(self, x: Tensor) -> tuple[int, int]:
         return x.shape[2] // self.recipe.model.patch, x.shape[3] // self.recipe.model.patch
 
-    def _layout(self, x: Tensor, ordinals: Tensor) -> Layout | None:
-        """How the tokens of latents x (B, C, H, W) are ordered; None where all run alike."""
-        grid = self._grid(x)
-        plan = token_plan(math.prod(grid), self.stage.method.token_groups, None)
+    def _layout(self, step: int, x: Tensor, ordinals: Tensor) -> Layout | None:
+        """How the tokens of latents x (B, C, H, W) are ordered at a step; None where all run alike."""
+        grid, stage = self._grid(x), self.stage
+        plan = stage.routing.plan(self.recipe.model, stage.method.token_groups, grid, step)
         if plan is not None and min(plan.lengths) < 1:
             rows, columns = grid
             raise UserError(

@@ -57,9 +57,10 @@ class Graphs:
     graph would be recorded again for each block's weights; and a graph tree overwrites its outputs, among which are the
     tapped streams. The optimiser stays outside, so that skipped steps, rollbacks and checkpoints are as ever.
 
-    `kind` tells passes of a step number apart that run other work on the same shapes. Gradients must be None before
-    every call. The first passes of each kind and shape are ordinary ones, on the stream that capturing takes. Where
-    a capture fails, which runs nothing, `say` is told so once, and all further passes are ordinary ones.
+    `kind` tells passes of a step number apart that run other work on the same shapes, as a batch's route does.
+    Gradients must be None before every call. The first passes of each kind and shape are ordinary ones, on the stream
+    that capturing takes. Where a capture fails, which runs nothing, `say` is told so once, and all further passes are
+    ordinary ones.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Graphs:
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __call__(self, step: int, batch: NoisyBatch) -> Losses:
-        key = (self._kind(step), tuple(tensor.shape for tensor in tensors(batch)))
+        route = None if batch.layout is None else batch.layout.route
+        key = (self._kind(step), route, tuple(tensor.shape for tensor in tensors(batch)))
         if key not in self._replays:
             self._seen[key] += 1
             if self._seen[key] > WARM_UP and not self._failed:

@@ -1,6 +1,6 @@
 """What a run does about latents of several shapes: whether they fit its network and memory, and what they cost."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 
@@ -38,6 +38,10 @@ def check_shapes(recipe: Recipe, records: BucketSet) -> None:
             f"{model.tokens} tokens; more than {PERCENT_APART} % from it are {', '.join(apart)}: set "
             "model.latent_size to the size of the --buckets, or prepare others"
         )
+    for stage in recipe.stages:
+        for part in records.parts:
+            model = _of_shape(recipe, *part.manifest.shape[1:]).for_stage(stage).model
+            stage.routing.check(stage.name, model, stage.method)
     several = f"{records.folder} has latents of {len(records.parts)} shapes"
     if recipe.run.graphs:
         raise wrong_value("run.cuda_graphs", True, '"auto" or false', f"a graph is of one shape, {several}")
@@ -56,7 +60,7 @@ def mean_cost(recipe: Recipe, stage: Stage, records: RecordSet, encoders: float 
         stage_cost(_of_shape(recipe, part.manifest.shape[1], part.manifest.shape[2]), stage, encoders)
         for part in records.parts
     ]
-    parts = [(cost.student, cost.heads, cost.teacher) for cost in found]
+    parts = [astuple(cost) for cost in found]
     return StageCost(*np.average(parts, axis=0, weights=records.counts).tolist())
 
 

@@ -22,7 +22,7 @@ from st_fast.train.graphs import Graphs, Losses
 from st_fast.train.optim import Optimizer
 from st_fast.train.parallel import REDUCTION, GradientSum, ShardedSum, is_sharded
 from st_fast.train.profiling import named_range
-from st_fast.train.supervision import NoisyBatch, Supervision
+from st_fast.train.supervision import NoisyBatch, Supervision, on_same_tokens
 
 Target = Future[tuple[Tensor, ...]]
 
@@ -170,7 +170,10 @@ class Step:
         with named_range("loss"):
             goal = self.supervision.denoising_target(prediction, hidden, batch)
             denoise = flow.denoising_loss(prediction, goal).sum() / self.recipe.optim.batch_size
-            aux = self.supervision.loss(hidden, target(), batch) if target else torch.zeros_like(denoise)
+            aux = torch.zeros_like(denoise)
+            if target is not None:
+                compared = on_same_tokens(self.supervision.tap, hidden, target(), batch)
+                aux = self.supervision.loss(*compared, batch)
             if (negative := batch.negative) is not None:  # in aux, so that denoise can be compared with any other run's
                 pushed = negative.weight * flow.denoising_loss(prediction, negative.velocity)
                 aux = aux - pushed.sum() / self.recipe.optim.batch_size

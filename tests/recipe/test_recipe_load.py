@@ -14,6 +14,7 @@ from st_fast.recipe.architecture import SIZES
 from st_fast.recipe.check import splits_near
 from st_fast.recipe.keys import describe, keys, typed_value
 from st_fast.recipe.methods import METHODS, Plain, SelfTranscendence, VelocityHead
+from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import SECTIONS, Stage
 
 Spoil = Callable[[str, str], Path]
@@ -199,17 +200,17 @@ def test_a_value_out_of_type_or_range_is_told_with_what_is_allowed(small: Path, 
 
 
 def test_every_whole_number_has_a_largest_value(small: Path) -> None:
-    tables = {**SECTIONS, **{f"stage.{name}": cls for name, cls in METHODS.items()}, "stage": Stage}
+    tables = {**SECTIONS, **{f"stage.{name}": cls for name, cls in METHODS.items()}, "stage": Stage, "route": Routing}
     whole = {
         f"{table}.{name}": key.kind
         for table, cls in tables.items()
         for name, key in keys(cls).items()
-        if name not in ("method", "start", "contrastive")
+        if name not in ("method", "start", "contrastive", "routing")
         and "an integer" in (words := describe(key.kind))
         and "the stage's steps" not in words
         and "depth" not in words
     }
-    assert {"run.save_every", "profile.steps", "stage.sra.decay_steps", "stage.steps"} <= set(whole)
+    assert {"run.save_every", "profile.steps", "stage.sra.decay_steps", "stage.steps", "route.route_last"} <= set(whole)
     del whole["run.seed"]  # any number of 64 bits is one
     for name, kind in whole.items():
         with pytest.raises(RecipeError, match=r"allowed: .*at most \d+") as caught:

@@ -25,6 +25,7 @@ from st_fast.recipe.methods import (
     Sra2,
     VelocityHead,
 )
+from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import SECTIONS, Contrast, Data, Evaluate, Flow, Kernels, Model, Optim, Run, Sample
 
 INT = st.integers(1, 9_999)
@@ -61,7 +62,16 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @st.composite
-def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
+def routes(draw: st.DrawFn, depth: int, tokens: int, steps: int) -> Routing:
+    if depth < 2 or tokens < 2 or draw(st.booleans()):
+        return Routing()
+    first = draw(st.integers(1, depth - 1))
+    rate = draw(st.integers(1, tokens - 1)) / tokens
+    return Routing("tread", rate, first, draw(st.integers(first + 1, depth)), dense_after=draw(st.integers(0, steps)))
+
+
+@st.composite
+def stages(draw: st.DrawFn, depth: int, tokens: int) -> tuple[Stage, ...]:
     names = draw(st.lists(NAME, min_size=1, max_size=4, unique_by=str.casefold))
     done: list[Stage] = []
     for name in names:
@@ -117,7 +127,8 @@ def stages(draw: st.DrawFn, depth: int) -> tuple[Stage, ...]:
         spread = st.builds(Dispersive, block, NOT_NEGATIVE, POSITIVE)
         methods = st.one_of(st.just(Plain()), align, transcend, sync, repa, sra, sra2, spread, flow, dual)
         contrast = st.just(Contrast()) | st.builds(Contrast, st.floats(1e-6, 0.999), st.booleans())
-        done.append(Stage(name, draw(methods), steps, contrastive=draw(contrast)))
+        route = draw(routes(depth, tokens, steps))
+        done.append(Stage(name, draw(methods), steps, contrastive=draw(contrast), routing=route))
     return tuple(done)
 
 
@@ -127,7 +138,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         return draw(st.builds(kind, **known))
 
     model = draw(models())
-    trained = draw(stages(model.depth))
+    trained = draw(stages(model.depth, model.tokens))
     pairs = any(stage.method.compares_samples for stage in trained)  # of a whole batch, which is one pass
     accumulation = 1 if pairs else draw(st.integers(1, 64))
     optim = dict(lr=POSITIVE, warmup_steps=ZERO_UP, betas=st.tuples(FRACTION, FRACTION), eps=POSITIVE)

@@ -88,7 +88,7 @@ def test_activations_on_a_cpu_are_the_estimate_within_a_hundredth(stage):
         held = sum(size for place, size in kept.items() if place not in weights)
         assert losses.denoise.isfinite()
         config, method = loop.recipe.model, loop.stage.method
-        supervised = len(batch.rows.index) * cost.supervision_bytes(config, method, False, loop.recipe.run)
+        supervised = len(batch.rows.index) * cost.supervision_bytes(config, loop.stage, False, loop.recipe.run)
         # On a CPU groups attend within themselves without a copy.
         groups = method.token_groups and replace(method.token_groups, separated=False)
         estimate = 6 * (cost.activation_bytes(config, bf16=False) + grouped_bytes(config, groups, bf16=False))

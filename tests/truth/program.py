@@ -4,7 +4,7 @@ Nothing of st_fast is imported. The random draws are the format's: Philox's word
 B samples, C latent channels, S latent side, p patch, N = (S/p)² tokens, D width, H heads, ω guidance, λ weight.
 
 Sources: SiT (arXiv 2401.08740), DiT (2212.09748), REPA (2410.06940), SRA (2505.02831), LayerSync (2510.12581),
-Self-Transcendence (2601.07773), Internal Guidance (2512.24176), AdamW (1711.05101).
+Self-Transcendence (2601.07773), Internal Guidance (2512.24176), TREAD (2501.04765), AdamW (1711.05101).
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Draws(Protocol):
     def offset(self, sample: int) -> float:
         """SRA's u in (0, 1)."""
 
+    def keys(self, sample: int, count: int) -> list[float]:
+        """One a token; a route keeps those with the least."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -61,6 +64,32 @@ class Method:
     decay_start: int = 0
     decay_steps: int = 0
     target_guidance: float = 0.0
+    first: int = 0
+    last: int = 0
+    """Blocks of a route, those from first + 1 to last, which leave a share of the tokens out; 0: no route."""
+    rate: float = 0.5
+    structured: bool = False
+    dense_after: int = 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a batch's samples keep in blocks first + 1 … last: the places (B, K) of tokens, by their keys."""
+
+    first: int
+    last: int
+    places: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """(B, N, …) → (B, K, …)."""
+        return torch.stack([sample[kept] for sample, kept in zip(values, self.places, strict=True)])
+
+    def back(self, kept: Tensor, stored: Tensor) -> Tensor:
+        """The kept tokens (B, K, D) in their places among the stored ones (B, N, D)."""
+        samples = []
+        for own, old, places in zip(kept, stored, self.places.tolist(), strict=True):
+            samples.append(torch.stack([own[places.index(n)] if n in places else old[n] for n in range(len(old))]))
+        return torch.stack(samples)
 
 
 @dataclass(frozen=True)
@@ -185,19 +214,28 @@ def attention(s: Setting, w: Mapping[str, Tensor], block: str, y: Tensor) -> Ten
     return linear(w, f"{block}.attn.proj", out)
 
 
-def network(s: Setting, w: Mapping[str, Tensor], x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The velocity (B, C, S, S), and the stream (B, N, D) before the first block and after each."""
+def network(
+    s: Setting, w: Mapping[str, Tensor], x: Tensor, t: Tensor, labels: Tensor, route: Route | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The velocity (B, C, S, S), and the stream (B, N, D) before the first block and after each.
+
+    Within a route the stream is that of the kept tokens (B, K, D); behind it the others go on as they were.
+    """
     c = silu(condition(w, t, labels))
-    stream = tokens_of(s, w, x)
+    stream = stored = tokens_of(s, w, x)
     streams = [stream]
     for number in range(s.depth):
         block = f"blocks.{number}"
+        if route is not None and number == route.first:
+            stored, stream = stream, route.of(stream)
         modulation = linear(w, f"{block}.adaLN_modulation.1", c)[:, None]  # (B, 1, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         stream = stream + gate1 * attention(s, w, block, normalised(stream) * (1 + scale1) + shift1)
         hidden = gelu(linear(w, f"{block}.mlp.fc1", normalised(stream) * (1 + scale2) + shift2))
         stream = stream + gate2 * linear(w, f"{block}.mlp.fc2", hidden)
         streams.append(stream)
+        if route is not None and number + 1 == route.last:
+            stream = route.back(stream, stored)
     shift, scale = linear(w, "final_layer.adaLN_modulation.1", c)[:, None].chunk(2, dim=-1)
     velocity = latents_of(s, linear(w, "final_layer.linear", normalised(stream) * (1 + scale) + shift))
     return velocity, streams
@@ -275,26 +313,60 @@ def minus_cosine(a: Tensor, b: Tensor) -> Tensor:
     return -((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean(1)
 
 
+def route_of(s: Setting, method: Method, draws: Draws, batch: Batch, step: int) -> Route | None:
+    """The step's route, if the method has one and it has not ended."""
+    if method.last == 0 or (method.dense_after and step >= method.dense_after):
+        return None
+    side = batch.x.shape[-1] // s.patch
+    chosen = []
+    for sample in batch.samples:
+        keys = draws.keys(sample, side * side)
+        pool = list(range(side * side))
+        if method.structured:
+            corners = [(i, j) for i in range(0, side, 2) for j in range(0, side, 2)]
+            squares = [[(i + a) * side + j + b for a in (0, 1) for b in (0, 1)] for i, j in corners]
+            pool = [min(square, key=keys.__getitem__) for square in squares]
+        count = round(side * side * (1 - method.rate))
+        chosen.append(sorted(pool, key=keys.__getitem__)[:count])
+    return Route(method.first, method.last, torch.tensor(chosen))
+
+
+def patches_of(s: Setting, x: Tensor) -> Tensor:
+    """(B, C, S, S) → (B, N, C·p·p)."""
+    p, side = s.patch, x.shape[-1] // s.patch
+    cut = [x[:, :, i * p : (i + 1) * p, j * p : (j + 1) * p].flatten(1) for i in range(side) for j in range(side)]
+    return torch.stack(cut, dim=1)
+
+
 def auxiliary(
     s: Setting, method: Method, state: State, teacher: Weights, draws: Draws, batch: Batch, streams: list[Tensor],
-    features: list[Tensor], step: int,
+    features: list[Tensor], step: int, route: Route | None,
 ) -> Tensor:  # fmt: skip
-    """The supervision's part of the loss, weighted. `features`: of each image encoder, (records, N, D_j)."""
+    """The supervision's part of the loss, weighted. `features`: of each image encoder, (records, N, D_j).
+
+    Of a stream within the route only the kept tokens are compared.
+    """
     if method.name == "none" or (method.stop_step and step >= method.stop_step):
         return torch.zeros((), dtype=torch.float64)
     h = streams[method.depth]
+    taps = [method.depth] + [method.teacher_depth] * (method.name == "layer_sync")
+    within = route is not None and any(route.first < tap <= route.last for tap in taps)
+
+    def seen(values: Tensor) -> Tensor:
+        return values if route is None or not within or values.shape[1] == route.places.shape[1] else route.of(values)
+
+    h = seen(h)
     if method.name == "velocity_head":
-        guess = latents_of(
-            s, linear(state.heads, "projectors_final.linear", normalised(mlp(state.heads, "projectors", h)))
-        )
-        wanted = batch.velocity if method.target == "velocity" else batch.x
-        losses = ((guess - wanted) ** 2).mean((1, 2, 3))
+        flat = linear(state.heads, "projectors_final.linear", normalised(mlp(state.heads, "projectors", h)))
+        guess = flat.unflatten(2, (s.patch**2, s.channels)).transpose(2, 3).flatten(2)  # channels first, as the wanted
+        wanted = seen(patches_of(s, batch.velocity if method.target == "velocity" else batch.x))
+        losses = ((guess - wanted) ** 2).mean((1, 2))
     elif method.name == "self_transcendence":
         with torch.no_grad():
             null = torch.full_like(batch.labels, s.classes)
             f_y = network(s, teacher, batch.x_t, batch.t, batch.labels)[1][method.teacher_depth]
             f_0 = network(s, teacher, batch.x_t, batch.t, null)[1][method.teacher_depth]
-            f = f_0 + method.cfg_scale * (f_y - f_0)
+            f = seen(f_0 + method.cfg_scale * (f_y - f_0))
         q = mlp(state.heads, "projectors", h)
         if method.loss == "cosine":
             losses = minus_cosine(q, f)
@@ -304,13 +376,13 @@ def auxiliary(
     elif method.name == "internal_guidance":
         losses = ((internal(s, state.model, h, batch.t, batch.dropped) - batch.velocity) ** 2).mean((1, 2, 3))
     elif method.name == "layer_sync":
-        losses = minus_cosine(h, streams[method.teacher_depth].detach())
+        losses = minus_cosine(h, seen(streams[method.teacher_depth].detach()))
     elif method.name == "sra":
         u = torch.tensor([draws.offset(sample) for sample in batch.samples], dtype=torch.float64)
         with torch.no_grad():
             earlier = (batch.t - method.time_offset * u).clamp(min=0)
-            seen = path(s, batch.x, batch.noise, earlier)[0]
-            f = network(s, state.ema, seen, earlier, batch.dropped)[1][method.teacher_depth]
+            x_t = path(s, batch.x, batch.noise, earlier)[0]
+            f = seen(network(s, state.ema, x_t, earlier, batch.dropped)[1][method.teacher_depth])
         q = linear(state.heads, "ap_head.linear2", silu(linear(state.heads, "ap_head.linear1", h)))
         if method.loss == "cosine":
             losses = minus_cosine(q, f)
@@ -318,7 +390,9 @@ def auxiliary(
             gap, beta = (q - f).abs(), 0.05
             losses = torch.where(gap < beta, gap**2 / (2 * beta), gap - beta / 2).mean((1, 2))
     else:
-        kinds = [minus_cosine(mlp(state.heads, f"projectors.{j}", h), g[batch.records]) for j, g in enumerate(features)]
+        kinds = [
+            minus_cosine(mlp(state.heads, f"projectors.{j}", h), seen(g[batch.records])) for j, g in enumerate(features)
+        ]
         losses = torch.stack(kinds).mean(0)
     faded = 1.0
     if method.decay_steps and step > method.decay_start:
@@ -359,14 +433,15 @@ def train(
     for leaf in leaves.values():
         leaf.requires_grad_(True)
     batch = batch_of(s, moments, labels, draws, step)
-    guess, streams = network(s, state.model, batch.x_t, batch.t, batch.dropped)
+    route = route_of(s, method, draws, batch, step)
+    guess, streams = network(s, state.model, batch.x_t, batch.t, batch.dropped, route)
     wanted = batch.velocity
     if method.target_guidance:
         with torch.no_grad():
             shallow = internal(s, state.model, streams[method.depth], batch.t, batch.dropped)
             wanted = wanted + method.target_guidance * (guess - shallow)
     denoise = ((guess - wanted) ** 2).mean((1, 2, 3)).mean()
-    aux = auxiliary(s, method, state, teacher, draws, batch, streams, features, step)
+    aux = auxiliary(s, method, state, teacher, draws, batch, streams, features, step, route)
     found = torch.autograd.grad(denoise + aux, list(leaves.values()), allow_unused=True)
     for leaf in leaves.values():
         leaf.requires_grad_(False)

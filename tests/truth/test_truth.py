@@ -97,12 +97,25 @@ def stage(name: str, supervision: str, **keys: Any) -> str:
     )
 
 
+def routed(first: int, last: int, rate: float, select: str = "random") -> dict[str, Any]:
+    """TREAD's keys."""
+    return {"route": "tread", "route_first": first, "route_last": last, "route_rate": rate, "route_select": select}
+
+
+ROUTES = {"first": "route_first", "last": "route_last", "rate": "route_rate"}
+
+
 def two_stages(one: dict[str, Any], two: dict[str, Any], weights: str = "raw", **settings: Any) -> Case:
     """Stage 1 and stage 2 of Self-Transcendence, with these keys."""
     first = {"depth": 1, "hidden": 20, "weight": 0.7} | one
     second = {"student_depth": 1, "teacher_depth": 2, "cfg_scale": 3.5, "hidden": 20, "weight": 0.3} | two
-    text = stage("align", "velocity_head", **first)
-    text += stage("transcend", "self_transcendence", teacher="align", teacher_weights=weights, **second)
+    text = ""
+    for name, supervision, keys in (
+        ("align", "velocity_head", first),
+        ("transcend", "self_transcendence", second | {"teacher": "align", "teacher_weights": weights}),
+    ):
+        written = {ROUTES.get(key, key): value for key, value in keys.items()}
+        text += stage(name, supervision, **written, **({"route": "tread"} if "last" in keys else {}))
     renamed = {("depth" if key == "student_depth" else key): value for key, value in second.items()}
     methods = tuple(
         Method(name, **{key: value for key, value in keys.items() if key != "hidden"})
@@ -144,6 +157,9 @@ class Numbers:
 
     def offset(self, sample: int) -> float:
         return self._uniform(11, sample)
+
+    def keys(self, sample: int, count: int) -> list[float]:
+        return [((word >> 8) + 0.5) / 2**24 for word in program.words(SEED, 14, sample, count)]
 
 
 def drawn_times() -> list[float]:
@@ -192,6 +208,36 @@ CASES = {
         stage("guided", "internal_guidance", depth=1, weight=0.4, target_guidance=0.6),
         (Method("internal_guidance", depth=1, weight=0.4, target_guidance=0.6),),
         modulation="one", accumulation=2,
+    ),
+    "a route before, around and behind what is compared": Case(
+        stage("plain", "none", **routed(0, 2, 0.4))
+        + stage("align", "velocity_head", depth=2, hidden=20, weight=0.7, t_range=RANGE["t_range"], **routed(1, 2, 0.3))
+        + stage("transcend", "self_transcendence", teacher="align", student_depth=2, teacher_depth=3, cfg_scale=3.5,
+                hidden=20, weight=0.3, t_range=RANGE["t_range"], **routed(1, 3, 0.75, "structured"))
+        + stage("sync", "layer_sync", student_depth=1, teacher_depth=3, weight=0.6, **routed(1, 3, 0.5))
+        + stage("sync-back", "layer_sync", student_depth=1, teacher_depth=2, weight=0.6, **routed(0, 1, 0.5))
+        + stage("sra", "sra", student_depth=1, teacher_depth=2, weight=0.9, **routed(0, 1, 0.5))
+        + stage("repa", "repa", encoders=("one", "two"), depth=2, hidden=20, weight=0.8, **routed(1, 2, 0.6))
+        + stage("repa-before", "repa", encoders=("one", "two"), depth=1, hidden=20, weight=0.8, **routed(1, 2, 0.5))
+        + stage("repa-behind", "repa", encoders=("one", "two"), depth=3, hidden=20, weight=0.8, dense_after=2,
+                **routed(1, 2, 0.5)),
+        (
+            Method("none", first=0, last=2, rate=0.4),
+            Method("velocity_head", depth=2, weight=0.7, **RANGE, first=1, last=2, rate=0.3),
+            Method("self_transcendence", depth=2, teacher_depth=3, cfg_scale=3.5, weight=0.3, **RANGE, first=1, last=3,
+                   rate=0.75, structured=True),
+            Method("layer_sync", depth=1, teacher_depth=3, weight=0.6, first=1, last=3),
+            Method("layer_sync", depth=1, teacher_depth=2, weight=0.6, first=0, last=1),
+            Method("sra", depth=1, teacher_depth=2, weight=0.9, first=0, last=1, loss="smooth_l1"),
+            Method("repa", depth=2, weight=0.8, first=1, last=2, rate=0.6),
+            Method("repa", depth=1, weight=0.8, first=1, last=2),
+            Method("repa", depth=3, weight=0.8, first=1, last=2, dense_after=2),
+        ),
+        accumulation=2,
+    ),
+    "padded rows under a route": two_stages(
+        {"first": 0, "last": 2, "rate": 0.5, **RANGE}, {"first": 0, "last": 2, "rate": 0.5, **RANGE},
+        rows="padded", accumulation=2, modulation="one", qk_norm=False,
     ),
 }  # fmt: skip
 

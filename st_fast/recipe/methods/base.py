@@ -117,6 +117,11 @@ class Method:
         return replace(self, **changed)
 
     @property
+    def reads_grid(self) -> bool:
+        """Whether what the method does with its block needs all tokens on their grid, which a route does not leave."""
+        return False
+
+    @property
     def token_groups(self) -> TokenGroups | None:
         """The groups of the student's tokens that have times of their own; None where an image has one time."""
         return None

@@ -49,6 +49,10 @@ class Repa(Method):
     def encodes_images(self) -> bool:
         return self.features == "live"
 
+    @property
+    def reads_grid(self) -> bool:
+        return self.projector == "conv"
+
     def head_layers(self, model: Model) -> tuple[Layer, ...]:
         widths = enumerate(encoder_width(name, model) for name in self.encoders)
         if self.projector == "conv":

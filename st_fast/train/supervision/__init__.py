@@ -4,12 +4,15 @@ A batch comes from `BatchIterator` (train/batches.py), which also draws its nois
 which calls the method's `target`, and then gives the student's hidden states to the method's `loss`.
 
 A method names the student block or blocks that it reads (`tap`). `target` uses nothing of the student's pass, so it may
-run before or beside it, or a step ahead if nothing that it needs is trained (`run.teacher_placement`). Losses are sums
-over samples already weighted by 1 / global batch size, so those of micro-batches and ranks simply add up.
+run before or beside it, or a step ahead if nothing that it needs is trained (`run.teacher_placement`). What `loss` gets
+of both has the same tokens in the same order: all of them row by row, or, where a route (recipe/routing.py) leaves
+tokens out of a tapped block, those that it keeps. `on_same_tokens` sees to that, so that no method knows of routes.
+Losses are sums over samples already weighted by 1 / global batch size, so those of micro-batches and ranks simply add
+up.
 """
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -134,15 +137,33 @@ class Supervision:
         return batch.velocity
 
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
-        """The tensors that `loss` compares with, without gradient, for the supervised rows."""
+        """The tensors that `loss` compares with, without gradient, for the supervised rows: each (M, N, …) by token."""
         return ()
 
     def loss(self, hidden: Any, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
         """The summed, weighted loss: hidden (B, N, D) is the student's stream after block `tap`. Scalar float32.
 
-        A tuple of blocks gives a tuple of their streams.
+        A tuple of blocks gives a tuple of their streams. N: of a route around the block, the tokens that it keeps.
         """
         raise NotImplementedError
+
+
+def on_same_tokens(
+    tap: int | tuple[int, ...], hidden: Any, target: tuple[Tensor, ...], batch: NoisyBatch
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """`hidden` and `target`, as a method's tap and target give them, with the same tokens in the same order.
+
+    As they are, unless the batch has a route and a tapped block lies in it: then of all of them the tokens that the
+    route keeps.
+    """
+    layout, taps = batch.layout, tap if isinstance(tap, tuple) else (tap,)
+    if layout is None or layout.route is None or not any(map(layout.route.inside, taps)):
+        return hidden, target
+    inside = [layout.route.inside(one) for one in taps]
+    streams = hidden if isinstance(tap, tuple) else (hidden,)
+    streams = tuple(s if kept else layout.take_kept(s) for s, kept in zip(streams, inside, strict=True))
+    rows = replace(layout, order=batch.rows.take(layout.order))
+    return streams if isinstance(tap, tuple) else streams[0], tuple(map(rows.take_kept, target))
 
 
 def select_rows(t: Tensor, part: slice, selection: Selection | None) -> tuple[Tensor, Tensor]:

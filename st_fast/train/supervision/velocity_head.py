@@ -6,12 +6,13 @@ The released code predicts the velocity (`target = "velocity"`); the paper's tex
 from torch import Tensor
 
 from st_fast.model import velocity_head
+from st_fast.model.layers import patchify
 from st_fast.recipe import methods
 from st_fast.train.supervision import NoisyBatch, Parts, Supervision
 
 
 class VelocityHead(Supervision):
-    """Σ over supervised rows of weight · mean_CHW (head(h_d) − target)²."""
+    """Σ over supervised rows of weight · mean_CHW (head(h_d) − target)², compared patch by patch."""
 
     settings: methods.VelocityHead
 
@@ -20,11 +21,10 @@ class VelocityHead(Supervision):
         self.heads = velocity_head.Head(parts.config, settings.hidden, parts.kernels)
 
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
-        return (batch.rows.take(batch.velocity if self.settings.target == "velocity" else batch.x),)
+        latents = batch.rows.take(batch.velocity if self.settings.target == "velocity" else batch.x)
+        return (patchify(latents, self.parts.config.patch),)
 
     def loss(self, hidden: Tensor, target: tuple[Tensor, ...], batch: NoisyBatch) -> Tensor:
-        height, width = target[0].shape[2:]
-        patch = self.parts.config.patch
-        prediction = self.heads(batch.rows.take(hidden), (height // patch, width // patch))
-        losses = (prediction.float() - target[0]).square().mean((1, 2, 3))  # (M,)
+        prediction = self.heads(batch.rows.take(hidden))
+        losses = (prediction.float() - target[0]).square().mean((1, 2))  # (M,)
         return (batch.rows.weight * losses).sum()

@@ -1,0 +1,122 @@
+"""A stage's route: which of its blocks leave tokens out, how many and which, and until when. Imports no torch.
+
+TREAD (arXiv 2501.04765). Only the student's training passes are routed: teachers, weight
+averages, drawing and scoring run all tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from st_fast.recipe.architecture import Model
+from st_fast.recipe.error import show, wrong_value
+from st_fast.recipe.keys import CountOrZero, Limit, StageStep, fixed, keys
+from st_fast.recipe.methods import Method
+from st_fast.recipe.tokens import TokenGroups, TokenPlan, TokenRoute, token_plan
+
+Share = Annotated[float, Limit("above 0 and below 1", lambda share: 0 < share < 1)]
+PUBLISHED_RATE = {"tread": 0.5}
+BLOCKS_AFTER = {"tread": 3}
+"""Blocks behind the route: TREAD's code puts the tokens back after its block depth − 4, which it counts from 0."""
+SQUARE_RATE = 0.75
+"""What structured keeping leaves out: three of each 2 × 2."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Blocks that run on a part of the tokens while a stage trains; the defaults are the published ones."""
+
+    route: Literal["none", "tread"] = fixed(
+        "none", "Leave tokens out of blocks in the middle; tread: behind them they go on with the state they had."
+    )
+    route_rate: Share | Literal["auto"] = fixed("auto", "Share of the tokens left out; auto: 0.5.")
+    route_first: CountOrZero = fixed(2, "Blocks before the route.")
+    route_last: CountOrZero | Literal["auto"] = fixed("auto", "The last block of the route; auto: 3 blocks follow.")
+    route_select: Literal["random", "structured"] = fixed(
+        "random", "Keep any tokens, or one of each 2 × 2 (structured)."
+    )
+    dense_after: StageStep = fixed(0, "After this many steps all tokens run; 0: never.")
+
+    def runs(self, step: int) -> bool:
+        """Whether the student's pass of this step, counted from 0, leaves tokens out."""
+        return self.route != "none" and (self.dense_after == 0 or step < self.dense_after)
+
+    def steps_until_dense(self, first: int, last: int) -> int:
+        """How many of the steps first … last − 1 leave tokens out."""
+        return 0 if self.route == "none" else max(0, min(last, self.dense_after or last) - first)
+
+    def tokens(self, model: Model) -> TokenRoute | None:
+        """What the network is told; None without a route."""
+        if self.route == "none":
+            return None
+        last = model.depth - BLOCKS_AFTER[self.route] if self.route_last == "auto" else self.route_last
+        return TokenRoute(self.route_first, last, self.rate, self.structured)
+
+    def plan(self, model: Model, groups: TokenGroups | None, grid: tuple[int, int], step: int = 0) -> TokenPlan | None:
+        """What becomes of the tokens of a grid at a step; None where all run alike."""
+        return token_plan(grid[0] * grid[1], groups, self.tokens(model) if self.runs(step) else None)
+
+    @property
+    def rate(self) -> float:
+        """Share of the tokens that is left out; 0 without a route."""
+        return PUBLISHED_RATE.get(self.route, 0.0) if self.route_rate == "auto" else self.route_rate
+
+    @property
+    def structured(self) -> bool:
+        """Whether one token of each 2 × 2 is kept."""
+        return self.route_select == "structured"
+
+    def check(self, stage: str, model: Model, method: Method) -> None:
+        """RecipeError where the route of the stage of that name does not fit the network."""
+        label = f"stage.{stage}"
+        if self.route == "none":
+            self._check_idle(label)
+            return
+        self._check_blocks(label, model)
+        if self.structured:
+            self._check_squares(label, model.grid, method.token_groups)
+        plan = self.plan(model, method.token_groups, model.grid)
+        assert plan is not None and plan.route is not None
+        readers = {"a convolution": method.tap} if method.reads_grid else {}
+        readers |= {"the internal head": model.internal_head} if model.internal_head else {}
+        for reader, tap in readers.items():
+            if plan.route.around(tap):
+                first, last = plan.route.first, plan.route.last
+                why = f"{reader} reads block {tap}, where the route has left tokens out"
+                raise wrong_value(f"{label}.route", self.route, f"a block up to {first} or above {last} for it", why)
+        for of, kept in zip(plan.lengths, plan.kept, strict=True):
+            if not 0 < kept < of:
+                why = f"it keeps {'none' if kept == 0 else 'all'} of {of} tokens"
+                raise wrong_value(f"{label}.route_rate", self.route_rate, "a share that keeps some of them", why)
+
+    def _check_idle(self, label: str) -> None:
+        for name in keys(Routing):
+            if getattr(self, name) != getattr(Routing(), name):
+                why, allowed = "without a route no token is left out", 'left out, or with route = "tread"'
+                raise wrong_value(f"{label}.{name}", getattr(self, name), allowed, why)
+
+    def _check_blocks(self, label: str, model: Model) -> None:
+        """Some block runs all tokens."""
+        found, depth, first = self.tokens(model), model.depth, self.route_first
+        assert found is not None
+        if depth < 2:
+            why = f"model.depth = {depth}, and some block must run all tokens"
+            raise wrong_value(f"{label}.route", self.route, '"none", or 2 blocks or more', why)
+        if first >= depth:
+            raise wrong_value(f"{label}.route_first", first, f"0 to {depth - 1}, with blocks of the model behind it")
+        most = depth if first else depth - 1
+        if not first < found.last <= most:
+            why = f"{found.last}, with route_first = {first} and model.depth = {depth}"
+            allowed = f"{first + 1} to {most}" + ", so that some block runs all tokens" * (first == 0)
+            raise wrong_value(f"{label}.route_last", self.route_last, allowed, why)
+
+    def _check_squares(self, label: str, grid: tuple[int, int], groups: TokenGroups | None) -> None:
+        """One token of each 2 × 2 is a quarter of all, and there are whole squares."""
+        key, value = f"{label}.route_select", self.route_select
+        if self.rate != SQUARE_RATE:
+            why = f"one token of each 2 x 2 is kept, and route_rate = {show(self.route_rate)}"
+            raise wrong_value(key, value, f'"random", or route_rate = {SQUARE_RATE:g}', why)
+        if grid[0] % 2 or grid[1] % 2:
+            why = f"one token of each 2 x 2 is kept, and there are {grid[0]} x {grid[1]}"
+            raise wrong_value(key, value, '"random", or latents of an even number of patches each way', why)
+        if groups is not None:
+            raise wrong_value(key, value, '"random"', "the stage's method has groups of tokens")
