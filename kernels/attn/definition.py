@@ -27,7 +27,7 @@ def attention_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths = None) ->
     """
     attend = torch.nn.functional.scaled_dot_product_attention
     parts = _cut(lengths, q, k, v)
-    return attend(q, k, v) if lengths is None else torch.cat([attend(*part) for part in parts], 2)
+    return attend(q, k, v) if lengths is None else torch.cat([attend(q, k, v) for q, k, v in parts], 2)
 
 
 def _cut(lengths: Lengths, *tensors: Tensor, dim: int = 2) -> list[tuple[Tensor, ...]]:
