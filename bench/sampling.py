@@ -4,6 +4,9 @@ The plain one takes Heun's steps as a paper writes them: an eager network in flo
 at every time as two forwards, their difference multiplied by ω inside the interval and by one outside of it; "skipping"
 is the same without the second forward outside of it. The same noise must come out as the same latents, or nothing is
 timed. "bf16" is st_fast's with --precision bf16, whose error is told beside it.
+
+Beside it, what guidance costs: the same network with an internal head, unguided, with Internal Guidance at all times
+(one pass), and with classifier-free guidance at all times (two).
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from st_fast.model.attention import choose
 from st_fast.model.compiling import CompiledBlocks
 from st_fast.recipe import load
 from st_fast.recipe.schema import Model, Sample
-from st_fast.sample.draw import balanced, starting_noise
+from st_fast.sample.draw import Draw, balanced, starting_noise
 from st_fast.sample.guided import sample
 
 TOLERANCE = 1e-3
@@ -116,6 +119,37 @@ def measure(device: torch.device, size: str, batch: int, steps: int, effort: Eff
     }  # fmt: skip
 
 
+def guidances(device: torch.device, size: str, batch: int, steps: int, effort: Effort, depth: int = 0) -> Row:
+    """What the two guidances take of the time of drawing without any, the same number of steps."""
+    config = load(ROOT / "recipes" / f"sit_{size}.toml", ["--data.path=none", "--run.out=none"]).model
+    config = replace(config, depth=depth or config.depth)
+    config = replace(config, internal_head=max(1, config.depth // 3))
+    model, draw = filled(config, device, torch.float32), balanced(0, 0, batch, config.num_classes, device)
+    if device.type == "cuda":
+        model.run_block = CompiledBlocks(print, dynamic=False)
+    usual = Sample(sampler="heun", steps=steps, cfg_scale=1.0, cfg_range=(0.0, 1.0))
+    asked = {
+        "unguided": usual,
+        "internal": replace(usual, internal_guidance=1.4),
+        "cfg": replace(usual, cfg_scale=1.9),
+    }
+    found = interleave(
+        {name: _variant(partial(_drawn, model, draw, how)) for name, how in asked.items()}, device, effort
+    )
+    seconds = {name: samples["draw"] for name, samples in found.items()}
+    return {
+        "size": config.name.removeprefix("SiT-"), "sampler": "guidance, heun", "steps": steps, "batch": batch,
+        "depth": config.depth, "images_per_s": {"ours": batch / statistics.median(seconds["unguided"])},
+        "of_unguided": {name: paired_ratio(seconds[name], seconds["unguided"]) for name in ("internal", "cfg")},
+        "rounds": len(seconds["unguided"]), "noise": noise(seconds["unguided"]),
+        "spread_ms": spread(seconds["unguided"]),
+    }  # fmt: skip
+
+
+def _drawn(model: DiffusionTransformer, draw: Draw, settings: Sample) -> Tensor:
+    return sample(model, draw, settings, "linear")
+
+
 def _guided_share(settings: Sample) -> float:
     """Share of the velocity's evaluations that need both branches."""
     times = torch.linspace(1, 0, settings.steps + 1, dtype=torch.float64).tolist()
@@ -139,3 +173,5 @@ def samplers(suite: Suite) -> Iterator[Task]:
         size, batch, steps, effort = "s", 1, 2, suite.effort
     task = partial(measure, suite.device, size, batch, steps, effort, depth=1 if suite.small else 0)
     yield f"{size.upper()}/2, heun, {steps} steps, batch {batch}", task
+    cost = partial(guidances, suite.device, size, batch, steps, effort, depth=1 if suite.small else 0)
+    yield f"{size.upper()}/2, guidance, {steps} steps, batch {batch}", cost

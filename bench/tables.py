@@ -139,6 +139,8 @@ SAMPLER: Columns = {
     "× plain": cell(ratio, "speedup", "plain"),
     "× plain, skipping": cell(ratio, "speedup", "skipping"),
     "bf16, × plain": cell(ratio, "bf16_speedup"),
+    "Internal Guidance, time × unguided": cell("{:.3f}".format, "of_unguided", "internal"),
+    "CFG, time × unguided": cell("{:.3f}".format, "of_unguided", "cfg"),
     "noise": _noise,
 }
 FIRST: Columns = {

@@ -229,6 +229,29 @@ def test_a_run_on_several_shapes_goes_on_with_other_ranks_and_in_shards_through_
     close(tiny.records(tmp_path / "ranks", "train"), tiny.records(tmp_path / "alone", "train"))
 
 
+def test_internal_guidance_goes_on_with_other_ranks_and_in_shards(nursery, tmp_path):
+    data, recipes = tiny.write_data(tmp_path / "data"), []
+    stage = '[[stage]]\nname = "internal"\nsupervision = "internal_guidance"\nsteps = {}\ndepth = 2\n'
+    for name in ("alone", "ranks"):
+        recipes.append(tiny.write_recipe(tmp_path / f"{name}.toml", data, tmp_path / name))
+        text = recipes[-1].read_text().partition("[[stage]]")[0]
+        recipes[-1].write_text(f"{text}{stage.format(9)}target_guidance = 0.5\n")
+    run(load(recipes[0]))
+    for count, options in (
+        (2, ("--stage.internal.steps=3",)),
+        (1, ("--stage.internal.steps=5",)),
+        (2, ("--run.sharding=fsdp2",)),
+    ):
+        assert finish(nursery.start(count, recipes[1], *options)) == [0] * count
+    close(tiny.records(tmp_path / "ranks", "train"), tiny.records(tmp_path / "alone", "train"))
+    ours, theirs = (
+        checkpoint.latest(tmp_path / name / "internal" / "checkpoints", print).groups["ema"]
+        for name in ("ranks", "alone")
+    )
+    assert ours.keys() == theirs.keys() and "final_layer_xr.linear.weight" in ours
+    assert all(torch.allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-4) for key in theirs)
+
+
 def test_a_run_on_captions_goes_on_with_other_ranks_and_in_shards_through_both_stages(nursery, tmp_path):
     data = tiny_text.make_data(tmp_path / "data")
     recipes = []
