@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from st_fast.recipe.methods import Dispersive, Plain
 from st_fast.recipe.schema import Stage
 from st_fast.train.graphs import refusal
 from st_fast.train.run import run
-from st_fast.train.supervision import Parts, create
+from st_fast.train.supervision import Parts, Rows, create
 from st_fast.train.supervision.dispersive import dispersion
 from tests import tiny
 from tests.train.supervision.test_losses import BATCH, MODEL, TABLE, hidden, noisy
@@ -99,6 +100,20 @@ def test_the_ranks_parts_add_up_and_each_has_the_whole_gradient_of_its_samples(c
         slopes.append(mine.grad.double().numpy())
     assert found == pytest.approx(expected, rel=min(close, 1e-5))
     np.testing.assert_allclose(np.concatenate(slopes), gradient, rtol=0, atol=close * np.abs(gradient).max())
+
+
+def test_the_ranks_losses_add_up_to_the_weight_times_the_whole_batchs():
+    method, z, found = Dispersive(depth=2, weight=0.7, temperature=0.3), hidden().detach(), 0.0
+    expected, _ = by_numpy(z.numpy().reshape(BATCH, -1), 0.3)
+    parts = list(z.flatten(1).chunk(3))
+    for rank, mine in enumerate(z.chunk(3)):
+        ranks = Rank(rank, parts, BATCH**2 * np.exp(expected))
+        supervision = create(Stage("s", method, 10), Parts(MODEL, TABLE, None, ranks=ranks), 1)
+        batch = noisy(method.selection)
+        part = slice(rank * 4, rank * 4 + 4)
+        rows = Rows(torch.arange(4), batch.rows.weight[part])
+        found += supervision.loss(mine, (), replace(batch, rows=rows)).item()
+    assert found == pytest.approx(0.7 * expected, rel=1e-6)
 
 
 def test_it_costs_the_student_alone_for_pairs_are_a_thousandth_of_it():
