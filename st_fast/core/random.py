@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     WHOLE_SAMPLE = 15
     GROUP_TIME = 16
     NEGATIVE = 17
+    PATH_DROP = 18
 
 
 def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int, part: int = 0) -> np.ndarray:

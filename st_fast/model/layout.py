@@ -52,6 +52,8 @@ class Layout:
     whole: Tensor | None = None
     """(B,) bool: samples of which every token attends to all the same."""
     route: Route | None = None
+    dropped: Tensor | None = None
+    """(B,) bool: samples that go on without what the blocks within a fusion made of them."""
 
     @property
     def groups(self) -> Groups:

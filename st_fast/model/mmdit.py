@@ -193,7 +193,7 @@ class MMDiT(DiffusionTransformer):
 
     def _trunk(
         self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
-        layout: Layout | None = None,
+        layout: Layout | None = None, skip: bool = False,
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         c = F.silu(self.t_embedder(t))  # (B, D)
         modulations = self._modulations(c, depth)

@@ -132,15 +132,17 @@ class SiT(DiffusionTransformer):
 
     def _trunk(
         self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
-        layout: Layout | None = None,
+        layout: Layout | None = None, skip: bool = False,
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         labels = self.y_embedder(condition)
         c = F.silu(self.t_embedder(t) + (labels if t.ndim == 1 else labels[:, None]))  # (B, D) or (B, G, D)
         # (B, 6D) from each block, (B, 2D) from the final layer; or each group's.
         modulations = self._modulations(c, depth)
         following = shifts_and_scales(modulations, self.config.width)
-        walk = Walk(self.kernels, layout, tokens, following)
+        walk = Walk(self.kernels, layout, tokens, following, self._fusion)
         for number, block in enumerate(self._blocks[:depth], start=1):
+            if skip and walk.skipped(number):
+                continue
             walk.enter(number)
             x, y = self.run_block(block, walk.x, walk.y, modulations[number - 1], *following[number], walk.groups)
             walk.leave(number, x, y, tapped=number in taps)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from st_fast.kernels import KernelTable
 from st_fast.model import flow
+from st_fast.model.fusion import Fusion
 from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, sincos_positions, unpatchify
 from st_fast.model.layout import Groups, Layout
 from st_fast.model.load import Pretrained
@@ -43,6 +44,10 @@ class DiffusionTransformer(Pretrained):
     final_layer_xr: FinalLayer
     """The internal head (Internal Guidance, arXiv 2512.24176), after block `config.internal_head`; only there if that
     is above 0."""
+    fusion_proj: nn.Linear
+    """SPRINT's fusion (`st_fast.model.fusion`), only there if `config.fusion_last` is above 0, as the next one is."""
+    mask_token: nn.Parameter
+    """(1, 1, D)."""
     run_block: Run
 
     @abstractmethod
@@ -60,7 +65,7 @@ class DiffusionTransformer(Pretrained):
     @abstractmethod
     def _trunk(
         self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
-        layout: Layout | None = None,
+        layout: Layout | None = None, skip: bool = False,
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y.
 
@@ -98,6 +103,18 @@ class DiffusionTransformer(Pretrained):
                 nn.init.zeros_(layer.bias)
                 if self.config.zero_init:
                     nn.init.zeros_(layer.weight)
+        if self.config.fusion_last:
+            width = self.config.width
+            self.fusion_proj, self.mask_token = nn.Linear(2 * width, width), nn.Parameter(torch.zeros(1, 1, width))
+            nn.init.xavier_uniform_(self.fusion_proj.weight)
+            nn.init.zeros_(self.fusion_proj.bias)
+
+    @property
+    def _fusion(self) -> Fusion | None:
+        config = self.config
+        if not config.fusion_last:
+            return None
+        return Fusion(config.fusion_first, config.fusion_last, self.fusion_proj, self.mask_token)
 
     @abstractmethod
     def _initialise_condition(self) -> None:
@@ -163,6 +180,16 @@ class DiffusionTransformer(Pretrained):
             tapped[INTERNAL] = self._velocity(tapped[INTERNAL], x, t, layout)
         return velocity, tuple(tapped[number] for number in taps) if isinstance(tap, tuple) else tapped[tap]
 
+    def without_path(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The velocity (B, C, H, W) where mask tokens stand for what the blocks within the fusion make; they don't run.
+
+        ValueError where the network has no fusion.
+        """
+        if not self.config.fusion_last:
+            raise ValueError("the network has no fusion (fusion_last = 0), within which blocks could be skipped")
+        y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, skip=True)[2]
+        return self._velocity(self.final_layer(y), x, t, None)
+
     def _velocity(self, patches: Tensor, x: Tensor, t: Tensor, layout: Layout | None) -> Tensor:
         """What a final layer gives (B, N, p·p·C), in the layout's order, as a velocity (B, C, H, W).
 
@@ -182,8 +209,7 @@ class DiffusionTransformer(Pretrained):
 
     def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int, layout: Layout | None = None) -> Tensor:
         """The stream after block `depth` (B, N, D), row by row; nothing after it is computed."""
-        stream = self._trunk(self.embed_tokens(x), t, condition, depth, layout=layout)[1]
-        return stream if layout is None else layout.restored(stream)
+        return self._trunk(self.embed_tokens(x), t, condition, depth, (depth,), layout)[0][depth]
 
     def guided_features(
         self, x: Tensor, t: Tensor, condition: Tensor, depth: int, branches: Branches = batched
@@ -194,7 +220,7 @@ class DiffusionTransformer(Pretrained):
         """
 
         def features(tokens: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            return self._trunk(tokens, t, condition, depth)[1]
+            return self._trunk(tokens, t, condition, depth, (depth,))[0][depth]
 
         return branches(features, self.embed_tokens(x), t, condition, self.null_condition(len(condition)))
 
@@ -203,15 +229,19 @@ class Walk:
     """The image's residual stream x and modulated input y on their way through the blocks.
 
     Puts the tokens into the layout's order, takes those that its route drops out and puts them back, as they were,
-    behind the last block without them. `following` has the shift and scale of each block's y.
+    behind the last block without them. With a fusion, the stream before its blocks joins what these made of it.
+    `following` has the shift and scale of each block's y.
     """
 
     def __init__(
-        self, kernels: KernelTable, layout: Layout | None, tokens: Tensor, following: Sequence[tuple[Tensor, Tensor]]
-    ) -> None:
-        self._kernels, self._layout, self._following = kernels, layout, following
+        self, kernels: KernelTable, layout: Layout | None, tokens: Tensor, following: Sequence[tuple[Tensor, Tensor]],
+        fusion: Fusion | None = None,
+    ) -> None:  # fmt: skip
+        self._kernels, self._layout, self._following, self._fusion = kernels, layout, following, fusion
         self._others: Tensor | None = None
         """(B, N − K, D): the tokens that are left out, while some are."""
+        self._before: Tensor | None = None
+        """(B, K, D) or (B, N, D): what is to be joined, within a fusion."""
         self.tapped = {0: tokens}
         self.x = tokens if layout is None else layout.ordered(tokens)
         self.groups = None if layout is None else layout.groups
@@ -227,15 +257,35 @@ class Walk:
         if layout is not None and layout.route is not None and number == layout.route.first + 1:
             self.x, self._others = layout.split(self.x)
             self.y, self.groups = layout.split(self.y)[0], layout.kept_groups
+        if self._fusion is not None and number == self._fusion.first + 1:
+            self._before = self.x
 
     def leave(self, number: int, x: Tensor, y: Tensor, tapped: bool) -> None:
         """After block `number`, whose output is x and the next input y."""
-        self.x, self.y, layout = x, y, self._layout
+        self.x, self.y, layout, fusion = x, y, self._layout, self._fusion
         if tapped:
             self.tapped[number] = x if layout is None or self._others is not None else layout.restored(x)
-        if self._others is not None and layout is not None and layout.route is not None and number == layout.route.last:
-            self.x, self.groups = layout.joined(x, self._others), layout.groups
-            self.y, self._others = self._modulated(number), None
+        back = layout is not None and layout.route is not None and number == layout.route.last
+        if fusion is not None and number == fusion.last:
+            assert self._before is not None
+            self.x = fusion.joined(self._before, x, None if layout is None else layout.dropped)
+            self._others, self._before = None if self._others is None else fusion.masked(self._others), None
+        elif not back:
+            return
+        if back:
+            assert layout is not None and self._others is not None
+            self.x, self.groups, self._others = layout.joined(self.x, self._others), layout.groups, None
+        self.y = self._modulated(number)
+
+    def skipped(self, number: int) -> bool:
+        """Whether block `number` lies within the fusion and so need not run; its last one leaves mask tokens."""
+        fusion = self._fusion
+        if fusion is None or not fusion.first < number <= fusion.last:
+            return False
+        if number == fusion.last:
+            self.x = fusion.masked(self.x)
+            self.y = self._modulated(number)
+        return True
 
 
 def of_groups(groups: Groups | None) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from st_fast.core.options import ARCHITECTURE_MOST as MOST
 from st_fast.core.options import did_you_mean
-from st_fast.recipe.error import wrong_value
+from st_fast.recipe.error import show, wrong_value
 from st_fast.recipe.keys import BelowOne, Limit, between, fixed, free, keys
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -93,6 +93,12 @@ class Model:
     )
     internal_head: Annotated[int, between(0, MOST["depth"])] = fixed(
         0, "The block that a second final layer reads, which predicts the velocity too (Internal Guidance); 0: none."
+    )
+    fusion_first: Annotated[int, between(0, MOST["depth"])] = fixed(
+        0, "Blocks before those that a fusion surrounds (SPRINT); stages with such a route set it."
+    )
+    fusion_last: Annotated[int, between(0, MOST["depth"])] = fixed(
+        0, "The last of the surrounded blocks, whose output is joined with the stream before them; 0: no fusion."
     )
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')
     modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
@@ -189,6 +195,11 @@ class Model:
         """The linear layers of the internal head, where there is one."""
         return self._final_layers("final_layer_xr") if self.internal_head else ()
 
+    @property
+    def fusion_layers(self) -> tuple[Layer, ...]:
+        """The linear layer that joins a deep block's output with a shallow one's, where there is one."""
+        return (Layer("fusion_proj", 2 * self.width, self.width, self.tokens),) if self.fusion_last else ()
+
     def _final_layers(self, name: str) -> tuple[Layer, ...]:
         d = self.width
         return Layer(f"{name}.linear", d, self.patch_values, self.tokens), Layer(f"{name}.adaLN_modulation.1", d, 2 * d)
@@ -203,7 +214,8 @@ class Model:
         """Parameters, fixed positions included, as the published counts have them."""
         norms = 4 * (self.width // self.heads) * len(self.streams) if self.qk_norm else 0
         blocks = [sum(layer.parameters for layer in self.block_layers(ends)) + norms for ends in (False, True)]
-        ends = sum(layer.parameters for layer in (*self.embedders, *self.final_layers, *self.internal_layers))
+        others = *self.embedders, *self.final_layers, *self.internal_layers, *self.fusion_layers
+        ends = sum(layer.parameters for layer in others) + (self.width if self.fusion_last else 0)  # the mask token
         constants = self.tokens * self.width  # positions
         if self.network == "sit":
             constants += (self.num_classes + (self.class_dropout > 0)) * self.width
@@ -234,7 +246,7 @@ class Model:
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]
 
 
-LATER = ("prediction", "internal_head")
+LATER = ("prediction", "internal_head", "fusion_first", "fusion_last")
 """Keys that came later: where they have their default they are not written, so that older versions read the rest."""
 IDLE: dict[str, set[str]] = {
     "sit": {"network", "text_width", "text_length", "zero_init"},
@@ -302,6 +314,11 @@ def check_shapes(model: Model) -> None:
     if model.internal_head > model.depth:
         allowed = f"0 (none) or 1 to {model.depth}, the model's blocks"
         raise wrong_value("model.internal_head", model.internal_head, allowed)
+    first, last = model.fusion_first, model.fusion_last
+    if (first, last) != (0, 0) and (model.network != "sit" or not 1 <= first < last < model.depth):
+        why = f"fusion_first = {first}, depth = {model.depth}, network = {show(model.network)}"
+        allowed = "0 <= fusion_first < fusion_last < depth of a SiT, both 0 or neither"
+        raise wrong_value("model.fusion_last", last, allowed, why)
     if model.hidden < 1:
         raise wrong_value("model.mlp_ratio", model.mlp_ratio, f"at least 1 / model.width = {1 / model.width:g}")
     if model.parameters > PARAMETERS_MOST:

@@ -24,15 +24,15 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     for position, stage in enumerate(recipe.stages):
         check_numbers(stage, recipe.model.depth)
         stage.method.check(stage.name)
-        model = recipe.for_stage(stage).model
-        check_shapes(model)
         check_models(stage, recipe.stages, position)
         check_contrast(stage, recipe.optim)
         check_groups(stage, recipe.model)
         check_pairs(stage, recipe.optim, ranks)
-        stage.routing.check(stage.name, model, stage.method)
+        stage.routing.check(stage.name, stage.method.network(recipe.model), stage.method)
+        check_shapes(recipe.for_stage(stage).model)
     check_guidance(recipe)
     check_internal_head(recipe)
+    check_path_drop(recipe)
     check_single_values(recipe)
     check_scores(recipe.evaluate)
     check_text(recipe)
@@ -177,6 +177,20 @@ def check_guidance(recipe: Recipe) -> None:
         why = f"no null class is trained, but guidance is wanted by {' and '.join(wanted)}"
         allowed = "class_dropout above 0 and below 1 (0.1 is usual), or cfg_scale = 1 there"
         raise wrong_value("model.class_dropout", recipe.model.class_dropout, allowed, why)
+
+
+def check_path_drop(recipe: Recipe) -> None:
+    """Guidance by path drop skips the blocks within a fusion, which every stage's network must have."""
+    sample = recipe.sample
+    if sample.guidance != "path_drop":
+        return
+    for stage in recipe.stages:
+        if not recipe.for_stage(stage).model.fusion_last:
+            why = f"stage.{stage.name} has no fusion around blocks that could be skipped"
+            raise wrong_value("sample.guidance", sample.guidance, '"cfg", or route = "sprint" in every stage', why)
+    if sample.internal_guidance != 1.0:
+        why = f"sample.internal_guidance = {show(sample.internal_guidance)} guides both of cfg's branches"
+        raise wrong_value("sample.guidance", sample.guidance, '"cfg"', why)
 
 
 def check_internal_head(recipe: Recipe) -> None:

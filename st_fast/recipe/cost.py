@@ -7,12 +7,12 @@ modulation too many. A flash backward computes the scores once more, which count
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
 from st_fast.recipe.methods import Method, dinov2_size
-from st_fast.recipe.route_cost import heads_macs, left_out_macs, plan_of, tapped_tokens
+from st_fast.recipe.route_cost import heads_macs, left_out_macs, plan_of, skipped_macs, tapped_tokens
 from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
 from st_fast.recipe.tokens import TokenPlan
 
@@ -29,6 +29,8 @@ def trunk_macs(model: Model, depth: int | None = None) -> int:
     """Multiply-adds of one image's forward up to block `depth`; without it, all of it with the final layers."""
     embedding = sum(layer.macs for layer in model.embedders)
     final = sum(layer.macs for layer in (*model.final_layers, *model.internal_layers)) if depth is None else 0
+    if depth is None or depth >= model.fusion_last:
+        final += sum(layer.macs for layer in model.fusion_layers)
     count = model.depth if depth is None else depth
     blocks = (count - 1) * block_macs(model) + block_macs(model, ends=True) if count else 0
     return embedding + blocks + final
@@ -259,7 +261,16 @@ def looking_flops(recipe: Recipe, stage: Stage) -> float:
         count * (-(-stage.steps // every) if every else 1)
         for count, every in ((recipe.sample.num, recipe.sample.every), (scored, recipe.evaluate.every))
     )
-    return drawn * drawing_rows(recipe.sample) * 2.0 * trunk_macs(recipe.for_stage(stage).model)
+    return drawn * 2.0 * drawing_macs(recipe.for_stage(stage).model, recipe.sample)
+
+
+def drawing_macs(model: Model, settings: Sample) -> float:
+    """Multiply-adds of drawing one sample: of guidance by path drop half of the rows skip blocks."""
+    rows = drawing_rows(settings)
+    if settings.guidance != "path_drop":
+        return rows * trunk_macs(model)
+    guided = rows - drawing_rows(replace(settings, cfg_scale=1.0))
+    return rows * trunk_macs(model) - guided * skipped_macs(model)
 
 
 def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan: TokenPlan | None = None) -> int:
@@ -283,6 +294,8 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan
     ends += each * d if model.internal_head else 0  # the head's y
     # Of a route: the tokens with which it begins, x and y of the kept ones, and those with which it ends, all of them.
     route = each * d * (2 * (n - left_out) + 2 * n) if routed else 0
+    if model.fusion_last:  # both streams side by side, of all tokens or the kept ones, and what they are fused to
+        route += each * d * (2 * (n - left_out) + n)
     blocks = (n * model.depth - left_out * len(routed)) * (block - again)
     return blocks + n * (again + ends) + modulations + route
 

@@ -18,7 +18,16 @@ def left_out_macs(model: Model, stage: Stage) -> int:
     if plan is None or plan.route is None:
         return 0
     ends = [number == model.depth for number in plan.route.blocks]
-    return sum(_block_macs(model, plan, plan.lengths, end) - _block_macs(model, plan, plan.kept, end) for end in ends)
+    blocks = sum(_block_macs(model, plan, plan.lengths, end) - _block_macs(model, plan, plan.kept, end) for end in ends)
+    # Of a fusion a token that was left out needs the half for its own state; the mask token's is one for all.
+    fused = (sum(plan.lengths) - sum(plan.kept)) * model.width**2 if model.fusion_last else 0
+    return blocks + fused
+
+
+def skipped_macs(model: Model) -> int:
+    """Multiply-adds of one image's forward that are not run where the blocks within a fusion are skipped."""
+    blocks = sum(layer.macs for layer in model.block_layers() if "adaLN" not in layer.name) + model.attention_macs
+    return (model.fusion_last - model.fusion_first) * blocks + sum(layer.macs for layer in model.fusion_layers) // 2
 
 
 def _block_macs(model: Model, plan: TokenPlan, lengths: tuple[int, ...], ends: bool) -> int:

@@ -169,6 +169,10 @@ class Sample:
         "unbiased",
         "Of a stage with `contrast`: take its bias out of v̂ at all times; only in `cfg_range`, as released; or never.",
     )
+    guidance: Literal["cfg", "path_drop"] = free(
+        "cfg",
+        "What guidance leads away from: the null label, or with it the network without its inner blocks (SPRINT).",
+    )
     internal_guidance: Guidance = free(1.0, "Internal Guidance, away from the internal head's output; 1: none.")
     internal_range: TimeRange = free((0.0, 1.0), "Times at which it acts.")
     prompts: tuple[str, ...] = free((), "What MMDiT draws while it trains; empty: captions of the data.")
@@ -284,7 +288,7 @@ class Recipe:
         What builds, costs, loads or samples a stage's network reads it from here; what is written down (the run's
         recipe.toml, a checkpoint's recipe) is the recipe as it was given. Of this recipe again: the same.
         """
-        return replace(self, model=stage.method.network(self.model))
+        return replace(self, model=stage.routing.network(stage.method.network(self.model)))
 
 
 SECTIONS: dict[str, type[Any]] = {key: kind for key, kind in get_type_hints(Recipe).items() if key != "stages"}

@@ -52,16 +52,20 @@ class TokenPlan:
     route: TokenRoute | None = None
     kept: tuple[int, ...] = ()
     """Tokens of each group that the route keeps."""
+    path_drop: float = 0.0
+    """Chance of a sample to lose what the blocks within a fusion made of it."""
 
 
-def token_plan(tokens: int, groups: TokenGroups | None, route: TokenRoute | None) -> TokenPlan | None:
+def token_plan(
+    tokens: int, groups: TokenGroups | None, route: TokenRoute | None, path_drop: float = 0.0
+) -> TokenPlan | None:
     """Of an image with so many tokens; None where all of them run alike."""
-    if groups is None and route is None:
+    if groups is None and route is None and path_drop == 0.0:
         return None
     groups = groups or TokenGroups((1.0,))
     lengths = divided(tokens, groups.shares)
     kept = () if route is None else kept_lengths(lengths, route.rate)
-    return TokenPlan(lengths, groups.separated, groups.whole, route, kept)
+    return TokenPlan(lengths, groups.separated, groups.whole, route, kept, path_drop)
 
 
 def divided(tokens: int, shares: Sequence[float]) -> tuple[int, ...]:

@@ -145,7 +145,8 @@ def guided_velocity(
 ) -> Velocity:  # fmt: skip
     """v̂ with classifier-free guidance (arXiv 2207.12598) where t lies in `cfg_range`, both branches as one batch.
 
-    v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y. `negative` (B, …) takes the place of ∅. Each
+    v = v_∅ + ω·(v_y − v_∅); outside the range, or with ω = 1, just v_y. By path drop (SPRINT) v_∅ is of the network
+    without the blocks within its fusion, in a pass of its own. `negative` (B, …) takes the place of ∅. Each
     of the two is `internally_guided`. `correction` is applied to each branch's output that has the bias, before they
     are combined.
     """
@@ -167,6 +168,11 @@ def guided_velocity(
     def velocity(x: Tensor, t: float) -> Tensor:
         if settings.cfg_scale == 1.0 or not low <= t <= high:
             return branch(x, t, condition, corrected)
+        if settings.guidance == "path_drop":
+            conditional = branch(x, t, condition, corrected)
+            unconditional = model.without_path(x, torch.full((len(x),), t, device=x.device), null).float()
+            unconditional = corrected(unconditional, t) if null_biased else unconditional
+            return unconditional + settings.cfg_scale * (conditional - unconditional)
         conditional, unconditional = branch(x.repeat(2, 1, 1, 1), t, torch.cat((condition, null)), of_two).chunk(2)
         return unconditional + settings.cfg_scale * (conditional - unconditional)
 

@@ -100,7 +100,8 @@ class SampleRequest:
         steps = "" if self.settings.sampler == "dopri5" else f"{self.settings.steps}"
         size = "" if self.size is None else f"-{named_size(sides(self.size))}"
         internal = self.settings.internal_guidance
-        guidance = f"cfg{self.settings.cfg_scale:g}" + (f"-ig{internal:g}" if internal != 1.0 else "")
+        kind = "pdg" if self.settings.guidance == "path_drop" else "cfg"
+        guidance = f"{kind}{self.settings.cfg_scale:g}" + (f"-ig{internal:g}" if internal != 1.0 else "")
         return f"{self.settings.sampler}{steps}-{guidance}{size}"
 
     @property
@@ -288,6 +289,10 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
         "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
     )
     parser.add_argument(
+        "--guidance", choices=("cfg", "path_drop"),
+        help="away from the null label, or with it from the network without its inner blocks (SPRINT's)",
+    )  # fmt: skip
+    parser.add_argument(
         "--internal-guidance", type=number(0, CFG_MOST), metavar="W", help="Internal Guidance w; 1 is none"
     )
     parser.add_argument(
@@ -323,7 +328,17 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if (asked := len(text.prompts)) and (given.prompt or given.prompts):
         usual = asked * max(1, PICTURES // asked)
     chosen = {"num": usual} | (PRESETS[given.preset] if given.preset else {})
-    for key in ("num", "batch_size", "sampler", "steps", "cfg_scale", "internal_guidance", "contrast", "vae"):
+    for key in (
+        "num",
+        "batch_size",
+        "sampler",
+        "steps",
+        "cfg_scale",
+        "guidance",
+        "internal_guidance",
+        "contrast",
+        "vae",
+    ):
         if (value := getattr(given, key)) is not None:
             chosen[key] = value
     for key in ("cfg_range", "internal_range"):
@@ -331,6 +346,12 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
             chosen[key] = low, high = tuple(ends)
             if low > high:
                 raise UserError(f"--{key.replace('_', '-')} {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
+    if chosen.get("guidance", recipe.sample.guidance) == "path_drop":
+        asked = "--guidance path_drop"
+        if not recipe.model.fusion_last:
+            raise UserError(f'{asked}: {source.path} has no fusion; route = "sprint" trains one')
+        if chosen.get("internal_guidance", recipe.sample.internal_guidance) != 1.0:
+            raise UserError(f"{asked}: with --internal-guidance only cfg is possible, both of whose branches it guides")
     settings, source = fitted(replace(recipe.sample, **chosen), source)
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
         raise UserError(

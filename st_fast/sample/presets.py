@@ -9,9 +9,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampler": "sde", "steps": 250, "cfg_scale": 1.35, "cfg_range": (0.0, 0.7), "internal_guidance": 1.4,
         "internal_range": (0.0, 1.0),
     },
+    "sprint": {"sampler": "sde", "steps": 250, "cfg_scale": 3.0, "cfg_range": (0.0, 1.0), "guidance": "path_drop"},
     "unguided": {
         "sampler": "sde", "steps": 250, "cfg_scale": 1.0, "cfg_range": (0.0, 1.0), "internal_guidance": 1.0
     },
 }  # fmt: skip
 """REPA's headline numbers (arXiv 2410.06940), Self-Transcendence's (arXiv 2601.07773), Internal Guidance's as its
-released script has them (arXiv 2512.24176; its paper guides at t > 0.3 only), and all without guidance."""
+released script has them (arXiv 2512.24176; its paper guides at t > 0.3 only), SPRINT's as its released configuration
+has them (arXiv 2510.21986), and all without guidance."""

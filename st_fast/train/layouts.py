@@ -47,7 +47,10 @@ def draw_layout(plan: TokenPlan, grid: tuple[int, int], seed: int, ordinals: Ten
             keys = keys + _later_in_their_square(keys, grid)
     order = keys.argsort(dim=1, stable=True)
     whole = whole_samples(plan.whole, seed, ordinals) if plan.whole > 0 else None
-    return Layout(order, plan.lengths, plan.separated, whole, route)
+    dropped = None
+    if plan.path_drop > 0:
+        dropped = random.uniform(seed, Purpose.PATH_DROP, ordinals)[:, 0] < plan.path_drop
+    return Layout(order, plan.lengths, plan.separated, whole, route, dropped)
 
 
 def _later_in_their_square(keys: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -40,7 +40,7 @@ def check_shapes(recipe: Recipe, records: BucketSet) -> None:
         )
     for stage in recipe.stages:
         for part in records.parts:
-            model = _of_shape(recipe, *part.manifest.shape[1:]).for_stage(stage).model
+            model = stage.method.network(_of_shape(recipe, *part.manifest.shape[1:]).model)
             stage.routing.check(stage.name, model, stage.method)
     several = f"{records.folder} has latents of {len(records.parts)} shapes"
     if recipe.run.graphs:

@@ -42,6 +42,9 @@ class Draws(Protocol):
     def offset(self, sample: int) -> float:
         """SRA's u in (0, 1)."""
 
+    def path(self, sample: int) -> float:
+        """A sample loses what a fusion's blocks made of it where this is below the chance."""
+
     def keys(self, sample: int, count: int) -> list[float]:
         """One a token; a route keeps those with the least."""
 
@@ -70,6 +73,8 @@ class Method:
     rate: float = 0.5
     structured: bool = False
     dense_after: int = 0
+    fused: bool = False
+    path_drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class Route:
     first: int
     last: int
     places: Tensor
+    fused: bool = False
+    lost: Tensor | None = None
+    """(B,) bool: the samples with mask tokens in all places, of a fused route."""
 
     def of(self, values: Tensor) -> Tensor:
         """(B, N, …) → (B, K, …)."""
@@ -219,7 +227,8 @@ def network(
 ) -> tuple[Tensor, list[Tensor]]:
     """The velocity (B, C, S, S), and the stream (B, N, D) before the first block and after each.
 
-    Within a route the stream is that of the kept tokens (B, K, D); behind it the others go on as they were.
+    Within a route the stream is that of the kept tokens (B, K, D); behind it the others go on as they were, or all are
+    fused with what they were.
     """
     c = silu(condition(w, t, labels))
     stream = stored = tokens_of(s, w, x)
@@ -235,7 +244,12 @@ def network(
         stream = stream + gate2 * linear(w, f"{block}.mlp.fc2", hidden)
         streams.append(stream)
         if route is not None and number + 1 == route.last:
-            stream = route.back(stream, stored)
+            if route.fused:
+                masks = w["mask_token"].expand_as(stored)
+                deep = torch.where(route.lost[:, None, None], masks, route.back(stream, masks))
+                stream = linear(w, "fusion_proj", torch.cat([stored, deep], dim=2))
+            else:
+                stream = route.back(stream, stored)
     shift, scale = linear(w, "final_layer.adaLN_modulation.1", c)[:, None].chunk(2, dim=-1)
     velocity = latents_of(s, linear(w, "final_layer.linear", normalised(stream) * (1 + scale) + shift))
     return velocity, streams
@@ -315,20 +329,25 @@ def minus_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 def route_of(s: Setting, method: Method, draws: Draws, batch: Batch, step: int) -> Route | None:
     """The step's route, if the method has one and it has not ended."""
-    if method.last == 0 or (method.dense_after and step >= method.dense_after):
+    ended = method.dense_after and step >= method.dense_after
+    if method.last == 0 or (ended and not method.fused):
         return None
     side = batch.x.shape[-1] // s.patch
     chosen = []
     for sample in batch.samples:
         keys = draws.keys(sample, side * side)
         pool = list(range(side * side))
+        if ended:
+            chosen.append(pool)
+            continue
         if method.structured:
             corners = [(i, j) for i in range(0, side, 2) for j in range(0, side, 2)]
             squares = [[(i + a) * side + j + b for a in (0, 1) for b in (0, 1)] for i, j in corners]
             pool = [min(square, key=keys.__getitem__) for square in squares]
         count = round(side * side * (1 - method.rate))
         chosen.append(sorted(pool, key=keys.__getitem__)[:count])
-    return Route(method.first, method.last, torch.tensor(chosen))
+    lost = torch.tensor([draws.path(sample) < method.path_drop for sample in batch.samples])
+    return Route(method.first, method.last, torch.tensor(chosen), method.fused, lost)
 
 
 def patches_of(s: Setting, x: Tensor) -> Tensor:

@@ -102,6 +102,11 @@ def routed(first: int, last: int, rate: float, select: str = "random") -> dict[s
     return {"route": "tread", "route_first": first, "route_last": last, "route_rate": rate, "route_select": select}
 
 
+def fused(rate: float, select: str = "random", path_drop: float = 0.3, **more: Any) -> dict[str, Any]:
+    """SPRINT's keys, around the second of three blocks."""
+    return routed(1, 2, rate, select) | {"route": "sprint", "path_drop": path_drop} | more
+
+
 ROUTES = {"first": "route_first", "last": "route_last", "rate": "route_rate"}
 
 
@@ -157,6 +162,9 @@ class Numbers:
 
     def offset(self, sample: int) -> float:
         return self._uniform(11, sample)
+
+    def path(self, sample: int) -> float:
+        return self._uniform(18, sample)
 
     def keys(self, sample: int, count: int) -> list[float]:
         return [((word >> 8) + 0.5) / 2**24 for word in program.words(SEED, 14, sample, count)]
@@ -234,6 +242,19 @@ CASES = {
             Method("repa", depth=3, weight=0.8, first=1, last=2, dense_after=2),
         ),
         accumulation=2,
+    ),
+    "a route with a fusion, and a dense end": Case(
+        stage("plain", "none", **fused(0.75, "structured", path_drop=0.0))
+        + stage("dense", "none", **fused(0.4, path_drop=0.5, dense_after=1))
+        + stage("align", "velocity_head", depth=2, hidden=20, weight=0.7, t_range=RANGE["t_range"], **fused(0.5))
+        + stage("repa", "repa", encoders=("one", "two"), depth=3, hidden=20, weight=0.8, **fused(0.5)),
+        (
+            Method("none", first=1, last=2, rate=0.75, structured=True, fused=True),
+            Method("none", first=1, last=2, rate=0.4, fused=True, path_drop=0.5, dense_after=1),
+            Method("velocity_head", depth=2, weight=0.7, **RANGE, first=1, last=2, fused=True, path_drop=0.3),
+            Method("repa", depth=3, weight=0.8, first=1, last=2, fused=True, path_drop=0.3),
+        ),
+        accumulation=2, modulation="one",
     ),
     "padded rows under a route": two_stages(
         {"first": 0, "last": 2, "rate": 0.5, **RANGE}, {"first": 0, "last": 2, "rate": 0.5, **RANGE},
