@@ -12,11 +12,11 @@ from st_fast.report.metrics import METRICS
 STREAM = (
     ("optim", "batch_size"), ("flow", "path"), ("flow", "time"), ("run", "seed"),
     ("sample", "sampler"), ("sample", "steps"), ("sample", "cfg_scale"), ("sample", "cfg_range"),
-    ("sample", "internal_guidance"), ("sample", "internal_range"), ("evaluate", "num"),
+    ("sample", "guidance"), ("sample", "internal_guidance"), ("sample", "internal_range"), ("evaluate", "num"),
 )  # fmt: skip
 """Settings that decide which samples, times and noise a run sees, and how its scores are taken."""
 LATER: dict[tuple[str, str], object] = {
-    ("sample", "internal_guidance"): 1.0, ("sample", "internal_range"): (0.0, 1.0),
+    ("sample", "guidance"): "cfg", ("sample", "internal_guidance"): 1.0, ("sample", "internal_range"): (0.0, 1.0),
 }  # fmt: skip
 """What runs had before there was such a setting."""
 YARDSTICKS = {

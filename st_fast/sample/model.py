@@ -210,6 +210,15 @@ def load_sampler(request: SampleRequest, ranks: Ranks, say: Callable[[str], None
     return Sampler(request, model, found.step, decode, vae, compiled, names, prompts, shape, corrected, head)
 
 
+def _check_path_drop(settings: Sample, source: Source) -> None:
+    """UserError where there are no blocks that guidance could skip, or another guidance that they take part in."""
+    if settings.guidance == "path_drop" and not source.recipe.model.fusion_last:
+        raise UserError(f'--guidance path_drop: {source.path} has no fusion; route = "sprint" trains one')
+    if settings.guidance == "path_drop" and settings.internal_guidance != 1.0:
+        asked = f"--guidance path_drop with --internal-guidance {settings.internal_guidance:g}"
+        raise UserError(f"{asked}: only cfg is possible, both of whose branches the latter guides")
+
+
 def load_prompts(
     text: TextRequest, recipe: Recipe, device: torch.device, say: Callable[[str], None],
     known: TextStates = UNKNOWN_TEXT,
@@ -328,17 +337,8 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if (asked := len(text.prompts)) and (given.prompt or given.prompts):
         usual = asked * max(1, PICTURES // asked)
     chosen = {"num": usual} | (PRESETS[given.preset] if given.preset else {})
-    for key in (
-        "num",
-        "batch_size",
-        "sampler",
-        "steps",
-        "cfg_scale",
-        "guidance",
-        "internal_guidance",
-        "contrast",
-        "vae",
-    ):
+    named = "num", "batch_size", "sampler", "steps", "cfg_scale", "guidance", "internal_guidance", "contrast", "vae"
+    for key in named:
         if (value := getattr(given, key)) is not None:
             chosen[key] = value
     for key in ("cfg_range", "internal_range"):
@@ -346,13 +346,8 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
             chosen[key] = low, high = tuple(ends)
             if low > high:
                 raise UserError(f"--{key.replace('_', '-')} {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
-    if chosen.get("guidance", recipe.sample.guidance) == "path_drop":
-        asked = "--guidance path_drop"
-        if not recipe.model.fusion_last:
-            raise UserError(f'{asked}: {source.path} has no fusion; route = "sprint" trains one')
-        if chosen.get("internal_guidance", recipe.sample.internal_guidance) != 1.0:
-            raise UserError(f"{asked}: with --internal-guidance only cfg is possible, both of whose branches it guides")
     settings, source = fitted(replace(recipe.sample, **chosen), source)
+    _check_path_drop(settings, source)
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:
         raise UserError(
             f"--cfg-scale {settings.cfg_scale}: the model has no null class (model.class_dropout = 0), which guidance "
