@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ def _check(ways: dict[str, Callable[[Tensor], Tensor]], qkv: Tensor, dout: Tenso
 def methods(suite: Suite) -> Iterator[Task]:
     """Steps at S/2, batch 8."""
     effort = suite.effort if suite.small else Effort(rounds=40, seconds=120, least=8, warmup=1)
-    sizes = {"tokens": 16, "depth": 4} if suite.small else {}
+    sizes: dict[str, Any] = {"tokens": 16, "depth": 4} if suite.small else {}
     for stage in OF_ITS_OWN:
         setup = Setup("S/2", stage, 2 if suite.small else 8, suite.device, **sizes)
         yield setup.label, partial(measure_method, setup, effort)

@@ -39,8 +39,9 @@ from st_fast.evaluate import attributes, classifier, clip_score, inception, scor
 from st_fast.evaluate.classifier import how_to_write_images
 from st_fast.recipe import Recipe
 from st_fast.report.metrics import apart
-from st_fast.sample.model import SampleRequest, sample_request, sampling, sampling_parser
+from st_fast.sample.model import sampling
 from st_fast.sample.previews import save_png
+from st_fast.sample.request import SampleRequest, sample_request, sampling_parser
 from st_fast.sample.set import ImageFile, draw_set, open_npz, read_settings
 
 

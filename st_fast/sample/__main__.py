@@ -36,8 +36,9 @@ from st_fast.core.command import run_command
 from st_fast.core.errors import UserError
 from st_fast.core.options import SEED_MOST, integer, path, pixels
 from st_fast.sample.draw import names_in_turn
-from st_fast.sample.model import Sampler, sample_request, sampling, sampling_parser
+from st_fast.sample.model import Sampler, sampling
 from st_fast.sample.previews import check_replaced, draw_grid, draw_interpolation, draw_trajectory, free_name
+from st_fast.sample.request import sample_request, sampling_parser
 from st_fast.sample.set import draw_set, settings_of
 
 PICTURE_MOST = 1_000

@@ -25,9 +25,10 @@ from st_fast.report.metrics import summary
 from st_fast.sample.contrast import Correction
 from st_fast.sample.draw import names_in_turn
 from st_fast.sample.guided import sample_batches, torchdiffeq_odeint
-from st_fast.sample.model import Decode, TextRequest, decoder, load_prompts
+from st_fast.sample.model import Decode, decoder, load_prompts
 from st_fast.sample.previews import png, sheet
 from st_fast.sample.prompts import EncodedPrompts, Prompts, checked_prompts
+from st_fast.sample.request import TextRequest
 from st_fast.train.log import Log
 
 Kind = Literal["sample", "eval"]
