@@ -253,6 +253,19 @@ def test_a_kernel_that_fails_is_replaced_by_the_reference_and_said_so(name, reci
     ]
 
 
+@pytest.mark.parametrize("kind", ["groups", "tokens"])
+def test_a_kernel_that_fails_for_a_modulation_of_groups_or_tokens_alone_is_replaced_too(kind, recipe, monkeypatch):
+    def call(x, a, gate, lengths=None):
+        if gate.dim() == 3 and (lengths is not None) == (kind == "groups"):
+            broken_op()
+        return kernels.gate_residual(x, a, gate, lengths)
+
+    working = kernels.KernelTable(**{op: getattr(kernels, op) for op in kernels.TABLE})
+    monkeypatch.setattr(kernels, "select", lambda choices, device: replace(working, gate_residual=call))
+    said: list[str] = []
+    assert tried(recipe, said).gate_residual is kernels.reference.gate_residual and len(said) == 1
+
+
 @pytest.mark.parametrize(("name", "told"), [("st_fast", "adamw_ema"), ("torch", "optim.implementation torch")])
 def test_an_optimiser_step_that_fails_is_replaced_before_it_touches_a_weight(name, told, recipe, monkeypatch):
     broken = replace(adamw.IMPLEMENTATIONS[name], update=broken_op)
