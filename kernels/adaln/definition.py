@@ -21,7 +21,7 @@ def over_tokens(vector: Tensor, lengths: Lengths) -> Tensor:
         return vector.unsqueeze(1)
     if lengths is None:
         return vector
-    return torch.cat([run.expand(-1, n, -1) for run, n in zip(vector.split(1, 1), lengths, strict=True)], 1)
+    return torch.cat([vector[:, run : run + 1].expand(-1, n, -1) for run, n in enumerate(lengths)], 1)
 
 
 def over_runs(grad: Tensor, like: Tensor, lengths: Lengths) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-Lengths = Sequence[int] | None
+Lengths = Optional[Sequence[int]]
 """The sizes of the runs of consecutive tokens that share something, the same in all samples; None: there are none."""
 
 

@@ -66,7 +66,7 @@ def modulated(batch: int, tokens: int | tuple[int, ...], width: int, per_token: 
         x, a, mod = parts(t)
         return (ops.gate_residual(x, a, mod[3], lengths),)
 
-    runs = str(tokens) if isinstance(tokens, int) else "+".join(map(str, tokens))
+    runs = str(tokens) if lengths is None else f"({'+'.join(map(str, lengths))})"
     size = f"{batch}x{runs}x{width}" + ("-per-token" if per_token else "")
     calls = {"norm_modulate": norm, "gate_residual_norm_modulate": gated, "gate_residual": residual,
              "gate_residual_norm_modulate-biased": biased}  # fmt: skip
