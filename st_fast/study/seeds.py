@@ -184,6 +184,7 @@ def _arm_json(arm: Arm) -> dict[str, Any]:
         "evals": [{key: r[key] for key in ("step", "flops", "seconds")} | scores(r) for r in arm.stage.evals],
         "own": {"step": arm.stage.step, "flops": arm.own.flops, "seconds": arm.own.seconds},
         "teacher": {"flops": arm.teacher.flops, "seconds": arm.teacher.seconds},
+        **({"stopped": stopped} if (stopped := arm.stage.stopped) is not None else {}),
     }
 
 
@@ -227,6 +228,7 @@ def _arm(name: str, entry: dict[str, Any], path: Path) -> Arm:
     if not isinstance(entry["recipe"], dict):
         raise TypeError(f"{name}: recipe")
     records = {"start": [{"step": 0} | entry["start"]], "train": [], "eval": evals, "sample": [], "end": [end]}
+    records["gradients"] = [entry["stopped"]] if "stopped" in entry else []
     stage = StageLog(str(entry["stage"]["name"]), entry["stage"], records)
     run = RunLog(f"{path.stem}, {name}", path, entry["recipe"], "", (stage,), ())
     cost = Cost(float(teacher["flops"]), float(teacher["seconds"]))
