@@ -15,6 +15,7 @@ from st_fast.model import build
 from st_fast.model.transformer import INTERNAL
 from st_fast.recipe.schema import Model, Sample
 from st_fast.sample import __main__ as sample
+from st_fast.sample.contrast import Correction
 from st_fast.sample.draw import balanced
 from st_fast.sample.guided import guided_velocity, sample_from
 from st_fast.sample.internal import EarlyHead
@@ -213,3 +214,17 @@ def test_a_set_of_an_older_version_is_continued(guided_run):
     sample.main([str(guided_run), "--num", "4", "--npz", "--out", str(folder)])
     said = json.loads((folder / "sample.json").read_text())
     assert not {"internal_guidance", "internal_range", "internal_block"} & set(said)
+
+
+@pytest.mark.parametrize("null", [True, False])
+def test_a_contrasts_correction_is_the_final_outputs_alone(model, null):
+    mean, settings = torch.full((3, 4, 6), 2.0), Sample(cfg_scale=2.5, cfg_range=(0.0, 1.0), internal_guidance=1.4)
+    found = guided_velocity(model, LABELS, settings, None, Correction(0.1, null, "unbiased", mean, "linear"))(X, 0.5)
+
+    def branch(labels, biased):
+        final, shallow = both(model, labels, 0.5)
+        return shallow + 1.4 * ((0.9 * final - 0.1 * 2.0 if biased else final) - shallow)
+
+    away = branch([5, 5], null)
+    expected = away + 2.5 * (branch(LABELS, True) - away)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
