@@ -57,6 +57,8 @@ FILES = (
     File("st_fast/train/supervision/sra.py", METHODS),
     File("st_fast/train/supervision/sra2.py", METHODS),
     File("st_fast/train/supervision/dispersive.py", METHODS),
+    File("st_fast/train/supervision/internal_guidance.py", METHODS),
+    File("st_fast/sample/internal.py", ("sample/test_internal_guidance.py",)),
     File("st_fast/sample/contrast.py", ("sample/test_contrast.py",)),
     File("st_fast/train/supervision/velocity_head.py", METHODS),
     File("st_fast/train/supervision/capacity.py", ("train/schedule/test_padding.py",)),

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from st_fast.report import plot
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
+from st_fast.report.fairness import unfair, warnings
 from st_fast.report.figures import Chart, Curve
 from st_fast.report.html import render
 from st_fast.report.scores import table
@@ -102,3 +103,23 @@ def test_a_legend_is_no_wider_than_its_figure(labels) -> None:
 def test_an_mfu_that_no_device_can_have_is_not_told(runs, mfu, told) -> None:
     path = runs.change(runs.plain(), lambda record: record | {"mfu": mfu} if record["kind"] == "train" else record)
     assert re.search(rf"<td[^>]*>{told}</td>\s*</tr>", render(read_runs([path])))
+
+
+def test_internal_guidance_is_told_and_runs_that_differ_in_it_are_not_ranked(runs) -> None:
+    paths = [rescored(runs, "a", internal_guidance=1.4), rescored(runs, "b"), rescored(runs, "c")]
+    for path, scale in zip(paths, (1.4, 1.0, None), strict=True):
+        recipe = path / "recipe.toml"
+        guided = "" if scale is None else f"internal_guidance = {scale}\ninternal_range = [0.3, 1.0]\n"
+        said = f"\n[sample]\n{guided}" if scale != 1.0 else f"\n[sample]\ninternal_guidance = {scale}\n"
+        recipe.write_text(recipe.read_text() + said)
+    found = read_runs(paths)
+    assert table(make_arms(found)).protocol[0] == (
+        "Samples: 1,000 each, guidance scale 1.9, Internal Guidance 1.4 for times 0.3 to 1.0 (a); "
+        "1,000 each, guidance scale 1.9 (b, c)."
+    )
+    reasons = unfair(found)
+    assert any("sample.internal_guidance differ" in reason for reason in reasons)
+    told = warnings(found, make_arms(found), reasons)
+    assert any("different Internal Guidance" in sentence for sentence in told)
+    older = read_runs(paths[1:])  # of the two one is of a version that had no such setting
+    assert unfair(older) == [] and not any("Internal" in text for text in warnings(older, make_arms(older), []))
