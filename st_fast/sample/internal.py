@@ -76,4 +76,4 @@ def early_head(
     checkpoint.match_strictly(module.state_dict(), tensors, where)
     check_finite(tensors, where)
     module.load_state_dict(tensors)
-    return EarlyHead(module.to(device, dtype).eval().requires_grad_(False), method.depth)
+    return EarlyHead(module.to(device, dtype), method.depth)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_the_head_of_stage_1_takes_the_place_of_the_internal_one(model):
         return tokens.mean((1, 2)).view(-1, 1, 1, 1).expand(-1, 3, 4, 6)
 
     settings = Sample(cfg_scale=1.0, internal_guidance=1.7)
-    found = guided_velocity(model, LABELS, settings, head=EarlyHead(head, 2))(X, 0.4)
+    found = guided_velocity(model, LABELS, settings, head=EarlyHead(Namespace(latents=head), 2))(X, 0.4)
     final, stream = model(X, torch.full((2,), 0.4), LABELS, 2)
     expected = head(stream, None) + 1.7 * (final - head(stream, None))
     assert torch.allclose(found, expected, atol=1e-6) and grids[0] == (2, 3)
@@ -158,6 +159,30 @@ def test_stage_1s_head_guides_at_the_times_that_it_learnt_and_says_so(early_run,
     assert not torch.equal(images, others)
 
 
+def test_a_network_with_a_head_of_its_own_needs_none_beside_it(guided_run):
+    with sampling(sample.parse([str(guided_run), "--internal-guidance", "2"]).samples) as (_, sampler, _):
+        assert sampler.head is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda heads: heads.pop("projectors.0.bias"), "heads: .*1 missing: 'projectors.0.bias'"),
+        (lambda heads: heads["projectors.2.bias"].fill_(torch.nan), "heads: .*projectors.2.bias"),
+    ],
+)
+def test_a_head_that_is_damaged_is_refused(tmp_path, damage, message):
+    run = make_run(tmp_path, supervision=EARLY_STAGE)
+    (path,) = (run / "plain" / "checkpoints").iterdir()
+    found = checkpoint.load(path)
+    groups = {name: {key: t.clone() for key, t in tensors.items()} for name, tensors in found.groups.items()}
+    damage(groups["heads"])
+    checkpoint.save(path.parent, 20, groups, found.meta)
+    request = sample.parse([str(run), "--internal-guidance", "2"])
+    with pytest.raises(UserError, match=message), sampling(request.samples):
+        pass
+
+
 def test_its_weights_are_the_checkpoints(early_run):
     request = sample.parse([str(early_run), "--internal-guidance", "2"])
     (path,) = (early_run / "plain" / "checkpoints").iterdir()
@@ -175,6 +200,7 @@ def test_its_weights_are_the_checkpoints(early_run):
             ("--internal-guidance", "1.5", "--internal-range", "0.7", "0.8"),
             "--internal-range 0.7 0.8: the head of plain",
         ),
+        (("--internal-guidance", "2", "--internal-range", "0.6", "0.9"), "--internal-range 0.6 0.9: the head of plain"),
         (("--internal-range", "0.8", "0.3"), "--internal-range 0.8 0.3: 0 ≤ LOW ≤ HIGH ≤ 1"),
         (("--internal-range", "-0.1", "0.3"), "--internal-range -0.1: at least 0"),
         (("--internal-range", "0", "1.5"), "--internal-range 1.5: at most 1"),
