@@ -160,19 +160,8 @@ def test_internal_guidances_published_settings() -> None:
 
 def test_the_digits_comparison_has_every_method_with_the_same_steps() -> None:
     recipe = load(RECIPES / "digits_methods.toml")
-    names = [
-        "plain",
-        "layer_sync",
-        "sra",
-        "contrastive",
-        "dispersive",
-        "sra2",
-        "sra_dual",
-        "self_flow",
-        "repa",
-        "irepa",
-    ]
-    names += ["haste", "align", "transcend", "internal_guidance"]
+    first = ["plain", "layer_sync", "sra", "contrastive", "dispersive", "sra2", "sra_dual", "self_flow", "repa"]
+    names = [*first, "irepa", "haste", "align", "transcend", "internal_guidance", "tread", "sprint"]
     assert [stage.name for stage in recipe.stages] == names
     assert len({stage.steps for stage in recipe.stages}) == 1
 
