@@ -136,7 +136,10 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
     config, optim = infer(model, told, count, where), found.groups.get("optim", {})
     if (predicts := said.get("prediction", "velocity")) not in ("velocity", "x"):
         raise UserError(f"{where}: architecture: prediction = {shown(predicts)}: velocity or x is possible")
-    config = replace(config, prediction=predicts)
+    first, last = (said.get(key, 0) for key in ("fusion_first", "fusion_last"))
+    if (first, last) != (0, 0) and not (type(first) is type(last) is int and 0 < first < last < config.depth):
+        raise UserError(f"{where}: architecture: fusion_first = {shown(first)}, fusion_last = {shown(last)}: no blocks")
+    config = replace(config, prediction=predicts, fusion_first=first, fusion_last=last)
     groups = [name for name in ("model", "ema") if name in found.groups]
     for group in groups:
         expected = expected_trunk(config, null=NULL_CONTEXT in found.groups[group])  # as in a published file

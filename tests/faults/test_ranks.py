@@ -270,3 +270,23 @@ def test_a_run_on_captions_goes_on_with_other_ranks_and_in_shards_through_both_s
         recipes[1].write_text(text)
         assert finish(nursery.start(count, recipes[1], *options)) == [0] * count
     close(tiny.records(tmp_path / "ranks", "train"), tiny.records(tmp_path / "alone", "train"))
+
+
+def test_a_run_under_routes_goes_on_with_other_ranks_and_in_shards(nursery, tmp_path):
+    """TREAD, then SPRINT, whose fusion lies outside of the blocks; each past the route's end."""
+    from tests.train import test_routes
+
+    data, recipes = tiny_shapes.write_bucket_of_squares(tmp_path), []
+    for name in ("alone", "ranks"):
+        recipes.append(test_routes.write_recipe(tmp_path / f"{name}.toml", data, tmp_path / name))
+    run(load(recipes[0]))
+    text = recipes[1].read_text()
+    first = text[: text.index("[[stage]]", text.index("[[stage]]") + 1)]
+    for count, stages, options in (
+        (2, first, ("--stage.plain.steps=5",)),
+        (1, text[: text.rindex("[[stage]]")], ("--stage.plain.steps=8",)),
+        (2, text, ("--run.sharding=fsdp2",)),
+    ):
+        recipes[1].write_text(stages)
+        assert finish(nursery.start(count, recipes[1], *options)) == [0] * count
+    close(tiny.records(tmp_path / "ranks", "train"), tiny.records(tmp_path / "alone", "train"))

@@ -144,3 +144,95 @@ def test_the_shipped_recipe_is_as_published() -> None:
     (stage,) = load(Path(__file__).parents[2] / "recipes" / "sit_xl_tread.toml", ranks=8).stages
     route = stage.routing.tokens(replace(MODEL, depth=28))
     assert route is not None and (route.first, route.last, route.rate, route.structured) == (2, 25, 0.5, False)
+
+
+SPRINT = Routing("sprint", route_first=1, route_last=5)
+
+
+def test_sprints_defaults_are_the_published_ones_and_its_network_has_a_fusion() -> None:
+    route = Routing("sprint").tokens(replace(MODEL, depth=28))
+    assert route is not None
+    assert (route.first, route.last, route.rate, route.structured) == (2, 26, 0.75, True)
+    network = Routing("sprint").network(replace(MODEL, depth=28))
+    assert (network.fusion_first, network.fusion_last) == (2, 26)
+    assert network.parameters - replace(MODEL, depth=28).parameters == 2 * 64 * 64 + 64 + 64
+    assert Routing("tread").network(MODEL) == MODEL and Routing("sprint").network(network) == network
+    (stage,) = load(Path(__file__).parents[2] / "recipes" / "sit_xl_sprint.toml", ranks=8).stages
+    assert stage.routing == Routing("sprint", 0.75, 2, 26, "structured", 0.1, 2_000_000)
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "words"),
+    [
+        ("route_first = 0", "route_first", "allowed: 1 to 4, with blocks"),
+        ("route_last = 6", "route_last", r"allowed: 3 to 5$"),
+        ("path_drop = 1.0", "path_drop", r"in \[0, 1\)"),
+        ("route_rate = 0.5", "route_select", r'"auto": one token of each 2 x 2 .* route_rate = 0.5; allowed: "random"'),
+    ],
+)
+def test_a_fused_route_that_does_not_fit_is_one_line(keys, key, words, spoil) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        load(spoil('supervision = "velocity_head"', f'supervision = "velocity_head"\nroute = "sprint"\n{keys}'))
+    assert caught.value.key == f"stage.align.{key}" and "\n" not in str(caught.value)
+
+
+def test_what_belongs_to_a_fusion_is_refused_without_it_or_where_it_can_not_be(spoil) -> None:
+    path = spoil('supervision = "velocity_head"', f"{TREAD}\npath_drop = 0.2")
+    with pytest.raises(RecipeError, match=r'path_drop = 0.2: route = "tread": .* with route = "sprint"'):
+        load(path)
+    path = spoil('supervision = "velocity_head"', 'supervision = "velocity_head"\nroute = "sprint"')
+    with pytest.raises(RecipeError, match=r"fusion_first = 1, model.fusion_last = 4; allowed"):
+        load(path, ["--model.fusion_first=1", "--model.fusion_last=4", "--stage.transcend.teacher=./x"])
+    text = ["--model.network=mmdit", "--model.text_width=8", "--model.text_length=3"]
+    with pytest.raises(RecipeError, match=r'"sprint": model.network = "mmdit", whose text runs'):
+        load(path, text)
+    assert load(path, [*text, "--stage.align.route=tread"]).stages[0].routing.route == "tread"
+    plain = spoil("batch_size = 96", "batch_size = 48")
+    for first, last in ((0, 3), (3, 3), (2, 6)):
+        with pytest.raises(RecipeError, match="fusion_last"):
+            load(plain, [f"--model.fusion_first={first}", f"--model.fusion_last={last}"])
+
+
+def test_a_head_that_needs_all_tokens_is_refused_within_a_route_only(spoil) -> None:
+    conv = 'supervision = "repa"\nprojector = "conv"\nroute = "tread"\nroute_last = 5\ndepth = '
+    base = spoil('supervision = "velocity_head"\ndepth = 2', conv + "2")
+    alone = base.read_text().split('[[stage]]\nname = "transcend"')[0]
+    for depth in (1, 2, 3, 5, 6):
+        base.write_text(alone.replace(conv + "2", f"{conv}{depth}"))
+        if depth in (3, 5):
+            with pytest.raises(RecipeError, match=f"a convolution reads block {depth}, where .* a block up to 2 or ab"):
+                load(base)
+        else:
+            load(base)
+    head = 'supervision = "internal_guidance"\nroute = "tread"\nroute_last = 5\ndepth = 4'
+    base.write_text(alone.replace(conv + "2", head))
+    with pytest.raises(RecipeError, match="the internal head reads block 4"):
+        load(base)
+
+
+def test_a_fused_step_costs_what_torchs_counter_sees() -> None:
+    """Forward and backward of blocks of 64 and 16 tokens; what is stated is what no gradient is needed for."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from st_fast import kernels
+    from st_fast.model import SiT
+    from st_fast.train.layouts import draw_layout
+    from tests.recipe.test_cost import no_input_gradient
+
+    for routing in (SPRINT, replace(SPRINT, path_drop=0.0, dense_after=1), Routing("tread", 0.75, 1, 5)):
+        stage = Stage("s", Plain(), 10, routing=routing)
+        recipe = Recipe(MODEL, (stage,))
+        model = recipe.for_stage(stage).model
+        network = SiT(model, kernels.select({}, torch.device("cpu")))
+        each = cost.stage_cost(recipe, stage)
+        for step, flops in ((0, each.student), (1, each.student + each.dense_student * (routing.dense_after == 1))):
+            plan = routing.plan(model, None, model.grid, step)
+            layout = None if plan is None else draw_layout(plan, model.grid, 0, torch.arange(2))
+            inputs = torch.zeros(2, 4, 16, 16), torch.full((2,), 0.5), torch.tensor([0, 1])
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                network(*inputs, layout=layout)[0].square().sum().backward()
+            # The mask token's part of the fusion is one product a pass, and its gradients.
+            mask = 6 * 64 * 64 if layout is not None and layout.route is not None and model.fusion_last else 0
+            assert counter.get_total_flops() == pytest.approx(2 * (flops - no_input_gradient(model)) + mask, abs=1)

@@ -40,7 +40,19 @@ route_first = 1
 route_last = 3
 route_select = "structured"
 """
-NAMES = ("plain", "align")
+SPRINT = """
+[[stage]]
+name = "sprint"
+supervision = "none"
+steps = 6
+route = "sprint"
+route_first = 1
+route_last = 2
+path_drop = 0.4
+dense_after = 4
+"""
+STAGES += SPRINT
+NAMES = ("plain", "align", "sprint")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +84,7 @@ def test_runs_interrupted_before_and_after_the_routes_end_resume_bit_exactly(
     whole, data, tmp_path, monkeypatch, signals  # noqa: F811
 ) -> None:  # fmt: skip
     recipe = load(write_recipe(tmp_path / "t.toml", data, tmp_path / "out"))
-    for step in (3, 2, 2, 4):  # of each process: to 3 and 5 of 8, the route's end, to 7, and to 3 of the next stage
+    for step in (3, 2, 2, 4, 6):  # of each process: to 3, 5 (the route's end) and 7 of 8, and to 3 of the others
         STOP.name = None
         with monkeypatch.context() as patch:
             stop_at(patch, step)
@@ -140,3 +152,28 @@ def test_a_route_follows_each_batchs_own_shape(tmp_path) -> None:
     with pytest.raises(Exception, match="there are 5 x 7") as caught:
         run(load(path, [*squares, f"--run.out={tmp_path / 'squares'}"]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_fused_stages_checkpoint_has_the_fusion_and_is_taken_over(whole, data, tmp_path) -> None:
+    found = checkpoint.latest(whole / "sprint" / "checkpoints", print)
+    assert found is not None
+    assert {"mask_token", "fusion_proj.weight", "fusion_proj.bias"} <= found.groups["ema"].keys()
+    assert found.groups["model"]["mask_token"].abs().sum() > 0
+    assert {key: found.said.architecture[key] for key in ("fusion_first", "fusion_last")} == {
+        "fusion_first": 1, "fusion_last": 2
+    }  # fmt: skip
+    path = write_recipe(tmp_path / "t.toml", data, tmp_path / "out")
+    path.write_text(path.read_text().split("[[stage]]")[0] + SPRINT)
+    run(load(path, [f"--stage.sprint.init={whole}/sprint", "--stage.sprint.steps=5"]))
+    assert len(losses(tmp_path / "out")) == 5
+
+
+def test_mmdits_image_tokens_take_a_route(tmp_path) -> None:
+    from tests import tiny_text
+
+    path = tmp_path / "t.toml"
+    text = tiny_text.RECIPE.format(data=tiny_text.make_data(tmp_path / "data"), out=tmp_path / "out")
+    stage = '[[stage]]\nname = "only"\nsupervision = "velocity_head"\nsteps = 4\ndepth = 2\nhidden = 16\n'
+    path.write_text(text.split("[[stage]]")[0] + stage + 'route = "tread"\nroute_first = 1\nroute_last = 2\n')
+    run(load(path))
+    assert len(losses(tmp_path / "out")) == 4 and np.isfinite(losses(tmp_path / "out")).all()

@@ -63,9 +63,11 @@ NULL_CONTEXT = "null_context"
 """The empty caption's states in an MMDiT of ours. Published files lack them: they come from the data."""
 INTERNAL_PREFIX = "final_layer_xr."
 """How the keys of the internal head begin, which Internal Guidance adds to the trunk."""
+FUSION = ("fusion_proj.", "mask_token")
+"""How the keys of SPRINT's fusion begin, which no published layout of ours has."""
 TRUNK = (
     "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "pos_embed", NULL_CONTEXT, "blocks.",
-    "joint_blocks.", "final_layer.", INTERNAL_PREFIX,
+    "joint_blocks.", "final_layer.", INTERNAL_PREFIX, *FUSION,
 )  # fmt: skip
 """How the keys of a SiT and of an MMDiT begin."""
 
