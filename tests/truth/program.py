@@ -4,7 +4,8 @@ Nothing of st_fast is imported. The random draws are the format's: Philox's word
 B samples, C latent channels, S latent side, p patch, N = (S/p)² tokens, D width, H heads, ω guidance, λ weight.
 
 Sources: SiT (arXiv 2401.08740), DiT (2212.09748), REPA (2410.06940), SRA (2505.02831), LayerSync (2510.12581),
-Self-Transcendence (2601.07773), Internal Guidance (2512.24176), TREAD (2501.04765), AdamW (1711.05101).
+Self-Transcendence (2601.07773), Internal Guidance (2512.24176), TREAD (2501.04765), Self-Flow (2603.06507), SRA with
+dual time (2607.02508), AdamW (1711.05101).
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ class Draws(Protocol):
     def record(self, sample: int) -> int:
         """The record that the run's sample of that number is."""
 
-    def time(self, step: int, sample: int) -> float:
-        """t of a sample."""
+    def time(self, step: int, sample: int, group: int = 0) -> float:
+        """t of a sample, or of a group of its tokens."""
+
+    def whole(self, sample: int) -> float:
+        """All tokens of a sample are one group where this is below the chance of it."""
 
     def chance(self, sample: int) -> float:
         """A sample's label is dropped where this is below the dropout."""
@@ -39,14 +43,14 @@ class Draws(Protocol):
     def noise(self, sample: int, shape: tuple[int, ...]) -> Tensor:
         """ε."""
 
-    def offset(self, sample: int) -> float:
+    def offset(self, sample: int, group: int = 0) -> float:
         """SRA's u in (0, 1)."""
 
     def path(self, sample: int) -> float:
         """A sample loses what a fusion's blocks made of it where this is below the chance."""
 
     def keys(self, sample: int, count: int) -> list[float]:
-        """One a token; a route keeps those with the least."""
+        """One a token; the first group has those with the least, and so on; a route keeps the least of each."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class Method:
     dense_after: int = 0
     fused: bool = False
     path_drop: float = 0.0
+    shares: tuple[float, ...] = ()
+    """Of the tokens, in groups with a time each; none: an image has one time."""
+    separated: bool = False
+    whole: float = 0.0
+    teacher_time: str = "sra"
 
 
 @dataclass(frozen=True)
@@ -196,15 +205,19 @@ def latents_of(s: Setting, patches: Tensor) -> Tensor:
 
 
 def condition(w: Mapping[str, Tensor], t: Tensor, labels: Tensor) -> Tensor:
-    """(B, D): of the time and the label, before SiLU."""
-    angles = t[:, None] * 10_000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
-    waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
+    """(B, D) of the time and the label, or with each token's time (B, N) its own, (B, N, D); before SiLU."""
+    angles = t[..., None] * 10_000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    waves = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     time = linear(w, "t_embedder.mlp.2", silu(linear(w, "t_embedder.mlp.0", waves)))
-    return time + w["y_embedder.embedding_table.weight"][labels]
+    label = w["y_embedder.embedding_table.weight"][labels]
+    return time + (label if t.ndim == 1 else label[:, None])
 
 
-def attention(s: Setting, w: Mapping[str, Tensor], block: str, y: Tensor) -> Tensor:
-    """Softmax attention with LayerNorm on queries and keys where the setting says so."""
+def attention(s: Setting, w: Mapping[str, Tensor], block: str, y: Tensor, sees: Tensor | None = None) -> Tensor:
+    """Softmax attention with LayerNorm on queries and keys where the setting says so.
+
+    sees (B, N, N): whether a token attends to another.
+    """
     batch, count, width = y.shape
     d = width // s.heads
     q, k, v = linear(w, f"{block}.attn.qkv", y).chunk(3, dim=-1)
@@ -216,30 +229,38 @@ def attention(s: Setting, w: Mapping[str, Tensor], block: str, y: Tensor) -> Ten
         if s.qk_norm:
             qh = normalised(qh) * w[f"{block}.attn.q_norm.weight"] + w[f"{block}.attn.q_norm.bias"]
             kh = normalised(kh) * w[f"{block}.attn.k_norm.weight"] + w[f"{block}.attn.k_norm.bias"]
-        parts.append(torch.softmax(qh @ kh.transpose(1, 2) / math.sqrt(d), dim=-1) @ vh)
+        scores = qh @ kh.transpose(1, 2) / math.sqrt(d)
+        if sees is not None:
+            scores = torch.where(sees, scores, -math.inf)
+        parts.append(torch.softmax(scores, dim=-1) @ vh)
     out = torch.cat(parts, dim=-1)
     assert out.shape == (batch, count, width)
     return linear(w, f"{block}.attn.proj", out)
 
 
 def network(
-    s: Setting, w: Mapping[str, Tensor], x: Tensor, t: Tensor, labels: Tensor, route: Route | None = None
-) -> tuple[Tensor, list[Tensor]]:
+    s: Setting, w: Mapping[str, Tensor], x: Tensor, t: Tensor, labels: Tensor, route: Route | None = None,
+    sees: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The velocity (B, C, S, S), and the stream (B, N, D) before the first block and after each.
 
-    Within a route the stream is that of the kept tokens (B, K, D); behind it the others go on as they were, or all are
-    fused with what they were.
+    t (B,), or each token's (B, N). Within a route the stream is that of the kept tokens (B, K, D); behind it the others
+    go on as they were, or all are fused with what they were.
     """
     c = silu(condition(w, t, labels))
+    c = c[:, None] if t.ndim == 1 else c  # (B, 1, D) or (B, N, D)
+    whole_c, whole_sees = c, sees
     stream = stored = tokens_of(s, w, x)
     streams = [stream]
     for number in range(s.depth):
         block = f"blocks.{number}"
         if route is not None and number == route.first:
             stored, stream = stream, route.of(stream)
-        modulation = linear(w, f"{block}.adaLN_modulation.1", c)[:, None]  # (B, 1, 6D)
+            c = c if t.ndim == 1 else route.of(c)
+            sees = None if sees is None else route.of(route.of(sees).transpose(1, 2)).transpose(1, 2)
+        modulation = linear(w, f"{block}.adaLN_modulation.1", c)  # (B, 1 or N, 6D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        stream = stream + gate1 * attention(s, w, block, normalised(stream) * (1 + scale1) + shift1)
+        stream = stream + gate1 * attention(s, w, block, normalised(stream) * (1 + scale1) + shift1, sees)
         hidden = gelu(linear(w, f"{block}.mlp.fc1", normalised(stream) * (1 + scale2) + shift2))
         stream = stream + gate2 * linear(w, f"{block}.mlp.fc2", hidden)
         streams.append(stream)
@@ -250,7 +271,8 @@ def network(
                 stream = linear(w, "fusion_proj", torch.cat([stored, deep], dim=2))
             else:
                 stream = route.back(stream, stored)
-    shift, scale = linear(w, "final_layer.adaLN_modulation.1", c)[:, None].chunk(2, dim=-1)
+            c, sees = whole_c, whole_sees
+    shift, scale = linear(w, "final_layer.adaLN_modulation.1", c).chunk(2, dim=-1)
     velocity = latents_of(s, linear(w, "final_layer.linear", normalised(stream) * (1 + scale) + shift))
     return velocity, streams
 
@@ -266,8 +288,8 @@ def internal(s: Setting, w: Mapping[str, Tensor], stream: Tensor, t: Tensor, lab
 
 
 def path(s: Setting, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and dx_t/dt; t = 1 is noise."""
-    t = t.view(-1, 1, 1, 1)
+    """x_t and dx_t/dt; t = 1 is noise. t (B,), or each pixel's (B, 1, S, S)."""
+    t = t.view(-1, 1, 1, 1) if t.ndim == 1 else t
     if s.path == "linear":
         return (1 - t) * x + t * noise, noise - x
     half = math.pi / 2
@@ -289,9 +311,71 @@ class Batch:
     """The labels as the student sees them."""
     samples: list[int]
     records: list[int]
+    groups: Groups | None = None
 
 
-def batch_of(s: Setting, moments: Tensor, labels: Tensor, draws: Draws, step: int) -> Batch:
+@dataclass(frozen=True)
+class Groups:
+    """The groups of a batch's tokens."""
+
+    number: Tensor
+    """(B, N): each token's."""
+    times: Tensor
+    """(B, G)."""
+    whole: Tensor
+    """(B,): samples that are one group."""
+    separated: bool
+    side: int
+    """Tokens in a row."""
+
+    def each(self, times: Tensor) -> Tensor:
+        """(B, G) → (B, N)."""
+        return times.gather(1, self.number)
+
+    def pixels(self, times: Tensor, patch: int) -> Tensor:
+        """(B, G) → (B, 1, S, S)."""
+        image = self.each(times).view(len(times), 1, self.side, self.side)
+        return image.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+    @property
+    def sees(self) -> Tensor | None:
+        """(B, N, N): which tokens attend to which, if not all to all."""
+        same = self.number[:, :, None] == self.number[:, None, :]
+        return same | self.whole[:, None, None] if self.separated else None
+
+
+def counts_of(shares: tuple[float, ...], tokens: int) -> list[int]:
+    """Whole numbers of tokens: rounded down, and what is left to those that lost most by it."""
+    found = [math.floor(share * tokens + 1e-9) for share in shares]
+    lost = sorted(range(len(shares)), key=lambda i: found[i] - shares[i] * tokens)
+    for i in lost[: tokens - sum(found)]:
+        found[i] += 1
+    return found
+
+
+def groups_of(method: Method, draws: Draws, samples: list[int], step: int, side: int) -> Groups | None:
+    """The groups of the tokens of these samples, if the method has any."""
+    if not method.shares:
+        return None
+    numbers, times, whole = [], [], []
+    counts = counts_of(method.shares, side * side)
+    for sample in samples:
+        keys = draws.keys(sample, side * side)
+        row = [0] * (side * side)
+        order, group = sorted(range(side * side), key=keys.__getitem__), 0
+        for place, token in enumerate(order):
+            while place >= sum(counts[: group + 1]):
+                group += 1
+            row[token] = group
+        numbers.append(row)
+        whole.append(draws.whole(sample) < method.whole)
+        drawn = [draws.time(step, sample, number) for number in range(len(counts))]
+        times.append([drawn[0]] * len(counts) if whole[-1] else drawn)
+    tensors = torch.tensor(numbers), torch.tensor(times, dtype=torch.float64), torch.tensor(whole)
+    return Groups(*tensors, method.separated, side)
+
+
+def batch_of(s: Setting, method: Method, moments: Tensor, labels: Tensor, draws: Draws, step: int) -> Batch:
     """The batch of a step, counted from 0: moments (records, 2C, S, S) hold means and standard deviations."""
     samples = list(range(step * s.batch, (step + 1) * s.batch))
     records = [draws.record(sample) for sample in samples]
@@ -302,8 +386,9 @@ def batch_of(s: Setting, moments: Tensor, labels: Tensor, draws: Draws, step: in
     t = torch.tensor([draws.time(step, sample) for sample in samples], dtype=torch.float64)
     true = labels[records]
     lost = torch.tensor([draws.chance(sample) < s.dropout for sample in samples])
-    x_t, velocity = path(s, x, noise, t)
-    return Batch(x, noise, x_t, velocity, t, true, torch.where(lost, s.classes, true), samples, records)
+    groups = groups_of(method, draws, samples, step, shape[-1] // s.patch)
+    x_t, velocity = path(s, x, noise, t if groups is None else groups.pixels(groups.times, s.patch))
+    return Batch(x, noise, x_t, velocity, t, true, torch.where(lost, s.classes, true), samples, records, groups)
 
 
 def masked(method: Method, t: Tensor, losses: Tensor) -> Tensor:
@@ -320,6 +405,11 @@ def masked(method: Method, t: Tensor, losses: Tensor) -> Tensor:
 def mlp(heads: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     """REPA's projector: three layers with SiLU between."""
     return linear(heads, f"{name}.4", silu(linear(heads, f"{name}.2", silu(linear(heads, f"{name}.0", x)))))
+
+
+def two_layers(heads: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """SRA's head."""
+    return linear(heads, f"{name}.linear2", silu(linear(heads, f"{name}.linear1", x)))
 
 
 def minus_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -344,8 +434,15 @@ def route_of(s: Setting, method: Method, draws: Draws, batch: Batch, step: int) 
             corners = [(i, j) for i in range(0, side, 2) for j in range(0, side, 2)]
             squares = [[(i + a) * side + j + b for a in (0, 1) for b in (0, 1)] for i, j in corners]
             pool = [min(square, key=keys.__getitem__) for square in squares]
-        count = round(side * side * (1 - method.rate))
-        chosen.append(sorted(pool, key=keys.__getitem__)[:count])
+        order = sorted(pool, key=keys.__getitem__)
+        if not method.shares:
+            chosen.append(order[: round(side * side * (1 - method.rate))])
+            continue
+        first, kept = 0, []
+        for count in counts_of(method.shares, side * side):
+            kept += order[first : first + math.floor(count * (1 - method.rate) + 0.5)]
+            first += count
+        chosen.append(kept)
     lost = torch.tensor([draws.path(sample) < method.path_drop for sample in batch.samples])
     return Route(method.first, method.last, torch.tensor(chosen), method.fused, lost)
 
@@ -402,12 +499,31 @@ def auxiliary(
             earlier = (batch.t - method.time_offset * u).clamp(min=0)
             x_t = path(s, batch.x, batch.noise, earlier)[0]
             f = seen(network(s, state.ema, x_t, earlier, batch.dropped)[1][method.teacher_depth])
-        q = linear(state.heads, "ap_head.linear2", silu(linear(state.heads, "ap_head.linear1", h)))
+        q = two_layers(state.heads, "ap_head", h)
         if method.loss == "cosine":
             losses = minus_cosine(q, f)
         else:
             gap, beta = (q - f).abs(), 0.05
             losses = torch.where(gap < beta, gap**2 / (2 * beta), gap - beta / 2).mean((1, 2))
+    elif method.name == "self_flow":
+        lowest = batch.groups.times.amin(1)
+        with torch.no_grad():
+            x_t = path(s, batch.x, batch.noise, lowest)[0]
+            f = seen(network(s, state.ema, x_t, lowest, batch.dropped)[1][method.teacher_depth])
+        losses = minus_cosine(two_layers(state.heads, "projector", h), f)
+    elif method.name == "sra_dual":
+        groups, times = batch.groups, batch.groups.times
+        if method.teacher_time == "self_flow":
+            times = times.amin(1, keepdim=True).expand_as(times)
+        if method.teacher_time == "sra":
+            u = torch.tensor([[draws.offset(b, g) for g in range(times.shape[1])] for b in batch.samples]).double()
+            u = torch.where(groups.whole[:, None], u[:, :1], u)
+            times = (times - method.time_offset * u).clamp(min=0)
+        with torch.no_grad():
+            x_t = path(s, batch.x, batch.noise, groups.pixels(times, s.patch))[0]
+            streams = network(s, state.ema, x_t, groups.each(times), batch.dropped, sees=groups.sees)[1]
+            f = seen(streams[method.teacher_depth])
+        losses = minus_cosine(two_layers(state.heads, "ap_head", h), f)
     else:
         kinds = [
             minus_cosine(mlp(state.heads, f"projectors.{j}", h), seen(g[batch.records])) for j, g in enumerate(features)
@@ -451,9 +567,10 @@ def train(
     leaves = {f"{part}.{name}": w for part in ("model", "heads") for name, w in getattr(state, part).items()}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
-    batch = batch_of(s, moments, labels, draws, step)
-    route = route_of(s, method, draws, batch, step)
-    guess, streams = network(s, state.model, batch.x_t, batch.t, batch.dropped, route)
+    batch = batch_of(s, method, moments, labels, draws, step)
+    route, groups = route_of(s, method, draws, batch, step), batch.groups
+    t, sees = (batch.t, None) if groups is None else (groups.each(groups.times), groups.sees)
+    guess, streams = network(s, state.model, batch.x_t, t, batch.dropped, route, sees)
     wanted = batch.velocity
     if method.target_guidance:
         with torch.no_grad():
@@ -505,7 +622,7 @@ def normals(seed: int, purpose: int, sample: int, shape: tuple[int, ...]) -> Ten
     return torch.tensor(values[:count], dtype=torch.float64).view(shape)
 
 
-def permutation(seed: int, purpose: int, number: int, size: int) -> np.ndarray:
+def permutation(seed: int, purpose: int, number: int, size: int, part: int = 0) -> np.ndarray:
     """The order of random 64-bit keys."""
-    keys = np.random.Philox(key=seed % 2**64, counter=[0, number, purpose, 0]).random_raw(size)
+    keys = np.random.Philox(key=seed % 2**64, counter=[0, number, purpose, part]).random_raw(size)
     return np.argsort(keys, kind="stable")

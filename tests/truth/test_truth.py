@@ -91,7 +91,13 @@ class Case:
 
 def stage(name: str, supervision: str, **keys: Any) -> str:
     """A stage's table."""
-    lines = [f"{key} = {list(v) if isinstance(v, tuple) else repr(v)}" for key, v in keys.items()]
+
+    def written(value: Any) -> str:
+        return (
+            str(value).lower() if isinstance(value, bool) else repr(list(value) if isinstance(value, tuple) else value)
+        )
+
+    lines = [f"{key} = {written(value)}" for key, value in keys.items()]
     return "\n".join(
         ["[[stage]]", f'name = "{name}"', f'supervision = "{supervision}"', f"steps = {STEPS}", *lines, ""]
     )
@@ -135,21 +141,25 @@ class Numbers:
     def __init__(self, time: str, path: str) -> None:
         self._time, self._path = time, path
 
-    def _uniform(self, purpose: int, sample: int) -> float:
-        return ((program.words(SEED, purpose, sample, 1)[0] >> 8) + 0.5) / 2**24
+    def _uniform(self, purpose: int, sample: int, place: int = 0) -> float:
+        return ((program.words(SEED, purpose, sample, place + 1)[place] >> 8) + 0.5) / 2**24
 
     def record(self, sample: int) -> int:
         epoch, place = divmod(sample, RECORDS)
         return int(program.permutation(SEED, 7, epoch, RECORDS)[place])
 
-    def time(self, step: int, sample: int) -> float:
+    def time(self, step: int, sample: int, group: int = 0) -> float:
+        purpose, place = (16, group - 1) if group else (3, 0)
         if self._time == "lognormal":
-            sigma = math.exp(program.normals(SEED, 3, sample, (1,)).item())
+            sigma = math.exp(program.normals(SEED, purpose, sample, (place + 1,))[place].item())
             return sigma / (1 + sigma) if self._path == "linear" else 2 / math.pi * math.atan(sigma)
-        u = self._uniform(3, sample)
+        u = self._uniform(purpose, sample, place)
         if self._time == "stratified":
-            return (program.permutation(SEED, 6, step, BATCH)[sample - step * BATCH] + u) / BATCH
+            return (program.permutation(SEED, 6, step, BATCH, group)[sample - step * BATCH] + u) / BATCH
         return u
+
+    def whole(self, sample: int) -> float:
+        return self._uniform(15, sample)
 
     def chance(self, sample: int) -> float:
         return self._uniform(4, sample)
@@ -160,8 +170,8 @@ class Numbers:
     def noise(self, sample: int, shape: tuple[int, ...]) -> Tensor:
         return program.normals(SEED, 1, sample, shape)
 
-    def offset(self, sample: int) -> float:
-        return self._uniform(11, sample)
+    def offset(self, sample: int, group: int = 0) -> float:
+        return self._uniform(11, sample, group)
 
     def path(self, sample: int) -> float:
         return self._uniform(18, sample)
@@ -255,6 +265,45 @@ CASES = {
             Method("repa", depth=3, weight=0.8, first=1, last=2, fused=True, path_drop=0.3),
         ),
         accumulation=2, modulation="one",
+    ),
+    "several times in an image": Case(
+        stage("flow", "self_flow", student_depth=1, teacher_depth=2, weight=0.9, mask_ratio=0.3)
+        + stage("dual", "sra_dual", student_depth=1, teacher_depth=2, weight=0.7, time_offset=0.5)
+        + stage("three", "sra_dual", student_depth=2, teacher_depth=3, weight=0.6, groups=(0.2, 0.3, 0.5),
+                full_sample_prob=0.4, teacher_time="self_flow"),
+        (
+            Method("self_flow", depth=1, teacher_depth=2, weight=0.9, shares=(0.7, 0.3)),
+            Method("sra_dual", depth=1, teacher_depth=2, weight=0.7, time_offset=0.5, shares=(0.25, 0.75),
+                   separated=True),
+            Method("sra_dual", depth=2, teacher_depth=3, weight=0.6, shares=(0.2, 0.3, 0.5), separated=True, whole=0.4,
+                   teacher_time="self_flow"),
+        ),
+        path="cosine", time="stratified",
+    ),
+    "several times, all tokens attending to all": Case(
+        stage("lowest", "sra_dual", student_depth=2, teacher_depth=3, weight=0.6, separated=False,
+              teacher_time="self_flow")
+        + stage("same", "sra_dual", student_depth=1, teacher_depth=3, weight=0.8, separated=False,
+                teacher_time="same", full_sample_prob=0.5)
+        + stage("flow", "self_flow", student_depth=3, teacher_depth=1, weight=0.9),
+        (
+            Method("sra_dual", depth=2, teacher_depth=3, weight=0.6, shares=(0.25, 0.75), teacher_time="self_flow"),
+            Method("sra_dual", depth=1, teacher_depth=3, weight=0.8, shares=(0.25, 0.75), teacher_time="same",
+                   whole=0.5),
+            Method("self_flow", depth=3, teacher_depth=1, weight=0.9, shares=(0.75, 0.25)),
+        ),
+        time="lognormal", qk_norm=False, modulation="one", accumulation=2, kernels="reference", rows="padded",
+    ),
+    "a route through groups": Case(
+        stage("flow", "self_flow", student_depth=2, teacher_depth=3, weight=0.9, **routed(1, 2, 0.5))
+        + stage("dual", "sra_dual", student_depth=1, teacher_depth=2, weight=0.7, full_sample_prob=0.4,
+                **routed(1, 3, 0.4)),
+        (
+            Method("self_flow", depth=2, teacher_depth=3, weight=0.9, shares=(0.75, 0.25), first=1, last=2),
+            Method("sra_dual", depth=1, teacher_depth=2, weight=0.7, shares=(0.25, 0.75), separated=True, whole=0.4,
+                   first=1, last=3, rate=0.4),
+        ),
+        accumulation=2,
     ),
     "padded rows under a route": two_stages(
         {"first": 0, "last": 2, "rate": 0.5, **RANGE}, {"first": 0, "last": 2, "rate": 0.5, **RANGE},
@@ -422,4 +471,6 @@ def test_every_draw_equals_the_programs():
                 assert torch.allclose(ours[row].double(), program.normals(seed, purpose, number, (3, 5)), atol=2e-6)
         for number in (0, 1, 7):
             assert np.array_equal(random.epoch_order(seed, number, 29), program.permutation(seed, 7, number, 29))
-            assert np.array_equal(random.strata(seed, number, 29), program.permutation(seed, 6, number, 29))
+            for group in (0, 1, 2):
+                strata = program.permutation(seed, 6, number, 29, group)
+                assert np.array_equal(random.strata(seed, number, 29, group), strata)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast.model import build
-from st_fast.model.layout import Layout
+from st_fast.model.layout import Layout, Route
 from st_fast.recipe import cost
 from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
 from st_fast.recipe.methods import (
@@ -24,6 +24,7 @@ from st_fast.recipe.methods import (
     Sra2,
     VelocityHead,
 )
+from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import Model, Recipe, Stage
 from st_fast.train.supervision import Parts, create
 from tests.train.supervision.test_losses import TABLE
@@ -88,6 +89,17 @@ def test_self_flow_costs_two_modulations_and_one_forward_of_the_whole_image_to_t
     assert cost_of(method).teacher == pytest.approx(forward, rel=0.02)
     heads = heads_of(method, average=object())
     assert cost_of(method).heads == 3 * counted(lambda: heads(TOKENS))
+
+
+@pytest.mark.parametrize("separated", [False, True])
+def test_a_route_through_groups_costs_attention_among_what_it_keeps_of_each(separated):
+    method = DualTime(1, 4, groups=(0.25, 0.75), separated=separated)
+    routing = Routing(route="tread", route_rate=0.5, route_first=2, route_last=5)
+    stage = Stage("s", method, 10, routing=routing)
+    layout = Layout(torch.arange(64)[None], (16, 48), separated, route=Route(2, 5, (8, 24)))
+    model, x = build(MODEL, TABLE, 0), torch.zeros(1, 4, 16, 16)
+    forward = counted(lambda: model(x, torch.zeros(1, 2), torch.zeros(1).long(), 0, layout))
+    assert cost.stage_cost(Recipe(MODEL, (stage,)), stage).student == 3 * forward
 
 
 def test_a_sample_that_is_one_group_costs_attention_over_all_its_tokens():
