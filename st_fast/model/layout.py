@@ -8,7 +8,7 @@ Shapes: B samples, N tokens of an image, K kept ones, G groups, D channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,11 @@ class Layout:
     route: Route | None = None
     dropped: Tensor | None = None
     """(B,) bool: samples that go on without what the blocks within a fusion made of them."""
+
+    @property
+    def dense(self) -> "Layout":
+        """The same groups where all tokens run and no path is dropped, as a teacher has it."""
+        return replace(self, route=None, dropped=None)
 
     @property
     def groups(self) -> Groups:

@@ -56,6 +56,8 @@ FILES = (
     File("st_fast/train/supervision/self_transcendence.py", METHODS),
     File("st_fast/train/supervision/sra.py", METHODS),
     File("st_fast/train/supervision/sra2.py", METHODS),
+    File("st_fast/train/supervision/sra_dual.py", METHODS),
+    File("st_fast/train/supervision/self_flow.py", METHODS),
     File("st_fast/train/supervision/dispersive.py", METHODS),
     File("st_fast/train/supervision/internal_guidance.py", METHODS),
     File("st_fast/sample/internal.py", ("sample/test_internal_guidance.py",)),

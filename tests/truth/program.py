@@ -447,6 +447,14 @@ def route_of(s: Setting, method: Method, draws: Draws, batch: Batch, step: int) 
     return Route(method.first, method.last, torch.tensor(chosen), method.fused, lost)
 
 
+def teachers_route(method: Method, tokens: int, batch: Batch) -> Route | None:
+    """All tokens, where a fusion is part of the network that an average runs."""
+    if not method.fused:
+        return None
+    places = torch.arange(tokens).expand(len(batch.samples), -1)
+    return Route(method.first, method.last, places, True, torch.zeros(len(batch.samples), dtype=torch.bool))
+
+
 def patches_of(s: Setting, x: Tensor) -> Tensor:
     """(B, C, S, S) → (B, N, C·p·p)."""
     p, side = s.patch, x.shape[-1] // s.patch
@@ -509,7 +517,8 @@ def auxiliary(
         lowest = batch.groups.times.amin(1)
         with torch.no_grad():
             x_t = path(s, batch.x, batch.noise, lowest)[0]
-            f = seen(network(s, state.ema, x_t, lowest, batch.dropped)[1][method.teacher_depth])
+            whole = teachers_route(method, streams[0].shape[1], batch)
+            f = seen(network(s, state.ema, x_t, lowest, batch.dropped, whole)[1][method.teacher_depth])
         losses = minus_cosine(two_layers(state.heads, "projector", h), f)
     elif method.name == "sra_dual":
         groups, times = batch.groups, batch.groups.times
@@ -521,8 +530,9 @@ def auxiliary(
             times = (times - method.time_offset * u).clamp(min=0)
         with torch.no_grad():
             x_t = path(s, batch.x, batch.noise, groups.pixels(times, s.patch))[0]
-            streams = network(s, state.ema, x_t, groups.each(times), batch.dropped, sees=groups.sees)[1]
-            f = seen(streams[method.teacher_depth])
+            whole = teachers_route(method, streams[0].shape[1], batch)
+            found = network(s, state.ema, x_t, groups.each(times), batch.dropped, whole, groups.sees)[1]
+            f = seen(found[method.teacher_depth])
         losses = minus_cosine(two_layers(state.heads, "ap_head", h), f)
     else:
         kinds = [

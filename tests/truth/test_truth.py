@@ -297,11 +297,14 @@ CASES = {
     "a route through groups": Case(
         stage("flow", "self_flow", student_depth=2, teacher_depth=3, weight=0.9, **routed(1, 2, 0.5))
         + stage("dual", "sra_dual", student_depth=1, teacher_depth=2, weight=0.7, full_sample_prob=0.4,
-                **routed(1, 3, 0.4)),
+                **routed(1, 3, 0.4))
+        + stage("fused", "sra_dual", student_depth=2, teacher_depth=3, weight=0.7, **fused(0.5)),
         (
             Method("self_flow", depth=2, teacher_depth=3, weight=0.9, shares=(0.75, 0.25), first=1, last=2),
             Method("sra_dual", depth=1, teacher_depth=2, weight=0.7, shares=(0.25, 0.75), separated=True, whole=0.4,
                    first=1, last=3, rate=0.4),
+            Method("sra_dual", depth=2, teacher_depth=3, weight=0.7, shares=(0.25, 0.75), separated=True, first=1,
+                   last=2, rate=0.5, fused=True, path_drop=0.3),
         ),
         accumulation=2,
     ),

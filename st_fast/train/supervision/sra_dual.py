@@ -4,8 +4,6 @@ Groups of an image's random tokens have a time each. The student's own average, 
 of the same latents, noise and dropped conditions, at the times of `teacher_times`.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -42,7 +40,7 @@ class DualTime(Supervision):
     @torch.no_grad()
     def target(self, batch: NoisyBatch) -> tuple[Tensor, ...]:
         assert batch.layout is not None
-        t, config, layout = self.teacher_times(batch), self.parts.config, replace(batch.layout, route=None)
+        t, config, layout = self.teacher_times(batch), self.parts.config, batch.layout.dense
         average, condition, depth = self.average(), batch.student_condition, self.settings.teacher_depth
         if self.settings.teacher_groups is None:
             x_t, _ = flow.interpolate(batch.x, batch.noise, t[:, 0], self.parts.path)
