@@ -24,6 +24,8 @@ MATHS = {
         "model.qk_norm",
         "model.prediction",
         "model.internal_head",
+        "model.fusion_first",
+        "model.fusion_last",
         "flow.path",
         "flow.time",
         "data.source",
