@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from st_fast.core import checkpoint, random
-from st_fast.core.errors import Interrupted
+from st_fast.core.errors import Interrupted, UserError
 from st_fast.core.random import Purpose
 from st_fast.core.ranks import Ranks
 from st_fast.data.loader import ResidentLoader
@@ -247,6 +247,14 @@ def test_times_groups_and_whole_samples_are_those_of_one_rank_on_two_and_in_part
     for others in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
     assert found[0][3].any() and not found[0][3].all()
+
+
+def test_latents_too_small_for_a_token_in_each_group_are_refused_in_one_line(recipe):
+    """As those of a bucket may be, where the recipe's own are large enough."""
+    settings = load(recipe)
+    stage = replace(settings.stages[0], method=SelfFlow(mask_ratio=1e-3, student_depth=1, teacher_depth=2))
+    with pytest.raises(UserError, match=r"^stage\.self_flow: latents of 2 x 2 tokens leave a group[^\n]*$"):
+        batches_of(settings, stage)
 
 
 def states(out: Path) -> dict[str, torch.Tensor]:
