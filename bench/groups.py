@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.machine import Suite, Task
 from bench.measure import Effort, Row, Stopwatch, Variant, WrongResult, interleave, noise, paired, paired_ratio, total
-from bench.workload import OF_ITS_OWN, Setup, ours
+from bench.workload import OF_ITS_OWN, ROUTES, Setup, ours
 from st_fast.model.attention import Attend, attend_packed, choose
 from st_fast.model.layout import Groups
 from st_fast.recipe.architecture import SIZES
@@ -117,7 +117,7 @@ def methods(suite: Suite) -> Iterator[Task]:
     """Steps at S/2, batch 8."""
     effort = suite.effort if suite.small else Effort(rounds=40, seconds=120, least=8, warmup=1)
     sizes: dict[str, Any] = {"tokens": 16, "depth": 4} if suite.small else {}
-    for stage in OF_ITS_OWN:
+    for stage in (*OF_ITS_OWN, *ROUTES):
         setup = Setup("S/2", stage, 2 if suite.small else 8, suite.device, **sizes)
         yield setup.label, partial(measure_method, setup, effort)
 

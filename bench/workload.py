@@ -42,6 +42,7 @@ from st_fast.recipe import Recipe, cost, load
 from st_fast.recipe.architecture import named_sizes
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.methods import DualTime, Method, Plain, SelfFlow, SelfTranscendence
+from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import Model, Stage
 from st_fast.train import graphs
 from st_fast.train.batches import BatchIterator, Lookahead
@@ -60,6 +61,11 @@ OF_ITS_OWN: dict[str, Callable[[Model], Method]] = {
     "SRA with dual time": lambda model: DualTime(student_depth=model.depth // 4, teacher_depth=2 * model.depth // 3),
 }
 """Stages whose teacher is the student's average, with the published blocks as shares of the depth."""
+ROUTES: dict[str, Callable[[int], Routing]] = {
+    "TREAD": lambda depth: Routing("tread") if depth > 5 else Routing("tread", route_first=1, route_last=depth - 1),
+    "SPRINT": lambda depth: Routing("sprint") if depth > 5 else Routing("sprint", route_first=1, route_last=depth - 1),
+}
+"""Plain training under a route, with its published settings where the network has blocks enough."""
 IN_RANGE = "stage 2 in range"
 """Stage 2 with the published t-range, which the recipe of text leaves off as the released scripts do."""
 MANY_STEPS = 10**6
@@ -134,6 +140,8 @@ def make_stage(setup: Setup, recipe: Recipe) -> Stage:
     """The stage that `setup.stage` names, without an end."""
     if setup.stage == "plain":
         return Stage("plain", Plain(), MANY_STEPS)
+    if setup.stage in ROUTES:
+        return Stage("stage", Plain(), MANY_STEPS, routing=ROUTES[setup.stage](recipe.model.depth))
     if setup.stage in OF_ITS_OWN:
         return Stage("stage", OF_ITS_OWN[setup.stage](recipe.model), MANY_STEPS)
     if setup.stage == IN_RANGE:

@@ -128,6 +128,10 @@ def main(arguments: Sequence[str]) -> None:
     if given.target is None:
         return
     form = given.to or origin.loaded.layout
+    if origin.loaded.config.fusion_last:
+        raise UserError(
+            f"--to {form}: {given.source} has a fusion (SPRINT), which no form has a place for: keep the run"
+        )
     uploads = os.path.lexists(given.target)
     if uploads and not _written_before(given.target, form, given.push):
         raise UserError(f"{given.target}: exists; name another")
