@@ -115,6 +115,11 @@ def _methods(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
         if pushed := entry.get("contrast"):
             title, sentence = f"{title} with a contrast", f"{sentence} {words.CONTRAST}"
             settings = f"{settings}, contrast = {pushed}".removeprefix(", ")
+        if (route := entry.get("route", "none")) != "none":
+            name, told = words.ROUTES.get(route, (route, ""))
+            title, sentence = f"{title} with {name}", f"{sentence} {told}".strip()
+            rest = "" if entry.get("dense_after", 0) == 0 else f", until step {entry['dense_after']}"
+            settings = f"{settings}, route_rate = {entry.get('route_rate')}{rest}".removeprefix(", ")
         groups.setdefault((title, settings, arm.stage.model("teacher") or "", sentence), []).append(arm)
     taught = any(name for _, _, name, _ in groups)
     lines = [

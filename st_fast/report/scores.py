@@ -76,7 +76,8 @@ def _samples(arm: Arm) -> str:
         parts.append(f"sampler {metrics['sampler']}{steps}")
     if "cfg_scale" in metrics:
         scale, interval = metrics["cfg_scale"], _interval(arm)
-        parts.append("no guidance" if scale == 1 else f"guidance scale {scale}{interval}")
+        dropped = " by path drop" * (metrics.get("guidance") == "path_drop")
+        parts.append("no guidance" if scale == 1 else f"guidance scale {scale}{dropped}{interval}")
     if "internal_guidance" in metrics:
         parts.append(f"Internal Guidance {metrics['internal_guidance']}{_interval(arm, 'internal_range')}")
     return ", ".join(parts)

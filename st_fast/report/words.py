@@ -87,4 +87,15 @@ METHODS = {
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""
+ROUTES = {
+    "tread": (
+        "TREAD",
+        "Blocks in the middle run on a part of the tokens in training; the others go on behind them as they were.",
+    ),
+    "sprint": (
+        "SPRINT",
+        "Blocks in the middle run on a part of the tokens in training; behind them all are fused with the result.",
+    ),
+}
+"""A name and a sentence for each route."""
 CONTRAST = "Contrastive flow matching: the velocity is pushed away from that of another sample of the batch."

@@ -219,6 +219,8 @@ class Examiner:
         if wanted.inception:
             found |= self._by_inception(images)
         protocol = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler, "steps": settings.steps}
+        if settings.guidance != "cfg":
+            protocol["guidance"] = settings.guidance
         if settings.internal_guidance != 1.0:
             protocol["internal_guidance"] = settings.internal_guidance
         self.log.write("eval", stage.name, step, metrics=found | protocol, **beside, **cost)

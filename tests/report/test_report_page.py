@@ -490,3 +490,13 @@ def test_a_stage_with_a_contrast_is_not_called_plain(runs) -> None:
     text = page_of(run).text
     assert "Plain training with a contrast" in text and "contrast = 0.05" in text and "pushed away" in text
     assert "contrast" not in page_of(runs.plain("other")).text
+
+
+def test_a_stage_with_a_route_is_not_called_plain(runs) -> None:
+    run = runs.plain("routed")
+    recipe = run / "recipe.toml"
+    keys = 'supervision = "none"\nroute = "tread"\nroute_rate = 0.5\ndense_after = 900'
+    recipe.write_text(recipe.read_text().replace('supervision = "none"', keys))
+    text = page_of(run).text
+    assert "with TREAD" in text and "route_rate = 0.5, until step 900" in text and "as they were" in text
+    assert "TREAD" not in page_of(runs.plain("other")).text
