@@ -30,8 +30,8 @@ from st_fast.study.plan import Job, Study, jobs
 METRIC = "frechet"
 FLOOR = METRICS[METRIC].floor
 PROTOCOL = (
-    "num", "cfg_scale", "guidance", "internal_guidance", "sampler", "steps", "classifier_accuracy", "classifier_digest", FLOOR,
-    "floor_num",
+    "num", "cfg_scale", "guidance", "internal_guidance", "sampler", "steps", "classifier_accuracy", "classifier_digest",
+    FLOOR, "floor_num",
 )  # fmt: skip
 """How a score was taken, as an evaluation's record says."""
 RECIPE = ("flow", "optim", "run", "sample", "evaluate")
