@@ -218,7 +218,8 @@ class Examiner:
             found |= classifier.classifier_metrics(network, images, labels, reference)
         if wanted.inception:
             found |= self._by_inception(images)
-        protocol: dict[str, object] = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler, "steps": settings.steps}
+        protocol: dict[str, object] = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler}
+        protocol["steps"] = settings.steps
         if settings.guidance != "cfg":
             protocol["guidance"] = settings.guidance
         if settings.internal_guidance != 1.0:
