@@ -107,7 +107,7 @@ def check_keys(table: Iterable[str], known: Iterable[str], prefix: str, elsewher
 def method_with(key: str) -> str:
     """A hint at the methods that have such a setting; empty where none has."""
     owners = [name for name, method in METHODS.items() if key in keys(method)]
-    return f"a setting of supervision {' and '.join(owners)}" if owners else ""
+    return f"a setting of supervision {', '.join(owners)}" if owners else ""
 
 
 def resolve(recipe: Recipe, path: Path) -> Recipe:

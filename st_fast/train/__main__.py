@@ -116,12 +116,18 @@ def summary(recipe: Recipe, ranks: int) -> str:
     ]
     for stage in recipe.stages:
         each, images = cost.stage_cost(recipe, stage), recipe.optim.batch_size
-        whole, stop = cost.stage_flops(recipe, stage, 0, stage.steps), stage.method.stop_step
-        then = f", {images * each.student / 1e12:.3f} after step {stop}" if 0 < stop < stage.steps else ""
+        whole, own = cost.stage_flops(recipe, stage, 0, stage.steps), recipe.for_stage(stage).model.parameters
+        more = f"{own / 1e6:.1f} M parameters, " if own != model.parameters else ""  # an internal head or a fusion
+        turns = sorted({stage.method.stop_step, stage.routing.dense_after})  # where supervision or a route ends
+        later = "".join(
+            f", {cost.stage_flops(recipe, stage, turn, turn + 1) / 1e12:.3f} after step {turn}"
+            for turn in turns
+            if 0 < turn < stage.steps
+        )
         lines.append(
-            f"# {stage.name}: {images * each.total / 1e12:.3f} TFLOP a step "
+            f"# {stage.name}: {more}{images * each.total / 1e12:.3f} TFLOP a step "
             f"(student {each.student / 1e9:.2f}, heads {each.heads / 1e9:.2f}, "
-            f"teacher {each.teacher / 1e9:.2f} GFLOP an image){then}, {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
+            f"teacher {each.teacher / 1e9:.2f} GFLOP an image){later}, {whole / 1e15:.4g} PFLOP in {stage.steps} steps"
         )
         if stage.method.stop_below != "off":
             comparison = cost.comparison_flops(recipe, stage) / 1e12

@@ -171,3 +171,16 @@ def test_a_dry_runs_cost_of_a_step_times_its_steps_is_its_total(tmp_path):
     supervised, after, whole = map(float, re.findall(r"([\d.]+)(?: TFLOP a step| after step 3| PFLOP)", line))
     assert supervised > after
     assert 3 * supervised + 7 * after == pytest.approx(1e3 * whole, abs=10 * 5e-4)  # printed with three digits
+
+
+def test_a_dry_run_tells_when_a_route_ends_and_what_a_stage_adds_to_the_network(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    given = [f"--stage.align.{key}" for key in ("route=sprint", "route_first=1", "route_last=2", "dense_after=3")]
+    recipe = load(path, [*given, "--stage.align.depth=1", "--stage.align.steps=10", "--optim.batch_size=65536"])
+    line = next(line for line in summary(recipe, 1).splitlines() if line.startswith("# align: "))
+    more, routed, dense, whole = map(
+        float, re.findall(r"([\d.]+)(?: M parameters| TFLOP a step| after step 3| PFLOP)", line)
+    )
+    assert more == pytest.approx(recipe.for_stage(recipe.stages[0]).model.parameters / 1e6, abs=0.05)
+    assert dense > routed
+    assert 3 * routed + 7 * dense == pytest.approx(1e3 * whole, rel=1e-3)
