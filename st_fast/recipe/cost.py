@@ -154,16 +154,18 @@ def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, cost: Stage
     return recipe.optim.batch_size * (student + heads + cost.teacher * supervised)
 
 
-def comparison_flops(recipe: Recipe, stage: Stage, encoders: float | None = None) -> float:
-    """FLOPs of one comparison of gradients (`stop_below`) over the whole global batch.
+def comparison_flops(recipe: Recipe, stage: Stage, encoders: float | None = None, step: int = 0) -> float:
+    """FLOPs of one comparison of gradients (`stop_below`) before a step, over the whole global batch.
 
     At each of its times a forward of student and heads, and a backward from both losses to the tapped stream, without
-    weights' gradients; a teacher that reads noisy latents runs at each time, live encoders once.
+    weights' gradients, on the tokens that a route keeps at that step; a teacher that reads noisy latents runs at each
+    time, live encoders once.
     """
     model, method = recipe.for_stage(stage).model, stage.method
     assert isinstance(method.tap, int)
     student = 2 * trunk_macs(model) - trunk_macs(model, method.tap)
-    heads = 2 * sum(layer.macs for layer in method.head_layers(model))
+    student -= sum(left_out_macs(model, stage, after, step) for after in (0, method.tap))
+    heads = 2 * heads_macs(model, stage, tapped_tokens(model, stage, step))
     teacher = method.teacher_passes * trunk_macs(model, method.frozen_depth)
     once = stage_cost(recipe, stage, encoders).teacher if method.encodes_images else 0.0
     return recipe.optim.batch_size * (2.0 * len(method.stop_times) * (student + heads + teacher) + once)

@@ -12,15 +12,15 @@ def plan_of(model: Model, stage: Stage, step: int = 0) -> TokenPlan | None:
     return stage.routing.plan(model, stage.method.token_groups, model.grid, step)
 
 
-def left_out_macs(model: Model, stage: Stage) -> int:
-    """Multiply-adds of one image's forward that a stage's route leaves out; 0 without one."""
-    plan = plan_of(model, stage)
+def left_out_macs(model: Model, stage: Stage, after: int = 0, step: int = 0) -> int:
+    """Multiply-adds of one image's forward behind block `after` that a stage's route leaves out; 0 without one."""
+    plan = plan_of(model, stage, step)
     if plan is None or plan.route is None:
         return 0
-    ends = [number == model.depth for number in plan.route.blocks]
+    ends = [number == model.depth for number in plan.route.blocks if number > after]
     blocks = sum(_block_macs(model, plan, plan.lengths, end) - _block_macs(model, plan, plan.kept, end) for end in ends)
     # Of a fusion a token that was left out needs the half for its own state; the mask token's is one for all.
-    fused = (sum(plan.lengths) - sum(plan.kept)) * model.width**2 if model.fusion_last else 0
+    fused = (sum(plan.lengths) - sum(plan.kept)) * model.width**2 if model.fusion_last > after else 0
     return blocks + fused
 
 

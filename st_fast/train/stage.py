@@ -176,7 +176,10 @@ def cost_so_far(trainer: Trainer, clock: Clock, step: int) -> dict[str, float]:
     recipe, stage, features = trainer.context.recipe, trainer.stage_so_far, trainer.features
     flops = features.flops_beforehand + cost.stage_flops(recipe, stage, 0, step, cost_of_an_image(trainer))
     if compared := trainer.ending.comparisons(step):
-        flops += compared * cost.comparison_flops(recipe, stage, features.flops_an_image)
+        dense = stage.routing.dense_after
+        routed = trainer.ending.comparisons(min(step, dense or step))
+        for count, at in ((routed, 0), (compared - routed, dense)):
+            flops += count * cost.comparison_flops(recipe, stage, features.flops_an_image, at)
     return {"seconds": round(clock.read(), 3), "flops": flops}
 
 

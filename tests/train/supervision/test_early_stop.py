@@ -208,6 +208,17 @@ def test_comparisons_are_counted_with_the_cost(data, tmp_path, one_thread) -> No
     assert each == 8 * 4 * 2 * (macs + 2 * 4 * (32 * 16 + 16 * 16 + 16 * 32))
 
 
+def test_comparisons_are_counted_before_and_after_a_routes_end(data, tmp_path, one_thread) -> None:
+    route = 'route = "tread"\nroute_first = 1\nroute_last = 3\ndense_after = 6\n'
+    recipe = recipe_of(data, tmp_path, "routed", NEVER, stage=STAGE + route)
+    run(recipe)
+    (stage,) = recipe.stages
+    routed, dense = (cost.comparison_flops(recipe, stage, step=step) for step in (3, 6))
+    first, *_, last = (record["flops"] for record in tiny.records(tmp_path / "routed", "train"))
+    trained = cost.stage_flops(recipe, stage, 1, 10)
+    assert dense > routed and last - first == pytest.approx(trained + routed + 2 * dense, rel=1e-12)
+
+
 @pytest.mark.parametrize("option", ["--run.prefetch=false", "--run.prefetch=true"])
 def test_interrupted_at_every_step_it_resumes_bit_exactly_across_the_stop(
     option: str,
