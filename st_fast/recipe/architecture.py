@@ -317,7 +317,7 @@ def check_shapes(model: Model) -> None:
     first, last = model.fusion_first, model.fusion_last
     if (first, last) != (0, 0) and (model.network != "sit" or not 1 <= first < last < model.depth):
         why = f"fusion_first = {first}, depth = {model.depth}, network = {show(model.network)}"
-        allowed = "0 <= fusion_first < fusion_last < depth of a SiT, both 0 or neither"
+        allowed = "1 <= fusion_first < fusion_last < depth of a SiT, or both 0"
         raise wrong_value("model.fusion_last", last, allowed, why)
     if model.hidden < 1:
         raise wrong_value("model.mlp_ratio", model.mlp_ratio, f"at least 1 / model.width = {1 / model.width:g}")

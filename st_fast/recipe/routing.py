@@ -133,7 +133,8 @@ class Routing:
             raise wrong_value(f"{label}.route_first", first, f"{low} to {high}, with blocks of the model behind it")
         most = depth - 1 if fused or first == 0 else depth
         if not first < found.last <= most:
-            why = f"{found.last}, with route_first = {first} and model.depth = {depth}"
+            itself = f"block {found.last}, " if self.route_last == "auto" else ""
+            why = f"{itself}with route_first = {first} and model.depth = {depth}"
             allowed = f"{first + 1} to {most}" + ", so that some block runs all tokens" * (first == 0)
             raise wrong_value(f"{label}.route_last", self.route_last, allowed, why)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from st_fast.core.errors import UserError
 from st_fast.data.statistics import shape_name
 from st_fast.model import flow
+from st_fast.model.finite import check_finite
 from st_fast.recipe.schema import Contrast, Sample
 
 
@@ -50,11 +51,14 @@ def correction(
     """
     if contrast.contrast == 0 or settings.contrast == "none":
         return None
-    mean = means.get(shape_name(shape))
-    if mean is None or mean.shape != shape:
+    mean, group = means.get(shape_name(shape)), f"{where}: mean_latents"
+    if mean is not None and mean.shape != shape:
+        raise UserError(f"{group}: {shape_name(shape)} has the shape {tuple(mean.shape)}")
+    if mean is None:
         raise UserError(
             f"{where}: trained with contrast = {contrast.contrast:g}, whose bias is taken out by the mean latent, and "
             f"it holds none of {shape_name(shape)}, only of {', '.join(sorted(means)) or 'nothing'}: another size, or "
             '--contrast none (sample.contrast = "none") to draw with the bias'
         )
+    check_finite({shape_name(shape): mean}, group)
     return Correction(contrast.contrast, contrast.contrast_null, settings.contrast, mean.float(), path)

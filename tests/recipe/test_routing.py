@@ -9,7 +9,7 @@ import pytest
 
 from st_fast.recipe import RecipeError, cost, load, to_toml
 from st_fast.recipe.load import from_text
-from st_fast.recipe.methods import LayerSync, Plain, VelocityHead
+from st_fast.recipe.methods import LayerSync, Plain, Repa, VelocityHead
 from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import Model, Recipe, Stage
 from st_fast.recipe.tokens import divided, kept_lengths
@@ -41,9 +41,9 @@ def test_the_defaults_are_tread_as_published_for_b_and_for_deep_networks() -> No
         ("route_rate = 0.97", "route_rate", r"it keeps none of 16 tokens; allowed: a share that keeps some"),
         ("route_rate = 0.01", "route_rate", r"it keeps all of 16 tokens; allowed: a share that keeps some"),
         ("route_first = 6", "route_first", "0 to 5, with blocks"),
-        ("route_last = 2", "route_last", r"2, with route_first = 2 and model.depth = 6; allowed: 3 to 6$"),
+        ("route_last = 2", "route_last", r"= 2: with route_first = 2 and model.depth = 6; allowed: 3 to 6$"),
         ("route_last = 7", "route_last", "allowed: 3 to 6$"),
-        ("route_first = 3", "route_last", r'"auto": 3, with route_first = 3 .*; allowed: 4 to 6$'),
+        ("route_first = 3", "route_last", r'"auto": block 3, with route_first = 3 .*; allowed: 4 to 6$'),
         ("route_first = 0\nroute_last = 6", "route_last", "allowed: 1 to 5, so that some block runs all tokens"),
         ('route_select = "structured"', "route_select", r'"auto"; allowed: "random", or route_rate = 0.75$'),
         ("dense_after = 101", "dense_after", "0 to 100, the stage's steps"),
@@ -132,6 +132,19 @@ def test_heads_cost_the_tokens_that_they_see(depth, share) -> None:
     assert flops(stage.routing, method, first=6) == pytest.approx(flops(Routing(), method, first=6), rel=1e-12)
 
 
+def test_a_comparison_of_gradients_costs_what_the_route_leaves_of_it() -> None:
+    """Forward blocks 3 to 5 and backward block 5, behind the tapped one, run on 16 of 64 tokens, as the heads do."""
+    d, n, k = 64, 64, 16
+    saved = 12 * d * d * (n - k) + 2 * d * (n * n - k * k)
+    method = Repa(("one",), 4, hidden=24, stop_below=0.0)
+    heads = 2 * (n - k) * (d * 24 + 24 * 24 + 24 * d)
+    routed = Stage("s", method, 10, routing=Routing("tread", 0.75, route_first=2, route_last=5, dense_after=6))
+    recipe = Recipe(MODEL, (routed,))
+    dense = cost.comparison_flops(recipe, Stage("s", method, 10))
+    assert dense - cost.comparison_flops(recipe, routed) == pytest.approx(256 * 2 * 4 * (4 * saved + heads), rel=1e-12)
+    assert cost.comparison_flops(recipe, routed, step=6) == dense
+
+
 def test_a_route_lowers_the_estimate_of_memory_unless_it_ends() -> None:
     def bytes_of(routing: Routing, method=LayerSync(2, 4)) -> int:  # noqa: B008
         return cost.memory_bytes(Recipe(MODEL, (Stage("s", method, 10, routing=routing),)), 1, False)[1]
@@ -189,7 +202,7 @@ def test_what_belongs_to_a_fusion_is_refused_without_it_or_where_it_can_not_be(s
     assert load(path, [*text, "--stage.align.route=tread"]).stages[0].routing.route == "tread"
     plain = spoil("batch_size = 96", "batch_size = 48")
     for first, last in ((0, 3), (3, 3), (2, 6)):
-        with pytest.raises(RecipeError, match="fusion_last"):
+        with pytest.raises(RecipeError, match="allowed: 1 <= fusion_first < fusion_last < depth"):
             load(plain, [f"--model.fusion_first={first}", f"--model.fusion_last={last}"])
 
 

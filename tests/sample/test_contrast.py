@@ -194,6 +194,18 @@ def test_a_checkpoint_that_lacks_it_and_a_model_without_a_contrast_say_so_in_a_l
     assert latents(runs["plain"], "--contrast", "none")[0].shape == (4, 3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("mean", "words"),
+    [
+        (torch.full((3, 8, 8), float("nan")), r"cp: mean_latents: 3x8x8 \(3, 8, 8\) has 192 values that are NaN"),
+        (torch.zeros(3, 8, 4), r"cp: mean_latents: 3x8x8 has the shape \(3, 8, 4\)"),
+    ],
+)
+def test_a_checkpoints_mean_latent_that_is_damaged_is_refused(mean, words):
+    with pytest.raises(UserError, match=words):
+        correction(Contrast(0.1), Sample(), "linear", {"3x8x8": mean}, (3, 8, 8), "cp")
+
+
 def test_pictures_and_scores_of_a_run_in_training_are_corrected_as_well(runs, monkeypatch):
     recipe = load_run(runs["contrast"])
     examiner, seen = object.__new__(Examiner), []
