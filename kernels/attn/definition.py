@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..common.plain import up
-
-Lengths = Sequence[int] | None
+from ..common.plain import Lengths, up
 
 
 def attention(qkv: Tensor, lengths: Lengths = None) -> Tensor:
@@ -34,7 +30,7 @@ def _cut(lengths: Lengths, *tensors: Tensor, dim: int = 2) -> list[tuple[Tensor,
     """The tensors' parts that belong to each group; tokens lie along `dim`."""
     if lengths is None:
         return [tensors]
-    return list(zip(*(tensor.split(list(lengths), dim) for tensor in tensors), strict=True))
+    return list(zip(*(tensor.split(list(lengths), dim) for tensor in tensors)))
 
 
 def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +69,5 @@ def attention_heads_backward(
         p = (queries @ keys.transpose(-1, -2) * scale - sums.unsqueeze(-1)).exp()
         ds = p * (dy @ values.transpose(-1, -2) - (dy * y).sum(-1, keepdim=True)) * scale
         found.append((ds @ keys, ds.transpose(-1, -2) @ queries, p.transpose(-1, -2) @ dy))
-    dq, dk, dv = (
-        torch.cat(grads, 2).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        for grads in zip(*found, strict=True)
-    )
+    dq, dk, dv = (torch.cat(grads, 2).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for grads in zip(*found))
     return dq, dk, dv

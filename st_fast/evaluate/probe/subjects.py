@@ -39,7 +39,7 @@ class Subject:
     def supervised(self) -> tuple[int, ...]:
         """The blocks that extra supervision reads; none in plain training."""
         tap: int | tuple[int, ...] = self.stage.method.tap
-        internal = self.recipe.for_stage(self.stage).model.internal_head
+        internal = self.model.config.internal_head
         blocks = (internal if block == INTERNAL else block for block in (tap if isinstance(tap, tuple) else (tap,)))
         return tuple(block for block in blocks if block)
 

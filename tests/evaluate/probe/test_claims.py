@@ -36,7 +36,7 @@ def estimate(value: float, error: float = 0.01) -> Estimate:
 
 
 def subject(method, step: int = 100, run_: str = "run", **more) -> Subject:
-    model = SimpleNamespace(config=SimpleNamespace(depth=4))
+    model = SimpleNamespace(config=SimpleNamespace(depth=4, internal_head=0))
     stage = Stage("stage", method, step)
     return Subject(f"{run_}/{step}", stage, model, None, {"step": step}, None, Path(run_), **more)
 
