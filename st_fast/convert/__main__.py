@@ -200,7 +200,9 @@ def described(origin: ModelSource) -> str:
     if config.network == "mmdit":
         null = "with" if NULL_CONTEXT in loaded.model else "without"
         condition = f"captions of {config.text_length} × {config.text_width}, {null} the empty caption's states"
-    internal = f", internal head after block {config.internal_head}" if config.internal_head else ""
+    parts = f", internal head after block {config.internal_head}" if config.internal_head else ""
+    if config.fusion_last:
+        parts += f", fusion around blocks {config.fusion_first + 1} to {config.fusion_last}"
     average = "raw weights and their average" if loaded.averaged else "one set of weights"
     optimiser = f"AdamW's state after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
     if loaded.left_out:
@@ -210,7 +212,7 @@ def described(origin: ModelSource) -> str:
         f"{loaded.step:,}, {loaded.path} path\n"
         f"  depth {config.depth}, width {config.width}, heads {config.heads}, patch {config.patch}, latents "
         f"{' × '.join(map(str, config.latent_shape))}, {condition}, "
-        f"qk-norm {'on' if config.qk_norm else 'off'}{internal}\n"
+        f"qk-norm {'on' if config.qk_norm else 'off'}{parts}\n"
         f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
         + "".join(f"\n  {remark}" for remark in (*loaded.remarks, *_unprefixed(loaded)))
     )

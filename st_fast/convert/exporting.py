@@ -68,6 +68,8 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
         raise UserError(f"latents of {height} x {width}: {layout}'s own code takes square ones only")
     if loaded.config.prediction != "velocity":
         raise UserError(f"model.prediction = {loaded.config.prediction!r}: {layout}'s own code predicts the velocity")
+    if loaded.config.fusion_last:
+        raise UserError(f"model.fusion_last = {loaded.config.fusion_last}: {layout}'s own code has no fusion of blocks")
     if layout == "self-flow" and loaded.config.qk_norm:
         raise UserError(f"model.qk_norm = true: {layout}'s own code has no norm of queries and keys")
     facts = loaded.facts if loaded.layout == layout else {}

@@ -163,10 +163,12 @@ def write_diffusers(
 ) -> None:
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the others.
 
-    UserError if the folder is there, if the VAE can't be had, has other channels or another normalisation than the
+    UserError for a network with a fusion, if the folder is there, if the VAE can't be had, has other channels or another normalisation than the
     model's latents, or was given other images, or if the text encoder can't be had or isn't the one that the model was
     trained with.
     """
+    if last := origin.loaded.config.fusion_last:
+        raise UserError(f"model.fusion_last = {last}: the pipeline's code has no fusion; --to huggingface keeps it")
     latents, vae_folder = latents_of(origin), own_vae(origin)
     vae_name = _name_of(vae) if vae else latents.vae if latents else ""
     source, channels = vae or vae_folder, origin.loaded.config.channels

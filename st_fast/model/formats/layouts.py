@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from st_fast.core.files import shown
 from st_fast.core.options import ARCHITECTURE_MOST, LAYOUTS
 from st_fast.model import network
 from st_fast.model.formats import official
-from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, Table, heads, is_head
+from st_fast.model.formats.loaded_state import FUSION, INTERNAL_PREFIX, NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
 from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes
@@ -109,6 +110,8 @@ def infer(
         channels=channels, latent_size=size, mlp_ratio=hidden[0] / width, qk_norm=norm in table,
         internal_head=_internal_head(table, args, depth, where, otherwise), **condition,
     )  # fmt: skip
+    if otherwise is not None and any(key.startswith(FUSION) for key in table):  # no tensor tells which blocks
+        model = replace(model, fusion_first=otherwise.fusion_first, fusion_last=otherwise.fusion_last)
     try:
         check_shapes(model)
     except RecipeError as error:
