@@ -22,8 +22,9 @@ def attention_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths = None) ->
     With `lengths` of groups of consecutive tokens, N in all, over those of a token's own group.
     """
     attend = torch.nn.functional.scaled_dot_product_attention
-    parts = _cut(lengths, q, k, v)
-    return attend(q, k, v) if lengths is None else torch.cat([attend(q, k, v) for q, k, v in parts], 2)
+    if lengths is None:
+        return attend(q, k, v)
+    return torch.cat([attend(*part) for part in _cut(lengths, q, k, v)], 2)
 
 
 def _cut(lengths: Lengths, *tensors: Tensor, dim: int = 2) -> list[tuple[Tensor, ...]]:

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .._ops import ops
 from ..common import checks
+from ..common.plain import Lengths
 from ..common.registry import Context, Grad, Op, define, differentiate, new, statistic
 from . import definition
-from .definition import Lengths
 
 
 def _served(x: Tensor) -> bool:

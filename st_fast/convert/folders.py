@@ -163,9 +163,9 @@ def write_diffusers(
 ) -> None:
     """A pipeline that runs without st_fast: model_index.json, pipeline.py, the transformer and, if given, the others.
 
-    UserError for a network with a fusion, if the folder is there, if the VAE can't be had, has other channels or another normalisation than the
-    model's latents, or was given other images, or if the text encoder can't be had or isn't the one that the model was
-    trained with.
+    UserError for a network with a fusion, if the folder is there, if the VAE can't be had, has other channels or
+    another normalisation than the model's latents, or was given other images, or if the text encoder can't be had or
+    isn't the one that the model was trained with.
     """
     if last := origin.loaded.config.fusion_last:
         raise UserError(f"model.fusion_last = {last}: the pipeline's code has no fusion; --to huggingface keeps it")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from st_fast.recipe.architecture import Model
 from st_fast.recipe.error import show, wrong_value
 from st_fast.recipe.keys import BelowOne, CountOrZero, Limit, StageStep, fixed, keys
-from st_fast.recipe.methods import Method
+from st_fast.recipe.methods import Method, supervision_name
 from st_fast.recipe.tokens import TokenGroups, TokenPlan, TokenRoute, token_plan
 
 Share = Annotated[float, Limit("above 0 and below 1", lambda share: 0 < share < 1)]
@@ -88,12 +88,12 @@ class Routing:
             self._check_squares(label, model.grid, method.token_groups)
         plan = self.plan(model, method.token_groups, model.grid)
         assert plan is not None and plan.route is not None
-        readers = {"a convolution": method.tap} if method.reads_grid else {}
+        readers = {f"supervision = {show(supervision_name(method))}": method.tap} if method.reads_grid else {}
         readers |= {"the internal head": model.internal_head} if model.internal_head else {}
         for reader, tap in readers.items():
             if plan.route.around(tap):
                 first, last = plan.route.first, plan.route.last
-                why = f"{reader} reads block {tap}, where the route has left tokens out"
+                why = f"{reader} reads block {tap} on the whole grid, where the route has left tokens out"
                 raise wrong_value(f"{label}.route", self.route, f"a block up to {first} or above {last} for it", why)
         for of, kept in zip(plan.lengths, plan.kept, strict=True):
             if not 0 < kept < of:

@@ -213,13 +213,19 @@ def test_a_head_that_needs_all_tokens_is_refused_within_a_route_only(spoil) -> N
     for depth in (1, 2, 3, 5, 6):
         base.write_text(alone.replace(conv + "2", f"{conv}{depth}"))
         if depth in (3, 5):
-            with pytest.raises(RecipeError, match=f"a convolution reads block {depth}, where .* a block up to 2 or ab"):
+            with pytest.raises(
+                RecipeError, match=f'"repa" reads block {depth} on the whole grid, where .* a block up to 2 or ab'
+            ):
                 load(base)
         else:
             load(base)
+    pairs = 'supervision = "dispersive"\nroute = "tread"\nroute_last = 5\ndepth = 4'
+    base.write_text(alone.replace(conv + "2", pairs))
+    with pytest.raises(RecipeError, match='"dispersive" reads block 4 on the whole grid'):
+        load(base)
     head = 'supervision = "internal_guidance"\nroute = "tread"\nroute_last = 5\ndepth = 4'
     base.write_text(alone.replace(conv + "2", head))
-    with pytest.raises(RecipeError, match="the internal head reads block 4"):
+    with pytest.raises(RecipeError, match="the internal head reads block 4 on"):
         load(base)
 
 

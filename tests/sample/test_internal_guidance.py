@@ -234,6 +234,15 @@ def test_the_preset_is_the_released_scripts():
     assert (preset["internal_guidance"], preset["internal_range"]) == (1.4, (0.0, 1.0))
 
 
+def test_a_preset_leaves_nothing_of_the_recipes_own_guidance():
+    recipes_own = Sample(guidance="path_drop", cfg_scale=3.0, internal_guidance=1.7)
+    drawn = {name: replace(recipes_own, **preset) for name, preset in PRESETS.items()}
+    assert {name: one.guidance for name, one in drawn.items() if one.guidance != "cfg"} == {"sprint": "path_drop"}
+    assert {n: one.internal_guidance for n, one in drawn.items() if one.internal_guidance != 1} == {
+        "internal-guidance": 1.4
+    }
+
+
 def test_a_set_of_an_older_version_is_continued(guided_run):
     """Without guidance of this kind a set's settings are what they were before there was any."""
     folder = guided_run / "set"

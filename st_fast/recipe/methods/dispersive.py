@@ -23,6 +23,11 @@ class Dispersive(Method):
     def tap(self) -> int:
         return self.depth
 
+    @property
+    def reads_grid(self) -> bool:
+        """Samples are compared token by token, and within a route each keeps others."""
+        return True
+
     def kept_channels(self, model: Model) -> int:
         """The rank's own tokens in float32, centred, and everyone's where there is one rank; others' come on top."""
         return 4 * model.width
