@@ -14,7 +14,15 @@ from st_fast.core.checkpoint.meta import Init
 from st_fast.core.errors import Say, UserError
 from st_fast.model import network
 from st_fast.model.finite import check_finite
-from st_fast.model.formats.loaded_state import INTERNAL_PREFIX, NULL_CONTEXT, LoadedState, head_name, heads, trunk
+from st_fast.model.formats.loaded_state import (
+    FUSION,
+    INTERNAL_PREFIX,
+    NULL_CONTEXT,
+    LoadedState,
+    head_name,
+    heads,
+    trunk,
+)
 from st_fast.model.stored import KINDS, read_model, without_internal_head
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe.schema import Recipe, Stage
@@ -84,9 +92,11 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     match_strictly(kept, found, named + _fresh_hint(kept, found))
     ours = config.architecture()
     # No weight's shape tells how many heads there are, nor which of the grids with as many tokens positions are for,
-    # nor which block the internal head reads.
+    # nor which block the internal head reads, which ones a fusion surrounds, and what the output is.
     untold = ["heads"] + ["latent_size"] * ("pos_embed" in kept)
     untold += ["internal_head"] * any(key.startswith(INTERNAL_PREFIX) for key in kept)
+    untold += ["fusion_first", "fusion_last"] * any(key.startswith(FUSION) for key in kept)
+    untold += ["prediction"] * any(key.startswith("final_layer.") for key in kept)
     if any(theirs.get(key) != ours.get(key) for key in untold):
         raise UserError(named)
     if start.init_heads == "match":
@@ -115,10 +125,10 @@ def check(recipe: Recipe, stage: Stage, feature_widths: tuple[int, ...], say: Sa
 def _fresh_hint(kept: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """How to start all the same where only parts outside the blocks have other shapes, such as the classes' table.
 
-    So where only the internal head is missing.
+    So where only the internal head or a fusion is missing.
     """
     differing = [key for key in kept if key in found and kept[key].shape != found[key].shape]
-    differing += [key for key in kept if key not in found and key.startswith(INTERNAL_PREFIX)]
+    differing += [key for key in kept if key not in found and key.startswith((INTERNAL_PREFIX, *FUSION))]
     parts = sorted({f"{key.partition('.')[0]}." if "." in key else key for key in differing})
     if not parts or {"blocks.", "joint_blocks."} & {*parts}:
         return ""

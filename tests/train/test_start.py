@@ -212,6 +212,29 @@ def test_other_classes_or_another_size_name_the_init_fresh_that_starts_all_the_s
     start.check(fresh, fresh.stages[0], (), pytest.fail)
 
 
+def test_what_no_shape_tells_of_a_fusion_or_of_the_output_is_compared_all_the_same(data, tmp_path):
+    def stage(name: str, last: int, *lines: str) -> str:
+        route = 'supervision = "none"\nsteps = 1\nroute = "sprint"\nroute_first = 1'
+        return "\n".join((f'[[stage]]\nname = "{name}"', route, f"route_last = {last}", *lines, ""))
+
+    path = tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out")
+    head = path.read_text().split("[[stage]]")[0].replace("depth = 3", "depth = 4")
+    path.write_text(head + stage("one", 2) + stage("two", 3, 'init = "one"'))
+    with pytest.raises(UserError, match=r"another architecture: fusion_last 2 \(this recipe: 3\)$"):
+        run(load(path))
+    path.write_text(head + stage("two", 2, f'init = "{tmp_path}/out/one"'))
+    options = [f"--run.out={tmp_path}/x", "--model.prediction=x"]
+    with pytest.raises(UserError, match=r"another architecture: prediction .*velocity.* \(this recipe: .*x.*\)$"):
+        run(load(path, options))
+    run(load(path, [*options, '--stage.two.init_fresh=["final_layer."]']))
+    plain = stage("two", 2, f'init = "{tmp_path}/plain/one"')
+    path.write_text(head + '[[stage]]\nname = "one"\nsupervision = "none"\nsteps = 1\n')
+    run(load(path, [f"--run.out={tmp_path}/plain"]))
+    path.write_text(head + plain)
+    with pytest.raises(UserError, match=r'\(init_fresh = \["fusion_proj.", "mask_token"\] draws these parts anew\)'):
+        run(load(path, [f"--run.out={tmp_path}/y"]))
+
+
 def test_more_classes_than_the_data_has_are_told(data, tmp_path, capsys):
     recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
     (stage, *_) = load(recipe).stages
