@@ -44,10 +44,6 @@ class Routing:
         """Whether the student's pass of this step, counted from 0, leaves tokens out."""
         return self.route != "none" and (self.dense_after == 0 or step < self.dense_after)
 
-    def steps_until_dense(self, first: int, last: int) -> int:
-        """How many of the steps first … last − 1 leave tokens out."""
-        return 0 if self.route == "none" else max(0, min(last, self.dense_after or last) - first)
-
     def tokens(self, model: Model) -> TokenRoute | None:
         """What the network is told; None without a route."""
         if self.route == "none":

@@ -413,6 +413,8 @@ def test_a_wrong_size_dtype_or_value_is_named(tmp_path):
     assert key in spoilt(tmp_path, lambda w: w.update({key: torch.zeros(7)}))
     assert "float64" in spoilt(tmp_path, lambda w: w.update({key: w[key].double()}))
     assert "NaN" in spoilt(tmp_path, lambda w: w[key].fill_(float("nan")))
+    for single in ("projectors.0.0.bias", "projectors.0.4.bias", "final_layer.linear.bias"):
+        assert single in spoilt(tmp_path, lambda w, key=single: w.update({key: torch.zeros(())}))
     assert "9 sizes" not in spoilt(tmp_path, lambda w: w.update({"pos_embed": torch.zeros(1, 8, WIDTH)}))
 
 

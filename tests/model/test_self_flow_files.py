@@ -164,6 +164,7 @@ def test_heads_of_our_stage_are_those_of_its_file(tmp_path):
         (lambda s: s.update({"x_embedder.proj.weight": torch.zeros(WIDTH, 4, 2, 2)}), "a linear layer's"),
         (lambda s: s.update({"x_embedder.proj.weight": torch.zeros(WIDTH, 0)}), "patches of 0 numbers"),
         (lambda s: s.update({"final_layer.linear.bias": torch.zeros(17)}), "final_layer.linear.bias"),
+        (lambda s: s.update({"final_layer.linear.bias": torch.zeros(())}), "final_layer.linear.bias"),
     ],
 )
 def test_a_file_that_is_not_quite_it_is_refused_in_one_line(change, said, tmp_path):

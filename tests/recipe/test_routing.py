@@ -9,7 +9,8 @@ import pytest
 
 from st_fast.recipe import RecipeError, cost, load, to_toml
 from st_fast.recipe.load import from_text
-from st_fast.recipe.methods import LayerSync, Plain, Repa, VelocityHead
+from st_fast.recipe.methods import DualTime, LayerSync, Plain, Repa, SelfTranscendence, VelocityHead
+from st_fast.recipe.route_cost import left_out_macs
 from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import Model, Recipe, Stage
 from st_fast.recipe.tokens import divided, kept_lengths
@@ -130,6 +131,32 @@ def test_heads_cost_the_tokens_that_they_see(depth, share) -> None:
     whole = cost.stage_cost(Recipe(MODEL, (stage,)), Stage("s", method, 10)).heads
     assert found.heads == pytest.approx(share * whole) and found.heads + found.dense_heads == pytest.approx(whole)
     assert flops(stage.routing, method, first=6) == pytest.approx(flops(Routing(), method, first=6), rel=1e-12)
+
+
+def test_a_route_saves_attention_within_groups_but_in_samples_that_are_one() -> None:
+    def saved(chance: float, separated: bool = True) -> int:
+        method = DualTime(1, 6, separated=separated, full_sample_prob=chance)
+        return left_out_macs(MODEL, Stage("s", method, 10, routing=Routing("tread", 0.75, route_first=2, route_last=5)))
+
+    assert saved(1.0) == saved(0.0, separated=False) > saved(0.0)
+    assert saved(0.25) == pytest.approx(0.75 * saved(0.0) + 0.25 * saved(1.0), rel=1e-12)
+
+
+def test_a_route_saves_the_attention_between_its_tokens_and_a_captions() -> None:
+    stage = Stage("s", Plain(), 10, routing=Routing("tread", 0.75, route_first=2, route_last=5))
+    short, long = (
+        left_out_macs(replace(MODEL, network="mmdit", text_width=8, text_length=length), stage) for length in (1, 11)
+    )
+    assert long - short == 3 * 2 * 64 * (2 * 10 * (64 - 16))
+
+
+def test_heads_that_end_before_the_route_does_cost_the_tokens_that_they_saw() -> None:
+    method = SelfTranscendence("./x", student_depth=3, teacher_depth=4, hidden=24, stop_step=3)
+    routing = Routing("tread", 0.75, route_first=2, route_last=5, dense_after=6)
+    stage = Stage("s", method, 10, routing=routing)
+    each = cost.stage_cost(Recipe(MODEL, (stage,)), stage)
+    supervised = flops(routing, method) - flops(routing)
+    assert supervised == pytest.approx(3 * 256 * (each.heads + each.teacher), rel=1e-9)
 
 
 def test_a_comparison_of_gradients_costs_what_the_route_leaves_of_it() -> None:

@@ -262,16 +262,22 @@ def check_table(table: Table, config: Model, layout: str, where: str) -> None:
         raise UserError(f"{where}: an MMDiT, which is no network of {layout}: one of {', '.join(MMDIT_LAYOUTS)}")
     if config.internal_head and layout != "repa":
         raise UserError(f"{where}: it has an internal head ({INTERNAL_PREFIX}*), which {layout} has no place for: repa")
-    sigma = layout in official.LAYOUTS and len(table.get("final_layer.linear.bias", ())) == 2 * config.patch_values
+    outputs = table["final_layer.linear.bias"].shape if "final_layer.linear.bias" in table else ()
+    sigma = layout in official.LAYOUTS and outputs[:1] == (2 * config.patch_values,)
     expected = expected_trunk(config, sigma, null=NULL_CONTEXT in table) | _expected_heads(heads(table), config, layout)
     match_strictly(expected, table, f"{where} as {layout}", limit=EVERY_KEY)
+
+
+def _rows(tensor: Tensor) -> int:
+    """Its first size; 1 of a single number, whose shape is then refused."""
+    return tensor.shape[0] if tensor.ndim else 1
 
 
 def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tensor]:
     """The heads that the layout has, sized by the first layer of those found; none where a file has none."""
 
     def size(key: str, otherwise: int) -> int:
-        return len(found[key]) if key in found else otherwise
+        return _rows(found[key]) if key in found else otherwise
 
     layers, expected = tuple[Layer, ...](), dict[str, Tensor]()
     if layout == "self-transcendence" and found:
@@ -287,8 +293,8 @@ def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tenso
                 layers += projector(name, config, size(f"{name}.0.bias", 2048), size(f"{name}.4.bias", config.width))
                 continue
             kernel = weight.shape[2:] if weight.ndim == 4 else ()
-            expected[f"{name}.weight"] = torch.empty(len(weight), config.width, *kernel, device="meta")
-            expected[f"{name}.bias"] = torch.empty(len(weight), device="meta")
+            expected[f"{name}.weight"] = torch.empty(_rows(weight), config.width, *kernel, device="meta")
+            expected[f"{name}.bias"] = torch.empty(_rows(weight), device="meta")
     if layout in ("sra", "self-flow") and found:
         layers = (SelfRepresentation if layout == "sra" else SelfFlow)().head_layers(config)
     for layer in layers:
