@@ -222,7 +222,10 @@ class BatchIterator:
 
     def _layout(self, step: int, x: Tensor, ordinals: Tensor) -> Layout | None:
         """How the tokens of latents x (B, C, H, W) are ordered at a step; None where all run alike."""
-        grid, stage = self._grid(x), self.stage
+        stage = self.stage
+        if stage.method.token_groups is None and not stage.routing.runs(step) and stage.routing.route == "none":
+            return None
+        grid = self._grid(x)
         plan = stage.routing.plan(self.recipe.model, stage.method.token_groups, grid, step)
         if plan is not None and min(plan.lengths) < 1:
             rows, columns = grid

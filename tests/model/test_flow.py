@@ -53,7 +53,9 @@ def test_stratified_times_put_one_draw_in_each_bin_so_a_range_holds_a_fixed_coun
 def test_stratified_times_lie_inside_0_and_1_at_the_ends_of_a_uniform_draw(monkeypatch):
     """A float32 uniform lies between 2⁻²⁵ and 1, both of which it may be."""
     for u, end, expected in ((2.0**-25, "min", 2.0**-25), (1.0, "max", 1 - 2.0**-24)):
-        monkeypatch.setattr(random, "uniform", lambda seed, purpose, ordinals, u=u: torch.full((len(ordinals), 1), u))
+        monkeypatch.setattr(
+            random, "uniform", lambda seed, purpose, ordinals, count=1, u=u: torch.full((len(ordinals), 1), u)
+        )
         t = flow.sample_times(9, 5, np.arange(64), 64, "stratified", "linear")
         assert getattr(t, end)().item() == expected
 

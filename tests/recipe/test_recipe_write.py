@@ -119,16 +119,17 @@ def stages(draw: st.DrawFn, depth: int, tokens: int) -> tuple[Stage, ...]:
             ZERO_UP,
         )
         sra2 = st.builds(Sra2, block, NOT_NEGATIVE, INT)
-        halves = st.floats(1e-3, 0.999)
+        halves = st.floats(0.2, 0.8)
         flow = st.builds(SelfFlow, halves, block, block, NOT_NEGATIVE)
         shares = halves.map(lambda share: (share, 1 - share))
         times = st.sampled_from(["sra", "self_flow", "same"])
         dual = st.builds(DualTime, block, block, shares, st.booleans(), FRACTION, times, FRACTION, NOT_NEGATIVE)
         spread = st.builds(Dispersive, block, NOT_NEGATIVE, POSITIVE)
-        methods = st.one_of(st.just(Plain()), align, transcend, sync, repa, sra, sra2, spread, flow, dual)
+        several = (flow, dual) if tokens >= 8 else ()  # each group has a token
+        method = draw(st.one_of(st.just(Plain()), align, transcend, sync, repa, sra, sra2, spread, *several))
         contrast = st.just(Contrast()) | st.builds(Contrast, st.floats(1e-6, 0.999), st.booleans())
-        route = draw(routes(depth, tokens, steps))
-        done.append(Stage(name, draw(methods), steps, contrastive=draw(contrast), routing=route))
+        route = draw(routes(depth, tokens, steps)) if isinstance(method, Plain) else Routing()
+        done.append(Stage(name, method, steps, contrastive=draw(contrast), routing=route))
     return tuple(done)
 
 

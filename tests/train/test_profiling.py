@@ -16,6 +16,7 @@ from torch._C._autograd import DeviceType
 
 from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks
+from st_fast.kernels.adaln import partials
 from st_fast.kernels.adaln import triton as adaln
 from st_fast.kernels.feature_loss import triton as feature_loss
 from st_fast.kernels.mlp import triton as mlp
@@ -149,7 +150,14 @@ def test_time_of_kernels_beside_one_another_counts_once():
 
 def test_every_kernel_of_ours_is_told_apart_on_a_gpu_by_its_own_name():
     """A GPU's profiler knows a Triton kernel by its function's name alone, a CUDA kernel by its qualified one."""
-    kinds = {adaln: "adaLN", qknorm: "qk-norm", feature_loss: "feature loss", optimiser: "optimiser", mlp: "GELU"}
+    kinds = {
+        adaln: "adaLN",
+        partials: "adaLN",
+        qknorm: "qk-norm",
+        feature_loss: "feature loss",
+        optimiser: "optimiser",
+        mlp: "GELU",
+    }
     ours = {name: kind for module, kind in kinds.items() for name in vars(module) if name.endswith("_kernel")}
     written = "".join(path.read_text() for path in (tiny.ROOT / "csrc" / "cuda").iterdir())
     functions = re.findall(r"__global__ void(?:\s+__launch_bounds__\(\w+\))?\s+(\w+)\(", written)

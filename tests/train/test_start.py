@@ -315,7 +315,8 @@ class Own(Supervision):
     """mean_n ‖head(h)‖², by layers that are named like nothing else and like a SiT's own."""
 
     def __init__(self, settings: OwnSettings, parts: Parts) -> None:
-        self.tap, width = settings.tap, parts.config.width
+        super().__init__(settings, parts)
+        width = parts.config.width
         self.heads = nn.ModuleDict({"decoder": nn.Linear(width, width), "blocks": nn.ModuleList([nn.Linear(width, 3)])})
         self.heads["final_layer"] = nn.ModuleDict({"linear": nn.Linear(3, 5)})  # a key that the trunk has, too
 
