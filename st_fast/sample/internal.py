@@ -13,8 +13,8 @@ from st_fast.kernels import KernelTable
 from st_fast.model.finite import check_finite
 from st_fast.model.stored import Weights
 from st_fast.model.velocity_head import Head
-from st_fast.recipe.methods import VelocityHead
-from st_fast.recipe.schema import Sample
+from st_fast.recipe.methods import InternalGuidance, VelocityHead
+from st_fast.recipe.schema import Sample, Stage
 from st_fast.sample.source import Source
 
 
@@ -32,6 +32,12 @@ def _method(source: Source) -> VelocityHead | None:
     return methods[0] if methods and isinstance(methods[0], VelocityHead) else None
 
 
+def _has_head(stage: Stage) -> bool:
+    """Whether samples of the stage can be guided by a head."""
+    method = stage.method
+    return isinstance(method, InternalGuidance) or (isinstance(method, VelocityHead) and method.target == "velocity")
+
+
 def fitted(settings: Sample, source: Source) -> tuple[Sample, Source]:
     """The settings, with Internal Guidance only at times for which the head was trained; then the source says so.
 
@@ -43,8 +49,8 @@ def fitted(settings: Sample, source: Source) -> tuple[Sample, Source]:
     method, asked = _method(source), f"--internal-guidance {scale:g}"
     if method is None:
         raise UserError(
-            f'{asked}: {source.path} has no internal head; supervision = "internal_guidance" trains one, and '
-            '"velocity_head" one that serves'
+            f'{asked}: {source.named} has no internal head; supervision = "internal_guidance" trains one, and '
+            f'"velocity_head" one that serves{source.others_with(_has_head)}'
         )
     if method.target != "velocity":
         raise UserError(f"{asked}: the head of {source.stage} predicts the clean latent (target = {method.target!r})")

@@ -83,7 +83,8 @@ class SampleRequest:
 def _check_path_drop(settings: Sample, source: Source) -> None:
     """UserError where there are no blocks that guidance could skip, or another guidance that they take part in."""
     if settings.guidance == "path_drop" and not source.recipe.model.fusion_last:
-        raise UserError(f'--guidance path_drop: {source.path} has no fusion; route = "sprint" trains one')
+        hint = source.others_with(lambda stage: stage.routing.route == "sprint")
+        raise UserError(f'--guidance path_drop: {source.named} has no fusion; route = "sprint" trains one{hint}')
     if settings.guidance == "path_drop" and settings.internal_guidance != 1.0:
         asked = f"--guidance path_drop with --internal-guidance {settings.internal_guidance:g}"
         raise UserError(f"{asked}: only cfg is possible, both of whose branches the latter guides")
@@ -186,7 +187,10 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
             "reads; give --cfg-scale 1"
         )
     if given.contrast not in (None, "none") and source.trained.contrastive.contrast == 0:
-        raise UserError(f"--contrast {given.contrast}: {source.path} was trained without contrast, there is no bias")
+        hint = source.others_with(lambda stage: stage.contrastive.contrast > 0)
+        raise UserError(
+            f"--contrast {given.contrast}: {source.named} was trained without contrast, there is no bias{hint}"
+        )
     if needs_model and source.data is None and not settings.vae:
         source, settings = _with_vae(source, settings)
     if recipe.model.network == "sit":

@@ -87,6 +87,16 @@ class Source:
         """The stage that trained the weights; of a checkpoint that keeps no recipe the one that was made for it."""
         return next((one for one in self.recipe.stages if one.name == self.stage), self.recipe.stages[-1])
 
+    @property
+    def named(self) -> str:
+        """In messages: the model, and of a run the folder of the stage."""
+        return str(self.path / self.stage if self.run else self.path)
+
+    def others_with(self, wanted: Callable[[Stage], bool]) -> str:
+        """What a message ends with that this stage lacks something: the run's first stage that has it, if any."""
+        found = [stage.name for stage in self.recipe.stages if wanted(stage)] if self.run else []
+        return f"; try --stage {found[0]}" if found else ""
+
     def place(self, name: str) -> Path:
         """Where what has this name goes by default."""
         return self.folder / f"{self.prefix}{name}"

@@ -215,3 +215,13 @@ def test_pictures_and_scores_of_a_run_in_training_are_corrected_as_well(runs, mo
     with pytest.raises((RuntimeError, ValueError)):  # of no image at all
         examiner.images(None, 4, None, made)
     assert seen == [made]
+
+
+def test_a_stage_that_lacks_what_was_asked_for_names_one_that_has_it(runs, tmp_path):
+    shutil.copytree(runs["plain"], run := tmp_path / "run")
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(
+        f'{text}\n[[stage]]\nname = "b"\nsupervision = "none"\nsteps = 1\ncontrast = 0.1\n'
+    )
+    with pytest.raises(UserError, match=r"run/plain was trained without contrast, there is no bias; try --stage b$"):
+        latents(run, "--stage", "plain", "--contrast", "released")
