@@ -65,6 +65,11 @@ class StageLog:
         """The name of its supervision method; "none" for plain training."""
         return str(self.entry.get("supervision", "none"))
 
+    @property
+    def plain(self) -> bool:
+        """Whether it trained by the denoising loss alone, on all tokens."""
+        return self.method == "none" and not self.entry.get("contrast") and self.entry.get("route", "none") == "none"
+
     def model(self, key: ModelKey) -> str | None:
         """The stage or path whose model teaches this one, or whose weights it began with, where there is any."""
         value = self.entry.get(key)

@@ -110,8 +110,19 @@ def _methods(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
     for arm in arms:
         entry, method = arm.stage.entry, arm.stage.method
         title, sentence = words.METHODS.get(method, (method, "See the recipe below."))
-        keys = ("depth", "target", "student_depth", "teacher_depth", "cfg_scale")
+        keys = (
+            "depth",
+            "target",
+            "student_depth",
+            "teacher_depth",
+            "cfg_scale",
+            "projector",
+            "target_norm",
+            "stop_below",
+        )
         settings = ", ".join(f"{key} = {entry[key]}" for key in keys if key in entry)
+        if method == "none" and not arm.stage.plain:
+            sentence = "The denoising task alone."
         if pushed := entry.get("contrast"):
             title, sentence = f"{title} with a contrast", f"{sentence} {words.CONTRAST}"
             settings = f"{settings}, contrast = {pushed}".removeprefix(", ")

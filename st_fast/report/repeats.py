@@ -159,8 +159,8 @@ def _alone(arm: Arm) -> str:
 
 
 def choose_baseline(groups: Sequence[Repeats], best: Sequence[Arm]) -> Repeats:
-    """The first evaluated arm without extra supervision; where there is none, the one that ends second best."""
-    plain = [g for g in groups if all(a.stage.method == "none" and a.stage.evals for a in g.by_seed.values())]
+    """The first evaluated arm of plain training; where there is none, the one that ends second best."""
+    plain = [g for g in groups if all(a.stage.plain and a.stage.evals for a in g.by_seed.values())]
     by_rank = [group for arm in best for group in groups if arm in group.by_seed.values()]
     return [*plain, *(group for group in by_rank if group is not by_rank[0]), *by_rank][0]
 

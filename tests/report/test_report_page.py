@@ -22,7 +22,7 @@ from st_fast.report.collect import read_runs
 from st_fast.report.figures import Bars, Chart, Curve, Level, all_figures
 from st_fast.report.html import _embedded
 from st_fast.report.plot import draw, smoothed, svg, thinned
-from st_fast.report.repeats import verdict
+from st_fast.report.repeats import choose_baseline, group_by_seed, verdict
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
 
@@ -500,3 +500,16 @@ def test_a_stage_with_a_route_is_not_called_plain(runs) -> None:
     text = page_of(run).text
     assert "with TREAD" in text and "route_rate = 0.5, until step 900" in text and "as they were" in text
     assert "TREAD" not in page_of(runs.plain("other")).text
+
+
+@pytest.mark.parametrize(("route", "name"), [("tread", "TREAD"), ("sprint", "SPRINT")])
+def test_a_stage_with_a_route_is_not_called_plain_nor_taken_for_the_baseline(runs, route, name) -> None:
+    run = runs.plain()
+    recipe = run / "recipe.toml"
+    keys = f'supervision = "none"\nroute = "{route}"\nroute_rate = 0.5\ndense_after = 3'
+    recipe.write_text(recipe.read_text().replace('supervision = "none"', keys))
+    page = page_of(run).text
+    assert f"Plain training with {name}" in page and "route_rate = 0.5, until step 3" in page
+    assert "the others are compared with it" not in page
+    arms = make_arms(read_runs([run, runs.plain("other")]))
+    assert choose_baseline(group_by_seed(arms), arms).label == arms[1].label
