@@ -13,8 +13,10 @@ from st_fast import kernels
 from st_fast.core.errors import UserError
 from st_fast.model import SiT
 from st_fast.recipe import RecipeError, cost, load
+from st_fast.recipe.route_cost import skipped_macs
 from st_fast.recipe.schema import Model, Sample
 from st_fast.sample.__main__ import main
+from st_fast.sample.contrast import Correction
 from st_fast.sample.guided import guided_velocity
 from tests import tiny
 from tests.sample.tiny_run import make_run
@@ -78,6 +80,18 @@ def test_the_guided_velocity_is_led_away_from_the_outer_blocks_with_the_null_lab
     assert (cfg - velocity(x, 0.3)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("null", [True, False])
+def test_a_contrasts_bias_is_taken_out_of_the_null_branch_where_it_has_one(null, model):
+    x, labels = inputs()
+    made = Correction(0.2, null, "unbiased", torch.ones(3, 8, 4, dtype=torch.float64), "linear")
+    conditional = made(model(x, torch.full((3,), 0.3), labels)[0], 0.3)
+    unconditional = only_outer_blocks(model, x, 0.3, torch.full((3,), 5))
+    unconditional = made(unconditional, 0.3) if null else unconditional
+    expected = unconditional + 2.5 * (conditional - unconditional)
+    found = guided_velocity(model, labels, SETTINGS, correction=made)(x, 0.3)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_skipped_blocks_are_not_run_and_drawing_is_counted_as_it_is(model):
     single = SiT(MODEL, TABLE).eval().requires_grad_(False)
     x, labels = torch.zeros(3, 3, 8, 4), inputs()[1]
@@ -90,6 +104,8 @@ def test_the_skipped_blocks_are_not_run_and_drawing_is_counted_as_it_is(model):
     one = replace(SETTINGS, sampler="euler", steps=1, cfg_range=(0.0, 1.0))
     # The modulations of the blocks that are skipped are projected with the others.
     assert sum(seen) == pytest.approx(3 * 2 * cost.drawing_macs(MODEL, one), rel=0.02)
+    # What is left of the fusion is the half for the stream before it, and one product for the mask token.
+    assert abs(seen[0] - seen[1] - 3 * 2 * skipped_macs(MODEL)) <= 2 * 48 * 48
     assert seen[1] < 0.55 * seen[0]
     assert cost.drawing_macs(MODEL, replace(one, guidance="cfg")) == 2 * cost.trunk_macs(MODEL)
     assert cost.drawing_macs(MODEL, replace(one, cfg_scale=1.0)) == cost.trunk_macs(MODEL)
