@@ -24,7 +24,7 @@ def attention_heads(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths = None) ->
     attend = torch.nn.functional.scaled_dot_product_attention
     if lengths is None:
         return attend(q, k, v)
-    return torch.cat([attend(*part) for part in _cut(lengths, q, k, v)], 2)
+    return torch.cat([attend(q, k, v) for q, k, v in _cut(lengths, q, k, v)], 2)
 
 
 def _cut(lengths: Lengths, *tensors: Tensor, dim: int = 2) -> list[tuple[Tensor, ...]]:
