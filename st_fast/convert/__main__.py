@@ -128,10 +128,8 @@ def main(arguments: Sequence[str]) -> None:
     if given.target is None:
         return
     form = given.to or origin.loaded.layout
-    if origin.loaded.config.fusion_last:
-        raise UserError(
-            f"--to {form}: {given.source} has a fusion (SPRINT), which no form has a place for: keep the run"
-        )
+    if origin.loaded.config.fusion_last and form not in ("stage", "huggingface"):
+        raise UserError(f"--to {form}: {given.source} has a fusion (SPRINT), for which only stage and huggingface do")
     uploads = os.path.lexists(given.target)
     if uploads and not _written_before(given.target, form, given.push):
         raise UserError(f"{given.target}: exists; name another")

@@ -216,15 +216,6 @@ def checkpoint_root(recipe: Recipe, teacher: str) -> Path:
     return _root(path)
 
 
-def teacher_network(recipe: Recipe, teacher: str) -> Model:
-    """The network of a teacher: of a stage of this recipe the one that it trains, of a path the recipe's [model].
-
-    Without an internal head: a teacher gives features.
-    """
-    stage = next((stage for stage in recipe.stages if stage.name == teacher), None)
-    return replace(recipe.model if stage is None else recipe.for_stage(stage).model, internal_head=0)
-
-
 @dataclass(frozen=True)
 class Weights:
     """The trunk of a frozen model, and what is known of it."""

@@ -134,7 +134,8 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
         teacher = live if encoders is None else encoders
     else:
         depth = method.frozen_depth
-        macs = trunk_macs(model, depth) + grouped_macs(model, method.teacher_groups, depth)
+        taught_by = model if method.teacher_name is None else recipe.teacher_model(method.teacher_name)
+        macs = trunk_macs(taught_by, depth) + grouped_macs(taught_by, method.teacher_groups, depth)
         teacher = 2.0 * method.teacher_passes * macs * share
     whole, left_out = trunk_macs(model) + grouped_macs(model, method.token_groups), 6.0 * left_out_macs(model, stage)
     return StageCost(6.0 * whole - left_out, heads, teacher, left_out, whole_heads - heads)
@@ -166,7 +167,8 @@ def comparison_flops(recipe: Recipe, stage: Stage, encoders: float | None = None
     student = 2 * trunk_macs(model) - trunk_macs(model, method.tap)
     student -= sum(left_out_macs(model, stage, after, step) for after in (0, method.tap))
     heads = 2 * heads_macs(model, stage, tapped_tokens(model, stage, step))
-    teacher = method.teacher_passes * trunk_macs(model, method.frozen_depth)
+    taught_by = model if method.teacher_name is None else recipe.teacher_model(method.teacher_name)
+    teacher = method.teacher_passes * trunk_macs(taught_by, method.frozen_depth)
     once = stage_cost(recipe, stage, encoders).teacher if method.encodes_images else 0.0
     return recipe.optim.batch_size * (2.0 * len(method.stop_times) * (student + heads + teacher) + once)
 

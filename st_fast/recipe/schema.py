@@ -290,6 +290,14 @@ class Recipe:
         """
         return replace(self, model=stage.routing.network(stage.method.network(self.model)))
 
+    def teacher_model(self, teacher: str) -> Model:
+        """The network of a teacher: of a stage of this recipe the one that it trains, of a path [model].
+
+        Without an internal head: a teacher gives features.
+        """
+        stage = next((stage for stage in self.stages if stage.name == teacher), None)
+        return replace(self.model if stage is None else self.for_stage(stage).model, internal_head=0)
+
 
 SECTIONS: dict[str, type[Any]] = {key: kind for key, kind in get_type_hints(Recipe).items() if key != "stages"}
 """The recipe's tables other than its stages, by name, in the order they are written."""

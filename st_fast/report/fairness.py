@@ -12,11 +12,13 @@ from st_fast.report.metrics import METRICS
 STREAM = (
     ("optim", "batch_size"), ("flow", "path"), ("flow", "time"), ("run", "seed"),
     ("sample", "sampler"), ("sample", "steps"), ("sample", "cfg_scale"), ("sample", "cfg_range"),
-    ("sample", "guidance"), ("sample", "internal_guidance"), ("sample", "internal_range"), ("evaluate", "num"),
+    ("sample", "guidance"), ("sample", "internal_guidance"), ("sample", "internal_range"), ("sample", "contrast"),
+    ("evaluate", "num"),
 )  # fmt: skip
 """Settings that decide which samples, times and noise a run sees, and how its scores are taken."""
 LATER: dict[tuple[str, str], object] = {
     ("sample", "guidance"): "cfg", ("sample", "internal_guidance"): 1.0, ("sample", "internal_range"): (0.0, 1.0),
+    ("sample", "contrast"): "unbiased",
 }  # fmt: skip
 """What runs had before there was such a setting."""
 YARDSTICKS = {

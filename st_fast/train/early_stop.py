@@ -96,7 +96,7 @@ def at_time(batch: NoisyBatch, t: float, path: str) -> NoisyBatch:
     times = torch.full_like(batch.t, t)
     x_t, velocity = flow.interpolate(batch.x, batch.noise, times, path)
     everyone = torch.arange(len(times), device=times.device)
-    rows = Rows(everyone, torch.full_like(times, 1 / len(times)), batch.rows.pass_rows)
+    rows = Rows(everyone, torch.full_like(times, 1 / len(times)))
     return replace(batch, x_t=x_t, velocity=velocity, t=times, rows=rows, negative=None)
 
 

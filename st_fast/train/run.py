@@ -231,7 +231,7 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
         if name is not None and name not in own:
             root, table = stored.checkpoint_root(recipe, name), kernels.select({}, cpu)
             path, null = recipe.flow.path, conditions.null
-            config, space = stored.teacher_network(recipe, name), records.manifest.space
+            config, space = recipe.teacher_model(name), records.manifest.space
             stored.load_frozen(
                 root, config, group, table, cpu, torch.float32, flow=path, null=null, latents=space,
             )  # fmt: skip

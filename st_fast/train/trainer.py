@@ -140,7 +140,7 @@ class Trainer:
         if name is None:
             return None
         recipe, ranks, loaded = context.recipe, context.ranks, list[DiffusionTransformer]()
-        config = stored.teacher_network(recipe, name)
+        config = recipe.teacher_model(name)
 
         def load() -> None:
             root, group = stored.checkpoint_root(recipe, name), self.stage.method.teacher_group

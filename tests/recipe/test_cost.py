@@ -184,3 +184,21 @@ def test_a_dry_run_tells_when_a_route_ends_and_what_a_stage_adds_to_the_network(
     assert more == pytest.approx(recipe.for_stage(recipe.stages[0]).model.parameters / 1e6, abs=0.05)
     assert dense > routed
     assert 3 * routed + 7 * dense == pytest.approx(1e3 * whole, abs=10 * 5e-4)
+
+
+def test_a_teacher_costs_its_own_network_whatever_its_student_adds():
+    """A student with a fusion and a teacher without one, and the other way round, each beside students of its kind."""
+    sprint = "--stage.transcend.route=sprint", "--stage.transcend.route_first=1", "--stage.transcend.route_last=5"
+    taught = [f"--stage.align.{one.removeprefix('--stage.transcend.')}" for one in sprint]
+    path = Path(__file__).parents[2] / "recipes" / "digits.toml"
+
+    def teacher(*options: str) -> float:
+        recipe = load(path, options)
+        return cost.stage_cost(recipe, recipe.stage("transcend")).teacher
+
+    assert teacher(*sprint) == teacher()
+    fused = load(path, [*taught, "--stage.transcend.teacher_depth=6"])
+    whole, plain = (cost.trunk_macs(model, 6) for model in (fused.for_stage(fused.stage("align")).model, fused.model))
+    assert whole > plain
+    share = teacher(*taught, "--stage.transcend.teacher_depth=6") / teacher("--stage.transcend.teacher_depth=6")
+    assert share == pytest.approx(whole / plain)

@@ -155,7 +155,7 @@ def _teacher(student: Subject, method: SelfTranscendence) -> Guide:
     root = stored.checkpoint_root(here, method.teacher)
     device, record = _device(), dict[str, Any]()
     table, group = kernels.select({}, device), method.teacher_group
-    config = stored.teacher_network(recipe, method.teacher)
+    config = recipe.teacher_model(method.teacher)
     model = stored.load_frozen(root, config, group, table, device, torch.float32, record=record.update)
     label = f"{root.parent.parent.name} · {root.parent.name}" if root.name == "checkpoints" else root.stem
     return Guide(label, model, method.teacher_depth, {}, record)
