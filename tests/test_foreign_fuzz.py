@@ -154,6 +154,7 @@ def spoil_pipeline(path: Path, draw: random.Random) -> None:
 
 def find_source_at(path: Path) -> object:
     options = {"stage": None, "weights": "ema", "layout": None, "heads": None, "num_classes": None, "data": None}
+    options["internal_head"] = None
     return find_source(argparse.Namespace(run=path, **options))
 
 

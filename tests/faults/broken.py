@@ -125,7 +125,7 @@ def arm() -> None:
 
         setattr(ResidentLoader, "stream", stream)  # noqa: B010
     elif at in ("pictures", "metrics"):
-        setattr(Examiner, at, lambda self, model, stage, step, cost: strike(stage.name, step))
+        setattr(Examiner, at, lambda self, model, stage, step, *told: strike(stage.name, step))
     else:
         wrap(saver, "save", lambda root, step, groups, meta: strike(root.parent.name, step))
 
