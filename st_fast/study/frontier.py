@@ -20,6 +20,8 @@ from st_fast.study.shares import Point, checked_horizons, gain, mean_gain, overt
 
 EXTERNAL = ("repa",)
 """Methods that learn from a network which was trained for something else."""
+GUIDANCE = ("cfg_scale", "guidance", "internal_guidance")
+"""Keys of [sample] by which samples are better or worse whatever training did."""
 POINTS = 60
 """Budgets at which the figure's curves are read."""
 
@@ -33,6 +35,13 @@ class Contender:
     arms: list[Arm]
     points: list[Point | None]
     """None where a seed had not been scored by then."""
+    guided: bool = False
+    """Whether its samples are drawn with another guidance than plain training's."""
+
+    @property
+    def remark(self) -> str:
+        """What has to be known beside its gain."""
+        return ", with an external network" * self.external + ", drawn with guidance" * self.guided
 
     @property
     def external(self) -> bool:
@@ -71,9 +80,17 @@ def _frontier(told: list[dict[str, Any]], seeds: list[Seed]) -> Frontier:
         if name != baseline and all(name in seed.arms for seed in seeds):
             arms = [seed.arms[name] for seed in seeds]
             title = next(str(arm.get("title", name)) for arm in told[0]["arms"] if arm["name"] == name)
-            contenders.append(Contender(title, panels[name], arms, [point(arms, plain, one) for one in horizons]))
+            points = [point(arms, plain, one) for one in horizons]
+            guided = _guidance(arms[0]) != _guidance(plain[0])
+            contenders.append(Contender(title, panels[name], arms, points, guided))
     contenders.sort(key=lambda one: -_last(one))
     return Frontier(str(told[0].get("title")), horizons, plain, contenders)
+
+
+def _guidance(arm: Arm) -> list[object]:
+    """How an arm's samples are guided."""
+    sample = arm.run.recipe.get("sample", {})
+    return [sample.get(key) for key in GUIDANCE]
 
 
 def _last(one: Contender) -> float:
@@ -120,8 +137,8 @@ def table(found: Frontier) -> str:
 
 
 def sentences(found: Frontier) -> list[str]:
-    """For each horizon, which arms without an external network are ahead of plain training in every seed."""
-    own, count = [one for one in found.contenders if not one.external], len(found.plain)
+    """For each horizon, which arms with neither an external network nor guidance lead plain training in every seed."""
+    own, count = [one for one in found.contenders if not (one.external or one.guided)], len(found.plain)
     told = []
     for place, horizon in enumerate(found.horizons):
         reached = [(one, at) for one in own if (at := one.points[place]) is not None]
@@ -162,9 +179,11 @@ def rule(one: Contender) -> str:
 def advice(found: Frontier) -> list[str]:
     """What the numbers say to use: a line for each rule that some arm falls under, with its gain at the end."""
     lines = []
+    if len(found.plain) == 1:
+        lines.append("With one seed, chance can't be told from effect: further seeds have to confirm this list.")
     for words_of_rule in RULES:
         named = [
-            f"{one.title} ({gain(last)}{', with an external network' * one.external})"
+            f"{one.title} ({gain(last)}{one.remark})"
             for one in found.contenders
             if (last := one.points[-1]) is not None and rule(one) == words_of_rule
         ]
