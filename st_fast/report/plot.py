@@ -100,27 +100,35 @@ def draw(figure: Figure, title: bool = True) -> Canvas:
 
 
 def sheet(charts: Sequence[Sequence[Chart]], width: float, height: float, common: bool = True) -> Canvas:
-    """Charts in rows and columns, by default of `common` axes; one legend below where all have the same curves."""
+    """Charts in rows and columns, by default of `common` axes; one legend below where all have the same curves.
+
+    Without common axes each has its own title and legend, and the last row may be shorter.
+    """
     with rc_context(STYLE):
         rows, columns = len(charts), len(charts[0])
         canvas = Canvas(figsize=(width * columns + 0.4, height * rows), layout="constrained")
         grid = canvas.subplots(rows, columns, sharex=common, sharey="row" if common else False, squeeze=False)
         for line, drawn in zip(grid, charts, strict=True):
-            for axes, one in zip(line, drawn, strict=True):
+            for axes in line[len(drawn) :]:
+                axes.set_visible(False)
+            for axes, one in zip(line, drawn, strict=False):
                 chart(axes, one, drawn if common else ())
                 if common:
                     axes.label_outer()
                 axes.tick_params(axis="x", labelsize="small")
         canvas.align_ylabels()
         labels = [[curve.label for curve in one.curves] for one in charts[0]]
-        for axes, one in zip(grid[0], charts[0], strict=True):
-            axes.set_title(one.title, fontweight="bold")
+        titled = [*zip(grid, charts, strict=True)][: 1 if common else None]
+        for line, drawn in titled:
+            for axes, one in zip(line, drawn, strict=False):
+                axes.set_title(one.title, fontweight="bold")
         if all(names == labels[0] for names in labels):
             entries = max(1, min(len(labels[0]), int(72 * width * columns // (48 + 6 * max(map(len, labels[0]))))))
             canvas.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=entries)
         else:
-            for axes in grid[0]:
-                axes.legend()
+            for line, drawn in titled:
+                for axes, _ in zip(line, drawn, strict=False):
+                    axes.legend(fontsize="small")
         return canvas
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from st_fast.recipe.schema import Sample
 from st_fast.report import plot, words
 from st_fast.report.arms import Arm
 from st_fast.report.figures import Chart, Curve, Level
@@ -22,6 +23,8 @@ EXTERNAL = ("repa",)
 """Methods that learn from a network which was trained for something else."""
 GUIDANCE = ("cfg_scale", "guidance", "internal_guidance")
 """Keys of [sample] by which samples are better or worse whatever training did."""
+IN_A_ROW = 3
+"""Panels of the figure."""
 POINTS = 60
 """Budgets at which the figure's curves are read."""
 
@@ -90,7 +93,7 @@ def _frontier(told: list[dict[str, Any]], seeds: list[Seed]) -> Frontier:
 def _guidance(arm: Arm) -> list[object]:
     """How an arm's samples are guided."""
     sample = arm.run.recipe.get("sample", {})
-    return [sample.get(key) for key in GUIDANCE]
+    return [sample.get(key, getattr(Sample(), key)) for key in GUIDANCE]  # an older run lacks a later key
 
 
 def _last(one: Contender) -> float:
@@ -218,5 +221,7 @@ def section(frontiers: Sequence[Frontier], picture: str) -> str:
 
 
 def draw(frontiers: Sequence[Frontier], path: Path) -> None:
-    """The figure: a row a study, a panel a kind of arm."""
-    plot.save(plot.sheet([charts(one) for one in frontiers], 4.6, 3.6, common=False), path, dpi=110)
+    """The figure: a panel a kind of arm, IN_A_ROW beside one another."""
+    panels = [chart for one in frontiers for chart in charts(one)]
+    rows = [panels[n : n + IN_A_ROW] for n in range(0, len(panels), IN_A_ROW)]
+    plot.save(plot.sheet(rows, 4.6, 3.6, common=False), path, dpi=110)

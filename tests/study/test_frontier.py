@@ -33,6 +33,8 @@ def arm(name: str, ahead, method: str = "sra", teacher: float = 0.0) -> dict:
         evals.append({"step": number, "flops": number * EVERY, "seconds": 1.0} | score)
     end = {"step": evals[-1]["step"], "flops": evals[-1]["flops"], "seconds": 1.0}
     sample = {"sample": {"cfg_scale": 2.0 if name == "always" else 1.0}}
+    if name == "late":  # written by a version that knew of another kind of guidance, and used none
+        sample["sample"] |= {"guidance": "cfg", "internal_guidance": 1.0}
     return {
         "name": name, "title": f"the {name} arm", "panel": "Losses" if name == "late" else "Routes",
         "definition": "0", "run": "0", "stage": {"name": name, "supervision": method}, "recipe": sample, "start": {},
