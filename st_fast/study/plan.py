@@ -10,7 +10,7 @@ teacher_steps                 of every teacher that doesn't say its own `steps`
 student_steps                 of an arm with a teacher; one without gets both together
 flops                         instead of student_steps: each arm trains until it has spent this, its teacher's training
                               and forward passes included
-horizons                      smaller budgets at which arms with teachers of several lengths are compared as well
+horizons                      budgets, at most `flops`, at which arms are compared as well
 [common.sample]               sections, and [common.stage.NAME] settings, that every run has over the base recipe's
 [[teacher]]                   name, stage; labels = "shuffled"; steps = 0: an untrained network
 [[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings; a
