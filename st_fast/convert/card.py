@@ -32,10 +32,19 @@ tags:
 
 {name}, {parameters:.1f} M parameters, {condition}, latents {shape}. It predicts the
 velocity of a flow on the {path} path, where t = 1 is noise and t = 0 is data. Weights: {weights}, step {step:,}.
-{internal}"""
+{remarks}"""
 INTERNAL = """
 A second final layer on block {block} predicts the velocity, too. Internal Guidance (arXiv 2512.24176) leads away from
 it: v = v_i + w (v_f - v_i), by `internal_guidance` w (1: none).
+"""
+FUSION = """
+Blocks {first} to {last} can be skipped, with mask tokens for what they make (SPRINT, arXiv 2510.21986). Path-drop
+guidance, `Sample(guidance="path_drop", cfg_scale=w)`, leads away from the network without them and without a condition,
+for less than two passes.
+"""
+CONTRAST = """
+It was trained with a contrast (arXiv 2506.05350), whose bias stays in what is drawn: the data's mean latent, by which
+drawing from the run takes it out, has no place in this folder.
 """
 
 USE = {
@@ -134,6 +143,9 @@ def card(
                 "arguments read prompts.\n"
             )
     call = call.format(asked=asked, scale="some" if scale is None else f"{scale:g}")
+    remarks = [INTERNAL.format(block=config.internal_head)] * (config.internal_head > 0)
+    remarks += [FUSION.format(first=config.fusion_first + 1, last=config.fusion_last)] * (config.fusion_last > 0)
+    remarks += [CONTRAST] * bool(origin.loaded.mean_latents)
     parts = [
         HEADER.format(
             library="diffusers" if form == "diffusers" else "st_fast", title=plain(name), name=plain(config.name),
@@ -141,7 +153,7 @@ def card(
             task="text-to-image" if config.network == "mmdit" else "unconditional-image-generation",
             shape=shape + (f" of the VAE {plain(vae)}" if vae else ""),
             path=origin.loaded.path, weights="averaged (EMA)" if weights == "ema" else "raw", step=origin.loaded.step,
-            internal=INTERNAL.format(block=config.internal_head) if config.internal_head else "",
+            remarks="".join(remarks),
         ),
         USE[form, config.network].format(
             name=name, classes=config.num_classes, path=origin.loaded.path, cfg=cfg, call=call, without=without,

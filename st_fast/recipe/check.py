@@ -10,8 +10,8 @@ from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.error import RecipeError, show, wrong_value
 from st_fast.recipe.keys import UpTo, keys
 from st_fast.recipe.methods import supervision_name
-from st_fast.recipe.route_cost import plan_of
 from st_fast.recipe.schema import SECTIONS, Evaluate, Model, Optim, Recipe, Run, Stage, Start
+from st_fast.recipe.token_cost import plan_of
 from st_fast.recipe.tokens import divided
 
 

@@ -10,10 +10,17 @@ import math
 from dataclasses import dataclass, replace
 
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
-from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
 from st_fast.recipe.methods import Method, dinov2_size
-from st_fast.recipe.route_cost import heads_macs, left_out_macs, plan_of, skipped_macs, tapped_tokens
 from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
+from st_fast.recipe.token_cost import (
+    grouped_bytes,
+    grouped_macs,
+    heads_macs,
+    left_out_macs,
+    plan_of,
+    skipped_macs,
+    tapped_tokens,
+)
 from st_fast.recipe.tokens import TokenPlan
 
 

@@ -104,23 +104,22 @@ def _template() -> Template:
     return environment.from_string(_resource("page.html"))
 
 
+ALWAYS = ("depth", "target", "student_depth", "teacher_depth", "cfg_scale")
+"""Settings of a stage that stand in the table of methods wherever it has them."""
+WHERE_CHOSEN = {"projector": "mlp", "target_norm": 0.0, "stop_step": 0, "stop_below": "off"}
+"""Those that stand there only where they are not these."""
+
+
 def _methods(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
     """Head and lines: each method and its settings in the order of their first use; a column of teachers if any."""
     groups: dict[tuple[str, str, str, str], list[Arm]] = {}
     for arm in arms:
         entry, method = arm.stage.entry, arm.stage.method
         title, sentence = words.METHODS.get(method, (method, "See the recipe below."))
-        keys = (
-            "depth",
-            "target",
-            "student_depth",
-            "teacher_depth",
-            "cfg_scale",
-            "projector",
-            "target_norm",
-            "stop_below",
-        )
-        settings = ", ".join(f"{key} = {entry[key]}" for key in keys if key in entry)
+        shown = [key for key in ALWAYS if key in entry]
+        shown += [key for key, usual in WHERE_CHOSEN.items() if entry.get(key, usual) != usual]
+        settings = ", ".join(f"{key} = {entry[key]}" for key in shown)
+        title = words.VARIANTS.get((method, str(entry.get("projector"))), title)
         if method == "none" and not arm.stage.plain:
             sentence = "The denoising task alone."
         if pushed := entry.get("contrast"):
@@ -130,7 +129,9 @@ def _methods(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
             name, told = words.ROUTES.get(route, (route, ""))
             title, sentence = f"{title} with {name}", f"{sentence} {told}".strip()
             rest = "" if entry.get("dense_after", 0) == 0 else f", until step {entry['dense_after']}"
-            settings = f"{settings}, route_rate = {entry.get('route_rate')}{rest}".removeprefix(", ")
+            rate = entry.get("route_rate")
+            rate = words.ROUTE_RATES.get(str(route), rate) if rate == "auto" else rate
+            settings = f"{settings}, route_rate = {rate}{rest}".removeprefix(", ")
         groups.setdefault((title, settings, arm.stage.model("teacher") or "", sentence), []).append(arm)
     taught = any(name for _, _, name, _ in groups)
     lines = [

@@ -87,6 +87,8 @@ METHODS = {
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""
+VARIANTS = {("repa", "conv"): "iREPA"}
+"""Titles of methods that another projector has another name with."""
 ROUTES = {
     "tread": (
         "TREAD",
@@ -98,4 +100,6 @@ ROUTES = {
     ),
 }
 """A name and a sentence for each route."""
+ROUTE_RATES = {"tread": 0.5, "sprint": 0.75}
+"""What route_rate = "auto" is, as `st_fast.recipe.routing` has it."""
 CONTRAST = "Contrastive flow matching: the velocity is pushed away from that of another sample of the batch."

@@ -177,8 +177,8 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     for key in ("cfg_range", "internal_range"):
         if (ends := getattr(given, key)) is not None:
             chosen[key] = low, high = tuple(ends)
-            if low > high:
-                raise UserError(f"--{key.replace('_', '-')} {low} {high}: 0 ≤ LOW ≤ HIGH ≤ 1")
+            if low >= high:
+                raise UserError(f"--{key.replace('_', '-')} {low} {high}: 0 ≤ LOW < HIGH ≤ 1")
     settings, source = fitted(replace(recipe.sample, **chosen), source)
     _check_path_drop(settings, source)
     if settings.cfg_scale != 1.0 and recipe.model.class_dropout == 0:

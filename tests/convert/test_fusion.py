@@ -37,6 +37,8 @@ def test_a_hugging_face_folder_and_a_stage_keep_the_fusion_and_its_blocks(fused,
     main([str(fused), str(tmp_path / "hf"), "--to", "huggingface"])
     main([str(fused), str(tmp_path / "stage")])
     assert "fusion around blocks 2 to 2" in capsys.readouterr().out
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Blocks 2 to 2 can be skipped" in card and 'guidance="path_drop"' in card
     for folder in ("hf", "stage"):
         config = read_model(tmp_path / folder, print).loaded.config
         assert (config.fusion_first, config.fusion_last) == (1, 2)

@@ -10,9 +10,9 @@ import pytest
 from st_fast.recipe import RecipeError, cost, load, to_toml
 from st_fast.recipe.load import from_text
 from st_fast.recipe.methods import DualTime, LayerSync, Plain, Repa, SelfTranscendence, VelocityHead
-from st_fast.recipe.route_cost import left_out_macs
 from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import Model, Recipe, Stage
+from st_fast.recipe.token_cost import left_out_macs
 from st_fast.recipe.tokens import divided, kept_lengths
 
 MODEL = Model("custom", depth=6, width=64, heads=2, patch=2, channels=4, latent_size=16, num_classes=5)

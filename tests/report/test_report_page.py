@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from st_fast.core.errors import UserError
-from st_fast.report import write_report
+from st_fast.recipe.routing import PUBLISHED_RATE
+from st_fast.report import words, write_report
 from st_fast.report.__main__ import main
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_runs
@@ -492,14 +493,22 @@ def test_a_stage_with_a_contrast_is_not_called_plain(runs) -> None:
     assert "contrast" not in page_of(runs.plain("other")).text
 
 
-def test_a_stage_with_a_route_is_not_called_plain(runs) -> None:
-    run = runs.plain("routed")
-    recipe = run / "recipe.toml"
-    keys = 'supervision = "none"\nroute = "tread"\nroute_rate = 0.5\ndense_after = 900'
-    recipe.write_text(recipe.read_text().replace('supervision = "none"', keys))
-    text = page_of(run).text
-    assert "with TREAD" in text and "route_rate = 0.5, until step 900" in text and "as they were" in text
-    assert "TREAD" not in page_of(runs.plain("other")).text
+def test_the_methods_table_has_a_routes_own_rate_and_a_variants_name_and_no_usual_value(runs) -> None:
+    def told(name: str, keys: str) -> str:
+        run = runs.plain(name)
+        recipe = run / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace('supervision = "none"', keys))
+        return page_of(run).text
+
+    assert words.ROUTE_RATES == PUBLISHED_RATE
+    assert "route_rate = 0.75" in told("routed", 'supervision = "none"\nroute = "sprint"\nroute_rate = "auto"')
+    usual = 'supervision = "repa"\ndepth = 2\nstop_below = "off"\nstop_step = 0\ntarget_norm = 0.0\n'
+    repa = told("repa", usual + 'projector = "mlp"').split("Recipe")[0]
+    assert "depth = 2" in repa and not any(
+        key in repa for key in ("iREPA", "stop_below =", "target_norm =", "projector =")
+    )
+    conv = told("irepa", usual.replace('"off"', "0.1").replace("norm = 0.0", "norm = 0.6") + 'projector = "conv"')
+    assert "iREPA" in conv and "depth = 2, projector = conv, target_norm = 0.6, stop_below = 0.1" in conv
 
 
 @pytest.mark.parametrize(("route", "name"), [("tread", "TREAD"), ("sprint", "SPRINT")])

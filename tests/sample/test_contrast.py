@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from st_fast.convert import __main__ as convert
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.model import stored
@@ -192,6 +193,13 @@ def test_a_checkpoint_that_lacks_it_and_a_model_without_a_contrast_say_so_in_a_l
     with pytest.raises(UserError, match=r"--contrast released: .* was trained without contrast"):
         latents(runs["plain"], "--contrast", "released")
     assert latents(runs["plain"], "--contrast", "none")[0].shape == (4, 3, 8, 8)
+
+
+def test_a_folder_for_others_and_its_card_say_that_its_samples_keep_the_bias(runs, tmp_path, capsys):
+    for name in ("contrast", "plain"):
+        convert.main([str(runs[name]), str(tmp_path / name), "--to", "huggingface"])
+        told = capsys.readouterr().out, (tmp_path / name / "README.md").read_text()
+        assert ["bias" in text for text in told] == 2 * [name == "contrast"]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from st_fast import kernels
 from st_fast.core.errors import UserError
 from st_fast.model import SiT
 from st_fast.recipe import RecipeError, cost, load
-from st_fast.recipe.route_cost import skipped_macs
 from st_fast.recipe.schema import Model, Sample
+from st_fast.recipe.token_cost import skipped_macs
 from st_fast.sample.__main__ import main
 from st_fast.sample.contrast import Correction
 from st_fast.sample.guided import guided_velocity

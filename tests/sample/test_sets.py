@@ -336,7 +336,7 @@ def test_a_file_larger_than_one_block_is_read_a_block_at_a_time(tmp_path):
     ("flags", "words"),
     [
         (["--num", "0"], "--num 0: at least 1"),
-        (["--cfg-range", "0.7", "0.2"], "0 ≤ LOW ≤ HIGH ≤ 1"),
+        (["--cfg-range", "0.7", "0.2"], "0 ≤ LOW < HIGH ≤ 1"),
         (["--labels", "7"], "classes of 0..4"),
         (["--gif", "--npz"], "one picture"),
         (["--stage", "other"], "the run has plain"),

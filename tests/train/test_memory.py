@@ -23,9 +23,9 @@ from st_fast.model.layers import run_module
 from st_fast.model.sit import Block
 from st_fast.recipe import Stage, cost, load
 from st_fast.recipe.architecture import resolve_model
-from st_fast.recipe.group_cost import grouped_bytes
 from st_fast.recipe.methods import Plain
 from st_fast.recipe.schema import Model
+from st_fast.recipe.token_cost import grouped_bytes
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:

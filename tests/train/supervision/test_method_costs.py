@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from st_fast.model import build
 from st_fast.model.layout import Layout, Route
 from st_fast.recipe import cost
-from st_fast.recipe.group_cost import grouped_bytes, grouped_macs
 from st_fast.recipe.methods import (
     Dispersive,
     DualTime,
@@ -26,6 +25,7 @@ from st_fast.recipe.methods import (
 )
 from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import Model, Recipe, Stage
+from st_fast.recipe.token_cost import grouped_bytes, grouped_macs
 from st_fast.train.supervision import Parts, create
 from tests.train.supervision.test_losses import TABLE
 
