@@ -118,7 +118,7 @@ def methods(suite: Suite) -> Iterator[Task]:
 
     What a step does whatever its tokens, its update and modulations, is 3 % of a plain one at 8, and no route's doing.
     """
-    effort = suite.effort if suite.small else Effort(rounds=40, seconds=200, least=8, warmup=1)
+    effort = suite.effort if suite.small else Effort(rounds=40, seconds=120, least=8, warmup=1)
     sizes: dict[str, Any] = {"tokens": 16, "depth": 4} if suite.small else {}
     for stage in (*OF_ITS_OWN, *ROUTES):
         batch = 2 if suite.small else 16 if stage in ROUTES else 8

@@ -7,7 +7,7 @@ All costs count the teacher's training and its forward passes.
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
 from st_fast.report import words
@@ -210,8 +210,11 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return mean, statistics.stdev(known) if len(known) > 1 else math.nan
 
 
-def compared(found: Sequence[Row], key: str) -> Verdict:
-    """The rows, the baseline's first, in words: the best arm beside the baseline, and a table of all."""
+def compared(found: Sequence[Row], key: str, apart: Container[str] = ()) -> Verdict:
+    """The rows, the baseline's first, in words: the best arm beside the baseline, and a table of all.
+
+    apart: arms that stand in the table alone, if there are others.
+    """
     base, others, metric = found[0], found[1:], METRICS[key]
     head = ["Arm", f"{metric.title} at equal cost", "Accuracy at equal cost", "Better", f"Final {metric.title}"]
     head += [f"FLOPs / “{base.label}”", "Its final score after: of its FLOPs", "of its steps", "of its time"]
@@ -229,7 +232,8 @@ def compared(found: Sequence[Row], key: str) -> Verdict:
         "arm's own alone) and of its time: mean of the seeds that have one (lowest to highest). Scores are noisy, so "
         f"“{base.label}” itself may reach its own before its end."
     )
-    best = max(others, key=lambda row: metric.sign * spread(row.at_cost)[0])
+    eligible = [row for row in others if row.label not in apart] or others
+    best = max(eligible, key=lambda row: metric.sign * spread(row.at_cost)[0])
     n, score, goal = len(best.seeds), told(best.at_cost, metric), told(base.final, metric)
     seeds = f"Over {n} seeds" if n > 1 else "With one seed, which can't tell chance from effect"
     if metric.sign * (spread(best.at_cost)[0] - spread(base.final)[0]) > 0:

@@ -42,11 +42,6 @@ class Contender:
     """Whether its samples are drawn with another guidance than plain training's."""
 
     @property
-    def remark(self) -> str:
-        """What has to be known beside its gain."""
-        return ", with an external network" * self.external + ", drawn with guidance" * self.guided
-
-    @property
     def external(self) -> bool:
         """Whether it needs a network from elsewhere."""
         return self.arms[0].stage.method in EXTERNAL
@@ -180,18 +175,25 @@ def rule(one: Contender) -> str:
 
 
 def advice(found: Frontier) -> list[str]:
-    """What the numbers say to use: a line for each rule that some arm falls under, with its gain at the end."""
+    """What the numbers say to use: a line for each rule that some arm falls under, with its gain at the end.
+
+    Arms that are drawn with guidance have a line of their own: beside plain training without it they say what guidance
+    does, not what training does.
+    """
     lines = []
     if len(found.plain) == 1:
         lines.append("With one seed, chance can't be told from effect: further seeds have to confirm this list.")
     for words_of_rule in RULES:
         named = [
-            f"{one.title} ({gain(last)}{one.remark})"
+            f"{one.title} ({gain(last)}{', with an external network' * one.external})"
             for one in found.contenders
-            if (last := one.points[-1]) is not None and rule(one) == words_of_rule
+            if (last := one.points[-1]) is not None and not one.guided and rule(one) == words_of_rule
         ]
         if named:
             lines.append(f"{words_of_rule}: {', '.join(named)}.")
+    scored = ((one, one.points[-1]) for one in found.contenders if one.guided)
+    if guided := [f"{one.title} ({gain(last)})" for one, last in scored if last is not None]:
+        lines.append(f"By guidance, whatever was trained, and beside one another alone: {', '.join(guided)}.")
     if unknown := [one.title for one in found.contenders if one.points[-1] is None]:
         lines.append(f"Not scored at the largest budget: {', '.join(unknown)}.")
     return lines

@@ -113,7 +113,7 @@ def body(results: Results, folder: Path) -> str:
     unfinished = "".join(f"- {sentence}\n" for sentence in half_done(results))
     if not results.rows:
         return f"## {study.title}\n\nNo seed is complete yet.\n\n{unfinished}"
-    verdict = compared(results.rows, METRIC)
+    verdict = compared(results.rows, METRIC, results.study.drawn_otherwise)
     lines = "".join(f"| {' | '.join(line)} |\n" for line in comparisons(results))
     base, taught = (study.arm(name).title for name in (study.baseline, study.reference))
     titles = [f"Beside “{base}” at equal FLOPs", f"Beside “{base}” at equal steps", f"Beside “{taught}” at equal steps"]

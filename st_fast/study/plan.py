@@ -95,6 +95,11 @@ class Study:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)
 
+    @property
+    def drawn_otherwise(self) -> set[str]:
+        """Titles of the arms with settings of their own for drawing, whose scores tell of these and not of training."""
+        return {arm.title for arm in self.arms if arm.sample}
+
 
 @dataclass(frozen=True)
 class Job:

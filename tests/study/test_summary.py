@@ -83,6 +83,20 @@ def test_each_comparison_says_what_the_runs_say(results):
     assert "all 3 seeds agree on a sign in 25.0\u00a0% of comparisons, and 3 arms" in certainty(results)
 
 
+def test_an_arm_that_is_drawn_otherwise_is_never_the_best_but_stands_in_the_table(results, tmp_path):
+    def sentence_and_rows(study) -> tuple[str, set[str]]:
+        text = body(replace(results, study=study), tmp_path)
+        verdict = text.split("### The verdict")[1].split("###")[0]
+        return text.split("**At equal FLOPs:**")[1].split("\n")[0], set(re.findall(r"(?m)^\| ([^|]*?) \|", verdict))
+
+    sentence, before = sentence_and_rows(results.study)
+    best = min(results.rows[1:], key=lambda row: statistics.fmean(row.at_cost)).label
+    assert f"“{best}”" in sentence
+    arms = [replace(a, sample={"cfg_scale": 3.0}) if a.title == best else a for a in results.study.arms]
+    sentence, after = sentence_and_rows(replace(results.study, arms=tuple(arms)))
+    assert f"“{best}”" not in sentence and before == after and best in after
+
+
 def test_arms_of_other_lengths_are_compared_where_the_shorter_ends(results):
     short = results.group("random").by_seed
     cut = {seed: replace(arm, stage=_until(arm.stage, 400)) for seed, arm in short.items()}
