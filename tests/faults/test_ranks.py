@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,27 @@ from tests.faults.ranks import finish, torchrun
 from tests.faults.restarts import killed_again_and_again
 from tests.train.supervision.test_dispersive import STAGE as DISPERSIVE_STAGE
 from tests.train.supervision.test_dual_times import DUAL_STAGE, SELF_FLOW_STAGE
+from tests.train.supervision.test_internal_guidance import STAGE as INTERNAL_STAGE
+from tests.train.supervision.test_sra2 import STAGE as SRA2_STAGE
 
 TOLERANCE = 2e-5
 """Relative, of losses and gradient norms over 20 steps: only the order of float32 sums differs between rank counts."""
 KEYS = ("denoise", "aux", "grad_norm")
+
+
+def plain(name: str, keys: str) -> str:
+    return f'\n[[stage]]\nname = "{name}"\nsupervision = "none"\nsteps = 8\n{keys}'
+
+
+TREAD = 'route = "tread"\nroute_first = 1\nroute_last = 2\n'
+SPRINT = 'route = "sprint"\nroute_first = 1\nroute_last = 2\npath_drop = 0.4\n'
+ALL_AT_ONCE = SRA2_STAGE.replace('"sra2"', '"all_at_once"', 1) + TREAD + "contrast = 0.1\n"
+METHOD_STAGES = "".join(
+    (
+        SELF_FLOW_STAGE, DUAL_STAGE, INTERNAL_STAGE, SRA2_STAGE, plain("contrast", "contrast = 0.2\n"),
+        plain("tread", f"{TREAD}dense_after = 10\n"), plain("sprint", f"{SPRINT}dense_after = 10\n"), ALL_AT_ONCE,
+    )
+)  # fmt: skip
 
 
 def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
@@ -49,19 +68,26 @@ def sample_stream(recipe: Recipe, count: int) -> dict[int, str]:
     return found
 
 
-def test_a_run_with_two_times_an_image_goes_on_with_another_number_of_ranks(data, tmp_path, nursery):
-    """Both methods: one rank to the end, and 1, then 2 ranks in the middle of each stage."""
-    recipes = []
-    for name in ("one", "several"):
-        (tmp_path / name).mkdir()
-        recipes.append(tiny.write_recipe(tmp_path / name / "t.toml", data, tmp_path / name / "out"))
-        recipes[-1].write_text(recipes[-1].read_text().split("[[stage]]")[0] + SELF_FLOW_STAGE + DUAL_STAGE)
-    assert finish(nursery.start(1, recipes[0])) == [0]
-    for count, first, second in ((1, 3, 1), (2, 8, 4), (1, 8, 8)):
-        steps = f"--stage.self_flow.steps={first}", f"--stage.sra_dual.steps={second}"
-        assert finish(nursery.start(count, recipes[1], *steps)) == [0] * count
-    whole, parts = (tiny.records(tmp_path / name / "out", "train") for name in ("one", "several"))
-    close(sorted(parts, key=lambda r: (r["stage"] != "self_flow", r["step"])), whole)
+def test_every_method_without_an_encoder_goes_on_with_other_ranks_bit_for_bit(data, tmp_path, nursery):
+    """20 steps on one rank with two passes each, beside 12 of them so, 4 on two ranks, and the rest on one again."""
+    names = re.findall('name = "(.*)"', METHOD_STAGES)
+    whole, parts = (tiny.write_recipe(tmp_path / f"{n}.toml", data, tmp_path / n) for n in ("whole", "parts"))
+    for recipe in (whole, parts):
+        recipe.write_text(recipe.read_text().split("[[stage]]")[0] + METHOD_STAGES)
+    assert finish(nursery.start(1, whole, "--optim.accumulation=2", *steps_of(names, 20))) == [0]
+    for count, steps in ((1, 12), (2, 16), (1, 20)):
+        passes = f"--optim.accumulation={2 // count}"
+        assert finish(nursery.start(count, parts, passes, *steps_of(names, steps))) == [0] * count
+    for name in names:
+        found = [checkpoint.latest(tmp_path / out / name / "checkpoints", pytest.fail) for out in ("whole", "parts")]
+        theirs, ours = (one.groups for one in found)
+        assert [one.step for one in found] == [20, 20] and ours.keys() == theirs.keys()
+        for group, tensors in theirs.items():
+            assert all(torch.equal(ours[group][key], tensor) for key, tensor in tensors.items()), (name, group)
+
+
+def steps_of(names: Sequence[str], steps: int) -> list[str]:
+    return [f"--stage.{name}.steps={steps}" for name in names]
 
 
 @pytest.mark.parametrize("count", [2, 4])
