@@ -68,7 +68,7 @@ PARTS = {
     "optimiser": Part("kernels", "optimiser:optimisers", "cpu cuda", "clip, AdamW and average against PyTorch's own"),
     "launch-overhead": Part("launch overhead", "ops:overheads", "cpu cuda", "Python's time of a call, microseconds"),
     "step": Part("step", "step:steps", "cpu cuda", "the whole step against the published loop; --full: more rivals"),
-    "methods": Part("methods", "groups:methods", "cpu", "steps whose images have several times, beside a plain one"),
+    "methods": Part("methods", "groups:methods", "cpu", "steps of methods without an encoder, beside a plain one"),
     "groups": Part("separated attention", "groups:separated", "cpu", "attention within groups of tokens, no mask"),
     "demo": Part("demo", "ablations:demo", "cpu cuda", "`make demo`'s step, with all ops and with none"),
     "first-step": Part("first step", "ablations:first_step", "cpu cuda", "from starting Python to the first step"),

@@ -50,8 +50,8 @@ def number(value: Any) -> str:
 
 
 def cell(form: Callable[[Any], str], *path: str) -> Callable[[Row], str]:
-    """What `form` makes of what a row has under a path of keys."""
-    return lambda row: form(of(row, *path))
+    """What `form` makes of what a row has under a path of keys; NONE where it has nothing there."""
+    return lambda row: NONE if (value := of(row, *path)) is None else form(value)
 
 
 def _noise(row: Row) -> str:
@@ -288,7 +288,7 @@ GPU = ("cuda",)
 PARTS = {
     "kernels": Part("The ops", kernels),
     "step": Part("The step", steps),
-    "methods": Part("Steps whose images have several times", lines_of(METHODS), ("cpu",)),
+    "methods": Part("Steps of methods beside a plain one", lines_of(METHODS), ("cpu",)),
     "separated attention": Part("Attention within groups of tokens", lines_of(GROUPS), ("cpu",)),
     "loader": Part("The loaders, batch 256, fp16 moments", lines_of(LOADER)),
     "first step": Part("From starting Python to the end of the first step", first_steps),

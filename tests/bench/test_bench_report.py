@@ -13,7 +13,7 @@ import pytest
 from bench import machine as results
 from bench import report
 from bench.goals import GOALS, Goal
-from bench.tables import table
+from bench.tables import SAMPLER, filled, table
 from tests.report.conftest import two_stages
 
 MACHINE = results.Machine(
@@ -216,6 +216,12 @@ def test_both_pages_are_rewritten_between_their_markers_only(tmp_path, monkeypat
     assert report.main(["--readme", "--results", str(tmp_path)]) == 1
     assert "0 blocks <!-- bench:begin -->" in capsys.readouterr().err
     assert pages["README"].read_text() == "no markers\n"
+
+
+def test_every_cell_of_a_row_without_its_figures_is_a_dash():
+    row = {"size": "S/2", "sampler": "heun", "steps": 5, "batch": 2}
+    cells = filled(SAMPLER, [row]).splitlines()[-1].split("|")[2:-2]
+    assert len(cells) == len(SAMPLER) - 2 and {cell.strip() for cell in cells} == {"–"}
 
 
 def test_tables_are_aligned_markdown():
