@@ -16,8 +16,8 @@ from st_fast.report import plot, words
 from st_fast.report.arms import Arm
 from st_fast.report.figures import Chart, Curve, Level
 from st_fast.report.repeats import spread
-from st_fast.study.seeds import Seed, complete
-from st_fast.study.shares import Point, checked_horizons, gain, mean_gain, overtakes, point
+from st_fast.study.seeds import METRIC, Seed, complete
+from st_fast.study.shares import Point, checked_horizons, gain, mean_gain, point
 
 EXTERNAL = ("repa",)
 """Methods that learn from a network which was trained for something else."""
@@ -118,12 +118,24 @@ def charts(found: Frontier) -> list[Chart]:
     return made
 
 
+def ahead_from(arm: Arm, plain: Arm) -> float | None:
+    """Total FLOPs of the evaluation from which on each one beats plain training at the same FLOPs; None: not the last.
+
+    The first that does so at all would be one of noise: soon after the start an arm's lead says nothing of its end.
+    """
+    since = None
+    for flops, score in zip(*arm.quality(METRIC, "flops"), strict=True):
+        ahead = score < plain.at(METRIC, "flops", flops)  # NaN, before plain training was scored, is no lead
+        since = (flops if since is None else since) if ahead else None
+    return since
+
+
 def table(found: Frontier) -> str:
-    """A row an arm: where it is ahead of plain training for the first time, and its gain at every horizon."""
-    head = ["Arm", "First ahead of plain training at", *(f"Gain at {words.flops(h)}" for h in found.horizons)]
+    """A row an arm: from where on it is ahead of plain training, and its gain at every horizon."""
+    head = ["Arm", "Ahead of plain training from", *(f"Gain at {words.flops(h)}" for h in found.horizons)]
     lines = [head, ["---"] * len(head)]
     for one in found.contenders:
-        first = [overtakes(arm, base) for arm, base in zip(one.arms, found.plain, strict=True)]
+        first = [ahead_from(arm, base) for arm, base in zip(one.arms, found.plain, strict=True)]
         known = [flops for flops in first if flops is not None]
         ahead = f"({len(known)} of {len(first)})"
         cells = [one.title, f"{words.flops(spread(known)[0])} {ahead}" if known else f"never {ahead}"]
@@ -145,11 +157,14 @@ def sentences(found: Frontier) -> list[str]:
         )
         if ahead:
             names = ", ".join(f"“{one.title}” ({gain(at)})" for one, at in ahead)
-            told.append(f"At {words.flops(horizon)}, ahead in {count} of {count} seeds: {names}.")
+            told.append(
+                f"At {words.flops(horizon)} {len(ahead)} of {len(reached)} arms without an external network or "
+                f"guidance lead plain training in {count} of {count} seeds: {names}."
+            )
         else:
             told.append(
-                f"At {words.flops(horizon)} no arm of {len(reached)} without an external network is ahead of plain "
-                f"training in {count} of {count} seeds."
+                f"At {words.flops(horizon)} none of {len(reached)} arms without an external network or guidance leads "
+                f"plain training in {count} of {count} seeds."
             )
     return told
 
@@ -183,6 +198,12 @@ def advice(found: Frontier) -> list[str]:
     lines = []
     if len(found.plain) == 1:
         lines.append("With one seed, chance can't be told from effect: further seeds have to confirm this list.")
+    else:
+        chance, compared = words.percent(0.5 ** len(found.plain)), len(found.contenders)
+        lines.append(
+            f"An arm that changes nothing is ahead in all {len(found.plain)} seeds with a chance of {chance}, and "
+            f"{compared} arms are compared: take a gain near 1 for chance."
+        )
     for words_of_rule in RULES:
         named = [
             f"{one.title} ({gain(last)}{', with an external network' * one.external})"
@@ -193,7 +214,7 @@ def advice(found: Frontier) -> list[str]:
             lines.append(f"{words_of_rule}: {', '.join(named)}.")
     scored = ((one, one.points[-1]) for one in found.contenders if one.guided)
     if guided := [f"{one.title} ({gain(last)})" for one, last in scored if last is not None]:
-        lines.append(f"By guidance, whatever was trained, and beside one another alone: {', '.join(guided)}.")
+        lines.append(f"Drawn with guidance, and so to be compared with one another alone: {', '.join(guided)}.")
     if unknown := [one.title for one in found.contenders if one.points[-1] is None]:
         lines.append(f"Not scored at the largest budget: {', '.join(unknown)}.")
     return lines
@@ -203,15 +224,16 @@ def section(frontiers: Sequence[Frontier], picture: str) -> str:
     """The page's section on all such studies."""
     parts = [
         "## Which arm leads at equal FLOPs?\n",
-        "Every arm is read at several budgets, which hold all that it cost: heads, teachers and their forward passes. "
-        "The gain is plain training's Fréchet distance divided by the arm's at the same total FLOPs: above 1 the arm "
-        "is ahead. Gains are geometric means over the seeds (lowest to highest), with the number of seeds ahead; "
-        "“first ahead”: the total FLOPs of the first evaluation that beats plain training's at the same FLOPs, mean "
-        "over the seeds that have one, which for a noisy score is early by luck as well.\n",
+        "Every arm is read at several budgets, which hold what its training cost: heads, teachers and their forward "
+        "passes, but not the training of an external network. The gain is plain training's Fréchet distance divided by "
+        "the arm's at the same total FLOPs: above 1 the arm is ahead. Gains are geometric means over the seeds (lowest to "
+        "highest), with the number of seeds ahead; “ahead from”: the total FLOPs of the evaluation from which on every "
+        "one beats plain training's at the same FLOPs, mean over the seeds that have one.\n",
     ]
     for one in frontiers:
+        drawn = ", samples drawn without guidance" * (_guidance(one.plain[0])[0] == 1.0)
         parts += [
-            f"{one.title}, {len(one.plain)} seed{'s' * (len(one.plain) != 1)}:\n",
+            f"{one.title}, {len(one.plain)} seed{'s' * (len(one.plain) != 1)}{drawn}:\n",
             "".join(f"- {line}\n" for line in sentences(one)),
             table(one),
             "**What we would use**, by these numbers and at this size alone:\n",

@@ -71,7 +71,7 @@ def test_the_gain_is_how_much_less_distance_there_is_at_the_same_total(found):
     assert titles == ["encoder", "always", "late", "taught", "early", "never"], "best first at the largest budget"
 
 
-def test_the_table_says_where_an_arm_is_ahead_first_and_in_how_many_seeds(found):
+def test_the_table_says_from_where_on_an_arm_is_ahead_and_in_how_many_seeds(found):
     rows = {
         cells[1].strip(): cells
         for line in table(found).replace("\u00a0", " ").splitlines()
@@ -83,12 +83,14 @@ def test_the_table_says_where_an_arm_is_ahead_first_and_in_how_many_seeds(found)
     mean = math.sqrt(1.5 * 1.2)
     assert late[4].strip() == f"{mean:.3g} (1.2 to 1.5), 2 of 2"
     assert rows["the never arm"][2].strip() == "never (0 of 2)"
+    assert rows["the early arm"][2].strip() == "never (0 of 2)", "it is ahead at first, and behind at the end"
 
 
 def test_what_to_use_follows_from_the_seeds(found):
     kinds = {one.arms[0].label: RULES.index(rule(one)) for one in found.contenders}
     assert kinds == {"encoder": 0, "always": 0, "taught": 0, "late": 1, "early": 2, "never": 4}
-    lines = advice(found)
+    chance, *lines = advice(found)
+    assert "with a chance of 25.0\u00a0%, and 6 arms are compared" in chance
     assert lines[0].startswith(f"{RULES[0]}: the encoder arm (3 (3 to 3), with an external network), the taught arm (")
     assert lines[0].endswith("the taught arm (1.1 (1.1 to 1.1)).")
     assert [line.partition(":")[0] for line in lines] == [
@@ -96,7 +98,7 @@ def test_what_to_use_follows_from_the_seeds(found):
         "For longer runs",
         "For short runs",
         "Not at this size",
-        "By guidance, whatever was trained, and beside one another alone",
+        "Drawn with guidance, and so to be compared with one another alone",
     ]
     assert lines[-1].endswith(": the always arm (1.34 (1.2 to 1.5)).")
 
@@ -112,10 +114,9 @@ def test_arms_with_an_external_network_lead_nobodys_list(found):
     first, last = sentences(found)
     assert "encoder" not in first + last and "always" not in first + last, "nor do arms that are drawn with guidance"
     first, last = (line.replace("\u00a0", " ") for line in (first, last))
-    assert first.startswith(
-        "At 4 GFLOP, ahead in 2 of 2 seeds: “the early arm” (1.49 (1.33 to 1.67)), “the taught arm”"
-    )
-    assert last.startswith("At 16 GFLOP, ahead in 2 of 2 seeds: “the late arm” (1.34 (1.2 to 1.5)), “the taught arm”")
+    lead = "2 of 4 arms without an external network or guidance lead plain training in 2 of 2 seeds"
+    assert first.startswith(f"At 4 GFLOP {lead}: “the early arm” (1.49 (1.33 to 1.67)), “the taught arm”")
+    assert last.startswith(f"At 16 GFLOP {lead}: “the late arm” (1.34 (1.2 to 1.5)), “the taught arm”")
 
 
 def test_no_arm_ahead_is_said_plainly(tmp_path):
@@ -123,7 +124,9 @@ def test_no_arm_ahead_is_said_plainly(tmp_path):
     (found,) = read_frontiers(tmp_path)
     without = [one for one in found.contenders if one.arms[0].label != "taught"]
     line = sentences(type(found)(found.title, found.horizons, found.plain, without))[1].replace("\u00a0", " ")
-    assert line == ("At 16 GFLOP no arm of 3 without an external network is ahead of plain training in 1 of 1 seeds.")
+    assert line == (
+        "At 16 GFLOP none of 3 arms without an external network or guidance leads plain training in 1 of 1 seeds."
+    )
     assert advice(found)[0].startswith("With one seed, chance can't be told from effect")
 
 
@@ -138,5 +141,6 @@ def test_the_figure_has_a_panel_a_kind_and_a_curve_an_arm(found):
 
 
 def test_a_study_of_teachers_is_no_such_study_and_the_other_way_round(found, tmp_path):
-    assert "## Which arm leads at equal FLOPs?" in section([found], "frontier.png")
+    text = section([found], "frontier.png")
+    assert "## Which arm leads at equal FLOPs?" in text and "Tiny, 2 seeds, samples drawn without guidance:" in text
     assert read_shares(tmp_path) == [], "one teacher is no choice of shares"
