@@ -226,9 +226,9 @@ def section(frontiers: Sequence[Frontier], picture: str) -> str:
         "## Which arm leads at equal FLOPs?\n",
         "Every arm is read at several budgets, which hold what its training cost: heads, teachers and their forward "
         "passes, but not the training of an external network. The gain is plain training's Fréchet distance divided by "
-        "the arm's at the same total FLOPs: above 1 the arm is ahead. Gains are geometric means over the seeds (lowest to "
-        "highest), with the number of seeds ahead; “ahead from”: the total FLOPs of the evaluation from which on every "
-        "one beats plain training's at the same FLOPs, mean over the seeds that have one.\n",
+        "the arm's at the same total FLOPs: above 1 the arm is ahead. Gains are geometric means over the seeds (lowest "
+        "to highest), with the number of seeds ahead; “ahead from”: the total FLOPs of the evaluation from which on "
+        "every one beats plain training's at the same FLOPs, mean over the seeds that have one.\n",
     ]
     for one in frontiers:
         drawn = ", samples drawn without guidance" * (_guidance(one.plain[0])[0] == 1.0)

@@ -334,7 +334,6 @@ def test_shipped_studies_hold_what_was_promised_at_about_equal_cost(path: Path) 
     if study.name == "digits_frontier":
         methods = {job.recipe.stages[0].method.implementation for job in todo if job.arm is not None}
         assert len(methods) >= 10 and len(study.seeds) == 3
-        assert all(spent <= study.horizons[-1] for spent in study.horizons)
     elif study.horizons:
         assert len({teacher.stage["steps"] for teacher in study.teachers}) >= 3 <= len(study.horizons)
         assert len({m.cfg_scale for m in taught}) == 1
@@ -343,9 +342,11 @@ def test_shipped_studies_hold_what_was_promised_at_about_equal_cost(path: Path) 
         kinds = {(teacher.trained, teacher.labels) for teacher in study.teachers}
         assert {(True, "true"), (False, "true")} <= kinds
     spent = {job.folder.name: cost.stage_flops(job.recipe, job.recipe.stages[0], 0, job.steps) for job in todo}
-    for job in (job for job in todo if job.arm is not None and job.arm.teacher is not None):
-        total = spent[job.folder.name] + spent[f"teacher-{job.arm.teacher.name}"] * job.arm.teacher.trained
-        assert 0.7 < total / spent[study.baseline] < 1.5
+    for arm in (job.arm for job in todo if job.arm is not None):
+        teacher = spent[f"teacher-{arm.teacher.name}"] * arm.teacher.trained if arm.teacher is not None else 0.0
+        total = spent[arm.name] + teacher
+        assert arm.teacher is None or 0.7 < total / spent[study.baseline] < 1.5
+        assert study.name != "digits_frontier" or 0.99 * study.horizons[-1] < total <= study.horizons[-1], arm.name
     assert f"{len(todo) * len(study.seeds)} runs" in listing(study, Path("out"))
 
 
