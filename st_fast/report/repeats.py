@@ -16,6 +16,9 @@ from st_fast.report.collect import Record
 from st_fast.report.fairness import seed_of
 from st_fast.report.metrics import METRICS, RANKING, Metric, summary
 
+UNEVEN = 2.0
+"""Times of one training over several seeds that lie further apart are the machine's other work, and left out."""
+
 
 @dataclass(frozen=True)
 class Repeats:
@@ -32,7 +35,7 @@ class Row:
     `at_cost` is the metric at the baseline's total FLOPs of that seed, or at the last evaluation of an arm that took
     less; `cost_share` its total FLOPs as a share of the baseline's. `reached…` is the share of the baseline's FLOPs,
     steps (counting the arm's own alone) and seconds after which its final score was first reached; None: never.
-    `better` counts the seeds in which `at_cost` is better than the baseline's final score.
+    `better` counts the seeds in which `at_cost` is better than the baseline's final score. `seconds`: all it took.
     """
 
     label: str
@@ -45,6 +48,7 @@ class Row:
     reached_steps: list[float | None]
     reached_seconds: list[float | None]
     better: int
+    seconds: list[float]
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,7 @@ def _row(group: Repeats, baseline: Repeats, metric: Metric) -> Row:
         steps,
         seconds,
         sum(metric.sign * (ours - base.final(metric.key)) > 0 for ours, (_, base) in zip(at_cost, both, strict=True)),
+        [arm.total.seconds for arm, _ in both],
     )
 
 
@@ -216,22 +221,30 @@ def compared(found: Sequence[Row], key: str, apart: Container[str] = ()) -> Verd
     apart: arms that stand in the table alone, if there are others.
     """
     base, others, metric = found[0], found[1:], METRICS[key]
+    least, most = min(base.seconds), max(base.seconds)
+    timed = most <= UNEVEN * least
     head = ["Arm", f"{metric.title} at equal cost", "Accuracy at equal cost", "Better", f"Final {metric.title}"]
-    head += [f"FLOPs / “{base.label}”", "Its final score after: of its FLOPs", "of its steps", "of its time"]
+    head += [f"FLOPs / “{base.label}”", "Its final score after: of its FLOPs", "of its steps"]
+    head += ["of its time"] * timed
     lines = []
     for row in found:
         better = "" if row is base else f"{row.better} of {len(row.seeds)}"
         cells = [row.label, told(row.at_cost, metric), told(row.accuracy_at_cost, METRICS["accuracy"]), better]
         cells += [told(row.final, metric), words.percent(spread(row.cost_share)[0])]
-        lines.append([*cells, *map(reach, (row.reached, row.reached_steps, row.reached_seconds))])
+        lines.append([*cells, *map(reach, (row.reached, row.reached_steps, *[row.reached_seconds] * timed))])
     note = (
         "Mean ± standard deviation over the seeds; each run is compared with the baseline of its own seed. “At equal "
         f"cost”: at the FLOPs that “{base.label}” took in all, teachers included, interpolated between evaluations; an "
         f"arm that took less ends earlier. “Better”: in how many seeds that beats the final score of “{base.label}”. "
         "“Its final score after”: the first score that good, as a share of the baseline's FLOPs, of its steps (the "
-        "arm's own alone) and of its time: mean of the seeds that have one (lowest to highest). Scores are noisy, so "
-        f"“{base.label}” itself may reach its own before its end."
+        f"arm's own alone){', and of its time' * timed}: mean of the seeds that have one (lowest to highest). Scores "
+        f"are noisy, so “{base.label}” itself may reach its own before its end."
     )
+    if not timed:
+        note += (
+            f" Times are left out: “{base.label}” took {words.duration(least)} with one seed and "
+            f"{words.duration(most)} with another, so they tell of the machine."
+        )
     eligible = [row for row in others if row.label not in apart] or others
     best = max(eligible, key=lambda row: metric.sign * spread(row.at_cost)[0])
     n, score, goal = len(best.seeds), told(best.at_cost, metric), told(base.final, metric)
@@ -244,8 +257,8 @@ def compared(found: Sequence[Row], key: str, apart: Container[str] = ()) -> Verd
     when = "never reaches that final score"
     if any(share is not None for share in best.reached):
         steps, seconds = (reach(shares).split(" (")[0] for shares in (best.reached_steps, best.reached_seconds))
-        when = f"reaches that final score after {reach(best.reached)} of the baseline's FLOPs, {steps} of its steps "
-        when += f"and {seconds} of its time"
+        when = f"reaches that final score after {reach(best.reached)} of the baseline's FLOPs"
+        when += f", {steps} of its steps and {seconds} of its time" if timed else f" and {steps} of its steps"
     sentence = f"{seeds}, {first}, better in {best.better} of {n}; teachers included, it {when}."
     return Verdict(sentence, head, lines, note)
 

@@ -132,7 +132,8 @@ def certainty(results: Results) -> str:
         f"the seed alone moves the score of “{base.label}” by ± {words.plain(spread(base.final)[1])}. By chance all "
         f"{n} seeds agree on a sign in {words.percent(2.0 ** (1 - n))} of comparisons, and {arms} arms are compared: "
         "trust a difference that is several times its ±, not one that is only the best of many. Held-out real images "
-        f"score {words.plain(number(results.protocol, METRICS[METRIC].floor))}; no arm can be much better than that."
+        f"score {words.plain(number(results.protocol, METRICS[METRIC].floor))}: differences near that say "
+        "little, and less than that would be copies of training images, with which scores compare."
     )
 
 

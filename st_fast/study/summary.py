@@ -29,7 +29,8 @@ def section(folder: Path) -> str:
         "At equal FLOPs stage 2 has paid for its teacher, for its training and its forward passes. At equal steps, as "
         "in published curves, the teacher is free, and plain, stage 2 and the random teacher's student are read where "
         "the first of them ends; what a random teacher gives as well is not due to what a teacher has learnt. "
-        "Stage 2 is here the arm that each study names as its reference.\n"
+        "Stage 2 is here the arm that each study names as its reference. Studies differ in their budgets and in how "
+        "samples are drawn: rows can't be compared with each other.\n"
     )
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,18 @@ def test_the_table_says_it_with_spread_and_counts(runs) -> None:
     assert re.fullmatch(r"(.*) \((.*) to (.*); 2 of 3\)", taught[6])
     first, second = (100 * (600 * 1.5 + step * 1.9) / (1600 * 1.5) for step in (400, 800))
     assert f"{(first + second) / 2:.1f}" in taught[6] and f"{first:.1f}" in taught[6] and f"{second:.1f}" in taught[6]
+
+
+def test_times_of_a_machine_with_other_work_are_left_out(runs) -> None:
+    found = found_rows(runs)
+    even = compared(found, "frechet")
+    assert even.head[-1] == "of its time" and "of its time" in even.sentence and "Times are left out" not in even.note
+    base = replace(found[0], seconds=[100.0, 130.0, 390.0])
+    uneven = compared([base, *found[1:]], "frechet")
+    assert uneven.head == even.head[:-1] and uneven.lines == [line[:-1] for line in even.lines]
+    assert "time" not in uneven.sentence
+    told = uneven.note.replace("\u00a0", " ")
+    assert "Times are left out: “plain” took 1 min 40 s with one seed and 6 min 30 s with another" in told
 
 
 def test_one_run_an_arm_has_a_verdict_without_spread(runs) -> None:
