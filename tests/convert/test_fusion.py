@@ -9,6 +9,7 @@ import torch
 
 from st_fast import kernels
 from st_fast.convert.__main__ import main
+from st_fast.convert.card import _in_training
 from st_fast.core.errors import UserError
 from st_fast.model import SiT, build
 from st_fast.model.stored import read_model
@@ -54,3 +55,9 @@ def test_what_others_code_has_no_fusion_for_is_refused(form, fused, tmp_path):
     with pytest.raises(UserError, match=f"--to {form}: .* has a fusion .*, for which only stage and huggingface do"):
         main([str(fused), str(target), "--to", form])
     assert not target.exists()
+
+
+def test_a_cards_scores_say_that_they_were_drawn_by_path_drop():
+    metrics = {"num": 8, "cfg_scale": 3.0, "guidance": "path_drop", "classifier_digest": "0", "frechet": 0.5}
+    ((_, _, how),) = _in_training({"step": 4, "metrics": metrics})
+    assert "cfg_scale 3.0, guidance path_drop" in how
