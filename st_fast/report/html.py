@@ -119,7 +119,8 @@ def _methods(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
         shown = [key for key in ALWAYS if key in entry]
         shown += [key for key, usual in WHERE_CHOSEN.items() if entry.get(key, usual) != usual]
         settings = ", ".join(f"{key} = {entry[key]}" for key in shown)
-        title = words.VARIANTS.get((method, str(entry.get("projector"))), title)
+        if method == "repa" and entry.get("projector") == "conv" and entry.get("target_norm"):
+            title = words.IREPA
         if method == "none" and not arm.stage.plain:
             sentence = "The denoising task alone."
         if pushed := entry.get("contrast"):

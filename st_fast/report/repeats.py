@@ -218,7 +218,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def compared(found: Sequence[Row], key: str, apart: Container[str] = ()) -> Verdict:
     """The rows, the baseline's first, in words: the best arm beside the baseline, and a table of all.
 
-    apart: arms that stand in the table alone, if there are others.
+    apart: arms that stand in the table alone, after the others, if there are others.
     """
     base, others, metric = found[0], found[1:], METRICS[key]
     least, most = min(base.seconds), max(base.seconds)
@@ -226,8 +226,9 @@ def compared(found: Sequence[Row], key: str, apart: Container[str] = ()) -> Verd
     head = ["Arm", f"{metric.title} at equal cost", "Accuracy at equal cost", "Better", f"Final {metric.title}"]
     head += [f"FLOPs / “{base.label}”", "Its final score after: of its FLOPs", "of its steps"]
     head += ["of its time"] * timed
+    eligible = [row for row in others if row.label not in apart] or others
     lines = []
-    for row in found:
+    for row in (base, *eligible, *(row for row in others if row not in eligible)):
         better = "" if row is base else f"{row.better} of {len(row.seeds)}"
         cells = [row.label, told(row.at_cost, metric), told(row.accuracy_at_cost, METRICS["accuracy"]), better]
         cells += [told(row.final, metric), words.percent(spread(row.cost_share)[0])]
@@ -236,16 +237,15 @@ def compared(found: Sequence[Row], key: str, apart: Container[str] = ()) -> Verd
         "Mean ± standard deviation over the seeds; each run is compared with the baseline of its own seed. “At equal "
         f"cost”: at the FLOPs that “{base.label}” took in all, teachers included, interpolated between evaluations; an "
         f"arm that took less ends earlier. “Better”: in how many seeds that beats the final score of “{base.label}”. "
-        "“Its final score after”: the first score that good, as a share of the baseline's FLOPs, of its steps (the "
-        f"arm's own alone){', and of its time' * timed}: mean of the seeds that have one (lowest to highest). Scores "
-        f"are noisy, so “{base.label}” itself may reach its own before its end."
+        "“Its final score after”: the first evaluation with a score that good, as a share of the baseline's FLOPs, of "
+        f"its steps (the arm's own alone){', and of its time' * timed}: mean of the seeds that have one (lowest to "
+        f"highest). Scores are noisy, so “{base.label}” itself may reach its own before its end."
     )
     if not timed:
         note += (
             f" Times are left out: “{base.label}” took {words.duration(least)} with one seed and "
             f"{words.duration(most)} with another, so they tell of the machine."
         )
-    eligible = [row for row in others if row.label not in apart] or others
     best = max(eligible, key=lambda row: metric.sign * spread(row.at_cost)[0])
     n, score, goal = len(best.seeds), told(best.at_cost, metric), told(base.final, metric)
     seeds = f"Over {n} seeds" if n > 1 else "With one seed, which can't tell chance from effect"

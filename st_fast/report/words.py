@@ -87,8 +87,8 @@ METHODS = {
     "layer_sync": ("LayerSync", "An early block has to point the same way as a later block of the same model."),
 }
 """A title and a sentence for each supervision method."""
-VARIANTS = {("repa", "conv"): "iREPA"}
-"""Titles of methods that another projector has another name with."""
+IREPA = "iREPA"
+"""The title of REPA with another projector and another normalisation of its target."""
 ROUTES = {
     "tread": (
         "TREAD",

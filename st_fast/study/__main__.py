@@ -99,7 +99,7 @@ def tell(study: Study, out: Path, page: Path | None) -> None:
     for sentence in half_done(results):
         print(sentence.replace("**", ""))
     if results.rows:
-        print(compared(results.rows, METRIC, results.study.drawn_otherwise).markdown(), end="")
+        print(compared(results.rows, METRIC, results.study.apart).markdown(), end="")
     if page is not None:
         print(page)
 

@@ -16,12 +16,13 @@ from st_fast.report import plot, words
 from st_fast.report.arms import Arm
 from st_fast.report.figures import Chart, Curve, Level
 from st_fast.report.repeats import spread
+from st_fast.study.plan import EXTERNAL
 from st_fast.study.seeds import METRIC, Seed, complete
 from st_fast.study.shares import Point, checked_horizons, gain, mean_gain, point
 
-EXTERNAL = ("repa",)
-"""Methods that learn from a network which was trained for something else."""
-GUIDANCE = ("cfg_scale", "guidance", "internal_guidance")
+DRAWING = (
+    "sampler", "steps", "cfg_scale", "cfg_range", "guidance", "internal_guidance", "internal_range", "contrast",
+)  # fmt: skip
 """Keys of [sample] by which samples are better or worse whatever training did."""
 IN_A_ROW = 3
 """Panels of the figure."""
@@ -38,8 +39,8 @@ class Contender:
     arms: list[Arm]
     points: list[Point | None]
     """None where a seed had not been scored by then."""
-    guided: bool = False
-    """Whether its samples are drawn with another guidance than plain training's."""
+    drawn_otherwise: bool = False
+    """Whether its samples are drawn in another way than plain training's, such as with guidance."""
 
     @property
     def external(self) -> bool:
@@ -79,16 +80,17 @@ def _frontier(told: list[dict[str, Any]], seeds: list[Seed]) -> Frontier:
             arms = [seed.arms[name] for seed in seeds]
             title = next(str(arm.get("title", name)) for arm in told[0]["arms"] if arm["name"] == name)
             points = [point(arms, plain, one) for one in horizons]
-            guided = _guidance(arms[0]) != _guidance(plain[0])
-            contenders.append(Contender(title, panels[name], arms, points, guided))
+            otherwise = _drawing(arms[0]) != _drawing(plain[0])
+            contenders.append(Contender(title, panels[name], arms, points, otherwise))
     contenders.sort(key=lambda one: -_last(one))
     return Frontier(str(told[0].get("title")), horizons, plain, contenders)
 
 
-def _guidance(arm: Arm) -> list[object]:
-    """How an arm's samples are guided."""
+def _drawing(arm: Arm) -> dict[str, object]:
+    """How an arm's samples are drawn: the keys of DRAWING with their values."""
     sample = arm.run.recipe.get("sample", {})
-    return [sample.get(key, getattr(Sample(), key)) for key in GUIDANCE]  # an older run lacks a later key
+    values = {key: sample.get(key, getattr(Sample(), key)) for key in DRAWING}  # an older run lacks a later key
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _last(one: Contender) -> float:
@@ -99,7 +101,7 @@ def _last(one: Contender) -> float:
 def charts(found: Frontier) -> list[Chart]:
     """Gain over plain training against the budget, a curve an arm: a panel a kind of arm, as the study has them."""
     most = found.horizons[-1]
-    budgets = np.geomspace(found.horizons[0] / 4, most, POINTS).tolist()
+    budgets = np.geomspace(found.horizons[0] / 2, most, POINTS).tolist()
     panels = list(dict.fromkeys(one.panel for one in found.contenders))
     made = []
     for panel in panels:
@@ -148,7 +150,7 @@ def table(found: Frontier) -> str:
 
 def sentences(found: Frontier) -> list[str]:
     """For each horizon, which arms with neither an external network nor guidance lead plain training in every seed."""
-    own, count = [one for one in found.contenders if not (one.external or one.guided)], len(found.plain)
+    own, count = [one for one in found.contenders if not (one.external or one.drawn_otherwise)], len(found.plain)
     told = []
     for place, horizon in enumerate(found.horizons):
         reached = [(one, at) for one in own if (at := one.points[place]) is not None]
@@ -208,13 +210,13 @@ def advice(found: Frontier) -> list[str]:
         named = [
             f"{one.title} ({gain(last)}{', with an external network' * one.external})"
             for one in found.contenders
-            if (last := one.points[-1]) is not None and not one.guided and rule(one) == words_of_rule
+            if (last := one.points[-1]) is not None and not one.drawn_otherwise and rule(one) == words_of_rule
         ]
         if named:
             lines.append(f"{words_of_rule}: {', '.join(named)}.")
-    scored = ((one, one.points[-1]) for one in found.contenders if one.guided)
-    if guided := [f"{one.title} ({gain(last)})" for one, last in scored if last is not None]:
-        lines.append(f"Drawn with guidance, and so to be compared with one another alone: {', '.join(guided)}.")
+    scored = ((one, one.points[-1]) for one in found.contenders if one.drawn_otherwise)
+    if otherwise := [f"{one.title} ({gain(last)})" for one, last in scored if last is not None]:
+        lines.append(f"Drawn in another way, and so to be compared with one another alone: {', '.join(otherwise)}.")
     if unknown := [one.title for one in found.contenders if one.points[-1] is None]:
         lines.append(f"Not scored at the largest budget: {', '.join(unknown)}.")
     return lines
@@ -231,7 +233,7 @@ def section(frontiers: Sequence[Frontier], picture: str) -> str:
         "every one beats plain training's at the same FLOPs, mean over the seeds that have one.\n",
     ]
     for one in frontiers:
-        drawn = ", samples drawn without guidance" * (_guidance(one.plain[0])[0] == 1.0)
+        drawn = ", samples drawn without guidance" * (_drawing(one.plain[0])["cfg_scale"] == 1.0)
         parts += [
             f"{one.title}, {len(one.plain)} seed{'s' * (len(one.plain) != 1)}{drawn}:\n",
             "".join(f"- {line}\n" for line in sentences(one)),

@@ -19,7 +19,7 @@ from st_fast.report.figures import Chart, Curve
 from st_fast.report.metrics import METRICS
 from st_fast.report.repeats import Repeats, compared
 from st_fast.study import frontier, shares, summary
-from st_fast.study.plan import Study
+from st_fast.study.plan import EXTERNAL, Study
 from st_fast.study.results import Results, certainty, comparisons, equal_steps, half_done, price, together
 from st_fast.study.seeds import METRIC, Seed, gather, write_seeds
 
@@ -113,7 +113,7 @@ def body(results: Results, folder: Path) -> str:
     unfinished = "".join(f"- {sentence}\n" for sentence in half_done(results))
     if not results.rows:
         return f"## {study.title}\n\nNo seed is complete yet.\n\n{unfinished}"
-    verdict = compared(results.rows, METRIC, results.study.drawn_otherwise)
+    verdict = compared(results.rows, METRIC, results.study.apart)
     lines = "".join(f"| {' | '.join(line)} |\n" for line in comparisons(results))
     base, taught = (study.arm(name).title for name in (study.baseline, study.reference))
     titles = [f"Beside “{base}” at equal FLOPs", f"Beside “{base}” at equal steps", f"Beside “{taught}” at equal steps"]
@@ -151,6 +151,7 @@ def protocol(results: Results) -> str:
     drawn = f"{told.get('sampler')}, {told.get('steps')} steps, guidance {told.get('cfg_scale')}"
     if "internal_guidance" in told:
         drawn += f", Internal Guidance {told['internal_guidance']}"
+    outside = any(arm.stage.get("supervision") in EXTERNAL for arm in study.arms)
     return (
         f"{len(results.groups)} arms, {len(seeds)} seed{'s' * (len(seeds) != 1)} each "
         f"({', '.join(map(str, seeds))}), from `{study.path.as_posix()}`. Runs of one seed saw the same records, times "
@@ -159,8 +160,8 @@ def protocol(results: Results) -> str:
         "images, so it is not FID; its accuracy on held-out real ones is "
         f"{words.percent(number(told, METRICS['accuracy'].floor))}, and {words.count(number(told, 'floor_num'))} of "
         f"these score a Fréchet distance of {words.plain(number(told, METRICS[METRIC].floor))}. All costs count the "
-        "teacher's training and its forward passes. Between evaluations scores are read off a straight line, which "
-        "lies a little above a curve that levels off.\n"
+        f"teacher's training and its forward passes{', but not the training of an external network' * outside}. "
+        "Between evaluations scores are read off a straight line, which lies above a curve that levels off.\n"
     )
 
 

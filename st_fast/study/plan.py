@@ -37,6 +37,8 @@ from st_fast.recipe.load import parse, resolve
 ARM_KEYS = ("name", "title", "panel", "stage", "teacher", "sample")
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
+EXTERNAL = ("repa",)
+"""Methods that learn from a network which was trained for something else."""
 MOST_STEPS = 10**13
 """More than a stage may have, which is refused where a budget gives it."""
 OWN_SECTIONS = ("summary", "shares", "frontier")
@@ -96,9 +98,12 @@ class Study:
         return next(arm for arm in self.arms if arm.name == name)
 
     @property
-    def drawn_otherwise(self) -> set[str]:
-        """Titles of the arms with settings of their own for drawing, whose scores tell of these and not of training."""
-        return {arm.title for arm in self.arms if arm.sample}
+    def apart(self) -> set[str]:
+        """Titles of arms that are no rivals of the others: drawn with settings of their own, or taught from outside.
+
+        The scores of the former tell of these settings; the latter's network was trained at no counted cost.
+        """
+        return {arm.title for arm in self.arms if arm.sample or arm.stage.get("supervision") in EXTERNAL}
 
 
 @dataclass(frozen=True)

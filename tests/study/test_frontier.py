@@ -98,7 +98,7 @@ def test_what_to_use_follows_from_the_seeds(found):
         "For longer runs",
         "For short runs",
         "Not at this size",
-        "Drawn with guidance, and so to be compared with one another alone",
+        "Drawn in another way, and so to be compared with one another alone",
     ]
     assert lines[-1].endswith(": the always arm (1.34 (1.2 to 1.5)).")
 

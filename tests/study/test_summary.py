@@ -83,18 +83,23 @@ def test_each_comparison_says_what_the_runs_say(results):
     assert "all 3 seeds agree on a sign in 25.0\u00a0% of comparisons, and 3 arms" in certainty(results)
 
 
-def test_an_arm_that_is_drawn_otherwise_is_never_the_best_but_stands_in_the_table(results, tmp_path):
-    def sentence_and_rows(study) -> tuple[str, set[str]]:
+@pytest.mark.parametrize("keys", [{"sample": {"cfg_scale": 3.0}}, {"stage": {"supervision": "repa"}}])
+def test_an_arm_drawn_otherwise_or_taught_from_outside_is_never_the_best_but_in_the_tables_end(keys, results, tmp_path):
+    def sentence_and_rows(study) -> tuple[str, list[str]]:
         text = body(replace(results, study=study), tmp_path)
         verdict = text.split("### The verdict")[1].split("###")[0]
-        return text.split("**At equal FLOPs:**")[1].split("\n")[0], set(re.findall(r"(?m)^\| ([^|]*?) \|", verdict))
+        return text.split("**At equal FLOPs:**")[1].split("\n")[0], re.findall(r"(?m)^\| ([^|]*?) \|", verdict)[2:]
 
-    sentence, before = sentence_and_rows(results.study)
+    sentence, (base, *before) = sentence_and_rows(results.study)
     best = min(results.rows[1:], key=lambda row: statistics.fmean(row.at_cost)).label
     assert f"“{best}”" in sentence
-    arms = [replace(a, sample={"cfg_scale": 3.0}) if a.title == best else a for a in results.study.arms]
+    apart = {best, before[0]}
+    arms = [replace(arm, **keys) if arm.title in apart else arm for arm in results.study.arms]
     sentence, after = sentence_and_rows(replace(results.study, arms=tuple(arms)))
-    assert f"“{best}”" not in sentence and before == after and best in after
+    assert not any(f"“{title}”" in sentence for title in apart)
+    assert (
+        after == [base, *(t for t in before if t not in apart), *(t for t in before if t in apart)] != [base, *before]
+    )
 
 
 def test_arms_of_other_lengths_are_compared_where_the_shorter_ends(results):
