@@ -120,27 +120,35 @@ def charts(found: Frontier) -> list[Chart]:
     return made
 
 
-def ahead_from(arm: Arm, plain: Arm) -> float | None:
-    """Total FLOPs of the evaluation from which on each one beats plain training at the same FLOPs; None: not the last.
+def ahead_from(arm: Arm, plain: Arm) -> tuple[float | None, float | None]:
+    """Total FLOPs of the evaluation from which on each one beats plain training at the same FLOPs, and of the last.
 
-    The first that does so at all would be one of noise: soon after the start an arm's lead says nothing of its end.
+    None for the first where the last evaluation of all does not; for both where none does. The first that does so at
+    all would be one of noise: soon after the start an arm's lead says nothing of its end.
     """
-    since = None
+    since = last = None
     for flops, score in zip(*arm.quality(METRIC, "flops"), strict=True):
         ahead = score < plain.at(METRIC, "flops", flops)  # NaN, before plain training was scored, is no lead
         since = (flops if since is None else since) if ahead else None
-    return since
+        last = flops if ahead else last
+    return since, last
+
+
+def lead(one: Contender, plain: Sequence[Arm]) -> str:
+    """Where an arm is ahead: from some FLOPs on, in the seeds that end so; or else until when it was; or never."""
+    each = [ahead_from(arm, base) for arm, base in zip(one.arms, plain, strict=True)]
+    for place, (before, behind) in enumerate((("from", " on"), ("until", ""))):
+        if known := [flops for found in each if (flops := found[place]) is not None]:
+            return f"{before} {words.flops(spread(known)[0])}{behind} ({len(known)} of {len(each)})"
+    return f"never (0 of {len(each)})"
 
 
 def table(found: Frontier) -> str:
-    """A row an arm: from where on it is ahead of plain training, and its gain at every horizon."""
-    head = ["Arm", "Ahead of plain training from", *(f"Gain at {words.flops(h)}" for h in found.horizons)]
+    """A row an arm: where it is ahead of plain training, and its gain at every horizon."""
+    head = ["Arm", "Ahead of plain training", *(f"Gain at {words.flops(h)}" for h in found.horizons)]
     lines = [head, ["---"] * len(head)]
     for one in found.contenders:
-        first = [ahead_from(arm, base) for arm, base in zip(one.arms, found.plain, strict=True)]
-        known = [flops for flops in first if flops is not None]
-        ahead = f"({len(known)} of {len(first)})"
-        cells = [one.title, f"{words.flops(spread(known)[0])} {ahead}" if known else f"never {ahead}"]
+        cells = [one.title, lead(one, found.plain)]
         for place, reached in enumerate(one.points):
             beside = "–" if reached is None else f"{gain(reached)}, {one.wins(place)} of {len(reached.gains)}"
             cells.append(beside)
@@ -229,8 +237,9 @@ def section(frontiers: Sequence[Frontier], picture: str) -> str:
         "Every arm is read at several budgets, which hold what its training cost: heads, teachers and their forward "
         "passes, but not the training of an external network. The gain is plain training's Fréchet distance divided by "
         "the arm's at the same total FLOPs: above 1 the arm is ahead. Gains are geometric means over the seeds (lowest "
-        "to highest), with the number of seeds ahead; “ahead from”: the total FLOPs of the evaluation from which on "
-        "every one beats plain training's at the same FLOPs, mean over the seeds that have one.\n",
+        "to highest), with the number of seeds ahead. “From”: the total FLOPs of the evaluation from which on every "
+        "one beats plain training's at the same FLOPs. “Until”, where no seed ends with a lead: those of the last one "
+        "that does. Both are means over the seeds that have one.\n",
     ]
     for one in frontiers:
         drawn = ", samples drawn without guidance" * (_drawing(one.plain[0])["cfg_scale"] == 1.0)
