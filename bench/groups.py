@@ -1,4 +1,4 @@
-"""Images with several times: attention within groups of tokens, and steps of the methods that have them, on a CPU.
+"""Attention within groups of tokens, and steps of the methods without an encoder, on a CPU.
 
 Attention is compared with that over all tokens and with the same by a mask; a method's step with a plain one.
 """

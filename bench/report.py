@@ -60,7 +60,7 @@ def machine_line(machine: Mapping[str, Any], rows: Mapping[str, Row]) -> str:
     return (
         f"{machine['device']}{isa}: copies {machine['copy_rate'] / 1e9:.1f} GB/s (read + written), multiplies "
         f"{machine['matmul_dtype']} at {multiplies}. {versions}. "
-        f"Revision {', '.join(commits)}, {machine['date']}."
+        f"Revision {', '.join(commits)}, {machine['date']}{', rates and date of the last' * (len(commits) > 1)}."
     )
 
 

@@ -173,7 +173,8 @@ def test_figures_come_with_device_versions_rates_and_date(tmp_path):
         assert fact in text
     assert "not judged" not in text
     results.Store(tmp_path, MACHINE).put("kernels", "b", op_row("qk_norm", 3.0) | {"taken": {"commit": "def5678"}})
-    assert "Revision abc1234, def5678, 2026-01-01." in report.all_tables(tmp_path, brief=False)
+    text = report.all_tables(tmp_path, brief=False)
+    assert "Revision abc1234, def5678, 2026-01-01, rates and date of the last." in text
 
 
 def test_rows_are_kept_by_key_and_other_files_in_the_folder_are_left_alone(tmp_path):
