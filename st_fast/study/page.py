@@ -187,7 +187,8 @@ def reproduced(results: Results, folder: Path) -> str:
 def charts(results: Results) -> list[list[Chart]]:
     """Mean over the seeds against total FLOPs, the range shaded: a row a metric, a column a panel.
 
-    An arm without a panel of its own, such as the baseline, is in every one, and so is the reference.
+    An arm without a panel of its own, such as the baseline, is in every one, and so is the reference: both come first,
+    so that they look the same everywhere.
     """
     study = results.study
     panels = [p for p in dict.fromkeys(arm.panel for arm in study.arms) if p] or [""]
@@ -199,8 +200,10 @@ def charts(results: Results) -> list[list[Chart]]:
         wide = metric.unit == "number" and 0 < 10 * values.min() < values.max()
         line = []
         for panel in panels:
-            pairs = zip(results.groups, study.arms, strict=True)
-            shown = [g for g, arm in pairs if arm.panel in ("", panel) or arm.name == study.reference]
+            arms = zip(results.groups, study.arms, strict=True)
+            everywhere = [(arm.panel == "" or arm.name == study.reference, arm.panel, group) for group, arm in arms]
+            shown = [group for always, _, group in everywhere if always]
+            shown += [group for always, own, group in everywhere if own == panel and not always]
             curves = [_curve(group, metric.key, place) for place, group in enumerate(shown)]
             title, x_label = (panel, "") if not rows else ("", "all training FLOPs, teacher included")
             line.append(Chart("", title, "", x_label, "flops", metric.title, metric.unit, wide, curves))

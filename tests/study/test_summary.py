@@ -180,6 +180,9 @@ def test_curves_are_means_with_their_range_and_the_reference_is_in_every_panel(r
     scores = np.array([arm.quality(METRIC, "flops")[1] for arm in arms])
     assert curve.y == pytest.approx(scores.mean(axis=0))
     assert (curve.low, curve.high) == (scores.min(axis=0).tolist(), scores.max(axis=0).tolist())
+    last = replace(results, study=replace(results.study, reference="random"))
+    looks = [[(c.label, c.colour, c.dash) for c in chart.curves[:2]] for chart in charts(last)[0]]
+    assert looks == [[("plain SiT", 0, 0), ("random", 1, 0)]] * 2, "in every panel an arm looks the same"
 
 
 @pytest.mark.parametrize(("step", "share"), [(200, 0.0), (300, 0.5), (400, 1.0)])
