@@ -13,6 +13,7 @@ import numpy as np
 from st_fast.core.errors import UserError
 from st_fast.report import words
 from st_fast.report.collect import ModelKey, Record, RunLog, StageLog, finite, number, read_run
+from st_fast.report.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,19 @@ class Arm:
     def at(self, metric: str, axis: str, x: float) -> float:
         """The metric where an axis reaches x, on the straight line between the evaluations around it.
 
-        The last one's value after it; NaN if nothing had been evaluated by then.
+        A distance falls by about equal shares, not by equal amounts, so the line is drawn between its logarithms. The
+        last one's value after it; NaN if nothing had been evaluated by then.
         """
         places, values = self.quality(metric, axis)
         if not places or x < places[0] * (1 - 1e-9):
             return math.nan
-        return float(np.interp(x, places, values))
+        place = float(np.interp(x, places, range(len(places))))
+        before, share = int(place), place % 1
+        if not share:
+            return values[before]
+        if METRICS[metric].lower_is_better and min(values) > 0:
+            return float(values[before] ** (1 - share) * values[before + 1] ** share)
+        return values[before] + share * (values[before + 1] - values[before])
 
     @property
     def last_metrics(self) -> Record:

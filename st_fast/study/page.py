@@ -161,7 +161,8 @@ def protocol(results: Results) -> str:
         f"{words.percent(number(told, METRICS['accuracy'].floor))}, and {words.count(number(told, 'floor_num'))} of "
         f"these score a Fréchet distance of {words.plain(number(told, METRICS[METRIC].floor))}. All costs count the "
         f"teacher's training and its forward passes{', but not the training of an external network' * outside}. "
-        "Between evaluations scores are read off a straight line, which lies above a curve that levels off.\n"
+        "Between evaluations distances are read off a straight line between their logarithms, as they fall by about "
+        "equal shares.\n"
     )
 
 

@@ -5,7 +5,6 @@ import re
 import statistics
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from st_fast.report import write_report
@@ -72,19 +71,30 @@ def test_shares_and_scores_are_those_of_each_seeds_own_baseline(runs) -> None:
     assert taught.cost_share == pytest.approx([(teacher + 1000 * per_step) / whole] * 3)
     affordable = (whole - teacher) / per_step
     assert 600 < affordable < 800
-    assert taught.at_cost == pytest.approx([1.5, np.interp(affordable, [600, 800], [8.0, 2.5]), 9.0])
+    assert taught.at_cost == pytest.approx([1.5, 8.0 * (2.5 / 8.0) ** ((affordable - 600) / 200), 9.0])
     assert taught.final == [1.5, 2.5, 9.0]
     assert taught.better == 2
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(1.0, math.nan), (2.0, 8.0), (3.0, 6.0), (4.0, 4.0), (99.0, 4.0)])
-def test_a_score_at_a_budget_lies_between_its_neighbours(runs, budget: float, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("budget", "distance", "share", "kid"),
+    [(1.0, math.nan, math.nan, math.nan), (2.0, 9.0, 0.2, 0.3), (3.0, 6.0, 0.5, 0.1), (4.0, 4.0, 0.8, -0.1),
+     (99.0, 4.0, 0.8, -0.1)],
+)  # fmt: skip
+def test_a_score_at_a_budget_lies_between_its_neighbours(runs, budget, distance, share, kid) -> None:
+    """Of a distance halfway the geometric mean, unless one is below zero, as KID can be; of a share the mean."""
     records = [
-        {"kind": "eval", "stage": "a", "step": step, "flops": flops, "metrics": {"frechet": value}}
-        for step, flops, value in ((1, 2.0, 8.0), (2, 4.0, 4.0))
+        {"kind": "eval", "stage": "a", "step": step, "flops": flops, "metrics": metrics}
+        for step, flops, metrics in (
+            (1, 2.0, {"frechet": 9.0, "accuracy": 0.2, "kid": 0.3}),
+            (2, 4.0, {"frechet": 4.0, "accuracy": 0.8, "kid": -0.1}),
+        )
     ]
     arm = make_arms(read_runs([runs.custom("", records)]))[0]
-    assert arm.at("frechet", "flops", budget) == pytest.approx(expected, nan_ok=True)
+    for metric, expected in (("frechet", distance), ("accuracy", share), ("kid", kid)):
+        found = arm.at(metric, "flops", budget)
+        assert found == pytest.approx(expected, nan_ok=True)
+        assert budget not in (2.0, 4.0, 99.0) or found == expected, "to the bit where it was evaluated"
 
 
 def test_spread_is_the_mean_and_the_sample_deviation() -> None:

@@ -189,7 +189,7 @@ def test_curves_are_means_with_their_range_and_the_reference_is_in_every_panel(r
 def test_a_score_at_a_step_lies_between_its_neighbours(results, step, share):
     arm = results.group("plain").by_seed[0]
     first, second = arm.quality(METRIC, "step")[1][:2]
-    assert arm.at(METRIC, "step", step) == pytest.approx(first + share * (second - first))
+    assert arm.at(METRIC, "step", step) == pytest.approx(first ** (1 - share) * second**share)
     assert arm.at(METRIC, "step", 100) != arm.at(METRIC, "step", 100), "nothing is known before the first evaluation"
 
 
