@@ -10,7 +10,7 @@ import torch
 from st_fast import __version__
 from st_fast.core.checkpoint.meta import GraphChoice
 from st_fast.core.errors import Say
-from st_fast.core.machine import PassTooLarge, freeze_heap, thaw_heap
+from st_fast.core.machine import HeapTrim, PassTooLarge, freeze_heap, thaw_heap
 from st_fast.data.buckets import parts_of
 from st_fast.data.loader import Loader, make_loader
 from st_fast.recipe import Recipe, cost
@@ -192,6 +192,7 @@ class Reporter:
         self._flops = self.cost(first)["flops"]
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
         self._read: list[Readings] = []
+        self._trim = HeapTrim()
 
     def cost(self, step: int) -> dict[str, float]:
         """The stage's cost up to a step."""
@@ -209,6 +210,7 @@ class Reporter:
             self.read(step)
         if logged:
             self._log(step)
+            self._trim()
         self._trainer.skips.check(step)
         return spikes.take() if judged else None
 
