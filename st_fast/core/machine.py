@@ -5,7 +5,6 @@ Importing it imports no torch: recipes are checked without, and threads are chos
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import math
@@ -32,8 +31,6 @@ CGROUP_MOUNTS = (
 """Of cgroup v2, alone and beside v1; of v1's cpu controller, under both of its usual names."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """By which a user says how many threads torch computes on."""
-GROWTH = 256 * 2**20
-"""Bytes by which a process may grow before it gives back what it has freed."""
 
 
 MOST_RANKS = 2**20
@@ -262,29 +259,3 @@ def thaw_heap() -> None:
     if _frozen:
         gc.unfreeze()
         _frozen = False
-
-
-class HeapTrim:
-    """Called now and then, gives freed memory back to the system where the process has grown by GROWTH since.
-
-    glibc (seen in 2.36) can fail for thousands of steps to put a tensor, an aligned block, where one of the same size
-    was, so that a process on a CPU grew by 1.4 MiB a step and held no more: 4.9 GiB, of which 0.9 were in use. Does
-    nothing with another C library or without /proc.
-    """
-
-    def __init__(self) -> None:
-        self._settled = resident_bytes()
-
-    def __call__(self) -> None:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None and resident_bytes() > self._settled + GROWTH:
-            trim(ctypes.c_size_t(0))
-            self._settled = resident_bytes()
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM; 0 where the system doesn't say."""
-    try:
-        return int((ROOT / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0

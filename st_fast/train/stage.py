@@ -10,9 +10,10 @@ import torch
 from st_fast import __version__
 from st_fast.core.checkpoint.meta import GraphChoice
 from st_fast.core.errors import Say
-from st_fast.core.machine import HeapTrim, PassTooLarge, freeze_heap, thaw_heap
+from st_fast.core.machine import PassTooLarge, freeze_heap, thaw_heap
 from st_fast.data.buckets import parts_of
 from st_fast.data.loader import Loader, make_loader
+from st_fast.kernels.heap import GrowthLimit
 from st_fast.recipe import Recipe, cost
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.schema import Stage
@@ -192,7 +193,7 @@ class Reporter:
         self._flops = self.cost(first)["flops"]
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
         self._read: list[Readings] = []
-        self._trim = HeapTrim()
+        self._limit_growth = GrowthLimit()
 
     def cost(self, step: int) -> dict[str, float]:
         """The stage's cost up to a step."""
@@ -210,7 +211,7 @@ class Reporter:
             self.read(step)
         if logged:
             self._log(step)
-            self._trim()
+            self._limit_growth()
         self._trainer.skips.check(step)
         return spikes.take() if judged else None
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -156,32 +155,3 @@ def test_what_the_program_around_has_frozen_stays_so(thawed):
     assert not seen()
     gc.unfreeze()
     assert seen()
-
-
-def test_what_is_freed_between_blocks_in_use_goes_back_to_the_system_once_the_process_has_grown():
-    trim = machine.HeapTrim()
-    blocks = [bytearray(b"x" * 100_000) for _ in range(4_000)]
-    full = machine.resident_bytes()
-    del blocks[::2]
-    kept = machine.resident_bytes()
-    trim()
-    assert kept > full - 2**25, "the C library keeps the holes"
-    assert machine.resident_bytes() < kept - 150_000_000 and len(blocks) == 2_000
-
-
-def test_a_process_that_has_not_grown_or_has_another_c_library_is_left_alone(monkeypatch, tmp_path):
-    calls, sizes = list[object](), [0]
-    monkeypatch.setattr(machine, "resident_bytes", lambda: sizes[-1])
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace(malloc_trim=calls.append))
-    trim = machine.HeapTrim()
-    for size, count in ((machine.GROWTH, 0), (machine.GROWTH + 1, 1), (2 * machine.GROWTH, 1)):
-        sizes.append(size)
-        trim()
-        assert len(calls) == count
-    sizes.append(9 * machine.GROWTH)
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace())
-    trim()
-    monkeypatch.undo()
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    assert machine.resident_bytes() == 0 and len(calls) == 1
-    machine.HeapTrim()()
