@@ -78,19 +78,20 @@ class Arm:
     def at(self, metric: str, axis: str, x: float) -> float:
         """The metric where an axis reaches x, on the straight line between the evaluations around it.
 
-        A distance falls by about equal shares, not by equal amounts, so the line is drawn between its logarithms. The
-        last one's value after it; NaN if nothing had been evaluated by then.
+        A distance falls by about equal shares, not by equal amounts, so the line is drawn between its logarithms, where
+        both are above zero. The last one's value after it; NaN if nothing had been evaluated by then.
         """
         places, values = self.quality(metric, axis)
-        if not places or x < places[0] * (1 - 1e-9):
+        if not places or not x >= places[0] * (1 - 1e-9):
             return math.nan
         place = float(np.interp(x, places, range(len(places))))
         before, share = int(place), place % 1
         if not share:
             return values[before]
-        if METRICS[metric].lower_is_better and min(values) > 0:
-            return float(values[before] ** (1 - share) * values[before + 1] ** share)
-        return values[before] + share * (values[before + 1] - values[before])
+        first, second = values[before : before + 2]
+        if METRICS[metric].lower_is_better and min(first, second) > 0:
+            return float(first * (second / first) ** share)
+        return first + share * (second - first)
 
     @property
     def last_metrics(self) -> Record:

@@ -161,8 +161,8 @@ def protocol(results: Results) -> str:
         f"{words.percent(number(told, METRICS['accuracy'].floor))}, and {words.count(number(told, 'floor_num'))} of "
         f"these score a Fréchet distance of {words.plain(number(told, METRICS[METRIC].floor))}. All costs count the "
         f"teacher's training and its forward passes{', but not the training of an external network' * outside}. "
-        "Between evaluations distances are read off a straight line between their logarithms, as they fall by about "
-        "equal shares.\n"
+        "Between evaluations a distance is read off a straight line between logarithms, an accuracy off one between "
+        "values.\n"
     )
 
 
@@ -188,11 +188,13 @@ def reproduced(results: Results, folder: Path) -> str:
 def charts(results: Results) -> list[list[Chart]]:
     """Mean over the seeds against total FLOPs, the range shaded: a row a metric, a column a panel.
 
-    An arm without a panel of its own, such as the baseline, is in every one, and so is the reference: both come first,
+    An arm without a panel of its own, such as the baseline, is in every one, and so is the reference: these come first,
     so that they look the same everywhere.
     """
     study = results.study
     panels = [p for p in dict.fromkeys(arm.panel for arm in study.arms) if p] or [""]
+    pairs = zip(results.groups, study.arms, strict=True)
+    arms = [(arm.panel == "" or arm.name == study.reference, arm.panel, group) for group, arm in pairs]
     rows: list[list[Chart]] = []
     for metric in (METRICS[METRIC], METRICS["accuracy"]):
         values = np.concatenate([_points(group, metric.key)[1].ravel() for group in results.groups])
@@ -201,10 +203,8 @@ def charts(results: Results) -> list[list[Chart]]:
         wide = metric.unit == "number" and 0 < 10 * values.min() < values.max()
         line = []
         for panel in panels:
-            arms = zip(results.groups, study.arms, strict=True)
-            everywhere = [(arm.panel == "" or arm.name == study.reference, arm.panel, group) for group, arm in arms]
-            shown = [group for always, _, group in everywhere if always]
-            shown += [group for always, own, group in everywhere if own == panel and not always]
+            shown = [group for always, _, group in arms if always]
+            shown += [group for always, own, group in arms if own == panel and not always]
             curves = [_curve(group, metric.key, place) for place, group in enumerate(shown)]
             title, x_label = (panel, "") if not rows else ("", "all training FLOPs, teacher included")
             line.append(Chart("", title, "", x_label, "flops", metric.title, metric.unit, wide, curves))
