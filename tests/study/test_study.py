@@ -334,6 +334,7 @@ def test_shipped_studies_hold_what_was_promised_at_about_equal_cost(path: Path) 
     if study.name == "digits_frontier":
         methods = {job.recipe.stages[0].method.implementation for job in todo if job.arm is not None}
         assert len(methods) >= 10 and len(study.seeds) == 3
+        assert len(study.horizons) == 2 and study.horizons[1] == 4 * study.horizons[0]
     elif study.horizons:
         assert len({teacher.stage["steps"] for teacher in study.teachers}) >= 3 <= len(study.horizons)
         assert len({m.cfg_scale for m in taught}) == 1
