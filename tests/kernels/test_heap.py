@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -103,3 +104,10 @@ def test_nothing_is_given_back_without_glibc_or_proc(monkeypatch, tmp_path) -> N
         for _ in range(3):
             limit()
     assert len(calls) == 1, "only where a stage begins"
+
+
+def test_own_memory_is_what_is_in_ram_without_files_and_what_is_shared(monkeypatch, tmp_path) -> None:
+    statm = tmp_path / "statm"
+    statm.write_text("90000 500 200 1 0 1 0\n")
+    monkeypatch.setattr(heap, "STATM", statm)
+    assert heap.own_bytes() == 300 * os.sysconf("SC_PAGE_SIZE")

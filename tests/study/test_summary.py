@@ -183,6 +183,10 @@ def test_curves_are_means_with_their_range_and_the_reference_is_in_every_panel(r
     last = replace(results, study=replace(results.study, reference="random"))
     looks = [[(c.label, c.colour, c.dash) for c in chart.curves[:2]] for chart in charts(last)[0]]
     assert looks == [[("plain SiT", 0, 0), ("random", 1, 0)]] * 2, "in every panel an arm looks the same"
+    for chart in (frechet, teachers):
+        always = [arm.title for arm in results.study.arms if not arm.panel or arm.name == "omega5"]
+        own = [arm.title for arm in results.study.arms if arm.panel == chart.title and arm.name != "omega5"]
+        assert [curve.label for curve in chart.curves] == always + own
 
 
 @pytest.mark.parametrize(("step", "share"), [(200, 0.0), (300, 0.5), (400, 1.0)])
