@@ -51,7 +51,7 @@ class PlainBlock(nn.Module):
     def __init__(self, config: Model) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
-        self.attn = PlainAttention(config.width, config.heads, config.qk_norm)
+        self.attn = PlainAttention(config.width, config.heads, bool(config.qk_norm))
         self.norm2 = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.mlp = PlainMlp(config.width, int(config.width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
@@ -162,8 +162,8 @@ class PlainJointAttention(nn.Module):
         self.heads, self.qkv = config.heads, nn.Linear(width, 3 * width)
         if not last:
             self.proj = nn.Linear(width, width)
-        self.ln_q = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.ln_k = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.ln_q = nn.LayerNorm(head, eps=1e-6) if bool(config.qk_norm) else nn.Identity()
+        self.ln_k = nn.LayerNorm(head, eps=1e-6) if bool(config.qk_norm) else nn.Identity()
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) → q, k, v (B, N, H, d)."""

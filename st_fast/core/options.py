@@ -19,6 +19,7 @@ SIDE_MOST = 8_192
 ARCHITECTURE_MOST = {
     "depth": 10_000, "width": 2**18, "heads": 2**16, "patch": SIDE_MOST, "channels": 2**16, "latent_size": SIDE_MOST,
     "num_classes": 10_000_000, "mlp_ratio": 1000, "text_length": 8_192,
+    "registers": 1024,
 }  # fmt: skip
 """The largest values of the keys of [model] that are numbers; a recipe's limits and a checkpoint's."""
 SEED_MOST = 2**63 - 1

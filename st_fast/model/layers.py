@@ -27,12 +27,18 @@ def run_module(module: Callable[..., Any], *inputs: Any) -> Any:
 class Linear(nn.Linear):
     """y = x·Wᵀ + b by the table's `linear`: (…, in) → (…, out). Initialised and saved like nn.Linear."""
 
-    def __init__(self, in_features: int, out_features: int, kernels: KernelTable) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, kernels: KernelTable, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
         self.kernels = kernels
 
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias as the layer itself is called with."""
+        return self.bias
+
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.kernels.linear(x, self.weight, self.bias)
+        bias = self.own_bias
+        y: Tensor = F.linear(x, self.weight) if bias is None else self.kernels.linear(x, self.weight, bias)
         return y
 
 
@@ -41,20 +47,76 @@ class BlockLinear(Linear):
     which is given `bias_left(layer)`: its backward pass has dy at hand."""
 
     @property
-    def own_bias(self) -> Tensor:
-        """The bias as the layer itself is called with: detached, if its gradient is left to the next op."""
+    def own_bias(self) -> Tensor | None:
+        """Detached, if its gradient is left to the next op."""
         return self.bias if bias_left(self) is None else self.bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.kernels.linear(x, self.weight, self.own_bias)
-        return y
 
 
 def bias_left(layer: nn.Module) -> Tensor | None:
     """The bias, if its gradient is left to the next op; None: the layer sums it itself, or none is needed."""
     if isinstance(layer, BlockLinear) and layer.kernels.bias_gradients and torch.is_grad_enabled():
-        return layer.bias if layer.bias.requires_grad else None
+        return layer.bias if layer.bias is not None and layer.bias.requires_grad else None
     return None
+
+
+class ScaleWeight(nn.Module):
+    """The weight w (D,) of a norm, taken into the modulation's scale (…, D): h·w·(1 + scale) = h·(1 + scale').
+
+    So a norm with a weight costs no more than one without. In float32, as a small scale beside 1 would be lost in less.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, scale: Tensor) -> Tensor:
+        """scale' (…, D) float32."""
+        return self.weight.float() * (1 + scale.float()) - 1
+
+
+def norm_weight(config: Model) -> ScaleWeight | None:
+    """A norm's weight, if the norms of the recipe's network have one."""
+    return ScaleWeight(config.width) if config.norm == "rms_affine" else None
+
+
+def weighed(weight: nn.Module | None, scale: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """A modulation's scale with a norm's weight, and its other vectors in the scale's dtype, as the ops want them."""
+    return (scale, *others) if weight is None else (weight(scale), *(other.float() for other in others))
+
+
+def adaln_options(config: Model) -> dict[str, str]:
+    """What the adaLN ops are told of the norm; nothing of LayerNorm."""
+    return {} if config.norm == "layer" else {"norm": "rms"}
+
+
+def head_norm(config: Model) -> nn.LayerNorm | nn.RMSNorm | None:
+    """The norm of queries, or of keys, within each head."""
+    if not config.qk_norm:
+        return None
+    return (nn.RMSNorm if config.qk_norm == "rms" else nn.LayerNorm)(config.head, eps=1e-6)
+
+
+def queries_keys_values(
+    kernels: KernelTable, qkv: Tensor, q_norm: nn.Module | None, k_norm: nn.Module | None, rope: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """qkv (B, N, 3, H, d) → q, k, v (B, H, N, d): queries and keys normalised, then rotated by `rope` (1 or B, N, d).
+
+    `bias` (3·D,), the projection's, gets its gradient here.
+    """
+    options: dict[str, Any] = {} if rope is None else {"rope": rope}
+    vectors: tuple[Any, ...]
+    if q_norm is None or k_norm is None:
+        if rope is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
+        return cast(Any, kernels.qk_norm(qkv, None, None, None, None, 1e-6, norm="none", qkv_bias=bias, **options))
+    if isinstance(q_norm, nn.RMSNorm) and isinstance(k_norm, nn.RMSNorm):
+        options |= {"norm": "rms"}
+        vectors = q_norm.weight, None, k_norm.weight, None
+    else:
+        vectors = q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias
+    return cast(Any, kernels.qk_norm(qkv, *vectors, q_norm.eps, qkv_bias=bias, **options))
 
 
 class PatchEmbed(nn.Module):
@@ -103,6 +165,11 @@ class Mlp(nn.Module):
         self.fc1 = BlockLinear(width, hidden, kernels)
         self.fc2 = BlockLinear(hidden, width, kernels)
 
+    @property
+    def last(self) -> BlockLinear:
+        """The layer that makes the output."""
+        return self.fc2
+
     def forward(self, y: Tensor) -> Tensor:
         if self.whole and isinstance(self.fc1, Linear):  # which an fp8 layer is not: it multiplies for itself
             return cast(
@@ -112,13 +179,37 @@ class Mlp(nn.Module):
         return self.fc2(self.kernels.gelu_tanh(self.fc1(y), bias_left(self.fc1)))
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP (arXiv 2002.05202): (B, N, D) → (B, N, D); named as LightningDiT's, `w12` makes gate and value."""
+
+    def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.w12 = BlockLinear(width, 2 * hidden, kernels)
+        self.w3 = BlockLinear(hidden, width, kernels)
+
+    @property
+    def last(self) -> BlockLinear:
+        """The layer that makes the output."""
+        return self.w3
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.w3(self.kernels.swiglu(self.w12(y), bias_left(self.w12)))
+
+
+def mlp(config: Model, kernels: KernelTable) -> Mlp | SwiGLU:
+    """A block's MLP."""
+    return (SwiGLU if config.mlp == "swiglu" else Mlp)(config.width, config.hidden, kernels)
+
+
 class FinalLayer(nn.Module):
     """The last modulated normalisation's parameters and the projection to patches: (B, N, D) → (B, N, p·p·C)."""
 
-    def __init__(self, width: int, out_features: int) -> None:
+    def __init__(self, config: Model) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, out_features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.norm_final = norm_weight(config)
+        self.linear = nn.Linear(config.width, config.patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, y: Tensor) -> Tensor:
         return self.linear(y)
@@ -139,8 +230,24 @@ def sincos_positions(width: int, grid: tuple[int, int], unit: float = 1.0) -> Te
     return torch.cat((embed(columns), embed(rows)), dim=1).float()[None]
 
 
-def fixed_positions(config: Model) -> nn.Parameter:
-    """(1, N, D): the positions of an image's tokens, which are not trained, on the default device."""
+def rope_angles(head: int, grid: tuple[int, int], unit: float = 1.0) -> Tensor:
+    """(1, N, head) float32: of each of a head's pairs of channels the angle's cosine, then of each its sine.
+
+    Axial 2-D RoPE (arXiv 2104.09864; as LightningDiT and EVA-02 have it): the first half of the pairs turns by the row,
+    the other by the column, at frequencies 10000^(−4k/head). Neighbours in the grid lie `unit` apart.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(0, head // 2, 2, dtype=torch.float64) / (head // 2))
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [(place.flatten().double() * unit)[:, None] * frequencies for place in (rows, columns)]  # (N, d/4) each
+    pairs = torch.cat(angles, dim=1)  # (N, d/2)
+    return torch.cat((pairs.cos(), pairs.sin()), dim=1).float()[None]
+
+
+def fixed_positions(config: Model) -> nn.Parameter | None:
+    """(1, N, D): the positions of an image's tokens, which are not trained, on the default device; None with RoPE
+    alone."""
+    if config.position == "rope":
+        return None
     with torch.device("cpu"):  # for weights without memory PyTorch would import a compiler to count up
         positions = sincos_positions(config.width, config.grid)
     return nn.Parameter(positions.to(torch.get_default_device()), requires_grad=False)

@@ -9,6 +9,7 @@ text's u with z. Of the last block the text needs the inputs of the attention al
 does for a teacher, of which the last block that runs is as good as the last.
 """
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -21,16 +22,22 @@ from st_fast.model.layers import (
     BlockLinear,
     FinalLayer,
     Linear,
-    Mlp,
     PatchEmbed,
     Run,
+    ScaleWeight,
     TimestepEmbedder,
+    adaln_options,
     bias_left,
     fixed_positions,
+    head_norm,
+    mlp,
+    norm_weight,
+    queries_keys_values,
     run_module,
+    weighed,
 )
 from st_fast.model.layout import Layout
-from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk, shifts_and_scales
+from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk
 from st_fast.recipe.schema import Model
 
 
@@ -39,26 +46,20 @@ class StreamAttention(nn.Module):
 
     def __init__(self, config: Model, kernels: KernelTable, with_output: bool) -> None:
         super().__init__()
-        width, head = config.width, config.width // config.heads
-        self.heads, self.kernels = config.heads, kernels
-        self.qkv = (BlockLinear if config.qk_norm else Linear)(width, 3 * width, kernels)
+        width, self.heads, self.kernels = config.width, config.heads, kernels
+        linear = BlockLinear if config.qk_norm or config.rope else Linear
+        self.qkv = linear(width, 3 * width, kernels, config.qkv_bias)
         if with_output:
             self.proj = BlockLinear(width, width, kernels)
-        self.ln_q = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else None
-        self.ln_k = nn.LayerNorm(head, eps=1e-6) if config.qk_norm else None
+        self.ln_q, self.ln_k = head_norm(config), head_norm(config)
 
     def packed(self, y: Tensor) -> Tensor:
         """(B, N, D) → (B, N, 3, H, d)."""
         return self.qkv(y).unflatten(-1, (3, self.heads, -1))
 
-    def normed(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) → q, k, v (B, H, N, d), queries and keys normalised."""
-        assert self.ln_q is not None and self.ln_k is not None
-        q, k, v = self.kernels.qk_norm(
-            self.packed(y), self.ln_q.weight, self.ln_q.bias, self.ln_k.weight, self.ln_k.bias, self.ln_q.eps,
-            qkv_bias=bias_left(self.qkv),
-        )  # fmt: skip
-        return q, k, v
+    def normed(self, y: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) → q, k, v (B, H, N, d), queries and keys normalised and turned by rope (1 or B, N, d)."""
+        return queries_keys_values(self.kernels, self.packed(y), self.ln_q, self.ln_k, rope, bias_left(self.qkv))
 
 
 class StreamBlock(nn.Module):
@@ -66,10 +67,11 @@ class StreamBlock(nn.Module):
 
     def __init__(self, config: Model, kernels: KernelTable, whole: bool) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self._adaln = kernels, adaln_options(config)
+        self.norm1, self.norm2 = norm_weight(config), norm_weight(config) if whole else None
         self.attn = StreamAttention(config, kernels, with_output=whole)
         if whole:
-            self.mlp = Mlp(config.width, config.hidden, kernels)
+            self.mlp = mlp(config, kernels)
         modulated = nn.Linear(config.width, (6 if whole else 2) * config.width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), modulated)
 
@@ -83,9 +85,10 @@ class StreamBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x, attended (B, N, D); modulation (B, 6D) → the block's output and its next input, both (B, N, D)."""
         _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # (B, D) each
-        fused = self.kernels.gate_residual_norm_modulate
+        scale_mlp, shift_mlp, gate_attn, gate_mlp = weighed(self.norm2, scale_mlp, shift_mlp, gate_attn, gate_mlp)
+        fused = partial(self.kernels.gate_residual_norm_modulate, **self._adaln)
         x, y = fused(x, attended, gate_attn, shift_mlp, scale_mlp, a_bias=bias_left(self.attn.proj))
-        return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.fc2))
+        return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.last))
 
 
 class JointBlock(nn.Module):
@@ -95,40 +98,41 @@ class JointBlock(nn.Module):
         super().__init__()
         self.context_block = StreamBlock(config, kernels, whole=not last)
         self.x_block = StreamBlock(config, kernels, whole=True)
-        self.qk_norm, self.attend = config.qk_norm, attend
+        self.packed, self.attend = not (config.qk_norm or config.rope), attend
         self.run_attention: Run = run_module
 
     def forward(
-        self, x: Tensor, y: Tensor, z: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor,
-        *text: Tensor,
+        self, x: Tensor, y: Tensor, z: Tensor, rope: Tensor | None, modulation: Tensor, next_shift: Tensor,
+        next_scale: Tensor, *text: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """x, y (B, N, D), z (B, L, D), modulation (B, 6D) → the image's output and next input.
+        """x, y (B, N, D), z (B, L, D), rope (1 or B, N, d), modulation (B, 6D) → the image's output and next input.
 
         With `text`, which is the text's stream u (B, L, D), its modulation and next shift and scale, also the text's.
         """
         attend = self._attend_both if text else self._attend_image
-        attended, *attended_text = self.run_attention(attend, y, z)
+        attended, *attended_text = self.run_attention(attend, y, z, rope)
         image = self.x_block.after_attention(x, attended, modulation, next_shift, next_scale)
         if not text:
             return image
         u, *rest = text
         return *image, *self.context_block.after_attention(u, attended_text[0], *rest)
 
-    def _attend_both(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_both(self, y: Tensor, z: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         # Split, not sliced: the gradients of two slices are two tensors of the whole size, and their sum.
-        text, image = self._joint(y, z).split((z.shape[1], y.shape[1]), dim=1)
+        text, image = self._joint(y, z, rope).split((z.shape[1], y.shape[1]), dim=1)
         return self.x_block.attn.proj(image), self.context_block.attn.proj(text)
 
-    def _attend_image(self, y: Tensor, z: Tensor) -> tuple[Tensor]:
-        return (self.x_block.attn.proj(self._joint(y, z)[:, z.shape[1] :]),)
+    def _attend_image(self, y: Tensor, z: Tensor, rope: Tensor | None) -> tuple[Tensor]:
+        return (self.x_block.attn.proj(self._joint(y, z, rope)[:, z.shape[1] :]),)
 
-    def _joint(self, y: Tensor, z: Tensor) -> Tensor:
-        """Attention over the tokens of both, the text's first: (B, L + N, D), before any projection."""
+    def _joint(self, y: Tensor, z: Tensor, rope: Tensor | None) -> Tensor:
+        """Attention over the tokens of both, the text's first: (B, L + N, D), before any projection. RoPE turns the
+        image's queries and keys alone, as the text's place in a caption is in its states."""
         image, text = self.x_block.attn, self.context_block.attn
-        if not self.qk_norm:
+        if self.packed:
             packed = torch.cat((text.packed(z), image.packed(y)), dim=1)
             return attend_packed(self.attend, packed).flatten(2)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text.normed(z), image.normed(y), strict=True))
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text.normed(z), image.normed(y, rope), strict=True))
         return self.attend(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -149,7 +153,7 @@ class MMDiT(DiffusionTransformer):
         self.joint_blocks = nn.ModuleList(
             JointBlock(config, kernels, attend, last=number == config.depth) for number in range(1, config.depth + 1)
         )
-        self.final_layer = FinalLayer(config.width, config.patch_values)
+        self.final_layer = FinalLayer(config)
         self.run_block: Run = run_module
         self._initialise(
             zero=[part.modulation for block in self._blocks for part in (block.x_block, block.context_block)]
@@ -167,7 +171,7 @@ class MMDiT(DiffusionTransformer):
 
     @property
     def constants(self) -> set[nn.Parameter]:
-        return {self.pos_embed, self.null_context}
+        return super().constants | {self.null_context}
 
     def set_run_attention(self, run: Run) -> None:
         for block in self._blocks:
@@ -181,6 +185,13 @@ class MMDiT(DiffusionTransformer):
         blocks = self._blocks[:depth]
         return [b.x_block.modulation for b in blocks] + after + [b.context_block.modulation for b in blocks]
 
+    def norm_weights(self, depth: int) -> list[ScaleWeight | None]:
+        after = [block.x_block.norm1 for block in self._blocks[depth : depth + 1]]
+        if depth == self.config.depth:
+            after = [self.final_layer.norm_final]
+        blocks = self._blocks[:depth]
+        return [b.x_block.norm1 for b in blocks] + after + [b.context_block.norm1 for b in blocks]
+
     def null_condition(self, count: int) -> Tensor:
         return self.null_context.expand(count, -1, -1)
 
@@ -193,17 +204,18 @@ class MMDiT(DiffusionTransformer):
 
     def _trunk(
         self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
-        layout: Layout | None = None, skip: bool = False,
+        layout: Layout | None = None, rope: Tensor | None = None, skip: bool = False,
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         c = F.silu(self.t_embedder(t))  # (B, D)
         modulations = self._modulations(c, depth)
+        every = self._following(modulations, self.norm_weights(depth))
         image, text = modulations[: depth + 1], modulations[depth + 1 :]
-        following, following_text = (shifts_and_scales(part, self.config.width) for part in (image, text))
-        walk, u = Walk(self.kernels, layout, tokens, following), self.context_embedder(condition.to(tokens.dtype))
-        z = self.kernels.norm_modulate(u, *following_text[0])
+        following, following_text = every[: depth + 1], every[depth + 1 :]
+        walk, u = Walk(self, layout, tokens, following, rope), self.context_embedder(condition.to(tokens.dtype))
+        z = self.kernels.norm_modulate(u, *following_text[0], **adaln_options(self.config))
         for number, block in enumerate(self._blocks[:depth], start=1):
             walk.enter(number)
-            inputs = walk.x, walk.y, z, image[number - 1], *following[number]
+            inputs = walk.x, walk.y, z, walk.rope, image[number - 1], *following[number]
             if number < depth:
                 x, y, u, z = self.run_block(block, *inputs, u, text[number - 1], *following_text[number])
             else:
@@ -211,4 +223,4 @@ class MMDiT(DiffusionTransformer):
             walk.leave(number, x, y, tapped=number in taps)
             if number == self.config.internal_head and INTERNAL in taps:
                 walk.tapped[INTERNAL] = self._internal_patches(walk, c)
-        return walk.tapped, walk.x, walk.y
+        return walk.tapped, walk.x, walk.image(walk.y)

@@ -19,16 +19,22 @@ from st_fast.model.layers import (
     BlockLinear,
     FinalLayer,
     Linear,
-    Mlp,
     PatchEmbed,
     Run,
+    ScaleWeight,
     TimestepEmbedder,
+    adaln_options,
     bias_left,
     fixed_positions,
+    head_norm,
+    mlp,
+    norm_weight,
+    queries_keys_values,
     run_module,
+    weighed,
 )
 from st_fast.model.layout import Groups, Layout
-from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk, of_groups, shifts_and_scales
+from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk, of_groups
 from st_fast.recipe.schema import Model
 
 
@@ -44,52 +50,62 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with LayerNorm on queries and keys if `qk_norm`: (B, N, D) → (B, N, D)."""
+    """Multi-head self-attention: (B, N, D) → (B, N, D). With `value_residual` its values are mixed with block 1's, and
+    block 1 (`first`) gives its own beside the output."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, kernels: KernelTable, attend: Attend) -> None:
+    def __init__(self, config: Model, kernels: KernelTable, attend: Attend, first: bool) -> None:
         super().__init__()
-        self.heads, self.kernels, self.attend = heads, kernels, attend
-        self.qkv = (BlockLinear if qk_norm else Linear)(width, 3 * width, kernels)
+        width, self.heads, self.kernels, self.attend = config.width, config.heads, kernels, attend
+        self.gives_values, self.packed = config.value_residual and first, not config.value_residual
+        linear = BlockLinear if config.qk_norm or config.rope else Linear
+        self.qkv = linear(width, 3 * width, kernels, config.qkv_bias)
         self.proj = BlockLinear(width, width, kernels)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else None
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
+        if config.value_residual and not first:
+            self.v1_lambda = nn.Parameter(torch.full((1,), 0.5))
 
-    def forward(self, y: Tensor, groups: Groups | None = None) -> Tensor:
-        """y (B, N, D), its tokens in groups or all attending to all."""
+    def forward(
+        self, y: Tensor, groups: Groups | None = None, rope: Tensor | None = None, v1: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """y (B, N, D), its tokens in groups or all attending to all; rope (1 or B, N, d), v1 (B, N, H, d)."""
         qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
-        if self.q_norm is None or self.k_norm is None:
+        if self.packed and self.q_norm is None and rope is None:
             return self.proj(attend_packed(self.attend, qkv, groups).flatten(2))
-        q, k, v = self.kernels.qk_norm(
-            qkv, self.q_norm.weight, self.q_norm.bias, self.k_norm.weight, self.k_norm.bias, self.q_norm.eps,
-            qkv_bias=bias_left(self.qkv),
-        )  # (B, H, N, d) each, laid out for the attention  # fmt: skip
-        return self.proj(within_groups(self.attend, q, k, v, groups).transpose(1, 2).flatten(2))
+        q, k, own = queries_keys_values(self.kernels, qkv, self.q_norm, self.k_norm, rope, bias_left(self.qkv))
+        v = own if v1 is None else torch.lerp(own, v1.transpose(1, 2), self.v1_lambda)  # (B, H, N, d) each
+        out = self.proj(within_groups(self.attend, q, k, v, groups).transpose(1, 2).flatten(2))
+        return (out, own.transpose(1, 2)) if self.gives_values else out
 
 
 class Block(nn.Module):
     """A transformer block with adaLN-Zero: takes and returns the residual stream and the next modulated input."""
 
-    def __init__(self, config: Model, kernels: KernelTable, attend: Attend) -> None:
+    def __init__(self, config: Model, kernels: KernelTable, attend: Attend, first: bool = False) -> None:
         super().__init__()
-        self.kernels = kernels
-        self.attn = Attention(config.width, config.heads, config.qk_norm, kernels, attend)
-        self.mlp = Mlp(config.width, config.hidden, kernels)
+        self.kernels, self._adaln = kernels, adaln_options(config)
+        self.norm1, self.norm2 = norm_weight(config), norm_weight(config)
+        self.attn = Attention(config, kernels, attend, first)
+        self.mlp = mlp(config, kernels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
         self.run_attention: Run = run_module
 
     def forward(
         self, x: Tensor, y: Tensor, modulation: Tensor, next_shift: Tensor, next_scale: Tensor,
-        groups: Groups | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        groups: Groups | None = None, rope: Tensor | None = None, v1: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """x, y (B, N, D); modulation (B, 6D) → the block's output and y of the next block, both (B, N, D).
 
-        Where tokens are in several groups, the modulation is each group's: (B, G, 6D).
+        Where tokens are in several groups, the modulation is each group's: (B, G, 6D). With RoPE, rope (1 or B, N, d)
+        are the tokens' angles; with `value_residual` v1 (B, N, H, d) are block 1's values, which that one gives third.
         """
         _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # (B, D) or (B, G, D) each
-        fused = partial(self.kernels.gate_residual_norm_modulate, **of_groups(groups))
-        attended = self.run_attention(self.attn, y, groups)
+        scale_mlp, shift_mlp, gate_attn, gate_mlp = weighed(self.norm2, scale_mlp, shift_mlp, gate_attn, gate_mlp)
+        fused = partial(self.kernels.gate_residual_norm_modulate, **self._adaln, **of_groups(groups))
+        attended = self.run_attention(self.attn, y, groups, rope, v1)
+        attended, *values = attended if isinstance(attended, tuple) else (attended,)
         x, y = fused(x, attended, gate_attn, shift_mlp, scale_mlp, a_bias=bias_left(self.attn.proj))
-        return fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.fc2))
+        x, y = fused(x, self.mlp(y), gate_mlp, next_shift, next_scale, a_bias=bias_left(self.mlp.last))
+        return x, y, *values
 
 
 class SiT(DiffusionTransformer):
@@ -104,8 +120,8 @@ class SiT(DiffusionTransformer):
         self.t_embedder = TimestepEmbedder(config.width)
         self.y_embedder = LabelEmbedder(config.num_classes, config.width, with_null=config.class_dropout > 0)
         self.pos_embed = fixed_positions(config)
-        self.blocks = nn.ModuleList(Block(config, kernels, attend) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config.width, config.patch_values)
+        self.blocks = nn.ModuleList(Block(config, kernels, attend, not number) for number in range(config.depth))
+        self.final_layer = FinalLayer(config)
         self.run_block: Run = run_module
         self._initialise(zero=self.modulation_layers(config.depth))
 
@@ -121,8 +137,13 @@ class SiT(DiffusionTransformer):
         parts: list[Block | FinalLayer] = [*self._blocks, self.final_layer]
         return [cast(nn.Linear, part.adaLN_modulation[1]) for part in parts[: depth + 1]]
 
+    def norm_weights(self, depth: int) -> list[ScaleWeight | None]:
+        return [block.norm1 for block in self._blocks[:depth]] + [
+            self._blocks[depth].norm1 if depth < self.config.depth else self.final_layer.norm_final
+        ]
+
     def null_condition(self, count: int) -> Tensor:
-        return torch.full((count,), self.config.num_classes, device=self.pos_embed.device)
+        return torch.full((count,), self.config.num_classes, device=self.device)
 
     def use_null(self, null: Tensor) -> None:
         """A row of the labels' table is for it."""
@@ -132,20 +153,20 @@ class SiT(DiffusionTransformer):
 
     def _trunk(
         self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
-        layout: Layout | None = None, skip: bool = False,
+        layout: Layout | None = None, rope: Tensor | None = None, skip: bool = False,
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         labels = self.y_embedder(condition)
         c = F.silu(self.t_embedder(t) + (labels if t.ndim == 1 else labels[:, None]))  # (B, D) or (B, G, D)
         # (B, 6D) from each block, (B, 2D) from the final layer; or each group's.
         modulations = self._modulations(c, depth)
-        following = shifts_and_scales(modulations, self.config.width)
-        walk = Walk(self.kernels, layout, tokens, following, self._fusion)
+        following = self._following(modulations, self.norm_weights(depth))
+        walk = Walk(self, layout, tokens, following, rope)
         for number, block in enumerate(self._blocks[:depth], start=1):
             if skip and walk.skipped(number):
                 continue
             walk.enter(number)
-            x, y = self.run_block(block, walk.x, walk.y, modulations[number - 1], *following[number], walk.groups)
-            walk.leave(number, x, y, tapped=number in taps)
+            inputs = walk.x, walk.y, modulations[number - 1], *following[number], walk.groups, walk.rope, walk.v1
+            walk.leave(number, *self.run_block(block, *inputs), tapped=number in taps)
             if number == self.config.internal_head and INTERNAL in taps:
                 walk.tapped[INTERNAL] = self._internal_patches(walk, c)
-        return walk.tapped, walk.x, walk.y
+        return walk.tapped, walk.x, walk.image(walk.y)

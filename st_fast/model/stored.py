@@ -39,7 +39,9 @@ from st_fast.model.load import (
 )
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe import RecipeError, load_run
+from st_fast.recipe.architecture import LATER, check_shapes
 from st_fast.recipe.document import parse_toml
+from st_fast.recipe.keys import build
 from st_fast.recipe.schema import Model, Recipe
 
 ALIKE = 0.1
@@ -132,14 +134,13 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")
     trained = found.groups.get("heads", {})
     model = dict(found.groups["model"]) | {head_name(key): tensor for key, tensor in trained.items()}
-    told = {key: said.get(key) for key in ("num_classes", "text_length", "latent_size", "internal_head")}
-    config, optim = infer(model, told, count, where), found.groups.get("optim", {})
-    if (predicts := said.get("prediction", "velocity")) not in ("velocity", "x"):
-        raise UserError(f"{where}: architecture: prediction = {shown(predicts)}: velocity or x is possible")
-    first, last = (said.get(key, 0) for key in ("fusion_first", "fusion_last"))
-    if (first, last) != (0, 0) and not (type(first) is type(last) is int and 0 < first < last < config.depth):
-        raise UserError(f"{where}: architecture: fusion_first = {shown(first)}, fusion_last = {shown(last)}: no blocks")
-    config = replace(config, prediction=predicts, fusion_first=first, fusion_last=last)
+    config, optim = infer(model, said, count, where), found.groups.get("optim", {})
+    try:  # what no weight's name or shape tells
+        later = {key: said[key] for key in LATER if key in said}
+        config = replace(config, **{key: getattr(build(Model, later, "architecture"), key) for key in later})
+        check_shapes(config)
+    except RecipeError as error:
+        raise UserError(f"{where}: {error}") from None
     groups = [name for name in ("model", "ema") if name in found.groups]
     for group in groups:
         expected = expected_trunk(config, null=NULL_CONTEXT in found.groups[group])  # as in a published file

@@ -7,7 +7,7 @@ outside of a network and of what reads its data knows more of conditions than th
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from st_fast.kernels import KernelTable
 from st_fast.model import flow
 from st_fast.model.fusion import Fusion
-from st_fast.model.layers import FinalLayer, PatchEmbed, Run, TimestepEmbedder, sincos_positions, unpatchify
+from st_fast.model.layers import (
+    FinalLayer,
+    PatchEmbed,
+    Run,
+    ScaleWeight,
+    TimestepEmbedder,
+    adaln_options,
+    rope_angles,
+    sincos_positions,
+    unpatchify,
+    weighed,
+)
 from st_fast.model.layout import Groups, Layout
 from st_fast.model.load import Pretrained
 from st_fast.model.side_stream import Branches, batched
@@ -37,7 +48,10 @@ class DiffusionTransformer(Pretrained):
     kernels: KernelTable
     x_embedder: PatchEmbed
     t_embedder: TimestepEmbedder
-    pos_embed: nn.Parameter
+    pos_embed: nn.Parameter | None
+    """(1, N, D); None where positions are those of RoPE alone."""
+    register_tokens: nn.Parameter
+    """(1, R, D), only there if `config.registers` is R > 0."""
     blocks: nn.ModuleList
     """What FSDP and the compiler take one by one."""
     final_layer: FinalLayer
@@ -55,6 +69,10 @@ class DiffusionTransformer(Pretrained):
         """From SiLU(c) to what modulates the first `depth` blocks and the part after them; run before any block."""
 
     @abstractmethod
+    def norm_weights(self, depth: int) -> list[ScaleWeight | None]:
+        """Of the norms whose modulations `modulation_layers` make, in their order; run before any block too."""
+
+    @abstractmethod
     def set_run_attention(self, run: Run) -> None:
         """How every block calls its attention: as `run(attention, *inputs)`."""
 
@@ -65,12 +83,13 @@ class DiffusionTransformer(Pretrained):
     @abstractmethod
     def _trunk(
         self, tokens: Tensor, t: Tensor, condition: Tensor, depth: int, taps: tuple[int, ...] = (),
-        layout: Layout | None = None, skip: bool = False,
+        layout: Layout | None = None, rope: Tensor | None = None, skip: bool = False,
     ) -> tuple[dict[int, Tensor], Tensor, Tensor]:  # fmt: skip
         """Runs blocks 1..depth; returns the streams after `taps` (0: the tokens), after `depth`, and the next y.
 
         With INTERNAL among the taps, also the internal head's patches; these and the last two are in the order of the
-        layout, if there is one.
+        layout, if there is one. `rope` is `self.rope` of the tokens' grid. The stream after `depth` has the registers
+        in front.
         """
 
     @abstractmethod
@@ -78,16 +97,22 @@ class DiffusionTransformer(Pretrained):
         """What the data has for no condition, (…), where that is not the network's own."""
 
     @property
+    def device(self) -> torch.device:
+        """The weights' device."""
+        return self.x_embedder.proj.weight.device
+
+    @property
     def constants(self) -> set[nn.Parameter]:
         """Parameters that are stored with the others and never trained."""
-        return {self.pos_embed}
+        return set() if self.pos_embed is None else {self.pos_embed}
 
     def _initialise(self, zero: Sequence[nn.Linear]) -> None:
         """Xavier for linear layers; `zero`, the modulations, and the final layer at zero if the recipe says so."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
         self._initialise_condition()
@@ -97,7 +122,7 @@ class DiffusionTransformer(Pretrained):
             for layer in (*zero, self.final_layer.linear):
                 nn.init.zeros_(layer.weight)
         if self.config.internal_head:  # drawn last, so that all else is drawn as without it
-            self.final_layer_xr = FinalLayer(self.config.width, self.config.patch_values)
+            self.final_layer_xr = FinalLayer(self.config)
             for layer in (self.final_layer_xr.linear, cast(nn.Linear, self.final_layer_xr.adaLN_modulation[1])):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
@@ -108,6 +133,9 @@ class DiffusionTransformer(Pretrained):
             self.fusion_proj, self.mask_token = nn.Linear(2 * width, width), nn.Parameter(torch.zeros(1, 1, width))
             nn.init.xavier_uniform_(self.fusion_proj.weight)
             nn.init.zeros_(self.fusion_proj.bias)
+        if self.config.registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, self.config.registers, self.config.width))
+            nn.init.normal_(self.register_tokens, std=0.02)
 
     @property
     def _fusion(self) -> Fusion | None:
@@ -124,30 +152,67 @@ class DiffusionTransformer(Pretrained):
         """(rows, columns) of the patches of latents (B, C, H, W)."""
         return x.shape[2] // self.config.patch, x.shape[3] // self.config.patch
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1, N, D): the positions of a grid's tokens, `pos_embed` for the config's own.
+    def positions(self, grid: tuple[int, int]) -> Tensor | None:
+        """(1, N, D): what is added to a grid's tokens, `pos_embed` for the config's own; None with RoPE alone.
 
         Any other grid has sin-cos positions whose unit is scaled by √(own tokens / its tokens), so that equal areas
         have coordinates of equal range: an image of the same area in other proportions keeps the unit, and one of twice
         the side has coordinates in half steps.
         """
-        if grid == self.config.grid:
+        if grid == self.config.grid or self.pos_embed is None:
             return self.pos_embed
-        place = self.pos_embed.device, self.pos_embed.dtype
-        if (found := self._other_positions.get((grid, *place))) is None:
+        return self._placed(sincos_positions, self.config.width, grid, self.pos_embed.dtype)
+
+    def rope(self, grid: tuple[int, int]) -> Tensor | None:
+        """(1, R + N, d) float32: the angles of the registers, which are not turned, and of a grid's tokens.
+
+        None without RoPE. Units are scaled as those of `positions`.
+        """
+        if not self.config.rope:
+            return None
+        return self._placed(self._angles, self.config.head, grid, torch.float32)
+
+    def _angles(self, head: int, grid: tuple[int, int], unit: float) -> Tensor:
+        unturned = torch.cat((torch.ones(head // 2), torch.zeros(head // 2))).expand(1, self.config.registers, -1)
+        return torch.cat((unturned, rope_angles(head, grid, unit)), dim=1)
+
+    def _placed(
+        self, make: Callable[[int, tuple[int, int], float], Tensor], width: int, grid: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """`make` of a grid, kept."""
+        key = grid, self.device, dtype, width
+        if (found := self._other_positions.get(key)) is None:
             unit = math.sqrt(self.config.tokens / math.prod(grid))
-            found = sincos_positions(self.config.width, grid, unit).to(*place)
-            self._other_positions[grid, *place] = found
+            with torch.device("cpu"):
+                found = make(width, grid, unit)
+            found = self._other_positions[key] = found.to(self.device, dtype)
         return found
 
     @cached_property
-    def _other_positions(self) -> dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor]:
-        """What `positions` has computed; no part of the weights."""
+    def _other_positions(self) -> dict[tuple[tuple[int, int], torch.device, torch.dtype, int], Tensor]:
+        """What `positions` and `rope` have computed; no part of the weights."""
         return {}
 
     def embed_tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, N, D): patches with positions, in the weights' dtype."""
-        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.positions(self.grid_of(x))
+        tokens, positions = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)), self.positions(self.grid_of(x))
+        return tokens if positions is None else tokens + positions
+
+    def _following(
+        self, modulations: Sequence[Tensor], weights: Sequence[ScaleWeight | None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Shift and scale (B, D) of each modulation, for the input of its attention or of the final layer.
+
+        A block's modulation (B, 6D) has shift, scale and gate of its attention, then of its MLP; the last one (B, 2D)
+        shift and scale. Those of groups are (B, G, …). The norm's weight is in the scale.
+        """
+        pairs = []
+        for modulation, weight in zip(modulations, weights, strict=True):
+            shift, scale, *_ = modulation.chunk(modulation.shape[-1] // self.config.width, dim=-1)
+            scale, shift = weighed(weight, scale, shift)
+            pairs.append((shift, scale))
+        return pairs
 
     def _modulations(self, c: Tensor, depth: int) -> list[Tensor]:
         """What `modulation_layers` make of SiLU(c), (B, D) or each group's (B, G, D).
@@ -174,7 +239,8 @@ class DiffusionTransformer(Pretrained):
         taps = tap if isinstance(tap, tuple) else (tap,)
         if INTERNAL in taps and not self.config.internal_head:
             raise ValueError("tap = INTERNAL: the network has no internal head (internal_head = 0)")
-        tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps, layout)
+        rope = self.rope(self.grid_of(x))
+        tapped, _, y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, taps, layout, rope)
         velocity = self._velocity(self.final_layer(y), x, t, layout)
         if INTERNAL in taps:
             tapped[INTERNAL] = self._velocity(tapped[INTERNAL], x, t, layout)
@@ -187,7 +253,8 @@ class DiffusionTransformer(Pretrained):
         """
         if not self.config.fusion_last:
             raise ValueError("the network has no fusion (fusion_last = 0), within which blocks could be skipped")
-        y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, skip=True)[2]
+        rope = self.rope(self.grid_of(x))
+        y = self._trunk(self.embed_tokens(x), t, condition, self.config.depth, rope=rope, skip=True)[2]
         return self._velocity(self.final_layer(y), x, t, None)
 
     def _velocity(self, patches: Tensor, x: Tensor, t: Tensor, layout: Layout | None) -> Tensor:
@@ -205,11 +272,14 @@ class DiffusionTransformer(Pretrained):
     def _internal_patches(self, walk: "Walk", c: Tensor) -> Tensor:
         """The internal head of the stream (B, N, D) where it is now, and of SiLU(c) (B, D): (B, N, p·p·C)."""
         shift, scale = self.final_layer_xr.adaLN_modulation[1](c).chunk(2, dim=-1)
-        return self.final_layer_xr(self.kernels.norm_modulate(walk.x, shift, scale, **of_groups(walk.groups)))
+        scale, shift = weighed(self.final_layer_xr.norm_final, scale, shift)
+        options = adaln_options(self.config) | of_groups(walk.groups)
+        return self.final_layer_xr(self.kernels.norm_modulate(walk.image(walk.x), shift, scale, **options))
 
     def features(self, x: Tensor, t: Tensor, condition: Tensor, depth: int, layout: Layout | None = None) -> Tensor:
         """The stream after block `depth` (B, N, D), row by row; nothing after it is computed."""
-        return self._trunk(self.embed_tokens(x), t, condition, depth, (depth,), layout)[0][depth]
+        rope = self.rope(self.grid_of(x))
+        return self._trunk(self.embed_tokens(x), t, condition, depth, (depth,), layout, rope)[0][depth]
 
     def guided_features(
         self, x: Tensor, t: Tensor, condition: Tensor, depth: int, branches: Branches = batched
@@ -219,52 +289,84 @@ class DiffusionTransformer(Pretrained):
         Both share the patch embedding and run as `branches` has it; nothing after block `depth` is computed.
         """
 
+        rope = self.rope(self.grid_of(x))
+
         def features(tokens: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            return self._trunk(tokens, t, condition, depth, (depth,))[0][depth]
+            return self._trunk(tokens, t, condition, depth, (depth,), rope=rope)[0][depth]
 
         return branches(features, self.embed_tokens(x), t, condition, self.null_condition(len(condition)))
 
 
 class Walk:
-    """The image's residual stream x and modulated input y on their way through the blocks.
+    """The image's residual stream x and modulated input y on their way through the blocks, registers in front.
 
     Puts the tokens into the layout's order, takes those that its route drops out and puts them back, as they were,
     behind the last block without them. With a fusion, the stream before its blocks joins what these made of it.
-    `following` has the shift and scale of each block's y.
+    `following` has the shift and scale of each block's y. What goes with each token, its angles `rope` (1 or B, N, d)
+    and block 1's values `v1` (B, N, H, d), goes the same way.
     """
 
     def __init__(
-        self, kernels: KernelTable, layout: Layout | None, tokens: Tensor, following: Sequence[tuple[Tensor, Tensor]],
-        fusion: Fusion | None = None,
+        self, model: DiffusionTransformer, layout: Layout | None, tokens: Tensor,
+        following: Sequence[tuple[Tensor, Tensor]], rope: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self._kernels, self._layout, self._following, self._fusion = kernels, layout, following, fusion
+        self._kernels, self._layout, self._following, self._fusion = model.kernels, layout, following, model._fusion
+        self._adaln, self._registers = adaln_options(model.config), model.config.registers
         self._others: Tensor | None = None
         """(B, N − K, D): the tokens that are left out, while some are."""
         self._before: Tensor | None = None
         """(B, K, D) or (B, N, D): what is to be joined, within a fusion."""
         self.tapped = {0: tokens}
         self.x = tokens if layout is None else layout.ordered(tokens)
+        if self._registers:
+            self.x = torch.cat((model.register_tokens.to(tokens.dtype).expand(len(tokens), -1, -1), self.x), dim=1)
+        if rope is not None and layout is not None:
+            of_registers, of_image = rope[0].split((self._registers, rope.shape[1] - self._registers))
+            rope = torch.cat((of_registers.expand(len(tokens), -1, -1), of_image[layout.order]), dim=1)
+        self.rope = self._all_ropes = rope
+        self.v1: Tensor | None = None
+        self._all_v1: Tensor | None = None
         self.groups = None if layout is None else layout.groups
         self.y = self._modulated(0)
 
+    def image(self, values: Tensor) -> Tensor:
+        """(B, R + N, …) → the image's tokens alone."""
+        return (
+            values.split((self._registers, values.shape[1] - self._registers), dim=1)[1] if self._registers else values
+        )
+
+    def _split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, R + N, …) → the registers and the tokens that the route keeps (B, R + K, …), and the others."""
+        assert self._layout is not None
+        if not self._registers:
+            return self._layout.split(values)
+        registers, image = values.split((self._registers, values.shape[1] - self._registers), dim=1)
+        kept, others = self._layout.split(image)
+        return torch.cat((registers, kept), dim=1), others
+
     def _modulated(self, number: int) -> Tensor:
-        y: Tensor = self._kernels.norm_modulate(self.x, *self._following[number], **of_groups(self.groups))
+        options = self._adaln | of_groups(self.groups)
+        y: Tensor = self._kernels.norm_modulate(self.x, *self._following[number], **options)
         return y
 
     def enter(self, number: int) -> None:
         """Before block `number`: where the route begins with it, x and y are those of the kept tokens from here on."""
         layout = self._layout
         if layout is not None and layout.route is not None and number == layout.route.first + 1:
-            self.x, self._others = layout.split(self.x)
-            self.y, self.groups = layout.split(self.y)[0], layout.kept_groups
+            self.x, self._others = self._split(self.x)
+            self.y, self.groups = self._split(self.y)[0], layout.kept_groups
+            self.rope, self.v1 = (None if one is None else self._split(one)[0] for one in (self.rope, self.v1))
         if self._fusion is not None and number == self._fusion.first + 1:
             self._before = self.x
 
-    def leave(self, number: int, x: Tensor, y: Tensor, tapped: bool) -> None:
-        """After block `number`, whose output is x and the next input y."""
+    def leave(self, number: int, x: Tensor, y: Tensor, v1: Tensor | None = None, *, tapped: bool) -> None:
+        """After block `number`, whose output is x and the next input y; block 1's may have its values v1, too."""
         self.x, self.y, layout, fusion = x, y, self._layout, self._fusion
+        if v1 is not None:
+            self.v1 = self._all_v1 = v1
         if tapped:
-            self.tapped[number] = x if layout is None or self._others is not None else layout.restored(x)
+            image = self.image(x)
+            self.tapped[number] = image if layout is None or self._others is not None else layout.restored(image)
         back = layout is not None and layout.route is not None and number == layout.route.last
         if fusion is not None and number == fusion.last:
             assert self._before is not None
@@ -274,7 +376,9 @@ class Walk:
             return
         if back:
             assert layout is not None and self._others is not None
-            self.x, self.groups, self._others = layout.joined(self.x, self._others), layout.groups, None
+            joined = layout.joined(self.image(self.x), self._others)
+            self.x = torch.cat((self.x[:, : self._registers], joined), dim=1) if self._registers else joined
+            self.groups, self._others, self.rope, self.v1 = layout.groups, None, self._all_ropes, self._all_v1
         self.y = self._modulated(number)
 
     def skipped(self, number: int) -> bool:
@@ -291,13 +395,3 @@ class Walk:
 def of_groups(groups: Groups | None) -> dict[str, tuple[int, ...]]:
     """What the adaLN ops are told of groups: their lengths, where there are several."""
     return {"lengths": groups.lengths} if groups is not None and len(groups.lengths) > 1 else {}
-
-
-def shifts_and_scales(modulations: Sequence[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
-    """The first two vectors (B, D) of each modulation, for the input of its attention or of the final layer.
-
-    A block's modulation (B, 6D) has shift, scale and gate of its attention, then of its MLP; the last one (B, 2D) shift
-    and scale. Those of groups are (B, G, …).
-    """
-    chunks = (modulation.chunk(modulation.shape[-1] // width, dim=-1) for modulation in modulations)
-    return [(shift, scale) for shift, scale, *_ in chunks]

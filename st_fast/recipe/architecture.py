@@ -4,8 +4,9 @@ Parameters, FLOPs and memory (`cost`), config.json, a checkpoint's manifest and 
 it from here; `st_fast.model.sit` and `st_fast.model.mmdit` build it. Imports no torch.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -42,17 +43,18 @@ LatentSize = LatentSide | tuple[LatentSide, LatentSide]
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer with a bias, by the name that its weights have (in a block: within the block)."""
+    """A linear layer, by the name that its weights have (in a block: within the block)."""
 
     name: str
     inputs: int
     outputs: int
     rows: int = 1
     """Vectors that pass through it for one image: one a token, or one for the whole image."""
+    bias: bool = True
 
     @property
     def parameters(self) -> int:
-        return self.inputs * self.outputs + self.outputs
+        return self.inputs * self.outputs + self.outputs * self.bias
 
     @property
     def macs(self) -> int:
@@ -82,9 +84,25 @@ class Model:
     text_width: Annotated[int, between(0, MOST["width"])] = fixed(0, "W, channels of a text token's state (MMDiT).")
     text_length: Annotated[int, between(0, MOST["text_length"])] = fixed(0, "L, tokens of a caption (MMDiT).")
     mlp_ratio: Annotated[float, Limit("above 0 and at most 1000", lambda ratio: 0 < ratio <= 1000)] = fixed(
-        4.0, "Hidden channels of the MLP over width."
+        4.0, "Hidden channels of the MLP over width; with swiglu 2/3 of that, which makes about as many weights."
     )
-    qk_norm: bool = fixed(True, "Normalise queries and keys (LayerNorm within each head).")
+    mlp: Literal["gelu", "swiglu"] = fixed("gelu", "The MLP's activation: GELU, or SiLU of a gate times a value.")
+    norm: Literal["layer", "rms", "rms_affine"] = fixed(
+        "layer", "Normalisation before each modulation: LayerNorm, RMSNorm, or RMSNorm with a weight (LightningDiT's)."
+    )
+    position: Literal["sincos", "rope", "both"] = fixed(
+        "sincos", "Where tokens are: fixed sin-cos added to them, axial 2-D RoPE of queries and keys, or both."
+    )
+    qk_norm: bool | Literal["off", "layer", "rms"] = fixed(
+        True, "Normalise queries and keys within each head: by LayerNorm (true, or layer), RMSNorm, or not at all."
+    )
+    qkv_bias: bool = fixed(True, "The projection to queries, keys and values has a bias.")
+    value_residual: bool = fixed(
+        False, "Every block's values are mixed with the first block's, in a share that it learns (arXiv 2410.17897)."
+    )
+    registers: Annotated[int, between(0, MOST["registers"])] = fixed(
+        0, "Learned tokens beside the image's, which no output is read from (arXiv 2309.16588)."
+    )
     zero_init: bool = fixed(
         True, "Modulations and the final layer start at zero, as SiT's do and published MMDiT's not."
     )
@@ -127,8 +145,19 @@ class Model:
 
     @property
     def hidden(self) -> int:
-        """Channels inside the MLP."""
-        return int(self.width * self.mlp_ratio)
+        """Channels inside the MLP: of swiglu int(2/3·int(width·ratio)), as LightningDiT has it."""
+        hidden = int(self.width * self.mlp_ratio)
+        return int(2 / 3 * hidden) if self.mlp == "swiglu" else hidden
+
+    @property
+    def head(self) -> int:
+        """d, channels of a head."""
+        return self.width // self.heads
+
+    @property
+    def rope(self) -> bool:
+        """Whether queries and keys are rotated by their token's place."""
+        return self.position != "sincos"
 
     @property
     def patch_values(self) -> int:
@@ -137,15 +166,16 @@ class Model:
 
     @property
     def length(self) -> int:
-        """Tokens that the attention sees: an image's, and a caption's where they are joined."""
-        return self.tokens + self.text_length
+        """Tokens that the attention sees: an image's with the registers, and a caption's where they are joined."""
+        return self.tokens + self.registers + self.text_length
 
     @property
     def streams(self) -> tuple[tuple[str, int], ...]:
         """The residual streams of a block: how the names of its layers begin, and tokens. The image's comes first."""
+        image = self.tokens + self.registers
         if self.network == "sit":
-            return (("", self.tokens),)
-        return ("x_block.", self.tokens), ("context_block.", self.text_length)
+            return (("", image),)
+        return ("x_block.", image), ("context_block.", self.text_length)
 
     def block_layers(self, ends: bool = False, tokens: int | None = None) -> tuple[Layer, ...]:
         """The linear layers of one block; `ends`: of the last one that runs, where the text's stream ends.
@@ -159,18 +189,19 @@ class Model:
         return layers
 
     def _stream_layers(self, prefix: str, tokens: int) -> tuple[Layer, ...]:
-        d = self.width
+        d, hidden = self.width, self.hidden
+        names, inner = (("w12", "w3"), 2 * hidden) if self.mlp == "swiglu" else (("fc1", "fc2"), hidden)
         return (
-            Layer(f"{prefix}attn.qkv", d, 3 * d, tokens),
+            Layer(f"{prefix}attn.qkv", d, 3 * d, tokens, self.qkv_bias),
             Layer(f"{prefix}attn.proj", d, d, tokens),
-            Layer(f"{prefix}mlp.fc1", d, self.hidden, tokens),
-            Layer(f"{prefix}mlp.fc2", self.hidden, d, tokens),
+            Layer(f"{prefix}mlp.{names[0]}", d, inner, tokens),
+            Layer(f"{prefix}mlp.{names[1]}", hidden, d, tokens),
             Layer(f"{prefix}adaLN_modulation.1", d, 6 * d),
         )
 
     def _ending_layers(self, prefix: str, tokens: int) -> tuple[Layer, ...]:
         """Of a stream that gives the attention its inputs and ends there."""
-        qkv = Layer(f"{prefix}attn.qkv", self.width, 3 * self.width, tokens)
+        qkv = Layer(f"{prefix}attn.qkv", self.width, 3 * self.width, tokens, self.qkv_bias)
         return qkv, Layer(f"{prefix}adaLN_modulation.1", self.width, 2 * self.width)
 
     @property
@@ -212,11 +243,17 @@ class Model:
     @property
     def parameters(self) -> int:
         """Parameters, fixed positions included, as the published counts have them."""
-        norms = 4 * (self.width // self.heads) * len(self.streams) if self.qk_norm else 0
-        blocks = [sum(layer.parameters for layer in self.block_layers(ends)) + norms for ends in (False, True)]
+        # Weights beside the linear layers': of norms, of the text's last of which there is one less, and of the mixing
+        # of values in all blocks but the first.
+        vectors = {False: 0, True: 4, "rms": 2}[self.qk_norm] * self.head * len(self.streams)
+        weight = self.width if self.norm == "rms_affine" else 0
+        norms = [vectors + 2 * weight * len(self.streams), vectors + weight * (3 if len(self.streams) > 1 else 2)]
+        blocks = [sum(layer.parameters for layer in self.block_layers(end)) + norms[end] for end in (False, True)]
+        mixing = (self.depth - 1) * self.value_residual
         others = *self.embedders, *self.final_layers, *self.internal_layers, *self.fusion_layers
         ends = sum(layer.parameters for layer in others) + (self.width if self.fusion_last else 0)  # the mask token
-        constants = self.tokens * self.width  # positions
+        ends += weight * (2 if self.internal_head else 1) + self.registers * self.width + mixing
+        constants = self.tokens * self.width if self.position != "rope" else 0
         if self.network == "sit":
             constants += (self.num_classes + (self.class_dropout > 0)) * self.width
         else:
@@ -239,15 +276,26 @@ class Model:
         told = {name: value for name, value in self.described().items() if name not in ("name", "class_dropout")}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
-    def differences(self, theirs: Mapping[str, Any]) -> list[str]:
-        """In what another architecture differs; a key that it lacks, since it is older, has its default."""
-        ours = self.architecture() | {name: getattr(self, name) for name in LATER}
+    def differences(self, theirs: Mapping[str, Any], but: Container[str] = ()) -> list[str]:
+        """In what another architecture differs, but for these keys; one that it lacks, being older, has its default."""
+        ours = {name: value for name, value in self.architecture().items() if name not in but}
+        ours |= {name: getattr(self, name) for name in LATER if name not in but}
         pairs = {name: (theirs.get(name, keys(Model)[name].default), value) for name, value in ours.items()}
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]
 
 
-LATER = ("prediction", "internal_head", "fusion_first", "fusion_last")
+LATER = (
+    "prediction", "internal_head", "fusion_first", "fusion_last", "mlp", "norm", "position", "qkv_bias",
+    "value_residual", "registers",
+)  # fmt: skip
 """Keys that came later: where they have their default they are not written, so that older versions read the rest."""
+PARTS: dict[str, tuple[str, ...]] = {
+    "latent_size": ("pos_embed",), "prediction": ("final_layer.",), "internal_head": ("final_layer_xr.",),
+    "fusion_first": ("fusion_proj.", "mask_token"), "fusion_last": ("fusion_proj.", "mask_token"), "num_classes": (),
+    "text_length": (), "mlp_ratio": (), "channels": ("x_embedder.", "final_layer."),
+    "patch": ("x_embedder.", "final_layer."), "text_width": ("context_embedder.",),
+}  # fmt: skip
+"""Keys that speak of some of the weights alone, by how their names begin; of none where shapes tell all there is."""
 IDLE: dict[str, set[str]] = {
     "sit": {"network", "text_width", "text_length", "zero_init"},
     "mmdit": {"num_classes", "zero_init"},
@@ -255,11 +303,21 @@ IDLE: dict[str, set[str]] = {
 """The keys that say nothing of a network's weights: another's, or how training begins. Without `network` it is SiT."""
 
 
+def swiglu_ratio(hidden: int, width: int) -> float:
+    """The smallest `mlp_ratio` with which a SwiGLU of this width has so many hidden channels."""
+    whole = next(whole for whole in range(hidden, 2 * hidden + 3) if int(2 / 3 * whole) >= hidden)
+    ratio = whole / width
+    return ratio if int(width * ratio) == whole else math.nextafter(ratio, math.inf)
+
+
 def resolve_model(model: Model) -> Model:
     """The model with its sizes filled from a name such as "SiT-XL/2" or "MMDiT-24/2"; those given must agree.
 
-    The size of a square latent becomes one number, however it was given.
+    The size of a square latent becomes one number, and qk_norm's "off" and "layer" what older versions know, however
+    they were given.
     """
+    words: dict[object, Any] = {"off": False, "layer": True}
+    model = replace(model, qk_norm=words.get(model.qk_norm, model.qk_norm))
     height, width = model.latent_sides
     if height == width:
         model = replace(model, latent_size=height)
@@ -311,6 +369,14 @@ def check_shapes(model: Model) -> None:
             value, each = getattr(model, key), "each " * (len(set(sizes)) > 1)
             why = f"not divisible by {of} ({named})"
             raise wrong_value(f"model.{key}", value, f"{each}a multiple of {divisor}", why)
+    if model.rope and model.head % 4:
+        why = f"RoPE turns pairs of channels, half of a head's for each axis ({named})"
+        raise wrong_value("model.heads", model.heads, "such that width / heads is a multiple of 4", why)
+    if model.value_residual and model.depth < 2:
+        raise wrong_value("model.value_residual", True, "false", f"depth = {model.depth}: no block follows the first")
+    for key in ("value_residual", "registers"):
+        if getattr(model, key) and model.network != "sit":
+            raise wrong_value(f"model.{key}", getattr(model, key), "false or 0", 'model.network = "mmdit" has none')
     if model.internal_head > model.depth:
         allowed = f"0 (none) or 1 to {model.depth}, the model's blocks"
         raise wrong_value("model.internal_head", model.internal_head, allowed)

@@ -212,7 +212,7 @@ def sample_batches(
     correction: Correction | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Latents and labels of samples 0 … count − 1, `settings.batch_size` at a time; classes, or prompts, in turn."""
-    device = model.pos_embed.device
+    device = model.device
     classes = model.config.num_classes if prompts is None else len(prompts.texts)
     for first in range(0, count, settings.batch_size):
         size = min(settings.batch_size, count - first)

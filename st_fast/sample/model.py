@@ -69,7 +69,7 @@ class Sampler:
 
     def draw_of(self, first: int, count: int) -> Draw:
         """Samples number first … first + count − 1."""
-        device = self.model.pos_embed.device
+        device = self.model.device
         draw = draw_of(self.request.labels, self.request.seed, first, count, device, self.prompts)
         return replace(draw, shape=self.shape)
 

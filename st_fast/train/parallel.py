@@ -129,12 +129,14 @@ class Shards:
         self._policy = fsdp.MixedPrecisionPolicy(reduce_dtype=reduction, cast_forward_inputs=False)
 
     def model(self, model: DiffusionTransformer, depth: int | None = None) -> None:
-        """Shards a model in place: every block by itself, all blocks' modulation layers together, the rest together.
+        """Shards a model in place: every block by itself, what makes modulations together, the rest together.
 
         depth: of a frozen model, how many blocks run; its methods `features` and `guided_features` stop there.
         """
         # Modulations are computed before the blocks, from all blocks' layers: these can't be parts of the blocks.
-        self._apply([*model.modulation_layers(model.config.depth if depth is None else depth)])
+        last = model.config.depth if depth is None else depth
+        weights = [weight for weight in model.norm_weights(last) if weight is not None]
+        self._apply([*model.modulation_layers(last), *weights])
         for block in model.blocks:
             self._apply(block)
         # After its last use FSDP2 would keep the rest gathered for a backward pass, and so at the weights of that time.

@@ -25,6 +25,7 @@ from st_fast.model.formats.loaded_state import (
 )
 from st_fast.model.stored import KINDS, read_model, without_internal_head
 from st_fast.model.vae import tensors_hash
+from st_fast.recipe.architecture import PARTS
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.train import supervision
 from st_fast.train.optim import EmaModel
@@ -90,14 +91,10 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
         check_finite(tensors, where)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
     match_strictly(kept, found, named + _fresh_hint(kept, found))
-    ours = config.architecture()
-    # No weight's shape tells how many heads there are, nor which of the grids with as many tokens positions are for,
-    # nor which block the internal head reads, which ones a fusion surrounds, and what the output is.
-    untold = ["heads"] + ["latent_size"] * ("pos_embed" in kept)
-    untold += ["internal_head"] * any(key.startswith(INTERNAL_PREFIX) for key in kept)
-    untold += ["fusion_first", "fusion_last"] * any(key.startswith(FUSION) for key in kept)
-    untold += ["prediction"] * any(key.startswith("final_layer.") for key in kept)
-    if any(theirs.get(key) != ours.get(key) for key in untold):
+    # No weight's shape tells how many heads there are, for one. A key that speaks of weights that are drawn anew may
+    # differ.
+    fresh = {key for key, part in PARTS.items() if not any(name.startswith(part) for name in kept)}
+    if config.differences(theirs, but=fresh):
         raise UserError(named)
     if start.init_heads == "match":
         wanted = {head_name(key): tensor for key, tensor in drawn.get("heads", {}).items()}

@@ -347,7 +347,7 @@ class Trainer:
         """The averaged weights as a float32 model in eval mode. All ranks call it; if sharded, the first uses it."""
         for name, ema in self.optimizer.state()["ema"].items():
             whole = gathered(ema)
-            if not self.averaged.pos_embed.is_meta:
+            if self.averaged.device.type != "meta":
                 self.averaged.get_parameter(name).copy_(whole)
         return self.averaged
 

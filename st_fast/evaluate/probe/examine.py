@@ -81,7 +81,7 @@ def patches(x: Tensor, patch: int) -> Floats:
 
 def kept_images(model: DiffusionTransformer, count: int) -> int:
     """Of how many of `count` images the tokens are kept: as many as make MOST_TOKENS."""
-    return min(count, max(1, MOST_TOKENS // model.pos_embed.shape[1]))
+    return min(count, max(1, MOST_TOKENS // model.config.tokens))
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def features(
     tokens: list[list[Floats]] = [[] for _ in blocks]
     left = kept_images(model, len(x_t))
     for part in parts(len(x_t), model):
-        x = x_t[part].to(model.pos_embed.device)
+        x = x_t[part].to(model.device)
         null = model.null_condition(len(x))
         times = torch.full((len(x),), t, device=x.device)
         kept = min(left, len(x))
@@ -122,7 +122,7 @@ def velocity_loss(model: DiffusionTransformer, latents: Latents, bins: int, path
         x_t, velocity = latents.at(t, path)
         losses: list[Tensor] = []
         for part in parts(len(x_t), model):
-            given = (values[part].to(model.pos_embed.device) for values in (x_t, t, latents.labels, velocity))
+            given = (values[part].to(model.device) for values in (x_t, t, latents.labels, velocity))
             x, times, labels, v = given
             losses.append(flow.denoising_loss(model(x, times, labels)[0], v).cpu())
         means.append(float(torch.cat(losses).mean()))
@@ -131,7 +131,7 @@ def velocity_loss(model: DiffusionTransformer, latents: Latents, bins: int, path
 
 def parts(count: int, model: DiffusionTransformer) -> Iterator[slice]:
     """Places of the images of each forward pass."""
-    size = max(1, min(BATCH, BATCH_TOKENS // model.pos_embed.shape[1]))
+    size = max(1, min(BATCH, BATCH_TOKENS // model.config.tokens))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 

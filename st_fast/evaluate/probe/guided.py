@@ -133,7 +133,7 @@ def _at_time(guide: Guide, split: Split, t: float, path: str, scales: Sequence[f
 def pair(guide: Guide, latents: Latents, t: float, path: str, labels: Tensor, draw: int = 0) -> Pair:
     """f_∅ and f_y at time t, as training computes them, told these labels (n,)."""
     model, count = guide.model, len(latents.x)
-    device = model.pos_embed.device
+    device = model.device
     x_t, _ = latents.at(torch.full((count,), t), path, draw)
     left = kept_images(model, count)
     pooled: tuple[list[Floats], list[Floats]] = ([], [])

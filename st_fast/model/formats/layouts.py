@@ -19,7 +19,7 @@ from st_fast.model.formats import official
 from st_fast.model.formats.loaded_state import FUSION, INTERNAL_PREFIX, NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
-from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes
+from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes, swiglu_ratio
 from st_fast.recipe.methods import CONVOLUTION, SelfFlow, SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 IMAGENET = 1000
@@ -88,11 +88,11 @@ def infer(
     blocks, image = ("joint_blocks", "joint_blocks.0.x_block") if mmdit else ("blocks", "blocks.0")
     norm = f"{image}.attn.{'ln_q' if mmdit else 'q_norm'}.weight"
     depth = _depth(table, blocks, where)
-    positions, patches = _shaped(table, "pos_embed", 3, where), _shaped(table, "x_embedder.proj.weight", 4, where)
+    width, channels, patch, _ = _shaped(table, "x_embedder.proj.weight", 4, where)
+    rope_alone = args.get("position") == "rope" and "pos_embed" not in table
+    tokens = None if rope_alone else _shaped(table, "pos_embed", 3, where)[1]
     condition = (_text if mmdit else _labels)(table, args, otherwise, where)
-    hidden = _shaped(table, f"{image}.mlp.fc1.weight", 2, where)
-    width, (_, channels, patch, _) = positions[2], patches
-    size = _latent_size(positions[1], patch, args.get("latent_size"), otherwise, where)
+    size = _latent_size(tokens, patch, args.get("latent_size"), otherwise, where)
     if norm in table and number_of_heads is None:
         number_of_heads = width // max(_shaped(table, norm, 1, where)[0], 1)
     published = {shape[:2]: (f"SiT-{size}/{patch}", shape[2]) for size, shape in SIZES.items() if patch in PATCHES}
@@ -107,8 +107,8 @@ def infer(
         )
     model = Model(
         name=name if count == usual_heads else "custom", depth=depth, width=width, heads=count, patch=patch,
-        channels=channels, latent_size=size, mlp_ratio=hidden[0] / width, qk_norm=norm in table,
-        internal_head=_internal_head(table, args, depth, where, otherwise), **condition,
+        channels=channels, latent_size=size, internal_head=_internal_head(table, args, depth, where, otherwise),
+        **_options(table, image, norm, width, where), **condition,
     )  # fmt: skip
     if otherwise is not None and any(key.startswith(FUSION) for key in table):  # no tensor tells which blocks
         model = replace(model, fusion_first=otherwise.fusion_first, fusion_last=otherwise.fusion_last)
@@ -117,6 +117,24 @@ def infer(
     except RecipeError as error:
         raise UserError(f"{where}: {error}") from None
     return model
+
+
+def _options(table: Table, image: str, norm: str, width: int, where: str) -> dict[str, Any]:
+    """The keys of [model] that the names of a table's weights tell, those of its first block above all."""
+    told: dict[str, Any] = {"qk_norm": norm in table}
+    if told["qk_norm"] and f"{norm.removesuffix('weight')}bias" not in table:
+        told["qk_norm"] = "rms"
+    if f"{image}.mlp.w12.weight" in table:
+        hidden = _shaped(table, f"{image}.mlp.w12.weight", 2, where)[0] // 2
+        told |= {"mlp": "swiglu", "mlp_ratio": swiglu_ratio(hidden, width)}
+    else:
+        told["mlp_ratio"] = _shaped(table, f"{image}.mlp.fc1.weight", 2, where)[0] / width
+    if f"{image}.norm1.weight" in table:
+        told["norm"] = "rms_affine"
+    if "register_tokens" in table:
+        told["registers"] = _shaped(table, "register_tokens", 3, where)[1]
+    told["qkv_bias"] = f"{image}.attn.qkv.bias" in table
+    return told | {"value_residual": "blocks.1.attn.v1_lambda" in table}
 
 
 def _internal_head(table: Table, args: Mapping[str, Any], depth: int, where: str, otherwise: Model | None) -> int:
@@ -134,10 +152,18 @@ def _internal_head(table: Table, args: Mapping[str, Any], depth: int, where: str
     return told
 
 
-def _latent_size(tokens: int, patch: int, told: Any, otherwise: Model | None, where: str) -> LatentSize:
-    """The size of a latent with so many tokens: as `told`, else a square, else `otherwise`'s where the tokens fit."""
+def _latent_size(tokens: int | None, patch: int, told: Any, otherwise: Model | None, where: str) -> LatentSize:
+    """The size of a latent with so many tokens: as `told`, else a square, else `otherwise`'s where the tokens fit.
+
+    Without positions nothing but `told` or `otherwise` does.
+    """
     pair = tuple(told) if isinstance(told, (list, tuple)) else (told, told)
-    sound = len(pair) == 2 and all(type(side) is int and side > 0 for side in pair) and pair[0] != pair[1]
+    sound = len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
+    if tokens is None:
+        if sound or otherwise:
+            return (pair if pair[0] != pair[1] else pair[0]) if sound or otherwise is None else otherwise.latent_size
+        raise UserError(f"{where}: no pos_embed, and nothing tells the size of its latents (latent_size)")
+    sound = sound and pair[0] != pair[1]
     if sound and math.prod(side // patch for side in pair) == tokens:
         return pair
     side = math.isqrt(tokens)
@@ -230,9 +256,9 @@ def published_order(keys: Iterable[str]) -> list[str]:
     place = {key: number for number, key in enumerate(keys)}
 
     def rank(key: str) -> tuple[int, int, int, int]:
-        block = re.match(r"blocks\.(\d+)\.(attn\.proj)?(attn\.|attn)?", key)
+        block = re.match(r"blocks\.(\d+)\.(norm|attn\.proj|attn\.|)", key)
         if block:
-            part = 1 if block[2] else 0 if ".attn." in key else 2
+            part = ("norm", "attn.", "attn.proj", "").index(block[2])
             return 1, int(block[1]), part, place[key]
         if key.startswith(INTERNAL_PREFIX):
             return 2, 0, 0, place[key]
