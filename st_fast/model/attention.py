@@ -243,13 +243,26 @@ def _contiguous(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _mixed_values(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _unpacked(qkv)
+    return q, k, v.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _all_token_major(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, _ = _token_major(qkv)
+    return q, k, _mixed_values(qkv)[2]
+
+
 LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None] = {
     "in the order (B, N, H, d), v a view of the packed projection": _token_major,
+    "in the order (B, N, H, d)": _all_token_major,
     "contiguous": _contiguous,
+    "views of the packed projection, v in the order (B, N, H, d)": _mixed_values,
     "views of the packed projection": None,
 }
-"""How q, k and v (B, H, N, d) lie in memory in training: after qk_norm, after qk_norm with the layout "heads", and
-without qk_norm, where `attend_packed` takes the packed projection (B, N, 3, H, d)."""
+"""How q, k and v (B, H, N, d) lie in memory in training: after qk_norm, with values as they are or mixed;
+after qk_norm with the layout "heads"; and without qk_norm, values mixed, or as they are, where `attend_packed` takes the
+packed projection (B, N, 3, H, d)."""
 
 
 def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int = 256) -> str | None:

@@ -229,7 +229,11 @@ class Model:
     @property
     def fusion_layers(self) -> tuple[Layer, ...]:
         """The linear layer that joins a deep block's output with a shallow one's, where there is one."""
-        return (Layer("fusion_proj", 2 * self.width, self.width, self.tokens),) if self.fusion_last else ()
+        return (
+            (Layer("fusion_proj", 2 * self.width, self.width, self.tokens + self.registers),)
+            if self.fusion_last
+            else ()
+        )
 
     def _final_layers(self, name: str) -> tuple[Layer, ...]:
         d = self.width

@@ -144,6 +144,9 @@ def check_groups(stage: Stage, model: Model) -> None:
     if model.network != "sit":
         why = f'model.network = "{model.network}": the tokens of a text have no time'
         raise wrong_value(f"stage.{stage.name}.supervision", supervision_name(method), "a method with one time", why)
+    if model.registers:
+        why = f"stage.{stage.name} ({supervision_name(method)}) has groups of tokens, of which a register has none"
+        raise wrong_value("model.registers", model.registers, "0", why)
     lengths = divided(model.tokens, groups.shares)
     if min(lengths) < 1:
         key = "mask_ratio" if hasattr(method, "mask_ratio") else "groups"

@@ -294,11 +294,14 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan
     routed, left_out = (plan.route.blocks, model.tokens - sum(plan.kept)) if plan and plan.route else ((), 0)
     joint = len(model.streams) > 1
     qkv, attended = 3 * d, d * (1 + joint)  # what a joint attention gave is cut into streams
-    normed = (2 + joint) * d if model.qk_norm else 0  # q and k once more, joined also v
-    statistics = 4 * model.heads * (5 if model.qk_norm else 1)  # of q and k: mean and 1/σ; of the softmax: its log-sum
+    normed = (2 + joint) * d if model.qk_norm or model.rope else 0  # q and k once more, joined also v
+    normed += d if model.value_residual else 0  # v, mixed
+    # Of q and k mean and 1/σ, or 1/σ alone; of the softmax its log-sum.
+    statistics = 4 * model.heads * (1 + {False: 0, True: 4, "rms": 2}[model.qk_norm])
     inside_attention = each * (qkv + attended + normed) + statistics
-    adaln = 2 * (each * 3 * d + 4 * 2)  # at two sites: x', a and y; mean and 1/σ
-    block = inside_attention + adaln + each * 2 * model.hidden  # the MLP's hidden before and after GELU
+    adaln = 2 * (each * 3 * d + 4 * (2 if model.norm == "layer" else 1))  # at two sites: x', a and y; mean and 1/σ
+    mlp = 3 if model.mlp == "swiglu" else 2  # hidden before and after GELU; or gate, value and what they make
+    block = inside_attention + adaln + each * mlp * model.hidden
     again = {"none": 0, "attention": inside_attention, "block": block - each * 2 * d}[checkpointing]
     ends = each * 2 * d  # the embedded tokens and the first y; the last block's are its own
     modulations = each * 6 * d * model.depth * len(model.streams)
@@ -313,7 +316,8 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan
 
 def backward_bytes(model: Model, bf16: bool) -> int:
     """Gradients of one block's activations per image, which are there while all else is kept: x', y, MLP's hidden."""
-    return model.length * (2 * model.width + 2 * model.hidden) * (2 if bf16 else 4)
+    mlp = 3 if model.mlp == "swiglu" else 2
+    return model.length * (2 * model.width + mlp * model.hidden) * (2 if bf16 else 4)
 
 
 def supervised_rows(recipe: Recipe, method: Method, images: int) -> int:

@@ -124,9 +124,11 @@ class Routing:
         if depth < least:
             why = f"model.depth = {depth}, and some block must run all tokens"
             raise wrong_value(f"{label}.route", self.route, f'"none", or {least} blocks or more', why)
-        low, high = (1, depth - 2) if fused else (0, depth - 1)
+        low, high = (1, depth - 2) if fused else (int(model.value_residual), depth - 1)
         if not low <= first <= high:
-            raise wrong_value(f"{label}.route_first", first, f"{low} to {high}, with blocks of the model behind it")
+            why = "model.value_residual = true: the first block's values are of all tokens" * model.value_residual
+            allowed = f"{low} to {high}, with blocks of the model behind it"
+            raise wrong_value(f"{label}.route_first", first, allowed, why)
         most = depth - 1 if fused or first == 0 else depth
         if not first < found.last <= most:
             itself = f"block {found.last}, " if self.route_last == "auto" else ""

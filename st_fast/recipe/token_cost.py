@@ -70,7 +70,7 @@ def skipped_macs(model: Model) -> int:
 
 def _block_macs(model: Model, plan: TokenPlan, lengths: tuple[int, ...], ends: bool) -> int:
     """Multiply-adds of a block on groups of so many tokens, without what does not depend on their number."""
-    tokens = sum(lengths)
+    tokens = sum(lengths) + model.registers
     attention = 2.0 * (tokens + model.text_length) ** 2 * model.width
     if plan.separated:
         apart = 2 * sum(length**2 for length in lengths) * model.width

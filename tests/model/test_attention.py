@@ -11,6 +11,7 @@ from st_fast import kernels
 from st_fast.core.errors import UserError
 from st_fast.model import attention
 from st_fast.model.sit import Attention
+from st_fast.recipe.architecture import Model
 
 CPU = torch.device("cpu")
 
@@ -130,11 +131,17 @@ def test_the_layouts_checked_are_those_of_training():
     def train(attend):
         table = {choice: kernels.select({"qk_norm": choice}, CPU) for choice in ("fused", "heads", "reference")}
         for qk_norm, choice in ((True, "fused"), (True, "heads"), (True, "reference"), (False, "fused")):
-            layer = Attention(heads * head_dim, heads, qk_norm, table[choice], attend)
+            config = Model(width=heads * head_dim, heads=heads, qk_norm=qk_norm)
+            layer = Attention(config, table[choice], attend, first=True)
             layer(torch.randn(2, tokens, heads * head_dim)).square().sum().backward()
+        for qk_norm in (True, False):
+            config = Model(width=heads * head_dim, heads=heads, qk_norm=qk_norm, value_residual=True)
+            layer = Attention(config, table["fused"], attend, first=False)
+            v1 = torch.randn(2, tokens, 3, heads, head_dim)[:, :, 2]
+            layer(torch.randn(2, tokens, heads * head_dim), v1=v1).square().sum().backward()
 
     trained = seen_by(train)
-    assert len(trained) == 3
+    assert len(trained) == 5
     assert seen_by(lambda attend: attention.verify(attend, CPU, torch.float32, head_dim, tokens)) == trained
 
 

@@ -21,7 +21,13 @@ MATHS = {
     *(
         "model.class_dropout",
         "model.mlp_ratio",
+        "model.mlp",
+        "model.norm",
+        "model.position",
         "model.qk_norm",
+        "model.qkv_bias",
+        "model.value_residual",
+        "model.registers",
         "model.prediction",
         "model.internal_head",
         "model.fusion_first",
