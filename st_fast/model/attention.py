@@ -261,8 +261,8 @@ LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None] = {
     "views of the packed projection": None,
 }
 """How q, k and v (B, H, N, d) lie in memory in training: after qk_norm, with values as they are or mixed;
-after qk_norm with the layout "heads"; and without qk_norm, values mixed, or as they are, where `attend_packed` takes the
-packed projection (B, N, 3, H, d)."""
+after qk_norm with the layout "heads"; and without qk_norm, values mixed, or as they are, where
+`attend_packed` takes the packed projection (B, N, 3, H, d)."""
 
 
 def verify(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int = 256) -> str | None:
