@@ -13,16 +13,18 @@ flops                         instead of student_steps: each arm trains until it
 horizons                      budgets, at most `flops`, at which arms are compared as well
 [common.sample]               sections, and [common.stage.NAME] settings, that every run has over the base recipe's
 [[teacher]]                   name, stage; labels = "shuffled"; steps = 0: an untrained network
-[[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings; a
-                              table `sample` for what the arm's own samples are drawn with
+[[arm]]                       name, title, panel; `stage` of the base recipe or `supervision`; teacher; settings;
+                              tables `model`, `optim` and `flow` for a network and a training of its own, and `sample`
+                              for what the arm's own samples are drawn with
 """
 
 import copy
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from st_fast.core.errors import UserError
@@ -34,7 +36,9 @@ from st_fast.recipe.document import Document, as_document, parse_toml, read_docu
 from st_fast.recipe.keys import FOLDER_NAME
 from st_fast.recipe.load import parse, resolve
 
-ARM_KEYS = ("name", "title", "panel", "stage", "teacher", "sample")
+ARM_SECTIONS = ("model", "optim", "flow", "sample")
+"""Sections of the recipe of which an arm may have keys of its own."""
+ARM_KEYS = ("name", "title", "panel", "stage", "teacher", *ARM_SECTIONS)
 """What an arm says beside its stage's own settings."""
 TEACHER_KEYS = ("name", "labels", "stage")
 EXTERNAL = ("repa",)
@@ -72,8 +76,8 @@ class Arm:
     panel: str
     stage: dict[str, Any]
     teacher: Teacher | None
-    sample: dict[str, Any] = field(default_factory=dict)
-    """Keys of [sample] that are the arm's own: guidance that only its network has."""
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Keys that are the arm's own, by section: of its network, its training, or how it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Study:
 
         The scores of the former tell of these settings; the latter's network was trained at no counted cost.
         """
-        return {arm.title for arm in self.arms if arm.sample or arm.stage.get("supervision") in EXTERNAL}
+        return {arm.title for arm in self.arms if "sample" in arm.sections or arm.stage.get("supervision") in EXTERNAL}
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def jobs(study: Study, out: Path) -> Iterator[Job]:
             if arm.teacher is not None:
                 stage = folder.with_name(f"teacher-{arm.teacher.name}") / arm.teacher.stage["name"]
                 table["teacher"] = stage.as_posix()
-            yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}", arm.sample), arm=arm)
+            yield Job(seed, folder, _recipe(study, folder, seed, table, f"arm {arm.name}", arm.sections), arm=arm)
 
 
 def _within(study: Study, arm: Arm, flops: float) -> Arm:
@@ -230,7 +234,7 @@ def _within(study: Study, arm: Arm, flops: float) -> Arm:
         steps = arm.teacher.stage["steps"]
         spent = _flops(_recipe(study, folder, seed, arm.teacher.stage, f"teacher {arm.teacher.name}"), steps)
     table = arm.stage | ({"teacher": "./teacher"} if arm.teacher else {})
-    recipe = _recipe(study, folder, seed, table, f"arm {arm.name}", arm.sample)
+    recipe = _recipe(study, folder, seed, table, f"arm {arm.name}", arm.sections)
     a_step = recipe.optim.batch_size * cost.stage_cost(recipe, recipe.stages[0]).student
     most = int(min((flops - spent) // a_step, MOST_STEPS))
     steps = bisect_right(range(max(1, most) + 1), flops - spent, key=lambda n: _flops(recipe, n)) - 1
@@ -266,12 +270,14 @@ def _need(right: bool, where: object, key: str, value: object, what: str) -> Non
 
 
 def _recipe(
-    study: Study, folder: Path, seed: int, stage: dict[str, Any], what: str, sample: dict[str, Any] | None = None
-) -> Recipe:
-    """The base recipe with this one stage and its own keys of [sample], checked."""
+    study: Study, folder: Path, seed: int, stage: dict[str, Any], what: str,
+    own: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> Recipe:  # fmt: skip
+    """The base recipe with this one stage and its own keys of other sections, checked."""
     sections = copy.deepcopy(study.base.sections)
     sections["run"] = sections.get("run", {}) | {"out": folder.as_posix(), "seed": seed}
-    sections["sample"] = sections.get("sample", {}) | (sample or {})
+    for section, table in own.items():
+        sections[section] = sections.get(section, {}) | table
     try:
         recipe = agreed(resolve(parse(Document(sections, [stage])), study.recipe_path), ranks=1)
         check(recipe)
@@ -299,9 +305,10 @@ def _arm(table: dict[str, Any], base: Document, path: Path, teachers: Sequence[T
     teacher = next((teacher for teacher in teachers if teacher.name == table.get("teacher")), None)
     what = f"the study has {', '.join(teacher.name for teacher in teachers) or 'none'}"
     _need(teacher is not None or "teacher" not in table, where, "teacher", table.get("teacher"), what)
-    sample = table.get("sample", {})
-    _need(isinstance(sample, dict), where, "sample", sample, "a table of keys of [sample] is needed")
-    return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher, sample)
+    sections = {section: table[section] for section in ARM_SECTIONS if section in table}
+    for section, own in sections.items():
+        _need(isinstance(own, dict), where, section, own, f"a table of keys of [{section}] is needed")
+    return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher, sections)
 
 
 def _stage_of(table: dict[str, Any], base: Document, where: str) -> dict[str, Any]:

@@ -275,10 +275,13 @@ def gather(study: Study, folder: Path, ours: Sequence[Seed]) -> list[Seed]:
 
 
 def as_declared(study: Study, name: str, run: RunLog) -> RunLog:
-    """The run without what the study says to be this arm's own: keys of [sample] that others need not share."""
-    own = next((arm.sample for arm in study.arms if arm.name == name), {})
-    sample = {key: value for key, value in run.recipe.get("sample", {}).items() if key not in own}
-    return replace(run, recipe=run.recipe | {"sample": sample}) if own else run
+    """The run without what the study says to be this arm's own: keys of sections that others need not share."""
+    own = next((arm.sections for arm in study.arms if arm.name == name), {})
+    shared = {
+        section: {key: value for key, value in run.recipe.get(section, {}).items() if key not in table}
+        for section, table in own.items()
+    }
+    return replace(run, recipe=run.recipe | shared)
 
 
 def write_seeds(study: Study, folder: Path, ours: Sequence[Seed], chosen: Sequence[Seed]) -> None:
