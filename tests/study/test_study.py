@@ -238,6 +238,8 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
         ('title = "Tiny"', 'title = "Ti|ny"', "one line without | is needed"),
         ('title = "Tiny"', 'title = "Ti\\nny"', "one line without | is needed"),
         ('name = "omega5"', 'name = "teacher-stage1"', "called as a teacher's folder is"),
+        ('name = "omega5"', 'name = "omega5"\nmodel = 5', "arm 'omega5': model = 5; a table of keys of [model]"),
+        ('name = "omega5"', 'name = "omega5"\noptim = { lrr = 1 }', "arm omega5: optim.lrr"),
         ("student_steps = 8", "flops = 1e300", "at most 10^12"),
         ("student_steps = 8", f"flops = 1{'0' * 400}", "a number above 0 is needed"),
         ("[common.evaluate]", "[common.stage]\nalign = 5\n[common.evaluate]", "tables named align, transcend"),
@@ -283,6 +285,21 @@ def test_with_a_budget_every_arm_takes_as_many_steps_as_its_teacher_leaves(study
         assert flops - one[job.folder] < before + spent[job.folder] <= flops
         steps.add(job.steps)
     assert len(steps) == 3, "a teacher costs steps, and so do its forward passes"
+
+
+def test_an_arm_may_have_a_network_and_a_training_of_its_own(study, tmp_path) -> None:
+    (tmp_path / "base.toml").write_text((study.parent / "base.toml").read_text())
+    path, own = tmp_path / "tiny.toml", 'model = { mlp = "swiglu", mlp_ratio = 8.0 }\noptim = { lr = 0.5 }'
+    text = pixels.STUDY.replace("student_steps = 8", "flops = 1.5e9")
+    path.write_text(text.replace('supervision = "none"', f'supervision = "none"\n{own}'))
+    changed, usual = (list(jobs(read_study(file), tmp_path)) for file in (path, study))
+    plain, others = ([job for job in changed if (job.folder.name == "plain") == wanted] for wanted in (True, False))
+    assert {(job.recipe.model.mlp, job.recipe.optim.lr) for job in plain} == {("swiglu", 0.5)}
+    kept = usual[0].recipe.optim.lr
+    assert {(job.recipe.model.mlp, job.recipe.optim.lr) for job in others} == {("gelu", kept)}
+    path.write_text(text)
+    (without,) = {job.steps for job in jobs(read_study(path), tmp_path) if job.folder.name == "plain"}
+    assert {job.steps for job in plain} < set(range(1, without)), "a larger network makes fewer steps of a budget"
 
 
 def test_two_processes_share_the_runs_and_both_end_with_all_of_them(study, killed_and_resumed, tmp_path) -> None:
