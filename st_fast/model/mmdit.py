@@ -37,7 +37,8 @@ from st_fast.model.layers import (
     weighed,
 )
 from st_fast.model.layout import Layout
-from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk
+from st_fast.model.transformer import INTERNAL, DiffusionTransformer
+from st_fast.model.walk import Walk
 from st_fast.recipe.schema import Model
 
 

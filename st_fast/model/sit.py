@@ -34,7 +34,8 @@ from st_fast.model.layers import (
     weighed,
 )
 from st_fast.model.layout import Groups, Layout
-from st_fast.model.transformer import INTERNAL, DiffusionTransformer, Walk, of_groups
+from st_fast.model.transformer import INTERNAL, DiffusionTransformer
+from st_fast.model.walk import Walk, of_groups
 from st_fast.recipe.schema import Model
 
 

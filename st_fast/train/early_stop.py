@@ -19,7 +19,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.model import DiffusionTransformer, flow
 from st_fast.model.layers import Run
 from st_fast.model.side_stream import Future
-from st_fast.model.transformer import of_groups
+from st_fast.model.walk import of_groups
 from st_fast.recipe.methods import Method
 from st_fast.train import memory
 from st_fast.train.log import Log

@@ -83,7 +83,7 @@ def test_each_comparison_says_what_the_runs_say(results):
     assert "all 3 seeds agree on a sign in 25.0\u00a0% of comparisons, and 3 arms" in certainty(results)
 
 
-@pytest.mark.parametrize("keys", [{"sample": {"cfg_scale": 3.0}}, {"stage": {"supervision": "repa"}}])
+@pytest.mark.parametrize("keys", [{"sections": {"sample": {"cfg_scale": 3.0}}}, {"stage": {"supervision": "repa"}}])
 def test_an_arm_drawn_otherwise_or_taught_from_outside_is_never_the_best_but_in_the_tables_end(keys, results, tmp_path):
     def sentence_and_rows(study) -> tuple[str, list[str]]:
         text = body(replace(results, study=study), tmp_path)
