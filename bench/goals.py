@@ -114,10 +114,16 @@ class Goal:
         return f"{value:.2f}×" if self.unit == "×" else f"{value:.0f} {self.unit}"
 
 
+def inputs_named(kind: str) -> str:
+    """What the name of an op's row says of a kind of inputs: " by groups", " by tokens"; " rms" and whatever else."""
+    return f" by {kind}" if kind in ("groups", "tokens") else f" {kind}"
+
+
 NORMS = ("norm_modulate", "gate_residual_norm_modulate")
 ADALN = {"op": NORMS, "kind": None}
 ADALN_GROUPS = {"op": NORMS, "kind": "groups"}
 """With a modulation of each of two groups of tokens; gate_residual, alone, has its bytes as a goal."""
+ADALN_RMS = {"op": NORMS, "kind": "rms"}
 ADALN_XL = {**ADALN, "size": "XL/2, batch 256"}
 GUIDED_S = {"op": "guided_feature_loss", "size": ("S/2, batch 8", "S/2, batch 32")}
 CACHED = {"loader": ("dali", "resident"), "cache": "warm"}
@@ -139,6 +145,10 @@ GOALS = (
     Goal("cpu", "the same, its time over that with one modulation a sample", "kernels",
          ADALN_GROUPS | {"op": (*NORMS, "gate_residual")},
          ("both", "times_usual"), most=1.25),
+    Goal("cpu", "adaLN ops with RMSNorm, forward + backward, against eager", "kernels", ADALN_RMS,
+         ("both", "speedup", "eager"), 2.0),
+    Goal("cpu", "adaLN ops with RMSNorm, forward + backward, against `torch.compile`", "kernels", ADALN_RMS,
+         ("both", "speedup", "compile"), 1.0),
     Goal("cpu", "guided_feature_loss at S/2, forward + backward, against eager", "kernels", GUIDED_S,
          ("both", "speedup", "eager"), 3.0),
     Goal("cpu", "adamw_ema against `AdamW(fused=True)` + clip + `_foreach_lerp_`", "kernels", {"op": "adamw_ema"},

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import measure, optimiser
+from bench.goals import inputs_named
 from bench.machine import Suite, Task, default_device, notices
 from bench.measure import (
     Copy,
@@ -103,7 +104,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        name = f"{self.op} {self.form}".strip() + (f" by {self.kind}" if self.kind else "")
+        name = f"{self.op} {self.form}".strip() + (inputs_named(self.kind) if self.kind else "")
         return f"{name} | {self.size.label} | {str(self.dtype).removeprefix('torch.')}"
 
     @property

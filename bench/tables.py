@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.goals import Row, of
+from bench.goals import Row, inputs_named, of
 from st_fast.report.metrics import RANKING, summary
 
 Columns = Mapping[str, Callable[[Row], str]]
@@ -63,7 +63,7 @@ def _key(row: Row) -> str:
 
 
 def _op(row: Row) -> str:
-    form = (f" {row['form']}" if "form" in row else "") + (f" by {row['kind']}" if "kind" in row else "")
+    form = (f" {row['form']}" if "form" in row else "") + (inputs_named(row["kind"]) if "kind" in row else "")
     return f"{row['op']}{form}, {row['size']}, {row['dtype']}"
 
 

@@ -1,4 +1,4 @@
-// LayerNorm + adaLN modulation and the gated residual, forward and backward (DiT, arXiv 2212.09748).
+// LayerNorm or RMSNorm + adaLN modulation and the gated residual, forward and backward (DiT, arXiv 2212.09748).
 #pragma once
 
 #include "rows.h"
@@ -50,16 +50,18 @@ ST_INLINE const float* add_gated(const AdaLN& p, int64_t b, int64_t n, const flo
 
 ST_INLINE void normalise(const AdaLN& p, int64_t b, int64_t n, const float* x, const float* w, const float* shift,
                          float* scratch) {
-  Vec acc[4] = {};
-  sweep(p.D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA { acc[slot.value] += load(x + i, lanes); });
-  const float mean = total(acc) / static_cast<float>(p.D);
+  float mean = 0;  // RMSNorm's arithmetic is LayerNorm's of rows whose mean is 0
+  if (p.mean) {
+    Vec acc[4] = {};
+    sweep(p.D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA { acc[slot.value] += load(x + i, lanes); });
+    mean = p.mean[b * p.N + n] = total(acc) / static_cast<float>(p.D);
+  }
   Vec squares[4] = {};
   sweep(p.D, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
     const Vec centred = keep(load(x + i, lanes) - mean, lanes);
     squares[slot.value] += centred * centred;
   });
   const float rstd = 1.0f / __builtin_sqrtf(total(squares) / static_cast<float>(p.D) + p.eps);
-  p.mean[b * p.N + n] = mean;
   p.rstd[b * p.N + n] = rstd;
   const bool past_cache = p.y.past_cache;
   float* y = write_row(p.y, b, n, scratch);
@@ -99,7 +101,7 @@ ST_INLINE void add(float* sum, Vec value, int64_t i, const Sums& sums, Lanes lan
   else store(sum + i, load(sum + i, lanes) + value, lanes);
 }
 
-// The two means that LayerNorm's backward needs, of g = dy * (1 + scale) and of g * x_hat; adds dshift and dscale.
+// The two means that the norm's backward needs, of g = dy * (1 + scale) and of g * x_hat; adds dshift and dscale.
 template <bool TOKENS>
 ST_INLINE void norm_sums(int64_t D, const float* dy, const float* x, const float* w, float mean, float rstd,
                          const Sums& sums, float* mean_g, float* mean_gx) {
@@ -140,10 +142,11 @@ void adaln_backward(const AdaLN& p, int64_t begin, int64_t end) {
       if (NORM) {
         dy = read_row(p.dy, b, n, p.D, scratch.row(0));
         x = read_row(p.x_out, b, n, p.D, scratch.row(1));
-        mean = p.mean[b * p.N + n];
+        mean = p.mean ? p.mean[b * p.N + n] : 0;
         rstd = p.rstd[b * p.N + n];
         dx = write_row(p.dx, b, n, scratch.row(2));
         norm_sums<TOKENS>(p.D, dy, x, w, mean, rstd, sums, &mean_g, &mean_gx);
+        if (!p.mean) mean_g = 0;  // nothing was subtracted that has a gradient
       }
       if (GATED) {
         dx_out = read_row(p.dx_out, b, n, p.D, scratch.row(3));

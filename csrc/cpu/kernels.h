@@ -40,7 +40,7 @@ struct AdaLN {
   float eps;
   Rows x, a, gate, shift, scale, x_out, y;  // forward; x_out is also read by the backward pass
   Rows dx_out, dy, dx, da;                  // backward
-  float *mean, *rstd;                       // (B, N)
+  float *mean, *rstd;                       // (B, N); mean == nullptr: RMSNorm, which has none
   float* partial;                           // (B, chunks, sums, D), sums in the order gate, shift, scale
   Rows dmod;                                // (B, runs, sums · D); per token (B, N, sums · D), and no partial
   int64_t sums;

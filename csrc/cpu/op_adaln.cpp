@@ -68,6 +68,15 @@ float* statistic(const AdaLN& p, const Tensor& t, const char* name) {
   return floats(t);
 }
 
+// The mean, which RMSNorm does not have, and rstd.
+std::tuple<Tensor, Tensor> new_statistics(AdaLN& p, bool rms) {
+  const int32_t dtype = aoti_torch_dtype_float32();
+  Tensor mean = rms ? empty({0}, dtype) : empty({p.B, p.N}, dtype), rstd = empty({p.B, p.N}, dtype);
+  p.mean = rms ? nullptr : floats(mean);
+  p.rstd = floats(rstd);
+  return {mean, rstd};
+}
+
 using Kernel = void (*)(const AdaLN&, int64_t, int64_t);
 
 void run_tokens(Kernel kernel, const Call& p) { run<AdaLN>(kernel, p, p.tasks(), kTokensPerTask * p.D); }
@@ -93,29 +102,28 @@ Tensor run_backward(const Kernel (&kernel)[2], Call& p, int64_t sums, const Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale,
-                                                 double eps, Lengths lengths) {
+                                                 double eps, Lengths lengths, bool rms) {
   Call p(x, "x", shift, lengths);
   Tensor y = empty_as({p.B, p.N, p.D}, x);
-  Tensor mean = empty({p.B, p.N}, aoti_torch_dtype_float32()), rstd = empty({p.B, p.N}, aoti_torch_dtype_float32());
   p.eps = static_cast<float>(eps);
   p.x = rows(x, "x");
   p.shift = modulation(p, shift, "shift");
   p.scale = modulation(p, scale, "scale");
   p.y = result_rows(y, "y");
-  p.mean = floats(mean);
-  p.rstd = floats(rstd);
+  auto [mean, rstd] = new_statistics(p, rms);
   run_tokens(kernels().norm_modulate, p);
   return {y, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor> norm_modulate_backward(const Tensor& dy, const Tensor& x, const Tensor& scale,
-                                                  const Tensor& mean, const Tensor& rstd, Lengths lengths) {
+                                                  const Tensor& mean, const Tensor& rstd, Lengths lengths,
+                                                  bool rms) {
   Call p(x, "x", scale, lengths);
   Tensor dx = empty_as({p.B, p.N, p.D}, x);
   p.dy = tokens(p, dy, "dy");
   p.x_out = rows(x, "x");
   p.scale = modulation(p, scale, "scale");
-  p.mean = statistic(p, mean, "mean");
+  p.mean = rms ? nullptr : statistic(p, mean, "mean");
   p.rstd = statistic(p, rstd, "rstd");
   p.dx = result_rows(dx, "dx");
   return {dx, run_backward(kernels().norm_modulate_backward, p, 2, scale)};
@@ -124,10 +132,10 @@ std::tuple<Tensor, Tensor> norm_modulate_backward(const Tensor& dy, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate(const Tensor& x, const Tensor& a,
                                                                        const Tensor& gate, const Tensor& shift,
                                                                        const Tensor& scale, double eps,
-                                                                       std::optional<Tensor>, Lengths lengths) {
+                                                                       std::optional<Tensor>, Lengths lengths,
+                                                                       bool rms) {
   Call p(x, "x", gate, lengths);
   Tensor x_out = empty_as({p.B, p.N, p.D}, x), y = empty_as({p.B, p.N, p.D}, x);
-  Tensor mean = empty({p.B, p.N}, aoti_torch_dtype_float32()), rstd = empty({p.B, p.N}, aoti_torch_dtype_float32());
   p.eps = static_cast<float>(eps);
   p.x = rows(x, "x");
   p.a = tokens(p, a, "a");
@@ -136,15 +144,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate(const Ten
   p.scale = modulation(p, scale, "scale");
   p.x_out = result_rows(x_out, "x_out");
   p.y = result_rows(y, "y");
-  p.mean = floats(mean);
-  p.rstd = floats(rstd);
+  auto [mean, rstd] = new_statistics(p, rms);
   run_tokens(kernels().gate_residual_norm_modulate, p);
   return {x_out, y, mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
     const Tensor& dx_out, const Tensor& dy, const Tensor& x_out, const Tensor& a, const Tensor& gate,
-    const Tensor& scale, const Tensor& mean, const Tensor& rstd, std::optional<Tensor> a_bias, Lengths lengths) {
+    const Tensor& scale, const Tensor& mean, const Tensor& rstd, std::optional<Tensor> a_bias, Lengths lengths,
+    bool rms) {
   Call p(x_out, "x_out", gate, lengths);
   Tensor dx = empty_as({p.B, p.N, p.D}, x_out), da = empty_as({p.B, p.N, p.D}, a);
   p.dx_out = tokens(p, dx_out, "dx_out");
@@ -153,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_residual_norm_modulate_backward(
   p.a = tokens(p, a, "a");
   p.gate = modulation(p, gate, "gate");
   p.scale = modulation(p, scale, "scale");
-  p.mean = statistic(p, mean, "mean");
+  p.mean = rms ? nullptr : statistic(p, mean, "mean");
   p.rstd = statistic(p, rstd, "rstd");
   p.dx = result_rows(dx, "dx");
   p.da = result_rows(da, "da");

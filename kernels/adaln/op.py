@@ -35,8 +35,9 @@ TRITON = __package__ + ".triton"
 
 
 def checked(
-    op: str, x: Tensor, a: Tensor | None, lengths: Lengths, eps: float | None = None, **vectors: Tensor
-) -> Lengths:
+    op: str, x: Tensor, a: Tensor | None, lengths: Lengths, eps: float | None = None, norm: str = "layer",
+    **vectors: Tensor,
+) -> Lengths:  # fmt: skip
     """x and a (B, N, D); every modulation of one dtype, and (B, D), or (B, G, D) with G lengths, or (B, N, D).
 
     Returns the lengths as the ops take them: None where every run is one token.
@@ -58,15 +59,22 @@ def checked(
     checks.one_dtype(op, **vectors)
     if eps is not None:
         checks.eps(op, eps)
+    if norm not in definition.NORMS:
+        raise ValueError(f"{op}: norm = {norm!r}; one of {', '.join(definition.NORMS)} is needed")
     return None if lengths is None or len(lengths) == tokens else lengths
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, lengths: Lengths = None) -> Tensor:
-    """LN(x)·(1 + scale) + shift (B, N, D) in x's dtype; gradients to x, shift and scale."""
-    lengths = checked("norm_modulate", x, None, lengths, eps, shift=shift, scale=scale)
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, lengths: Lengths = None, norm: str = "layer"
+) -> Tensor:
+    """norm(x)·(1 + scale) + shift (B, N, D) in x's dtype, norm "layer" or "rms"; gradients to x, shift and scale.
+
+    A weight w of the norm can be folded into the scale: w·(1 + scale) − 1.
+    """
+    lengths = checked("norm_modulate", x, None, lengths, eps, norm, shift=shift, scale=scale)
     if x.dtype == torch.float64:
-        return definition.norm_modulate(x, shift, scale, eps, lengths)
-    y: Tensor = ops.norm_modulate(x, shift, scale, eps, lengths)[0]
+        return definition.norm_modulate(x, shift, scale, eps, lengths, norm)
+    y: Tensor = ops.norm_modulate(x, shift, scale, eps, lengths, norm == "rms")[0]
     return y
 
 
@@ -81,18 +89,19 @@ def gate_residual(x: Tensor, a: Tensor, gate: Tensor, lengths: Lengths = None) -
 
 def gate_residual_norm_modulate(
     x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6,
-    a_bias: Tensor | None = None, lengths: Lengths = None,
+    a_bias: Tensor | None = None, lengths: Lengths = None, norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift, both in x's dtype; gradients to all.
+    """x' = x + gate·a and y = norm(x')·(1 + scale) + shift, both in x's dtype; norm "layer" or "rms"; gradients to all.
 
     a_bias (D,), the bias of the layer that made a, gets its gradient here if that layer is called with
     `a_bias.detach()`: the backward pass has da at hand and sums it without reading it again.
     """
-    lengths = checked("gate_residual_norm_modulate", x, a, lengths, eps, gate=gate, shift=shift, scale=scale)
+    lengths = checked("gate_residual_norm_modulate", x, a, lengths, eps, norm, gate=gate, shift=shift, scale=scale)
     checks.bias("gate_residual_norm_modulate", "a_bias", a_bias, "a", a)
     if x.dtype == torch.float64:
-        return definition.gate_residual_norm_modulate(x, a, gate, shift, scale, eps, a_bias, lengths)
-    x_out, y, _, _ = ops.gate_residual_norm_modulate(x, a, gate, shift, scale, eps, wants_gradient(a_bias), lengths)
+        return definition.gate_residual_norm_modulate(x, a, gate, shift, scale, eps, a_bias, lengths, norm)
+    a_bias, rms = wants_gradient(a_bias), norm == "rms"
+    x_out, y, _, _ = ops.gate_residual_norm_modulate(x, a, gate, shift, scale, eps, a_bias, lengths, rms)
     return x_out, y
 
 
@@ -101,39 +110,41 @@ def _slab(scale: Tensor, parts: int) -> Tensor:
     return scale.new_empty((*scale.shape[:-1], parts * scale.shape[-1]))
 
 
+def _statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+    """Fakes of the mean, which RMSNorm does not have, and rstd."""
+    return statistic(x, (0,) if rms else x.shape[:2]), statistic(x, x.shape[:2])
+
+
 define(
     "norm_modulate",
-    "(Tensor x, Tensor shift, Tensor scale, float eps, int[]? lengths=None) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor shift, Tensor scale, float eps, int[]? lengths=None, bool rms=False)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
     definition.norm_modulate_forward,
-    lambda x, shift, scale, eps, lengths=None: (new(x), statistic(x, x.shape[:2]), statistic(x, x.shape[:2])),
+    lambda x, shift, scale, eps, lengths=None, rms=False: (new(x), *_statistics(x, rms)),
     TRITON,
 )
 define(
     "norm_modulate_backward",
-    "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, int[]? lengths=None) -> (Tensor dx, Tensor dmod)",
+    "(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, int[]? lengths=None, bool rms=False)"
+    " -> (Tensor dx, Tensor dmod)",
     definition.norm_modulate_backward,
-    lambda dy, x, scale, mean, rstd, lengths=None: (new(x), _slab(scale, 2)),
+    lambda dy, x, scale, mean, rstd, lengths=None, rms=False: (new(x), _slab(scale, 2)),
     TRITON,
 )
 define(
     "gate_residual_norm_modulate",
-    "(Tensor x, Tensor a, Tensor gate, Tensor shift, Tensor scale, float eps, Tensor? a_bias, int[]? lengths=None)"
-    " -> (Tensor x_out, Tensor y, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor a, Tensor gate, Tensor shift, Tensor scale, float eps, Tensor? a_bias, int[]? lengths=None, "
+    "bool rms=False) -> (Tensor x_out, Tensor y, Tensor mean, Tensor rstd)",
     definition.gate_residual_norm_modulate_forward,
-    lambda x, a, gate, shift, scale, eps, a_bias, lengths=None: (
-        new(x),
-        new(x),
-        statistic(x, x.shape[:2]),
-        statistic(x, x.shape[:2]),
-    ),
+    lambda x, a, gate, shift, scale, eps, a_bias, lengths=None, rms=False: (new(x), new(x), *_statistics(x, rms)),
     TRITON,
 )
 define(
     "gate_residual_norm_modulate_backward",
     "(Tensor dx_out, Tensor dy, Tensor x_out, Tensor a, Tensor gate, Tensor scale, Tensor mean, Tensor rstd, "
-    "Tensor? a_bias, int[]? lengths=None) -> (Tensor dx, Tensor da, Tensor dmod, Tensor da_bias)",
+    "Tensor? a_bias, int[]? lengths=None, bool rms=False) -> (Tensor dx, Tensor da, Tensor dmod, Tensor da_bias)",
     definition.gate_residual_norm_modulate_backward,
-    lambda dx_out, dy, x_out, a, gate, scale, mean, rstd, a_bias, lengths=None: (
+    lambda dx_out, dy, x_out, a, gate, scale, mean, rstd, a_bias, lengths=None, rms=False: (
         new(x_out), new(a), _slab(scale, 3), fake_bias_gradient(x_out, a_bias)
     ),
     TRITON,
@@ -155,7 +166,7 @@ define(
 
 
 def _save_norm_modulate(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, scale, _, *ctx.lengths = inputs  # the dispatcher leaves out lengths that are None
+    x, _, scale, _, *ctx.rest = inputs  # lengths and rms; the dispatcher leaves out defaults at the end
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -164,14 +175,14 @@ def _save_norm_modulate(ctx: Context, inputs: tuple[Any, ...], output: tuple[Ten
 
 def _norm_modulate(ctx: Context, dy: Grad, _mean: None, _rstd: None) -> tuple[Grad, ...]:
     if dy is None:
-        return None, None, None, None, None
-    dx, dmod = ops.norm_modulate_backward(dy, *ctx.saved_tensors, *ctx.lengths)
+        return None, None, None, None, None, None
+    dx, dmod = ops.norm_modulate_backward(dy, *ctx.saved_tensors, *ctx.rest)
     dshift, dscale = dmod.chunk(2, -1)
-    return dx, dshift, dscale, None, None
+    return dx, dshift, dscale, None, None, None
 
 
 def _save_gate_residual_norm_modulate(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, a, gate, _, scale, _, a_bias, *ctx.lengths = inputs
+    _, a, gate, _, scale, _, a_bias, *ctx.rest = inputs
     x_out, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -182,10 +193,10 @@ def _gate_residual_norm_modulate(ctx: Context, dx_out: Grad, dy: Grad, _mean: No
     saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is refused
     x_out = saved[0]
     dx, da, dmod, da_bias = ops.gate_residual_norm_modulate_backward(
-        zeros_if_none(dx_out, x_out), zeros_if_none(dy, x_out), *saved, *ctx.lengths
+        zeros_if_none(dx_out, x_out), zeros_if_none(dy, x_out), *saved, *ctx.rest
     )
     dgate, dshift, dscale = dmod.chunk(3, -1)
-    return dx, da, dgate, dshift, dscale, None, None if saved[-1] is None else da_bias, None
+    return dx, da, dgate, dshift, dscale, None, None if saved[-1] is None else da_bias, None, None
 
 
 def _save_gate_residual(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -241,16 +252,22 @@ def _kinds(make: Callable[..., Inputs]) -> dict[str, Kind]:
     }
 
 
+def _rms(make: Callable[..., Inputs]) -> dict[str, Kind]:
+    """RMSNorm, which has no mean to keep."""
+    return {"rms": Kind(lambda draw, size: make(draw, size, rest=(None, "rms")), statistics=lambda size: 1)}
+
+
 DECLARED = {
     "norm_modulate": Op(
         norm_modulate, definition.norm_modulate, _try_norm_modulate,
         floor=(2, 3),  # read x, write y; read dy, x, write dx
-        vectors=(2, 3), statistics=lambda size: 2, kinds=_kinds(_try_norm_modulate),
+        vectors=(2, 3), statistics=lambda size: 2, kinds=_kinds(_try_norm_modulate) | _rms(_try_norm_modulate),
     ),
     "gate_residual_norm_modulate": Op(
         gate_residual_norm_modulate, definition.gate_residual_norm_modulate, _try_gate_residual_norm_modulate,
         floor=(4, 6),  # read x, a, write x', y; read dy, dx', x', a, write dx, da
-        vectors=(3, 5), statistics=lambda size: 2, kinds=_kinds(_try_gate_residual_norm_modulate),
+        vectors=(3, 5), statistics=lambda size: 2,
+        kinds=_kinds(_try_gate_residual_norm_modulate) | _rms(_try_gate_residual_norm_modulate),
     ),
     "gate_residual": Op(
         gate_residual, definition.gate_residual, _try_gate_residual,

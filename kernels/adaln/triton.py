@@ -1,14 +1,15 @@
-"""LayerNorm + adaLN modulation and the gated residual in Triton, forward and backward (DiT, arXiv 2212.09748).
+"""LayerNorm or RMSNorm + adaLN modulation and the gated residual in Triton, forward and backward (arXiv 2212.09748).
 
-    x' = x + gate·a        y = LN(x')·(1 + scale) + shift        LN without affine, per token over D channels
+    x' = x + gate·a        y = norm(x')·(1 + scale) + shift        no affine in the norm, per token over D channels
 
 The public functions take and return tensors and know nothing of dispatch or autograd; `partials.py` and `../common/`
 are all they need.
 
 Shapes: x, a and their gradients (B, N, D), any strides; gate, shift, scale (B, D), or (B, G, D) with the lengths of G
 runs of tokens, or (B, N, D), any strides (views of one (B, 6D) tensor as a rule). float32, bfloat16 or float16, mixed
-freely; arithmetic and statistics are float32; mean and rstd are (B, N) float32. Outputs are contiguous. The
-modulation's gradients come back in one slab (B, k·D), (B, G, k·D) or (B, N, k·D).
+freely; arithmetic and statistics are float32; mean and rstd are (B, N) float32. RMSNorm (rms=True), which is compiled
+apart, has no mean: it is (0,), neither written nor read. Outputs are contiguous. The modulation's gradients come back
+in one slab (B, k·D), (B, G, k·D) or (B, N, k·D).
 
 How it works. One program owns a chunk of one run of a sample's tokens, so it reads the modulation once; in the backward
 it also adds up the gate, shift and scale gradients in float32 registers, writes one partial sum per chunk, and a second
@@ -61,10 +62,10 @@ REGISTERS = 168
 def _adaln_forward_kernel(
     x_ptr, a_ptr, gate_ptr, shift_ptr, scale_ptr, x_out_ptr, y_ptr, mean_ptr, rstd_ptr,
     N, rows, x_b, x_n, a_b, a_n, gate_b, gate_n, shift_b, shift_n, scale_b, scale_n,
-    LENGTHS: tl.constexpr, TOKENS: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr,
+    LENGTHS: tl.constexpr, TOKENS: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x (B, N, D) → y, mean, rstd and, if GATED, x_out = x + gate·a."""
+    """x (B, N, D) → y, rstd, unless RMS mean and, if GATED, x_out = x + gate·a."""
     sample, run, first, last = run_chunk(N, rows, LENGTHS)
     if not TOKENS:
         shift, shift_t = load_vector(shift_ptr, sample, shift_b, run, shift_n, D, MAIN, TAIL)
@@ -86,12 +87,14 @@ def _adaln_forward_kernel(
             x_t = (x_t + gate_t * a_t).to(x_out_ptr.dtype.element_ty)
             store_row(x_out_ptr + row * D, x, x_t, D, MAIN, TAIL)
             x, x_t = x.to(tl.float32), x_t.to(tl.float32)
-        mean = row_sum(x, x_t, TAIL) / D
-        x, x_t = centred(x, x_t, mean, D, MAIN, TAIL)
+        if not RMS:
+            mean = row_sum(x, x_t, TAIL) / D
+            x, x_t = centred(x, x_t, mean, D, MAIN, TAIL)
         rstd = tl.rsqrt(row_sum(x * x, x_t * x_t, TAIL) / D + EPS)
         y, y_t = x * rstd * (1 + scale) + shift, x_t * rstd * (1 + scale_t) + shift_t
         store_row(y_ptr + row * D, y, y_t, D, MAIN, TAIL)
-        tl.store(mean_ptr + row, mean)
+        if not RMS:
+            tl.store(mean_ptr + row, mean)
         tl.store(rstd_ptr + row, rstd)
 
 
@@ -100,7 +103,7 @@ def _adaln_forward_kernel(
 def _adaln_backward_kernel(
     dx_out_ptr, dy_ptr, x_ptr, a_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, da_ptr, dmod_ptr, partial_ptr,
     N, rows, dx_out_b, dx_out_n, dy_b, dy_n, x_b, x_n, a_b, a_n, gate_b, gate_n, scale_b, scale_n,
-    LENGTHS: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    LENGTHS: tl.constexpr, TOKENS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, RMS: tl.constexpr,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dy, if GATED dx_out → dx, da and the chunk's sums [dgate], dshift, dscale and, if BIAS, Σ da; x is what was
@@ -129,10 +132,14 @@ def _adaln_backward_kernel(
             scale, scale_t = 1 + scale, 1 + scale_t
             if GATED:
                 gate, gate_t = load_vector(gate_ptr, sample, gate_b, token, gate_n, D, MAIN, TAIL)
-        mean = tl.load(mean_ptr + row)
-        rstd = tl.load(rstd_ptr + row)
         # Padding lanes hold x = 0 and dy = 0: whatever h is there, it only ever meets a zero factor.
-        h, h_t = (x - mean) * rstd, (x_t - mean) * rstd
+        if RMS:
+            rstd = tl.load(rstd_ptr + row)
+            h, h_t = x * rstd, x_t * rstd
+        else:
+            mean = tl.load(mean_ptr + row)
+            rstd = tl.load(rstd_ptr + row)
+            h, h_t = (x - mean) * rstd, (x_t - mean) * rstd
         if TOKENS:
             store_row(dmod_ptr + ((row + 1) * sums - 2) * D, dy, dy_t, D, MAIN, TAIL)
             store_row(dmod_ptr + ((row + 1) * sums - 1) * D, dy * h, dy_t * h_t, D, MAIN, TAIL)
@@ -140,9 +147,13 @@ def _adaln_backward_kernel(
             dshift, dshift_t = dshift + dy, dshift_t + dy_t
             dscale, dscale_t = dscale + dy * h, dscale_t + dy_t * h_t
         dh, dh_t = dy * scale, dy_t * scale_t
-        along_one = row_sum(dh, dh_t, TAIL) / D
-        along_h = row_sum(dh * h, dh_t * h_t, TAIL) / D
-        dx, dx_t = (dh - along_one - h * along_h) * rstd, (dh_t - along_one - h_t * along_h) * rstd
+        if RMS:
+            along_h = row_sum(dh * h, dh_t * h_t, TAIL) / D
+            dx, dx_t = (dh - h * along_h) * rstd, (dh_t - h_t * along_h) * rstd
+        else:
+            along_one = row_sum(dh, dh_t, TAIL) / D
+            along_h = row_sum(dh * h, dh_t * h_t, TAIL) / D
+            dx, dx_t = (dh - along_one - h * along_h) * rstd, (dh_t - along_one - h_t * along_h) * rstd
         if GATED:
             dx, dx_t = dx + dx_out, dx_t + dx_out_t
             if TOKENS:
@@ -227,29 +238,30 @@ def _kind(vector: Tensor, lengths: Lengths) -> dict[str, Any]:
 
 
 def _forward(
-    x: Tensor, a: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, lengths: Lengths
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    x: Tensor, a: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float, lengths: Lengths,
+    rms: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the forward with or without the gated residual: x_out or None, y, mean, rstd."""
     samples, tokens, width = x.shape
     x, shift, scale = by_row(x), by_row(shift), by_row(scale)
     a, gate = (None, None) if a is None or gate is None else (by_row(a), by_row(gate))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     x_out = None if a is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean = x.new_empty((samples, tokens), dtype=torch.float32)
+    mean = x.new_empty(0 if rms else (samples, tokens), dtype=torch.float32)
     rstd = x.new_empty((samples, tokens), dtype=torch.float32)
     kind, rows = _kind(scale, lengths), cut_tokens(samples, tokens, FORWARD_PROGRAMS, 1, 16)
     streamed = (1 if a is None else 2) + ((2 if a is None else 3) if kind["TOKENS"] else 0)
     _adaln_forward_kernel[(samples * count_chunks(tokens, rows, kind["LENGTHS"]),)](
-        x, a, gate, shift, scale, x_out, y, mean, rstd, tokens, rows, *x.stride()[:2],
+        x, a, gate, shift, scale, x_out, y, None if rms else mean, rstd, tokens, rows, *x.stride()[:2],
         *((0, 0) if a is None else a.stride()[:2]), *_strides(gate), *_strides(shift), *_strides(scale),
-        **kind, EPS=eps, GATED=a is not None, **row_config(width, streamed, x.dtype),
+        **kind, EPS=eps, GATED=a is not None, RMS=rms, **row_config(width, streamed, x.dtype),
     )  # fmt: skip
     return x_out, y, mean, rstd
 
 
 def _backward(
     dx_out: Tensor | None, dy: Tensor, x: Tensor, a: Tensor | None, gate: Tensor | None, scale: Tensor,
-    mean: Tensor, rstd: Tensor, a_bias: Tensor | None, lengths: Lengths,
+    mean: Tensor, rstd: Tensor, a_bias: Tensor | None, lengths: Lengths, rms: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Launches the backward with or without the gated residual: dx, da or None, slab [dgate,] dshift, dscale, and
     da_bias."""
@@ -269,10 +281,10 @@ def _backward(
     columns = ((sums if dmod is None else 0) + (0 if a_bias is None else 1)) * width
     partial = x.new_empty((samples, chunks, columns), dtype=torch.float32)
     _adaln_backward_kernel[(samples * chunks,)](
-        dx_out, dy, x, a, gate, scale, mean, rstd, dx, da, dmod, partial, tokens, rows,
+        dx_out, dy, x, a, gate, scale, None if rms else mean, rstd, dx, da, dmod, partial, tokens, rows,
         *((0, 0) if dx_out is None else dx_out.stride()[:2]), *dy.stride()[:2], *x.stride()[:2],
         *((0, 0) if a is None else a.stride()[:2]), *_strides(gate), *_strides(scale),
-        **kind, GATED=a is not None, BIAS=a_bias is not None, **config,
+        **kind, GATED=a is not None, BIAS=a_bias is not None, RMS=rms, **config,
     )  # fmt: skip
     if dmod is not None:
         return dx, da, dmod, add_partials(partial, 0, scale.dtype, a_bias)[1]
@@ -280,38 +292,39 @@ def _backward(
 
 
 def norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, lengths: Lengths = None
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, lengths: Lengths = None, rms: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = LN(x)·(1 + scale) + shift; returns y in x's dtype, mean and rstd."""
-    _, y, mean, rstd = _forward(x, None, None, shift, scale, eps, lengths)
+    """y = norm(x)·(1 + scale) + shift; returns y in x's dtype, mean, of RMSNorm (0,), and rstd."""
+    _, y, mean, rstd = _forward(x, None, None, shift, scale, eps, lengths, rms)
     return y, mean, rstd
 
 
 def norm_modulate_backward(
-    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, lengths: Lengths = None
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, lengths: Lengths = None, rms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """dx in x's dtype, and the slab (B, 2D) = [dshift, dscale] in scale's dtype; (B, G or N, 2D) where scale is."""
-    dx, _, slab, _ = _backward(None, dy, x, None, None, scale, mean, rstd, None, lengths)
+    dx, _, slab, _ = _backward(None, dy, x, None, None, scale, mean, rstd, None, lengths, rms)
     return dx, slab
 
 
 def gate_residual_norm_modulate(
     x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float,
-    a_bias: Tensor | None = None, lengths: Lengths = None,
+    a_bias: Tensor | None = None, lengths: Lengths = None, rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift; returns x', y (both in x's dtype), mean and rstd of x'."""
-    x_out, y, mean, rstd = _forward(x, a, gate, shift, scale, eps, lengths)
+    """x' = x + gate·a and y = norm(x')·(1 + scale) + shift; returns x', y (both in x's dtype), mean, of RMSNorm (0,),
+    and rstd of x'."""
+    x_out, y, mean, rstd = _forward(x, a, gate, shift, scale, eps, lengths, rms)
     assert x_out is not None
     return x_out, y, mean, rstd
 
 
 def gate_residual_norm_modulate_backward(
     dx_out: Tensor, dy: Tensor, x_out: Tensor, a: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    a_bias: Tensor | None = None, lengths: Lengths = None,
+    a_bias: Tensor | None = None, lengths: Lengths = None, rms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx in x's dtype, da in a's, the slab (B, 3D) = [dgate, dshift, dscale] in scale's dtype, or (B, G or N, 3D) where
     scale is, and da_bias (D,), which is empty without a_bias."""
-    dx, da, slab, da_bias = _backward(dx_out, dy, x_out, a, gate, scale, mean, rstd, a_bias, lengths)
+    dx, da, slab, da_bias = _backward(dx_out, dy, x_out, a, gate, scale, mean, rstd, a_bias, lengths, rms)
     assert da is not None
     return dx, da, slab, da_bias
 
@@ -354,6 +367,8 @@ WIDTHS = (384, 768, 1024, 1152)
 CEILINGS = {
     "forward": 80, "plain_forward": 64, "backward": REGISTERS, "bias_backward": REGISTERS, "plain_backward": 128,
     "gate_forward": 64, "gate_backward": 64, "add_partials": 48,
+    "rms_forward": 80, "rms_plain_forward": 64, "rms_backward": REGISTERS, "rms_bias_backward": REGISTERS,
+    "rms_plain_backward": 128,
     "runs_forward": 80, "runs_backward": REGISTERS, "runs_gate_backward": 64,
     "tokens_forward": 80, "tokens_backward": REGISTERS, "tokens_bias_backward": REGISTERS, "tokens_gate_backward": 64,
 }  # fmt: skip
@@ -374,6 +389,12 @@ def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[st
     yield "gate_forward", lambda: gate_residual(x, x, gate)
     yield "gate_backward", lambda: gate_residual_backward(x, x, gate)
     yield "bias_backward", lambda: backward(x, x, x, x, gate, scale, statistic, statistic, bias)
+    none = meta(0, dtype=torch.float32)
+    yield "rms_forward", lambda: gate_residual_norm_modulate(x, x, gate, shift, scale, 1e-6, rms=True)
+    yield "rms_plain_forward", lambda: norm_modulate(x, shift, scale, 1e-6, rms=True)
+    yield "rms_backward", lambda: backward(x, x, x, x, gate, scale, none, statistic, rms=True)
+    yield "rms_bias_backward", lambda: backward(x, x, x, x, gate, scale, none, statistic, bias, rms=True)
+    yield "rms_plain_backward", lambda: norm_modulate_backward(x, x, scale, none, statistic, rms=True)
     for name, lengths, vectors in (("runs", (64, 192), 2), ("tokens", None, 256)):
         gates, shifts, scales = meta(256, vectors, 6 * width).chunk(6, 2)[2:5]
         both = functools.partial(gate_residual_norm_modulate, x, x, gates, shifts, scales, 1e-6, lengths=lengths)

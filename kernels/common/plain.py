@@ -17,9 +17,10 @@ def up(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def norm_backward(dh: Tensor, h: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient through h = (x − mean)·rstd over the last axis."""
-    return (dh - dh.mean(-1, keepdim=True) - h * (dh * h).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
+def norm_backward(dh: Tensor, h: Tensor, rstd: Tensor, rms: bool = False) -> Tensor:
+    """The gradient through h = (x − mean)·rstd over the last axis; rms: through h = x·rstd."""
+    centred = dh if rms else dh - dh.mean(-1, keepdim=True)
+    return (centred - h * (dh * h).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
 
 
 def with_bias_gradient(y: Tensor, bias: Tensor | None) -> Tensor:

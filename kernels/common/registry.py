@@ -50,8 +50,10 @@ class Kind:
     """Inputs of another kind that an op takes, beside those of its `trial`."""
 
     trial: Callable[[Draw, Size], Inputs]
-    vectors: Callable[[Size], int]
+    vectors: Callable[[Size], int] = lambda size: 1
     """Modulation vectors of a sample."""
+    statistics: Callable[[Size], int] | None = None
+    """As the op's own, where they are others."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,11 @@ class Op:
             moved = self.data(size, itemsize), 0.0
             return moved, moved
         unit = size.batch * size.tokens * size.width * itemsize
-        vector = size.batch * size.width * itemsize * (self.kinds[kind].vectors(size) if kind else 1)
-        needed = vector if kind else 0
-        kept = 4 * self.statistics(size) * size.batch * size.tokens
+        other = self.kinds[kind] if kind else None
+        vector = size.batch * size.width * itemsize * (other.vectors(size) if other else 1)
+        needed = vector if other else 0
+        statistics = (other and other.statistics) or self.statistics
+        kept = 4 * statistics(size) * size.batch * size.tokens
         forward, backward = self.moved or self.floor
         if device_type == "cpu" and self.free_backward_on_cpu:
             backward = 0

@@ -30,6 +30,12 @@ def test_floors_are_those_of_performance_md(op, phase, bytes_an_element):
     assert getattr(found.moved, phase) >= getattr(found.floor, phase)
 
 
+@pytest.mark.parametrize("op", ["norm_modulate", "gate_residual_norm_modulate"])
+def test_rms_norm_keeps_one_number_a_token_less_than_layer_norm(op):
+    layer, rms = (Case(op, TINY, torch.bfloat16, CPU, kind=kind).moved for kind in ("", "rms"))
+    assert layer.forward - rms.forward == layer.backward - rms.backward == 4 * TINY.batch * TINY.tokens
+
+
 def test_the_optimiser_moves_forty_bytes_a_parameter_in_float32():
     (setting,) = optimiser.cases(CPU, full=False)
     assert setting.moved == 40 * setting.parameters
@@ -40,6 +46,7 @@ def test_every_op_has_a_row_and_so_has_each_other_form_of_it():
     found = [c.key.partition(" | ")[0] for c in ops.cases(TINY, torch.float32, CPU)]
     adaln = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
     others = {"qk_norm heads", *(f"{op} by {kind}" for op in adaln for kind in ("groups", "tokens"))}
+    others |= {"norm_modulate rms", "gate_residual_norm_modulate rms"}
     assert len(set(found)) == len(found) and set(found) == {*TABLE, *others}
 
 

@@ -30,10 +30,13 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def modulated(batch: int, tokens: int | tuple[int, ...], width: int, per_token: bool = False) -> list[Case]:
+def modulated(
+    batch: int, tokens: int | tuple[int, ...], width: int, per_token: bool = False, norm: str = "layer"
+) -> list[Case]:
     """The adaLN ops: modulation cut from one (B, 6D) tensor, x a transposed view, a with a strided last axis.
 
-    `tokens` may be the lengths of runs, each with a modulation of its own; `per_token`: one of every token.
+    `tokens` may be the lengths of runs, each with a modulation of its own; `per_token`: one of every token. With
+    another norm than "layer" those that have one.
     """
     lengths = None if isinstance(tokens, int) else tokens
     count = tokens if isinstance(tokens, int) else sum(tokens)
@@ -46,19 +49,23 @@ def modulated(batch: int, tokens: int | tuple[int, ...], width: int, per_token: 
     def parts(t: Leaves) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         return t["x"].transpose(1, 2), t["a"][..., ::2], t["mod"].chunk(6, -1)
 
-    def norm(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
+    chosen = {} if norm == "layer" else {"norm": norm}  # the default, too
+
+    def normed(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, _, mod = parts(t)
-        return (ops.norm_modulate(x, mod[1], mod[4], 1e-6, lengths),)
+        return (ops.norm_modulate(x, mod[1], mod[4], 1e-6, lengths, **chosen),)
 
     def gated(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, a, mod = parts(t)
-        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(x, a, mod[0], mod[2], mod[5], 1e-5, lengths=lengths)
+        out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(
+            x, a, mod[0], mod[2], mod[5], 1e-5, lengths=lengths, **chosen
+        )
         return out
 
     def biased(ops: Any, t: Leaves) -> tuple[Tensor, ...]:
         x, a, mod = parts(t)
         out: tuple[Tensor, ...] = ops.gate_residual_norm_modulate(
-            x, a, mod[0], mod[2], mod[5], 1e-5, t["bias"], lengths
+            x, a, mod[0], mod[2], mod[5], 1e-5, t["bias"], lengths, **chosen
         )
         return out
 
@@ -67,9 +74,11 @@ def modulated(batch: int, tokens: int | tuple[int, ...], width: int, per_token: 
         return (ops.gate_residual(x, a, mod[3], lengths),)
 
     runs = str(tokens) if lengths is None else f"({'+'.join(map(str, lengths))})"
-    size = f"{batch}x{runs}x{width}" + ("-per-token" if per_token else "")
-    calls = {"norm_modulate": norm, "gate_residual_norm_modulate": gated, "gate_residual": residual,
+    size = f"{batch}x{runs}x{width}" + ("-per-token" if per_token else "") + ("" if norm == "layer" else f"-{norm}")
+    calls = {"norm_modulate": normed, "gate_residual_norm_modulate": gated,
              "gate_residual_norm_modulate-biased": biased}  # fmt: skip
+    if norm == "layer":
+        calls["gate_residual"] = residual
     return [Case(f"{name}-{size}", leaves, call) for name, call in calls.items()]
 
 
@@ -167,6 +176,8 @@ def cases() -> list[Case]:
         made += modulated(batch, lengths, width)
     for batch, tokens, width in ((2, 33, 100), (1, 1, 33), (3, 67, 384)):
         made += modulated(batch, tokens, width, per_token=True)
+    for tokens, width, per_token in ((33, 100, False), (1, 33, False), ((5, 1, 64), 384, False), (33, 5, True)):
+        made += modulated(2, tokens, width, per_token, "rms")
     return made
 
 

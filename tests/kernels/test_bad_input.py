@@ -37,6 +37,8 @@ MODULATION: Wrong = [
     ("norm_modulate", (X, 0.5, V), "shift is a float; a tensor is needed"),
     ("norm_modulate", (X, V, V, 0.0), "eps = 0.0; a finite number > 0"),
     ("norm_modulate", (X, V, V, float("nan")), "eps = nan"),
+    ("norm_modulate", (X, V, V, 1e-6, None, "l2"), "norm = 'l2'; one of layer, rms is needed"),
+    ("gate_residual_norm_modulate", (X, X, V, V, V, 1e-6, None, None, "batch"), "norm = 'batch'; one of layer, rms"),
     ("gate_residual", (X, ones(B, 4, D), V), r"a has shape \(2, 4, 8\); x's \(B, N, D\) = \(2, 3, 8\)"),
     ("gate_residual", (X, X, ones(B)), r"gate has shape \(2,\)"),
     ("gate_residual_norm_modulate", (X, X, V, V, ones(B, D + 1)), r"scale has shape \(2, 9\)"),

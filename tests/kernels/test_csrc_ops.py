@@ -138,6 +138,8 @@ def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
         "gate_residual_norm_modulate_backward": (dx, dy, x, a, gate, scale, mean, rstd, torch.randn(1024)),
         "gate_residual": (x, a, gate),
         "gate_residual_backward": (dx, a, gate),
+        "gate_residual_norm_modulate rms": (x, a, gate, shift, scale, 1e-6, None, None, True),
+        "norm_modulate_backward rms": (dy, x, scale, torch.empty(0), rstd, None, True),
         "cfg_extrapolate": (x, a, 30.0),
         "gelu_tanh": (x, None),
         "gelu_tanh_backward": (dy, x, torch.randn(1024)),
@@ -148,7 +150,7 @@ def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
 
 @pytest.mark.parametrize("op", large_calls(1))
 def test_a_large_batch_written_past_the_caches_is_its_samples_one_by_one(op: str) -> None:
-    batch, call = 5, getattr(torch.ops.st_fast, op)
+    batch, call = 5, getattr(torch.ops.st_fast, op.partition(" ")[0])
     inputs = large_calls(batch)[op]
 
     def sample(value: object, b: int) -> object:
@@ -233,6 +235,15 @@ def test_nan_in_gives_nan_out(name: str) -> None:
     found = evaluate(Case(name, poisoned, chosen.call, chosen.frozen), kernels, torch.float32)
     for key in ("out0", f"d{first}"):
         assert found[key].isnan().any(), key
+
+
+def test_rms_norm_returns_no_mean_and_its_own_deviation() -> None:
+    torch.manual_seed(0)
+    x, v = torch.randn(2, 40, 96) + 3, torch.randn(2, 96)
+    y, mean, rstd = torch.ops.st_fast.norm_modulate(x, v, v.cos(), 1e-3, None, True)
+    assert mean.shape == (0,) and mean.dtype == torch.float32
+    assert error(rstd, 1 / (x.double().square().mean(-1) + 1e-3).sqrt()) < 1e-6
+    assert error(torch.ops.st_fast.norm_modulate(x, v, v.cos(), 1e-3)[0], y) > 0.1
 
 
 def test_float64_goes_to_the_reference() -> None:

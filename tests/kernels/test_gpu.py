@@ -27,6 +27,7 @@ def cases() -> list[Case]:
     made = []
     for batch, tokens, width in ((3, 256, 1152), (2, 33, 100), (1, 1, 37), (4, 64, 384)):
         made += modulated(batch, tokens, width) + features(batch, tokens, width)
+        made += modulated(batch, tokens, width, norm="rms")
     for batch, tokens, heads, dim in ((2, 256, 16, 72), (2, 33, 3, 64), (1, 1, 1, 7)):
         made += others(batch, tokens, heads, dim)
     return made
@@ -50,7 +51,7 @@ class Moving:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op = getattr(self.ops, name)
-        return lambda *args: op(*(v.to(DEVICE) if isinstance(v, Tensor) else v for v in args))
+        return lambda *args, **named: op(*(v.to(DEVICE) if isinstance(v, Tensor) else v for v in args), **named)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

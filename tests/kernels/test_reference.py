@@ -26,6 +26,19 @@ def test_norm_modulate_is_layer_norm_times_one_plus_scale_plus_shift() -> None:
             torch.testing.assert_close(y[b, n], h * (1 + scale[b]) + shift[b])
 
 
+def test_with_rms_nothing_is_subtracted_before_the_division() -> None:
+    torch.manual_seed(0)
+    x, a, vectors = double(2, 3, 7) + 2, double(2, 3, 7), double(3, 2, 7)
+    gate, shift, scale = vectors
+    x_out, y = reference.gate_residual_norm_modulate(x, a, gate, shift, scale, 1e-3, norm="rms")
+    for b in range(2):
+        for n in range(3):
+            row = x[b, n] + gate[b] * a[b, n]
+            torch.testing.assert_close(x_out[b, n], row)
+            h = row / ((row @ row) / 7 + 1e-3).sqrt()
+            torch.testing.assert_close(y[b, n], h * (1 + scale[b]) + shift[b])
+
+
 def test_guidance_goes_from_the_null_features_past_the_conditional_ones() -> None:
     cond, null = double(4), double(4)
     torch.testing.assert_close(reference.cfg_extrapolate(cond, null, 0.0), null)

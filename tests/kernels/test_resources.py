@@ -153,6 +153,8 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
         lambda: adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, s, s),
         lambda: adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, s, s, meta(width)),
         lambda: adaln.norm_modulate_backward(x, x, v, s, s),
+        lambda: adaln.gate_residual_norm_modulate(x, x, v, v, v, 1e-6, rms=True),
+        lambda: adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, s[:0], s, rms=True),
         lambda: adaln.gate_residual(x, x, v),
         lambda: adaln.gate_residual_backward(x, x, v),
         lambda: feature_loss.align(x, x, weight),

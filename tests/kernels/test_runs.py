@@ -1,4 +1,5 @@
-"""adaLN with a modulation of every run of tokens, or of every token, against NumPy in float64 and against itself."""
+"""adaLN with a modulation of every run of tokens, or of every token, LayerNorm or RMSNorm, against NumPy in float64 and
+against itself."""
 
 from __future__ import annotations
 
@@ -31,8 +32,12 @@ CALLS: dict[str, Call] = {
     "gate_residual_norm_modulate": lambda ops, t, lengths: ops.gate_residual_norm_modulate(
         *t, EPS, lengths=lengths
     ),
+    "norm_modulate rms": lambda ops, t, lengths: (ops.norm_modulate(t[0], t[3], t[4], EPS, lengths, norm="rms"),),
+    "gate_residual_norm_modulate rms": lambda ops, t, lengths: ops.gate_residual_norm_modulate(
+        *t, EPS, lengths=lengths, norm="rms"
+    ),
 }  # fmt: skip
-"""Each op, of x, a, gate, shift and scale."""
+"""Each op, of x, a, gate, shift and scale; with RMSNorm, too."""
 
 
 def tensors(vectors: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -60,16 +65,19 @@ def truth(op: str, inputs: list[Tensor], vector_of: Indices) -> list[Array | Non
     x, a, *modulation = (t.double().numpy() for t in inputs)
     gate, shift, scale = (vector[:, vector_of] for vector in modulation)
     weight = (np.sin(np.arange(x.size)) + 0.5).reshape(x.shape)
+    op, _, rms = op.partition(" ")
     residual, normed = op != "norm_modulate", op != "gate_residual"
     stream = x + gate * a if residual else x
     outs, dstream = [stream] if residual else [], weight if residual else np.zeros_like(x)
     dshift = dscale = None
     if normed:
-        deviation = np.sqrt(stream.var(-1, keepdims=True) + EPS)
-        h = (stream - stream.mean(-1, keepdims=True)) / deviation
+        middle = 0 * stream if rms else stream.mean(-1, keepdims=True)
+        deviation = np.sqrt(np.square(stream - middle).mean(-1, keepdims=True) + EPS)
+        h = (stream - middle) / deviation
         outs.append(h * (1 + scale) + shift)
         dh, dshift, dscale = weight * (1 + scale), summed(weight, vector_of), summed(weight * h, vector_of)
-        dstream = dstream + (dh - dh.mean(-1, keepdims=True) - h * (dh * h).mean(-1, keepdims=True)) / deviation
+        through_middle = 0 if rms else dh.mean(-1, keepdims=True)
+        dstream = dstream + (dh - through_middle - h * (dh * h).mean(-1, keepdims=True)) / deviation
     da, dgate = (gate * dstream, summed(dstream * a, vector_of)) if residual else (None, None)
     return [*outs, dstream, da, dgate, dshift, dscale]
 
@@ -146,31 +154,38 @@ REGISTERED = {
     "gate_residual_norm_modulate_backward": lambda x, a, m: (x, a, x.cos(), a.cos(), m[0], m[2], x[..., 0].contiguous(),
                                                              a[..., 0].exp(), a[0, 0]),
 }  # fmt: skip
+NORMED = [name for name in REGISTERED if "norm" in name]
+BY = [(name, rms) for rms in (False, True) for name in (NORMED if rms else REGISTERED)]
+"""Every op, and those that have a norm with RMSNorm."""
 
 
-def registered(name: str, vectors: int, grad: bool) -> tuple[Any, ...]:
-    """Arguments of a registered op, but for the lengths."""
+def registered(name: str, vectors: int, lengths: Any, rms: bool, grad: bool) -> tuple[Any, ...]:
+    """Arguments of a registered op."""
     x, a, *modulation = tensors(vectors)
     arguments = REGISTERED[name](x, a, modulation)
     arguments = tuple(t.contiguous() if isinstance(t, Tensor) and t.dim() == 2 else t for t in arguments)
-    return tuple(t.detach().requires_grad_(grad) if isinstance(t, Tensor) else t for t in arguments)
+    if rms and name.endswith("backward"):
+        mean = next(at for at, t in enumerate(arguments) if isinstance(t, Tensor) and t.dim() == 2)
+        arguments = (*arguments[:mean], torch.empty(0), *arguments[mean + 1 :])
+    made = tuple(t.detach().requires_grad_(grad) if isinstance(t, Tensor) else t for t in arguments)
+    return (*made, lengths, True) if rms else (*made, lengths)
 
 
 @pytest.mark.parametrize(("lengths", "vectors"), [(UNEQUAL, len(UNEQUAL)), (None, N)], ids=["runs", "tokens"])
-@pytest.mark.parametrize("name", REGISTERED)
-def test_opcheck_finds_nothing(name: str, lengths: Any, vectors: int) -> None:
-    arguments = registered(name, vectors, grad="backward" not in name)
-    torch.library.opcheck(getattr(torch.ops.st_fast, name).default, (*arguments, lengths))
+@pytest.mark.parametrize(("name", "rms"), BY)
+def test_opcheck_finds_nothing(name: str, rms: bool, lengths: Any, vectors: int) -> None:
+    arguments = registered(name, vectors, lengths, rms, grad="backward" not in name)
+    torch.library.opcheck(getattr(torch.ops.st_fast, name).default, arguments)
 
 
 @pytest.mark.parametrize(("lengths", "vectors"), [(UNEQUAL, len(UNEQUAL)), (None, N)], ids=["runs", "tokens"])
-@pytest.mark.parametrize("name", REGISTERED)
-def test_the_ops_in_plain_pytorch_say_the_same(name: str, lengths: Any, vectors: int) -> None:
+@pytest.mark.parametrize(("name", "rms"), BY)
+def test_the_ops_in_plain_pytorch_say_the_same(name: str, rms: bool, lengths: Any, vectors: int) -> None:
     """Also what csrc sends there, which is float64."""
-    arguments = registered(name, vectors, grad=False)
+    arguments = registered(name, vectors, lengths, rms, grad=False)
     doubled = tuple(t.double() if isinstance(t, Tensor) else t for t in arguments)
     ours, plain, exact = (
-        getattr(ops, name)(*args, lengths)
+        getattr(ops, name)(*args)
         for ops, args in ((torch.ops.st_fast, arguments), (PLAIN, arguments), (torch.ops.st_fast, doubled))
     )
     for one, other, truth in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, plain, exact)), strict=True):
@@ -196,6 +211,8 @@ def test_compiled_in_one_graph_equals_eager(lengths: Any, vectors: int, dynamic:
         gate, shift, scale = modulation
         y = kernels.norm_modulate(x, shift, scale, EPS, lengths)
         x, y = kernels.gate_residual_norm_modulate(x, y * a, gate, shift, scale, EPS, lengths=lengths)
+        x, y = kernels.gate_residual_norm_modulate(x, y * a, gate, shift, scale, EPS, lengths=lengths, norm="rms")
+        y = kernels.norm_modulate(y + a, shift, scale, EPS, lengths, "rms")
         return x, kernels.gate_residual(y, a, gate, lengths)
 
     compiled = torch.compile(all_ops, backend="aot_eager", fullgraph=True, dynamic=dynamic)

@@ -15,9 +15,13 @@ torch.manual_seed(0)
 CASES = [c for size in ((2, 3, 1152), (1, 1, 100), (1, 5, 64), (3, 2, 37), (2, 1, 1)) for c in modulated(*size)]
 CASES += [c for lengths in ((3, 1, 9), (5,)) for c in modulated(2, lengths, 37)]
 CASES += [c for size in ((2, 3, 1152), (1, 1, 64), (2, 9, 37)) for c in modulated(*size, per_token=True)]
+CASES += [c for size in ((2, 3, 1152), (3, 2, 37), (2, 1, 1), (2, (3, 1, 9), 37)) for c in modulated(*size, norm="rms")]
+CASES += modulated(2, 9, 37, per_token=True, norm="rms")
 # Backward chunks of 8 and 3 tokens; of 8 and 8, 1 and 8, 2.
 LONG = modulated(2, 11, 12) + modulated(2, (16, 1, 10), 12) + modulated(2, 11, 12, per_token=True)
+LONG += modulated(2, 11, 12, norm="rms")
 SMALL = modulated(2, 3, 20) + modulated(2, (1, 2), 20) + modulated(2, 3, 20, per_token=True)
+SMALL += modulated(2, 3, 20, norm="rms")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -66,6 +70,13 @@ def test_no_sample_gives_empty_outputs() -> None:
     assert x_out.shape == y.shape == (0, 3, 8) and mean.shape == (0, 3)
     *_, bias = adaln.gate_residual_norm_modulate_backward(x, x, x, x, v, v, mean, rstd, torch.ones(8))
     assert torch.equal(bias, torch.zeros(8))
+
+
+def test_rms_norm_writes_no_mean() -> None:
+    x, v = torch.randn(2, 3, 20) + 5, torch.randn(2, 20)
+    _, mean, rstd = adaln.norm_modulate(x, v, v, 1e-3, rms=True)
+    assert mean.shape == (0,)
+    torch.testing.assert_close(rstd, 1 / (x.square().mean(-1) + 1e-3).sqrt())
 
 
 def test_float32_stream_with_bfloat16_branch_and_modulation() -> None:
