@@ -1,7 +1,7 @@
 """The ops as `nn.Module`s, for blocks of one's own, and the fused forwards of DiT's and SiT's blocks.
 
     norm = AdaLNModulate(eps=1e-6)
-    y = norm(x, shift, scale)  # LN(x)·(1 + scale) + shift
+    y = norm(x, shift, scale)  # LN(x)·(1 + scale) + shift; norm="rms" for RMSNorm
 
 Modules with a constructor are used like those of `torch.nn`. The others hold nothing and compute with the attributes of
 the module whose forward they stand in for. Such a class is a layer of Hugging Face's `kernels` package (what
@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .adaln.definition import NORMS
 from .adaln.op import gate_residual, gate_residual_norm_modulate, norm_modulate
 from .attn import definition as attn
 from .attn.op import attention
@@ -54,22 +55,29 @@ def _checked(layer: nn.Module, name: str, x: Tensor, vector: Tensor) -> Tensor:
     return row
 
 
-def _eps(layer: nn.Module) -> float:
-    """The layer's `eps`, or that of its `norm`, which must be a LayerNorm without weight and bias."""
+def _norm(layer: nn.Module) -> tuple[float, str]:
+    """eps and kind of the layer's `norm`, a LayerNorm or RMSNorm without weight and bias; or its own `eps` where `norm`
+    is the kind's name, or missing: "layer"."""
     norm = getattr(layer, "norm", None)
-    if norm is not None and getattr(norm, "weight", None) is not None:
-        raise ValueError(
-            f"{type(layer).__name__}: norm has a weight; a LayerNorm with elementwise_affine=False is needed"
-        )
-    return cast(float, layer.eps if norm is None else norm.eps)
+    if norm is None or isinstance(norm, str):
+        return cast(float, layer.eps), norm or "layer"
+    if getattr(norm, "weight", None) is not None:
+        raise ValueError(f"{type(layer).__name__}: norm has a weight; one with elementwise_affine=False is needed")
+    if norm.eps is None:
+        raise ValueError(f"{type(layer).__name__}: norm has eps = None; a number is needed")
+    return cast(float, norm.eps), "rms" if isinstance(norm, nn.RMSNorm) else "layer"
 
 
 class NormModulate(Layer):
-    """LN(x)·(1 + scale) + shift; LN without affine, with the eps of `self.norm`, or else `self.eps`."""
+    """norm(x)·(1 + scale) + shift; LayerNorm or RMSNorm without affine: `self.norm`, or the name of one and `self.eps`.
+
+    Without a `norm` it is LayerNorm.
+    """
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """x (B, N, D); shift, scale (B, D). Returns (B, N, D)."""
-        return norm_modulate(x, _checked(self, "shift", x, shift), _checked(self, "scale", x, scale), _eps(self))
+        eps, norm = _norm(self)
+        return norm_modulate(x, _checked(self, "shift", x, shift), _checked(self, "scale", x, scale), eps, norm=norm)
 
 
 class GateResidual(Layer):
@@ -81,12 +89,13 @@ class GateResidual(Layer):
 
 
 class GateResidualNormModulate(Layer):
-    """x' = x + gate·a and y = LN(x')·(1 + scale) + shift, in one pass; eps as in NormModulate."""
+    """x' = x + gate·a and y = norm(x')·(1 + scale) + shift, in one pass; norm and eps as in NormModulate."""
 
     def forward(self, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """x, a (B, N, D); gate, shift, scale (B, D). Returns (x', y), both (B, N, D)."""
         gate, shift = _checked(self, "gate", x, gate), _checked(self, "shift", x, shift)
-        return gate_residual_norm_modulate(x, a, gate, shift, _checked(self, "scale", x, scale), _eps(self))
+        eps, norm = _norm(self)
+        return gate_residual_norm_modulate(x, a, gate, shift, _checked(self, "scale", x, scale), eps, norm=norm)
 
 
 class PackedQKNorm(Layer):
@@ -107,26 +116,25 @@ class PackedQKNorm(Layer):
         return qk_norm(qkv, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)
 
 
-class AdaLNModulate(NormModulate):
-    """The modulated LayerNorm of DiT (arXiv 2212.09748): LN(x)·(1 + scale) + shift, without parameters."""
+class _Norm(nn.Module):
+    """The constructor of the layers below: eps, and which norm, "layer" or "rms" (arXiv 1910.07467)."""
 
-    def __init__(self, eps: float = 1e-6) -> None:
+    def __init__(self, eps: float = 1e-6, norm: str = "layer") -> None:
         super().__init__()
-        self.eps = eps
+        if norm not in NORMS:
+            raise ValueError(f"{type(self).__name__}: norm = {norm!r}; one of {', '.join(NORMS)} is needed")
+        self.eps, self.norm = eps, norm
 
     def extra_repr(self) -> str:
-        return f"eps={self.eps}"
+        return f"eps={self.eps}" + (f", norm={self.norm!r}" if self.norm != "layer" else "")
 
 
-class GatedResidualAdaLN(GateResidualNormModulate):
-    """The end of a sub-layer and the start of the next: x' = x + gate·a and LN(x')·(1 + scale) + shift."""
+class AdaLNModulate(_Norm, NormModulate):
+    """The modulated norm of DiT (arXiv 2212.09748): norm(x)·(1 + scale) + shift, without parameters."""
 
-    def __init__(self, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
 
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}"
+class GatedResidualAdaLN(_Norm, GateResidualNormModulate):
+    """The end of a sub-layer and the start of the next: x' = x + gate·a and norm(x')·(1 + scale) + shift."""
 
 
 class QKNorm(PackedQKNorm):
@@ -178,16 +186,21 @@ class GuidedFeatureLoss(nn.Module):
         return f"cfg_scale={self.cfg_scale}, loss={self.loss!r}"
 
 
-# Forwards of blocks that others wrote. Where an op doesn't fit (a modulation a token, an affine or RMS norm, a result
-# that would be promoted to another dtype than x's, a forward-mode derivative) the site is computed in plain PyTorch, as
-# the block itself does.
+# Forwards of blocks that others wrote. Where an op doesn't fit (a modulation a token, a norm with affine, a result that
+# would be promoted to another dtype than x's, a forward-mode derivative) the site is computed in plain PyTorch, as the
+# block itself does.
 
 
-def without_affine(norm: nn.Module) -> bool:
-    """Whether it is a LayerNorm over the last axis that the ops compute; by name, as diffusers isn't imported."""
-    if type(norm).forward is not nn.LayerNorm.forward and type(norm).__name__ != "FP32LayerNorm":
-        return False
-    return norm.weight is None and norm.bias is None and len(cast(nn.LayerNorm, norm).normalized_shape) == 1
+def without_affine(norm: nn.Module) -> str | None:
+    """ "layer" or "rms" for such a norm over the last axis without affine, which the ops compute; None for others.
+
+    By name, as diffusers isn't imported. An RMSNorm without an eps takes one by its input's dtype: not the ops' way.
+    """
+    if type(norm).forward is nn.LayerNorm.forward or type(norm).__name__ == "FP32LayerNorm":
+        kind, fits = "layer", norm.weight is None and norm.bias is None
+    else:
+        kind, fits = "rms", type(norm).forward is nn.RMSNorm.forward and norm.weight is None and norm.eps is not None
+    return kind if fits and len(cast(nn.LayerNorm, norm).normalized_shape) == 1 else None
 
 
 def _rows(x: Tensor, *vectors: Tensor, a: Tensor | None = None) -> list[Tensor]:
@@ -211,9 +224,9 @@ def _over_tokens(vector: Tensor) -> Tensor:
 
 def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x)·(1 + scale) + shift: x (B, N, D); shift, scale (B, D) or (B, 1 or N, D)."""
-    rows = _rows(x, shift, scale)
-    if rows and without_affine(norm):
-        return norm_modulate(x, rows[0], rows[1], cast(float, norm.eps))
+    rows, kind = _rows(x, shift, scale), without_affine(norm)
+    if rows and kind:
+        return norm_modulate(x, rows[0], rows[1], cast(float, norm.eps), norm=kind)
     return norm(x) * (1 + _over_tokens(scale)) + _over_tokens(shift)
 
 
@@ -227,9 +240,9 @@ def gated_modulated(
     norm: nn.Module, x: Tensor, a: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate·a and norm(x')·(1 + scale) + shift; shapes as above."""
-    rows = _rows(x, gate, shift, scale, a=a)
-    if rows and without_affine(norm):
-        return gate_residual_norm_modulate(x, a, rows[0], rows[1], rows[2], cast(float, norm.eps))
+    rows, kind = _rows(x, gate, shift, scale, a=a), without_affine(norm)
+    if rows and kind:
+        return gate_residual_norm_modulate(x, a, rows[0], rows[1], rows[2], cast(float, norm.eps), norm=kind)
     x = gated(x, a, gate)
     return x, modulated(norm, x, shift, scale)
 

@@ -163,7 +163,7 @@ def _unfit(module: nn.Module, target: Target, norms: tuple[str, ...]) -> str:
     for name in norms:
         norm = getattr(module, name, module)
         if not without_affine(norm):
-            return f"{name} is no LayerNorm without weight and bias"
+            return f"{name} is no LayerNorm or RMSNorm without weight and bias and of a given eps"
         if any(getattr(norm, hooks) for hooks in HOOKS):
             return f"{name} has a hook, which would no longer run"
     return ""

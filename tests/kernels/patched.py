@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_dit import DiT, SiTBlock, randomised
+from plain_dit import DiT, DiTBlock, SiTBlock, randomised
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -53,6 +53,12 @@ def labels() -> Inputs:
     return {"timestep": torch.tensor([3.0, 500.0, 900.0]), "class_labels": torch.tensor([1, 0, 7])}
 
 
+def with_rms_norm() -> nn.Module:
+    block = DiTBlock(D, H)
+    block.norm1, block.norm2 = (nn.RMSNorm(D, eps=2e-2, elementwise_affine=False) for _ in range(2))
+    return block
+
+
 def basic(norm_type: str, **others: Any) -> nn.Module:
     attention = pytest.importorskip("diffusers.models.attention")
     more = {"num_embeds_ada_norm": 10} if norm_type == "ada_norm_zero" else {}
@@ -72,6 +78,7 @@ def of(module: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Mod
 FLUX, NORMS, ATTENTION = "transformers.transformer_flux", "normalization", "attention"
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs], str]] = {
     "DiT": (DiT, lambda: {"x": draw(B, N, D), "c": draw(B, D)}, "2 DiTBlock, 1 FinalLayer"),
+    "DiT with RMSNorm": (with_rms_norm, lambda: {"x": draw(B, N, D), "c": draw(B, D)}, "1 DiTBlock"),
     "SiT": (lambda: SiTBlock(D, H, eps=1e-2), lambda: {"x": draw(B, N, D), "c": draw(B, D)}, "1 SiTBlock"),
     "AdaLayerNormZero": (
         of(NORMS, "AdaLayerNormZero", D),

@@ -6,11 +6,13 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from samples import Calls
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -65,6 +67,10 @@ def test_the_modulated_layers_are_their_definitions_for_every_form_of_a_modulati
     agree(layers.GateResidual(), flat(reference.gate_residual, 2), x, a, *modulations(form, 1))
     both = flat(reference.gate_residual_norm_modulate, 2, EPS)
     agree(layers.GatedResidualAdaLN(EPS), both, x, a, *modulations(form, 3))
+    rms = flat(partial(reference.norm_modulate, norm="rms"), 1, EPS)
+    agree(layers.AdaLNModulate(EPS, norm="rms"), rms, x, *modulations(form, 2))
+    both = flat(partial(reference.gate_residual_norm_modulate, norm="rms"), 2, EPS)
+    agree(layers.GatedResidualAdaLN(EPS, norm="rms"), both, x, a, *modulations(form, 3))
 
 
 def test_modulations_that_are_chunks_of_one_projection_get_their_gradients() -> None:
@@ -122,6 +128,8 @@ def test_one_row_a_token_is_refused_in_one_line() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="GuidedFeatureLoss: loss = 'l1'; one of mse, cosine, normalized_mse"):
         layers.GuidedFeatureLoss(1.0, "l1")
+    with pytest.raises(ValueError, match="AdaLNModulate: norm = 'l2'; one of layer, rms is needed"):
+        layers.AdaLNModulate(norm="l2")
 
 
 WITHOUT_CONSTRUCTOR = [
@@ -141,26 +149,48 @@ def test_a_layer_for_kernelize_has_no_constructor_and_no_member_of_its_own(layer
 class Plain(nn.Module):
     """A modulated norm as others write it."""
 
-    def __init__(self, affine: bool = False) -> None:
+    def __init__(self, affine: bool = False, norm: type[nn.Module] = nn.LayerNorm, eps: float | None = EPS) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(D, elementwise_affine=affine, eps=EPS)
+        self.norm = norm(D, elementwise_affine=affine, eps=eps)
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return self.norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def test_a_layer_bound_to_a_module_takes_its_eps_and_refuses_its_affine() -> None:
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_layer_bound_to_a_module_takes_its_norm_and_eps_and_refuses_its_affine(norm: type[nn.Module]) -> None:
     inputs = draw(B, N, D), draw(B, D), draw(B, D, seed=1)
-    plain = Plain()
+    plain = Plain(norm=norm)
     ours = run(lambda *tensors: layers.NormModulate.forward(plain, *tensors), *inputs)
     for one, other in zip(ours, run(plain, *inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="Plain: norm has a weight"):
-        layers.NormModulate.forward(Plain(affine=True), *inputs)
+        layers.NormModulate.forward(Plain(affine=True, norm=norm), *inputs)
+    with pytest.raises(ValueError, match="Plain: norm has eps = None; a number is needed"):
+        layers.NormModulate.forward(Plain(norm=nn.RMSNorm, eps=None), *inputs)
     packed = layers.QKNorm(4)
     packed.k_norm = nn.RMSNorm(4)
     with pytest.raises(ValueError, match="must be LayerNorms of one eps"):
         packed(draw(B, N, 3, H, 4))
+
+
+def test_a_block_s_rms_norm_without_weight_runs_as_the_op_and_with_one_as_it_is() -> None:
+    x, a, vectors = draw(B, N, D), draw(B, N, D, seed=1), [draw(B, D, seed=i) for i in (2, 3, 4)]
+    for affine in (False, True):
+        norm, weight = nn.RMSNorm(D, eps=EPS, elementwise_affine=affine), torch.ones(D)
+        if affine:
+            weight = nn.init.normal_(norm.weight)
+        with Calls() as calls:
+            ours = run(partial(layers.gated_modulated, norm), x, a, *vectors)
+            ours += run(partial(layers.modulated, norm), x, *vectors[1:])
+        used = {"gate_residual_norm_modulate", "norm_modulate"}
+        assert used <= {*calls.seen} if not affine else not used & {*calls.seen}
+        x_out = x + vectors[0].unsqueeze(1) * a
+        shift, scale = (vector.unsqueeze(1) for vector in vectors[1:])
+        h, h_out = (v * (v.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight for v in (x, x_out))
+        for found, truth in ((ours[0], x_out), (ours[1], h_out * (1 + scale) + shift)):
+            torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[2 + 5], h * (1 + scale) + shift, rtol=1e-5, atol=1e-5)
 
 
 class Attention(nn.Module):
@@ -329,4 +359,5 @@ def test_layers_are_copied_pickled_and_printed_like_others(model: Trained) -> No
     close(gradients(copy.deepcopy(model)), exact, 1e-6)
     close(gradients(pickle.loads(pickle.dumps(model))), exact, 1e-6)
     assert "AdaLNModulate(eps=0.03)" in repr(model)
+    assert repr(layers.GatedResidualAdaLN(0.03, norm="rms")) == "GatedResidualAdaLN(eps=0.03, norm='rms')"
     assert "GuidedFeatureLoss(cfg_scale=2.5, loss='normalized_mse')" in repr(model)
