@@ -220,7 +220,7 @@ def compiled(case: Case, inputs: Inputs) -> Callable[..., Any] | str:
 def measure_op(case: Case, effort: Effort, with_compile: bool = True) -> Row:
     """The row of one case. Raises WrongResult before anything is timed.
 
-    Of another kind of inputs the same op on the usual ones is timed in the same rounds, as "usual".
+    Of another kind of inputs the same op on those that the kind names is timed in the same rounds, as "usual".
     """
     sets = input_sets(case)
     calls = {"fused": case.fused, "eager": case.eager}
@@ -231,7 +231,8 @@ def measure_op(case: Case, effort: Effort, with_compile: bool = True) -> Row:
     copy = Copy(case.device)
     timed = {name: variant(call, sets) for name, call in calls.items()} | {"copy": copy}
     if case.kind:
-        timed["usual"] = variant(case.fused, input_sets(replace(case, kind="")))
+        usual = replace(case, kind=kernels.declared(case.op).kinds[case.kind].usual)
+        timed["usual"] = variant(case.fused, input_sets(usual))
     samples = interleave(timed, case.device, effort)
     return _row(case, samples, copy.moved) | notices([rival] if isinstance(rival, str) and rival else [])
 

@@ -65,15 +65,19 @@ struct Heads {  // (B, H, N, d)
   int64_t head = 0;
 };
 
+enum class HeadNorm : int { kLayer, kRms, kNone };
+
 // Tasks: (sample, kTokensPerTask tokens), all heads.
 struct QKNorm {
   int64_t B, N, H, d;
+  int64_t affine;           // vectors (d,) that get a gradient: 4 of LayerNorm, 2 of RMSNorm, 0 without weights
   float eps;
   Heads in[3], out[3];      // the parts of qkv (backward: of dqkv, written), and q, k, v (backward: their gradients)
   Heads x[3];               // backward: the parts of qkv
-  Rows weight[2], bias[2];  // of q and k, (d,)
-  float* stats;             // (4, B, N, H): mean_q, rstd_q, mean_k, rstd_k
-  float* partial;           // (tasks, sums, d): dq_weight, dq_bias, dk_weight, dk_bias; with 4 + 3·H sums dqkv's, too
+  Rows weight[2], bias[2];  // of q and k, (d,); absent: 1 and 0
+  Rows rope;                // (B, N, d), float32: d/2 cosines and then sines of a token; may be absent
+  float* stats;             // (4, B, N, H): mean_q, rstd_q, mean_k, rstd_k; RMSNorm (2, B, N, H): rstd_q, rstd_k
+  float* partial;           // (tasks, sums, d): those of the vectors, then, if wanted, 3·H of dqkv
   int64_t sums;
 };
 
@@ -141,8 +145,8 @@ struct Kernels {
   void (*gelu_tanh)(const Elementwise&, int64_t, int64_t);
   void (*gelu_tanh_backward)(const Elementwise&, int64_t, int64_t);
   void (*gelu_tanh_bias_backward)(const Elementwise&, int64_t, int64_t);
-  void (*qk_norm)(const QKNorm&, int64_t, int64_t);
-  void (*qk_norm_backward)(const QKNorm&, int64_t, int64_t);
+  void (*qk_norm[3][2])(const QKNorm&, int64_t, int64_t);  // by HeadNorm; the second: with rope
+  void (*qk_norm_backward[3][2])(const QKNorm&, int64_t, int64_t);
   void (*attention)(const Attention&, int64_t, int64_t);
   void (*attention_backward)(const Attention&, int64_t, int64_t);
   void (*noisy_latents)(const NoisyLatents&, int64_t, int64_t);

@@ -15,9 +15,31 @@ QKNorm sizes_of(const Tensor& qkv) {
   return p;
 }
 
-Rows affine(const QKNorm& p, const Tensor& t, const char* name) {
-  expect_shape(t, name, {p.d});
-  return rows(t, name);
+using Vector = std::optional<Tensor>;
+
+Rows affine(const QKNorm& p, const Vector& t, const char* name) {
+  if (!t) return {};
+  expect_shape(*t, name, {p.d});
+  return rows(*t, name);
+}
+
+HeadNorm norm_named(const std::string& name) {
+  check(name == "layer" || name == "rms" || name == "none", "norm = '", name, "': one of layer, rms, none");
+  return name == "layer" ? HeadNorm::kLayer : name == "rms" ? HeadNorm::kRms : HeadNorm::kNone;
+}
+
+// Numbers that are kept of a token and head.
+int64_t statistics(HeadNorm norm) { return norm == HeadNorm::kLayer ? 4 : norm == HeadNorm::kRms ? 2 : 0; }
+
+Rows table(const QKNorm& p, const Vector& rope) {
+  if (!rope) return {};
+  check(p.d % 2 == 0, "rope: pairs of channels are turned, but d = ", p.d);
+  check(is_float32(*rope), "rope: must be float32");
+  const bool shared = rope->dim() == 3 && rope->size(0) == 1;  // by all samples
+  expect_shape(*rope, "rope", {shared ? 1 : p.B, p.N, p.d});
+  Rows r = rows(*rope, "rope");
+  if (shared) r.batch = 0;
+  return r;
 }
 
 using Kernel = void (*)(const QKNorm&, int64_t, int64_t);
@@ -26,10 +48,11 @@ void run_tokens(Kernel kernel, const QKNorm& p) {
   run(kernel, p, p.B * divide_up(p.N, kTokensPerTask), kTokensPerTask * 3 * p.H * p.d);
 }
 
-std::tuple<Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tensor& q_weight, const Tensor& q_bias,
-                                           const Tensor& k_weight, const Tensor& k_bias, double eps,
-                                           bool heads_first) {
+std::tuple<Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, Vector q_weight, Vector q_bias, Vector k_weight,
+                                           Vector k_bias, double eps, bool heads_first, std::string norm,
+                                           Vector rope) {
   QKNorm p = sizes_of(qkv);
+  const HeadNorm kind = norm_named(norm);
   Tensor out[2];
   const char* names[2] = {"q", "k"};
   for (int part = 0; part < 2; ++part) {
@@ -39,14 +62,15 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm(const Tensor& qkv, const Tensor& q_we
     p.out[part] = heads_of(out[part], names[part], {p.B, p.H, p.N, p.d});
     p.out[part].rows.past_cache = past_cache(out[part], p.d);
   }
-  Tensor stats = empty({4, p.B, p.N, p.H}, aoti_torch_dtype_float32());
+  Tensor stats = empty({statistics(kind), p.B, p.N, p.H}, aoti_torch_dtype_float32());
   p.eps = static_cast<float>(eps);
   p.weight[0] = affine(p, q_weight, "q_weight");
   p.weight[1] = affine(p, k_weight, "k_weight");
   p.bias[0] = affine(p, q_bias, "q_bias");
   p.bias[1] = affine(p, k_bias, "k_bias");
+  p.rope = table(p, rope);
   p.stats = floats(stats);
-  run_tokens(kernels().qk_norm, p);
+  run_tokens(kernels().qk_norm[static_cast<int>(kind)][rope.has_value()], p);
   return {out[0], out[1], stats};
 }
 
@@ -63,11 +87,12 @@ Tensor sum_of(const float* partial, int64_t tasks, int64_t step, std::initialize
 }
 
 std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv,
-                                                    const Tensor& qkv, const Tensor& q_weight,
-                                                    const Tensor& k_weight, std::optional<Tensor> qkv_bias,
-                                                    const Tensor& stats) {
+                                                    const Tensor& qkv, Vector q_weight, Vector k_weight,
+                                                    Vector qkv_bias, const Tensor& stats, std::string norm,
+                                                    Vector rope) {
   QKNorm p = sizes_of(qkv);
-  expect_shape(stats, "stats", {4, p.B, p.N, p.H});
+  const HeadNorm kind = norm_named(norm);
+  expect_shape(stats, "stats", {statistics(kind), p.B, p.N, p.H});
   check(is_float32(stats) && stats.is_contiguous(), "stats: must be contiguous float32");
   Tensor dqkv = empty_as({p.B, p.N, 3, p.H, p.d}, qkv);
   const Tensor* grads[3] = {&dq, &dk, &dv};
@@ -80,16 +105,20 @@ std::tuple<Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& dq, const Tens
   }
   p.weight[0] = affine(p, q_weight, "q_weight");
   p.weight[1] = affine(p, k_weight, "k_weight");
+  check(q_weight.has_value() == k_weight.has_value(), "q_weight, k_weight: both or neither");
+  p.rope = table(p, rope);
   p.stats = floats(stats);
-  p.sums = qkv_bias ? 4 + 3 * p.H : 4;
+  p.affine = q_weight ? statistics(kind) : 0;
+  p.sums = p.affine + (qkv_bias ? 3 * p.H : 0);
   const int64_t tasks = p.B * divide_up(p.N, kTokensPerTask);
   const std::unique_ptr<float[]> partial(new float[tasks * p.sums * p.d]);
   p.partial = partial.get();
-  run_tokens(kernels().qk_norm_backward, p);
-  Tensor daffine = sum_of(p.partial, tasks, p.sums * p.d, {4, p.d}, q_weight);
-  if (!qkv_bias) return {dqkv, daffine, empty({0}, dtype_code(q_weight.get()))};
+  run_tokens(kernels().qk_norm_backward[static_cast<int>(kind)][rope.has_value()], p);
+  const Tensor& like = q_weight ? *q_weight : qkv;
+  Tensor daffine = sum_of(p.partial, tasks, p.sums * p.d, {p.affine, p.d}, like);
+  if (!qkv_bias) return {dqkv, daffine, empty({0}, dtype_code(like.get()))};
   expect_shape(*qkv_bias, "qkv_bias", {3 * p.H * p.d});
-  return {dqkv, daffine, sum_of(p.partial + 4 * p.d, tasks, p.sums * p.d, {3 * p.H * p.d}, *qkv_bias)};
+  return {dqkv, daffine, sum_of(p.partial + p.affine * p.d, tasks, p.sums * p.d, {3 * p.H * p.d}, *qkv_bias)};
 }
 
 }  // namespace

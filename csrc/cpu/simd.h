@@ -119,6 +119,34 @@ ST_INLINE Vec square_root(Vec v) {
 #endif
 }
 
+// Lanes 2i and 2i + 1 exchanged.
+ST_INLINE Vec swap_pairs(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_permute_ps(0xFFFF, v, 0xB1);
+#elif defined(__AVX2__)
+  return _mm256_permute_ps(v, 0xB1);
+#else
+  Vec swapped;
+  for (int i = 0; i < kWidth; ++i) swapped[i] = v[i ^ 1];
+  return swapped;
+#endif
+}
+
+// The first half of a vector of floats at p, each of them twice.
+ST_INLINE Vec twice(const float* p) {
+#if defined(__AVX512F__)
+  const __m512i lane = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return _mm512_maskz_permutexvar_ps(0xFFFF, lane, _mm512_zextps256_ps512(_mm256_loadu_ps(p)));
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+  return _mm256_permutevar8x32_ps(_mm256_zextps128_ps256(_mm_loadu_ps(p)), lane);
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = p[i / 2];
+  return v;
+#endif
+}
+
 // The sum of four accumulators over all lanes, always in the same order: halves are added until one lane is left.
 ST_INLINE float total(const Vec* acc) {
   const Vec v = (acc[0] + acc[1]) + (acc[2] + acc[3]);

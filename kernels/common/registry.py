@@ -54,6 +54,10 @@ class Kind:
     """Modulation vectors of a sample."""
     statistics: Callable[[Size], int] | None = None
     """As the op's own, where they are others."""
+    floor: tuple[int, int] | None = None
+    """As the op's own, where it is another."""
+    usual: str = ""
+    """The kind that measurements compare it with; "": the op's usual inputs."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,12 @@ class Op:
         other = self.kinds[kind] if kind else None
         vector = size.batch * size.width * itemsize * (other.vectors(size) if other else 1)
         needed = vector if other else 0
-        statistics = (other and other.statistics) or self.statistics
+        statistics, floor = (other and other.statistics) or self.statistics, (other and other.floor) or self.floor
         kept = 4 * statistics(size) * size.batch * size.tokens
-        forward, backward = self.moved or self.floor
+        forward, backward = self.moved or floor
         if device_type == "cpu" and self.free_backward_on_cpu:
             backward = 0
-        return (self.floor[0] * unit + self.vectors[0] * needed, self.floor[1] * unit + self.vectors[1] * needed), (
+        return (floor[0] * unit + self.vectors[0] * needed, floor[1] * unit + self.vectors[1] * needed), (
             forward * unit + kept + self.vectors[0] * vector,
             backward * unit + kept + self.vectors[1] * vector,
         )

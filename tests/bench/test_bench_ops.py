@@ -45,7 +45,11 @@ def test_the_optimiser_moves_forty_bytes_a_parameter_in_float32():
 def test_every_op_has_a_row_and_so_has_each_other_form_of_it():
     found = [c.key.partition(" | ")[0] for c in ops.cases(TINY, torch.float32, CPU)]
     adaln = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
-    others = {"qk_norm heads", *(f"{op} by {kind}" for op in adaln for kind in ("groups", "tokens"))}
+    qk_norm = ("heads", "with rope", "rms", "rms with rope", "rope alone")
+    others = {
+        *(f"qk_norm {form}" for form in qk_norm),
+        *(f"{op} by {kind}" for op in adaln for kind in ("groups", "tokens")),
+    }
     others |= {"norm_modulate rms", "gate_residual_norm_modulate rms"}
     assert len(set(found)) == len(found) and set(found) == {*TABLE, *others}
 

@@ -140,6 +140,47 @@ def others(batch: int, tokens: int, heads: int, dim: int) -> list[Case]:
     ]
 
 
+def heads(batch: int, tokens: int, count: int, dim: int) -> list[Case]:
+    """qk_norm in its other forms from a strided packed tensor; with an even dim rotated by tables, of all samples or of
+    each, that are no rotations, cut from wider ones, and with channels that are not side by side."""
+    vectors = ("qw", "qb", "kw", "kb")
+    leaves = {
+        "qkv": random(batch, tokens, 3, count, dim + 3),
+        **{name: random(dim) for name in vectors},
+        "bias": random(3 * count * dim),
+        "rope": random(1, tokens + 2, dim).float().double(),
+        "ropes": random(batch, dim, tokens).float().double(),
+    }
+
+    def call(ops: Any, t: Leaves, norm: str, given: str, rope: str = "", layout: str = "tokens") -> tuple[Tensor, ...]:
+        q_weight, q_bias, k_weight, k_bias = (t[name] if name in given.split() else None for name in vectors)
+        qkv = t["qkv"][..., :dim] + t["bias"].detach().view(3, count, dim)
+        bias = t["bias"] if layout == "heads" else None
+        table = {"": None, "rope": t["rope"][:, 2:], "ropes": t["ropes"].transpose(1, 2)}[rope]
+        out: tuple[Tensor, ...] = ops.qk_norm(
+            qkv, q_weight, q_bias, k_weight, k_bias, 1e-3, bias, layout, norm, table
+        )  # fmt: skip
+        return out
+
+    forms: list[tuple[str, dict[str, str]]] = [
+        ("layer-plain", {"norm": "layer", "given": "", "layout": "heads"}),
+        ("rms", {"norm": "rms", "given": "qw kw"}),
+        ("rms-plain", {"norm": "rms", "given": ""}),
+        ("none", {"norm": "none", "given": "", "layout": "heads"}),
+    ]
+    if dim % 2 == 0:
+        forms += [
+            ("layer-rope", {"norm": "layer", "given": "qw qb kw kb", "rope": "rope"}),
+            ("layer-ropes-bias", {"norm": "layer", "given": "qw qb kw kb", "rope": "ropes", "layout": "heads"}),
+            ("rms-ropes", {"norm": "rms", "given": "qw kw", "rope": "ropes"}),
+            ("rms-rope-bias", {"norm": "rms", "given": "qw kw", "rope": "rope", "layout": "heads"}),
+            ("none-rope", {"norm": "none", "given": "", "rope": "rope"}),
+        ]
+    size = f"{batch}x{tokens}x{count}x{dim}"
+    frozen = ("rope", "ropes")
+    return [Case(f"qk_{name}-{size}", leaves, partial(call, **form), frozen) for name, form in forms]
+
+
 def layers() -> list[Case]:
     """Linear layers from transposed inputs and with cut weights, large enough for oneDNN but for the last."""
 
@@ -158,17 +199,19 @@ def cases() -> list[Case]:
     made = []
     for batch, tokens, width in ((2, 33, 100), (1, 1, 33), (3, 64, 384), (1, 70, 5)):
         made += modulated(batch, tokens, width) + features(batch, tokens, width)
-    for batch, tokens, heads, dim in ((2, 33, 3, 64), (1, 1, 1, 72), (2, 40, 2, 7)):
-        made += others(batch, tokens, heads, dim)
+    for batch, tokens, count, dim in ((2, 33, 3, 64), (1, 1, 1, 72), (2, 40, 2, 7)):
+        made += others(batch, tokens, count, dim)
+    for batch, tokens, count, dim in ((2, 33, 3, 64), (1, 1, 1, 72), (3, 40, 2, 7), (3, 37, 2, 10), (1, 5, 2, 2)):
+        made += heads(batch, tokens, count, dim)
     made += layers()
-    for batch, tokens, heads, dim in ((2, 96, 3, 64), (1, 32, 1, 32), (1, 288, 1, 96), (2, 71, 2, 64), (1, 3, 2, 32)):
-        leaves = {"qkv": 2 * random(batch, tokens, 3, heads, dim)}
-        size = f"{batch}x{tokens}x{heads}x{dim}"
+    for batch, tokens, count, dim in ((2, 96, 3, 64), (1, 32, 1, 32), (1, 288, 1, 96), (2, 71, 2, 64), (1, 3, 2, 32)):
+        leaves = {"qkv": 2 * random(batch, tokens, 3, count, dim)}
+        size = f"{batch}x{tokens}x{count}x{dim}"
         made.append(Case(f"attention-{size}", leaves, lambda ops, t: (ops.attention(t["qkv"]),)))
         made.append(Case(f"attention_heads-{size}", leaves, _apart))
-    for lengths, heads, dim in (((32, 65), 3, 64), ((1, 70, 2), 2, 96), ((5,), 1, 32), ((64, 33, 128), 1, 32)):
-        leaves = {"qkv": 2 * random(2, sum(lengths), 3, heads, dim)}
-        size = f"{'+'.join(map(str, lengths))}x{heads}x{dim}"
+    for lengths, count, dim in (((32, 65), 3, 64), ((1, 70, 2), 2, 96), ((5,), 1, 32), ((64, 33, 128), 1, 32)):
+        leaves = {"qkv": 2 * random(2, sum(lengths), 3, count, dim)}
+        size = f"{'+'.join(map(str, lengths))}x{count}x{dim}"
         packed = partial(_packed_in_groups, lengths=lengths)
         made.append(Case(f"attention-groups-{size}", leaves, packed))
         made.append(Case(f"attention_heads-groups-{size}", leaves, partial(_apart, lengths=lengths)))
@@ -207,7 +250,7 @@ def evaluate(case: Case, ops: ModuleType, dtype: torch.dtype, strides: str = "pl
     """Outputs and gradients of a case, computed at `dtype`."""
     leaves = {}
     for name, value in case.leaves.items():
-        keep = torch.float32 if name == "w" and dtype != torch.float64 else dtype
+        keep = torch.float32 if name in ("w", "rope", "ropes") and dtype != torch.float64 else dtype
         leaves[name] = value.to(keep, copy=True).requires_grad_(name not in case.frozen)
     outs = case.call(ops, leaves)
     torch.autograd.backward(outs, [output_gradient(out, strides) for out in outs])

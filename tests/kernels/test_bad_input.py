@@ -81,12 +81,30 @@ LOSSES: Wrong = [
     ("cfg_extrapolate", (X, V, 1.0), r"f_null has shape \(2, 8\)"),
     ("cfg_extrapolate", (X, X, float("inf")), "cfg_scale = inf"),
 ]
+FREE = (1e-6, None, "tokens", "layer")
+RMS_BIAS, NO_NORM = (E, E, E, None, *FREE[:3], "rms"), (None, None, None, None, *FREE[:3], "none")
 QK: Wrong = [
     ("qk_norm", (ones(B, N, 2, 2, 4), E, E, E, E), r"qkv has shape \(2, 3, 2, 2, 4\); \(B, N, 3, H, d\)"),
     ("qk_norm", (QKV[0], E, E, E, E), r"qkv has shape \(3, 3, 2, 4\)"),
     ("qk_norm", (QKV, E, ones(8), E, E), r"q_bias has shape \(8,\); qkv's \(d,\) = \(4,\)"),
     ("qk_norm", (QKV, E, E, E.to(HALF), E), "k_weight has dtype torch.bfloat16; q_weight's"),
     ("qk_norm", (QKV, E, E, E, E, -1.0), "eps = -1.0"),
+    ("qk_norm", (QKV, E, E, E, E, 1e-6, None, "tokens", "l2"), "norm = 'l2'; one of layer, rms, none is needed"),
+    (
+        "qk_norm",
+        (QKV, E, None, E, E),
+        "norm = 'layer' with q_weight, k_weight, k_bias; q_weight, q_bias, k_weight, k_b",
+    ),
+    ("qk_norm", (QKV, *RMS_BIAS), "norm = 'rms' with q_weight, q_bias, k_weight; q_weight, k_weight or none is needed"),
+    ("qk_norm", (QKV, E, *NO_NORM[1:]), "norm = 'none' with q_weight; no vector is needed"),
+    ("qk_norm", (QKV, E, E, E, E, *FREE, ones(B, N, 4).to(HALF)), "rope has dtype torch.bfloat16; torch.float32"),
+    ("qk_norm", (QKV, *NO_NORM, ones(N, 4)), r"rope has shape \(3, 4\); \(1 or B, N, d\) = \(1 or 2, 3, 4\) is"),
+    ("qk_norm", (QKV, *NO_NORM, ones(B, N, 2)), r"rope has shape \(2, 3, 2\)"),
+    ("qk_norm", (QKV, *NO_NORM, ones(3, N, 4)), r"rope has shape \(3, 3, 4\)"),
+    ("qk_norm", (QKV[..., :3], *NO_NORM, ones(B, N, 3)), "rope turns pairs of channels, but qkv's d = 3; an even d is"),
+    ("qk_norm", (QKV, *NO_NORM, ones(B, N, 4, **GRAD)), r"rope requires grad.*pass rope.detach\(\)"),
+    ("qk_norm", (QKV, *NO_NORM, ones(1, N, 4, **META)), "rope is on meta; it must be on qkv's device, cpu"),
+    ("qk_norm", (QKV, *NO_NORM, 10_000.0), "rope is a float; a tensor is needed"),
     ("grad_norm", ([X, X.to(INT)],), r"grads\[1\] has dtype torch.int32"),
 ]
 M, AT = ones(B, 6, 4, 4), torch.arange(B)

@@ -131,7 +131,7 @@ def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
     rstd, qkv = mean.exp(), torch.randn(batch, 64, 3, 16, 64)
     vectors = torch.randn(4, 64).unbind()
     heads = torch.randn(3, batch, 16, 64, 64).unbind()
-    return {
+    return {  # by op; what follows its name tells its calls apart
         "norm_modulate": (x, shift, scale, 1e-6),
         "norm_modulate_backward": (dy, x, scale, mean, rstd),
         "gate_residual_norm_modulate": (x, a, gate, shift, scale, 1e-6, None),
@@ -145,6 +145,28 @@ def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
         "gelu_tanh_backward": (dy, x, torch.randn(1024)),
         "qk_norm": (qkv, *vectors, 1e-6),
         "qk_norm_backward": (*heads, qkv, vectors[0], vectors[1], None, torch.rand(4, batch, 64, 16) + 0.5),
+        "qk_norm rms": (qkv, vectors[0], None, vectors[1], None, 1e-6, False, "rms", torch.randn(1, 64, 64)),
+        "qk_norm_backward rms": (
+            *heads,
+            qkv,
+            vectors[0],
+            vectors[1],
+            None,
+            torch.rand(2, batch, 64, 16) + 0.5,
+            "rms",
+            torch.randn(batch, 64, 64),
+        ),
+        "qk_norm none": (qkv, None, None, None, None, 1e-6, True, "none", torch.randn(batch, 64, 64)),
+        "qk_norm_backward none": (
+            *heads,
+            qkv,
+            None,
+            None,
+            None,
+            torch.empty(0, batch, 64, 16),
+            "none",
+            torch.randn(1, 64, 64),
+        ),
     }
 
 
@@ -262,6 +284,13 @@ def test_wrong_shapes_are_refused_by_name_before_any_memory_is_read() -> None:
         ops.guided_feature_loss(x, x, x, torch.ones(2), 1.0, "mse", torch.tensor([0, 7]))
     with pytest.raises(RuntimeError, match=r"index\[1\] = 0: named twice"):
         ops.guided_feature_loss(x, x, x, torch.ones(2), 1.0, "mse", torch.tensor([0, 0]))
+    qkv, none = torch.randn(2, 3, 3, 1, 8), (None,) * 4
+    with pytest.raises(RuntimeError, match=r"rope: shape \(2, 4, 8\), expected \(2, 3, 8\)"):
+        ops.qk_norm(qkv, *none, 1e-6, False, "none", torch.randn(2, 4, 8))
+    with pytest.raises(RuntimeError, match=r"stats: shape \(4, 2, 3, 1\), expected \(2, 2, 3, 1\)"):
+        ops.qk_norm_backward(*[torch.randn(2, 1, 3, 8)] * 3, qkv, None, None, None, torch.ones(4, 2, 3, 1), "rms")
+    with pytest.raises(RuntimeError, match="norm = 'l2': one of layer, rms, none"):
+        ops.qk_norm(qkv, *none, 1e-6, False, "l2")
     with pytest.raises(RuntimeError, match="loss = 'l1': one of mse, cosine, normalized_mse"):
         ops.guided_feature_loss(x, x, x, torch.ones(2), 1.0, "l1", None)
 

@@ -146,7 +146,7 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
     s, stats = meta(batch, tokens, dtype=torch.float32), meta(4, batch, tokens, heads, dtype=torch.float32)
     index, qkv = meta(batch, dtype=torch.int64), meta(batch, tokens, 3, heads, width)
     head, affine, p = meta(batch, heads, tokens, width), meta(width), [meta(width, dtype=torch.float32)]
-    scalar = meta(dtype=torch.float32)
+    scalar, table = meta(dtype=torch.float32), None if width % 2 else meta(1, tokens, width, dtype=torch.float32)
     calls = [
         lambda: adaln.gate_residual_norm_modulate(x, x, v, v, v, 1e-6),
         lambda: adaln.norm_modulate(x, v, v, 1e-6),
@@ -167,6 +167,10 @@ def test_sizes_of_one_and_odd_sizes_compile_too(batch: int, tokens: int, heads: 
         lambda: qknorm.qk_norm(qkv, affine, affine, affine, affine, 1e-6),
         lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, None, stats),
         lambda: qknorm.qk_norm_backward(head, head, head, qkv, affine, affine, qkv[0, 0].flatten(), stats),
+        lambda: qknorm.qk_norm(qkv, affine, None, affine, None, 1e-6, False, "rms", table),
+        lambda: qknorm.qk_norm_backward(
+            head, head, head, qkv, None, None, qkv[0, 0].flatten(), stats[:0], "none", table
+        ),
         lambda: optimiser.grad_norm(p),
         lambda: optimiser.adamw_ema_(p, p, p, p, [], [], scalar, scalar, scalar, 0.9, 0.99, 1e-8, 0.0, 0.9, 1.0),
     ]

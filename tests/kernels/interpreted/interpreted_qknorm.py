@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from csrc_cases import Case, others
+from csrc_cases import Case, heads, others
 from harness import DTYPES, assert_as_exact_as_eager, assert_nan_comes_through
 
 from st_fast.kernels.qknorm import triton as qknorm
@@ -30,6 +30,8 @@ def test_tokens_cut_into_several_tiles_and_programs(monkeypatch: pytest.MonkeyPa
     for programs in (1, 4, 2048):  # a chunk of all tokens, several of several tiles, one of each tile
         monkeypatch.setattr(qknorm, "PROGRAMS", programs)
         assert_as_exact_as_eager(qk_norm(1, 61, 1, 72), torch.float32)
+        for case in (case for case in heads(2, 23, 1, 36) if "rope" in case.name):
+            assert_as_exact_as_eager(case, torch.float32)
 
 
 def test_more_programs_than_are_added_up_at_once() -> None:
@@ -48,6 +50,14 @@ def test_the_gradient_of_qkvs_bias_and_contiguous_heads_are_as_exact(size: tuple
     assert_as_exact_as_eager(qk_norm(*size, bias=True), dtype)
 
 
+FORMS = [case for size in ((2, 5, 2, 72), (3, 2, 12, 6), (1, 3, 4, 16)) for case in heads(*size)]
+
+
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
+def test_other_norms_and_rotations_are_as_exact_as_eager(case: Case) -> None:
+    assert_as_exact_as_eager(case, torch.float32 if "x12x" in case.name else torch.bfloat16)
+
+
 @pytest.mark.parametrize("strides", ["transposed", "sliced", "expanded"])
 def test_gradients_may_arrive_with_any_strides(strides: str) -> None:
     assert_as_exact_as_eager(qk_norm(2, 3, 2, 12), torch.float32, strides)
@@ -63,3 +73,11 @@ def test_no_sample_gives_empty_outputs_and_zero_gradients_of_the_weights() -> No
     assert q.shape == k.shape == (0, 2, 3, 8)
     _, *grads = qknorm.qk_norm_backward(q, k, q, qkv, weight, weight, torch.ones(48), stats)
     assert all(torch.equal(grad, torch.zeros(size)) for grad, size in zip(grads, ((4, 8), (48,)), strict=True))
+
+
+def test_without_weights_and_biases_nothing_is_added_up() -> None:
+    qkv = torch.randn(1, 3, 3, 2, 8)
+    for norm, kept in (("rms", 2), ("none", 0)):
+        q, k, stats = qknorm.qk_norm(qkv, None, None, None, None, 1e-6, False, norm)
+        _, daffine, dbias = qknorm.qk_norm_backward(q, k, q, qkv, None, None, None, stats, norm)
+        assert (stats.shape, daffine.shape, dbias.shape) == ((kept, 1, 3, 2), (0, 8), (0,))
