@@ -1,4 +1,4 @@
-// Passes over whole tensors: the guided target alone, and GELU in its tanh form with its gradient.
+// Passes over whole tensors: the guided target alone, GELU in its tanh form and SwiGLU with their gradients.
 #pragma once
 
 #include "rows.h"
@@ -94,6 +94,69 @@ void gelu_tanh_bias_backward(const Elementwise& p, int64_t begin, int64_t end) {
     }
   }
   drain();
+}
+
+// Calls f(row, at, count) on blocks of the rows of p.D elements that are tasks begin..end.
+template <class F>
+ST_INLINE void row_blocks(const Elementwise& p, int64_t begin, int64_t end, F&& f) {
+  const int64_t rows = p.count / p.D, past = end * kTokensPerTask, last = past < rows ? past : rows;
+  for (int64_t row = begin * kTokensPerTask; row < last; ++row)
+    for (int64_t at = 0; at < p.D; at += kBlock) f(row, at, at + kBlock < p.D ? kBlock : p.D - at);
+  drain();
+}
+
+constexpr float kFar = 87.0f;  // beyond +-87 silu(g) is g or 0 to the last bit; e^88 and more overflow
+
+// silu(g) = g / (1 + e^-g) times the value; a row of h is D gates, then D values.
+void swiglu(const Elementwise& p, int64_t begin, int64_t end) {
+  const Scratch scratch(3, kBlock);
+  const bool past_cache = p.out.past_cache;
+  row_blocks(p, begin, end, [&](int64_t row, int64_t at, int64_t count) ST_LAMBDA {
+    const float* gate = read_row(p.in[0], 0, 2 * row * p.D + at, count, scratch.row(0));
+    const float* value = read_row(p.in[0], 0, (2 * row + 1) * p.D + at, count, scratch.row(1));
+    float* out = write_row(p.out, 0, row * p.D + at, scratch.row(2));
+    sweep(count, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+      const Vec g = load(gate + i, lanes), silu = g / (1.0f + exponential(-g));
+      store(out + i, (g < -kFar ? g * 0.0f : silu) * load(value + i, lanes), lanes, past_cache);
+    });
+    commit_row(p.out, 0, row * p.D + at, count, out);
+  });
+}
+
+ST_INLINE Vec within_far(Vec g) {
+  g = g > kFar ? splat(kFar) : g;
+  return g < -kFar ? splat(-kFar) : g;
+}
+
+// d value = dy silu(g), d gate = dy value silu'(g), silu'(g) = s + g s (1 - s) with s = 1 / (1 + e^-g).
+template <bool SUMS>
+void swiglu_backward(const Elementwise& p, int64_t begin, int64_t end) {
+  const Scratch scratch(5, kBlock);
+  const bool past_cache = p.out.past_cache;
+  row_blocks(p, begin, end, [&](int64_t row, int64_t at, int64_t count) ST_LAMBDA {
+    const int64_t first = 2 * row * p.D + at, second = first + p.D;
+    const float* gate = read_row(p.in[0], 0, first, count, scratch.row(0));
+    const float* value = read_row(p.in[0], 0, second, count, scratch.row(1));
+    const float* dy = read_row(p.in[1], 0, row * p.D + at, count, scratch.row(2));
+    float* dgate = write_row(p.out, 0, first, scratch.row(3));
+    float* dvalue = write_row(p.out, 0, second, scratch.row(4));
+    float* sum = SUMS ? p.bias_partial + 2 * (row / kTokensPerTask) * p.D + at : nullptr;
+    const bool fresh = row % kTokensPerTask == 0;
+    sweep(count, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
+      const Vec g = load(gate + i, lanes), d = load(dy + i, lanes);
+      const Vec v = within_far(g), e = exponential(-v), s = 1.0f / (1.0f + e);
+      const Vec of_value = d * (g < -kFar ? g * 0.0f : g * s);
+      const Vec of_gate = d * load(value + i, lanes) * (s + v * (e * s) * s);  // e s = 1 - s
+      store(dgate + i, of_gate, lanes, past_cache);
+      store(dvalue + i, of_value, lanes, past_cache);
+      if constexpr (SUMS) {
+        store(sum + i, fresh ? of_gate : load(sum + i, lanes) + of_gate, lanes);
+        store(sum + p.D + i, fresh ? of_value : load(sum + p.D + i, lanes) + of_value, lanes);
+      }
+    });
+    commit_row(p.out, 0, first, count, dgate);
+    commit_row(p.out, 0, second, count, dvalue);
+  });
 }
 
 }  // namespace

@@ -98,12 +98,13 @@ struct Attention {
 };
 
 // Tasks: kElementsPerTask elements of contiguous tensors of one shape; with sums, kTokensPerTask rows of D elements.
+// swiglu: kTokensPerTask rows of D elements, of which `count` are; in[0] is h, of rows twice as wide, in[1] dy.
 struct Elementwise {
   int64_t count;
   float scalar;
   Rows in[2], out;
   int64_t D = 0;
-  float* bias_partial = nullptr;  // (tasks, D): sums of out
+  float* bias_partial = nullptr;  // (tasks, D or, of swiglu, 2D): sums of out
 };
 
 // Tasks: (sample, kNumbersPerTask of its `count` numbers).
@@ -145,6 +146,9 @@ struct Kernels {
   void (*gelu_tanh)(const Elementwise&, int64_t, int64_t);
   void (*gelu_tanh_backward)(const Elementwise&, int64_t, int64_t);
   void (*gelu_tanh_bias_backward)(const Elementwise&, int64_t, int64_t);
+  void (*swiglu)(const Elementwise&, int64_t, int64_t);
+  void (*swiglu_backward)(const Elementwise&, int64_t, int64_t);
+  void (*swiglu_bias_backward)(const Elementwise&, int64_t, int64_t);
   void (*qk_norm[3][2])(const QKNorm&, int64_t, int64_t);  // by HeadNorm; the second: with rope
   void (*qk_norm_backward[3][2])(const QKNorm&, int64_t, int64_t);
   void (*attention)(const Attention&, int64_t, int64_t);

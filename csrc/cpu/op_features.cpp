@@ -1,7 +1,6 @@
-// st_fast::align, guided_feature_loss, cfg_extrapolate, gelu_tanh and gelu_tanh_backward on the CPU.
+// st_fast::align and guided_feature_loss on the CPU.
 #include "tensors.h"
 
-#include <algorithm>
 #include <optional>
 
 namespace st_fast {
@@ -87,62 +86,11 @@ std::tuple<Tensor, Tensor> guided_feature_loss(const Tensor& q, const Tensor& f_
   return feature_loss(q, f_cond, &f_null, weight, static_cast<float>(cfg_scale), parse_loss(loss), index);
 }
 
-Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-Rows flat(const Tensor& t, const char* name) {
-  Rows r;
-  r.data = t.data_ptr();
-  r.dtype = dtype_of(t, name);
-  r.token = 1;
-  return r;
-}
-
-using Kernel = void (*)(const Elementwise&, int64_t, int64_t);
-
-// out = kernel(first, second), in first's dtype and shape.
-Tensor elementwise(Kernel kernel, const Tensor& first, const Tensor* second, const char* first_name,
-                   const char* second_name, float scalar, int64_t D = 0, float* bias_partial = nullptr) {
-  const Tensor one = packed(first), two = second ? packed(*second) : one;
-  Tensor out = torch::stable::empty_like(one);
-  Elementwise p = {one.numel(), scalar, {flat(one, first_name), {}}, flat(out, "out"), D, bias_partial};
-  p.out.past_cache = past_cache(out, D ? D : kLine);
-  if (second) {
-    const auto a = one.sizes(), b = two.sizes();
-    check(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), second_name, ": shape ",
-                    shape_text(b.data(), b.size()), ", expected ", shape_text(a.data(), a.size()));
-    p.in[1] = flat(two, second_name);
-  }
-  const int64_t per_task = D ? D * kTokensPerTask : kElementsPerTask;
-  run(kernel, p, divide_up(p.count, per_task), per_task);
-  return out;
-}
-
-Tensor cfg_extrapolate(const Tensor& f_cond, const Tensor& f_null, double cfg_scale) {
-  return elementwise(kernels().cfg_extrapolate, f_cond, &f_null, "f_cond", "f_null", static_cast<float>(cfg_scale));
-}
-
-Tensor gelu_tanh(const Tensor& x, std::optional<Tensor>) {
-  return elementwise(kernels().gelu_tanh, x, nullptr, "x", "", 0.0f);
-}
-
-std::tuple<Tensor, Tensor> gelu_tanh_backward(const Tensor& dy, const Tensor& x, std::optional<Tensor> x_bias) {
-  if (!x_bias)
-    return {elementwise(kernels().gelu_tanh_backward, dy, &x, "dy", "x", 0.0f), empty({0}, aoti_torch_dtype_float32())};
-  const int64_t D = x_bias->numel(), count = D ? divide_up(divide_up(x.numel(), D), kTokensPerTask) : 0;
-  check(x.dim() > 0 && D == x.size(x.dim() - 1), "x_bias: ", D, " channels; those of x's last axis are needed");
-  const std::unique_ptr<float[]> partial(new float[count * D]);
-  Tensor dx = elementwise(kernels().gelu_tanh_bias_backward, dy, &x, "dy", "x", 0.0f, D, partial.get());
-  return {dx, add_bias_partials(partial.get(), count, D, *x_bias)};
-}
-
 }  // namespace
 
 ST_LIBRARY(CPU, m) {
   ST_IMPL(m, align);
   ST_IMPL(m, guided_feature_loss);
-  ST_IMPL(m, cfg_extrapolate);
-  ST_IMPL(m, gelu_tanh);
-  ST_IMPL(m, gelu_tanh_backward);
 }
 
 }  // namespace st_fast

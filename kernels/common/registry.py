@@ -70,9 +70,9 @@ class Op:
     """The same in plain PyTorch, with the same signature."""
     trial: Callable[[Draw, Size], Inputs] | None = None
     """Inputs of one forward and backward pass, as training has them; None for ops that are tried by other means."""
-    floor: tuple[int, int] = (0, 0)
+    floor: tuple[float, float] = (0, 0)
     """What the mathematics must read and write, forward and backward, in elements a value of x (B·N·D)."""
-    moved: tuple[int, int] | None = None
+    moved: tuple[float, float] | None = None
     """What the op's interface reads and writes of such elements, where that is more."""
     vectors: tuple[int, int] = (0, 0)
     """Modulation vectors (B, D) that are read forward; read and written backward."""

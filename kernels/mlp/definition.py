@@ -1,4 +1,4 @@
-"""Linear layers and GELU in plain PyTorch: the definitions, and below them the forms that the ops register."""
+"""Linear layers, GELU and SwiGLU in plain PyTorch: the definitions, and below them the forms that the ops register."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     that made x, if it was called with x_bias.detach().
     """
     return torch.nn.functional.gelu(up(with_bias_gradient(x, x_bias)), approximate="tanh").to(x.dtype)
+
+
+def swiglu(h: Tensor, h_bias: Tensor | None = None) -> Tensor:
+    """silu(gate)·value (…, F) of h (…, 2F), whose first half is the gate (arXiv 2002.05202, without the linear layers);
+    silu(g) = g·σ(g). In h's dtype.
+
+    h_bias (2F,) is read for its gradient only: that of the bias of the layer that made h, if it was called with
+    h_bias.detach().
+    """
+    gate, value = up(with_bias_gradient(h, h_bias)).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * value).to(h.dtype)
 
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -47,6 +58,20 @@ def gelu_tanh_backward(dy: Tensor, x: Tensor, x_bias: Tensor | None) -> tuple[Te
     """→ dx in x's dtype, and dx_bias, which is empty without x_bias."""
     dx = torch.ops.aten.gelu_backward(up(dy), up(x), approximate="tanh")
     return dx.to(x.dtype).contiguous(), bias_gradient(dx, x_bias)
+
+
+def swiglu_forward(h: Tensor, h_bias: Tensor | None) -> Tensor:
+    """→ silu(gate)·value (…, F) in h's dtype."""
+    return swiglu(h).contiguous()
+
+
+def swiglu_backward(dy: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """→ dh (…, 2F) in h's dtype, and dh_bias, which is empty without h_bias."""
+    (gate, value), dy = up(h).chunk(2, dim=-1), up(dy)
+    sigma = gate.sigmoid()
+    dgate = dy * value * (sigma + gate * sigma * (1 - sigma))
+    dh = torch.cat((dgate, dy * gate * sigma), dim=-1)
+    return dh.to(h.dtype), bias_gradient(dh, h_bias)
 
 
 def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:

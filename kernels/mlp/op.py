@@ -1,4 +1,4 @@
-"""linear and gelu_tanh: public functions with their checks, registration, gradients, FLOPs, and inputs to try them.
+"""linear, gelu_tanh and swiglu: public functions with their checks, registration, gradients, FLOPs, and inputs to try them.
 
 gelu_mlp, declared here with them, is in `whole.py`.
 """
@@ -6,6 +6,7 @@ gelu_mlp, declared here with them, is in `whole.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,23 @@ def gelu_tanh(x: Tensor, x_bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def swiglu(h: Tensor, h_bias: Tensor | None = None) -> Tensor:
+    """silu(gate)·value (…, F) in h's dtype; h (…, 2F) is the gate and then the value, as a linear layer of 2F channels
+    makes both. Gradient to h, for which h alone is kept.
+
+    h_bias (2F,), the bias of that layer, gets its gradient here if the layer is called with `h_bias.detach()`: the
+    backward pass sums dh as it makes it. Raises ValueError for an odd or missing last axis.
+    """
+    checks.floating("swiglu", h=h)
+    if h.dim() == 0 or h.shape[-1] == 0 or h.shape[-1] % 2:
+        raise ValueError(f"swiglu: h has shape {tuple(h.shape)}; (…, 2F) with F ≥ 1 is needed, the gate and the value")
+    checks.bias("swiglu", "h_bias", h_bias, "h", h)
+    if h.dtype == torch.float64:
+        return definition.swiglu(h, h_bias)
+    y: Tensor = ops.swiglu(h, wants_gradient(h_bias))
+    return y
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor, one_dtype: bool) -> None:
     """x (…, K), weight (M, K), bias (M,), all of one dtype unless autocast makes it one."""
     checks.floating("linear", x=x, weight=weight, bias=bias)
@@ -95,6 +113,20 @@ define(
     lambda dy, x, x_bias: (new(x), fake_bias_gradient(x, x_bias)),
     TRITON,
 )
+define(
+    "swiglu",
+    "(Tensor h, Tensor? h_bias) -> Tensor",
+    definition.swiglu_forward,
+    lambda h, h_bias: h.new_empty((*h.shape[:-1], h.shape[-1] // 2)),
+    TRITON,
+)
+define(
+    "swiglu_backward",
+    "(Tensor dy, Tensor h, Tensor? h_bias) -> (Tensor dh, Tensor dh_bias)",
+    definition.swiglu_backward,
+    lambda dy, h, h_bias: (new(h), fake_bias_gradient(h, h_bias)),
+    TRITON,
+)
 if onednn.available():
     LIBRARY.impl("linear", onednn.linear, "CPU")
     LIBRARY.impl("linear_backward", onednn.linear_backward, "CPU")
@@ -113,20 +145,26 @@ def _linear(ctx: Context, dy: Grad) -> tuple[Grad, ...]:
 differentiate("linear", _save_linear, _linear)
 
 
-def _save_gelu_tanh(ctx: Context, inputs: tuple[Grad, ...], output: Tensor) -> None:
+def _save_all(ctx: Context, inputs: tuple[Grad, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs)
 
 
-def _gelu_tanh(ctx: Context, dy: Grad) -> tuple[Grad, Grad]:
-    if dy is None:
-        return None, None
-    x, x_bias = ctx.saved_tensors
-    dx, dx_bias = ops.gelu_tanh_backward(dy, x, x_bias)
-    return dx, None if x_bias is None else dx_bias
+def _gradient_of(name: str) -> Callable[..., tuple[Grad, Grad]]:
+    """Of an op (x, bias of the layer before) → y: by its backward op, from dy and its inputs alone."""
+
+    def gradient(ctx: Context, dy: Grad) -> tuple[Grad, Grad]:
+        if dy is None:
+            return None, None
+        x, bias = ctx.saved_tensors
+        dx, dbias = getattr(ops, f"{name}_backward")(dy, x, bias)
+        return dx, None if bias is None else dbias
+
+    return gradient
 
 
-differentiate("gelu_tanh", _save_gelu_tanh, _gelu_tanh)
+for _op in ("gelu_tanh", "swiglu"):
+    differentiate(_op, _save_all, _gradient_of(_op))
 
 Shape = tuple[int, ...]
 
@@ -152,6 +190,13 @@ def _try_gelu_tanh(draw: Draw, size: Size) -> Inputs:
     return Inputs((x, bias), with_bias((x,), bias), (draw(*shape),))
 
 
+def _try_swiglu(draw: Draw, size: Size) -> Inputs:
+    """Hidden channels that make the MLP as large as one of GELU with four times the width: ⅔ of those."""
+    hidden = size.hidden or max(8 * size.width // 3, 1)
+    h, bias = draw.leaf(size.batch, size.tokens, 2 * hidden), draw.bias(2 * hidden)
+    return Inputs((h, bias), with_bias((h,), bias), (draw(size.batch, size.tokens, hidden),))
+
+
 DECLARED = {
     "linear": Op(
         linear, definition.linear, _try_linear,
@@ -160,6 +205,10 @@ DECLARED = {
     "gelu_tanh": Op(
         gelu_tanh, definition.gelu_tanh, _try_gelu_tanh,
         floor=(8, 12),  # on 4·D channels: read x, write y; read dy, x, write dx
+    ),
+    "swiglu": Op(
+        swiglu, definition.swiglu, _try_swiglu,
+        floor=(8, 40 / 3),  # of 8/3·D channels: read two, write one; read dy and two, write two
     ),
     "gelu_mlp": Op(
         gelu_mlp, definition.gelu_mlp, trial,
