@@ -172,7 +172,7 @@ def part(kernel: Kernel) -> str:
         return kernel.phase
     if kernel.family == "compiled":
         return "bias gradients" if "sum" in kernel.name else "layout copies"
-    if kernel.family in ("matrix products", "attention", "adaLN", "GELU", "qk-norm", "feature loss"):
+    if kernel.family in ("matrix products", "attention", "adaLN", "GELU", "SwiGLU", "qk-norm", "feature loss"):
         return kernel.family
     return "embedding, modulation, loss"
 

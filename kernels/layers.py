@@ -25,7 +25,7 @@ from .attn.op import attention
 from .common.registry import forward_mode
 from .feature_loss.definition import FEATURE_LOSSES
 from .feature_loss.op import align, guided_feature_loss
-from .mlp.op import gelu_tanh, linear
+from .mlp.op import gelu_tanh, linear, swiglu
 from .qknorm.op import qk_norm
 
 
@@ -307,6 +307,17 @@ class FusedGELU(Layer):
     def forward(self, input: Tensor) -> Tensor:
         """Any shape; the same comes back."""
         return gelu_tanh(input) if self.approximate == "tanh" else nn.functional.gelu(input)
+
+
+class FusedSwiGLU(Layer):
+    """The MLP of LightningDiT and DINOv2, `SwiGLUFFN`, by its `w12` (gate and value in one layer) and `w3`."""
+
+    w12: nn.Module
+    w3: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, D). Returns (…, D)."""
+        return self.w3(swiglu(self.w12(x)))
 
 
 class FusedLinear(Layer):

@@ -18,7 +18,7 @@ SLOWER: dict[str, tuple[str, ...]] = {"cuda": (), "cpu": ()}
 """Ops whose kernel the whole step measured slower than plain PyTorch, by kind of device: "auto" takes the reference."""
 
 BIASES = "bias_gradients"
-FOR_BIASES: dict[str, tuple[str, ...]] = {"cuda": ("gelu_tanh",), "cpu": ()}
+FOR_BIASES: dict[str, tuple[str, ...]] = {"cuda": ("gelu_tanh", "swiglu"), "cpu": ()}
 """Ops that on such a device "auto" takes for the bias gradients that they sum, and for nothing else."""
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""linear, gelu_tanh and swiglu: public functions with their checks, registration, gradients, FLOPs, and inputs to try them.
+"""linear, gelu_tanh, swiglu: public functions with their checks, registration, gradients, FLOPs, inputs to try them.
 
 gelu_mlp, declared here with them, is in `whole.py`.
 """

@@ -180,7 +180,10 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP (arXiv 2002.05202): (B, N, D) → (B, N, D); named as LightningDiT's, `w12` makes gate and value."""
+    """Two linear layers with silu(gate)·value between (arXiv 2002.05202): (B, N, D) → (B, N, D).
+
+    `w12` makes gate and value, `hidden` channels each, in one product; parameters are named as in LightningDiT.
+    """
 
     def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
         super().__init__()

@@ -176,7 +176,8 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     ("adaLN", r"norm_modulate|gate_residual|adaln|native_layer_norm|add_partials"),
     ("qk-norm", r"qk_?norm"),
     ("feature loss", r"guided_feature|feature_loss|st_fast::align|extrapolate|normalized_mse"),
-    ("GELU", r"gelu"),
+    ("GELU", r"gelu|bias_add"),
+    ("SwiGLU", r"swiglu"),
     ("copies", r"copy_|memcpy|memset|aten::(cat|clone|contiguous|zero_|fill_|index|to)\b|_to_copy"),
 )  # fmt: skip
 """Family → a pattern of its kernels' names. The first match counts; the rest is "other elementwise"."""

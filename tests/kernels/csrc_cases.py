@@ -181,6 +181,16 @@ def heads(batch: int, tokens: int, count: int, dim: int) -> list[Case]:
     return [Case(f"qk_{name}-{size}", leaves, partial(call, **form), frozen) for name, form in forms]
 
 
+def gated(batch: int, tokens: int, dim: int) -> list[Case]:
+    """swiglu of h with 2·dim channels, without a bias and with one."""
+    leaves = {"h": 3 * random(tokens, batch, 2 * dim), "bias": random(2 * dim)}
+    size = f"{batch}x{tokens}x{dim}"
+    return [
+        Case(f"swiglu-{size}", leaves, lambda ops, t: (ops.swiglu(t["h"].transpose(0, 1)),), ("bias",)),
+        Case(f"swiglu-biased-{size}", leaves, lambda ops, t: (ops.swiglu(t["h"].transpose(0, 1), t["bias"]),)),
+    ]
+
+
 def layers() -> list[Case]:
     """Linear layers from transposed inputs and with cut weights, large enough for oneDNN but for the last."""
 
@@ -221,6 +231,8 @@ def cases() -> list[Case]:
         made += modulated(batch, tokens, width, per_token=True)
     for tokens, width, per_token in ((33, 100, False), (1, 33, False), ((5, 1, 64), 384, False), (33, 5, True)):
         made += modulated(2, tokens, width, per_token, "rms")
+    for batch, tokens, width in ((2, 33, 100), (1, 1, 1), (3, 67, 1027)):
+        made += gated(batch, tokens, width)
     return made
 
 

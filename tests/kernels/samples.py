@@ -103,6 +103,8 @@ def samples(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "linear_backward": (plain(1, wide, rows).transpose(1, 2), plain(1, rows, deep), plain(wide, deep)),
         "gelu_tanh": (a, bias),
         "gelu_tanh_backward": (dy, frozen[2], plain(D)),
+        "swiglu": (a, bias),
+        "swiglu_backward": (plain(B, D // 2, N).transpose(1, 2), frozen[2], plain(D)),
         "grad_norm": (lists[0],),
         "adamw_ema_": (*lists, [v.bfloat16() for v in lists[0]], torch.zeros(()), torch.tensor(2.0), torch.tensor(1e-3),
                        0.9, 0.999, 1e-8, 0.1, 0.99, 1.0),

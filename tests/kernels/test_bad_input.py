@@ -63,6 +63,12 @@ MODULATION: Wrong = [
     ("gelu_tanh", (X, ones(D).to(INT)), "x_bias has dtype torch.int32; allowed are torch.float32"),
     ("gelu_tanh", (X, 0.5), "x_bias is a float; a tensor is needed"),
     ("gelu_tanh", (X, ones(D, **META)), "x_bias is on meta; it must be on x's device, cpu"),
+    ("swiglu", (X[..., :7],), r"h has shape \(2, 3, 7\); \(…, 2F\) with F ≥ 1 is needed"),
+    ("swiglu", (X[..., :0],), r"h has shape \(2, 3, 0\); \(…, 2F\) with F ≥ 1 is needed"),
+    ("swiglu", (X[0, 0, 0],), r"h has shape \(\); \(…, 2F\)"),
+    ("swiglu", (X.to(INT),), "h has dtype torch.int32; allowed are torch.float32"),
+    ("swiglu", (X, ones(D // 2)), r"h_bias has shape \(4,\); h's \(D,\) = \(8,\) is needed"),
+    ("swiglu", (X, ones(D).to(DOUBLE)), "h_bias has dtype torch.float64, but h torch.float32"),
 ]
 LOSSES: Wrong = [
     ("align", (X, ones(B, N, 4), W), r"f has shape \(2, 3, 4\)"),

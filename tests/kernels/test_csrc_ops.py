@@ -29,7 +29,8 @@ def case(name: str) -> Case:
 def test_compiled_ops_serve_the_cpu() -> None:
     assert native.available()
     assert native.isa() in ("avx512", "avx2", "baseline")
-    for op in ("norm_modulate", "guided_feature_loss", "qk_norm_backward", "gelu_tanh", "grad_norm", "adamw_ema_"):
+    for op in ("norm_modulate", "guided_feature_loss", "qk_norm_backward", "gelu_tanh", "swiglu", "swiglu_backward",
+               "grad_norm", "adamw_ema_"):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"st_fast::{op}", "CPU"), op
 
 
@@ -143,6 +144,8 @@ def large_calls(batch: int) -> dict[str, tuple[torch.Tensor, ...]]:
         "cfg_extrapolate": (x, a, 30.0),
         "gelu_tanh": (x, None),
         "gelu_tanh_backward": (dy, x, torch.randn(1024)),
+        "swiglu": (torch.cat((x, a), -1), None),
+        "swiglu_backward": (dy[..., :512], x, torch.randn(1024)),
         "qk_norm": (qkv, *vectors, 1e-6),
         "qk_norm_backward": (*heads, qkv, vectors[0], vectors[1], None, torch.rand(4, batch, 64, 16) + 0.5),
         "qk_norm rms": (qkv, vectors[0], None, vectors[1], None, 1e-6, False, "rms", torch.randn(1, 64, 64)),
@@ -207,16 +210,20 @@ def test_mixed_dtypes_float32_stream_with_bfloat16_branch_and_modulation() -> No
     assert da_bias.dtype == torch.bfloat16 and error(da_bias, da.float().sum((0, 1))) < 1e-2
 
 
-@pytest.mark.parametrize("width", [384, 1001])
-def test_gelu_with_a_bias_past_the_caches_has_the_reference_gradients(width: int) -> None:
-    """Rows of whole cache lines, and rows that begin anywhere; more rows than a whole number of tasks."""
+@pytest.mark.parametrize(
+    ("op", "width"), [("gelu_tanh", 384), ("gelu_tanh", 1001), ("swiglu", 384), ("swiglu", 1002), ("swiglu", 4112)]
+)
+def test_an_activation_with_a_bias_past_the_caches_has_the_reference_gradients(op: str, width: int) -> None:
+    """Rows of whole cache lines, rows that begin anywhere, and half rows of several blocks that end within a line; more
+    rows than a whole number of tasks."""
     torch.manual_seed(0)
     found = []
     x, bias = torch.randn(3, 307, width), torch.randn(width)
     assert x.nbytes > 2**20 and 3 * 307 % 32
     for ops in (kernels, reference):
         leaves = x.clone().requires_grad_(), bias.clone().requires_grad_()
-        found.append(torch.autograd.grad(ops.gelu_tanh(*leaves), leaves, x.cos()))
+        y = getattr(ops, op)(*leaves)
+        found.append(torch.autograd.grad(y, leaves, x[..., : y.shape[-1]].cos()))
     for one, other in zip(*found, strict=True):
         assert error(one, other) < 2e-6
 
@@ -226,9 +233,37 @@ def test_a_bias_of_another_size_is_one_line(count: int) -> None:
     x = torch.randn(2, 3, 4)
     with pytest.raises(RuntimeError, match="bias"):
         torch.ops.st_fast.gelu_tanh_backward(x, x, torch.randn(count))
+    with pytest.raises(RuntimeError, match=rf"h_bias: shape \({count}\), expected \(4\)"):
+        torch.ops.st_fast.swiglu_backward(x[..., :2], x, torch.randn(count))
     mean, gate = torch.randn(2, 3), torch.randn(2, 4)
     with pytest.raises(RuntimeError, match=rf"bias: shape \({count}\), expected \(4\)"):
         torch.ops.st_fast.gate_residual_norm_modulate_backward(x, x, x, x, gate, gate, mean, mean, torch.randn(count))
+
+
+FAR = (-3e38, -1e20, -1e4, -88.5, -87.5, -86.5, -31.0, 31.0, 86.5, 87.5, 88.5, 1e4, 1e20, 3e38)
+
+
+def test_swiglu_far_from_zero_is_the_definition_in_float32() -> None:
+    gate, found = torch.tensor(FAR), []
+    for ops in (kernels, reference):
+        h = torch.stack((gate, torch.full_like(gate, 0.37)), -1).requires_grad_()
+        y = ops.swiglu(h)
+        found.append((y, *torch.autograd.grad(y, h, torch.full_like(y, -1.9))))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-30)
+    for ops in (kernels, reference):  # whatever made an infinite gate is not to be hidden
+        assert ops.swiglu(torch.tensor([-torch.inf, 0.37])).isnan()
+
+
+def test_swiglu_of_wrong_shapes_is_refused_before_any_memory_is_read() -> None:
+    h, dy = torch.randn(2, 3, 8), torch.randn(2, 3, 4)
+    ops = torch.ops.st_fast
+    for wrong in (h[..., :7], h[..., :0], h[0, 0, 0]):
+        with pytest.raises(RuntimeError, match=r"h: shape \(.*\), expected \(\.\.\., 2F\) with F >= 1"):
+            ops.swiglu(wrong, None)
+    for wrong in (dy[..., :3], dy[:1], dy[0], h, dy[0, 0, 0]):
+        with pytest.raises(RuntimeError, match=r"dy: shape \(.*\), expected h's \(\.\.\., 4\)"):
+            ops.swiglu_backward(wrong, h, None)
 
 
 @pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)
@@ -249,7 +284,8 @@ def test_vectors_shorter_than_the_bound_have_the_reference_gradient(tiny: float)
 
 
 @pytest.mark.parametrize("name", ["norm_modulate-2x33x100", "gate_residual_norm_modulate-2x33x100", "align-2x33x100",
-                                  "guided-normalized_mse-30-2x33x100", "gelu_tanh-2x33x3x64"])  # fmt: skip
+                                  "guided-normalized_mse-30-2x33x100", "gelu_tanh-2x33x3x64",
+                                  "swiglu-2x33x100"])  # fmt: skip
 def test_nan_in_gives_nan_out(name: str) -> None:
     chosen = case(name)
     first = next(iter(chosen.leaves))

@@ -134,7 +134,8 @@ def test_one_row_a_token_is_refused_in_one_line() -> None:
 
 WITHOUT_CONSTRUCTOR = [
     layers.NormModulate, layers.GateResidual, layers.GateResidualNormModulate, layers.PackedQKNorm, layers.AlignLoss,
-    layers.FusedDiTBlock, layers.FusedFinalLayer, layers.FusedAttention, layers.FusedGELU, layers.FusedLinear,
+    layers.FusedDiTBlock, layers.FusedFinalLayer, layers.FusedAttention, layers.FusedGELU, layers.FusedSwiGLU,
+    layers.FusedLinear,
 ]  # fmt: skip
 
 
@@ -207,11 +208,25 @@ class Attention(nn.Module):
         return self.proj(nn.functional.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
 
 
+class SwiGLUFFN(nn.Module):
+    """As in LightningDiT and DINOv2."""
+
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden, bias), nn.Linear(hidden, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(nn.functional.silu(gate) * value)
+
+
 REST_OF_A_BLOCK = [
     (layers.FusedAttention, lambda: Attention(64, 2, q_norm=nn.Identity(), proj_drop=nn.Dropout(0.0)), (2, 32, 64)),
     (layers.FusedAttention, lambda: Attention(D, H), (B, N, D)),  # sizes that no kernel takes
     (layers.FusedGELU, lambda: nn.GELU(approximate="tanh"), (B, N, D)),
     (layers.FusedGELU, nn.GELU, (B, N, D)),
+    (layers.FusedSwiGLU, lambda: SwiGLUFFN(D, 31, bias=True), (B, N, D)),
+    (layers.FusedSwiGLU, lambda: SwiGLUFFN(D, 20, bias=False), (N, D)),
     (layers.FusedLinear, lambda: nn.Linear(384, 400), (1, 260, 384)),  # large enough for oneDNN
     (layers.FusedLinear, lambda: nn.Linear(D, 7), (B, N, D)),
     (layers.FusedLinear, lambda: nn.Linear(D, 7, bias=False), (N, D)),

@@ -149,6 +149,18 @@ def test_closed_form_gradients_are_those_of_autograd(name: str) -> None:
         assert other is not None and error(one, other) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["gelu_tanh", "swiglu"])
+def test_closed_form_gradients_of_activations_are_those_of_autograd(name: str) -> None:
+    x, bias = 3 * torch.randn(2, 5, 14, dtype=torch.float64), torch.randn(14, dtype=torch.float64)
+    x, bias = x.requires_grad_(), bias.requires_grad_()
+    y, *truth = run(public(name, reference), (x, bias))
+    assert y is not None and error(getattr(PLAIN, name)(x.detach(), None), y) < 1e-12
+    backward = getattr(PLAIN, f"{name}_backward")
+    for one, other in zip(backward(torch.sin(1 + y), x.detach(), bias.detach()), truth, strict=True):
+        assert other is not None and error(one, other) < 1e-12
+    assert backward(torch.sin(1 + y), x.detach(), None)[1].shape == (0,)
+
+
 @pytest.mark.parametrize("loss", reference.FEATURE_LOSSES)
 @pytest.mark.parametrize("size", [1.0, 1e-9, 0.0])
 def test_closed_form_loss_gradients_are_those_of_autograd(loss: str, size: float) -> None:
@@ -169,7 +181,8 @@ def everything(
     m = mod.chunk(6, 1)
     y = kernels.norm_modulate(x, m[0], m[1], 1e-6)
     x, y = kernels.gate_residual_norm_modulate(x, y, m[2], m[3], m[4], 1e-6, bias)
-    x = kernels.gate_residual(x, kernels.gelu_tanh(y, bias), m[5])
+    inner = torch.cat((kernels.gelu_tanh(y, bias)[..., :8], kernels.swiglu(2 * y, bias)), -1)
+    x = kernels.gate_residual(x, inner, m[5])
     ones = torch.ones(qkv.shape[-1])
     q, k, v = kernels.qk_norm(qkv, ones, 0 * ones, ones, 0 * ones)
     losses = [kernels.guided_feature_loss(x, f[index], f[index] * 2, weight[index], 30.0, loss, index)
@@ -246,7 +259,7 @@ def test_second_derivatives_are_refused(name: str) -> None:
         grad.sum().backward()
 
 
-BIASED = {"gate_residual_norm_modulate": 1, "gelu_tanh": 0}
+BIASED = {"gate_residual_norm_modulate": 1, "gelu_tanh": 0, "swiglu": 0}
 """Ops that sum the gradient of the bias before them, and the place of the argument that it was added to."""
 
 

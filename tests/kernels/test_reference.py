@@ -39,6 +39,16 @@ def test_with_rms_nothing_is_subtracted_before_the_division() -> None:
             torch.testing.assert_close(y[b, n], h * (1 + scale[b]) + shift[b])
 
 
+def test_swiglu_is_silu_of_the_first_half_times_the_second() -> None:
+    torch.manual_seed(0)
+    h = 3 * double(2, 3, 10)
+    y = reference.swiglu(h)
+    assert y.shape == (2, 3, 5)
+    for f in range(5):
+        gate, value = h[..., f], h[..., 5 + f]
+        torch.testing.assert_close(y[..., f], gate / (1 + torch.exp(-gate)) * value)
+
+
 def test_guidance_goes_from_the_null_features_past_the_conditional_ones() -> None:
     cond, null = double(4), double(4)
     torch.testing.assert_close(reference.cfg_extrapolate(cond, null, 0.0), null)

@@ -54,15 +54,17 @@ def test_auto_is_the_op_that_has_a_kernel_there_and_was_not_measured_slower(monk
     assert kernels.select({}, torch.device("meta")).align is reference.align
 
 
-def test_auto_sums_bias_gradients_in_the_ops_on_cuda_and_takes_gelu_for_that_alone() -> None:
+@pytest.mark.parametrize("op", ["gelu_tanh", "swiglu"])
+def test_auto_sums_bias_gradients_in_the_ops_on_cuda_and_takes_an_activation_for_that_alone(op: str) -> None:
+    fused, plain = getattr(kernels, op), getattr(reference, op)
     summed = kernels.select({}, CUDA)
-    assert summed.bias_gradients and summed.gelu_tanh is kernels.gelu_tanh
+    assert summed.bias_gradients and getattr(summed, op) is fused
     for device, choices in ((CUDA, {"bias_gradients": "reference"}), (CPU, {}), (CPU, {"bias_gradients": "fused"})):
         found = kernels.select(choices, device)
         assert found.bias_gradients == ("fused" in choices.values())
-        assert found.gelu_tanh is (kernels if device == CPU and native.available() else reference).gelu_tanh
-    alone = kernels.select({"bias_gradients": "reference", "gelu_tanh": "fused"}, CUDA)
-    assert alone.gelu_tanh is kernels.gelu_tanh
+        assert getattr(found, op) is (fused if device == CPU and native.available() else plain)
+    alone = kernels.select({"bias_gradients": "reference", op: "fused"}, CUDA)
+    assert getattr(alone, op) is fused
 
 
 def test_auto_on_a_cpu_without_compiled_ops_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

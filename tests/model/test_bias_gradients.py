@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from st_fast import kernels
 from st_fast.core.ranks import Ranks
+from st_fast.kernels.common.plain import with_bias_gradient
 from st_fast.model import SiT, build
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
-from st_fast.model.layers import BlockLinear, bias_left
+from st_fast.model.layers import BlockLinear, SwiGLU, bias_left
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe.schema import Model
 
@@ -162,3 +163,27 @@ def test_it_is_right_without_qk_norm() -> None:
 
     ours, plain = gradients(made("fused")), gradients(made("reference"))
     assert all(error(ours[name], truth.double()) < 1e-6 for name, truth in plain.items())
+
+
+@pytest.mark.parametrize("how", ["fused", "reference"])
+@pytest.mark.parametrize("op", ["fused", "reference"])
+def test_swiglu_is_its_formula_with_all_gradients_wherever_the_biases_are_summed(op: str, how: str) -> None:
+    torch.manual_seed(0)
+    mlp = SwiGLU(22, 17, kernels.select({"swiglu": op, "bias_gradients": how}, CPU))
+    assert {name: tuple(p.shape) for name, p in mlp.named_parameters()} == {
+        "w12.weight": (34, 22), "w12.bias": (34,), "w3.weight": (22, 17), "w3.bias": (22,),
+    }  # fmt: skip
+    assert mlp.w12.own_bias.requires_grad == mlp.w3.own_bias.requires_grad == (how == "reference")
+    x, dy = 2 * torch.randn(3, 5, 22) + 0.3, torch.randn(3, 5, 22)
+    y = with_bias_gradient(mlp(x.requires_grad_()), bias_left(mlp.w3))  # as the op after the MLP does
+    leaves = {"x": x, **dict(mlp.named_parameters())}
+    ours = torch.autograd.grad(y, list(leaves.values()), dy)
+
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    h = exact["x"] @ exact["w12.weight"].T + exact["w12.bias"]
+    gate, value = h[..., :17], h[..., 17:]
+    truth = (gate / (1 + torch.exp(-gate)) * value) @ exact["w3.weight"].T + exact["w3.bias"]
+    assert error(y.detach(), truth.detach()) < 1e-6
+    expected = torch.autograd.grad(truth, list(exact.values()), dy.double())
+    for name, found, right in zip(exact, ours, expected, strict=True):
+        assert error(found, right) < 1e-6, name

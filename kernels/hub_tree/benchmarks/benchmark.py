@@ -11,6 +11,7 @@ INPUTS = {
     "gate_residual_norm_modulate": ((B, N, D), (B, N, D), (B, D), (B, D), (B, D)),
     "qk_norm": ((B, N, 3, H, D // H), *[(D // H,)] * 4),
     "gelu_tanh": ((B, N, 4 * D),),
+    "swiglu": ((B, N, 16 * D // 3),),
 }
 
 

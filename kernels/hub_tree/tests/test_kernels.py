@@ -23,6 +23,7 @@ CASES = {
     "qk_norm": (((B, N, 3, H, D // H), *[(D // H,)] * 4), (1e-5,)),
     "cfg_extrapolate": (((B, N, D), (B, N, D)), (1.7,)),
     "gelu_tanh": (((B, N, D),), ()),
+    "swiglu": (((B, N, 2 * D),), ()),
     "linear": (((B, N, D), (2 * D, D), (2 * D,)), ()),
 }
 
