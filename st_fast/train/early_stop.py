@@ -9,6 +9,7 @@ ranks make it, so that it does not depend on how the batch is split. Nothing of 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from st_fast.core.ranks import Ranks
 from st_fast.model import DiffusionTransformer, flow
-from st_fast.model.layers import Run
+from st_fast.model.layers import Run, adaln_options
 from st_fast.model.side_stream import Future
 from st_fast.model.walk import of_groups
 from st_fast.recipe.methods import Method
@@ -136,7 +137,7 @@ def cut_at(model: DiffusionTransformer, tap: int | tuple[int, ...]) -> Iterator[
     if not isinstance(tap, int) or tap < 1:
         raise ValueError(f"tap = {tap}: one block is needed")
     run, block = model.run_block, model.blocks[tap - 1]
-    model.run_block = cut = Cut(run, block, model.kernels.norm_modulate)
+    model.run_block = cut = Cut(run, block, partial(model.kernels.norm_modulate, **adaln_options(model.config)))
     try:
         yield cut
     finally:
