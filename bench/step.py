@@ -52,11 +52,16 @@ class Wanted:
 
 
 def default_setups(device: torch.device) -> list[Setup]:
-    """S/2 at batch 8 on a CPU; B/2 and XL/2 at 256 on CUDA; all three stages, and of an MMDiT the last."""
+    """S/2 at batch 8 on a CPU; B/2 and XL/2 at 256 on CUDA; all three stages, and of an MMDiT the last.
+
+    Of B/2 also the modern block, beside the published one.
+    """
     if device.type == "cuda":
         steps = [(size, stage, 256) for size in ("B/2", "XL/2") for stage in STAGES] + [("MMDiT-24/2", "stage 2", 256)]
+        steps += [("modern B/2", "plain", 256)]
     else:
         steps = [("S/2", stage, 8) for stage in STAGES] + [("MMDiT-6/2", stage, 8) for stage in ("stage 2", IN_RANGE)]
+        steps += [("B/2", "plain", 8), ("modern B/2", "plain", 8)]
     return [Setup(*step, device, options=MICRO_BATCH if device.type == "cuda" else ()) for step in steps]
 
 
@@ -66,6 +71,8 @@ MICRO_BATCH = ("--optim.micro_batch=auto",)
 
 def default_wanted(setup: Setup, full: bool) -> Wanted:
     """Enough rounds for a figure; on two cores all steps take less than five minutes, or fifteen with `full`."""
+    if setup.size.startswith("modern "):  # whose block no published loop has
+        return replace(default_wanted(replace(setup, size=setup.size.removeprefix("modern ")), full), rivals=())
     if setup.device.type == "cuda":
         return Wanted(Effort(rounds=8, seconds=15, least=3, warmup=1), 5)
     if full:

@@ -73,11 +73,18 @@ UNTRIED = ("--kernels.gelu_mlp=reference", "--run.cuda_graphs=false")
 """What a training run on CUDA decides by trials at its start, set to what "auto" is without one."""
 
 
+MODERN = (
+    "--model.norm=rms", "--model.position=both", "--model.mlp=swiglu", "--model.qk_norm=rms",
+    "--model.value_residual=true",
+)  # fmt: skip
+"""The block of a network whose size begins with "modern "."""
+
+
 @dataclass(frozen=True)
 class Setup:
-    """One step to measure. size: of a SiT, an MMDiT's whole name, whose blocks that supervise move with its depth, or
-    "digits" for `make demo`'s own model with its tokens; tokens a latent; depth 0 is the size's own; compile as
-    `run.compile` takes it.
+    """One step to measure. size: of a SiT, which may begin with "modern ", an MMDiT's whole name, whose blocks that
+    supervise move with its depth, or "digits" for `make demo`'s own model with its tokens; tokens a latent; depth 0 is
+    the size's own; compile as `run.compile` takes it.
 
     `options` go over the recipe; labels do not show them.
     """
@@ -104,9 +111,10 @@ class Setup:
 
 def make_recipe(setup: Setup, folder: Path) -> Recipe:
     """The shipped recipe of that size, with this batch, resolution, depth and folder."""
-    demo, text = setup.size == "digits", setup.size.startswith("MMDiT")
-    name = "digits" if demo else "mmdit_coco" if text else f"sit_{setup.size.split('/')[0].lower()}"
+    demo, text, size = setup.size == "digits", setup.size.startswith("MMDiT"), setup.size.removeprefix("modern ")
+    name = "digits" if demo else "mmdit_coco" if text else f"sit_{size.split('/')[0].lower()}"
     own = ["--evaluate.classifier=false"] if demo else [f"--model.latent_size={2 * math.isqrt(setup.tokens)}"]
+    own += MODERN if size != setup.size else []
     recipe = load(
         ROOT / "recipes" / f"{name}.toml",
         [
