@@ -366,11 +366,10 @@ def gate_residual_backward(dx_out: Tensor, a: Tensor, gate: Tensor, lengths: Len
 WIDTHS = (384, 768, 1024, 1152)
 CEILINGS = {
     "forward": 80, "plain_forward": 64, "backward": REGISTERS, "bias_backward": REGISTERS, "plain_backward": 128,
-    "gate_forward": 64, "gate_backward": 64, "add_partials": 48,
     "rms_forward": 80, "rms_plain_forward": 64, "rms_backward": REGISTERS, "rms_bias_backward": REGISTERS,
-    "rms_plain_backward": 128,
-    "runs_forward": 80, "runs_backward": REGISTERS, "runs_gate_backward": 64,
-    "tokens_forward": 80, "tokens_backward": REGISTERS, "tokens_bias_backward": REGISTERS, "tokens_gate_backward": 64,
+    "rms_plain_backward": 128, "gate_forward": 64, "gate_backward": 64, "add_partials": 48, "runs_forward": 80,
+    "runs_backward": REGISTERS, "runs_gate_backward": 64, "tokens_forward": 80, "tokens_backward": REGISTERS,
+    "tokens_bias_backward": REGISTERS, "tokens_gate_backward": 64,
 }  # fmt: skip
 """What `resources.py` compiles: widths, and the most registers a thread may take in each kernel."""
 
@@ -380,21 +379,17 @@ def resource_calls(meta: Callable[..., Tensor], width: int) -> Iterator[tuple[st
     one of two runs, and of every token."""
     x, statistic = meta(256, 256, width), meta(256, 256, dtype=torch.float32)
     gate, shift, scale = meta(256, 6 * width).chunk(6, 1)[2:5]
-    bias = meta(width)
-    yield "forward", lambda: gate_residual_norm_modulate(x, x, gate, shift, scale, 1e-6)
-    yield "plain_forward", lambda: norm_modulate(x, shift, scale, 1e-6)
-    backward = gate_residual_norm_modulate_backward
-    yield "backward", lambda: backward(x, x, x, x, gate, scale, statistic, statistic)
-    yield "plain_backward", lambda: norm_modulate_backward(x, x, scale, statistic, statistic)
+    bias, none, backward = meta(width), meta(0, dtype=torch.float32), gate_residual_norm_modulate_backward
+    for name, mean, rms in (("", statistic, False), ("rms_", none, True)):
+        both = functools.partial(gate_residual_norm_modulate, x, x, gate, shift, scale, 1e-6, rms=rms)
+        yield f"{name}forward", both
+        yield f"{name}plain_forward", functools.partial(norm_modulate, x, shift, scale, 1e-6, rms=rms)
+        down = functools.partial(backward, x, x, x, x, gate, scale, mean, statistic, rms=rms)
+        yield f"{name}backward", down
+        yield f"{name}bias_backward", functools.partial(down, bias)
+        yield f"{name}plain_backward", functools.partial(norm_modulate_backward, x, x, scale, mean, statistic, rms=rms)
     yield "gate_forward", lambda: gate_residual(x, x, gate)
     yield "gate_backward", lambda: gate_residual_backward(x, x, gate)
-    yield "bias_backward", lambda: backward(x, x, x, x, gate, scale, statistic, statistic, bias)
-    none = meta(0, dtype=torch.float32)
-    yield "rms_forward", lambda: gate_residual_norm_modulate(x, x, gate, shift, scale, 1e-6, rms=True)
-    yield "rms_plain_forward", lambda: norm_modulate(x, shift, scale, 1e-6, rms=True)
-    yield "rms_backward", lambda: backward(x, x, x, x, gate, scale, none, statistic, rms=True)
-    yield "rms_bias_backward", lambda: backward(x, x, x, x, gate, scale, none, statistic, bias, rms=True)
-    yield "rms_plain_backward", lambda: norm_modulate_backward(x, x, scale, none, statistic, rms=True)
     for name, lengths, vectors in (("runs", (64, 192), 2), ("tokens", None, 256)):
         gates, shifts, scales = meta(256, vectors, 6 * width).chunk(6, 2)[2:5]
         both = functools.partial(gate_residual_norm_modulate, x, x, gates, shifts, scales, 1e-6, lengths=lengths)
