@@ -37,6 +37,10 @@ def test_rows_cut_into_several_chunks_and_partial_sums_into_several_blocks(
 ) -> None:
     assert mlp.cut_tokens(1, 141, mlp.PROGRAMS, mlp.ROWS, 4096) == 4  # 36 chunks, the last of one row
     assert_as_exact_as_eager(case, torch.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr(mlp, "PROGRAMS", 3)
+        assert mlp.cut_tokens(1, 141, mlp.PROGRAMS, mlp.ROWS, 4096) == 32  # read in 8 steps, the last chunk in 4
+        assert_as_exact_as_eager(case, torch.float32)
     monkeypatch.setattr(mlp, "ROWS", 1)
     assert mlp.cut_tokens(1, 141, mlp.PROGRAMS, mlp.ROWS, 4096) == 1  # 141 partial sums: a block of 128, and 13
     assert_as_exact_as_eager(case, torch.float32)
