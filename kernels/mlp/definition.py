@@ -71,7 +71,7 @@ def swiglu_backward(dy: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tenso
     sigma = gate.sigmoid()
     dgate = dy * value * (sigma + gate * sigma * (1 - sigma))
     dh = torch.cat((dgate, dy * gate * sigma), dim=-1)
-    return dh.to(h.dtype), bias_gradient(dh, h_bias)
+    return dh.to(h.dtype).contiguous(), bias_gradient(dh, h_bias)
 
 
 def gelu_mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ FILES = (
     File("st_fast/model/mmdit.py", ("model/test_mmdit.py",)),
     File("kernels/adaln/definition.py", ("kernels/test_reference.py", "kernels/test_runs.py", "kernels/test_ops.py")),
     File("kernels/noise/definition.py", (RANDOM, "kernels/test_noise.py", "model/test_flow.py")),
+    File(
+        "kernels/mlp/definition.py",
+        ("kernels/test_reference.py", "kernels/test_ops.py"),
+        ("swiglu", "swiglu_forward", "swiglu_backward"),
+    ),
     File("kernels/optimiser/definition.py", ("kernels/test_reference.py", TRUTH)),
     File("st_fast/core/random.py", (RANDOM, EVERY_LOADER, "model/test_flow.py", TRUTH)),
     File("st_fast/train/step.py", STEPS),
