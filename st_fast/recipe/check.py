@@ -19,9 +19,9 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     """Raises RecipeError for the first thing that doesn't fit; `ranks` is how many processes share a batch."""
     check_shapes(recipe.model)
     check_batch(recipe.optim, ranks)
-    check_stream(recipe)
     check_names(recipe.stages)
     for position, stage in enumerate(recipe.stages):
+        recipe.optim.check(stage)
         check_numbers(stage, recipe.model.depth)
         stage.method.check(stage.name)
         check_models(stage, recipe.stages, position)
@@ -52,15 +52,6 @@ def check_batch(optim: Optim, ranks: int) -> None:
     if isinstance(images, int) and images and share % images:
         why = f"does not divide a rank's share of the batch, {optim.batch_size} / {ranks} = {share}"
         raise wrong_value("optim.micro_batch", images, f'{_either(splits_near(share, images)[1])}, or "auto"', why)
-
-
-def check_stream(recipe: Recipe) -> None:
-    """Samples are numbered by 64-bit integers."""
-    for stage in recipe.stages:
-        if stage.steps * recipe.optim.batch_size >= 2**62:
-            why = f"with optim.batch_size = {recipe.optim.batch_size} more samples than 64-bit numbers count"
-            allowed = f"at most {2**62 // recipe.optim.batch_size}"
-            raise wrong_value(f"stage.{stage.name}.steps", stage.steps, allowed, why)
 
 
 def splits_near(batch_size: int, parts: int) -> tuple[list[int], list[int]]:
@@ -373,15 +364,16 @@ def check_device(run: Run, device: str) -> None:
 def changed_maths(old: Recipe, new: Recipe) -> list[str]:
     """One line for each difference that changes the mathematics or the stream of samples; empty: safe to resume.
 
-    A stage may change its length and stages may be added at the end; no stage may be removed, renamed or moved.
+    A stage may change its length, unless a schedule of learning rates spans it, and stages may be added at the end; no
+    stage may be removed, renamed or moved.
     """
     lines = [line for name in SECTIONS for line in _differences(name, getattr(old, name), getattr(new, name))]
     for position, stage in enumerate(old.stages):
-        lines += _stage_differences(stage, new.stages[position] if position < len(new.stages) else None)
+        lines += _stage_differences(stage, new.stages[position] if position < len(new.stages) else None, new.optim)
     return lines
 
 
-def _stage_differences(old: Stage, new: Stage | None) -> list[str]:
+def _stage_differences(old: Stage, new: Stage | None, optim: Optim) -> list[str]:
     if new is None:
         return [f"stage.{old.name}: removed"]
     if old.name != new.name:
@@ -390,9 +382,14 @@ def _stage_differences(old: Stage, new: Stage | None) -> list[str]:
         before, after = supervision_name(old.method), supervision_name(new.method)
         return [f"stage.{old.name}.supervision: {show(before)} → {show(after)}"]
     label = f"stage.{old.name}"
+    lines = (
+        []
+        if optim.schedule == "constant" or old.steps == new.steps
+        else [f"{label}.steps: {old.steps} → {new.steps}, which optim.schedule = {show(optim.schedule)} spans"]
+    )
     parts = [(old.method, new.method), (old.start, new.start)]
     parts += [(old.contrastive, new.contrastive), (old.routing, new.routing)]
-    return [line for before, after in parts for line in _differences(label, before, after)]
+    return lines + [line for before, after in parts for line in _differences(label, before, after)]
 
 
 def _differences(prefix: str, old: Any, new: Any) -> list[str]:

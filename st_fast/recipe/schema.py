@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST
 from st_fast.kernels import FORMS, SWITCHES
 from st_fast.recipe.architecture import Model as Model
+from st_fast.recipe.error import show, wrong_value
 from st_fast.recipe.keys import (
     FOLDER_NAME,
     BelowOne,
     Count,
     CountOrZero,
+    Fraction,
     Guidance,
     NamesOrNone,
     NonNegative,
@@ -30,6 +32,8 @@ from st_fast.recipe.routing import Routing
 
 STEPS_MOST = 100_000
 """Of a solver."""
+SCHEDULE_MOST = 2**24
+"""Updates of a schedule: the optimiser counts in float32, which is exact up to there."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,14 @@ class Optim:
     warmup_steps: Annotated[int, between(0, 10_000_000)] = fixed(
         0, "Steps over which the learning rate rises linearly."
     )
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = fixed(
+        "constant",
+        "The learning rate after the warm-up: constant, a decay to the stage's end, or (wsd) one of its last steps.",
+    )
+    decay_steps: Annotated[int, between(0, SCHEDULE_MOST)] = fixed(
+        0, 'Steps of the decay, linear, at the stage\'s end, of "wsd"; the other schedules decay from the warm-up on.'
+    )
+    lr_end: Fraction = fixed(0.0, "Where a decay ends, as a share of `lr`.")
     betas: tuple[BelowOne, BelowOne] = fixed((0.9, 0.999), "Decay of AdamW's two running means.")
     eps: Positive = fixed(1e-8, "AdamW's ε.")
     weight_decay: NonNegative = fixed(0.0, "Decoupled weight decay.")
@@ -85,6 +97,33 @@ class Optim:
         "auto", "The dtype in which ranks add gradients; auto: the gradients'."
     )
     ema_decay: BelowOne = fixed(0.9999, "Decay of the weight average a step.")
+
+    def check(self, stage: "Stage") -> None:
+        """RecipeError for a stage that its batches or its schedule don't fit; samples are numbered by 64-bit integers.
+
+        A stage that starts with AdamW's state goes on with its count of updates, and may be past the warm-up.
+        """
+        where, schedule = f"stage.{stage.name}.steps", f"optim.schedule = {show(self.schedule)}"
+        if stage.steps * self.batch_size >= 2**62:
+            why = f"with optim.batch_size = {self.batch_size} more samples than 64-bit numbers count"
+            raise wrong_value(where, stage.steps, f"at most {2**62 // self.batch_size}", why)
+        if self.decay_steps and self.schedule != "wsd":
+            raise wrong_value(
+                "optim.decay_steps", self.decay_steps, '0, or schedule = "wsd"', f"not read by {schedule}"
+            )
+        if self.schedule == "constant":
+            if self.lr_end:
+                raise wrong_value(
+                    "optim.lr_end", self.lr_end, "0, or a schedule that decays", f"not read by {schedule}"
+                )
+            return
+        if self.schedule == "wsd" and not self.decay_steps:
+            raise wrong_value("optim.decay_steps", 0, "the steps of the decay", schedule)
+        warmup = 0 if stage.start.init and stage.start.init_weights == "state" else self.warmup_steps
+        least = warmup + max(self.decay_steps, 1)
+        if not least <= stage.steps <= SCHEDULE_MOST:
+            why = f"{schedule} with {warmup} steps of warm-up and {self.decay_steps or 'at least 1'} of decay"
+            raise wrong_value(where, stage.steps, f"{least} to {SCHEDULE_MOST}", why)
 
 
 @dataclass(frozen=True)
@@ -254,7 +293,9 @@ class Stage:
     name: Annotated[str, FOLDER_NAME] = field(metadata=said("Name of the stage, of its folder and for other stages."))
     method: Method
     """The keys of the method that the key `supervision` names."""
-    steps: Count = field(metadata=said("Updates; a resumed run may make a stage longer.", free=True))
+    steps: Count = field(
+        metadata=said("Updates; a resumed run may make a stage longer, if no schedule spans it.", free=True)
+    )
     start: Start = Start()
     contrastive: Contrast = Contrast()
     routing: Routing = field(default_factory=Routing)

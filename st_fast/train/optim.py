@@ -4,6 +4,7 @@ In float32 the masters are the model's own parameters. In bf16 the model holds b
 All state of a sharded module (`parallel.py`) is sharded, and the op works on this rank's parts.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -18,9 +19,20 @@ UpdateOp = Callable[..., None]
 NormOp = Callable[[list[Tensor]], Tensor]
 
 
-def learning_rate(settings: Optim, update: Tensor) -> Tensor:
-    """The rates of updates, counted from 1 (float64, the shape of `update`): linear warm-up, then constant."""
-    return (update.double() / max(settings.warmup_steps, 1)).clamp_max_(1.0).mul_(settings.lr)
+def learning_rate(settings: Optim, update: Tensor, steps: int = 1, taken_over: int = 0) -> Tensor:
+    """The rates of updates, counted from 1 (float64, the shape of `update`): linear warm-up, then `settings.schedule`.
+
+    steps: the stage's, which a schedule spans; taken_over: the updates made before the stage, with its state. These
+    count for the warm-up, as for AdamW, and not for the decay. As of PyTorch's schedulers the first update of a decay
+    has the whole rate, and `lr_end` would be that of the update after the last.
+    """
+    factor = (update.double() / max(settings.warmup_steps, 1)).clamp_max_(1.0)
+    if settings.schedule != "constant":
+        length = settings.decay_steps or steps - max(settings.warmup_steps - taken_over, 0)
+        progress = ((update.double() - (taken_over + steps - length + 1)) / length).clamp_(0.0, 1.0)
+        fallen = (1 - (math.pi * progress).cos()) / 2 if settings.schedule == "cosine" else progress
+        factor *= 1 - (1 - settings.lr_end) * fallen
+    return factor.mul_(settings.lr)
 
 
 class Slots:
@@ -84,17 +96,30 @@ class Optimizer:
     """Trains a model (with EMA) and a method's heads (without). `dtype` is that of the parameters in use."""
 
     def __init__(
-        self, model: nn.Module, heads: nn.Module, settings: Optim, dtype: torch.dtype, update: UpdateOp, norm: NormOp
-    ) -> None:
+        self, model: nn.Module, heads: nn.Module, settings: Optim, dtype: torch.dtype, update: UpdateOp, norm: NormOp,
+        steps: int = 1,
+    ) -> None:  # fmt: skip
         self.settings, self._update, self._norm = settings, update, norm
         self.model, self.heads = Slots(model, dtype, with_ema=True), Slots(heads, dtype, with_ema=False)
         self._groups = [slots for slots in (self.model, self.heads) if slots.parameters]
-        numbers = torch.arange(1, max(settings.warmup_steps, 1) + 1, dtype=torch.float32)
-        self._rates = learning_rate(settings, numbers).to(self.model.step.device, torch.float32)
-        """(warmup_steps,) float32: the rates of the first updates; the last is that of all later ones."""
+        self._steps = steps
+        self.begin(taken_over=0)
+
+    def begin(self, taken_over: int) -> None:
+        """Lays out the rates of a stage of `steps` updates that begins when so many have been made."""
+        settings, self._taken_over = self.settings, taken_over
+        constant = settings.schedule == "constant"
+        first, count = (0, max(settings.warmup_steps, 1)) if constant else (taken_over, self._steps)
+        numbers = torch.arange(first + 1, first + count + 1, dtype=torch.float32)
+        self._rates = self.rate(numbers).to(self.model.step.device, torch.float32)
+        """(warmup_steps,), with a schedule (steps,), float32: the rates up to the last that differs from the next."""
         self._numbers = numbers[:-1].to(self._rates.device)
         self._lr = self._rates[0].clone()
         """0-dim float32: the rate of the next update."""
+
+    def rate(self, update: Tensor) -> Tensor:
+        """The learning rates of updates, counted from 1, in float64."""
+        return learning_rate(self.settings, update, self._steps, self._taken_over)
 
     @property
     def updates(self) -> Tensor:

@@ -21,7 +21,6 @@ from st_fast.train import graphs, memory
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.examiner import Kind, due
 from st_fast.train.log import JUDGED_EVERY, Clock, Meter, Readings, joined, progress_line
-from st_fast.train.optim import learning_rate
 from st_fast.train.profiling import StageProfile
 from st_fast.train.shapes import mean_cost
 from st_fast.train.trainer import RunContext, Trainer
@@ -232,7 +231,7 @@ class Reporter:
         seconds, waited = self.clock.read(), self.batches.waited
         elapsed = max(seconds - self._seconds, 1e-9)
         spent = self.cost(step)
-        values["lr"] = float(learning_rate(context.recipe.optim, torch.tensor(readings.updates)))
+        values["lr"] = float(self._trainer.optimizer.rate(torch.tensor(readings.updates)))
         values["images_per_s"] = (step - self._step) * context.recipe.optim.batch_size / elapsed
         values["mfu"] = (spent["flops"] - self._flops) / elapsed / (context.rate * context.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed

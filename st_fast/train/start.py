@@ -61,6 +61,7 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
         weights=start.init_weights,
         heads=start.init_heads,
         fresh=tuple(start.init_fresh),
+        updates=int(state["optim"]["model.step"]) if start.init_weights == "state" else 0,
     )
 
 

@@ -107,7 +107,8 @@ class Trainer:
         self.method.heads.to(device)
         if self.shards is not None:
             self.shards.heads(self.method.heads)
-        self.optimizer = Optimizer(self.model, self.method.heads, recipe.optim, context.dtype, update, norm)
+        heads, steps = self.method.heads, stage.steps
+        self.optimizer = Optimizer(self.model, heads, recipe.optim, context.dtype, update, norm, steps)
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
         self.ending = Ending(stage.name, self.method, recipe.flow.path, context.ranks, context.log)
@@ -186,6 +187,7 @@ class Trainer:
         self.rolled_back_at = found.guard.rolled_back_at
         self.trained_before = clock.seconds = found.seconds
         self.rollbacks, self.origin = found.rollbacks, found.init
+        self.optimizer.begin(self.origin.updates if self.origin else 0)
         self.ending.restore(found.stopped_at)
         if self.stage.contrastive.contrast:
             self.mean_latents = self.context.ranks.broadcast_from_rank0(self._mean_latents)

@@ -37,6 +37,7 @@ MATHS = {
         "data.source",
     ),
     *(f"optim.{key}" for key in ("batch_size", "lr", "warmup_steps", "betas", "eps", "weight_decay", "grad_clip")),
+    *("optim.schedule", "optim.decay_steps", "optim.lr_end"),
     *("optim.reduction", "optim.ema_decay", "run.seed", "run.precision", "run.fp8"),
 }
 """Written out by hand: a new key of the schema must be put on one side or the other."""
@@ -118,6 +119,15 @@ def test_stages_may_change_their_length_and_be_added_at_the_end_only(small: Path
     assert len(changed_maths(recipe, with_stages(recipe, extra, align, transcend))) == 2
     renamed = with_stages(recipe, replace(align, name="other"), transcend)
     assert changed_maths(recipe, renamed) == ["stage.align: its place is taken by stage.other"]
+
+
+def test_the_length_of_a_stage_counts_where_a_schedule_of_learning_rates_spans_it(small: Path) -> None:
+    recipe = load(small, ["--optim.schedule=cosine"])
+    align, transcend = recipe.stages
+    assert changed_maths(recipe, recipe) == []
+    assert changed_maths(recipe, with_stages(recipe, align, replace(transcend, steps=300))) == [
+        'stage.transcend.steps: 200 → 300, which optim.schedule = "cosine" spans'
+    ]
 
 
 def test_every_setting_of_a_method_counts(small: Path) -> None:

@@ -432,3 +432,30 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(small: Path, recipe_te
 def test_a_long_value_is_shown_short_with_both_its_ends(small: Path) -> None:
     error = refusal(small, f"--flow.path=start{'x' * 10_000}end")
     assert "start" in str(error) and 'xend"' in str(error) and len(str(error)) < 500
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["decay_steps=5"], 'optim.decay_steps = 5: not read by optim.schedule = "constant"; allowed: 0, or'),
+        (["schedule=cosine", "decay_steps=5"], 'optim.decay_steps = 5: not read by optim.schedule = "cosine"'),
+        (["lr_end=0.5"], 'optim.lr_end = 0.5: not read by optim.schedule = "constant"; allowed: 0, or a schedule'),
+        (["schedule=wsd"], 'optim.decay_steps = 0: optim.schedule = "wsd"; allowed: the steps of the decay'),
+        (["schedule=wsd", "decay_steps=90", "warmup_steps=111"],
+         'stage.align.steps = 100: optim.schedule = "wsd" with 111 steps of warm-up and 90 of decay; allowed: 201 to'),
+        (["schedule=linear", "warmup_steps=100"], "with 100 steps of warm-up and at least 1 of decay; allowed: 101 to"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_does_not_fit_is_one_line(small: Path, overrides: list[str], line: str) -> None:
+    assert line in str(refusal(small, *(f"--optim.{override}" for override in overrides)))
+
+
+def test_a_schedule_may_be_as_long_as_the_stage_and_the_count_and_a_stage_with_a_state_needs_no_warm_up(small) -> None:
+    wsd = ["--optim.schedule=wsd", "--optim.decay_steps=40", "--optim.warmup_steps=60"]
+    assert load(small, wsd).optim.decay_steps == 40
+    state = ["--stage.align.init=./x", "--stage.align.init_weights=state", "--stage.align.steps=40"]
+    load(small, wsd + state)
+    assert "allowed: 100 to" in str(refusal(small, *wsd, *state[:1], *state[2:]))
+    longest = ["--optim.schedule=linear", f"--stage.align.steps={2**24}"]
+    load(small, longest)
+    assert refusal(small, longest[0], f"--stage.align.steps={2**24 + 1}").key == "stage.align.steps"

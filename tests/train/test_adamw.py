@@ -318,3 +318,72 @@ def test_each_update_has_the_bits_of_its_learning_rate_also_after_going_back(war
     expected = [learning_rate(settings, torch.tensor(number)).float() for number in updates]
     assert torch.equal(torch.stack(rates), torch.stack(expected))
     assert len(set(torch.stack(rates).tolist())) == max(warmup, 1)
+
+
+def torch_rates(settings: Optim, steps: int) -> list[float]:
+    """The rates of `steps` updates by PyTorch's own schedulers, in turn."""
+    schedulers = torch.optim.lr_scheduler
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1, dtype=torch.float64))], lr=settings.lr)
+    warmup, parts, ends = settings.warmup_steps, [], []
+    if warmup:
+        parts.append(schedulers.LinearLR(dummy, 1 / warmup, 1.0, warmup - 1) if warmup > 1 else constant(dummy))
+        ends.append(warmup)
+    length = settings.decay_steps or steps - warmup
+    if settings.schedule == "wsd":
+        parts.append(constant(dummy))
+        ends.append(steps - length)
+    if settings.schedule == "cosine":
+        parts.append(schedulers.CosineAnnealingLR(dummy, length, settings.lr_end * settings.lr))
+    else:
+        parts.append(schedulers.LambdaLR(dummy, lambda n: 1 - (1 - settings.lr_end) * n / length))
+    whole, rates = schedulers.SequentialLR(dummy, parts, ends), []
+    for _ in range(steps):
+        rates.append(dummy.param_groups[0]["lr"])
+        dummy.step()
+        whole.step()
+    return rates
+
+
+def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("warmup", [0, 1, 6])
+@pytest.mark.parametrize(("schedule", "decay"), [("linear", 0), ("cosine", 0), ("wsd", 7), ("wsd", 1), ("wsd", 17)])
+def test_schedules_are_those_of_torch_and_end_with_the_stage(schedule, decay, warmup):
+    settings = Optim(lr=3.1e-4, warmup_steps=warmup, schedule=schedule, decay_steps=decay, lr_end=0.15)
+    found = learning_rate(settings, torch.arange(1, 24), steps=23)
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(torch_rates(settings, 23), rel=1e-12)
+    after = learning_rate(settings, torch.tensor([24, 90]), steps=23)
+    assert after.tolist() == pytest.approx([0.15 * 3.1e-4] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("warmup", "taken_over"), [(0, 0), (4, 0), (4, 2), (4, 30)])
+@pytest.mark.parametrize(("schedule", "decay"), [("linear", 0), ("cosine", 0), ("wsd", 5)])
+def test_a_schedule_goes_by_updates_made_and_by_the_stages_own(schedule, decay, warmup, taken_over):
+    rates: list[Tensor] = []
+    settings = Optim(lr=2e-3, warmup_steps=warmup, schedule=schedule, decay_steps=decay, lr_end=0.25)
+
+    def update(*lists: object, **numbers: float) -> None:
+        rates.append(lists[8].clone())  # type: ignore[attr-defined]
+        lists[6].add_(len(rates) != 8)  # type: ignore[attr-defined]  # the eighth is skipped
+
+    norm = torch.ones(())
+    optimizer = Optimizer(nn.Linear(3, 2), nn.Identity(), settings, torch.float32, update, lambda grads: norm, 12)
+    optimizer.begin(taken_over)
+    optimizer.updates.fill_(taken_over)
+    for _ in range(14):
+        optimizer.update()
+    counted = torch.tensor([*range(1, 9), *range(8, 13), 12]) + taken_over  # behind the end the last rate stays
+    assert torch.equal(torch.stack(rates), optimizer.rate(counted).float())
+    own = replace(
+        settings, warmup_steps=max(warmup - taken_over, 0)
+    )  # the decay's own time, after what warm-up is left
+    expected = learning_rate(own, counted - taken_over, 12)
+    left = own.warmup_steps
+    assert torch.equal(torch.stack(rates)[left:], expected[left:].float())
+    assert torch.stack(rates)[:left].tolist() == pytest.approx(
+        [2e-3 * (taken_over + n) / max(warmup, 1) for n in range(1, left + 1)], rel=1e-6
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -300,6 +301,28 @@ def test_a_stage_starts_from_an_earlier_one_and_takes_its_heads_on_request(data,
         moved = max((second.groups[group][k] - t).abs().max() for k, t in first.groups[group].items())
         assert 0 < moved < 0.05  # one step from there, and not from what was drawn
     assert second.meta["init"]["path"] == "align" and second.meta["init"]["layout"] == "self-transcendence"
+
+
+def test_a_schedule_spans_the_stages_own_steps_whose_state_begins_elsewhere_also_after_a_resume(data, tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    text = recipe.read_text()
+    again = text[text.index("[[stage]]") : text.rindex("[[stage]]")].replace('"align"', '"again"')
+    recipe.write_text(text[: text.rindex("[[stage]]")] + again + 'init = "align"\ninit_weights = "state"\n')
+    options = ["--optim.schedule=wsd", "--optim.decay_steps=5", "--optim.lr_end=0.2", "--optim.warmup_steps=3"]
+    run(load(recipe, options))
+    rates = {name: [r["lr"] for r in tiny.records(tmp_path / "out", "train") if r["stage"] == name]
+             for name in ("align", "again")}  # fmt: skip
+    falling = [1e-2 * (1 - 0.8 * n / 5) for n in range(5)]
+    assert rates["align"] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 1e-2, *falling], rel=1e-6)
+    assert rates["again"] == pytest.approx([1e-2] * 5 + falling, rel=1e-6)  # the warm-up is over, the decay its own
+    whole = newest(tmp_path / "out", "again")
+    assert whole.said.init is not None and whole.said.init.updates == 10 and whole.groups["optim"]["model.step"] == 20
+    shutil.rmtree(whole.path)
+    assert newest(tmp_path / "out", "again").step == 8
+    run(load(recipe, options))
+    resumed = newest(tmp_path / "out", "again")
+    for group, tensors in whole.groups.items():
+        assert all(torch.equal(tensor, resumed.groups[group][name]) for name, tensor in tensors.items()), group
 
 
 @dataclass(frozen=True)

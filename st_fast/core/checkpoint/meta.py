@@ -95,6 +95,8 @@ class Init:
     weights: str
     heads: str
     fresh: tuple[str, ...]
+    updates: int = 0
+    """That AdamW's state, where it was taken over, had counted."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Meta:
             ("guard: spikes: found", 1, 1 if spikes.found is None else spikes.found, max(step, 1)),
             ("guard: spikes: the number of usual losses", 0, len(spikes.usual), step),
             ("guard: spikes: usual", 0, min(spikes.usual, default=0), max(spikes.usual, default=0)),
+            ("init: updates", 0, self.init.updates if self.init else 0, 2**53),
             ("micro_batch: images", 1, chosen.images, 2**31),
             ("micro_batch: ranks", 1, chosen.ranks, MOST_RANKS),
             ("cuda_graphs: ranks", 1, graphs.ranks, MOST_RANKS),
