@@ -101,7 +101,7 @@ double advance(const Tensor& step) {
 void adamw_ema_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                 const Tensors& emas, const Tensors& copies, const Tensor& step, const Tensor& grad_norm,
                 const Tensor& lr, double beta1, double beta2, double eps, double weight_decay, double ema_decay,
-                double max_norm) {
+                double max_norm, bool ema_warmup) {
   expect_count(grads, params, "grads", false);
   expect_count(exp_avgs, params, "exp_avgs", false);
   expect_count(exp_avg_sqs, params, "exp_avg_sqs", false);
@@ -136,7 +136,7 @@ void adamw_ema_(const Tensors& params, const Tensors& grads, const Tensors& exp_
   c.step_size = static_cast<float>(rate / (1 - std::pow(beta1, steps)));
   c.bias2_sqrt = static_cast<float>(std::sqrt(1 - std::pow(beta2, steps)));
   c.clip = max_norm > 0 ? std::min(1.0f, static_cast<float>(max_norm) / (static_cast<float>(norm) + 1e-6f)) : 1.0f;
-  c.ema_weight = static_cast<float>(1 - ema_decay);
+  c.ema_weight = static_cast<float>(ema_warmup ? std::max(1 - ema_decay, 9 / (9 + steps)) : 1 - ema_decay);
   each_piece(pieces_of(params), [&](const Piece& piece, int64_t) {
     ParamBlock block = whole[piece.tensor];
     block.count = piece.count;

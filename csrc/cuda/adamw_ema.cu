@@ -6,15 +6,16 @@ namespace st_fast {
 namespace {
 
 struct Given {
-  double beta1, beta2, weight_decay, max_norm;
+  double beta1, beta2, weight_decay, max_norm, ema_weight;
+  bool ema_warmup;
 };
 
 struct Constants {  // made on the device from step, lr and grad_norm, once a step
-  float clip, decay, step_size, bias2_sqrt, take;
+  float clip, decay, step_size, bias2_sqrt, ema_weight, take;
 };
 
 struct Fixed {
-  float one_minus_beta1, beta2, one_minus_beta2, eps, ema_weight;
+  float one_minus_beta1, beta2, one_minus_beta2, eps;
 };
 
 // One thread: the step's constants, and the step counted if it is taken.
@@ -28,6 +29,7 @@ __global__ void prepare(const Given given, const float* lr, const float* norm, S
     c.decay = static_cast<float>(1 - rate * given.weight_decay);
     c.step_size = static_cast<float>(rate / (1 - pow(given.beta1, steps)));
     c.bias2_sqrt = static_cast<float>(sqrt(1 - pow(given.beta2, steps)));
+    c.ema_weight = static_cast<float>(given.ema_warmup ? fmax(given.ema_weight, 9 / (9 + steps)) : given.ema_weight);
     c.clip = given.max_norm > 0 ? fminf(1.0f, static_cast<float>(given.max_norm) / (*norm + 1e-6f)) : 1.0f;
   }
   *to = c;
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
       m[k] += f.one_minus_beta1 * (g[k] - m[k]);
       v[k] = v[k] * f.beta2 + f.one_minus_beta2 * g[k] * g[k];
       p[k] = p[k] * c.decay - c.step_size * m[k] / (sqrtf(v[k]) / c.bias2_sqrt + f.eps);
-      if (data[kEma]) e[k] += f.ema_weight * (p[k] - e[k]);
+      if (data[kEma]) e[k] += c.ema_weight * (p[k] - e[k]);
     }
     store_four<float>(data[kParam], at, count, p);
     store_four<float>(data[kExpAvg], at, count, m);
@@ -82,7 +84,7 @@ void expect_list(const Tensors& list, const Tensors& params, const char* name, b
 void adamw_ema_(const Tensors& params, const Tensors& given_grads, const Tensors& exp_avgs,
                 const Tensors& exp_avg_sqs, const Tensors& emas, const Tensors& copies, const Tensor& step,
                 const Tensor& grad_norm, const Tensor& lr, double beta1, double beta2, double eps,
-                double weight_decay, double ema_decay, double max_norm) {
+                double weight_decay, double ema_decay, double max_norm, bool ema_warmup) {
   if (params.empty()) return;
   const OnDevice device(params[0]);
   const Tensors grads = contiguous(given_grads);
@@ -99,7 +101,7 @@ void adamw_ema_(const Tensors& params, const Tensors& given_grads, const Tensors
   const DType grad_dtype = common_dtype(grads, "grads");
   Tensor scratch = device.empty(sizeof(Constants) / 4, aoti_torch_dtype_float32());
   Constants* constants = static_cast<Constants*>(scratch.data_ptr());
-  const Given given = {beta1, beta2, weight_decay, max_norm};
+  const Given given = {beta1, beta2, weight_decay, max_norm, 1 - ema_decay, ema_warmup};
   if (is_float32(step)) {
     prepare<<<1, 1, 0, device.stream()>>>(given, floats(lr), floats(grad_norm), floats(step), constants);
   } else {
@@ -109,7 +111,7 @@ void adamw_ema_(const Tensors& params, const Tensors& given_grads, const Tensors
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const Fixed fixed = {static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2),
-                       static_cast<float>(eps), static_cast<float>(1 - ema_decay)};
+                       static_cast<float>(eps)};
   each_table(
       params,
       [&](Table& table, int slot, size_t i) {

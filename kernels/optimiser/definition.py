@@ -42,14 +42,16 @@ def adamw_ema_(
     weight_decay: float,
     ema_decay: float,
     max_norm: float,
+    ema_warmup: bool = False,
 ) -> None:
     """One AdamW step (arXiv 1711.05101) with clipping by the global norm, then ema += (1 − decay)·(p − ema), in place.
 
     The order of `torch.optim.AdamW`: p ← p·(1 − lr·wd); m, v; p ← p − lr/(1 − β₁ᵗ)·m / (√v/√(1 − β₂ᵗ) + eps), with g
     scaled by min(1, max_norm / (grad_norm + 1e-6)) as `clip_grad_norm_` does (max_norm ≤ 0: not scaled).
     params, exp_avgs, exp_avg_sqs and emas float32; grads float32 or bfloat16; `emas` and `copies` one per parameter or
-    empty; copies receive the new parameter in their own dtype. step (0-dim) counts completed steps. If grad_norm is
-    NaN or Inf nothing changes, step included. Reading grad_norm, step and lr waits for the device.
+    empty; copies receive the new parameter in their own dtype. step (0-dim) counts completed steps. ema_warmup: the
+    decay after n of them is min(ema_decay, (1 + n)/(10 + n)), as of TensorFlow's ExponentialMovingAverage. If grad_norm
+    is NaN or Inf nothing changes, step included. Reading grad_norm, step and lr waits for the device.
     """
     if not torch.isfinite(grad_norm):
         return
@@ -57,6 +59,7 @@ def adamw_ema_(
     t, rate = float(step), float(lr)
     clip = min(1.0, max_norm / (float(grad_norm) + 1e-6)) if max_norm > 0 else 1.0
     root = (1 - beta2**t) ** 0.5
+    blend = max(1 - ema_decay, 9 / (9 + t)) if ema_warmup else 1 - ema_decay
     for i, (p, m, v) in enumerate(zip(params, exp_avgs, exp_avg_sqs)):
         g = grads[i].to(p.dtype) * clip
         p.mul_(1 - rate * weight_decay)
@@ -64,6 +67,6 @@ def adamw_ema_(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         p.addcdiv_(m, (v.sqrt() / root).add_(eps), value=-rate / (1 - beta1**t))
         if emas:
-            emas[i].lerp_(p, 1 - ema_decay)
+            emas[i].lerp_(p, blend)
         if copies:
             copies[i].copy_(p)

@@ -55,6 +55,7 @@ def adamw_ema_(
     weight_decay: float,
     ema_decay: float,
     max_norm: float,
+    ema_warmup: bool = False,
 ) -> None:
     """One AdamW step, clipped, with EMA and low-precision copies, in place; none at all if grad_norm is not finite."""
     _check(
@@ -65,7 +66,7 @@ def adamw_ema_(
         {"step": step, "grad_norm": grad_norm, "lr": lr},
     )
     lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, emas, copies)]
-    ops.adamw_ema_(*lists, step, grad_norm, lr, beta1, beta2, eps, weight_decay, ema_decay, max_norm)
+    ops.adamw_ema_(*lists, step, grad_norm, lr, beta1, beta2, eps, weight_decay, ema_decay, max_norm, ema_warmup)
 
 
 def _dtype(op: str, label: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -118,7 +119,7 @@ define(
     "adamw_ema_",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] emas,"
     " Tensor(e!)[] copies, Tensor(f!) step, Tensor grad_norm, Tensor lr, float beta1, float beta2, float eps,"
-    " float weight_decay, float ema_decay, float max_norm) -> ()",
+    " float weight_decay, float ema_decay, float max_norm, bool ema_warmup=False) -> ()",
     definition.adamw_ema_,
     lambda *args: None,
     TRITON,

@@ -168,12 +168,12 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 
 def _scalars(
     step: Tensor, grad_norm: Tensor, lr: Tensor, beta1: float, beta2: float, weight_decay: float, ema_decay: float,
-    max_norm: float,
+    max_norm: float, ema_warmup: bool,
 ) -> Tensor:  # fmt: skip
-    """float32 (6,): whether to step, clip factor, 1 − lr·wd, lr/(1 − β₁ᵗ), √(1 − β₂ᵗ), 1 − ema_decay."""
+    """float32 (6,): whether to step, clip factor, 1 − lr·wd, lr/(1 − β₁ᵗ), √(1 − β₂ᵗ), 1 − the average's decay."""
     t, rate, norm = step.double() + 1, lr.double(), grad_norm.double()
     clip = (max_norm / (norm + 1e-6)).clamp_max(1.0) if max_norm > 0 else torch.ones_like(norm)
-    blend = torch.full_like(norm, 1 - ema_decay)
+    blend = (9 / (9 + t)).clamp_min(1 - ema_decay) if ema_warmup else torch.full_like(norm, 1 - ema_decay)
     values = [torch.isfinite(norm).double(), clip, 1 - rate * weight_decay, rate / (1 - beta1**t),
               (1 - beta2**t).sqrt(), blend]  # fmt: skip
     return torch.stack(values).float()
@@ -183,9 +183,10 @@ def adamw_ema_(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
+    ema_warmup: bool = False,
 ) -> None:  # fmt: skip
     """One step in place, as `definition.py` has it; written tensors contiguous, gradients any strides."""
-    scalars = _scalars(step, grad_norm, lr, beta1, beta2, weight_decay, ema_decay, max_norm)
+    scalars = _scalars(step, grad_norm, lr, beta1, beta2, weight_decay, ema_decay, max_norm, ema_warmup)
     groups: dict[tuple[torch.dtype, torch.dtype | None], list[int]] = {}
     for i, g in enumerate(grads):
         groups.setdefault((g.dtype, copies[i].dtype if copies else None), []).append(i)

@@ -121,6 +121,11 @@ def trained_stages(run: Path, names: Iterable[str]) -> list[str]:
     return [name for name in names if checkpoint.candidates(run / name / "checkpoints")]
 
 
+def average_group(decay: float) -> str:
+    """The group of a checkpoint with a further average, of `optim.ema_decays`."""
+    return f"ema-{decay!r}"
+
+
 def _root(path: Path) -> Path:
     """Where the checkpoints of a stage's folder are, or of a folder of checkpoints."""
     return path / "checkpoints" if os.path.lexists(path / "checkpoints") else path
@@ -312,16 +317,20 @@ def alike(states: Tensor, others: Tensor) -> bool:
     return bool((states.float() - others.float()).norm() <= ALIKE * others.float().norm())
 
 
-def read_weights(root: Path, config: Model, weights: Which) -> Weights:
-    """What `load_frozen` reads of a model; of a checkpoint, or of the newest under `root`, only one group is read."""
+def read_weights(root: Path, config: Model, weights: str) -> Weights:
+    """What `load_frozen` reads of a model: "raw", "ema" or, of a run, a further average by its group.
+
+    Of a checkpoint, or of the newest under `root`, only one group is read.
+    """
     say = partial(print, flush=True)
     with naming_lack_of_memory(f"loading {root}"):
         if root.is_file() or (root / CONFIG).is_file() or (root / "transformer" / CONFIG).is_file():
-            origin = read_model(root, say, otherwise=config, only=weights)
+            which: Which = "raw" if weights == "raw" else "ema"
+            origin = read_model(root, say, otherwise=config, only=which)
             for remark in origin.loaded.remarks:
                 say(f"{origin.path}: {remark}")
-            return weights_of(origin, weights)
-        group = "model" if weights == "raw" else "ema"
+            return weights_of(origin, which)
+        group = "model" if weights == "raw" else weights
         if (root / "manifest.json").is_file():
             found: Checkpoint | None = checkpoint.load(root, (group,), optional=(MEAN_LATENTS,))
         else:
@@ -331,7 +340,7 @@ def read_weights(root: Path, config: Model, weights: Which) -> Weights:
     where = str(found.path)
     return Weights(
         found.meta.get("architecture", {}), found.groups[group], found.path, flow_path(found.meta, where), found.step,
-        weights == "ema", latent_space(found.meta, where), found.groups.get(MEAN_LATENTS, {}),
+        weights != "raw", latent_space(found.meta, where), found.groups.get(MEAN_LATENTS, {}),
     )  # fmt: skip
 
 

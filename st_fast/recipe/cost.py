@@ -186,6 +186,8 @@ HEAD_BYTES = 16
 """The same of a head, which has no EMA."""
 SAVED_BYTES, SAVED_HEAD_BYTES = 16, 12
 """Bytes a parameter, and one of a head, in a checkpoint: master, exp_avg and exp_avg_sq in float32, and the EMA."""
+AVERAGE_BYTES = 4
+"""Bytes a parameter of a further average (`optim.ema_decays`), on the device and in a checkpoint."""
 SAMPLED_BYTES = 4
 """Bytes a parameter of the float32 model that samples are drawn from."""
 MEMORY_SHARE = 0.9
@@ -221,16 +223,26 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
         rows = supervised_rows(recipe, stage.method, images)
         supervision = rows * supervision_bytes(model, stage, bf16, run)
         supervision += images * grouped_bytes(model, stage.method.token_groups, bf16, run.checkpointing)
-        weights = weight_bytes(model, stage, bf16, shards, teacher_shards)
+        averages = len(recipe.optim.ema_decays)
+        weights = weight_bytes(model, stage, bf16, shards, teacher_shards, averages)
         stages.append((weights, pass_bytes + supervision))
     return max(stages, key=sum)
 
 
-def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teacher_shards: int = 1) -> int:
-    """Bytes of a stage's weights and their state on one rank, gradients included; over how many ranks each is split."""
+def weight_bytes(
+    model: Model, stage: Stage, bf16: bool, shards: int = 1, teacher_shards: int = 1, averages: int = 0
+) -> int:
+    """Bytes of a stage's weights and their state on one rank, gradients included; over how many ranks each is split.
+
+    averages: how many there are beside the first.
+    """
     method, each = stage.method, 2 if bf16 else 4
     average = each if method.learns_from_average and (bf16 or shards > 1) else 0  # else it is the EMA itself
-    trunk = SAMPLED_BYTES + (STATE_BYTES + average) / shards + (each / teacher_shards if method.teacher_name else 0)
+    trunk = (
+        SAMPLED_BYTES
+        + (STATE_BYTES + averages * AVERAGE_BYTES + average) / shards
+        + (each / teacher_shards if method.teacher_name else 0)
+    )
     live = sum(12 * depth * width**2 for depth, width in map(dinov2_size, method.encoder_names)) * method.encodes_images
     heads = head_parameters(model, method) * HEAD_BYTES / shards
     return round(model.parameters * trunk + heads + live * each)
@@ -238,10 +250,10 @@ def weight_bytes(model: Model, stage: Stage, bf16: bool, shards: int = 1, teache
 
 def saved_bytes(recipe: Recipe, ranks: int) -> int:
     """Bytes of the copy on the host that one rank's part of a checkpoint is written from, in the largest stage."""
-    shards = ranks if recipe.run.sharding == "fsdp2" else 1
+    shards, averages = ranks if recipe.run.sharding == "fsdp2" else 1, AVERAGE_BYTES * len(recipe.optim.ema_decays)
     stages = [(recipe.for_stage(stage).model, stage.method) for stage in recipe.stages]
     return max(
-        (model.parameters * SAVED_BYTES + head_parameters(model, method) * SAVED_HEAD_BYTES) // shards
+        (model.parameters * (SAVED_BYTES + averages) + head_parameters(model, method) * SAVED_HEAD_BYTES) // shards
         for model, method in stages
     )
 
@@ -357,6 +369,8 @@ def untrained_averages(recipe: Recipe) -> list[str]:
     After n steps a share of decay^n is; samples of such an average are noise however well the weights are trained. A
     stage that starts from a model begins with trained weights.
     """
+    if recipe.optim.ema_warmup:  # the first update alone takes nine tenths of them away
+        return []
     lines, decay = [], recipe.optim.ema_decay
     for stage in recipe.stages:
         share = decay**stage.steps
@@ -364,6 +378,6 @@ def untrained_averages(recipe: Recipe) -> list[str]:
             lines.append(
                 f"{stage.name}: after {stage.steps} steps the average of optim.ema_decay = {decay:g} is still "
                 f"{100 * share:.0f} % of its first weights, and samples of it are poor; "
-                f"{0.01 ** (1 / stage.steps):.4g} would leave 1 %"
+                f"{0.01 ** (1 / stage.steps):.4g} would leave 1 %, optim.ema_warmup = true nothing"
             )
     return lines

@@ -17,6 +17,7 @@ from st_fast.recipe.keys import (
     CountOrZero,
     Fraction,
     Guidance,
+    Limit,
     NamesOrNone,
     NonNegative,
     PathText,
@@ -32,6 +33,7 @@ from st_fast.recipe.routing import Routing
 
 STEPS_MOST = 100_000
 """Of a solver."""
+AVERAGES = Limit("with at most 4, none twice", lambda decays: len(decays) == len(set(decays)) <= 4)
 SCHEDULE_MOST = 2**24
 """Updates of a schedule: the optimiser counts in float32, which is exact up to there."""
 
@@ -97,12 +99,21 @@ class Optim:
         "auto", "The dtype in which ranks add gradients; auto: the gradients'."
     )
     ema_decay: BelowOne = fixed(0.9999, "Decay of the weight average a step.")
+    ema_warmup: bool = fixed(
+        False, "Begin with faster averages: after n updates the decay is at most (1 + n)/(10 + n)."
+    )
+    ema_decays: Annotated[tuple[BelowOne, ...], AVERAGES] = fixed(
+        (), "Decays of further averages, kept in checkpoints beside the first: `--weights ema-0.999` draws from one."
+    )
 
     def check(self, stage: "Stage") -> None:
         """RecipeError for a stage that its batches or its schedule don't fit; samples are numbered by 64-bit integers.
 
         A stage that starts with AdamW's state goes on with its count of updates, and may be past the warm-up.
         """
+        if self.ema_decay in self.ema_decays:
+            why = f"optim.ema_decay = {show(self.ema_decay)} is among them"
+            raise wrong_value("optim.ema_decays", list(self.ema_decays), "the decays of further averages", why)
         where, schedule = f"stage.{stage.name}.steps", f"optim.schedule = {show(self.schedule)}"
         if stage.steps * self.batch_size >= 2**62:
             why = f"with optim.batch_size = {self.batch_size} more samples than 64-bit numbers count"

@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -49,7 +48,8 @@ class SampleRequest:
     """Which model samples, and how."""
 
     source: Source
-    weights: Literal["raw", "ema"]
+    weights: str
+    """"raw", "ema", or one of the run's further averages by its group."""
     settings: Sample
     labels: Labels
     seed: int
@@ -100,7 +100,9 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     add_file_options(parser)
     parser.add_argument("--data", type=path, metavar="FOLDER", help="a data folder for a model that comes without one")
     parser.add_argument("--stage", help="the stage whose model samples (default: the last one that was trained)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument(
+        "--weights", default="ema", help="ema (default), raw, or one of a run's optim.ema_decays, such as ema-0.999"
+    )
     parser.add_argument(
         "-n", "--num", type=integer(1, COUNT_MOST), help="how many samples (torchrun takes --num for a flag of its own)"
     )

@@ -164,10 +164,13 @@ def place_in_run(path: Path) -> tuple[Path, str | None, Path | None] | None:
     return None
 
 
-def of_run(run: Path, stage: str | None, checkpoint: Path | None, weights: Any, needs_model: bool = True) -> Source:
+def of_run(run: Path, stage: str | None, checkpoint: Path | None, weights: str, needs_model: bool = True) -> Source:
     """A stage of a run, the last one that was trained where none is named, and its newest checkpoint."""
     recipe = load_run(run)
     name = newest_stage(run, recipe, stage) if needs_model else stage or recipe.stages[-1].name
+    groups = ["ema", "raw", *map(stored.average_group, recipe.optim.ema_decays)]
+    if weights not in groups:
+        raise UserError(f"--weights {weights}: {run} has {', '.join(groups)}")
     root, recipe = checkpoint or run / name / "checkpoints", recipe.for_stage(recipe.stage(name))
     read = functools.partial(stored.read_weights, root, recipe.model, weights)
     return Source(run, recipe, name, read, run / name / "samples", run / "compiled")
@@ -182,6 +185,8 @@ def refuse_told(given: argparse.Namespace, path: Path, options: Mapping[str, str
 
 def by_itself(named: Path, given: argparse.Namespace) -> Source:
     """A model without a run; UserError where it can't be read, or the data are not of its kind."""
+    if given.weights not in ("ema", "raw"):
+        raise UserError(f"--weights {given.weights}: {named} has at most ema and raw")
     place = fetch(str(named), MODEL_OR_PIPELINE) if is_hub_name(named) else named
     origin = stored.read_model(
         place, print, None, given.layout, given.heads, given.num_classes, only=given.weights,

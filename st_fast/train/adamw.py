@@ -18,7 +18,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks
 from st_fast.model.smoke_test import smoke_test
 from st_fast.recipe.schema import Recipe
-from st_fast.train.optim import NormOp, UpdateOp
+from st_fast.train.optim import NormOp, UpdateOp, ema_weight
 
 APEX_OPS = ("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master")
 APEX_CHUNK = 2048 * 32
@@ -78,6 +78,7 @@ def torch_update(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
+    ema_warmup: bool = False,
 ) -> None:  # fmt: skip
     """The function of `torch.optim.AdamW(fused=True)`. Clipping is passed as the scale that it divides gradients by."""
     steps = list(step.expand(len(params)).clone().unbind())  # torch counts the steps of each tensor
@@ -88,7 +89,7 @@ def torch_update(
         amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
     )  # fmt: skip
     step.copy_(steps[0])
-    _update_emas(params, emas, grad_norm, ema_decay)
+    _update_emas(params, emas, step, grad_norm, ema_decay, ema_warmup)
     if copies:
         torch._foreach_copy_(list(copies), list(params))
 
@@ -97,6 +98,7 @@ def apex_update(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     emas: Sequence[Tensor], copies: Sequence[Tensor], step: Tensor, grad_norm: Tensor, lr: Tensor,
     beta1: float, beta2: float, eps: float, weight_decay: float, ema_decay: float, max_norm: float,
+    ema_warmup: bool = False,
 ) -> None:  # fmt: skip
     """The op of apex's FusedAdam that keeps its scalars on the device, with masters where there are copies."""
     finite = torch.isfinite(grad_norm)
@@ -107,7 +109,7 @@ def apex_update(
         BIAS_CORRECTION, weight_decay, _clip(grad_norm, max_norm).reshape(1),
     )  # fmt: skip
     step.add_(finite)
-    _update_emas(params, emas, grad_norm, ema_decay)
+    _update_emas(params, emas, step, grad_norm, ema_decay, ema_warmup)
 
 
 def _clip(grad_norm: Tensor, max_norm: float) -> Tensor:
@@ -115,9 +117,11 @@ def _clip(grad_norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (grad_norm + 1e-6)).clamp_max(1.0) if max_norm > 0 else torch.ones_like(grad_norm)
 
 
-def _update_emas(params: Sequence[Tensor], emas: Sequence[Tensor], grad_norm: Tensor, ema_decay: float) -> None:
+def _update_emas(
+    params: Sequence[Tensor], emas: Sequence[Tensor], step: Tensor, grad_norm: Tensor, decay: float, warmup: bool
+) -> None:
     if emas:
-        weight = torch.isfinite(grad_norm).float() * (1 - ema_decay)
+        weight = ema_weight(step, grad_norm, decay, warmup)
         torch._foreach_lerp_(list(emas), list(params), [weight] * len(emas))
 
 

@@ -5,13 +5,14 @@ All state of a sharded module (`parallel.py`) is sharded, and the op works on th
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from st_fast.model import DiffusionTransformer
+from st_fast.model.stored import average_group
 from st_fast.recipe.schema import Optim
 from st_fast.train.parallel import is_sharded, local, locals_of, norm_of_all
 
@@ -35,10 +36,19 @@ def learning_rate(settings: Optim, update: Tensor, steps: int = 1, taken_over: i
     return factor.mul_(settings.lr)
 
 
+def ema_weight(step: Tensor, grad_norm: Tensor, decay: float, warmup: bool) -> Tensor:
+    """What an average moves by towards the weights after their update `step`: 0 if it was skipped, else 1 − decay.
+
+    warmup: the decay after n updates is at most (1 + n)/(10 + n). 0-dim float32, on the device.
+    """
+    taken = torch.isfinite(grad_norm).float()
+    return taken * ((9 / (9 + step)).clamp_min(1 - decay) if warmup else 1 - decay)
+
+
 class Slots:
     """The tensors of one module, in the order of its trainable parameters, which are cast to `dtype`."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, with_ema: bool) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype, with_ema: bool, ema_decays: Sequence[float] = ()) -> None:
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.untrained = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         """Parameters that are not trained (the positions), as the module uses them."""
@@ -51,6 +61,8 @@ class Slots:
         self.names, self.parameters = list(trained), [p for p in module.parameters() if p.requires_grad]
         self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(m.detach()) for m in masters] for _ in range(2))
         self.emas = [m.detach().clone() for m in masters] if with_ema else []
+        self.other_emas = {decay: [m.detach().clone() for m in masters] for decay in ema_decays}
+        """Further averages, by their decays."""
         self.step = torch.zeros((), device=self.parameters[0].device if self.parameters else "cpu")
         """0-dim float32: the number of updates made."""
         self.sharded = is_sharded(module)
@@ -100,7 +112,7 @@ class Optimizer:
         steps: int = 1,
     ) -> None:  # fmt: skip
         self.settings, self._update, self._norm = settings, update, norm
-        self.model, self.heads = Slots(model, dtype, with_ema=True), Slots(heads, dtype, with_ema=False)
+        self.model, self.heads = Slots(model, dtype, True, settings.ema_decays), Slots(heads, dtype, with_ema=False)
         self._groups = [slots for slots in (self.model, self.heads) if slots.parameters]
         self._steps = steps
         self.begin(taken_over=0)
@@ -151,19 +163,29 @@ class Optimizer:
                 masters, group, *state, slots.step, norm, self._lr,
                 beta1=settings.betas[0], beta2=settings.betas[1], eps=settings.eps,
                 weight_decay=settings.weight_decay, ema_decay=settings.ema_decay, max_norm=settings.grad_clip,
+                ema_warmup=settings.ema_warmup,
             )  # fmt: skip
+            for decay, emas in slots.other_emas.items():  # a pass each; weights on the device allow no foreach lerp
+                apart = torch._foreach_sub(masters, averages := locals_of(emas))
+                torch._foreach_mul_(apart, ema_weight(slots.step, norm, decay, settings.ema_warmup))
+                torch._foreach_add_(averages, apart)
             for parameter in slots.parameters:
                 parameter.grad = None
         return norm
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The checkpoint's groups: "model" and "ema" by the published keys, "heads", and "optim" with the moments."""
+        """The checkpoint's groups: "model" and "ema" by the published keys, "heads", and "optim" with the moments.
+
+        Of further averages a group each, by `average_group`.
+        """
         model, heads = self.model, self.heads
         groups = {
             "model": dict(zip(model.names, model.masters, strict=True)) | model.frozen,
             "ema": dict(zip(model.names, model.emas, strict=True)) | model.frozen,
             "optim": model.moments("model") | heads.moments("heads"),
         }
+        for decay, emas in model.other_emas.items():
+            groups[average_group(decay)] = dict(zip(model.names, emas, strict=True)) | model.frozen
         if heads.names:
             groups["heads"] = dict(zip(heads.names, heads.masters, strict=True))
         return {group: {name: t.detach() for name, t in tensors.items()} for group, tensors in groups.items()}

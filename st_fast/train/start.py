@@ -47,7 +47,8 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     )
     kept = _kept(drawn["model"], start.init_fresh)
     state["model"] |= {key: raw[key] for key in kept}
-    state["ema"] |= {key: averaged[key] for key in kept}
+    for group in filter(lambda name: name.startswith("ema"), state):  # further averages, which a file has not, too
+        state[group] |= {key: averaged[key] for key in kept}
     with_heads = start.init_heads == "match"
     if with_heads:
         state["heads"] = {key: loaded.model[head_name(key)] for key in drawn.get("heads", {})}

@@ -32,11 +32,12 @@ class State:
         self.exp_avg_sqs = [torch.zeros_like(p) for p in self.params]
         self.emas = [p.clone() for p in self.params]
 
-    def update(self, grads: list[Tensor], norm: Tensor | None = None, max_norm: float = 1.0, ema: bool = True) -> None:
+    def update(self, grads: list[Tensor], norm: Tensor | None = None, max_norm: float = 1.0, ema: bool = True,
+               warmup: bool = False) -> None:  # fmt: skip
         norm = OPS.grad_norm(grads) if norm is None else norm
         OPS.adamw_ema_(
             self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.emas if ema else [], self.copies, self.step,
-            norm, torch.tensor(LR), *BETAS, EPS, DECAY, EMA, max_norm,
+            norm, torch.tensor(LR), *BETAS, EPS, DECAY, EMA, max_norm, warmup,
         )  # fmt: skip
 
     def everything(self) -> list[Tensor]:
@@ -79,6 +80,21 @@ def test_one_step_is_exact_against_float64() -> None:
         want = p * (1 - LR * DECAY) - LR * g / (g.abs() + EPS)
         assert (new - want).abs().max().item() < 3e-7 * p.abs().max().item()
         assert (ema - (EMA * p + (1 - EMA) * want)).abs().max().item() < 3e-7 * p.abs().max().item()
+
+
+@pytest.mark.parametrize("done", [0, 7, 8_990, 8_991, 20_000])
+def test_a_warm_up_of_the_average_bounds_its_decay_by_the_updates_before(done: int) -> None:
+    """Of 0.999 up to 8,990 updates: (1 + n)/(10 + n) is less."""
+    sizes = [(33, 17), (5,)]
+    ours = State(random_like(sizes, 0), step=torch.tensor(float(done)))
+    ours.emas = random_like(sizes, 4)
+    before = [e.double() for e in ours.emas]
+    ours.update(random_like(sizes, 1), warmup=True)
+    decay = min(EMA, (1 + done) / (10 + done))
+    assert (decay == EMA) == (done >= 8_990)
+    for old, p, ema in zip(before, ours.params, ours.emas, strict=True):
+        moved = (1 - decay) * (p.double() - old)
+        assert ((ema - old) - moved).abs().max().item() <= 4e-7 + 2e-6 * moved.abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -145,6 +145,15 @@ def test_a_fifth_step_by_its_equations(norm: float, max_norm: float) -> None:
     assert step == 5
 
 
+@pytest.mark.parametrize(("done", "decay"), [(0, 1 / 10), (4, 5 / 14), (12, 13 / 22), (20, 0.7), (10**6, 0.7)])
+def test_the_averages_decay_warms_up_with_the_updates_made(done: int, decay: float) -> None:
+    p, ema = torch.tensor([0.3, -1.7], dtype=torch.float64), torch.tensor([2.5, 0.4], dtype=torch.float64)
+    lists: list[Any] = [[one.clone()] for one in (p, p, p, p.square(), ema)] + [[]]
+    scalars: tuple[Any, ...] = (torch.tensor(float(done)), torch.ones(()), torch.tensor(0.02), 0.8, 0.95, 1e-3, 0.1)
+    reference.adamw_ema_(*lists, *scalars, 0.7, 0.0, True)
+    torch.testing.assert_close(lists[4][0], decay * ema + (1 - decay) * lists[0][0], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_norm_that_is_not_finite_changes_nothing(bad: float) -> None:
     lists: list[Any] = [[torch.ones(3)] for _ in range(5)] + [[torch.ones(3).bfloat16()]]

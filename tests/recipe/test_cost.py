@@ -116,8 +116,18 @@ def test_an_average_that_is_still_its_first_weights_is_told_with_a_decay_that_su
     assert line.startswith("align: after 200 steps the average of optim.ema_decay = 0.9999 is still 98 % of its first")
     assert pytest.approx(0.01, rel=0.02) == 0.9772**200 and "; 0.9772 would leave 1 %" in line
     assert f"# {line}" in summary(short, 1)
+    assert cost.untrained_averages(load(path, ["--optim.ema_warmup=true", "--stage.align.steps=1"])) == []
     started = load(path, ["--optim.ema_decay=0.9999", "--stage.transcend.init=align"])
     assert [line.split(":")[0] for line in cost.untrained_averages(started)] == ["align"]
+
+
+def test_each_further_average_takes_four_bytes_a_parameter_on_the_device_and_in_a_checkpoint(tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", tmp_path, tmp_path / "out")
+    one, three = load(path), load(path, ["--optim.ema_decays=[0.5, 0.999]"])
+    assert cost.memory_bytes(three, 1, True)[0] - cost.memory_bytes(one, 1, True)[0] == 8 * one.model.parameters
+    assert cost.saved_bytes(three, 1) - cost.saved_bytes(one, 1) == 8 * one.model.parameters
+    sharded = [replace(recipe, run=replace(recipe.run, sharding="fsdp2")) for recipe in (one, three)]
+    assert cost.saved_bytes(sharded[1], 2) - cost.saved_bytes(sharded[0], 2) == 4 * one.model.parameters
 
 
 def test_a_stage_that_ends_within_the_warm_up_is_told(tmp_path):

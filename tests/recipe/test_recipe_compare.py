@@ -38,7 +38,15 @@ MATHS = {
     ),
     *(f"optim.{key}" for key in ("batch_size", "lr", "warmup_steps", "betas", "eps", "weight_decay", "grad_clip")),
     *("optim.schedule", "optim.decay_steps", "optim.lr_end"),
-    *("optim.reduction", "optim.ema_decay", "run.seed", "run.precision", "run.fp8"),
+    *(
+        "optim.reduction",
+        "optim.ema_decay",
+        "optim.ema_warmup",
+        "optim.ema_decays",
+        "run.seed",
+        "run.precision",
+        "run.fp8",
+    ),
 }
 """Written out by hand: a new key of the schema must be put on one side or the other."""
 

@@ -459,3 +459,12 @@ def test_a_schedule_may_be_as_long_as_the_stage_and_the_count_and_a_stage_with_a
     longest = ["--optim.schedule=linear", f"--stage.align.steps={2**24}"]
     load(small, longest)
     assert refusal(small, longest[0], f"--stage.align.steps={2**24 + 1}").key == "stage.align.steps"
+
+
+def test_averages_of_one_decay_and_too_many_are_one_line(small: Path) -> None:
+    assert load(small, ["--optim.ema_decays=[0.5, 0.999]"]).optim.ema_decays == (0.5, 0.999)
+    error = refusal(small, "--optim.ema_decay=0.999", "--optim.ema_decays=[0.5, 0.999]")
+    assert "optim.ema_decays = [0.5, 0.999]: optim.ema_decay = 0.999 is among them; allowed: " in str(error)
+    for wrong in ("[0.5, 0.5]", "[0.1, 0.2, 0.3, 0.4, 0.5]"):
+        assert "at most 4, none twice" in str(refusal(small, f"--optim.ema_decays={wrong}"))
+    assert "in [0, 1)" in str(refusal(small, "--optim.ema_decays=[1.0]"))

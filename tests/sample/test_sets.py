@@ -376,3 +376,11 @@ def test_a_class_may_have_commas_in_its_name():
 )  # fmt: skip
 def test_each_of_few_classes_in_turn_has_columns_of_its_own(labels, columns):
     assert class_columns(labels) == columns
+
+
+def test_a_file_by_itself_has_no_further_averages_and_a_run_is_asked_for_its_own(run, tmp_path):
+    torch.save({"model": {}}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"^--weights ema-0.5: .*x.pt has at most ema and raw$"):
+        sample.parse([str(tmp_path / "x.pt"), "--weights", "ema-0.5"])
+    with pytest.raises(UserError, match=r"^--weights emma: .*run has ema, raw$"):
+        sample.parse([str(run), "--weights", "emma"])

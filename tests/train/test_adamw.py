@@ -132,6 +132,28 @@ def test_240_steps_of_every_implementation_are_the_same_trajectory(name, dtype, 
 
 @pytest.mark.parametrize("name", ["st_fast", *NAMES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_every_average_has_its_own_decay_and_a_warm_up_bounds_all(name, dtype, warmup, apex):
+    settings = replace(SETTINGS, ema_decay=0.97, ema_decays=(0.5, 0.999), ema_warmup=warmup)
+    ours = optimiser(name, dtype, settings)
+    assert list(ours.state()) == ["model", "ema", "optim", "ema-0.5", "ema-0.999", "heads"]
+    groups = {"ema": 0.97, "ema-0.5": 0.5, "ema-0.999": 0.999}
+    expected = {group: {k: t.double().clone() for k, t in ours.state()["model"].items()} for group in groups}
+    for step in range(40, 70):  # step 50's gradients are not finite
+        done = float(ours.updates)
+        train(ours, step, step + 1)
+        for group, decay in groups.items():
+            used = min(decay, (1 + done) / (10 + done)) if warmup else decay
+            for key, old in expected[group].items():
+                if step != 50:
+                    old.lerp_(ours.state()["model"][key].double(), 1 - used)
+    for group, tensors in expected.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(ours.state()[group][key].double(), tensor, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("name", ["st_fast", *NAMES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_that_is_not_finite_changes_no_bit(name, dtype, apex):
     ours = optimiser(name, dtype)
     train(ours, 0, 3)

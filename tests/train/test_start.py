@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ from st_fast.model.stored import read_model
 from st_fast.recipe import RecipeError, load
 from st_fast.recipe.methods import EVERYWHERE, METHODS, Method, Selection
 from st_fast.recipe.schema import Optim
+from st_fast.sample.source import of_run
 from st_fast.train import start, trainer
 from st_fast.train.continuity import Changes, check_recipe
 from st_fast.train.log import Log
@@ -323,6 +325,34 @@ def test_a_schedule_spans_the_stages_own_steps_whose_state_begins_elsewhere_also
     resumed = newest(tmp_path / "out", "again")
     for group, tensors in whole.groups.items():
         assert all(torch.equal(tensor, resumed.groups[group][name]) for name, tensor in tensors.items()), group
+
+
+def test_further_averages_are_kept_resumed_started_from_and_drawn_from_by_their_decay(data, tmp_path):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    text = recipe.read_text()
+    recipe.write_text(text[: text.rindex("[[stage]]")] + '[[stage]]\nname = "next"\nsupervision = "none"\nsteps = 1\n'
+                      'init = "align"\n')  # fmt: skip
+    options = ["--optim.ema_decay=0.3", "--optim.ema_decays=[0.45, 0.2]", "--optim.ema_warmup=true"]
+    out, groups = tmp_path / "out", ("ema", "ema-0.45", "ema-0.2")
+    run(load(recipe, options))
+    whole, following = newest(out, "align"), newest(out, "next")
+    assert {*groups, "model", "optim", "heads"} == set(whole.groups)
+    for one, other in itertools.combinations(["model", *groups], 2):
+        assert not torch.equal(whole.groups[one]["x_embedder.proj.bias"], whole.groups[other]["x_embedder.proj.bias"])
+    for group in groups:  # after one update all decays are 1/10, from the average that was taken over
+        for key, tensor in following.groups[group].items():
+            expected = whole.groups["ema"][key] / 10 + 0.9 * following.groups["model"][key]
+            torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-7)
+    shutil.rmtree(whole.path)
+    shutil.rmtree(out / "next")
+    run(load(recipe, options))
+    for group, tensors in newest(out, "align").groups.items():
+        assert all(torch.equal(tensor, whole.groups[group][key]) for key, tensor in tensors.items()), group
+    for group in groups:
+        read = of_run(out, "align", None, group).weights()
+        assert read.averaged and all(torch.equal(t, whole.groups[group][key]) for key, t in read.tensors.items())
+    with pytest.raises(UserError, match=r"^--weights ema-0.9: .*out has ema, raw, ema-0.45, ema-0.2$"):
+        of_run(out, "align", None, "ema-0.9")
 
 
 @dataclass(frozen=True)

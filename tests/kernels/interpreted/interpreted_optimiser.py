@@ -32,10 +32,11 @@ class State:
         self.copies = [p.to(torch.float16 if i else torch.bfloat16) for i, p in enumerate(self.params)]
         self.count = torch.zeros((), dtype=torch.int64)
 
-    def step(self, ops: Any, norm: Tensor, max_norm: float = 1.0, extras: bool = True) -> None:
+    def step(self, ops: Any, norm: Tensor, max_norm: float = 1.0, extras: bool = True, warmup: bool = False) -> None:
         ops.adamw_ema_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.emas if extras else [],
             self.copies if extras else [], self.count, norm, torch.tensor(1e-2), 0.9, 0.999, 1e-8, 0.1, 0.99, max_norm,
+            warmup,
         )  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
@@ -44,12 +45,13 @@ class State:
 
 @pytest.mark.parametrize("max_norm", [1.0, 0.0, 1e6], ids=["clipped", "off", "not reached"])
 @pytest.mark.parametrize("extras", [True, False], ids=["with EMA and copies", "without"])
-def test_steps_match_the_reference(max_norm: float, extras: bool) -> None:
+@pytest.mark.parametrize("warmup", [False, True])
+def test_steps_match_the_reference(max_norm: float, extras: bool, warmup: bool) -> None:
     ours, truth = State(), State()
     for _ in range(2):
         norm = kernels.grad_norm(ours.grads)
-        ours.step(kernels, norm, max_norm, extras)
-        truth.step(reference, norm, max_norm, extras)
+        ours.step(kernels, norm, max_norm, extras, warmup)
+        truth.step(reference, norm, max_norm, extras, warmup)
     for one, other in zip(ours.tensors(), truth.tensors(), strict=True):
         assert error(one, other) < 5e-7
     for copy, p in zip(ours.copies, ours.params, strict=True):
