@@ -266,8 +266,8 @@ def _scores(samples: Path, arm: Arm) -> str:
         drawn = record.get("samples", {})
         told = [f"{key} {value}" for key, value in dict(record.get("protocol", {})).items()]
         keys = (
-            "sampler", "steps", "cfg_scale", "guidance", "cfg_range", "internal_guidance", "internal_range", "weights",
-            "seed",
+            "sampler", "steps", "shift", "cfg_scale", "guidance", "cfg_range", "internal_guidance", "internal_range",
+            "weights", "seed",
         )  # fmt: skip
         told += [f"{key} {drawn[key]}" for key in keys if key in drawn]
         scored = dict(record.get("metrics", {}))
@@ -291,7 +291,7 @@ def _scores(samples: Path, arm: Arm) -> str:
 def _in_training(record: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any], str]]:
     """An evaluation of the log: the classifier's scores and Inception's apart, as each has a protocol of its own."""
     metrics, step = dict(record.get("metrics", {})), int(record["step"])
-    keys = ("num", "sampler", "steps", "cfg_scale", "guidance", "internal_guidance")
+    keys = ("num", "sampler", "steps", "shift", "cfg_scale", "guidance", "internal_guidance")
     how = ", ".join(f"{key} {metrics[key]}" for key in keys if key in metrics)
 
     def among(features: str) -> dict[str, Any]:

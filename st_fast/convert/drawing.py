@@ -32,6 +32,8 @@ def solve(pipe: Any, x: Tensor, velocity: Velocity, sampler: str, steps: int, se
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     if sampler == "sde":
         times = [*torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+    shift = pipe.config.shift
+    times = [shift * t / (shift * t + (1 - t)) for t in times]
     for number, (t, following) in enumerate(pipe.progress_bar(list(itertools.pairwise(times)))):
         step, slope = following - t, velocity(x, t)
         if sampler == "heun":

@@ -25,6 +25,7 @@ from st_fast.model.stored import ModelSource
 from st_fast.model.vae import NO_NORMALISATION, has_hash, load_vae, tensors_hash, vae_hash
 from st_fast.recipe import load_run
 from st_fast.recipe.schema import Sample
+from st_fast.recipe.times import with_shift
 
 DIFFUSERS_AT_LEAST = "0.35.0"
 DECODED = ("AutoencoderKL", "AutoencoderDC")
@@ -257,6 +258,7 @@ def index(origin: ModelSource, components: Mapping[str, list[str | None]]) -> di
         "guidance_scale": sampling.cfg_scale,
         "guidance_low": sampling.cfg_range[0],
         "guidance_high": sampling.cfg_range[1],
+        **({} if sampling.shift == 1.0 else {"shift": with_shift(sampling, origin.loaded.config.latent_shape).shift}),
         **(_internal(sampling) if origin.loaded.config.internal_head else {}),
     }
 

@@ -30,14 +30,14 @@ class MMDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has n
         self, transformer: Any, text_encoder: Any = None, tokenizer: Any = None, vae: Any = None, sampler: str = "heun",
         num_inference_steps: int = 50, guidance_scale: float = 1.0, guidance_low: float = 0.0,
         guidance_high: float = 1.0, internal_guidance: float = 1.0, internal_low: float = 0.0,
-        internal_high: float = 1.0,
+        internal_high: float = 1.0, shift: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(transformer=transformer, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae)
         self.register_to_config(
             sampler=sampler, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             guidance_low=guidance_low, guidance_high=guidance_high, internal_guidance=internal_guidance,
-            internal_low=internal_low, internal_high=internal_high,
+            internal_low=internal_low, internal_high=internal_high, shift=shift,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -13,10 +13,20 @@ from torch import Tensor
 from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.kernels.noise.definition import PATHS, coefficients
+from st_fast.recipe.keys import Shift
+from st_fast.recipe.times import shifted
 
-__all__ = ["PATHS", "TIMES", "coefficients", "denoising_loss", "interpolate", "sample_times", "velocity_of_x"]
+__all__ = [
+    "PATHS",
+    "TIMES",
+    "coefficients",
+    "denoising_loss",
+    "interpolate",
+    "sample_times",
+    "velocity_of_x",
+]
 
-TIMES = ("uniform", "lognormal", "stratified")
+TIMES = ("uniform", "lognormal", "stratified", "logit_normal")
 LEAST_TIME = 0.05
 
 
@@ -43,15 +53,24 @@ def denoising_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
 
 
 def sample_times(
-    seed: int, step: int, place: np.ndarray, batch_size: int, time: str, path: str, group: int = 0
-) -> Tensor:
+    seed: int, step: int, place: np.ndarray, batch_size: int, time: str, path: str, group: int = 0,
+    mean: float = 0.0, std: float = 1.0, shift: Shift = 1.0,
+) -> Tensor:  # fmt: skip
     """t in (0, 1) for the given places (B,) of a global batch, on the host: a pure function of (seed, step, place).
 
     Those of another `group` of tokens than the first are independent of the first one's, and drawn alike.
 
     uniform: t = u. lognormal: σ = exp(n), t = σ/(1+σ) on the linear path, (2/π)·atan σ on the cosine path (EDM's
-    noise levels). stratified: one uniform draw in each of batch_size equal bins, shuffled. Returns (B,) float32.
+    noise levels). stratified: one uniform draw in each of batch_size equal bins, shuffled. logit_normal: of `mean` and
+    `std`, the quantiles of stratified draws. All of them are then shifted. Returns (B,) float32.
     """
+    t = _unshifted(seed, step, place, batch_size, time, path, group, mean, std)
+    return t if shift == 1.0 else shifted(t.double(), shift).float()
+
+
+def _unshifted(
+    seed: int, step: int, place: np.ndarray, batch_size: int, time: str, path: str, group: int, mean: float, std: float
+) -> Tensor:
     ordinals = torch.from_numpy(step * batch_size + place)
     purpose, column = (Purpose.GROUP_TIME, group - 1) if group else (Purpose.TIME, 0)
     if time == "lognormal":
@@ -60,8 +79,11 @@ def sample_times(
     u = random.uniform(seed, purpose, ordinals, column + 1)[:, column]
     if time == "uniform":
         return u
-    if time == "stratified":
+    if time in ("stratified", "logit_normal"):
         bins = torch.from_numpy(random.strata(seed, step, batch_size, group)[place])
         # In float64: (bin + u) / B rounded to float32 at once keeps every draw inside its bin.
-        return ((bins.double() + u.double()) / batch_size).float().clamp(2.0**-25, 1 - 2.0**-24)
+        share = (bins.double() + u.double()) / batch_size
+        if time == "logit_normal":
+            share = torch.sigmoid(mean + std * torch.special.ndtri(share))
+        return share.float().clamp(2.0**-25, 1 - 2.0**-24)
     raise ValueError(f"time = {time!r}: one of {', '.join(TIMES)}")

@@ -209,6 +209,7 @@ def check_single_values(recipe: Recipe) -> None:
     if recipe.model.prediction == "x" and recipe.flow.path != "linear":
         why = f"flow.path = {show(recipe.flow.path)}; x gives the velocity on the linear path alone"
         raise wrong_value("model.prediction", "x", "velocity", why)
+    recipe.flow.check()
     if recipe.data.source == "shards" and not recipe.data.path:
         raise wrong_value("data.path", "", "the folder of shards that `python -m st_fast.prepare` wrote")
     if 0 < recipe.run.spike_ratio <= 1:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.methods import Method, dinov2_size
 from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
+from st_fast.recipe.times import shifted, time_cdf, with_shift
 from st_fast.recipe.token_cost import (
     grouped_bytes,
     grouped_macs,
@@ -105,21 +106,11 @@ def supervised_share(recipe: Recipe, method: Method) -> float:
     if selection is None:
         return 0.0
     released = selection.mask == "released"
-    return 1.0 if released else time_share(recipe.flow.time, recipe.flow.path, selection.t_range)
-
-
-def time_share(time: str, path: str, t_range: tuple[float, float]) -> float:
-    """P(low ≤ t ≤ high) under a time sampling."""
-    if time != "lognormal":
-        return t_range[1] - t_range[0]
-
-    def below(t: float) -> float:
-        if t <= 0 or t >= 1:
-            return float(t >= 1)
-        sigma = t / (1 - t) if path == "linear" else math.tan(t * math.pi / 2)
-        return 0.5 * (1 + math.erf(math.log(sigma) / math.sqrt(2)))
-
-    return below(t_range[1]) - below(t_range[0])
+    if released:
+        return 1.0
+    flow = with_shift(recipe.flow, recipe.model.latent_shape)
+    low, high = (time_cdf(flow, t) for t in selection.t_range)
+    return high - low
 
 
 def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> StageCost:
@@ -270,7 +261,7 @@ def drawing_rows(settings: Sample) -> float:
     """
     if settings.sampler == "dopri5":
         return math.nan
-    ends = [i / settings.steps for i in range(settings.steps + 1)]
+    ends = [shifted(i / settings.steps, settings.shift) for i in range(settings.steps + 1)]
     times = ends[1:] + (ends[:-1] if settings.sampler == "heun" else [])
     low, high = settings.cfg_range
     guided = sum(low <= t <= high for t in times) if settings.cfg_scale != 1.0 else 0
@@ -289,6 +280,7 @@ def looking_flops(recipe: Recipe, stage: Stage) -> float:
 
 def drawing_macs(model: Model, settings: Sample) -> float:
     """Multiply-adds of drawing one sample: of guidance by path drop half of the rows skip blocks."""
+    settings = with_shift(settings, model.latent_shape)
     rows = drawing_rows(settings)
     if settings.guidance != "path_drop":
         return rows * trunk_macs(model)

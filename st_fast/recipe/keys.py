@@ -122,6 +122,9 @@ Cosine = Annotated[float, Limit("in [-1, 1]", lambda value: -1 <= value <= 1)]
 TimeRange = Annotated[
     tuple[float, float], Limit("as [low, high] with 0 <= low < high <= 1", lambda ends: 0 <= ends[0] < ends[1] <= 1)
 ]
+SHIFT_LEAST, SHIFT_MOST = 0.01, 100.0
+Shift = Annotated[float, between(SHIFT_LEAST, SHIFT_MOST)] | Literal["auto"]
+"""Of time: `st_fast.recipe.times`."""
 PathText = Annotated[str, Limit("that is not only blanks", lambda path: not path or bool(path.strip()))]
 """Of a file or folder, or its name on the hub; what empty means, each key says."""
 FOLDER_NAME = Limit(

@@ -22,6 +22,7 @@ from st_fast.recipe.keys import (
     NonNegative,
     PathText,
     Positive,
+    Shift,
     TimeRange,
     between,
     fixed,
@@ -43,7 +44,21 @@ class Flow:
     """The path from data (t = 0) to noise (t = 1), and how t is drawn."""
 
     path: Literal["linear", "cosine"] = fixed("linear", "How data and noise are mixed along t.")
-    time: Literal["uniform", "lognormal", "stratified"] = fixed("uniform", "How t is drawn (lognormal: EDM's noise).")
+    time: Literal["uniform", "lognormal", "stratified", "logit_normal"] = fixed(
+        "uniform", "How t is drawn (lognormal: EDM's noise; stratified, also logit_normal: evenly within each batch)."
+    )
+    time_mean: float = fixed(0.0, "Mean of logit_normal's log(t / (1 − t)): above 0 more noise.")
+    time_std: Annotated[float, between(0.01, 100)] = fixed(1.0, "Its standard deviation.")
+    shift: Shift = fixed(
+        1.0, "Times are shifted towards noise by s: t' = s·t / (1 + (s − 1)·t); 1: not; auto: s = √(C·H·W / 4096)."
+    )
+
+    def check(self) -> None:
+        """RecipeError for parameters of a distribution that is not drawn from."""
+        for key, usual in (("time_mean", 0.0), ("time_std", 1.0)):
+            if (value := getattr(self, key)) != usual and self.time != "logit_normal":
+                why = f"not read by flow.time = {show(self.time)}"
+                raise wrong_value(f"flow.{key}", value, f'{usual:g}, or time = "logit_normal"', why)
 
 
 @dataclass(frozen=True)
@@ -213,6 +228,7 @@ class Sample:
     batch_size: Annotated[int, between(1, BATCH_MOST)] = free(100, "Samples drawn at a time.")
     sampler: Literal["euler", "heun", "dopri5", "sde"] = free("sde", "The solver.")
     steps: Annotated[int, between(1, STEPS_MOST)] = free(250, "Steps of the solver; dopri5 chooses its own.")
+    shift: Shift = free(1.0, "Shift of the solver's times, as in [flow]; auto: by the size that is drawn.")
     cfg_scale: Guidance = free(1.9, "Classifier-free guidance; 1: none.")
     cfg_range: TimeRange = free((0.0, 0.65), "Times at which guidance acts.")
     contrast: Literal["unbiased", "released", "none"] = free(

@@ -10,7 +10,8 @@ from st_fast.report.collect import Record, RunLog, number
 from st_fast.report.metrics import METRICS
 
 STREAM = (
-    ("optim", "batch_size"), ("flow", "path"), ("flow", "time"), ("run", "seed"),
+    ("optim", "batch_size"), ("flow", "path"), ("flow", "time"), ("flow", "time_mean"),
+    ("flow", "time_std"), ("flow", "shift"), ("run", "seed"), ("sample", "shift"),
     ("sample", "sampler"), ("sample", "steps"), ("sample", "cfg_scale"), ("sample", "cfg_range"),
     ("sample", "guidance"), ("sample", "internal_guidance"), ("sample", "internal_range"), ("sample", "contrast"),
     ("evaluate", "num"),
@@ -18,7 +19,8 @@ STREAM = (
 """Settings that decide which samples, times and noise a run sees, and how its scores are taken."""
 LATER: dict[tuple[str, str], object] = {
     ("sample", "guidance"): "cfg", ("sample", "internal_guidance"): 1.0, ("sample", "internal_range"): (0.0, 1.0),
-    ("sample", "contrast"): "unbiased",
+    ("sample", "contrast"): "unbiased", ("sample", "shift"): 1.0, ("flow", "shift"): 1.0, ("flow", "time_mean"): 0.0,
+    ("flow", "time_std"): 1.0,
 }  # fmt: skip
 """What runs had before there was such a setting."""
 YARDSTICKS = {
@@ -42,6 +44,7 @@ PROTOCOL = {
     "num": "Scores come from different numbers of samples; fewer samples raise Fréchet distances.",
     "cfg_scale": "Samples were drawn with different guidance scales (cfg_scale).",
     "internal_guidance": "Samples were drawn with different Internal Guidance (internal_guidance).",
+    "shift": "Samples were drawn with different shifts of time (shift).",
 }
 """What evaluations record of how samples were drawn, and what to say where they disagree."""
 
@@ -141,7 +144,8 @@ def warnings(runs: Sequence[RunLog], arms: Sequence[Arm], reasons: Sequence[str]
         found.append(f"These runs differ in more than their stages: {', '.join(keys)}. Compare with care.")
     evals = [record["metrics"] for arm in arms for record in arm.stage.evals]
     for key, sentence in PROTOCOL.items():
-        usual = {key: 1.0} if key == "internal_guidance" else {}  # evaluations tell of it only where there is any
+        # Evaluations tell of these only where there are any.
+        usual = {key: 1.0} if key in ("internal_guidance", "shift") else {}
         if len({_comparable((usual | metrics)[key]) for metrics in evals if key in usual | metrics}) > 1:
             found.append(sentence)
     devices = {str(stage.start["device"]) for run in runs for stage in run.stages if "device" in stage.start}

@@ -73,7 +73,8 @@ def _samples(arm: Arm) -> str:
     parts = [f"{words.count(number(metrics, 'num'))} each"] * math.isfinite(number(metrics, "num"))
     if "sampler" in metrics:
         steps = f" in {metrics['steps']} steps" if "steps" in metrics else ""
-        parts.append(f"sampler {metrics['sampler']}{steps}")
+        shift = f" shifted by {metrics['shift']}" if "shift" in metrics else ""
+        parts.append(f"sampler {metrics['sampler']}{steps}{shift}")
     if "cfg_scale" in metrics:
         scale, interval = metrics["cfg_scale"], _interval(arm)
         dropped = " by path drop" * (metrics.get("guidance") == "path_drop")

@@ -17,7 +17,9 @@ from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.random import Purpose
 from st_fast.model import DiffusionTransformer, flow
 from st_fast.model.transformer import INTERNAL
+from st_fast.recipe.keys import Shift
 from st_fast.recipe.schema import Sample
+from st_fast.recipe.times import shifted, with_shift
 from st_fast.sample.contrast import Correction
 from st_fast.sample.draw import Draw, balanced, starting_noise
 from st_fast.sample.internal import EarlyHead
@@ -40,9 +42,19 @@ def unwatched(x: Tensor) -> None:
     """Does nothing."""
 
 
-def euler(velocity: Velocity, x: Tensor, steps: int, watch: Watch = unwatched, heun: bool = False) -> Tensor:
-    """Euler's method in equal steps from t = 1 to 0, or Heun's second-order one, with two evaluations a step."""
-    for t, following in itertools.pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()):
+def solver_times(count: int, last: float, shift: Shift) -> list[float]:
+    """`count` times from 1 to `last`, equally spaced before they are shifted."""
+    return [shifted(t, shift) for t in torch.linspace(1, last, count, dtype=torch.float64).tolist()]
+
+
+def euler(
+    velocity: Velocity, x: Tensor, steps: int, watch: Watch = unwatched, heun: bool = False, shift: Shift = 1.0
+) -> Tensor:
+    """Euler's method in equal steps from t = 1 to 0, or Heun's second-order one, with two evaluations a step.
+
+    The times between the steps are shifted.
+    """
+    for t, following in itertools.pairwise(solver_times(steps + 1, 0, shift)):
         slope = velocity(x, t)
         if heun:
             slope = 0.5 * (slope + velocity(x + (following - t) * slope, following))
@@ -93,13 +105,15 @@ def torchdiffeq_odeint() -> Any:
 
 
 def euler_maruyama(
-    velocity: Velocity, x: Tensor, steps: int, path: str, draw: Draw, watch: Watch = unwatched
+    velocity: Velocity, x: Tensor, steps: int, path: str, draw: Draw, watch: Watch = unwatched, shift: Shift = 1.0
 ) -> Tensor:
     """The reverse SDE with diffusion 2t of SiT (arXiv 2401.08740), REPA's times: 1 → 0.04, then a noiseless step to 0.
 
+    All of the times are shifted.
+
     With s the score, dx = (v − t·s)·dt + √(2t)·dW; s follows from v and the path.
     """
-    times = [*torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64).tolist(), 0.0]
+    times = [*solver_times(steps, LAST_SDE_TIME, shift), 0.0]
     for number, (t, following) in enumerate(itertools.pairwise(times)):
         step = following - t
         v = velocity(x, t)
@@ -189,14 +203,15 @@ def sample_from(
     `head` stands in for an internal head that the model lacks, where the settings have Internal Guidance.
     """
     velocity = guided_velocity(model, draw.condition, settings, draw.negative, correction, head)
+    shift = with_shift(settings, x.shape[1:]).shift
     if settings.sampler in ("euler", "heun"):
-        return euler(velocity, x, settings.steps, watch, heun=settings.sampler == "heun")
+        return euler(velocity, x, settings.steps, watch, settings.sampler == "heun", shift)
     if settings.sampler == "dopri5":
         released = correction is not None and correction.how == "released"
         jumps: tuple[float, ...] = settings.cfg_range if released or settings.cfg_scale != 1.0 else ()
         jumps += settings.internal_range if settings.internal_guidance != 1.0 else ()
         return dopri5(velocity, x, settings.steps, jumps, watch)
-    return euler_maruyama(velocity, x, settings.steps, path, draw, watch)
+    return euler_maruyama(velocity, x, settings.steps, path, draw, watch, shift)
 
 
 def sample(

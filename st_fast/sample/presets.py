@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_SDE: dict[str, Any] = {"sampler": "sde", "steps": 250, "guidance": "cfg", "internal_guidance": 1.0}
+_SDE: dict[str, Any] = {"sampler": "sde", "steps": 250, "shift": 1.0, "guidance": "cfg", "internal_guidance": 1.0}
 """What they share: a recipe with another guidance has none of it under a preset that names none."""
 PRESETS: dict[str, dict[str, Any]] = {
     "repa": _SDE | {"cfg_scale": 1.8, "cfg_range": (0.0, 0.7)},

@@ -12,7 +12,7 @@ from st_fast.core.options import BATCH_MOST, COUNT_MOST, SEED_MOST, add_file_opt
 from st_fast.data.images import Size, named_size, sides
 from st_fast.data.shards import read_any_manifest
 from st_fast.data.text import read_captions
-from st_fast.recipe.keys import CFG_MOST
+from st_fast.recipe.keys import CFG_MOST, SHIFT_LEAST, SHIFT_MOST
 from st_fast.recipe.schema import STEPS_MOST, Recipe, Sample
 from st_fast.sample.draw import NUMBER, Labels, read_labels
 from st_fast.sample.internal import fitted
@@ -72,7 +72,8 @@ class SampleRequest:
         internal = self.settings.internal_guidance
         kind = "pdg" if self.settings.guidance == "path_drop" else "cfg"
         guidance = f"{kind}{self.settings.cfg_scale:g}" + (f"-ig{internal:g}" if internal != 1.0 else "")
-        return f"{self.settings.sampler}{steps}-{guidance}{size}"
+        shift = "" if self.settings.shift == 1.0 or not steps else f"-shift{self.settings.shift}"
+        return f"{self.settings.sampler}{steps}{shift}-{guidance}{size}"
 
     @property
     def set_folder(self) -> Path:
@@ -128,6 +129,7 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=integer(1, STEPS_MOST), help="of all samplers but dopri5, which chooses its own"
     )
+    parser.add_argument("--shift", type=_shift, help="of the solver's times towards noise; 1 is none, auto by the size")
     parser.add_argument("--cfg-scale", type=number(0, CFG_MOST), help="guidance ω; 1 is none")
     parser.add_argument(
         "--cfg-range", type=number(0, 1), nargs=2, metavar=("LOW", "HIGH"), help="times t with guidance"
@@ -153,6 +155,10 @@ def sampling_parser(command: str, text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _shift(text: str) -> float | str:
+    return text if text == "auto" else number(SHIFT_LEAST, SHIFT_MOST)(text)
+
+
 def _class_names(recipe: Recipe, labels: str) -> tuple[str, ...]:
     """The data's names of classes, where labels are given that numbers alone don't tell."""
     if labels in ("random", "balanced") or all(NUMBER.fullmatch(part.strip()) for part in labels.split(",")):
@@ -172,8 +178,8 @@ def sample_request(given: argparse.Namespace, section: str, needs_model: bool = 
     if (asked := len(text.prompts)) and (given.prompt or given.prompts):
         usual = asked * max(1, PICTURES // asked)
     chosen = {"num": usual} | (PRESETS[given.preset] if given.preset else {})
-    named = "num", "batch_size", "sampler", "steps", "cfg_scale", "guidance", "internal_guidance", "contrast", "vae"
-    for key in named:
+    named = "num", "batch_size", "sampler", "steps", "shift", "cfg_scale", "guidance", "internal_guidance", "contrast"
+    for key in (*named, "vae"):
         if (value := getattr(given, key)) is not None:
             chosen[key] = value
     for key in ("cfg_range", "internal_range"):

@@ -118,6 +118,8 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     """All that a set's images follow from: two sets with equal settings have equal images, on equal machines."""
     request, settings = sampler.request, asdict(sampler.request.settings)
     del settings["every"], settings["prompts"], settings["text_encoder"], settings["contrast"]
+    if settings["shift"] == 1.0:
+        del settings["shift"]
     if settings["guidance"] == "cfg":
         del settings["guidance"]
     if settings["internal_guidance"] == 1.0:  # as sets of older versions have it

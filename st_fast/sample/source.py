@@ -44,7 +44,7 @@ INDEX = "model_index.json"
 INDEX_KEYS = {
     "sampler": "sampler", "num_inference_steps": "steps", "guidance_scale": "cfg_scale", "guidance_low": "cfg_range",
     "guidance_high": "cfg_range", "internal_guidance": "internal_guidance", "internal_low": "internal_range",
-    "internal_high": "internal_range",
+    "internal_high": "internal_range", "shift": "shift",
 }  # fmt: skip
 """Keys of a pipeline's INDEX, and those of `Sample`."""
 

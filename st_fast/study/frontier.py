@@ -22,6 +22,7 @@ from st_fast.study.shares import Point, checked_horizons, gain, mean_gain, point
 
 DRAWING = (
     "sampler", "steps", "cfg_scale", "cfg_range", "guidance", "internal_guidance", "internal_range", "contrast",
+    "shift",
 )  # fmt: skip
 """Keys of [sample] by which samples are better or worse whatever training did."""
 IN_A_ROW = 3

@@ -149,6 +149,8 @@ def protocol(results: Results) -> str:
     """How many arms and seeds, what runs have in common, and how scores were taken."""
     study, told, seeds = results.study, results.protocol, results.seeds
     drawn = f"{told.get('sampler')}, {told.get('steps')} steps, guidance {told.get('cfg_scale')}"
+    if "shift" in told:
+        drawn += f", shift {told['shift']}"
     if "internal_guidance" in told:
         drawn += f", Internal Guidance {told['internal_guidance']}"
     outside = any(arm.stage.get("supervision") in EXTERNAL for arm in study.arms)

@@ -31,7 +31,7 @@ METRIC = "frechet"
 FLOOR = METRICS[METRIC].floor
 PROTOCOL = (
     "num", "cfg_scale", "guidance", "internal_guidance", "sampler", "steps", "classifier_accuracy", "classifier_digest",
-    FLOOR, "floor_num",
+    "shift", FLOOR, "floor_num",
 )  # fmt: skip
 """How a score was taken, as an evaluation's record says."""
 RECIPE = ("flow", "optim", "run", "sample", "evaluate")

@@ -34,6 +34,7 @@ from st_fast.model.layout import Layout
 from st_fast.model.side_stream import side_stream
 from st_fast.prepare.features import RecordImages, open_record_images
 from st_fast.recipe.schema import Recipe, Stage
+from st_fast.recipe.times import with_shift
 from st_fast.train.conditions import ClassLabels, Conditions, Visit
 from st_fast.train.layouts import draw_layout, draw_times
 from st_fast.train.profiling import named_range
@@ -101,12 +102,13 @@ class BatchIterator:
         self.records, self.order = records, record_order(recipe, records)
         self.supervises: Callable[[int], bool] = stage.method.supervises
         """Whether supervision lasts to a step, which may end sooner than the stage's settings say."""
+        self._flow = with_shift(recipe.flow, recipe.model.latent_shape)
         self.waited = 0.0
         self.pass_rows = 0
         """The supervised rows of one pass if they are padded."""
         if recipe.run.padded and stage.method.selection is not None:
             part = recipe.optim.batch_size // (ranks.count * recipe.optim.accumulation)
-            self.pass_rows = capacity(stage.method.selection, recipe.flow, recipe.optim.batch_size, part).rows
+            self.pass_rows = capacity(stage.method.selection, self._flow, recipe.optim.batch_size, part).rows
         self._side = side_stream(recipe.run, ranks.device, wanted=recipe.run.prefetch)
 
     def micro_batches(self) -> list[slice]:
@@ -157,7 +159,7 @@ class BatchIterator:
 
         def make(step: int) -> list[NoisyBatch]:
             self.ranks.heartbeat.step = step + 1
-            t = draw_times(self.stage.method.token_groups, recipe.flow, recipe.run.seed, step, size)
+            t = draw_times(self.stage.method.token_groups, self._flow, recipe.run.seed, step, size)
             asked = features if self.supervises(step) else []
             return [self._batch(step, part, t, answers, conditions, asked) for part in self.micro_batches()]
 

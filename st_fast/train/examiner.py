@@ -220,6 +220,8 @@ class Examiner:
             found |= self._by_inception(images)
         protocol: dict[str, object] = {"cfg_scale": settings.cfg_scale, "sampler": settings.sampler}
         protocol["steps"] = settings.steps
+        if settings.shift != 1.0:
+            protocol["shift"] = settings.shift
         if settings.guidance != "cfg":
             protocol["guidance"] = settings.guidance
         if settings.internal_guidance != 1.0:

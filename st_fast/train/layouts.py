@@ -18,7 +18,8 @@ def draw_times(groups: TokenGroups | None, settings: Flow, seed: int, step: int,
     The first group's are those that an image would have as a whole; a sample that is one group has them in all.
     """
     places, count = np.arange(size), 1 if groups is None else len(groups.shares)
-    drawn = [flow.sample_times(seed, step, places, size, settings.time, settings.path, g) for g in range(count)]
+    how, law = (settings.time, settings.path), (settings.time_mean, settings.time_std)
+    drawn = [flow.sample_times(seed, step, places, size, *how, g, *law, settings.shift) for g in range(count)]
     if groups is None:
         return drawn[0]
     t = torch.stack(drawn, dim=1)

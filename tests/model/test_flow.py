@@ -8,6 +8,8 @@ from scipy import stats
 from st_fast.core import random
 from st_fast.core.random import Purpose
 from st_fast.model import flow
+from st_fast.recipe.schema import Flow
+from st_fast.recipe.times import shifted, with_shift
 
 
 @pytest.mark.parametrize("path", flow.PATHS)
@@ -41,6 +43,49 @@ def test_lognormal_times_have_normal_log_noise_levels_on_both_paths():
     assert stats.kstest(np.log(t / (1 - t)), "norm").pvalue > 1e-3
     t = draws("lognormal", "cosine").astype(np.float64)
     assert stats.kstest(np.log(np.tan(t * np.pi / 2)), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.4, 1.0), (0.7, 0.35)])
+def test_logit_normal_times_are_its_quantiles_with_one_draw_in_each_bin(mean, std):
+    for step, group in ((0, 0), (5, 0), (5, 2)):
+        t, even = (
+            flow.sample_times(9, step, np.arange(64), 64, time, "cosine", group, mean, std).double().numpy()
+            for time in ("logit_normal", "stratified")
+        )
+        assert sorted(np.floor(even * 64).astype(int)) == list(range(64))
+        np.testing.assert_allclose(stats.norm(mean, std).cdf(np.log(t / (1 - t))), even, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(t, 1 / (1 + np.exp(-stats.norm(mean, std).ppf(even))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.7, 0.3])
+@pytest.mark.parametrize("time", flow.TIMES)
+def test_a_shift_moves_every_time_by_its_formula(time, shift):
+    for path in flow.PATHS:
+        t = flow.sample_times(4, 7, np.arange(30), 30, time, path, 0, -0.2, 1.3).double().numpy()
+        found = flow.sample_times(4, 7, np.arange(30), 30, time, path, 0, -0.2, 1.3, shift)
+        assert found.dtype == torch.float32 and found.min() > 0 and found.max() <= 1
+        np.testing.assert_allclose(found.numpy(), shift * t / (1 + (shift - 1) * t), rtol=1e-6)
+    with pytest.raises(ValueError, match="shift = 'auto': a number"):
+        flow.sample_times(4, 7, np.arange(30), 30, time, "linear", shift="auto")
+
+
+def test_times_that_are_not_shifted_have_the_same_bits_and_the_ends_stay():
+    times = torch.linspace(0, 1, 9_973, dtype=torch.float64)
+    assert torch.equal(shifted(times, 1.0), times)
+    assert [shifted(t, 2.0**0.5) for t in (0.0, 1.0)] == [0.0, 1.0]
+    torch.testing.assert_close(shifted(shifted(times, 6.93), 6.93, -1), times, rtol=1e-12, atol=0)
+
+
+def test_auto_shifts_by_the_size_of_the_latent():
+    """The square root of numbers in a latent over 4096, published for a latent of 32 × 16 × 16: √2."""
+    for shape, expected in (
+        ((32, 16, 16), 2**0.5),
+        ((4, 32, 32), 1.0),
+        ((4, 64, 48), 3**0.5),
+        ((768, 16, 16), 48**0.5),
+    ):
+        assert with_shift(Flow(shift="auto"), shape).shift == pytest.approx(expected, rel=1e-12)
+    assert with_shift(Flow(shift=3.0), (4, 64, 64)) == Flow(shift=3.0)
 
 
 def test_stratified_times_put_one_draw_in_each_bin_so_a_range_holds_a_fixed_count_give_or_take_one():

@@ -468,3 +468,15 @@ def test_averages_of_one_decay_and_too_many_are_one_line(small: Path) -> None:
     for wrong in ("[0.5, 0.5]", "[0.1, 0.2, 0.3, 0.4, 0.5]"):
         assert "at most 4, none twice" in str(refusal(small, f"--optim.ema_decays={wrong}"))
     assert "in [0, 1)" in str(refusal(small, "--optim.ema_decays=[1.0]"))
+
+
+def test_shifts_are_numbers_in_a_range_or_auto(small: Path) -> None:
+    recipe = load(small, ["--flow.shift=auto", "--sample.shift=3", "--flow.time=logit_normal", "--flow.time_mean=-0.5"])
+    assert (recipe.flow.shift, recipe.sample.shift, recipe.flow.time_mean) == ("auto", 3.0, -0.5)
+    for key in ("flow.shift", "sample.shift"):
+        for wrong in ("0", "0.009", "101", "inf", "true"):
+            assert "at least 0.01 and at most 100" in refusal(small, f"--{key}={wrong}").allowed
+    assert "at least 0.01" in str(refusal(small, "--flow.time_std=0"))
+    error = refusal(small, "--flow.time_mean=0.5", "--flow.time=uniform")
+    assert 'flow.time_mean = 0.5: not read by flow.time = "uniform"; allowed: 0, or time = "logit_normal"' in str(error)
+    assert refusal(small, "--flow.time_std=0.5").key == "flow.time_std"

@@ -105,6 +105,19 @@ def test_an_mfu_that_no_device_can_have_is_not_told(runs, mfu, told) -> None:
     assert re.search(rf"<td[^>]*>{told}</td>\s*</tr>", render(read_runs([path])))
 
 
+def test_shifts_are_told_and_runs_that_differ_in_them_are_not_ranked(runs) -> None:
+    paths = [rescored(runs, "a", sampler="sde", steps=250, shift=1.5), rescored(runs, "b", sampler="sde", steps=250)]
+    for path, shift in zip(paths, (1.5, None), strict=True):
+        said = "" if shift is None else f"\n[flow]\nshift = 2.0\n[sample]\nshift = {shift}\n"
+        (path / "recipe.toml").write_text((path / "recipe.toml").read_text() + said)
+    found = read_runs(paths)
+    assert "sampler sde in 250 steps shifted by 1.5" in table(make_arms(found)).protocol[0]
+    reasons = unfair(found)
+    assert [any(f"{key}.shift differ" in reason for reason in reasons) for key in ("sample", "flow")] == [True, True]
+    assert any("different shifts of time" in told for told in warnings(found, make_arms(found), reasons))
+    assert unfair(found[1:] * 2) == []
+
+
 def test_internal_guidance_is_told_and_runs_that_differ_in_it_are_not_ranked(runs) -> None:
     paths = [rescored(runs, "a", internal_guidance=1.4), rescored(runs, "b"), rescored(runs, "c")]
     for path, scale in zip(paths, (1.4, 1.0, None), strict=True):

@@ -4,11 +4,13 @@ import itertools
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from st_fast.convert.drawing import solve
 from st_fast.core import random
 from st_fast.core.errors import UserError, how_to_install
 from st_fast.core.random import Purpose
@@ -44,13 +46,15 @@ def test_the_sde_draws_from_the_data_distribution():
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
-def test_the_sde_sampler_written_out_in_float64(path):
+@pytest.mark.parametrize("shift", [1.0, 1.8])
+def test_the_sde_sampler_written_out_in_float64(path, shift):
     def field(x, t):
         return torch.sin((2 + t) * x) - 0.3 * x
 
     x = start = noise(2).double()
     draw, seen, steps = Draw(torch.tensor([3, 8]), torch.tensor([0, 0]), 5), [], 7
     times = [1 - (1 - 0.04) * i / 6 for i in range(7)] + [0.0]
+    times = [shift * t / (1 + (shift - 1) * t) for t in times]
     for number, (t, following) in enumerate(itertools.pairwise(times)):
         v, dt = field(x, t), t - following
         if path == "linear":
@@ -64,7 +68,7 @@ def test_the_sde_sampler_written_out_in_float64(path):
             x = x + (math.sqrt(2 * t * dt) * w).double()  # noise is float32
         seen.append(x)
     found: list[torch.Tensor] = []
-    last = euler_maruyama(field, start, steps, path, draw, found.append)
+    last = euler_maruyama(field, start, steps, path, draw, found.append, shift)
     assert torch.equal(last, found[-1])
     torch.testing.assert_close(torch.stack(found), torch.stack(seen), rtol=1e-9, atol=1e-9)
 
@@ -130,9 +134,40 @@ def scipys(x: torch.Tensor, start: float, end: float, low: float) -> torch.Tenso
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
-@pytest.mark.parametrize(("scale", "window"), [(2.0, (0.0, 1.0)), (2.0, (0.26, 0.74)), (1.0, (0.0, 1.0))])
-def test_the_formula_counts_the_rows_that_a_sampler_gives_the_model(sampler, scale, window):
-    model, settings = Labelled(), Sample(sampler=sampler, steps=5, cfg_scale=scale, cfg_range=window)
+@pytest.mark.parametrize(("shift", "expected"), [(1.0, 1.0), (0.4, 0.4), ("auto", (4 * 6 * 8 / 4096) ** 0.5)])
+def test_a_shift_moves_the_times_that_the_model_sees_and_auto_goes_by_the_latents_drawn(sampler, shift, expected):
+    seen: list[float] = []
+
+    class Watched(Labelled):
+        def __call__(self, x, t, labels):
+            seen.extend(t.tolist())
+            return super().__call__(x, t, labels)
+
+    x, draw = torch.randn(1, 4, 6, 8), balanced(0, 0, 1, 10, torch.device("cpu"))
+    sample_from(Watched(), x, draw, Sample(sampler=sampler, steps=4, cfg_scale=1.0, shift=shift), "linear")
+    even = [1, 0.68, 0.36, 0.04] if sampler == "sde" else [1, 0.75, 0.5, 0.25]
+    if sampler == "heun":
+        even = [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0]
+    assert seen == pytest.approx([expected * t / (1 + (expected - 1) * t) for t in even], rel=1e-6)
+    pipe = SimpleNamespace(config=SimpleNamespace(shift=expected), progress_bar=list,
+                           transformer=SimpleNamespace(config=SimpleNamespace(flow="linear")))  # fmt: skip
+    exported: list[float] = []
+
+    def field(x: torch.Tensor, t: float) -> torch.Tensor:
+        exported.append(t)
+        return x
+
+    solve(pipe, x, field, sampler, 4, 0, torch.arange(1))
+    assert exported == pytest.approx(seen, rel=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+@pytest.mark.parametrize(
+    ("scale", "window", "shift"),
+    [(2.0, (0.0, 1.0), 1.0), (2.0, (0.26, 0.74), 1.0), (1.0, (0.0, 1.0), 1.0), (2.0, (0.65, 0.95), 2.0)],
+)
+def test_the_formula_counts_the_rows_that_a_sampler_gives_the_model(sampler, scale, window, shift):
+    model, settings = Labelled(), Sample(sampler=sampler, steps=5, cfg_scale=scale, cfg_range=window, shift=shift)
     draw = balanced(0, 0, 3, 10, torch.device("cpu"))
     sample_from(model, noise(3), draw, settings, "linear")
     assert model.rows == 3 * cost.drawing_rows(settings)

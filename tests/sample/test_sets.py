@@ -20,7 +20,7 @@ from st_fast.sample.draw import NAMED, balanced, draw_of, known_as, names_in_tur
 from st_fast.sample.guided import sample as draw_samples
 from st_fast.sample.model import Sampler, sampling
 from st_fast.sample.previews import class_columns, free_name, save_png
-from st_fast.sample.set import SampleSet, draw_set, open_npz, write_npz
+from st_fast.sample.set import SampleSet, draw_set, open_npz, settings_of, write_npz
 from tests.sample.tiny_run import command, make_run
 
 
@@ -384,3 +384,18 @@ def test_a_file_by_itself_has_no_further_averages_and_a_run_is_asked_for_its_own
         sample.parse([str(tmp_path / "x.pt"), "--weights", "ema-0.5"])
     with pytest.raises(UserError, match=r"^--weights emma: .*run has ema, raw$"):
         sample.parse([str(run), "--weights", "emma"])
+
+
+def test_shifted_sets_have_names_and_settings_of_their_own_and_older_ones_keep_theirs(run):
+    usual, shifted = (sample.parse([str(run), *flags]).samples for flags in ((), ("--shift", "auto")))
+    assert (usual.settings.shift, shifted.settings.shift) == (1.0, "auto")
+    assert "shift" not in usual.drawn and shifted.drawn == usual.drawn.replace("3-", "3-shiftauto-")
+    found = {}
+    for request in (usual, shifted):
+        with sampling(request) as (_, sampler, _):
+            found[request.settings.shift] = settings_of(sampler)
+    assert "shift" not in found[1.0] and found["auto"] == found[1.0] | {"shift": "auto"}
+    assert sample.parse([str(run), "--shift", "2.5", "--preset", "repa"]).samples.settings.shift == 2.5
+    for wrong in ("0", "101", "automatic"):
+        with pytest.raises(UserError, match=rf"^--shift {wrong}: "):
+            sample.parse([str(run), "--shift", wrong])

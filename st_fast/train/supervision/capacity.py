@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from st_fast.recipe import cost
 from st_fast.recipe.methods import Selection
 from st_fast.recipe.schema import Flow
+from st_fast.recipe.times import time_cdf
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,17 @@ class Capacity:
 def capacity(selection: Selection, flow: Flow, whole: int, part: int) -> Capacity:
     """For micro-batches of `part` samples from global batches of `whole`: the rows that cost least on average.
 
-    Stratified t fixes the number in a global batch to ±1, so where that is one micro-batch nothing ever overflows.
-    Otherwise the number is hypergeometric (stratified) or binomial, and the capacity K weighs padding against further
-    passes: the least K·E[max(1, ⌈M/K⌉)] with K at or above the mean.
+    Stratified t, logit-normal too, fixes the number in a global batch to ±1, so where that is one micro-batch nothing
+    ever overflows. Otherwise the number is hypergeometric (stratified) or binomial, and the capacity K weighs padding
+    against further passes: the least K·E[max(1, ⌈M/K⌉)] with K at or above the mean.
     """
     if selection.mask == "released":
         return Capacity(part, part, part)
-    share = cost.time_share(flow.time, flow.path, selection.t_range)
-    if flow.time == "stratified":
+    ends = [time_cdf(flow, end) for end in selection.t_range]
+    share = ends[1] - ends[0]
+    if flow.time in ("stratified", "logit_normal"):
         # The equal bins of (0, 1) that the range touches: its ends may lie in bins that are partly inside.
-        low, high = (math.floor(end * whole) for end in selection.t_range)
+        low, high = (math.floor(end * whole) for end in ends)
         inside = min(high, whole - 1) - low + 1
         if part == whole:
             return Capacity(inside, share * whole, inside)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from st_fast.model import flow
 from st_fast.recipe.methods import Selection
 from st_fast.recipe.schema import Flow
+from st_fast.train.layouts import draw_times
 from st_fast.train.supervision import Rows, select_rows
 from st_fast.train.supervision.capacity import capacity, padded
 from tests.train.schedule.loop import Loop
@@ -17,28 +17,43 @@ from tests.train.schedule.loop import Loop
 RANGE = Selection((0.4, 0.7), "sample", 0.5)
 
 
-def counts(time: str, whole: int, part: int, steps: int = 400) -> list[int]:
+def counts(law: Flow, whole: int, part: int, steps: int = 400) -> list[int]:
     """Supervised rows of each micro-batch of these steps, as training draws them."""
     found = []
     for step in range(steps):
-        t = flow.sample_times(7, step, np.arange(whole), whole, time, "linear")
+        t = draw_times(None, law, 7, step, whole)
         found += [len(select_rows(t, slice(start, start + part), RANGE)[0]) for start in range(0, whole, part)]
     return found
 
 
+SHIFTED = Flow(time="stratified", shift=1.7)
+LOGIT_NORMAL = Flow(time="logit_normal", time_mean=-0.3, time_std=0.8, shift=0.6)
+
+
+@pytest.mark.parametrize("law", [Flow(time="stratified"), SHIFTED, LOGIT_NORMAL], ids=str)
 @pytest.mark.parametrize("batch", [8, 10, 256])
-def test_stratified_times_never_overflow_a_whole_batch_and_waste_at_most_two_rows(batch):
-    rows = capacity(RANGE, Flow(time="stratified"), batch, batch).rows
-    found = counts("stratified", batch, batch)
+def test_stratified_times_never_overflow_a_whole_batch_and_waste_at_most_two_rows(batch, law):
+    rows = capacity(RANGE, law, batch, batch).rows
+    found = counts(law, batch, batch)
     assert max(found) <= rows <= min(found) + 2
 
 
 @pytest.mark.parametrize(
-    ("time", "whole", "part"), [("uniform", 64, 64), ("stratified", 64, 16), ("lognormal", 64, 64)]
+    ("law", "whole", "part"),
+    [
+        (Flow(), 64, 64),
+        (Flow(time="stratified"), 64, 16),
+        (Flow(time="lognormal"), 64, 64),
+        (Flow(time="lognormal", shift=2.5), 64, 64),
+        (Flow(shift=0.4), 64, 64),
+        (SHIFTED, 64, 16),
+        (LOGIT_NORMAL, 64, 16),
+    ],
+    ids=str,
 )
-def test_the_rows_expected_to_be_run_are_those_that_are(time, whole, part):
-    found = capacity(RANGE, Flow(time=time), whole, part)
-    drawn = counts(time, whole, part)
+def test_the_rows_expected_to_be_run_are_those_that_are(law, whole, part):
+    found = capacity(RANGE, law, whole, part)
+    drawn = counts(law, whole, part)
     ran = [found.rows * max(1, -(-count // found.rows)) for count in drawn]
     assert np.mean(drawn) == pytest.approx(found.supervised, rel=0.06)
     assert np.mean(ran) == pytest.approx(found.run, rel=0.04)
