@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from st_fast.core import random
@@ -21,6 +22,7 @@ __all__ = [
     "TIMES",
     "coefficients",
     "denoising_loss",
+    "direction_loss",
     "interpolate",
     "sample_times",
     "velocity_of_x",
@@ -50,6 +52,14 @@ def velocity_of_x(predicted: Tensor, x: Tensor, t: Tensor) -> Tensor:
 def denoising_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
     """Mean over C, H, W of (v̂ − v)², per sample, in float32: (B, C, H, W) → (B,)."""
     return (prediction.float() - velocity.float()).square().mean((1, 2, 3))
+
+
+def direction_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
+    """Mean over H, W of 1 − cos(v̂, v) over the channels, per sample, in float32: (B, C, H, W) → (B,).
+
+    LightningDiT's velocity direction loss (arXiv 2501.01423).
+    """
+    return (1 - F.cosine_similarity(prediction.float(), velocity.float(), dim=1)).mean((1, 2))
 
 
 def sample_times(

@@ -304,12 +304,16 @@ class Start:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Contrastive flow matching (arXiv 2506.05350), beside any method: v̂ is pushed from another sample's velocity."""
+    """Terms of v̂'s loss beside any method's: contrastive flow matching (arXiv 2506.05350), by which v̂ is pushed from
+    another sample's velocity, and the velocity's direction (arXiv 2501.01423)."""
 
     contrast: BelowOne = fixed(
         0.0, "λ of −λ·‖v̂ − ṽ‖², ṽ of another sample of the batch; 0: off, 0.05: published. From 1 on it is unbounded."
     )
     contrast_null: bool = fixed(True, "Samples whose condition was dropped take part, too.")
+    direction: NonNegative = fixed(
+        0.0, "λ of λ·mean(1 − cos(v̂, v)), over channels at each place; 0: off, 1: published with LightningDiT."
+    )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ KINDS = ("start", "train", "eval", "sample", "gradients", "end")
 """What the report uses; other kinds of record are skipped, so that logs may grow."""
 NUMBERS = (
     "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "peak_gib",
-    "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
+    "direction", "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
     "matmul_flops_per_s", "cosine",
 )  # fmt: skip
 """Keys of any record that must hold numbers or null."""

@@ -90,6 +90,10 @@ LEARNING = (
         "Error of the predicted velocity. Every stage has this loss, so its curves can be compared. Pale: as logged; "
         "strong: smoothed.",
     ),
+    (
+        "direction", "Loss of the velocity's direction", "λ·(1 − cos)", "number", True,
+        "Of stages that have it, beside the denoising loss, which is without it.",
+    ),
     ("lr", "Learning rate", "learning rate", "number", False, "As scheduled at each step."),
 )  # fmt: skip
 SPEED = (
@@ -111,7 +115,7 @@ SPEED = (
 
 def all_figures(arms: Sequence[Arm]) -> dict[str, list[Figure]]:
     """Every figure that the logs allow, by the section of the page it stands in."""
-    denoise, lr = (_training(arms, *entry) for entry in LEARNING)
+    denoise, direction, lr = (_training(arms, *entry) for entry in LEARNING)
     aux = []
     for number, name in enumerate(dict.fromkeys(arm.stage.name for arm in arms), start=1):
         mine, caption = [arm for arm in arms if arm.stage.name == name], "Not comparable between stages."
@@ -119,7 +123,7 @@ def all_figures(arms: Sequence[Arm]) -> dict[str, list[Figure]]:
         aux.append(replace(drawn, key=f"loss_aux_{number}"))
     charts = {
         "quality": [_quality(arms, metric, axis) for metric in RANKING for axis in AXES],
-        "losses": [replace(denoise, key="loss_denoise"), *aux, lr],
+        "losses": [replace(denoise, key="loss_denoise"), *aux, direction, lr],
         "speed": [_training(arms, *entry) for entry in SPEED],
     }
     shown: dict[str, list[Figure]] = {name: [one for one in drawn if one.curves] for name, drawn in charts.items()}

@@ -105,7 +105,7 @@ def gradients(step: Step, batch: NoisyBatch, target: Target) -> tuple[Tensor, Te
     """Of the denoising loss and of the supervision's, with respect to the tapped stream: (B, N, D) each."""
     with cut_at(step.model, step.supervision.tap) as cut:
         losses = step.losses(batch, target)
-    (denoise,), (aux,) = (torch.autograd.grad(loss, cut.streams) for loss in (losses.denoise, losses.aux))
+    (denoise,), (aux,) = (torch.autograd.grad(loss, cut.streams) for loss in (losses.velocity, losses.aux))
     return denoise, aux
 
 

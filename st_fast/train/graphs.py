@@ -43,10 +43,17 @@ class Losses:
 
     denoise: Tensor
     aux: Tensor
+    direction: Tensor | None = None
+    """Of the velocity, weighted; None where the stage has no such loss."""
+
+    @property
+    def velocity(self) -> Tensor:
+        """All that is asked of v̂ itself."""
+        return self.denoise if self.direction is None else self.denoise + self.direction
 
     def backward(self) -> None:
         """Adds the gradients of their sum to the parameters'."""
-        (self.denoise + self.aux).backward()
+        (self.velocity + self.aux).backward()
 
 
 class Graphs:

@@ -127,6 +127,8 @@ class Readings:
     """By step: the ranks whose own losses were not finite."""
     updates: int
     """How many updates the optimiser has made by the last of these steps; skipped steps do not count."""
+    direction: Sequence[float] = ()
+    """The loss of the velocity's direction; empty in a stage that has none."""
 
     @property
     def bad(self) -> list[int]:
@@ -136,33 +138,39 @@ class Readings:
     def means(self) -> dict[str, float]:
         """Means over the steps that were not skipped; NaN if all were."""
         kept = np.isfinite(self.norms)
-        denoise, aux, norm = (
+        denoise, aux, norm, *more = (
             float(np.asarray(values, np.float64)[kept].mean()) if kept.any() else math.nan
-            for values in (self.denoise, self.aux, self.norms)
+            for values in (self.denoise, self.aux, self.norms, *filter(len, [self.direction]))
         )
-        return {"loss": denoise + aux, "denoise": denoise, "aux": aux, "grad_norm": norm}
+        found = {"loss": sum([denoise, aux, *more]), "denoise": denoise, "aux": aux, "grad_norm": norm}
+        return found | dict.fromkeys(["direction"] * len(more), sum(more))
 
 
 def joined(parts: Sequence[Readings]) -> Readings:
     """Readings of steps that follow one another as one."""
-    denoise, aux, norms = (
-        array("f", chain.from_iterable(getattr(one, name) for one in parts)) for name in ("denoise", "aux", "norms")
+    denoise, aux, norms, direction = (
+        array("f", chain.from_iterable(getattr(one, name) for one in parts))
+        for name in ("denoise", "aux", "norms", "direction")
     )
     bad_ranks = list(chain.from_iterable(one.bad_ranks for one in parts))
-    return Readings(parts[0].first, denoise, aux, norms, bad_ranks, parts[-1].updates)
+    return Readings(parts[0].first, denoise, aux, norms, bad_ranks, parts[-1].updates, direction or ())
 
 
 class Meter:
     """Keeps the scalars of up to `room` steps on the device and brings them to the host when asked."""
 
     def __init__(self, device: torch.device, room: int = METER_ROOM) -> None:
-        self.values = torch.zeros(room, 4, device=device)
+        self.values = torch.zeros(room, 5, device=device)
         self.steps = 0
+        self._losses = [0, 1]
+        """The columns that are losses, of which each rank has a part."""
 
     @torch.no_grad()
-    def add(self, denoise: Tensor, aux: Tensor, norm: Tensor, updates: Tensor) -> None:
+    def add(self, denoise: Tensor, aux: Tensor, norm: Tensor, updates: Tensor, direction: Tensor | None = None) -> None:
         """Stores a step's scalars, without waiting for the device; `updates`: how many were made, with this step."""
-        self.values[self.steps].copy_(torch.stack((denoise, aux, norm, updates)))
+        found = [denoise, aux, norm, updates] + ([] if direction is None else [direction])
+        self._losses = [0, 1, *range(4, len(found))]
+        self.values[self.steps, : len(found)].copy_(torch.stack(found))
         self.steps += 1
 
     @property
@@ -174,15 +182,16 @@ class Meter:
         """The steps since the last reading, up to `step`, over all ranks; waits for the device."""
         mine, count = self.values[: self.steps], self.steps
         # 20 bytes a step, of which run.log_every may keep a million: arrays, and one empty list for all good steps.
-        denoise, aux = (array("f", column) for column in ranks.sum(mine[:, :2].clone()).T.tolist())
-        norms, updates = (array("f", column) for column in mine[:, 2:].T.tolist())
+        losses = torch.stack([mine[:, column] for column in self._losses], dim=1)
+        denoise, aux, *direction = (array("f", column) for column in ranks.sum(losses.clone()).T.tolist())
+        norms, updates = (array("f", column) for column in mine[:, 2:4].T.tolist())
         self.steps = 0
         bad_ranks: list[list[int]] = [[]] * count
         if not all(map(math.isfinite, norms)):  # the same on every rank, so all of them ask
             bad = torch.zeros(ranks.count, count)
-            bad[ranks.rank] = (~torch.isfinite(mine[:, :2])).any(dim=1).float().cpu()
+            bad[ranks.rank] = (~torch.isfinite(losses)).any(dim=1).float().cpu()
             bad_ranks = [column.nonzero()[:, 0].tolist() for column in ranks.sum(bad).T]
-        return Readings(step - count + 1, denoise, aux, norms, bad_ranks, int(updates[-1]))
+        return Readings(step - count + 1, denoise, aux, norms, bad_ranks, int(updates[-1]), *direction)
 
 
 class Skips:
@@ -290,7 +299,8 @@ def _least_seconds(device: torch.device, work: Callable[[], object], tries: int,
 
 def progress_line(stage: str, step: int, steps: int, values: dict[str, float], eta: float) -> str:
     """One greppable line."""
-    losses = f"loss {values['loss']:.4f} (denoise {values['denoise']:.4f} + aux {values['aux']:.4f})"
+    losses = f"loss {values['loss']:.4f} (denoise {values['denoise']:.4f} + aux {values['aux']:.4f}"
+    losses += f" + direction {values['direction']:.4f})" if "direction" in values else ")"
     speed = f"{values['images_per_s']:.1f} images/s, MFU {100 * values['mfu']:.1f} %, {values['peak_gib']:.2f} GiB"
     place = f"{stage} {step:>{len(str(steps))}}/{steps}"
     return f"{place} | {losses} | norm {values['grad_norm']:.3f} | {speed} | ETA {duration(eta)}"

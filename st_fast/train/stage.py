@@ -72,7 +72,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         with retreat_if_too_large(trainer, report, readers, first, done - 1):
             trainer.ending.compare(trainer.step, done - 1, batches)
             losses, norm = trainer.step(done - 1, batches)
-        meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates)
+        meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates, losses.direction)
         profile.stepped(done)
         last, stopping = done == stage.steps, context.stop()
         spike = report(done)

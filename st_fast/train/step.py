@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from st_fast.core.errors import Say
 from st_fast.core.ranks import Ranks
 from st_fast.model import DiffusionTransformer, flow
-from st_fast.model.side_stream import Future, side_stream
+from st_fast.model.side_stream import Future, side_stream, with_tensors
 from st_fast.recipe.schema import Recipe, Run
 from st_fast.train import memory
 from st_fast.train.graphs import Graphs, Losses
@@ -91,7 +91,10 @@ class Step:
         recipe: Recipe,
         ranks: Ranks,
         say: Say,
+        direction: float = 0.0,
     ) -> None:
+        self.direction = direction
+        """The weight of the velocity's direction in the loss."""
         self.model, self.supervision, self.optimizer = model, supervision, optimizer
         self.recipe, self.heartbeat = recipe, ranks.heartbeat
         self.targets = Targets(supervision, recipe.run, ranks.device)
@@ -130,7 +133,9 @@ class Step:
             self.gradients.finish()
         with named_range("optimiser"):
             norm = self.optimizer.update()
-        return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts])), norm
+        directions = [p.direction for p in parts if p.direction is not None]
+        direction = _total(directions) if directions else None
+        return Losses(_total([p.denoise for p in parts]), _total([p.aux for p in parts]), direction), norm
 
     def use_graphs(self, used: bool) -> None:
         """Replays passes as graphs from now on, or makes ordinary ones."""
@@ -150,7 +155,7 @@ class Step:
             self.gradients.expect()
         with named_range("backward"):
             losses.backward()
-        return Losses(losses.denoise.detach(), losses.aux.detach())
+        return with_tensors(losses, torch.detach)
 
     def _look_ahead(self, step: int, rest: Sequence[NoisyBatch]) -> None:
         """Starts the target of the next micro-batch, of this step or the next one."""
@@ -163,7 +168,7 @@ class Step:
             self.targets.start_ahead(step + 1, upcoming[0])
 
     def losses(self, batch: NoisyBatch, target: Target | None) -> Losses:
-        """The denoising loss, and the supervision's with the contrast's, sums over samples / global batch size."""
+        """The denoising loss, the supervision's with the contrast's, and the direction's: sums / global batch size."""
         with named_range("student forward"):
             inputs = batch.x_t, batch.t, batch.student_condition
             prediction, hidden = self.model(*inputs, self.supervision.tap, batch.layout)
@@ -177,7 +182,11 @@ class Step:
             if (negative := batch.negative) is not None:  # in aux, so that denoise can be compared with any other run's
                 pushed = negative.weight * flow.denoising_loss(prediction, negative.velocity)
                 aux = aux - pushed.sum() / self.recipe.optim.batch_size
-        return Losses(denoise, aux)
+            direction = None
+            if self.direction:
+                off = flow.direction_loss(prediction, goal).sum()
+                direction = self.direction * off / self.recipe.optim.batch_size
+        return Losses(denoise, aux, direction)
 
 
 def _total(values: Sequence[Tensor]) -> Tensor:

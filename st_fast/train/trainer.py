@@ -112,7 +112,8 @@ class Trainer:
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
         self.ending = Ending(stage.name, self.method, recipe.flow.path, context.ranks, context.log)
-        self.step = Step(self.model, self.method, self.optimizer, recipe, context.ranks, context.log.say)
+        say, direction = context.log.say, stage.contrastive.direction
+        self.step = Step(self.model, self.method, self.optimizer, recipe, context.ranks, say, direction)
         # Only the first rank uses it: with everything else in shards, the others save its memory.
         place = device if self.shards is None or context.ranks.first else torch.device("meta")
         self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)

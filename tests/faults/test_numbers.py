@@ -167,6 +167,22 @@ def test_means_are_over_each_number_and_the_loss_is_the_sum():
     assert all(map(math.isnan, Readings(1, [1.0], [0.5], [NAN], [[]], 0).means().values()))
 
 
+def test_a_meter_has_another_loss_where_a_stage_has_one():
+    meter, whole, ranks = Meter(torch.device("cpu"), 4), Meter(torch.device("cpu"), 4), Ranks(0, 1, torch.device("cpu"))
+    rows = [(0.5, 0.25, 2.0, 1.0, 0.125), (1.5, 0.5, NAN, 1.0, math.inf), (0.75, 0.25, 4.0, 2.0, 0.375)]
+    parts = []
+    for number, row in enumerate(rows, start=1):
+        for one in (meter, whole):
+            one.add(*map(torch.tensor, row))
+        parts.append(meter.read(ranks, number))
+    found = whole.read(ranks, 3)
+    assert repr(joined(parts)) == repr(found) and found.bad_ranks == [[], [0], []]
+    assert list(found.direction) == [0.125, math.inf, 0.375] and list(found.norms)[::2] == [2.0, 4.0]
+    assert found.means() == {"loss": 1.125, "denoise": 0.625, "aux": 0.25, "grad_norm": 3.0, "direction": 0.25}
+    meter.add(*map(torch.tensor, rows[0][:4]))
+    assert "direction" not in meter.read(ranks, 4).means()
+
+
 def test_means_leave_skipped_steps_out():
     means = readings(1, [1.0, NAN, 3.0], [1.0, NAN, 2.0]).means()
     assert means == {"loss": 2.0, "denoise": 2.0, "aux": 0.0, "grad_norm": 1.5}
