@@ -70,6 +70,7 @@ FILES = (
     File("st_fast/train/layouts.py", ("train/test_layouts.py", "train/supervision/test_dual_times.py")),
     File("st_fast/recipe/tokens.py", ("train/test_layouts.py", "recipe/test_routing.py")),
     File("st_fast/recipe/routing.py", ("recipe/test_routing.py",)),
+    File("st_fast/recipe/times.py", ("model/test_flow.py", "train/schedule/test_padding.py", TRUTH)),
     File("st_fast/recipe/token_cost.py", ("recipe/test_routing.py", "train/test_routes.py")),
     File("st_fast/model/fusion.py", ("truth/test_truth.py", "sample/test_path_drop.py")),
     File("st_fast/study/frontier.py", ("study/test_frontier.py",)),
