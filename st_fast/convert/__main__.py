@@ -1,4 +1,4 @@
-"""Models between projects: official SiT, REPA, Self-Transcendence, SRA, our own, Hugging Face and diffusers folders.
+"""Models between projects: official SiT, REPA, LightningDiT and others, our own, Hugging Face and diffusers folders.
 
     python -m st_fast.convert last.pt                                  what is in it
     python -m st_fast.convert last.pt models/repa                      a stage folder: a teacher, or a start (init)
@@ -36,12 +36,18 @@ from st_fast.core.options import LAYOUTS, add_file_options, given, path
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, heads
 from st_fast.model.load import CONFIG, read_config
 from st_fast.model.stored import ModelSource, read_model
+from st_fast.recipe.architecture import Model
+from st_fast.recipe.keys import keys
 from st_fast.recipe.load import to_literal
 
 FOLDERS = ("stage", "huggingface", "diffusers")
 FILES = (".pt", ".safetensors")
+FUSED = ("stage", "huggingface", "speedrundit")
+"""Forms that a network with a fusion can be written in."""
 TARGETS = ("to", "empty_context", "weights", "vae", "text_encoder", "push", "private", "dry_run")
 """Options that say how TARGET is written."""
+SHOWN = ("norm", "position", "mlp", "qkv_bias", "value_residual", "registers")
+"""Options of a network that are told where they are not SiT's."""
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -128,8 +134,8 @@ def main(arguments: Sequence[str]) -> None:
     if given.target is None:
         return
     form = given.to or origin.loaded.layout
-    if origin.loaded.config.fusion_last and form not in ("stage", "huggingface"):
-        raise UserError(f"--to {form}: {given.source} has a fusion (SPRINT), for which only stage and huggingface do")
+    if origin.loaded.config.fusion_last and form not in FUSED:
+        raise UserError(f"--to {form}: {given.source} has a fusion (SPRINT), for which only {', '.join(FUSED)} do")
     uploads = os.path.lexists(given.target)
     if uploads and not _written_before(given.target, form, given.push):
         raise UserError(f"{given.target}: exists; name another")
@@ -199,6 +205,8 @@ def described(origin: ModelSource) -> str:
         null = "with" if NULL_CONTEXT in loaded.model else "without"
         condition = f"captions of {config.text_length} × {config.text_width}, {null} the empty caption's states"
     parts = f", internal head after block {config.internal_head}" if config.internal_head else ""
+    parts += "".join(f", {key} {value}" for key in SHOWN if (value := getattr(config, key)) != keys(Model)[key].default)
+    qk_norm = config.qk_norm if isinstance(config.qk_norm, str) else "on" if config.qk_norm else "off"
     if config.fusion_last:
         parts += f", fusion around blocks {config.fusion_first + 1} to {config.fusion_last}"
     average = "raw weights and their average" if loaded.averaged else "one set of weights"
@@ -210,7 +218,7 @@ def described(origin: ModelSource) -> str:
         f"{loaded.step:,}, {loaded.path} path\n"
         f"  depth {config.depth}, width {config.width}, heads {config.heads}, patch {config.patch}, latents "
         f"{' × '.join(map(str, config.latent_shape))}, {condition}, "
-        f"qk-norm {'on' if config.qk_norm else 'off'}{parts}\n"
+        f"qk-norm {qk_norm}{parts}\n"
         f"  training heads: {', '.join(kinds) or 'none'}; {average}; {optimiser}"
         + "".join(f"\n  {remark}" for remark in (*loaded.remarks, *_unprefixed(loaded)))
     )

@@ -12,9 +12,10 @@ from torch import Tensor
 from st_fast.core.checkpoint.groups import write_group
 from st_fast.core.errors import UserError
 from st_fast.core.files import durable_file, fsync_path, make_folder
-from st_fast.model.formats import adam, official
+from st_fast.model.formats import adam, modern, official
 from st_fast.model.formats.layouts import check_table, in_published_order, optimised
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, Table, heads, is_head
+from st_fast.recipe.load import to_literal
 from st_fast.recipe.methods import CONVOLUTION
 
 FIRST_KEYS = {
@@ -22,8 +23,24 @@ FIRST_KEYS = {
     "self-transcendence": {"projectors.0.weight"},
     "sra": {"ap_head.linear1.weight"},
     "self-flow": {"projector.linear1.weight"},
+    "speedrundit": {"projectors.0.0.weight"},
 }
-"""The heads that mark a layout, of REPA's also iREPA's; official SiT has none."""
+"""The heads that mark a layout, of REPA's also iREPA's; official SiT and LightningDiT have none."""
+CLASSIC: dict[str, tuple[Any, ...]] = {
+    "norm": ("layer",), "position": ("sincos",), "mlp": ("gelu",), "qkv_bias": (True,), "value_residual": (False,),
+    "registers": (0,), "qk_norm": (False, True),
+}  # fmt: skip
+"""The values of a network's options that the code of most projects has."""
+OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "self-flow": CLASSIC | {"qk_norm": (False,)},
+    "lightningdit": CLASSIC | {
+        "norm": ("layer", "rms_affine"), "position": ("sincos", "both"), "mlp": ("gelu", "swiglu"),
+    },
+    "speedrundit": CLASSIC | {
+        "norm": ("rms",), "position": ("both",), "value_residual": (True,), "qk_norm": (False, "rms"),
+    },
+}  # fmt: skip
+"""Those of the others."""
 
 
 def export_file(loaded: LoadedState, layout: str, path: Path, weights: str) -> None:
@@ -68,10 +85,7 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
         raise UserError(f"latents of {height} x {width}: {layout}'s own code takes square ones only")
     if loaded.config.prediction != "velocity":
         raise UserError(f"model.prediction = {loaded.config.prediction!r}: {layout}'s own code predicts the velocity")
-    if loaded.config.fusion_last:
-        raise UserError(f"model.fusion_last = {loaded.config.fusion_last}: {layout}'s own code has no fusion of blocks")
-    if layout == "self-flow" and loaded.config.qk_norm:
-        raise UserError(f"model.qk_norm = true: {layout}'s own code has no norm of queries and keys")
+    _check_options(loaded, layout)
     facts = loaded.facts if loaded.layout == layout else {}
     ema = heads(loaded.model) | dict(loaded.ema)  # ours averages no heads, the published code does
     tables: dict[str, Table] = {"model": loaded.model, "ema": ema}
@@ -83,10 +97,12 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
         told = f"model.internal_head = {loaded.config.internal_head}"
         raise UserError(f"{told}: {layout}'s own code knows no internal head; --to repa keeps it")
     if layout in official.LAYOUTS:
-        tables = dict(_official(loaded, tables, facts.get("sigma", True)))
+        tables = dict(_official(loaded, tables, facts.get("sigma", layout != "lightningdit")))
     for name in ("model", "ema"):
         check_table(tables[name], loaded.config, layout, name)
     ordered = {name: in_published_order(table, loaded.config, layout) for name, table in tables.items()}
+    if layout in modern.LAYOUTS:
+        ordered = {name: modern.joined(table, _beside(loaded, layout, name), layout) for name, table in ordered.items()}
     alone = layout == "self-flow"
     if alone:
         ordered = {name: official.with_linear(table) for name, table in ordered.items()}
@@ -102,10 +118,40 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     if loaded.exp_avg:
         numbered, settings = list(optimised(ordered["model"])), facts.get("opt", {})
         content["opt"] = adam.state_dict(numbered, ordered["exp_avg"], ordered["exp_avg_sq"], loaded.updates, settings)
+    if layout == "lightningdit":
+        config = facts.get("config") if facts else modern.own_config(loaded.config, loaded.path)
+        return content | ({} if config is None else {"config": config}) | dict(facts.get("entries", {}))
     content["args"] = argparse.Namespace(**(facts.get("args") or _args(loaded, layout)))
     counted = {"steps": loaded.step} | ({"epoch": 0} if loaded.config.internal_head else {})  # which its code reads
     entries = facts.get("entries", {} if layout == "sit" else counted)
     return content | dict(entries)
+
+
+def _check_options(loaded: LoadedState, layout: str) -> None:
+    """UserError for an option of the network that the layout's own code has not."""
+    config, blocks = loaded.config, (loaded.config.fusion_first, loaded.config.fusion_last)
+    of_its_own = (modern.FUSED, config.depth - modern.FUSED) if layout == "speedrundit" else (0, 0)
+    if blocks != of_its_own:
+        has = f"a fusion around blocks {of_its_own[0] + 1} to {of_its_own[1]}" if any(of_its_own) else "no fusion of blocks"
+        raise UserError(f"model.fusion_last = {config.fusion_last}: {layout}'s own code has {has}")
+    options = OPTIONS.get(layout, CLASSIC)
+    if layout == "lightningdit":  # one switch for the norms of tokens and of queries and keys
+        options = options | {"qk_norm": (False, True if config.norm == "layer" else "rms")}
+    for key, allowed in options.items():
+        if (value := getattr(config, key)) not in allowed:
+            named = " or ".join(map(to_literal, allowed))
+            raise UserError(f"model.{key} = {to_literal(value)}: {layout}'s own code has {named} only")
+    if layout == "speedrundit" and f"model/{modern.NORM}" not in loaded.originals:
+        raise UserError(f"{layout}'s own code needs a class token (REG), which only a model from such a file has")
+
+
+def _beside(loaded: LoadedState, layout: str, name: str) -> Table:
+    """What the layout has of a table, "model", "ema" or one of AdamW's means, that a network of ours has not."""
+    kept = {key.partition("/")[2]: t for key, t in loaded.originals.items() if key.partition("/")[0] == name}
+    if layout == "lightningdit":
+        kept = {key: tensor for key, tensor in kept.items() if key in modern.ANGLES}
+    weights = name not in adam.MEANS and loaded.config.rope
+    return (modern.angles(loaded.config) if weights else {}) | kept
 
 
 def _official(loaded: LoadedState, tables: Mapping[str, Table], sigma: bool) -> dict[str, dict[str, Tensor]]:

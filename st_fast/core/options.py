@@ -23,9 +23,9 @@ ARCHITECTURE_MOST = {
 }  # fmt: skip
 """The largest values of the keys of [model] that are numbers; a recipe's limits and a checkpoint's."""
 SEED_MOST = 2**63 - 1
-LAYOUTS = ("sit", "repa", "self-transcendence", "sra", "self-flow")
+LAYOUTS = ("sit", "repa", "self-transcendence", "sra", "self-flow", "lightningdit", "speedrundit")
 """Of other projects' files: official SiT; REPA (also what shares its convention and has no head); Self-Transcendence,
-both stages; SRA, also with dual time; Self-Flow."""
+both stages; SRA, also with dual time; Self-Flow; LightningDiT; SpeedrunDiT, whose class token is left out."""
 
 OWN = re.compile(r"(invalid|expected|not allowed|ignored|ambiguous)\b")
 """How argparse's own texts about an option begin; other texts are those of `integer` and `number`."""

@@ -307,11 +307,12 @@ IDLE: dict[str, set[str]] = {
 """The keys that say nothing of a network's weights: another's, or how training begins. Without `network` it is SiT."""
 
 
-def swiglu_ratio(hidden: int, width: int) -> float:
-    """The smallest `mlp_ratio` with which a SwiGLU of this width has so many hidden channels."""
-    whole = next(whole for whole in range(hidden, 2 * hidden + 3) if int(2 / 3 * whole) >= hidden)
-    ratio = whole / width
-    return ratio if int(width * ratio) == whole else math.nextafter(ratio, math.inf)
+def ratio_of(hidden: int, width: int, mlp: str = "gelu") -> float:
+    """The smallest `mlp_ratio` with which an MLP of this width has so many hidden channels."""
+    if mlp == "swiglu":
+        hidden = next(whole for whole in range(hidden, 2 * hidden + 3) if int(2 / 3 * whole) >= hidden)
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def resolve_model(model: Model) -> Model:

@@ -41,6 +41,8 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     """
     start = stage.start
     loaded = _fitting(recipe, stage, drawn, say)
+    for remark in loaded.remarks:
+        say(f"{start.init}: {remark}")
     state = {group: dict(tensors) for group, tensors in drawn.items()}
     raw, averaged = {"ema": (loaded.ema, loaded.ema), "raw": (loaded.model, loaded.model)}.get(
         start.init_weights, (loaded.model, loaded.ema)

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from st_fast.model import build, stored
 from st_fast.model.formats import import_file
 from st_fast.model.vae import decode, load_vae
 from st_fast.prepare.small_vae import SmallVae, new_vae
+from st_fast.recipe.architecture import INTERNAL
 from st_fast.recipe.schema import Sample
 from st_fast.sample.draw import draw_of, read_labels, starting_noise
 from st_fast.sample.guided import sample
 from tests import foreign, warm
+from tests.convert import test_shapes
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,3 +187,42 @@ def test_a_vae_of_another_scale_than_the_model_tells_is_refused(vae, tmp_path):
     with pytest.raises(UserError, match=r"no decoder of the model's latents \(in brackets\): scale 0.83 \(0.18215\)"):
         main([str(tmp_path / "hf"), str(tmp_path / "pipe"), "--to", "diffusers", "--vae", str(own)])
     assert not (tmp_path / "pipe").exists()
+
+
+EVERY: dict[str, Any] = {"norm": "rms_affine", "position": "both", "mlp": "swiglu", "qk_norm": "rms", "qkv_bias": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "rms", "position": "rope"},
+        {"norm": "rms_affine", "qk_norm": False, "position": "both", "latent_size": 8},
+        {"mlp": "swiglu", "mlp_ratio": 3.3, "qk_norm": "rms"},
+        {"registers": 3, "position": "rope", "value_residual": True, "qkv_bias": False},
+        EVERY,
+        EVERY | {"registers": 2, "value_residual": True, "internal_head": 2},
+    ],
+    ids=lambda options: ",".join(options),
+)
+@pytest.mark.parametrize("base", [test_shapes.SIT, test_shapes.MMDIT], ids=["sit", "mmdit"])
+def test_its_copy_has_every_option_of_the_network(base, options, tmp_path):
+    from st_fast.convert.mmdit_transformer import MMDiTTransformer
+    from st_fast.convert.sit_transformer import SiTTransformer
+
+    if base.network == "mmdit" and {"registers", "value_residual"} & {*options}:
+        pytest.skip("of a SiT alone")
+    model = test_shapes.make_stage(tmp_path / "stage", replace(base, depth=3, width=48, heads=4, **options))
+    main([str(tmp_path / "stage"), str(tmp_path / "pipe"), "--to", "diffusers"])
+    kind = SiTTransformer if base.network == "sit" else MMDiTTransformer
+    copy = kind.from_pretrained(tmp_path / "pipe" / "transformer")
+    assert copy.state_dict().keys() == model.state_dict().keys()
+    generator, (height, width) = torch.Generator().manual_seed(1), model.config.latent_sides
+    x, t = torch.randn(3, 4, height, width, generator=generator), torch.tensor([0.1, 0.5, 0.8])
+    condition = torch.tensor([0, 5, 3]) if base.network == "sit" else torch.randn(3, 3, 6, generator=generator)
+    internal = bool(model.config.internal_head)
+    with torch.no_grad():
+        ours = model(x, t, condition, (INTERNAL,) if internal else 0)
+        theirs = copy(x, t, condition, internal=internal)
+        for mine, own in zip((ours[0], *ours[1]), theirs, strict=True) if internal else ((ours[0], theirs),):
+            torch.testing.assert_close(own, mine, rtol=0, atol=2e-5)
+            assert mine.std() > 0.1

@@ -179,5 +179,5 @@ def test_a_file_that_is_not_quite_it_is_refused_in_one_line(change, said, tmp_pa
 def test_norms_of_queries_and_keys_have_no_place_in_its_code(tmp_path):
     torch.save(released().state_dict(), tmp_path / "in.pt")
     loaded = read(tmp_path / "in.pt")
-    with pytest.raises(UserError, match=r"model\.qk_norm = true: self-flow's own code has no norm"):
+    with pytest.raises(UserError, match=r"model\.qk_norm = true: self-flow's own code has false only"):
         export_file(replace(loaded, config=replace(loaded.config, qk_norm=True)), "self-flow", tmp_path / "o.pt", "ema")

@@ -160,8 +160,8 @@ class Meta:
             numbers = value if pair else [value]
             if most and not all(type(number) in kinds and 0 < number <= most for number in numbers):
                 raise BadFile(f"architecture: {key} = {shown(value)}: a number above 0 and at most {most} is possible")
-            if key == "qk_norm" and type(value) is not bool:
-                raise BadFile(f"architecture: qk_norm = {shown(value)}: true or false is needed")
+            if key == "qk_norm" and value != "rms" and type(value) is not bool:
+                raise BadFile(f"architecture: qk_norm = {shown(value)}: true, false or 'rms' is needed")
         for op, way in (self.kernels or {}).items():
             if way not in WAYS:
                 raise BadFile(f"kernels: {shown(op)} = {shown(way)}: one of {', '.join(WAYS)}")

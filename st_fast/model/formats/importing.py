@@ -19,7 +19,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import allowance, is_pickle, read_header, shown
 from st_fast.core.pickled import Unread
 from st_fast.core.torch_files import Choice, read_pickled
-from st_fast.model.formats import adam, official
+from st_fast.model.formats import adam, modern, official
 from st_fast.model.formats.layouts import INTERNAL_KEY, check_table, detect, infer, optimised
 from st_fast.model.formats.loaded_state import LoadedState
 from st_fast.recipe.schema import Model
@@ -58,23 +58,32 @@ def import_file(
     tables, prefixes = _tables(content, path)
     names = list(tables)
     args, ignored = _args(content.get("args"), path)
+    args |= modern.config_args(content.get("config"))
     if content.get("ema") is not None and "ema" not in tables:
         ignored.append(f"ema is no table but {_kind(content['ema'])}, and is not read: the raw weights stand for it")
     args |= {} if num_classes is None else {"num_classes": num_classes}
     args |= {} if internal_head is None else {"internal_head": internal_head}
-    model = next(tables[name] for name in ("model", "", "state_dict", "ema") if name in tables)
-    layout = layout or detect(model, args, where)
+    chosen = next(name for name in ("model", "", "state_dict", "ema") if name in tables)
+    layout, told = layout or detect(tables[chosen], args, where), dict[str, Any]()
+    numbered, beside = optimised(tables[chosen]), dict[str, dict[str, Tensor]]()
     if layout == "self-flow":
         tables = {name: official.with_convolution(table, otherwise, where) for name, table in tables.items()}
-        model = tables[next(name for name in ("model", "", "state_dict", "ema") if name in tables)]
-    config = infer(model, args, number_of_heads, where, otherwise)
+    if layout in modern.LAYOUTS:
+        told = modern.told(tables[chosen], layout, where)
+        number_of_heads = number_of_heads or modern.head_count(tables[chosen], layout)
+        parts = {name: modern.split(table, layout) for name, table in tables.items()}
+        tables, beside = ({name: pair[part] for name, pair in parts.items()} for part in (0, 1))
+    model = tables[chosen]
+    config = infer(model, args, number_of_heads, where, otherwise, told)
     if internal_head is not None and not config.internal_head:
         raise UserError(f"{where}: internal_head = {internal_head}: it has no internal head (no {INTERNAL_KEY})")
     for name, table in tables.items():
         check_table(table, config, layout, f"{path} {name}".strip())
+        if layout in modern.LAYOUTS:
+            modern.check_beside(beside[name], config, layout, f"{path} {name}".strip())
     state, left_out = adam.NO_STATE, ""
     if only is None and "opt" in content and "model" in tables:
-        state, left_out = _optimiser(content["opt"], model, where)
+        state, left_out = _optimiser(content["opt"], numbered, where)
     elif others := [name for name in OPTIMISERS if name in content]:
         left_out = f"{others[0]} is not read, only opt"
     rest = {key: value for key, value in content.items() if key not in (*TABLES, "opt", "args")}
@@ -88,6 +97,14 @@ def import_file(
     }
     if layout in official.LAYOUTS:
         facts["sigma"] = len(model[official.OUTPUT[1]]) == 2 * config.patch_values
+    if layout in modern.LAYOUTS:
+        beside = {"model": beside[chosen], "ema": beside.get("ema", beside[chosen])}
+        means = {name: modern.split(getattr(state, name), layout) for name in adam.MEANS}
+        state = state._replace(**{name: ours for name, (ours, _) in means.items()})
+        beside |= {name: others for name, (_, others) in means.items()}
+        ignored += [modern.REMARK] * (layout == "speedrundit")
+        if modern.plain_config(content.get("config")):
+            facts["config"] = content.get("config")
     steps = rest.get("steps")
     loaded = LoadedState(
         config=config,
@@ -101,6 +118,7 @@ def import_file(
         step=steps if isinstance(steps, int) and steps >= 0 else state.updates,
         path=_path(args, path),
         facts=facts,
+        originals={f"{name}/{key}": tensor for name, table in beside.items() for key, tensor in table.items()},
         left_out=left_out,
         remarks=tuple(ignored),
     )
@@ -110,7 +128,7 @@ def import_file(
 def _from_official(loaded: LoadedState) -> LoadedState:
     """The tables turned into our convention, and the tensors that this changes kept aside."""
     tables = {name: getattr(loaded, name) for name in ("model", "ema", "exp_avg", "exp_avg_sq")}
-    originals = {
+    originals = dict(loaded.originals) | {
         f"{name}/{key}": table[key] for name, table in tables.items() for key in official.CHANGED if key in table
     }
     ours = {name: official.to_ours(table, loaded.config, name == "exp_avg_sq") for name, table in tables.items()}

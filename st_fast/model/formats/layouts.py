@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from st_fast.core.errors import UserError
 from st_fast.core.files import shown
 from st_fast.core.options import ARCHITECTURE_MOST, LAYOUTS
 from st_fast.model import network
-from st_fast.model.formats import official
+from st_fast.model.formats import modern, official
 from st_fast.model.formats.loaded_state import FUSION, INTERNAL_PREFIX, NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
-from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes, swiglu_ratio
+from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes, ratio_of
 from st_fast.recipe.methods import CONVOLUTION, SelfFlow, SelfRepresentation, SelfTranscendence, VelocityHead, projector
 
 IMAGENET = 1000
@@ -42,6 +43,8 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         raise UserError(
             f"{where}: a DiT ({shown(args['model'])}): predicts noise on 1000 discrete steps, which is no velocity"
         )
+    if (layout := modern.detected(table, args)) is not None:
+        return layout
     keys, patches = [key for key in table if is_head(key)], table.get("x_embedder.proj.weight")
     if any(key.startswith("projector.linear") for key in keys) or (patches is not None and patches.ndim == 2):
         return "self-flow"
@@ -78,18 +81,20 @@ def is_mmdit(keys: Iterable[str]) -> bool:
 
 
 def infer(
-    table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: Model | None = None
-) -> Model:
+    table: Table, args: Mapping[str, Any], number_of_heads: int | None, where: str, otherwise: Model | None = None,
+    told: Mapping[str, Any] = MappingProxyType({}),
+) -> Model:  # fmt: skip
     """The model that the shapes describe; of `otherwise` heads, classes, tokens and grid where nothing tells them.
 
-    UserError naming the key that is missing or has an impossible shape.
+    `told` has the keys of [model] that the layout itself tells. UserError naming the key that is missing or has an impossible shape.
     """
     mmdit = is_mmdit(table)
     blocks, image = ("joint_blocks", "joint_blocks.0.x_block") if mmdit else ("blocks", "blocks.0")
     norm = f"{image}.attn.{'ln_q' if mmdit else 'q_norm'}.weight"
     depth = _depth(table, blocks, where)
     width, channels, patch, _ = _shaped(table, "x_embedder.proj.weight", 4, where)
-    rope_alone = args.get("position") == "rope" and "pos_embed" not in table
+    position = args.get("position", otherwise.position if otherwise else None)
+    rope_alone = position == "rope" and "pos_embed" not in table
     tokens = None if rope_alone else _shaped(table, "pos_embed", 3, where)[1]
     condition = (_text if mmdit else _labels)(table, args, otherwise, where)
     size = _latent_size(tokens, patch, args.get("latent_size"), otherwise, where)
@@ -112,7 +117,14 @@ def infer(
     )  # fmt: skip
     if otherwise is not None and any(key.startswith(FUSION) for key in table):  # no tensor tells which blocks
         model = replace(model, fusion_first=otherwise.fusion_first, fusion_last=otherwise.fusion_last)
+    if rope_alone:
+        model = replace(model, position="rope")
+    if model.mlp == "swiglu":  # of several ratios with as many channels the one that was meant
+        meant = args.get("mlp_ratio"), otherwise and otherwise.mlp_ratio, 4.0
+        same = (replace(model, mlp_ratio=ratio) for ratio in meant if isinstance(ratio, (int, float)))
+        model = next((other for other in same if other.hidden == model.hidden), model)
     try:
+        model = replace(model, **told)
         check_shapes(model)
     except RecipeError as error:
         raise UserError(f"{where}: {error}") from None
@@ -126,9 +138,9 @@ def _options(table: Table, image: str, norm: str, width: int, where: str) -> dic
         told["qk_norm"] = "rms"
     if f"{image}.mlp.w12.weight" in table:
         hidden = _shaped(table, f"{image}.mlp.w12.weight", 2, where)[0] // 2
-        told |= {"mlp": "swiglu", "mlp_ratio": swiglu_ratio(hidden, width)}
+        told |= {"mlp": "swiglu", "mlp_ratio": ratio_of(hidden, width, "swiglu")}
     else:
-        told["mlp_ratio"] = _shaped(table, f"{image}.mlp.fc1.weight", 2, where)[0] / width
+        told["mlp_ratio"] = ratio_of(_shaped(table, f"{image}.mlp.fc1.weight", 2, where)[0], width)
     if f"{image}.norm1.weight" in table:
         told["norm"] = "rms_affine"
     if "register_tokens" in table:
@@ -275,8 +287,9 @@ def in_published_order(table: Table, config: Model, layout: str) -> dict[str, Te
 
 
 def optimised(table: Table) -> dict[str, Tensor]:
-    """What the published code hands to its optimiser: a SiT's positions are a parameter, an MMDiT's a buffer."""
-    return {key: t for key, t in table.items() if not (is_mmdit(table) and key in ("pos_embed", NULL_CONTEXT))}
+    """What the published code hands to its optimiser: a SiT's positions are a parameter, an MMDiT's and RoPE's not."""
+    buffers = (*modern.ANGLES, *(("pos_embed", NULL_CONTEXT) if is_mmdit(table) else ()))
+    return {key: t for key, t in table.items() if key not in buffers}
 
 
 def check_table(table: Table, config: Model, layout: str, where: str) -> None:
@@ -311,7 +324,7 @@ def _expected_heads(found: Table, config: Model, layout: str) -> dict[str, Tenso
         layers = method(hidden=size("projectors.0.bias", 2048)).head_layers(config)
         if "projectors_final.adaLN_modulation.1.weight" in found:  # a whole final layer, in the published MMDiT
             layers += (Layer("projectors_final.adaLN_modulation.1", config.width, 2 * config.width),)
-    if layout == "repa":
+    if layout in ("repa", "speedrundit"):
         # iREPA's code names what projects, which may be an MLP, a convolution or one linear layer.
         named = re.compile(rf"projectors\.\d+(\.{CONVOLUTION})?(?=\.)")
         for name in sorted({m[0] for key in found if (m := named.match(key))}):

@@ -43,7 +43,7 @@ class LoadedState:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a file of the same layout needs to be written back as it was, as plain JSON values."""
     originals: Table = field(default_factory=dict)
-    """Tensors that importing changed, as they were: `<table>/<key>`."""
+    """Tensors that importing changed or left out, as they were: `<table>/<key>`."""
     left_out: str = ""
     """Why the file's optimiser state was not read, where it has one."""
     remarks: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ FUSION = ("fusion_proj.", "mask_token")
 """How the keys of SPRINT's fusion begin, which no published layout of ours has."""
 TRUNK = (
     "x_embedder.", "t_embedder.", "y_embedder.", "context_embedder.", "pos_embed", NULL_CONTEXT, "blocks.",
-    "joint_blocks.", "final_layer.", INTERNAL_PREFIX, *FUSION,
+    "joint_blocks.", "final_layer.", INTERNAL_PREFIX, *FUSION, "register_tokens",
 )  # fmt: skip
 """How the keys of a SiT and of an MMDiT begin."""
 

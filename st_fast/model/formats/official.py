@@ -1,4 +1,4 @@
-"""Official SiT's and Self-Flow's convention ↔ ours, inside the weights. There t = 1 is data, the velocity is x − ε.
+"""Official SiT's, Self-Flow's and LightningDiT's convention ↔ ours, inside the weights. There t = 1 is data, the velocity is x − ε.
 
 With u the official model, ours is v(x_t, t) = −u(x_t, 1 − t): the output rows change sign, and the first layer of the
 time embedding absorbs the reflection of time, since for a frequency f
@@ -21,7 +21,7 @@ from st_fast.recipe.schema import Model
 TIME, OUTPUT = "t_embedder.mlp.0.weight", ("final_layer.linear.weight", "final_layer.linear.bias")
 CHANGED = (TIME, *OUTPUT)
 """The keys that the conventions differ in."""
-LAYOUTS = ("sit", "self-flow")
+LAYOUTS = ("sit", "self-flow", "lightningdit")
 """Those in this convention."""
 PATCHES = "x_embedder.proj.weight"
 CHANNELS = 4
