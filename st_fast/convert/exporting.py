@@ -129,10 +129,10 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
 
 def _check_options(loaded: LoadedState, layout: str) -> None:
     """UserError for an option of the network that the layout's own code has not."""
-    config, blocks = loaded.config, (loaded.config.fusion_first, loaded.config.fusion_last)
-    of_its_own = (modern.FUSED, config.depth - modern.FUSED) if layout == "speedrundit" else (0, 0)
-    if blocks != of_its_own:
-        has = f"a fusion around blocks {of_its_own[0] + 1} to {of_its_own[1]}" if any(of_its_own) else "no fusion of blocks"
+    config = loaded.config
+    first, last = (modern.FUSED, config.depth - modern.FUSED) if layout == "speedrundit" else (0, 0)
+    if (config.fusion_first, config.fusion_last) != (first, last):
+        has = f"one around blocks {first + 1} to {last}" if last else "no fusion of blocks"
         raise UserError(f"model.fusion_last = {config.fusion_last}: {layout}'s own code has {has}")
     options = OPTIONS.get(layout, CLASSIC)
     if layout == "lightningdit":  # one switch for the norms of tokens and of queries and keys

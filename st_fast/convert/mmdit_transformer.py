@@ -97,8 +97,9 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self, depth: int, width: int, heads: int, patch: int, channels: int, latent_size: int | Sequence[int],
-        text_width: int, text_length: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0, qk_norm: bool | str = True,
-        flow: str = "linear", latent_scale: float | None = None, name: str = "custom", step: int = 0,
+        text_width: int, text_length: int, class_dropout: float = 0.1, mlp_ratio: float = 4.0,
+        qk_norm: bool | str = True, flow: str = "linear", latent_scale: float | None = None, name: str = "custom",
+        step: int = 0,
         text_encoder: str = "", text_encoder_sha256: str = "", text_mask: bool = False, network: str = "mmdit",
         model_type: str = "mmdit", format: str = "st_fast.sit", version: int = 1, latent_shift: float | None = None,
         latents_mean: tuple[float, ...] = (), latents_std: tuple[float, ...] = (), vae: str = "", vae_sha256: str = "",
@@ -112,7 +113,9 @@ class MMDiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self.context_embedder = nn.Linear(text_width, width)
         self.null_context = nn.Parameter(torch.zeros(1, text_length, text_width), requires_grad=False)
         self.pos_embed = fixed_positions(self.config)
-        self.joint_blocks = nn.ModuleList(JointBlock(self.config, last=number == depth) for number in range(1, depth + 1))
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(self.config, last=number == depth) for number in range(1, depth + 1)
+        )
         self.final_layer = FinalLayer(self.config)
         if internal_head:  # a second final layer, after that block
             self.final_layer_xr = FinalLayer(self.config)

@@ -132,7 +132,7 @@ class Attention(nn.Module):
         """y (B, N, D), v1 (B, H, N, d) → (B, N, D) and the block's own values (B, H, N, d)."""
         q, k, own = self.qkv(y).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = rotated(self.q_norm(q), angles), rotated(self.k_norm(k), angles)
-        v = torch.lerp(own, v1, self.v1_lambda) if hasattr(self, "v1_lambda") else own
+        v = own if v1 is None else torch.lerp(own, v1, self.v1_lambda)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), own
 
 
@@ -218,7 +218,7 @@ class SiTTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         angles, v1, shallow = rope_angles(self.config, registers, tokens.device), None, tokens
         for number, block in enumerate(self.blocks, start=1):
             tokens, values = block(tokens, c, angles, v1)
-            v1 = values if number == 1 else v1
+            v1 = values if number == 1 and self.config.value_residual else v1
             shallow = tokens if number == self.config.internal_head else shallow
         velocity = unpatchified(self.config, self.final_layer(tokens[:, registers:], c), x, t)
         if not internal:

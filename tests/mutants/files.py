@@ -37,6 +37,7 @@ FILES = (
     File("st_fast/model/transformer.py", ("model/test_sit.py", "model/test_shapes.py", "model/test_mmdit.py", TRUTH)),
     File("st_fast/model/sit.py", ("model/test_sit.py", "model/test_bias_gradients.py", TRUTH)),
     File("st_fast/model/mmdit.py", ("model/test_mmdit.py",)),
+    File("st_fast/model/formats/modern.py", ("model/test_modern_files.py",)),
     File("kernels/adaln/definition.py", ("kernels/test_reference.py", "kernels/test_runs.py", "kernels/test_ops.py")),
     File("kernels/noise/definition.py", (RANDOM, "kernels/test_noise.py", "model/test_flow.py")),
     File(

@@ -100,7 +100,7 @@ def import_file(
     if layout in modern.LAYOUTS:
         beside = {"model": beside[chosen], "ema": beside.get("ema", beside[chosen])}
         means = {name: modern.split(getattr(state, name), layout) for name in adam.MEANS}
-        state = state._replace(**{name: ours for name, (ours, _) in means.items()})
+        state = state._replace(exp_avg=means["exp_avg"][0], exp_avg_sq=means["exp_avg_sq"][0])
         beside |= {name: others for name, (_, others) in means.items()}
         ignored += [modern.REMARK] * (layout == "speedrundit")
         if modern.plain_config(content.get("config")):

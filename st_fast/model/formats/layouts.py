@@ -86,7 +86,8 @@ def infer(
 ) -> Model:  # fmt: skip
     """The model that the shapes describe; of `otherwise` heads, classes, tokens and grid where nothing tells them.
 
-    `told` has the keys of [model] that the layout itself tells. UserError naming the key that is missing or has an impossible shape.
+    `told` has the keys of [model] that the layout itself tells. UserError naming the key that is missing or has an
+    impossible shape.
     """
     mmdit = is_mmdit(table)
     blocks, image = ("joint_blocks", "joint_blocks.0.x_block") if mmdit else ("blocks", "blocks.0")

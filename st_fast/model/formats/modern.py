@@ -161,7 +161,7 @@ def _of_class_token(width: int, outputs: int) -> dict[str, Tensor]:
 
 
 def own_config(config: Model, path: str) -> dict[str, Any]:
-    """The `config` of a LightningDiT's checkpoint for a model that did not come from one: what describes its weights."""
+    """The `config` of a LightningDiT's checkpoint, of a model that did not come from one: what tells of its weights."""
     sizes = {shape: name for name, shape in SIZES.items()}
     size = sizes.get((config.depth, config.width, config.heads))
     return {

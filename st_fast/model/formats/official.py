@@ -1,7 +1,7 @@
-"""Official SiT's, Self-Flow's and LightningDiT's convention ↔ ours, inside the weights. There t = 1 is data, the velocity is x − ε.
+"""The convention of official SiT, Self-Flow and LightningDiT ↔ ours, inside the weights.
 
-With u the official model, ours is v(x_t, t) = −u(x_t, 1 − t): the output rows change sign, and the first layer of the
-time embedding absorbs the reflection of time, since for a frequency f
+There t = 1 is data, the velocity is x − ε. With u the official model, ours is v(x_t, t) = −u(x_t, 1 − t): the output
+rows change sign, and the first layer of the time embedding absorbs the reflection of time, since for a frequency f
 
     cos((1−t)f) = cos f · cos tf + sin f · sin tf,    sin((1−t)f) = sin f · cos tf − cos f · sin tf.
 
