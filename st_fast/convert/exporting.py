@@ -141,7 +141,7 @@ def _check_options(loaded: LoadedState, layout: str) -> None:
         if (value := getattr(config, key)) not in allowed:
             named = " or ".join(map(to_literal, allowed))
             raise UserError(f"model.{key} = {to_literal(value)}: {layout}'s own code has {named} only")
-    if layout == "speedrundit" and f"model/{modern.NORM}" not in loaded.originals:
+    if layout == "speedrundit" and f"model/{modern.CLASS_TOKEN[0]}" not in loaded.originals:
         raise UserError(f"{layout}'s own code needs a class token (REG), which only a model from such a file has")
 
 

@@ -24,8 +24,9 @@ from st_fast.model.formats.modern import ANGLES
 from st_fast.recipe import load
 from st_fast.recipe.architecture import Model
 from st_fast.recipe.load import to_literal
+from st_fast.recipe.schema import Recipe
 from st_fast.sample.__main__ import main as sample
-from st_fast.train.start import check
+from st_fast.train.start import check, taken_over
 from tests.foreign import adamw_state
 from tests.golden import released
 from tests.model.test_formats import assert_same
@@ -34,7 +35,7 @@ GOLDEN = json.loads(released.FILE.read_text())
 FULL = "lightningdit use_rope use_rmsnorm use_swiglu"
 """The published models' options."""
 RUN = "speedrundit qk_norm"
-TOLD = {FULL, *(case for case in released.CASES if "swiglu" in case or "rope" in case or case.startswith("speed"))}
+TOLD = {case for case in released.CASES if "rope" in case or case.startswith("speed")}
 """Cases that their keys tell, all others need --from."""
 CONFIG: dict[str, Any] = {
     "ckpt_path": None,
@@ -86,12 +87,11 @@ def test_a_released_network_and_ours_from_its_file_give_one_velocity(case, tmp_p
 
 @pytest.mark.parametrize("case", [case for case in released.CASES if case not in TOLD])
 def test_a_lightningdit_without_a_key_of_its_own_is_known_by_its_config_alone(case, tmp_path):
-    norm = "q_norm.bias" if "rms" not in case else "q_norm.weight"
-    if "qknorm" not in case:
+    if case == "lightningdit use_qknorm":  # REPA's keys
+        assert import_file(saved(case, tmp_path), None, None, released.CLASSES).layout == "repa"
+    else:
         with pytest.raises(UserError, match="layout must be given"):
             import_file(saved(case, tmp_path), None, released.HEADS, released.CLASSES)
-    else:
-        assert f"blocks.0.attn.{norm}" in GOLDEN[case]["shapes"]
     found = import_file(saved(case, tmp_path, checkpoint(case)), None, released.HEADS)
     assert (found.layout, found.config.num_classes, found.path) == ("lightningdit", released.CLASSES, "linear")
 
@@ -221,6 +221,9 @@ def fewer(key: str) -> Any:
         (FULL, fewer("blocks.1.norm2.weight"), "blocks.1.norm2.weight"),
         (FULL, fewer("final_layer.norm_final.weight"), "final_layer.norm_final.weight"),
         (FULL, lambda s: s.update(extra=torch.zeros(3)), "extra"),
+        (FULL, fewer("x_embedder.proj.weight"), "x_embedder.proj.weight is missing"),
+        (FULL, lambda s: s.update({"x_embedder.proj.weight": torch.zeros(())}), "x_embedder.proj.weight has shape ()"),
+        (FULL, lambda s: s.update({ANGLES[0]: torch.zeros(9, 0)}), ANGLES[0]),
         (RUN, fewer("wg_norm.weight"), "wg_norm.weight"),
         (RUN, fewer("final_layer.linear_cls.weight"), "final_layer.linear_cls.weight"),
         (RUN, fewer(ANGLES[0]), ANGLES[0]),
@@ -236,7 +239,7 @@ def test_a_file_that_is_not_quite_it_is_refused_in_one_line(case, change, said, 
     state = weights(case)
     change(state)
     with pytest.raises(UserError) as refused:
-        read(case, saved(case, tmp_path, state))
+        import_file(saved(case, tmp_path, state), None, released.HEADS, released.CLASSES)
     assert said in str(refused.value) and str(tmp_path / "in.pt") in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -257,21 +260,39 @@ def test_it_is_a_teacher_and_a_start(lightning, tmp_path):
     assert all(torch.equal(t, loaded.ema[key]) for key, t in teacher.state_dict().items())
     with pytest.raises(UserError, match=r"another architecture: .*norm rms_affine"):
         stored.load_frozen(lightning, replace(loaded.config, norm="layer"), "ema", table, cpu, torch.float32)
-    told = {"depth": 2, "width": 48, "heads": 4, "patch": 2, "channels": 5, "latent_size": 6, "num_classes": 7,
-            "mlp_ratio": 3.3, "norm": "rms_affine", "position": "both", "mlp": "swiglu", "qk_norm": False}  # fmt: skip
-
-    def starts(**changed: object) -> None:
-        keys = "".join(f"{key} = {to_literal(value)}\n" for key, value in (told | changed).items())
-        text = f'[data]\npath = "x"\n[run]\nout = "{tmp_path}/out"\n[model]\n{keys}[[stage]]\nname = "one"\n'
-        (tmp_path / "r.toml").write_text(f'{text}supervision = "none"\nsteps = 1\ninit = "{lightning}"\n')
-        recipe = load(tmp_path / "r.toml")
-        check(recipe, recipe.stages[0], (), print)
-
-    starts()
-    starts(norm="rms_affine", qk_norm="off")
+    told = {"norm": "rms_affine", "position": "both", "mlp": "swiglu", "qk_norm": False}
+    check(recipe := starting(tmp_path, lightning, told), recipe.stages[0], (), print)
+    check(recipe := starting(tmp_path, lightning, told | {"qk_norm": "off"}), recipe.stages[0], (), print)
     for key, value in (("position", "sincos"), ("mlp", "gelu"), ("norm", "layer")):
+        recipe = starting(tmp_path, lightning, told | {key: value})
         with pytest.raises(UserError, match=f"another architecture: .*{key} {told[key]}"):
-            starts(**{key: value})
+            check(recipe, recipe.stages[0], (), print)
+
+
+def starting(folder: Path, file: Path, options: dict[str, Any], depth: int = 2, stage: str = "") -> Recipe:
+    """A recipe for a network of the cases' sizes, whose one stage starts from a file."""
+    sizes = {
+        "depth": depth, "width": released.WIDTH, "heads": released.HEADS, "patch": released.PATCH, "mlp_ratio": 3.3,
+        "channels": released.CHANNELS, "latent_size": released.SIDE, "num_classes": released.CLASSES,
+    }  # fmt: skip
+    keys = "".join(f"{key} = {to_literal(value)}\n" for key, value in (sizes | options).items())
+    text = f'[data]\npath = "x"\n[run]\nout = "{folder}/out"\n[model]\n{keys}[[stage]]\nname = "one"\n'
+    (folder / "r.toml").write_text(f'{text}supervision = "none"\nsteps = 1\ninit = "{file}"\n{stage}')
+    return load(folder / "r.toml")
+
+
+def test_a_start_from_a_speedrundit_takes_its_weights_and_tells_what_is_left_out(tmp_path):
+    file, lines = saved(RUN, tmp_path, checkpoint(RUN)), list[str]()
+    options = {"norm": "rms", "position": "both", "qk_norm": "rms", "value_residual": True}
+    recipe = starting(
+        tmp_path, file, options, 6, 'route = "sprint"\nroute_first = 2\nroute_last = 4\nroute_select = "random"\n'
+    )
+    config = recipe.for_stage(recipe.stages[0]).model
+    drawn = dict(build(config, kernels.select({}, torch.device("cpu")), 0).state_dict())
+    state, said = taken_over(recipe, recipe.stages[0], {"model": drawn, "ema": drawn}, lines.append)
+    expected = read(RUN, file).ema
+    assert all(torch.equal(t, expected[key]) for key, t in state["model"].items()) and said.layout == "speedrundit"
+    assert len(lines) == 1 and lines[0].startswith(f"{file}: its class token (REG) is left out")
 
 
 def test_it_is_sampled_from_and_a_class_token_that_is_left_out_is_told(lightning, tmp_path, capsys, monkeypatch):

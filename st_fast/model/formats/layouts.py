@@ -58,6 +58,11 @@ def detect(table: Table, args: Mapping[str, Any], where: str) -> str:
         return "repa"
     if args.get("prediction") in ("v", "velocity"):
         return "repa" if args["prediction"] == "v" else "sit"
+    if optional := {"blocks.0.mlp.w12.weight", "blocks.0.norm1.weight"} & {*table}:
+        raise UserError(
+            f"{where}: {min(optional)} is LightningDiT's (t = 1 is data) or of a network of ours (t = 1 is noise): "
+            f"layout must be given, as lightningdit or repa ({TOLD_BY} --from)"
+        )
     if "blocks.0.attn.q_norm.weight" in table:
         return "repa"
     try:

@@ -24,8 +24,11 @@ ANGLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 """RoPE's cosines and sines (N, d), each twice: buffers, which no optimiser has."""
 ROUNDED = 4e-3
 """How far the angles of a file may lie from ours: those in bf16 are rounded by half of that."""
-NORM, TOKEN = "wg_norm.weight", "final_layer.linear_cls.weight"
-EMBED = "cls_projectors2.weight"
+CLASS_TOKEN = (
+    "final_layer.linear_cls.weight", "final_layer.linear_cls.bias", "cls_projectors2.weight", "cls_projectors2.bias",
+    "wg_norm.weight",
+)  # fmt: skip
+"""The parameters of REG's token that ours has not, beside its row of the positions."""
 FUSED = 2
 """Blocks of a SpeedrunDiT before its fusion, and after it."""
 REMARK = (
@@ -44,11 +47,14 @@ ORDER = {
 
 
 def detected(table: Table, args: Mapping[str, Any]) -> str | None:
-    """Which of the two layouts a table has, or neither as far as its keys tell; a LightningDiT may have no such key."""
-    if NORM in table or any(key.endswith(".attn.v1_lambda") for key in table):
+    """Which of the two layouts a table has, or neither as far as its keys tell; a LightningDiT without RoPE needs args.
+
+    Its other keys are those of a network of ours with the same options, whose time runs the other way.
+    """
+    if CLASS_TOKEN[-1] in table or any(key.endswith(".attn.v1_lambda") for key in table):
         return "speedrundit"
-    known = "blocks.0.mlp.w12.weight" in table or ANGLES[0] in table
-    return "lightningdit" if known or str(args.get("model", "")).startswith("LightningDiT") else None
+    known = ANGLES[0] in table or str(args.get("model", "")).startswith("LightningDiT")
+    return "lightningdit" if known else None
 
 
 def config_args(config: Any) -> dict[str, Any]:
@@ -76,9 +82,7 @@ def plain_config(config: Any, depth: int = 8) -> bool:
 
 def told(table: Table, layout: str, where: str) -> dict[str, Any]:
     """The keys of [model] that the layout tells of a table beyond what shapes do; UserError for what ours can't be."""
-    depth = len({key.split(".")[1] for key in table if key.startswith("blocks.")})
-    patches, modulation = table.get("x_embedder.proj.weight"), table.get("blocks.0.adaLN_modulation.1.bias")
-    width = len(patches) if patches is not None and patches.ndim else 0
+    (depth, width), modulation = _size(table), table.get("blocks.0.adaLN_modulation.1.bias")
     found: dict[str, Any] = {"position": "both" if ANGLES[0] in table else "sincos"}
     if layout == "speedrundit":
         return found | {"norm": "rms", "fusion_first": FUSED, "fusion_last": depth - FUSED}
@@ -89,13 +93,18 @@ def told(table: Table, layout: str, where: str) -> dict[str, Any]:
 
 def head_count(table: Table, layout: str) -> int | None:
     """Heads as the angles' width has them, else as LightningDiT's size does; None where neither tells."""
-    patches, angles = table.get("x_embedder.proj.weight"), table.get(ANGLES[0])
-    width = len(patches) if patches is not None and patches.ndim else 0
+    (depth, width), angles = _size(table), table.get(ANGLES[0])
     if angles is not None and angles.ndim == 2 and angles.shape[1]:
         return max(1, width // angles.shape[1])
-    depth = len({key.split(".")[1] for key in table if key.startswith("blocks.")})
     sizes = {(depth, width): heads for depth, width, heads in SIZES.values()} if layout == "lightningdit" else {}
     return sizes.get((depth, width))
+
+
+def _size(table: Table) -> tuple[int, int]:
+    """Depth and width of a table, 0 where it tells none."""
+    patches = table.get("x_embedder.proj.weight")
+    width = len(patches) if patches is not None and patches.ndim else 0
+    return len({key.split(".")[1] for key in table if key.startswith("blocks.")}), width
 
 
 def split(table: Table, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -105,7 +114,7 @@ def split(table: Table, layout: str) -> tuple[dict[str, Tensor], dict[str, Tenso
     """
     ours, beside = dict(table), {key: table[key] for key in ANGLES if key in table}
     if layout == "speedrundit":
-        beside |= {key: t for key, t in table.items() if key in _of_class_token(1, 1)}
+        beside |= {key: table[key] for key in CLASS_TOKEN if key in table}
         if (positions := table.get("pos_embed")) is not None and positions.ndim == 3:
             beside["pos_embed"], ours["pos_embed"] = positions[:, :1], positions[:, 1:]
         ours |= {key: t[None] for key, t in table.items() if key.endswith(".v1_lambda")}
@@ -133,9 +142,11 @@ def check_beside(beside: Table, config: Model, layout: str, where: str) -> None:
     expected = angles(config) if config.rope else {}
     if layout == "speedrundit":
         expected = angles(config)
-        outputs = beside.get(TOKEN)
-        expected |= _of_class_token(config.width, len(outputs) if outputs is not None and outputs.ndim else 1)
-        expected["pos_embed"] = torch.empty(1, 1, config.width, device="meta")
+        outputs, width = beside.get(CLASS_TOKEN[0]), config.width
+        rows = len(outputs) if outputs is not None and outputs.ndim else 1
+        shapes: tuple[tuple[int, ...], ...] = ((rows, width), (rows,), (width, rows), (width,), (width,))
+        expected |= {key: torch.empty(s, device="meta") for key, s in zip(CLASS_TOKEN, shapes, strict=True)}
+        expected["pos_embed"] = torch.empty(1, 1, width, device="meta")
     match_strictly(expected, beside, f"{where} as {layout}")
     for key in ANGLES:
         if key not in beside or beside[key].is_meta:
@@ -149,15 +160,6 @@ def angles(config: Model) -> dict[str, Tensor]:
     """RoPE's buffers (N, d) of a network."""
     pairs = rope_angles(config.head, config.grid)[0].chunk(2, dim=1)
     return {key: of_pairs.repeat_interleave(2, dim=1) for key, of_pairs in zip(ANGLES, pairs, strict=True)}
-
-
-def _of_class_token(width: int, outputs: int) -> dict[str, Tensor]:
-    """The parameters of REG's class token, of so many numbers outside the network, without memory."""
-    shapes: dict[str, tuple[int, ...]] = {
-        TOKEN: (outputs, width), TOKEN.replace("weight", "bias"): (outputs,),
-        EMBED: (width, outputs), EMBED.replace("weight", "bias"): (width,), NORM: (width,),
-    }  # fmt: skip
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
 def own_config(config: Model, path: str) -> dict[str, Any]:
