@@ -36,7 +36,7 @@ from st_fast.core.options import LAYOUTS, add_file_options, given, path
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, heads
 from st_fast.model.load import CONFIG, read_config
 from st_fast.model.stored import ModelSource, read_model
-from st_fast.recipe.architecture import Model
+from st_fast.recipe.architecture import LATER, Model
 from st_fast.recipe.keys import keys
 from st_fast.recipe.load import to_literal
 
@@ -46,8 +46,6 @@ FUSED = ("stage", "huggingface", "speedrundit")
 """Forms that a network with a fusion can be written in."""
 TARGETS = ("to", "empty_context", "weights", "vae", "text_encoder", "push", "private", "dry_run")
 """Options that say how TARGET is written."""
-SHOWN = ("norm", "position", "mlp", "qkv_bias", "value_residual", "registers")
-"""Options of a network that are told where they are not SiT's."""
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -205,7 +203,8 @@ def described(origin: ModelSource) -> str:
         null = "with" if NULL_CONTEXT in loaded.model else "without"
         condition = f"captions of {config.text_length} × {config.text_width}, {null} the empty caption's states"
     parts = f", internal head after block {config.internal_head}" if config.internal_head else ""
-    parts += "".join(f", {key} {value}" for key in SHOWN if (value := getattr(config, key)) != keys(Model)[key].default)
+    told = {key: getattr(config, key) for key in LATER if not key.startswith(("internal", "fusion"))}
+    parts += "".join(f", {key} {value}" for key, value in told.items() if value != keys(Model)[key].default)
     qk_norm = config.qk_norm if isinstance(config.qk_norm, str) else "on" if config.qk_norm else "off"
     if config.fusion_last:
         parts += f", fusion around blocks {config.fusion_first + 1} to {config.fusion_last}"

@@ -15,6 +15,8 @@ from st_fast.core.files import durable_file, fsync_path, make_folder
 from st_fast.model.formats import adam, modern, official
 from st_fast.model.formats.layouts import check_table, in_published_order, optimised
 from st_fast.model.formats.loaded_state import NULL_CONTEXT, LoadedState, Table, heads, is_head
+from st_fast.recipe.architecture import LATER, Model
+from st_fast.recipe.keys import keys
 from st_fast.recipe.load import to_literal
 from st_fast.recipe.methods import CONVOLUTION
 
@@ -27,10 +29,9 @@ FIRST_KEYS = {
 }
 """The heads that mark a layout, of REPA's also iREPA's; official SiT and LightningDiT have none."""
 CLASSIC: dict[str, tuple[Any, ...]] = {
-    "norm": ("layer",), "position": ("sincos",), "mlp": ("gelu",), "qkv_bias": (True,), "value_residual": (False,),
-    "registers": (0,), "qk_norm": (False, True),
-}  # fmt: skip
-"""The values of a network's options that the code of most projects has."""
+    key: (keys(Model)[key].default,) for key in LATER if key not in ("internal_head", "fusion_first", "fusion_last")
+} | {"qk_norm": (False, True)}
+"""The values of a network's options that the code of most projects has: of one that came later its default."""
 OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "self-flow": CLASSIC | {"qk_norm": (False,)},
     "lightningdit": CLASSIC | {
@@ -83,8 +84,6 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
     height, width = loaded.config.latent_sides
     if height != width:
         raise UserError(f"latents of {height} x {width}: {layout}'s own code takes square ones only")
-    if loaded.config.prediction != "velocity":
-        raise UserError(f"model.prediction = {loaded.config.prediction!r}: {layout}'s own code predicts the velocity")
     _check_options(loaded, layout)
     facts = loaded.facts if loaded.layout == layout else {}
     ema = heads(loaded.model) | dict(loaded.ema)  # ours averages no heads, the published code does

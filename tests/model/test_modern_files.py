@@ -18,7 +18,7 @@ from st_fast.convert.__main__ import main as convert
 from st_fast.convert.exporting import as_published, export_file
 from st_fast.core.errors import UserError
 from st_fast.model import SiT, build, stored
-from st_fast.model.formats import LoadedState, import_file
+from st_fast.model.formats import LoadedState, import_file, layouts, modern
 from st_fast.model.formats.loaded_state import heads, trunk
 from st_fast.model.formats.modern import ANGLES
 from st_fast.recipe import load
@@ -140,11 +140,23 @@ def test_heads_follow_from_the_angles_or_the_size_and_the_ratio_from_the_width(t
                  norm="rms_affine", qk_norm=False)  # fmt: skip
     with torch.device("meta"):
         table = SiT(ours, kernels.select({}, torch.device("cpu"))).state_dict()
-    from st_fast.model.formats import layouts, modern
-
     count = modern.head_count(table, "lightningdit")
     found = layouts.infer(table, {"num_classes": 5}, count, "file")
     assert (found.heads, found.mlp_ratio, found.hidden) == (24, 4.0, 4096)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "width", "heads"),
+    [("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16), ("1p0B", 24, 1536, 24), ("1p6B", 28, 1792, 28)],
+)
+def test_its_sizes_are_known_by_depth_and_width_and_named_in_its_config(name, depth, width, heads):
+    table = {f"blocks.{number}.attn.qkv.weight": torch.empty(0) for number in range(depth)}
+    table["x_embedder.proj.weight"] = torch.empty(width, 32, 1, 1, device="meta")
+    assert modern.head_count(table, "lightningdit") == heads and modern.head_count(table, "speedrundit") is None
+    config = Model(depth=depth, width=width, heads=heads, patch=1, channels=32, num_classes=9)
+    said = modern.own_config(config, "cosine")
+    assert (said["model"]["model_type"], said["transport"]["path_type"]) == (f"LightningDiT-{name}/1", "GVP")
+    assert "model_type" not in modern.own_config(replace(config, heads=2 * heads), "linear")["model"]
 
 
 @pytest.fixture
@@ -156,7 +168,7 @@ def test_a_stage_of_ours_and_a_model_folder_keep_the_options(lightning, tmp_path
     convert([str(lightning), str(tmp_path / "stage")])
     convert([str(lightning), str(tmp_path / "hf"), "--to", "huggingface"])
     said = capsys.readouterr().out
-    assert "norm rms_affine, position both, mlp swiglu" in said and "--model.mlp=swiglu" in said
+    assert "mlp swiglu, norm rms_affine, position both" in said and "--model.mlp=swiglu" in said
     theirs = released.velocity(read(FULL, lightning))
     for folder in ("stage", "hf"):
         assert torch.equal(released.velocity(stored.read_model(tmp_path / folder, print).loaded), theirs)
@@ -246,8 +258,10 @@ def test_a_file_that_is_not_quite_it_is_refused_in_one_line(case, change, said, 
 
 def test_a_config_that_is_no_table_of_plain_values_is_not_kept(tmp_path):
     deep: dict[str, Any] = {}
-    deep["again"] = deep
-    for config in (deep, {"model": {"model_type": torch.zeros(2)}}, [torch.zeros(1)]):
+    deep["again"], many = deep, ["x"]
+    for _ in range(60):
+        many = [many, many]
+    for config in (deep, {"many": many}, {"model": {"model_type": torch.zeros(2)}}, [torch.zeros(1)]):
         (folder := tmp_path / str(id(config))).mkdir()
         loaded = read(FULL, saved(FULL, folder, {"ema": weights(FULL), "config": config}))
         assert "config" not in as_published(loaded, "lightningdit")

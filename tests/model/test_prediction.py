@@ -65,7 +65,7 @@ def test_a_run_keeps_it_and_other_kinds_of_prediction_are_refused(tmp_path: Path
     other.write_text(other.read_text().replace('teacher = "align"', f'teacher = "{align}"'))
     with pytest.raises(UserError, match=r"another architecture: prediction x \(this recipe: velocity\)"):
         run(load(other))
-    with pytest.raises(UserError, match=r"model\.prediction = 'x': repa's own code predicts the velocity"):
+    with pytest.raises(UserError, match=r'model\.prediction = "x": repa\'s own code has "velocity" only'):
         convert([str(align), str(tmp_path / "out.pt"), "--to", "repa"])
     with pytest.raises(RecipeError, match=r"model\.prediction.*linear path alone"):
         load(recipe, [*short, "--flow.path=cosine"])

@@ -72,12 +72,19 @@ def config_args(config: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if isinstance(value, (int, str))}
 
 
-def plain_config(config: Any, depth: int = 8) -> bool:
-    """Whether a file's `config` is what a YAML file can hold, nested no deeper than `depth`."""
-    if isinstance(config, (Mapping, list)):
-        inside = [*config, *config.values()] if isinstance(config, Mapping) else config
-        return depth > 0 and all(plain_config(value, depth - 1) for value in inside)
-    return config is None or isinstance(config, (bool, int, float, str))
+def plain_config(config: Any) -> bool:
+    """Whether a file's `config` is what a YAML file can hold, with no table or list in two places or within itself."""
+    left, seen = [config], set[int]()
+    while left:
+        value = left.pop()
+        if isinstance(value, (Mapping, list)):
+            if id(value) in seen:
+                return False
+            seen.add(id(value))
+            left += [*value, *value.values()] if isinstance(value, Mapping) else value
+        elif value is not None and not isinstance(value, (bool, int, float, str)):
+            return False
+    return True
 
 
 def told(table: Table, layout: str, where: str) -> dict[str, Any]:
