@@ -22,7 +22,7 @@ from bench.measure import Effort, Row, Stopwatch, Variant, WrongResult, interlea
 from bench.workload import OF_ITS_OWN, ROUTES, Setup, ours
 from st_fast.model.attention import Attend, attend_packed, choose
 from st_fast.model.layout import Groups
-from st_fast.recipe.architecture import SIZES
+from st_fast.recipe.sizes import SIZES
 from st_fast.recipe.tokens import divided
 
 SHARES = 0.25, 0.75

@@ -46,7 +46,7 @@ from st_fast import kernels
 from st_fast.kernels import TABLE
 from st_fast.kernels.common import trial
 from st_fast.kernels.common.trial import Draw, Inputs
-from st_fast.recipe.architecture import SIZES
+from st_fast.recipe.sizes import SIZES
 
 TOKENS = 256
 

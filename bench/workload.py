@@ -39,11 +39,11 @@ from st_fast.model.layers import sincos_positions
 from st_fast.prepare.text import write_captions
 from st_fast.prepare.writing import record_crcs, write_shards, write_tensors
 from st_fast.recipe import Recipe, cost, load
-from st_fast.recipe.architecture import named_sizes
 from st_fast.recipe.batch import images_a_pass
 from st_fast.recipe.methods import DualTime, Method, Plain, SelfFlow, SelfTranscendence
 from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import Model, Stage
+from st_fast.recipe.sizes import named_sizes
 from st_fast.train import graphs
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.choices import choose_kernels

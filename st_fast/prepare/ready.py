@@ -23,9 +23,9 @@ from st_fast.data.source import Source
 from st_fast.data.text import CAPTIONS, TextManifest
 from st_fast.data.text import FOLDER as TEXT
 from st_fast.prepare.job import SKIPPED_FILE
-from st_fast.recipe.architecture import PATCHES, SIZES
 from st_fast.recipe.check import check
 from st_fast.recipe.load import from_text, to_literal
+from st_fast.recipe.sizes import PATCHES, SIZES
 
 TOKENS = (64, 256)
 """Tokens of a latent: as many as the second number at most, as SiT's on ImageNet, and not fewer than the first."""
@@ -132,7 +132,7 @@ def train_command(manifest: Manifest, folder: Path, bounds: Bounds | None = None
     if patch not in PATCHES:
         depth, width, heads = SIZES[plan.size]
         model = {"name": "custom", "depth": depth, "width": width, "heads": heads, "patch": patch}
-    elif patch != PATCHES[0]:
+    elif patch != 2:  # which the recipes have
         model = {"name": f"SiT-{plan.size}/{patch}"}
     changes = {"data.path": str(folder)} | {f"model.{key}": value for key, value in model.items()}
     changes |= {key: value for key, value in wanted.items() if value != THERE[key]}

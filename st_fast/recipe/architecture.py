@@ -5,28 +5,15 @@ it from here; `st_fast.model.sit` and `st_fast.model.mmdit` build it. Imports no
 """
 
 import math
-import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from st_fast.core.options import ARCHITECTURE_MOST as MOST
-from st_fast.core.options import did_you_mean
 from st_fast.recipe.error import show, wrong_value
 from st_fast.recipe.keys import BelowOne, Limit, between, fixed, free, keys
+from st_fast.recipe.sizes import named_sizes
 
-SIZES: dict[str, tuple[int, int, int]] = {
-    "S": (12, 384, 6),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (28, 1152, 16),
-}
-"""SiT's published sizes: (depth, width, heads)."""
-PATCHES = (2, 4, 8)
-"""The patch sizes that SiT's names take."""
-MMDIT = re.compile(r"MMDiT-([1-9][0-9]{0,3})/([1-9][0-9]{0,3})")
-"""MMDiT's names: depth and patch, from which the width (32·depth) and the heads (one for each 32 channels) follow."""
-MMDIT_HEAD = 32
 TIME_FREQUENCIES = 256
 """Sinusoids of the time embedding."""
 INTERNAL = -1
@@ -338,20 +325,6 @@ def resolve_model(model: Model) -> Model:
             why = f'model.name = "{model.name}" has {key} {size}'
             raise wrong_value(f"model.{key}", getattr(model, key), f'{size}, or model.name = "custom"', why)
     return replace(model, **sizes)
-
-
-def named_sizes(name: str) -> dict[str, Any]:
-    """What a published name stands for, by key; RecipeError for a name that is none."""
-    if found := MMDIT.fullmatch(name):
-        depth, patch = int(found[1]), int(found[2])
-        return {"network": "mmdit", "depth": depth, "width": MMDIT_HEAD * depth, "heads": depth, "patch": patch}
-    named = {f"SiT-{size}/{patch}": (*shape, patch) for size, shape in SIZES.items() for patch in PATCHES}
-    if name not in named:
-        options = ["custom", *named]
-        allowed = ", ".join(options) + ", or MMDiT-depth/patch such as MMDiT-24/2"
-        raise wrong_value("model.name", name, allowed + did_you_mean(name, options))
-    depth, width, heads, patch = named[name]
-    return {"network": "sit", "depth": depth, "width": width, "heads": heads, "patch": patch}
 
 
 def check_shapes(model: Model) -> None:

@@ -17,7 +17,7 @@ from st_fast.model.layout import Layout, Route
 from st_fast.model.mmdit import MMDiT
 from st_fast.model.sit import SiT
 from st_fast.recipe import RecipeError, cost
-from st_fast.recipe.architecture import SIZES, Model, check_shapes, resolve_model, swiglu_ratio
+from st_fast.recipe.architecture import Model, check_shapes, ratio_of, resolve_model
 
 BASE = Model(
     depth=4, width=48, heads=4, patch=2, channels=3, latent_size=(8, 12), num_classes=5, mlp_ratio=3.5, zero_init=False
@@ -248,10 +248,8 @@ def test_swiglus_hidden_channels_are_lightningdits(width, hidden):
 @pytest.mark.parametrize("width", [7, 48, 384, 1000])
 def test_some_ratio_gives_every_number_of_hidden_channels(width):
     for hidden in range(1, 300):
-        assert (
-            Model(depth=1, width=width, heads=1, patch=1, mlp="swiglu", mlp_ratio=swiglu_ratio(hidden, width)).hidden
-            == hidden
-        )
+        ratio = ratio_of(hidden, width, "swiglu")
+        assert Model(depth=1, width=width, heads=1, patch=1, mlp="swiglu", mlp_ratio=ratio).hidden == hidden
 
 
 @pytest.mark.parametrize(
@@ -269,7 +267,6 @@ def test_what_no_network_has_is_refused_in_one_line(options, words):
 
 
 def test_older_spellings_and_names_mean_the_same_network():
-    assert SIZES["B"] == (12, 768, 12)
     assert resolve_model(replace(BASE, qk_norm="layer")).architecture() == resolve_model(BASE).architecture()
     assert resolve_model(replace(BASE, qk_norm="off")).architecture()["qk_norm"] is False
     modern = resolve_model(replace(BASE, **ALL))

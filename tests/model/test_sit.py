@@ -11,7 +11,8 @@ from st_fast import kernels
 from st_fast.model import SiT, build, unfilled
 from st_fast.model.layers import Mlp, sincos_positions, unpatchify
 from st_fast.recipe import cost
-from st_fast.recipe.architecture import SIZES, Model
+from st_fast.recipe.architecture import Model
+from st_fast.recipe.sizes import SIZES
 from st_fast.study.carry_out import random_model
 from tests import warm
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from st_fast.recipe import RecipeError, load, load_run, to_toml
-from st_fast.recipe.architecture import SIZES
 from st_fast.recipe.check import splits_near
 from st_fast.recipe.keys import describe, keys, typed_value
 from st_fast.recipe.methods import METHODS, Plain, SelfTranscendence, VelocityHead
 from st_fast.recipe.routing import Routing
 from st_fast.recipe.schema import SECTIONS, Stage
+from st_fast.recipe.sizes import SIZES
 
 Spoil = Callable[[str, str], Path]
 

@@ -20,8 +20,9 @@ from st_fast.model.formats import modern, official
 from st_fast.model.formats.loaded_state import FUSION, INTERNAL_PREFIX, NULL_CONTEXT, Table, heads, is_head
 from st_fast.model.load import EVERY_KEY
 from st_fast.recipe import RecipeError
-from st_fast.recipe.architecture import MMDIT_HEAD, PATCHES, SIZES, LatentSize, Layer, Model, check_shapes, ratio_of
+from st_fast.recipe.architecture import LatentSize, Layer, Model, check_shapes, ratio_of
 from st_fast.recipe.methods import CONVOLUTION, SelfFlow, SelfRepresentation, SelfTranscendence, VelocityHead, projector
+from st_fast.recipe.sizes import MMDIT_HEAD, PATCHES, SIZES
 
 IMAGENET = 1000
 """Classes of the published models, whose tables of labels have one row more."""
