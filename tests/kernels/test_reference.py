@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from st_fast import kernels
 from st_fast.kernels import reference
 
 
@@ -47,6 +48,20 @@ def test_swiglu_is_silu_of_the_first_half_times_the_second() -> None:
     for f in range(5):
         gate, value = h[..., f], h[..., 5 + f]
         torch.testing.assert_close(y[..., f], gate / (1 + torch.exp(-gate)) * value)
+
+
+@pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_without_an_eps_it_is_a_millionth(norm: str, ops: Any) -> None:
+    torch.manual_seed(0)
+    x, v = 1e-3 * torch.randn(2, 3, 7), torch.randn(2, 7)  # whose variance is about as large
+    assert torch.equal(ops.norm_modulate(x, v, v, norm=norm), ops.norm_modulate(x, v, v, 1e-6, norm=norm))
+    for one, other in zip(
+        ops.gate_residual_norm_modulate(x, x, v, v, v, norm=norm),
+        ops.gate_residual_norm_modulate(x, x, v, v, v, 1e-6, norm=norm),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
 
 
 def test_guidance_goes_from_the_null_features_past_the_conditional_ones() -> None:
