@@ -98,22 +98,35 @@ class GateResidualNormModulate(Layer):
         return gate_residual_norm_modulate(x, a, gate, shift, _checked(self, "scale", x, scale), eps, norm=norm)
 
 
+HEAD_NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "none": nn.Identity}
+
+
 class PackedQKNorm(Layer):
-    """LayerNorm over head_dim of q and k by `self.q_norm` and `self.k_norm`, read from the packed projection."""
+    """`self.q_norm` and `self.k_norm` over head_dim of q and k, and their rotation, read from the packed projection.
+
+    Both are `nn.LayerNorm`, `nn.RMSNorm` or `nn.Identity`, with affine or without.
+    """
 
     q_norm: nn.Module
     k_norm: nn.Module
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (B, N, 3, H, d). Returns q, k, v, each (B, H, N, d); (B, N, H, d) in memory, v a view of qkv."""
+    def forward(self, qkv: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, N, 3, H, d); rope (1 or B, N, d) as `qk_norm` takes it. Returns q, k, v, each (B, H, N, d);
+        (B, N, H, d) in memory, v a view of qkv."""
         q_norm, k_norm = self.q_norm, self.k_norm
-        if not isinstance(q_norm, nn.LayerNorm) or not isinstance(k_norm, nn.LayerNorm) or q_norm.eps != k_norm.eps:
+        norm = next((name for name, kind in HEAD_NORMS.items() if isinstance(q_norm, kind)), "")
+        eps = getattr(q_norm, "eps", 1e-6)  # of an Identity nothing uses it
+        if not norm or not isinstance(k_norm, HEAD_NORMS[norm]) or eps != getattr(k_norm, "eps", 1e-6):
             raise ValueError(
-                f"{type(self).__name__}: q_norm and k_norm must be LayerNorms of one eps; RMSNorm has no op"
+                f"{type(self).__name__}: q_norm and k_norm are {type(q_norm).__name__} and {type(k_norm).__name__}; "
+                "two LayerNorms, RMSNorms or Identities of one eps are needed"
             )
-        if any(part is None for norm in (q_norm, k_norm) for part in (norm.weight, norm.bias)):
-            raise ValueError(f"{type(self).__name__}: q_norm and k_norm must have a weight and a bias")
-        return qk_norm(qkv, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps)
+        if eps is None:  # RMSNorm's default: one by its input's dtype
+            raise ValueError(f"{type(self).__name__}: q_norm has eps = None; a number is needed")
+        (q_weight, q_bias), (k_weight, k_bias) = (
+            (getattr(of, "weight", None), getattr(of, "bias", None)) for of in (q_norm, k_norm)
+        )
+        return qk_norm(qkv, q_weight, q_bias, k_weight, k_bias, eps, norm=norm, rope=rope)
 
 
 class _Norm(nn.Module):
@@ -138,12 +151,15 @@ class GatedResidualAdaLN(_Norm, GateResidualNormModulate):
 
 
 class QKNorm(PackedQKNorm):
-    """LayerNorm with affine on queries and keys (arXiv 2302.05442); parameters are named as in timm's `Attention`."""
+    """LayerNorm with affine on queries and keys (arXiv 2302.05442), or with norm="rms" RMSNorm with weights; parameters
+    are named as in timm's `Attention`."""
 
-    def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, head_dim: int, eps: float = 1e-6, norm: str = "layer") -> None:
         super().__init__()
-        self.q_norm = nn.LayerNorm(head_dim, eps=eps)
-        self.k_norm = nn.LayerNorm(head_dim, eps=eps)
+        if norm not in ("layer", "rms"):
+            raise ValueError(f"{type(self).__name__}: norm = {norm!r}; one of layer, rms is needed")
+        make = nn.RMSNorm if norm == "rms" else nn.LayerNorm
+        self.q_norm, self.k_norm = make(head_dim, eps=eps), make(head_dim, eps=eps)
 
 
 def _mean(weight: Tensor | None, like: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""LayerNorm of queries and keys over head_dim, from the packed projection (arXiv 2302.05442)."""
+"""Queries and keys normalised over head_dim (arXiv 2302.05442) and rotated by position (RoPE, arXiv 2104.09864), read
+from the packed projection."""
 
 SWITCHES = {
-    "qk_norm": 'LayerNorm of queries and keys; "heads": fused, and q, k, v are contiguous for the attention.',
+    "qk_norm": 'Norm and rotation of queries and keys; "heads": fused, and q, k, v are contiguous for the attention.',
 }
 """The ops that a recipe can switch, with the sentence that explains the key."""
 

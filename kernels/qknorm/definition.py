@@ -83,8 +83,8 @@ def qk_norm_forward(
     made, stats = [], []
     for x, weight, bias in ((qkv[:, :, 0], q_weight, q_bias), (qkv[:, :, 1], k_weight, k_bias)):
         if norm == "layer":
-            vectors = (None if vector is None else up(vector) for vector in (weight, bias))
-            hat, mean, rstd = torch.native_layer_norm(up(x), qkv.shape[-1:], *vectors, eps)  # (B, N, H, d)
+            w, b = (None if vector is None else up(vector) for vector in (weight, bias))
+            hat, mean, rstd = torch.native_layer_norm(up(x), qkv.shape[-1:], w, b, eps)  # (B, N, H, d)
             stats += [mean.squeeze(-1), rstd.squeeze(-1)]
         else:
             hat = _normalise(x, weight, bias, eps, norm)

@@ -155,14 +155,14 @@ def _gradients(ctx: Context, dq: Grad, dk: Grad, dv: Grad, bias_wanted: bool) ->
     dqkv, daffine, dqkv_bias = ops.qk_norm_backward(
         dq, dk, dv, qkv, q_weight, k_weight, bias, stats, ctx.norm, rope
     )  # fmt: skip
-    of_vectors = dict(zip(() if q_weight is None else AFFINE[ctx.norm], daffine.unbind()))
-    return (dqkv, *map(of_vectors.get, AFFINE["layer"]), dqkv_bias if bias_wanted else None)
+    of_vectors = dict(zip(AFFINE[ctx.norm] if len(daffine) else (), daffine.unbind()))
+    return (dqkv, *(of_vectors.get(name) for name in AFFINE["layer"]), dqkv_bias if bias_wanted else None)
 
 
 def _save(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, q_weight, _, k_weight, _, _, *rest = inputs
-    _, ctx.norm, rope = (*rest, *(False, "layer", None)[len(rest) :])  # defaults are not filled in
-    stats = output[2]
+    qkv, q_weight, _, k_weight, *_ = inputs
+    rest = dict(zip(("heads_first", "norm", "rope"), inputs[6:]))  # the dispatcher leaves out defaults at the end
+    ctx.norm, rope, stats = rest.get("norm", "layer"), rest.get("rope"), output[2]
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, q_weight, k_weight, None, stats, rope)
@@ -221,7 +221,7 @@ def _try(draw: Draw, size: Size, norm: str = "layer", rotated: bool = False) -> 
     vectors = {name: draw.leaf(size.head) for name in AFFINE[norm]}
     # Attention's gradients have the layout of what it was given.
     grads = tuple(draw(size.batch, size.tokens, size.heads, size.head).transpose(1, 2) for _ in range(3))
-    args = (qkv, *map(vectors.get, AFFINE["layer"]), 1e-6)
+    args: tuple[Any, ...] = (qkv, *map(vectors.get, AFFINE["layer"]), 1e-6)
     if norm != "layer" or rotated:
         angles = draw(1, size.tokens, size.head // 2, dtype=torch.float32)
         turned = rotated and size.head % 2 == 0  # with an odd head_dim a model has no rotation to be tried

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from csrc_cases import Case, error, evaluate, features, modulated, others
+from csrc_cases import Case, error, evaluate, features, heads, modulated, others
 from torch import Tensor
 
 from st_fast import kernels
@@ -28,8 +28,8 @@ def cases() -> list[Case]:
     for batch, tokens, width in ((3, 256, 1152), (2, 33, 100), (1, 1, 37), (4, 64, 384)):
         made += modulated(batch, tokens, width) + features(batch, tokens, width)
         made += modulated(batch, tokens, width, norm="rms")
-    for batch, tokens, heads, dim in ((2, 256, 16, 72), (2, 33, 3, 64), (1, 1, 1, 7)):
-        made += others(batch, tokens, heads, dim)
+    for size in ((2, 256, 16, 72), (2, 33, 3, 64), (1, 1, 1, 7)):
+        made += others(*size) + heads(*size)
     return made
 
 

@@ -94,6 +94,62 @@ def test_qk_norm_is_its_definition_with_gradients_to_its_parameters() -> None:
     agree(ours, lambda *inputs: reference.qk_norm(*inputs, EPS), draw(B, N, 3, H, D // H), *values)
 
 
+class Normed(nn.Module):
+    """q_norm and k_norm as a block of someone else's has them, and the packed forward beside PyTorch's own."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm = make(), make()
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, qkv: Tensor, rope: Tensor | None = None) -> tuple[Tensor, ...]:
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            cos, sin = rope.unsqueeze(1).chunk(2, -1)
+            factor = torch.complex(cos.to(q.dtype), sin.to(q.dtype))
+            pairs = (torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k))
+            q, k = (torch.view_as_real(pair * factor).flatten(-2) for pair in pairs)
+        return q, k, v
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.RMSNorm(D // H, eps=EPS),
+        lambda: nn.RMSNorm(D // H, eps=EPS, elementwise_affine=False),
+        lambda: nn.LayerNorm(D // H, eps=EPS, elementwise_affine=False),
+        nn.Identity,
+    ],
+)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_norms_that_a_block_has_are_computed_with_its_parameters_and_rope(
+    make: Callable[[], nn.Module], rotated: bool
+) -> None:
+    torch.manual_seed(0)
+    module, qkv = Normed(make), draw(B, N, 3, H, D // H)
+    rope = torch.randn(1, N, D // H) if rotated else None
+    leaves = (qkv, *module.parameters())
+
+    def gradients(compute: Callable[..., Any]) -> list[Tensor]:
+        outs = compute(qkv, rope)
+        return [*outs, *torch.autograd.grad(outs, leaves, [torch.cos(out.detach()) for out in outs])]
+
+    ours = gradients(layers.PackedQKNorm.forward.__get__(module))
+    for one, other in zip(ours, gradients(module), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_qk_norm_by_rms_has_weights_alone() -> None:
+    layer, qkv = layers.QKNorm(D // H, EPS, norm="rms"), draw(B, N, 3, H, D // H)
+    assert [name for name, _ in layer.named_parameters()] == ["q_norm.weight", "k_norm.weight"]
+    for one, other in zip(layer(qkv), reference.qk_norm(qkv, eps=EPS, norm="rms"), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="QKNorm: norm = 'l2'; one of layer, rms is needed"):
+        layers.QKNorm(4, norm="l2")
+
+
 def test_the_losses_are_means_over_the_samples() -> None:
     q, f, null = draw(B, N, D), draw(B, N, D, seed=1), draw(B, N, D, seed=2)  # gradients of targets aren't taken
     weight = torch.tensor([0.2, 0.0, 1.7])
@@ -171,7 +227,18 @@ def test_a_layer_bound_to_a_module_takes_its_norm_and_eps_and_refuses_its_affine
         layers.NormModulate.forward(Plain(norm=nn.RMSNorm, eps=None), *inputs)
     packed = layers.QKNorm(4)
     packed.k_norm = nn.RMSNorm(4)
-    with pytest.raises(ValueError, match="must be LayerNorms of one eps"):
+    with pytest.raises(
+        ValueError, match="q_norm and k_norm are LayerNorm and RMSNorm; two LayerNorms, RMSNorms or Iden"
+    ):
+        packed(draw(B, N, 3, H, 4))
+    packed.k_norm = nn.LayerNorm(4, eps=EPS)
+    with pytest.raises(ValueError, match="of one eps"):
+        packed(draw(B, N, 3, H, 4))
+    packed.q_norm = packed.k_norm = nn.RMSNorm(4)
+    with pytest.raises(ValueError, match="q_norm has eps = None; a number is needed"):
+        packed(draw(B, N, 3, H, 4))
+    packed.q_norm = packed.k_norm = nn.LayerNorm(4, bias=False)
+    with pytest.raises(ValueError, match="norm = 'layer' with q_weight, k_weight"):
         packed(draw(B, N, 3, H, 4))
 
 

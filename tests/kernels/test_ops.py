@@ -227,6 +227,68 @@ def test_autocast_takes_what_another_layer_made_with_weights_in_float32(name: st
     assert all(weight.grad is not None and weight.grad.dtype == weight.dtype for weight in weights)
 
 
+def qk_norm_calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments of qk_norm's public function in its other forms, all with a gradient of qkv's bias."""
+    torch.manual_seed(0)
+    shared, own = torch.randn(1, 4, 6), torch.randn(3, 6, 4).transpose(1, 2)
+    made = {}
+    for name, norm, rope in (("rms", "rms", None), ("rms rope", "rms", own), ("rope", "layer", shared),
+                             ("none", "none", None), ("alone", "none", shared), ("plain", "layer", own)):  # fmt: skip
+        qkv, bias = (torch.randn(size, dtype=dtype).requires_grad_() for size in ((3, 4, 3, 2, 6), (36,)))
+        vectors = [torch.randn(6, dtype=dtype).requires_grad_() for _ in range(4)]
+        given = {"layer": (0, 1, 2, 3), "rms": (0, 2), "none": ()}["none" if name == "plain" else norm]
+        four = (vectors[at] if at in given else None for at in range(4))
+        made[name] = (qkv, *four, 1e-3, bias, "tokens", norm, rope)
+    return made
+
+
+@pytest.mark.parametrize("name", qk_norm_calls(torch.float32))
+def test_qk_norms_other_forms_have_the_gradients_of_finite_differences_and_of_autograd(name: str) -> None:
+    qkv, *vectors, eps, bias, _, norm, rope = arguments = qk_norm_calls(torch.float64)[name]
+    without = (qkv, *vectors, eps, None, "tokens", norm, rope)  # finite differences see no bias
+    assert torch.autograd.gradcheck(reference.qk_norm, without)
+    truth = run(reference.qk_norm, arguments)
+    frozen = [None if v is None else v.detach() for v in (qkv, *vectors)]
+    q, k, stats = PLAIN.qk_norm(*frozen, eps, False, norm, rope)
+    v = frozen[0][:, :, 2].transpose(1, 2)
+    grads = [torch.sin(1 + out) for out in (q, k, v)]
+    dqkv, daffine, dbias = PLAIN.qk_norm_backward(
+        *grads, frozen[0], frozen[1], frozen[3], bias.detach(), stats, norm, rope
+    )  # fmt: skip
+    for one, other in zip([q, k, v, dqkv, *daffine, dbias], truth, strict=True):
+        assert other is not None and error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", qk_norm_calls(torch.float32))
+def test_opcheck_finds_nothing_in_qk_norms_other_forms(name: str, dtype: torch.dtype) -> None:
+    qkv, *vectors, eps, bias, _, norm, rope = qk_norm_calls(dtype)[name]
+    torch.library.opcheck(OPS.qk_norm.default, (qkv, *vectors, eps, True, norm, rope))
+    with Calls() as calls:
+        run(kernels.qk_norm, (qkv, *vectors, eps, bias, "heads", norm, rope))
+    torch.library.opcheck(OPS.qk_norm_backward.default, calls.seen["qk_norm_backward"])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_qk_norms_other_forms_compiled_in_one_graph_equal_eager(dynamic: bool) -> None:
+    def everything(*leaves: Tensor) -> tuple[Tensor, ...]:
+        (qkv, q_weight, k_weight, bias), rope = leaves[:4], leaves[4]
+        q, k, _ = kernels.qk_norm(qkv, q_weight, None, k_weight, None, 1e-3, bias, norm="rms", rope=rope)
+        qkv = torch.stack((q, k, q * k), 2).transpose(1, 3)
+        q, k, v = kernels.qk_norm(qkv, norm="layer", rope=rope)
+        again, _, _ = kernels.qk_norm(torch.stack((q, k, v), 2).transpose(1, 3), norm="none", rope=rope[:1])
+        return q, k, v, again
+
+    compiled = torch.compile(everything, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for batch in (3, 4) if dynamic else (3,):
+        torch.manual_seed(batch)
+        leaves = [torch.randn(size).requires_grad_() for size in ((batch, 5, 3, 2, 8), (8,), (8,), (48,))]
+        arguments = (*leaves, torch.randn(batch, 5, 8))
+        for one, other in zip(run(compiled, arguments), run(everything, arguments), strict=True):
+            assert one is not None and other is not None and other.abs().max() > 0
+            assert error(one, other) < 1e-5
+
+
 @pytest.mark.parametrize("layout", ["tokens", "heads"])
 def test_qk_norms_layouts_are_as_promised(layout: str) -> None:
     qkv, *vectors = (torch.randn(2, 5, 3, 4, 8), *(torch.randn(8) for _ in range(4)))

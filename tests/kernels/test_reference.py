@@ -98,6 +98,44 @@ def test_qk_norm_is_layer_norm_of_each_head_in_attention_order() -> None:
     assert torch.equal(v[1, 1, 0], qkv[1, 0, 2, 1])
 
 
+def test_rms_norm_of_each_head_has_no_mean() -> None:
+    torch.manual_seed(0)
+    qkv, (qw, kw) = 3 + double(2, 3, 3, 2, 6), (double(6) for _ in range(2))
+    for weights in ((qw, kw), (None, None)):
+        made = reference.qk_norm(qkv, weights[0], None, weights[1], None, 0.1, norm="rms")
+        for part, weight in enumerate(weights):
+            x = qkv[1, 2, part, 1]
+            expected = x / (x.square().mean() + 0.1).sqrt() * (1 if weight is None else weight)
+            torch.testing.assert_close(made[part][1, 1, 2], expected)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_rope_multiplies_each_pair_of_channels_of_q_and_k_as_a_complex_number_after_the_norm(samples: int) -> None:
+    torch.manual_seed(0)
+    qkv, vectors = double(2, 3, 3, 2, 6), [double(6) for _ in range(4)]
+    rope = double(samples, 3, 6).float()
+    plain = reference.qk_norm(qkv, *vectors, 1e-3)
+    turned = reference.qk_norm(qkv, *vectors, 1e-3, rope=rope)
+    factor = torch.complex(rope[..., :3].double(), rope[..., 3:].double()).unsqueeze(1)  # (1 or B, 1, N, d/2)
+    for before, after in zip(plain[:2], turned[:2], strict=True):
+        product = torch.view_as_complex(before.unflatten(-1, (3, 2)).contiguous()) * factor
+        torch.testing.assert_close(after, torch.view_as_real(product).flatten(-2))
+    assert torch.equal(turned[2], plain[2])
+
+
+def test_scores_after_rope_depend_on_the_difference_of_positions_alone() -> None:
+    torch.manual_seed(0)
+    qkv, frequencies = double(1, 1, 3, 1, 8).expand(1, 9, 3, 1, 8), torch.tensor([1.0, 0.3, 0.1, 0.01])
+    angles = torch.arange(9)[:, None] * frequencies
+    rope = torch.cat((angles.cos(), angles.sin()), -1).unsqueeze(0)
+    q, k, _ = reference.qk_norm(qkv, norm="none", rope=rope)
+    scores = (q @ k.transpose(2, 3))[0, 0]  # of one and the same q and k, at nine positions
+    for apart in range(-8, 9):
+        line = scores.diagonal(apart)
+        torch.testing.assert_close(line, line[:1].expand_as(line), rtol=1e-6, atol=1e-6)
+    assert scores[0].std() > 0.1
+
+
 def test_grad_norm_is_the_norm_of_everything_in_any_order_on_any_number_of_threads() -> None:
     torch.manual_seed(0)
     grads = [torch.randn(300, 301), torch.randn(7), torch.randn(64, 1000).bfloat16()]

@@ -40,6 +40,7 @@ FILES = (
     File("st_fast/model/formats/modern.py", ("model/test_modern_files.py",)),
     File("kernels/adaln/definition.py", ("kernels/test_reference.py", "kernels/test_runs.py", "kernels/test_ops.py")),
     File("kernels/noise/definition.py", (RANDOM, "kernels/test_noise.py", "model/test_flow.py")),
+    File("kernels/qknorm/definition.py", ("kernels/test_reference.py", "kernels/test_ops.py")),
     File(
         "kernels/mlp/definition.py",
         ("kernels/test_reference.py", "kernels/test_ops.py"),
