@@ -141,16 +141,17 @@ struct HeadSums {
   }
 };
 
-// Adds a row's share of the weight's gradient at `sums` and, of LayerNorm, of the bias's behind it. The row dy, turned back, comes to `turned`.
+// Adds a row's share of the weight's gradient at `sums` and, of LayerNorm, of the bias's behind it. With ROPE the row g,
+// of dy turned back, is kept in `g_row`.
 template <HeadNorm NORM, bool ROPE>
 ST_INLINE void head_sums(int64_t d, const float* dy, const float* x, const float* weight, const Rotation& rotation,
-                         float* sums, float* turned, HeadSums* m) {
+                         float* sums, float* g_row, HeadSums* m) {
   Vec acc_g[4] = {}, acc_gx[4] = {};
   sweep(d, [&](int64_t i, auto lanes, auto slot) ST_LAMBDA {
     const Vec dh = rotation.turn_back<ROPE>(load(dy + i, lanes), i, lanes);
-    if (ROPE) store(turned + i, dh, lanes);
     const Vec hat = keep(m->hat<NORM>(x, i, lanes), lanes);
     const Vec g = dh * load(weight + i, lanes);
+    if (ROPE) store(g_row + i, g, lanes);
     if (NORM == HeadNorm::kLayer) acc_g[slot.value] += g;
     acc_gx[slot.value] += g * hat;
     if (NORM == HeadNorm::kLayer) store(sums + d + i, load(sums + d + i, lanes) + dh, lanes);
@@ -166,7 +167,7 @@ ST_INLINE void norm_head_backward(const QKNorm& p, int part, int64_t b, int64_t 
                                   float* sums, float* dx_sum, const Rotation& rotation, const Scratch& scratch) {
   const float* dy = read_row(at_head(p.out[part], h), b, n, p.d, scratch.row(0));
   const Rows to = at_head(p.in[part], h);
-  const float* x = nullptr;
+  const float *x = nullptr, *g = scratch.row(5);
   HeadSums m = {};
   if (NORM != HeadNorm::kNone) {
     x = read_row(at_head(p.x[part], h), b, n, p.d, scratch.row(1));
@@ -174,16 +175,15 @@ ST_INLINE void norm_head_backward(const QKNorm& p, int part, int64_t b, int64_t 
     if (NORM == HeadNorm::kLayer) m.mean = p.stats[2 * part * heads + at];
     m.rstd = p.stats[(NORM == HeadNorm::kLayer ? 2 * part + 1 : part) * heads + at];
     head_sums<NORM, ROPE>(p.d, dy, x, weight, rotation, sums, scratch.row(5), &m);
-    if (ROPE) dy = scratch.row(5);
   }
   const bool past_cache = to.past_cache;
   float* dx = write_row(to, b, n, scratch.row(2));
   sweep(p.d, [&](int64_t i, auto lanes, auto) ST_LAMBDA {
-    Vec out = load(dy + i, lanes);
+    Vec out;
     if (NORM == HeadNorm::kNone) {
-      out = rotation.turn_back<ROPE>(out, i, lanes);
+      out = rotation.turn_back<ROPE>(load(dy + i, lanes), i, lanes);
     } else {
-      out = out * load(weight + i, lanes);
+      out = ROPE ? load(g + i, lanes) : load(dy + i, lanes) * load(weight + i, lanes);
       if (NORM == HeadNorm::kLayer) out = out - m.mean_g;
       out = (out - m.hat<NORM>(x, i, lanes) * m.mean_gx) * m.rstd;
     }

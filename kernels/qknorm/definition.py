@@ -33,7 +33,10 @@ def _normalise(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], eps:
     weight, bias = (None if vector is None else up(vector) for vector in (weight, bias))
     if norm == "layer":
         return torch.nn.functional.layer_norm(up(x), x.shape[-1:], weight, bias, eps)
-    return torch.nn.functional.rms_norm(up(x), x.shape[-1:], weight, eps) if norm == "rms" else up(x)
+    if norm == "none":
+        return up(x)
+    h = up(x) * torch.rsqrt(up(x).square().mean(-1, keepdim=True) + eps)  # faster on a CPU than PyTorch's rms_norm
+    return h if weight is None else h * weight
 
 
 def qk_norm(
