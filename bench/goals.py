@@ -125,6 +125,7 @@ ADALN_GROUPS = {"op": NORMS, "kind": "groups"}
 """With a modulation of each of two groups of tokens; gate_residual, alone, has its bytes as a goal."""
 ADALN_RMS = {"op": NORMS, "kind": "rms"}
 ADALN_XL = {**ADALN, "size": "XL/2, batch 256"}
+QK_NORM_FORMS = {"op": "qk_norm", "kind": ("rms", "with rope", "rms with rope", "rope alone")}
 GUIDED_S = {"op": "guided_feature_loss", "size": ("S/2, batch 8", "S/2, batch 32")}
 CACHED = {"loader": ("dali", "resident"), "cache": "warm"}
 """The loaders that are offered as defaults."""
@@ -149,6 +150,12 @@ GOALS = (
          ("both", "speedup", "eager"), 2.0),
     Goal("cpu", "adaLN ops with RMSNorm, forward + backward, against `torch.compile`", "kernels", ADALN_RMS,
          ("both", "speedup", "compile"), 1.0),
+    Goal("cpu", "qk_norm with RMSNorm or RoPE, forward + backward, against eager", "kernels", QK_NORM_FORMS,
+         ("both", "speedup", "eager"), 2.0),
+    Goal("cpu", "qk_norm with RMSNorm or RoPE, forward + backward, against `torch.compile`", "kernels", QK_NORM_FORMS,
+         ("both", "speedup", "compile"), 1.0),
+    Goal("cpu", "qk_norm with RoPE, its time over that without", "kernels",
+         {"op": "qk_norm", "kind": ("with rope", "rms with rope")}, ("both", "times_usual"), most=1.1),
     Goal("cpu", "guided_feature_loss at S/2, forward + backward, against eager", "kernels", GUIDED_S,
          ("both", "speedup", "eager"), 3.0),
     Goal("cpu", "adamw_ema against `AdamW(fused=True)` + clip + `_foreach_lerp_`", "kernels", {"op": "adamw_ema"},
