@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> gelu_tanh_backward(const Tensor& dy, const Tensor& x,
   return {dx, add_bias_partials(partial.get(), count, D, *x_bias)};
 }
 
-// What swiglu of h (..., 2F) reads and writes: F, rows of h, and sums of dh over tasks if `sums` has room for them.
+// swiglu of h (..., 2F), or its backward pass: h, the result, and what a task is.
 struct Halves {
   Tensor h, out;
   Elementwise p = {};
