@@ -186,6 +186,7 @@ def test_a_model_of_ours_goes_out_as_a_lightningdit(case, tmp_path):
     content = torch.load(tmp_path / "out.pt", weights_only=True)
     assert {key: list(t.shape) for key, t in content["ema"].items()} == GOLDEN[case]["shapes"]
     assert [content["config"]["model"][flag] for flag in released.FLAGS] == [flag in case for flag in released.FLAGS]
+    assert (content["config"]["model"]["wo_shift"], content["config"]["model"]["in_chans"]) == (False, 5)
     for key in {*ANGLES, "pos_embed"} & {*content["ema"]}:
         torch.testing.assert_close(content["ema"][key], weights(case)[key])
     assert content["config"]["data"] == {"num_classes": released.CLASSES}

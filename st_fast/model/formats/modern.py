@@ -141,7 +141,7 @@ def joined(ours: Table, beside: Table, layout: str) -> dict[str, Tensor]:
 def in_order(keys: Iterable[str], layout: str) -> list[str]:
     """Keys, within each part in the published order already, with the parts in that of the layout's state dict."""
     starts = ORDER[layout]
-    return sorted(keys, key=lambda key: next((n for n, start in enumerate(starts) if key.startswith(start)), 99))
+    return sorted(keys, key=lambda key: next(n for n, start in enumerate(starts) if key.startswith(start)))
 
 
 def check_beside(beside: Table, config: Model, layout: str, where: str) -> None:
