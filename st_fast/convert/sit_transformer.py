@@ -108,12 +108,20 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
+class SquaredReLU(nn.Module):
+    """relu(h)²."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.relu(h).square()
+
+
 def mlp(config: Any) -> nn.Module:
     """A block's MLP."""
     width, hidden = config.width, int(config.width * config.mlp_ratio)
     if config.mlp == "swiglu":
         return SwiGLU(width, int(2 / 3 * hidden))
-    return named(fc1=nn.Linear(width, hidden), act=nn.GELU("tanh"), fc2=nn.Linear(hidden, width))
+    act = SquaredReLU() if config.mlp == "relu2" else nn.GELU("tanh")
+    return named(fc1=nn.Linear(width, hidden), act=act, fc2=nn.Linear(hidden, width))
 
 
 class Attention(nn.Module):

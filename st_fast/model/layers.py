@@ -179,6 +179,24 @@ class Mlp(nn.Module):
         return self.fc2(self.kernels.gelu_tanh(self.fc1(y), bias_left(self.fc1)))
 
 
+class SquaredReLU(nn.Module):
+    """Two linear layers with relu(h)² between (arXiv 2109.08668): (B, N, D) → (B, N, D). Plain PyTorch, for which
+    `torch.compile` makes as few passes as an op of its own would."""
+
+    def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden, kernels)  # no op follows that could sum its bias's gradient
+        self.fc2 = BlockLinear(hidden, width, kernels)
+
+    @property
+    def last(self) -> BlockLinear:
+        """The layer that makes the output."""
+        return self.fc2
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(y)).square())
+
+
 class SwiGLU(nn.Module):
     """Two linear layers with silu(gate)·value between (arXiv 2002.05202): (B, N, D) → (B, N, D).
 
@@ -200,9 +218,13 @@ class SwiGLU(nn.Module):
         return self.w3(self.kernels.swiglu(self.w12(y), bias_left(self.w12)))
 
 
-def mlp(config: Model, kernels: KernelTable) -> Mlp | SwiGLU:
+MLPS: dict[str, type[Mlp | SwiGLU | SquaredReLU]] = {"gelu": Mlp, "swiglu": SwiGLU, "relu2": SquaredReLU}
+"""By `model.mlp`."""
+
+
+def mlp(config: Model, kernels: KernelTable) -> Mlp | SwiGLU | SquaredReLU:
     """A block's MLP."""
-    return (SwiGLU if config.mlp == "swiglu" else Mlp)(config.width, config.hidden, kernels)
+    return MLPS[config.mlp](config.width, config.hidden, kernels)
 
 
 class FinalLayer(nn.Module):

@@ -73,7 +73,9 @@ class Model:
     mlp_ratio: Annotated[float, Limit("above 0 and at most 1000", lambda ratio: 0 < ratio <= 1000)] = fixed(
         4.0, "Hidden channels of the MLP over width; with swiglu 2/3 of that, which makes about as many weights."
     )
-    mlp: Literal["gelu", "swiglu"] = fixed("gelu", "The MLP's activation: GELU, or SiLU of a gate times a value.")
+    mlp: Literal["gelu", "swiglu", "relu2"] = fixed(
+        "gelu", "The MLP's activation: GELU, SiLU of a gate times a value, or the square of ReLU."
+    )
     norm: Literal["layer", "rms", "rms_affine"] = fixed(
         "layer", "Normalisation before each modulation: LayerNorm, RMSNorm, or RMSNorm with a weight (LightningDiT's)."
     )

@@ -198,6 +198,7 @@ EVERY: dict[str, Any] = {"norm": "rms_affine", "position": "both", "mlp": "swigl
         {"norm": "rms", "position": "rope"},
         {"norm": "rms_affine", "qk_norm": False, "position": "both", "latent_size": 8},
         {"mlp": "swiglu", "mlp_ratio": 3.3, "qk_norm": "rms"},
+        {"mlp": "relu2"},
         {"registers": 3, "position": "rope", "value_residual": True, "qkv_bias": False},
         EVERY,
         EVERY | {"registers": 2, "value_residual": True, "internal_head": 2},

@@ -31,7 +31,8 @@ ALL = {
     "value_residual": True, "registers": 3,
 }  # fmt: skip
 SINGLE = [
-    {"mlp": "swiglu"}, {"norm": "rms"}, {"norm": "rms_affine"}, {"position": "rope"}, {"position": "both"},
+    {"mlp": "swiglu"}, {"mlp": "relu2"}, {"norm": "rms"}, {"norm": "rms_affine"}, {"position": "rope"},
+    {"position": "both"},
     {"qk_norm": "rms"}, {"qk_norm": "off"}, {"qk_norm": "off", "position": "rope"},
     {"qk_norm": "rms", "position": "rope"}, {"qkv_bias": False}, {"value_residual": True},
     {"value_residual": True, "qk_norm": "off"}, {"registers": 3}, {"registers": 2, "position": "rope"},
@@ -132,7 +133,8 @@ def by_hand(
             gate, value = linear("mlp.w12", y).chunk(2, -1)
             made = linear("mlp.w3", gate * gate.sigmoid() * value)
         else:
-            made = linear("mlp.fc2", F.gelu(linear("mlp.fc1", y), approximate="tanh"))
+            h1 = linear("mlp.fc1", y)
+            made = linear("mlp.fc2", h1.clamp(min=0) ** 2 if config.mlp == "relu2" else F.gelu(h1, approximate="tanh"))
         h = h + m[5] * made
         streams.append(h[:, registers:])
         stream = stream.index_put((rows, at), h) if inside else h
