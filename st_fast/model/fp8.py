@@ -19,7 +19,7 @@ from st_fast.recipe import Recipe
 
 LEAST_CAPABILITY = (8, 9)
 """Ada and Hopper: the first GPUs with fp8 products."""
-SWAPPED = re.compile(r"(joint_)?blocks\.\d+\.((x|context)_block\.)?(attn\.(qkv|proj)|mlp\.(fc1|fc2))")
+SWAPPED = re.compile(r"(joint_)?blocks\.\d+\.((x|context)_block\.)?(attn\.(qkv|proj)|mlp\.\w+)")
 
 
 def check_fp8(recipe: Recipe, device: torch.device) -> None:

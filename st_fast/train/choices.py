@@ -29,6 +29,8 @@ def choose_kernels(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, say: Callab
     if recipe.run.fp8 != "off" and recipe.kernels.gelu_mlp == "auto":
         say(f"kernels: gelu_mlp reference, run.fp8 = {recipe.run.fp8!r} has products of its own")
         return {}
+    if recipe.model.mlp != "gelu":  # there is no such MLP to try
+        return {}
     model = recipe.model
     size = Size(images_a_pass(recipe.optim, ranks.count), model.tokens, model.width, model.heads, model.hidden)
     before = ranks.broadcast_from_rank0(recorded)
