@@ -209,7 +209,8 @@ def described(origin: ModelSource) -> str:
     if config.fusion_last:
         parts += f", fusion around blocks {config.fusion_first + 1} to {config.fusion_last}"
     average = "raw weights and their average" if loaded.averaged else "one set of weights"
-    optimiser = f"AdamW's state after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
+    whose = "Muon's and AdamW's state, for st_fast only," if loaded.momentum_buffer else "AdamW's state"
+    optimiser = f"{whose} after {loaded.updates:,} updates" if loaded.exp_avg else "no optimiser state"
     if loaded.left_out:
         optimiser += f", its own is left out ({loaded.left_out})"
     return (

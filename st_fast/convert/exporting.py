@@ -114,7 +114,7 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
         return content[""]
     if alone:
         return content | dict(facts.get("entries", {}))
-    if loaded.exp_avg:
+    if loaded.exp_avg and not loaded.momentum_buffer:  # AdamW's of a part of the tensors would be refused
         numbered, settings = list(optimised(ordered["model"])), facts.get("opt", {})
         content["opt"] = adam.state_dict(numbered, ordered["exp_avg"], ordered["exp_avg_sq"], loaded.updates, settings)
     if layout == "lightningdit":

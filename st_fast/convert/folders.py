@@ -107,8 +107,8 @@ def write_stage(origin: ModelSource, folder: Path) -> None:
     if loaded.exp_avg:
         optim = groups["optim"] = {}
         for part, of, updates in (("model", trunk, loaded.updates), ("heads", heads, loaded.head_updates)):
-            for kind, table in (("exp_avg", loaded.exp_avg), ("exp_avg_sq", loaded.exp_avg_sq)):
-                optim |= {f"{part}.{kind}.{key}": tensor for key, tensor in of(table).items()}
+            for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                optim |= {f"{part}.{kind}.{key}": tensor for key, tensor in of(getattr(loaded, kind)).items()}
             optim[f"{part}.step"] = torch.tensor(float(updates))
     meta = {
         "stage": folder.name,

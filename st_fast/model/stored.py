@@ -150,9 +150,10 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
     for group in groups:
         expected = expected_trunk(config, null=NULL_CONTEXT in found.groups[group])  # as in a published file
         match_strictly(expected, found.groups[group], f"{where}: {group}")
-    means = {kind: _adam(optim, kind) for kind in ("exp_avg", "exp_avg_sq")}
+    means = {kind: _means(optim, kind) for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
     for kind, table in means.items():
-        match_strictly({key: model[key] for key in means["exp_avg"] if key in model}, table, f"{where}: {kind}")
+        same = means["exp_avg"] if kind == "exp_avg_sq" else table
+        match_strictly({key: model[key] for key in same if key in model}, table, f"{where}: {kind}")
     return LoadedState(
         config=config,
         layout=detect(model, {"prediction": "v"}, where),
@@ -160,6 +161,7 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         ema=dict(found.groups[groups[-1]]),
         exp_avg=means["exp_avg"],
         exp_avg_sq=means["exp_avg_sq"],
+        momentum_buffer=means["momentum_buffer"],
         updates=adam.updates(optim.get("model.step", 0), f"{where}: optim"),
         head_updates=adam.updates(optim.get("heads.step", 0), f"{where}: optim of the heads"),
         step=found.step,
@@ -175,8 +177,8 @@ def latent_space(meta: Mapping[str, Any], where: str) -> LatentSpace | None:
     return None if said is None else record_from(LatentSpace, said, f"{where}: latents", strict=False)
 
 
-def _adam(optim: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """One of AdamW's running means, of the trunk and the heads."""
+def _means(optim: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """One of AdamW's or Muon's running means, of the trunk and the heads."""
     names: dict[str, Callable[[str], str]] = {f"model.{kind}.": str, f"heads.{kind}.": head_name}
     return {
         name(key.removeprefix(start)): tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.methods import Method, dinov2_size
-from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
+from st_fast.recipe.schema import Model, Optim, Recipe, Run, Sample, Stage
 from st_fast.recipe.times import shifted, time_cdf, with_shift
 from st_fast.recipe.token_cost import (
     grouped_bytes,
@@ -179,6 +179,8 @@ SAVED_BYTES, SAVED_HEAD_BYTES = 16, 12
 """Bytes a parameter, and one of a head, in a checkpoint: master, exp_avg and exp_avg_sq in float32, and the EMA."""
 AVERAGE_BYTES = 4
 """Bytes a parameter of a further average (`optim.ema_decays`), on the device and in a checkpoint."""
+MUON_SAVES = 4
+"""Bytes less for a parameter that Muon updates: it has one running mean in place of two."""
 SAMPLED_BYTES = 4
 """Bytes a parameter of the float32 model that samples are drawn from."""
 MEMORY_SHARE = 0.9
@@ -216,6 +218,7 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
         supervision += images * grouped_bytes(model, stage.method.token_groups, bf16, run.checkpointing)
         averages = len(recipe.optim.ema_decays)
         weights = weight_bytes(model, stage, bf16, shards, teacher_shards, averages)
+        weights -= MUON_SAVES * muon_parameters(model, recipe.optim) // shards
         stages.append((weights, pass_bytes + supervision))
     return max(stages, key=sum)
 
@@ -244,9 +247,20 @@ def saved_bytes(recipe: Recipe, ranks: int) -> int:
     shards, averages = ranks if recipe.run.sharding == "fsdp2" else 1, AVERAGE_BYTES * len(recipe.optim.ema_decays)
     stages = [(recipe.for_stage(stage).model, stage.method) for stage in recipe.stages]
     return max(
-        (model.parameters * (SAVED_BYTES + averages) + head_parameters(model, method) * SAVED_HEAD_BYTES) // shards
+        (
+            model.parameters * (SAVED_BYTES + averages) + head_parameters(model, method) * SAVED_HEAD_BYTES
+            - muon_parameters(model, recipe.optim) * MUON_SAVES
+        ) // shards
         for model, method in stages
-    )
+    )  # fmt: skip
+
+
+def muon_parameters(model: Model, optim: Optim) -> int:
+    """Parameters that Muon updates: matrices without their biases."""
+    blocks = [layer for last in range(model.depth) for layer in model.block_layers(last == model.depth - 1)]
+    named = [(f"blocks.{layer.name}", layer) for layer in blocks]
+    named += [(f"{layer.name}.weight", layer) for layer in model.fusion_layers]
+    return sum(layer.inputs * layer.outputs for name, layer in named if optim.muon_updates(name))
 
 
 def head_parameters(model: Model, method: Method) -> int:

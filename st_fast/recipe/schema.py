@@ -27,6 +27,7 @@ from st_fast.recipe.keys import (
     between,
     fixed,
     free,
+    keys,
     said,
 )
 from st_fast.recipe.methods import Method
@@ -83,13 +84,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with clipping and a weight average (EMA). The global batch is what an update sees, however it is split."""
+    """AdamW, or Muon for matrices (keys `muon_…`, docs/memory.md), with clipping and a weight average (EMA).
+
+    The global batch is what an update sees, however it is split."""
 
     batch_size: Annotated[int, between(1, 10_000_000)] = fixed(256, "Images of one update, over all ranks and passes.")
     accumulation: Annotated[int, between(1, 65_536)] = free(1, "Passes whose gradients add up to one update.")
     micro_batch: CountOrZero | Literal["auto"] = free(
         0,
         'Images of a pass on one rank; 0: `accumulation` decides; "auto": the most that fit.',
+    )
+    name: Literal["adamw", "muon"] = fixed(
+        "adamw", "AdamW for all tensors, or Muon for the matrices of the blocks and AdamW for the rest."
     )
     lr: Positive = fixed(1e-4, "Learning rate.")
     warmup_steps: Annotated[int, between(0, 10_000_000)] = fixed(
@@ -120,12 +126,31 @@ class Optim:
     ema_decays: Annotated[tuple[BelowOne, ...], AVERAGES] = fixed(
         (), "Decays of further averages, kept in checkpoints beside the first: `--weights ema-0.999` draws from one."
     )
+    muon_lr: Positive = fixed(1e-3, "Learning rate of Muon, with the warm-up and schedule of `lr`.")
+    muon_adjust: Literal["original", "match_rms_adamw"] = fixed(
+        "original", "Its factor for a matrix: √max(1, rows/columns), or 0.2·√max(rows, columns), for AdamW's rates."
+    )
+    muon_momentum: BelowOne = fixed(0.95, "Decay of its momentum, which is Nesterov's.")
+    muon_weight_decay: NonNegative = fixed(0.0, "Its decoupled weight decay.")
+    muon_split: bool = fixed(False, "Orthogonalise q, k and v apart, and so the parts of adaLN and of SwiGLU's w12.")
+    muon_adaln: bool = fixed(False, "Update the blocks' adaLN projections by Muon, too.")
+    muon_precision: Literal["auto", "fp32", "bf16"] = fixed(
+        "auto", "Of the orthogonalisation's products; auto: bf16 on CUDA, else fp32."
+    )
+
+    def muon_updates(self, name: str) -> bool:
+        """Whether Muon updates the trained 2-D weight of this name: all within the blocks but adaLN, and a fusion's."""
+        inside = name.startswith(("blocks.", "joint_blocks.", "fusion_proj."))
+        return self.name == "muon" and inside and ("adaLN_modulation" not in name or self.muon_adaln)
 
     def check(self, stage: "Stage") -> None:
         """RecipeError for a stage that its batches or its schedule don't fit; samples are numbered by 64-bit integers.
 
         A stage that starts with AdamW's state goes on with its count of updates, and may be past the warm-up.
         """
+        for name, key in keys(Optim).items():
+            if name.startswith("muon_") and getattr(self, name) != key.default and self.name != "muon":
+                raise wrong_value(f"optim.{name}", getattr(self, name), 'left out, or optim.name = "muon"')
         if self.ema_decay in self.ema_decays:
             why = f"optim.ema_decay = {show(self.ema_decay)} is among them"
             raise wrong_value("optim.ema_decays", list(self.ema_decays), "the decays of further averages", why)

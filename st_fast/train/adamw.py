@@ -18,7 +18,9 @@ from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks
 from st_fast.model.smoke_test import smoke_test
 from st_fast.recipe.schema import Recipe
-from st_fast.train.optim import NormOp, UpdateOp, ema_weight
+
+UpdateOp = Callable[..., None]
+NormOp = Callable[[list[Tensor]], Tensor]
 
 APEX_OPS = ("multi_tensor_adam_capturable", "multi_tensor_adam_capturable_master")
 APEX_CHUNK = 2048 * 32
@@ -85,11 +87,11 @@ def torch_update(
     skipped = (~torch.isfinite(grad_norm)).float()
     adamw(
         list(params), [g.to(p.dtype) for g, p in zip(grads, params, strict=True)], list(exp_avgs), list(exp_avg_sqs),
-        [], steps, fused=True, grad_scale=_clip(grad_norm, max_norm).reciprocal(), found_inf=skipped,
+        [], steps, fused=True, grad_scale=clip_factor(grad_norm, max_norm).reciprocal(), found_inf=skipped,
         amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
     )  # fmt: skip
     step.copy_(steps[0])
-    _update_emas(params, emas, step, grad_norm, ema_decay, ema_warmup)
+    update_emas(params, emas, step, grad_norm, ema_decay, ema_warmup)
     if copies:
         torch._foreach_copy_(list(copies), list(params))
 
@@ -106,20 +108,30 @@ def apex_update(
     op = getattr(importlib.import_module("amp_C"), APEX_OPS[1] if copies else APEX_OPS[0])
     op(
         APEX_CHUNK, (~finite).int().reshape(1), lists, lr, beta1, beta2, eps, (step + 1).int(), ADAMW_MODE,
-        BIAS_CORRECTION, weight_decay, _clip(grad_norm, max_norm).reshape(1),
+        BIAS_CORRECTION, weight_decay, clip_factor(grad_norm, max_norm).reshape(1),
     )  # fmt: skip
     step.add_(finite)
-    _update_emas(params, emas, step, grad_norm, ema_decay, ema_warmup)
+    update_emas(params, emas, step, grad_norm, ema_decay, ema_warmup)
 
 
-def _clip(grad_norm: Tensor, max_norm: float) -> Tensor:
+def clip_factor(grad_norm: Tensor, max_norm: float) -> Tensor:
     """The factor of the gradients: min(1, max_norm / (norm + 1e-6)), or 1 if clipping is off."""
     return (max_norm / (grad_norm + 1e-6)).clamp_max(1.0) if max_norm > 0 else torch.ones_like(grad_norm)
 
 
-def _update_emas(
+def ema_weight(step: Tensor, grad_norm: Tensor, decay: float, warmup: bool) -> Tensor:
+    """What an average moves by towards the weights after their update `step`: 0 if it was skipped, else 1 − decay.
+
+    warmup: the decay after n updates is at most (1 + n)/(10 + n). 0-dim float32, on the device.
+    """
+    taken = torch.isfinite(grad_norm).float()
+    return taken * ((9 / (9 + step)).clamp_min(1 - decay) if warmup else 1 - decay)
+
+
+def update_emas(
     params: Sequence[Tensor], emas: Sequence[Tensor], step: Tensor, grad_norm: Tensor, decay: float, warmup: bool
 ) -> None:
+    """ema += (1 − decay)·(p − ema) after update `step`, unless that was skipped; `emas` one a parameter, or empty."""
     if emas:
         weight = ema_weight(step, grad_norm, decay, warmup)
         torch._foreach_lerp_(list(emas), list(params), [weight] * len(emas))

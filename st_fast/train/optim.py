@@ -1,23 +1,24 @@
 """The optimiser: AdamW with clipping and a weight average (EMA), on float32 master weights, in one op over all tensors.
+With Muon (`muon.py`) over all but the blocks' matrices, which have the same clipping, average and copies.
 
 In float32 the masters are the model's own parameters. In bf16 the model holds bf16 copies, written in the same pass.
 All state of a sharded module (`parallel.py`) is sharded, and the op works on this rank's parts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from st_fast.core.ranks import Ranks
 from st_fast.model import DiffusionTransformer
 from st_fast.model.stored import average_group
 from st_fast.recipe.schema import Optim
+from st_fast.train.adamw import NormOp, UpdateOp, ema_weight
+from st_fast.train.muon import Muon, updated
 from st_fast.train.parallel import is_sharded, local, locals_of, norm_of_all
-
-UpdateOp = Callable[..., None]
-NormOp = Callable[[list[Tensor]], Tensor]
 
 
 def learning_rate(settings: Optim, update: Tensor, steps: int = 1, taken_over: int = 0) -> Tensor:
@@ -36,19 +37,16 @@ def learning_rate(settings: Optim, update: Tensor, steps: int = 1, taken_over: i
     return factor.mul_(settings.lr)
 
 
-def ema_weight(step: Tensor, grad_norm: Tensor, decay: float, warmup: bool) -> Tensor:
-    """What an average moves by towards the weights after their update `step`: 0 if it was skipped, else 1 − decay.
-
-    warmup: the decay after n updates is at most (1 + n)/(10 + n). 0-dim float32, on the device.
-    """
-    taken = torch.isfinite(grad_norm).float()
-    return taken * ((9 / (9 + step)).clamp_min(1 - decay) if warmup else 1 - decay)
-
-
 class Slots:
-    """The tensors of one module, in the order of its trainable parameters, which are cast to `dtype`."""
+    """The tensors of one module, in the order of its trainable parameters, which are cast to `dtype`.
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, with_ema: bool, ema_decays: Sequence[float] = ()) -> None:
+    matrices: the names of those that Muon updates, which have no moments of AdamW.
+    """
+
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, with_ema: bool, ema_decays: Sequence[float] = (),
+        matrices: Collection[str] = (),
+    ) -> None:  # fmt: skip
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.untrained = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         """Parameters that are not trained (the positions), as the module uses them."""
@@ -59,7 +57,12 @@ class Slots:
         if low:
             module.to(dtype)  # this makes new parameters if they are sharded
         self.names, self.parameters = list(trained), [p for p in module.parameters() if p.requires_grad]
-        self.exp_avgs, self.exp_avg_sqs = ([torch.zeros_like(m.detach()) for m in masters] for _ in range(2))
+        places = range(len(self.names))
+        self.adam = [place for place in places if self.names[place] not in matrices]
+        """Where in these lists the parameters are that AdamW updates; `matrices`: those of Muon."""
+        self.matrices = [place for place in places if self.names[place] in matrices]
+        first, second = ([torch.zeros_like(masters[place].detach()) for place in self.adam] for _ in range(2))
+        self.exp_avgs, self.exp_avg_sqs = first, second
         self.emas = [m.detach().clone() for m in masters] if with_ema else []
         self.other_emas = {decay: [m.detach().clone() for m in masters] for decay in ema_decays}
         """Further averages, by their decays."""
@@ -75,14 +78,23 @@ class Slots:
         return [local(p.data) for p in self.parameters] if low else []
 
     def state(self) -> tuple[list[Tensor], ...]:
-        """What an update changes, this rank's part of each: masters, moments, EMA and copies.
+        """What an update by AdamW changes, this rank's part of each: masters, moments, EMA and copies.
 
         Unsharded tensors stay where they are, so that they are listed once.
         """
         if self._state is None or self.sharded:
-            kinds = self.masters, self.exp_avgs, self.exp_avg_sqs, self.emas
-            self._state = *([local(tensor.detach()) for tensor in kind] for kind in kinds), self.copies
+            masters, emas, copies = self.of(self.adam)
+            self._state = masters, locals_of(self.exp_avgs), locals_of(self.exp_avg_sqs), emas, copies
         return self._state
+
+    def of(self, places: list[int]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Masters, EMA and copies of these parameters, this rank's part of each; none where there are none."""
+        masters, emas, copies = self.masters, self.emas, self.copies
+        return (
+            [local(masters[place].detach()) for place in places],
+            [local(emas[place]) for place in places if emas],
+            [copies[place] for place in places if copies],
+        )
 
     def gradients(self) -> list[Tensor]:
         """The gradients; a parameter that got none has zeros."""
@@ -99,20 +111,29 @@ class Slots:
         named = {
             f"{prefix}.{kind}.{name}": tensor
             for kind, tensors in kinds.items()
-            for name, tensor in zip(self.names, tensors, strict=True)
+            for name, tensor in zip([self.names[place] for place in self.adam], tensors, strict=True)
         }
         return named | {f"{prefix}.step": self.step}
 
 
 class Optimizer:
-    """Trains a model (with EMA) and a method's heads (without). `dtype` is that of the parameters in use."""
+    """Trains a model (with EMA) and a method's heads (without). `dtype` is that of the parameters in use.
+
+    ranks: among which Muon shares its work, where they have whole weights.
+    """
 
     def __init__(
         self, model: nn.Module, heads: nn.Module, settings: Optim, dtype: torch.dtype, update: UpdateOp, norm: NormOp,
-        steps: int = 1,
+        steps: int = 1, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.settings, self._update, self._norm = settings, update, norm
-        self.model, self.heads = Slots(model, dtype, True, settings.ema_decays), Slots(heads, dtype, with_ema=False)
+        matrices = updated(model, settings)
+        self.model = Slots(model, dtype, True, settings.ema_decays, matrices)
+        self.heads = Slots(heads, dtype, with_ema=False)
+        self.muon: Muon | None = None
+        if matrices:
+            masters = [self.model.masters[place] for place in self.model.matrices]
+            self.muon = Muon(matrices, masters, settings, ranks)
         self._groups = [slots for slots in (self.model, self.heads) if slots.parameters]
         self._steps = steps
         self.begin(taken_over=0)
@@ -160,13 +181,19 @@ class Optimizer:
         for slots, group in zip(self._groups, gradients, strict=True):
             masters, *state = slots.state()
             self._update(
-                masters, group, *state, slots.step, norm, self._lr,
+                masters, [group[place] for place in slots.adam], *state, slots.step, norm, self._lr,
                 beta1=settings.betas[0], beta2=settings.betas[1], eps=settings.eps,
                 weight_decay=settings.weight_decay, ema_decay=settings.ema_decay, max_norm=settings.grad_clip,
                 ema_warmup=settings.ema_warmup,
             )  # fmt: skip
+        if self.muon is not None:
+            masters, emas, copies = self.model.of(self.model.matrices)
+            grads, buffers = [gradients[0][at] for at in self.model.matrices], locals_of(self.muon.momentum_buffers)
+            rate = self._lr * (settings.muon_lr / settings.lr)  # the same warm-up and schedule
+            self.muon.update(masters, grads, buffers, emas, copies, self.updates, norm, rate)
+        for slots in self._groups:
             for decay, emas in slots.other_emas.items():  # a pass each; weights on the device allow no foreach lerp
-                apart = torch._foreach_sub(masters, averages := locals_of(emas))
+                apart = torch._foreach_sub([local(m.detach()) for m in slots.masters], averages := locals_of(emas))
                 torch._foreach_mul_(apart, ema_weight(slots.step, norm, decay, settings.ema_warmup))
                 torch._foreach_add_(averages, apart)
             for parameter in slots.parameters:
@@ -184,6 +211,9 @@ class Optimizer:
             "ema": dict(zip(model.names, model.emas, strict=True)) | model.frozen,
             "optim": model.moments("model") | heads.moments("heads"),
         }
+        if self.muon is not None:
+            named = zip(self.muon.names, self.muon.momentum_buffers, strict=True)
+            groups["optim"] |= {f"model.momentum_buffer.{name}": buffer for name, buffer in named}
         for decay, emas in model.other_emas.items():
             groups[average_group(decay)] = dict(zip(model.names, emas, strict=True)) | model.frozen
         if heads.names:

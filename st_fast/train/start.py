@@ -55,7 +55,7 @@ def taken_over(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> tuple[G
     if with_heads:
         state["heads"] = {key: loaded.model[head_name(key)] for key in drawn.get("heads", {})}
     if start.init_weights == "state":
-        state["optim"] |= _adam(loaded, drawn["optim"], kept, list(state["heads"]) if with_heads else None)
+        state["optim"] |= _moments(loaded, drawn["optim"], kept, list(state["heads"]) if with_heads else None)
     return state, Init(
         path=start.init,
         layout=loaded.layout,
@@ -90,7 +90,7 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     if not config.internal_head:  # one that the model has stays behind
         theirs, found = without_internal_head(theirs, found)
     differing = config.differences(theirs)
-    every = (loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq)
+    every = (loaded.model, loaded.ema, loaded.exp_avg, loaded.exp_avg_sq, loaded.momentum_buffer)
     for tensors in every if only is None else (loaded.model if only == "raw" else loaded.ema,):
         check_finite(tensors, where)
     named = f"{where}: another architecture: {', '.join(differing)}" if differing else where
@@ -106,6 +106,13 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
     if start.init_weights == "state" and not loaded.exp_avg:
         why = f" that can be taken over ({loaded.left_out})" if loaded.left_out else ""
         raise UserError(f"{where}: it has no optimiser state{why}; allowed: init_weights = 'ema' or 'raw'")
+    if start.init_weights == "state":
+        optim, found_here = recipe.optim, {key for key in loaded.momentum_buffer if key in kept}
+        wanted_here = {key for key, tensor in kept.items() if tensor.ndim == 2 and optim.muon_updates(key)}
+        if found_here != wanted_here:
+            told = f"Muon has updated {len(found_here)} of its matrices, and would update {len(wanted_here)} here"
+            keys = f"optim.name = {optim.name!r}, optim.muon_adaln = {str(optim.muon_adaln).lower()}"
+            raise UserError(f"{where}: {told} ({keys}); allowed: init_weights = 'ema' or 'raw'")
     return loaded
 
 
@@ -141,17 +148,18 @@ def _kept(drawn: Mapping[str, Tensor], fresh: tuple[str, ...]) -> dict[str, Tens
     return {key: tensor for key, tensor in drawn.items() if not key.startswith((NULL_CONTEXT, *fresh))}
 
 
-def _adam(
+def _moments(
     loaded: LoadedState, drawn: Mapping[str, Tensor], kept: Iterable[str], trained_heads: Iterable[str] | None
 ) -> dict[str, Tensor]:
-    """AdamW's state of the trunk that is kept and, where there are any, of the heads that are."""
+    """AdamW's and Muon's state of the trunk that is kept and, where there are any, of the heads that are."""
     taken = {"model": {key: key for key in kept}}
     if trained_heads is not None:
         taken["heads"] = {key: head_name(key) for key in trained_heads}
     updates = {"model": loaded.updates, "heads": loaded.head_updates}
     found: dict[str, Tensor] = {}
     for part, names in taken.items():
-        for kind, table in (("exp_avg", loaded.exp_avg), ("exp_avg_sq", loaded.exp_avg_sq)):
+        for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            table: Mapping[str, Tensor] = getattr(loaded, kind)
             found |= {f"{part}.{kind}.{key}": table[name] for key, name in names.items() if name in table}
         found[f"{part}.step"] = torch.full_like(drawn[f"{part}.step"], updates[part])
     return found

@@ -107,8 +107,12 @@ class Trainer:
         self.method.heads.to(device)
         if self.shards is not None:
             self.shards.heads(self.method.heads)
-        heads, steps = self.method.heads, stage.steps
-        self.optimizer = Optimizer(self.model, heads, recipe.optim, context.dtype, update, norm, steps)
+        optim, ranks = recipe.optim, context.ranks
+        self.optimizer = Optimizer(
+            self.model, self.method.heads, optim, context.dtype, update, norm, stage.steps, ranks
+        )  # fmt: skip
+        if self.optimizer.muon is not None:
+            context.log.say(f"{stage.name}: {self.optimizer.muon}")
         if average is not None:
             average.follow(self.optimizer.state()["ema"])
         self.ending = Ending(stage.name, self.method, recipe.flow.path, context.ranks, context.log)

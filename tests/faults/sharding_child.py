@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from st_fast.train.parallel import ShardedSum, Shards, gathered
 CONFIG = Model("custom", depth=3, width=24, heads=2, patch=2, channels=3, latent_size=4, num_classes=5)
 """Over 3 ranks; of the heads' sizes 7 does not divide, and 4 leaves the last rank nothing."""
 SETTINGS = Optim(lr=1e-2, weight_decay=0.1, grad_clip=0.5, ema_decay=0.9)
+MUON = replace(SETTINGS, name="muon", muon_split=True, muon_adaln=True, muon_weight_decay=0.2)
+UNEVEN = replace(CONFIG, width=20)
+"""Of whose matrices no rank's rows are as many as another's."""
 MICRO_BATCHES = 2
 EVENTS: list[str] = []
 
@@ -31,17 +35,19 @@ EVENTS: list[str] = []
 class Heads(nn.Module):
     """Heads that are called one by one, as REPA's are, and of which one gets no gradient in the second step."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.projectors = nn.ModuleList(nn.Sequential(nn.Linear(24, 7), nn.SiLU(), nn.Linear(7, 4)) for _ in range(2))
+        self.projectors = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 7), nn.SiLU(), nn.Linear(7, 4)) for _ in range(2)
+        )
 
 
-def model(dtype: torch.dtype) -> SiT:
+def model(dtype: torch.dtype, config: Model) -> SiT:
     choices = {"bias_gradients": "fused"}  # the default on CUDA: a bias is used outside of its layer, and in its block
     if dtype == torch.bfloat16:  # as it may be there, too
         choices["gelu_mlp"] = "fused"
-    found = build(CONFIG, kernels.select(choices, torch.device("cpu")), 0)
+    found = build(config, kernels.select(choices, torch.device("cpu")), 0)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in found.parameters():
@@ -62,14 +68,14 @@ def loss(net: SiT, heads: Heads, rank: int, micro: int, step: int) -> Tensor:
     return velocity.float().square().mean() + sum(head(hidden).float().square().mean() for head in used)
 
 
-def optimizer(net: SiT, heads: Heads, dtype: torch.dtype) -> Optimizer:
-    return Optimizer(net, heads, SETTINGS, dtype, kernels.adamw_ema_, kernels.grad_norm)
+def optimizer(net: SiT, heads: Heads, dtype: torch.dtype, settings: Optim) -> Optimizer:
+    return Optimizer(net, heads, settings, dtype, kernels.adamw_ema_, kernels.grad_norm)
 
 
-def whole(dtype: torch.dtype, count: int) -> tuple[list[float], dict[str, Tensor]]:
+def whole(dtype: torch.dtype, count: int, config: Model, settings: Optim) -> tuple[list[float], dict[str, Tensor]]:
     """Two steps on one rank that sees every rank's samples."""
-    net, heads = model(dtype), Heads()
-    optim, norms = optimizer(net, heads, dtype), []
+    net, heads = model(dtype, config), Heads(config.width)
+    optim, norms = optimizer(net, heads, dtype, settings), []
     for step in range(2):
         for rank in range(count):
             for micro in range(MICRO_BATCHES):
@@ -78,15 +84,17 @@ def whole(dtype: torch.dtype, count: int) -> tuple[list[float], dict[str, Tensor
     return norms, {f"{g}/{k}": t for g, ts in optim.state().items() for k, t in ts.items()}
 
 
-def sharded(dtype: torch.dtype, ranks: Ranks, compiled: bool) -> tuple[list[float], dict[str, Tensor], dict[str, Any]]:
+def sharded(
+    dtype: torch.dtype, ranks: Ranks, compiled: bool, config: Model, settings: Optim
+) -> tuple[list[float], dict[str, Tensor], dict[str, Any]]:
     """The same, each rank with its own samples and its own part of everything; and what was seen on the way."""
-    net, heads = model(dtype), Heads()
+    net, heads = model(dtype, config), Heads(config.width)
     shards = Shards(ranks, None)
     shards.model(net)
     shards.heads(heads)
     if compiled:
         CompiledBlocks(print, dynamic=False).inside(net.blocks)
-    optim = optimizer(net, heads, dtype)
+    optim = optimizer(net, heads, dtype, settings)
     sums, norms = ShardedSum((net, heads)), []
     EVENTS.clear()
     for step in range(2):
@@ -125,11 +133,12 @@ def main(out: Path) -> None:
     trace()
     found = {}
     with process_group("cpu", patience=60) as ranks:
-        for name, dtype, compiled in (
-            ("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("compiled", torch.float32, True),
+        for name, dtype, compiled, *given in (
+            ("float32", torch.float32, False, CONFIG, SETTINGS), ("bfloat16", torch.bfloat16, False, CONFIG, SETTINGS),
+            ("compiled", torch.float32, True, CONFIG, SETTINGS), ("muon", torch.float32, False, UNEVEN, MUON),
         ):  # fmt: skip
-            norms, state, seen = sharded(dtype, ranks, compiled)
-            expected_norms, expected = whole(dtype, ranks.count)
+            norms, state, seen = sharded(dtype, ranks, compiled, *given)
+            expected_norms, expected = whole(dtype, ranks.count, *given)
             worst = max(float((state[k] - t).abs().max() / t.abs().max().clamp_min(1e-3)) for k, t in expected.items())
             same = all(state[k].shape == t.shape and state[k].dtype == t.dtype for k, t in expected.items())
             found[name] = seen | {

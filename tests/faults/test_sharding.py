@@ -44,7 +44,8 @@ def seen(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("case", "norms", "states"), [("float32", 1e-6, 2e-3), ("compiled", 1e-6, 2e-3), ("bfloat16", 5e-3, 0.2)]
+    ("case", "norms", "states"),
+    [("float32", 1e-6, 2e-3), ("compiled", 1e-6, 2e-3), ("bfloat16", 5e-3, 0.2), ("muon", 1e-6, 2e-3)],
 )
 def test_shards_hold_what_one_rank_would_hold_after_two_steps(case, norms, states, seen):
     """Also where rows do not divide, where a rank has none of a tensor, and where a head got no gradient."""
@@ -55,10 +56,11 @@ def test_shards_hold_what_one_rank_would_hold_after_two_steps(case, norms, state
 
 
 def test_every_rank_holds_a_third_of_all_but_the_positions_and_counts(seen):
-    for rank in seen:
-        assert rank["float32"]["whole"] == ["ema/pos_embed", "model/pos_embed", "optim/heads.step", "optim/model.step"]
-    shares = [rank["float32"]["share"] for rank in seen]
-    assert sum(shares) == pytest.approx(1) and max(shares) < 0.335
+    for case, most in (("float32", 0.335), ("muon", 0.351)):  # of 20 rows 7
+        for rank in seen:
+            assert rank[case]["whole"] == ["ema/pos_embed", "model/pos_embed", "optim/heads.step", "optim/model.step"]
+        shares = [rank[case]["share"] for rank in seen]
+        assert sum(shares) == pytest.approx(1) and max(shares) < most
 
 
 def test_gradients_are_reduced_once_a_step_in_the_last_micro_batch_only(seen):
@@ -95,6 +97,41 @@ def test_sharded_ranks_train_as_one_does(count, accumulation, again, recipe, alo
     )
     assert finish(nursery.start(count, recipe, *options), timeout=LONG) == [0] * count
     close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone, "train"))
+
+
+MUON = ("--optim.name=muon", "--optim.muon_lr=5e-3", "--optim.muon_split=true")
+
+
+@pytest.mark.parametrize(("count", "options"), [(2, ()), (4, ()), (2, (SHARDED,)), (4, (SHARDED,))])
+def test_muon_shares_its_work_among_ranks_and_trains_as_one_does(count, options, recipe, alone_with_muon, nursery):
+    assert finish(nursery.start(count, recipe, *MUON, *options), timeout=LONG) == [0] * count
+    close(tiny.records(recipe.parent / "out", "train"), tiny.records(alone_with_muon, "train"))
+
+
+@pytest.fixture(scope="module")
+def alone_with_muon(data, tmp_path_factory) -> Path:
+    """The run folder of one rank."""
+    home = tmp_path_factory.mktemp("muon")
+    recipe, kept = tiny.write_recipe(home / "t.toml", data, home / "out"), Nursery(home)
+    assert finish(kept.start(1, recipe, *MUON), timeout=LONG) == [0]
+    kept.close()
+    return home / "out"
+
+
+@pytest.mark.parametrize("options", [(), (SHARDED,)])
+def test_muon_on_two_ranks_goes_on_bit_for_bit(options, data, tmp_path, nursery):
+    ends = []
+    for name, parts in (("whole", (8,)), ("parts", (3, 8))):
+        home = tmp_path / name
+        home.mkdir()
+        recipe = tiny.write_recipe(home / "t.toml", data, home / "out")
+        recipe.write_text(recipe.read_text()[: recipe.read_text().rindex("[[stage]]")])
+        for steps in parts:
+            ranks = nursery.start(2, recipe, *MUON, *options, f"--stage.align.steps={steps}")
+            assert finish(ranks, timeout=LONG) == [0, 0]
+        ends.append(checkpoint.load(home / "out" / "align" / "checkpoints" / "00000008").groups)
+    assert all(torch.equal(ends[1][group][key], t) for group, tensors in ends[0].items() for key, t in tensors.items())
+    assert sum("momentum_buffer" in key for key in ends[0]["optim"]) == 12
 
 
 @pytest.mark.parametrize("stage", [SRA_STAGE, DUAL_STAGE])

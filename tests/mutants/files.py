@@ -57,6 +57,7 @@ FILES = (
     File("st_fast/train/conditions.py", ("train/test_text.py", GOLDEN)),
     File("st_fast/train/optim.py", ("train/test_adamw.py", "train/supervision/test_self_methods.py", GOLDEN, TRUTH)),
     File("st_fast/train/adamw.py", ("train/test_adamw.py", TRUTH)),
+    File("st_fast/train/muon.py", ("train/test_muon.py", "faults/test_sharding.py")),
     File("st_fast/train/early_stop.py", ("train/supervision/test_early_stop.py",)),
     File("st_fast/train/supervision/__init__.py", METHODS),
     File("st_fast/train/supervision/layer_sync.py", METHODS),

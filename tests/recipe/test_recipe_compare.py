@@ -42,6 +42,7 @@ MATHS = {
     *(f"optim.{key}" for key in ("batch_size", "lr", "warmup_steps", "betas", "eps", "weight_decay", "grad_clip")),
     *("optim.schedule", "optim.decay_steps", "optim.lr_end"),
     *(
+        "optim.name",
         "optim.reduction",
         "optim.ema_decay",
         "optim.ema_warmup",
@@ -50,6 +51,7 @@ MATHS = {
         "run.precision",
         "run.fp8",
     ),
+    *(f"optim.muon_{key}" for key in ("lr", "adjust", "momentum", "weight_decay", "split", "adaln", "precision")),
 }
 """Written out by hand: a new key of the schema must be put on one side or the other."""
 

@@ -29,6 +29,8 @@ class LoadedState:
     exp_avg: Table = field(default_factory=dict)
     exp_avg_sq: Table = field(default_factory=dict)
     """AdamW's running means for the trained keys; both empty where the file has no optimiser state."""
+    momentum_buffer: Table = field(default_factory=dict)
+    """Muon's, for the keys that it updates in AdamW's place."""
     updates: int = 0
     """AdamW's count of updates."""
     head_updates: int = 0
