@@ -180,6 +180,8 @@ GOALS = (
          ("times_plain",), most=0.7),
     Goal("cpu", "SiT-S/2, batch 16, SPRINT's step over a plain one (FLOPs: 0.50×)", "methods", {"stage": "SPRINT"},
          ("times_plain",), most=0.55),
+    Goal("cpu", "SiT-S/2, batch 8, a step with Muon over one with AdamW (FLOPs: 1.47×)", "methods",
+         {"stage": "plain, Muon", "batch": 8}, ("times_plain",), most=1.06),
     Goal("cpu", "attention within groups of 256 and 1024 tokens, forward + backward, against a mask",
          "separated attention", {}, ("speedup", "masked"), 1.0),
     Goal("cpu", "MMDiT-6/2, stage 2 in SiT's t-range, against the published loop", "step",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.machine import Suite, Task
 from bench.measure import Effort, Row, Stopwatch, Variant, WrongResult, interleave, noise, paired, paired_ratio, total
@@ -123,16 +124,31 @@ def methods(suite: Suite) -> Iterator[Task]:
     for stage in (*OF_ITS_OWN, *ROUTES):
         batch = 2 if suite.small else 16 if stage in ROUTES else 8
         setup = Setup("S/2", stage, batch, suite.device, **sizes)
-        yield setup.label, partial(measure_method, setup, effort)
+        yield setup.label, partial(measure_method, setup, effort, stage)
+    for batch in (2,) if suite.small else (8, 32):
+        for name, options in MUON.items():
+            setup = Setup("S/2", "plain", batch, suite.device, **sizes, options=options)
+            yield f"{setup.label}, {name}", partial(measure_method, setup, effort, name)
 
 
-def measure_method(setup: Setup, effort: Effort) -> Row:
-    """A step's time over that of a plain one in turns, and its floor: the same of their FLOPs."""
+MUON = {
+    "plain, Muon": ("--optim.name=muon",),
+    "plain, Muon in bf16": ("--optim.name=muon", "--optim.muon_precision=bf16"),
+}
+
+
+def measure_method(setup: Setup, effort: Effort, name: str) -> Row:
+    """A step's time over that of a plain one in turns, and its floor: the same of their FLOPs, Muon's products among
+    them."""
     with ExitStack() as loops:
-        method, plain = (loops.enter_context(ours(one)) for one in (setup, replace(setup, stage="plain")))
+        both = setup, replace(setup, stage="plain", options=())
+        method, plain = (loops.enter_context(ours(one)) for one in both)
         found = paired(method, plain, "plain", setup.device, effort, block=1)
+        with FlopCounterMode(display=False) as update:
+            method.trainer.optimizer.update()
+        flops = method.flops + update.get_total_flops()
         return {
-            "size": setup.size, "stage": setup.stage, "batch": setup.batch, "tokens": setup.tokens,
-            "times_plain": found["speedup"], "floor": method.flops / plain.flops, "ms": found["ms"],
+            "size": setup.size, "stage": name, "batch": setup.batch, "tokens": setup.tokens,
+            "times_plain": found["speedup"], "floor": flops / plain.flops, "ms": found["ms"],
             "noise": found["noise"], "rounds": found["rounds"],
         }  # fmt: skip
