@@ -187,11 +187,11 @@ class Muon:
             mixed = _views(flat, params)
             torch._foreach_lerp_(momentum, mixed, [finite * (1 - settings.muon_momentum)] * len(at))
             torch._foreach_lerp_(mixed, momentum, settings.muon_momentum)
-            updates = _views(self._directions(flat.to(self._dtype), owners).float(), params)
+            updates = _views(self._directions(flat.to(self._dtype), owners), params)
             if settings.muon_weight_decay > 0:
                 torch._foreach_mul_(params, 1 - rate * settings.muon_weight_decay)
             for param, update, factor in zip(params, updates, (rate * factors).unbind(), strict=True):
-                param.addcmul_(update, factor, value=-1)
+                param.addcmul_(update.float(), factor, value=-1)
             averages = [emas[i] for i in at]
             update_emas(params, averages, step, grad_norm, settings.ema_decay, settings.ema_warmup)
             if copies:

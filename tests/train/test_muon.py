@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast import kernels
 from st_fast.convert.__main__ import main as convert
@@ -160,6 +161,22 @@ def test_every_matrix_of_a_batch_is_orthogonalised_as_exactly_as_torch_does_it(r
         expected = exact(x)
         error, theirs = ((found.double() - expected).norm() / expected.norm() for found in (one, torchs))
         assert error <= max(2 * theirs, 5e-6)  # a thousandth of bfloat16's rounding
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "products"),
+    [
+        ((12, 384, 1536), torch.float32, 60),  # x·xᵀ and what it makes of x twice, 14 products of the short side
+        ((12, 1152, 384), torch.float32, 52),
+        ((12, 384, 384), torch.float32, 30),
+        ((5, 384, 1536), torch.bfloat16, 90),
+    ],
+)
+def test_a_long_matrix_takes_its_steps_on_its_short_side_in_float32(shape, dtype, products):
+    """In FLOPs over 384³ a matrix: 30 of a square one, and torch's 70 and 90 of the long ones."""
+    with FlopCounterMode(display=False) as found:
+        orthogonalized(torch.empty(shape, device="meta", dtype=dtype))
+    assert found.get_total_flops() == products * shape[0] * 384**3
 
 
 def test_no_gradient_is_no_direction():
