@@ -84,7 +84,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, or Muon for matrices (keys `muon_…`, docs/memory.md), with clipping and a weight average (EMA).
+    """AdamW, or Muon for matrices (keys `muon_…`, docs/training.md), with clipping and a weight average (EMA).
 
     The global batch is what an update sees, however it is split."""
 

@@ -201,13 +201,13 @@ def test_a_fused_matrix_that_is_split_moves_as_its_parts_alone(name, shape, part
     assert parts_of(name, *shape) == parts
     settings = replace(SETTINGS, muon_split=True, muon_adjust=adjust, grad_clip=0.0)
     ours, alone = weight.clone(), [nn.Parameter(part.clone()) for part in weight.chunk(parts)]
-    ema = weight.clone()
+    ema, rate = weight.clone(), torch.tensor(settings.muon_lr)
     one = Muon([name], [ours], settings, None)
     rival = torch.optim.Muon(
         alone, settings.muon_lr, settings.muon_weight_decay, settings.muon_momentum, adjust_lr_fn=adjust
     )
     for grad in grads:
-        one.update([ours], [grad], one.momentum_buffers, [ema], [], grad.norm(), torch.tensor(settings.muon_lr))
+        one.update([ours], [grad], one.momentum_buffers, [ema], [], torch.ones(()), grad.norm(), rate)
         for parameter, part in zip(alone, grad.chunk(parts), strict=True):
             parameter.grad = part
         rival.step()
@@ -215,21 +215,26 @@ def test_a_fused_matrix_that_is_split_moves_as_its_parts_alone(name, shape, part
     whole = weight.clone()
     fused = Muon([name], [whole], replace(settings, muon_split=False), None)
     for grad in grads:
-        fused.update([whole], [grad], fused.momentum_buffers, [ema], [], grad.norm(), torch.tensor(settings.muon_lr))
+        fused.update([whole], [grad], fused.momentum_buffers, [ema], [], torch.ones(()), grad.norm(), rate)
     assert torch.allclose(whole, ours, rtol=0, atol=1e-5) == (parts == 1)
 
 
 SPRINT = replace(MODEL, depth=4, fusion_first=1, fusion_last=3)
+MODERN = replace(
+    MODEL, mlp="swiglu", norm="rms_affine", position="both", qk_norm="rms", value_residual=True, registers=2
+)  # fmt: skip
 TEXT = replace(MODEL, network="mmdit", num_classes=1000, text_width=6, text_length=7)
 
 
 @pytest.mark.parametrize("adaln", [False, True])
-@pytest.mark.parametrize("model", [MODEL, SPRINT, TEXT], ids=["sit", "fusion", "mmdit"])
+@pytest.mark.parametrize("model", [MODEL, SPRINT, MODERN, TEXT], ids=["sit", "fusion", "modern", "mmdit"])
 def test_it_has_the_matrices_within_the_blocks_and_a_fusions_and_recipes_count_them(model, adaln):
     settings = replace(SETTINGS, muon_adaln=adaln)
     found = network(model)
     names = muon.updated(found, settings)
     layers = (*BLOCK, *["adaLN_modulation.1"] * adaln)
+    if model is MODERN:
+        layers = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3", *layers[4:])
     if model is TEXT:
         expected = [f"joint_blocks.0.{side}_block.{layer}" for side in ("context", "x") for layer in layers]
         expected += [f"joint_blocks.1.x_block.{layer}" for layer in layers]
@@ -268,20 +273,22 @@ def test_a_step_that_is_not_finite_changes_no_bit_and_the_next_one_is_as_if_it_h
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
-def test_in_bfloat16_the_masters_move_and_average_and_copies_follow():
+@pytest.mark.parametrize("warmup", [False, True])
+def test_in_bfloat16_the_masters_move_and_averages_and_copies_follow(warmup):
     model = network()
-    ours = optimizer(model, dtype=torch.bfloat16)
+    ours = optimizer(model, replace(SETTINGS, ema_warmup=warmup, ema_decays=(0.6,)), torch.bfloat16)
     name = "blocks.0.mlp.fc2.weight"
-    average = ours.state()["ema"][name].clone()
+    averages = {"ema": (0.97, ours.state()["ema"][name].clone()), "ema-0.6": (0.6, ours.state()["ema"][name].clone())}
     for step in range(3):
         for parameter in ours.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
         ours.update()
         master = ours.state()["model"][name]
-        average += (1 - 0.97) * (master - average)
+        for group, (decay, average) in averages.items():
+            average += max(1 - decay, 9 / (10 + step) if warmup else 0.0) * (master - average)
+            torch.testing.assert_close(ours.state()[group][name], average, rtol=1e-6, atol=1e-8)
         assert master.dtype == torch.float32 and model.get_parameter(name).dtype == torch.bfloat16
         assert torch.equal(model.get_parameter(name).detach(), master.bfloat16())
-        torch.testing.assert_close(ours.state()["ema"][name], average, rtol=1e-6, atol=1e-8)
     optim = ours.state()["optim"]
     assert optim[f"model.momentum_buffer.{name}"].dtype == torch.float32
     assert f"model.exp_avg.{name}" not in optim and "model.exp_avg.blocks.0.mlp.fc2.bias" in optim
