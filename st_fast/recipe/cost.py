@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from st_fast.recipe.batch import images_a_pass, possible_passes, with_passes_of
 from st_fast.recipe.methods import Method, dinov2_size
-from st_fast.recipe.schema import Model, Optim, Recipe, Run, Sample, Stage
+from st_fast.recipe.muon_cost import muon_flops, muon_parameters
+from st_fast.recipe.schema import Model, Recipe, Run, Sample, Stage
 from st_fast.recipe.times import shifted, time_cdf, with_shift
 from st_fast.recipe.token_cost import (
     grouped_bytes,
@@ -142,7 +143,8 @@ def stage_cost(recipe: Recipe, stage: Stage, encoders: float | None = None) -> S
 def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, cost: StageCost | None = None) -> float:
     """FLOPs of the steps first … last − 1 of a stage, over the global batch; supervision or a route may end midway.
 
-    cost: of an image, where it is not `stage_cost`'s of the recipe.
+    Muon's products are among them, other updates are not. cost: of an image, where it is not `stage_cost`'s of the
+    recipe.
     """
     cost = cost or stage_cost(recipe, stage)
     stop = min(last, stage.method.stop_step or last)
@@ -150,7 +152,8 @@ def stage_flops(recipe: Recipe, stage: Stage, first: int, last: int, cost: Stage
     steps, supervised = last - first, max(0, stop - first)
     student = cost.student * steps + cost.dense_student * max(0, last - dense)
     heads = cost.heads * supervised + cost.dense_heads * max(0, stop - dense)
-    return recipe.optim.batch_size * (student + heads + cost.teacher * supervised)
+    updates = steps * muon_flops(recipe.for_stage(stage).model, recipe.optim)
+    return recipe.optim.batch_size * (student + heads + cost.teacher * supervised) + updates
 
 
 def comparison_flops(recipe: Recipe, stage: Stage, encoders: float | None = None, step: int = 0) -> float:
@@ -253,14 +256,6 @@ def saved_bytes(recipe: Recipe, ranks: int) -> int:
         ) // shards
         for model, method in stages
     )  # fmt: skip
-
-
-def muon_parameters(model: Model, optim: Optim) -> int:
-    """Parameters that Muon updates: matrices without their biases."""
-    blocks = [layer for last in range(model.depth) for layer in model.block_layers(last == model.depth - 1)]
-    named = [(f"blocks.{layer.name}", layer) for layer in blocks]
-    named += [(f"{layer.name}.weight", layer) for layer in model.fusion_layers]
-    return sum(layer.inputs * layer.outputs for name, layer in named if optim.muon_updates(name))
 
 
 def head_parameters(model: Model, method: Method) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks, rows, sharded
+from st_fast.recipe.muon_cost import fused
 from st_fast.recipe.schema import Optim
 from st_fast.train.adamw import clip_factor, update_emas
 
@@ -78,13 +79,6 @@ def updated(module: nn.Module, settings: Optim) -> list[str]:
     if not names:
         raise UserError(f"optim.name = 'muon': none of the model's {len(trained)} trained matrices lies in a block")
     return names
-
-
-def parts_of(name: str, height: int, width: int) -> int:
-    """How many matrices are fused, row by row, in the weight of this name: q, k, v; adaLN's vectors; SwiGLU's two."""
-    if ".adaLN_modulation." in name:
-        return height // width
-    return 3 if ".attn.qkv." in name else 2 if ".mlp.w12." in name else 1
 
 
 def orthogonalized(x: Tensor) -> Tensor:
@@ -148,7 +142,7 @@ class Muon:
         precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
         self._dtype = precision.get(settings.muon_precision, precision["bf16" if first.is_cuda else "fp32"])
         matrices = [
-            Matrix(at, height, width, parts_of(name, height, width) if settings.muon_split else 1)
+            Matrix(at, height, width, fused(name, width, height) if settings.muon_split else 1)
             for at, (name, (height, width)) in enumerate(zip(names, (m.shape for m in masters), strict=True))
         ]
         self._rounds = shared_out(matrices, self._count, self._count * ROUND[first.device.type])

@@ -16,6 +16,7 @@ from st_fast.data.loader import Loader, make_loader
 from st_fast.kernels.heap import GrowthLimit
 from st_fast.recipe import Recipe, cost
 from st_fast.recipe.batch import images_a_pass
+from st_fast.recipe.muon_cost import muon_flops
 from st_fast.recipe.schema import Stage
 from st_fast.train import graphs, memory
 from st_fast.train.batches import BatchIterator, Lookahead
@@ -233,7 +234,9 @@ class Reporter:
         spent = self.cost(step)
         values["lr"] = float(self._trainer.optimizer.rate(torch.tensor(readings.updates)))
         values["images_per_s"] = (step - self._step) * context.recipe.optim.batch_size / elapsed
-        values["mfu"] = (spent["flops"] - self._flops) / elapsed / (context.rate * context.ranks.count)
+        of_updates = (step - self._step) * muon_flops(self._trainer.model.config, context.recipe.optim)
+        of_model = spent["flops"] - self._flops - of_updates
+        values["mfu"] = of_model / elapsed / (context.rate * context.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed
         values["peak_gib"] = round(memory.peak_bytes(context.ranks.device) / 2**30, 3)
         eta = (stage.steps - step) * elapsed / max(step - self._step, 1)

@@ -182,3 +182,20 @@ def test_larger_pictures_have_as_many_tokens_and_the_published_rates(
     assert (model.latent_shape, model.grid, model.tokens, model.class_dropout) == (shape, (32, 32), 1024, 0.1)
     assert (optim.batch_size, optim.lr, optim.betas, optim.weight_decay) == (256, 1e-4, betas, 0.0)
     assert (optim.ema_decay, stage.steps, recipe.sample.cfg_scale) == (0.9999, steps, 1.5)
+
+
+def test_the_modern_recipe_is_speedrundits_but_for_its_encoder() -> None:
+    recipe = load(RECIPES / "sit_modern_b.toml", ranks=8)
+    model, optim, (stage,) = recipe.model, recipe.optim, recipe.stages
+    assert (model.depth, model.width, model.heads, model.tokens, model.channels) == (12, 768, 12, 256, 32)
+    assert (model.norm, model.position, model.qk_norm, model.value_residual) == ("rms", "both", "rms", True)
+    assert (model.mlp, model.qkv_bias, model.class_dropout) == ("gelu", True, 0.1)
+    assert (optim.batch_size, optim.lr, optim.betas, optim.ema_decay) == (256, 1e-4, (0.9, 0.999), 0.9999)
+    assert (optim.name, optim.muon_lr, optim.muon_adjust, optim.muon_weight_decay) == ("muon", 1e-3, "original", 0.0)
+    assert (recipe.flow.time, recipe.flow.shift, recipe.sample.shift, recipe.sample.cfg_scale) == (
+        "uniform", "auto", "auto", 1.0,
+    )  # fmt: skip
+    route = stage.routing
+    assert (route.route, route.rate, route.route_first, route.route_last) == ("sprint", 0.75, 2, 10)
+    assert (route.path_drop, route.route_select, stage.contrastive.contrast) == (0.05, "random", 0.05)
+    assert isinstance(stage.method, InternalGuidance) and stage.method.depth == 2 and stage.steps == 400_000

@@ -17,10 +17,10 @@ from st_fast.convert.__main__ import main as convert
 from st_fast.core import checkpoint
 from st_fast.core.errors import UserError
 from st_fast.model import build, stored
-from st_fast.recipe import RecipeError, cost, load
+from st_fast.recipe import RecipeError, cost, load, muon_cost
 from st_fast.recipe.schema import Model, Optim
 from st_fast.train import muon
-from st_fast.train.muon import Matrix, Muon, orthogonalized, parts_of, shared_out
+from st_fast.train.muon import Matrix, Muon, orthogonalized, shared_out
 from st_fast.train.optim import Optimizer
 from st_fast.train.run import run
 from tests import tiny
@@ -198,7 +198,7 @@ def test_no_gradient_is_no_direction():
 def test_a_fused_matrix_that_is_split_moves_as_its_parts_alone(name, shape, parts, adjust, in_float32):
     torch.manual_seed(3)
     weight, grads = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
-    assert parts_of(name, *shape) == parts
+    assert muon_cost.fused(name, shape[1], shape[0]) == parts
     settings = replace(SETTINGS, muon_split=True, muon_adjust=adjust, grad_clip=0.0)
     ours, alone = weight.clone(), [nn.Parameter(part.clone()) for part in weight.chunk(parts)]
     ema, rate = weight.clone(), torch.tensor(settings.muon_lr)
@@ -243,8 +243,8 @@ def test_it_has_the_matrices_within_the_blocks_and_a_fusions_and_recipes_count_t
         expected = [f"blocks.{number}.{layer}" for number in range(model.depth) for layer in layers]
         expected += ["fusion_proj"] * (model is SPRINT)
     assert sorted(names) == sorted(f"{name}.weight" for name in expected)
-    assert cost.muon_parameters(model, settings) == sum(found.get_parameter(name).numel() for name in names)
-    assert cost.muon_parameters(model, Optim()) == 0 and muon.updated(found, Optim()) == []
+    assert muon_cost.muon_parameters(model, settings) == sum(found.get_parameter(name).numel() for name in names)
+    assert muon_cost.muon_parameters(model, Optim()) == 0 and muon.updated(found, Optim()) == []
     frozen = found.get_parameter(names[0]).requires_grad_(False)
     assert frozen.ndim == 2 and muon.updated(found, settings) == names[1:]
 
@@ -414,10 +414,31 @@ def test_a_model_without_a_matrix_in_a_block_is_told_in_one_line():
     assert str(caught.value) == "optim.name = 'muon': none of the model's 1 trained matrices lies in a block"
 
 
+@pytest.mark.parametrize("options", [{}, {"muon_split": True, "muon_adaln": True}], ids=str)
+@pytest.mark.parametrize("model", [MODERN, TEXT, SPRINT], ids=lambda model: model.network)
+def test_its_flops_are_those_of_torchs_products(model, options):
+    settings = replace(SETTINGS, **options)
+    found = network(model)
+    with FlopCounterMode(display=False) as counter:
+        for name in muon.updated(found, settings):
+            weight = found.get_parameter(name).detach()
+            parts = muon_cost.fused(name, weight.shape[1], weight.shape[0]) if settings.muon_split else 1
+            for part in weight.chunk(parts):
+                torch.optim._muon._zeropower_via_newtonschulz(part, muon.COEFFICIENTS, muon.STEPS, muon.EPS)
+    assert counter.get_total_flops() == muon_cost.muon_flops(model, settings) > 0
+    assert muon_cost.muon_flops(model, Optim()) == 0
+
+
+def test_an_update_counts_beside_the_step(recipe):
+    ours, theirs = load(recipe), load(recipe, ADAMW)
+    more = cost.stage_flops(ours, ours.stages[0], 2, 7) - cost.stage_flops(theirs, theirs.stages[0], 2, 7)
+    assert more == pytest.approx(5 * muon_cost.muon_flops(ours.model, ours.optim))
+
+
 def test_its_state_takes_four_bytes_less_a_parameter(recipe):
     """In memory and in checkpoints, of what AdamW takes."""
     ours, theirs = load(recipe), load(recipe, ADAMW)
-    count = cost.muon_parameters(ours.model, ours.optim)
+    count = muon_cost.muon_parameters(ours.model, ours.optim)
     assert count == 3 * 12 * 32 * 32
     assert cost.saved_bytes(theirs, 1) - cost.saved_bytes(ours, 1) == 4 * count
     (before, same), (after, as_before) = (cost.memory_bytes(one, 1, False) for one in (theirs, ours))
