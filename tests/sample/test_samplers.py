@@ -229,6 +229,7 @@ def test_batches_of_samples_hold_each_sample_once_without_a_gradient():
     class Model_(Labelled):
         config = Model("custom", channels=2, latent_size=4, num_classes=5)
         pos_embed = torch.zeros(1, requires_grad=True)
+        device = torch.device("cpu")
 
         def __call__(self, x, t, labels):
             return super().__call__(x, t, labels)[0] + self.pos_embed, None

@@ -34,6 +34,7 @@ SETTING = program.Setting(
     lr=0.0, warmup=0, betas=(0.0, 0.0), eps=0.0, decay=0.0, clip=0.0, ema=0.0,
 )  # fmt: skip
 CPU = torch.device("cpu")
+DIRECTION = 0.3
 
 
 def made(depth: int) -> tuple[Step, Repa, NoisyBatch]:
@@ -43,6 +44,7 @@ def made(depth: int) -> tuple[Step, Repa, NoisyBatch]:
     supervision = create(stage, Parts(MODEL, TABLE, None, feature_widths=(6,)), seed=1)
     fill(supervision.heads, 4)
     step = object.__new__(Step)
+    step.direction = DIRECTION
     step.model, step.supervision = fill(build(MODEL, TABLE, 3), 3), supervision
     step.model.pos_embed.data.copy_(program.positions(MODEL.width, 2))
     step.recipe = Recipe(MODEL, (stage,), optim=Optim(batch_size=BATCH))
@@ -58,7 +60,9 @@ def true_gradients(step: Step, depth: int, batch: NoisyBatch, t: float) -> tuple
     times = torch.full((BATCH,), t, dtype=torch.float64)
     x_t, velocity = program.path(SETTING, batch.x, batch.noise, times)
     predicted, streams = program.network(SETTING, weights, x_t, times, batch.student_condition)
-    denoise = (predicted - velocity).square().mean()
+    lengths = predicted.square().sum(1).sqrt() * velocity.square().sum(1).sqrt()
+    off = (1 - (predicted * velocity).sum(1) / lengths).mean()
+    denoise = (predicted - velocity).square().mean() + DIRECTION * off  # both are asked of the velocity
     aux = program.minus_cosine(program.mlp(heads, "projectors.0", streams[depth]), batch.features[0].flatten(1, 2))
     pair = (torch.autograd.grad(loss, streams[depth], retain_graph=True)[0] for loss in (denoise, aux.mean()))
     return tuple(gradient.numpy() for gradient in pair)
