@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -430,3 +431,43 @@ def test_a_start_that_is_not_there_is_told_with_its_key(recipe, tmp_path):
 def test_the_other_keys_need_an_init(recipe):
     with pytest.raises(RecipeError, match="without init nothing is read"):
         load(recipe, ["--stage.plain.init=", "--stage.plain.init_heads=match"])
+
+
+MODERN = (
+    "--model.norm=rms_affine", "--model.position=rope", "--model.mlp=relu2", "--model.qk_norm=rms",
+    "--model.qkv_bias=false", "--model.value_residual=true", "--model.registers=2",
+)  # fmt: skip
+
+
+def test_a_modern_network_is_saved_resumed_and_read_as_it_was(data, tmp_path):
+    path = tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "whole")
+    run(load(path, MODERN))
+    stopped = [*MODERN, f"--run.out={tmp_path / 'stopped'}"]
+    run(load(path, [*stopped, "--stage.transcend.steps=4"]))
+    run(load(path, stopped))
+    whole, resumed = (
+        checkpoint.latest(tmp_path / name / "transcend" / "checkpoints", print) for name in ("whole", "stopped")
+    )
+    for group, tensors in whole.groups.items():
+        assert all(torch.equal(tensor, resumed.groups[group][key]) for key, tensor in tensors.items()), group
+    loaded = read_model(tmp_path / "whole", print).loaded
+    assert loaded.config.architecture() == load(path, MODERN).model.architecture()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--model.norm=rms", "norm layer (this recipe: rms)"),
+        ("--model.position=both", "position sincos (this recipe: both)"),
+        ("--model.mlp=relu2", "mlp gelu (this recipe: relu2)"),
+        ("--model.value_residual=true", "value_residual False (this recipe: True)"),
+    ],
+)
+def test_an_option_that_differs_is_named_though_no_shape_tells_it(data, tmp_path, option, words):
+    path = tiny.write_recipe(tmp_path / "t.toml", data, tmp_path / "out")
+    run(load(path, ["--stage.align.steps=1", "--stage.transcend.steps=1"]))
+    for key, where in (("init", "align"), ("teacher", "transcend")):
+        place = f"{tmp_path / 'out' / 'align'}"
+        with pytest.raises(UserError, match=re.escape(f"another architecture: {words}")) as error:
+            run(load(path, [option, f"--run.out={tmp_path / key}", f"--stage.{where}.{key}={place}"]))
+        assert "\n" not in str(error.value)
