@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def section(name: str, content: Content, brief: bool) -> str:
     """One part of a device: its machine, its tables, and what failed."""
     part, rows, machine = _part(name), content[name]["rows"], content[name]["machine"]
     shown = [{"key": key, **row} for key, row in rows.items() if "error" not in row]
-    body = [part.shown(shown, brief) if shown else "", remarks(rows, machine)]
+    wanted = goals(machine["kind"], content, machine["device"], of_ops=True) if name == OPS else ""
+    body = [wanted, part.shown(shown, brief) if shown else "", remarks(rows, machine)]
     return "\n\n".join([f"**{part.title}.** {machine_line(machine, rows)}", *filter(None, body)])
 
 
@@ -99,13 +101,31 @@ def device_tables(content: Content, brief: bool) -> str:
     return "\n\n".join([f"### {machine['device']}", *texts])
 
 
-def goals(kind: str, content: Content, device: str = "", predicted: Mapping[str, Content] | None = None) -> str:
+OPS = "kernels"
+"""The part whose goals stand beside its tables, and in the README as a sentence."""
+
+
+def ops_in_short(kind: str, content: Content, device: str) -> str:
+    """How many goals of ops there are, and what became of them."""
+    chosen = [goal for goal in GOALS if goal.part == OPS and goal.kind == kind and goal.applies(device)]
+    verdicts = Counter(goal.verdict(goal.figures(content)) for goal in chosen)
+    told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    return f"Of {len(chosen)} goals of single ops: {told} ([each](bench/README.md#speed))."
+
+
+def goals(
+    kind: str, content: Content, device: str = "", predicted: Mapping[str, Content] | None = None,
+    of_ops: bool | None = None,
+) -> str:  # fmt: skip
     """Every goal for such a device with what was measured, on GPUs beside what was predicted.
 
     device: its name, "" where none was measured: then the goals for all devices of the kind, with all predictions.
+    of_ops: only those of single ops, or only the others.
     """
     lines = []
     for goal in GOALS:
+        if of_ops is not None and (goal.part == OPS) != of_ops:
+            continue
         if goal.kind == kind and goal.applies(device):
             figures, foreseen = goal.figures(content), _foreseen(goal, device, predicted or {})
             value = goal.worst(figures)
@@ -142,13 +162,17 @@ def floors(content: Content) -> str:
 
 
 def all_goals(folder: Path) -> str:
-    """The goals of every device. Kinds of devices without any figures are named, with the command for them."""
+    """The goals of every device, those of single ops in short.
+
+    Kinds of devices without any figures are named, with the command for them.
+    """
     foreseen, texts, kinds = store.load(folder / PREDICTION).get("devices", {}), [], set()
     for content in map(store.load, store.files(folder)):
         machine = next(iter(content.values()))["machine"]
         kinds.add(machine["kind"])
-        shown = goals(machine["kind"], content, machine["device"], foreseen)
-        notes = " ".join(filter(None, [NOT_JUDGED if "not judged" in shown else "", floors(content)]))
+        shown = goals(machine["kind"], content, machine["device"], foreseen, of_ops=False)
+        ops = ops_in_short(machine["kind"], content, machine["device"])
+        notes = " ".join(filter(None, [ops, NOT_JUDGED if "not judged" in shown + ops else "", floors(content)]))
         texts.append("\n\n".join(filter(None, [f"### {machine['device']}", shown, notes])))
     for kind in NAMES:
         if kind not in kinds:
