@@ -113,6 +113,11 @@ def _fitting(recipe: Recipe, stage: Stage, drawn: Groups, say: Say) -> LoadedSta
             told = f"Muon has updated {len(found_here)} of its matrices, and would update {len(wanted_here)} here"
             keys = f"optim.name = {optim.name!r}, optim.muon_adaln = {str(optim.muon_adaln).lower()}"
             raise UserError(f"{where}: {told} ({keys}); allowed: init_weights = 'ema' or 'raw'")
+        warmup = max(optim.warmup_steps - loaded.updates, 0)  # what is left of it, which the recipe alone can't tell
+        if optim.schedule != "constant" and stage.steps < (least := warmup + max(optim.decay_steps, 1)):
+            told = f"after its {loaded.updates} updates {warmup} steps of warm-up are left, and at least "
+            told += f"{max(optim.decay_steps, 1)} of decay follow (optim.schedule = {optim.schedule!r})"
+            raise UserError(f"{where}: {told}; stage.{stage.name}.steps = {stage.steps}, at least {least} are needed")
     return loaded
 
 

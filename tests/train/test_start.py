@@ -328,6 +328,24 @@ def test_a_schedule_spans_the_stages_own_steps_whose_state_begins_elsewhere_also
         assert all(torch.equal(tensor, resumed.groups[group][name]) for name, tensor in tensors.items()), group
 
 
+@pytest.mark.parametrize(("schedule", "decay", "least"), [("cosine", 0, 11), ("wsd", 3, 13)])
+def test_a_schedule_is_refused_whose_stage_begins_within_a_warm_up_that_outlasts_it(
+    schedule, decay, least, data, tmp_path
+):
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
+    text = recipe.read_text()
+    recipe.write_text(text[: text.rindex("[[stage]]")])
+    run(load(recipe, ["--optim.warmup_steps=20"]))
+    recipe.write_text(recipe.read_text() + f'init = "{tmp_path / "out" / "align"}"\ninit_weights = "state"\n')
+    options = [f"--run.out={tmp_path / 'next'}", "--optim.warmup_steps=20"]
+    with pytest.raises(UserError) as refusal:
+        run(load(recipe, [*options, f"--optim.schedule={schedule}", f"--optim.decay_steps={decay}"]))
+    assert (
+        f"after its 10 updates 10 steps of warm-up are left, and at least {max(decay, 1)} of decay follow "
+        f"(optim.schedule = '{schedule}'); stage.align.steps = 10, at least {least} are needed"
+    ) in str(refusal.value)
+
+
 def test_further_averages_are_kept_resumed_started_from_and_drawn_from_by_their_decay(data, tmp_path):
     recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
     text = recipe.read_text()
