@@ -234,7 +234,8 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
         raise wrong_value("run.fp8", run.fp8, '"off", or run.precision = "bf16" on a GPU', why)
     images = images_a_pass(recipe.optim, ranks)
     plans = [plan_of(model, stage) for stage in recipe.stages]
-    tokens = {model.tokens, *(sum(plan.kept) for plan in plans if plan is not None and plan.route is not None)}
+    kept = (sum(plan.kept) for plan in plans if plan is not None and plan.route is not None)
+    tokens = {each + model.registers for each in (model.tokens, *kept)}
     sizes = [(f"model.width {model.width}", model.width), (f"the MLP's {model.hidden} channels", model.hidden)]
     sizes += [(f"a micro-batch of {images * each} tokens", images * each) for each in sorted(tokens, reverse=True)]
     for name, size in sizes:

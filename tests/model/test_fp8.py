@@ -125,6 +125,7 @@ def test_what_a_gpu_lacks_is_one_line(capability, library, words, monkeypatch):
          ("run.fp8", "multiple of 16", "72")),
         (["--model.patch=16", "--model.name=custom", "--model.width=64", "--model.heads=1", "--model.depth=16",
           "--optim.micro_batch=2"], ("run.fp8", "multiple of 16", "8 tokens")),
+        (["--model.registers=3", "--optim.micro_batch=4"], ("run.fp8", "multiple of 16", "1036 tokens")),
     ],
 )  # fmt: skip
 def test_fp8_where_it_cannot_be_is_refused_by_the_recipe(options, words):
