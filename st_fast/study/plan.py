@@ -308,6 +308,8 @@ def _arm(table: dict[str, Any], base: Document, path: Path, teachers: Sequence[T
     sections = {section: table[section] for section in ARM_SECTIONS if section in table}
     for section, own in sections.items():
         _need(isinstance(own, dict), where, section, own, f"a table of keys of [{section}] is needed")
+    what = f"none beside teacher = {shown(table.get('teacher'))}, whose network is the base recipe's"
+    _need(teacher is None or "model" not in sections, where, "model", sections.get("model"), what)
     return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher, sections)
 
 
