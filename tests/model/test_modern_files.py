@@ -334,3 +334,11 @@ def test_a_folder_with_rope_alone_and_registers_is_read_back(tmp_path):
     found = stored.read_model(tmp_path / "hf", print).loaded
     assert found.config == config
     assert trunk(found.model).keys() == network.state_dict().keys() and "register_tokens" in trunk(found.model)
+
+
+def test_a_network_of_ours_with_a_value_residual_is_not_taken_for_a_speedrundit():
+    config = Model(depth=2, width=16, heads=2, patch=2, channels=3, latent_size=4, num_classes=3, value_residual=True)
+    table = build(config, kernels.select({}, torch.device("cpu")), 0).state_dict()
+    assert layouts.detect(table, {"prediction": "v"}, "ours") == "repa"
+    theirs = table | {"blocks.1.attn.v1_lambda": table["blocks.1.attn.v1_lambda"][0]}
+    assert layouts.detect(theirs, {"prediction": "v"}, "theirs") == "speedrundit"

@@ -49,9 +49,10 @@ ORDER = {
 def detected(table: Table, args: Mapping[str, Any]) -> str | None:
     """Which of the two layouts a table has, or neither as far as its keys tell; a LightningDiT without RoPE needs args.
 
-    Its other keys are those of a network of ours with the same options, whose time runs the other way.
+    Its other keys are those of a network of ours with the same options, whose time runs the other way. A SpeedrunDiT's
+    shares of values are 0-dim, ours are not.
     """
-    if CLASS_TOKEN[-1] in table or any(key.endswith(".attn.v1_lambda") for key in table):
+    if CLASS_TOKEN[-1] in table or any(key.endswith(".attn.v1_lambda") and not t.ndim for key, t in table.items()):
         return "speedrundit"
     known = ANGLES[0] in table or str(args.get("model", "")).startswith("LightningDiT")
     return "lightningdit" if known else None
