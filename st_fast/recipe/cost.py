@@ -313,8 +313,7 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan
     statistics = 4 * model.heads * (1 + {False: 0, True: 4, "rms": 2}[model.qk_norm])
     inside_attention = each * (qkv + attended + normed) + statistics
     adaln = 2 * (each * 3 * d + 4 * (2 if model.norm == "layer" else 1))  # at two sites: x', a and y; mean and 1/σ
-    mlp = 3 if model.mlp == "swiglu" else 2  # hidden before and after GELU; or gate, value and what they make
-    block = inside_attention + adaln + each * mlp * model.hidden
+    block = inside_attention + adaln + each * _mlp_channels(model)
     again = {"none": 0, "attention": inside_attention, "block": block - each * 2 * d}[checkpointing]
     ends = each * 2 * d  # the embedded tokens and the first y; the last block's are its own
     modulations = each * 6 * d * model.depth * len(model.streams)
@@ -329,8 +328,12 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan
 
 def backward_bytes(model: Model, bf16: bool) -> int:
     """Gradients of one block's activations per image, which are there while all else is kept: x', y, MLP's hidden."""
-    mlp = 3 if model.mlp == "swiglu" else 2
-    return model.length * (2 * model.width + mlp * model.hidden) * (2 if bf16 else 4)
+    return model.length * (2 * model.width + _mlp_channels(model)) * (2 if bf16 else 4)
+
+
+def _mlp_channels(model: Model) -> int:
+    """Hidden channels of an MLP before and after its activation; of SwiGLU gate, value and what they make."""
+    return (3 if model.mlp == "swiglu" else 2) * model.hidden
 
 
 def supervised_rows(recipe: Recipe, method: Method, images: int) -> int:
@@ -350,7 +353,7 @@ def supervision_bytes(model: Model, stage: Stage, bf16: bool, run: Run) -> int:
     method = stage.method
     channels = method.kept_channels(model)
     if method.frozen_depth and run.teacher_placement != "before":
-        channels += method.teacher_passes * (2 * model.width + 2 * model.hidden) * model.length // model.tokens
+        channels += method.teacher_passes * (2 * model.width + _mlp_channels(model)) * model.length // model.tokens
     return tapped_tokens(model, stage, step=stage.steps - 1) * channels * (2 if bf16 else 4)
 
 

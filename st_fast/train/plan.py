@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
         elif given.images_per_s is not None:
             rate, source = given.images_per_s, "as given"
         else:
-            rate = ASSUMED_FLOPS / cost.stage_cost(recipe, stage).total
+            rate = ASSUMED_FLOPS * images / cost.stage_flops(recipe, stage, 0, 1)
             source = "ASSUMED: 60 % of an H200's 790 TFLOP/s"
         step = images / rate  # the update is part of it, and does not shrink with the batch
         work = Work(max(step - machine.update(parameters), 0.1 * step), images, parameters, weight_bytes)
