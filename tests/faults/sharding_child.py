@@ -26,8 +26,12 @@ CONFIG = Model("custom", depth=3, width=24, heads=2, patch=2, channels=3, latent
 """Over 3 ranks; of the heads' sizes 7 does not divide, and 4 leaves the last rank nothing."""
 SETTINGS = Optim(lr=1e-2, weight_decay=0.1, grad_clip=0.5, ema_decay=0.9)
 MUON = replace(SETTINGS, name="muon", muon_split=True, muon_adaln=True, muon_weight_decay=0.2)
-UNEVEN = replace(CONFIG, width=20)
-"""Of whose matrices no rank's rows are as many as another's."""
+UNEVEN = replace(
+    CONFIG, width=20, heads=1, mlp="swiglu", norm="rms_affine", position="both", qk_norm="rms", value_residual=True,
+    registers=2,
+)  # fmt: skip
+"""Of whose matrices no rank's rows are as many as another's; norms' weights are used before the blocks, a share of
+values is one number, and the registers lie outside of all blocks."""
 MICRO_BATCHES = 2
 EVENTS: list[str] = []
 
