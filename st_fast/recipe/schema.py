@@ -211,7 +211,7 @@ class Run:
         "required",
         "Where a schedule's second CUDA stream is missing: an error; auto: one queue; off: always one queue.",
     )
-    sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, AdamW's state and EMA in shards, one a rank.")
+    sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, the optimiser's state and EMA in shards, one a rank.")
     shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")
     log_every: Annotated[int, between(1, 1_000_000)] = free(50, "Steps from one log line to the next.")
     save_every: Count = free(5_000, "Steps from one checkpoint to the next.")
@@ -321,7 +321,7 @@ class Start:
 
     init: PathText = fixed("", "An earlier stage, or a path: a run, stage or checkpoint, or another project's file.")
     init_weights: Literal["ema", "raw", "state"] = fixed(
-        "ema", "Averaged or raw weights, of which a new average begins; state: raw, average and AdamW's state."
+        "ema", "Averaged or raw weights, of which a new average begins; state: raw, average and the optimiser's state."
     )
     init_heads: Literal["fresh", "match"] = fixed("fresh", "Draw the method's heads, or take those of the model.")
     init_fresh: NamesOrNone = fixed((), 'Parts that are drawn all the same, by how keys begin: ["y_embedder."].')
