@@ -40,6 +40,19 @@ def test_it_is_one_minus_the_cosine_over_channels_at_each_place():
     assert flow.direction_loss(a, 3 * a).abs().max() < 1e-6, "length does not matter"
 
 
+def test_a_network_that_begins_with_no_velocity_has_a_gradient_of_a_usual_size():
+    generator = torch.Generator().manual_seed(0)
+    velocity, usual = (torch.randn(3, 5, 2, 7, generator=generator) for _ in range(2))
+    lengths = []
+    for prediction in (torch.zeros_like(usual), usual):
+        prediction.requires_grad_()
+        flow.direction_loss(prediction, velocity).sum().backward()
+        assert prediction.grad is not None
+        lengths.append(prediction.grad.norm().item())
+    assert lengths[0] == pytest.approx(100 * math.sqrt(3 / 14), rel=1e-5)  # 1/LEAST_LENGTH at each place, of 14 a mean
+    assert lengths[0] < 400 * lengths[1]
+
+
 def test_it_is_added_to_the_loss_and_its_gradient_by_its_weight_and_kept_apart(data, tmp_path):
     recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out"))
     ((((batch,), *_),), *_) = (batches_of(recipe, range(3, 5)),)
