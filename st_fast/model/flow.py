@@ -78,7 +78,7 @@ def sample_times(
     `std`, the quantiles of stratified draws. All of them are then shifted. Returns (B,) float32.
     """
     t = _unshifted(seed, step, place, batch_size, time, path, group, mean, std)
-    return t if shift == 1.0 else shifted(t.double(), shift).float()
+    return t if shift == 1.0 else shifted(t.double(), shift).float().clamp_max(1 - 2.0**-24)
 
 
 def _unshifted(

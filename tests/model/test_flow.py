@@ -69,6 +69,12 @@ def test_a_shift_moves_every_time_by_its_formula(time, shift):
         flow.sample_times(4, 7, np.arange(30), 30, time, "linear", shift="auto")
 
 
+def test_times_stay_below_1_where_a_shift_brings_them_nearer_than_float32_tells():
+    law = 0, 0, np.arange(4096), 4096, "logit_normal", "linear"
+    drawn = [flow.sample_times(*law, std=100.0, shift=shift) for shift in (1.0, 90.0)]
+    assert all(t.min() > 0 and t.max() < 1 for t in drawn)
+
+
 def test_times_that_are_not_shifted_have_the_same_bits_and_the_ends_stay():
     times = torch.linspace(0, 1, 9_973, dtype=torch.float64)
     assert torch.equal(shifted(times, 1.0), times)
