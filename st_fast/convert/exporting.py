@@ -37,9 +37,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "lightningdit": CLASSIC | {
         "norm": ("layer", "rms_affine"), "position": ("sincos", "both"), "mlp": ("gelu", "swiglu"),
     },
-    "speedrundit": CLASSIC | {
-        "norm": ("rms",), "position": ("both",), "value_residual": (True,), "qk_norm": (False, "rms"),
-    },
 }  # fmt: skip
 """Those of the others."""
 
@@ -129,10 +126,12 @@ def as_published(loaded: LoadedState, layout: str) -> dict[str, Any]:
 def _check_options(loaded: LoadedState, layout: str) -> None:
     """UserError for an option of the network that the layout's own code has not."""
     config = loaded.config
-    first, last = (modern.FUSED, config.depth - modern.FUSED) if layout == "speedrundit" else (0, 0)
-    if (config.fusion_first, config.fusion_last) != (first, last):
-        has = f"one around blocks {first + 1} to {last}" if last else "no fusion of blocks"
-        raise UserError(f"model.fusion_last = {config.fusion_last}: {layout}'s own code has {has}")
+    if layout == "speedrundit":
+        if f"model/{modern.CLASS_TOKEN[0]}" not in loaded.originals:
+            raise UserError(f"{layout}'s own code needs a class token (REG), which only a model from such a file has")
+        return  # and such a file's model has its options
+    if config.fusion_last:
+        raise UserError(f"model.fusion_last = {config.fusion_last}: {layout}'s own code has no fusion of blocks")
     options = OPTIONS.get(layout, CLASSIC)
     if layout == "lightningdit":  # one switch for the norms of tokens and of queries and keys
         options = options | {"qk_norm": (False, True if config.norm == "layer" else "rms")}
@@ -140,8 +139,6 @@ def _check_options(loaded: LoadedState, layout: str) -> None:
         if (value := getattr(config, key)) not in allowed:
             named = " or ".join(map(to_literal, allowed))
             raise UserError(f"model.{key} = {to_literal(value)}: {layout}'s own code has {named} only")
-    if layout == "speedrundit" and f"model/{modern.CLASS_TOKEN[0]}" not in loaded.originals:
-        raise UserError(f"{layout}'s own code needs a class token (REG), which only a model from such a file has")
 
 
 def _beside(loaded: LoadedState, layout: str, name: str) -> Table:

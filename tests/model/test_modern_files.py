@@ -208,9 +208,7 @@ def test_a_model_of_ours_goes_out_as_a_lightningdit(case, tmp_path):
         ("lightningdit", {"qk_norm": "rms"}, 'qk_norm = "rms": lightningdit\'s own code has false or true only'),
         ("lightningdit", {"qkv_bias": False}, "model.qkv_bias = false"),
         ("lightningdit", {"fusion_first": 2, "fusion_last": 4}, "no fusion of blocks"),
-        ("speedrundit", {}, "has one around blocks 3 to 4"),
-        ("speedrundit", {"fusion_first": 2, "fusion_last": 4, "norm": "rms", "position": "both", "qk_norm": "rms",
-                         "value_residual": True}, "needs a class token"),
+        ("speedrundit", {}, "needs a class token"),
     ],
 )  # fmt: skip
 def test_an_option_that_the_other_code_has_not_is_refused_in_one_line(layout, options, said):
