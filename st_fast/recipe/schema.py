@@ -211,7 +211,7 @@ class Run:
         "required",
         "Where a schedule's second CUDA stream is missing: an error; auto: one queue; off: always one queue.",
     )
-    sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, the optimiser's state and EMA in shards, one a rank.")
+    sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, optimiser state and EMA in shards, one a rank.")
     shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")
     log_every: Annotated[int, between(1, 1_000_000)] = free(50, "Steps from one log line to the next.")
     save_every: Count = free(5_000, "Steps from one checkpoint to the next.")
