@@ -35,12 +35,14 @@ def section(folder: Path) -> str:
 
 
 def _row(group: Sequence[tuple[dict[str, Any], Seed]]) -> list[str] | None:
-    """None where a file doesn't say which arms to compare."""
+    """None where a file doesn't say which arms to compare, or the reference has no teacher: then it is no stage 2."""
     told, seeds = group[0][0], [seed for _, seed in group]
     baseline, reference = str(told.get("baseline")), str(told.get("reference"))
     if any(name not in seed.arms for seed in seeds for name in (baseline, reference)):
         return None
     plain, taught = ([seed.arms[name] for seed in seeds] for name in (baseline, reference))
+    if not any(arm.stage.model("teacher") for arm in taught):
+        return None
 
     def beside_plain(kind: Callable[[Arm], bool], axis: str, *others: list[Arm]) -> str:
         name = next((name for name, arm in seeds[0].arms.items() if kind(arm)), None)

@@ -19,6 +19,7 @@ from st_fast.core.files import BadFile, write_json_atomic
 from st_fast.report.arms import make_arms
 from st_fast.report.collect import read_run
 from st_fast.report.repeats import Repeats, rows
+from st_fast.study import summary
 from st_fast.study.page import body, charts, placed, read_page, samples, write_page
 from st_fast.study.plan import jobs, read_study
 from st_fast.study.results import Results, certainty, comparisons, difference, half_done, price, together
@@ -419,3 +420,13 @@ def test_a_page_that_is_none_is_refused(tmp_path):
     for name, words in (("latin.md", "not text in UTF-8"), ("folder.md", "Markdown file"), ("study", "Markdown file")):
         with pytest.raises(UserError, match=rf"{name}: .*{words}"):
             read_page(tmp_path / name)
+
+
+def test_a_study_whose_reference_has_no_teacher_has_no_row_about_teachers(results, written):
+    folder, _ = written
+    assert "Stage 2, at equal steps" in summary.section(folder)
+    for path in folder.glob("*-seed*.json"):
+        content = json.loads(path.read_text())
+        content["reference"] = content["baseline"]
+        path.write_text(json.dumps(content))
+    assert summary.section(folder) == ""
