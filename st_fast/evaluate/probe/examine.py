@@ -141,15 +141,15 @@ def read_blocks(
 ) -> tuple[Tensor, list[T]]:
     """x (B, C, S, S), t (B,), labels (B,) → velocity (B, C, S, S) and `look` of each stream (B, N, D).
 
-    The first is the embedded input's, then one a block, in order: depth + 1 in all. A stream is looked at as soon as
-    it is there, so that a deep model's streams need not be held together.
+    The first is the embedded input's, then one a block, in order: depth + 1 in all, of the image's tokens, without
+    registers. A stream is looked at as soon as it is there, so that a deep model's streams need not be held together.
     """
     seen = [look(model.embed_tokens(x))]
     run = model.run_block
 
     def recording(block: nn.Module, *arguments: Tensor) -> tuple[Tensor, ...]:
         stream, *others = run(block, *arguments)
-        seen.append(look(stream))
+        seen.append(look(stream[:, model.config.registers :]))  # in front of the image's tokens
         return stream, *others
 
     model.run_block = recording

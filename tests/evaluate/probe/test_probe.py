@@ -72,7 +72,9 @@ def noisy(model, count: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return x, torch.rand(count, generator=generator), torch.arange(count) % config.num_classes
 
 
-def test_every_block_read_at_once_is_the_stream_that_the_model_taps(model) -> None:
+@pytest.mark.parametrize("registers", [0, 3])
+def test_every_block_read_at_once_is_the_stream_that_the_model_taps(recipe, registers) -> None:
+    model = random_model(replace(recipe.model, registers=registers), 1).eval()
     x, t, labels = noisy(model)
     velocity, streams = read_blocks(model, x, t, labels, lambda stream: stream.clone())
     assert len(streams) == model.config.depth + 1
