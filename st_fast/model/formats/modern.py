@@ -171,13 +171,16 @@ def angles(config: Model) -> dict[str, Tensor]:
 
 
 def own_config(config: Model, path: str) -> dict[str, Any]:
-    """The `config` of a LightningDiT's checkpoint, of a model that did not come from one: what tells of its weights."""
+    """The `config` of a LightningDiT's checkpoint, of a model that did not come from one: what tells of its weights.
+
+    A name also of a size that is none of LightningDiT's: a file without RoPE is known by it, and its path read with it.
+    """
     sizes = {shape: name for name, shape in SIZES.items()}
-    size = sizes.get((config.depth, config.width, config.heads))
+    size = sizes.get((config.depth, config.width, config.heads), "custom")
     return {
         "data": {"num_classes": config.num_classes},
         "model": {
-            **({"model_type": f"LightningDiT-{size}/{config.patch}"} if size else {}),
+            "model_type": f"LightningDiT-{size}/{config.patch}",
             "use_qknorm": bool(config.qk_norm), "use_swiglu": config.mlp == "swiglu",
             "use_rope": config.rope, "use_rmsnorm": config.norm != "layer", "wo_shift": False,
             "in_chans": config.channels,
