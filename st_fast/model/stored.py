@@ -150,6 +150,7 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
     for group in groups:
         expected = expected_trunk(config, null=NULL_CONTEXT in found.groups[group])  # as in a published file
         match_strictly(expected, found.groups[group], f"{where}: {group}")
+    others = [group for group in found.groups if group.startswith("ema-")]
     means = {kind: _means(optim, kind) for kind in ("exp_avg", "exp_avg_sq", "momentum_buffer")}
     for kind, table in means.items():
         same = means["exp_avg"] if kind == "exp_avg_sq" else table
@@ -168,6 +169,7 @@ def from_checkpoint(found: Checkpoint) -> LoadedState:
         path=flow_path(found.meta, where),
         latents=latent_space(found.meta, where),
         mean_latents=found.groups.get(MEAN_LATENTS, {}),
+        remarks=(f"further averages are left out: {', '.join(sorted(others))}",) * bool(others),
     )
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from st_fast import kernels
+from st_fast.convert.__main__ import main as convert
 from st_fast.convert.exporting import export_file
 from st_fast.core import checkpoint
 from st_fast.core.checkpoint import Checkpoint
@@ -346,7 +347,7 @@ def test_a_schedule_is_refused_whose_stage_begins_within_a_warm_up_that_outlasts
     ) in str(refusal.value)
 
 
-def test_further_averages_are_kept_resumed_started_from_and_drawn_from_by_their_decay(data, tmp_path):
+def test_further_averages_are_kept_resumed_started_from_and_drawn_from_by_their_decay(data, tmp_path, capsys):
     recipe = tiny.write_recipe(tmp_path / "tiny.toml", data, tmp_path / "out")
     text = recipe.read_text()
     recipe.write_text(text[: text.rindex("[[stage]]")] + '[[stage]]\nname = "next"\nsupervision = "none"\nsteps = 1\n'
@@ -362,6 +363,8 @@ def test_further_averages_are_kept_resumed_started_from_and_drawn_from_by_their_
         for key, tensor in following.groups[group].items():
             expected = whole.groups["ema"][key] / 10 + 0.9 * following.groups["model"][key]
             torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-7)
+    convert([str(out), "--stage", "align"])
+    assert "\n  further averages are left out: ema-0.2, ema-0.45\n" in capsys.readouterr().out
     shutil.rmtree(whole.path)
     shutil.rmtree(out / "next")
     run(load(recipe, options))
