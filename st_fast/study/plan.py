@@ -310,6 +310,10 @@ def _arm(table: dict[str, Any], base: Document, path: Path, teachers: Sequence[T
         _need(isinstance(own, dict), where, section, own, f"a table of keys of [{section}] is needed")
     what = f"none beside teacher = {shown(table.get('teacher'))}, whose network is the base recipe's"
     _need(teacher is None or "model" not in sections, where, "model", sections.get("model"), what)
+    theirs = base.sections.get("flow", {}).get("path", "linear")
+    flow_path = sections.get("flow", {}).get("path", theirs)
+    what = f"teacher = {shown(table.get('teacher'))} has {theirs}"
+    _need(teacher is None or flow_path == theirs, where, "flow.path", flow_path, what)
     return Arm(name, str(table.get("title", name)), str(table.get("panel", "")), stage, teacher, sections)
 
 

@@ -240,6 +240,7 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
         ('name = "omega5"', 'name = "teacher-stage1"', "called as a teacher's folder is"),
         ('name = "omega5"', 'name = "omega5"\nmodel = 5', "arm 'omega5': model = 5; a table of keys of [model]"),
         ('name = "omega5"', 'name = "omega5"\nmodel = { mlp = "relu2" }', "none beside teacher = "),
+        ('name = "omega5"', 'name = "omega5"\nflow = { path = "cosine" }', "flow.path = 'cosine'; teacher = "),
         ('name = "omega5"', 'name = "omega5"\noptim = { lrr = 1 }', "arm omega5: optim.lrr"),
         ("student_steps = 8", "flops = 1e300", "at most 10^12"),
         ("student_steps = 8", f"flops = 1{'0' * 400}", "a number above 0 is needed"),
