@@ -356,7 +356,8 @@ def check_shapes(model: Model) -> None:
         raise wrong_value("model.value_residual", True, "false", f"depth = {model.depth}: no block follows the first")
     for key in ("value_residual", "registers"):
         if getattr(model, key) and model.network != "sit":
-            raise wrong_value(f"model.{key}", getattr(model, key), "false or 0", 'model.network = "mmdit" has none')
+            off = show(type(getattr(model, key))())
+            raise wrong_value(f"model.{key}", getattr(model, key), off, 'model.network = "mmdit" has none')
     if model.internal_head > model.depth:
         allowed = f"0 (none) or 1 to {model.depth}, the model's blocks"
         raise wrong_value("model.internal_head", model.internal_head, allowed)

@@ -259,7 +259,8 @@ def test_some_ratio_gives_every_number_of_hidden_channels(width):
     [
         ({"position": "rope", "heads": 8}, "model.heads = 8"),
         ({"value_residual": True, "depth": 1}, "model.value_residual = true"),
-        ({"registers": 2, "network": "mmdit", "text_width": 7, "text_length": 5}, "model.registers = 2"),
+        ({"registers": 2, "network": "mmdit", "text_width": 7, "text_length": 5}, "model.registers = 2.* allowed: 0$"),
+        ({"value_residual": True, "network": "mmdit", "text_width": 7, "text_length": 5}, "= true.* allowed: false$"),
     ],
 )
 def test_what_no_network_has_is_refused_in_one_line(options, words):
