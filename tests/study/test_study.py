@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -354,6 +355,11 @@ def test_shipped_studies_hold_what_was_promised_at_about_equal_cost(path: Path) 
         methods = {job.recipe.stages[0].method.implementation for job in todo if job.arm is not None}
         assert len(methods) >= 10 and len(study.seeds) == 3
         assert len(study.horizons) == 2 and study.horizons[1] == 4 * study.horizons[0]
+    elif study.name == "digits_modern":
+        own = [vars(job.recipe.model) | {f"optim.{k}": v for k, v in vars(job.recipe.optim).items()} for job in todo]
+        changes = [{key for key in now if now[key] != before[key]} for before, now in pairwise(own[:7])]
+        assert len(study.seeds) == 3 and [len(keys) for keys in changes] == [1] * 6, "one change a step"
+        assert {key.split("_")[0] for key in own[7] if own[7][key] != own[6][key]} == {"optim.name", "optim.muon"}
     elif study.horizons:
         assert len({teacher.stage["steps"] for teacher in study.teachers}) >= 3 <= len(study.horizons)
         assert len({m.cfg_scale for m in taught}) == 1
@@ -367,6 +373,7 @@ def test_shipped_studies_hold_what_was_promised_at_about_equal_cost(path: Path) 
         total = spent[arm.name] + teacher
         assert arm.teacher is None or 0.7 < total / spent[study.baseline] < 1.5
         assert study.name != "digits_frontier" or 0.99 * study.horizons[-1] < total <= study.horizons[-1], arm.name
+        assert study.name != "digits_modern" or 0.99 < total / spent[study.baseline] <= 1.001, arm.name
     assert f"{len(todo) * len(study.seeds)} runs" in listing(study, Path("out"))
 
 
