@@ -38,7 +38,6 @@ from st_fast.model.layers import (
 )
 from st_fast.model.layout import Layout
 from st_fast.model.transformer import INTERNAL, DiffusionTransformer
-from st_fast.model.walk import Walk
 from st_fast.recipe.schema import Model
 
 
@@ -212,7 +211,7 @@ class MMDiT(DiffusionTransformer):
         every = self._following(modulations, self.norm_weights(depth))
         image, text = modulations[: depth + 1], modulations[depth + 1 :]
         following, following_text = every[: depth + 1], every[depth + 1 :]
-        walk, u = Walk(self, layout, tokens, following, rope), self.context_embedder(condition.to(tokens.dtype))
+        walk, u = self._walk(layout, tokens, following, rope), self.context_embedder(condition.to(tokens.dtype))
         z = self.kernels.norm_modulate(u, *following_text[0], **adaln_options(self.config))
         for number, block in enumerate(self._blocks[:depth], start=1):
             walk.enter(number)

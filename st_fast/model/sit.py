@@ -35,7 +35,7 @@ from st_fast.model.layers import (
 )
 from st_fast.model.layout import Groups, Layout
 from st_fast.model.transformer import INTERNAL, DiffusionTransformer
-from st_fast.model.walk import Walk, of_groups
+from st_fast.model.walk import of_groups
 from st_fast.recipe.schema import Model
 
 
@@ -161,7 +161,7 @@ class SiT(DiffusionTransformer):
         # (B, 6D) from each block, (B, 2D) from the final layer; or each group's.
         modulations = self._modulations(c, depth)
         following = self._following(modulations, self.norm_weights(depth))
-        walk = Walk(self, layout, tokens, following, rope)
+        walk = self._walk(layout, tokens, following, rope)
         for number, block in enumerate(self._blocks[:depth], start=1):
             if skip and walk.skipped(number):
                 continue

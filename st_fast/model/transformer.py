@@ -200,6 +200,13 @@ class DiffusionTransformer(Pretrained):
         tokens, positions = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)), self.positions(self.grid_of(x))
         return tokens if positions is None else tokens + positions
 
+    def _walk(
+        self, layout: Layout | None, tokens: Tensor, following: Sequence[tuple[Tensor, Tensor]], rope: Tensor | None
+    ) -> Walk:
+        """Of the image's tokens, with the network's own fusion and registers."""
+        registers = self.register_tokens if self.config.registers else None
+        return Walk(self.config, self.kernels, layout, tokens, following, rope, self._fusion, registers)
+
     def _following(
         self, modulations: Sequence[Tensor], weights: Sequence[ScaleWeight | None]
     ) -> list[tuple[Tensor, Tensor]]:

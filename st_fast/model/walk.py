@@ -1,16 +1,15 @@
 """The way of an image's tokens through the blocks: their order, those that a route drops, and what goes with each."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from st_fast.kernels import KernelTable
+from st_fast.model.fusion import Fusion
 from st_fast.model.layers import adaln_options
 from st_fast.model.layout import Groups, Layout
-
-if TYPE_CHECKING:
-    from st_fast.model.transformer import DiffusionTransformer
+from st_fast.recipe.schema import Model
 
 
 class Walk:
@@ -23,19 +22,20 @@ class Walk:
     """
 
     def __init__(
-        self, model: "DiffusionTransformer", layout: Layout | None, tokens: Tensor,
-        following: Sequence[tuple[Tensor, Tensor]], rope: Tensor | None = None,
+        self, config: Model, kernels: KernelTable, layout: Layout | None, tokens: Tensor,
+        following: Sequence[tuple[Tensor, Tensor]], rope: Tensor | None = None, fusion: Fusion | None = None,
+        registers: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self._kernels, self._layout, self._following, self._fusion = model.kernels, layout, following, model._fusion
-        self._adaln, self._registers = adaln_options(model.config), model.config.registers
+        self._kernels, self._layout, self._following, self._fusion = kernels, layout, following, fusion
+        self._adaln, self._registers = adaln_options(config), config.registers
         self._others: Tensor | None = None
         """(B, N − K, D): the tokens that are left out, while some are."""
         self._before: Tensor | None = None
         """(B, K, D) or (B, N, D): what is to be joined, within a fusion."""
         self.tapped = {0: tokens}
         self.x = tokens if layout is None else layout.ordered(tokens)
-        if self._registers:
-            self.x = torch.cat((model.register_tokens.to(tokens.dtype).expand(len(tokens), -1, -1), self.x), dim=1)
+        if registers is not None:
+            self.x = torch.cat((registers.to(tokens.dtype).expand(len(tokens), -1, -1), self.x), dim=1)
         if rope is not None and layout is not None:
             of_registers, of_image = rope[0].split((self._registers, rope.shape[1] - self._registers))
             rope = torch.cat((of_registers.expand(len(tokens), -1, -1), of_image[layout.order]), dim=1)
