@@ -237,12 +237,21 @@ def _kind(norm: str, rotated: bool, usual: str = "", floor: Optional[tuple[int, 
     )  # fmt: skip
 
 
+def _contiguous(
+    qkv: Tensor, q_weight: Optional[Tensor] = None, q_bias: Optional[Tensor] = None, k_weight: Optional[Tensor] = None,
+    k_bias: Optional[Tensor] = None, eps: float = 1e-6, qkv_bias: Optional[Tensor] = None, layout: str = "heads",
+    norm: str = "layer", rope: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`qk_norm` with the layout "heads", whichever is asked for."""
+    return qk_norm(qkv, q_weight, q_bias, k_weight, k_bias, eps, qkv_bias, "heads", norm, rope)
+
+
 DECLARED = {
     "qk_norm": Op(
         qk_norm, definition.qk_norm, _try,
         floor=(4, 8),  # read q, k, write q̂, k̂; read dq, dk, dv, q, k, write dqkv; a table is small beside them
         statistics=lambda size: definition.STATISTICS["layer"] * size.heads,
-        forms={"heads": partial(qk_norm, layout="heads")},
+        forms={"heads": _contiguous},
         kinds={
             "with rope": _kind("layer", True),
             "rms": _kind("rms", False),

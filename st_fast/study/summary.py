@@ -41,7 +41,7 @@ def _row(group: Sequence[tuple[dict[str, Any], Seed]]) -> list[str] | None:
     if any(name not in seed.arms for seed in seeds for name in (baseline, reference)):
         return None
     plain, taught = ([seed.arms[name] for seed in seeds] for name in (baseline, reference))
-    if not any(arm.stage.model("teacher") for arm in taught):
+    if not any(arm.teacher.flops + arm.teacher_forward_flops for arm in taught):
         return None
 
     def beside_plain(kind: Callable[[Arm], bool], axis: str, *others: list[Arm]) -> str:

@@ -34,8 +34,8 @@ class Tell:
 
     def __init__(self, size: float, gain: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.pos_embed = torch.zeros(1, 4, 12)
-        self.config = SimpleNamespace(patch=2)
+        self.device = torch.device("cpu")
+        self.config = SimpleNamespace(patch=2, tokens=4, registers=0)
         self.seen = torch.randn(8, 12, generator=generator)
         self.words = size * torch.randn(CLASSES, 1, 12, generator=generator)
         self.gain = gain
