@@ -104,19 +104,17 @@ def queries_keys_values(
 
     `bias` (3·D,), the projection's, gets its gradient here.
     """
-    options: dict[str, Any] = {} if rope is None else {"rope": rope}
-    vectors: tuple[Any, ...]
-    if q_norm is None or k_norm is None:
-        if rope is None:
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            return q, k, v
-        return cast(Any, kernels.qk_norm(qkv, None, None, None, None, 1e-6, norm="none", qkv_bias=bias, **options))
+    vectors: tuple[Tensor | None, ...]
     if isinstance(q_norm, nn.RMSNorm) and isinstance(k_norm, nn.RMSNorm):
-        options |= {"norm": "rms"}
-        vectors = q_norm.weight, None, k_norm.weight, None
+        norm, eps, vectors = "rms", q_norm.eps, (q_norm.weight, None, k_norm.weight, None)
+    elif isinstance(q_norm, nn.LayerNorm) and isinstance(k_norm, nn.LayerNorm):
+        norm, eps, vectors = "layer", q_norm.eps, (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
+    elif rope is None:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
     else:
-        vectors = q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias
-    return cast(Any, kernels.qk_norm(qkv, *vectors, q_norm.eps, qkv_bias=bias, **options))
+        norm, eps, vectors = "none", 1e-6, (None,) * 4
+    return cast(Any, kernels.qk_norm(qkv, *vectors, eps, qkv_bias=bias, norm=norm, rope=rope))
 
 
 class PatchEmbed(nn.Module):
