@@ -26,10 +26,11 @@ COMMANDS = {
     "convert": ("convert.__main__", "other projects' models to ours and back; publish on the Hugging Face hub"),
     "report": ("report.__main__", "the HTML report of one run, or of several side by side"),
     "study": ("study.__main__", "many arms over several seeds"),
+    "speedrun": ("study.speedrun.__main__", "tasks with a target, and records that anyone can verify"),
     "doctor": ("train.doctor", "what this machine has; with --plan RECIPE, how fast more GPUs would be"),
 }
 """Name → (module within st_fast, with `parser` and `main`; what it does)."""
-CONTINUED = ("train", "sample", "evaluate", "probe", "prepare", "study")
+CONTINUED = ("train", "sample", "evaluate", "probe", "prepare", "study", "speedrun")
 """Commands that take long and that the same command continues: a signal ends them with exit code 75."""
 SHELLS = ("bash", "zsh", "tcsh")
 

@@ -1,0 +1,1 @@
+"""The speedrun: tasks fixed by hashes, records as folders that one command verifies, and their leaderboard."""

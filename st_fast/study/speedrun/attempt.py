@@ -1,0 +1,98 @@
+"""One seed of a recipe on a task: trained, drawn from, scored, and told in result.json."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from st_fast.core.comparison import check_same
+from st_fast.core.errors import Say
+from st_fast.core.files import make_folder, read_json, sha256_file, write_json_atomic
+from st_fast.core.records import log_records, record_from
+from st_fast.recipe import Recipe, to_toml
+from st_fast.sample.model import sampling
+from st_fast.sample.request import sample_request, sampling_parser
+from st_fast.sample.set import draw_set, open_npz, settings_of
+from st_fast.study.speedrun.origin import Machine, machine, versions
+from st_fast.study.speedrun.rules import SAMPLE_SEED, settled
+from st_fast.study.speedrun.score import Scorer
+from st_fast.study.speedrun.task import Task
+from st_fast.train.run import run
+
+FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one seed reached, what it took, and the hashes by which it is known."""
+
+    seed: int
+    distance: float
+    accuracy: float
+    flops: float
+    """Of all training, teachers included, by formula."""
+    seconds: float
+    """Of all training, as the log has it: pauses to save are left out."""
+    data_sha256: str
+    weights_sha256: str
+    samples_sha256: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A result, and where it was had."""
+
+    task_sha256: str
+    machine: Machine
+    versions: Mapping[str, str]
+    result: Result
+
+
+def attempt(task: Task, recipe: Recipe, seed: int, data: Path, digest: str, out: Path, say: Say) -> Result:
+    """Trains, draws and scores one seed in the folder `out`, or goes on with what is there; see `Attempt` for its file.
+
+    recipe: as its author wrote it, and `rules.check` let it pass; digest: of the data. UserError where `out` holds
+    another attempt.
+    """
+    wanted = settled(recipe, task, seed, data.resolve(), out.resolve())
+    asked = {"task": task.digest, "data": digest, "recipe": to_toml(wanted)}
+    if (out / "asked.json").exists():
+        check_same(read_json(out / "asked.json"), asked, f"{out}: holds an attempt with", "choose another --out")
+    else:
+        make_folder(out)
+        write_json_atomic(out / "asked.json", asked)
+    if not (out / FILE).exists():
+        run(wanted)
+        result = _scored(task, out, seed, digest, say)
+        told = Attempt(task.digest, machine(task.device), versions(), result)
+        write_json_atomic(out / FILE, asdict(told))
+    return read_attempt(out).result
+
+
+def read_attempt(out: Path) -> Attempt:
+    """What `attempt` has written; `BadFile` where it is damaged."""
+    return record_from(Attempt, read_json(out / FILE), str(out / FILE))
+
+
+def _scored(task: Task, out: Path, seed: int, digest: str, say: Say) -> Result:
+    count, noise = str(task.samples), str(SAMPLE_SEED + seed)
+    flags = [str(out), "-n", count, "--seed", noise, "--compile", "off"]
+    request = sample_request(sampling_parser("sample", None).parse_args(flags), "evaluate")
+    with sampling(request) as (ranks, sampler, _):
+        weights = settings_of(sampler)["model_sha256"]
+        file = draw_set(sampler, out / "samples", False, ranks, say)
+    samples = open_npz(file)
+    assert samples.labels is not None
+    images = np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2)
+    score = Scorer(task)(images, samples.labels)
+    flops, seconds = spent(out / "log.jsonl")
+    say(f"seed {seed}: Fréchet distance {score.distance:.4f}, {flops / 1e12:.3f} TFLOP, {seconds:.1f} s of training")
+    return Result(seed, score.distance, score.accuracy, flops, seconds, digest, weights, sha256_file(file))
+
+
+def spent(log: Path) -> tuple[float, float]:
+    """FLOPs and seconds of a run's stages, by their last words in its log."""
+    ends = {record["stage"]: record for record in log_records(log) if record["kind"] == "end"}
+    return math.fsum(end["flops"] for end in ends.values()), math.fsum(end["seconds"] for end in ends.values())

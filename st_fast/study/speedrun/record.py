@@ -1,0 +1,219 @@
+"""A record of the speedrun as a folder, and every check of it that needs no training. Imports no torch.
+
+record.json       the claim: task, revision, machine, versions, each seed's figures and hashes, the verdict
+recipe.toml       as its author wrote it
+changes.diff      what was changed in the code over the revision, if anything
+seed0.jsonl, …    the log of each seed's training
+samples.png       of the first seed
+SHA256SUMS        of all other files, as `sha256sum --check` reads it
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from st_fast.core.errors import UserError
+from st_fast.core.files import BadFile, read_bytes, read_json, sha256_file, shown, write_atomic, write_json_atomic
+from st_fast.core.records import record_from
+from st_fast.recipe import Recipe, cost
+from st_fast.study.speedrun import rules
+from st_fast.study.speedrun.attempt import Result
+from st_fast.study.speedrun.origin import Code, Machine
+from st_fast.study.speedrun.task import SIGNIFICANCE, Task, mean_and_deviation, p_value
+
+FORMAT = "st_fast.speedrun/1"
+CLAIM, RECIPE, CHANGES, PICTURE, SUMS = "record.json", "recipe.toml", "changes.diff", "samples.png", "SHA256SUMS"
+LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+SLACK = 1.0
+"""Seconds by which two clocks may differ between two lines of a log."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a record claims."""
+
+    format: str
+    task: str
+    task_sha256: str
+    classifier_sha256: str
+    what: str
+    """What did it, in one line."""
+    by: str
+    date: str
+    revision: str
+    machine: Machine
+    versions: Mapping[str, str]
+    results: tuple[Result, ...]
+    mean: float
+    deviation: float
+    p: float
+    flops: float
+    """Of a seed's training, mean over the seeds."""
+    seconds: float
+    verdict: str
+
+
+def verdict(task: Task, results: tuple[Result, ...]) -> dict[str, Any]:
+    """The figures of a record that follow from its seeds' results, by their names in `Record`."""
+    distances = [result.distance for result in results]
+    mean, deviation = mean_and_deviation(distances)
+    p = p_value(distances, task.target)
+    reached = "below" if p < SIGNIFICANCE else "not shown to be below"
+    said = f"{reached} {task.target:g} (p = {p:.1e} over {len(results)} seeds)"
+    flops, seconds = (math.fsum(getattr(one, name) for one in results) / len(results) for name in ("flops", "seconds"))
+    return {"mean": mean, "deviation": deviation, "p": p, "flops": flops, "seconds": seconds, "verdict": said}
+
+
+def write_record(
+    folder: Path, record: Record, recipe: bytes, logs: Mapping[int, Path], code: Code, picture: bytes
+) -> None:
+    """Fills the folder, which is empty; the sums come last."""
+    write_json_atomic(folder / CLAIM, asdict(record))
+    write_atomic(folder / RECIPE, recipe)
+    write_atomic(folder / PICTURE, picture)
+    if code.changes:
+        write_atomic(folder / CHANGES, code.changes.encode("utf-8", "surrogateescape"))
+    for seed, log in logs.items():
+        write_atomic(folder / _log(seed), read_bytes(log))
+    names = sorted(path.name for path in folder.iterdir())
+    write_atomic(folder / SUMS, "".join(f"{sha256_file(folder / name)}  {name}\n" for name in names).encode())
+
+
+def identity(folder: Path) -> str:
+    """By which a record is known: it changes with every bit of its files."""
+    return sha256(read_bytes(folder / SUMS)).hexdigest()[:12]
+
+
+def read_record(folder: Path) -> Record:
+    """The claim, of a record whose files are all as they were written; `BadFile` names the first that is not."""
+    listed = _listed(folder)
+    there = {path.name for path in folder.iterdir()} - {SUMS}
+    if strangers := there - listed.keys():
+        raise BadFile(f"{folder / min(strangers)}: not in {SUMS}: no file of this record")
+    for name, wanted in listed.items():
+        if (found := sha256_file(folder / name)) != wanted:
+            raise BadFile(f"{folder / name}: SHA-256 {found[:12]}…, {SUMS} has {wanted[:12]}…: it was changed")
+    record = record_from(Record, read_json(folder / CLAIM), str(folder / CLAIM))
+    if record.format != FORMAT:
+        raise BadFile(f"{folder / CLAIM}: format is {shown(record.format)}; this program reads {FORMAT!r}")
+    if not re.fullmatch("[0-9a-f]{40}", record.revision):
+        raise BadFile(f"{folder / CLAIM}: revision = {shown(record.revision)}: a commit's 40 hex digits are needed")
+    return record
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 as SUMS has them, in its order; `BadFile` where that is none or lacks a file of every record."""
+    if not folder.is_dir():
+        raise BadFile(f"{folder}: no such folder; a record is one")
+    lines = read_bytes(folder / SUMS).decode(errors="replace").splitlines()
+    matches = [LINE.fullmatch(line) for line in lines]
+    if bad := next((line for line, match in zip(lines, matches, strict=True) if match is None), None):
+        raise BadFile(f"{folder / SUMS}: {shown(bad)}: a SHA-256 and a file's name are needed in each line")
+    found = {match[2]: match[1] for match in matches if match}
+    for name in (CLAIM, RECIPE, PICTURE):
+        if name not in found:
+            raise BadFile(f"{folder / SUMS}: {name} is missing; a record has one")
+    return found
+
+
+def changes(folder: Path) -> str:
+    """The diff over the record's revision; "" where there is none."""
+    path = folder / CHANGES
+    return read_bytes(path).decode("utf-8", "surrogateescape") if path.exists() else ""
+
+
+def check(folder: Path, record: Record, task: Task) -> Recipe:
+    """The record's recipe; UserError for whatever in it can't be true, by its own figures, its logs and the rules.
+
+    That the figures are those of the recipe and the code, only a run can tell.
+    """
+    where = folder / CLAIM
+    if record.task != task.name:
+        raise BadFile(f"{where}: task is {shown(record.task)}, not {task.name!r}")
+    if record.classifier_sha256 != task.classifier_sha256:
+        raise BadFile(
+            f"{where}: scored by a classifier of SHA-256 {shown(record.classifier_sha256[:12])}…; that of the task "
+            f"{task.name} is {task.classifier_sha256[:12]}…: another classifier's distances can't be compared"
+        )
+    if record.task_sha256 != task.digest:
+        raise BadFile(f"{where}: made for another version of the task {task.name}: its task.toml has another SHA-256")
+    if tuple(result.seed for result in record.results) != task.seeds:
+        raise BadFile(f"{where}: results of other seeds than the task's, {', '.join(map(str, task.seeds))}")
+    recipe = rules.read(folder / RECIPE, task)
+    for result in record.results:
+        check_log(folder / _log(result.seed), recipe, task, result, record.versions)
+    for name, value in verdict(task, record.results).items():
+        if (told := getattr(record, name)) != value:
+            raise BadFile(f"{where}: {name} = {shown(told)}; from its results follows {shown(value)}")
+    if record.p >= SIGNIFICANCE:
+        raise UserError(f"{folder}: {record.verdict}: no record")
+    return recipe
+
+
+def _log(seed: int) -> str:
+    return f"seed{seed}.jsonl"
+
+
+def check_log(path: Path, recipe: Recipe, task: Task, result: Result, versions: Mapping[str, str]) -> None:
+    """UserError where a seed's log is cut off, its clock ran backwards, or it isn't of this recipe and result."""
+    records = list(_lines(path))
+    _check_clock(path, records)
+    flops, seconds = [], []
+    for stage in recipe.stages:
+        own = [record for record in records if record.get("stage") == stage.name]
+        starts, ends = ([one for one in own if one["kind"] == kind] for kind in ("start", "end"))
+        if not starts or not ends or ends[-1]["step"] != stage.steps:
+            raise BadFile(f"{path}: cut off: stage {stage.name!r} has no end after {stage.steps} steps")
+        asked = {
+            "steps": stage.steps, "batch_size": recipe.optim.batch_size, "dataset": result.data_sha256,
+            "torch": versions.get("torch"),
+        }  # fmt: skip
+        told = starts[-1] | {"torch": starts[-1].get("versions", {}).get("torch")}
+        for key, value in asked.items():
+            if told.get(key) != value:
+                raise BadFile(f"{path}: {key} of stage {stage.name!r} is {shown(told.get(key))}, not {shown(value)}")
+        formula = cost.stage_flops(recipe, stage, 0, stage.steps)
+        if stage.method.stop_below == "off" and not math.isclose(ends[-1]["flops"], formula, rel_tol=1e-9):
+            raise BadFile(
+                f"{path}: {ends[-1]['flops']:.6g} FLOPs of stage {stage.name!r}; its recipe takes {formula:.6g}"
+            )
+        flops.append(ends[-1]["flops"])
+        seconds.append(ends[-1]["seconds"])
+    for name, value in (("flops", math.fsum(flops)), ("seconds", math.fsum(seconds))):
+        if getattr(result, name) != value:
+            raise BadFile(f"{path}: {value:.6g} {name} in all; {CLAIM} has {getattr(result, name):.6g}")
+    if task.minutes and result.seconds > 60 * task.minutes:
+        raise UserError(f"{path}: {result.seconds / 60:.1f} minutes of training; the task allows {task.minutes:g}")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Every record of a log; `BadFile` for a line that is none, as the last of a log that was cut off is."""
+    text = read_bytes(path).decode(errors="replace")
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            record = json.loads(line)
+            whole = line.endswith("\n") and isinstance(record["kind"], str) and type(record["step"]) is int
+        except (ValueError, RecursionError, KeyError, TypeError):
+            whole = False
+        if not whole or type(record.get("time")) not in (int, float):
+            raise BadFile(f"{path}: line {number} is no record of a log: cut off, or changed")
+        yield record
+
+
+def _check_clock(path: Path, records: list[dict[str, Any]]) -> None:
+    """UserError where time, or a stage's training time, ran backwards, or training took longer than passed."""
+    for number, (before, after) in enumerate(pairwise(records), 2):
+        passed = after["time"] - before["time"]
+        if passed < 0:
+            raise BadFile(f"{path}: line {number}: its clock ran backwards, by {-passed:.3f} s")
+        same = before.get("stage") == after.get("stage") and after["kind"] != "start"
+        if same and "seconds" in before and "seconds" in after:
+            trained = after["seconds"] - before["seconds"]
+            if trained < -SLACK / 100 or trained > passed + SLACK:
+                raise BadFile(f"{path}: line {number}: {trained:.3f} s of training within {passed:.3f} s of its clock")
