@@ -67,7 +67,7 @@ def task_data(task: Task, folder: Path, source: Path | None, say: Say) -> str:
 
 def _said(task: Task) -> str:
     """What the manifest says of where the latents are from: the same for the same task, wherever its images lay."""
-    return f"speedrun {task.name}, images {task.images_sha256[:16]}, task {task.digest[:16]}"
+    return f"speedrun {task.name}, images {task.images_sha256[:16]}, VAE {task.files.get(WEIGHTS, PIXELS)[:16]}"
 
 
 def _write_data(task: Task, folder: Path, source: Path | None, say: Say) -> None:

@@ -63,7 +63,7 @@ def _broken(recipe: Recipe, task: Task) -> Iterator[tuple[str, object, str]]:
             yield f"stage.{stage.name}.teacher", method.teacher_name, "a teacher from outside; train it in a stage"
         if method.encoder_names:
             names = ", ".join(method.encoder_names)
-            yield f"stage.{stage.name}.encoder", names, "an image encoder's training is not counted"
+            yield f"stage.{stage.name}.encoders", names, "an image encoder's training is not counted"
     if recipe.sample.vae:
         yield "sample.vae", recipe.sample.vae, "the task's own VAE draws"
     if recipe.sample.sampler == "dopri5":
