@@ -229,12 +229,16 @@ class_dropout = {dropout}
 path = {path}
 vae = {vae}  # latents of another one are refused
 
+[flow]
+time = "logit_normal"  # as is ema_warmup, a finding of the speedrun (docs/speedrun.md), not the published choice
+
 [optim]
 batch_size = {batch}
 micro_batch = "auto"
 lr = {lr}
 warmup_steps = 500
 ema_decay = {ema}
+ema_warmup = true
 
 [run]
 save_every = {save:_}

@@ -299,7 +299,9 @@ def test_a_loss_that_was_changed_in_a_log_is_found_by_the_run(copy: Path, made: 
     number = next(i for i, line in enumerate((copy / "seed5.jsonl").read_text().splitlines()) if '"train"' in line)
     with_log(copy, with_record({"loss": 0.5}, number))
     checked(copy, made)
-    with pytest.raises(RunFailed, match=r"seed5\.jsonl: line 1 on training is another here: loss"):
+    with pytest.raises(
+        RunFailed, match=r"seed5\.jsonl: another log on the same kind of machine: first train 1\.loss 0\.5"
+    ):
         verified(copy, made)
 
 
@@ -437,6 +439,34 @@ def test_p_values_are_students_and_intervals_hold_what_they_say() -> None:
     assert 0.985 < np.mean(inside) < 0.995
 
 
+def test_samples_are_scored_by_this_clones_judge(made: Path, monkeypatch) -> None:
+    """A run whose own code has scored it better than it is."""
+
+    def flattered(tree: Path, arguments: list[str], threads: int) -> None:
+        in_this_process(tree, arguments, threads)
+        file = Path(arguments[arguments.index("--out") + 1]) / attempt.FILE
+        told = json.loads(file.read_text())
+        told["result"]["distance"] *= 0.9
+        file.write_text(json.dumps(told))
+
+    monkeypatch.setattr(verify, "run_in", flattered)
+    with pytest.raises(RunFailed, match="by this clone's judge"):
+        verified(made / "1-mine", made)
+
+
+def test_a_task_that_st_fast_does_not_have_is_not_looked_for_elsewhere(copy: Path, made: Path) -> None:
+    rewritten(copy, task=str(made / "tiny"))
+    with pytest.raises(UserError, match="st_fast has no task of that name; --task names its folder"):
+        verify.verify(copy, None, 5, made / "data", None, run_changes=False, rerun=True, say=silent)
+
+
+def test_other_classes_than_the_tasks_are_refused_before_training(made: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(made)
+    with pytest.raises(UserError, match=r"model\.num_classes = 12: the task tiny has 10"):
+        main(["try", "tiny", "mine.toml", "--seed", "1", "--model.num_classes=12", "--out", str(tmp_path / "r")])
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_run_that_was_interrupted_goes_on_and_says_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made / "data", tmp_path / "data")
@@ -463,6 +493,9 @@ def test_a_run_that_was_interrupted_goes_on_and_says_the_same(made: Path, tmp_pa
         patch.setattr(carry_out, "run_in", killed_at_the_second)
         main(command)
     assert not Path("again").exists()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="its seeds were begun with revision"):
+        patch.setattr(carry_out, "current_code", lambda: Code("9" * 40, ""))
+        main(command)
     main(command)
     first, second = read_record(made / "1-mine"), read_record(Path("again"))
     assert [replace(one, seconds=0.0) for one in first.results] == [replace(one, seconds=0.0) for one in second.results]
@@ -488,7 +521,9 @@ def test_the_table_has_records_that_beat_those_before_and_no_others(made: Path, 
     main(["table", str(page), "--html", "board.html"])
     text, html = page.read_text(), (tmp_path / "board.html").read_text()
     assert (
-        text.startswith("# Rules\n") and "| 1 | a <tiny> one |" in text and record.identity(folder / "1-mine") in text
+        text.startswith("# Rules\n")
+        and "| 1 | a &lt;tiny&gt; one |" in text
+        and record.identity(folder / "1-mine") in text
     )
     assert "a &lt;tiny&gt; one" in html and "<tiny>" not in html
     assert "| a higher rate | mine | `--optim.lr=0.02` | 20, 21 |" in text
@@ -561,6 +596,13 @@ def test_a_diff_runs_only_where_it_is_asked_for(copy: Path, made: Path) -> None:
     with pytest.raises(UserError, match=r"changes\.diff: code of the record's author, which would run here"):
         verified(copy, made)
     assert verified(copy, made, run_changes=True)[-1].endswith("true")
+    judge = "st_fast/study/speedrun/score.py"
+    (copy / CHANGES).write_text(f"diff --git a/{judge} b/{judge}\n--- a/{judge}\n+++ b/{judge}\n")
+    summed(copy)
+    with pytest.raises(UserError, match=r"changes st_fast/study/speedrun/score\.py, which judges"):
+        verified(copy, made, run_changes=True)
+    (copy / CHANGES).unlink()
+    summed(copy)
     assert "--no-rerun" in verified(copy, made, rerun=False)[-1]
 
 

@@ -17,6 +17,7 @@ make    makes the files of a task of your own: its task.toml says what
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
@@ -26,6 +27,8 @@ from st_fast.core.options import Parser, given, integer, path
 from st_fast.core.signals import catch_signals
 from st_fast.study.speedrun.task import Task, read_task
 
+say = partial(print, flush=True)
+"""At once, so that lines of the processes that are started come between."""
 RECORDS = Path("docs/speedrun")
 """Where this repository keeps its records, a folder a task."""
 
@@ -79,16 +82,14 @@ def main(arguments: Sequence[str]) -> None:
     if options.command == "table":
         from st_fast.study.speedrun.table import write_table
 
-        write_table(options.page, options.html, print)
+        write_table(options.page, options.html, say)
     elif options.command == "verify":
         _verify(options)
     elif options.command == "make":
         from st_fast.study.speedrun.prepare import make_task
 
-        task = make_task(options.task, options.vae, options.images, print)
-        print(
-            f"{task.name}: classifier {task.accuracy:.2%} right on held-out images; real images score {task.floor:.4g}"
-        )
+        task = make_task(options.task, options.vae, options.images, say)
+        say(f"{task.name}: classifier {task.accuracy:.2%} right on held-out images; real images score {task.floor:.4g}")
     else:
         task = read_task(options.task)
         {"run": _run, "try": _try, "data": _data}[options.command](task, options, overrides)
@@ -102,7 +103,7 @@ def _data(task: Task, options: argparse.Namespace, _: list[str]) -> str:
     """Makes the data, where they are not there; their digest."""
     from st_fast.study.speedrun.prepare import task_data
 
-    return task_data(task, _data_folder(task.name, options), options.images, print)
+    return task_data(task, _data_folder(task.name, options), options.images, say)
 
 
 def _try(task: Task, options: argparse.Namespace, overrides: list[str]) -> None:
@@ -113,9 +114,9 @@ def _try(task: Task, options: argparse.Namespace, overrides: list[str]) -> None:
     recipe = rules.read(options.recipe, task, overrides)
     digest = _data(task, options, overrides)
     out = options.out or Path("runs") / "speedrun" / task.name / f"{options.recipe.stem}-seed{options.seed}"
-    result = attempt(task, recipe, options.seed, _data_folder(task.name, options), digest, out, print)
+    result = attempt(task, recipe, options.seed, _data_folder(task.name, options), digest, out, say)
     if options.note is not None:
-        print(note(RECORDS / task.name, options.note, options.recipe.stem, overrides, result))
+        say(note(RECORDS / task.name, options.note, options.recipe.stem, overrides, result))
 
 
 def _run(task: Task, options: argparse.Namespace, _: list[str]) -> None:
@@ -123,7 +124,7 @@ def _run(task: Task, options: argparse.Namespace, _: list[str]) -> None:
 
     make_record(
         task, options.recipe, options.out, options.what, options.by, _data_folder(task.name, options), options.images,
-        print,
+        say,
     )  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def _verify(options: argparse.Namespace) -> None:
     name = read_record(options.record).task
     verify(
         options.record, options.task, options.seed, _data_folder(name, options), options.images, options.run_changes,
-        not options.no_rerun, print,
+        not options.no_rerun, say,
     )  # fmt: skip
 
 

@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from st_fast.core.comparison import check_same
-from st_fast.core.errors import Say
+from st_fast.core.errors import BadFile, Say, UserError
 from st_fast.core.files import make_folder, read_json, sha256_file, write_json_atomic
 from st_fast.core.records import log_records, record_from
 from st_fast.recipe import Recipe, to_toml
 from st_fast.sample.model import sampling
 from st_fast.sample.request import sample_request, sampling_parser
-from st_fast.sample.set import draw_set, open_npz, settings_of
+from st_fast.sample.set import SAMPLES, draw_set, open_npz, settings_of
 from st_fast.study.speedrun.origin import Machine, machine, versions
 from st_fast.study.speedrun.rules import SAMPLE_SEED, settled
-from st_fast.study.speedrun.score import Scorer
+from st_fast.study.speedrun.score import Score, Scorer
 from st_fast.study.speedrun.task import Task
 from st_fast.train.run import run
 
-FILE = "result.json"
+FILE, ASKED = "result.json", "asked.json"
+SAMPLES_FOLDER = "samples"
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,15 @@ def attempt(task: Task, recipe: Recipe, seed: int, data: Path, digest: str, out:
     recipe: as its author wrote it, and `rules.check` let it pass; digest: of the data. UserError where `out` holds
     another attempt.
     """
+    if recipe.model.num_classes != (classes := Scorer(task).classes):
+        raise UserError(f"model.num_classes = {recipe.model.num_classes}: the task {task.name} has {classes}")
     wanted = settled(recipe, task, seed, data.resolve(), out.resolve())
     asked = {"task": task.digest, "data": digest, "recipe": to_toml(wanted)}
-    if (out / "asked.json").exists():
-        check_same(read_json(out / "asked.json"), asked, f"{out}: holds an attempt with", "choose another --out")
+    if (out / ASKED).exists():
+        check_same(read_json(out / ASKED), asked, f"{out}: holds an attempt with", "choose another --out")
     else:
         make_folder(out)
-        write_json_atomic(out / "asked.json", asked)
+        write_json_atomic(out / ASKED, asked)
     if not (out / FILE).exists():
         run(wanted)
         result = _scored(task, out, seed, digest, say)
@@ -82,14 +85,20 @@ def _scored(task: Task, out: Path, seed: int, digest: str, say: Say) -> Result:
     request = sample_request(sampling_parser("sample", None).parse_args(flags), "evaluate")
     with sampling(request) as (ranks, sampler, _):
         weights = settings_of(sampler)["model_sha256"]
-        file = draw_set(sampler, out / "samples", False, ranks, say)
-    samples = open_npz(file)
-    assert samples.labels is not None
-    images = np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2)
-    score = Scorer(task)(images, samples.labels)
+        file = draw_set(sampler, out / SAMPLES_FOLDER, False, ranks, say)
+    score = score_of(task, out)
     flops, seconds = spent(out / "log.jsonl")
     say(f"seed {seed}: Fréchet distance {score.distance:.4f}, {flops / 1e12:.3f} TFLOP, {seconds:.1f} s of training")
     return Result(seed, score.distance, score.accuracy, flops, seconds, digest, weights, sha256_file(file))
+
+
+def score_of(task: Task, out: Path) -> Score:
+    """Of the samples that an attempt in `out` has drawn; `BadFile` where there are not as many of each class."""
+    samples, judge = open_npz(out / SAMPLES_FOLDER / SAMPLES), Scorer(task)
+    wanted = np.arange(task.samples) % judge.classes
+    if samples.labels is None or not np.array_equal(samples.labels, wanted):
+        raise BadFile(f"{samples.path}: not {task.samples} samples of the task's classes in turn")
+    return judge(np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2), samples.labels)
 
 
 def spent(log: Path) -> tuple[float, float]:

@@ -1,21 +1,24 @@
 """Makes a record: every seed of its task trained in turn, each in a process of its own, then the folder at once."""
 
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
+from st_fast.core.comparison import check_same
 from st_fast.core.errors import RunFailed, Say, UserError
-from st_fast.core.files import read_bytes, write_folder
+from st_fast.core.files import make_folder, read_bytes, read_json, write_folder, write_json_atomic
 from st_fast.core.signals import stop_on_signals
 from st_fast.sample.previews import grid, png
-from st_fast.sample.set import open_npz
+from st_fast.sample.set import SAMPLES, open_npz
 from st_fast.study.speedrun import rules
-from st_fast.study.speedrun.attempt import read_attempt
-from st_fast.study.speedrun.origin import ROOT, check_line, current_code, run_in
+from st_fast.study.speedrun.attempt import SAMPLES_FOLDER, read_attempt
+from st_fast.study.speedrun.origin import ROOT, Code, check_line, current_code, run_in
 from st_fast.study.speedrun.record import FORMAT, Record, check, identity, verdict, write_record
 from st_fast.study.speedrun.task import Task
 
+CODE = "code.json"
 PICTURES = 100
 """Samples of the picture: ten of each of ten classes."""
 
@@ -35,24 +38,23 @@ def make_record(
     rules.read(recipe_path, task)
     code = current_code()
     runs = Path("runs") / "speedrun" / task.name / out.name
+    _same_code(runs, code)
     with stop_on_signals():
         for seed in task.seeds:
             place = runs / f"seed{seed}"
             flags = ["--seed", str(seed), "--data", str(data.resolve()), "--out", str(place)]
             flags += ["--images", str(images.resolve())] if images else []
             run_in(ROOT, ["speedrun", "try", task.folder, str(recipe_path), *flags], task.threads)
+    _same_code(runs, current_code())
     attempts = {seed: read_attempt(runs / f"seed{seed}") for seed in task.seeds}
-    if (
-        current_code() != code
-        or len({(one.task_sha256, one.machine, str(one.versions)) for one in attempts.values()}) > 1
-    ):
-        raise UserError(f"{runs}: its seeds were run by other code, versions or machines; remove it and run it again")
+    if len({(one.machine, str(one.versions)) for one in attempts.values()}) > 1:
+        raise UserError(f"{runs}: its seeds were run on several machines or versions; remove it and run them again")
     results, first = tuple(one.result for one in attempts.values()), attempts[task.seeds[0]]
     record = Record(
         FORMAT, task.name, task.digest, task.classifier_sha256, what, by, f"{datetime.now(UTC):%Y-%m-%d}",
         code.revision, first.machine, first.versions, results, **verdict(task, results),
     )  # fmt: skip
-    drawn = next(open_npz(runs / f"seed{task.seeds[0]}" / "samples" / "samples.npz").blocks(PICTURES))
+    drawn = next(open_npz(runs / f"seed{task.seeds[0]}" / SAMPLES_FOLDER / SAMPLES).blocks(PICTURES))
     picture = png(grid(torch.from_numpy(drawn.transpose(0, 3, 1, 2).copy())))
     logs = {seed: runs / f"seed{seed}" / "log.jsonl" for seed in task.seeds}
     with write_folder(out) as writing:
@@ -65,3 +67,15 @@ def make_record(
             ) from None
     say(f"{out}: {record.mean:.4g} on average, {record.verdict}; {record.flops / 1e12:.4g} TFLOP and "
         f"{record.seconds:.1f} s a seed; {identity(out)}")  # fmt: skip
+
+
+def _same_code(runs: Path, code: Code) -> None:
+    """Keeps what code the runs are of; UserError where they were begun with other code."""
+    told = {"revision": code.revision, "changes": sha256(code.changes.encode("utf-8", "surrogateescape")).hexdigest()}
+    if (runs / CODE).exists():
+        check_same(
+            read_json(runs / CODE), told, f"{runs}: its seeds were begun with", "remove it or name another --out"
+        )
+        return
+    make_folder(runs)
+    write_json_atomic(runs / CODE, told)

@@ -1,4 +1,4 @@
-"""A record of the speedrun as a folder, and every check of it that needs no training. Imports no torch.
+"""A record of the speedrun as a folder, and every check of it that needs no training.
 
 record.json       the claim: task, revision, machine, versions, each seed's figures and hashes, the verdict
 recipe.toml       as its author wrote it
@@ -30,6 +30,8 @@ from st_fast.study.speedrun.task import SIGNIFICANCE, Task, mean_and_deviation, 
 FORMAT = "st_fast.speedrun/1"
 CLAIM, RECIPE, CHANGES, PICTURE, SUMS = "record.json", "recipe.toml", "changes.diff", "samples.png", "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
+ROUNDING = 1e-12
+"""Share by which a figure may differ from what follows from others, on another machine and by another SciPy."""
 SLACK = 1.0
 """Seconds by which two clocks may differ between two lines of a log."""
 
@@ -149,7 +151,9 @@ def check(folder: Path, record: Record, task: Task) -> Recipe:
     for result in record.results:
         check_log(folder / _log(result.seed), recipe, task, result, record.versions)
     for name, value in verdict(task, record.results).items():
-        if (told := getattr(record, name)) != value:
+        told = getattr(record, name)
+        same = math.isclose(told, value, rel_tol=ROUNDING) if isinstance(value, float) else told == value
+        if not same:
             raise BadFile(f"{where}: {name} = {shown(told)}; from its results follows {shown(value)}")
     if record.p >= SIGNIFICANCE:
         raise UserError(f"{folder}: {record.verdict}: no record")

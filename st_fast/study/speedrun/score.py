@@ -42,6 +42,11 @@ class Scorer:
         held = load_file(task.path(REFERENCE))
         self.reference = GaussianStats.known(held["mean"].numpy(), held["covariance"].numpy())
 
+    @property
+    def classes(self) -> int:
+        """How many it tells apart."""
+        return self.classifier.num_classes
+
     def __call__(self, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Score:
         """Of uint8 images (n, 1 or 3, H, W) drawn for labels (n,), n more than the classifier's features."""
         distance = frechet(GaussianStats.of(self.classifier.features(images)), self.reference)

@@ -1,11 +1,9 @@
-"""The leaderboards: every record of a folder, checked, as tables between markers of a page, and as a page of its own.
-
-Imports no torch.
-"""
+"""The leaderboards: the records beside a page, each checked, in tables between its markers, and as a page of HTML."""
 
 import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 
@@ -174,7 +172,7 @@ def _section(board: Board, folder: Path) -> str:
     """The task's part of the page."""
     parts = [f"### {board.task.title}\n", f"`{board.task.name}`: {board.target}\n"]
     for head, lines in board.tables:
-        rows = [head, ["---"] * len(head), *lines]
+        rows = [head, ["---"] * len(head), *([escape(cell, quote=False) for cell in line] for line in lines)]
         parts.append("".join(f"| {' | '.join(cells)} |\n" for cells in rows))
     if not board.records:
         return "\n".join([*parts, "No record yet.\n"])

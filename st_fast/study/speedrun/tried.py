@@ -1,4 +1,4 @@
-"""What was tried on a task, with its figures: a line of JSON each, whether it helped or not. Imports no torch."""
+"""What was tried on a task, with its figures: a line of JSON each, whether it helped or not."""
 
 import json
 from collections.abc import Sequence

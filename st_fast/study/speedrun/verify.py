@@ -4,23 +4,29 @@ On the same kind of machine with the same versions every bit has to be the same;
 where one more score of the record's kind lies.
 """
 
+import re
 import secrets
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from st_fast.core.comparison import differences
-from st_fast.core.errors import RunFailed, Say, UserError
+from st_fast.core.errors import RunFailed, Say, UserError, shown
 from st_fast.core.records import log_records
 from st_fast.study.speedrun import record as records
-from st_fast.study.speedrun.attempt import Attempt, read_attempt
+from st_fast.study.speedrun.attempt import Attempt, read_attempt, score_of
 from st_fast.study.speedrun.origin import Code, check_revision, run_in, tree_of
 from st_fast.study.speedrun.record import CHANGES, RECIPE, Record
-from st_fast.study.speedrun.task import CONFIDENCE, Task, interval, read_task
+from st_fast.study.speedrun.task import CONFIDENCE, Task, interval, read_task, task_names
 
+JUDGE = re.compile(r"^(?:---|\+\+\+) [ab]/(st_fast/(?:study/speedrun|evaluate)/\S*)", re.M)
+"""In a diff: a file of what scores."""
 SLOWER = 1.25
 """Times of a seed's training here and in the record that differ by more are told to be unconfirmed."""
-MEASURED = ("kind", "stage", "step", "loss", "denoise", "aux", "grad_norm", "lr", "skipped", "flops")
+NAMED = 5
+"""Differences that a line names at most."""
+MEASURED = ("loss", "denoise", "aux", "grad_norm", "lr", "skipped", "flops")
 """Of a log's records: what the same bits make the same."""
 
 
@@ -36,6 +42,10 @@ def verify(
     """
     found = records.read_record(folder)
     say(f"files: all as they were written ({records.identity(folder)})")
+    if task_name is None and found.task not in task_names():
+        raise UserError(
+            f"{folder}: task {shown(found.task)}: st_fast has no task of that name; --task names its folder"
+        )
     task = read_task(task_name or found.task)
     recipe = records.check(folder, found, task)
     say(f"figures: logs, costs and verdict fit together: {found.mean:.4g} on average, {found.verdict}")
@@ -44,6 +54,8 @@ def verify(
     if not rerun:
         say("not run again (--no-rerun): that its figures are those of its recipe and code, this does not say")
         return
+    if touched := JUDGE.search(code.changes):
+        raise UserError(f"{folder / CHANGES}: changes {touched[1]}, which judges; a change of that is no record's")
     if code.changes and not run_changes:
         raise UserError(
             f"{folder / CHANGES}: code of the record's author, which would run here; read it, then --run-changes"
@@ -57,7 +69,12 @@ def verify(
         flags = ["--seed", str(seed), "--data", str(data.resolve()), "--out", str(out)]
         flags += ["--images", str(images.resolve())] if images else []
         run_in(tree, ["speedrun", "try", task.folder, str((folder / RECIPE).resolve()), *flags], task.threads)
-        compare(found, task, read_attempt(out), folder / f"seed{seed}.jsonl", out / "log.jsonl", say)
+        here = read_attempt(out)
+        if (judged := score_of(task, out).distance) != here.result.distance:
+            raise RunFailed(
+                f"seed {seed}: {judged:.6g} by this clone's judge, {here.result.distance:.6g} by the record's"
+            )
+        compare(found, task, here, folder / f"seed{seed}.jsonl", out / "log.jsonl", say)
     say(f"{folder}: true")
 
 
@@ -81,10 +98,8 @@ def compare(found: Record, task: Task, here: Attempt, theirs: Path, ours: Path, 
         both = f"{here.result.distance:.4f} here, {told.distance:.4f} there"
         say(f"seed {told.seed}: {both}, within {low:.4f} to {high:.4f}")
         return
-    for number, (one, other) in enumerate(zip(_measured(theirs), _measured(ours), strict=False), 1):
-        if one != other:
-            said = "; ".join(differences(one, other))
-            raise RunFailed(f"{theirs}: line {number} on training is another here: {said}: not true")
+    if named := differences(_measured(theirs), _measured(ours)):
+        raise RunFailed(f"{theirs}: another log on the same kind of machine: {'; '.join(named[:NAMED])}: not true")
     if named := differences(asdict(replace(told, seconds=0.0)), asdict(replace(here.result, seconds=0.0))):
         raise RunFailed(f"seed {told.seed}: other bits on the same kind of machine: {'; '.join(named)}: not true")
     say(f"seed {told.seed}: the same to the bit: weights, samples, score and every line of its log")
@@ -93,8 +108,10 @@ def compare(found: Record, task: Task, here: Attempt, theirs: Path, ours: Path, 
     say(f"time: {here.result.seconds:.1f} s here, {told.seconds:.1f} s there{confirmed}")
 
 
-def _measured(log: Path) -> list[dict[str, object]]:
-    """The lines on training, without times."""
-    return [
-        {key: record.get(key) for key in MEASURED} for record in log_records(log) if record["kind"] in ("train", "end")
-    ]
+def _measured(log: Path) -> dict[str, dict[str, Any]]:
+    """The lines on training, without times, by stage and step: what an interrupted run has logged twice counts once."""
+    return {
+        f"{record['stage']} {record['kind']} {record['step']}": {key: record.get(key) for key in MEASURED}
+        for record in log_records(log)
+        if record["kind"] in ("train", "end")
+    }
