@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.measure import Effort, Row, copy_rate
+from st_fast.core.machine import cpu_name
 from st_fast.kernels import native
 from st_fast.kernels.build import locked
 from st_fast.train import log
@@ -97,8 +98,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's own name, or the CPU's with the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc") else None
-    return f"CPU {found[1] if found else platform.processor()}, {torch.get_num_threads()} threads"
+    return f"CPU {cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str:

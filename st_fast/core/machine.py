@@ -9,6 +9,7 @@ import errno
 import gc
 import math
 import os
+import platform
 import re
 import resource
 import sys
@@ -104,6 +105,12 @@ def physical_cores(system: Path = ROOT) -> int:
 def usable_threads(system: Path = ROOT) -> int:
     """Number of threads that a rank should compute on: its part of the cores, or of the quota where that is less."""
     return max(1, math.ceil(min(physical_cores(system), cpu_quota(system))) // local_count())
+
+
+def cpu_name(system: Path = ROOT) -> str:
+    """The processor's own name, where the system tells it."""
+    found = re.search(r"model name\s*: (.*)", _read(system / "proc/cpuinfo"))
+    return (found[1].strip() if found else platform.processor()) or platform.machine()
 
 
 def affinity() -> set[int]:

@@ -17,15 +17,13 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from st_fast import __version__, kernels
-from st_fast.core.machine import cpu_quota
+from st_fast.core.machine import cpu_name, cpu_quota
 from st_fast.core.streams import show
 from st_fast.data.loader import dali_missing
 from st_fast.kernels.table import auto
@@ -68,11 +66,8 @@ def _version(package: str) -> str | None:
 def devices() -> Rows:
     """The host, and every GPU with its memory and what it multiplies."""
     gibibytes = memory.capacity(torch.device("cpu")) / 2**30
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    name = found[1] if found else platform.processor() or platform.machine()
     quota = f" (CPU quota {cpu_quota():g})" if cpu_quota() < math.inf else ""
-    rows = {f"cpu: {name}": f"{torch.get_num_threads()} threads of {os.cpu_count()}{quota}, {gibibytes:.1f} GiB"}
+    rows = {f"cpu: {cpu_name()}": f"{torch.get_num_threads()} threads of {os.cpu_count()}{quota}, {gibibytes:.1f} GiB"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         capability = (properties.major, properties.minor)

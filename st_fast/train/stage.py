@@ -82,8 +82,8 @@ def run_stage(context: RunContext, stage: Stage) -> None:
                 trainer.roll_back(spike, done)
         wanted = () if stopping else context.examiner.due(stage, done)
         if due(done, recipe.run.save_every) or last or stopping or spike is not None or wanted:
+            report.read(done)  # not in the pause: on a GPU it waits for the steps that were launched
             with clock.paused():
-                report.read(done)
                 trainer.save(done, clock)
         if wanted or last:
             with clock.paused():

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from st_fast.core.command import command_parser, run_command
+from st_fast.core.comparison import short_digest
 from st_fast.core.errors import UserError
 from st_fast.core.machine import rank_count
 from st_fast.core.options import Parser, given, integer, path
@@ -59,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", "whether a record is true")
     verify.add_argument("record", type=path)
     verify.add_argument("--task", type=given, help="the folder of its task, where st_fast has none of that name")
-    verify.add_argument("--seed", type=integer(0, 2**31 - 1), help="which seed is run again (one by chance)")
+    which = verify.add_mutually_exclusive_group()
+    which.add_argument("--seed", type=integer(0, 2**31 - 1), help="which seed is run again (one by chance)")
+    which.add_argument("--all", action="store_true", help="run every seed again")
     verify.add_argument("--no-rerun", action="store_true", help="check only what needs no training")
     verify.add_argument("--run-changes", action="store_true", help="run its changes of the code, which you have read")
     table = command("table", "write the leaderboards")
@@ -109,11 +112,17 @@ def _data(task: Task, options: argparse.Namespace, _: list[str]) -> str:
 def _try(task: Task, options: argparse.Namespace, overrides: list[str]) -> None:
     from st_fast.study.speedrun import rules
     from st_fast.study.speedrun.attempt import attempt
+    from st_fast.study.speedrun.origin import check_line
     from st_fast.study.speedrun.tried import note
 
+    if options.note is not None:
+        check_line("--note", options.note)
     recipe = rules.read(options.recipe, task, overrides)
     digest = _data(task, options, overrides)
-    out = options.out or Path("runs") / "speedrun" / task.name / f"{options.recipe.stem}-seed{options.seed}"
+    name = (
+        f"{options.recipe.stem}{f'-{short_digest(dict.fromkeys(overrides))}' if overrides else ''}-seed{options.seed}"
+    )
+    out = options.out or Path("runs") / "speedrun" / task.name / name
     result = attempt(task, recipe, options.seed, _data_folder(task.name, options), digest, out, say)
     if options.note is not None:
         say(note(RECORDS / task.name, options.note, options.recipe.stem, overrides, result))
@@ -134,8 +143,8 @@ def _verify(options: argparse.Namespace) -> None:
 
     name = read_record(options.record).task
     verify(
-        options.record, options.task, options.seed, _data_folder(name, options), options.images, options.run_changes,
-        not options.no_rerun, say,
+        options.record, options.task, "all" if options.all else options.seed, _data_folder(name, options),
+        options.images, options.run_changes, not options.no_rerun, say,
     )  # fmt: skip
 
 

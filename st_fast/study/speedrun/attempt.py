@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from st_fast.core.comparison import check_same
 from st_fast.core.errors import BadFile, Say, UserError
@@ -15,7 +16,7 @@ from st_fast.recipe import Recipe, to_toml
 from st_fast.sample.model import sampling
 from st_fast.sample.request import sample_request, sampling_parser
 from st_fast.sample.set import SAMPLES, draw_set, open_npz, settings_of
-from st_fast.study.speedrun.origin import Machine, machine, versions
+from st_fast.study.speedrun.origin import Machine, current_code, machine, state, versions
 from st_fast.study.speedrun.rules import SAMPLE_SEED, settled
 from st_fast.study.speedrun.score import Score, Scorer
 from st_fast.study.speedrun.task import Task
@@ -59,8 +60,10 @@ def attempt(task: Task, recipe: Recipe, seed: int, data: Path, digest: str, out:
     """
     if recipe.model.num_classes != (classes := Scorer(task).classes):
         raise UserError(f"model.num_classes = {recipe.model.num_classes}: the task {task.name} has {classes}")
+    if task.device == "cpu":
+        torch.set_num_threads(task.threads)
     wanted = settled(recipe, task, seed, data.resolve(), out.resolve())
-    asked = {"task": task.digest, "data": digest, "recipe": to_toml(wanted)}
+    asked = {"task": task.digest, "data": digest, "recipe": to_toml(wanted), "code": _code()}
     if (out / ASKED).exists():
         check_same(read_json(out / ASKED), asked, f"{out}: holds an attempt with", "choose another --out")
     else:
@@ -72,6 +75,14 @@ def attempt(task: Task, recipe: Recipe, seed: int, data: Path, digest: str, out:
         told = Attempt(task.digest, machine(task.device), versions(), result)
         write_json_atomic(out / FILE, asdict(told))
     return read_attempt(out).result
+
+
+def _code() -> str:
+    """By which the code is known that an attempt was made with; outside of a clone by nothing."""
+    try:
+        return state(current_code())
+    except UserError:
+        return "unknown"
 
 
 def read_attempt(out: Path) -> Attempt:

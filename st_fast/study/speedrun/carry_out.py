@@ -1,24 +1,21 @@
 """Makes a record: every seed of its task trained in turn, each in a process of its own, then the folder at once."""
 
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from st_fast.core.comparison import check_same
 from st_fast.core.errors import RunFailed, Say, UserError
-from st_fast.core.files import make_folder, read_bytes, read_json, write_folder, write_json_atomic
+from st_fast.core.files import make_folder, read_bytes, write_atomic, write_folder
 from st_fast.core.signals import stop_on_signals
 from st_fast.sample.previews import grid, png
 from st_fast.sample.set import SAMPLES, open_npz
 from st_fast.study.speedrun import rules
 from st_fast.study.speedrun.attempt import SAMPLES_FOLDER, read_attempt
-from st_fast.study.speedrun.origin import ROOT, Code, check_line, current_code, run_in
-from st_fast.study.speedrun.record import FORMAT, Record, check, identity, verdict, write_record
+from st_fast.study.speedrun.origin import ROOT, check_line, current_code, run_in, state
+from st_fast.study.speedrun.record import FORMAT, RECIPE, Record, check, identity, verdict, write_record
 from st_fast.study.speedrun.task import Task
 
-CODE = "code.json"
 PICTURES = 100
 """Samples of the picture: ten of each of ten classes."""
 
@@ -38,14 +35,19 @@ def make_record(
     rules.read(recipe_path, task)
     code = current_code()
     runs = Path("runs") / "speedrun" / task.name / out.name
-    _same_code(runs, code)
+    make_folder(runs)
+    copied = runs / RECIPE
+    write_atomic(
+        copied, read_bytes(recipe_path)
+    )  # once, so that all seeds have one recipe whatever becomes of the file
     with stop_on_signals():
         for seed in task.seeds:
             place = runs / f"seed{seed}"
             flags = ["--seed", str(seed), "--data", str(data.resolve()), "--out", str(place)]
             flags += ["--images", str(images.resolve())] if images else []
-            run_in(ROOT, ["speedrun", "try", task.folder, str(recipe_path), *flags], task.threads)
-    _same_code(runs, current_code())
+            run_in(ROOT, ["speedrun", "try", task.folder, str(copied), *flags], task.threads)
+    if state(current_code()) != state(code):
+        raise UserError(f"{runs}: the code was changed while its seeds ran; remove it and run them again")
     attempts = {seed: read_attempt(runs / f"seed{seed}") for seed in task.seeds}
     if len({(one.machine, str(one.versions)) for one in attempts.values()}) > 1:
         raise UserError(f"{runs}: its seeds were run on several machines or versions; remove it and run them again")
@@ -58,7 +60,7 @@ def make_record(
     picture = png(grid(torch.from_numpy(drawn.transpose(0, 3, 1, 2).copy())))
     logs = {seed: runs / f"seed{seed}" / "log.jsonl" for seed in task.seeds}
     with write_folder(out) as writing:
-        write_record(writing, record, read_bytes(recipe_path), logs, code, picture)
+        write_record(writing, record, read_bytes(copied), logs, code, picture)
         try:
             check(writing, record, task)
         except UserError as error:
@@ -67,15 +69,3 @@ def make_record(
             ) from None
     say(f"{out}: {record.mean:.4g} on average, {record.verdict}; {record.flops / 1e12:.4g} TFLOP and "
         f"{record.seconds:.1f} s a seed; {identity(out)}")  # fmt: skip
-
-
-def _same_code(runs: Path, code: Code) -> None:
-    """Keeps what code the runs are of; UserError where they were begun with other code."""
-    told = {"revision": code.revision, "changes": sha256(code.changes.encode("utf-8", "surrogateescape")).hexdigest()}
-    if (runs / CODE).exists():
-        check_same(
-            read_json(runs / CODE), told, f"{runs}: its seeds were begun with", "remove it or name another --out"
-        )
-        return
-    make_folder(runs)
-    write_json_atomic(runs / CODE, told)

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,11 @@ import numpy as np
 import st_fast
 from st_fast.core.errors import EXIT_INTERRUPTED, Interrupted, RunFailed, UserError
 from st_fast.core.files import shown
-from st_fast.core.machine import THREADS
+from st_fast.core.machine import THREADS, cpu_name
 
 ROOT = Path(st_fast.__file__).resolve().parent.parent
+PATIENCE = 6.0
+"""Seconds that a run has to save what it has; before this process, which was asked to end, ends itself."""
 CODE = ("st_fast", "kernels", "csrc")
 """Folders of the repository that a run's figures follow from, beside its recipe."""
 
@@ -34,7 +36,7 @@ class Machine:
     threads: int
     """That compute on a CPU."""
     instructions: str
-    """The CPU's capability as torch knows it, or the GPU's architecture."""
+    """The CPU's capability as torch knows it, and what csrc does instead, if it does; or the GPU's architecture."""
 
     def __str__(self) -> str:
         return f"{self.device}, {self.threads} threads, {self.instructions}"
@@ -44,19 +46,15 @@ def machine(device: str) -> Machine:
     """This one's, of "cpu" or "cuda"."""
     import torch
 
+    from st_fast.kernels import native
+
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return Machine(torch.cuda.get_device_name(), torch.get_num_threads(), f"sm_{major}{minor}")
-    return Machine(cpu_name(), torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())
-
-
-def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(errors="replace"))
-    except OSError:
-        found = None
-    return (found[1].strip() if found else platform.processor()) or platform.machine()
+    capability, own = torch.backends.cpu.get_cpu_capability(), native.isa()
+    if own != capability.lower():
+        capability += f", csrc {own}" if own else ", without csrc"
+    return Machine(cpu_name(), torch.get_num_threads(), capability)
 
 
 def versions() -> dict[str, str]:
@@ -91,19 +89,54 @@ def git(*arguments: str, text: str | None = None, check: bool = True) -> subproc
 
 def current_code() -> Code:
     """Of this clone. UserError outside of one, and for a file in CODE that git doesn't know: no diff would have it."""
-    if not (ROOT / ".git").exists():
-        raise UserError(
-            f"{ROOT}: no clone of st_fast's repository, so no revision can be named; records are made in one"
-        )
+    _need_clone()
     if stray := git("ls-files", "--others", "--exclude-standard", "--", *CODE).stdout.splitlines():
         raise UserError(
             f"{ROOT / stray[0]}: git doesn't know this file, so a record would lack it: git add or remove it"
         )
-    return Code(git("rev-parse", "HEAD").stdout.strip(), git("diff", "--binary", "HEAD", "--", *CODE).stdout)
+    return Code(git("rev-parse", "HEAD").stdout.strip(), _diff("HEAD"))
+
+
+def _need_clone() -> None:
+    if not (ROOT / ".git").exists():
+        raise UserError(f"{ROOT}: no clone of st_fast's repository, which has the revisions of records; clone it")
+
+
+def _diff(*revisions: str) -> str:
+    """What git apply takes, whatever a user has configured."""
+    flags = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--full-index")
+    return git("diff", *flags, "--src-prefix=a/", "--dst-prefix=b/", *revisions, "--", *CODE).stdout
+
+
+def state(code: Code) -> str:
+    """A hash of the code itself: revisions that differ in documents have the same."""
+    trees = [git("rev-parse", "-q", "--verify", f"{code.revision}:{one}", check=False).stdout for one in CODE]
+    return sha256(f"{trees}{code.changes}".encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def unread(code: Code) -> str:
+    """The changes of CODE that are not in this clone's history: a record's own, and those of a branch that it is of."""
+    if git("merge-base", "--is-ancestor", code.revision, "HEAD", check=False).returncode == 0:
+        return code.changes
+    base = git("merge-base", code.revision, "HEAD", check=False).stdout.strip()
+    if not base:
+        raise UserError(f"revision {code.revision[:12]}: it has no history in common with this clone's")
+    return _diff(base, code.revision) + code.changes
+
+
+def touched(changes: str) -> list[str]:
+    """The files that a diff changes; UserError where git can't read it."""
+    if not changes:
+        return []
+    read = git("apply", "--numstat", "-z", "-", text=changes, check=False)
+    if read.returncode:
+        raise UserError("changes.diff: git can't read it")
+    return [line.split("\t")[-1] for line in read.stdout.split("\0") if line]
 
 
 def check_revision(revision: str) -> None:
     """UserError where this clone has no such revision."""
+    _need_clone()
     if git("cat-file", "-e", f"{revision}^{{commit}}", check=False).returncode:
         raise UserError(f"revision {revision[:12]}: this clone of st_fast has no such commit; git fetch, or clone anew")
 
@@ -140,13 +173,17 @@ def run_in(tree: Path, arguments: Sequence[str], threads: int) -> None:
     Interrupted where it was ended by a signal, RunFailed where it failed; it has said why.
     """
     numbers = {name: str(threads) for name in THREADS}
-    variables = dict(os.environ) | {"PYTHONPATH": str(tree)} | numbers
+    # Without the second, the working directory would come before the tree, and the clone's own code would run there.
+    variables = dict(os.environ) | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"} | numbers
     with subprocess.Popen([sys.executable, "-m", "st_fast", *arguments], env=variables) as process:
         try:
             code = process.wait()
         except BaseException:  # a signal's
             process.send_signal(signal.SIGTERM)
-            process.wait()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
             raise
     if code == EXIT_INTERRUPTED:
         raise Interrupted("the run was interrupted; the same command continues")

@@ -4,7 +4,7 @@ The data folder holds latents of the training images alone: what scores needs, a
 the task.
 """
 
-import tomllib
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_atomic, write_folder
-from st_fast.core.lock import run_lock
+from st_fast.core.lock import Locked, run_lock
 from st_fast.core.progress import bar
 from st_fast.core.writing import save_pretrained
 from st_fast.data.images import load_image
@@ -29,12 +29,15 @@ from st_fast.prepare.digits import load_images
 from st_fast.prepare.encode import own_latents
 from st_fast.prepare.vaes import VAE_FOLDER, kind_of
 from st_fast.prepare.writing import SHARD_SIZE, write_shards
+from st_fast.recipe.document import parse_toml, read_text
 from st_fast.recipe.load import to_literal
 from st_fast.study.speedrun.score import load_task_classifier
-from st_fast.study.speedrun.task import CLASSIFIER, FILE, REFERENCE, Task, read_task
+from st_fast.study.speedrun.task import CLASSIFIER, FILE, REFERENCE, Task, read_task, task_from
 
 DIGITS = "digits"
 """The source that needs no images from a person: scikit-learn's."""
+POLL = 0.5
+"""Seconds between two looks whether another process has made the data."""
 BATCH = 256
 MADE = "# made by `python -m st_fast speedrun make`\n"
 """In task.toml: the line that divides what a person wrote from what was made of it."""
@@ -51,9 +54,14 @@ def task_data(task: Task, folder: Path, source: Path | None, say: Say) -> str:
     source: the images, of a task that brings none. UserError for other images or labels than the task's, for a place
     that holds other data, and where images are needed and not given.
     """
-    with run_lock(folder.with_name(f"{folder.name}-taken"), say):
-        if not folder.exists():
-            _write_data(task, folder, source, say)
+    folder = folder.absolute()
+    while not folder.exists():
+        try:
+            with run_lock(folder.with_name(f"{folder.name}-taken"), say):
+                if not folder.exists():
+                    _write_data(task, folder, source, say)
+        except Locked:  # another process makes them
+            time.sleep(POLL)
     records = open_data(folder, verify=True)
     try:
         if records.manifest.source != _said(task):
@@ -124,10 +132,12 @@ def make_task(folder: Path, vae_folder: Path | None, source: Path | None, say: S
     remains of the held-out images are the statistics of its features. Weights are rounded to float16, so that the files
     are small. Whatever task.toml has below MADE is written anew.
     """
-    said = (folder / FILE).read_text(encoding="utf-8").partition(MADE)[0]
-    told = tomllib.loads(said)
-    images, labels = read_images(told["images"], told["side"], "train", source)
-    held_out, held_labels = read_images(told["images"], told["side"], "test", source)
+    said = read_text(folder / FILE).partition(MADE)[0]
+    known = dict.fromkeys((CLASSIFIER, REFERENCE), "")
+    unmade = {"images_sha256": "", "accuracy": 0.0, "floor": 0.0, "files": known}
+    task = task_from(parse_toml(said, str(folder / FILE)) | unmade, str(folder / FILE))
+    images, labels = read_images(task.images, task.side, "train", source)
+    held_out, held_labels = read_images(task.images, task.side, "test", source)
     tensors = [torch.from_numpy(array) for array in (images, labels, held_out, held_labels)]
     real = RealImages(tensors[0], tensors[1], tensors[2], tensors[3], "")
     vae = load_vae(PIXELS if vae_folder is None else vae_folder)
@@ -140,11 +150,11 @@ def make_task(folder: Path, vae_folder: Path | None, source: Path | None, say: S
         files += [f"{VAE_FOLDER}/config.json", WEIGHTS]
     weights = train(real, say).state_dict()
     save_file({name: t.half() if t.is_floating_point() else t for name, t in weights.items()}, folder / CLASSIFIER)
-    classifier = load_task_classifier(folder / CLASSIFIER, told["side"], 0.0)
+    classifier = load_task_classifier(folder / CLASSIFIER, task.side, 0.0)
     statistics = GaussianStats.of(classifier.features(held_out))
     held = {"mean": statistics.mean, "covariance": statistics.covariance}
     save_file({name: torch.from_numpy(array) for name, array in held.items()}, folder / REFERENCE)
-    chosen = real.train[torch.linspace(0, len(images) - 1, told["samples"]).long()]
+    chosen = real.train[torch.linspace(0, len(images) - 1, task.samples).long()]
     how = own_latents(vae)
     decoded = [
         decode(vae, encode_moments(vae, part, "mean") * how.normalisation.scale, how.normalisation)

@@ -8,7 +8,6 @@ samples.png       of the first seed
 SHA256SUMS        of all other files, as `sha256sum --check` reads it
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -19,12 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, read_bytes, read_json, sha256_file, shown, write_atomic, write_json_atomic
+from st_fast.core.files import (
+    BadFile,
+    parse_json,
+    read_bytes,
+    read_json,
+    sha256_file,
+    shown,
+    write_atomic,
+    write_json_atomic,
+)
 from st_fast.core.records import record_from
 from st_fast.recipe import Recipe, cost
 from st_fast.study.speedrun import rules
 from st_fast.study.speedrun.attempt import Result
-from st_fast.study.speedrun.origin import Code, Machine
+from st_fast.study.speedrun.origin import Code, Machine, check_line
 from st_fast.study.speedrun.task import SIGNIFICANCE, Task, mean_and_deviation, p_value
 
 FORMAT = "st_fast.speedrun/1"
@@ -115,7 +123,8 @@ def _listed(folder: Path) -> dict[str, str]:
         raise BadFile(f"{folder}: no such folder; a record is one")
     lines = read_bytes(folder / SUMS).decode(errors="replace").splitlines()
     matches = [LINE.fullmatch(line) for line in lines]
-    if bad := next((line for line, match in zip(lines, matches, strict=True) if match is None), None):
+    bad = next((line for line, match in zip(lines, matches, strict=True) if match is None), None)
+    if bad is not None:
         raise BadFile(f"{folder / SUMS}: {shown(bad)}: a SHA-256 and a file's name are needed in each line")
     found = {match[2]: match[1] for match in matches if match}
     for name in (CLAIM, RECIPE, PICTURE):
@@ -145,6 +154,10 @@ def check(folder: Path, record: Record, task: Task) -> Recipe:
         )
     if record.task_sha256 != task.digest:
         raise BadFile(f"{where}: made for another version of the task {task.name}: its task.toml has another SHA-256")
+    check_line(f"{where}: what =", record.what)
+    check_line(f"{where}: by =", record.by)
+    if task.device == "cpu" and record.machine.threads != task.threads:
+        raise BadFile(f"{where}: machine: threads = {record.machine.threads}, the task has {task.threads}")
     if tuple(result.seed for result in record.results) != task.seeds:
         raise BadFile(f"{where}: results of other seeds than the task's, {', '.join(map(str, task.seeds))}")
     recipe = rules.read(folder / RECIPE, task)
@@ -172,18 +185,20 @@ def check_log(path: Path, recipe: Recipe, task: Task, result: Result, versions: 
     for stage in recipe.stages:
         own = [record for record in records if record.get("stage") == stage.name]
         starts, ends = ([one for one in own if one["kind"] == kind] for kind in ("start", "end"))
-        if not starts or not ends or ends[-1]["step"] != stage.steps:
+        whole = bool(ends) and ends[-1]["step"] == stage.steps and {"flops", "seconds"} <= ends[-1].keys()
+        if not starts or not whole:
             raise BadFile(f"{path}: cut off: stage {stage.name!r} has no end after {stage.steps} steps")
         asked = {
             "steps": stage.steps, "batch_size": recipe.optim.batch_size, "dataset": result.data_sha256,
             "torch": versions.get("torch"),
         }  # fmt: skip
-        told = starts[-1] | {"torch": starts[-1].get("versions", {}).get("torch")}
+        said = starts[-1].get("versions")
+        told = starts[-1] | {"torch": said.get("torch") if isinstance(said, dict) else None}
         for key, value in asked.items():
             if told.get(key) != value:
                 raise BadFile(f"{path}: {key} of stage {stage.name!r} is {shown(told.get(key))}, not {shown(value)}")
         formula = cost.stage_flops(recipe, stage, 0, stage.steps)
-        if stage.method.stop_below == "off" and not math.isclose(ends[-1]["flops"], formula, rel_tol=1e-9):
+        if not math.isclose(ends[-1]["flops"], formula, rel_tol=1e-9):
             raise BadFile(
                 f"{path}: {ends[-1]['flops']:.6g} FLOPs of stage {stage.name!r}; its recipe takes {formula:.6g}"
             )
@@ -192,21 +207,21 @@ def check_log(path: Path, recipe: Recipe, task: Task, result: Result, versions: 
     for name, value in (("flops", math.fsum(flops)), ("seconds", math.fsum(seconds))):
         if getattr(result, name) != value:
             raise BadFile(f"{path}: {value:.6g} {name} in all; {CLAIM} has {getattr(result, name):.6g}")
+    if result.seconds <= 0:
+        raise BadFile(f"{path}: {result.seconds:.6g} s of training")
     if task.minutes and result.seconds > 60 * task.minutes:
         raise UserError(f"{path}: {result.seconds / 60:.1f} minutes of training; the task allows {task.minutes:g}")
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Every record of a log; `BadFile` for a line that is none, as the last of a log that was cut off is."""
-    text = read_bytes(path).decode(errors="replace")
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            record = json.loads(line)
-            whole = line.endswith("\n") and isinstance(record["kind"], str) and type(record["step"]) is int
-        except (ValueError, RecursionError, KeyError, TypeError):
-            whole = False
-        if not whole or type(record.get("time")) not in (int, float):
-            raise BadFile(f"{path}: line {number} is no record of a log: cut off, or changed")
+    for number, line in enumerate(read_bytes(path).splitlines(keepends=True), 1):
+        where = Path(f"{path}: line {number}")
+        record = parse_json(line, where)
+        numbers = [record.get("time"), *(record[key] for key in ("seconds", "flops") if key in record)]
+        right = type(record.get("kind")) is str and type(record.get("stage")) is str and type(record.get("step")) is int
+        if not right or not line.endswith(b"\n") or any(type(one) not in (int, float) for one in numbers):
+            raise BadFile(f"{where}: no record of a log: cut off, or changed")
         yield record
 
 

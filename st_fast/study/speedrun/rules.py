@@ -61,6 +61,8 @@ def _broken(recipe: Recipe, task: Task) -> Iterator[tuple[str, object, str]]:
             yield f"stage.{stage.name}.init", init, "weights from outside, whose training is not counted"
         if method.teacher_name is not None and method.teacher_name not in own:
             yield f"stage.{stage.name}.teacher", method.teacher_name, "a teacher from outside; train it in a stage"
+        if method.stop_below != "off":
+            yield f"stage.{stage.name}.stop_below", method.stop_below, "what it will cost is not known before"
         if method.encoder_names:
             names = ", ".join(method.encoder_names)
             yield f"stage.{stage.name}.encoders", names, "an image encoder's training is not counted"

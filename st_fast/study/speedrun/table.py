@@ -152,6 +152,8 @@ def write_table(page: Path, html: Path | None, say: Say) -> None:
 
     UserError for a record that isn't true, which has no place there.
     """
+    if not page.is_file():
+        raise UserError(f"{page}: no such page; the tables are written into one, whose records lie beside it")
     folder, text = page.parent / page.stem, read_page(page)
     boards = [read_board(read_task(name), folder / name) for name in task_names()]
     try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from scipy import stats
 
@@ -23,12 +23,14 @@ from st_fast.recipe.document import parse_toml
 FOLDER = Path(__file__).parent / "tasks"
 """Where the tasks of this repository lie."""
 FILE = "task.toml"
-CLASSIFIER, REFERENCE, VAE = "classifier.safetensors", "reference.safetensors", "vae"
+CLASSIFIER, REFERENCE = "classifier.safetensors", "reference.safetensors"
 SIGNIFICANCE = 0.01
 """A record's mean is below the target with a p-value less than this."""
 CONFIDENCE = 0.99
 """Of the interval that a seed's score on another kind of machine has to be in."""
 LEAST_SEEDS = 3
+LEAST = {"threads": 1, "samples": 65, "evaluations": 1, "side": 8}
+"""Smaller numbers of a task mean nothing; 64 features need a covariance of more samples."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,17 @@ def read_task(name: str) -> Task:
     where = str(own / FILE)
     if found := table.keys() & {"folder", "digest"}:
         raise BadFile(f"{where}: the field {min(found)!r} is not the file's to say")
-    task = record_from(Task, table | {"folder": str(own), "digest": sha256(raw).hexdigest()}, where)
+    return task_from(table | {"folder": str(own), "digest": sha256(raw).hexdigest()}, where)
+
+
+def task_from(table: Mapping[str, Any], where: str) -> Task:
+    """The task of these values; `BadFile`, which begins with `where` they stand, for a missing or wrong one."""
+    task = record_from(Task, dict(table), where)
     if len(task.seeds) < LEAST_SEEDS or len(set(task.seeds)) < len(task.seeds) or not task.target > 0:
         raise BadFile(f"{where}: {LEAST_SEEDS} seeds or more, each once, and a target above 0 are needed")
+    for name, least in LEAST.items():
+        if (value := getattr(task, name)) < least:
+            raise BadFile(f"{where}: {name} = {value}: at least {least} is needed")
     if missing := {CLASSIFIER, REFERENCE} - task.files.keys():
         raise BadFile(f"{where}: files lacks {min(missing)}")
     return task

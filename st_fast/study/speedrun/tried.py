@@ -1,14 +1,14 @@
 """What was tried on a task, with its figures: a line of JSON each, whether it helped or not."""
 
+import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from st_fast.core.files import BadFile, make_folder, read_bytes, write_atomic
+from st_fast.core.files import BadFile, make_folder, read_bytes
 from st_fast.core.records import record_from
 from st_fast.study.speedrun.attempt import Result
-from st_fast.study.speedrun.origin import check_line
 
 FILE = "tried.jsonl"
 
@@ -28,14 +28,15 @@ class Tried:
 
 def note(folder: Path, what: str, recipe: str, overrides: Sequence[str], result: Result) -> Path:
     """Adds a line to the task's list, once; returns its file."""
-    check_line("--note", what)
     path = folder / FILE
     told = Tried(what, recipe, tuple(overrides), result.seed, result.distance, result.flops, result.seconds)
     line = json.dumps(asdict(told)) + "\n"
     make_folder(folder)
-    before = read_bytes(path).decode() if path.exists() else ""
-    if line not in before:
-        write_atomic(path, (before + line).encode())
+    with path.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two attempts may end at once
+        file.seek(0)
+        if line not in file.read():
+            file.write(line)
     return path
 
 

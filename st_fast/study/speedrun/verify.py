@@ -4,41 +4,45 @@ On the same kind of machine with the same versions every bit has to be the same;
 where one more score of the record's kind lies.
 """
 
-import re
+import math
 import secrets
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from st_fast.core.comparison import differences
 from st_fast.core.errors import RunFailed, Say, UserError, shown
 from st_fast.core.records import log_records
 from st_fast.study.speedrun import record as records
 from st_fast.study.speedrun.attempt import Attempt, read_attempt, score_of
-from st_fast.study.speedrun.origin import Code, check_revision, run_in, tree_of
-from st_fast.study.speedrun.record import CHANGES, RECIPE, Record
-from st_fast.study.speedrun.task import CONFIDENCE, Task, interval, read_task, task_names
+from st_fast.study.speedrun.origin import Code, check_revision, run_in, touched, tree_of, unread
+from st_fast.study.speedrun.record import RECIPE, Record
+from st_fast.study.speedrun.task import CONFIDENCE, SIGNIFICANCE, Task, interval, p_value, read_task, task_names
 
-JUDGE = re.compile(r"^(?:---|\+\+\+) [ab]/(st_fast/(?:study/speedrun|evaluate)/\S*)", re.M)
-"""In a diff: a file of what scores."""
+JUDGE = ("st_fast/study/speedrun/", "st_fast/evaluate/")
+"""Code that scores: a record can't bring its own."""
+JUDGED = 1e-6
+"""Share by which a score of the same samples may differ where it is taken on another number of threads."""
 SLOWER = 1.25
 """Times of a seed's training here and in the record that differ by more are told to be unconfirmed."""
 NAMED = 5
 """Differences that a line names at most."""
-MEASURED = ("loss", "denoise", "aux", "grad_norm", "lr", "skipped", "flops")
+MEANS = ("loss", "denoise", "aux", "grad_norm", "direction")
+"""Of a log's line: what is a mean over the steps since the line before."""
+MEASURED = (*MEANS, "lr", "skipped", "flops")
 """Of a log's records: what the same bits make the same."""
 
 
 def verify(
-    folder: Path, task_name: str | None, seed: int | None, data: Path, images: Path | None, run_changes: bool,
-    rerun: bool, say: Say,
+    folder: Path, task_name: str | None, seed: int | Literal["all"] | None, data: Path, images: Path | None,
+    run_changes: bool, rerun: bool, say: Say,
 ) -> None:  # fmt: skip
     """Checks the record in `folder` and tells each thing it found true; UserError or RunFailed at the first that isn't.
 
     task_name: where its task is, if it is none of this repository; seed: which one is run again (None: drawn now, so
-    that nobody knew it); images: of a task that brings none; run_changes: whether a diff that came with the record may
-    be run here; rerun: False checks all that needs no training.
+    that nobody knew it); images: of a task that brings none; run_changes: whether code that came with the record, and
+    is not in this clone's history, may be run here; rerun: False checks all that needs no training.
     """
     found = records.read_record(folder)
     say(f"files: all as they were written ({records.identity(folder)})")
@@ -49,69 +53,110 @@ def verify(
     task = read_task(task_name or found.task)
     recipe = records.check(folder, found, task)
     say(f"figures: logs, costs and verdict fit together: {found.mean:.4g} on average, {found.verdict}")
-    code = Code(found.revision, records.changes(folder))
-    check_revision(code.revision)
     if not rerun:
         say("not run again (--no-rerun): that its figures are those of its recipe and code, this does not say")
         return
-    if touched := JUDGE.search(code.changes):
-        raise UserError(f"{folder / CHANGES}: changes {touched[1]}, which judges; a change of that is no record's")
-    if code.changes and not run_changes:
-        raise UserError(
-            f"{folder / CHANGES}: code of the record's author, which would run here; read it, then --run-changes"
-        )
-    seed = secrets.choice(task.seeds) if seed is None else seed
-    if seed not in task.seeds:
+    if seed not in (None, "all", *task.seeds):
         raise UserError(f"--seed {seed}: the task has {', '.join(map(str, task.seeds))}")
-    say(f"seed {seed}: running it again, {recipe.stages[-1].steps} steps of its last stage")
+    code = Code(found.revision, records.changes(folder))
+    check_revision(code.revision)
+    _check_changes(folder, unread(code), run_changes)
+    seeds = task.seeds if seed == "all" else (secrets.choice(task.seeds) if seed is None else int(seed),)
+    confirmed = True
     with tree_of(code) as tree, tempfile.TemporaryDirectory(prefix="st_fast-speedrun-") as place:
-        out = Path(place) / f"seed{seed}"
-        flags = ["--seed", str(seed), "--data", str(data.resolve()), "--out", str(out)]
-        flags += ["--images", str(images.resolve())] if images else []
-        run_in(tree, ["speedrun", "try", task.folder, str((folder / RECIPE).resolve()), *flags], task.threads)
-        here = read_attempt(out)
-        if (judged := score_of(task, out).distance) != here.result.distance:
-            raise RunFailed(
-                f"seed {seed}: {judged:.6g} by this clone's judge, {here.result.distance:.6g} by the record's"
-            )
-        compare(found, task, here, folder / f"seed{seed}.jsonl", out / "log.jsonl", say)
-    say(f"{folder}: true")
+        for number in seeds:
+            say(f"seed {number}: running it again, {recipe.stages[-1].steps} steps of its last stage")
+            out = Path(place) / f"seed{number}"
+            flags = ["--seed", str(number), "--data", str(data.resolve()), "--out", str(out)]
+            flags += ["--images", str(images.resolve())] if images else []
+            run_in(tree, ["speedrun", "try", task.folder, str((folder / RECIPE).resolve()), *flags], task.threads)
+            here, judged = read_attempt(out), score_of(task, out).distance
+            if not math.isclose(judged, here.result.distance, rel_tol=JUDGED):
+                theirs = f"{here.result.distance:.6g} by the record's"
+                raise RunFailed(f"seed {number}: {judged:.6g} by this clone's judge, {theirs}: not true")
+            confirmed &= compare(found, task, here, folder / f"seed{number}.jsonl", out / "log.jsonl", say)
+    say(f"{folder}: true{', its time not confirmed' * (not confirmed)}")
 
 
-def compare(found: Record, task: Task, here: Attempt, theirs: Path, ours: Path, say: Say) -> None:
-    """Holds a seed's second run, and its log, to the record's; RunFailed where they differ more than they may."""
+def _check_changes(folder: Path, changes: str, may_run: bool) -> None:
+    """UserError where code that nobody here has read would run, or would judge."""
+    files = touched(changes)
+    if judging := [name for name in files if name.startswith(JUDGE)]:
+        raise UserError(f"{folder}: its code changes {judging[0]}, which judges; that is no record's to change")
+    if files and not may_run:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise UserError(
+            f"{folder}: code that is not in this clone's history would run here ({files[0]}{more}): read it, then "
+            "--run-changes"
+        )
+
+
+def compare(found: Record, task: Task, here: Attempt, theirs: Path, ours: Path, say: Say) -> bool:
+    """Whether a seed's second run confirms its time; RunFailed where run and log differ more than they may."""
     told = next(result for result in found.results if result.seed == here.result.seed)
-    there = asdict(found.machine) | dict(found.versions)
-    changed = differences(there, asdict(here.machine) | dict(here.versions))
+    changed = differences(asdict(found.machine), asdict(here.machine)) + differences(found.versions, here.versions)
     if told.flops != here.result.flops:
         raise RunFailed(
             f"seed {told.seed}: {here.result.flops:.6g} FLOPs here, {told.flops:.6g} in the record: not true"
         )
     if changed:
         say(f"another kind of machine: {'; '.join(changed)}: bits and times can't be compared, scores and FLOPs can")
-        low, high = interval([result.distance for result in found.results])
-        if not low <= here.result.distance <= high:
-            raise RunFailed(
-                f"seed {told.seed}: {here.result.distance:.4f} here; one more score of the record's kind lies within "
-                f"{low:.4f} to {high:.4f} with {CONFIDENCE:.0%}: not true"
-            )
-        both = f"{here.result.distance:.4f} here, {told.distance:.4f} there"
-        say(f"seed {told.seed}: {both}, within {low:.4f} to {high:.4f}")
-        return
-    if named := differences(_measured(theirs), _measured(ours)):
+        _compare_scores(found, task, here.result.distance, told.seed)
+        say(f"seed {told.seed}: {here.result.distance:.4f} here, {told.distance:.4f} there: one more of its kind")
+        return False
+    if told.data_sha256 != here.result.data_sha256:
+        raise RunFailed(f"seed {told.seed}: other latents on the same kind of machine: not true")
+    if named := differences(*_measured(theirs, ours)):
         raise RunFailed(f"{theirs}: another log on the same kind of machine: {'; '.join(named[:NAMED])}: not true")
     if named := differences(asdict(replace(told, seconds=0.0)), asdict(replace(here.result, seconds=0.0))):
         raise RunFailed(f"seed {told.seed}: other bits on the same kind of machine: {'; '.join(named)}: not true")
     say(f"seed {told.seed}: the same to the bit: weights, samples, score and every line of its log")
-    ratio = here.result.seconds / told.seconds
-    confirmed = "" if ratio <= SLOWER else ": not confirmed; was this machine busy?"
-    say(f"time: {here.result.seconds:.1f} s here, {told.seconds:.1f} s there{confirmed}")
+    near = 1 / SLOWER <= here.result.seconds / told.seconds <= SLOWER
+    say(
+        f"time: {here.result.seconds:.1f} s here, {told.seconds:.1f} s there"
+        f"{': not confirmed; was this machine busy?' * (not near)}"
+    )
+    return near
 
 
-def _measured(log: Path) -> dict[str, dict[str, Any]]:
-    """The lines on training, without times, by stage and step: what an interrupted run has logged twice counts once."""
-    return {
-        f"{record['stage']} {record['kind']} {record['step']}": {key: record.get(key) for key in MEASURED}
-        for record in log_records(log)
-        if record["kind"] in ("train", "end")
-    }
+def _compare_scores(found: Record, task: Task, distance: float, seed: int) -> None:
+    """RunFailed where a score from another kind of machine is none of the record's kind, or takes the target from it.
+
+    The second, as a record could claim a spread as wide as its mean is low.
+    """
+    low, high = interval([result.distance for result in found.results])
+    if not low <= distance <= high:
+        raise RunFailed(
+            f"seed {seed}: {distance:.4f} here; one more score of the record's kind lies within {low:.4f} to "
+            f"{high:.4f} with {CONFIDENCE:.0%}: not true"
+        )
+    others = [result.distance for result in found.results if result.seed != seed]
+    if (p := p_value([*others, distance], task.target)) >= SIGNIFICANCE:
+        raise RunFailed(
+            f"seed {seed}: {distance:.4f} here; with this score the record does not show a mean below {task.target:g} "
+            f"(p = {p:.1e}): not true"
+        )
+
+
+def _measured(*logs: Path) -> list[dict[str, dict[str, Any]]]:
+    """The lines on training of each log, without times, by stage and step; a step that was logged twice counts once.
+
+    Losses of a run that was stopped within the steps of a line are of its later ones alone: they are left out of all.
+    """
+    found, partial = [], set[str]()
+    for log in logs:
+        lines, resumed = dict[str, dict[str, Any]](), False
+        for record in log_records(log):
+            if record["kind"] == "start":
+                resumed = record.get("resumed_from") != 0
+            elif record["kind"] in ("train", "end"):
+                name = f"{record['stage']} {record['kind']} {record['step']}"
+                lines[name] = {key: record.get(key) for key in MEASURED}
+                if resumed and record["kind"] == "train":
+                    resumed = False
+                    partial.add(name)
+        found.append(lines)
+    for lines in found:
+        for name in partial & lines.keys():
+            lines[name] = {key: value for key, value in lines[name].items() if key not in MEANS}
+    return found
