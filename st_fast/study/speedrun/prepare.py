@@ -32,7 +32,7 @@ from st_fast.prepare.writing import SHARD_SIZE, write_shards
 from st_fast.recipe.document import parse_toml, read_text
 from st_fast.recipe.load import to_literal
 from st_fast.study.speedrun.score import load_task_classifier
-from st_fast.study.speedrun.task import CLASSIFIER, FILE, REFERENCE, Task, read_task, task_from
+from st_fast.study.speedrun.task import CLASSIFIER, FILE, REFERENCE, WEIGHTS, Task, read_task, task_from
 
 DIGITS = "digits"
 """The source that needs no images from a person: scikit-learn's."""
@@ -43,7 +43,6 @@ MADE = "# made by `python -m st_fast speedrun make`\n"
 """In task.toml: the line that divides what a person wrote from what was made of it."""
 PIXELS = "pixels"
 """What encodes where the task has no VAE of its own."""
-WEIGHTS = f"{VAE_FOLDER}/diffusion_pytorch_model.safetensors"
 
 Images = NDArray[np.uint8]
 

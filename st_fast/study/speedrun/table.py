@@ -17,7 +17,7 @@ from st_fast.report import plot, words
 from st_fast.report.figures import Chart, Curve
 from st_fast.study.page import placed, read_page
 from st_fast.study.speedrun.record import PICTURE, SUMS, Record, check, identity, read_record
-from st_fast.study.speedrun.task import SIGNIFICANCE, Task, mean_and_deviation, read_task, task_names
+from st_fast.study.speedrun.task import SIGNIFICANCE, WEIGHTS, Task, mean_and_deviation, read_task, task_names
 from st_fast.study.speedrun.tried import Tried, read_tried
 
 STEP = 0.1
@@ -62,9 +62,10 @@ class Board:
         task, seeds = self.task, len(self.task.seeds)
         where = f"{task.threads} threads of a CPU" if task.device == "cpu" else "one GPU"
         limit = f", {task.minutes:g} minutes of training a seed at most" if task.minutes else ""
+        through = " through the task's VAE" if WEIGHTS in task.files else ""
         return (
             f"Fréchet distance below {task.target:g}, mean of {seeds} seeds, p < {SIGNIFICANCE:g}; {where}{limit}. "
-            f"Real training images through the task's VAE score {words.plain(task.floor)}; the classifier is right in "
+            f"Real training images{through} score {words.plain(task.floor)}; the classifier is right in "
             f"{words.percent(task.accuracy)} of the held-out images."
         )
 
@@ -155,7 +156,8 @@ def write_table(page: Path, html: Path | None, say: Say) -> None:
     if not page.is_file():
         raise UserError(f"{page}: no such page; the tables are written into one, whose records lie beside it")
     folder, text = page.parent / page.stem, read_page(page)
-    boards = [read_board(read_task(name), folder / name) for name in task_names()]
+    tasks = sorted(map(read_task, task_names()), key=lambda task: (task.device != "cpu", task.name))
+    boards = [read_board(task, folder / task.name) for task in tasks]
     try:
         for board in boards:
             text = placed(text, f"speedrun-{board.task.name}", _section(board, folder))

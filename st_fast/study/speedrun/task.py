@@ -24,6 +24,8 @@ FOLDER = Path(__file__).parent / "tasks"
 """Where the tasks of this repository lie."""
 FILE = "task.toml"
 CLASSIFIER, REFERENCE = "classifier.safetensors", "reference.safetensors"
+WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
+"""Of the VAE; a task without has pixels as latents."""
 SIGNIFICANCE = 0.01
 """A record's mean is below the target with a p-value less than this."""
 CONFIDENCE = 0.99
