@@ -594,6 +594,10 @@ def test_the_table_has_records_that_beat_those_before_and_no_others(made: Path, 
     assert page.read_text() == text
     with pytest.raises(UserError, match="no such page"):
         main(["table", str(tmp_path / "none.md")])
+    (tmp_path / "other.md").write_text("# Another page\n")
+    with pytest.raises(UserError, match=r"other\.md: neither tables of the speedrun in it nor a folder"):
+        main(["table", str(tmp_path / "other.md")])
+    assert (tmp_path / "other.md").read_text() == "# Another page\n"
     shutil.copytree(made / "1-mine", folder / "2-same")
     with pytest.raises(UserError, match=r"2-same: neither 10% fewer FLOPs nor 10% less time"):
         main(["table", str(page)])
@@ -731,6 +735,8 @@ def test_the_tasks_files_are_those_of_their_hashes(name: str) -> None:
 
 
 def test_no_task_and_a_wrong_one_are_one_line(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no task\.toml; it says what the task is"):
+        main(["make", str(tmp_path)])
     with pytest.raises(UserError, match=r"'digit' is no task \(did you mean digits\?\)"):
         read_task("digit")
     other = Path(shutil.copytree(made / "tiny", tmp_path / "other"))

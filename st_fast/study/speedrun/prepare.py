@@ -131,6 +131,8 @@ def make_task(folder: Path, vae_folder: Path | None, source: Path | None, say: S
     remains of the held-out images are the statistics of its features. Weights are rounded to float16, so that the files
     are small. Whatever task.toml has below MADE is written anew.
     """
+    if not (folder / FILE).is_file():
+        raise UserError(f"{folder}: no {FILE}; it says what the task is (docs/speedrun.md)")
     said = read_text(folder / FILE).partition(MADE)[0]
     known = dict.fromkeys((CLASSIFIER, REFERENCE), "")
     unmade = {"images_sha256": "", "accuracy": 0.0, "floor": 0.0, "files": known}

@@ -156,6 +156,8 @@ def write_table(page: Path, html: Path | None, say: Say) -> None:
     if not page.is_file():
         raise UserError(f"{page}: no such page; the tables are written into one, whose records lie beside it")
     folder, text = page.parent / page.stem, read_page(page)
+    if not folder.is_dir() and "<!-- study speedrun-" not in text:
+        raise UserError(f"{page}: neither tables of the speedrun in it nor a folder {folder} with records beside it")
     tasks = sorted(map(read_task, task_names()), key=lambda task: (task.device != "cpu", task.name))
     boards = [read_board(task, folder / task.name) for task in tasks]
     try:
