@@ -1,9 +1,9 @@
 """The speedrun: tasks, records that anyone can verify, and their leaderboard. docs/speedrun.md has the rules.
 
-    python -m st_fast speedrun run digits recipes/speedrun/digits_plain.toml --what "plain SiT" --out my-record
+    python -m st_fast speedrun run digits my.toml --what "a higher rate" --out my-record
     python -m st_fast speedrun verify docs/speedrun/digits/1-plain
     python -m st_fast speedrun table docs/speedrun.md
-    python -m st_fast speedrun try digits my.toml --seed 7 --optim.lr=2e-3 --note "a higher rate"
+    python -m st_fast speedrun try digits docs/speedrun/digits/4-narrow/recipe.toml --seed 7 --optim.lr=2e-3
     python -m st_fast speedrun data fashion --images /usr/share/datasets/fashion-mnist
     python -m st_fast speedrun make my-task --vae data/mine/vae --images pictures
 
@@ -119,13 +119,19 @@ def _try(task: Task, options: argparse.Namespace, overrides: list[str]) -> None:
         check_line("--note", options.note)
     recipe = rules.read(options.recipe, task, overrides)
     digest = _data(task, options, overrides)
-    name = (
-        f"{options.recipe.stem}{f'-{short_digest(dict.fromkeys(overrides))}' if overrides else ''}-seed{options.seed}"
-    )
-    out = options.out or Path("runs") / "speedrun" / task.name / name
+    name = _name(options.recipe)
+    run = f"{name}{f'-{short_digest(dict.fromkeys(overrides))}' if overrides else ''}-seed{options.seed}"
+    out = options.out or Path("runs") / "speedrun" / task.name / run
     result = attempt(task, recipe, options.seed, _data_folder(task.name, options), digest, out, say)
     if options.note is not None:
-        say(note(RECORDS / task.name, options.note, options.recipe.stem, overrides, result))
+        say(note(RECORDS / task.name, options.note, name, overrides, result))
+
+
+def _name(recipe: Path) -> str:
+    """What a recipe is called: a record's by its record."""
+    from st_fast.study.speedrun.record import RECIPE
+
+    return recipe.absolute().parent.name if recipe.name == RECIPE else recipe.stem
 
 
 def _run(task: Task, options: argparse.Namespace, _: list[str]) -> None:
