@@ -101,18 +101,22 @@ class Board:
 
 
 def _tried(tried: Sequence[Tried]) -> Iterator[list[str]]:
-    """A line for each change, of all its seeds, beside what its recipe reached without it on the same seeds."""
+    """A line for each change, beside what its recipe reached without it on the same seeds; least distance first."""
     groups: dict[tuple[str, str, tuple[str, ...]], list[Tried]] = {}
     for one in tried:
         groups.setdefault((one.what, one.recipe, one.overrides), []).append(one)
     plain = {(one.recipe, one.seed): one.distance for one in tried if not one.overrides}
-    for (what, recipe, overrides), some in groups.items():
+    for (what, recipe, overrides), some in sorted(groups.items(), key=_mean_distance):
         base = [plain[recipe, one.seed] for one in some if (recipe, one.seed) in plain]
         yield [
             what, recipe, " ".join(f"`{one}`" for one in overrides), ", ".join(str(one.seed) for one in some),
             words.flops(sum(one.flops for one in some) / len(some)), _spread([one.distance for one in some]),
             _spread(base) if overrides and len(base) == len(some) else "",
         ]  # fmt: skip
+
+
+def _mean_distance(group: tuple[object, list[Tried]]) -> float:
+    return sum(one.distance for one in group[1]) / len(group[1])
 
 
 def _spread(values: Sequence[float]) -> str:

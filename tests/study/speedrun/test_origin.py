@@ -1,0 +1,113 @@
+"""Code is run as it was when a record was made, in a tree of its own."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from st_fast.core.errors import Interrupted, RunFailed, UserError
+from st_fast.study.speedrun import origin
+from st_fast.study.speedrun.origin import Code
+from tests.tiny import ROOT
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch) -> Callable[..., str]:
+    """A clone with one file of code, in place of this one; calls git in it."""
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path / "clone", check=True, capture_output=True, text=True
+        ).stdout
+
+    (tmp_path / "clone" / "st_fast").mkdir(parents=True)
+    git("init", "-q")
+    (tmp_path / "clone" / "st_fast" / "a.py").write_text("x = 1\n")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(origin, "ROOT", tmp_path / "clone")
+    return git
+
+
+def test_code_is_run_as_it_was(repository, tmp_path: Path) -> None:
+    file = tmp_path / "clone" / "st_fast" / "a.py"
+    first = origin.current_code()
+    assert first == Code(repository("rev-parse", "HEAD").strip(), "")
+    with origin.tree_of(first) as tree:
+        assert tree == tmp_path / "clone"
+    file.write_text("x = 2\n")
+    changed = origin.current_code()
+    assert changed.revision == first.revision and "+x = 2" in changed.changes
+    repository("commit", "-qam", "three", "--allow-empty")
+    file.write_text("x = 3\n")
+    (tmp_path / "clone" / "st_fast" / "_csrc_cpu_abc.so").write_bytes(b"built")
+    for code, text in ((first, "x = 1\n"), (changed, "x = 2\n")):
+        with origin.tree_of(code) as tree:
+            assert tree != tmp_path / "clone" and (tree / "st_fast" / "a.py").read_text() == text
+            assert (tree / "st_fast" / "_csrc_cpu_abc.so").read_bytes() == b"built"
+        assert not tree.exists() and file.read_text() == "x = 3\n" and "clone" in repository("worktree", "list")
+    assert len(repository("worktree", "list").splitlines()) == 1
+
+
+def test_what_this_clone_has_not_in_its_history_is_unread(repository, tmp_path: Path) -> None:
+    file, first = tmp_path / "clone" / "st_fast" / "a.py", origin.current_code()
+    assert origin.unread(first) == "" and origin.touched("") == []
+    repository("checkout", "-qb", "theirs")
+    file.write_text("x = 9\n")
+    repository("commit", "-qam", "theirs")
+    theirs = origin.current_code()
+    repository("checkout", "-q", "-")
+    assert origin.touched(origin.unread(theirs)) == ["st_fast/a.py"] and origin.unread(first) == ""
+    for setting in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.mnemonicPrefix", "true")):
+        repository("config", *setting)
+    file.write_text("x = 5\n")
+    assert origin.touched(origin.current_code().changes) == ["st_fast/a.py"]
+    with pytest.raises(UserError, match="git can't read it"):
+        origin.touched("nonsense\n")
+    assert origin.state(origin.current_code()) != origin.state(first)
+    repository("checkout", "-q", ".")
+    (tmp_path / "clone" / "page.md").write_text("a document")
+    repository("add", ".")
+    repository("commit", "-qm", "a page")
+    later = origin.current_code()
+    assert later.revision != first.revision and origin.state(later) == origin.state(first)
+
+
+def test_a_process_runs_the_code_of_its_tree(tmp_path: Path, monkeypatch) -> None:
+    """Also where the working directory has another st_fast, as this clone's root has."""
+    tree = tmp_path / "tree"
+    (tree / "st_fast").mkdir(parents=True)
+    (tree / "st_fast" / "__init__.py").write_text("")
+    main_file = tree / "st_fast" / "__main__.py"
+    main_file.write_text(
+        "import os, sys, pathlib\n"
+        "pathlib.Path(sys.argv[1]).write_text(f'{__file__} {os.environ[\"OMP_NUM_THREADS\"]}')\n"
+        "sys.exit(int(sys.argv[2]))\n"
+    )
+    monkeypatch.chdir(ROOT)
+    said = tmp_path / "said"
+    origin.run_in(tree, [str(said), "0"], 3)
+    assert said.read_text() == f"{main_file} 3"
+    with pytest.raises(RunFailed, match="ended with exit code 2; what is wrong stands above"):
+        origin.run_in(tree, [str(said), "2"], 3)
+    with pytest.raises(Interrupted):
+        origin.run_in(tree, [str(said), "75"], 3)
+
+
+def test_code_that_git_cannot_name_is_refused(repository, tmp_path: Path) -> None:
+    code = origin.current_code()
+    with pytest.raises(UserError, match=r"revision aaaaaaaaaaaa: this clone of st_fast has no such commit"):
+        origin.check_revision("a" * 40)
+    with (
+        pytest.raises(UserError, match=r"doesn't apply to revision"),
+        origin.tree_of(replace(code, changes="nonsense")),
+    ):
+        pass
+    (tmp_path / "clone" / "st_fast" / "b.py").write_text("y = 1\n")
+    with pytest.raises(UserError, match=r"b\.py: git doesn't know this file"):
+        origin.current_code()

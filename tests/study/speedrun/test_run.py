@@ -1,0 +1,140 @@
+"""Making records and tables: seeds trained, drawn, scored, and continued."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from st_fast.core.errors import RunFailed, UserError
+from st_fast.study.speedrun import attempt, carry_out, record, table
+from st_fast.study.speedrun.__main__ import main
+from st_fast.study.speedrun.prepare import read_images
+from st_fast.study.speedrun.record import CLAIM, read_record
+from st_fast.study.speedrun.score import Scorer
+from tests.study.speedrun.made import (
+    changed_byte,
+    in_this_process,
+    silent,
+    task_of,
+)
+from tests.tiny import ROOT
+
+
+def test_a_score_is_that_of_the_samples_that_were_drawn(made: Path) -> None:
+    """The distance again from its definition, by scipy's square root of a matrix and statistics of our own."""
+    from scipy.linalg import sqrtm
+
+    task, out = task_of(made), made / "runs" / "speedrun" / "tiny" / "1-mine" / "seed3"
+    with np.load(out / "samples" / "samples.npz") as file:
+        images, labels = file["arr_0"].transpose(0, 3, 1, 2), file["arr_1"]
+    scorer = Scorer(task)
+    ours = scorer.classifier.features(images).astype(np.float64)
+    held_out, held_labels = read_images("digits", 32, "test", None)
+    real = scorer.classifier.features(held_out).astype(np.float64)
+    a, b = np.cov(ours.T), np.cov(real.T)
+    expected = np.square(ours.mean(0) - real.mean(0)).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    told = attempt.read_attempt(out).result
+    assert told.distance == pytest.approx(expected, rel=1e-6) and np.bincount(labels).tolist() == [10] * 10
+    assert (scorer.classifier.predict(held_out) == held_labels).mean() == pytest.approx(task.accuracy)
+
+
+def test_a_record_that_misses_the_target_is_none(made: Path, tmp_path: Path, monkeypatch) -> None:
+    other = Path(shutil.copytree(made / "tiny", tmp_path / "tiny"))
+    text = (other / "task.toml").read_text()
+    (other / "task.toml").write_text(text.replace("target = 90.0", "target = 1.0"))
+    shutil.copytree(made / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFailed, match=r"no record: rec: not shown to be below 1 \(p = 1") as refusal:
+        main(["run", "tiny", str(made / "mine.toml"), "--what", "x", "--out", "rec"])
+    assert not (tmp_path / "rec").exists() and "runs/speedrun/tiny/rec" in str(refusal.value)
+
+
+def test_a_run_that_was_interrupted_goes_on_and_says_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "data", tmp_path / "data")
+    trained: list[str] = []
+
+    def killed_at_the_second(tree: Path, arguments: list[str], threads: int) -> None:
+        trained.append(arguments[arguments.index("--seed") + 1])
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        in_this_process(tree, arguments, threads)
+
+    command = [
+        "run",
+        str(made / "tiny"),
+        str(made / "mine.toml"),
+        "--what",
+        "a <tiny> one",
+        "--by",
+        "us",
+        "--out",
+        "again",
+    ]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(carry_out, "run_in", killed_at_the_second)
+        main(command)
+    assert not Path("again").exists()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="seed3: holds an attempt with code"):
+        patch.setattr(attempt, "_code", lambda: "another")
+        main(command)
+    main(command)
+    first, second = read_record(made / "1-mine"), read_record(Path("again"))
+    assert [replace(one, seconds=0.0) for one in first.results] == [replace(one, seconds=0.0) for one in second.results]
+    with pytest.raises(UserError, match="again: there already"):
+        main(command)
+    with pytest.raises(UserError, match="holds an attempt with"):
+        main(["try", str(made / "tiny"), str(made / "mine.toml"), "--seed", "3", "--optim.lr=0.02",
+              "--out", "runs/speedrun/tiny/again/seed3"])  # fmt: skip
+
+
+def test_the_table_has_records_that_beat_those_before_and_no_others(made: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(table, "task_names", lambda: ["tiny"])
+    monkeypatch.setattr(table, "read_task", lambda name: task_of(made))
+    monkeypatch.chdir(tmp_path)
+    page, folder = tmp_path / "docs" / "speedrun.md", tmp_path / "docs" / "speedrun" / "tiny"
+    shutil.copytree(made / "1-mine", folder / "1-mine")
+    page.write_text("# Rules\n")
+    shutil.copytree(made / "data", tmp_path / "data")
+    for seed in ("20", "21"):
+        for note, flag in (("a higher rate", ("--optim.lr=0.02",)), ("nothing", ())):
+            main(["try", str(made / "tiny"), str(folder / "1-mine" / "recipe.toml"), "--seed", seed, "--note", note,
+                  "--out", f"r{seed}{note[0]}", *flag])  # fmt: skip
+    main(["table", str(page), "--html", "board.html"])
+    text, html = page.read_text(), (tmp_path / "board.html").read_text()
+    assert (
+        text.startswith("# Rules\n")
+        and "| 1 | a &lt;tiny&gt; one |" in text
+        and record.identity(folder / "1-mine") in text
+    )
+    assert "a &lt;tiny&gt; one" in html and "<tiny>" not in html
+    assert "| a higher rate | 1-mine | `--optim.lr=0.02` | 20, 21 |" in text
+    tried = [line.split(" | ") for line in text.splitlines() if " | 1-mine | " in line]
+    distances = [float(cells[5].partition(" ")[0]) for cells in tried]
+    assert len(tried) == 2 and distances == sorted(distances)
+    main(["table", str(page)])
+    assert page.read_text() == text
+    with pytest.raises(UserError, match="no such page"):
+        main(["table", str(tmp_path / "none.md")])
+    (tmp_path / "other.md").write_text("# Another page\n")
+    with pytest.raises(UserError, match=r"other\.md: neither tables of the speedrun in it nor a folder"):
+        main(["table", str(tmp_path / "other.md")])
+    assert (tmp_path / "other.md").read_text() == "# Another page\n"
+    shutil.copytree(made / "1-mine", folder / "2-same")
+    with pytest.raises(UserError, match=r"2-same: neither 10% fewer FLOPs nor 10% less time"):
+        main(["table", str(page)])
+    changed_byte(folder / "1-mine" / CLAIM, 200)
+    with pytest.raises(UserError, match="1-mine"):
+        main(["table", str(page)])
+
+
+def test_the_records_of_this_repository_are_true_and_stand_in_the_tables(tmp_path: Path) -> None:
+    """All but the run again, which each of them takes minutes for."""
+    shutil.copytree(ROOT / "docs" / "speedrun", tmp_path / "speedrun")
+    shutil.copy2(ROOT / "docs" / "speedrun.md", tmp_path / "speedrun.md")
+    table.write_table(tmp_path / "speedrun.md", None, silent)
+    assert (tmp_path / "speedrun.md").read_text() == (ROOT / "docs" / "speedrun.md").read_text()
