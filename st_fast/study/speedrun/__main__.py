@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("try", "train one seed", recipe=True)
     one.add_argument("--seed", type=integer(0, 2**31 - 1), required=True)
     one.add_argument("--out", type=path, help="the run's folder (runs/speedrun/TASK/RECIPE-seedN)")
-    one.add_argument("--note", type=given, help="what was tried, in one line")
+    one.add_argument("--note", type=given, help="what was tried, in one line, for the task's list")
     verify = command("verify", "whether a record is true")
     verify.add_argument("record", type=path)
     verify.add_argument("--task", type=given, help="the folder of its task, where st_fast has none of that name")
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     options, overrides = parser().parse_known_args(arguments)
     if strange := [one for one in overrides if options.command != "try" or not one.startswith("--") or "=" not in one]:
-        raise UserError(f"speedrun {options.command}: {strange[0]} is no option; --help lists them")
+        written = f"; overrides are written {strange[0]}=VALUE" if options.command == "try" else ""
+        raise UserError(f"speedrun {options.command}: {strange[0]} is no option; --help lists them{written}")
     if rank_count() > 1:
         raise UserError(f"{rank_count()} processes: a speedrun runs in one; start it with python, not with torchrun")
     if options.command == "table":
@@ -112,11 +113,9 @@ def _data(task: Task, options: argparse.Namespace, _: list[str]) -> str:
 def _try(task: Task, options: argparse.Namespace, overrides: list[str]) -> None:
     from st_fast.study.speedrun import rules
     from st_fast.study.speedrun.attempt import attempt
-    from st_fast.study.speedrun.origin import check_line
-    from st_fast.study.speedrun.tried import note
+    from st_fast.study.speedrun.tried import check_note, note
 
-    if options.note is not None:
-        check_line("--note", options.note)
+    revision = "" if options.note is None else check_note(task, options.note, options.seed)
     recipe = rules.read(options.recipe, task, overrides)
     digest = _data(task, options, overrides)
     name = _name(options.recipe)
@@ -124,7 +123,7 @@ def _try(task: Task, options: argparse.Namespace, overrides: list[str]) -> None:
     out = options.out or Path("runs") / "speedrun" / task.name / run
     result = attempt(task, recipe, options.seed, _data_folder(task.name, options), digest, out, say)
     if options.note is not None:
-        say(note(RECORDS / task.name, options.note, name, overrides, result))
+        say(note(RECORDS / task.name, options.note, name, overrides, result, revision))
 
 
 def _name(recipe: Path) -> str:

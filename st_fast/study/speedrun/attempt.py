@@ -13,10 +13,11 @@ from st_fast.core.errors import BadFile, Say, UserError
 from st_fast.core.files import make_folder, read_json, sha256_file, write_json_atomic
 from st_fast.core.records import log_records, record_from
 from st_fast.recipe import Recipe, to_toml
+from st_fast.report import words
 from st_fast.sample.model import sampling
 from st_fast.sample.request import sample_request, sampling_parser
 from st_fast.sample.set import SAMPLES, draw_set, open_npz, settings_of
-from st_fast.study.speedrun.origin import Machine, current_code, machine, state, versions
+from st_fast.study.speedrun.origin import Machine, code_here, machine, versions
 from st_fast.study.speedrun.rules import SAMPLE_SEED, settled
 from st_fast.study.speedrun.score import Score, Scorer
 from st_fast.study.speedrun.task import Task
@@ -63,7 +64,7 @@ def attempt(task: Task, recipe: Recipe, seed: int, data: Path, digest: str, out:
     if task.device == "cpu":
         torch.set_num_threads(task.threads)
     wanted = settled(recipe, task, seed, data.resolve(), out.resolve())
-    asked = {"task": task.digest, "data": digest, "recipe": to_toml(wanted), "code": _code()}
+    asked = {"task": task.digest, "data": digest, "recipe": to_toml(wanted), "code": code_here()}
     if (out / ASKED).exists():
         check_same(read_json(out / ASKED), asked, f"{out}: holds an attempt with", "choose another --out")
     else:
@@ -74,15 +75,12 @@ def attempt(task: Task, recipe: Recipe, seed: int, data: Path, digest: str, out:
         result = _scored(task, out, seed, digest, say)
         told = Attempt(task.digest, machine(task.device), versions(), result)
         write_json_atomic(out / FILE, asdict(told))
-    return read_attempt(out).result
-
-
-def _code() -> str:
-    """By which the code is known that an attempt was made with; outside of a clone by nothing."""
-    try:
-        return state(current_code())
-    except UserError:
-        return "unknown"
+    result = read_attempt(out).result
+    say(
+        f"seed {seed}: Fréchet distance {result.distance:.4f} (target {task.target:g}), {words.flops(result.flops)}, "
+        f"{result.seconds:.1f} s of training"
+    )
+    return result
 
 
 def read_attempt(out: Path) -> Attempt:
@@ -99,17 +97,16 @@ def _scored(task: Task, out: Path, seed: int, digest: str, say: Say) -> Result:
         file = draw_set(sampler, out / SAMPLES_FOLDER, False, ranks, say)
     score = score_of(task, out)
     flops, seconds = spent(out / "log.jsonl")
-    say(f"seed {seed}: Fréchet distance {score.distance:.4f}, {flops / 1e12:.3f} TFLOP, {seconds:.1f} s of training")
     return Result(seed, score.distance, score.accuracy, flops, seconds, digest, weights, sha256_file(file))
 
 
 def score_of(task: Task, out: Path) -> Score:
     """Of the samples that an attempt in `out` has drawn; `BadFile` where there are not as many of each class."""
-    samples, judge = open_npz(out / SAMPLES_FOLDER / SAMPLES), Scorer(task)
-    wanted = np.arange(task.samples) % judge.classes
+    samples, scorer = open_npz(out / SAMPLES_FOLDER / SAMPLES), Scorer(task)
+    wanted = np.arange(task.samples) % scorer.classes
     if samples.labels is None or not np.array_equal(samples.labels, wanted):
         raise BadFile(f"{samples.path}: not {task.samples} samples of the task's classes in turn")
-    return judge(np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2), samples.labels)
+    return scorer(np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2), samples.labels)
 
 
 def spent(log: Path) -> tuple[float, float]:

@@ -8,11 +8,12 @@ import torch
 from st_fast.core.errors import RunFailed, Say, UserError
 from st_fast.core.files import make_folder, read_bytes, write_atomic, write_folder
 from st_fast.core.signals import stop_on_signals
+from st_fast.report import words
 from st_fast.sample.previews import grid, png
 from st_fast.sample.set import SAMPLES, open_npz
 from st_fast.study.speedrun import rules
 from st_fast.study.speedrun.attempt import SAMPLES_FOLDER, read_attempt
-from st_fast.study.speedrun.origin import ROOT, check_line, current_code, run_in, state
+from st_fast.study.speedrun.origin import ROOT, check_line, check_scores, current_code, run_in, state, touched
 from st_fast.study.speedrun.record import FORMAT, RECIPE, Record, check, identity, verdict, write_record
 from st_fast.study.speedrun.task import Task
 
@@ -34,6 +35,7 @@ def make_record(
         raise UserError(f"--out {out}: there already; a record is written once")
     rules.read(recipe_path, task)
     code = current_code()
+    check_scores(recipe_path, touched(code.changes))
     runs = Path("runs") / "speedrun" / task.name / out.name
     make_folder(runs)
     copied = runs / RECIPE
@@ -67,5 +69,5 @@ def make_record(
             raise RunFailed(
                 f"no record: {str(error).replace(str(writing), str(out))}; its runs are in {runs}"
             ) from None
-    say(f"{out}: {record.mean:.4g} on average, {record.verdict}; {record.flops / 1e12:.4g} TFLOP and "
+    say(f"{out}: {record.mean:.4g} on average, {record.verdict}; {words.flops(record.flops)} and "
         f"{record.seconds:.1f} s a seed; {identity(out)}")  # fmt: skip

@@ -25,6 +25,9 @@ PATIENCE = 6.0
 """Seconds that a run has to save what it has; before this process, which was asked to end, ends itself."""
 CODE = ("st_fast", "kernels", "csrc")
 """Folders of the repository that a run's figures follow from, beside its recipe."""
+SOURCES = (".py", ".cpp", ".cu", ".h")
+SCORES = ("st_fast/study/speedrun/", "st_fast/evaluate/")
+"""Code that scores: a record can't bring its own."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,14 @@ def _diff(*revisions: str) -> str:
     return git("diff", *flags, "--src-prefix=a/", "--dst-prefix=b/", *revisions, "--", *CODE).stdout
 
 
+def code_here() -> str:
+    """A hash of this process's code; UserError for files of a clone that git doesn't know."""
+    if (ROOT / ".git").exists():
+        return state(current_code())
+    sources = sorted(path for one in CODE for path in (ROOT / one).rglob("*") if path.suffix in SOURCES)
+    return sha256(b"".join(sha256(path.read_bytes()).digest() for path in sources)).hexdigest()
+
+
 def state(code: Code) -> str:
     """A hash of the code itself: revisions that differ in documents have the same."""
     trees = [git("rev-parse", "-q", "--verify", f"{code.revision}:{one}", check=False).stdout for one in CODE]
@@ -134,11 +145,20 @@ def touched(changes: str) -> list[str]:
     return [line.split("\t")[-1] for line in read.stdout.split("\0") if line]
 
 
+def check_scores(where: Path, files: Sequence[str]) -> None:
+    """UserError, which begins with the place, where code that scores is among the files that were changed."""
+    if scoring := [name for name in files if name.startswith(SCORES)]:
+        raise UserError(f"{where}: its code changes {scoring[0]}, which scores; that is no record's to change")
+
+
 def check_revision(revision: str) -> None:
     """UserError where this clone has no such revision."""
     _need_clone()
     if git("cat-file", "-e", f"{revision}^{{commit}}", check=False).returncode:
-        raise UserError(f"revision {revision[:12]}: this clone of st_fast has no such commit; git fetch, or clone anew")
+        raise UserError(
+            f"revision {revision[:12]}: this clone of st_fast has no such commit; git fetch, with --unshallow in a "
+            "shallow clone"
+        )
 
 
 @contextmanager
@@ -157,7 +177,9 @@ def tree_of(code: Code) -> Iterator[Path]:
         git("worktree", "add", "--detach", str(tree), code.revision)
         try:
             if code.changes:
-                applied = git("-C", str(tree), "apply", "--whitespace=nowarn", "-", text=code.changes, check=False)
+                applied = git(
+                    "-C", str(tree), "apply", "--index", "--whitespace=nowarn", "-", text=code.changes, check=False
+                )
                 if applied.returncode:
                     raise UserError(f"the record's changes.diff doesn't apply to revision {code.revision[:12]}")
             for built in (ROOT / "st_fast").glob("_csrc_*"):  # named by the hash of their sources

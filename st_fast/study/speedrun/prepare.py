@@ -32,7 +32,7 @@ from st_fast.prepare.writing import SHARD_SIZE, write_shards
 from st_fast.recipe.document import parse_toml, read_text
 from st_fast.recipe.load import to_literal
 from st_fast.study.speedrun.score import load_task_classifier
-from st_fast.study.speedrun.task import CLASSIFIER, FILE, REFERENCE, WEIGHTS, Task, read_task, task_from
+from st_fast.study.speedrun.task import CLASSIFIER, FILE, LEAST, REFERENCE, WEIGHTS, Task, read_task, task_from
 
 DIGITS = "digits"
 """The source that needs no images from a person: scikit-learn's."""
@@ -139,6 +139,8 @@ def make_task(folder: Path, vae_folder: Path | None, source: Path | None, say: S
     task = task_from(parse_toml(said, str(folder / FILE)) | unmade, str(folder / FILE))
     images, labels = read_images(task.images, task.side, "train", source)
     held_out, held_labels = read_images(task.images, task.side, "test", source)
+    if len(held_out) < LEAST["samples"]:
+        raise UserError(f"{source}: {len(held_out)} held-out images; statistics of 64 features need {LEAST['samples']}")
     tensors = [torch.from_numpy(array) for array in (images, labels, held_out, held_labels)]
     real = RealImages(tensors[0], tensors[1], tensors[2], tensors[3], "")
     vae = load_vae(PIXELS if vae_folder is None else vae_folder)

@@ -1,6 +1,7 @@
 """The leaderboards: the records beside a page, each checked, in tables between its markers, and as a page of HTML."""
 
 import base64
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,12 +24,12 @@ from st_fast.study.speedrun.tried import Tried, read_tried
 STEP = 0.1
 """By how much less FLOPs, or time on the same kind of machine, a record takes than the one before."""
 HEAD = (
-    "",
+    "#",
     "What did it",
     "FLOPs a seed",
-    "of the first",
+    "of record 1",
     "Time a seed",
-    "of the first",
+    "of record 1",
     "Distance",
     "p",
     "By",
@@ -36,13 +37,17 @@ HEAD = (
 )
 TRIED = ("What", "Over", "Change", "Seeds", "FLOPs", "Distance", "Without it")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Speedrun</title><style>{{ style }}</style><main><h1>Speedrun</h1>
-{% for board in boards %}<section><h2>{{ board.task.title }}</h2><p>{{ board.target }}</p>
+<title>Speedrun</title>
+<style>{{ style }} td, th { text-align: left; vertical-align: top; white-space: normal; }</style>
+<main><h1>Speedrun</h1>{% for board in boards %}<section>
+<h2>{{ board.task.title }}</h2><p><code>{{ board.task.name }}</code>: {{ board.target }}</p>
 {% for head, lines in board.tables %}<table>
 <thead><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>{% for line in lines %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
-{% endfor %}{% if board.picture %}<figure><img alt="Samples of the last record" src="{{ board.picture }}">
-<figcaption>Samples of the last record, of its first seed.</figcaption></figure>{% endif %}</section>
+<tbody>{% for line in lines %}<tr>{% for cell in line %}<td>{{ cell | code }}</td>{% endfor %}</tr>{% endfor %}</tbody>
+</table>{% endfor %}<p>{{ board.remark }}</p>
+{% if board.records %}<div class="grid"><figure class="card">{{ board.chart }}</figure>
+<figure class="card"><img alt="" src="{{ board.picture }}"><figcaption>Samples of the last record, of its first seed.
+</figcaption></figure></div>{% endif %}</section>
 {% endfor %}</main></html>
 """
 
@@ -65,6 +70,7 @@ class Board:
         through = " through the task's VAE" if WEIGHTS in task.files else ""
         return (
             f"Fréchet distance below {task.target:g}, mean of {seeds} seeds, p < {SIGNIFICANCE:g}; {where}{limit}. "
+            f"{task.samples:,} samples a seed are scored, of at most {task.evaluations} passes of the network each. "
             f"Real training images{through} score {words.plain(task.floor)}; the classifier is right in "
             f"{words.percent(task.accuracy)} of the held-out images."
         )
@@ -80,10 +86,18 @@ class Board:
         return found
 
     @property
+    def remark(self) -> str:
+        """On the records' times, if there are any."""
+        return f"Times are of {self.records[0].machine}." if self.records else "No record yet."
+
+    @property
+    def chart(self) -> Markup:
+        """What each record took, as a figure of a page."""
+        return plot.svg(_chart(self))
+
+    @property
     def picture(self) -> str:
-        """The last record's samples as a data URI; "" without one."""
-        if not self.folders:
-            return ""
+        """The last record's samples as a data URI."""
         return f"data:image/png;base64,{base64.b64encode(read_bytes(self.folders[-1] / PICTURE)).decode()}"
 
     def _lines(self) -> list[list[str]]:
@@ -105,13 +119,17 @@ def _tried(tried: Sequence[Tried]) -> Iterator[list[str]]:
     groups: dict[tuple[str, str, tuple[str, ...]], list[Tried]] = {}
     for one in tried:
         groups.setdefault((one.what, one.recipe, one.overrides), []).append(one)
-    plain = {(one.recipe, one.seed): one.distance for one in tried if not one.overrides}
+    plain: dict[tuple[str, int], Tried] = {}
+    for one in tried:
+        if not one.overrides:
+            plain.setdefault((one.recipe, one.seed), one)
     for (what, recipe, overrides), some in sorted(groups.items(), key=_mean_distance):
         base = [plain[recipe, one.seed] for one in some if (recipe, one.seed) in plain]
+        compared = len(base) == len(some) and some[0] not in base
         yield [
             what, recipe, " ".join(f"`{one}`" for one in overrides), ", ".join(str(one.seed) for one in some),
             words.flops(sum(one.flops for one in some) / len(some)), _spread([one.distance for one in some]),
-            _spread(base) if overrides and len(base) == len(some) else "",
+            _spread([one.distance for one in base]) if compared else "",
         ]  # fmt: skip
 
 
@@ -170,7 +188,9 @@ def write_table(page: Path, html: Path | None, say: Say) -> None:
         write_atomic(page.resolve(), text.encode())
         say(str(page))
         if html is not None:
-            template = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+            environment = Environment(autoescape=True, undefined=StrictUndefined)
+            environment.filters["code"] = lambda cell: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", escape(cell)))
+            template = environment.from_string(PAGE)
             style = Markup((files("st_fast.report") / "style.css").read_text(encoding="utf-8"))
             write_atomic(html, template.render(boards=boards, style=style).encode())
             say(str(html))
@@ -184,14 +204,13 @@ def _section(board: Board, folder: Path) -> str:
     for head, lines in board.tables:
         rows = [head, ["---"] * len(head), *([escape(cell, quote=False) for cell in line] for line in lines)]
         parts.append("".join(f"| {' | '.join(cells)} |\n" for cells in rows))
+    parts.append(f"{board.remark}\n")
     if not board.records:
-        return "\n".join([*parts, "No record yet.\n"])
+        return "\n".join(parts)
     place = f"{folder.name}/{board.task.name}"
-    first = board.records[0].machine
     plot.save(plot.sheet([[_chart(board)]], 4.6, 3.2), folder / board.task.name / "records.png", dpi=110)
     last = board.folders[-1].name
     parts += [
-        f"Times are of {first}.\n",
         f"![FLOPs and time of each record as shares of the first]({place}/records.png)\n",
         f"![Samples of the last record]({place}/{last}/{PICTURE})\n",
     ]

@@ -97,6 +97,8 @@ def read_task(name: str) -> Task:
     where = str(own / FILE)
     if found := table.keys() & {"folder", "digest"}:
         raise BadFile(f"{where}: the field {min(found)!r} is not the file's to say")
+    if not table.keys() & {"files", "images_sha256"}:
+        raise BadFile(f"{where}: not made yet: python -m st_fast speedrun make {name}")
     return task_from(table | {"folder": str(own), "digest": sha256(raw).hexdigest()}, where)
 
 

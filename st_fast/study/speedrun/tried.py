@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from st_fast.core.errors import UserError
 from st_fast.core.files import BadFile, make_folder, read_bytes
 from st_fast.core.records import record_from
 from st_fast.study.speedrun.attempt import Result
+from st_fast.study.speedrun.origin import check_line, current_code
+from st_fast.study.speedrun.task import Task
 
 FILE = "tried.jsonl"
 
@@ -24,12 +27,25 @@ class Tried:
     distance: float
     flops: float
     seconds: float
+    revision: str
+    """Of the code."""
 
 
-def note(folder: Path, what: str, recipe: str, overrides: Sequence[str], result: Result) -> Path:
+def check_note(task: Task, what: str, seed: int) -> str:
+    """The revision of the code, for `note`. UserError, before anything is trained, for what can't be in a list."""
+    check_line("--note", what)
+    if seed in task.seeds:
+        raise UserError(f"--seed {seed}: one of the task's, which are for records; with --note give another")
+    code = current_code()
+    if code.changes:
+        raise UserError("--note: the code is changed, and a list names a revision alone: commit the change first")
+    return code.revision
+
+
+def note(folder: Path, what: str, recipe: str, overrides: Sequence[str], result: Result, revision: str) -> Path:
     """Adds a line to the task's list, once; returns its file."""
     path = folder / FILE
-    told = Tried(what, recipe, tuple(overrides), result.seed, result.distance, result.flops, result.seconds)
+    told = Tried(what, recipe, tuple(overrides), result.seed, result.distance, result.flops, result.seconds, revision)
     line = json.dumps(asdict(told)) + "\n"
     make_folder(folder)
     with path.open("a+", encoding="utf-8") as file:

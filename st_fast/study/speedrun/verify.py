@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from st_fast.core.comparison import differences
-from st_fast.core.errors import RunFailed, Say, UserError, shown
+from st_fast.core.errors import Interrupted, RunFailed, Say, Stopped, UserError, shown
 from st_fast.core.records import log_records
 from st_fast.study.speedrun import record as records
 from st_fast.study.speedrun.attempt import Attempt, read_attempt, score_of
-from st_fast.study.speedrun.origin import Code, check_revision, run_in, touched, tree_of, unread
+from st_fast.study.speedrun.origin import Code, check_revision, check_scores, run_in, touched, tree_of, unread
 from st_fast.study.speedrun.record import RECIPE, Record
 from st_fast.study.speedrun.task import CONFIDENCE, SIGNIFICANCE, Task, interval, p_value, read_task, task_names
 
-JUDGE = ("st_fast/study/speedrun/", "st_fast/evaluate/")
-"""Code that scores: a record can't bring its own."""
-JUDGED = 1e-6
+SCORED = 1e-6
 """Share by which a score of the same samples may differ where it is taken on another number of threads."""
 SLOWER = 1.25
 """Times of a seed's training here and in the record that differ by more are told to be unconfirmed."""
@@ -54,7 +52,7 @@ def verify(
     recipe = records.check(folder, found, task)
     say(f"figures: logs, costs and verdict fit together: {found.mean:.4g} on average, {found.verdict}")
     if not rerun:
-        say("not run again (--no-rerun): that its figures are those of its recipe and code, this does not say")
+        say("not run again (--no-rerun): whether its recipe and code give these figures is unchecked")
         return
     if seed not in (None, "all", *task.seeds):
         raise UserError(f"--seed {seed}: the task has {', '.join(map(str, task.seeds))}")
@@ -63,26 +61,28 @@ def verify(
     _check_changes(folder, unread(code), run_changes)
     seeds = task.seeds if seed == "all" else (secrets.choice(task.seeds) if seed is None else int(seed),)
     confirmed = True
-    with tree_of(code) as tree, tempfile.TemporaryDirectory(prefix="st_fast-speedrun-") as place:
-        for number in seeds:
-            say(f"seed {number}: running it again, {recipe.stages[-1].steps} steps of its last stage")
-            out = Path(place) / f"seed{number}"
-            flags = ["--seed", str(number), "--data", str(data.resolve()), "--out", str(out)]
-            flags += ["--images", str(images.resolve())] if images else []
-            run_in(tree, ["speedrun", "try", task.folder, str((folder / RECIPE).resolve()), *flags], task.threads)
-            here, judged = read_attempt(out), score_of(task, out).distance
-            if not math.isclose(judged, here.result.distance, rel_tol=JUDGED):
-                theirs = f"{here.result.distance:.6g} by the record's"
-                raise RunFailed(f"seed {number}: {judged:.6g} by this clone's judge, {theirs}: not true")
-            confirmed &= compare(found, task, here, folder / f"seed{number}.jsonl", out / "log.jsonl", say)
+    try:
+        with tree_of(code) as tree, tempfile.TemporaryDirectory(prefix="st_fast-speedrun-") as place:
+            for number in seeds:
+                say(f"seed {number}: running it again, {recipe.stages[-1].steps} steps of its last stage")
+                out = Path(place) / f"seed{number}"
+                flags = ["--seed", str(number), "--data", str(data.resolve()), "--out", str(out)]
+                flags += ["--images", str(images.resolve())] if images else []
+                run_in(tree, ["speedrun", "try", task.folder, str((folder / RECIPE).resolve()), *flags], task.threads)
+                here, scored = read_attempt(out), score_of(task, out).distance
+                if not math.isclose(scored, here.result.distance, rel_tol=SCORED):
+                    theirs = f"{here.result.distance:.6g} by the record's"
+                    raise RunFailed(f"seed {number}: {scored:.6g} by this clone's scoring, {theirs}: not true")
+                confirmed &= compare(found, task, here, folder / f"seed{number}.jsonl", out / "log.jsonl", say)
+    except (Stopped, Interrupted):
+        raise Interrupted(f"{folder}: stopped before it was verified; the same command starts anew") from None
     say(f"{folder}: true{', its time not confirmed' * (not confirmed)}")
 
 
 def _check_changes(folder: Path, changes: str, may_run: bool) -> None:
-    """UserError where code that nobody here has read would run, or would judge."""
+    """UserError where code that nobody here has read would run, or would score."""
     files = touched(changes)
-    if judging := [name for name in files if name.startswith(JUDGE)]:
-        raise UserError(f"{folder}: its code changes {judging[0]}, which judges; that is no record's to change")
+    check_scores(folder, files)
     if files and not may_run:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise UserError(

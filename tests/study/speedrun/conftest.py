@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from st_fast.study.speedrun import carry_out, verify
+from st_fast.study.speedrun import attempt, carry_out, tried, verify
 from st_fast.study.speedrun.__main__ import main
 from st_fast.study.speedrun.origin import Code
 from st_fast.study.speedrun.task import FOLDER
@@ -20,7 +20,9 @@ from tests.study.speedrun.made import HEAD, RECIPE_TEXT, in_this_process, this_t
 def clean() -> Iterator[None]:
     """As if this clone were clean, and without new processes, whose imports take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carry_out, "current_code", lambda: Code(HEAD, ""))
+        for module in (carry_out, tried):
+            patch.setattr(module, "current_code", lambda: Code(HEAD, ""))
+        patch.setattr(attempt, "code_here", lambda: HEAD)
         patch.setattr(carry_out, "run_in", in_this_process)
         patch.setattr(verify, "run_in", in_this_process)
         patch.setattr(verify, "tree_of", this_tree)

@@ -16,6 +16,7 @@ from st_fast.study.speedrun.task import Task, read_task
 from tests.tiny import ROOT
 
 HEAD = "0123456789" * 4
+DIFF = "diff --git a/{0} b/{0}\n--- a/{0}\n+++ b/{0}\n@@ -1 +1 @@\n-a\n+b\n"
 
 
 RECIPE_TEXT = """# a tiny one

@@ -109,5 +109,27 @@ def test_code_that_git_cannot_name_is_refused(repository, tmp_path: Path) -> Non
     ):
         pass
     (tmp_path / "clone" / "st_fast" / "b.py").write_text("y = 1\n")
-    with pytest.raises(UserError, match=r"b\.py: git doesn't know this file"):
-        origin.current_code()
+    for name in (origin.current_code, origin.code_here):
+        with pytest.raises(UserError, match=r"b\.py: git doesn't know this file"):
+            name()
+
+
+def test_a_file_that_a_record_adds_is_known_where_it_runs(repository, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "clone" / "st_fast" / "b.py").write_text("y = 1\n")
+    repository("add", "st_fast/b.py")
+    code, here = origin.current_code(), origin.code_here()
+    repository("commit", "-qm", "later", "--", "st_fast/b.py")
+    (tmp_path / "clone" / "st_fast" / "a.py").write_text("x = 7\n")
+    with origin.tree_of(code) as tree:
+        monkeypatch.setattr(origin, "ROOT", tree)
+        assert (tree / "st_fast" / "b.py").exists() and origin.code_here() == here
+
+
+def test_code_outside_of_a_clone_is_known_by_its_files(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(origin, "ROOT", tmp_path)
+    hashes = []
+    for name in ("st_fast/a.py", "kernels/b.cu", "kernels/b.txt", "other/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+        hashes.append(origin.code_here())
+    assert len(set(hashes[:2])) == 2 and hashes[1] == hashes[2] == hashes[3]

@@ -17,6 +17,7 @@ from st_fast.study.speedrun.record import CHANGES, CLAIM, RECIPE, SUMS, read_rec
 from st_fast.study.speedrun.score import Scorer
 from st_fast.study.speedrun.task import interval, read_task
 from tests.study.speedrun.made import (
+    DIFF,
     HEAD,
     changed_byte,
     checked,
@@ -269,7 +270,7 @@ def test_a_record_from_another_kind_of_machine_is_compared_by_score_and_flops(co
         verify.compare(found, task, replace(here, result=replace(here.result, flops=1.0)), *logs, silent)
 
 
-def test_samples_are_scored_by_this_clones_judge(made: Path, monkeypatch) -> None:
+def test_samples_are_scored_by_this_clones_scoring(made: Path, monkeypatch) -> None:
     """A run whose own code has scored it better than it is."""
 
     def flattered(tree: Path, arguments: list[str], threads: int) -> None:
@@ -280,7 +281,7 @@ def test_samples_are_scored_by_this_clones_judge(made: Path, monkeypatch) -> Non
         file.write_text(json.dumps(told))
 
     monkeypatch.setattr(verify, "run_in", flattered)
-    with pytest.raises(RunFailed, match="by this clone's judge"):
+    with pytest.raises(RunFailed, match="by this clone's scoring"):
         verified(made / "1-mine", made)
 
 
@@ -288,9 +289,6 @@ def test_a_task_that_st_fast_does_not_have_is_not_looked_for_elsewhere(copy: Pat
     rewritten(copy, task=str(made / "tiny"))
     with pytest.raises(UserError, match="st_fast has no task of that name; --task names its folder"):
         verify.verify(copy, None, 5, made / "data", None, run_changes=False, rerun=True, say=silent)
-
-
-DIFF = "diff --git a/{0} b/{0}\n--- a/{0}\n+++ b/{0}\n@@ -1 +1 @@\n-a\n+b\n"
 
 
 def test_a_diff_runs_only_where_it_is_asked_for(copy: Path, made: Path) -> None:
@@ -303,7 +301,7 @@ def test_a_diff_runs_only_where_it_is_asked_for(copy: Path, made: Path) -> None:
     assert "record: true" in verified(copy, made, run_changes=True)[-1]
     (copy / CHANGES).write_text(DIFF.format("st_fast/study/speedrun/score.py"))
     summed(copy)
-    with pytest.raises(UserError, match=r"its code changes st_fast/study/speedrun/score\.py, which judges"):
+    with pytest.raises(UserError, match=r"its code changes st_fast/study/speedrun/score\.py, which scores"):
         verified(copy, made, run_changes=True)
     (copy / CHANGES).unlink()
     summed(copy)

@@ -135,6 +135,7 @@ def test_no_task_and_a_wrong_one_are_one_line(made: Path, tmp_path: Path) -> Non
     other = Path(shutil.copytree(made / "tiny", tmp_path / "other"))
     text = (other / "task.toml").read_text()
     for old, new, says in (
+        (text[text.index("# made by") :], "", "not made yet: python -m st_fast speedrun make"),
         ("seeds = [3, 5, 8]", "seeds = [3, 5]", "3 seeds or more"),
         ("seeds = [3, 5, 8]", "seeds = [3, 3, 5]", "each once"),
         ("target = 90.0", "target = 0.0", "a target above 0"), ("threads = 2", "", "threads is missing"),

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.study.speedrun import attempt, carry_out, record, table
+from st_fast.study.speedrun import attempt, carry_out, record, table, tried
 from st_fast.study.speedrun.__main__ import main
+from st_fast.study.speedrun.origin import Code
 from st_fast.study.speedrun.prepare import read_images
 from st_fast.study.speedrun.record import CLAIM, read_record
 from st_fast.study.speedrun.score import Scorer
 from tests.study.speedrun.made import (
+    DIFF,
+    HEAD,
     changed_byte,
     in_this_process,
     silent,
@@ -53,6 +56,15 @@ def test_a_record_that_misses_the_target_is_none(made: Path, tmp_path: Path, mon
     assert not (tmp_path / "rec").exists() and "runs/speedrun/tiny/rec" in str(refusal.value)
 
 
+def test_code_that_scores_is_refused_before_training(made: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    diff = DIFF.format("st_fast/evaluate/metrics.py")
+    monkeypatch.setattr(carry_out, "current_code", lambda: Code(HEAD, diff))
+    with pytest.raises(UserError, match=r"its code changes st_fast/evaluate/metrics\.py, which scores"):
+        main(["run", str(made / "tiny"), str(made / "mine.toml"), "--what", "x", "--out", "rec"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_that_was_interrupted_goes_on_and_says_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made / "data", tmp_path / "data")
@@ -80,7 +92,7 @@ def test_a_run_that_was_interrupted_goes_on_and_says_the_same(made: Path, tmp_pa
         main(command)
     assert not Path("again").exists()
     with monkeypatch.context() as patch, pytest.raises(UserError, match="seed3: holds an attempt with code"):
-        patch.setattr(attempt, "_code", lambda: "another")
+        patch.setattr(attempt, "code_here", lambda: "another")
         main(command)
     main(command)
     first, second = read_record(made / "1-mine"), read_record(Path("again"))
@@ -104,6 +116,11 @@ def test_the_table_has_records_that_beat_those_before_and_no_others(made: Path, 
         for note, flag in (("nothing", ()), ("a fast start", ("--optim.ema_decay=0.5", "--optim.warmup_steps=1"))):
             main(["try", str(made / "tiny"), str(folder / "1-mine" / "recipe.toml"), "--seed", seed, "--note", note,
                   "--out", f"r{seed}-{len(flag)}", *flag])  # fmt: skip
+    for seed, code, says in (("3", Code(HEAD, ""), "one of the task's"), ("20", Code(HEAD, "x"), "commit the change")):
+        monkeypatch.setattr(tried, "current_code", lambda code=code: code)
+        with pytest.raises(UserError, match=says):
+            main(["try", str(made / "tiny"), str(made / "mine.toml"), "--seed", seed, "--note", "x", "--out", "none"])
+    assert not Path("none").exists()
     main(["table", str(page), "--html", "board.html"])
     text, html = page.read_text(), (tmp_path / "board.html").read_text()
     assert (
@@ -111,11 +128,12 @@ def test_the_table_has_records_that_beat_those_before_and_no_others(made: Path, 
         and "| 1 | a &lt;tiny&gt; one |" in text
         and record.identity(folder / "1-mine") in text
     )
-    assert "a &lt;tiny&gt; one" in html and "<tiny>" not in html
+    assert "a &lt;tiny&gt; one" in html and "<tiny>" not in html and "<code>--optim.ema_decay=0.5</code>" in html
+    assert html.count("<svg") == 1 and html.count("data:image/png;base64,") == 1
     assert "| a fast start | 1-mine | `--optim.ema_decay=0.5` `--optim.warmup_steps=1` | 20, 21 |" in text
-    tried = [line.split(" | ") for line in text.splitlines() if " | 1-mine | " in line]
-    distances = [float(cells[5].partition(" ")[0]) for cells in tried]
-    assert len(tried) == 2 and distances == sorted(distances) and len(set(distances)) == 2
+    rows = [line.split(" | ") for line in text.splitlines() if " | 1-mine | " in line]
+    distances = [float(cells[5].partition(" ")[0]) for cells in rows]
+    assert len(rows) == 2 and distances == sorted(distances) and len(set(distances)) == 2
     main(["table", str(page)])
     assert page.read_text() == text
     with pytest.raises(UserError, match="no such page"):
