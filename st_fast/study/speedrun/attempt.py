@@ -15,6 +15,7 @@ from st_fast.core.records import log_records, record_from
 from st_fast.recipe import Recipe, to_toml
 from st_fast.report import words
 from st_fast.sample.model import sampling
+from st_fast.sample.previews import grid, png
 from st_fast.sample.request import sample_request, sampling_parser
 from st_fast.sample.set import SAMPLES, draw_set, open_npz, settings_of
 from st_fast.study.speedrun.origin import Machine, code_here, machine, versions
@@ -25,6 +26,8 @@ from st_fast.train.run import run
 
 FILE, ASKED = "result.json", "asked.json"
 SAMPLES_FOLDER = "samples"
+PICTURES = 100
+"""Samples of the picture: ten of each of ten classes."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ def score_of(task: Task, out: Path) -> Score:
     if samples.labels is None or not np.array_equal(samples.labels, wanted):
         raise BadFile(f"{samples.path}: not {task.samples} samples of the task's classes in turn")
     return scorer(np.concatenate(list(samples.blocks())).transpose(0, 3, 1, 2), samples.labels)
+
+
+def picture(out: Path) -> bytes:
+    """The first samples that an attempt in `out` has drawn, as a PNG."""
+    drawn = next(open_npz(out / SAMPLES_FOLDER / SAMPLES).blocks(PICTURES))
+    return png(grid(torch.from_numpy(drawn.transpose(0, 3, 1, 2).copy())))
 
 
 def spent(log: Path) -> tuple[float, float]:

@@ -3,22 +3,15 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
 from st_fast.core.errors import RunFailed, Say, UserError
 from st_fast.core.files import make_folder, read_bytes, write_atomic, write_folder
 from st_fast.core.signals import stop_on_signals
 from st_fast.report import words
-from st_fast.sample.previews import grid, png
-from st_fast.sample.set import SAMPLES, open_npz
 from st_fast.study.speedrun import rules
-from st_fast.study.speedrun.attempt import SAMPLES_FOLDER, read_attempt
-from st_fast.study.speedrun.origin import ROOT, check_line, check_scores, current_code, run_in, state, touched
+from st_fast.study.speedrun.attempt import picture, read_attempt
+from st_fast.study.speedrun.origin import ROOT, check_line, check_scores, current_code, run_in, state, unread
 from st_fast.study.speedrun.record import FORMAT, RECIPE, Record, check, identity, verdict, write_record
 from st_fast.study.speedrun.task import Task
-
-PICTURES = 100
-"""Samples of the picture: ten of each of ten classes."""
 
 
 def make_record(
@@ -35,7 +28,7 @@ def make_record(
         raise UserError(f"--out {out}: there already; a record is written once")
     rules.read(recipe_path, task)
     code = current_code()
-    check_scores(recipe_path, touched(code.changes))
+    check_scores(recipe_path, unread(code))
     runs = Path("runs") / "speedrun" / task.name / out.name
     make_folder(runs)
     copied = runs / RECIPE
@@ -58,11 +51,9 @@ def make_record(
         FORMAT, task.name, task.digest, task.classifier_sha256, what, by, f"{datetime.now(UTC):%Y-%m-%d}",
         code.revision, first.machine, first.versions, results, **verdict(task, results),
     )  # fmt: skip
-    drawn = next(open_npz(runs / f"seed{task.seeds[0]}" / SAMPLES_FOLDER / SAMPLES).blocks(PICTURES))
-    picture = png(grid(torch.from_numpy(drawn.transpose(0, 3, 1, 2).copy())))
     logs = {seed: runs / f"seed{seed}" / "log.jsonl" for seed in task.seeds}
     with write_folder(out) as writing:
-        write_record(writing, record, read_bytes(copied), logs, code, picture)
+        write_record(writing, record, read_bytes(copied), logs, code, picture(runs / f"seed{task.seeds[0]}"))
         try:
             check(writing, record, task)
         except UserError as error:

@@ -26,6 +26,9 @@ PATIENCE = 6.0
 CODE = ("st_fast", "kernels", "csrc")
 """Folders of the repository that a run's figures follow from, beside its recipe."""
 SOURCES = (".py", ".cpp", ".cu", ".h")
+APPLY = ("apply", "--whitespace=nowarn", "--no-ignore-whitespace")
+LINKS = ("120000", "160000")
+"""Modes that git has for symbolic links and for other repositories."""
 SCORES = ("st_fast/study/speedrun/", "st_fast/evaluate/")
 """Code that scores: a record can't bring its own."""
 
@@ -75,19 +78,22 @@ class Code:
     changes: str
 
 
-def git(*arguments: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs git in this clone; UserError where there is no git, or no clone."""
-    try:
+def git(
+    *arguments: str, text: str = "", check: bool = True, index: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs git in this clone, with another index where one is named; UserError where there is no git, or no clone."""
+    variables = dict(os.environ) | ({"GIT_INDEX_FILE": str(index)} if index else {})
+    try:  # bytes, as a text's line ends would be translated
         done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, input=text, capture_output=True, text=True, encoding="utf-8",
-            errors="surrogateescape",
+            ["git", *arguments], cwd=ROOT, input=text.encode("utf-8", "surrogateescape"), capture_output=True,
+            env=variables,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"git can't be run ({error.strerror}): a record says of which revision it is") from None
+    out, said = (one.decode("utf-8", "surrogateescape") for one in (done.stdout, done.stderr))
     if check and done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it failed"])[-1]
-        raise UserError(f"git {arguments[0]}, in {ROOT}: {shown(said)}")
-    return done
+        raise UserError(f"git {arguments[0]}, in {ROOT}: {shown((said.strip().splitlines() or ['it failed'])[-1])}")
+    return subprocess.CompletedProcess(done.args, done.returncode, out, said)
 
 
 def current_code() -> Code:
@@ -97,7 +103,7 @@ def current_code() -> Code:
         raise UserError(
             f"{ROOT / stray[0]}: git doesn't know this file, so a record would lack it: git add or remove it"
         )
-    return Code(git("rev-parse", "HEAD").stdout.strip(), _diff("HEAD"))
+    return Code(git("rev-parse", "HEAD").stdout.strip(), _changes())
 
 
 def _need_clone() -> None:
@@ -105,10 +111,10 @@ def _need_clone() -> None:
         raise UserError(f"{ROOT}: no clone of st_fast's repository, which has the revisions of records; clone it")
 
 
-def _diff(*revisions: str) -> str:
-    """What git apply takes, whatever a user has configured."""
-    flags = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--full-index")
-    return git("diff", *flags, "--src-prefix=a/", "--dst-prefix=b/", *revisions, "--", *CODE).stdout
+def _changes() -> str:
+    """Over HEAD, as git apply takes it, whatever a user has configured."""
+    flags = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", "--full-index", "-U3")
+    return git("diff", *flags, "--src-prefix=a/", "--dst-prefix=b/", "HEAD", "--", *CODE).stdout
 
 
 def code_here() -> str:
@@ -125,24 +131,29 @@ def state(code: Code) -> str:
     return sha256(f"{trees}{code.changes}".encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def unread(code: Code) -> str:
-    """The changes of CODE that are not in this clone's history: a record's own, and those of a branch that it is of."""
-    if git("merge-base", "--is-ancestor", code.revision, "HEAD", check=False).returncode == 0:
-        return code.changes
-    base = git("merge-base", code.revision, "HEAD", check=False).stdout.strip()
-    if not base:
-        raise UserError(f"revision {code.revision[:12]}: it has no history in common with this clone's")
-    return _diff(base, code.revision) + code.changes
+def unread(code: Code) -> list[str]:
+    """The files of `code` that are not as this clone's history has them: by its changes, or by a branch that it is of.
 
-
-def touched(changes: str) -> list[str]:
-    """The files that a diff changes; UserError where git can't read it."""
-    if not changes:
+    Of the whole repository, as a file at its top may be imported, too. UserError where the changes don't apply, and for
+    links, behind which other files would be.
+    """
+    base = code.revision
+    if git("merge-base", "--is-ancestor", code.revision, "HEAD", check=False).returncode:
+        base = git("merge-base", code.revision, "HEAD", check=False).stdout.strip()
+        if not base:
+            raise UserError(f"revision {code.revision[:12]}: it has no history in common with this clone's")
+    elif not code.changes:
         return []
-    read = git("apply", "--numstat", "-z", "-", text=changes, check=False)
-    if read.returncode:
-        raise UserError("changes.diff: git can't read it")
-    return [line.split("\t")[-1] for line in read.stdout.split("\0") if line]
+    with tempfile.TemporaryDirectory(prefix="st_fast-speedrun-") as folder:
+        index = Path(folder) / "index"
+        git("read-tree", code.revision, index=index)
+        if code.changes and git(*APPLY, "--cached", "-", text=code.changes, check=False, index=index).returncode:
+            raise UserError(f"changes.diff doesn't apply to revision {code.revision[:12]}")
+        raw = git("diff-index", "--cached", "--raw", "--no-renames", "-z", base, index=index).stdout.split("\0")
+    found = list(zip(raw[0:-1:2], raw[1::2], strict=True))  # ":old-mode new-mode old-hash new-hash status", path
+    if links := [path for said, path in found if said.split()[1] in LINKS]:
+        raise UserError(f"{links[0]}: a link, where code has to be files")
+    return [path for _, path in found]
 
 
 def check_scores(where: Path, files: Sequence[str]) -> None:
@@ -176,12 +187,9 @@ def tree_of(code: Code) -> Iterator[Path]:
         tree = Path(folder) / "code"
         git("worktree", "add", "--detach", str(tree), code.revision)
         try:
-            if code.changes:
-                applied = git(
-                    "-C", str(tree), "apply", "--index", "--whitespace=nowarn", "-", text=code.changes, check=False
-                )
-                if applied.returncode:
-                    raise UserError(f"the record's changes.diff doesn't apply to revision {code.revision[:12]}")
+            apply = ("-C", str(tree), *APPLY, "--index", "-")
+            if code.changes and git(*apply, text=code.changes, check=False).returncode:
+                raise UserError(f"the record's changes.diff doesn't apply to revision {code.revision[:12]}")
             for built in (ROOT / "st_fast").glob("_csrc_*"):  # named by the hash of their sources
                 shutil.copy2(built, tree / "st_fast" / built.name)
             yield tree
@@ -214,6 +222,6 @@ def run_in(tree: Path, arguments: Sequence[str], threads: int) -> None:
 
 
 def check_line(option: str, text: str) -> None:
-    """UserError for a text that is more than a cell of a table."""
-    if not text.isprintable() or "|" in text or len(text) > 200:
+    """UserError for a text that is more than a cell of a table, or less."""
+    if not text.strip() or not text.isprintable() or "|" in text or len(text) > 200:
         raise UserError(f"{option} {shown(text)}: one line of at most 200 characters, without |, is needed")

@@ -86,6 +86,8 @@ def _write_data(task: Task, folder: Path, source: Path | None, say: Say) -> None
             f"task {task.name} {task.images_sha256[:12]}…: other images, or another version of what decodes them"
         )
     own = WEIGHTS in task.files
+    for name in task.files:  # of the VAE its settings, too
+        task.path(name)
     vae = load_vae(task.path(WEIGHTS).parent if own else PIXELS)
     how, (channels, *grid) = own_latents(vae), latent_shape(vae, task.side)
     info = VaeInfo(f"speedrun-{task.name}" if own else PIXELS, vae_hash(vae), VAE_FOLDER * own, *kind_of(vae))

@@ -12,10 +12,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, timedelta
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import (
@@ -31,7 +36,7 @@ from st_fast.core.files import (
 from st_fast.core.records import record_from
 from st_fast.recipe import Recipe, cost
 from st_fast.study.speedrun import rules
-from st_fast.study.speedrun.attempt import Result
+from st_fast.study.speedrun.attempt import Attempt, Result
 from st_fast.study.speedrun.origin import Code, Machine, check_line
 from st_fast.study.speedrun.task import SIGNIFICANCE, Task, mean_and_deviation, p_value
 
@@ -40,6 +45,8 @@ CLAIM, RECIPE, CHANGES, PICTURE, SUMS = "record.json", "recipe.toml", "changes.d
 LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 ROUNDING = 1e-12
 """Share by which a figure may differ from what follows from others, on another machine and by another SciPy."""
+LARGEST = 10_000
+"""Pixels of a side of the picture."""
 SLACK = 1.0
 """Seconds by which two clocks may differ between two lines of a log."""
 
@@ -117,16 +124,24 @@ def read_record(folder: Path) -> Record:
     return record
 
 
+def same_kind(one: Record | Attempt, other: Record | Attempt) -> bool:
+    """Whether bits and times of the two can be compared: the same kind of machine, and the same versions."""
+    return (one.machine, dict(one.versions)) == (other.machine, dict(other.versions))
+
+
 def _listed(folder: Path) -> dict[str, str]:
     """Name → SHA-256 as SUMS has them, in its order; `BadFile` where that is none or lacks a file of every record."""
     if not folder.is_dir():
         raise BadFile(f"{folder}: no such folder; a record is one")
-    lines = read_bytes(folder / SUMS).decode(errors="replace").splitlines()
+    *lines, last = read_bytes(folder / SUMS).decode(errors="replace").split("\n")
+    lines += [last] if last else []
     matches = [LINE.fullmatch(line) for line in lines]
     bad = next((line for line, match in zip(lines, matches, strict=True) if match is None), None)
     if bad is not None:
         raise BadFile(f"{folder / SUMS}: {shown(bad)}: a SHA-256 and a file's name are needed in each line")
     found = {match[2]: match[1] for match in matches if match}
+    if len(found) < len(lines):
+        raise BadFile(f"{folder / SUMS}: names a file twice")
     for name in (CLAIM, RECIPE, PICTURE):
         if name not in found:
             raise BadFile(f"{folder / SUMS}: {name} is missing; a record has one")
@@ -154,14 +169,23 @@ def check(folder: Path, record: Record, task: Task) -> Recipe:
         )
     if record.task_sha256 != task.digest:
         raise BadFile(f"{where}: made for another version of the task {task.name}: its task.toml has another SHA-256")
-    check_line(f"{where}: what =", record.what)
-    check_line(f"{where}: by =", record.by)
+    for name in ("what", "by"):
+        check_line(f"{where}: {name} =", getattr(record, name))
+    for name, text in asdict(record.machine).items():
+        check_line(f"{where}: machine: {name} =", str(text))
+    if not _is_date(record.date):
+        raise BadFile(f"{where}: date = {shown(record.date)}: a day until today is needed, as 2026-01-31")
+    files = {CLAIM, RECIPE, PICTURE, CHANGES, *(_log(seed) for seed in task.seeds)}
+    if strangers := {path.name for path in folder.iterdir()} - {SUMS, *files}:
+        raise BadFile(f"{folder / min(strangers)}: no file of a record")
+    check_picture(folder / PICTURE)
     if task.device == "cpu" and record.machine.threads != task.threads:
         raise BadFile(f"{where}: machine: threads = {record.machine.threads}, the task has {task.threads}")
     if tuple(result.seed for result in record.results) != task.seeds:
         raise BadFile(f"{where}: results of other seeds than the task's, {', '.join(map(str, task.seeds))}")
     recipe = rules.read(folder / RECIPE, task)
     for result in record.results:
+        _check_result(where, result)
         check_log(folder / _log(result.seed), recipe, task, result, record.versions)
     for name, value in verdict(task, record.results).items():
         told = getattr(record, name)
@@ -171,6 +195,34 @@ def check(folder: Path, record: Record, task: Task) -> Recipe:
     if record.p >= SIGNIFICANCE:
         raise UserError(f"{folder}: {record.verdict}: no record")
     return recipe
+
+
+def _is_date(text: str) -> bool:
+    try:
+        day = date.fromisoformat(text)
+    except ValueError:
+        return False
+    return text == day.isoformat() and day <= datetime.now(UTC).date() + timedelta(days=1)  # of any time zone
+
+
+def _check_result(where: Path, result: Result) -> None:
+    """UserError for figures that nothing can have."""
+    if result.distance < 0 or not 0 <= result.accuracy <= 1:
+        raise BadFile(f"{where}: seed {result.seed}: distance {result.distance:.4g}, accuracy {result.accuracy:.4g}")
+    for name in ("data_sha256", "weights_sha256", "samples_sha256"):
+        if not re.fullmatch("[0-9a-f]{64}", value := getattr(result, name)):
+            raise BadFile(f"{where}: seed {result.seed}: {name} = {shown(value)}: no SHA-256")
+
+
+def check_picture(path: Path) -> NDArray[np.uint8]:
+    """The picture's pixels; `BadFile` where it is no PNG of a size that samples have."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if max(image.size) <= LARGEST:
+                return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError):
+        pass
+    raise BadFile(f"{path}: no PNG of at most {LARGEST} pixels a side")
 
 
 def _log(seed: int) -> str:

@@ -17,7 +17,8 @@ from st_fast.core.writing import cannot_write
 from st_fast.report import plot, words
 from st_fast.report.figures import Chart, Curve
 from st_fast.study.page import placed, read_page
-from st_fast.study.speedrun.record import PICTURE, SUMS, Record, check, identity, read_record
+from st_fast.study.speedrun.origin import check_line
+from st_fast.study.speedrun.record import PICTURE, Record, check, identity, read_record, same_kind
 from st_fast.study.speedrun.task import SIGNIFICANCE, WEIGHTS, Task, mean_and_deviation, read_task, task_names
 from st_fast.study.speedrun.tried import Tried, read_tried
 
@@ -106,7 +107,7 @@ class Board:
             [
                 str(number), record.what, words.flops(record.flops), words.percent(record.flops / first.flops),
                 words.duration(record.seconds),
-                words.percent(record.seconds / first.seconds) if record.machine == first.machine else "another machine",
+                words.percent(record.seconds / first.seconds) if same_kind(first, record) else "another machine",
                 f"{words.plain(record.mean)} ± {words.plain(record.deviation)}", f"{record.p:.1e}", record.by,
                 f"{folder.name}, {identity(folder)}",
             ]
@@ -149,12 +150,14 @@ def read_board(task: Task, folder: Path) -> Board:
 
     Each takes STEP less FLOPs, or time on the same kind of machine, than the least of those before it.
     """
-    folders = sorted((path.parent for path in folder.glob(f"*/{SUMS}")), key=_number)
+    folders = sorted((path for path in folder.glob("*/") if not path.name.startswith(".")), key=_number)
+    for one in folders:
+        check_line("record", one.name)
     records = [read_record(one) for one in folders]
     for one, record in zip(folders, records, strict=True):
         check(one, record, task)
     for place, (one, record) in enumerate(zip(folders, records, strict=True)):
-        times = [other.seconds for other in records[:place] if other.machine == record.machine]
+        times = [other.seconds for other in records[:place] if same_kind(other, record)]
         fewer = record.flops <= (1 - STEP) * min((other.flops for other in records[:place]), default=float("inf"))
         faster = bool(times) and record.seconds <= (1 - STEP) * min(times)
         if place and not fewer and not faster:
@@ -178,16 +181,20 @@ def write_table(page: Path, html: Path | None, say: Say) -> None:
     if not page.is_file():
         raise UserError(f"{page}: no such page; the tables are written into one, whose records lie beside it")
     folder, text = page.parent / page.stem, read_page(page)
+    if html is not None and html.resolve() == page.resolve():
+        raise UserError(f"--html {html}: the page itself; name another file")
     if not folder.is_dir() and "<!-- study speedrun-" not in text:
         raise UserError(f"{page}: neither tables of the speedrun in it nor a folder {folder} with records beside it")
     tasks = sorted(map(read_task, task_names()), key=lambda task: (task.device != "cpu", task.name))
     boards = [read_board(task, folder / task.name) for task in tasks]
+    writing = page
     try:
         for board in boards:
             text = placed(text, f"speedrun-{board.task.name}", _section(board, folder))
         write_atomic(page.resolve(), text.encode())
         say(str(page))
         if html is not None:
+            writing = html
             environment = Environment(autoescape=True, undefined=StrictUndefined)
             environment.filters["code"] = lambda cell: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", escape(cell)))
             template = environment.from_string(PAGE)
@@ -195,7 +202,7 @@ def write_table(page: Path, html: Path | None, say: Say) -> None:
             write_atomic(html, template.render(boards=boards, style=style).encode())
             say(str(html))
     except OSError as error:
-        raise cannot_write(page, error) from None
+        raise cannot_write(writing, error) from None
 
 
 def _section(board: Board, folder: Path) -> str:

@@ -6,6 +6,7 @@ held-out images themselves are never read. `vae/` makes the latents and draws th
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from scipy import stats
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, inside, read_bytes, sha256_file
+from st_fast.core.files import BadFile, inside, read_bytes, sha256_file, shown
 from st_fast.core.options import did_you_mean
 from st_fast.core.records import record_from
 from st_fast.recipe.document import parse_toml
@@ -105,6 +106,8 @@ def read_task(name: str) -> Task:
 def task_from(table: Mapping[str, Any], where: str) -> Task:
     """The task of these values; `BadFile`, which begins with `where` they stand, for a missing or wrong one."""
     task = record_from(Task, dict(table), where)
+    if not re.fullmatch("[a-z0-9][a-z0-9_-]*", task.name):
+        raise BadFile(f"{where}: name = {shown(task.name)}: small letters, digits, - and _")
     if len(task.seeds) < LEAST_SEEDS or len(set(task.seeds)) < len(task.seeds) or not task.target > 0:
         raise BadFile(f"{where}: {LEAST_SEEDS} seeds or more, each once, and a target above 0 are needed")
     for name, least in LEAST.items():

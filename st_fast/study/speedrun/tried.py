@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from st_fast.core.errors import UserError
-from st_fast.core.files import BadFile, make_folder, read_bytes
+from st_fast.core.files import make_folder, parse_json, read_bytes
 from st_fast.core.records import record_from
 from st_fast.study.speedrun.attempt import Result
 from st_fast.study.speedrun.origin import check_line, current_code
@@ -62,9 +62,10 @@ def read_tried(folder: Path) -> list[Tried]:
     if not path.exists():
         return []
     found = []
-    for number, line in enumerate(read_bytes(path).decode(errors="replace").splitlines(), 1):
-        try:
-            found.append(record_from(Tried, json.loads(line), f"{path}: line {number}"))
-        except ValueError:
-            raise BadFile(f"{path}: line {number} is no JSON") from None
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        where = f"{path}: line {number}"
+        one = record_from(Tried, parse_json(line, Path(where)), where)
+        for text in (one.what, one.recipe, *one.overrides):
+            check_line(f"{where}:", text)
+        found.append(one)
     return found

@@ -8,16 +8,22 @@ import math
 import secrets
 import tempfile
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
+
 from st_fast.core.comparison import differences
 from st_fast.core.errors import Interrupted, RunFailed, Say, Stopped, UserError, shown
+from st_fast.core.files import sha256_file
 from st_fast.core.records import log_records
+from st_fast.sample.set import SAMPLES
 from st_fast.study.speedrun import record as records
-from st_fast.study.speedrun.attempt import Attempt, read_attempt, score_of
-from st_fast.study.speedrun.origin import Code, check_revision, check_scores, run_in, touched, tree_of, unread
-from st_fast.study.speedrun.record import RECIPE, Record
+from st_fast.study.speedrun.attempt import SAMPLES_FOLDER, Attempt, picture, read_attempt, score_of
+from st_fast.study.speedrun.origin import Code, check_revision, check_scores, run_in, tree_of, unread
+from st_fast.study.speedrun.record import PICTURE, RECIPE, Record
 from st_fast.study.speedrun.task import CONFIDENCE, SIGNIFICANCE, Task, interval, p_value, read_task, task_names
 
 SCORED = 1e-6
@@ -28,8 +34,12 @@ NAMED = 5
 """Differences that a line names at most."""
 MEANS = ("loss", "denoise", "aux", "grad_norm", "direction")
 """Of a log's line: what is a mean over the steps since the line before."""
-MEASURED = (*MEANS, "lr", "skipped", "flops")
-"""Of a log's records: what the same bits make the same."""
+MEASURED = {
+    "start": ("trunk_params", "flops_per_image", "teacher_flops_per_image"),
+    "train": (*MEANS, "lr", "skipped", "flops"),
+    "end": ("flops",),
+}
+"""Of a log's records, by their kind: what the same bits make the same."""
 
 
 def verify(
@@ -60,7 +70,7 @@ def verify(
     check_revision(code.revision)
     _check_changes(folder, unread(code), run_changes)
     seeds = task.seeds if seed == "all" else (secrets.choice(task.seeds) if seed is None else int(seed),)
-    confirmed = True
+    confirmed, distances = True, []
     try:
         with tree_of(code) as tree, tempfile.TemporaryDirectory(prefix="st_fast-speedrun-") as place:
             for number in seeds:
@@ -70,18 +80,24 @@ def verify(
                 flags += ["--images", str(images.resolve())] if images else []
                 run_in(tree, ["speedrun", "try", task.folder, str((folder / RECIPE).resolve()), *flags], task.threads)
                 here, scored = read_attempt(out), score_of(task, out).distance
+                distances.append(scored)
+                if sha256_file(out / SAMPLES_FOLDER / SAMPLES) != here.result.samples_sha256:
+                    raise RunFailed(f"seed {number}: its samples have another hash than its code tells: not true")
                 if not math.isclose(scored, here.result.distance, rel_tol=SCORED):
                     theirs = f"{here.result.distance:.6g} by the record's"
                     raise RunFailed(f"seed {number}: {scored:.6g} by this clone's scoring, {theirs}: not true")
                 confirmed &= compare(found, task, here, folder / f"seed{number}.jsonl", out / "log.jsonl", say)
+                if number == task.seeds[0] and records.same_kind(found, here):
+                    _compare_pictures(folder / PICTURE, out)
     except (Stopped, Interrupted):
         raise Interrupted(f"{folder}: stopped before it was verified; the same command starts anew") from None
+    if seed == "all" and (p := p_value(distances, task.target)) >= SIGNIFICANCE:
+        raise RunFailed(f"{folder}: the scores here do not show a mean below {task.target:g} (p = {p:.1e}): not true")
     say(f"{folder}: true{', its time not confirmed' * (not confirmed)}")
 
 
-def _check_changes(folder: Path, changes: str, may_run: bool) -> None:
+def _check_changes(folder: Path, files: list[str], may_run: bool) -> None:
     """UserError where code that nobody here has read would run, or would score."""
-    files = touched(changes)
     check_scores(folder, files)
     if files and not may_run:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
@@ -89,6 +105,13 @@ def _check_changes(folder: Path, changes: str, may_run: bool) -> None:
             f"{folder}: code that is not in this clone's history would run here ({files[0]}{more}): read it, then "
             "--run-changes"
         )
+
+
+def _compare_pictures(told: Path, out: Path) -> None:
+    """RunFailed where a record's picture is not of the samples that are drawn again."""
+    here = np.asarray(Image.open(BytesIO(picture(out))).convert("RGB"))
+    if not np.array_equal(records.check_picture(told), here):
+        raise RunFailed(f"{told}: other samples than those drawn here: not true")
 
 
 def compare(found: Record, task: Task, here: Attempt, theirs: Path, ours: Path, say: Say) -> bool:
@@ -106,11 +129,14 @@ def compare(found: Record, task: Task, here: Attempt, theirs: Path, ours: Path, 
         return False
     if told.data_sha256 != here.result.data_sha256:
         raise RunFailed(f"seed {told.seed}: other latents on the same kind of machine: not true")
-    if named := differences(*_measured(theirs, ours)):
+    *lines, partial = _measured(theirs, ours)
+    if named := differences(*lines):
         raise RunFailed(f"{theirs}: another log on the same kind of machine: {'; '.join(named[:NAMED])}: not true")
     if named := differences(asdict(replace(told, seconds=0.0)), asdict(replace(here.result, seconds=0.0))):
         raise RunFailed(f"seed {told.seed}: other bits on the same kind of machine: {'; '.join(named)}: not true")
-    say(f"seed {told.seed}: the same to the bit: weights, samples, score and every line of its log")
+    say(f"seed {told.seed}: the same to the bit: weights, samples, score and what its log has of training")
+    if partial:
+        say(f"but for losses in {partial} lines, which are of part of their steps, as training was stopped within them")
     near = 1 / SLOWER <= here.result.seconds / told.seconds <= SLOWER
     say(
         f"time: {here.result.seconds:.1f} s here, {told.seconds:.1f} s there"
@@ -138,25 +164,30 @@ def _compare_scores(found: Record, task: Task, distance: float, seed: int) -> No
         )
 
 
-def _measured(*logs: Path) -> list[dict[str, dict[str, Any]]]:
-    """The lines on training of each log, without times, by stage and step; a step that was logged twice counts once.
+def _measured(theirs: Path, ours: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """What each log has of training, by stage, kind and step; and in how many lines losses are left out.
 
-    Losses of a run that was stopped within the steps of a line are of its later ones alone: they are left out of all.
+    They are where one of the runs was stopped within the steps of a line, so that it has the mean of the later ones
+    alone. A step that was trained twice, after a run was killed, has two lines, which have to be the same.
     """
-    found, partial = [], set[str]()
-    for log in logs:
-        lines, resumed = dict[str, dict[str, Any]](), False
+    logs, partial = [], set[str]()
+    for log in (theirs, ours):
+        lines, resumed = dict[str, list[dict[str, Any]]](), False
         for record in log_records(log):
+            name = f"{record['stage']} {record['kind']} {record['step'] if record['kind'] != 'start' else ''}".rstrip()
             if record["kind"] == "start":
                 resumed = record.get("resumed_from") != 0
-            elif record["kind"] in ("train", "end"):
-                name = f"{record['stage']} {record['kind']} {record['step']}"
-                lines[name] = {key: record.get(key) for key in MEASURED}
-                if resumed and record["kind"] == "train":
-                    resumed = False
-                    partial.add(name)
-        found.append(lines)
-    for lines in found:
-        for name in partial & lines.keys():
-            lines[name] = {key: value for key, value in lines[name].items() if key not in MEANS}
-    return found
+            elif record["kind"] == "train" and resumed:
+                resumed = False
+                partial.add(name)
+            if record["kind"] in MEASURED:
+                lines.setdefault(name, []).append({key: record.get(key) for key in MEASURED[record["kind"]]})
+        logs.append(lines)
+    found = []
+    for lines in logs:
+        told = dict[str, Any]()
+        for name, some in lines.items():
+            less = [{key: one for key, one in line.items() if name not in partial or key not in MEANS} for line in some]
+            told[name] = less[0] if all(line == less[0] for line in less) else {"lines": less}
+        found.append(told)
+    return found[0], found[1], len(partial)

@@ -55,27 +55,68 @@ def test_code_is_run_as_it_was(repository, tmp_path: Path) -> None:
 
 
 def test_what_this_clone_has_not_in_its_history_is_unread(repository, tmp_path: Path) -> None:
-    file, first = tmp_path / "clone" / "st_fast" / "a.py", origin.current_code()
-    assert origin.unread(first) == "" and origin.touched("") == []
+    clone, first = tmp_path / "clone", origin.current_code()
+    file = clone / "st_fast" / "a.py"
+    assert origin.unread(first) == []
     repository("checkout", "-qb", "theirs")
-    file.write_text("x = 9\n")
-    repository("commit", "-qam", "theirs")
+    (clone / "sitecustomize.py").write_text("run = 'where a tree is on the path'\n")
+    repository("add", ".")
+    repository("commit", "-qm", "theirs")
     theirs = origin.current_code()
     repository("checkout", "-q", "-")
-    assert origin.touched(origin.unread(theirs)) == ["st_fast/a.py"] and origin.unread(first) == ""
-    for setting in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.mnemonicPrefix", "true")):
-        repository("config", *setting)
-    file.write_text("x = 5\n")
-    assert origin.touched(origin.current_code().changes) == ["st_fast/a.py"]
-    with pytest.raises(UserError, match="git can't read it"):
-        origin.touched("nonsense\n")
+    file.write_text("x = 4\n")
+    repository("commit", "-qam", "ours")
+    assert origin.unread(theirs) == ["sitecustomize.py"] and origin.unread(first) == []
+    with pytest.raises(UserError, match=r"changes\.diff doesn't apply"):
+        origin.unread(replace(first, changes="nonsense\n"))
     assert origin.state(origin.current_code()) != origin.state(first)
-    repository("checkout", "-q", ".")
-    (tmp_path / "clone" / "page.md").write_text("a document")
+    later = origin.current_code()
+    (clone / "page.md").write_text("a document")
     repository("add", ".")
     repository("commit", "-qm", "a page")
-    later = origin.current_code()
-    assert later.revision != first.revision and origin.state(later) == origin.state(first)
+    assert origin.current_code().revision != later.revision
+    assert origin.state(origin.current_code()) == origin.state(later)
+
+
+def test_a_diff_is_the_same_whatever_git_is_told_by_its_user(repository, tmp_path: Path) -> None:
+    file = tmp_path / "clone" / "st_fast" / "a.py"
+    file.write_bytes(b"".join(b"x = %d\n" % number for number in range(20)))
+    repository("commit", "-qam", "longer")
+    file.write_bytes(file.read_bytes().replace(b"x = 9\n", b"x = 9  \r\n# a\rb\n"))
+    plain = origin.current_code()
+    for setting in (
+        ("diff.noprefix", "true"), ("color.ui", "always"), ("diff.mnemonicPrefix", "true"), ("diff.context", "0"),
+        ("apply.whitespace", "error"), ("apply.ignoreWhitespace", "change"),
+    ):  # fmt: skip
+        repository("config", *setting)
+        assert origin.current_code() == plain and origin.unread(plain) == ["st_fast/a.py"]
+    with origin.tree_of(plain) as tree:
+        assert (tree / "st_fast" / "a.py").read_bytes() == file.read_bytes()
+
+
+RENAME = """diff --git a/st_fast/a.py b/st_fast/z.py
+similarity index 100%
+rename from st_fast/a.py
+rename to st_fast/z.py
+"""
+LINK = """diff --git a/st_fast/l b/st_fast/l
+new file mode 120000
+--- /dev/null
++++ b/st_fast/l
+@@ -0,0 +1 @@
++a.py
+\\ No newline at end of file
+"""
+TAB = 'diff --git "a/st_fast/a\\tz.py" "b/st_fast/a\\tz.py"\nnew file mode 100644\n--- /dev/null\n'
+TAB += '+++ "b/st_fast/a\\tz.py"\n@@ -0,0 +1 @@\n+x\n'
+
+
+def test_a_diff_is_known_by_the_files_that_it_changes(repository, tmp_path: Path) -> None:
+    code = origin.current_code()
+    assert sorted(origin.unread(replace(code, changes=RENAME))) == ["st_fast/a.py", "st_fast/z.py"]
+    assert origin.unread(replace(code, changes=TAB)) == ["st_fast/a\tz.py"]
+    with pytest.raises(UserError, match="st_fast/l: a link, where code has to be files"):
+        origin.unread(replace(code, changes=LINK))
 
 
 def test_a_process_runs_the_code_of_its_tree(tmp_path: Path, monkeypatch) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.study.speedrun import attempt, record, verify
-from st_fast.study.speedrun.record import CHANGES, CLAIM, RECIPE, SUMS, read_record
+from st_fast.study.speedrun.record import CHANGES, CLAIM, PICTURE, RECIPE, SUMS, read_record
 from st_fast.study.speedrun.score import Scorer
 from st_fast.study.speedrun.task import interval, read_task
 from tests.study.speedrun.made import (
@@ -60,7 +61,11 @@ def test_a_file_that_is_missing_or_was_added_is_named(copy: Path, made: Path) ->
     (copy / "more.txt").write_text("x")
     with pytest.raises(UserError, match=r"more\.txt: not in SHA256SUMS"):
         checked(copy, made)
+    summed(copy)
+    with pytest.raises(UserError, match=r"more\.txt: no file of a record"):
+        checked(copy, made)
     (copy / "more.txt").unlink()
+    summed(copy)
     (copy / "seed8.jsonl").unlink()
     with pytest.raises(UserError, match=r"seed8\.jsonl"):
         checked(copy, made)
@@ -187,17 +192,24 @@ def test_a_stop_within_the_steps_of_a_line_is_no_difference(tmp_path: Path) -> N
         train[1] | {"loss": 9.0},
         train[2],
     )
-    one, other = verify._measured(whole, stopped)
-    assert (
-        one == other and set(one) == {"a train 50", "a train 100", "a train 150"} and one["a train 50"]["loss"] == 0.02
-    )
+    one, other, partial = verify._measured(whole, stopped)
+    assert one == other and partial == 1 and one["a train 50"]["loss"] == 0.02
+    assert set(one) == {"a start", "a train 50", "a train 100", "a train 150"}
     for change in ({"flops": 7}, {"lr": 0.5}):
-        one, other = verify._measured(
+        one, other, _ = verify._measured(
             whole, log("x", start, train[0], start | {"resumed_from": 70}, train[1] | change, train[2])
         )
         assert one != other
-    one, other = verify._measured(whole, log("x", start, train[0], train[1] | {"loss": 9.0}, train[2]))
-    assert one != other
+    changed = train[1] | {"loss": 9.0}
+    again = log("x", start, train[0], train[1], start | {"resumed_from": 50}, train[1], train[2])
+    for false in (
+        log("y", start, train[0], changed, train[2]), log("z", start, train[0], changed, *train[1:]),
+        log("w", start | {"trunk_params": 1}, *train),
+    ):  # fmt: skip
+        one, other, _ = verify._measured(whole, false)
+        assert one != other
+    one, other, _ = verify._measured(whole, again)
+    assert one == other
 
 
 def test_a_loss_that_was_changed_in_a_log_is_found_by_the_run(copy: Path, made: Path) -> None:
@@ -216,6 +228,9 @@ def test_a_loss_that_was_changed_in_a_log_is_found_by_the_run(copy: Path, made: 
         ({"what": "a | b"}, "one line of at most 200 characters"), ({"by": "a\nb"}, "one line of at most 200"),
         ({"revision": "HEAD"}, "40 hex digits are needed"), ({"format": "x"}, "this program reads"),
         ({"machine": {"device": "a", "threads": 3, "instructions": "b"}}, "threads = 3, the task has 2"),
+        ({"machine": {"device": "a\nb", "threads": 2, "instructions": "b"}}, "machine: device = 'a"),
+        ({"what": " "}, "one line of at most 200"), ({"date": "2199-01-01"}, "a day until today"),
+        ({"date": "2026-99-99"}, "a day until today"),
     ],
 )  # fmt: skip
 def test_a_claim_that_can_not_be_true_is_refused(copy: Path, made: Path, changes: dict, says: str) -> None:
@@ -225,10 +240,62 @@ def test_a_claim_that_can_not_be_true_is_refused(copy: Path, made: Path, changes
     assert says in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("distance", -5.0), ("accuracy", 1e300), ("weights_sha256", "haha"), ("samples_sha256", "0" * 63)],
+)
+def test_figures_that_nothing_can_have_are_refused(copy: Path, made: Path, key: str, value: object) -> None:
+    results = json.loads((copy / CLAIM).read_text())["results"]
+    results[1][key] = value
+    rewritten(copy, results=results)
+    with pytest.raises(UserError, match=rf"record\.json: seed 5: .*{key}"):
+        checked(copy, made)
+
+
+def test_a_picture_is_a_png_of_the_first_seeds_samples(copy: Path, made: Path) -> None:
+    other = Image.new("RGB", Image.open(copy / PICTURE).size)
+    other.save(copy / PICTURE)
+    summed(copy)
+    checked(copy, made)
+    with pytest.raises(RunFailed, match=r"samples\.png: other samples than those drawn here"):
+        verified(copy, made, 3)
+    other.save(copy / PICTURE, format="JPEG")
+    summed(copy)
+    with pytest.raises(UserError, match=r"samples\.png: no PNG"):
+        checked(copy, made)
+
+
+def test_all_seeds_run_elsewhere_have_to_reach_the_target_themselves(
+    copy: Path, made: Path, tmp_path, monkeypatch
+) -> None:
+    """Where each one's score alone could be one more of the record's false ones."""
+    task = Path(shutil.copytree(made / "tiny", tmp_path / "tiny"))
+    found = read_record(copy)
+    target = min(one.distance for one in found.results)
+    text = (task / "task.toml").read_text()
+    (task / "task.toml").write_text(text.replace("target = 90.0", f"target = {target}"))
+    lower = read_task(str(task))
+    results = tuple(replace(one, distance=target * (0.5 + one.seed / 100)) for one in found.results)
+    told = [asdict(one) for one in results]
+    rewritten(copy, results=told, task_sha256=lower.digest, **record.verdict(lower, results))
+    monkeypatch.setattr(verify, "compare", lambda *arguments: True)
+    with pytest.raises(RunFailed, match="the scores here do not show a mean below"):
+        verify.verify(
+            copy, str(task), "all", made / "data" / "speedrun-tiny", None, run_changes=False, rerun=True, say=silent
+        )
+
+
 def test_sums_that_are_none_are_refused(copy: Path, made: Path) -> None:
     text = (copy / SUMS).read_text()
-    for bad in ("\n" + text, text.replace("  ", " "), text.replace(CLAIM, "../x"), ""):
-        (copy / SUMS).write_text(bad)
+    for bad in (
+        "\n" + text,
+        text.replace("  ", " "),
+        text.replace(CLAIM, "../x"),
+        "",
+        text * 2,
+        text.replace("\n", "\r\n"),
+    ):
+        (copy / SUMS).write_bytes(bad.encode())
         with pytest.raises(UserError, match="SHA256SUMS"):
             checked(copy, made)
     with pytest.raises(UserError, match="no such folder; a record is one"):

@@ -35,6 +35,10 @@ def test_other_data_or_images_than_the_tasks_are_refused(made: Path, tmp_path: P
         task_data(task, tmp_path / "new", None, silent)
     with pytest.raises(UserError, match="--images FOLDER, with its training split, is needed"):
         task_data(replace(task, images="Fashion-MNIST"), tmp_path / "new", None, silent)
+    own = Path(shutil.copytree(made / "tiny", tmp_path / "tiny"))
+    (own / "vae" / "config.json").write_text((own / "vae" / "config.json").read_text().replace("1", "2"))
+    with pytest.raises(UserError, match=r"vae/config\.json: SHA-256 .*not the task's file"):
+        task_data(read_task(str(own)), tmp_path / "new", None, silent)
     assert not (tmp_path / "new").exists()
 
 
@@ -138,7 +142,8 @@ def test_no_task_and_a_wrong_one_are_one_line(made: Path, tmp_path: Path) -> Non
         (text[text.index("# made by") :], "", "not made yet: python -m st_fast speedrun make"),
         ("seeds = [3, 5, 8]", "seeds = [3, 5]", "3 seeds or more"),
         ("seeds = [3, 5, 8]", "seeds = [3, 3, 5]", "each once"),
-        ("target = 90.0", "target = 0.0", "a target above 0"), ("threads = 2", "", "threads is missing"),
+        ("target = 90.0", "target = 0.0", "a target above 0"),
+        ('"tiny"', '"../tiny"', "small letters, digits"), ("threads = 2", "", "threads is missing"),
         ("[files]", "[fails]", "fails"), ("samples = 100", "samples = 64", "samples = 64: at least 65"),
     ):  # fmt: skip
         (other / "task.toml").write_text(text.replace(old, new))

@@ -142,6 +142,18 @@ def test_the_table_has_records_that_beat_those_before_and_no_others(made: Path, 
     with pytest.raises(UserError, match=r"other\.md: neither tables of the speedrun in it nor a folder"):
         main(["table", str(tmp_path / "other.md")])
     assert (tmp_path / "other.md").read_text() == "# Another page\n"
+    with pytest.raises(UserError, match="the page itself"):
+        main(["table", str(page), "--html", str(page)])
+    tries = (folder / "tried.jsonl").read_text()
+    for bad in ("[" * 10**5, tries.replace('"seed": 20', f'"seed": {"9" * 400}'), tries.replace("nothing", "a | b")):
+        (folder / "tried.jsonl").write_text(bad)
+        with pytest.raises(UserError, match=r"tried\.jsonl: line 1"):
+            main(["table", str(page)])
+    (folder / "tried.jsonl").write_text(tries)
+    (folder / "3-none").mkdir()
+    with pytest.raises(UserError, match=r"3-none/SHA256SUMS"):
+        main(["table", str(page)])
+    (folder / "3-none").rmdir()
     shutil.copytree(made / "1-mine", folder / "2-same")
     with pytest.raises(UserError, match=r"2-same: neither 10% fewer FLOPs nor 10% less time"):
         main(["table", str(page)])
