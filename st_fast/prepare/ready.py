@@ -230,7 +230,7 @@ path = {path}
 vae = {vae}  # latents of another one are refused
 
 [flow]
-time = "logit_normal"  # as is ema_warmup, a finding of the speedrun (docs/speedrun.md), not the published choice
+time = "logit_normal"  # not the published choice: it paid in short runs, see docs/speedrun.md
 
 [optim]
 batch_size = {batch}
@@ -238,7 +238,7 @@ micro_batch = "auto"
 lr = {lr}
 warmup_steps = 500
 ema_decay = {ema}
-ema_warmup = true
+ema_warmup = true  # not the published choice either: it paid in short runs with a slow average, see docs/models.md
 
 [run]
 save_every = {save:_}
