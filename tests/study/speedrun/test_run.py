@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from st_fast.core.errors import RunFailed, UserError
-from st_fast.study.speedrun import attempt, carry_out, record, table, tried
+from st_fast.study.speedrun import attempt, carry_out, record, rules, table, tried
 from st_fast.study.speedrun.__main__ import main
 from st_fast.study.speedrun.origin import Code
 from st_fast.study.speedrun.prepare import read_images
 from st_fast.study.speedrun.record import CLAIM, read_record
 from st_fast.study.speedrun.score import Scorer
+from st_fast.study.speedrun.task import read_task
 from tests.study.speedrun.made import (
     DIFF,
     HEAD,
@@ -168,3 +169,12 @@ def test_the_records_of_this_repository_are_true_and_stand_in_the_tables(tmp_pat
     shutil.copy2(ROOT / "docs" / "speedrun.md", tmp_path / "speedrun.md")
     table.write_table(tmp_path / "speedrun.md", None, silent)
     assert (tmp_path / "speedrun.md").read_text() == (ROOT / "docs" / "speedrun.md").read_text()
+    for task in ("digits", "fashion"):
+        folder = ROOT / "docs" / "speedrun" / task
+        lines = tried.read_tried(folder)
+        assert len({one.what for one in lines}) >= 10 and {one.seed for one in lines}.isdisjoint(read_task(task).seeds)
+        for one in lines:
+            path = (
+                folder / one.recipe / "recipe.toml" if (folder / one.recipe).is_dir() else folder / f"{one.recipe}.toml"
+            )
+            rules.read(path, read_task(task), one.overrides)
