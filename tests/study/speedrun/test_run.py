@@ -14,7 +14,7 @@ from st_fast.study.speedrun import attempt, carry_out, record, rules, table, tri
 from st_fast.study.speedrun.__main__ import main
 from st_fast.study.speedrun.origin import Code
 from st_fast.study.speedrun.prepare import read_images
-from st_fast.study.speedrun.record import CLAIM, read_record
+from st_fast.study.speedrun.record import CLAIM, RECIPE, read_record
 from st_fast.study.speedrun.score import Scorer
 from st_fast.study.speedrun.task import read_task
 from tests.study.speedrun.made import (
@@ -174,7 +174,5 @@ def test_the_records_of_this_repository_are_true_and_stand_in_the_tables(tmp_pat
         lines = tried.read_tried(folder)
         assert len({one.what for one in lines}) >= 10 and {one.seed for one in lines}.isdisjoint(read_task(task).seeds)
         for one in lines:
-            path = (
-                folder / one.recipe / "recipe.toml" if (folder / one.recipe).is_dir() else folder / f"{one.recipe}.toml"
-            )
-            rules.read(path, read_task(task), one.overrides)
+            own = folder / f"{one.recipe}.toml"
+            rules.read(own if own.exists() else folder / one.recipe / RECIPE, read_task(task), one.overrides)
