@@ -238,7 +238,7 @@ micro_batch = "auto"
 lr = {lr}
 warmup_steps = 500
 ema_decay = {ema}
-ema_warmup = true  # not the published choice either: it paid in short runs with a slow average, see docs/models.md
+ema_warmup = true  # not the published choice either: it paid in short runs, see docs/models.md
 
 [run]
 save_every = {save:_}

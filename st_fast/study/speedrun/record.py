@@ -45,7 +45,7 @@ CLAIM, RECIPE, CHANGES, PICTURE, SUMS = "record.json", "recipe.toml", "changes.d
 LINE = re.compile(r"([0-9a-f]{64})  ([\w.-]+)")
 ROUNDING = 1e-12
 """Share by which a figure may differ from what follows from others, on another machine and by another SciPy."""
-LARGEST = 10_000
+LARGEST = 4_096
 """Pixels of a side of the picture."""
 SLACK = 1.0
 """Seconds by which two clocks may differ between two lines of a log."""
