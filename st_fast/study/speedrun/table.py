@@ -39,10 +39,12 @@ HEAD = (
 TRIED = ("What", "Over", "Change", "Seeds", "FLOPs", "Distance", "Without it")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Speedrun</title>
-<style>{{ style }} td, th { text-align: left; vertical-align: top; white-space: normal; }</style>
+<style>{{ style }} td, th { text-align: left; vertical-align: top; } code { white-space: nowrap; }
+h3 { margin-top: 24px; } th:first-child { padding-left: 12px; }
+.Records td:nth-child(2), .Tried td:nth-child(1), .Tried td:nth-child(3) { white-space: normal; }</style>
 <main><h1>Speedrun</h1>{% for board in boards %}<section>
 <h2>{{ board.task.title }}</h2><p><code>{{ board.task.name }}</code>: {{ board.target }}</p>
-{% for head, lines in board.tables %}<table>
+{% for title, head, lines in board.tables %}<h3>{{ title }}</h3><table class="{{ title }}">
 <thead><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>{% for line in lines %}<tr>{% for cell in line %}<td>{{ cell | code }}</td>{% endfor %}</tr>{% endfor %}</tbody>
 </table>{% endfor %}<p>{{ board.remark }}</p>
@@ -77,13 +79,13 @@ class Board:
         )
 
     @property
-    def tables(self) -> list[tuple[Sequence[str], list[list[str]]]]:
-        """Heads and lines: of records, and of what was tried, where there are any."""
-        found: list[tuple[Sequence[str], list[list[str]]]] = []
+    def tables(self) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+        """Titles, heads and lines: of records, and of what was tried, where there are any."""
+        found: list[tuple[str, Sequence[str], list[list[str]]]] = []
         if self.records:
-            found.append((HEAD, self._lines()))
+            found.append(("Records", HEAD, self._lines()))
         if self.tried:
-            found.append((TRIED, list(_tried(self.tried))))
+            found.append(("Tried", TRIED, list(_tried(self.tried))))
         return found
 
     @property
@@ -208,9 +210,9 @@ def write_table(page: Path, html: Path | None, say: Say) -> None:
 def _section(board: Board, folder: Path) -> str:
     """The task's part of the page."""
     parts = [f"### {board.task.title}\n", f"`{board.task.name}`: {board.target}\n"]
-    for head, lines in board.tables:
+    for title, head, lines in board.tables:
         rows = [head, ["---"] * len(head), *([escape(cell, quote=False) for cell in line] for line in lines)]
-        parts.append("".join(f"| {' | '.join(cells)} |\n" for cells in rows))
+        parts += [f"#### {title}\n", "".join(f"| {' | '.join(cells)} |\n" for cells in rows)]
     parts.append(f"{board.remark}\n")
     if not board.records:
         return "\n".join(parts)
