@@ -174,3 +174,6 @@ def test_code_outside_of_a_clone_is_known_by_its_files(tmp_path: Path, monkeypat
         (tmp_path / name).write_text("x = 1\n")
         hashes.append(origin.code_here())
     assert len(set(hashes[:2])) == 2 and hashes[1] == hashes[2] == hashes[3]
+    for needs_one in (origin.current_code, lambda: origin.check_revision("a" * 40)):
+        with pytest.raises(UserError, match="no clone of st_fast's repository"):
+            needs_one()

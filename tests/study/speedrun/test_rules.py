@@ -109,6 +109,8 @@ def test_p_values_are_students_and_intervals_hold_what_they_say() -> None:
         expected = stats.ttest_1samp(scores, 1.2, alternative="less").pvalue
         assert p_value(scores, 1.2) == pytest.approx(expected, rel=1e-9)
     assert p_value([1.0, 1.0, 1.0], 1.2) == 0.0 and p_value([1.2, 1.2], 1.2) == 1.0
+    half = 5.8409 * np.std([1, 2, 3, 4], ddof=1) * np.sqrt(5 / 4)  # of tables of Student's t: 99.5 %, 3 degrees
+    assert interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5 - half, 2.5 + half), rel=1e-4)
     draws = rng.normal(2.0, 0.5, (4_000, 6))
     inside = [low <= last <= high for *some, last in draws.tolist() for low, high in [interval(some)]]
     assert 0.985 < np.mean(inside) < 0.995
