@@ -337,6 +337,16 @@ def test_a_record_from_another_kind_of_machine_is_compared_by_score_and_flops(co
         verify.compare(found, task, replace(here, result=replace(here.result, flops=1.0)), *logs, silent)
 
 
+@pytest.mark.parametrize(("share", "near"), [(0.7, False), (0.9, True), (1.1, True), (1.4, False)])
+def test_a_time_is_confirmed_within_a_quarter(made: Path, share: float, near: bool) -> None:
+    here = attempt.read_attempt(made / "runs" / "speedrun" / "tiny" / "1-mine" / "seed5")
+    again = replace(here, result=replace(here.result, seconds=here.result.seconds * share))
+    said: list[str] = []
+    logs = (made / "1-mine" / "seed5.jsonl",) * 2
+    assert verify.compare(read_record(made / "1-mine"), task_of(made), again, *logs, said.append) is near
+    assert said[-1].endswith("not confirmed; was this machine busy?") is not near
+
+
 def test_samples_are_scored_by_this_clones_scoring(made: Path, monkeypatch) -> None:
     """A run whose own code has scored it better than it is."""
 
