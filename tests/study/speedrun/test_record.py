@@ -204,6 +204,7 @@ def test_a_stop_within_the_steps_of_a_line_is_no_difference(tmp_path: Path) -> N
     again = log("x", start, train[0], train[1], start | {"resumed_from": 50}, train[1], train[2])
     for false in (
         log("y", start, train[0], changed, train[2]), log("z", start, train[0], changed, *train[1:]),
+        log("v", start, train[0], train[1], changed, train[2]),
         log("w", start | {"trunk_params": 1}, *train),
     ):  # fmt: skip
         one, other, _ = verify._measured(whole, false)
@@ -347,18 +348,23 @@ def test_a_time_is_confirmed_within_a_quarter(made: Path, share: float, near: bo
     assert said[-1].endswith("not confirmed; was this machine busy?") is not near
 
 
-def test_samples_are_scored_by_this_clones_scoring(made: Path, monkeypatch) -> None:
-    """A run whose own code has scored it better than it is."""
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("distance", 1.0, "by this clone's scoring"), ("samples_sha256", "0" * 64, "another hash")],
+    [("distance", 1.0, "by this clone's scoring"), ("samples_sha256", "0" * 64, "another hash")],
+)
+def test_samples_are_scored_by_this_clones_scoring(made: Path, monkeypatch, key: str, value: object, says: str) -> None:
+    """Where a run's own code tells what isn't so."""
 
     def flattered(tree: Path, arguments: list[str], threads: int) -> None:
         in_this_process(tree, arguments, threads)
         file = Path(arguments[arguments.index("--out") + 1]) / attempt.FILE
         told = json.loads(file.read_text())
-        told["result"]["distance"] *= 0.9
+        told["result"][key] = value
         file.write_text(json.dumps(told))
 
     monkeypatch.setattr(verify, "run_in", flattered)
-    with pytest.raises(RunFailed, match="by this clone's scoring"):
+    with pytest.raises(RunFailed, match=says):
         verified(made / "1-mine", made)
 
 
