@@ -28,7 +28,7 @@ def make_record(
         raise UserError(f"--out {out}: there already; a record is written once")
     rules.read(recipe_path, task)
     code = current_code()
-    check_scores(recipe_path, unread(code))
+    check_scores(ROOT, unread(code))
     runs = Path("runs") / "speedrun" / task.name / out.name
     make_folder(runs)
     copied = runs / RECIPE

@@ -17,7 +17,6 @@ from st_fast.core.writing import cannot_write
 from st_fast.report import plot, words
 from st_fast.report.figures import Chart, Curve
 from st_fast.study.page import placed, read_page
-from st_fast.study.speedrun.origin import check_line
 from st_fast.study.speedrun.record import PICTURE, Record, check, identity, read_record, same_kind
 from st_fast.study.speedrun.task import SIGNIFICANCE, WEIGHTS, Task, mean_and_deviation, read_task, task_names
 from st_fast.study.speedrun.tried import Tried, read_tried
@@ -154,7 +153,8 @@ def read_board(task: Task, folder: Path) -> Board:
     """
     folders = sorted((path for path in folder.glob("*/") if not path.name.startswith(".")), key=_number)
     for one in folders:
-        check_line("record", one.name)
+        if not re.fullmatch(r"[\w.-]+", one.name):
+            raise UserError(f"{one}: a record's folder is named by letters, digits, ., - and _")
     records = [read_record(one) for one in folders]
     for one, record in zip(folders, records, strict=True):
         check(one, record, task)

@@ -79,13 +79,8 @@ def verify(
                 flags = ["--seed", str(number), "--data", str(data.resolve()), "--out", str(out)]
                 flags += ["--images", str(images.resolve())] if images else []
                 run_in(tree, ["speedrun", "try", task.folder, str((folder / RECIPE).resolve()), *flags], task.threads)
-                here, scored = read_attempt(out), score_of(task, out).distance
-                distances.append(scored)
-                if sha256_file(out / SAMPLES_FOLDER / SAMPLES) != here.result.samples_sha256:
-                    raise RunFailed(f"seed {number}: its samples have another hash than its code tells: not true")
-                if not math.isclose(scored, here.result.distance, rel_tol=SCORED):
-                    theirs = f"{here.result.distance:.6g} by the record's"
-                    raise RunFailed(f"seed {number}: {scored:.6g} by this clone's scoring, {theirs}: not true")
+                here = _scored_here(task, out)
+                distances.append(here.result.distance)
                 confirmed &= compare(found, task, here, folder / f"seed{number}.jsonl", out / "log.jsonl", say)
                 if number == task.seeds[0] and records.same_kind(found, here):
                     _compare_pictures(folder / PICTURE, out)
@@ -105,6 +100,17 @@ def _check_changes(folder: Path, files: list[str], may_run: bool) -> None:
             f"{folder}: code that is not in this clone's history would run here ({files[0]}{more}): read it, then "
             "--run-changes"
         )
+
+
+def _scored_here(task: Task, out: Path) -> Attempt:
+    """What a record's code tells of its run in `out`; RunFailed where its samples or their score are others here."""
+    here, scored = read_attempt(out), score_of(task, out).distance
+    seed, distance = here.result.seed, here.result.distance
+    if sha256_file(out / SAMPLES_FOLDER / SAMPLES) != here.result.samples_sha256:
+        raise RunFailed(f"seed {seed}: its samples have another hash than its code tells: not true")
+    if not math.isclose(scored, distance, rel_tol=SCORED):
+        raise RunFailed(f"seed {seed}: {scored:.6g} by this clone's scoring, {distance:.6g} by the record's: not true")
+    return here
 
 
 def _compare_pictures(told: Path, out: Path) -> None:

@@ -351,7 +351,6 @@ def test_a_time_is_confirmed_within_a_quarter(made: Path, share: float, near: bo
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [("distance", 1.0, "by this clone's scoring"), ("samples_sha256", "0" * 64, "another hash")],
-    [("distance", 1.0, "by this clone's scoring"), ("samples_sha256", "0" * 64, "another hash")],
 )
 def test_samples_are_scored_by_this_clones_scoring(made: Path, monkeypatch, key: str, value: object, says: str) -> None:
     """Where a run's own code tells what isn't so."""

@@ -151,6 +151,10 @@ def test_the_table_has_records_that_beat_those_before_and_no_others(made: Path, 
         with pytest.raises(UserError, match=r"tried\.jsonl: line 1"):
             main(["table", str(page)])
     (folder / "tried.jsonl").write_text(tries)
+    (folder / "3 |").mkdir()
+    with pytest.raises(UserError, match=r"3 \|: a record's folder is named by"):
+        main(["table", str(page)])
+    (folder / "3 |").rmdir()
     (folder / "3-none").mkdir()
     with pytest.raises(UserError, match=r"3-none/SHA256SUMS"):
         main(["table", str(page)])
