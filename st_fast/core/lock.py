@@ -65,14 +65,36 @@ def run_lock(folder: Path, notice: Say, option: str = "run.out") -> Iterator[Cal
     `notice`; RunFailed if another process has it. `notice` also hears of a holder that died. At the end the file is
     removed, and the folder if it was made here and holds nothing. `option` names the folder on the command line.
     """
-    lock = _Lock(Path(folder) / LOCK_NAME, notice)
+    with _locked(Path(folder), folder, notice, option) as check:
+        yield check
+
+
+@contextmanager
+def turn(path: Path, notice: Say, option: str = "run.out") -> Iterator[None]:
+    """This process alone makes what will be at `path`; Locked, a UserError, names the holder if there is another.
+
+    The lock lies in a hidden folder beside it, and leaves nothing: the last of those that held it or were refused
+    removes that folder, whichever of them made it.
+    """
+    place = path.with_name(f".{path.name}.taken")
+    try:
+        with _locked(place, path, notice, option):
+            yield
+    finally:
+        with suppress(OSError):  # another's lock is in it
+            place.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, named: Path, notice: Say, option: str) -> Iterator[Callable[[], None]]:
+    lock = _Lock(folder / LOCK_NAME, notice)
     made = _make(lock.path.parent, lock.path)
     try:
         try:
             lock.take()
         except _Held as other:
             raise Locked(
-                f"{folder}: another run is writing here ({other}); stop it or give another {option}{other.remedy}"
+                f"{named}: another run is writing here ({other}); stop it or give another {option}{other.remedy}"
             ) from None
         except OSError as error:
             raise UserError(f"{lock.path}: cannot be locked ({error.strerror})") from error

@@ -20,7 +20,7 @@ from st_fast import __version__, kernels
 from st_fast.core import checkpoint, random
 from st_fast.core.errors import Interrupted, RunFailed
 from st_fast.core.files import write_atomic, write_folder
-from st_fast.core.lock import Locked, run_lock
+from st_fast.core.lock import Locked, turn
 from st_fast.core.signals import StopRequest, stop_on_signals
 from st_fast.data.buckets import one_shape
 from st_fast.data.manifest import Manifest, VaeInfo, read_manifest
@@ -84,7 +84,7 @@ def _make_data(todo: Sequence[Job], out: Path, stop: StopRequest) -> None:
     """Makes the data of a recipe that brings its own, in one process while the others wait for it, or for a signal."""
     while not stop:
         try:
-            with run_lock(out / "taken" / "data", print, "--out"):
+            with turn(out / "data", print, "--out"):
                 for job in todo:
                     make_on_first_use(job.recipe, print)
                 return
@@ -105,7 +105,7 @@ def _take_one(study: Study, out: Path, left: Sequence[Job], number: str) -> None
     locked = None
     for job in _startable(left):
         try:
-            with run_lock(out / "taken" / f"seed{job.seed}-{job.folder.name}", print, "--out"):
+            with turn(job.folder, print, "--out"):
                 if not done(job):
                     print(f"study {study.name}: run {number}: {job.folder}", flush=True)
                     _run(study, job)
@@ -124,7 +124,7 @@ def _run(study: Study, job: Job) -> None:
         return
     if job.teacher is not None and job.teacher.labels == "shuffled":
         shuffled = Path(job.recipe.data.path)
-        with run_lock(shuffled.with_name(f"{shuffled.name}-taken"), print):
+        with turn(shuffled, print):
             write_shuffled(Path(study.base.sections["data"].get("path", "")), shuffled, job.seed)
     run(job.recipe)
 

@@ -154,9 +154,10 @@ def test_the_start_of_a_process_tells_it_from_a_later_one_with_its_id() -> None:
 
 
 @pytest.mark.parametrize("flock", [True, False])
-def test_of_many_that_come_at_once_just_one_is_inside_and_nothing_stays(flock: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["races", "turns"])
+def test_of_many_that_come_at_once_just_one_is_inside_and_nothing_stays(kind: str, flock: bool, tmp_path: Path) -> None:
     """In a process without torch, which forks a hundred times as fast: so the rivals come closer together, too."""
-    program = f"from tests.faults.races import races; print(races(Path({str(tmp_path)!r}), 45, {flock}))"
+    program = f"from tests.faults.races import {kind}; print({kind}(Path({str(tmp_path)!r}), 45, {flock}))"
     command = [sys.executable, "-c", f"from pathlib import Path; {program}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == (f"{[1] * 45}\n", "")

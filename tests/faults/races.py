@@ -1,4 +1,4 @@
-"""Many processes that want one run folder at the same moment, again and again: how often just one was inside."""
+"""Many processes that want one run folder or turn at the same moment, again and again: how often just one had it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import os
 import random
 import socket
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from st_fast.core.errors import UserError
-from st_fast.core.lock import LOCK_NAME, run_lock
+from st_fast.core.errors import Say, UserError
+from st_fast.core.lock import LOCK_NAME, run_lock, turn
+
+Lock = Callable[[Path, Say], AbstractContextManager[object]]
 
 
 def without_flock(*_: object) -> None:
@@ -32,11 +36,11 @@ def races(folder: Path, times: int, flock: bool, rivals: int = 4) -> list[int]:
     Everyone inside stays until all have tried. -1: somebody ended otherwise than by being let in or refused.
     """
     found = []
-    for turn in range(times):
-        place = folder / f"{turn}"
-        if turn % 3:
+    for number in range(times):
+        place = folder / f"{number}"
+        if number % 3:
             place.mkdir()
-        if turn % 3 == 2:
+        if number % 3 == 2:
             leave_a_dead_holder(place)
         found.append(_race(place, flock, rivals))
         if (place / LOCK_NAME).exists() or (place.exists() and list(place.iterdir())):
@@ -44,7 +48,21 @@ def races(folder: Path, times: int, flock: bool, rivals: int = 4) -> list[int]:
     return found
 
 
-def _race(place: Path, flock: bool, rivals: int) -> int:
+def turns(folder: Path, times: int, flock: bool, rivals: int = 4) -> list[int]:
+    """The same for turns at making a file; -1 also where anything is left, whoever of them made it."""
+    found = []
+    for number in range(times):
+        if number % 3:
+            (place := folder / f".{number}.taken").mkdir()
+            if number % 3 == 2:
+                leave_a_dead_holder(place)
+        found.append(_race(folder / f"{number}", flock, rivals, turn))
+        if list(folder.iterdir()):
+            found[-1] = -1
+    return found
+
+
+def _race(place: Path, flock: bool, rivals: int, lock: Lock = run_lock) -> int:
     start_reads, start_writes = os.pipe()
     told_reads, told_writes = os.pipe()
     over_reads, over_writes = os.pipe()
@@ -54,7 +72,7 @@ def _race(place: Path, flock: bool, rivals: int) -> int:
         if child == 0:
             for descriptor in (start_writes, told_reads, over_writes):
                 os.close(descriptor)
-            _rival(place, flock, (start_reads, told_writes, over_reads))
+            _rival(place, flock, lock, (start_reads, told_writes, over_reads))
         children.append(child)
     for descriptor in (start_reads, told_writes, over_reads):
         os.close(descriptor)
@@ -69,7 +87,7 @@ def _race(place: Path, flock: bool, rivals: int) -> int:
     return told.count(b"i") if len(told) == rivals and not told.strip(b"io") else -1
 
 
-def _rival(place: Path, flock: bool, pipes: tuple[int, int, int]) -> None:
+def _rival(place: Path, flock: bool, lock: Lock, pipes: tuple[int, int, int]) -> None:
     """A process that wants in; never returns."""
     start, told, over = pipes
     try:
@@ -77,7 +95,7 @@ def _rival(place: Path, flock: bool, pipes: tuple[int, int, int]) -> None:
             fcntl.flock = without_flock  # type: ignore[assignment]
         os.read(start, 1)
         try:
-            with run_lock(place, lambda line: None):
+            with lock(place, lambda line: None):
                 os.write(told, b"i")
                 os.read(over, 1)
         except UserError:

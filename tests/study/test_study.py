@@ -20,7 +20,7 @@ import torch
 from st_fast import kernels
 from st_fast.core import checkpoint
 from st_fast.core.errors import EXIT_INTERRUPTED, RunFailed, UserError
-from st_fast.core.lock import Locked, run_lock
+from st_fast.core.lock import Locked, turn
 from st_fast.data.shards import open_data
 from st_fast.model import stored
 from st_fast.recipe import cost, to_toml
@@ -316,7 +316,7 @@ def test_two_processes_share_the_runs_and_both_end_with_all_of_them(study, kille
     assert all(len(one) >= 1 for one in taken), texts
     for seed in (0, 1):
         assert timeless(seed_file(out, seed)) == timeless(seed_file(killed_and_resumed, seed))
-    assert not list((out / "taken").glob("*")), "nothing is left of what said who runs what"
+    assert not list(out.rglob("*.taken")), "nothing is left of what said who runs what"
 
 
 def test_the_first_run_that_nobody_has_is_taken_and_where_all_are_taken_their_holder_is_named(
@@ -326,8 +326,7 @@ def test_the_first_run_that_nobody_has_is_taken_and_where_all_are_taken_their_ho
     todo, began = list(jobs(whole, tmp_path)), []
     monkeypatch.setattr("st_fast.study.carry_out._run", lambda _, job: began.append(job))
     monkeypatch.setattr("st_fast.study.carry_out.done", lambda job: job in began)
-    taken = tmp_path / "taken"
-    with run_lock(taken / "seed0-teacher-stage1", print):
+    with turn(tmp_path / "seed0" / "teacher-stage1", print):
         _take_one(whole, tmp_path, todo, "1 of 10")
         assert [job.folder.name for job in began] == ["teacher-random"]
         left = [job for job in todo if job.seed == 0 and job not in began]
@@ -335,7 +334,7 @@ def test_the_first_run_that_nobody_has_is_taken_and_where_all_are_taken_their_ho
         assert [job.folder.name for job in began[1:]] == ["plain"], "omega5 waits for its teacher"
         _take_one(whole, tmp_path, [job for job in left if job not in began], "3 of 10")
         assert [job.folder.name for job in began[2:]] == ["random"]
-        with pytest.raises(Locked, match=rf"seed0-teacher-stage1: another run is writing here \(process {os.getpid()}"):
+        with pytest.raises(Locked, match=rf"seed0/teacher-stage1: another run is writing here \(process {os.getpid()}"):
             _take_one(whole, tmp_path, [job for job in left if job not in began], "4 of 10")
 
 
@@ -343,7 +342,7 @@ def test_a_run_that_ends_without_saying_so_is_not_made_again_for_ever(study, tmp
     monkeypatch.setattr("st_fast.study.carry_out._run", lambda *_: None)
     with pytest.raises(RunFailed, match=r"teacher-stage1: its log doesn't say that it ended; remove the folder"):
         carry_out(read_study(study), tmp_path, math.inf)
-    assert not (tmp_path / "taken").exists()
+    assert not list(tmp_path.rglob("*.taken"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "study").glob("*.toml")), ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from st_fast.core.errors import Say, UserError
 from st_fast.core.files import write_atomic, write_folder
-from st_fast.core.lock import Locked, run_lock
+from st_fast.core.lock import Locked, turn
 from st_fast.core.progress import bar
 from st_fast.core.writing import save_pretrained
 from st_fast.data.images import load_image
@@ -56,7 +56,7 @@ def task_data(task: Task, folder: Path, source: Path | None, say: Say) -> str:
     folder = folder.absolute()
     while not folder.exists():
         try:
-            with run_lock(folder.with_name(f"{folder.name}-taken"), say):
+            with turn(folder, say):
                 if not folder.exists():
                     _write_data(task, folder, source, say)
         except Locked:  # another process makes them
