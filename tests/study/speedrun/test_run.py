@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from st_fast.core.errors import RunFailed, UserError
+from st_fast.core.lock import turn
 from st_fast.study.speedrun import attempt, carry_out, record, rules, table, tried
 from st_fast.study.speedrun.__main__ import main
 from st_fast.study.speedrun.origin import Code
@@ -64,6 +65,25 @@ def test_code_that_scores_is_refused_before_training(made: Path, tmp_path: Path,
     with pytest.raises(UserError, match=r"its code changes st_fast/evaluate/metrics\.py, which scores"):
         main(["run", str(made / "tiny"), str(made / "mine.toml"), "--what", "x", "--out", "rec"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "held", "words"),
+    [
+        ("file/rec", "other", "cannot be opened for writing"),
+        ("rec", "rec", "^rec: another run is writing here"),
+        ("there/rec", "runs/speedrun/tiny/rec", "runs/speedrun/tiny/rec: another run is writing here"),
+    ],
+)
+def test_a_place_where_no_record_can_be_written_is_told_before_training(
+    place: str, held: str, words: str, made: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(carry_out, "run_in", lambda *_: pytest.fail("trained"))
+    Path("file").write_text("")
+    with turn(Path(held), silent, "--out"), pytest.raises(UserError, match=words):
+        main(["run", str(made / "tiny"), str(made / "mine.toml"), "--what", "x", "--out", place])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing of another run's was written over"
 
 
 def test_a_run_that_was_interrupted_goes_on_and_says_the_same(made: Path, tmp_path: Path, monkeypatch) -> None:
