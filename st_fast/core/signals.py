@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -300,8 +300,9 @@ class StopConsensus:
     so no rank waits for it and no device takes part.
     """
 
-    def __init__(self, stop: StopRequest, ranks: Ranks) -> None:
-        self._stop, self._ranks = stop, ranks
+    def __init__(self, stop: StopRequest, ranks: Ranks, also: Callable[[], bool] = lambda: False) -> None:
+        """also: whether this process asks to stop for a reason of its own."""
+        self._stop, self._ranks, self._also = stop, ranks, also
         self._asked: tuple[dist.Work, Tensor] | None = None
 
     def begin(self) -> None:
@@ -321,12 +322,12 @@ class StopConsensus:
         """To be called after every step."""
         self._stop.deferred = self._stop.unsaved = True
         if self._ranks.count == 1:
-            return bool(self._stop)
+            return self._asks()
         import torch
         import torch.distributed as dist
 
         answer = self.close()
-        flag = torch.tensor([float(bool(self._stop))])
+        flag = torch.tensor([float(self._asks())])
         work = dist.all_reduce(flag, async_op=True)
         assert work is not None
         self._asked = (work, flag)
@@ -335,7 +336,10 @@ class StopConsensus:
     def now(self) -> bool:
         """Whether any rank has been asked to stop by now; every rank waits for the answer."""
         before = self.close()
-        return self._ranks.any([before or bool(self._stop)])[0]
+        return self._ranks.any([before or self._asks()])[0]
+
+    def _asks(self) -> bool:
+        return bool(self._stop) or self._also()
 
     def wait(self, seconds: float) -> None:
         """Lets time pass, but none once this process was asked to stop."""

@@ -78,9 +78,9 @@ class RecordSet(Readable):
     def close(self) -> None:
         """Closes files and threads; the set can't be read any more."""
 
-    def gather(self, indices: np.ndarray) -> Answer:
+    def gather(self, indices: np.ndarray, pinned: bool = False) -> Answer:
         """Records `indices` (n,) → moments (n, 2C, H, W) in the set's dtype, labels (n,) int64; fresh host tensors."""
-        return read_records(self, indices)
+        return read_records(self, indices, pinned)
 
 
 def with_std(moments: Tensor, posterior: str) -> Tensor:

@@ -17,6 +17,7 @@ from st_fast.core.errors import RunFailed, Say, UserError, first_line, how_to_in
 from st_fast.core.machine import free_memory
 from st_fast.data.ahead import Answer, Patience, Readable, ReadAhead
 from st_fast.data.buckets import BucketSet
+from st_fast.data.given import GivenDataset
 
 RESIDENT_SHARE = 0.25
 """The share of the free memory that a set may take to be held there: the step needs the rest."""
@@ -140,13 +141,13 @@ class DaliLoader:
         return moments, labels
 
 
-Loader = ResidentLoader | ResidentBuckets | DaliLoader | ReadAhead
+Loader = ResidentLoader | ResidentBuckets | DaliLoader | ReadAhead | GivenDataset
 """`stream` answers requests (n,) of record indices in order, `close` gives back threads and memory."""
 
 
 def kept_bytes(kind: str, records: Readable, device: torch.device) -> tuple[int, int]:
     """Bytes of the set that the loader of that kind keeps on the device, at least and at most: "auto" may keep it."""
-    size = _set_bytes(records)
+    size = 0 if isinstance(records, GivenDataset) else _set_bytes(records)
     may = kind == "auto" and size <= RESIDENT_SHARE * free_memory(device)
     return size * (kind == "resident"), size * (kind == "resident" or may)
 
@@ -165,6 +166,8 @@ def make_loader(kind: str, records: Readable, device: torch.device, say: Say) ->
     """
     if isinstance(records, BucketSet):
         return _make_of_buckets(kind, records, device, say)
+    if isinstance(records, GivenDataset):
+        return records  # by PyTorch's DataLoader
     if kind == "auto":
         kind = _choose(records, device, say)
     missing = dali_missing() if kind == "dali" else ""

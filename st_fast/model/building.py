@@ -9,11 +9,12 @@ from torch.overrides import TorchFunctionMode
 from st_fast.kernels import KernelTable
 from st_fast.model.attention import BACKENDS, Attend
 from st_fast.model.mmdit import MMDiT
+from st_fast.model.own import OwnNetwork
 from st_fast.model.sit import SiT
 from st_fast.model.transformer import DiffusionTransformer
 from st_fast.recipe.schema import Model
 
-NETWORKS: dict[str, type[SiT] | type[MMDiT]] = {"sit": SiT, "mmdit": MMDiT}
+NETWORKS: dict[str, type[SiT | MMDiT | OwnNetwork]] = {"sit": SiT, "mmdit": MMDiT, "own": OwnNetwork}
 """By `model.network`."""
 
 
@@ -35,7 +36,12 @@ def unfilled(
     config: Model, kernels: KernelTable, device: torch.device, dtype: torch.dtype,
     attend: Attend = BACKENDS["sdpa"].attend,
 ) -> DiffusionTransformer:  # fmt: skip
-    """A network on `device` whose weights are not drawn, for one that takes all of them over: it costs no time."""
+    """A network on `device` whose weights are not drawn, for one that takes all of them over: it costs no time.
+
+    A module of one's own is built as it builds itself: its buffers may be more than memory.
+    """
+    if config.network == "own":
+        return build(config, kernels, 0, attend).to(device, dtype)
     with torch.device("meta"), _NothingDrawn():
         model = network(config, kernels, attend)
     return model.to(dtype).to_empty(device=device)

@@ -92,14 +92,14 @@ def with_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
 
 
 Features = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Tokens (B, N, D), t (B,) and a condition (B, …) → the stream after the teacher's block (B, N, D)."""
+"""Tokens (B, N, D), or latents, t (B,) and a condition (B, …) → the stream after the teacher's block (B, N, D)."""
 Branches = Callable[[Features, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Runs both: features, tokens, t, condition, null condition → the streams with the one and with the other."""
 
 
 def batched(features: Features, tokens: Tensor, t: Tensor, condition: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
     """As one batch of 2B: the largest products."""
-    both = features(tokens.repeat(2, 1, 1), t.repeat(2), torch.cat((condition, null)))
+    both = features(torch.cat((tokens, tokens)), torch.cat((t, t)), torch.cat((condition, null)))
     conditional, unconditional = both.chunk(2)
     return conditional, unconditional
 

@@ -280,7 +280,8 @@ def frozen(
         said, tensors = without_internal_head(said, tensors)
     if differing := config.differences(said):
         raise UserError(f"{where}: another architecture: {', '.join(differing)}")
-    model = unfilled(config, kernels, torch.device("meta"), torch.float32, attend)
+    own = config.network == "own"  # which is built once, with its buffers
+    model = unfilled(config, kernels, place if own else torch.device("meta"), torch.float32, attend)
     if null is not None and NULL_CONTEXT in model.state_dict():
         tensors.setdefault(NULL_CONTEXT, null[None].float())
     checkpoint.match_strictly(model.state_dict(), tensors, where)
@@ -295,7 +296,9 @@ def frozen(
         which = "ema" if found.averaged else "raw"
         record({"path": str(found.path), "step": found.step, "weights": which, "sha256": digest})
     with naming_lack_of_memory(f"loading {found.path}"):
-        model.to(dtype).to_empty(device=place).load_state_dict(tensors)
+        if not own:
+            model.to(dtype).to_empty(device=place)
+        model.load_state_dict(tensors)
     return model.eval().requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from st_fast.core.options import ARCHITECTURE_MOST as MOST
 from st_fast.recipe.error import show, wrong_value
-from st_fast.recipe.keys import BelowOne, Limit, between, fixed, free, keys
+from st_fast.recipe.keys import BelowOne, Limit, NamesOrNone, between, fixed, free, keys
 from st_fast.recipe.sizes import named_sizes
 
 TIME_FREQUENCIES = 256
@@ -23,6 +23,8 @@ PARAMETERS_MOST = 10**12
 """Far above any model of this kind: more is a slip of the keyboard, and would be allocated for hours."""
 
 
+Counted = Annotated[int, between(0, 10**18)]
+"""Of a module of one's own."""
 LatentSide = Annotated[int, between(1, MOST["latent_size"])]
 LatentSize = LatentSide | tuple[LatentSide, LatentSide]
 """Of a square, or height and width."""
@@ -67,7 +69,9 @@ class Model:
     class_dropout: BelowOne = fixed(
         0.1, "Share of labels, or captions, that training replaces by the null label or caption, for guidance."
     )
-    network: Literal["sit", "mmdit"] = fixed("sit", "SiT, conditional on classes, or MMDiT, conditional on text.")
+    network: Literal["sit", "mmdit", "own"] = fixed(
+        "sit", "SiT, conditional on classes, MMDiT, on text, or a module of your own, from Python (docs/python.md)."
+    )
     text_width: Annotated[int, between(0, MOST["width"])] = fixed(0, "W, channels of a text token's state (MMDiT).")
     text_length: Annotated[int, between(0, MOST["text_length"])] = fixed(0, "L, tokens of a caption (MMDiT).")
     mlp_ratio: Annotated[float, Limit("above 0 and at most 1000", lambda ratio: 0 < ratio <= 1000)] = fixed(
@@ -107,8 +111,17 @@ class Model:
     fusion_last: Annotated[int, between(0, MOST["depth"])] = fixed(
         0, "The last of the surrounded blocks, whose output is joined with the stream before them; 0: no fusion."
     )
+    own_blocks: NamesOrNone = fixed((), "Of your own module, written by st_fast: the blocks that are read.")
+    own_macs: tuple[Counted, ...] = free((), "Also: multiply-adds of an image's forward up to each of them, and of all.")
+    own_parameters: Counted = fixed(0, "Also: its parameters.")
+    own_bytes: Counted = free(0, "Also: bytes that an image's forward keeps for the backward, in float32.")
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')
     modulation: Literal["per_block", "one"] = free("per_block", "Project adaLN's vectors in each block, or at once.")
+
+    @property
+    def by_class(self) -> bool:
+        """Whether the network is conditional on class labels."""
+        return self.network != "mmdit"
 
     @property
     def latent_sides(self) -> tuple[int, int]:
@@ -236,6 +249,8 @@ class Model:
     @property
     def parameters(self) -> int:
         """Parameters, fixed positions included, as the published counts have them."""
+        if self.network == "own":
+            return self.own_parameters
         # Weights beside the linear layers': of norms, of the text's last of which there is one less, and of the mixing
         # of values in all blocks but the first.
         vectors = {False: 0, True: 4, "rms": 2}[self.qk_norm] * self.head * len(self.streams)
@@ -267,19 +282,23 @@ class Model:
         As JSON has them: height and width are a list.
         """
         told = {name: value for name, value in self.described().items() if name not in ("name", "class_dropout")}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+        return {name: _as_json(value) for name, value in told.items()}
 
     def differences(self, theirs: Mapping[str, Any], but: Container[str] = ()) -> list[str]:
         """In what another architecture differs, but for these keys; one that it lacks, being older, has its default."""
         ours = {name: value for name, value in self.architecture().items() if name not in but}
-        ours |= {name: getattr(self, name) for name in LATER if name not in but}
-        pairs = {name: (theirs.get(name, keys(Model)[name].default), value) for name, value in ours.items()}
+        ours |= {name: _as_json(getattr(self, name)) for name in LATER if name not in but}
+        pairs = {name: (theirs.get(name, _as_json(keys(Model)[name].default)), value) for name, value in ours.items()}
         return [f"{name} {old} (this recipe: {ours})" for name, (old, ours) in pairs.items() if old != ours]
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 LATER = (
     "prediction", "internal_head", "fusion_first", "fusion_last", "mlp", "norm", "position", "qkv_bias",
-    "value_residual", "registers",
+    "value_residual", "registers", "own_blocks", "own_parameters",
 )  # fmt: skip
 """Keys that came later: where they have their default they are not written, so that older versions read the rest."""
 PARTS: dict[str, tuple[str, ...]] = {
@@ -292,6 +311,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 IDLE: dict[str, set[str]] = {
     "sit": {"network", "text_width", "text_length", "zero_init"},
     "mmdit": {"num_classes", "zero_init"},
+    "own": {"heads", "text_width", "text_length", "mlp_ratio", "qk_norm", "zero_init"},
 }
 """The keys that say nothing of a network's weights: another's, or how training begins. Without `network` it is SiT."""
 
@@ -315,6 +335,8 @@ def resolve_model(model: Model) -> Model:
     height, width = model.latent_sides
     if height == width:
         model = replace(model, latent_size=height)
+    if model.network == "own":  # its module tells the rest
+        return replace(model, heads=1, patch=model.patch or 1)
     if model.name == "custom":
         for key in ("depth", "width", "heads", "patch"):
             if getattr(model, key) == 0:
@@ -332,8 +354,10 @@ def resolve_model(model: Model) -> Model:
 def check_shapes(model: Model) -> None:
     """Latents must divide into patches, width into heads and into the four quarters of a 2-D sin-cos position.
 
-    A network has the keys of its own condition and no others.
+    A network has the keys of its own condition and no others. A module of one's own has shapes of its own.
     """
+    if model.network == "own":
+        return
     for key in ("text_width", "text_length"):
         value, wanted = getattr(model, key), model.network == "mmdit"
         if (value > 0) != wanted:

@@ -36,6 +36,8 @@ def block_macs(model: Model, ends: bool = False) -> int:
 
 def trunk_macs(model: Model, depth: int | None = None) -> int:
     """Multiply-adds of one image's forward up to block `depth`; without it, all of it with the final layers."""
+    if model.network == "own":
+        return (0, *model.own_macs)[-1 if depth is None else depth]
     embedding = sum(layer.macs for layer in model.embedders)
     final = sum(layer.macs for layer in (*model.final_layers, *model.internal_layers)) if depth is None else 0
     if depth is None or depth >= model.fusion_last:
@@ -303,6 +305,8 @@ def activation_bytes(model: Model, bf16: bool, checkpointing: str = "none", plan
     With checkpointing, in every block what `st_fast.model.compiling` says is kept, and in one block what its
     backward pass has just computed again. plan: which tokens which blocks run, where not all of them run all.
     """
+    if model.network == "own":  # under autocast about half as much
+        return model.own_bytes // (2 if bf16 else 1)
     n, d, each = model.length, model.width, 2 if bf16 else 4
     routed, left_out = (plan.route.blocks, model.tokens - sum(plan.kept)) if plan and plan.route else ((), 0)
     joint = len(model.streams) > 1

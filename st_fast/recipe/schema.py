@@ -72,8 +72,8 @@ class Data:
     )
     images_subset: str = free("", "Which of these images, as given to `st_fast.prepare`.")
     text: str = free("", 'The encoder whose states of captions MMDiT reads; "": the only one that the data has.')
-    source: Literal["shards", "digits", "emoji"] = fixed(
-        "shards", '"digits" and "emoji" make the folder at `path` on first use.'
+    source: Literal["shards", "digits", "emoji", "given"] = fixed(
+        "shards", '"digits" and "emoji" make the folder at `path` on first use; "given": from Python.'
     )
     vae: str = free(
         "", 'The VAE that the latents must be of: its name or how its hash begins in their manifest; "": any.'

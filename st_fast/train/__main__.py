@@ -30,7 +30,7 @@ from st_fast.core.machine import local_rank, rank, rank_count
 from st_fast.core.streams import show
 from st_fast.recipe import Recipe, cost, load, to_toml
 from st_fast.recipe.batch import AUTO, images_a_pass, with_passes_of
-from st_fast.recipe.check import graphs_problem
+from st_fast.recipe.check_run import graphs_problem
 from st_fast.recipe.error import cut
 from st_fast.recipe.keys import choices, describe, keys
 from st_fast.recipe.schema import SECTIONS

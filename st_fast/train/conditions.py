@@ -112,7 +112,7 @@ class Captions:
 def open_conditions(recipe: Recipe, records: RecordSet) -> Conditions:
     """What the recipe's network is conditional on; UserError where the data lack it or its shape is another."""
     model, data = recipe.model, Path(recipe.data.path)
-    if model.network == "sit":
+    if model.by_class:
         return ClassLabels(model.num_classes)
     texts = open_text(data, recipe.data.text, records)
     found = texts.manifest

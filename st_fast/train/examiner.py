@@ -43,18 +43,20 @@ def due(step: int, every: int) -> bool:
 class Examiner:
     """Samples and scores on the first rank; classifier and Inception are loaded on first use.
 
-    `stop` is asked to let a signal end the work.
+    `stop` is asked to let a signal end the work. `decode`: what a program gave in place of the VAE.
     """
 
     def __init__(
-        self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log, stop: StopRequest | None = None
-    ) -> None:
+        self, recipe: Recipe, manifest: Manifest, ranks: Ranks, log: Log, stop: StopRequest | None = None,
+        decode: Decode | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.manifest, self.ranks, self.log = recipe, manifest, ranks, log
         self._stop = StopRequest() if stop is None else stop
         self._reference = Path(recipe.evaluate.reference or recipe.data.path)
         self.protocol: dict[str, str] = {}
         """SHA-256 of what scores depend on beside the samples, once it was checked."""
         self._inception: tuple[Inception, scores.Reference] | None = None
+        self._own_decode = decode
 
     def check(self) -> None:
         """UserError for what samples and scores need and isn't there or doesn't fit, before days are spent.
@@ -141,6 +143,8 @@ class Examiner:
     @cached_property
     def _decode(self) -> Decode:
         vae = self.recipe.sample.vae
+        if self._own_decode is not None:
+            return self._own_decode
         return decoder(Path(self.recipe.data.path), self.manifest, self.ranks.device, vae, self.log.say)
 
     @cached_property
@@ -162,7 +166,7 @@ class Examiner:
 
     @property
     def _draws_text(self) -> bool:
-        return self.recipe.model.network != "sit"
+        return not self.recipe.model.by_class
 
     def images(
         self, model: DiffusionTransformer, count: int, prompts: Prompts | None = None,

@@ -23,7 +23,7 @@ from st_fast.core.machine import PassTooLarge
 from st_fast.core.ranks import Ranks
 from st_fast.model.side_stream import SideStream, tensors, with_tensors
 from st_fast.recipe import Recipe, Stage
-from st_fast.recipe.check import graphs_problem
+from st_fast.recipe.check_run import graphs_problem
 from st_fast.train import choices, memory
 from st_fast.train.supervision import NoisyBatch
 

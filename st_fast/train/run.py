@@ -4,9 +4,10 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,18 +25,20 @@ from st_fast.data.manifest import Manifest, check_same_data
 from st_fast.data.shards import open_data
 from st_fast.data.statistics import sampled_warning
 from st_fast.kernels.heap import keep_freed_memory
-from st_fast.model import stored
+from st_fast.model import own, stored
 from st_fast.model.compiling import keep_compiled, swept
 from st_fast.model.fp8 import check_fp8
 from st_fast.prepare import digits, emoji
 from st_fast.recipe import Recipe, Stage, cost, to_toml
 from st_fast.recipe.batch import images_a_pass
-from st_fast.recipe.check import check_device
+from st_fast.recipe.check_run import check_device
 from st_fast.recipe.error import show
 from st_fast.report import write_report
+from st_fast.sample.model import Decode
 from st_fast.train import memory, profiling, start, trackers
 from st_fast.train.agreement import RECIPE, agree, of_data, of_recipe
 from st_fast.train.batches import open_image_features
+from st_fast.train.callbacks import Callbacks
 from st_fast.train.choices import choose_kernels
 from st_fast.train.conditions import check_same_conditions, kept_on_device, open_conditions
 from st_fast.train.continuity import Changes, check_recipe, newest, score_differences
@@ -52,14 +55,30 @@ LEAST_JOINING = 60.0
 """Seconds by which one rank's imports may take longer than another's."""
 
 
-def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None) -> None:
+@dataclass(frozen=True)
+class Parts:
+    """What a program gives a run beside its recipe."""
+
+    records: RecordSet | None = None
+    """Of `data.source = "given"`."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    decode: Decode | None = None
+    """In place of the VAE."""
+
+
+def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None, parts: Parts | None = None) -> None:
     """Trains every stage of the recipe, resuming where it stopped, and writes the report.
 
-    accept_changes: also where what it continues was begun with other mathematics; given: the file it was read from.
+    accept_changes: also where what it continues was begun with other mathematics; given: the file it was read from;
+    parts: what a recipe can't hold.
 
     Raises Interrupted after a signal (saved), RunFailed when training can't go on, UserError for bad input.
     """
-    out = Path(recipe.run.out)
+    out, parts = Path(recipe.run.out), parts or Parts()
+    if recipe.data.source == "given" and parts.records is None:
+        raise UserError(
+            'data.source = "given": the latents come from a program: st_fast.Trainer(recipe, data=...).fit()'
+        )
     keep_compiled(out / "compiled")
     keep_freed_memory()
     patience = recipe.run.hang_timeout
@@ -79,7 +98,7 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             lock.run_lock(out, print) if ranks.first else nullcontext(lambda: None) as still_ours,
             swept(out / "compiled") if ranks.first else nullcontext(),
             trackers.tracking(recipe, out, print) if ranks.first else nullcontext() as track,
-            Log(out / "log.jsonl", ranks, track) as log,
+            Log(out / "log.jsonl", ranks, told_of_records(track, parts.callbacks)) as log,
         ):
             log.files.guard = still_ours
             changes = Changes(accept_changes, log)
@@ -88,11 +107,11 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             if ranks.first:
                 make_on_first_use(recipe, log.say)
             ranks.barrier()
-            shards = open_agreed_data(recipe, ranks, log.say)
+            shards = open_agreed_data(recipe, ranks, log.say, parts.records)
             if told := ranks.broadcast_from_rank0(lambda: sampled_warning(shards)):
                 log.say(f"warning: {told}")
             classes = shards.manifest.num_classes
-            if recipe.model.network == "sit" and classes < recipe.model.num_classes:
+            if recipe.model.by_class and classes < recipe.model.num_classes:
                 log.say(
                     f"warning: the data has {classes} classes, the model {recipe.model.num_classes}; the others "
                     f"are never trained; --model.num_classes={classes} fits"
@@ -100,8 +119,8 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             ranks.broadcast_from_rank0(lambda: check_stages(recipe, shards))
             for line in (*cost.untrained_averages(recipe), *cost.unfinished_warmups(recipe)):
                 log.say(line)
-            consensus = StopConsensus(stop, ranks)
-            examiner = Examiner(recipe, shards.manifest, ranks, log, stop)
+            consensus = StopConsensus(stop, ranks, lambda: bool(parts.callbacks.failure))
+            examiner = Examiner(recipe, shards.manifest, ranks, log, stop, parts.decode)
             check_fp8(recipe, ranks.device)
             ranks.broadcast_from_rank0(examiner.check)
             differences = score_differences(changes.scored, examiner.protocol)
@@ -114,10 +133,13 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
                 # Not earlier: a recipe that is refused has not begun, and may be corrected.
                 keep_given(given, out / "recipe.toml", recipe, log)
                 log.files.write(out / "recipe.toml", to_toml(recipe).encode())
+                own.keep_start(recipe.model, out, log.files.write)
             with naming_lack_of_memory("measuring the device and trying kernels"):
                 rate = matmul_rate(ranks.device, dtype)
                 timed = choose_kernels(split, ranks, dtype, log.say)
-            context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes)
+            context = RunContext(
+                split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes, parts.callbacks
+            )
             for stage in recipe.stages:
                 context = train_stage(context, stage, recipe)
             consensus.close()
@@ -166,14 +188,33 @@ def make_on_first_use(recipe: Recipe, say: Say) -> None:
         emoji.prepare_emoji(Path(recipe.data.path), say, emoji.size_of(recipe.model))
 
 
-def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:
-    """The run's data, which fit the recipe and are the same on all ranks; one rank a machine verifies them."""
+def told_of_records(
+    track: Callable[[Mapping[str, Any]], None] | None, callbacks: Callbacks
+) -> Callable[[Mapping[str, Any]], None]:
+    """What the log passes each record on to: the trackers, and then the callbacks."""
+
+    def tell(record: Mapping[str, Any]) -> None:
+        if track is not None:
+            track(record)
+        callbacks.record(record)
+
+    return tell
+
+
+def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say, given: RecordSet | None = None) -> RecordSet:
+    """The run's data, which fit the recipe and are the same on all ranks; one rank a machine verifies them.
+
+    given: in place of the folder's.
+    """
     opened = list[RecordSet]()
 
     def look() -> Mapping[str, str]:
         verify, beat = recipe.data.verify and local_rank() == 0, partial(ranks.heartbeat.beat, "verify")
         beat()
-        opened.append(open_data(Path(recipe.data.path), verify, recipe.optim.batch_size, say, beat))
+        size = recipe.optim.batch_size
+        if given is not None and len(given) < size:
+            raise UserError(f"data: {len(given)} items, the global batch needs {size} (optim.batch_size)")
+        opened.append(given or open_data(Path(recipe.data.path), verify, size, say, beat))
         fit_data(recipe, opened[0])
         return of_data(recipe, opened[0])
 
@@ -242,7 +283,9 @@ def check_stages(recipe: Recipe, records: RecordSet) -> None:
 
 
 def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """The dtype of the weights in use."""
+    """The dtype of the weights in use; a module of one's own has float32 ones, and runs under autocast."""
+    if recipe.model.network == "own":
+        return torch.float32
     return torch.bfloat16 if recipe.run.bf16(device.type) else torch.float32
 
 
@@ -278,7 +321,7 @@ def check_fits(recipe: Recipe, manifest: Manifest) -> None:
             f"{model.channels} and model.latent_size = {show(model.latent_size)} (patch {model.patch}) need "
             f"{model.latent_shape}; {fits} fit the data"
         )
-    if model.network == "sit" and manifest.num_classes > model.num_classes:
+    if model.by_class and manifest.num_classes > model.num_classes:
         raise UserError(
             f"{recipe.data.path}: labels of {manifest.num_classes} classes, model.num_classes = {model.num_classes}"
         )

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 
 import torch
 
 from st_fast import __version__
 from st_fast.core.checkpoint.meta import GraphChoice
-from st_fast.core.errors import Say
+from st_fast.core.errors import RunFailed, Say, UserError
 from st_fast.core.machine import PassTooLarge, freeze_heap, thaw_heap
 from st_fast.data.buckets import parts_of
 from st_fast.data.loader import Loader, make_loader
@@ -20,10 +21,12 @@ from st_fast.recipe.muon_cost import muon_flops
 from st_fast.recipe.schema import Stage
 from st_fast.train import graphs, memory
 from st_fast.train.batches import BatchIterator, Lookahead
+from st_fast.train.callbacks import Event
 from st_fast.train.examiner import Kind, due
 from st_fast.train.log import JUDGED_EVERY, Clock, Meter, Readings, joined, progress_line
 from st_fast.train.profiling import StageProfile
 from st_fast.train.shapes import mean_cost
+from st_fast.train.supervision import NoisyBatch
 from st_fast.train.trainer import RunContext, Trainer
 
 
@@ -67,14 +70,16 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     freeze_heap()
     context.stop.begin()
     clock.start()
-    steps = Lookahead(iterator.steps(first, stage.steps))
+    steps = Lookahead(saved_where_data_fail(iterator.steps(first, stage.steps), report, first))
     trainer.step.following = steps.peek
     for done, batches in enumerate(profile.watch(steps, first), start=first + 1):
+        trainer.seed(done - 1)
         with retreat_if_too_large(trainer, report, readers, first, done - 1):
             trainer.ending.compare(trainer.step, done - 1, batches)
             losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates, losses.direction)
         profile.stepped(done)
+        context.callbacks(Event("step", stage.name, done, model=trainer.model))
         last, stopping = done == stage.steps, context.stop()
         spike = report(done)
         if spike is not None:
@@ -98,10 +103,12 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     stalls = trainer.stalls(clock)
     trainer.close()
     thaw_heap()
+    context.callbacks.check(f"{stage.name} is saved at step {done}")
     if stopping:
         raise context.stop.interrupted(f"saved {stage.name} at step {done}")
     log.write("end", stage.name, done, **report.cost(done), **stalls)
     context.stop.end()
+    context.callbacks.check(f"{stage.name} is complete")
 
 
 def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str, float]) -> None:
@@ -135,6 +142,28 @@ def try_graphs(
     if not choice.used:
         trainer.use_graphs(recipe)
     return recipe, choice
+
+
+def saved_where_data_fail(
+    steps: Iterator[list[NoisyBatch]], report: "Reporter", first: int
+) -> Iterator[list[NoisyBatch]]:
+    """The batches of steps `first` …; where one can't be had, a rank that is alone saves what is trained first."""
+    trainer = report.trainer
+    for done in count(first):
+        try:
+            batches = next(steps, None)
+        except UserError as error:
+            if trainer.context.ranks.count > 1 or done == first:
+                raise
+            report.clock.stop()
+            report.read(done)
+            trainer.save(done, report.clock)
+            trainer.finish()
+            kind = RunFailed if isinstance(error, RunFailed) else UserError
+            raise kind(f"{error}; {trainer.stage.name} is saved at step {done}") from error
+        if batches is None:
+            return
+        yield batches
 
 
 @contextmanager
@@ -189,7 +218,7 @@ class Reporter:
 
     def __init__(self, trainer: Trainer, batches: BatchIterator, meter: Meter, clock: Clock, first: int) -> None:
         self.context, self.stage, self.batches, self.clock = trainer.context, trainer.stage, batches, clock
-        self._trainer, self._meter = trainer, meter
+        self.trainer, self._meter = trainer, meter
         self._flops = self.cost(first)["flops"]
         self._step, self._seconds, self._waited = first, clock.read(), batches.waited
         self._read: list[Readings] = []
@@ -197,14 +226,14 @@ class Reporter:
 
     def cost(self, step: int) -> dict[str, float]:
         """The stage's cost up to a step."""
-        return cost_so_far(self._trainer, self.clock, step)
+        return cost_so_far(self.trainer, self.clock, step)
 
     def __call__(self, step: int) -> int | None:
         """Logs where that is due after a step; returns the step that a spike began with, where one is to be mended.
 
         RunFailed after too many steps in a row whose gradients were not finite.
         """
-        spikes, last = self._trainer.spikes, step == self.stage.steps
+        spikes, last = self.trainer.spikes, step == self.stage.steps
         logged = last or due(step, self.context.recipe.run.log_every)
         judged = spikes.ratio > 0 and (last or due(step, JUDGED_EVERY))
         if logged or judged or self._meter.full:
@@ -212,7 +241,7 @@ class Reporter:
         if logged:
             self._log(step)
             self._limit_growth()
-        self._trainer.skips.check(step)
+        self.trainer.skips.check(step)
         return spikes.take() if judged else None
 
     def read(self, step: int) -> None:
@@ -222,7 +251,7 @@ class Reporter:
         self.context.ranks.heartbeat.beat("log")
         readings = self._meter.read(self.context.ranks, step)
         self._log_skipped(readings)
-        self._trainer.spikes.add(readings)
+        self.trainer.spikes.add(readings)
         self._read.append(readings)
 
     def _log(self, step: int) -> None:
@@ -232,22 +261,22 @@ class Reporter:
         seconds, waited = self.clock.read(), self.batches.waited
         elapsed = max(seconds - self._seconds, 1e-9)
         spent = self.cost(step)
-        values["lr"] = float(self._trainer.optimizer.rate(torch.tensor(readings.updates)))
+        values["lr"] = float(self.trainer.optimizer.rate(torch.tensor(readings.updates)))
         values["images_per_s"] = (step - self._step) * context.recipe.optim.batch_size / elapsed
-        of_updates = (step - self._step) * muon_flops(self._trainer.model.config, context.recipe.optim)
+        of_updates = (step - self._step) * muon_flops(self.trainer.model.config, context.recipe.optim)
         of_model = spent["flops"] - self._flops - of_updates
         values["mfu"] = of_model / elapsed / (context.rate * context.ranks.count)
         values["data_wait"] = (waited - self._waited) / elapsed
         values["peak_gib"] = round(memory.peak_bytes(context.ranks.device) / 2**30, 3)
         eta = (stage.steps - step) * elapsed / max(step - self._step, 1)
         self._step, self._flops, self._seconds, self._waited = step, spent["flops"], seconds, waited
-        skipped = self._trainer.skips.total
+        skipped = self.trainer.skips.total
         context.log.write("train", stage.name, step, **values, skipped=skipped, **spent)
         context.log.say(progress_line(stage.name, step, stage.steps, values, eta))
 
     def _log_skipped(self, readings: Readings) -> None:
         """Names each skipped step's samples: those of the ranks whose loss was not finite, or all if none was."""
-        self._trainer.skips.add(readings)
+        self.trainer.skips.add(readings)
         for offset in readings.bad:
             step, ranks = readings.first + offset, readings.bad_ranks[offset]
             ordinals, records = self.batches.samples(step - 1, ranks)

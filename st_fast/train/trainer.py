@@ -26,10 +26,12 @@ from st_fast.model.fp8 import use_fp8
 from st_fast.model.side_stream import apart, batched, side_stream
 from st_fast.model.smoke_test import validated_kernels
 from st_fast.recipe import to_toml
+from st_fast.recipe.methods import Given
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.sample.contrast import Correction, correction
 from st_fast.train import adamw, continuity, start, supervision
 from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
+from st_fast.train.callbacks import Callbacks
 from st_fast.train.conditions import check_same_conditions, open_conditions
 from st_fast.train.early_stop import Ending
 from st_fast.train.examiner import Examiner, due
@@ -59,6 +61,7 @@ class RunContext:
     """The kernels that a trial has chosen, by op: "fused" or "reference"."""
     changes: continuity.Changes | None = None
     """What is refused or accepted where the run continues; None: not compared."""
+    callbacks: Callbacks = field(default_factory=Callbacks)
 
 
 class Trainer:
@@ -76,6 +79,9 @@ class Trainer:
         self.conditions = open_conditions(recipe, context.shards)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         self.model.use_null(self.conditions.null)
+        if recipe.model.network == "own":  # whoever made it may have drawn other weights on each rank
+            ranks = context.ranks
+            ranks.broadcast(self.model.state_dict().values())
         if recipe.run.fp8 != "off":
             use_fp8(self.model)
         self.shards: Shards | None = None
@@ -183,6 +189,13 @@ class Trainer:
         self.step.use_graphs(recipe.run.graphs)
         if self._frozen is not None:
             _compile(self.context, self._frozen, dynamic=not recipe.run.padded)
+
+    def seed(self, step: int) -> None:
+        """Seeds PyTorch's own generator for a step, where code of somebody else's may draw from it, as dropout does."""
+        context = self.context
+        if context.recipe.model.network == "own" or isinstance(self.stage.method, Given):
+            ranks = context.ranks
+            torch.manual_seed((context.recipe.run.seed + step * 1_000_003) * ranks.count + ranks.rank)
 
     def resume(self, clock: Clock) -> int:
         """Loads the newest intact checkpoint, if there is one; returns the number of completed steps."""

@@ -32,6 +32,8 @@ MATHS = {
         "model.internal_head",
         "model.fusion_first",
         "model.fusion_last",
+        "model.own_blocks",
+        "model.own_parameters",
         "flow.path",
         "flow.time",
         "flow.time_mean",
@@ -60,6 +62,8 @@ HARMLESS = {
     *(
         "model.name",
         "model.attention",
+        "model.own_macs",
+        "model.own_bytes",
         "data.loader",
         "data.verify",
         "data.vae",

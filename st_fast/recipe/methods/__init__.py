@@ -7,6 +7,7 @@ activations that it keeps (see `cost`).
 
 from st_fast.recipe.methods.base import EVERYWHERE, Mask, Method, Plain, Selection, projector
 from st_fast.recipe.methods.dispersive import Dispersive
+from st_fast.recipe.methods.given import Given
 from st_fast.recipe.methods.internal_guidance import InternalGuidance
 from st_fast.recipe.methods.layer_sync import LayerSync
 from st_fast.recipe.methods.repa import CONVOLUTION, DINOV2, Repa, dinov2_size, encoder_width
@@ -18,9 +19,9 @@ from st_fast.recipe.methods.sra_dual import DualTime
 from st_fast.recipe.methods.velocity_head import VelocityHead
 
 __all__ = [
-    "CONVOLUTION", "DINOV2", "EVERYWHERE", "METHODS", "Dispersive", "DualTime", "InternalGuidance", "LayerSync", "Mask",
-    "Method", "Plain", "Repa", "Selection", "SelfFlow", "SelfRepresentation", "SelfTranscendence", "Sra2",
-    "VelocityHead", "dinov2_size", "encoder_width", "projector",
+    "CONVOLUTION", "DINOV2", "EVERYWHERE", "METHODS", "Dispersive", "DualTime", "Given", "InternalGuidance",
+    "LayerSync", "Mask", "Method", "Plain", "Repa", "Selection", "SelfFlow", "SelfRepresentation", "SelfTranscendence",
+    "Sra2", "VelocityHead", "dinov2_size", "encoder_width", "projector",
     "supervision_name",
 ]  # fmt: skip
 
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "repa": Repa,
     "internal_guidance": InternalGuidance,
     "dispersive": Dispersive,
+    "given": Given,
 }
 
 

@@ -15,11 +15,14 @@ from st_fast.train.supervision import NoisyBatch, Parts, Supervision
 
 
 class Head(nn.Module):
-    """The projection q of the student's tokens: (M, N, D) → (M, N, D). Keys `projectors.{0,2,4}.*`."""
+    """The projection q of the student's tokens: (M, N, D) → (M, N, D'), D' = D unless `out` says another width.
 
-    def __init__(self, width: int, hidden: int, kernels: KernelTable) -> None:
+    Keys `projectors.{0,2,4}.*`.
+    """
+
+    def __init__(self, width: int, hidden: int, kernels: KernelTable, out: int | None = None) -> None:
         super().__init__()
-        self.projectors = projector(width, hidden, width, kernels)
+        self.projectors = projector(width, hidden, out or width, kernels)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.projectors(tokens)

@@ -30,7 +30,7 @@ def graphed(monkeypatch, folder, name: str, *options: str) -> tuple[torch.Tensor
         learn = Step._learn
         patch.setattr(torch.cuda, "CUDAGraph", Kept)
         patch.setattr(Step, "_learn", lambda *args, **kwargs: passes.append(1) or learn(*args, **kwargs))
-        patch.setattr("st_fast.recipe.check.check_device", lambda run, device: None)
+        patch.setattr("st_fast.recipe.check_run.check_device", lambda run, device: None)
         loop = Loop(folder, name, (*PADDED, "--run.cuda_graphs=true", *options))
         numbers, _ = loop.run()
     return values(numbers), made, len(passes)
@@ -56,7 +56,7 @@ def test_a_pass_of_another_kind_or_shape_has_a_graph_of_its_own_or_none(folder, 
 def test_results_of_a_step_outlive_the_next_replay(folder, monkeypatch):
     with monkeypatch.context() as patch:
         fake_cuda.install(patch.setattr)
-        patch.setattr("st_fast.recipe.check.check_device", lambda run, device: None)
+        patch.setattr("st_fast.recipe.check_run.check_device", lambda run, device: None)
         loop = Loop(folder, "transcend", (*PADDED, "--run.cuda_graphs=true"))
         seen = [(float(denoise), denoise) for denoise, _, _ in loop.steps()]
     assert all(then == float(now) for then, now in seen) and len({then for then, _ in seen}) == 10
@@ -67,7 +67,7 @@ def test_a_pass_that_cannot_be_recorded_is_made_as_all_others_are(error, folder,
     expected, _ = Loop(folder, "transcend", PADDED).run()
     with monkeypatch.context() as patch:
         fake_cuda.install(patch.setattr)
-        patch.setattr("st_fast.recipe.check.check_device", lambda run, device: None)
+        patch.setattr("st_fast.recipe.check_run.check_device", lambda run, device: None)
         loop = Loop(folder, "transcend", (*PADDED, "--run.cuda_graphs=true"))
         losses = loop.trainer.step.losses
 
