@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from st_fast.core.errors import UserError, first_line
 from st_fast.data.ahead import Answer, RecordSet, nothing
-from st_fast.data.manifest import Manifest, ShardEntry, VaeInfo, labels_problem, moments_problem
+from st_fast.data.manifest import GIVEN, Manifest, ShardEntry, VaeInfo, labels_problem, moments_problem
 
-NAME = "given from Python"
 LOOKED_AT = 64
 """Items, evenly spaced, whose content tells one Dataset from another."""
 
@@ -43,7 +42,7 @@ def given_records(data: Any, num_classes: int, workers: int = 0) -> RecordSet:
 def _manifest(count: int, shape: tuple[int, ...], num_classes: int, digest: str) -> Manifest:
     where = ShardEntry("memory", count, 0, digest)
     return Manifest(
-        count, cast(tuple[int, int, int], shape), "float32", 1.0, VaeInfo(NAME), NAME, num_classes, shards=(where,),
+        count, cast(tuple[int, int, int], shape), "float32", 1.0, VaeInfo(GIVEN), GIVEN, num_classes, shards=(where,),
         posterior="mean",
     )  # fmt: skip
 

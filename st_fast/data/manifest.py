@@ -20,6 +20,8 @@ INDEX_NAME = "buckets.json"
 """Of a folder with latents of several shapes, each in a folder of its own (`data/buckets.py`)."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 MOST_CLASSES = 2**24
+GIVEN = "given from Python"
+"""The source of latents that are in no folder."""
 DTYPES = {"float16": ("F16", 2), "float32": ("F32", 4)}
 """dtype → (its name in safetensors, bytes)."""
 LIMIT = 1e4
@@ -268,8 +270,9 @@ def read_manifest(folder: Path) -> Manifest:
 def check_same_data(saved_digest: str, saved_where: str, manifest: Manifest, folder: Path) -> None:
     """Raises UserError where a run was started on other data than `folder` holds now (the digests differ)."""
     if saved_digest != manifest.digest:
+        where = "data" if manifest.source == GIVEN else f"data.path = {str(folder)!r}"
         raise UserError(
-            f"data.path = {str(folder)!r}: the data changed since {saved_where} was written "
+            f"{where}: the data changed since {saved_where} was written "
             f"(digest {saved_digest[:12]} then, {manifest.digest[:12]} now); restore it, or start a new run"
         )
 

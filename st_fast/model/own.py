@@ -7,6 +7,7 @@ methods read. Or it has a parameter more, `tap`, and returns both itself, as st_
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -129,24 +130,28 @@ class Given:
     """The weights with which the run began, where it is drawn."""
 
 
-GIVEN: dict[str, Given] = {}
-"""The modules of this process by `model.name`; a recipe holds no code."""
+GIVEN: ContextVar[Given | None] = ContextVar("GIVEN", default=None)
+"""The module that stands for `model.network = "own"` where a run is trained or read; a recipe holds no code."""
+
+
+def not_here(where: str) -> UserError:
+    """What to raise where nothing was given that stands for a module."""
+    return UserError(
+        f'{where}: somebody\'s own module (model.network = "own"), which this program does not have; from Python '
+        "st_fast.open_run(folder, model=...) reads what was trained"
+    )
 
 
 class OwnNetwork(DiffusionTransformer):
-    """The module that `GIVEN` has under the config's name, as the trainer knows networks.
+    """The module that was given, as the trainer knows networks.
 
-    Parameters have the module's own names. UserError where it is not in this process.
+    Parameters have the module's own names. UserError where none was given.
     """
 
     def __init__(self, config: Model, kernels: KernelTable, attend: Attend | None = None) -> None:
         nn.Module.__init__(self)
-        if config.name not in GIVEN:
-            raise UserError(
-                f"model.name = {config.name!r}: a module of somebody's own, which this program does not have; "
-                "from Python st_fast.open_run(folder, model=...) reads what was trained"
-            )
-        given = GIVEN[config.name]
+        if (given := GIVEN.get()) is None:
+            raise not_here(f"model.name = {config.name!r}")
         self.config, self.kernels = config, kernels
         self.module, self._autocast = given.make(), given.autocast
         if not isinstance(self.module, nn.Module):
@@ -215,12 +220,12 @@ class OwnNetwork(DiffusionTransformer):
 
         Both float32. A tuple of blocks gives a tuple.
         """
-        read = (tap,) if self.config.own_blocks or tap not in (0, ()) else ()
+        streams: Any = ()
         with self._in_precision(x):
-            if read or isinstance(self.module, Tapped):
+            if tap not in (0, ()) or isinstance(self.module, Tapped):
                 velocity, streams = self.module(x, t, condition, tap)
             else:
-                velocity, streams = self.module(x, t, condition), None
+                velocity = self.module(x, t, condition)
         if isinstance(tap, tuple):
             streams = tuple(tokens_of(first_tensor(one)).float() for one in streams)
         elif tap:
@@ -260,7 +265,7 @@ def keep_start(model: Model, folder: Path, write: Callable[[Path, bytes], object
 
     UserError where these are of another module.
     """
-    given = GIVEN.get(model.name)
+    given = GIVEN.get()
     if model.network != "own" or given is None or not given.drawn:
         return
     path = folder / START
@@ -268,13 +273,13 @@ def keep_start(model: Model, folder: Path, write: Callable[[Path, bytes], object
     if path.exists():
         found = load_file(path)
         match_strictly(weights, found, str(path))
-        GIVEN[model.name] = replace(given, start=found)
+        GIVEN.set(replace(given, start=found))
     else:
         write(path, save(weights))
 
 
 def described(model: Model, blocks: Sequence[int]) -> Model:
-    """The [model] of a recipe with what its module, in `GIVEN` under its name, is found to be.
+    """The [model] of a recipe with what its module, which was given, is found to be.
 
     blocks: the numbers of the blocks that the recipe's methods read. The module runs a few times, on a CPU, on noise.
     UserError, in one line, for a block that is not there, outputs of a wrong shape, or a buffer that training changes.
@@ -319,8 +324,8 @@ def _examined(model: Model, network: OwnNetwork, name: str, blocks: list[int]) -
     else:
         macs = macs * (max(blocks, default=0) + 1)
     return replace(
-        model, depth=len(macs) - 1, width=width, patch=patch, heads=1, own_macs=tuple(macs), own_bytes=kept.bytes // 2,
-        own_parameters=sum(parameter.numel() for parameter in network.plain.parameters()),
+        model, name=name, depth=len(macs) - 1, width=width, patch=patch, heads=1, own_macs=tuple(macs),
+        own_bytes=kept.bytes // 2, own_parameters=sum(parameter.numel() for parameter in network.plain.parameters()),
     )  # fmt: skip
 
 

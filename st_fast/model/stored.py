@@ -37,6 +37,7 @@ from st_fast.model.load import (
     check_size,
     read_config,
 )
+from st_fast.model.own import not_here
 from st_fast.model.vae import tensors_hash
 from st_fast.recipe import RecipeError, load_run
 from st_fast.recipe.architecture import LATER, check_shapes
@@ -134,6 +135,8 @@ def _root(path: Path) -> Path:
 def from_checkpoint(found: Checkpoint) -> LoadedState:
     """A checkpoint of ours in the neutral form; UserError if its manifest does not describe its tensors."""
     where, said = str(found.path), found.meta.get("architecture")
+    if isinstance(said, dict) and said.get("network") == "own":
+        raise not_here(where)
     count = said.get("heads") if isinstance(said, dict) else None
     if said is None or type(count) is not int or count < 1 or "model" not in found.groups:
         raise UserError(f"{where}: architecture = {shown(said)}: no checkpoint of a stage")

@@ -112,7 +112,9 @@ class Model:
         0, "The last of the surrounded blocks, whose output is joined with the stream before them; 0: no fusion."
     )
     own_blocks: NamesOrNone = fixed((), "Of your own module, written by st_fast: the blocks that are read.")
-    own_macs: tuple[Counted, ...] = free((), "Also: multiply-adds of an image's forward up to each of them, and of all.")
+    own_macs: tuple[Counted, ...] = free(
+        (), "Also: multiply-adds of an image's forward up to each of them, and of all."
+    )
     own_parameters: Counted = fixed(0, "Also: its parameters.")
     own_bytes: Counted = free(0, "Also: bytes that an image's forward keeps for the backward, in float32.")
     attention: str = free("auto", 'Attention backend; "auto": the first that is right on the device.')

@@ -17,6 +17,7 @@ from st_fast.recipe.tokens import divided
 
 def check(recipe: Recipe, ranks: int = 1) -> None:
     """Raises RecipeError for the first thing that doesn't fit; `ranks` is how many processes share a batch."""
+    check_own(recipe)
     check_shapes(recipe.model)
     check_batch(recipe.optim, ranks)
     check_names(recipe.stages)
@@ -36,7 +37,6 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_single_values(recipe)
     check_scores(recipe.evaluate)
     check_text(recipe)
-    check_own(recipe)
     check_fp8(recipe, ranks)
     check_sharding(recipe)
     check_schedule(recipe, ranks)
@@ -137,7 +137,7 @@ def check_groups(stage: Stage, model: Model) -> None:
     if groups is None:
         return
     if model.network != "sit":
-        why = f'model.network = "{model.network}": its tokens have one time'
+        why = f'model.network = "{model.network}": the tokens of a text have no time'
         raise wrong_value(f"stage.{stage.name}.supervision", supervision_name(method), "a method with one time", why)
     if model.registers:
         why = f"stage.{stage.name} ({supervision_name(method)}) has groups of tokens, of which a register has none"

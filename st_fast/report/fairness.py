@@ -34,8 +34,9 @@ FLOOR = METRICS["frechet"].floor
 DOUBTFUL = ("model.", "data.", "flow.", "optim.", "sample.", "evaluate.", "run.seed", "run.precision", "run.fp8")
 """Settings outside the stages whose difference has to be known before two curves are compared."""
 FREE = (
-    "model.name", "model.attention", "model.modulation", "model.own_macs", "model.own_bytes", "data.path", "data.images",
-    "data.images_subset", "data.vae", "data.loader", "data.verify", "optim.accumulation", "optim.micro_batch", "optim.implementation",
+    "model.name", "model.attention", "model.modulation", "model.own_macs", "model.own_bytes", "data.path",
+    "data.images", "data.images_subset", "data.vae", "data.loader", "data.verify", "optim.accumulation",
+    "optim.micro_batch", "optim.implementation",
 )  # fmt: skip
 """But not these, which do the same work in another way. The recipe's schema says so; a test compares them with it."""
 IGNORED = ("run.out", "run.log_every", "run.save_every", "run.keep", "run.keep_every", "data.loader", "data.verify")

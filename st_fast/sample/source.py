@@ -22,6 +22,7 @@ from st_fast.model import stored
 from st_fast.model.autoencoders import autoencoder
 from st_fast.model.formats.loaded_state import NULL_CONTEXT
 from st_fast.model.load import CONFIG, MODEL_OR_PIPELINE, UNKNOWN_TEXT, TextStates, fetch
+from st_fast.model.own import not_here
 from st_fast.model.stored import ModelSource, Weights, newest_stage
 from st_fast.model.vae import PIXELS, load_vae, vae_hash
 from st_fast.recipe import load_run
@@ -167,6 +168,8 @@ def place_in_run(path: Path) -> tuple[Path, str | None, Path | None] | None:
 def of_run(run: Path, stage: str | None, checkpoint: Path | None, weights: str, needs_model: bool = True) -> Source:
     """A stage of a run, the last one that was trained where none is named, and its newest checkpoint."""
     recipe = load_run(run)
+    if recipe.model.network == "own":
+        raise not_here(str(run))
     name = newest_stage(run, recipe, stage) if needs_model else stage or recipe.stages[-1].name
     groups = ["ema", "raw", *map(stored.average_group, recipe.optim.ema_decays)]
     if weights not in groups:

@@ -93,7 +93,7 @@ class Trainer:
         self.recipe = _checked(recipe)
         self._model, self._decode, self._callbacks = model, decode, callbacks
         if model is not None:
-            self.recipe = replace(self.recipe, model=replace(self.recipe.model, network="own", name=_name(model)))
+            self.recipe = replace(self.recipe, model=replace(self.recipe.model, network="own"))
         elif self.recipe.model.network == "own":
             raise UserError('model.network = "own": the module is given as Trainer(recipe, model=...)')
         self._records = None
@@ -231,12 +231,6 @@ def _checked(recipe: Recipe | str | Path) -> Recipe:
     return recipe
 
 
-def _name(model: nn.Module | Factory) -> str:
-    plain = model.inner if isinstance(model, own.Tapped) else model
-    name = type(plain).__name__ if isinstance(plain, nn.Module) else getattr(plain, "__name__", type(plain).__name__)
-    return str(name)
-
-
 def _factory(made_of: nn.Module | Factory) -> Factory:
     """What makes a module each time: of a module, a copy."""
     return partial(copy.deepcopy, made_of) if isinstance(made_of, nn.Module) else made_of
@@ -245,16 +239,13 @@ def _factory(made_of: nn.Module | Factory) -> Factory:
 @contextmanager
 def _standing(recipe: Recipe, model: nn.Module | Factory | None) -> Iterator[None]:
     """For as long as the context lasts, the module stands for the recipe's `model.network = "own"`."""
-    name, before = recipe.model.name, dict(own.GIVEN)
-    if model is not None:
-        cuda = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
-        bf16 = recipe.run.bf16("cuda" if cuda else "cpu")
-        own.GIVEN[name] = own.Given(_factory(model), bf16, isinstance(model, nn.Module))
+    cuda = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
+    bf16, drawn = recipe.run.bf16("cuda" if cuda else "cpu"), isinstance(model, nn.Module)
+    token = own.GIVEN.set(None if model is None else own.Given(_factory(model), bf16, drawn))
     try:
         yield
     finally:
-        own.GIVEN.clear()
-        own.GIVEN.update(before)
+        own.GIVEN.reset(token)
 
 
 def _described(recipe: Recipe) -> Recipe:

@@ -20,7 +20,7 @@ from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import check_same_data
 from st_fast.data.statistics import mean_latents
 from st_fast.model import DiffusionTransformer, build, stored, unfilled
-from st_fast.model.attention import Attend, choose
+from st_fast.model.attention import BACKENDS, Attend, choose
 from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
 from st_fast.model.fp8 import use_fp8
 from st_fast.model.side_stream import apart, batched, side_stream
@@ -74,8 +74,7 @@ class Trainer:
         table = validated_kernels(chosen, recipe.model, context.ranks, context.dtype, context.log.say)
         self.noisy_latents = table.noisy_latents
         update, norm = adamw.validated(recipe, context.ranks, context.dtype, context.log.say)
-        head_dim, tokens = recipe.model.width // recipe.model.heads, recipe.model.length
-        attend = choose(recipe.model.attention, device, context.dtype, head_dim, context.log.say, tokens)
+        attend = _attention(context, recipe)
         self.conditions = open_conditions(recipe, context.shards)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         self.model.use_null(self.conditions.null)
@@ -370,6 +369,15 @@ class Trainer:
             if self.averaged.device.type != "meta":
                 self.averaged.get_parameter(name).copy_(whole)
         return self.averaged
+
+
+def _attention(context: RunContext, recipe: Recipe) -> Attend:
+    """The backend of the network's attention; a module of one's own has its own."""
+    model = recipe.model
+    if model.network == "own":
+        return BACKENDS["sdpa"].attend
+    place, head_dim = context.ranks.device, model.width // model.heads
+    return choose(model.attention, place, context.dtype, head_dim, context.log.say, model.length)
 
 
 def _average(
