@@ -28,7 +28,7 @@ from st_fast.recipe import Recipe, load, load_run
 from st_fast.recipe.check import check
 from st_fast.recipe.document import as_document
 from st_fast.recipe.keys import build, keys
-from st_fast.recipe.load import parse, resolve
+from st_fast.recipe.load import parse, resolve, to_literal
 from st_fast.recipe.schema import SECTIONS, Sample, Stage
 from st_fast.sample.contrast import correction
 from st_fast.sample.draw import draw_of, read_labels
@@ -52,14 +52,23 @@ def make_recipe(path: str | Path = "", /, **tables: Any) -> Recipe:
         flags = [f"--{table}.{key}={_text(value)}" for table, given in tables.items() for key, value in given.items()]
         flags += [f"--stage.{name}.{key}={_text(v)}" for name, given in stages.items() for key, v in given.items()]
         return load(path, flags, rank_count())
-    recipe = resolve(parse(as_document(dict(tables))), Path("recipe.toml"))
+    recipe = resolve(parse(as_document(_as_toml(tables))), Path("recipe.toml"))
     check(recipe if recipe.data.path else _given(recipe), rank_count())
     return recipe
 
 
-def _text(value: Any) -> str:
-    from st_fast.recipe.load import to_literal
+def _as_toml(value: Any) -> Any:
+    """The value as TOML has it: tuples are lists, and paths are text."""
+    if isinstance(value, dict):
+        return {key: _as_toml(inside) for key, inside in value.items()}
+    if isinstance(value, tuple | list):
+        return [_as_toml(inside) for inside in value]
+    return str(value) if isinstance(value, Path) else value
 
+
+def _text(value: Any) -> str:
+    """The value of an override."""
+    value = _as_toml(value)
     return value if isinstance(value, str) else to_literal(tuple(value) if isinstance(value, list) else value)
 
 

@@ -12,7 +12,7 @@ from st_fast.model import DiffusionTransformer, stored
 from st_fast.model.own import OwnNetwork, tokens_of
 from st_fast.model.side_stream import batched
 from st_fast.recipe import methods
-from st_fast.recipe.keys import keys, typed_value
+from st_fast.recipe.keys import build
 from st_fast.recipe.methods import Mask
 from st_fast.train.supervision import NoisyBatch, Parts, Rows, select_rows
 from st_fast.train.supervision.self_transcendence import Head
@@ -46,18 +46,16 @@ class SelfTranscendence(nn.Module):
         super().__init__()
         given: dict[str, Any] = dict(
             student_depth=student_depth, teacher_depth=teacher_depth, cfg_scale=cfg_scale, loss=loss, weight=weight,
-            hidden=hidden, t_range=t_range, mask=mask,
+            hidden=hidden, t_range=list(t_range), mask=mask,
         )  # fmt: skip
-        known = keys(methods.SelfTranscendence)
-        self.settings = methods.SelfTranscendence(
-            **{key: typed_value(key, known[key].kind, value) for key, value in given.items()}
-        )
+        self.settings = build(methods.SelfTranscendence, given, type(self).__name__)
         frozen = _teacher(teacher, weights, null_label, width)
         own = frozen.config.width
         table = kernels.select({}, frozen.device)
         if teacher_depth > frozen.config.depth:
             raise UserError(f"teacher_depth = {teacher_depth}: the teacher has {frozen.config.depth} blocks")
-        self.head = Head(width or own, hidden, table, teacher_width or own)
+        self._width = width or own
+        self.head = Head(self._width, hidden, table, teacher_width or own)
         self._method = Method(self.settings, Parts(frozen.config, table, frozen, branches=batched))
         self._method.heads = self.head
 
@@ -78,6 +76,8 @@ class SelfTranscendence(nn.Module):
         batch = NoisyBatch(x_t, x_t, x_t, x_t, t, y, y, index, rows)  # what the method reads of it
         target = self._method.target(batch)
         tokens = tokens_of(hidden).to(next(self.head.parameters()).dtype)
+        if tokens.shape[-1] != self._width:
+            raise UserError(f"hidden has {tokens.shape[-1]} channels, the projection takes {self._width} (width)")
         if len(target[0]) and tokens.shape[1] != target[0].shape[1]:
             raise UserError(
                 f"hidden has {tokens.shape[1]} tokens, the teacher's block {target[0].shape[1]}; one grid is needed"
