@@ -137,7 +137,7 @@ class TrainedRun:
         decode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         """As `open_run`."""
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         if not (self.folder / "recipe.toml").is_file():
             raise UserError(f"{self.folder}: no run: there is no recipe.toml in it")
         self.recipe, self._model, self._decode = load_run(self.folder), model, decode
@@ -172,8 +172,8 @@ class TrainedRun:
         recipe, model = self.recipe.for_stage(chosen), network.config
         if not model.by_class:
             raise UserError("sample: a network that draws from text; st-fast sample RUN --prompts ... draws from it")
-        wanted = replace(recipe.sample, **vars(build(Sample, settings, "sample"))) if settings else recipe.sample
-        wanted = replace(recipe.sample, **{key: getattr(wanted, key) for key in settings})
+        checked = build(Sample, _as_toml(settings), "sample")
+        wanted = replace(recipe.sample, **{key: getattr(checked, key) for key in settings})
         text = labels if isinstance(labels, str) else ",".join(map(str, labels))
         cycle = read_labels(text, model.num_classes)
         bias = correction(
