@@ -7,10 +7,12 @@
     python -m st_fast.convert runs/digits published/digits --to huggingface
     python -m st_fast.convert runs/digits published/pipeline --to diffusers
     python -m st_fast.convert runs/digits published/digits --to huggingface --push OWNER/NAME
+    torchrun --nproc-per-node 8 -m st_fast.convert runs/sit_xl dcp/sit_xl --to dcp      and back: dcp/sit_xl TARGET
 
 SOURCE is a .pt or .safetensors file in any of these layouts (`module.` prefixes and bare state dicts too), or a run,
-stage, checkpoint, Hugging Face or diffusers folder of ours. Pickles are read by a restricted unpickler that executes
-nothing. Every key, shape and dtype is checked; what does not fit is listed. Nothing that exists is overwritten.
+stage, checkpoint, Hugging Face, diffusers or DCP folder of ours. Pickles are read by a restricted unpickler that
+executes nothing. Every key, shape and dtype is checked; what does not fit is listed. Nothing that exists is
+overwritten.
 """
 
 from st_fast.core.command import command_parser, compile_nothing_for_help, run_command
@@ -26,10 +28,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from st_fast.convert import hub
+from st_fast.convert import distributed, hub
 from st_fast.convert.exporting import export_file
 from st_fast.convert.folders import assumed, decodes, write_diffusers, write_huggingface, write_stage
 from st_fast.convert.text import check_empty_context, with_empty_context
+from st_fast.core.checkpoint.dcp import is_dcp
 from st_fast.core.errors import RunFailed, UserError
 from st_fast.core.files import shown
 from st_fast.core.options import LAYOUTS, add_file_options, given, path
@@ -40,7 +43,7 @@ from st_fast.recipe.architecture import LATER, Model
 from st_fast.recipe.keys import keys
 from st_fast.recipe.load import to_literal
 
-FOLDERS = ("stage", "huggingface", "diffusers")
+FOLDERS = ("stage", "huggingface", "diffusers", "dcp")
 FILES = (".pt", ".safetensors")
 FUSED = ("stage", "huggingface", "speedrundit")
 """Forms that a network with a fusion can be written in."""
@@ -119,6 +122,9 @@ def _check_used(given: argparse.Namespace, origin: ModelSource) -> None:
 def main(arguments: Sequence[str]) -> None:
     """The command; see the module's text."""
     given = parse(arguments)
+    if given.to == "dcp" or is_dcp(given.source):
+        distributed.convert(given)
+        return
     origin = read_model(given.source, print, given.stage, given.layout, given.heads, given.num_classes,
                         internal_head=given.internal_head)  # fmt: skip
     _check_used(given, origin)

@@ -11,7 +11,8 @@ through one loop, and the bytes that are loaded are the bytes that were hashed. 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +46,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 REPLICATE, BY_ROWS = "replicate", "shard(0)"
 Described = Mapping[str, Mapping[str, Any]]
 """By tensor: shape, dtype and, where a group has several files, placement."""
+
+
+Wanted = Callable[[str, Sequence[int]], tuple[int, int] | None]
+"""Name and shape of a tensor → its rows [start, stop) that are wanted; None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,44 @@ class Group:
             else torch.cat([piece.pop(key) for piece in pieces])
             for key, one in self.tensors.items()
         }
+
+    def hollow(self) -> dict[str, Tensor]:
+        """The tensors on the meta device: shapes and dtypes without bytes."""
+        made = self.tensors.items()
+        return {key: torch.empty(one["shape"], dtype=DTYPES[one["dtype"]], device="meta") for key, one in made}
+
+    def read_rows(self, folder: Path, wanted: Wanted) -> dict[str, Tensor]:
+        """Of each tensor the rows that `wanted` names.
+
+        No more is read and allocated; sizes and headers are checked, hashes are not (`check` does it).
+        """
+        result = dict[str, Tensor]()
+        with ExitStack() as opened:
+            files = list[tuple[BinaryIO, Path, dict[str, Entry]]]()
+            for part in self.parts:
+                path = inside(folder, part.file)
+                file = opened.enter_context(open_regular(path))
+                files.append((file, path, _checked_header(file, path, part)[0]))
+            for key, one in self.tensors.items():
+                shape, rows_wanted = one["shape"], wanted(key, one["shape"])
+                start, stop = (0, shape[0] if shape else 1) if rows_wanted is None else rows_wanted
+                result[key] = torch.empty([stop - start, *shape[1:]] if shape else [], dtype=DTYPES[one["dtype"]])
+                self._fill(result[key], key, start, stop, files)
+        return result
+
+    def _fill(
+        self, into: Tensor, key: str, start: int, stop: int, files: Sequence[tuple[BinaryIO, Path, dict[str, Entry]]]
+    ) -> None:
+        """Reads rows [start, stop) of a tensor from the files that have them."""
+        one, data = self.tensors[key], bytes_of(into)
+        split = one.get("placement", REPLICATE) == BY_ROWS
+        width = len(data) // max(stop - start, 1)  # bytes of a row
+        for number, (file, path, entries) in enumerate(files if split else files[:1]):
+            first, last = rows(one["shape"][0], number, len(files)) if split else (0, max(stop, 1))
+            low, high = max(start, first), min(stop, last)
+            if low < high and width:
+                file.seek(entries[key].start + (low - first) * width)
+                read_exactly(file, data[(low - start) * width : (high - start) * width], path)
 
     def check(self, folder: Path, deep: bool) -> None:
         """BadFile unless every file has the recorded size and tensors and, with `deep`, the recorded hash."""

@@ -105,11 +105,13 @@ def check_names(groups: Iterable[str], step: int) -> None:
 
 
 def load(
-    path: Path, groups: Sequence[str] | None = None, verify: bool = True, optional: Sequence[str] = ()
-) -> Checkpoint:
+    path: Path, groups: Sequence[str] | None = None, verify: bool = True, optional: Sequence[str] = (),
+    hollow: bool = False,
+) -> Checkpoint:  # fmt: skip
     """Loads all groups or those named, on the CPU; `BadFile` if anything is not as the manifest says.
 
-    Beside those named, the `optional` ones where they are there.
+    Beside those named, the `optional` ones where they are there. hollow: every byte is checked and none kept; tensors
+    are on the meta device, and `read_rows` reads the parts that are wanted.
 
     The hashes of the loaded groups are checked with `verify`; of the others only existence, size and header.
     """
@@ -121,7 +123,12 @@ def load(
     for name, group in manifest.groups.items():
         if name not in wanted:
             group.check(path, deep=False)
-    loaded = {name: manifest.groups[name].read(path, verify) for name in wanted}
+    if hollow:
+        for name in wanted:
+            manifest.groups[name].check(path, deep=verify)
+    loaded = {
+        name: manifest.groups[name].hollow() if hollow else manifest.groups[name].read(path, verify) for name in wanted
+    }
     return Checkpoint(manifest.step, loaded, manifest.meta, path, manifest.said)
 
 
@@ -245,11 +252,12 @@ def latest(
     before: int | None = None,
     first: Callable[[int], bool] = lambda step: True,
     optional: Sequence[str] = (),
+    hollow: bool = False,
 ) -> Checkpoint | None:
     """The newest checkpoint that loads with every check; each broken one is named to `warn` and left where it is.
 
     With `before`, of fewer completed steps than that; with `first`, of steps for which it is true where there are such.
-    `groups` and `optional` are as in `load`.
+    `groups`, `optional` and `hollow` are as in `load`.
 
     None if there is none. Where there are some and none loads, RunFailed with each one's reason: to begin anew beside
     them would throw work away. Nor is one broken that can't be read for a reason that says nothing of its content
@@ -264,7 +272,7 @@ def latest(
     while untried := left():  # listed anew: a run that goes on meanwhile saves new ones and deletes old ones
         candidate = untried[0]
         try:
-            checkpoint = patiently(partial(load, candidate.path, groups, optional=optional))
+            checkpoint = patiently(partial(load, candidate.path, groups, optional=optional, hollow=hollow))
             if checkpoint.step != candidate.step:
                 raise BadFile(f"{candidate.path}: its manifest says step {checkpoint.step}")
             return checkpoint
