@@ -44,6 +44,7 @@ from st_fast.train.log import Log, matmul_rate
 from st_fast.train.shapes import check_shapes, with_largest_shape
 from st_fast.train.stage import run_stage
 from st_fast.train.trainer import RunContext
+from st_fast.train.validation import open_parts
 from st_fast.train.watchdog import watched
 
 NO_TIMEOUT = 7 * 24 * 3_600.0
@@ -89,6 +90,9 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
                 make_on_first_use(recipe, log.say)
             ranks.barrier()
             shards = open_agreed_data(recipe, ranks, log.say)
+            parts = open_parts(
+                recipe, shards, lambda held_out: open_agreed_data(held_out, ranks, log.say, "validation")
+            )
             if told := ranks.broadcast_from_rank0(lambda: sampled_warning(shards)):
                 log.say(f"warning: {told}")
             classes = shards.manifest.num_classes
@@ -117,7 +121,9 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
             with naming_lack_of_memory("measuring the device and trying kernels"):
                 rate = matmul_rate(ranks.device, dtype)
                 timed = choose_kernels(split, ranks, dtype, log.say)
-            context = RunContext(split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes)
+            context = RunContext(
+                split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes, parts
+            )  # fmt: skip
             for stage in recipe.stages:
                 context = train_stage(context, stage, recipe)
             consensus.close()
@@ -166,8 +172,11 @@ def make_on_first_use(recipe: Recipe, say: Say) -> None:
         emoji.prepare_emoji(Path(recipe.data.path), say, emoji.size_of(recipe.model))
 
 
-def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:
-    """The run's data, which fit the recipe and are the same on all ranks; one rank a machine verifies them."""
+def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say, topic: str = "data") -> RecordSet:
+    """The recipe's data, which fit it and are the same on all ranks; one rank a machine verifies them.
+
+    topic: what ranks call them.
+    """
     opened = list[RecordSet]()
 
     def look() -> Mapping[str, str]:
@@ -177,7 +186,7 @@ def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say) -> RecordSet:
         fit_data(recipe, opened[0])
         return of_data(recipe, opened[0])
 
-    agree(ranks, "data", look, NO_TIMEOUT)
+    agree(ranks, topic, look, NO_TIMEOUT)
     return opened[0]
 
 

@@ -41,15 +41,19 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     trainer = Trainer(replace(context, recipe=recipe), stage)
     trainer.context = context  # what is decided for a stage is no part of the run's recipe
     first = trainer.resume(clock)
-    examined = partial(examine, trainer)
-    if first:  # pictures and scores of the step, if the run was interrupted before they were made
-        wanted = ranks.broadcast_from_rank0(lambda: context.examiner.missing(stage, first))
-        examined(wanted, first, cost_so_far(trainer, clock, first))
+    examined, validation = partial(examine, trainer), trainer.validation
+    if first:  # losses, pictures and scores of the step, if the run was interrupted before they were made
+        spent = cost_so_far(trainer, clock, first)
+        if validation.missing(first):
+            validation(first, trainer.float32_model, spent)
+        made = validation.stage_after(first)
+        wanted = ranks.broadcast_from_rank0(lambda: context.examiner.missing(made, first))
+        examined(wanted, first, spent)
         context.stop.check()
-    if first >= stage.steps:
+    if first >= validation.stage_after(first).steps:
         log.say(f"{stage.name}: complete at step {first}")
         if not log.has("end", stage.name):  # killed between its last checkpoint and this line
-            log.write("end", stage.name, first, **cost_so_far(trainer, clock, first))
+            log.write("end", stage.name, first, **spent, **validation.how_it_ended(first))
         trainer.close()
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
@@ -75,21 +79,28 @@ def run_stage(context: RunContext, stage: Stage) -> None:
             losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates, losses.direction)
         profile.stepped(done)
-        last, stopping = done == stage.steps, context.stop()
-        spike = report(done)
+        stopping = context.stop()
+        if validation.due(done) and not stopping:
+            report.read(done)  # not in the pause: on a GPU it waits for the steps that were launched
+            with clock.paused():
+                validation(done, trainer.float32_model, report.cost(done))
+                stopping = context.stop.now()
+        made = validation.stage_after(done)
+        last = done == made.steps
+        spike = report(done, last)
         if spike is not None:
             with clock.paused():
                 trainer.roll_back(spike, done)
-        wanted = () if stopping else context.examiner.due(stage, done)
+        wanted = () if stopping else context.examiner.due(made, done)
         if due(done, recipe.run.save_every) or last or stopping or spike is not None or wanted:
-            report.read(done)  # not in the pause: on a GPU it waits for the steps that were launched
+            report.read(done)
             with clock.paused():
                 trainer.save(done, clock)
         if wanted or last:
             with clock.paused():
                 examined(wanted, done, report.cost(done))
                 stopping = context.stop.now() or stopping
-        if stopping:
+        if stopping or last:
             break
     clock.stop()
     for reader in readers:
@@ -100,7 +111,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     thaw_heap()
     if stopping:
         raise context.stop.interrupted(f"saved {stage.name} at step {done}")
-    log.write("end", stage.name, done, **report.cost(done), **stalls)
+    log.write("end", stage.name, done, **report.cost(done), **stalls, **validation.how_it_ended(done))
     context.stop.end()
 
 
@@ -109,7 +120,7 @@ def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str
     if wanted:
         context = trainer.context
         context.ranks.heartbeat.beat("sample")
-        context.examiner.examine(wanted, trainer.ema_model(), trainer.stage, step, spent, trainer.correction)
+        context.examiner.examine(wanted, trainer.float32_model("ema"), trainer.stage, step, spent, trainer.correction)
 
 
 def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:
@@ -199,12 +210,12 @@ class Reporter:
         """The stage's cost up to a step."""
         return cost_so_far(self._trainer, self.clock, step)
 
-    def __call__(self, step: int) -> int | None:
+    def __call__(self, step: int, last: bool) -> int | None:
         """Logs where that is due after a step; returns the step that a spike began with, where one is to be mended.
 
         RunFailed after too many steps in a row whose gradients were not finite.
         """
-        spikes, last = self._trainer.spikes, step == self.stage.steps
+        spikes = self._trainer.spikes
         logged = last or due(step, self.context.recipe.run.log_every)
         judged = spikes.ratio > 0 and (last or due(step, JUDGED_EVERY))
         if logged or judged or self._meter.full:

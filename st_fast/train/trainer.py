@@ -37,6 +37,7 @@ from st_fast.train.log import Clock, Log, Skips, SpikeDetector
 from st_fast.train.optim import EmaModel, Optimizer
 from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out, is_sharded
 from st_fast.train.step import Step
+from st_fast.train.validation import Part, Validation
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class RunContext:
     """The kernels that a trial has chosen, by op: "fused" or "reference"."""
     changes: continuity.Changes | None = None
     """What is refused or accepted where the run continues; None: not compared."""
+    validated_on: Mapping[str, Part] = field(default_factory=dict)
+    """By `validation.HELD_OUT` and `TRAINED`; nothing where nothing is validated."""
 
 
 class Trainer:
@@ -121,6 +124,7 @@ class Trainer:
         # Only the first rank uses it: with everything else in shards, the others save its memory.
         place = device if self.shards is None or context.ranks.first else torch.device("meta")
         self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)
+        self.validation = Validation(context.recipe, stage, context.validated_on, ranks, context.log, context.stop)
         self.rollbacks, self.rolled_back_at, self.trained_before = 0, 0, 0.0
         self.skips = Skips(stage.name, recipe.run.max_bad_steps)
         self.spikes = SpikeDetector(recipe.run.spike_ratio)
@@ -194,6 +198,7 @@ class Trainer:
         self.rollbacks, self.origin = found.rollbacks, found.init
         self.optimizer.begin(self.origin.updates if self.origin else 0)
         self.ending.restore(found.stopped_at)
+        self.validation.restore(found.validated)
         if self.stage.contrastive.contrast:
             self.mean_latents = self.context.ranks.broadcast_from_rank0(self._mean_latents)
         return step
@@ -295,6 +300,7 @@ class Trainer:
             rollbacks=self.rollbacks,
             guard=Guard(self.skips.state(), self.spikes.state(), self.rolled_back_at),
             stopped_at=self.ending.stopped_at,
+            validated=self.validation.found,
             init=self.origin,
             micro_batch=self.context.choice,
             kernels=dict(self.context.timed),
@@ -350,10 +356,13 @@ class Trainer:
         stalled, trained = self.saver.stalled, clock.read() - self.trained_before
         return {"save_stall": round(stalled, 6), "save_stall_share": round(stalled / max(trained, 1e-9), 6)}
 
-    def ema_model(self) -> DiffusionTransformer:
-        """The averaged weights as a float32 model in eval mode. All ranks call it; if sharded, the first uses it."""
-        for name, ema in self.optimizer.state()["ema"].items():
-            whole = gathered(ema)
+    def float32_model(self, group: str) -> DiffusionTransformer:
+        """The weights of a group of checkpoints, "ema" or "model", as a float32 model in eval mode.
+
+        All ranks call it, for one group at a time; if sharded, the first uses it.
+        """
+        for name, weight in self.optimizer.state()[group].items():
+            whole = gathered(weight)
             if self.averaged.device.type != "meta":
                 self.averaged.get_parameter(name).copy_(whole)
         return self.averaged
