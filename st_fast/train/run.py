@@ -90,9 +90,8 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
                 make_on_first_use(recipe, log.say)
             ranks.barrier()
             shards = open_agreed_data(recipe, ranks, log.say)
-            parts = open_parts(
-                recipe, shards, lambda held_out: open_agreed_data(held_out, ranks, log.say, "validation")
-            )
+            open_held_out = partial(open_agreed_data, ranks=ranks, say=log.say, topic="validation data")
+            validated_on = open_parts(recipe, shards, open_held_out)
             if told := ranks.broadcast_from_rank0(lambda: sampled_warning(shards)):
                 log.say(f"warning: {told}")
             classes = shards.manifest.num_classes
@@ -122,7 +121,7 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None)
                 rate = matmul_rate(ranks.device, dtype)
                 timed = choose_kernels(split, ranks, dtype, log.say)
             context = RunContext(
-                split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes, parts
+                split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes, validated_on
             )  # fmt: skip
             for stage in recipe.stages:
                 context = train_stage(context, stage, recipe)

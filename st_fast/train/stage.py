@@ -79,12 +79,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
             losses, norm = trainer.step(done - 1, batches)
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates, losses.direction)
         profile.stepped(done)
-        stopping = context.stop()
-        if validation.due(done) and not stopping:
-            report.read(done)  # not in the pause: on a GPU it waits for the steps that were launched
-            with clock.paused():
-                validation(done, trainer.float32_model, report.cost(done))
-                stopping = context.stop.now()
+        stopping = validate(trainer, report, done, context.stop())
         made = validation.stage_after(done)
         last = done == made.steps
         spike = report(done, last)
@@ -93,14 +88,14 @@ def run_stage(context: RunContext, stage: Stage) -> None:
                 trainer.roll_back(spike, done)
         wanted = () if stopping else context.examiner.due(made, done)
         if due(done, recipe.run.save_every) or last or stopping or spike is not None or wanted:
-            report.read(done)
+            report.read(done)  # not in the pause: on a GPU it waits for the steps that were launched
             with clock.paused():
                 trainer.save(done, clock)
         if wanted or last:
             with clock.paused():
                 examined(wanted, done, report.cost(done))
                 stopping = context.stop.now() or stopping
-        if stopping or last:
+        if stopping or made.steps < stage.steps:
             break
     clock.stop()
     for reader in readers:
@@ -113,6 +108,16 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         raise context.stop.interrupted(f"saved {stage.name} at step {done}")
     log.write("end", stage.name, done, **report.cost(done), **stalls, **validation.how_it_ended(done))
     context.stop.end()
+
+
+def validate(trainer: Trainer, report: "Reporter", step: int, stopping: bool) -> bool:
+    """Takes the held-out loss where that is due after a step; returns whether the ranks are `stopping` by then."""
+    if stopping or not trainer.validation.due(step):
+        return stopping
+    report.read(step)
+    with report.clock.paused():
+        trainer.validation(step, trainer.float32_model, report.cost(step))
+        return trainer.context.stop.now()
 
 
 def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str, float]) -> None:
@@ -212,6 +217,8 @@ class Reporter:
 
     def __call__(self, step: int, last: bool) -> int | None:
         """Logs where that is due after a step; returns the step that a spike began with, where one is to be mended.
+
+        last: the stage ends with it.
 
         RunFailed after too many steps in a row whose gradients were not finite.
         """

@@ -122,17 +122,13 @@ def times(seed: int, places: Tensor, count: int) -> Tensor:
     return ((places.double() + u.double()) / count).float().clamp(2.0**-25, 1 - 2.0**-24)
 
 
-def losses(
-    model: nn.Module, moments: Tensor, condition: Tensor, places: Tensor, count: int, part: Part
-) -> Tensor:  # fmt: skip
-    """Mean over C, H, W of (v̂ − v)² for records (B, 2C, H, W) at these places of `count`, in float32: (B,)."""
+def losses(model: nn.Module, moments: Tensor, condition: Tensor, places: Tensor, count: int, part: Part) -> Tensor:
+    """(B,) float32: mean over C, H, W of (v̂ − v)², of records (B, 2C, H, W) at these places (B,) of `count`."""
     seed, manifest = part.recipe.run.seed, part.records.manifest
     mean, std = mean_and_std(moments, manifest)
     normals = random.normal(seed, Purpose.VALIDATION, places, (2, *mean.shape[1:]))
-    t = times(seed, places, count)
-    x_t, velocity = flow.interpolate(
-        manifest.scale * (mean + std * normals[:, 0]), normals[:, 1], t, part.recipe.flow.path
-    )
+    x, noise, t = manifest.scale * (mean + std * normals[:, 0]), normals[:, 1], times(seed, places, count)
+    x_t, velocity = flow.interpolate(x, noise, t, part.recipe.flow.path)
     return flow.denoising_loss(model(x_t, t, condition)[0], velocity)
 
 
@@ -198,9 +194,8 @@ class Validation:
                 by_bin = found.view(self._recipe.validate.bins, -1).mean(1)
                 record |= {f"{prefix}{name}loss": float(found.mean()), f"{prefix}{name}by_time": by_bin.tolist()}
         self._take(step, record["loss"])
-        self._log.write(
-            "validate", self._stage.name, step, **record, records=len(self._parts[HELD_OUT].chosen), **spent
-        )
+        record |= {"records": len(self._parts[HELD_OUT].chosen), "protocol": self._protocol}
+        self._log.write("validate", self._stage.name, step, **record, **spent)
         self._tell(step, record)
 
     def _agreed(self, model: nn.Module, part: Part, step: int) -> Tensor | None:
@@ -244,8 +239,8 @@ class Validation:
                 ranks.heartbeat.beat("validate")
                 condition = labels if states is None else next(states)
                 numbers = torch.from_numpy(places)
-                inputs = (one.to(ranks.device) for one in (moments, condition, numbers))
-                into[numbers] = losses(model, *inputs, count, part).double().cpu()
+                x, y, at = (one.to(ranks.device) for one in (moments, condition, numbers))
+                into[numbers] = losses(model, x, y, at, count, part).double().cpu()
         finally:
             ahead.close()
             conditions.close()
@@ -260,7 +255,7 @@ class Validation:
 
     def _tell(self, step: int, record: Mapping[str, Any]) -> None:
         """The progress line of a validation, and the one of a stage that ends by it."""
-        stage, patience, found = self._stage, self._recipe.validate.patience, self.found
+        stage, found = self._stage, self.found
         line = f"{stage.name} {step:>{len(str(stage.steps))}}/{stage.steps} | validation {record['loss']:.4f}"
         names = {"train_loss": "training records", "raw_loss": "raw weights"}
         line += "".join(f" | {words} {record[name]:.4f}" for name, words in names.items() if name in record)
@@ -268,6 +263,6 @@ class Validation:
         self._log.say(f"{line} | lowest {lowest}")
         if step < stage.steps and self.stage_after(step).steps == step:
             self._log.say(
-                f"{stage.name}: ends after {step} steps: {found.since} validations in a row were not lower than "
-                f"{lowest} (validate.patience = {patience})"
+                f"{stage.name}: ends after {step} steps, as no validation since was lower than {lowest} "
+                f"(validate.patience = {self._recipe.validate.patience})"
             )
