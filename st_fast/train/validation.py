@@ -68,17 +68,18 @@ def open_parts(recipe: Recipe, trained: RecordSet, opened: Callable[[Recipe], Re
         apart = opened(replace(recipe, data=data, optim=alone, stages=()))
         _check_kind(wanted.path, apart.manifest, trained.manifest)
         found[HELD_OUT] = apart, np.arange(len(apart)), wanted.path
-    return {name: _part(recipe, name, *one) for name, one in found.items() if name == HELD_OUT or wanted.train}
+    names = [HELD_OUT, TRAINED] if wanted.train else [HELD_OUT]
+    return {name: _part(recipe, number, *found[name]) for number, name in enumerate(names)}
 
 
-def _part(recipe: Recipe, name: str, records: RecordSet, indices: np.ndarray, path: str) -> Part:
-    """At most `validate.num` of these records, drawn, as many for each bin."""
+def _part(recipe: Recipe, number: int, records: RecordSet, indices: np.ndarray, path: str) -> Part:
+    """At most `validate.num` of these records, drawn, as many for each bin; number 0 are those held out."""
     wanted = recipe.validate
     count = min(wanted.num, len(indices)) // wanted.bins * wanted.bins
     if not count:
-        what = f"{len(indices)} {'training' if name else 'held-out'} records"
+        what = f"{len(indices)} {'training' if number else 'held-out'} records"
         raise UserError(f"validate.bins = {wanted.bins}: each needs a record, and there are {what} in {path}")
-    drawn = random.permutation(wanted.split_seed, Purpose.VALIDATION, len(name), len(indices))[:count]
+    drawn = random.permutation(wanted.split_seed, Purpose.VALIDATION, number, len(indices))[:count]
     run, data = replace(recipe.run, seed=wanted.split_seed), replace(recipe.data, path=path, loader="torch")
     found = Part(records, indices[drawn], replace(recipe, run=run, data=data))
     open_conditions(found.recipe, records).close()
@@ -246,9 +247,11 @@ class Validation:
             conditions.close()
 
     def _take(self, step: int, loss: float) -> None:
-        """Counts the loss of a validation."""
-        before = self.found if self.found.protocol else Validated(protocol=self._protocol)
-        if isfinite(loss) and (before.lowest is None or loss < before.lowest - self._recipe.validate.min_delta):
+        """Counts the loss of a validation; one at a stage's end alone not, as a longer stage would not have had it."""
+        before = replace(self.found, protocol=self._protocol)
+        if step % self._recipe.validate.every:
+            self.found = replace(before, step=step)
+        elif isfinite(loss) and (before.lowest is None or loss < before.lowest - self._recipe.validate.min_delta):
             self.found = replace(before, step=step, lowest=loss, lowest_at=step, since=0)
         else:
             self.found = replace(before, step=step, since=before.since + 1)
