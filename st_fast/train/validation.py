@@ -164,8 +164,9 @@ class Validation:
         return bool(self._parts) and (step % every == 0 or step == self._stage.steps) and self.found.step < step
 
     def missing(self, step: int) -> bool:
-        """Whether it is to be taken by a resume at this step; not once the stage has ended. All ranks call it."""
-        return self.due(step) and self._ranks.broadcast_from_rank0(lambda: not self._log.has("end", self._stage.name))
+        """Whether it is to be taken by a resume at this step; not where the stage has ended so. All ranks call it."""
+        name = self._stage.name
+        return self.due(step) and self._ranks.broadcast_from_rank0(lambda: not self._log.has("end", name, step))
 
     def stage_after(self, step: int) -> Stage:
         """The stage with the steps that it has, as far as is known after this many."""

@@ -292,9 +292,9 @@ def test_patience_is_counted_on_after_a_resume_and_a_longer_one_goes_on(data, tm
     trained(tmp_path, data, *PATIENT)
     assert [end["step"] for end in tiny.records(out, "end")] == [7, 9]
     trained(tmp_path, data, *PATIENT, "--validate.patience=4")
-    assert tiny.records(out, "end")[-1]["step"] == 12
-    trained(tmp_path, data, *EVERY_3, "--stage.align.steps=14")
-    assert tiny.records(out, "end")[-1]["step"] == 14
+    assert tiny.records(out, "end")[-1]["step"] == 15
+    trained(tmp_path, data, *EVERY_3, "--stage.align.steps=17")
+    assert tiny.records(out, "end")[-1]["step"] == 17
 
 
 def test_a_lower_loss_begins_the_count_again_and_one_too_little_lower_does_not(data, tmp_path, monkeypatch):
