@@ -1,4 +1,4 @@
-"""The step under measurement: st_fast's own Trainer, fed by its own loader, and the plain loop beside it.
+"""The step under measurement: st_fast's own StageTrainer, fed by its own loader, and the plain loop beside it.
 
 Weights are random everywhere (published initialisation has zeros, which GPUs multiply faster), t is stratified, so
 that every step supervises the same number of samples to ±1, and the data are random latents in a temporary folder, each
@@ -47,12 +47,13 @@ from st_fast.recipe.sizes import named_sizes
 from st_fast.train import graphs
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.choices import choose_kernels
+from st_fast.train.context import RunContext
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log
 from st_fast.train.memory import choose_micro_batch
 from st_fast.train.run import precision
 from st_fast.train.stage import try_graphs
-from st_fast.train.trainer import RunContext, Trainer
+from st_fast.train.trainer import StageTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("plain", "stage 1", "stage 2")
@@ -220,7 +221,7 @@ def fill(tensors: Mapping[str, Tensor], config: Model, seed: int) -> None:
             tensor.add_(1.0)
 
 
-def fill_trainer(trainer: Trainer) -> None:
+def fill_trainer(trainer: StageTrainer) -> None:
     """The same for a trainer's model and heads; its average begins there."""
     groups, config = trainer.optimizer.state(), trainer.context.recipe.model
     for seed, name in enumerate(("model", "heads"), start=1):
@@ -275,7 +276,7 @@ class Ours:
         stop = StopConsensus(StopRequest(), ranks)
         context = RunContext(recipe, ranks, shards, examiner, self.log, stop, dtype, rate=1.0, timed=timed)
         with quickly_built(setup.device):
-            self.trainer = Trainer(context, self.stage)
+            self.trainer = StageTrainer(context, self.stage)
         fill_trainer(self.trainer)
         loader = make_loader(recipe.data.loader, shards, setup.device, self.log.say)
         self.trainer.conditions.open(setup.device, self.log.say)

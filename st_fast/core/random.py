@@ -12,7 +12,9 @@ import torch
 
 from st_fast.kernels.noise.definition import NOISE, POSTERIOR, normal, uniform, words
 
-__all__ = ["Purpose", "RecordOrder", "bucket_order", "epoch_order", "normal", "others", "strata", "uniform"]
+__all__ = [
+    "Purpose", "RecordOrder", "bucket_order", "epoch_order", "normal", "others", "permutation", "strata", "uniform",
+]  # fmt: skip
 
 
 class Purpose(IntEnum):
@@ -36,9 +38,12 @@ class Purpose(IntEnum):
     GROUP_TIME = 16
     NEGATIVE = 17
     PATH_DROP = 18
+    VALIDATION = 19
+    VALIDATION_TIME = 20
+    HELD_OUT = 21
 
 
-def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int, part: int = 0) -> np.ndarray:
+def permutation(seed: int, purpose: Purpose, nonce: int, size: int, part: int = 0) -> np.ndarray:
     """A permutation of range(size): the order of `size` random 64-bit keys, whose stream NumPy's policy freezes."""
     bits = np.random.Philox(key=seed & (2**64 - 1), counter=[0, nonce, int(purpose), part])
     return np.argsort(bits.random_raw(size), kind="stable")
@@ -46,12 +51,12 @@ def _sorted_by_key(seed: int, purpose: Purpose, nonce: int, size: int, part: int
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """(size,) int64: the order in which `epoch` visits the records."""
-    return _sorted_by_key(seed, Purpose.ORDER, epoch, size)
+    return permutation(seed, Purpose.ORDER, epoch, size)
 
 
 def bucket_order(seed: int, epoch: int, batches: int) -> np.ndarray:
     """(batches,) int64: the order of an epoch's batches where each is of one bucket of the records."""
-    return _sorted_by_key(seed, Purpose.BUCKETS, epoch, batches)
+    return permutation(seed, Purpose.BUCKETS, epoch, batches)
 
 
 class RecordOrder:
@@ -78,7 +83,7 @@ def strata(seed: int, step: int, batch_size: int, group: int = 0) -> np.ndarray:
 
     Each `group` of tokens has one of its own.
     """
-    return _sorted_by_key(seed, Purpose.STRATA, step, batch_size, group)
+    return permutation(seed, Purpose.STRATA, step, batch_size, group)
 
 
 def others(seed: int, ordinals: np.ndarray, batch_size: int) -> np.ndarray:

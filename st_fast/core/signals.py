@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -313,6 +313,10 @@ class StopConsensus:
     def check(self) -> None:
         """Stopped if this process was asked to stop."""
         self._stop.check()
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Around this process's part of work that is made again after a resume: `StopRequest.interruptible`."""
+        return self._stop.interruptible()
 
     def end(self) -> None:
         """All steps are saved."""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -126,7 +127,8 @@ class ReadAhead:
     def __init__(
         self, records: Readable, workers: int = 2, depth: int = 4, pinned: bool = False, patience: Patience = Patience()
     ) -> None:
-        self._records, self._depth, self._pinned, self._patience = records, depth, pinned, patience
+        self._read = records.gather if isinstance(records, RecordSet) else partial(read_records, records)
+        self._depth, self._pinned, self._patience = depth, pinned, patience
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._threads = 0
         for _ in range(workers):
@@ -162,7 +164,7 @@ class ReadAhead:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(read_records(self._records, request, self._pinned))
+                future.set_result(self._read(request, self._pinned))
             except BaseException as error:  # handed to the caller, who decides
                 future.set_exception(error)
 

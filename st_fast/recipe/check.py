@@ -11,7 +11,7 @@ from st_fast.recipe.error import RecipeError, show, wrong_value
 from st_fast.recipe.keys import UpTo, keys
 from st_fast.recipe.methods import supervision_name
 from st_fast.recipe.own import check_own
-from st_fast.recipe.schema import SECTIONS, Evaluate, Model, Optim, Recipe, Stage, Start
+from st_fast.recipe.schema import SECTIONS, Model, Optim, Recipe, Stage, Start
 from st_fast.recipe.tokens import divided
 
 
@@ -35,7 +35,8 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     check_internal_head(recipe)
     check_path_drop(recipe)
     check_single_values(recipe)
-    check_scores(recipe.evaluate)
+    recipe.evaluate.check()
+    recipe.validate.check()
     check_text(recipe)
     check_fp8(recipe, ranks)
     check_sharding(recipe)
@@ -222,21 +223,6 @@ def check_single_values(recipe: Recipe) -> None:
     if recipe.profile.start > longest:
         allowed = f"0 (none) or 1 to {longest}, the longest stage's steps"
         raise wrong_value("profile.start", recipe.profile.start, allowed)
-
-
-CLASSIFIER_FEATURES, INCEPTION_FEATURES = 64, 2_048
-"""Feature channels: a covariance, and so a Fréchet distance, needs more samples than that."""
-
-
-def check_scores(evaluate: Evaluate) -> None:
-    """Metrics have enough samples, and a reference is given only where FID is computed."""
-    features = INCEPTION_FEATURES if evaluate.inception else CLASSIFIER_FEATURES if evaluate.classifier else 0
-    if evaluate.num <= features:
-        why = f"a Fréchet distance in {features} features needs more samples"
-        raise wrong_value("evaluate.num", evaluate.num, f"at least {features + 1}", why)
-    if evaluate.reference and not evaluate.inception:
-        allowed = "empty, or evaluate.inception = the FID network's weights beside it"
-        raise wrong_value("evaluate.reference", evaluate.reference, allowed, "nothing is compared with it")
 
 
 def check_text(recipe: Recipe) -> None:

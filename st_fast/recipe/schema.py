@@ -30,6 +30,8 @@ from st_fast.recipe.keys import (
     keys,
     said,
 )
+from st_fast.recipe.measures import Evaluate as Evaluate
+from st_fast.recipe.measures import Validate as Validate
 from st_fast.recipe.methods import Method
 from st_fast.recipe.routing import Routing
 
@@ -271,20 +273,6 @@ class Sample:
     text_encoder: PathText = free("", "The folder where the data's text encoder lies; \"\": its name, or the hub's.")
 
 
-@dataclass(frozen=True)
-class Evaluate:
-    """Which metrics are taken of samples."""
-
-    classifier: bool = free(False, "Score in the features of a classifier trained on the data's images.")
-    every: CountOrZero = free(0, "Steps from one evaluation to the next; 0: only at a stage's end.")
-    num: Annotated[int, between(1, COUNT_MOST)] = free(1_000, "Samples of an evaluation.")
-    captions: PathText = free("", "Data folder whose captions MMDiT draws for scores; empty: the run's own.")
-    inception: PathText = free("", 'File of the FID network\'s weights, for FID and its like; "": none.')
-    reference: PathText = free(
-        "", "What FID compares with: ADM's .npz, pictures or a data folder; \"\": the run's data."
-    )
-
-
 CHOICES = ("auto", "fused", "reference")
 
 
@@ -369,6 +357,7 @@ class Recipe:
     run: Run = field(default_factory=Run)
     sample: Sample = field(default_factory=Sample)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    validate: Validate = field(default_factory=Validate)
     kernels: Kernels = field(default_factory=Kernels)
     profile: Profile = field(default_factory=Profile)
 

@@ -18,14 +18,16 @@ ModelKey = Literal["teacher", "init"]
 
 LEFT_OUT_MOST = 5
 """Lines of a log that are told one by one as left out."""
-KINDS = ("start", "train", "eval", "sample", "gradients", "end")
+KINDS = ("start", "train", "eval", "sample", "gradients", "validate", "end")
 """What the report uses; other kinds of record are skipped, so that logs may grow."""
 NUMBERS = (
     "seconds", "flops", "loss", "denoise", "aux", "grad_norm", "lr", "images_per_s", "mfu", "data_wait", "peak_gib",
     "direction", "skipped", "params", "trunk_params", "flops_per_image", "teacher_flops_per_image", "batch_size",
-    "matmul_flops_per_s", "cosine",
+    "matmul_flops_per_s", "cosine", "train_loss", "raw_loss", "raw_train_loss", "lowest", "lowest_at",
 )  # fmt: skip
 """Keys of any record that must hold numbers or null."""
+BY_TIME = ("by_time", "train_by_time", "raw_by_time", "raw_train_by_time")
+"""Keys of validations that must hold lists of them."""
 OLD_KEYS = {"judge_accuracy": "classifier_accuracy", "judge_digest": "classifier_digest"}
 """Keys of `metrics` in logs of earlier versions, and what they are called now."""
 OLD_CLASSIFIER = {"none": False, "classifier": True}
@@ -121,8 +123,15 @@ class StageLog:
 
     @property
     def ended(self) -> bool:
-        """Whether it has logged its end, after all steps that are planned now."""
-        return any(record["step"] >= self.steps for record in self.records["end"])
+        """Whether it has logged its end, after all steps that are planned now or as its validations had it."""
+        return self.ended_early is not None or any(record["step"] >= self.steps for record in self.records["end"])
+
+    @property
+    def ended_early(self) -> Record | None:
+        """The end that its validations made before all planned steps; None where it made them, or has gone on since."""
+        last = next(reversed(self.records["end"]), {"step": 0})
+        early = last.get("ended_by") == "validation" and self.step <= last["step"] < self.steps
+        return last if early else None
 
     @property
     def logged_at(self) -> float:
@@ -291,6 +300,12 @@ def _problem(record: Record) -> str:
     for key, value in numbers:
         if value is not None and (type(value) not in (int, float) or (type(value) is int and abs(value) > 1e300)):
             return f"{key} = {shown(value)}; a number is needed"
+    for key in BY_TIME if record["kind"] == "validate" else ():
+        values = record.get(key, [])
+        if not isinstance(values, list) or not all(
+            type(v) is float or (type(v) is int and abs(v) < 1e300) for v in values
+        ):
+            return f"{key} = {shown(values)}; a list of numbers is needed"
     if record["kind"] == "sample" and not isinstance(record.get("file"), str):
         return f"file = {shown(record.get('file'))}; a path is needed"
     return ""

@@ -31,7 +31,10 @@ YARDSTICKS = {
 """The networks and references of scores, as each evaluation records them."""
 FLOOR = METRICS["frechet"].floor
 
-DOUBTFUL = ("model.", "data.", "flow.", "optim.", "sample.", "evaluate.", "run.seed", "run.precision", "run.fp8")
+DOUBTFUL = (
+    "model.", "data.", "flow.", "optim.", "sample.", "evaluate.", "run.seed", "run.precision", "run.fp8",
+    "validate.share", "validate.split_seed",
+)  # fmt: skip
 """Settings outside the stages whose difference has to be known before two curves are compared."""
 FREE = (
     "model.name", "model.attention", "model.modulation", "model.own_macs", "model.own_bytes", "data.path",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from st_fast.report.arms import Arm
 from st_fast.report.metrics import RANKING, Metric
+from st_fast.report.validation import validated
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,18 @@ LEARNING = (
     ),
     ("lr", "Learning rate", "learning rate", "number", False, "As scheduled at each step."),
 )  # fmt: skip
+VALIDATION = (
+    (
+        "validation_loss", "Loss on held-out records",
+        "The denoising loss of fixed records, noise and times, which lie evenly. Dotted: of as many records that "
+        "are trained on. Where only the held-out loss rises, the model overfits.", STEPS, "steps",
+    ),
+    (
+        "validation_by_time", "Loss on held-out records by time",
+        "At each stage's last validation. Dotted: of records that are trained on.", "t (0: data, 1: noise)", "number",
+    ),
+)  # fmt: skip
+"""(key, title, caption, axis label, unit of the axis)."""
 SPEED = (
     (
         "images_per_s", "Throughput", "images/s", "number", False,
@@ -121,9 +134,9 @@ def all_figures(arms: Sequence[Arm]) -> dict[str, list[Figure]]:
         mine, caption = [arm for arm in arms if arm.stage.name == name], "Not comparable between stages."
         drawn = _training(mine, "aux", f"Supervision loss of “{name}”", "loss", "number", True, caption)
         aux.append(replace(drawn, key=f"loss_aux_{number}"))
-    charts = {
+    charts: dict[str, list[Chart]] = {
         "quality": [_quality(arms, metric, axis) for metric in RANKING for axis in AXES],
-        "losses": [replace(denoise, key="loss_denoise"), *aux, direction, lr],
+        "losses": [replace(denoise, key="loss_denoise"), *_validation(arms), *aux, direction, lr],
         "speed": [_training(arms, *entry) for entry in SPEED],
     }
     shown: dict[str, list[Figure]] = {name: [one for one in drawn if one.curves] for name, drawn in charts.items()}
@@ -139,6 +152,16 @@ def _training(arms: Sequence[Arm], field: str, title: str, label: str, unit: str
         if x:
             curves.append(Curve(arm.label, x, y, arm.colour, arm.dash, marked=False))
     return Chart(field, title, caption, STEPS, "steps", label, unit, log and _positive(curves), curves)
+
+
+def _validation(arms: Sequence[Arm]) -> list[Chart]:
+    """The held-out loss over the steps and, at the last validations, over the time; a dash for each kind of records."""
+    found, y, drawn = validated(arms), "mean squared error", list[Chart]()
+    for key, title, caption, x, unit in VALIDATION:
+        points = [(one, one.over_steps if unit == "steps" else one.over_time) for one in found]
+        curves = [Curve(one.label, *series, one.arm.colour, one.dash) for one, series in points if series[0]]
+        drawn.append(Chart(key, title, caption, x, unit, y, "number", _positive(curves), curves))
+    return drawn
 
 
 def _quality(arms: Sequence[Arm], metric: Metric, axis: tuple[str, str, str, str, str]) -> Chart:

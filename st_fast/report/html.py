@@ -19,7 +19,7 @@ from PIL import Image
 
 from st_fast.core.errors import UserError
 from st_fast.core.files import inside, read_bytes, read_json, shown
-from st_fast.report import fairness, plot, scores, teachers, words
+from st_fast.report import fairness, plot, scores, teachers, validation, words
 from st_fast.report.arms import Arm, make_arms
 from st_fast.report.collect import Record, RunLog, number
 from st_fast.report.figures import Figure, all_figures
@@ -68,6 +68,13 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
         for arm in arms
         if (ended := arm.stage.stopped) is not None
     ]
+    notes += [
+        f"“{arm.label}” ended after {words.count(ended['step'])} of {words.count(arm.stage.steps)} steps, as its loss "
+        f"on held-out records had not fallen since step {words.count(number(ended, 'lowest_at'))}."
+        for arm in arms
+        if (ended := arm.stage.ended_early) is not None
+    ]
+    notes += validation.incomparable(arms)
     if len(runs) < every:
         notes.append(f"Curves and pictures are of seed {seed}; the verdict is over all {every} runs.")
     best = [*ranked(arms)[1], *heads(arms)[::-1]][0]
@@ -85,6 +92,7 @@ def render(runs: Sequence[RunLog], seeds_declared: bool = False, beat: Callable[
         "scores": scores.table(arms),
         "costs": (list(spent[0]), [list(line.values()) for line in spent]),
         "figures": {key: [(one, drawn(one)) for one in section] for key, section in all_figures(arms).items()},
+        "validations": validation.tables(arms),
         "strips": [strip for strip in strips if strip[2]],
         "nearest": [(arm.label, picture) for arm in arms for picture in _nearest(arm, notes)],
         "at_cost": _at_equal_cost(arms, notes),

@@ -33,6 +33,7 @@ from st_fast.recipe import Recipe, RecipeError, cost
 from st_fast.recipe.batch import agreed
 from st_fast.recipe.check import check
 from st_fast.recipe.document import Document, as_document, parse_toml, read_document, read_text
+from st_fast.recipe.error import wrong_value
 from st_fast.recipe.keys import FOLDER_NAME
 from st_fast.recipe.load import parse, resolve
 
@@ -281,6 +282,9 @@ def _recipe(
     try:
         recipe = agreed(resolve(parse(Document(sections, [stage])), study.recipe_path), ranks=1)
         check(recipe)
+        if patience := recipe.validate.patience:
+            why = "every run of a study makes the steps that its budget buys"
+            raise wrong_value("validate.patience", patience, "0", why)
     except RecipeError as error:
         raise error.at(f"{study.path}, {what}") from None
     return recipe

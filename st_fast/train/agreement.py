@@ -24,7 +24,7 @@ from st_fast.recipe.schema import SECTIONS
 from st_fast.train.batches import open_image_features
 
 Facts = Mapping[str, str]
-ELSEWHERE = ("data.path",)
+ELSEWHERE = ("data.path", "validate.path")
 """Keys that may differ: each machine may have the data in another place, but the content must be the same."""
 RECIPE = "recipe or version"
 """The topic of `of_recipe`."""

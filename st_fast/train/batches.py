@@ -26,6 +26,7 @@ from st_fast.core.ranks import Ranks
 from st_fast.data.ahead import ReadAhead, RecordSet, with_std
 from st_fast.data.buckets import BucketOrder, BucketSet, one_shape
 from st_fast.data.features import FeatureSet, check_grid, open_features_of
+from st_fast.data.held_out import OrderOfKept, sizes_of, split
 from st_fast.data.loader import Loader
 from st_fast.model import flow
 from st_fast.model.compiling import CompiledBlocks
@@ -76,12 +77,16 @@ def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def record_order(recipe: Recipe, records: RecordSet) -> random.RecordOrder | BucketOrder:
-    """Which records training sees, by ordinals: of several shapes one a batch."""
-    seed, size = recipe.run.seed, recipe.optim.batch_size
+def record_order(recipe: Recipe, records: RecordSet) -> random.RecordOrder | BucketOrder | OrderOfKept:
+    """Which records training sees, by ordinals: of several shapes one a batch; none that is held out."""
+    seed, held_out = recipe.run.seed, recipe.validate
+    kept = split(records, held_out.share, held_out.split_seed)[0] if held_out.share else None
+    sizes = sizes_of(records, kept)
     if isinstance(records, BucketSet):
-        return BucketOrder(seed, records.counts, size)
-    return random.RecordOrder(seed, len(records))
+        order: random.RecordOrder | BucketOrder = BucketOrder(seed, sizes, recipe.optim.batch_size)
+    else:
+        order = random.RecordOrder(seed, sizes[0])
+    return order if kept is None else OrderOfKept(order, kept)
 
 
 class BatchIterator:

@@ -18,6 +18,7 @@ from st_fast.core.records import log_records
 from st_fast.data.ahead import RecordSet
 from st_fast.recipe import Recipe, RecipeError, Stage, changed_maths, from_text, load_run
 from st_fast.train.log import Log
+from st_fast.train.validation import still_to_run
 
 KIND = "accepted"
 """Of the log's records of accepted changes."""
@@ -110,7 +111,7 @@ def _longer_teacher(recipe: Recipe, stage: Stage, meta: Meta) -> list[str]:
     name, before = stage.method.teacher_name, meta.teacher
     if name is None or before is None or all(other.name != name for other in recipe.stages):
         return []
-    return teacher_differences(stage, before, replace(before, step=recipe.stage(name).steps))
+    return teacher_differences(stage, before, replace(before, step=_last_step(recipe, name)))
 
 
 def _longer_start(recipe: Recipe, stage: Stage, meta: Meta) -> list[str]:
@@ -118,8 +119,17 @@ def _longer_start(recipe: Recipe, stage: Stage, meta: Meta) -> list[str]:
     name, before = stage.start.init, meta.init
     if before is None or name != before.path or all(other.name != name for other in recipe.stages):
         return []
-    now = recipe.stage(name).steps
+    now = _last_step(recipe, name)
     return [f"stage.{stage.name}: it began from {name} at step {before.step} (now {now})"] * (before.step != now)
+
+
+def _last_step(recipe: Recipe, name: str) -> int:
+    """The step that a stage of this run ends with: an earlier one where its validations have ended it."""
+    stage = recipe.stage(name)
+    found = newest(recipe, stage)
+    if found is None or still_to_run(recipe, stage, found[1].step, found[1].said.validated):
+        return stage.steps
+    return found[1].step
 
 
 def teacher_differences(stage: Stage, before: Teacher | None, now: Teacher | None) -> list[str]:

@@ -41,12 +41,13 @@ from st_fast.train.batches import open_image_features
 from st_fast.train.callbacks import Callbacks
 from st_fast.train.choices import choose_kernels
 from st_fast.train.conditions import check_same_conditions, kept_on_device, open_conditions
+from st_fast.train.context import RunContext
 from st_fast.train.continuity import Changes, check_recipe, newest, score_differences
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Log, matmul_rate
 from st_fast.train.shapes import check_shapes, with_largest_shape
 from st_fast.train.stage import run_stage
-from st_fast.train.trainer import RunContext
+from st_fast.train.validation import open_parts
 from st_fast.train.watchdog import watched
 
 NO_TIMEOUT = 7 * 24 * 3_600.0
@@ -107,7 +108,9 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None,
             if ranks.first:
                 make_on_first_use(recipe, log.say)
             ranks.barrier()
-            shards = open_agreed_data(recipe, ranks, log.say, parts.records)
+            shards = open_agreed_data(recipe, ranks, log.say, given=parts.records)
+            open_held_out = partial(open_agreed_data, ranks=ranks, say=log.say, topic="validation data")
+            validated_on = open_parts(recipe, shards, open_held_out)
             if told := ranks.broadcast_from_rank0(lambda: sampled_warning(shards)):
                 log.say(f"warning: {told}")
             classes = shards.manifest.num_classes
@@ -138,8 +141,9 @@ def run(recipe: Recipe, accept_changes: bool = False, given: Path | None = None,
                 rate = matmul_rate(ranks.device, dtype)
                 timed = choose_kernels(split, ranks, dtype, log.say)
             context = RunContext(
-                split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes, parts.callbacks
-            )
+                split, ranks, shards, examiner, log, consensus, dtype, rate, choice, timed, changes, validated_on,
+                parts.callbacks,
+            )  # fmt: skip
             for stage in recipe.stages:
                 context = train_stage(context, stage, recipe)
             consensus.close()
@@ -201,10 +205,12 @@ def told_of_records(
     return tell
 
 
-def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say, given: RecordSet | None = None) -> RecordSet:
-    """The run's data, which fit the recipe and are the same on all ranks; one rank a machine verifies them.
+def open_agreed_data(
+    recipe: Recipe, ranks: Ranks, say: Say, topic: str = "data", given: RecordSet | None = None
+) -> RecordSet:
+    """The recipe's data, which fit it and are the same on all ranks; one rank a machine verifies them.
 
-    given: in place of the folder's.
+    topic: what ranks call them; given: in place of the folder's.
     """
     opened = list[RecordSet]()
 
@@ -218,7 +224,7 @@ def open_agreed_data(recipe: Recipe, ranks: Ranks, say: Say, given: RecordSet | 
         fit_data(recipe, opened[0])
         return of_data(recipe, opened[0])
 
-    agree(ranks, "data", look, NO_TIMEOUT)
+    agree(ranks, topic, look, NO_TIMEOUT)
     return opened[0]
 
 

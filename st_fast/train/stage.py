@@ -22,12 +22,13 @@ from st_fast.recipe.schema import Stage
 from st_fast.train import graphs, memory
 from st_fast.train.batches import BatchIterator, Lookahead
 from st_fast.train.callbacks import Event
+from st_fast.train.context import RunContext
 from st_fast.train.examiner import Kind, due
 from st_fast.train.log import JUDGED_EVERY, Clock, Meter, Readings, joined, progress_line
 from st_fast.train.profiling import StageProfile
 from st_fast.train.shapes import mean_cost
 from st_fast.train.supervision import NoisyBatch
-from st_fast.train.trainer import RunContext, Trainer
+from st_fast.train.trainer import StageTrainer
 
 
 def run_stage(context: RunContext, stage: Stage) -> None:
@@ -41,18 +42,22 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     choice = graphs.settled(context.recipe, stage, ranks, log.say, shapes)
     # A trial takes the way of graphs, which are taken more often than not where there is one.
     recipe = graphs.with_graphs(context.recipe, choice is None or choice.used)
-    trainer = Trainer(replace(context, recipe=recipe), stage)
+    trainer = StageTrainer(replace(context, recipe=recipe), stage)
     trainer.context = context  # what is decided for a stage is no part of the run's recipe
     first = trainer.resume(clock)
-    examined = partial(examine, trainer)
-    if first:  # pictures and scores of the step, if the run was interrupted before they were made
-        wanted = ranks.broadcast_from_rank0(lambda: context.examiner.missing(stage, first))
-        examined(wanted, first, cost_so_far(trainer, clock, first))
+    examined, validation = partial(examine, trainer), trainer.validation
+    if first:  # losses, pictures and scores of the step, if the run was interrupted before they were made
+        spent = cost_so_far(trainer, clock, first)
+        if validation.missing(first):
+            validation(first, trainer.float32_model, spent)
+        made = validation.stage_after(first)
+        wanted = ranks.broadcast_from_rank0(lambda: context.examiner.missing(made, first))
+        examined(wanted, first, spent)
         context.stop.check()
-    if first >= stage.steps:
+    if first >= validation.stage_after(first).steps:
         log.say(f"{stage.name}: complete at step {first}")
         if not log.has("end", stage.name):  # killed between its last checkpoint and this line
-            log.write("end", stage.name, first, **cost_so_far(trainer, clock, first))
+            log.write("end", stage.name, first, **spent, **validation.how_it_ended(first))
         trainer.close()
         return
     loader = make_loader(recipe.data.loader, context.shards, ranks.device, log.say)
@@ -80,12 +85,14 @@ def run_stage(context: RunContext, stage: Stage) -> None:
         meter.add(losses.denoise, losses.aux, norm, trainer.optimizer.updates, losses.direction)
         profile.stepped(done)
         context.callbacks(Event("step", stage.name, done, model=trainer.model))
-        last, stopping = done == stage.steps, context.stop()
-        spike = report(done)
+        stopping = validate(trainer, report, done, context.stop())
+        made = validation.stage_after(done)
+        last = done == made.steps
+        spike = report(done, last)
         if spike is not None:
             with clock.paused():
                 trainer.roll_back(spike, done)
-        wanted = () if stopping else context.examiner.due(stage, done)
+        wanted = () if stopping else context.examiner.due(made, done)
         if due(done, recipe.run.save_every) or last or stopping or spike is not None or wanted:
             report.read(done)  # not in the pause: on a GPU it waits for the steps that were launched
             with clock.paused():
@@ -94,7 +101,7 @@ def run_stage(context: RunContext, stage: Stage) -> None:
             with clock.paused():
                 examined(wanted, done, report.cost(done))
                 stopping = context.stop.now() or stopping
-        if stopping:
+        if stopping or made.steps < stage.steps:
             break
     clock.stop()
     for reader in readers:
@@ -106,20 +113,30 @@ def run_stage(context: RunContext, stage: Stage) -> None:
     context.callbacks.check(f"{stage.name} is saved at step {done}")
     if stopping:
         raise context.stop.interrupted(f"saved {stage.name} at step {done}")
-    log.write("end", stage.name, done, **report.cost(done), **stalls)
+    log.write("end", stage.name, done, **report.cost(done), **stalls, **validation.how_it_ended(done))
     context.stop.end()
     context.callbacks.check(f"{stage.name} is complete")
 
 
-def examine(trainer: Trainer, wanted: Sequence[Kind], step: int, spent: dict[str, float]) -> None:
+def validate(trainer: StageTrainer, report: "Reporter", step: int, stopping: bool) -> bool:
+    """Takes the held-out loss where that is due after a step; returns whether the ranks are `stopping` by then."""
+    if stopping or not trainer.validation.due(step):
+        return stopping
+    report.read(step)
+    with report.clock.paused():
+        trainer.validation(step, trainer.float32_model, report.cost(step))
+        return trainer.context.stop.now()
+
+
+def examine(trainer: StageTrainer, wanted: Sequence[Kind], step: int, spent: dict[str, float]) -> None:
     """Pictures and scores of the average after `step` steps, on the first rank. All ranks call it alike."""
     if wanted:
         context = trainer.context
         context.ranks.heartbeat.beat("sample")
-        context.examiner.examine(wanted, trainer.ema_model(), trainer.stage, step, spent, trainer.correction)
+        context.examiner.examine(wanted, trainer.float32_model("ema"), trainer.stage, step, spent, trainer.correction)
 
 
-def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:
+def _batches(trainer: StageTrainer, recipe: Recipe, readers: Sequence[Loader]) -> BatchIterator:
     context, (loader, *others) = trainer.context, readers
     stage, draw, shards = trainer.stage_so_far, trainer.noisy_latents, context.shards
     batches = BatchIterator(recipe, stage, loader, shards, context.ranks, others, draw, trainer.conditions)
@@ -128,7 +145,7 @@ def _batches(trainer: Trainer, recipe: Recipe, readers: Sequence[Loader]) -> Bat
 
 
 def try_graphs(
-    trainer: Trainer, recipe: Recipe, readers: Sequence[Loader], first: int, say: Say
+    trainer: StageTrainer, recipe: Recipe, readers: Sequence[Loader], first: int, say: Say
 ) -> tuple[Recipe, GraphChoice]:
     """Whether the stage's steps become graphs, by a trial on the batch of its first step, which is made for it alone.
 
@@ -168,7 +185,7 @@ def saved_where_data_fail(
 
 @contextmanager
 def retreat_if_too_large(
-    trainer: Trainer, report: "Reporter", readers: Sequence[Loader], first: int, done: int
+    trainer: StageTrainer, report: "Reporter", readers: Sequence[Loader], first: int, done: int
 ) -> Iterator[None]:
     """Around a step: if memory lacks for its passes, saves the `done` steps before it and closes the stage.
 
@@ -196,12 +213,12 @@ def retreat_if_too_large(
         raise
 
 
-def cost_of_an_image(trainer: Trainer) -> cost.StageCost:
+def cost_of_an_image(trainer: StageTrainer) -> cost.StageCost:
     """The stage's FLOPs per image."""
     return mean_cost(trainer.context.recipe, trainer.stage, trainer.context.shards, trainer.features.flops_an_image)
 
 
-def cost_so_far(trainer: Trainer, clock: Clock, step: int) -> dict[str, float]:
+def cost_so_far(trainer: StageTrainer, clock: Clock, step: int) -> dict[str, float]:
     """A stage's cost: training seconds, and FLOPs including the forwards of teachers and encoders."""
     recipe, stage, features = trainer.context.recipe, trainer.stage_so_far, trainer.features
     flops = features.flops_beforehand + cost.stage_flops(recipe, stage, 0, step, cost_of_an_image(trainer))
@@ -216,7 +233,7 @@ def cost_so_far(trainer: Trainer, clock: Clock, step: int) -> dict[str, float]:
 class Reporter:
     """Logs the meter's readings, prints the progress line, and checks for skipped steps and spikes."""
 
-    def __init__(self, trainer: Trainer, batches: BatchIterator, meter: Meter, clock: Clock, first: int) -> None:
+    def __init__(self, trainer: StageTrainer, batches: BatchIterator, meter: Meter, clock: Clock, first: int) -> None:
         self.context, self.stage, self.batches, self.clock = trainer.context, trainer.stage, batches, clock
         self.trainer, self._meter = trainer, meter
         self._flops = self.cost(first)["flops"]
@@ -228,12 +245,14 @@ class Reporter:
         """The stage's cost up to a step."""
         return cost_so_far(self.trainer, self.clock, step)
 
-    def __call__(self, step: int) -> int | None:
+    def __call__(self, step: int, last: bool) -> int | None:
         """Logs where that is due after a step; returns the step that a spike began with, where one is to be mended.
+
+        last: the stage ends with it.
 
         RunFailed after too many steps in a row whose gradients were not finite.
         """
-        spikes, last = self.trainer.spikes, step == self.stage.steps
+        spikes = self.trainer.spikes
         logged = last or due(step, self.context.recipe.run.log_every)
         judged = spikes.ratio > 0 and (last or due(step, JUDGED_EVERY))
         if logged or judged or self._meter.full:
@@ -287,7 +306,7 @@ class Reporter:
             )
 
 
-def _log_start(trainer: Trainer, first: int) -> None:
+def _log_start(trainer: StageTrainer, first: int) -> None:
     context, stage, recipe = trainer.context, trainer.stage, trainer.context.recipe
     each, threads = cost_of_an_image(trainer), torch.get_num_threads()
     cuda, name = context.ranks.device.type == "cuda", f"cpu, {threads} thread{'s' * (threads != 1)}"

@@ -175,8 +175,17 @@ def run_id(out: Path) -> str:
 
 
 def numbers(record: Record) -> dict[str, float]:
-    """The curves of a record: loss, lr, … of a "train" record, eval/fid, … of an "eval" record; none of other kinds."""
-    if record["kind"] == "train":
+    """The curves of a record: loss, lr, … of a "train" record, eval/fid, … of an "eval" record; none of other kinds.
+
+    Of a "validate" record validate/loss, …, and of each bin of times a curve such as validate/loss_t0.25.
+    """
+    if record["kind"] == "validate":
+        found = {f"validate/{key}": value for key, value in record.items() if key.endswith("loss")}
+        for name, values in record.items():
+            if name.endswith("by_time"):
+                named = f"validate/{name.removesuffix('by_time')}loss_t"
+                found |= {f"{named}{(bin + 0.5) / len(values):.3g}": value for bin, value in enumerate(values)}
+    elif record["kind"] == "train":
         found = {key: value for key, value in record.items() if key not in ("step", "time")}
     else:
         found = {f"eval/{key}": value for key, value in record.get("metrics", {}).items()}

@@ -1,7 +1,7 @@
 """A stage's model, method, optimiser and step: how they are built, saved and restored."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,15 @@ from torch import Tensor
 
 from st_fast import __version__, kernels
 from st_fast.core import checkpoint
-from st_fast.core.checkpoint.meta import GraphChoice, Guard, Init, Meta, MicroBatch, Teacher
+from st_fast.core.checkpoint.meta import GraphChoice, Guard, Init, Meta, Teacher
 from st_fast.core.errors import RunFailed
-from st_fast.core.ranks import Ranks, Rendezvous
-from st_fast.core.signals import StopConsensus
+from st_fast.core.ranks import Rendezvous
 from st_fast.core.writing import RETRY
-from st_fast.data.ahead import RecordSet
 from st_fast.data.manifest import check_same_data
 from st_fast.data.statistics import mean_latents
 from st_fast.model import DiffusionTransformer, build, stored, unfilled
-from st_fast.model.attention import BACKENDS, Attend, choose
-from st_fast.model.compiling import CompiledBlocks, checkpoint_activations
+from st_fast.model.attention import Attend
+from st_fast.model.compiling import checkpoint_activations
 from st_fast.model.fp8 import use_fp8
 from st_fast.model.side_stream import apart, batched, side_stream
 from st_fast.model.smoke_test import validated_kernels
@@ -30,41 +28,19 @@ from st_fast.recipe.methods import Given
 from st_fast.recipe.schema import Recipe, Stage
 from st_fast.sample.contrast import Correction, correction
 from st_fast.train import adamw, continuity, start, supervision
-from st_fast.train.batches import ImageFeatures, compile_encoders, open_image_features
-from st_fast.train.callbacks import Callbacks
+from st_fast.train.batches import open_image_features
 from st_fast.train.conditions import check_same_conditions, open_conditions
+from st_fast.train.context import RunContext, attention, average_model, compile_blocks
 from st_fast.train.early_stop import Ending
-from st_fast.train.examiner import Examiner, due
-from st_fast.train.log import Clock, Log, Skips, SpikeDetector
-from st_fast.train.optim import EmaModel, Optimizer
-from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out, is_sharded
+from st_fast.train.examiner import due
+from st_fast.train.log import Clock, Skips, SpikeDetector
+from st_fast.train.optim import Optimizer
+from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out
 from st_fast.train.step import Step
+from st_fast.train.validation import Validation
 
 
-@dataclass(frozen=True)
-class RunContext:
-    """What all stages of a run share."""
-
-    recipe: Recipe
-    ranks: Ranks
-    shards: RecordSet
-    examiner: Examiner
-    log: Log
-    stop: StopConsensus
-    dtype: torch.dtype
-    """Of the weights in use: what `run.precision` says, resolved for the device."""
-    rate: float
-    """Measured matmul FLOP/s of one device in that precision; MFU is a share of it."""
-    choice: MicroBatch | None = None
-    """The result of `optim.micro_batch = "auto"`, which is in `recipe` as accumulation; None without it."""
-    timed: Mapping[str, str] = field(default_factory=dict)
-    """The kernels that a trial has chosen, by op: "fused" or "reference"."""
-    changes: continuity.Changes | None = None
-    """What is refused or accepted where the run continues; None: not compared."""
-    callbacks: Callbacks = field(default_factory=Callbacks)
-
-
-class Trainer:
+class StageTrainer:
     """A stage's model, method, optimiser and step, and how they are saved and restored."""
 
     def __init__(self, context: RunContext, stage: Stage) -> None:
@@ -74,7 +50,7 @@ class Trainer:
         table = validated_kernels(chosen, recipe.model, context.ranks, context.dtype, context.log.say)
         self.noisy_latents = table.noisy_latents
         update, norm = adamw.validated(recipe, context.ranks, context.dtype, context.log.say)
-        attend = _attention(context, recipe)
+        attend = attention(context, recipe)
         self.conditions = open_conditions(recipe, context.shards)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         self.model.use_null(self.conditions.null)
@@ -87,7 +63,7 @@ class Trainer:
         if recipe.run.sharding != "none" and context.ranks.count > 1:
             self.shards = Shards(context.ranks, REDUCTION[recipe.optim.reduction])
             self.shards.model(self.model)
-        _compile(context, self.model)
+        compile_blocks(context, self.model)
         self.teacher: Teacher | None = None
         """What tells the teacher from others; only the first rank, which reads it, knows."""
         frozen = self._read_teacher(table, attend)
@@ -95,13 +71,13 @@ class Trainer:
         if frozen is not None:
             if self.shards is not None and recipe.run.shard_teacher:
                 self.shards.model(frozen, stage.method.frozen_depth)
-            _compile(context, frozen, dynamic=not recipe.run.padded)
+            compile_blocks(context, frozen, dynamic=not recipe.run.padded)
         self._frozen = frozen
         self.graphs: GraphChoice | None = None
         """The result of `run.cuda_graphs = "auto"`; None before it is there, and without it."""
-        average = _average(context, stage, table, attend, self.shards)
+        average = average_model(context, stage, table, attend, self.shards)
         self.features = open_image_features(stage, recipe, context.shards, device, context.dtype)
-        _compile(context, self.features)
+        compile_blocks(context, self.features)
         streams = side_stream(recipe.run, device, recipe.run.teacher_branches == "streams")
         branches = batched if recipe.run.teacher_branches == "batched" else partial(apart, streams)
         parts = supervision.Parts(
@@ -126,6 +102,7 @@ class Trainer:
         # Only the first rank uses it: with everything else in shards, the others save its memory.
         place = device if self.shards is None or context.ranks.first else torch.device("meta")
         self.averaged = unfilled(recipe.model, table, place, torch.float32).eval().requires_grad_(False)
+        self.validation = Validation(context.recipe, stage, context.validated_on, ranks, context.log, context.stop)
         self.rollbacks, self.rolled_back_at, self.trained_before = 0, 0, 0.0
         self.skips = Skips(stage.name, recipe.run.max_bad_steps)
         self.spikes = SpikeDetector(recipe.run.spike_ratio)
@@ -187,7 +164,7 @@ class Trainer:
         """Replays passes as CUDA graphs, or does not, as this recipe says; the teacher then sees other rows."""
         self.step.use_graphs(recipe.run.graphs)
         if self._frozen is not None:
-            _compile(self.context, self._frozen, dynamic=not recipe.run.padded)
+            compile_blocks(self.context, self._frozen, dynamic=not recipe.run.padded)
 
     def seed(self, step: int) -> None:
         """Seeds PyTorch's own generator for a step, where code of somebody else's may draw from it, as dropout does."""
@@ -206,6 +183,7 @@ class Trainer:
         self.rollbacks, self.origin = found.rollbacks, found.init
         self.optimizer.begin(self.origin.updates if self.origin else 0)
         self.ending.restore(found.stopped_at)
+        self.validation.restore(found.validated)
         if self.stage.contrastive.contrast:
             self.mean_latents = self.context.ranks.broadcast_from_rank0(self._mean_latents)
         return step
@@ -307,6 +285,7 @@ class Trainer:
             rollbacks=self.rollbacks,
             guard=Guard(self.skips.state(), self.spikes.state(), self.rolled_back_at),
             stopped_at=self.ending.stopped_at,
+            validated=self.validation.found,
             init=self.origin,
             micro_batch=self.context.choice,
             kernels=dict(self.context.timed),
@@ -362,43 +341,13 @@ class Trainer:
         stalled, trained = self.saver.stalled, clock.read() - self.trained_before
         return {"save_stall": round(stalled, 6), "save_stall_share": round(stalled / max(trained, 1e-9), 6)}
 
-    def ema_model(self) -> DiffusionTransformer:
-        """The averaged weights as a float32 model in eval mode. All ranks call it; if sharded, the first uses it."""
-        for name, ema in self.optimizer.state()["ema"].items():
-            whole = gathered(ema)
+    def float32_model(self, group: str) -> DiffusionTransformer:
+        """The weights of a group of checkpoints, "ema" or "model", as a float32 model in eval mode.
+
+        All ranks call it, for one group at a time; if sharded, the first uses it.
+        """
+        for name, weight in self.optimizer.state()[group].items():
+            whole = gathered(weight)
             if self.averaged.device.type != "meta":
                 self.averaged.get_parameter(name).copy_(whole)
         return self.averaged
-
-
-def _attention(context: RunContext, recipe: Recipe) -> Attend:
-    """The backend of the network's attention; a module of one's own has its own."""
-    model = recipe.model
-    if model.network == "own":
-        return BACKENDS["sdpa"].attend
-    place, head_dim = context.ranks.device, model.width // model.heads
-    return choose(model.attention, place, context.dtype, head_dim, context.log.say, model.length)
-
-
-def _average(
-    context: RunContext, stage: Stage, table: kernels.KernelTable, attend: Attend, shards: Shards | None
-) -> EmaModel | None:
-    if not stage.method.learns_from_average:
-        return None
-    model = unfilled(context.recipe.for_stage(stage).model, table, context.ranks.device, context.dtype, attend)
-    if shards is not None:
-        shards.model(model.requires_grad_(False), stage.method.frozen_depth)
-    _compile(context, model)
-    return EmaModel(model)
-
-
-def _compile(context: RunContext, model: DiffusionTransformer | ImageFeatures, dynamic: bool = False) -> None:
-    """Runs the blocks of the model, or of live encoders, compiled from now on, if `run.compile` says so."""
-    if not context.recipe.run.compiled(context.ranks.device.type):
-        return
-    if isinstance(model, ImageFeatures):
-        compile_encoders(model, context.log.say)
-    elif is_sharded(model):
-        CompiledBlocks(context.log.say, dynamic).inside(model.blocks)
-    else:
-        model.run_block = CompiledBlocks(context.log.say, dynamic)

@@ -102,7 +102,7 @@ def test_streams_keep_the_numbers_that_stand_in_the_format():
     numbers = {"NOISE": 1, "POSTERIOR": 2, "TIME": 3, "CLASS_DROPOUT": 4, "FLIP": 5, "STRATA": 6, "ORDER": 7,
                "SAMPLE_NOISE": 8, "SAMPLE_LABELS": 9, "SAMPLE_PATH": 10, "TEACHER_TIME": 11, "CAPTION": 12,
                "BUCKETS": 13, "TOKEN_ORDER": 14, "WHOLE_SAMPLE": 15, "GROUP_TIME": 16, "NEGATIVE": 17,
-               "PATH_DROP": 18}  # fmt: skip
+               "PATH_DROP": 18, "VALIDATION": 19, "VALIDATION_TIME": 20, "HELD_OUT": 21}  # fmt: skip
     assert {purpose.name: purpose.value for purpose in Purpose} == numbers
 
 

@@ -1,8 +1,8 @@
 """`st_fast.train` with something broken in it: what, where and when the environment variable BREAK says, as JSON.
 
-{"at": "step" | "data" | "pictures" | "metrics" | "write", "do": an action below, "rank": which (absent: every one),
-"stage": …, "steps": [counted from 1; absent: all], "marker": a file to make when it happens, "terms": [steps at which
-SIGTERM comes], "flock": false where files can't be locked}.
+{"at": "step" | "data" | "validation" | "pictures" | "metrics" | "write", "do": an action below, "rank": which (absent:
+every one), "stage": …, "steps": [counted from 1; absent: all], "marker": a file to make when it happens, "terms":
+[steps at which SIGTERM comes], "flock": false where files can't be locked}.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from st_fast.train import __main__ as train
 from st_fast.train import stage
 from st_fast.train.examiner import Examiner
 from st_fast.train.step import Step
+from st_fast.train.validation import Validation
 
 PLAN = json.loads(os.environ["BREAK"])
 MINE = PLAN.get("rank") in (None, int(os.environ.get("RANK", "0")))
@@ -124,6 +125,8 @@ def arm() -> None:
                 yield answer
 
         setattr(ResidentLoader, "stream", stream)  # noqa: B010
+    elif at == "validation":
+        wrap(Validation, "_measure", lambda self, *_: strike(names["now"], self._ranks.heartbeat.step))
     elif at in ("pictures", "metrics"):
         setattr(Examiner, at, lambda self, model, stage, step, *told: strike(stage.name, step))
     else:

@@ -53,6 +53,7 @@ MATHS = {
         "run.precision",
         "run.fp8",
     ),
+    *("validate.share", "validate.split_seed"),
     *(f"optim.muon_{key}" for key in ("lr", "adjust", "momentum", "weight_decay", "split", "adaln", "precision")),
 }
 """Written out by hand: a new key of the schema must be put on one side or the other."""
@@ -74,6 +75,8 @@ HARMLESS = {
     *("model.modulation", "run.out", "run.device", "run.sharding", "run.shard_teacher"),
     *(f"run.{key}" for key in ("compile", "checkpointing", "log_every", "save_every", "keep", "keep_every")),
     *(f"run.{key}" for key in ("teacher_branches", "teacher_placement", "supervised_rows", "prefetch", "cuda_graphs")),
+    *(f"validate.{key}" for key in ("every", "path", "num", "train", "bins", "weights", "batch_size", "patience")),
+    "validate.min_delta",
     *("run.streams", "run.max_bad_steps", "run.spike_ratio", "run.spike_retries", "run.hang_timeout", "run.trackers"),
 }
 

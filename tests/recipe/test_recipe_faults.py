@@ -163,7 +163,7 @@ def test_texts_that_nothing_would_read_are_refused(options: list[str], words: st
 
 def test_the_classifier_has_as_many_features_as_the_check_assumes() -> None:
     from st_fast.evaluate.classifier import FEATURES
-    from st_fast.recipe.check import CLASSIFIER_FEATURES
+    from st_fast.recipe.measures import CLASSIFIER_FEATURES
 
     assert CLASSIFIER_FEATURES == FEATURES
 

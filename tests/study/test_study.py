@@ -246,6 +246,11 @@ def test_a_random_teacher_hears_label_and_time_and_costs_nothing(study, tmp_path
         ("student_steps = 8", "flops = 1e300", "at most 10^12"),
         ("student_steps = 8", f"flops = 1{'0' * 400}", "a number above 0 is needed"),
         ("[common.evaluate]", "[common.stage]\nalign = 5\n[common.evaluate]", "tables named align, transcend"),
+        (
+            "[common.evaluate]",
+            "[common.validate]\nevery = 2\nshare = 0.1\npatience = 1\n[common.evaluate]",
+            "validate.patience = 1: every run of a study makes the steps",
+        ),
         ("[common.evaluate]", "[common.nosuch]\na = 1\n[common.evaluate]", "tiny.toml, common: nosuch is unknown"),
         ("student_steps = 8", "student_steps = 8.5", "student_steps = 8.5"),
         ("student_steps = 8", "student_steps = 8\nseeds = 1", "tiny.toml:"),

@@ -89,7 +89,7 @@ def test_every_key_of_a_recipe_counts_but_where_the_data_lie(tmp_path):
     recipe = load(tiny.write_recipe(tmp_path / "tiny.toml", tmp_path / "data", tmp_path / "out"))
     told = of_recipe(recipe)
     named = {f"{section}.{key}" for section, kind in SECTIONS.items() for key in keys(kind)}
-    assert named - told.keys() == set(ELSEWHERE) == {"data.path"}
+    assert named - told.keys() == set(ELSEWHERE) == {"data.path", "validate.path"}
     for option in (
         "--run.out=x",
         "--optim.lr=1",

@@ -18,9 +18,10 @@ from st_fast.core.files import BadFile
 from st_fast.recipe import load
 from st_fast.train import choices, memory
 from st_fast.train import run as runs
+from st_fast.train.context import RunContext
 from st_fast.train.continuity import Changes, check_recipe
 from st_fast.train.log import Clock, Skips, SpikeDetector
-from st_fast.train.trainer import RunContext, Trainer
+from st_fast.train.trainer import StageTrainer
 from tests import tiny
 from tests.core.checkpoint.test_checkpoint_fuzz import damaged_value
 from tests.fuzz import blocks, watched
@@ -30,7 +31,7 @@ OPTIONS = ("--optim.micro_batch=auto", "--run.spike_ratio=2", "--run.spike_retri
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageTrainer]:
     """Of a stage that has a teacher, checkpoints of 4 and 8 steps, and two steps to go."""
     folder, contexts, threads = tmp_path_factory.mktemp("begun"), list[RunContext](), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -42,13 +43,15 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
         runs.run(load(recipe, [*OPTIONS, "--stage.transcend.steps=8"]))
     whole = load(recipe, OPTIONS)
     (folder / "out" / "recipe.toml").unlink()  # or the checkpoint's would not be all that is compared
-    found = Trainer(replace(contexts[-1], recipe=replace(contexts[-1].recipe, stages=whole.stages)), whole.stages[1])
+    found = StageTrainer(
+        replace(contexts[-1], recipe=replace(contexts[-1].recipe, stages=whole.stages)), whole.stages[1]
+    )
     yield found
     found.features.close()
     torch.set_num_threads(threads)
 
 
-def goes_on(trainer: Trainer) -> int:
+def goes_on(trainer: StageTrainer) -> int:
     """What a run does with its newest checkpoint at its start; the step that the stage goes on from."""
     context, stage = trainer.context, trainer.stage
     changes = Changes(False, context.log)
@@ -61,7 +64,7 @@ def goes_on(trainer: Trainer) -> int:
     return step
 
 
-def assert_is_what_it_says(trainer: Trainer, meta: dict[str, Any]) -> None:
+def assert_is_what_it_says(trainer: StageTrainer, meta: dict[str, Any]) -> None:
     """The state of a trainer that has gone on, against the JSON; what is absent counts as nothing."""
     guard = meta.get("guard", {"skips": {"total": 0, "in_row": 0}, "spikes": {"usual": [], "high": 0, "found": None}})
     assert (trainer.trained_before, trainer.rollbacks) == (meta.get("seconds", 0), meta.get("rollbacks", 0))
@@ -73,7 +76,9 @@ def assert_is_what_it_says(trainer: Trainer, meta: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("block", blocks(1, 40))
-def test_spoilt_metadata_is_true_or_passed_over(block: int, trainer: Trainer, capsys: pytest.CaptureFixture) -> None:
+def test_spoilt_metadata_is_true_or_passed_over(
+    block: int, trainer: StageTrainer, capsys: pytest.CaptureFixture
+) -> None:
     newest = trainer.folder / "checkpoints" / "00000008"
     file: Path = newest / "manifest.json"
     good = file.read_bytes()
@@ -105,7 +110,7 @@ def test_spoilt_metadata_is_true_or_passed_over(block: int, trainer: Trainer, ca
         file.write_bytes(good)
 
 
-def test_the_metadata_as_it_was_written_goes_on(trainer: Trainer) -> None:
+def test_the_metadata_as_it_was_written_goes_on(trainer: StageTrainer) -> None:
     assert goes_on(trainer) == 8
     (trainer.folder / "checkpoints" / "00000008").rename(trainer.folder / "checkpoints" / "aside")
     try:

@@ -29,7 +29,7 @@ from st_fast.train import run as runs
 from st_fast.train.memory import choose_micro_batch, halved
 from st_fast.train.run import run
 from st_fast.train.step import Losses, Step
-from st_fast.train.trainer import Trainer
+from st_fast.train.trainer import StageTrainer
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -369,13 +369,13 @@ def test_memory_that_lacks_outside_of_a_pass_is_no_reason_to_back_off(data, tmp_
 
 
 def test_what_the_failed_pass_has_allocated_is_free_before_anything_is_saved(data, tmp_path, monkeypatch):
-    shortage, alive, save = Shortage(monkeypatch, step=3, most=4), dict[int, list[object]](), Trainer.save
+    shortage, alive, save = Shortage(monkeypatch, step=3, most=4), dict[int, list[object]](), StageTrainer.save
 
-    def seen(trainer: Trainer, step: int, clock) -> None:
+    def seen(trainer: StageTrainer, step: int, clock) -> None:
         alive.setdefault(step, [reference() for reference in shortage.held[:2]])
         save(trainer, step, clock)
 
-    monkeypatch.setattr(Trainer, "save", seen)
+    monkeypatch.setattr(StageTrainer, "save", seen)
     run(recipe_for(data, tmp_path, *SHORT))
     assert alive[2] == [None, None]
 

@@ -21,7 +21,7 @@ from st_fast.prepare.writing import write_shards
 from st_fast.recipe import load
 from st_fast.train.run import run
 from st_fast.train.step import Step
-from st_fast.train.trainer import Trainer
+from st_fast.train.trainer import StageTrainer
 from tests.train.supervision.encoders import Pictures
 from tests.truth import program
 from tests.truth.program import Method, Setting, State
@@ -355,7 +355,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor
 Snapshot = dict[str, dict[str, Tensor]]
 
 
-def copied(trainer: Trainer) -> Snapshot:
+def copied(trainer: StageTrainer) -> Snapshot:
     return {group: program.as_float64(tensors) for group, tensors in trainer.optimizer.state().items()}
 
 
@@ -363,10 +363,10 @@ def copied(trainer: Trainer) -> Snapshot:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """By stage: the state that it begins with, of weights that are general everywhere; then each step's results."""
     seen: dict[str, list[Any]] = {}
-    resume, call, owner = Trainer.resume, Step.__call__, {}
+    resume, call, owner = StageTrainer.resume, Step.__call__, {}
 
     @torch.no_grad()
-    def general_start(trainer: Trainer, clock: Any) -> int:
+    def general_start(trainer: StageTrainer, clock: Any) -> int:
         first = resume(trainer, clock)
         generator = torch.Generator().manual_seed(len(seen))
         state = trainer.optimizer.state()
@@ -389,7 +389,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         seen[trainer.stage.name].append((found, copied(trainer)))
         return losses, norm
 
-    monkeypatch.setattr(Trainer, "resume", general_start)
+    monkeypatch.setattr(StageTrainer, "resume", general_start)
     monkeypatch.setattr(Step, "__call__", recorded)
     return seen
 

@@ -100,6 +100,21 @@ class Init:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """What a stage's validations have found so far."""
+
+    step: int = 0
+    """Of the last one; 0: there was none."""
+    lowest: float | None = None
+    """The lowest loss."""
+    lowest_at: int = 0
+    since: int = 0
+    """Validations in a row since then that were not lower."""
+    protocol: str = ""
+    """Changes with the records, times, noise and weights that losses are taken of."""
+
+
+@dataclass(frozen=True)
 class Meta:
     """The metadata of a stage's checkpoint; `asdict` is what is written."""
 
@@ -123,6 +138,7 @@ class Meta:
     guard: Guard = Guard(SkippedSteps(0, 0), SpikeHistory((), 0, None), 0)
     stopped_at: int = 0
     """The steps after which the method ended its supervision by itself; 0: it has not."""
+    validated: Validated = Validated()
     init: Init | None = None
     micro_batch: MicroBatch | None = None
     kernels: Mapping[str, str] | None = None
@@ -145,6 +161,9 @@ class Meta:
             ("guard: spikes: found", 1, 1 if spikes.found is None else spikes.found, max(step, 1)),
             ("guard: spikes: the number of usual losses", 0, len(spikes.usual), step),
             ("guard: spikes: usual", 0, min(spikes.usual, default=0), max(spikes.usual, default=0)),
+            ("validated: step", 0, self.validated.step, step),
+            ("validated: lowest_at", 0, self.validated.lowest_at, self.validated.step),
+            ("validated: since", 0, self.validated.since, self.validated.step),
             ("init: updates", 0, self.init.updates if self.init else 0, 2**53),
             ("micro_batch: images", 1, chosen.images, 2**31),
             ("micro_batch: ranks", 1, chosen.ranks, MOST_RANKS),

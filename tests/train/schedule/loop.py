@@ -14,10 +14,11 @@ from st_fast.data.loader import make_loader
 from st_fast.data.shards import open_data
 from st_fast.recipe import load
 from st_fast.train.batches import BatchIterator, Lookahead
+from st_fast.train.context import RunContext
 from st_fast.train.examiner import Examiner
 from st_fast.train.log import Clock, Log
 from st_fast.train.run import precision
-from st_fast.train.trainer import RunContext, Trainer
+from st_fast.train.trainer import StageTrainer
 from tests import tiny
 
 
@@ -34,7 +35,7 @@ class Loop:
         dtype = precision(recipe, ranks.device)
         context = RunContext(recipe, ranks, shards, examiner, log, consensus, dtype, rate=1.0)
         self.stage = recipe.stage(name)
-        self.trainer = Trainer(context, self.stage)
+        self.trainer = StageTrainer(context, self.stage)
         _enliven(self.trainer)
         loader = make_loader("resident", shards, ranks.device, log.say)
         self.iterator = BatchIterator(recipe, self.stage, loader, shards, ranks)
@@ -58,7 +59,7 @@ class Loop:
 
 
 @torch.no_grad()
-def _enliven(trainer: Trainer) -> None:
+def _enliven(trainer: StageTrainer) -> None:
     """Moves all weights off the published zeros, which would hide most of the network."""
     groups, generator = trainer.optimizer.state(), torch.Generator().manual_seed(1)
     for name in ("model", "heads"):
