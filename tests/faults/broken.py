@@ -113,7 +113,7 @@ def wrap(owner: Any, name: str, before: Callable[..., None]) -> None:
 
 def arm() -> None:
     at, names = PLAN["at"], {}
-    wrap(stage.Trainer, "resume", lambda self, clock: names.update(now=self.stage.name))
+    wrap(stage.StageTrainer, "resume", lambda self, clock: names.update(now=self.stage.name))
     if at == "step":
         wrap(Step, "__call__", lambda self, step, batches: strike(names["now"], step + 1, self, batches))
     elif at == "data":

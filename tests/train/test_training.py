@@ -218,7 +218,7 @@ def test_two_writers_never_share_a_run_folder(data, tmp_path):
 
 
 def test_a_run_whose_lock_was_removed_and_taken_saves_nothing_more(data, tmp_path, monkeypatch):
-    out, second, save = tmp_path / "out", ExitStack(), trainer.Trainer.save
+    out, second, save = tmp_path / "out", ExitStack(), trainer.StageTrainer.save
 
     def disturbed(self, step, clock) -> None:
         if step == 8:
@@ -227,7 +227,7 @@ def test_a_run_whose_lock_was_removed_and_taken_saves_nothing_more(data, tmp_pat
             second.enter_context(run_lock(out, print))
         save(self, step, clock)
 
-    monkeypatch.setattr(trainer.Trainer, "save", disturbed)
+    monkeypatch.setattr(trainer.StageTrainer, "save", disturbed)
     with second, pytest.raises(RunFailed, match="another run is writing here now"):
         run(load(tiny.write_recipe(tmp_path / "t.toml", data, out)))
     saved = [record["step"] for record in tiny.records(out, "save")]

@@ -143,7 +143,7 @@ def test_a_rollback_with_a_target_made_ahead_goes_on_as_without(folder):
             trained.append(scalars)
             if number == 2:
                 kept = {g: {k: t.clone() for k, t in ts.items()} for g, ts in loop.trainer.optimizer.state().items()}
-            if number == 5:  # back to earlier weights, on with the stream: what `Trainer.roll_back` does
+            if number == 5:  # back to earlier weights, on with the stream: what `StageTrainer.roll_back` does
                 hand_out(loop.trainer.optimizer.state(), kept, loop.trainer.context.ranks)
                 loop.trainer.optimizer.follow()
         return values(trained)
