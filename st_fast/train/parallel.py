@@ -12,12 +12,16 @@ averaged: the losses are already weighted by 1 / global batch size.
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from st_fast.core.checkpoint.store import awaited
+from st_fast.core.errors import UserError
 from st_fast.core.ranks import Ranks, rows, sharded
 from st_fast.model import DiffusionTransformer
 
@@ -29,6 +33,8 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 REDUCTION = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 """`optim.reduction`: the dtype that gradients travel in; None: their own."""
 
+SHOWN_LATE = 60.0
+"""Seconds after which a checkpoint that the first rank has read must be seen by all."""
 FIRST_BYTES, BUCKET_BYTES = 2**20, 32 * 2**20
 """Of a bucket: the first is small, so that the link is busy early."""
 
@@ -222,6 +228,33 @@ def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
         dist.all_gather(list(squares.split(1)), norm.double().square().reshape(1), group=like.device_mesh.get_group())
         return squares.sum().sqrt().float()
     return norm
+
+
+@torch.no_grad()
+def take_parts(state: Groups, path: Path, digest: str, ranks: Ranks) -> None:
+    """Reads this rank's rows of the sharded tensors, and the others whole, from a checkpoint that was checked before.
+
+    digest: of its manifest. No rank reads or holds more; all call it alike, and a UserError is raised on all of them.
+    """
+    ranks.heartbeat.beat("read")
+    failure: UserError | None = None
+    try:
+        manifest = awaited(path, digest, SHOWN_LATE)
+        for group, tensors in state.items():
+            read = manifest.groups[group].read_rows(path, partial(_rows_here, tensors))
+            for name, rows_here in read.items():
+                local(tensors[name]).copy_(rows_here)
+    except UserError as error:
+        failure = error
+    if ranks.any([failure is not None])[0]:
+        raise failure or UserError(f"{path}: another rank could not read its part")
+
+
+def _rows_here(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -> tuple[int, int] | None:
+    tensor = tensors[name]
+    if not sharded(tensor):
+        return None
+    return rows(shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from st_fast.train.early_stop import Ending
 from st_fast.train.examiner import due
 from st_fast.train.log import Clock, Skips, SpikeDetector
 from st_fast.train.optim import Optimizer
-from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out
+from st_fast.train.parallel import REDUCTION, Shards, gathered, hand_out, take_parts
 from st_fast.train.step import Step
 from st_fast.train.validation import Validation
 
@@ -230,17 +230,27 @@ class StageTrainer:
     def _restore(self, before: int | None) -> tuple[int, Meta]:
         """The first rank's newest intact checkpoint (of fewer than `before` steps) on every rank, or the start."""
         whole: dict[str, Mapping[str, Tensor]] = {}
-        found: tuple[int, Meta] = self.context.ranks.broadcast_from_rank0(lambda: self._load(before, whole))
-        # Only the first rank reads it: on a network file system others might find an older one.
-        hand_out(self.optimizer.state(), whole, self.context.ranks)
+        # Only the first rank looks for it: on a network file system others might find an older one.
+        ranks, load = self.context.ranks, partial(self._load, before, whole)
+        found: tuple[int, Meta, Path | None] = ranks.broadcast_from_rank0(load)
+        step, said, path = found
+        if self.shards is not None and path is not None:
+            digest = ranks.broadcast_from_rank0(lambda: checkpoint.read_manifest(path).digest)
+            take_parts(self.optimizer.state(), path, digest, ranks)
+        else:
+            hand_out(self.optimizer.state(), whole, ranks)
         self.optimizer.follow()
-        return found
+        return step, said
 
-    def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> tuple[int, Meta]:
+    def _load(self, before: int | None, into: dict[str, Mapping[str, Tensor]]) -> tuple[int, Meta, Path | None]:
+        """The checkpoint's step, metadata and folder, and its tensors `into` a table; these not of a sharded run, where
+        every byte is checked and each rank then reads its part.
+        """
         root, say = self.folder / "checkpoints", self.context.log.say
         found = checkpoint.latest(
-            root, say, before=before, first=lambda step: before is not None and self._to_go_back_to(step)
-        )
+            root, say, before=before, first=lambda step: before is not None and self._to_go_back_to(step),
+            hollow=self.shards is not None,
+        )  # fmt: skip
         if found is None:
             if before is not None:
                 raise RunFailed(f"{self.stage.name}: the loss spiked at step {before}, before any checkpoint")
@@ -249,7 +259,7 @@ class StageTrainer:
                 groups, record = start.taken_over(self.context.recipe, self.stage, self.optimizer.state(), say)
                 into.update(groups)
                 say(f"{self.stage.name}: starts from {record.path} ({record.weights}, its step {record.step})")
-            return 0, Meta(init=record)
+            return 0, Meta(init=record), None
         said, manifest, folder = found.said, self.context.shards.manifest, Path(self.context.recipe.data.path)
         check_same_data(said.dataset, str(found.path), manifest, folder)
         self.features.check_same(said.features, str(found.path))
@@ -260,9 +270,11 @@ class StageTrainer:
             self.context.changes.check(differences, self.stage.name, found.step)
         for group, tensors in self.optimizer.state().items():
             checkpoint.match_strictly(tensors, found.groups.get(group, {}), f"{found.path} {group}")
-        into.update(found.groups)
-        self.mean_latents = found.groups.get(stored.MEAN_LATENTS, self.mean_latents)
-        return found.step, said
+        if self.shards is None:
+            into.update(found.groups)
+        if stored.MEAN_LATENTS in found.groups:
+            self.mean_latents = checkpoint.load(found.path, (stored.MEAN_LATENTS,)).groups[stored.MEAN_LATENTS]
+        return found.step, said, found.path
 
     def save(self, step: int, clock: Clock) -> None:
         """Writes a checkpoint of `step` completed steps in the background, and deletes older ones."""

@@ -6,7 +6,27 @@ A sharded run writes one file a group and rank, `<group>.rank-<r>-of-<n>.safeten
 """
 
 from st_fast.core.checkpoint.saver import Saver
-from st_fast.core.checkpoint.store import Checkpoint, candidates, latest, load, match_strictly, save, valid
+from st_fast.core.checkpoint.store import (
+    Checkpoint,
+    candidates,
+    latest,
+    load,
+    match_strictly,
+    read_manifest,
+    save,
+    valid,
+)
 from st_fast.core.checkpoint.together import Team
 
-__all__ = ["Checkpoint", "Saver", "Team", "candidates", "latest", "load", "match_strictly", "save", "valid"]
+__all__ = [
+    "Checkpoint",
+    "Saver",
+    "Team",
+    "candidates",
+    "latest",
+    "load",
+    "match_strictly",
+    "read_manifest",
+    "save",
+    "valid",
+]

@@ -73,6 +73,8 @@ class Manifest(NamedTuple):
     groups: Mapping[str, Group]
     meta: Mapping[str, Any]
     said: Meta
+    digest: str
+    """Of the manifest, and with it of every file's hash."""
 
 
 def save(root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
@@ -132,6 +134,24 @@ def load(
     return Checkpoint(manifest.step, loaded, manifest.meta, path, manifest.said)
 
 
+def awaited(path: Path, digest: str, patience: float) -> Manifest:
+    """The manifest of a checkpoint that another rank has checked, once this one sees it as well.
+
+    A network file system may show new files late: for `patience` seconds. BadFile where it still is another one then.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            if (manifest := read_manifest(path)).digest == digest:
+                return manifest
+            problem = BadFile(f"{path}: another checkpoint than the one that the first rank has read")
+        except BadFile as error:
+            problem = error
+        if time.monotonic() > end:
+            raise problem
+        time.sleep(0.2)
+
+
 def valid(path: Path, deep: bool = True) -> str | None:
     """None if the checkpoint is whole, otherwise what is wrong with it; reads every byte unless `deep` is False."""
     try:
@@ -174,7 +194,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BadFile(f"{file}: step is {content['step']}, expected a whole number from 0")
     groups = {name: parse_group(name, value, file, version) for name, value in content["groups"].items()}
     said = read_meta(content["meta"], content["step"], f"{file}: meta")
-    return Manifest(content["step"], groups, content["meta"], said)
+    return Manifest(content["step"], groups, content["meta"], said, digest)
 
 
 def _there(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from st_fast.core.checkpoint import latest, load, save, valid
+from st_fast.core.checkpoint import groups, latest, load, read_manifest, save, valid
+from st_fast.core.checkpoint.store import awaited
 from st_fast.core.files import BadFile
+from st_fast.core.ranks import rows
 from tests.core.checkpoint.sharded import save_sharded
 from tests.core.checkpoint.test_checkpoint_fuzz import assert_forged_manifests_are_true_or_refused
 from tests.fuzz import blocks
@@ -149,3 +152,58 @@ def test_a_replacing_save_sets_whole_files_of_the_same_step_aside(tmp_path: Path
     assert same(load(tmp_path / "00000003").groups, state(2)) and same(
         load(tmp_path / "00000003.aside-1").groups, state(1)
     )
+
+
+@pytest.mark.parametrize("writers", [1, 2, 3, 9])
+@pytest.mark.parametrize("readers", [1, 4, 5])
+def test_any_number_of_ranks_reads_its_rows_and_no_more(
+    writers: int, readers: int, tmp_path: Path, state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what any number has written; tensors that are not split are read whole by each."""
+    save_sharded(tmp_path, 4, state(3), {}, writers)
+    path, read = tmp_path / "00000004", list[int]()
+    real = groups.read_exactly
+
+    def counted(file: Any, into: memoryview, path: Path) -> None:
+        read.append(len(into))
+        real(file, into, path)
+
+    monkeypatch.setattr(groups, "read_exactly", counted)
+    manifest = read_manifest(path)
+    for name, record in manifest.groups.items():
+        whole, parts = state(3)[name], []
+        for rank in range(readers):
+            read.clear()
+            parts.append(record.read_rows(path, lambda _, shape, r=rank: rows(shape[0], r, readers) if shape else None))
+            assert sum(read) == sum(t.nbytes for t in parts[-1].values())
+        for key, tensor in whole.items():
+            found = torch.cat([part[key] for part in parts]) if tensor.ndim else parts[0][key]
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+    hollow = load(path, hollow=True)
+    assert all(t.is_meta for group in hollow.groups.values() for t in group.values())
+    assert {g: {k: (t.shape, t.dtype) for k, t in ts.items()} for g, ts in hollow.groups.items()} == {
+        g: {k: (t.shape, t.dtype) for k, t in ts.items()} for g, ts in state(3).items()
+    }
+
+
+@pytest.mark.parametrize("harm", [cut, flip])
+def test_what_is_read_by_parts_is_checked_whole_before(
+    harm: Callable[[Path], None], tmp_path: Path, state: Any
+) -> None:
+    save_sharded(tmp_path, 4, state(3), {}, 2)
+    harm(tmp_path / "00000004" / "model.rank-1-of-2.safetensors")
+    with pytest.raises(BadFile, match=r"model\.rank-1"):
+        load(tmp_path / "00000004", hollow=True)
+
+
+def test_a_checkpoint_that_shows_late_is_waited_for(tmp_path: Path, state: Any) -> None:
+    (path, *_), _ = save_sharded(tmp_path / "here", 4, state(3), {}, 1)
+    assert path is not None
+    digest, late = read_manifest(path).digest, tmp_path / "late"
+    with pytest.raises(BadFile, match="there is no checkpoint"):
+        awaited(late, digest, patience=0.1)
+    timer = threading.Timer(0.3, lambda: os.rename(path, late))
+    timer.start()
+    assert awaited(late, digest, patience=30).step == 4
+    with pytest.raises(BadFile, match="another checkpoint than the one that the first rank has read"):
+        awaited(late, "0" * 64, patience=0.1)
