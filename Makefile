@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo emoji test lint format bench soak mutants docs clean
+.PHONY: help install demo emoji test lint package format bench soak mutants docs clean
 
 help:
 	@echo "make demo   trains both stages on handwritten digits and writes runs/digits/report.html"
 	@echo "make emoji  draws emoji from their names, combinations never seen included: runs/emoji/report.html"
 	@echo "make test   runs the whole suite"
 	@echo "make lint   ruff and the type checker"
+	@echo "make package  builds sdist and wheel, installs the wheel into an empty environment and runs its demo, shortened"
 	@echo "make bench  measures throughput (pytest bench/): nine minutes on two cores"
 	@echo "make docs   builds the guides and the API's pages into build/docs"
 	@echo "make soak   breaks small runs at random for up to half an hour and counts what was lost"
@@ -24,10 +25,10 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: install
-	$(BIN)/python -m st_fast.train recipes/digits.toml
+	$(BIN)/st-fast demo
 
 emoji: install
-	$(BIN)/python -m st_fast.train recipes/emoji.toml
+	$(BIN)/st-fast demo emoji
 
 # Some tests wait for something: two cores have work for three. Bytecode is kept, as the many processes that are started
 # would each compile the modules again.
@@ -38,6 +39,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+package: install
+	$(BIN)/python -m tests.package build/package
 
 format: install
 	$(BIN)/ruff format .

@@ -12,19 +12,22 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("st_fast_build", HERE / "kernels" / "build.py")
+spec = importlib.util.spec_from_file_location("st_fast_build", HERE / "st_fast" / "kernels" / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
 
 class BuildWithCsrc(build_py):
-    """The Python files, then the compiled file or one line that says why there is none."""
+    """The Python files, csrc and the recipes, then the compiled file or one line that says why there is none."""
 
     def run(self):
         super().run()
         package = HERE / "st_fast" if self.editable_mode else Path(self.build_lib) / "st_fast"
         if not self.editable_mode:
             shutil.copytree(HERE / "csrc", package / "csrc", dirs_exist_ok=True)
+            for recipe in (HERE / "recipes").glob("*.toml"):
+                (package / "recipes").mkdir(exist_ok=True)
+                shutil.copy2(recipe, package / "recipes")
         for kind in build.KINDS:
             try:
                 print(f"csrc ({kind}): {build.build(kind, package)}")

@@ -1,5 +1,6 @@
 """Every command: `st-fast NAME ...`, which is `python -m st_fast NAME ...`. Without a name, the list of them.
 
+st-fast demo
 st-fast train recipes/digits.toml
 torchrun --nproc-per-node 8 -m st_fast train recipes/sit_xl.toml
 source <(st-fast completion bash)
@@ -17,6 +18,7 @@ from st_fast.core.signals import catch_signals
 from st_fast.core.streams import show
 
 COMMANDS = {
+    "demo": ("train.demo", "train digits in minutes on a CPU, with a report that explains it"),
     "train": ("train.__main__", "train a recipe: every stage, then the report"),
     "sample": ("sample.__main__", "draw samples of a run: a picture, or a set of many"),
     "evaluate": ("evaluate.__main__", "FID and other metrics of a run's samples"),
@@ -30,7 +32,7 @@ COMMANDS = {
     "doctor": ("train.doctor", "what this machine has; with --plan RECIPE, how fast more GPUs would be"),
 }
 """Name → (module within st_fast, with `parser` and `main`; what it does)."""
-CONTINUED = ("train", "sample", "evaluate", "probe", "prepare", "study", "speedrun")
+CONTINUED = ("demo", "train", "sample", "evaluate", "probe", "prepare", "study", "speedrun")
 """Commands that take long and that the same command continues: a signal ends them with exit code 75."""
 SHELLS = ("bash", "zsh", "tcsh")
 

@@ -1,6 +1,8 @@
 """Mistakes that a person can mend: told in one line, exit code 2, no traceback unless `--debug` asks for it."""
 
 import errno
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,8 +67,18 @@ class Stopped(BaseException):
 
 
 def how_to_install(extra: str) -> str:
-    """The command for an extra of pyproject.toml. st_fast is on no package index, so it is run in the clone."""
-    return f"pip install -e '.[{extra}]' in the clone of st_fast"
+    """The command that installs what an extra of pyproject.toml names, for a shell, wherever st_fast came from.
+
+    From what was installed, as st_fast is on no package index; where it was not installed, in the clone.
+    """
+    from importlib import metadata  # where something is missing, and not for every message's sake
+
+    try:
+        wanted = [line.partition(";") for line in metadata.requires("st_fast") or ()]
+    except metadata.PackageNotFoundError:
+        return f"pip install -e '.[{extra}]' in the clone of st_fast"
+    named = re.compile(rf"""extra\s*==\s*['"]{extra}['"]""")
+    return shlex.join(["pip", "install", *(name.strip() for name, _, marker in wanted if named.search(marker))])
 
 
 def first_line(error: BaseException) -> str:

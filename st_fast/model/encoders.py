@@ -228,12 +228,13 @@ def _set_positions(model: Any, table: Tensor) -> None:
         module.position_embeddings = nn.Parameter(table[None], requires_grad=False)
 
 
-def quiet_transformers(wanted: str, install: str = how_to_install("repa")) -> Any:
+def quiet_transformers(wanted: str, install: str = "") -> Any:
     """The transformers package without its progress bars; UserError, naming what is wanted of it, if it is missing."""
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"encoder {wanted!r}: transformers can't be imported ({error}): {install}") from error
+        remedy = install or how_to_install("repa")
+        raise UserError(f"encoder {wanted!r}: transformers can't be imported ({error}): {remedy}") from error
     transformers.utils.logging.disable_progress_bar()
     return transformers
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from st_fast.core.errors import UserError
 from st_fast.core.options import did_you_mean
 from st_fast.recipe.architecture import Model, resolve_model
 from st_fast.recipe.batch import agreed, made_for
@@ -50,6 +51,15 @@ def load(path: str | Path, overrides: Sequence[str] = (), ranks: int | None = 1)
             raise
         raise error.at(" ".join(filter(None, [str(path), cut(flags.get(error.key, ""))]))) from None
     return recipe
+
+
+def shipped(name: str) -> Path:
+    """The recipe of that name that comes with st_fast: of the clone, or of the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise UserError(f"recipe {name}: not among those of this installation")
 
 
 def load_run(run: str | Path) -> Recipe:

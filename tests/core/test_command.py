@@ -3,10 +3,12 @@
 import ast
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 
 import pytest
 
@@ -60,9 +62,20 @@ def test_a_rank_ends_with_its_code_its_threads_and_handlers_and_not_with_its_int
         assert (rank.returncode, said) == (code, "not flushed;threads\nhandlers\n"), told
 
 
+def not_installed(name: str) -> None:
+    raise metadata.PackageNotFoundError(name)
+
+
 def test_what_messages_and_pages_say_to_install_is_an_extra_of_the_clone() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert how_to_install("track") == "pip install -e '.[track]' in the clone of st_fast"
+    assert how_to_install("track") == "pip install tensorboard wandb trackio"
+    assert how_to_install("vae") == "pip install 'diffusers>=0.35'"
+    for extra, wanted in project["optional-dependencies"].items():
+        names = [shlex.quote(one.partition(";")[0].strip()) for one in wanted]
+        assert how_to_install(extra) == " ".join(["pip install", *names]), extra
+    with pytest.MonkeyPatch.context() as patch:  # run from a clone that nobody has installed
+        patch.setattr(metadata, "distribution", not_installed)
+        assert how_to_install("track") == "pip install -e '.[track]' in the clone of st_fast"
     sources = [path for path in (ROOT / "st_fast").rglob("*.py") if "kernels" not in path.parts]
     texts = {path: path.read_text(encoding="utf-8") for path in sources}
     assert [path.name for path, text in texts.items() if "pip install" in text] == ["errors.py"]
@@ -105,6 +118,7 @@ def test_a_command_that_looks_for_its_run_first_has_a_traceback_for_debug(tmp_pa
 
 UNSAVED = """
 import os, signal, sys
+from importlib import metadata
 from pathlib import Path
 from st_fast.core.command import run_command
 from st_fast.core.writing import whole_file
