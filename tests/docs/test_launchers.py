@@ -208,9 +208,10 @@ def test_skypilots_script_trains_and_lets_skypilot_wait_for_uploads(shared, whol
     (tmp_path / ".venv" / "bin" / "torchrun").symlink_to(TORCHRUN)
     given = {name: here(shared, "main")(value) for name, value in task["envs"].items()}
     assert given["SHARED"] == str(shared) and set(task["file_mounts"]) == {"/shared"}
+    script = task["run"].replace(":29400", f":{free_port()}")
     node = {"NODE_IPS": "127.0.0.1\n", "NUM_NODES": "1", "NUM_GPUS_PER_NODE": "2", "TASK_ID": "sky-1_st-fast_1-0"}
     done = subprocess.run(
-        ["bash", "-c", f"{task['run']}\necho uploads: $?"], cwd=tmp_path, capture_output=True, text=True, timeout=180,
+        ["bash", "-c", f"{script}\necho uploads: $?"], cwd=tmp_path, capture_output=True, text=True, timeout=180,
         env=environment(**given, **{f"SKYPILOT_{name}": value for name, value in node.items()}),
     )  # fmt: skip
     assert done.stdout.endswith("uploads: 0\n"), done.stderr

