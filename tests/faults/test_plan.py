@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -68,15 +66,3 @@ def test_a_runs_log_gives_the_rate_of_one_gpu(tmp_path):
     assert plan.measured_rate(tmp_path, "align") == 100.0
     with pytest.raises(UserError, match="no training step of stage other"):
         plan.measured_rate(tmp_path, "other")
-
-
-def test_the_cluster_scripts_start_the_documented_command():
-    folder = tiny.ROOT / "recipes" / "cluster"
-    assert subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=False).returncode == 0
-    for name in ("slurm.sh", "skypilot.yaml", "pytorchjob.yaml"):
-        text = (folder / name).read_text()
-        assert "torchrun" in text and "st_fast.train" in text and "c10d" in text
-        for recipe in {word for word in text.split() if word.startswith("recipes/") and word.endswith(".toml")}:
-            assert (tiny.ROOT / recipe).is_file()
-    guide = (tiny.ROOT / "docs" / "cluster.md").read_text()
-    assert all(Path(tiny.ROOT / "docs" / link).is_file() for link in ("../recipes/cluster/slurm.sh",) if link in guide)
