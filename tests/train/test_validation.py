@@ -227,8 +227,8 @@ def test_a_signal_during_a_validation_saves_at_once_and_the_resume_has_the_same_
 
 def test_a_step_that_was_validated_before_its_checkpoint_is_not_validated_again(data, tmp_path):
     trained(tmp_path, data, *EVERY_3, "--stage.align.steps=6")
-    out = trained(tmp_path, data, *EVERY_3)
-    assert [step for _, step, *_ in taken(out)] == [3, 6, 9, 10]
+    out = trained(tmp_path, data, *EVERY_3, "--stage.align.steps=9")
+    assert [step for _, step, *_ in taken(out)] == [3, 6, 9]
     (out / "log.jsonl").unlink()  # what is known stands in the checkpoint
     trained(tmp_path, data, *EVERY_3, "--stage.align.steps=12")
     assert [step for _, step, *_ in taken(out)] == [12]
