@@ -39,7 +39,7 @@ def check(recipe: Recipe, ranks: int = 1) -> None:
     recipe.validate.check()
     check_text(recipe)
     check_fp8(recipe, ranks)
-    check_sharding(recipe)
+    check_sharding(recipe, ranks)
     check_schedule(recipe, ranks)
 
 

@@ -31,14 +31,22 @@ def check_fp8(recipe: Recipe, ranks: int) -> None:
             raise wrong_value("run.fp8", run.fp8, f'"off", or a multiple of {FP8_MULTIPLE}', f"{name} is none")
 
 
-def check_sharding(recipe: Recipe) -> None:
+def check_sharding(recipe: Recipe, ranks: int) -> None:
     """What reads weights outside of the blocks, or works on another stream or without hooks, needs whole weights."""
+    groups, size = recipe.run.sharding == "hsdp", recipe.run.shard_ranks
+    if not groups and size:
+        raise wrong_value("run.shard_ranks", size, '0, or run.sharding = "hsdp"')
+    if groups and (size < 2 or (ranks > 1 and ranks % size)):
+        sizes = [str(part) for part in range(2, ranks + 1) if ranks % part == 0]
+        allowed = f"a divisor of the {ranks} ranks: {', '.join(sizes)}" if ranks > 1 else "at least 2"
+        raise wrong_value("run.shard_ranks", size, allowed, 'run.sharding = "hsdp" splits weights within such groups')
     if recipe.run.sharding != "none":
         needs = {"model.modulation": ("per_block",), "run.cuda_graphs": (False, "auto"), "run.fp8": ("off",)}
         _require(recipe, needs, "the run is sharded")
     if recipe.run.shard_teacher:
-        whole = {"run.teacher_branches": ("batched",), "run.teacher_placement": ("before",)}
-        _require(recipe, {"run.sharding": ("fsdp2",)} | whole, "run.shard_teacher = true needs it")
+        whole: dict[str, tuple[object, ...]] = {"run.sharding": ("fsdp2", "hsdp")}
+        whole |= {"run.teacher_branches": ("batched",), "run.teacher_placement": ("before",)}
+        _require(recipe, whole, "run.shard_teacher = true needs it")
 
 
 def check_schedule(recipe: Recipe, ranks: int) -> None:

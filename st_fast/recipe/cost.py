@@ -210,7 +210,7 @@ def memory_bytes(recipe: Recipe, ranks: int, bf16: bool) -> tuple[int, int]:
     sharded run the one block that is gathered. The rank is the first: of a sharded run only it samples.
     """
     images, run = images_a_pass(recipe.optim, ranks), recipe.run
-    shards = ranks if run.sharding == "fsdp2" else 1
+    shards = run.shards(ranks)
     teacher_shards = shards if run.shard_teacher else 1
     stages = []
     for stage in recipe.stages:
@@ -249,7 +249,7 @@ def weight_bytes(
 
 def saved_bytes(recipe: Recipe, ranks: int) -> int:
     """Bytes of the copy on the host that one rank's part of a checkpoint is written from, in the largest stage."""
-    shards, averages = ranks if recipe.run.sharding == "fsdp2" else 1, AVERAGE_BYTES * len(recipe.optim.ema_decays)
+    shards, averages = recipe.run.shards(ranks), AVERAGE_BYTES * len(recipe.optim.ema_decays)
     stages = [(recipe.for_stage(stage).model, stage.method) for stage in recipe.stages]
     return max(
         (

@@ -213,7 +213,10 @@ class Run:
         "required",
         "Where a schedule's second CUDA stream is missing: an error; auto: one queue; off: always one queue.",
     )
-    sharding: Literal["none", "fsdp2"] = free("none", "Keep weights, optimiser state and EMA in shards, one a rank.")
+    sharding: Literal["none", "fsdp2", "hsdp"] = free(
+        "none", "Keep weights, optimiser state and EMA in shards: over all ranks, or (hsdp) within groups of them."
+    )
+    shard_ranks: Annotated[int, between(0, 65_536)] = free(0, "Ranks of a group that has all shards, of hsdp.")
     shard_teacher: bool = free(False, "Keep frozen teachers in shards as well.")
     log_every: Annotated[int, between(1, 1_000_000)] = free(50, "Steps from one log line to the next.")
     save_every: Count = free(5_000, "Steps from one checkpoint to the next.")
@@ -240,6 +243,10 @@ class Run:
     def compiled(self, device: str) -> bool:
         """Whether blocks run compiled on "cpu" or "cuda"."""
         return self.compile == "on" or (self.compile == "auto" and device == "cuda")
+
+    def shards(self, ranks: int) -> int:
+        """Over how many of the ranks weights are split."""
+        return {"none": 1, "fsdp2": ranks, "hsdp": min(self.shard_ranks, ranks)}[self.sharding]
 
     def bf16(self, device: str) -> bool:
         """Whether weights in use are bf16 on "cpu" or "cuda"; `run.device` "auto" counts as a GPU."""

@@ -22,6 +22,7 @@ from st_fast.core.ranks import Ranks, rows, sharded
 from st_fast.recipe.muon_cost import fused
 from st_fast.recipe.schema import Optim
 from st_fast.train.adamw import clip_factor, update_emas
+from st_fast.train.parallel import mesh_of_shards
 
 COEFFICIENTS, STEPS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 """torch.optim.Muon's: x ← a·x + (b·A + c·A²)·x with A = x·xᵀ, how often, and the least norm that x is divided by."""
@@ -137,7 +138,7 @@ class Muon:
         self._in_shards, self._ranks, self._group = sharded(first), ranks, None
         self._rank, self._count = (ranks.rank, ranks.count) if ranks is not None else (0, 1)
         if sharded(first):
-            mesh = first.device_mesh
+            mesh = mesh_of_shards(first)
             self._rank, self._count, self._group = mesh.get_local_rank(), mesh.size(), mesh.get_group()
         precision = {"fp32": torch.float32, "bf16": torch.bfloat16}
         self._dtype = precision.get(settings.muon_precision, precision["bf16" if first.is_cuda else "fp32"])

@@ -4,7 +4,8 @@ Whole weights: a bucket's all-reduce starts as soon as its last gradient is ther
 as in DistributedDataParallel (Li et al., VLDB 2020); in the same order of buckets on every rank, and only for the last
 micro-batch of a step.
 
-FSDP2: weights, gradients, moments and EMA in shards, one a rank (ZeRO-3, arXiv 1910.02054), for larger models. A
+FSDP2: weights, gradients, moments and EMA in shards, one a rank (ZeRO-3, arXiv 1910.02054), for larger models, or one a
+rank of a group, and as many such groups as there are (HSDP), so that only gradients travel between machines. A
 sharded tensor is a DTensor split along its first dimension, as `torch.chunk` splits it. Its local part is what the
 optimiser's ops read and write; whole weights exist only while a block runs. Gradients are summed over ranks, never
 averaged: the losses are already weighted by 1 / global batch size.
@@ -26,10 +27,14 @@ from st_fast.core.ranks import Ranks, rows, sharded
 from st_fast.model import DiffusionTransformer
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 
+SHARD = "shard"
+"""The dimension of a mesh of ranks over which weights are split; over the other one they are repeated."""
 REDUCTION = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 """`optim.reduction`: the dtype that gradients travel in; None: their own."""
 
@@ -123,14 +128,22 @@ def _buckets(parameters: Sequence[nn.Parameter], dtype: torch.dtype | None) -> l
 
 
 class Shards:
-    """How the modules of a run are sharded: over all ranks, gradients reduced in `reduction` (None: as they are)."""
+    """How the modules of a run are sharded: over all ranks, or within groups of `size` of them that hold the same.
 
-    def __init__(self, ranks: Ranks, reduction: torch.dtype | None) -> None:
+    Gradients are reduced in `reduction` (None: as they are). Ranks of a group follow one another.
+    """
+
+    def __init__(self, ranks: Ranks, reduction: torch.dtype | None, size: int = 0) -> None:
         from torch.distributed import device_mesh, fsdp  # not imported by runs without shards
 
         self._fsdp = fsdp
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # none is changed in place
-        self._mesh = device_mesh.init_device_mesh(ranks.device.type, (ranks.count,))
+        self.size = size or ranks.count
+        sizes = {"replicate": ranks.count // self.size, SHARD: self.size}
+        if self.size == ranks.count:
+            del sizes["replicate"]
+        kind, names = ranks.device.type, tuple(sizes)
+        self._mesh = device_mesh.init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=names)
         # Modules hold the precision they compute in, and the update writes it, so that only the reduction may differ.
         self._policy = fsdp.MixedPrecisionPolicy(reduce_dtype=reduction, cast_forward_inputs=False)
 
@@ -208,6 +221,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if sharded(tensor) else tensor
 
 
+def mesh_of_shards(tensor: "DTensor") -> "DeviceMesh":
+    """The ranks that share a tensor, of which each has a part."""
+    mesh = tensor.device_mesh
+    return mesh[SHARD] if mesh.ndim > 1 else mesh
+
+
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`local` of each."""
     return [local(tensor) for tensor in tensors]
@@ -224,8 +243,9 @@ def norm_of_all(norm: Tensor, like: Tensor) -> Tensor:
     norm is 0-dim float32, of this rank's parts; returned unchanged if `like` is not sharded. NaN and Inf stay.
     """
     if sharded(like):
-        squares = norm.new_empty(like.device_mesh.size(), dtype=torch.float64)
-        dist.all_gather(list(squares.split(1)), norm.double().square().reshape(1), group=like.device_mesh.get_group())
+        mesh = mesh_of_shards(like)
+        squares = norm.new_empty(mesh.size(), dtype=torch.float64)
+        dist.all_gather(list(squares.split(1)), norm.double().square().reshape(1), group=mesh.get_group())
         return squares.sum().sqrt().float()
     return norm
 
@@ -254,7 +274,8 @@ def _rows_here(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int]) -
     tensor = tensors[name]
     if not sharded(tensor):
         return None
-    return rows(shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+    mesh = mesh_of_shards(tensor)
+    return rows(shape[0], mesh.get_local_rank(), mesh.size())
 
 
 @torch.no_grad()
@@ -275,5 +296,6 @@ def hand_out(state: Groups, whole: Groups, ranks: Ranks) -> None:
                 full.copy_(given[place])
             ranks.broadcast([full])
             if sharded(tensor):
-                start, stop = rows(len(full), tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+                mesh = mesh_of_shards(tensor)
+                start, stop = rows(len(full), mesh.get_local_rank(), mesh.size())
                 local(tensor).copy_(full[start:stop])

@@ -61,7 +61,8 @@ class StageTrainer:
             use_fp8(self.model)
         self.shards: Shards | None = None
         if recipe.run.sharding != "none" and context.ranks.count > 1:
-            self.shards = Shards(context.ranks, REDUCTION[recipe.optim.reduction])
+            size = recipe.run.shards(context.ranks.count)
+            self.shards = Shards(context.ranks, REDUCTION[recipe.optim.reduction], size)
             self.shards.model(self.model)
         compile_blocks(context, self.model)
         self.teacher: Teacher | None = None
@@ -112,10 +113,10 @@ class StageTrainer:
         """With a contrast: E[x] (C, H, W) by shape, which drawing needs where the data is not; kept in checkpoints."""
         # The first rank's, or every rank's where each writes its own part.
         ranks, run, team = context.ranks, recipe.run, None
-        if self.shards is not None:
+        if self.shards is not None and ranks.rank < self.shards.size:  # the first group has all there is
             assert ranks.attempt is not None
             rendezvous, over = Rendezvous(ranks.attempt, "save"), lambda: ranks.heartbeat.over
-            team = checkpoint.Team(ranks.rank, ranks.count, rendezvous, stage.name, over)
+            team = checkpoint.Team(ranks.rank, self.shards.size, rendezvous, stage.name, over)
         self.saver: checkpoint.Saver | None = None
         if ranks.first or team is not None:
             root, say = self.folder / "checkpoints", context.log.say

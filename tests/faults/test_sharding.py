@@ -24,6 +24,7 @@ from tests.train.supervision.test_dual_times import DUAL_STAGE
 from tests.train.supervision.test_self_methods import SRA_STAGE
 
 SHARDED = "--run.sharding=fsdp2"
+GROUPS = ("--run.sharding=hsdp", "--run.shard_ranks=2")
 LONG = 300.0
 """Seconds that a run may take on a machine that has much else to do."""
 
@@ -87,10 +88,13 @@ def shards(data, tmp_path_factory) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize(("count", "accumulation", "again"), [(2, 2, "none"), (4, 1, "block")])
-def test_sharded_ranks_train_as_one_does(count, accumulation, again, recipe, alone, nursery):
+@pytest.mark.parametrize(
+    ("sharding", "count", "accumulation", "again"),
+    [((SHARDED,), 2, 2, "none"), ((SHARDED,), 4, 1, "block"), (GROUPS, 4, 2, "none")],
+)
+def test_sharded_ranks_train_as_one_does(sharding, count, accumulation, again, recipe, alone, nursery):
     options = (
-        SHARDED,
+        *sharding,
         "--run.shard_teacher=true",
         f"--optim.accumulation={accumulation}",
         f"--run.checkpointing={again}",
@@ -118,8 +122,8 @@ def alone_with_muon(data, tmp_path_factory) -> Path:
     return home / "out"
 
 
-@pytest.mark.parametrize("options", [(), (SHARDED,)])
-def test_muon_on_two_ranks_goes_on_bit_for_bit(options, data, tmp_path, nursery):
+@pytest.mark.parametrize(("count", "options"), [(2, ()), (2, (SHARDED,)), (4, GROUPS)])
+def test_muon_on_several_ranks_goes_on_bit_for_bit(count, options, data, tmp_path, nursery):
     ends = []
     for name, parts in (("whole", (8,)), ("parts", (3, 8))):
         home = tmp_path / name
@@ -127,8 +131,8 @@ def test_muon_on_two_ranks_goes_on_bit_for_bit(options, data, tmp_path, nursery)
         recipe = tiny.write_recipe(home / "t.toml", data, home / "out")
         recipe.write_text(recipe.read_text()[: recipe.read_text().rindex("[[stage]]")])
         for steps in parts:
-            ranks = nursery.start(2, recipe, *MUON, *options, f"--stage.align.steps={steps}")
-            assert finish(ranks, timeout=LONG) == [0, 0]
+            ranks = nursery.start(count, recipe, *MUON, *options, f"--stage.align.steps={steps}")
+            assert finish(ranks, timeout=LONG) == [0] * count
         ends.append(checkpoint.load(home / "out" / "align" / "checkpoints" / "00000008").groups)
     assert all(torch.equal(ends[1][group][key], t) for group, tensors in ends[0].items() for key, t in tensors.items())
     assert sum("momentum_buffer" in key for key in ends[0]["optim"]) == 12
@@ -168,19 +172,20 @@ def test_a_teacher_is_loaded_from_shards_as_from_whole_files(shards):
 
 
 def test_any_number_of_ranks_takes_up_every_bit_of_shards_and_of_whole_files(shards, nursery):
-    """FAULT 27, sharded: 2 ranks' shards taken up and saved again by 4 sharded ranks, by 1, and by 2 sharded ones."""
+    """FAULT 27, sharded: 2 ranks' shards taken up and saved again by 4 sharded ranks, 1, two groups of 2, and 2."""
     root = shards.parent / "out" / "align" / "checkpoints"
     stop = {"at": "step", "do": "nan"}  # a skipped step leaves every tensor untouched
     expected = checkpoint.load(root / "00000004").groups
-    for step, count in ((5, 4), (6, 1), (7, 2)):
-        ranks = nursery.start(count, shards, SHARDED, f"--stage.align.steps={step}", breaks=stop)
+    for step, count, sharding in ((5, 4, (SHARDED,)), (6, 1, (SHARDED,)), (7, 4, GROUPS), (8, 2, (SHARDED,))):
+        ranks = nursery.start(count, shards, *sharding, f"--stage.align.steps={step}", breaks=stop)
         assert finish(ranks, timeout=LONG) == [0] * count
         found = checkpoint.load(root / f"{step:08d}").groups
         assert found.keys() == expected.keys()
         for group, tensors in expected.items():
             assert all(torch.equal(found[group][name], tensor) for name, tensor in tensors.items())
-    names = {path.name for path in (root / "00000007").iterdir()}
-    assert "model.rank-1-of-2.safetensors" in names and "model.safetensors" not in names
+        if count > 1:  # of two groups the first writes
+            parts = 2 if sharding == GROUPS else count
+            assert len(list((root / f"{step:08d}").glob(f"model.rank-*-of-{parts}.safetensors"))) == parts
 
 
 @pytest.mark.parametrize(
@@ -190,6 +195,9 @@ def test_any_number_of_ranks_takes_up_every_bit_of_shards_and_of_whole_files(sha
         ((SHARDED, "--model.modulation=one"), "model.modulation"),
         ((SHARDED, "--run.cuda_graphs=true"), "run.cuda_graphs"),
         ((SHARDED, "--run.shard_teacher=true", "--run.teacher_placement=beside"), "run.teacher_placement"),
+        (GROUPS[:1], "run.shard_ranks"),
+        ((GROUPS[0], "--run.shard_ranks=4"), "run.shard_ranks"),
+        ((SHARDED, "--run.shard_ranks=2"), "run.shard_ranks"),
         ((SHARDED, "--run.shard_teacher=true", "--run.teacher_branches=streams"), "run.teacher_branches"),
     ],
 )

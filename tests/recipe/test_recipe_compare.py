@@ -72,7 +72,7 @@ HARMLESS = {
         "optim.implementation",
     ),
     "optim.micro_batch",
-    *("model.modulation", "run.out", "run.device", "run.sharding", "run.shard_teacher"),
+    *("model.modulation", "run.out", "run.device", "run.sharding", "run.shard_ranks", "run.shard_teacher"),
     *(f"run.{key}" for key in ("compile", "checkpointing", "log_every", "save_every", "keep", "keep_every")),
     *(f"run.{key}" for key in ("teacher_branches", "teacher_placement", "supervised_rows", "prefetch", "cuda_graphs")),
     *(f"validate.{key}" for key in ("every", "path", "num", "train", "bins", "weights", "batch_size", "patience")),
