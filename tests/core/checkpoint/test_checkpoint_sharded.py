@@ -187,9 +187,7 @@ def test_any_number_of_ranks_reads_its_rows_and_no_more(
 
 
 @pytest.mark.parametrize("harm", [cut, flip])
-def test_what_is_read_by_parts_is_checked_whole_before(
-    harm: Callable[[Path], None], tmp_path: Path, state: Any
-) -> None:
+def test_what_is_read_by_parts_is_checked_before(harm: Callable[[Path], None], tmp_path: Path, state: Any) -> None:
     save_sharded(tmp_path, 4, state(3), {}, 2)
     harm(tmp_path / "00000004" / "model.rank-1-of-2.safetensors")
     with pytest.raises(BadFile, match=r"model\.rank-1"):
