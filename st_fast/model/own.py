@@ -4,8 +4,7 @@ Such a module is called as `module(x, t, condition)` and returns the velocity; `
 methods read. Or it has a parameter more, `tap`, and returns both itself, as st_fast's networks do.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,12 +15,9 @@ from typing import Any, Self, cast
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from st_fast.core.checkpoint import match_strictly
-from st_fast.core.errors import UserError, first_line
+from st_fast.core.errors import UserError
 from st_fast.core.options import ARCHITECTURE_MOST, did_you_mean
 from st_fast.kernels import KernelTable
 from st_fast.model.attention import Attend
@@ -125,9 +121,24 @@ class Given:
     make: Factory
     autocast: bool = False
     drawn: bool = False
-    """It comes with weights of its own; otherwise `make` draws them, under the run's seed."""
+    """It comes with weights of its own; otherwise `make` draws them."""
+    seed: int = 0
+    """What `make` draws from: buffers that are drawn are then alike in student, teacher and average."""
     start: Mapping[str, Tensor] = field(default_factory=dict)
-    """The weights with which the run began, where it is drawn."""
+    """The weights and buffers with which the run began, where they are its own."""
+
+    def made(self) -> nn.Module:
+        """A new module. UserError where it is none."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            module = self.make()
+        if not isinstance(module, nn.Module):
+            raise UserError(f"model: {type(module).__name__} was made; an nn.Module is needed")
+        plain = module.inner if isinstance(module, Tapped) else module
+        with torch.no_grad():
+            for name, tensor in _tensors(plain).items() if self.start else ():
+                tensor.copy_(self.start[name])
+        return module
 
 
 GIVEN: ContextVar[Given | None] = ContextVar("GIVEN", default=None)
@@ -153,11 +164,7 @@ class OwnNetwork(DiffusionTransformer):
         if (given := GIVEN.get()) is None:
             raise not_here(f"model.name = {config.name!r}")
         self.config, self.kernels = config, kernels
-        self.module, self._autocast = given.make(), given.autocast
-        if not isinstance(self.module, nn.Module):
-            raise UserError(f"model = {config.name}: made {type(self.module).__name__}; an nn.Module is needed")
-        if given.start:
-            self.load_state_dict(given.start)
+        self.module, self._autocast = given.made(), given.autocast
 
     @classmethod
     def around(cls, module: nn.Module, num_classes: int, width: int) -> Self:
@@ -257,139 +264,28 @@ class OwnNetwork(DiffusionTransformer):
 
 
 START = "start.safetensors"
-"""In a run's folder: the weights of a module that was given with weights of its own."""
+"""In a run's folder: weights and buffers of a module that was given with weights of its own."""
 
 
-def keep_start(model: Model, folder: Path, write: Callable[[Path, bytes], object]) -> None:
-    """Keeps such weights in the folder of the run, or takes those that are there, so that later stages start alike.
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that a state dict leaves out."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
-    UserError where these are of another module.
+
+def keep_start(model: Model, folder: Path, write: Callable[[Path, bytes], object] | None = None) -> None:
+    """Takes the first weights that the folder of a run has, so that later stages start alike, or keeps them by `write`.
+
+    Only of a module with weights of its own. UserError where what is there is of another module.
     """
     given = GIVEN.get()
     if model.network != "own" or given is None or not given.drawn:
         return
-    path = folder / START
-    weights = {name: tensor.contiguous().cpu() for name, tensor in OwnNetwork(model, NO_KERNELS).state_dict().items()}
+    path, module = folder / START, given.made()
+    plain = module.inner if isinstance(module, Tapped) else module
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in _tensors(plain).items()}
     if path.exists():
         found = load_file(path)
-        match_strictly(weights, found, str(path))
+        match_strictly(tensors, found, str(path))
         GIVEN.set(replace(given, start=found))
-    else:
-        write(path, save(weights))
-
-
-def described(model: Model, blocks: Sequence[int]) -> Model:
-    """The [model] of a recipe with what its module, which was given, is found to be.
-
-    blocks: the numbers of the blocks that the recipe's methods read. The module runs a few times, on a CPU, on noise.
-    UserError, in one line, for a block that is not there, outputs of a wrong shape, or a buffer that training changes.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = OwnNetwork(model, NO_KERNELS)
-        name, module = type(network.plain).__name__, network.module
-        names = module.names if isinstance(module, Tapped) else ()
-        if isinstance(module, Tapped) and (beyond := [b for b in blocks if b > len(names)]):
-            raise UserError(
-                f"{name}: the recipe reads block {beyond[0]}, but {len(names)} are named: {', '.join(names)}"
-            )
-        if not isinstance(module, Tapped) and blocks and "tap" not in inspect.signature(module.forward).parameters:
-            raise UserError(
-                f"{name}: the recipe reads block {blocks[0]}, but forward has no parameter tap; "
-                f'st_fast.tap(module, "blocks") names the blocks of one that has not'
-            )
-        return _examined(replace(model, own_blocks=names), network, name, sorted(set(blocks)))
-
-
-def _examined(model: Model, network: OwnNetwork, name: str, blocks: list[int]) -> Model:
-    network.config = model
-    network.to("cpu").train()
-    x, t = torch.randn(2, *model.latent_shape), torch.tensor([0.25, 0.75])
-    labels = torch.tensor([0, model.num_classes])  # a class, and the null label
-    buffers = {key: value.clone() for key, value in network.plain.named_buffers()}
-    kept = _KeptBytes(network)
-    velocity, streams = _called(name, lambda: kept.of(lambda: network(x, t, labels, tuple(blocks))), labels)
-    if velocity.shape != x.shape:
-        raise UserError(f"{name}: the velocity is {tuple(velocity.shape)}, of latents {tuple(x.shape)}; they are alike")
-    for key, value in network.plain.named_buffers():
-        if not torch.equal(value, buffers[key]):
-            raise UserError(
-                f"{name}: its buffer {key} changes in training (BatchNorm?); only parameters are averaged and saved"
-            )
-    width, patch = _shape_of(name, model, network, blocks, streams)
-    macs = [_macs(lambda: network(x, t, labels)) // 2]
-    if isinstance(network.module, Tapped):
-        depths = range(1, len(model.own_blocks) + 1)
-        macs = [*(_macs(partial(network.features, x, t, labels, depth)) // 2 for depth in depths), *macs]
-    else:
-        macs = macs * (max(blocks, default=0) + 1)
-    return replace(
-        model, name=name, depth=len(macs) - 1, width=width, patch=patch, heads=1, own_macs=tuple(macs),
-        own_bytes=kept.bytes // 2, own_parameters=sum(parameter.numel() for parameter in network.plain.parameters()),
-    )  # fmt: skip
-
-
-def _called(name: str, call: Callable[[], Any], labels: Tensor) -> Any:
-    try:
-        return call()
-    except UserError:
-        raise
-    except IndexError as error:
-        classes = f"labels are 0 … {int(labels.max())}, of which the last stands for none"
-        raise UserError(f"{name}: forward raised IndexError: {first_line(error)}; {classes}") from error
-    except Exception as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{name}: forward(x, t, condition) raised {what}") from error
-
-
-def _shape_of(
-    name: str, model: Model, network: OwnNetwork, blocks: list[int], streams: tuple[Tensor, ...]
-) -> tuple[int, int]:
-    """The width and the patch of the blocks that are read, which must be alike."""
-    found = dict[tuple[int, int], str]()
-    height, breadth = model.latent_sides
-    for number, stream in zip(blocks, streams, strict=True):
-        block = model.own_blocks[number - 1] if model.own_blocks else f"block {number}"
-        if stream.ndim != 3:
-            raise UserError(f"{name}: {block} gives {tuple(stream.shape)}; (B, N, D) or (B, D, h, w) is needed")
-        tokens, width = stream.shape[1:]
-        patch = round((height * breadth / tokens) ** 0.5)
-        if patch < 1 or height % patch or breadth % patch or height * breadth != tokens * patch**2:
-            raise UserError(
-                f"{name}: {block} gives {tokens} tokens, which are no grid of a latent of {height} x {breadth}; "
-                "a block that gives one token a patch is needed, without class tokens"
-            )
-        found.setdefault((width, patch), block)
-    if len(found) > 1:
-        told = " and ".join(
-            f"{block} has {width} channels of {patch} x {patch}" for (width, patch), block in found.items()
-        )
-        raise UserError(f"{name}: {told}; blocks that are read must be alike")
-    return next(iter(found), (0, 1))
-
-
-class _KeptBytes:
-    """Counts what a forward keeps for its backward, but for the parameters."""
-
-    def __init__(self, network: OwnNetwork) -> None:
-        self.bytes, self._seen = 0, {parameter.untyped_storage().data_ptr() for parameter in network.plain.parameters()}
-
-    def of(self, call: Callable[[], Any]) -> Any:
-        """Runs it."""
-        with saved_tensors_hooks(self._pack, lambda tensor: tensor):
-            return call()
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
-
-
-@torch.no_grad()
-def _macs(call: Callable[[], Any]) -> int:
-    """Multiply-adds of matrix products and convolutions; attention is computed as products so that it counts."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() // 2
+    elif write is not None:
+        write(path, save(tensors))

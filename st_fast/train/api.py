@@ -22,7 +22,7 @@ from st_fast.core.errors import UserError
 from st_fast.core.machine import rank_count
 from st_fast.core.records import log_records
 from st_fast.data.given import given_records
-from st_fast.model import own, stored
+from st_fast.model import own, own_facts, stored
 from st_fast.model.own import OwnNetwork
 from st_fast.recipe import Recipe, load, load_run
 from st_fast.recipe.check import check
@@ -121,6 +121,8 @@ class Trainer:
         try:
             with _standing(recipe, self._model):
                 recipe = _described(recipe)
+                if self._supervision is not None or recipe.model.network == "own":
+                    recipe = _without_graphs(recipe)
                 check(recipe, rank_count())
                 parts = Parts(self._records, Callbacks(self._callbacks), self._decode)
                 run(recipe, accept_changes, parts=parts)
@@ -193,6 +195,8 @@ class TrainedRun:
         """uint8 images (B, 1 or 3, H, W) of latents, by the `decode` that was given, or the VAE of the data."""
         if self._decode is not None:
             return self._decode(latents)
+        if self.recipe.data.source == "given":
+            raise UserError(f"{self.folder}: its data were given; open_run(folder, decode=...) says what decodes them")
         from st_fast.data.manifest import read_manifest
         from st_fast.sample.model import decoder
 
@@ -207,6 +211,7 @@ class TrainedRun:
         config, table = self.recipe.for_stage(chosen).model, kernels.select({}, place)
         found = stored.read_weights(self.folder / name / "checkpoints", config, weights)
         with _standing(self.recipe, self._model):
+            own.keep_start(config, self.folder)
             network = stored.frozen(found, config, table, place, torch.float32)
         return network, chosen, found
 
@@ -250,7 +255,8 @@ def _standing(recipe: Recipe, model: nn.Module | Factory | None) -> Iterator[Non
     """For as long as the context lasts, the module stands for the recipe's `model.network = "own"`."""
     cuda = recipe.run.device == "cuda" or (recipe.run.device == "auto" and torch.cuda.is_available())
     bf16, drawn = recipe.run.bf16("cuda" if cuda else "cpu"), isinstance(model, nn.Module)
-    token = own.GIVEN.set(None if model is None else own.Given(_factory(model), bf16, drawn))
+    given_module = None if model is None else own.Given(_factory(model), bf16, drawn, recipe.run.seed)
+    token = own.GIVEN.set(given_module)
     try:
         yield
     finally:
@@ -263,9 +269,13 @@ def _described(recipe: Recipe) -> Recipe:
         return recipe
     read = [stage.method.tap for stage in recipe.stages] + [stage.method.frozen_depth for stage in recipe.stages]
     blocks = {block for one in read for block in (one if isinstance(one, tuple) else (one,)) if block > 0}
+    return replace(recipe, model=own_facts.described(recipe.model, sorted(blocks)))
+
+
+def _without_graphs(recipe: Recipe) -> Recipe:
+    """The recipe without a trial of CUDA graphs, which somebody's module may not be fit for."""
     graphs = False if recipe.run.cuda_graphs == "auto" else recipe.run.cuda_graphs
-    described = own.described(recipe.model, sorted(blocks))
-    return replace(recipe, model=described, run=replace(recipe.run, cuda_graphs=graphs))
+    return replace(recipe, run=replace(recipe.run, cuda_graphs=graphs))
 
 
 def _with_given_data(recipe: Recipe, decodes: bool) -> Recipe:

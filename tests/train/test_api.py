@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import st_fast
 from st_fast import RunFailed, Trainer, UserError
-from st_fast.model import own
+from st_fast.model import own, own_facts
 from st_fast.recipe import RecipeError, cost
 from st_fast.train import api
 from tests.train.own_module import STAGES, Items, Net, recipe, tapped, tensors
@@ -80,6 +80,31 @@ def test_a_module_with_weights_of_its_own_starts_every_stage_from_them_also_afte
     assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())  # it was copied
     Trainer(recipe(tmp_path / "once"), model=first, data=Items()).fit()
     assert same(weights(out), weights(tmp_path / "once"))
+
+
+class Fourier(Net):
+    """Draws features of the time that are neither trained nor in its state, as score models do."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.register_buffer("waves", torch.randn(8), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x, torch.sin(t[:, None] * self.waves).mean(1), y)
+
+
+@pytest.mark.parametrize("made", [Fourier, Fourier()])
+def test_buffers_that_are_drawn_are_the_same_in_all_networks_of_a_run_and_later(made, tmp_path) -> None:
+    out, seen = tmp_path / "run", []
+    look = lambda event: seen.append(event.model.plain.waves.clone()) if event.kind == "step" else None  # noqa: E731
+    run = Trainer(recipe(out, STAGES[:1]), model=lambda_or(made), data=Items(), callbacks=[look]).fit()
+    again = st_fast.open_run(out, model=lambda_or(made) if made is Fourier else st_fast.tap(Fourier(), "blocks"))
+    assert torch.equal(run.model().waves, seen[0]) and torch.equal(again.model().waves, seen[0])
+    assert torch.equal(run.sample(3, steps=2)[0], again.sample(3, steps=2)[0])
+
+
+def lambda_or(made: Any) -> Any:
+    return st_fast.tap(made, "blocks") if isinstance(made, nn.Module) else lambda: st_fast.tap(made(), "blocks")
 
 
 def test_what_was_trained_is_read_again_in_its_own_class(whole) -> None:
@@ -172,6 +197,8 @@ def test_pictures_are_what_the_given_function_decodes(tmp_path) -> None:
     assert set(run.decode(torch.randn(2, 3, 4, 4)).unique().tolist()) == {0, 255}
     silent = Trainer(recipe(tmp_path / "without", STAGES[:1], sample={"num": 4}), model=tapped, data=Items()).fit()
     assert silent.log("sample") == []
+    with pytest.raises(UserError, match="its data were given"):
+        silent.decode(torch.zeros(1, 3, 4, 4))
 
 
 # What is found out about a module
@@ -204,7 +231,7 @@ def described(make: Any, blocks: list[int]) -> Any:
     model = recipe(Path("unused")).model
     token = own.GIVEN.set(own.Given(make))
     try:
-        return own.described(model, blocks)
+        return own_facts.described(model, blocks)
     finally:
         own.GIVEN.reset(token)
 
@@ -264,6 +291,9 @@ class Token(Net):
         return x
 
 
+SHARED = Net()
+
+
 @pytest.mark.parametrize(
     ("make", "blocks", "told"),
     [
@@ -273,7 +303,8 @@ class Token(Net):
         (lambda: st_fast.tap(Token(), "blocks"), [1], "Token: blocks.0 gives 5 tokens, which are no grid of"),
         (lambda: st_fast.tap(Net(classes=4), "blocks"), [1], "Net: forward raised IndexError: .*; labels are 0 … 5"),
         (lambda: nn.Linear(3, 3), [], r"Linear: forward\(x, t, condition\) raised TypeError"),
-        (lambda: 3, [], "made int; an nn.Module is needed"),
+        (lambda: 3, [], "model: int was made; an nn.Module is needed"),
+        (lambda: SHARED, [], "Net: the function that was given as model returns the same module each time"),
         (lambda: st_fast.tap(nn.Sequential(nn.Identity()), "0"), [], "Sequential: forward.* raised TypeError"),
     ],
 )  # fmt: skip
