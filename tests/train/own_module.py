@@ -1,5 +1,6 @@
 """A module, a dataset and a recipe such as somebody else writes them, for tests of the Python API."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,13 @@ def recipe(out: Path, stages: list[dict[str, Any]] | None = None, **tables: dict
     for name, table in tables.items():
         given[name] = given.get(name, {}) | table
     return st_fast.make_recipe(stage=[dict(stage) for stage in stages or STAGES], **given)
+
+
+def main(out: Path) -> None:
+    """As a program under torchrun: weights of its own, which each rank draws anew."""
+    torch.set_num_threads(1)
+    st_fast.Trainer(recipe(out), model=st_fast.tap(Net(dropout=0.0), "blocks"), data=Items()).fit()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,7 +1,9 @@
 """The Python API: one's own module, data, supervision and callbacks in a run, and what can be done with it."""
 
 import inspect
+import os
 import re
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from st_fast import RunFailed, Trainer, UserError
 from st_fast.model import own, own_facts
 from st_fast.recipe import RecipeError, cost
 from st_fast.train import api
+from tests import warm
 from tests.train.own_module import STAGES, Items, Net, recipe, tapped, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,6 +83,33 @@ def test_a_module_with_weights_of_its_own_starts_every_stage_from_them_also_afte
     assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())  # it was copied
     Trainer(recipe(tmp_path / "once"), model=first, data=Items()).fit()
     assert same(weights(out), weights(tmp_path / "once"))
+
+
+def test_two_ranks_that_draw_other_weights_train_the_first_ranks_as_one_does(tmp_path) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = str(held.getsockname()[1])
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = ("-m", "tests.train.own_module", tmp_path / "two")
+    children = [warm.start(*command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    said = [child.communicate(200) for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    net = Net(dropout=0.0)
+    net.load_state_dict(load_file(tmp_path / "two" / own.START))
+    one = Trainer(recipe(tmp_path / "one"), model=st_fast.tap(net, "blocks"), data=Items()).fit()
+    two = st_fast.open_run(tmp_path / "two")
+    for a, b in zip(one.log("train"), two.log("train"), strict=True):
+        assert [b[key] for key in ("loss", "aux", "grad_norm")] == pytest.approx(
+            [a[key] for key in ("loss", "aux", "grad_norm")], rel=2e-3
+        )
+
+
+@pytest.mark.parametrize("data", [Items(), tensors()])
+def test_own_modules_are_validated_on_given_records_that_are_held_out(data, tmp_path) -> None:
+    validated = {"every": 2, "share": 0.25, "bins": 2, "num": 8}
+    run = Trainer(recipe(tmp_path / "run", STAGES[:1], validate=validated), model=tapped, data=data).fit()
+    found = run.log("validate")
+    assert [record["step"] for record in found] == [2, 3] and all(len(record["by_time"]) == 2 for record in found)
 
 
 class Fourier(Net):
