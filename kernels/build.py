@@ -19,8 +19,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -167,6 +168,33 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def tell(text: str, end: str = "\n") -> None:
+    """Writes to stderr at once, where there is one."""
+    if sys.stderr:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def run_all(commands: list[list[str]], label: str) -> None:
+    """Runs commands, as many at once as there are cores. Raises BuildError with the first error of one.
+
+    A terminal on stderr shows how many are done and the seconds since the start, each second, in one line that goes.
+    """
+    start, erase = time.monotonic(), "\r\033[K" if sys.stderr and sys.stderr.isatty() else ""
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        waiting = {pool.submit(run, command) for command in commands}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1 if erase else None, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if erase:
+                    progress = f"{len(commands) - len(waiting)} of {len(commands)} files"
+                    tell(f"{erase}{label}: {progress}, {time.monotonic() - start:.0f} s", end="")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            tell(erase, end="")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process a folder at a time; the others wait, and find what it made."""
@@ -181,7 +209,7 @@ def locked(folder: Path) -> Iterator[None]:
 def build(kind: str, folder: Path) -> Path:
     """Compile `kind` into `folder` unless it is there, and remove what older sources made. Raises BuildError.
 
-    Takes up to minutes, and says so in one line on stderr.
+    Takes up to minutes, and says so on stderr: a line before, a line after, between them progress on a terminal.
     """
     name = file_name(kind)
     target, csrc = folder / name, source_dir()
@@ -196,16 +224,15 @@ def build(kind: str, folder: Path) -> Path:
         with tempfile.TemporaryDirectory(prefix=".csrc-", dir=folder) as made:
             work = Path(made)
             commands, link = (_cpu_commands if kind == "cpu" else _cuda_commands)(csrc, torch, work)
-            print(
+            tell(
                 f"st_fast: compiling csrc ({kind}), the C++ kernels, into {folder}: once after an installation or a "
-                f"change, {USUALLY[kind]}, longer on a busy machine",
-                file=sys.stderr,
-                flush=True,
+                f"change, {USUALLY[kind]}, longer on a busy machine"
             )
-            with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-                list(pool.map(run, commands))
+            start = time.monotonic()
+            run_all(commands, f"st_fast: csrc ({kind})")
             run([*link, "-o", str(work / name)])
             os.replace(work / name, target)
+            tell(f"st_fast: csrc ({kind}) compiled in {time.monotonic() - start:.0f} s")
         if folder != _cache_dir():  # which several versions may share
             for stale in folder.glob(f"_csrc_{kind}_*.so"):
                 if stale.name != name:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,9 +57,41 @@ def test_two_first_imports_at_once_compile_once_and_both_work(checkout: Path) ->
     children = [start(checkout, "-c", IMPORT, env={"CXX": str(quick)}) for _ in range(2)]
     said = [child.communicate(timeout=300) for child in children]
     assert [out for out, _ in said] == ["True 8.0\n"] * 2, said
-    assert "".join(err for _, err in said).count("compiling csrc (cpu)") == 1
+    told = "".join(err for _, err in said)
+    assert told.count("compiling csrc (cpu)") == 1 and len(re.findall(r"csrc \(cpu\) compiled in \d+ s\n", told)) == 1
+    assert " of 11 files" not in told  # no terminal, no progress
     left = sorted(path.name for path in (checkout / "st_fast").glob("*csrc*"))
     assert len(left) == 1 and left[0] != stale.name
+
+
+PROGRESS = """
+from st_fast.kernels import build
+try:
+    build.run_all([["true"], ["sh", "-c", "sleep 1.2; exit %d"], ["sleep", "2.2"]], "csrc")
+except build.BuildError as error:
+    build.tell(str(error))
+"""
+
+
+@pytest.mark.parametrize(("code", "seen"), [(0, r"1 of 3 .*2 of 3 .*3 of 3 files, [2-9] s"), (1, "1 of 3 files, 0 s")])
+def test_a_terminal_shows_how_many_files_are_compiled_and_for_how_long(code: int, seen: str) -> None:
+    ours, theirs = os.openpty()
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ST_FAST_CSRC": ""}
+    child = subprocess.Popen([sys.executable, "-c", PROGRESS % code], stderr=theirs, env=environment)
+    assert child.wait(timeout=120) == 0
+    told = os.read(ours, 4096).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert re.search(seen, told), told
+    assert told.rsplit("\033[K", 1)[1].strip() == ("sh failed: ?" if code else "")  # the line of progress is gone
+
+
+def test_without_stderr_nothing_is_told_and_commands_run() -> None:
+    program = "from st_fast.kernels import build; build.run_all([['true']], 'csrc'); build.tell('lost')"
+    command = ["sh", "-c", '"$0" "$@" 2>&-', sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ST_FAST_CSRC": ""}
+    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, b"")
 
 
 def test_without_a_compiler_one_line_says_so_and_the_reference_serves(checkout: Path) -> None:
