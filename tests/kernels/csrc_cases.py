@@ -258,14 +258,19 @@ def output_gradient(out: Tensor, strides: str) -> Tensor:
     return plain
 
 
-def evaluate(case: Case, ops: ModuleType, dtype: torch.dtype, strides: str = "plain") -> dict[str, Tensor]:
-    """Outputs and gradients of a case, computed at `dtype`."""
+def evaluate(
+    case: Case, ops: ModuleType, dtype: torch.dtype, strides: str = "plain", copied: bool = False
+) -> dict[str, Tensor]:
+    """Outputs and gradients of a case, computed at `dtype`; copied: from the same gradients, laid out plainly."""
     leaves = {}
     for name, value in case.leaves.items():
         keep = torch.float32 if name in ("w", "rope", "ropes") and dtype != torch.float64 else dtype
         leaves[name] = value.to(keep, copy=True).requires_grad_(name not in case.frozen)
     outs = case.call(ops, leaves)
-    torch.autograd.backward(outs, [output_gradient(out, strides) for out in outs])
+    given = [output_gradient(out, strides) for out in outs]
+    torch.autograd.backward(
+        outs, [one.clone(memory_format=torch.contiguous_format) for one in given] if copied else given
+    )
     grads = {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {f"out{i}": out.detach() for i, out in enumerate(outs)} | grads
 

@@ -50,10 +50,19 @@ def test_values_and_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dty
     "case", [c for c in CASES if "33x" in c.name or c.name.startswith("attention")], ids=lambda case: case.name
 )
 def test_gradients_may_arrive_with_any_strides(case: Case, strides: str) -> None:
+    """As exact as eager; the attention's to the bit what the same numbers give side by side.
+
+    Of one number everywhere its gradients cancel down to rounding, which instruction sets do differently.
+    """
     truth = evaluate(case, reference, torch.float64, strides)
     eager, ours = (evaluate(case, ops, torch.float32, strides) for ops in (reference, kernels))
+    attention = case.name.startswith("attention")
+    plainly, factor = evaluate(case, kernels, torch.float32, strides, copied=True), 2
+    if attention and strides == "expanded":
+        factor = 4
     for name in truth:
-        assert error(ours[name], truth[name]) <= 2 * error(eager[name], truth[name]) + SLACK, name
+        assert torch.equal(ours[name], plainly[name]) or not attention, name
+        assert error(ours[name], truth[name]) <= factor * error(eager[name], truth[name]) + SLACK, name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
