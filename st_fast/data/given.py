@@ -29,8 +29,10 @@ def given_records(data: Any, num_classes: int, workers: int = 0) -> RecordSet:
     """
     if isinstance(data, Tensor):
         data = (data, torch.zeros(len(data), dtype=torch.int64))
-    if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[0], Tensor) and data[0].ndim == 4:
-        return GivenTensors(data[0], torch.as_tensor(data[1]), num_classes)
+    if isinstance(data, tuple | list) and len(data) == 2 and getattr(data[0], "ndim", 0) == 4:
+        return GivenTensors(torch.as_tensor(data[0]), torch.as_tensor(data[1]), num_classes)
+    if isinstance(data, DataLoader):
+        raise UserError("data = DataLoader: the order is the trainer's: give loader.dataset, and workers=")
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, str | bytes):
         raise UserError(
             f"data = {type(data).__name__}: (latents (N, C, H, W), labels (N,)) or a map-style Dataset, which has "

@@ -26,9 +26,10 @@ from st_fast.model import own, own_facts, stored
 from st_fast.model.own import OwnNetwork
 from st_fast.recipe import Recipe, load, load_run
 from st_fast.recipe.check import check
-from st_fast.recipe.document import as_document
+from st_fast.recipe.document import as_document, section_with
+from st_fast.recipe.error import show, wrong_value
 from st_fast.recipe.keys import build, keys
-from st_fast.recipe.load import parse, resolve, to_literal
+from st_fast.recipe.load import check_keys, parse, resolve, to_literal
 from st_fast.recipe.schema import SECTIONS, Sample, Stage
 from st_fast.sample.contrast import correction
 from st_fast.sample.draw import draw_of, read_labels
@@ -174,8 +175,16 @@ class TrainedRun:
         recipe, model = self.recipe.for_stage(chosen), network.config
         if not model.by_class:
             raise UserError("sample: a network that draws from text; st-fast sample RUN --prompts ... draws from it")
+        check_keys(settings, keys(Sample), "sample", section_with)
         checked = build(Sample, _as_toml(settings), "sample")
         wanted = replace(recipe.sample, **{key: getattr(checked, key) for key in settings})
+        for key, usual, there in (
+            ("internal_guidance", 1.0, model.internal_head > 0), ("guidance", "cfg", model.fusion_last > 0),
+            ("cfg_scale", 1.0, model.class_dropout > 0),
+        ):  # fmt: skip
+            if (value := getattr(wanted, key)) != usual and not there:
+                why = "the network has nothing that it could guide by"
+                raise wrong_value(f"sample.{key}", value, show(usual), why)
         text = labels if isinstance(labels, str) else ",".join(map(str, labels))
         cycle = read_labels(text, model.num_classes)
         bias = correction(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from st_fast.core.errors import RunFailed, first_line
+from st_fast.core.errors import RunFailed, Stopped, first_line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Callbacks:
         for callback in self._callbacks if not self.failure else ():
             try:
                 callback(event)
-            except Exception as error:  # whatever somebody's code raises
+            except Stopped:  # a signal came while it ran
+                raise
+            except BaseException as error:  # whatever somebody's code raises, sys.exit too
                 name = getattr(callback, "__qualname__", type(callback).__name__)
                 where = f"{event.stage} step {event.step}"
                 self.failure = f"callback {name} raised {type(error).__name__} at {where}: {first_line(error)}"

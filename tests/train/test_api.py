@@ -68,7 +68,7 @@ def test_a_callback_that_raises_is_named_and_the_run_goes_on_to_the_same_bits(wh
     assert same(weights(out), weights(whole)) and same(weights(out, "align"), weights(whole, "align"))
 
 
-@pytest.mark.parametrize(("data", "workers"), [(Items(), 2), (tensors(), 0)])
+@pytest.mark.parametrize(("data", "workers"), [(Items(), 2), (tensors(), 0), (tuple(t.numpy() for t in tensors()), 0)])
 def test_processes_that_read_a_dataset_and_tensors_of_its_items_give_the_same(whole, tmp_path, data, workers) -> None:
     Trainer(recipe(tmp_path / "run"), model=tapped, data=data, workers=workers).fit()
     assert same(weights(tmp_path / "run"), weights(whole))
@@ -164,6 +164,35 @@ def test_samples_follow_from_seed_and_weights_and_no_other_thing(whole) -> None:
     x = starting_noise(draw, run.recipe.model)
     with torch.no_grad():  # one step of Euler's method, by hand
         torch.testing.assert_close(noise, x - net(x, torch.ones(1), torch.tensor([2])))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"stepz": 3}, r"sample.stepz is unknown \(did you mean steps\?\)"),
+        ({"steps": 0}, "sample.steps = 0"),
+        ({"internal_guidance": 2.0}, "sample.internal_guidance = 2.0: the network has nothing that it could guide by"),
+        ({"guidance": "path_drop"}, "sample.guidance"),
+        ({"labels": [5]}, r"5: .*classes of 0\.\.4"),
+        ({"stage": "nope"}, "nope: the run has align"),
+        ({"weights": "best"}, "best"),
+    ],
+)
+def test_samples_that_can_not_be_drawn_are_told_in_one_line(whole, settings, told) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        st_fast.open_run(whole, model=tapped).sample(2, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+def test_a_callback_that_would_end_the_program_is_told_like_others(error, tmp_path) -> None:
+    def ends(event: st_fast.Event) -> None:
+        if event.kind == "step" and event.step == 2:
+            raise error
+
+    with pytest.raises(RunFailed, match=f"raised {type(error).__name__} at align step 2"):
+        Trainer(recipe(tmp_path / "run"), model=tapped, data=Items(), callbacks=[ends]).fit()
+    assert (tmp_path / "run" / "align" / "checkpoints" / "00000002").is_dir()
 
 
 def test_events_are_the_steps_and_the_records_of_the_log(tmp_path) -> None:
@@ -423,6 +452,7 @@ class Odd(Items):
         ((torch.zeros(9, 3, 4, 4), torch.zeros(9)), "9 whole numbers are needed"),
         ((torch.full((9, 3, 4, 4), torch.nan), torch.zeros(9, dtype=torch.int64)), "data: item 0: NaN or Inf"),
         ((torch.zeros(9, 4, 4, 4), torch.zeros(9, dtype=torch.int64)), "--model.channels=4 --model.latent_size=4 fit"),
+        (torch.utils.data.DataLoader(Items()), "data = DataLoader: the order is the trainer's"),
         ((item for item in ()), "data = generator:.*a map-style Dataset"),
         ("folder", "data = str: "),
     ],
