@@ -36,6 +36,9 @@ def check_own(recipe: Recipe) -> None:
             raise wrong_value(asked, value, show(usual), f"{why}: it knows the blocks of st_fast's own networks alone")
     for stage in recipe.stages:
         method, name = stage.method, f"stage.{stage.name}"
+        if stage.start.init:
+            allowed = "left out: a trained module is given as it is, Trainer(recipe, model=run.model())"
+            raise wrong_value(f"{name}.init", stage.start.init, allowed, why)
         if stage.routing.route != "none":
             raise wrong_value(f"{name}.route", stage.routing.route, "none", f"{why}: blocks of it run all tokens")
         if method.stop_below != "off":

@@ -392,6 +392,7 @@ def test_a_block_that_is_not_there_is_named_with_those_that_are() -> None:
         ({"run": {"checkpointing": "block"}}, "run.checkpointing"),
         ({"sample": {"guidance": "path_drop"}}, "sample.guidance"),
         ({"stages": [STAGES[0] | {"route": "tread", "route_first": 1, "route_last": 2}]}, "route"),
+        ({"stages": [STAGES[0], STAGES[0] | {"name": "more", "init": "align"}]}, "stage.more.init"),
         ({"stages": [{"name": "a", "supervision": "internal_guidance", "steps": 1}]}, "it changes the network"),
         ({"stages": [{"name": "a", "supervision": "self_flow", "steps": 1}]}, "it changes the network"),
         ({"stages": [STAGES[0], STAGES[1] | {"stop_below": 0.0}]}, "stop_below"),
