@@ -29,6 +29,10 @@ def described(model: Model, blocks: Sequence[int]) -> Model:
             f"{type(network.plain).__name__}: the function that was given as model returns the same module each time; "
             "give the module itself, which is copied, or a function that makes a new one"
         )
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(
+            f"{type(network.plain).__name__}: none of its parameters is trained; requires_grad_() changes it"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         name, module = type(network.plain).__name__, network.module

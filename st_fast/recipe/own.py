@@ -37,7 +37,9 @@ def check_own(recipe: Recipe) -> None:
     for stage in recipe.stages:
         method, name = stage.method, f"stage.{stage.name}"
         if stage.start.init:
-            allowed = "left out: a trained module is given as it is, Trainer(recipe, model=run.model())"
+            allowed = (
+                "left out: a trained module is given as it is, Trainer(recipe, model=run.model().requires_grad_())"
+            )
             raise wrong_value(f"{name}.init", stage.start.init, allowed, why)
         if stage.routing.route != "none":
             raise wrong_value(f"{name}.route", stage.routing.route, "none", f"{why}: blocks of it run all tokens")

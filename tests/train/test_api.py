@@ -363,6 +363,7 @@ SHARED = Net()
         (lambda: st_fast.tap(Net(classes=4), "blocks"), [1], "Net: forward raised IndexError: .*; labels are 0 … 5"),
         (lambda: nn.Linear(3, 3), [], r"Linear: forward\(x, t, condition\) raised TypeError"),
         (lambda: 3, [], "model: int was made; an nn.Module is needed"),
+        (lambda: Net().requires_grad_(False), [], "Net: none of its parameters is trained; requires_grad_"),
         (lambda: SHARED, [], "Net: the function that was given as model returns the same module each time"),
         (lambda: st_fast.tap(nn.Sequential(nn.Identity()), "0"), [], "Sequential: forward.* raised TypeError"),
     ],
