@@ -33,7 +33,8 @@ def described(model: Model, blocks: Sequence[int]) -> Model:
         raise UserError(
             f"{type(network.plain).__name__}: none of its parameters is trained; requires_grad_() changes it"
         )
-    with torch.random.fork_rng(devices=[]):
+    # What is compiled runs as it was written: a compiler hides products from the counter.
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(0)
         name, module = type(network.plain).__name__, network.module
         names = module.names if isinstance(module, Tapped) else ()

@@ -273,6 +273,14 @@ def test_multiply_adds_are_those_of_the_blocks_and_features_stop_at_theirs() -> 
     assert (model.depth, model.width, model.patch) == (4, 16, 2)
     assert [cost.trunk_macs(model, depth) for depth in (2, None)] == [model.own_macs[1], model.own_macs[-1]]
 
+    def compiled() -> own.Tapped:
+        module = quiet()
+        for each in module.inner.blocks:
+            each.compile(backend="aot_eager")
+        return module
+
+    assert described(compiled, [2]).own_macs == model.own_macs
+
     ran = []
     net = Net(dropout=0.0)
     for number, each in enumerate(net.blocks):
