@@ -40,13 +40,12 @@ CPU_CGROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
 """Where groups with a CPU quota may be made: cgroup v1's controller, or v2."""
 PERIOD_US = 100_000
 HOG = """
-import os
-parent = os.getppid()
-while os.getppid() == parent:
+import os, sys
+while os.getppid() == int(sys.argv[1]):
     for _ in range(1_000_000):
         pass
 """
-"""Ends with the process that started it, whatever becomes of that."""
+"""Ends with the process that started it, whose number it is given, even if that ended before this one began."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def worker(setting: str, environment: Mapping[str, str], group: Path | None = No
 @contextmanager
 def hogs(count: int) -> Iterator[None]:
     """So many processes that take what time they get, at this process's priority."""
-    running = [subprocess.Popen([sys.executable, "-c", HOG]) for _ in range(count)]
+    running = [subprocess.Popen([sys.executable, "-c", HOG, str(os.getpid())]) for _ in range(count)]
     try:
         if running:
             time.sleep(0.1)
