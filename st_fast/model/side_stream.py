@@ -99,7 +99,7 @@ Branches = Callable[[Features, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Te
 
 def batched(features: Features, tokens: Tensor, t: Tensor, condition: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
     """As one batch of 2B: the largest products."""
-    both = features(torch.cat((tokens, tokens)), torch.cat((t, t)), torch.cat((condition, null)))
+    both = features(tokens.repeat(2, *[1] * (tokens.ndim - 1)), t.repeat(2), torch.cat((condition, null)))
     conditional, unconditional = both.chunk(2)
     return conditional, unconditional
 

