@@ -261,8 +261,7 @@ def take_parts(state: Groups, path: Path, digest: str, ranks: Ranks) -> None:
     try:
         manifest = awaited(path, digest, SHOWN_LATE)
         for group, tensors in state.items():
-            read = manifest.groups[group].read_rows(path, partial(_rows_here, tensors))
-            for name, rows_here in read.items():
+            for name, rows_here in manifest.groups[group].each_of(path, partial(_rows_here, tensors)):
                 local(tensors[name]).copy_(rows_here)
     except UserError as error:
         failure = error

@@ -9,8 +9,10 @@ classes of its index are made.
 
 import importlib
 import json
+import math
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -20,11 +22,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from st_fast.core.checkpoint.groups import BY_ROWS, DTYPE_NAMES, REPLICATE, described, fields
-from st_fast.core.checkpoint.store import Manifest, read_manifest, save
+from st_fast.core.checkpoint.groups import BY_ROWS, DTYPE_NAMES, DTYPES, REPLICATE, bytes_of, fields
+from st_fast.core.checkpoint.store import Manifest, check_names, digest_of, read_manifest, save
 from st_fast.core.checkpoint.together import Team
 from st_fast.core.errors import RunFailed, UserError, first_line
-from st_fast.core.files import BadFile, inside, json_bytes, shown, write_folder
+from st_fast.core.files import BadFile, inside, is_count, json_bytes, shown, write_folder
 from st_fast.core.ranks import Ranks, Rendezvous, rows
 
 INDEX = ".metadata"
@@ -72,13 +74,22 @@ def write_dcp(source: Path, target: Path, ranks: Ranks) -> None:
 
     manifest: Manifest = ranks.broadcast_from_rank0(lambda: _verified(source))
     state: dict[str, Tensor] = {}
+    listed, mine = list[dict[str, Any]](), list[Tensor]()
     for group, record in manifest.groups.items():
-        mine = record.read_rows(source, lambda _, shape: rows(shape[0], ranks.rank, ranks.count) if shape else None)
-        for key, tensor in mine.items():
-            state[name_in_dcp(group, key)] = _share(tensor, record.tensors[key]["shape"], ranks)
+        read = record.read_rows(source, lambda _, shape: rows(shape[0], ranks.rank, ranks.count) if shape else None)
+        for key, tensor in read.items():
+            name, shape = name_in_dcp(group, key), list(record.tensors[key]["shape"])
+            state[name] = _share(tensor, shape, ranks)
+            mine.append(tensor)
+            listed.append(
+                {"name": name, "group": group, "key": key, "shape": shape, "dtype": DTYPE_NAMES[tensor.dtype]}
+            )
+    for one, number in zip(listed, _sums(mine, [one["shape"] for one in listed], ranks), strict=True):
+        one["sum"] = number
     for key, tensor in _steps(manifest, state).items():
         state[key] = tensor
-    text = json_bytes({"meta": dict(manifest.meta), "step": manifest.step, "groups": list(manifest.groups)})
+    content = {"meta": dict(manifest.meta), "step": manifest.step, "tensors": listed}
+    text = json_bytes(content | {"digest": digest_of(content)})
     state[META] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     state[STEP] = torch.tensor(manifest.step)
     with _aside(target, ranks) as folder:
@@ -107,6 +118,23 @@ def _steps(manifest: Manifest, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return found
 
 
+def _sums(mine: Sequence[Tensor], shapes: Sequence[list[int]], ranks: Ranks) -> list[int]:
+    """A number for each tensor that changes with any of its bits, the same for any number of ranks that share its rows.
+
+    The sum over rows of their CRC-32, each of which begins with the row's number.
+    """
+    found = []
+    for tensor, shape in zip(mine, shapes, strict=True):
+        data = bytes_of(tensor.contiguous())
+        if not shape:
+            found.append(zlib.crc32(data) if ranks.first else 0)
+            continue
+        first, width = rows(shape[0], ranks.rank, ranks.count)[0], len(data) // max(len(tensor), 1)
+        parts = (zlib.crc32(data[at * width : (at + 1) * width], first + at) for at in range(len(tensor)))
+        found.append(sum(parts))
+    return [int(number) for number in ranks.sum(torch.tensor(found, dtype=torch.int64)).tolist()]
+
+
 def _share(mine: Tensor, shape: list[int], ranks: Ranks) -> Tensor:
     """This rank's rows as a part of the whole tensor."""
     if ranks.count == 1 or not shape:
@@ -132,8 +160,6 @@ def read_dcp(source: Path, root: Path, ranks: Ranks) -> Path:
     With several ranks each writes its part of a sharded checkpoint. UserError where it is another program's, BadFile
     where it is damaged.
     """
-    dcp = _dcp()
-
     described_there = ranks.broadcast_from_rank0(lambda: _tensors(source))
     if META not in described_there:
         raise UserError(
@@ -141,28 +167,27 @@ def read_dcp(source: Path, root: Path, ranks: Ranks) -> Path:
             "tensors are; python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes a "
             "file of it that convert reads"
         )
-    step, names, meta = _read_meta(source, described_there)
-    state, groups = {}, dict[str, dict[str, Tensor]]()
-    for name, (group, key) in names.items():
-        shape, dtype = described_there[name]
-        local = torch.empty(_rows_of(shape, ranks), dtype=dtype)
-        groups.setdefault(group, {})[key] = local
-        state[name] = _share(local, shape, ranks)
-    _told(source, lambda: dcp.load(state, storage_reader=_reader(source), no_dist=ranks.count == 1))
+    step, listed, meta = _read_meta(source, described_there)
+    state, groups, mine = dict[str, Tensor](), dict[str, dict[str, Tensor]](), list[Tensor]()
+    for one in listed:
+        local = torch.zeros(_rows_of(one["shape"], ranks), dtype=DTYPES[one["dtype"]])
+        groups.setdefault(one["group"], {})[one["key"]] = local
+        state[one["name"]] = _share(local, one["shape"], ranks)
+        mine.append(local)
+    _load(source, state, ranks.count == 1)
+    sums = _sums(mine, [one["shape"] for one in listed], ranks)
+    if wrong := [one["name"] for one, number in zip(listed, sums, strict=True) if number != one["sum"]]:
+        raise BadFile(f"{source}: {len(wrong)} tensors are not as they were written, the first is {shown(wrong[0])}")
     if ranks.count == 1:
         return save(root, step, groups, meta)
     assert ranks.attempt is not None
     team = Team(ranks.rank, ranks.count, Rendezvous(ranks.attempt, "dcp"), root.name, lambda: False)
-    whole = {
-        group: {
-            key: described(key, tensor) | {"placement": BY_ROWS if tensor.ndim else REPLICATE}
-            | {"shape": described_there[name][0]}
-            for name, (of, key) in names.items() if of == group for tensor in (tensors[key],)
-        }
-        for group, tensors in groups.items()
-    }  # fmt: skip
-    mine = {g: {k: t for k, t in ts.items() if t.ndim or ranks.first} for g, ts in groups.items()}
-    saved = team.save(root, step, mine, whole, meta)
+    whole: dict[str, dict[str, dict[str, object]]] = {group: {} for group in groups}
+    for one in listed:
+        placement = BY_ROWS if one["shape"] else REPLICATE
+        whole[one["group"]][one["key"]] = {"shape": one["shape"], "dtype": one["dtype"], "placement": placement}
+    parts = {g: {k: t for k, t in ts.items() if t.ndim or ranks.first} for g, ts in groups.items()}
+    saved = team.save(root, step, parts, whole, meta)
     if saved is None:
         raise RunFailed(f"{root}: another rank could not write its part")
     return saved
@@ -175,56 +200,65 @@ def _rows_of(shape: list[int], ranks: Ranks) -> list[int]:
     return [stop - start, *shape[1:]]
 
 
-def _names(there: Mapping[str, Any], groups: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Group and key of each tensor that a checkpoint of ours with these groups has, by its name in DCP."""
-    found = {}
-    for name in there:
-        if name in (META, STEP):
-            continue
-        if name.startswith("optimizer.state."):
-            weight, _, kind = name.removeprefix("optimizer.state.").rpartition(".")
-            module, _, inner = weight.removeprefix("st_fast.").partition(".") if weight.startswith("st_fast.") else (
-                "model", "", weight
-            )  # fmt: skip
-            if kind != "step":
-                found[name] = ("optim", f"{module}.{kind}.{inner}")
-        elif name.startswith("st_fast."):
-            rest = name.removeprefix("st_fast.")  # groups may have dots in their names: ema-0.99
-            group = max((g for g in groups if rest.startswith(f"{g}.")), key=len, default=rest.partition(".")[0])
-            found[name] = (group, rest.removeprefix(f"{group}."))
-        else:
-            found[name] = ("model", name)
-    return found
-
-
 def _tensors(source: Path) -> dict[str, tuple[list[int], torch.dtype]]:
     """Shape and dtype of each tensor in a DCP folder; what is no tensor is left out."""
+    kind = importlib.import_module("torch.distributed.checkpoint.metadata").TensorStorageMetadata
     index = _told(source, lambda: _reader(source).read_metadata())
     found = {}
     for name, one in index.state_dict_metadata.items():
-        if hasattr(one, "properties"):
+        if type(one) is kind and one.properties.dtype in DTYPE_NAMES and all(map(is_count, one.size)):
             found[str(name)] = list(one.size), one.properties.dtype
     for stored in index.storage_data.values():
         inside(source, str(stored.relative_path))
+    there = sum(file.stat().st_size for file in source.iterdir() if file.is_file())
+    if (asked := sum(math.prod(shape) * dtype.itemsize for shape, dtype in found.values())) > there:
+        raise BadFile(f"{source}: its tensors would have {asked} bytes, its files have {there}")
     return found
+
+
+LISTED = {"name": str, "group": str, "key": str, "shape": list, "dtype": str, "sum": int}
 
 
 def _read_meta(
     source: Path, there: Mapping[str, tuple[list[int], torch.dtype]]
-) -> tuple[int, dict[str, tuple[str, str]], dict[str, Any]]:
-    """The step, group and key of each tensor, and the metadata that `write_dcp` has put there."""
-    dcp = _dcp()
-
-    raw = {META: torch.empty(there[META][0], dtype=torch.uint8)}
-    _told(source, lambda: dcp.load(raw, storage_reader=_reader(source), no_dist=True))
+) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
+    """The step, what `write_dcp` has listed of each tensor, all of which are there, and the checkpoint's metadata."""
+    where = f"{source}: {META}"
+    raw = {META: torch.zeros(there[META][0], dtype=torch.uint8)}
+    _load(source, raw, alone=True)
     try:
         told = json.loads(bytes(raw[META].numpy()))
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{where} is no JSON ({first_line(error)})") from None
+    told = fields(where, told, {"meta": dict, "step": int, "tensors": list, "digest": str})
+    if told["digest"] != digest_of(told):
+        raise BadFile(f"{where} was changed: its digest is another")
+    for number, one in enumerate(told["tensors"]):
+        fields(f"{where}: tensor {number}", one, LISTED)
+        check = there.get(one["name"])
+        if check is None or check != (one["shape"], DTYPES.get(one["dtype"])):
+            found = "missing" if check is None else f"{check[1]} {tuple(check[0])}"
+            raise BadFile(f"{source}: tensor {shown(one['name'])} is {found}, not as {META} says")
+    if told["step"] < 0:
+        raise BadFile(f"{where}: step is {told['step']}")
+    try:
+        check_names([one["group"] for one in told["tensors"]], told["step"])
     except ValueError as error:
-        raise BadFile(f"{source}: {META} is no JSON ({first_line(error)})") from None
-    told = fields(f"{source}: {META}", told, {"meta": dict, "step": int, "groups": list})
-    if told["step"] < 0 or not all(isinstance(group, str) for group in told["groups"]):
-        raise BadFile(f"{source}: {META} has step {told['step']} and groups {shown(told['groups'])}")
-    return told["step"], _names(there, told["groups"]), told["meta"]
+        raise BadFile(f"{where}: {first_line(error)}") from None
+    return told["step"], told["tensors"], told["meta"]
+
+
+def _load(source: Path, into: dict[str, Tensor], alone: bool) -> None:
+    """Reads tensors, and nothing else: what the index says to be an object would be unpickled."""
+
+    class Planner(_dcp().DefaultLoadPlanner):  # type: ignore[misc]
+        def load_bytes(self, read_item: Any, value: Any) -> None:
+            raise BadFile(f"{source}: {shown(str(read_item.dest_index.fqn))} is no tensor there")
+
+    def load() -> None:
+        _dcp().load(into, storage_reader=_reader(source), planner=Planner(), no_dist=alone)
+
+    _told(source, load)
 
 
 def _told(source: Path, call: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ through one loop, and the bytes that are loaded are the bytes that were hashed. 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,11 +170,14 @@ class Group:
         return {key: torch.empty(one["shape"], dtype=DTYPES[one["dtype"]], device="meta") for key, one in made}
 
     def read_rows(self, folder: Path, wanted: Wanted) -> dict[str, Tensor]:
+        """`each_of` all tensors."""
+        return dict(self.each_of(folder, wanted))
+
+    def each_of(self, folder: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
         """Of each tensor the rows that `wanted` names.
 
         No more is read and allocated; sizes and headers are checked, hashes are not (`check` does it).
         """
-        result = dict[str, Tensor]()
         with ExitStack() as opened:
             files = list[tuple[BinaryIO, Path, dict[str, Entry]]]()
             for part in self.parts:
@@ -184,9 +187,9 @@ class Group:
             for key, one in self.tensors.items():
                 shape, rows_wanted = one["shape"], wanted(key, one["shape"])
                 start, stop = (0, shape[0] if shape else 1) if rows_wanted is None else rows_wanted
-                result[key] = torch.empty([stop - start, *shape[1:]] if shape else [], dtype=DTYPES[one["dtype"]])
-                self._fill(result[key], key, start, stop, files)
-        return result
+                tensor = torch.empty([stop - start, *shape[1:]] if shape else [], dtype=DTYPES[one["dtype"]])
+                self._fill(tensor, key, start, stop, files)
+                yield key, tensor
 
     def _fill(
         self, into: Tensor, key: str, start: int, stop: int, files: Sequence[tuple[BinaryIO, Path, dict[str, Entry]]]

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from st_fast.core.checkpoint.dcp import read_dcp, write_dcp
-from st_fast.core.checkpoint.store import read_manifest, save
-from st_fast.core.files import is_count
+from st_fast.core.checkpoint.store import save
 from st_fast.core.ranks import process_group
 
 
@@ -40,5 +39,4 @@ def main(way: str, source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert is_count(1) and read_manifest
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

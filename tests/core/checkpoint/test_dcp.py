@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from st_fast.convert.__main__ import main as convert
 from st_fast.core.checkpoint import load
@@ -132,6 +133,70 @@ def test_a_hostile_index_runs_nothing(written, tmp_path, monkeypatch) -> None:
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(UserError, match=r"\.\./dcp"):
         convert([str(tmp_path / "dcp"), str(tmp_path / "out")])
+
+
+def changed_index(written: Path, folder: Path, change) -> Path:
+    """A copy of the DCP folder whose index is another."""
+    shutil.copytree(written / "dcp", folder)
+    index = dcp.FileSystemReader(written / "dcp").read_metadata()
+    change(index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    return folder
+
+
+def test_an_object_in_a_tensors_place_is_not_unpickled(written, tmp_path, monkeypatch) -> None:
+    """Of allowed classes alone: bytes that look like a tensor, in the index and in the file."""
+    monkeypatch.chdir(tmp_path)
+
+    def disguised(name: str):
+        def change(index) -> None:
+            bare = BytesStorageMetadata()
+            bare.properties, bare.size = (
+                index.state_dict_metadata[name].properties,
+                index.state_dict_metadata[name].size,
+            )
+            index.state_dict_metadata[name] = bare
+
+        return change
+
+    for name in ("st_fast.meta", "a"):
+        folder = changed_index(written, tmp_path / name, disguised(name))
+        (data,) = folder.glob("*.distcp")
+        payload = pickle.dumps(Calls())
+        data.write_bytes(payload + data.read_bytes()[len(payload) :])
+        with pytest.raises(UserError) as error:
+            convert([str(folder), str(tmp_path / "out")])
+        assert "\n" not in str(error.value) and not (tmp_path / "hacked").exists() and not (tmp_path / "out").exists()
+
+
+def test_what_was_changed_is_found_out(written, tmp_path) -> None:
+    """A bit, a chunk that is not there, a tensor that is not there, another shape, the metadata."""
+    flipped = tmp_path / "flipped"
+    shutil.copytree(written / "dcp", flipped)
+    (data,) = flipped.glob("*.distcp")
+    saved = load(written / "stage" / "checkpoints" / "00000003").groups["ema"]["a"]
+    raw = data.read_bytes()
+    at = raw.index(saved.numpy().tobytes()[:32])
+    data.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+
+    def without_chunks(index) -> None:
+        index.state_dict_metadata["a"].chunks = []
+
+    def without(index) -> None:
+        del index.state_dict_metadata["optimizer.state.a.exp_avg"]
+
+    def of_another_shape(index) -> None:
+        index.state_dict_metadata["a"].size = torch.Size([4, 6])
+
+    for folder, told in (
+        (flipped, "1 tensors are not as they were written, the first is 'st_fast.ema.a'"),
+        (changed_index(written, tmp_path / "chunks", without_chunks), "'a'|can't be read"),
+        (changed_index(written, tmp_path / "lacking", without), "tensor 'optimizer.state.a.exp_avg' is missing"),
+        (changed_index(written, tmp_path / "shape", of_another_shape), r"tensor 'a' is torch.float32 \(4, 6\), not"),
+    ):
+        with pytest.raises(UserError, match=told) as error:
+            convert([str(folder), str(tmp_path / "out")])
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_is_told_in_one_line(written, tmp_path) -> None:
