@@ -165,7 +165,7 @@ def read_dcp(source: Path, root: Path, ranks: Ranks) -> Path:
         raise UserError(
             f"{source}: a DCP folder that st_fast has not written: nothing tells what its {len(described_there)} "
             "tensors are; python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pt makes a "
-            "file of it that convert reads"
+            "file of it that convert reads (it unpickles: only of a folder that you trust)"
         )
     step, listed, meta = _read_meta(source, described_there)
     state, groups, mine = dict[str, Tensor](), dict[str, dict[str, Tensor]](), list[Tensor]()
