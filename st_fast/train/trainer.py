@@ -54,9 +54,6 @@ class StageTrainer:
         self.conditions = open_conditions(recipe, context.shards)
         self.model = build(recipe.model, table, recipe.run.seed, attend).to(device)
         self.model.use_null(self.conditions.null)
-        if recipe.model.network == "own":  # whoever made it may have drawn other weights on each rank
-            ranks = context.ranks
-            ranks.broadcast(self.model.state_dict().values())
         if recipe.run.fp8 != "off":
             use_fp8(self.model)
         self.shards: Shards | None = None
